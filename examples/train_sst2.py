@@ -1,0 +1,214 @@
+"""Fine-tune a classifier on SST-2, or any data of sentences and labels, with its parameters defended.
+
+As Transformers' own example scripts: arguments as flags, or one JSON file as the only argument.
+
+    python examples/train_sst2.py --output_dir out --do_train --do_eval
+
+Without the defense: `--defense none`. The last layer alone: `--defense_target_modules last-encoder-layer`. With
+`--do_eval` the robustness is measured too, and `robustness.json` is written beside the other results.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    HfArgumentParser,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_parcor import (
+    BitFlips,
+    CorruptionConstraint,
+    CorruptionEvaluator,
+    GaussianNoise,
+    GradientCorruption,
+    MultiStepCorruption,
+    ParameterDefenseTrainer,
+    ParameterDefenseTrainingArguments,
+    Quantization,
+    RandomCorruption,
+    UniformNoise,
+)
+from hf_parcor.corruptions import Corruption
+from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.tables import comparison_table
+from hf_parcor.training import signs_of_collapse
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """Which model is fine-tuned."""
+
+    model_name_or_path: str = field(
+        default="google-bert/bert-base-uncased", metadata={"help": "A model on the Hub, or a local folder."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+
+
+@dataclass
+class DataArguments:
+    """Which data it is fine-tuned on, and measured on."""
+
+    dataset_name: str | None = field(default="stanfordnlp/sst2", metadata={"help": "A data set on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "The data set's configuration."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "A local .csv, .tsv or .json(l) file, also .gz, instead of the data set."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "A local file to measure on."})
+    text_column_name: str = field(default="sentence", metadata={"help": "The column with the text."})
+    label_column_name: str = field(default="label", metadata={"help": "The column with the label, a whole number."})
+    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many, drawn with the seed."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Measure on the first so many."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise again."})
+
+
+@dataclass
+class RobustnessArguments:
+    """How robustness is measured."""
+
+    corruption_trials: int = field(default=3, metadata={"help": "Trials of each random corruption."})
+    corruption_seed: int = field(default=0, metadata={"help": "Seed of the first trial."})
+    skip_corruptions: bool = field(default=False, metadata={"help": "Measure the clean model only."})
+
+
+def corruptions_of_table_1() -> list[Corruption]:
+    """Return the kinds of corruption of paper 2, Table 1, and bit flips, at strengths that break a small BERT."""
+    return [
+        RandomCorruption(CorruptionConstraint(p=2, epsilon=20.0)),
+        *(GradientCorruption(CorruptionConstraint(p=2, epsilon=epsilon)) for epsilon in (0.1, 0.2, 0.5)),
+        *(GradientCorruption(CorruptionConstraint(p=float("inf"), epsilon=epsilon)) for epsilon in (2e-4, 5e-4)),
+        *(MultiStepCorruption(CorruptionConstraint(p=2, epsilon=epsilon)) for epsilon in (0.1, 0.2)),
+        MultiStepCorruption(CorruptionConstraint(p=float("inf"), epsilon=2e-4)),
+        *(GaussianNoise(std) for std in (0.01, 0.02)),
+        *(UniformNoise(bound) for bound in (0.02, 0.04)),
+        *(Quantization(bits) for bits in (6, 5, 4)),
+        *(BitFlips(rate=rate) for rate in (1e-8, 1e-7)),
+    ]
+
+
+def load_data(data: DataArguments, cache_dir: str | None) -> datasets.DatasetDict:
+    """Return the splits `train` and `validation` that were asked for."""
+    files = {"train": data.train_file, "validation": data.validation_file}
+    files = {split: path for split, path in files.items() if path is not None}
+    if not files:
+        return datasets.load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=cache_dir)
+    missing = [path for path in files.values() if not Path(path).is_file()]
+    if missing:
+        raise ValueError(f"expected a file, found none at {missing[0]!r}; give --train_file and --validation_file")
+    kind = Path(next(iter(files.values())).removesuffix(".gz")).suffix
+    if kind in (".json", ".jsonl"):
+        return datasets.load_dataset("json", data_files=files, cache_dir=cache_dir)
+    if kind not in (".csv", ".tsv"):
+        raise ValueError(f"expected a .csv, .tsv, .json or .jsonl file, got {kind!r}; convert it to one of these")
+    options: dict[str, Any] = {"sep": "\t", "quoting": 3} if kind == ".tsv" else {}
+    return datasets.load_dataset("csv", data_files=files, cache_dir=cache_dir, **options)
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the share of right answers."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
+
+
+def main() -> None:
+    """Train, evaluate, corrupt."""
+    parser = HfArgumentParser([ModelArguments, DataArguments, RobustnessArguments, ParameterDefenseTrainingArguments])
+    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        parsed = parser.parse_json_file(json_file=str(Path(sys.argv[1]).resolve()))
+    else:
+        parsed = parser.parse_args_into_dataclasses()
+    model_arguments, data, robustness, training = parsed
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    transformers.utils.logging.set_verbosity(training.get_process_log_level())
+    set_seed(training.seed)
+
+    splits = load_data(data, model_arguments.cache_dir)
+    origin = {"cache_dir": model_arguments.cache_dir, "revision": model_arguments.model_revision}
+    tokenizer = AutoTokenizer.from_pretrained(model_arguments.model_name_or_path, **origin)
+    labels = sorted(set(splits["train" if "train" in splits else "validation"][data.label_column_name]) - {-1})
+    model = AutoModelForSequenceClassification.from_pretrained(
+        model_arguments.model_name_or_path, num_labels=len(labels), **origin
+    )
+
+    def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        encoded = tokenizer(rows[data.text_column_name], truncation=True, max_length=data.max_seq_length)
+        return {**encoded, "labels": [labels.index(label) for label in rows[data.label_column_name]]}
+
+    def prepare(split: str, most: int | None, shuffle: bool) -> datasets.Dataset:
+        if split not in splits:
+            raise ValueError(f"expected a split {split!r}, found {', '.join(splits)}; give --{split}_file")
+        rows = splits[split].shuffle(seed=training.seed) if shuffle else splits[split]
+        if most is not None:
+            rows = rows.select(range(min(most, len(rows))))
+        return rows.map(
+            tokenize,
+            batched=True,
+            remove_columns=rows.column_names,
+            load_from_cache_file=not data.overwrite_cache,
+            desc=f"tokenising {split}",
+        )
+
+    train_rows = prepare("train", data.max_train_samples, True) if training.do_train else None
+    eval_rows = prepare("validation", data.max_eval_samples, False) if training.do_eval else None
+    collator = DataCollatorWithPadding(tokenizer)
+    trainer = ParameterDefenseTrainer(
+        model=model,
+        args=training,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        compute_metrics=accuracy,
+        processing_class=tokenizer,
+        data_collator=collator,
+    )
+
+    if training.do_train:
+        checkpoint = training.resume_from_checkpoint
+        if checkpoint in (True, "True", "true"):
+            checkpoint = get_last_checkpoint(training.output_dir)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = {**result.metrics, "train_samples": len(train_rows)}
+        metrics["train_collapsed"] = float(bool(signs_of_collapse(trainer.state.log_history)))
+        trainer.save_model()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+
+    if training.do_eval:
+        metrics = {**trainer.evaluate(), "eval_samples": len(eval_rows)}
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        if not robustness.skip_corruptions and trainer.is_world_process_zero():
+            # Sentences of like length share a batch: less padding, the same numbers.
+            by_length = eval_rows.map(lambda row: {"length": len(row["input_ids"])}).sort("length")
+            by_length = by_length.remove_columns("length")
+            batches = DataLoader(by_length, batch_size=training.eval_batch_size, collate_fn=collator)
+            evaluator = CorruptionEvaluator(
+                trainer.model, ClassificationMetric(batches), batches, progress=not training.disable_tqdm
+            )
+            record = evaluator.evaluate(
+                corruptions_of_table_1(), robustness.corruption_trials, robustness.corruption_seed
+            )
+            path = record.save(Path(training.output_dir) / "robustness.json")
+            print(comparison_table({"accuracy": record}))
+            print(f"The record is in {path}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Parameter corruption and adversarial parameter defense for Hugging Face Transformers.
+
+How fragile are a model's weights? `CorruptionEvaluator` measures it. `ParameterDefenseTrainer` trains models whose
+weights are not.
+"""
+
+from hf_parcor.constraints import CorruptionConstraint
+from hf_parcor.corruptions import (
+    BitFlips,
+    GaussianNoise,
+    GradientCorruption,
+    MultiStepCorruption,
+    Quantization,
+    RandomCorruption,
+    UniformNoise,
+)
+from hf_parcor.defenses import MultiStepRisk
+from hf_parcor.evaluation import CorruptionEvaluator, CorruptionRecord, EvaluationRecord
+from hf_parcor.injection import corrupted
+from hf_parcor.targets import select_parameters
+from hf_parcor.training import (
+    ParameterDefenseMixin,
+    ParameterDefenseTrainer,
+    ParameterDefenseTrainingArguments,
+    Seq2SeqParameterDefenseTrainer,
+    Seq2SeqParameterDefenseTrainingArguments,
+)
+
+__all__ = [
+    "BitFlips",
+    "CorruptionConstraint",
+    "CorruptionEvaluator",
+    "CorruptionRecord",
+    "EvaluationRecord",
+    "GaussianNoise",
+    "GradientCorruption",
+    "MultiStepCorruption",
+    "MultiStepRisk",
+    "ParameterDefenseMixin",
+    "ParameterDefenseTrainer",
+    "ParameterDefenseTrainingArguments",
+    "Quantization",
+    "RandomCorruption",
+    "Seq2SeqParameterDefenseTrainer",
+    "Seq2SeqParameterDefenseTrainingArguments",
+    "UniformNoise",
+    "corrupted",
+    "select_parameters",
+]

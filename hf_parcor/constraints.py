@@ -1,0 +1,48 @@
+"""The corruption constraint of both papers (Definition 1), as one frozen object."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hf_parcor.functional.arguments import check_count, check_norm_order, check_radius
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorruptionConstraint:
+    r"""The set of allowed corruptions `S = {a : ‖a‖_p ≤ ε, ‖a‖₀ ≤ n}` of the selected parameters.
+
+    The parameters are ONE vector of length k, not a vector per tensor: ε bounds the corruption of all of them
+    together. Who comes from sharpness-aware minimisation knows ε as *rho*.
+
+    Args:
+        p: Order of the norm, `1 ≤ p ≤ ∞`; `float("inf")` bounds every weight by itself. Default 2.
+        epsilon: Radius ε ≥ 0, in the units of the weights. 0 allows no corruption.
+        top_n: The largest number n of corrupted entries; None, the default, for no limit.
+
+    Raises:
+        ValueError: `p < 1`, `epsilon < 0` or infinite, `top_n < 1`, or NaN.
+        TypeError: One of them is not a number of its kind.
+
+    Examples:
+        >>> CorruptionConstraint(epsilon=0.1)
+        CorruptionConstraint(p=2.0, epsilon=0.1, top_n=None)
+        >>> print(CorruptionConstraint(p=math.inf, epsilon=5e-4, top_n=100))
+        L∞ ε=0.0005 n=100
+    """
+
+    p: float = 2.0
+    epsilon: float
+    top_n: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "p", check_norm_order(self.p))
+        object.__setattr__(self, "epsilon", check_radius("epsilon", self.epsilon))
+        if self.top_n is not None:
+            object.__setattr__(self, "top_n", check_count("top_n", self.top_n))
+
+    def __str__(self) -> str:
+        """Return the papers' way of writing it, for tables and plots."""
+        norm = "∞" if math.isinf(self.p) else f"{self.p:g}"
+        limit = "" if self.top_n is None else f" n={self.top_n}"
+        return f"L{norm} ε={self.epsilon:g}{limit}"

@@ -1,0 +1,23 @@
+"""How a corruption is chosen: numbers in, numbers out. Modules here know no model."""
+
+from hf_parcor.corruptions.bit_flips import BitFlips
+from hf_parcor.corruptions.catalogue import CORRUPTIONS
+from hf_parcor.corruptions.corruption import Corruption, GradientSource
+from hf_parcor.corruptions.gradient import GradientCorruption
+from hf_parcor.corruptions.multi_step import MultiStepCorruption
+from hf_parcor.corruptions.noise import GaussianNoise, UniformNoise
+from hf_parcor.corruptions.quantization import Quantization
+from hf_parcor.corruptions.random import RandomCorruption
+
+__all__ = [
+    "CORRUPTIONS",
+    "BitFlips",
+    "Corruption",
+    "GaussianNoise",
+    "GradientCorruption",
+    "GradientSource",
+    "MultiStepCorruption",
+    "Quantization",
+    "RandomCorruption",
+    "UniformNoise",
+]

@@ -1,0 +1,97 @@
+"""What a corruption is: numbers in, numbers out; it knows no model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, ClassVar, Protocol, final
+
+import torch
+from torch import Tensor
+
+from hf_parcor.injection import check_weights
+
+
+class GradientSource(Protocol):
+    """Gradients of a loss with respect to the weights that are corrupted; the model stays on its side."""
+
+    def __len__(self) -> int:
+        """Return the number of batches, ⌈|D|/|B|⌉."""
+        ...
+
+    def over_data(self) -> Mapping[str, Tensor]:
+        """Return the gradient of the mean loss over all data, at the weights as they are."""
+        ...
+
+    def on_next_batch(self, corruption: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the gradient of the next batch's loss at `w + a`; after the last batch comes the first."""
+        ...
+
+
+@dataclass(frozen=True)
+class Corruption(ABC):
+    """A rule that chooses a corruption of weights.
+
+    Calling it checks what goes in, and returns the corruption by name: what to add to the weights or, as a
+    `Replacement`, what to write over them. Subclasses are frozen dataclasses of settings that fill `_choose`.
+
+    Attributes:
+        stochastic: Whether another seed gives another corruption, so that trials say something.
+        uses_gradients: Whether it needs a `GradientSource`.
+    """
+
+    stochastic: ClassVar[bool] = False
+    uses_gradients: ClassVar[bool] = False
+
+    @final
+    @torch.no_grad()
+    def __call__(
+        self,
+        weights: Mapping[str, Tensor],
+        gradients: GradientSource | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Mapping[str, Tensor]:
+        """Choose the corruption of `weights`.
+
+        Args:
+            weights: Floating-point tensors by name, seen as ONE vector; they are only read.
+            gradients: Needed where `uses_gradients` says so.
+            generator: Source of randomness where `stochastic` says so; None for PyTorch's global one.
+
+        Raises:
+            ValueError: There are no weights, or gradients are needed and missing.
+            TypeError: A weight is not floating point.
+        """
+        check_weights(weights)
+        if self.uses_gradients and gradients is None:
+            raise ValueError(
+                f"gradients: expected a GradientSource for {type(self).__name__}, got None; "
+                "pass one, or give the evaluator batches of data"
+            )
+        return self._choose(weights, gradients, generator)
+
+    @abstractmethod
+    def _choose(
+        self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
+    ) -> Mapping[str, Tensor]:
+        """Return the corruption; the contract is already checked."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values, for records; a constraint's fields stand beside the others.
+
+        Examples:
+            >>> from hf_parcor import CorruptionConstraint, GradientCorruption
+            >>> GradientCorruption(CorruptionConstraint(epsilon=0.1)).settings()
+            {'p': 2.0, 'epsilon': 0.1, 'top_n': None}
+        """
+        plain: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            plain.update(asdict(value) if is_dataclass(value) and not isinstance(value, type) else {field.name: value})
+        return plain
+
+
+def named(names: Iterable[str], tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return tensors by name, in the order of the names."""
+    return dict(zip(names, tensors, strict=True))

@@ -1,0 +1,42 @@
+"""Gradient-based corruption (paper 1, Algorithm 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_parcor.constraints import CorruptionConstraint
+from hf_parcor.corruptions.corruption import Corruption, GradientSource, named
+from hf_parcor.functional.constrained_maximum import constrained_maximum
+
+
+@dataclass(frozen=True)
+class GradientCorruption(Corruption):
+    """`argmax_{a ∈ S} aᵀg` with g the gradient of the mean loss over the data (paper 1, Definition 4, Eq. 10).
+
+    The worst corruption to first order. Sharpness-aware minimisation calls it the *ascent step*.
+
+    Args:
+        constraint: The set S.
+    """
+
+    constraint: CorruptionConstraint
+    uses_gradients: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        return f"gradient-based {self.constraint}"
+
+    def _choose(
+        self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        assert gradients is not None, "checked by the caller"
+        gradient = gradients.over_data()
+        direction = [gradient[name] for name in weights]
+        return named(
+            weights,
+            constrained_maximum(direction, self.constraint.p, self.constraint.epsilon, self.constraint.top_n),
+        )

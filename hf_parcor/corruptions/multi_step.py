@@ -1,0 +1,67 @@
+"""Multi-step adversarial corruption (paper 2, section 2.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_parcor.constraints import CorruptionConstraint
+from hf_parcor.corruptions.corruption import Corruption, GradientSource, named
+from hf_parcor.functional.arguments import check_count, check_radius
+from hf_parcor.functional.constrained_maximum import constrained_maximum_
+from hf_parcor.functional.projections import check_projectable, project_
+from hf_parcor.functional.vectors import working_copy
+
+STEP_SIZE_FACTOR = 1.5  # α = 1.5 ε/K lets K steps reach the boundary; the paper prints ε/k and means K
+
+
+@dataclass(frozen=True)
+class MultiStepCorruption(Corruption):
+    """Projected gradient ascent from 0, one batch a step: `a_k = Π_S(a_{k−1} + u_k)` (paper 2, Eq. 13–19).
+
+    `u_k` is the constrained maximum of radius α on the gradient at `w + a_{k−1}`.
+
+    Args:
+        constraint: The set S; p is 2 or ∞, for which the projection has a closed form.
+        steps: K; None, the default, for one pass over the data, `K = ⌈|D|/|B|⌉`.
+        step_size: α in units of the weights; None, the default, for `1.5 ε/K`.
+
+    Raises:
+        NotImplementedError: p is neither 2 nor ∞.
+        ValueError: `steps < 1` or `step_size < 0`.
+    """
+
+    constraint: CorruptionConstraint
+    steps: int | None = None
+    step_size: float | None = None
+    uses_gradients: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_projectable(self.constraint.p)
+        if self.steps is not None:
+            check_count("steps", self.steps)
+        if self.step_size is not None:
+            check_radius("step_size", self.step_size)
+
+    def __str__(self) -> str:
+        return f"multi-step {self.constraint}" + ("" if self.steps is None else f" K={self.steps}")
+
+    def _choose(
+        self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        assert gradients is not None, "checked by the caller"
+        p, epsilon, top_n = self.constraint.p, self.constraint.epsilon, self.constraint.top_n
+        steps = len(gradients) if self.steps is None else self.steps
+        step_size = STEP_SIZE_FACTOR * epsilon / steps if self.step_size is None else self.step_size
+        corruption = [torch.zeros_like(weight) for weight in working_copy(list(weights.values()))]
+        for _ in range(steps):
+            gradient = gradients.on_next_batch(named(weights, corruption))
+            update = working_copy([gradient[name] for name in weights])
+            constrained_maximum_(update, p, step_size)
+            torch._foreach_add_(corruption, update)
+            project_(corruption, p, epsilon, top_n)
+        return named(weights, corruption)

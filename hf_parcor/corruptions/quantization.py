@@ -1,0 +1,44 @@
+"""Weight quantization, tensor by tensor (paper 2, Eq. A.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_parcor.corruptions.corruption import Corruption, GradientSource
+from hf_parcor.functional.quantization import check_bits, quantize
+from hf_parcor.injection import Replacement
+
+
+@dataclass(frozen=True)
+class Quantization(Corruption):
+    """Every selected tensor rounded to n-bit signed integers with one scale: `round(W/w0) w0`.
+
+    Args:
+        bits: n, in 2..16.
+
+    Raises:
+        ValueError: `bits` outside 2..16.
+
+    Examples:
+        >>> Quantization(2)({"w": torch.tensor([-1.0, 0.2, 0.6])})
+        {'w': tensor([-1.,  0.,  1.])}
+        >>> print(Quantization(4))
+        4-bit quantization
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit quantization"
+
+    def _choose(
+        self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
+    ) -> Replacement:
+        return Replacement({name: quantize(weight, self.bits) for name, weight in weights.items()})

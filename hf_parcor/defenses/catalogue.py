@@ -1,0 +1,15 @@
+"""All defenses by the name that command lines and settings files use: one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from hf_parcor.defenses.defense import Defense
+from hf_parcor.defenses.multi_step_risk import MultiStepRisk
+
+DEFENSES: Mapping[str, type[Defense]] = MappingProxyType(
+    {
+        "multi_step_risk": MultiStepRisk,
+    }
+)

@@ -1,0 +1,8 @@
+"""How far do metrics fall when weights are corrupted? Evaluators and their records."""
+
+from hf_parcor.evaluation.evaluator import CorruptionEvaluator
+from hf_parcor.evaluation.gradients import DatasetGradients
+from hf_parcor.evaluation.metrics import ClassificationMetric
+from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
+
+__all__ = ["ClassificationMetric", "CorruptionEvaluator", "CorruptionRecord", "DatasetGradients", "EvaluationRecord"]

@@ -1,0 +1,133 @@
+"""Loss gradients over data, for the corruptions that climb along them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_parcor.injection import corrupted
+
+Batch = Any
+Loss = Callable[[nn.Module, Batch], Tensor]
+_IGNORED_LABEL = -100
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean loss that a Transformers model computes itself when its batch has labels.
+
+    Raises:
+        ValueError: The model returned no loss.
+    """
+    output = model(**batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise ValueError(
+            "loss: expected the model to return one, got none; put labels into the batches, or pass loss="
+        )
+    return torch.as_tensor(loss)
+
+
+def count_items(batch: Batch) -> int:
+    """Return how many items a batch's mean loss is over: labels that count, else the length of its first tensor."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor):
+        return int((labels != _IGNORED_LABEL).sum())
+    tensors = batch.values() if isinstance(batch, Mapping) else batch
+    return next(len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.ndim)
+
+
+class DatasetGradients:
+    """Gradients of a model's loss with respect to selected parameters; a `GradientSource`.
+
+    `.grad` is not touched. The gradient over all data is computed once and kept: it serves every closed-form
+    corruption of these weights.
+
+    Args:
+        model: In the mode that it is to be measured in; it is not changed.
+        parameters: The selected parameters by name.
+        batches: Can be walked through again and again, such as a list or a `DataLoader` that does not shuffle.
+        loss: `loss(model, batch)` returns the mean loss over a batch.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: There are no batches, they can be walked through only once, or a parameter is frozen.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        batches: Iterable[Batch],
+        loss: Loss = model_loss,
+        *,
+        progress: bool = False,
+    ) -> None:
+        if iter(batches) is batches:
+            raise ValueError(
+                f"batches: expected a collection that can be walked through again, got the iterator {batches!r}; "
+                "pass a list or a DataLoader"
+            )
+        for name, parameter in parameters.items():
+            if not parameter.requires_grad:
+                raise ValueError(
+                    f"{name}: expected a trainable parameter for a gradient-based corruption, got a frozen one; "
+                    "call .requires_grad_(True) on it, or select others"
+                )
+        self._model, self._parameters, self._batches, self._loss = model, parameters, batches, loss
+        self._progress = progress
+        self._items = [count_items(batch) for batch in batches]
+        if not self._items:
+            raise ValueError("batches: expected at least one batch of data, got none; is the data set empty?")
+        self._overall: dict[str, Tensor] | None = None
+        self._walk: Iterator[Batch] = iter(())
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self._items)
+
+    def over_data(self) -> dict[str, Tensor]:
+        """Return the gradient of the mean loss over all data, each item counted once."""
+        if self._overall is None:
+            total = sum(self._items)
+            overall = {
+                name: torch.zeros_like(parameter, dtype=_wide(parameter))
+                for name, parameter in self._parameters.items()
+            }
+            walk = tqdm(self._batches, desc="gradient over the data", leave=False, disable=not self._progress)
+            for batch, items in zip(walk, self._items, strict=True):
+                gradient = self._gradient(batch)
+                torch._foreach_add_(list(overall.values()), gradient, alpha=items / total)
+            self._overall = overall
+        return self._overall
+
+    def on_next_batch(self, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradient of the next batch's mean loss at `w + a`; after the last batch comes the first."""
+        batch = next(self._walk, None)
+        if batch is None:
+            self._walk = iter(self._batches)
+            batch = next(self._walk)
+        with corrupted(self._parameters, corruption):
+            return dict(zip(self._parameters, self._gradient(batch), strict=True))
+
+    def restart(self) -> None:
+        """Let the next batch be the first."""
+        self._walk = iter(())
+
+    def _gradient(self, batch: Batch) -> list[Tensor]:
+        parameters = list(self._parameters.values())
+        with torch.enable_grad():
+            loss = self._loss(self._model, send_to_device(batch, parameters[0].device))
+            gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return [
+            torch.zeros_like(parameter, dtype=_wide(parameter)) if part is None else part.to(_wide(parameter))
+            for part, parameter in zip(gradient, parameters, strict=True)
+        ]
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,0 +1,169 @@
+"""Results as records: plain frozen data, JSON in and out; plots, tables and cards read nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CorruptionRecord:
+    """What one corruption did to every metric.
+
+    Attributes:
+        corruption: Its name in the catalogue, or "none".
+        label: Its name for tables and plots.
+        settings: Its settings as plain values.
+        seeds: One a trial.
+        metrics: The value of each metric in each trial, in the order of `seeds`; NaN is kept.
+        changed: How many weights differed from the clean ones, mean over trials.
+        norm: Realised L2 norm of the corruption, mean over trials; infinite where a weight became so.
+        notes: What was noticed, in sentences.
+    """
+
+    corruption: str
+    label: str
+    settings: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    metrics: Mapping[str, tuple[float, ...]]
+    changed: float = 0.0
+    norm: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    def mean(self, metric: str) -> float:
+        """Return the mean of a metric over trials; NaN if a trial has NaN."""
+        return statistics.fmean(self.metrics[metric])
+
+    def deviation(self, metric: str) -> float:
+        """Return the sample standard deviation over trials (n − 1); NaN for a single trial."""
+        values = self.metrics[metric]
+        if len(values) < 2 or not all(math.isfinite(value) for value in values):
+            return math.nan
+        return statistics.stdev(values)
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """One model's robustness: its clean metrics, and its metrics under each corruption.
+
+    Attributes:
+        model: Name or path of the model.
+        target: What was corrupted, as it was asked for.
+        parameters: Number k of the weights that could be corrupted.
+        clean: The metrics without corruption.
+        corruptions: One record for each corruption.
+        data: SHA-256 of the batches that gradients were taken on, or "" where no batches were given.
+        versions: Versions of the libraries.
+        notes: What was noticed, in sentences.
+        format: Version of this layout.
+    """
+
+    model: str
+    target: Mapping[str, Any]
+    parameters: int
+    clean: CorruptionRecord
+    corruptions: tuple[CorruptionRecord, ...]
+    data: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """Return the record as standard JSON; NaN and infinities become the strings "nan", "inf" and "-inf"."""
+        return json.dumps(_plain(asdict(self)), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> EvaluationRecord:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: The text is no such record, or one of another format.
+        """
+        data = json.loads(text)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(
+                f"record: expected format {FORMAT}, got {found!r}; make it with this version of hf_parcor"
+            )
+        data["clean"] = _corruption_record(data["clean"])
+        data["corruptions"] = tuple(_corruption_record(entry) for entry in data["corruptions"])
+        data["notes"] = tuple(data["notes"])
+        return cls(**data)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the JSON to a file, with its folder, and return the path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json(), encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> EvaluationRecord:
+        """Read a file that `save` wrote."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def rows(self) -> list[CorruptionRecord]:
+        """Return the clean record and then all others."""
+        return [self.clean, *self.corruptions]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return one row for each corruption, metric and trial.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas; install it with: pip install 'hf-parcor[pandas]'") from error
+        return pandas.DataFrame(
+            {
+                "model": self.model,
+                "corruption": row.corruption,
+                "label": row.label,
+                **{f"setting_{name}": value for name, value in row.settings.items()},
+                "metric": metric,
+                "seed": seed,
+                "value": value,
+            }
+            for row in self.rows()
+            for metric, values in row.metrics.items()
+            for seed, value in zip(row.seeds, values, strict=True)
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _corruption_record(data: dict[str, Any]) -> CorruptionRecord:
+    settings = {
+        name: float(value) if value in ("nan", "inf", "-inf") else value for name, value in data["settings"].items()
+    }
+    metrics = {name: tuple(float(value) for value in values) for name, values in data["metrics"].items()}
+    return CorruptionRecord(
+        corruption=data["corruption"],
+        label=data["label"],
+        settings=settings,
+        seeds=tuple(data["seeds"]),
+        metrics=metrics,
+        changed=float(data["changed"]),
+        norm=float(data["norm"]),
+        notes=tuple(data["notes"]),
+    )

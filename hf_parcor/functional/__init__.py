@@ -1,0 +1,34 @@
+"""Pure functions on tensors, or on lists of tensors seen as one vector: the mathematics of both papers."""
+
+from hf_parcor.functional.bits import field_bits, flip_bits, flip_random_bits, sample_positions
+from hf_parcor.functional.constrained_maximum import (
+    constrained_maximum,
+    constrained_maximum_,
+    constrained_maximum_value,
+)
+from hf_parcor.functional.noise import gaussian_noise, uniform_noise
+from hf_parcor.functional.projections import project, project_, rescale_to_norm
+from hf_parcor.functional.quantization import quantize
+from hf_parcor.functional.top_n import keep_top_n, keep_top_n_
+from hf_parcor.functional.vectors import inner_product, max_magnitude, vector_norm
+
+__all__ = [
+    "constrained_maximum",
+    "constrained_maximum_",
+    "constrained_maximum_value",
+    "field_bits",
+    "flip_bits",
+    "flip_random_bits",
+    "gaussian_noise",
+    "inner_product",
+    "keep_top_n",
+    "keep_top_n_",
+    "max_magnitude",
+    "project",
+    "project_",
+    "quantize",
+    "rescale_to_norm",
+    "sample_positions",
+    "uniform_noise",
+    "vector_norm",
+]

@@ -1,0 +1,55 @@
+"""Checks of the numbers that every formula takes: expected, got, what to do."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+
+def check_real(name: str, value: object, expected: str) -> float:
+    """Return `value` as a float; booleans and non-numbers are a `TypeError`, NaN is a `ValueError`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected {expected}, got {value!r} of type {type(value).__name__}; pass a number")
+    number = float(value)
+    if math.isnan(number):
+        raise ValueError(f"{name}: expected {expected}, got NaN; pass a number")
+    return number
+
+
+def check_norm_order(p: object) -> float:
+    """Return the order of a norm, `1 ≤ p ≤ ∞`.
+
+    Examples:
+        >>> check_norm_order(2)
+        2.0
+        >>> check_norm_order(0.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: p: expected 1 <= p <= inf, got 0.5; below 1 the L_p ball is not convex: pass 2 or float("inf")
+    """
+    order = check_real("p", p, "1 <= p <= inf")
+    if order < 1:
+        raise ValueError(
+            f'p: expected 1 <= p <= inf, got {order:g}; below 1 the L_p ball is not convex: pass 2 or float("inf")'
+        )
+    return order
+
+
+def check_radius(name: str, value: object) -> float:
+    """Return a radius, `0 ≤ value < ∞`."""
+    radius = check_real(name, value, f"0 <= {name} < inf")
+    if radius < 0 or math.isinf(radius):
+        raise ValueError(f"{name}: expected 0 <= {name} < inf, got {radius:g}; pass 0 for no corruption")
+    return radius
+
+
+def check_count(name: str, value: object, minimum: int = 1) -> int:
+    """Return a whole number that is at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(
+            f"{name}: expected a whole number >= {minimum}, got {value!r} of type {type(value).__name__}; pass an int"
+        )
+    count = int(value)
+    if count < minimum:
+        raise ValueError(f"{name}: expected a whole number >= {minimum}, got {count}; pass {minimum} or more")
+    return count

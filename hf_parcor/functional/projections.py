@@ -1,0 +1,103 @@
+"""Projection onto a corruption constraint (Proposition 3), and rescaling, which is something else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_parcor.functional.arguments import check_norm_order, check_radius
+from hf_parcor.functional.top_n import keep_top_n_
+from hf_parcor.functional.vectors import (
+    max_magnitude,
+    multiply_,
+    vector_norm,
+    vector_norm_of_unit_scale,
+    working_copy,
+)
+
+
+def check_projectable(p: float) -> None:
+    """Refuse the norms whose Euclidean projection has no closed form here."""
+    if p != 2 and not math.isinf(p):
+        raise NotImplementedError(
+            f"projection onto an L_p ball: expected p = 2 or p = inf, got p = {p:g}; the paper gives no closed form "
+            "for other p (Proposition 3): use one of these two, or a single-step corruption, which needs none"
+        )
+
+
+def project_(tensors: list[Tensor], p: float, epsilon: float, top_n: int | None = None) -> None:
+    """Overwrite `tensors` with their projection (see `project`)."""
+    p = check_norm_order(p)
+    epsilon = check_radius("epsilon", epsilon)
+    check_projectable(p)
+    if top_n is not None:
+        keep_top_n_(tensors, top_n)
+    if math.isinf(p):
+        torch._foreach_clamp_min_(tensors, -epsilon)
+        torch._foreach_clamp_max_(tensors, epsilon)
+        return
+    # Scaling by a power of two is exact, so a vector inside the ball keeps its bits, and no square leaves the range.
+    _, exponent = torch.frexp(max_magnitude(tensors).double())
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), -exponent)
+    multiply_(tensors, scale)
+    norm = vector_norm_of_unit_scale(tensors, 2) / scale
+    multiply_(tensors, torch.where(norm > epsilon, epsilon / norm, 1.0) / scale)
+
+
+def project(tensors: Sequence[Tensor], p: float, epsilon: float, top_n: int | None = None) -> list[Tensor]:
+    r"""Return the point of the constraint that is nearest to a vector.
+
+    .. math:: \arg\min_y \; \|y - x\|_2 \quad \text{such that} \quad \|y\|_p \le \epsilon, \; \|y\|_0 \le n
+
+    For p = 2 it is `min(1, ε/‖h‖₂) h`, and for p = ∞ `clip(h, −ε, ε)`, with `h = top_n(x)`. A point inside is returned
+    unchanged. Paper 2, Eq. 17–19, Proposition 3 (which prints `arg max` and means `arg min`).
+
+    Args:
+        tensors: `x`, floating-point tensors of any shapes, seen as one vector.
+        p: 2 or ∞.
+        epsilon: Radius, `ε ≥ 0`.
+        top_n: How many coordinates may be non-zero; None for all.
+
+    Returns:
+        Tensors of the shapes of `tensors`, in float32 (or float64).
+
+    Raises:
+        NotImplementedError: `p` is neither 2 nor ∞.
+        ValueError: `p < 1`, `epsilon < 0`, `top_n < 1`, or NaN.
+
+    Examples:
+        >>> project([torch.tensor([3.0]), torch.tensor([4.0])], p=2, epsilon=1.0)
+        [tensor([0.6000]), tensor([0.8000])]
+        >>> project([torch.tensor([3.0]), torch.tensor([0.4])], p=math.inf, epsilon=1.0)
+        [tensor([1.]), tensor([0.4000])]
+    """
+    projected = working_copy(tensors)
+    project_(projected, p, epsilon, top_n)
+    return projected
+
+
+def rescale_to_norm(tensors: Sequence[Tensor], p: float, epsilon: float) -> list[Tensor]:
+    """Return `ε v / ‖v‖_p`: the same direction at exactly this norm, also from inside; `v = 0` stays 0.
+
+    Not a projection: for p ≠ 2 the nearest point of the ball lies in another direction.
+
+    Args:
+        tensors: `v`, seen as one vector.
+        p: Order of the norm, `1 ≤ p ≤ ∞`.
+        epsilon: The norm to reach.
+
+    Raises:
+        ValueError: `p < 1`, `epsilon < 0`, or NaN.
+
+    Examples:
+        >>> rescale_to_norm([torch.tensor([3.0, 1.0])], p=math.inf, epsilon=1.0)
+        [tensor([1.0000, 0.3333])]
+    """
+    epsilon = check_radius("epsilon", epsilon)
+    rescaled = working_copy(tensors)
+    norm = vector_norm(rescaled, p).double()
+    multiply_(rescaled, torch.where(norm > 0, epsilon / norm, 0.0))
+    return rescaled

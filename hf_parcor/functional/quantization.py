@@ -1,0 +1,45 @@
+"""Uniform symmetric quantization of one tensor (paper 2, Eq. A.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_parcor.functional.arguments import check_count
+
+
+def check_bits(bits: object) -> int:
+    """Return the width of a quantized integer, a whole number in 2..16."""
+    width = check_count("bits", bits, minimum=2)
+    if width > 16:
+        raise ValueError(f"bits: expected a whole number in 2..16, got {width}; beyond 16 nothing visible changes")
+    return width
+
+
+def quantize(tensor: Tensor, bits: int) -> Tensor:
+    """Return `round(W/w0) · w0` with the step `w0 = max|W| / (2^(n−1) − 1)`: n-bit signed integers, one scale.
+
+    Halves round to even. A tensor of zeros is returned as it is, and so is one with an entry that is not finite.
+
+    Args:
+        tensor: `W`, floating point, any shape.
+        bits: `n`, in 2..16; n bits hold `2^n − 1` levels from `−max|W|` to `max|W|`.
+
+    Returns:
+        The quantized weights, in the dtype of `tensor`; the step is computed in float32 (or float64).
+
+    Raises:
+        ValueError: `bits` outside 2..16.
+
+    Examples:
+        >>> quantize(torch.tensor([-1.0, 0.2, 0.4, 0.6]), bits=2)
+        tensor([-1.,  0.,  0.,  1.])
+    """
+    bits = check_bits(bits)
+    if tensor.numel() == 0:
+        return tensor.clone()
+    weights = tensor if tensor.dtype == torch.float64 else tensor.float()
+    step = weights.abs().amax() / (2 ** (bits - 1) - 1)
+    usable = torch.isfinite(step) & (step > 0)
+    rounded = torch.round(weights / torch.where(usable, step, 1.0)) * step
+    return torch.where(usable, rounded, weights).to(tensor.dtype)

@@ -1,0 +1,148 @@
+"""A list of tensors seen as one long vector: magnitudes, norms, products, scaling.
+
+Nothing is concatenated, and nothing waits for the device: sizes stay zero-dimensional tensors.
+A function whose name ends in `_` overwrites the tensors that it is given, as in PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_parcor.functional.arguments import check_norm_order
+
+_BITS_OF_DTYPE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Return the dtype that norms are computed in: float64 if any tensor has it, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def working_copy(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return fresh copies in float32 (float64 stays), so that low precision swallows nothing."""
+    dtype = working_dtype(tensors)
+    return [tensor.detach().to(dtype, copy=True) for tensor in tensors]
+
+
+def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return bit-for-bit copies, all written by one batched call."""
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
+def numel(tensors: Sequence[Tensor]) -> int:
+    """Return `k`, the number of entries of the vector."""
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _joined(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    device = values[0].device
+    return torch.stack([value.to(device=device, dtype=dtype) for value in values])
+
+
+def max_magnitude(tensors: Sequence[Tensor]) -> Tensor:
+    """Return `max_i |v_i|` as a zero-dimensional tensor; 0 for no entries, NaN if any entry is NaN.
+
+    Examples:
+        >>> max_magnitude([torch.tensor([1.0, -3.0]), torch.tensor([[2.0]])])
+        tensor(3.)
+    """
+    dtype = working_dtype(tensors)
+    filled = [tensor for tensor in tensors if tensor.numel()]
+    if not filled:
+        return torch.zeros((), dtype=dtype)
+    if filled[0].device.type == "cpu":
+        # The max-norm is not vectorised on CPUs: aminmax was 15 times faster on 23 million entries, and there
+        # are no kernel launches to save by batching.
+        extremes = [extreme for tensor in filled for extreme in torch.aminmax(tensor)]
+        largest: Tensor = _joined(extremes, dtype).abs_().amax()
+        return largest
+    return _joined(torch._foreach_norm(filled, math.inf), dtype).amax()
+
+
+def vector_norm_of_unit_scale(tensors: Sequence[Tensor], p: float) -> Tensor:
+    """Return `‖v‖_p` of entries of ordinary size: fast, but squares of 1e-23 and of 1e20 leave float32's range."""
+    dtype = working_dtype(tensors)
+    filled = [tensor for tensor in tensors if tensor.numel()]
+    if not filled:
+        return torch.zeros((), dtype=dtype)
+    if math.isinf(p):
+        return max_magnitude(filled)
+    norm: Tensor = torch.linalg.vector_norm(_joined(torch._foreach_norm(filled, p), dtype), p)
+    return norm
+
+
+def vector_norm(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
+    """Return `‖v‖_p = (Σ_i |v_i|^p)^(1/p)`, or `max_i |v_i|` for p = ∞, of all tensors as ONE vector.
+
+    Entries are divided by the largest magnitude first, so no power over- or underflows.
+
+    Args:
+        tensors: Tensors of any shapes.
+        p: Order of the norm, `1 ≤ p ≤ ∞`.
+
+    Returns:
+        A zero-dimensional tensor in float32, or float64 if a tensor has it.
+
+    Raises:
+        ValueError: `p` is below 1 or NaN.
+
+    Examples:
+        >>> vector_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+        tensor(5.)
+        >>> vector_norm([torch.tensor([3e30, 4e30])])
+        tensor(5.0000e+30)
+    """
+    p = check_norm_order(p)
+    largest = max_magnitude(tensors)
+    if math.isinf(p):
+        return largest
+    divisor = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+    dtype = working_dtype(tensors)
+    # One tensor at a time: the scaled copy is never larger than the largest tensor.
+    parts = [torch.linalg.vector_norm(tensor.to(dtype) / divisor.to(tensor.device), p) for tensor in tensors]
+    if not parts:
+        return largest
+    norm: Tensor = largest * torch.linalg.vector_norm(_joined(parts, dtype), p)
+    return norm
+
+
+def inner_product(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Return `aᵀb = Σ_i a_i b_i` in float64.
+
+    Examples:
+        >>> inner_product([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])])
+        tensor(11., dtype=torch.float64)
+    """
+    products = [torch.dot(a.reshape(-1).double(), b.reshape(-1).double()) for a, b in zip(first, second, strict=True)]
+    return _joined(products, torch.float64).sum() if products else torch.zeros((), dtype=torch.float64)
+
+
+def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply every tensor, in place, by a zero-dimensional factor that stays on its device."""
+    devices = {tensor.device for tensor in tensors}
+    for device in devices:
+        torch._foreach_mul_([tensor for tensor in tensors if tensor.device == device], factor.to(device))
+
+
+def zero_unless_(tensors: Sequence[Tensor], condition: Tensor) -> None:
+    """Set every entry to zero, in place, unless a zero-dimensional `condition` holds; NaN and ∞ too.
+
+    `NaN · 0` is NaN, and a branch on the condition would wait for the device. The bit pattern of a float, read as
+    an integer, times 0 is the pattern of 0.0, and times 1 itself.
+
+    Examples:
+        >>> v = [torch.tensor([1.5, float("nan"), float("inf")])]
+        >>> zero_unless_(v, torch.tensor(False))
+        >>> v
+        [tensor([0., 0., 0.])]
+    """
+    for dtype in {tensor.dtype for tensor in tensors}:
+        integer = _BITS_OF_DTYPE[dtype.itemsize]
+        multiply_([tensor.view(integer) for tensor in tensors if tensor.dtype == dtype], condition.to(integer))

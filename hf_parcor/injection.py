@@ -1,0 +1,214 @@
+"""The only place where weights are written, and the place that gives their exact bits back.
+
+Weights come back by copying saved bits, never by subtracting what was added: `w + a − a` leaves up to a tenth of
+the float32 weights of a model changed in their last bit.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_parcor.functional.vectors import clones, vector_norm, vector_norm_of_unit_scale
+
+
+class Replacement(dict[str, Tensor]):
+    """New values of weights, by name, where a difference would not do.
+
+    Quantized weights and flipped bits are values: `w + (Q(w) − w)` is not `Q(w)` in floating point, and an exponent
+    bit that flips may turn a weight into ∞. Any other mapping of names to tensors is a corruption `a` to be added.
+    """
+
+
+@dataclass(frozen=True)
+class CorruptionNorm:
+    """The size of a corruption: `asked` as it was computed, `realised` as the weights could represent it."""
+
+    asked: Tensor
+    realised: Tensor
+
+
+@dataclass(frozen=True)
+class CorruptionSize:
+    """How many weights a corruption changed, and its realised L2 norm."""
+
+    changed: int
+    norm: float
+
+
+class Injection:
+    """A corruption of some weights that can be moved step by step, and withdrawn to the last bit.
+
+    The weights themselves hold `w + a`; only the saved bits of `w` cost memory, and they are taken when the first
+    corruption is written. Weights narrower than float32 swallow small corruptions, so for them (only) `a` is kept in
+    float32 beside.
+
+    Args:
+        weights: Floating-point tensors by name; they are written in place.
+
+    Raises:
+        TypeError: A tensor is not floating point.
+        ValueError: There is no tensor.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        check_weights(weights)
+        self._weights = {name: weight.detach() for name, weight in weights.items()}
+        self._exact = [weight for weight in self._weights.values() if weight.dtype.itemsize >= 4]
+        self._narrow = [weight for weight in self._weights.values() if weight.dtype.itemsize < 4]
+        self._forget()
+
+    def _forget(self) -> None:
+        self._active = False
+        self._saved_exact: list[Tensor] = []
+        self._saved_narrow: list[Tensor] = []
+        self._corruption: dict[str, Tensor] = {}
+
+    def _begin(self) -> None:
+        self._saved_exact = clones(self._exact)
+        self._saved_narrow = clones(self._narrow)
+        self._active = True
+
+    @torch.no_grad()
+    def displace(self, update: Mapping[str, Tensor], project: Callable[[list[Tensor]], None] | None = None) -> None:
+        """Move the corruption: `a ← Π(a + u)`, and write `w + a`.
+
+        Args:
+            update: `u` by name; names that are absent are not moved, though the projection may still shrink them.
+            project: Π, overwrites the list of all tensors of `a` with its projection; None for none.
+        """
+        if self._active:
+            _foreach(torch._foreach_sub_, self._exact, self._saved_exact)
+        else:
+            self._begin()
+            _foreach(torch._foreach_zero_, self._exact)
+            # Weights of full precision hold a itself while it moves: no second buffer.
+            self._corruption = {
+                name: weight if weight.dtype.itemsize >= 4 else torch.zeros_like(weight, dtype=torch.float32)
+                for name, weight in self._weights.items()
+            }
+        _foreach(torch._foreach_add_, [self._corruption[name] for name in update], list(update.values()))
+        if project is not None:
+            project(list(self._corruption.values()))
+        _foreach(torch._foreach_add_, self._exact, self._saved_exact)
+        if self._narrow:
+            torch._foreach_copy_(self._narrow, torch._foreach_add(self._wide(), self._saved_narrow))
+
+    def _wide(self) -> list[Tensor]:
+        return [self._corruption[name] for name, weight in self._weights.items() if weight.dtype.itemsize < 4]
+
+    @torch.no_grad()
+    def size(self) -> CorruptionSize:
+        """Count the weights that differ from the saved ones, and measure by how much; waits for the device."""
+        changed, parts = 0, []
+        for weights, saved in ((self._exact, self._saved_exact), (self._narrow, self._saved_narrow)):
+            for weight, before in zip(weights, saved, strict=bool(saved)):
+                difference = weight.double() - before.double()
+                changed += int((weight != before).sum())
+                parts.append(vector_norm([difference]))
+        return CorruptionSize(changed, float(vector_norm(parts)))
+
+    @torch.no_grad()
+    def replace(self, values: Mapping[str, Tensor]) -> None:
+        """Write new values over the weights."""
+        if not self._active:
+            self._begin()
+        for name, value in values.items():
+            self._weights[name].copy_(value)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the saved bits back and free them; nothing to do is fine."""
+        if self._active:
+            _foreach(torch._foreach_copy_, self._exact, self._saved_exact)
+            _foreach(torch._foreach_copy_, self._narrow, self._saved_narrow)
+        self._forget()
+
+    @torch.no_grad()
+    def withdraw(self, p: float) -> CorruptionNorm:
+        """Restore, and return the `L_p` norm of the corruption as asked and as the weights really took it."""
+        if not self._active:
+            return CorruptionNorm(torch.zeros(()), torch.zeros(()))
+        _foreach(torch._foreach_sub_, self._exact, self._saved_exact)
+        _foreach(torch._foreach_sub_, self._narrow, self._saved_narrow)
+        realised = vector_norm_of_unit_scale([*self._exact, *self._narrow], p)
+        asked = vector_norm_of_unit_scale([*self._exact, *self._wide()], p) if self._corruption else realised
+        self.restore()
+        return CorruptionNorm(asked, realised)
+
+
+def _foreach(operation: Callable[..., object], first: list[Tensor], *others: list[Tensor]) -> None:
+    if first:
+        operation(first, *others)
+
+
+def check_weights(weights: Mapping[str, Tensor]) -> None:
+    """Refuse an empty selection and weights that are not floating point."""
+    if not weights:
+        raise ValueError("weights: expected at least one tensor, got none; select parameters first")
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise TypeError(
+                f"{name}: expected a floating-point weight, got {weight.dtype}; leave it out of the selection"
+            )
+
+
+def _check(weights: Mapping[str, Tensor], corruption: Mapping[str, Tensor]) -> None:
+    for name, change in corruption.items():
+        if name not in weights:
+            near = difflib.get_close_matches(name, weights, n=3) or list(weights)[:3]
+            raise ValueError(
+                f"corruption: expected names of the {len(weights)} selected parameters, got {name!r}; "
+                f"the nearest are {', '.join(near)}"
+            )
+        if change.shape != weights[name].shape:
+            raise ValueError(
+                f"{name}: expected a corruption of shape {tuple(weights[name].shape)}, got {tuple(change.shape)}; "
+                "make it from the weights that it is for"
+            )
+
+
+@contextmanager
+def corrupted(parameters: Mapping[str, Tensor], corruption: Mapping[str, Tensor]) -> Iterator[Injection]:
+    """Corrupt weights inside a `with` block; after it, and after any exception in it, every bit is back.
+
+    Args:
+        parameters: Weights by name, as `select_parameters` returns them.
+        corruption: What to add to them, by name (names that are absent stay as they are), or a `Replacement` with
+            new values. It is computed in float32 and rounded once to the weight's own precision.
+
+    Yields:
+        The injection, whose `withdraw(p)` ends the corruption early and tells its realised norm.
+
+    Raises:
+        ValueError: A name or a shape does not belong to the parameters; nothing is written then.
+        TypeError: A named weight is not floating point; nothing is written then.
+
+    Examples:
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> before = layer.weight.detach().clone()
+        >>> with corrupted(dict(layer.named_parameters()), {"weight": torch.tensor([[0.5, 0.0]])}):
+        ...     print(layer.weight.detach() - before)
+        tensor([[0.5000, 0.0000]])
+        >>> torch.equal(layer.weight, before)
+        True
+    """
+    _check(parameters, corruption)
+    touched = {name: parameters[name] for name in corruption}
+    if not touched:
+        raise ValueError("corruption: expected at least one tensor, got none; corrupt at least one parameter")
+    injection = Injection(touched)
+    try:
+        if isinstance(corruption, Replacement):
+            injection.replace(corruption)
+        else:
+            devices = {name: weight.device for name, weight in touched.items()}
+            injection.displace({name: change.detach().to(devices[name]) for name, change in corruption.items()})
+        yield injection
+    finally:
+        injection.restore()

@@ -1,0 +1,8 @@
+"""Which parameters are corrupted: by name as in PEFT, by kind of module, by position, or by a word."""
+
+from hf_parcor.targets.errors import TargetError
+from hf_parcor.targets.selection import select_parameters
+from hf_parcor.targets.stacks import Stack, find_stacks
+from hf_parcor.targets.words import WORDS
+
+__all__ = ["WORDS", "Stack", "TargetError", "find_stacks", "select_parameters"]

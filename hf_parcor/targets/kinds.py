@@ -1,0 +1,162 @@
+"""What a module is: normalization, attention, embedding, linear layer, output layer.
+
+The names of classes decide, because Transformers has hundreds of attention and normalization classes that have no
+common ancestor. A class name can mislead (`MllamaSelfAttentionDecoderLayer` is a whole block,
+`Wav2Vec2EncoderStableLayerNorm` a whole encoder), so structure has the last word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_parcor.targets.stacks import find_stacks, has_parameters
+
+__all__ = [
+    "attention_modules",
+    "embedding_modules",
+    "is_layer_norm",
+    "is_normalization",
+    "linear_modules",
+    "output_layers",
+    "parameters_below",
+]
+
+_LAYER_NORM_NAME = re.compile(r"(Layer|RMS|Rms)Norm")
+_NORMALIZATION_NAME = re.compile(r"Norm(?!ed|al(?!iz))")  # not NormedEmbedding, not a normal distribution
+_EMBEDDING_NAME = re.compile(r"Embed(ding|der)?s?(\d[dD])?$")
+_HEAD_NAMES = ("score", "classifier")
+
+
+def parameters_below(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
+    """Return the parameters of modules and of everything below them."""
+    return {parameter for module in modules for parameter in module.parameters()}
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a LayerNorm or RMSNorm of any library: by class name, with parameters of its own only.
+
+    Example:
+        >>> is_layer_norm(nn.LayerNorm(2)), is_layer_norm(nn.RMSNorm(2)), is_layer_norm(nn.BatchNorm1d(2))
+        (True, True, False)
+    """
+    return _is_leaf_called(_LAYER_NORM_NAME, module)
+
+
+def is_normalization(module: nn.Module) -> bool:
+    """Tell whether a module is a normalization layer of any family.
+
+    Example:
+        >>> (
+        ...     is_normalization(nn.BatchNorm1d(2)),
+        ...     is_normalization(nn.GroupNorm(1, 2)),
+        ...     is_normalization(nn.Linear(2, 2)),
+        ... )
+        (True, True, False)
+    """
+    return _is_leaf_called(_NORMALIZATION_NAME, module)
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the attention modules: `nn.MultiheadAttention` and modules with `Attention` in their class name.
+
+    A module that holds a stack of blocks is not attention, whatever its name, nor is a block of a stack that has
+    attention inside.
+
+    Example:
+        >>> layer = nn.TransformerEncoderLayer(d_model=4, nhead=1, dim_feedforward=4, batch_first=True)
+        >>> [type(module).__name__ for module in attention_modules(layer)]
+        ['MultiheadAttention']
+    """
+    blocks = {block for stack in find_stacks(model) for block in stack.blocks}
+    is_model = _model_test(model)
+
+    def is_called_attention(module: nn.Module) -> bool:
+        return "Attention" in type(module).__name__ and not is_model(module)
+
+    def is_attention(module: nn.Module) -> bool:
+        if isinstance(module, nn.MultiheadAttention):
+            return True
+        inner = (below for below in module.modules() if below is not module)
+        return is_called_attention(module) and not (module in blocks and any(map(is_called_attention, inner)))
+
+    return [module for module in model.modules() if is_attention(module)]
+
+
+def embedding_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the embeddings: `nn.Embedding` outside attention, and modules called so (ViT's patches and positions).
+
+    Embeddings inside attention, such as T5's table of relative positions, belong to attention.
+
+    Example:
+        >>> [type(module).__name__ for module in embedding_modules(nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2)))]
+        ['Embedding']
+    """
+    inside_attention = {below for module in attention_modules(model) for below in module.modules()}
+    is_model = _model_test(model)
+
+    def is_embedding(module: nn.Module) -> bool:
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            return True
+        return _EMBEDDING_NAME.search(type(module).__name__) is not None and not is_model(module)
+
+    return [module for module in model.modules() if module not in inside_attention and is_embedding(module)]
+
+
+def linear_modules(model: nn.Module) -> list[nn.Module]:
+    """Return every `nn.Linear` and every Transformers `Conv1D` (GPT-2's linear layer) outside the output layer.
+
+    Example:
+        >>> linear_modules(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))
+        [Linear(in_features=2, out_features=3, bias=True)]
+    """
+    outside = {below for layer in output_layers(model) for below in layer.modules()}
+    return [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)) and module not in outside]
+
+
+def output_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the output layer of the Transformers model in `model`: language modelling head, or the head for the task.
+
+    A model without output embeddings has its head outside `base_model`: the last module there that has parameters
+    (so DistilBERT's `pre_classifier` is no output layer), whatever its name. A plain module has no known output
+    layer.
+
+    Example:
+        >>> output_layers(nn.Linear(2, 2))
+        []
+    """
+    return [layer for whole in _outermost_pretrained(model) for layer in [_output_layer(whole)] if layer is not None]
+
+
+def _output_layer(model: PreTrainedModel) -> nn.Module | None:
+    get_output_embeddings: Callable[[], object] = model.get_output_embeddings
+    output_embeddings = get_output_embeddings()
+    if isinstance(output_embeddings, nn.Module):
+        return output_embeddings
+    base = model.base_model
+    if base is model:  # a base model has no head; a few classifiers are their own base
+        return next((child for name, child in model.named_children() if name in _HEAD_NAMES), None)
+    heads = [child for child in model.children() if child is not base and has_parameters(child)]
+    return heads[-1] if heads and not find_stacks(heads[-1]) else None
+
+
+def _outermost_pretrained(module: nn.Module) -> list[PreTrainedModel]:
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    return [model for child in module.children() for model in _outermost_pretrained(child)]
+
+
+def _is_leaf_called(pattern: re.Pattern[str], module: nn.Module) -> bool:
+    if not any(pattern.search(ancestor.__name__) for ancestor in type(module).__mro__):
+        return False
+    return any(True for _ in module.parameters(recurse=False)) and not any(map(has_parameters, module.children()))
+
+
+def _model_test(model: nn.Module) -> Callable[[nn.Module], bool]:
+    """Return a test for what is (part of) a model and not one layer: the root, and all that holds a stack."""
+    lists = {stack.blocks for stack in find_stacks(model)}
+    return lambda module: module is model or any(below in lists for below in module.modules())

@@ -1,0 +1,21 @@
+"""Defended training with Transformers' Trainers."""
+
+from hf_parcor.training.arguments import (
+    ParameterDefenseTrainingArguments,
+    Seq2SeqParameterDefenseTrainingArguments,
+    build_defense,
+)
+from hf_parcor.training.collapse import signs_of_collapse
+from hf_parcor.training.mixin import DEFAULT_DEFENSE, ParameterDefenseMixin
+from hf_parcor.training.trainers import ParameterDefenseTrainer, Seq2SeqParameterDefenseTrainer
+
+__all__ = [
+    "DEFAULT_DEFENSE",
+    "ParameterDefenseMixin",
+    "ParameterDefenseTrainer",
+    "ParameterDefenseTrainingArguments",
+    "Seq2SeqParameterDefenseTrainer",
+    "Seq2SeqParameterDefenseTrainingArguments",
+    "build_defense",
+    "signs_of_collapse",
+]

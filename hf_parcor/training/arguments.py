@@ -1,0 +1,99 @@
+"""Training arguments with the defense as flags, for Trainer and Seq2SeqTrainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from hf_parcor.constraints import CorruptionConstraint
+from hf_parcor.defenses import DEFENSES, Defense
+
+NO_DEFENSE = "none"
+_PREFIX = "defense_"
+_NOT_OF_THE_DEFENSE = ("defense", "norm", "epsilon", "top_n", "target_modules", "exclude_modules", "layers")
+
+
+@dataclass
+class DefenseArguments:
+    """The defense as flags, `--defense_*`; mixed into the arguments classes of both Trainers."""
+
+    defense: str = field(
+        default="multi_step_risk",
+        metadata={"help": f"Which defense: {', '.join(DEFENSES)}, or {NO_DEFENSE!r} for the stock training step."},
+    )
+    defense_norm: float = field(
+        default=2.0, metadata={"help": "Order p of the corruption constraint's norm: 2, or inf."}
+    )
+    defense_epsilon: float = field(
+        default=0.1,
+        metadata={"help": "Radius of the corruption constraint, in units of the weights (SAM: rho). 0 for none."},
+    )
+    defense_top_n: int | None = field(
+        default=None, metadata={"help": "The largest number of corrupted entries; not set for no limit."}
+    )
+    defense_steps: int = field(default=1, metadata={"help": "Corruption steps K; a training step takes K + 1 passes."})
+    defense_step_size: float | None = field(
+        default=None, metadata={"help": "Size of one corruption step; not set for 1.5 epsilon / K."}
+    )
+    defense_random_start: bool = field(
+        default=False, metadata={"help": "Start the corruption from a random point of norm epsilon instead of zero."}
+    )
+    defense_start_epoch: float = field(
+        default=0.0, metadata={"help": "Train without the defense until this epoch; a fraction is fine."}
+    )
+    defense_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names or suffixes of the modules to defend, or words such as last-decoder-layer, attention, "
+            "layer-norm, all-linear; not set for all trainable parameters."
+        },
+    )
+    defense_exclude_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names, suffixes or words of modules to leave out."}
+    )
+    defense_layers: list[int] | None = field(
+        default=None, metadata={"help": "Defend only these layers of each stack; negative counts from the last."}
+    )
+
+
+@dataclass
+class ParameterDefenseTrainingArguments(DefenseArguments, TrainingArguments):
+    """`transformers.TrainingArguments` and the defense as flags."""
+
+
+@dataclass
+class Seq2SeqParameterDefenseTrainingArguments(DefenseArguments, Seq2SeqTrainingArguments):
+    """`transformers.Seq2SeqTrainingArguments` and the defense as flags."""
+
+
+def build_defense(arguments: DefenseArguments) -> Defense | None:
+    """Return the defense that the flags describe, None for the stock training step.
+
+    Every flag `--defense_X` whose X is a setting of the chosen defense is handed to it.
+
+    Raises:
+        ValueError: An unknown defense, a setting out of range, or a flag that the chosen defense does not know.
+    """
+    if arguments.defense == NO_DEFENSE:
+        return None
+    if arguments.defense not in DEFENSES:
+        known = ", ".join([*DEFENSES, NO_DEFENSE])
+        raise ValueError(f"defense: expected one of {known}, got {arguments.defense!r}; choose one of these")
+    chosen = DEFENSES[arguments.defense]
+    constraint = CorruptionConstraint(
+        p=arguments.defense_norm, epsilon=arguments.defense_epsilon, top_n=arguments.defense_top_n
+    )
+    known = {setting.name for setting in fields(chosen)}
+    settings: dict[str, Any] = {}
+    for flag in fields(DefenseArguments):
+        name, value = flag.name.removeprefix(_PREFIX), getattr(arguments, flag.name)
+        if name in known:
+            settings[name] = value
+        elif name not in _NOT_OF_THE_DEFENSE and value != flag.default:
+            raise ValueError(
+                f"--{flag.name}: expected a setting of {arguments.defense}, got {value!r} for one that it does not "
+                "have; leave the flag out"
+            )
+    return chosen(constraint, **settings)
