@@ -49,6 +49,6 @@ class Defense(ABC):
     def ascend(self, step: DefendedStep, radius: float) -> None:
         """Take one corruption step (SAM: *ascent step*): `a ← Π_S(a + u)`, u the constrained maximum of `radius`."""
         update = step.gradients()
-        constrained_maximum_(list(update.values()), self.constraint.p, radius)
         p, epsilon, top_n = self.constraint.p, self.constraint.epsilon, self.constraint.top_n
+        constrained_maximum_(list(update.values()), p, radius, top_n)
         step.displace(update, partial(project_, p=p, epsilon=epsilon, top_n=top_n))

@@ -110,6 +110,9 @@ def embedding_modules(model: nn.Module) -> list[nn.Module]:
 def linear_modules(model: nn.Module) -> list[nn.Module]:
     """Return every `nn.Linear` and every Transformers `Conv1D` (GPT-2's linear layer) outside the output layer.
 
+    As in PEFT, weights that are no module of their own are not meant: the experts of a mixture fused into one tensor,
+    the input projection of `nn.MultiheadAttention`. Unlike there, no task type is needed to leave out a classifier.
+
     Example:
         >>> linear_modules(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))
         [Linear(in_features=2, out_features=3, bias=True)]

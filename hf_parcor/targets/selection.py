@@ -95,7 +95,7 @@ def select_parameters(
         advice = f"but these belong to modules of the classes {owners}, use one of these"
         chosen = _keep(chosen, parameters_of_types(model, module_types), "module_types", module_types, advice)
     if layers is not None:
-        advice = f"but these lie outside the blocks of that number in {describe_stacks(model)}, use other numbers"
+        advice = f"but these lie outside the blocks of that number in {describe_stacks(model)}, change or drop layers"
         chosen = _keep(chosen, parameters_in_layers(model, layers), "layers", layers, advice)
     return {name: parameter for name, parameter in model.named_parameters() if parameter in chosen}
 

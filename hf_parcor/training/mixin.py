@@ -151,10 +151,10 @@ class ParameterDefenseMixin(_Base):
         super().log(logs, *args, **kwargs)
 
     def _refuse_what_cannot_work(self) -> None:
-        optimizer = self.args.optim
-        if optimizer in _UPDATES_INSIDE_BACKWARD or "layerwise" in str(optimizer):
+        optimizer = OptimizerNames(self.args.optim)
+        if optimizer in _UPDATES_INSIDE_BACKWARD or "layerwise" in optimizer.value:
             raise ValueError(
-                f"optim: expected an optimizer that updates after backward, got {optimizer}; it would update at "
+                f"optim: expected an optimizer that updates after backward, got {optimizer.value!r}; it would update at "
                 "corrupted weights, once a pass: choose another, or defense='none'"
             )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

@@ -130,7 +130,7 @@ EXPECTED: dict[str, dict[str, str | None]] = {
             {ALBERT_LAYER}.attention.{{query,key,value,dense,LayerNorm}}.*
             {ALBERT_LAYER}.{{ffn,ffn_output}}.*""",
     },
-    # T5's table of relative positions is an nn.Embedding inside attention: it counts as attention. lm_head is tied to shared.
+    # T5's table of relative positions is an nn.Embedding in attention: it counts as attention. lm_head is tied.
     "t5": {
         "all": f"""
             shared.weight

@@ -1,0 +1,163 @@
+"""Every defense against its update written out longhand, in float64, on a small real network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_parcor import CorruptionConstraint, MultiStepRisk
+from hf_parcor.defenses import DEFENSES, DefendedStep, Defense
+
+SELECTED = ("0.weight", "0.bias", "2.weight")
+
+
+@pytest.fixture
+def problem():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    inputs, labels = torch.randn(11, 5, dtype=torch.float64), torch.randint(3, (11,))
+    return model, inputs, labels
+
+
+def gradients_at(model, inputs, labels, corruption: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Autograd at `w + a`, by functional call: no weight is written."""
+    values = {name: (p.detach() + corruption.get(name, 0)).requires_grad_() for name, p in model.named_parameters()}
+    loss = nn.functional.cross_entropy(torch.func.functional_call(model, values, inputs), labels)
+    return dict(zip(values, torch.autograd.grad(loss, list(values.values())), strict=True))
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].reshape(-1) for name in SELECTED])
+
+
+def unflat(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    parts = vector.split([like[name].numel() for name in SELECTED])
+    return {name: part.view_as(like[name]) for name, part in zip(SELECTED, parts, strict=True)}
+
+
+def largest(vector: Tensor, n: int | None) -> Tensor:
+    order = vector.abs().argsort(descending=True, stable=True)
+    return vector if n is None else vector.clone().index_fill_(0, order[n:], 0)
+
+
+def climb(gradient: Tensor, p: float, radius: float, top_n: int | None) -> Tensor:
+    gradient = largest(gradient, top_n)
+    return radius * (gradient.sign() if math.isinf(p) else gradient / gradient.norm())
+
+
+def into_ball(a: Tensor, p: float, epsilon: float, top_n: int | None) -> Tensor:
+    a = largest(a, top_n)
+    return a.clamp(-epsilon, epsilon) if math.isinf(p) else a * min(1.0, epsilon / max(float(a.norm()), 1e-300))
+
+
+def multi_step_risk(defense: MultiStepRisk, problem) -> dict[str, Tensor]:
+    """Paper 2, Algorithm 1 and Eq. 24, line by line."""
+    constraint, steps = defense.constraint, defense.steps
+    alpha = 1.5 * constraint.epsilon / steps if defense.step_size is None else defense.step_size
+    clean = gradients_at(*problem, {})
+    a = torch.zeros_like(flat(clean))
+    if defense.random_start:
+        shapes = [clean[name] for name in SELECTED]
+        r = torch.cat([torch.empty_like(g).normal_().reshape(-1) for g in shapes])
+        a = climb(r, constraint.p, constraint.epsilon, constraint.top_n)
+    total = {name: torch.zeros_like(g) for name, g in clean.items()}
+    for k in range(steps + 1):
+        g = gradients_at(*problem, unflat(a, clean))
+        total = {name: total[name] + g[name] / (steps + 1) for name in total}
+        if k < steps:
+            u = climb(flat(g), constraint.p, alpha, constraint.top_n)
+            a = into_ball(a + u, constraint.p, constraint.epsilon, constraint.top_n)
+    return total
+
+
+@dataclass
+class Row:
+    """A defense of the catalogue: settings to check it at, and its update written out."""
+
+    settings: list[Defense]
+    longhand: Callable[[Defense, object], dict[str, Tensor]]
+
+
+L2, MAX = CorruptionConstraint(p=2, epsilon=0.3), CorruptionConstraint(p=math.inf, epsilon=0.05)
+ROWS = {
+    "multi_step_risk": Row(
+        [
+            *(MultiStepRisk(constraint, steps=steps) for constraint in (L2, MAX) for steps in (1, 2, 3)),
+            MultiStepRisk(L2, steps=2, step_size=0.05),
+            MultiStepRisk(CorruptionConstraint(p=2, epsilon=0.3, top_n=9), steps=3),
+            MultiStepRisk(CorruptionConstraint(p=math.inf, epsilon=0.1, top_n=4), steps=2),
+            MultiStepRisk(L2, steps=2, random_start=True),
+            MultiStepRisk(MAX, steps=1, random_start=True),
+        ],
+        multi_step_risk,
+    )
+}
+
+
+def test_every_defense_of_the_catalogue_has_a_row():
+    assert ROWS.keys() == DEFENSES.keys()
+    assert all(type(defense) is DEFENSES[name] for name, row in ROWS.items() for defense in row.settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "defense"), [(name, defense) for name, row in ROWS.items() for defense in row.settings], ids=str
+)
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_update_equals_longhand(problem, name, defense, accumulated):
+    model, inputs, labels = problem
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    earlier = {key: torch.randn_like(p) if accumulated else torch.zeros_like(p) for key, p in before.items()}
+    if accumulated:
+        for key, p in model.named_parameters():
+            p.grad = earlier[key].clone()
+    torch.manual_seed(3)
+    expected = ROWS[name].longhand(defense, problem)
+    passes = []
+
+    def run_pass(weight: float, index: int) -> Tensor:
+        passes.append(index)
+        loss = weight * nn.functional.cross_entropy(model(inputs), labels)
+        loss.backward()
+        return loss.detach()
+
+    selected = {key: p for key, p in model.named_parameters() if key in SELECTED}
+    torch.manual_seed(3)
+    with DefendedStep(selected, run_pass, defense.passes) as step:
+        defense.minimize(step)
+    assert passes == list(range(defense.passes))
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, earlier[key] + expected[key], rtol=1e-12, atol=1e-14)
+        assert torch.equal(parameter, before[key])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_is_inactive_without_a_corruption_or_before_its_start(name):
+    defense = ROWS[name].settings[0]
+    assert defense.is_active(0.0)
+    later = type(defense)(defense.constraint, start_epoch=1.5)
+    assert [later.is_active(epoch) for epoch in (0.0, 1.49, 1.5, 2.0)] == [False, False, True, True]
+    assert not type(defense)(CorruptionConstraint(epsilon=0.0)).is_active(0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        ({"steps": -1}, ValueError, "steps: expected a whole number >= 0, got -1"),
+        ({"steps": 1.5}, TypeError, "steps: expected a whole number"),
+        ({"step_size": math.nan}, ValueError, "step_size: expected .* got NaN"),
+        ({"start_epoch": -1.0}, ValueError, "start_epoch: expected"),
+    ],
+)
+def test_bad_settings_are_refused(settings, error, says):
+    with pytest.raises(error, match=says):
+        MultiStepRisk(L2, **settings)
+
+
+def test_norms_without_a_projection_are_refused():
+    with pytest.raises(NotImplementedError, match="expected p = 2 or p = inf, got p = 3"):
+        MultiStepRisk(CorruptionConstraint(p=3, epsilon=0.1))

@@ -1,0 +1,202 @@
+"""The bookkeeping of a defended micro-batch: gradients, memory, device traffic, exceptions."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_parcor import CorruptionConstraint, MultiStepRisk
+from hf_parcor.defenses import DefendedStep
+
+CONSTRAINTS = [CorruptionConstraint(p=2, epsilon=0.1), CorruptionConstraint(p=math.inf, epsilon=1e-3)]
+
+
+def parameters(count: int, entries: int = 1000, **options) -> dict[str, nn.Parameter]:
+    torch.manual_seed(0)
+    return {f"p{i}": nn.Parameter(torch.randn(entries, **options)) for i in range(count)}
+
+
+def fake_pass(selected: dict[str, nn.Parameter], gradients, seen=None):
+    """A pass whose gradients are given: adds `gradients(index, name)` to `.grad`, as backward does."""
+
+    def run(weight: float, index: int) -> Tensor:
+        if seen is not None:
+            seen.append({name: p.detach().clone() for name, p in selected.items()})
+        for name, p in selected.items():
+            gradient = gradients(index, name)
+            if gradient is not None:
+                p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+        return torch.zeros((), device=next(iter(selected.values())).device)
+
+    return run
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations, leaving out those that start no kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ not in ("view", "detach", "empty_like", "alias", "_to_copy"):
+            self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=str)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_nothing_waits_for_the_device_and_calls_do_not_grow_with_the_parameters(constraint, steps):
+    """Tensors on the meta device have no values: reading one (`.item()`, a branch) would raise."""
+    counts = []
+    for count in (5, 50):
+        selected = {name: nn.Parameter(p.to("meta")) for name, p in parameters(count).items()}
+        defense = MultiStepRisk(constraint, steps=steps)
+        made = {name: [torch.empty_like(p) for _ in range(defense.passes)] for name, p in selected.items()}
+        run = fake_pass(selected, lambda index, name, made=made: made[name][index])
+        with Calls() as calls, DefendedStep(selected, run, defense.passes) as step:
+            defense.minimize(step)
+            step.withdraw(constraint.p)
+        calls.count.pop("add_", None)  # the fake pass accumulating into .grad
+        counts.append(calls.count)
+    assert counts[0] == counts[1]
+
+
+class PeakMemory(TorchDispatchMode):
+    """The largest number of bytes in tensors made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                address, size = storage.data_ptr(), storage.nbytes()
+                if address and address not in self._known and not self._is_argument(address, args):
+                    self._known.add(address)
+                    self.live += size
+                    weakref.finalize(storage, self._free, address, size)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    @staticmethod
+    def _is_argument(address, args) -> bool:
+        leaves = torch.utils._pytree.tree_leaves(args)
+        return any(isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() == address for leaf in leaves)
+
+    def _free(self, address, size) -> None:
+        self._known.discard(address)
+        self.live -= size
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=str)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_extra_memory_is_at_most_twice_the_selected_parameters(constraint, steps, accumulated):
+    selected = parameters(4, 100_000)
+    size = sum(p.numel() * p.element_size() for p in selected.values())
+    if accumulated:
+        for p in selected.values():
+            p.grad = torch.randn_like(p)
+    run = fake_pass(selected, lambda index, name: torch.randn_like(selected[name]))
+    defense = MultiStepRisk(constraint, steps=steps)
+    gc.collect()
+    with PeakMemory() as memory:
+        with DefendedStep(selected, run, defense.passes) as step:
+            defense.minimize(step)
+            step.withdraw(constraint.p)
+        del step
+        gc.collect()
+        between = memory.live
+    stock = size  # the stock step, too, makes one gradient for each parameter
+    assert memory.peak - stock <= 2.02 * size
+    assert between <= (0 if accumulated else size) + 1000  # .grad alone is left between steps
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=str)
+def test_gradient_that_is_not_finite_moves_no_weight(constraint, bad):
+    selected, seen = parameters(3), []
+
+    def gradients(index, name):
+        gradient = torch.ones(1000)
+        if name == "p1" and index == 0:
+            gradient[7] = bad
+        return gradient
+
+    before = {name: p.detach().clone() for name, p in selected.items()}
+    with DefendedStep(selected, fake_pass(selected, gradients, seen), 2) as step:
+        MultiStepRisk(constraint, steps=1).minimize(step)
+    assert all(torch.equal(seen[1][name], before[name]) for name in selected)
+    assert not torch.isfinite(selected["p1"].grad[7])  # so that a gradient scaler still skips the step
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=str)
+def test_zero_gradient_moves_no_weight(constraint):
+    selected, seen = parameters(2), []
+    run = fake_pass(selected, lambda index, name: torch.zeros(1000), seen)
+    with DefendedStep(selected, run, 3) as step:
+        MultiStepRisk(constraint, steps=2).minimize(step)
+        norm = step.withdraw(constraint.p)
+    assert all(torch.equal(seen[0][name], seen[2][name]) for name in selected)
+    assert norm.realised == 0
+
+
+def test_gradient_in_only_some_passes():
+    """LayerDrop and mixtures of experts: a parameter may have a gradient in one pass and none in another."""
+    selected, seen = parameters(3), []
+    before = {name: p.detach().clone() for name, p in selected.items()}
+    absent = {("p0", 0), ("p1", 1), ("p2", 0), ("p2", 1), ("p2", 2)}
+
+    def gradients(index, name):
+        return None if (name, index) in absent else torch.full((1000,), 1.0 + index)
+
+    with DefendedStep(selected, fake_pass(selected, gradients, seen), 3) as step:
+        MultiStepRisk(CONSTRAINTS[0], steps=2).minimize(step)
+    assert torch.equal(selected["p0"].grad, torch.full((1000,), 2.0 + 3.0))
+    assert torch.equal(selected["p1"].grad, torch.full((1000,), 1.0 + 3.0))
+    assert selected["p2"].grad is None
+    assert torch.equal(seen[1]["p0"], before["p0"])
+    assert not torch.equal(seen[1]["p1"], before["p1"])
+    assert not torch.equal(seen[2]["p0"], before["p0"])
+    assert all(torch.equal(selected[name], before[name]) for name in selected)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("fails_in", [0, 1, 2])
+def test_weights_come_back_after_an_exception(error, fails_in):
+    selected = parameters(3)
+    before = {name: p.detach().clone() for name, p in selected.items()}
+
+    def gradients(index, name):
+        if index == fails_in and name == "p1":
+            raise error("in the model")
+        return torch.ones(1000)
+
+    with pytest.raises(error), DefendedStep(selected, fake_pass(selected, gradients), 3) as step:
+        MultiStepRisk(CONSTRAINTS[0], steps=2).minimize(step)
+    assert all(torch.equal(selected[name], before[name]) for name in selected)
+
+
+def test_narrow_weights_tell_how_much_they_swallowed():
+    """L2, ε = 0.05 on a million bf16 weights: most entries do not change at all."""
+    selected = parameters(2, 500_000, dtype=torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in selected.items()}
+    run = fake_pass(selected, lambda index, name: torch.randn(500_000).to(torch.bfloat16))
+    with DefendedStep(selected, run, 2) as step:
+        MultiStepRisk(CorruptionConstraint(epsilon=0.05), steps=1).minimize(step)
+        norm = step.withdraw(2.0)
+    assert norm.asked.item() == pytest.approx(0.05, rel=1e-3)
+    assert abs(norm.realised.item() - 0.05) > 0.005
+    assert all(torch.equal(selected[name], before[name]) for name in selected)

@@ -1,0 +1,79 @@
+"""A tiny classifier and a handful of rows, and a way to train with either Trainer."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+
+@pytest.fixture
+def tiny_bert():
+    def build(dropout: float = 0.1, **options):
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=30,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=16,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            num_labels=3,
+            **options,
+        )
+        return BertForSequenceClassification(config)
+
+    return build
+
+
+@pytest.fixture
+def rows():
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "input_ids": torch.randint(30, (8,), generator=generator),
+            "attention_mask": torch.ones(8, dtype=torch.long),
+            "labels": int(torch.randint(3, (), generator=generator)),
+        }
+        for _ in range(24)
+    ]
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    def build(kind=TrainingArguments, **options):
+        defaults = {
+            "output_dir": str(tmp_path),
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 1,
+            "learning_rate": 1e-2,
+            "dataloader_pin_memory": False,
+        }
+        return kind(**{**defaults, **options})
+
+    return build
+
+
+@pytest.fixture
+def train(rows, arguments):
+    """Train a model with a Trainer class; returns the trainer."""
+
+    def run(trainer_class: type[Trainer], model, options=None, kind=TrainingArguments, **extra):
+        trainer = trainer_class(
+            model=model, args=arguments(kind, **(options or {})), train_dataset=extra.pop("rows", rows), **extra
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+            trainer.train()
+        return trainer
+
+    return run

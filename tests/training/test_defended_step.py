@@ -1,0 +1,251 @@
+"""The defended step inside the real Trainer."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from hf_parcor import (
+    CorruptionConstraint,
+    MultiStepRisk,
+    ParameterDefenseMixin,
+    ParameterDefenseTrainer,
+    ParameterDefenseTrainingArguments,
+)
+from hf_parcor.training import DEFAULT_DEFENSE
+
+L2 = CorruptionConstraint(epsilon=0.2)
+
+
+class KeepGradients(TrainerCallback):
+    """Keeps the gradient that the optimizer is about to use."""
+
+    def __init__(self):
+        self.kept = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.kept.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def batch_of(rows):
+    return {
+        "input_ids": torch.stack([row["input_ids"] for row in rows]),
+        "attention_mask": torch.stack([row["attention_mask"] for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }
+
+
+def longhand_risk_gradient(model, batch, selected, epsilon, steps, smoothing=0.0):
+    """Paper 2, Eq. 24 for L2 by autograd at copies of the weights."""
+    labels, inputs = batch["labels"], {key: value for key, value in batch.items() if key != "labels"}
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    a = {name: torch.zeros_like(base[name]) for name in selected}
+    total = {name: torch.zeros_like(value) for name, value in base.items()}
+    for _ in range(steps + 1):
+        values = {name: (value + a.get(name, 0)).requires_grad_() for name, value in base.items()}
+        logits = torch.func.functional_call(model, values, kwargs=inputs).logits
+        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+        gradient = dict(zip(values, torch.autograd.grad(loss, list(values.values())), strict=True))
+        total = {name: total[name] + gradient[name] / (steps + 1) for name in total}
+        norm = torch.sqrt(sum(gradient[name].square().sum() for name in selected))
+        a = {name: a[name] + 1.5 * epsilon / steps * gradient[name] / norm for name in selected}
+        size = torch.sqrt(sum(part.square().sum() for part in a.values()))
+        a = {name: part * min(1.0, epsilon / float(size)) for name, part in a.items()}
+    return total
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("target", ["all", "last-encoder-layer"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradient_of_the_optimizer_is_that_of_the_risk(tiny_bert, rows, train, steps, accumulation, target, smoothing):
+    """Each micro-batch climbs along its own gradient, whatever was accumulated before."""
+    model = tiny_bert(dropout=0.0).double()
+    keep = KeepGradients()
+    used, accumulated = rows[: 4 * accumulation], []
+    reference = tiny_bert(dropout=0.0).double()
+    selected = [n for n, _ in reference.named_parameters() if target == "all" or ".layer.1." in n]
+    for i in range(accumulation):
+        batch = batch_of(used[4 * i : 4 * i + 4])
+        accumulated.append(longhand_risk_gradient(reference, batch, selected, 0.2, steps, smoothing))
+    train(
+        ParameterDefenseTrainer,
+        model,
+        {
+            "gradient_accumulation_steps": accumulation,
+            "max_grad_norm": 0.0,
+            "train_sampling_strategy": "sequential",
+            "label_smoothing_factor": smoothing,
+        },
+        rows=used,
+        callbacks=[keep],
+        defense=MultiStepRisk(L2, steps=steps),
+        target_modules=target,
+        # BERT takes **kwargs, and so is believed to divide by num_items_in_batch itself, which it does not do.
+        compute_loss_func=None if smoothing else _mean_over_the_step(accumulation),
+    )
+    (kept,) = keep.kept
+    tolerance = {"rtol": 1e-5, "atol": 1e-9} if smoothing else {"rtol": 1e-9, "atol": 1e-13}
+    for name, gradient in kept.items():
+        expected = sum(part[name] for part in accumulated) / accumulation
+        torch.testing.assert_close(gradient, expected, **tolerance)  # the label smoother sums in float32
+
+
+def _mean_over_the_step(accumulation):
+    def loss(outputs, labels, num_items_in_batch=None):
+        return nn.functional.cross_entropy(outputs.logits, labels) / accumulation
+
+    return loss
+
+
+def test_logs_what_is_known_for_free(tiny_bert, train):
+    trainer = train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), defense=MultiStepRisk(L2, steps=2))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 6
+    for entry in logs:
+        assert entry["loss_clean"] < entry["loss"] < entry["loss_corrupted"]
+        assert entry["sharpness"] == pytest.approx(entry["loss_corrupted"] - entry["loss_clean"], abs=1e-6)
+        assert entry["corruption_norm"] == pytest.approx(0.2, rel=1e-3)
+        assert entry["corruption_norm_asked"] == pytest.approx(0.2, rel=1e-3)
+
+
+def test_log_over_several_micro_batches_is_the_mean_over_steps(tiny_bert, train):
+    """One step, K = 1: the risk is the mean of both losses, also where a step has several micro-batches."""
+    options = {"gradient_accumulation_steps": 3, "logging_steps": 2}
+    trainer = train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), options, defense=MultiStepRisk(L2, steps=1))
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert entry["loss"] == pytest.approx((entry["loss_clean"] + entry["loss_corrupted"]) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_operations_are_exactly_those_of_all_passes(tiny_bert, train, steps):
+    stock = train(Trainer, tiny_bert())
+    ours = train(ParameterDefenseTrainer, tiny_bert(), defense=MultiStepRisk(L2, steps=steps))
+    assert ours.state.total_flos == (steps + 1) * stock.state.total_flos > 0
+    assert ours.state.global_step == stock.state.global_step
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_weights_come_back_after_an_exception_in_the_model(tiny_bert, train, error, call):
+    model = tiny_bert()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    calls = []
+
+    def fail(module, args, output):
+        calls.append(1)
+        if len(calls) == call:
+            raise error("in the middle of the step")
+
+    model.bert.encoder.layer[1].register_forward_hook(fail)
+    with pytest.raises(error):
+        train(ParameterDefenseTrainer, model, defense=MultiStepRisk(L2, steps=2))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+class NormalizedClassifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.last(torch.relu(self.norm(self.first(input_ids.float() / 30))))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_running_statistics_move_on_the_clean_pass_only(train):
+    """One step from the same weights: statistics must equal the stock Trainer's, which never sees a corruption."""
+    models = []
+    for trainer_class, extra in ((Trainer, {}), (ParameterDefenseTrainer, {"defense": MultiStepRisk(L2, steps=2)})):
+        torch.manual_seed(0)
+        models.append(NormalizedClassifier())
+        train(trainer_class, models[-1], {"max_steps": 1}, **extra)
+    assert models[0].norm.num_batches_tracked == models[1].norm.num_batches_tracked == 1
+    assert torch.equal(models[0].norm.running_mean, models[1].norm.running_mean)
+    assert torch.equal(models[0].norm.running_var, models[1].norm.running_var)
+    assert models[1].norm.track_running_stats
+
+
+def test_dropout_draws_fresh_masks_for_each_pass(tiny_bert, train):
+    model, outputs = tiny_bert(dropout=0.5), []
+    model.bert.embeddings.register_forward_hook(lambda module, args, output: outputs.append(output.detach() == 0))
+    train(ParameterDefenseTrainer, model, {"max_steps": 1}, defense=MultiStepRisk(L2, steps=1))
+    assert len(outputs) == 2
+    assert not torch.equal(*outputs)
+
+
+def test_bf16_weights_that_swallow_the_corruption_are_reported_once(tiny_bert, train, caplog):
+    defense = MultiStepRisk(CorruptionConstraint(epsilon=1e-5), steps=1)
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        trainer = train(ParameterDefenseTrainer, tiny_bert().to(torch.bfloat16), defense=defense)
+    said = [record for record in caplog.records if "swallows" in record.getMessage()]
+    assert len(said) == 1
+    assert len(said) == 1
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[0]["corruption_norm"] < 0.9e-5
+    assert logs[0]["corruption_norm_asked"] == pytest.approx(1e-5, rel=1e-2)
+
+
+def test_mixin_serves_another_trainer_with_its_own_loss(tiny_bert, train):
+    class Weighted(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = 7 * nn.functional.cross_entropy(outputs.logits, labels)
+            return (loss, outputs) if return_outputs else loss
+
+    class Defended(ParameterDefenseMixin, Weighted):
+        pass
+
+    trainer = train(Defended, tiny_bert(dropout=0.0), {"max_steps": 1}, defense=MultiStepRisk(L2, steps=1))
+    entry = trainer.state.log_history[0]
+    assert entry["loss_clean"] == pytest.approx(7 * torch.log(torch.tensor(3.0)).item(), rel=0.1)
+    assert entry["loss"] > entry["loss_clean"]
+
+
+def test_evaluation_and_prediction_see_the_plain_loss(tiny_bert, rows, train):
+    trainer = train(ParameterDefenseTrainer, tiny_bert(), defense=MultiStepRisk(L2, steps=1))
+    plain = Trainer(model=trainer.model, args=trainer.args)
+    assert trainer.evaluate(rows)["eval_loss"] == plain.evaluate(rows)["eval_loss"]
+    assert (trainer.predict(rows).predictions == plain.predict(rows).predictions).all()
+
+
+def test_default_is_the_measured_one_with_plain_arguments_and_with_flags(tiny_bert, arguments):
+    plain = ParameterDefenseTrainer(model=tiny_bert(), args=arguments())
+    flags = ParameterDefenseTrainer(model=tiny_bert(), args=arguments(ParameterDefenseTrainingArguments))
+    assert plain.defense == flags.defense == DEFAULT_DEFENSE
+    assert len(plain.defended_parameters()) == len(list(plain.model.parameters()))
+
+
+class TestBadInput:
+    """Refused at construction, before any weight is touched."""
+
+    def test_targets_that_match_nothing(self, tiny_bert, arguments):
+        with pytest.raises(ValueError, match="last-decoder-layer"):
+            ParameterDefenseTrainer(model=tiny_bert(), args=arguments(), target_modules="last-decoder-layer")
+
+    def test_frozen_targets(self, tiny_bert, arguments):
+        model = tiny_bert()
+        model.bert.embeddings.requires_grad_(False)
+        with pytest.raises(ValueError, match="expected trainable parameters, got 5 frozen ones"):
+            ParameterDefenseTrainer(model=model, args=arguments(), target_modules=["embeddings"])
+        trainer = ParameterDefenseTrainer(model=model, args=arguments())
+        assert not any("embeddings" in name for name in trainer.defended_parameters())
+
+    def test_no_trainable_parameter(self, tiny_bert, arguments):
+        with pytest.raises(ValueError, match="expected at least one trainable parameter"):
+            ParameterDefenseTrainer(model=tiny_bert().requires_grad_(False), args=arguments())
+
+    def test_defense_that_is_none(self, tiny_bert, arguments):
+        with pytest.raises(TypeError, match="expected a Defense"):
+            ParameterDefenseTrainer(model=tiny_bert(), args=arguments(), defense="multi_step_risk")
+
+    def test_optimizers_that_update_inside_backward(self, tiny_bert, arguments):
+        with pytest.raises(ValueError, match="updates after backward"):
+            ParameterDefenseTrainer(model=tiny_bert(), args=arguments(optim="galore_adamw_layerwise"))

@@ -1,0 +1,67 @@
+"""Defended translation models: the decoder's last layer alone, and generation during evaluation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BartConfig, BartForConditionalGeneration, Seq2SeqTrainer, T5Config, T5ForConditionalGeneration
+
+from hf_parcor import (
+    CorruptionConstraint,
+    MultiStepRisk,
+    Seq2SeqParameterDefenseTrainer,
+    Seq2SeqParameterDefenseTrainingArguments,
+)
+
+
+def tiny_bart():
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=30, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32,
+            pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
+            dropout=0.0,
+        )
+    )  # fmt: skip
+
+
+def tiny_t5():
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0,
+        )
+    )  # fmt: skip
+
+
+def tokens(prediction):
+    return {"tokens": float(prediction.predictions.sum())}
+
+
+@pytest.mark.parametrize(("build", "layer"), [(tiny_bart, "decoder.layers.1."), (tiny_t5, "decoder.block.1.")])
+def test_last_decoder_layer(build, layer, arguments):
+    torch.manual_seed(0)
+    model = build()
+    rows = [{"input_ids": torch.randint(3, 30, (6,)), "labels": torch.randint(3, 30, (5,))} for _ in range(16)]
+    trainer = Seq2SeqParameterDefenseTrainer(
+        model=model,
+        args=arguments(
+            Seq2SeqParameterDefenseTrainingArguments,
+            defense_target_modules=["last-decoder-layer"],
+            predict_with_generate=True,
+            num_train_epochs=5,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows,
+        defense=MultiStepRisk(CorruptionConstraint(epsilon=0.1), steps=2),
+        compute_metrics=tokens,
+    )
+    assert trainer.defended_parameters()
+    assert all(layer in name for name in trainer.defended_parameters())
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[-1]["loss_clean"] < logs[0]["loss_clean"]
+    assert logs[0]["sharpness"] > 0
+    stock = Seq2SeqTrainer(model=trainer.model, args=trainer.args, eval_dataset=rows, compute_metrics=tokens)
+    ours, theirs = trainer.evaluate(), stock.evaluate()
+    assert {name: ours[name] for name in ("eval_loss", "eval_tokens")}.items() <= theirs.items()
