@@ -105,8 +105,8 @@ def corruptions_of_table_1() -> list[Corruption]:
 
 def load_data(data: DataArguments, cache_dir: str | None) -> datasets.DatasetDict:
     """Return the splits `train` and `validation` that were asked for."""
-    files = {"train": data.train_file, "validation": data.validation_file}
-    files = {split: path for split, path in files.items() if path is not None}
+    given = {"train": data.train_file, "validation": data.validation_file}
+    files = {split: path for split, path in given.items() if path is not None}
     if not files:
         return datasets.load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=cache_dir)
     missing = [path for path in files.values() if not Path(path).is_file()]
@@ -129,7 +129,8 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def main() -> None:
     """Train, evaluate, corrupt."""
-    parser = HfArgumentParser([ModelArguments, DataArguments, RobustnessArguments, ParameterDefenseTrainingArguments])
+    kinds: Any = (ModelArguments, DataArguments, RobustnessArguments, ParameterDefenseTrainingArguments)
+    parser = HfArgumentParser(kinds)
     if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
         parsed = parser.parse_json_file(json_file=str(Path(sys.argv[1]).resolve()))
     else:
@@ -178,10 +179,10 @@ def main() -> None:
         data_collator=collator,
     )
 
-    if training.do_train:
+    if train_rows is not None:
         checkpoint = training.resume_from_checkpoint
         if checkpoint in (True, "True", "true"):
-            checkpoint = get_last_checkpoint(training.output_dir)
+            checkpoint = get_last_checkpoint(training.output_dir)  # type: ignore[no-untyped-call]
         result = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {**result.metrics, "train_samples": len(train_rows)}
         metrics["train_collapsed"] = float(bool(signs_of_collapse(trainer.state.log_history)))
@@ -190,17 +191,17 @@ def main() -> None:
         trainer.save_metrics("train", metrics)
         trainer.save_state()
 
-    if training.do_eval:
+    if eval_rows is not None:
         metrics = {**trainer.evaluate(), "eval_samples": len(eval_rows)}
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
         if not robustness.skip_corruptions and trainer.is_world_process_zero():
             # Sentences of like length share a batch: less padding, the same numbers.
-            by_length = eval_rows.map(lambda row: {"length": len(row["input_ids"])}).sort("length")
-            by_length = by_length.remove_columns("length")
+            lengths = [len(tokens) for tokens in eval_rows["input_ids"]]
+            by_length = eval_rows.select(sorted(range(len(lengths)), key=lengths.__getitem__))
             batches = DataLoader(by_length, batch_size=training.eval_batch_size, collate_fn=collator)
             evaluator = CorruptionEvaluator(
-                trainer.model, ClassificationMetric(batches), batches, progress=not training.disable_tqdm
+                model, ClassificationMetric(batches), batches, progress=not training.disable_tqdm
             )
             record = evaluator.evaluate(
                 corruptions_of_table_1(), robustness.corruption_trials, robustness.corruption_seed

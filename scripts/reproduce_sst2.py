@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
 from hf_parcor.evaluation import CorruptionRecord, EvaluationRecord
@@ -26,6 +28,7 @@ from hf_parcor.statistics import MeanAndSpread, student_t_test
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_sst2.py"
 DEFENDED = ["--defense", "multi_step_risk", "--defense_norm", "2", "--defense_epsilon", "0.1", "--defense_steps", "1"]
+RECORDING = threading.Lock()
 ARMS = {
     "plain": ["--defense", "none"],
     "defended": DEFENDED,
@@ -49,6 +52,7 @@ def flags(options: argparse.Namespace, arm: str, seed: int, folder: Path) -> lis
         "save_strategy": "no",
         "logging_steps": 10,
         "report_to": "none",
+        "corruption_trials": 2,
     }
     return [
         "--do_train",
@@ -64,23 +68,30 @@ def run(options: argparse.Namespace, arm: str, seed: int) -> EvaluationRecord:
     if not record_path.exists():
         folder = options.work / name
         started = time.monotonic()
-        subprocess.run([sys.executable, str(EXAMPLE), *flags(options, arm, seed, folder)], check=True)
+        # One thread each: a process that waits for its other thread gains nothing from a busy core.
+        threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+        subprocess.run(
+            [sys.executable, str(EXAMPLE), *flags(options, arm, seed, folder)],
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+        )
         seconds = time.monotonic() - started
         training = json.loads((folder / "train_results.json").read_text())
         if training["train_collapsed"]:
             print(f"{name} shows signs of collapse: it is kept, and marked in runs.json")
         EvaluationRecord.load(folder / "robustness.json").save(record_path)
-        runs_path = options.output / "runs.json"
-        runs = json.loads(runs_path.read_text()) if runs_path.exists() else {}
-        runs[name] = {
-            "collapsed": bool(training["train_collapsed"]),
-            "train_seconds": training["train_runtime"],
-            "seconds": round(seconds, 1),
-            "train_samples": training["train_samples"],
-            "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-            "flags": ARMS[arm],
-        }
-        runs_path.write_text(json.dumps(runs, indent=2, sort_keys=True) + "\n")
+        with RECORDING:
+            runs_path = options.output / "runs.json"
+            runs = json.loads(runs_path.read_text()) if runs_path.exists() else {}
+            runs[name] = {
+                "collapsed": bool(training["train_collapsed"]),
+                "train_seconds": training["train_runtime"],
+                "seconds": round(seconds, 1),
+                "train_samples": training["train_samples"],
+                "machine": f"{platform.machine()}, {threads} of {os.cpu_count()} cores",
+                "flags": ARMS[arm],
+            }
+            runs_path.write_text(json.dumps(runs, indent=2, sort_keys=True) + "\n")
     return EvaluationRecord.load(record_path)
 
 
@@ -113,13 +124,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the folder for records and the table")
     parser.add_argument("--work", type=Path, default=Path("runs/sst2"), help="the folder for models and logs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--train-samples", type=int, default=3200)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     cells = [(arm, seed) for seed in options.seeds for arm in ARMS]
     records: dict[str, list[EvaluationRecord]] = {arm: [] for arm in ARMS}
-    for arm, seed in tqdm(cells, desc="runs"):
-        records[arm].append(run(options, arm, seed))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        done = pool.map(lambda cell: run(options, *cell), cells)
+        for (arm, _), record in zip(cells, tqdm(done, desc="runs", total=len(cells)), strict=True):
+            records[arm].append(record)
     text = (
         f"SST-2 dev accuracy over {len(options.seeds)} seeds ({', '.join(map(str, options.seeds))}), mean ± sample "
         f"standard deviation; {options.train_samples} training sentences, 1 epoch, batch 32, learning rate 5e-5.\n"

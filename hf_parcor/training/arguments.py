@@ -85,11 +85,11 @@ def build_defense(arguments: DefenseArguments) -> Defense | None:
     constraint = CorruptionConstraint(
         p=arguments.defense_norm, epsilon=arguments.defense_epsilon, top_n=arguments.defense_top_n
     )
-    known = {setting.name for setting in fields(chosen)}
+    accepted = {setting.name for setting in fields(chosen)}
     settings: dict[str, Any] = {}
     for flag in fields(DefenseArguments):
         name, value = flag.name.removeprefix(_PREFIX), getattr(arguments, flag.name)
-        if name in known:
+        if name in accepted:
             settings[name] = value
         elif name not in _NOT_OF_THE_DEFENSE and value != flag.default:
             raise ValueError(

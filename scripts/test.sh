@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Installs everything into .venv, then runs the linter, the type checker and all tests.
+source "$(dirname "${BASH_SOURCE[0]}")/set_up.sh"
+export OMP_NUM_THREADS=1  # two test workers share two cores
+set -x
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest -n 2 "$@"

@@ -1,0 +1,120 @@
+"""The example script, on a tiny model in a folder and local files."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from hf_parcor import EvaluationRecord
+
+pytest.importorskip("datasets", reason="the examples need the extra 'examples'")
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_sst2.py"
+WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "plot", "the", "a"]
+ROWS = [("the good film", 1), ('a "bad" plot', 0), ("good good", 1), ("bad bad film", 0)] * 4
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def files(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        tmp_path / "model"
+    )
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    text = "sentence\tlabel\n" + "".join(f"{sentence}\t{label}\n" for sentence, label in ROWS)
+    (tmp_path / "train.tsv.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "dev.tsv.gz").write_bytes(gzip.compress(text.encode()))
+    return tmp_path
+
+
+def settings(folder: Path) -> dict[str, object]:
+    return {
+        "model_name_or_path": str(folder / "model"),
+        "train_file": str(folder / "train.tsv.gz"),
+        "validation_file": str(folder / "dev.tsv.gz"),
+        "cache_dir": str(folder / "cache"),
+        "output_dir": str(folder / "out"),
+        "do_train": True,
+        "do_eval": True,
+        "max_train_samples": 12,
+        "num_train_epochs": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.02,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "corruption_trials": 2,
+    }
+
+
+def run(arguments: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    spec = importlib.util.spec_from_file_location("train_sst2", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_sst2", module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    module.main()
+
+
+def check(folder: Path, defended: bool) -> None:
+    out = folder / "out"
+    log = [entry for entry in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+    assert len(log) == 6
+    assert all(("loss_corrupted" in entry) == defended for entry in log)
+    assert json.loads((out / "train_results.json").read_text())["train_samples"] == 12
+    assert json.loads((out / "eval_results.json").read_text())["eval_samples"] == 16
+    record = EvaluationRecord.load(out / "robustness.json")
+    assert {row.corruption for row in record.corruptions} >= {"gradient", "multi_step", "quantization", "bit_flips"}
+    assert record.clean.mean("accuracy") == json.loads((out / "eval_results.json").read_text())["eval_accuracy"]
+
+
+def test_flags(files, monkeypatch, capsys):
+    flags = []
+    for name, value in settings(files).items():
+        flags += [f"--{name}", str(value)]
+    run([*flags, "--defense_target_modules", "last-encoder-layer"], monkeypatch)
+    check(files, defended=True)
+    assert "| gradient-based L2 ε=0.1" in capsys.readouterr().out
+
+
+def test_one_json_file(files, monkeypatch):
+    path = files / "settings.json"
+    path.write_text(json.dumps({**settings(files), "defense": "none"}))
+    run([str(path)], monkeypatch)
+    check(files, defended=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"train_file": "nowhere.tsv"}, "expected a file, found none at 'nowhere.tsv'"),
+        ({"defense_target_modules": ["last-decoder-layer"]}, "last-decoder-layer"),
+        ({"defense_epsilon": -0.1}, "epsilon: expected"),
+    ],
+)
+def test_bad_input(files, monkeypatch, change, says):
+    path = files / "settings.json"
+    path.write_text(json.dumps({**settings(files), **change}))
+    with pytest.raises(ValueError, match=says):
+        run([str(path)], monkeypatch)
+    assert not (files / "out" / "robustness.json").exists()
