@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hf_parcor.functional.arguments import check_count, check_norm_order, check_radius
+from hf_parcor.functional.arguments import check_norm_order, check_radius, check_top_n
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,18 @@ class CorruptionConstraint:
     def __post_init__(self) -> None:
         object.__setattr__(self, "p", check_norm_order(self.p))
         object.__setattr__(self, "epsilon", check_radius("epsilon", self.epsilon))
-        if self.top_n is not None:
-            object.__setattr__(self, "top_n", check_count("top_n", self.top_n))
+        object.__setattr__(self, "top_n", check_top_n(self.top_n))
 
     def __str__(self) -> str:
         """Return the papers' way of writing it, for tables and plots."""
         norm = "∞" if math.isinf(self.p) else f"{self.p:g}"
         limit = "" if self.top_n is None else f" n={self.top_n}"
         return f"L{norm} ε={self.epsilon:g}{limit}"
+
+
+def check_constraint(constraint: object) -> None:
+    """Refuse what is no constraint, such as a bare radius."""
+    if not isinstance(constraint, CorruptionConstraint):
+        raise TypeError(
+            f"constraint: expected a CorruptionConstraint, got {constraint!r}; pass CorruptionConstraint(epsilon=...)"
+        )

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_parcor.functional.arguments import check_norm_order
 from hf_parcor.functional.vectors import clones, vector_norm, vector_norm_of_unit_scale
 
 
 class Replacement(dict[str, Tensor]):
     """New values of weights, by name, where a difference would not do.
 
-    Quantized weights and flipped bits are values: `w + (Q(w) − w)` is not `Q(w)` in floating point, and an exponent
-    bit that flips may turn a weight into ∞. Any other mapping of names to tensors is a corruption `a` to be added.
+    Quantized weights and flipped bits are values: where an exponent bit flips, `w + (w' − w)` is not `w'` in floating
+    point, and `w'` may be ∞ or NaN. Any other mapping of names to tensors is a corruption `a` to be added.
     """
 
 
@@ -48,12 +49,14 @@ class Injection:
     corruption is written. Weights narrower than float32 swallow small corruptions, so for them (only) `a` is kept in
     float32 beside.
 
+    Whatever fails while weights are written, an interrupt too, the saved bits are put back before it is raised.
+
     Args:
         weights: Floating-point tensors by name; they are written in place.
 
     Raises:
         TypeError: A tensor is not floating point.
-        ValueError: There is no tensor.
+        ValueError: There is no tensor, or one stands under two names.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
@@ -69,10 +72,17 @@ class Injection:
         self._saved_narrow: list[Tensor] = []
         self._corruption: dict[str, Tensor] = {}
 
-    def _begin(self) -> None:
-        self._saved_exact = clones(self._exact)
-        self._saved_narrow = clones(self._narrow)
-        self._active = True
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            if not self._active:
+                self._saved_exact = clones(self._exact)
+                self._saved_narrow = clones(self._narrow)
+                self._active = True
+            yield
+        except BaseException:
+            self.restore()
+            raise
 
     @torch.no_grad()
     def displace(self, update: Mapping[str, Tensor], project: Callable[[list[Tensor]], None] | None = None) -> None:
@@ -81,23 +91,30 @@ class Injection:
         Args:
             update: `u` by name; names that are absent are not moved, though the projection may still shrink them.
             project: Π, overwrites the list of all tensors of `a` with its projection; None for none.
+
+        Raises:
+            ValueError: A name or a shape does not belong to the weights; nothing is written then.
+            RuntimeError: The weights were replaced, and not restored since.
         """
-        if self._active:
-            _foreach(torch._foreach_sub_, self._exact, self._saved_exact)
-        else:
-            self._begin()
-            _foreach(torch._foreach_zero_, self._exact)
-            # Weights of full precision hold a itself while it moves: no second buffer.
-            self._corruption = {
-                name: weight if weight.dtype.itemsize >= 4 else torch.zeros_like(weight, dtype=torch.float32)
-                for name, weight in self._weights.items()
-            }
-        _foreach(torch._foreach_add_, [self._corruption[name] for name in update], list(update.values()))
-        if project is not None:
-            project(list(self._corruption.values()))
-        _foreach(torch._foreach_add_, self._exact, self._saved_exact)
-        if self._narrow:
-            torch._foreach_copy_(self._narrow, torch._foreach_add(self._wide(), self._saved_narrow))
+        _check(self._weights, update)
+        if self._active and not self._corruption:
+            raise RuntimeError("displace: expected weights not replaced before, got replaced ones; restore() first")
+        with self._writing():
+            if self._corruption:
+                _foreach(torch._foreach_sub_, self._exact, self._saved_exact)
+            else:
+                _foreach(torch._foreach_zero_, self._exact)
+                # Weights of full precision hold a itself while it moves: no second buffer.
+                self._corruption = {
+                    name: weight if weight.dtype.itemsize >= 4 else torch.zeros_like(weight, dtype=torch.float32)
+                    for name, weight in self._weights.items()
+                }
+            _foreach(torch._foreach_add_, [self._corruption[name] for name in update], list(update.values()))
+            if project is not None:
+                project(list(self._corruption.values()))
+            _foreach(torch._foreach_add_, self._exact, self._saved_exact)
+            if self._narrow:
+                torch._foreach_copy_(self._narrow, torch._foreach_add(self._wide(), self._saved_narrow))
 
     def _wide(self) -> list[Tensor]:
         return [self._corruption[name] for name, weight in self._weights.items() if weight.dtype.itemsize < 4]
@@ -105,40 +122,60 @@ class Injection:
     @torch.no_grad()
     def size(self) -> CorruptionSize:
         """Count the weights that differ from the saved ones, and measure by how much; waits for the device."""
+        if not self._active:
+            return CorruptionSize(0, 0.0)
         changed, parts = 0, []
-        for weights, saved in ((self._exact, self._saved_exact), (self._narrow, self._saved_narrow)):
-            for weight, before in zip(weights, saved, strict=bool(saved)):
-                difference = weight.double() - before.double()
-                changed += int((weight != before).sum())
-                parts.append(vector_norm([difference]))
+        for weight, before in zip(self._all(), self._all_saved(), strict=True):
+            same = (weight == before) | (weight.isnan() & before.isnan())
+            difference = (weight.double() - before.double()).masked_fill_(same, 0)
+            changed += int((~same).sum())
+            parts.append(vector_norm([difference]))
         return CorruptionSize(changed, float(vector_norm(parts)))
+
+    def _all(self) -> list[Tensor]:
+        return [*self._exact, *self._narrow]
+
+    def _all_saved(self) -> list[Tensor]:
+        return [*self._saved_exact, *self._saved_narrow]
 
     @torch.no_grad()
     def replace(self, values: Mapping[str, Tensor]) -> None:
-        """Write new values over the weights."""
-        if not self._active:
-            self._begin()
-        for name, value in values.items():
-            self._weights[name].copy_(value)
+        """Write new values over the weights.
+
+        Raises:
+            ValueError: A name or a shape does not belong to the weights; nothing is written then.
+            RuntimeError: The weights were displaced, and not restored since.
+        """
+        _check(self._weights, values)
+        if self._corruption:
+            raise RuntimeError("replace: expected weights not displaced before, got displaced ones; restore() first")
+        with self._writing():
+            for name, value in values.items():
+                self._weights[name].copy_(value)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Write the saved bits back and free them; nothing to do is fine."""
         if self._active:
-            _foreach(torch._foreach_copy_, self._exact, self._saved_exact)
-            _foreach(torch._foreach_copy_, self._narrow, self._saved_narrow)
+            torch._foreach_copy_(self._all(), self._all_saved())  # one call: no interrupt can fall between
         self._forget()
 
     @torch.no_grad()
     def withdraw(self, p: float) -> CorruptionNorm:
-        """Restore, and return the `L_p` norm of the corruption as asked and as the weights really took it."""
+        """Restore, and return the `L_p` norm of the corruption as asked and as the weights really took it.
+
+        Raises:
+            ValueError: `p` is below 1 or NaN.
+        """
+        p = check_norm_order(p)
         if not self._active:
             return CorruptionNorm(torch.zeros(()), torch.zeros(()))
-        _foreach(torch._foreach_sub_, self._exact, self._saved_exact)
-        _foreach(torch._foreach_sub_, self._narrow, self._saved_narrow)
-        realised = vector_norm_of_unit_scale([*self._exact, *self._narrow], p)
-        asked = vector_norm_of_unit_scale([*self._exact, *self._wide()], p) if self._corruption else realised
-        self.restore()
+        try:
+            torch._foreach_sub_(self._all(), self._all_saved())
+            realised = vector_norm_of_unit_scale(self._all(), p)
+            asked = vector_norm_of_unit_scale([*self._exact, *self._wide()], p) if self._corruption else realised
+        finally:
+            self.restore()
         return CorruptionNorm(asked, realised)
 
 
@@ -148,17 +185,32 @@ def _foreach(operation: Callable[..., object], first: list[Tensor], *others: lis
 
 
 def check_weights(weights: Mapping[str, Tensor]) -> None:
-    """Refuse an empty selection and weights that are not floating point."""
+    """Refuse an empty selection, weights that are not floating point, and weights that stand under two names."""
+    _check_mapping("weights", weights, "select_parameters(model, ...) returns one")
     if not weights:
         raise ValueError("weights: expected at least one tensor, got none; select parameters first")
+    names: dict[int, str] = {}
     for name, weight in weights.items():
-        if not weight.is_floating_point():
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise TypeError(
-                f"{name}: expected a floating-point weight, got {weight.dtype}; leave it out of the selection"
+                f"{name}: expected a floating-point weight of 16 bits or more, got {weight.dtype}; "
+                "leave it out of the selection"
+            )
+        address = weight.data_ptr()  # 0 for tensors without memory of their own
+        if address and names.setdefault(address, name) != name:
+            raise ValueError(
+                f"{name}: expected every weight under one name, got that of {names[address]} again; "
+                "tied weights are one weight: leave one of the names out"
             )
 
 
+def _check_mapping(what: str, given: object, advice: str) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what}: expected tensors by name, got {type(given).__name__}; {advice}")
+
+
 def _check(weights: Mapping[str, Tensor], corruption: Mapping[str, Tensor]) -> None:
+    _check_mapping("corruption", corruption, "call a corruption on the parameters to get one")
     for name, change in corruption.items():
         if name not in weights:
             near = difflib.get_close_matches(name, weights, n=3) or list(weights)[:3]
@@ -166,6 +218,8 @@ def _check(weights: Mapping[str, Tensor], corruption: Mapping[str, Tensor]) -> N
                 f"corruption: expected names of the {len(weights)} selected parameters, got {name!r}; "
                 f"the nearest are {', '.join(near)}"
             )
+        if not isinstance(change, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(change).__name__}; pass torch.as_tensor(...)")
         if change.shape != weights[name].shape:
             raise ValueError(
                 f"{name}: expected a corruption of shape {tuple(weights[name].shape)}, got {tuple(change.shape)}; "
@@ -186,8 +240,9 @@ def corrupted(parameters: Mapping[str, Tensor], corruption: Mapping[str, Tensor]
         The injection, whose `withdraw(p)` ends the corruption early and tells its realised norm.
 
     Raises:
-        ValueError: A name or a shape does not belong to the parameters; nothing is written then.
-        TypeError: A named weight is not floating point; nothing is written then.
+        ValueError: A name or a shape does not belong to the parameters, no name is given, or one weight stands under
+            two names; nothing is written then.
+        TypeError: A named weight is not floating point, or something is no tensor; nothing is written then.
 
     Examples:
         >>> layer = torch.nn.Linear(2, 1, bias=False)
@@ -198,6 +253,7 @@ def corrupted(parameters: Mapping[str, Tensor], corruption: Mapping[str, Tensor]
         >>> torch.equal(layer.weight, before)
         True
     """
+    _check_mapping("parameters", parameters, "select_parameters(model, ...) returns one")
     _check(parameters, corruption)
     touched = {name: parameters[name] for name in corruption}
     if not touched:

@@ -1,30 +1,44 @@
-"""Plots drawn from records; they compute nothing."""
+"""Plots drawn from records; they compute nothing but the means and deviations that records know themselves."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.container import ErrorbarContainer
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, safe for colour-blind readers; markers differ too.
-_STYLES = [("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v")]
+_COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
 
-# Which setting is a corruption's strength, and its axis title. Quantization grows weaker with more bits.
-_STRENGTH = {
-    "random": ("epsilon", "ε"),
-    "gradient": ("epsilon", "ε"),
-    "multi_step": ("epsilon", "ε"),
-    "gaussian": ("std", "σ"),
-    "uniform": ("bound", "b"),
-    "quantization": ("bits", "bits"),
-    "bit_flips": ("rate", "rate per bit"),
+# A corruption's title, and its strengths: the setting along the axis, and what the axis is called.
+_KINDS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "random": ("random", {"epsilon": "radius ε"}),
+    "gradient": ("gradient-based", {"epsilon": "radius ε"}),
+    "multi_step": ("multi-step", {"epsilon": "radius ε"}),
+    "gaussian": ("Gaussian noise", {"std": "standard deviation σ"}),
+    "uniform": ("uniform noise", {"bound": "bound b"}),
+    "quantization": ("quantization", {"bits": "bits per weight"}),
+    "bit_flips": ("bit flips", {"rate": "flip rate per bit", "count": "flipped bits"}),
 }
+_NAMES = {"top_n": "n", "steps": "K", "step_size": "α"}
+_TITLE_WIDTH = 28
+_CHARACTER = 0.05  # room that a character of a tick label takes, in units of the distance of the outermost ticks
+
+
+class _Panel(NamedTuple):
+    title: str
+    corruption: str
+    strength: str | None  # None for a corruption outside the catalogue: its labels stand along the axis
+    unit: str
 
 
 def plot_comparison(
@@ -32,7 +46,8 @@ def plot_comparison(
 ) -> Figure:
     """Draw the metric against the strength of each kind of corruption, a panel a kind, a line a record.
 
-    Points are means over trials, bars sample standard deviations, dashed lines the clean metric.
+    Points are means over trials, bars sample standard deviations, dashed lines the metric without corruption. In
+    every panel the corruption grows to the right.
 
     Args:
         records: Records by the name of their line.
@@ -44,73 +59,131 @@ def plot_comparison(
         A figure; `figure.savefig("robustness.png")` writes it.
 
     Raises:
-        ValueError: There are no records.
+        ValueError: There are no records, they have no corruptions, or they lack the metric.
         ImportError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
     except ImportError as error:
         raise ImportError("plots need matplotlib; install it with: pip install 'hf-parcor[plots]'") from error
-    if not records:
-        raise ValueError("records: expected at least one, got none; evaluate a model first")
-    panels: dict[tuple[str, str], None] = {}
-    for record in records.values():
-        panels.update(dict.fromkeys(_panel(row) for row in record.corruptions))
-    columns = min(len(panels), 3) or 1
-    rows = math.ceil(len(panels) / columns) or 1
-    figure = Figure(figsize=(3.4 * columns, 2.7 * rows + 0.6), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        _draw(axis, panel, records, metric, chance)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.set_visible(False)
-    for axis in axes[:, 0]:
-        axis.set_ylabel(metric)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    panels = list(dict.fromkeys(_panel(row) for record in records.values() for row in record.corruptions))
+    if not panels:
+        raise ValueError(
+            f"records: expected at least one with a corruption, got {len(records)} without any; evaluate a model first"
+        )
+    columns = _columns(len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(0.6 + 2.7 * columns, 0.8 + 2.3 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    for axis in grid[len(panels) :]:
+        axis.remove()
+    for axis, panel in zip(grid, panels, strict=False):
+        lines = _draw(axis, panel, list(records.values()), metric)
+        if chance is not None:
+            axis.axhline(chance, color="grey", linestyle=":", linewidth=1)
+    for axis in grid[: len(panels) : columns]:
+        axis.set_ylabel(metric, parse_math=False)
+    reference = [("no corruption", Line2D([], [], color="grey", linestyle="--", linewidth=1))]
+    if chance is not None:
+        reference.append(("chance", Line2D([], [], color="grey", linestyle=":", linewidth=1)))
+    names = [*records, *(name for name, _ in reference)]
+    handles: list[Any] = [*lines, *(line for _, line in reference)]
+    # A name is shown as it is: Matplotlib before 3.10 hides one that begins with "_", and reads mathematics in "$".
+    labels = ["" for _ in names]
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 2 * columns))
+    legend.set_frame_on(False)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=name, parse_math=False)
     if title:
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)
     return figure
 
 
-def _panel(row: CorruptionRecord) -> tuple[str, str]:
-    """Return a corruption's name and what tells its panel from others of that name."""
-    strength, _ = _STRENGTH.get(row.corruption, ("", ""))
-    fixed = {name: value for name, value in row.settings.items() if name != strength and value is not None}
-    if "p" in fixed:
-        fixed = {"L": "∞" if math.isinf(fixed.pop("p")) else "2", **fixed} if fixed["p"] in (2, math.inf) else fixed
-    detail = " ".join(f"{name}{value}" if name == "L" else f"{name}={value}" for name, value in fixed.items())
-    return row.corruption, detail
+def _columns(panels: int) -> int:
+    """Return how many panels stand side by side, so that few places stay empty."""
+    return panels if panels < 3 else min((3, 4), key=lambda columns: -panels % columns)
 
 
-def _draw(
-    axis: Axes,
-    panel: tuple[str, str],
-    records: Mapping[str, EvaluationRecord],
-    metric: str,
-    chance: float | None,
-) -> None:
-    strength, unit = _STRENGTH.get(panel[0], ("", ""))
-    for (color, marker), (name, record) in zip(_STYLES * len(records), records.items(), strict=False):
-        rows = [row for row in record.corruptions if _panel(row) == panel]
-        strengths = [row.settings.get(strength) or index for index, row in enumerate(rows)]
-        deviations = [0.0 if math.isnan(row.deviation(metric)) else row.deviation(metric) for row in rows]
-        axis.errorbar(
-            strengths,
-            [row.mean(metric) for row in rows],
-            yerr=deviations,
+def _panel(row: CorruptionRecord) -> _Panel:
+    if row.corruption not in _KINDS:
+        return _Panel(row.corruption, row.corruption, None, "")
+    title, strengths = _KINDS[row.corruption]
+    strength = next((name for name in strengths if row.settings.get(name) is not None), None)
+    details = [_detail(name, value) for name, value in row.settings.items() if name != strength and value is not None]
+    return _Panel(", ".join([title, *details]), row.corruption, strength, strengths.get(strength or "", ""))
+
+
+def _detail(name: str, value: object) -> str:
+    """Return a setting that is not the strength, as a title says it."""
+    shown = _short(value) if isinstance(value, float) else str(value)
+    if name == "p":
+        return f"L{shown}"
+    text = f"{shown} bits" if name == "bits" else f"{_NAMES.get(name, name)} = {shown}"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _short(number: float) -> str:
+    return "∞" if math.isinf(number) else f"{number:g}".replace("e-0", "e-")
+
+
+def _draw(axis: Axes, panel: _Panel, records: Sequence[EvaluationRecord], metric: str) -> list[ErrorbarContainer]:
+    """Draw a panel and return its lines, one a record."""
+    of_panel = [[row for row in record.corruptions if _panel(row) == panel] for record in records]
+    labels = list(dict.fromkeys(row.label for rows in of_panel for row in rows))
+
+    def strength(row: CorruptionRecord) -> float:
+        return labels.index(row.label) if panel.strength is None else float(row.settings[panel.strength])
+
+    lines = []
+    styles = zip(itertools.cycle(_COLORS), itertools.cycle(_MARKERS), strict=False)
+    for record, rows, (color, marker) in zip(records, of_panel, styles, strict=False):
+        ordered = sorted(rows, key=strength)
+        line = axis.errorbar(
+            [strength(row) for row in ordered],
+            [row.mean(metric) for row in ordered],
+            yerr=[row.deviation(metric) for row in ordered],
             color=color,
             marker=marker,
+            markersize=5,
+            linewidth=1.5,
+            elinewidth=1,
             capsize=3,
-            label=name,
         )
-        axis.axhline(record.clean.mean(metric), color=color, linestyle="--", linewidth=0.8)
-    if chance is not None:
-        axis.axhline(chance, color="grey", linestyle=":", linewidth=0.8)
-    if strength == "bits":
-        axis.invert_xaxis()
-    if strength == "rate":
-        axis.set_xscale("log")
-    axis.set_xlabel(unit)
-    axis.set_title(" ".join(filter(None, [panel[0].replace("_", "-"), panel[1]])), fontsize="medium")
+        lines.append(line)
+        axis.axhline(record.clean.mean(metric), color=color, linestyle="--", linewidth=1, alpha=0.7)
+    if panel.strength is None:
+        axis.set_xticks(range(len(labels)), labels, rotation=20, horizontalalignment="right", parse_math=False)
+    else:
+        _set_strength_axis(axis, panel.strength, sorted({strength(row) for rows in of_panel for row in rows}))
+    axis.margins(x=0.12)
+    axis.set_xlabel(panel.unit)
+    axis.set_title(textwrap.fill(panel.title, _TITLE_WIDTH), fontsize="medium", parse_math=False)
     axis.grid(alpha=0.25)
+    return lines
+
+
+def _set_strength_axis(axis: Axes, strength: str, strengths: Sequence[float]) -> None:
+    """Set scale, direction and ticks: at the strengths themselves, as many as have room, the largest first."""
+    from matplotlib.ticker import NullLocator
+
+    places = list(strengths)
+    if strength == "bits":
+        axis.invert_xaxis()  # the fewer, the stronger
+    elif strengths[0] > 0 and (strength == "rate" or _largest_gap(map(math.log, strengths)) < _largest_gap(strengths)):
+        axis.set_xscale("log")
+        places = [math.log(value) for value in strengths]
+    labels = [_short(value) for value in strengths]
+    room = _CHARACTER * (max(map(len, labels)) + 0.5) * (places[-1] - places[0])
+    ticks: list[int] = []
+    for index in reversed(range(len(places))):
+        if not ticks or places[ticks[-1]] - places[index] >= room:
+            ticks.append(index)
+    axis.set_xticks([strengths[index] for index in ticks], [labels[index] for index in ticks])
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
+def _largest_gap(values: Iterable[float]) -> float:
+    """Return the largest gap between neighbours of a rising sequence, in units of its whole length."""
+    gaps = [after - before for before, after in itertools.pairwise(values)]
+    return max(gaps) / sum(gaps) if gaps else 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 
@@ -19,10 +19,10 @@ def comparison_table(
     Args:
         records: Records by the name of their column, all of the same corruptions.
         metric: Which metric to show.
-        percent: Whether to multiply by 100. Default True.
+        percent: Whether to multiply by 100 and show one decimal, as for accuracies. Default True; False shows three.
 
     Raises:
-        ValueError: There are no records, or they are not of the same corruptions.
+        ValueError: There are no records, they are not of the same corruptions, or they lack the metric.
         ImportError: tabulate is not installed.
     """
     try:
@@ -34,25 +34,38 @@ def comparison_table(
         raise ValueError(
             "records: expected one or more of the same corruptions in the same order; evaluate them alike"
         )
-    scale = 100.0 if percent else 1.0
+    show = _percent if percent else _plain
     columns = [record.rows() for record in records.values()]
     rows = [
-        [cells[0].label, *(_cell(cell, metric, scale) for cell in cells), _change(cells, metric, scale)]
+        [_text(cells[0].label), *(_cell(cell, metric, show) for cell in cells), *_change(cells, metric, show)]
         for cells in zip(*columns, strict=True)
     ]
     change = ["change"] if len(records) > 1 else []
-    body = rows if change else [row[:-1] for row in rows]
-    unit = " (%)" if percent else ""
-    header = [f"{metric}{unit}", *records, *change]
+    header = [_text(metric) + (" (%)" if percent else ""), *map(_text, records), *change]
     alignment = ["left"] + ["right"] * (len(header) - 1)
-    return tabulate(body, headers=header, tablefmt="pipe", colalign=alignment, disable_numparse=True)
+    return tabulate(rows, headers=header, tablefmt="pipe", colalign=alignment, disable_numparse=True)
 
 
-def _cell(record: CorruptionRecord, metric: str, scale: float) -> str:
-    mean = f"{record.mean(metric) * scale:.1f}"
-    deviation = record.deviation(metric)
-    return mean if math.isnan(deviation) else f"{mean} ± {deviation * scale:.1f}"
+def _text(text: str) -> str:
+    """Return text that cannot end a cell or a line."""
+    return " ".join(text.replace("|", r"\|").split())
 
 
-def _change(cells: tuple[CorruptionRecord, ...], metric: str, scale: float) -> str:
-    return f"{(cells[-1].mean(metric) - cells[0].mean(metric)) * scale:+.1f}"
+def _percent(value: float, sign: str = "") -> str:
+    return f"{round(100 * value, 1) + 0.0:{sign}.1f}"  # adding 0 turns −0 into 0
+
+
+def _plain(value: float, sign: str = "") -> str:
+    return f"{round(value, 3) + 0.0:{sign}.3f}"
+
+
+def _cell(record: CorruptionRecord, metric: str, show: Callable[..., str]) -> str:
+    mean, deviation = show(record.mean(metric)), record.deviation(metric)
+    return mean if math.isnan(deviation) else f"{mean} ± {show(deviation)}"
+
+
+def _change(cells: tuple[CorruptionRecord, ...], metric: str, show: Callable[..., str]) -> list[str]:
+    if len(cells) == 1:
+        return []
+    change = cells[-1].mean(metric) - cells[0].mean(metric)
+    return ["nan" if math.isnan(change) else show(change, "+")]

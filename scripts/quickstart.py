@@ -67,7 +67,7 @@ def train(arm: str, folder: Path, seed: int) -> EvaluationRecord:
         *("--train_file", str(folder / "train.tsv"), "--validation_file", str(folder / "test.tsv")),
         *("--output_dir", str(folder / arm), "--seed", str(seed), "--save_strategy", "no"),
         *("--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "50", "--num_train_epochs", "1"),
-        *("--learning_rate", "5e-5", "--logging_steps", "10", "--report_to", "none"),
+        *("--learning_rate", "2e-4", "--logging_steps", "10", "--report_to", "none"),
     ]
     print(f"\n=== {arm}: {' '.join(ARMS[arm])} (seed {seed})", flush=True)
     subprocess.run(command, check=True)

@@ -45,14 +45,14 @@ def flags(options: argparse.Namespace, arm: str, seed: int, folder: Path) -> lis
         "max_train_samples": options.train_samples,
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 64,
-        "learning_rate": 5e-5,
+        "learning_rate": 2e-4,  # at 5e-5 the 64 steps end before this small model has learned anything
         "num_train_epochs": 1,
         "seed": seed,
         "output_dir": folder,
         "save_strategy": "no",
         "logging_steps": 10,
         "report_to": "none",
-        "corruption_trials": 2,
+        "corruption_trials": 1,  # the seeds of training are the trials
     }
     return [
         "--do_train",
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/sst2"), help="the folder for models and logs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--train-samples", type=int, default=3200)
+    parser.add_argument("--train-samples", type=int, default=2048)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     cells = [(arm, seed) for seed in options.seeds for arm in ARMS]
@@ -136,7 +136,7 @@ def main() -> None:
             records[arm].append(record)
     text = (
         f"SST-2 dev accuracy over {len(options.seeds)} seeds ({', '.join(map(str, options.seeds))}), mean ± sample "
-        f"standard deviation; {options.train_samples} training sentences, 1 epoch, batch 32, learning rate 5e-5.\n"
+        f"standard deviation; {options.train_samples} training sentences, 1 epoch, batch 32, learning rate 2e-4.\n"
         "t: Student's test with pooled variance of the hypothesis that the defended arm is no better "
         f"(df = {2 * (len(options.seeds) - 1)}); * p < 0.05, one-sided, not corrected for the number of rows.\n\n"
         f"{table(records)}"

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_parcor.corruptions.corruption import Corruption, GradientSource, named
-from hf_parcor.functional.arguments import check_count, check_real
-from hf_parcor.functional.bits import field_bits, flip_random_bits
+from hf_parcor.functional.bits import check_amount, field_bits, flip_random_bits
 from hf_parcor.injection import Replacement
 
 
@@ -41,14 +40,9 @@ class BitFlips(Corruption):
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if (self.rate is None) == (self.count is None):
-            raise ValueError(
-                f"BitFlips: expected one of rate and count, got rate={self.rate} and count={self.count}; give one"
-            )
-        if self.rate is not None and not 0 <= check_real("rate", self.rate, "0 <= rate <= 1") <= 1:
-            raise ValueError(f"rate: expected 0 <= rate <= 1, got {self.rate}; it is a probability per bit")
-        if self.count is not None:
-            check_count("count", self.count)
+        rate, count = check_amount(self.rate, self.count)
+        object.__setattr__(self, "rate", rate)
+        object.__setattr__(self, "count", count)
         field_bits(torch.float32, self.bits)
 
     def __str__(self) -> str:

@@ -14,7 +14,10 @@ from hf_parcor.injection import check_weights
 
 
 class GradientSource(Protocol):
-    """Gradients of a loss with respect to the weights that are corrupted; the model stays on its side."""
+    """Gradients of a loss with respect to the weights that are corrupted; the model stays on its side.
+
+    Corruptions call it under `torch.no_grad()`: it enables gradients for itself.
+    """
 
     def __len__(self) -> int:
         """Return the number of batches, ⌈|D|/|B|⌉."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_parcor.constraints import CorruptionConstraint
+from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.corruptions.corruption import Corruption, GradientSource, named
 from hf_parcor.functional.constrained_maximum import constrained_maximum
 
@@ -22,10 +22,16 @@ class GradientCorruption(Corruption):
 
     Args:
         constraint: The set S.
+
+    Raises:
+        TypeError: The constraint is none.
     """
 
     constraint: CorruptionConstraint
     uses_gradients: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_constraint(self.constraint)
 
     def __str__(self) -> str:
         return f"gradient-based {self.constraint}"

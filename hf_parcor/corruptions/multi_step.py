@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_parcor.constraints import CorruptionConstraint
+from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.corruptions.corruption import Corruption, GradientSource, named
 from hf_parcor.functional.arguments import check_count, check_radius
 from hf_parcor.functional.constrained_maximum import constrained_maximum_
 from hf_parcor.functional.projections import check_projectable, project_
-from hf_parcor.functional.vectors import working_copy
+from hf_parcor.functional.vectors import working_copy, working_dtype
 
 STEP_SIZE_FACTOR = 1.5  # α = 1.5 ε/K lets K steps reach the boundary; the paper prints ε/k and means K
 
@@ -23,7 +23,9 @@ STEP_SIZE_FACTOR = 1.5  # α = 1.5 ε/K lets K steps reach the boundary; the pap
 class MultiStepCorruption(Corruption):
     """Projected gradient ascent from 0, one batch a step: `a_k = Π_S(a_{k−1} + u_k)` (paper 2, Eq. 13–19).
 
-    `u_k` is the constrained maximum of radius α on the gradient at `w + a_{k−1}`.
+    `u_k` is the constrained maximum on the gradient at `w + a_{k−1}` with radius α and at most n non-zero entries.
+    (Eq. 16 prints no n. But every entry of a dense step for p = ∞ has the size α, and which n of them the projection
+    keeps would be decided by position, not by the gradient.)
 
     Args:
         constraint: The set S; p is 2 or ∞, for which the projection has a closed form.
@@ -33,6 +35,7 @@ class MultiStepCorruption(Corruption):
     Raises:
         NotImplementedError: p is neither 2 nor ∞.
         ValueError: `steps < 1` or `step_size < 0`.
+        TypeError: The constraint is none.
     """
 
     constraint: CorruptionConstraint
@@ -41,11 +44,12 @@ class MultiStepCorruption(Corruption):
     uses_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_constraint(self.constraint)
         check_projectable(self.constraint.p)
         if self.steps is not None:
-            check_count("steps", self.steps)
+            object.__setattr__(self, "steps", check_count("steps", self.steps))
         if self.step_size is not None:
-            check_radius("step_size", self.step_size)
+            object.__setattr__(self, "step_size", check_radius("step_size", self.step_size))
 
     def __str__(self) -> str:
         return f"multi-step {self.constraint}" + ("" if self.steps is None else f" K={self.steps}")
@@ -57,11 +61,12 @@ class MultiStepCorruption(Corruption):
         p, epsilon, top_n = self.constraint.p, self.constraint.epsilon, self.constraint.top_n
         steps = len(gradients) if self.steps is None else self.steps
         step_size = STEP_SIZE_FACTOR * epsilon / steps if self.step_size is None else self.step_size
-        corruption = [torch.zeros_like(weight) for weight in working_copy(list(weights.values()))]
+        dtype = working_dtype(list(weights.values()))
+        corruption = [torch.zeros_like(weight, dtype=dtype) for weight in weights.values()]
         for _ in range(steps):
             gradient = gradients.on_next_batch(named(weights, corruption))
             update = working_copy([gradient[name] for name in weights])
-            constrained_maximum_(update, p, step_size)
+            constrained_maximum_(update, p, step_size, top_n)
             torch._foreach_add_(corruption, update)
             project_(corruption, p, epsilon, top_n)
         return named(weights, corruption)

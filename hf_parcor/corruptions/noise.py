@@ -33,7 +33,7 @@ class GaussianNoise(Corruption):
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_radius("std", self.std)
+        object.__setattr__(self, "std", check_radius("std", self.std))
 
     def __str__(self) -> str:
         return f"Gaussian σ={self.std:g}"
@@ -63,7 +63,7 @@ class UniformNoise(Corruption):
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_radius("bound", self.bound)
+        object.__setattr__(self, "bound", check_radius("bound", self.bound))
 
     def __str__(self) -> str:
         return f"uniform b={self.bound:g}"

@@ -33,7 +33,7 @@ class Quantization(Corruption):
     bits: int
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
+        object.__setattr__(self, "bits", check_bits(self.bits))
 
     def __str__(self) -> str:
         return f"{self.bits}-bit quantization"

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_parcor.constraints import CorruptionConstraint
+from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.corruptions.corruption import Corruption, GradientSource, named
 from hf_parcor.functional.constrained_maximum import constrained_maximum_
 from hf_parcor.functional.noise import gaussian_noise
@@ -24,6 +24,9 @@ class RandomCorruption(Corruption):
     Args:
         constraint: The set S.
 
+    Raises:
+        TypeError: The constraint is none.
+
     Examples:
         >>> from hf_parcor import CorruptionConstraint
         >>> corruption = RandomCorruption(CorruptionConstraint(epsilon=0.1))
@@ -36,6 +39,9 @@ class RandomCorruption(Corruption):
 
     constraint: CorruptionConstraint
     stochastic: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_constraint(self.constraint)
 
     def __str__(self) -> str:
         return f"random {self.constraint}"

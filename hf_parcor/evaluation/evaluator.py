@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,23 +16,24 @@ from transformers.utils import logging
 
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.evaluation.fingerprint import fingerprint
-from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, model_loss
+from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, check_repeatable, model_loss
+from hf_parcor.evaluation.provenance import described, library_versions, model_name
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.functional.arguments import check_count
 from hf_parcor.functional.vectors import numel
-from hf_parcor.injection import CorruptionSize, corrupted
-from hf_parcor.targets import select_parameters
+from hf_parcor.injection import CorruptionSize, check_weights, corrupted
+from hf_parcor.targets import select_trainable
 
 logger = logging.get_logger(__name__)
 
 Metric = Callable[[nn.Module], Mapping[str, float]]
-_LIBRARIES = ("hf-parcor", "torch", "transformers", "accelerate")
 
 
 class CorruptionEvaluator:
     """Measures a model with its weights as they are and under corruptions, and gives every bit back.
 
-    The model is never copied. It is measured in evaluation mode, and its training flags are put back.
+    The model is never copied. It is measured in evaluation mode, and its training flags are put back; so is the state
+    of PyTorch's global generator on the CPU.
 
     Args:
         model: Any PyTorch model.
@@ -42,14 +42,17 @@ class CorruptionEvaluator:
         batches: Data for the corruptions that need gradients, a list or a `DataLoader` that does not shuffle; None if
             none of them does.
         loss: `loss(model, batch)` returns the mean loss of a batch; the default takes the model's own.
-        target_modules: Which modules may be corrupted, as in `select_parameters`; default all.
+        target_modules: Which modules may be corrupted, as in `select_parameters`. None, the default, for all
+            parameters that can be trained (all, if none can), as in the Trainer: fixed tables such as sinusoidal
+            positions have no gradient. Frozen weights can be named, and corrupted by all that needs no gradient.
         exclude_modules: As in `select_parameters`.
         module_types: As in `select_parameters`.
         layers: As in `select_parameters`.
         progress: Whether to show a progress bar. Default True.
 
     Raises:
-        ValueError: The targets match nothing.
+        ValueError: The targets match nothing, or the batches can be walked through only once.
+        TypeError: A target is not floating point.
 
     Examples:
         >>> from hf_parcor import Quantization
@@ -67,7 +70,7 @@ class CorruptionEvaluator:
         batches: Iterable[Batch] | None = None,
         *,
         loss: Loss = model_loss,
-        target_modules: str | Collection[str] = "all",
+        target_modules: str | Collection[str] | None = None,
         exclude_modules: str | Collection[str] | None = None,
         module_types: Any = None,
         layers: int | Iterable[int] | None = None,
@@ -77,9 +80,12 @@ class CorruptionEvaluator:
             "target_modules": target_modules,
             "exclude_modules": exclude_modules,
             "module_types": module_types,
-            "layers": layers,
+            "layers": list(layers) if isinstance(layers, Iterator) else layers,
         }
-        self._parameters = select_parameters(model, **self._target)
+        self._parameters = select_trainable(model, **self._target)
+        check_weights(self._parameters)
+        if batches is not None:
+            check_repeatable(batches)
         self._model, self._metric, self._batches, self._loss = model, metric, batches, loss
         self._progress = progress
 
@@ -95,7 +101,8 @@ class CorruptionEvaluator:
             seed: First seed.
 
         Returns:
-            The record. A metric that is NaN or no number is kept as NaN, noted in the record, and logged as a warning.
+            The record. A metric that is NaN or no number is kept as NaN, noted in the record, and logged as a warning;
+            a corruption that changed no weight is noted too, such as one along a gradient that was not finite.
 
         Raises:
             ValueError: A corruption needs gradients and there are no batches, an empty data set, or a frozen
@@ -103,9 +110,12 @@ class CorruptionEvaluator:
             TypeError: Something that is no `Corruption`, or a metric that returns no mapping.
         """
         check_count("trials", trials)
+        check_count("seed", seed, minimum=0)
+        corruptions = tuple(corruptions)
         names = [_catalogue_name(corruption) for corruption in corruptions]
-        gradients = self._gradients(corruptions)
-        with evaluation_mode(self._model):
+        with evaluation_mode(self._model), torch.random.fork_rng(devices=[]):
+            gradients = self._gradients(corruptions)
+            data = "" if self._batches is None else fingerprint(self._batches)
             clean = self._measure("none", "no corruption", {}, [(seed, None)])
             total = sum(trials if corruption.stochastic else 1 for corruption in corruptions)
             records = []
@@ -116,13 +126,13 @@ class CorruptionEvaluator:
                     chosen = self._choose(corruption, gradients, seeds, bar)
                     records.append(self._measure(name, str(corruption), corruption.settings(), chosen))
         return EvaluationRecord(
-            model=getattr(getattr(self._model, "config", None), "_name_or_path", "") or type(self._model).__name__,
-            target={key: _described(value) for key, value in self._target.items() if value is not None},
+            model=model_name(self._model),
+            target={key: described(value) for key, value in self._target.items() if value is not None},
             parameters=numel(list(self._parameters.values())),
             clean=clean,
             corruptions=tuple(records),
-            data="" if self._batches is None else fingerprint(self._batches),
-            versions={library: _version(library) for library in _LIBRARIES},
+            data=data,
+            versions=library_versions(),
         )
 
     def _gradients(self, corruptions: Sequence[Corruption]) -> DatasetGradients | None:
@@ -160,12 +170,16 @@ class CorruptionEvaluator:
             with corrupted(self._parameters, corruption) as injection:
                 sizes.append(injection.size())
                 trials.append(self._metrics())
-        metrics = {key: tuple(_number(trial.get(key)) for trial in trials) for key in trials[0]}
-        notes = tuple(
-            f"{key} was {trials[index].get(key)!r} with seed {seeds[index]}"
-            for key, values in metrics.items()
-            for index, value in enumerate(values)
-            if not math.isfinite(value)
+        keys = dict.fromkeys(key for trial in trials for key in trial)
+        metrics = {key: tuple(_number(trial.get(key)) for trial in trials) for key in keys}
+        notes = (
+            *(f"no weight changed with seed {at}" for at, size in zip(seeds, sizes, strict=False) if not size.changed),
+            *(
+                f"{key} was {trials[index].get(key)!r} with seed {seeds[index]}"
+                for key, values in metrics.items()
+                for index, value in enumerate(values)
+                if not math.isfinite(value)
+            ),
         )
         for note in notes:
             logger.warning(f"{label}: {note}; it is kept in the record.")
@@ -181,7 +195,8 @@ class CorruptionEvaluator:
         )
 
     def _metrics(self) -> Mapping[str, object]:
-        metrics = self._metric(self._model)
+        with evaluation_mode(self._model):  # a metric may leave the model in training mode
+            metrics = self._metric(self._model)
         if not isinstance(metrics, Mapping) or not metrics:
             raise TypeError(
                 f"metric: expected numbers by name, such as {{'accuracy': 0.9}}, got {metrics!r}; return a dict"
@@ -192,13 +207,13 @@ class CorruptionEvaluator:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and every module's own training flag back afterwards."""
-    training = [module for module in model.modules() if module.training]
+    flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in flags:
+            module.training = training
 
 
 def _catalogue_name(corruption: Corruption) -> str:
@@ -214,16 +229,3 @@ def _number(value: object) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         return float(value)
     return float(value) if isinstance(value, Real) else math.nan
-
-
-def _described(value: Any) -> Any:
-    if isinstance(value, type):
-        return value.__name__
-    return [_described(entry) for entry in value] if not isinstance(value, (str, int)) else value
-
-
-def _version(library: str) -> str:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed as a package"

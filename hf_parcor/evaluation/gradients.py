@@ -9,6 +9,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_parcor.injection import corrupted
 
@@ -32,13 +34,38 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     return torch.as_tensor(loss)
 
 
-def count_items(batch: Batch) -> int:
-    """Return how many items a batch's mean loss is over: labels that count, else the length of its first tensor."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+def count_items(batch: Batch, *, shifted: bool = False) -> int:
+    """Return how many items a batch's mean loss is over: labels that count, else the length of its first tensor.
+
+    Args:
+        batch: A mapping of tensors, a sequence of tensors, or one tensor.
+        shifted: Whether the loss leaves out the first label of every row, as that of a causal language model does.
+
+    Raises:
+        ValueError: The batch has no tensor.
+    """
+    named = batch if isinstance(batch, Mapping) else {}
+    labels = named.get("shift_labels", named.get("labels"))
     if isinstance(labels, Tensor):
+        labels = labels[..., 1:] if shifted and "shift_labels" not in named else labels
         return int((labels != _IGNORED_LABEL).sum())
-    tensors = batch.values() if isinstance(batch, Mapping) else batch
-    return next(len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.ndim)
+    tensors = named.values() if named else [batch] if isinstance(batch, Tensor) else batch
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.ndim:
+            return len(tensor)
+    raise ValueError(
+        f"batches: expected tensors in every batch, got {type(batch).__name__} without any; "
+        "collate the data into tensors, with a DataLoader say"
+    )
+
+
+def check_repeatable(batches: Iterable[Batch]) -> None:
+    """Refuse data that can be walked through only once."""
+    if iter(batches) is batches:
+        raise ValueError(
+            f"batches: expected a collection that can be walked through again, got the iterator {batches!r}; "
+            "pass a list or a DataLoader"
+        )
 
 
 class DatasetGradients:
@@ -55,7 +82,7 @@ class DatasetGradients:
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: There are no batches, they can be walked through only once, or a parameter is frozen.
+        ValueError: There are no items, the batches can be walked through only once, or a parameter is frozen.
     """
 
     def __init__(
@@ -67,11 +94,7 @@ class DatasetGradients:
         *,
         progress: bool = False,
     ) -> None:
-        if iter(batches) is batches:
-            raise ValueError(
-                f"batches: expected a collection that can be walked through again, got the iterator {batches!r}; "
-                "pass a list or a DataLoader"
-            )
+        check_repeatable(batches)
         for name, parameter in parameters.items():
             if not parameter.requires_grad:
                 raise ValueError(
@@ -80,9 +103,13 @@ class DatasetGradients:
                 )
         self._model, self._parameters, self._batches, self._loss = model, parameters, batches, loss
         self._progress = progress
-        self._items = [count_items(batch) for batch in batches]
-        if not self._items:
-            raise ValueError("batches: expected at least one batch of data, got none; is the data set empty?")
+        shifted = _shifts_labels(model) and loss is model_loss
+        self._items = [count_items(batch, shifted=shifted) for batch in batches]
+        if not sum(self._items):
+            raise ValueError(
+                f"batches: expected at least one item with a label, got {len(self._items)} batches without any; "
+                "is the data set empty?"
+            )
         self._overall: dict[str, Tensor] | None = None
         self._walk: Iterator[Batch] = iter(())
 
@@ -100,8 +127,8 @@ class DatasetGradients:
             }
             walk = tqdm(self._batches, desc="gradient over the data", leave=False, disable=not self._progress)
             for batch, items in zip(walk, self._items, strict=True):
-                gradient = self._gradient(batch)
-                torch._foreach_add_(list(overall.values()), gradient, alpha=items / total)
+                if items:  # the mean over no item is NaN
+                    torch._foreach_add_(list(overall.values()), self._gradient(batch), alpha=items / total)
             self._overall = overall
         return self._overall
 
@@ -127,6 +154,14 @@ class DatasetGradients:
             torch.zeros_like(parameter, dtype=_wide(parameter)) if part is None else part.to(_wide(parameter))
             for part, parameter in zip(gradient, parameters, strict=True)
         ]
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Return whether a model's own loss leaves first labels out; older classes such as GPT-2's name no loss type."""
+    loss_type = getattr(model, "loss_type", None)
+    causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    shifts = causal if loss_type is None else LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
+    return shifts and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ class CorruptionRecord:
         seeds: One a trial.
         metrics: The value of each metric in each trial, in the order of `seeds`; NaN is kept.
         changed: How many weights differed from the clean ones, mean over trials.
-        norm: Realised L2 norm of the corruption, mean over trials; infinite where a weight became so.
+        norm: Realised L2 norm of the corruption, mean over trials; infinite or NaN where a weight became so.
         notes: What was noticed, in sentences.
     """
 
@@ -41,15 +42,38 @@ class CorruptionRecord:
     notes: tuple[str, ...] = ()
 
     def mean(self, metric: str) -> float:
-        """Return the mean of a metric over trials; NaN if a trial has NaN."""
-        return statistics.fmean(self.metrics[metric])
+        """Return the mean of a metric over trials; NaN if a trial has NaN, or if ∞ and −∞ meet.
+
+        Raises:
+            ValueError: There is no such metric.
+        """
+        values = self._values(metric)
+        try:
+            return statistics.fmean(values)
+        except (OverflowError, ValueError):  # a sum beyond the largest float, or ∞ − ∞
+            return sum(value / len(values) for value in values)
 
     def deviation(self, metric: str) -> float:
-        """Return the sample standard deviation over trials (n − 1); NaN for a single trial."""
-        values = self.metrics[metric]
+        """Return the sample standard deviation over trials (n − 1); NaN for a single trial, and beside NaN or ∞.
+
+        Raises:
+            ValueError: There is no such metric.
+        """
+        values = self._values(metric)
         if len(values) < 2 or not all(math.isfinite(value) for value in values):
             return math.nan
-        return statistics.stdev(values)
+        try:
+            return statistics.stdev(values)
+        except OverflowError:  # larger than the largest float
+            return math.inf
+
+    def _values(self, metric: str) -> tuple[float, ...]:
+        if metric not in self.metrics:
+            raise ValueError(
+                f"metric: expected one of {', '.join(self.metrics)}, got {metric!r}, which {self.label!r} lacks; "
+                "pass metric="
+            )
+        return self.metrics[metric]
 
 
 @dataclass(frozen=True)
@@ -95,10 +119,15 @@ class EvaluationRecord:
             raise ValueError(
                 f"record: expected format {FORMAT}, got {found!r}; make it with this version of hf_parcor"
             )
-        data["clean"] = _corruption_record(data["clean"])
-        data["corruptions"] = tuple(_corruption_record(entry) for entry in data["corruptions"])
-        data["notes"] = tuple(data["notes"])
-        return cls(**data)
+        try:
+            data["clean"] = _corruption_record(data["clean"])
+            data["corruptions"] = tuple(_corruption_record(entry) for entry in data["corruptions"])
+            data["notes"] = tuple(data["notes"])
+            return cls(**data)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"record: expected all fields of format {FORMAT}, got {error!r}; it is damaged: measure again"
+            ) from error
 
     def save(self, path: str | Path) -> Path:
         """Write the JSON to a file, with its folder, and return the path."""
@@ -143,11 +172,15 @@ class EvaluationRecord:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+    if isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Integral):  # NumPy's integers
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else str(float(value))
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, Sequence):
         return [_plain(entry) for entry in value]
     return value
 

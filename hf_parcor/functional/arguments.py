@@ -53,3 +53,8 @@ def check_count(name: str, value: object, minimum: int = 1) -> int:
     if count < minimum:
         raise ValueError(f"{name}: expected a whole number >= {minimum}, got {count}; pass {minimum} or more")
     return count
+
+
+def check_top_n(top_n: object) -> int | None:
+    """Return how many entries may be non-zero, at least 1; None for all."""
+    return None if top_n is None else check_count("top_n", top_n)

@@ -8,6 +8,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from hf_parcor.functional.arguments import check_count, check_real
+
 _MANTISSA_BITS: Mapping[torch.dtype, int] = MappingProxyType(
     {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
 )
@@ -47,25 +49,53 @@ def field_bits(dtype: torch.dtype, field: str = "any") -> range:
     return positions[field]
 
 
+def check_amount(rate: object, count: object) -> tuple[float | None, int | None]:
+    """Return the one amount of flips that is given: a rate in [0, 1] or a count of at least 1."""
+    if (rate is None) == (count is None):
+        raise ValueError(f"expected one of rate and count, got rate={rate} and count={count}; give one")
+    if rate is None:
+        return None, check_count("count", count)
+    probability = check_real("rate", rate, "0 <= rate <= 1")
+    if not 0 <= probability <= 1:
+        raise ValueError(f"rate: expected 0 <= rate <= 1, got {probability:g}; it is a probability per bit")
+    return probability, None
+
+
 def flip_bits(tensor: Tensor, elements: Tensor, positions: Tensor) -> Tensor:
     """Return a copy of `tensor` in which bit `positions[j]` of entry `elements[j]` is inverted, for every j.
 
     Args:
         tensor: float16, bfloat16, float32 or float64, any shape.
         elements: Indices into the flattened tensor (row-major), int64.
-        positions: Bit positions, 0 the least significant, same length. A pair given twice flips once: pairs are
-            expected to be distinct.
+        positions: Bit positions, 0 the least significant, int64, same length. A pair given twice flips once.
+
+    Raises:
+        TypeError: The tensor is not of these dtypes.
+        ValueError: The lengths differ, or there is no such entry or bit.
 
     Examples:
         >>> flip_bits(torch.tensor([1.0, 2.0]), torch.tensor([1]), torch.tensor([31]))
         tensor([ 1., -2.])
     """
+    width = len(field_bits(tensor.dtype))
+    if elements.shape != positions.shape or elements.ndim != 1:
+        raise ValueError(
+            "elements, positions: expected two vectors of one length, got shapes "
+            f"{tuple(elements.shape)} and {tuple(positions.shape)}; give every bit its entry"
+        )
+    for name, given, limit in (("elements", elements, tensor.numel()), ("positions", positions, width)):
+        if len(given) and not 0 <= int(given.min()) <= int(given.max()) < limit:
+            raise ValueError(
+                f"{name}: expected indices in 0..{limit - 1}, got {int(given.min())}..{int(given.max())}; "
+                f"the tensor has {tensor.numel()} entries of {width} bits"
+            )
     integer = _INTEGER_OF_SIZE[tensor.dtype.itemsize]
-    flat = tensor.detach().contiguous().clone().view(-1).view(integer)
-    touched, slot = torch.unique(elements, return_inverse=True)
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(integer)
+    pairs = torch.unique(elements * width + positions)
+    touched, slot = torch.unique_consecutive(pairs // width, return_inverse=True)
     masks = torch.zeros(len(touched), dtype=torch.int64, device=flat.device)
     # Distinct bits of one entry add up to their union; int64 arithmetic wraps to the sign bit of narrower integers.
-    masks.index_add_(0, slot, torch.ones_like(positions) << positions)
+    masks.index_add_(0, slot, torch.ones_like(pairs) << pairs % width)
     flat[touched] ^= masks.to(integer)
     return flat.view(tensor.dtype).view(tensor.shape)
 
@@ -75,10 +105,15 @@ def sample_positions(total: int, count: int, generator: torch.Generator | None =
 
     Memory grows with `count`, not with `total` (with `total` only where most of the numbers are asked for).
 
+    Raises:
+        ValueError: `count` is negative or exceeds `total`.
+
     Examples:
         >>> len(sample_positions(10**12, 1000, torch.Generator().manual_seed(0)).unique())
         1000
     """
+    if not 0 <= count <= total:
+        raise ValueError(f"count: expected 0 <= count <= {total}, got {count}; they are to be distinct")
     device = None if generator is None else generator.device
     if count > total // 2:
         left_out = sample_positions(total, total - count, generator)
@@ -113,8 +148,10 @@ def flip_random_bits(
 
     Raises:
         TypeError: A tensor is not of these dtypes.
-        ValueError: `count` exceeds the number of bits in the field.
+        ValueError: Both or none of `rate` and `count`, a rate outside [0, 1], a count below 1 or above the number of
+            bits in the field, an unknown field.
     """
+    rate, count = check_amount(rate, count)
     fields = [field_bits(tensor.dtype, field) for tensor in tensors]
     sizes = [tensor.numel() * len(bits) for tensor, bits in zip(tensors, fields, strict=True)]
     total = sum(sizes)

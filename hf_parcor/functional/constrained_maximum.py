@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_parcor.functional.arguments import check_norm_order, check_radius
+from hf_parcor.functional.arguments import check_norm_order, check_radius, check_top_n
 from hf_parcor.functional.top_n import keep_top_n, keep_top_n_
 from hf_parcor.functional.vectors import (
+    divide_,
     max_magnitude,
     multiply_,
     vector_norm,
@@ -24,6 +25,9 @@ def constrained_maximum_(tensors: list[Tensor], p: float, epsilon: float, top_n:
     """Overwrite `tensors` with their constrained maximum (see `constrained_maximum`)."""
     p = check_norm_order(p)
     epsilon = check_radius("epsilon", epsilon)
+    top_n = check_top_n(top_n)
+    if not tensors:
+        return
     if p == 1:
         top_n = 1  # all of epsilon on the largest coordinate
     if top_n is not None:
@@ -36,8 +40,7 @@ def constrained_maximum_(tensors: list[Tensor], p: float, epsilon: float, top_n:
         torch._foreach_sign_(tensors)
         torch._foreach_mul_(tensors, epsilon)
         return
-    for device in {tensor.device for tensor in tensors}:
-        torch._foreach_div_([tensor for tensor in tensors if tensor.device == device], largest.to(device))
+    divide_(tensors, largest)
     if p != 2:
         signs = torch._foreach_sign(tensors)
         torch._foreach_abs_(tensors)
@@ -103,6 +106,7 @@ def constrained_maximum_value(tensors: Sequence[Tensor], p: float, epsilon: floa
     """
     p = check_norm_order(p)
     epsilon = check_radius("epsilon", epsilon)
+    top_n = check_top_n(top_n)
     limits = {1.0: math.inf, math.inf: 1.0}
     dual = limits[p] if p in limits else p / (p - 1)
     kept = tensors if top_n is None else keep_top_n(tensors, top_n)

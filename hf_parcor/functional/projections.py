@@ -8,15 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_parcor.functional.arguments import check_norm_order, check_radius
+from hf_parcor.functional.arguments import check_norm_order, check_radius, check_top_n
 from hf_parcor.functional.top_n import keep_top_n_
 from hf_parcor.functional.vectors import (
+    divide_,
     max_magnitude,
     multiply_,
-    vector_norm,
     vector_norm_of_unit_scale,
     working_copy,
+    working_dtype,
 )
+
+_ORDINARY = 31  # entries below 2^31 in magnitude have squares well inside float32's range
 
 
 def check_projectable(p: float) -> None:
@@ -32,7 +35,10 @@ def project_(tensors: list[Tensor], p: float, epsilon: float, top_n: int | None 
     """Overwrite `tensors` with their projection (see `project`)."""
     p = check_norm_order(p)
     epsilon = check_radius("epsilon", epsilon)
+    top_n = check_top_n(top_n)
     check_projectable(p)
+    if not tensors:
+        return
     if top_n is not None:
         keep_top_n_(tensors, top_n)
     if math.isinf(p):
@@ -41,10 +47,12 @@ def project_(tensors: list[Tensor], p: float, epsilon: float, top_n: int | None 
         return
     # Scaling by a power of two is exact, so a vector inside the ball keeps its bits, and no square leaves the range.
     _, exponent = torch.frexp(max_magnitude(tensors).double())
+    reach = int(-math.log2(torch.finfo(working_dtype(tensors)).tiny))  # the scale itself must be a number
+    exponent = torch.where(exponent.abs() > _ORDINARY, exponent.clamp(-reach, reach), 0)
     scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), -exponent)
     multiply_(tensors, scale)
-    norm = vector_norm_of_unit_scale(tensors, 2) / scale
-    multiply_(tensors, torch.where(norm > epsilon, epsilon / norm, 1.0) / scale)
+    norm = vector_norm_of_unit_scale(tensors, 2).double()
+    multiply_(tensors, torch.where(norm > epsilon * scale, epsilon / norm, 1 / scale))
 
 
 def project(tensors: Sequence[Tensor], p: float, epsilon: float, top_n: int | None = None) -> list[Tensor]:
@@ -96,8 +104,11 @@ def rescale_to_norm(tensors: Sequence[Tensor], p: float, epsilon: float) -> list
         >>> rescale_to_norm([torch.tensor([3.0, 1.0])], p=math.inf, epsilon=1.0)
         [tensor([1.0000, 0.3333])]
     """
+    p = check_norm_order(p)
     epsilon = check_radius("epsilon", epsilon)
     rescaled = working_copy(tensors)
-    norm = vector_norm(rescaled, p).double()
+    largest = max_magnitude(rescaled)
+    divide_(rescaled, torch.where(largest > 0, largest, 1.0))
+    norm = vector_norm_of_unit_scale(rescaled, p)
     multiply_(rescaled, torch.where(norm > 0, epsilon / norm, 0.0))
     return rescaled

@@ -39,7 +39,11 @@ def quantize(tensor: Tensor, bits: int) -> Tensor:
     if tensor.numel() == 0:
         return tensor.clone()
     weights = tensor if tensor.dtype == torch.float64 else tensor.float()
-    step = weights.abs().amax() / (2 ** (bits - 1) - 1)
+    levels = 2 ** (bits - 1) - 1
+    step = weights.abs().amax() / levels
     usable = torch.isfinite(step) & (step > 0)
     rounded = torch.round(weights / torch.where(usable, step, 1.0)) * step
-    return torch.where(usable, rounded, weights).to(tensor.dtype)
+    # A step at an end of the float range is rounded itself: no level may be ∞, or lie beyond the last one.
+    last = (levels * step).clamp(max=torch.finfo(step.dtype).max)
+    rounded = rounded.clamp(-last, last)
+    return torch.where(usable, rounded.to(tensor.dtype), tensor)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hf_parcor.functional.arguments import check_count
-from hf_parcor.functional.vectors import numel, working_dtype
+from hf_parcor.functional.vectors import chunks, numel, working_dtype
 
 _DIGIT_BITS = 16
 _DIGITS = 1 << _DIGIT_BITS
-_CHUNK = 1 << 20  # entries worked on at a time: some 20 MiB of scratch, whatever the size of the model
-
-
-def _chunks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    for tensor in tensors:
-        yield from torch.split(tensor.view(-1), _CHUNK)
 
 
 def _magnitude_bits(chunk: Tensor, dtype: torch.dtype) -> Tensor:
@@ -35,7 +29,7 @@ def _threshold(tensors: Sequence[Tensor], n: int, dtype: torch.dtype, device: to
     remaining = torch.full((), n, dtype=torch.int64, device=device)
     for shift in range(dtype.itemsize * 8 - _DIGIT_BITS, -1, -_DIGIT_BITS):
         histogram = torch.zeros(_DIGITS, dtype=torch.int64, device=device)
-        for chunk in _chunks(tensors):
+        for chunk in chunks(tensors):
             bits = _magnitude_bits(chunk, dtype).to(device)
             digit = (bits >> shift) & (_DIGITS - 1)
             if shift + _DIGIT_BITS < dtype.itemsize * 8:
@@ -60,7 +54,7 @@ def keep_top_n_(tensors: Sequence[Tensor], n: int) -> None:
     dtype, device = working_dtype(flat), flat[0].device
     threshold, ties = _threshold(flat, n, dtype, device)
     seen = torch.zeros((), dtype=torch.int64, device=device)
-    for chunk in _chunks(flat):
+    for chunk in chunks(flat):
         bits = _magnitude_bits(chunk, dtype)
         tied = bits == threshold.to(chunk.device)
         rank = tied.cumsum(0) + seen.to(chunk.device)
@@ -89,6 +83,6 @@ def keep_top_n(tensors: Sequence[Tensor], n: int) -> list[Tensor]:
         >>> keep_top_n([torch.tensor([1.0, -5.0]), torch.tensor([[3.0], [0.5]])], 2)
         [tensor([ 0., -5.]), tensor([[3.], [0.]])]
     """
-    kept = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+    kept = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
     keep_top_n_(kept, n)
     return kept

@@ -7,7 +7,7 @@ A function whose name ends in `_` overwrites the tensors that it is given, as in
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from hf_parcor.functional.arguments import check_norm_order
 
 _BITS_OF_DTYPE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_CHUNK = 1 << 20  # entries worked on at a time: less than 100 MiB of scratch, whatever the size of the model
+_BLOCK = 1 << 10  # entries that a CPU may sum one after another in float32
 
 
 def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -39,6 +41,12 @@ def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
 def numel(tensors: Sequence[Tensor]) -> int:
     """Return `k`, the number of entries of the vector."""
     return sum(tensor.numel() for tensor in tensors)
+
+
+def chunks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the vector piece by piece: flat views of contiguous tensors, small enough to work on copies."""
+    for tensor in tensors:
+        yield from torch.split(tensor.view(-1), _CHUNK)
 
 
 def _joined(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -74,8 +82,27 @@ def vector_norm_of_unit_scale(tensors: Sequence[Tensor], p: float) -> Tensor:
         return torch.zeros((), dtype=dtype)
     if math.isinf(p):
         return max_magnitude(filled)
-    norm: Tensor = torch.linalg.vector_norm(_joined(torch._foreach_norm(filled, p), dtype), p)
-    return norm
+    if filled[0].device.type == "cpu":
+        parts = torch.cat([_block_norms(tensor, p, dtype) for tensor in filled]).double()
+    else:
+        parts = _joined(torch._foreach_norm(filled, p, dtype=dtype), dtype)
+    norm: Tensor = torch.linalg.vector_norm(parts, p)
+    return norm.to(dtype)
+
+
+def _block_norms(tensor: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """Return norms of short blocks, whose norm is the tensor's.
+
+    A CPU adds the powers of a long vector one after another, a GPU as a tree. In float32 the chain lost 8 % of the
+    L1 norm and 0.2 % of the L2 norm of 32 million normal entries; in blocks it is as fast, and loses 1e-8.
+    """
+    flat = tensor.reshape(-1)
+    whole = flat.numel() // _BLOCK * _BLOCK
+    rest: Tensor = torch.linalg.vector_norm(flat[whole:], p, dtype=dtype).view(1)
+    if not whole:
+        return rest
+    blocks: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), p, dim=1, dtype=dtype)
+    return torch.cat([blocks, rest])
 
 
 def vector_norm(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
@@ -105,12 +132,12 @@ def vector_norm(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
         return largest
     divisor = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
     dtype = working_dtype(tensors)
-    # One tensor at a time: the scaled copy is never larger than the largest tensor.
-    parts = [torch.linalg.vector_norm(tensor.to(dtype) / divisor.to(tensor.device), p) for tensor in tensors]
-    if not parts:
-        return largest
-    norm: Tensor = largest * torch.linalg.vector_norm(_joined(parts, dtype), p)
-    return norm
+    parts = [
+        vector_norm_of_unit_scale([chunk.to(dtype) / divisor.to(chunk.device)], p)
+        for tensor in tensors
+        for chunk in chunks([tensor.contiguous()])
+    ]
+    return largest * vector_norm_of_unit_scale([_joined(parts, dtype)], p) if parts else largest
 
 
 def inner_product(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
@@ -129,6 +156,13 @@ def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     devices = {tensor.device for tensor in tensors}
     for device in devices:
         torch._foreach_mul_([tensor for tensor in tensors if tensor.device == device], factor.to(device))
+
+
+def divide_(tensors: Sequence[Tensor], divisor: Tensor) -> None:
+    """Divide every tensor, in place, by a zero-dimensional divisor: where its inverse would leave the range."""
+    devices = {tensor.device for tensor in tensors}
+    for device in devices:
+        torch._foreach_div_([tensor for tensor in tensors if tensor.device == device], divisor.to(device))
 
 
 def zero_unless_(tensors: Sequence[Tensor], condition: Tensor) -> None:

@@ -3,6 +3,7 @@
 from hf_parcor.targets.errors import TargetError
 from hf_parcor.targets.selection import select_parameters
 from hf_parcor.targets.stacks import Stack, find_stacks
+from hf_parcor.targets.trainable import select_trainable
 from hf_parcor.targets.words import WORDS
 
-__all__ = ["WORDS", "Stack", "TargetError", "find_stacks", "select_parameters"]
+__all__ = ["WORDS", "Stack", "TargetError", "find_stacks", "select_parameters", "select_trainable"]

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.defenses import DefendedStep, Defense, MultiStepRisk
-from hf_parcor.targets import select_parameters
+from hf_parcor.targets import select_trainable
 from hf_parcor.training.arguments import DefenseArguments, build_defense
 from hf_parcor.training.collapse import CollapseCallback
 from hf_parcor.training.running_statistics import frozen_running_statistics
@@ -97,7 +97,7 @@ class ParameterDefenseMixin(_Base):
             raise ValueError("model: expected a model, got None; pass model= or model_init=")
         # A hyperparameter search replaces the model.
         if self._selected is None or self._selected[0] is not model:
-            self._selected = (model, trainable_parameters(model, **self._selection))
+            self._selected = (model, _trained(select_trainable(model, **self._selection)))
         return self._selected[1]
 
     def training_step(
@@ -154,8 +154,8 @@ class ParameterDefenseMixin(_Base):
         optimizer = OptimizerNames(self.args.optim)
         if optimizer in _UPDATES_INSIDE_BACKWARD or "layerwise" in optimizer.value:
             raise ValueError(
-                f"optim: expected an optimizer that updates after backward, got {optimizer.value!r}; it would update at "
-                "corrupted weights, once a pass: choose another, or defense='none'"
+                f"optim: expected an optimizer that updates after backward, got {optimizer.value!r}; it would update "
+                "at corrupted weights, once a pass: choose another, or defense='none'"
             )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
@@ -165,29 +165,11 @@ class ParameterDefenseMixin(_Base):
             )
 
 
-def trainable_parameters(
-    model: nn.Module, target_modules: str | Collection[str] | None = None, **selection: Any
-) -> dict[str, nn.Parameter]:
-    """Select the parameters to defend: by default all that are trained.
-
-    Args:
-        model: The model.
-        target_modules: As in `select_parameters`; None for all trainable parameters.
-        **selection: `exclude_modules`, `module_types` and `layers` of `select_parameters`.
-
-    Raises:
-        ValueError: Nothing matches, or a parameter that was asked for by name is frozen.
-    """
-    selected = select_parameters(
-        model, target_modules="all" if target_modules is None else target_modules, **selection
-    )
+def _trained(selected: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     frozen = [name for name, parameter in selected.items() if not parameter.requires_grad]
-    if frozen and target_modules is not None:
+    if frozen:
         raise ValueError(
             f"target_modules: expected trainable parameters, got {len(frozen)} frozen ones such as {frozen[0]!r}; "
             "a defense needs their gradient: unfreeze them, or exclude them with exclude_modules"
         )
-    trained = {name: parameter for name, parameter in selected.items() if parameter.requires_grad}
-    if not trained:
-        raise ValueError("model: expected at least one trainable parameter, got none; unfreeze what is to be trained")
-    return trained
+    return selected

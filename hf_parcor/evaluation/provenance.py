@@ -1,0 +1,51 @@
+"""Where a record comes from: the model's name, the targets as they were asked for, the libraries."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+_LIBRARIES = ("hf-parcor", "torch", "transformers", "accelerate")
+
+
+def model_name(model: nn.Module) -> str:
+    """Return a model's name on the Hub, the last two parts of its local folder, or the name of its class.
+
+    Records are published: where a folder lies on a machine stays out.
+
+    Examples:
+        >>> model_name(nn.Linear(1, 1))
+        'Linear'
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
+
+
+def described(value: Any) -> Any:
+    """Return an argument as plain values: classes by their names, collections as lists, sets in order.
+
+    Examples:
+        >>> described((nn.Linear, "LayerNorm"))
+        ['Linear', 'LayerNorm']
+    """
+    if isinstance(value, type):
+        return value.__name__
+    if isinstance(value, (str, int)):
+        return value
+    entries = [described(entry) for entry in value]
+    return sorted(entries) if isinstance(value, (set, frozenset)) else entries
+
+
+def library_versions() -> dict[str, str]:
+    """Return the installed versions of the libraries that numbers depend on."""
+    return {library: _version(library) for library in _LIBRARIES}
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"

@@ -1,0 +1,68 @@
+"""What all tests share: no network, fixed seeds, a tiny classifier with data for it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+Batch = dict[str, torch.Tensor]
+SIZES = (4, 4, 2)  # the last batch is smaller, as it is in most data sets
+TINY = {
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 16,
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Seed every generator that transformers knows, so that no test depends on the order of tests."""
+    transformers.set_seed(0)
+
+
+@pytest.fixture
+def tiny_bert() -> Callable[..., nn.Module]:
+    """Return a builder of BERT classifiers with 2 layers of width 8; keyword arguments go to the configuration."""
+
+    def build(kind: type[nn.Module] = transformers.BertForSequenceClassification, **settings: Any) -> nn.Module:
+        return kind(transformers.BertConfig(**{**TINY, **settings}))
+
+    return build
+
+
+@pytest.fixture
+def classifier(tiny_bert: Callable[..., nn.Module]) -> nn.Module:
+    """Return a tiny BERT with two labels, dropout, and weights large enough to make a difference."""
+    return tiny_bert(initializer_range=0.5)
+
+
+@pytest.fixture
+def batches() -> list[Batch]:
+    """Return ten labelled sequences in batches of 4, 4 and 2."""
+    return [{"input_ids": torch.randint(1, 20, (size, 6)), "labels": torch.randint(0, 2, (size,))} for size in SIZES]
+
+
+@pytest.fixture
+def bits_of() -> Callable[[nn.Module], str]:
+    """Return a function that hashes every parameter and every buffer of a model, bit for bit."""
+
+    def digest(model: nn.Module) -> str:
+        sha = hashlib.sha256()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
+
+    return digest

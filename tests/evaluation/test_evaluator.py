@@ -1,0 +1,420 @@
+"""Corrupt, measure, restore: every bit comes back, whatever happens in between."""
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hf_parcor import (
+    BitFlips,
+    CorruptionConstraint,
+    CorruptionEvaluator,
+    GaussianNoise,
+    GradientCorruption,
+    MultiStepCorruption,
+    Quantization,
+    RandomCorruption,
+    UniformNoise,
+)
+from hf_parcor.corruptions import CORRUPTIONS, Corruption
+from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.targets import TargetError
+
+SEVEN = len(CORRUPTIONS)
+NORM = CorruptionConstraint(epsilon=0.5)
+
+
+@pytest.fixture
+def evaluator_of(classifier, batches):
+    def build(metric=None, model=classifier, data=batches, **options):
+        return CorruptionEvaluator(
+            model, metric or ClassificationMetric(batches), data, **{"progress": False, **options}
+        )
+
+    return build
+
+
+def weights_of(model):
+    return torch.cat([parameter.detach().reshape(-1).clone() for parameter in model.parameters()])
+
+
+def watching(seen, look):
+    """Return a metric that keeps what it sees of the model."""
+
+    def metric(model):
+        seen.append(look(model))
+        return {"x": 0.0}
+
+    return metric
+
+
+class Moods(nn.Module):
+    """Modules in training and in evaluation mode side by side, a frozen weight, buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+        self.dropout, self.last = nn.Dropout(0.5), nn.Linear(4, 2)
+        self.first.weight.requires_grad_(False)
+        self.train()
+        self.norm.eval()
+        self.last.eval()
+
+    def forward(self, x):
+        return self.last(self.dropout(self.norm(self.first(x))))
+
+
+class TestEveryBitComesBack:
+    def test_after_every_corruption(self, classifier, evaluator_of, corruption, bits_of):
+        before, seen = bits_of(classifier), []
+        evaluator_of(watching(seen, bits_of)).evaluate([corruption])
+        assert bits_of(classifier) == before
+        assert seen[0] == before, "the clean model is measured first"
+        assert before not in seen[1:], "then the corrupted one"
+        assert len(seen) == 1 + (3 if corruption.stochastic else 1)
+
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    @pytest.mark.parametrize("call", range(1 + 4 * 3 + 3))
+    def test_when_the_metric_raises(self, evaluator_of, one_of_each, bits_of, call, error, tiny_bert):
+        model = tiny_bert(num_hidden_layers=1).train()
+        before, calls = bits_of(model), []
+
+        def metric(_):
+            calls.append(None)
+            if len(calls) > call:
+                raise error("in the middle")
+            return {"x": 0.0}
+
+        with pytest.raises(error, match="in the middle"):
+            evaluator_of(metric, model).evaluate(list(one_of_each.values()))
+        assert bits_of(model) == before
+        assert all(module.training for module in model.modules())
+
+    @pytest.mark.parametrize("call", range(6))
+    def test_when_the_loss_raises(self, classifier, evaluator_of, bits_of, call):
+        before, calls = bits_of(classifier), []
+
+        def loss(model, batch):
+            calls.append(None)
+            if len(calls) > call:
+                raise KeyboardInterrupt
+            return model(**batch).loss
+
+        classifier.train()
+        with pytest.raises(KeyboardInterrupt):
+            evaluator_of(loss=loss).evaluate([GradientCorruption(NORM), MultiStepCorruption(NORM)])
+        assert bits_of(classifier) == before
+        assert all(module.training for module in classifier.modules())
+        assert all(parameter.grad is None for parameter in classifier.parameters())
+
+    def test_the_model_is_never_copied(self, classifier, evaluator_of, one_of_each, monkeypatch):
+        def places():
+            return [(id(parameter), parameter.data_ptr()) for parameter in classifier.parameters()]
+
+        def metric(model):
+            assert model is classifier
+            assert places() == before
+            return {"x": 0.0}
+
+        def refuse(*_):
+            raise AssertionError("copied")
+
+        before = places()
+        monkeypatch.setattr(nn.Module, "__deepcopy__", refuse, raising=False)
+        monkeypatch.setattr(nn.Module, "state_dict", refuse)
+        with pytest.raises(AssertionError, match="copied"):
+            copy.deepcopy(classifier)
+        evaluator_of(metric).evaluate(list(one_of_each.values()))
+        assert places() == before
+
+    def test_grad_is_not_touched(self, classifier, evaluator_of, one_of_each, batches):
+        classifier(**batches[0]).loss.backward()
+        grads = [parameter.grad for parameter in classifier.parameters()]
+        copies = [None if grad is None else grad.clone() for grad in grads]
+        evaluator_of().evaluate(list(one_of_each.values()))
+        for parameter, grad, before in zip(classifier.parameters(), grads, copies, strict=True):
+            assert parameter.grad is grad
+            assert grad is None or torch.equal(grad, before)
+
+    def test_training_flags_of_every_module(self, bits_of):
+        model = Moods()
+        before, flags = bits_of(model), [module.training for module in model.modules()]
+
+        def metric(model):
+            assert not any(module.training for module in model.modules())
+            model(torch.randn(8, 3))
+            model.train()  # bad manners, as of a metric that is used between epochs
+            return {"x": 0.0}
+
+        def loss(model, batch):
+            assert not any(module.training for module in model.modules())
+            return model(batch).square().mean()
+
+        evaluator = CorruptionEvaluator(
+            model, metric, [torch.randn(2, 3)], loss=loss, target_modules=["last"], progress=False
+        )
+        evaluator.evaluate([GaussianNoise(1.0), GradientCorruption(NORM), MultiStepCorruption(NORM)])
+        assert [module.training for module in model.modules()] == flags
+        assert bits_of(model) == before
+
+
+class TestSeeds:
+    @pytest.mark.parametrize("seed", [0, 7])
+    def test_trial_t_is_seeded_with_seed_plus_t(self, classifier, evaluator_of, seed):
+        seen = []
+        record = evaluator_of(watching(seen, weights_of)).evaluate([GaussianNoise(0.1)], trials=2, seed=seed)
+        assert record.corruptions[0].seeds == (seed, seed + 1)
+        for trial, corrupted_weights in enumerate(seen[1:]):
+            generator = torch.Generator().manual_seed(seed + trial)
+            noise = GaussianNoise(0.1)(dict(classifier.named_parameters()), generator=generator)
+            expected = weights_of(classifier) + torch.cat([part.reshape(-1) for part in noise.values()])
+            torch.testing.assert_close(corrupted_weights, expected, rtol=0, atol=0)
+        assert not torch.equal(seen[1], seen[2])
+
+    def test_the_same_seed_gives_the_same_record(self, evaluator_of, one_of_each):
+        corruptions = list(one_of_each.values())
+        first = evaluator_of().evaluate(corruptions, seed=3).to_json()
+        torch.rand(5)
+        assert evaluator_of().evaluate(corruptions, seed=3).to_json() == first
+        assert evaluator_of().evaluate(corruptions, seed=4).to_json() != first
+
+    def test_the_global_generator_is_not_consumed(self, classifier, one_of_each):
+        rows = [{"input_ids": torch.randint(1, 20, (6,)), "labels": torch.tensor(1)} for _ in range(6)]
+        loader = DataLoader(rows, batch_size=4)  # draws from the global generator whenever it is walked through
+        evaluator = CorruptionEvaluator(classifier, ClassificationMetric(loader), loader, progress=False)
+        state = torch.get_rng_state()
+        evaluator.evaluate(list(one_of_each.values()))
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_only_stochastic_corruptions_have_several_trials(self, evaluator_of, corruption):
+        [row] = evaluator_of().evaluate([corruption], trials=2, seed=5).corruptions
+        assert row.seeds == ((5, 6) if corruption.stochastic else (5,))
+        assert [len(values) for values in row.metrics.values()] == [len(row.seeds)] * 2
+        assert row.corruption == next(name for name, kind in CORRUPTIONS.items() if type(corruption) is kind)
+        assert row.label == str(corruption)
+        assert row.settings == corruption.settings()
+
+
+class TestRecord:
+    def test_what_it_says(self, classifier, evaluator_of, batches):
+        record = evaluator_of(target_modules=["query", "value"], layers=(0,)).evaluate([Quantization(2)], seed=9)
+        assert record.model == "BertForSequenceClassification"
+        assert record.target == {"target_modules": ["query", "value"], "layers": [0]}
+        assert record.parameters == 2 * (8 * 8 + 8)
+        assert set(record.versions) == {"hf-parcor", "torch", "transformers", "accelerate"}
+        assert record.versions["torch"] == torch.__version__
+        assert len(record.data) == 64
+        assert record.clean.seeds == (9,)
+        assert (record.clean.changed, record.clean.norm) == (0, 0)
+        assert record.clean.metrics == {
+            key: (value,) for key, value in ClassificationMetric(batches)(classifier.eval()).items()
+        }
+
+    def test_only_the_targets_are_corrupted(self, classifier, evaluator_of):
+        names = {"bert.encoder.layer.1.attention.self.query.weight", "bert.encoder.layer.1.attention.self.query.bias"}
+        before = {name: parameter.detach().clone() for name, parameter in classifier.named_parameters()}
+        changed = []
+
+        def changes(model):
+            return {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+
+        evaluator = evaluator_of(
+            watching(changed, changes),
+            target_modules="attention",
+            exclude_modules=["key", "value", "output"],
+            layers=iter([-1]),
+        )
+        record = evaluator.evaluate([GaussianNoise(0.1), MultiStepCorruption(NORM)], trials=1)
+        assert changed == [set(), names, names]
+        assert record.target["layers"] == [-1]
+        types = evaluator_of(module_types=nn.LayerNorm).evaluate([])
+        assert types.target["module_types"] == "LayerNorm"
+        assert types.parameters == 5 * 2 * 8
+
+    def test_size_of_the_corruption(self, classifier, evaluator_of):
+        k = sum(parameter.numel() for parameter in classifier.parameters())
+        ball, sparse, _ = (
+            evaluator_of()
+            .evaluate(
+                [
+                    RandomCorruption(CorruptionConstraint(epsilon=0.3)),
+                    GradientCorruption(CorruptionConstraint(p=math.inf, epsilon=0.1, top_n=10)),
+                    UniformNoise(0.1),
+                ]
+            )
+            .corruptions
+        )
+        assert ball.norm == pytest.approx(0.3, rel=1e-4)
+        assert 0.9 * k < ball.changed <= k
+        assert sparse.changed == 10
+        assert sparse.norm == pytest.approx(0.1 * math.sqrt(10), rel=1e-4)
+
+    def test_a_corruption_that_changes_nothing_is_noted(self, evaluator_of):
+        record = evaluator_of().evaluate([GaussianNoise(0.0), GaussianNoise(0.1)], trials=2)
+        assert record.corruptions[0].notes == ("no weight changed with seed 0", "no weight changed with seed 1")
+        assert record.corruptions[1].notes == record.clean.notes == ()
+
+    def test_a_gradient_that_is_not_finite_is_noted(self, evaluator_of):
+        evaluator = evaluator_of(loss=lambda model, batch: model(**batch).loss * math.inf)
+        [row] = evaluator.evaluate([GradientCorruption(NORM)]).corruptions
+        assert row.norm == 0
+        assert row.notes == ("no weight changed with seed 0",)
+
+    def test_no_corruption_and_no_data(self, classifier):
+        record = CorruptionEvaluator(classifier, lambda _: {"x": 1.0}, progress=False).evaluate([])
+        assert record.corruptions == ()
+        assert record.data == ""
+        assert record.clean.metrics == {"x": (1.0,)}
+
+    def test_a_corruption_outside_the_catalogue(self, evaluator_of):
+        class Zero(Corruption):
+            def _choose(self, weights, gradients, generator):
+                return {name: -weight for name, weight in weights.items()}
+
+            def __str__(self):
+                return "zero"
+
+        [row] = evaluator_of(lambda model: {"x": float(weights_of(model).abs().max())}).evaluate([Zero()]).corruptions
+        assert (row.corruption, row.label, row.settings, row.metrics) == ("Zero", "zero", {}, {"x": (0.0,)})
+
+    def test_tied_weights_are_corrupted_once(self, tiny_bert):
+        model = tiny_bert(transformers.BertForMaskedLM)
+        data = [{"input_ids": torch.randint(1, 20, (2, 5)), "labels": torch.randint(1, 20, (2, 5))}]
+        evaluator = CorruptionEvaluator(model, lambda _: {"x": 0.0}, data, progress=False)
+        record = evaluator.evaluate([GradientCorruption(CorruptionConstraint(epsilon=0.5))])
+        assert record.parameters == sum(parameter.numel() for parameter in model.parameters())
+        assert record.corruptions[0].norm == pytest.approx(0.5, rel=1e-4)
+
+    def test_progress_bar(self, evaluator_of, capsys):
+        evaluator_of(progress=True).evaluate([GaussianNoise(0.1), Quantization(4)], trials=2)
+        assert "3/3" in capsys.readouterr().err
+        evaluator_of(progress=False).evaluate([GaussianNoise(0.1)])
+        assert capsys.readouterr().err == ""
+
+
+class TestMetricValues:
+    @pytest.mark.parametrize(
+        ("value", "shown"),
+        [
+            pytest.param(math.nan, "nan", id="nan"),
+            pytest.param(None, "None", id="none"),
+            pytest.param("0.5", "'0.5'", id="text"),
+            pytest.param(torch.ones(2), "tensor([1., 1.])", id="vector"),
+            pytest.param([1.0], "[1.0]", id="list"),
+        ],
+    )
+    def test_what_is_no_number_is_kept_as_nan_noted_and_warned_of(self, evaluator_of, value, shown, caplog):
+        calls = []
+
+        def metric(_):
+            calls.append(None)
+            return {"fine": 0.5, "odd": 0.25 if len(calls) == 1 else value}
+
+        with caplog.at_level(logging.WARNING):
+            record = evaluator_of(metric).evaluate([GaussianNoise(0.1)], trials=2, seed=4)
+        [row] = record.corruptions
+        assert record.clean.metrics == {"fine": (0.5,), "odd": (0.25,)}
+        assert record.clean.notes == ()
+        assert row.metrics["fine"] == (0.5, 0.5)
+        assert all(math.isnan(number) for number in row.metrics["odd"])
+        assert row.notes == (f"odd was {shown} with seed 4", f"odd was {shown} with seed 5")
+        messages = [entry.getMessage() for entry in caplog.records]
+        assert messages == [f"Gaussian σ=0.1: {note}; it is kept in the record." for note in row.notes]
+
+    def test_infinity_is_kept_and_noted(self, evaluator_of):
+        record = evaluator_of(lambda _: {"perplexity": math.inf}).evaluate([])
+        assert record.clean.metrics == {"perplexity": (math.inf,)}
+        assert record.clean.notes == ("perplexity was inf with seed 0",)
+
+    @pytest.mark.parametrize("value", [1, True, torch.tensor(1.0), torch.tensor([1.0], dtype=torch.bfloat16)])
+    def test_numbers_of_all_kinds(self, evaluator_of, value):
+        assert evaluator_of(lambda _: {"x": value}).evaluate([]).clean.metrics == {"x": (1.0,)}
+
+    def test_a_metric_that_comes_and_goes(self, evaluator_of):
+        values = iter([{"a": 1.0}, {"a": 1.0}, {"b": 3.0}])
+        [row] = evaluator_of(lambda _: next(values)).evaluate([GaussianNoise(0.1)], trials=2).corruptions
+        assert {name: str(numbers) for name, numbers in row.metrics.items()} == {"a": "(1.0, nan)", "b": "(nan, 3.0)"}
+        assert row.notes == ("a was None with seed 1", "b was None with seed 0")
+
+    @pytest.mark.parametrize("value", [0.5, None, {}, [("accuracy", 0.5)]])
+    def test_a_metric_must_return_a_mapping(self, evaluator_of, value, monkeypatch):
+        def refuse(*_):
+            raise AssertionError("a weight was touched")
+
+        monkeypatch.setattr("hf_parcor.evaluation.evaluator.corrupted", refuse)
+        with pytest.raises(TypeError, match="metric: expected numbers by name"):
+            evaluator_of(lambda _: value).evaluate([GaussianNoise(0.1)])
+
+
+class TestErrorsBeforeAnythingIsMeasured:
+    @pytest.fixture
+    def refusing(self, evaluator_of):
+        def metric(_):
+            raise AssertionError("measured")
+
+        def build(**options):
+            return evaluator_of(metric, **options)
+
+        return build
+
+    @pytest.mark.parametrize("wrong", ["gaussian", None, GaussianNoise])
+    def test_what_is_no_corruption(self, refusing, wrong):
+        with pytest.raises(TypeError, match="expected Corruption objects, got"):
+            refusing().evaluate([GaussianNoise(0.1), wrong])
+
+    @pytest.mark.parametrize(("trials", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError)])
+    def test_trials(self, refusing, trials, error):
+        with pytest.raises(error, match="trials: expected a whole number >= 1"):
+            refusing().evaluate([], trials=trials)
+
+    @pytest.mark.parametrize(("seed", "error"), [(-1, ValueError), ("0", TypeError), (None, TypeError)])
+    def test_seed(self, refusing, seed, error):
+        with pytest.raises(error, match="seed: expected a whole number >= 0"):
+            refusing().evaluate([], seed=seed)
+
+    @pytest.mark.parametrize("kind", [GradientCorruption, MultiStepCorruption])
+    def test_missing_batches(self, refusing, kind):
+        with pytest.raises(ValueError, match=r"batches: expected data for .*-.* L2 ε=0.5, got None; pass batches="):
+            refusing(data=None).evaluate([GaussianNoise(0.1), kind(NORM)])
+
+    def test_empty_data(self, refusing):
+        with pytest.raises(ValueError, match="expected at least one item with a label, got 0 batches"):
+            refusing(data=[]).evaluate([GradientCorruption(NORM)])
+
+    def test_an_iterator(self, refusing, batches):
+        with pytest.raises(ValueError, match="walked through again, got the iterator"):
+            refusing(data=iter(batches))
+
+    def test_a_frozen_parameter(self, refusing, classifier):
+        classifier.classifier.bias.requires_grad_(False)
+        with pytest.raises(ValueError, match=r"classifier\.bias: expected a trainable parameter"):
+            refusing().evaluate([GradientCorruption(NORM)])
+        with pytest.raises(AssertionError, match="measured"):  # noise needs no gradient
+            refusing().evaluate([GaussianNoise(0.1)])
+        with pytest.raises(AssertionError, match="measured"):
+            refusing(exclude_modules=["classifier"]).evaluate([GradientCorruption(NORM)])
+
+    def test_an_integer_parameter(self, refusing):
+        model = nn.Linear(2, 2)
+        model.scale = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+        with pytest.raises(
+            TypeError, match=r"scale: expected a floating-point weight.*, got torch\.int8; leave it out"
+        ):
+            refusing(model=model)
+        refusing(model=model, exclude_modules=["scale"])
+
+    def test_targets_that_match_nothing(self, refusing):
+        with pytest.raises(TargetError):
+            refusing(target_modules=["no-such-module"])
+        with pytest.raises(TypeError, match="layers"):
+            refusing(layers=1.5)
+
+
+def test_corruptions_may_be_any_iterable_of_them(evaluator_of):
+    record = evaluator_of().evaluate(corruption for corruption in [Quantization(4), BitFlips(count=1)])
+    assert len(record.corruptions) == 2

@@ -1,0 +1,244 @@
+"""Gradients over data, against the gradient of one loss over all of it, written longhand."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from hf_parcor import CorruptionConstraint, CorruptionEvaluator, GradientCorruption, MultiStepCorruption, Quantization
+from hf_parcor.evaluation import DatasetGradients
+from hf_parcor.evaluation.gradients import count_items, model_loss
+
+EXACT = {"rtol": 1e-12, "atol": 1e-14}
+CLOSED_FORM = [
+    GradientCorruption(CorruptionConstraint(p=p, epsilon=epsilon, top_n=top_n))
+    for p in (1.0, 2.0, math.inf)
+    for epsilon in (0.1, 0.2)
+    for top_n in (None, 3)
+]
+
+
+def gradients_of(model, batches, **options):
+    return DatasetGradients(model, dict(model.named_parameters()), batches, **options)
+
+
+def longhand(model, loss):
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+    }
+
+
+class TestOverData:
+    def test_an_unequal_last_batch_counts_by_its_items(self, classifier, batches):
+        model = classifier.double().eval()
+        inputs = torch.cat([batch["input_ids"] for batch in batches])
+        labels = torch.cat([batch["labels"] for batch in batches])
+        expected = longhand(model, cross_entropy(model(inputs).logits, labels))
+        gradient = gradients_of(model, batches).over_data()
+        assert all(part.dtype == torch.float64 for part in gradient.values())
+        torch.testing.assert_close(gradient, expected, **EXACT)
+        per_batch = [longhand(model, model(**batch).loss)["classifier.bias"] for batch in batches]
+        assert not torch.allclose(gradient["classifier.bias"], torch.stack(per_batch).mean(0)), "the data is too easy"
+
+    def test_token_labels_count_unless_they_are_ignored(self, tiny_bert):
+        model = tiny_bert(transformers.BertForTokenClassification, num_labels=3).double().eval()
+        inputs, labels = torch.randint(1, 20, (7, 5)), torch.randint(0, 3, (7, 5))
+        labels[0, 1:] = labels[3:6, 2:] = labels[6] = -100
+        batches = [
+            {"input_ids": inputs[rows], "labels": labels[rows]} for rows in (slice(0, 3), slice(3, 6), slice(6, 7))
+        ]
+        expected = longhand(model, cross_entropy(model(inputs).logits.reshape(-1, 3), labels.reshape(-1)))
+        gradient = gradients_of(model, batches).over_data()
+        torch.testing.assert_close(gradient, expected, **EXACT)
+
+    @pytest.mark.parametrize("family", ["GPT2", "Llama"])
+    def test_a_causal_language_model_does_not_predict_first_tokens(self, family):
+        tokens = {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2}
+        model = {
+            "GPT2": lambda: transformers.GPT2LMHeadModel(
+                transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=16, **tokens)
+            ),
+            "Llama": lambda: transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(
+                    hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, **tokens
+                )
+            ),
+        }[family]()
+        model.eval()
+        texts = [torch.randint(3, 20, (3, 9)), torch.randint(3, 20, (2, 2))]
+        predictions = torch.cat([model(text).logits[:, :-1].reshape(-1, 20) for text in texts])
+        expected = longhand(model, cross_entropy(predictions, torch.cat([text[:, 1:].reshape(-1) for text in texts])))
+        gradient = gradients_of(model, [{"input_ids": text, "labels": text} for text in texts]).over_data()
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+    def test_sequence_to_sequence_labels_are_not_shifted(self):
+        sizes = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+        config = transformers.T5Config(**sizes, decoder_start_token_id=0)
+        model = transformers.T5ForConditionalGeneration(config).eval()
+        pairs = [
+            (torch.randint(3, 20, (size, 3)), torch.randint(3, 20, (size, length)))
+            for size, length in ((3, 5), (2, 1))
+        ]
+        predictions = torch.cat([model(source, labels=target).logits.reshape(-1, 20) for source, target in pairs])
+        expected = longhand(model, cross_entropy(predictions, torch.cat([target.reshape(-1) for _, target in pairs])))
+        gradient = gradients_of(
+            model, [{"input_ids": source, "labels": target} for source, target in pairs]
+        ).over_data()
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+    def test_a_loss_of_ones_own_over_tuples_from_a_data_loader(self):
+        model, inputs, targets = nn.Linear(3, 1).double(), torch.randn(5, 3).double(), torch.randn(5, 1).double()
+        loader = DataLoader(TensorDataset(inputs, targets), batch_size=2)
+        gradient = gradients_of(
+            model, loader, loss=lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
+        ).over_data()
+        torch.testing.assert_close(gradient, longhand(model, (model(inputs) - targets).square().mean()), **EXACT)
+
+    def test_a_batch_without_items_whose_mean_is_nan(self):
+        def loss(model, batch):
+            counted = batch["labels"] != -100
+            return (model(batch["x"])[:, 0] * counted).sum() / counted.sum()
+
+        model, x = nn.Linear(2, 1), torch.ones(2, 2)
+        batches = [{"x": x, "labels": torch.tensor([0, -100])}, {"x": x, "labels": torch.tensor([-100, -100])}]
+        assert math.isnan(loss(model, batches[1]).item())
+        assert gradients_of(model, batches, loss=loss).over_data()["weight"].tolist() == [[1.0, 1.0]]
+
+    def test_parameters_that_the_loss_does_not_use(self):
+        model = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
+        gradient = gradients_of(
+            model, [torch.ones(2, 2)], loss=lambda model, batch: model["used"](batch).mean()
+        ).over_data()
+        assert gradient["used.weight"].abs().sum() > 0
+        assert gradient["unused.weight"].tolist() == [[0.0, 0.0]]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_narrow_weights_have_float32_gradients(self, dtype):
+        model = nn.Linear(2, 1).to(dtype)
+        gradient = gradients_of(
+            model, [torch.ones(1, 2, dtype=dtype)], loss=lambda model, batch: model(batch).sum()
+        ).over_data()
+        assert {part.dtype for part in gradient.values()} == {torch.float32}
+
+
+class TestHowOftenTheModelRuns:
+    @pytest.fixture
+    def run(self, classifier, batches):
+        def count(corruptions):
+            passes = []
+            handle = classifier.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+            CorruptionEvaluator(classifier, lambda _: {"x": 0.0}, batches, progress=False).evaluate(corruptions)
+            handle.remove()
+            return passes
+
+        return count
+
+    def test_one_gradient_serves_all_closed_forms(self, run, batches):
+        assert run(CLOSED_FORM) == [True] * len(batches)
+
+    def test_no_gradient_without_need(self, run):
+        assert run([Quantization(4)]) == []
+
+    def test_multi_step_is_one_pass_over_the_data(self, run, batches):
+        constraint = CorruptionConstraint(epsilon=0.1)
+        assert len(run([MultiStepCorruption(constraint)])) == len(batches)
+        assert len(run([MultiStepCorruption(constraint, steps=2), *CLOSED_FORM])) == 2 + len(batches)
+
+
+class TestTheWalk:
+    @pytest.mark.parametrize(("steps", "expected"), [(None, [0, 1, 2]), (2, [0, 1]), (5, [0, 1, 2, 0, 1])])
+    def test_every_walk_begins_with_the_first_batch(self, classifier, batches, steps, expected):
+        walk = []
+
+        def loss(model, batch):
+            walk.append(next(index for index, other in enumerate(batches) if batch["labels"] is other["labels"]))
+            return model(**batch).loss
+
+        corruption = MultiStepCorruption(CorruptionConstraint(epsilon=0.1), steps=steps)
+        evaluator = CorruptionEvaluator(classifier, lambda _: {"x": 0.0}, batches, loss=loss, progress=False)
+        record = evaluator.evaluate([corruption, corruption])
+        assert walk == expected * 2
+        assert record.corruptions[0] == record.corruptions[1]
+
+    def test_projected_gradient_ascent_longhand(self, classifier, batches):
+        model = classifier.double()
+        clean = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        seen = []
+
+        def metric(model):
+            seen.append({name: parameter.detach() - clean[name] for name, parameter in model.named_parameters()})
+            return {"x": 0.0}
+
+        epsilon, steps = 0.3, 4
+        corruption = MultiStepCorruption(CorruptionConstraint(epsilon=epsilon), steps=steps)
+        CorruptionEvaluator(model, metric, batches, progress=False).evaluate([corruption])
+
+        model.eval()
+        a = {name: torch.zeros_like(weight) for name, weight in clean.items()}
+        for step in range(steps):
+            for name, parameter in model.named_parameters():
+                parameter.data = clean[name] + a[name]
+            gradient = longhand(model, model(**batches[step % 3]).loss)
+            length = math.sqrt(sum(float(part.square().sum()) for part in gradient.values()))
+            a = {name: a[name] + 1.5 * epsilon / steps * gradient[name] / length for name in a}
+            norm = math.sqrt(sum(float(part.square().sum()) for part in a.values()))
+            a = {name: part * min(1, epsilon / norm) for name, part in a.items()}
+        torch.testing.assert_close(seen[1], a, rtol=1e-5, atol=1e-9)
+
+    def test_gradients_are_taken_at_the_corrupted_point_which_is_left_at_once(self, bits_of):
+        model = nn.Linear(2, 1, bias=False).double()
+        before = bits_of(model)
+        gradients = gradients_of(
+            model, [torch.eye(2).double()], loss=lambda model, batch: model(batch).square().sum() / 2
+        )
+        gradient = gradients.on_next_batch({"weight": torch.tensor([[1.0, -2.0]]).double()})
+        expected = model.weight.detach() + torch.tensor([[1.0, -2.0]])
+        torch.testing.assert_close(gradient["weight"], expected, **EXACT)
+        assert bits_of(model) == before
+        torch.testing.assert_close(gradients.over_data()["weight"], model.weight.detach(), **EXACT)
+
+
+class TestErrors:
+    def test_no_item_at_all(self, classifier):
+        ignored = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.full((2,), -100)}
+        for batches in ([], [ignored]):
+            with pytest.raises(ValueError, match=f"got {len(batches)} batches without any; is the data set empty"):
+                gradients_of(classifier, batches)
+
+    def test_a_generator(self, classifier, batches):
+        with pytest.raises(ValueError, match="expected a collection that can be walked through again"):
+            gradients_of(classifier, (batch for batch in batches))
+
+    def test_a_model_without_a_loss(self, classifier, batches):
+        with pytest.raises(ValueError, match="put labels into the batches, or pass loss="):
+            model_loss(classifier, {"input_ids": batches[0]["input_ids"]})
+
+    @pytest.mark.parametrize("batch", [{}, [], {"text": ["a", "b"]}, (torch.tensor(1.0),)])
+    def test_a_batch_without_tensors(self, batch):
+        with pytest.raises(ValueError, match="expected tensors in every batch, got"):
+            count_items(batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "shifted", "items"),
+    [
+        ({"labels": torch.tensor([1, -100, 0])}, False, 2),
+        ({"labels": torch.tensor([[1, 2, -100], [3, -100, -100]])}, False, 3),
+        ({"labels": torch.tensor([[1, 2, -100], [3, -100, -100]])}, True, 1),
+        ({"labels": torch.ones(2, 3), "shift_labels": torch.tensor([[1, 2, -100]])}, True, 2),
+        ({"labels": torch.zeros(4, 3)}, False, 12),
+        ({"scale": torch.tensor(2.0), "start_positions": torch.zeros(5)}, False, 5),
+        (transformers.BatchEncoding({"input_ids": torch.ones(3, 7)}), False, 3),
+        ((torch.ones(6, 2), torch.ones(6)), False, 6),
+        (torch.ones(4, 2), False, 4),
+    ],
+)
+def test_count_items(batch, shifted, items):
+    assert count_items(batch, shifted=shifted) == items

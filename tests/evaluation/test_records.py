@@ -1,0 +1,231 @@
+"""Records: JSON in and out, means and deviations, pandas."""
+
+import json
+import math
+import statistics
+import sys
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_parcor import CorruptionEvaluator, CorruptionRecord, EvaluationRecord, GradientCorruption
+from hf_parcor.corruptions import CORRUPTIONS
+
+FLOATS = st.floats(allow_nan=True, allow_infinity=True)
+NAMES = st.text(min_size=1, max_size=8)
+PLAIN = st.none() | st.booleans() | st.integers() | FLOATS | st.sampled_from(["any", "exponent", "", "ε|∞"])
+
+
+@st.composite
+def corruption_records(draw):
+    trials = draw(st.integers(1, 4))
+    return CorruptionRecord(
+        corruption=draw(st.sampled_from([*CORRUPTIONS, "none"]) | NAMES),
+        label=draw(st.text()),
+        settings=draw(st.dictionaries(NAMES, PLAIN, max_size=3)),
+        seeds=tuple(range(trials)),
+        metrics=draw(st.dictionaries(NAMES, st.tuples(*[FLOATS] * trials), min_size=1, max_size=3)),
+        changed=draw(FLOATS),
+        norm=draw(FLOATS),
+        notes=draw(st.lists(st.text(), max_size=2).map(tuple)),
+    )
+
+
+RECORDS = st.builds(
+    EvaluationRecord,
+    model=st.text(),
+    target=st.dictionaries(NAMES, st.text() | st.integers() | st.lists(st.text() | st.integers()), max_size=3),
+    parameters=st.integers(0),
+    clean=corruption_records(),
+    corruptions=st.lists(corruption_records(), max_size=3).map(tuple),
+    data=st.text(),
+    versions=st.dictionaries(NAMES, st.text(), max_size=2),
+    notes=st.lists(st.text(), max_size=2).map(tuple),
+    format=st.just(1),
+)
+
+
+def same(first, second):
+    """Compare values of the same types; NaN equals NaN."""
+    if isinstance(first, dict):
+        return (
+            isinstance(second, dict) and list(first) == list(second) and all(same(first[k], second[k]) for k in first)
+        )
+    if isinstance(first, (list, tuple)):
+        return type(first) is type(second) and len(first) == len(second) and all(map(same, first, second))
+    if isinstance(first, float) and math.isnan(first):
+        return isinstance(second, float) and math.isnan(second)
+    return type(first) is type(second) and first == second
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+@pytest.fixture
+def row():
+    return CorruptionRecord(
+        "gaussian",
+        "Gaussian σ=0.1",
+        {"std": 0.1},
+        (0, 1),
+        {"accuracy": (0.5, 0.7), "loss": (1.0, math.nan)},
+        8.0,
+        0.25,
+    )
+
+
+@pytest.fixture
+def record(row):
+    clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,), "loss": (0.5,)})
+    weak = CorruptionRecord("quantization", "8-bit quantization", {"bits": 8}, (0,), {"accuracy": (0.8,)})
+    return EvaluationRecord("tiny", {"target_modules": "all"}, 10, clean, (row, weak), versions={"torch": "2"})
+
+
+class TestJson:
+    @settings(deadline=None, max_examples=150)
+    @given(RECORDS)
+    def test_round_trip(self, record):
+        text = record.to_json()
+        json.loads(text, parse_constant=refuse)
+        assert same(asdict(EvaluationRecord.from_json(text)), asdict(record))
+        assert EvaluationRecord.from_json(text).to_json() == text
+
+    def test_equality_without_nan(self, record):
+        record = replace(record, corruptions=record.corruptions[1:])
+        assert EvaluationRecord.from_json(record.to_json()) == record
+
+    def test_an_infinite_norm_order(self):
+        settings_ = {"p": math.inf, "epsilon": 5e-4, "top_n": None}
+        row = CorruptionRecord("gradient", "gradient-based L∞ ε=0.0005", settings_, (0,), {"x": (-math.inf,)})
+        record = EvaluationRecord("m", {}, 1, row, (row,))
+        text = record.to_json()
+        assert json.loads(text, parse_constant=refuse)["clean"]["settings"]["p"] == "inf"
+        assert '"-inf"' in text
+        assert "L∞ ε" in text, "readable in an editor"
+        assert EvaluationRecord.from_json(text) == record
+
+    def test_numpy_settings(self, row):
+        settings_ = {"bits": np.int64(4), "std": np.float32(0.5), "bound": np.float64("inf")}
+        row = replace(row, settings=settings_, metrics={"x": (0.0, 1.0)})
+        record = EvaluationRecord("m", {}, np.int64(3), row, ())
+        assert EvaluationRecord.from_json(record.to_json()) == record
+
+    def test_save_and_load(self, record, tmp_path):
+        path = record.save(tmp_path / "new" / "folder" / "record.json")
+        assert path == tmp_path / "new" / "folder" / "record.json"
+        assert path.read_bytes().decode() == record.to_json()
+        assert same(asdict(EvaluationRecord.load(str(path))), asdict(record))
+
+    def test_what_an_evaluator_made(self, classifier, batches, one_of_each):
+        evaluator = CorruptionEvaluator(
+            classifier, lambda _: {"x": 0.5}, batches, module_types=[type(classifier.classifier)], progress=False
+        )
+        record = evaluator.evaluate(list(one_of_each.values()), trials=2)
+        assert EvaluationRecord.from_json(record.to_json()) == record
+
+    @pytest.mark.parametrize(
+        ("text", "found"),
+        [("[]", "list"), ("{}", "None"), ('{"format": 2}', "2"), ('"format"', "str"), ("null", "NoneType")],
+    )
+    def test_another_format(self, text, found):
+        with pytest.raises(
+            ValueError, match=rf"record: expected format 1, got '?{found}'?; make it with this version"
+        ):
+            EvaluationRecord.from_json(text)
+
+    @pytest.mark.parametrize("damage", ["clean", "corruptions", "model"])
+    def test_a_missing_field(self, record, damage):
+        data = json.loads(record.to_json())
+        del data[damage]
+        with pytest.raises(ValueError, match=f"expected all fields of format 1, got .*{damage}.* damaged"):
+            EvaluationRecord.from_json(json.dumps(data))
+
+    @pytest.mark.parametrize("value", [None, 3, "x", [1], {"metrics": {}}])
+    def test_a_field_of_the_wrong_kind(self, record, value):
+        data = {**json.loads(record.to_json()), "clean": value}
+        with pytest.raises(ValueError, match="damaged"):
+            EvaluationRecord.from_json(json.dumps(data))
+
+    def test_no_json(self):
+        with pytest.raises(ValueError, match="Expecting value"):
+            EvaluationRecord.from_json("accuracy: 0.9")
+
+
+class TestMeanAndDeviation:
+    @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=6))
+    def test_against_statistics(self, values):
+        row = CorruptionRecord("none", "", {}, tuple(range(len(values))), {"x": tuple(values)})
+        assert row.mean("x") == statistics.fmean(values)
+        assert row.deviation("x") == statistics.stdev(values)
+
+    @pytest.mark.parametrize(
+        ("values", "mean", "deviation"),
+        [
+            ((0.5,), 0.5, math.nan),
+            ((0.5, math.nan), math.nan, math.nan),
+            ((math.inf, 1.0), math.inf, math.nan),
+            ((math.inf, -math.inf), math.nan, math.nan),
+            ((1e308, 1e308), 1e308, 0.0),
+            ((1.7e308, -1.7e308), 0.0, math.inf),
+        ],
+    )
+    def test_what_is_not_finite_or_single(self, values, mean, deviation):
+        row = CorruptionRecord("none", "", {}, tuple(range(len(values))), {"x": values})
+        assert row.mean("x") == pytest.approx(mean, nan_ok=True)
+        assert row.deviation("x") == pytest.approx(deviation, nan_ok=True)
+
+    def test_an_unknown_metric(self, row):
+        message = r"metric: expected one of accuracy, loss, got 'bleu', which 'Gaussian σ=0.1' lacks; pass metric="
+        with pytest.raises(ValueError, match=message):
+            row.mean("bleu")
+        with pytest.raises(ValueError, match=message):
+            row.deviation("bleu")
+
+
+class TestPandas:
+    def test_a_row_for_each_corruption_metric_and_trial(self, record):
+        table = record.to_pandas()
+        assert list(table.columns) == [
+            "model",
+            "corruption",
+            "label",
+            "metric",
+            "seed",
+            "value",
+            "setting_std",
+            "setting_bits",
+        ]
+        assert len(table) == 2 + 2 * 2 + 1
+        assert set(table["model"]) == {"tiny"}
+        accuracy = table[(table["metric"] == "accuracy") & (table["corruption"] == "gaussian")]
+        assert accuracy["value"].tolist() == [0.5, 0.7]
+        assert accuracy["seed"].tolist() == [0, 1]
+        assert accuracy["setting_std"].tolist() == [0.1, 0.1]
+        assert table["value"].isna().sum() == 1, "NaN is kept"
+
+    def test_without_pandas(self, record, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pandas", None)
+        with pytest.raises(
+            ImportError, match=r"to_pandas needs pandas; install it with: pip install 'hf-parcor\[pandas\]'"
+        ):
+            record.to_pandas()
+
+
+def test_records_are_frozen(record):
+    with pytest.raises(AttributeError):
+        record.model = "other"
+    with pytest.raises(AttributeError):
+        record.clean.label = "other"
+
+
+def test_settings_of_every_corruption_survive(one_of_each):
+    for name, corruption in one_of_each.items():
+        row = CorruptionRecord(name, str(corruption), corruption.settings(), (0,), {"x": (0.0,)})
+        back = EvaluationRecord.from_json(EvaluationRecord("m", {}, 1, row, ()).to_json()).clean
+        assert back.settings == corruption.settings()
+        if isinstance(corruption, GradientCorruption):
+            assert back.settings["p"] == math.inf

@@ -1,0 +1,208 @@
+"""The shape of the code, read from its imports: dependencies point one way, and optional libraries stay optional."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import hf_parcor
+
+PACKAGE = Path(hf_parcor.__file__).parent
+ROOT = PACKAGE.parent
+OPTIONAL = {"datasets", "evaluate", "matplotlib", "pandas", "peft", "sacrebleu", "scipy", "tabulate"}
+PUBLIC = [
+    "CorruptionConstraint",
+    "RandomCorruption",
+    "GradientCorruption",
+    "MultiStepCorruption",
+    "GaussianNoise",
+    "UniformNoise",
+    "Quantization",
+    "BitFlips",
+    "select_parameters",
+    "corrupted",
+    "MultiStepRisk",
+    "ParameterDefenseMixin",
+    "ParameterDefenseTrainer",
+    "Seq2SeqParameterDefenseTrainer",
+    "ParameterDefenseTrainingArguments",
+    "Seq2SeqParameterDefenseTrainingArguments",
+    "CorruptionEvaluator",
+]
+
+# What each part may import of the others. A new part needs a row.
+MAY_IMPORT = {
+    "functional": set(),
+    "constraints": {"functional"},
+    "injection": {"functional"},
+    "targets": set(),
+    "corruptions": {"functional", "constraints", "injection"},
+    "defenses": {"functional", "constraints", "injection", "corruptions"},
+    "training": {"functional", "constraints", "injection", "corruptions", "defenses", "targets"},
+    "evaluation": {"functional", "constraints", "injection", "corruptions", "targets"},
+    "statistics": set(),
+    "theory": {"statistics"},
+    "tables": {"evaluation"},
+    "plots": {"evaluation"},
+}
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def imports_of(path, *, top_level=False):
+    """Return the full names that a file imports; at the top level only those that run when it is imported."""
+    found = set()
+
+    def visit(node):
+        if top_level and (
+            isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or is_type_checking(node)
+        ):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found.add(name if name in SOURCES else node.module)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def part_of(name):
+    return name.split(".")[1]
+
+
+def own_imports(path):
+    return {name for name in imports_of(path) if name.split(".")[0] == "hf_parcor"}
+
+
+class TestDependencies:
+    def test_every_part_has_a_row(self):
+        assert {part_of(name) for name in SOURCES if "." in name} == set(MAY_IMPORT)
+
+    def test_the_rows_themselves_point_one_way(self):
+        TopologicalSorter(MAY_IMPORT).prepare()
+
+    @pytest.mark.parametrize("name", [name for name in SOURCES if "." in name])
+    def test_imports_point_downwards(self, name):
+        imported = own_imports(SOURCES[name])
+        assert "hf_parcor" not in imported, "the top imports everything"
+        parts = {part_of(other) for other in imported} - {part_of(name)}
+        assert parts <= MAY_IMPORT[part_of(name)]
+
+    def test_there_are_no_cycles(self):
+        graph = {name: own_imports(path) & set(SOURCES) for name, path in SOURCES.items()}
+        TopologicalSorter(graph).prepare()
+
+    @pytest.mark.parametrize("part", ["tables", "plots"])
+    def test_readers_import_records_alone(self, part):
+        assert own_imports(SOURCES[f"hf_parcor.{part}"]) == {"hf_parcor.evaluation.records"}
+
+    @pytest.mark.parametrize(
+        "name", [name for name in SOURCES if name.split(".")[1:2] in (["theory"], ["statistics"])]
+    )
+    def test_formulas_have_no_engine(self, name):
+        assert {other.split(".")[0] for other in imports_of(SOURCES[name])}.isdisjoint({"torch", "transformers"})
+
+    @pytest.mark.parametrize(
+        "name", [name for name in SOURCES if name.split(".")[1:2] in (["defenses"], ["corruptions"])]
+    )
+    def test_corruptions_and_defenses_know_no_model(self, name):
+        imported = imports_of(SOURCES[name])
+        assert {other.split(".")[0] for other in imported}.isdisjoint({"transformers", "accelerate"})
+        assert "torch.nn" not in imported
+
+
+class TestFiles:
+    @pytest.mark.parametrize("name", SOURCES)
+    def test_length_and_name(self, name):
+        assert len(SOURCES[name].read_text(encoding="utf-8").splitlines()) < 250
+        assert not re.search(r"util|helper|misc|common", name.rpartition(".")[2])
+
+    def test_no_tracked_file_names_a_place_on_a_machine(self):
+        try:
+            listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("not a git checkout")
+        place = re.compile(r"(?<![\w.~])/(?:work|home|root|Users|mnt|tmp|opt)/\w|[A-Z]:\\Users")
+        found = []
+        for name in filter(None, listed.stdout.split("\0")):
+            path = ROOT / name
+            if path.is_file():
+                text = path.read_bytes().decode("utf-8", errors="replace")
+                found += [f"{name}: {match.group()}" for match in place.finditer(text)]
+        assert found == []
+
+
+class TestOptionalLibraries:
+    @pytest.mark.parametrize("name", SOURCES)
+    def test_none_is_imported_at_the_top_of_a_module(self, name):
+        assert {other.split(".")[0] for other in imports_of(SOURCES[name], top_level=True)}.isdisjoint(OPTIONAL)
+
+    def test_everything_imports_without_them(self):
+        program = f"""
+import importlib, sys
+
+blocked = {OPTIONAL!r}
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in blocked else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+for library in blocked:
+    try:
+        importlib.import_module(library)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(library)
+for name in {sorted(SOURCES)!r}:
+    importlib.import_module(name)
+assert blocked.isdisjoint(sys.modules), blocked.intersection(sys.modules)
+"""
+        result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+
+
+class TestPublicNames:
+    @pytest.mark.parametrize("name", PUBLIC)
+    def test_the_promises(self, name):
+        assert name in hf_parcor.__all__
+        assert getattr(hf_parcor, name).__module__.startswith("hf_parcor.")
+
+    @pytest.mark.parametrize("name", [name for name in SOURCES if SOURCES[name].name == "__init__.py"])
+    def test_all_is_sorted_and_complete(self, name):
+        module = importlib.import_module(name)
+        imported = {
+            alias.asname or alias.name
+            for node in ast.parse(SOURCES[name].read_text(encoding="utf-8")).body
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("hf_parcor")
+            for alias in node.names
+            if not alias.name.startswith("_")
+        }
+        order = sorted(module.__all__, key=lambda entry: (not entry.isupper(), not entry[0].isupper(), entry))
+        assert module.__all__ == order
+        assert set(module.__all__) == imported
+        assert all(hasattr(module, entry) for entry in module.__all__)
