@@ -239,7 +239,7 @@ class TestBadInput:
         assert not any("embeddings" in name for name in trainer.defended_parameters())
 
     def test_no_trainable_parameter(self, tiny_bert, arguments):
-        with pytest.raises(ValueError, match="expected trainable parameters, got .* frozen ones"):
+        with pytest.raises(ValueError, match=r"expected trainable parameters, got .* frozen ones"):
             ParameterDefenseTrainer(model=tiny_bert().requires_grad_(False), args=arguments())
 
     def test_defense_that_is_none(self, tiny_bert, arguments):

@@ -1,12 +1,7 @@
-"""The only place where weights are written, and the place that gives their exact bits back.
-
-Weights come back by copying saved bits, never by subtracting what was added: `w + a − a` leaves up to a tenth of
-the float32 weights of a model changed in their last bit.
-"""
+"""A corruption inside the weights: the only code that writes them."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +11,7 @@ from torch import Tensor
 
 from hf_parcor.functional.arguments import check_norm_order
 from hf_parcor.functional.vectors import clones, vector_norm, vector_norm_of_unit_scale
-
-
-class Replacement(dict[str, Tensor]):
-    """New values of weights, by name, where a difference would not do.
-
-    Quantized weights and flipped bits are values: where an exponent bit flips, `w + (w' − w)` is not `w'` in floating
-    point, and `w'` may be ∞ or NaN. Any other mapping of names to tensors is a corruption `a` to be added.
-    """
+from hf_parcor.injection.checks import check_corruption, check_weights
 
 
 @dataclass(frozen=True)
@@ -96,7 +84,7 @@ class Injection:
             ValueError: A name or a shape does not belong to the weights; nothing is written then.
             RuntimeError: The weights were replaced, and not restored since.
         """
-        _check(self._weights, update)
+        check_corruption(self._weights, update)
         if self._active and not self._corruption:
             raise RuntimeError("displace: expected weights not replaced before, got replaced ones; restore() first")
         with self._writing():
@@ -146,7 +134,7 @@ class Injection:
             ValueError: A name or a shape does not belong to the weights; nothing is written then.
             RuntimeError: The weights were displaced, and not restored since.
         """
-        _check(self._weights, values)
+        check_corruption(self._weights, values)
         if self._corruption:
             raise RuntimeError("replace: expected weights not displaced before, got displaced ones; restore() first")
         with self._writing():
@@ -157,7 +145,10 @@ class Injection:
     def restore(self) -> None:
         """Write the saved bits back and free them; nothing to do is fine."""
         if self._active:
-            torch._foreach_copy_(self._all(), self._all_saved())  # one call: no interrupt can fall between
+            try:
+                _foreach(torch._foreach_copy_, self._exact, self._saved_exact)
+            finally:  # an interrupt between the two must not leave half of the weights corrupted
+                _foreach(torch._foreach_copy_, self._narrow, self._saved_narrow)
         self._forget()
 
     @torch.no_grad()
@@ -171,7 +162,8 @@ class Injection:
         if not self._active:
             return CorruptionNorm(torch.zeros(()), torch.zeros(()))
         try:
-            torch._foreach_sub_(self._all(), self._all_saved())
+            _foreach(torch._foreach_sub_, self._exact, self._saved_exact)
+            _foreach(torch._foreach_sub_, self._narrow, self._saved_narrow)
             realised = vector_norm_of_unit_scale(self._all(), p)
             asked = vector_norm_of_unit_scale([*self._exact, *self._wide()], p) if self._corruption else realised
         finally:
@@ -182,89 +174,3 @@ class Injection:
 def _foreach(operation: Callable[..., object], first: list[Tensor], *others: list[Tensor]) -> None:
     if first:
         operation(first, *others)
-
-
-def check_weights(weights: Mapping[str, Tensor]) -> None:
-    """Refuse an empty selection, weights that are not floating point, and weights that stand under two names."""
-    _check_mapping("weights", weights, "select_parameters(model, ...) returns one")
-    if not weights:
-        raise ValueError("weights: expected at least one tensor, got none; select parameters first")
-    names: dict[int, str] = {}
-    for name, weight in weights.items():
-        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-            raise TypeError(
-                f"{name}: expected a floating-point weight of 16 bits or more, got {weight.dtype}; "
-                "leave it out of the selection"
-            )
-        address = weight.data_ptr()  # 0 for tensors without memory of their own
-        if address and names.setdefault(address, name) != name:
-            raise ValueError(
-                f"{name}: expected every weight under one name, got that of {names[address]} again; "
-                "tied weights are one weight: leave one of the names out"
-            )
-
-
-def _check_mapping(what: str, given: object, advice: str) -> None:
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{what}: expected tensors by name, got {type(given).__name__}; {advice}")
-
-
-def _check(weights: Mapping[str, Tensor], corruption: Mapping[str, Tensor]) -> None:
-    _check_mapping("corruption", corruption, "call a corruption on the parameters to get one")
-    for name, change in corruption.items():
-        if name not in weights:
-            near = difflib.get_close_matches(name, weights, n=3) or list(weights)[:3]
-            raise ValueError(
-                f"corruption: expected names of the {len(weights)} selected parameters, got {name!r}; "
-                f"the nearest are {', '.join(near)}"
-            )
-        if not isinstance(change, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(change).__name__}; pass torch.as_tensor(...)")
-        if change.shape != weights[name].shape:
-            raise ValueError(
-                f"{name}: expected a corruption of shape {tuple(weights[name].shape)}, got {tuple(change.shape)}; "
-                "make it from the weights that it is for"
-            )
-
-
-@contextmanager
-def corrupted(parameters: Mapping[str, Tensor], corruption: Mapping[str, Tensor]) -> Iterator[Injection]:
-    """Corrupt weights inside a `with` block; after it, and after any exception in it, every bit is back.
-
-    Args:
-        parameters: Weights by name, as `select_parameters` returns them.
-        corruption: What to add to them, by name (names that are absent stay as they are), or a `Replacement` with
-            new values. It is computed in float32 and rounded once to the weight's own precision.
-
-    Yields:
-        The injection, whose `withdraw(p)` ends the corruption early and tells its realised norm.
-
-    Raises:
-        ValueError: A name or a shape does not belong to the parameters, no name is given, or one weight stands under
-            two names; nothing is written then.
-        TypeError: A named weight is not floating point, or something is no tensor; nothing is written then.
-
-    Examples:
-        >>> layer = torch.nn.Linear(2, 1, bias=False)
-        >>> before = layer.weight.detach().clone()
-        >>> with corrupted(dict(layer.named_parameters()), {"weight": torch.tensor([[0.5, 0.0]])}):
-        ...     print(layer.weight.detach() - before)
-        tensor([[0.5000, 0.0000]])
-        >>> torch.equal(layer.weight, before)
-        True
-    """
-    _check_mapping("parameters", parameters, "select_parameters(model, ...) returns one")
-    _check(parameters, corruption)
-    touched = {name: parameters[name] for name in corruption}
-    if not touched:
-        raise ValueError("corruption: expected at least one tensor, got none; corrupt at least one parameter")
-    injection = Injection(touched)
-    try:
-        if isinstance(corruption, Replacement):
-            injection.replace(corruption)
-        else:
-            devices = {name: weight.device for name, weight in touched.items()}
-            injection.displace({name: change.detach().to(devices[name]) for name, change in corruption.items()})
-        yield injection
-    finally:
-        injection.restore()

@@ -1,0 +1,53 @@
+"""What may be corrupted, and with what: checked before anything is written."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from torch import Tensor
+
+
+def check_weights(weights: Mapping[str, Tensor]) -> None:
+    """Refuse an empty selection, weights that are not floating point, and weights that stand under two names."""
+    check_mapping("weights", weights, "select_parameters(model, ...) returns one")
+    if not weights:
+        raise ValueError("weights: expected at least one tensor, got none; select parameters first")
+    names: dict[int, str] = {}
+    for name, weight in weights.items():
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            raise TypeError(
+                f"{name}: expected a floating-point weight of 16 bits or more, got {weight.dtype}; "
+                "leave it out of the selection"
+            )
+        address = weight.data_ptr()  # 0 for tensors without memory of their own
+        if address and names.setdefault(address, name) != name:
+            raise ValueError(
+                f"{name}: expected every weight under one name, got that of {names[address]} again; "
+                "tied weights are one weight: leave one of the names out"
+            )
+
+
+def check_mapping(what: str, given: object, advice: str) -> None:
+    """Refuse what is no mapping."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what}: expected tensors by name, got {type(given).__name__}; {advice}")
+
+
+def check_corruption(weights: Mapping[str, Tensor], corruption: Mapping[str, Tensor]) -> None:
+    """Refuse names and shapes that do not belong to the weights."""
+    check_mapping("corruption", corruption, "call a corruption on the parameters to get one")
+    for name, change in corruption.items():
+        if name not in weights:
+            near = difflib.get_close_matches(name, weights, n=3) or list(weights)[:3]
+            raise ValueError(
+                f"corruption: expected names of the {len(weights)} selected parameters, got {name!r}; "
+                f"the nearest are {', '.join(near)}"
+            )
+        if not isinstance(change, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(change).__name__}; pass torch.as_tensor(...)")
+        if change.shape != weights[name].shape:
+            raise ValueError(
+                f"{name}: expected a corruption of shape {tuple(weights[name].shape)}, got {tuple(change.shape)}; "
+                "make it from the weights that it is for"
+            )

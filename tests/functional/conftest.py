@@ -1,0 +1,39 @@
+"""What the tests of pure functions share: reading tensors bit for bit, and as one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+@pytest.fixture(scope="session")
+def same_bits() -> Callable[[Sequence[Tensor], Sequence[Tensor]], bool]:
+    """Return a comparison that tells -0.0 from 0.0 and one NaN from another."""
+
+    def compare(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+        return len(first) == len(second) and all(
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and torch.equal(
+                a.detach().contiguous().view(INTEGERS[a.dtype.itemsize]),
+                b.detach().contiguous().view(INTEGERS[b.dtype.itemsize]),
+            )
+            for a, b in zip(first, second, strict=True)
+        )
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def joined() -> Callable[[Sequence[Tensor]], Tensor]:
+    """Return the concatenation of tensors in float64: the one vector that they stand for."""
+
+    def join(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
+
+    return join

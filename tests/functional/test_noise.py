@@ -1,0 +1,130 @@
+"""Noise is what it is said to be: by seed, by moments, and by distribution."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from hf_parcor.functional import gaussian_noise, uniform_noise
+
+NOISES = [gaussian_noise, uniform_noise]
+SIZE = 200_000
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_seed_means_one_vector(noise, same_bits) -> None:
+    like = [torch.zeros(30, 7), torch.zeros(5)]
+    first = noise(like, 0.1, seeded(3))
+    assert same_bits(first, noise([torch.randn_like(part) for part in like], 0.1, seeded(3)))
+    assert not same_bits(first, noise(like, 0.1, seeded(4)))
+    torch.manual_seed(3)
+    from_global = noise(like, 0.1)
+    torch.manual_seed(3)
+    assert same_bits(from_global, noise(like, 0.1))
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_given_generator_leaves_the_global_one_alone(noise) -> None:
+    before = torch.get_rng_state()
+    noise([torch.zeros(10)], 0.1, seeded(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_larger_scale_is_the_same_direction(noise) -> None:
+    like = [torch.zeros(100)]
+    torch.testing.assert_close(noise(like, 0.8, seeded(0))[0], 8 * noise(like, 0.1, seeded(0))[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("noise", "distribution"),
+    [(gaussian_noise, stats.norm(0, 0.02)), (uniform_noise, stats.uniform(-0.02, 0.04))],
+)
+def test_distribution(noise, distribution, dtype: torch.dtype) -> None:
+    like = [torch.zeros(SIZE // 2, dtype=dtype), torch.zeros(SIZE // 4, 2, dtype=dtype)]
+    drawn = torch.cat([part.reshape(-1) for part in noise(like, 0.02, seeded(0))]).double().numpy()
+    deviation = distribution.std()
+    assert stats.kstest(drawn, distribution.cdf).pvalue > 1e-3
+    assert abs(drawn.mean()) < 5 * deviation / math.sqrt(SIZE)
+    assert drawn.std() == pytest.approx(deviation, rel=0.01)
+    assert stats.kurtosis(drawn) == pytest.approx(float(distribution.stats("k")), abs=0.05)
+    assert abs(stats.pearsonr(drawn[:-1], drawn[1:]).statistic) < 5 / math.sqrt(SIZE)  # neighbours are independent
+    assert len(set(drawn.tolist())) > 0.95 * SIZE
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_tensors_are_independent(noise) -> None:
+    first, second = noise([torch.zeros(10_000), torch.zeros(10_000)], 1.0, seeded(0))
+    assert abs(stats.pearsonr(first.numpy(), second.numpy()).statistic) < 0.05
+
+
+def test_uniform_stays_within_its_bound() -> None:
+    (drawn,) = uniform_noise([torch.zeros(SIZE)], 0.5, seeded(0))
+    assert float(drawn.abs().max()) <= 0.5
+    assert float(drawn.max()) > 0.499
+    assert float(drawn.min()) < -0.499
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize(
+    ("dtype", "drawn"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_shape_device_and_precision(noise, dtype: torch.dtype, drawn: torch.dtype) -> None:
+    like = [
+        torch.full((3, 0, 2), math.nan, dtype=dtype),
+        torch.ones(4, 6, dtype=dtype).t(),
+        torch.tensor(1.0, dtype=dtype),
+    ]
+    made = noise(like, 1.0, seeded(0))
+    assert [(part.shape, part.device, part.dtype) for part in made] == [
+        (part.shape, part.device, drawn) for part in like
+    ]
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_low_precision_gets_the_noise_of_float32(noise, same_bits) -> None:
+    assert same_bits(
+        noise([torch.zeros(50, dtype=torch.bfloat16)], 1.0, seeded(0)), noise([torch.zeros(50)], 1.0, seeded(0))
+    )
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_drawn_on_the_generators_device_and_moved_to_the_tensors(noise) -> None:
+    (drawn,) = noise([torch.empty(4, device="meta")], 1.0, seeded(0))
+    assert drawn.device.type == "meta"
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_no_noise(noise) -> None:
+    (drawn,) = noise([torch.ones(100)], 0.0, seeded(0))
+    assert not drawn.any()
+    assert noise([], 1.0) == []
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_parameters_are_only_looked_at(noise) -> None:
+    (drawn,) = noise([torch.nn.Parameter(torch.ones(3))], 1.0)
+    assert not drawn.requires_grad
+
+
+@pytest.mark.parametrize(("noise", "name"), [(gaussian_noise, "std"), (uniform_noise, "bound")])
+@pytest.mark.parametrize("size", [-0.1, math.nan, math.inf])
+def test_bad_sizes(noise, name: str, size: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: expected 0 <= {name} < inf, got"):
+        noise([torch.ones(3)], size)
+    with pytest.raises(TypeError, match=rf"{name}: .* got None"):
+        noise([torch.ones(3)], None)
