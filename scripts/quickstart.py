@@ -68,6 +68,7 @@ def train(arm: str, folder: Path, seed: int) -> EvaluationRecord:
         *("--output_dir", str(folder / arm), "--seed", str(seed), "--save_strategy", "no"),
         *("--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "50", "--num_train_epochs", "1"),
         *("--learning_rate", "2e-4", "--logging_steps", "10", "--report_to", "none"),
+        *("--corruption_trials", "2", "--corruption_seed", str(seed)),
     ]
     print(f"\n=== {arm}: {' '.join(ARMS[arm])} (seed {seed})", flush=True)
     subprocess.run(command, check=True)
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for everything")
     parser.add_argument("--seed", type=int, default=0, help="of the data split, training and the corruptions")
     parser.add_argument("--train-sentences", type=int, default=1920)
-    parser.add_argument("--test-sentences", type=int, default=300)
+    parser.add_argument("--test-sentences", type=int, default=256)
     options = parser.parse_args()
     started = time.monotonic()
 
@@ -94,7 +95,7 @@ def main() -> None:
 
     picture = options.output / "robustness.png"
     title = f"Film-review snippets, BERT of 6 layers, seed {options.seed}"
-    plot_comparison(records, title=title, chance=0.5).savefig(picture, dpi=150)
+    plot_comparison(records, title=title, chance=0.5).savefig(picture, dpi=100)
     table = comparison_table(records)
     (options.output / "table.md").write_text(table + "\n", encoding="utf-8")
     print(
