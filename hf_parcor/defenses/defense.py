@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 
-from hf_parcor.constraints import CorruptionConstraint
+from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.defenses.step import DefendedStep
 from hf_parcor.functional.arguments import check_radius
 from hf_parcor.functional.constrained_maximum import constrained_maximum_
@@ -24,6 +24,7 @@ class Defense(ABC):
 
     Raises:
         ValueError: `start_epoch` is negative, infinite or NaN.
+        TypeError: The constraint is none.
     """
 
     constraint: CorruptionConstraint
@@ -31,6 +32,7 @@ class Defense(ABC):
     start_epoch: float = 0.0
 
     def __post_init__(self) -> None:
+        check_constraint(self.constraint)
         check_radius("start_epoch", self.start_epoch)
 
     @property
