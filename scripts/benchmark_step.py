@@ -1,10 +1,10 @@
-"""What the defended training step costs: time, operations and memory against the stock step, in one run.
+"""What the defended training step costs: time and operations against the stock step, in one run.
 
     python scripts/benchmark_step.py --model MODEL --output scripts/results/benchmark_step.json
 
 Steps are interleaved (stock, K = 1, 2, 3, stock, ...) on the same model, so that a machine whose speed drifts drifts
 for all of them; the ratio is taken within a round, and medians and quartiles over rounds are reported. Operations are
-counted by PyTorch. Memory is the peak resident size of a process of its own for each K, beyond that of the stock step.
+counted by PyTorch. What it costs in memory does not depend on the machine: `tests/defenses/test_step.py` asserts it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import argparse
 import json
 import math
 import platform
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -55,7 +52,6 @@ class Bench:
             "attention_mask": torch.ones(batch, length, dtype=torch.long),
             "labels": torch.randint(2, (batch,)),
         }
-        self.selected_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def step(self, steps: int) -> None:
         """Run a whole training step: the stock one for `steps = 0`."""
@@ -80,21 +76,6 @@ class Bench:
         return int(counter.get_total_flops())
 
 
-def peak_bytes(options: argparse.Namespace, steps: int) -> int:
-    """Return the peak resident size of a process that runs this step three times."""
-    command = [
-        sys.executable,
-        __file__,
-        "--model",
-        options.model,
-        "--norm",
-        str(options.norm),
-        "--peak-of",
-        str(steps),
-    ]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
 def main() -> None:
     """Measure, print a table, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,16 +85,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     epsilon = 5e-4 if math.isinf(options.norm) else 0.1
     bench = Bench(options.model, options.norm, epsilon, options.batch, options.length)
-    if options.peak_of is not None:
-        for _ in range(3):
-            bench.step(options.peak_of)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        return
-
     operations = {steps: bench.operations(steps) for steps in (0, *STEPS)}
     for steps in (0, *STEPS):
         bench.step(steps)
@@ -121,7 +95,6 @@ def main() -> None:
     for _ in tqdm(range(options.rounds), desc="rounds"):
         for steps in times:
             times[steps].append(bench.seconds(steps))
-    peaks = {steps: peak_bytes(options, steps) for steps in tqdm((0, *STEPS), desc="peak memory")}
 
     rows: list[dict[str, Any]] = []
     for steps in STEPS:
@@ -134,7 +107,6 @@ def main() -> None:
                 "time_ratio_median": round(middle, 3),
                 "time_ratio_quartiles": [round(low, 3), round(high, 3)],
                 "time_over_passes": round(middle / (steps + 1), 3),
-                "extra_peak_over_selected": round((peaks[steps] - peaks[0]) / bench.selected_bytes, 2),
             }
         )
     record = {

@@ -30,7 +30,11 @@ CLEAR = 1.0  # snippets are rated from -4 to 4: nearer to 0 than this, people di
 
 ARMS = {
     "plain": ["--defense", "none"],
-    "defended": ["--defense", "multi_step_risk", "--defense_epsilon", "0.1", "--defense_steps", "1"],
+    # The first quarter without the defense, as in paper 2: in the early stage it harms learning.
+    "defended": [
+        *("--defense", "multi_step_risk", "--defense_epsilon", "0.1", "--defense_steps", "1"),
+        *("--defense_start_epoch", "0.25"),
+    ],
 }
 
 
@@ -109,14 +113,17 @@ def main() -> None:
 
 
 def verdict(records: dict[str, EvaluationRecord]) -> str:
-    """Say in one sentence whether the defended model is harder to break."""
-    plain, defended = ([row.mean("accuracy") for row in records[arm].corruptions] for arm in ("plain", "defended"))
-    better = sum(ours > theirs for ours, theirs in zip(defended, plain, strict=True))
-    gain = 100 * (sum(defended) - sum(plain)) / len(plain)
-    word = "harder" if gain > 0 else "NOT harder"
+    """Say whether the defended model is harder to break in the worst direction, and what else changed."""
+    plain, defended = records["plain"].corruptions, records["defended"].corruptions
+    gains: dict[bool, list[float]] = {True: [], False: []}
+    for before, after in zip(plain, defended, strict=True):
+        worst_case = before.corruption in ("gradient", "multi_step")
+        gains[worst_case].append(100 * (after.mean("accuracy") - before.mean("accuracy")))
+    worst, other = (sum(values) / len(values) for values in (gains[True], gains[False]))
     return (
-        f"The defended model is {word} to break: {gain:+.1f} points of accuracy on average over "
-        f"{len(plain)} corruptions, better under {better} of them."
+        f"In the worst direction (gradient-based, multi-step) the defended model is "
+        f"{'harder' if worst > 0 else 'NOT harder'} to break:\n{worst:+.1f} points of accuracy on average over "
+        f"{len(gains[True])} corruptions. Under noise, quantization and bit flips: {other:+.1f} over {len(gains[False])}."
     )
 
 
