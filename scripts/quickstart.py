@@ -120,10 +120,11 @@ def verdict(records: dict[str, EvaluationRecord]) -> str:
         worst_case = before.corruption in ("gradient", "multi_step")
         gains[worst_case].append(100 * (after.mean("accuracy") - before.mean("accuracy")))
     worst, other = (sum(values) / len(values) for values in (gains[True], gains[False]))
+    harder = "harder" if worst > 0 else "NOT harder"
     return (
-        f"In the worst direction (gradient-based, multi-step) the defended model is "
-        f"{'harder' if worst > 0 else 'NOT harder'} to break:\n{worst:+.1f} points of accuracy on average over "
-        f"{len(gains[True])} corruptions. Under noise, quantization and bit flips: {other:+.1f} over {len(gains[False])}."
+        f"In the worst direction (gradient-based, multi-step) the defended model is {harder} to break:\n"
+        f"{worst:+.1f} points of accuracy on average over {len(gains[True])} corruptions. "
+        f"Under noise, quantization\nand bit flips: {other:+.1f} over {len(gains[False])}."
     )
 
 
