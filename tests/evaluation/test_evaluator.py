@@ -393,9 +393,11 @@ class TestErrorsBeforeAnythingIsMeasured:
     def test_a_frozen_parameter(self, refusing, classifier):
         classifier.classifier.bias.requires_grad_(False)
         with pytest.raises(ValueError, match=r"classifier\.bias: expected a trainable parameter"):
-            refusing().evaluate([GradientCorruption(NORM)])
+            refusing(target_modules="all").evaluate([GradientCorruption(NORM)])
         with pytest.raises(AssertionError, match="measured"):  # noise needs no gradient
-            refusing().evaluate([GaussianNoise(0.1)])
+            refusing(target_modules="all").evaluate([GaussianNoise(0.1)])
+        with pytest.raises(AssertionError, match="measured"):  # what is not named is only what trains
+            refusing().evaluate([GradientCorruption(NORM)])
         with pytest.raises(AssertionError, match="measured"):
             refusing(exclude_modules=["classifier"]).evaluate([GradientCorruption(NORM)])
 
@@ -405,8 +407,8 @@ class TestErrorsBeforeAnythingIsMeasured:
         with pytest.raises(
             TypeError, match=r"scale: expected a floating-point weight.*, got torch\.int8; leave it out"
         ):
-            refusing(model=model)
-        refusing(model=model, exclude_modules=["scale"])
+            refusing(model=model, target_modules="all")
+        refusing(model=model)  # it cannot be trained, and nobody named it
 
     def test_targets_that_match_nothing(self, refusing):
         with pytest.raises(TargetError):
