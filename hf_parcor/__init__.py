@@ -14,7 +14,7 @@ from hf_parcor.corruptions import (
     RandomCorruption,
     UniformNoise,
 )
-from hf_parcor.defenses import MultiStepRisk
+from hf_parcor.defenses import ACRT, SAM, GradientPenalty, MultiStepRisk
 from hf_parcor.evaluation import CorruptionEvaluator, CorruptionRecord, EvaluationRecord
 from hf_parcor.injection import corrupted
 from hf_parcor.targets import select_parameters
@@ -27,6 +27,8 @@ from hf_parcor.training import (
 )
 
 __all__ = [
+    "ACRT",
+    "SAM",
     "BitFlips",
     "CorruptionConstraint",
     "CorruptionEvaluator",
@@ -34,6 +36,7 @@ __all__ = [
     "EvaluationRecord",
     "GaussianNoise",
     "GradientCorruption",
+    "GradientPenalty",
     "MultiStepCorruption",
     "MultiStepRisk",
     "ParameterDefenseMixin",

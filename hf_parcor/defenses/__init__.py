@@ -1,8 +1,21 @@
 """What a training step minimises. Modules here know no Trainer."""
 
+from hf_parcor.defenses.acrt import ACRT
 from hf_parcor.defenses.catalogue import DEFENSES
-from hf_parcor.defenses.defense import Defense
+from hf_parcor.defenses.defense import ConstrainedDefense, Defense
+from hf_parcor.defenses.gradient_penalty import GradientPenalty
 from hf_parcor.defenses.multi_step_risk import MultiStepRisk
-from hf_parcor.defenses.step import DefendedStep
+from hf_parcor.defenses.sam import SAM
+from hf_parcor.defenses.step import DefendedStep, Objective
 
-__all__ = ["DEFENSES", "DefendedStep", "Defense", "MultiStepRisk"]
+__all__ = [
+    "ACRT",
+    "DEFENSES",
+    "SAM",
+    "ConstrainedDefense",
+    "DefendedStep",
+    "Defense",
+    "GradientPenalty",
+    "MultiStepRisk",
+    "Objective",
+]

@@ -3,42 +3,54 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import partial
 
-from hf_parcor.constraints import CorruptionConstraint, check_constraint
+from torch import Tensor
+
+from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.defenses.step import DefendedStep
 from hf_parcor.functional.arguments import check_radius
 from hf_parcor.functional.constrained_maximum import constrained_maximum_
 from hf_parcor.functional.projections import project_
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Defense(ABC):
     """A risk under corruption of the selected parameters, and how its gradient is found.
 
     Args:
-        constraint: The set S of corruptions that the training defends against.
         start_epoch: Until this epoch (a fraction is fine) training is the stock one: early on, corruption harms
             learning. Default 0.
 
     Raises:
         ValueError: `start_epoch` is negative, infinite or NaN.
-        TypeError: The constraint is none.
     """
 
-    constraint: CorruptionConstraint
-    _: KW_ONLY
     start_epoch: float = 0.0
 
     def __post_init__(self) -> None:
-        check_constraint(self.constraint)
         check_radius("start_epoch", self.start_epoch)
 
     @property
     @abstractmethod
     def passes(self) -> int:
-        """How many forward and backward passes one micro-batch takes; 1 means the stock step."""
+        """How many forward and backward passes one micro-batch takes."""
+
+    @property
+    def cost(self) -> float:
+        """The operations of one micro-batch, in those of a stock step; the number of passes unless they differ."""
+        return self.passes
+
+    @property
+    @abstractmethod
+    def order(self) -> float:
+        """The order p of the norm that corruptions are measured in."""
+
+    @property
+    @abstractmethod
+    def is_stock(self) -> bool:
+        """Whether these settings minimise the plain loss, so that the stock step does as well."""
 
     @abstractmethod
     def minimize(self, step: DefendedStep) -> None:
@@ -46,11 +58,40 @@ class Defense(ABC):
 
     def is_active(self, epoch: float) -> bool:
         """Say whether a step at this epoch differs from the stock step at all."""
-        return self.passes > 1 and self.constraint.epsilon > 0 and epoch >= self.start_epoch
+        return not self.is_stock and epoch >= self.start_epoch
 
-    def ascend(self, step: DefendedStep, radius: float) -> None:
-        """Take one corruption step (SAM: *ascent step*): `a ← Π_S(a + u)`, u the constrained maximum of `radius`."""
-        update = step.gradients()
+
+@dataclass(frozen=True)
+class ConstrainedDefense(Defense):
+    """A defense against the corruptions of a constraint.
+
+    Args:
+        constraint: The set S of corruptions that the training defends against.
+        start_epoch: As in `Defense`.
+    """
+
+    constraint: CorruptionConstraint
+
+    @property
+    def order(self) -> float:
+        """The constraint's p."""
+        return self.constraint.p
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether no corruption is allowed, or none is made."""
+        return self.passes == 1 or self.constraint.epsilon == 0
+
+    def climb(self, step: DefendedStep) -> None:
+        """Write the worst corruption of the constraint, `a = argmax_{a ∈ S} aᵀg` (SAM: *ascent step*)."""
+        step.displace(self._update(step, self.constraint.epsilon))
+
+    def climb_and_project(self, step: DefendedStep, radius: float) -> None:
+        """Take one corruption step: `a ← Π_S(a + u)`, u the constrained maximum of this radius."""
         p, epsilon, top_n = self.constraint.p, self.constraint.epsilon, self.constraint.top_n
-        constrained_maximum_(list(update.values()), p, radius, top_n)
-        step.displace(update, partial(project_, p=p, epsilon=epsilon, top_n=top_n))
+        step.displace(self._update(step, radius), partial(project_, p=p, epsilon=epsilon, top_n=top_n))
+
+    def _update(self, step: DefendedStep, radius: float) -> dict[str, Tensor]:
+        update = step.gradients()
+        constrained_maximum_(list(update.values()), self.constraint.p, radius, self.constraint.top_n)
+        return update

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from hf_parcor.corruptions.multi_step import STEP_SIZE_FACTOR
 from hf_parcor.corruptions.random import RandomCorruption
-from hf_parcor.defenses.defense import Defense
+from hf_parcor.defenses.defense import ConstrainedDefense
 from hf_parcor.defenses.step import DefendedStep
 from hf_parcor.functional.arguments import check_count, check_radius
 from hf_parcor.functional.projections import check_projectable
 
 
 @dataclass(frozen=True)
-class MultiStepRisk(Defense):
+class MultiStepRisk(ConstrainedDefense):
     r"""Minimise the mean loss over a walk of growing corruptions of this batch.
 
     .. math:: \frac{1}{K+1} \sum_{k=0}^{K} L((w + a_k, \theta); B), \quad a_0 = 0, \; a_k = \Pi_S(a_{k-1} + u_k)
@@ -63,10 +65,12 @@ class MultiStepRisk(Defense):
 
     def minimize(self, step: DefendedStep) -> None:
         """Run Algorithm 1 for one micro-batch."""
-        weight = 1 / (self.steps + 1)
+        def mean_over_passes(loss: Tensor) -> Tensor:
+            return loss / (self.steps + 1)
+
         if self.random_start:
             step.displace(RandomCorruption(self.constraint)(step.parameters))
-        step.backward(weight)
+        step.backward(mean_over_passes)
         for _ in range(self.steps):
-            self.ascend(step, self.radius)
-            step.backward(weight)
+            self.climb_and_project(step, self.radius)
+            step.backward(mean_over_passes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 
 import torch
@@ -10,6 +10,10 @@ from torch import Tensor
 
 from hf_parcor.functional.vectors import clones
 from hf_parcor.injection import CorruptionNorm, Injection
+
+
+Objective = Callable[[Tensor], Tensor]
+"""What a pass minimises, made from the loss of the batch: `lambda loss: loss / 2`, say."""
 
 
 class DefendedStep:
@@ -22,42 +26,44 @@ class DefendedStep:
     THIS micro-batch: what `.grad` accumulated before is set aside, and put back for the last pass.
 
     Args:
-        parameters: The selected parameters, `w`, by name. All others just accumulate their gradients.
-        run_pass: `run_pass(weight, k)` runs forward and backward of `weight · L` for pass k at the weights as they
-            are, adding to `.grad`, and returns the weighted loss, detached.
+        parameters: The selected parameters, `w`, by name.
+        run_pass: `run_pass(objective, k)` runs forward and backward of `objective(L)` for pass k at the weights as they
+            are, adding to `.grad`, and returns its value, detached.
         passes: How many passes there will be, so that the last one is known.
+        others: All other trainable parameters, `θ`; their gradients accumulate, but for a probe.
     """
 
     def __init__(
-        self, parameters: Mapping[str, torch.nn.Parameter], run_pass: Callable[[float, int], Tensor], passes: int
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        run_pass: Callable[[Objective, int], Tensor],
+        passes: int,
+        others: Iterable[torch.nn.Parameter] = (),
     ) -> None:
         self.parameters = parameters
         self._run_pass = run_pass
         self._passes = passes
+        self._others = list(others)
         self._injection = Injection(parameters)
         self._sum: dict[str, Tensor] = {}
         self._fresh: dict[str, Tensor] = {}
         self._risk: list[Tensor] = []
         self.losses: list[Tensor] = []
-        """The loss of each pass so far, unweighted, detached."""
+        """The loss of each pass so far, without weight or penalty, detached."""
 
     @property
     def risk(self) -> Tensor:
-        """The weighted sum of the losses so far, detached."""
+        """The sum of what the passes so far minimised, detached."""
         return torch.stack(self._risk).sum()
 
-    def backward(self, weight: float) -> None:
-        """Run the next pass at `w + a_k` with the loss weighted: it adds `weight · ∇L(w + a_k)` to the update."""
-        index = len(self.losses)
-        last = index == self._passes - 1
-        if index == 0:
+    def backward(self, objective: Objective) -> None:
+        """Run the next pass at `w + a_k`: it adds the gradient of `objective(L(w + a_k))` to the update."""
+        last = len(self.losses) == self._passes - 1
+        if not self.losses:
             self._sum = self._take_gradients()
         if last:
-            for name, gradient in self._sum.items():
-                self.parameters[name].grad = gradient
-        loss = self._run_pass(weight, index)
-        self._risk.append(loss)
-        self.losses.append(loss / weight)
+            self._put_back()
+        self._risk.append(self._run(objective))
         if not last:
             self._fresh = self._take_gradients()
             known = [name for name in self._fresh if name in self._sum]
@@ -65,6 +71,36 @@ class DefendedStep:
                 torch._foreach_add_([self._sum[name] for name in known], [self._fresh[name] for name in known])
             new = [name for name in self._fresh if name not in self._sum]
             self._sum.update(zip(new, clones([self._fresh[name] for name in new]), strict=True))
+
+    def probe(self) -> None:
+        """Run the next pass at `w + a_k` for its gradient alone: the update does not get it."""
+        if not self.losses:
+            self._sum = self._take_gradients()
+        kept = [parameter.grad for parameter in self._others]
+        for parameter in self._others:
+            parameter.grad = None
+        try:
+            self._run(lambda loss: loss)
+        finally:
+            for parameter, gradient in zip(self._others, kept, strict=True):
+                parameter.grad = gradient
+        self._fresh = self._take_gradients()
+
+    def _run(self, objective: Objective) -> Tensor:
+        ratio: list[Tensor] = []
+
+        def seen(loss: Tensor) -> Tensor:
+            value = objective(loss)
+            ratio.append(loss.detach() / value.detach())
+            return value
+
+        value = self._run_pass(seen, len(self.losses))
+        self.losses.append(value * ratio[0])  # the stock step may have divided both by the accumulation steps
+        return value
+
+    def _put_back(self) -> None:
+        for name, gradient in self._sum.items():
+            self.parameters[name].grad = gradient
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the last pass's (weighted) gradients of the selected parameters, to be overwritten at will.

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from hf_parcor.constraints import CorruptionConstraint
-from hf_parcor.defenses import DefendedStep, Defense, MultiStepRisk
+from hf_parcor.defenses import DefendedStep, Defense, MultiStepRisk, Objective
 from hf_parcor.targets import select_trainable
 from hf_parcor.training.arguments import DefenseArguments, build_defense
 from hf_parcor.training.collapse import CollapseCallback
@@ -81,8 +81,8 @@ class ParameterDefenseMixin(_Base):
         if target_modules is None and flags is not None:
             self._selection["target_modules"] = flags.defense_target_modules
         self._selected: tuple[nn.Module, dict[str, nn.Parameter]] | None = None
-        self._pass_weight: float | None = None
-        self._passes = 1
+        self._objective: Objective | None = None
+        self._cost = 1.0
         self._step_log = StepLog()
         if defense is not None:
             self._refuse_what_cannot_work()
@@ -110,39 +110,42 @@ class ParameterDefenseMixin(_Base):
         """
         defense = self.defense
         if defense is None or not defense.is_active(self.state.epoch or 0.0):
-            self._passes = 1
+            self._cost = 1.0
             return super().training_step(model, inputs, num_items_in_batch)
         stock_step = super().training_step
 
-        def run_pass(weight: float, index: int) -> Tensor:
-            self._pass_weight = weight
+        def run_pass(objective: Objective, index: int) -> Tensor:
+            self._objective = objective
             # compute_loss pops the labels, so each pass gets its own shallow copy.
             own_inputs = copy.copy(inputs)
             with frozen_running_statistics(model) if index else nullcontext():
                 return stock_step(model, own_inputs, num_items_in_batch)
 
-        self._passes = defense.passes
+        selected = self.defended_parameters()
+        chosen = {id(parameter) for parameter in selected.values()}
+        others = (p for p in model.parameters() if p.requires_grad and id(p) not in chosen)
+        self._cost = defense.cost
         try:
-            with DefendedStep(self.defended_parameters(), run_pass, defense.passes) as step:
+            with DefendedStep(selected, run_pass, defense.passes, others) as step:
                 defense.minimize(step)
-                norm = step.withdraw(defense.constraint.p)
+                norm = step.withdraw(defense.order)
         finally:
-            self._pass_weight = None
+            self._objective = None
         self._step_log.add(step, norm, ends_step=self.accelerator.sync_gradients)
         return step.risk
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor | Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute the stock loss; inside a pass of the defense, weighted."""
+        """Compute the stock loss; inside a pass of the defense, what the pass minimises."""
         result = super().compute_loss(model, inputs, *args, **kwargs)
-        if self._pass_weight is None:
+        if self._objective is None:
             return result
         if isinstance(result, tuple):
-            return (result[0] * self._pass_weight, *result[1:])
-        return result * self._pass_weight
+            return (self._objective(result[0]), *result[1:])
+        return self._objective(result)
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         """Count the operations of all passes of the last step."""
-        return super().floating_point_ops(inputs) * self._passes
+        return int(super().floating_point_ops(inputs) * self._cost)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, beside the training loss, what the defense knows for free."""

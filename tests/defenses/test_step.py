@@ -26,14 +26,14 @@ def parameters(count: int, entries: int = 1000, **options) -> dict[str, nn.Param
 def fake_pass(selected: dict[str, nn.Parameter], gradients, seen=None):
     """A pass whose gradients are given: adds `gradients(index, name)` to `.grad`, as backward does."""
 
-    def run(weight: float, index: int) -> Tensor:
+    def run(objective, index: int) -> Tensor:
         if seen is not None:
             seen.append({name: p.detach().clone() for name, p in selected.items()})
         for name, p in selected.items():
             gradient = gradients(index, name)
             if gradient is not None:
                 p.grad = gradient if p.grad is None else p.grad.add_(gradient)
-        return torch.zeros((), device=next(iter(selected.values())).device)
+        return objective(torch.ones((), device=next(iter(selected.values())).device))
 
     return run
 

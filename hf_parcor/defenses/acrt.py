@@ -1,0 +1,57 @@
+"""Adversarial corruption-resistant training, direct form (paper 1, section on training; paper 2, Eq. 27)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_parcor.defenses.defense import ConstrainedDefense
+from hf_parcor.defenses.step import DefendedStep
+from hf_parcor.functional.arguments import check_real
+
+
+@dataclass(frozen=True)
+class ACRT(ConstrainedDefense):
+    r"""Minimise the clean loss and the loss under the worst corruption to first order, mixed.
+
+    .. math:: (1 - \alpha) L(w, \theta; B) + \alpha L(w + \hat a, \theta; B), \quad \hat a = \arg\max_{a \in S} a^T g
+
+    g is the gradient at w on this batch; no gradient flows through `â`. Two passes.
+
+    Args:
+        constraint: The set S; any p.
+        alpha: Weight α of the corrupted loss, in [0, 1]; 0 is the stock step, 1 is `SAM`. Default 0.5.
+        start_epoch: Until this epoch training is the stock one. Default 0.
+
+    Raises:
+        ValueError: `alpha` outside [0, 1].
+    """
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= check_real("alpha", self.alpha, "0 <= alpha <= 1") <= 1:
+            raise ValueError(f"alpha: expected 0 <= alpha <= 1, got {self.alpha}; it weighs the corrupted loss")
+
+    @property
+    def passes(self) -> int:
+        """Two, or one where the corrupted loss has no weight."""
+        return 2 if self.alpha > 0 else 1
+
+    def minimize(self, step: DefendedStep) -> None:
+        """Run the clean pass and the corrupted one."""
+
+        def clean(loss: Tensor) -> Tensor:
+            return (1 - self.alpha) * loss
+
+        def corrupted(loss: Tensor) -> Tensor:
+            return self.alpha * loss
+
+        if self.alpha < 1:
+            step.backward(clean)
+        else:
+            step.probe()
+        self.climb(step)
+        step.backward(corrupted)

@@ -1,0 +1,74 @@
+"""Adversarial corruption-resistant training, penalty form (paper 1, Eq. 16)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hf_parcor.defenses.defense import Defense
+from hf_parcor.defenses.step import DefendedStep
+from hf_parcor.functional.arguments import check_norm_order, check_radius
+
+
+@dataclass(frozen=True)
+class GradientPenalty(Defense):
+    r"""Minimise the loss and the norm of its gradient with respect to the selected parameters, by double backward.
+
+    .. math:: L(w, \theta; B) + \lambda \|g\|_{p/(p-1)}, \quad g = \partial L / \partial w
+
+    To first order this is the direct form: `max_{‖a‖_p ≤ ε} L(w + a) ≈ L(w) + ε ‖g‖_{p/(p−1)}`, so λ = αε.
+
+    Args:
+        p: Order of the norm of the corruption that it stands for; the penalty has the dual order `p/(p−1)`. Default 2.
+        weight: λ ≥ 0, in units of the weights; 0 is the stock step.
+        start_epoch: Until this epoch training is the stock one. Default 0.
+
+    Raises:
+        ValueError: `p < 1` or `weight < 0`, or NaN.
+    """
+
+    p: float = 2.0
+    weight: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_norm_order(self.p)
+        check_radius("weight", self.weight)
+
+    @property
+    def passes(self) -> int:
+        """One, with a second backward through the first."""
+        return 1
+
+    @property
+    def order(self) -> float:
+        """The order p."""
+        return self.p
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the penalty has no weight."""
+        return self.weight == 0
+
+    @property
+    def dual_order(self) -> float:
+        """The order `p/(p−1)` of the penalty's norm."""
+        limits = {1.0: math.inf, math.inf: 1.0}
+        return limits[self.p] if self.p in limits else self.p / (self.p - 1)
+
+    def minimize(self, step: DefendedStep) -> None:
+        """Run one pass whose objective contains its own gradient."""
+        parameters = list(step.parameters.values())
+
+        def penalized(loss: Tensor) -> Tensor:
+            gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            norms = [torch.linalg.vector_norm(part, self.dual_order) for part in gradient if part is not None]
+            return loss + self.weight * torch.linalg.vector_norm(torch.stack(norms), self.dual_order)
+
+        # The fused attention kernels have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            step.backward(penalized)

@@ -1,0 +1,40 @@
+"""Sharpness-aware minimization (Foret et al., ICLR 2021; paper 2, section 5.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_parcor.defenses.defense import ConstrainedDefense
+from hf_parcor.defenses.step import DefendedStep
+
+
+@dataclass(frozen=True)
+class SAM(ConstrainedDefense):
+    r"""Minimise the loss under the worst corruption to first order, and nothing else.
+
+    .. math:: L(w + \hat a, \theta; B), \quad \hat a = \arg\max_{a \in S} a^T g
+
+    g is the gradient at w on this batch. Two passes; the first one's gradient only makes `â`. The original is p = 2 on all
+    parameters, where ε is called rho; p = ∞ and a start epoch are those of paper 2.
+
+    Args:
+        constraint: The set S; any p.
+        start_epoch: Until this epoch training is the stock one. Default 0.
+    """
+
+    @property
+    def passes(self) -> int:
+        """Two."""
+        return 2
+
+    def minimize(self, step: DefendedStep) -> None:
+        """Find the worst corruption, and minimise there."""
+
+        def plain(loss: Tensor) -> Tensor:
+            return loss
+
+        step.probe()
+        self.climb(step)
+        step.backward(plain)
