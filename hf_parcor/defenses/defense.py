@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from hf_parcor.constraints import CorruptionConstraint
+from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.defenses.step import DefendedStep
 from hf_parcor.functional.arguments import check_radius
 from hf_parcor.functional.constrained_maximum import constrained_maximum_
@@ -68,9 +68,16 @@ class ConstrainedDefense(Defense):
     Args:
         constraint: The set S of corruptions that the training defends against.
         start_epoch: As in `Defense`.
+
+    Raises:
+        TypeError: The constraint is none.
     """
 
     constraint: CorruptionConstraint
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_constraint(self.constraint)
 
     @property
     def order(self) -> float:

@@ -65,6 +65,7 @@ class MultiStepRisk(ConstrainedDefense):
 
     def minimize(self, step: DefendedStep) -> None:
         """Run Algorithm 1 for one micro-batch."""
+
         def mean_over_passes(loss: Tensor) -> Tensor:
             return loss / (self.steps + 1)
 

@@ -16,8 +16,8 @@ class SAM(ConstrainedDefense):
 
     .. math:: L(w + \hat a, \theta; B), \quad \hat a = \arg\max_{a \in S} a^T g
 
-    g is the gradient at w on this batch. Two passes; the first one's gradient only makes `â`. The original is p = 2 on all
-    parameters, where ε is called rho; p = ∞ and a start epoch are those of paper 2.
+    g is the gradient at w on this batch. Two passes; the first one's gradient only makes `â`. The original is p = 2 on
+    all parameters, where ε is called rho; p = ∞ and a start epoch are those of paper 2.
 
     Args:
         constraint: The set S; any p.

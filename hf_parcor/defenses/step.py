@@ -11,7 +11,6 @@ from torch import Tensor
 from hf_parcor.functional.vectors import clones
 from hf_parcor.injection import CorruptionNorm, Injection
 
-
 Objective = Callable[[Tensor], Tensor]
 """What a pass minimises, made from the loss of the batch: `lambda loss: loss / 2`, say."""
 
@@ -27,8 +26,8 @@ class DefendedStep:
 
     Args:
         parameters: The selected parameters, `w`, by name.
-        run_pass: `run_pass(objective, k)` runs forward and backward of `objective(L)` for pass k at the weights as they
-            are, adding to `.grad`, and returns its value, detached.
+        run_pass: `run_pass(objective, k)` runs forward and backward of `objective(L)` for pass k at the weights as
+            they are, adding to `.grad`, and returns its value, detached.
         passes: How many passes there will be, so that the last one is known.
         others: All other trainable parameters, `θ`; their gradients accumulate, but for a probe.
     """
