@@ -67,7 +67,8 @@ class GradientPenalty(Defense):
         def penalized(loss: Tensor) -> Tensor:
             gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
             norms = [torch.linalg.vector_norm(part, self.dual_order) for part in gradient if part is not None]
-            return loss + self.weight * torch.linalg.vector_norm(torch.stack(norms), self.dual_order)
+            penalty: Tensor = self.weight * torch.linalg.vector_norm(torch.stack(norms), self.dual_order)
+            return loss + penalty
 
         # The fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH):

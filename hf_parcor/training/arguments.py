@@ -12,7 +12,7 @@ from hf_parcor.defenses import DEFENSES, Defense
 
 NO_DEFENSE = "none"
 _PREFIX = "defense_"
-_NOT_OF_THE_DEFENSE = ("defense", "norm", "epsilon", "top_n", "target_modules", "exclude_modules", "layers")
+_NOT_OF_THE_DEFENSE = ("defense", "target_modules", "exclude_modules", "layers")
 
 
 @dataclass
@@ -39,6 +39,10 @@ class DefenseArguments:
     )
     defense_random_start: bool = field(
         default=False, metadata={"help": "Start the corruption from a random point of norm epsilon instead of zero."}
+    )
+    defense_alpha: float = field(default=0.5, metadata={"help": "Weight of the corrupted loss, for the defense acrt."})
+    defense_weight: float = field(
+        default=0.05, metadata={"help": "Weight of the gradient's norm, for the defense gradient_penalty."}
     )
     defense_start_epoch: float = field(
         default=0.0, metadata={"help": "Train without the defense until this epoch; a fraction is fine."}
@@ -82,18 +86,24 @@ def build_defense(arguments: DefenseArguments) -> Defense | None:
         known = ", ".join([*DEFENSES, NO_DEFENSE])
         raise ValueError(f"defense: expected one of {known}, got {arguments.defense!r}; choose one of these")
     chosen = DEFENSES[arguments.defense]
-    constraint = CorruptionConstraint(
-        p=arguments.defense_norm, epsilon=arguments.defense_epsilon, top_n=arguments.defense_top_n
-    )
     accepted = {setting.name for setting in fields(chosen)}
     settings: dict[str, Any] = {}
+    handled = set(_NOT_OF_THE_DEFENSE)
+    if "constraint" in accepted:
+        settings["constraint"] = CorruptionConstraint(
+            p=arguments.defense_norm, epsilon=arguments.defense_epsilon, top_n=arguments.defense_top_n
+        )
+        handled |= {"norm", "epsilon", "top_n"}
+    elif "p" in accepted:
+        settings["p"] = arguments.defense_norm
+        handled.add("norm")
     for flag in fields(DefenseArguments):
         name, value = flag.name.removeprefix(_PREFIX), getattr(arguments, flag.name)
         if name in accepted:
             settings[name] = value
-        elif name not in _NOT_OF_THE_DEFENSE and value != flag.default:
+        elif name not in handled and value != flag.default:
             raise ValueError(
                 f"--{flag.name}: expected a setting of {arguments.defense}, got {value!r} for one that it does not "
                 "have; leave the flag out"
             )
-    return chosen(constraint, **settings)
+    return chosen(**settings)

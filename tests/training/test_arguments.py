@@ -9,7 +9,10 @@ import pytest
 from transformers import HfArgumentParser
 
 from hf_parcor import (
+    ACRT,
+    SAM,
     CorruptionConstraint,
+    GradientPenalty,
     MultiStepRisk,
     ParameterDefenseTrainer,
     ParameterDefenseTrainingArguments,
@@ -17,6 +20,7 @@ from hf_parcor import (
 )
 from hf_parcor.training import DEFAULT_DEFENSE, build_defense
 
+L3 = CorruptionConstraint(p=3, epsilon=0.1)
 KINDS = [ParameterDefenseTrainingArguments, Seq2SeqParameterDefenseTrainingArguments]
 
 
@@ -59,8 +63,25 @@ def test_none_is_the_stock_step(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"defense": "acrt", "defense_alpha": 0.3, "defense_norm": 3.0}, ACRT(L3, alpha=0.3)),
+        ({"defense": "sam", "defense_norm": 3.0, "defense_start_epoch": 1.0}, SAM(L3, start_epoch=1.0)),
+        (
+            {"defense": "gradient_penalty", "defense_norm": math.inf, "defense_weight": 0.2},
+            GradientPenalty(math.inf, weight=0.2),
+        ),
+    ],
+)
+def test_flags_of_the_other_defenses(settings, expected, tmp_path):
+    assert build_defense(ParameterDefenseTrainingArguments(output_dir=str(tmp_path), **settings)) == expected
+
+
+@pytest.mark.parametrize(
     ("settings", "says"),
     [
+        ({"defense": "sam", "defense_steps": 2}, "--defense_steps: expected a setting of sam, got 2"),
+        ({"defense": "gradient_penalty", "defense_epsilon": 0.2}, "--defense_epsilon: expected a setting of"),
         ({"defense": "multistep"}, "expected one of multi_step_risk, .*none, got 'multistep'"),
         ({"defense_epsilon": -1.0}, "epsilon: expected 0 <= epsilon < inf"),
         ({"defense_norm": 0.5}, "p: expected 1 <= p <= inf"),
