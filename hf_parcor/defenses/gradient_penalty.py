@@ -41,8 +41,13 @@ class GradientPenalty(Defense):
 
     @property
     def passes(self) -> int:
-        """One, with a second backward through the first."""
+        """One, with a second backward through it."""
         return 1
+
+    @property
+    def cost(self) -> float:
+        """Three stock steps where all parameters are selected, less for a part of the model."""
+        return 3.0
 
     @property
     def order(self) -> float:

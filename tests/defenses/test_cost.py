@@ -1,0 +1,35 @@
+"""Every defense costs what it says, counted in floating-point operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_parcor import ACRT, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, select_parameters
+from hf_parcor.defenses import DEFENSES, DefendedStep
+
+L2 = CorruptionConstraint(epsilon=0.1)
+DEFENDED = [MultiStepRisk(L2, steps=1), MultiStepRisk(L2, steps=3), ACRT(L2), SAM(L2), GradientPenalty(weight=0.1)]
+
+
+def test_all_defenses_are_here():
+    assert {type(defense) for defense in DEFENDED} == set(DEFENSES.values())
+
+
+@pytest.mark.parametrize("defense", DEFENDED, ids=str)
+def test_operations(tiny_bert, defense):
+    model = tiny_bert(hidden_size=32, intermediate_size=64)
+    batch = {"input_ids": torch.randint(20, (4, 8)), "labels": torch.tensor([0, 1, 0, 1])}
+
+    def run_pass(objective, index):
+        loss = objective(model(**batch).loss)
+        loss.backward()
+        return loss.detach()
+
+    with FlopCounterMode(display=False) as stock:
+        model(**batch).loss.backward()
+    with FlopCounterMode(display=False) as ours:  # noqa: SIM117
+        with DefendedStep(select_parameters(model), run_pass, defense.passes) as step:
+            defense.minimize(step)
+    assert ours.get_total_flops() == defense.cost * stock.get_total_flops()
