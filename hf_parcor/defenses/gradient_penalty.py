@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_parcor.defenses.defense import Defense
 from hf_parcor.defenses.step import DefendedStep
 from hf_parcor.functional.arguments import check_norm_order, check_radius
+from hf_parcor.functional.constrained_maximum import dual_order
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,15 @@ class GradientPenalty(Defense):
         """Whether the penalty has no weight."""
         return self.weight == 0
 
-    @property
-    def dual_order(self) -> float:
-        """The order `p/(p−1)` of the penalty's norm."""
-        limits = {1.0: math.inf, math.inf: 1.0}
-        return limits[self.p] if self.p in limits else self.p / (self.p - 1)
-
     def minimize(self, step: DefendedStep) -> None:
         """Run one pass whose objective contains its own gradient."""
         parameters = list(step.parameters.values())
+        order = dual_order(self.p)
 
         def penalized(loss: Tensor) -> Tensor:
             gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-            norms = [torch.linalg.vector_norm(part, self.dual_order) for part in gradient if part is not None]
-            penalty: Tensor = self.weight * torch.linalg.vector_norm(torch.stack(norms), self.dual_order)
+            norms = [torch.linalg.vector_norm(part, order) for part in gradient if part is not None]
+            penalty: Tensor = self.weight * torch.linalg.vector_norm(torch.stack(norms), order)
             return loss + penalty
 
         # The fused attention kernels have no second derivative.

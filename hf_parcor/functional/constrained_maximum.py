@@ -85,6 +85,17 @@ def constrained_maximum(tensors: Sequence[Tensor], p: float, epsilon: float, top
     return solution
 
 
+def dual_order(p: float) -> float:
+    """Return `p/(p−1)`, the order of the dual norm: ∞ for p = 1, and 1 for p = ∞.
+
+    Examples:
+        >>> dual_order(2.0), dual_order(1.0), dual_order(math.inf)
+        (2.0, inf, 1.0)
+    """
+    limits = {1.0: math.inf, math.inf: 1.0}
+    return limits[p] if p in limits else p / (p - 1)
+
+
 def constrained_maximum_value(tensors: Sequence[Tensor], p: float, epsilon: float, top_n: int | None = None) -> Tensor:
     """Return `max_{a ∈ S} aᵀv = ε ‖top_n(v)‖_{p/(p−1)}` (Eq. 11), the first-order estimate of the loss change.
 
@@ -107,7 +118,6 @@ def constrained_maximum_value(tensors: Sequence[Tensor], p: float, epsilon: floa
     p = check_norm_order(p)
     epsilon = check_radius("epsilon", epsilon)
     top_n = check_top_n(top_n)
-    limits = {1.0: math.inf, math.inf: 1.0}
-    dual = limits[p] if p in limits else p / (p - 1)
+    dual = dual_order(p)
     kept = tensors if top_n is None else keep_top_n(tensors, top_n)
     return epsilon * vector_norm(kept, dual)
