@@ -90,7 +90,7 @@ class DefendedStep:
 
         def seen(loss: Tensor) -> Tensor:
             value = objective(loss)
-            ratio.append(loss.detach() / value.detach())
+            ratio.append(torch.where(value.detach() == 0, 1.0, loss.detach() / value.detach()))
             return value
 
         value = self._run_pass(seen, len(self.losses))

@@ -200,3 +200,15 @@ def test_narrow_weights_tell_how_much_they_swallowed():
     assert norm.asked.item() == pytest.approx(0.05, rel=1e-3)
     assert abs(norm.realised.item() - 0.05) > 0.005
     assert all(torch.equal(selected[name], before[name]) for name in selected)
+
+
+def test_a_loss_of_zero_is_zero_in_the_log():
+    selected = parameters(1)
+
+    def run(objective, index: int) -> Tensor:
+        return objective(torch.zeros(()))
+
+    with DefendedStep(selected, run, 2) as step:
+        MultiStepRisk(CONSTRAINTS[0], steps=1).minimize(step)
+    assert [loss.item() for loss in step.losses] == [0.0, 0.0]
+    assert step.risk == 0
