@@ -61,7 +61,8 @@ class DefendedStep:
         if not self.losses:
             self._sum = self._take_gradients()
         if last:
-            self._put_back()
+            for name, gradient in self._sum.items():
+                self.parameters[name].grad = gradient
         self._risk.append(self._run(objective))
         if not last:
             self._fresh = self._take_gradients()
@@ -96,10 +97,6 @@ class DefendedStep:
         value = self._run_pass(seen, len(self.losses))
         self.losses.append(value * ratio[0])  # the stock step may have divided both by the accumulation steps
         return value
-
-    def _put_back(self) -> None:
-        for name, gradient in self._sum.items():
-            self.parameters[name].grad = gradient
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the last pass's (weighted) gradients of the selected parameters, to be overwritten at will.

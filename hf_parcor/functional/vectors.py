@@ -7,7 +7,7 @@ A function whose name ends in `_` overwrites the tensors that it is given, as in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -151,18 +151,19 @@ def inner_product(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     return _joined(products, torch.float64).sum() if products else torch.zeros((), dtype=torch.float64)
 
 
+def _by_device(operation: Callable[[list[Tensor], Tensor], None], tensors: Sequence[Tensor], operand: Tensor) -> None:
+    for device in {tensor.device for tensor in tensors}:
+        operation([tensor for tensor in tensors if tensor.device == device], operand.to(device))
+
+
 def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply every tensor, in place, by a zero-dimensional factor that stays on its device."""
-    devices = {tensor.device for tensor in tensors}
-    for device in devices:
-        torch._foreach_mul_([tensor for tensor in tensors if tensor.device == device], factor.to(device))
+    _by_device(torch._foreach_mul_, tensors, factor)
 
 
 def divide_(tensors: Sequence[Tensor], divisor: Tensor) -> None:
     """Divide every tensor, in place, by a zero-dimensional divisor: where its inverse would leave the range."""
-    devices = {tensor.device for tensor in tensors}
-    for device in devices:
-        torch._foreach_div_([tensor for tensor in tensors if tensor.device == device], divisor.to(device))
+    _by_device(torch._foreach_div_, tensors, divisor)
 
 
 def zero_unless_(tensors: Sequence[Tensor], condition: Tensor) -> None:
