@@ -14,7 +14,7 @@ from hf_parcor.corruptions import (
     RandomCorruption,
     UniformNoise,
 )
-from hf_parcor.defenses import ACRT, SAM, GradientPenalty, MultiStepRisk
+from hf_parcor.defenses import ACRT, AWP, SAM, GradientPenalty, MultiStepRisk
 from hf_parcor.evaluation import CorruptionEvaluator, CorruptionRecord, EvaluationRecord
 from hf_parcor.injection import corrupted
 from hf_parcor.targets import select_parameters
@@ -28,6 +28,7 @@ from hf_parcor.training import (
 
 __all__ = [
     "ACRT",
+    "AWP",
     "SAM",
     "BitFlips",
     "CorruptionConstraint",

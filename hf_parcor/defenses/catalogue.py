@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from hf_parcor.defenses.acrt import ACRT
+from hf_parcor.defenses.awp import AWP
 from hf_parcor.defenses.defense import Defense
 from hf_parcor.defenses.gradient_penalty import GradientPenalty
 from hf_parcor.defenses.multi_step_risk import MultiStepRisk
@@ -16,6 +17,7 @@ DEFENSES: Mapping[str, type[Defense]] = MappingProxyType(
         "multi_step_risk": MultiStepRisk,
         "acrt": ACRT,
         "sam": SAM,
+        "awp": AWP,
         "gradient_penalty": GradientPenalty,
     }
 )

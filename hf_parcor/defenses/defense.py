@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
@@ -12,7 +11,6 @@ from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.defenses.step import DefendedStep
 from hf_parcor.functional.arguments import check_radius
 from hf_parcor.functional.constrained_maximum import constrained_maximum_
-from hf_parcor.functional.projections import project_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +44,11 @@ class Defense(ABC):
     @abstractmethod
     def order(self) -> float:
         """The order p of the norm that corruptions are measured in."""
+
+    @property
+    def perturbs_inputs(self) -> bool:
+        """Whether the step moves the inputs too, for which the model must have an input embedding."""
+        return False
 
     @property
     @abstractmethod
@@ -91,14 +94,10 @@ class ConstrainedDefense(Defense):
 
     def climb(self, step: DefendedStep) -> None:
         """Write the worst corruption of the constraint, `a = argmax_{a ∈ S} aᵀg` (SAM: *ascent step*)."""
-        step.displace(self._update(step, self.constraint.epsilon))
+        step.displace(self.update(step, self.constraint.epsilon))
 
-    def climb_and_project(self, step: DefendedStep, radius: float) -> None:
-        """Take one corruption step: `a ← Π_S(a + u)`, u the constrained maximum of this radius."""
-        p, epsilon, top_n = self.constraint.p, self.constraint.epsilon, self.constraint.top_n
-        step.displace(self._update(step, radius), partial(project_, p=p, epsilon=epsilon, top_n=top_n))
-
-    def _update(self, step: DefendedStep, radius: float) -> dict[str, Tensor]:
+    def update(self, step: DefendedStep, radius: float) -> dict[str, Tensor]:
+        """Return the constrained maximum of this radius on the last pass's gradient."""
         update = step.gradients()
         constrained_maximum_(list(update.values()), self.constraint.p, radius, self.constraint.top_n)
         return update

@@ -6,25 +6,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_parcor.corruptions.multi_step import STEP_SIZE_FACTOR
-from hf_parcor.corruptions.random import RandomCorruption
-from hf_parcor.defenses.defense import ConstrainedDefense
+from hf_parcor.defenses.projected_ascent import ProjectedAscent
 from hf_parcor.defenses.step import DefendedStep
-from hf_parcor.functional.arguments import check_count, check_radius
-from hf_parcor.functional.projections import check_projectable
 
 
 @dataclass(frozen=True)
-class MultiStepRisk(ConstrainedDefense):
+class MultiStepRisk(ProjectedAscent):
     r"""Minimise the mean loss over a walk of growing corruptions of this batch.
 
     .. math:: \frac{1}{K+1} \sum_{k=0}^{K} L((w + a_k, \theta); B), \quad a_0 = 0, \; a_k = \Pi_S(a_{k-1} + u_k)
 
     `u_k` is the constrained maximum of radius α on the gradient at `w + a_{k−1}`; the a_k are constants, no gradient
-    flows through them. K + 1 passes in all. Paper 2, Algorithm 1 and Eq. 24.
+    flows through them. K + 1 passes in all. Paper 2, Algorithm 1 and Eq. 24. For K = 1 this is `ACRT` with α = 1/2.
 
     Args:
-        constraint: The set S; p is 2 or ∞.
+        constraint: The set S; p is 2 or ∞, or any p where K steps of a given `step_size` cannot leave S.
         steps: K ≥ 0; 0 is the stock step. Default 2, the papers' best on translation.
         step_size: α in units of the weights; None, the default, for `1.5 ε/K` (printed `1.5 ε/k` in the paper).
         random_start: Start from a random `a_0` with `‖a_0‖_p = ε` instead of 0. Default False, which was better in
@@ -32,7 +28,7 @@ class MultiStepRisk(ConstrainedDefense):
         start_epoch: Until this epoch training is the stock one. Default 0.
 
     Raises:
-        NotImplementedError: p is neither 2 nor ∞.
+        NotImplementedError: p is neither 2 nor ∞, and the steps may leave the ball.
         ValueError: `steps < 0` or `step_size < 0`.
 
     Examples:
@@ -42,26 +38,10 @@ class MultiStepRisk(ConstrainedDefense):
         (3, 0.075)
     """
 
-    steps: int = 2
-    step_size: float | None = None
-    random_start: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_projectable(self.constraint.p)
-        check_count("steps", self.steps, minimum=0)
-        if self.step_size is not None:
-            check_radius("step_size", self.step_size)
-
     @property
     def passes(self) -> int:
         """`K + 1`."""
         return self.steps + 1
-
-    @property
-    def radius(self) -> float:
-        """The step size α."""
-        return STEP_SIZE_FACTOR * self.constraint.epsilon / self.steps if self.step_size is None else self.step_size
 
     def minimize(self, step: DefendedStep) -> None:
         """Run Algorithm 1 for one micro-batch."""
@@ -69,9 +49,8 @@ class MultiStepRisk(ConstrainedDefense):
         def mean_over_passes(loss: Tensor) -> Tensor:
             return loss / (self.steps + 1)
 
-        if self.random_start:
-            step.displace(RandomCorruption(self.constraint)(step.parameters))
+        self.start(step)
         step.backward(mean_over_passes)
         for _ in range(self.steps):
-            self.climb_and_project(step, self.radius)
+            self.climb_and_project(step)
             step.backward(mean_over_passes)

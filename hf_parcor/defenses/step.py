@@ -8,6 +8,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from hf_parcor.defenses.adversarial_inputs import AdversarialInputs
 from hf_parcor.functional.vectors import clones
 from hf_parcor.injection import CorruptionNorm, Injection
 
@@ -30,6 +31,7 @@ class DefendedStep:
             they are, adding to `.grad`, and returns its value, detached.
         passes: How many passes there will be, so that the last one is known.
         others: All other trainable parameters, `θ`; their gradients accumulate, but for a probe.
+        embedding: The model's input embedding, for defenses that perturb the inputs.
     """
 
     def __init__(
@@ -38,11 +40,14 @@ class DefendedStep:
         run_pass: Callable[[Objective, int], Tensor],
         passes: int,
         others: Iterable[torch.nn.Parameter] = (),
+        embedding: torch.nn.Module | None = None,
     ) -> None:
         self.parameters = parameters
         self._run_pass = run_pass
         self._passes = passes
         self._others = list(others)
+        self._embedding = embedding
+        self._inputs: AdversarialInputs | None = None
         self._injection = Injection(parameters)
         self._sum: dict[str, Tensor] = {}
         self._fresh: dict[str, Tensor] = {}
@@ -72,8 +77,19 @@ class DefendedStep:
             new = [name for name in self._fresh if name not in self._sum]
             self._sum.update(zip(new, clones([self._fresh[name] for name in new]), strict=True))
 
-    def probe(self) -> None:
-        """Run the next pass at `w + a_k` for its gradient alone: the update does not get it."""
+    def probe(self, watch_inputs: bool = False) -> None:
+        """Run the next pass at `w + a_k` for its gradient alone: the update does not get it.
+
+        Args:
+            watch_inputs: Find the gradient with respect to the inputs too, for `displace_inputs`.
+
+        Raises:
+            ValueError: The inputs are to be watched, and the step has no input embedding.
+        """
+        if watch_inputs and self._inputs is None:
+            if self._embedding is None:
+                raise ValueError("embedding: expected the model's input embedding, got None; hand it to DefendedStep")
+            self._inputs = AdversarialInputs(self._embedding)
         if not self.losses:
             self._sum = self._take_gradients()
         kept = [parameter.grad for parameter in self._others]
@@ -95,6 +111,8 @@ class DefendedStep:
             return value
 
         value = self._run_pass(seen, len(self.losses))
+        if self._inputs is not None:
+            self._inputs.end_pass()
         self.losses.append(value * ratio[0])  # the stock step may have divided both by the accumulation steps
         return value
 
@@ -111,6 +129,16 @@ class DefendedStep:
     def displace(self, update: Mapping[str, Tensor], project: Callable[[list[Tensor]], None] | None = None) -> None:
         """Move the corruption, `a ← Π(a + u)`, and with it the weights."""
         self._injection.displace(update, project)
+
+    def displace_inputs(self, radius: float, epsilon: float) -> None:
+        """Move the inputs one step of this radius along their gradient, each example inside its ball of epsilon.
+
+        Raises:
+            ValueError: No probe has watched the inputs.
+        """
+        if self._inputs is None:
+            raise ValueError("displace_inputs: expected a probe before that watched the inputs, got none")
+        self._inputs.displace(radius, epsilon)
 
     def withdraw(self, p: float) -> CorruptionNorm:
         """Restore the weights, and return the norm of the corruption that they last held."""
@@ -133,4 +161,8 @@ class DefendedStep:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._injection.restore()
+        try:
+            self._injection.restore()
+        finally:
+            if self._inputs is not None:
+                self._inputs.withdraw()

@@ -1,9 +1,18 @@
 """Which parameters are corrupted: by name as in PEFT, by kind of module, by position, or by a word."""
 
 from hf_parcor.targets.errors import TargetError
+from hf_parcor.targets.input_embedding import find_input_embedding
 from hf_parcor.targets.selection import select_parameters
 from hf_parcor.targets.stacks import Stack, find_stacks
 from hf_parcor.targets.trainable import select_trainable
 from hf_parcor.targets.words import WORDS
 
-__all__ = ["WORDS", "Stack", "TargetError", "find_stacks", "select_parameters", "select_trainable"]
+__all__ = [
+    "WORDS",
+    "Stack",
+    "TargetError",
+    "find_input_embedding",
+    "find_stacks",
+    "select_parameters",
+    "select_trainable",
+]

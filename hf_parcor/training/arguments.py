@@ -40,6 +40,16 @@ class DefenseArguments:
     defense_random_start: bool = field(
         default=False, metadata={"help": "Start the corruption from a random point of norm epsilon instead of zero."}
     )
+    defense_per_tensor: bool = field(
+        default=False, metadata={"help": "A radius epsilon * |w_l| for each tensor by itself, for the defense awp."}
+    )
+    defense_input_epsilon: float = field(
+        default=0.1,
+        metadata={"help": "Radius of the adversarial inputs, in units of the embedding, for the defense awp."},
+    )
+    defense_input_steps: int = field(
+        default=1, metadata={"help": "Steps that find the adversarial inputs, for the defense awp; 0 for none."}
+    )
     defense_alpha: float = field(default=0.5, metadata={"help": "Weight of the corrupted loss, for the defense acrt."})
     defense_weight: float = field(
         default=0.05, metadata={"help": "Weight of the gradient's norm, for the defense gradient_penalty."}

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.defenses import DefendedStep, Defense, MultiStepRisk, Objective
-from hf_parcor.targets import select_trainable
+from hf_parcor.targets import find_input_embedding, select_trainable
 from hf_parcor.training.arguments import DefenseArguments, build_defense
 from hf_parcor.training.collapse import CollapseCallback
 from hf_parcor.training.running_statistics import frozen_running_statistics
@@ -51,7 +51,8 @@ class ParameterDefenseMixin(_Base):
         **kwargs: For the Trainer.
 
     Raises:
-        ValueError: The targets match nothing or a frozen parameter; or the optimizer updates inside `backward`.
+        ValueError: The targets match nothing or a frozen parameter; the optimizer updates inside `backward`; or the
+            defense perturbs the inputs, and the model has no input embedding or is split over devices by DataParallel.
         TypeError: `defense` is not a `Defense`.
 
     Examples:
@@ -88,6 +89,7 @@ class ParameterDefenseMixin(_Base):
             self._refuse_what_cannot_work()
             if self.model is not None:
                 self.defended_parameters()
+                self._input_embedding()
             self.add_callback(CollapseCallback())
 
     def defended_parameters(self) -> dict[str, nn.Parameter]:
@@ -126,13 +128,18 @@ class ParameterDefenseMixin(_Base):
         others = (p for p in model.parameters() if p.requires_grad and id(p) not in chosen)
         self._cost = defense.cost
         try:
-            with DefendedStep(selected, run_pass, defense.passes, others) as step:
+            with DefendedStep(selected, run_pass, defense.passes, others, self._input_embedding()) as step:
                 defense.minimize(step)
                 norm = step.withdraw(defense.order)
         finally:
             self._objective = None
         self._step_log.add(step, norm, ends_step=self.accelerator.sync_gradients)
         return step.risk
+
+    def _input_embedding(self) -> nn.Module | None:
+        if self.defense is None or self.model is None or not self.defense.perturbs_inputs:
+            return None
+        return find_input_embedding(self.model)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor | Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the stock loss; inside a pass of the defense, what the pass minimises."""
@@ -154,6 +161,11 @@ class ParameterDefenseMixin(_Base):
         super().log(logs, *args, **kwargs)
 
     def _refuse_what_cannot_work(self) -> None:
+        if self.defense is not None and self.defense.perturbs_inputs and self.args.n_gpu > 1:
+            raise ValueError(
+                f"expected one device a process for a defense that perturbs the inputs, got {self.args.n_gpu} under "
+                "DataParallel; start one process a device (torchrun, accelerate launch)"
+            )
         optimizer = OptimizerNames(self.args.optim)
         if optimizer in _UPDATES_INSIDE_BACKWARD or "layerwise" in optimizer.value:
             raise ValueError(

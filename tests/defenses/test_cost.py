@@ -6,11 +6,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_parcor import ACRT, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, select_parameters
+from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, select_parameters
 from hf_parcor.defenses import DEFENSES, DefendedStep
 
 L2 = CorruptionConstraint(epsilon=0.1)
-DEFENDED = [MultiStepRisk(L2, steps=1), MultiStepRisk(L2, steps=3), ACRT(L2), SAM(L2), GradientPenalty(weight=0.1)]
+DEFENDED = [
+    MultiStepRisk(L2, steps=1),
+    MultiStepRisk(L2, steps=3),
+    ACRT(L2),
+    SAM(L2),
+    AWP(L2, steps=2),
+    GradientPenalty(weight=0.1),
+]
 
 
 def test_all_defenses_are_here():
@@ -30,6 +37,8 @@ def test_operations(tiny_bert, defense):
     with FlopCounterMode(display=False) as stock:
         model(**batch).loss.backward()
     with FlopCounterMode(display=False) as ours:  # noqa: SIM117
-        with DefendedStep(select_parameters(model), run_pass, defense.passes) as step:
+        with DefendedStep(
+            select_parameters(model), run_pass, defense.passes, embedding=model.get_input_embeddings()
+        ) as step:
             defense.minimize(step)
     assert ours.get_total_flops() == defense.cost * stock.get_total_flops()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_parcor import ACRT, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk
+from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk
 from hf_parcor.defenses import DEFENSES, DefendedStep, Defense, Objective
 
 SELECTED = ("0.weight", "0.bias", "2.weight")
@@ -24,10 +24,14 @@ def problem():
     return model, inputs, labels
 
 
-def gradients_at(model, inputs, labels, corruption: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Autograd at `w + a`, by functional call: no weight is written."""
+def gradients_at(model, inputs, labels, corruption: dict[str, Tensor], delta: Tensor | None = None):
+    """Autograd at `w + a`, by functional call: no weight is written. With δ also its gradient, under its name."""
     values = {name: (p.detach() + corruption.get(name, 0)).requires_grad_() for name, p in model.named_parameters()}
-    loss = nn.functional.cross_entropy(torch.func.functional_call(model, values, inputs), labels)
+    if delta is not None:
+        values["delta"] = delta.detach().requires_grad_()
+    hidden = nn.functional.linear(inputs, values["0.weight"], values["0.bias"]) + values.get("delta", 0)
+    logits = nn.functional.linear(torch.tanh(hidden), values["2.weight"], values["2.bias"])
+    loss = nn.functional.cross_entropy(logits, labels)
     return dict(zip(values, torch.autograd.grad(loss, list(values.values())), strict=True))
 
 
@@ -72,7 +76,9 @@ def multi_step_risk(defense: MultiStepRisk, problem) -> dict[str, Tensor]:
         total = {name: total[name] + g[name] / (steps + 1) for name in total}
         if k < steps:
             u = climb(flat(g), constraint.p, alpha, constraint.top_n)
-            a = into_ball(a + u, constraint.p, constraint.epsilon, constraint.top_n)
+            a = a + u
+            if constraint.p in (2, math.inf):
+                a = into_ball(a, constraint.p, constraint.epsilon, constraint.top_n)
     return total
 
 
@@ -97,6 +103,38 @@ def gradient_penalty(defense: GradientPenalty, problem) -> dict[str, Tensor]:
     return {name: clean[name] + defense.weight * product[name] for name in clean}
 
 
+def awp(defense: AWP, problem) -> dict[str, Tensor]:
+    """Paper 2, Eq. 29, row by row and tensor by tensor; the first layer plays the input embedding."""
+    constraint, model = defense.constraint, problem[0]
+    p, epsilon = constraint.p, constraint.epsilon
+    delta = torch.zeros(len(problem[1]), 7, dtype=torch.float64)
+    for _ in range(defense.input_steps if defense.input_epsilon else 0):
+        g = gradients_at(*problem, {}, delta)["delta"]
+        for i, row in enumerate(g):
+            delta[i] += 1.5 * defense.input_epsilon / defense.input_steps * row / row.norm()
+            delta[i] = into_ball(delta[i], 2, defense.input_epsilon, None)
+    alpha = 1.5 * epsilon / max(defense.steps, 1) if defense.step_size is None else defense.step_size
+    clean = gradients_at(*problem, {}, delta)
+    a = torch.zeros_like(flat(clean))
+    if defense.random_start:
+        r = torch.cat([torch.empty_like(clean[name]).normal_().reshape(-1) for name in SELECTED])
+        a = climb(r, p, epsilon, constraint.top_n)
+    for _ in range(defense.steps if epsilon else 0):
+        g = gradients_at(*problem, unflat(a, clean), delta)
+        if defense.per_tensor:
+            parts = unflat(a, clean)
+            for name in SELECTED:
+                size = torch.linalg.vector_norm(dict(model.named_parameters())[name].detach(), p)
+                moved = parts[name].reshape(-1) + climb(g[name].reshape(-1), p, alpha * size, constraint.top_n)
+                parts[name] = moved if p == 3 else into_ball(moved, p, epsilon * float(size), constraint.top_n)
+            a = flat(parts)
+        else:
+            moved = a + climb(flat(g), p, alpha, constraint.top_n)
+            a = moved if p == 3 else into_ball(moved, p, epsilon, constraint.top_n)
+    g = gradients_at(*problem, unflat(a, clean), delta)
+    return {name: g[name] for name, _ in model.named_parameters()}
+
+
 @dataclass
 class Row:
     """A defense of the catalogue: settings to check it at, and its update written out."""
@@ -117,6 +155,8 @@ ROWS = {
             MultiStepRisk(CorruptionConstraint(p=math.inf, epsilon=0.1, top_n=4), steps=2),
             MultiStepRisk(L2, steps=2, random_start=True),
             MultiStepRisk(MAX, steps=1, random_start=True),
+            MultiStepRisk(L3, steps=2, step_size=0.1),
+            MultiStepRisk(SPARSE, steps=1, step_size=0.3),
         ],
         multi_step_risk,
     ),
@@ -124,6 +164,19 @@ ROWS = {
         [*(ACRT(constraint, alpha=0.3) for constraint in (L2, MAX, L3, SPARSE)), ACRT(L2), ACRT(L3, alpha=1.0)], acrt
     ),
     "sam": Row([SAM(constraint) for constraint in (L2, MAX, L3, SPARSE)], acrt),
+    "awp": Row(
+        [
+            *(AWP(constraint, steps=steps) for constraint in (L2, MAX) for steps in (1, 2, 3)),
+            *(AWP(constraint, steps=2, input_epsilon=0) for constraint in (L2, MAX)),
+            *(AWP(constraint, steps=2, per_tensor=True, input_steps=2) for constraint in (L2, MAX)),
+            AWP(CorruptionConstraint(p=2, epsilon=0.3, top_n=4), steps=2, per_tensor=True),
+            AWP(L2, steps=2, random_start=True, input_steps=3, input_epsilon=0.5),
+            AWP(L3, steps=2, step_size=0.1),
+            AWP(CorruptionConstraint(p=3, epsilon=0.2), steps=1, step_size=0.2, per_tensor=True),
+            AWP(CorruptionConstraint(epsilon=0.0), input_steps=2),
+        ],
+        awp,
+    ),
     "gradient_penalty": Row(
         [GradientPenalty(p, weight=0.1) for p in (2, math.inf, 3)], gradient_penalty, tolerance=1e-6
     ),
@@ -159,7 +212,7 @@ def test_update_equals_longhand(problem, name, defense, accumulated):
     selected = {key: p for key, p in model.named_parameters() if key in SELECTED}
     torch.manual_seed(3)
     others = [p for key, p in model.named_parameters() if key not in SELECTED]
-    with DefendedStep(selected, run_pass, defense.passes, others) as step:
+    with DefendedStep(selected, run_pass, defense.passes, others, model[0]) as step:
         defense.minimize(step)
     assert passes == list(range(defense.passes))
     tolerance = ROWS[name].tolerance
@@ -184,6 +237,8 @@ def test_is_inactive_before_its_start(name):
         ACRT(CorruptionConstraint(epsilon=0.0)),
         ACRT(L2, alpha=0),
         SAM(CorruptionConstraint(epsilon=0.0)),
+        AWP(CorruptionConstraint(epsilon=0.0), input_epsilon=0),
+        AWP(L2, steps=0, input_steps=0),
         GradientPenalty(weight=0),
     ],
     ids=str,
@@ -209,3 +264,12 @@ def test_bad_settings_are_refused(settings, error, says):
 def test_norms_without_a_projection_are_refused():
     with pytest.raises(NotImplementedError, match="expected p = 2 or p = inf, got p = 3"):
         MultiStepRisk(CorruptionConstraint(p=3, epsilon=0.1))
+
+
+@pytest.mark.parametrize("constraint", [L2, MAX, CorruptionConstraint(p=2, epsilon=0.3, top_n=9)], ids=str)
+def test_one_step_of_the_multi_step_risk_is_the_direct_form(problem, constraint):
+    """A step of 1.5 ε, projected onto S, is the worst corruption of S; half of each loss is the mean of both."""
+    multi_step = multi_step_risk(MultiStepRisk(constraint, steps=1), problem)
+    direct = acrt(ACRT(constraint, alpha=0.5), problem)
+    for name, gradient in direct.items():
+        torch.testing.assert_close(multi_step[name], gradient, rtol=1e-12, atol=1e-15)

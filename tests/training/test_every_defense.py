@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from hf_parcor import ACRT, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
+from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
 from hf_parcor.defenses import DEFENSES
 
 L2 = CorruptionConstraint(epsilon=0.1)
@@ -14,6 +14,7 @@ DEFENDED = {
     "multi_step_risk": MultiStepRisk(L2, steps=2),
     "acrt": ACRT(L2, alpha=0.3),
     "sam": SAM(L2),
+    "awp": AWP(L2, steps=2),
     "gradient_penalty": GradientPenalty(weight=0.1),
 }
 

@@ -1,0 +1,64 @@
+"""Adversarial inputs: what the input embedding returns, moved so that the loss of this batch grows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_parcor.functional.per_example import ascend_per_example
+
+
+class AdversarialInputs:
+    """The perturbations δ of one micro-batch, added by a hook to each output of the input embedding.
+
+    A model may call its input embedding several times in a pass (two texts that are compared): each call has a δ of
+    its own. They are zero until the first `displace`.
+
+    Args:
+        embedding: The module whose output, `[batch, ...]`, is perturbed.
+    """
+
+    def __init__(self, embedding: nn.Module) -> None:
+        self._perturbations: list[Tensor] = []
+        self._calls = 0
+        # Compiled code would freeze the count of calls.
+        self._hook = embedding.register_forward_hook(torch.compiler.disable(self._add))  # type: ignore[no-untyped-call]
+
+    def _add(self, module: nn.Module, arguments: Any, output: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"input embedding: expected a module that returns a tensor, got {type(output).__name__} from "
+                f"{type(module).__name__}; set input_epsilon=0"
+            )
+        if self._calls == len(self._perturbations):
+            wide = torch.promote_types(output.dtype, torch.float32)
+            self._perturbations.append(torch.zeros_like(output, dtype=wide, requires_grad=True))
+        perturbation = self._perturbations[self._calls]
+        self._calls += 1
+        return output + perturbation.to(output.dtype)
+
+    def end_pass(self) -> None:
+        """Begin to count calls anew.
+
+        Raises:
+            RuntimeError: The pass went around the embedding, so there was nothing to perturb.
+        """
+        if not self._calls:
+            raise RuntimeError(
+                "adversarial inputs: expected the model to call its input embedding, got a pass that did not (inputs "
+                "given as inputs_embeds, or a compiled model that does not see the hook); set input_epsilon=0"
+            )
+        self._calls = 0
+
+    def displace(self, radius: float, epsilon: float) -> None:
+        """Move every δ one step of this radius along its gradient, and project it: `δ_i ← Π(δ_i + u_i)`."""
+        for perturbation in self._perturbations:
+            gradient, perturbation.grad = perturbation.grad, None
+            if gradient is not None:
+                perturbation.detach().copy_(ascend_per_example(perturbation.detach(), gradient, radius, epsilon))
+
+    def withdraw(self) -> None:
+        """Take the hook away."""
+        self._hook.remove()

@@ -1,0 +1,74 @@
+"""Defenses whose corruption climbs step by step inside the constraint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from hf_parcor.corruptions.multi_step import STEP_SIZE_FACTOR
+from hf_parcor.corruptions.random import RandomCorruption
+from hf_parcor.defenses.defense import ConstrainedDefense
+from hf_parcor.defenses.step import DefendedStep
+from hf_parcor.functional.arguments import check_count, check_radius
+from hf_parcor.functional.projections import check_projectable, project_
+
+_ROUNDING = 1 + 1e-9  # three steps of 0.1 reach 0.3, whatever floats say
+
+
+@dataclass(frozen=True)
+class ProjectedAscent(ConstrainedDefense):
+    r"""A defense against corruptions found by projected gradient ascent on this batch (paper 2, Eq. 22).
+
+    .. math:: a_k = \Pi_S(a_{k-1} + u_k), \quad u_k = \arg\max_{\|u\|_p \le \alpha, \|u\|_0 \le n} u^T g_{k-1}
+
+    Args:
+        constraint: The set S; p is 2 or ∞, or any p where the steps together cannot leave S.
+        steps: K ≥ 0, the number of corruption steps.
+        step_size: α in units of the weights; None, the default, for `1.5 ε/K` (printed `1.5 ε/k` in the paper).
+        random_start: Start from a random `a_0` with `‖a_0‖_p = ε` instead of 0. Drawn from PyTorch's global generator.
+
+    Raises:
+        NotImplementedError: p is neither 2 nor ∞, and K steps of size α may leave the ball.
+        ValueError: `steps < 0` or `step_size < 0`.
+    """
+
+    steps: int = 2
+    step_size: float | None = None
+    random_start: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("steps", self.steps, minimum=0)
+        if self.step_size is not None:
+            check_radius("step_size", self.step_size)
+        if not self._stays_inside:
+            check_projectable(self.constraint.p)
+
+    @property
+    def radius(self) -> float:
+        """The step size α."""
+        return STEP_SIZE_FACTOR * self.constraint.epsilon / self.steps if self.step_size is None else self.step_size
+
+    @property
+    def projection(self) -> Callable[[list[Tensor]], None] | None:
+        """`Π_S`, which overwrites the tensors of a; None where the steps cannot leave S."""
+        p, epsilon, top_n = self.constraint.p, self.constraint.epsilon, self.constraint.top_n
+        return None if self._stays_inside else partial(project_, p=p, epsilon=epsilon, top_n=top_n)
+
+    @property
+    def _stays_inside(self) -> bool:
+        if self.random_start or self.step_size is None or (self.constraint.top_n is not None and self.steps > 1):
+            return False
+        return self.steps * self.step_size <= self.constraint.epsilon * _ROUNDING
+
+    def start(self, step: DefendedStep) -> None:
+        """Write `a_0`: zero, which is nothing to write, or random."""
+        if self.random_start:
+            step.displace(RandomCorruption(self.constraint)(step.parameters))
+
+    def climb_and_project(self, step: DefendedStep) -> None:
+        """Take one corruption step along the last pass's gradient: `a ← Π_S(a + u)`."""
+        step.displace(self.update(step, self.radius), self.projection)
