@@ -1,11 +1,12 @@
-"""Paper 2, section 5.3, on a small BERT: SST-2 plain, all parameters defended, the last layer defended.
+"""Paper 2, sections 5.2 and 5.3, on a small BERT: SST-2 plain, with each defense, and with the last layer defended.
 
     python scripts/reproduce_sst2.py --model MODEL --data FOLDER --output scripts/results/sst2
 
 MODEL is a folder or a name on the Hub, FOLDER holds `train_sentences.tsv.gz` and `dev.tsv.gz`. Each arm is trained
 with each seed by `examples/train_sst2.py`; finished runs are kept, so an interrupted campaign goes on. The output
-folder gets a record for each run, `table.md` with mean ± sample standard deviation over seeds, and the Student
-t-tests of paper 2, Appendix C. As in its Table 6, the trained models are also corrupted in their last layer alone.
+folder gets a record for each run, and `table.md` with two comparisons, of defenses and of targets: mean ± sample
+standard deviation over seeds, and the Student t-tests of paper 2, Appendix C. As in its Table 6, the models of the
+second comparison are also corrupted in their last layer alone.
 """
 
 from __future__ import annotations
@@ -21,27 +22,72 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
 from hf_parcor import CorruptionConstraint, CorruptionEvaluator, GradientCorruption
 from hf_parcor.evaluation import ClassificationMetric, CorruptionRecord, EvaluationRecord
 from hf_parcor.statistics import MeanAndSpread, student_t_test
+from hf_parcor.training import DefenseArguments, build_defense
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_sst2.py"
-DEFENDED = ["--defense", "multi_step_risk", "--defense_norm", "2", "--defense_epsilon", "0.1", "--defense_steps", "1"]
 RECORDING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: what tables call it, and its flags."""
+
+    label: str
+    flags: list[str]
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of a training step."""
+        parser = HfArgumentParser(DefenseArguments)  # type: ignore[arg-type]
+        (arguments,) = parser.parse_args_into_dataclasses(self.flags)
+        defense = build_defense(arguments)
+        return 1 if defense is None else defense.passes
+
+
+def l2(defense: str, epsilon: float, *more: str) -> list[str]:
+    """Return the flags of a defense in the L2 norm."""
+    return ["--defense", defense, "--defense_norm", "2", "--defense_epsilon", str(epsilon), *more]
+
+
+ONE_STEP = l2("multi_step_risk", 0.1, "--defense_steps", "1")
 ARMS = {
-    "plain": ["--defense", "none"],
-    "defended": DEFENDED,
-    "last layer": [*DEFENDED, "--defense_target_modules", "last-encoder-layer"],
+    "plain": Arm("plain", ["--defense", "none"]),
+    "sam": Arm("SAM", l2("sam", 0.1)),
+    "sam-half": Arm("SAM ε/2", l2("sam", 0.05)),
+    "awp-half": Arm("AWP ε/2", l2("awp", 0.05)),
+    "multi_step_risk-1": Arm("K = 1, ACRT", ONE_STEP),
+    "multi_step_risk-2": Arm("K = 2", l2("multi_step_risk", 0.1, "--defense_steps", "2")),
+    "multi_step_risk-3": Arm("K = 3", l2("multi_step_risk", 0.1, "--defense_steps", "3")),
+    "last_layer": Arm("K = 1, last layer", [*ONE_STEP, "--defense_target_modules", "last-encoder-layer"]),
 }
+DEFENSES = [name for name in ARMS if name != "last_layer"]
+TARGETS = ["plain", "multi_step_risk-1", "last_layer"]
 
 
-def flags(options: argparse.Namespace, arm: str, seed: int, folder: Path) -> list[str]:
+@dataclass(frozen=True)
+class Run:
+    """One arm trained with one seed."""
+
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        return f"{self.arm}-seed{self.seed}"
+
+
+def flags(options: argparse.Namespace, run: Run, folder: Path) -> list[str]:
     """Return the example's flags for one run."""
     fixed = {
         "model_name_or_path": options.model,
@@ -52,61 +98,54 @@ def flags(options: argparse.Namespace, arm: str, seed: int, folder: Path) -> lis
         "per_device_eval_batch_size": 64,
         "learning_rate": 2e-4,  # at 5e-5 the 64 steps end before this small model has learned anything
         "num_train_epochs": 1,
-        "seed": seed,
+        "seed": run.seed,
         "output_dir": folder,
         "save_strategy": "no",
         "logging_steps": 10,
         "report_to": "none",
         "corruption_trials": 1,  # the seeds of training are the trials
     }
-    return [
-        "--do_train",
-        "--do_eval",
-        *(part for name, value in fixed.items() for part in (f"--{name}", str(value))),
-    ] + ARMS[arm]
+    settings = (part for name, value in fixed.items() for part in (f"--{name}", str(value)))
+    return ["--do_train", "--do_eval", *settings, *ARMS[run.arm].flags]
 
 
-def run(options: argparse.Namespace, arm: str, seed: int) -> EvaluationRecord:
+def train(options: argparse.Namespace, run: Run) -> EvaluationRecord:
     """Train and measure one model, unless its record is there already."""
-    name = f"{arm.replace(' ', '_')}-seed{seed}"
-    record_path = options.output / f"{name}.json"
+    record_path = options.output / f"{run.name}.json"
     if not record_path.exists():
-        folder = options.work / name
+        folder = options.work / run.name
         started = time.monotonic()
-        # One thread each: a process that waits for its other thread gains nothing from a busy core.
-        threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
         subprocess.run(
-            [sys.executable, str(EXAMPLE), *flags(options, arm, seed, folder)],
+            [sys.executable, str(EXAMPLE), *flags(options, run, folder)],
             check=True,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
+            env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
         )
         seconds = time.monotonic() - started
         training = json.loads((folder / "train_results.json").read_text())
         if training["train_collapsed"]:
-            print(f"{name} shows signs of collapse: it is kept, and marked in runs.json")
+            print(f"{run.name} shows signs of collapse: it is kept, and marked in runs.json")
         EvaluationRecord.load(folder / "robustness.json").save(record_path)
         with RECORDING:
             runs_path = options.output / "runs.json"
             runs = json.loads(runs_path.read_text()) if runs_path.exists() else {}
-            runs[name] = {
+            runs[run.name] = {
                 "collapsed": bool(training["train_collapsed"]),
                 "train_seconds": training["train_runtime"],
                 "seconds": round(seconds, 1),
                 "train_samples": training["train_samples"],
-                "machine": f"{platform.machine()}, {threads} of {os.cpu_count()} cores",
-                "flags": ARMS[arm],
+                "machine": f"{platform.machine()}, {options.threads} of {os.cpu_count()} cores",
+                "flags": ARMS[run.arm].flags,
             }
             runs_path.write_text(json.dumps(runs, indent=2, sort_keys=True) + "\n")
     return EvaluationRecord.load(record_path)
 
 
-def corrupt_last_layer(options: argparse.Namespace, arm: str, seed: int) -> EvaluationRecord:
+def corrupt_last_layer(options: argparse.Namespace, run: Run) -> EvaluationRecord:
     """Corrupt only the last layer of a trained model, unless its record is there already."""
-    name = f"{arm.replace(' ', '_')}-seed{seed}"
-    record_path = options.output / f"{name}-corrupt-last-layer.json"
+    record_path = options.output / f"{run.name}-corrupt-last-layer.json"
     if not record_path.exists():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.jobs))
-        folder = options.work / name
+        torch.set_num_threads(options.threads)
+        folder = options.work / run.name
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForSequenceClassification.from_pretrained(folder)
         with gzip.open(options.data / "dev.tsv.gz", "rt", encoding="utf-8") as file:
@@ -131,32 +170,36 @@ def over_seeds(rows: list[CorruptionRecord]) -> MeanAndSpread:
     return MeanAndSpread.from_values([100 * row.mean("accuracy") for row in rows])
 
 
-def table(records: dict[str, list[EvaluationRecord]]) -> str:
-    """Return the table: mean ± deviation for each arm, and t-tests of each defended arm against the plain one."""
-    arms = list(records)
-    lines = [
-        f"| accuracy (%) | {' | '.join(arms)} | {' | '.join(f't: {arm} ≤ plain' for arm in arms[1:])} |",
-        f"|:--|{'--:|' * (2 * len(arms) - 1)}",
-    ]
+def tables(records: dict[str, list[EvaluationRecord]], costs: bool = False) -> str:
+    """Return two tables: mean ± deviation of each arm, and the t-values of each defended arm against the plain one."""
+    labels = [ARMS[arm].label for arm in records]
+    accuracies = [f"| accuracy (%) | {' | '.join(labels)} |", f"|:--|{'--:|' * len(labels)}"]
+    if costs:
+        accuracies.append(f"| passes a step | {' | '.join(str(ARMS[arm].passes) for arm in records)} |")
+    values = [f"| t: defended ≤ plain | {' | '.join(labels[1:])} |", f"|:--|{'--:|' * len(labels[1:])}"]
     for index, first in enumerate(records["plain"][0].rows()):
-        cells = {arm: over_seeds([record.rows()[index] for record in records[arm]]) for arm in arms}
-        shown = [f"{cell.mean:.1f} ± {cell.standard_deviation:.1f}" for cell in cells.values()]
-        tests = [student_t_test(cells[arm], cells["plain"]) for arm in arms[1:]]
-        shown += [f"{test.t:.2f}{'*' if test.is_significant() else ''}" for test in tests]
-        lines.append(f"| {first.label} | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
+        cells = [over_seeds([record.rows()[index] for record in of_arm]) for of_arm in records.values()]
+        tests = [student_t_test(cell, cells[0]) for cell in cells[1:]]
+        marks = ["", *("*" if test.is_significant() else "" for test in tests)]
+        shown = [f"{c.mean:.1f} ± {c.standard_deviation:.1f}{mark}" for c, mark in zip(cells, marks, strict=True)]
+        accuracies.append(f"| {first.label} | {' | '.join(shown)} |")
+        values.append(f"| {first.label} | {' | '.join(f'{test.t:.2f}' for test in tests)} |")
+    return "\n".join([*accuracies, "", *values]) + "\n"
 
 
-def over_cells(
-    measure: Callable[[argparse.Namespace, str, int], EvaluationRecord], title: str, options: argparse.Namespace
+def over_runs(
+    measure: Callable[[argparse.Namespace, Run], EvaluationRecord],
+    title: str,
+    options: argparse.Namespace,
+    arms: list[str],
 ) -> dict[str, list[EvaluationRecord]]:
-    """Measure every arm with every seed, several side by side."""
-    cells = [(arm, seed) for seed in options.seeds for arm in ARMS]
-    records: dict[str, list[EvaluationRecord]] = {arm: [] for arm in ARMS}
+    """Measure these arms with every seed, several side by side."""
+    runs = [Run(arm, seed) for seed in options.seeds for arm in arms]
+    records: dict[str, list[EvaluationRecord]] = {arm: [] for arm in arms}
     with ThreadPoolExecutor(options.jobs) as pool:
-        done = pool.map(lambda cell: measure(options, *cell), cells)
-        for (arm, _), record in zip(cells, tqdm(done, desc=title, total=len(cells)), strict=True):
-            records[arm].append(record)
+        done = pool.map(lambda run: measure(options, run), runs)
+        for run, record in zip(runs, tqdm(done, desc=title, total=len(runs)), strict=True):
+            records[run.arm].append(record)
     return records
 
 
@@ -169,17 +212,25 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/sst2"), help="the folder for models and logs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="only train these, in this order, and draw no table")
     parser.add_argument("--train-samples", type=int, default=2048)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    trained = over_cells(run, "runs", options)
-    last_layer = over_cells(corrupt_last_layer, "last layer corrupted", options)
+    # One thread each: a process that waits for its other thread gains nothing from a busy core.
+    options.threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    trained = over_runs(train, "runs", options, options.arms or list(ARMS))
+    if options.arms:
+        return
+    last_layer = over_runs(corrupt_last_layer, "last layer corrupted", options, TARGETS)
     text = (
         f"SST-2 dev accuracy over {len(options.seeds)} seeds ({', '.join(map(str, options.seeds))}), mean ± sample "
-        f"standard deviation; {options.train_samples} training sentences, 1 epoch, batch 32, learning rate 2e-4.\n"
+        f"standard deviation; {options.train_samples} training sentences, 1 epoch, batch 32, learning rate 2e-4; "
+        "defenses in L2, ε = 0.1.\n"
         "t: Student's test with pooled variance of the hypothesis that the defended arm is no better "
         f"(df = {2 * (len(options.seeds) - 1)}); * p < 0.05, one-sided, not corrected for the number of rows.\n\n"
-        f"All parameters corrupted:\n\n{table(trained)}\nOnly the last layer corrupted:\n\n{table(last_layer)}"
+        f"## Defenses\n\n{tables({arm: trained[arm] for arm in DEFENSES}, costs=True)}\n"
+        f"## Targets\n\nAll parameters corrupted:\n\n{tables({arm: trained[arm] for arm in TARGETS})}\n"
+        f"Only the last layer corrupted:\n\n{tables(last_layer)}"
     )
     (options.output / "table.md").write_text(text, encoding="utf-8")
     print(text)

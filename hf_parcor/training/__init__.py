@@ -1,6 +1,7 @@
 """Defended training with Transformers' Trainers."""
 
 from hf_parcor.training.arguments import (
+    DefenseArguments,
     ParameterDefenseTrainingArguments,
     Seq2SeqParameterDefenseTrainingArguments,
     build_defense,
@@ -11,6 +12,7 @@ from hf_parcor.training.trainers import ParameterDefenseTrainer, Seq2SeqParamete
 
 __all__ = [
     "DEFAULT_DEFENSE",
+    "DefenseArguments",
     "ParameterDefenseMixin",
     "ParameterDefenseTrainer",
     "ParameterDefenseTrainingArguments",
