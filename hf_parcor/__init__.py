@@ -17,6 +17,7 @@ from hf_parcor.corruptions import (
 from hf_parcor.defenses import ACRT, AWP, SAM, GradientPenalty, MultiStepRisk
 from hf_parcor.evaluation import CorruptionEvaluator, CorruptionRecord, EvaluationRecord
 from hf_parcor.injection import corrupted
+from hf_parcor.search import SearchRecord, search_epsilon
 from hf_parcor.targets import select_parameters
 from hf_parcor.training import (
     ParameterDefenseMixin,
@@ -45,9 +46,11 @@ __all__ = [
     "ParameterDefenseTrainingArguments",
     "Quantization",
     "RandomCorruption",
+    "SearchRecord",
     "Seq2SeqParameterDefenseTrainer",
     "Seq2SeqParameterDefenseTrainingArguments",
     "UniformNoise",
     "corrupted",
+    "search_epsilon",
     "select_parameters",
 ]
