@@ -131,6 +131,11 @@ class DefendedStep:
 
         with nullcontext() if self._prefix is None else self._prefix.replaying():
             value = self._run_pass(seen, len(self.losses))
+        if not ratio:
+            raise RuntimeError(
+                "run_pass: expected a pass that hands its loss to the objective, got one that did not; a Trainer "
+                "whose training_step does not call compute_loss cannot be defended"
+            )
         if self._inputs is not None:
             self._inputs.end_pass()
         self.losses.append(value * ratio[0])  # the stock step may have divided both by the accumulation steps

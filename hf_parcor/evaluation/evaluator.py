@@ -44,7 +44,7 @@ class CorruptionEvaluator:
         loss: `loss(model, batch)` returns the mean loss of a batch; the default takes the model's own.
         target_modules: Which modules may be corrupted, as in `select_parameters`. None, the default, for all
             parameters that can be trained (all, if none can), as in the Trainer: fixed tables such as sinusoidal
-            positions have no gradient. Frozen weights can be named, and corrupted by all that needs no gradient.
+            positions are no result of training. Frozen weights, such as those under an adapter, can be named.
         exclude_modules: As in `select_parameters`.
         module_types: As in `select_parameters`.
         layers: As in `select_parameters`.
@@ -105,8 +105,8 @@ class CorruptionEvaluator:
             a corruption that changed no weight is noted too, such as one along a gradient that was not finite.
 
         Raises:
-            ValueError: A corruption needs gradients and there are no batches, an empty data set, or a frozen
-                parameter; before any weight is touched.
+            ValueError: A corruption needs gradients and there are no batches or an empty data set; before any weight
+                is touched.
             TypeError: Something that is no `Corruption`, or a metric that returns no mapping.
         """
         check_count("trials", trials)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,8 +72,8 @@ def check_repeatable(batches: Iterable[Batch]) -> None:
 class DatasetGradients:
     """Gradients of a model's loss with respect to selected parameters; a `GradientSource`.
 
-    `.grad` is not touched. The gradient over all data is computed once and kept: it serves every closed-form
-    corruption of these weights.
+    `.grad` is not touched, and a frozen parameter has a gradient like any other: it is frozen again after each. The
+    gradient over all data is computed once and kept: it serves every closed-form corruption of these weights.
 
     Args:
         model: In the mode that it is to be measured in; it is not changed.
@@ -82,7 +83,7 @@ class DatasetGradients:
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: There are no items, the batches can be walked through only once, or a parameter is frozen.
+        ValueError: There are no items, or the batches can be walked through only once.
     """
 
     def __init__(
@@ -95,12 +96,6 @@ class DatasetGradients:
         progress: bool = False,
     ) -> None:
         check_repeatable(batches)
-        for name, parameter in parameters.items():
-            if not parameter.requires_grad:
-                raise ValueError(
-                    f"{name}: expected a trainable parameter for a gradient-based corruption, got a frozen one; "
-                    "call .requires_grad_(True) on it, or select others"
-                )
         self._model, self._parameters, self._batches, self._loss = model, parameters, batches, loss
         self._progress = progress
         shifted = _shifts_labels(model) and loss is model_loss
@@ -147,7 +142,7 @@ class DatasetGradients:
 
     def _gradient(self, batch: Batch) -> list[Tensor]:
         parameters = list(self._parameters.values())
-        with torch.enable_grad():
+        with torch.enable_grad(), _trainable(parameters):
             loss = self._loss(self._model, send_to_device(batch, parameters[0].device))
             gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
         return [
@@ -156,8 +151,22 @@ class DatasetGradients:
         ]
 
 
+@contextmanager
+def _trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let frozen parameters require their gradient meanwhile: adapters freeze the model that is to be measured."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
 def _shifts_labels(model: nn.Module) -> bool:
     """Return whether a model's own loss leaves first labels out; older classes such as GPT-2's name no loss type."""
+    model = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
     loss_type = getattr(model, "loss_type", None)
     causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     shifts = causal if loss_type is None else LOSS_MAPPING.get(loss_type) is ForCausalLMLoss

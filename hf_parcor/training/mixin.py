@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -16,9 +16,12 @@ from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.defenses import DefendedStep, Defense, MultiStepRisk, Objective
 from hf_parcor.targets import find_input_embedding, select_trainable
 from hf_parcor.training.arguments import DefenseArguments, build_defense
+from hf_parcor.training.books import books_closed
 from hf_parcor.training.collapse import CollapseCallback
+from hf_parcor.training.overriding import overriding
 from hf_parcor.training.running_statistics import frozen_running_statistics
 from hf_parcor.training.step_log import StepLog
+from hf_parcor.training.trained import check_trained, trained_beside
 
 logger = logging.get_logger(__name__)
 
@@ -35,12 +38,14 @@ class ParameterDefenseMixin(_Base):
     """Makes any Trainer defend its parameters: put it before the Trainer's class among the bases.
 
     Only `training_step` changes: it runs the stock step once for each pass of the defense, at corrupted weights,
-    with the loss weighted. Accumulation, label smoothing, mixed precision, clipping and other people's Trainers keep
-    working, since nothing of them is written again. Where the defense does nothing (`steps=0`, `epsilon=0`, before
-    its start epoch) the step is the stock one, bit for bit.
+    with the loss that `compute_loss` returns weighted. Accumulation, label smoothing, mixed precision, clipping and
+    other people's Trainers keep working, since nothing of them is written again, and a subclass may override what it
+    likes. Where the defense does nothing (`steps=0`, `epsilon=0`, before its start epoch) the step is the stock one,
+    bit for bit.
 
     With the stock `loss`, which is the risk, it logs `loss_clean` (at the first pass), `loss_corrupted` (at the last
-    pass), `sharpness` (their difference) and the norm of the last corruption, asked and realised.
+    pass), `sharpness` (their difference) and the norm of the last corruption, asked and realised. What a Trainer
+    counts and averages itself, such as TRL's `num_tokens` and `entropy`, is that of the first pass.
 
     Args:
         *args: For the Trainer.
@@ -82,7 +87,6 @@ class ParameterDefenseMixin(_Base):
         if target_modules is None and flags is not None:
             self._selection["target_modules"] = flags.defense_target_modules
         self._selected: tuple[nn.Module, dict[str, nn.Parameter]] | None = None
-        self._objective: Objective | None = None
         self._cost = 1.0
         self._step_log = StepLog()
         if defense is not None:
@@ -99,7 +103,7 @@ class ParameterDefenseMixin(_Base):
             raise ValueError("model: expected a model, got None; pass model= or model_init=")
         # A hyperparameter search replaces the model.
         if self._selected is None or self._selected[0] is not model:
-            self._selected = (model, _trained(select_trainable(model, **self._selection)))
+            self._selected = (model, check_trained(select_trainable(model, **self._selection)))
         return self._selected[1]
 
     def training_step(
@@ -114,25 +118,35 @@ class ParameterDefenseMixin(_Base):
         if defense is None or not defense.is_active(self.state.epoch or 0.0):
             self._cost = 1.0
             return super().training_step(model, inputs, num_items_in_batch)
-        stock_step = super().training_step
+        stock_step, compute_loss, prepare_inputs = super().training_step, self.compute_loss, self._prepare_inputs
+        prepared: list[Any] = []
+
+        def prepare_once(batch: Any) -> Any:
+            # A Trainer may augment or generate here: all passes are to see the same batch.
+            if not prepared:
+                prepared.append(prepare_inputs(batch))
+            return copy.copy(prepared[0])  # compute_loss pops the labels
 
         def run_pass(objective: Objective, index: int) -> Tensor:
-            self._objective = objective
-            # compute_loss pops the labels, so each pass gets its own shallow copy.
-            own_inputs = copy.copy(inputs)
-            with frozen_running_statistics(model) if index else nullcontext():
-                return stock_step(model, own_inputs, num_items_in_batch)
+            def compute_objective(*args: Any, **kwargs: Any) -> Any:
+                result = compute_loss(*args, **kwargs)
+                if isinstance(result, tuple):
+                    return (objective(result[0]), *result[1:])
+                return objective(result)
+
+            with ExitStack() as stack:
+                stack.enter_context(overriding(self, compute_loss=compute_objective, _prepare_inputs=prepare_once))
+                if index:
+                    stack.enter_context(frozen_running_statistics(model))
+                    stack.enter_context(books_closed(self))
+                return stock_step(model, copy.copy(inputs), num_items_in_batch)
 
         selected = self.defended_parameters()
-        chosen = {id(parameter) for parameter in selected.values()}
-        others = (p for p in model.parameters() if p.requires_grad and id(p) not in chosen)
+        others = trained_beside(selected.values(), model, self.optimizer)
         self._cost = defense.cost
-        try:
-            with DefendedStep(selected, run_pass, defense.passes, others, self._input_embedding()) as step:
-                defense.minimize(step)
-                norm = step.withdraw(defense.order)
-        finally:
-            self._objective = None
+        with DefendedStep(selected, run_pass, defense.passes, others, self._input_embedding()) as step:
+            defense.minimize(step)
+            norm = step.withdraw(defense.order)
         self._step_log.add(step, norm, ends_step=self.accelerator.sync_gradients)
         return step.risk
 
@@ -140,15 +154,6 @@ class ParameterDefenseMixin(_Base):
         if self.defense is None or self.model is None or not self.defense.perturbs_inputs:
             return None
         return find_input_embedding(self.model)
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor | Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute the stock loss; inside a pass of the defense, what the pass minimises."""
-        result = super().compute_loss(model, inputs, *args, **kwargs)
-        if self._objective is None:
-            return result
-        if isinstance(result, tuple):
-            return (self._objective(result[0]), *result[1:])
-        return self._objective(result)
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         """Count the operations of all passes of the last step."""
@@ -178,13 +183,3 @@ class ParameterDefenseMixin(_Base):
                 f"expected one process or DDP, got {engine}; the defended step is not tested there and would be "
                 "silently wrong: train without it, or with DDP"
             )
-
-
-def _trained(selected: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    frozen = [name for name, parameter in selected.items() if not parameter.requires_grad]
-    if frozen:
-        raise ValueError(
-            f"target_modules: expected trainable parameters, got {len(frozen)} frozen ones such as {frozen[0]!r}; "
-            "a defense needs their gradient: unfreeze them, or exclude them with exclude_modules"
-        )
-    return selected

@@ -1,0 +1,217 @@
+"""What must hold for any Trainer behind the mixin, whatever it does in the methods that it overrides."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from hf_parcor import SAM, CorruptionConstraint, MultiStepRisk, ParameterDefenseMixin
+from hf_parcor.training.books import books_closed
+
+EPSILON = 0.2
+L2 = CorruptionConstraint(epsilon=EPSILON)
+ONE_STEP = {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "max_steps": 1, "learning_rate": 0.0}
+
+
+def defended(trainer_class):
+    return type("Defended", (ParameterDefenseMixin, trainer_class), {})
+
+
+class KeepGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.kept = [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def stacked(rows):
+    return {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}
+
+
+def climb(weights, gradient):
+    """Write w + ε g/‖g‖."""
+    norm = torch.sqrt(sum(part.square().sum() for part in gradient))
+    with torch.no_grad():
+        for weight, part in zip(weights, gradient, strict=True):
+            weight.add_(EPSILON * part / norm)
+
+
+class Counting(Trainer):
+    """Counts in every way that a Trainer may count in."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.calls = 0
+        self.tokens = torch.tensor(0)
+        self.metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self.recent = deque(maxlen=3)
+        self.step_started = 0
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.calls += 1
+        self.tokens += inputs["input_ids"].numel()  # in place
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.metrics["train"]["loss"].append(loss.item())
+        self.recent.append(self.calls)
+        return loss
+
+    def training_step(self, *args, **kwargs):
+        self.step_started += 1
+        return super().training_step(*args, **kwargs)
+
+    def books(self):
+        return self.calls, int(self.tokens), self.metrics, list(self.recent), self.step_started
+
+
+@pytest.mark.parametrize("defense", [MultiStepRisk(L2, steps=2), SAM(L2)])
+def test_counts_a_batch_once_as_the_stock_trainer_does(tiny_bert, train, defense):
+    options = {"learning_rate": 0.0, "gradient_accumulation_steps": 2}
+    stock = train(Counting, tiny_bert(dropout=0.0), options)
+    ours = train(defended(Counting), tiny_bert(dropout=0.0), options, defense=defense)
+    assert ours.books() == stock.books()
+    assert stock.books()[:2] == (6, 6 * 4 * 8)
+
+
+def test_books_come_back_as_they_were_after_an_error_too(tiny_bert, train, arguments):
+    trainer = Counting(model=tiny_bert(), args=arguments(), train_dataset=[0.5, 0.25])
+    trainer.losses = [torch.ones(3)]
+    metrics, data, losses = trainer.metrics, trainer.train_dataset, trainer.losses
+
+    def fail():
+        with books_closed(trainer):
+            assert trainer.metrics == metrics
+            assert trainer.metrics is not metrics
+            assert trainer.train_dataset is data, "data is not copied"
+            assert trainer.losses is losses, "tensors are not copied"
+            trainer.metrics["train"]["loss"].append(1.0)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert trainer.metrics is metrics
+    assert metrics == {"train": {}, "eval": {}}
+
+
+def masking(trainer_class):
+    class Masking(trainer_class):
+        """Replaces tokens at random while it prepares a batch, as augmentation does."""
+
+        def _prepare_inputs(self, inputs):
+            inputs = super()._prepare_inputs(inputs)
+            ids = inputs["input_ids"]
+            return {**inputs, "input_ids": torch.where(torch.rand(ids.shape) < 0.5, 1, ids)}
+
+    return Masking
+
+
+@pytest.mark.parametrize("mixin", ["outermost", "inside"])
+def test_all_passes_see_the_batch_that_was_prepared_once(tiny_bert, train, mixin):
+    trainer_class = defended(masking(Trainer)) if mixin == "outermost" else masking(defended(Trainer))
+    model, seen = tiny_bert(dropout=0.0), []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(dict(kwargs)), with_kwargs=True)
+    options = {"gradient_accumulation_steps": 2, "max_steps": 1}
+    train(trainer_class, model, options, defense=MultiStepRisk(L2, steps=2))
+    first, second = seen[:3], seen[3:]
+    for passes in (first, second):
+        assert len(passes) == 3
+        for inputs in passes[1:]:
+            assert inputs.keys() == passes[0].keys()
+            assert torch.equal(inputs["input_ids"], passes[0]["input_ids"])
+            assert torch.equal(inputs["labels"], passes[0]["labels"])
+    assert not torch.equal(first[0]["input_ids"], second[0]["input_ids"])
+
+
+def test_evaluation_prepares_its_own_batches(tiny_bert, train, rows):
+    trainer = train(defended(Trainer), tiny_bert(), defense=MultiStepRisk(L2, steps=1))
+    assert trainer.evaluate(rows[:4])["eval_loss"] != trainer.evaluate(rows[4:8])["eval_loss"]
+
+
+def regularized(trainer_class, *, calls_super):
+    class Regularized(trainer_class):
+        """Adds to the loss, or computes all of it, in the outermost class."""
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, dict(inputs), True) if calls_super else (0.0, None)
+            if outputs is None:
+                labels = inputs.pop("labels")
+                outputs = model(**inputs)
+                loss = nn.functional.cross_entropy(outputs.logits, labels)
+            return loss + 0.1 * outputs.logits.square().sum()
+
+    return Regularized
+
+
+@pytest.mark.parametrize("calls_super", [True, False])
+@pytest.mark.parametrize("mixin", ["outermost", "inside"])
+def test_the_whole_loss_is_weighted_whoever_computes_it(tiny_bert, rows, train, calls_super, mixin):
+    """K = 1: the risk's gradient is the mean of those at w and at w + ε g/‖g‖, of the regularizer too."""
+    if mixin == "outermost":
+        trainer_class = defended(regularized(Trainer, calls_super=calls_super))
+    else:
+        trainer_class = regularized(defended(Trainer), calls_super=calls_super)
+    model, reference, keep = tiny_bert(dropout=0.0).double(), tiny_bert(dropout=0.0).double(), KeepGradients()
+    train(trainer_class, model, ONE_STEP, rows=rows[:4], callbacks=[keep], defense=MultiStepRisk(L2, steps=1))
+    weights = list(reference.parameters())
+
+    def gradient():
+        outputs = reference(**stacked(rows[:4]))
+        return torch.autograd.grad(outputs.loss + 0.1 * outputs.logits.square().sum(), weights)
+
+    clean = gradient()
+    climb(weights, clean)
+    for actual, first, second in zip(keep.kept, clean, gradient(), strict=True):
+        torch.testing.assert_close(actual, (first + second) / 2, rtol=1e-9, atol=1e-12)
+
+
+class WithHead(Trainer):
+    """Its loss has parameters of its own, which only the optimizer holds."""
+
+    def create_optimizer(self, model=None):
+        torch.manual_seed(5)
+        self.head = nn.Linear(3, 3).double()
+        self.optimizer = torch.optim.SGD([*self.model.parameters(), *self.head.parameters()], lr=0.0)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return nn.functional.cross_entropy(self.head(model(**inputs).logits), labels)
+
+
+def test_a_probe_leaves_no_gradient_in_parameters_outside_the_model(tiny_bert, rows, train):
+    """SAM's gradient is that at w + a alone, for the parameters of the loss too."""
+    model, reference = tiny_bert(dropout=0.0).double(), tiny_bert(dropout=0.0).double()
+    kept = {}
+
+    class Keep(defended(WithHead)):
+        def training_step(self, *args, **kwargs):
+            risk = super().training_step(*args, **kwargs)
+            kept.update({name: p.grad.clone() for name, p in self.head.named_parameters()})
+            return risk
+
+    trainer = train(Keep, model, ONE_STEP, rows=rows[:4], defense=SAM(L2))
+    batch = stacked(rows[:4])
+    labels = batch.pop("labels")
+
+    def gradient(parameters):
+        loss = nn.functional.cross_entropy(trainer.head(reference(**batch).logits), labels)
+        return torch.autograd.grad(loss, list(parameters))
+
+    climb(reference.parameters(), gradient(reference.parameters()))
+    for actual, wanted in zip(kept.values(), gradient(trainer.head.parameters()), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_training_step_without_compute_loss_is_refused(tiny_bert, train):
+    class Bypassing(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = model(**inputs).loss
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    model = tiny_bert()
+    with pytest.raises(RuntimeError, match="training_step does not call compute_loss cannot be defended"):
+        train(defended(Bypassing), model, defense=MultiStepRisk(L2, steps=1))
+    for weight, before in zip(model.parameters(), tiny_bert().parameters(), strict=True):
+        assert torch.equal(weight, before)

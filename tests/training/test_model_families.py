@@ -1,0 +1,281 @@
+"""Families of models inside the real Trainer, each against autograd written out at copies of the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from hf_parcor import CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
+
+EPSILON, STEPS = 0.5, 2
+DEFENSE = MultiStepRisk(CorruptionConstraint(epsilon=EPSILON), steps=STEPS)
+ENCODER = {
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 16,
+}
+DECODER = {
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "experts_implementation": "eager"}
+SEQ2SEQ = {
+    "vocab_size": 30,
+    "d_model": 16,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": 2,
+}
+IMAGE = {"num_channels": 3, "num_labels": 3}
+VIT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+WAV2VEC2 = {
+    **ENCODER,
+    "conv_dim": [8, 8],
+    "conv_kernel": [3, 3],
+    "conv_stride": [2, 2],
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "classifier_proj_size": 8,
+}
+GPT2 = {"vocab_size": 30, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+T5 = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+
+
+def classified(size: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(3, 30, (size, 6)), "labels": torch.randint(3, (size,))}
+
+
+def written(size: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 30, (size, 6))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def translated(size: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(3, 30, (size, 6)), "labels": torch.randint(3, 30, (size, 5))}
+
+
+def heard(size: int) -> dict[str, torch.Tensor]:
+    return {"input_values": torch.randn(size, 400).double(), "labels": torch.randint(3, (size,))}
+
+
+def seen(size: int) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(size, 3, 8, 8).double(), "labels": torch.randint(3, (size,))}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to build a model and its data, and how exactly it computes: some norms are in float32 always."""
+
+    model: type[nn.Module]
+    config: tf.PreTrainedConfig
+    data: object
+    rtol: float = 1e-9
+    dtype: torch.dtype = torch.float64
+
+    def build(self) -> nn.Module:
+        tf.set_seed(0)
+        model = self.model(self.config).to(self.dtype)
+        for parameter in model.parameters():  # weights of the usual size hardly notice each other
+            if parameter.ndim > 1 and parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.3)
+        return model
+
+
+IN_FLOAT32 = 2e-5
+FAMILIES = {
+    "resnet": Family(
+        tf.ResNetForImageClassification,
+        tf.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 2], layer_type="basic", **IMAGE),
+        seen,
+    ),
+    "vit": Family(tf.ViTForImageClassification, tf.ViTConfig(**VIT, **IMAGE), seen),
+    "albert": Family(
+        tf.AlbertForSequenceClassification, tf.AlbertConfig(**ENCODER, embedding_size=8, num_labels=3), classified
+    ),
+    "gpt2": Family(tf.GPT2LMHeadModel, tf.GPT2Config(**GPT2), written, rtol=IN_FLOAT32),
+    "t5": Family(
+        tf.T5ForConditionalGeneration, tf.T5Config(**T5, decoder_start_token_id=0), translated, rtol=IN_FLOAT32
+    ),
+    "bart": Family(tf.BartForConditionalGeneration, tf.BartConfig(**SEQ2SEQ), translated),
+    "bart-layerdrop": Family(
+        tf.BartForConditionalGeneration,
+        tf.BartConfig(**SEQ2SEQ, encoder_layerdrop=0.5, decoder_layerdrop=0.5),
+        translated,
+    ),
+    "wav2vec2-layerdrop": Family(
+        tf.Wav2Vec2ForSequenceClassification,
+        tf.Wav2Vec2Config(**WAV2VEC2, layerdrop=0.5, apply_spec_augment=False, num_labels=3),
+        heard,
+    ),
+    "mixtral": Family(
+        tf.MixtralForCausalLM,
+        tf.MixtralConfig(**DECODER, **EXPERTS, num_local_experts=16, num_experts_per_tok=1),
+        written,
+        rtol=IN_FLOAT32,
+    ),
+    "qwen2-moe": Family(
+        tf.Qwen2MoeForCausalLM,
+        tf.Qwen2MoeConfig(
+            **DECODER,
+            **EXPERTS,
+            num_experts=16,
+            num_experts_per_tok=2,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=8,
+        ),
+        written,
+        rtol=IN_FLOAT32,
+    ),
+}
+
+
+class Passes(tf.TrainerCallback):
+    """Keeps the inputs and the random generator's state of every forward, and the gradient of the optimizer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.forwards: list[tuple[dict[str, object], torch.Tensor]] = []
+        self.gradient: dict[str, torch.Tensor] = {}
+        model.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, module, args, kwargs):
+        self.forwards.append((dict(kwargs), torch.get_rng_state()))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def longhand_gradients(model, forwards):
+    """The gradient of each pass of paper 2, Eq. 24, for L2, without the parameters that took no part in it."""
+    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    a = {name: torch.zeros_like(base[name]) for name in trained}
+    passes = []
+    for inputs, generator in forwards:
+        torch.set_rng_state(generator)
+        values = {name: (value + a.get(name, 0)).requires_grad_(name in a) for name, value in base.items()}
+        loss = torch.func.functional_call(model, values, kwargs=inputs).loss
+        parts = torch.autograd.grad(loss, [values[name] for name in trained], allow_unused=True)
+        gradient = {name: part for name, part in zip(trained, parts, strict=True) if part is not None}
+        passes.append(gradient)
+        norm = torch.sqrt(sum(part.square().sum() for part in gradient.values()))
+        for name, part in gradient.items():
+            a[name] = a[name] + 1.5 * EPSILON / STEPS * part / norm
+        size = torch.sqrt(sum(part.square().sum() for part in a.values()))
+        a = {name: part * min(1.0, EPSILON / float(size)) for name, part in a.items()}
+    return passes
+
+
+def one_step(family, train, trainer_class=ParameterDefenseTrainer, **options):
+    """Run one step with a learning rate of zero: what changes is changed by the step itself."""
+    model, batch = family.build(), family.data(6)
+    passes = Passes(model)
+    settings = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 6,
+        "max_grad_norm": 0.0,
+        "learning_rate": 0.0,
+        "train_sampling_strategy": "sequential",
+    }
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    return train(trainer_class, model, settings, rows=rows, callbacks=[passes], **options), passes
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradient_is_that_of_the_risk(name, train):
+    """Dropout is on: the reference replays the random numbers of each pass."""
+    family = FAMILIES[name]
+    trainer, passes = one_step(family, train, defense=DEFENSE)
+    reference = family.build()
+    expected = longhand_gradients(reference.train(), passes.forwards)
+    assert len(expected) == STEPS + 1
+    assert passes.gradient.keys() == {key for part in expected for key in part}
+    scale = max(float(value.abs().max()) for value in passes.gradient.values())
+    for key, gradient in passes.gradient.items():
+        total = sum(part[key] for part in expected if key in part) / (STEPS + 1)
+        torch.testing.assert_close(
+            gradient,
+            total,
+            rtol=family.rtol,
+            atol=family.rtol * scale,
+            msg=lambda text, key=key: f"{key}: {text}",
+        )
+    for (key, weight), before in zip(trainer.model.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(weight, before), key
+
+
+@pytest.mark.parametrize("name", ["bart-layerdrop", "wav2vec2-layerdrop"])
+def test_layers_may_take_part_in_some_passes_only(name, train):
+    """What the table is there for: some layer must have a gradient in one pass and none in another."""
+    _, passes = one_step(FAMILIES[name], train, defense=DEFENSE)
+    expected = longhand_gradients(FAMILIES[name].build().train(), passes.forwards)
+    count = {key: sum(key in part for part in expected) for key in passes.gradient}
+    assert {key for key, passes_of_key in count.items() if passes_of_key <= STEPS and ".layers." in key}
+    assert {key for key, passes_of_key in count.items() if passes_of_key == STEPS + 1}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe"])
+def test_experts_may_take_part_in_some_passes_only(name, train):
+    """All experts of a layer are one tensor: an expert without a token has a gradient of zero, not none."""
+    _, passes = one_step(FAMILIES[name], train, defense=DEFENSE)
+    expected = longhand_gradients(FAMILIES[name].build().train(), passes.forwards)
+    keys = [key for key in passes.gradient if key.endswith("experts.down_proj")]
+    busy = torch.stack([torch.stack([part[key].flatten(1).any(1) for key in keys]) for part in expected]).sum(0)
+    assert ((busy > 0) & (busy <= STEPS)).any()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bart"])
+def test_tied_embeddings_are_one_parameter(name, train):
+    trainer, _ = one_step(FAMILIES[name], train, defense=DEFENSE)
+    model, defended = trainer.model, trainer.defended_parameters()
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert len(defended) == len({id(parameter) for parameter in defended.values()})
+    assert sum(p.numel() for p in defended.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_running_statistics_of_resnet_are_those_of_the_stock_trainer(train):
+    family = FAMILIES["resnet"]
+    (stock, _), (ours, _) = one_step(family, train, tf.Trainer), one_step(family, train, defense=DEFENSE)
+    before, after = dict(family.build().named_buffers()), dict(ours.model.named_buffers())
+    for name, buffer in stock.model.named_buffers():
+        assert torch.equal(buffer, after[name]), name
+        assert not torch.equal(buffer, before[name]), name
+
+
+def test_experts_in_one_grouped_multiplication(train):
+    """The experts' default kernel has no float64: the same gradient as with a loop over the experts, in float32."""
+    gradients = []
+    for kernel in ("eager", "grouped_mm"):
+        config = tf.MixtralConfig(**DECODER, **{**EXPERTS, "experts_implementation": kernel}, num_local_experts=4)
+        family = Family(tf.MixtralForCausalLM, config, written, dtype=torch.float32)
+        gradients.append(one_step(family, train, defense=DEFENSE)[1].gradient)
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-3, atol=1e-5)

@@ -1,0 +1,218 @@
+"""TRL's Trainers behind the mixin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from hf_parcor import ACRT, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseMixin
+
+REASON = "an optional dependency of the tests, in the extra dev"
+datasets = pytest.importorskip("datasets", reason=REASON)
+peft = pytest.importorskip("peft", reason=REASON)
+trl = pytest.importorskip("trl", reason=REASON)
+
+# TRL sets the flag under its old name, and asks Transformers for the old attribute
+pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing:FutureWarning")
+EPSILON, STEPS = 0.3, 2
+L2 = CorruptionConstraint(epsilon=EPSILON)
+DEFENSE = MultiStepRisk(L2, steps=STEPS)
+EXACT_TO_FLOAT32 = 2e-5  # TRL's fused head sums in float32
+
+
+class DefendedSFTTrainer(ParameterDefenseMixin, trl.SFTTrainer):
+    pass
+
+
+class DefendedDPOTrainer(ParameterDefenseMixin, trl.DPOTrainer):
+    pass
+
+
+SFT_ROWS = {"text": ["a b c d", "e f g h i j", "k l m", "n o p q r s t", "a z", "c d e"]}
+DPO_ROWS = {
+    "prompt": ["a b", "c d e", "f", "g h", "i j", "k"],
+    "chosen": ["x y", "z", "a b c", "d e", "f g", "h"],
+    "rejected": ["q r s", "t u", "v", "w", "x y z", "a"],
+}
+TRAINERS = {
+    "sft": (trl.SFTTrainer, DefendedSFTTrainer, trl.SFTConfig, SFT_ROWS, ["entropy", "mean_token_accuracy"]),
+    "dpo": (trl.DPOTrainer, DefendedDPOTrainer, trl.DPOConfig, DPO_ROWS, ["rewards/margins", "logps/chosen"]),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *"abcdefghijklmnopqrstuvwxyz"])}
+    raw = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
+
+
+def tiny_llama(dtype=torch.float32, seed=0):
+    tf.set_seed(seed)
+    config = tf.LlamaConfig(
+        vocab_size=30,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+    return tf.LlamaForCausalLM(config).to(dtype)
+
+
+@pytest.fixture
+def fine_tune(arguments, tokenizer):
+    def run(trainer_class, config, rows, model=None, options=None, **extra):
+        if issubclass(trainer_class, trl.DPOTrainer):
+            extra["ref_model"] = tiny_llama(seed=1)
+        trainer = trainer_class(
+            model=tiny_llama() if model is None else model,
+            args=arguments(config, **{"bf16": False, **(options or {})}),
+            train_dataset=datasets.Dataset.from_dict(rows),
+            processing_class=tokenizer,
+            **extra,
+        )
+        trainer.train()
+        return trainer
+
+    return run
+
+
+def logs_of(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_without_steps_it_is_the_stock_trainer_bit_for_bit(name, fine_tune):
+    stock_class, defended_class, config, rows, _ = TRAINERS[name]
+    stock = fine_tune(stock_class, config, rows)
+    ours = fine_tune(defended_class, config, rows, defense=MultiStepRisk(L2, steps=0))
+    assert logs_of(ours) == logs_of(stock) != []
+    for (key, weight), other in zip(stock.model.named_parameters(), ours.model.parameters(), strict=True):
+        assert torch.equal(weight, other), key
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("defense", [DEFENSE, SAM(L2), ACRT(L2)], ids=lambda defense: type(defense).__name__)
+def test_its_own_metrics_are_those_of_the_first_pass(name, defense, fine_tune):
+    """At the first step both see the same weights; tokens are counted once, not once a pass."""
+    stock_class, defended_class, config, rows, metrics = TRAINERS[name]
+    options = {"learning_rate": 0.0}
+    plain = logs_of(fine_tune(stock_class, config, rows, options=options))
+    logs = logs_of(fine_tune(defended_class, config, rows, options=options, defense=defense))
+    assert len(logs) == len(plain) > 1
+    for ours, stock in zip(logs, plain, strict=True):
+        assert {key: ours[key] for key in ("num_tokens", *metrics)} == {k: stock[k] for k in ("num_tokens", *metrics)}
+        assert ours["loss_clean"] == pytest.approx(stock["loss"], rel=1e-6)
+        assert ours["loss_corrupted"] > ours["loss_clean"]
+
+
+class Passes(tf.TrainerCallback):
+    """Keeps the batch of every forward, and the gradient of the optimizer."""
+
+    def __init__(self):
+        self.batches, self.gradient = [], {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.register_forward_pre_hook(
+            lambda module, given, named: self.batches.append(dict(named)), with_kwargs=True
+        )
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def longhand_risk_gradient(model, batch, loss_type):
+    """Paper 2, Eq. 24 for L2 and all trainable parameters, by autograd at copies of the weights."""
+    labels = batch["labels"][:, 1:]
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    a = {name: torch.zeros_like(base[name]) for name in names}
+    total = {name: torch.zeros_like(base[name]) for name in names}
+    for _ in range(STEPS + 1):
+        values = {name: value + a.get(name, 0) for name, value in base.items()}
+        wanted = [values[name].requires_grad_() for name in names]
+        logits = torch.func.functional_call(model, values, kwargs=inputs).logits[:, :-1]
+        each = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        each = each * (-each).exp().detach() if loss_type == "dft" else each
+        gradient = dict(zip(names, torch.autograd.grad(each.sum() / (labels != -100).sum(), wanted), strict=True))
+        total = {name: total[name] + gradient[name] / (STEPS + 1) for name in names}
+        norm = torch.sqrt(sum(part.square().sum() for part in gradient.values()))
+        a = {name: a[name] + 1.5 * EPSILON / STEPS * gradient[name] / norm for name in names}
+        size = torch.sqrt(sum(part.square().sum() for part in a.values()))
+        a = {name: part * min(1.0, EPSILON / float(size)) for name, part in a.items()}
+    return total
+
+
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "LoRA"])
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "stored"])
+def test_gradient_of_fine_tuning_is_that_of_the_risk(fine_tune, loss_type, adapters, checkpointing):
+    """Activations are recomputed in backward by TRL's default: at the corrupted weights, or the gradient is wrong."""
+    keep, model = Passes(), tiny_llama(torch.float64)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False) if adapters else None
+    options = {
+        "loss_type": loss_type,
+        "activation_checkpointing": checkpointing,
+        "max_steps": 1,
+        "max_grad_norm": 0.0,
+        "learning_rate": 0.0,
+        "train_sampling_strategy": "sequential",
+    }
+    trainer = fine_tune(
+        DefendedSFTTrainer,
+        trl.SFTConfig,
+        SFT_ROWS,
+        model,
+        options,
+        peft_config=config,
+        callbacks=[keep],
+        defense=DEFENSE,
+    )
+    reference = tiny_llama(torch.float64)
+    if adapters:
+        reference = peft.get_peft_model(reference, config)
+        reference.load_state_dict(trainer.model.state_dict())
+        assert all("lora_" in name for name in trainer.defended_parameters())
+    assert len(keep.batches) == STEPS + 1
+    expected = longhand_risk_gradient(reference, keep.batches[0], loss_type)
+    assert keep.gradient.keys() == expected.keys() == trainer.defended_parameters().keys()
+    scale = max(float(value.abs().max()) for value in expected.values())
+    for name, gradient in keep.gradient.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=EXACT_TO_FLOAT32, atol=EXACT_TO_FLOAT32 * scale)
+
+
+def test_adapters_train_and_the_model_under_them_stays_bit_for_bit(fine_tune):
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"])
+    trainer = fine_tune(DefendedSFTTrainer, trl.SFTConfig, SFT_ROWS, peft_config=config, defense=DEFENSE)
+    merged = {name.replace(".base_layer", ""): p for name, p in trainer.model.base_model.model.named_parameters()}
+    for name, weight in tiny_llama().named_parameters():
+        assert torch.equal(merged[name], weight), name
+    assert any(parameter.any() for name, parameter in merged.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "stored"])
+def test_fused_head_has_no_second_derivative(fine_tune, checkpointing):
+    """The gradient penalty needs one: it stops at the first step, and leaves the weights as they were."""
+    model = tiny_llama()
+    with pytest.raises(RuntimeError, match=r"don't support automatic differentiation|create_graph=True"):
+        fine_tune(
+            DefendedSFTTrainer,
+            trl.SFTConfig,
+            SFT_ROWS,
+            model,
+            {"activation_checkpointing": checkpointing},
+            defense=GradientPenalty(weight=0.1),
+        )
+    for weight, before in zip(model.parameters(), tiny_llama().parameters(), strict=True):
+        assert torch.equal(weight, before)
