@@ -19,6 +19,7 @@ from hf_parcor.evaluation import CorruptionEvaluator, CorruptionRecord, Evaluati
 from hf_parcor.injection import corrupted
 from hf_parcor.targets import select_parameters
 from hf_parcor.training import (
+    DefenseConfig,
     ParameterDefenseMixin,
     ParameterDefenseTrainer,
     ParameterDefenseTrainingArguments,
@@ -33,6 +34,7 @@ __all__ = [
     "CorruptionConstraint",
     "CorruptionEvaluator",
     "CorruptionRecord",
+    "DefenseConfig",
     "EvaluationRecord",
     "GaussianNoise",
     "GradientCorruption",
