@@ -80,6 +80,10 @@ class ParameterDefenseMixin(_Base):
     def _take_settings(self) -> None:
         self.defense = self._settings.defense(self.args)
         self._selection = self._settings.selection(self.args)
+        self._check_settings()
+        self._settings.accept(self.args)
+
+    def _check_settings(self) -> None:
         self._selected: tuple[nn.Module, dict[str, nn.Parameter]] | None = None
         if self.defense is not None:
             self._refuse_what_cannot_work()
@@ -171,9 +175,11 @@ class ParameterDefenseMixin(_Base):
             save_defense(output_dir or self.args.output_dir or ".", self.defense_config)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # Every start of a run comes here, with the flags that a hyperparameter search has set.
+        # Every start of a run comes here; a hyperparameter search has set flags by now, and others froze parameters.
         if self._settings.changed(self.args):
             self._take_settings()
+        else:
+            self._check_settings()
         if kwargs.get("resume_from_checkpoint") is not None:
             warn_of_another_defense(kwargs["resume_from_checkpoint"], self.defense_config)
         self._step_log.reset()

@@ -49,7 +49,7 @@ class DefenseSettings:
         return targets if self._targets is None else {**targets, "target_modules": self._targets}
 
     def changed(self, arguments: TrainingArguments) -> bool:
-        """Say whether a flag changed since the last call.
+        """Say whether a flag changed since the settings were last accepted.
 
         Raises:
             ValueError: One did that is not read, because the Trainer was given `defense=` or `target_modules=`.
@@ -64,8 +64,11 @@ class DefenseSettings:
                     f"{name}: expected the flag unchanged, since the Trainer was given {argument}=, got {now[name]!r} "
                     f"after {self._seen.get(name)!r}; build the Trainer without {argument}=, then the flag counts"
                 )
-        self._seen = now
         return bool(names)
+
+    def accept(self, arguments: TrainingArguments) -> None:
+        """Remember the flags, after what they say was found to work."""
+        self._seen = _flags(arguments)
 
 
 def _flags(arguments: TrainingArguments) -> dict[str, Any]:
