@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
@@ -167,7 +168,8 @@ class ParameterDefenseMixin(_Base):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The stock method copies only the files that it knows into the folder that it pushes.
-        self._save_defense(None)
+        if self.args.hub_strategy != HubStrategy.END:
+            self._save_defense(None)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_defense(self, output_dir: str | None) -> None:
