@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-import signal
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-import hf_parcor
 from hf_parcor import (
-    SAM,
     CorruptionConstraint,
-    DefenseConfig,
     MultiStepRisk,
     ParameterDefenseTrainer,
-    ParameterDefenseTrainingArguments,
 )
 from hf_parcor.defenses import DEFENSES
-from hf_parcor.training import DEFENSE_CONFIG_NAME
 
 LOGGED = ("loss", "loss_clean", "loss_corrupted", "sharpness", "corruption_norm", "corruption_norm_asked", "grad_norm")
 TWO_EPOCHS = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
@@ -171,123 +161,3 @@ def test_checkpoint_in_the_middle_of_a_logging_window(run, same_trainer):
     assert first == single[2]
     for name in set(LOGGED) - {"grad_norm"}:
         assert second[name] == pytest.approx(sum(entry[name] for entry in single[3:]) / 3, rel=1e-5), name
-
-
-def test_changed_settings_are_said_once_and_the_run_goes_on_with_them(run, interrupted, said):
-    checkpoint = interrupted(2, {}, defense=K1, target_modules=["attention"])
-    new = MultiStepRisk(CorruptionConstraint(p=float("inf"), epsilon=0.001), steps=1)
-    trainer = run("again", {}, resume=checkpoint, defense=new)
-    assert said("another defense") == [
-        f"{checkpoint} was trained with another defense: settings.constraint.p: 2.0 -> 'inf'; "
-        "settings.constraint.epsilon: 0.2 -> 0.001; target_modules: ['attention'] -> None. "
-        "The run goes on with the new settings."
-    ]
-    assert entries(trainer)[1]["corruption_norm"] == pytest.approx(0.2, rel=1e-3)
-    assert entries(trainer)[2]["corruption_norm"] == pytest.approx(0.001, rel=1e-3)
-    assert trainer.defense_config == DefenseConfig(new)
-
-
-def _other_defense(checkpoint):
-    DefenseConfig(SAM(CorruptionConstraint(epsilon=0.2))).save_pretrained(checkpoint)
-
-
-def _none(checkpoint):
-    (checkpoint / DEFENSE_CONFIG_NAME).unlink()
-
-
-def _broken(checkpoint):
-    (checkpoint / DEFENSE_CONFIG_NAME).write_text("{", encoding="utf-8")
-
-
-def _of_ones_own(checkpoint):
-    path = checkpoint / DEFENSE_CONFIG_NAME
-    path.write_text(path.read_text(encoding="utf-8").replace("multi_step_risk", "mine.Own"), encoding="utf-8")
-
-
-def _of_another_version(checkpoint):
-    path = checkpoint / DEFENSE_CONFIG_NAME
-    path.write_text(path.read_text(encoding="utf-8").replace('_version": "', '_version": "9.'), encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("change", "flags", "says"),
-    [
-        (_other_defense, {}, ["'sam' -> 'multi_step_risk'; settings.steps: 'not set' -> 1; settings.step_size: "]),
-        (_other_defense, {"defense": "none"}, ["was trained with another defense: defense: 'sam' -> None. The run"]),
-        (_none, {}, [f"has no {DEFENSE_CONFIG_NAME}: it was trained without a defense, and now goes on with Multi"]),
-        (_none, {"defense": "none"}, []),
-        (_broken, {}, ["cannot be compared with the defense of this run: expected JSON, got Expecting"]),
-        (_of_ones_own, {}, ["defense: 'mine.Own' -> 'multi_step_risk'. The run goes on"]),
-        (_of_another_version, {}, []),
-    ],
-)
-def test_what_is_said_of_a_checkpoint(run, tmp_path, said, change, flags, says):
-    flags = {"defense_epsilon": 0.2, **flags}
-    options = {**SIX_SHORT_STEPS, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
-    run("interrupted", options, defense=K1)
-    checkpoint = tmp_path / "interrupted" / "checkpoint-1"
-    change(checkpoint)
-    options = {**options, **flags, "save_strategy": "no"}
-    run("again", options, kind=ParameterDefenseTrainingArguments, resume=str(checkpoint))
-    warnings = said(str(checkpoint))
-    assert len(warnings) == len(says)
-    for warning, phrase in zip(warnings, says, strict=True):
-        assert phrase in warning
-
-
-@pytest.mark.parametrize("call", [2, 3])
-def test_interrupt_by_signal_in_a_corrupted_pass_and_then_saving(tiny_bert, run, rows, arguments, tmp_path, call):
-    """Ctrl-C and then `save_model()`, which is what people do: what is saved are the weights, not w + a."""
-    model, calls = tiny_bert(), []
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    corrupted = []
-
-    def interrupt(module, args, output):
-        calls.append(1)
-        if len(calls) == call:
-            corrupted.append(any(not torch.equal(value, before[n]) for n, value in model.state_dict().items()))
-            signal.raise_signal(signal.SIGINT)
-
-    handle = model.bert.encoder.layer[0].register_forward_hook(interrupt)
-    trainer = ParameterDefenseTrainer(
-        model, arguments(), train_dataset=rows, defense=MultiStepRisk(CorruptionConstraint(epsilon=0.2), steps=2)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    handle.remove()
-    trainer.save_model()
-    assert corrupted == [True]
-    saved = type(model).from_pretrained(tmp_path).state_dict()
-    torch.testing.assert_close(saved, dict(before), rtol=0, atol=0)
-
-
-def test_interrupt_at_any_line_leaves_the_weights(tiny_bert, rows, arguments):
-    """Ctrl-C can come between any two lines; here at each seventh line of ours in a defended step."""
-    model = tiny_bert(dropout=0.0)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    settings = {"defense": K1, "target_modules": ["classifier"]}
-    trainer = ParameterDefenseTrainer(model, arguments(), train_dataset=rows, **settings)
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.current_gradient_accumulation_steps = 1  # as the loop sets it
-    package, tried = str(Path(hf_parcor.__file__).parent), 0
-    for at in itertools.count(1, 7):
-        lines = itertools.count(1)
-
-        def trace(frame, event, argument, at=at, lines=lines):
-            if not frame.f_code.co_filename.startswith(package):
-                return None
-            if event == "line" and next(lines) == at:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-            return trace
-
-        sys.settrace(trace)
-        try:
-            trainer.training_step(model, dict(batch))
-            break
-        except KeyboardInterrupt:
-            tried += 1
-        finally:
-            sys.settrace(None)
-        torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
-    assert tried > 20
