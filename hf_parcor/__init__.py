@@ -20,6 +20,7 @@ from hf_parcor.injection import corrupted
 from hf_parcor.search import SearchRecord, search_epsilon
 from hf_parcor.targets import select_parameters
 from hf_parcor.training import (
+    DefenseConfig,
     ParameterDefenseMixin,
     ParameterDefenseTrainer,
     ParameterDefenseTrainingArguments,
@@ -35,6 +36,7 @@ __all__ = [
     "CorruptionConstraint",
     "CorruptionEvaluator",
     "CorruptionRecord",
+    "DefenseConfig",
     "EvaluationRecord",
     "GaussianNoise",
     "GradientCorruption",

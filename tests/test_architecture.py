@@ -37,6 +37,7 @@ PUBLIC = [
     "ParameterDefenseTrainingArguments",
     "Seq2SeqParameterDefenseTrainingArguments",
     "CorruptionEvaluator",
+    "DefenseConfig",
 ]
 
 # What each part may import of the others. A new part needs a row.

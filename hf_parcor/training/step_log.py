@@ -19,10 +19,14 @@ class StepLog:
     """Sums over defended micro-batches; reading them waits for the device, adding does not."""
 
     def __init__(self) -> None:
+        self._warned = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the steps since the last reading, as the stock Trainer does with its loss when a run begins."""
         self._sums: Tensor | None = None
         self._batches = 0
         self._steps = 0
-        self._warned = False
 
     def add(self, step: DefendedStep, norm: CorruptionNorm, *, ends_step: bool) -> None:
         """Add one micro-batch; `ends_step` if the optimizer steps after it."""
@@ -41,7 +45,7 @@ class StepLog:
             sums = accelerator.reduce(sums, reduction="mean")
         first, last, asked, realised = sums.tolist()
         steps, batches = max(self._steps, 1), self._batches
-        self._sums, self._batches, self._steps = None, 0, 0
+        self.reset()
         asked, realised = asked / batches, realised / batches
         if abs(realised - asked) > _SWALLOWED * asked and not self._warned:
             self._warned = True

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import fields
 
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from hf_parcor import CorruptionConstraint
+from hf_parcor.defenses import DEFENSES
 
 
 @pytest.fixture
@@ -77,3 +81,22 @@ def train(rows, arguments):
         return trainer
 
     return run
+
+
+@pytest.fixture
+def defense_of():
+    """Build a defense of the catalogue with its defaults, small enough to train with."""
+
+    def build(name: str, **settings):
+        kind = DEFENSES[name]
+        if "constraint" in {setting.name for setting in fields(kind)}:
+            settings.setdefault("constraint", CorruptionConstraint(epsilon=0.1))
+        return kind(**settings)
+
+    return build
+
+
+@pytest.fixture
+def said(caplog):
+    """Return a function that finds the warnings so far that hold a phrase."""
+    return lambda phrase: [record.getMessage() for record in caplog.records if phrase in record.getMessage()]
