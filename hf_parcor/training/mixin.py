@@ -88,6 +88,7 @@ class ParameterDefenseMixin(_Base):
             self._refuse_what_cannot_work()
             if self.model is not None:
                 self.defended_parameters()
+            self.add_callback(self._step_log)
             self.add_callback(CollapseCallback())
 
     def defended_parameters(self) -> dict[str, nn.Parameter]:
@@ -113,6 +114,9 @@ class ParameterDefenseMixin(_Base):
             self._cost = 1.0
             return super().training_step(model, inputs, num_items_in_batch)
         stock_step = super().training_step
+        # A schedule-free optimizer moves the weights when it enters training: not between two passes.
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
 
         def run_pass(objective: Objective, index: int) -> Tensor:
             self._objective = objective
@@ -140,8 +144,17 @@ class ParameterDefenseMixin(_Base):
         if self._objective is None:
             return result
         if isinstance(result, tuple):
-            return (self._objective(result[0]), *result[1:])
-        return self._objective(result)
+            return (self._minimized(self._objective, result[0]), *result[1:])
+        return self._minimized(self._objective, result)
+
+    def _minimized(self, objective: Objective, loss: Tensor) -> Tensor:
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return objective(loss)
+        # An objective may differentiate the loss itself, and in float16 that inner gradient needs the scale too:
+        # without it a penalty's gradient was off by 90 %. Objectives are homogeneous, so the scale comes out again.
+        scale = scaler.scale(loss.new_ones(()))
+        return objective(loss * scale) / scale
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         """Count the operations of all passes of the last step."""

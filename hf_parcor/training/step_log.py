@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_parcor.defenses import DefendedStep
@@ -15,19 +18,34 @@ logger = logging.get_logger(__name__)
 _SWALLOWED = 0.1  # share of the corruption's norm that may be lost to rounding before it is said
 
 
-class StepLog:
-    """Sums over defended micro-batches; reading them waits for the device, adding does not."""
+class StepLog(TrainerCallback):
+    """Sums over defended micro-batches; reading them waits for the device, adding does not.
+
+    A micro-batch with a value that is not finite, from an overflow in float16, is left out, as the Trainer does with
+    its own loss. A run that starts anew, with a smaller batch size after an out-of-memory error too, starts at zero.
+    """
 
     def __init__(self) -> None:
+        self._warned = False
+        self._forget()
+
+    def _forget(self) -> None:
         self._sums: Tensor | None = None
         self._batches = 0
         self._steps = 0
-        self._warned = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget what an interrupted run left."""
+        self._forget()
 
     def add(self, step: DefendedStep, norm: CorruptionNorm, *, ends_step: bool) -> None:
         """Add one micro-batch; `ends_step` if the optimizer steps after it."""
         first, last = step.losses[0], step.losses[-1]
         values = torch.stack([value.float().to(first.device) for value in (first, last, norm.asked, norm.realised)])
+        finite = values.isfinite().all()
+        values = torch.cat([torch.where(finite, values, 0.0), finite.view(1)])
         self._sums = values if self._sums is None else self._sums + values
         self._batches += 1
         self._steps += ends_step
@@ -39,10 +57,12 @@ class StepLog:
         sums = self._sums
         if accelerator.num_processes > 1:
             sums = accelerator.reduce(sums, reduction="mean")
-        first, last, asked, realised = sums.tolist()
-        steps, batches = max(self._steps, 1), self._batches
-        self._sums, self._batches, self._steps = None, 0, 0
-        asked, realised = asked / batches, realised / batches
+        first, last, asked, realised, counted = sums.tolist()
+        steps = max(self._steps, 1) * counted / self._batches
+        self._forget()
+        if not counted:
+            return {}
+        asked, realised = asked / counted, realised / counted
         if abs(realised - asked) > _SWALLOWED * asked and not self._warned:
             self._warned = True
             logger.warning(
