@@ -115,8 +115,9 @@ class ParameterDefenseMixin(_Base):
             return super().training_step(model, inputs, num_items_in_batch)
         stock_step = super().training_step
         # A schedule-free optimizer moves the weights when it enters training: not between two passes.
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        enter_training = getattr(self.optimizer, "train", None)
+        if callable(enter_training):
+            enter_training()
 
         def run_pass(objective: Objective, index: int) -> Tensor:
             self._objective = objective
@@ -153,7 +154,7 @@ class ParameterDefenseMixin(_Base):
             return objective(loss)
         # An objective may differentiate the loss itself, and in float16 that inner gradient needs the scale too:
         # without it a penalty's gradient was off by 90 %. Objectives are homogeneous, so the scale comes out again.
-        scale = scaler.scale(loss.new_ones(()))
+        scale: Tensor = scaler.scale(loss.new_ones(()))
         return objective(loss * scale) / scale
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
