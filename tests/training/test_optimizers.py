@@ -170,7 +170,7 @@ def test_learning_rates_are_the_stock_ones(tiny_bert, rows, train, schedule):
         "gradient_accumulation_steps": 2,
     }
     if schedule in ("reduce_lr_on_plateau", "greedy"):  # they follow the evaluation's loss, so weights must not move
-        options |= {"eval_strategy": "epoch", "metric_for_best_model": "loss", "optim": "sgd", "learning_rate": 1e-12}
+        options |= {"eval_strategy": "epoch", "metric_for_best_model": "loss", "optim": "sgd", "learning_rate": 1e-5}
     stock, ours = (
         train(kind, tiny_bert(dropout=0.0), options, eval_dataset=rows, **extra)
         for kind, extra in ((Trainer, {}), (ParameterDefenseTrainer, {"defense": DEFENSE}))
