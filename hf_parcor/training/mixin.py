@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from hf_parcor.constraints import CorruptionConstraint
@@ -17,13 +16,13 @@ from hf_parcor.defenses import DefendedStep, Defense, MultiStepRisk, Objective
 from hf_parcor.targets import select_trainable
 from hf_parcor.training.arguments import DefenseArguments, build_defense
 from hf_parcor.training.collapse import CollapseCallback
+from hf_parcor.training.refusals import refuse_what_cannot_work
 from hf_parcor.training.running_statistics import frozen_running_statistics
 from hf_parcor.training.step_log import StepLog
 
 logger = logging.get_logger(__name__)
 
 DEFAULT_DEFENSE = MultiStepRisk(CorruptionConstraint(p=2.0, epsilon=0.1), steps=1)
-_UPDATES_INSIDE_BACKWARD = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -51,7 +50,8 @@ class ParameterDefenseMixin(_Base):
         **kwargs: For the Trainer.
 
     Raises:
-        ValueError: The targets match nothing or a frozen parameter; or the optimizer updates inside `backward`.
+        ValueError: The targets match nothing or a frozen parameter; the optimizer updates inside `backward`; or the
+            defense differentiates twice, and `torch_compile` or reentrant checkpointing cannot.
         TypeError: `defense` is not a `Defense`.
 
     Examples:
@@ -85,7 +85,7 @@ class ParameterDefenseMixin(_Base):
         self._cost = 1.0
         self._step_log = StepLog()
         if defense is not None:
-            self._refuse_what_cannot_work()
+            refuse_what_cannot_work(self, defense)
             if self.model is not None:
                 self.defended_parameters()
             self.add_callback(self._step_log)
@@ -166,20 +166,6 @@ class ParameterDefenseMixin(_Base):
         if "loss" in logs:
             logs = {**logs, **self._step_log.read(self.accelerator)}
         super().log(logs, *args, **kwargs)
-
-    def _refuse_what_cannot_work(self) -> None:
-        optimizer = OptimizerNames(self.args.optim)
-        if optimizer in _UPDATES_INSIDE_BACKWARD or "layerwise" in optimizer.value:
-            raise ValueError(
-                f"optim: expected an optimizer that updates after backward, got {optimizer.value!r}; it would update "
-                "at corrupted weights, once a pass: choose another, or defense='none'"
-            )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
-            raise ValueError(
-                f"expected one process or DDP, got {engine}; the defended step is not tested there and would be "
-                "silently wrong: train without it, or with DDP"
-            )
 
 
 def _trained(selected: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
