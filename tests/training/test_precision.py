@@ -116,6 +116,13 @@ class TestOverflow:
             assert moved == (k != at + 1), f"pass {k} must stand where the overflow left it"
             assert all(value.isfinite().all() for value in seen[k].values())
 
+    def test_fused_optimizer_skips_by_itself(self, overflow):
+        """The default optimizer is handed the overflow and skips inside: the Trainer believes that it took a step."""
+        trainer, before, _ = overflow(MultiStepRisk(L2, steps=2), 1, steps=1, optim="adamw_torch_fused")
+        assert_same_weights(before, weights_of(trainer.model))
+        assert trainer.accelerator.scaler.get_scale() == SCALE / 2
+        assert not trainer.accelerator.optimizer_step_was_skipped
+
     @pytest.mark.parametrize("at", [0, 1, 2])
     def test_next_step_is_as_if_nothing_had_been(self, overflow, tiny_bert, rows, train, at):
         defense = MultiStepRisk(L2, steps=2)

@@ -111,8 +111,8 @@ class TestGradientCheckpointing:
         with pytest.raises(ValueError, match="expected use_reentrant=False for a defense that differentiates twice"):
             ParameterDefenseTrainer(model=tiny_bert(), args=arguments(**options), defense=GradientPenalty())
 
-    def test_running_statistics_move_on_the_first_computation_of_the_clean_pass_only(self, train):
-        """A recomputed forward moves them again in stock training; corrupted passes must not move them at all."""
+    def test_running_statistics_move_as_in_stock_training(self, train):
+        """Recomputing moves them a second time, in stock training too; corrupted passes must not move them at all."""
 
         def run(kind, **extra):
             torch.manual_seed(0)
