@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
-from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from hf_parcor.constraints import CorruptionConstraint
@@ -21,6 +20,7 @@ from hf_parcor.training.checkpoints import save_defense, warn_of_another_defense
 from hf_parcor.training.collapse import CollapseCallback
 from hf_parcor.training.defense_config import DefenseConfig
 from hf_parcor.training.overriding import overriding
+from hf_parcor.training.refusals import refuse_what_cannot_work
 from hf_parcor.training.running_statistics import frozen_running_statistics
 from hf_parcor.training.settings import DefenseSettings
 from hf_parcor.training.step_log import StepLog
@@ -29,7 +29,6 @@ from hf_parcor.training.trained import check_trained, trained_beside
 logger = logging.get_logger(__name__)
 
 DEFAULT_DEFENSE = MultiStepRisk(CorruptionConstraint(p=2.0, epsilon=0.1), steps=1)
-_UPDATES_INSIDE_BACKWARD = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -60,7 +59,8 @@ class ParameterDefenseMixin(_Base):
 
     Raises:
         ValueError: The targets match nothing or a frozen parameter; the optimizer updates inside `backward`; or the
-            defense perturbs the inputs, and the model has no input embedding or is split over devices by DataParallel.
+            defense perturbs the inputs, and the model has no input embedding or is split over devices by DataParallel;
+            or it differentiates twice, and `torch_compile` or reentrant checkpointing cannot.
         TypeError: `defense` is not a `Defense`.
 
     Examples:
@@ -92,7 +92,7 @@ class ParameterDefenseMixin(_Base):
     def _check_settings(self) -> None:
         self._selected: tuple[nn.Module, dict[str, nn.Parameter]] | None = None
         if self.defense is not None:
-            self._refuse_what_cannot_work()
+            refuse_what_cannot_work(self, self.defense)
             if self.model is not None:
                 self.defended_parameters()
                 self._input_embedding()
@@ -135,12 +135,17 @@ class ParameterDefenseMixin(_Base):
                 prepared.append(prepare_inputs(batch))
             return copy.copy(prepared[0])  # compute_loss pops the labels
 
+        # A schedule-free optimizer moves the weights when it enters training: not between two passes.
+        enter_training = getattr(self.optimizer, "train", None)
+        if callable(enter_training):
+            enter_training()
+
         def run_pass(objective: Objective, index: int) -> Tensor:
             def compute_objective(*args: Any, **kwargs: Any) -> Any:
                 result = compute_loss(*args, **kwargs)
                 if isinstance(result, tuple):
-                    return (objective(result[0]), *result[1:])
-                return objective(result)
+                    return (self._minimized(objective, result[0]), *result[1:])
+                return self._minimized(objective, result)
 
             with ExitStack() as stack:
                 stack.enter_context(overriding(self, compute_loss=compute_objective, _prepare_inputs=prepare_once))
@@ -162,6 +167,15 @@ class ParameterDefenseMixin(_Base):
         if self.defense is None or self.model is None or not self.defense.perturbs_inputs:
             return None
         return find_input_embedding(self.model)
+
+    def _minimized(self, objective: Objective, loss: Tensor) -> Tensor:
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return objective(loss)
+        # An objective may differentiate the loss itself, and in float16 that inner gradient needs the scale too:
+        # without it a penalty's gradient was off by 90 %. Objectives are homogeneous, so the scale comes out again.
+        scale: Tensor = scaler.scale(loss.new_ones(()))
+        return objective(loss * scale) / scale
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         """Count the operations of all passes of the last step."""
@@ -198,22 +212,3 @@ class ParameterDefenseMixin(_Base):
             warn_of_another_defense(kwargs["resume_from_checkpoint"], self.defense_config)
         self._step_log.reset()
         return super()._inner_training_loop(*args, **kwargs)
-
-    def _refuse_what_cannot_work(self) -> None:
-        if self.defense is not None and self.defense.perturbs_inputs and self.args.n_gpu > 1:
-            raise ValueError(
-                f"expected one device a process for a defense that perturbs the inputs, got {self.args.n_gpu} under "
-                "DataParallel; start one process a device (torchrun, accelerate launch)"
-            )
-        optimizer = OptimizerNames(self.args.optim)
-        if optimizer in _UPDATES_INSIDE_BACKWARD or "layerwise" in optimizer.value:
-            raise ValueError(
-                f"optim: expected an optimizer that updates after backward, got {optimizer.value!r}; it would update "
-                "at corrupted weights, once a pass: choose another, or defense='none'"
-            )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
-            raise ValueError(
-                f"expected one process or DDP, got {engine}; the defended step is not tested there and would be "
-                "silently wrong: train without it, or with DDP"
-            )
