@@ -30,7 +30,7 @@ class DefendedStep:
     Args:
         parameters: The selected parameters, `w`, by name.
         run_pass: `run_pass(objective, k)` runs forward and backward of `objective(L)` for pass k at the weights as
-            they are, adding to `.grad`, and returns its value, detached.
+            they are, adding to `.grad`, and returns its value, detached. With k = −1 it is not run to its end.
         passes: How many passes there will be, so that the last one is known.
         others: All other trainable parameters, `θ`; their gradients accumulate, but for a probe.
         embedding: The model's input embedding, for defenses that perturb the inputs.
@@ -119,7 +119,7 @@ class DefendedStep:
                 raise PrefixFinished
 
             with self._prefix.recording():
-                self._run_pass(finish, 0)
+                self._run_pass(finish, -1)
 
     def _run(self, objective: Objective) -> Tensor:
         ratio: list[Tensor] = []

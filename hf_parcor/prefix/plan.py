@@ -21,6 +21,10 @@ class PrefixError(RuntimeError):
     """The model cannot be cut; the message says why."""
 
 
+class NothingToReuse(PrefixError):  # noqa: N818, no mistake of anybody's
+    """The selected parameters come in at the very start."""
+
+
 def plan_prefix(model: nn.Module, selected: Mapping[str, Tensor], run: Callable[[], Any]) -> PrefixReuse:
     """Find the modules that finish before the first selected parameter is used, and try out that they can be reused.
 
@@ -45,7 +49,7 @@ def plan_prefix(model: nn.Module, selected: Mapping[str, Tensor], run: Callable[
         starts = _starts(model, selected, called_modules(calls))
         prefix = finished_before(calls, starts)
         if not any(list(module.parameters()) for module in prefix):
-            raise PrefixError("no module with parameters finishes before the first selected one starts")
+            raise NothingToReuse("no module with parameters finishes before the first selected one starts")
         reuse = PrefixReuse(prefix, starts)
         try:
             _compare("result", _tensors(_reused(reuse, run, selected)), _tensors(expected))

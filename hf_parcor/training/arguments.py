@@ -12,7 +12,7 @@ from hf_parcor.defenses import DEFENSES, Defense
 
 NO_DEFENSE = "none"
 _PREFIX = "defense_"
-_NOT_OF_THE_DEFENSE = ("defense", "target_modules", "exclude_modules", "layers")
+_NOT_OF_THE_DEFENSE = ("defense", "target_modules", "exclude_modules", "layers", "reuse_prefix")
 
 
 @dataclass
@@ -69,6 +69,10 @@ class DefenseArguments:
     )
     defense_layers: list[int] | None = field(
         default=None, metadata={"help": "Defend only these layers of each stack; negative counts from the last."}
+    )
+    defense_reuse_prefix: bool = field(
+        default=True,
+        metadata={"help": "Run what is computed before the first defended module once for all passes of a step."},
     )
 
 

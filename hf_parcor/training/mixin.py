@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -13,16 +11,16 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from hf_parcor.constraints import CorruptionConstraint
-from hf_parcor.defenses import DefendedStep, Defense, MultiStepRisk, Objective
+from hf_parcor.defenses import DefendedStep, Defense, MultiStepRisk
+from hf_parcor.prefix import PrefixReuse
 from hf_parcor.targets import find_input_embedding, select_trainable
-from hf_parcor.training.books import books_closed
 from hf_parcor.training.checkpoints import save_defense, warn_of_another_defense
 from hf_parcor.training.collapse import CollapseCallback
 from hf_parcor.training.defense_config import DefenseConfig
-from hf_parcor.training.overriding import overriding
+from hf_parcor.training.passes import passes_of
 from hf_parcor.training.refusals import refuse_what_cannot_work
-from hf_parcor.training.running_statistics import frozen_running_statistics
 from hf_parcor.training.settings import DefenseSettings
+from hf_parcor.training.shared_prefix import find_shared_prefix, suffix_share
 from hf_parcor.training.step_log import StepLog
 from hf_parcor.training.trained import check_trained, trained_beside
 
@@ -55,6 +53,9 @@ class ParameterDefenseMixin(_Base):
             `DEFAULT_DEFENSE`.
         target_modules: Which modules to defend, as in `select_parameters`. None reads it from `args`, else takes all
             trainable parameters.
+        reuse_prefix: Whether what is computed before the first defended parameter is run once for all passes of a
+            step; see `PrefixReuse`. None reads it from `args`, else True. A model that cannot be cut is run whole in
+            each pass, and a warning says why.
         **kwargs: For the Trainer.
 
     Raises:
@@ -73,12 +74,13 @@ class ParameterDefenseMixin(_Base):
         *args: Any,
         defense: Defense | None = None,
         target_modules: str | Collection[str] | None = None,
+        reuse_prefix: bool | None = None,
         **kwargs: Any,
     ) -> None:
         if defense is not None and not isinstance(defense, Defense):
             raise TypeError(f"defense: expected a Defense such as MultiStepRisk(...), got {defense!r}; pass an object")
         super().__init__(*args, **kwargs)
-        self._settings = DefenseSettings(self.args, defense, target_modules, DEFAULT_DEFENSE)
+        self._settings = DefenseSettings(self.args, defense, target_modules, reuse_prefix, DEFAULT_DEFENSE)
         self._cost = 1.0
         self._step_log = StepLog()
         self._take_settings()
@@ -91,6 +93,7 @@ class ParameterDefenseMixin(_Base):
 
     def _check_settings(self) -> None:
         self._selected: tuple[nn.Module, dict[str, nn.Parameter]] | None = None
+        self._prefix: tuple[dict[str, nn.Parameter], PrefixReuse | None] | None = None
         if self.defense is not None:
             refuse_what_cannot_work(self, self.defense)
             if self.model is not None:
@@ -126,38 +129,19 @@ class ParameterDefenseMixin(_Base):
         if defense is None or not defense.is_active(self.state.epoch or 0.0):
             self._cost = 1.0
             return super().training_step(model, inputs, num_items_in_batch)
-        stock_step, compute_loss, prepare_inputs = super().training_step, self.compute_loss, self._prepare_inputs
-        prepared: list[Any] = []
-
-        def prepare_once(batch: Any) -> Any:
-            # A Trainer may augment or generate here: all passes are to see the same batch.
-            if not prepared:
-                prepared.append(prepare_inputs(batch))
-            return copy.copy(prepared[0])  # compute_loss pops the labels
-
         # A schedule-free optimizer moves the weights when it enters training: not between two passes.
         enter_training = getattr(self.optimizer, "train", None)
         if callable(enter_training):
             enter_training()
 
-        def run_pass(objective: Objective, index: int) -> Tensor:
-            def compute_objective(*args: Any, **kwargs: Any) -> Any:
-                result = compute_loss(*args, **kwargs)
-                if isinstance(result, tuple):
-                    return (self._minimized(objective, result[0]), *result[1:])
-                return self._minimized(objective, result)
-
-            with ExitStack() as stack:
-                stack.enter_context(overriding(self, compute_loss=compute_objective, _prepare_inputs=prepare_once))
-                if index:
-                    stack.enter_context(frozen_running_statistics(model))
-                    stack.enter_context(books_closed(self))
-                return stock_step(model, copy.copy(inputs), num_items_in_batch)
-
+        stock_step = super().training_step
+        run_pass = passes_of(self, lambda batch: stock_step(model, batch, num_items_in_batch), model, inputs)
         selected = self.defended_parameters()
         others = trained_beside(selected.values(), model, self.optimizer)
-        self._cost = defense.cost
-        with DefendedStep(selected, run_pass, defense.passes, others, self._input_embedding()) as step:
+        prefix = self._shared_prefix(defense, model, selected, inputs)
+        self._cost = defense.cost if prefix is None else 1 + (defense.cost - 1) * suffix_share(model, prefix)
+        embedding = self._input_embedding()
+        with DefendedStep(selected, run_pass, defense.passes, others, embedding, prefix) as step:
             defense.minimize(step)
             norm = step.withdraw(defense.order)
         self._step_log.add(step, norm, ends_step=self.accelerator.sync_gradients)
@@ -168,14 +152,14 @@ class ParameterDefenseMixin(_Base):
             return None
         return find_input_embedding(self.model)
 
-    def _minimized(self, objective: Objective, loss: Tensor) -> Tensor:
-        scaler = self.accelerator.scaler
-        if scaler is None:
-            return objective(loss)
-        # An objective may differentiate the loss itself, and in float16 that inner gradient needs the scale too:
-        # without it a penalty's gradient was off by 90 %. Objectives are homogeneous, so the scale comes out again.
-        scale: Tensor = scaler.scale(loss.new_ones(()))
-        return objective(loss * scale) / scale
+    def _shared_prefix(
+        self, defense: Defense, model: nn.Module, selected: dict[str, nn.Parameter], inputs: dict[str, Tensor | Any]
+    ) -> PrefixReuse | None:
+        if not self._settings.reuses_prefix(self.args):
+            return None
+        if self._prefix is None or self._prefix[0] is not selected:
+            self._prefix = (selected, find_shared_prefix(self, defense, model, selected, inputs))
+        return self._prefix[1]
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         """Count the operations of all passes of the last step."""

@@ -24,6 +24,7 @@ class DefenseSettings:
         arguments: The Trainer's arguments, with flags or without.
         defense: What was passed as `defense=`.
         target_modules: What was passed as `target_modules=`.
+        reuse_prefix: What was passed as `reuse_prefix=`.
         default: The defense where nothing says otherwise.
     """
 
@@ -32,9 +33,10 @@ class DefenseSettings:
         arguments: TrainingArguments,
         defense: Defense | None,
         target_modules: str | Collection[str] | None,
+        reuse_prefix: bool | None,
         default: Defense,
     ) -> None:
-        self._given, self._targets, self._default = defense, target_modules, default
+        self._given, self._targets, self._reuse_prefix, self._default = defense, target_modules, reuse_prefix, default
         self._seen = _flags(arguments)
 
     def defense(self, arguments: TrainingArguments) -> Defense | None:
@@ -47,6 +49,12 @@ class DefenseSettings:
         """Return the targets, as keyword arguments for `select_trainable`."""
         targets = {name.removeprefix("defense_"): getattr(arguments, name, None) for name in _OF_THE_TARGETS}
         return targets if self._targets is None else {**targets, "target_modules": self._targets}
+
+    def reuses_prefix(self, arguments: TrainingArguments) -> bool:
+        """Say whether the passes of a step may share the unperturbed prefix."""
+        if self._reuse_prefix is not None:
+            return self._reuse_prefix
+        return bool(getattr(arguments, "defense_reuse_prefix", True))
 
     def changed(self, arguments: TrainingArguments) -> bool:
         """Say whether a flag changed since the settings were last accepted.
