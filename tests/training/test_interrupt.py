@@ -72,3 +72,29 @@ def test_interrupt_at_any_line_leaves_the_weights(tiny_bert, rows, arguments):
             sys.settrace(None)
         torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     assert tried > 20
+
+
+@pytest.mark.parametrize("call", [2, 4])
+def test_out_of_memory_in_a_corrupted_pass_starts_again_with_a_smaller_batch(tiny_bert, train, call):
+    """`auto_find_batch_size`: the weights are the uncorrupted ones, and the log has no sums of the failed try.
+
+    What the optimizer learned in the steps of a failed try stays, as it does in the stock Trainer.
+    """
+    model, calls = tiny_bert(dropout=0.0), []
+
+    def fail(module, args, output):
+        calls.append(1)
+        if len(calls) == call:
+            raise RuntimeError("CUDA out of memory.")
+
+    model.bert.encoder.layer[0].register_forward_hook(fail)
+    options = {"max_steps": 3, "logging_steps": 3}
+    first = train(ParameterDefenseTrainer, model, {**options, "auto_find_batch_size": True}, defense=K1)
+    assert first._train_batch_size < 4
+    entry = first.state.log_history[0]
+    assert entry["loss"] == pytest.approx((entry["loss_clean"] + entry["loss_corrupted"]) / 2, rel=1e-5)
+    if call == 2:  # in the first step, before any update
+        smaller = {**options, "per_device_train_batch_size": first._train_batch_size}
+        second = train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), smaller, defense=K1)
+        assert second.state.log_history[0] == entry
+        torch.testing.assert_close(first.model.state_dict(), second.model.state_dict(), rtol=0, atol=0)
