@@ -32,7 +32,7 @@ def watch_calls(model: nn.Module, run: Callable[[], Any]) -> tuple[Call, Any]:
 
     # The first hook to begin and the last to end, so that other hooks of a module belong to its call.
     hooks = [module.register_forward_pre_hook(begin, prepend=True) for module in model.modules()]
-    hooks += [module.register_forward_hook(end, always_call=True) for module in model.modules()]
+    hooks += [module.register_forward_hook(end) for module in model.modules()]
     try:
         result = run()
     finally:
