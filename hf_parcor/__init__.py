@@ -17,8 +17,10 @@ from hf_parcor.corruptions import (
 from hf_parcor.defenses import ACRT, AWP, SAM, GradientPenalty, MultiStepRisk
 from hf_parcor.evaluation import CorruptionEvaluator, CorruptionRecord, EvaluationRecord
 from hf_parcor.injection import corrupted
+from hf_parcor.search import SearchRecord, search_epsilon
 from hf_parcor.targets import select_parameters
 from hf_parcor.training import (
+    DefenseConfig,
     ParameterDefenseMixin,
     ParameterDefenseTrainer,
     ParameterDefenseTrainingArguments,
@@ -34,6 +36,7 @@ __all__ = [
     "CorruptionConstraint",
     "CorruptionEvaluator",
     "CorruptionRecord",
+    "DefenseConfig",
     "EvaluationRecord",
     "GaussianNoise",
     "GradientCorruption",
@@ -45,9 +48,11 @@ __all__ = [
     "ParameterDefenseTrainingArguments",
     "Quantization",
     "RandomCorruption",
+    "SearchRecord",
     "Seq2SeqParameterDefenseTrainer",
     "Seq2SeqParameterDefenseTrainingArguments",
     "UniformNoise",
     "corrupted",
+    "search_epsilon",
     "select_parameters",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
+from hf_parcor.search.record import SearchRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,11 +63,9 @@ def plot_comparison(
         ValueError: There are no records, they have no corruptions, or they lack the metric.
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ImportError as error:
-        raise ImportError("plots need matplotlib; install it with: pip install 'hf-parcor[plots]'") from error
+    figure_class = _figure_class()
+    from matplotlib.lines import Line2D
+
     panels = list(dict.fromkeys(_panel(row) for record in records.values() for row in record.corruptions))
     if not panels:
         raise ValueError(
@@ -74,7 +73,7 @@ def plot_comparison(
         )
     columns = _columns(len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(0.6 + 2.7 * columns, 0.8 + 2.3 * rows), layout="constrained")
+    figure = figure_class(figsize=(0.6 + 2.7 * columns, 0.8 + 2.3 * rows), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for axis in grid[len(panels) :]:
         axis.remove()
@@ -98,6 +97,50 @@ def plot_comparison(
     if title:
         figure.suptitle(title, parse_math=False)
     return figure
+
+
+def plot_search(record: SearchRecord, objective: str = "objective") -> Figure:
+    """Draw the objective of a search against ε on a log scale, a line for each K, a ring around the best training.
+
+    Args:
+        record: What `search_epsilon` returned.
+        objective: What the vertical axis is called.
+
+    Raises:
+        ValueError: The record has no trials.
+        ImportError: matplotlib is not installed.
+    """
+    figure_class = _figure_class()
+    best = record.best
+    figure = figure_class(figsize=(4.8, 3.4), layout="constrained")
+    axis = figure.subplots()
+    styles = zip(itertools.cycle(_COLORS), itertools.cycle(_MARKERS), strict=False)
+    counts = dict.fromkeys(trial.steps for trial in record.trials)
+    for steps, (color, marker) in zip(counts, styles, strict=False):
+        curve = record.curve(steps)
+        label = "" if steps is None else f"K = {steps}"
+        radii, values = [trial.epsilon for trial in curve], [trial.objective for trial in curve]
+        axis.plot(radii, values, color=color, marker=marker, markersize=5, linewidth=1.5, label=label)
+    axis.plot(
+        [best.epsilon], [best.objective], linestyle="", marker="o", markersize=13, fillstyle="none", color="black"
+    )
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axis.set_xlabel("radius ε")
+    axis.set_ylabel(objective, parse_math=False)
+    axis.set_title(f"best: ε = {best.epsilon:g}" + ("" if best.steps is None else f", K = {best.steps}"))
+    axis.grid(alpha=0.25)
+    if None not in counts:
+        axis.legend(frameon=False)
+    return figure
+
+
+def _figure_class() -> type[Figure]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib; install it with: pip install 'hf-parcor[plots]'") from error
+    return Figure
 
 
 def _columns(panels: int) -> int:

@@ -6,6 +6,27 @@ import math
 from collections.abc import Callable, Mapping
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
+from hf_parcor.search.record import SearchRecord
+
+
+def search_table(record: SearchRecord) -> str:
+    """Return a Markdown table of a search: a row for each training, in the order of K and ε, the best one marked.
+
+    Raises:
+        ImportError: tabulate is not installed.
+    """
+    counts = list(dict.fromkeys(trial.steps for trial in record.trials))
+    rows = [
+        [
+            "-" if trial.steps is None else str(trial.steps),
+            f"{trial.epsilon:.4g}",
+            f"{trial.objective:#.4g}",
+            " ".join(["best"] * (trial == record.best) + ["collapsed"] * trial.collapsed),
+        ]
+        for steps in counts
+        for trial in record.curve(steps)
+    ]
+    return _tabulate(rows, ["K", "ε", f"objective ({record.direction})", ""])
 
 
 def comparison_table(
@@ -25,10 +46,6 @@ def comparison_table(
         ValueError: There are no records, they are not of the same corruptions, or they lack the metric.
         ImportError: tabulate is not installed.
     """
-    try:
-        from tabulate import tabulate
-    except ImportError as error:
-        raise ImportError("tables need tabulate; install it with: pip install 'hf-parcor[tables]'") from error
     labels = [[row.label for row in record.rows()] for record in records.values()]
     if not labels or any(other != labels[0] for other in labels):
         raise ValueError(
@@ -42,6 +59,14 @@ def comparison_table(
     ]
     change = ["change"] if len(records) > 1 else []
     header = [_text(metric) + (" (%)" if percent else ""), *map(_text, records), *change]
+    return _tabulate(rows, header)
+
+
+def _tabulate(rows: list[list[str]], header: list[str]) -> str:
+    try:
+        from tabulate import tabulate
+    except ImportError as error:
+        raise ImportError("tables need tabulate; install it with: pip install 'hf-parcor[tables]'") from error
     alignment = ["left"] + ["right"] * (len(header) - 1)
     return tabulate(rows, headers=header, tablefmt="pipe", colalign=alignment, disable_numparse=True)
 

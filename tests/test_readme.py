@@ -28,7 +28,9 @@ def test_python_examples_run(tmp_path, monkeypatch, capsys):
     rows = [{"input_ids": torch.randint(20, (6,)), "labels": i % 2} for i in range(8)]
     names = {
         "model": model,
+        "model_init": lambda: model,
         "train_dataset": rows,
+        "eval_dataset": rows,
         "training_args": TrainingArguments(
             output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False
         ),

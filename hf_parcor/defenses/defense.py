@@ -55,6 +55,11 @@ class Defense(ABC):
     def is_stock(self) -> bool:
         """Whether these settings minimise the plain loss, so that the stock step does as well."""
 
+    @property
+    def differentiates_twice(self) -> bool:
+        """Whether its objective contains a gradient, so that backward goes through backward."""
+        return False
+
     @abstractmethod
     def minimize(self, step: DefendedStep) -> None:
         """Run the passes of one micro-batch, so that `.grad` becomes the gradient of the risk."""

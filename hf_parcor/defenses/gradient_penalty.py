@@ -59,6 +59,11 @@ class GradientPenalty(Defense):
         """Whether the penalty has no weight."""
         return self.weight == 0
 
+    @property
+    def differentiates_twice(self) -> bool:
+        """True."""
+        return True
+
     def minimize(self, step: DefendedStep) -> None:
         """Run one pass whose objective contains its own gradient.
 

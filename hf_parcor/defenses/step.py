@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from types import TracebackType
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from hf_parcor.defenses.adversarial_inputs import AdversarialInputs
 from hf_parcor.functional.vectors import clones
 from hf_parcor.injection import CorruptionNorm, Injection
+from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
 
 Objective = Callable[[Tensor], Tensor]
 """What a pass minimises, made from the loss of the batch: `lambda loss: loss / 2`, say."""
@@ -32,6 +34,7 @@ class DefendedStep:
         passes: How many passes there will be, so that the last one is known.
         others: All other trainable parameters, `θ`; their gradients accumulate, but for a probe.
         embedding: The model's input embedding, for defenses that perturb the inputs.
+        prefix: What does not depend on `w`, to be run once for all passes; None runs all of the model in each.
     """
 
     def __init__(
@@ -41,12 +44,14 @@ class DefendedStep:
         passes: int,
         others: Iterable[torch.nn.Parameter] = (),
         embedding: torch.nn.Module | None = None,
+        prefix: PrefixReuse | None = None,
     ) -> None:
         self.parameters = parameters
         self._run_pass = run_pass
         self._passes = passes
         self._others = list(others)
         self._embedding = embedding
+        self._prefix = prefix
         self._inputs: AdversarialInputs | None = None
         self._injection = Injection(parameters)
         self._sum: dict[str, Tensor] = {}
@@ -63,12 +68,13 @@ class DefendedStep:
     def backward(self, objective: Objective) -> None:
         """Run the next pass at `w + a_k`: it adds the gradient of `objective(L(w + a_k))` to the update."""
         last = len(self.losses) == self._passes - 1
-        if not self.losses:
-            self._sum = self._take_gradients()
+        self._begin()
         if last:
             for name, gradient in self._sum.items():
                 self.parameters[name].grad = gradient
         self._risk.append(self._run(objective))
+        if last and self._prefix is not None:
+            self._prefix.backward()
         if not last:
             self._fresh = self._take_gradients()
             known = [name for name in self._fresh if name in self._sum]
@@ -90,17 +96,30 @@ class DefendedStep:
             if self._embedding is None:
                 raise ValueError("embedding: expected the model's input embedding, got None; hand it to DefendedStep")
             self._inputs = AdversarialInputs(self._embedding)
-        if not self.losses:
-            self._sum = self._take_gradients()
-        kept = [parameter.grad for parameter in self._others]
-        for parameter in self._others:
-            parameter.grad = None
+        self._begin()
+        others = self._others if self._prefix is None else [*self._others, *self._prefix.boundary]
+        kept = [tensor.grad for tensor in others]
+        for tensor in others:
+            tensor.grad = None
         try:
             self._run(lambda loss: loss)
         finally:
-            for parameter, gradient in zip(self._others, kept, strict=True):
-                parameter.grad = gradient
+            for tensor, gradient in zip(others, kept, strict=True):
+                tensor.grad = gradient
         self._fresh = self._take_gradients()
+
+    def _begin(self) -> None:
+        """Set aside what was accumulated before, and run the prefix."""
+        if self.losses:
+            return
+        self._sum = self._take_gradients()
+        if self._prefix is not None:
+
+            def finish(loss: Tensor) -> Tensor:
+                raise PrefixFinished
+
+            with self._prefix.recording():
+                self._run_pass(finish, 0)
 
     def _run(self, objective: Objective) -> Tensor:
         ratio: list[Tensor] = []
@@ -110,7 +129,8 @@ class DefendedStep:
             ratio.append(torch.where(value.detach() == 0, 1.0, loss.detach() / value.detach()))
             return value
 
-        value = self._run_pass(seen, len(self.losses))
+        with nullcontext() if self._prefix is None else self._prefix.replaying():
+            value = self._run_pass(seen, len(self.losses))
         if not ratio:
             raise RuntimeError(
                 "run_pass: expected a pass that hands its loss to the objective, got one that did not; a Trainer "
@@ -171,3 +191,5 @@ class DefendedStep:
         finally:
             if self._inputs is not None:
                 self._inputs.withdraw()
+            if self._prefix is not None:
+                self._prefix.forget()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hf_parcor.strict_json import to_strict_json
 
 if TYPE_CHECKING:
     import pandas
@@ -104,7 +105,7 @@ class EvaluationRecord:
 
     def to_json(self) -> str:
         """Return the record as standard JSON; NaN and infinities become the strings "nan", "inf" and "-inf"."""
-        return json.dumps(_plain(asdict(self)), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        return to_strict_json(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> EvaluationRecord:
@@ -169,20 +170,6 @@ class EvaluationRecord:
             for metric, values in row.metrics.items()
             for seed, value in zip(row.seeds, values, strict=True)
         )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, Integral):  # NumPy's integers
-        return int(value)
-    if isinstance(value, Real):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, Sequence):
-        return [_plain(entry) for entry in value]
-    return value
 
 
 def _corruption_record(data: dict[str, Any]) -> CorruptionRecord:

@@ -7,12 +7,15 @@ from hf_parcor.training.arguments import (
     build_defense,
 )
 from hf_parcor.training.collapse import signs_of_collapse
+from hf_parcor.training.defense_config import DEFENSE_CONFIG_NAME, DefenseConfig
 from hf_parcor.training.mixin import DEFAULT_DEFENSE, ParameterDefenseMixin
 from hf_parcor.training.trainers import ParameterDefenseTrainer, Seq2SeqParameterDefenseTrainer
 
 __all__ = [
     "DEFAULT_DEFENSE",
+    "DEFENSE_CONFIG_NAME",
     "DefenseArguments",
+    "DefenseConfig",
     "ParameterDefenseMixin",
     "ParameterDefenseTrainer",
     "ParameterDefenseTrainingArguments",

@@ -9,24 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.training_args import OptimizerNames
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.defenses import DefendedStep, Defense, MultiStepRisk, Objective
 from hf_parcor.targets import find_input_embedding, select_trainable
-from hf_parcor.training.arguments import DefenseArguments, build_defense
 from hf_parcor.training.books import books_closed
+from hf_parcor.training.checkpoints import save_defense, warn_of_another_defense
 from hf_parcor.training.collapse import CollapseCallback
+from hf_parcor.training.defense_config import DefenseConfig
 from hf_parcor.training.overriding import overriding
+from hf_parcor.training.refusals import refuse_what_cannot_work
 from hf_parcor.training.running_statistics import frozen_running_statistics
+from hf_parcor.training.settings import DefenseSettings
 from hf_parcor.training.step_log import StepLog
 from hf_parcor.training.trained import check_trained, trained_beside
 
 logger = logging.get_logger(__name__)
 
 DEFAULT_DEFENSE = MultiStepRisk(CorruptionConstraint(p=2.0, epsilon=0.1), steps=1)
-_UPDATES_INSIDE_BACKWARD = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -57,7 +59,8 @@ class ParameterDefenseMixin(_Base):
 
     Raises:
         ValueError: The targets match nothing or a frozen parameter; the optimizer updates inside `backward`; or the
-            defense perturbs the inputs, and the model has no input embedding or is split over devices by DataParallel.
+            defense perturbs the inputs, and the model has no input embedding or is split over devices by DataParallel;
+            or it differentiates twice, and `torch_compile` or reentrant checkpointing cannot.
         TypeError: `defense` is not a `Defense`.
 
     Examples:
@@ -75,26 +78,31 @@ class ParameterDefenseMixin(_Base):
         if defense is not None and not isinstance(defense, Defense):
             raise TypeError(f"defense: expected a Defense such as MultiStepRisk(...), got {defense!r}; pass an object")
         super().__init__(*args, **kwargs)
-        flags = self.args if isinstance(self.args, DefenseArguments) else None
-        if defense is None:
-            defense = DEFAULT_DEFENSE if flags is None else build_defense(flags)
-        self.defense = defense
-        self._selection: dict[str, Any] = {
-            "target_modules": target_modules,
-            "exclude_modules": None if flags is None else flags.defense_exclude_modules,
-            "layers": None if flags is None else flags.defense_layers,
-        }
-        if target_modules is None and flags is not None:
-            self._selection["target_modules"] = flags.defense_target_modules
-        self._selected: tuple[nn.Module, dict[str, nn.Parameter]] | None = None
+        self._settings = DefenseSettings(self.args, defense, target_modules, DEFAULT_DEFENSE)
         self._cost = 1.0
         self._step_log = StepLog()
-        if defense is not None:
-            self._refuse_what_cannot_work()
+        self._take_settings()
+
+    def _take_settings(self) -> None:
+        self.defense = self._settings.defense(self.args)
+        self._selection = self._settings.selection(self.args)
+        self._check_settings()
+        self._settings.accept(self.args)
+
+    def _check_settings(self) -> None:
+        self._selected: tuple[nn.Module, dict[str, nn.Parameter]] | None = None
+        if self.defense is not None:
+            refuse_what_cannot_work(self, self.defense)
             if self.model is not None:
                 self.defended_parameters()
                 self._input_embedding()
-            self.add_callback(CollapseCallback())
+            if not any(isinstance(callback, CollapseCallback) for callback in self.callback_handler.callbacks):
+                self.add_callback(CollapseCallback())
+
+    @property
+    def defense_config(self) -> DefenseConfig | None:
+        """The defense and its targets as they are saved beside the model; None for the stock training step."""
+        return None if self.defense is None else DefenseConfig(self.defense, **self._selection)
 
     def defended_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the defense corrupts, by name."""
@@ -127,12 +135,17 @@ class ParameterDefenseMixin(_Base):
                 prepared.append(prepare_inputs(batch))
             return copy.copy(prepared[0])  # compute_loss pops the labels
 
+        # A schedule-free optimizer moves the weights when it enters training: not between two passes.
+        enter_training = getattr(self.optimizer, "train", None)
+        if callable(enter_training):
+            enter_training()
+
         def run_pass(objective: Objective, index: int) -> Tensor:
             def compute_objective(*args: Any, **kwargs: Any) -> Any:
                 result = compute_loss(*args, **kwargs)
                 if isinstance(result, tuple):
-                    return (objective(result[0]), *result[1:])
-                return objective(result)
+                    return (self._minimized(objective, result[0]), *result[1:])
+                return self._minimized(objective, result)
 
             with ExitStack() as stack:
                 stack.enter_context(overriding(self, compute_loss=compute_objective, _prepare_inputs=prepare_once))
@@ -155,6 +168,15 @@ class ParameterDefenseMixin(_Base):
             return None
         return find_input_embedding(self.model)
 
+    def _minimized(self, objective: Objective, loss: Tensor) -> Tensor:
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return objective(loss)
+        # An objective may differentiate the loss itself, and in float16 that inner gradient needs the scale too:
+        # without it a penalty's gradient was off by 90 %. Objectives are homogeneous, so the scale comes out again.
+        scale: Tensor = scaler.scale(loss.new_ones(()))
+        return objective(loss * scale) / scale
+
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         """Count the operations of all passes of the last step."""
         return int(super().floating_point_ops(inputs) * self._cost)
@@ -165,21 +187,28 @@ class ParameterDefenseMixin(_Base):
             logs = {**logs, **self._step_log.read(self.accelerator)}
         super().log(logs, *args, **kwargs)
 
-    def _refuse_what_cannot_work(self) -> None:
-        if self.defense is not None and self.defense.perturbs_inputs and self.args.n_gpu > 1:
-            raise ValueError(
-                f"expected one device a process for a defense that perturbs the inputs, got {self.args.n_gpu} under "
-                "DataParallel; start one process a device (torchrun, accelerate launch)"
-            )
-        optimizer = OptimizerNames(self.args.optim)
-        if optimizer in _UPDATES_INSIDE_BACKWARD or "layerwise" in optimizer.value:
-            raise ValueError(
-                f"optim: expected an optimizer that updates after backward, got {optimizer.value!r}; it would update "
-                "at corrupted weights, once a pass: choose another, or defense='none'"
-            )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
-            raise ValueError(
-                f"expected one process or DDP, got {engine}; the defended step is not tested there and would be "
-                "silently wrong: train without it, or with DDP"
-            )
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and beside it the defense as `defense_config.json`."""
+        self._save_defense(output_dir)  # first, since the stock method may also push
+        super().save_model(output_dir, _internal_call)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The stock method copies only the files that it knows into the folder that it pushes.
+        if self.args.hub_strategy != HubStrategy.END:
+            self._save_defense(None)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_defense(self, output_dir: str | None) -> None:
+        if self.args.should_save:
+            save_defense(output_dir or self.args.output_dir or ".", self.defense_config)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Every start of a run comes here; a hyperparameter search has set flags by now, and others froze parameters.
+        if self._settings.changed(self.args):
+            self._take_settings()
+        else:
+            self._check_settings()
+        if kwargs.get("resume_from_checkpoint") is not None:
+            warn_of_another_defense(kwargs["resume_from_checkpoint"], self.defense_config)
+        self._step_log.reset()
+        return super()._inner_training_loop(*args, **kwargs)

@@ -16,18 +16,28 @@ _SWALLOWED = 0.1  # share of the corruption's norm that may be lost to rounding 
 
 
 class StepLog:
-    """Sums over defended micro-batches; reading them waits for the device, adding does not."""
+    """Sums over defended micro-batches; reading them waits for the device, adding does not.
+
+    A micro-batch with a value that is not finite, from an overflow in float16, is left out, as the Trainer does with
+    its own loss.
+    """
 
     def __init__(self) -> None:
+        self._warned = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the steps since the last reading, as the stock Trainer does with its loss when a run begins."""
         self._sums: Tensor | None = None
         self._batches = 0
         self._steps = 0
-        self._warned = False
 
     def add(self, step: DefendedStep, norm: CorruptionNorm, *, ends_step: bool) -> None:
         """Add one micro-batch; `ends_step` if the optimizer steps after it."""
         first, last = step.losses[0], step.losses[-1]
         values = torch.stack([value.float().to(first.device) for value in (first, last, norm.asked, norm.realised)])
+        finite = values.isfinite().all()
+        values = torch.cat([torch.where(finite, values, 0.0), finite.view(1)])
         self._sums = values if self._sums is None else self._sums + values
         self._batches += 1
         self._steps += ends_step
@@ -39,10 +49,12 @@ class StepLog:
         sums = self._sums
         if accelerator.num_processes > 1:
             sums = accelerator.reduce(sums, reduction="mean")
-        first, last, asked, realised = sums.tolist()
-        steps, batches = max(self._steps, 1), self._batches
-        self._sums, self._batches, self._steps = None, 0, 0
-        asked, realised = asked / batches, realised / batches
+        first, last, asked, realised, counted = sums.tolist()
+        steps = max(self._steps, 1) * counted / self._batches
+        self.reset()
+        if not counted:
+            return {}
+        asked, realised = asked / counted, realised / counted
         if abs(realised - asked) > _SWALLOWED * asked and not self._warned:
             self._warned = True
             logger.warning(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import fields
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+from hf_parcor import CorruptionConstraint
+from hf_parcor.defenses import DEFENSES
 
 
 @pytest.fixture
@@ -77,3 +81,67 @@ def train(rows, arguments):
         return trainer
 
     return run
+
+
+@pytest.fixture
+def defense_of():
+    """Build a defense of the catalogue with its defaults, small enough to train with."""
+
+    def build(name: str, **settings):
+        kind = DEFENSES[name]
+        if "constraint" in {setting.name for setting in fields(kind)}:
+            settings.setdefault("constraint", CorruptionConstraint(epsilon=0.1))
+        return kind(**settings)
+
+    return build
+
+
+@pytest.fixture
+def said(caplog):
+    """Return a function that finds the warnings so far that hold a phrase."""
+    return lambda phrase: [record.getMessage() for record in caplog.records if phrase in record.getMessage()]
+
+
+class KeepGradients(TrainerCallback):
+    """Keeps the gradients that the optimizer is about to use, one dictionary for each of its steps."""
+
+    def __init__(self):
+        self.kept = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = model.named_parameters()
+        self.kept.append({name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None})
+
+
+@pytest.fixture
+def keep_gradients():
+    return KeepGradients()
+
+
+@pytest.fixture
+def longhand():
+    """Return the gradient of a risk under L2 corruption by autograd at copies of the weights: no code of ours.
+
+    `loss_of(call)` computes the loss, `call(**inputs)` being the model at the corrupted weights. The gradient of the
+    loss at pass k has `weights[k]`; with two passes the corruption is the closed form, with more it takes steps of
+    1.5 epsilon / K and is scaled back into the ball.
+    """
+
+    def gradient(model, loss_of, weights, epsilon=0.2):
+        base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        a = {name: torch.zeros_like(value) for name, value in base.items()}
+        total = {name: torch.zeros_like(value) for name, value in base.items()}
+        steps = len(weights) - 1
+        for weight in weights:
+            values = {name: (value + a[name]).requires_grad_() for name, value in base.items()}
+            loss = loss_of(lambda values=values, **inputs: torch.func.functional_call(model, values, kwargs=inputs))
+            parts = dict(zip(values, torch.autograd.grad(loss, list(values.values())), strict=True))
+            total = {name: total[name] + weight * parts[name] for name in total}
+            norm = torch.sqrt(sum(part.double().square().sum() for part in parts.values()))
+            if norm > 0 and steps:
+                a = {name: a[name] + 1.5 * epsilon / steps * parts[name] / norm for name in a}
+                size = torch.sqrt(sum(part.double().square().sum() for part in a.values()))
+                a = {name: part * min(1.0, epsilon / float(size)) for name, part in a.items()}
+        return total
+
+    return gradient

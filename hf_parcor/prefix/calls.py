@@ -1,0 +1,63 @@
+"""Which modules a forward pass calls, and which of them are done before others start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass
+class Call:
+    """One call of a module, with the calls that it made itself, in their order."""
+
+    module: nn.Module | None
+    inner: list[Call] = field(default_factory=list)
+
+
+def watch_calls(model: nn.Module, run: Callable[[], Any]) -> tuple[Call, Any]:
+    """Run a function, and return the tree of the module calls that it made (its root is the run) and its result."""
+    root = Call(None)
+    path = [root]
+
+    def begin(module: nn.Module, arguments: Any) -> None:
+        call = Call(module)
+        path[-1].inner.append(call)
+        path.append(call)
+
+    def end(module: nn.Module, arguments: Any, output: Any) -> None:
+        path.pop()
+
+    # The first hook to begin and the last to end, so that other hooks of a module belong to its call.
+    hooks = [module.register_forward_pre_hook(begin, prepend=True) for module in model.modules()]
+    hooks += [module.register_forward_hook(end, always_call=True) for module in model.modules()]
+    try:
+        result = run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return root, result
+
+
+def called_modules(call: Call) -> set[nn.Module]:
+    """Return all modules of a tree of calls."""
+    inner = set().union(*(called_modules(other) for other in call.inner)) if call.inner else set()
+    return inner if call.module is None else {call.module, *inner}
+
+
+def finished_before(call: Call, starts: Collection[nn.Module]) -> list[nn.Module]:
+    """Return the modules whose calls ended before the first call of any of `starts` began, in their order.
+
+    Only the outermost: a module that ended is not opened. All modules that were called if none of `starts` was.
+    """
+    finished: list[nn.Module] = []
+    for other in call.inner:
+        if other.module in starts:
+            return finished
+        if called_modules(other).intersection(starts):
+            return finished + finished_before(other, starts)
+        if other.module is not None:
+            finished.append(other.module)
+    return finished

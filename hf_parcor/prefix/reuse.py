@@ -1,0 +1,138 @@
+"""Recording what the prefix of a computation returns, replaying it, and sending gradients back through it once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+_REPLAYABLE = (Tensor, bool, int, float, str, type(None))
+
+
+class PrefixFinished(BaseException):
+    """Ends a run that only records the prefix."""
+
+
+class _Substitute(Protocol):
+    def __call__(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any: ...
+
+
+class PrefixReuse:
+    r"""The outputs of modules that do not depend on the selected parameters, for the passes of one step.
+
+    A first run records the prefix, and ends where the first selected parameter comes in. In the passes, which replay,
+    the modules of the prefix compute nothing: they hand on what they returned, cut from its graph, the boundary. So
+    the gradients of all passes add up there, and `backward` sends the sums through the prefix, once. With boundary b
+    and prefix parameters θ this is exact:
+
+    .. math:: \sum_k \frac{\partial L_k}{\partial b} \frac{\partial b}{\partial \theta}
+        = \Big(\sum_k \frac{\partial L_k}{\partial b}\Big) \frac{\partial b}{\partial \theta}
+
+    Dropout in the prefix keeps one mask in all passes.
+
+    Args:
+        prefix: Modules whose calls end before the first of `starts` begins.
+        starts: The modules where the selected parameters come in.
+    """
+
+    def __init__(self, prefix: Sequence[nn.Module], starts: Sequence[nn.Module]) -> None:
+        self.prefix = list(dict.fromkeys(prefix))
+        self._starts = list(dict.fromkeys(starts))
+        self.forget()
+
+    def forget(self) -> None:
+        """Free what was recorded."""
+        self._recorded: dict[tuple[nn.Module, int], tuple[list[Any], Any]] = {}
+        self.outputs: list[Tensor] = []
+        """What the modules of the prefix returned, with its graph."""
+        self.boundary: list[Tensor] = []
+        """The same, cut from its graph: here the gradients of the passes add up."""
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep what the prefix returns; the block ends where the first selected parameter comes in."""
+        self.forget()
+
+        def finish(module: nn.Module, arguments: Any) -> None:
+            raise PrefixFinished
+
+        hooks = [module.register_forward_pre_hook(finish, prepend=True) for module in self._starts]
+        try:
+            with self._substituted(self._record):
+                yield
+        except PrefixFinished:
+            pass
+        except BaseException:
+            self.forget()
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Let the prefix return what was kept."""
+        with self._substituted(self._replay):
+            yield
+
+    def backward(self) -> None:
+        """Send the gradients that gathered at the boundary through the prefix, and free it."""
+        reached = [i for i, leaf in enumerate(self.boundary) if leaf.grad is not None]
+        if reached:
+            torch.autograd.backward([self.outputs[i] for i in reached], [self.boundary[i].grad for i in reached])
+        self.forget()
+
+    @contextmanager
+    def _substituted(self, substitute: _Substitute) -> Iterator[None]:
+        with ExitStack() as stack:
+            for module in self.prefix:
+                stack.enter_context(_substituted_forward(module, substitute))
+            yield
+
+    def _record(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
+        output = compute()
+        parts, structure = tree_flatten(output)
+        if not torch.is_grad_enabled() or not all(isinstance(part, _REPLAYABLE) for part in parts):
+            return output  # computed again in every pass
+        kept = list(parts)
+        for place, part in enumerate(parts):
+            if isinstance(part, Tensor) and part.requires_grad:
+                kept[place] = part.detach().requires_grad_()
+                self.outputs.append(part)
+                self.boundary.append(kept[place])
+        self._recorded[module, index] = kept, structure
+        return _copied(parts, structure)
+
+    def _replay(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
+        if (module, index) not in self._recorded:
+            return compute()
+        return _copied(*self._recorded[module, index])
+
+
+def _copied(parts: list[Any], structure: Any) -> Any:
+    """Return the structure with copies: whoever works in place must not change what later passes get."""
+    return tree_unflatten([part.clone() if isinstance(part, Tensor) else part for part in parts], structure)
+
+
+@contextmanager
+def _substituted_forward(module: nn.Module, substitute: _Substitute) -> Iterator[None]:
+    """Put a function in the place of a module's forward, which counts its calls; its hooks run as ever."""
+    before, forward, calls = module.__dict__.get("forward"), module.forward, 0
+
+    def substituted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return substitute(module, calls - 1, lambda: forward(*args, **kwargs))
+
+    module.__dict__["forward"] = substituted
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before

@@ -1,0 +1,124 @@
+"""The record of a search: plain frozen data, JSON in and out; tables and plots read nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_parcor.strict_json import to_strict_json
+
+Direction = Literal["maximize", "minimize"]
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SearchTrial:
+    """One training of a search.
+
+    Attributes:
+        epsilon: The radius ε of the constraint.
+        steps: The corruption steps K; None for a defense that has none to choose.
+        objective: What is maximised or minimised; NaN where training diverged.
+        metrics: All metrics that the objective was made from.
+        collapsed: Whether the run shows signs of collapse.
+    """
+
+    epsilon: float
+    steps: int | None
+    objective: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    collapsed: bool = False
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """All trainings of a search so far.
+
+    Attributes:
+        defense: Name of the defense and its settings but those that are searched.
+        low: Lower end of the range of ε.
+        high: Upper end.
+        direction: Whether the objective is to be large or small.
+        trials: One a training, in their order.
+        format: Version of this layout.
+    """
+
+    defense: str
+    low: float
+    high: float
+    direction: Direction
+    trials: tuple[SearchTrial, ...] = ()
+    format: int = FORMAT
+
+    def score(self, trial: SearchTrial) -> float:
+        """Return the objective with the sign that makes larger better; NaN is worst."""
+        if math.isnan(trial.objective):
+            return -math.inf
+        return trial.objective if self.direction == "maximize" else -trial.objective
+
+    @property
+    def best(self) -> SearchTrial:
+        """The best trial; of equal ones the first.
+
+        Raises:
+            ValueError: There is no trial yet.
+        """
+        if not self.trials:
+            raise ValueError("trials: expected one or more, got none; run the search first")
+        return max(self.trials, key=self.score)
+
+    def curve(self, steps: int | None) -> list[SearchTrial]:
+        """Return the trials of one K in the order of ε."""
+        return sorted((trial for trial in self.trials if trial.steps == steps), key=lambda trial: trial.epsilon)
+
+    def is_unimodal(self, steps: int | None) -> bool:
+        """Say whether the objective of one K first rises with ε and then falls, as both papers report.
+
+        If not, the search may have missed the best ε: the differences are noise, or the range is too wide.
+        """
+        scores = [self.score(trial) for trial in self.curve(steps)]
+        signs = [after > before for before, after in pairwise(scores) if after != before]
+        return signs == sorted(signs, reverse=True)
+
+    def to_json(self) -> str:
+        """Return the record as standard JSON."""
+        return to_strict_json(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> SearchRecord:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: The text is no such record, or one of another format.
+        """
+        data: Any = json.loads(text)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"search record: expected format {FORMAT}, got {str(data)[:60]!r}; start a new search")
+        try:
+            trials = tuple(_trial(entry) for entry in data.pop("trials"))
+            return cls(**data, trials=trials)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"search record: expected all fields, got {error!r}; start a new search") from error
+
+    def save(self, path: str | Path) -> Path:
+        """Write the JSON to a file, with its folder, and return the path; an interruption leaves the old file."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(self.to_json(), encoding="utf-8")
+        return partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SearchRecord:
+        """Read a file that `save` wrote."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _trial(data: dict[str, Any]) -> SearchTrial:
+    metrics = {name: float(value) for name, value in data["metrics"].items()}
+    return SearchTrial(**{**data, "objective": float(data["objective"]), "metrics": metrics})

@@ -1,0 +1,89 @@
+"""The defense beside saved models, and what is said when a run goes on from a checkpoint of another defense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from hf_parcor.training.defense_config import DEFENSE_CONFIG_NAME, DefenseConfig, read_json
+
+logger = logging.get_logger(__name__)
+
+_GOES_ON = "The run goes on with the new settings."
+
+
+def save_defense(folder: str | Path, config: DefenseConfig | None) -> None:
+    """Write the defense into the folder of a saved model; for the stock step nothing, but warn of an old file there.
+
+    Args:
+        folder: The folder.
+        config: What to write, None for the stock training step.
+    """
+    path = Path(folder) / DEFENSE_CONFIG_NAME
+    if config is not None:
+        config.save_pretrained(folder)
+    elif path.exists():
+        logger.warning_once(
+            f"{path} describes another model than the one saved there now, which was trained without a defense: "
+            "delete it, or save elsewhere."
+        )
+
+
+def warn_of_another_defense(checkpoint: str, config: DefenseConfig | None) -> None:
+    """Compare a checkpoint's `defense_config.json` with the settings of now; warn of each that differs.
+
+    Any file that holds an object can be compared, one of a user's own defense or of another version too.
+
+    Args:
+        checkpoint: The checkpoint's folder.
+        config: The settings of now, None for the stock training step.
+    """
+    path = Path(checkpoint) / DEFENSE_CONFIG_NAME
+    old: Any = {"defense": None}
+    if path.is_file():
+        try:
+            old = read_json(path)
+        except (OSError, ValueError) as error:
+            old = error
+        if not isinstance(old, Mapping):
+            logger.warning_once(f"{path} cannot be compared with the defense of this run: {old}. {_GOES_ON}")
+            return
+    elif config is not None:
+        logger.warning_once(
+            f"{checkpoint} has no {DEFENSE_CONFIG_NAME}: it was trained without a defense, and now goes on with "
+            f"{config.defense!r}."
+        )
+        return
+    if config is None:
+        changes = differences({"defense": old.get("defense")}, {"defense": None})
+    else:
+        changes = differences(old, config.to_dict())
+    if changes:
+        logger.warning_once(f"{checkpoint} was trained with another defense: {'; '.join(changes)}. {_GOES_ON}")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return "name: old -> new" for every setting that differs; the version that wrote a file is none.
+
+    Examples:
+        >>> differences({"settings": {"alpha": 0.5}, "layers": None}, {"settings": {"alpha": 0.3}, "layers": None})
+        ['settings.alpha: 0.5 -> 0.3']
+    """
+    before, after = _flat(old), _flat(new)
+    names = [name for name in {**before, **after} if name != "hf_parcor_version"]
+    absent = object()
+    return [
+        f"{name}: {before.get(name, 'not set')!r} -> {after.get(name, 'not set')!r}"
+        for name in names
+        if before.get(name, absent) != after.get(name, absent)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,189 @@
+"""The defense and its targets as a file beside the model, in the manner of Transformers' configurations."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers.utils.hub import cached_file
+
+from hf_parcor.defenses import DEFENSES, Defense
+from hf_parcor.training.plain_values import from_plain, to_plain
+
+DEFENSE_CONFIG_NAME = "defense_config.json"
+_VERSION = "hf_parcor_version"
+_TARGETS: dict[str, Any] = {
+    "target_modules": str | tuple[str, ...] | None,
+    "exclude_modules": str | tuple[str, ...] | None,
+    "layers": int | tuple[int, ...] | None,
+}
+_KEYS = ("defense", "settings", *_TARGETS, _VERSION)
+
+
+@dataclass(frozen=True)
+class DefenseConfig:
+    """What a model was trained to withstand: the defense with all its settings, and which parameters it corrupted.
+
+    `ParameterDefenseTrainer` writes it as `defense_config.json` beside every checkpoint and every saved model.
+
+    Args:
+        defense: The defense.
+        target_modules: As in `select_parameters`; None for all trainable parameters. Collections become tuples, sets
+            in order.
+        exclude_modules: As in `select_parameters`.
+        layers: As in `select_parameters`.
+
+    Raises:
+        TypeError: `defense` is not a `Defense`.
+
+    Examples:
+        >>> import tempfile
+        >>> from hf_parcor import SAM, CorruptionConstraint
+        >>> config = DefenseConfig(SAM(CorruptionConstraint(epsilon=0.1)), target_modules=["attention"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = config.save_pretrained(folder)
+        ...     DefenseConfig.from_pretrained(folder) == config
+        True
+    """
+
+    defense: Defense
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
+    layers: int | Collection[int] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.defense, Defense):
+            raise TypeError(
+                f"defense: expected a Defense such as MultiStepRisk(...), got {self.defense!r}; pass an object"
+            )
+        for name in _TARGETS:
+            value = getattr(self, name)
+            if isinstance(value, Collection) and not isinstance(value, str):
+                in_order = sorted(value) if isinstance(value, (set, frozenset)) else value
+                object.__setattr__(self, name, tuple(in_order))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON values, with the version of hf_parcor.
+
+        A defense of the catalogue stands under its name there, another class under its import path.
+        """
+        kind = type(self.defense)
+        own_path = f"{kind.__module__}.{kind.__qualname__}"
+        return {
+            "defense": next((name for name, entry in DEFENSES.items() if entry is kind), own_path),
+            "settings": to_plain(self.defense),
+            **{name: to_plain(getattr(self, name)) for name in _TARGETS},
+            _VERSION: _installed_version(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DefenseConfig:
+        """Read what `to_dict` wrote, strictly: nothing may be missing, unknown, or of another type.
+
+        Raises:
+            ValueError: Something is, or a setting is out of its range, or the defense is not in the catalogue.
+            TypeError: A setting is of another type than the defense takes.
+            NotImplementedError: The defense does not take these settings together.
+        """
+        if not isinstance(values, Mapping) or set(values) != set(_KEYS):
+            got = list(values) if isinstance(values, Mapping) else type(values).__name__
+            raise ValueError(f"expected an object with exactly {', '.join(_KEYS)}, got {got}")
+        from_plain(str, values[_VERSION], _VERSION)
+        name = from_plain(str, values["defense"], "defense")
+        if name not in DEFENSES:
+            own = "; a class of your own is not imported from a file: build it from the settings there"
+            raise ValueError(
+                f"defense: expected one of {', '.join(DEFENSES)}, got {name!r}{own if '.' in name else ''}"
+            )
+        return cls(
+            from_plain(DEFENSES[name], values["settings"], "settings"),
+            **{target: from_plain(kind, values[target], target) for target, kind in _TARGETS.items()},
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `defense_config.json` into a folder, which is made if need be, and return the file's path."""
+        path = Path(folder) / DEFENSE_CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_repo_id: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        subfolder: str = "",
+    ) -> DefenseConfig:
+        """Read the `defense_config.json` of a folder, or of a model on the Hub.
+
+        Args:
+            folder_or_repo_id: The folder of a model or a checkpoint, or a model's name on the Hub.
+            revision: Branch, tag or commit on the Hub; None for main.
+            token: For private models; None for the one that `hf auth login` stored.
+            cache_dir: Where downloads are kept.
+            force_download: Download again what the cache has.
+            local_files_only: Only look into the cache.
+            subfolder: Where the file lies in the folder or repository.
+
+        Raises:
+            OSError: There is no such file, or the Hub cannot be reached.
+            ValueError: The file is not what `save_pretrained` writes.
+        """
+        try:
+            path = cached_file(
+                os.fspath(folder_or_repo_id),
+                DEFENSE_CONFIG_NAME,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                subfolder=subfolder,
+            )
+        except OSError as error:
+            raise OSError(
+                f"expected {DEFENSE_CONFIG_NAME} in {folder_or_repo_id}, got none: {error} Only a "
+                "ParameterDefenseTrainer writes it: name the folder or repository of one of its models"
+            ) from error
+        try:
+            return cls.from_dict(read_json(str(path)))
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: {error}. The file is damaged or of another version of hf_parcor than "
+                f"{_installed_version()}: install that version, or save the model again"
+            ) from error
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Return what a strict JSON file holds.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not JSON, or has NaN or infinities that are not strings.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f'expected strict JSON, got {constant}; write it as a string, "inf" say')
+
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected JSON, got {error}") from error
+
+
+def _installed_version() -> str:
+    try:
+        return importlib.metadata.version("hf-parcor")
+    except importlib.metadata.PackageNotFoundError:  # run from a folder of source code
+        return "not installed as a package"

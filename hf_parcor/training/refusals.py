@@ -1,0 +1,54 @@
+"""Settings under which a defended step would be silently wrong, refused when the Trainer is made."""
+
+from __future__ import annotations
+
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from hf_parcor.defenses import Defense
+
+_UPDATES_INSIDE_BACKWARD = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
+
+
+def refuse_what_cannot_work(trainer: Trainer, defense: Defense) -> None:
+    """Check the Trainer's settings against the defense.
+
+    Raises:
+        ValueError: The optimizer updates inside `backward`; DeepSpeed or FSDP; the defense perturbs the inputs, and
+            DataParallel splits them; or it differentiates twice, and a compiled backward or a reentrant checkpoint
+            cannot be differentiated.
+    """
+    optimizer = OptimizerNames(trainer.args.optim)
+    if optimizer in _UPDATES_INSIDE_BACKWARD or "layerwise" in optimizer.value:
+        raise ValueError(
+            f"optim: expected an optimizer that updates after backward, got {optimizer.value!r}; it would update "
+            "at corrupted weights, once a pass: choose another, or defense='none'"
+        )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
+        raise ValueError(
+            f"expected one process or DDP, got {engine}; the defended step is not tested there and would be "
+            "silently wrong: train without it, or with DDP"
+        )
+    if defense.perturbs_inputs and trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"expected one device a process for a defense that perturbs the inputs, got {trainer.args.n_gpu} under "
+            "DataParallel; start one process a device (torchrun, accelerate launch)"
+        )
+    if defense.differentiates_twice:
+        _refuse_a_backward_without_derivative(trainer.args)
+
+
+def _refuse_a_backward_without_derivative(args: TrainingArguments) -> None:
+    if args.torch_compile and args.torch_compile_backend != "eager":
+        raise ValueError(
+            "torch_compile_backend: expected 'eager' for a defense that differentiates twice, got "
+            f"{args.torch_compile_backend!r}, whose compiled backward has no derivative: choose 'eager', "
+            "torch_compile=False, or another defense"
+        )
+    settings = args.gradient_checkpointing_kwargs
+    if args.gradient_checkpointing and isinstance(settings, dict) and settings.get("use_reentrant"):
+        raise ValueError(
+            "gradient_checkpointing_kwargs: expected use_reentrant=False for a defense that differentiates twice, got "
+            "True, whose backward has no derivative: set it to False, or choose another defense"
+        )

@@ -1,0 +1,74 @@
+"""An interrupt, wherever it comes, leaves the uncorrupted weights."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_parcor
+from hf_parcor import CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
+
+K1 = MultiStepRisk(CorruptionConstraint(epsilon=0.2), steps=1)
+
+
+@pytest.mark.parametrize("call", [2, 3])
+def test_interrupt_by_signal_in_a_corrupted_pass_and_then_saving(tiny_bert, rows, arguments, tmp_path, call):
+    """Ctrl-C and then `save_model()`, which is what people do: what is saved are the weights, not w + a."""
+    model, calls = tiny_bert(), []
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    corrupted = []
+
+    def interrupt(module, args, output):
+        calls.append(1)
+        if len(calls) == call:
+            corrupted.append(any(not torch.equal(value, before[n]) for n, value in model.state_dict().items()))
+            signal.raise_signal(signal.SIGINT)
+
+    handle = model.bert.encoder.layer[0].register_forward_hook(interrupt)
+    trainer = ParameterDefenseTrainer(
+        model, arguments(), train_dataset=rows, defense=MultiStepRisk(CorruptionConstraint(epsilon=0.2), steps=2)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    handle.remove()
+    trainer.save_model()
+    assert corrupted == [True]
+    saved = type(model).from_pretrained(tmp_path).state_dict()
+    torch.testing.assert_close(saved, dict(before), rtol=0, atol=0)
+
+
+def test_interrupt_at_any_line_leaves_the_weights(tiny_bert, rows, arguments):
+    """Ctrl-C can come between any two lines; here at each seventh line of ours in a defended step."""
+    model = tiny_bert(dropout=0.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = {"defense": K1, "target_modules": ["classifier"]}
+    trainer = ParameterDefenseTrainer(model, arguments(), train_dataset=rows, **settings)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.current_gradient_accumulation_steps = 1  # as the loop sets it
+    package, tried = str(Path(hf_parcor.__file__).parent), 0
+    for at in itertools.count(1, 7):
+        lines = itertools.count(1)
+
+        def trace(frame, event, argument, at=at, lines=lines):
+            if not frame.f_code.co_filename.startswith(package):
+                return None
+            if event == "line" and next(lines) == at:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            trainer.training_step(model, dict(batch))
+            break
+        except KeyboardInterrupt:
+            tried += 1
+        finally:
+            sys.settrace(None)
+        torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert tried > 20

@@ -1,0 +1,163 @@
+"""A run that is interrupted and resumed is the run that was not, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_parcor import (
+    CorruptionConstraint,
+    MultiStepRisk,
+    ParameterDefenseTrainer,
+)
+from hf_parcor.defenses import DEFENSES
+
+LOGGED = ("loss", "loss_clean", "loss_corrupted", "sharpness", "corruption_norm", "corruption_norm_asked", "grad_norm")
+TWO_EPOCHS = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+STEPS = 6  # 12 rows in batches of 2, accumulated by 2: 3 steps an epoch
+SIX_SHORT_STEPS = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
+
+
+K1 = MultiStepRisk(CorruptionConstraint(epsilon=0.2), steps=1)
+
+
+class Interrupt(TrainerCallback):
+    """Raises KeyboardInterrupt in the step after so many steps."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.steps:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def run(rows, arguments, tiny_bert, tmp_path):
+    """Train in a folder of its own; returns the trainer."""
+
+    def train(
+        folder,
+        options,
+        trainer_class=ParameterDefenseTrainer,
+        kind=TrainingArguments,
+        resume=None,
+        interrupt=None,
+        **extra,
+    ) -> Trainer:
+        args = arguments(kind, output_dir=str(tmp_path / folder), **{**TWO_EPOCHS, **options})
+        trainer = trainer_class(model=tiny_bert(), args=args, train_dataset=rows[:12], **extra)
+        if interrupt is None:
+            trainer.train(resume_from_checkpoint=resume)
+        else:
+            trainer.add_callback(Interrupt(interrupt))
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        return trainer
+
+    return train
+
+
+@pytest.fixture
+def interrupted(run, tmp_path):
+    """Train until a step in the folder "interrupted"; returns its last checkpoint."""
+
+    def train(at, options, save_steps=None, **extra) -> str:
+        save_steps = save_steps or at
+        saving = {**options, "save_strategy": "steps", "save_steps": save_steps}
+        run("interrupted", saving, interrupt=at, **extra)
+        torch.manual_seed(12345)  # the next process knows nothing of this one
+        checkpoint = tmp_path / "interrupted" / f"checkpoint-{at - at % save_steps}"
+        assert get_last_checkpoint(str(tmp_path / "interrupted")) == str(checkpoint)
+        return str(checkpoint)
+
+    return train
+
+
+def entries(trainer):
+    """Return the log entries of training, without what depends on the clock."""
+    logged = [{k: entry[k] for k in ("step", *LOGGED) if k in entry} for entry in trainer.state.log_history]
+    return [entry for entry in logged if "loss" in entry]
+
+
+def assert_same_run(first, second):
+    """Compare everything that a run leaves behind, to the last bit."""
+    states = [
+        {
+            "weights": dict(trainer.model.state_dict()),
+            "optimizer": trainer.optimizer.state_dict()["state"],
+            "scheduler": trainer.lr_scheduler.state_dict(),
+            "logs": entries(trainer),
+            "operations": trainer.state.total_flos,
+            "step": trainer.state.global_step,
+        }
+        for trainer in (first, second)
+    ]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "at"), [(Trainer, 4), *((ParameterDefenseTrainer, at) for at in range(1, STEPS))]
+)
+def test_interrupted_at_any_step(run, interrupted, trainer_class, at):
+    """With dropout, accumulation, at the end of an epoch and in its middle; the stock Trainer keeps this promise."""
+    whole = run("whole", {}, trainer_class)
+    again = run("again", {}, trainer_class, resume=interrupted(at, {}, trainer_class=trainer_class))
+    assert len(entries(whole)) == STEPS
+    assert_same_run(again, whole)
+    assert ("loss_clean" in entries(again)[-1]) == (trainer_class is ParameterDefenseTrainer)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "at"),
+    [
+        *((name, {}, 2) for name in DEFENSES),
+        ("multi_step_risk", {"random_start": True, "steps": 1}, 4),
+        ("multi_step_risk", {"start_epoch": 1.0}, 2),
+        ("multi_step_risk", {"start_epoch": 1.0}, 3),
+        ("sam", {"start_epoch": 1 / 3}, 4),
+    ],
+)
+def test_every_defense(run, interrupted, defense_of, name, settings, at):
+    """Also with a start that is drawn from the global generator, before and after the start epoch."""
+    defense = defense_of(name, **settings)
+    options = {**SIX_SHORT_STEPS, "max_steps": 5}
+    whole = run("whole", options, defense=defense)
+    again = run("again", options, resume=interrupted(at, options, defense=defense), defense=defense)
+    assert_same_run(again, whole)
+    first = int(3 * defense.start_epoch)
+    assert ["loss_clean" in entry for entry in entries(again)] == [step >= first for step in range(5)]
+
+
+WINDOWS = {"logging_steps": 3, "save_strategy": "steps", "save_steps": 2, **SIX_SHORT_STEPS}
+
+
+def test_stock_trainer_forgets_the_loss_of_steps_before_the_checkpoint(run):
+    """What ours is held to: after a resume at step 2, the entry of step 3 is the loss of step 3 alone."""
+    run("interrupted", WINDOWS, Trainer, interrupt=2)
+    resumed = entries(run("interrupted", WINDOWS, Trainer, resume=True))
+    assert [entry["step"] for entry in resumed] == [3, 6]
+    assert resumed[0]["loss"] == entries(run("single", SIX_SHORT_STEPS, Trainer))[2]["loss"]
+
+
+@pytest.mark.parametrize("same_trainer", [False, True])
+def test_checkpoint_in_the_middle_of_a_logging_window(run, same_trainer):
+    """All that is logged beside the loss is of the same steps as the loss.
+
+    Also where the trainer that was interrupted, and holds the sums of its last steps, is itself resumed.
+    """
+    trainer = run("interrupted", WINDOWS, defense=K1, interrupt=2)
+    assert entries(trainer) == []
+    if same_trainer:
+        trainer.remove_callback(Interrupt)
+        trainer.train(resume_from_checkpoint=True)
+    else:
+        trainer = run("interrupted", WINDOWS, resume=True, defense=K1)
+    first, second = entries(trainer)
+    single = entries(run("single", SIX_SHORT_STEPS, defense=K1))
+    assert (first["step"], second["step"]) == (3, 6)
+    assert first == single[2]
+    for name in set(LOGGED) - {"grad_norm"}:
+        assert second[name] == pytest.approx(sum(entry[name] for entry in single[3:]) / 3, rel=1e-5), name

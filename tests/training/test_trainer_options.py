@@ -1,0 +1,269 @@
+"""Options of the stock Trainer that reach into the step: clipping, checkpointing, compilation, batch size, noise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer
+
+from hf_parcor import ACRT, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
+
+L2 = CorruptionConstraint(epsilon=0.2)
+DEFENDED = {
+    "multi_step_risk": MultiStepRisk(L2, steps=2),
+    "acrt": ACRT(L2),
+    "sam": SAM(L2),
+    "gradient_penalty": GradientPenalty(weight=0.1),
+}
+REFUSED = ("gradient_penalty", True)  # reentrant checkpoints have no second derivative
+ONE_STEP = {"max_steps": 1, "train_sampling_strategy": "sequential", "optim": "sgd"}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+]
+
+
+def weights_of(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_weights(first, second):
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class TestClipping:
+    @pytest.fixture
+    def step(self, tiny_bert, rows, train, keep_gradients, longhand):
+        """Take one step of two micro-batches; returns the Trainer, its gradient, and the longhand one."""
+
+        def run(max_grad_norm):
+            calls = []
+
+            class Counting(ParameterDefenseTrainer):
+                def create_accelerator_and_postprocess(self):
+                    super().create_accelerator_and_postprocess()
+                    clip = self.accelerator.clip_grad_norm_
+                    self.accelerator.clip_grad_norm_ = lambda *args: calls.append(args[1]) or clip(*args)
+
+            options = {**ONE_STEP, "gradient_accumulation_steps": 2, "max_grad_norm": max_grad_norm}
+            model, reference = tiny_bert(dropout=0.0).double(), tiny_bert(dropout=0.0).double()
+            trainer = train(Counting, model, options, callbacks=[keep_gradients], defense=DEFENDED["multi_step_risk"])
+            parts = []
+            for start in (0, 4):
+                used = rows[start : start + 4]
+                inputs = {key: torch.stack([torch.as_tensor(row[key]) for row in used]) for key in used[0]}
+                parts.append(longhand(reference, lambda call, i=inputs: call(**i).loss, [1 / 3, 1 / 3, 1 / 3]))
+            # BERT does not divide by the number of micro-batches, in stock training neither.
+            expected = {name: parts[0][name] + parts[1][name] for name in parts[0]}
+            return trainer, calls, keep_gradients.kept[0], expected
+
+        return run
+
+    def test_only_the_gradient_of_the_risk_is_clipped_once(self, step):
+        trainer, calls, kept, expected = step(0.05)
+        norm = float(torch.sqrt(sum(part.square().sum() for part in expected.values())))
+        assert calls == [0.05]
+        assert norm > 0.1
+        assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm, rel=1e-6)
+        for name, gradient in kept.items():
+            torch.testing.assert_close(gradient, expected[name] * 0.05 / norm, rtol=1e-4, atol=1e-12, msg=name)
+
+    def test_zero_clips_nothing(self, step):
+        trainer, calls, kept, expected = step(0.0)
+        norm = float(torch.sqrt(sum(part.square().sum() for part in expected.values())))
+        assert calls == [math.inf]  # the Trainer asks for the norm
+        assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm, rel=1e-6)
+        for name, gradient in kept.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+class TestGradientCheckpointing:
+    @pytest.mark.parametrize(
+        ("name", "reentrant"),
+        [(name, reentrant) for name in DEFENDED for reentrant in (False, True) if (name, reentrant) != REFUSED],
+    )
+    def test_equals_the_run_without_it(self, tiny_bert, train, name, reentrant):
+        """With dropout, whose masks are recomputed, and accumulation; recomputed at the weights of the pass."""
+        defense = DEFENDED[name]
+        options = {"max_steps": 2, "gradient_accumulation_steps": 2, "optim": "sgd"}
+        checkpointed = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        layers = []
+        model = tiny_bert(dropout=0.3)
+        model.bert.encoder.layer[0].intermediate.register_forward_pre_hook(lambda *_: layers.append(1))
+        plain = train(ParameterDefenseTrainer, tiny_bert(dropout=0.3), options, defense=defense)
+        ours = train(ParameterDefenseTrainer, model, options | checkpointed, defense=defense)
+        assert len(layers) > 4 * defense.passes, "nothing was computed again"
+        assert losses_of(ours) == pytest.approx(losses_of(plain), rel=1e-6)
+        for first, second in zip(plain.model.parameters(), ours.model.parameters(), strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-8)
+
+    def test_second_derivative_of_reentrant_checkpoints_is_refused(self, tiny_bert, arguments):
+        options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+        with pytest.raises(ValueError, match="expected use_reentrant=False for a defense that differentiates twice"):
+            ParameterDefenseTrainer(model=tiny_bert(), args=arguments(**options), defense=GradientPenalty())
+
+    def test_running_statistics_move_as_in_stock_training(self, train):
+        """Recomputing moves them a second time, in stock training too; corrupted passes must not move them at all."""
+
+        def run(kind, **extra):
+            torch.manual_seed(0)
+            model = Normalized(checkpointed=True)
+            train(kind, model, ONE_STEP, **extra)
+            return model
+
+        stock, ours = run(Trainer), run(ParameterDefenseTrainer, defense=DEFENDED["multi_step_risk"])
+        assert stock.norm.num_batches_tracked == ours.norm.num_batches_tracked == 2
+        assert torch.equal(stock.norm.running_mean, ours.norm.running_mean)
+        assert torch.equal(stock.norm.running_var, ours.norm.running_var)
+
+
+class Normalized(nn.Module):
+    """A classifier with batch normalization."""
+
+    def __init__(self, checkpointed=False):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.checkpointed = checkpointed
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        hidden = self.first(input_ids.float() / 30)
+        if self.checkpointed:
+            hidden = torch.utils.checkpoint.checkpoint(self.norm, hidden, use_reentrant=False)
+        else:
+            hidden = self.norm(hidden)
+        logits = self.last(torch.relu(hidden))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class TestCompile:
+    @pytest.fixture(autouse=True)
+    def fresh_compiler(self):
+        torch.compiler.reset()
+        yield
+        torch.compiler.reset()
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_running_statistics_and_weights_equal_the_plain_run(self, train, backend):
+        """Passes switch `track_running_stats`, which the compiler must notice."""
+        models = []
+        for options in ({}, {"torch_compile": True, "torch_compile_backend": backend}):
+            torch.manual_seed(0)
+            models.append(Normalized())
+            options = {**ONE_STEP, **options, "max_steps": 2}
+            train(ParameterDefenseTrainer, models[-1], options, defense=DEFENDED["multi_step_risk"])
+        assert models[1].norm.num_batches_tracked == 2
+        for name, value in weights_of(models[0]).items():
+            torch.testing.assert_close(weights_of(models[1])[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["multi_step_risk", "gradient_penalty"])
+    def test_transformer_equals_the_plain_run(self, tiny_bert, train, name):
+        compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+        plain = train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), ONE_STEP, defense=DEFENDED[name])
+        ours = train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), ONE_STEP | compiled, defense=DEFENDED[name])
+        assert losses_of(ours) == pytest.approx(losses_of(plain), rel=1e-6)
+        for first, second in zip(plain.model.parameters(), ours.model.parameters(), strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-8)
+
+    @pytest.mark.slow
+    def test_inductor(self, train):
+        """The default backend, which needs a C++ compiler."""
+        torch.manual_seed(0)
+        plain, compiled = Normalized(), Normalized()
+        compiled.load_state_dict(plain.state_dict())
+        train(ParameterDefenseTrainer, plain, ONE_STEP, defense=DEFENDED["multi_step_risk"])
+        train(
+            ParameterDefenseTrainer, compiled, ONE_STEP | {"torch_compile": True}, defense=DEFENDED["multi_step_risk"]
+        )
+        for name, value in weights_of(plain).items():
+            torch.testing.assert_close(weights_of(compiled)[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+    @pytest.mark.parametrize("backend", [None, "aot_eager"])
+    def test_second_derivative_of_a_compiled_backward_is_refused(self, tiny_bert, arguments, backend):
+        options = {"torch_compile": True, "torch_compile_backend": backend}
+        with pytest.raises(ValueError, match="choose 'eager', torch_compile=False, or another defense"):
+            ParameterDefenseTrainer(model=tiny_bert(), args=arguments(**options), defense=GradientPenalty())
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_batch_size_found_after_running_out_of_memory(tiny_bert, train, rows, at):
+    """An error in any pass leaves no trace: weights, gradients and log are those of a run at the smaller size.
+
+    The first batch of 8 fails in pass `at - 1`, or (at 5) in a corrupted pass of the second micro-batch; accelerate
+    then tries 90 % of 8.
+    """
+    options = {
+        "train_sampling_strategy": "sequential",
+        "gradient_accumulation_steps": 2,
+        "optim": "sgd",
+        "logging_steps": 2,
+    }
+    calls = []
+
+    def fail(module, args, output):
+        calls.append(1)
+        if len(calls) == at:
+            raise RuntimeError("CUDA out of memory.")
+
+    model = tiny_bert(dropout=0.0)
+    model.classifier.register_forward_hook(fail)
+    found = train(
+        ParameterDefenseTrainer,
+        model,
+        {**options, "per_device_train_batch_size": 8, "auto_find_batch_size": True},
+        defense=DEFENDED["multi_step_risk"],
+    )
+    plain = train(
+        ParameterDefenseTrainer,
+        tiny_bert(dropout=0.0),
+        {**options, "per_device_train_batch_size": 7},
+        defense=DEFENDED["multi_step_risk"],
+    )
+    assert found.state.train_batch_size == 7
+    assert_same_weights(weights_of(plain.model), weights_of(found.model))
+    logs, expected = ([e for e in t.state.log_history if "loss" in e] for t in (found, plain))
+    for key in ("loss", "loss_clean", "loss_corrupted", "corruption_norm"):
+        assert [entry[key] for entry in logs] == [entry[key] for entry in expected]
+
+
+def test_neftune_noise_is_in_every_pass_and_gone_afterwards(tiny_bert, train):
+    model, outputs = tiny_bert(dropout=0.0), []
+    embedding = model.get_input_embeddings()
+    weights = []
+
+    class Watching(ParameterDefenseTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            handle = embedding.register_forward_hook(lambda module, args, output: outputs.append((args[0], output)))
+            weights.append(embedding.weight.detach().clone())
+            try:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            finally:
+                handle.remove()
+
+    train(Watching, model, {**ONE_STEP, "neftune_noise_alpha": 5.0}, defense=DEFENDED["multi_step_risk"])
+    assert len(outputs) == 3
+    bound = 5.0 / math.sqrt(8 * 16)
+    noises = [output - value[ids] for (ids, output), value in zip(outputs, weights, strict=True)]
+    for noise in noises:
+        assert 0.9 * bound < float(noise.detach().abs().max()) <= bound * (1 + 1e-6)
+    assert not torch.equal(noises[0], noises[1])
+    model.train()
+    ids = outputs[0][0]
+    assert torch.equal(embedding(ids), embedding.weight[ids])
+    assert not hasattr(embedding, "neftune_noise_alpha")
+
+
+def test_neftune_without_defense_is_the_stock_run(tiny_bert, train):
+    options = {"neftune_noise_alpha": 5.0}
+    stock = train(Trainer, tiny_bert(), options)
+    ours = train(ParameterDefenseTrainer, tiny_bert(), options, defense=MultiStepRisk(L2, steps=0))
+    assert_same_weights(weights_of(stock.model), weights_of(ours.model))
