@@ -65,13 +65,24 @@ class GradientPenalty(Defense):
         return True
 
     def minimize(self, step: DefendedStep) -> None:
-        """Run one pass whose objective contains its own gradient."""
+        """Run one pass whose objective contains its own gradient.
+
+        Raises:
+            RuntimeError: The loss has no graph to differentiate twice.
+        """
         parameters = list(step.parameters.values())
         order = dual_order(self.p)
 
         def penalized(loss: Tensor) -> Tensor:
             gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
             norms = [torch.linalg.vector_norm(part, order) for part in gradient if part is not None]
+            if not norms and loss.is_leaf:
+                raise RuntimeError(
+                    "GradientPenalty: expected a loss with a graph, got one that runs a backward of its own, as "
+                    "cached losses do; it has no second derivative: choose another defense or another loss"
+                )
+            if not norms:  # LayerDrop may have skipped all of them
+                return loss
             penalty: Tensor = self.weight * torch.linalg.vector_norm(torch.stack(norms), order)
             return loss + penalty
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import BartConfig, BartForConditionalGeneration, Trainer
 
 from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
 from hf_parcor.defenses import DEFENSES
@@ -47,3 +47,19 @@ def test_stock_before_the_start_epoch(tiny_bert, train, name):
     ours = train(ParameterDefenseTrainer, tiny_bert(), defense=replace(DEFENDED[name], start_epoch=5.0))
     for first, second in zip(stock.model.parameters(), ours.model.parameters(), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", DEFENDED)
+def test_layers_that_take_no_part_are_not_corrupted(train, name):
+    """LayerDrop may skip all that is selected: then there is no gradient to climb along, and none to penalise."""
+    layers = {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 8, "decoder_layerdrop": 1.0}
+    heads = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 8}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=30, d_model=8, **heads, **layers))
+    rows = [{"input_ids": torch.randint(3, 30, (6,)), "labels": torch.randint(3, 30, (5,))} for _ in range(4)]
+    trainer = train(
+        ParameterDefenseTrainer, model, rows=rows, defense=DEFENDED[name], target_modules="last-decoder-layer"
+    )
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert entry["corruption_norm"] == 0
+    assert entry["loss"] == pytest.approx(entry["loss_clean"], rel=0.1)
+    assert entry["grad_norm"] > 0

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from hf_parcor import ACRT, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseMixin
+from hf_parcor import SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseMixin
 
 REASON = "an optional dependency of the tests, in the extra dev"
 datasets = pytest.importorskip("datasets", reason=REASON)
@@ -23,6 +23,10 @@ EXACT_TO_FLOAT32 = 2e-5  # TRL's fused head sums in float32
 
 
 class DefendedSFTTrainer(ParameterDefenseMixin, trl.SFTTrainer):
+    pass
+
+
+class DefendedGRPOTrainer(ParameterDefenseMixin, trl.GRPOTrainer):
     pass
 
 
@@ -102,7 +106,7 @@ def test_without_steps_it_is_the_stock_trainer_bit_for_bit(name, fine_tune):
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-@pytest.mark.parametrize("defense", [DEFENSE, SAM(L2), ACRT(L2)], ids=lambda defense: type(defense).__name__)
+@pytest.mark.parametrize("defense", [DEFENSE, SAM(L2)], ids=lambda defense: type(defense).__name__)
 def test_its_own_metrics_are_those_of_the_first_pass(name, defense, fine_tune):
     """At the first step both see the same weights; tokens are counted once, not once a pass."""
     stock_class, defended_class, config, rows, metrics = TRAINERS[name]
@@ -117,15 +121,17 @@ def test_its_own_metrics_are_those_of_the_first_pass(name, defense, fine_tune):
 
 
 class Passes(tf.TrainerCallback):
-    """Keeps the batch of every forward, and the gradient of the optimizer."""
+    """Keeps the batch of every forward that trains, and the gradient of the optimizer."""
 
     def __init__(self):
         self.batches, self.gradient = [], {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        model.register_forward_pre_hook(
-            lambda module, given, named: self.batches.append(dict(named)), with_kwargs=True
-        )
+        model.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, module, args, kwargs):
+        if module.training and torch.is_grad_enabled():
+            self.batches.append(dict(kwargs))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -154,9 +160,11 @@ def longhand_risk_gradient(model, batch, loss_type):
     return total
 
 
-@pytest.mark.parametrize("loss_type", ["nll", "dft"])
-@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "LoRA"])
-@pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "stored"])
+@pytest.mark.parametrize(
+    ("loss_type", "adapters", "checkpointing"),
+    [("nll", False, True), ("nll", True, True), ("nll", True, False), ("dft", False, False)],
+    ids=["recomputed", "LoRA, recomputed", "LoRA, stored", "DFT, stored"],
+)
 def test_gradient_of_fine_tuning_is_that_of_the_risk(fine_tune, loss_type, adapters, checkpointing):
     """Activations are recomputed in backward by TRL's default: at the corrupted weights, or the gradient is wrong."""
     keep, model = Passes(), tiny_llama(torch.float64)
@@ -199,6 +207,37 @@ def test_adapters_train_and_the_model_under_them_stays_bit_for_bit(fine_tune):
     for name, weight in tiny_llama().named_parameters():
         assert torch.equal(merged[name], weight), name
     assert any(parameter.any() for name, parameter in merged.items() if "lora_B" in name)
+
+
+def letters(completions, **kwargs):
+    return [float(len(set(completion))) for completion in completions]
+
+
+def test_all_passes_see_the_completions_that_were_generated_once(arguments, tokenizer):
+    """The loss of GRPO is a surrogate whose value says nothing, nor does its sharpness; its gradient does."""
+    runs = []
+    for trainer_class, extra in ((trl.GRPOTrainer, {}), (DefendedGRPOTrainer, {"defense": DEFENSE})):
+        model, passes = tiny_llama(), Passes()
+        options = {"num_generations": 4, "max_completion_length": 6, "gradient_accumulation_steps": 2, "max_steps": 2}
+        trainer = trainer_class(
+            model=model,
+            reward_funcs=letters,
+            args=arguments(trl.GRPOConfig, bf16=False, learning_rate=0.0, **options),
+            train_dataset=datasets.Dataset.from_dict({"prompt": ["a b", "c d", "e f", "g h"]}),
+            processing_class=tokenizer,
+            callbacks=[passes],
+            **extra,
+        )
+        trainer.train()
+        runs.append((trainer, [batch["input_ids"] for batch in passes.batches]))
+    (stock, once), (ours, repeated) = runs
+    assert len(once) == 2 * 2
+    assert len(repeated) == (STEPS + 1) * len(once)
+    for index, ids in enumerate(repeated):
+        assert torch.equal(ids, once[index // (STEPS + 1)])
+    for defended, plain in zip(logs_of(ours), logs_of(stock), strict=True):
+        for key in ("num_tokens", "reward", "completions/mean_length", "entropy"):
+            assert defended[key] == plain[key]
 
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "stored"])
