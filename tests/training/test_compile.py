@@ -1,0 +1,109 @@
+"""torch_compile=True, and running statistics where the forward is compiled or computed again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer
+
+from hf_parcor import CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
+
+DEFENDED = {
+    "multi_step_risk": MultiStepRisk(CorruptionConstraint(epsilon=0.2), steps=2),
+    "gradient_penalty": GradientPenalty(weight=0.1),
+}
+ONE_STEP = {"max_steps": 1, "train_sampling_strategy": "sequential", "optim": "sgd"}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
+
+def weights_of(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class Normalized(nn.Module):
+    """A classifier with batch normalization."""
+
+    def __init__(self, checkpointed=False):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.checkpointed = checkpointed
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        hidden = self.first(input_ids.float() / 30)
+        if self.checkpointed:
+            hidden = torch.utils.checkpoint.checkpoint(self.norm, hidden, use_reentrant=False)
+        else:
+            hidden = self.norm(hidden)
+        logits = self.last(torch.relu(hidden))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class TestCompile:
+    @pytest.fixture(autouse=True)
+    def fresh_compiler(self):
+        torch.compiler.reset()
+        yield
+        torch.compiler.reset()
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_running_statistics_and_weights_equal_the_plain_run(self, train, backend):
+        """Passes switch `track_running_stats`, which the compiler must notice."""
+        models = []
+        for options in ({}, {"torch_compile": True, "torch_compile_backend": backend}):
+            torch.manual_seed(0)
+            models.append(Normalized())
+            options = {**ONE_STEP, **options, "max_steps": 2}
+            train(ParameterDefenseTrainer, models[-1], options, defense=DEFENDED["multi_step_risk"])
+        assert models[1].norm.num_batches_tracked == 2
+        for name, value in weights_of(models[0]).items():
+            torch.testing.assert_close(weights_of(models[1])[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["multi_step_risk", "gradient_penalty"])
+    def test_transformer_equals_the_plain_run(self, tiny_bert, train, name):
+        compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+        plain = train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), ONE_STEP, defense=DEFENDED[name])
+        ours = train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), ONE_STEP | compiled, defense=DEFENDED[name])
+        assert losses_of(ours) == pytest.approx(losses_of(plain), rel=1e-6)
+        for first, second in zip(plain.model.parameters(), ours.model.parameters(), strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-8)
+
+    @pytest.mark.slow
+    def test_inductor(self, train):
+        """The default backend, which needs a C++ compiler."""
+        torch.manual_seed(0)
+        plain, compiled = Normalized(), Normalized()
+        compiled.load_state_dict(plain.state_dict())
+        train(ParameterDefenseTrainer, plain, ONE_STEP, defense=DEFENDED["multi_step_risk"])
+        train(
+            ParameterDefenseTrainer, compiled, ONE_STEP | {"torch_compile": True}, defense=DEFENDED["multi_step_risk"]
+        )
+        for name, value in weights_of(plain).items():
+            torch.testing.assert_close(weights_of(compiled)[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+    @pytest.mark.parametrize("backend", [None, "aot_eager"])
+    def test_second_derivative_of_a_compiled_backward_is_refused(self, tiny_bert, arguments, backend):
+        options = {"torch_compile": True, "torch_compile_backend": backend}
+        with pytest.raises(ValueError, match="choose 'eager', torch_compile=False, or another defense"):
+            ParameterDefenseTrainer(model=tiny_bert(), args=arguments(**options), defense=GradientPenalty())
+
+
+def test_running_statistics_under_checkpointing_move_as_in_stock_training(train):
+    """Recomputing moves them a second time, in stock training too; corrupted passes must not move them at all."""
+
+    def run(kind, **extra):
+        torch.manual_seed(0)
+        model = Normalized(checkpointed=True)
+        train(kind, model, ONE_STEP, **extra)
+        return model
+
+    stock, ours = run(Trainer), run(ParameterDefenseTrainer, defense=DEFENDED["multi_step_risk"])
+    assert stock.norm.num_batches_tracked == ours.norm.num_batches_tracked == 2
+    assert torch.equal(stock.norm.running_mean, ours.norm.running_mean)
+    assert torch.equal(stock.norm.running_var, ours.norm.running_var)
