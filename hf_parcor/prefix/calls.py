@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,14 +31,12 @@ def watch_calls(model: nn.Module, run: Callable[[], Any]) -> tuple[Call, Any]:
     def end(module: nn.Module, arguments: Any, output: Any) -> None:
         path.pop()
 
-    # The first hook to begin and the last to end, so that other hooks of a module belong to its call.
-    hooks = [module.register_forward_pre_hook(begin, prepend=True) for module in model.modules()]
-    hooks += [module.register_forward_hook(end) for module in model.modules()]
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            # The first hook to begin and the last to end, so that other hooks of a module belong to its call.
+            hooks.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
+            hooks.callback(module.register_forward_hook(end).remove)
         result = run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return root, result
 
 

@@ -52,24 +52,23 @@ def plan_prefix(model: nn.Module, selected: Mapping[str, Tensor], run: Callable[
             raise NothingToReuse("no module with parameters finishes before the first selected one starts")
         reuse = PrefixReuse(prefix, starts)
         try:
-            _compare("result", _tensors(_reused(reuse, run, selected)), _tensors(expected))
+            with reuse.recording():
+                run()
+            _check_unused(reuse.outputs, selected)
             with reuse.replaying():
-                found = _gradients(run(), trained, reuse)
+                result = run()
+            _compare("result", _tensors(result), _tensors(expected))
+            _compare("gradient", _gradients(result, trained, reuse), _gradients(expected, trained))
         finally:
             reuse.forget()
-        _compare("gradient", found, _gradients(expected, trained))
     return reuse
 
 
-def _reused(reuse: PrefixReuse, run: Callable[[], Any], selected: Mapping[str, Tensor]) -> Any:
-    with reuse.recording():
-        run()
-    used = _leaves(reuse.outputs)
+def _check_unused(outputs: Sequence[Tensor], selected: Mapping[str, Tensor]) -> None:
+    used = _leaves(outputs)
     early = [name for name, parameter in selected.items() if id(parameter) in used]
     if early:
         raise PrefixError(f"{early[0]} is used before the module that holds it is called")
-    with reuse.replaying(), torch.no_grad():
-        return run()
 
 
 def _starts(model: nn.Module, selected: Mapping[str, Tensor], called: Collection[nn.Module]) -> list[nn.Module]:
@@ -168,8 +167,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices, key=str)):
-        model.eval()
         try:
+            model.eval()
             yield
         finally:
             for module in training:

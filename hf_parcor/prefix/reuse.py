@@ -60,18 +60,16 @@ class PrefixReuse:
         def finish(module: nn.Module, arguments: Any) -> None:
             raise PrefixFinished
 
-        hooks = [module.register_forward_pre_hook(finish, prepend=True) for module in self._starts]
         try:
-            with self._substituted(self._record):
+            with ExitStack() as hooks, self._substituted(self._record):
+                for module in self._starts:
+                    hooks.callback(module.register_forward_pre_hook(finish, prepend=True).remove)
                 yield
         except PrefixFinished:
             pass
         except BaseException:
             self.forget()
             raise
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -128,11 +126,11 @@ def _substituted_forward(module: nn.Module, substitute: _Substitute) -> Iterator
         calls += 1
         return substitute(module, calls - 1, lambda: forward(*args, **kwargs))
 
-    module.__dict__["forward"] = substituted
     try:
+        module.__dict__["forward"] = substituted
         yield
     finally:
         if before is None:
-            del module.__dict__["forward"]
+            module.__dict__.pop("forward", None)
         else:
             module.__dict__["forward"] = before

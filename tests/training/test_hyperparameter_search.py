@@ -165,6 +165,7 @@ def test_flags_that_cannot_be_are_refused_before_a_step(build):
 
 
 def test_plain_arguments_have_no_flags_to_search(build, tmp_path):
-    settings = DefenseSettings(TrainingArguments(str(tmp_path)), None, None, K1)
+    settings = DefenseSettings(TrainingArguments(str(tmp_path)), None, None, None, K1)
     assert not settings.changed(TrainingArguments(str(tmp_path)))
     assert settings.defense(TrainingArguments(str(tmp_path))) == K1
+    assert settings.reuses_prefix(TrainingArguments(str(tmp_path)))

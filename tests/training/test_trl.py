@@ -192,7 +192,7 @@ def test_gradient_of_fine_tuning_is_that_of_the_risk(fine_tune, loss_type, adapt
         reference = peft.get_peft_model(reference, config)
         reference.load_state_dict(trainer.model.state_dict())
         assert all("lora_" in name for name in trainer.defended_parameters())
-    assert len(keep.batches) == STEPS + 1
+    assert adapters or len(keep.batches) == STEPS + 1  # what is below the adapters is tried out, and run apart
     expected = longhand_risk_gradient(reference, keep.batches[0], loss_type)
     assert keep.gradient.keys() == expected.keys() == trainer.defended_parameters().keys()
     scale = max(float(value.abs().max()) for value in expected.values())
