@@ -41,9 +41,15 @@ def plan_prefix(model: nn.Module, selected: Mapping[str, Tensor], run: Callable[
         PrefixError: Nothing finishes before, or the model cannot be cut safely.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
+
+    def run_alike() -> Any:
+        with torch.random.fork_rng(devices=list(devices)):  # each run draws the same numbers
+            return run()
+
     with _evaluating(model), torch.enable_grad():
         try:
-            calls, expected = watch_calls(model, run)
+            calls, expected = watch_calls(model, run_alike)
         except Exception as error:
             raise PrefixError(f"the model could not be run alone on a batch: {error}") from error
         starts = _starts(model, selected, called_modules(calls))
@@ -53,10 +59,10 @@ def plan_prefix(model: nn.Module, selected: Mapping[str, Tensor], run: Callable[
         reuse = PrefixReuse(prefix, starts)
         try:
             with reuse.recording():
-                run()
+                run_alike()
             _check_unused(reuse.outputs, selected)
             with reuse.replaying():
-                result = run()
+                result = run_alike()
             _compare("result", _tensors(result), _tensors(expected))
             _compare("gradient", _gradients(result, trained, reuse), _gradients(expected, trained))
         finally:
@@ -165,11 +171,9 @@ def _largest(tensors: Sequence[Tensor]) -> float:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)):
-        try:
-            model.eval()
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,387 @@
+"""Gradients with the prefix reused against those of full passes, on families of models, and what is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_parcor import ACRT, SAM, CorruptionConstraint, MultiStepRisk, select_parameters
+from hf_parcor.defenses import DefendedStep
+from hf_parcor.prefix import NothingToReuse, PrefixError, plan_prefix
+
+L2 = CorruptionConstraint(epsilon=0.3)
+LAYERS = 3
+ENCODER = {
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "max_position_embeddings": 16,
+}
+SEQ2SEQ = {
+    "vocab_size": 20,
+    "d_model": 8,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 12,
+    "decoder_ffn_dim": 12,
+    "max_position_embeddings": 16,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 1,
+}
+T5 = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": LAYERS, "num_heads": 2}
+GPT2 = {"vocab_size": 20, "n_embd": 8, "n_layer": LAYERS, "n_head": 2, "n_positions": 16}
+VIT = {
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+def classified():
+    return {"input_ids": torch.randint(3, 20, (4, 6)), "labels": torch.randint(2, (4,))}
+
+
+def written():
+    ids = torch.randint(3, 20, (4, 6))
+    return {"input_ids": ids, "attention_mask": (ids > 4).long(), "labels": ids}
+
+
+def translated():
+    return {"input_ids": torch.randint(3, 20, (4, 6)), "labels": torch.randint(3, 20, (4, 5))}
+
+
+def seen():
+    return {"pixel_values": torch.randn(4, 3, 8, 8).double(), "labels": torch.randint(2, (4,))}
+
+
+@dataclass(frozen=True)
+class Family:
+    model: type[nn.Module]
+    config: tf.PreTrainedConfig
+    batch: object
+    last: str
+    head: list[str]
+    tolerance: float = 1e-12
+    layers: tuple[int, int] = (1, 2)  # a middle one, and the last
+
+    def build(self):
+        torch.manual_seed(0)
+        model = self.model(self.config).double()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.3)
+        return model.eval()  # dropout off
+
+
+FAMILIES = {
+    "bert": Family(
+        tf.BertForSequenceClassification, tf.BertConfig(**ENCODER), classified, "last-encoder-layer", ["classifier"]
+    ),
+    "albert": Family(
+        tf.AlbertForSequenceClassification,
+        tf.AlbertConfig(**ENCODER, embedding_size=8),
+        classified,
+        "last-encoder-layer",
+        ["classifier"],
+        layers=(0, 0),  # one layer, called again and again
+    ),
+    "t5": Family(
+        tf.T5ForConditionalGeneration,
+        tf.T5Config(**T5, decoder_start_token_id=0, pad_token_id=0),
+        translated,
+        "last-decoder-layer",
+        ["decoder.final_layer_norm"],
+        tolerance=1e-6,  # its layer norms compute in float32
+    ),
+    "bart": Family(
+        tf.BartForConditionalGeneration,
+        tf.BartConfig(**SEQ2SEQ),
+        translated,
+        "last-decoder-layer",
+        ["decoder.layers.2.final_layer_norm"],
+    ),
+    "marian": Family(
+        tf.MarianMTModel,
+        tf.MarianConfig(**SEQ2SEQ),
+        translated,
+        "last-decoder-layer",
+        ["decoder.layers.2.final_layer_norm"],
+    ),
+    "gpt2": Family(tf.GPT2LMHeadModel, tf.GPT2Config(**GPT2), written, "last-decoder-layer", ["ln_f"], tolerance=1e-6),
+    "llama": Family(
+        tf.LlamaForCausalLM,
+        tf.LlamaConfig(**ENCODER, num_key_value_heads=1),
+        written,
+        "last-decoder-layer",
+        ["lm_head"],
+        tolerance=1e-6,
+    ),
+    "vit": Family(tf.ViTForImageClassification, tf.ViTConfig(**VIT), seen, "last-encoder-layer", ["classifier"]),
+}
+TARGETS = {
+    "first layer": lambda family, model: select_parameters(model, "all", layers=[0]),
+    "middle layer": lambda family, model: select_parameters(model, "all", layers=[family.layers[0]]),
+    "last layer": lambda family, model: select_parameters(model, family.last),
+    "layer norms": lambda family, model: select_parameters(model, "layer-norm"),
+    "upper layer norms": lambda family, model: select_parameters(model, "layer-norm", layers=list(set(family.layers))),
+    "head": lambda family, model: select_parameters(model, family.head),
+}
+
+
+def defended(model, selected, batches, defense, prefix=None):
+    """Run micro-batches whose gradients accumulate; return the gradients."""
+    model.zero_grad()
+    others = [p for p in model.parameters() if not any(p is chosen for chosen in selected.values())]
+    for batch in batches:
+
+        def run_pass(objective, index, batch=batch):
+            loss = objective(model(**batch).loss)
+            loss.backward()
+            return loss.detach()
+
+        with DefendedStep(selected, run_pass, defense.passes, others, prefix=prefix) as step:
+            defense.minimize(step)
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    size = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=tolerance * size, msg=name)
+
+
+def plan(model, selected, batch):
+    try:
+        return plan_prefix(model, selected, lambda: model(**batch))
+    except NothingToReuse:
+        return None
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_equal_those_of_full_passes(name, target, bits_of):
+    family = FAMILIES[name]
+    model, batches = family.build(), [family.batch() for _ in range(4)]
+    selected = TARGETS[target](family, model)
+    before = bits_of(model)
+    prefix = plan(model, selected, batches[0])
+    reused = [] if prefix is None else [m for m in prefix.prefix if len(list(m.modules())) > 8]  # layers, and more
+    if target in ("head", "last layer", "middle layer"):
+        assert bool(reused) == (target == "head" or family.layers != (0, 0))
+    for defense, accumulation in [
+        *((MultiStepRisk(L2, steps=steps), accumulation) for steps in (1, 2, 3) for accumulation in (1, 4)),
+        (ACRT(L2, alpha=0.3), 2),
+        (SAM(L2), 2),
+        (MultiStepRisk(L2, steps=2, random_start=True), 1),
+    ]:
+        torch.manual_seed(1)
+        expected = defended(model, selected, batches[:accumulation], defense)
+        torch.manual_seed(1)
+        assert_same(defended(model, selected, batches[:accumulation], defense, prefix), expected, family.tolerance)
+    assert bits_of(model) == before
+    assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in model.modules())
+
+
+def count_calls(module):
+    calls = []
+    forward = type(module).forward
+    module.register_forward_hook(lambda *_: None)
+    original = module.forward
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return forward(module, *args, **kwargs)
+
+    module.forward = counted
+    assert original is not counted
+    return calls
+
+
+def test_the_prefix_runs_once_and_an_own_forward_of_a_module_is_kept():
+    family = FAMILIES["bert"]
+    model, batch = family.build(), family.batch()
+    calls = [count_calls(layer) for layer in model.bert.encoder.layer]
+    own = [layer.forward for layer in model.bert.encoder.layer]
+    selected = select_parameters(model, "last-encoder-layer")
+    prefix = plan(model, selected, batch)
+    for of_layer in calls:
+        of_layer.clear()
+    defended(model, selected, [batch], MultiStepRisk(L2, steps=3), prefix)
+    assert [len(of_layer) for of_layer in calls] == [1, 1, 1 + 4]  # the run that records ends inside the last
+    assert [layer.forward for layer in model.bert.encoder.layer] == own
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("name", ["bert", "bart"])
+def test_operations(name, steps):
+    """1 + K f stock steps, f being the share of the suffix, counted by running it alone."""
+    family = FAMILIES[name]
+    model, batch = family.build(), family.batch()
+    selected = select_parameters(model, family.last)
+    prefix = plan(model, selected, batch)
+
+    def operations(run):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    stock = operations(lambda: model(**batch).loss.backward())
+    with prefix.recording():
+        model(**batch)
+    with prefix.replaying():
+        suffix = operations(lambda: model(**batch).loss.backward())
+    prefix.forget()
+    ours = operations(lambda: defended(model, selected, [batch], MultiStepRisk(L2, steps=steps), prefix))
+    assert 0 < suffix < 0.5 * stock
+    assert ours == stock + steps * suffix
+
+
+class TestWhatCannotBeCut:
+    def test_a_selected_parameter_that_is_used_before_its_module_is_called(self):
+        class Shy(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+                self.early = Early(self.last)
+
+            def forward(self, x):
+                return {"loss": self.last(self.early(self.first(x))).square().mean()}
+
+        class Early(nn.Module):
+            def __init__(self, other):
+                super().__init__()
+                self.__dict__["other"] = other  # known, but no child
+                self.own = nn.Linear(4, 4)
+
+            def forward(self, x):
+                return self.own(x) @ self.other.weight
+
+        model = Shy()
+        selected = {"weight": model.last.weight}
+        with pytest.raises(PrefixError, match="weight is used before the module that holds it is called"):
+            plan_prefix(model, selected, lambda: model(torch.randn(2, 4)))
+
+    def test_a_result_that_goes_around_what_modules_return(self):
+        class Leaking(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+                self.seen = []
+                self.first.forward = self.remember
+
+            def remember(self, x):
+                self.seen.append(nn.functional.linear(x, self.first.weight, self.first.bias))
+                return self.seen[-1]
+
+            def forward(self, x):
+                self.seen.clear()
+                result = self.last(self.first(x)).square().mean()
+                return {"loss": result + sum(part.square().mean() for part in self.seen)}
+
+        model = Leaking()
+        x = torch.randn(2, 4)
+        with pytest.raises(PrefixError, match=r"the result differs by .* where the prefix is reused"):
+            plan_prefix(model, {"weight": model.last.weight}, lambda: model(x))
+        assert model.first.forward == model.remember
+
+    def test_a_model_that_needs_more_than_its_batch(self):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        with pytest.raises(PrefixError, match="could not be run alone on a batch"):
+            plan_prefix(model, {"w": model[1].weight}, lambda: model(rows=torch.ones(1, 2)))
+
+    def test_router_losses_that_are_collected_inside_the_prefix(self):
+        config = tf.MixtralConfig(
+            **ENCODER,
+            num_local_experts=3,
+            num_experts_per_tok=2,
+            num_key_value_heads=1,
+            output_router_logits=True,
+            router_aux_loss_coef=0.5,
+            experts_implementation="eager",
+        )
+        model = tf.MixtralForCausalLM(config).eval()
+        batch = written()
+        with pytest.raises(PrefixError, match="where the prefix is reused"):
+            plan_prefix(model, select_parameters(model, "last-decoder-layer"), lambda: model(**batch))
+
+    def test_nothing_is_left_behind(self, bits_of):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Linear(2, 2)).train()
+        model[1].eval()
+        before, state = bits_of(model), torch.get_rng_state()
+        plan_prefix(model, {"w": model[2].weight}, lambda: {"loss": model(torch.ones(1, 2)).sum() + torch.rand(())})
+        assert bits_of(model) == before
+        assert torch.equal(torch.get_rng_state(), state)
+        assert [module.training for module in model.modules()] == [True, True, False, True]
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_work_in_place_does_not_reach_later_passes():
+    """Both the glue behind a module and the suffix may overwrite what they were handed."""
+
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.middle, self.last = (nn.Linear(4, 4).double() for _ in range(3))
+
+        def forward(self, x):
+            hidden = self.first(x)
+            hidden += 1
+            hidden = self.middle(hidden)
+            hidden *= 2
+            return {"loss": self.last(hidden).tanh().square().mean()}
+
+    model, x = InPlace(), torch.randn(3, 4).double()
+    selected = {"weight": model.last.weight, "bias": model.last.bias}
+    prefix = plan_prefix(model, selected, lambda: model(x))
+    assert prefix.prefix == [model.first, model.middle]
+
+    def run(prefix):
+        model.zero_grad()
+
+        def run_pass(objective, index):
+            loss = objective(model(x)["loss"])
+            loss.backward()
+            return loss.detach()
+
+        others = [*model.first.parameters(), *model.middle.parameters()]
+        with DefendedStep(selected, run_pass, 3, others, prefix=prefix) as step:
+            MultiStepRisk(L2, steps=2).minimize(step)
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    assert_same(run(prefix), run(None), 1e-12)
+
+
+def test_exception_in_a_later_pass_leaves_no_trace(bits_of):
+    family = FAMILIES["bert"]
+    model, batch = family.build(), family.batch()
+    selected = select_parameters(model, family.last)
+    prefix = plan(model, selected, batch)
+    before, passes = bits_of(model), []
+
+    def run_pass(objective, index):
+        passes.append(index)
+        if index == 1:
+            raise KeyboardInterrupt
+        loss = objective(model(**batch).loss)
+        loss.backward()
+        return loss.detach()
+
+    with pytest.raises(KeyboardInterrupt), DefendedStep(selected, run_pass, 3, prefix=prefix) as step:
+        MultiStepRisk(L2, steps=2).minimize(step)
+    assert passes == [-1, 0, 1]
+    assert bits_of(model) == before
+    assert prefix.boundary == prefix.outputs == []
+    assert not any("forward" in module.__dict__ for module in model.modules())
