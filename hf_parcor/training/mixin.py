@@ -93,7 +93,7 @@ class ParameterDefenseMixin(_Base):
 
     def _check_settings(self) -> None:
         self._selected: tuple[nn.Module, dict[str, nn.Parameter]] | None = None
-        self._prefix: tuple[dict[str, nn.Parameter], PrefixReuse | None] | None = None
+        self._prefix: tuple[dict[str, nn.Parameter], Defense, PrefixReuse | None] | None = None
         if self.defense is not None:
             refuse_what_cannot_work(self, self.defense)
             if self.model is not None:
@@ -138,7 +138,7 @@ class ParameterDefenseMixin(_Base):
         run_pass = passes_of(self, lambda batch: stock_step(model, batch, num_items_in_batch), model, inputs)
         selected = self.defended_parameters()
         others = trained_beside(selected.values(), model, self.optimizer)
-        prefix = self._shared_prefix(defense, model, selected, inputs)
+        prefix = self._find_shared_prefix(defense, model, selected, inputs)
         self._cost = defense.cost if prefix is None else 1 + (defense.cost - 1) * suffix_share(model, prefix)
         embedding = self._input_embedding()
         with DefendedStep(selected, run_pass, defense.passes, others, embedding, prefix) as step:
@@ -152,14 +152,19 @@ class ParameterDefenseMixin(_Base):
             return None
         return find_input_embedding(self.model)
 
-    def _shared_prefix(
+    @property
+    def shared_prefix(self) -> PrefixReuse | None:
+        """What the passes of a step share; None before the first defended step, or where each runs all."""
+        return self._prefix[2] if self._prefix else None
+
+    def _find_shared_prefix(
         self, defense: Defense, model: nn.Module, selected: dict[str, nn.Parameter], inputs: dict[str, Tensor | Any]
     ) -> PrefixReuse | None:
         if not self._settings.reuses_prefix(self.args):
             return None
-        if self._prefix is None or self._prefix[0] is not selected:
-            self._prefix = (selected, find_shared_prefix(self, defense, model, selected, inputs))
-        return self._prefix[1]
+        if self._prefix is None or self._prefix[0] is not selected or self._prefix[1] is not defense:
+            self._prefix = (selected, defense, find_shared_prefix(self, defense, model, selected, inputs))
+        return self.shared_prefix
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         """Count the operations of all passes of the last step."""

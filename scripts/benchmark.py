@@ -1,0 +1,244 @@
+"""What a defended training step costs beside the stock step, and beside what people would use instead.
+
+    python scripts/benchmark.py --model MODEL --output scripts/results/benchmark.json
+
+Steps of all arms are interleaved on one model, so that a machine whose speed drifts drifts for all of them; ratios to
+the stock step are taken within a round, and medians and quartiles over rounds are reported. Operations are counted by
+PyTorch. Peak memory is that of a process of its own for each arm (on a GPU, of its allocator), less that of the stock
+Trainer.
+
+The peers are driven by hand, without a Trainer: `pytorch_optimizer`'s SAM where it is installed
+(`pip install --no-deps pytorch_optimizer`), a SAM in two steps, and an AWP loop as they are passed around, both
+written here after their papers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
+from hf_parcor.defenses import Defense
+
+L2 = CorruptionConstraint(p=2, epsilon=0.1)
+STOCK = "stock Trainer"
+LAST = "last-encoder-layer"
+OURS: dict[str, tuple[Defense, str | None]] = {
+    **{f"whole model, K = {steps}": (MultiStepRisk(L2, steps=steps), None) for steps in (1, 2, 3)},
+    **{f"last layer, K = {steps}": (MultiStepRisk(L2, steps=steps), LAST) for steps in (1, 2, 3)},
+    "ACRT": (ACRT(L2), None),
+    "SAM": (SAM(L2), None),
+    "AWP, K = 1": (AWP(L2), None),
+    "gradient penalty": (GradientPenalty(weight=0.05), None),
+}
+
+
+class Bench:
+    """One model with one batch, and an optimizer step for each arm."""
+
+    def __init__(self, name: str, batch: int, length: int) -> None:
+        torch.manual_seed(0)
+        self.model = AutoModelForSequenceClassification.from_pretrained(name)
+        self.arguments = TrainingArguments(
+            output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=not torch.cuda.is_available(), max_grad_norm=0
+        )
+        self.model.to(self.arguments.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+        vocabulary = self.model.config.vocab_size
+        self.inputs = {
+            "input_ids": torch.randint(vocabulary, (batch, length), device=self.arguments.device),
+            "attention_mask": torch.ones(batch, length, dtype=torch.long, device=self.arguments.device),
+            "labels": torch.randint(2, (batch,), device=self.arguments.device),
+        }
+        self.arms: dict[str, Callable[[], None]] = {STOCK: self.trained(Trainer)}
+        for label, (defense, target) in OURS.items():
+            self.arms[label] = self.trained(ParameterDefenseTrainer, defense=defense, target_modules=target)
+        if find_spec("pytorch_optimizer"):
+            self.arms["pytorch_optimizer's SAM"] = self.sam_of_pytorch_optimizer()
+        self.arms["SAM in two steps"] = self.sam_in_two_steps
+        self.arms["AWP loop"] = self.awp_loop
+
+    def trained(self, kind: type[Trainer], **options: Any) -> Callable[[], None]:
+        """Return the step of a Trainer; the optimizer is the same for all."""
+        trainer = kind(model=self.model, args=self.arguments, **options)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.state.epoch = 0.0
+
+        def step() -> None:
+            trainer.training_step(self.model, dict(self.inputs))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        return step
+
+    def backward(self) -> None:
+        """Run forward and backward."""
+        self.model.train()
+        self.model(**self.inputs).loss.backward()
+
+    def sam_of_pytorch_optimizer(self) -> Callable[[], None]:
+        """Return a step of the library's optimizer."""
+        import pytorch_optimizer
+
+        optimizer = pytorch_optimizer.SAM(self.model.parameters(), torch.optim.AdamW, rho=0.1, lr=1e-5)
+
+        def step() -> None:
+            self.backward()
+            optimizer.first_step(zero_grad=True)
+            self.backward()
+            optimizer.second_step(zero_grad=True)
+
+        return step
+
+    def sam_in_two_steps(self) -> None:
+        """Run SAM as its paper's algorithm box says, parameter by parameter."""
+        self.backward()
+        saved = {}
+        with torch.no_grad():
+            parameters = [p for p in self.model.parameters() if p.grad is not None]
+            norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+            for p in parameters:
+                saved[p] = p.clone()
+                p.add_(p.grad * (0.1 / (norm + 1e-12)))
+        self.optimizer.zero_grad()
+        self.backward()
+        with torch.no_grad():
+            for p, before in saved.items():
+                p.copy_(before)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def awp_loop(self) -> None:
+        """Run the loop that adds one adversarial pass to the clean one: weights alone, each in its own small box."""
+        self.backward()
+        saved = {}
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                if p.grad is None or "weight" not in name:
+                    continue
+                saved[p] = p.clone()
+                size, slope = torch.norm(p), torch.norm(p.grad)
+                if slope != 0 and not torch.isnan(slope):
+                    p.add_(1e-2 * p.grad / (slope + 1e-6) * (size + 1e-6))
+                    box = 1e-2 * saved[p].abs()
+                    p.copy_(torch.min(torch.max(p, saved[p] - box), saved[p] + box))
+        self.backward()
+        with torch.no_grad():
+            for p, before in saved.items():
+                p.copy_(before)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def seconds(self, arm: str) -> float:
+        """Time one step, with the device done."""
+        started = time.perf_counter()
+        self.arms[arm]()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def operations(self, arm: str) -> int:
+        """Count the floating-point operations of one step, after one that may look around first."""
+        self.arms[arm]()
+        with FlopCounterMode(display=False) as counter:
+            self.arms[arm]()
+        return int(counter.get_total_flops())
+
+    def peak_memory(self, arm: str) -> int:
+        """Return the peak of this process after some steps, in bytes."""
+        for _ in range(3):
+            self.arms[arm]()
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Measure, print a table, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder or a name on the Hub")
+    parser.add_argument("--output", type=Path, help="where the record goes, JSON")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--peak-memory-of", metavar="ARM", help="only print the peak memory of one arm, in bytes")
+    options = parser.parse_args()
+    bench = Bench(options.model, options.batch, options.length)
+    if options.peak_memory_of:
+        print(bench.peak_memory(options.peak_memory_of))
+        return
+
+    def memory(arm: str) -> int:
+        command = [sys.executable, *sys.argv, "--peak-memory-of", arm]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+    peaks = {arm: memory(arm) for arm in tqdm(bench.arms, desc="memory")}
+    operations = {arm: bench.operations(arm) for arm in tqdm(bench.arms, desc="operations")}
+    times: dict[str, list[float]] = {arm: [] for arm in bench.arms}
+    for _ in tqdm(range(options.rounds), desc="rounds"):
+        for arm, of_arm in times.items():
+            of_arm.append(bench.seconds(arm))
+
+    rows = []
+    for arm in bench.arms:
+        ratios = [ours / stock for ours, stock in zip(times[arm], times[STOCK], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        rows.append(
+            {
+                "arm": arm,
+                "operations_ratio": round(operations[arm] / operations[STOCK], 3),
+                "time_ratio_median": round(middle, 3),
+                "time_ratio_quartiles": [round(low, 3), round(high, 3)],
+                "seconds_median": round(statistics.median(times[arm]), 3),
+                "peak_memory_mib_over_stock": round((peaks[arm] - peaks[STOCK]) / 2**20),
+            }
+        )
+    record = {
+        "rounds": options.rounds,
+        "batch": options.batch,
+        "length": options.length,
+        "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    print(table(rows))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the record's rows as Markdown."""
+    shown = []
+    for row in rows:
+        low, high = row["time_ratio_quartiles"]
+        ratio = f"{row['time_ratio_median']:.2f} ({low:.2f}–{high:.2f})"
+        seconds, memory = f"{row['seconds_median']:.2f}", f"{row['peak_memory_mib_over_stock']:+d}"
+        shown.append([row["arm"], f"{row['operations_ratio']:.2f}", ratio, seconds, memory])
+    headers = ["step", "operations", "time, median (quartiles)", "seconds", "peak memory, MiB"]
+    alignment = ["left", *["right"] * 4]
+    return tabulate(shown, headers, tablefmt="pipe", colalign=alignment, disable_numparse=True)
+
+
+if __name__ == "__main__":
+    main()
