@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +105,7 @@ class EvaluationRecord:
 
     def to_json(self) -> str:
         """Return the record as standard JSON; NaN and infinities become the strings "nan", "inf" and "-inf"."""
-        return to_strict_json(asdict(self))
+        return to_strict_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> EvaluationRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -87,7 +87,7 @@ class SearchRecord:
 
     def to_json(self) -> str:
         """Return the record as standard JSON."""
-        return to_strict_json(asdict(self))
+        return to_strict_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> SearchRecord:

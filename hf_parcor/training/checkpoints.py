@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from hf_parcor.training.defense_config import DEFENSE_CONFIG_NAME, DefenseConfig, read_json
+from hf_parcor.strict_json import read_strict_json
+from hf_parcor.training.defense_config import DEFENSE_CONFIG_NAME, DefenseConfig
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +46,7 @@ def warn_of_another_defense(checkpoint: str, config: DefenseConfig | None) -> No
     old: Any = {"defense": None}
     if path.is_file():
         try:
-            old = read_json(path)
+            old = read_strict_json(path)
         except (OSError, ValueError) as error:
             old = error
         if not isinstance(old, Mapping):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers.utils.hub import cached_file
 
 from hf_parcor.defenses import DEFENSES, Defense
-from hf_parcor.training.plain_values import from_plain, to_plain
+from hf_parcor.strict_json import read_strict_json, to_plain, to_strict_json
+from hf_parcor.training.plain_values import from_plain
 
 DEFENSE_CONFIG_NAME = "defense_config.json"
 _VERSION = "hf_parcor_version"
@@ -76,8 +76,8 @@ class DefenseConfig:
         own_path = f"{kind.__module__}.{kind.__qualname__}"
         return {
             "defense": next((name for name, entry in DEFENSES.items() if entry is kind), own_path),
-            "settings": to_plain(self.defense),
-            **{name: to_plain(getattr(self, name)) for name in _TARGETS},
+            "settings": to_plain(self.defense, otherwise=repr),
+            **{name: to_plain(getattr(self, name), otherwise=repr) for name in _TARGETS},
             _VERSION: _installed_version(),
         }
 
@@ -109,8 +109,7 @@ class DefenseConfig:
         """Write `defense_config.json` into a folder, which is made if need be, and return the file's path."""
         path = Path(folder) / DEFENSE_CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        path.write_text(to_strict_json(self.to_dict()), encoding="utf-8")
         return path
 
     @classmethod
@@ -157,29 +156,12 @@ class DefenseConfig:
                 "ParameterDefenseTrainer writes it: name the folder or repository of one of its models"
             ) from error
         try:
-            return cls.from_dict(read_json(str(path)))
+            return cls.from_dict(read_strict_json(str(path)))
         except (NotImplementedError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: {error}. The file is damaged or of another version of hf_parcor than "
                 f"{_installed_version()}: install that version, or save the model again"
             ) from error
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Return what a strict JSON file holds.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It is not JSON, or has NaN or infinities that are not strings.
-    """
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f'expected strict JSON, got {constant}; write it as a string, "inf" say')
-
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected JSON, got {error}") from error
 
 
 def _installed_version() -> str:

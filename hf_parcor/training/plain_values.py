@@ -1,40 +1,13 @@
-"""Settings as plain JSON values, and back with every name and type checked; any dataclass, no code of its own."""
+"""Settings from plain JSON values, with every name and type checked; any dataclass, no code of its own."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _NOT_FINITE = ("inf", "-inf", "nan")
-
-
-def to_plain(value: Any) -> Any:
-    """Return a value as what strict JSON can hold: infinities as "inf" and "-inf", dataclasses as objects.
-
-    What has no such form, which only settings of a user's own defense can be, becomes its `repr`.
-
-    Examples:
-        >>> from hf_parcor import CorruptionConstraint
-        >>> to_plain(CorruptionConstraint(p=math.inf, epsilon=0.1))
-        {'p': 'inf', 'epsilon': 0.1, 'top_n': None}
-    """
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if is_dataclass(value) and not isinstance(value, type):
-        return {setting.name: to_plain(getattr(value, setting.name)) for setting in fields(value) if setting.init}
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(entry) for entry in value]
-    return repr(value)
 
 
 def from_plain(kind: Any, value: Any, name: str) -> Any:
