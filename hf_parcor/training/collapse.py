@@ -30,7 +30,8 @@ def signs_of_collapse(log_history: Sequence[dict[str, Any]]) -> list[str]:
         >>> signs_of_collapse([{"loss": 1 / (1 + step)} for step in range(8)])
         []
     """
-    entries = [entry for entry in log_history if "loss" in entry]
+    # A loss of exactly zero is what the Trainer logs where every step overflowed.
+    entries = [entry for entry in log_history if entry.get("loss", 0) != 0]
     if any(not math.isfinite(entry["loss"]) for entry in entries):
         return ["the loss became NaN or infinite"]
     if len(entries) < _FEWEST_ENTRIES:

@@ -37,6 +37,7 @@ def test_collapse_is_seen(log, says):
     [
         history([0.70, 0.6, 0.5, 0.4], [0.8, 0.7, 0.6, 0.5]),
         history([0.70, 0.69]),  # too short to tell
+        history([0.0, 0.70, 0.6, 0.5, 0.4]),  # the first step overflowed, and logged no loss
         [{"eval_loss": math.nan}],
         [],
         [{"loss": 0.7 - 0.05 * step} for step in range(8)],

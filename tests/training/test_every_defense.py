@@ -6,22 +6,8 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, Trainer
 
-from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
+from hf_parcor import ParameterDefenseTrainer
 from hf_parcor.defenses import DEFENSES
-
-L2 = CorruptionConstraint(epsilon=0.1)
-DEFENDED = {
-    "multi_step_risk": MultiStepRisk(L2, steps=2),
-    "acrt": ACRT(L2, alpha=0.3),
-    "sam": SAM(L2),
-    "awp": AWP(L2, steps=2),
-    "gradient_penalty": GradientPenalty(weight=0.1),
-}
-
-
-def test_all_defenses_are_here():
-    assert DEFENDED.keys() == DEFENSES.keys()
-
 
 WHOLE_PASSES = {"awp", "gradient_penalty"}  # the inputs differ from pass to pass; there is one pass
 
@@ -33,10 +19,10 @@ def share_of_the_last_layer_and_what_follows(model):
     return 1 - reused / sum(sizes.values())
 
 
-@pytest.mark.parametrize("name", DEFENDED)
+@pytest.mark.parametrize("name", DEFENSES)
 @pytest.mark.parametrize("target", ["all", "last-encoder-layer"])
-def test_trains_and_logs(tiny_bert, train, name, target):
-    defense = DEFENDED[name]
+def test_trains_and_logs(tiny_bert, train, defense_of, name, target):
+    defense = defense_of(name)
     options = {"gradient_accumulation_steps": 2, "num_train_epochs": 6}
     stock = train(Trainer, tiny_bert(dropout=0.0), options)
     ours = train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), options, defense=defense, target_modules=target)
@@ -51,25 +37,23 @@ def test_trains_and_logs(tiny_bert, train, name, target):
     assert ours.state.total_flos == pytest.approx(cost * stock.state.total_flos)
 
 
-@pytest.mark.parametrize("name", DEFENDED)
-def test_stock_before_the_start_epoch(tiny_bert, train, name):
-    from dataclasses import replace
-
+@pytest.mark.parametrize("name", DEFENSES)
+def test_stock_before_the_start_epoch(tiny_bert, train, defense_of, name):
     stock = train(Trainer, tiny_bert())
-    ours = train(ParameterDefenseTrainer, tiny_bert(), defense=replace(DEFENDED[name], start_epoch=5.0))
+    ours = train(ParameterDefenseTrainer, tiny_bert(), defense=defense_of(name, start_epoch=5.0))
     for first, second in zip(stock.model.parameters(), ours.model.parameters(), strict=True):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("name", DEFENDED)
-def test_layers_that_take_no_part_are_not_corrupted(train, name):
+@pytest.mark.parametrize("name", DEFENSES)
+def test_layers_that_take_no_part_are_not_corrupted(train, defense_of, name):
     """LayerDrop may skip all that is selected: then there is no gradient to climb along, and none to penalise."""
     layers = {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 8, "decoder_layerdrop": 1.0}
     heads = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 8}
     model = BartForConditionalGeneration(BartConfig(vocab_size=30, d_model=8, **heads, **layers))
     rows = [{"input_ids": torch.randint(3, 30, (6,)), "labels": torch.randint(3, 30, (5,))} for _ in range(4)]
     trainer = train(
-        ParameterDefenseTrainer, model, rows=rows, defense=DEFENDED[name], target_modules="last-decoder-layer"
+        ParameterDefenseTrainer, model, rows=rows, defense=defense_of(name), target_modules="last-decoder-layer"
     )
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert entry["corruption_norm"] == 0
