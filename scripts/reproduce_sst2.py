@@ -65,6 +65,7 @@ ARMS = {
     "sam": Arm("SAM", l2("sam", 0.1)),
     "sam-half": Arm("SAM ε/2", l2("sam", 0.05)),
     "awp-half": Arm("AWP ε/2", l2("awp", 0.05)),
+    "awp-late": Arm("AWP ε/2, late", l2("awp", 0.05, "--defense_start_epoch", "0.5")),
     "multi_step_risk-1": Arm("K = 1, ACRT", ONE_STEP),
     "multi_step_risk-2": Arm("K = 2", l2("multi_step_risk", 0.1, "--defense_steps", "2")),
     "multi_step_risk-3": Arm("K = 3", l2("multi_step_risk", 0.1, "--defense_steps", "3")),
