@@ -60,7 +60,7 @@ MAY_IMPORT = {
         "prefix",
         "strict_json",
     },
-    "evaluation": {"strict_json", "functional", "constraints", "injection", "corruptions", "targets"},
+    "evaluation": {"strict_json", "functional", "injection", "corruptions", "targets", "prefix"},
     "statistics": set(),
     "theory": {"statistics"},
     "search": {"functional", "strict_json", "defenses", "training"},

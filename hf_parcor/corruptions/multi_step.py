@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +15,9 @@ from hf_parcor.functional.arguments import check_count, check_radius
 from hf_parcor.functional.constrained_maximum import constrained_maximum_
 from hf_parcor.functional.projections import check_projectable, project_
 from hf_parcor.functional.vectors import working_copy, working_dtype
+
+Ascent = Generator[Mapping[str, Tensor], Mapping[str, Tensor], dict[str, Tensor]]
+"""Yields corruptions, takes the gradients there, and returns the last corruption."""
 
 STEP_SIZE_FACTOR = 1.5  # α = 1.5 ε/K lets K steps reach the boundary; the paper prints ε/k and means K
 
@@ -54,19 +57,53 @@ class MultiStepCorruption(Corruption):
     def __str__(self) -> str:
         return f"multi-step {self.constraint}" + ("" if self.steps is None else f" K={self.steps}")
 
-    def _choose(
-        self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        assert gradients is not None, "checked by the caller"
+    def ascent(self, weights: Mapping[str, Tensor], batches: int) -> Ascent:
+        """Yield each `a_k` at which it wants the gradient of a batch, take that, and return the last one.
+
+        So that several ascents can walk through the data together.
+
+        Args:
+            weights: As for a call.
+            batches: `⌈|D|/|B|⌉`, the number of steps where none is set.
+        """
         p, epsilon, top_n = self.constraint.p, self.constraint.epsilon, self.constraint.top_n
-        steps = len(gradients) if self.steps is None else self.steps
+        steps = batches if self.steps is None else self.steps
         step_size = STEP_SIZE_FACTOR * epsilon / steps if self.step_size is None else self.step_size
         dtype = working_dtype(list(weights.values()))
         corruption = [torch.zeros_like(weight, dtype=dtype) for weight in weights.values()]
         for _ in range(steps):
-            gradient = gradients.on_next_batch(named(weights, corruption))
+            gradient = yield named(weights, corruption)
             update = working_copy([gradient[name] for name in weights])
             constrained_maximum_(update, p, step_size, top_n)
             torch._foreach_add_(corruption, update)
             project_(corruption, p, epsilon, top_n)
         return named(weights, corruption)
+
+    def _choose(
+        self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        assert gradients is not None, "checked by the caller"
+        source = gradients
+        ascent = self.ascent(weights, len(source))
+        return climb_together([ascent], lambda corruptions: map(source.on_next_batch, corruptions))[0]
+
+
+def climb_together(
+    ascents: Sequence[Ascent], gradients_at: Callable[[list[Mapping[str, Tensor]]], Iterable[Mapping[str, Tensor]]]
+) -> list[dict[str, Tensor]]:
+    """Let several ascents walk through the same batches, and return where they end.
+
+    Args:
+        ascents: Their numbers of steps may differ.
+        gradients_at: From the corruptions of all ascents that still climb to their gradients on the next batch.
+    """
+    ends: dict[int, dict[str, Tensor]] = {}
+    climbing: dict[int, Mapping[str, Tensor]] = {index: next(ascent) for index, ascent in enumerate(ascents)}
+    while climbing:
+        for index, gradient in zip(list(climbing), gradients_at(list(climbing.values())), strict=True):
+            try:
+                climbing[index] = ascents[index].send(gradient)
+            except StopIteration as end:  # noqa: PERF203, a step costs a pass through a model
+                del climbing[index]
+                ends[index] = end.value
+    return [ends[index] for index in range(len(ascents))]

@@ -2,7 +2,14 @@
 
 from hf_parcor.evaluation.evaluator import CorruptionEvaluator
 from hf_parcor.evaluation.gradients import DatasetGradients
-from hf_parcor.evaluation.metrics import ClassificationMetric
+from hf_parcor.evaluation.metrics import BatchMetric, ClassificationMetric
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 
-__all__ = ["ClassificationMetric", "CorruptionEvaluator", "CorruptionRecord", "DatasetGradients", "EvaluationRecord"]
+__all__ = [
+    "BatchMetric",
+    "ClassificationMetric",
+    "CorruptionEvaluator",
+    "CorruptionRecord",
+    "DatasetGradients",
+    "EvaluationRecord",
+]

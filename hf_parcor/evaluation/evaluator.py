@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, check_repeatable, model_loss
+from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.provenance import described, library_versions, model_name
-from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
+from hf_parcor.evaluation.records import EvaluationRecord
+from hf_parcor.evaluation.sharing import choose_together, find_prefix, measure_together
+from hf_parcor.evaluation.trials import Trial, checked_metrics, record_of
 from hf_parcor.functional.arguments import check_count
 from hf_parcor.functional.vectors import numel
-from hf_parcor.injection import CorruptionSize, check_weights, corrupted
+from hf_parcor.injection import check_weights, corrupted
+from hf_parcor.prefix import PrefixReuse
 from hf_parcor.targets import select_trainable
 
-logger = logging.get_logger(__name__)
-
 Metric = Callable[[nn.Module], Mapping[str, float]]
+_Job = tuple[int, int]  # which corruption, and its seed
+_MEMORY = 1 << 30
 
 
 class CorruptionEvaluator:
@@ -48,6 +48,9 @@ class CorruptionEvaluator:
         exclude_modules: As in `select_parameters`.
         module_types: As in `select_parameters`.
         layers: As in `select_parameters`.
+        reuse_prefix: Whether what does not depend on the targets runs once a batch for all corruptions, where the
+            metric is made batch by batch (a `BatchMetric`, such as `ClassificationMetric`). The numbers are the same.
+        memory: How many bytes the corruptions that are measured together may take. Default 1 GiB.
         progress: Whether to show a progress bar. Default True.
 
     Raises:
@@ -74,6 +77,8 @@ class CorruptionEvaluator:
         exclude_modules: str | Collection[str] | None = None,
         module_types: Any = None,
         layers: int | Iterable[int] | None = None,
+        reuse_prefix: bool = True,
+        memory: int = _MEMORY,
         progress: bool = True,
     ) -> None:
         self._target = {
@@ -87,7 +92,9 @@ class CorruptionEvaluator:
         if batches is not None:
             check_repeatable(batches)
         self._model, self._metric, self._batches, self._loss = model, metric, batches, loss
-        self._progress = progress
+        maybe: Any = metric
+        self._by_batch: BatchMetric | None = maybe if reuse_prefix and isinstance(maybe, BatchMetric) else None
+        self._memory, self._progress = memory, progress
 
     def evaluate(self, corruptions: Sequence[Corruption], trials: int = 3, seed: int = 0) -> EvaluationRecord:
         """Measure the clean model, then the model under each corruption.
@@ -113,18 +120,28 @@ class CorruptionEvaluator:
         check_count("seed", seed, minimum=0)
         corruptions = tuple(corruptions)
         names = [_catalogue_name(corruption) for corruption in corruptions]
+        jobs = [
+            (index, seed + trial)
+            for index, corruption in enumerate(corruptions)
+            for trial in range(trials if corruption.stochastic else 1)
+        ]
         with evaluation_mode(self._model), torch.random.fork_rng(devices=[]):
-            gradients = self._gradients(corruptions)
+            prefix = self._find_prefix()
+            gradients = self._gradients(corruptions, prefix)
             data = "" if self._batches is None else fingerprint(self._batches)
-            clean = self._measure("none", "no corruption", {}, [(seed, None)])
-            total = sum(trials if corruption.stochastic else 1 for corruption in corruptions)
-            records = []
-            with tqdm(total=total, desc="corruptions", disable=not self._progress) as bar:
-                for name, corruption in zip(names, corruptions, strict=True):
-                    bar.set_postfix_str(str(corruption))
-                    seeds = range(seed, seed + trials) if corruption.stochastic else (seed,)
-                    chosen = self._choose(corruption, gradients, seeds, bar)
-                    records.append(self._measure(name, str(corruption), corruption.settings(), chosen))
+            clean = record_of("none", "no corruption", {}, [Trial(seed, self._metrics())])
+            found: list[list[Trial]] = [[] for _ in corruptions]
+            with tqdm(total=len(jobs), desc="corruptions", disable=not self._progress) as bar:
+                for group in self._groups(jobs, prefix):
+                    bar.set_postfix_str(str(corruptions[group[0][0]]))
+                    measured = self._measure([(corruptions[i], at) for i, at in group], gradients, prefix)
+                    for (index, _), trial in zip(group, measured, strict=True):
+                        found[index].append(trial)
+                    bar.update(len(group))
+            records = [
+                record_of(name, str(corruption), corruption.settings(), of_corruption)
+                for name, corruption, of_corruption in zip(names, corruptions, found, strict=True)
+            ]
         return EvaluationRecord(
             model=model_name(self._model),
             target={key: described(value) for key, value in self._target.items() if value is not None},
@@ -135,73 +152,51 @@ class CorruptionEvaluator:
             versions=library_versions(),
         )
 
-    def _gradients(self, corruptions: Sequence[Corruption]) -> DatasetGradients | None:
+    def _find_prefix(self) -> PrefixReuse | None:
+        if self._by_batch is None:
+            return None
+        return find_prefix(self._model, self._parameters, self._by_batch.batches)
+
+    def _groups(self, jobs: list[_Job], prefix: PrefixReuse | None) -> Iterator[list[_Job]]:
+        """Yield what is measured together: alone, or as many as the memory for corruptions admits."""
+        bytes_each = 4 * numel(list(self._parameters.values()))
+        size = 1 if prefix is None else max(1, self._memory // bytes_each)
+        for start in range(0, len(jobs), size):
+            yield jobs[start : start + size]
+
+    def _gradients(self, corruptions: Sequence[Corruption], prefix: PrefixReuse | None) -> DatasetGradients | None:
         needing = [corruption for corruption in corruptions if corruption.uses_gradients]
         if not needing:
             return None
         if self._batches is None:
             raise ValueError(f"batches: expected data for {needing[0]}, got None; pass batches=, such as a DataLoader")
-        return DatasetGradients(self._model, self._parameters, self._batches, self._loss, progress=self._progress)
-
-    def _choose(
-        self, corruption: Corruption, gradients: DatasetGradients | None, seeds: Iterable[int], bar: tqdm[Any]
-    ) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-        for seed in seeds:
-            if gradients is not None:
-                gradients.restart()
-            yield seed, corruption(self._parameters, gradients, torch.Generator().manual_seed(seed))
-            bar.update()
+        return DatasetGradients(
+            self._model, self._parameters, self._batches, self._loss, prefix=prefix, progress=self._progress
+        )
 
     def _measure(
         self,
-        name: str,
-        label: str,
-        settings: Mapping[str, Any],
-        chosen: Iterable[tuple[int, Mapping[str, Tensor] | None]],
-    ) -> CorruptionRecord:
-        seeds: list[int] = []
-        trials: list[Mapping[str, object]] = []
-        sizes: list[CorruptionSize] = []
-        for seed, corruption in chosen:
-            seeds.append(seed)
-            if corruption is None:
-                trials.append(self._metrics())
-                continue
+        group: Sequence[tuple[Corruption, int]],
+        gradients: DatasetGradients | None,
+        prefix: PrefixReuse | None,
+    ) -> list[Trial]:
+        chosen = choose_together(group, self._parameters, gradients)
+        sizes = []
+        metrics: list[Mapping[str, object]] = []
+        for corruption in chosen:
             with corrupted(self._parameters, corruption) as injection:
                 sizes.append(injection.size())
-                trials.append(self._metrics())
-        keys = dict.fromkeys(key for trial in trials for key in trial)
-        metrics = {key: tuple(_number(trial.get(key)) for trial in trials) for key in keys}
-        notes = (
-            *(f"no weight changed with seed {at}" for at, size in zip(seeds, sizes, strict=False) if not size.changed),
-            *(
-                f"{key} was {trials[index].get(key)!r} with seed {seeds[index]}"
-                for key, values in metrics.items()
-                for index, value in enumerate(values)
-                if not math.isfinite(value)
-            ),
-        )
-        for note in notes:
-            logger.warning(f"{label}: {note}; it is kept in the record.")
-        return CorruptionRecord(
-            corruption=name,
-            label=label,
-            settings=dict(settings),
-            seeds=tuple(seeds),
-            metrics=metrics,
-            changed=statistics.fmean(size.changed for size in sizes) if sizes else 0.0,
-            norm=statistics.fmean(size.norm for size in sizes) if sizes else 0.0,
-            notes=notes,
-        )
+                if prefix is None:
+                    metrics.append(self._metrics())
+        if prefix is not None and self._by_batch is not None:
+            together = measure_together(self._model, self._by_batch, prefix, self._parameters, chosen)
+            metrics = [checked_metrics(found) for found in together]
+        seeds = [seed for _, seed in group]
+        return [Trial(*of_trial) for of_trial in zip(seeds, metrics, sizes, strict=True)]
 
     def _metrics(self) -> Mapping[str, object]:
         with evaluation_mode(self._model):  # a metric may leave the model in training mode
-            metrics = self._metric(self._model)
-        if not isinstance(metrics, Mapping) or not metrics:
-            raise TypeError(
-                f"metric: expected numbers by name, such as {{'accuracy': 0.9}}, got {metrics!r}; return a dict"
-            )
-        return metrics
+            return checked_metrics(self._metric(self._model))
 
 
 @contextmanager
@@ -223,9 +218,3 @@ def _catalogue_name(corruption: Corruption) -> str:
         if type(corruption) is kind:
             return name
     return type(corruption).__name__
-
-
-def _number(value: object) -> float:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return float(value)
-    return float(value) if isinstance(value, Real) else math.nan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_parcor.injection import corrupted
+from hf_parcor.prefix import PrefixReuse
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -80,6 +81,7 @@ class DatasetGradients:
         parameters: The selected parameters by name.
         batches: Can be walked through again and again, such as a list or a `DataLoader` that does not shuffle.
         loss: `loss(model, batch)` returns the mean loss over a batch.
+        prefix: What does not depend on these parameters, run once a batch; None runs all of the model.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -93,11 +95,12 @@ class DatasetGradients:
         batches: Iterable[Batch],
         loss: Loss = model_loss,
         *,
+        prefix: PrefixReuse | None = None,
         progress: bool = False,
     ) -> None:
         check_repeatable(batches)
         self._model, self._parameters, self._batches, self._loss = model, parameters, batches, loss
-        self._progress = progress
+        self._prefix, self._progress = prefix, progress
         shifted = _shifts_labels(model) and loss is model_loss
         self._items = [count_items(batch, shifted=shifted) for batch in batches]
         if not sum(self._items):
@@ -129,21 +132,36 @@ class DatasetGradients:
 
     def on_next_batch(self, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradient of the next batch's mean loss at `w + a`; after the last batch comes the first."""
+        return next(self.on_next_batch_at([corruption]))
+
+    def on_next_batch_at(self, corruptions: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Yield the gradient of the next batch's mean loss at each `w + a`, with the prefix run once for all."""
         batch = next(self._walk, None)
         if batch is None:
             self._walk = iter(self._batches)
             batch = next(self._walk)
-        with corrupted(self._parameters, corruption):
-            return dict(zip(self._parameters, self._gradient(batch), strict=True))
+        if self._prefix is not None:
+            with torch.no_grad(), self._prefix.recording(gradients=False):
+                self._loss(self._model, self._on_device(batch))
+        for corruption in corruptions:
+            replaying = nullcontext() if self._prefix is None else self._prefix.replaying()
+            with replaying, corrupted(self._parameters, corruption):
+                gradient = self._gradient(batch)
+            yield dict(zip(self._parameters, gradient, strict=True))
+        if self._prefix is not None:
+            self._prefix.forget()
 
     def restart(self) -> None:
         """Let the next batch be the first."""
         self._walk = iter(())
 
+    def _on_device(self, batch: Batch) -> Batch:
+        return send_to_device(batch, next(iter(self._parameters.values())).device)
+
     def _gradient(self, batch: Batch) -> list[Tensor]:
         parameters = list(self._parameters.values())
-        with torch.enable_grad(), _trainable(parameters):
-            loss = self._loss(self._model, send_to_device(batch, parameters[0].device))
+        with torch.enable_grad(), trainable(parameters):
+            loss = self._loss(self._model, self._on_device(batch))
             gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
         return [
             torch.zeros_like(parameter, dtype=_wide(parameter)) if part is None else part.to(_wide(parameter))
@@ -152,7 +170,7 @@ class DatasetGradients:
 
 
 @contextmanager
-def _trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Let frozen parameters require their gradient meanwhile: adapters freeze the model that is to be measured."""
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     try:

@@ -25,7 +25,12 @@ class NothingToReuse(PrefixError):  # noqa: N818, no mistake of anybody's
     """The selected parameters come in at the very start."""
 
 
-def plan_prefix(model: nn.Module, selected: Mapping[str, Tensor], run: Callable[[], Any]) -> PrefixReuse:
+def plan_prefix(
+    model: nn.Module,
+    selected: Mapping[str, Tensor],
+    run: Callable[[], Any],
+    trained: Sequence[Tensor] | None = None,
+) -> PrefixReuse:
     """Find the modules that finish before the first selected parameter is used, and try out that they can be reused.
 
     The model is run in evaluation mode, to watch which modules it calls, and again with its prefix reused. Results and
@@ -36,11 +41,16 @@ def plan_prefix(model: nn.Module, selected: Mapping[str, Tensor], run: Callable[
         model: Any model.
         selected: The parameters that later passes corrupt.
         run: Runs the model on one batch, and returns what it returned.
+        trained: The parameters whose gradients are compared; None for all trainable ones.
 
     Raises:
         PrefixError: Nothing finishes before, or the model cannot be cut safely.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    chosen = {id(parameter) for parameter in selected.values()}
+    if all(id(parameter) in chosen for parameter in model.parameters()):
+        raise NothingToReuse("all of the model is selected")
+    if trained is None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
 
     def run_alike() -> Any:
@@ -128,7 +138,7 @@ def _tensors(result: Any) -> list[Tensor]:
     return [part for part in tree_leaves(result) if isinstance(part, Tensor) and part.is_floating_point()]
 
 
-def _gradients(result: Any, trained: list[nn.Parameter], reuse: PrefixReuse | None = None) -> list[Tensor]:
+def _gradients(result: Any, trained: Sequence[Tensor], reuse: PrefixReuse | None = None) -> list[Tensor]:
     """Return the gradients of a function of a result with respect to the trained parameters."""
     objective = sum(
         (part.double().square().mean() for part in _tensors(result) if part.requires_grad), torch.zeros(())

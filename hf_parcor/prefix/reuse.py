@@ -42,6 +42,7 @@ class PrefixReuse:
     def __init__(self, prefix: Sequence[nn.Module], starts: Sequence[nn.Module]) -> None:
         self.prefix = list(dict.fromkeys(prefix))
         self._starts = list(dict.fromkeys(starts))
+        self._gradients = True
         self.forget()
 
     def forget(self) -> None:
@@ -53,9 +54,14 @@ class PrefixReuse:
         """The same, cut from its graph: here the gradients of the passes add up."""
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keep what the prefix returns; the block ends where the first selected parameter comes in."""
+    def recording(self, gradients: bool = True) -> Iterator[None]:
+        """Keep what the prefix returns; the block ends where the first selected parameter comes in.
+
+        Args:
+            gradients: Whether gradients are to go back through the prefix; False keeps values alone.
+        """
         self.forget()
+        self._gradients = gradients
 
         def finish(module: nn.Module, arguments: Any) -> None:
             raise PrefixFinished
@@ -94,11 +100,12 @@ class PrefixReuse:
     def _record(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
         output = compute()
         parts, structure = tree_flatten(output)
-        if not torch.is_grad_enabled() or not all(isinstance(part, _REPLAYABLE) for part in parts):
+        without_graph = self._gradients and not torch.is_grad_enabled()  # inside a reentrant checkpoint
+        if without_graph or not all(isinstance(part, _REPLAYABLE) for part in parts):
             return output  # computed again in every pass
         kept = list(parts)
         for place, part in enumerate(parts):
-            if isinstance(part, Tensor) and part.requires_grad:
+            if isinstance(part, Tensor) and part.requires_grad and self._gradients:
                 kept[place] = part.detach().requires_grad_()
                 self.outputs.append(part)
                 self.boundary.append(kept[place])

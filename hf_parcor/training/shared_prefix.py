@@ -40,7 +40,7 @@ def find_shared_prefix(
             return model(**prepared)
 
     try:
-        _check(trainer, defense, model, selected)
+        _check(trainer, defense, model)
         return plan_prefix(model, selected, run)
     except NothingToReuse:
         return None
@@ -52,12 +52,9 @@ def find_shared_prefix(
         return None
 
 
-def _check(trainer: Trainer, defense: Defense, model: nn.Module, selected: Mapping[str, nn.Parameter]) -> None:
+def _check(trainer: Trainer, defense: Defense, model: nn.Module) -> None:
     if defense.passes == 1:
         raise NothingToReuse("there is one pass")
-    chosen = {id(parameter) for parameter in selected.values()}
-    if all(id(parameter) in chosen for parameter in model.parameters()):
-        raise NothingToReuse("all of the model is defended")
     if defense.perturbs_inputs:
         raise NothingToReuse("the inputs differ from pass to pass")
     if trainer.accelerator.num_processes > 1 or trainer.args.n_gpu > 1:

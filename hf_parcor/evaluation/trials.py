@@ -1,0 +1,74 @@
+"""What single trials found, and the record that is made from them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import logging
+
+from hf_parcor.evaluation.records import CorruptionRecord
+from hf_parcor.injection import CorruptionSize
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measurement: its seed, what the metric returned, and what the corruption changed, if there was one."""
+
+    seed: int
+    metrics: Mapping[str, object]
+    size: CorruptionSize | None = None
+
+
+def checked_metrics(metrics: object) -> Mapping[str, object]:
+    """Return what a metric returned.
+
+    Raises:
+        TypeError: It is no mapping, or an empty one.
+    """
+    if not isinstance(metrics, Mapping) or not metrics:
+        raise TypeError(
+            f"metric: expected numbers by name, such as {{'accuracy': 0.9}}, got {metrics!r}; return a dict"
+        )
+    return metrics
+
+
+def record_of(corruption: str, label: str, settings: Mapping[str, Any], trials: Sequence[Trial]) -> CorruptionRecord:
+    """Return the record of one corruption's trials; what is odd about them is noted, and logged as a warning."""
+    keys = dict.fromkeys(key for trial in trials for key in trial.metrics)
+    metrics = {key: tuple(_number(trial.metrics.get(key)) for trial in trials) for key in keys}
+    notes = (
+        *(f"no weight changed with seed {t.seed}" for t in trials if t.size is not None and not t.size.changed),
+        *(
+            f"{key} was {trial.metrics.get(key)!r} with seed {trial.seed}"
+            for key, values in metrics.items()
+            for trial, value in zip(trials, values, strict=True)
+            if not math.isfinite(value)
+        ),
+    )
+    for note in notes:
+        logger.warning(f"{label}: {note}; it is kept in the record.")
+    sizes = [trial.size for trial in trials if trial.size is not None]
+    return CorruptionRecord(
+        corruption=corruption,
+        label=label,
+        settings=dict(settings),
+        seeds=tuple(trial.seed for trial in trials),
+        metrics=metrics,
+        changed=statistics.fmean(size.changed for size in sizes) if sizes else 0.0,
+        norm=statistics.fmean(size.norm for size in sizes) if sizes else 0.0,
+        notes=notes,
+    )
+
+
+def _number(value: object) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    return float(value) if isinstance(value, Real) else math.nan

@@ -1,0 +1,171 @@
+"""Measuring with a shared prefix: the same record, with less computed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.utils import ModelOutput
+
+from hf_parcor import (
+    CorruptionConstraint,
+    CorruptionEvaluator,
+    GaussianNoise,
+    GradientCorruption,
+    MultiStepCorruption,
+    select_parameters,
+)
+from hf_parcor.corruptions.multi_step import climb_together
+from hf_parcor.evaluation import BatchMetric, ClassificationMetric, DatasetGradients
+
+MANY = [
+    *(GradientCorruption(CorruptionConstraint(epsilon=epsilon)) for epsilon in (0.1, 0.5, 2.0)),
+    *(MultiStepCorruption(CorruptionConstraint(p=math.inf, epsilon=epsilon)) for epsilon in (0.05, 0.2)),
+    MultiStepCorruption(CorruptionConstraint(epsilon=1.0), steps=7),
+]
+
+
+@pytest.fixture
+def evaluate(classifier, batches):
+    def run(corruptions, target="last-encoder-layer", metric=None, model=classifier, **options):
+        metric = ClassificationMetric(batches) if metric is None else metric
+        evaluator = CorruptionEvaluator(model, metric, batches, target_modules=target, progress=False, **options)
+        return evaluator.evaluate(corruptions, trials=2)
+
+    return run
+
+
+@pytest.mark.parametrize("memory", [1, 3000 * 4, 1 << 30])
+@pytest.mark.parametrize("target", ["last-encoder-layer", ["classifier"]])
+def test_the_record_is_the_same(evaluate, classifier, one_of_each, bits_of, target, memory):
+    before, corruptions = bits_of(classifier), [*one_of_each.values(), *MANY]
+    shared = evaluate(corruptions, target, memory=memory)
+    plain = evaluate(corruptions, target, reuse_prefix=False)
+    assert shared == plain
+    assert len({row.metrics["loss"] for row in shared.rows()}) > len(corruptions) // 2, "they do something"
+    assert bits_of(classifier) == before
+    assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in classifier.modules())
+
+
+def test_frozen_weights_too(evaluate, classifier, one_of_each):
+    classifier.requires_grad_(False)
+    corruptions = list(one_of_each.values())
+    assert evaluate(corruptions) == evaluate(corruptions, reuse_prefix=False)
+    assert not any(parameter.requires_grad for parameter in classifier.parameters())
+
+
+def test_lower_layers_run_once_a_batch(evaluate, classifier, batches):
+    """Beside the trial on one batch: for the clean model, for the gradient, for all ascents, for all measurements."""
+    computed = {}
+    for index, layer in enumerate(classifier.bert.encoder.layer):
+        forward, computed[index] = layer.forward, []
+
+        def counted(*args, forward=forward, kept=computed[index], **kwargs):
+            kept.append(1)
+            return forward(*args, **kwargs)
+
+        layer.forward = counted
+    n, ascents = len(batches), 3
+    evaluate(MANY)
+    longest = 7
+    tried, clean, gradient = 2, n, n
+    assert len(computed[0]) == tried + clean + gradient + longest + n
+    steps = n + n + longest  # of the three ascents
+    assert len(computed[1]) == (3 + clean + gradient) + (steps + longest) + (n * len(MANY) + n)
+    assert ascents == sum(isinstance(corruption, MultiStepCorruption) for corruption in MANY)
+
+
+def test_operations_of_single_layers(tiny_bert):
+    """Six layers, five radii, gradient-based and multi-step, by an evaluator for each layer.
+
+    Each of them still measures the clean model, and takes its own gradient over the data.
+    """
+    model = tiny_bert(num_hidden_layers=6, hidden_size=16, intermediate_size=64).eval()
+    batches = [{"input_ids": torch.randint(1, 20, (4, 12)), "labels": torch.randint(0, 2, (4,))} for _ in range(3)]
+    corruptions = [
+        kind(CorruptionConstraint(epsilon=epsilon))
+        for epsilon in (0.1, 0.2, 0.5, 1.0, 2.0)
+        for kind in (GradientCorruption, MultiStepCorruption)
+    ]
+    counted: dict[bool, list[int]] = {True: [], False: []}
+    for reuse, of_layers in counted.items():
+        for layer in range(6):
+            settings = {"target_modules": "all", "layers": [layer], "progress": False, "reuse_prefix": reuse}
+            evaluator = CorruptionEvaluator(model, ClassificationMetric(batches), batches, **settings)
+            with FlopCounterMode(display=False) as counter:
+                evaluator.evaluate(corruptions)
+            of_layers.append(counter.get_total_flops())
+    ratios = [shared / plain for shared, plain in zip(counted[True], counted[False], strict=True)]
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[-1] < 0.48
+    assert sum(counted[True]) < 0.81 * sum(counted[False])
+
+
+def test_ascents_of_different_lengths_end_where_they_would_alone(classifier, batches):
+    classifier.eval()
+    parameters = select_parameters(classifier, "last-encoder-layer")
+    corruptions = [MultiStepCorruption(CorruptionConstraint(epsilon=0.5), steps=steps) for steps in (1, 4, 2)]
+    gradients = DatasetGradients(classifier, parameters, batches)
+    alone = []
+    for corruption in corruptions:
+        gradients.restart()
+        alone.append(corruption(parameters, gradients))
+    gradients.restart()
+    with torch.no_grad():
+        ascents = [corruption.ascent(parameters, len(gradients)) for corruption in corruptions]
+        together = climb_together(ascents, gradients.on_next_batch_at)
+    for one, other in zip(together, alone, strict=True):
+        for name, tensor in one.items():
+            assert torch.equal(tensor, other[name])
+
+
+@pytest.mark.parametrize("call", [1, 5, 9])
+def test_every_bit_comes_back_when_the_metric_raises(evaluate, classifier, batches, bits_of, call):
+    class Failing(ClassificationMetric):
+        calls = 0
+
+        def of_batch(self, model, batch):
+            Failing.calls += 1
+            if Failing.calls == call:
+                raise KeyboardInterrupt
+            return super().of_batch(model, batch)
+
+    before = bits_of(classifier)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(MANY, metric=Failing(batches))
+    assert bits_of(classifier) == before
+    assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in classifier.modules())
+
+
+def test_a_model_that_cannot_be_cut_is_measured_whole(batches, caplog):
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) * self.calls
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = Counting(6, 4), nn.Linear(4, 2)
+
+        def forward(self, input_ids, labels):
+            logits = self.last(self.first(input_ids.float()))
+            return ModelOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+    transformers.utils.logging.enable_propagation()
+    settings = {"target_modules": ["last"], "progress": False}
+    evaluator = CorruptionEvaluator(Model(), ClassificationMetric(batches), batches, **settings)
+    record = evaluator.evaluate([GaussianNoise(0.1)])
+    assert record.corruptions[0].changed == 10
+    assert "Every measurement runs all of the model: the result differs by" in caplog.text
+
+
+def test_a_metric_of_single_batches_is_one_by_its_methods(batches):
+    assert isinstance(ClassificationMetric(batches), BatchMetric)
+    assert not isinstance(lambda model: {}, BatchMetric)
