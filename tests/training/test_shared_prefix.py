@@ -168,3 +168,18 @@ def test_frozen_prefix(tiny_bert, train):
     for now, then in zip(model.bert.encoder.layer[0].parameters(), before, strict=True):
         assert torch.equal(now, then)
         assert now.grad is None
+
+
+def test_autocast(tiny_bert, train):
+    options = {"max_steps": 3, "learning_rate": 1e-2, "optim": "sgd", "bf16": True}
+    settings = {"defense": MultiStepRisk(L2, steps=2), "target_modules": LAST}
+    reused, full = (
+        train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), options, reuse_prefix=reuse, **settings)
+        for reuse in (True, False)
+    )
+    assert reused.shared_prefix is not None
+    assert reused.shared_prefix.boundary == []  # freed
+    start = dict(tiny_bert(dropout=0.0).named_parameters())
+    for (name, first), second in zip(reused.model.named_parameters(), full.model.parameters(), strict=True):
+        moved = float((second - start[name]).abs().max())
+        torch.testing.assert_close(first, second, rtol=0, atol=0.02 * moved + 1e-7, msg=name)
