@@ -15,7 +15,7 @@ from hf_parcor.corruptions import (
     UniformNoise,
 )
 from hf_parcor.defenses import ACRT, AWP, SAM, GradientPenalty, MultiStepRisk
-from hf_parcor.evaluation import CorruptionEvaluator, CorruptionRecord, EvaluationRecord
+from hf_parcor.evaluation import CorruptionEvaluator, CorruptionRecord, EvaluationRecord, LayerProbe
 from hf_parcor.injection import corrupted
 from hf_parcor.search import SearchRecord, search_epsilon
 from hf_parcor.targets import select_parameters
@@ -41,6 +41,7 @@ __all__ = [
     "GaussianNoise",
     "GradientCorruption",
     "GradientPenalty",
+    "LayerProbe",
     "MultiStepCorruption",
     "MultiStepRisk",
     "ParameterDefenseMixin",

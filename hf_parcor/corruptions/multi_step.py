@@ -85,22 +85,24 @@ class MultiStepCorruption(Corruption):
         assert gradients is not None, "checked by the caller"
         source = gradients
         ascent = self.ascent(weights, len(source))
-        return climb_together([ascent], lambda corruptions: map(source.on_next_batch, corruptions))[0]
+        return climb_together([ascent], lambda climbing: map(source.on_next_batch, climbing.values()))[0]
 
 
 def climb_together(
-    ascents: Sequence[Ascent], gradients_at: Callable[[list[Mapping[str, Tensor]]], Iterable[Mapping[str, Tensor]]]
+    ascents: Sequence[Ascent],
+    gradients_at: Callable[[Mapping[int, Mapping[str, Tensor]]], Iterable[Mapping[str, Tensor]]],
 ) -> list[dict[str, Tensor]]:
     """Let several ascents walk through the same batches, and return where they end.
 
     Args:
         ascents: Their numbers of steps may differ.
-        gradients_at: From the corruptions of all ascents that still climb to their gradients on the next batch.
+        gradients_at: From the corruptions of all ascents that still climb, by their index, to their gradients on the
+            next batch.
     """
     ends: dict[int, dict[str, Tensor]] = {}
     climbing: dict[int, Mapping[str, Tensor]] = {index: next(ascent) for index, ascent in enumerate(ascents)}
     while climbing:
-        for index, gradient in zip(list(climbing), gradients_at(list(climbing.values())), strict=True):
+        for index, gradient in zip(list(climbing), gradients_at(dict(climbing)), strict=True):
             try:
                 climbing[index] = ascents[index].send(gradient)
             except StopIteration as end:  # noqa: PERF203, a step costs a pass through a model

@@ -3,6 +3,7 @@
 from hf_parcor.evaluation.evaluator import CorruptionEvaluator
 from hf_parcor.evaluation.gradients import DatasetGradients
 from hf_parcor.evaluation.metrics import BatchMetric, ClassificationMetric
+from hf_parcor.evaluation.probe import LayerProbe
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "CorruptionRecord",
     "DatasetGradients",
     "EvaluationRecord",
+    "LayerProbe",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_parcor.injection import corrupted
-from hf_parcor.prefix import PrefixReuse
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -81,7 +81,6 @@ class DatasetGradients:
         parameters: The selected parameters by name.
         batches: Can be walked through again and again, such as a list or a `DataLoader` that does not shuffle.
         loss: `loss(model, batch)` returns the mean loss over a batch.
-        prefix: What does not depend on these parameters, run once a batch; None runs all of the model.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -95,12 +94,11 @@ class DatasetGradients:
         batches: Iterable[Batch],
         loss: Loss = model_loss,
         *,
-        prefix: PrefixReuse | None = None,
         progress: bool = False,
     ) -> None:
         check_repeatable(batches)
         self._model, self._parameters, self._batches, self._loss = model, parameters, batches, loss
-        self._prefix, self._progress = prefix, progress
+        self._progress = progress
         shifted = _shifts_labels(model) and loss is model_loss
         self._items = [count_items(batch, shifted=shifted) for batch in batches]
         if not sum(self._items):
@@ -109,14 +107,24 @@ class DatasetGradients:
                 "is the data set empty?"
             )
         self._overall: dict[str, Tensor] | None = None
+        self._whole: DatasetGradients | None = None
         self._walk: Iterator[Batch] = iter(())
 
     def __len__(self) -> int:
         """Return the number of batches."""
         return len(self._items)
 
+    def of_part(self, parameters: Mapping[str, nn.Parameter]) -> DatasetGradients:
+        """Return the gradients of some of the parameters alone; that over all data is still computed once for all."""
+        part = copy.copy(self)
+        part._parameters, part._whole = parameters, self
+        return part
+
     def over_data(self) -> dict[str, Tensor]:
         """Return the gradient of the mean loss over all data, each item counted once."""
+        if self._whole is not None:
+            overall = self._whole.over_data()
+            return {name: overall[name] for name in self._parameters}
         if self._overall is None:
             total = sum(self._items)
             overall = {
@@ -132,24 +140,25 @@ class DatasetGradients:
 
     def on_next_batch(self, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradient of the next batch's mean loss at `w + a`; after the last batch comes the first."""
-        return next(self.on_next_batch_at([corruption]))
+        return self.on_batch(self.next_batch(), corruption)
 
-    def on_next_batch_at(self, corruptions: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        """Yield the gradient of the next batch's mean loss at each `w + a`, with the prefix run once for all."""
+    def next_batch(self) -> Batch:
+        """Return the next batch, on the device of the parameters; after the last comes the first."""
         batch = next(self._walk, None)
         if batch is None:
             self._walk = iter(self._batches)
             batch = next(self._walk)
-        if self._prefix is not None:
-            with torch.no_grad(), self._prefix.recording(gradients=False):
-                self._loss(self._model, self._on_device(batch))
-        for corruption in corruptions:
-            replaying = nullcontext() if self._prefix is None else self._prefix.replaying()
-            with replaying, corrupted(self._parameters, corruption):
-                gradient = self._gradient(batch)
-            yield dict(zip(self._parameters, gradient, strict=True))
-        if self._prefix is not None:
-            self._prefix.forget()
+        return self._on_device(batch)
+
+    def on_batch(self, batch: Batch, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradient of a batch's mean loss at `w + a`."""
+        with corrupted(self._parameters, corruption):
+            return dict(zip(self._parameters, self._gradient(batch), strict=True))
+
+    def run(self, batch: Batch) -> None:
+        """Compute the loss of a batch, for those who watch the model."""
+        with torch.no_grad():
+            self._loss(self._model, batch)
 
     def restart(self) -> None:
         """Let the next batch be the first."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,7 +18,7 @@ from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.evaluation.gradients import DatasetGradients, trainable
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.injection import corrupted
-from hf_parcor.prefix import NothingToReuse, PrefixError, PrefixReuse, plan_prefix
+from hf_parcor.prefix import NothingToReuse, PrefixError, PrefixReuse, plan_prefix, recording_together
 
 logger = logging.get_logger(__name__)
 
@@ -46,57 +49,100 @@ def find_prefix(
         return None
 
 
-def choose_together(
-    group: Sequence[tuple[Corruption, int]],
-    parameters: Mapping[str, nn.Parameter],
-    gradients: DatasetGradients | None,
-) -> list[Mapping[str, Tensor]]:
-    """Return what each corruption chooses with its seed; multi-step ones walk through the data together.
+@dataclass(frozen=True)
+class Part:
+    """Parameters that are corrupted together, their gradients, and what does not depend on them."""
 
-    Args:
-        group: Corruptions and their seeds.
-        parameters: What is corrupted.
-        gradients: For those that need them.
-    """
-    climbing = [index for index, (corruption, _) in enumerate(group) if type(corruption) is MultiStepCorruption]
-    chosen: dict[int, Mapping[str, Tensor]] = {}
-    if gradients is not None and climbing:
-        gradients.restart()
-        multi_step = [cast(MultiStepCorruption, group[index][0]) for index in climbing]
-        with torch.no_grad():
-            ascents = [corruption.ascent(parameters, len(gradients)) for corruption in multi_step]
-            ends = climb_together(ascents, gradients.on_next_batch_at)
-        chosen.update(zip(climbing, ends, strict=True))
-    for index, (corruption, seed) in enumerate(group):
-        if index not in chosen:
-            if gradients is not None:
-                gradients.restart()
-            chosen[index] = corruption(parameters, gradients, torch.Generator().manual_seed(seed))
-    return [chosen[index] for index in range(len(group))]
+    parameters: Mapping[str, nn.Parameter]
+    gradients: DatasetGradients | None
+    prefix: PrefixReuse | None
+
+    def sharing(self) -> AbstractContextManager[None]:
+        """Let the prefix return what was recorded."""
+        return nullcontext() if self.prefix is None else self.prefix.replaying()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One corruption of one part, chosen with one seed."""
+
+    part: Part
+    corruption: Corruption
+    seed: int
+
+
+def choose_together(jobs: Sequence[Job]) -> list[Mapping[str, Tensor]]:
+    """Return what each corruption chooses, as if called alone; multi-step ones walk through the data together."""
+    climbed = iter(_climb([job for job in jobs if type(job.corruption) is MultiStepCorruption]))
+    corruptions: list[Mapping[str, Tensor]] = []
+    for job in jobs:
+        if type(job.corruption) is MultiStepCorruption:
+            corruptions.append(next(climbed))
+            continue
+        generator = torch.Generator().manual_seed(job.seed)
+        if job.part.gradients is not None:
+            job.part.gradients.restart()
+        corruptions.append(job.corruption(job.part.parameters, job.part.gradients, generator))
+    return corruptions
+
+
+@torch.no_grad()
+def _climb(jobs: Sequence[Job]) -> list[dict[str, Tensor]]:
+    if not jobs:
+        return []
+    sources = [cast(DatasetGradients, job.part.gradients) for job in jobs]
+    walk = sources[0]
+    walk.restart()
+
+    def gradients_at(climbing: Mapping[int, Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
+        batch = walk.next_batch()
+        prefixes = _prefixes(jobs[index].part for index in climbing)
+        _record(prefixes, lambda: walk.run(batch))
+        for index, corruption in climbing.items():
+            with jobs[index].part.sharing():
+                gradient = sources[index].on_batch(batch, corruption)
+            yield gradient
+        _forget(prefixes)
+
+    corruptions = [cast(MultiStepCorruption, job.corruption) for job in jobs]
+    ascents = [
+        corruption.ascent(job.part.parameters, len(walk)) for corruption, job in zip(corruptions, jobs, strict=True)
+    ]
+    return climb_together(ascents, gradients_at)
 
 
 def measure_together(
-    model: nn.Module,
-    metric: BatchMetric,
-    prefix: PrefixReuse,
-    parameters: Mapping[str, nn.Parameter],
-    chosen: Sequence[Mapping[str, Tensor]],
-) -> list[Mapping[str, object]]:
-    """Return the metrics under each corruption; the prefix runs once a batch.
+    model: nn.Module, metric: BatchMetric, jobs: Sequence[Job], chosen: Sequence[Mapping[str, Tensor]]
+) -> list[Mapping[str, float]]:
+    """Return the metrics under each corruption; what does not depend on it runs once a batch.
 
     Args:
         model: The model, in evaluation mode.
         metric: What is measured.
-        prefix: What does not depend on the parameters.
-        parameters: What is corrupted.
-        chosen: The corruptions.
+        jobs: The corruptions.
+        chosen: What they chose.
     """
-    parts: list[list[Any]] = [[] for _ in chosen]
+    prefixes = _prefixes(job.part for job in jobs)
+    parts: list[list[Any]] = [[] for _ in jobs]
     for batch in metric.batches:
-        with prefix.recording(gradients=False):
-            metric.of_batch(model, batch)
-        for corruption, of_corruption in zip(chosen, parts, strict=True):
-            with corrupted(parameters, corruption), prefix.replaying():
-                of_corruption.append(metric.of_batch(model, batch))
+        _record(prefixes, partial(metric.of_batch, model, batch))
+        for job, corruption, of_job in zip(jobs, chosen, parts, strict=True):
+            with corrupted(job.part.parameters, corruption), job.part.sharing():
+                of_job.append(metric.of_batch(model, batch))
+        _forget(prefixes)
+    return [metric.combine(of_job) for of_job in parts]
+
+
+def _prefixes(parts: Iterable[Part]) -> list[PrefixReuse]:
+    return list({id(part.prefix): part.prefix for part in parts if part.prefix is not None}.values())
+
+
+def _record(prefixes: Sequence[PrefixReuse], run: Callable[[], Any]) -> None:
+    if prefixes:
+        with recording_together(prefixes):
+            run()
+
+
+def _forget(prefixes: Sequence[PrefixReuse]) -> None:
+    for prefix in prefixes:
         prefix.forget()
-    return [metric.combine(of_corruption) for of_corruption in parts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -41,13 +42,14 @@ class PrefixReuse:
 
     def __init__(self, prefix: Sequence[nn.Module], starts: Sequence[nn.Module]) -> None:
         self.prefix = list(dict.fromkeys(prefix))
-        self._starts = list(dict.fromkeys(starts))
+        self.starts = list(dict.fromkeys(starts))
         self._gradients = True
         self.forget()
 
     def forget(self) -> None:
         """Free what was recorded."""
-        self._recorded: dict[tuple[nn.Module, int], tuple[list[Any], Any]] = {}
+        self.recorded: dict[tuple[nn.Module, int], tuple[list[Any], Any]] = {}
+        """What each call of a module of the prefix hands on."""
         self.outputs: list[Tensor] = []
         """What the modules of the prefix returned, with its graph."""
         self.boundary: list[Tensor] = []
@@ -68,7 +70,7 @@ class PrefixReuse:
 
         try:
             with ExitStack() as hooks, self._substituted(self._record):
-                for module in self._starts:
+                for module in self.starts:
                     hooks.callback(module.register_forward_pre_hook(finish, prepend=True).remove)
                 yield
         except PrefixFinished:
@@ -97,6 +99,10 @@ class PrefixReuse:
                 stack.enter_context(_substituted_forward(module, substitute))
             yield
 
+    def share(self, recorded: dict[tuple[nn.Module, int], tuple[list[Any], Any]]) -> None:
+        """Replay what was recorded for several prefixes at once."""
+        self.recorded = recorded
+
     def _record(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
         output = compute()
         parts, structure = tree_flatten(output)
@@ -109,13 +115,36 @@ class PrefixReuse:
                 kept[place] = part.detach().requires_grad_()
                 self.outputs.append(part)
                 self.boundary.append(kept[place])
-        self._recorded[module, index] = kept, structure
+        self.recorded[module, index] = kept, structure
         return _copied(parts, structure)
 
     def _replay(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
-        if (module, index) not in self._recorded:
+        if (module, index) not in self.recorded:
             return compute()
-        return _copied(*self._recorded[module, index])
+        return _copied(*self.recorded[module, index])
+
+
+@contextmanager
+def recording_together(prefixes: Sequence[PrefixReuse]) -> Iterator[None]:
+    """Keep what several prefixes of one model return, values alone; the block ends where the last of them ends."""
+    deepest = PrefixReuse(
+        [module for prefix in prefixes for module in prefix.prefix],
+        [],
+    )
+    waiting = set(range(len(prefixes)))
+
+    def finish(index: int, module: nn.Module, arguments: Any) -> None:
+        waiting.discard(index)
+        if not waiting:
+            raise PrefixFinished
+
+    with deepest.recording(gradients=False), ExitStack() as hooks:
+        for index, prefix in enumerate(prefixes):
+            prefix.forget()
+            prefix.share(deepest.recorded)
+            for module in prefix.starts:
+                hooks.callback(module.register_forward_pre_hook(partial(finish, index), prepend=True).remove)
+        yield
 
 
 def _copied(parts: list[Any], structure: Any) -> Any:

@@ -346,7 +346,7 @@ class TestMetricValues:
         def refuse(*_):
             raise AssertionError("a weight was touched")
 
-        monkeypatch.setattr("hf_parcor.evaluation.evaluator.corrupted", refuse)
+        monkeypatch.setattr("hf_parcor.evaluation.measurement.corrupted", refuse)
         with pytest.raises(TypeError, match="metric: expected numbers by name"):
             evaluator_of(lambda _: value).evaluate([GaussianNoise(0.1)])
 

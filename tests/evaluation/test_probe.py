@@ -1,0 +1,156 @@
+"""One part after the other: the records of single evaluators, with much less computed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_parcor import (
+    CorruptionConstraint,
+    CorruptionEvaluator,
+    GaussianNoise,
+    GradientCorruption,
+    LayerProbe,
+    MultiStepCorruption,
+)
+from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.targets import TargetError
+
+SIX_LAYERS = {"num_hidden_layers": 6, "hidden_size": 16, "intermediate_size": 64, "initializer_range": 0.3}
+CORRUPTIONS = [
+    kind(CorruptionConstraint(epsilon=epsilon))
+    for epsilon in (0.1, 0.2, 0.5, 1.0, 2.0)
+    for kind in (GradientCorruption, MultiStepCorruption)
+]
+
+
+@pytest.fixture
+def six_layers(tiny_bert):
+    return tiny_bert(**SIX_LAYERS).eval()
+
+
+@pytest.fixture
+def long_batches():
+    return [{"input_ids": torch.randint(1, 20, (4, 12)), "labels": torch.randint(0, 2, (4,))} for _ in range(3)]
+
+
+def single(model, batches, target, corruptions, **options):
+    evaluator = CorruptionEvaluator(
+        model, ClassificationMetric(batches), batches, target_modules=target, progress=False, **options
+    )
+    return evaluator.evaluate(corruptions, trials=2)
+
+
+@pytest.mark.parametrize("memory", [1, 50_000, 1 << 30])
+@pytest.mark.parametrize("reuse", [True, False])
+def test_records_are_those_of_single_evaluators(six_layers, long_batches, one_of_each, bits_of, memory, reuse):
+    before, corruptions = bits_of(six_layers), [*one_of_each.values(), CORRUPTIONS[1]]
+    targets = {"fifth": ["encoder.layer.4"], "norms": "layer-norm", "head": ["classifier"], "all": "all"}
+    metric = ClassificationMetric(long_batches)
+    probe = LayerProbe(
+        six_layers, metric, long_batches, targets=targets, memory=memory, reuse_prefix=reuse, progress=False
+    )
+    records = probe.evaluate(corruptions, trials=2)
+    assert list(records) == list(targets)
+    for label, target in targets.items():
+        alone = single(six_layers, long_batches, target, corruptions, reuse_prefix=False)
+        assert records[label].to_json() == alone.to_json()  # in JSON, NaN equals NaN
+    assert bits_of(six_layers) == before
+    assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in six_layers.modules())
+
+
+def test_each_block_is_a_target_by_default(batches):
+    config = tf.BartConfig(
+        vocab_size=20,
+        d_model=8,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=8,
+        decoder_ffn_dim=8,
+        num_labels=2,
+        eos_token_id=2,
+    )
+    model = tf.BartForSequenceClassification(config)
+    for batch in batches:
+        batch["input_ids"][:, -1] = 2
+        batch["input_ids"][:, :-1].clamp_(min=3)
+    records = LayerProbe(model, ClassificationMetric(batches), progress=False).evaluate([GaussianNoise(0.1)], trials=1)
+    assert list(records) == [
+        *(f"model.encoder.layers.{index}" for index in range(2)),
+        *(f"model.decoder.layers.{index}" for index in range(3)),
+    ]
+    for label, record in records.items():
+        block = model.get_submodule(label)
+        assert record.parameters == record.corruptions[0].changed == sum(p.numel() for p in block.parameters())
+
+
+def operations(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_operations_of_a_sweep(six_layers, long_batches):
+    """Six layers, five radii, gradient-based and multi-step: at most 0.6 of what a plain loop computes."""
+    layers = [[f"bert.encoder.layer.{index}"] for index in range(6)]
+    found = {}
+
+    def probe():
+        found.update(
+            LayerProbe(six_layers, ClassificationMetric(long_batches), long_batches, progress=False).evaluate(
+                CORRUPTIONS
+            )
+        )
+
+    def plain():
+        for (label, record), layer in zip(found.items(), layers, strict=True):
+            assert layer == [label]
+            for row, corruption in zip(record.corruptions, CORRUPTIONS, strict=True):
+                alone = single(six_layers, long_batches, layer, [corruption], reuse_prefix=False)
+                assert alone.corruptions == (row,)
+
+    shared = operations(probe)
+    assert shared <= 0.6 * operations(plain)
+
+
+def test_bit_for_bit_after_an_interrupt(six_layers, long_batches, bits_of):
+    class Failing(ClassificationMetric):
+        calls = 0
+
+        def of_batch(self, model, batch):
+            Failing.calls += 1
+            if Failing.calls == 20:
+                raise KeyboardInterrupt
+            return super().of_batch(model, batch)
+
+    before = bits_of(six_layers)
+    probe = LayerProbe(six_layers, Failing(long_batches), long_batches, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        probe.evaluate(CORRUPTIONS)
+    assert bits_of(six_layers) == before
+
+
+class TestBadInput:
+    def test_no_target(self, six_layers):
+        with pytest.raises(ValueError, match="targets: expected at least one, got none"):
+            LayerProbe(six_layers, lambda model: {"x": 0.0}, targets={})
+
+    def test_target_that_matches_nothing(self, six_layers):
+        with pytest.raises(TargetError):
+            LayerProbe(six_layers, lambda model: {"x": 0.0}, targets={"a": "last-decoder-layer"})
+
+    def test_model_without_stacks(self):
+        with pytest.raises(ValueError, match="expected a model with stacks of blocks, got Linear without any"):
+            LayerProbe(nn.Linear(2, 2), lambda model: {"x": 0.0})
+
+    def test_missing_batches(self, six_layers):
+        probe = LayerProbe(six_layers, lambda model: {"x": math.pi}, progress=False)
+        with pytest.raises(ValueError, match="batches: expected data for gradient-based"):
+            probe.evaluate(CORRUPTIONS)
