@@ -99,10 +99,6 @@ class PrefixReuse:
                 stack.enter_context(_substituted_forward(module, substitute))
             yield
 
-    def share(self, recorded: dict[tuple[nn.Module, int], tuple[list[Any], Any]]) -> None:
-        """Replay what was recorded for several prefixes at once."""
-        self.recorded = recorded
-
     def _record(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
         output = compute()
         parts, structure = tree_flatten(output)
@@ -127,21 +123,20 @@ class PrefixReuse:
 @contextmanager
 def recording_together(prefixes: Sequence[PrefixReuse]) -> Iterator[None]:
     """Keep what several prefixes of one model return, values alone; the block ends where the last of them ends."""
-    deepest = PrefixReuse(
-        [module for prefix in prefixes for module in prefix.prefix],
-        [],
-    )
-    waiting = set(range(len(prefixes)))
+    everything = PrefixReuse([module for prefix in prefixes for module in prefix.prefix], [])
+    waiting = dict(enumerate(prefixes))
 
     def finish(index: int, module: nn.Module, arguments: Any) -> None:
-        waiting.discard(index)
+        ended = waiting.pop(index, None)
+        if ended is not None:
+            # Not what is recorded later: a module of this prefix may be called again behind its end.
+            ended.recorded = dict(everything.recorded)
         if not waiting:
             raise PrefixFinished
 
-    with deepest.recording(gradients=False), ExitStack() as hooks:
-        for index, prefix in enumerate(prefixes):
+    with everything.recording(gradients=False), ExitStack() as hooks:
+        for index, prefix in waiting.items():
             prefix.forget()
-            prefix.share(deepest.recorded)
             for module in prefix.starts:
                 hooks.callback(module.register_forward_pre_hook(partial(finish, index), prepend=True).remove)
         yield

@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.utils import ModelOutput
 
 from hf_parcor import (
     CorruptionConstraint,
@@ -89,6 +90,28 @@ def test_each_block_is_a_target_by_default(batches):
     for label, record in records.items():
         block = model.get_submodule(label)
         assert record.parameters == record.corruptions[0].changed == sum(p.numel() for p in block.parameters())
+
+
+def test_a_module_that_is_called_before_and_behind_a_target(batches):
+    """What it returns behind the target depends on it, and must not be that of the clean model."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, input_ids, labels):
+            hidden = self.shared(torch.tanh(self.first(self.shared(input_ids / 20))))
+            logits = self.last(torch.tanh(hidden))
+            return ModelOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+    model, corruptions = Twice(), [GaussianNoise(0.5), *CORRUPTIONS[-2:]]
+    probe = LayerProbe(
+        model, ClassificationMetric(batches), batches, targets={"a": ["first"], "b": ["last"]}, progress=False
+    )
+    records = probe.evaluate(corruptions, trials=2)
+    for label, target in (("a", ["first"]), ("b", ["last"])):
+        assert records[label] == single(model, batches, target, corruptions, reuse_prefix=False)
 
 
 def operations(run):
