@@ -16,6 +16,15 @@ from hf_parcor import CorruptionConstraint, MultiStepRisk, ParameterDefenseTrain
 K1 = MultiStepRisk(CorruptionConstraint(epsilon=0.2), steps=1)
 
 
+@pytest.fixture
+def interruptible():
+    """Let SIGINT raise KeyboardInterrupt: a process that was started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("call", [2, 3])
 def test_interrupt_by_signal_in_a_corrupted_pass_and_then_saving(tiny_bert, rows, arguments, tmp_path, call):
     """Ctrl-C and then `save_model()`, which is what people do: what is saved are the weights, not w + a."""
