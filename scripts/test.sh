@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs everything into .venv, then runs the linter, the type checker and all tests.
-source "$(dirname "${BASH_SOURCE[0]}")/set_up.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/set_up.sh" dev
 export OMP_NUM_THREADS=1  # two test workers share two cores
 set -x
 .venv/bin/ruff check .
