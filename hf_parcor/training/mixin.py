@@ -94,6 +94,7 @@ class ParameterDefenseMixin(_Base):
     def _check_settings(self) -> None:
         self._selected: tuple[nn.Module, dict[str, nn.Parameter]] | None = None
         self._prefix: tuple[dict[str, nn.Parameter], Defense, PrefixReuse | None] | None = None
+        self._suffix_share = 1.0  # of what a pass computes, where later passes share the rest
         if self.defense is not None:
             refuse_what_cannot_work(self, self.defense)
             if self.model is not None:
@@ -139,7 +140,7 @@ class ParameterDefenseMixin(_Base):
         selected = self.defended_parameters()
         others = trained_beside(selected.values(), model, self.optimizer)
         prefix = self._find_shared_prefix(defense, model, selected, inputs)
-        self._cost = defense.cost if prefix is None else 1 + (defense.cost - 1) * suffix_share(model, prefix)
+        self._cost = 1 + (defense.cost - 1) * self._suffix_share
         embedding = self._input_embedding()
         with DefendedStep(selected, run_pass, defense.passes, others, embedding, prefix) as step:
             defense.minimize(step)
@@ -163,7 +164,9 @@ class ParameterDefenseMixin(_Base):
         if not self._settings.reuses_prefix(self.args):
             return None
         if self._prefix is None or self._prefix[0] is not selected or self._prefix[1] is not defense:
-            self._prefix = (selected, defense, find_shared_prefix(self, defense, model, selected, inputs))
+            prefix = find_shared_prefix(self, defense, model, selected, inputs)
+            self._prefix = (selected, defense, prefix)
+            self._suffix_share = 1.0 if prefix is None else suffix_share(model, prefix)
         return self.shared_prefix
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
