@@ -22,7 +22,9 @@ class ACRT(ConstrainedDefense):
     Args:
         constraint: The set S; any p.
         alpha: Weight α of the corrupted loss, in [0, 1]; 0 is the stock step, 1 is `SAM`. Default 0.5.
+        batch_share: Of the batch, the corrupted pass sees this share; with α = 1 as in `SAM`. Default 1.
         start_epoch: Until this epoch training is the stock one. Default 0.
+        interval: Defend every so many optimizer steps. Default 1.
 
     Raises:
         ValueError: `alpha` outside [0, 1].
@@ -39,6 +41,11 @@ class ACRT(ConstrainedDefense):
     def passes(self) -> int:
         """Two, or one where the corrupted loss has no weight."""
         return 2 if self.alpha > 0 else 1
+
+    @property
+    def whole_pass(self) -> int:
+        """The clean pass, or the corrupted one where it alone makes the update."""
+        return 0 if self.alpha < 1 else 1
 
     def minimize(self, step: DefendedStep) -> None:
         """Run the clean pass and the corrupted one."""

@@ -35,10 +35,12 @@ class AWP(ProjectedAscent):
         input_epsilon: ε_B ≥ 0, in units of the embedding's output; 0 leaves the inputs as they are. Default 0.1.
         input_steps: Steps of size `1.5 ε_B / input_steps`, ≥ 0. Default 1.
         start_epoch: Until this epoch training is the stock one. Default 0.
+        interval: Defend every so many optimizer steps. Default 1.
 
     Raises:
         NotImplementedError: p is neither 2 nor ∞, and the steps may leave the ball.
-        ValueError: A number of steps, `step_size` or `input_epsilon` is negative; or `per_tensor` with `random_start`.
+        ValueError: A number of steps, `step_size` or `input_epsilon` is negative; `per_tensor` with `random_start`; or
+            a `batch_share`: the adversarial inputs are those of the whole batch.
 
     Examples:
         >>> from hf_parcor import CorruptionConstraint
@@ -59,6 +61,11 @@ class AWP(ProjectedAscent):
         check_count("input_steps", self.input_steps, minimum=0)
         if self.per_tensor and self.random_start:
             raise ValueError("random_start: expected False with per_tensor=True, got True; leave one of them out")
+        if self.batch_share != 1:
+            raise ValueError(
+                f"batch_share: expected 1 with AWP, got {self.batch_share}; its adversarial inputs are those of the "
+                "whole batch: use interval=, SAM or MultiStepRisk"
+            )
 
     @property
     def perturbs_inputs(self) -> bool:

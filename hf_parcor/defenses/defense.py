@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.defenses.step import DefendedStep
-from hf_parcor.functional.arguments import check_radius
+from hf_parcor.functional.arguments import check_count, check_radius, check_real
 from hf_parcor.functional.constrained_maximum import constrained_maximum_
 
 
@@ -20,15 +20,19 @@ class Defense(ABC):
     Args:
         start_epoch: Until this epoch (a fraction is fine) training is the stock one: early on, corruption harms
             learning. Default 0.
+        interval: Defend every so many optimizer steps, and take the stock step at the others: an approximation that
+            costs less. Default 1, all of them.
 
     Raises:
-        ValueError: `start_epoch` is negative, infinite or NaN.
+        ValueError: `start_epoch` is negative, infinite or NaN, or `interval < 1`.
     """
 
     start_epoch: float = 0.0
+    interval: int = 1
 
     def __post_init__(self) -> None:
         check_radius("start_epoch", self.start_epoch)
+        check_count("interval", self.interval)
 
     @property
     @abstractmethod
@@ -64,9 +68,13 @@ class Defense(ABC):
     def minimize(self, step: DefendedStep) -> None:
         """Run the passes of one micro-batch, so that `.grad` becomes the gradient of the risk."""
 
-    def is_active(self, epoch: float) -> bool:
-        """Say whether a step at this epoch differs from the stock step at all."""
-        return not self.is_stock and epoch >= self.start_epoch
+    def share_of_batch(self, index: int) -> float:
+        """Return which share of the batch's examples pass `index` runs on."""
+        return 1.0
+
+    def is_active(self, epoch: float, step: int = 0) -> bool:
+        """Say whether this optimizer step, at this epoch, differs from the stock step at all."""
+        return not self.is_stock and epoch >= self.start_epoch and step % self.interval == 0
 
 
 @dataclass(frozen=True)
@@ -75,17 +83,38 @@ class ConstrainedDefense(Defense):
 
     Args:
         constraint: The set S of corruptions that the training defends against.
+        batch_share: Which share of the batch's examples, the first ones, the passes see that a stock step does not
+            have, in (0, 1]: an approximation that costs less. Default 1, the whole batch.
         start_epoch: As in `Defense`.
+        interval: As in `Defense`.
 
     Raises:
         TypeError: The constraint is none.
+        ValueError: `batch_share` outside (0, 1].
     """
 
     constraint: CorruptionConstraint
+    batch_share: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_constraint(self.constraint)
+        if not 0 < check_real("batch_share", self.batch_share, "0 < batch_share <= 1") <= 1:
+            raise ValueError(f"batch_share: expected 0 < batch_share <= 1, got {self.batch_share}; 1 is all of it")
+
+    @property
+    def whole_pass(self) -> int:
+        """The index of the pass that sees the whole batch even where `batch_share` is below 1."""
+        return 0
+
+    def share_of_batch(self, index: int) -> float:
+        """Return 1 for the `whole_pass`, and `batch_share` for the others."""
+        return 1.0 if index == self.whole_pass else self.batch_share
+
+    @property
+    def cost(self) -> float:
+        """One stock step, and `batch_share` of one for each further pass."""
+        return 1 + (self.passes - 1) * self.batch_share
 
     @property
     def order(self) -> float:

@@ -26,6 +26,7 @@ class GradientPenalty(Defense):
         p: Order of the norm of the corruption that it stands for; the penalty has the dual order `p/(p−1)`. Default 2.
         weight: λ ≥ 0, in units of the weights; 0 is the stock step.
         start_epoch: Until this epoch training is the stock one. Default 0.
+        interval: Defend every so many optimizer steps. Default 1.
 
     Raises:
         ValueError: `p < 1` or `weight < 0`, or NaN.

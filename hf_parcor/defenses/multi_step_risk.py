@@ -25,7 +25,9 @@ class MultiStepRisk(ProjectedAscent):
         step_size: α in units of the weights; None, the default, for `1.5 ε/K` (printed `1.5 ε/k` in the paper).
         random_start: Start from a random `a_0` with `‖a_0‖_p = ε` instead of 0. Default False, which was better in
             paper 2, Table 2. Drawn from PyTorch's global generator.
+        batch_share: The corrupted passes see this share of the batch. Default 1.
         start_epoch: Until this epoch training is the stock one. Default 0.
+        interval: Defend every so many optimizer steps. Default 1.
 
     Raises:
         NotImplementedError: p is neither 2 nor ∞, and the steps may leave the ball.

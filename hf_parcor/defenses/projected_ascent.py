@@ -29,6 +29,9 @@ class ProjectedAscent(ConstrainedDefense):
         steps: K ≥ 0, the number of corruption steps.
         step_size: α in units of the weights; None, the default, for `1.5 ε/K` (printed `1.5 ε/k` in the paper).
         random_start: Start from a random `a_0` with `‖a_0‖_p = ε` instead of 0. Drawn from PyTorch's global generator.
+        batch_share: As in `ConstrainedDefense`.
+        start_epoch: As in `Defense`.
+        interval: As in `Defense`.
 
     Raises:
         NotImplementedError: p is neither 2 nor ∞, and K steps of size α may leave the ball.

@@ -21,8 +21,15 @@ class SAM(ConstrainedDefense):
 
     Args:
         constraint: The set S; any p.
+        batch_share: Find `â` on this share of the batch. Default 1.
         start_epoch: Until this epoch training is the stock one. Default 0.
+        interval: Defend every so many optimizer steps. Default 1.
     """
+
+    @property
+    def whole_pass(self) -> int:
+        """The corrupted pass: it alone makes the update."""
+        return 1
 
     @property
     def passes(self) -> int:

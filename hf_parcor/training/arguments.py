@@ -57,6 +57,16 @@ class DefenseArguments:
     defense_start_epoch: float = field(
         default=0.0, metadata={"help": "Train without the defense until this epoch; a fraction is fine."}
     )
+    defense_interval: int = field(
+        default=1, metadata={"help": "Defend every so many optimizer steps; an approximation that costs less."}
+    )
+    defense_batch_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the batch that the passes see which a stock step does not have; an approximation that "
+            "costs less."
+        },
+    )
     defense_target_modules: list[str] | None = field(
         default=None,
         metadata={

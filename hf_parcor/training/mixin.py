@@ -127,7 +127,7 @@ class ParameterDefenseMixin(_Base):
             The risk, detached and scaled for accumulation as the stock step scales its loss.
         """
         defense = self.defense
-        if defense is None or not defense.is_active(self.state.epoch or 0.0):
+        if defense is None or not defense.is_active(self.state.epoch or 0.0, self.state.global_step):
             self._cost = 1.0
             return super().training_step(model, inputs, num_items_in_batch)
         # A schedule-free optimizer moves the weights when it enters training: not between two passes.
@@ -135,8 +135,7 @@ class ParameterDefenseMixin(_Base):
         if callable(enter_training):
             enter_training()
 
-        stock_step = super().training_step
-        run_pass = passes_of(self, lambda batch: stock_step(model, batch, num_items_in_batch), model, inputs)
+        run_pass = passes_of(self, super().training_step, defense, model, inputs, num_items_in_batch)
         selected = self.defended_parameters()
         others = trained_beside(selected.values(), model, self.optimizer)
         prefix = self._find_shared_prefix(defense, model, selected, inputs)

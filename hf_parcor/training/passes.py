@@ -10,49 +10,61 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_parcor.defenses import Objective
+from hf_parcor.defenses import Defense, Objective
+from hf_parcor.training.batch_part import first_examples, items_of_part
 from hf_parcor.training.books import books_closed
 from hf_parcor.training.overriding import overriding
 from hf_parcor.training.running_statistics import frozen_running_statistics
 
 
 def passes_of(
-    trainer: Trainer, stock_step: Callable[[Any], Tensor], model: nn.Module, inputs: dict[str, Tensor | Any]
+    trainer: Trainer,
+    stock_step: Callable[..., Tensor],
+    defense: Defense,
+    model: nn.Module,
+    inputs: dict[str, Tensor | Any],
+    num_items_in_batch: Tensor | int | None = None,
 ) -> Callable[[Objective, int], Tensor]:
     """Return `run_pass(objective, index)`, which runs the stock step on one batch with this objective of its loss.
 
-    All passes see the same prepared batch. Only the pass of index 0 moves BatchNorm's running statistics and the
-    numbers that the Trainer counts itself; index −1 is a run that is not finished.
+    All passes see the same prepared batch, or the part of it that the defense asks for. Only the pass of index 0 moves
+    BatchNorm's running statistics, and only the first one over the whole batch the numbers that the Trainer counts
+    itself; index −1 is a run that is not finished.
 
     Args:
         trainer: The Trainer.
-        stock_step: From a batch to the detached loss: forward and backward.
+        stock_step: Its `training_step`, forward and backward, which returns the detached loss.
+        defense: It says how many passes there are, and which share of the batch each sees.
         model: The model as the Trainer wrapped it.
         inputs: The batch, which is not changed.
+        num_items_in_batch: As `training_step` got it.
     """
     compute_loss, prepare_inputs = trainer.compute_loss, trainer._prepare_inputs
+    counting = next(index for index in range(defense.passes) if defense.share_of_batch(index) == 1)
     prepared: list[Any] = []
 
-    def prepare_once(batch: Any) -> Any:
-        # A Trainer may augment or generate here: all passes are to see the same batch.
-        if not prepared:
-            prepared.append(prepare_inputs(batch))
-        return copy.copy(prepared[0])  # compute_loss pops the labels
-
     def run_pass(objective: Objective, index: int) -> Tensor:
+        share = 1.0 if index < 0 else defense.share_of_batch(index)
+
         def compute_objective(*args: Any, **kwargs: Any) -> Any:
             result = compute_loss(*args, **kwargs)
             if isinstance(result, tuple):
                 return (_scaled(trainer, objective, result[0]), *result[1:])
             return _scaled(trainer, objective, result)
 
+        def prepare_once(batch: Any) -> Any:
+            # A Trainer may augment or generate here: all passes are to see the same batch.
+            if not prepared:
+                prepared.append(prepare_inputs(batch))
+            return copy.copy(first_examples(prepared[0], share))  # compute_loss pops the labels
+
         with ExitStack() as stack:
             stack.enter_context(overriding(trainer, compute_loss=compute_objective, _prepare_inputs=prepare_once))
             if index > 0:
                 stack.enter_context(frozen_running_statistics(model))
-            if index != 0:
+            if index != counting:
                 stack.enter_context(books_closed(trainer))
-            return stock_step(copy.copy(inputs))
+            return stock_step(model, copy.copy(inputs), items_of_part(num_items_in_batch, inputs, share))
 
     return run_pass
 

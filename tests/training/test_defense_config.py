@@ -36,7 +36,12 @@ class Own(SAM):
 
 CONFIGS = {
     "every setting": DefenseConfig(
-        MultiStepRisk(EVERYWHERE, steps=4, step_size=0.3, random_start=True, start_epoch=0.1), "attention", ["a"], -1
+        MultiStepRisk(
+            EVERYWHERE, steps=4, step_size=0.3, random_start=True, start_epoch=0.1, interval=2, batch_share=0.5
+        ),
+        "attention",
+        ["a"],
+        -1,
     ),
     "collections": DefenseConfig(ACRT(L2, alpha=1 / 3), ["b", "a"], {"d", "c"}, range(2)),
     "infinite order": DefenseConfig(GradientPenalty(p=math.inf, weight=1e-30)),
@@ -67,6 +72,8 @@ def test_the_file_word_for_word(tmp_path):
         "defense": "multi_step_risk",
         "settings": {
             "start_epoch": 0.1,
+            "interval": 2,
+            "batch_share": 0.5,
             "constraint": {"p": "inf", "epsilon": 0.001, "top_n": 7},
             "steps": 4,
             "step_size": 0.3,

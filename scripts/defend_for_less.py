@@ -1,0 +1,165 @@
+"""How much robustness cheaper defenses of the whole model buy: SST-2, as `reproduce_sst2.py`, and a front.
+
+    python scripts/defend_for_less.py --model MODEL --data FOLDER --output scripts/results/less
+
+Each arm is trained with each seed, and its accuracy measured along the worst direction (gradient-based, L2) at seven
+radii. What an arm gains is the area between its curve and the plain one, as a mean over 0 <= ε <= 0.3, in points; what
+it costs is the time of a step, from the record of `benchmark.py`. The output folder gets a record for each run,
+`table.md` and `front.png`. Finished runs are kept, so an interrupted campaign goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+from sst2_runs import ONE_STEP, PLAIN, Arm, Run, evaluator_of, l2, note_run, over_runs, parse_options, train
+
+from hf_parcor import CorruptionConstraint, GradientCorruption
+from hf_parcor.evaluation import EvaluationRecord
+from hf_parcor.statistics import MeanAndSpread, student_t_test
+
+BENCHMARK = Path(__file__).parent / "results" / "benchmark.json"
+RADII = [0.025, 0.05, 0.1, 0.15, 0.2, 0.3]
+HALF = l2("sam", 0.05)
+QUARTER, EVERY_THIRD = ["--defense_batch_share", "0.25"], ["--defense_interval", "3"]
+LATE = ["--defense_start_epoch", "0.67"]
+
+
+@dataclass(frozen=True)
+class Cheaper(Arm):
+    """An arm, and the row of the benchmark that tells what its defended steps cost."""
+
+    timed_as: str
+    full: str | None = None  # the arm that it approximates
+
+    @property
+    def defended_steps(self) -> float:
+        """The share of the steps that are defended, in one epoch."""
+        defense = self.defense
+        return 0.0 if defense is None else (1 - defense.start_epoch) / defense.interval
+
+
+ONE, SAM = "multi_step_risk-1", "sam-half"
+ARMS = {
+    "plain": Cheaper(PLAIN.label, PLAIN.flags, "stock Trainer"),
+    ONE: Cheaper("K = 1", ONE_STEP, "whole model, K = 1"),
+    SAM: Cheaper("SAM ε/2", HALF, "SAM"),
+    "sam-half-quarter": Cheaper("SAM ε/2, ¼ of the batch", HALF + QUARTER, "SAM, ¼ of the batch", SAM),
+    "sam-half-third": Cheaper("SAM ε/2, every 3rd step", HALF + EVERY_THIRD, "SAM", SAM),
+    f"{ONE}-quarter": Cheaper("K = 1, ¼ of the batch", ONE_STEP + QUARTER, "K = 1, ¼ of the batch", ONE),
+    f"{ONE}-third": Cheaper("K = 1, every 3rd step", ONE_STEP + EVERY_THIRD, "whole model, K = 1", ONE),
+    "sam-half-late": Cheaper("SAM ε/2, last third", HALF + LATE, "SAM", SAM),
+    f"{ONE}-upper-2": Cheaper(
+        "K = 1, two last layers",
+        [*ONE_STEP, "--defense_target_modules", "layer.4", "layer.5", "pooler", "classifier"],
+        "two last layers, K = 1",
+        ONE,
+    ),
+    f"{ONE}-late": Cheaper("K = 1, last third", ONE_STEP + LATE, "whole model, K = 1", ONE),
+    "sam-half-eighth": Cheaper(
+        "SAM ε/2, ⅛ of the batch", [*HALF, "--defense_batch_share", "0.125"], "SAM, ⅛ of the batch", SAM
+    ),
+}
+
+
+def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
+    """Train one model and measure it along the worst direction, unless its record is there already."""
+    path = options.output / f"{run.file_name}.json"
+    if not path.exists():
+        started = time.monotonic()
+        folder = train(options, run)
+        corruptions = [GradientCorruption(CorruptionConstraint(p=2, epsilon=epsilon)) for epsilon in RADII]
+        evaluator_of(options, folder).evaluate(corruptions).save(path)
+        note_run(options, run, time.monotonic() - started)
+    return EvaluationRecord.load(path)
+
+
+def area(record: EvaluationRecord) -> float:
+    """Return the mean accuracy over 0 <= ε <= 0.3 in per cent: the area under the curve, by trapezoids."""
+    radii = [0.0, *RADII]
+    values = [100 * row.mean("accuracy") for row in record.rows()]
+    width = zip(radii[:-1], radii[1:], values[:-1], values[1:], strict=True)
+    return sum((right - left) * (first + second) / 2 for left, right, first, second in width) / radii[-1]
+
+
+def step_cost(arm: Cheaper) -> float:
+    """Return the median time of a step over a run, in stock steps of the same round of the benchmark."""
+    times = {row["arm"]: row["time_ratio_median"] for row in json.loads(BENCHMARK.read_text())["rows"]}
+    return 1 + arm.defended_steps * (times[arm.timed_as] - 1)
+
+
+def front(records: dict[str, list[EvaluationRecord]]) -> list[dict[str, float | str]]:
+    """Return what each arm costs and gains, the cheapest first."""
+    areas = {name: MeanAndSpread.from_values([area(record) for record in of_arm]) for name, of_arm in records.items()}
+    plain = areas["plain"]
+    rows: list[dict[str, float | str]] = []
+    for name, under in areas.items():
+        arm = ARMS[name]
+        gain = under.mean - plain.mean
+        clean = MeanAndSpread.from_values([100 * record.rows()[0].mean("accuracy") for record in records[name]])
+        row: dict[str, float | str] = {"arm": arm.label, "cost": step_cost(arm), "gain": gain}
+        row |= {"clean": f"{clean.mean:.1f} ± {clean.standard_deviation:.1f}"}
+        row |= {"area": f"{under.mean:.1f} ± {under.standard_deviation:.1f}"}
+        if name != "plain":
+            test = student_t_test(under, plain)
+            row |= {"t": f"{test.t:.1f}{'*' if test.is_significant() else ''}"}
+        if arm.full is not None:
+            row |= {"share": f"{100 * gain / (areas[arm.full].mean - plain.mean):.0f} %"}
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["cost"])
+
+
+def table(rows: list[dict[str, float | str]]) -> str:
+    """Return the front as Markdown."""
+    lines = ["| arm | step | clean | area | gain | t | of the full gain |", "|:--|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        cells = [f"{row['cost']:.2f}", row["clean"], row["area"], f"{row['gain']:+.1f}"]
+        lines.append(f"| {row['arm']} | {' | '.join(map(str, cells))} | {row.get('t', '')} | {row.get('share', '')} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, float | str]], path: Path) -> None:
+    """Draw gain against cost."""
+    mpl.use("Agg")
+    from matplotlib import pyplot  # noqa: PLC0415, after the choice of the backend
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+    axes.axhline(0, color="0.8", linewidth=1)
+    axes.axvline(1.3, color="0.8", linewidth=1, linestyle="--")
+    for row in rows:
+        color = "C1" if str(row["arm"]).startswith("SAM") else "C0"
+        axes.plot(float(row["cost"]), float(row["gain"]), "o", color=color)
+        axes.annotate(str(row["arm"]), (float(row["cost"]), float(row["gain"])), (6, 4), textcoords="offset points")
+    axes.set_xlabel("time of a step, in stock steps")
+    axes.set_ylabel("accuracy gained, mean over 0 ≤ ε ≤ 0.3 (points)")
+    axes.set_xlim(0.95, 2.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Run what is missing, and draw the front."""
+    options = parse_options(__doc__, ARMS, "runs/sst2")
+    records = over_runs(measure, "runs", options, {name: ARMS[name] for name in options.arms or ARMS})
+    if options.arms:
+        return
+    rows = front(records)
+    seeds = ", ".join(map(str, options.seeds))
+    text = (
+        f"SST-2 dev accuracy (%) along the worst direction, seeds {seeds}, mean ± sample standard deviation; area: mean "
+        "over 0 <= ε <= 0.3; gain: area less that of the plain arm; step: time, in stock steps, over the whole run.\n"
+        "t: Student's test with pooled variance that the arm is no better than plain; * p < 0.05, one-sided.\n\n"
+        f"{table(rows)}"
+    )
+    (options.output / "table.md").write_text(text, encoding="utf-8")
+    plot(rows, options.output / "front.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

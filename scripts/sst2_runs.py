@@ -1,0 +1,169 @@
+"""What campaigns on SST-2 share: arms, and their training by `examples/train_sst2.py`. No command by itself."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
+
+from hf_parcor import CorruptionEvaluator
+from hf_parcor.defenses import Defense
+from hf_parcor.evaluation import ClassificationMetric, EvaluationRecord
+from hf_parcor.training import DefenseArguments, build_defense
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train_sst2.py"
+RECORDING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: what tables call it, and its flags."""
+
+    label: str
+    flags: list[str]
+
+    @property
+    def arguments(self) -> DefenseArguments:
+        """The flags as arguments."""
+        parser = HfArgumentParser(DefenseArguments)  # type: ignore[arg-type]
+        (arguments,) = parser.parse_args_into_dataclasses(self.flags)
+        return arguments  # type: ignore[no-any-return]
+
+    @property
+    def defense(self) -> Defense | None:
+        """The defense, None for the plain arm."""
+        return build_defense(self.arguments)
+
+
+def l2(defense: str, epsilon: float, *more: str) -> list[str]:
+    """Return the flags of a defense in the L2 norm."""
+    return ["--defense", defense, "--defense_norm", "2", "--defense_epsilon", str(epsilon), *more]
+
+
+PLAIN = Arm("plain", ["--defense", "none"])
+ONE_STEP = l2("multi_step_risk", 0.1, "--defense_steps", "1")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm trained with one seed."""
+
+    name: str
+    arm: Arm
+    seed: int
+
+    @property
+    def file_name(self) -> str:
+        """The name of its files."""
+        return f"{self.name}-seed{self.seed}"
+
+
+def parse_options(description: str | None, arms: dict[str, Arm], work: str) -> argparse.Namespace:
+    """Read the command line of a campaign."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder or a name on the Hub")
+    parser.add_argument("--data", type=Path, required=True, help="the folder with the SST-2 files")
+    parser.add_argument("--output", type=Path, required=True, help="the folder for records and the table")
+    parser.add_argument("--work", type=Path, default=Path(work), help="the folder for models and logs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--arms", nargs="+", choices=arms, help="only run these, in this order, and draw no table")
+    parser.add_argument("--train-samples", type=int, default=2048)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    # One thread each: a process that waits for its other thread gains nothing from a busy core.
+    options.threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def train(options: argparse.Namespace, run: Run, *more: str) -> Path:
+    """Train one model, unless it is there already, and return its folder."""
+    folder: Path = options.work / run.file_name
+    if (folder / "train_results.json").exists():
+        return folder
+    fixed = {
+        "model_name_or_path": options.model,
+        "train_file": str(options.data / "train_sentences.tsv.gz"),
+        "validation_file": str(options.data / "dev.tsv.gz"),
+        "max_train_samples": options.train_samples,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+        "learning_rate": 2e-4,  # at 5e-5 the 64 steps end before this small model has learned anything
+        "num_train_epochs": 1,
+        "seed": run.seed,
+        "output_dir": folder,
+        "save_strategy": "no",
+        "logging_steps": 10,
+        "report_to": "none",
+    }
+    flags = (part for name, value in fixed.items() for part in (f"--{name}", str(value)))
+    subprocess.run(
+        [sys.executable, str(EXAMPLE), "--do_train", *flags, *run.arm.flags, *more],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
+    )
+    return folder
+
+
+def note_run(options: argparse.Namespace, run: Run, seconds: float) -> None:
+    """Write into `runs.json` how a run was trained, and how long training and all of it took."""
+    training = json.loads((options.work / run.file_name / "train_results.json").read_text())
+    if training["train_collapsed"]:
+        print(f"{run.file_name} shows signs of collapse: it is kept, and marked in runs.json")
+    with RECORDING:
+        path = options.output / "runs.json"
+        runs = json.loads(path.read_text()) if path.exists() else {}
+        runs[run.file_name] = {
+            "collapsed": bool(training["train_collapsed"]),
+            "train_seconds": training["train_runtime"],
+            "seconds": round(seconds, 1),
+            "train_samples": training["train_samples"],
+            "machine": f"{platform.machine()}, {options.threads} of {os.cpu_count()} cores",
+            "flags": run.arm.flags,
+        }
+        path.write_text(json.dumps(runs, indent=2, sort_keys=True) + "\n")
+
+
+def evaluator_of(options: argparse.Namespace, folder: Path, **selection: Any) -> CorruptionEvaluator:
+    """Return an evaluator of a trained model on the dev sentences, sorted by length."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    with gzip.open(options.data / "dev.tsv.gz", "rt", encoding="utf-8") as file:
+        rows = sorted((line.rstrip("\n").split("\t") for line in list(file)[1:]), key=lambda row: len(row[0]))
+    batches = []
+    for start in range(0, len(rows), 64):
+        texts, labels = zip(*rows[start : start + 64], strict=True)
+        batch = tokenizer(list(texts), truncation=True, max_length=128, padding=True, return_tensors="pt")
+        batches.append({**batch, "labels": torch.tensor([int(label) for label in labels])})
+    return CorruptionEvaluator(model, ClassificationMetric(batches), batches, progress=False, **selection)
+
+
+Measure = Callable[[argparse.Namespace, Run], EvaluationRecord]
+
+
+def over_runs(
+    measure: Measure, title: str, options: argparse.Namespace, arms: dict[str, Arm]
+) -> dict[str, list[EvaluationRecord]]:
+    """Measure these arms with every seed, several side by side."""
+    runs = [Run(name, arm, seed) for seed in options.seeds for name, arm in arms.items()]
+    records: dict[str, list[EvaluationRecord]] = {name: [] for name in arms}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        done = pool.map(lambda run: measure(options, run), runs)
+        for run, record in zip(runs, tqdm(done, desc=title, total=len(runs)), strict=True):
+            records[run.name].append(record)
+    return records
