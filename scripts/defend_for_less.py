@@ -126,7 +126,7 @@ def table(rows: list[dict[str, float | str]]) -> str:
 def plot(rows: list[dict[str, float | str]], path: Path) -> None:
     """Draw gain against cost."""
     mpl.use("Agg")
-    from matplotlib import pyplot  # noqa: PLC0415, after the choice of the backend
+    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
     axes.axhline(0, color="0.8", linewidth=1)
@@ -151,8 +151,8 @@ def main() -> None:
     rows = front(records)
     seeds = ", ".join(map(str, options.seeds))
     text = (
-        f"SST-2 dev accuracy (%) along the worst direction, seeds {seeds}, mean ± sample standard deviation; area: mean "
-        "over 0 <= ε <= 0.3; gain: area less that of the plain arm; step: time, in stock steps, over the whole run.\n"
+        f"SST-2 dev accuracy (%) along the worst direction, seeds {seeds}, mean ± sample standard deviation; area: "
+        "mean over 0 <= ε <= 0.3; gain: area less that of the plain arm; step: time, in stock steps, over the whole run.\n"
         "t: Student's test with pooled variance that the arm is no better than plain; * p < 0.05, one-sided.\n\n"
         f"{table(rows)}"
     )
