@@ -90,7 +90,7 @@ def area(record: EvaluationRecord) -> float:
 def step_cost(arm: Cheaper) -> float:
     """Return the median time of a step over a run, in stock steps of the same round of the benchmark."""
     times = {row["arm"]: row["time_ratio_median"] for row in json.loads(BENCHMARK.read_text())["rows"]}
-    return 1 + arm.defended_steps * (times[arm.timed_as] - 1)
+    return 1.0 + arm.defended_steps * (float(times[arm.timed_as]) - 1)
 
 
 def front(records: dict[str, list[EvaluationRecord]]) -> list[dict[str, float | str]]:
@@ -152,7 +152,7 @@ def main() -> None:
     seeds = ", ".join(map(str, options.seeds))
     text = (
         f"SST-2 dev accuracy (%) along the worst direction, seeds {seeds}, mean ± sample standard deviation; area: "
-        "mean over 0 <= ε <= 0.3; gain: area less that of the plain arm; step: time, in stock steps, over the whole run.\n"
+        "mean over 0 <= ε <= 0.3; gain: area less that of the plain arm; step: time, in stock steps, a run's mean.\n"
         "t: Student's test with pooled variance that the arm is no better than plain; * p < 0.05, one-sided.\n\n"
         f"{table(rows)}"
     )

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ class Arm:
         """The flags as arguments."""
         parser = HfArgumentParser(DefenseArguments)  # type: ignore[arg-type]
         (arguments,) = parser.parse_args_into_dataclasses(self.flags)
-        return arguments  # type: ignore[no-any-return]
+        return arguments
 
     @property
     def defense(self) -> Defense | None:
@@ -72,7 +72,7 @@ class Run:
         return f"{self.name}-seed{self.seed}"
 
 
-def parse_options(description: str | None, arms: dict[str, Arm], work: str) -> argparse.Namespace:
+def parse_options(description: str | None, arms: Mapping[str, Arm], work: str) -> argparse.Namespace:
     """Read the command line of a campaign."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder or a name on the Hub")
@@ -157,7 +157,7 @@ Measure = Callable[[argparse.Namespace, Run], EvaluationRecord]
 
 
 def over_runs(
-    measure: Measure, title: str, options: argparse.Namespace, arms: dict[str, Arm]
+    measure: Measure, title: str, options: argparse.Namespace, arms: Mapping[str, Arm]
 ) -> dict[str, list[EvaluationRecord]]:
     """Measure these arms with every seed, several side by side."""
     runs = [Run(name, arm, seed) for seed in options.seeds for name, arm in arms.items()]
