@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import find_batch_size
 from torch import Tensor
+from transformers.trainer_pt_utils import find_batch_size
 
 _IGNORED = -100  # the label of what the loss leaves out, in all of Transformers
 
@@ -25,7 +25,7 @@ def first_examples(batch: Any, share: float) -> Any:
     """
     if share == 1:
         return batch
-    examples = find_batch_size(batch)
+    examples = find_batch_size(batch)  # type: ignore[no-untyped-call]
     if examples is None:
         raise ValueError("batch_share: expected a batch with tensors, got one without; set batch_share to 1")
     return _first(batch, math.ceil(share * examples), examples)
@@ -48,19 +48,25 @@ def _first(value: Any, count: int, examples: int) -> Any:
     return value
 
 
-def items_of_part(items: Tensor | int | None, batch: Any, share: float) -> Tensor | int | None:
+def items_of_part(items: Tensor | int | None, batch: Any, share: float, shifted: bool = False) -> Tensor | int | None:
     """Return what a part's loss is to be divided by, so that it has the scale of the whole batch's.
 
     Models divide the sum over labels by the number of labels, `items`, of all batches of an optimizer step; a part
     with a third of its batch's labels is to be divided by a third of that.
+
+    Args:
+        items: The number of labels, None where the model takes a mean.
+        batch: The whole batch.
+        share: As in `first_examples`.
+        shifted: Whether the loss is that of the next token, so that the first label counts for nothing.
     """
     if items is None or share == 1 or not isinstance(batch, Mapping) or "labels" not in batch:
         return items
-    part = _counted(first_examples(batch, share)["labels"])
-    whole = _counted(batch["labels"])
+    part, whole = _counted(first_examples(batch, share), shifted), _counted(batch, shifted)
     scaled: Tensor = torch.as_tensor(items, device=whole.device) * part / whole.clamp(min=1)
     return torch.where(part > 0, scaled, 1.0)  # no label, no loss
 
 
-def _counted(labels: Tensor) -> Tensor:
-    return (labels != _IGNORED).sum()
+def _counted(batch: Mapping[str, Any], shifted: bool) -> Tensor:
+    labels: Tensor = batch["shift_labels"] if "shift_labels" in batch else batch["labels"]
+    return (labels[..., int(shifted and "shift_labels" not in batch) :] != _IGNORED).sum()

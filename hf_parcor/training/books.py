@@ -28,6 +28,7 @@ def books_closed(trainer: object) -> Iterator[None]:
         >>> trainer.tokens, trainer.metrics
         (20, {'train': {'entropy': [2.9]}})
     """
+    known = set(vars(trainer))
     books = {name: value for name, value in vars(trainer).items() if name not in _DATA and _is_book(value)}
     try:
         for name, value in books.items():
@@ -36,6 +37,8 @@ def books_closed(trainer: object) -> Iterator[None]:
     finally:
         for name, value in books.items():
             setattr(trainer, name, value)
+        for name in [name for name, value in vars(trainer).items() if name not in known and _is_book(value)]:
+            delattr(trainer, name)  # opened in this pass
 
 
 def _is_book(value: object) -> bool:

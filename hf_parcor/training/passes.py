@@ -41,6 +41,7 @@ def passes_of(
     """
     compute_loss, prepare_inputs = trainer.compute_loss, trainer._prepare_inputs
     counting = next(index for index in range(defense.passes) if defense.share_of_batch(index) == 1)
+    shifted = getattr(trainer, "_loss_shifts_labels", False)  # as Transformers counts, since 5.20
     prepared: list[Any] = []
 
     def run_pass(objective: Objective, index: int) -> Tensor:
@@ -64,7 +65,8 @@ def passes_of(
                 stack.enter_context(frozen_running_statistics(model))
             if index != counting:
                 stack.enter_context(books_closed(trainer))
-            return stock_step(model, copy.copy(inputs), items_of_part(num_items_in_batch, inputs, share))
+            items = items_of_part(num_items_in_batch, inputs, share, shifted)
+            return stock_step(model, copy.copy(inputs), items)
 
     return run_pass
 

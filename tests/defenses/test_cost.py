@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_parcor import AWP, CorruptionConstraint, MultiStepRisk, select_parameters
+from hf_parcor import AWP, SAM, CorruptionConstraint, MultiStepRisk, select_parameters
 from hf_parcor.defenses import DEFENSES, ConstrainedDefense, DefendedStep
 
 L2 = CorruptionConstraint(epsilon=0.1)
@@ -15,6 +15,8 @@ DEFENDED = [
     MultiStepRisk(L2, steps=3),
     AWP(L2, steps=2, input_steps=3),
     AWP(L2, steps=2, input_epsilon=0),
+    MultiStepRisk(L2, steps=2, batch_share=0.5),
+    SAM(L2, batch_share=0.25),
 ]
 
 
@@ -24,7 +26,8 @@ def test_operations(tiny_bert, defense):
     batch = {"input_ids": torch.randint(20, (4, 8)), "labels": torch.tensor([0, 1, 0, 1])}
 
     def run_pass(objective, index):
-        loss = objective(model(**batch).loss)
+        count = round(4 * defense.share_of_batch(index))
+        loss = objective(model(**{name: rows[:count] for name, rows in batch.items()}).loss)
         loss.backward()
         return loss.detach()
 

@@ -49,6 +49,13 @@ def largest(vector: Tensor, n: int | None) -> Tensor:
     return vector if n is None else vector.clone().index_fill_(0, order[n:], 0)
 
 
+def part_of(problem, share: float):
+    """The first examples of a batch."""
+    model, inputs, labels = problem
+    count = math.ceil(share * len(labels))
+    return model, inputs[:count], labels[:count]
+
+
 def climb(gradient: Tensor, p: float, radius: float, top_n: int | None) -> Tensor:
     gradient = largest(gradient, top_n)
     direction = gradient.sign() * gradient.abs() ** (0 if math.isinf(p) else 1 / (p - 1))
@@ -72,7 +79,8 @@ def multi_step_risk(defense: MultiStepRisk, problem) -> dict[str, Tensor]:
         a = climb(r, constraint.p, constraint.epsilon, constraint.top_n)
     total = {name: torch.zeros_like(g) for name, g in clean.items()}
     for k in range(steps + 1):
-        g = gradients_at(*problem, unflat(a, clean))
+        seen = problem if k == 0 else part_of(problem, defense.batch_share)
+        g = gradients_at(*seen, unflat(a, clean))
         total = {name: total[name] + g[name] / (steps + 1) for name in total}
         if k < steps:
             u = climb(flat(g), constraint.p, alpha, constraint.top_n)
@@ -85,9 +93,10 @@ def multi_step_risk(defense: MultiStepRisk, problem) -> dict[str, Tensor]:
 def acrt(defense: ACRT | SAM, problem) -> dict[str, Tensor]:
     """Paper 2, Eq. 27; SAM is its case of alpha = 1."""
     constraint, alpha = defense.constraint, getattr(defense, "alpha", 1.0)
-    clean = gradients_at(*problem, {})
+    part = part_of(problem, defense.batch_share)
+    clean = gradients_at(*(part if alpha == 1 else problem), {})
     a = climb(flat(clean), constraint.p, constraint.epsilon, constraint.top_n)
-    corrupted = gradients_at(*problem, unflat(a, clean))
+    corrupted = gradients_at(*(problem if alpha == 1 else part), unflat(a, clean))
     return {name: (1 - alpha) * clean[name] + alpha * corrupted[name] for name in clean}
 
 
@@ -157,13 +166,21 @@ ROWS = {
             MultiStepRisk(MAX, steps=1, random_start=True),
             MultiStepRisk(L3, steps=2, step_size=0.1),
             MultiStepRisk(SPARSE, steps=1, step_size=0.3),
+            MultiStepRisk(L2, steps=2, batch_share=0.5),
+            MultiStepRisk(MAX, steps=1, batch_share=0.01),
         ],
         multi_step_risk,
     ),
     "acrt": Row(
-        [*(ACRT(constraint, alpha=0.3) for constraint in (L2, MAX, L3, SPARSE)), ACRT(L2), ACRT(L3, alpha=1.0)], acrt
+        [
+            *(ACRT(constraint, alpha=0.3) for constraint in (L2, MAX, L3, SPARSE)),
+            ACRT(L2),
+            ACRT(L3, alpha=1.0),
+            *(ACRT(L2, alpha=alpha, batch_share=0.3) for alpha in (0.3, 1.0)),
+        ],
+        acrt,
     ),
-    "sam": Row([SAM(constraint) for constraint in (L2, MAX, L3, SPARSE)], acrt),
+    "sam": Row([*(SAM(constraint) for constraint in (L2, MAX, L3, SPARSE)), SAM(L2, batch_share=0.25)], acrt),
     "awp": Row(
         [
             *(AWP(constraint, steps=steps) for constraint in (L2, MAX) for steps in (1, 2, 3)),
@@ -193,7 +210,7 @@ def test_every_defense_of_the_catalogue_has_a_row():
 )
 @pytest.mark.parametrize("accumulated", [False, True])
 def test_update_equals_longhand(problem, name, defense, accumulated):
-    model, inputs, labels = problem
+    model = problem[0]
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     earlier = {key: torch.randn_like(p) if accumulated else torch.zeros_like(p) for key, p in before.items()}
     if accumulated:
@@ -205,7 +222,8 @@ def test_update_equals_longhand(problem, name, defense, accumulated):
 
     def run_pass(objective: Objective, index: int) -> Tensor:
         passes.append(index)
-        loss = objective(nn.functional.cross_entropy(model(inputs), labels))
+        _, some, theirs = part_of(problem, defense.share_of_batch(index))
+        loss = objective(nn.functional.cross_entropy(model(some), theirs))
         loss.backward()
         return loss.detach()
 
@@ -227,6 +245,13 @@ def test_is_inactive_before_its_start(name):
     assert defense.is_active(0.0)
     later = replace(defense, start_epoch=1.5)
     assert [later.is_active(epoch) for epoch in (0.0, 1.49, 1.5, 2.0)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_is_active_at_every_so_many_steps(name):
+    some = replace(ROWS[name].settings[0], interval=3, start_epoch=0.5)
+    assert [some.is_active(1.0, step) for step in range(7)] == [True, False, False, True, False, False, True]
+    assert not some.is_active(0.4, 0)
 
 
 @pytest.mark.parametrize(
@@ -254,11 +279,21 @@ def test_is_inactive_where_it_minimises_the_plain_loss(defense):
         ({"steps": 1.5}, TypeError, "steps: expected a whole number"),
         ({"step_size": math.nan}, ValueError, "step_size: expected .* got NaN"),
         ({"start_epoch": -1.0}, ValueError, "start_epoch: expected"),
+        ({"interval": 0}, ValueError, "interval: expected a whole number >= 1, got 0"),
+        ({"interval": 1.5}, TypeError, "interval: expected a whole number"),
+        ({"batch_share": 0.0}, ValueError, "batch_share: expected 0 < batch_share <= 1, got 0.0"),
+        ({"batch_share": 1.1}, ValueError, "batch_share: expected 0 < batch_share <= 1, got 1.1"),
+        ({"batch_share": math.nan}, ValueError, "batch_share: expected 0 < batch_share <= 1, got"),
     ],
 )
 def test_bad_settings_are_refused(settings, error, says):
     with pytest.raises(error, match=says):
         MultiStepRisk(L2, **settings)
+
+
+def test_adversarial_inputs_are_those_of_the_whole_batch():
+    with pytest.raises(ValueError, match="batch_share: expected 1 with AWP"):
+        AWP(L2, batch_share=0.5)
 
 
 def test_norms_without_a_projection_are_refused():

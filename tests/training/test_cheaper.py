@@ -1,0 +1,181 @@
+"""The approximations that cost less: every n-th step, and passes that see a part of the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+
+from hf_parcor import (
+    ACRT,
+    SAM,
+    CorruptionConstraint,
+    MultiStepRisk,
+    ParameterDefenseMixin,
+    ParameterDefenseTrainer,
+)
+from hf_parcor.training.batch_part import first_examples, items_of_part
+
+L2 = CorruptionConstraint(epsilon=0.2)
+FIXED = {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 0.0}
+# Each defense with the weights of its passes in the risk, and the rows of four that each pass sees.
+PARTS = {
+    "multi_step_risk, K=1": (MultiStepRisk(L2, steps=1, batch_share=0.5), [1 / 2] * 2, [4, 2]),
+    "multi_step_risk, K=2": (MultiStepRisk(L2, steps=2, batch_share=0.3), [1 / 3] * 3, [4, 2, 2]),
+    "acrt": (ACRT(L2, alpha=0.3, batch_share=0.25), [0.7, 0.3], [4, 1]),
+    "sam": (SAM(L2, batch_share=0.75), [0.0, 1.0], [3, 4]),
+}
+
+
+def tiny_gpt2():
+    sizes = {"vocab_size": 20, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **dropout))
+
+
+def tiny_llama():
+    sizes = {"vocab_size": 20, "max_position_embeddings": 8, "hidden_size": 8, "intermediate_size": 8}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=2))
+
+
+# Each model with the first label that Transformers counts: a next token has none at the start, which it does not know
+# of every model.
+MODELS = {"gpt2": (tiny_gpt2, 0), "llama": (tiny_llama, 1)}
+
+
+@pytest.fixture
+def sentences():
+    """Of different length, so that parts of a batch have other shares of the labels than of the rows."""
+    generator, rows = torch.Generator().manual_seed(2), []
+    for length in (7, 2, 3, 5, 4, 6, 2, 7):
+        tokens = torch.randint(1, 20, (7,), generator=generator)
+        labels = torch.where(torch.arange(7) < length, tokens, -100)
+        rows.append({"input_ids": tokens, "labels": labels})
+    return rows
+
+
+def summed_loss(logits, labels):
+    """The loss of the next token."""
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("family", MODELS)
+def test_a_part_of_the_batch_keeps_the_scale_of_the_loss(
+    sentences, train, keep_gradients, longhand, name, accumulation, family
+):
+    """The model divides by the labels of the whole step; a part stands for its batch, whatever labels it has."""
+    defense, weights, seen = PARTS[name]
+    build, first = MODELS[family]
+    torch.manual_seed(0)
+    model = build().double()
+    rows = sentences[: 4 * accumulation]
+    batches = [
+        {key: torch.stack([row[key] for row in rows[i : i + 4]]) for key in rows[0]} for i in range(0, len(rows), 4)
+    ]
+    items = sum((batch["labels"][:, first:] != -100).sum() for batch in batches)
+    expected = {key: torch.zeros_like(value) for key, value in model.named_parameters()}
+    for batch in batches:
+        passes = iter(seen)
+
+        def loss_of(call, batch=batch, passes=passes):
+            count = next(passes)
+            labels = batch["labels"]
+            share = (labels[:count, first:] != -100).sum() / (labels[:, first:] != -100).sum()
+            return summed_loss(call(input_ids=batch["input_ids"][:count]).logits, labels[:count]) / items / share
+
+        for key, part in longhand(model, loss_of, weights).items():
+            expected[key] += part
+    options = {**FIXED, "gradient_accumulation_steps": accumulation}
+    trainer = train(ParameterDefenseTrainer, model, options, rows=rows, defense=defense, callbacks=[keep_gradients])
+    (kept,) = keep_gradients.kept
+    for key, gradient in kept.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-5, atol=1e-7)  # GPT-2's loss is float32
+    assert trainer.shared_prefix is None
+
+
+class KeepPasses(TrainerCallback):
+    """Counts the forward passes of every optimizer step."""
+
+    def __init__(self, model):
+        self.counts, self.now = [], 0
+        model.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.now += 1
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.counts.append(self.now)
+        self.now = 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_every_third_step_is_defended_and_the_others_are_stock(tiny_bert, train, accumulation):
+    model = tiny_bert()
+    passes = KeepPasses(model)
+    options = {"gradient_accumulation_steps": accumulation, "num_train_epochs": accumulation, "logging_steps": 1}
+    trainer = train(ParameterDefenseTrainer, model, options, defense=MultiStepRisk(L2, interval=3), callbacks=[passes])
+    assert passes.counts == [accumulation * count for count in (3, 1, 1, 3, 1, 1)]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert ["sharpness" in entry for entry in logs] == [True, False, False] * 2
+    stock = train(Trainer, tiny_bert(), options)
+    assert trainer.state.total_flos == pytest.approx(stock.state.total_flos * 10 / 6)
+
+
+def test_operations_count_the_part(tiny_bert, train):
+    stock = train(Trainer, tiny_bert())
+    ours = train(ParameterDefenseTrainer, tiny_bert(), defense=MultiStepRisk(L2, steps=2, batch_share=0.25))
+    assert ours.state.total_flos == pytest.approx(1.5 * stock.state.total_flos)
+
+
+def test_what_a_trainer_counts_is_the_whole_batch_once(tiny_bert, train):
+    class Counting(Trainer):
+        rows_seen = 0
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            self.rows_seen += len(inputs["labels"])
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    class Defended(ParameterDefenseMixin, Counting):
+        pass
+
+    for name, (defense, _, _) in PARTS.items():
+        trainer = train(Defended, tiny_bert(), defense=defense)
+        assert trainer.rows_seen == 24, name
+
+
+def test_a_part_cannot_reuse_the_prefix_of_the_whole(tiny_bert, train, said):
+    defense = MultiStepRisk(L2, batch_share=0.5)
+    trainer = train(ParameterDefenseTrainer, tiny_bert(), defense=defense, target_modules="last-encoder-layer")
+    assert trainer.shared_prefix is None
+    assert len(said("passes over a part of the batch cannot reuse")) == 1
+
+
+class TestFirstExamples:
+    def test_what_is_per_example_is_cut(self):
+        batch = {"ids": torch.arange(8).view(4, 2), "texts": list("abcd"), "inner": {"x": (torch.arange(4),)}}
+        part = first_examples({**batch, "flag": True, "scale": torch.tensor(2.0), "names": ["p", "q"]}, 0.6)
+        assert part["ids"].tolist() == [[0, 1], [2, 3], [4, 5]]
+        assert part["texts"] == ["a", "b", "c"]
+        assert part["inner"]["x"][0].tolist() == [0, 1, 2]
+        assert (part["flag"], float(part["scale"]), part["names"]) == (True, 2.0, ["p", "q"])
+
+    @pytest.mark.parametrize(("share", "count"), [(1e-9, 1), (0.25, 1), (0.26, 2), (0.999, 4), (1.0, 4)])
+    def test_how_many(self, share, count):
+        assert len(first_examples({"x": torch.zeros(4)}, share)["x"]) == count
+
+    def test_other_layouts_are_refused(self, tiny_bert):
+        batch = {"input_ids": torch.zeros(4, 6), "position_ids": torch.zeros(3, 4, 6)}
+        with pytest.raises(ValueError, match=r"4 examples in their first dimension, got one of shape \(3, 4, 6\)"):
+            first_examples(batch, 0.5)
+        with pytest.raises(ValueError, match="expected a batch with tensors"):
+            first_examples({"texts": ["a", "b"]}, 0.5)
+
+
+def test_a_part_without_labels_has_no_loss_and_no_nan():
+    labels = torch.tensor([[-100, -100], [1, 2]])
+    assert float(items_of_part(torch.tensor(2), {"labels": labels}, 0.5)) == 1
+    assert float(items_of_part(8, {"labels": labels.flip(0)}, 0.5)) == 8
+    assert items_of_part(None, {"labels": labels}, 0.5) is None
