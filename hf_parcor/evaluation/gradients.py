@@ -15,10 +15,10 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_parcor.injection import corrupted
+from hf_parcor.labels import count_labels
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
-_IGNORED_LABEL = -100
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -47,10 +47,9 @@ def count_items(batch: Batch, *, shifted: bool = False) -> int:
         ValueError: The batch has no tensor.
     """
     named = batch if isinstance(batch, Mapping) else {}
-    labels = named.get("shift_labels", named.get("labels"))
-    if isinstance(labels, Tensor):
-        labels = labels[..., 1:] if shifted and "shift_labels" not in named else labels
-        return int((labels != _IGNORED_LABEL).sum())
+    labels = count_labels(named, shifted=shifted)
+    if labels is not None:
+        return int(labels)
     tensors = named.values() if named else [batch] if isinstance(batch, Tensor) else batch
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.ndim:

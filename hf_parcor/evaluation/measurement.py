@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -11,16 +10,19 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_parcor.corruptions import CORRUPTIONS, Corruption
+from hf_parcor.corruptions import CORRUPTIONS, Corruption, MultiStepCorruption
+from hf_parcor.evaluation.clean_prefix import prefix_of_ascents, prefix_of_measurements
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, check_repeatable
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.records import CorruptionRecord
-from hf_parcor.evaluation.sharing import Job, Part, choose_together, find_prefix, measure_together
+from hf_parcor.evaluation.sharing import Job, Part, choose_together, measure_together
 from hf_parcor.evaluation.trials import Trial, checked_metrics, record_of
 from hf_parcor.functional.arguments import check_count
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import corrupted
+from hf_parcor.modes import evaluation_mode
+from hf_parcor.prefix import PrefixReuse
 
 Metric = Callable[[nn.Module], Mapping[str, float]]
 MEMORY = 1 << 30
@@ -114,11 +116,22 @@ class Measurement:
             together = {name: parameter for selection in selections for name, parameter in selection.items()}
             whole = DatasetGradients(self._model, together, self._batches, self._loss, progress=self._progress)
             gradients = [whole.of_part(selection) for selection in selections]
-        prefixes = [
-            None if self._by_batch is None else find_prefix(self._model, selection, self._by_batch.batches)
-            for selection in selections
-        ]
-        return [Part(*of_part) for of_part in zip(selections, gradients, prefixes, strict=True)]
+        climbs = any(isinstance(corruption, MultiStepCorruption) for corruption in corruptions)
+        parts = []
+        for selection, of_part in zip(selections, gradients, strict=True):
+            climbing = self._prefix_of_ascents(selection) if climbs else None
+            parts.append(Part(selection, of_part, climbing, self._prefix_of_measurements(selection, climbing)))
+        return parts
+
+    def _prefix_of_ascents(self, selection: _Parameters) -> PrefixReuse | None:
+        if self._by_batch is None or self._batches is None:
+            return None
+        return prefix_of_ascents(self._model, selection, self._batches)
+
+    def _prefix_of_measurements(self, selection: _Parameters, tried: PrefixReuse | None) -> PrefixReuse | None:
+        if self._by_batch is None:
+            return None
+        return prefix_of_measurements(self._model, self._by_batch, selection, tried)
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
         """Yield what is measured together: alone, or as many as the memory for corruptions admits."""
@@ -126,7 +139,8 @@ class Measurement:
         taken = 0
         for job in jobs:
             size = 4 * numel(list(job.part.parameters.values()))
-            if group and (job.part.prefix is None or group[-1].part.prefix is None or taken + size > self._memory):
+            alone = job.part.measuring is None or (group and group[-1].part.measuring is None)
+            if group and (alone or taken + size > self._memory):
                 yield group
                 group, taken = [], 0
             group.append(job)
@@ -135,7 +149,7 @@ class Measurement:
             yield group
 
     def _measure(self, group: Sequence[Job]) -> list[Trial]:
-        together = self._by_batch if group[0].part.prefix is not None else None
+        together = self._by_batch if group[0].part.measuring is not None else None
         chosen = choose_together(group)
         sizes = []
         metrics: list[Mapping[str, object]] = []
@@ -152,18 +166,6 @@ class Measurement:
     def _metrics(self) -> Mapping[str, object]:
         with evaluation_mode(self._model):  # a metric may leave the model in training mode
             return checked_metrics(self._metric(self._model))
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and every module's own training flag back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def _catalogue_name(corruption: Corruption) -> str:

@@ -9,57 +9,27 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.corruptions.multi_step import climb_together
-from hf_parcor.evaluation.gradients import DatasetGradients, trainable
+from hf_parcor.evaluation.gradients import DatasetGradients
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.injection import corrupted
-from hf_parcor.prefix import NothingToReuse, PrefixError, PrefixReuse, plan_prefix, recording_together
-
-logger = logging.get_logger(__name__)
-
-
-def find_prefix(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], batches: Iterable[Any]
-) -> PrefixReuse | None:
-    """Return what does not depend on these parameters; None, after saying why, where all of the model must run.
-
-    Args:
-        model: The model, in evaluation mode.
-        parameters: What is corrupted.
-        batches: Mappings that the model takes as keyword arguments; the first is tried.
-    """
-    batch = next(iter(batches), None)
-    if not isinstance(batch, Mapping):
-        return None
-    device = next(iter(parameters.values())).device
-    try:
-        with trainable(parameters.values()):
-            return plan_prefix(
-                model, parameters, lambda: model(**send_to_device(batch, device)), list(parameters.values())
-            )
-    except NothingToReuse:
-        return None
-    except PrefixError as error:
-        logger.warning(f"Every measurement runs all of the model: {error}. The numbers are right; it takes longer.")
-        return None
+from hf_parcor.prefix import PrefixReuse, recording_together
 
 
 @dataclass(frozen=True)
 class Part:
-    """Parameters that are corrupted together, their gradients, and what does not depend on them."""
+    """Parameters that are corrupted together, their gradients, and what does not depend on them.
+
+    A measurement may run the model in another way than an ascent does, so each has its own prefix.
+    """
 
     parameters: Mapping[str, nn.Parameter]
     gradients: DatasetGradients | None
-    prefix: PrefixReuse | None
-
-    def sharing(self) -> AbstractContextManager[None]:
-        """Let the prefix return what was recorded."""
-        return nullcontext() if self.prefix is None else self.prefix.replaying()
+    climbing: PrefixReuse | None
+    measuring: PrefixReuse | None
 
 
 @dataclass(frozen=True)
@@ -96,10 +66,10 @@ def _climb(jobs: Sequence[Job]) -> list[dict[str, Tensor]]:
 
     def gradients_at(climbing: Mapping[int, Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
         batch = walk.next_batch()
-        prefixes = _prefixes(jobs[index].part for index in climbing)
+        prefixes = _different(jobs[index].part.climbing for index in climbing)
         _record(prefixes, lambda: walk.run(batch))
         for index, corruption in climbing.items():
-            with jobs[index].part.sharing():
+            with _replaying(jobs[index].part.climbing):
                 gradient = sources[index].on_batch(batch, corruption)
             yield gradient
         _forget(prefixes)
@@ -122,19 +92,23 @@ def measure_together(
         jobs: The corruptions.
         chosen: What they chose.
     """
-    prefixes = _prefixes(job.part for job in jobs)
+    prefixes = _different(job.part.measuring for job in jobs)
     parts: list[list[Any]] = [[] for _ in jobs]
     for batch in metric.batches:
         _record(prefixes, partial(metric.of_batch, model, batch))
         for job, corruption, of_job in zip(jobs, chosen, parts, strict=True):
-            with corrupted(job.part.parameters, corruption), job.part.sharing():
+            with corrupted(job.part.parameters, corruption), _replaying(job.part.measuring):
                 of_job.append(metric.of_batch(model, batch))
         _forget(prefixes)
     return [metric.combine(of_job) for of_job in parts]
 
 
-def _prefixes(parts: Iterable[Part]) -> list[PrefixReuse]:
-    return list({id(part.prefix): part.prefix for part in parts if part.prefix is not None}.values())
+def _different(prefixes: Iterable[PrefixReuse | None]) -> list[PrefixReuse]:
+    return list(dict.fromkeys(prefix for prefix in prefixes if prefix is not None))
+
+
+def _replaying(prefix: PrefixReuse | None) -> AbstractContextManager[None]:
+    return nullcontext() if prefix is None else prefix.replaying()
 
 
 def _record(prefixes: Sequence[PrefixReuse], run: Callable[[], Any]) -> None:

@@ -60,3 +60,17 @@ def finished_before(call: Call, starts: Collection[nn.Module]) -> list[nn.Module
         if other.module is not None:
             finished.append(other.module)
     return finished
+
+
+def not_called_again(call: Call, starts: Collection[nn.Module]) -> list[nn.Module]:
+    """Return those modules of `finished_before` that the rest of the run does not call.
+
+    They may have been called several times before. A generation calls its decoder again for every token.
+    """
+    finished = finished_before(call, starts)
+    times = {module: finished.count(module) for module in finished}
+    return [module for module in dict.fromkeys(finished) if _times_called(call, module) == times[module]]
+
+
+def _times_called(call: Call, module: nn.Module) -> int:
+    return (call.module is module) + sum(_times_called(other, module) for other in call.inner)

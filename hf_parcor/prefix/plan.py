@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_parcor.prefix.calls import called_modules, finished_before, watch_calls
+from hf_parcor.modes import evaluation_mode
+from hf_parcor.prefix.calls import called_modules, finished_before, not_called_again, watch_calls
 from hf_parcor.prefix.reuse import PrefixReuse
+from hf_parcor.prefix.starts import NothingToReuse, PrefixError, find_starts, refuse_all_of_the_model
 
 # How far a sum in another order may be off, relative to the largest entry; autocast computes in half precision.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-
-
-class PrefixError(RuntimeError):
-    """The model cannot be cut; the message says why."""
-
-
-class NothingToReuse(PrefixError):  # noqa: N818, no mistake of anybody's
-    """The selected parameters come in at the very start."""
 
 
 def plan_prefix(
@@ -47,9 +39,7 @@ def plan_prefix(
     Raises:
         PrefixError: Nothing finishes before, or the model cannot be cut safely.
     """
-    chosen = {id(parameter) for parameter in selected.values()}
-    if all(id(parameter) in chosen for parameter in model.parameters()):
-        raise NothingToReuse("all of the model is selected")
+    refuse_all_of_the_model(model, selected)
     if trained is None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
@@ -58,12 +48,12 @@ def plan_prefix(
         with torch.random.fork_rng(devices=list(devices)):  # each run draws the same numbers
             return run()
 
-    with _evaluating(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad():
         try:
             calls, expected = watch_calls(model, run_alike)
         except Exception as error:
             raise PrefixError(f"the model could not be run alone on a batch: {error}") from error
-        starts = _starts(model, selected, called_modules(calls))
+        starts = find_starts(model, selected, called_modules(calls))
         prefix = finished_before(calls, starts)
         if not any(list(module.parameters()) for module in prefix):
             raise NothingToReuse("no module with parameters finishes before the first selected one starts")
@@ -87,35 +77,6 @@ def _check_unused(outputs: Sequence[Tensor], selected: Mapping[str, Tensor]) -> 
     early = [name for name, parameter in selected.items() if id(parameter) in used]
     if early:
         raise PrefixError(f"{early[0]} is used before the module that holds it is called")
-
-
-def _starts(model: nn.Module, selected: Mapping[str, Tensor], called: Collection[nn.Module]) -> list[nn.Module]:
-    """Return the called modules in which a selected parameter comes into the computation."""
-    identities = {id(parameter) for parameter in selected.values()}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    starts = []
-    for name, module in modules.items():
-        if not any(id(parameter) in identities for parameter in module._parameters.values()):
-            continue
-        parts = name.split(".") if name else []
-        path = [modules[".".join(parts[:depth])] for depth in range(len(parts) + 1)]
-        # What a checkpoint computes again must not be cut inside.
-        deepest = next((depth for depth in range(len(path)) if _is_checkpointed(path[: depth + 1])), len(path) - 1)
-        # A module that is never called itself is used by the nearest one around it that is.
-        around = [module for module in path[: deepest + 1] if module in called]
-        if not around:
-            raise PrefixError(f"{name} holds a selected parameter, and no module around it is called")
-        starts.append(around[-1])
-    return starts
-
-
-def _is_checkpointed(path: Sequence[nn.Module]) -> bool:
-    """Say whether the last module of a path is one that a checkpoint computes again as a whole."""
-    module = path[-1]
-    if isinstance(module, (nn.ModuleList, GradientCheckpointingLayer)):
-        return bool(getattr(module, "gradient_checkpointing", False))
-    parents = [other for other in path[:-1] if not isinstance(other, nn.ModuleList)]
-    return bool(parents) and getattr(parents[-1], "gradient_checkpointing", False) is True
 
 
 def _leaves(tensors: Sequence[Tensor]) -> set[int]:
@@ -179,12 +140,27 @@ def _largest(tensors: Sequence[Tensor]) -> float:
     return max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def plan_prefix_of_values(
+    model: nn.Module, selected: Mapping[str, Tensor], run: Callable[[], Any]
+) -> tuple[PrefixReuse, Any]:
+    """Find the modules that finish before the first selected parameter is used, and are not called again.
+
+    For runs without gradients, such as a generation, which calls its encoder once and its decoder for every token: a
+    module that is called again may have left something behind, such as keys and values. Not tried out; what the run
+    returned is returned beside it, to compare with.
+
+    Args:
+        model: Any model.
+        selected: The parameters that other runs corrupt.
+        run: Runs the model on one batch.
+
+    Raises:
+        PrefixError: Nothing finishes before, or it is unknown where the selected parameters come in.
+    """
+    refuse_all_of_the_model(model, selected)
+    calls, result = watch_calls(model, run)
+    starts = find_starts(model, selected, called_modules(calls))
+    prefix = not_called_again(calls, starts)
+    if not any(list(module.parameters()) for module in prefix):
+        raise NothingToReuse("no module with parameters finishes before the first selected one starts")
+    return PrefixReuse(prefix, starts), result

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.trainer_pt_utils import find_batch_size
 
-_IGNORED = -100  # the label of what the loss leaves out, in all of Transformers
+from hf_parcor.labels import count_labels
 
 
 def first_examples(batch: Any, share: float) -> Any:
@@ -60,13 +60,10 @@ def items_of_part(items: Tensor | int | None, batch: Any, share: float, shifted:
         share: As in `first_examples`.
         shifted: Whether the loss is that of the next token, so that the first label counts for nothing.
     """
-    if items is None or share == 1 or not isinstance(batch, Mapping) or "labels" not in batch:
+    if items is None or share == 1 or not isinstance(batch, Mapping):
         return items
-    part, whole = _counted(first_examples(batch, share), shifted), _counted(batch, shifted)
+    part, whole = (count_labels(some, shifted=shifted) for some in (first_examples(batch, share), batch))
+    if part is None or whole is None:
+        return items
     scaled: Tensor = torch.as_tensor(items, device=whole.device) * part / whole.clamp(min=1)
     return torch.where(part > 0, scaled, 1.0)  # no label, no loss
-
-
-def _counted(batch: Mapping[str, Any], shifted: bool) -> Tensor:
-    labels: Tensor = batch["shift_labels"] if "shift_labels" in batch else batch["labels"]
-    return (labels[..., int(shifted and "shift_labels" not in batch) :] != _IGNORED).sum()

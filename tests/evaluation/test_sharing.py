@@ -72,10 +72,12 @@ def test_lower_layers_run_once_a_batch(evaluate, classifier, batches):
     n, ascents = len(batches), 3
     evaluate(MANY)
     longest = 7
-    tried, clean, gradient = 2, n, n
-    assert len(computed[0]) == tried + clean + gradient + longest + n
+    clean, gradient = n, n
+    for_ascents, for_measurements = 2, 1  # watched and recorded; watched
+    assert len(computed[0]) == for_ascents + for_measurements + clean + gradient + longest + n
     steps = n + n + longest  # of the three ascents
-    assert len(computed[1]) == (3 + clean + gradient) + (steps + longest) + (n * len(MANY) + n)
+    tried = 3 + 1
+    assert len(computed[1]) == (tried + clean + gradient) + (steps + longest) + (n * len(MANY) + n)
     assert ascents == sum(isinstance(corruption, MultiStepCorruption) for corruption in MANY)
 
 
@@ -101,7 +103,7 @@ def test_operations_of_single_layers(tiny_bert):
             of_layers.append(counter.get_total_flops())
     ratios = [shared / plain for shared, plain in zip(counted[True], counted[False], strict=True)]
     assert ratios == sorted(ratios, reverse=True)
-    assert ratios[-1] < 0.48
+    assert ratios[-1] < 0.49
     assert sum(counted[True]) < 0.81 * sum(counted[False])
 
 
@@ -169,7 +171,7 @@ def test_a_model_that_cannot_be_cut_is_measured_whole(batches, caplog):
     evaluator = CorruptionEvaluator(Model(), ClassificationMetric(batches), batches, **settings)
     record = evaluator.evaluate([GaussianNoise(0.1)])
     assert record.corruptions[0].changed == 10
-    assert "Every measurement runs all of the model: the result differs by" in caplog.text
+    assert "Every measurement runs all of the model: what comes before the corrupted modules" in caplog.text
 
 
 def test_a_metric_of_single_batches_is_one_by_its_methods(batches):

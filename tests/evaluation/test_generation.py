@@ -1,0 +1,134 @@
+"""Corrupted decoders that generate: the encoder runs once a batch, and every token is the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    MarianConfig,
+    MarianMTModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hf_parcor import (
+    CorruptionConstraint,
+    CorruptionEvaluator,
+    GaussianNoise,
+    GradientCorruption,
+    LayerProbe,
+    MultiStepCorruption,
+)
+
+SHARED = {"vocab_size": 24, "d_model": 16, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+ATTENTION = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+SIZES = {"encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, **ATTENTION}
+FAMILIES = {
+    "bart": lambda: BartForConditionalGeneration(BartConfig(**SHARED, **SIZES, forced_eos_token_id=None)),
+    "marian": lambda: MarianMTModel(MarianConfig(**SHARED, **SIZES, forced_eos_token_id=None)),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(**SHARED, d_kv=8, d_ff=16, num_layers=3, num_decoder_layers=3, num_heads=2)
+    ),
+}
+CORRUPTIONS = [
+    *(GaussianNoise(std) for std in (0.05, 0.3, 1.0)),
+    GradientCorruption(CorruptionConstraint(epsilon=3.0)),
+    MultiStepCorruption(CorruptionConstraint(epsilon=3.0), steps=2),
+]
+
+
+class Translations:
+    """Which tokens a model generates: a number that differs where any token does."""
+
+    def __init__(self, batches, **settings):
+        self.batches, self.settings = batches, {"max_new_tokens": 6, "do_sample": False, **settings}
+
+    def __call__(self, model):
+        return self.combine([self.of_batch(model, batch) for batch in self.batches])
+
+    def of_batch(self, model, batch):
+        tokens = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **self.settings)
+        return [row.tolist() for row in tokens]
+
+    def combine(self, parts):
+        text = str(parts)
+        return {"checksum": float(sum(ord(letter) * (place + 1) for place, letter in enumerate(text)))}
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(2):
+        tokens = torch.randint(2, 24, (3, 5), generator=generator)
+        made.append({"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens})
+    return made
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    torch.manual_seed(0)
+    return FAMILIES[request.param]().eval()
+
+
+def computed(module):
+    """Count how often a module's own forward runs; one that is replayed does not run it."""
+    forward, calls = module.forward, []
+
+    def counting(*arguments, **settings):
+        calls.append(1)
+        return forward(*arguments, **settings)
+
+    module.forward = counting
+    return calls
+
+
+def assert_same(one, other):
+    for row, expected in zip(one.rows(), other.rows(), strict=True):
+        assert (row.label, row.metrics, row.changed) == (expected.label, expected.metrics, expected.changed)
+        assert row.norm == pytest.approx(expected.norm, rel=1e-6)  # an ascent's gradients are summed in another order
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize("target", ["last-decoder-layer", "decoder"])
+def test_translations_are_identical(model, batches, settings, target):
+    targets = "last-decoder-layer" if target == "last-decoder-layer" else [target]
+    metric = Translations(batches, **settings)
+    records = [
+        CorruptionEvaluator(
+            model, metric, batches, target_modules=targets, reuse_prefix=reuse, progress=False
+        ).evaluate(CORRUPTIONS, trials=2)
+        for reuse in (True, False)
+    ]
+    assert_same(*records)
+    assert len({value for row in records[0].rows() for value in row.metrics["checksum"]}) > 3, "they do something"
+
+
+def test_the_encoder_runs_once_a_batch(model, batches):
+    encoder = computed(model.get_encoder())
+    corruptions = [GaussianNoise(std) for std in (0.1, 0.2, 0.3, 0.4)]
+    evaluator = CorruptionEvaluator(model, Translations(batches), target_modules="last-decoder-layer", progress=False)
+    evaluator.evaluate(corruptions, trials=3)
+    tried, clean = 3, len(batches)
+    assert len(encoder) == tried + clean + len(batches)
+
+
+def test_a_probe_of_decoder_layers_equals_single_evaluators(model, batches):
+    stack = "model.decoder.layers" if hasattr(model, "model") else "decoder.block"
+    targets = {f"layer {index}": [f"{stack}.{index}"] for index in range(3)}
+    metric = Translations(batches)
+    together = LayerProbe(model, metric, batches, targets=targets, progress=False).evaluate(CORRUPTIONS, trials=2)
+    for label, target in targets.items():
+        evaluator = CorruptionEvaluator(
+            model, metric, batches, target_modules=target, reuse_prefix=False, progress=False
+        )
+        assert_same(together[label], evaluator.evaluate(CORRUPTIONS, trials=2))
+
+
+def test_a_corrupted_encoder_is_not_reused(model, batches):
+    encoder = computed(model.get_encoder())
+    evaluator = CorruptionEvaluator(model, Translations(batches), target_modules="last-encoder-layer", progress=False)
+    evaluator.evaluate([GaussianNoise(0.1)], trials=4)
+    assert len(encoder) >= 5 * len(batches)
