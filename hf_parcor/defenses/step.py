@@ -141,6 +141,11 @@ class DefendedStep:
         self.losses.append(value * ratio[0])  # the stock step may have divided both by the accumulation steps
         return value
 
+    @property
+    def is_displaced(self) -> bool:
+        """Whether the weights hold a corruption that was written, be it zero."""
+        return self._injection.is_active
+
     def gradients(self) -> dict[str, Tensor]:
         """Return the last pass's (weighted) gradients of the selected parameters, to be overwritten at will.
 

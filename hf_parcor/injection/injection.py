@@ -60,6 +60,11 @@ class Injection:
         self._saved_narrow: list[Tensor] = []
         self._corruption: dict[str, Tensor] = {}
 
+    @property
+    def is_active(self) -> bool:
+        """Whether something was written, and not restored since."""
+        return self._active
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:

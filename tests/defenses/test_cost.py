@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_parcor import AWP, SAM, CorruptionConstraint, MultiStepRisk, select_parameters
 from hf_parcor.defenses import DEFENSES, ConstrainedDefense, DefendedStep
+from hf_parcor.functional.top_n import keep_top_n_
 
 L2 = CorruptionConstraint(epsilon=0.1)
 DEFENDED = [
@@ -39,3 +42,30 @@ def test_operations(tiny_bert, defense):
         ) as step:
             defense.minimize(step)
     assert ours.get_total_flops() == defense.cost * stock.get_total_flops()
+
+
+@pytest.mark.parametrize(("steps", "random_start", "selections"), [(1, False, 1), (3, False, 5), (1, True, 2)])
+def test_the_largest_entries_are_selected_no_oftener_than_needed(
+    tiny_bert, monkeypatch, steps, random_start, selections
+):
+    """Once for each step and once for each projection, but for the first from zero, which has n entries already."""
+    model, selected = tiny_bert(), []
+    parameters = select_parameters(model)
+    batch = {"input_ids": torch.randint(20, (4, 8)), "labels": torch.tensor([0, 1, 0, 1])}
+
+    def run_pass(objective, index):
+        loss = objective(model(**batch).loss)
+        loss.backward()
+        return loss.detach()
+
+    def counting(tensors, n):
+        selected.append(n)
+        keep_top_n_(tensors, n)
+
+    for module in ("constrained_maximum", "projections"):  # functions of these names hide the modules
+        monkeypatch.setattr(sys.modules[f"hf_parcor.functional.{module}"], "keep_top_n_", counting)
+    defense = MultiStepRisk(CorruptionConstraint(epsilon=0.1, top_n=10), steps=steps, random_start=random_start)
+    with DefendedStep(parameters, run_pass, defense.passes) as step:
+        defense.minimize(step)
+    started = 1 if random_start else 0
+    assert selected == [10] * (selections + started)
