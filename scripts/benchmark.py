@@ -40,13 +40,18 @@ from hf_parcor.defenses import Defense
 L2 = CorruptionConstraint(p=2, epsilon=0.1)
 STOCK = "stock Trainer"
 LAST = "last-encoder-layer"
-OURS: dict[str, tuple[Defense, str | None]] = {
+OURS: dict[str, tuple[Defense, str | list[str] | None]] = {
     **{f"whole model, K = {steps}": (MultiStepRisk(L2, steps=steps), None) for steps in (1, 2, 3)},
     **{f"last layer, K = {steps}": (MultiStepRisk(L2, steps=steps), LAST) for steps in (1, 2, 3)},
     "ACRT": (ACRT(L2), None),
     "SAM": (SAM(L2), None),
     "AWP, K = 1": (AWP(L2), None),
     "gradient penalty": (GradientPenalty(weight=0.05), None),
+    "two last layers, K = 1": (MultiStepRisk(L2, steps=1), ["layer.4", "layer.5", "pooler", "classifier"]),
+    "K = 1, ¼ of the batch": (MultiStepRisk(L2, steps=1, batch_share=1 / 4), None),
+    **{
+        f"SAM, {part} of the batch": (SAM(L2, batch_share=share), None) for part, share in (("¼", 1 / 4), ("⅛", 1 / 8))
+    },
 }
 
 
