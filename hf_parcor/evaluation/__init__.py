@@ -4,6 +4,7 @@ from hf_parcor.evaluation.evaluator import CorruptionEvaluator
 from hf_parcor.evaluation.gradients import DatasetGradients
 from hf_parcor.evaluation.metrics import BatchMetric, ClassificationMetric
 from hf_parcor.evaluation.probe import LayerProbe
+from hf_parcor.evaluation.processes import ProcessError
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "DatasetGradients",
     "EvaluationRecord",
     "LayerProbe",
+    "ProcessError",
 ]

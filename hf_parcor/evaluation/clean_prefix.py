@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from hf_parcor.evaluation.gradients import trainable
 from hf_parcor.evaluation.metrics import BatchMetric
+from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.injection import corrupted
 from hf_parcor.prefix import NothingToReuse, PrefixError, PrefixReuse, plan_prefix, plan_prefix_of_values
 
@@ -61,7 +62,7 @@ def prefix_of_measurements(
     Returns:
         None, after saying why, where all of the model must run.
     """
-    batch = next(iter(metric.batches), None)
+    batch = next(iter(all_batches(metric.batches)), None)
     if batch is None:
         return None
 

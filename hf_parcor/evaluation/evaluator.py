@@ -9,9 +9,11 @@ from torch import nn
 
 from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
-from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric
+from hf_parcor.evaluation.measurement import MEMORY, Measurement
+from hf_parcor.evaluation.measuring import Metric
 from hf_parcor.evaluation.provenance import described, library_versions, model_name
 from hf_parcor.evaluation.records import EvaluationRecord
+from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import check_weights
 from hf_parcor.targets import select_trainable
@@ -23,12 +25,22 @@ class CorruptionEvaluator:
     The model is never copied. It is measured in evaluation mode, and its training flags are put back; so is the state
     of PyTorch's global generator on the CPU.
 
+    Under `torchrun` or `accelerate launch` the processes measure together, and each returns the record of one process:
+    to the last bit on the same kind of device and number of threads, but for what follows from the gradient over the
+    data, which is summed in another order (to rounding). Each process measures every n-th batch, and what they counted
+    is gathered batch by batch; the gradient over the data is reduced once; multi-step ascents are spread as a whole.
+    Data is spread, and not corruptions, since there are more batches than corruptions, a prefix is shared by all
+    corruptions of a batch, and a metric that itself gathers over processes, as `Trainer.evaluate` does, needs all of
+    them at the same corruption. If one process fails, all raise, unless they wait inside of such a metric.
+
     Args:
-        model: Any PyTorch model.
+        model: Any PyTorch model; with several processes, each has all of it, bare or under DDP.
         metric: `metric(model)` returns numbers by name; a lambda around `Trainer.evaluate` or around an `evaluate`
-            pipeline will do.
+            pipeline will do. With several processes all of them call it at the same time, and what the first got is
+            kept; a `BatchMetric` is spread, and needs the same batches in each of them.
         batches: Data for the corruptions that need gradients, a list or a `DataLoader` that does not shuffle; None if
-            none of them does.
+            none of them does. With several processes each has all of it: the evaluator spreads the batches itself,
+            also those of a loader that Accelerate prepared.
         loss: `loss(model, batch)` returns the mean loss of a batch; the default takes the model's own.
         target_modules: Which modules may be corrupted, as in `select_parameters`. None, the default, for all
             parameters that can be trained (all, if none can), as in the Trainer: fixed tables such as sinusoidal
@@ -38,11 +50,12 @@ class CorruptionEvaluator:
         layers: As in `select_parameters`.
         reuse_prefix: Whether what does not depend on the targets runs once a batch for all corruptions, where the
             metric is made batch by batch (a `BatchMetric`, such as `ClassificationMetric`). The numbers are the same.
-        memory: How many bytes the corruptions that are measured together may take. Default 1 GiB.
+        memory: How many bytes the corruptions that are measured, or chosen, together may take. Default 1 GiB.
         progress: Whether to show a progress bar. Default True.
 
     Raises:
         ValueError: The targets match nothing, or the batches can be walked through only once.
+            Or FSDP or tensor parallelism has split the weights.
         TypeError: A target is not floating point.
 
     Examples:
@@ -75,6 +88,7 @@ class CorruptionEvaluator:
             "module_types": module_types,
             "layers": list(layers) if isinstance(layers, Iterator) else layers,
         }
+        model = whole_model(model)
         self._parameters = select_trainable(model, **self._target)
         check_weights(self._parameters)
         self._model = model
@@ -98,9 +112,10 @@ class CorruptionEvaluator:
             a corruption that changed no weight is noted too, such as one along a gradient that was not finite.
 
         Raises:
-            ValueError: A corruption needs gradients and there are no batches or an empty data set; before any weight
-                is touched.
+            ValueError: A corruption needs gradients and there are no batches or an empty data set; or weights or data
+                differ between processes; before any weight is touched.
             TypeError: Something that is no `Corruption`, or a metric that returns no mapping.
+            ProcessError: Another process failed.
         """
         clean, data, (records,) = self._measurement.run([self._parameters], corruptions, trials, seed)
         return EvaluationRecord(

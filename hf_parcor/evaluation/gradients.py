@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_parcor.evaluation.processes import ALONE, Processes
 from hf_parcor.injection import corrupted
 from hf_parcor.labels import count_labels
 
@@ -81,6 +82,8 @@ class DatasetGradients:
         batches: Can be walked through again and again, such as a list or a `DataLoader` that does not shuffle.
         loss: `loss(model, batch)` returns the mean loss over a batch.
         progress: Whether to show a progress bar.
+        processes: Those that compute the gradient over all data together, each on every n-th batch; all of them then
+            ask for it. None of them waits for another in anything else. Default: this process alone.
 
     Raises:
         ValueError: There are no items, or the batches can be walked through only once.
@@ -94,8 +97,10 @@ class DatasetGradients:
         loss: Loss = model_loss,
         *,
         progress: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
         check_repeatable(batches)
+        self._processes = processes
         self._model, self._parameters, self._batches, self._loss = model, parameters, batches, loss
         self._progress = progress
         shifted = _shifts_labels(model) and loss is model_loss
@@ -130,11 +135,18 @@ class DatasetGradients:
                 name: torch.zeros_like(parameter, dtype=_wide(parameter))
                 for name, parameter in self._parameters.items()
             }
-            walk = tqdm(self._batches, desc="gradient over the data", leave=False, disable=not self._progress)
-            for batch, items in zip(walk, self._items, strict=True):
+            share = zip(self._batches, self._items, strict=True)
+            walk = tqdm(
+                self._processes.share(share),
+                desc="gradient over the data",
+                total=self._processes.size(len(self)),
+                leave=False,
+                disable=not self._progress,
+            )
+            for batch, items in walk:
                 if items:  # the mean over no item is NaN
                     torch._foreach_add_(list(overall.values()), self._gradient(batch), alpha=items / total)
-            self._overall = overall
+            self._overall = self._processes.sum(overall)
         return self._overall
 
     def on_next_batch(self, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -14,8 +15,11 @@ from hf_parcor.corruptions import CORRUPTIONS, Corruption, MultiStepCorruption
 from hf_parcor.evaluation.clean_prefix import prefix_of_ascents, prefix_of_measurements
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, check_repeatable
+from hf_parcor.evaluation.measuring import Metric, measure
 from hf_parcor.evaluation.metrics import BatchMetric
+from hf_parcor.evaluation.processes import Processes
 from hf_parcor.evaluation.records import CorruptionRecord
+from hf_parcor.evaluation.replicas import all_batches, check_same_data, check_same_weights
 from hf_parcor.evaluation.sharing import Job, Part, choose_together, measure_together
 from hf_parcor.evaluation.trials import Trial, checked_metrics, record_of
 from hf_parcor.functional.arguments import check_count
@@ -24,13 +28,12 @@ from hf_parcor.injection import corrupted
 from hf_parcor.modes import evaluation_mode
 from hf_parcor.prefix import PrefixReuse
 
-Metric = Callable[[nn.Module], Mapping[str, float]]
 MEMORY = 1 << 30
 _Parameters = Mapping[str, nn.Parameter]
 
 
 class Measurement:
-    """A model, a metric and data, to be measured under corruptions of parts of the model.
+    """A model, a metric and data, to be measured under corruptions of parts of the model, by one process or several.
 
     Args:
         model: Any PyTorch model.
@@ -58,10 +61,13 @@ class Measurement:
     ) -> None:
         if batches is not None:
             check_repeatable(batches)
+            batches = all_batches(batches)
         maybe: Any = metric
         self._by_batch: BatchMetric | None = maybe if reuse_prefix and isinstance(maybe, BatchMetric) else None
         self._model, self._metric, self._batches, self._loss = model, metric, batches, loss
-        self._memory, self._progress = memory, progress
+        self._memory = memory
+        self._processes = Processes.launched()
+        self._progress = progress and self._processes.index == 0
 
     def run(
         self, selections: Sequence[_Parameters], corruptions: Sequence[Corruption], trials: int, seed: int
@@ -79,9 +85,14 @@ class Measurement:
         corruptions = tuple(corruptions)
         names = [_catalogue_name(corruption) for corruption in corruptions]
         times = [trials if corruption.stochastic else 1 for corruption in corruptions]
-        with evaluation_mode(self._model), torch.random.fork_rng(devices=[]):
+        with (
+            self._processes.failing_together(),
+            evaluation_mode(self._model),
+            torch.random.fork_rng(devices=[]),
+        ):
             parts = self._parts(selections, corruptions)
             data = "" if self._batches is None else fingerprint(self._batches)
+            self._check_replicas(data)
             clean = record_of("none", "no corruption", {}, [Trial(seed, self._metrics())])
             jobs = [
                 Job(part, corruption, seed + trial)
@@ -105,6 +116,16 @@ class Measurement:
         ]
         return clean, data, records
 
+    def _check_replicas(self, data: str) -> None:
+        """Refuse what would be silently wrong on several processes."""
+        if self._processes.count == 1:
+            return
+        check_same_weights(self._model, self._processes)
+        check_same_data("batches", data, self._processes)
+        metric: Any = self._metric
+        if isinstance(metric, BatchMetric):
+            check_same_data("metric", fingerprint(all_batches(metric.batches)), self._processes)
+
     def _parts(self, selections: Sequence[_Parameters], corruptions: Sequence[Corruption]) -> list[Part]:
         gradients: list[DatasetGradients | None] = [None] * len(selections)
         needing = [corruption for corruption in corruptions if corruption.uses_gradients]
@@ -114,14 +135,26 @@ class Measurement:
                     f"batches: expected data for {needing[0]}, got None; pass batches=, such as a DataLoader"
                 )
             together = {name: parameter for selection in selections for name, parameter in selection.items()}
-            whole = DatasetGradients(self._model, together, self._batches, self._loss, progress=self._progress)
+            whole = DatasetGradients(
+                self._model,
+                together,
+                self._batches,
+                self._loss,
+                progress=self._progress,
+                processes=self._processes,
+            )
             gradients = [whole.of_part(selection) for selection in selections]
         climbs = any(isinstance(corruption, MultiStepCorruption) for corruption in corruptions)
         parts = []
         for selection, of_part in zip(selections, gradients, strict=True):
             climbing = self._prefix_of_ascents(selection) if climbs else None
             parts.append(Part(selection, of_part, climbing, self._prefix_of_measurements(selection, climbing)))
-        return parts
+        # What is measured together must be the same everywhere, also where a rounding decides.
+        found = self._processes.gather([part.measuring is not None for part in parts])
+        return [
+            part if all(everywhere) else replace(part, measuring=None)
+            for part, everywhere in zip(parts, zip(*found, strict=True), strict=True)
+        ]
 
     def _prefix_of_ascents(self, selection: _Parameters) -> PrefixReuse | None:
         if self._by_batch is None or self._batches is None:
@@ -139,8 +172,7 @@ class Measurement:
         taken = 0
         for job in jobs:
             size = 4 * numel(list(job.part.parameters.values()))
-            alone = job.part.measuring is None or (group and group[-1].part.measuring is None)
-            if group and (alone or taken + size > self._memory):
+            if group and (not self._go_together(job, group[-1]) or taken + size > self._memory):
                 yield group
                 group, taken = [], 0
             group.append(job)
@@ -148,9 +180,15 @@ class Measurement:
         if group:
             yield group
 
+    def _go_together(self, job: Job, other: Job) -> bool:
+        """Whether two corruptions share a prefix run, or are at least chosen at the same time by several processes."""
+        if job.part.measuring is None and other.part.measuring is None:
+            return self._processes.count > 1
+        return job.part.measuring is not None and other.part.measuring is not None
+
     def _measure(self, group: Sequence[Job]) -> list[Trial]:
         together = self._by_batch if group[0].part.measuring is not None else None
-        chosen = choose_together(group)
+        chosen = choose_together(group, self._processes)
         sizes = []
         metrics: list[Mapping[str, object]] = []
         for job, corruption in zip(group, chosen, strict=True):
@@ -159,13 +197,14 @@ class Measurement:
                 if together is None:
                     metrics.append(self._metrics())
         if together is not None:
-            metrics = [checked_metrics(found) for found in measure_together(self._model, together, group, chosen)]
+            measured = measure_together(self._model, together, group, chosen, self._processes)
+            metrics = [checked_metrics(found) for found in measured]
         seeds = [job.seed for job in group]
         return [Trial(*of_trial) for of_trial in zip(seeds, metrics, sizes, strict=True)]
 
     def _metrics(self) -> Mapping[str, object]:
         with evaluation_mode(self._model):  # a metric may leave the model in training mode
-            return checked_metrics(self._metric(self._model))
+            return measure(self._model, self._metric, self._processes)
 
 
 def _catalogue_name(corruption: Corruption) -> str:

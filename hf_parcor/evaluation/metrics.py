@@ -17,7 +17,8 @@ from hf_parcor.evaluation.gradients import check_repeatable, count_items
 class BatchMetric(Protocol):
     """A metric that is made from what it finds on single batches, so that many models can be measured on each.
 
-    `CorruptionEvaluator` runs what does not depend on the corrupted weights once a batch for all corruptions.
+    `CorruptionEvaluator` runs what does not depend on the corrupted weights once a batch for all corruptions, and
+    several processes each take every n-th batch; what a batch adds is pickled then.
     """
 
     @property

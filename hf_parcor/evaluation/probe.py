@@ -9,9 +9,11 @@ from torch import nn
 
 from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
-from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric
+from hf_parcor.evaluation.measurement import MEMORY, Measurement
+from hf_parcor.evaluation.measuring import Metric
 from hf_parcor.evaluation.provenance import described, library_versions, model_name
 from hf_parcor.evaluation.records import EvaluationRecord
+from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import check_weights
 from hf_parcor.targets import find_stacks, select_trainable
@@ -23,7 +25,7 @@ class LayerProbe:
     What can be shared is: the clean measurement; one gradient over the data for the closed-form corruptions of all
     parts; one walk through the data for all multi-step corruptions; and, with a metric made batch by batch, what does
     not depend on a part runs once a batch for all corruptions of all parts. The records are those of a
-    `CorruptionEvaluator` for each part.
+    `CorruptionEvaluator` for each part, also with several processes.
 
     Args:
         model: Any Transformers model.
@@ -53,6 +55,7 @@ class LayerProbe:
         memory: int = MEMORY,
         progress: bool = True,
     ) -> None:
+        model = whole_model(model)
         self._targets: dict[str, Any] = dict(blocks(model) if targets is None else targets)
         if not self._targets:
             raise ValueError("targets: expected at least one, got none; name the modules to corrupt")

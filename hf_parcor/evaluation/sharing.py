@@ -15,6 +15,9 @@ from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.evaluation.gradients import DatasetGradients
 from hf_parcor.evaluation.metrics import BatchMetric
+from hf_parcor.evaluation.processes import ALONE, Processes
+from hf_parcor.evaluation.replicas import all_batches
+from hf_parcor.functional.vectors import working_dtype
 from hf_parcor.injection import corrupted
 from hf_parcor.prefix import PrefixReuse, recording_together
 
@@ -41,9 +44,13 @@ class Job:
     seed: int
 
 
-def choose_together(jobs: Sequence[Job]) -> list[Mapping[str, Tensor]]:
-    """Return what each corruption chooses, as if called alone; multi-step ones walk through the data together."""
-    climbed = iter(_climb([job for job in jobs if type(job.corruption) is MultiStepCorruption]))
+def choose_together(jobs: Sequence[Job], processes: Processes = ALONE) -> list[Mapping[str, Tensor]]:
+    """Return what each corruption chooses, as if called alone; multi-step ones walk through the data together.
+
+    Each process climbs whole ascents: they need no word from the others, and end where one process would.
+    """
+    ascents = [job for job in jobs if type(job.corruption) is MultiStepCorruption]
+    climbed = iter(_handed_round(ascents, _climb(list(processes.share(ascents))), processes))
     corruptions: list[Mapping[str, Tensor]] = []
     for job in jobs:
         if type(job.corruption) is MultiStepCorruption:
@@ -54,6 +61,23 @@ def choose_together(jobs: Sequence[Job]) -> list[Mapping[str, Tensor]]:
             job.part.gradients.restart()
         corruptions.append(job.corruption(job.part.parameters, job.part.gradients, generator))
     return corruptions
+
+
+def _handed_round(
+    jobs: Sequence[Job], share: Sequence[dict[str, Tensor]], processes: Processes
+) -> Iterator[dict[str, Tensor]]:
+    """Yield where all ascents ended, from those of each process."""
+    own = iter(share)
+    for index, job in enumerate(jobs):
+        owner = processes.owner(index)
+        weights = job.part.parameters
+        dtype = working_dtype(list(weights.values()))
+        ended = (
+            next(own)
+            if owner == processes.index
+            else {name: torch.empty_like(weight, dtype=dtype) for name, weight in weights.items()}
+        )
+        yield processes.hand_round(ended, owner)
 
 
 @torch.no_grad()
@@ -82,7 +106,11 @@ def _climb(jobs: Sequence[Job]) -> list[dict[str, Tensor]]:
 
 
 def measure_together(
-    model: nn.Module, metric: BatchMetric, jobs: Sequence[Job], chosen: Sequence[Mapping[str, Tensor]]
+    model: nn.Module,
+    metric: BatchMetric,
+    jobs: Sequence[Job],
+    chosen: Sequence[Mapping[str, Tensor]],
+    processes: Processes = ALONE,
 ) -> list[Mapping[str, float]]:
     """Return the metrics under each corruption; what does not depend on it runs once a batch.
 
@@ -91,16 +119,19 @@ def measure_together(
         metric: What is measured.
         jobs: The corruptions.
         chosen: What they chose.
+        processes: Those that measure together, each every n-th batch.
     """
     prefixes = _different(job.part.measuring for job in jobs)
-    parts: list[list[Any]] = [[] for _ in jobs]
-    for batch in metric.batches:
+    share: list[list[Any]] = []
+    for batch in processes.share(all_batches(metric.batches)):
         _record(prefixes, partial(metric.of_batch, model, batch))
-        for job, corruption, of_job in zip(jobs, chosen, parts, strict=True):
+        found = []
+        for job, corruption in zip(jobs, chosen, strict=True):
             with corrupted(job.part.parameters, corruption), _replaying(job.part.measuring):
-                of_job.append(metric.of_batch(model, batch))
+                found.append(metric.of_batch(model, batch))
+        share.append(found)
         _forget(prefixes)
-    return [metric.combine(of_job) for of_job in parts]
+    return [metric.combine(of_job) for of_job in zip(*processes.collect(share), strict=True)]
 
 
 def _different(prefixes: Iterable[PrefixReuse | None]) -> list[PrefixReuse]:

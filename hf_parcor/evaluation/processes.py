@@ -1,0 +1,136 @@
+"""The processes that measure together: each has the whole model, and takes every n-th piece of the work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, gather_object, reduce
+from torch import Tensor, distributed
+
+_T = TypeVar("_T")
+
+
+class ProcessError(RuntimeError):
+    """Another process failed, and this one stopped with it."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many processes measure together, and which of them this one is.
+
+    Whatever they exchange begins with a word from each on whether it is well. So a process that fails says so where
+    the others wait for it next, and all of them raise.
+
+    Args:
+        count: How many there are. Default 1.
+        index: Which one this is, from 0.
+    """
+
+    count: int = 1
+    index: int = 0
+
+    @classmethod
+    def launched(cls) -> Processes:
+        """Return those that `accelerate launch` or `torchrun` started, or one."""
+        started = distributed.is_available() and distributed.is_initialized()
+        if not started and int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+            return cls()
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        return cls(state.num_processes, state.process_index)
+
+    def share(self, pieces: Iterable[_T]) -> Iterator[_T]:
+        """Return every n-th of the pieces, those of this process.
+
+        Examples:
+            >>> list(Processes(count=2, index=1).share("abcde"))
+            ['b', 'd']
+        """
+        return islice(pieces, self.index, None, self.count)
+
+    def size(self, pieces: int) -> int:
+        """Return how many of so many pieces are in the share of this process."""
+        return len(range(self.index, pieces, self.count))
+
+    def owner(self, piece: int) -> int:
+        """Return the process that has a piece in its share."""
+        return piece % self.count
+
+    def gather(self, value: _T) -> list[_T]:
+        """Return what each process handed in, in their order.
+
+        Raises:
+            ProcessError: Another process failed.
+        """
+        if self.count == 1:
+            return [value]
+        found = self._tell(value, None)
+        failures = [f"process {index}: {failure}" for index, (_, failure) in enumerate(found) if failure is not None]
+        if failures:
+            raise ProcessError(f"expected all processes to get here, but some failed: {'; '.join(failures)}")
+        return [value for value, _ in found]
+
+    def collect(self, share: Sequence[_T]) -> list[_T]:
+        """Return all pieces in their order, from what each process made of its share.
+
+        Raises:
+            ProcessError: Another process failed.
+        """
+        shares = self.gather(share)
+        total = sum(len(pieces) for pieces in shares)
+        return [shares[self.owner(piece)][piece // self.count] for piece in range(total)]
+
+    def sum(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sums over all processes, on the devices of the tensors.
+
+        Raises:
+            ProcessError: Another process failed.
+        """
+        if self.count == 1:
+            return dict(tensors)
+        self.gather(None)
+        device = PartialState().device
+        return {name: reduce(tensor.to(device), "sum").to(tensor.device) for name, tensor in tensors.items()}
+
+    def hand_round(self, tensors: Mapping[str, Tensor], owner: int) -> dict[str, Tensor]:
+        """Overwrite tensors with those of one process, and return them.
+
+        Raises:
+            ProcessError: Another process failed.
+        """
+        if self.count == 1:
+            return dict(tensors)
+        self.gather(None)
+        device = PartialState().device
+        return {name: broadcast(tensor.to(device), owner).to(tensor.device) for name, tensor in tensors.items()}
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Let all processes raise if one does: before they leave the block, they wait for each other.
+
+        Raises:
+            ProcessError: Another process failed.
+        """
+        try:
+            yield
+            self.gather(None)
+        except ProcessError:
+            raise
+        except Exception as error:
+            if self.count > 1:
+                self._tell(None, f"{type(error).__name__}: {error}")
+            raise
+
+    @staticmethod
+    def _tell(value: Any, failure: str | None) -> list[tuple[Any, str | None]]:
+        found: list[tuple[Any, str | None]] = gather_object([(value, failure)])
+        return found
+
+
+ALONE = Processes()

@@ -1,0 +1,93 @@
+"""What every process must have alike before the work is spread: the whole model, its weights, and all data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
+from accelerate.utils import model_has_dtensor
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from hf_parcor.evaluation.processes import Processes
+
+
+def whole_model(model: nn.Module) -> nn.Module:
+    """Return the model inside of DistributedDataParallel, whose passes would wait for each other; others as they are.
+
+    Raises:
+        ValueError: FSDP or tensor parallelism has split the weights.
+    """
+    if model_has_dtensor(model) or _is_wrapped_by_fsdp(model):
+        raise ValueError(
+            "model: expected all weights in every process, got weights that FSDP or tensor parallelism has split; "
+            "save the model, and evaluate it as from_pretrained loads it"
+        )
+    if isinstance(model, DistributedDataParallel):
+        inner: nn.Module = model.module
+        return inner
+    return model
+
+
+def _is_wrapped_by_fsdp(model: nn.Module) -> bool:
+    if not distributed.is_available() or not distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+
+
+def all_batches(batches: Iterable[Any]) -> Iterable[Any]:
+    """Return the batches of all processes, also where Accelerate has prepared a `DataLoader` for the share of one.
+
+    Such a share is filled up with examples that count twice; the evaluator spreads batches itself.
+    """
+    if not isinstance(batches, DataLoaderShard) or not isinstance(batches.batch_sampler, BatchSamplerShard):
+        return batches
+    return DataLoader(
+        batches.dataset,
+        batch_sampler=batches.batch_sampler.batch_sampler,
+        collate_fn=batches.collate_fn,
+        num_workers=batches.num_workers,
+        worker_init_fn=batches.worker_init_fn,
+        multiprocessing_context=batches.multiprocessing_context,
+    )
+
+
+def check_same_weights(model: nn.Module, processes: Processes) -> None:
+    """Refuse a model whose parameters or buffers differ between processes.
+
+    Raises:
+        ValueError: They differ.
+    """
+    tensors = dict(chain(model.named_parameters(), model.named_buffers()))
+    first, *others = processes.gather({name: _sum_of_bits(tensor) for name, tensor in tensors.items()})
+    for other in others:
+        for name in [name for name in {**first, **other} if first.get(name) != other.get(name)]:
+            raise ValueError(
+                f"model: expected the same weights in every process, got others for {name!r}; load the same "
+                "checkpoint in all of them, or seed them before new weights are drawn"
+            )
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> int:
+    """Return the sum of a tensor's bits as integers, which does not depend on the order, as one of floats does."""
+    kind = {1: torch.uint8, 2: torch.int16}.get(tensor.dtype.itemsize, torch.int32)
+    return int(tensor.detach().contiguous().reshape(-1).view(kind).sum(dtype=torch.int64))
+
+
+def check_same_data(name: str, fingerprint: str, processes: Processes) -> None:
+    """Refuse data that differs between processes.
+
+    Raises:
+        ValueError: It differs.
+    """
+    if len(set(processes.gather(fingerprint))) > 1:
+        raise ValueError(
+            f"{name}: expected all data in every process, in the same order, got other data in some; pass a list or "
+            "a DataLoader that does not shuffle, and let the evaluator spread its batches"
+        )
