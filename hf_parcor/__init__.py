@@ -26,6 +26,7 @@ from hf_parcor.training import (
     ParameterDefenseTrainingArguments,
     Seq2SeqParameterDefenseTrainer,
     Seq2SeqParameterDefenseTrainingArguments,
+    defended_backward,
 )
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Seq2SeqParameterDefenseTrainingArguments",
     "UniformNoise",
     "corrupted",
+    "defended_backward",
     "search_epsilon",
     "select_parameters",
 ]

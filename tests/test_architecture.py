@@ -38,6 +38,7 @@ PUBLIC = [
     "Seq2SeqParameterDefenseTrainingArguments",
     "CorruptionEvaluator",
     "DefenseConfig",
+    "defended_backward",
 ]
 
 # What each part may import of the others. A new part needs a row.

@@ -1,5 +1,6 @@
 """Defended training with Transformers' Trainers."""
 
+from hf_parcor.training.accelerate_loop import DefendedLoss, defended_backward
 from hf_parcor.training.arguments import (
     DefenseArguments,
     ParameterDefenseTrainingArguments,
@@ -14,6 +15,7 @@ from hf_parcor.training.trainers import ParameterDefenseTrainer, Seq2SeqParamete
 __all__ = [
     "DEFAULT_DEFENSE",
     "DEFENSE_CONFIG_NAME",
+    "DefendedLoss",
     "DefenseArguments",
     "DefenseConfig",
     "ParameterDefenseMixin",
@@ -22,5 +24,6 @@ __all__ = [
     "Seq2SeqParameterDefenseTrainer",
     "Seq2SeqParameterDefenseTrainingArguments",
     "build_defense",
+    "defended_backward",
     "signs_of_collapse",
 ]

@@ -13,6 +13,7 @@ from transformers import Trainer
 from hf_parcor.defenses import Defense, Objective
 from hf_parcor.training.batch_part import first_examples, items_of_part
 from hf_parcor.training.books import books_closed
+from hf_parcor.training.loss_scale import scaled
 from hf_parcor.training.overriding import overriding
 from hf_parcor.training.running_statistics import frozen_running_statistics
 
@@ -50,8 +51,8 @@ def passes_of(
         def compute_objective(*args: Any, **kwargs: Any) -> Any:
             result = compute_loss(*args, **kwargs)
             if isinstance(result, tuple):
-                return (_scaled(trainer, objective, result[0]), *result[1:])
-            return _scaled(trainer, objective, result)
+                return (scaled(trainer.accelerator, objective, result[0]), *result[1:])
+            return scaled(trainer.accelerator, objective, result)
 
         def prepare_once(batch: Any) -> Any:
             # A Trainer may augment or generate here: all passes are to see the same batch.
@@ -69,13 +70,3 @@ def passes_of(
             return stock_step(model, copy.copy(inputs), items)
 
     return run_pass
-
-
-def _scaled(trainer: Trainer, objective: Objective, loss: Tensor) -> Tensor:
-    scaler = trainer.accelerator.scaler
-    if scaler is None:
-        return objective(loss)
-    # An objective may differentiate the loss itself, and in float16 that inner gradient needs the scale too:
-    # without it a penalty's gradient was off by 90 %. Objectives are homogeneous, so the scale comes out again.
-    scale: Tensor = scaler.scale(loss.new_ones(()))
-    return objective(loss * scale) / scale

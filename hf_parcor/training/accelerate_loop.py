@@ -1,0 +1,166 @@
+"""The defended step for training loops that are written with Accelerate, without a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from hf_parcor.defenses import DefendedStep, Defense, Objective
+from hf_parcor.injection import CorruptionNorm
+from hf_parcor.targets import find_input_embedding, select_trainable
+from hf_parcor.training.loss_scale import scaled
+from hf_parcor.training.running_statistics import frozen_running_statistics
+from hf_parcor.training.trained import check_trained, trained_beside
+
+_UNTRIED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.FSDP)
+
+
+@dataclass(frozen=True)
+class DefendedLoss:
+    """What one defended micro-batch found; all tensors are detached, and reading them waits for the device.
+
+    Attributes:
+        risk: What was minimised.
+        clean: The loss at the first pass.
+        corrupted: The loss at the last pass.
+        norm: The norm of the last corruption, asked and realised.
+    """
+
+    risk: Tensor
+    clean: Tensor
+    corrupted: Tensor
+    norm: CorruptionNorm
+
+
+def defended_backward(
+    accelerator: Accelerator,
+    defense: Defense,
+    model: nn.Module,
+    loss_fn: Callable[[], Tensor],
+    parameters: Mapping[str, nn.Parameter] | None = None,
+    *,
+    epoch: float | None = None,
+    step: int | None = None,
+) -> DefendedLoss:
+    """Do what `accelerator.backward(loss_fn())` does, with the defense's risk in place of the loss.
+
+    `loss_fn` and `accelerator.backward` run once for each pass, at corrupted weights. Then the weights have their
+    exact bits back, also after an exception, and each `.grad` holds what it held before plus the gradient of the risk;
+    the optimizer steps as always. It works inside of `accelerator.accumulate(model)`, under mixed precision, and under
+    DDP, where only the last pass reduces gradients and each process corrupts along the gradient of its own batch.
+    BatchNorm's running statistics move in the first pass only.
+
+    Args:
+        accelerator: That of the loop.
+        defense: What is minimised.
+        model: As `accelerator.prepare` returned it. It has all parameters that are trained.
+        loss_fn: `loss_fn()` computes the mean loss of this micro-batch, such as `lambda: model(**batch).loss`. It must
+            be the same function of the weights at each call, but for dropout.
+        parameters: What is defended, as `select_parameters(accelerator.unwrap_model(model), ...)` returns it; None for
+            all trainable parameters.
+        epoch: How many epochs are done, a fraction is fine; for a defense with a `start_epoch`.
+        step: How many optimizer steps are done; for a defense with an `interval`.
+
+    Returns:
+        The risk and the losses, not divided by the accumulation steps. Where the defense is not active (before its
+        start epoch, say) all of them are the plain loss.
+
+    Raises:
+        ValueError: `epoch` or `step` is missing, the defense sees parts of the batch only, a parameter is frozen or
+            not of this model, or DeepSpeed, FSDP or Megatron-LM run the model.
+        TypeError: `defense` is not a `Defense`, or `loss_fn` returned no scalar tensor.
+
+    Examples:
+        >>> from hf_parcor import ACRT, CorruptionConstraint
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.ones_(model.weight)
+        >>> defense = ACRT(CorruptionConstraint(epsilon=0.5))
+        >>> loss = defended_backward(
+        ...     Accelerator(cpu=True), defense, model, lambda: model(torch.ones(1, 1)).square().sum()
+        ... )
+        >>> [loss.clean.item(), loss.corrupted.item(), loss.risk.item()]
+        [1.0, 2.25, 1.625]
+        >>> model.weight.item(), model.weight.grad.item()
+        (1.0, 2.5)
+    """
+    if not isinstance(defense, Defense):
+        raise TypeError(f"defense: expected a Defense such as MultiStepRisk(...), got {defense!r}; pass an object")
+    if accelerator.distributed_type in _UNTRIED:
+        raise ValueError(
+            f"accelerator: expected one process or DDP, got {accelerator.distributed_type.value}, under which the "
+            "defended step is not tested and may be silently wrong; use DDP, or accelerator.backward without a defense"
+        )
+    if any(defense.share_of_batch(index) != 1 for index in range(defense.passes)):
+        raise ValueError(
+            "defense: expected batch_share=1, got a smaller one; loss_fn computes the loss of the whole batch"
+        )
+    active = _is_active(defense, epoch, step)
+    run_pass = _passes_of(accelerator, defense.passes if active else 1, model, loss_fn)
+    if not active:
+        loss = run_pass(lambda loss: loss, 0)
+        return DefendedLoss(loss, loss, loss, CorruptionNorm(torch.zeros(()), torch.zeros(())))
+
+    selected = _selected(accelerator, model, parameters)
+    others = trained_beside(selected.values(), model, None)
+    embedding = find_input_embedding(accelerator.unwrap_model(model)) if defense.perturbs_inputs else None
+    with DefendedStep(selected, run_pass, defense.passes, others, embedding) as defended:
+        defense.minimize(defended)
+        norm = defended.withdraw(defense.order)
+    return DefendedLoss(defended.risk, defended.losses[0], defended.losses[-1], norm)
+
+
+def _is_active(defense: Defense, epoch: float | None, step: int | None) -> bool:
+    if epoch is None and defense.start_epoch > 0:
+        raise ValueError(
+            f"epoch: expected the epochs done, for a defense with start_epoch={defense.start_epoch}, got None; pass "
+            "epoch="
+        )
+    if step is None and defense.interval > 1:
+        raise ValueError(
+            f"step: expected the optimizer steps done, for a defense with interval={defense.interval}, got None; pass "
+            "step="
+        )
+    return defense.is_active(epoch or 0.0, step or 0)
+
+
+def _selected(
+    accelerator: Accelerator, model: nn.Module, parameters: Mapping[str, nn.Parameter] | None
+) -> dict[str, nn.Parameter]:
+    if parameters is None:
+        return check_trained(select_trainable(accelerator.unwrap_model(model)))
+    known = {id(parameter) for parameter in model.parameters()}
+    strange = [name for name, parameter in parameters.items() if id(parameter) not in known]
+    if strange:
+        raise ValueError(
+            f"parameters: expected those of the model, got {len(strange)} others such as {strange[0]!r}; select them "
+            "from accelerator.unwrap_model(model), after accelerator.prepare"
+        )
+    return check_trained(dict(parameters))
+
+
+def _passes_of(
+    accelerator: Accelerator, passes: int, model: nn.Module, loss_fn: Callable[[], Tensor]
+) -> Callable[[Objective, int], Tensor]:
+    """Return `run_pass(objective, index)`, which runs the loop's own forward and backward with this objective."""
+
+    def run_pass(objective: Objective, index: int) -> Tensor:
+        with ExitStack() as stack:
+            if index < passes - 1:
+                stack.enter_context(accelerator.no_sync(model))
+            if index > 0:
+                stack.enter_context(frozen_running_statistics(model))
+            loss = loss_fn()
+            if not isinstance(loss, Tensor) or loss.ndim:
+                found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"loss_fn: expected a scalar tensor, got {found}; return the mean loss of the batch")
+            value = scaled(accelerator, objective, loss)
+            accelerator.backward(value)
+        return value.detach()
+
+    return run_pass

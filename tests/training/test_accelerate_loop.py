@@ -1,0 +1,246 @@
+"""The defended step in loops without a Trainer, against its gradient written out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from hf_parcor import (
+    ACRT,
+    AWP,
+    SAM,
+    CorruptionConstraint,
+    GradientPenalty,
+    MultiStepRisk,
+    ParameterDefenseTrainer,
+    defended_backward,
+    select_parameters,
+)
+from hf_parcor.defenses import DEFENSES
+
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+SET = CorruptionConstraint(epsilon=0.2)
+WEIGHTS = {  # of the losses at each pass, whose gradients add up
+    "multi-step, K = 1": (MultiStepRisk(SET, steps=1), [1 / 2, 1 / 2]),
+    "multi-step, K = 2": (MultiStepRisk(SET, steps=2), [1 / 3, 1 / 3, 1 / 3]),
+    "ACRT": (ACRT(SET, alpha=0.25), [0.75, 0.25]),
+    "SAM": (SAM(SET), [0.0, 1.0]),
+    "none": (MultiStepRisk(SET, steps=0), [1.0]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def network():
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+@pytest.fixture
+def micro_batches():
+    return [(torch.randn(size, 4).double(), torch.randint(3, (size,))) for size in (5, 5, 2)]
+
+
+def loss_of(model, batch):
+    return lambda: cross_entropy(model(batch[0]), batch[1])
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("defense", "weights"), WEIGHTS.values(), ids=list(WEIGHTS))
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_gradients_written_out(network, micro_batches, longhand, bits_of, defense, weights, accumulation):
+    accelerator, before = Accelerator(cpu=True, gradient_accumulation_steps=accumulation), bits_of(network)
+    expected = []
+    for inputs, labels in micro_batches[:accumulation]:
+
+        def loss(call, inputs=inputs, labels=labels):
+            return cross_entropy(call(input=inputs), labels)
+
+        expected.append(longhand(network, loss, weights))
+    steps = []
+    for batch in micro_batches[:accumulation]:
+        with accelerator.accumulate(network):
+            found = defended_backward(accelerator, defense, network, loss_of(network, batch))
+            steps.append(accelerator.sync_gradients)
+            assert bits_of(network) == before
+            assert found.clean == pytest.approx(loss_of(network, batch)().item())
+            assert found.norm.realised == pytest.approx(0.2 if len(weights) > 1 else 0)
+            assert not found.risk.requires_grad
+            assert weights == [1.0] or found.corrupted > found.clean
+    assert steps == [False] * (accumulation - 1) + [True]
+    for name, gradient in gradients(network).items():
+        mean = sum(part[name] for part in expected) / accumulation
+        torch.testing.assert_close(gradient, mean, **EXACT)
+
+
+def test_a_part_of_the_parameters(network, micro_batches):
+    """SAM's update is the gradient at the corrupted point, also of what is not corrupted, and no other."""
+    selected, (batch, *_) = select_parameters(network, ["2"]), micro_batches
+    defended_backward(Accelerator(cpu=True), SAM(SET), network, loss_of(network, batch), selected)
+    found = gradients(network)
+    parts = torch.autograd.grad(loss_of(network, batch)(), list(selected.values()))
+    norm = torch.sqrt(sum(part.square().sum() for part in parts))
+    with torch.no_grad():
+        for parameter, part in zip(selected.values(), parts, strict=True):
+            parameter += 0.2 * part / norm
+    network.zero_grad()
+    loss_of(network, batch)().backward()
+    torch.testing.assert_close(found, gradients(network), **EXACT)
+
+
+def test_a_penalty(network, micro_batches):
+    parameters, (batch, *_) = list(network.parameters()), micro_batches
+    found = defended_backward(Accelerator(cpu=True), GradientPenalty(weight=0.3), network, loss_of(network, batch))
+    loss = loss_of(network, batch)()
+    parts = torch.autograd.grad(loss, parameters, create_graph=True)
+    risk = loss + 0.3 * torch.sqrt(sum(part.square().sum() for part in parts))
+    expected = torch.autograd.grad(risk, parameters)
+    assert found.risk == pytest.approx(risk.item())
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, **EXACT)
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_a_loop_is_the_trainer(name, defense_of, tiny_bert, train, rows, keep_gradients):
+    """Every defense: the gradient of the first step is that of the Trainer."""
+    model = tiny_bert(dropout=0.0)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    options = {"max_steps": 1, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+    train(ParameterDefenseTrainer, model, options, defense=defense_of(name), callbacks=[keep_gradients])
+    model.load_state_dict(state)
+    model.zero_grad()
+    batch = {key: torch.stack([torch.as_tensor(row[key]) for row in rows[:4]]) for key in rows[0]}
+    defended_backward(Accelerator(cpu=True), defense_of(name), model, lambda: model(**batch).loss)
+    torch.testing.assert_close(gradients(model), keep_gradients.kept[0], rtol=1e-5, atol=1e-7)
+
+
+def test_half_precision(network, micro_batches, bits_of):
+    network, accelerator = network.float(), Accelerator(cpu=True, mixed_precision="bf16")
+    inputs, labels = micro_batches[0]
+    defense, exact = MultiStepRisk(SET, steps=1), {}
+    defended_backward(accelerator, defense, network, loss_of(network, (inputs.float(), labels)))
+    exact = {name: gradient.clone() for name, gradient in gradients(network).items()}
+    network.zero_grad()
+    network, before = accelerator.prepare(network), bits_of(network)
+    defended_backward(accelerator, defense, network, loss_of(network, (inputs.float(), labels)))
+    assert bits_of(network) == before
+    found = gradients(network)
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    torch.testing.assert_close(found, exact, rtol=0.1, atol=0.01)
+    assert any(not torch.equal(found[name], exact[name]) for name in found), "bfloat16 was not used"
+
+
+def test_running_statistics_move_once(micro_batches):
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
+    inputs = micro_batches[0][0]
+    defended_backward(Accelerator(cpu=True), MultiStepRisk(SET, steps=2), model, loss_of(model, micro_batches[0]))
+    assert model[1].num_batches_tracked == 1
+    torch.testing.assert_close(model[1].running_mean, 0.1 * model[0](inputs).mean(0), **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("settings", "progress", "active"),
+    [
+        ({"start_epoch": 1.0}, {"epoch": 0.9}, False),
+        ({"start_epoch": 1.0}, {"epoch": 1.0}, True),
+        ({"interval": 3}, {"step": 2}, False),
+        ({"interval": 3}, {"step": 3}, True),
+        ({}, {}, True),
+    ],
+)
+def test_start_epoch_and_interval(network, micro_batches, settings, progress, active):
+    calls = []
+
+    def counted():
+        calls.append(1)
+        return loss_of(network, micro_batches[0])()
+
+    defense = MultiStepRisk(SET, steps=2, **settings)
+    found = defended_backward(Accelerator(cpu=True), defense, network, counted, **progress)
+    assert len(calls) == (3 if active else 1)
+    stock = {name: gradient.clone() for name, gradient in gradients(network).items()}
+    network.zero_grad()
+    loss_of(network, micro_batches[0])().backward()
+    assert all(torch.equal(gradient, stock[name]) for name, gradient in gradients(network).items()) is not active
+    assert (found.risk == found.clean == found.corrupted) is not active
+
+
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_bit_for_bit_after_an_exception(network, micro_batches, bits_of, call):
+    before, calls = bits_of(network), iter(range(3))
+
+    def failing():
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return loss_of(network, micro_batches[0])()
+
+    with pytest.raises(KeyboardInterrupt):
+        defended_backward(Accelerator(cpu=True), MultiStepRisk(SET, steps=2), network, failing)
+    assert bits_of(network) == before
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+class TestErrors:
+    def refused(self, network, micro_batches, *, defense=MultiStepRisk(SET), loss_fn=None, **options):  # noqa: B008
+        loss_fn = loss_fn or loss_of(network, micro_batches[0])
+        defended_backward(Accelerator(cpu=True), defense, network, loss_fn, **options)
+
+    @pytest.mark.parametrize(
+        ("kind", "message", "wrong"),
+        [
+            (TypeError, "defense: expected a Defense", {"defense": "sam"}),
+            (ValueError, "expected batch_share=1", {"defense": MultiStepRisk(SET, batch_share=0.5)}),
+            (ValueError, "epoch: expected the epochs done", {"defense": SAM(SET, start_epoch=0.5)}),
+            (ValueError, "step: expected the optimizer steps done", {"defense": SAM(SET, interval=2)}),
+            (
+                ValueError,
+                "expected those of the model, got 1 others such as 'x'",
+                {"parameters": {"x": nn.Linear(1, 1).weight}},
+            ),
+            (ValueError, "whose get_input_embeddings", {"defense": AWP(SET, input_epsilon=0.1)}),
+            (TypeError, "loss_fn: expected a scalar tensor, got dict", {"loss_fn": lambda: {"loss": 1}}),
+            (TypeError, r"loss_fn: expected a scalar tensor, got shape \(2,\)", {"loss_fn": lambda: torch.ones(2)}),
+        ],
+    )
+    def test_wrong_arguments(self, network, micro_batches, bits_of, kind, message, wrong):
+        before = bits_of(network)
+        with pytest.raises(kind, match=message):
+            self.refused(network, micro_batches, **wrong)
+        assert bits_of(network) == before
+        assert all(gradient is None for gradient in gradients(network).values())
+
+    def test_a_frozen_parameter(self, network, micro_batches):
+        network[0].requires_grad_(False)
+        with pytest.raises(ValueError, match="expected trainable parameters"):
+            self.refused(network, micro_batches, parameters=select_parameters(network, "all"))
+
+    def test_an_engine_that_was_not_tried(self, network, micro_batches, monkeypatch):
+        from accelerate.utils import DistributedType
+
+        monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+        with pytest.raises(ValueError, match="expected one process or DDP, got DEEPSPEED"):
+            self.refused(network, micro_batches)
+
+
+def test_nan_does_not_corrupt(network, micro_batches, bits_of):
+    before = bits_of(network)
+    found = defended_backward(
+        Accelerator(cpu=True), MultiStepRisk(SET), network, lambda: loss_of(network, micro_batches[0])() * math.nan
+    )
+    assert bits_of(network) == before
+    assert found.norm.realised == 0
