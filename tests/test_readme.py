@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser, TrainingArguments
 
 from hf_parcor import EvaluationRecord, ParameterDefenseTrainingArguments
@@ -31,6 +32,8 @@ def test_python_examples_run(tmp_path, monkeypatch, capsys):
         "model_init": lambda: model,
         "train_dataset": rows,
         "eval_dataset": rows,
+        "train_loader": DataLoader(rows, batch_size=2),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.0),
         "training_args": TrainingArguments(
             output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False
         ),
@@ -48,7 +51,9 @@ def test_python_examples_run(tmp_path, monkeypatch, capsys):
         "Gaussian σ=0.02",
         "4-bit quantization",
     ]
-    assert "no corruption" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no corruption" in printed
+    assert "risk 0." in printed
     assert names["noisy"].shape == (8, 2)
 
 

@@ -80,3 +80,23 @@ def test_one_all_reduce_of_the_mean_of_the_risks(run_on_ranks, name):
     for found, reductions in ranks:
         assert reductions == 1
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def example() -> float:
+    import importlib.util
+    from argparse import Namespace
+    from pathlib import Path
+
+    script = Path(__file__).parents[2] / "examples" / "accelerate_loop.py"
+    spec = importlib.util.spec_from_file_location("accelerate_loop", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings = {"epsilon": 0.1, "steps": 1, "epochs": 3, "lr": 0.01, "seed": 0, "cpu": True}
+    return float(module.train(Namespace(gradient_accumulation_steps=1, **settings)))
+
+
+def test_the_example_on_two_ranks(run_on_ranks):
+    first, second = run_on_ranks(example, 2)
+    assert first == second > 0.9

@@ -1,0 +1,32 @@
+"""The example loop: it learns, and says what the corruption costs."""
+
+from __future__ import annotations
+
+import importlib.util
+from argparse import Namespace
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "accelerate_loop.py"
+SETTINGS = {"epsilon": 0.1, "steps": 1, "epochs": 3, "lr": 0.01, "seed": 0, "cpu": True}
+
+
+def trained(accumulation: int) -> float:
+    spec = importlib.util.spec_from_file_location("accelerate_loop", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return float(module.train(Namespace(gradient_accumulation_steps=accumulation, **SETTINGS)))
+
+
+def test_it_is_short():
+    assert len(SCRIPT.read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_it_learns(capsys):
+    accuracy = trained(2)
+    assert accuracy > 0.95
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["epoch 0", "epoch 1", "epoch 2", f"accuracy {accuracy:.3f}"]
+    clean, corrupted = (float(lines[2].split()[index].strip(",")) for index in (3, -1))
+    assert corrupted > clean
