@@ -195,7 +195,7 @@ def main() -> None:
         metrics = {**trainer.evaluate(), "eval_samples": len(eval_rows)}
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-        if not robustness.skip_corruptions and trainer.is_world_process_zero():
+        if not robustness.skip_corruptions:  # all processes measure together
             # Sentences of like length share a batch: less padding, the same numbers.
             lengths = [len(tokens) for tokens in eval_rows["input_ids"]]
             by_length = eval_rows.select(sorted(range(len(lengths)), key=lengths.__getitem__))
@@ -206,9 +206,10 @@ def main() -> None:
             record = evaluator.evaluate(
                 corruptions_of_table_1(), robustness.corruption_trials, robustness.corruption_seed
             )
-            path = record.save(Path(training.output_dir) / "robustness.json")
-            print(comparison_table({"accuracy": record}))
-            print(f"The record is in {path}.")
+            if trainer.is_world_process_zero():
+                path = record.save(Path(training.output_dir) / "robustness.json")
+                print(comparison_table({"accuracy": record}))
+                print(f"The record is in {path}.")
 
 
 if __name__ == "__main__":

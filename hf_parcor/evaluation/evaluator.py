@@ -25,7 +25,8 @@ class CorruptionEvaluator:
     The model is never copied. It is measured in evaluation mode, and its training flags are put back; so is the state
     of PyTorch's global generator on the CPU.
 
-    Under `torchrun` or `accelerate launch` the processes measure together, and each returns the record of one process:
+    Under `torchrun` or `accelerate launch` all processes measure together (let all of them call `evaluate`, and one
+    save), and each returns the record of one process:
     to the last bit on the same kind of device and number of threads, but for what follows from the gradient over the
     data, which is summed in another order (to rounding). Each process measures every n-th batch, and what they counted
     is gathered batch by batch; the gradient over the data is reduced once; multi-step ascents are spread as a whole.
