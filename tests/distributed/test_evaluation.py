@@ -103,6 +103,11 @@ def operations(run: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
+class InOrder(ClassificationMetric):
+    def combine(self, parts):
+        return {"loss": sum(index * part["loss"] for index, part in enumerate(parts))}
+
+
 def all_records() -> dict[str, list[str]]:
     """Return what must be the same for every number of processes."""
     network, data, both = model(), batches(), [*ROUNDED, *EXACT]
@@ -111,6 +116,7 @@ def all_records() -> dict[str, list[str]]:
         "all weights": [evaluated(network, data, both, memory=1)],
         "a part, prefix shared": [evaluated(network, data, both, **last)],
         "a part, whole passes": [evaluated(network, data, both, reuse_prefix=False, **last)],
+        "order of batches": [evaluated(network, data, EXACT, metric=InOrder(data))],
         "one batch": [evaluated(network, batches((3,)), both)],
         "each block": probed(network, data, [*ROUNDED[:1], *EXACT[:3]]),
     }
@@ -198,6 +204,16 @@ class FailsOnRank1(ClassificationMetric):
         return super().of_batch(model, batch)
 
 
+class FailsLast(ClassificationMetric):
+    combined = 0
+
+    def combine(self, parts):
+        self.combined += distributed.get_rank()
+        if self.combined == 2:  # the clean model, and the only corruption: nothing is exchanged behind it
+            raise OSError("the disk is full")
+        return super().combine(parts)
+
+
 class NeedsRank0(GaussianNoise):
     def _choose(self, weights, gradients, generator):
         if distributed.get_rank() == 1:
@@ -224,6 +240,7 @@ def failures() -> dict[str, tuple[str, str]]:
 
     for left in (1, 4, 30):
         fail(f"metric {left}", with_metric(left))
+    fail("last", lambda network: evaluated(network, batches(), EXACT[-2:-1], metric=FailsLast(batches())))
     fail("corruption", lambda network: evaluated(network, batches(), [NeedsRank0(0.1), *ROUNDED]))
 
     def loss(network, batch):
@@ -255,6 +272,7 @@ def test_if_one_rank_fails_all_do(run_on_ranks):
     assert first.pop("afterwards") == second.pop("afterwards")
     own = {
         **{f"metric {left}": ("OSError", "the disk is full") for left in (1, 4, 30)},
+        "last": ("OSError", "the disk is full"),
         "corruption": ("MemoryError", "no room for the noise"),
         "loss": ("ArithmeticError", "odd batch"),
     }
