@@ -129,6 +129,18 @@ def test_a_loop_is_the_trainer(name, defense_of, tiny_bert, train, rows, keep_gr
     torch.testing.assert_close(gradients(model), keep_gradients.kept[0], rtol=1e-5, atol=1e-7)
 
 
+def test_the_scale_of_float16_reaches_what_is_differentiated():
+    class Watching(GradientPenalty):
+        def minimize(self, step):
+            step.backward(lambda loss: seen.append(loss.item()) or loss)
+
+    accelerator, model, seen = Accelerator(cpu=True), nn.Linear(1, 1, bias=False), []
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    defended_backward(accelerator, Watching(weight=0.5), model, lambda: model(torch.ones(1, 1)).sum())
+    assert seen == [model.weight.item() * 2.0**16]
+    assert model.weight.grad.item() == 2.0**16, "once, not twice"
+
+
 def test_half_precision(network, micro_batches, bits_of):
     network, accelerator = network.float(), Accelerator(cpu=True, mixed_precision="bf16")
     inputs, labels = micro_batches[0]
