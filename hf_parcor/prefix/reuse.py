@@ -85,11 +85,16 @@ class PrefixReuse:
         with self._substituted(self._replay):
             yield
 
-    def backward(self) -> None:
-        """Send the gradients that gathered at the boundary through the prefix, and free it."""
+    def backward(self, along: Sequence[Tensor] = ()) -> None:
+        """Send the gradients that gathered at the boundary through the prefix, and free it.
+
+        Args:
+            along: Scalars to be sent backward in the same run, for what waits for all gradients of it.
+        """
         reached = [i for i, leaf in enumerate(self.boundary) if leaf.grad is not None]
-        if reached:
-            torch.autograd.backward([self.outputs[i] for i in reached], [self.boundary[i].grad for i in reached])
+        ends = [*(self.outputs[i] for i in reached), *along]
+        if ends:
+            torch.autograd.backward(ends, [*(self.boundary[i].grad for i in reached), *([None] * len(along))])
         self.forget()
 
     @contextmanager
