@@ -101,7 +101,7 @@ class PrefixReuse:
     def _substituted(self, substitute: _Substitute) -> Iterator[None]:
         with ExitStack() as stack:
             for module in self.prefix:
-                stack.enter_context(_substituted_forward(module, substitute))
+                _substitute_forward(stack, module, substitute)
             yield
 
     def _record(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
@@ -152,21 +152,18 @@ def _copied(parts: list[Any], structure: Any) -> Any:
     return tree_unflatten([part.clone() if isinstance(part, Tensor) else part for part in parts], structure)
 
 
-@contextmanager
-def _substituted_forward(module: nn.Module, substitute: _Substitute) -> Iterator[None]:
+def _substitute_forward(stack: ExitStack, module: nn.Module, substitute: _Substitute) -> None:
     """Put a function in the place of a module's forward, which counts its calls; its hooks run as ever."""
-    before, forward, calls = module.__dict__.get("forward"), module.forward, 0
+    attributes, forward, calls = module.__dict__, module.forward, 0
 
     def substituted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         return substitute(module, calls - 1, lambda: forward(*args, **kwargs))
 
-    try:
-        module.__dict__["forward"] = substituted
-        yield
-    finally:
-        if before is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.__dict__["forward"] = before
+    # Built-in methods put it back, and are registered first: no line is left at which an interrupt could prevent it.
+    if "forward" in attributes:
+        stack.callback(attributes.__setitem__, "forward", attributes["forward"])
+    else:
+        stack.callback(attributes.pop, "forward", None)
+    attributes["forward"] = substituted
