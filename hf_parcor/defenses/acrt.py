@@ -23,6 +23,7 @@ class ACRT(ConstrainedDefense):
         constraint: The set S; any p.
         alpha: Weight α of the corrupted loss, in [0, 1]; 0 is the stock step, 1 is `SAM`. Default 0.5.
         batch_share: Of the batch, the corrupted pass sees this share; with α = 1 as in `SAM`. Default 1.
+        sync_perturbation: On several processes, one corruption for the batches of all. Default False.
         start_epoch: Until this epoch training is the stock one. Default 0.
         interval: Defend every so many optimizer steps. Default 1.
 

@@ -34,6 +34,7 @@ class AWP(ProjectedAscent):
             where ε is called gamma; α is relative, and n counts in each tensor, too. Default False: one vector.
         input_epsilon: ε_B ≥ 0, in units of the embedding's output; 0 leaves the inputs as they are. Default 0.1.
         input_steps: Steps of size `1.5 ε_B / input_steps`, ≥ 0. Default 1.
+        sync_perturbation: On several processes, one corruption for the batches of all. Default False.
         start_epoch: Until this epoch training is the stock one. Default 0.
         interval: Defend every so many optimizer steps. Default 1.
 
@@ -112,7 +113,7 @@ class AWP(ProjectedAscent):
 
     def _climb_and_project_each(self, step: DefendedStep, sizes: dict[str, Tensor]) -> None:
         """Take one corruption step, `a_l ← Π(a_l + u_l)`, each tensor in units of its own size."""
-        update, projection = step.gradients(), self.projection
+        update, projection = step.gradients(self.sync_perturbation), self.projection
         for name, tensor in update.items():
             constrained_maximum_([tensor], self.order, self.radius, self.constraint.top_n)
             tensor.mul_(sizes[name])

@@ -85,6 +85,9 @@ class ConstrainedDefense(Defense):
         constraint: The set S of corruptions that the training defends against.
         batch_share: Which share of the batch's examples, the first ones, the passes see that a stock step does not
             have, in (0, 1]: an approximation that costs less. Default 1, the whole batch.
+        sync_perturbation: On several processes, find one corruption on the batches of all of them: their gradients are
+            averaged before each climb, and the run is that of one process on the joined batch. Default False: each
+            process corrupts its weights for its own batch (*m-sharpness*), which costs no communication.
         start_epoch: As in `Defense`.
         interval: As in `Defense`.
 
@@ -95,6 +98,7 @@ class ConstrainedDefense(Defense):
 
     constraint: CorruptionConstraint
     batch_share: float = field(default=1.0, kw_only=True)
+    sync_perturbation: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,6 +136,6 @@ class ConstrainedDefense(Defense):
 
     def update(self, step: DefendedStep, radius: float) -> dict[str, Tensor]:
         """Return the constrained maximum of this radius on the last pass's gradient."""
-        update = step.gradients()
+        update = step.gradients(self.sync_perturbation)
         constrained_maximum_(list(update.values()), self.constraint.p, radius, self.constraint.top_n)
         return update

@@ -26,6 +26,7 @@ class MultiStepRisk(ProjectedAscent):
         random_start: Start from a random `a_0` with `‖a_0‖_p = ε` instead of 0. Default False, which was better in
             paper 2, Table 2. Drawn from PyTorch's global generator.
         batch_share: The corrupted passes see this share of the batch. Default 1.
+        sync_perturbation: On several processes, one corruption for the batches of all. Default False.
         start_epoch: Until this epoch training is the stock one. Default 0.
         interval: Defend every so many optimizer steps. Default 1.
 

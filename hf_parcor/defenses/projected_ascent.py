@@ -30,6 +30,7 @@ class ProjectedAscent(ConstrainedDefense):
         step_size: α in units of the weights; None, the default, for `1.5 ε/K` (printed `1.5 ε/k` in the paper).
         random_start: Start from a random `a_0` with `‖a_0‖_p = ε` instead of 0. Drawn from PyTorch's global generator.
         batch_share: As in `ConstrainedDefense`.
+        sync_perturbation: As in `ConstrainedDefense`.
         start_epoch: As in `Defense`.
         interval: As in `Defense`.
 
@@ -73,7 +74,10 @@ class ProjectedAscent(ConstrainedDefense):
     def start(self, step: DefendedStep) -> None:
         """Write `a_0`: zero, which is nothing to write, or random."""
         if self.random_start:
-            step.displace(RandomCorruption(self.constraint)(step.parameters))
+            start = RandomCorruption(self.constraint)(step.parameters)
+            if self.sync_perturbation:
+                step.agree_(start)
+            step.displace(start)
 
     def climb_and_project(self, step: DefendedStep) -> None:
         """Take one corruption step along the last pass's gradient: `a ← Π_S(a + u)`."""

@@ -22,6 +22,7 @@ class SAM(ConstrainedDefense):
     Args:
         constraint: The set S; any p.
         batch_share: Find `â` on this share of the batch. Default 1.
+        sync_perturbation: On several processes, one corruption for the batches of all. Default False.
         start_epoch: Until this epoch training is the stock one. Default 0.
         interval: Defend every so many optimizer steps. Default 1.
     """

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_parcor.defenses.adversarial_inputs import AdversarialInputs
+from hf_parcor.defenses.processes import Processes
 from hf_parcor.functional.vectors import clones
 from hf_parcor.injection import CorruptionNorm, Injection
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
@@ -35,6 +36,9 @@ class DefendedStep:
         others: All other trainable parameters, `θ`; their gradients accumulate, but for a probe.
         embedding: The model's input embedding, for defenses that perturb the inputs.
         prefix: What does not depend on `w`, to be run once for all passes; None runs all of the model in each.
+        reduction: With a prefix on several processes: prepares the all-reduce of what the step leaves in `.grad`, and
+            returns the graph to be sent backward for it along with the prefix.
+        processes: All processes that take this step, for corruptions that they share; None if there is one.
     """
 
     def __init__(
@@ -45,6 +49,8 @@ class DefendedStep:
         others: Iterable[torch.nn.Parameter] = (),
         embedding: torch.nn.Module | None = None,
         prefix: PrefixReuse | None = None,
+        reduction: Callable[[], Tensor] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.parameters = parameters
         self._run_pass = run_pass
@@ -52,6 +58,8 @@ class DefendedStep:
         self._others = list(others)
         self._embedding = embedding
         self._prefix = prefix
+        self._reduction = reduction
+        self._processes = processes
         self._inputs: AdversarialInputs | None = None
         self._injection = Injection(parameters)
         self._sum: dict[str, Tensor] = {}
@@ -74,7 +82,7 @@ class DefendedStep:
                 self.parameters[name].grad = gradient
         self._risk.append(self._run(objective))
         if last and self._prefix is not None:
-            self._prefix.backward()
+            self._prefix.backward(() if self._reduction is None else (self._reduction(),))
         if not last:
             self._fresh = self._take_gradients()
             known = [name for name in self._fresh if name in self._sum]
@@ -146,15 +154,33 @@ class DefendedStep:
         """Whether the weights hold a corruption that was written, be it zero."""
         return self._injection.is_active
 
-    def gradients(self) -> dict[str, Tensor]:
+    def gradients(self, of_all_processes: bool = False) -> dict[str, Tensor]:
         """Return the last pass's (weighted) gradients of the selected parameters, to be overwritten at will.
 
         In float32 at least. Parameters that got none in this pass are absent.
+
+        Args:
+            of_all_processes: Return their mean over all processes: the gradient of the joined batch, weighted as DDP
+                weighs the batches in the update. No parameter is absent then.
         """
         taken, self._fresh = self._fresh, {}
-        return {
+        processes = self._processes if of_all_processes else None
+        if processes is not None:  # which must average the same tensors: another may have what is absent here
+            taken = {
+                name: taken[name] if name in taken else torch.zeros_like(parameter, requires_grad=False)
+                for name, parameter in self.parameters.items()
+            }
+        wide = {
             name: gradient if gradient.dtype.itemsize >= 4 else gradient.float() for name, gradient in taken.items()
         }
+        if processes is not None:
+            processes.average_(list(wide.values()))
+        return wide
+
+    def agree_(self, update: Mapping[str, Tensor]) -> None:
+        """Overwrite what was drawn at random with what the first process drew."""
+        if self._processes is not None:
+            self._processes.agree_(list(update.values()))
 
     def displace(self, update: Mapping[str, Tensor], project: Callable[[list[Tensor]], None] | None = None) -> None:
         """Move the corruption, `a ← Π(a + u)`, and with it the weights."""

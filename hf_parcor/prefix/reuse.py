@@ -85,18 +85,23 @@ class PrefixReuse:
         with self._substituted(self._replay):
             yield
 
-    def backward(self) -> None:
-        """Send the gradients that gathered at the boundary through the prefix, and free it."""
+    def backward(self, along: Sequence[Tensor] = ()) -> None:
+        """Send the gradients that gathered at the boundary through the prefix, and free it.
+
+        Args:
+            along: Scalars to be sent backward in the same run, for what waits for all gradients of it.
+        """
         reached = [i for i, leaf in enumerate(self.boundary) if leaf.grad is not None]
-        if reached:
-            torch.autograd.backward([self.outputs[i] for i in reached], [self.boundary[i].grad for i in reached])
+        ends = [*(self.outputs[i] for i in reached), *along]
+        if ends:
+            torch.autograd.backward(ends, [*(self.boundary[i].grad for i in reached), *([None] * len(along))])
         self.forget()
 
     @contextmanager
     def _substituted(self, substitute: _Substitute) -> Iterator[None]:
         with ExitStack() as stack:
             for module in self.prefix:
-                stack.enter_context(_substituted_forward(module, substitute))
+                _substitute_forward(stack, module, substitute)
             yield
 
     def _record(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
@@ -147,21 +152,18 @@ def _copied(parts: list[Any], structure: Any) -> Any:
     return tree_unflatten([part.clone() if isinstance(part, Tensor) else part for part in parts], structure)
 
 
-@contextmanager
-def _substituted_forward(module: nn.Module, substitute: _Substitute) -> Iterator[None]:
+def _substitute_forward(stack: ExitStack, module: nn.Module, substitute: _Substitute) -> None:
     """Put a function in the place of a module's forward, which counts its calls; its hooks run as ever."""
-    before, forward, calls = module.__dict__.get("forward"), module.forward, 0
+    attributes, forward, calls = module.__dict__, module.forward, 0
 
     def substituted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         return substitute(module, calls - 1, lambda: forward(*args, **kwargs))
 
-    try:
-        module.__dict__["forward"] = substituted
-        yield
-    finally:
-        if before is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.__dict__["forward"] = before
+    # Built-in methods put it back, and are registered first: no line is left at which an interrupt could prevent it.
+    if "forward" in attributes:
+        stack.callback(attributes.__setitem__, "forward", attributes["forward"])
+    else:
+        stack.callback(attributes.pop, "forward", None)
+    attributes["forward"] = substituted

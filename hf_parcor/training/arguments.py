@@ -67,6 +67,12 @@ class DefenseArguments:
             "costs less."
         },
     )
+    defense_sync_perturbation: bool = field(
+        default=False,
+        metadata={
+            "help": "On several processes, find one corruption on the batches of all of them instead of one each."
+        },
+    )
     defense_target_modules: list[str] | None = field(
         default=None,
         metadata={

@@ -16,8 +16,10 @@ from hf_parcor.prefix import PrefixReuse
 from hf_parcor.targets import find_input_embedding, select_trainable
 from hf_parcor.training.checkpoints import save_defense, warn_of_another_defense
 from hf_parcor.training.collapse import CollapseCallback
+from hf_parcor.training.data_parallel import reduction_of
 from hf_parcor.training.defense_config import DefenseConfig
 from hf_parcor.training.passes import passes_of
+from hf_parcor.training.process_group import ProcessGroup
 from hf_parcor.training.refusals import refuse_what_cannot_work
 from hf_parcor.training.settings import DefenseSettings
 from hf_parcor.training.shared_prefix import find_shared_prefix, suffix_share
@@ -43,6 +45,9 @@ class ParameterDefenseMixin(_Base):
     likes. Where the defense does nothing (`steps=0`, `epsilon=0`, before its start epoch) the step is the stock one,
     bit for bit.
 
+    On several processes (DDP) each corrupts its weights for its own batch, or all of them for the joined batch if the
+    defense has `sync_perturbation`; gradients are reduced once for all passes of a step.
+
     With the stock `loss`, which is the risk, it logs `loss_clean` (at the first pass), `loss_corrupted` (at the last
     pass), `sharpness` (their difference) and the norm of the last corruption, asked and realised. What a Trainer
     counts and averages itself, such as TRL's `num_tokens` and `entropy`, is that of the first pass.
@@ -61,7 +66,7 @@ class ParameterDefenseMixin(_Base):
     Raises:
         ValueError: The targets match nothing or a frozen parameter; the optimizer updates inside `backward`; or the
             defense perturbs the inputs, and the model has no input embedding or is split over devices by DataParallel;
-            or it differentiates twice, and `torch_compile` or reentrant checkpointing cannot.
+            or it differentiates twice, and `torch_compile` or reentrant checkpointing cannot; or `ddp_static_graph`.
         TypeError: `defense` is not a `Defense`.
 
     Examples:
@@ -135,13 +140,29 @@ class ParameterDefenseMixin(_Base):
         if callable(enter_training):
             enter_training()
 
-        run_pass = passes_of(self, super().training_step, defense, model, inputs, num_items_in_batch)
         selected = self.defended_parameters()
         others = trained_beside(selected.values(), model, self.optimizer)
         prefix = self._find_shared_prefix(defense, model, selected, inputs)
         self._cost = 1 + (defense.cost - 1) * self._suffix_share
-        embedding = self._input_embedding()
-        with DefendedStep(selected, run_pass, defense.passes, others, embedding, prefix) as step:
+        run_pass = passes_of(
+            self,
+            super().training_step,
+            defense,
+            model,
+            inputs,
+            num_items_in_batch,
+            reduced_later=prefix is not None,
+        )
+        with DefendedStep(
+            selected,
+            run_pass,
+            defense.passes,
+            others,
+            embedding=self._input_embedding(),
+            prefix=prefix,
+            reduction=reduction_of(model),
+            processes=ProcessGroup() if self.accelerator.num_processes > 1 else None,
+        ) as step:
             defense.minimize(step)
             norm = step.withdraw(defense.order)
         self._step_log.add(step, norm, ends_step=self.accelerator.sync_gradients)

@@ -14,9 +14,9 @@ def refuse_what_cannot_work(trainer: Trainer, defense: Defense) -> None:
     """Check the Trainer's settings against the defense.
 
     Raises:
-        ValueError: The optimizer updates inside `backward`; DeepSpeed or FSDP; the defense perturbs the inputs, and
-            DataParallel splits them; or it differentiates twice, and a compiled backward or a reentrant checkpoint
-            cannot be differentiated.
+        ValueError: The optimizer updates inside `backward`; DeepSpeed or FSDP; DDP with a static graph; the defense
+            perturbs the inputs, and DataParallel splits them; or it differentiates twice, and a compiled backward or
+            a reentrant checkpoint cannot be differentiated.
     """
     optimizer = OptimizerNames(trainer.args.optim)
     if optimizer in _UPDATES_INSIDE_BACKWARD or "layerwise" in optimizer.value:
@@ -29,6 +29,11 @@ def refuse_what_cannot_work(trainer: Trainer, defense: Defense) -> None:
         raise ValueError(
             f"expected one process or DDP, got {engine}; the defended step is not tested there and would be "
             "silently wrong: train without it, or with DDP"
+        )
+    if trainer.args.ddp_static_graph and trainer.accelerator.num_processes > 1:
+        raise ValueError(
+            "ddp_static_graph: expected False, got True; DDP would take the first of several backward passes for the "
+            "whole step: leave it out"
         )
     if defense.perturbs_inputs and trainer.args.n_gpu > 1:
         raise ValueError(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
 from hf_parcor.defenses import Defense
 from hf_parcor.prefix import NothingToReuse, PrefixError, PrefixReuse, plan_prefix
+from hf_parcor.training.data_parallel import data_parallel
 
 logger = logging.get_logger(__name__)
 
@@ -26,6 +28,8 @@ def find_shared_prefix(
 ) -> PrefixReuse | None:
     """Return the prefix that later passes reuse; None, after saying why, where each pass must run all of the model.
 
+    All processes decide the same; each tries it out on its own batch, so all must call this at once.
+
     Args:
         trainer: The Trainer.
         defense: What its steps minimise.
@@ -33,15 +37,17 @@ def find_shared_prefix(
         selected: The defended parameters.
         inputs: A batch to try it out on.
     """
+    wrapper = data_parallel(model)
+    alone = model if wrapper is None else wrapper.module  # DDP would wait for the backward that it is not given
 
     def run() -> Any:
         prepared = trainer._prepare_inputs(copy.copy(inputs))
         with trainer.compute_loss_context_manager():
-            return model(**prepared)
+            return alone(**prepared)
 
     try:
         _check(trainer, defense, model)
-        return plan_prefix(model, selected, run)
+        return _plan_together(alone, selected, run)
     except NothingToReuse:
         return None
     except PrefixError as error:
@@ -52,6 +58,28 @@ def find_shared_prefix(
         return None
 
 
+def _plan_together(model: nn.Module, selected: Mapping[str, nn.Parameter], run: Callable[[], Any]) -> PrefixReuse:
+    """Return the plan if every process makes the same on its own batch.
+
+    Raises:
+        PrefixError: One makes another, or none.
+    """
+    try:
+        plan = plan_prefix(model, selected, run)
+    except PrefixError as error:
+        gather_object([([], str(error))])  # the others wait
+        raise
+    names = {module: name for name, module in model.named_modules()}
+    cut = [names[module] for module in plan.prefix]
+    everyone: list[tuple[list[str], str]] = gather_object([(cut, "")])
+    for index, (other, reason) in enumerate(everyone):
+        if not other:
+            raise PrefixError(f"{reason} (on process {index})")
+        if other != cut:
+            raise PrefixError(f"process {index} would cut it at another place")
+    return plan
+
+
 def _check(trainer: Trainer, defense: Defense, model: nn.Module) -> None:
     if defense.passes == 1:
         raise NothingToReuse("there is one pass")
@@ -59,8 +87,8 @@ def _check(trainer: Trainer, defense: Defense, model: nn.Module) -> None:
         raise NothingToReuse("the inputs differ from pass to pass")
     if any(defense.share_of_batch(index) != 1 for index in range(defense.passes)):
         raise PrefixError("passes over a part of the batch cannot reuse what was computed for all of it")
-    if trainer.accelerator.num_processes > 1 or trainer.args.n_gpu > 1:
-        raise PrefixError("the prefix is not reused on several devices")
+    if trainer.args.n_gpu > 1:
+        raise PrefixError("the prefix is not reused under DataParallel")
     if isinstance(model, torch._dynamo.OptimizedModule) or any(m._compiled_call_impl for m in model.modules()):
         raise PrefixError("a compiled model does not notice that a module is skipped")
 

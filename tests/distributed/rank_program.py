@@ -1,5 +1,6 @@
 """What each rank runs; `JOB` is given by whoever starts it, see `run_on_ranks`."""
 
+import gc
 import importlib.util
 import os
 import pickle
@@ -33,6 +34,7 @@ def run_rank(file, function, arguments, folder, rank, world_size, port):
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
+    gc.freeze()  # the Trainer collects garbage whenever it starts: not among the libraries
     result = getattr(module, function)(*pickle.loads(arguments))
     distributed.barrier()
     distributed.destroy_process_group()

@@ -68,6 +68,10 @@ def test_none_is_the_stock_step(tmp_path):
         ({"defense": "acrt", "defense_alpha": 0.3, "defense_norm": 3.0}, ACRT(L3, alpha=0.3)),
         ({"defense": "sam", "defense_norm": 3.0, "defense_start_epoch": 1.0}, SAM(L3, start_epoch=1.0)),
         (
+            {"defense": "sam", "defense_norm": 3.0, "defense_sync_perturbation": True},
+            SAM(L3, sync_perturbation=True),
+        ),
+        (
             {"defense": "gradient_penalty", "defense_norm": math.inf, "defense_weight": 0.2},
             GradientPenalty(math.inf, weight=0.2),
         ),

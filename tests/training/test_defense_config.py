@@ -37,7 +37,14 @@ class Own(SAM):
 CONFIGS = {
     "every setting": DefenseConfig(
         MultiStepRisk(
-            EVERYWHERE, steps=4, step_size=0.3, random_start=True, start_epoch=0.1, interval=2, batch_share=0.5
+            EVERYWHERE,
+            steps=4,
+            step_size=0.3,
+            random_start=True,
+            start_epoch=0.1,
+            interval=2,
+            batch_share=0.5,
+            sync_perturbation=True,
         ),
         "attention",
         ["a"],
@@ -74,6 +81,7 @@ def test_the_file_word_for_word(tmp_path):
             "start_epoch": 0.1,
             "interval": 2,
             "batch_share": 0.5,
+            "sync_perturbation": True,
             "constraint": {"p": "inf", "epsilon": 0.001, "top_n": 7},
             "steps": 4,
             "step_size": 0.3,
@@ -99,7 +107,7 @@ def test_collections_become_tuples_and_sets_are_put_in_order():
         ({"defense": "os.system"}, "got 'os.system'; a class of your own is not imported"),
         ({"defense": None}, "defense: expected a string, got None"),
         ({"defense": "acrt"}, "expected exactly the settings .*alpha, got the unknown steps, .*, no alpha"),
-        ({"settings": {"rho": 0.1}}, "got the unknown rho, no start_epoch, no constraint"),
+        ({"settings": {"rho": 0.1}}, "got the unknown rho, no start_epoch, .*no constraint"),
         ({"settings": [0.1]}, r"settings: expected an object of settings, got \[0.1\]"),
         ({"settings.steps": "2"}, "settings.steps: expected a whole number, got '2'"),
         ({"settings.steps": 2.0}, "settings.steps: expected a whole number, got 2.0"),

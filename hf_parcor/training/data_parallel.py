@@ -1,0 +1,75 @@
+"""One gradient all-reduce a step under DistributedDataParallel, however many passes the step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def data_parallel(model: nn.Module) -> DistributedDataParallel | None:
+    """Return the DDP wrapper of a model as the Trainer wrapped it; None if there is none."""
+    wrapped = getattr(model, "_orig_mod", model)  # of a compiled model
+    return wrapped if isinstance(wrapped, DistributedDataParallel) else None
+
+
+@contextmanager
+def unfinished_forward(model: nn.Module) -> Iterator[None]:
+    """Let a forward pass that ends early count as one: at the first of a step DDP sends buffers, and not again."""
+    try:
+        yield
+    finally:
+        wrapper = data_parallel(model)
+        if wrapper is not None:
+            wrapper.require_forward_param_sync = False
+
+
+def reduction_of(model: nn.Module) -> Callable[[], Tensor] | None:
+    """Return a function that prepares one all-reduce of all gradients; None without DDP.
+
+    What it returns is a graph that ends in every trained parameter, and brings no gradient. Sent backward along with
+    another graph, it lets DDP reduce each bucket as soon as its gradients are final, what `.grad` held before
+    included. DDP's own forward pass prepares it, so nothing private is used, and inside `no_sync` nothing is reduced.
+    """
+    wrapper = data_parallel(model)
+    if wrapper is None:
+        return None
+
+    def prepare() -> Tensor:
+        module = wrapper.module
+        try:
+            wrapper.module = _Ends([parameter for parameter in module.parameters() if parameter.requires_grad])
+            ends: Tensor = wrapper()
+        finally:
+            wrapper.module = module
+        return ends
+
+    return prepare
+
+
+class _Ends(nn.Module):
+    """A model whose result depends on the parameters, and whose backward gives them no gradient."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self._trained = parameters  # in a list: they are not this module's own
+
+    def forward(self) -> Tensor:
+        ends: Tensor = _NoGradient.apply(*self._trained)  # type: ignore[no-untyped-call]
+        return ends
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, *parameters: Tensor) -> Tensor:
+        context.count = len(parameters)
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[None, ...]:
+        nothing: tuple[None, ...] = (None,) * context.count
+        return nothing

@@ -1,0 +1,64 @@
+"""What processes tell each other: averages and agreement, in few calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed
+
+from hf_parcor.training import process_group
+from hf_parcor.training.process_group import ProcessGroup
+
+
+def talk(bucket):
+    process_group._BUCKET = bucket
+    calls = []
+    for name in ("all_reduce", "broadcast"):
+        setattr(distributed, name, counted(getattr(distributed, name), calls))
+    rank = distributed.get_rank()
+    results = []
+    for method in (ProcessGroup().average_, ProcessGroup().agree_):
+        tensors = [
+            torch.full((2, 3), 1.0 + rank),
+            torch.tensor(10.0 * rank),
+            torch.arange(6.0).reshape(2, 3).t() * rank,  # not contiguous
+            torch.full((4,), 2.0 + rank, dtype=torch.float64),
+            torch.zeros(0),
+        ]
+        method(tensors)
+        results.append(tensors)
+    return results, calls
+
+
+def counted(call, calls):
+    def counting(tensor, *args, **kwargs):
+        calls.append(tensor.numel())
+        return call(tensor, *args, **kwargs)
+
+    return counting
+
+
+def test_averages_and_agrees(run_on_ranks):
+    table = torch.arange(6.0).reshape(2, 3).t()
+    double = torch.full((4,), 2.5, dtype=torch.float64)
+    expected = [
+        [torch.full((2, 3), 1.5), torch.tensor(5.0), table / 2, double, torch.zeros(0)],
+        [torch.full((2, 3), 1.0), torch.tensor(0.0), table * 0, double - 0.5, torch.zeros(0)],
+    ]
+    for (averages, agreed), calls in run_on_ranks(talk, 2, 25 * 2**20):
+        torch.testing.assert_close([averages, agreed], expected, rtol=0, atol=0)
+        assert calls == 2 * [13, 4, 0]  # neighbours of one kind together
+    for (averages, agreed), calls in run_on_ranks(talk, 2, 7 * 4):
+        torch.testing.assert_close([averages, agreed], expected, rtol=0, atol=0)
+        assert calls == 2 * [7, 6, 4, 0]  # and as many as fit
+
+
+def overflow():
+    tensors = [torch.tensor([60000.0], dtype=torch.float16), torch.tensor([1.0, torch.nan][distributed.get_rank()])]
+    ProcessGroup().average_(tensors)
+    return tensors
+
+
+def test_half_precision_does_not_overflow_and_what_is_no_number_reaches_everyone(run_on_ranks):
+    for half, no_number in run_on_ranks(overflow, 2):
+        assert half == 60000.0
+        assert no_number.isnan()
