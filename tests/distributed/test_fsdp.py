@@ -7,11 +7,12 @@ import warnings
 
 import pytest
 import torch
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig, PartialState
 from accelerate.utils import DistributedType
 from torch import distributed
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
 
 from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
 from hf_parcor.training.sharded import drop_gathered
@@ -58,15 +59,30 @@ def rows():
 class Trainer(ParameterDefenseTrainer):
     """Gets FSDP2 from Accelerate on CPUs too, where Accelerate itself takes DDP."""
 
+    replicas = 1
+
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         if self.args.fsdp:
             state = self.accelerator.state
-            state.distributed_type = DistributedType.FSDP
+            PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             if state.mixed_precision != "no":
                 state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+            if self.replicas > 1:
+                ranks = distributed.get_world_size()
+                state.parallelism_config = ParallelismConfig(self.replicas, ranks // self.replicas)
+                state.device_mesh = state.parallelism_config.get_device_mesh("cpu")
             self.is_fsdp_enabled = True
+
+
+class KeepGathered(TrainerCallback):
+    """Lets FSDP2 keep gathered weights as long as it can, as people do who accumulate gradients."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if isinstance(model, FSDPModule):
+            model.set_reshard_after_backward(False)
+            model.set_reshard_after_forward(False)
 
 
 def arguments(folder, world_size, **options):
@@ -100,7 +116,7 @@ def sharding(**settings):
     }
 
 
-def train(folder, world_size, name, resume=None, **options):
+def train(folder, world_size, name, resume=None, callbacks=None, **options):
     defense, targets = DEFENSES[name]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore")
@@ -111,6 +127,7 @@ def train(folder, world_size, name, resume=None, **options):
             eval_dataset=rows()[:8],
             defense=defense,
             target_modules=targets,
+            callbacks=callbacks,
         )
         trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -125,12 +142,12 @@ def state_of(trainer):
     drop_gathered(trainer.model)
     weights = dict(trainer.model.named_parameters())
     assert all(isinstance(value, DTensor) == bool(trainer.args.fsdp) for value in weights.values())
-    logs = [entry for entry in trainer.state.log_history if "sharpness" in entry]
+    logs = [entry for entry in trainer.state.log_history if "sharpness" in entry or "eval_loss" in entry]
     return {name: whole(value.detach()).clone() for name, value in weights.items()}, logs
 
 
-def train_on_ranks(folder, runs):
-    world_size = distributed.get_world_size()
+def train_on_ranks(folder, runs, replicas=1):
+    world_size, Trainer.replicas = distributed.get_world_size(), replicas
     return [
         state_of(train(folder, world_size, name, **sharding(**settings), **options))
         for name, settings, options in runs
@@ -141,7 +158,8 @@ RUNS = [
     ("multi-step", {}, {}),
     ("multi-step", {}, {"gradient_accumulation_steps": 3, "max_steps": 3}),
     ("SAM", {"reshard_after_forward": False}, {"gradient_accumulation_steps": 2, "max_steps": 3}),
-    ("multi-step", {"reshard_after_forward": False}, {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}),
+    ("multi-step", {}, {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}),
+    ("multi-step", {}, {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3, "callbacks": [KeepGathered]}),
     ("multi-step", {"activation_checkpointing": True}, {"max_steps": 2, "max_grad_norm": 0.05}),
     ("top n", {}, {"max_steps": 4}),
     ("max norm", {}, {"max_steps": 4}),
@@ -149,7 +167,8 @@ RUNS = [
     ("part", {}, {"max_steps": 4}),
     ("part", {"activation_checkpointing": True}, {"max_steps": 2}),
 ]
-KEYS = ("loss", "loss_clean", "loss_corrupted", "corruption_norm", "corruption_norm_asked", "grad_norm")
+REPLICATED = [("top n", {}, {"gradient_accumulation_steps": 2, "max_steps": 2})]
+KEYS = ("loss", "loss_clean", "loss_corrupted", "corruption_norm", "corruption_norm_asked", "grad_norm", "eval_loss")
 
 
 def same(found, expected, case):
@@ -159,19 +178,21 @@ def same(found, expected, case):
         here = weights[name if name in weights else wrapped(name, weights)]
         assert float((here - value).abs().max()) < 1e-6, f"{case}, {name}"
     for entry, other in zip(logs, expected_logs, strict=True):
-        assert [entry[key] for key in KEYS] == pytest.approx([other[key] for key in KEYS], rel=1e-3)
+        keys = [key for key in KEYS if key in other]
+        assert [entry[key] for key in keys] == pytest.approx([other[key] for key in keys], rel=1e-3), case
 
 
 def wrapped(name, names):
     return next(other for other in names if other.replace("_checkpoint_wrapped_module.", "") == name)
 
 
-def test_two_ranks_equal_one_process(run_on_ranks, tmp_path):
-    found = run_on_ranks(train_on_ranks, 2, str(tmp_path), RUNS)
-    for (name, settings, options), *ranks in zip(RUNS, *found, strict=True):
+@pytest.mark.parametrize(("ranks", "replicas", "runs"), [(2, 1, RUNS), (4, 2, REPLICATED)])
+def test_ranks_equal_one_process(run_on_ranks, tmp_path, ranks, replicas, runs):
+    found = run_on_ranks(train_on_ranks, ranks, str(tmp_path), runs, replicas)
+    for (name, settings, options), *answers in zip(runs, *found, strict=True):
         expected = state_of(train(str(tmp_path), 1, name, **options))
-        for run in ranks:
-            same(run, expected, f"{name} {settings} {options}")
+        for answer in answers:
+            same(answer, expected, f"{name} {settings} {options}")
 
 
 def stop_and_resume(folder):
