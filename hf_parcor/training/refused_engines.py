@@ -13,8 +13,8 @@ def refuse_engines(trainer: Trainer, defense: Defense) -> None:
     """Check how the Trainer spreads the model against the defense.
 
     Raises:
-        ValueError: DeepSpeed, FSDP1 or XLA's FSDP; tensor, context or sequence parallelism; a model sharded or offloaded
-            when it was loaded; or FSDP2 with a compiled model, or with a defense that differentiates twice.
+        ValueError: DeepSpeed, FSDP1 or XLA's FSDP; tensor, context or sequence parallelism; a model sharded or
+            offloaded when it was loaded; or FSDP2 with a compiled model, or with a defense that differentiates twice.
     """
     if trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -40,7 +40,8 @@ def _refuse_split_models(trainer: Trainer) -> None:
                 f"with {kind} parallelism, and could be silently wrong: {_INSTEAD}"
             )
     model = trainer.model
-    if getattr(model, "is_distributed_loading_by_transformers", False) or (getattr(model, "tp_size", None) or 1) > 1:
+    # Not every release of Transformers has the first of these.
+    if getattr(trainer, "is_distributed_loading_by_transformers", False) or (getattr(model, "tp_size", None) or 1) > 1:
         raise ValueError(
             "model: expected one that was loaded whole, got one that from_pretrained sharded (tp_plan or "
             f"distributed_config); the defended step is not tested there: load it without, and {_INSTEAD}"

@@ -43,7 +43,7 @@ def renewed(names: Iterable[str], model: nn.Module) -> dict[str, nn.Parameter]:
 def on_shards(run_pass: Callable[[Objective, int], Tensor], model: nn.Module) -> Callable[[Objective, int], Tensor]:
     """Return the pass of a defended step for a sharded model.
 
-    It computes with the weights as they are on the shards, and leaves its gradients on the shards.
+    It leaves its gradients on the shards, and no gathered weights, which would be those of this pass in the next one.
 
     Args:
         run_pass: Runs forward and backward of pass k, as `DefendedStep` takes it.
@@ -51,7 +51,6 @@ def on_shards(run_pass: Callable[[Objective, int], Tensor], model: nn.Module) ->
     """
 
     def run_on_shards(objective: Objective, index: int) -> Tensor:
-        drop_gathered(model)
         for unit in _units(model):  # the Trainer's loop sets it for each micro-batch anew
             unit.set_requires_gradient_sync(True, recurse=False)
         try:
