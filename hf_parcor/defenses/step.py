@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_parcor.defenses.adversarial_inputs import AdversarialInputs
 from hf_parcor.defenses.processes import Processes
+from hf_parcor.functional.sharded import local_parts
 from hf_parcor.functional.vectors import clones
 from hf_parcor.injection import CorruptionNorm, Injection
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
@@ -87,7 +88,8 @@ class DefendedStep:
             self._fresh = self._take_gradients()
             known = [name for name in self._fresh if name in self._sum]
             if known:
-                torch._foreach_add_([self._sum[name] for name in known], [self._fresh[name] for name in known])
+                sums, parts = ([held[name] for name in known] for held in (self._sum, self._fresh))
+                torch._foreach_add_(local_parts(sums), local_parts(parts))
             new = [name for name in self._fresh if name not in self._sum]
             self._sum.update(zip(new, clones([self._fresh[name] for name in new]), strict=True))
 

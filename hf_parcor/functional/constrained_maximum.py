@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_parcor.functional.arguments import check_norm_order, check_radius, check_top_n
+from hf_parcor.functional.sharded import one_vector
 from hf_parcor.functional.top_n import keep_top_n, keep_top_n_
 from hf_parcor.functional.vectors import (
     divide_,
@@ -28,6 +29,7 @@ def constrained_maximum_(tensors: list[Tensor], p: float, epsilon: float, top_n:
     top_n = check_top_n(top_n)
     if not tensors:
         return
+    tensors = one_vector(tensors)
     if p == 1:
         top_n = 1  # all of epsilon on the largest coordinate
     if top_n is not None:

@@ -1,19 +1,34 @@
-"""Random vectors in the shape of given tensors, drawn on the generator's device so that a seed means one vector."""
+"""Random vectors in the shape of given tensors, drawn on the generator's device so that a seed means one vector.
+
+Each rank draws what it holds of sharded tensors: another vector than one process would, of the same distribution.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from hf_parcor.functional.arguments import check_radius
+from hf_parcor.functional.sharded import ShardedVector, generators_of_shards, one_vector, sharded_as
 
 
-def _drawn(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    device = like.device if generator is None else generator.device
-    return torch.empty(like.shape, dtype=dtype, device=device)
+def _drawn(
+    tensors: Sequence[Tensor],
+    generator: torch.Generator | None,
+    fill: Callable[[Tensor, torch.Generator | None], Tensor],
+) -> list[Tensor]:
+    vector = one_vector(tensors)
+    sharded = isinstance(vector, ShardedVector)
+    sources = generators_of_shards(tensors, generator) if sharded else [generator] * len(vector)
+    drawn = []
+    for here, like, source in zip(vector, tensors, sources, strict=True):
+        dtype = torch.float64 if here.dtype == torch.float64 else torch.float32
+        device = here.device if source is None else source.device
+        noise = fill(torch.empty(here.shape, dtype=dtype, device=device), source).to(here.device)
+        drawn.append(sharded_as(noise, like))
+    return drawn
 
 
 def gaussian_noise(tensors: Sequence[Tensor], std: float, generator: torch.Generator | None = None) -> list[Tensor]:
@@ -36,10 +51,7 @@ def gaussian_noise(tensors: Sequence[Tensor], std: float, generator: torch.Gener
         0.5
     """
     std = check_radius("std", std)
-    return [
-        _drawn(tensor, generator).normal_(0.0, 1.0, generator=generator).mul_(std).to(tensor.device)
-        for tensor in tensors
-    ]
+    return _drawn(tensors, generator, lambda noise, source: noise.normal_(0.0, 1.0, generator=source).mul_(std))
 
 
 def uniform_noise(tensors: Sequence[Tensor], bound: float, generator: torch.Generator | None = None) -> list[Tensor]:
@@ -62,7 +74,4 @@ def uniform_noise(tensors: Sequence[Tensor], bound: float, generator: torch.Gene
         True
     """
     bound = check_radius("bound", bound)
-    return [
-        _drawn(tensor, generator).uniform_(-1.0, 1.0, generator=generator).mul_(bound).to(tensor.device)
-        for tensor in tensors
-    ]
+    return _drawn(tensors, generator, lambda noise, source: noise.uniform_(-1.0, 1.0, generator=source).mul_(bound))

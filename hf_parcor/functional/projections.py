@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_parcor.functional.arguments import check_norm_order, check_radius, check_top_n
+from hf_parcor.functional.sharded import one_vector
 from hf_parcor.functional.top_n import keep_top_n_
 from hf_parcor.functional.vectors import (
     divide_,
@@ -39,6 +40,7 @@ def project_(tensors: list[Tensor], p: float, epsilon: float, top_n: int | None 
     check_projectable(p)
     if not tensors:
         return
+    tensors = one_vector(tensors)
     if top_n is not None:
         keep_top_n_(tensors, top_n)
     if math.isinf(p):
@@ -107,8 +109,9 @@ def rescale_to_norm(tensors: Sequence[Tensor], p: float, epsilon: float) -> list
     p = check_norm_order(p)
     epsilon = check_radius("epsilon", epsilon)
     rescaled = working_copy(tensors)
-    largest = max_magnitude(rescaled)
-    divide_(rescaled, torch.where(largest > 0, largest, 1.0))
-    norm = vector_norm_of_unit_scale(rescaled, p)
-    multiply_(rescaled, torch.where(norm > 0, epsilon / norm, 0.0))
+    vector = one_vector(rescaled)
+    largest = max_magnitude(vector)
+    divide_(vector, torch.where(largest > 0, largest, 1.0))
+    norm = vector_norm_of_unit_scale(vector, p)
+    multiply_(vector, torch.where(norm > 0, epsilon / norm, 0.0))
     return rescaled

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hf_parcor.functional.arguments import check_norm_order
+from hf_parcor.functional.sharded import ShardedVector, local_parts, one_vector
 
 _BITS_OF_DTYPE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _CHUNK = 1 << 20  # entries worked on at a time: less than 100 MiB of scratch, whatever the size of the model
@@ -34,13 +36,13 @@ def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return bit-for-bit copies, all written by one batched call."""
     copies = [torch.empty_like(tensor) for tensor in tensors]
     if copies:
-        torch._foreach_copy_(copies, list(tensors))
+        torch._foreach_copy_(local_parts(copies), local_parts(tensors))
     return copies
 
 
 def numel(tensors: Sequence[Tensor]) -> int:
     """Return `k`, the number of entries of the vector."""
-    return sum(tensor.numel() for tensor in tensors)
+    return tensors.entries if isinstance(tensors, ShardedVector) else sum(tensor.numel() for tensor in tensors)
 
 
 def chunks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -61,6 +63,9 @@ def max_magnitude(tensors: Sequence[Tensor]) -> Tensor:
         >>> max_magnitude([torch.tensor([1.0, -3.0]), torch.tensor([[2.0]])])
         tensor(3.)
     """
+    tensors = one_vector(tensors)
+    if isinstance(tensors, ShardedVector):
+        return tensors.gather(max_magnitude).amax()
     dtype = working_dtype(tensors)
     filled = [tensor for tensor in tensors if tensor.numel()]
     if not filled:
@@ -76,6 +81,9 @@ def max_magnitude(tensors: Sequence[Tensor]) -> Tensor:
 
 def vector_norm_of_unit_scale(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return `‖v‖_p` of entries of ordinary size: fast, but squares of 1e-23 and of 1e20 leave float32's range."""
+    tensors = one_vector(tensors)
+    if isinstance(tensors, ShardedVector):
+        return vector_norm([tensors.gather(partial(vector_norm_of_unit_scale, p=p))], p)
     dtype = working_dtype(tensors)
     filled = [tensor for tensor in tensors if tensor.numel()]
     if not filled:
@@ -127,6 +135,9 @@ def vector_norm(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
         tensor(5.0000e+30)
     """
     p = check_norm_order(p)
+    tensors = one_vector(tensors)
+    if isinstance(tensors, ShardedVector):
+        return vector_norm([tensors.gather(partial(vector_norm, p=p))], p)
     largest = max_magnitude(tensors)
     if math.isinf(p):
         return largest
@@ -147,8 +158,15 @@ def inner_product(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
         >>> inner_product([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])])
         tensor(11., dtype=torch.float64)
     """
+    first, second = one_vector(first), one_vector(second)
     products = [torch.dot(a.reshape(-1).double(), b.reshape(-1).double()) for a, b in zip(first, second, strict=True)]
-    return _joined(products, torch.float64).sum() if products else torch.zeros((), dtype=torch.float64)
+    if isinstance(first, ShardedVector):
+        return first.replaced(products).total(_sum)
+    return _sum(products) if products else torch.zeros((), dtype=torch.float64)
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    return _joined(values, torch.float64).sum()
 
 
 def _by_device(operation: Callable[[list[Tensor], Tensor], None], tensors: Sequence[Tensor], operand: Tensor) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from hf_parcor.functional.sharded import local_part, spread_alike
+
 
 def check_weights(weights: Mapping[str, Tensor]) -> None:
     """Refuse an empty selection, weights that are not floating point, and weights that stand under two names."""
@@ -20,7 +22,7 @@ def check_weights(weights: Mapping[str, Tensor]) -> None:
                 f"{name}: expected a floating-point weight of 16 bits or more, got {weight.dtype}; "
                 "leave it out of the selection"
             )
-        address = weight.data_ptr()  # 0 for tensors without memory of their own
+        address = local_part(weight).data_ptr()  # 0 for tensors without memory of their own
         if address and names.setdefault(address, name) != name:
             raise ValueError(
                 f"{name}: expected every weight under one name, got that of {names[address]} again; "
@@ -49,5 +51,10 @@ def check_corruption(weights: Mapping[str, Tensor], corruption: Mapping[str, Ten
         if change.shape != weights[name].shape:
             raise ValueError(
                 f"{name}: expected a corruption of shape {tuple(weights[name].shape)}, got {tuple(change.shape)}; "
+                "make it from the weights that it is for"
+            )
+        if not spread_alike(change, weights[name]):
+            raise ValueError(
+                f"{name}: expected a corruption that is sharded over the ranks as its weight is, got another layout; "
                 "make it from the weights that it is for"
             )

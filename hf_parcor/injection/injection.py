@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_parcor.functional.arguments import check_norm_order
+from hf_parcor.functional.sharded import alike, local_part, local_parts, one_vector, total
 from hf_parcor.functional.vectors import clones, vector_norm, vector_norm_of_unit_scale
 from hf_parcor.injection.checks import check_corruption, check_weights
 
@@ -37,6 +38,9 @@ class Injection:
     corruption is written. Weights narrower than float32 swallow small corruptions, so for them (only) `a` is kept in
     float32 beside.
 
+    Of weights that are sharded over ranks (DTensors) each rank writes and saves its own shards; norms and counts are
+    those of the whole vector, and equal on all ranks.
+
     Whatever fails while weights are written, an interrupt too, the saved bits are put back before it is raised.
 
     Args:
@@ -50,8 +54,10 @@ class Injection:
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         check_weights(weights)
         self._weights = {name: weight.detach() for name, weight in weights.items()}
-        self._exact = [weight for weight in self._weights.values() if weight.dtype.itemsize >= 4]
-        self._narrow = [weight for weight in self._weights.values() if weight.dtype.itemsize < 4]
+        exact = [weight for weight in self._weights.values() if weight.dtype.itemsize >= 4]
+        narrow = [weight for weight in self._weights.values() if weight.dtype.itemsize < 4]
+        self._vector = one_vector([*exact, *narrow])
+        self._exact, self._narrow = self._vector[: len(exact)], self._vector[len(exact) :]
         self._forget()
 
     def _forget(self) -> None:
@@ -102,7 +108,8 @@ class Injection:
                     name: weight if weight.dtype.itemsize >= 4 else torch.zeros_like(weight, dtype=torch.float32)
                     for name, weight in self._weights.items()
                 }
-            _foreach(torch._foreach_add_, [self._corruption[name] for name in update], list(update.values()))
+            moved = local_parts([self._corruption[name] for name in update])
+            _foreach(torch._foreach_add_, moved, local_parts(list(update.values())))
             if project is not None:
                 project(list(self._corruption.values()))
             _foreach(torch._foreach_add_, self._exact, self._saved_exact)
@@ -110,23 +117,22 @@ class Injection:
                 torch._foreach_copy_(self._narrow, torch._foreach_add(self._wide(), self._saved_narrow))
 
     def _wide(self) -> list[Tensor]:
-        return [self._corruption[name] for name, weight in self._weights.items() if weight.dtype.itemsize < 4]
+        names = [name for name, weight in self._weights.items() if weight.dtype.itemsize < 4]
+        return local_parts([self._corruption[name] for name in names])
 
     @torch.no_grad()
     def size(self) -> CorruptionSize:
         """Count the weights that differ from the saved ones, and measure by how much; waits for the device."""
         if not self._active:
             return CorruptionSize(0, 0.0)
-        changed, parts = 0, []
-        for weight, before in zip(self._all(), self._all_saved(), strict=True):
+        changed, parts = [], []
+        for weight, before in zip(self._vector, self._all_saved(), strict=True):
             same = (weight == before) | (weight.isnan() & before.isnan())
             difference = (weight.double() - before.double()).masked_fill_(same, 0)
-            changed += int((~same).sum())
+            changed.append((~same).sum())
             parts.append(vector_norm([difference]))
-        return CorruptionSize(changed, float(vector_norm(parts)))
-
-    def _all(self) -> list[Tensor]:
-        return [*self._exact, *self._narrow]
+        counts, norm = alike(self._vector, changed), vector_norm(alike(self._vector, parts))
+        return CorruptionSize(int(total(counts, _sum)), float(norm))
 
     def _all_saved(self) -> list[Tensor]:
         return [*self._saved_exact, *self._saved_narrow]
@@ -144,7 +150,7 @@ class Injection:
             raise RuntimeError("replace: expected weights not displaced before, got displaced ones; restore() first")
         with self._writing():
             for name, value in values.items():
-                self._weights[name].copy_(value)
+                local_part(self._weights[name]).copy_(local_part(value))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -169,11 +175,17 @@ class Injection:
         try:
             _foreach(torch._foreach_sub_, self._exact, self._saved_exact)
             _foreach(torch._foreach_sub_, self._narrow, self._saved_narrow)
-            realised = vector_norm_of_unit_scale(self._all(), p)
-            asked = vector_norm_of_unit_scale([*self._exact, *self._wide()], p) if self._corruption else realised
+            realised = vector_norm_of_unit_scale(self._vector, p)
+            asked = realised
+            if self._corruption:
+                asked = vector_norm_of_unit_scale(alike(self._vector, [*self._exact, *self._wide()]), p)
         finally:
             self.restore()
         return CorruptionNorm(asked, realised)
+
+
+def _sum(counts: list[Tensor]) -> Tensor:
+    return torch.stack([count.cpu() for count in counts]).sum()
 
 
 def _foreach(operation: Callable[..., object], first: list[Tensor], *others: list[Tensor]) -> None:

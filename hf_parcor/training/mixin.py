@@ -22,6 +22,7 @@ from hf_parcor.training.passes import passes_of
 from hf_parcor.training.process_group import ProcessGroup
 from hf_parcor.training.refusals import refuse_what_cannot_work
 from hf_parcor.training.settings import DefenseSettings
+from hf_parcor.training.sharded import drop_gathered, is_sharded, on_shards, renewed
 from hf_parcor.training.shared_prefix import find_shared_prefix, suffix_share
 from hf_parcor.training.step_log import StepLog
 from hf_parcor.training.trained import check_trained, trained_beside
@@ -97,7 +98,7 @@ class ParameterDefenseMixin(_Base):
         self._settings.accept(self.args)
 
     def _check_settings(self) -> None:
-        self._selected: tuple[nn.Module, dict[str, nn.Parameter]] | None = None
+        self._selected: tuple[nn.Module, bool, dict[str, nn.Parameter]] | None = None
         self._prefix: tuple[dict[str, nn.Parameter], Defense, PrefixReuse | None] | None = None
         self._suffix_share = 1.0  # of what a pass computes, where later passes share the rest
         if self.defense is not None:
@@ -118,10 +119,15 @@ class ParameterDefenseMixin(_Base):
         model = self.model
         if model is None:
             raise ValueError("model: expected a model, got None; pass model= or model_init=")
-        # A hyperparameter search replaces the model.
+        sharded = is_sharded(model)
+        # A hyperparameter search replaces the model, and FSDP2 the parameters inside it.
         if self._selected is None or self._selected[0] is not model:
-            self._selected = (model, check_trained(select_trainable(model, **self._selection)))
-        return self._selected[1]
+            if sharded:
+                drop_gathered(model)
+            self._selected = (model, sharded, check_trained(select_trainable(model, **self._selection)))
+        elif self._selected[1] is not sharded:
+            self._selected = (model, sharded, renewed(self._selected[2], model))
+        return self._selected[2]
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
@@ -140,6 +146,9 @@ class ParameterDefenseMixin(_Base):
         if callable(enter_training):
             enter_training()
 
+        sharded = is_sharded(model)
+        if sharded:
+            drop_gathered(model)
         selected = self.defended_parameters()
         others = trained_beside(selected.values(), model, self.optimizer)
         prefix = self._find_shared_prefix(defense, model, selected, inputs)
@@ -153,6 +162,8 @@ class ParameterDefenseMixin(_Base):
             num_items_in_batch,
             reduced_later=prefix is not None,
         )
+        if sharded:
+            run_pass = on_shards(run_pass, model)
         with DefendedStep(
             selected,
             run_pass,
@@ -161,7 +172,8 @@ class ParameterDefenseMixin(_Base):
             embedding=self._input_embedding(),
             prefix=prefix,
             reduction=reduction_of(model),
-            processes=ProcessGroup() if self.accelerator.num_processes > 1 else None,
+            # Gradients of shards are means over all processes already.
+            processes=ProcessGroup() if self.accelerator.num_processes > 1 and not sharded else None,
         ) as step:
             defense.minimize(step)
             norm = step.withdraw(defense.order)

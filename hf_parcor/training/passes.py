@@ -17,6 +17,7 @@ from hf_parcor.training.data_parallel import unfinished_forward
 from hf_parcor.training.loss_scale import scaled
 from hf_parcor.training.overriding import overriding
 from hf_parcor.training.running_statistics import frozen_running_statistics
+from hf_parcor.training.sharded import is_sharded
 
 
 def passes_of(
@@ -66,7 +67,7 @@ def passes_of(
             return copy.copy(first_examples(prepared[0], share))  # compute_loss pops the labels
 
         with ExitStack() as stack:
-            if reduced_later or index < defense.passes - 1:
+            if not is_sharded(model) and (reduced_later or index < defense.passes - 1):
                 stack.enter_context(trainer.accelerator.no_sync(model))
             if index < 0:
                 stack.enter_context(unfinished_forward(model))

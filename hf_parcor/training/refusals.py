@@ -6,6 +6,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_parcor.defenses import Defense
+from hf_parcor.training.refused_engines import refuse_engines
 
 _UPDATES_INSIDE_BACKWARD = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
 
@@ -14,9 +15,9 @@ def refuse_what_cannot_work(trainer: Trainer, defense: Defense) -> None:
     """Check the Trainer's settings against the defense.
 
     Raises:
-        ValueError: The optimizer updates inside `backward`; DeepSpeed or FSDP; DDP with a static graph; the defense
-            perturbs the inputs, and DataParallel splits them; or it differentiates twice, and a compiled backward or
-            a reentrant checkpoint cannot be differentiated.
+        ValueError: The optimizer updates inside `backward`; an engine or a way to split the model that the step would
+            be silently wrong with; the defense perturbs the inputs, and DataParallel splits them; or it
+            differentiates twice, and FSDP2, a compiled backward or a reentrant checkpoint cannot.
     """
     optimizer = OptimizerNames(trainer.args.optim)
     if optimizer in _UPDATES_INSIDE_BACKWARD or "layerwise" in optimizer.value:
@@ -24,12 +25,7 @@ def refuse_what_cannot_work(trainer: Trainer, defense: Defense) -> None:
             f"optim: expected an optimizer that updates after backward, got {optimizer.value!r}; it would update "
             "at corrupted weights, once a pass: choose another, or defense='none'"
         )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
-        raise ValueError(
-            f"expected one process or DDP, got {engine}; the defended step is not tested there and would be "
-            "silently wrong: train without it, or with DDP"
-        )
+    refuse_engines(trainer, defense)
     if trainer.args.ddp_static_graph and trainer.accelerator.num_processes > 1:
         raise ValueError(
             "ddp_static_graph: expected False, got True; DDP would take the first of several backward passes for the "

@@ -87,6 +87,8 @@ def _check(trainer: Trainer, defense: Defense, model: nn.Module) -> None:
         raise NothingToReuse("the inputs differ from pass to pass")
     if any(defense.share_of_batch(index) != 1 for index in range(defense.passes)):
         raise PrefixError("passes over a part of the batch cannot reuse what was computed for all of it")
+    if trainer.is_fsdp_enabled:
+        raise PrefixError("FSDP2 frees gathered weights after each backward, and the prefix's is still to come")
     if trainer.args.n_gpu > 1:
         raise PrefixError("the prefix is not reused under DataParallel")
     if isinstance(model, torch._dynamo.OptimizedModule) or any(m._compiled_call_impl for m in model.modules()):

@@ -1,0 +1,215 @@
+"""Defended training under FSDP2: two ranks do what one process does on the joined batch."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig, PartialState
+from accelerate.utils import DistributedType
+from torch import distributed
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
+
+from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
+from hf_parcor.training.sharded import drop_gathered
+
+CONSTRAINT = CorruptionConstraint(epsilon=0.2)
+DEFENSES = {
+    "multi-step": (MultiStepRisk(CONSTRAINT, steps=2), "all"),
+    "top n": (MultiStepRisk(CorruptionConstraint(epsilon=0.2, top_n=300), steps=2), "all"),
+    "max norm": (ACRT(CorruptionConstraint(p=math.inf, epsilon=0.01)), "all"),
+    "SAM": (SAM(CONSTRAINT), "all"),
+    "AWP": (AWP(CorruptionConstraint(epsilon=0.05), per_tensor=True), "all"),
+    "part": (MultiStepRisk(CONSTRAINT, steps=2), ["classifier", "layer.1.attention"]),
+}
+
+
+def tiny_bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=31,  # odd sizes: shards differ, and the last rank has none of the smallest
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=21,
+        max_position_embeddings=9,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=3,
+    )
+    return BertForSequenceClassification(config)
+
+
+def rows():
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "input_ids": torch.randint(31, (8,), generator=generator),
+            "attention_mask": torch.ones(8, dtype=torch.long),
+            "labels": int(torch.randint(3, (), generator=generator)),
+        }
+        for _ in range(24)
+    ]
+
+
+class Trainer(ParameterDefenseTrainer):
+    """Gets FSDP2 from Accelerate on CPUs too, where Accelerate itself takes DDP."""
+
+    replicas = 1
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            state = self.accelerator.state
+            PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if state.mixed_precision != "no":
+                state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+            if self.replicas > 1:
+                ranks = distributed.get_world_size()
+                state.parallelism_config = ParallelismConfig(self.replicas, ranks // self.replicas)
+                state.device_mesh = state.parallelism_config.get_device_mesh("cpu")
+            self.is_fsdp_enabled = True
+
+
+class KeepGathered(TrainerCallback):
+    """Lets FSDP2 keep gathered weights as long as it can, as people do who accumulate gradients."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if isinstance(model, FSDPModule):
+            model.set_reshard_after_backward(False)
+            model.set_reshard_after_forward(False)
+
+
+def arguments(folder, world_size, **options):
+    defaults = {
+        "output_dir": folder,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4 // world_size,
+        "max_steps": 10,
+        "learning_rate": 1e-2,
+        "dataloader_pin_memory": False,
+        "train_sampling_strategy": "sequential",
+        "average_tokens_across_devices": False,
+        "optim": "sgd",
+    }
+    return TrainingArguments(**{**defaults, **options})
+
+
+def sharding(**settings):
+    return {
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "state_dict_type": "SHARDED_STATE_DICT",
+            "transformer_layer_cls_to_wrap": ["BertLayer"],
+            **settings,
+        },
+    }
+
+
+def train(folder, world_size, name, resume=None, callbacks=None, **options):
+    defense, targets = DEFENSES[name]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore")
+        trainer = Trainer(
+            model=tiny_bert(),
+            args=arguments(folder, world_size, **options),
+            train_dataset=rows(),
+            eval_dataset=rows()[:8],
+            defense=defense,
+            target_modules=targets,
+            callbacks=callbacks,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def state_of(trainer):
+    """Return the weights, gathered, and the logs of the defended steps."""
+    drop_gathered(trainer.model)
+    weights = dict(trainer.model.named_parameters())
+    assert all(isinstance(value, DTensor) == bool(trainer.args.fsdp) for value in weights.values())
+    logs = [entry for entry in trainer.state.log_history if "sharpness" in entry or "eval_loss" in entry]
+    return {name: whole(value.detach()).clone() for name, value in weights.items()}, logs
+
+
+def train_on_ranks(folder, runs, replicas=1):
+    world_size, Trainer.replicas = distributed.get_world_size(), replicas
+    return [
+        state_of(train(folder, world_size, name, **sharding(**settings), **options))
+        for name, settings, options in runs
+    ]
+
+
+RUNS = [
+    ("multi-step", {}, {}),
+    ("multi-step", {}, {"gradient_accumulation_steps": 3, "max_steps": 3}),
+    ("SAM", {"reshard_after_forward": False}, {"gradient_accumulation_steps": 2, "max_steps": 3}),
+    ("multi-step", {}, {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}),
+    ("multi-step", {}, {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3, "callbacks": [KeepGathered]}),
+    ("multi-step", {"activation_checkpointing": True}, {"max_steps": 2, "max_grad_norm": 0.05}),
+    ("top n", {}, {"max_steps": 4}),
+    ("max norm", {}, {"max_steps": 4}),
+    ("AWP", {}, {"max_steps": 4}),
+    ("part", {}, {"max_steps": 4}),
+    ("part", {"activation_checkpointing": True}, {"max_steps": 2}),
+]
+REPLICATED = [("top n", {}, {"gradient_accumulation_steps": 2, "max_steps": 2})]
+KEYS = ("loss", "loss_clean", "loss_corrupted", "corruption_norm", "corruption_norm_asked", "grad_norm", "eval_loss")
+
+
+def same(found, expected, case):
+    """Check weights and logs of a run against those of another."""
+    (weights, logs), (expected_weights, expected_logs) = found, expected
+    for name, value in expected_weights.items():
+        here = weights[name if name in weights else wrapped(name, weights)]
+        assert float((here - value).abs().max()) < 1e-6, f"{case}, {name}"
+    for entry, other in zip(logs, expected_logs, strict=True):
+        keys = [key for key in KEYS if key in other]
+        assert [entry[key] for key in keys] == pytest.approx([other[key] for key in keys], rel=1e-3), case
+
+
+def wrapped(name, names):
+    return next(other for other in names if other.replace("_checkpoint_wrapped_module.", "") == name)
+
+
+@pytest.mark.parametrize(("ranks", "replicas", "runs"), [(2, 1, RUNS), (4, 2, REPLICATED)])
+def test_ranks_equal_one_process(run_on_ranks, tmp_path, ranks, replicas, runs):
+    found = run_on_ranks(train_on_ranks, ranks, str(tmp_path), runs, replicas)
+    for (name, settings, options), *answers in zip(runs, *found, strict=True):
+        expected = state_of(train(str(tmp_path), 1, name, **options))
+        for answer in answers:
+            same(answer, expected, f"{name} {settings} {options}")
+
+
+def stop_and_resume(folder):
+    runs = []
+    options = {"max_steps": 4, "optim": "adamw_torch", "bf16": True}
+    for index, start in enumerate((None, None, "first")):
+        saving = {"save_strategy": "steps", "save_steps": 2} if index else {}
+        resumed = {"resume": f"{folder}/1/checkpoint-2"} if start else {}
+        trainer = train(f"{folder}/{index}", 2, "multi-step", **sharding(), **options, **saving, **resumed)
+        runs.append(state_of(trainer)[0])
+    return runs
+
+
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(run_on_ranks, tmp_path):
+    """With AdamW, bf16 arithmetic and float32 weights."""
+    for plain, saving, resumed in run_on_ranks(stop_and_resume, 2, str(tmp_path)):
+        for name, value in plain.items():
+            assert value.dtype == torch.float32
+            assert torch.equal(saving[name], value), name
+            assert torch.equal(resumed[name], value), name

@@ -1,0 +1,190 @@
+"""Vectors spread over ranks: every function gives what it gives for the same tensors in one process."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from hf_parcor import CorruptionConstraint, GaussianNoise, RandomCorruption, UniformNoise, corrupted
+from hf_parcor.functional import (
+    constrained_maximum,
+    constrained_maximum_value,
+    inner_product,
+    keep_top_n,
+    max_magnitude,
+    project,
+    project_,
+    rescale_to_norm,
+    vector_norm,
+)
+from hf_parcor.injection import Injection
+
+# On 2 ranks and more: even, uneven, empty on the last rank, without entries, and a tensor that each rank has whole.
+SHAPES = [(8, 3), (7, 2), (1, 5), (0, 4), (3,), (3, 4)]
+WHOLE = 4
+LAYOUTS = {  # how many ranks, the mesh, and what each of its dimensions does
+    "one dimension": (3, (3,), [Shard(0)]),
+    "one rank": (1, (1,), [Shard(0)]),
+    "replicas of shards": (4, (2, 2), [Replicate(), Shard(0)]),
+    "two dimensions": (4, (2, 2), [Shard(0), Shard(0)]),
+    "replicas": (2, (2,), [Replicate()]),
+}
+
+
+def vectors():
+    """Return vectors by name: ordinary, with ties everywhere, out of range for squares, zero, not finite."""
+    generator = torch.Generator().manual_seed(3)
+    ordinary = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    tied = [torch.randint(-2, 3, shape, generator=generator).float() for shape in SHAPES]
+    with_nan, with_infinity = ([part.clone() for part in ordinary] for _ in range(2))
+    with_nan[0][7, 1], with_infinity[1][0, 0] = math.nan, -math.inf
+    return {
+        "ordinary": ordinary,
+        "tied": tied,
+        "huge": [part * 1e30 for part in ordinary],
+        "tiny": [part * 1e-38 for part in ordinary],
+        "zero": [part * 0 for part in ordinary],
+        "NaN": with_nan,
+        "infinite": with_infinity,
+        "half": [part.bfloat16() for part in ordinary],
+        "mixed": [part.double() if index % 2 else part for index, part in enumerate(ordinary)],
+    }
+
+
+def spread(tensors, mesh, placements):
+    return [
+        part.clone() if index == WHOLE else distribute_tensor(part, mesh, placements)
+        for index, part in enumerate(tensors)
+    ]
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+FUNCTIONS = {
+    "max_magnitude": max_magnitude,
+    "norm 2": vector_norm,
+    "norm 3.5": lambda v: vector_norm(v, 3.5),
+    "inner product": lambda v: inner_product(v, v),
+    "maximum": lambda v: constrained_maximum(v, 2, 0.5),
+    "projection": lambda v: project(v, 2, 0.3),
+}
+MORE = {
+    **{f"top {n}": lambda v, n=n: keep_top_n(v, n) for n in (1, 13, 30, 57, 58)},
+    **{f"maximum {p}": lambda v, p=p: constrained_maximum(v, p, 0.5, 11) for p in (1, 2, 3.5, math.inf)},
+    "value": lambda v: constrained_maximum_value(v, 2, 0.5, 20),
+    "inside": lambda v: project(v, 2, 1e6),
+    "projection with top n": lambda v: project(v, 2, 0.3, 11),
+    "clipped": lambda v: project(v, math.inf, 0.3),
+    "rescaled": lambda v: rescale_to_norm(v, 3, 0.5),
+}
+NOT_FOR = {"NaN": ("projection",), "infinite": ("projection",)}
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
+def compare_functions(shape, placements):
+    mesh = init_device_mesh("cpu", shape)
+    compared = 0
+    for kind, tensors in vectors().items():
+        functions = {**FUNCTIONS, **MORE} if kind in ("ordinary", "tied") else FUNCTIONS
+        for name, function in functions.items():
+            if name in NOT_FOR.get(kind, ()):
+                continue
+            expected, given = as_list(function(tensors)), spread(tensors, mesh, placements)
+            found = as_list(function(given))
+            for place, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+                assert (isinstance(mine, DTensor)) == (len(found) > 1 and place != WHOLE)
+                case = f"{kind}, {name}, tensor {place}: {whole(mine)} instead of {theirs}"
+                torch.testing.assert_close(whole(mine), theirs, rtol=2e-6, atol=0.0, equal_nan=True, msg=case)
+                if name.startswith("top"):
+                    assert torch.equal(whole(mine), theirs), case
+                compared += 1
+    return compared
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_functions_equal_those_of_one_process(run_on_ranks, layout):
+    ranks, shape, placements = LAYOUTS[layout]
+    assert min(run_on_ranks(compare_functions, ranks, shape, placements)) > 200
+
+
+def displace_and_restore(shape, placements):
+    """Return norms and counts of injections into sharded and into whole weights, one beside the other."""
+    mesh, answers = init_device_mesh("cpu", shape), []
+    for kind in ("ordinary", "half"):
+        plain = dict(zip("abcdef", vectors()[kind], strict=True))
+        sharded = dict(zip("abcdef", spread(list(plain.values()), mesh, placements), strict=True))
+        before = {name: whole(weight).clone() for name, weight in sharded.items()}
+        first, second = (dict(zip("abcdef", vectors()[other], strict=True)) for other in ("tied", "ordinary"))
+        for p in (2, math.inf):
+            seen = []
+            for weights, across in ((plain, None), (sharded, mesh)):
+                injection = Injection(weights)
+                for update in (first, second):
+                    here = (
+                        update
+                        if across is None
+                        else dict(zip("abcdef", spread(list(update.values()), mesh, placements), strict=True))
+                    )
+                    injection.displace(here, lambda a, p=p: project_(a, p, 0.7, 20))
+                moved, size = {name: whole(weight).clone() for name, weight in weights.items()}, injection.size()
+                seen.append((moved, size, injection.withdraw(p)))
+            (moved, size, norm), (moved_here, size_here, norm_here) = seen
+            for name, weight in moved.items():
+                torch.testing.assert_close(moved_here[name], weight, rtol=1e-6, atol=1e-7)
+                assert torch.equal(whole(sharded[name]), before[name])
+            answers.append((size.changed, size_here.changed))
+            numbers = [(size.norm, size_here.norm), (norm.asked, norm_here.asked), (norm.realised, norm_here.realised)]
+            assert all(float(here) == pytest.approx(float(there), rel=1e-5) for there, here in numbers)
+    return answers
+
+
+@pytest.mark.parametrize("layout", ["one dimension", "replicas of shards"])
+def test_injections_equal_those_of_one_process(run_on_ranks, layout):
+    ranks, shape, placements = LAYOUTS[layout]
+    for answers in run_on_ranks(displace_and_restore, ranks, shape, placements):
+        assert all(here == there > 0 for there, here in answers)
+
+
+def draw_and_refuse(shape, placements):
+    mesh = init_device_mesh("cpu", shape)
+    torch.manual_seed(distributed.get_rank())  # ranks may be out of step
+    weights = {
+        "sharded": distribute_tensor(torch.zeros(2000, 3), mesh, placements),
+        "whole": torch.zeros(1000),
+    }
+    drawn = {}
+    for corruption in (GaussianNoise(0.1), UniformNoise(0.1), RandomCorruption(CorruptionConstraint(epsilon=0.1))):
+        noise = corruption(weights)
+        with corrupted(weights, noise):
+            drawn[str(corruption)] = [whole(weight).clone() for weight in weights.values()]
+            assert all(torch.equal(whole(noise[name]), whole(weight)) for name, weight in weights.items())
+        assert not any(whole(weight).any() for weight in weights.values())
+    with pytest.raises(ValueError, match="sharded over the ranks as its weight is"):
+        Injection(weights).displace({"sharded": torch.zeros(2000, 3)})
+    with pytest.raises(TypeError, match="expected a tensor that is sharded or replicated"):
+        max_magnitude([DTensor.from_local(torch.ones(2), mesh, [Partial()] * mesh.ndim)])
+    return drawn
+
+
+def test_noise_differs_between_shards_and_not_between_replicas(run_on_ranks):
+    ranks, shape, placements = LAYOUTS["replicas of shards"]
+    first, *others = run_on_ranks(draw_and_refuse, ranks, shape, placements)
+    for drawn in others:
+        for name, tensors in first.items():
+            assert all(torch.equal(one, other) for one, other in zip(tensors, drawn[name], strict=True))
+    for name, (sharded, _) in first.items():
+        upper, lower = sharded[:1000].flatten(), sharded[1000:].flatten()
+        assert abs(float(torch.corrcoef(torch.stack([upper, lower]))[0, 1])) < 0.06, name
+    assert float(first["Gaussian σ=0.1"][0].std()) == pytest.approx(0.1, rel=0.05)
+    assert float(first["uniform b=0.1"][0].abs().max()) == pytest.approx(0.1, rel=0.01)
+    assert float(vector_norm(first["random L2 ε=0.1"])) == pytest.approx(0.1, rel=1e-5)

@@ -1,0 +1,95 @@
+"""Engines that a defended step would be silently wrong with: refused when the Trainer is made, with what to use."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from hf_parcor import MultiStepRisk, ParameterDefenseTrainer
+from hf_parcor.training.arguments import NO_DEFENSE, ParameterDefenseTrainingArguments
+
+
+def deepspeed(trainer):
+    trainer.is_deepspeed_enabled = True
+
+
+def fsdp(version):
+    def take(trainer):
+        trainer.is_fsdp_enabled = True
+        trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=version, activation_checkpointing=False)
+
+    return take
+
+
+def split(**sizes):
+    def take(trainer):
+        ones = {"tp_size": 1, "cp_size": 1, "sp_size": 1, "sp_backend": "", "cp_enabled": False}
+        trainer.accelerator.state.parallelism_config = SimpleNamespace(**{**ones, **sizes})
+
+    return take
+
+
+def loaded(**attributes):
+    def take(trainer):
+        for name, value in attributes.items():
+            setattr(trainer.model, name, value)
+
+    return take
+
+
+def sharded_when_loaded(trainer):
+    trainer.is_distributed_loading_by_transformers = True
+
+
+REFUSED = {
+    "DeepSpeed": (deepspeed, {}, "updates inside backward.*use DDP .* or FSDP2"),
+    "FSDP1": (fsdp(1), {}, "expected version 2 with a defense, got 1.*fsdp_version: 2"),
+    "compiled": (fsdp(2), {"torch_compile": True}, "torch_compile: expected False for a defense under FSDP2"),
+    "penalty": (fsdp(2), {"defense": "gradient_penalty"}, "differentiates once under FSDP2.*use ACRT"),
+    "tensor": (split(tp_size=2), {}, "tp_size: expected 1 with a defense, got 2.*FSDP2"),
+    "context": (split(cp_size=2), {}, "cp_size: expected 1"),
+    "sequence": (split(sp_size=4), {}, "sp_size: expected 1"),
+    "plan": (loaded(_tp_size=2), {}, "expected one that was loaded whole"),
+    "shards": (sharded_when_loaded, {}, "expected one that was loaded whole"),
+    "disk": (loaded(hf_device_map={"a": 0, "b": "disk"}), {}, "expected no offloaded part.*load the model onto"),
+    "memory": (loaded(hf_device_map={"a": 0, "b": "cpu"}), {}, "expected no offloaded part"),
+}
+ALLOWED = {
+    "FSDP2": fsdp(2),
+    "whole": split(),
+    "devices": loaded(hf_device_map={"a": 0, "b": 1}),
+    "memory alone": loaded(hf_device_map={"": "cpu"}),
+}
+
+
+@pytest.fixture
+def build(tiny_bert, arguments):
+    """Make a Trainer on an engine: what the stock Trainer has found is there when the defense is checked."""
+
+    def make(take, **options):
+        class Trainer(ParameterDefenseTrainer):
+            def _take_settings(self):
+                take(self)
+                super()._take_settings()
+
+        return Trainer(model=tiny_bert(), args=arguments(ParameterDefenseTrainingArguments, **options))
+
+    return make
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_what_to_use_instead(build, name):
+    take, options, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        build(take, **options)
+
+
+@pytest.mark.parametrize("name", ["DeepSpeed", "FSDP1", "tensor"])
+def test_without_a_defense_nothing_is(build, name):
+    build(REFUSED[name][0], defense=NO_DEFENSE)
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_allowed(build, name):
+    assert isinstance(build(ALLOWED[name]).defense, MultiStepRisk)
