@@ -131,7 +131,7 @@ def measure_together(
                 found.append(metric.of_batch(model, batch))
         share.append(found)
         _forget(prefixes)
-    return [metric.combine(of_job) for of_job in zip(*processes.collect(share), strict=True)]
+    return [metric.combine(list(of_job)) for of_job in zip(*processes.collect(share), strict=True)]
 
 
 def _different(prefixes: Iterable[PrefixReuse | None]) -> list[PrefixReuse]:
