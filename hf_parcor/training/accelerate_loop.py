@@ -15,6 +15,7 @@ from hf_parcor.defenses import DefendedStep, Defense, Objective
 from hf_parcor.injection import CorruptionNorm
 from hf_parcor.targets import find_input_embedding, select_trainable
 from hf_parcor.training.loss_scale import scaled
+from hf_parcor.training.process_group import ProcessGroup
 from hf_parcor.training.running_statistics import frozen_running_statistics
 from hf_parcor.training.trained import check_trained, trained_beside
 
@@ -53,8 +54,8 @@ def defended_backward(
     `loss_fn` and `accelerator.backward` run once for each pass, at corrupted weights. Then the weights have their
     exact bits back, also after an exception, and each `.grad` holds what it held before plus the gradient of the risk;
     the optimizer steps as always. It works inside of `accelerator.accumulate(model)`, under mixed precision, and under
-    DDP, where only the last pass reduces gradients and each process corrupts along the gradient of its own batch.
-    BatchNorm's running statistics move in the first pass only.
+    DDP, where only the last pass reduces gradients and each process corrupts along the gradient of its own batch, or
+    with `sync_perturbation` along that of all. BatchNorm's running statistics move in the first pass only.
 
     Args:
         accelerator: That of the loop.
@@ -109,7 +110,8 @@ def defended_backward(
     selected = _selected(accelerator, model, parameters)
     others = trained_beside(selected.values(), model, None)
     embedding = find_input_embedding(accelerator.unwrap_model(model)) if defense.perturbs_inputs else None
-    with DefendedStep(selected, run_pass, defense.passes, others, embedding) as defended:
+    processes = ProcessGroup() if accelerator.num_processes > 1 else None
+    with DefendedStep(selected, run_pass, defense.passes, others, embedding, processes=processes) as defended:
         defense.minimize(defended)
         norm = defended.withdraw(defense.order)
     return DefendedLoss(defended.risk, defended.losses[0], defended.losses[-1], norm)

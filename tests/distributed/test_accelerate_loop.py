@@ -13,6 +13,7 @@ from hf_parcor import SAM, CorruptionConstraint, MultiStepRisk, defended_backwar
 
 CONSTRAINT = CorruptionConstraint(epsilon=0.2)
 DEFENSES = {"multi-step": MultiStepRisk(CONSTRAINT, steps=2), "SAM": SAM(CONSTRAINT)}
+DEFENSES["shared"] = MultiStepRisk(CONSTRAINT, steps=2, sync_perturbation=True)
 ACCUMULATION = 2
 
 
@@ -48,12 +49,13 @@ def loop(name: str) -> tuple[list[torch.Tensor], int]:
 
 
 def alone(name: str, rank: int, micro_batch: int) -> list[torch.Tensor]:
-    """The gradient of one rank's risk on one batch, by autograd at copies of the weights."""
-    base, (inputs, labels) = network(), batch(rank, micro_batch)
+    """The gradient of one rank's risk on one batch, or on the joined batch, by autograd at copies of the weights."""
+    base, ranks = network(), (0, 1) if name == "shared" else (rank,)
+    inputs, labels = (torch.cat(parts) for parts in zip(*(batch(index, micro_batch) for index in ranks), strict=True))
     weights = [parameter.detach() for parameter in base.parameters()]
     names = [key for key, _ in base.named_parameters()]
     corruption, at_passes = [torch.zeros_like(weight) for weight in weights], []
-    passes, radius = (3, 0.15) if name == "multi-step" else (2, 0.2)
+    passes, radius = (2, 0.2) if name == "SAM" else (3, 0.15)
     for _ in range(passes):
         values = [(weight + part).requires_grad_() for weight, part in zip(weights, corruption, strict=True)]
         output = torch.func.functional_call(base, dict(zip(names, values, strict=True)), inputs)
