@@ -25,7 +25,7 @@ from hf_parcor.statistics import MeanAndSpread, student_t_test
 
 BENCHMARK = Path(__file__).parent / "results" / "benchmark.json"
 RADII = [0.025, 0.05, 0.1, 0.15, 0.2, 0.3]
-HALF, FULL = l2("sam", 0.05), l2("sam", 0.1)
+HALF, BETWEEN, FULL = (l2("sam", epsilon) for epsilon in (0.05, 0.075, 0.1))
 QUARTER, EIGHTH, SIXTEENTH = (["--defense_batch_share", share] for share in ("0.25", "0.125", "0.0625"))
 EVERY_THIRD = ["--defense_interval", "3"]
 LATE = ["--defense_start_epoch", "0.67"]
@@ -63,6 +63,7 @@ ARMS = {
     ),
     f"{ONE}-late": Cheaper("K = 1, last third", ONE_STEP + LATE, "whole model, K = 1", ONE),
     "sam-half-eighth": Cheaper("SAM ε/2, ⅛ of the batch", HALF + EIGHTH, "SAM, ⅛ of the batch", SAM),
+    "sam-between-eighth": Cheaper("SAM ¾ε, ⅛ of the batch", BETWEEN + EIGHTH, "SAM, ⅛ of the batch", SAM),
     "sam-eighth": Cheaper("SAM ε, ⅛ of the batch", FULL + EIGHTH, "SAM, ⅛ of the batch", SAM),
     "sam-sixteenth": Cheaper("SAM ε, two examples", FULL + SIXTEENTH, "SAM, ⅛ of the batch", SAM),
     "sam-quarter": Cheaper("SAM ε, ¼ of the batch", FULL + QUARTER, "SAM, ¼ of the batch", SAM),
