@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--shape", choices=CONFIGURATIONS, default="bert-base", help="what the model is like")
     parser.add_argument("--steps", type=int, default=1, help="corruption steps K")
-    parser.add_argument("--length", type=int, default=16, help="tokens of the one sequence that each rank trains on")
+    parser.add_argument("--length", type=int, default=8, help="tokens of the one sequence that each rank trains on")
     parser.add_argument("--tokens", type=int, default=32 * 128, help="on paper: tokens a GPU and step")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 1024], help="on paper: how many there are")
     for setting in fields(Cluster):

@@ -41,7 +41,7 @@ _OPERATORS: dict[str, tuple[str, int]] = {
 _WITHOUT_BYTES = {"c10d::barrier", "_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd"}
 
 
-class CollectiveCounter(TorchDispatchMode):
+class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts calls and bytes of collectives while it is entered, and the operations of matrix products.
 
     DDP reduces its buckets from C++, but through the dispatcher, in the thread state of the backward that was called;
@@ -49,7 +49,7 @@ class CollectiveCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.operations = 0

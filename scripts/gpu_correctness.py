@@ -159,7 +159,7 @@ def restored(setting: Setting) -> list[Row]:
                 if len(calls) == 2:
                     raise Stop
 
-            model.classifier.register_forward_pre_hook(stop)
+            model.get_submodule("classifier").register_forward_pre_hook(stop)
             try:
                 step()
             except Stop:

@@ -54,24 +54,14 @@ class Row:
 def bert(setting: Setting, **sizes: int) -> nn.Module:
     """Build a BERT without dropout, tiny in a quick run, in float32."""
     torch.manual_seed(0)
-    small: dict[str, Any] = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 128,
-    }
-    wide: dict[str, Any] = {
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "intermediate_size": 1024,
-    }
+    width, layers = (64, 2) if setting.quick else (256, 4)
+    chosen: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4, **sizes}
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.1,
-        **(sizes or (small if setting.quick else wide)),
+        **{"intermediate_size": 4 * width, **chosen},
     )
     model: nn.Module = BertForSequenceClassification(config)
     return model.to(setting.device)

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-
 import benchmark_distributed
+import pytest
 from cluster_cost import Cluster, bytes_on_the_wire, step_time
 
 SIZE = 4 * sum(parameter.numel() for parameter in benchmark_distributed.bert("tiny").parameters())
@@ -32,10 +26,10 @@ def count_fsdp2():
 def test_counts_under_ddp(run_on_ranks):
     for arms in run_on_ranks(count_ddp, 2):
         sent = {label: arm["collectives"]["all_reduce"] for label, arm in arms.items()}
-        assert sent["stock"]["bytes"] - SIZE in range(64), "every gradient once, and what says which are used"
+        assert sent["stock"]["bytes"] - SIZE in range(1024), "every gradient once, and what says which are used"
         assert sent["whole model, local"] == sent["stock"]
         assert sent["last layer, local"] == sent["stock"]
-        assert sent["whole model, global"]["bytes"] - sent["stock"]["bytes"] in range(SIZE, SIZE + 64)
+        assert sent["whole model, global"]["bytes"] - sent["stock"]["bytes"] in range(SIZE, SIZE + 1024)
         assert 0 < sent["last layer, global"]["bytes"] - sent["stock"]["bytes"] < SIZE
         assert arms["whole model, local"]["operations"] == 2 * arms["stock"]["operations"]
         assert arms["last layer, local"]["operations"] < 2 * arms["stock"]["operations"]
@@ -45,7 +39,8 @@ def test_counts_under_fsdp2(run_on_ranks):
     for arms in run_on_ranks(count_fsdp2, 2):
         stock, whole = (arms[label]["collectives"] for label in ("stock", "whole model, global"))
         for collective in ("all_gather", "reduce_scatter"):
-            assert whole[collective]["bytes"] == 2 * stock[collective]["bytes"], "twice for two passes"
+            beyond = whole[collective]["bytes"] - 2 * stock[collective]["bytes"]
+            assert beyond in range(1024), "twice for two passes, and some norms"
         assert stock["reduce_scatter"]["bytes"] >= SIZE
 
 

@@ -7,16 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.append(str(SCRIPTS))
-
 import gpu_checks
 import gpu_correctness
+import pytest
+import torch
 from gpu_models import Row, Setting
 
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 RUN_HERE = ["precision", "restored", "prefix", "same_as_cpu", "synchronizations", "bert_base", "decoder", "compiled"]
 
 
@@ -47,8 +44,8 @@ def test_says_that_there_is_no_gpu(tmp_path):
     ("row", "holds"),
     [(Row("a", 1), True), (Row("b", 1, 1), True), (Row("c", 2, 1), False), (Row("d", float("nan"), 1), False)],
 )
-def test_a_row_holds_up_to_its_limit(row, holds):
-    assert row.holds is holds
+def test_a_row_holds_up_to_its_limit(value, limit, holds):
+    assert Row("a", value, limit).holds is holds
 
 
 def test_a_wrong_step_fails(monkeypatch, tmp_path):
