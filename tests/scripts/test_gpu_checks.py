@@ -1,0 +1,54 @@
+"""The checks for GPUs, tried out on the CPU with small shapes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_checks
+import gpu_correctness
+import pytest
+import torch
+from gpu_models import Row, Setting
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+RUN_HERE = ["precision", "restored", "prefix", "same_as_cpu", "synchronizations", "bert_base", "decoder", "compiled"]
+
+
+@pytest.mark.slow
+def test_every_check_that_a_cpu_can_run_holds(tmp_path):
+    """All but two processes, which test_benchmark_distributed.py has."""
+    assert {*RUN_HERE, "two_processes"} == set(gpu_checks.CHECKS)
+    command = [sys.executable, str(SCRIPTS / "gpu_checks.py"), "--device", "cpu", "--quick"]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path), "--only", *RUN_HERE], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = json.loads((tmp_path / "checks.json").read_text())["checks"]
+    assert {name for name, found in checks.items() if found["status"] == "skipped"} == {"synchronizations"}
+    assert (tmp_path / "summary.txt").read_text() == done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_that_there_is_no_gpu(tmp_path):
+    command = [sys.executable, str(SCRIPTS / "gpu_checks.py"), "--output", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "expected a GPU, got none" in done.stderr
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "holds"),
+    [(Row("a", 1), True), (Row("b", 1, 1), True), (Row("c", 2, 1), False), (Row("d", float("nan"), 1), False)],
+)
+def test_a_row_holds_up_to_its_limit(value, limit, holds):
+    assert Row("a", value, limit).holds is holds
+
+
+def test_a_wrong_step_fails(monkeypatch, tmp_path):
+    """Another radius than the one by hand."""
+    monkeypatch.setattr(gpu_correctness, "risk", lambda steps: gpu_correctness.SAM(gpu_correctness.L2))
+    assert not all(row.holds for row in gpu_correctness.precision(Setting("cpu", True, str(tmp_path))))
