@@ -137,7 +137,8 @@ class TestDependencies:
     @pytest.mark.parametrize("part", ["tables", "plots"])
     def test_readers_import_records_alone(self, part):
         records = {"hf_parcor.evaluation.records", "hf_parcor.search.record"}
-        assert own_imports(SOURCES[f"hf_parcor.{part}"]) == records
+        series = {"hf_parcor.evaluation.series"}
+        assert own_imports(SOURCES[f"hf_parcor.{part}"]) - series == records
 
     @pytest.mark.parametrize(
         "name", [name for name in SOURCES if name.split(".")[1:2] in (["theory"], ["statistics"], ["measures"])]
