@@ -71,6 +71,7 @@ MAY_IMPORT = {
     "search": {"functional", "strict_json", "defenses", "training"},
     "tables": {"evaluation", "search"},
     "plots": {"evaluation", "search"},
+    "report": {"evaluation", "measures", "statistics"},
 }
 
 

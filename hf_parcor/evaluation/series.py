@@ -55,6 +55,11 @@ class Series(NamedTuple):
         ]
         return cls(", ".join([title, *details]), row.corruption, strength, strengths.get(strength or "", ""))
 
+    @property
+    def name(self) -> str:
+        """The title for running text, where lines may break anywhere."""
+        return self.title.replace("\N{NO-BREAK SPACE}", " ")
+
 
 def short(number: float) -> str:
     """Return a number as an axis shows it.
