@@ -6,9 +6,10 @@ import itertools
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
+from hf_parcor.evaluation.series import Series, short
 from hf_parcor.search.record import SearchRecord
 
 if TYPE_CHECKING:
@@ -20,26 +21,8 @@ if TYPE_CHECKING:
 _COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
-# A corruption's title, and its strengths: the setting along the axis, and what the axis is called.
-_KINDS: Mapping[str, tuple[str, Mapping[str, str]]] = {
-    "random": ("random", {"epsilon": "radius ε"}),
-    "gradient": ("gradient-based", {"epsilon": "radius ε"}),
-    "multi_step": ("multi-step", {"epsilon": "radius ε"}),
-    "gaussian": ("Gaussian noise", {"std": "standard deviation σ"}),
-    "uniform": ("uniform noise", {"bound": "bound b"}),
-    "quantization": ("quantization", {"bits": "bits per weight"}),
-    "bit_flips": ("bit flips", {"rate": "flip rate per bit", "count": "flipped bits"}),
-}
-_NAMES = {"top_n": "n", "steps": "K", "step_size": "α"}
 _TITLE_WIDTH = 28
 _CHARACTER = 0.05  # room that a character of a tick label takes, in units of the distance of the outermost ticks
-
-
-class _Panel(NamedTuple):
-    title: str
-    corruption: str
-    strength: str | None  # None for a corruption outside the catalogue: its labels stand along the axis
-    unit: str
 
 
 def plot_comparison(
@@ -66,7 +49,7 @@ def plot_comparison(
     figure_class = _figure_class()
     from matplotlib.lines import Line2D
 
-    panels = list(dict.fromkeys(_panel(row) for record in records.values() for row in record.corruptions))
+    panels = list(dict.fromkeys(Series.of(row) for record in records.values() for row in record.corruptions))
     if not panels:
         raise ValueError(
             f"records: expected at least one with a corruption, got {len(records)} without any; evaluate a model first"
@@ -125,7 +108,7 @@ def plot_search(record: SearchRecord, objective: str = "objective") -> Figure:
         [best.epsilon], [best.objective], linestyle="", marker="o", markersize=13, fillstyle="none", color="black"
     )
     axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axis.xaxis.set_major_formatter(lambda value, _: short(value))
     axis.set_xlabel("radius ε")
     axis.set_ylabel(objective, parse_math=False)
     axis.set_title(f"best: ε = {best.epsilon:g}" + ("" if best.steps is None else f", K = {best.steps}"))
@@ -148,31 +131,9 @@ def _columns(panels: int) -> int:
     return panels if panels < 3 else min((3, 4), key=lambda columns: -panels % columns)
 
 
-def _panel(row: CorruptionRecord) -> _Panel:
-    if row.corruption not in _KINDS:
-        return _Panel(row.corruption, row.corruption, None, "")
-    title, strengths = _KINDS[row.corruption]
-    strength = next((name for name in strengths if row.settings.get(name) is not None), None)
-    details = [_detail(name, value) for name, value in row.settings.items() if name != strength and value is not None]
-    return _Panel(", ".join([title, *details]), row.corruption, strength, strengths.get(strength or "", ""))
-
-
-def _detail(name: str, value: object) -> str:
-    """Return a setting that is not the strength, as a title says it."""
-    shown = _short(value) if isinstance(value, float) else str(value)
-    if name == "p":
-        return f"L{shown}"
-    text = f"{shown} bits" if name == "bits" else f"{_NAMES.get(name, name)} = {shown}"
-    return text.replace(" ", "\N{NO-BREAK SPACE}")
-
-
-def _short(number: float) -> str:
-    return "∞" if math.isinf(number) else f"{number:g}".replace("e-0", "e-")
-
-
-def _draw(axis: Axes, panel: _Panel, records: Sequence[EvaluationRecord], metric: str) -> list[ErrorbarContainer]:
+def _draw(axis: Axes, panel: Series, records: Sequence[EvaluationRecord], metric: str) -> list[ErrorbarContainer]:
     """Draw a panel and return its lines, one a record."""
-    of_panel = [[row for row in record.corruptions if _panel(row) == panel] for record in records]
+    of_panel = [[row for row in record.corruptions if Series.of(row) == panel] for record in records]
     labels = list(dict.fromkeys(row.label for rows in of_panel for row in rows))
 
     def strength(row: CorruptionRecord) -> float:
@@ -216,7 +177,7 @@ def _set_strength_axis(axis: Axes, strength: str, strengths: Sequence[float]) ->
     elif strengths[0] > 0 and (strength == "rate" or _largest_gap(map(math.log, strengths)) < _largest_gap(strengths)):
         axis.set_xscale("log")
         places = [math.log(value) for value in strengths]
-    labels = [_short(value) for value in strengths]
+    labels = [short(value) for value in strengths]
     room = _CHARACTER * (max(map(len, labels)) + 0.5) * (places[-1] - places[0])
     ticks: list[int] = []
     for index in reversed(range(len(places))):

@@ -1,0 +1,57 @@
+"""What a reader must know before relying on the numbers."""
+
+from __future__ import annotations
+
+from hf_parcor.report.study import Study
+
+_QUOTED = 8  # as many notes of records a report repeats
+
+
+def notes(study: Study) -> list[str]:
+    """Return sentences on what the records were made of: repetitions, data, sizes, and what was noticed on the way."""
+    found = [_repetitions(study)]
+    if len(study.models) > 1:
+        found.append(
+            "Differences are judged by Welch's t-test, two-sided, at 5 %, p-values corrected by Holm's method: in the "
+            "verdict for all models, groups and kinds of corruption, in the table for all of its rows."
+        )
+    elif len(study.groups) > 1:
+        found.append(
+            "Fragility is the mean drop over the strengths that all groups have, over the median of that of the other "
+            "groups. It is judged by Welch's t-test, one-sided, at 5 %, p-values corrected by Holm's method for the "
+            "number of groups, for each kind of corruption by itself."
+        )
+    sizes = {records[0].parameters for groups in study.models.values() for records in groups.values()}
+    if len(sizes) > 1:
+        found.append(
+            f"Every group was corrupted with the same strengths, though their sizes differ: {min(sizes):,} to "
+            f"{max(sizes):,} weights. A radius bounds a group as one vector."
+        )
+    if len({record.data for record in study.records if record.data}) > 1:
+        found.append(
+            "The records have different data fingerprints: they were measured with different data, and their "
+            "differences may come from that."
+        )
+    noticed = [
+        note
+        for record in study.records
+        for note in (*record.notes, *(f"{row.label}: {note}" for row in record.rows() for note in row.notes))
+    ]
+    distinct = list(dict.fromkeys(noticed))
+    found += [f"Noticed while measuring: {note}" for note in distinct[:_QUOTED]]
+    if len(distinct) > _QUOTED:
+        found.append(f"Noticed while measuring: {len(distinct) - _QUOTED} more notes, in the records.")
+    return found
+
+
+def _repetitions(study: Study) -> str:
+    counts = {len(records) for groups in study.models.values() for records in groups.values()}
+    if max(counts) > 1:
+        shown = str(*counts) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+        return f"Repetitions are {shown} records; trials within a record count as their mean."
+    if any(len(row.seeds) > 1 for record in study.records for row in record.rows()):
+        return (
+            "Repetitions are the trials of random corruptions of the same trained weights: the spread says nothing "
+            "about training again with another seed."
+        )
+    return "Everything was measured once, so nothing is known of the spread."

@@ -1,0 +1,193 @@
+"""The verdict on one model: which group is fragile, in plain words made from the numbers."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from hf_parcor.evaluation.records import EvaluationRecord
+from hf_parcor.report.evidence import LEVEL, adjusted_p_values
+from hf_parcor.report.fragility import fragility, others_median
+from hf_parcor.report.numbers import Numbers, probability, times
+from hf_parcor.report.study import Curve, Study, common_strengths, mean
+from hf_parcor.statistics import Alternative
+
+NEGLIGIBLE = 0.01  # a drop of this share of the clean metric is none
+STANDS_OUT = 2.0  # the fragility from which on a single measurement is worth a word
+_NAMED = 5  # as many groups a sentence names
+
+
+class Finding(NamedTuple):
+    """What was found, and what to do about it.
+
+    Attributes:
+        headline: A sentence.
+        detail: The numbers behind it, in sentences.
+        remedy: Python code, or "".
+        clear: Whether it is beyond the spread.
+    """
+
+    headline: str
+    detail: str = ""
+    remedy: str = ""
+    clear: bool = False
+
+    @property
+    def text(self) -> str:
+        """All that is to be said, in one line."""
+        advice = f"{self.advice} {self.remedy}" if self.remedy else ""
+        return " ".join(filter(None, [self.headline, self.detail, advice]))
+
+    @property
+    def advice(self) -> str:
+        """What stands before the remedy."""
+        return "Defend it with" if self.clear else "If that holds, defend it with"
+
+
+def probe_verdict(study: Study, numbers: Numbers) -> list[Finding]:
+    """Return a finding for each series of corruptions, those beyond the spread first."""
+    [groups] = study.models.values()
+    findings = []
+    for series, by_key in study.curves.items():
+        curves = {group: curve for (_, group), curve in by_key.items()}
+        of_one = len(curves) == 1
+        finding = _of_one_group(study, numbers, curves) if of_one else _of_groups(study, numbers, curves, groups)
+        findings.append(finding._replace(headline=f"{series.name}: {finding.headline}"))
+    return sorted(findings, key=lambda finding: (not finding.clear, not finding.remedy))
+
+
+def _nothing_to_lose(study: Study, curves: Mapping[str, Curve]) -> str:
+    """Return why these curves say nothing, or ""."""
+    clean = [curve.clean.mean for curve in curves.values()]
+    if not all(map(math.isfinite, clean)):
+        return f"{study.metric} is not a finite number without corruption, so a drop cannot be told."
+    if study.greater_is_better and min(clean) <= 0:
+        return f"{study.metric} is not above 0 without corruption: there is nothing to lose."
+    return ""
+
+
+def _of_one_group(study: Study, numbers: Numbers, curves: Mapping[str, Curve]) -> Finding:
+    [(group, curve)] = curves.items()
+    nothing = _nothing_to_lose(study, curves)
+    if nothing:
+        return Finding(nothing)
+    worst = max(curve.points, key=lambda point: mean(curve.drops([point.name])))
+    broken = [point.name for point in curve.points if not math.isfinite(point.mean)]
+    if broken:
+        return Finding(f"with {group} corrupted, {study.metric} is not a finite number at {_listed(broken)}.")
+    drop = mean(curve.drops([worst.name]))
+    if drop <= NEGLIGIBLE * abs(curve.clean.mean):
+        return Finding(
+            f"with {group} corrupted, {study.metric} stays within 1 % of its value without corruption, "
+            f"{numbers.with_unit(curve.clean.mean)}, at every strength."
+        )
+    return Finding(
+        f"with {group} corrupted, {study.metric} {_moves(study)} from {numbers.with_unit(curve.clean.mean)} to "
+        f"{numbers.with_unit(worst.mean)} at {worst.name}."
+    )
+
+
+def _of_groups(
+    study: Study,
+    numbers: Numbers,
+    curves: Mapping[str, Curve],
+    groups: Mapping[str, tuple[EvaluationRecord, ...]],
+) -> Finding:
+    names = common_strengths(curves.values())
+    if not names:
+        return Finding("the groups have no strength in common, so they cannot be compared.")
+    nothing = _nothing_to_lose(study, curves)
+    if nothing:
+        return Finding(nothing)
+    repeated = {group: curve.drops(names) for group, curve in curves.items()}
+    drops = {group: mean(values) for group, values in repeated.items()}
+    broken = [group for group, drop in drops.items() if not math.isfinite(drop)]
+    unranked = f"Not ranked, since {study.metric} is not a finite number: {_listed(broken)}." if broken else ""
+    drops = {group: drop for group, drop in drops.items() if group not in broken}
+    if len(drops) < 2:
+        return Finding("fewer than two groups can be ranked.", unranked)
+    top = max(drops, key=lambda group: drops[group])
+    clean = curves[top].clean.mean
+    if all(
+        mean(curves[group].drops([name])) <= NEGLIGIBLE * abs(clean) for group in drops for name in names
+    ):  # at the worst strength, not on average
+        text = f"no group loses more than 1 % of the {study.metric} without corruption, {numbers.with_unit(clean)}"
+        return Finding(f"{text}: none is fragile {_over(names)}.", unranked)
+    p_values = _beyond_the_others({group: repeated[group] for group in drops})
+    return _ranked(study, numbers, names, drops, p_values, top, clean, unranked, _remedy(groups[top]))
+
+
+def _ranked(
+    study: Study,
+    numbers: Numbers,
+    names: Sequence[str],
+    drops: Mapping[str, float],
+    p_values: Mapping[str, float],
+    top: str,
+    clean: float,
+    unranked: str,
+    remedy: str,
+) -> Finding:
+    ratio, median = fragility(drops)[top], others_median(drops, top)
+    size = (
+        f"With {top} corrupted, {study.metric} {_moves(study)} by {numbers.difference(drops[top])} {_over(names)}; "
+        f"the median of the others is {numbers.difference(median)}."
+    )
+    if top not in p_values and ratio < STANDS_OUT:
+        return Finding("no group stands out.", _joined(size, unranked))
+    if top in p_values and p_values[top] >= LEVEL:
+        judged = f"no difference between the groups is beyond the {study.spread} ({probability(p_values[top])})."
+        return Finding(judged, _joined(size, unranked))
+    headline = (
+        f"{top} is {times(ratio)} times as fragile as the median of the others."
+        if median > NEGLIGIBLE * abs(clean)
+        else f"{top} is the most fragile, while the median of the others loses next to nothing."
+    )
+    if top not in p_values:
+        single = (
+            "There is no spread to judge that by, since it was measured once or came out the same each time: repeat "
+            "it with models of other seeds before you rely on it."
+        )
+        return Finding(headline, _joined(size, single, unranked), remedy)
+    also = [group for group, value in p_values.items() if value < LEVEL and group != top]
+    judged = f"That is beyond the {study.spread} ({probability(p_values[top])})."
+    more = f"So is the drop of {_listed(also)}." if also else ""
+    return Finding(headline, _joined(size, judged, more, unranked), remedy, clear=True)
+
+
+def _beyond_the_others(repeated: Mapping[str, tuple[float, ...]]) -> dict[str, float]:
+    """Test each group's drops against the medians of the others, repetition by repetition."""
+    if len({len(values) for values in repeated.values()}) > 1:
+        return {}
+    pairs = {}
+    for group, values in repeated.items():
+        others = [drops for other, drops in repeated.items() if other != group]
+        pairs[group] = (values, [statistics.median(drops) for drops in zip(*others, strict=True)])
+    return adjusted_p_values(pairs, Alternative.GREATER)
+
+
+def _remedy(records: Sequence[EvaluationRecord]) -> str:
+    """Return how to defend what was corrupted; "" where more than `target_modules` chose it."""
+    target = records[0].target
+    if set(target) != {"target_modules"}:
+        return ""
+    return f"ParameterDefenseTrainer(..., target_modules={target['target_modules']!r})"
+
+
+def _moves(study: Study) -> str:
+    return "falls" if study.greater_is_better else "rises"
+
+
+def _over(names: Sequence[str]) -> str:
+    return f"at {names[0]}" if len(names) == 1 else f"on average over {names[0]} … {names[-1]}"
+
+
+def _joined(*sentences: str) -> str:
+    return " ".join(filter(None, sentences))
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"

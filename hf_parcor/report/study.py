@@ -1,0 +1,212 @@
+"""What a report is about: records of groups, of models, over repetitions, in one shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
+from hf_parcor.evaluation.series import Series, short
+from hf_parcor.measures import metric_drop
+from hf_parcor.statistics import MeanAndSpread
+
+Records: TypeAlias = (
+    EvaluationRecord
+    | Sequence[EvaluationRecord]
+    | Mapping[str, EvaluationRecord]
+    | Mapping[str, Sequence[EvaluationRecord]]
+    | Sequence[Mapping[str, EvaluationRecord]]
+)
+_SYMBOLS = {"epsilon": "ε=", "std": "σ=", "bound": "b=", "rate": "rate=", "count": "count="}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A metric under one strength.
+
+    Attributes:
+        strength: The setting; of a corruption outside the catalogue its place in the record.
+        name: The strength as tables say it.
+        values: One a repetition.
+    """
+
+    strength: float
+    name: str
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean over repetitions; NaN if one is."""
+        return mean(self.values)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % confidence interval of the mean; None where there are no two finite values."""
+        if len(self.values) < 2 or not all(map(math.isfinite, self.values)):
+            return None
+        return MeanAndSpread.from_values(self.values).confidence_interval()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric against the strength of one series of corruptions, for one group of one model."""
+
+    clean: Point
+    points: tuple[Point, ...]
+    greater_is_better: bool
+
+    def drops(self, names: Sequence[str]) -> tuple[float, ...]:
+        """Return the mean metric drop over these strengths in each repetition.
+
+        One number, made from means, where strengths were repeated a different number of times.
+        """
+        levels = self.levels(names)
+        clean = self.clean.values if len(self.clean.values) == len(levels) else (self.clean.mean,) * len(levels)
+        return tuple(
+            metric_drop(*pair, greater_is_better=self.greater_is_better) for pair in zip(clean, levels, strict=True)
+        )
+
+    def levels(self, names: Sequence[str]) -> tuple[float, ...]:
+        """Return the mean metric over these strengths in each repetition, as `drops` does."""
+        points = [point for point in self.points if point.name in names]
+        if len({len(point.values) for point in points}) > 1:
+            return (mean([point.mean for point in points]),)
+        return tuple(map(mean, zip(*(point.values for point in points), strict=True)))
+
+
+@dataclass(frozen=True)
+class Study:
+    """All curves of a report.
+
+    Attributes:
+        metric: What was measured.
+        greater_is_better: Whether a large metric is good.
+        models: The records: by the name of the model, then of the group, one a repetition.
+        curves: By the series, then by model and group; those that were not measured are missing.
+    """
+
+    metric: str
+    greater_is_better: bool
+    models: Mapping[str, Mapping[str, tuple[EvaluationRecord, ...]]]
+    curves: Mapping[Series, Mapping[tuple[str, str], Curve]]
+
+    @classmethod
+    def of(cls, models: Mapping[str, Records], metric: str, greater_is_better: bool) -> Study:
+        """Gather records.
+
+        Raises:
+            ValueError: There are no records or no corruptions, repetitions are of different corruptions or groups, a
+                corruption stands in a record twice, or the metric is missing.
+        """
+        gathered = {name: _groups(records) for name, records in models.items()}
+        curves: dict[Series, dict[tuple[str, str], Curve]] = {}
+        for name, groups in gathered.items():
+            for group, records in groups.items():
+                for series, curve in _curves(group, records, metric, greater_is_better).items():
+                    curves.setdefault(series, {})[name, group] = curve
+        if not curves:
+            raise ValueError("records: expected at least one with a corruption, got none; evaluate a model first")
+        return cls(metric, greater_is_better, gathered, curves)
+
+    @property
+    def groups(self) -> list[str]:
+        """All groups of all models, in their order."""
+        return list(dict.fromkeys(group for groups in self.models.values() for group in groups))
+
+    @property
+    def spread(self) -> str:
+        """What differs between repetitions, in words."""
+        repeated = any(len(records) > 1 for groups in self.models.values() for records in groups.values())
+        return "spread over records" if repeated else "spread over trials"
+
+    @property
+    def records(self) -> list[EvaluationRecord]:
+        """All records."""
+        return [record for groups in self.models.values() for records in groups.values() for record in records]
+
+
+def common_strengths(curves: Iterable[Curve]) -> list[str]:
+    """Return the names of the strengths that all curves have, in the order of the first."""
+    first, *others = curves
+    shared = [{point.name for point in curve.points} for curve in others]
+    return [point.name for point in first.points if all(point.name in names for names in shared)]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean; NaN beside NaN or where ∞ and −∞ meet, and never an overflow.
+
+    Examples:
+        >>> mean([0.25, 0.75]), mean([1e308, 1e308])
+        (0.5, 1e+308)
+    """
+    return sum(value / len(values) for value in values)
+
+
+def _groups(records: Records) -> dict[str, tuple[EvaluationRecord, ...]]:
+    if isinstance(records, EvaluationRecord):
+        return {_target(records): (records,)}
+    if isinstance(records, Mapping):
+        groups = {
+            label: (entry,) if isinstance(entry, EvaluationRecord) else tuple(entry)
+            for label, entry in records.items()
+        }
+    elif records and isinstance(records[0], Mapping):
+        probes = [dict(probe) for probe in records if isinstance(probe, Mapping)]
+        if len(probes) != len(records) or any(probe.keys() != probes[0].keys() for probe in probes):
+            raise ValueError("records: expected the same groups in each repetition; probe the models alike")
+        groups = {label: tuple(probe[label] for probe in probes) for label in probes[0]}
+    else:
+        flat = tuple(record for record in records if isinstance(record, EvaluationRecord))
+        groups = {_target(flat[0]): flat} if len(flat) == len(records) > 0 else {"": ()}
+    if not groups or not all(
+        entry and all(isinstance(record, EvaluationRecord) for record in entry) for entry in groups.values()
+    ):
+        raise ValueError(
+            "records: expected an EvaluationRecord, a mapping from labels to records, or a list of either, one a "
+            f"seed, got {type(records).__name__} without records; pass what an evaluator or a probe returned"
+        )
+    return groups
+
+
+def _target(record: EvaluationRecord) -> str:
+    described = record.target.get("target_modules", "all")
+    return described if isinstance(described, str) else ", ".join(map(str, described))
+
+
+def _curves(
+    group: str, records: tuple[EvaluationRecord, ...], metric: str, greater_is_better: bool
+) -> dict[Series, Curve]:
+    labels = [row.label for row in records[0].corruptions]
+    if any([row.label for row in record.corruptions] != labels for record in records):
+        raise ValueError(f"records of {group!r}: expected the same corruptions in each; evaluate them alike")
+    clean = Point(0.0, "no corruption", _values([record.clean for record in records], metric))
+    points: dict[Series, list[Point]] = {}
+    for place, rows in enumerate(zip(*(record.corruptions for record in records), strict=True)):
+        series = Series.of(rows[0])
+        points.setdefault(series, []).append(_point(series, place, rows, metric))
+    curves = {}
+    for series, of_series in points.items():
+        ordered = sorted(of_series, key=lambda point: -point.strength if series.strength == "bits" else point.strength)
+        if len({point.name for point in ordered}) < len(ordered):
+            raise ValueError(
+                f"records of {group!r}: expected each corruption once, got {labels}; leave out the others"
+            )
+        curves[series] = Curve(clean, tuple(ordered), greater_is_better)
+    return curves
+
+
+def _point(series: Series, place: int, rows: tuple[CorruptionRecord, ...], metric: str) -> Point:
+    values = _values(rows, metric)
+    if series.strength is None:
+        return Point(float(place), rows[0].label, values)
+    strength = float(rows[0].settings[series.strength])
+    name = f"{short(strength)} bits" if series.strength == "bits" else f"{_SYMBOLS[series.strength]}{short(strength)}"
+    return Point(strength, name, values)
+
+
+def _values(rows: Sequence[CorruptionRecord], metric: str) -> tuple[float, ...]:
+    """Return one value a record, or, of a single record, one a trial."""
+    means = tuple(row.mean(metric) for row in rows)  # says what is missing
+    return means if len(rows) > 1 else rows[0].metrics[metric]

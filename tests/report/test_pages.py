@@ -1,0 +1,226 @@
+"""The pages: their structure, their numbers, and names that try to break out."""
+
+import html.parser
+import math
+import re
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_parcor import RobustnessReport
+from hf_parcor.report.colors import shade
+from hf_parcor.report.markup import code_of, printable
+
+VOID = {"meta", "br", "img", "input", "link", "hr"}
+TAGS = {
+    *("html", "head", "meta", "title", "style", "body", "main", "section", "div", "h1", "h2", "p", "code", "ul", "li"),
+    *("figure", "figcaption", "strong", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "span"),
+    *("svg", "g", "path", "text", "desc"),
+}
+NASTY = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "a|b\n# c\n---",
+    "`x` [l](u) <!-- \\",
+    "</style>",
+]
+names = st.one_of(st.sampled_from(NASTY), st.text(max_size=12)).filter(lambda name: name.strip())
+
+
+class Page(html.parser.HTMLParser):
+    """Reads a page and holds that every tag is closed where it should be."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.texts = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def handle_comment(self, data):
+        raise AssertionError(data)
+
+
+def write(report, folder):
+    page = report.to_html(folder / "deep" / "report.html").read_text(encoding="utf-8")
+    return page, report.to_markdown(folder / "report.md").read_text(encoding="utf-8")
+
+
+def tables_of(markdown):
+    """Return the tables as rows of cells; a cell ends at a bar that is not escaped."""
+    tables, last = [], False
+    for line in markdown.splitlines():
+        is_row = line.startswith("|")
+        if is_row and not last:
+            tables.append([])
+        if is_row:
+            tables[-1].append(re.split(r"(?<!\\)(?:\\\\)*\|", line)[1:-1])
+        last = is_row
+    return tables
+
+
+@pytest.fixture
+def comparison(record_of):
+    def runs(value):
+        return {
+            group: [record_of({0.1: value + shift, 0.5: value / 2}, 0.9 + shift) for shift in (-0.01, 0.0, 0.02)]
+            for group in ("layer.0", "layer.1")
+        }
+
+    return RobustnessReport.compare({"plain": runs(0.6), "defended": runs(0.8)})
+
+
+def test_structure(comparison, tmp_path):
+    text, markdown = write(comparison, tmp_path)
+    page = Page(text)
+    assert text.startswith('<!DOCTYPE html>\n<html lang="en">')
+    assert set(page.tags) <= TAGS
+    assert [tag for tag in page.tags if tag in ("h1", "h2")] == ["h1", "h2", "h2", "h2", "h2"]
+    order = [
+        text.index(part) for part in ('class="verdict"', "Heat map<", "Curves<", "Table<", "Settings to reproduce<")
+    ]
+    assert order == sorted(order)
+    assert page.tags.count("th") == sum(name == "scope" for name, _ in page.attributes)
+    assert text.count('role="img"') == 2  # a panel a group
+    assert all(
+        re.match(r"<svg[^>]*><title>[^<]+</title><desc>", part)
+        for part in re.findall(r'<svg[^>]*role="img".*?<desc>', text)
+    )
+    assert ("name", "viewport") in page.attributes
+    assert not re.search(r"https?:|url\(|@import|src=|href=", text)
+    assert len(text) < 1_000_000
+    for part in ("2.13.0", "prefers-color-scheme", "layer.0: defended", "90.3 [86.5, 94.1]"):
+        assert part in text
+    assert [part for part in comparison.verdict if part.split(" (")[0] not in markdown.replace("\\", "")] == []
+
+
+def test_numbers_in_the_heat_map(record_of, tmp_path):
+    probe = {"a": record_of({0.1: 0.8, 0.5: math.nan}), "b": record_of({0.1: 0.7, 1.0: 0.1})}
+    text, markdown = write(RobustnessReport(probe), tmp_path)
+    [heat] = re.findall(r'<table[^>]*class="heat".*?</table>', text)
+    assert re.findall(r"<td[^>]*>(.*?)</td>", heat) == ["90.0", "80.0", "nan", "–", "90.0", "70.0", "–", "10.0"]
+    darkest, ink = shade(1.0)
+    assert f'style="background:{darkest};color:{ink}">10.0' in heat
+    table = [[cell.strip() for cell in row] for row in tables_of(markdown)[0]]
+    assert table[0] == ["group", "no corruption", "ε=0.1", "ε=0.5", "ε=1"]
+    assert table[2:] == [["a", "90.0", "80.0", "nan", "–"], ["b", "90.0", "70.0", "–", "10.0"]]
+
+
+def test_the_summary_has_the_measures(record_of, tmp_path):
+    probe = {"a": record_of({1.0: 0.8, 2.0: 0.4}, 0.8), "b": record_of({1.0: 0.8, 2.0: 0.7}, 0.8)}
+    _, markdown = write(RobustnessReport(probe), tmp_path)
+    table = [[cell.strip() for cell in row] for row in tables_of(markdown)[1]]
+    assert table[0] == ["group", "weights", "mean drop", "fragility", "mean from 0 on", "radius ε at half"]
+    assert table[2:] == [
+        ["a", "10", "20.0 points", "4", "70.0", "2"],
+        ["b", "10", "5.0 points", "0.25", "77.5", "\\> 2"],
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(names, names, names, names, st.lists(st.floats(), min_size=2, max_size=2))
+def test_nothing_breaks_out(tmp_path_factory, record_of, group, model, metric, kind, values):
+    folder = tmp_path_factory.mktemp("nasty")
+    one = record_of(
+        dict(zip((0.1, 1.0), values, strict=True)),
+        metric=metric,
+        target=[group],
+        model=model,
+        notes=(group,),
+        data=model,
+    )
+    other = record_of({0.1: 0.5, 1.0: 0.1}, metric=metric, target=[kind], corruption=kind)
+    probe = {group: one, group + "!": other}
+    for report in (
+        RobustnessReport(probe, metric),
+        RobustnessReport.compare({model: probe, model + "!": {group: other, group + "!": one}}, metric, title=kind),
+    ):
+        text, markdown = write(report, folder)
+        page = Page(text)
+        assert set(page.tags) <= TAGS
+        assert not any(name.startswith("on") or name in ("src", "href") for name, _ in page.attributes)
+        assert printable(group) in " ".join(printable(part) for part in page.texts)
+        for table in tables_of(markdown):
+            assert len({len(row) for row in table}) == 1, table
+        assert all(
+            not line.startswith(("#", "    ", "```", "<")) or re.match("##? ", line) for line in markdown.splitlines()
+        )
+        assert sum(line.startswith("#") for line in markdown.splitlines()) == 5
+
+
+def test_markdown_renders_as_text(record_of, tmp_path):
+    markdown_it = pytest.importorskip("markdown_it")
+    probe = {name: record_of({0.1: 0.5 - 0.1 * place}, target=[name]) for place, name in enumerate(NASTY)}
+    _, markdown = write(RobustnessReport(probe, title=NASTY[0]), tmp_path)
+    rendered = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).disable("linkify").render(markdown)
+    tags = set(re.findall(r"</?([a-z0-9!-]+)", rendered))
+    assert tags <= {"h1", "h2", "p", "strong", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "code"}
+
+
+@given(st.text())
+def test_code_spans_end_where_they_should(code):
+    fence = re.match("`+", code_of(code)).group()
+    assert not re.search(rf"(?<!`){fence}(?!`)", code_of(code)[len(fence) : -len(fence)].strip(" ") or "x")
+
+
+@pytest.mark.parametrize("share", [place / 20 for place in range(21)])
+def test_cells_can_be_read(share):
+    background, ink = shade(share)
+
+    def luminance(color):
+        digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
+        parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    light, dark = sorted((luminance(background), luminance(ink)), reverse=True)
+    assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG AA
+
+
+def test_needs_no_optional_library(record_of, tmp_path, monkeypatch):
+    for library in ("matplotlib", "pandas", "scipy", "tabulate", "jinja2"):
+        monkeypatch.setitem(sys.modules, library, None)
+    write(RobustnessReport({"a": record_of({0.1: 0.5}), "b": record_of({0.1: 0.8})}), tmp_path)
+    with pytest.raises(ImportError, match=r"pip install 'hf-parcor\[statistics\]'"):
+        RobustnessReport([record_of({0.1: 0.5}), record_of({0.1: 0.8})])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (1e308, -1e308),
+        (5e-324, 0.0),
+        (1.0, 1.0 + 2**-52),
+        (0.0, 0.0),
+        (math.inf, math.nan),
+        (1e-300, 1e3),
+        (1e-5, 1e9),
+    ],
+)
+def test_extreme_values_are_drawn(record_of, tmp_path, values):
+    record = record_of(dict(zip((0.1, 0.2), values, strict=True)), clean=values[0])
+    text, _ = write(RobustnessReport(record, greater_is_better=False), tmp_path)
+    assert Page(text).tags.count("desc") == 1
+    places = re.findall(r'(?:d|x|y|transform)="([^"]*)"', text)
+    assert [place for place in places if re.search("nan|inf", place)] == []
+
+
+def test_many_groups_stay_small(record_of, tmp_path):
+    probe = {f"layer.{place}": record_of({e / 10: 0.9 - place * e / 1000 for e in range(1, 9)}) for place in range(48)}
+    text, _ = write(RobustnessReport(probe), tmp_path)
+    assert len(text) < 300_000
+    assert "the 6 groups that lose most of 48" in text

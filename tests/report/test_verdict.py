@@ -1,0 +1,223 @@
+"""The verdict says what the numbers say, and no more."""
+
+import math
+
+import pytest
+import scipy.stats
+
+from hf_parcor import RobustnessReport
+from hf_parcor.report.evidence import adjusted_p_values
+from hf_parcor.report.fragility import fragility
+from hf_parcor.statistics import Alternative
+
+nan, inf = math.nan, math.inf
+REMEDY = "ParameterDefenseTrainer(..., target_modules=['c'])"
+
+
+@pytest.fixture
+def probe_of(record_of):
+    """Return a builder of a probe: the metric of each group at ε = 1 and 2."""
+
+    def build(groups, **settings):
+        return {
+            group: record_of(dict(zip((1.0, 2.0), values, strict=True)), target=[group], **settings)
+            for group, values in groups.items()
+        }
+
+    return build
+
+
+ONCE = {
+    "clear": (
+        {"a": (0.85, 0.85), "b": (0.8, 0.8), "c": (0.4, 0.2)},
+        {},
+        ["c is 8 times as fragile as the median of the others.", "falls by 60.0 points", "is 7.5 points", "If that"],
+        ["That is beyond the spread"],
+    ),
+    "others lose nothing": (
+        {"a": (0.9, 0.9), "b": (0.9, 0.9), "c": (0.4, 0.2)},
+        {},
+        ["c is the most fragile, while the median of the others loses next to nothing.", REMEDY],
+        ["times as fragile"],
+    ),
+    "alike": (
+        {"a": (0.6, 0.5), "b": (0.6, 0.4), "c": (0.5, 0.4)},
+        {},
+        ["no group stands out", "With c corrupted"],
+        ["times as fragile", "Trainer"],
+    ),
+    "nothing lost": (
+        {"a": (0.9, 0.9), "b": (0.895, 0.9), "c": (0.9, 0.892)},
+        {},
+        ["no group loses more than 1 % of the accuracy without corruption, 90.0 %: none is fragile", "ε=1 … ε=2"],
+        ["Trainer", "stands out"],
+    ),
+    "a group is broken": (
+        {"a": (0.85, 0.85), "b": (nan, 0.8), "c": (0.4, 0.2)},
+        {},
+        ["c is 12 times as fragile", "Not ranked, since accuracy is not a finite number: b."],
+        [],
+    ),
+    "all are broken": (
+        {"a": (nan, 0.5), "b": (0.5, nan)},
+        {},
+        ["fewer than two groups can be ranked"],
+        ["fragile as"],
+    ),
+    "clean is NaN": ({"a": (0.5, 0.5), "b": (0.1, 0.1)}, {"clean": nan}, ["not a finite number without"], ["Trainer"]),
+    "clean is 0": ({"a": (0.0, 0.0), "b": (0.0, 0.0)}, {"clean": 0.0}, ["there is nothing to lose"], ["Trainer"]),
+    "one group": ({"c": (0.7, 0.4)}, {}, ["falls from 90.0 % to 40.0 % at ε=2"], ["Trainer", "times"]),
+    "one group holds": ({"c": (0.9, 0.9)}, {}, ["stays within 1 %", "90.0 %"], ["falls"]),
+    "one broken group": ({"c": (0.9, nan)}, {}, ["accuracy is not a finite number at ε=2"], ["falls"]),
+    "loss": (
+        {"a": (1.1, 1.1), "b": (1.2, 1.2), "c": (4.0, 6.0)},
+        {"clean": 1.0, "metric": "loss"},
+        ["c is 27 times as fragile", "loss rises by 4 on average over ε=1 … ε=2"],
+        ["points", "%"],
+    ),
+    "perplexity that falls": (
+        {"a": (9.0, 8.0), "b": (9.0, 9.0), "c": (9.5, 9.0)},
+        {"clean": 10.0, "metric": "eval_perplexity"},
+        ["no group loses more than 1 % of the eval_perplexity"],
+        ["Trainer"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("groups", "settings", "said", "unsaid"), ONCE.values(), ids=ONCE)
+def test_a_single_measurement(probe_of, groups, settings, said, unsaid):
+    probe = probe_of(groups, **settings)
+    [text] = RobustnessReport(probe, settings.get("metric", "accuracy")).verdict
+    assert text.startswith("gradient-based, L2: ")
+    assert [part for part in said if part not in text] == []
+    assert [part for part in unsaid if part in text] == []
+
+
+def seeds(probe_of, groups, shifts):
+    return [
+        probe_of({group: [value + shift * (1 + index) for value in values] for index, (group, values) in groups})
+        for shift, groups in ((shift, list(enumerate(groups.items()))) for shift in shifts)
+    ]
+
+
+class TestRepetitions:
+    def test_beyond_the_spread(self, probe_of):
+        groups = {"a": (0.85, 0.85), "b": (0.8, 0.8), "c": (0.4, 0.2)}
+        [text] = RobustnessReport(seeds(probe_of, groups, (-0.01, 0.0, 0.01))).verdict
+        assert "c is 8 times as fragile as the median of the others." in text
+        assert "beyond the spread over records (p" in text
+        assert text.endswith(f" Defend it with {REMEDY}")
+        assert "If that holds" not in text
+
+    def test_within_the_spread(self, probe_of):
+        groups = {"a": (0.85, 0.85), "b": (0.8, 0.8), "c": (0.4, 0.2)}
+        [text] = RobustnessReport(seeds(probe_of, groups, (-0.15, 0.0, 0.15))).verdict
+        assert "no difference between the groups is beyond the spread over records (p = " in text
+        assert "Trainer" not in text
+
+    def test_records_that_are_equal_have_no_spread(self, probe_of):
+        probe = probe_of({"a": (0.85, 0.85), "b": (0.8, 0.8), "c": (0.4, 0.2)})
+        [text] = RobustnessReport([probe, probe, probe]).verdict
+        assert "came out the same each time" in text
+
+    def test_trials_are_named_as_such(self, record_of):
+        values = {"a": (0.85, 0.84, 0.86), "b": (0.8, 0.81, 0.79), "c": (0.3, 0.32, 0.31)}
+        probe = {name: record_of({1.0: trials}, corruption="random", target=[name]) for name, trials in values.items()}
+        assert "beyond the spread over trials" in RobustnessReport(probe).verdict[0]
+
+    def test_lists_by_group_are_lists_of_probes(self, probe_of):
+        probes = seeds(probe_of, {"a": (0.8, 0.8), "b": (0.6, 0.4)}, (-0.01, 0.0, 0.02))
+        by_group = {group: [probe[group] for probe in probes] for group in ("a", "b")}
+        assert RobustnessReport(probes).verdict == RobustnessReport(by_group).verdict
+
+
+class TestComparison:
+    def models(self, record_of, defended, spread=0.01, clean=0.88):
+        def runs(value, at_rest):
+            return [record_of({1.0: value + shift}, at_rest + shift) for shift in (-spread, 0.0, spread)]
+
+        return {"plain": runs(0.5, 0.9), "defended": runs(defended, clean)}
+
+    @pytest.mark.parametrize(
+        ("defended", "said"),
+        [
+            (0.8, "defended against plain: better beyond the spread over records in 1 of 1 comparison, worse in 0"),
+            (0.3, "better beyond the spread over records in 0 of 1 comparison, worse in 1"),
+            (0.501, "no difference is beyond the spread over records in 1 comparison"),
+        ],
+    )
+    def test_three_seeds(self, record_of, defended, said):
+        first, *_, last = RobustnessReport.compare(self.models(record_of, defended)).verdict
+        assert said in first
+        assert last.startswith("no corruption: accuracy 88.0 % instead of 90.0 % (−2.0 points; ")
+
+    def test_the_p_values_are_welchs_with_holms_correction(self, record_of):
+        models = self.models(record_of, 0.53)
+        _, corrupted, clean = RobustnessReport.compare(models).verdict
+        first, second = (
+            scipy.stats.ttest_ind([x - 0.01, x, x + 0.01], [y - 0.01, y, y + 0.01], equal_var=False).pvalue
+            for x, y in ((0.53, 0.5), (0.88, 0.9))
+        )
+        assert f"p = {2 * first:.2g}" in corrupted
+        assert f"p = {max(2 * first, second):.2g}" in clean
+
+    def test_once(self, record_of):
+        models = {"plain": record_of({1.0: 0.5}), "defended": record_of({1.0: 0.8})}
+        first, second, last = RobustnessReport.compare(models).verdict
+        assert "its mean is better in 1 of 1 comparison, worse in 0. There is no spread to judge that by" in first
+        assert "+30.0 points; no spread is known" in second
+        assert "+0.0 points" in last
+
+    def test_of_a_loss_less_is_better(self, record_of):
+        models = {
+            "plain": record_of({1.0: 3.0}, 0.5, metric="loss"),
+            "defended": record_of({1.0: 1.0}, 0.5, metric="loss"),
+        }
+        first, second, _ = RobustnessReport.compare(models, "loss").verdict
+        assert "better in 1 of 1" in first
+        assert "loss 1 instead of 3 (−2; " in second
+
+    def test_nothing_in_common(self, record_of):
+        models = {"plain": record_of({1.0: 0.5}), "other": record_of({1.0: 0.5}, corruption="random")}
+        assert RobustnessReport.compare(models).verdict == [
+            "other and plain have no corruption of the same group in common."
+        ]
+
+
+def test_fragility_needs_groups():
+    with pytest.raises(ValueError, match="expected two or more groups, got 1"):
+        fragility({"a": 1.0})
+
+
+def test_what_cannot_be_tested_is_left_out_of_the_correction():
+    good = ([3.0, 3.2, 2.8], [1.0, 1.1, 0.9])
+    alone = adjusted_p_values({"good": good}, Alternative.GREATER)
+    pairs = {"nan": ([nan, 1.0], [0.0, 1.0]), "good": good, "once": ([1.0], [0.5])}
+    assert adjusted_p_values(pairs, Alternative.GREATER) == alone
+
+
+class TestErrors:
+    @pytest.mark.parametrize("records", [{}, [], {"a": []}, [{}], ["text"], {"a": "text"}, {"a": [3]}])
+    def test_no_records(self, records):
+        with pytest.raises(ValueError, match="expected an EvaluationRecord, a mapping"):
+            RobustnessReport(records)
+
+    def test_no_corruptions(self, record_of):
+        with pytest.raises(ValueError, match="expected at least one with a corruption"):
+            RobustnessReport(record_of({}))
+
+    def test_an_unknown_metric(self, record_of):
+        with pytest.raises(ValueError, match="expected one of accuracy, got 'f1'"):
+            RobustnessReport(record_of({1.0: 0.5}), "f1")
+
+    def test_repetitions_of_other_corruptions(self, record_of):
+        with pytest.raises(ValueError, match="expected the same corruptions in each; evaluate them alike"):
+            RobustnessReport([record_of({1.0: 0.5}), record_of({2.0: 0.5})])
+
+    def test_probes_of_other_groups(self, record_of):
+        with pytest.raises(ValueError, match="expected the same groups in each repetition"):
+            RobustnessReport([{"a": record_of({1.0: 0.5})}, {"b": record_of({1.0: 0.5})}])
+
+    def test_one_model_is_no_comparison(self, record_of):
+        with pytest.raises(ValueError, match="expected two or more to compare, got 1"):
+            RobustnessReport.compare({"a": record_of({1.0: 0.5})})
