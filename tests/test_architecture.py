@@ -39,6 +39,7 @@ PUBLIC = [
     "CorruptionEvaluator",
     "DefenseConfig",
     "defended_backward",
+    "RobustnessCallback",
 ]
 
 # What each part may import of the others. A new part needs a row.
@@ -63,7 +64,9 @@ MAY_IMPORT = {
         "prefix",
         "strict_json",
         "labels",
+        "monitoring",
     },
+    "monitoring": {"functional", "constraints", "corruptions", "evaluation"},
     "evaluation": {"labels", "modes", "strict_json", "functional", "injection", "corruptions", "targets", "prefix"},
     "statistics": set(),
     "theory": {"statistics"},

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_parcor.evaluation.metrics import BatchMetric
+from hf_parcor.evaluation.metrics.clock import is_of_the_clock
 from hf_parcor.evaluation.processes import Processes
 from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.evaluation.trials import checked_metrics
@@ -19,7 +20,6 @@ logger = logging.get_logger(__name__)
 
 Metric = Callable[[nn.Module], Mapping[str, float]]
 _CLOSE = 1e-2  # relative; kernels of different processes round differently, data of different processes differ more
-_OF_THE_CLOCK = ("_runtime", "_per_second", "_time")  # as Trainer.evaluate names them
 
 
 def measure(model: nn.Module, metric: Metric, processes: Processes) -> Mapping[str, object]:
@@ -56,7 +56,7 @@ def _warn_of_differences(found: Sequence[Mapping[str, object]]) -> None:
     differing = [
         name
         for name, value in first.items()
-        if not name.endswith(_OF_THE_CLOCK) and any(_differs(value, other.get(name)) for other in found[1:])
+        if not is_of_the_clock(name) and any(_differs(value, other.get(name)) for other in found[1:])
     ]
     if differing:
         name = differing[0]
