@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_parcor.evaluation.metrics import BatchMetric
-from hf_parcor.evaluation.metrics.clock import is_of_the_clock
 from hf_parcor.evaluation.processes import Processes
 from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.evaluation.trials import checked_metrics
@@ -53,11 +52,7 @@ def _plain(value: object) -> object:
 
 def _warn_of_differences(found: Sequence[Mapping[str, object]]) -> None:
     first = found[0]
-    differing = [
-        name
-        for name, value in first.items()
-        if not is_of_the_clock(name) and any(_differs(value, other.get(name)) for other in found[1:])
-    ]
+    differing = [name for name, value in first.items() if any(_differs(value, other.get(name)) for other in found[1:])]
     if differing:
         name = differing[0]
         logger.warning_once(

@@ -30,8 +30,9 @@ class ClassificationMetric(OverBatches):
     def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:
         """Return the sums over the items of one batch."""
         device = next(model.parameters()).device
+        labels = self._labels(batch).to(device)
         output = model(**send_to_device(batch, device))
-        correct = int((output.logits.argmax(-1) == batch["labels"].to(device)).sum())
+        correct = int((output.logits.argmax(-1) == labels).sum())
         items = count_items(batch)
         # The mean over no item is NaN.
         return {"correct": correct, "loss": float(output.loss) * items if items else 0.0, "items": items}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-_ENDINGS = ("runtime", "_per_second", "_time", "latency_in_seconds")
+_ENDINGS = (
+    *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),  # Trainer.evaluate
+    *("total_time_in_seconds", "latency_in_seconds"),  # the evaluators of evaluate
+)
 
 
 def is_of_the_clock(name: str) -> bool:
@@ -12,4 +15,4 @@ def is_of_the_clock(name: str) -> bool:
         >>> [name for name in ("eval_loss", "eval_runtime", "eval_samples_per_second") if is_of_the_clock(name)]
         ['eval_runtime', 'eval_samples_per_second']
     """
-    return name.endswith(_ENDINGS) or name == "total_time_in_seconds"
+    return name.endswith(_ENDINGS)

@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_parcor.evaluation.gradients import check_repeatable
@@ -40,6 +41,17 @@ class OverBatches(ABC):
         """Return the metrics over all batches."""
         walk = tqdm(self._batches, desc="metric", leave=False, disable=not self._progress)
         return self.combine([self.of_batch(model, batch) for batch in walk])
+
+    @staticmethod
+    def _labels(batch: Mapping[str, Any]) -> Tensor:
+        """Return the labels of a batch.
+
+        Raises:
+            ValueError: It has none.
+        """
+        if "labels" not in batch:
+            raise ValueError(f"batches: expected labels in each, got {', '.join(batch)}; put 'labels' into them")
+        return torch.as_tensor(batch["labels"])
 
     @abstractmethod
     def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
