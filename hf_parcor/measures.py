@@ -1,0 +1,117 @@
+"""A curve of a metric against ε as one number: metric drop, area under the curve, ε at half of the metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+
+def metric_drop(clean: float, corrupted: float, *, greater_is_better: bool = True) -> float:
+    """Return how much worse the metric is under corruption: clean − corrupted, or corrupted − clean for a loss.
+
+    It is negative where corruption made the metric better, and NaN where either is.
+
+    Args:
+        clean: The metric without corruption.
+        corrupted: The metric under corruption.
+        greater_is_better: Whether a large metric is good, as an accuracy is; False for a loss or a perplexity.
+
+    Examples:
+        >>> metric_drop(0.75, 0.5)
+        0.25
+        >>> metric_drop(0.25, 1.5, greater_is_better=False)
+        1.25
+    """
+    return clean - corrupted if greater_is_better else corrupted - clean
+
+
+def area_under_curve(epsilons: Sequence[float], values: Sequence[float], *, clean: float) -> float:
+    """Return the area under the metric as a function of ε, as a share of the range: the mean metric from 0 to ε_max.
+
+    ::
+
+        1/ε_max ∫_0^ε_max m(ε) dε,    m(0) = clean, m linear between the points
+
+    So it has the unit of the metric, and a model that nothing disturbs has its clean metric. A NaN makes it NaN.
+
+    Args:
+        epsilons: Where the metric was measured, in any order; each > 0 and finite, each once.
+        values: The metric at each of them.
+        clean: The metric without corruption, which is that at ε = 0.
+
+    Raises:
+        ValueError: There are no points, as many ε as values are missing, or an ε is not allowed.
+
+    Examples:
+        >>> area_under_curve([1.0, 2.0], [0.5, 0.5], clean=1.0)
+        0.625
+        >>> area_under_curve([0.1, 1.0], [0.75, 0.75], clean=0.75)
+        0.75
+    """
+    points = _points(epsilons, values, clean)
+    # Widths are shares of the range, so that neither tiny nor huge ε underflow or overflow.
+    largest = points[-1][0]
+    return math.fsum(
+        (right / largest - left / largest) * (before / 2 + after / 2)
+        for (left, before), (right, after) in pairwise(points)
+    )
+
+
+def epsilon_at_half(
+    epsilons: Sequence[float], values: Sequence[float], *, clean: float, greater_is_better: bool = True
+) -> float:
+    """Return the smallest ε at which half of the clean metric is lost; of a loss, at which it has doubled.
+
+    ::
+
+        min {ε : m(ε) <= clean / 2},    or    min {ε : m(ε) >= 2 clean};    m(0) = clean, m linear between the points
+
+    Args:
+        epsilons: As in `area_under_curve`.
+        values: As in `area_under_curve`.
+        clean: As in `area_under_curve`.
+        greater_is_better: As in `metric_drop`.
+
+    Returns:
+        ∞ where no measured ε is enough; NaN where that cannot be said: the clean metric is not positive, or NaN is
+        met before.
+
+    Raises:
+        ValueError: As in `area_under_curve`.
+
+    Examples:
+        >>> epsilon_at_half([1.0, 2.0], [0.75, 0.25], clean=1.0)
+        1.5
+        >>> epsilon_at_half([1.0, 2.0], [0.75, 0.625], clean=1.0)
+        inf
+        >>> epsilon_at_half([1.0, 2.0], [1.0, 5.0], clean=1.0, greater_is_better=False)
+        1.25
+    """
+    points = _points(epsilons, values, clean)
+    if not 0 < clean < math.inf:
+        return math.nan
+    for (left, before), (right, after) in pairwise(points):
+        if math.isnan(after):
+            return math.nan
+        lost = metric_drop(clean / 2 if greater_is_better else 2 * clean, after, greater_is_better=greater_is_better)
+        if lost >= 0:
+            missing = metric_drop(before, after, greater_is_better=greater_is_better) - lost
+            # An infinite loss is no end of a line: all that is known is that the jump lies before this ε.
+            return right if math.isinf(lost) else left + (right - left) * missing / (missing + lost)
+    return math.inf
+
+
+def _points(epsilons: Sequence[float], values: Sequence[float], clean: float) -> list[tuple[float, float]]:
+    """Return the curve from ε = 0 on, in the order of ε."""
+    if not epsilons or len(epsilons) != len(values):
+        raise ValueError(
+            f"values: expected one for each of one or more epsilons, got {len(values)} for {len(epsilons)}; "
+            "pass them in pairs"
+        )
+    if len(set(epsilons)) != len(epsilons) or not all(0 < epsilon < math.inf for epsilon in epsilons):
+        raise ValueError(
+            f"epsilons: expected different positive finite numbers, got {list(epsilons)}; "
+            "pass each once, and what was measured at 0 as clean="
+        )
+    return [(0.0, clean), *sorted(zip(epsilons, values, strict=True))]
