@@ -17,6 +17,7 @@ from hf_parcor.corruptions import (
 from hf_parcor.defenses import ACRT, AWP, SAM, GradientPenalty, MultiStepRisk
 from hf_parcor.evaluation import CorruptionEvaluator, CorruptionRecord, EvaluationRecord, LayerProbe
 from hf_parcor.injection import corrupted
+from hf_parcor.monitoring import RobustnessCallback
 from hf_parcor.report import RobustnessReport
 from hf_parcor.search import SearchRecord, search_epsilon
 from hf_parcor.targets import select_parameters
@@ -51,6 +52,7 @@ __all__ = [
     "ParameterDefenseTrainingArguments",
     "Quantization",
     "RandomCorruption",
+    "RobustnessCallback",
     "RobustnessReport",
     "SearchRecord",
     "Seq2SeqParameterDefenseTrainer",

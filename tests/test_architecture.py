@@ -39,6 +39,7 @@ PUBLIC = [
     "CorruptionEvaluator",
     "DefenseConfig",
     "defended_backward",
+    "RobustnessCallback",
 ]
 
 # What each part may import of the others. A new part needs a row.
@@ -63,7 +64,10 @@ MAY_IMPORT = {
         "prefix",
         "strict_json",
         "labels",
+        "monitoring",
     },
+    "metric_modules": {"measures"},
+    "monitoring": {"functional", "constraints", "corruptions", "evaluation"},
     "evaluation": {"labels", "modes", "strict_json", "functional", "injection", "corruptions", "targets", "prefix"},
     "measures": set(),
     "statistics": set(),
@@ -177,8 +181,12 @@ class TestFiles:
         assert found == []
 
 
+# The library `evaluate` reads these as scripts; nothing of ours imports them.
+SCRIPTS = {name for name in SOURCES if name.startswith("hf_parcor.metric_modules.")}
+
+
 class TestOptionalLibraries:
-    @pytest.mark.parametrize("name", SOURCES)
+    @pytest.mark.parametrize("name", sorted(set(SOURCES) - SCRIPTS))
     def test_none_is_imported_at_the_top_of_a_module(self, name):
         assert {other.split(".")[0] for other in imports_of(SOURCES[name], top_level=True)}.isdisjoint(OPTIONAL)
 
@@ -203,7 +211,7 @@ for library in blocked:
     except ModuleNotFoundError:
         continue
     raise AssertionError(library)
-for name in {sorted(SOURCES)!r}:
+for name in {sorted(set(SOURCES) - SCRIPTS)!r}:
     importlib.import_module(name)
 assert blocked.isdisjoint(sys.modules), blocked.intersection(sys.modules)
 """

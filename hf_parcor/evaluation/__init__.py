@@ -1,8 +1,16 @@
 """How far do metrics fall when weights are corrupted? Evaluators and their records."""
 
 from hf_parcor.evaluation.evaluator import CorruptionEvaluator
-from hf_parcor.evaluation.gradients import DatasetGradients
-from hf_parcor.evaluation.metrics import BatchMetric, ClassificationMetric
+from hf_parcor.evaluation.gradients import DatasetGradients, model_loss
+from hf_parcor.evaluation.metrics import (
+    BatchMetric,
+    ClassificationMetric,
+    GenerationMetric,
+    LanguageModelMetric,
+    PredictionMetric,
+    SacrebleuScore,
+    TrainerMetric,
+)
 from hf_parcor.evaluation.probe import LayerProbe
 from hf_parcor.evaluation.processes import ProcessError
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
@@ -14,6 +22,12 @@ __all__ = [
     "CorruptionRecord",
     "DatasetGradients",
     "EvaluationRecord",
+    "GenerationMetric",
+    "LanguageModelMetric",
     "LayerProbe",
+    "PredictionMetric",
     "ProcessError",
+    "SacrebleuScore",
+    "TrainerMetric",
+    "model_loss",
 ]

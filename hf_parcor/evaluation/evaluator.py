@@ -36,9 +36,10 @@ class CorruptionEvaluator:
 
     Args:
         model: Any PyTorch model; with several processes, each has all of it, bare or under DDP.
-        metric: `metric(model)` returns numbers by name; a lambda around `Trainer.evaluate` or around an `evaluate`
-            pipeline will do. With several processes all of them call it at the same time, and what the first got is
-            kept; a `BatchMetric` is spread, and needs the same batches in each of them.
+        metric: `metric(model)` returns numbers by name; a lambda around `Trainer.evaluate`, around a pipeline or an
+            evaluator of `evaluate` will do. What tells how long it took is left out. With several processes all of
+            them call it at the same time, and what the first got is kept; a `BatchMetric` is spread, and needs the
+            same batches in each of them. What it says of itself in `notes` goes into the record.
         batches: Data for the corruptions that need gradients, a list or a `DataLoader` that does not shuffle; None if
             none of them does. With several processes each has all of it: the evaluator spreads the batches itself,
             also those of a loader that Accelerate prepared.
@@ -127,4 +128,5 @@ class CorruptionEvaluator:
             corruptions=records,
             data=data,
             versions=library_versions(),
+            notes=self._measurement.notes,
         )

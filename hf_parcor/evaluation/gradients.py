@@ -103,7 +103,7 @@ class DatasetGradients:
         self._processes = processes
         self._model, self._parameters, self._batches, self._loss = model, parameters, batches, loss
         self._progress = progress
-        shifted = _shifts_labels(model) and loss is model_loss
+        shifted = shifts_labels(model) and loss is model_loss
         self._items = [count_items(batch, shifted=shifted) for batch in batches]
         if not sum(self._items):
             raise ValueError(
@@ -202,7 +202,7 @@ def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _shifts_labels(model: nn.Module) -> bool:
+def shifts_labels(model: nn.Module) -> bool:
     """Return whether a model's own loss leaves first labels out; older classes such as GPT-2's name no loss type."""
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
     loss_type = getattr(model, "loss_type", None)

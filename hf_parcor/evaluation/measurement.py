@@ -116,6 +116,11 @@ class Measurement:
         ]
         return clean, data, records
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the metric says of itself, if it has `notes`, such as the signature of a score."""
+        return tuple(getattr(self._metric, "notes", ()))
+
     def _check_replicas(self, data: str) -> None:
         """Refuse what would be silently wrong on several processes."""
         if self._processes.count == 1:

@@ -19,7 +19,6 @@ logger = logging.get_logger(__name__)
 
 Metric = Callable[[nn.Module], Mapping[str, float]]
 _CLOSE = 1e-2  # relative; kernels of different processes round differently, data of different processes differ more
-_OF_THE_CLOCK = ("_runtime", "_per_second", "_time")  # as Trainer.evaluate names them
 
 
 def measure(model: nn.Module, metric: Metric, processes: Processes) -> Mapping[str, object]:
@@ -53,11 +52,7 @@ def _plain(value: object) -> object:
 
 def _warn_of_differences(found: Sequence[Mapping[str, object]]) -> None:
     first = found[0]
-    differing = [
-        name
-        for name, value in first.items()
-        if not name.endswith(_OF_THE_CLOCK) and any(_differs(value, other.get(name)) for other in found[1:])
-    ]
+    differing = [name for name, value in first.items() if any(_differs(value, other.get(name)) for other in found[1:])]
     if differing:
         name = differing[0]
         logger.warning_once(

@@ -97,6 +97,7 @@ class LayerProbe:
                 corruptions=of_part,
                 data=data,
                 versions=library_versions(),
+                notes=self._measurement.notes,
             )
             for (label, selection), of_part in zip(self._selections.items(), records, strict=True)
         }

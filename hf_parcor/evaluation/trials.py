@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_parcor.evaluation.metrics.clock import is_of_the_clock
 from hf_parcor.evaluation.records import CorruptionRecord
 from hf_parcor.injection import CorruptionSize
 
@@ -28,16 +29,18 @@ class Trial:
 
 
 def checked_metrics(metrics: object) -> Mapping[str, object]:
-    """Return what a metric returned.
+    """Return what a metric found, without what tells how long it took.
 
     Raises:
-        TypeError: It is no mapping, or an empty one.
+        TypeError: It is no mapping, or one without anything that was found.
     """
-    if not isinstance(metrics, Mapping) or not metrics:
+    found = metrics if isinstance(metrics, Mapping) else {}
+    found = {name: value for name, value in found.items() if not is_of_the_clock(name)}
+    if not found:
         raise TypeError(
             f"metric: expected numbers by name, such as {{'accuracy': 0.9}}, got {metrics!r}; return a dict"
         )
-    return metrics
+    return found
 
 
 def record_of(corruption: str, label: str, settings: Mapping[str, Any], trials: Sequence[Trial]) -> CorruptionRecord:

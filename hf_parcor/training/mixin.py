@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.defenses import DefendedStep, Defense, MultiStepRisk
+from hf_parcor.monitoring import RobustnessMixin
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.targets import find_input_embedding, select_trainable
 from hf_parcor.training.checkpoints import save_defense, warn_of_another_defense
@@ -31,13 +31,8 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_DEFENSE = MultiStepRisk(CorruptionConstraint(p=2.0, epsilon=0.1), steps=1)
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class ParameterDefenseMixin(_Base):
+class ParameterDefenseMixin(RobustnessMixin):
     """Makes any Trainer defend its parameters: put it before the Trainer's class among the bases.
 
     Only `training_step` changes: it runs the stock step once for each pass of the defense, at corrupted weights,
@@ -52,6 +47,8 @@ class ParameterDefenseMixin(_Base):
     With the stock `loss`, which is the risk, it logs `loss_clean` (at the first pass), `loss_corrupted` (at the last
     pass), `sharpness` (their difference) and the norm of the last corruption, asked and realised. What a Trainer
     counts and averages itself, such as TRL's `num_tokens` and `entropy`, is that of the first pass.
+
+    Beside `evaluate` there is `evaluate_robustness`; see `RobustnessMixin`.
 
     Args:
         *args: For the Trainer.

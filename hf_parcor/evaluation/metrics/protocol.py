@@ -1,0 +1,34 @@
+"""What a metric is that is made batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+
+@runtime_checkable
+class BatchMetric(Protocol):
+    """A metric that is made from what it finds on single batches, so that many models can be measured on each.
+
+    `CorruptionEvaluator` runs what does not depend on the corrupted weights once a batch for all corruptions, and
+    several processes each take every n-th batch; what a batch adds is pickled then.
+    """
+
+    @property
+    def batches(self) -> Iterable[Mapping[str, Any]]:
+        """The data."""
+        ...
+
+    def __call__(self, model: nn.Module) -> Mapping[str, float]:
+        """Return the metrics over all batches."""
+        ...
+
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        """Return what one batch adds."""
+        ...
+
+    def combine(self, parts: Sequence[Any]) -> Mapping[str, float]:
+        """Return the metrics from what all batches add, in their order."""
+        ...

@@ -1,0 +1,78 @@
+"""Numbers from predictions and references: what any library computes, and those of sacrebleu."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any, Protocol
+
+_SACREBLEU = {"bleu": "BLEU", "chrf": "CHRF", "ter": "TER"}
+
+
+class Score(Protocol):
+    """Compares predictions with references; the `compute` of a metric of `evaluate` is one."""
+
+    def __call__(self, *, predictions: list[Any], references: list[Any]) -> Mapping[str, Any] | float | None:
+        """Return numbers by name, or one number."""
+        ...
+
+
+def scored(score: Score, predictions: list[Any], references: list[Any]) -> dict[str, float]:
+    """Return the numbers of a score by name; one without a name is `score`, and lists among them are left out.
+
+    Raises:
+        ValueError: It returned no number.
+
+    Examples:
+        >>> scored(lambda predictions, references: {"f1": 0.5, "of_each": [0.0, 1.0]}, ["a"], ["a"])
+        {'f1': 0.5}
+    """
+    found: Any = score(predictions=predictions, references=references)
+    named = found if isinstance(found, Mapping) else {"score": found}
+    numbers = {name: float(value) for name, value in named.items() if isinstance(value, Real)}
+    if not numbers:
+        raise ValueError(f"score: expected a number, or numbers by name, got {found!r}; return {{'bleu': 31.4}}, say")
+    return numbers
+
+
+class SacrebleuScore:
+    """Corpus BLEU, chrF or TER of texts by sacrebleu, with its signature as a note for the record.
+
+    Args:
+        kind: "bleu", "chrf" or "ter".
+        **settings: As for sacrebleu's own class: `lowercase=True`, `tokenize="zh"`, or `word_order=2` for chrF++.
+
+    Raises:
+        ValueError: There is no such kind.
+        ImportError: sacrebleu is not installed.
+
+    Examples:
+        >>> score = SacrebleuScore("chrf")
+        >>> score(predictions=["a good film"], references=["a good film"])
+        {'chrf': 100.0}
+        >>> score.notes
+        ('sacrebleu signature of chrf: nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:...',)
+    """
+
+    def __init__(self, kind: str = "bleu", **settings: Any) -> None:
+        if kind not in _SACREBLEU:
+            raise ValueError(f"kind: expected one of {', '.join(_SACREBLEU)}, got {kind!r}; name one of them")
+        try:
+            from sacrebleu import metrics
+        except ImportError as error:
+            raise ImportError(
+                "SacrebleuScore needs sacrebleu; install it with: pip install 'hf-parcor[translation]'"
+            ) from error
+        self._kind, self._metric = kind, getattr(metrics, _SACREBLEU[kind])(**settings)
+        self._scored = False
+
+    def __call__(self, *, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        """Return the score of a corpus, in per cent."""
+        score = float(self._metric.corpus_score(list(predictions), [list(references)]).score)
+        self._scored = True
+        return {self._kind: score}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The signature, known when a corpus was scored: how many references there are is part of it."""
+        return (f"sacrebleu signature of {self._kind}: {self._metric.get_signature()}",) if self._scored else ()

@@ -1,0 +1,45 @@
+"""How much worse a metric is under corruption.
+
+A script that `evaluate.load` reads: only that library imports it.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import datasets
+import evaluate
+
+from hf_parcor.measures import metric_drop
+
+_DESCRIPTION = "How much worse a metric is under parameter corruption, mean over trials."
+_INPUTS = """
+Args:
+    clean (`list[float]`): The metric without corruption, for each trial.
+    corrupted (`list[float]`): The metric under corruption, for each trial.
+    greater_is_better (`bool`): Whether a large metric is good; False for a loss. Defaults to `True`.
+
+Returns:
+    `metric_drop`: the mean over trials of clean − corrupted, or of corrupted − clean for a loss.
+"""
+
+
+class MetricDrop(evaluate.Metric):  # type: ignore[misc] # the library has no types
+    """How much worse a metric is under corruption."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        number = datasets.Value("float64")
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"clean": number, "corrupted": number}),
+        )
+
+    def _compute(
+        self, *, clean: list[float], corrupted: list[float], greater_is_better: bool = True
+    ) -> dict[str, float]:
+        drops = [
+            metric_drop(*pair, greater_is_better=greater_is_better) for pair in zip(clean, corrupted, strict=True)
+        ]
+        return {"metric_drop": statistics.fmean(drops)}

@@ -1,0 +1,78 @@
+"""One evaluation of a Trainer's model under corruptions, with the Trainer's data, loss and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hf_parcor.constraints import CorruptionConstraint
+from hf_parcor.corruptions import Corruption, GaussianNoise, GradientCorruption, Quantization
+from hf_parcor.evaluation import CorruptionEvaluator, EvaluationRecord, TrainerMetric, model_loss
+
+DEFAULT_CORRUPTIONS: tuple[Corruption, ...] = (
+    GradientCorruption(CorruptionConstraint(p=2.0, epsilon=0.1)),
+    GaussianNoise(0.02),
+    Quantization(4),
+)
+
+
+def measure_robustness(
+    trainer: Trainer,
+    corruptions: Sequence[Corruption] = DEFAULT_CORRUPTIONS,
+    *,
+    trials: int = 3,
+    seed: int = 0,
+    eval_dataset: Any = None,
+    metric_key_prefix: str = "eval",
+    target_modules: str | Collection[str] | None = None,
+) -> EvaluationRecord:
+    """Measure a Trainer's model with its weights as they are, and under each corruption.
+
+    The Trainer's own `evaluate` runs each time, in silence; see `TrainerMetric`. Nothing of the Trainer, its model or
+    the random numbers is different afterwards. On several processes all of them call it.
+
+    Args:
+        trainer: Any `transformers.Trainer`.
+        corruptions: What to measure. Those that need gradients climb along the Trainer's loss over the evaluation
+            data.
+        trials: Trials of each stochastic corruption.
+        seed: First seed.
+        eval_dataset: One data set, or the name of one of the Trainer's; None for the Trainer's own.
+        metric_key_prefix: As in `Trainer.evaluate`.
+        target_modules: Which modules are corrupted, as in `CorruptionEvaluator`.
+
+    Raises:
+        ValueError: The Trainer has no evaluation data, or as in `CorruptionEvaluator`.
+        TypeError: As in `CorruptionEvaluator`.
+    """
+    model = trainer.model
+    if model is None:
+        raise ValueError("model: expected a Trainer with a model, got None; pass model=, or train first")
+    needs_gradients = any(getattr(corruption, "uses_gradients", False) for corruption in corruptions)
+    evaluator = CorruptionEvaluator(
+        model,
+        TrainerMetric(trainer, eval_dataset, metric_key_prefix=metric_key_prefix),
+        trainer.get_eval_dataloader(eval_dataset) if needs_gradients else None,
+        loss=_loss_of(trainer),
+        target_modules=target_modules,
+        progress=not trainer.args.disable_tqdm,
+    )
+    return evaluator.evaluate(corruptions, trials, seed)
+
+
+def _loss_of(trainer: Trainer) -> Any:
+    """Return the model's own loss where the Trainer takes that, since labels are then counted as the model does."""
+    stock = type(trainer).compute_loss is Trainer.compute_loss
+    if stock and trainer.label_smoother is None and trainer.compute_loss_func is None:
+        return model_loss
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        inputs = trainer._prepare_inputs(dict(batch))  # a copy: labels are popped
+        with trainer.compute_loss_context_manager():
+            return torch.as_tensor(trainer.compute_loss(model, inputs))
+
+    return loss

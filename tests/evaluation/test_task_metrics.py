@@ -1,0 +1,232 @@
+"""Metrics of tasks against loops over single tokens, on every kind of model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_parcor import CorruptionEvaluator, GaussianNoise
+from hf_parcor.evaluation import (
+    BatchMetric,
+    ClassificationMetric,
+    GenerationMetric,
+    LanguageModelMetric,
+    PredictionMetric,
+    SacrebleuScore,
+)
+
+WORDS = ["<pad>", "</s>", "<unk>", *(f"w{index}" for index in range(3, 24))]
+SHARED = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+GPT2 = GPT2Config(vocab_size=24, n_embd=8, n_layer=2, n_head=2, n_positions=32, initializer_range=0.5, **SHARED)
+LLAMA = LlamaConfig(
+    vocab_size=24,
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    initializer_range=0.5,
+    **SHARED,
+)
+T5 = T5Config(
+    vocab_size=24,
+    d_model=16,
+    d_kv=8,
+    d_ff=16,
+    num_layers=2,
+    num_heads=2,
+    decoder_start_token_id=0,
+    pad_token_id=0,
+    eos_token_id=1,
+)
+
+
+@pytest.fixture
+def tokens():
+    """Return batches of different sizes, with labels that do not count."""
+    made = []
+    for size in (3, 2):
+        inputs = torch.randint(3, 24, (size, 6))
+        labels = inputs.clone()
+        labels[0, 4:] = -100
+        made.append({"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "labels": labels})
+    return made
+
+
+@pytest.fixture
+def tokenizer():
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def token_by_token(model, batches, shift):
+    """Return mean loss and accuracy by a loop over single tokens."""
+    losses, right = [], []
+    for batch in batches:
+        with torch.no_grad():
+            logits = model(**batch).logits.double()
+        for row, labels in zip(logits, batch["labels"].tolist(), strict=True):
+            for place, label in enumerate(labels):
+                if label != -100 and place >= shift:
+                    losses.append(-row[place - shift].log_softmax(-1)[label].item())
+                    right.append(float(row[place - shift].argmax() == label))
+    return sum(losses) / len(losses), sum(right) / len(right)
+
+
+class TestLanguageModels:
+    @pytest.mark.parametrize(
+        ("build", "shift"),
+        [
+            (lambda tiny_bert: GPT2LMHeadModel(GPT2), 1),
+            (lambda tiny_bert: LlamaForCausalLM(LLAMA), 1),
+            (lambda tiny_bert: tiny_bert(BertForMaskedLM, vocab_size=24, initializer_range=0.5), 0),
+            (lambda tiny_bert: T5ForConditionalGeneration(T5), 0),
+        ],
+        ids=["gpt2", "llama", "masked bert", "t5"],
+    )
+    def test_token_by_token(self, tiny_bert, tokens, build, shift):
+        model = build(tiny_bert).eval()
+        with torch.no_grad():  # let some predictions be right
+            best = model(**tokens[0]).logits.argmax(-1)
+        tokens[0]["labels"][1:, shift:4] = best[1:, : 4 - shift]
+        loss, accuracy = token_by_token(model, tokens, shift)
+        found = LanguageModelMetric(tokens)(model)
+        assert found == pytest.approx({"loss": loss, "perplexity": math.exp(loss), "accuracy": accuracy}, rel=1e-5)
+        assert 0 < accuracy < 1
+
+    def test_errors_and_extremes(self, tokens):
+        metric = LanguageModelMetric(tokens)
+        assert metric.combine([{"correct": 0, "loss": 1e6, "tokens": 1}])["perplexity"] == math.inf
+        first_only = [{**tokens[0], "labels": torch.full((3, 6), -100).index_fill(1, torch.tensor([0]), 5)}]
+        with pytest.raises(ValueError, match="expected labels other than -100"):
+            LanguageModelMetric(first_only)(GPT2LMHeadModel(GPT2).eval())
+        with pytest.raises(ValueError, match="expected labels in each, got input_ids"):
+            LanguageModelMetric([{"input_ids": tokens[0]["input_ids"]}])(GPT2LMHeadModel(GPT2).eval())
+
+
+class TestPredictions:
+    @pytest.fixture
+    def images(self):
+        return [{"pixel_values": torch.randn(size, 3, 8, 8), "labels": torch.randint(3, (size,))} for size in (3, 2)]
+
+    def test_images(self, images):
+        settings = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+        config = ViTConfig(image_size=8, patch_size=4, num_labels=3, initializer_range=0.5, **settings)
+        model = ViTForImageClassification(config).eval()
+        losses, right = [], []
+        for batch in images:
+            for image, label in zip(batch["pixel_values"], batch["labels"].tolist(), strict=True):
+                logits = model(image[None]).logits[0].detach().double()
+                losses.append(-logits.log_softmax(-1)[label].item())
+                right.append(float(logits.argmax() == label))
+        expected = {"accuracy": sum(right) / 5, "loss": sum(losses) / 5}
+        assert ClassificationMetric(images)(model) == pytest.approx(expected, rel=1e-5)
+        score = PredictionMetric(images, _share)
+        assert score(model) == {"score": pytest.approx(expected["accuracy"])}
+
+    def test_tokens_with_the_label_that_does_not_count(self, tiny_bert, tokens):
+        from transformers import BertForTokenClassification
+
+        model = tiny_bert(BertForTokenClassification, vocab_size=24, num_labels=3, initializer_range=0.5).eval()
+        for batch in tokens:
+            batch["labels"] = torch.where(batch["labels"] == -100, -100, batch["labels"] % 3)
+        metric = PredictionMetric(tokens, _share)
+        expected = token_by_token(model, tokens, 0)[1]
+        assert metric(model) == {"score": pytest.approx(expected)}
+        assert ClassificationMetric(tokens)(model)["accuracy"] == pytest.approx(expected)
+
+
+def _share(predictions, references):
+    return sum(pair[0] == pair[1] for pair in zip(predictions, references, strict=True)) / len(references)
+
+
+class TestGeneration:
+    @pytest.fixture
+    def translator(self):
+        model = T5ForConditionalGeneration(T5).eval()
+        for weight in model.parameters():
+            weight.data *= 3
+        return model
+
+    def expected_texts(self, model, tokenizer, batches, skip):
+        texts = []
+        for batch in batches:
+            for row in batch["input_ids"]:
+                generated = model.generate(row[None], max_new_tokens=5, do_sample=False)[0]
+                texts.append(tokenizer.decode(generated[skip:], skip_special_tokens=True))
+        return texts
+
+    @pytest.mark.parametrize("family", ["t5", "gpt2"])
+    def test_texts_one_by_one(self, translator, tokenizer, tokens, family):
+        model, skip = (translator, 0) if family == "t5" else (GPT2LMHeadModel(GPT2).eval(), 6)
+        seen = []
+
+        def score(predictions, references):
+            seen.append((predictions, references))
+            return {"pairs": len(predictions)}
+
+        assert GenerationMetric(tokenizer, tokens, score, max_new_tokens=5)(model) == {"pairs": 5.0}
+        ((predictions, references),) = seen
+        assert predictions == self.expected_texts(model, tokenizer, tokens, skip)
+        assert references == [
+            " ".join(WORDS[label] for label in row if label != -100)
+            for batch in tokens
+            for row in batch["labels"].tolist()
+        ]
+        assert any(predictions)
+
+    @pytest.mark.parametrize("kind", ["bleu", "chrf", "ter"])
+    def test_sacrebleu_and_its_signature_in_the_record(self, translator, tokenizer, tokens, kind):
+        sacrebleu = pytest.importorskip("sacrebleu")
+        predictions = self.expected_texts(translator, tokenizer, tokens, 0)
+        references = [tokenizer.decode(row[row != -100]) for batch in tokens for row in batch["labels"]]
+        metric = GenerationMetric(tokenizer, tokens, SacrebleuScore(kind), max_new_tokens=5)
+        evaluator = CorruptionEvaluator(translator, metric, target_modules="last-decoder-layer", progress=False)
+        record = evaluator.evaluate([GaussianNoise(0.5)], trials=2)
+        score = getattr(sacrebleu, f"corpus_{kind}")(predictions, [references]).score
+        assert record.clean.mean(kind) == pytest.approx(score)
+        (note,) = record.notes
+        assert note.startswith(f"sacrebleu signature of {kind}: nrefs:1|")
+        assert note.endswith(f"version:{sacrebleu.__version__}")
+
+    def test_the_encoder_runs_once_a_batch(self, translator, tokenizer, tokens):
+        calls = []
+        forward = translator.encoder.forward
+        translator.encoder.forward = lambda *inputs, **settings: (calls.append(1), forward(*inputs, **settings))[1]
+        metric = GenerationMetric(tokenizer, tokens, _share, max_new_tokens=5)
+        assert isinstance(metric, BatchMetric)
+        CorruptionEvaluator(translator, metric, target_modules="last-decoder-layer", progress=False).evaluate(
+            [GaussianNoise(std) for std in (0.1, 0.2, 0.3)], trials=3
+        )
+        tried, clean, corrupted = 3, 2, 2
+        assert len(calls) == tried + clean + corrupted
+
+    @pytest.mark.parametrize("found", [None, {}, {"of_each": [1.0]}, "good"], ids=str)
+    def test_a_score_without_numbers(self, translator, tokenizer, tokens, found):
+        metric = GenerationMetric(tokenizer, tokens, lambda predictions, references: found, max_new_tokens=2)
+        with pytest.raises(ValueError, match="score: expected a number"):
+            metric(translator)
+
+    def test_unknown_score(self):
+        with pytest.raises(ValueError, match="kind: expected one of bleu, chrf, ter, got 'rouge'"):
+            SacrebleuScore("rouge")
+
+    def test_sacrebleu_is_missing(self, monkeypatch):
+        monkeypatch.setitem(__import__("sys").modules, "sacrebleu", None)
+        with pytest.raises(ImportError, match=r"hf-parcor\[translation\]"):
+            SacrebleuScore("bleu")

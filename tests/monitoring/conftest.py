@@ -1,0 +1,65 @@
+"""A tiny classifier, data, and Trainers that evaluate it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        num_labels=3,
+        initializer_range=0.3,
+    )
+    return BertForSequenceClassification(config)
+
+
+@pytest.fixture
+def rows():
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "input_ids": torch.randint(30, (8,), generator=generator),
+            "attention_mask": torch.ones(8, dtype=torch.long),
+            "labels": int(torch.randint(3, (), generator=generator)),
+        }
+        for _ in range(12)
+    ]
+
+
+@pytest.fixture
+def make(rows, tmp_path, model):
+    """Build a Trainer; keyword arguments that it does not take itself go to its arguments."""
+
+    def build(kind: type[Trainer] = Trainer, *, trained=model, **options):
+        own = {name: options.pop(name) for name in ("callbacks", "defense", "compute_loss_func") if name in options}
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 5,
+            "max_steps": 4,
+            "learning_rate": 1e-2,
+            "dataloader_pin_memory": False,
+        }
+        data = {"train_dataset": rows, "eval_dataset": options.pop("eval_dataset", rows)}
+        arguments = TrainingArguments(**{**defaults, **options})
+        return kind(model=trained, args=arguments, compute_metrics=accuracy, **data, **own)
+
+    return build
+
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}

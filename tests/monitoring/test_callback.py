@@ -1,0 +1,139 @@
+"""Robustness beside every evaluation: the run is the one without it, and the most robust checkpoint wins."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+
+from hf_parcor import (
+    CorruptionConstraint,
+    GaussianNoise,
+    GradientCorruption,
+    MultiStepRisk,
+    ParameterDefenseTrainer,
+    RobustnessCallback,
+)
+from hf_parcor.monitoring import measure_robustness
+
+CORRUPTIONS = {"noise": GaussianNoise(0.3)}
+KEY = "eval_robustness_noise_loss"
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+KINDS = {
+    "stock": (Trainer, {}),
+    "defended": (ParameterDefenseTrainer, {"defense": MultiStepRisk(CorruptionConstraint(epsilon=0.1), steps=1)}),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return KINDS[request.param]
+
+
+def logged(trainer, name):
+    return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
+
+
+@pytest.mark.parametrize("random_during", [False, True], ids=["plain", "random numbers during evaluation"])
+def test_the_run_is_the_one_without_the_callback(kind, make, model, bits_of, random_during):
+    runs = []
+    for watched in (False, True):
+        trainer = make(kind[0], trained=copy.deepcopy(model), eval_strategy="steps", eval_steps=1, **kind[1])
+        if random_during:
+            trainer.preprocess_logits_for_metrics = lambda logits, labels: logits + torch.randn(())
+        if watched:
+            trainer.add_callback(RobustnessCallback(trainer, CORRUPTIONS, trials=2))
+        trainer.train()
+        runs.append(trainer)
+    plain, watched = runs
+    assert bits_of(watched.model) == bits_of(plain.model)
+    for name in ("loss", "grad_norm", "eval_loss", "eval_accuracy"):
+        assert logged(watched, name) == logged(plain, name)
+    assert list(logged(watched, KEY)) == [1, 2, 3, 4]
+    assert watched.state.total_flos == plain.state.total_flos
+    assert watched.state.num_input_tokens_seen == plain.state.num_input_tokens_seen
+
+
+def test_the_most_robust_checkpoint_is_loaded(kind, make):
+    key = "eval_robustness_worst_loss"
+    options = {**EVERY_STEP, "load_best_model_at_end": True, "metric_for_best_model": key, "greater_is_better": False}
+    trainer = make(kind[0], max_steps=5, learning_rate=0.03, **options, **kind[1])
+    worst = GradientCorruption(CorruptionConstraint(epsilon=3.0))
+    trainer.add_callback(RobustnessCallback(trainer, {"worst": worst}))
+    trainer.train()
+    found, clean = logged(trainer, key), logged(trainer, "eval_loss")
+    best = min(found, key=found.__getitem__)
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    assert best != 5, "the last one would be loaded anyway"
+    assert best != min(clean, key=clean.__getitem__), "the clean loss would have chosen it, too"
+    again = measure_robustness(trainer, [worst])
+    assert again.corruptions[0].mean("loss") == found[best]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["added before", "added after"])
+def test_early_stopping_goes_by_robustness(make, first):
+    """A threshold that nothing reaches stops the run after one more evaluation, wherever the callback was added."""
+    options = {**EVERY_STEP, "load_best_model_at_end": True, "metric_for_best_model": KEY, "greater_is_better": False}
+    trainer = make(Trainer, max_steps=4, **options)
+    callbacks = [RobustnessCallback(trainer, CORRUPTIONS), EarlyStoppingCallback(1, early_stopping_threshold=1e6)]
+    for callback in callbacks if first else reversed(callbacks):
+        trainer.add_callback(callback)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "every", "clean", "robust"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 1}, 2, [1, 2, 3, 4], [2, 4]),
+        ({}, 3, [3], [3]),
+        ({"eval_strategy": "epoch"}, None, [3, 4], [3, 4]),
+        ({"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}, None, [0, 2, 4], [0, 2, 4]),
+    ],
+    ids=str,
+)
+def test_when(make, options, every, clean, robust):
+    trainer = make(Trainer, **options)
+    trainer.add_callback(RobustnessCallback(trainer, CORRUPTIONS, every_n_steps=every))
+    trainer.train()
+    assert list(logged(trainer, "eval_loss")) == clean
+    assert list(logged(trainer, KEY)) == robust
+
+
+def test_evaluate_returns_it_for_each_data_set(make, rows):
+    trainer = make(Trainer, eval_dataset={"first": rows[:6], "last": rows[6:]})
+    trainer.add_callback(RobustnessCallback(trainer, CORRUPTIONS))
+    metrics = trainer.evaluate()
+    for name, part in (("first", rows[:6]), ("last", rows[6:])):
+        record = measure_robustness(trainer, list(CORRUPTIONS.values()), trials=1, eval_dataset=part)
+        assert metrics[f"eval_{name}_robustness_noise_loss"] == record.corruptions[0].mean("loss")
+    other = trainer.evaluate(rows[:3], metric_key_prefix="test")
+    assert other["test_robustness_noise_loss"] != metrics["eval_first_robustness_noise_loss"]
+
+
+def test_other_callbacks_hear_of_one_evaluation(make):
+    heard = []
+
+    class Listener(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            heard.append(KEY in metrics)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            heard.append(sorted(name for name in logs if name in (KEY, "eval_loss")))
+
+    trainer = make(Trainer, callbacks=[Listener()], eval_strategy="steps", eval_steps=4, logging_strategy="no")
+    trainer.add_callback(RobustnessCallback(trainer, CORRUPTIONS, trials=3))
+    trainer.train()
+    assert heard == [["eval_loss"], [KEY], True, []], "the last log is the summary of the run"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"trials": 0}, "trials"), ({"seed": -1}, "seed"), ({"every_n_steps": 0}, "every_n_steps")],
+    ids=str,
+)
+def test_errors(make, settings, says):
+    with pytest.raises(ValueError, match=f"{says}: expected a whole number"):
+        RobustnessCallback(make(Trainer), CORRUPTIONS, **settings)

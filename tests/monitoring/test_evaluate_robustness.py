@@ -1,0 +1,203 @@
+"""`evaluate_robustness` against a loop in ten lines, and what it leaves as it was."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from hf_parcor import (
+    CorruptionConstraint,
+    GaussianNoise,
+    GradientCorruption,
+    MultiStepCorruption,
+    ParameterDefenseTrainer,
+    Quantization,
+)
+from hf_parcor.evaluation import TrainerMetric
+from hf_parcor.monitoring import DEFAULT_CORRUPTIONS, RobustnessMixin, measure_robustness
+
+NOISE, BITS = GaussianNoise(0.2), Quantization(2)
+NAMES = ("gaussian_sigma_0.2", "2_bit_quantization")
+
+
+class RobustTrainer(RobustnessMixin, Trainer):
+    pass
+
+
+KINDS = {"stock": RobustTrainer, "defended": ParameterDefenseTrainer}
+
+
+@pytest.fixture(params=KINDS)
+def trainer(request, make):
+    return make(KINDS[request.param])
+
+
+def by_hand(model, rows, change):
+    """Return accuracy and loss of a copy whose weights were changed."""
+    changed = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        change(changed)
+        logits = changed(torch.stack([row["input_ids"] for row in rows])).logits.double()
+    labels = torch.tensor([row["labels"] for row in rows])
+    return float((logits.argmax(-1) == labels).float().mean()), float(
+        torch.nn.functional.cross_entropy(logits, labels)
+    )
+
+
+def add_noise(seed):
+    def change(model):
+        generator = torch.Generator().manual_seed(seed)
+        for weight in model.parameters():
+            weight += 0.2 * torch.randn(weight.shape, generator=generator)
+
+    return change
+
+
+def round_to_two_bits(model):
+    for weight in model.parameters():
+        width = weight.abs().max()
+        if width > 0:
+            weight.copy_((weight / width).round() * width)
+
+
+class TestNumbers:
+    def test_against_ten_lines(self, trainer, rows):
+        metrics = trainer.evaluate_robustness([NOISE, BITS], trials=2, seed=5)
+        noisy = np.mean([by_hand(trainer.model, rows, add_noise(seed)) for seed in (5, 6)], axis=0)
+        rounded = by_hand(trainer.model, rows, round_to_two_bits)
+        clean = by_hand(trainer.model, rows, lambda model: None)
+        expected = {}
+        for index, metric in enumerate(("accuracy", "loss")):
+            expected[f"eval_{metric}"] = clean[index]
+            expected[f"eval_robustness_{NAMES[0]}_{metric}"] = noisy[index]
+            expected[f"eval_robustness_{NAMES[1]}_{metric}"] = rounded[index]
+            expected[f"eval_robustness_{metric}"] = (noisy[index] + rounded[index]) / 2
+        assert metrics == pytest.approx(expected, rel=1e-4)
+        assert len(set(metrics.values())) > 5, "the corruptions do something"
+
+    def test_the_record_is_kept_and_the_log_written(self, trainer):
+        metrics = trainer.evaluate_robustness({"noise": NOISE}, trials=3)
+        record = trainer.robustness_records["eval"]
+        assert len(record.corruptions[0].metrics["accuracy"]) == 3
+        assert metrics["eval_robustness_noise_loss"] == record.corruptions[0].mean("loss")
+        assert record.clean.notes == ()
+        (logged,) = trainer.state.log_history
+        assert metrics.items() <= logged.items()
+
+    def test_defaults(self, trainer):
+        metrics = trainer.evaluate_robustness()
+        assert len(metrics) == 2 * (1 + len(DEFAULT_CORRUPTIONS) + 1)
+        assert all(math.isfinite(value) for value in metrics.values())
+
+    def test_data_sets_by_name_as_evaluate_does(self, make, rows):
+        parts = {"first": rows[:6], "last": rows[6:]}
+        trainer = make(RobustTrainer, eval_dataset=parts)
+        metrics = trainer.evaluate_robustness([BITS])
+        assert {name for name in metrics if "robustness" not in name} <= set(trainer.evaluate())
+        for name, part in parts.items():
+            expected = by_hand(trainer.model, part, round_to_two_bits)
+            assert metrics[f"eval_{name}_robustness_{NAMES[1]}_accuracy"] == pytest.approx(expected[0])
+        alone = trainer.evaluate_robustness([BITS], eval_dataset="last", metric_key_prefix="test")
+        assert alone["test_loss"] == metrics["eval_last_loss"]
+
+    def test_modules_can_be_chosen(self, trainer):
+        trainer.evaluate_robustness([NOISE], target_modules=["classifier"])
+        assert trainer.robustness_records["eval"].parameters == 3 * 16 + 3
+
+    @pytest.mark.parametrize("corruption", [GradientCorruption, MultiStepCorruption])
+    def test_the_worst_direction_is_that_of_the_trainers_own_loss(self, make, corruption):
+        """With its own loss turned round the Trainer's worst direction is the model's best."""
+        constraint = CorruptionConstraint(epsilon=0.05)
+        found = []
+        for loss in (None, lambda output, labels, num_items_in_batch=None: -_cross_entropy(output, labels)):
+            trainer = make(RobustTrainer, compute_loss_func=loss)
+            record = measure_robustness(trainer, [corruption(constraint)])
+            found.append(record.corruptions[0].mean("loss") - record.clean.mean("loss"))
+        assert found[0] > 0
+        assert found[1] > 0, "the loss that the Trainer reports is turned round, too"
+
+
+def _cross_entropy(output, labels):
+    return torch.nn.functional.cross_entropy(output.logits, labels)
+
+
+class TestWhatStays:
+    def test_weights_mode_random_numbers_and_the_trainers_state(self, trainer, bits_of):
+        seen = []
+
+        class Watcher(TrainerCallback):
+            def on_evaluate(self, args, state, control, **kwargs):
+                seen.append("evaluate")
+
+            def on_log(self, args, state, control, logs=None, **kwargs):
+                seen.append(sorted(name for name in logs if "robustness" in name)[:1])
+
+        trainer.add_callback(Watcher())
+        trainer.model.train()
+        before = (bits_of(trainer.model), torch.get_rng_state().tolist(), random.getstate())
+        numpy = np.random.get_state()[1].tolist()  # noqa: NPY002
+        kept = [trainer.state, trainer.control, trainer.callback_handler]
+        trainer.evaluate_robustness([NOISE, BITS, GradientCorruption(CorruptionConstraint(epsilon=1.0))])
+        assert before == (bits_of(trainer.model), torch.get_rng_state().tolist(), random.getstate())
+        assert numpy == np.random.get_state()[1].tolist()  # noqa: NPY002
+        assert trainer.model.training
+        assert all(weight.grad is None for weight in trainer.model.parameters())
+        assert [trainer.state, trainer.control, trainer.callback_handler] == kept
+        assert seen == [["eval_robustness_2_bit_quantization_accuracy"]], "one log, no other event"
+
+    def test_a_failing_metric_leaves_the_trainer_as_it_was(self, trainer, bits_of):
+        calls = []
+
+        def failing(prediction):
+            calls.append(1)
+            if len(calls) > 2:
+                raise RuntimeError("no more")
+            return {"one": 1.0}
+
+        trainer.compute_metrics = failing
+        before, handler = bits_of(trainer.model), trainer.callback_handler
+        with pytest.raises(RuntimeError, match="no more"):
+            trainer.evaluate_robustness([NOISE])
+        assert bits_of(trainer.model) == before
+        assert trainer.callback_handler is handler
+        assert trainer.state.log_history == []
+
+    def test_random_numbers_of_the_evaluation_are_the_same_each_time(self, trainer):
+        trainer.compute_metrics = lambda _: {
+            "drawn": float(torch.rand(())),
+            "python": random.random(),
+            "numpy": float(np.random.rand()),  # noqa: NPY002
+        }
+        record = measure_robustness(trainer, [NOISE], trials=2)
+        for name in ("drawn", "python", "numpy"):
+            assert set(record.corruptions[0].metrics[name]) == set(record.clean.metrics[name])
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("corruptions", "error", "says"),
+        [
+            ([], ValueError, "corruptions: expected at least one"),
+            ([NOISE, NOISE], ValueError, "two with the name 'gaussian_sigma_0.2'; pass a dict"),
+            ([0.1], TypeError, "expected Corruption objects, got 0.1"),
+        ],
+    )
+    def test_corruptions(self, trainer, corruptions, error, says):
+        with pytest.raises(error, match=says):
+            trainer.evaluate_robustness(corruptions)
+
+    def test_another_model(self, trainer):
+        with pytest.raises(ValueError, match=r"pass trainer\.model to the evaluator"):
+            TrainerMetric(trainer)(copy.deepcopy(trainer.model))
+
+    def test_nothing_to_measure(self, make, rows):
+        unlabelled = [{"input_ids": row["input_ids"]} for row in rows]
+        trainer = make(RobustTrainer, eval_dataset=unlabelled)
+        with pytest.raises(ValueError, match="put labels into the data set"):
+            trainer.evaluate_robustness([NOISE])
