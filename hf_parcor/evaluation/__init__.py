@@ -6,6 +6,7 @@ from hf_parcor.evaluation.metrics import BatchMetric, ClassificationMetric
 from hf_parcor.evaluation.probe import LayerProbe
 from hf_parcor.evaluation.processes import ProcessError
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
+from hf_parcor.evaluation.sweep_record import SweepRecord
 
 __all__ = [
     "BatchMetric",
@@ -16,4 +17,5 @@ __all__ = [
     "EvaluationRecord",
     "LayerProbe",
     "ProcessError",
+    "SweepRecord",
 ]

@@ -162,10 +162,10 @@ def _names(module: nn.Module, name: str, wanted: Collection[nn.Parameter], seen:
 
 
 def _expression(names: Iterable[str]) -> str:
-    """Return a regular expression for these full names.
+    r"""Return a regular expression for these full names.
 
     Examples:
         >>> _expression(["a.b", "c"])
-        '(?:a\\\\.b|c)'
+        '(?:a\\.b|c)'
     """
     return f"(?:{'|'.join(map(re.escape, names))})"
