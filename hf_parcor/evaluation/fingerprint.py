@@ -48,4 +48,4 @@ def fingerprint_of_weights(model: nn.Module) -> str:
 
 def _update(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
