@@ -15,12 +15,12 @@ from hf_parcor.corruptions import (
     UniformNoise,
 )
 from hf_parcor.defenses import ACRT, AWP, SAM, GradientPenalty, MultiStepRisk
-from hf_parcor.evaluation import CorruptionEvaluator, CorruptionRecord, EvaluationRecord, LayerProbe
+from hf_parcor.evaluation import CorruptionEvaluator, CorruptionRecord, EvaluationRecord, LayerProbe, SweepRecord
 from hf_parcor.injection import corrupted
 from hf_parcor.monitoring import RobustnessCallback
 from hf_parcor.report import RobustnessReport
 from hf_parcor.search import SearchRecord, search_epsilon
-from hf_parcor.targets import select_parameters
+from hf_parcor.targets import by_adapter, by_kind, by_layer, by_module, select_parameters
 from hf_parcor.training import (
     DefenseConfig,
     ParameterDefenseMixin,
@@ -57,7 +57,12 @@ __all__ = [
     "SearchRecord",
     "Seq2SeqParameterDefenseTrainer",
     "Seq2SeqParameterDefenseTrainingArguments",
+    "SweepRecord",
     "UniformNoise",
+    "by_adapter",
+    "by_kind",
+    "by_layer",
+    "by_module",
     "corrupted",
     "defended_backward",
     "search_epsilon",

@@ -58,7 +58,7 @@ def test_python_examples_run(tmp_path, monkeypatch, capsys):
 
 
 def test_commands_name_scripts_that_exist():
-    scripts = re.findall(r"\b(?:bash|python) ((?:scripts|examples)/\S+)", README)
+    scripts = re.findall(r"\b(?:bash|python) ((?:scripts|examples)/[^\s`]+)", README)
     assert "scripts/quickstart.sh" in scripts
     assert "scripts/test.sh" in scripts
     assert [script for script in scripts if not (ROOT / script).is_file()] == []

@@ -14,6 +14,7 @@ from hf_parcor.evaluation.metrics import (
 from hf_parcor.evaluation.probe import LayerProbe
 from hf_parcor.evaluation.processes import ProcessError
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
+from hf_parcor.evaluation.sweep_record import SweepRecord
 
 __all__ = [
     "BatchMetric",
@@ -28,6 +29,7 @@ __all__ = [
     "PredictionMetric",
     "ProcessError",
     "SacrebleuScore",
+    "SweepRecord",
     "TrainerMetric",
     "model_loss",
 ]

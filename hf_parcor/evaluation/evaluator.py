@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -98,7 +99,14 @@ class CorruptionEvaluator:
             model, metric, batches, loss, reuse_prefix=reuse_prefix, memory=memory, progress=progress
         )
 
-    def evaluate(self, corruptions: Sequence[Corruption], trials: int = 3, seed: int = 0) -> EvaluationRecord:
+    def evaluate(
+        self,
+        corruptions: Sequence[Corruption],
+        trials: int = 3,
+        seed: int = 0,
+        *,
+        checkpoint: str | Path | None = None,
+    ) -> EvaluationRecord:
         """Measure the clean model, then the model under each corruption.
 
         Trial t of a stochastic corruption draws from a generator seeded `seed + t`, on the CPU, so that a seed means
@@ -108,6 +116,11 @@ class CorruptionEvaluator:
             corruptions: What to measure; results come in this order.
             trials: Trials of each stochastic corruption.
             seed: First seed.
+            checkpoint: A file for what is finished, written on the way. Called again with it, after a kill at any
+                moment, the measurement goes on, and the record is that of one without interruption, to the last bit on
+                the same machine; a metric that draws random numbers itself, or that is a function with other data
+                behind it, has to care for that. Every 16 corruptions are written at once. None, the default, for no
+                file.
 
         Returns:
             The record. A metric that is NaN or no number is kept as NaN, noted in the record, and logged as a warning;
@@ -115,11 +128,13 @@ class CorruptionEvaluator:
 
         Raises:
             ValueError: A corruption needs gradients and there are no batches or an empty data set; or weights or data
-                differ between processes; before any weight is touched.
+                differ between processes; before any weight is touched. Or the checkpoint is of another run, or
+                none, or damaged.
+            OSError: The checkpoint cannot be read or written.
             TypeError: Something that is no `Corruption`, or a metric that returns no mapping.
             ProcessError: Another process failed.
         """
-        clean, data, (records,) = self._measurement.run([self._parameters], corruptions, trials, seed)
+        clean, data, (records,) = self._measurement.run({"": self._parameters}, corruptions, trials, seed, checkpoint)
         return EvaluationRecord(
             model=model_name(self._model),
             target={key: described(value) for key, value in self._target.items() if value is not None},

@@ -1,13 +1,14 @@
-"""A fingerprint of data, so that records say what they were measured on."""
+"""Fingerprints of data and of weights, so that records say what was measured, and on what."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def fingerprint(batches: Iterable[Any]) -> str:
@@ -25,6 +26,26 @@ def fingerprint(batches: Iterable[Any]) -> str:
         named = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
         for name, value in named:
             if isinstance(value, Tensor):
-                digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                _update(digest, str(name), value)
     return digest.hexdigest()
+
+
+def fingerprint_of_weights(model: nn.Module) -> str:
+    """Return the SHA-256 of all parameters and buffers: names, shapes, dtypes and bytes, in order.
+
+    Examples:
+        >>> model = nn.Linear(1, 1)
+        >>> before = fingerprint_of_weights(model)
+        >>> _ = nn.init.constant_(model.bias, 3.0)
+        >>> fingerprint_of_weights(model) == before
+        False
+    """
+    digest = hashlib.sha256()
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        _update(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def _update(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_parcor.corruptions import CORRUPTIONS, Corruption, MultiStepCorruption
+from hf_parcor.corruptions import Corruption, MultiStepCorruption
+from hf_parcor.evaluation.checkpoint import append_to_checkpoint, begin_checkpoint
 from hf_parcor.evaluation.clean_prefix import prefix_of_ascents, prefix_of_measurements
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, check_repeatable
+from hf_parcor.evaluation.identity import identity_of_run
 from hf_parcor.evaluation.measuring import Metric, measure
 from hf_parcor.evaluation.metrics import BatchMetric
+from hf_parcor.evaluation.plan import Plan
 from hf_parcor.evaluation.processes import Processes
 from hf_parcor.evaluation.records import CorruptionRecord
 from hf_parcor.evaluation.replicas import all_batches, check_same_data, check_same_weights
@@ -29,6 +33,7 @@ from hf_parcor.modes import evaluation_mode
 from hf_parcor.prefix import PrefixReuse
 
 MEMORY = 1 << 30
+BETWEEN_WRITES = 16  # corruptions that a kill may cost; more would share a prefix run that is a few percent of them
 _Parameters = Mapping[str, nn.Parameter]
 
 
@@ -70,51 +75,62 @@ class Measurement:
         self._progress = progress and self._processes.index == 0
 
     def run(
-        self, selections: Sequence[_Parameters], corruptions: Sequence[Corruption], trials: int, seed: int
+        self,
+        selections: Mapping[str, _Parameters],
+        corruptions: Sequence[Corruption],
+        trials: int,
+        seed: int,
+        checkpoint: str | Path | None = None,
     ) -> tuple[CorruptionRecord, str, list[tuple[CorruptionRecord, ...]]]:
         """Return the clean record, the fingerprint of the data, and the records of each selection's corruptions.
 
         Args:
-            selections: The parameters of each part.
+            selections: The parameters of each part, by its name.
             corruptions: What to measure, for each part in this order.
             trials: Trials of each stochastic corruption.
             seed: First seed.
+            checkpoint: Where finished trials are kept; the first process reads and writes it.
         """
         check_count("trials", trials)
         check_count("seed", seed, minimum=0)
-        corruptions = tuple(corruptions)
-        names = [_catalogue_name(corruption) for corruption in corruptions]
-        times = [trials if corruption.stochastic else 1 for corruption in corruptions]
+        plan = Plan(tuple(corruptions), trials, seed, len(selections))
+        path = None if checkpoint is None or self._processes.index else Path(checkpoint)
         with (
             self._processes.failing_together(),
             evaluation_mode(self._model),
             torch.random.fork_rng(devices=[]),
         ):
-            parts = self._parts(selections, corruptions)
+            self._check_batches(corruptions)
             data = "" if self._batches is None else fingerprint(self._batches)
             self._check_replicas(data)
-            clean = record_of("none", "no corruption", {}, [Trial(seed, self._metrics())])
-            jobs = [
-                Job(part, corruption, seed + trial)
-                for part in parts
-                for corruption, count in zip(corruptions, times, strict=True)
-                for trial in range(count)
-            ]
-            found: list[Trial] = []
-            with tqdm(total=len(jobs), desc="corruptions", disable=not self._progress) as bar:
-                for group in self._groups(jobs):
+            found: dict[int, Trial] = {}  # number 0 is the clean model's
+            if path is not None:
+                run = identity_of_run(
+                    self._model, self._metric, self._loss, data, selections, corruptions, trials, seed
+                )
+                found = begin_checkpoint(path, run)
+            found = self._processes.gather(found)[0]
+            if 0 not in found:
+                found |= _kept(path, {0: Trial.of(seed, self._metrics())})
+            left = [number for number in range(1, 1 + len(plan)) if number not in found]
+            parts = self._parts(list(selections.values()), {plan.part_of(number) for number in left}, corruptions)
+            jobs = [Job(parts[plan.part_of(number)], *plan.drawn(number)) for number in left]
+            limit = len(jobs) if checkpoint is None else BETWEEN_WRITES
+            numbers = iter(left)
+            done = len(plan) - len(left)
+            with tqdm(total=len(plan), initial=done, desc="corruptions", disable=not self._progress) as bar:
+                for group in self._groups(jobs, limit):
                     bar.set_postfix_str(str(group[0].corruption))
-                    found += self._measure(group)
+                    measured = self._measure(group)
+                    found |= _kept(path, dict(zip(islice(numbers, len(group)), measured, strict=True)))
                     bar.update(len(group))
-        in_order = iter(found)
-        records = [
-            tuple(
-                record_of(name, str(corruption), corruption.settings(), list(islice(in_order, count)))
-                for name, corruption, count in zip(names, corruptions, times, strict=True)
-            )
-            for _ in parts
-        ]
-        return clean, data, records
+        clean = record_of("none", "no corruption", {}, [found[0]])
+        return clean, data, plan.records(found)
+
+    def _check_batches(self, corruptions: Sequence[Corruption]) -> None:
+        needing = [corruption for corruption in corruptions if corruption.uses_gradients]
+        if needing and self._batches is None:
+            raise ValueError(f"batches: expected data for {needing[0]}, got None; pass batches=, such as a DataLoader")
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -131,14 +147,15 @@ class Measurement:
         if isinstance(metric, BatchMetric):
             check_same_data("metric", fingerprint(all_batches(metric.batches)), self._processes)
 
-    def _parts(self, selections: Sequence[_Parameters], corruptions: Sequence[Corruption]) -> list[Part]:
-        gradients: list[DatasetGradients | None] = [None] * len(selections)
-        needing = [corruption for corruption in corruptions if corruption.uses_gradients]
-        if needing:
-            if self._batches is None:
-                raise ValueError(
-                    f"batches: expected data for {needing[0]}, got None; pass batches=, such as a DataLoader"
-                )
+    def _parts(
+        self, selections: Sequence[_Parameters], needed: Set[int], corruptions: Sequence[Corruption]
+    ) -> dict[int, Part]:
+        """Return those parts that are still to be measured, by their index.
+
+        The gradient is taken with respect to all parts, whatever is left, so that its last bits are the same.
+        """
+        whole: DatasetGradients | None = None
+        if needed and self._batches is not None and any(corruption.uses_gradients for corruption in corruptions):
             together = {name: parameter for selection in selections for name, parameter in selection.items()}
             whole = DatasetGradients(
                 self._model,
@@ -148,18 +165,19 @@ class Measurement:
                 progress=self._progress,
                 processes=self._processes,
             )
-            gradients = [whole.of_part(selection) for selection in selections]
         climbs = any(isinstance(corruption, MultiStepCorruption) for corruption in corruptions)
         parts = []
-        for selection, of_part in zip(selections, gradients, strict=True):
+        for index in sorted(needed):
+            selection = selections[index]
             climbing = self._prefix_of_ascents(selection) if climbs else None
+            of_part = None if whole is None else whole.of_part(selection)
             parts.append(Part(selection, of_part, climbing, self._prefix_of_measurements(selection, climbing)))
         # What is measured together must be the same everywhere, also where a rounding decides.
         found = self._processes.gather([part.measuring is not None for part in parts])
-        return [
-            part if all(everywhere) else replace(part, measuring=None)
-            for part, everywhere in zip(parts, zip(*found, strict=True), strict=True)
-        ]
+        return {
+            index: part if all(everywhere) else replace(part, measuring=None)
+            for index, part, everywhere in zip(sorted(needed), parts, zip(*found, strict=True), strict=True)
+        }
 
     def _prefix_of_ascents(self, selection: _Parameters) -> PrefixReuse | None:
         if self._by_batch is None or self._batches is None:
@@ -171,13 +189,14 @@ class Measurement:
             return None
         return prefix_of_measurements(self._model, self._by_batch, selection, tried)
 
-    def _groups(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Yield what is measured together: alone, or as many as the memory for corruptions admits."""
+    def _groups(self, jobs: Sequence[Job], limit: int) -> Iterator[list[Job]]:
+        """Yield what is measured together: alone, or as many as the limit and the memory for corruptions admit."""
         group: list[Job] = []
         taken = 0
         for job in jobs:
             size = 4 * numel(list(job.part.parameters.values()))
-            if group and (not self._go_together(job, group[-1]) or taken + size > self._memory):
+            full = len(group) == limit or taken + size > self._memory
+            if group and (full or not self._go_together(job, group[-1])):
                 yield group
                 group, taken = [], 0
             group.append(job)
@@ -205,17 +224,15 @@ class Measurement:
             measured = measure_together(self._model, together, group, chosen, self._processes)
             metrics = [checked_metrics(found) for found in measured]
         seeds = [job.seed for job in group]
-        return [Trial(*of_trial) for of_trial in zip(seeds, metrics, sizes, strict=True)]
+        return [Trial.of(*of_trial) for of_trial in zip(seeds, metrics, sizes, strict=True)]
 
     def _metrics(self) -> Mapping[str, object]:
         with evaluation_mode(self._model):  # a metric may leave the model in training mode
             return measure(self._model, self._metric, self._processes)
 
 
-def _catalogue_name(corruption: Corruption) -> str:
-    if not isinstance(corruption, Corruption):
-        raise TypeError(f"corruptions: expected Corruption objects, got {corruption!r}; pass GaussianNoise(0.01), say")
-    for name, kind in CORRUPTIONS.items():
-        if type(corruption) is kind:
-            return name
-    return type(corruption).__name__
+def _kept(path: Path | None, trials: dict[int, Trial]) -> dict[int, Trial]:
+    """Write finished trials down, where there is a checkpoint, and return them."""
+    if path is not None:
+        append_to_checkpoint(path, trials)
+    return trials

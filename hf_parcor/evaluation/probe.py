@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from hf_parcor.corruptions import Corruption
+from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import MEMORY, Measurement
 from hf_parcor.evaluation.measuring import Metric
 from hf_parcor.evaluation.provenance import described, library_versions, model_name
 from hf_parcor.evaluation.records import EvaluationRecord
 from hf_parcor.evaluation.replicas import whole_model
+from hf_parcor.evaluation.sweep_record import SweepRecord
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import check_weights
-from hf_parcor.targets import find_stacks, select_trainable
+from hf_parcor.targets import by_layer, select_trainable
 
 
 class LayerProbe:
@@ -33,7 +36,8 @@ class LayerProbe:
         batches: As in `CorruptionEvaluator`.
         loss: As in `CorruptionEvaluator`.
         targets: What to corrupt, by the name that it shall have: words, patterns or names as in `select_parameters`.
-            None, the default, for each block of each stack.
+            `by_layer`, `by_kind`, `by_module` and `by_adapter` make such groups; `{**by_kind(model), "all": "all"}`
+            adds the whole model. None, the default, for `by_layer`.
         reuse_prefix: As in `CorruptionEvaluator`.
         memory: As in `CorruptionEvaluator`.
         progress: As in `CorruptionEvaluator`.
@@ -56,7 +60,7 @@ class LayerProbe:
         progress: bool = True,
     ) -> None:
         model = whole_model(model)
-        self._targets: dict[str, Any] = dict(blocks(model) if targets is None else targets)
+        self._targets: dict[str, Any] = dict(by_layer(model) if targets is None else targets)
         if not self._targets:
             raise ValueError("targets: expected at least one, got none; name the modules to corrupt")
         self._selections = {
@@ -70,25 +74,32 @@ class LayerProbe:
         )
 
     def evaluate(
-        self, corruptions: Sequence[Corruption], trials: int = 3, seed: int = 0
-    ) -> dict[str, EvaluationRecord]:
+        self,
+        corruptions: Sequence[Corruption],
+        trials: int = 3,
+        seed: int = 0,
+        *,
+        checkpoint: str | Path | None = None,
+    ) -> SweepRecord:
         """Measure the clean model, then the model under each corruption of each part.
 
         Args:
             corruptions: What to measure; a constraint bounds the vector of one part.
             trials: Trials of each stochastic corruption.
             seed: First seed.
+            checkpoint: As in `CorruptionEvaluator.evaluate`: a sweep that was killed goes on from this file.
 
         Returns:
-            A record for each part, by its name.
+            The records of all parts, by their names.
 
         Raises:
             ValueError: As in `CorruptionEvaluator.evaluate`.
             TypeError: As in `CorruptionEvaluator.evaluate`.
+            OSError: The checkpoint cannot be read or written.
         """
-        selections = list(self._selections.values())
-        clean, data, records = self._measurement.run(selections, corruptions, trials, seed)
-        return {
+        clean, data, records = self._measurement.run(self._selections, corruptions, trials, seed, checkpoint)
+        versions = library_versions()
+        of_parts = {
             label: EvaluationRecord(
                 model=model_name(self._model),
                 target={"target_modules": described(self._targets[label])},
@@ -96,22 +107,9 @@ class LayerProbe:
                 clean=clean,
                 corruptions=of_part,
                 data=data,
-                versions=library_versions(),
+                versions=versions,
                 notes=self._measurement.notes,
             )
             for (label, selection), of_part in zip(self._selections.items(), records, strict=True)
         }
-
-
-def blocks(model: nn.Module) -> dict[str, list[str]]:
-    """Return each block of each stack of a model as a target, by its full name.
-
-    Raises:
-        ValueError: The model has no stack.
-    """
-    stacks = find_stacks(model)
-    if not stacks:
-        raise ValueError(
-            f"targets: expected a model with stacks of blocks, got {type(model).__name__} without any; pass targets="
-        )
-    return {f"{stack.name}.{index}": [f"{stack.name}.{index}"] for stack in stacks for index in range(len(stack))}
+        return SweepRecord(of_parts, fingerprint_of_weights(self._model), trials, seed)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_parcor.strict_json import to_strict_json
+from hf_parcor.stored_record import StoredRecord
 
 if TYPE_CHECKING:
     import pandas
@@ -78,7 +76,7 @@ class CorruptionRecord:
 
 
 @dataclass(frozen=True)
-class EvaluationRecord:
+class EvaluationRecord(StoredRecord):
     """One model's robustness: its clean metrics, and its metrics under each corruption.
 
     Attributes:
@@ -102,45 +100,15 @@ class EvaluationRecord:
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     format: int = FORMAT
-
-    def to_json(self) -> str:
-        """Return the record as standard JSON; NaN and infinities become the strings "nan", "inf" and "-inf"."""
-        return to_strict_json(self)
+    kind: ClassVar[str] = "record"
+    remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
 
     @classmethod
-    def from_json(cls, text: str) -> EvaluationRecord:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: The text is no such record, or one of another format.
-        """
-        data = json.loads(text)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise ValueError(
-                f"record: expected format {FORMAT}, got {found!r}; make it with this version of hf_parcor"
-            )
-        try:
-            data["clean"] = _corruption_record(data["clean"])
-            data["corruptions"] = tuple(_corruption_record(entry) for entry in data["corruptions"])
-            data["notes"] = tuple(data["notes"])
-            return cls(**data)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"record: expected all fields of format {FORMAT}, got {error!r}; it is damaged: measure again"
-            ) from error
-
-    def save(self, path: str | Path) -> Path:
-        """Write the JSON to a file, with its folder, and return the path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json(), encoding="utf-8")
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> EvaluationRecord:
-        """Read a file that `save` wrote."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+    def _read(cls, data: dict[str, Any]) -> EvaluationRecord:
+        data["clean"] = _corruption_record(data["clean"])
+        data["corruptions"] = tuple(_corruption_record(entry) for entry in data["corruptions"])
+        data["notes"] = tuple(data["notes"])
+        return cls(**data)
 
     def rows(self) -> list[CorruptionRecord]:
         """Return the clean record and then all others."""
@@ -152,24 +120,35 @@ class EvaluationRecord:
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("to_pandas needs pandas; install it with: pip install 'hf-parcor[pandas]'") from error
-        return pandas.DataFrame(
-            {
-                "model": self.model,
-                "corruption": row.corruption,
-                "label": row.label,
-                **{f"setting_{name}": value for name, value in row.settings.items()},
-                "metric": metric,
-                "seed": seed,
-                "value": value,
-            }
-            for row in self.rows()
-            for metric, values in row.metrics.items()
-            for seed, value in zip(row.seeds, values, strict=True)
-        )
+        return data_frame(self.plain_rows())
+
+    def plain_rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the columns of `to_pandas`, a row for each corruption, metric and trial."""
+        for row in self.rows():
+            for metric, values in row.metrics.items():
+                for seed, value in zip(row.seeds, values, strict=True):
+                    yield {
+                        "model": self.model,
+                        "corruption": row.corruption,
+                        "label": row.label,
+                        **{f"setting_{name}": value for name, value in row.settings.items()},
+                        "metric": metric,
+                        "seed": seed,
+                        "value": value,
+                    }
+
+
+def data_frame(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
+    """Return a table of rows.
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("to_pandas needs pandas; install it with: pip install 'hf-parcor[pandas]'") from error
+    return pandas.DataFrame(rows)
 
 
 def _corruption_record(data: dict[str, Any]) -> CorruptionRecord:

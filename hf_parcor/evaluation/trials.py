@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -21,11 +21,26 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Trial:
-    """One measurement: its seed, what the metric returned, and what the corruption changed, if there was one."""
+    """One measurement, as plain values.
+
+    Attributes:
+        seed: What its randomness was drawn with.
+        metrics: What the metric returned; NaN for what is no number.
+        size: What the corruption changed, if there was one.
+        odd: How those metrics read that are not finite or no number.
+    """
 
     seed: int
-    metrics: Mapping[str, object]
+    metrics: Mapping[str, float]
     size: CorruptionSize | None = None
+    odd: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, seed: int, metrics: Mapping[str, object], size: CorruptionSize | None = None) -> Trial:
+        """Return the trial in which a metric returned this."""
+        numbers = {str(key): _number(value) for key, value in metrics.items()}
+        odd = {str(key): repr(value) for key, value in metrics.items() if not math.isfinite(numbers[str(key)])}
+        return cls(seed, numbers, size, odd)
 
 
 def checked_metrics(metrics: object) -> Mapping[str, object]:
@@ -46,11 +61,11 @@ def checked_metrics(metrics: object) -> Mapping[str, object]:
 def record_of(corruption: str, label: str, settings: Mapping[str, Any], trials: Sequence[Trial]) -> CorruptionRecord:
     """Return the record of one corruption's trials; what is odd about them is noted, and logged as a warning."""
     keys = dict.fromkeys(key for trial in trials for key in trial.metrics)
-    metrics = {key: tuple(_number(trial.metrics.get(key)) for trial in trials) for key in keys}
+    metrics = {key: tuple(trial.metrics.get(key, math.nan) for trial in trials) for key in keys}
     notes = (
         *(f"no weight changed with seed {t.seed}" for t in trials if t.size is not None and not t.size.changed),
         *(
-            f"{key} was {trial.metrics.get(key)!r} with seed {trial.seed}"
+            f"{key} was {trial.odd.get(key)} with seed {trial.seed}"
             for key, values in metrics.items()
             for trial, value in zip(trials, values, strict=True)
             if not math.isfinite(value)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+__all__ = ["metric_module"]
+
 _FOLDER = Path(__file__).parent
 
 

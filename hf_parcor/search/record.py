@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from hf_parcor.strict_json import to_strict_json
+from hf_parcor.stored_record import StoredRecord
 
 Direction = Literal["maximize", "minimize"]
 FORMAT = 1
@@ -36,7 +34,7 @@ class SearchTrial:
 
 
 @dataclass(frozen=True)
-class SearchRecord:
+class SearchRecord(StoredRecord):
     """All trainings of a search so far.
 
     Attributes:
@@ -54,6 +52,8 @@ class SearchRecord:
     direction: Direction
     trials: tuple[SearchTrial, ...] = ()
     format: int = FORMAT
+    kind: ClassVar[str] = "search record"
+    remedy: ClassVar[str] = "start a new search"
 
     def score(self, trial: SearchTrial) -> float:
         """Return the objective with the sign that makes larger better; NaN is worst."""
@@ -85,38 +85,10 @@ class SearchRecord:
         signs = [after > before for before, after in pairwise(scores) if after != before]
         return signs == sorted(signs, reverse=True)
 
-    def to_json(self) -> str:
-        """Return the record as standard JSON."""
-        return to_strict_json(self)
-
     @classmethod
-    def from_json(cls, text: str) -> SearchRecord:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: The text is no such record, or one of another format.
-        """
-        data: Any = json.loads(text)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f"search record: expected format {FORMAT}, got {str(data)[:60]!r}; start a new search")
-        try:
-            trials = tuple(_trial(entry) for entry in data.pop("trials"))
-            return cls(**data, trials=trials)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"search record: expected all fields, got {error!r}; start a new search") from error
-
-    def save(self, path: str | Path) -> Path:
-        """Write the JSON to a file, with its folder, and return the path; an interruption leaves the old file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        return partial.replace(path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> SearchRecord:
-        """Read a file that `save` wrote."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+    def _read(cls, data: dict[str, Any]) -> SearchRecord:
+        trials = tuple(_trial(entry) for entry in data.pop("trials"))
+        return cls(**data, trials=trials)
 
 
 def _trial(data: dict[str, Any]) -> SearchTrial:

@@ -1,6 +1,7 @@
 """Which parameters are corrupted: by name as in PEFT, by kind of module, by position, or by a word."""
 
 from hf_parcor.targets.errors import TargetError
+from hf_parcor.targets.groups import Groups, by_adapter, by_kind, by_layer, by_module
 from hf_parcor.targets.input_embedding import find_input_embedding
 from hf_parcor.targets.selection import select_parameters
 from hf_parcor.targets.stacks import Stack, find_stacks
@@ -9,8 +10,13 @@ from hf_parcor.targets.words import WORDS
 
 __all__ = [
     "WORDS",
+    "Groups",
     "Stack",
     "TargetError",
+    "by_adapter",
+    "by_kind",
+    "by_layer",
+    "by_module",
     "find_input_embedding",
     "find_stacks",
     "select_parameters",

@@ -93,8 +93,8 @@ def evaluated(network: nn.Module, data: Any, corruptions: Sequence[Any], **optio
 
 
 def probed(network: nn.Module, data: Any, corruptions: Sequence[Any]) -> list[str]:
-    records = LayerProbe(network, ClassificationMetric(data), data, progress=False).evaluate(corruptions, trials=2)
-    return [record.to_json() for record in records.values()]
+    sweep = LayerProbe(network, ClassificationMetric(data), data, progress=False).evaluate(corruptions, trials=2)
+    return [record.to_json() for record in sweep.records.values()]
 
 
 def operations(run: Callable[[], object]) -> int:

@@ -124,7 +124,7 @@ def test_a_probe_of_decoder_layers_equals_single_evaluators(model, batches):
         evaluator = CorruptionEvaluator(
             model, metric, batches, target_modules=target, reuse_prefix=False, progress=False
         )
-        assert_same(together[label], evaluator.evaluate(CORRUPTIONS, trials=2))
+        assert_same(together.records[label], evaluator.evaluate(CORRUPTIONS, trials=2))
 
 
 def test_a_corrupted_encoder_is_not_reused(model, batches):

@@ -56,7 +56,7 @@ def test_records_are_those_of_single_evaluators(six_layers, long_batches, one_of
     probe = LayerProbe(
         six_layers, metric, long_batches, targets=targets, memory=memory, reuse_prefix=reuse, progress=False
     )
-    records = probe.evaluate(corruptions, trials=2)
+    records = probe.evaluate(corruptions, trials=2).records
     assert list(records) == list(targets)
     for label, target in targets.items():
         alone = single(six_layers, long_batches, target, corruptions, reuse_prefix=False)
@@ -82,7 +82,11 @@ def test_each_block_is_a_target_by_default(batches):
     for batch in batches:
         batch["input_ids"][:, -1] = 2
         batch["input_ids"][:, :-1].clamp_(min=3)
-    records = LayerProbe(model, ClassificationMetric(batches), progress=False).evaluate([GaussianNoise(0.1)], trials=1)
+    records = (
+        LayerProbe(model, ClassificationMetric(batches), progress=False)
+        .evaluate([GaussianNoise(0.1)], trials=1)
+        .records
+    )
     assert list(records) == [
         *(f"model.encoder.layers.{index}" for index in range(2)),
         *(f"model.decoder.layers.{index}" for index in range(3)),
@@ -109,7 +113,7 @@ def test_a_module_that_is_called_before_and_behind_a_target(batches):
     probe = LayerProbe(
         model, ClassificationMetric(batches), batches, targets={"a": ["first"], "b": ["last"]}, progress=False
     )
-    records = probe.evaluate(corruptions, trials=2)
+    records = probe.evaluate(corruptions, trials=2).records
     for label, target in (("a", ["first"]), ("b", ["last"])):
         assert records[label] == single(model, batches, target, corruptions, reuse_prefix=False)
 
@@ -127,9 +131,9 @@ def test_operations_of_a_sweep(six_layers, long_batches):
 
     def probe():
         found.update(
-            LayerProbe(six_layers, ClassificationMetric(long_batches), long_batches, progress=False).evaluate(
-                CORRUPTIONS
-            )
+            LayerProbe(six_layers, ClassificationMetric(long_batches), long_batches, progress=False)
+            .evaluate(CORRUPTIONS)
+            .records
         )
 
     def plain():

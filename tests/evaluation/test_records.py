@@ -133,7 +133,7 @@ class TestJson:
     )
     def test_another_format(self, text, found):
         with pytest.raises(
-            ValueError, match=rf"record: expected format 1, got '?{found}'?; make it with this version"
+            ValueError, match=rf"record: expected format 1, got '?{found}'?; measure again, or read it with"
         ):
             EvaluationRecord.from_json(text)
 

@@ -1,0 +1,98 @@
+"""Records as files: what all of them do alike to be written and read again."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from hf_parcor.strict_json import to_strict_json
+
+_Record = TypeVar("_Record", bound="StoredRecord")
+
+
+class StoredRecord(ABC):
+    """A frozen dataclass of results that is written as strict JSON, and refuses what another kind has written.
+
+    Attributes:
+        kind: What messages call it.
+        remedy: What to do if a file holds none.
+        format: Version of the layout; subclasses make it a field.
+    """
+
+    kind: ClassVar[str]
+    remedy: ClassVar[str]
+    format: int
+
+    @classmethod
+    @abstractmethod
+    def _read(cls: type[_Record], data: dict[str, Any]) -> _Record:
+        """Return the record from plain values of the right format; whatever is wrong with them may raise."""
+
+    def to_json(self) -> str:
+        """Return the record as standard JSON; NaN and infinities become the strings "nan", "inf" and "-inf"."""
+        return to_strict_json(self)
+
+    @classmethod
+    def from_json(cls: type[_Record], text: str) -> _Record:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: The text is no such record, or one of another format.
+        """
+        try:
+            data: Any = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{cls.kind}: expected JSON, got {error}; {cls.remedy}") from error
+        return cls.from_plain(data)
+
+    @classmethod
+    def from_plain(cls: type[_Record], data: Any) -> _Record:
+        """Read plain values, as JSON holds them.
+
+        Raises:
+            ValueError: They are no such record, or one of another format.
+        """
+        if not isinstance(data, dict) or data.get("format") != cls.format:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"{cls.kind}: expected format {cls.format}, got {found!r}; {cls.remedy}")
+        try:
+            return cls._read(dict(data))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{cls.kind}: expected all fields of format {cls.format}, got {error!r}; it is damaged: {cls.remedy}"
+            ) from error
+
+    def save(self, path: str | Path) -> Path:
+        """Write the JSON to a file, with its folder, and return the path; an interruption leaves the old file."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, self.to_json())
+        return path
+
+    @classmethod
+    def load(cls: type[_Record], path: str | Path) -> _Record:
+        """Read a file that `save` wrote.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: It holds no such record.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: {cls.kind}: expected text in UTF-8, got {error}; {cls.remedy}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file such that another process, and an interruption, find either the old text or the new one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

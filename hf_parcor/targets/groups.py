@@ -1,0 +1,171 @@
+"""Groupings of a model's parameters, for a probe of one group after the other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+
+from torch import nn
+
+from hf_parcor.targets.errors import TargetError
+from hf_parcor.targets.kinds import is_normalization, linear_modules, output_layers, parameters_below
+from hf_parcor.targets.selection import select_parameters
+from hf_parcor.targets.stacks import find_stacks
+from hf_parcor.targets.words import WORDS
+
+__all__ = ["Groups", "by_adapter", "by_kind", "by_layer", "by_module"]
+
+Groups = dict[str, "str | list[str]"]
+"""Targets, as `select_parameters` takes them, by a name for tables and plots."""
+
+# Each parameter is of the first kind that has it: a normalization layer inside attention is no attention.
+_KINDS: Mapping[str, Callable[[nn.Module], set[nn.Parameter]]] = {
+    "layer-norm": WORDS["layer-norm"].select,
+    "other normalization": lambda model: parameters_below(filter(is_normalization, model.modules())),
+    "attention": WORDS["attention"].select,
+    "embedding": WORDS["embedding"].select,
+    "output": lambda model: parameters_below(output_layers(model)),
+    "linear": lambda model: parameters_below(linear_modules(model)),
+    "convolution": lambda model: parameters_below(filter(_is_convolution, model.modules())),
+    "other": lambda model: set(model.parameters()),
+}
+
+
+def by_layer(model: nn.Module) -> Groups:
+    """Return each block of each stack, by its full name.
+
+    Raises:
+        TargetError: The model has no stack. A `ValueError`.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Embedding(3, 2), nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]))
+        >>> by_layer(model)
+        {'1.0': ['1.0'], '1.1': ['1.1']}
+    """
+    stacks = find_stacks(model)
+    if not stacks:
+        raise TargetError(
+            f"targets: expected a model with stacks of blocks, got {type(model).__name__} without any; group by_kind "
+            "or by_module, or name the targets"
+        )
+    return {
+        f"{stack.name}.{index}": _target(model, stack.parameters_of(index))
+        for stack in stacks
+        for index in range(len(stack))
+    }
+
+
+def by_kind(model: nn.Module) -> Groups:
+    """Return the parameters by the kind of their module; each parameter is in one group.
+
+    The kinds are layer-norm, other normalization, attention (without what normalizes in it), embedding, output (if it
+    is not tied to the embedding), linear (outside of all these), convolution, and other. Empty groups are left out.
+
+    Raises:
+        TargetError: The model has no parameters. A `ValueError`.
+
+    Examples:
+        >>> by_kind(nn.Sequential(nn.Embedding(3, 2), nn.LayerNorm(2), nn.Linear(2, 2)))
+        {'layer-norm': ['1'], 'embedding': ['0'], 'linear': ['2']}
+    """
+    left = _all_parameters(model)
+    groups: Groups = {}
+    for kind, select in _KINDS.items():
+        found = select(model) & left
+        left -= found
+        if found:
+            groups[kind] = _target(model, found)
+    return groups
+
+
+def by_module(model: nn.Module) -> Groups:
+    """Return the parameters by the module that holds them itself; each parameter is in one group, a tied one once.
+
+    Raises:
+        TargetError: The model has no parameters. A `ValueError`.
+
+    Examples:
+        >>> by_module(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
+        {'0': ['0'], '2': ['2']}
+    """
+    left = _all_parameters(model)
+    groups: Groups = {}
+    for name, module in model.named_modules():
+        found = left.intersection(module.parameters(recurse=False))
+        left -= found
+        if found:
+            groups[name or type(model).__name__] = _target(model, found)
+    return groups
+
+
+def by_adapter(model: nn.Module) -> Groups:
+    """Return the parameters of each adapter that PEFT has added, by the adapter's name; also modules saved with it.
+
+    Raises:
+        TargetError: The model has no adapter with parameters. A `ValueError`.
+    """
+    names: Iterable[str] = getattr(model, "peft_config", {})
+    found: dict[str, set[nn.Parameter]] = {name: set() for name in names}
+    for module in model.modules():
+        if isinstance(module, (nn.ModuleDict, nn.ParameterDict)):
+            for name in found.keys() & set(module.keys()):
+                entry = module[name]
+                found[name].update(entry.parameters() if isinstance(entry, nn.Module) else [entry])
+    groups: Groups = {name: _target(model, parameters) for name, parameters in found.items() if parameters}
+    if not groups:
+        raise TargetError(
+            f"targets: expected a model with PEFT adapters, got {type(model).__name__} without any; wrap it with "
+            "peft.get_peft_model, or group by_kind"
+        )
+    return groups
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def _all_parameters(model: nn.Module) -> set[nn.Parameter]:
+    parameters = set(model.parameters())
+    if not parameters:
+        raise TargetError(
+            f"targets: expected a model with parameters, got {type(model).__name__} without any; pass the model after "
+            "its layers are built"
+        )
+    return parameters
+
+
+def _target(model: nn.Module, parameters: Set[nn.Parameter]) -> str | list[str]:
+    """Return what selects these parameters and no others: few names, or, where one is also an end, an expression."""
+    if parameters == set(model.parameters()):
+        return "all"
+    names = list(_names(model, "", parameters, set()))
+    if set(select_parameters(model, names).values()) == parameters and WORDS.keys().isdisjoint(names):
+        return names
+    return _expression(names)
+
+
+def _names(module: nn.Module, name: str, wanted: Collection[nn.Parameter], seen: set[nn.Parameter]) -> Iterator[str]:
+    """Yield modules whose parameters are all wanted, as large as possible, and single parameters."""
+    below = set(module.parameters())
+    wraps_one = any(set(child.parameters()) == below for child in module.children())
+    if below - seen and below.issubset(wanted) and not wraps_one:
+        seen |= below
+        yield name
+        return
+    prefix = f"{name}." if name else ""
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        if parameter in wanted and parameter not in seen:
+            seen.add(parameter)
+            yield f"{prefix}{parameter_name}"
+    for child_name, child in module.named_children():
+        yield from _names(child, f"{prefix}{child_name}", wanted, seen)
+
+
+def _expression(names: Iterable[str]) -> str:
+    r"""Return a regular expression for these full names.
+
+    Examples:
+        >>> _expression(["a.b", "c"])
+        '(?:a\\.b|c)'
+    """
+    return f"(?:{'|'.join(map(re.escape, names))})"
