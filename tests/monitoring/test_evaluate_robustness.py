@@ -9,7 +9,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import (
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+)
 
 from hf_parcor import (
     CorruptionConstraint,
@@ -18,6 +24,9 @@ from hf_parcor import (
     MultiStepCorruption,
     ParameterDefenseTrainer,
     Quantization,
+    Seq2SeqParameterDefenseTrainer,
+    corrupted,
+    select_parameters,
 )
 from hf_parcor.evaluation import TrainerMetric
 from hf_parcor.monitoring import DEFAULT_CORRUPTIONS, RobustnessMixin, measure_robustness
@@ -201,3 +210,32 @@ class TestErrors:
         trainer = make(RobustTrainer, eval_dataset=unlabelled)
         with pytest.raises(ValueError, match="put labels into the data set"):
             trainer.evaluate_robustness([NOISE])
+
+
+def test_texts_generated_by_a_seq2seq_trainer(tmp_path):
+    """The numbers are those that `evaluate` finds in what is generated at these weights."""
+    config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    inputs = torch.randint(2, 20, (4, 5))
+    rows = [{"input_ids": row, "labels": row} for row in inputs]
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path),
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        predict_with_generate=True,
+        generation_max_length=4,
+    )
+    trainer = Seq2SeqParameterDefenseTrainer(
+        T5ForConditionalGeneration(config),
+        arguments,
+        eval_dataset=rows,
+        compute_metrics=lambda p: {"sum": float(p.predictions.sum())},
+    )
+    metrics = trainer.evaluate_robustness([GaussianNoise(3.0)], trials=1)
+    assert metrics["eval_sum"] == trainer.evaluate()["eval_sum"]
+    parameters = select_parameters(trainer.model, "all")
+    noise = GaussianNoise(3.0)(parameters, None, torch.Generator().manual_seed(0))
+    with corrupted(parameters, noise):
+        expected = trainer.evaluate()
+    assert metrics["eval_robustness_gaussian_sigma_3_sum"] == expected["eval_sum"] != metrics["eval_sum"]
