@@ -144,9 +144,13 @@ def plot(rows: list[dict[str, float | str]], path: Path) -> None:
     axes.axhline(0, color="0.8", linewidth=1)
     axes.axvline(1.3, color="0.8", linewidth=1, linestyle="--")
     for row in rows:
+        place = (float(row["cost"]), float(row["gain"]))
         color = "C1" if str(row["arm"]).startswith("SAM") else "C0"
-        axes.plot(float(row["cost"]), float(row["gain"]), "o", color=color)
-        axes.annotate(str(row["arm"]), (float(row["cost"]), float(row["gain"])), (6, 4), textcoords="offset points")
+        several = "±" in str(row["area"])
+        axes.plot(*place, "o", color=color, markerfacecolor=color if several else "none")
+        if several:
+            axes.annotate(str(row["arm"]), place, (8, -3), textcoords="offset points")
+    axes.set_title("hollow: a quarter of the batch, every third step, last third; one seed", fontsize="medium")
     axes.set_xlabel("time of a step, in stock steps")
     axes.set_ylabel("accuracy gained, mean over 0 ≤ ε ≤ 0.3 (points)")
     axes.set_xlim(0.95, 2.3)
