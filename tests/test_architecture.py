@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "targets": set(),
     "labels": set(),
     "modes": set(),
-    "prefix": {"modes"},
+    "prefix": {"functional", "modes"},
     "corruptions": {"functional", "constraints", "injection"},
     "defenses": {"functional", "constraints", "injection", "corruptions", "prefix"},
     "training": {

@@ -107,16 +107,20 @@ class DefendedStep:
                 raise ValueError("embedding: expected the model's input embedding, got None; hand it to DefendedStep")
             self._inputs = AdversarialInputs(self._embedding)
         self._begin()
-        others = self._others if self._prefix is None else [*self._others, *self._prefix.boundary]
-        kept = [tensor.grad for tensor in others]
-        for tensor in others:
+        kept = [(tensor, tensor.grad) for tensor in [*self._others, *self._boundary()]]
+        for tensor, _ in kept:
             tensor.grad = None
         try:
             self._run(lambda loss: loss)
         finally:
-            for tensor, gradient in zip(others, kept, strict=True):
+            for tensor in self._boundary():  # which the pass itself may have recorded
+                tensor.grad = None
+            for tensor, gradient in kept:
                 tensor.grad = gradient
         self._fresh = self._take_gradients()
+
+    def _boundary(self) -> list[Tensor]:
+        return [] if self._prefix is None else self._prefix.boundary
 
     def _begin(self) -> None:
         """Set aside what was accumulated before, and run the prefix."""
@@ -128,8 +132,7 @@ class DefendedStep:
             def finish(loss: Tensor) -> Tensor:
                 raise PrefixFinished
 
-            with self._prefix.recording():
-                self._run_pass(finish, -1)
+            self._prefix.begin(lambda: self._run_pass(finish, -1))
 
     def _run(self, objective: Objective) -> Tensor:
         ratio: list[Tensor] = []
@@ -137,10 +140,11 @@ class DefendedStep:
         def seen(loss: Tensor) -> Tensor:
             value = objective(loss)
             ratio.append(torch.where(value.detach() == 0, 1.0, loss.detach() / value.detach()))
-            return value
+            return value if self._prefix is None else self._prefix.joined(value)
 
-        with nullcontext() if self._prefix is None else self._prefix.replaying():
-            value = self._run_pass(seen, len(self.losses))
+        index = len(self.losses)
+        with nullcontext() if self._prefix is None else self._prefix.sharing(last=index == self._passes - 1):
+            value = self._run_pass(seen, index)
         if not ratio:
             raise RuntimeError(
                 "run_pass: expected a pass that hands its loss to the objective, got one that did not; a Trainer "

@@ -7,15 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from hf_parcor.modes import evaluation_mode
 from hf_parcor.prefix.calls import called_modules, finished_before, not_called_again, watch_calls
+from hf_parcor.prefix.comparison import compare, numbers_of, objective_of, tolerance_of
 from hf_parcor.prefix.reuse import PrefixReuse
 from hf_parcor.prefix.starts import NothingToReuse, PrefixError, find_starts, refuse_all_of_the_model
-
-# How far a sum in another order may be off, relative to the largest entry; autocast computes in half precision.
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 
 def plan_prefix(
@@ -64,9 +61,9 @@ def plan_prefix(
             _check_unused(reuse.outputs, selected)
             with reuse.replaying():
                 result = run_alike()
-            tolerance = max(_TOLERANCES.get(t.dtype, 0.0) for t in [*_tensors(expected), *reuse.outputs])
-            _compare("result", _tensors(result), _tensors(expected), tolerance)
-            _compare("gradient", _gradients(result, trained, reuse), _gradients(expected, trained), tolerance)
+            tolerance = tolerance_of([*numbers_of(expected), *reuse.outputs])
+            compare("result", numbers_of(result), numbers_of(expected), tolerance)
+            compare("gradient", _gradients(result, trained, reuse), _gradients(expected, trained), tolerance)
         finally:
             reuse.forget()
     return reuse
@@ -94,20 +91,9 @@ def _leaves(tensors: Sequence[Tensor]) -> set[int]:
     return leaves
 
 
-def _tensors(result: Any) -> list[Tensor]:
-    """Return the numbers of a result that a loss is made from."""
-    if isinstance(result, Mapping):
-        result = {name: value for name, value in result.items() if name != "past_key_values"}
-    return [part for part in tree_leaves(result) if isinstance(part, Tensor) and part.is_floating_point()]
-
-
 def _gradients(result: Any, trained: Sequence[Tensor], reuse: PrefixReuse | None = None) -> list[Tensor]:
     """Return the gradients of a function of a result with respect to the trained parameters."""
-    objective = sum(
-        (part.double().square().mean() for part in _tensors(result) if part.requires_grad), torch.zeros(())
-    )
-    if not isinstance(objective, Tensor) or not objective.requires_grad:
-        raise PrefixError("the model returns no number that has a gradient")
+    objective = objective_of(result)
     boundary = [] if reuse is None else reuse.boundary
     try:
         gradients = torch.autograd.grad(objective, [*trained, *boundary], allow_unused=True)
@@ -123,21 +109,6 @@ def _gradients(result: Any, trained: Sequence[Tensor], reuse: PrefixReuse | None
     except RuntimeError as error:
         raise PrefixError(f"its backward failed: {error}") from error
     return found
-
-
-def _compare(name: str, found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
-    if [part.shape for part in found] != [part.shape for part in expected]:
-        raise PrefixError(f"the {name} has other shapes where the prefix is reused")
-    with torch.no_grad():
-        # Masked entries are infinite in both.
-        size = _largest([part.masked_fill(~part.isfinite(), 0) for part in expected])
-        difference = _largest([(one - other).nan_to_num(0) for one, other in zip(found, expected, strict=True)])
-    if not difference <= tolerance * size:
-        raise PrefixError(f"the {name} differs by {difference:.2g} where the prefix is reused")
-
-
-def _largest(tensors: Sequence[Tensor]) -> float:
-    return max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)
 
 
 def plan_prefix_of_values(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ class PrefixFinished(BaseException):
     """Ends a run that only records the prefix."""
 
 
-class _Substitute(Protocol):
-    def __call__(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any: ...
+Substitute = Callable[[nn.Module, int, Callable[[], Any]], Any]
+"""Returns what a call of a module is to return: given the module, the number of the call and what would compute it."""
 
 
 class PrefixReuse:
@@ -39,6 +39,9 @@ class PrefixReuse:
         prefix: Modules whose calls end before the first of `starts` begins.
         starts: The modules where the selected parameters come in.
     """
+
+    forwards = 1
+    """How often a step computes the prefix forward."""
 
     def __init__(self, prefix: Sequence[nn.Module], starts: Sequence[nn.Module]) -> None:
         self.prefix = list(dict.fromkeys(prefix))
@@ -85,6 +88,25 @@ class PrefixReuse:
         with self._substituted(self._replay):
             yield
 
+    def begin(self, run: Callable[[], Any]) -> None:
+        """Prepare the passes of a step, by a run of the model that ends early."""
+        with self.recording():
+            run()
+
+    @contextmanager
+    def sharing(self, last: bool) -> Iterator[None]:
+        """Let a pass of the step reuse the prefix.
+
+        Args:
+            last: Whether no other pass follows.
+        """
+        with self.replaying():
+            yield
+
+    def joined(self, objective: Tensor) -> Tensor:
+        """Return what a pass sends backward: its objective, and what is to go the same way."""
+        return objective
+
     def backward(self, along: Sequence[Tensor] = ()) -> None:
         """Send the gradients that gathered at the boundary through the prefix, and free it.
 
@@ -98,7 +120,7 @@ class PrefixReuse:
         self.forget()
 
     @contextmanager
-    def _substituted(self, substitute: _Substitute) -> Iterator[None]:
+    def _substituted(self, substitute: Substitute) -> Iterator[None]:
         with ExitStack() as stack:
             for module in self.prefix:
                 _substitute_forward(stack, module, substitute)
@@ -117,12 +139,12 @@ class PrefixReuse:
                 self.outputs.append(part)
                 self.boundary.append(kept[place])
         self.recorded[module, index] = kept, structure
-        return _copied(parts, structure)
+        return copied(parts, structure)
 
     def _replay(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
         if (module, index) not in self.recorded:
             return compute()
-        return _copied(*self.recorded[module, index])
+        return copied(*self.recorded[module, index])
 
 
 @contextmanager
@@ -147,12 +169,12 @@ def recording_together(prefixes: Sequence[PrefixReuse]) -> Iterator[None]:
         yield
 
 
-def _copied(parts: list[Any], structure: Any) -> Any:
+def copied(parts: list[Any], structure: Any) -> Any:
     """Return the structure with copies: whoever works in place must not change what later passes get."""
     return tree_unflatten([part.clone() if isinstance(part, Tensor) else part for part in parts], structure)
 
 
-def _substitute_forward(stack: ExitStack, module: nn.Module, substitute: _Substitute) -> None:
+def _substitute_forward(stack: ExitStack, module: nn.Module, substitute: Substitute) -> None:
     """Put a function in the place of a module's forward, which counts its calls; its hooks run as ever."""
     attributes, forward, calls = module.__dict__, module.forward, 0
 

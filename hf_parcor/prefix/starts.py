@@ -50,6 +50,8 @@ def find_starts(model: nn.Module, selected: Mapping[str, Tensor], called: Collec
 def _is_checkpointed(path: Sequence[nn.Module]) -> bool:
     """Say whether the last module of a path is one that a checkpoint computes again as a whole."""
     module = path[-1]
+    if hasattr(module, "_checkpoint_wrapped_module"):  # of FSDP's activation checkpointing
+        return True
     if isinstance(module, (nn.ModuleList, GradientCheckpointingLayer)):
         return bool(getattr(module, "gradient_checkpointing", False))
     parents = [other for other in path[:-1] if not isinstance(other, nn.ModuleList)]

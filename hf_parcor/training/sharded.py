@@ -3,17 +3,22 @@
 A parameter is a `DTensor` between passes, and a plain tensor of gathered values, in another object, while a module
 computes. Weights are corrupted on the shards, so whatever was gathered before must be dropped. Gradients are reduced
 in every pass, also where the Trainer's loop defers that to the last micro-batch: FSDP2 would keep whole gradients
-until then, out of reach. They are means over ranks, so the corruption is that of the joined batch.
+until then, out of reach. They are means over ranks, so the corruption is that of the joined batch. A prefix that the
+passes share is computed at the first and at the last of them: all passes run to their end, as FSDP2 expects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from hf_parcor.defenses import Objective
+from hf_parcor.prefix import PrefixError, RecomputedPrefix, find_recomputed_prefix, try_recomputed_prefix
 
 _CHECKPOINTED = "_checkpoint_wrapped_module."  # in names, where FSDP's activation checkpointing wraps modules
 
@@ -40,10 +45,19 @@ def renewed(names: Iterable[str], model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: now[name] for name in names}
 
 
+@contextmanager
+def reducing(model: nn.Module) -> Iterator[None]:
+    """Let a pass leave its gradients on the shards, and no gathered weights, which would be those of another pass."""
+    for unit in _units(model):  # the Trainer's loop sets it for each micro-batch anew
+        unit.set_requires_gradient_sync(True, recurse=False)
+    try:
+        yield
+    finally:
+        drop_gathered(model)
+
+
 def on_shards(run_pass: Callable[[Objective, int], Tensor], model: nn.Module) -> Callable[[Objective, int], Tensor]:
     """Return the pass of a defended step for a sharded model.
-
-    It leaves its gradients on the shards, and no gathered weights, which would be those of this pass in the next one.
 
     Args:
         run_pass: Runs forward and backward of pass k, as `DefendedStep` takes it.
@@ -51,11 +65,54 @@ def on_shards(run_pass: Callable[[Objective, int], Tensor], model: nn.Module) ->
     """
 
     def run_on_shards(objective: Objective, index: int) -> Tensor:
-        for unit in _units(model):  # the Trainer's loop sets it for each micro-batch anew
-            unit.set_requires_gradient_sync(True, recurse=False)
-        try:
+        with reducing(model):
             return run_pass(objective, index)
-        finally:
-            drop_gathered(model)
 
     return run_on_shards
+
+
+def plan_prefix_on_shards(
+    model: nn.Module,
+    selected: Mapping[str, Tensor],
+    run: Callable[[], Any],
+    agree: Callable[[Callable[[], RecomputedPrefix]], RecomputedPrefix],
+) -> RecomputedPrefix:
+    """Return the prefix that the passes of a step share on a sharded model, tried out.
+
+    Args:
+        model: The model as the Trainer wrapped it.
+        selected: The parameters that later passes corrupt.
+        run: Runs the model on one batch, and returns what it returned.
+        agree: Returns what a function makes, if it makes the same on all processes; else raises a `PrefixError`.
+
+    Raises:
+        PrefixError: The model cannot be cut, or not at the same place on all processes.
+        RuntimeError: A pass of the trial broke off, and FSDP2 is left in the middle of it.
+    """
+
+    def watched() -> Any:
+        with reducing(model):
+            return run()
+
+    def run_pass(objective: Callable[[Any], Tensor]) -> Any:
+        with reducing(model):
+            result = run()
+            torch.autograd.backward(objective(result))
+            return result
+
+    # All must cut alike before they try: each pass waits for what the others gather.
+    prefix = agree(lambda: find_recomputed_prefix(model, selected, watched))
+
+    def tried() -> RecomputedPrefix:
+        try:
+            try_recomputed_prefix(prefix, model, selected, run_pass)
+        except PrefixError:
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"reuse_prefix: expected a model whose passes can share what they compute, got {error!r}; "
+                "pass reuse_prefix=False"
+            ) from error
+        return prefix
+
+    return agree(tried)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -15,8 +15,10 @@ from transformers.utils import logging
 from hf_parcor.defenses import Defense
 from hf_parcor.prefix import NothingToReuse, PrefixError, PrefixReuse, plan_prefix
 from hf_parcor.training.data_parallel import data_parallel
+from hf_parcor.training.sharded import is_sharded, plan_prefix_on_shards
 
 logger = logging.get_logger(__name__)
+_Plan = TypeVar("_Plan", bound=PrefixReuse)
 
 
 def find_shared_prefix(
@@ -47,7 +49,10 @@ def find_shared_prefix(
 
     try:
         _check(trainer, defense, model)
-        return _plan_together(alone, selected, run)
+        names = {module: name for name, module in alone.named_modules()}
+        if is_sharded(alone):
+            return plan_prefix_on_shards(alone, selected, run, lambda make: _agree(names, make))
+        return _agree(names, lambda: plan_prefix(alone, selected, run))
     except NothingToReuse:
         return None
     except PrefixError as error:
@@ -58,18 +63,17 @@ def find_shared_prefix(
         return None
 
 
-def _plan_together(model: nn.Module, selected: Mapping[str, nn.Parameter], run: Callable[[], Any]) -> PrefixReuse:
+def _agree(names: Mapping[nn.Module, str], make: Callable[[], _Plan]) -> _Plan:
     """Return the plan if every process makes the same on its own batch.
 
     Raises:
         PrefixError: One makes another, or none.
     """
     try:
-        plan = plan_prefix(model, selected, run)
+        plan = make()
     except PrefixError as error:
         gather_object([([], str(error))])  # the others wait
         raise
-    names = {module: name for name, module in model.named_modules()}
     cut = [names[module] for module in plan.prefix]
     everyone: list[tuple[list[str], str]] = gather_object([(cut, "")])
     for index, (other, reason) in enumerate(everyone):
@@ -87,8 +91,6 @@ def _check(trainer: Trainer, defense: Defense, model: nn.Module) -> None:
         raise NothingToReuse("the inputs differ from pass to pass")
     if any(defense.share_of_batch(index) != 1 for index in range(defense.passes)):
         raise PrefixError("passes over a part of the batch cannot reuse what was computed for all of it")
-    if trainer.is_fsdp_enabled:
-        raise PrefixError("FSDP2 frees gathered weights after each backward, and the prefix's is still to come")
     if trainer.args.n_gpu > 1:
         raise PrefixError("the prefix is not reused under DataParallel")
     if isinstance(model, torch._dynamo.OptimizedModule) or any(m._compiled_call_impl for m in model.modules()):

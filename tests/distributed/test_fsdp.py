@@ -130,6 +130,7 @@ def train(folder, world_size, name, resume=None, callbacks=None, **options):
             callbacks=callbacks,
         )
         trainer.train(resume_from_checkpoint=resume)
+    assert (trainer.shared_prefix is not None) == (targets != "all")
     return trainer
 
 

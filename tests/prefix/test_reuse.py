@@ -12,7 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_parcor import ACRT, SAM, CorruptionConstraint, MultiStepRisk, select_parameters
 from hf_parcor.defenses import DefendedStep
-from hf_parcor.prefix import NothingToReuse, PrefixError, plan_prefix
+from hf_parcor.prefix import (
+    NothingToReuse,
+    PrefixError,
+    find_recomputed_prefix,
+    plan_prefix,
+    try_recomputed_prefix,
+)
 
 L2 = CorruptionConstraint(epsilon=0.3)
 LAYERS = 3
@@ -170,6 +176,17 @@ def plan(model, selected, batch):
         return None
 
 
+def plan_recomputed(model, selected, batch):
+    def run_pass(objective):
+        result = model(**batch)
+        objective(result).backward()
+        return result
+
+    prefix = find_recomputed_prefix(model, selected, lambda: model(**batch))
+    try_recomputed_prefix(prefix, model, selected, run_pass)
+    return prefix
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_equal_those_of_full_passes(name, target, bits_of):
@@ -181,6 +198,8 @@ def test_gradients_equal_those_of_full_passes(name, target, bits_of):
     reused = [] if prefix is None else [m for m in prefix.prefix if len(list(m.modules())) > 8]  # layers, and more
     if target in ("head", "last layer", "middle layer"):
         assert bool(reused) == (target == "head" or family.layers != (0, 0))
+    again = None if prefix is None else plan_recomputed(model, selected, batches[0])
+    assert again is None or again.prefix == prefix.prefix
     for defense, accumulation in [
         *((MultiStepRisk(L2, steps=steps), accumulation) for steps in (1, 2, 3) for accumulation in (1, 4)),
         (ACRT(L2, alpha=0.3), 2),
@@ -191,6 +210,9 @@ def test_gradients_equal_those_of_full_passes(name, target, bits_of):
         expected = defended(model, selected, batches[:accumulation], defense)
         torch.manual_seed(1)
         assert_same(defended(model, selected, batches[:accumulation], defense, prefix), expected, family.tolerance)
+        if again is not None and accumulation < 4:
+            torch.manual_seed(1)
+            assert_same(defended(model, selected, batches[:accumulation], defense, again), expected, family.tolerance)
     assert bits_of(model) == before
     assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in model.modules())
 

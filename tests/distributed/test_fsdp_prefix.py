@@ -1,0 +1,112 @@
+"""A shared prefix under FSDP2: the gradients of full passes, and weights that are not gathered in every pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_parcor import ACRT, CorruptionConstraint, MultiStepRisk, select_parameters
+from hf_parcor.defenses import DefendedStep
+from hf_parcor.functional.sharded import local_part
+from hf_parcor.training.sharded import on_shards, plan_prefix_on_shards
+
+L2 = CorruptionConstraint(epsilon=0.3)
+LAYERS = 4
+RUNS = [
+    # targets, defense, accumulation, whether weights are freed after forward
+    ("last-encoder-layer", MultiStepRisk(L2, steps=1), 1, True),
+    ("last-encoder-layer", MultiStepRisk(L2, steps=2), 3, True),
+    ("last-encoder-layer", MultiStepRisk(L2, steps=3), 1, True),
+    ("last-encoder-layer", MultiStepRisk(L2, steps=3), 1, False),
+    (["classifier"], MultiStepRisk(L2, steps=1), 3, False),
+    (["classifier"], MultiStepRisk(L2, steps=2), 1, True),
+    (["layer.3.output"], ACRT(L2, alpha=0.3), 1, True),  # cut inside a unit
+]
+
+
+def sharded_bert(reshard):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        intermediate_size=13,
+        max_position_embeddings=8,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = BertForSequenceClassification(config).double()
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, reshard_after_forward=reshard)
+    return fully_shard(model, reshard_after_forward=reshard)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what goes over the network, by operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        if operation.namespace == "c10d":
+            self.counts[operation._schema.name.removeprefix("c10d::")] += 1
+        return operation(*arguments, **(options or {}))
+
+
+def gradients_of(model, selected, batches, defense, prefix):
+    """Run micro-batches whose gradients accumulate; return the shards of the gradients, and the collectives."""
+    model.zero_grad()
+    others = [p for p in model.parameters() if not any(p is chosen for chosen in selected.values())]
+    with Collectives() as collectives:
+        for batch in batches:
+
+            def run_pass(objective, index, batch=batch):
+                loss = objective(model(**batch).loss)
+                loss.backward()
+                return loss.detach()
+
+            step = DefendedStep(selected, on_shards(run_pass, model), defense.passes, others, prefix=prefix)
+            with step:
+                defense.minimize(step)
+    gradients = {name: local_part(parameter.grad).clone() for name, parameter in model.named_parameters()}
+    return gradients, dict(collectives.counts)
+
+
+def on_ranks():
+    torch.manual_seed(torch.distributed.get_rank())
+    batches = [{"input_ids": torch.randint(20, (3, 6)), "labels": torch.randint(2, (3,))} for _ in range(3)]
+    answers = []
+    for targets, defense, accumulation, reshard in RUNS:
+        model = sharded_bert(reshard).eval()
+        selected = select_parameters(model, targets)
+        prefix = plan_prefix_on_shards(model, selected, partial(model, **batches[0]), lambda make: make())
+        runs = [gradients_of(model, selected, batches[:accumulation], defense, kept) for kept in (prefix, None)]
+        reused = {inner for module in prefix.prefix for inner in module.modules()}
+        answers.append((len(reused.intersection(model.bert.encoder.layer)), *runs))
+    return answers
+
+
+def test_gradients_are_those_of_full_passes_and_the_prefix_is_not_gathered_in_each(run_on_ranks):
+    for rank in run_on_ranks(on_ranks, 2):
+        assert [layers for layers, _, _ in rank] == [
+            LAYERS if targets == ["classifier"] else 3 for targets, *_ in RUNS
+        ]
+        for (targets, defense, accumulation, reshard), (_, reused, full) in zip(RUNS, rank, strict=True):
+            case = f"{targets} {defense} {accumulation} {reshard}"
+            size = max(float(gradient.abs().max()) for gradient in full[0].values() if gradient.numel())
+            assert reused[0].keys() == full[0].keys()
+            for name, gradient in full[0].items():
+                torch.testing.assert_close(reused[0][name], gradient, rtol=0, atol=1e-12 * size, msg=f"{case}, {name}")
+            assert all(reused[1][operation] <= count for operation, count in full[1].items()), case
+        # A full pass gathers each layer twice and reduces it once. Two more passes save all of that for those reused.
+        (layers, *few), _, (_, *many) = rank[:3]
+        for operation, times in {"_allgather_base_": 2, "_reduce_scatter_base_": 1}.items():
+            reused, full = (more[1][operation] - less[1][operation] for more, less in zip(many, few, strict=True))
+            assert full - reused == 2 * times * layers

@@ -1,0 +1,179 @@
+"""A prefix that is computed at the first pass and again at the last: what must be as if its graph had been kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hf_parcor import ACRT, SAM, CorruptionConstraint, MultiStepRisk
+from hf_parcor.defenses import DefendedStep
+from hf_parcor.prefix import (
+    PrefixError,
+    PrefixReuse,
+    RecomputedPrefix,
+    find_recomputed_prefix,
+    try_recomputed_prefix,
+)
+
+L2 = CorruptionConstraint(epsilon=0.3)
+DEFENSES = [MultiStepRisk(L2, steps=3), ACRT(L2, alpha=0.3), SAM(L2)]
+ROWS = torch.randn(5, 4, generator=torch.Generator().manual_seed(1)).double()
+
+
+class Layer(nn.Module):
+    """Works in place on what it is handed, and returns more than one thing."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.dropout = nn.Linear(4, 4).double(), nn.Dropout(0.5)
+
+    def forward(self, x):
+        x += 1
+        hidden = self.dropout(self.own(x).tanh())
+        return {"hidden": hidden, "norm": hidden.norm(), "name": "layer"}
+
+
+class Net(nn.Module):
+    """Has one dropout before all layers and behind the last one."""
+
+    def __init__(self, layers=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.dropped, self.calls = nn.ModuleList(Layer() for _ in range(layers)), False, 0
+        self.shared, self.last = nn.Dropout(0.5), nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        self.calls += 1
+        hidden, norms = self.shared(x.clone()), 0
+        for layer in self.layers:
+            result = layer(hidden)
+            hidden, norms = result["hidden"] * 2, norms + result["norm"]
+            hidden += 1
+        if self.dropped and self.calls == 4:  # as a model that skips layers at random
+            hidden = torch.ones_like(hidden)
+        return {"loss": self.shared(self.last(hidden)).tanh().square().mean() + norms / 10}
+
+
+def defended(model, prefix, defense, fail_at=None):
+    """Return all gradients of one step, in training mode."""
+    model.zero_grad()
+    model.calls = 0
+    selected = {"weight": model.last.weight, "bias": model.last.bias}
+
+    def run_pass(objective, index):
+        if index == fail_at:
+            raise KeyboardInterrupt
+        loss = objective(model(ROWS)["loss"])
+        loss.backward()
+        return loss.detach()
+
+    torch.manual_seed(2)
+    with DefendedStep(selected, run_pass, defense.passes, list(model.layers.parameters()), prefix=prefix) as step:
+        defense.minimize(step)
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("defense", DEFENSES, ids=lambda defense: type(defense).__name__)
+def test_the_same_dropout_masks_and_gradients_as_with_a_graph_that_is_kept(defense):
+    model = Net()
+    expected = defended(model, PrefixReuse([model.shared, *model.layers], [model.last]), defense)
+    after = torch.rand(3)
+    found = defended(model, RecomputedPrefix([model.shared, *model.layers], [model.last]), defense)
+    assert torch.equal(after, torch.rand(3))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def test_what_the_last_pass_does_not_use_gets_the_gradients_of_the_others():
+    model, defense = Net(), MultiStepRisk(L2, steps=3)
+    model.eval()
+    model.dropped = True
+    expected = defended(model, None, defense)
+    for name, gradient in defended(
+        model, RecomputedPrefix([model.shared, *model.layers], [model.last]), defense
+    ).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-14, msg=name)
+
+
+def test_it_is_computed_twice_and_its_hooks_run_no_oftener():
+    model, calls, hooks = Net(layers=1), [], []
+    model.layers[0].own.register_forward_hook(lambda *_: calls.append(1))
+    model.layers[0].register_forward_pre_hook(lambda *_: hooks.append(1))
+    prefix = RecomputedPrefix([model.shared, *model.layers], [model.last])
+    defended(model, prefix, MultiStepRisk(L2, steps=5))
+    assert (len(calls), len(hooks)) == (2, 2) == (prefix.forwards,) * 2
+    assert prefix.recorded == {}
+    assert prefix.outputs == prefix.boundary == []
+
+
+@pytest.mark.parametrize("index", [1, 3])
+def test_an_interrupt_leaves_no_trace(index):
+    model = Net()
+    prefix = RecomputedPrefix([model.shared, *model.layers], [model.last])
+    with pytest.raises(KeyboardInterrupt):
+        defended(model, prefix, MultiStepRisk(L2, steps=3), fail_at=index)
+    assert {type(layer) for layer in model.layers} == {Layer}
+    assert prefix.outputs == prefix.boundary == []
+
+
+class Early(nn.Module):
+    """Knows another module, which is no child of it."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.__dict__["other"] = other
+        self.own = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.own(x) @ self.other.weight
+
+
+class Shy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.early = Early(self.last)
+
+    def forward(self, x):
+        return self.last(self.early(self.first(x)))
+
+
+class Leaking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.seen = nn.Linear(4, 4), nn.Linear(4, 4), []
+        self.first.register_forward_hook(lambda module, arguments, output: self.seen.append(output))
+
+    def forward(self, x):
+        self.seen.clear()
+        return self.last(self.first(x)) + sum(self.seen)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Shy, "the gradient of what is selected differs by .* where the prefix is reused"),
+        (Leaking, "the result differs by .* where the prefix is reused"),
+    ],
+)
+def test_what_cannot_be_cut_and_that_trying_leaves_nothing_behind(model, message, bits_of):
+    model, x = model().train(), torch.ones(2, 4)
+    model.first.weight.grad = torch.ones(4, 4)
+    selected, before, state = {"weight": model.last.weight}, bits_of(model), torch.get_rng_state()
+
+    def run_pass(objective):
+        result = model(x)
+        objective(result).backward()
+        return result
+
+    prefix = find_recomputed_prefix(model, selected, lambda: model(x))
+    assert prefix.prefix[0] is model.first
+    with pytest.raises(PrefixError, match=message):
+        try_recomputed_prefix(prefix, model, selected, run_pass)
+    assert bits_of(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+    assert torch.equal(model.first.weight.grad, torch.ones(4, 4))
+    assert model.last.weight.grad is None
+    assert prefix.boundary == []
