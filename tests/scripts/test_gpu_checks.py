@@ -41,8 +41,7 @@ def test_says_that_there_is_no_gpu(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "holds"),
-    [(Row("a", 1), True), (Row("b", 1, 1), True), (Row("c", 2, 1), False), (Row("d", float("nan"), 1), False)],
+    ("value", "limit", "holds"), [(1, None, True), (1, 1, True), (2, 1, False), (float("nan"), 1, False)]
 )
 def test_a_row_holds_up_to_its_limit(value, limit, holds):
     assert Row("a", value, limit).holds is holds
