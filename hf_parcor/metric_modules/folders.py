@@ -1,0 +1,28 @@
+"""Where the folders are that `evaluate.load` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["metric_module"]
+
+_FOLDER = Path(__file__).parent
+
+
+def metric_module(name: str) -> str:
+    """Return the folder of a measure, for `evaluate.load(metric_module("metric_drop"))`, or to be pushed to the Hub.
+
+    Args:
+        name: "metric_drop", "area_under_robustness_curve" or "epsilon_at_half".
+
+    Raises:
+        ValueError: There is no such measure.
+
+    Examples:
+        >>> Path(metric_module("metric_drop")).name
+        'metric_drop'
+    """
+    names = sorted(path.parent.name for path in _FOLDER.glob("*/*.py"))
+    if name not in names:
+        raise ValueError(f"name: expected one of {', '.join(names)}, got {name!r}; name one of them")
+    return str(_FOLDER / name)
