@@ -110,10 +110,10 @@ class Measurement:
                 )
                 found = begin_checkpoint(path, run)
             found = self._processes.gather(found)[0]
-            if 0 not in found:
-                found |= _kept(path, {0: Trial.of(seed, self._metrics())})
             left = [number for number in range(1, 1 + len(plan)) if number not in found]
             parts = self._parts(list(selections.values()), {plan.part_of(number) for number in left}, corruptions)
+            if 0 not in found:  # after the parts, whose making refuses data that will not do
+                found |= _kept(path, {0: Trial.of(seed, self._metrics())})
             jobs = [Job(parts[plan.part_of(number)], *plan.drawn(number)) for number in left]
             limit = len(jobs) if checkpoint is None else BETWEEN_WRITES
             numbers = iter(left)

@@ -68,6 +68,7 @@ class ParameterDefenseMixin(RobustnessMixin):
         TypeError: `defense` is not a `Defense`.
 
     Examples:
+        >>> from transformers import Trainer
         >>> class ParameterDefenseTrainer(ParameterDefenseMixin, Trainer):
         ...     pass
     """
