@@ -6,7 +6,7 @@ import re
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_parcor import RobustnessReport
@@ -131,7 +131,15 @@ def test_the_summary_has_the_measures(record_of, tmp_path):
     ]
 
 
+def test_a_broken_group_has_no_fragility_and_spoils_no_other(record_of, tmp_path):
+    probe = {name: record_of({1.0: value}) for name, value in (("a", 0.8), ("b", math.nan), ("c", 0.5))}
+    _, markdown = write(RobustnessReport(probe), tmp_path)
+    assert [row[3].strip() for row in tables_of(markdown)[1][2:]] == ["0.25", "–", "4"]
+
+
 @settings(max_examples=25, deadline=None)
+@example(*["a|b\n# c\n---"] * 4, [0.5, math.nan])
+@example(*['"><script>alert(1)</script><!--'] * 4, [1e308, -1e308])
 @given(names, names, names, names, st.lists(st.floats(), min_size=2, max_size=2))
 def test_nothing_breaks_out(tmp_path_factory, record_of, group, model, metric, kind, values):
     folder = tmp_path_factory.mktemp("nasty")
