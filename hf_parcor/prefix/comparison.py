@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hf_parcor.prefix.starts import PrefixError
+from hf_parcor.prefix.cut import PrefixError
 
 # How far a sum in another order may be off, relative to the largest entry; autocast computes in half precision.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_parcor.modes import evaluation_mode
-from hf_parcor.prefix.calls import called_modules, finished_before, not_called_again, watch_calls
+from hf_parcor.prefix.calls import not_called_again
 from hf_parcor.prefix.comparison import compare, numbers_of, objective_of, tolerance_of
+from hf_parcor.prefix.cut import PrefixError, find_cut, run_alone
 from hf_parcor.prefix.reuse import PrefixReuse
-from hf_parcor.prefix.starts import NothingToReuse, PrefixError, find_starts, refuse_all_of_the_model
 
 
 def plan_prefix(
@@ -36,7 +36,6 @@ def plan_prefix(
     Raises:
         PrefixError: Nothing finishes before, or the model cannot be cut safely.
     """
-    refuse_all_of_the_model(model, selected)
     if trained is None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
@@ -46,15 +45,9 @@ def plan_prefix(
             return run()
 
     with evaluation_mode(model), torch.enable_grad():
-        try:
-            calls, expected = watch_calls(model, run_alike)
-        except Exception as error:
-            raise PrefixError(f"the model could not be run alone on a batch: {error}") from error
-        starts = find_starts(model, selected, called_modules(calls))
-        prefix = finished_before(calls, starts)
-        if not any(list(module.parameters()) for module in prefix):
-            raise NothingToReuse("no module with parameters finishes before the first selected one starts")
-        reuse = PrefixReuse(prefix, starts)
+        cut = find_cut(model, selected, lambda: run_alone(run_alike))
+        expected = cut.result
+        reuse = PrefixReuse(cut.prefix, cut.starts)
         try:
             with reuse.recording():
                 run_alike()
@@ -128,10 +121,5 @@ def plan_prefix_of_values(
     Raises:
         PrefixError: Nothing finishes before, or it is unknown where the selected parameters come in.
     """
-    refuse_all_of_the_model(model, selected)
-    calls, result = watch_calls(model, run)
-    starts = find_starts(model, selected, called_modules(calls))
-    prefix = not_called_again(calls, starts)
-    if not any(list(module.parameters()) for module in prefix):
-        raise NothingToReuse("no module with parameters finishes before the first selected one starts")
-    return PrefixReuse(prefix, starts), result
+    cut = find_cut(model, selected, run, not_called_again)
+    return PrefixReuse(cut.prefix, cut.starts), cut.result

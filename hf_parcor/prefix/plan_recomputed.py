@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from hf_parcor.functional.sharded import local_parts
 from hf_parcor.modes import evaluation_mode
-from hf_parcor.prefix.calls import called_modules, finished_before, watch_calls
 from hf_parcor.prefix.comparison import compare, numbers_of, objective_of, tolerance_of
+from hf_parcor.prefix.cut import find_cut, run_alone
 from hf_parcor.prefix.recomputed import RecomputedPrefix, random_devices
-from hf_parcor.prefix.starts import NothingToReuse, PrefixError, find_starts, refuse_all_of_the_model
 
 
 def find_recomputed_prefix(
@@ -31,17 +30,9 @@ def find_recomputed_prefix(
     Raises:
         PrefixError: Nothing finishes before, or it is unknown where the selected parameters come in.
     """
-    refuse_all_of_the_model(model, selected)
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            calls, _ = watch_calls(model, run)
-    except Exception as error:
-        raise PrefixError(f"the model could not be run alone on a batch: {error}") from error
-    starts = find_starts(model, selected, called_modules(calls))
-    prefix = finished_before(calls, starts)
-    if not any(list(module.parameters()) for module in prefix):
-        raise NothingToReuse("no module with parameters finishes before the first selected one starts")
-    return RecomputedPrefix(prefix, starts)
+    with evaluation_mode(model), torch.no_grad():
+        cut = find_cut(model, selected, lambda: run_alone(run))
+    return RecomputedPrefix(cut.prefix, cut.starts)
 
 
 def try_recomputed_prefix(

@@ -1,0 +1,101 @@
+"""Where a model can be cut: where selected parameters come into its computation, and what is done by then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_parcor.prefix.calls import Call, called_modules, finished_before, watch_calls
+
+
+class PrefixError(RuntimeError):
+    """The model cannot be cut; the message says why."""
+
+
+class NothingToReuse(PrefixError):  # noqa: N818, no mistake of anybody's
+    """The selected parameters come in at the very start."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The modules of a prefix, those where the selected parameters come in, and what the watched run returned."""
+
+    prefix: list[nn.Module]
+    starts: list[nn.Module]
+    result: Any
+
+
+def find_cut(
+    model: nn.Module,
+    selected: Mapping[str, Tensor],
+    run: Callable[[], Any],
+    finished: Callable[[Call, Collection[nn.Module]], list[nn.Module]] = finished_before,
+) -> Cut:
+    """Run a model once, and find the modules that finish before the first selected parameter is used.
+
+    Args:
+        model: Any model.
+        selected: The parameters that other runs corrupt.
+        run: Runs the model on one batch, and returns what it returned.
+        finished: Which modules those are, given the calls of the run and where the selected parameters come in.
+
+    Raises:
+        NothingToReuse: All of the model is selected, for which nothing is run; or no module with parameters finishes.
+        PrefixError: It is unknown where the selected parameters come in.
+    """
+    identities = {id(parameter) for parameter in selected.values()}
+    if all(id(parameter) in identities for parameter in model.parameters()):
+        raise NothingToReuse("all of the model is selected")
+    calls, result = watch_calls(model, run)
+    starts = _find_starts(model, selected, called_modules(calls))
+    prefix = finished(calls, starts)
+    if not any(list(module.parameters()) for module in prefix):
+        raise NothingToReuse("no module with parameters finishes before the first selected one starts")
+    return Cut(prefix, starts, result)
+
+
+def run_alone(run: Callable[[], Any]) -> Any:
+    """Run a model on one batch by itself.
+
+    Raises:
+        PrefixError: It cannot be.
+    """
+    try:
+        return run()
+    except Exception as error:
+        raise PrefixError(f"the model could not be run alone on a batch: {error}") from error
+
+
+def _find_starts(model: nn.Module, selected: Mapping[str, Tensor], called: Collection[nn.Module]) -> list[nn.Module]:
+    """Return the called modules in which a selected parameter comes into the computation."""
+    identities = {id(parameter) for parameter in selected.values()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    starts = []
+    for name, module in modules.items():
+        if not any(id(parameter) in identities for parameter in module._parameters.values()):
+            continue
+        parts = name.split(".") if name else []
+        path = [modules[".".join(parts[:depth])] for depth in range(len(parts) + 1)]
+        # What a checkpoint computes again must not be cut inside.
+        deepest = next((depth for depth in range(len(path)) if _is_checkpointed(path[: depth + 1])), len(path) - 1)
+        # A module that is never called itself is used by the nearest one around it that is.
+        around = [module for module in path[: deepest + 1] if module in called]
+        if not around:
+            raise PrefixError(f"{name} holds a selected parameter, and no module around it is called")
+        starts.append(around[-1])
+    return starts
+
+
+def _is_checkpointed(path: Sequence[nn.Module]) -> bool:
+    """Say whether the last module of a path is one that a checkpoint computes again as a whole."""
+    module = path[-1]
+    if hasattr(module, "_checkpoint_wrapped_module"):  # of FSDP's activation checkpointing
+        return True
+    if isinstance(module, (nn.ModuleList, GradientCheckpointingLayer)):
+        return bool(getattr(module, "gradient_checkpointing", False))
+    parents = [other for other in path[:-1] if not isinstance(other, nn.ModuleList)]
+    return bool(parents) and getattr(parents[-1], "gradient_checkpointing", False) is True
