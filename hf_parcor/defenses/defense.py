@@ -72,6 +72,11 @@ class Defense(ABC):
         """Return which share of the batch's examples pass `index` runs on."""
         return 1.0
 
+    @property
+    def splits_batch(self) -> bool:
+        """Whether any pass sees a part of the batch only."""
+        return any(self.share_of_batch(index) != 1 for index in range(self.passes))
+
     def is_active(self, epoch: float, step: int = 0) -> bool:
         """Say whether this optimizer step, at this epoch, differs from the stock step at all."""
         return not self.is_stock and epoch >= self.start_epoch and step % self.interval == 0

@@ -97,7 +97,7 @@ def defended_backward(
             f"accelerator: expected one process or DDP, got {accelerator.distributed_type.value}, under which the "
             "defended step is not tested and may be silently wrong; use DDP, or accelerator.backward without a defense"
         )
-    if any(defense.share_of_batch(index) != 1 for index in range(defense.passes)):
+    if defense.splits_batch:
         raise ValueError(
             "defense: expected batch_share=1, got a smaller one; loss_fn computes the loss of the whole batch"
         )

@@ -89,7 +89,7 @@ def _check(trainer: Trainer, defense: Defense, model: nn.Module) -> None:
         raise NothingToReuse("there is one pass")
     if defense.perturbs_inputs:
         raise NothingToReuse("the inputs differ from pass to pass")
-    if any(defense.share_of_batch(index) != 1 for index in range(defense.passes)):
+    if defense.splits_batch:
         raise PrefixError("passes over a part of the batch cannot reuse what was computed for all of it")
     if trainer.args.n_gpu > 1:
         raise PrefixError("the prefix is not reused under DataParallel")

@@ -43,7 +43,5 @@ class ClassificationMetric(OverBatches):
         Raises:
             ValueError: No label counts.
         """
-        correct, loss, items = (sum(part[key] for part in parts) for key in ("correct", "loss", "items"))
-        if not items:
-            raise ValueError("batches: expected labels other than -100, got none; put labels into the batches")
-        return {"accuracy": correct / items, "loss": loss / items}
+        accuracy, loss = self._accuracy_and_loss(parts, "items")
+        return {"accuracy": accuracy, "loss": loss}

@@ -53,11 +53,8 @@ class LanguageModelMetric(OverBatches):
         Raises:
             ValueError: No label counts.
         """
-        correct, loss, tokens = (sum(part[key] for part in parts) for key in ("correct", "loss", "tokens"))
-        if not tokens:
-            raise ValueError("batches: expected labels other than -100, got none; put labels into the batches")
-        mean = loss / tokens
-        return {"loss": mean, "perplexity": _exponential(mean), "accuracy": correct / tokens}
+        accuracy, loss = self._accuracy_and_loss(parts, "tokens")
+        return {"loss": loss, "perplexity": _exponential(loss), "accuracy": accuracy}
 
 
 def _exponential(loss: float) -> float:
