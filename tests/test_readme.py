@@ -1,4 +1,4 @@
-"""The README's Python examples run, in order, on a tiny model; its commands and paths exist."""
+"""The pages' Python examples run, in order, on a tiny model; their commands, flags and paths exist."""
 
 from __future__ import annotations
 
@@ -13,21 +13,29 @@ from transformers import BertConfig, BertForSequenceClassification, HfArgumentPa
 from hf_parcor import EvaluationRecord, ParameterDefenseTrainingArguments
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = ("examples", "hf_parcor", "model_cards", "scripts")
+PAGES = {
+    str(page.relative_to(ROOT)): page.read_text(encoding="utf-8")
+    for page in [
+        ROOT / "README.md",
+        *sorted(page for folder in FOLDERS for page in (ROOT / folder).rglob("README.md")),
+    ]
+}
 
 
-def fences(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def fences(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_python_examples_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def names(tmp_path):
+    """What the examples take for granted: a model, its data, its arguments."""
     torch.manual_seed(0)
     model = BertForSequenceClassification(
         BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
     )
     rows = [{"input_ids": torch.randint(20, (6,)), "labels": i % 2} for i in range(8)]
-    names = {
+    return {
         "model": model,
         "model_init": lambda: model,
         "train_dataset": rows,
@@ -41,38 +49,68 @@ def test_python_examples_run(tmp_path, monkeypatch, capsys):
             {"input_ids": torch.stack([row["input_ids"] for row in rows]), "labels": torch.tensor([0, 1] * 4)}
         ],
     }
-    examples = fences("python")
-    assert len(examples) >= 4
-    for example in examples:
-        exec(compile(example, "README.md", "exec"), names)
-    record = EvaluationRecord.load("robustness.json")
-    assert [row.label for row in record.corruptions] == [
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if fences(text, "python")])
+def test_python_examples_run(page, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for example in fences(PAGES[page], "python"):
+        exec(compile(example, page, "exec"), names)
+
+
+def test_the_first_page_shows_training_and_probing(names, tmp_path, monkeypatch, capsys):
+    test_python_examples_run("README.md", names, tmp_path, monkeypatch)
+    assert [row.label for row in EvaluationRecord.load("robustness.json").corruptions] == [
         "gradient-based L2 ε=0.1",
         "Gaussian σ=0.02",
         "4-bit quantization",
     ]
     printed = capsys.readouterr().out
     assert "no corruption" in printed
-    assert "risk 0." in printed
-    assert names["noisy"].shape == (8, 2)
+    assert names["report"].verdict[0] in printed
 
 
-def test_commands_name_scripts_that_exist():
-    scripts = re.findall(r"\b(?:bash|python) ((?:scripts|examples)/[^\s`]+)", README)
-    assert "scripts/quickstart.sh" in scripts
-    assert "scripts/test.sh" in scripts
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_name_scripts_that_exist(page):
+    scripts = re.findall(r"\b(?:bash|python) ((?:scripts|examples)/[^\s`]+)", PAGES[page])
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
 
 
-def test_flags_of_the_example_exist():
-    example = next(fence for fence in fences("bash") if "--defense_target_modules" in fence)
-    line = re.findall(r"--\S+(?: [^-\s]\S*)*", example.replace("\\\n", " "))
-    flags = [part for option in line for part in option.split()]
-    (arguments,) = HfArgumentParser(ParameterDefenseTrainingArguments).parse_args_into_dataclasses(flags)
-    assert arguments.defense_target_modules == ["last-encoder-layer"]
+def test_two_commands_are_enough():
+    assert all(f"bash scripts/{name}.sh" in PAGES["README.md"] for name in ("quickstart", "test"))
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#]+)\)|`((?:tests|hf_parcor)/[\w./]+)`", README))
-def test_paths_exist(target):
-    path = next(filter(None, target))
-    assert path.startswith("http") or (ROOT / path).exists()
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "--defense_target_modules" in text])
+def test_flags_of_the_example_exist(page):
+    for example in (fence for fence in fences(PAGES[page], "bash") if "--defense_target_modules" in fence):
+        line = re.findall(r"--\S+(?: [^-\s]\S*)*", example.replace("\\\n", " "))
+        flags = [part for option in line for part in option.split()]
+        (arguments,) = HfArgumentParser(ParameterDefenseTrainingArguments).parse_args_into_dataclasses(flags)
+        assert arguments.defense_target_modules == ["last-encoder-layer"]
+
+
+@pytest.mark.parametrize(
+    ("page", "target"),
+    [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^)\s]+)\)", text)],
+)
+def test_links_lead_somewhere(page, target):
+    if target.startswith("http"):
+        return
+    path, _, heading = target.partition("#")
+    file = (ROOT / page).parent / path
+    assert file.exists()
+    if heading:
+        headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings]
+
+
+@pytest.mark.parametrize(
+    ("page", "path"),
+    [
+        (page, path)
+        for page, text in PAGES.items()
+        for path in re.findall(r"`((?:tests|hf_parcor|scripts|examples)/[\w./]+)`", text)
+    ],
+)
+def test_paths_exist(page, path):
+    assert (ROOT / path).exists()
