@@ -150,9 +150,8 @@ class ParameterDefenseMixin(RobustnessMixin):
         selected = self.defended_parameters()
         others = trained_beside(selected.values(), model, self.optimizer)
         prefix = self._find_shared_prefix(defense, model, selected, inputs)
-        forwards = (
-            0 if prefix is None else prefix.forwards - 1
-        )  # of the prefix, beside that of a stock step: 1/3 of it
+        # A forward pass more of the prefix than in a stock step costs a third of it.
+        forwards = 0 if prefix is None else prefix.forwards - 1
         self._cost = 1 + (defense.cost - 1) * self._suffix_share + forwards * (1 - self._suffix_share) / 3
         run_pass = passes_of(
             self,
