@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "targets": set(),
     "labels": set(),
     "modes": set(),
+    "sharding": set(),
     "prefix": {"functional", "modes"},
     "corruptions": {"functional", "constraints", "injection"},
     "defenses": {"functional", "constraints", "injection", "corruptions", "prefix"},
@@ -65,6 +66,7 @@ MAY_IMPORT = {
         "prefix",
         "strict_json",
         "labels",
+        "sharding",
         "monitoring",
     },
     "metric_modules": {"measures"},
@@ -73,6 +75,7 @@ MAY_IMPORT = {
     "evaluation": {
         "labels",
         "modes",
+        "sharding",
         "strict_json",
         "stored_record",
         "functional",

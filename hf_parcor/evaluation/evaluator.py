@@ -14,7 +14,7 @@ from hf_parcor.evaluation.measurement import MEMORY, Measurement
 from hf_parcor.evaluation.measuring import Metric
 from hf_parcor.evaluation.provenance import described, library_versions, model_name
 from hf_parcor.evaluation.records import EvaluationRecord
-from hf_parcor.evaluation.replicas import whole_model
+from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import check_weights
 from hf_parcor.targets import select_trainable
@@ -35,8 +35,15 @@ class CorruptionEvaluator:
     corruptions of a batch, and a metric that itself gathers over processes, as `Trainer.evaluate` does, needs all of
     them at the same corruption. If one process fails, all raise, unless they wait inside of such a metric.
 
+    Where FSDP2 shards the model, weights are corrupted on the shards, and every pass is one of all processes: one
+    without a batch in the last round runs a batch that another counts, all climb every multi-step ascent on the same
+    batches, and no prefix is reused. Noise, bit flips and quantization are those of one process to the last bit (what
+    is random is drawn for one whole tensor at a time); the others to rounding, since their norms are summed shard by
+    shard. If a process fails inside a pass, the others wait until their group's timeout. For FSDP2 `generate` is no
+    pass: call PyTorch's `register_fsdp_forward_method(model, "generate")`, and generate with `synced_gpus=True`.
+
     Args:
-        model: Any PyTorch model; with several processes, each has all of it, bare or under DDP.
+        model: Any PyTorch model; with several processes, each has all of it, bare or under DDP, or FSDP2 shards it.
         metric: `metric(model)` returns numbers by name; a lambda around `Trainer.evaluate`, around a pipeline or an
             evaluator of `evaluate` will do. What tells how long it took is left out. With several processes all of
             them call it at the same time, and what the first got is kept; a `BatchMetric` is spread, and needs the
@@ -58,7 +65,7 @@ class CorruptionEvaluator:
 
     Raises:
         ValueError: The targets match nothing, or the batches can be walked through only once.
-            Or FSDP or tensor parallelism has split the weights.
+            Or FSDP1 or tensor parallelism has split the weights.
         TypeError: A target is not floating point.
 
     Examples:
@@ -91,7 +98,7 @@ class CorruptionEvaluator:
             "module_types": module_types,
             "layers": list(layers) if isinstance(layers, Iterator) else layers,
         }
-        model = whole_model(model)
+        model = measurable_model(model)
         self._parameters = select_trainable(model, **self._target)
         check_weights(self._parameters)
         self._model = model

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_parcor.functional.sharded import whole
+
 
 def fingerprint(batches: Iterable[Any]) -> str:
     """Return the SHA-256 of all tensors in all batches: names, shapes, dtypes and bytes, in order.
@@ -33,6 +35,8 @@ def fingerprint(batches: Iterable[Any]) -> str:
 def fingerprint_of_weights(model: nn.Module) -> str:
     """Return the SHA-256 of all parameters and buffers: names, shapes, dtypes and bytes, in order.
 
+    Shards are gathered tensor by tensor: all processes must call this.
+
     Examples:
         >>> model = nn.Linear(1, 1)
         >>> before = fingerprint_of_weights(model)
@@ -48,4 +52,4 @@ def fingerprint_of_weights(model: nn.Module) -> str:
 
 def _update(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

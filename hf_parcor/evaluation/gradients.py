@@ -14,9 +14,11 @@ from tqdm.auto import tqdm
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_parcor.evaluation.on_shards import corrupted_model, gradients
 from hf_parcor.evaluation.processes import ALONE, Processes
-from hf_parcor.injection import corrupted
+from hf_parcor.functional.sharded import local_parts
 from hf_parcor.labels import count_labels
+from hf_parcor.sharding import class_of
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -135,18 +137,24 @@ class DatasetGradients:
                 name: torch.zeros_like(parameter, dtype=_wide(parameter))
                 for name, parameter in self._parameters.items()
             }
-            share = zip(self._batches, self._items, strict=True)
+            # The mean over no item is NaN.
+            pieces = ((batch, items) for batch, items in zip(self._batches, self._items, strict=True) if items)
             walk = tqdm(
-                self._processes.share(share),
+                self._processes.rounds(pieces),
                 desc="gradient over the data",
                 total=self._processes.size(len(self)),
                 leave=False,
                 disable=not self._progress,
             )
-            for batch, items in walk:
-                if items:  # the mean over no item is NaN
-                    torch._foreach_add_(list(overall.values()), self._gradient(batch), alpha=items / total)
-            self._overall = self._processes.sum(overall)
+            in_step = self._processes.in_step
+            for (batch, items), counts in walk:
+                share = items / total if counts else 0.0
+                # What all processes differentiate at once is the mean of their losses: the share weighs the loss.
+                found = self._gradient(batch, share * self._processes.count if in_step else 1.0)
+                torch._foreach_add_(
+                    local_parts(list(overall.values())), local_parts(found), alpha=1 if in_step else share
+                )
+            self._overall = overall if in_step else self._processes.sum(overall)
         return self._overall
 
     def on_next_batch(self, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -163,7 +171,7 @@ class DatasetGradients:
 
     def on_batch(self, batch: Batch, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradient of a batch's mean loss at `w + a`."""
-        with corrupted(self._parameters, corruption):
+        with corrupted_model(self._model, self._parameters, corruption):
             return dict(zip(self._parameters, self._gradient(batch), strict=True))
 
     def run(self, batch: Batch) -> None:
@@ -178,11 +186,15 @@ class DatasetGradients:
     def _on_device(self, batch: Batch) -> Batch:
         return send_to_device(batch, next(iter(self._parameters.values())).device)
 
-    def _gradient(self, batch: Batch) -> list[Tensor]:
+    def _gradient(self, batch: Batch, weight: float = 1.0) -> list[Tensor]:
         parameters = list(self._parameters.values())
+
+        def loss() -> Tensor:
+            found = self._loss(self._model, self._on_device(batch))
+            return found if weight == 1 else found * weight
+
         with torch.enable_grad(), trainable(parameters):
-            loss = self._loss(self._model, self._on_device(batch))
-            gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradient = gradients(self._model, parameters, loss)
         return [
             torch.zeros_like(parameter, dtype=_wide(parameter)) if part is None else part.to(_wide(parameter))
             for part, parameter in zip(gradient, parameters, strict=True)
@@ -206,7 +218,7 @@ def shifts_labels(model: nn.Module) -> bool:
     """Return whether a model's own loss leaves first labels out; older classes such as GPT-2's name no loss type."""
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
     loss_type = getattr(model, "loss_type", None)
-    causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    causal = class_of(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     shifts = causal if loss_type is None else LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
     return shifts and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 

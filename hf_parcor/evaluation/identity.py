@@ -13,6 +13,7 @@ from hf_parcor.evaluation.fingerprint import fingerprint, fingerprint_of_weights
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.provenance import library_versions
 from hf_parcor.evaluation.replicas import all_batches
+from hf_parcor.sharding import class_of
 from hf_parcor.strict_json import to_strict_json
 
 # Where a model lies, and what a first loss writes there: not what the model computes.
@@ -47,7 +48,7 @@ def identity_of_run(
     settings = configuration.to_dict() if hasattr(configuration, "to_dict") else {}
     plain = {name: str(value) for name, value in settings.items() if name not in _PASSING}
     return {
-        "model": type(model).__name__,
+        "model": class_of(model).__name__,
         "configuration": hashlib.sha256(to_strict_json(plain).encode()).hexdigest(),
         "weights": fingerprint_of_weights(model),
         "data": data,

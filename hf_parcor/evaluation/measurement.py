@@ -20,6 +20,7 @@ from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, check_
 from hf_parcor.evaluation.identity import identity_of_run
 from hf_parcor.evaluation.measuring import Metric, measure
 from hf_parcor.evaluation.metrics import BatchMetric
+from hf_parcor.evaluation.on_shards import corrupted_model
 from hf_parcor.evaluation.plan import Plan
 from hf_parcor.evaluation.processes import Processes
 from hf_parcor.evaluation.records import CorruptionRecord
@@ -28,9 +29,9 @@ from hf_parcor.evaluation.sharing import Job, Part, choose_together, measure_tog
 from hf_parcor.evaluation.trials import Trial, checked_metrics, record_of
 from hf_parcor.functional.arguments import check_count
 from hf_parcor.functional.vectors import numel
-from hf_parcor.injection import corrupted
 from hf_parcor.modes import evaluation_mode
 from hf_parcor.prefix import PrefixReuse
+from hf_parcor.sharding import is_sharded
 
 MEMORY = 1 << 30
 BETWEEN_WRITES = 16  # corruptions that a kill may cost; more would share a prefix run that is a few percent of them
@@ -68,10 +69,12 @@ class Measurement:
             check_repeatable(batches)
             batches = all_batches(batches)
         maybe: Any = metric
-        self._by_batch: BatchMetric | None = maybe if reuse_prefix and isinstance(maybe, BatchMetric) else None
+        sharded = is_sharded(model)  # there every module that is called gathers, and every pass must end
+        reuses = reuse_prefix and not sharded and isinstance(maybe, BatchMetric)
+        self._by_batch: BatchMetric | None = maybe if reuses else None
         self._model, self._metric, self._batches, self._loss = model, metric, batches, loss
         self._memory = memory
-        self._processes = Processes.launched()
+        self._processes = Processes.launched(in_step=sharded)
         self._progress = progress and self._processes.index == 0
 
     def run(
@@ -104,11 +107,11 @@ class Measurement:
             data = "" if self._batches is None else fingerprint(self._batches)
             self._check_replicas(data)
             found: dict[int, Trial] = {}  # number 0 is the clean model's
-            if path is not None:
+            if checkpoint is not None:
                 run = identity_of_run(
                     self._model, self._metric, self._loss, data, selections, corruptions, trials, seed
                 )
-                found = begin_checkpoint(path, run)
+                found = {} if path is None else begin_checkpoint(path, run)
             found = self._processes.gather(found)[0]
             left = [number for number in range(1, 1 + len(plan)) if number not in found]
             parts = self._parts(list(selections.values()), {plan.part_of(number) for number in left}, corruptions)
@@ -216,7 +219,7 @@ class Measurement:
         sizes = []
         metrics: list[Mapping[str, object]] = []
         for job, corruption in zip(group, chosen, strict=True):
-            with corrupted(job.part.parameters, corruption) as injection:
+            with corrupted_model(self._model, job.part.parameters, corruption) as injection:
                 sizes.append(injection.size())
                 if together is None:
                     metrics.append(self._metrics())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -36,14 +37,14 @@ def measure(model: nn.Module, metric: Metric, processes: Processes) -> Mapping[s
     """
     maybe: Any = metric
     if processes.count > 1 and isinstance(maybe, BatchMetric):
-        share = [maybe.of_batch(model, batch) for batch in processes.share(all_batches(maybe.batches))]
-        return checked_metrics(maybe.combine(processes.collect(share)))
+        found = processes.each(partial(maybe.of_batch, model), all_batches(maybe.batches))
+        return checked_metrics(maybe.combine(found))
     metrics = checked_metrics(metric(model))
     if processes.count == 1:
         return metrics
-    found = processes.gather({name: _plain(value) for name, value in metrics.items()})
-    _warn_of_differences(found)
-    return found[0]
+    of_processes = processes.gather({name: _plain(value) for name, value in metrics.items()})
+    _warn_of_differences(of_processes)
+    return of_processes[0]
 
 
 def _plain(value: object) -> object:

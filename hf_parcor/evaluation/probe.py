@@ -15,7 +15,7 @@ from hf_parcor.evaluation.measurement import MEMORY, Measurement
 from hf_parcor.evaluation.measuring import Metric
 from hf_parcor.evaluation.provenance import described, library_versions, model_name
 from hf_parcor.evaluation.records import EvaluationRecord
-from hf_parcor.evaluation.replicas import whole_model
+from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.evaluation.sweep_record import SweepRecord
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import check_weights
@@ -59,7 +59,7 @@ class LayerProbe:
         memory: int = MEMORY,
         progress: bool = True,
     ) -> None:
-        model = whole_model(model)
+        model = measurable_model(model)
         self._targets: dict[str, Any] = dict(by_layer(model) if targets is None else targets)
         if not self._targets:
             raise ValueError("targets: expected at least one, got none; name the modules to corrupt")

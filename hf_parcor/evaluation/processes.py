@@ -1,9 +1,9 @@
-"""The processes that measure together: each has the whole model, and takes every n-th piece of the work."""
+"""The processes that measure together: each takes every n-th piece of the work."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +15,7 @@ from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor, distributed
 
 _T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class ProcessError(RuntimeError):
@@ -31,19 +32,22 @@ class Processes:
     Args:
         count: How many there are. Default 1.
         index: Which one this is, from 0.
+        in_step: Whether they share one model, so that each pass is one of all of them at once. Default False: each
+            has the whole model.
     """
 
     count: int = 1
     index: int = 0
+    in_step: bool = False
 
     @classmethod
-    def launched(cls) -> Processes:
+    def launched(cls, *, in_step: bool = False) -> Processes:
         """Return those that `accelerate launch` or `torchrun` started, or one."""
         started = distributed.is_available() and distributed.is_initialized()
         if not started and int(os.environ.get("WORLD_SIZE", "1")) <= 1:
             return cls()
         state = PartialState(cpu=not torch.accelerator.is_available())
-        return cls(state.num_processes, state.process_index)
+        return cls(state.num_processes, state.process_index, in_step)
 
     def share(self, pieces: Iterable[_T]) -> Iterator[_T]:
         """Return every n-th of the pieces, those of this process.
@@ -53,6 +57,29 @@ class Processes:
             ['b', 'd']
         """
         return islice(pieces, self.index, None, self.count)
+
+    def rounds(self, pieces: Iterable[_T]) -> Iterator[tuple[_T, bool]]:
+        """Yield the pieces of this process, and True; in step, also one that another has in place of each missing one.
+
+        Examples:
+            >>> list(Processes(count=2, index=1, in_step=True).rounds("abcde"))
+            [('b', True), ('d', True), ('e', False)]
+        """
+        if not self.in_step:
+            yield from ((piece, True) for piece in self.share(pieces))
+            return
+        walk = iter(pieces)
+        while batch := list(islice(walk, self.count)):
+            yield batch[min(self.index, len(batch) - 1)], self.index < len(batch)
+
+    def each(self, make: Callable[[_T], _R], pieces: Iterable[_T]) -> list[_R]:
+        """Return what is made of each piece, in their order; each process makes every n-th.
+
+        Raises:
+            ProcessError: Another process failed.
+        """
+        made = [(make(piece), counts) for piece, counts in self.rounds(pieces)]
+        return self.collect([found for found, counts in made if counts])
 
     def size(self, pieces: int) -> int:
         """Return how many of so many pieces are in the share of this process."""

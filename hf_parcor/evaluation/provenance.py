@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from hf_parcor.sharding import class_of
+
 _LIBRARIES = ("hf-parcor", "torch", "transformers", "accelerate")
 
 
@@ -20,7 +22,7 @@ def model_name(model: nn.Module) -> str:
         >>> model_name(nn.Linear(1, 1))
         'Linear'
     """
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or class_of(model).__name__
     return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
 
 

@@ -1,4 +1,4 @@
-"""What every process must have alike before the work is spread: the whole model, its weights, and all data."""
+"""What every process must have alike before the work is spread: the model, its weights, and all data."""
 
 from __future__ import annotations
 
@@ -10,27 +10,46 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from accelerate.utils import model_has_dtensor
 from torch import distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from hf_parcor.evaluation.processes import Processes
+from hf_parcor.sharding import drop_gathered, is_sharded
 
 
-def whole_model(model: nn.Module) -> nn.Module:
+def measurable_model(model: nn.Module) -> nn.Module:
     """Return the model inside of DistributedDataParallel, whose passes would wait for each other; others as they are.
 
+    Of one that FSDP2 shards, every parameter is its shard then.
+
     Raises:
-        ValueError: FSDP or tensor parallelism has split the weights.
+        ValueError: FSDP1 or tensor parallelism has split the weights, or FSDP2 has left some of them out.
     """
+    if is_sharded(model):
+        drop_gathered(model)
+        _check_shards(model)
+        return model
     if model_has_dtensor(model) or _is_wrapped_by_fsdp(model):
         raise ValueError(
-            "model: expected all weights in every process, got weights that FSDP or tensor parallelism has split; "
-            "save the model, and evaluate it as from_pretrained loads it"
+            "model: expected all weights in every process, or all sharded by FSDP2, got weights that FSDP1 or tensor "
+            "parallelism has split; save the model, and evaluate it as from_pretrained loads it"
         )
     if isinstance(model, DistributedDataParallel):
         inner: nn.Module = model.module
         return inner
     return model
+
+
+def _check_shards(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        ways = sum(not place.is_replicate() for place in parameter.placements) if isinstance(parameter, DTensor) else 0
+        if ways > 1 or not isinstance(parameter, DTensor):
+            raise ValueError(
+                f"model: expected every parameter sharded by FSDP2 alone, got {name!r}, which is "
+                f"{'split again by tensor parallelism' if ways else 'left out of it'}; save the model, and evaluate "
+                "it as from_pretrained loads it"
+            )
 
 
 def _is_wrapped_by_fsdp(model: nn.Module) -> bool:
@@ -59,13 +78,15 @@ def all_batches(batches: Iterable[Any]) -> Iterable[Any]:
 
 
 def check_same_weights(model: nn.Module, processes: Processes) -> None:
-    """Refuse a model whose parameters or buffers differ between processes.
+    """Refuse a model whose parameters or buffers differ between processes; shards do, and are of one model.
 
     Raises:
         ValueError: They differ.
     """
-    tensors = dict(chain(model.named_parameters(), model.named_buffers()))
-    first, *others = processes.gather({name: _sum_of_bits(tensor) for name, tensor in tensors.items()})
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    first, *others = processes.gather(
+        {name: _sum_of_bits(tensor) for name, tensor in tensors if not isinstance(tensor, DTensor)}
+    )
     for other in others:
         for name in [name for name in {**first, **other} if first.get(name) != other.get(name)]:
             raise ValueError(

@@ -15,10 +15,10 @@ from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.evaluation.gradients import DatasetGradients
 from hf_parcor.evaluation.metrics import BatchMetric
+from hf_parcor.evaluation.on_shards import corrupted_model
 from hf_parcor.evaluation.processes import ALONE, Processes
 from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.functional.vectors import working_dtype
-from hf_parcor.injection import corrupted
 from hf_parcor.prefix import PrefixReuse, recording_together
 
 
@@ -47,10 +47,14 @@ class Job:
 def choose_together(jobs: Sequence[Job], processes: Processes = ALONE) -> list[Mapping[str, Tensor]]:
     """Return what each corruption chooses, as if called alone; multi-step ones walk through the data together.
 
-    Each process climbs whole ascents: they need no word from the others, and end where one process would.
+    Each process climbs whole ascents: they need no word from the others, and end where one process would. In step,
+    all processes climb all of them.
     """
     ascents = [job for job in jobs if type(job.corruption) is MultiStepCorruption]
-    climbed = iter(_handed_round(ascents, _climb(list(processes.share(ascents))), processes))
+    if processes.in_step:
+        climbed = iter(_climb(ascents))
+    else:
+        climbed = _handed_round(ascents, _climb(list(processes.share(ascents))), processes)
     corruptions: list[Mapping[str, Tensor]] = []
     for job in jobs:
         if type(job.corruption) is MultiStepCorruption:
@@ -122,16 +126,18 @@ def measure_together(
         processes: Those that measure together, each every n-th batch.
     """
     prefixes = _different(job.part.measuring for job in jobs)
-    share: list[list[Any]] = []
-    for batch in processes.share(all_batches(metric.batches)):
+
+    def of_jobs(batch: Mapping[str, Any]) -> list[Any]:
         _record(prefixes, partial(metric.of_batch, model, batch))
         found = []
         for job, corruption in zip(jobs, chosen, strict=True):
-            with corrupted(job.part.parameters, corruption), _replaying(job.part.measuring):
+            with corrupted_model(model, job.part.parameters, corruption), _replaying(job.part.measuring):
                 found.append(metric.of_batch(model, batch))
-        share.append(found)
         _forget(prefixes)
-    return [metric.combine(list(of_job)) for of_job in zip(*processes.collect(share), strict=True)]
+        return found
+
+    of_batches = processes.each(of_jobs, all_batches(metric.batches))
+    return [metric.combine(list(of_job)) for of_job in zip(*of_batches, strict=True)]
 
 
 def _different(prefixes: Iterable[PrefixReuse | None]) -> list[PrefixReuse]:

@@ -7,8 +7,10 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_parcor.functional.arguments import check_count, check_real
+from hf_parcor.functional.sharded import cut_as, local_part, sharded_as, shared_generator
 
 _MANTISSA_BITS: Mapping[torch.dtype, int] = MappingProxyType(
     {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
@@ -65,7 +67,7 @@ def flip_bits(tensor: Tensor, elements: Tensor, positions: Tensor) -> Tensor:
     """Return a copy of `tensor` in which bit `positions[j]` of entry `elements[j]` is inverted, for every j.
 
     Args:
-        tensor: float16, bfloat16, float32 or float64, any shape.
+        tensor: float16, bfloat16, float32 or float64, any shape. Of a sharded one each rank flips what it holds.
         elements: Indices into the flattened tensor (row-major), int64.
         positions: Bit positions, 0 the least significant, int64, same length. A pair given twice flips once.
 
@@ -90,14 +92,20 @@ def flip_bits(tensor: Tensor, elements: Tensor, positions: Tensor) -> Tensor:
                 f"the tensor has {tensor.numel()} entries of {width} bits"
             )
     integer = _INTEGER_OF_SIZE[tensor.dtype.itemsize]
-    flat = tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(integer)
+    here = local_part(tensor).detach().clone(memory_format=torch.contiguous_format)
+    flat = here.view(-1).view(integer)
     pairs = torch.unique(elements * width + positions)
     touched, slot = torch.unique_consecutive(pairs // width, return_inverse=True)
     masks = torch.zeros(len(touched), dtype=torch.int64, device=flat.device)
     # Distinct bits of one entry add up to their union; int64 arithmetic wraps to the sign bit of narrower integers.
     masks.index_add_(0, slot, torch.ones_like(pairs) << pairs % width)
-    flat[touched] ^= masks.to(integer)
-    return flat.view(tensor.dtype).view(tensor.shape)
+    if isinstance(tensor, DTensor):
+        everywhere = flat.new_zeros(tensor.shape)
+        everywhere.view(-1)[touched] = masks.to(integer)
+        flat ^= local_part(cut_as(everywhere, tensor)).reshape(-1).to(flat.device)
+    else:
+        flat[touched] ^= masks.to(integer)
+    return sharded_as(here, tensor)
 
 
 def sample_positions(total: int, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -152,6 +160,7 @@ def flip_random_bits(
             bits in the field, an unknown field.
     """
     rate, count = check_amount(rate, count)
+    generator = shared_generator(tensors, generator)
     fields = [field_bits(tensor.dtype, field) for tensor in tensors]
     sizes = [tensor.numel() * len(bits) for tensor, bits in zip(tensors, fields, strict=True)]
     total = sum(sizes)
@@ -165,7 +174,8 @@ def flip_random_bits(
     positions = sample_positions(total, count, generator)
     flipped, start = [], 0
     for tensor, bits, size in zip(tensors, fields, sizes, strict=True):
-        here = positions[(positions >= start) & (positions < start + size)].to(tensor.device) - start
+        device = local_part(tensor).device
+        here = positions[(positions >= start) & (positions < start + size)].to(device) - start
         flipped.append(flip_bits(tensor, here // len(bits), here % len(bits) + bits.start))
         start += size
     return flipped

@@ -1,6 +1,6 @@
 """Random vectors in the shape of given tensors, drawn on the generator's device so that a seed means one vector.
 
-Each rank draws what it holds of sharded tensors: another vector than one process would, of the same distribution.
+Of sharded tensors each rank draws all, one after the other, and keeps its part: the seed means the same vector there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_parcor.functional.arguments import check_radius
-from hf_parcor.functional.sharded import ShardedVector, generators_of_shards, one_vector, sharded_as
+from hf_parcor.functional.sharded import cut_as, local_part, shared_generator
 
 
 def _drawn(
@@ -19,15 +19,13 @@ def _drawn(
     generator: torch.Generator | None,
     fill: Callable[[Tensor, torch.Generator | None], Tensor],
 ) -> list[Tensor]:
-    vector = one_vector(tensors)
-    sharded = isinstance(vector, ShardedVector)
-    sources = generators_of_shards(tensors, generator) if sharded else [generator] * len(vector)
+    source = shared_generator(tensors, generator)
     drawn = []
-    for here, like, source in zip(vector, tensors, sources, strict=True):
-        dtype = torch.float64 if here.dtype == torch.float64 else torch.float32
-        device = here.device if source is None else source.device
-        noise = fill(torch.empty(here.shape, dtype=dtype, device=device), source).to(here.device)
-        drawn.append(sharded_as(noise, like))
+    for like in tensors:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        home = local_part(like).device
+        noise = fill(torch.empty(like.shape, dtype=dtype, device=home if source is None else source.device), source)
+        drawn.append(cut_as(noise.to(home), like))
     return drawn
 
 

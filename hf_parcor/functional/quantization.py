@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from hf_parcor.functional.arguments import check_count
+from hf_parcor.functional.sharded import local_part, sharded_as
+from hf_parcor.functional.vectors import max_magnitude
 
 
 def check_bits(bits: object) -> int:
@@ -22,7 +24,7 @@ def quantize(tensor: Tensor, bits: int) -> Tensor:
     Halves round to even. A tensor of zeros is returned as it is, and so is one with an entry that is not finite.
 
     Args:
-        tensor: `W`, floating point, any shape.
+        tensor: `W`, floating point, any shape; of a sharded one the maximum is that of all shards.
         bits: `n`, in 2..16; n bits hold `2^n − 1` levels from `−max|W|` to `max|W|`.
 
     Returns:
@@ -38,12 +40,13 @@ def quantize(tensor: Tensor, bits: int) -> Tensor:
     bits = check_bits(bits)
     if tensor.numel() == 0:
         return tensor.clone()
-    weights = tensor if tensor.dtype == torch.float64 else tensor.float()
+    here = local_part(tensor)
+    weights = here if tensor.dtype == torch.float64 else here.float()
     levels = 2 ** (bits - 1) - 1
-    step = weights.abs().amax() / levels
+    step = max_magnitude([tensor]) / levels
     usable = torch.isfinite(step) & (step > 0)
     rounded = torch.round(weights / torch.where(usable, step, 1.0)) * step
     # A step at an end of the float range is rounded itself: no level may be ∞, or lie beyond the last one.
     last = (levels * step).clamp(max=torch.finfo(step.dtype).max)
     rounded = rounded.clamp(-last, last)
-    return torch.where(usable, rounded.to(tensor.dtype), tensor)
+    return sharded_as(torch.where(usable, rounded.to(tensor.dtype), here), tensor)

@@ -2,7 +2,8 @@
 
 This is the one place that knows of ranks. Functions work on the local parts, as on any list of tensors; where a number
 is of the whole vector (a maximum, a norm, a count), each rank finds that of its parts, and these few numbers travel.
-No tensor is gathered.
+What is random is drawn for a whole tensor on each rank, one tensor after the other, and cut: as one process draws it.
+No tensor is gathered but by `whole`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Cuts = tuple[tuple[DeviceMesh, int], ...]
 """The dimensions of a mesh that a tensor is cut along; none where each rank holds all of it."""
@@ -141,28 +142,33 @@ def sharded_as(part: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def generators_of_shards(tensors: Sequence[Tensor], generator: torch.Generator | None) -> list[torch.Generator]:
-    """Return a source of randomness for each local part: equal for replicas, independent for shards.
+def cut_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor that every rank has whole, spread as `like` is: each keeps its part, and nothing travels."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
-    They are seeded by one number that the mesh's first rank draws from its generator.
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor gathered from the ranks that hold its parts, all of which must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shared_generator(tensors: Sequence[Tensor], generator: torch.Generator | None) -> torch.Generator | None:
+    """Return a source of randomness that is in the same state on all ranks which hold parts of the tensors.
+
+    One that is given is brought into the state of the first rank's. In place of PyTorch's global one, which dropout
+    moves differently on each rank, another is seeded by a number that the first rank draws from it.
     """
-    mesh = next(tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor))
-    seed = _shared_seed(mesh, generator)
-    layouts = [cuts_of(tensor) for tensor in tensors]
-    number = {cuts: index for index, cuts in enumerate(dict.fromkeys(layouts))}
-    sources: dict[Cuts, torch.Generator] = {}
-    for tensor, cuts in zip(tensors, layouts, strict=True):
-        if cuts not in sources:
-            device = local_part(tensor).device
-            sources[cuts] = torch.Generator(device).manual_seed(seed + (number[cuts] << 32) + _own_row(cuts))
-    return [sources[cuts] for cuts in layouts]
-
-
-def _shared_seed(mesh: DeviceMesh, generator: torch.Generator | None) -> int:
-    device = None if generator is None else generator.device
-    seed = torch.randint(2**62, (), generator=generator, device=device)
+    mesh = next((tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)), None)
+    if mesh is None:
+        return generator
     every = tuple((mesh, dimension) for dimension in range(mesh.ndim))
-    return int(_gathered(seed, every)[0])
+    if generator is None:
+        seed = int(_gathered(torch.randint(2**62, ()), every)[0])
+        return torch.Generator(local_part(tensors[0]).device).manual_seed(seed)
+    generator.set_state(_gathered(generator.get_state(), every)[0])
+    return generator
 
 
 def _own_row(cuts: Cuts) -> int:

@@ -13,6 +13,7 @@ from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.defenses import DefendedStep, Defense, MultiStepRisk
 from hf_parcor.monitoring import RobustnessMixin
 from hf_parcor.prefix import PrefixReuse
+from hf_parcor.sharding import drop_gathered, is_sharded
 from hf_parcor.targets import find_input_embedding, select_trainable
 from hf_parcor.training.checkpoints import save_defense, warn_of_another_defense
 from hf_parcor.training.collapse import CollapseCallback
@@ -22,7 +23,7 @@ from hf_parcor.training.passes import passes_of
 from hf_parcor.training.process_group import ProcessGroup
 from hf_parcor.training.refusals import refuse_what_cannot_work
 from hf_parcor.training.settings import DefenseSettings
-from hf_parcor.training.sharded import drop_gathered, is_sharded, on_shards, renewed
+from hf_parcor.training.sharded import on_shards, renewed
 from hf_parcor.training.shared_prefix import find_shared_prefix, suffix_share
 from hf_parcor.training.step_log import StepLog
 from hf_parcor.training.trained import check_trained, trained_beside

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_parcor.defenses import Defense, Objective
+from hf_parcor.sharding import is_sharded
 from hf_parcor.training.batch_part import first_examples, items_of_part
 from hf_parcor.training.books import books_closed
 from hf_parcor.training.data_parallel import unfinished_forward
 from hf_parcor.training.loss_scale import scaled
 from hf_parcor.training.overriding import overriding
 from hf_parcor.training.running_statistics import frozen_running_statistics
-from hf_parcor.training.sharded import is_sharded
 
 
 def passes_of(

@@ -1,41 +1,24 @@
 """Models that FSDP2 shards over ranks: what a defended step needs there.
 
-A parameter is a `DTensor` between passes, and a plain tensor of gathered values, in another object, while a module
-computes. Weights are corrupted on the shards, so whatever was gathered before must be dropped. Gradients are reduced
-in every pass, also where the Trainer's loop defers that to the last micro-batch: FSDP2 would keep whole gradients
-until then, out of reach. They are means over ranks, so the corruption is that of the joined batch. A prefix that the
-passes share is computed at the first and at the last of them: all passes run to their end, as FSDP2 expects.
+Gradients are reduced in every pass, also where the Trainer's loop defers that to the last micro-batch: FSDP2 would
+keep whole gradients until then, out of reach. They are means over ranks, so the corruption is that of the joined
+batch. A prefix that the passes share is computed at the first and at the last of them: all passes run to their end, as
+FSDP2 expects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from hf_parcor.defenses import Objective
 from hf_parcor.prefix import PrefixError, RecomputedPrefix, find_recomputed_prefix, try_recomputed_prefix
+from hf_parcor.sharding import drop_gathered, reducing
 
 _CHECKPOINTED = "_checkpoint_wrapped_module."  # in names, where FSDP's activation checkpointing wraps modules
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Say whether FSDP2 shards the model."""
-    return isinstance(model, FSDPModule)
-
-
-def _units(model: nn.Module) -> Iterator[FSDPModule]:
-    return (module for module in model.modules() if isinstance(module, FSDPModule))
-
-
-def drop_gathered(model: nn.Module) -> None:
-    """Let every parameter be its shard again, so that the next use gathers the values of now."""
-    for unit in _units(model):
-        unit.reshard()
 
 
 def renewed(names: Iterable[str], model: nn.Module) -> dict[str, nn.Parameter]:
@@ -43,17 +26,6 @@ def renewed(names: Iterable[str], model: nn.Module) -> dict[str, nn.Parameter]:
     drop_gathered(model)
     now = {name.replace(_CHECKPOINTED, ""): parameter for name, parameter in model.named_parameters()}
     return {name: now[name] for name in names}
-
-
-@contextmanager
-def reducing(model: nn.Module) -> Iterator[None]:
-    """Let a pass leave its gradients on the shards, and no gathered weights, which would be those of another pass."""
-    for unit in _units(model):  # the Trainer's loop sets it for each micro-batch anew
-        unit.set_requires_gradient_sync(True, recurse=False)
-    try:
-        yield
-    finally:
-        drop_gathered(model)
 
 
 def on_shards(run_pass: Callable[[Objective, int], Tensor], model: nn.Module) -> Callable[[Objective, int], Tensor]:

@@ -14,8 +14,9 @@ from transformers.utils import logging
 
 from hf_parcor.defenses import Defense
 from hf_parcor.prefix import NothingToReuse, PrefixError, PrefixReuse, plan_prefix
+from hf_parcor.sharding import is_sharded
 from hf_parcor.training.data_parallel import data_parallel
-from hf_parcor.training.sharded import is_sharded, plan_prefix_on_shards
+from hf_parcor.training.sharded import plan_prefix_on_shards
 
 logger = logging.get_logger(__name__)
 _Plan = TypeVar("_Plan", bound=PrefixReuse)

@@ -6,12 +6,18 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +36,8 @@ from hf_parcor import (
     UniformNoise,
 )
 from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.functional.sharded import local_part
+from hf_parcor.sharding import drop_gathered
 
 ROUNDED = [  # the gradient over the data is summed in another order
     GradientCorruption(CorruptionConstraint(p=math.inf, epsilon=0.1)),
@@ -82,14 +90,16 @@ def rows() -> list[dict[str, torch.Tensor]]:
 
 
 def bits(network: nn.Module) -> str:
-    parts = [tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in network.parameters()]
+    drop_gathered(network)
+    held = [local_part(tensor) for tensor in network.parameters()]
+    parts = [tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in held]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def evaluated(network: nn.Module, data: Any, corruptions: Sequence[Any], **options: Any) -> str:
-    metric = options.pop("metric", None) or ClassificationMetric(data)
+    metric, checkpoint = options.pop("metric", None) or ClassificationMetric(data), options.pop("checkpoint", None)
     evaluator = CorruptionEvaluator(network, metric, data, progress=False, **options)
-    return evaluator.evaluate(corruptions, trials=2).to_json()
+    return evaluator.evaluate(corruptions, trials=2, checkpoint=checkpoint).to_json()
 
 
 def probed(network: nn.Module, data: Any, corruptions: Sequence[Any]) -> list[str]:
@@ -108,34 +118,98 @@ class InOrder(ClassificationMetric):
         return {"loss": sum(index * part["loss"] for index, part in enumerate(parts))}
 
 
-def all_records() -> dict[str, list[str]]:
-    """Return what must be the same for every number of processes."""
-    network, data, both = model(), batches(), [*ROUNDED, *EXACT]
+def all_records(build: Callable[[], nn.Module] = model) -> dict[str, list[str]]:
+    """Return what must be the same for every number of processes, and for a model that is sharded over them."""
+    network, data, both = build(), batches(), [*ROUNDED, *EXACT]
     before, last = bits(network), {"target_modules": "last-encoder-layer"}
     found = {
         "all weights": [evaluated(network, data, both, memory=1)],
         "a part, prefix shared": [evaluated(network, data, both, **last)],
         "a part, whole passes": [evaluated(network, data, both, reuse_prefix=False, **last)],
+        "frozen": [evaluated(build().requires_grad_(False), data, both, **last)],
         "order of batches": [evaluated(network, data, EXACT, metric=InOrder(data))],
         "one batch": [evaluated(network, batches((3,)), both)],
-        "each block": probed(network, data, [*ROUNDED[:1], *EXACT[:3]]),
+        "a batch without labels": [evaluated(network, [*data[:2], unlabeled(data[2]), *data[3:]], both)],
+        "any metric": [evaluated(network, data, both, metric=lambda m: {"loss": float(m(**data[0]).loss.detach())})],
+        "each block": probed(network, data, [*ROUNDED[:1], *EXACT[:3], *EXACT[-2:]]),
     }
     assert bits(network) == before
     return found
 
 
-def one_record() -> dict[str, list[str]]:
-    return {"all weights": [evaluated(model(), batches(), [*ROUNDED, *EXACT])]}
+def unlabeled(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**batch, "labels": torch.full_like(batch["labels"], -100)}
 
 
-@pytest.mark.parametrize(("records", "world_size"), [(all_records, 2), (one_record, 4)])
-def test_every_rank_has_the_record_of_one_process(run_on_ranks, records, world_size):
-    (expected,), ranks = run_on_ranks(records, 1), run_on_ranks(records, world_size)
+def one_record(build: Callable[[], nn.Module] = model) -> dict[str, list[str]]:
+    return {"all weights": [evaluated(build(), batches(), [*ROUNDED, *EXACT])]}
+
+
+def sharded(replicas: int = 1, **settings: Any) -> Any:
+    """Return the model with its layers and the rest sharded over all ranks by FSDP2."""
+    shape = (distributed.get_world_size(),) if replicas == 1 else (replicas, distributed.get_world_size() // replicas)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
+    network = model()
+    for layer in network.get_submodule("bert.encoder.layer").children():
+        fully_shard(layer, mesh=mesh, **settings)
+    return fully_shard(network, mesh=mesh, **settings)
+
+
+def gradients_are_kept() -> None:
+    network, data = sharded(), batches()
+    network(**data[distributed.get_rank()]).loss.backward()
+    kept = {name: parameter.grad for name, parameter in network.named_parameters()}
+    values = {name: local_part(gradient).clone() for name, gradient in kept.items()}
+    evaluated(network, data, [*ROUNDED, *EXACT[:2]])
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is kept[name]
+        assert torch.equal(local_part(parameter.grad), values[name])
+
+
+def interrupted_and_resumed(folder: str) -> dict[str, list[str]]:
+    network, data, both = sharded(reshard_after_forward=False), batches(), [*ROUNDED, *EXACT]
+    path, metric = Path(folder) / "checkpoint", InterruptedLater(data)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(network, data, both, metric=metric, memory=1, checkpoint=path)
+    distributed.barrier()
+    assert len(path.read_text().splitlines()) > 4
+    return {"all weights": [evaluated(network, data, both, metric=metric, checkpoint=path)]}
+
+
+class InterruptedLater(ClassificationMetric):
+    left = 7
+
+    def combine(self, parts):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return super().combine(parts)
+
+
+def on_two_ranks(folder: str) -> dict[str, dict[str, list[str]]]:
+    gradients_are_kept()
+    return {"": all_records(), "sharded": all_records(sharded), "interrupted": interrupted_and_resumed(folder)}
+
+
+def on_four_ranks(folder: str) -> dict[str, dict[str, list[str]]]:
+    return {"": one_record(), "sharded": one_record(sharded), "replicas": one_record(partial(sharded, 2))}
+
+
+@pytest.fixture(scope="module")
+def alone(run_on_ranks):
+    (records,) = run_on_ranks(all_records, 1)
+    return records
+
+
+@pytest.mark.parametrize(("measured", "world_size"), [(on_two_ranks, 2), (on_four_ranks, 4)])
+def test_every_rank_has_the_record_of_one_process(run_on_ranks, alone, tmp_path, measured, world_size):
+    ranks = run_on_ranks(measured, world_size, str(tmp_path))
     for found in ranks:
         assert found == ranks[0], "every rank returns the same record"
-    for name, alone in expected.items():
-        for one, together in zip(map(EvaluationRecord.from_json, alone), ranks[0][name], strict=True):
-            check_equal(one, EvaluationRecord.from_json(together))
+    for way, records in ranks[0].items():
+        for name, together in records.items():
+            for one, other in zip(alone[name], together, strict=True):
+                check_equal(EvaluationRecord.from_json(one), EvaluationRecord.from_json(other), ROUNDED_ON[way])
 
 
 def share_of_work() -> int:
@@ -148,13 +222,18 @@ def test_every_rank_computes_its_share(run_on_ranks):
     assert computed == [alone / 2] * 2
 
 
-def check_equal(alone: EvaluationRecord, together: EvaluationRecord) -> None:
-    assert (alone.data, alone.target, alone.parameters) == (together.data, together.target, together.parameters)
+GRADIENT = ("gradient",)
+ON_SHARDS = ("gradient", "random", "multi-step")  # their norms are summed shard by shard
+ROUNDED_ON = {"": GRADIENT, "sharded": ON_SHARDS, "replicas": ON_SHARDS, "interrupted": ON_SHARDS}
+
+
+def check_equal(alone: EvaluationRecord, together: EvaluationRecord, rounded: tuple[str, ...] = GRADIENT) -> None:
+    assert replace(alone, clean=together.clean, corruptions=together.corruptions) == together
     for one, other in zip(alone.rows(), together.rows(), strict=True):
         assert (one.label, one.seeds, one.changed) == (other.label, other.seeds, other.changed)
         for name, values in one.metrics.items():
-            tolerance = {"rel": 1e-5} if one.label.startswith("gradient") else {"rel": 0, "abs": 0}
-            assert other.metrics[name] == pytest.approx(values, nan_ok=True, **tolerance)
+            tolerance = {"rel": 1e-5} if one.label.startswith(rounded) else {"rel": 0, "abs": 0}
+            assert other.metrics[name] == pytest.approx(values, nan_ok=True, **tolerance), one.label
     assert len({row.metrics["loss"] for row in alone.rows()}) > 4, "they do something"
 
 
@@ -183,8 +262,8 @@ def what_users_pass() -> dict[str, Any]:
     }
 
 
-def test_what_users_pass(run_on_ranks):
-    (alone,), ranks = run_on_ranks(one_record, 1), run_on_ranks(what_users_pass, 2)
+def test_what_users_pass(run_on_ranks, alone):
+    ranks = run_on_ranks(what_users_pass, 2)
     assert ranks[0] == ranks[1]
     expected = EvaluationRecord.from_json(alone["all weights"][0])
     of_trainer = EvaluationRecord.from_json(ranks[0].pop("Trainer.evaluate"))
@@ -308,14 +387,18 @@ def test_a_metric_that_does_not_gather(run_on_ranks):
         assert "expected the same 'accuracy' in every process, got [0.5, 0.75]; the first is kept" in warning
 
 
-def split_weights() -> str:
-    from torch.distributed.fsdp import fully_shard
+def split_weights() -> None:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    left_out, again = model(), model()
+    fully_shard(left_out, ignored_params={left_out.get_parameter("classifier.bias")})
+    parallelize_module(again.get_submodule("classifier"), mesh["tensor"], ColwiseParallel())
+    with pytest.raises(ValueError, match=r"tensor parallelism has split; save .* as from_pretrained loads it"):
+        CorruptionEvaluator(again, lambda _: {"x": 0.0})
+    fully_shard(again, mesh=mesh["data"])
+    for network, why in ((left_out, "'classifier.bias', which is left out"), (again, "split again by tensor")):
+        with pytest.raises(ValueError, match=why):
+            CorruptionEvaluator(network, lambda _: {"x": 0.0})
 
-    network = fully_shard(model())
-    with pytest.raises(ValueError, match="weights that FSDP or tensor parallelism has split") as caught:
-        CorruptionEvaluator(network, lambda _: {"x": 0.0})
-    return str(caught.value)
 
-
-def test_split_weights_are_refused(run_on_ranks):
-    assert "from_pretrained" in run_on_ranks(split_weights, 2)[0]
+def test_weights_split_in_other_ways_are_refused(run_on_ranks):
+    run_on_ranks(split_weights, 2)

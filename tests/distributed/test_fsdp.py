@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
 
 from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
-from hf_parcor.training.sharded import drop_gathered
+from hf_parcor.sharding import drop_gathered
 
 CONSTRAINT = CorruptionConstraint(epsilon=0.2)
 DEFENSES = {

@@ -14,12 +14,16 @@ from hf_parcor import CorruptionConstraint, GaussianNoise, RandomCorruption, Uni
 from hf_parcor.functional import (
     constrained_maximum,
     constrained_maximum_value,
+    flip_random_bits,
+    gaussian_noise,
     inner_product,
     keep_top_n,
     max_magnitude,
     project,
     project_,
+    quantize,
     rescale_to_norm,
+    uniform_noise,
     vector_norm,
 )
 from hf_parcor.injection import Injection
@@ -67,6 +71,16 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def in_step(draw):
+    """Return a function of the tensors and a generator as one of the tensors; on shards the others' are off."""
+
+    def function(tensors):
+        off = distributed.get_rank() if any(isinstance(tensor, DTensor) for tensor in tensors) else 0
+        return draw(tensors, torch.Generator().manual_seed(5 + off))
+
+    return function
+
+
 FUNCTIONS = {
     "max_magnitude": max_magnitude,
     "norm 2": vector_norm,
@@ -74,6 +88,13 @@ FUNCTIONS = {
     "inner product": lambda v: inner_product(v, v),
     "maximum": lambda v: constrained_maximum(v, 2, 0.5),
     "projection": lambda v: project(v, 2, 0.3),
+}
+EXACT = {  # to the last bit, since what is random is drawn as one process draws it
+    "quantized": lambda v: [quantize(tensor, 4) for tensor in v],
+    "flipped": in_step(lambda v, source: flip_random_bits(v, count=40, generator=source)),
+    "flipped at a rate": in_step(lambda v, source: flip_random_bits(v, "exponent", rate=0.1, generator=source)),
+    "Gaussian": in_step(lambda v, source: gaussian_noise(v, 0.1, source)),
+    "uniform": in_step(lambda v, source: uniform_noise(v, 0.1, source)),
 }
 MORE = {
     **{f"top {n}": lambda v, n=n: keep_top_n(v, n) for n in (1, 13, 30, 57, 58)},
@@ -84,7 +105,12 @@ MORE = {
     "clipped": lambda v: project(v, math.inf, 0.3),
     "rescaled": lambda v: rescale_to_norm(v, 3, 0.5),
 }
+
 NOT_FOR = {"NaN": ("projection",), "infinite": ("projection",)}
+
+
+def bits_of(tensor):
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
 
 
 def as_list(value):
@@ -95,7 +121,7 @@ def compare_functions(shape, placements):
     mesh = init_device_mesh("cpu", shape)
     compared = 0
     for kind, tensors in vectors().items():
-        functions = {**FUNCTIONS, **MORE} if kind in ("ordinary", "tied") else FUNCTIONS
+        functions = {**FUNCTIONS, **EXACT, **(MORE if kind in ("ordinary", "tied") else {})}
         for name, function in functions.items():
             if name in NOT_FOR.get(kind, ()):
                 continue
@@ -105,8 +131,8 @@ def compare_functions(shape, placements):
                 assert (isinstance(mine, DTensor)) == (len(found) > 1 and place != WHOLE)
                 case = f"{kind}, {name}, tensor {place}: {whole(mine)} instead of {theirs}"
                 torch.testing.assert_close(whole(mine), theirs, rtol=2e-6, atol=0.0, equal_nan=True, msg=case)
-                if name.startswith("top"):
-                    assert torch.equal(whole(mine), theirs), case
+                if name.startswith("top") or name in EXACT:
+                    assert torch.equal(bits_of(whole(mine)), bits_of(theirs)), case
                 compared += 1
     return compared
 

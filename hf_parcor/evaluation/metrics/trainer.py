@@ -14,7 +14,7 @@ from transformers.trainer_utils import TrainerMemoryTracker
 
 from hf_parcor.evaluation.metrics.clock import is_of_the_clock
 from hf_parcor.evaluation.metrics.randomness import random_states_kept
-from hf_parcor.evaluation.replicas import whole_model
+from hf_parcor.evaluation.replicas import measurable_model
 
 
 class TrainerMetric:
@@ -42,7 +42,7 @@ class TrainerMetric:
         """
         trainer, prefix = self._trainer, f"{self._prefix}_"
         own = trainer.model
-        if own is None or whole_model(own) is not whole_model(model):
+        if own is None or measurable_model(own) is not measurable_model(model):
             raise ValueError(
                 f"model: expected the one that the Trainer evaluates, got another {type(model).__name__}; "
                 "pass trainer.model to the evaluator"
