@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from hf_parcor.defenses import DefendedStep, Defense, Objective
 from hf_parcor.injection import CorruptionNorm
+from hf_parcor.sharding import drop_gathered, is_sharded
 from hf_parcor.targets import find_input_embedding, select_trainable
 from hf_parcor.training.loss_scale import scaled
 from hf_parcor.training.process_group import ProcessGroup
+from hf_parcor.training.refused_engines import refuse_engines
 from hf_parcor.training.running_statistics import frozen_running_statistics
+from hf_parcor.training.sharded import on_shards
 from hf_parcor.training.trained import check_trained, trained_beside
-
-_UNTRIED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.FSDP)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def defended_backward(
     exact bits back, also after an exception, and each `.grad` holds what it held before plus the gradient of the risk;
     the optimizer steps as always. It works inside of `accelerator.accumulate(model)`, under mixed precision, and under
     DDP, where only the last pass reduces gradients and each process corrupts along the gradient of its own batch, or
-    with `sync_perturbation` along that of all. BatchNorm's running statistics move in the first pass only.
+    with `sync_perturbation` along that of all. Under FSDP2 every pass reduces gradients, and all processes corrupt
+    along that of all. BatchNorm's running statistics move in the first pass only.
 
     Args:
         accelerator: That of the loop.
@@ -74,7 +75,8 @@ def defended_backward(
 
     Raises:
         ValueError: `epoch` or `step` is missing, the defense sees parts of the batch only, a parameter is frozen or
-            not of this model, or DeepSpeed, FSDP or Megatron-LM run the model.
+            not of this model, or an engine runs the model that the step would be silently wrong with, such as
+            DeepSpeed, Megatron-LM and FSDP1.
         TypeError: `defense` is not a `Defense`, or `loss_fn` returned no scalar tensor.
 
     Examples:
@@ -92,11 +94,8 @@ def defended_backward(
     """
     if not isinstance(defense, Defense):
         raise TypeError(f"defense: expected a Defense such as MultiStepRisk(...), got {defense!r}; pass an object")
-    if accelerator.distributed_type in _UNTRIED:
-        raise ValueError(
-            f"accelerator: expected one process or DDP, got {accelerator.distributed_type.value}, under which the "
-            "defended step is not tested and may be silently wrong; use DDP, or accelerator.backward without a defense"
-        )
+    whole = accelerator.unwrap_model(model)
+    refuse_engines(accelerator, whole, defense)
     if defense.splits_batch:
         raise ValueError(
             "defense: expected batch_share=1, got a smaller one; loss_fn computes the loss of the whole batch"
@@ -107,10 +106,14 @@ def defended_backward(
         loss = run_pass(lambda loss: loss, 0)
         return DefendedLoss(loss, loss, loss, CorruptionNorm(torch.zeros(()), torch.zeros(())))
 
-    selected = _selected(accelerator, model, parameters)
+    sharded = is_sharded(whole)
+    if sharded:
+        drop_gathered(whole)
+        run_pass = on_shards(run_pass, whole)
+    selected = _selected(whole, parameters)
     others = trained_beside(selected.values(), model, None)
-    embedding = find_input_embedding(accelerator.unwrap_model(model)) if defense.perturbs_inputs else None
-    processes = ProcessGroup() if accelerator.num_processes > 1 else None
+    embedding = find_input_embedding(whole) if defense.perturbs_inputs else None
+    processes = ProcessGroup() if accelerator.num_processes > 1 and not sharded else None
     with DefendedStep(selected, run_pass, defense.passes, others, embedding, processes=processes) as defended:
         defense.minimize(defended)
         norm = defended.withdraw(defense.order)
@@ -131,11 +134,9 @@ def _is_active(defense: Defense, epoch: float | None, step: int | None) -> bool:
     return defense.is_active(epoch or 0.0, step or 0)
 
 
-def _selected(
-    accelerator: Accelerator, model: nn.Module, parameters: Mapping[str, nn.Parameter] | None
-) -> dict[str, nn.Parameter]:
+def _selected(model: nn.Module, parameters: Mapping[str, nn.Parameter] | None) -> dict[str, nn.Parameter]:
     if parameters is None:
-        return check_trained(select_trainable(accelerator.unwrap_model(model)))
+        return check_trained(select_trainable(model))
     known = {id(parameter) for parameter in model.parameters()}
     strange = [name for name, parameter in parameters.items() if id(parameter) not in known]
     if strange:
@@ -153,7 +154,7 @@ def _passes_of(
 
     def run_pass(objective: Objective, index: int) -> Tensor:
         with ExitStack() as stack:
-            if index < passes - 1:
+            if index < passes - 1 and not is_sharded(model):
                 stack.enter_context(accelerator.no_sync(model))
             if index > 0:
                 stack.enter_context(frozen_running_statistics(model))

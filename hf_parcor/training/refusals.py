@@ -6,7 +6,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_parcor.defenses import Defense
-from hf_parcor.training.refused_engines import refuse_engines
+from hf_parcor.training.refused_engines import INSTEAD, refuse_engines
 
 _UPDATES_INSIDE_BACKWARD = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
 
@@ -25,7 +25,11 @@ def refuse_what_cannot_work(trainer: Trainer, defense: Defense) -> None:
             f"optim: expected an optimizer that updates after backward, got {optimizer.value!r}; it would update "
             "at corrupted weights, once a pass: choose another, or defense='none'"
         )
-    refuse_engines(trainer, defense)
+    if trainer.is_fsdp_xla_enabled:
+        raise ValueError(
+            f"fsdp_config: expected FSDP2 of PyTorch with a defense, got XLA's FSDP, which is not tested; {INSTEAD}"
+        )
+    refuse_engines(trainer.accelerator, trainer.model, defense)
     if trainer.args.ddp_static_graph and trainer.accelerator.num_processes > 1:
         raise ValueError(
             "ddp_static_graph: expected False, got True; DDP would take the first of several backward passes for the "

@@ -5,18 +5,21 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from accelerate.utils import DistributedType
 
 from hf_parcor import MultiStepRisk, ParameterDefenseTrainer
 from hf_parcor.training.arguments import NO_DEFENSE, ParameterDefenseTrainingArguments
 
 
-def deepspeed(trainer):
-    trainer.is_deepspeed_enabled = True
+def engine(kind):
+    def take(trainer):
+        trainer.accelerator.state.distributed_type = kind
+
+    return take
 
 
 def fsdp(version):
     def take(trainer):
-        trainer.is_fsdp_enabled = True
         trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=version, activation_checkpointing=False)
 
     return take
@@ -39,13 +42,24 @@ def loaded(**attributes):
 
 
 def sharded_when_loaded(trainer):
-    trainer.is_distributed_loading_by_transformers = True
+    kind = type(trainer.model)
+    trainer.model.__class__ = type(kind.__name__, (kind,), {"is_distributed_loading_by_transformers": True})
+
+
+def of_xla(trainer):
+    trainer.is_fsdp_xla_enabled = True
 
 
 REFUSED = {
-    "DeepSpeed": (deepspeed, {}, "updates inside backward.*use DDP .* or FSDP2"),
+    "DeepSpeed": (engine(DistributedType.DEEPSPEED), {}, "updates inside backward.*use DDP .* or FSDP2"),
+    "Megatron-LM": (engine(DistributedType.MEGATRON_LM), {}, "got Megatron-LM, not tested; use DDP"),
+    "XLA": (of_xla, {}, "got XLA's FSDP, which is not tested; use DDP"),
     "FSDP1": (fsdp(1), {}, "expected version 2 with a defense, got 1.*fsdp_version: 2"),
-    "compiled": (fsdp(2), {"torch_compile": True}, "torch_compile: expected False for a defense under FSDP2"),
+    "compiled": (
+        fsdp(2),
+        {"torch_compile": True},
+        "torch_compile: expected no compiled model for a defense under FSDP2, got one by INDUCTOR",
+    ),
     "penalty": (fsdp(2), {"defense": "gradient_penalty"}, "differentiates once under FSDP2.*use ACRT"),
     "tensor": (split(tp_size=2), {}, "tp_size: expected 1 with a defense, got 2.*FSDP2"),
     "context": (split(cp_size=2), {}, "cp_size: expected 1"),
