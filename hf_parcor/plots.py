@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.evaluation.series import Series, short
-from hf_parcor.search.record import SearchRecord
+from hf_parcor.search_record import SearchRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

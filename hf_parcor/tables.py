@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
-from hf_parcor.search.record import SearchRecord
+from hf_parcor.search_record import SearchRecord
 
 
 def search_table(record: SearchRecord) -> str:

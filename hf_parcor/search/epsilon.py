@@ -16,7 +16,7 @@ from transformers.utils import logging
 from hf_parcor.defenses import ConstrainedDefense
 from hf_parcor.functional.arguments import check_count
 from hf_parcor.search.golden_section import golden_section_maximum
-from hf_parcor.search.record import Direction, SearchRecord, SearchTrial
+from hf_parcor.search_record import Direction, SearchRecord, SearchTrial
 from hf_parcor.training import ParameterDefenseMixin, signs_of_collapse
 
 logger = logging.get_logger(__name__)
