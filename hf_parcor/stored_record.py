@@ -92,7 +92,7 @@ def replace_text(path: Path, text: str) -> None:
     """Write a file such that another process, and an interruption, find either the old text or the new one."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", newline="")  # line endings as they are
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ from transformers.utils import logging
 
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.defenses import DefendedStep, Defense, MultiStepRisk
-from hf_parcor.monitoring import RobustnessMixin
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.sharding import drop_gathered, is_sharded
 from hf_parcor.targets import find_input_embedding, select_trainable
@@ -21,6 +20,7 @@ from hf_parcor.training.data_parallel import reduction_of
 from hf_parcor.training.defense_config import DefenseConfig
 from hf_parcor.training.passes import passes_of
 from hf_parcor.training.process_group import ProcessGroup
+from hf_parcor.training.publishing import PublishingMixin
 from hf_parcor.training.refusals import refuse_what_cannot_work
 from hf_parcor.training.settings import DefenseSettings
 from hf_parcor.training.sharded import on_shards, renewed
@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 DEFAULT_DEFENSE = MultiStepRisk(CorruptionConstraint(p=2.0, epsilon=0.1), steps=1)
 
 
-class ParameterDefenseMixin(RobustnessMixin):
+class ParameterDefenseMixin(PublishingMixin):
     """Makes any Trainer defend its parameters: put it before the Trainer's class among the bases.
 
     Only `training_step` changes: it runs the stock step once for each pass of the defense, at corrupted weights,
@@ -49,7 +49,8 @@ class ParameterDefenseMixin(RobustnessMixin):
     pass), `sharpness` (their difference) and the norm of the last corruption, asked and realised. What a Trainer
     counts and averages itself, such as TRL's `num_tokens` and `entropy`, is that of the first pass.
 
-    Beside `evaluate` there is `evaluate_robustness`; see `RobustnessMixin`.
+    Beside `evaluate` there is `evaluate_robustness`; see `RobustnessMixin`. The model card says what it found; see
+    `PublishingMixin`.
 
     Args:
         *args: For the Trainer.
@@ -112,6 +113,10 @@ class ParameterDefenseMixin(RobustnessMixin):
     def defense_config(self) -> DefenseConfig | None:
         """The defense and its targets as they are saved beside the model; None for the stock training step."""
         return None if self.defense is None else DefenseConfig(self.defense, **self._selection)
+
+    @property
+    def _defense_values(self) -> dict[str, Any] | None:
+        return None if self.defense_config is None else self.defense_config.to_dict()
 
     def defended_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the defense corrupts, by name."""

@@ -1,15 +1,15 @@
-"""Methods of one object that are others for a while."""
+"""Methods and attributes of one object that are others for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
 @contextmanager
-def overriding(instance: object, **methods: Callable[..., Any]) -> Iterator[None]:
-    """Let an object's methods be others, also where a subclass has overridden them and never calls `super()`.
+def overriding(instance: object, **methods: Any) -> Iterator[None]:
+    """Let an object's attributes be others; methods too, even if a subclass overrides them without `super()`.
 
     Examples:
         >>> from types import SimpleNamespace

@@ -1,0 +1,181 @@
+"""One change of a model on the Hub: read what is there, update it, commit; again if somebody was faster."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+
+from hf_parcor.model_card.folder import CARD, is_ours, read_text
+
+_ATTEMPTS = 4
+_LONGEST_WAIT = 60.0
+_CONFLICT = (409, 412)
+_BUSY = (429, 500, 502, 503, 504)
+_WHY = {
+    401: "the token is missing, wrong or has expired: run `hf auth login`",
+    403: "the token may not write there: take one that may, or open a pull request (create_pr=True)",
+    404: "there is no such repository, or the token may not see it: check the name",
+    409: "others change the repository at the same time: try again",
+    412: "others change the repository at the same time: try again",
+    429: "the Hub takes no more requests for now: try again in some minutes",
+}
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of whichever HTTP library the client uses
+
+
+class HubError(OSError):
+    """The Hub cannot be reached, or refuses. Nothing local was changed, and the same call may be made again."""
+
+
+class Published(NamedTuple):
+    """What became of a push.
+
+    Attributes:
+        url: Of the commit or the pull request; "" for a dry run.
+        difference: The card before and after, as a unified diff; "" where it stays.
+    """
+
+    url: str
+    difference: str
+
+
+class Change(NamedTuple):
+    """What to change.
+
+    Attributes:
+        update: Returns the card from the card that is there; "" for none.
+        files: What lies beside it.
+        message: Of the commit.
+    """
+
+    update: Callable[[str], str]
+    files: Mapping[str, bytes]
+    message: str
+
+
+def publish(
+    api: HfApi, change: Change, repo_id: str, *, create_pr: bool, dry_run: bool, revision: str | None
+) -> Published:
+    """Make a change, unless somebody else changed the repository in between: then read it again, a few times.
+
+    Raises:
+        HubError: The Hub cannot be reached or refuses.
+        ValueError: The card that is there cannot be updated.
+    """
+    attempt = 0
+    while True:
+        outcome = _attempt(api, change, repo_id, create_pr=create_pr, dry_run=dry_run, revision=revision)
+        if isinstance(outcome, Published):
+            return outcome
+        wait = _wait(outcome.__cause__, attempt, create_pr)
+        attempt += 1
+        if wait is None or attempt == _ATTEMPTS:
+            raise outcome
+        time.sleep(wait)
+
+
+def _attempt(
+    api: HfApi, change: Change, repo_id: str, *, create_pr: bool, dry_run: bool, revision: str | None
+) -> Published | HubError:
+    """Return what became of it, or the error to raise if there is to be no other attempt."""
+    cause: BaseException
+    try:
+        return _once(api, change, repo_id, create_pr=create_pr, dry_run=dry_run, revision=revision)
+    except LocalTokenNotFoundError as error:
+        cause, found = error, "no token; run `hf auth login`, or set HF_TOKEN"
+    except HfHubHTTPError as error:
+        cause, found = error, _refused(error)
+    except (OSError, _HTTP_ERROR) as error:
+        cause, found = error, f"{type(error).__name__} from {api.endpoint}; check the connection and try again"
+    except json.JSONDecodeError as error:
+        cause, found = error, f"no JSON from {api.endpoint}; check that this is the Hub and try again"
+    except RuntimeError as error:  # the client's, of an upload that broke off
+        if error.__cause__ is None:
+            raise
+        cause, found = error, f"{type(error.__cause__).__name__} in the middle of an upload; try again"
+    outcome = HubError(f"{repo_id}: expected the Hub to take the change, got {found}; nothing local was changed")
+    outcome.__cause__ = cause
+    return outcome
+
+
+def card_on_hub(api: HfApi, repo_id: str, revision: str | None = None) -> tuple[str, Any]:
+    """Return the card of a model on the Hub, "" where there is none, and what the Hub says of the model.
+
+    It is read at the commit that the Hub names now: a copy in the cache may be older.
+
+    Raises:
+        HfHubHTTPError: The Hub refused, or has no such model.
+        Exception: It cannot be reached; the class is that of the HTTP library.
+    """
+    info = api.model_info(repo_id, revision=revision)
+    if CARD not in _paths(info):
+        return "", info
+    return read_text(Path(api.hf_hub_download(repo_id, CARD, revision=info.sha))), info
+
+
+def _once(
+    api: HfApi, change: Change, repo_id: str, *, create_pr: bool, dry_run: bool, revision: str | None
+) -> Published:
+    try:
+        text, info = card_on_hub(api, repo_id, revision)
+    except RepositoryNotFoundError as error:
+        if create_pr or error.response.status_code != 404:
+            raise
+        if dry_run:
+            return Published("", _difference("", change.update("")))
+        api.create_repo(repo_id, exist_ok=True)
+        text, info = card_on_hub(api, repo_id, revision)
+    card = change.update(text)
+    difference = _difference(text, card)
+    if dry_run:
+        return Published("", difference)
+    files = {**change.files, **({CARD: card.encode()} if card != text else {})}
+    old = [path for path in _paths(info) if change.files and is_ours(path) and path not in files]
+    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+        *(CommitOperationAdd(path, content) for path, content in files.items()),
+        *(CommitOperationDelete(path) for path in old),
+    ]
+    commit = api.create_commit(
+        repo_id,
+        operations,
+        commit_message=change.message,
+        revision=revision,
+        create_pr=create_pr,
+        parent_commit=info.sha,
+    )
+    return Published(commit.pr_url or commit.commit_url, difference)
+
+
+def _paths(info: Any) -> list[str]:
+    return [entry.rfilename for entry in info.siblings or []]
+
+
+def _difference(before: str, after: str) -> str:
+    old, new = (text.splitlines(keepends=True) for text in (before, after))
+    return "".join(line if line.endswith("\n") else f"{line}\n" for line in difflib.unified_diff(old, new, CARD, CARD))
+
+
+def _wait(error: BaseException | None, attempt: int, create_pr: bool) -> float | None:
+    """Return how many seconds to wait before the next attempt; None if there is to be none."""
+    if not isinstance(error, HfHubHTTPError):
+        return None
+    status = error.response.status_code
+    if status in _CONFLICT:
+        return 0.0
+    # A pull request that was opened although its answer is an error would be opened twice.
+    if status not in _BUSY or (create_pr and status != 429):
+        return None
+    asked = error.response.headers.get("Retry-After", "")
+    return min(float(asked) if asked.isdigit() else 2.0**attempt, _LONGEST_WAIT)
+
+
+def _refused(error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    said = f" ({error.server_message})" if error.server_message else ""
+    return f"status {status}{said}; {_WHY.get(status, 'try again later')}"

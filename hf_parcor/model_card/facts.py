@@ -1,0 +1,167 @@
+"""What a model card says, as one frozen record: every number that stands on the card stands here first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from hf_parcor.evaluation.records import CorruptionRecord
+from hf_parcor.stored_record import StoredRecord
+
+FORMAT = 1
+_NOT_FINITE = ("nan", "inf", "-inf")
+Repetitions = Literal["trials", "trainings"]
+
+
+@dataclass(frozen=True)
+class MetricFacts:
+    """One metric over repetitions.
+
+    Attributes:
+        values: One a repetition; NaN is kept.
+        n: How many there are.
+        mean: Their mean.
+        deviation: Their sample standard deviation (n − 1); NaN for a single one, and beside NaN or ∞.
+        change: The mean, less the mean without corruption.
+    """
+
+    values: tuple[float, ...]
+    n: int
+    mean: float
+    deviation: float
+    change: float
+
+
+@dataclass(frozen=True)
+class CorruptionFacts:
+    """What one corruption did.
+
+    Attributes:
+        corruption: Its name in the catalogue, or "none".
+        label: Its name for readers.
+        settings: Its settings as plain values.
+        metrics: Each metric by its name.
+    """
+
+    corruption: str
+    label: str
+    settings: Mapping[str, Any]
+    metrics: Mapping[str, MetricFacts]
+
+    def as_record(self) -> CorruptionRecord:
+        """Return it as a record whose trials are the repetitions, as plots and tables read it."""
+        first = next(iter(self.metrics.values()), None)
+        seeds = tuple(range(0 if first is None else first.n))
+        metrics = {name: entry.values for name, entry in self.metrics.items()}
+        return CorruptionRecord(self.corruption, self.label, self.settings, seeds, metrics)
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """The data that a model was evaluated on; only the first is needed.
+
+    Attributes:
+        name: Its name for readers.
+        id: Its name on the Hub; "" where it is not there.
+        config: The name of the configuration; "" for the only one.
+        split: Such as "validation"; "" if unknown.
+        revision: The commit on the Hub; "" if unknown.
+    """
+
+    name: str
+    id: str = ""
+    config: str = ""
+    split: str = ""
+    revision: str = ""
+
+
+@dataclass(frozen=True)
+class ModelFacts(StoredRecord):
+    """All that the robustness section and the metadata of one model's card are made from.
+
+    Attributes:
+        name: Name of the model.
+        base_model: Name on the Hub of the model that it was trained from; "" if unknown.
+        datasets: Names on the Hub of the data that it was trained on.
+        task: The Hub's name of the task, such as "text-classification"; "" if unknown.
+        evaluated_on: The data of the metrics.
+        metric: The metric that the card shows.
+        percent: Whether that is a share, which reads well in percent.
+        defense: The defense that it was trained with, as in `defense_config.json`; None for none.
+        repetitions: What n counts: random trials of one model, or models trained with other seeds.
+        target: Which weights were corrupted, as it was asked for.
+        parameters: Number k of these weights.
+        clean: The metrics without corruption.
+        corruptions: The metrics under each corruption.
+        data: SHA-256 of the batches that gradients were taken on; "" where none were given.
+        versions: Versions of the libraries.
+        command: The command that made the numbers; "" if unknown.
+        notes: What was noticed while measuring, in sentences.
+        format: Version of this layout.
+    """
+
+    name: str
+    base_model: str
+    datasets: tuple[str, ...]
+    task: str
+    evaluated_on: EvaluationData
+    metric: str
+    percent: bool
+    defense: Mapping[str, Any] | None
+    repetitions: Repetitions
+    target: Mapping[str, Any]
+    parameters: int
+    clean: CorruptionFacts
+    corruptions: tuple[CorruptionFacts, ...]
+    data: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    command: str = ""
+    notes: tuple[str, ...] = ()
+    format: int = FORMAT
+    kind: ClassVar[str] = "model facts"
+    remedy: ClassVar[str] = "make them again from the records"
+
+    def rows(self) -> list[CorruptionFacts]:
+        """Return the clean metrics, and then those under each corruption."""
+        return [self.clean, *self.corruptions]
+
+    @classmethod
+    def _read(cls, data: dict[str, Any]) -> ModelFacts:
+        clean = data["clean"]["metrics"]
+        data["clean"] = _row(data["clean"], clean)
+        data["corruptions"] = tuple(_row(row, clean) for row in data["corruptions"])
+        data["evaluated_on"] = EvaluationData(**data["evaluated_on"])
+        data["datasets"], data["notes"] = tuple(data["datasets"]), tuple(data["notes"])
+        return cls(**data)
+
+
+def metric_facts(values: tuple[float, ...], clean: tuple[float, ...]) -> MetricFacts:
+    """Return a metric's mean, spread and change from its values and those without corruption.
+
+    Examples:
+        >>> facts = metric_facts((0.5, 0.75), clean=(0.875,))
+        >>> facts.n, facts.mean, round(facts.deviation, 3), facts.change
+        (2, 0.625, 0.177, -0.25)
+    """
+    row, untouched = (CorruptionRecord("", "", {}, (), {"": entry}) for entry in (values, clean))
+    mean = row.mean("")
+    return MetricFacts(values, len(values), mean, row.deviation(""), mean - untouched.mean(""))
+
+
+def _row(row: dict[str, Any], clean: dict[str, Any]) -> CorruptionFacts:
+    metrics = {}
+    for name, entry in row["metrics"].items():
+        metrics[name] = metric_facts(_floats(entry["values"]), _floats(clean[name]["values"]))
+        for number in ("n", "mean", "deviation", "change"):
+            found, expected = float(entry[number]), getattr(metrics[name], number)
+            same = math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-12)
+            if not same and not (math.isnan(found) and math.isnan(expected)):
+                raise ValueError(f"{row['label']}: expected {number} {expected} of the values of {name}, got {found}")
+    settings = {name: float(value) if value in _NOT_FINITE else value for name, value in row["settings"].items()}
+    return CorruptionFacts(row["corruption"], row["label"], settings, metrics)
+
+
+def _floats(values: list[Any]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)

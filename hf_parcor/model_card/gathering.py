@@ -1,0 +1,115 @@
+"""Facts from records: what was measured, and what only the caller can know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
+from hf_parcor.model_card.facts import CorruptionFacts, EvaluationData, ModelFacts, metric_facts
+from hf_parcor.strict_json import to_plain
+
+_SMALL_IS_GOOD = ("loss", "perplexity")
+
+
+def facts_of(
+    records: EvaluationRecord | Sequence[EvaluationRecord],
+    *,
+    name: str = "",
+    base_model: str = "",
+    datasets: Iterable[str] = (),
+    task: str = "",
+    evaluated_on: EvaluationData | None = None,
+    metric: str | None = None,
+    defense: Mapping[str, Any] | None = None,
+    command: str = "",
+) -> ModelFacts:
+    """Return what a card says of a model.
+
+    Args:
+        records: The record of an evaluator, whose trials are the repetitions; or a list of records, one a seed of
+            training: then trials within a record count as their mean.
+        name: Name of the model; "" for that in the record.
+        base_model: As in `ModelFacts`.
+        datasets: As in `ModelFacts`.
+        task: As in `ModelFacts`.
+        evaluated_on: The data of the metrics; None if it has no name.
+        metric: The metric that the card shows; None for "accuracy", or else for the first that is no loss.
+        defense: As in `ModelFacts`: what `DefenseConfig.to_dict` returns.
+        command: As in `ModelFacts`.
+
+    Raises:
+        ValueError: There are no records, or they are not of the same corruptions, targets and metrics, or lack the
+            metric.
+
+    Examples:
+        >>> clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,)})
+        >>> noisy = CorruptionRecord("gaussian", "Gaussian σ=0.02", {"std": 0.02}, (0, 1), {"accuracy": (0.75, 0.5)})
+        >>> facts = facts_of(EvaluationRecord("org/bert", {"target_modules": "all"}, 10, clean, (noisy,)))
+        >>> facts.name, facts.corruptions[0].metrics["accuracy"].mean
+        ('bert', 0.625)
+    """
+    found = [records] if isinstance(records, EvaluationRecord) else list(records)
+    if not found:
+        raise ValueError("records: expected at least one, got none; evaluate a model first")
+    first = found[0]
+    for other in found[1:]:
+        if _shape(other) != _shape(first):
+            raise ValueError(
+                "records: expected the same corruptions, targets and metrics in each, got others; evaluate all alike, "
+                "or make a card for each"
+            )
+    names = [name for name in first.clean.metrics if all(name in row.metrics for row in first.corruptions)]
+    chosen = _chosen(names, metric)
+    clean = {name: _values([record.clean for record in found], name) for name in names}
+    rows = [_facts(rows, clean) for rows in zip(*(record.rows() for record in found), strict=True)]
+    finite = [value for row in rows for value in row.metrics[chosen].values if not math.isnan(value)]
+    return ModelFacts(
+        name=name or first.model.rpartition("/")[2],
+        base_model=base_model,
+        datasets=tuple(datasets),
+        task=task,
+        evaluated_on=evaluated_on or EvaluationData("the evaluation data"),
+        metric=chosen,
+        percent=not chosen.endswith(_SMALL_IS_GOOD) and all(0 <= value <= 1 for value in finite),
+        defense=defense,
+        repetitions="trials" if len(found) == 1 else "trainings",
+        target=first.target,
+        parameters=first.parameters,
+        clean=rows[0],
+        corruptions=tuple(rows[1:]),
+        data="; ".join(dict.fromkeys(record.data for record in found if record.data)),
+        versions=first.versions,
+        command=command,
+        notes=tuple(dict.fromkeys(note for record in found for note in _notes(record))),
+    )
+
+
+def _shape(record: EvaluationRecord) -> Any:
+    rows = [(row.corruption, row.label, to_plain(row.settings), sorted(row.metrics)) for row in record.rows()]
+    target = {"target_modules": "all", **record.target}  # not given and "all" are the same where k is
+    return to_plain([rows, target, record.parameters])
+
+
+def _chosen(metrics: Sequence[str], metric: str | None) -> str:
+    if metric is None:
+        good = [name for name in metrics if not name.endswith(_SMALL_IS_GOOD)]
+        metric = "accuracy" if "accuracy" in metrics else next(iter([*good, *metrics]), "")
+    if metric not in metrics:
+        raise ValueError(f"metric: expected one of {', '.join(metrics) or 'no metrics'}, got {metric!r}; pass metric=")
+    return metric
+
+
+def _facts(rows: Sequence[CorruptionRecord], clean: Mapping[str, tuple[float, ...]]) -> CorruptionFacts:
+    metrics = {name: metric_facts(_values(rows, name), clean[name]) for name in clean}
+    return CorruptionFacts(rows[0].corruption, rows[0].label, rows[0].settings, metrics)
+
+
+def _values(rows: Sequence[CorruptionRecord], metric: str) -> tuple[float, ...]:
+    """Return one value a record, or, of a single record, one a trial."""
+    return tuple(row.mean(metric) for row in rows) if len(rows) > 1 else rows[0].metrics[metric]
+
+
+def _notes(record: EvaluationRecord) -> list[str]:
+    return [*record.notes, *(f"{row.label}: {note}" for row in record.rows() for note in row.notes)]

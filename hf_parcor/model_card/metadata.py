@@ -1,0 +1,130 @@
+"""The metadata that the Hub reads: the front matter of a card, and the files of `.eval_results`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from hf_parcor.model_card.facts import CorruptionFacts, ModelFacts
+from hf_parcor.monitoring.names import plain_name
+from hf_parcor.strict_json import to_plain
+
+MARK = "parameter_corruption"  # the argument by which our results are known among others
+RESULTS_FOLDER = ".eval_results"
+RESULTS_PREFIX = "hf_parcor-"
+_UNKNOWN = "unknown"
+_ON_THE_HUB = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+def is_on_the_hub(name: str) -> bool:
+    """Say whether a name could be one on the Hub; others are not links, and no metadata.
+
+    Examples:
+        >>> is_on_the_hub("stanfordnlp/sst2"), is_on_the_hub("my own [data](x)")
+        (True, False)
+    """
+    return len(name) <= 96 and _ON_THE_HUB.fullmatch(name) is not None
+
+
+def metadata_of(facts: ModelFacts) -> dict[str, Any]:
+    """Return the front matter of a card, as plain values that YAML can hold."""
+    found = {
+        "library_name": "transformers",
+        "base_model": facts.base_model if is_on_the_hub(facts.base_model) else "",
+        "datasets": [name for name in facts.datasets if is_on_the_hub(name)],
+        "metrics": [facts.metric],
+        "pipeline_tag": facts.task,
+        "tags": ["parameter-corruption", *_tags(facts.defense)],
+        "model-index": model_index(facts),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def unmeasured_metadata(defense: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the front matter for a model whose robustness nobody has measured: old results of ours give way."""
+    return {"library_name": "transformers", "tags": _tags(defense), "model-index": []}
+
+
+def _tags(defense: Mapping[str, Any] | None) -> list[str]:
+    return [*([] if defense is None else ["adversarial-parameter-defense"]), "hf_parcor"]
+
+
+def model_index(facts: ModelFacts) -> Any:
+    """Return one result for each corruption, with its settings, in the form of `huggingface_hub`'s `EvalResult`.
+
+    The value is the mean itself, not rounded; NaN and infinities are words, since JSON has no number for them.
+    """
+    data = facts.evaluated_on
+    results = [
+        EvalResult(
+            task_type=facts.task or _UNKNOWN,
+            dataset_type=data.id or _UNKNOWN,
+            dataset_name=data.name,
+            dataset_config=data.config or None,
+            dataset_split=data.split or None,
+            dataset_revision=data.revision or None,
+            metric_type=facts.metric,
+            metric_value=to_plain(row.metrics[facts.metric].mean),
+            metric_name=f"{facts.metric}, {row.label}",
+            metric_args=_arguments(facts, row),
+        )
+        for row in facts.rows()
+    ]
+    return eval_results_to_model_index(facts.name, results)
+
+
+def eval_result_files(facts: ModelFacts) -> Iterator[tuple[str, str]]:
+    """Yield path and text of each file for `.eval_results`: one for each variant, as the Hub asks.
+
+    That of the clean model is the plain result; the others say in `notes` what was corrupted. There are none for
+    data that is not on the Hub, and none for a mean that is not finite: a leaderboard has no place for them.
+    """
+    data = facts.evaluated_on
+    if not data.id:
+        return
+    taken: set[str] = set()
+    for row in facts.rows():
+        entry = row.metrics[facts.metric]
+        if not math.isfinite(entry.mean):
+            continue
+        result = EvalResultEntry(
+            dataset_id=data.id,
+            task_id=data.config or "default",
+            value=entry.mean,
+            dataset_revision=data.revision or None,
+            notes=None if row is facts.clean else f"{facts.metric} under parameter corruption: {_settings(row)}",
+        )
+        name = plain_name(data.id if row is facts.clean else f"{data.id}-{row.label}")
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        yield f"{RESULTS_FOLDER}/{RESULTS_PREFIX}{name}.yaml", to_yaml(eval_result_entries_to_yaml([result]))
+
+
+def to_yaml(value: Any) -> str:
+    """Return plain values as YAML, keys in their order."""
+    return str(yaml.safe_dump(value, allow_unicode=True, sort_keys=False))
+
+
+def _arguments(facts: ModelFacts, row: CorruptionFacts) -> dict[str, Any]:
+    entry = row.metrics[facts.metric]
+    found = {
+        MARK: row.corruption,
+        **row.settings,
+        "n": entry.n,
+        "repetitions": facts.repetitions,
+        "standard_deviation": entry.deviation if entry.n > 1 else None,
+    }
+    plain = to_plain(found, otherwise=str)
+    return {name: value for name, value in plain.items() if value is not None}
+
+
+def _settings(row: CorruptionFacts) -> str:
+    settings = ", ".join(f"{name}={value}" for name, value in row.settings.items() if value is not None)
+    return f"{row.label} ({settings})" if settings else row.label
