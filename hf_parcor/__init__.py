@@ -4,32 +4,38 @@ How fragile are a model's weights? `CorruptionEvaluator` measures it. `Parameter
 weights are not.
 """
 
-from hf_parcor.constraints import CorruptionConstraint
-from hf_parcor.corruptions import (
-    BitFlips,
-    GaussianNoise,
-    GradientCorruption,
-    MultiStepCorruption,
-    Quantization,
-    RandomCorruption,
-    UniformNoise,
-)
-from hf_parcor.defenses import ACRT, AWP, SAM, GradientPenalty, MultiStepRisk
-from hf_parcor.evaluation import CorruptionEvaluator, CorruptionRecord, EvaluationRecord, LayerProbe, SweepRecord
-from hf_parcor.injection import corrupted
-from hf_parcor.monitoring import RobustnessCallback
-from hf_parcor.report import RobustnessReport
-from hf_parcor.search import SearchRecord, search_epsilon
-from hf_parcor.targets import by_adapter, by_kind, by_layer, by_module, select_parameters
-from hf_parcor.training import (
-    DefenseConfig,
-    ParameterDefenseMixin,
-    ParameterDefenseTrainer,
-    ParameterDefenseTrainingArguments,
-    Seq2SeqParameterDefenseTrainer,
-    Seq2SeqParameterDefenseTrainingArguments,
-    defended_backward,
-)
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_parcor.constraints import CorruptionConstraint
+    from hf_parcor.corruptions import (
+        BitFlips,
+        GaussianNoise,
+        GradientCorruption,
+        MultiStepCorruption,
+        Quantization,
+        RandomCorruption,
+        UniformNoise,
+    )
+    from hf_parcor.defenses import ACRT, AWP, SAM, GradientPenalty, MultiStepRisk
+    from hf_parcor.evaluation import CorruptionEvaluator, CorruptionRecord, EvaluationRecord, LayerProbe, SweepRecord
+    from hf_parcor.injection import corrupted
+    from hf_parcor.monitoring import RobustnessCallback
+    from hf_parcor.report import RobustnessReport
+    from hf_parcor.search import SearchRecord, search_epsilon
+    from hf_parcor.targets import by_adapter, by_kind, by_layer, by_module, select_parameters
+    from hf_parcor.training import (
+        DefenseConfig,
+        ParameterDefenseMixin,
+        ParameterDefenseTrainer,
+        ParameterDefenseTrainingArguments,
+        Seq2SeqParameterDefenseTrainer,
+        Seq2SeqParameterDefenseTrainingArguments,
+        defended_backward,
+    )
 
 __all__ = [
     "ACRT",
@@ -68,3 +74,70 @@ __all__ = [
     "search_epsilon",
     "select_parameters",
 ]
+
+# Where each name is: parts are imported when one of their names is first asked for, so that a command line's help, or
+# a reader of records, does not wait for PyTorch.
+_PARTS = {
+    "constraints": ("CorruptionConstraint",),
+    "corruptions": (
+        "BitFlips",
+        "GaussianNoise",
+        "GradientCorruption",
+        "MultiStepCorruption",
+        "Quantization",
+        "RandomCorruption",
+        "UniformNoise",
+    ),
+    "defenses": (
+        "ACRT",
+        "AWP",
+        "SAM",
+        "GradientPenalty",
+        "MultiStepRisk",
+    ),
+    "evaluation": (
+        "CorruptionEvaluator",
+        "CorruptionRecord",
+        "EvaluationRecord",
+        "LayerProbe",
+        "SweepRecord",
+    ),
+    "injection": ("corrupted",),
+    "monitoring": ("RobustnessCallback",),
+    "report": ("RobustnessReport",),
+    "search": (
+        "SearchRecord",
+        "search_epsilon",
+    ),
+    "targets": (
+        "by_adapter",
+        "by_kind",
+        "by_layer",
+        "by_module",
+        "select_parameters",
+    ),
+    "training": (
+        "DefenseConfig",
+        "ParameterDefenseMixin",
+        "ParameterDefenseTrainer",
+        "ParameterDefenseTrainingArguments",
+        "Seq2SeqParameterDefenseTrainer",
+        "Seq2SeqParameterDefenseTrainingArguments",
+        "defended_backward",
+    ),
+}
+_HOMES = {name: part for part, names in _PARTS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -247,9 +247,11 @@ class TestPublicNames:
     @pytest.mark.parametrize("name", [name for name in SOURCES if SOURCES[name].name == "__init__.py"])
     def test_all_is_sorted_and_complete(self, name):
         module = importlib.import_module(name)
+        body = ast.parse(SOURCES[name].read_text(encoding="utf-8")).body
+        lazily = [node for block in filter(is_type_checking, body) for node in block.body]
         imported = {
             alias.asname or alias.name
-            for node in ast.parse(SOURCES[name].read_text(encoding="utf-8")).body
+            for node in [*body, *lazily]
             if isinstance(node, ast.ImportFrom) and node.module.startswith("hf_parcor")
             for alias in node.names
             if not alias.name.startswith("_")
@@ -258,3 +260,17 @@ class TestPublicNames:
         assert module.__all__ == order
         assert set(module.__all__) == imported
         assert all(hasattr(module, entry) for entry in module.__all__)
+
+    def test_the_top_imports_nothing_until_it_is_asked(self):
+        program = """
+import sys
+
+import hf_parcor
+
+assert not [name for name in sys.modules if name.startswith(("hf_parcor.", "torch"))]
+assert hf_parcor.CorruptionConstraint(epsilon=1).epsilon == 1
+assert hf_parcor.evaluation.EvaluationRecord is hf_parcor.EvaluationRecord
+assert set(hf_parcor.__all__) <= set(dir(hf_parcor))
+"""
+        result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
