@@ -1,15 +1,17 @@
-"""A loop without a Trainer on two ranks: one all-reduce a step, of the mean of each rank's own risk."""
+"""A loop without a Trainer on two ranks: one all-reduce a step of the mean of the risks, or shards under FSDP2."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import distributed, nn
 from torch.nn.functional import cross_entropy
 
-from hf_parcor import SAM, CorruptionConstraint, MultiStepRisk, defended_backward
+from hf_parcor import SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, defended_backward, select_parameters
+from hf_parcor.functional.sharded import local_part
 
 CONSTRAINT = CorruptionConstraint(epsilon=0.2)
 DEFENSES = {"multi-step": MultiStepRisk(CONSTRAINT, steps=2), "SAM": SAM(CONSTRAINT)}
@@ -25,6 +27,45 @@ def network() -> nn.Module:
 def batch(rank: int, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(10 * micro_batch + rank)
     return torch.randn(5, 4, generator=draw).double(), torch.randint(3, (5,), generator=draw)
+
+
+def fsdp2(version: int = 2) -> Any:
+    """Return an Accelerator that shards on CPUs too, where Accelerate itself takes DDP."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
+    state = accelerator.state
+    PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=version, auto_wrap_policy="NO_WRAP")
+    return accelerator
+
+
+def sharded_loop(name: str) -> list[torch.Tensor]:
+    accelerator, base = fsdp2(), network()
+    model, _ = accelerator.prepare(base, torch.optim.SGD(base.parameters(), lr=0.1))
+    before = [local_part(parameter).clone() for parameter in model.parameters()]
+    parameters = select_parameters(accelerator.unwrap_model(model), "all") if name == "shared" else None
+    for micro_batch in range(ACCUMULATION):
+        inputs, labels = batch(distributed.get_rank(), micro_batch)
+        with accelerator.accumulate(model):
+            found = defended_backward(
+                accelerator, DEFENSES[name], model, lambda x=inputs, y=labels: cross_entropy(model(x), y), parameters
+            )
+            assert found.norm.realised == pytest.approx(0.2)
+    assert all(torch.equal(local_part(weight), old) for weight, old in zip(model.parameters(), before, strict=True))
+    return [parameter.grad.full_tensor() for parameter in model.parameters()]
+
+
+def refused_under_fsdp() -> None:
+    for version, defense, message in (
+        (1, SAM(CONSTRAINT), "expected version 2"),
+        (2, GradientPenalty(weight=0.1), "expected one that differentiates once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            defended_backward(fsdp2(version), defense, network(), lambda: torch.zeros(()))
 
 
 def loop(name: str) -> tuple[list[torch.Tensor], int]:
@@ -48,9 +89,9 @@ def loop(name: str) -> tuple[list[torch.Tensor], int]:
     return [parameter.grad for parameter in model.parameters()], len(reductions)
 
 
-def alone(name: str, rank: int, micro_batch: int) -> list[torch.Tensor]:
-    """The gradient of one rank's risk on one batch, or on the joined batch, by autograd at copies of the weights."""
-    base, ranks = network(), (0, 1) if name == "shared" else (rank,)
+def alone(name: str, ranks: tuple[int, ...], micro_batch: int) -> list[torch.Tensor]:
+    """The gradient of the risk on the joined batch of some ranks, by autograd at copies of the weights."""
+    base = network()
     inputs, labels = (torch.cat(parts) for parts in zip(*(batch(index, micro_batch) for index in ranks), strict=True))
     weights = [parameter.detach() for parameter in base.parameters()]
     names = [key for key, _ in base.named_parameters()]
@@ -70,18 +111,9 @@ def alone(name: str, rank: int, micro_batch: int) -> list[torch.Tensor]:
     return [sum(parts) / 3 for parts in zip(*at_passes, strict=True)]
 
 
-@pytest.mark.parametrize("name", DEFENSES)
-def test_one_all_reduce_of_the_mean_of_the_risks(run_on_ranks, name):
-    ranks = run_on_ranks(loop, 2, name)
-    expected = [
-        sum(parts) / 4
-        for parts in zip(
-            *(alone(name, rank, index) for rank in range(2) for index in range(ACCUMULATION)), strict=True
-        )
-    ]
-    for found, reductions in ranks:
-        assert reductions == 1
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+def mean_of(name: str, groups: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    every = [alone(name, ranks, index) for ranks in groups for index in range(ACCUMULATION)]
+    return [sum(parts) / len(every) for parts in zip(*every, strict=True)]
 
 
 def example() -> float:
@@ -99,6 +131,34 @@ def example() -> float:
     return float(module.train(Namespace(gradient_accumulation_steps=1, **settings)))
 
 
-def test_the_example_on_two_ranks(run_on_ranks):
-    first, second = run_on_ranks(example, 2)
+def every_loop() -> dict[str, Any]:
+    found: dict[str, Any] = {"example": example()}
+    found |= {f"DDP, {name}": loop(name) for name in DEFENSES}
+    found |= {f"FSDP2, {name}": sharded_loop(name) for name in DEFENSES}
+    refused_under_fsdp()
+    return found
+
+
+@pytest.fixture(scope="module")
+def loops(run_on_ranks):
+    return run_on_ranks(every_loop, 2)
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_one_all_reduce_of_the_mean_of_the_risks(loops, name):
+    expected = mean_of(name, [(0, 1)] if name == "shared" else [(0,), (1,)])
+    for rank in loops:
+        found, reductions = rank[f"DDP, {name}"]
+        assert reductions == 1
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_on_shards_all_corrupt_along_the_gradient_of_the_joined_batch(loops, name):
+    for rank in loops:
+        torch.testing.assert_close(rank[f"FSDP2, {name}"], mean_of(name, [(0, 1)]), rtol=1e-9, atol=1e-12)
+
+
+def test_the_example_on_two_ranks(loops):
+    first, second = (rank["example"] for rank in loops)
     assert first == second > 0.9

@@ -354,34 +354,43 @@ def test_a_shared_corruption_sends_the_selected_gradients_once_a_corruption_step
 
 
 class Sometimes(nn.Module):
-    """A layer is used in the first pass of a step only, and on rank 0 only: as with dropped layers or experts."""
+    """A layer is used in one of two passes of a step, and on rank 0 only: as with dropped layers or experts."""
 
-    def __init__(self):
+    def __init__(self, used_in=0):
         super().__init__()
         torch.manual_seed(0)
         self.always, self.sometimes, self.never = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
         self.double()
-        self.calls = 0
+        self.calls, self.used_in = 0, used_in
 
     def forward(self, x, labels):
         logits = self.always(x)
-        if self.calls % 2 == 0 and distributed.get_rank() == 0:
+        if self.calls % 2 == self.used_in and distributed.get_rank() == 0:
             logits = logits + self.sometimes(x)
         self.calls += 1
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 def every_sometimes():
-    return [
-        train(Sometimes, defense=MultiStepRisk(CorruptionConstraint(epsilon=radius), steps=1, sync_perturbation=sync))
-        for sync, radius in ((False, 0.2), (True, 0.2), (False, 1e-12))
-    ]
+    found = {}
+    for used_in in (0, 1):
+        build = partial(Sometimes, used_in)
+        for sync, radius in ((False, 0.2), (True, 0.2), (False, 1e-12)):
+            constraint = CorruptionConstraint(epsilon=radius)
+            defense = MultiStepRisk(constraint, steps=1, sync_perturbation=sync)
+            found[used_in, sync, radius] = train(build, defense=defense)
+            found["SAM", used_in, sync, radius] = train(build, defense=SAM(constraint, sync_perturbation=sync))
+    return found
 
 
-def test_parameters_without_a_gradient_in_the_last_pass_or_on_a_rank(run_on_ranks):
+@pytest.fixture(scope="module")
+def sometimes(run_on_ranks):
+    return run_on_ranks(every_sometimes, 2)
+
+
+def test_parameters_without_a_gradient_in_the_last_pass_or_on_a_rank(sometimes):
     """With next to no corruption the gradient is that of the clean batch of rank 0, at half the weight, halved."""
-    ranks = run_on_ranks(every_sometimes, 2)
-    for first, second in zip(*ranks, strict=True):
+    for first, second in zip(*(rank.values() for rank in sometimes), strict=True):
         torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
         assert "never.weight" not in first["gradients"][0]
     torch.manual_seed(0)
@@ -392,7 +401,20 @@ def test_parameters_without_a_gradient_in_the_last_pass_or_on_a_rank(run_on_rank
     )
     loss = nn.functional.cross_entropy(logits, torch.tensor([row["labels"] for row in rows]))
     (expected,) = torch.autograd.grad(loss / 2 / 2, model.sometimes.weight)
-    torch.testing.assert_close(ranks[0][2]["gradients"][0]["sometimes.weight"], expected, rtol=1e-9, atol=1e-12)
+    for used_in in (0, 1):
+        found = sometimes[0][used_in, False, 1e-12]["gradients"][0]["sometimes.weight"]
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    found = sometimes[0]["SAM", 1, False, 1e-12]["gradients"][0]["sometimes.weight"]
+    torch.testing.assert_close(found, 2 * expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_parameter_that_only_the_probe_of_sam_uses_is_not_moved(sometimes):
+    untouched = dict(Sometimes().named_parameters())
+    for rank in sometimes:
+        for sync, radius in ((False, 0.2), (True, 0.2), (False, 1e-12)):
+            weights = rank["SAM", 0, sync, radius]["weights"]
+            for name in ("sometimes.weight", "sometimes.bias", "never.weight"):
+                assert torch.equal(weights[name], untouched[name])
 
 
 def every_spoiled():

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import transformers as tf
 from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig, PartialState
 from accelerate.utils import DistributedType
 from torch import distributed
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
 
 from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
+from hf_parcor.functional.sharded import local_part
 from hf_parcor.sharding import drop_gathered
 
 CONSTRAINT = CorruptionConstraint(epsilon=0.2)
@@ -56,7 +58,7 @@ def rows():
     ]
 
 
-class Trainer(ParameterDefenseTrainer):
+class OnShards:
     """Gets FSDP2 from Accelerate on CPUs too, where Accelerate itself takes DDP."""
 
     replicas = 1
@@ -74,6 +76,14 @@ class Trainer(ParameterDefenseTrainer):
                 state.parallelism_config = ParallelismConfig(self.replicas, ranks // self.replicas)
                 state.device_mesh = state.parallelism_config.get_device_mesh("cpu")
             self.is_fsdp_enabled = True
+
+
+class Trainer(OnShards, ParameterDefenseTrainer):
+    pass
+
+
+class Stock(OnShards, tf.Trainer):
+    pass
 
 
 class KeepGathered(TrainerCallback):
@@ -148,7 +158,7 @@ def state_of(trainer):
 
 
 def train_on_ranks(folder, runs, replicas=1):
-    world_size, Trainer.replicas = distributed.get_world_size(), replicas
+    world_size, OnShards.replicas = distributed.get_world_size(), replicas
     return [
         state_of(train(folder, world_size, name, **sharding(**settings), **options))
         for name, settings, options in runs
@@ -168,7 +178,10 @@ RUNS = [
     ("part", {}, {"max_steps": 4}),
     ("part", {"activation_checkpointing": True}, {"max_steps": 2}),
 ]
-REPLICATED = [("top n", {}, {"gradient_accumulation_steps": 2, "max_steps": 2})]
+REPLICATED = [
+    ("top n", {}, {"gradient_accumulation_steps": 2, "max_steps": 2}),
+    ("part", {}, {"max_steps": 2}),
+]
 KEYS = ("loss", "loss_clean", "loss_corrupted", "corruption_norm", "corruption_norm_asked", "grad_norm", "eval_loss")
 
 
@@ -187,9 +200,25 @@ def wrapped(name, names):
     return next(other for other in names if other.replace("_checkpoint_wrapped_module.", "") == name)
 
 
-@pytest.mark.parametrize(("ranks", "replicas", "runs"), [(2, 1, RUNS), (4, 2, REPLICATED)])
-def test_ranks_equal_one_process(run_on_ranks, tmp_path, ranks, replicas, runs):
-    found = run_on_ranks(train_on_ranks, ranks, str(tmp_path), runs, replicas)
+def on_two_ranks(folder):
+    return train_on_ranks(folder, RUNS), stop_and_resume(folder), spoiled(folder)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(run_on_ranks, tmp_path_factory):
+    """Return the runs, the run that was stopped, and the spoiled steps, each as both ranks found it."""
+    return list(zip(*run_on_ranks(on_two_ranks, 2, str(tmp_path_factory.mktemp("runs"))), strict=True))
+
+
+def test_two_ranks_equal_one_process(two_ranks, tmp_path):
+    check_equal(two_ranks[0], RUNS, tmp_path)
+
+
+def test_four_ranks_with_replicas_equal_one_process(run_on_ranks, tmp_path):
+    check_equal(run_on_ranks(train_on_ranks, 4, str(tmp_path), REPLICATED, 2), REPLICATED, tmp_path)
+
+
+def check_equal(found, runs, tmp_path):
     for (name, settings, options), *answers in zip(runs, *found, strict=True):
         expected = state_of(train(str(tmp_path), 1, name, **options))
         for answer in answers:
@@ -207,10 +236,61 @@ def stop_and_resume(folder):
     return runs
 
 
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(run_on_ranks, tmp_path):
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(two_ranks):
     """With AdamW, bf16 arithmetic and float32 weights."""
-    for plain, saving, resumed in run_on_ranks(stop_and_resume, 2, str(tmp_path)):
+    for plain, saving, resumed in two_ranks[1]:
         for name, value in plain.items():
             assert value.dtype == torch.float32
             assert torch.equal(saving[name], value), name
             assert torch.equal(resumed[name], value), name
+
+
+class Spoiling:
+    """Multiplies the loss of the first pass of a step on rank 1 by NaN, and keeps the shards that each pass saw."""
+
+    def compute_loss(self, model, *args, **kwargs):
+        drop_gathered(model)
+        self.seen = [*getattr(self, "seen", []), shards_of(model)]
+        spoil = len(self.seen) == 1 and distributed.get_rank() == 1
+        return super().compute_loss(model, *args, **kwargs) * (math.nan if spoil else 1.0)
+
+
+class Spoiled(Spoiling, Trainer):
+    pass
+
+
+class SpoiledStock(Spoiling, Stock):
+    pass
+
+
+def shards_of(model):
+    return {name: local_part(value).detach().clone() for name, value in model.named_parameters()}
+
+
+def spoiled(folder):
+    """Train one step whose loss is NaN on a rank; the shards that each pass saw, and those after the update."""
+    found = {}
+    for kind, settings in (
+        (SpoiledStock, {}),
+        (Spoiled, {"defense": SAM(CONSTRAINT)}),
+        (Spoiled, {"defense": MultiStepRisk(CONSTRAINT, steps=2), "reuse_prefix": False}),
+    ):
+        options = arguments(folder, 2, max_steps=1, **sharding())
+        trainer = kind(model=tiny_bert(), args=options, train_dataset=rows(), **settings)
+        trainer.train()
+        drop_gathered(trainer.model)
+        found[str(settings.get("defense", "stock"))] = (trainer.seen, shards_of(trainer.model))
+    return found
+
+
+def test_a_rank_without_a_number_makes_no_corruption_and_spoils_what_it_spoils_in_the_stock_trainer(two_ranks):
+    """SAM takes nothing but the corruption from the pass without a number: its update is that of the clean loss."""
+    for rank in two_ranks[2]:
+        (stock_seen, stock), (sam_seen, sam), (risk_seen, risk) = rank.values()
+        assert [len(seen) for seen in (stock_seen, sam_seen, risk_seen)] == [1, 2, 3]
+        for seen in (*sam_seen, *risk_seen):
+            torch.testing.assert_close(seen, stock_seen[0], rtol=0, atol=0)
+        assert all(value.isnan().all() for value in stock.values())
+        torch.testing.assert_close(risk, stock, rtol=0, atol=0, equal_nan=True)
+        assert all(value.isfinite().all() for value in sam.values())
+        assert any(not torch.equal(value, stock_seen[0][name]) for name, value in sam.items())

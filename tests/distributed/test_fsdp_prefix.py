@@ -6,7 +6,8 @@ from collections import Counter
 from functools import partial
 
 import torch
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -18,7 +19,7 @@ from hf_parcor.training.sharded import on_shards, plan_prefix_on_shards
 L2 = CorruptionConstraint(epsilon=0.3)
 LAYERS = 4
 RUNS = [
-    # targets, defense, accumulation, whether weights are freed after forward
+    # targets, defense, accumulation, the way to shard
     ("last-encoder-layer", MultiStepRisk(L2, steps=1), 1, True),
     ("last-encoder-layer", MultiStepRisk(L2, steps=2), 3, True),
     ("last-encoder-layer", MultiStepRisk(L2, steps=3), 1, True),
@@ -26,10 +27,14 @@ RUNS = [
     (["classifier"], MultiStepRisk(L2, steps=1), 3, False),
     (["classifier"], MultiStepRisk(L2, steps=2), 1, True),
     (["layer.3.output"], ACRT(L2, alpha=0.3), 1, True),  # cut inside a unit
+    ("last-encoder-layer", MultiStepRisk(L2, steps=2), 3, "replicas"),
+    ("last-encoder-layer", MultiStepRisk(L2, steps=2), 1, "bfloat16"),
 ]
+HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
-def sharded_bert(reshard):
+def sharded_bert(way):
+    """Shard a model: whether weights are freed after forward, or over one rank of two replicas, or for bfloat16."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=20,
@@ -41,10 +46,15 @@ def sharded_bert(reshard):
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model = BertForSequenceClassification(config).double()
+    model = BertForSequenceClassification(config).to(torch.float32 if way == "bfloat16" else torch.float64)
+    settings = {"reshard_after_forward": way is not False}
+    if way == "replicas":
+        settings["mesh"] = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+    if way == "bfloat16":
+        settings["mp_policy"] = HALF
     for layer in model.bert.encoder.layer:
-        fully_shard(layer, reshard_after_forward=reshard)
-    return fully_shard(model, reshard_after_forward=reshard)
+        fully_shard(layer, **settings)
+    return fully_shard(model, **settings)
 
 
 class Collectives(TorchDispatchMode):
@@ -83,8 +93,8 @@ def on_ranks():
     torch.manual_seed(torch.distributed.get_rank())
     batches = [{"input_ids": torch.randint(20, (3, 6)), "labels": torch.randint(2, (3,))} for _ in range(3)]
     answers = []
-    for targets, defense, accumulation, reshard in RUNS:
-        model = sharded_bert(reshard).eval()
+    for targets, defense, accumulation, way in RUNS:
+        model = sharded_bert(way).eval()
         selected = select_parameters(model, targets)
         prefix = plan_prefix_on_shards(model, selected, partial(model, **batches[0]), lambda make: make())
         runs = [gradients_of(model, selected, batches[:accumulation], defense, kept) for kept in (prefix, None)]
@@ -98,12 +108,13 @@ def test_gradients_are_those_of_full_passes_and_the_prefix_is_not_gathered_in_ea
         assert [layers for layers, _, _ in rank] == [
             LAYERS if targets == ["classifier"] else 3 for targets, *_ in RUNS
         ]
-        for (targets, defense, accumulation, reshard), (_, reused, full) in zip(RUNS, rank, strict=True):
-            case = f"{targets} {defense} {accumulation} {reshard}"
+        for (targets, defense, accumulation, way), (_, reused, full) in zip(RUNS, rank, strict=True):
+            case = f"{targets} {defense} {accumulation} {way}"
+            close = 2e-2 if way == "bfloat16" else 1e-12
             size = max(float(gradient.abs().max()) for gradient in full[0].values() if gradient.numel())
             assert reused[0].keys() == full[0].keys()
             for name, gradient in full[0].items():
-                torch.testing.assert_close(reused[0][name], gradient, rtol=0, atol=1e-12 * size, msg=f"{case}, {name}")
+                torch.testing.assert_close(reused[0][name], gradient, rtol=0, atol=close * size, msg=f"{case}, {name}")
             assert all(reused[1][operation] <= count for operation, count in full[1].items()), case
         # A full pass gathers each layer twice and reduces it once. Two more passes save all of that for those reused.
         (layers, *few), _, (_, *many) = rank[:3]
