@@ -186,12 +186,11 @@ class InterruptedLater(ClassificationMetric):
         return super().combine(parts)
 
 
-def on_two_ranks(folder: str) -> dict[str, dict[str, list[str]]]:
-    gradients_are_kept()
+def records_on_two_ranks(folder: str) -> dict[str, dict[str, list[str]]]:
     return {"": all_records(), "sharded": all_records(sharded), "interrupted": interrupted_and_resumed(folder)}
 
 
-def on_four_ranks(folder: str) -> dict[str, dict[str, list[str]]]:
+def records_on_four_ranks() -> dict[str, dict[str, list[str]]]:
     return {"": one_record(), "sharded": one_record(sharded), "replicas": one_record(partial(sharded, 2))}
 
 
@@ -201,9 +200,22 @@ def alone(run_on_ranks):
     return records
 
 
-@pytest.mark.parametrize(("measured", "world_size"), [(on_two_ranks, 2), (on_four_ranks, 4)])
-def test_every_rank_has_the_record_of_one_process(run_on_ranks, alone, tmp_path, measured, world_size):
-    ranks = run_on_ranks(measured, world_size, str(tmp_path))
+@pytest.fixture(scope="module")
+def two_ranks(run_on_ranks, tmp_path_factory):
+    """Return a function that takes what a function found on each rank; all of them run in one start of ranks."""
+    ranks = run_on_ranks(on_two_ranks, 2, str(tmp_path_factory.mktemp("checkpoints")), timeout=300)
+    return lambda function: [rank[function.__name__] for rank in ranks]
+
+
+def test_two_ranks_have_the_records_of_one_process(two_ranks, alone):
+    check_records(two_ranks(records_on_two_ranks), alone)
+
+
+def test_four_ranks_have_the_records_of_one_process(run_on_ranks, alone):
+    check_records(run_on_ranks(records_on_four_ranks, 4), alone)
+
+
+def check_records(ranks: Sequence[dict[str, dict[str, list[str]]]], alone: dict[str, list[str]]) -> None:
     for found in ranks:
         assert found == ranks[0], "every rank returns the same record"
     for way, records in ranks[0].items():
@@ -216,9 +228,9 @@ def share_of_work() -> int:
     return operations(lambda: evaluated(model(), batches((4,) * 4), [*ROUNDED, *EXACT[:3], *EXACT[4:5]]))
 
 
-def test_every_rank_computes_its_share(run_on_ranks):
+def test_every_rank_computes_its_share(two_ranks):
     """The work is: 4 batches for the clean model, the gradient and 6 measurements; and two ascents of 4 steps."""
-    computed, alone = run_on_ranks(share_of_work, 2), share_of_work()
+    computed, alone = two_ranks(share_of_work), share_of_work()
     assert computed == [alone / 2] * 2
 
 
@@ -262,8 +274,8 @@ def what_users_pass() -> dict[str, Any]:
     }
 
 
-def test_what_users_pass(run_on_ranks, alone):
-    ranks = run_on_ranks(what_users_pass, 2)
+def test_what_users_pass(two_ranks, alone):
+    ranks = two_ranks(what_users_pass)
     assert ranks[0] == ranks[1]
     expected = EvaluationRecord.from_json(alone["all weights"][0])
     of_trainer = EvaluationRecord.from_json(ranks[0].pop("Trainer.evaluate"))
@@ -346,8 +358,8 @@ def failures() -> dict[str, tuple[str, str]]:
     return found
 
 
-def test_if_one_rank_fails_all_do(run_on_ranks):
-    first, second = run_on_ranks(failures, 2)
+def test_if_one_rank_fails_all_do(two_ranks):
+    first, second = two_ranks(failures)
     assert first.pop("afterwards") == second.pop("afterwards")
     own = {
         **{f"metric {left}": ("OSError", "the disk is full") for left in (1, 4, 30)},
@@ -377,8 +389,8 @@ def a_metric_that_does_not_gather() -> tuple[str, list[str]]:
     return evaluated(model(), batches(), [GaussianNoise(0.1)], metric=lambda _: metric), said
 
 
-def test_a_metric_that_does_not_gather(run_on_ranks):
-    ranks = run_on_ranks(a_metric_that_does_not_gather, 2)
+def test_a_metric_that_does_not_gather(two_ranks):
+    ranks = two_ranks(a_metric_that_does_not_gather)
     assert ranks[0][0] == ranks[1][0]
     record = EvaluationRecord.from_json(ranks[0][0])
     assert record.clean.metrics["accuracy"] == (0.5,)
@@ -400,5 +412,22 @@ def split_weights() -> None:
             CorruptionEvaluator(network, lambda _: {"x": 0.0})
 
 
-def test_weights_split_in_other_ways_are_refused(run_on_ranks):
-    run_on_ranks(split_weights, 2)
+def test_weights_split_in_other_ways_are_refused(two_ranks):
+    assert two_ranks(split_weights) == [None, None]
+
+
+def test_gradients_that_are_there_are_kept(two_ranks):
+    assert two_ranks(gradients_are_kept) == [None, None]
+
+
+def on_two_ranks(folder: str) -> dict[str, Any]:
+    checks = (
+        gradients_are_kept,
+        share_of_work,
+        what_users_pass,
+        failures,
+        a_metric_that_does_not_gather,
+        split_weights,
+    )
+    found: dict[str, Any] = {check.__name__: check() for check in checks}
+    return {**found, "records_on_two_ranks": records_on_two_ranks(folder)}

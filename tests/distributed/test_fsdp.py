@@ -207,7 +207,7 @@ def on_two_ranks(folder):
 @pytest.fixture(scope="module")
 def two_ranks(run_on_ranks, tmp_path_factory):
     """Return the runs, the run that was stopped, and the spoiled steps, each as both ranks found it."""
-    return list(zip(*run_on_ranks(on_two_ranks, 2, str(tmp_path_factory.mktemp("runs"))), strict=True))
+    return list(zip(*run_on_ranks(on_two_ranks, 2, str(tmp_path_factory.mktemp("runs")), timeout=300), strict=True))
 
 
 def test_two_ranks_equal_one_process(two_ranks, tmp_path):
@@ -288,7 +288,7 @@ def test_a_rank_without_a_number_makes_no_corruption_and_spoils_what_it_spoils_i
     for rank in two_ranks[2]:
         (stock_seen, stock), (sam_seen, sam), (risk_seen, risk) = rank.values()
         assert [len(seen) for seen in (stock_seen, sam_seen, risk_seen)] == [1, 2, 3]
-        for seen in (*sam_seen, *risk_seen):
+        for seen in (*sam_seen, *risk_seen[:2]):  # the second pass has a number again, and the third its corruption
             torch.testing.assert_close(seen, stock_seen[0], rtol=0, atol=0)
         assert all(value.isnan().all() for value in stock.values())
         torch.testing.assert_close(risk, stock, rtol=0, atol=0, equal_nan=True)
