@@ -87,6 +87,33 @@ class TestRandomCorruptionRatio:
         assert math.isfinite(ratio.log_density(0.9))
         assert ratio.density(0.9) == 0
 
+    @pytest.mark.parametrize(
+        ("k", "x"),
+        [(2, 0.5), (3, 0.9), (1000, 0.0), (1000, 0.05), (1000, 0.9), (3000, 0.6), (10**6, 0.034), (10**6, 0.036)]
+        + [(10**9, 1e-3), (10**9, 1.2e-3), (10**9, 0.5), (10**9, 0.999)],
+    )
+    def test_probabilities_that_underflow(self, k, x):
+        """The tail beyond x = cos φ as an integral of sin^(k−2) over the angle, scaled by its largest value."""
+        with mpmath.workdps(40):
+            far = mpmath.acos(mpmath.mpf(x))
+            largest = (k - 2) * mpmath.log(mpmath.sin(far))
+
+            def scaled(angle):
+                return mpmath.exp((k - 2) * mpmath.log(mpmath.sin(angle)) - largest) if angle else mpmath.mpf(k == 2)
+
+            width = min(far, 200 / (mpmath.mpf(k) * max(x, mpmath.sqrt(1 / mpmath.mpf(k)))))
+            integral = mpmath.quad(scaled, mpmath.linspace(far - width, far, 21))
+            half = (mpmath.mpf(k) - 1) / 2
+            expected = largest + mpmath.log(2 * integral) - mpmath.log(mpmath.beta(half, mpmath.mpf(1) / 2))
+        assert RandomCorruptionRatio(k).log_survival(x) == pytest.approx(float(expected), rel=1e-11, abs=1e-11)
+
+    @pytest.mark.parametrize("k", [50, 10**6, 10**9])
+    @pytest.mark.parametrize("probability", [0.5, 1e-3, 1e-30, 1e-250])
+    def test_quantiles_of_the_upper_tail(self, k, probability):
+        ratio = RandomCorruptionRatio(k)
+        assert ratio.log_survival(ratio.upper_quantile(probability)) == pytest.approx(math.log(probability), rel=1e-6)
+        assert ratio.upper_quantile(0.25) == pytest.approx(ratio.quantile(0.75))
+
     def test_reaching_half_of_the_worst_case_by_chance(self):
         with mpmath.workdps(40):
             above = mpmath.quad(lambda s: self.printed_density(s, 1000), mpmath.linspace(0.5, 1, 41))
@@ -133,10 +160,25 @@ class TestRandomCorruptionRatio:
         assert math.isnan(ratio.cdf(math.nan))
         assert math.isnan(ratio.density(math.nan))
 
+    def test_logarithms_of_the_survival_function_at_the_ends(self):
+        ratio = RandomCorruptionRatio(10)
+        assert [ratio.log_survival(x) for x in (-1.0, 0.0, 1.0, 2.0)] == [0, 0, -math.inf, -math.inf]
+        assert math.isnan(ratio.log_survival(math.nan))
+
     def test_numbers_give_numbers_and_arrays_give_arrays(self):
         ratio = RandomCorruptionRatio(10)
         grid = np.array([[0.1, 0.2], [0.3, 0.4]])
-        for method in (ratio.density, ratio.log_density, ratio.cdf, ratio.survival, ratio.quantile, ratio.signed_cdf):
+        names = (
+            "density",
+            "log_density",
+            "cdf",
+            "survival",
+            "log_survival",
+            "quantile",
+            "upper_quantile",
+            "signed_cdf",
+        )
+        for method in (getattr(ratio, name) for name in names):
             assert type(method(0.3)) is float
             values = method(grid)
             assert values.shape == grid.shape

@@ -6,7 +6,7 @@ from hf_parcor.functional.constrained_maximum import (
     constrained_maximum_,
     constrained_maximum_value,
 )
-from hf_parcor.functional.noise import gaussian_noise, uniform_noise
+from hf_parcor.functional.noise import gaussian_noise, random_signs, uniform_noise
 from hf_parcor.functional.projections import project, project_, rescale_to_norm
 from hf_parcor.functional.quantization import quantize
 from hf_parcor.functional.top_n import keep_top_n, keep_top_n_
@@ -27,6 +27,7 @@ __all__ = [
     "project",
     "project_",
     "quantize",
+    "random_signs",
     "rescale_to_norm",
     "sample_positions",
     "uniform_noise",

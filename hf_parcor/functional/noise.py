@@ -73,3 +73,20 @@ def uniform_noise(tensors: Sequence[Tensor], bound: float, generator: torch.Gene
     """
     bound = check_radius("bound", bound)
     return _drawn(tensors, generator, lambda noise, source: noise.uniform_(-1.0, 1.0, generator=source).mul_(bound))
+
+
+def random_signs(tensors: Sequence[Tensor], generator: torch.Generator | None = None) -> list[Tensor]:
+    """Return independent entries of −1 and 1, each with probability ½ (Rademacher's distribution).
+
+    Args:
+        tensors: Give shapes, devices and whether the signs are float64; their values are not read.
+        generator: Source of randomness; None for PyTorch's global one.
+
+    Returns:
+        Tensors of the shapes of `tensors`, in float32 (or float64).
+
+    Examples:
+        >>> random_signs([torch.zeros(4)], torch.Generator().manual_seed(0))
+        [tensor([-1., -1.,  1., -1.])]
+    """
+    return _drawn(tensors, generator, lambda signs, source: signs.bernoulli_(0.5, generator=source).mul_(2).sub_(1))

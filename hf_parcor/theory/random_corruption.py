@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 Numbers = TypeVar("Numbers", float, "NDArray[np.float64]")
 
 _PURPOSE = "the distribution of random corruptions"
+_NODES = 40  # of the quadrature
+_SMALL = -600.0  # from this logarithm of a probability on it is integrated; doubles underflow at −745
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,37 @@ class RandomCorruptionRatio:
         special = scipy_special(_PURPOSE)
         return _evaluate(lambda values: special.betaincc(0.5, self._half, _square(values)), x)
 
+    def log_survival(self, x: Numbers) -> Numbers:
+        r"""Return the logarithm of P(η > x), finite where the probability itself underflows.
+
+        ::
+
+            P(η > x) = y^h / (2h) · 2 / B(h, 1/2) · ∫_0^∞ e^(−t) / √(x² + y (1 − e^(−t/h))) dt,
+            y = 1 − x²,   h = (k − 1)/2
+
+        which Gauss–Laguerre quadrature takes to rounding, that far out.
+
+        Example:
+            >>> f"{RandomCorruptionRatio(1_000_000_000).log_survival(0.5):.0f}"  # half of the worst case by chance
+            '-143841046'
+        """
+        special = scipy_special(_PURPOSE)
+
+        def evaluate(values: Any) -> Any:
+            import numpy as np
+
+            inside = np.clip(values, 0, 1)
+            nodes, weights = np.polynomial.laguerre.laggauss(_NODES)
+            rest = (1 - inside) * (1 + inside)
+            root = np.sqrt(inside[..., None] ** 2 + rest[..., None] * -np.expm1(-nodes / self._half))
+            power = special.xlog1py(self._half, -inside) + special.xlog1py(self._half, inside)
+            with np.errstate(divide="ignore"):
+                near = np.log(special.betaincc(0.5, self._half, inside**2))
+                far = power - math.log(self._half) - special.betaln(0.5, self._half) + np.log((weights / root).sum(-1))
+            return np.where(near > _SMALL, near, far)
+
+        return _evaluate(evaluate, x)
+
     def quantile(self, probability: Numbers) -> Numbers:
         r"""Return the x with P(η <= x) = probability; α(p) of paper 1, Table 3 is εG times it.
 
@@ -144,13 +177,20 @@ class RandomCorruptionRatio:
             1.96
         """
         special = scipy_special(_PURPOSE)
+        return _evaluate(lambda values: special.betaincinv(0.5, self._half, _fractions(values)) ** 0.5, probability)
 
-        def evaluate(values: Any) -> Any:
-            if not ((values >= 0) & (values <= 1)).all():
-                raise ValueError(f"expected probabilities in [0, 1], got {probability}; pass fractions, not percent")
-            return special.betaincinv(0.5, self._half, values) ** 0.5
+    def upper_quantile(self, probability: Numbers) -> Numbers:
+        r"""Return the x with P(η > x) = probability, also where ``1 - probability`` is rounded to one.
 
-        return _evaluate(evaluate, probability)
+        Raises:
+            ValueError: a probability is outside [0, 1].
+
+        Example:
+            >>> round(RandomCorruptionRatio(1_000_000_000).upper_quantile(1e-100) * 1_000_000_000**0.5, 3)
+            21.306
+        """
+        special = scipy_special(_PURPOSE)
+        return _evaluate(lambda values: special.betainccinv(0.5, self._half, _fractions(values)) ** 0.5, probability)
 
     def signed_cdf(self, x: Numbers) -> Numbers:
         r"""Return P(aᵀg / εG <= x), the distribution function without the absolute value.
@@ -174,6 +214,13 @@ class RandomCorruptionRatio:
             return np.where(values > 0, 1 - tail, tail)
 
         return _evaluate(evaluate, x)
+
+
+def _fractions(values: Any) -> Any:
+    """Return probabilities as they are, or raise ``ValueError``."""
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"expected probabilities in [0, 1], got {values}; pass fractions, not percent")
+    return values
 
 
 def _square(values: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from hf_parcor.functional import gaussian_noise, uniform_noise
+from hf_parcor.functional import gaussian_noise, random_signs, uniform_noise
 
 NOISES = [gaussian_noise, uniform_noise]
 SIZE = 200_000
@@ -128,3 +128,16 @@ def test_bad_sizes(noise, name: str, size: float) -> None:
         noise([torch.ones(3)], size)
     with pytest.raises(TypeError, match=rf"{name}: .* got None"):
         noise([torch.ones(3)], None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_signs_are_fair_coins(dtype, same_bits) -> None:
+    like = [torch.zeros(SIZE // 2, dtype=dtype), torch.zeros(SIZE // 4, 2, dtype=dtype)]
+    drawn = random_signs(like, seeded(0))
+    assert same_bits(drawn, random_signs(like, seeded(0)))
+    assert not same_bits(drawn, random_signs(like, seeded(1)))
+    assert [part.dtype for part in drawn] == [dtype, dtype]
+    joined = torch.cat([part.reshape(-1) for part in drawn]).double().numpy()
+    assert set(joined.tolist()) == {-1.0, 1.0}
+    assert abs(joined.mean()) < 5 / math.sqrt(SIZE)
+    assert abs(stats.pearsonr(joined[:-1], joined[1:]).statistic) < 5 / math.sqrt(SIZE)
