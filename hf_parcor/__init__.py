@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from hf_parcor.defenses import ACRT, AWP, SAM, GradientPenalty, MultiStepRisk
     from hf_parcor.evaluation import CorruptionEvaluator, CorruptionRecord, EvaluationRecord, LayerProbe, SweepRecord
+    from hf_parcor.indicators import IndicatorRecord, measure_indicators
     from hf_parcor.injection import corrupted
     from hf_parcor.monitoring import RobustnessCallback
     from hf_parcor.report import RobustnessReport
@@ -50,6 +51,7 @@ __all__ = [
     "GaussianNoise",
     "GradientCorruption",
     "GradientPenalty",
+    "IndicatorRecord",
     "LayerProbe",
     "MultiStepCorruption",
     "MultiStepRisk",
@@ -71,6 +73,7 @@ __all__ = [
     "by_module",
     "corrupted",
     "defended_backward",
+    "measure_indicators",
     "search_epsilon",
     "select_parameters",
 ]
@@ -101,6 +104,10 @@ _PARTS = {
         "EvaluationRecord",
         "LayerProbe",
         "SweepRecord",
+    ),
+    "indicators": (
+        "IndicatorRecord",
+        "measure_indicators",
     ),
     "injection": ("corrupted",),
     "monitoring": ("RobustnessCallback",),

@@ -89,8 +89,10 @@ class TestRandomCorruptionRatio:
 
     @pytest.mark.parametrize(
         ("k", "x"),
-        [(2, 0.5), (3, 0.9), (1000, 0.0), (1000, 0.05), (1000, 0.9), (3000, 0.6), (10**6, 0.034), (10**6, 0.036)]
-        + [(10**9, 1e-3), (10**9, 1.2e-3), (10**9, 0.5), (10**9, 0.999)],
+        [
+            *((2, 0.5), (3, 0.9), (1000, 0.0), (1000, 0.05), (1000, 0.9), (3000, 0.6)),
+            *((10**6, 0.034), (10**6, 0.036), (10**9, 1e-3), (10**9, 1.2e-3), (10**9, 0.5), (10**9, 0.999)),
+        ],
     )
     def test_probabilities_that_underflow(self, k, x):
         """The tail beyond x = cos φ as an integral of sin^(k−2) over the angle, scaled by its largest value."""

@@ -132,23 +132,20 @@ class DatasetGradients:
             overall = self._whole.over_data()
             return {name: overall[name] for name in self._parameters}
         if self._overall is None:
-            total = sum(self._items)
             overall = {
                 name: torch.zeros_like(parameter, dtype=_wide(parameter))
                 for name, parameter in self._parameters.items()
             }
-            # The mean over no item is NaN.
-            pieces = ((batch, items) for batch, items in zip(self._batches, self._items, strict=True) if items)
             walk = tqdm(
-                self._processes.rounds(pieces),
+                self._processes.rounds(self.shares()),
                 desc="gradient over the data",
-                total=self._processes.size(len(self)),
+                total=self._processes.size(sum(items > 0 for items in self._items)),
                 leave=False,
                 disable=not self._progress,
             )
             in_step = self._processes.in_step
-            for (batch, items), counts in walk:
-                share = items / total if counts else 0.0
+            for (batch, of_batch), counts in walk:
+                share = of_batch if counts else 0.0
                 # What all processes differentiate at once is the mean of their losses: the share weighs the loss.
                 found = self._gradient(batch, share * self._processes.count if in_step else 1.0)
                 torch._foreach_add_(
@@ -156,6 +153,20 @@ class DatasetGradients:
                 )
             self._overall = overall if in_step else self._processes.sum(overall)
         return self._overall
+
+    def shares(self) -> Iterator[tuple[Batch, float]]:
+        """Yield each batch that has items, and its share of all items: with it batch means add up to the overall one.
+
+        The mean over no item is NaN, so batches without any are left out.
+        """
+        total = sum(self._items)
+        for batch, items in zip(self._batches, self._items, strict=True):
+            if items:
+                yield batch, items / total
+
+    def loss_on(self, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch at the weights as they are."""
+        return self._loss(self._model, self._on_device(batch))
 
     def on_next_batch(self, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradient of the next batch's mean loss at `w + a`; after the last batch comes the first."""
@@ -177,7 +188,7 @@ class DatasetGradients:
     def run(self, batch: Batch) -> None:
         """Compute the loss of a batch, for those who watch the model."""
         with torch.no_grad():
-            self._loss(self._model, batch)
+            self.loss_on(batch)
 
     def restart(self) -> None:
         """Let the next batch be the first."""
@@ -190,7 +201,7 @@ class DatasetGradients:
         parameters = list(self._parameters.values())
 
         def loss() -> Tensor:
-            found = self._loss(self._model, self._on_device(batch))
+            found = self.loss_on(batch)
             return found if weight == 1 else found * weight
 
         with torch.enable_grad(), trainable(parameters):
