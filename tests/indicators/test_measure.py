@@ -57,16 +57,16 @@ class TestQuadratic:
         gradient, p, n = known.gradient, constraint.p, constraint.top_n or 7
         largest = -math.inf
         for chosen in itertools.combinations(range(7), n):
-            for _ in range(200):
+            for _ in range(40):
                 a = torch.zeros(7).double()
                 a[list(chosen)] = torch.randn(n).double() if p < math.inf else torch.randn(n).double().sign()
                 a *= constraint.epsilon / torch.linalg.vector_norm(a, p)
                 largest = max(largest, float(gradient @ a))
-        assert 0.6 * row.first_order < largest <= row.first_order * (1 + 1e-12)
+        assert 0.4 * row.first_order < largest <= row.first_order * (1 + 1e-12)
 
     def test_both_ways_to_the_average_agree(self, known, constraint):
         """Also where p is neither 2 nor ∞: ã has signs that are independent, and entries alike."""
-        drawn = random_loss_changes(known.loss, constraint, 1500)
+        drawn = random_loss_changes(known.loss, constraint, 200)
         expected = float(known.hessian.trace()) * drawn.square_norms.mean / 14
         for estimate in (drawn.beyond_first_order, drawn.changes):
             assert abs(estimate.mean - expected) < 4 * estimate.standard_error
@@ -121,7 +121,7 @@ class TestSpread:
     def test_shares_of_the_worst_case_follow_theorem_1(self, known):
         stats = pytest.importorskip("scipy.stats")
         constraint = CorruptionConstraint(epsilon=1e-4)
-        drawn = random_loss_changes(known.loss, constraint, 500)
+        drawn = random_loss_changes(known.loss, constraint, 300)
         shares = [change / (1e-4 * float(known.gradient.norm())) for change in drawn.changes.values]
         assert stats.kstest(shares, RandomCorruptionRatio(7).signed_cdf).pvalue > 0.01
 
