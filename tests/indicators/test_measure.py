@@ -66,7 +66,7 @@ class TestQuadratic:
 
     def test_both_ways_to_the_average_agree(self, known, constraint):
         """Also where p is neither 2 nor ∞: ã has signs that are independent, and entries alike."""
-        drawn = random_loss_changes(known.loss, constraint, 200)
+        drawn = random_loss_changes(known.loss, constraint, 60)
         expected = float(known.hessian.trace()) * drawn.square_norms.mean / 14
         for estimate in (drawn.beyond_first_order, drawn.changes):
             assert abs(estimate.mean - expected) < 4 * estimate.standard_error
