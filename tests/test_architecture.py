@@ -90,6 +90,7 @@ MAY_IMPORT = {
     },
     "indicators": {
         "modes",
+        "sharding",
         "stored_record",
         "functional",
         "constraints",

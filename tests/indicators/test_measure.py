@@ -280,3 +280,8 @@ class TestErrors:
     def test_data_that_is_gone_after_one_walk(self, known):
         with pytest.raises(ValueError, match="can be walked through again"):
             LossOverData(known.model, known.loss.parameters, iter(known.batches))
+
+    def test_weights_that_are_sharded(self, known, monkeypatch):
+        monkeypatch.setattr("hf_parcor.indicators.loss.is_sharded", lambda model: True)
+        with pytest.raises(ValueError, match="got weights that FSDP2 shards; save the model"):
+            known.measure(CONSTRAINTS[4])
