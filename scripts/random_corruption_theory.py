@@ -81,7 +81,7 @@ def trained_model(rows: Tensor, vocabulary: int, options: argparse.Namespace) ->
     model.train()
     for _ in tqdm(range(options.steps), desc="training", disable=options.quiet):
         batch = rows[torch.randint(len(rows), (options.batch,))]
-        exact_loss(model, batch).backward()
+        torch.autograd.backward(exact_loss(model, batch))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -97,7 +97,7 @@ def exact_loss(model: nn.Module, rows: Tensor) -> Tensor:
 
 def loss_of(model: GPT2LMHeadModel, rows: Tensor, batch: int) -> LossOverData:
     """Return the loss over rows as a function of all weights; the tied embeddings count once."""
-    return LossOverData(model, dict(model.named_parameters()), rows.split(batch), exact_loss)
+    return LossOverData(model, dict(model.named_parameters()), torch.split(rows, batch), exact_loss)
 
 
 def cosines(gradient: Tensor, draws: int, seed: int, *, block: int = 16) -> Iterator[Tensor]:
@@ -200,7 +200,7 @@ def measure(model: GPT2LMHeadModel, rows: Tensor, options: argparse.Namespace) -
     precise = loss_of(model, rows, options.batch)
     parts = list(precise.gradient().values())
     gradient = torch.cat([part.reshape(-1) for part in parts])
-    alone = [float(vector_norm([*loss_of(model, row, 1).gradient().values()])) for row in rows[:8].split(1)]
+    alone = [float(vector_norm([*loss_of(model, row, 1).gradient().values()])) for row in torch.split(rows[:8], 1)]
     trace = hessian_trace(precise, options.probes, options.seed)
     record = {
         "parameters": len(gradient),
@@ -213,7 +213,7 @@ def measure(model: GPT2LMHeadModel, rows: Tensor, options: argparse.Namespace) -
     runs = [(dtype, epsilon) for dtype in (torch.float64, torch.float32) for epsilon in options.epsilons]
     found = []
     for dtype, epsilon in tqdm(runs, desc="loss changes", disable=options.quiet):
-        model.to(dtype)
+        nn.Module.to(model, dtype)
         found.append(real_changes(loss_of(model, rows, options.batch), epsilon, trace.mean, options))
     return {**record, "real_changes": found}
 
