@@ -198,7 +198,7 @@ def records_on_four_ranks() -> dict[str, dict[str, list[str]]]:
 
 @pytest.fixture(scope="module")
 def alone(run_on_ranks):
-    (records,) = run_on_ranks(all_records, 1)
+    (records,) = run_on_ranks(all_records, 1, timeout=300)
     return records
 
 
