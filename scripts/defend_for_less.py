@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
         folder = train(options, run)
         corruptions = [GradientCorruption(CorruptionConstraint(p=2, epsilon=epsilon)) for epsilon in RADII]
         evaluator_of(options, folder).evaluate(corruptions).save(path)
-        note_run(options, run, time.monotonic() - started)
+        note_run(options, run, seconds=round(time.monotonic() - started, 1))
     return EvaluationRecord.load(path)
 
 

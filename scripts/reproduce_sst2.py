@@ -46,7 +46,7 @@ def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
         # One trial: the seeds of training are the trials.
         folder = train(options, run, "--do_eval", "--corruption_trials", "1")
         EvaluationRecord.load(folder / "robustness.json").save(path)
-        note_run(options, run, time.monotonic() - started)
+        note_run(options, run, seconds=round(time.monotonic() - started, 1))
     return EvaluationRecord.load(path)
 
 

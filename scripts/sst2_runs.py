@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
 from hf_parcor import CorruptionEvaluator
 from hf_parcor.defenses import Defense
@@ -72,17 +73,19 @@ class Run:
         return f"{self.name}-seed{self.seed}"
 
 
-def parse_options(description: str | None, arms: Mapping[str, Arm], work: str) -> argparse.Namespace:
+def parse_options(
+    description: str | None, arms: Mapping[str, Arm], work: str, *, train_samples: int = 2048, seeds: int = 3
+) -> argparse.Namespace:
     """Read the command line of a campaign."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder or a name on the Hub")
     parser.add_argument("--data", type=Path, required=True, help="the folder with the SST-2 files")
     parser.add_argument("--output", type=Path, required=True, help="the folder for records and the table")
     parser.add_argument("--work", type=Path, default=Path(work), help="the folder for models and logs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 1 + seeds)))
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--arms", nargs="+", choices=arms, help="only run these, in this order, and draw no table")
-    parser.add_argument("--train-samples", type=int, default=2048)
+    parser.add_argument("--train-samples", type=int, default=train_samples)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     # One thread each: a process that waits for its other thread gains nothing from a busy core.
@@ -120,8 +123,8 @@ def train(options: argparse.Namespace, run: Run, *more: str) -> Path:
     return folder
 
 
-def note_run(options: argparse.Namespace, run: Run, seconds: float) -> None:
-    """Write into `runs.json` how a run was trained, and how long training and all of it took."""
+def note_run(options: argparse.Namespace, run: Run, **details: Any) -> None:
+    """Write into `runs.json` how a run was trained, how long that took, and what else is to be known of it."""
     training = json.loads((options.work / run.file_name / "train_results.json").read_text())
     if training["train_collapsed"]:
         print(f"{run.file_name} shows signs of collapse: it is kept, and marked in runs.json")
@@ -131,16 +134,16 @@ def note_run(options: argparse.Namespace, run: Run, seconds: float) -> None:
         runs[run.file_name] = {
             "collapsed": bool(training["train_collapsed"]),
             "train_seconds": training["train_runtime"],
-            "seconds": round(seconds, 1),
             "train_samples": training["train_samples"],
             "machine": f"{platform.machine()}, {options.threads} of {os.cpu_count()} cores",
             "flags": run.arm.flags,
+            **details,
         }
         path.write_text(json.dumps(runs, indent=2, sort_keys=True) + "\n")
 
 
-def evaluator_of(options: argparse.Namespace, folder: Path, **selection: Any) -> CorruptionEvaluator:
-    """Return an evaluator of a trained model on the dev sentences, sorted by length."""
+def model_and_batches(options: argparse.Namespace, folder: Path) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
+    """Return a trained model, and the dev sentences for it, sorted by length."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     with gzip.open(options.data / "dev.tsv.gz", "rt", encoding="utf-8") as file:
@@ -150,6 +153,12 @@ def evaluator_of(options: argparse.Namespace, folder: Path, **selection: Any) ->
         texts, labels = zip(*rows[start : start + 64], strict=True)
         batch = tokenizer(list(texts), truncation=True, max_length=128, padding=True, return_tensors="pt")
         batches.append({**batch, "labels": torch.tensor([int(label) for label in labels])})
+    return model, batches
+
+
+def evaluator_of(options: argparse.Namespace, folder: Path, **selection: Any) -> CorruptionEvaluator:
+    """Return an evaluator of a trained model on the dev sentences."""
+    model, batches = model_and_batches(options, folder)
     return CorruptionEvaluator(model, ClassificationMetric(batches), batches, progress=False, **selection)
 
 

@@ -15,7 +15,7 @@ from hf_parcor.evaluation.measuring import Metric
 from hf_parcor.evaluation.provenance import described, library_versions, model_name
 from hf_parcor.evaluation.records import EvaluationRecord
 from hf_parcor.evaluation.replicas import measurable_model
-from hf_parcor.functional.vectors import numel
+from hf_parcor.functional.vectors import numel, vector_norm
 from hf_parcor.injection import check_weights
 from hf_parcor.targets import select_trainable
 
@@ -151,4 +151,5 @@ class CorruptionEvaluator:
             data=data,
             versions=library_versions(),
             notes=self._measurement.notes,
+            weights_norm=vector_norm(list(self._parameters.values())).item(),
         )

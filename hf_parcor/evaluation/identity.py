@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_parcor.corruptions import Corruption
-from hf_parcor.evaluation.fingerprint import fingerprint, fingerprint_of_weights
+from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.provenance import library_versions
 from hf_parcor.evaluation.replicas import all_batches
@@ -22,6 +22,7 @@ _PASSING = ("_name_or_path", "transformers_version", "problem_type")
 
 def identity_of_run(
     model: nn.Module,
+    weights: str,
     metric: Any,
     loss: Any,
     data: str,
@@ -36,6 +37,7 @@ def identity_of_run(
 
     Args:
         model: The model.
+        weights: Fingerprint of its weights.
         metric: The metric; the data of a `BatchMetric` counts.
         loss: The loss.
         data: Fingerprint of the batches that gradients are taken on.
@@ -50,7 +52,7 @@ def identity_of_run(
     return {
         "model": class_of(model).__name__,
         "configuration": hashlib.sha256(to_strict_json(plain).encode()).hexdigest(),
-        "weights": fingerprint_of_weights(model),
+        "weights": weights,
         "data": data,
         "metric": _name(metric),
         "metric_data": fingerprint(all_batches(metric.batches)) if isinstance(metric, BatchMetric) else "",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.evaluation.checkpoint import append_to_checkpoint, begin_checkpoint
 from hf_parcor.evaluation.clean_prefix import prefix_of_ascents, prefix_of_measurements
-from hf_parcor.evaluation.fingerprint import fingerprint
+from hf_parcor.evaluation.fingerprint import fingerprint, fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, check_repeatable
 from hf_parcor.evaluation.identity import identity_of_run
 from hf_parcor.evaluation.measuring import Metric, measure
@@ -84,6 +84,7 @@ class Measurement:
         trials: int,
         seed: int,
         checkpoint: str | Path | None = None,
+        weights: str = "",
     ) -> tuple[CorruptionRecord, str, list[tuple[CorruptionRecord, ...]]]:
         """Return the clean record, the fingerprint of the data, and the records of each selection's corruptions.
 
@@ -93,6 +94,7 @@ class Measurement:
             trials: Trials of each stochastic corruption.
             seed: First seed.
             checkpoint: Where finished trials are kept; the first process reads and writes it.
+            weights: Fingerprint of the weights, if it is known; a checkpoint needs it.
         """
         check_count("trials", trials)
         check_count("seed", seed, minimum=0)
@@ -108,13 +110,14 @@ class Measurement:
             self._check_replicas(data)
             found: dict[int, Trial] = {}  # number 0 is the clean model's
             if checkpoint is not None:
+                weights = weights or fingerprint_of_weights(self._model)
                 run = identity_of_run(
-                    self._model, self._metric, self._loss, data, selections, corruptions, trials, seed
+                    self._model, weights, self._metric, self._loss, data, selections, corruptions, trials, seed
                 )
                 found = {} if path is None else begin_checkpoint(path, run)
             found = self._processes.gather(found)[0]
             left = [number for number in range(1, 1 + len(plan)) if number not in found]
-            parts = self._parts(list(selections.values()), {plan.part_of(number) for number in left}, corruptions)
+            parts = self._parts(list(selections.values()), corruptions if left else ())
             if 0 not in found:  # after the parts, whose making refuses data that will not do
                 found |= _kept(path, {0: Trial.of(seed, self._metrics())})
             jobs = [Job(parts[plan.part_of(number)], *plan.drawn(number)) for number in left]
@@ -150,15 +153,13 @@ class Measurement:
         if isinstance(metric, BatchMetric):
             check_same_data("metric", fingerprint(all_batches(metric.batches)), self._processes)
 
-    def _parts(
-        self, selections: Sequence[_Parameters], needed: Set[int], corruptions: Sequence[Corruption]
-    ) -> dict[int, Part]:
-        """Return those parts that are still to be measured, by their index.
+    def _parts(self, selections: Sequence[_Parameters], corruptions: Sequence[Corruption]) -> list[Part]:
+        """Return the parts; what costs a run of the model is done when it is needed.
 
         The gradient is taken with respect to all parts, whatever is left, so that its last bits are the same.
         """
         whole: DatasetGradients | None = None
-        if needed and self._batches is not None and any(corruption.uses_gradients for corruption in corruptions):
+        if self._batches is not None and any(corruption.uses_gradients for corruption in corruptions):
             together = {name: parameter for selection in selections for name, parameter in selection.items()}
             whole = DatasetGradients(
                 self._model,
@@ -169,18 +170,15 @@ class Measurement:
                 processes=self._processes,
             )
         climbs = any(isinstance(corruption, MultiStepCorruption) for corruption in corruptions)
-        parts = []
-        for index in sorted(needed):
-            selection = selections[index]
-            climbing = self._prefix_of_ascents(selection) if climbs else None
-            of_part = None if whole is None else whole.of_part(selection)
-            parts.append(Part(selection, of_part, climbing, self._prefix_of_measurements(selection, climbing)))
-        # What is measured together must be the same everywhere, also where a rounding decides.
-        found = self._processes.gather([part.measuring is not None for part in parts])
-        return {
-            index: part if all(everywhere) else replace(part, measuring=None)
-            for index, part, everywhere in zip(sorted(needed), parts, zip(*found, strict=True), strict=True)
-        }
+        return [
+            Part(
+                selection,
+                None if whole is None else whole.of_part(selection),
+                partial(self._prefix_of_ascents, selection) if climbs else _nothing,
+                partial(self._prefix_of_measurements, selection),
+            )
+            for selection in selections
+        ]
 
     def _prefix_of_ascents(self, selection: _Parameters) -> PrefixReuse | None:
         if self._by_batch is None or self._batches is None:
@@ -190,7 +188,9 @@ class Measurement:
     def _prefix_of_measurements(self, selection: _Parameters, tried: PrefixReuse | None) -> PrefixReuse | None:
         if self._by_batch is None:
             return None
-        return prefix_of_measurements(self._model, self._by_batch, selection, tried)
+        prefix = prefix_of_measurements(self._model, self._by_batch, selection, tried)
+        # What is measured together must be the same everywhere, also where a rounding decides.
+        return prefix if all(self._processes.gather(prefix is not None)) else None
 
     def _groups(self, jobs: Sequence[Job], limit: int) -> Iterator[list[Job]]:
         """Yield what is measured together: alone, or as many as the limit and the memory for corruptions admit."""
@@ -209,9 +209,9 @@ class Measurement:
 
     def _go_together(self, job: Job, other: Job) -> bool:
         """Whether two corruptions share a prefix run, or are at least chosen at the same time by several processes."""
-        if job.part.measuring is None and other.part.measuring is None:
-            return self._processes.count > 1
-        return job.part.measuring is not None and other.part.measuring is not None
+        if other.part.measuring is None:  # the next part is not made ready before its turn
+            return self._processes.count > 1 and job.part.measuring is None
+        return job.part.measuring is not None
 
     def _measure(self, group: Sequence[Job]) -> list[Trial]:
         together = self._by_batch if group[0].part.measuring is not None else None
@@ -232,6 +232,10 @@ class Measurement:
     def _metrics(self) -> Mapping[str, object]:
         with evaluation_mode(self._model):  # a metric may leave the model in training mode
             return measure(self._model, self._metric, self._processes)
+
+
+def _nothing() -> None:
+    """Return that nothing can be reused, since nothing is to be climbed."""
 
 
 def _kept(path: Path | None, trials: dict[int, Trial]) -> dict[int, Trial]:

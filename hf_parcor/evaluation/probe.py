@@ -17,7 +17,7 @@ from hf_parcor.evaluation.provenance import described, library_versions, model_n
 from hf_parcor.evaluation.records import EvaluationRecord
 from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.evaluation.sweep_record import SweepRecord
-from hf_parcor.functional.vectors import numel
+from hf_parcor.functional.vectors import numel, vector_norm
 from hf_parcor.injection import check_weights
 from hf_parcor.targets import by_layer, select_trainable
 
@@ -97,7 +97,8 @@ class LayerProbe:
             TypeError: As in `CorruptionEvaluator.evaluate`.
             OSError: The checkpoint cannot be read or written.
         """
-        clean, data, records = self._measurement.run(self._selections, corruptions, trials, seed, checkpoint)
+        weights = fingerprint_of_weights(self._model)
+        clean, data, records = self._measurement.run(self._selections, corruptions, trials, seed, checkpoint, weights)
         versions = library_versions()
         of_parts = {
             label: EvaluationRecord(
@@ -109,7 +110,8 @@ class LayerProbe:
                 data=data,
                 versions=versions,
                 notes=self._measurement.notes,
+                weights_norm=vector_norm(list(selection.values())).item(),
             )
             for (label, selection), of_part in zip(self._selections.items(), records, strict=True)
         }
-        return SweepRecord(of_parts, fingerprint_of_weights(self._model), trials, seed)
+        return SweepRecord(of_parts, weights, trials, seed)

@@ -88,6 +88,8 @@ class EvaluationRecord(StoredRecord):
         data: SHA-256 of the batches that gradients were taken on, or "" where no batches were given.
         versions: Versions of the libraries.
         notes: What was noticed, in sentences.
+        weights_norm: L2 norm of the weights that could be corrupted, the measure of a radius; None in records from
+            before it was kept.
         format: Version of this layout.
     """
 
@@ -99,6 +101,7 @@ class EvaluationRecord(StoredRecord):
     data: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    weights_norm: float | None = None
     format: int = FORMAT
     kind: ClassVar[str] = "record"
     remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
@@ -108,6 +111,8 @@ class EvaluationRecord(StoredRecord):
         data["clean"] = _corruption_record(data["clean"])
         data["corruptions"] = tuple(_corruption_record(entry) for entry in data["corruptions"])
         data["notes"] = tuple(data["notes"])
+        norm = data.get("weights_norm")
+        data["weights_norm"] = None if norm is None else float(norm)
         return cls(**data)
 
     def rows(self) -> list[CorruptionRecord]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -26,13 +26,30 @@ from hf_parcor.prefix import PrefixReuse, recording_together
 class Part:
     """Parameters that are corrupted together, their gradients, and what does not depend on them.
 
-    A measurement may run the model in another way than an ascent does, so each has its own prefix.
+    A measurement may run the model in another way than an ascent does, so each has its own prefix. It is sought, which
+    takes a few runs of the model, when it is first asked for: a sweep that is killed often still gets on.
+
+    Args:
+        parameters: By their names.
+        gradients: Theirs; None if no corruption needs them.
+        seek_climbing: Seeks the prefix of ascents.
+        seek_measuring: Seeks that of measurements, and is given that of ascents.
     """
 
     parameters: Mapping[str, nn.Parameter]
     gradients: DatasetGradients | None
-    climbing: PrefixReuse | None
-    measuring: PrefixReuse | None
+    seek_climbing: Callable[[], PrefixReuse | None]
+    seek_measuring: Callable[[PrefixReuse | None], PrefixReuse | None]
+
+    @cached_property
+    def climbing(self) -> PrefixReuse | None:
+        """What an ascent computes before these parameters come in."""
+        return self.seek_climbing()
+
+    @cached_property
+    def measuring(self) -> PrefixReuse | None:
+        """What a measurement computes before these parameters come in; with several processes, all ask for it."""
+        return self.seek_measuring(self.climbing)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from hf_parcor import (
     SweepRecord,
     by_kind,
 )
-from hf_parcor.evaluation import ClassificationMetric, measurement
+from hf_parcor.evaluation import ClassificationMetric, fingerprint, measurement
 from hf_parcor.evaluation.checkpoint import append_to_checkpoint, begin_checkpoint
 from hf_parcor.evaluation.trials import Trial
 from hf_parcor.injection import CorruptionSize
@@ -71,6 +71,39 @@ def test_interrupted_again_and_again(sweep, tmp_path, monkeypatch, together, cal
     assert len(finished) > 2
     assert finished == sorted(finished)
     assert sweep(path, calls=1).to_json() == expected, "and nothing is measured again"
+
+
+def test_a_part_is_made_ready_when_its_turn_comes(classifier, batches, tmp_path, monkeypatch):
+    """So a sweep that is killed often gets on: what a part costs before its first trial is not paid for all parts."""
+    monkeypatch.setattr(measurement, "BETWEEN_WRITES", 3)
+    path, sought = tmp_path / "sweep.jsonl", []
+
+    def seek(model, *arguments):
+        finished = len(path.read_text().splitlines()) - 2  # but for the head and the clean model
+        sought.append((next(iter(arguments[-2])), finished))
+
+    monkeypatch.setattr(measurement, "prefix_of_measurements", seek)
+    targets = {name: [name] for name in ("bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1")}
+    probe = LayerProbe(classifier, ClassificationMetric(batches), batches, targets=targets, progress=False)
+    noise = [GaussianNoise(std) for std in (0.1, 0.2, 0.3)]
+    probe.evaluate(noise, trials=1, checkpoint=path)
+    assert all(name.startswith(target) for (name, _), target in zip(sought, targets, strict=True))
+    assert [finished for _, finished in sought] == [0, 3, 6]
+    probe.evaluate(noise, trials=1, checkpoint=path)
+    assert len(sought) == 3, "and nothing is made ready when nothing is left"
+
+
+@pytest.mark.parametrize(("probing", "checkpoint", "times"), [(1, 1, 1), (1, 0, 1), (0, 1, 1), (0, 0, 0)])
+def test_weights_are_hashed_once_where_they_must_be(
+    classifier, batches, tmp_path, monkeypatch, probing, checkpoint, times
+):
+    hashed, update = [], fingerprint._update
+    monkeypatch.setattr(fingerprint, "_update", lambda digest, name, tensor: (hashed.append(name), update(digest, name, tensor)))
+    kind = LayerProbe if probing else CorruptionEvaluator
+    kind(classifier, ClassificationMetric(batches), batches, progress=False).evaluate(
+        CORRUPTIONS, checkpoint=tmp_path / "run" if checkpoint else None
+    )
+    assert hashed.count("classifier.weight") == times
 
 
 def test_an_evaluator_resumes_too(classifier, batches, tmp_path, monkeypatch):
@@ -165,7 +198,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch, transformers as tf
 from hf_parcor import CorruptionConstraint, GaussianNoise, GradientCorruption, LayerProbe, MultiStepCorruption, by_kind
-from hf_parcor.evaluation import ClassificationMetric, measurement
+from hf_parcor.evaluation import ClassificationMetric, fingerprint, measurement
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

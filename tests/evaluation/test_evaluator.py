@@ -206,6 +206,9 @@ class TestRecord:
         assert record.model == "BertForSequenceClassification"
         assert record.target == {"target_modules": ["query", "value"], "layers": [0]}
         assert record.parameters == 2 * (8 * 8 + 8)
+        attention = classifier.bert.encoder.layer[0].attention.self
+        weights = [*attention.query.parameters(), *attention.value.parameters()]
+        assert record.weights_norm == pytest.approx(math.sqrt(sum(float((w**2).sum()) for w in weights)))
         assert set(record.versions) == {"hf-parcor", "torch", "transformers", "accelerate"}
         assert record.versions["torch"] == torch.__version__
         assert len(record.data) == 64

@@ -44,6 +44,7 @@ RECORDS = st.builds(
     data=st.text(),
     versions=st.dictionaries(NAMES, st.text(), max_size=2),
     notes=st.lists(st.text(), max_size=2).map(tuple),
+    weights_norm=st.none() | st.floats(0),
     format=st.just(1),
 )
 

@@ -1,4 +1,4 @@
-"""Plots drawn from records; they compute nothing but the means and deviations that records know themselves."""
+"""Metrics against the strength of each kind of corruption."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.evaluation.series import Series, short
-from hf_parcor.search_record import SearchRecord
+from hf_parcor.plots.style import line_styles, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.container import ErrorbarContainer
     from matplotlib.figure import Figure
-
-# Okabe and Ito's palette, safe for colour-blind readers; markers differ too.
-_COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 _TITLE_WIDTH = 28
 _CHARACTER = 0.05  # room that a character of a tick label takes, in units of the distance of the outermost ticks
@@ -46,7 +42,6 @@ def plot_comparison(
         ValueError: There are no records, they have no corruptions, or they lack the metric.
         ImportError: matplotlib is not installed.
     """
-    figure_class = _figure_class()
     from matplotlib.lines import Line2D
 
     panels = list(dict.fromkeys(Series.of(row) for record in records.values() for row in record.corruptions))
@@ -56,7 +51,7 @@ def plot_comparison(
         )
     columns = _columns(len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = figure_class(figsize=(0.6 + 2.7 * columns, 0.8 + 2.3 * rows), layout="constrained")
+    figure = new_figure(0.6 + 2.7 * columns, 0.8 + 2.3 * rows)
     grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for axis in grid[len(panels) :]:
         axis.remove()
@@ -82,50 +77,6 @@ def plot_comparison(
     return figure
 
 
-def plot_search(record: SearchRecord, objective: str = "objective") -> Figure:
-    """Draw the objective of a search against ε on a log scale, a line for each K, a ring around the best training.
-
-    Args:
-        record: What `search_epsilon` returned.
-        objective: What the vertical axis is called.
-
-    Raises:
-        ValueError: The record has no trials.
-        ImportError: matplotlib is not installed.
-    """
-    figure_class = _figure_class()
-    best = record.best
-    figure = figure_class(figsize=(4.8, 3.4), layout="constrained")
-    axis = figure.subplots()
-    styles = zip(itertools.cycle(_COLORS), itertools.cycle(_MARKERS), strict=False)
-    counts = dict.fromkeys(trial.steps for trial in record.trials)
-    for steps, (color, marker) in zip(counts, styles, strict=False):
-        curve = record.curve(steps)
-        label = "" if steps is None else f"K = {steps}"
-        radii, values = [trial.epsilon for trial in curve], [trial.objective for trial in curve]
-        axis.plot(radii, values, color=color, marker=marker, markersize=5, linewidth=1.5, label=label)
-    axis.plot(
-        [best.epsilon], [best.objective], linestyle="", marker="o", markersize=13, fillstyle="none", color="black"
-    )
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(lambda value, _: short(value))
-    axis.set_xlabel("radius ε")
-    axis.set_ylabel(objective, parse_math=False)
-    axis.set_title(f"best: ε = {best.epsilon:g}" + ("" if best.steps is None else f", K = {best.steps}"))
-    axis.grid(alpha=0.25)
-    if None not in counts:
-        axis.legend(frameon=False)
-    return figure
-
-
-def _figure_class() -> type[Figure]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib; install it with: pip install 'hf-parcor[plots]'") from error
-    return Figure
-
-
 def _columns(panels: int) -> int:
     """Return how many panels stand side by side, so that few places stay empty."""
     return panels if panels < 3 else min((3, 4), key=lambda columns: -panels % columns)
@@ -140,8 +91,7 @@ def _draw(axis: Axes, panel: Series, records: Sequence[EvaluationRecord], metric
         return labels.index(row.label) if panel.strength is None else float(row.settings[panel.strength])
 
     lines = []
-    styles = zip(itertools.cycle(_COLORS), itertools.cycle(_MARKERS), strict=False)
-    for record, rows, (color, marker) in zip(records, of_panel, styles, strict=False):
+    for record, rows, (color, marker) in zip(records, of_panel, line_styles(), strict=False):
         ordered = sorted(rows, key=strength)
         line = axis.errorbar(
             [strength(row) for row in ordered],

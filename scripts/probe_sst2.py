@@ -1,0 +1,92 @@
+"""Which part of a small BERT is weak on SST-2? The probes of paper 1, Figures 4 and 5, plain and defended.
+
+    python scripts/probe_sst2.py --model MODEL --data FOLDER --output model_cards/sst2-minilm
+
+MODEL is a folder or a name on the Hub, FOLDER holds `train_sentences.tsv.gz` and `dev.tsv.gz`. Both models are trained
+by `examples/train_sst2.py`, the defended one with the defaults of the defense (K = 1, L2, ε = 0.1), and probed on the
+dev sentences: by kind of module and by layer. Finished trainings and measurements are kept, so an interrupted run goes
+on. The output folder gets the records, `runs.json` with what made them, a report of each grouping, and its heat map.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from sst2_runs import ONE_STEP, PLAIN, Arm, Run, model_and_batches, note_run, parse_options, train
+
+from hf_parcor import (
+    CorruptionConstraint,
+    GradientCorruption,
+    LayerProbe,
+    RandomCorruption,
+    RobustnessReport,
+    SweepRecord,
+    by_kind,
+    by_layer,
+)
+from hf_parcor.corruptions import Corruption
+from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.plots import plot_heat_map
+
+COMMAND = "python scripts/probe_sst2.py --model MODEL --data FOLDER --output model_cards/sst2-minilm"
+ARMS = {"plain": PLAIN, "defended": Arm("K = 1", ONE_STEP)}
+GROUPINGS = {"kinds": by_kind, "layers": by_layer}
+EPOCHS = 2
+# The same ε for every group, as in paper 1: first without a limit, in the norm of the defense; then as there, in L∞
+# and for few weights; and random directions, up to radii that do harm. The reports have ε in units of the norm of each
+# group's weights, too.
+RADII = (0.2, 0.5, 1.0, 2.0, 5.0)
+RADII_OF_FEW = (0.2, 0.5, 1.0)
+RADII_AT_RANDOM = (5.0, 20.0)
+FEW = {"kinds": 10, "layers": 100}  # Figure 4, (a-b) and (c-f)
+
+
+def corruptions_of(grouping: str) -> list[Corruption]:
+    """Return what each group is measured under."""
+    few = FEW[grouping]
+    return [
+        *(GradientCorruption(CorruptionConstraint(p=2, epsilon=epsilon)) for epsilon in RADII),
+        *(GradientCorruption(CorruptionConstraint(p=math.inf, epsilon=e, top_n=few)) for e in RADII_OF_FEW),
+        *(RandomCorruption(CorruptionConstraint(p=2, epsilon=epsilon)) for epsilon in RADII_AT_RANDOM),
+    ]
+
+
+def probe(options: argparse.Namespace, run: Run, grouping: str) -> SweepRecord:
+    """Train a model and probe it, unless its record is there already."""
+    path: Path = options.output / f"{run.file_name}-{grouping}.json"
+    if not path.exists():
+        folder = train(options, run, "--num_train_epochs", str(EPOCHS))
+        note_run(options, run, epochs=EPOCHS, command=COMMAND)
+        model, batches = model_and_batches(options, folder)
+        targets = GROUPINGS[grouping](model)
+        layer_probe = LayerProbe(model, ClassificationMetric(batches), batches, targets=targets)
+        layer_probe.evaluate(corruptions_of(grouping), trials=1, checkpoint=folder / f"{grouping}.jsonl").save(path)
+    return SweepRecord.load(path)
+
+
+def draw(options: argparse.Namespace, grouping: str, sweeps: dict[str, list[SweepRecord]]) -> None:
+    """Write the report that compares the models, and the heat maps of the first seed."""
+    title = f"A BERT of 6 layers on SST-2, plain and defended, by {grouping}"
+    report = RobustnessReport.compare(sweeps, title=title)
+    report.to_html(options.output / f"{grouping}.html")
+    report.to_markdown(options.output / f"{grouping}.md")
+    figure = plot_heat_map({name: of_arm[0] for name, of_arm in sweeps.items()}, title=title)
+    figure.savefig(options.output / f"{grouping}.png", dpi=80)
+
+
+def main() -> None:
+    """Train, probe and draw what is missing."""
+    options = parse_options(__doc__, ARMS, "runs/probe_sst2", train_samples=6920, seeds=1)
+    for grouping in GROUPINGS:
+        sweeps = {
+            name: [probe(options, Run(name, ARMS[name], seed), grouping) for seed in options.seeds]
+            for name in options.arms or ARMS
+        }
+        if not options.arms:
+            draw(options, grouping, sweeps)
+
+
+if __name__ == "__main__":
+    main()
