@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Batch = dict[str, torch.Tensor]
 SIZES = (4, 4, 2)  # the last batch is smaller, as it is in most data sets
@@ -66,3 +68,40 @@ def bits_of() -> Callable[[nn.Module], str]:
         return sha.hexdigest()
 
     return digest
+
+
+class PeakMemory(TorchDispatchMode):
+    """The largest number of bytes in tensors made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                address, size = storage.data_ptr(), storage.nbytes()
+                if address and address not in self._known and not self._is_argument(address, args):
+                    self._known.add(address)
+                    self.live += size
+                    weakref.finalize(storage, self._free, address, size)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    @staticmethod
+    def _is_argument(address, args) -> bool:
+        leaves = torch.utils._pytree.tree_leaves(args)
+        return any(isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() == address for leaf in leaves)
+
+    def _free(self, address, size) -> None:
+        self._known.discard(address)
+        self.live -= size
+
+
+@pytest.fixture
+def peak_memory() -> type[PeakMemory]:
+    """Return the context manager that watches how much memory tensors take."""
+    return PeakMemory

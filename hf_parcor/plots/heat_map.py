@@ -13,9 +13,8 @@ from hf_parcor.plots.style import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.image import AxesImage
-
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 _DARK = 0.5  # from this share of the largest drop on, white text is easier to read
 

@@ -25,7 +25,8 @@ def notes(study: Study) -> list[str]:
     if len(sizes) > 1:
         found.append(
             f"Every group was corrupted with the same strengths, though their sizes differ: {min(sizes):,} to "
-            f"{max(sizes):,} weights. A radius bounds a group as one vector."
+            f"{max(sizes):,} weights. A radius bounds a group as one vector, so it is more for a group whose weights "
+            "have a small norm."
         )
     if len({record.data for record in study.records if record.data}) > 1:
         found.append(

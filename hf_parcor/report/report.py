@@ -22,8 +22,8 @@ class RobustnessReport:
     nothing else is.
 
     Args:
-        records: The record of an evaluator; the records of a probe, by group; a list of records, one a seed; a list
-            of probes, one a seed; or lists of records by group.
+        records: The record of an evaluator, or of a probe; a list of either, one a seed; records, or lists of them, by
+            the name of their group.
         metric: Which metric to report.
         greater_is_better: Whether a large metric is good. None, the default, for yes unless its name ends with "loss",
             as in the Trainer, or with "perplexity".

@@ -9,12 +9,15 @@ from typing import TypeAlias
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.evaluation.series import Series, short
+from hf_parcor.evaluation.sweep_record import SweepRecord
 from hf_parcor.measures import metric_drop
 from hf_parcor.statistics import MeanAndSpread
 
 Records: TypeAlias = (
     EvaluationRecord
+    | SweepRecord
     | Sequence[EvaluationRecord]
+    | Sequence[SweepRecord]
     | Mapping[str, EvaluationRecord]
     | Mapping[str, Sequence[EvaluationRecord]]
     | Sequence[Mapping[str, EvaluationRecord]]
@@ -145,6 +148,8 @@ def mean(values: Sequence[float]) -> float:
 
 
 def _groups(records: Records) -> dict[str, tuple[EvaluationRecord, ...]]:
+    if isinstance(records, SweepRecord):
+        return _groups(records.records)
     if isinstance(records, EvaluationRecord):
         return {_target(records): (records,)}
     if isinstance(records, Mapping):
@@ -152,8 +157,9 @@ def _groups(records: Records) -> dict[str, tuple[EvaluationRecord, ...]]:
             label: (entry,) if isinstance(entry, EvaluationRecord) else tuple(entry)
             for label, entry in records.items()
         }
-    elif records and isinstance(records[0], Mapping):
-        probes = [dict(probe) for probe in records if isinstance(probe, Mapping)]
+    elif records and isinstance(records[0], (Mapping, SweepRecord)):
+        mappings = [entry.records if isinstance(entry, SweepRecord) else entry for entry in records]
+        probes = [dict(probe) for probe in mappings if isinstance(probe, Mapping)]
         if len(probes) != len(records) or any(probe.keys() != probes[0].keys() for probe in probes):
             raise ValueError("records: expected the same groups in each repetition; probe the models alike")
         groups = {label: tuple(probe[label] for probe in probes) for label in probes[0]}
@@ -164,8 +170,9 @@ def _groups(records: Records) -> dict[str, tuple[EvaluationRecord, ...]]:
         entry and all(isinstance(record, EvaluationRecord) for record in entry) for entry in groups.values()
     ):
         raise ValueError(
-            "records: expected an EvaluationRecord, a mapping from labels to records, or a list of either, one a "
-            f"seed, got {type(records).__name__} without records; pass what an evaluator or a probe returned"
+            "records: expected an EvaluationRecord, a SweepRecord, a mapping from labels to records, or a list of "
+            f"these, one a seed, got {type(records).__name__} without records; pass what an evaluator or a probe "
+            "returned"
         )
     return groups
 

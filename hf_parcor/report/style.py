@@ -21,12 +21,14 @@ code { font-family: ui-monospace, monospace; font-size: .9em; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .3rem .55rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
 th:first-child { text-align: left; white-space: normal; max-width: 12rem; overflow-wrap: break-word; }
+tr > th:first-child { position: sticky; left: 0; background: var(--paper); }
 thead th { vertical-align: bottom; white-space: normal; }
 .maps { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; }
 .maps figure { max-width: 100%; }
 .text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .heat td { text-align: center; border: 1px solid var(--paper); }
-.heat thead th { text-align: center; }
+.heat tr > th:first-child { position: sticky; left: 0; background: var(--paper); }
+thead th { text-align: center; }
 .heat thead th:first-child { text-align: left; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1.25rem; }
 figure { margin: 0; min-width: 0; }
@@ -42,5 +44,9 @@ svg .line { fill: none; stroke-width: 2; }
 .legend li { font-size: .85rem; display: flex; align-items: center; gap: .35rem; min-width: 0; }
 .legend svg { flex: none; }
 summary { cursor: pointer; font-weight: 600; }
+@media (max-width: 30rem) {
+  th, td { padding: .25rem .35rem; }
+  th:first-child { max-width: 7.5rem; }
+}
 @media print { details > * { display: block; } .verdict { border: 1px solid; } }
 """

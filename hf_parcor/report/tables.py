@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from hf_parcor.evaluation.records import CorruptionRecord
+from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.evaluation.series import Series, short
 from hf_parcor.measures import area_under_curve, epsilon_at_half
 from hf_parcor.report.comparison_verdict import differences
@@ -67,11 +67,14 @@ def summary(study: Study, series: Series, numbers: Numbers) -> Table:
     from_zero = series.strength not in (None, "bits") and all(
         point.strength > 0 for curve in curves.values() for point in curve.points
     )
+    norms = {key: _weights_norm(study.models[key[0]][key[1]]) for key in curves}
+    known = not any(map(math.isnan, norms.values()))
     rows = []
     for (model, group), curve in curves.items():
         key = model, group
         parameters = study.models[model][group][0].parameters
-        row = [row_name(study, model, group), f"{parameters:,}", numbers.difference(drops[key])]
+        row = [row_name(study, model, group), f"{parameters:,}", *[f"{norms[key]:.3g}"] * known]
+        row.append(numbers.difference(drops[key]))
         if ratios:
             ratio = ratios.get(key, math.nan)
             row.append(times(ratio) if math.isfinite(ratio) else "–")
@@ -83,7 +86,7 @@ def summary(study: Study, series: Series, numbers: Numbers) -> Table:
             row.append(beyond if math.isinf(half) else "–" if math.isnan(half) else f"{half:.3g}")
         rows.append(tuple(row))
     half_name = f"{series.unit} at half" if study.greater_is_better else f"{series.unit} at twice"
-    header = [_row_header(study), "weights", "mean drop", *["fragility"] * bool(ratios)]
+    header = [_row_header(study), "weights", *["their norm"] * known, "mean drop", *["fragility"] * bool(ratios)]
     header += ["mean from 0 on", half_name] * from_zero
     return Table(f"{series.name}: each curve in a few numbers", tuple(header), tuple(rows))
 
@@ -168,6 +171,11 @@ def _share(drop: float | None, largest: float) -> float | None:
     if drop is None or math.isnan(drop):
         return None
     return min(max(drop / largest, 0.0), 1.0) if largest > 0 else 0.0
+
+
+def _weights_norm(records: tuple[EvaluationRecord, ...]) -> float:
+    """Return the norm of a group's weights, mean over repetitions; NaN if a record lacks it."""
+    return mean([math.nan if record.weights_norm is None else record.weights_norm for record in records])
 
 
 def _value_row(name: str, title: str, point: Point, numbers: Numbers) -> tuple[str, ...]:

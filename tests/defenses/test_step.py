@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import weakref
 from collections import Counter
 
 import pytest
@@ -69,41 +68,10 @@ def test_nothing_waits_for_the_device_and_calls_do_not_grow_with_the_parameters(
     assert counts[0] == counts[1]
 
 
-class PeakMemory(TorchDispatchMode):
-    """The largest number of bytes in tensors made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                address, size = storage.data_ptr(), storage.nbytes()
-                if address and address not in self._known and not self._is_argument(address, args):
-                    self._known.add(address)
-                    self.live += size
-                    weakref.finalize(storage, self._free, address, size)
-        self.peak = max(self.peak, self.live)
-        return result
-
-    @staticmethod
-    def _is_argument(address, args) -> bool:
-        leaves = torch.utils._pytree.tree_leaves(args)
-        return any(isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() == address for leaf in leaves)
-
-    def _free(self, address, size) -> None:
-        self._known.discard(address)
-        self.live -= size
-
-
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=str)
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("accumulated", [False, True])
-def test_extra_memory_is_at_most_twice_the_selected_parameters(constraint, steps, accumulated):
+def test_extra_memory_is_at_most_twice_the_selected_parameters(constraint, steps, accumulated, peak_memory):
     selected = parameters(4, 100_000)
     size = sum(p.numel() * p.element_size() for p in selected.values())
     if accumulated:
@@ -112,7 +80,7 @@ def test_extra_memory_is_at_most_twice_the_selected_parameters(constraint, steps
     run = fake_pass(selected, lambda index, name: torch.randn_like(selected[name]))
     defense = MultiStepRisk(constraint, steps=steps)
     gc.collect()
-    with PeakMemory() as memory:
+    with peak_memory() as memory:
         with DefendedStep(selected, run, defense.passes) as step:
             defense.minimize(step)
             step.withdraw(constraint.p)

@@ -98,7 +98,9 @@ def test_weights_are_hashed_once_where_they_must_be(
     classifier, batches, tmp_path, monkeypatch, probing, checkpoint, times
 ):
     hashed, update = [], fingerprint._update
-    monkeypatch.setattr(fingerprint, "_update", lambda digest, name, tensor: (hashed.append(name), update(digest, name, tensor)))
+    monkeypatch.setattr(
+        fingerprint, "_update", lambda digest, name, tensor: (hashed.append(name), update(digest, name, tensor))
+    )
     kind = LayerProbe if probing else CorruptionEvaluator
     kind(classifier, ClassificationMetric(batches), batches, progress=False).evaluate(
         CORRUPTIONS, checkpoint=tmp_path / "run" if checkpoint else None

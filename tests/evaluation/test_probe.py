@@ -18,6 +18,7 @@ from hf_parcor import (
     GradientCorruption,
     LayerProbe,
     MultiStepCorruption,
+    RandomCorruption,
 )
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.targets import TargetError
@@ -181,3 +182,43 @@ class TestBadInput:
         probe = LayerProbe(six_layers, lambda model: {"x": math.pi}, progress=False)
         with pytest.raises(ValueError, match="batches: expected data for gradient-based"):
             probe.evaluate(CORRUPTIONS)
+
+
+class TestMemory:
+    """What a sweep holds at a time does not depend on how long it is."""
+
+    @pytest.fixture
+    def peak_of(self, tiny_bert, peak_memory):
+        model = tiny_bert(**{**SIX_LAYERS, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 256}).eval()
+
+        def peak(batches=2, radii=1, layers=1, memory=1, **options):
+            data = [
+                {"input_ids": torch.full((2, 6), 1 + index), "labels": torch.tensor([0, 1])}
+                for index in range(batches)
+            ]
+            targets = {
+                f"{layer} {copy}": [f"bert.encoder.layer.{layer}"] for copy in range(layers) for layer in (0, 1)
+            }
+            corruptions = [
+                kind(CorruptionConstraint(epsilon=1.0 + radius))
+                for radius in range(radii)
+                for kind in (GradientCorruption, MultiStepCorruption, RandomCorruption)
+            ]
+            probe = LayerProbe(model, ClassificationMetric(data), data, targets=targets, memory=memory, progress=False)
+            with peak_memory() as used:
+                probe.evaluate(corruptions, trials=1, **options)
+            return used.peak, sum(p.numel() * p.element_size() for p in model.parameters())
+
+        return peak
+
+    @pytest.mark.parametrize("longer", [{"radii": 3}, {"layers": 3}, {"batches": 8}], ids=str)
+    @pytest.mark.parametrize("saved", [True, False])
+    def test_it_does_not_grow(self, peak_of, longer, saved, tmp_path):
+        path = (lambda name: {"checkpoint": tmp_path / name}) if saved else (lambda _: {})
+        (short, size), (long, _) = peak_of(**path("short")), peak_of(**longer, **path("long"))
+        assert short > size / 4, "or nothing was counted"
+        assert long <= short + 0.01 * size
+
+    def test_corruptions_that_are_measured_together_take_what_they_may(self, peak_of):
+        (alone, size), (together, _) = peak_of(radii=3), peak_of(radii=3, memory=1 << 30)
+        assert together > alone + size

@@ -4,6 +4,7 @@ import html.parser
 import math
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -129,6 +130,18 @@ def test_the_summary_has_the_measures(record_of, tmp_path):
         ["a", "10", "20.0 points", "4", "70.0", "2"],
         ["b", "10", "5.0 points", "0.25", "77.5", "\\> 2"],
     ]
+
+
+def test_norms_of_weights_stand_beside_their_number(record_of, tmp_path):
+    probe = {
+        name: replace(record_of({1.0: 0.8}), weights_norm=norm)
+        for name, norm in (("a", 2.5), ("b", 40.0), ("c", None))
+    }
+    _, markdown = write(RobustnessReport({name: probe[name] for name in "ab"}), tmp_path)
+    rows = [[cell.strip() for cell in row[:3]] for row in tables_of(markdown)[1]]
+    assert rows == [["group", "weights", "their norm"], [":--", "--:", "--:"], ["a", "10", "2.5"], ["b", "10", "40"]]
+    _, markdown = write(RobustnessReport(probe), tmp_path)
+    assert "their norm" not in markdown, "older records do not know it"
 
 
 def test_a_broken_group_has_no_fragility_and_spoils_no_other(record_of, tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 import scipy.stats
 
-from hf_parcor import RobustnessReport
+from hf_parcor import RobustnessReport, SweepRecord
 from hf_parcor.report.evidence import adjusted_p_values
 from hf_parcor.report.fragility import fragility
 from hf_parcor.statistics import Alternative
@@ -130,6 +130,17 @@ class TestRepetitions:
         by_group = {group: [probe[group] for probe in probes] for group in ("a", "b")}
         assert RobustnessReport(probes).verdict == RobustnessReport(by_group).verdict
 
+    def test_what_a_probe_returned_is_taken_as_it_is(self, probe_of):
+        groups = [{"a": (0.8, 0.8), "b": (value, 0.4)} for value in (0.5, 0.6, 0.7)]
+        probes = [dict(probe_of(group)) for group in groups]
+        sweeps = [SweepRecord(probe, "", 1, 0) for probe in probes]
+        for given, plain in ((sweeps[0], probes[0]), (sweeps, probes)):
+            assert RobustnessReport(given).verdict == RobustnessReport(plain).verdict
+        compared = RobustnessReport.compare({"one": sweeps[:2], "two": sweeps[1:]})
+        assert compared.verdict == RobustnessReport.compare({"one": probes[:2], "two": probes[1:]}).verdict
+        with pytest.raises(ValueError, match="expected the same groups in each repetition"):
+            RobustnessReport([sweeps[0], SweepRecord({"a": probes[1]["a"]}, "", 1, 0)])
+
 
 class TestComparison:
     def models(self, record_of, defended, spread=0.01, clean=0.88):
@@ -199,7 +210,7 @@ def test_what_cannot_be_tested_is_left_out_of_the_correction():
 class TestErrors:
     @pytest.mark.parametrize("records", [{}, [], {"a": []}, [{}], ["text"], {"a": "text"}, {"a": [3]}])
     def test_no_records(self, records):
-        with pytest.raises(ValueError, match="expected an EvaluationRecord, a mapping"):
+        with pytest.raises(ValueError, match="expected an EvaluationRecord, a SweepRecord, a mapping"):
             RobustnessReport(records)
 
     def test_no_corruptions(self, record_of):
