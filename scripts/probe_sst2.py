@@ -14,6 +14,7 @@ import argparse
 import math
 from pathlib import Path
 
+from observations import page
 from sst2_runs import ONE_STEP, PLAIN, Arm, Run, model_and_batches, note_run, parse_options, train
 
 from hf_parcor import (
@@ -66,26 +67,37 @@ def probe(options: argparse.Namespace, run: Run, grouping: str) -> SweepRecord:
     return SweepRecord.load(path)
 
 
-def draw(options: argparse.Namespace, grouping: str, sweeps: dict[str, list[SweepRecord]]) -> None:
+def draw(folder: Path, grouping: str, sweeps: dict[str, list[SweepRecord]]) -> None:
     """Write the report that compares the models, and the heat maps of the first seed."""
     title = f"A BERT of 6 layers on SST-2, plain and defended, by {grouping}"
     report = RobustnessReport.compare(sweeps, title=title)
-    report.to_html(options.output / f"{grouping}.html")
-    report.to_markdown(options.output / f"{grouping}.md")
+    report.to_html(folder / f"{grouping}.html")
+    report.to_markdown(folder / f"{grouping}.md")
     figure = plot_heat_map({name: of_arm[0] for name, of_arm in sweeps.items()}, title=title)
-    figure.savefig(options.output / f"{grouping}.png", dpi=80)
+    figure.savefig(folder / f"{grouping}.png", dpi=80)
+
+
+def readme(sweeps: dict[str, dict[str, list[SweepRecord]]]) -> str:
+    """Return the page on what was found with the first seed."""
+    kinds, layers = ({name: of_arm[0] for name, of_arm in sweeps[grouping].items()} for grouping in GROUPINGS)
+    return page(kinds, layers, COMMAND, " and ".join(f"{n} of {grouping}" for grouping, n in FEW.items()))
 
 
 def main() -> None:
     """Train, probe and draw what is missing."""
     options = parse_options(__doc__, ARMS, "runs/probe_sst2", train_samples=6920, seeds=1)
-    for grouping in GROUPINGS:
-        sweeps = {
+    sweeps = {
+        grouping: {
             name: [probe(options, Run(name, ARMS[name], seed), grouping) for seed in options.seeds]
             for name in options.arms or ARMS
         }
-        if not options.arms:
-            draw(options, grouping, sweeps)
+        for grouping in GROUPINGS
+    }
+    if options.arms:
+        return
+    for grouping, of_grouping in sweeps.items():
+        draw(options.output, grouping, of_grouping)
+    (options.output / "README.md").write_text(readme(sweeps), encoding="utf-8")
 
 
 if __name__ == "__main__":
