@@ -19,21 +19,28 @@ from hf_parcor.sharding import drop_gathered, is_sharded
 
 
 def measurable_model(model: nn.Module) -> nn.Module:
-    """Return the model inside of DistributedDataParallel, whose passes would wait for each other; others as they are.
-
-    Of one that FSDP2 shards, every parameter is its shard then.
+    """Return what `whole_model` does, or a model that FSDP2 shards, every parameter its shard.
 
     Raises:
         ValueError: FSDP1 or tensor parallelism has split the weights, or FSDP2 has left some of them out.
     """
-    if is_sharded(model):
-        drop_gathered(model)
-        _check_shards(model)
-        return model
+    if not is_sharded(model):
+        return whole_model(model)
+    drop_gathered(model)
+    _check_shards(model)
+    return model
+
+
+def whole_model(model: nn.Module) -> nn.Module:
+    """Return the model inside of DistributedDataParallel, whose passes would wait for each other; others as they are.
+
+    Raises:
+        ValueError: The weights are split.
+    """
     if model_has_dtensor(model) or _is_wrapped_by_fsdp(model):
         raise ValueError(
-            "model: expected all weights in every process, or all sharded by FSDP2, got weights that FSDP1 or tensor "
-            "parallelism has split; save the model, and evaluate it as from_pretrained loads it"
+            "model: expected all weights in every process (evaluators take FSDP2's shards too), got weights that FSDP "
+            "or tensor parallelism has split; save the model, and evaluate it as from_pretrained loads it"
         )
     if isinstance(model, DistributedDataParallel):
         inner: nn.Module = model.module
