@@ -90,7 +90,6 @@ MAY_IMPORT = {
     },
     "indicators": {
         "modes",
-        "sharding",
         "stored_record",
         "functional",
         "constraints",

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, model_loss
-from hf_parcor.evaluation.replicas import all_batches, measurable_model
+from hf_parcor.evaluation.replicas import all_batches, whole_model
 from hf_parcor.injection import check_weights, corrupted
 from hf_parcor.modes import evaluation_mode
-from hf_parcor.sharding import is_sharded
 
 
 class LossOverData:
@@ -61,12 +60,7 @@ class LossOverData:
         progress: bool = False,
     ) -> None:
         check_weights(parameters)
-        if is_sharded(model):
-            raise ValueError(
-                "model: expected all weights in every process, got weights that FSDP2 shards; save the model, and "
-                "measure it as from_pretrained loads it"
-            )
-        self.model = measurable_model(model)
+        self.model = whole_model(model)
         self.parameters = dict(parameters)
         self.gradients = DatasetGradients(self.model, self.parameters, all_batches(batches), loss, progress=progress)
         self._value: float | None = None

@@ -15,7 +15,7 @@ from hf_parcor.corruptions import Corruption, GradientCorruption, MultiStepCorru
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.provenance import described, library_versions, model_name
-from hf_parcor.evaluation.replicas import all_batches, measurable_model
+from hf_parcor.evaluation.replicas import all_batches, whole_model
 from hf_parcor.functional import constrained_maximum_value, max_magnitude, vector_norm
 from hf_parcor.functional.arguments import check_count
 from hf_parcor.functional.vectors import numel
@@ -96,7 +96,7 @@ def measure_indicators(
         "module_types": module_types,
         "layers": list(layers) if isinstance(layers, Iterator) else layers,
     }
-    model = measurable_model(model)
+    model = whole_model(model)
     over_data = LossOverData(model, select_trainable(model, **target), batches, loss, progress=progress)
     gradient = list(over_data.gradient().values())
     notes = [] if _is_finite(gradient) else ["the gradient over the data is not finite; nothing is corrupted along it"]

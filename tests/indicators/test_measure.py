@@ -282,6 +282,6 @@ class TestErrors:
             LossOverData(known.model, known.loss.parameters, iter(known.batches))
 
     def test_weights_that_are_sharded(self, known, monkeypatch):
-        monkeypatch.setattr("hf_parcor.indicators.loss.is_sharded", lambda model: True)
-        with pytest.raises(ValueError, match="got weights that FSDP2 shards; save the model"):
+        monkeypatch.setattr("hf_parcor.evaluation.replicas.model_has_dtensor", lambda model: True)
+        with pytest.raises(ValueError, match="got weights that FSDP or tensor parallelism has split; save the model"):
             known.measure(CONSTRAINTS[4])
