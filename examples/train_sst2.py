@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,22 +30,11 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_parcor import (
-    BitFlips,
-    CorruptionConstraint,
-    CorruptionEvaluator,
-    GaussianNoise,
-    GradientCorruption,
-    MultiStepCorruption,
-    ParameterDefenseTrainer,
-    ParameterDefenseTrainingArguments,
-    Quantization,
-    RandomCorruption,
-    UniformNoise,
-)
-from hf_parcor.corruptions import Corruption
+from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDefenseTrainingArguments
+from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.tables import comparison_table
+from hf_parcor.tasks import read_file
 from hf_parcor.training import signs_of_collapse
 
 logger = logging.getLogger(__name__)
@@ -88,37 +78,16 @@ class RobustnessArguments:
     skip_corruptions: bool = field(default=False, metadata={"help": "Measure the clean model only."})
 
 
-def corruptions_of_table_1() -> list[Corruption]:
-    """Return the kinds of corruption of paper 2, Table 1, and bit flips, at strengths that break a small BERT."""
-    return [
-        RandomCorruption(CorruptionConstraint(p=2, epsilon=20.0)),
-        *(GradientCorruption(CorruptionConstraint(p=2, epsilon=epsilon)) for epsilon in (0.1, 0.2, 0.5)),
-        *(GradientCorruption(CorruptionConstraint(p=float("inf"), epsilon=epsilon)) for epsilon in (2e-4, 5e-4)),
-        MultiStepCorruption(CorruptionConstraint(p=2, epsilon=0.1)),
-        MultiStepCorruption(CorruptionConstraint(p=float("inf"), epsilon=2e-4)),
-        *(GaussianNoise(std) for std in (0.01, 0.02)),
-        *(UniformNoise(bound) for bound in (0.02, 0.04)),
-        *(Quantization(bits) for bits in (6, 5, 4)),
-        *(BitFlips(rate=rate) for rate in (1e-8, 1e-7)),
-    ]
-
-
-def load_data(data: DataArguments, cache_dir: str | None) -> datasets.DatasetDict:
+def load_data(data: DataArguments, cache_dir: str | None) -> Mapping[str, datasets.Dataset]:
     """Return the splits `train` and `validation` that were asked for."""
     given = {"train": data.train_file, "validation": data.validation_file}
     files = {split: path for split, path in given.items() if path is not None}
-    if not files:
-        return datasets.load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=cache_dir)
-    missing = [path for path in files.values() if not Path(path).is_file()]
-    if missing:
-        raise ValueError(f"expected a file, found none at {missing[0]!r}; give --train_file and --validation_file")
-    kind = Path(next(iter(files.values())).removesuffix(".gz")).suffix
-    if kind in (".json", ".jsonl"):
-        return datasets.load_dataset("json", data_files=files, cache_dir=cache_dir)
-    if kind not in (".csv", ".tsv"):
-        raise ValueError(f"expected a .csv, .tsv, .json or .jsonl file, got {kind!r}; convert it to one of these")
-    options: dict[str, Any] = {"sep": "\t", "quoting": 3} if kind == ".tsv" else {}
-    return datasets.load_dataset("csv", data_files=files, cache_dir=cache_dir, **options)
+    if files:
+        return {split: datasets.Dataset.from_list(read_file(path)) for split, path in files.items()}
+    splits: Mapping[str, datasets.Dataset] = datasets.load_dataset(
+        data.dataset_name, data.dataset_config_name, cache_dir=cache_dir
+    )
+    return splits
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

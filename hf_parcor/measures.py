@@ -6,6 +6,19 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+_SMALL_IS_GOOD = ("loss", "perplexity")
+_ERROR_RATES = ("ter", "wer", "cer")
+
+
+def is_greater_better(metric: str) -> bool:
+    """Return whether a large value of a metric is good, as far as its name says.
+
+    Examples:
+        >>> is_greater_better("accuracy"), is_greater_better("eval_loss"), is_greater_better("ter")
+        (True, False, False)
+    """
+    return not metric.endswith(_SMALL_IS_GOOD) and metric.removeprefix("eval_") not in _ERROR_RATES
+
 
 def metric_drop(clean: float, corrupted: float, *, greater_is_better: bool = True) -> float:
     """Return how much worse the metric is under corruption: clean − corrupted, or corrupted − clean for a loss.

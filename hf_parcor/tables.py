@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
+from hf_parcor.evaluation.series import Series
 from hf_parcor.search_record import SearchRecord
 
 
@@ -60,6 +61,54 @@ def comparison_table(
     change = ["change"] if len(records) > 1 else []
     header = [_text(metric) + (" (%)" if percent else ""), *map(_text, records), *change]
     return _tabulate(rows, header)
+
+
+def group_table(
+    records: Mapping[str, EvaluationRecord], metric: str = "accuracy", *, percent: bool = True, width: int = 80
+) -> str:
+    """Return Markdown tables of a probe, one for each series of corruptions: a row for each group.
+
+    A cell is that of `comparison_table`.
+
+    Args:
+        records: Records of the same corruptions, by the name of the group.
+        metric: Which metric to show.
+        percent: As in `comparison_table`.
+        width: How wide a table may be; where a column more would be too much, another table begins below.
+
+    Raises:
+        ValueError: There are no records, they are not of the same corruptions, or they lack the metric.
+        ImportError: tabulate is not installed.
+    """
+    labels = [[row.label for row in record.corruptions] for record in records.values()]
+    if not labels or not labels[0] or any(other != labels[0] for other in labels):
+        raise ValueError(
+            "records: expected one or more of the same corruptions in the same order; probe the groups alike"
+        )
+    show = _percent if percent else _plain
+    first = next(iter(records.values()))
+    names = [_text(metric) + (" (%)" if percent else ""), "no corruption", *map(_text, records)]
+    room_left = width - 1 - _room(names)
+    tables: dict[tuple[str, int], list[list[str]]] = {}
+    part = room = 0
+    for index, corruption in enumerate(first.corruptions):
+        series = Series.of(corruption)
+        rows = [first.clean, *(record.corruptions[index] for record in records.values())]
+        column = [_text(series.level(corruption)), *(_cell(row, metric, show) for row in rows)]
+        if (series.name, part) not in tables or _room(column) > room:
+            part, room = index, room_left
+        room -= _room(column)
+        tables.setdefault((series.name, part), [names]).append(column)
+    shown = []
+    for (name, _), columns in tables.items():
+        header, *cells = zip(*columns, strict=True)
+        shown.append(f"{_text(name)}\n\n{_tabulate([list(row) for row in cells], list(header))}")
+    return "\n\n".join(shown)
+
+
+def _room(column: list[str]) -> int:
+    """Return how wide tabulate makes a column, with its header, a bar and two spaces."""
+    return 3 + max(len(column[0]) + 2, *map(len, column))
 
 
 def _tabulate(rows: list[list[str]], header: list[str]) -> str:

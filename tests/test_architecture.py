@@ -14,7 +14,7 @@ import hf_parcor
 
 PACKAGE = Path(hf_parcor.__file__).parent
 ROOT = PACKAGE.parent
-OPTIONAL = {"datasets", "evaluate", "matplotlib", "pandas", "peft", "sacrebleu", "scipy", "tabulate"}
+OPTIONAL = {"datasets", "evaluate", "matplotlib", "pandas", "peft", "sacrebleu", "scipy", "tabulate", "yaml"}
 PUBLIC = [
     "CorruptionConstraint",
     "RandomCorruption",
@@ -44,6 +44,7 @@ PUBLIC = [
 
 # What each part may import of the others. A new part needs a row.
 MAY_IMPORT = {
+    "input_error": set(),
     "functional": set(),
     "strict_json": set(),
     "stored_record": {"strict_json"},
@@ -106,6 +107,21 @@ MAY_IMPORT = {
     "tables": {"evaluation", "search_record"},
     "plots": {"evaluation", "search_record"},
     "report": {"evaluation", "measures", "statistics"},
+    "tasks": {"input_error", "labels", "evaluation"},
+    "cli": {
+        "input_error",
+        "stored_record",
+        "constraints",
+        "corruptions",
+        "targets",
+        "training",
+        "evaluation",
+        "measures",
+        "tables",
+        "report",
+        "tasks",
+    },
+    "__main__": {"cli"},
 }
 
 

@@ -1,7 +1,9 @@
 """Tables, letter by letter."""
 
 import math
+import re
 import sys
+from dataclasses import replace
 from textwrap import dedent
 
 import pytest
@@ -15,7 +17,7 @@ from hf_parcor import (
     MultiStepCorruption,
     Quantization,
 )
-from hf_parcor.tables import comparison_table
+from hf_parcor.tables import comparison_table, group_table
 
 
 def record_of(rows, metric="accuracy"):
@@ -149,3 +151,56 @@ class TestErrors:
             ImportError, match=r"tables need tabulate; install it with: pip install 'hf-parcor\[tables\]'"
         ):
             comparison_table({"plain": PLAIN})
+
+
+class TestGroupTable:
+    def records(self, groups, epsilons, corruption="gradient"):
+        clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,)})
+
+        def row(epsilon, index):
+            settings = {"p": 2.0, "epsilon": epsilon, "top_n": None}
+            return CorruptionRecord(
+                corruption, f"{corruption} {epsilon}", settings, (0,), {"accuracy": (epsilon + index / 100,)}
+            )
+
+        return {
+            group: EvaluationRecord("m", {}, 1, clean, tuple(row(epsilon, index) for epsilon in epsilons))
+            for index, group in enumerate(groups)
+        }
+
+    def test_the_whole_table(self):
+        assert group_table(self.records(["a", "b|c"], [0.1, 0.2])).splitlines() == [
+            "gradient-based, L2",
+            "",
+            "| accuracy (%)   |   ε=0.1 |   ε=0.2 |",
+            "|:---------------|--------:|--------:|",
+            "| no corruption  |    90.0 |    90.0 |",
+            "| a              |    10.0 |    20.0 |",
+            r"| b\|c           |    11.0 |    21.0 |",
+        ]
+
+    @pytest.mark.parametrize("width", [40, 60, 80])
+    def test_no_line_is_longer_than_the_terminal(self, width):
+        epsilons = [index / 100 for index in range(1, 20)]
+        table = group_table(self.records(["a", "a.long.name.of.it"], epsilons), width=width)
+        lines = table.splitlines()
+        assert max(map(len, lines)) <= width
+        assert [level for line in lines if "(%)" in line for level in re.findall(r"ε=([\d.]+)", line)] == [
+            f"{epsilon:g}" for epsilon in epsilons
+        ]
+
+    def test_other_corruptions_have_a_table_of_their_own(self):
+        first, second = self.records("ab", [0.1]), self.records("ab", [0.2], "random")
+        both = {
+            name: replace(first[name], corruptions=first[name].corruptions + second[name].corruptions) for name in "ab"
+        }
+        assert [line for line in group_table(both).splitlines() if "L2" in line] == [
+            "gradient-based, L2",
+            "random, L2",
+        ]
+
+    def test_groups_of_different_corruptions(self):
+        with pytest.raises(ValueError, match="same corruptions"):
+            group_table({**self.records("a", [0.1]), **self.records("b", [0.2])})
+        with pytest.raises(ValueError, match="same corruptions"):
+            group_table({})

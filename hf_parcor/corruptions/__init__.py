@@ -8,6 +8,7 @@ from hf_parcor.corruptions.multi_step import MultiStepCorruption
 from hf_parcor.corruptions.noise import GaussianNoise, UniformNoise
 from hf_parcor.corruptions.quantization import Quantization
 from hf_parcor.corruptions.random import RandomCorruption
+from hf_parcor.corruptions.table_1 import corruptions_of_table_1
 
 __all__ = [
     "CORRUPTIONS",
@@ -20,4 +21,5 @@ __all__ = [
     "Quantization",
     "RandomCorruption",
     "UniformNoise",
+    "corruptions_of_table_1",
 ]

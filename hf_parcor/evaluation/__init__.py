@@ -1,5 +1,6 @@
 """How far do metrics fall when weights are corrupted? Evaluators and their records."""
 
+from hf_parcor.evaluation.checkpoint import CheckpointError
 from hf_parcor.evaluation.evaluator import CorruptionEvaluator
 from hf_parcor.evaluation.gradients import DatasetGradients, model_loss
 from hf_parcor.evaluation.metrics import (
@@ -18,6 +19,7 @@ from hf_parcor.evaluation.sweep_record import SweepRecord
 
 __all__ = [
     "BatchMetric",
+    "CheckpointError",
     "ClassificationMetric",
     "CorruptionEvaluator",
     "CorruptionRecord",

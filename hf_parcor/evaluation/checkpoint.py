@@ -21,6 +21,10 @@ _FORMAT = 1
 _KIND = "hf_parcor checkpoint"
 
 
+class CheckpointError(ValueError):
+    """A checkpoint is of another run, damaged, or none; nothing was measured, and the file is as it was."""
+
+
 def begin_checkpoint(path: Path, run: Mapping[str, Any]) -> dict[int, Trial]:
     """Return the trials that a checkpoint has, by their number; start one where there is no file.
 
@@ -30,7 +34,7 @@ def begin_checkpoint(path: Path, run: Mapping[str, Any]) -> dict[int, Trial]:
 
     Raises:
         OSError: The file cannot be read or written.
-        ValueError: It is no checkpoint, one of another run, or damaged.
+        CheckpointError: It is no checkpoint, one of another run, or damaged. A `ValueError`.
     """
     run = json.loads(_line(run))
     if not path.exists():
@@ -70,7 +74,7 @@ def _numbered_trial(path: Path, line: bytes, at: int) -> tuple[int, Trial]:
             odd=dict(entry["odd"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise CheckpointError(
             f"{path}: expected a finished trial in line {at}, got {error!r}; the file is damaged: remove it, or that "
             "line and all that follow"
         ) from error
@@ -85,16 +89,16 @@ def _check_run(path: Path, line: bytes, run: Mapping[str, Any]) -> None:
         found, version = dict(header["run"]), header["format"]
     except (KeyError, TypeError, ValueError) as error:
         shown = line[:40].decode(errors="replace")
-        raise ValueError(f"{path}: expected a checkpoint of a measurement, got {shown!r}; {remedy}") from error
+        raise CheckpointError(f"{path}: expected a checkpoint of a measurement, got {shown!r}; {remedy}") from error
     if version != _FORMAT:
-        raise ValueError(
+        raise CheckpointError(
             f"{path}: expected a checkpoint of format {_FORMAT}, got {version}; go on with the version of hf_parcor "
             f"that wrote it, {remedy}"
         )
     differing = [name for name in {**run, **found} if found.get(name) != run.get(name)]
     if differing:
         details = ", ".join(f"{name} ({_shown(found.get(name))}, now {_shown(run.get(name))})" for name in differing)
-        raise ValueError(f"{path}: expected a checkpoint of this run, got one with other {details}; {remedy}")
+        raise CheckpointError(f"{path}: expected a checkpoint of this run, got one with other {details}; {remedy}")
 
 
 def _shown(value: Any) -> str:

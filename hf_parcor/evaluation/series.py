@@ -18,6 +18,7 @@ _KINDS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "quantization": ("quantization", {"bits": "bits per weight"}),
     "bit_flips": ("bit flips", {"rate": "flip rate per bit", "count": "flipped bits"}),
 }
+_SYMBOLS = {"epsilon": "ε=", "std": "σ=", "bound": "b=", "rate": "rate=", "count": "count="}
 _NAMES = {"top_n": "n", "steps": "K", "step_size": "α"}
 
 
@@ -54,6 +55,19 @@ class Series(NamedTuple):
             _detail(name, value) for name, value in row.settings.items() if name != strength and value is not None
         ]
         return cls(", ".join([title, *details]), row.corruption, strength, strengths.get(strength or "", ""))
+
+    def level(self, row: CorruptionRecord) -> str:
+        """Return the strength of one of these corruptions as tables say it; its label where no strength is known.
+
+        Examples:
+            >>> row = CorruptionRecord("quantization", "4-bit quantization", {"bits": 4}, (0,), {})
+            >>> Series.of(row).level(row)
+            '4 bits'
+        """
+        if self.strength is None:
+            return row.label
+        shown = short(float(row.settings[self.strength]))
+        return f"{shown} bits" if self.strength == "bits" else f"{_SYMBOLS[self.strength]}{shown}"
 
     @property
     def name(self) -> str:

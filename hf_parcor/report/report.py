@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from hf_parcor.measures import is_greater_better
 from hf_parcor.report.content import Content, content_of
 from hf_parcor.report.markdown import markdown_page
 from hf_parcor.report.numbers import Numbers
 from hf_parcor.report.page import html_page
 from hf_parcor.report.study import Records, Study
-
-_SMALL_IS_GOOD = ("loss", "perplexity")
 
 
 class RobustnessReport:
@@ -26,7 +25,7 @@ class RobustnessReport:
             the name of their group.
         metric: Which metric to report.
         greater_is_better: Whether a large metric is good. None, the default, for yes unless its name ends with "loss",
-            as in the Trainer, or with "perplexity".
+            as in the Trainer, or with "perplexity", or is that of an error rate: "ter", "wer" or "cer".
         percent: Whether the metric is a share that reads well in percent. None, the default, where large is good and
             all its values lie between 0 and 1.
         title: The heading. None for the names of metric and models.
@@ -115,7 +114,7 @@ def _content(
     title: str | None,
 ) -> Content:
     if greater_is_better is None:
-        greater_is_better = not metric.endswith(_SMALL_IS_GOOD)
+        greater_is_better = is_greater_better(metric)
     study = Study.of(models, metric, greater_is_better)
     if percent is None:
         curves = [curve for by_key in study.curves.values() for curve in by_key.values()]

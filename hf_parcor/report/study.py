@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
-from hf_parcor.evaluation.series import Series, short
+from hf_parcor.evaluation.series import Series
 from hf_parcor.evaluation.sweep_record import SweepRecord
 from hf_parcor.measures import metric_drop
 from hf_parcor.statistics import MeanAndSpread
@@ -22,7 +22,6 @@ Records: TypeAlias = (
     | Mapping[str, Sequence[EvaluationRecord]]
     | Sequence[Mapping[str, EvaluationRecord]]
 )
-_SYMBOLS = {"epsilon": "ε=", "std": "σ=", "bound": "b=", "rate": "rate=", "count": "count="}
 
 
 @dataclass(frozen=True)
@@ -206,11 +205,8 @@ def _curves(
 
 def _point(series: Series, place: int, rows: tuple[CorruptionRecord, ...], metric: str) -> Point:
     values = _values(rows, metric)
-    if series.strength is None:
-        return Point(float(place), rows[0].label, values)
-    strength = float(rows[0].settings[series.strength])
-    name = f"{short(strength)} bits" if series.strength == "bits" else f"{_SYMBOLS[series.strength]}{short(strength)}"
-    return Point(strength, name, values)
+    strength = place if series.strength is None else rows[0].settings[series.strength]
+    return Point(float(strength), series.level(rows[0]), values)
 
 
 def _values(rows: Sequence[CorruptionRecord], metric: str) -> tuple[float, ...]:

@@ -1,0 +1,82 @@
+"""`hf-parcor probe`: which part of a model is fragile?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import redirect_stdout
+
+from hf_parcor.cli.command import Command
+from hf_parcor.cli.errors import going_on, refused
+from hf_parcor.cli.options import add_corruptions, add_running, add_subject
+from hf_parcor.cli.parser import Parser
+from hf_parcor.cli.words import one_of
+
+GROUPS = ("layers", "kinds", "modules", "adapters")
+_EPSILONS = (0.1, 0.2, 0.5)
+
+
+class Probe(Command):
+    """Corrupts one part of a model after the other."""
+
+    summary = "corrupt one part after the other: which one is fragile?"
+    usage = "MODEL --dataset DATA [flags]"
+    example = (
+        "distilbert/distilbert-base-uncased-finetuned-sst-2-english \\\n"
+        "      --dataset stanfordnlp/sst2 --split validation \\\n"
+        "      --group layers --epsilons 0.1 0.2 0.5"
+    )
+
+    def add_arguments(self, parser: Parser) -> None:
+        """Add what `--help` shows."""
+        add_subject(parser)
+        group = parser.add_argument_group("parts")
+        group.add_argument(
+            "--group", type=one_of(GROUPS), metavar="GROUP", help=f"{', '.join(GROUPS)}; default: layers"
+        )
+        group.add_argument(
+            "--target",
+            nargs="*",
+            metavar="NAME",
+            help="parts of your own: last-encoder-layer, attention, layer-norm, all, names of modules",
+        )
+        add_corruptions(parser, "gradient, at 0.1 0.2 0.5")
+        add_running(parser)
+
+    def run(self, arguments: argparse.Namespace) -> None:
+        """Measure, and show the record."""
+        from hf_parcor import targets
+        from hf_parcor.cli.corruptions import read_corruptions
+        from hf_parcor.cli.results import how_to_go_on, is_share, output_folder, show
+        from hf_parcor.cli.subject import load_subject
+        from hf_parcor.evaluation import CheckpointError, LayerProbe
+        from hf_parcor.report import RobustnessReport
+        from hf_parcor.tables import group_table
+
+        groupings = {
+            "layers": targets.by_layer,
+            "kinds": targets.by_kind,
+            "modules": targets.by_module,
+            "adapters": targets.by_adapter,
+        }
+        strengths = _EPSILONS if arguments.epsilons is None else arguments.epsilons
+        words = ["gradient"] if arguments.corruption is None else arguments.corruption
+        corruptions = read_corruptions(words, strengths, arguments.norm, arguments.top_n)
+        folder = output_folder(arguments)
+        checkpoint = None if folder is None else folder / "probe.jsonl"
+        with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoint)):
+            subject = load_subject(arguments)
+            with refused(ValueError, TypeError):
+                chosen = arguments.group or (None if arguments.target else "layers")
+                parts: targets.Groups = groupings[chosen](subject.model) if chosen else {}
+                parts |= {name: name for name in arguments.target or ()}
+                probe = LayerProbe(
+                    subject.model, subject.metric, subject.batches, targets=parts, progress=not arguments.quiet
+                )
+            with refused(CheckpointError):
+                sweep = probe.evaluate(corruptions, arguments.trials, arguments.seed, checkpoint=checkpoint)
+        metric = subject.shown(sweep.clean.metrics)
+        with refused(ImportError):
+            report = RobustnessReport(sweep.records, metric)
+            table = group_table(sweep.records, metric, percent=is_share(sweep.records, metric))
+        show(arguments, sweep, report, table, "probe.json")

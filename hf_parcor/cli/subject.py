@@ -1,0 +1,123 @@
+"""What is measured: a model, its task, and the data, as the flags name them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from hf_parcor.cli.errors import refused
+from hf_parcor.cli.terminal import tell
+from hf_parcor.cli.words import pairs
+from hf_parcor.evaluation import BatchMetric
+from hf_parcor.input_error import InputError
+from hf_parcor.tasks import Encoding, Processed, Rows, Task, check_head, load_rows, task_named, task_of
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the data that it is measured on.
+
+    Attributes:
+        model: On its device.
+        batches: The data.
+        metric: What measures the model.
+        shown: Returns which of the numbers that the metric found is to be reported.
+    """
+
+    model: Any
+    batches: DataLoader[Any]
+    metric: BatchMetric
+    shown: Callable[[Mapping[str, Any]], str]
+
+
+def load_subject(arguments: argparse.Namespace) -> Subject:
+    """Return what the flags of `add_subject` and `add_running` name.
+
+    Raises:
+        InputError: There is no such model, data, column or metric, or they do not fit together.
+    """
+    device = find_device(arguments.device)
+    rows, given = read_data(arguments)
+    task, columns = find_task(arguments, rows, given)
+    check_head(task, arguments.model, arguments.revision)
+    model = task.load_model(arguments.model, arguments.revision).to(device)
+    processor = task.load_processor(arguments.model, arguments.revision)
+    processed = Processed(model, processor, Encoding(arguments.max_length, arguments.prefix))
+    return measured(task, processed, rows, columns, arguments.batch_size, arguments.metric)
+
+
+def read_data(arguments: argparse.Namespace) -> tuple[Rows, dict[str, str]]:
+    """Return the rows to measure on, and the columns that the flags name, by role.
+
+    Raises:
+        InputError: No model or no data is named, or there is no such data.
+    """
+    for name, example in (("model", "a folder, or a name on the Hub"), ("dataset", "--dataset dev.tsv, say")):
+        if not getattr(arguments, name):
+            raise InputError(f"{name}: expected one, got none; name {example}")
+    return rows_of(arguments, arguments.dataset, arguments.split), pairs(arguments.column or [], "--column")
+
+
+def rows_of(arguments: argparse.Namespace, source: str, split: str) -> Rows:
+    """Return the rows of a split, as many as the flags admit.
+
+    Raises:
+        InputError: There is no such data.
+    """
+    with refused(ImportError):
+        rows = load_rows(source, split, arguments.dataset_config)
+    if arguments.limit is None or arguments.limit >= len(rows.entries):
+        return rows
+    entries: Any = rows.entries
+    first = entries[: arguments.limit] if isinstance(entries, list) else entries.select(range(arguments.limit))
+    return replace(rows, entries=first)
+
+
+def find_task(arguments: argparse.Namespace, rows: Rows, given: Mapping[str, str]) -> tuple[Task, dict[str, str]]:
+    """Return the task that is asked for, or that the model is for, and its columns; say what was found.
+
+    Raises:
+        InputError: There is no such task, or the data lacks a column for it.
+    """
+    task = task_named(arguments.task) if arguments.task else task_of(arguments.model, rows, given, arguments.revision)
+    columns = task.find_columns(rows, given)
+    found = ", ".join(f"{role} from column {column!r}" for role, column in columns.items())
+    tell(f"{task.name}: {found}; {len(rows.entries)} rows")
+    return task, columns
+
+
+def measured(
+    task: Task, processed: Processed, rows: Rows, columns: Mapping[str, str], batch_size: int, metric: str | None
+) -> Subject:
+    """Return a model with the batches of some rows, and the metric that is asked for or usual.
+
+    Raises:
+        InputError: The labels do not fit the model, or there is no such metric.
+    """
+    examples = task.examples(rows, columns, processed)
+    batches = task.batches(examples, processed, batch_size)
+    name = metric or task.metrics[0]
+    with refused(ImportError):
+        measuring = task.metric(name, processed, batches)
+    return Subject(processed.model, batches, measuring, lambda found: task.shown(name, found))
+
+
+def find_device(name: str | None) -> Any:
+    """Return a device that can hold tensors.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device: expected a device that is here, got {name!r} ({reason}); name cpu") from error
+    return device

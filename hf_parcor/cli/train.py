@@ -1,0 +1,166 @@
+"""`hf-parcor train`: a model whose weights are not fragile."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_parcor.cli.command import Command
+from hf_parcor.cli.errors import going_on, refused
+from hf_parcor.cli.options import add_subject
+from hf_parcor.cli.parser import Parser
+from hf_parcor.cli.words import at_least
+
+if TYPE_CHECKING:
+    from hf_parcor.cli.subject import Subject
+    from hf_parcor.tasks import Rows, Task
+    from hf_parcor.training import ParameterDefenseTrainer, ParameterDefenseTrainingArguments
+
+
+class Train(Command):
+    """Fine-tunes a model with its parameters defended, and measures what that was worth."""
+
+    summary = "fine-tune a model, defended, and measure its robustness"
+    usage = "MODEL --dataset DATA --output_dir DIR [flags]"
+    example = (
+        "google-bert/bert-base-uncased --task text-classification \\\n"
+        "      --dataset stanfordnlp/sst2 --output_dir defended \\\n"
+        "      --num_train_epochs 1 --defense_epsilon 0.1"
+    )
+
+    def add_arguments(self, parser: Parser) -> None:
+        """Add what `--help` shows."""
+        add_subject(parser)
+        group = parser.add_argument_group("training")
+        group.add_argument("--train-dataset", metavar="DATA", help="default: --dataset, which is measured on")
+        group.add_argument("--train-split", default="train", metavar="NAME", help="default: %(default)s")
+        group.add_argument("--train-limit", type=at_least(1), metavar="N", help="train on the first N rows only")
+        group.add_argument("--trials", type=at_least(1), default=3, metavar="N", help="of random corruptions")
+        group.add_argument("--corruption-seed", type=at_least(0), default=0, metavar="N", help="default: 0")
+        group.add_argument("--skip-corruptions", action="store_true", help="measure the clean model only")
+        group.add_argument("--help-all", action="store_true", help="show all flags of the Trainer and the defense")
+        parser.epilog = (
+            "Every flag of transformers.TrainingArguments works too (--learning_rate,\n"
+            "--num_train_epochs, ...), and those of the defense (--defense_epsilon,\n"
+            f"--defense_target_modules, ...); --help-all shows them.\n\n{parser.epilog}"
+        )
+
+    def add_all_arguments(self, parser: Parser) -> Parser:
+        """Return a parser that also has the flags of the Trainer and of the defense."""
+        from transformers import HfArgumentParser
+
+        from hf_parcor.training import ParameterDefenseTrainingArguments
+
+        ours: Any = ParameterDefenseTrainingArguments
+        training = HfArgumentParser(ours, add_help=False)
+        return Parser(
+            parser.prog,
+            parents=[parser, training],
+            add_help=False,
+            conflict_handler="resolve",
+            description=parser.description,
+            epilog=parser.epilog,
+        )
+
+    def run(self, arguments: argparse.Namespace) -> None:
+        """Train, measure, and show the record."""
+        if arguments.help_all:
+            self.add_all_arguments(_own_parser()).print_help()
+            return
+        from dataclasses import fields
+
+        from transformers import set_seed
+
+        from hf_parcor.cli.subject import find_task, measured, read_data, rows_of
+        from hf_parcor.tasks import Encoding, Processed
+        from hf_parcor.training import ParameterDefenseTrainer, ParameterDefenseTrainingArguments
+
+        names = [field.name for field in fields(ParameterDefenseTrainingArguments) if field.init]
+        with redirect_stdout(sys.stderr):
+            with refused(ValueError, TypeError, ImportError):
+                training = ParameterDefenseTrainingArguments(**{name: getattr(arguments, name) for name in names})
+            set_seed(training.seed)
+            rows, given = read_data(arguments)
+            of_training = argparse.Namespace(**{**vars(arguments), "limit": arguments.train_limit})
+            train_rows = rows_of(of_training, arguments.train_dataset or arguments.dataset, arguments.train_split)
+            task, columns = find_task(arguments, train_rows, given)
+            model = _model(task, arguments, train_rows, columns)
+            processor = task.load_processor(arguments.model, arguments.revision)
+            processed = Processed(model, processor, Encoding(arguments.max_length, arguments.prefix))
+            examples: Any = task.examples(train_rows, columns, processed)
+            with refused(ValueError, TypeError):
+                trainer = ParameterDefenseTrainer(
+                    model=model,
+                    args=training,
+                    train_dataset=examples,
+                    data_collator=task.collator(processed),
+                    processing_class=processor,
+                )
+            subject = measured(
+                task, processed, rows, task.find_columns(rows, given), training.eval_batch_size, arguments.metric
+            )
+            with going_on(
+                "with --resume_from_checkpoint true the same command goes on from the last checkpoint, if any"
+            ):
+                _train(trainer, training)
+        _measure(arguments, trainer, subject)
+
+
+def _own_parser() -> Parser:
+    from hf_parcor.cli.main import command_parser
+
+    return command_parser("train")
+
+
+def _model(task: Task, arguments: argparse.Namespace, rows: Rows, columns: dict[str, str]) -> Any:
+    """Return the model; one without the task's head gets one, which is to be trained."""
+    from hf_parcor.tasks import architectures_of
+
+    has_head = task.has_head(architectures_of(arguments.model, arguments.revision))
+    settings = {} if has_head else task.head_settings(rows, columns)
+    return task.load_model(arguments.model, arguments.revision, **settings)
+
+
+def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingArguments) -> None:
+    """Train, and save model, metrics and state."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    checkpoint: Any = training.resume_from_checkpoint
+    if checkpoint in (True, "True", "true"):
+        checkpoint = get_last_checkpoint(str(training.output_dir))  # type: ignore[no-untyped-call]
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+
+
+def _measure(arguments: argparse.Namespace, trainer: ParameterDefenseTrainer, subject: Subject) -> None:
+    """Measure the trained model, all processes together, and show the record."""
+    from hf_parcor.cli.results import is_share, show
+    from hf_parcor.corruptions import corruptions_of_table_1
+    from hf_parcor.evaluation import CorruptionEvaluator
+    from hf_parcor.report import RobustnessReport
+    from hf_parcor.tables import comparison_table
+
+    folder = Path(str(trainer.args.output_dir))
+    corruptions = [] if arguments.skip_corruptions else corruptions_of_table_1()
+    with redirect_stdout(sys.stderr):
+        evaluator = CorruptionEvaluator(
+            subject.model, subject.metric, subject.batches, progress=not trainer.args.disable_tqdm
+        )
+        record = evaluator.evaluate(corruptions, arguments.trials, arguments.corruption_seed)
+        trainer.save_metrics("eval", {f"eval_{name}": values[0] for name, values in record.clean.metrics.items()})
+    if not trainer.is_world_process_zero():
+        return
+    metric = subject.shown(record.clean.metrics)
+    with refused(ImportError):
+        table = comparison_table({record.model: record}, metric, percent=is_share({"": record}, metric))
+    if not corruptions:
+        print(table)
+        return
+    arguments.output, arguments.json = str(folder), False
+    show(arguments, record, RobustnessReport(record, metric), table, "robustness.json")

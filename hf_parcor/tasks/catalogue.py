@@ -1,0 +1,98 @@
+"""All tasks by the name that the Hub and command lines use: one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from transformers import AutoConfig
+
+from hf_parcor.input_error import InputError, nearest
+from hf_parcor.tasks.image_classification import ImageClassification
+from hf_parcor.tasks.loading import load_pretrained
+from hf_parcor.tasks.rows import Rows
+from hf_parcor.tasks.sequence_to_sequence import Summarization, Translation
+from hf_parcor.tasks.task import Task
+from hf_parcor.tasks.text_classification import TextClassification
+from hf_parcor.tasks.text_generation import TextGeneration
+from hf_parcor.tasks.token_classification import TokenClassification
+
+TASKS: Mapping[str, Task] = MappingProxyType(
+    {
+        task.name: task
+        for task in (
+            TextClassification(),
+            TokenClassification(),
+            TextGeneration(),
+            Summarization(),
+            Translation(),
+            ImageClassification(),
+        )
+    }
+)
+
+
+def task_of(model: str, rows: Rows, given: Mapping[str, str], revision: str = "main") -> Task:
+    """Return the task that a model's head is for; if it is for several, the first that the data has columns for.
+
+    Args:
+        model: A name on the Hub, or a local folder.
+        rows: The data.
+        given: Columns by role.
+        revision: Branch, tag or commit of the model.
+
+    Raises:
+        InputError: There is no such model, or it has no head of a known task.
+    """
+    architectures = architectures_of(model, revision)
+    fitting = [task for task in TASKS.values() if task.has_head(architectures)]
+    if not fitting:
+        raise InputError(
+            f"model: expected one with a head for {', '.join(TASKS)}, got {model!r} with "
+            f"{', '.join(architectures) or 'no architecture in its configuration'}; fine-tune it, or say --task"
+        )
+    for task in fitting[:-1]:
+        try:
+            task.find_columns(rows, given)
+        except InputError:  # the columns of another task
+            continue
+        return task
+    return fitting[-1]
+
+
+def task_named(name: str) -> Task:
+    """Return a task by its name.
+
+    Raises:
+        InputError: There is no such task.
+    """
+    if name not in TASKS:
+        raise InputError(
+            f"task: expected one of {', '.join(TASKS)}, got {name!r}{nearest(name, list(TASKS))}; name one of them"
+        )
+    return TASKS[name]
+
+
+def check_head(task: Task, model: str, revision: str = "main") -> None:
+    """Refuse a model without the head that a task needs: it would be measured with random weights there.
+
+    Raises:
+        InputError: There is no such model, or it has another head.
+    """
+    architectures = architectures_of(model, revision)
+    if not task.has_head(architectures):
+        ends = " or ".join(f"…{end}" for end in task.heads)
+        raise InputError(
+            f"model: expected one with a head for {task.name} ({ends}), got {model!r} with "
+            f"{', '.join(architectures) or 'no architecture in its configuration'}; fine-tune it for the task first, "
+            "or name another --task"
+        )
+
+
+def architectures_of(model: str, revision: str = "main") -> list[str]:
+    """Return the classes that a model was saved as.
+
+    Raises:
+        InputError: There is no such model.
+    """
+    return list(load_pretrained("model", AutoConfig, model, revision=revision).architectures or [])

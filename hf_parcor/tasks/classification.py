@@ -1,0 +1,36 @@
+"""What classifiers of sequences, tokens and images share: labels, and their metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from hf_parcor.evaluation import BatchMetric, ClassificationMetric, PredictionMetric
+from hf_parcor.tasks.classes import class_numbers, classes_of
+from hf_parcor.tasks.library_metric import library_score
+from hf_parcor.tasks.rows import Rows
+from hf_parcor.tasks.task import Processed, Task
+
+
+class Classification(Task):
+    """A task whose labels are classes of the model."""
+
+    metrics = ("accuracy", "loss")
+
+    def head_settings(self, rows: Rows, columns: Mapping[str, str]) -> dict[str, Any]:
+        """Return the classes that the data has."""
+        names = classes_of(rows, columns["label"])
+        numbers = {name: number for number, name in enumerate(names)}
+        return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": numbers}
+
+    def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
+        """Return accuracy and loss, or a metric of `evaluate`."""
+        if name in self.metrics:
+            return ClassificationMetric(batches)
+        return PredictionMetric(batches, library_score(name, self.metrics))
+
+    @staticmethod
+    def _labels(rows: Rows, columns: Mapping[str, str], processed: Processed) -> list[Any]:
+        return class_numbers(rows, columns["label"], processed.model.config.label2id)

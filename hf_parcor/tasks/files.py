@@ -1,0 +1,141 @@
+"""Rows from local files: CSV, TSV, JSON, JSON lines and plain text, also compressed with gzip.
+
+Values are what the file says: a text "NA" is no missing value, and a quote in a TSV file is a quote.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+from hf_parcor.input_error import InputError
+
+Row = dict[str, Any]
+_WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
+
+
+def read_file(path: str | Path) -> list[Row]:
+    """Return the rows of a file, by the names of their columns.
+
+    Columns of CSV and TSV files that hold whole numbers alone become numbers. What is nested in JSON objects gets
+    names with dots: `{"translation": {"de": "Hallo"}}` is a column `translation.de`. Lines of a .txt file are the
+    column `text`.
+
+    Raises:
+        InputError: There is no such file, it cannot be read, or it is not what its name says.
+    """
+    path = Path(path)
+    kind = data_suffix(path)
+    if kind not in _READERS:
+        raise InputError(
+            f"{path}: expected a file that ends in {_KNOWN}, got {path.name!r}; convert it to one of these"
+        )
+    try:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: expected a file, found none; check its name") from error
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path}: expected a file that can be read, got {error}; restore or convert it") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected text in UTF-8, got {error}; convert it to UTF-8") from error
+    return _READERS[kind](path, text)
+
+
+def data_suffix(path: str | Path) -> str:
+    """Return how the name of a data file ends, without `.gz`; "" where no reader knows it.
+
+    Examples:
+        >>> data_suffix("dev.tsv.gz"), data_suffix("stanfordnlp/sst2")
+        ('.tsv', '')
+    """
+    suffix = Path(str(path).removesuffix(".gz")).suffix.lower()
+    return suffix if suffix in _READERS else ""
+
+
+def _read_tsv(path: Path, text: str) -> list[Row]:
+    return _with_header(path, ((at, line.split("\t")) for at, line in enumerate(_lines(text), start=1) if line))
+
+
+def _read_csv(path: Path, text: str) -> list[Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        return _with_header(path, [(reader.line_num, cells) for cells in reader if cells])
+    except csv.Error as error:
+        _refuse(path, reader.line_num, "comma-separated values", str(error))
+
+
+def _with_header(path: Path, numbered: Iterable[tuple[int, list[str]]]) -> list[Row]:
+    rows = list(numbered)
+    if not rows:
+        return []
+    (_, header), *rows = rows
+    for at, cells in rows:
+        if len(cells) != len(header):
+            _refuse(path, at, f"{len(header)} cells ({', '.join(header)})", str(len(cells)))
+    columns = [_numbers([cells[index] for _, cells in rows]) for index in range(len(header))]
+    return [dict(zip(header, cells, strict=True)) for cells in zip(*columns, strict=True)]
+
+
+def _numbers(cells: list[str]) -> list[Any]:
+    whole = all(_WHOLE_NUMBER.fullmatch(cell) for cell in cells)
+    return [int(cell) for cell in cells] if whole else cells
+
+
+def _read_json(path: Path, text: str) -> list[Row]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        if text.lstrip().startswith("{") and "\n" in text.strip():  # JSON lines by another name
+            return _read_json_lines(path, text)
+        _refuse(path, error.lineno, "JSON", error.msg)
+    lists = [value for value in found.values() if isinstance(value, list)] if isinstance(found, dict) else [found]
+    if len(lists) != 1 or not isinstance(lists[0], list):
+        _refuse(path, 1, "a list of objects", type(found).__name__)
+    return [_flat(path, index, row) for index, row in enumerate(lists[0], start=1)]
+
+
+def _read_json_lines(path: Path, text: str) -> list[Row]:
+    return [_json_line(path, at, line) for at, line in enumerate(_lines(text), start=1) if line.strip()]
+
+
+def _json_line(path: Path, at: int, line: str) -> Row:
+    try:
+        return _flat(path, at, json.loads(line))
+    except json.JSONDecodeError as error:
+        _refuse(path, at, "a JSON object", error.msg)
+
+
+def _read_text(path: Path, text: str) -> list[Row]:
+    return [{"text": line} for line in _lines(text)]
+
+
+def _lines(text: str) -> list[str]:
+    """Return lines as files have them; `str.splitlines` also cuts at separators inside of a text."""
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
+
+
+def _flat(path: Path, at: int, row: Any) -> Row:
+    if not isinstance(row, dict):
+        _refuse(path, at, "an object with the columns by name", type(row).__name__)
+    flat: Row = {}
+    for name, value in row.items():
+        flat |= {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _refuse(path: Path, at: int, expected: str, found: str) -> NoReturn:
+    raise InputError(f"{path}: expected {expected} in line {at}, got {found}; mend or convert the file")
+
+
+_READERS: Mapping[str, Callable[[Path, str], list[Row]]] = MappingProxyType(
+    {".csv": _read_csv, ".tsv": _read_tsv, ".json": _read_json, ".jsonl": _read_json_lines, ".txt": _read_text}
+)
+_KNOWN = f"{', '.join(_READERS)}, or these and .gz"

@@ -1,0 +1,78 @@
+"""Texts from texts: translation and summarization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq
+
+from hf_parcor.evaluation import BatchMetric, GenerationMetric, SacrebleuScore
+from hf_parcor.evaluation.metrics.scores import Score
+from hf_parcor.tasks.library_metric import library_score
+from hf_parcor.tasks.rows import Rows
+from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task
+
+_MAX_LENGTH = 128
+_OF_SACREBLEU = ("bleu", "chrf", "ter")
+
+
+class SequenceToSequence(Task):
+    """A text is generated from a text, and compared with a reference."""
+
+    heads = ("ForConditionalGeneration", "MTModel", "ForSeq2SeqLM")
+    auto_class = "AutoModelForSeq2SeqLM"
+    metrics = _OF_SACREBLEU
+
+    def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
+        """Return the tokens of each source, with those of its target as labels."""
+        sources = [processed.encoding.prefix + str(text) for text in rows.column(columns["source"])]
+        targets = [str(text) for text in rows.column(columns["target"])]
+        length = processed.length(_MAX_LENGTH)
+        encoded = processed.processor(sources, text_target=targets, truncation=True, max_length=length)
+        names = list(encoded)
+        return [dict(zip(names, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+
+    def collator(self, processed: Processed) -> Collator:
+        """Return what pads sources and targets to the longest of their batch."""
+        return DataCollatorForSeq2Seq(processed.processor)
+
+    def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
+        """Return what generates texts and scores them: by sacrebleu, or by a metric of `evaluate`."""
+        score: Score = SacrebleuScore(name) if name in _OF_SACREBLEU else library_score(name, self.metrics)
+        length = processed.length(_MAX_LENGTH)
+        return GenerationMetric(processed.processor, batches, score, max_new_tokens=length)
+
+
+class Translation(SequenceToSequence):
+    """From one language into another: `translation.de` and `translation.en`, or the only two columns, in order."""
+
+    name = "translation"
+    roles: ClassVar[Mapping[str, Role]] = {
+        "source": Role(("source", "src", "source_text", "input")),
+        "target": Role(("target", "tgt", "target_text", "reference", "output")),
+    }
+
+    def find_columns(self, rows: Rows, given: Mapping[str, str]) -> dict[str, str]:
+        """Return the columns with source and target."""
+        pair = [name for name in rows.columns if name.startswith("translation.")] or list(rows.columns)
+        named = {name.lower() for name in rows.columns}
+        if len(pair) == 2 and not given and named.isdisjoint(self.roles["source"].names):
+            return {"source": pair[0], "target": pair[1]}
+        return super().find_columns(rows, given)
+
+
+class Summarization(SequenceToSequence):
+    """From a long text to a short one."""
+
+    name = "summarization"
+    roles: ClassVar[Mapping[str, Role]] = {
+        "source": Role(("document", "article", "dialogue", "text")),
+        "target": Role(("summary", "highlights", "abstract", "headline")),
+    }
+    metrics = ("chrf", "bleu", "ter")
+
+    def shown(self, metric: str, found: Mapping[str, Any]) -> str:
+        """Return the number to be reported, of ROUGE the one that is usual."""
+        return "rougeL" if metric == "rouge" and "rougeL" in found else super().shown(metric, found)

@@ -1,0 +1,186 @@
+"""What a task is: how its rows become batches, which model it takes, and what is measured."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import transformers
+from torch.utils.data import DataLoader
+
+from hf_parcor.evaluation import BatchMetric
+from hf_parcor.input_error import InputError, nearest
+from hf_parcor.tasks.loading import load_pretrained
+from hf_parcor.tasks.rows import Rows, find_column
+
+Example = dict[str, Any]
+Collator = Callable[[list[Example]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How text becomes tokens.
+
+    Attributes:
+        max_length: Longer texts are cut to this many tokens; None for what suits the task.
+        prefix: Put before each text, such as "translate English to German: " for T5.
+    """
+
+    max_length: int | None = None
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a column is for.
+
+    Attributes:
+        names: Well-known names of such a column, in lower case, the likeliest first.
+        required: Whether a task does not go without it.
+    """
+
+    names: Sequence[str]
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Processed:
+    """A model with what prepares its inputs.
+
+    Attributes:
+        model: The model with the task's head.
+        processor: Its tokenizer or image processor.
+        encoding: How text becomes tokens.
+    """
+
+    model: Any
+    processor: Any
+    encoding: Encoding = field(default_factory=Encoding)
+
+    def length(self, default: int) -> int:
+        """Return how many tokens a text may have: what was asked for, or the default, or what the model can take."""
+        if self.encoding.max_length is not None:
+            return self.encoding.max_length
+        return min(default, int(getattr(self.model.config, "max_position_embeddings", None) or default))
+
+
+class Task(ABC):
+    """One task: from rows to batches, and from batches to a metric.
+
+    Attributes:
+        name: As the Hub calls it.
+        heads: How the names of architectures end that have the task's head.
+        auto_class: The name of Transformers' class that loads such models.
+        roles: What columns are for, by role.
+        metrics: The names of the metrics that it knows itself, the usual one first.
+        pads: Whether its batches are padded with a token of the tokenizer.
+    """
+
+    name: ClassVar[str]
+    heads: ClassVar[tuple[str, ...]]
+    auto_class: ClassVar[str]
+    roles: ClassVar[Mapping[str, Role]]
+    metrics: ClassVar[tuple[str, ...]]
+    pads: ClassVar[bool] = True
+
+    def has_head(self, architectures: Sequence[str]) -> bool:
+        """Return whether a model of these architectures has the task's head."""
+        return any(name.endswith(self.heads) for name in architectures)
+
+    def find_columns(self, rows: Rows, given: Mapping[str, str]) -> dict[str, str]:
+        """Return the column of each role that there is one for.
+
+        Args:
+            rows: The data.
+            given: Columns by role, where their names are not well known.
+
+        Raises:
+            InputError: There is no such role, no such column, or none for a role that is required.
+        """
+        for role in given:
+            if role not in self.roles:
+                raise InputError(
+                    f"column: expected one of the roles {', '.join(self.roles)}, got {role!r}"
+                    f"{nearest(role, self.roles)}; give ROLE=NAME"
+                )
+        found = {role: find_column(rows, role, entry.names, given) for role, entry in self.roles.items()}
+        missing = [role for role, column in found.items() if column is None and self.roles[role].required]
+        if missing:
+            raise InputError(
+                f"{rows.source}: expected a column with the {missing[0]} for {self.name}, got the columns "
+                f"{', '.join(rows.columns)}; name it with --column {missing[0]}=NAME"
+            )
+        return {role: column for role, column in found.items() if column is not None}
+
+    def load_model(self, name: str, revision: str = "main", **settings: Any) -> Any:
+        """Return a model for this task.
+
+        Raises:
+            InputError: There is no such model, or it cannot have such a head.
+        """
+        loader = getattr(transformers, self.auto_class)
+        return load_pretrained("model", loader, name, revision=revision, **settings)
+
+    def load_processor(self, name: str, revision: str = "main") -> Any:
+        """Return the model's tokenizer, or what its inputs need otherwise.
+
+        Raises:
+            InputError: There is none, or it cannot pad.
+        """
+        tokenizer = load_pretrained("tokenizer", transformers.AutoTokenizer, name, revision=revision)
+        if self.pads and tokenizer.pad_token is None:
+            raise InputError(
+                f"tokenizer: expected one with a padding token, got that of {name!r} without; set its pad_token and "
+                "the model's pad_token_id, and save both"
+            )
+        return tokenizer
+
+    def head_settings(self, rows: Rows, columns: Mapping[str, str]) -> dict[str, Any]:
+        """Return what a model that is to be trained on this data has to know of its head; by default nothing."""
+        return {}
+
+    @abstractmethod
+    def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
+        """Return the inputs of the model for each row, or block of text, with `labels`.
+
+        Raises:
+            InputError: The data has no labels that the model knows.
+        """
+
+    @abstractmethod
+    def collator(self, processed: Processed) -> Collator:
+        """Return what makes a batch of tensors from examples."""
+
+    @abstractmethod
+    def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
+        """Return what measures a metric over batches.
+
+        Raises:
+            InputError: There is no such metric.
+        """
+
+    def shown(self, metric: str, found: Mapping[str, Any]) -> str:
+        """Return which of the numbers that a metric found is to be reported."""
+        return metric if metric in found else next(iter(found))
+
+    def batches(self, examples: Sequence[Example], processed: Processed, size: int) -> DataLoader[Any]:
+        """Return batches; texts of like length share one, for less padding."""
+        order: Sequence[int] = range(len(examples))
+        if "input_ids" in examples[0]:
+            order = sorted(order, key=lambda index: len(examples[index]["input_ids"]))
+        ordered: Any = _InOrder(examples, order)
+        return DataLoader(ordered, batch_size=size, collate_fn=self.collator(processed))
+
+
+@dataclass(frozen=True)
+class _InOrder:
+    examples: Sequence[Example]
+    order: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[self.order[index]]

@@ -1,0 +1,45 @@
+"""Classes of one text, or of two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from transformers import DataCollatorWithPadding
+
+from hf_parcor.tasks.classification import Classification
+from hf_parcor.tasks.rows import Rows
+from hf_parcor.tasks.task import Collator, Example, Processed, Role
+
+_MAX_LENGTH = 128
+
+
+class TextClassification(Classification):
+    """The class of a text, or of a pair of texts."""
+
+    name = "text-classification"
+    heads = ("ForSequenceClassification",)
+    auto_class = "AutoModelForSequenceClassification"
+    roles: ClassVar[Mapping[str, Role]] = {
+        "text": Role(("sentence", "text", "sentence1", "premise", "question1", "question", "review", "content")),
+        "second_text": Role(("sentence2", "hypothesis", "question2", "answer", "text_pair"), required=False),
+        "label": Role(("label", "labels", "class", "target")),
+    }
+
+    def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
+        """Return tokens and label of each row."""
+        labels = self._labels(rows, columns, processed)
+        texts = [processed.encoding.prefix + str(text) for text in rows.column(columns["text"])]
+        pairs = [texts]
+        if "second_text" in columns:
+            pairs.append([str(text) for text in rows.column(columns["second_text"])])
+        encoded = processed.processor(*pairs, truncation=True, max_length=processed.length(_MAX_LENGTH))
+        names = list(encoded)
+        return [
+            {**dict(zip(names, values, strict=True)), "labels": label}
+            for *values, label in zip(*encoded.values(), labels, strict=True)
+        ]
+
+    def collator(self, processed: Processed) -> Collator:
+        """Return what pads texts to the longest of their batch."""
+        return DataCollatorWithPadding(processed.processor)

@@ -1,0 +1,67 @@
+"""Classes of the words of a sentence: names, parts of speech."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from transformers import DataCollatorForTokenClassification
+
+from hf_parcor.input_error import InputError
+from hf_parcor.labels import IGNORED_LABEL
+from hf_parcor.tasks.classification import Classification
+from hf_parcor.tasks.rows import Rows
+from hf_parcor.tasks.task import Collator, Example, Processed, Role
+
+_MAX_LENGTH = 256
+
+
+class TokenClassification(Classification):
+    """The class of each word; where a word has several tokens, the first one counts."""
+
+    name = "token-classification"
+    heads = ("ForTokenClassification",)
+    auto_class = "AutoModelForTokenClassification"
+    roles: ClassVar[Mapping[str, Role]] = {
+        "words": Role(("tokens", "words", "form")),
+        "label": Role(("ner_tags", "labels", "tags", "pos_tags", "upos", "label")),
+    }
+
+    def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
+        """Return tokens of each row, with the label of a word at its first token."""
+        labels = self._labels(rows, columns, processed)
+        words = rows.column(columns["words"])
+        for row, (of_words, of_labels) in enumerate(zip(words, labels, strict=True), start=1):
+            if not isinstance(of_words, list) or not isinstance(of_labels, list) or len(of_words) != len(of_labels):
+                raise InputError(
+                    f"{rows.source}: expected a list of words and one of as many labels in each row, got "
+                    f"{of_words!r} and {of_labels!r} in row {row}; name other columns, or convert the data to JSON"
+                )
+        encoded = processed.processor(
+            words, is_split_into_words=True, truncation=True, max_length=processed.length(_MAX_LENGTH)
+        )
+        return [
+            {
+                **{name: values[index] for name, values in encoded.items()},
+                "labels": _at_first_tokens(encoded.word_ids(index), labels[index]),
+            }
+            for index in range(len(words))
+        ]
+
+    def collator(self, processed: Processed) -> Collator:
+        """Return what pads tokens and labels to the longest of their batch."""
+        return DataCollatorForTokenClassification(processed.processor)
+
+
+def _at_first_tokens(words: Sequence[Any], labels: Sequence[int]) -> list[int]:
+    """Return a label for each token.
+
+    Examples:
+        >>> _at_first_tokens([None, 0, 0, 1, None], [7, 8])
+        [-100, 7, -100, 8, -100]
+    """
+    before = [None, *words]
+    return [
+        IGNORED_LABEL if word is None or word == previous else labels[word]
+        for previous, word in zip(before, words, strict=False)
+    ]

@@ -1,0 +1,139 @@
+"""Tiny models with tokenizers, and data for them, in a folder: one of each task."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+WORDS = ["[PAD]", "[UNK]", "</s>", "good", "bad", "film", "plot", "the", "a", "gut", "Film", "Ende"]
+TINY = {"vocab_size": len(WORDS), "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+BERT = {**TINY, "intermediate_size": 16, "max_position_embeddings": 16, "initializer_range": 0.5}
+SENTENCES = ["the good film", 'a "bad" plot', "good good", "bad bad film a plot", "the film", "a good plot the"]
+LABELS = {"negative": 0, "positive": 1}
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="</s>", model_max_length=16
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def save_bert(folder: Path, kind: type[Any] = transformers.BertForSequenceClassification, **settings: Any) -> str:
+    torch.manual_seed(0)
+    named = {"label2id": LABELS, "id2label": {number: name.upper() for name, number in LABELS.items()}}
+    kind(transformers.BertConfig(**{**BERT, **named, **settings})).save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+def save_gpt2(folder: Path) -> str:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=len(WORDS), n_embd=8, n_layer=2, n_head=2, n_positions=16, eos_token_id=2, bos_token_id=2
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+def save_t5(folder: Path) -> str:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=len(WORDS),
+        d_model=8,
+        d_kv=4,
+        d_ff=16,
+        num_layers=2,
+        num_heads=2,
+        eos_token_id=2,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+        initializer_factor=5.0,
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+def save_vit(folder: Path) -> str:
+    torch.manual_seed(0)
+    size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.ViTConfig(
+        **size, image_size=8, patch_size=4, label2id=LABELS, id2label={0: "negative", 1: "positive"}
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}})
+    )
+    return str(folder)
+
+
+def write_rows(path: Path, header: list[str], rows: list[tuple[Any, ...]]) -> str:
+    """Write a TSV without quotes, a CSV with them, or JSON lines."""
+    if path.suffix == ".jsonl":
+        lines = [json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) for row in rows]
+    elif path.suffix == ".tsv":
+        lines = ["\t".join(map(str, row)) for row in [tuple(header), *rows]]
+    else:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+        return str(path)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def write_sentences(path: Path) -> str:
+    return write_rows(path, ["sentence", "label"], [(text, i % 2) for i, text in enumerate(SENTENCES)])
+
+
+def write_tags(path: Path) -> str:
+    rows = [(text.split(), [i % 2 for i in range(len(text.split()))]) for text in SENTENCES]
+    return write_rows(path, ["tokens", "ner_tags"], rows)
+
+
+def write_texts(path: Path) -> str:
+    return write_rows(path, ["text"], [(text,) for text in SENTENCES])
+
+
+def write_pairs(path: Path) -> str:
+    return write_rows(path, ["en", "de"], [(text, "gut Film Ende") for text in SENTENCES])
+
+
+def write_summaries(path: Path) -> str:
+    return write_rows(path, ["document", "summary"], [(text, text.split()[-1]) for text in SENTENCES])
+
+
+def write_images(path: Path) -> str:
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 10, 12, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(path.parent / f"{number}.png")
+    return write_rows(path, ["image", "label"], [(f"{i}.png", ["Positive", "negative"][i % 2]) for i in range(4)])
+
+
+# A model, and data for it, of each task.
+SAVED: dict[str, tuple[Callable[[Path], str], Callable[[Path], str], str]] = {
+    "text-classification": (save_bert, write_sentences, "rows.tsv"),
+    "token-classification": (
+        lambda folder: save_bert(folder, transformers.BertForTokenClassification),
+        write_tags,
+        "rows.jsonl",
+    ),
+    "text-generation": (save_gpt2, write_texts, "rows.csv"),
+    "summarization": (save_t5, write_summaries, "rows.csv"),
+    "translation": (save_t5, write_pairs, "rows.tsv"),
+    "image-classification": (save_vit, write_images, "rows.csv"),
+}

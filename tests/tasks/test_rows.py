@@ -1,0 +1,155 @@
+"""Rows from files: what they say, and nothing else; what is wrong with them, in one line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+from hf_parcor.input_error import InputError
+from hf_parcor.tasks import Rows, load_rows, read_file
+from hf_parcor.tasks.classes import class_numbers, classes_of
+
+GOOD = [
+    (
+        "a.tsv",
+        'text\tlabel\na "bad" plot\t0\nNA\t1\n',
+        [{"text": 'a "bad" plot', "label": 0}, {"text": "NA", "label": 1}],
+    ),
+    ("a.TSV", "text\tlabel\r\n1\tx\r\n", [{"text": 1, "label": "x"}]),
+    ("a.csv", 'text,label\n"a, ""b""\nc",-1\n', [{"text": 'a, "b"\nc', "label": -1}]),
+    ("a.csv", "\ufefftext\ncaf\u00e9 \u2028 x\n", [{"text": "caf\u00e9 \u2028 x"}]),
+    ("a.csv", "text,score\na,1.5\nb,2\n", [{"text": "a", "score": "1.5"}, {"text": "b", "score": "2"}]),
+    ("a.json", json.dumps([{"text": "a", "labels": [1]}]), [{"text": "a", "labels": [1]}]),
+    ("a.json", json.dumps({"version": 1, "data": [{"text": "a"}]}), [{"text": "a"}]),
+    ("a.json", '{"text": "a"}\n{"text": "b"}\n', [{"text": "a"}, {"text": "b"}]),
+    (
+        "a.jsonl",
+        '{"translation": {"de": "gut", "en": "good"}}\n\n',
+        [{"translation.de": "gut", "translation.en": "good"}],
+    ),
+    ("a.txt", "one\n\ntwo\n", [{"text": "one"}, {"text": ""}, {"text": "two"}]),
+    ("a.csv", "", []),
+]
+BAD = [
+    ("a.tsv", b"text\tlabel\na\t1\nb\n", r"a\.tsv: expected 2 cells \(text, label\) in line 3, got 1; mend"),
+    ("a.csv", b'text,label\n"a,1\n', "expected comma-separated values in line 2"),
+    ("a.json", b'[{"text": ', "expected JSON in line 1, got Expecting value"),
+    ("a.json", b'"text"', "expected a list of objects in line 1, got str"),
+    ("a.jsonl", b'{"text": "a"}\n{"text', "expected a JSON object in line 2, got Unterminated string"),
+    ("a.jsonl", b"[1]\n", "expected an object with the columns by name in line 1, got list"),
+    ("a.txt", b"\xff\xfe\x00", "expected text in UTF-8"),
+    ("a.csv.gz", gzip.compress(b"text\na\n" * 99)[:-9], "expected a file that can be read"),
+    ("a.csv.gz", b"text\na\n", "expected a file that can be read, got Not a gzipped file"),
+    ("a.csv", None, "expected a file, found none"),
+    ("a.parquet", b"PAR1", r"expected a file that ends in \.csv, \.tsv, \.json, \.jsonl, \.txt, or these and \.gz"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "rows"), GOOD)
+@pytest.mark.parametrize("packed", [False, True])
+def test_good_files(name, text, rows, packed, tmp_path):
+    path = tmp_path / (f"{name}.gz" if packed else name)
+    content = text.encode()
+    path.write_bytes(gzip.compress(content) if packed else content)
+    assert read_file(path) == rows
+
+
+@pytest.mark.parametrize(("name", "content", "says"), BAD)
+def test_bad_files(name, content, says, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=says):
+        read_file(tmp_path / name)
+
+
+class TestLoadRows:
+    def test_a_file_without_rows(self, tmp_path):
+        (tmp_path / "a.csv").write_text("text,label\n")
+        with pytest.raises(InputError, match="expected at least one row, got none"):
+            load_rows(str(tmp_path / "a.csv"))
+
+    def test_a_missing_file_is_not_looked_for_on_the_hub(self, tmp_path):
+        with pytest.raises(InputError, match="expected a file, found none"):
+            load_rows(str(tmp_path / "nowhere.csv"))
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_a_data_set_that_cannot_be_reached(self):
+        pytest.importorskip("datasets")
+        with pytest.raises(InputError, match=r"^nobody/nothing: expected a data set on the Hub, .* check name, split"):
+            load_rows("nobody/nothing")
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_a_folder_that_datasets_knows(self, tmp_path, monkeypatch):
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "validation.jsonl").write_text('{"translation": {"de": "gut", "en": "good"}}\n')
+        (tmp_path / "data" / "train.jsonl").write_text('{"translation": {"de": "a", "en": "b"}}\n')
+        rows = load_rows(str(tmp_path / "data"))
+        assert rows.columns == ("translation.de", "translation.en")
+        assert list(rows.entries) == [{"translation.de": "gut", "translation.en": "good"}]
+        with pytest.raises(InputError, match="with a split 'dev', got ValueError: Unknown split"):
+            load_rows(str(tmp_path / "data"), "dev")
+
+    def test_names_of_numbered_classes(self):
+        datasets = pytest.importorskip("datasets")
+        from hf_parcor.tasks.rows import _class_names
+
+        names = datasets.ClassLabel(names=["b", "a"])
+        features = datasets.Features({"x": names, "y": datasets.Value("int64"), "z": datasets.List(names)})
+        assert _class_names(features) == {"x": ["b", "a"], "z": ["b", "a"]}
+
+
+def labelled(*labels, names=None):
+    class_names = {} if names is None else {"label": names}
+    return Rows("rows.csv", [{"label": label} for label in labels], ("label",), class_names)
+
+
+class TestClasses:
+    OF_THE_MODEL = {"NEGATIVE": 0, "POSITIVE": 1}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        ("rows", "expected"),
+        [
+            (labelled(1, 0), [1, 0]),
+            (labelled("positive", "Negative"), [1, 0]),
+            (labelled(0, 1, names=["positive", "negative"]), [1, 0]),
+            (labelled(0, 1, names=["down", "up"]), [0, 1]),
+            (labelled([0, 1], ["positive"]), [[0, 1], [1]]),
+            (labelled(1.0), [1]),
+        ],
+    )
+    def test_numbers_of_the_model(self, rows, expected):
+        assert class_numbers(rows, "label", self.OF_THE_MODEL) == expected
+
+    @pytest.mark.parametrize(
+        ("rows", "says"),
+        [
+            (labelled(0, -1), r"expected a label of the model \(NEGATIVE = 0, POSITIVE = 1\), got -1 .* row 2"),
+            (labelled("positiv"), r"got 'positiv' .* row 1 \(did you mean POSITIVE\?\)"),
+            (labelled("positiv"), "choose data with labels"),
+            (labelled(2), "got 2 in column 'label'"),
+            (labelled(0, None), "expected a value of 'label' in each row, got none in row 2"),
+        ],
+    )
+    def test_labels_that_it_does_not_know(self, rows, says):
+        with pytest.raises(InputError, match=says):
+            class_numbers(rows, "label", self.OF_THE_MODEL)
+
+    @pytest.mark.parametrize(
+        ("rows", "expected"),
+        [
+            (labelled(0, 2), ["0", "1", "2"]),
+            (labelled("b", "a", "b"), ["a", "b"]),
+            (labelled(0, 1, names=["b", "a"]), ["b", "a"]),
+            (labelled(["O", "B"], ["O"]), ["B", "O"]),
+        ],
+    )
+    def test_classes_to_learn(self, rows, expected):
+        assert classes_of(rows, "label") == expected
+
+    def test_classes_to_learn_from_no_labels(self):
+        with pytest.raises(InputError, match="expected labels from 0 on, got -1"):
+            classes_of(labelled(-1, -1), "label")

@@ -1,0 +1,262 @@
+"""From rows to a metric, for each task: equal to a loop over single rows, written out."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from local_models import LABELS, SAVED, SENTENCES, save_bert, write_summaries
+
+from hf_parcor.input_error import InputError
+from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, check_head, load_rows, task_named, task_of
+
+torch.manual_seed(0)
+
+
+def of_sequences(model, tokenizer, rows):
+    right, losses = [], []
+    for row in rows:
+        output = model(**tokenizer(row["sentence"], return_tensors="pt"))
+        right.append(int(output.logits.argmax()) == row["label"])
+        losses.append(torch.nn.functional.cross_entropy(output.logits, torch.tensor([row["label"]])).item())
+    return {"accuracy": sum(right) / len(right), "loss": sum(losses) / len(losses)}
+
+
+def of_words(model, tokenizer, rows):
+    losses, right = [], []
+    for row in rows:
+        (logits,) = model(**tokenizer(" ".join(row["tokens"]), return_tensors="pt")).logits  # a token is a word here
+        right += (logits.argmax(-1) == torch.tensor(row["ner_tags"])).tolist()
+        losses += (-logits.log_softmax(-1)[range(len(logits)), row["ner_tags"]]).tolist()
+    return {"accuracy": sum(right) / len(right), "loss": sum(losses) / len(losses)}
+
+
+def of_text(model, tokenizer, rows):
+    tokens = [token for row in rows for token in [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]]
+    losses, right = [], []
+    for start in range(0, len(tokens), 16):  # what the model can take
+        block = torch.tensor([tokens[start : start + 16]])
+        logits = model(block).logits[0, :-1]
+        right += (logits.argmax(-1) == block[0, 1:]).tolist()
+        losses += (-logits.log_softmax(-1)[range(len(logits)), block[0, 1:]]).tolist()
+    loss = sum(losses) / len(losses)
+    return {"loss": loss, "perplexity": math.exp(loss), "accuracy": sum(right) / len(right)}
+
+
+def generated(model, tokenizer, texts):
+    found = []
+    for text in texts:
+        tokens = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=5, do_sample=False)
+        found.append(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    return found
+
+
+def of_translations(model, tokenizer, rows):
+    from sacrebleu import corpus_bleu
+
+    found = generated(model, tokenizer, [row["en"] for row in rows])
+    return {"bleu": corpus_bleu(found, [[row["de"] for row in rows]]).score}
+
+
+def of_summaries(model, tokenizer, rows):
+    from sacrebleu import corpus_chrf
+
+    found = generated(model, tokenizer, [row["document"] for row in rows])
+    return {"chrf": corpus_chrf(found, [[row["summary"] for row in rows]]).score}
+
+
+def of_images(model, processor, rows, folder):
+    from PIL import Image
+
+    right, losses = [], []
+    for row in rows:
+        label = LABELS[row["label"].lower()]
+        logits = model(**processor(Image.open(folder / row["image"]), return_tensors="pt")).logits
+        right.append(int(logits.argmax()) == label)
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor([label])).item())
+    return {"accuracy": sum(right) / len(right), "loss": sum(losses) / len(losses)}
+
+
+BY_HAND = {
+    "text-classification": of_sequences,
+    "token-classification": of_words,
+    "text-generation": of_text,
+    "summarization": of_summaries,
+    "translation": of_translations,
+    "image-classification": of_images,
+}
+
+
+def test_every_task_has_a_row():
+    assert list(BY_HAND) == list(SAVED) == list(TASKS), "a new task needs a row here and in local_models"
+    assert all(task.name == name for name, task in TASKS.items())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_metric_is_that_of_a_loop_over_rows(name, tmp_path):
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("PIL")
+    save_model, write_data, file = SAVED[name]
+    folder, data = save_model(tmp_path / "model"), write_data(tmp_path / file)
+    rows = load_rows(data)
+    task = task_of(folder, rows, {})
+    assert task.name == name
+    check_head(task, folder)
+    columns = task.find_columns(rows, {})
+    model = task.load_model(folder).eval()
+    is_generated = name in ("translation", "summarization")
+    processed = Processed(model, task.load_processor(folder), Encoding(max_length=5 if is_generated else None))
+    batches = task.batches(task.examples(rows, columns, processed), processed, 4)
+    with torch.no_grad():
+        found = task.metric(task.metrics[0], processed, batches)(model)
+        more = (tmp_path,) if name == "image-classification" else ()
+        expected = BY_HAND[name](model, processed.processor, rows.entries, *more)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert task.shown(task.metrics[0], found) == task.metrics[0]
+
+
+class TestColumns:
+    def rows(self, *columns):
+        return Rows("rows.tsv", [dict.fromkeys(columns, "good")], columns)
+
+    @pytest.mark.parametrize(
+        ("task", "columns", "given", "found"),
+        [
+            ("text-classification", ("idx", "Text", "Label"), {}, {"text": "Text", "label": "Label"}),
+            (
+                "text-classification",
+                ("premise", "hypothesis", "label"),
+                {},
+                {"text": "premise", "second_text": "hypothesis", "label": "label"},
+            ),
+            ("text-classification", ("a", "sentence", "label"), {"text": "a"}, {"text": "a", "label": "label"}),
+            ("translation", ("translation.de", "translation.en", "id"), {}, {"source": 0, "target": 1}),
+            ("translation", ("de", "en"), {"source": "en", "target": "de"}, {"source": "en", "target": "de"}),
+            ("translation", ("target", "source"), {}, {"source": "source", "target": "target"}),
+            ("summarization", ("highlights", "article"), {}, {"source": "article", "target": "highlights"}),
+        ],
+    )
+    def test_names_that_are_well_known_or_given(self, task, columns, given, found):
+        expected = {role: columns[name] if isinstance(name, int) else name for role, name in found.items()}
+        assert TASKS[task].find_columns(self.rows(*columns), given) == expected
+
+    @pytest.mark.parametrize(
+        ("given", "says"),
+        [
+            ({}, r"expected a column with the label .* got the columns sentence, stars; .* --column label=NAME"),
+            ({"labl": "stars"}, r"expected one of the roles .* got 'labl' \(did you mean label\?\)"),
+            ({"label": "star"}, r"expected one of the columns sentence, stars, got 'star' .*did you mean stars"),
+        ],
+    )
+    def test_names_that_are_not(self, given, says):
+        with pytest.raises(InputError, match=says):
+            TASKS["text-classification"].find_columns(self.rows("sentence", "stars"), given)
+
+
+class TestGuess:
+    def test_a_model_for_two_tasks_is_for_the_data(self, tmp_path):
+        model = SAVED["summarization"][0](tmp_path / "model")
+        rows = load_rows(write_summaries(tmp_path / "rows.csv"))
+        assert task_of(model, rows, {}).name == "summarization"
+
+    def test_a_model_without_a_head(self, tmp_path):
+        model = save_bert(tmp_path / "model", transformers.BertModel)
+        rows = Rows("rows", [{"sentence": "good", "label": 1}], ("sentence", "label"))
+        with pytest.raises(InputError, match=r"expected one with a head for .* got .* with BertModel; fine-tune it"):
+            task_of(model, rows, {})
+        with pytest.raises(InputError, match=r"head for text-classification \(…ForSequenceClassification\)"):
+            check_head(TASKS["text-classification"], model)
+
+    def test_an_unknown_name(self):
+        with pytest.raises(InputError, match=r"got 'translate' \(did you mean translation\?\)"):
+            task_named("translate")
+
+
+class TestPairsAndPrefixes:
+    def test_two_texts_are_encoded_as_a_pair(self, tmp_path):
+        task = TASKS["text-classification"]
+        folder = save_bert(tmp_path / "model")
+        rows = Rows("rows", [{"premise": "good", "hypothesis": "bad", "label": 1}], ("premise", "hypothesis", "label"))
+        processed = Processed(task.load_model(folder), task.load_processor(folder))
+        (example,) = task.examples(rows, task.find_columns(rows, {}), processed)
+        assert example["input_ids"] == processed.processor("good", "bad")["input_ids"] == [3, 4]
+
+    def test_a_prefix_and_a_length(self, tmp_path):
+        task = TASKS["text-classification"]
+        folder = save_bert(tmp_path / "model")
+        rows = Rows("rows", [{"sentence": "bad film", "label": 0}], ("sentence", "label"))
+        processed = Processed(task.load_model(folder), task.load_processor(folder), Encoding(2, "good "))
+        (example,) = task.examples(rows, task.find_columns(rows, {}), processed)
+        assert example["input_ids"] == [3, 4]
+
+    def test_a_tokenizer_that_cannot_pad(self, tmp_path):
+        folder = save_bert(tmp_path / "model")
+        path = tmp_path / "model" / "tokenizer_config.json"
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps({name: value for name, value in settings.items() if name != "pad_token"}))
+        with pytest.raises(InputError, match="expected one with a padding token"):
+            TASKS["text-classification"].load_processor(folder)
+        TASKS["text-generation"].load_processor(folder)
+
+
+class TestFirstTokens:
+    def test_the_first_of_several_tokens_counts(self, tmp_path):
+        """A tokenizer of characters: the first of each word has its label."""
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        task = TASKS["token-classification"]
+        folder = save_bert(tmp_path / "model", transformers.BertForTokenClassification)
+        letters = Tokenizer(models.WordLevel({"[PAD]": 0, "a": 1, "b": 2}, unk_token="[PAD]"))
+        letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="[PAD]")
+        rows = Rows("rows", [{"tokens": ["ab", "b"], "tags": ["POSITIVE", "negative"]}], ("tokens", "tags"))
+        (example,) = task.examples(rows, task.find_columns(rows, {}), Processed(task.load_model(folder), tokenizer))
+        assert example["input_ids"] == [1, 2, 2]
+        assert example["labels"] == [1, -100, 0]
+
+    @pytest.mark.parametrize("words", [["good"], "good bad"])
+    def test_words_without_labels(self, words, tmp_path):
+        task = TASKS["token-classification"]
+        folder = save_bert(tmp_path / "model", transformers.BertForTokenClassification)
+        rows = Rows("rows", [{"tokens": words, "tags": [0, 1]}], ("tokens", "tags"))
+        processed = Processed(task.load_model(folder), task.load_processor(folder))
+        with pytest.raises(InputError, match="list of words and one of as many labels in each row"):
+            task.examples(rows, task.find_columns(rows, {}), processed)
+
+
+class TestMetricsOfTheLibrary:
+    def test_from_a_local_folder(self, tmp_path):
+        pytest.importorskip("evaluate")
+        (tmp_path / "wrong").mkdir()
+        (tmp_path / "wrong" / "wrong.py").write_text(METRIC)
+        folder, data = save_bert(tmp_path / "model"), SAVED["text-classification"][1](tmp_path / "rows.tsv")
+        task, rows = TASKS["text-classification"], load_rows(data)
+        processed = Processed(task.load_model(folder).eval(), task.load_processor(folder))
+        batches = task.batches(task.examples(rows, task.find_columns(rows, {}), processed), processed, 4)
+        found = task.metric(str(tmp_path / "wrong"), processed, batches)(processed.model)
+        accuracy = task.metric("accuracy", processed, batches)(processed.model)["accuracy"]
+        assert found == {"wrong": round((1 - accuracy) * len(SENTENCES))}
+        assert task.shown(str(tmp_path / "wrong"), found) == "wrong"
+
+    @pytest.mark.parametrize(("task", "name"), [("text-classification", "acuracy"), ("text-generation", "f1")])
+    def test_an_unknown_one(self, task, name, tmp_path):
+        with pytest.raises(InputError, match=rf"expected one of {', '.join(TASKS[task].metrics)}.* got '{name}'"):
+            TASKS[task].metric(name, Processed(None, None), [{"labels": torch.zeros(1)}])
+
+
+METRIC = """
+import datasets
+import evaluate
+
+
+class Wrong(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("int32"), "references": datasets.Value("int32")})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"wrong": sum(p != r for p, r in zip(predictions, references))}
+"""
