@@ -16,7 +16,8 @@ WORDS = ["[PAD]", "[UNK]", "</s>", "good", "bad", "film", "plot", "the", "a", "g
 TINY = {"vocab_size": len(WORDS), "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT = {**TINY, "intermediate_size": 16, "max_position_embeddings": 16, "initializer_range": 0.5}
 SENTENCES = ["the good film", 'a "bad" plot', "good good", "bad bad film a plot", "the film", "a good plot the"]
-LABELS = {"negative": 0, "positive": 1}
+LABELS = {"NEGATIVE": 0, "POSITIVE": 1}
+NAMED = {"label2id": LABELS, "id2label": {number: name for name, number in LABELS.items()}}
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -32,8 +33,7 @@ def save_tokenizer(folder: Path) -> None:
 
 def save_bert(folder: Path, kind: type[Any] = transformers.BertForSequenceClassification, **settings: Any) -> str:
     torch.manual_seed(0)
-    named = {"label2id": LABELS, "id2label": {number: name.upper() for name, number in LABELS.items()}}
-    kind(transformers.BertConfig(**{**BERT, **named, **settings})).save_pretrained(folder)
+    kind(transformers.BertConfig(**{**BERT, **NAMED, **settings})).save_pretrained(folder)
     save_tokenizer(folder)
     return str(folder)
 
@@ -70,9 +70,7 @@ def save_t5(folder: Path) -> str:
 def save_vit(folder: Path) -> str:
     torch.manual_seed(0)
     size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    config = transformers.ViTConfig(
-        **size, image_size=8, patch_size=4, label2id=LABELS, id2label={0: "negative", 1: "positive"}
-    )
+    config = transformers.ViTConfig(**size, **NAMED, image_size=8, patch_size=4)
     transformers.ViTForImageClassification(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(
         json.dumps({"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}})

@@ -18,7 +18,7 @@ class Evaluate(Command):
     summary = "corrupt a model, or modules: how far do its metrics fall?"
     usage = "MODEL --dataset DATA [flags]"
     example = (
-        "distilbert/distilbert-base-uncased-finetuned-sst-2-english \\\n"
+        "\\\n      distilbert/distilbert-base-uncased-finetuned-sst-2-english \\\n"
         "      --dataset stanfordnlp/sst2 --output robustness \\\n"
         "      --corruption gradient=0.1,0.2 quantization=4"
     )

@@ -73,7 +73,7 @@ def of_images(model, processor, rows, folder):
 
     right, losses = [], []
     for row in rows:
-        label = LABELS[row["label"].lower()]
+        label = LABELS[row["label"].upper()]
         logits = model(**processor(Image.open(folder / row["image"]), return_tensors="pt")).logits
         right.append(int(logits.argmax()) == label)
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor([label])).item())

@@ -1,0 +1,319 @@
+"""Every sub-command, from a command line to its files, on tiny models; numbers are those of the library."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from local_models import LABELS, SAVED, SENTENCES, save_bert, save_tokenizer
+
+from hf_parcor import (
+    CorruptionConstraint,
+    CorruptionEvaluator,
+    EvaluationRecord,
+    GaussianNoise,
+    GradientCorruption,
+    LayerProbe,
+    Quantization,
+    SweepRecord,
+    by_kind,
+)
+from hf_parcor.cli import options
+from hf_parcor.cli.main import COMMANDS, command_parser
+from hf_parcor.cli.probe import GROUPS
+from hf_parcor.corruptions import CORRUPTIONS, corruptions_of_table_1
+from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.tasks import TASKS
+
+pytest.importorskip("tabulate")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+def batches_by_hand(folder, size):
+    """Return sentences and labels as the command line should batch them: shortest first."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    rows = sorted(enumerate(SENTENCES), key=lambda row: len(row[1].split()))
+    return [
+        {
+            **tokenizer([text for _, text in rows[start : start + size]], padding=True, return_tensors="pt"),
+            "labels": torch.tensor([number % 2 for number, _ in rows[start : start + size]]),
+        }
+        for start in range(0, len(rows), size)
+    ]
+
+
+def model_of(folder):
+    return transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_names_that_help_shows_are_those_of_the_catalogues():
+    assert tuple(TASKS) == options.TASKS
+    assert tuple(name.replace("_", "-") for name in CORRUPTIONS) == options.CORRUPTIONS
+
+
+class TestProbe:
+    def test_json_is_the_record_of_the_library(self, run, classifier_folder, sentences):
+        result = run(
+            *("probe", classifier_folder, "--dataset", sentences, "--group", "kinds", "--epsilons", 0.5, 1, "--json"),
+            *("--corruption", "gradient", "gaussian=0.1", "--trials", 2, "--seed", 3, "--batch-size", 4),
+        )
+        model, batches = model_of(classifier_folder), batches_by_hand(classifier_folder, 4)
+        probe = LayerProbe(model, ClassificationMetric(batches), batches, targets=by_kind(model), progress=False)
+        gradient = [GradientCorruption(CorruptionConstraint(epsilon=epsilon)) for epsilon in (0.5, 1.0)]
+        expected = probe.evaluate([*gradient, GaussianNoise(0.1)], trials=2, seed=3)
+        assert result.code == 0
+        found = SweepRecord.from_json(result.out)
+        assert found.data == expected.data
+        assert found == expected
+
+    def test_a_folder_has_record_and_reports_and_goes_on(self, run, classifier_folder, sentences):
+        command = ("probe", classifier_folder, "--dataset", sentences, "--output", "out", "--epsilons", 1)
+        result = run(*command)
+        assert result.code == 0
+        record = SweepRecord.load("out/probe.json")
+        assert list(record.records) == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+        assert "gradient-based, L2\n\n| accuracy (%)" in result.out
+        assert any(words in " ".join(result.out.split()) for words in ("no group stands out", "as fragile as"))
+        assert max(map(len, result.out.splitlines())) <= 80
+        assert Path("out/report.html").read_text().startswith("<!DOCTYPE html>")
+        assert "# How robust" in Path("out/report.md").read_text()
+        lines = Path("out/probe.jsonl").read_bytes().splitlines(keepends=True)
+        assert len(lines) == 4  # what is measured, clean, two layers
+        Path("out/probe.jsonl").write_bytes(b"".join(lines[:-1]))
+        Path("out/probe.json").unlink()
+        assert run(*command).out == result.out
+        assert SweepRecord.load("out/probe.json") == record
+
+    @pytest.mark.parametrize("group", [*GROUPS[:3]])
+    def test_every_group(self, run, classifier_folder, sentences, group):
+        result = run(
+            *("probe", classifier_folder, "--dataset", sentences, "--group", group, "--corruption", "quantization=3"),
+            *("--target", "all", "--json", "--quiet"),
+        )
+        from hf_parcor import targets
+
+        expected = getattr(targets, f"by_{group.removesuffix('s')}")(model_of(classifier_folder))
+        assert list(SweepRecord.from_json(result.out).records) == [*expected, "all"]
+
+    @pytest.mark.filterwarnings("ignore::FutureWarning:peft")
+    @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+    def test_adapters(self, run, classifier_folder, sentences, tmp_path):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
+        peft.get_peft_model(model_of(classifier_folder), config).save_pretrained(tmp_path / "adapter")
+        save_tokenizer(tmp_path / "adapter")
+        result = run(
+            *("probe", tmp_path / "adapter", "--dataset", sentences, "--group", "adapters", "--json"),
+            *("--corruption", "gaussian=1", "--trials", 1),
+        )
+        assert list(SweepRecord.from_json(result.out).records) == ["default"]
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_every_task(self, run, task, tmp_path):
+        pytest.importorskip("sacrebleu")
+        pytest.importorskip("PIL")
+        save_model, write_data, file = SAVED[task]
+        folder, data = save_model(tmp_path / "model"), write_data(tmp_path / file)
+        result = run(
+            *("probe", folder, "--dataset", data, "--corruption", "gradient=1", "--max-length", 6, "--output", "out")
+        )
+        assert result.code == 0
+        assert f"hf-parcor: {task}: " in result.err
+        metric = TASKS[task].metrics[0]
+        assert f"| {metric}" in result.out
+        assert metric in SweepRecord.load("out/probe.json").clean.metrics
+
+
+class TestEvaluate:
+    def test_table_1_is_the_default(self, run, classifier_folder, sentences):
+        result = run("evaluate", classifier_folder, "--dataset", sentences, "--json", "--trials", 1)
+        record = EvaluationRecord.from_json(result.out)
+        assert [row.label for row in record.corruptions] == list(map(str, corruptions_of_table_1()))
+
+    def test_modules_and_corruptions_that_are_named(self, run, classifier_folder, sentences):
+        result = run(
+            *("evaluate", classifier_folder, "--dataset", sentences, "--target", "attention", "--limit", 4),
+            *("--exclude", "value", "--corruption", "quantization=2,3", "--metric", "loss", "--output", "out"),
+        )
+        model = model_of(classifier_folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(classifier_folder)
+        order = sorted(range(4), key=lambda index: len(SENTENCES[index].split()))
+        texts = [SENTENCES[index] for index in order]
+        batch = {**tokenizer(texts, padding=True, return_tensors="pt"), "labels": torch.tensor([i % 2 for i in order])}
+        evaluator = CorruptionEvaluator(
+            model,
+            ClassificationMetric([batch]),
+            [batch],
+            target_modules=["attention"],
+            exclude_modules=["value"],
+            progress=False,
+        )
+        assert EvaluationRecord.load("out/robustness.json") == evaluator.evaluate([Quantization(2), Quantization(3)])
+        assert result.out.startswith("| loss ")
+
+
+class TestReportAndCompare:
+    @pytest.fixture
+    def outputs(self, run, classifier_folder, sentences):
+        for name, seed in (("plain", 0), ("defended", 1)):
+            run(
+                *("evaluate", classifier_folder, "--dataset", sentences, "--output", name, "--seed", seed),
+                *("--corruption", "gaussian=0.2,0.4", "--trials", 2),
+            )
+
+    def test_report(self, run, outputs):
+        result = run(
+            "report", "plain", "--output", "page.html", "page.md", "--title", "Wie robust?", "--metric", "loss"
+        )
+        assert result.code == 0
+        assert "Wie robust?" in Path("page.html").read_text()
+        assert "Wie robust?" in Path("page.md").read_text()
+        assert "loss" in result.out
+
+    def test_records_of_several_seeds(self, run, outputs):
+        pytest.importorskip("scipy")
+        result = run("report", "plain", "defended/robustness.json")
+        assert result.code == 0
+        assert "accuracy" in result.out
+
+    def test_compare(self, run, outputs):
+        pytest.importorskip("scipy")
+        result = run("compare", "plain", "b=defended/robustness.json", "--output", "page.html")
+        assert result.code == 0
+        assert re.search(r"\| accuracy \(%\) +\| +plain \| +b \| +change \|", result.out)
+        assert Path("page.html").is_file()
+
+    def test_compare_several_seeds(self, run, outputs):
+        pytest.importorskip("scipy")
+        result = run("compare", "a=plain,defended", "b=defended,plain")
+        assert result.code == 0
+        assert "| accuracy" not in result.out
+        assert result.out.strip()
+
+
+class TestTrain:
+    def test_a_classifier_gets_its_head_from_the_data(self, run, tmp_path, sentences):
+        torch.manual_seed(0)
+        folder = save_bert(tmp_path / "body", transformers.BertModel, initializer_range=0.02)
+        result = run(
+            *("train", folder, "--task", "text-classification", "--dataset", sentences, "--output_dir", "out"),
+            *("--num_train_epochs", 40, "--learning_rate", 0.01, "--defense_target_modules", "attention", "--use_cpu"),
+            *(
+                "--logging_steps",
+                20,
+                "--save_strategy",
+                "no",
+                "--report_to",
+                "none",
+                "--trials",
+                1,
+                "--disable_tqdm",
+                1,
+            ),
+        )
+        assert result.code == 0
+        model = model_of(tmp_path / "out")
+        assert model.config.label2id == {"0": 0, "1": 1}
+        record = EvaluationRecord.load("out/robustness.json")
+        batches = batches_by_hand(tmp_path / "out", 8)
+        assert ClassificationMetric(batches)(model.eval())["accuracy"] == record.clean.mean("accuracy") == 1.0
+        assert [row.label for row in record.corruptions] == list(map(str, corruptions_of_table_1()))
+        assert result.out.startswith("| accuracy (%)")
+        assert "loss_corrupted" in result.err
+        assert "loss_corrupted" in Path("out/trainer_state.json").read_text()
+
+    @pytest.mark.parametrize("task", ["translation", "text-generation"])
+    def test_other_tasks(self, run, task, tmp_path):
+        pytest.importorskip("sacrebleu")
+        save_model, write_data, file = SAVED[task]
+        folder, data = save_model(tmp_path / "model"), write_data(tmp_path / file)
+        result = run(
+            *("train", folder, "--dataset", data, "--output_dir", "out", "--max-length", 6, "--max_steps", 2),
+            *(
+                "--train-dataset",
+                data,
+                "--train-limit",
+                4,
+                "--use_cpu",
+                "--save_strategy",
+                "no",
+                "--report_to",
+                "none",
+            ),
+            *("--skip-corruptions", "--disable_tqdm", "true"),
+        )
+        assert result.code == 0
+        assert f"| {TASKS[task].metrics[0]}" in result.out
+        assert Path("out/model.safetensors").is_file()
+
+    def test_labels_of_the_model_are_kept(self, run, tmp_path, classifier_folder, sentences):
+        run(
+            *(
+                "train",
+                classifier_folder,
+                "--dataset",
+                sentences,
+                "--output_dir",
+                "out",
+                "--max_steps",
+                1,
+                "--use_cpu",
+            ),
+            *("--save_strategy", "no", "--report_to", "none", "--skip-corruptions", "--defense", "none"),
+        )
+        assert model_of(tmp_path / "out").config.label2id == LABELS
+
+
+class TestHelp:
+    """The example that `--help` shows, with names on the Hub replaced by local ones."""
+
+    @pytest.mark.parametrize("name", ["evaluate", "probe", "train"])
+    def test_examples_of_measuring_run(self, run, name, classifier_folder, sentences, tmp_path):
+        words = self.words(name)
+        replaced = {"stanfordnlp/sst2": sentences, words[1]: classifier_folder}  # the model comes first
+        more = ["--use_cpu", "--save_strategy", "no", "--report_to", "none"] if name == "train" else ["--trials", 1]
+        result = run(*(replaced.get(word, word) for word in words), *more)
+        assert result.code == 0
+        assert result.out.startswith("| accuracy" if name != "probe" else "gradient-based, L2")
+
+    def test_examples_of_reading_run(self, run, classifier_folder, sentences):
+        for folder in ("robustness", "plain", "defended"):
+            run(
+                "evaluate",
+                classifier_folder,
+                "--dataset",
+                sentences,
+                "--corruption",
+                "quantization=3",
+                "--output",
+                folder,
+            )
+        for name in ("report", "compare"):
+            assert run(*self.words(name)).code == 0
+        assert Path("report.html").is_file()
+        assert Path("comparison.html").is_file()
+
+    def test_every_command_has_one(self):
+        assert list(COMMANDS) == ["train", "evaluate", "probe", "report", "compare"]
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_it_fits_a_terminal(self, run, name, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
+        result = run(name, "--help")
+        assert result.code == 0
+        assert f"hf-parcor {name}" in result.out
+        assert [line for line in result.out.splitlines() if len(line) > 80] == []
+
+    @staticmethod
+    def words(name):
+        example = command_parser(name).epilog.partition("example:\n")[2].replace("\\\n", " ")
+        program, *words = shlex.split(example)
+        assert program == "hf-parcor"
+        return words

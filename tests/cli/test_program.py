@@ -1,0 +1,164 @@
+"""The program as a shell sees it: start-up, pipes, signals, encodings, settings files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_parcor import EvaluationRecord, SweepRecord
+from hf_parcor.cli.main import COMMANDS
+
+pytest.importorskip("tabulate")
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+
+
+def program(*words, **settings):
+    command = [sys.executable, "-m", "hf_parcor", *map(str, words)]
+    environment = {**ENVIRONMENT, **settings.pop("env", {})}
+    return subprocess.run(command, capture_output=True, check=False, env=environment, **settings)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_does_not_wait_for_pytorch(words):
+    heavy = ("torch", "transformers", "datasets", "numpy", "scipy")
+    code = f"""
+import sys
+from hf_parcor.cli import main
+assert main({words!r}) == 0
+assert not [name for name in {heavy!r} if name in sys.modules]
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    assert "hf-parcor" in result.stdout
+
+
+def test_a_reader_that_leaves_is_no_failure(tmp_path, record):
+    path = record(tmp_path, groups=3000)
+    code = "import sys; from hf_parcor.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "compare", f"a={path}", f"b={path}"]
+    reading, writing = os.pipe()
+    process = subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    os.close(reading)  # nobody reads
+    os.close(writing)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 141
+    assert err == b""
+
+
+def test_exit_codes_and_streams_of_a_mistake_and_of_a_bug(tmp_path):
+    result = program("report", tmp_path / "nöwhere.json")
+    assert result.returncode == 2
+    assert result.stdout == b""
+    assert result.stderr.decode().count("\n") == 1
+    assert "nöwhere.json" in result.stderr.decode()
+    code = """
+import sys
+from hf_parcor.cli import main
+from hf_parcor.cli.report import Report
+Report.run = lambda self, arguments: 1 / 0
+sys.exit(main(["report", "x"]))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "ZeroDivisionError" in result.stderr
+
+
+def test_a_terminal_that_knows_no_greek(tmp_path, record):
+    path = record(tmp_path)
+    result = program("compare", f"a={path}", f"b={path}", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert result.returncode == 0
+    assert b"gradient L2 \\u03b5=1" in result.stdout
+
+
+@pytest.fixture
+def record():
+    from hf_parcor import CorruptionRecord
+
+    def save(folder, groups=1):
+        def row(epsilon):
+            settings = {"p": 2.0, "epsilon": float(epsilon), "top_n": None}
+            return CorruptionRecord("gradient", f"gradient L2 ε={epsilon}", settings, (0,), {"accuracy": (0.5,)})
+
+        clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,)})
+        return EvaluationRecord("m", {}, 1, clean, tuple(map(row, range(1, groups + 1)))).save(folder / "r.json")
+
+    return save
+
+
+class TestInterrupted:
+    @pytest.mark.slow
+    def test_ctrl_c_and_again(self, tmp_path, classifier_folder, sentences):
+        """A probe is interrupted while it measures, and goes on; the record is that of one that was not."""
+        words = ["probe", classifier_folder, "--dataset", sentences, "--group", "modules", "--corruption"]
+        words += ["gaussian=0.1,0.2,0.3", "--trials", "5", "--quiet", "--output"]
+        command = [sys.executable, "-m", "hf_parcor", *words, str(tmp_path / "out")]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+        checkpoint = tmp_path / "out" / "probe.jsonl"
+        deadline = time.monotonic() + 240
+        while not checkpoint.exists() or checkpoint.read_bytes().count(b"\n") < 3:
+            assert process.poll() is None, process.communicate()[1].decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 130, err.decode()
+        assert out == b""
+        assert f"what is finished is in {checkpoint}" in err.decode()
+        assert not (tmp_path / "out" / "probe.json").exists()
+        kept = checkpoint.read_bytes()
+        assert program(*words, tmp_path / "out").returncode == 0
+        assert checkpoint.read_bytes().startswith(kept[: kept.rindex(b"\n")])
+        assert program(*words, tmp_path / "whole").returncode == 0
+        assert SweepRecord.load(tmp_path / "out/probe.json") == SweepRecord.load(tmp_path / "whole/probe.json")
+
+
+class TestSettingsFile:
+    def test_flags_by_name_and_the_command_line_wins(self, run, classifier_folder, sentences):
+        settings = {
+            "model": classifier_folder,
+            "dataset": sentences,
+            "column": {"text": "sentence"},
+            "target": ["last-encoder-layer", "attention"],
+            "corruption": "gradient",
+            "epsilons": [0.5, "1e-1"],
+            "norm": "inf",
+            "batch_size": 4,
+            "trials": 7,
+            "json": True,
+            "quiet": False,
+        }
+        Path("settings.yaml").write_text(yaml.safe_dump(settings))
+        found = SweepRecord.from_json(run("probe", "--config", "settings.yaml", "--trials", 2).out)
+        assert list(found.records) == settings["target"]
+        rows = found.records["attention"].corruptions
+        assert [row.settings for row in rows] == [
+            {"p": "inf", "epsilon": epsilon, "top_n": None} | {"p": float("inf")} for epsilon in (0.5, 0.1)
+        ]
+        assert found.trials == 2
+        found = SweepRecord.from_json(run("probe", "--config=settings.yaml", "--epsilons", 2).out)
+        assert [row.settings["epsilon"] for row in found.records["attention"].corruptions] == [2.0]
+        assert found.trials == 7
+
+    @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
+    def test_flags_of_training(self, run, classifier_folder, sentences):
+        settings = {
+            **{"model": classifier_folder, "dataset": sentences, "output_dir": "out", "use_cpu": True, "max_steps": 2},
+            **{"save_strategy": "no", "report_to": "none", "skip-corruptions": True, "logging_steps": 1},
+            **{"learning_rate": "1e-3", "defense_target_modules": ["attention"], "defense_steps": 2},
+            "optim_args": None,
+        }
+        Path("settings.yaml").write_text(yaml.safe_dump(settings))
+        assert run("train", "--config", "settings.yaml", "--max_steps", 1).code == 0
+        assert json.loads(Path("out/trainer_state.json").read_text())["max_steps"] == 1
+        written = json.loads(Path("out/defense_config.json").read_text())
+        assert "attention" in json.dumps(written)
