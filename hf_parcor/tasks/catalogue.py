@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 from transformers import AutoConfig
@@ -30,6 +32,14 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         )
     }
 )
+
+# What PEFT calls the tasks of its adapters, and how the names of their models end.
+_HEADS_OF_ADAPTERS = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_2_SEQ_LM": "ForConditionalGeneration",
+}
 
 
 def task_of(model: str, rows: Rows, given: Mapping[str, str], revision: str = "main") -> Task:
@@ -90,9 +100,12 @@ def check_head(task: Task, model: str, revision: str = "main") -> None:
 
 
 def architectures_of(model: str, revision: str = "main") -> list[str]:
-    """Return the classes that a model was saved as.
+    """Return the classes that a model was saved as; of a PEFT adapter, what the model it belongs to ends in.
 
     Raises:
         InputError: There is no such model.
     """
+    adapter = Path(model) / "adapter_config.json"
+    if adapter.is_file():
+        return [_HEADS_OF_ADAPTERS.get(json.loads(adapter.read_text(encoding="utf-8")).get("task_type"), "")]
     return list(load_pretrained("model", AutoConfig, model, revision=revision).architectures or [])
