@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 from hf_parcor import EvaluationRecord, SweepRecord
 from hf_parcor.evaluation.series import Series
@@ -93,13 +94,15 @@ def weakest_kind(sweep: SweepRecord, kind: str = "layer-norm") -> str:
     """Return whether a kind of module is the weakest of all."""
     settings = settings_of(sweep)
     holding = [setting.name for setting in settings if setting.order[0] == kind]
-    details = [
-        f"{setting.name}: the weakest is {setting.shown(setting.order[0])}, {kind} is "
-        f"{setting.order.index(kind) + 1} of {len(setting.order)}"
-        + (f" ({setting.shown(kind).partition('(')[2]}" if setting.order[0] != kind else "")
-        for setting in settings
-    ]
-    return f"{verdict(holding, settings)} {'; '.join(details)}."
+    details = []
+    for setting in settings:
+        detail = f"with {setting.name} the weakest is {setting.shown(setting.order[0])}"
+        if setting.order[0] != kind:
+            place = setting.order.index(kind) + 1
+            detail += f", and {setting.shown(kind)} is {place} of {len(setting.order)}"
+        details.append(detail)
+    listed = "; ".join(details)
+    return f"{verdict(holding, settings)} {listed[0].upper()}{listed[1:]}."
 
 
 def robust_kinds(sweep: SweepRecord, kind: str) -> str:
@@ -120,7 +123,10 @@ def weak_upper_layers(sweep: SweepRecord) -> str:
         half = len(layers) // 2
         if statistics.fmean(places[half:]) < statistics.fmean(places[:half]) and places.index(0) >= half:
             holding.append(setting.name)
-        order = ", ".join(layer.rpartition(".")[2] for layer in setting.order)
+        order = ", ".join(
+            " = ".join(layer.rpartition(".")[2] for layer in alike)
+            for _, alike in groupby(setting.order, key=lambda layer: setting.strength[layer])
+        )
         details.append(f"{setting.name}: {order}")
     return f"{verdict(holding, settings)} Layers from the weakest to the strongest with {'; '.join(details)}."
 
