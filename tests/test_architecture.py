@@ -14,7 +14,7 @@ import hf_parcor
 
 PACKAGE = Path(hf_parcor.__file__).parent
 ROOT = PACKAGE.parent
-OPTIONAL = {"datasets", "evaluate", "matplotlib", "pandas", "peft", "sacrebleu", "scipy", "tabulate", "yaml"}
+OPTIONAL = {"datasets", "evaluate", "matplotlib", "pandas", "peft", "sacrebleu", "scipy", "tabulate"}
 PUBLIC = [
     "CorruptionConstraint",
     "RandomCorruption",

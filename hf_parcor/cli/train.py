@@ -56,19 +56,22 @@ class Train(Command):
 
         ours: Any = ParameterDefenseTrainingArguments
         training = HfArgumentParser(ours, add_help=False)
-        return Parser(
+        whole = Parser(
             parser.prog,
+            usage=parser.usage,
             parents=[parser, training],
             add_help=False,
             conflict_handler="resolve",
             description=parser.description,
             epilog=parser.epilog,
         )
+        whole.set_defaults(whole_parser=whole)
+        return whole
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Train, measure, and show the record."""
         if arguments.help_all:
-            self.add_all_arguments(_own_parser()).print_help()
+            arguments.whole_parser.print_help()
             return
         from dataclasses import fields
 
@@ -107,12 +110,6 @@ class Train(Command):
             ):
                 _train(trainer, training)
         _measure(arguments, trainer, subject)
-
-
-def _own_parser() -> Parser:
-    from hf_parcor.cli.main import command_parser
-
-    return command_parser("train")
 
 
 def _model(task: Task, arguments: argparse.Namespace, rows: Rows, columns: dict[str, str]) -> Any:

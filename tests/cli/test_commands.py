@@ -311,6 +311,10 @@ class TestHelp:
         assert f"hf-parcor {name}" in result.out
         assert [line for line in result.out.splitlines() if len(line) > 80] == []
 
+    def test_all_flags_of_training(self, run):
+        out = run("train", "--help-all").out
+        assert all(flag in out for flag in ("--learning_rate", "--defense_epsilon", "--train-dataset"))
+
     @staticmethod
     def words(name):
         example = command_parser(name).epilog.partition("example:\n")[2].replace("\\\n", " ")
