@@ -107,7 +107,7 @@ def test_one_json_file(files, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"train_file": "nowhere.tsv"}, "expected a file, found none at 'nowhere.tsv'"),
+        ({"train_file": "nowhere.tsv"}, "nowhere.tsv: expected a file, found none"),
         ({"defense_target_modules": ["last-decoder-layer"]}, "last-decoder-layer"),
         ({"defense_epsilon": -0.1}, "epsilon: expected"),
     ],
