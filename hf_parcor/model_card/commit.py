@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
 from hf_parcor.model_card.folder import CARD, is_ours, read_text
 
@@ -37,7 +42,7 @@ class Published(NamedTuple):
     """What became of a push.
 
     Attributes:
-        url: Of the commit or the pull request; "" for a dry run.
+        url: Of the commit or the pull request; "" for a dry run, and where all of it is there already.
         difference: The card before and after, as a unified diff; "" where it stays.
     """
 
@@ -89,6 +94,8 @@ def _attempt(
         return _once(api, change, repo_id, create_pr=create_pr, dry_run=dry_run, revision=revision)
     except LocalTokenNotFoundError as error:
         cause, found = error, "no token; run `hf auth login`, or set HF_TOKEN"
+    except OfflineModeIsEnabled as error:
+        cause, found = error, "offline mode; unset HF_HUB_OFFLINE"
     except HfHubHTTPError as error:
         cause, found = error, _refused(error)
     except (OSError, _HTTP_ERROR) as error:
@@ -149,6 +156,8 @@ def _once(
         create_pr=create_pr,
         parent_commit=info.sha,
     )
+    if commit.oid == info.sha:  # all of it was there
+        return Published("", difference)
     return Published(commit.pr_url or commit.commit_url, difference)
 
 

@@ -1,0 +1,254 @@
+"""Cards as text: what others wrote, the marks, the metadata, and one card as a whole."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from hf_parcor.model_card import ModelFacts, facts_of, write_card
+from hf_parcor.model_card.card import read_card, updated_card
+from hf_parcor.model_card.folder import card_of
+from hf_parcor.model_card.front_matter import merged_front_matter
+from hf_parcor.model_card.metadata import metadata_of, model_index
+
+WHOLE = Path(__file__).with_name("whole_card.md")
+BEGIN, END = "<!-- hf_parcor:begin", "<!-- hf_parcor:end -->"
+
+# Cards of others. What stands in them has to be there afterwards, byte for byte.
+CARDS = {
+    "a person's": "---\nlicense: mit # mine\n\n# a comment\nlanguage: [en, de]\n---\n\n# Mine\n\nWords, *words*.\n",
+    "without metadata": "# Mine\n\nWords.\n",
+    "without a last newline": "# Mine\n\nWords.",
+    "Windows line endings": "---\r\nlicense: mit\r\n---\r\n# Mine\r\n\r\nWords.\r\n",
+    "old Mac line endings": "---\rlicense: mit\r---\r\n# Mine\r",
+    "mixed line endings": "---\nlicense: mit\r\n---\n# Mine\r\n\nWords.\n\r\n",
+    "byte order mark": "\ufeff---\nlicense: mit\n---\n# Mine\n",
+    "only metadata": "---\nlicense: mit\n---",
+    "blank lines and spaces": "---\nlicense: mit\n---  \n\n\n   # Mine  \n\t\n\n",
+    "rules and fences": "---\nlicense: mit\n---\n# Mine\n\n---\n\n```yaml\n---\ntags: [x]\n---\n```\n",
+    "unicode": "---\nauthor: Søren 名前 🙂\n---\n# Größe\n\n\u2028line separator\x0band tab\n",
+    "PEFT": "---\nbase_model: org/bert\nlibrary_name: peft\ntags:\n- base_model:adapter:org/bert\n- lora\n---\n\n"
+    "# Model Card for Model ID\n\n<!-- Provide a quick summary. -->\n\n### Framework versions\n\n- PEFT 0.21.2",
+    "sentence-transformers": "---\ntags:\n- sentence-transformers\n- dense\npipeline_tag: sentence-similarity\n"
+    "library_name: sentence-transformers\nmetrics:\n- cosine_accuracy\nmodel-index:\n- name: s\n  results:\n"
+    "  - task:\n      type: triplet\n      name: Triplet\n    dataset:\n      name: dev\n      type: dev\n"
+    "    metrics:\n    - type: cosine_accuracy\n      value: 0.5\n      name: Cosine Accuracy\n---\n\n"
+    "# SentenceTransformer\n",
+}
+
+
+def parts_of(text):
+    """Return the text before and after our section, without the front matter."""
+    card = read_card(text)
+    return card.before, card.after
+
+
+class TestWhatOthersWrote:
+    @pytest.mark.parametrize("name", CARDS)
+    def test_the_text_survives_byte_for_byte(self, name, facts):
+        theirs = CARDS[name]
+        card = card_of(facts, {}, theirs)
+        body = read_card(theirs).before
+        assert read_card(card).before.startswith(body)
+        assert read_card(card).before[len(body) :].strip() == ""
+        assert ModelCard(card.removeprefix("\ufeff")).data.tags[-1] == "hf_parcor"
+
+    @pytest.mark.parametrize("name", CARDS)
+    def test_a_second_update_changes_nothing(self, name, facts):
+        once = card_of(facts, {}, CARDS[name])
+        assert card_of(facts, {}, once) == once
+
+    @pytest.mark.parametrize("name", CARDS)
+    def test_metadata_that_are_there_stay(self, name, facts):
+        theirs = ModelCard(CARDS[name].removeprefix("\ufeff")).data.to_dict()
+        ours = ModelCard(card_of(facts, {}, CARDS[name]).removeprefix("\ufeff")).data.to_dict()
+        for key, value in theirs.items():
+            if key == "model-index":
+                assert ours[key][0]["results"][0] == value[0]["results"][0]
+            elif key in ("tags", "metrics", "datasets"):
+                assert ours[key][: len(value)] == value
+            else:
+                assert ours[key] == value
+
+    def test_the_section_stays_where_a_person_put_it(self, facts, facts_with):
+        card = card_of(facts, {}, CARDS["a person's"])
+        moved = read_card(card)
+        text = moved.opening + moved.front_matter + moved.closing + moved.section + "\n\n# Below\n\nWords." + "\n"
+        assert parts_of(card_of(facts_with(name="other"), {}, text)) == ("", "\n\n# Below\n\nWords.\n")
+
+    def test_line_endings_are_those_of_the_card(self, facts):
+        card = card_of(facts, {}, CARDS["Windows line endings"])
+        assert card.count("\n") == card.count("\r\n")
+
+    @pytest.mark.parametrize(
+        "text",
+        [BEGIN + " -->\nno end", END + "\n" + BEGIN + " -->", (BEGIN + " -->\n" + END + "\n") * 2],
+        ids=["no end", "the wrong order", "two pairs"],
+    )
+    def test_marks_that_are_no_pair_are_refused(self, text, facts):
+        with pytest.raises(ValueError, match="expected one line <!-- hf_parcor:begin -->"):
+            card_of(facts, {}, text)
+
+    @pytest.mark.parametrize("front_matter", ["a: [", "- a\n- b", "plain", "a: !unknown x"])
+    def test_front_matter_that_is_no_mapping_is_refused(self, front_matter, facts, tmp_path):
+        (tmp_path / "README.md").write_text(f"---\n{front_matter}\n---\n", encoding="utf-8")
+        with pytest.raises(ValueError, match="front matter: expected"):
+            write_card(tmp_path, facts)
+        assert [path.name for path in tmp_path.iterdir()] == ["README.md"], "nothing was written"
+
+    def test_a_card_that_is_not_utf_8_is_refused(self, facts, tmp_path):
+        (tmp_path / "README.md").write_bytes("# Größe".encode("latin-1"))
+        with pytest.raises(ValueError, match="expected text in UTF-8"):
+            write_card(tmp_path, facts)
+
+    def test_who_touched_it(self):
+        generated = updated_card("# A", "## Ours", {}, generated=True)
+        kept = updated_card("# A", "## Ours", {})
+        assert read_card(generated).is_generated
+        assert read_card(kept).is_untouched
+        assert not read_card(kept).is_generated
+        assert not read_card(generated.replace("# A", "# B")).is_untouched
+        assert not read_card(kept.replace("# A", "# B")).is_untouched
+        assert not read_card("# A").is_untouched
+
+
+MERGED = {
+    "a new key goes to the end": ("a: 1", {"b": 2}, "a: 1\nb: 2"),
+    "nothing there": ("", {"b": 2}, "b: 2"),
+    "what is there wins": ("library_name: mine # c", {"library_name": "x"}, "library_name: mine # c"),
+    "lists are united": ("tags: [a]\nz: 1", {"tags": ["b"]}, "tags:\n- a\n- b\nz: 1"),
+    "a word becomes a list": ("tags: a", {"tags": ["b"]}, "tags:\n- a\n- b"),
+    "all there already": ("tags:  [b,   a] # c", {"tags": ["a"]}, "tags:  [b,   a] # c"),
+    "comments between keys": (
+        "# x\ntags:\n- a # lost\n# kept\n\nz: 1 # y",
+        {"tags": ["b"]},
+        "# x\ntags:\n- a\n- b\n# kept\n\nz: 1 # y",
+    ),
+    "empty": ("tags:\nz: 1", {"tags": ["b"]}, "tags:\n- b\nz: 1"),
+    "braces": ("{a: 1, tags: [x]}", {"tags": ["b"]}, "a: 1\ntags:\n- x\n- b"),
+    "an anchor elsewhere": ("tags: &t [x]\nz: *t", {"tags": ["b"]}, "tags:\n- x\n- b\nz:\n- x"),
+    "text with a hash": (
+        "tags:\n- a\nz: |\n  # no comment\n\n  x",
+        {"tags": ["b"]},
+        "tags:\n- a\n- b\nz: |\n  # no comment\n\n  x",
+    ),
+    "other model index": (
+        "model-index: broken",
+        {"model-index": [{"name": "m", "results": [1]}]},
+        "model-index:\n- name: m\n  results:\n  - 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_front_matter_is_merged_as_text(name):
+    block, ours, expected = MERGED[name]
+    assert merged_front_matter(block, ours) == expected
+
+
+class TestMetadata:
+    def test_our_old_results_give_way_and_others_stay(self, facts, facts_with, record_of):
+        card = card_of(facts_with(record_of(label="old")), {}, CARDS["sentence-transformers"])
+        index = ModelCard(card_of(facts, {}, card)).data.to_dict()["model-index"]
+        names = [metric["name"] for result in index[0]["results"] for metric in result["metrics"]]
+        assert names == [
+            "Cosine Accuracy",
+            "accuracy, no corruption",
+            "accuracy, Gaussian σ=0.02",
+            "accuracy, gradient-based L∞ ε=0.1",
+        ]
+
+    def test_the_model_index_is_that_of_the_records(self, facts):
+        data = ModelCard(card_of(facts, {})).data
+        assert eval_results_to_model_index(facts.name, data.eval_results) == model_index(facts)
+        values = {one.metric_name: one.metric_value for one in data.eval_results}
+        assert values == {f"accuracy, {row.label}": row.metrics["accuracy"].mean for row in facts.rows()}
+        noisy = data.eval_results[1]
+        assert noisy.metric_args == {
+            "parameter_corruption": "gaussian",
+            "std": 0.02,
+            "n": 2,
+            "repetitions": "trials",
+            "standard_deviation": facts.corruptions[0].metrics["accuracy"].deviation,
+        }
+
+    def test_the_client_writes_the_same_card_again(self, facts):
+        card = card_of(facts, {})
+        assert str(ModelCard(card)) == card
+
+    def test_tags_say_only_what_holds(self, facts_with):
+        assert metadata_of(facts_with(defense=None))["tags"] == ["parameter-corruption", "hf_parcor"]
+        assert metadata_of(facts_with())["tags"][1] == "adversarial-parameter-defense"
+
+    def test_names_that_are_not_on_the_hub_are_no_metadata(self, facts_with):
+        found = metadata_of(facts_with(base_model="a b", datasets=["x y", "org/x"]))
+        assert "base_model" not in found
+        assert found["datasets"] == ["org/x"]
+
+
+class TestFacts:
+    def test_are_read_as_written(self, facts):
+        assert ModelFacts.from_json(facts.to_json()).to_json() == facts.to_json()
+
+    @pytest.mark.parametrize("number", ["mean", "deviation", "n", "change"])
+    def test_a_number_changed_by_hand_is_noticed(self, facts, number):
+        plain = yaml.safe_load(facts.to_json())
+        plain["corruptions"][0]["metrics"]["accuracy"][number] = 7
+        with pytest.raises(ValueError, match=f"expected {number}"):
+            ModelFacts.from_plain(plain)
+
+    def test_seeds_are_repetitions(self, record_of):
+        facts = facts_of([record_of(clean=0.5), record_of(clean=0.75), record_of(clean=1.0)])
+        clean = facts.clean.metrics["accuracy"]
+        assert (clean.n, clean.mean, clean.deviation) == (3, 0.75, 0.25)
+        assert facts.corruptions[0].metrics["accuracy"].values == (0.625,) * 3
+        assert facts.corruptions[0].metrics["accuracy"].change == 0.625 - 0.75
+        assert facts.repetitions == "trainings"
+
+    def test_a_single_measurement_has_no_spread(self, facts):
+        assert math.isnan(facts.clean.metrics["accuracy"].deviation)
+
+    def test_records_that_are_not_alike_are_refused(self, record_of):
+        with pytest.raises(ValueError, match="the same corruptions"):
+            facts_of([record_of(), record_of(label="other")])
+
+    def test_no_records(self):
+        with pytest.raises(ValueError, match="at least one"):
+            facts_of([])
+
+    def test_an_unknown_metric(self, record_of):
+        with pytest.raises(ValueError, match="expected one of accuracy, loss, got 'f1'"):
+            facts_of(record_of(), metric="f1")
+
+
+class TestWholeCard:
+    def test_matches(self, facts):
+        assert card_of(facts, {"robustness.png": b""}) == WHOLE.read_text(encoding="utf-8")
+
+    def test_the_folder(self, facts, tmp_path, quick_picture):
+        write_card(tmp_path, facts)
+        assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()) == [
+            ".eval_results/hf_parcor-org_reviews.yaml",
+            ".eval_results/hf_parcor-org_reviews_gaussian_sigma_0.02.yaml",
+            ".eval_results/hf_parcor-org_reviews_gradient_based_linf_epsilon_0.1.yaml",
+            "README.md",
+            "robustness.png",
+            "robustness_facts.json",
+        ]
+        results = tmp_path / ".eval_results"
+        assert yaml.safe_load((results / "hf_parcor-org_reviews.yaml").read_text()) == [
+            {"dataset": {"id": "org/reviews", "task_id": "default"}, "value": 0.9}
+        ]
+        noisy = yaml.safe_load((results / "hf_parcor-org_reviews_gaussian_sigma_0.02.yaml").read_text())
+        assert noisy[0]["value"] == 0.625
+        assert noisy[0]["notes"] == "accuracy under parameter corruption: Gaussian σ=0.02 (std=0.02)"
+
+    def test_the_picture_is_one(self, facts):
+        from hf_parcor.model_card.picture import picture_of
+
+        assert picture_of(facts).startswith(b"\x89PNG\r\n")
