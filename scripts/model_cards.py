@@ -2,8 +2,8 @@
 
     python scripts/model_cards.py
 
-Each folder `model_cards/NAME` gets `robustness_facts.json`, the card rendered from it, and its picture; `model_cards/README.md`
-lists them. Nothing there is edited by hand: run this again after a campaign. A test compares.
+Each folder `model_cards/NAME` gets `robustness_facts.json`, the card rendered from it, and its picture;
+`model_cards/README.md` lists them. Nothing there is edited by hand: run this again after a campaign. A test compares.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ HARDEST = "gradient-based L2 ε=0.1"
 HEAD = """# Models of our campaigns
 
 A card for each way of training, made by `python scripts/model_cards.py` from the records in `scripts/results`; nothing
-here is edited by hand, and a test compares. Each card tells of as many models as it has seeds; the values of each are in
-`robustness_facts.json` beside it. The weights are not published. The base is
+here is edited by hand, and a test compares. Each card tells of as many models as it has seeds; the values of each are
+in `robustness_facts.json` beside it. The weights are not published. The base is
 [all-MiniLM-L6-v2](https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2), a BERT of 6 layers.
+[Probes](sst2-minilm/README.md) of two more say which parts are weak.
 """
 
 

@@ -73,7 +73,7 @@ MAY_IMPORT = {
         "model_card",
         "stored_record",
     },
-    "model_card": {"strict_json", "stored_record", "evaluation", "monitoring", "plots", "report"},
+    "model_card": {"strict_json", "stored_record", "evaluation", "monitoring", "plots", "report", "measures"},
     "metric_modules": {"measures"},
     "monitoring": {"functional", "constraints", "corruptions", "evaluation"},
     "measures": set(),
@@ -120,6 +120,8 @@ MAY_IMPORT = {
         "tables",
         "report",
         "tasks",
+        "model_card",
+        "strict_json",
     },
     "__main__": {"cli"},
 }

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from hf_parcor.cli.card import Card
 from hf_parcor.cli.command import Command
 from hf_parcor.cli.compare import Compare
 from hf_parcor.cli.errors import Interrupted
@@ -27,6 +28,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "probe": Probe(),
         "report": Report(),
         "compare": Compare(),
+        "card": Card(),
     }
 )
 MISTAKE, INTERRUPTED, NO_READER = 2, 130, 141  # the last two as shells have them: 128 + SIGINT, 128 + SIGPIPE

@@ -135,13 +135,13 @@ def _once(
         if create_pr or error.response.status_code != 404:
             raise
         if dry_run:
-            return Published("", _difference("", change.update("")))
+            return Published("", difference("", change.update("")))
         api.create_repo(repo_id, exist_ok=True)
         text, info = card_on_hub(api, repo_id, revision)
     card = change.update(text)
-    difference = _difference(text, card)
+    changed = difference(text, card)
     if dry_run:
-        return Published("", difference)
+        return Published("", changed)
     files = {**change.files, **({CARD: card.encode()} if card != text else {})}
     old = [path for path in _paths(info) if change.files and is_ours(path) and path not in files]
     operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
@@ -157,15 +157,16 @@ def _once(
         parent_commit=info.sha,
     )
     if commit.oid == info.sha:  # all of it was there
-        return Published("", difference)
-    return Published(commit.pr_url or commit.commit_url, difference)
+        return Published("", changed)
+    return Published(commit.pr_url or commit.commit_url, changed)
 
 
 def _paths(info: Any) -> list[str]:
     return [entry.rfilename for entry in info.siblings or []]
 
 
-def _difference(before: str, after: str) -> str:
+def difference(before: str, after: str) -> str:
+    """Return a unified diff of two cards; "" where they are the same."""
     old, new = (text.splitlines(keepends=True) for text in (before, after))
     return "".join(line if line.endswith("\n") else f"{line}\n" for line in difflib.unified_diff(old, new, CARD, CARD))
 

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
+from hf_parcor.measures import is_greater_better
 from hf_parcor.model_card.facts import CorruptionFacts, EvaluationData, ModelFacts, metric_facts
 from hf_parcor.strict_json import to_plain
-
-_SMALL_IS_GOOD = ("loss", "perplexity")
 
 
 def facts_of(
@@ -72,7 +71,7 @@ def facts_of(
         task=task,
         evaluated_on=evaluated_on or EvaluationData("the evaluation data"),
         metric=chosen,
-        percent=not chosen.endswith(_SMALL_IS_GOOD) and all(0 <= value <= 1 for value in finite),
+        percent=is_greater_better(chosen) and all(0 <= value <= 1 for value in finite),
         defense=defense,
         repetitions="trials" if len(found) == 1 else "trainings",
         target=first.target,
@@ -94,7 +93,7 @@ def _shape(record: EvaluationRecord) -> Any:
 
 def _chosen(metrics: Sequence[str], metric: str | None) -> str:
     if metric is None:
-        good = [name for name in metrics if not name.endswith(_SMALL_IS_GOOD)]
+        good = [name for name in metrics if is_greater_better(name)]
         metric = "accuracy" if "accuracy" in metrics else next(iter([*good, *metrics]), "")
     if metric not in metrics:
         raise ValueError(f"metric: expected one of {', '.join(metrics) or 'no metrics'}, got {metric!r}; pass metric=")

@@ -295,13 +295,13 @@ class TestHelp:
                 "--output",
                 folder,
             )
-        for name in ("report", "compare"):
+        for name in ("report", "compare", "card"):
             assert run(*self.words(name)).code == 0
         assert Path("report.html").is_file()
         assert Path("comparison.html").is_file()
 
     def test_every_command_has_one(self):
-        assert list(COMMANDS) == ["train", "evaluate", "probe", "report", "compare"]
+        assert list(COMMANDS) == ["train", "evaluate", "probe", "report", "compare", "card"]
 
     @pytest.mark.parametrize("name", COMMANDS)
     def test_it_fits_a_terminal(self, run, name, monkeypatch):

@@ -1,0 +1,131 @@
+"""`hf-parcor card`: a model card from the record of a run, here and on the Hub."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_parcor.cli.command import Command
+from hf_parcor.cli.errors import refused
+from hf_parcor.cli.parser import Parser
+from hf_parcor.input_error import InputError
+
+if TYPE_CHECKING:
+    from hf_parcor.model_card import ModelFacts
+
+_DESCRIBED = ("name", "base_model", "datasets", "task", "metric", "command")
+
+
+class Card(Command):
+    """Writes robustness on a model card."""
+
+    summary = "write robustness on the model card of a run; push it to the Hub"
+    usage = "RUN_DIR [flags]"
+    example = "robustness --base-model bert-base-cased --dry-run"
+
+    def add_arguments(self, parser: Parser) -> None:
+        """Add what `--help` shows."""
+        parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="the folder of a model, with its record")
+        group = parser.add_argument_group("what the record does not know; default: what the last card said")
+        group.add_argument("--seeds", nargs="*", default=[], metavar="DIR", help="runs of the same with other seeds")
+        group.add_argument("--name", metavar="NAME", help="of the model; default: that of the folder")
+        group.add_argument("--base-model", metavar="NAME", help="the model on the Hub that it was made from")
+        group.add_argument("--datasets", nargs="*", metavar="NAME", help="data on the Hub that it was trained on")
+        group.add_argument("--evaluated-on", metavar="NAME", help="data on the Hub of the metrics")
+        group.add_argument("--dataset-config", metavar="NAME", help="their configuration")
+        group.add_argument("--split", metavar="NAME", help="their split")
+        group.add_argument("--task", metavar="TASK", help="such as text-classification")
+        group.add_argument("--metric", metavar="NAME", help="what the card shows; default: accuracy, or the first")
+        group.add_argument("--command", metavar="TEXT", help="what made the numbers; it is published")
+        group = parser.add_argument_group("the Hub; the token is that of `hf auth login`, or HF_TOKEN")
+        group.add_argument("--push", metavar="REPO_ID", help="also update the card of this model on the Hub")
+        group.add_argument("--results-only", action="store_true", help="there, add results to the metadata alone")
+        group.add_argument("--only", nargs="*", metavar="LABEL", help="with --results-only, of these corruptions")
+        group.add_argument("--create-pr", action="store_true", help="there, open a pull request instead")
+        group.add_argument("--revision", metavar="NAME", help="there, the branch")
+        parser.add_argument("--dry-run", action="store_true", help="change nothing, and print the difference")
+
+    def run(self, arguments: argparse.Namespace) -> None:
+        """Write the card, or show what would change."""
+        from hf_parcor.model_card import push_card, push_results, write_card
+        from hf_parcor.model_card.commit import difference
+        from hf_parcor.model_card.folder import CARD, card_of, files_beside, read_text
+
+        folder = _folder(arguments)
+        if arguments.push is None and (arguments.create_pr or arguments.results_only or arguments.revision):
+            raise InputError("--push: expected a model on the Hub, got none beside flags for it; add --push REPO_ID")
+        if arguments.only is not None and not arguments.results_only:
+            raise InputError("--only: expected --results-only beside it, got none; add it, or leave --only out")
+        with refused(OSError, ValueError):
+            facts = _facts(arguments, folder)
+            if arguments.push is None and arguments.dry_run:
+                before = read_text(folder / CARD)
+                print(difference(before, card_of(facts, files_beside(facts), before)), end="")
+                return
+            if not arguments.dry_run and not arguments.results_only:
+                print(write_card(folder, facts))
+            if arguments.push is not None:
+                push = push_results if arguments.results_only else push_card
+                options = {name: getattr(arguments, name) for name in ("create_pr", "dry_run", "revision")}
+                published = push(facts, arguments.push, **options)
+                print(published.difference if arguments.dry_run else published.url or "nothing has changed")
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    if arguments.run_dir is None:
+        raise InputError("RUN_DIR: expected the folder of a run, got none; name one")
+    folder = Path(arguments.run_dir)
+    if not folder.is_dir():
+        raise InputError(f"RUN_DIR: expected a folder, got {folder}; name the folder that holds robustness.json")
+    return folder
+
+
+def _facts(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
+    """Return the facts of a run: measured in its records, described by the flags, else by the last card."""
+    from dataclasses import replace
+
+    from hf_parcor.cli.records import load_records
+    from hf_parcor.evaluation import EvaluationRecord
+    from hf_parcor.model_card import EvaluationData, ModelFacts, facts_of
+    from hf_parcor.model_card.folder import FACTS
+
+    last = ModelFacts.load(folder / FACTS) if (folder / FACTS).is_file() else None
+    given: dict[str, Any] = {name: value for name in _DESCRIBED if (value := getattr(arguments, name)) is not None}
+    described = {} if last is None else {name: getattr(last, name) for name in _DESCRIBED}
+    data = EvaluationData("the evaluation data") if last is None else last.evaluated_on
+    if arguments.evaluated_on is not None:
+        data = EvaluationData(arguments.evaluated_on.rpartition("/")[2], arguments.evaluated_on)
+    places = {"config": arguments.dataset_config, "split": arguments.split}
+    data = replace(data, **{name: value for name, value in places.items() if value is not None})
+    if last is not None and not (folder / "robustness.json").is_file() and not arguments.seeds:
+        if arguments.metric is not None:
+            raise InputError("--metric: expected robustness.json to read it from, got none; evaluate the model again")
+        facts = replace(last, **{**given, "datasets": tuple(given.get("datasets", last.datasets))}, evaluated_on=data)
+    else:
+        records = load_records([str(folder), *arguments.seeds])
+        found = [records] if isinstance(records, EvaluationRecord) else records
+        if not isinstance(found, list) or not all(isinstance(record, EvaluationRecord) for record in found):
+            raise InputError(f"{folder}: expected the record of an evaluation, got a probe; run hf-parcor evaluate")
+        named = {"name": folder.absolute().name, **described, **given}
+        facts = facts_of(found, **named, evaluated_on=data, defense=_defense(folder))
+    if arguments.only is None:
+        return facts
+    kept = tuple(row for row in facts.corruptions if row.label in arguments.only)
+    if len(kept) != len(arguments.only):
+        known = ", ".join(repr(row.label) for row in facts.corruptions)
+        raise InputError(f"--only: expected labels out of {known}, got {arguments.only}; take them from the table")
+    return replace(facts, corruptions=kept)
+
+
+def _defense(folder: Path) -> dict[str, Any] | None:
+    """Return what stands beside the model, also a defense of the user's own class."""
+    from hf_parcor.strict_json import read_strict_json
+
+    path = folder / "defense_config.json"
+    if not path.is_file():
+        return None
+    found = read_strict_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected settings by name, got {type(found).__name__}; save the model again")
+    return found

@@ -1,0 +1,119 @@
+"""`hf-parcor card`, and the cards of our campaigns."""
+
+from __future__ import annotations
+
+import pytest
+from hub_server import TOKEN, Repository
+from huggingface_hub import ModelCard
+
+from hf_parcor.cli.main import MISTAKE, main
+from hf_parcor.model_card import ModelFacts
+from hf_parcor.model_card.folder import FACTS, PICTURE, card_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    pytest.mark.usefixtures("quick_picture"),
+]
+
+
+@pytest.fixture
+def run_dir(tmp_path, record_of):
+    folder = tmp_path / "tiny"
+    record_of().save(folder / "robustness.json")
+    return folder
+
+
+@pytest.fixture
+def repository(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.repositories["me/tiny"] = found = Repository()
+    found.commit({**found.files, "README.md": b"# Mine\n"})
+    return found
+
+
+class TestCard:
+    def test_writes_the_card(self, run_dir, capsys):
+        (run_dir / "README.md").write_text("# Mine\n")
+        assert main(["card", str(run_dir), "--base-model", "org/bert", "--evaluated-on", "org/reviews"]) == 0
+        assert capsys.readouterr().out == f"{run_dir / 'README.md'}\n"
+        data = ModelCard.load(run_dir / "README.md").data
+        assert (data.base_model, data.eval_results[1].metric_value) == ("org/bert", 0.625)
+        assert "# Mine\n" in (run_dir / "README.md").read_text()
+        assert (run_dir / ".eval_results" / "hf_parcor-org_reviews.yaml").is_file()
+
+    def test_remembers_what_the_last_card_said(self, run_dir):
+        main(["card", str(run_dir), "--base-model", "org/bert", "--name", "mine", "--split", "test"])
+        first = (run_dir / "README.md").read_bytes()
+        assert main(["card", str(run_dir)]) == 0
+        assert (run_dir / "README.md").read_bytes() == first
+        (run_dir / "robustness.json").unlink()
+        assert main(["card", str(run_dir), "--task", "text-classification"]) == 0
+        assert ModelFacts.load(run_dir / FACTS).task == "text-classification"
+        assert ModelFacts.load(run_dir / FACTS).name == "mine"
+
+    def test_seeds(self, run_dir, tmp_path, record_of):
+        record_of(clean=0.7).save(tmp_path / "other" / "robustness.json")
+        assert main(["card", str(run_dir), "--seeds", str(tmp_path / "other")]) == 0
+        assert ModelFacts.load(run_dir / FACTS).clean.metrics["accuracy"].values == (0.9, 0.7)
+
+    def test_a_dry_run_writes_nothing(self, run_dir, capsys):
+        assert main(["card", str(run_dir), "--dry-run"]) == 0
+        assert "+## Robustness to parameter corruption" in capsys.readouterr().out
+        assert [path.name for path in run_dir.iterdir()] == ["robustness.json"]
+
+    def test_pushes(self, run_dir, repository, capsys):
+        assert main(["card", str(run_dir), "--push", "me/tiny"]) == 0
+        assert "/me/tiny/commit/" in capsys.readouterr().out
+        assert b"# Mine\n\n<!-- hf_parcor:begin" in repository.files["README.md"]
+
+    def test_a_dry_run_of_a_push(self, run_dir, repository, capsys, hub):
+        assert main(["card", str(run_dir), "--push", "me/tiny", "--dry-run"]) == 0
+        assert "+## Robustness to parameter corruption" in capsys.readouterr().out
+        assert not any(request.startswith("POST") for request in hub.requests)
+        assert not (run_dir / "README.md").exists()
+
+    def test_a_pull_request_with_one_result(self, run_dir, repository, capsys):
+        words = ["--push", "me/tiny", "--results-only", "--only", "Gaussian σ=0.02", "--create-pr"]
+        assert main(["card", str(run_dir), *words]) == 0
+        assert capsys.readouterr().out.endswith("/me/tiny/discussions/1\n")
+        text = repository.pull_requests[0][1]["README.md"].decode()
+        assert "accuracy, Gaussian σ=0.02" in text
+        assert "gradient" not in text
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ([], "RUN_DIR: expected the folder of a run"),
+            (["nowhere"], "RUN_DIR: expected a folder"),
+            (["RUN", "--create-pr"], "add --push"),
+            (["RUN", "--only", "x"], "--results-only"),
+            (["RUN", "--metric", "f1"], "got 'f1'"),
+            (["RUN", "--push", "me/tiny", "--results-only", "--only", "x"], "take them from the table"),
+        ],
+    )
+    def test_mistakes(self, words, message, run_dir, capsys):
+        assert main(["card", *(str(run_dir) if word == "RUN" else word for word in words)]) == MISTAKE
+        assert message in capsys.readouterr().err
+
+    def test_the_hub_refuses(self, run_dir, repository, monkeypatch, capsys):
+        monkeypatch.setenv("HF_TOKEN", "hf_expired_token")
+        assert main(["card", str(run_dir), "--push", "me/tiny"]) == MISTAKE
+        said = capsys.readouterr()
+        assert "status 401" in said.err
+        assert "hf_expired_token" not in said.err + said.out
+
+
+class TestCardsOfOurCampaigns:
+    def test_are_those_of_the_records(self):
+        import model_cards
+
+        found = list(model_cards.all_facts())
+        for facts in found:
+            folder = model_cards.CARDS / facts.name
+            assert (folder / FACTS).read_text(encoding="utf-8") == facts.to_json()
+            card = card_of(ModelFacts.load(folder / FACTS), {PICTURE: b""})
+            assert (folder / "README.md").read_text(encoding="utf-8") == card
+            assert (folder / PICTURE).read_bytes().startswith(b"\x89PNG")
+        assert (model_cards.CARDS / "README.md").read_text(encoding="utf-8") == model_cards.index(found)
+        folders = {path.parent.name for path in model_cards.CARDS.glob(f"*/{FACTS}")}
+        assert folders == {facts.name for facts in found}
