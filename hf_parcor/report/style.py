@@ -20,7 +20,7 @@ p, li { max-width: 46rem; }
 code { font-family: ui-monospace, monospace; font-size: .9em; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .3rem .55rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
-th:first-child { text-align: left; white-space: normal; max-width: 12rem; overflow-wrap: break-word; }
+th:first-child { text-align: left; white-space: normal; max-width: 14rem; overflow-wrap: break-word; }
 tr > th:first-child { position: sticky; left: 0; background: var(--paper); }
 thead th { vertical-align: bottom; white-space: normal; }
 .maps { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; }
