@@ -12,10 +12,10 @@ from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import MEMORY, Measurement
 from hf_parcor.evaluation.measuring import Metric
-from hf_parcor.evaluation.provenance import described, library_versions, model_name
+from hf_parcor.evaluation.provenance import described, library_versions, model_name, norm_of
 from hf_parcor.evaluation.records import EvaluationRecord
 from hf_parcor.evaluation.replicas import measurable_model
-from hf_parcor.functional.vectors import numel, vector_norm
+from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import check_weights
 from hf_parcor.targets import select_trainable
 
@@ -151,5 +151,5 @@ class CorruptionEvaluator:
             data=data,
             versions=library_versions(),
             notes=self._measurement.notes,
-            weights_norm=vector_norm(list(self._parameters.values())).item(),
+            weights_norm=norm_of(self._parameters.values()),
         )

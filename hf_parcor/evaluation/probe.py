@@ -13,11 +13,11 @@ from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import MEMORY, Measurement
 from hf_parcor.evaluation.measuring import Metric
-from hf_parcor.evaluation.provenance import described, library_versions, model_name
+from hf_parcor.evaluation.provenance import described, library_versions, model_name, norm_of
 from hf_parcor.evaluation.records import EvaluationRecord
 from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.evaluation.sweep_record import SweepRecord
-from hf_parcor.functional.vectors import numel, vector_norm
+from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import check_weights
 from hf_parcor.targets import by_layer, select_trainable
 
@@ -110,7 +110,7 @@ class LayerProbe:
                 data=data,
                 versions=versions,
                 notes=self._measurement.notes,
-                weights_norm=vector_norm(list(selection.values())).item(),
+                weights_norm=norm_of(selection.values()),
             )
             for (label, selection), of_part in zip(self._selections.items(), records, strict=True)
         }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from hf_parcor.functional.vectors import vector_norm
 from hf_parcor.sharding import class_of
 
 _LIBRARIES = ("hf-parcor", "torch", "transformers", "accelerate")
@@ -24,6 +27,17 @@ def model_name(model: nn.Module) -> str:
     """
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or class_of(model).__name__
     return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
+
+
+def norm_of(weights: Iterable[Tensor]) -> float:
+    """Return the L2 norm of all weights as one vector, to six digits: the same however many processes summed it.
+
+    Examples:
+        >>> norm_of([Tensor([3.0]), Tensor([[4.0]])])
+        5.0
+    """
+    norms = [vector_norm([weight.detach().double()]).item() for weight in weights]
+    return float(f"{math.hypot(*norms):.6g}")
 
 
 def described(value: Any) -> Any:

@@ -208,7 +208,8 @@ class TestRecord:
         assert record.parameters == 2 * (8 * 8 + 8)
         attention = classifier.bert.encoder.layer[0].attention.self
         weights = [*attention.query.parameters(), *attention.value.parameters()]
-        assert record.weights_norm == pytest.approx(math.sqrt(sum(float((w**2).sum()) for w in weights)))
+        squared = sum(float((weight.detach() ** 2).sum()) for weight in weights)
+        assert record.weights_norm == pytest.approx(math.sqrt(squared), rel=1e-5)
         assert set(record.versions) == {"hf-parcor", "torch", "transformers", "accelerate"}
         assert record.versions["torch"] == torch.__version__
         assert len(record.data) == 64
@@ -349,7 +350,7 @@ class TestMetricValues:
         def refuse(*_):
             raise AssertionError("a weight was touched")
 
-        monkeypatch.setattr("hf_parcor.evaluation.measurement.corrupted", refuse)
+        monkeypatch.setattr("hf_parcor.evaluation.measurement.corrupted_model", refuse)
         with pytest.raises(TypeError, match="metric: expected numbers by name"):
             evaluator_of(lambda _: value).evaluate([GaussianNoise(0.1)])
 
