@@ -13,6 +13,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from hf_parcor.model_card.facts import CorruptionFacts, ModelFacts
 from hf_parcor.monitoring.names import plain_name
+from hf_parcor.report.markup import printable
 from hf_parcor.strict_json import to_plain
 
 MARK = "parameter_corruption"  # the argument by which our results are known among others
@@ -43,7 +44,7 @@ def metadata_of(facts: ModelFacts) -> dict[str, Any]:
         "tags": ["parameter-corruption", *_tags(facts.defense)],
         "model-index": model_index(facts),
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: _printable(value) for name, value in found.items() if value}
 
 
 def unmeasured_metadata(defense: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def model_index(facts: ModelFacts) -> Any:
     results = [
         EvalResult(
             task_type=facts.task or _UNKNOWN,
-            dataset_type=data.id or _UNKNOWN,
+            dataset_type=data.id if is_on_the_hub(data.id) else _UNKNOWN,
             dataset_name=data.name,
             dataset_config=data.config or None,
             dataset_split=data.split or None,
@@ -76,7 +77,7 @@ def model_index(facts: ModelFacts) -> Any:
         )
         for row in facts.rows()
     ]
-    return eval_results_to_model_index(facts.name, results)
+    return _printable(eval_results_to_model_index(facts.name, results))
 
 
 def eval_result_files(facts: ModelFacts) -> Iterator[tuple[str, str]]:
@@ -86,7 +87,7 @@ def eval_result_files(facts: ModelFacts) -> Iterator[tuple[str, str]]:
     data that is not on the Hub, and none for a mean that is not finite: a leaderboard has no place for them.
     """
     data = facts.evaluated_on
-    if not data.id:
+    if not is_on_the_hub(data.id):
         return
     taken: set[str] = set()
     for row in facts.rows():
@@ -104,12 +105,24 @@ def eval_result_files(facts: ModelFacts) -> Iterator[tuple[str, str]]:
         while name in taken:
             name += "_"
         taken.add(name)
-        yield f"{RESULTS_FOLDER}/{RESULTS_PREFIX}{name}.yaml", to_yaml(eval_result_entries_to_yaml([result]))
+        yield (
+            f"{RESULTS_FOLDER}/{RESULTS_PREFIX}{name}.yaml",
+            to_yaml(_printable(eval_result_entries_to_yaml([result]))),
+        )
 
 
 def to_yaml(value: Any) -> str:
     """Return plain values as YAML, keys in their order."""
     return str(yaml.safe_dump(value, allow_unicode=True, sort_keys=False))
+
+
+def _printable(value: Any) -> Any:
+    """Return plain values whose texts are one line of letters: what else there is, YAML libraries read differently."""
+    if isinstance(value, dict):
+        return {printable(str(name)): _printable(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_printable(entry) for entry in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _arguments(facts: ModelFacts, row: CorruptionFacts) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from hf_parcor.model_card import EvaluationData, ModelFacts, facts_of
 from hf_parcor.model_card.card import read_card
 from hf_parcor.model_card.folder import card_of
 from hf_parcor.model_card.metadata import eval_result_files
+from hf_parcor.report.markup import printable
 
 SPECIAL = [
     "a: b", "- x", "# h", "'", '"', "{a}", "[a](b)", "&a", "*a", "!t", "|", ">", "%", "@", "`", "---", "...", "null",
@@ -110,13 +111,13 @@ class TestAnyRecord:
         card.encode("utf-8")
         assert card_of(given_facts, {}, card) == card, "an update changes nothing"
         values = yaml.safe_load(read_card(card).front_matter)
-        assert values["model-index"][0]["name"] == given_facts.name
+        assert values["model-index"][0]["name"] == printable(given_facts.name)
         parsed = ModelCard(card)
         again = yaml.safe_load(parsed.data.to_yaml())
         assert again == values, "metadata survive a round trip"
         metrics = [metric for result in values["model-index"][0]["results"] for metric in result["metrics"]]
         assert [metric["name"] for metric in metrics] == [
-            f"{given_facts.metric}, {row.label}" for row in given_facts.rows()
+            printable(f"{given_facts.metric}, {row.label}") for row in given_facts.rows()
         ]
         for metric, row in zip(metrics, given_facts.rows(), strict=True):
             mean = row.metrics[given_facts.metric].mean
