@@ -57,6 +57,20 @@ def batches() -> list[Batch]:
 
 
 @pytest.fixture
+def labelled_rows() -> list[dict[str, Any]]:
+    """Return 24 sequences of 8 tokens out of 30, each with one of three labels, for Trainers."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "input_ids": torch.randint(30, (8,), generator=generator),
+            "attention_mask": torch.ones(8, dtype=torch.long),
+            "labels": int(torch.randint(3, (), generator=generator)),
+        }
+        for _ in range(24)
+    ]
+
+
+@pytest.fixture
 def bits_of() -> Callable[[nn.Module], str]:
     """Return a function that hashes every parameter and every buffer of a model, bit for bit."""
 

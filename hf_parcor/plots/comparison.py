@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.evaluation.series import Series, short
+from hf_parcor.plots.curve import draw_curve
 from hf_parcor.plots.style import line_styles, new_figure
 
 if TYPE_CHECKING:
@@ -92,19 +93,7 @@ def _draw(axis: Axes, panel: Series, records: Sequence[EvaluationRecord], metric
 
     lines = []
     for record, rows, (color, marker) in zip(records, of_panel, line_styles(), strict=False):
-        ordered = sorted(rows, key=strength)
-        line = axis.errorbar(
-            [strength(row) for row in ordered],
-            [row.mean(metric) for row in ordered],
-            yerr=[row.deviation(metric) for row in ordered],
-            color=color,
-            marker=marker,
-            markersize=5,
-            linewidth=1.5,
-            elinewidth=1,
-            capsize=3,
-        )
-        lines.append(line)
+        lines.append(draw_curve(axis, rows, metric, strength, color, marker))
         axis.axhline(record.clean.mean(metric), color=color, linestyle="--", linewidth=1, alpha=0.7)
     if panel.strength is None:
         axis.set_xticks(range(len(labels)), labels, rotation=20, horizontalalignment="right", parse_math=False)

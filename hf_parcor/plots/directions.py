@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.evaluation.series import Series, short
+from hf_parcor.plots.curve import draw_curve
 from hf_parcor.plots.style import line_styles, new_figure
 
 if TYPE_CHECKING:
@@ -48,22 +49,11 @@ def plot_directions(records: Mapping[str, EvaluationRecord], metric: str = "accu
     grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for axis in grid[len(records) :]:
         axis.remove()
-    lines = {}
+    lines: dict[str, Any] = {}
     for axis, (name, of_record) in zip(grid, curves.items(), strict=False):
         for series, points in of_record.items():
             color, marker = styles[series.name]
-            ordered = sorted(points, key=lambda row: float(row.settings["epsilon"]))
-            lines[series.name] = axis.errorbar(
-                [float(row.settings["epsilon"]) for row in ordered],
-                [row.mean(metric) for row in ordered],
-                yerr=[row.deviation(metric) for row in ordered],
-                color=color,
-                marker=marker,
-                markersize=5,
-                linewidth=1.5,
-                elinewidth=1,
-                capsize=3,
-            )
+            lines[series.name] = draw_curve(axis, points, metric, _radius, color, marker)
         axis.axhline(records[name].clean.mean(metric), color="grey", linestyle="--", linewidth=1)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(lambda value, _: short(value))
@@ -84,3 +74,7 @@ def _curves(record: EvaluationRecord) -> dict[Series, list[CorruptionRecord]]:
         if row.corruption in _DIRECTIONS and float(row.settings["epsilon"]) > 0:
             found.setdefault(Series.of(row), []).append(row)
     return found
+
+
+def _radius(row: CorruptionRecord) -> float:
+    return float(row.settings["epsilon"])

@@ -12,7 +12,7 @@ import torch
 from hub_server import TOKEN, Failure, Repository
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_parcor import GaussianNoise, ParameterDefenseMixin, ParameterDefenseTrainer
 from hf_parcor.model_card import ModelFacts
@@ -32,30 +32,14 @@ def accuracy(prediction):
 
 
 @pytest.fixture
-def model():
-    config = BertConfig(
-        vocab_size=30,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=16,
-        num_labels=3,
-    )
+def model(tiny_bert):
     torch.manual_seed(0)
-    return BertForSequenceClassification(config)
+    return tiny_bert(vocab_size=30, num_labels=3)
 
 
 @pytest.fixture
-def make(tmp_path, model):
-    generator = torch.Generator().manual_seed(1)
-    rows = [
-        {
-            "input_ids": torch.randint(30, (8,), generator=generator),
-            "labels": int(torch.randint(3, (), generator=generator)),
-        }
-        for _ in range(12)
-    ]
+def make(tmp_path, model, labelled_rows):
+    rows = labelled_rows[:12]
 
     def build(kind=ParameterDefenseTrainer, trained=model, **options):
         defaults = {

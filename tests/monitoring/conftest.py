@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 
 @pytest.fixture
-def model():
+def model(tiny_bert):
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=30,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=16,
-        num_labels=3,
-        initializer_range=0.3,
-    )
-    return BertForSequenceClassification(config)
+    return tiny_bert(vocab_size=30, num_labels=3, initializer_range=0.3)
 
 
 @pytest.fixture
-def rows():
-    generator = torch.Generator().manual_seed(1)
-    return [
-        {
-            "input_ids": torch.randint(30, (8,), generator=generator),
-            "attention_mask": torch.ones(8, dtype=torch.long),
-            "labels": int(torch.randint(3, (), generator=generator)),
-        }
-        for _ in range(12)
-    ]
+def rows(labelled_rows):
+    return labelled_rows[:12]
 
 
 @pytest.fixture

@@ -35,16 +35,8 @@ def tiny_bert():
 
 
 @pytest.fixture
-def rows():
-    generator = torch.Generator().manual_seed(1)
-    return [
-        {
-            "input_ids": torch.randint(30, (8,), generator=generator),
-            "attention_mask": torch.ones(8, dtype=torch.long),
-            "labels": int(torch.randint(3, (), generator=generator)),
-        }
-        for _ in range(24)
-    ]
+def rows(labelled_rows):
+    return labelled_rows
 
 
 @pytest.fixture
