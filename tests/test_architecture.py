@@ -124,6 +124,7 @@ MAY_IMPORT = {
         "strict_json",
     },
     "__main__": {"cli"},
+    "translation": set(),
 }
 
 

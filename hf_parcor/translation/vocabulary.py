@@ -1,0 +1,88 @@
+"""Subword vocabularies of a given size, as fast tokenizers that `AutoTokenizer` loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+START, PADDING, END, UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
+SPECIAL = [START, PADDING, END, UNKNOWN]  # as fairseq numbers them
+
+_DIGITS = 9
+
+
+def train_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """Learn a vocabulary by merging frequent pairs (byte-pair encoding); for a joint one hand in both languages.
+
+    The same texts in the same order give the same vocabulary.
+
+    Args:
+        texts: The sentences.
+        size: How many subwords there are, the four special ones included.
+
+    Returns:
+        A tokenizer that ends each sentence with `</s>`, and whose `decode` gives the sentence back.
+
+    Raises:
+        ValueError: The texts do not yield so many subwords, or `size` has no room for their letters.
+    """
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False)
+    return _train(Tokenizer(models.BPE(unk_token=UNKNOWN)), trainer, texts, size)
+
+
+def train_unigram(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """Learn a vocabulary that makes the texts likely under a unigram model; else as `train_bpe`.
+
+    The library sums probabilities in no fixed order. They are rounded, and subwords of the same one put in the order
+    of the alphabet, so that two trainings agree unless a subword was on the very edge of being dropped.
+    """
+    trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=SPECIAL, unk_token=UNKNOWN, show_progress=False)
+    return _train(Tokenizer(models.Unigram()), trainer, texts, size)
+
+
+def _in_fixed_order(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a unigram tokenizer with rounded scores, and subwords after the special ones sorted by score and text."""
+    described = json.loads(tokenizer.to_str())
+    pieces = [(piece, round(score, _DIGITS)) for piece, score in described["model"]["vocab"]]
+    learned = sorted(pieces[len(SPECIAL) :], key=lambda entry: (-entry[1], entry[0]))
+    described["model"]["vocab"] = pieces[: len(SPECIAL)] + learned
+    return Tokenizer.from_str(json.dumps(described))
+
+
+def _train(
+    tokenizer: Tokenizer, trainer: trainers.Trainer, texts: Iterable[str], size: int
+) -> PreTrainedTokenizerFast:
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]  # a full stop is a subword of its own
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    try:
+        tokenizer.train_from_iterator(texts, trainer)
+    except Exception as error:  # the library has no class of its own
+        raise ValueError(f"size: expected room for all letters, got {size:,}; ask for more ({error})") from error
+    if isinstance(tokenizer.model, models.Unigram):
+        tokenizer = _in_fixed_order(tokenizer)
+    if tokenizer.get_vocab_size() != size:
+        raise ValueError(
+            f"size: expected a vocabulary of {size:,}, the texts yield {tokenizer.get_vocab_size():,}; "
+            "ask for another size, or give more text"
+        )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, SPECIAL.index(END))]
+    )
+    build: Any = PreTrainedTokenizerFast  # Transformers does not say what it takes
+    named: PreTrainedTokenizerFast = build(
+        tokenizer_object=tokenizer,
+        bos_token=START,
+        pad_token=PADDING,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    return named

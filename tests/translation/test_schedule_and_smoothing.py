@@ -1,0 +1,115 @@
+"""The schedule and the label smoothing of Transformers against fairseq's formulas, and smoothing under the defense."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, get_scheduler
+from transformers.trainer_pt_utils import LabelSmoother
+
+from hf_parcor import CorruptionConstraint, MultiStepRisk, Seq2SeqParameterDefenseTrainer
+from hf_parcor.translation import TokenBatchesMixin
+
+EPSILON, SMOOTHING = 0.05, 0.1
+
+
+class Trainer(TokenBatchesMixin, Seq2SeqParameterDefenseTrainer):
+    pass
+
+
+@pytest.mark.parametrize("warmup", [8000, 4])
+def test_inverse_square_root(warmup):
+    """fairseq: peak · step / warmup, then peak · sqrt(warmup / step)."""
+    peak = 0.0015
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    schedule = get_scheduler("inverse_sqrt", torch.optim.Adam([parameter], lr=peak), num_warmup_steps=warmup)
+    for step in (0, 1, warmup // 2, warmup - 1, warmup, warmup + 1, 4 * warmup, 25 * warmup + 3):
+        expected = peak * step / warmup if step < warmup else peak * math.sqrt(warmup / step)
+        assert peak * schedule.lr_lambdas[0](step) == pytest.approx(expected, rel=1e-12)
+
+
+def test_fairseq_spreads_over_one_word_less():
+    """fairseq's ε is ε V/(V−1) here: it leaves out the right word when it spreads ε."""
+    words, labels = 12, torch.tensor([[3, 5, -100]])
+    logits = torch.randn(1, 3, words, dtype=torch.float64)
+    logarithms = functional.log_softmax(logits, -1)
+    each = SMOOTHING / (words - 1)
+    right = logarithms[0, [0, 1], labels[0, :2]].sum()
+    fairseq = -((1 - SMOOTHING - each) * right + each * logarithms[0, :2].sum()) / 2
+    ours = LabelSmoother(epsilon=SMOOTHING * words / (words - 1))({"logits": logits}, labels)
+    assert float(ours) == pytest.approx(float(fairseq), rel=1e-6)
+
+
+def smoothed(logits, labels, items):
+    logarithms = functional.log_softmax(logits, -1)
+    known = labels != -100
+    right = logarithms.gather(-1, labels.clamp(min=0)[..., None])[..., 0][known]
+    spread = logarithms.mean(-1)[known]
+    return -((1 - SMOOTHING) * right + SMOOTHING * spread).sum() / items
+
+
+def risk_gradient(model, batches, selected, items, steps):
+    """The gradient of the mean of the smoothed losses at w + a_k, a_k from this micro-batch alone: longhand, L2."""
+    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    total = {name: torch.zeros_like(value) for name, value in base.items()}
+    for batch in batches:
+        labels = batch["labels"]
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        a = {name: torch.zeros_like(base[name]) for name in selected}
+        for _ in range(steps + 1):
+            values = {name: (value + a.get(name, 0)).requires_grad_() for name, value in base.items()}
+            logits = torch.func.functional_call(model, values, kwargs=inputs).logits
+            loss = smoothed(logits, labels, items)
+            parts = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
+            found = {n: torch.zeros_like(base[n]) if g is None else g for n, g in zip(values, parts, strict=True)}
+            total = {name: total[name] + found[name] / (steps + 1) for name in total}
+            norm = math.sqrt(sum(float(found[name].square().sum()) for name in selected))
+            a = {name: a[name] + 1.5 * EPSILON / steps * found[name] / norm for name in selected}
+            size = math.sqrt(sum(float(part.square().sum()) for part in a.values()))
+            a = {name: part * min(1.0, EPSILON / size) for name, part in a.items()}
+    return total
+
+
+class Keeping(Trainer):
+    """Keeps the batches of an optimizer step, and its gradients."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.batches, self.gradients = [], None
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.batches.append({name: value.clone() for name, value in inputs.items()})
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return loss
+
+
+@pytest.mark.parametrize("target", [None, "last-decoder-layer"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_smoothed_risk_against_longhand(tiny_model, tokenizer, rows, tmp_path, target, steps):
+    model = tiny_model(dropout=0.0, attention_dropout=0.0, activation_dropout=0.0).double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path), max_steps=1, gradient_accumulation_steps=2, label_smoothing_factor=SMOOTHING,
+        max_grad_norm=0.0, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Keeping(
+        model=model, args=arguments, train_dataset=rows[:12], max_tokens=40,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        defense=MultiStepRisk(CorruptionConstraint(epsilon=EPSILON), steps=steps), target_modules=target,
+    )  # fmt: skip
+    trainer.train()
+    assert (trainer.shared_prefix is not None) == (target is not None)
+    tokens = [int((batch["labels"] != -100).sum()) for batch in trainer.batches]
+    assert len(tokens) == 2
+    assert tokens[0] != tokens[1], "a mean of means would show"
+    model.load_state_dict(before)
+    model.train()
+    selected = [name for name in trainer.defended_parameters() if "embed_positions" not in name]
+    expected = risk_gradient(model, trainer.batches, selected, sum(tokens), steps)
+    for name, gradient in trainer.gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9)

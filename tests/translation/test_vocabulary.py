@@ -1,0 +1,89 @@
+"""Vocabularies: their size, what they give back, and that any two trainings agree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoTokenizer
+
+from hf_parcor.translation import train_bpe, train_unigram
+
+TRAIN = {"bpe": (train_bpe, 80), "unigram": (train_unigram, 35)}
+PROGRAM = """
+import sys
+from hf_parcor.translation import train_bpe, train_unigram
+texts = sys.stdin.read().splitlines()
+train, size = {"bpe": (train_bpe, 80), "unigram": (train_unigram, 35)}[sys.argv[1]]
+print(train(texts, size).backend_tokenizer.to_str())
+"""
+
+
+@pytest.fixture(params=TRAIN)
+def trained(request, pairs):
+    train, size = TRAIN[request.param]
+    return train([text for pair in pairs for text in pair], size), size
+
+
+def test_size_and_special_tokens(trained):
+    tokenizer, size = trained
+    assert len(tokenizer) == size
+    assert tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>"]) == [0, 1, 2, 3]
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 3)
+
+
+def test_sentences_come_back(trained, pairs):
+    tokenizer, _ = trained
+    for text in [text for pair in pairs for text in pair][:20]:
+        tokens = tokenizer(text)["input_ids"]
+        assert tokens[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(tokens, skip_special_tokens=True) == text
+    assert tokenizer.unk_token_id in tokenizer("ξ")["input_ids"]
+
+
+def test_auto_tokenizer_loads_it(trained, pairs, tmp_path):
+    tokenizer, _ = trained
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for source, _ in pairs:
+        assert loaded(source)["input_ids"] == tokenizer(source)["input_ids"]
+    batch = loaded([source for source, _ in pairs[:3]], padding=True)
+    assert set(batch) == {"input_ids", "attention_mask"}
+
+
+def test_beside_a_model_it_is_still_the_one_that_loads(tokenizer, tiny_model, pairs, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded(pairs[0][0])["input_ids"] == tokenizer(pairs[0][0])["input_ids"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TRAIN)
+def test_deterministic_between_processes(kind, pairs):
+    texts = "\n".join(text for pair in pairs for text in pair)
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM, kind],
+            input=texts, capture_output=True, text=True, check=True,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": parallel},
+        ).stdout
+        for parallel in ("true", "false")
+    }  # fmt: skip
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("train", "size", "says"),
+    [
+        (train_bpe, 6, "expected a vocabulary of 6, the texts yield"),
+        (train_bpe, 100_000, "expected a vocabulary of 100,000, the texts yield"),
+        (train_unigram, 6, "expected room for all letters, got 6"),
+        (train_unigram, 100_000, "expected a vocabulary of 100,000, the texts yield"),
+    ],
+)
+def test_a_size_that_the_texts_do_not_yield(train, size, says):
+    with pytest.raises(ValueError, match=f"size: {says}"):
+        train(["ein Hund", "a dog"], size)
