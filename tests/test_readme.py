@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser, TrainingArguments
 
-from hf_parcor import EvaluationRecord, ParameterDefenseTrainingArguments
+from hf_parcor import EvaluationRecord
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("examples", "hf_parcor", "model_cards", "scripts")
@@ -80,13 +82,22 @@ def test_two_commands_are_enough():
     assert all(f"bash scripts/{name}.sh" in PAGES["README.md"] for name in ("quickstart", "test"))
 
 
+def arguments_of(script):
+    """The classes of arguments of an example."""
+    pytest.importorskip("datasets", reason="the examples need the extra 'examples'")
+    names = runpy.run_path(str(ROOT / script))
+    return [kind for kind in names.values() if is_dataclass(kind) and kind.__name__.endswith("Arguments")]
+
+
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "--defense_target_modules" in text])
 def test_flags_of_the_example_exist(page):
     for example in (fence for fence in fences(PAGES[page], "bash") if "--defense_target_modules" in fence):
+        (script,) = re.findall(r"python (examples/\S+)", example)
         line = re.findall(r"--\S+(?: [^-\s]\S*)*", example.replace("\\\n", " "))
         flags = [part for option in line for part in option.split()]
-        (arguments,) = HfArgumentParser(ParameterDefenseTrainingArguments).parse_args_into_dataclasses(flags)
-        assert arguments.defense_target_modules == ["last-encoder-layer"]
+        parsed = HfArgumentParser(arguments_of(script)).parse_args_into_dataclasses(flags)
+        targets = [getattr(arguments, "defense_target_modules", None) for arguments in parsed]
+        assert [target for target in targets if target] in ([["last-encoder-layer"]], [["last-decoder-layer"]])
 
 
 @pytest.mark.parametrize(

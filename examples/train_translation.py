@@ -1,0 +1,287 @@
+"""Train a translation model from scratch, or fine-tune one, with its parameters defended.
+
+As Transformers' own example scripts: arguments as flags, or one JSON file as the only argument. The papers' De-En:
+
+    python examples/train_translation.py --output_dir out --do_train --do_eval --do_predict \
+        --dataset_name IWSLT/iwslt2017 --dataset_config_name iwslt2017-de-en --source_lang de --target_lang en \
+        --vocabulary_size 10149 --max_tokens 4096 --gradient_accumulation_steps 2 --num_train_epochs 70 \
+        --learning_rate 0.0015 --lr_scheduler_type inverse_sqrt --warmup_steps 8000 --adam_beta2 0.98 \
+        --label_smoothing_factor 0.1 --save_strategy epoch --save_total_limit 10 --average_checkpoints 10 \
+        --defense_norm inf --defense_epsilon 0.0006 --defense_steps 2 --defense_start_epoch 30
+
+Without the defense: `--defense none`. The last decoder layer alone: `--defense_target_modules last-decoder-layer`.
+A pretrained model: `--model_name_or_path`, with its own vocabulary. Local files: `--train_source_file` and
+`--train_target_file`, two files of lines, or `--train_file`, a table or JSON lines; likewise `validation` and `test`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import transformers
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_parcor import Seq2SeqParameterDefenseTrainer, Seq2SeqParameterDefenseTrainingArguments
+from hf_parcor.training import signs_of_collapse
+from hf_parcor.translation import (
+    BleuScores,
+    ParallelText,
+    TokenBatchesMixin,
+    average_checkpoints,
+    encode,
+    freeze_positions,
+    from_rows,
+    iwslt_de_en,
+    last_checkpoints,
+    new_model,
+    read_parallel_files,
+    read_rows,
+    tokenize_13a,
+    train_bpe,
+    train_unigram,
+    wmt_en_de,
+)
+
+logger = logging.getLogger(__name__)
+
+VOCABULARIES = {"bpe": train_bpe, "unigram": train_unigram}
+TARGET_TOKENIZER = "target_tokenizer"
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A pretrained model, on the Hub or a local folder. Not set: from scratch."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Changes to the shape of a new model: encoder_layers=3,decoder_layers=3,d_model=256."},
+    )
+    vocabulary: str | None = field(
+        default=None, metadata={"help": "A folder with a vocabulary that was trained before. Not set: train one."}
+    )
+    vocabulary_kind: str = field(default="bpe", metadata={"help": "How it is trained: bpe or unigram."})
+    vocabulary_size: int = field(
+        default=10_149, metadata={"help": "How many subwords there are, or of the source language alone."}
+    )
+    target_vocabulary_size: int | None = field(
+        default=None,
+        metadata={"help": "Give the target language a vocabulary of its own; the shape is then that of En-Vi."},
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+
+
+@dataclass
+class DataArguments:
+    """Which data it is trained on, and measured on."""
+
+    source_lang: str = field(default="de", metadata={"help": "The language, or column, to translate from."})
+    target_lang: str = field(default="en", metadata={"help": "The language, or column, to translate to."})
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub with `translation`."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "The data set's configuration."})
+    train_file: str | None = field(default=None, metadata={"help": "A .tsv, .json or .jsonl file, also .gz."})
+    train_source_file: str | None = field(default=None, metadata={"help": "A file of lines, also .gz."})
+    train_target_file: str | None = field(default=None, metadata={"help": "Their translations, line by line."})
+    validation_file: str | None = field(default=None, metadata={"help": "As train_file, to measure on."})
+    validation_source_file: str | None = field(default=None, metadata={"help": "As train_source_file."})
+    validation_target_file: str | None = field(default=None, metadata={"help": "As train_target_file."})
+    test_file: str | None = field(default=None, metadata={"help": "As train_file, for the last measurement."})
+    test_source_file: str | None = field(default=None, metadata={"help": "As train_source_file."})
+    test_target_file: str | None = field(default=None, metadata={"help": "As train_target_file."})
+    text_is_tokenized: bool = field(
+        default=False, metadata={"help": "The texts are tokenised already: their tokenised BLEU is the only one."}
+    )
+    lowercase_bleu: bool = field(default=False, metadata={"help": "Lower-case texts for the tokenised BLEU."})
+    max_tokens: int | None = field(
+        default=4096, metadata={"help": "The most tokens of a batch, padding included, instead of a batch size."}
+    )
+    max_length: int = field(
+        default=256, metadata={"help": "Longer pairs are left out of training, and cut in what is measured."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many pairs."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Measure on the first so many pairs."})
+    average_checkpoints: int | None = field(
+        default=None, metadata={"help": "The model in the end is the mean of so many of the last checkpoints."}
+    )
+
+
+class TranslationTrainer(TokenBatchesMixin, Seq2SeqParameterDefenseTrainer):
+    """The defended Trainer on batches of tokens."""
+
+
+def load_text(data: DataArguments, split: str, cache_dir: str | None) -> ParallelText:
+    """Return the split `train`, `validation` or `test`: from files where there are any, else from the data set."""
+    one, two = getattr(data, f"{split}_file"), [getattr(data, f"{split}_{side}_file") for side in ("source", "target")]
+    if one is not None:
+        return read_rows(one, data.source_lang, data.target_lang)
+    if all(two):
+        return read_parallel_files(*two)
+    if any(two) or data.dataset_name is None:
+        raise ValueError(
+            f"{split}: expected --{split}_file, or --{split}_source_file and --{split}_target_file, or "
+            "--dataset_name, got none; say where the sentences are"
+        )
+    from datasets import load_dataset
+
+    rows = load_dataset(data.dataset_name, data.dataset_config_name, split=split, cache_dir=cache_dir)
+    return from_rows(rows, data.source_lang, data.target_lang, f"{data.dataset_name}, {split}")
+
+
+def load_vocabularies(
+    model: ModelArguments, train: ParallelText | None
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """Return the tokenizers of both languages: those of the pretrained model or of a folder, or trained ones."""
+    origin = model.model_name_or_path or model.vocabulary
+    if origin is not None:
+        source = AutoTokenizer.from_pretrained(origin, revision=model.model_revision, cache_dir=model.cache_dir)
+        beside = Path(origin) / TARGET_TOKENIZER
+        return source, AutoTokenizer.from_pretrained(beside) if beside.is_dir() else source
+    if train is None:
+        raise ValueError("vocabulary: expected text to train one on, got none; give --do_train or --vocabulary")
+    if model.vocabulary_kind not in VOCABULARIES:
+        known = " or ".join(VOCABULARIES)
+        raise ValueError(f"vocabulary_kind: expected {known}, got {model.vocabulary_kind!r}; choose one of these")
+    learn = VOCABULARIES[model.vocabulary_kind]
+    if model.target_vocabulary_size is None:
+        joint = learn(chain(train.sources, train.targets), model.vocabulary_size)
+        return joint, joint
+    return learn(train.sources, model.vocabulary_size), learn(train.targets, model.target_vocabulary_size)
+
+
+def save_vocabularies(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write both tokenizers, that of the target language only if it is another one."""
+    source.save_pretrained(str(folder))
+    if target is not source:
+        target.save_pretrained(str(Path(folder) / TARGET_TOKENIZER))
+
+
+def load_model(
+    model: ModelArguments, source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """Return the pretrained model, or a new one of the papers' shape."""
+    if model.model_name_or_path is not None:
+        origin = {"revision": model.model_revision, "cache_dir": model.cache_dir}
+        pretrained = AutoModelForSeq2SeqLM.from_pretrained(model.model_name_or_path, **origin)
+        return cast(PreTrainedModel, freeze_positions(pretrained))
+    shape = iwslt_de_en(len(source)) if target is source else wmt_en_de(len(source), len(target))
+    if model.config_overrides is not None:
+        shape.update_from_string(model.config_overrides)
+    return new_model(shape)
+
+
+def main() -> None:
+    """Train, average, evaluate, translate."""
+    kinds: Any = (ModelArguments, DataArguments, Seq2SeqParameterDefenseTrainingArguments)
+    parser = HfArgumentParser(kinds)
+    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        parsed = parser.parse_json_file(json_file=str(Path(sys.argv[1]).resolve()))
+    else:
+        parsed = parser.parse_args_into_dataclasses()
+    model_arguments, data, training = parsed
+    training.predict_with_generate = True
+    if training.generation_num_beams is None:
+        training.generation_num_beams = 5  # as the papers
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    transformers.utils.logging.set_verbosity(training.get_process_log_level())
+    set_seed(training.seed)
+
+    wanted = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}
+    texts = {split: load_text(data, split, model_arguments.cache_dir) for split, asked in wanted.items() if asked}
+    source, target = load_vocabularies(model_arguments, texts.get("train"))
+    set_seed(training.seed)  # the weights do not depend on whether a vocabulary was trained
+    model = load_model(model_arguments, source, target)
+
+    def prepare(split: str) -> Sequence[Any] | None:
+        if split not in texts:
+            return None
+        most = data.max_train_samples if split == "train" else data.max_eval_samples
+        encoded = encode(texts[split].first(most), source, target, data.max_length, cut=split != "train")
+        logger.info(encoded.report)
+        return encoded.rows
+
+    scores = BleuScores(tokenize=None if data.text_is_tokenized else tokenize_13a, lowercase=data.lowercase_bleu)
+
+    def decode(rows: Any) -> list[str]:
+        known = np.where(rows >= 0, rows, target.pad_token_id)
+        return [text.strip() for text in target.batch_decode(known, skip_special_tokens=True)]
+
+    def bleu(prediction: EvalPrediction) -> dict[str, float]:
+        generated = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        return scores(predictions=decode(generated), references=decode(prediction.label_ids))
+
+    rows = {split: prepare(split) for split in wanted}
+    trainer = TranslationTrainer(
+        model=model,
+        args=training,
+        train_dataset=cast("Dataset[Any]", rows["train"]),
+        eval_dataset=cast("Dataset[Any]", rows["validation"]),
+        compute_metrics=bleu,
+        processing_class=source,
+        data_collator=DataCollatorForSeq2Seq(source, model=model),
+        max_tokens=data.max_tokens,
+    )
+
+    if rows["train"] is not None:
+        checkpoint = training.resume_from_checkpoint
+        if checkpoint in (True, "True", "true"):
+            checkpoint = get_last_checkpoint(training.output_dir)  # type: ignore[no-untyped-call]
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = {**result.metrics, "train_samples": len(rows["train"])}
+        metrics["train_collapsed"] = float(bool(signs_of_collapse(trainer.state.log_history)))
+        trainer.save_model()
+        save_vocabularies(source, target, training.output_dir)
+        if data.average_checkpoints is not None and trainer.is_world_process_zero():
+            last = last_checkpoints(training.output_dir, data.average_checkpoints)
+            average_checkpoints(last, training.output_dir)
+        trainer.accelerator.wait_for_everyone()
+        if data.average_checkpoints is not None:
+            averaged = AutoModelForSeq2SeqLM.from_pretrained(training.output_dir)
+            model.load_state_dict(averaged.state_dict())
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+
+    if rows["validation"] is not None:
+        metrics = {**trainer.evaluate(), "eval_samples": len(rows["validation"])}
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+    if rows["test"] is not None:
+        found = trainer.predict(cast("Dataset[Any]", rows["test"]), metric_key_prefix="test")
+        metrics = {**(found.metrics or {}), "test_samples": len(rows["test"])}
+        trainer.log_metrics("test", metrics)
+        trainer.save_metrics("test", metrics)
+        if trainer.is_world_process_zero():
+            path = Path(training.output_dir) / "generated_predictions.txt"
+            path.write_text("\n".join(decode(found.predictions)) + "\n", encoding="utf-8")
+
+    if scores.notes and trainer.is_world_process_zero():
+        path = Path(training.output_dir) / "bleu_signatures.json"
+        path.write_text(json.dumps(scores.notes, indent=2) + "\n", encoding="utf-8")
+        print(*scores.notes, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

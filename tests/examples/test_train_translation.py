@@ -1,0 +1,142 @@
+"""The translation example, on a tiny model and local files."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+pytest.importorskip("sacrebleu", reason="BLEU needs the extra 'translation'")
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_translation.py"
+WORDS = {"Hund": "dog", "Katze": "cat", "rot": "red", "sieht": "sees", "und": "and", "Haus": "house"}
+OVERRIDES = (
+    "encoder_layers=1,decoder_layers=2,d_model=16,encoder_ffn_dim=16,decoder_ffn_dim=16,max_position_embeddings=64"
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
+
+
+@pytest.fixture
+def files(tmp_path):
+    names = list(WORDS)
+    german = [f"{a} {b} {c}." for a in names for b in names[:3] for c in names[:2]]
+    for split, lines in {"train": german, "validation": german[:5], "test": german[5:9]}.items():
+        english = [" ".join(WORDS[word] for word in line.rstrip(".").split()) + "." for line in lines]
+        for language, texts in {"de": lines, "en": english}.items():
+            (tmp_path / f"{split}.{language}.gz").write_bytes(gzip.compress("\n".join(texts).encode()))
+        (tmp_path / f"{split}.tsv").write_text(
+            "".join(f"{a}\t{b}\n" for a, b in zip(["de", *lines], ["en", *english], strict=True))
+        )
+    return tmp_path
+
+
+def settings(folder: Path, **changes: object) -> dict[str, object]:
+    sides = {"source": "de", "target": "en"}
+    return {
+        **{f"{split}_{side}_file": str(folder / f"{split}.{language}.gz")
+           for split in ("train", "validation", "test") for side, language in sides.items()},
+        "output_dir": str(folder / "out"), "do_train": True, "do_eval": True, "do_predict": True,
+        "vocabulary_size": 40, "config_overrides": OVERRIDES, "max_tokens": 100, "max_length": 40,
+        "num_train_epochs": 3, "learning_rate": 0.01, "lr_scheduler_type": "inverse_sqrt", "warmup_steps": 2,
+        "label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2, "save_strategy": "epoch",
+        "generation_max_length": 8, "logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+        "defense_norm": float("inf"), "defense_epsilon": 0.001, **changes,
+    }  # fmt: skip
+
+
+def run(monkeypatch, arguments: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    spec = importlib.util.spec_from_file_location("train_translation", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_translation", module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    module.main()
+
+
+def run_with(monkeypatch, folder: Path, **changes: object) -> Path:
+    path = folder / "settings.json"
+    path.write_text(json.dumps(settings(folder, **changes)))
+    run(monkeypatch, [str(path)])
+    return folder / "out"
+
+
+def logged(out: Path) -> list[dict[str, float]]:
+    return [entry for entry in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+
+
+def test_flags_last_decoder_layer_and_average(files, monkeypatch, capsys):
+    flags = [part for name, value in settings(files).items() for part in (f"--{name}", str(value))]
+    defense = ["--defense_target_modules", "last-decoder-layer", "--defense_start_epoch", "1"]
+    run(monkeypatch, [*flags, *defense, "--average_checkpoints", "2"])
+    out = files / "out"
+    defended = ["loss_corrupted" in entry for entry in logged(out)]
+    assert defended == [index >= len(defended) // 3 for index in range(len(defended))]
+    saved = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-2:]
+    one, two, mean = (load_file(folder / "model.safetensors") for folder in (*saved, out))
+    assert all(torch.equal(mean[name], ((one[name].double() + two[name].double()) / 2).float()) for name in mean)
+    for split, count in (("eval", 5), ("test", 4)):
+        results = json.loads((out / f"{split}_results.json").read_text())
+        assert results[f"{split}_samples"] == count
+        assert {f"{split}_bleu", f"{split}_tokenized_bleu"} <= set(results)
+    assert len((out / "generated_predictions.txt").read_text().splitlines()) == 4
+    printed = capsys.readouterr().out
+    assert "bleu, detokenised: nrefs:1|case:mixed|eff:no|tok:13a" in printed
+    assert "tokenized_bleu, of tokens: nrefs:1|case:mixed|eff:no|tok:none" in printed
+    assert json.loads((out / "defense_config.json").read_text())["defense"] == "multi_step_risk"
+
+
+def test_two_vocabularies_and_a_table(files, monkeypatch):
+    out = run_with(
+        monkeypatch,
+        files,
+        train_file=str(files / "train.tsv"),
+        vocabulary_size=30,
+        target_vocabulary_size=35,
+        vocabulary_kind="bpe",
+        do_predict=False,
+        defense="none",
+    )
+    assert len(AutoTokenizer.from_pretrained(out)) == 30
+    assert len(AutoTokenizer.from_pretrained(out / "target_tokenizer")) == 35
+    model = AutoModelForSeq2SeqLM.from_pretrained(out)
+    assert (model.config.vocab_size, model.config.decoder_vocab_size) == (30, 35)
+    assert not any("loss_corrupted" in entry for entry in logged(out))
+
+    tuned = files / "tuned"
+    run_with(
+        monkeypatch, files, model_name_or_path=str(out), output_dir=str(tuned), do_eval=False, max_train_samples=9
+    )
+    assert json.loads((tuned / "train_results.json").read_text())["train_samples"] == 9
+    assert all("loss_corrupted" in entry for entry in logged(tuned))
+    assert len(AutoTokenizer.from_pretrained(tuned / "target_tokenizer")) == 35
+    assert logged(tuned)[0]["loss_clean"] < logged(out)[0]["loss"], "it goes on from what was learned"
+
+
+def empty(folder: Path) -> dict[str, object]:
+    (folder / "validation.de.gz").write_bytes(gzip.compress(b""))
+    (folder / "validation.en.gz").write_bytes(gzip.compress(b""))
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (empty, r"validation\.de\.gz, .*validation\.en\.gz: expected at least one pair of sentences, found none"),
+        (lambda folder: {"train_target_file": None}, "train: expected --train_file, or --train_source_file and"),
+        (lambda folder: {"train_target_file": str(folder / "test.en.gz")}, "expected as many lines, got 36 and 4"),
+        (lambda folder: {"vocabulary_kind": "letters"}, "vocabulary_kind: expected bpe or unigram, got 'letters'"),
+        (lambda folder: {"max_length": 3}, "expected a pair of at most 3 tokens, found none; left out 36"),
+        (lambda folder: {"do_train": False}, "vocabulary: expected text to train one on, got none"),
+    ],
+)
+def test_bad_input(files, monkeypatch, change, says):
+    with pytest.raises(ValueError, match=says):
+        run_with(monkeypatch, files, **change(files))
+    assert not (files / "out" / "train_results.json").exists()
