@@ -1,0 +1,187 @@
+"""Training and measuring of one translation model, for `reproduce_translation.py`. No command by itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from sst2_runs import Run
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
+from translation_studies import Study
+
+from hf_parcor import CorruptionEvaluator, LayerProbe
+from hf_parcor.corruptions import Corruption
+from hf_parcor.evaluation import EvaluationRecord, GenerationMetric, SweepRecord
+from hf_parcor.translation import (
+    BleuScores,
+    average_checkpoints,
+    encode,
+    freeze_positions,
+    last_checkpoints,
+    read_parallel_files,
+    tokenize_13a,
+)
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train_translation.py"
+SPLITS = ("train", "validation", "test")
+BATCH = 32
+BEAMS = 5
+
+
+def file_of(folder: Path, stem: str, language: str) -> Path:
+    """Return `STEM.LANGUAGE` or that and `.gz`."""
+    plain = folder / f"{stem}.{language}"
+    packed = plain.with_name(f"{plain.name}.gz")
+    return packed if packed.is_file() else plain
+
+
+def files_of(options: argparse.Namespace, study: Study, split: str) -> tuple[Path, Path]:
+    """Return the files of a split, sentences and translations."""
+    stem = study.files[SPLITS.index(split)]
+    source, target = (file_of(options.data, stem, language) for language in study.languages)
+    return source, target
+
+
+def epoch_checkpoint(folder: Path, epoch: int) -> Path | None:
+    """Return the checkpoint at the end of an epoch, None if there is none."""
+    for path in folder.glob("checkpoint-*"):
+        state = path / "trainer_state.json"
+        if state.is_file() and json.loads(state.read_text())["epoch"] == epoch:
+            return path
+    return None
+
+
+def train(options: argparse.Namespace, study: Study, run: Run) -> Path:
+    """Train one model, unless it is there already, and return the folder with the mean of its last checkpoints.
+
+    What an arm shares with the plain one of the same seed, the epochs before its defense starts, is trained once: it
+    goes on from the plain one's checkpoint. A run that was interrupted goes on from its own last one.
+    """
+    folder: Path = options.work / run.file_name
+    if not (folder / "train_results.json").exists():
+        source, target = files_of(options, study, "train")
+        flags = {
+            **study.training,
+            "train_source_file": source,
+            "train_target_file": target,
+            "num_train_epochs": study.epochs,
+            "seed": run.seed,
+            "output_dir": folder,
+            "save_strategy": "epoch",
+            "logging_steps": 50,
+            "report_to": "none",
+        }
+        interrupted = any(folder.glob("checkpoint-*"))
+        if interrupted:
+            flags["resume_from_checkpoint"] = "true"
+        elif run.arm.defense is not None:
+            start = epoch_checkpoint(options.work / f"plain-seed{run.seed}", int(run.arm.defense.start_epoch))
+            if start is not None:
+                flags["resume_from_checkpoint"] = start
+        arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+        subprocess.run([sys.executable, str(EXAMPLE), "--do_train", *arguments, *run.arm.flags], check=True)
+        note_run(options, run, interrupted)
+    averaged = folder / f"average-{study.average}"
+    if not averaged.exists():
+        unfinished = averaged.with_name(f"{averaged.name}-unfinished")
+        average_checkpoints(last_checkpoints(folder, study.average), unfinished)
+        for name in ("tokenizer.json", "tokenizer_config.json", "target_tokenizer"):
+            origin = folder / name
+            if origin.is_dir():
+                shutil.copytree(origin, unfinished / name, dirs_exist_ok=True)
+            elif origin.is_file():
+                shutil.copy2(origin, unfinished / name)
+        unfinished.rename(averaged)
+    return averaged
+
+
+def note_run(options: argparse.Namespace, run: Run, interrupted: bool) -> None:
+    """Write into `runs.json` how a run was trained, and how long the epochs of its own took; null if interrupted."""
+    training = json.loads((options.work / run.file_name / "train_results.json").read_text())
+    path = options.output / "runs.json"
+    runs = json.loads(path.read_text()) if path.exists() else {}
+    runs[run.file_name] = {
+        "collapsed": bool(training["train_collapsed"]),
+        "train_seconds": None if interrupted else training["train_runtime"],
+        "train_samples": training["train_samples"],
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores",
+        "flags": run.arm.flags,
+    }
+    path.write_text(json.dumps(runs, indent=2, sort_keys=True) + "\n")
+
+
+class Measured:
+    """One trained model, and the test sentences for it, sorted by length.
+
+    BLEU is of the texts in the files: their subwords are only what gradients are taken on.
+
+    Args:
+        options: The command line's.
+        study: What it was trained for.
+        folder: The model's folder.
+    """
+
+    def __init__(self, options: argparse.Namespace, study: Study, folder: Path) -> None:
+        self.model = freeze_positions(AutoModelForSeq2SeqLM.from_pretrained(folder))
+        source = AutoTokenizer.from_pretrained(folder)
+        beside = folder / "target_tokenizer"
+        target = AutoTokenizer.from_pretrained(beside) if beside.is_dir() else source
+        text = read_parallel_files(*files_of(options, study, "test")).first(options.test_sentences)
+        rows = encode(text, source, target, study.training.get("max_length", 256), cut=True).rows
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+        collate = DataCollatorForSeq2Seq(source, model=self.model)
+        starts = range(0, len(order), BATCH)
+        self.batches = [dict(collate([rows[index] for index in order[s : s + BATCH]])) for s in starts]
+        scores = BleuScores(tokenize=None if study.tokenized else tokenize_13a, lowercase=study.lowercase)
+        self.metric = GenerationMetric(
+            target,
+            self.batches,
+            AgainstTexts(scores, [text.targets[index] for index in order]),
+            num_beams=BEAMS,
+            early_stopping=True,
+            max_new_tokens=study.max_new_tokens,
+        )
+
+    def corrupted(self, path: Path, corruptions: Sequence[Corruption], target: str | None = None) -> EvaluationRecord:
+        """Measure the model, or what is missing, under corruptions of all of it or of a part."""
+        if not path.exists():
+            evaluator = CorruptionEvaluator(
+                self.model, self.metric, self.batches, target_modules=target, progress=False
+            )
+            unfinished = path.with_suffix(".jsonl")
+            evaluator.evaluate(corruptions, trials=1, checkpoint=unfinished).save(path)
+            unfinished.unlink(missing_ok=True)
+        return EvaluationRecord.load(path)
+
+    def layer_by_layer(self, path: Path, corruption: Corruption) -> SweepRecord:
+        """Measure the model, or what is missing, with one layer after the other corrupted."""
+        if not path.exists():
+            unfinished = path.with_suffix(".jsonl")
+            probe = LayerProbe(self.model, self.metric, self.batches, progress=False)
+            probe.evaluate([corruption], checkpoint=unfinished).save(path)
+            unfinished.unlink(missing_ok=True)
+        return SweepRecord.load(path)
+
+
+class AgainstTexts:
+    """A score against these texts, in the order of the batches, instead of what labels decode to."""
+
+    def __init__(self, scores: BleuScores, texts: Sequence[str]) -> None:
+        self._scores, self._texts = scores, list(texts)
+
+    def __call__(self, *, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        """Return the scores of a corpus."""
+        return self._scores(predictions=predictions, references=self._texts)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the scores say of themselves."""
+        return self._scores.notes

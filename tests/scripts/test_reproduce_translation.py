@@ -1,0 +1,147 @@
+"""The tables of paper 2 on translation: what is beside what, and one of them made from nothing, then from records."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="the figure needs the extra 'plots'")
+pytest.importorskip("sacrebleu", reason="BLEU needs the extra 'translation'")
+
+from hf_parcor.evaluation import EvaluationRecord
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+paper, runs, studies = (
+    importlib.import_module(name) for name in ("translation_paper", "translation_runs", "translation_studies")
+)
+reproduce = importlib.import_module("reproduce_translation")
+STUDIES = studies.STUDIES
+
+
+@pytest.mark.parametrize("name", ["de-en", "en-vi"])
+def test_the_papers_numbers_fit_the_rows(name):
+    study = STUDIES[name]
+    assert len(paper.TABLE_1[name]) == 1 + len(study.table_1)
+    assert len(paper.TABLE_3[name]) == 1 + len(study.table_3)
+    assert len(paper.TABLE_4[name]) == len(reproduce.DEFENSES)
+    assert set(paper.TABLE_6[name]) == set(reproduce.TARGETS)
+    assert paper.TABLE_1[name][0][0] == paper.TABLE_3[name][0][0] == paper.TABLE_6[name]["plain"][0]
+
+
+def test_table_2_names_arms():
+    assert set(paper.TABLE_2) == set(STUDIES["de-en"].arms) - {"last-layer", "acrt", "awp"}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_arms(name):
+    study = STUDIES[name]
+    arms = study.arms
+    assert arms["plain"].defense is None
+    for arm in arms.values():
+        assert arm.defense is None or 0 < arm.defense.start_epoch < study.epochs
+    assert arms["last-layer"].arguments.defense_target_modules == ["last-decoder-layer"]
+    assert arms["defended"].defense.steps == study.max_norm[1]
+    assert arms["random-2"].defense.random_start
+    assert arms["l2"].defense.constraint.p == 2
+
+
+def test_the_papers_settings():
+    """Appendix A.2.1 and A.2.2."""
+    german, vietnamese = STUDIES["de-en"], STUDIES["en-vi"]
+    assert (german.epochs, german.start_epoch, german.max_norm, german.last_layer) == (70, 30, (0.0006, 2), (0.002, 1))
+    assert german.arms["awp"].defense.start_epoch == 10
+    assert (vietnamese.epochs, vietnamese.start_epoch) == (52, 35)
+    assert (vietnamese.max_norm, vietnamese.last_layer) == ((0.00045, 2), (0.0015, 3))
+    assert german.training["vocabulary_size"] == 10_149
+    assert [vietnamese.training[f"{side}vocabulary_size"] for side in ("", "target_")] == [7_669, 6_669]
+
+
+def test_files_are_found_packed_or_not(tmp_path):
+    (tmp_path / "train.de").write_text("")
+    (tmp_path / "train.en.gz").write_text("")
+    found = [runs.file_of(tmp_path, "train", language).name for language in ("de", "en")]
+    assert found == ["train.de", "train.en.gz"]
+
+
+WORDS = ["Hund", "Katze", "rot", "sieht", "und", "Haus"]
+OVERRIDES = (
+    "encoder_layers=1,decoder_layers=2,d_model=16,encoder_ffn_dim=16,decoder_ffn_dim=16,max_position_embeddings=64"
+)
+
+
+@pytest.fixture
+def campaign(tmp_path, monkeypatch):
+    """A campaign of 4 epochs on a few lines, of which the last two are defended."""
+    lines = [f"{a} {b} {c}." for a in WORDS for b in WORDS[:3] for c in WORDS[:2]]
+    for stem, texts in {"train": lines, "val": lines[:4], "test_2016_flickr": lines[4:10]}.items():
+        for language in ("de", "en"):
+            (tmp_path / f"{stem}.{language}").write_text("\n".join(texts) + "\n")
+    small = {"vocabulary_size": 40, "config_overrides": OVERRIDES, "max_tokens": 100, "warmup_steps": 2}
+    quiet = {"use_cpu": "true", "disable_tqdm": "true"}
+    study = STUDIES["multi30k"]
+    study = replace(
+        study,
+        training={**study.training, **small, **quiet},
+        epochs=4,
+        start_epoch=2,
+        whole=study.whole[1:3],
+        last=study.last[1:3],
+        max_new_tokens=6,
+    )
+    monkeypatch.setitem(reproduce.STUDIES, "multi30k", study)
+    folders = {"data": tmp_path, "output": tmp_path / "records", "work": tmp_path / "work"}
+    options = argparse.Namespace(study="multi30k", **folders, seeds=[1], test_sentences=5)
+    options.output.mkdir()
+    return reproduce.Campaign(options)
+
+
+@pytest.mark.slow
+def test_table_6_and_figure_3(campaign, monkeypatch):
+    table = reproduce.table_6(campaign)
+    output, work = campaign.options.output, campaign.options.work
+    assert table.count("\n") == 5
+    assert "| whole: multi-step" in table
+    assert "| last layer: gradient-based" in table
+    whole, last = (
+        EvaluationRecord.load(output / f"last-layer-seed1-table6-{part}.json") for part in ("whole", "last")
+    )
+    assert whole.parameters > last.parameters
+    assert whole.clean.metrics == last.clean.metrics
+    assert any("tok:13a" in note for note in whole.notes)
+
+    # The defended arms begin at the plain one's checkpoint of epoch 2.
+    steps = {
+        name: sorted(int(path.name.split("-")[1]) for path in (work / f"{name}-seed1").glob("checkpoint-*"))
+        for name in reproduce.TARGETS
+    }
+    assert steps["defended"] == steps["last-layer"] == steps["plain"][2:]
+    log = json.loads((work / "defended-seed1" / "trainer_state.json").read_text())["log_history"]
+    assert len([entry for entry in log if "loss" in entry]) > 0
+    assert set(json.loads((output / "runs.json").read_text())) == {f"{name}-seed1" for name in reproduce.TARGETS}
+
+    figure = reproduce.figure_3(campaign)
+    assert "| model.decoder.layers.1 |" in figure
+    assert (output / "figure-3.png").stat().st_size > 5_000
+
+    # Everything is there now: nothing is trained or measured again.
+    monkeypatch.setattr(reproduce, "train", lambda *arguments: pytest.fail("trained again"))
+    again = reproduce.Campaign(campaign.options)
+    assert reproduce.table_6(again) == table
+    assert reproduce.figure_3(again) == figure
+
+
+def test_help():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "reproduce_translation.py"), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--test-sentences" in done.stdout
