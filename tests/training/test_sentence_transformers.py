@@ -218,3 +218,20 @@ def test_a_cached_loss_has_no_second_derivative(train_encoder):
     assert entry["loss"] > entry["loss_clean"]
     with pytest.raises(RuntimeError, match="got one that runs a backward of its own, as cached losses do"):
         train_encoder(DefendedSentenceTransformerTrainer, "cached ranking", defense=penalty)
+
+
+def test_the_card_is_theirs_and_then_ours(train_encoder, tmp_path):
+    trainer = train_encoder(DefendedSentenceTransformerTrainer, "ranking", defense=DEFENSE)
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_bytes().decode()
+    theirs, ours = card.split("<!-- hf_parcor:begin")
+    assert "\n## Training Details\n" in theirs
+    assert "sentence-transformers" in theirs.partition("\n---\n")[0]
+    assert "defended in training by `multi_step_risk`" in ours
+
+    changed = card.replace("## Usage", "## How I use it", 1)
+    (tmp_path / "README.md").write_bytes(changed.encode())
+    trainer.create_model_card()
+    again = (tmp_path / "README.md").read_bytes().decode()
+    assert again.split("<!-- hf_parcor:begin")[0] == changed.split("<!-- hf_parcor:begin")[0]
+    assert "\n### Training Details\n" in again.split("<!-- hf_parcor:begin")[1]
