@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import shutil
+import tempfile
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What `evaluate` copies, and imports as one package, is kept out of the user's caches.
+os.environ["HF_MODULES_CACHE"] = os.environ["HF_METRICS_CACHE"] = tempfile.mkdtemp()
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 Batch = dict[str, torch.Tensor]
 SIZES = (4, 4, 2)  # the last batch is smaller, as it is in most data sets

@@ -109,7 +109,7 @@ MISTAKES = [
     (f"{PROBE} --device tpu9", "--device: expected a device that is here, got 'tpu9'"),
     (f"{PROBE} --output FILE", "record.json"),
     # command lines and settings files
-    ("prove MODEL", "expected one of the commands train, evaluate, probe, report, compare, got 'prove' (did you mean"),
+    ("prove MODEL", "compare, card, got 'prove' (did you mean probe"),
     (f"{PROBE} --epsilon 0.1", "expected known flags, got --epsilon (did you mean --epsilons?); see: hf-parcor probe"),
     (f"{PROBE} --config nowhere.yaml", "--config: expected a YAML file, got 'nowhere.yaml' (No such file"),
     (f"{PROBE} --config list.yaml", "--config: expected flags by name in list.yaml, got [1]"),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,9 @@ class TestInterrupted:
         words = ["probe", classifier_folder, "--dataset", sentences, "--group", "modules", "--corruption"]
         words += ["gaussian=0.1,0.2,0.3", "--trials", "5", "--quiet", "--output"]
         command = [sys.executable, "-m", "hf_parcor", *words, str(tmp_path / "out")]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+        # A shell that started the tests in the background may have told them to ignore the signal.
+        hears = {"preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, **hears)
         checkpoint = tmp_path / "out" / "probe.jsonl"
         deadline = time.monotonic() + 240
         while not checkpoint.exists() or checkpoint.read_bytes().count(b"\n") < 3:

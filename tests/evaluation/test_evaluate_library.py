@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import pytest
 import torch
@@ -34,21 +33,6 @@ class Share(evaluate.Metric):
         right = [one == other for one, other in zip(predictions, references)]
         return {"share": sum(right) / len(right), "of_each": right}
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory):
-    """Keep what `evaluate` copies, and imports as one package, out of the user's caches."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate.config, "HF_MODULES_CACHE", folder / "modules")
-        patch.setattr(evaluate.config, "HF_METRICS_CACHE", folder / "metrics")
-        patch.setattr(sys, "path", [*sys.path])
-        for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
-            patch.delitem(sys.modules, name)
-        yield
-        for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
-            del sys.modules[name]
 
 
 @pytest.fixture
