@@ -226,8 +226,8 @@ def main() -> None:
     study = campaign.study
     sentences = "all test sentences" if options.test_sentences is None else f"{options.test_sentences} test sentences"
     text = [
-        f"{study.title}: tokenised BLEU of {sentences}, beam 5, over {len(options.seeds)} seeds "
-        f"({', '.join(map(str, options.seeds))}); {study.epochs} epochs, defended from epoch {study.start_epoch} on, "
+        f"{study.title}: tokenised BLEU of {sentences}, beam 5, seeds {', '.join(map(str, options.seeds))}; "
+        f"{study.epochs} epochs, defended from epoch {study.start_epoch} on, "
         f"mean of the last {study.average} checkpoints.\n"
     ]
     for table in options.tables:
