@@ -187,7 +187,7 @@ def figure_3(campaign: Campaign) -> str:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(1.2 + 0.55 * len(layers), 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(4.5 + 0.55 * len(layers), 4), layout="constrained")
     for place, (name, of_arm) in enumerate(values.items()):
         heights = [sum(bleu) / len(bleu) for bleu in of_arm]
         places = [index + (place - 1) * 0.27 for index in range(len(layers))]
@@ -195,7 +195,7 @@ def figure_3(campaign: Campaign) -> str:
     axes.set_xticks(range(len(layers)), [layer.removeprefix("model.") for layer in layers], rotation=30, ha="right")
     axes.set_ylabel(f"BLEU under {campaign.study.layers}")
     axes.set_title(f"{campaign.study.title}: one layer corrupted", fontsize="medium")
-    axes.legend(title="defended", frameon=False)
+    figure.legend(title="defended", frameon=False, loc="outside right upper")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(campaign.options.output / "figure-3.png", dpi=150)
     header = [f"corrupted: {campaign.study.layers}", *(campaign.study.arms[name].label for name in TARGETS)]

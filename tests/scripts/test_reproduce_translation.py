@@ -122,8 +122,8 @@ def test_table_6_and_figure_3(campaign, monkeypatch):
         for name in reproduce.TARGETS
     }
     assert steps["defended"] == steps["last-layer"] == steps["plain"][2:]
-    log = json.loads((work / "defended-seed1" / "trainer_state.json").read_text())["log_history"]
-    assert len([entry for entry in log if "loss" in entry]) > 0
+    written = json.loads((work / "last-layer-seed1" / "defense_config.json").read_text())
+    assert (written["defense"], written["target_modules"]) == ("multi_step_risk", ["last-decoder-layer"])
     assert set(json.loads((output / "runs.json").read_text())) == {f"{name}-seed1" for name in reproduce.TARGETS}
 
     figure = reproduce.figure_3(campaign)
