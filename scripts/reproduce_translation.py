@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-import matplotlib as mpl
 import torch
 from sst2_runs import Run
 from translation_paper import TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_6
@@ -26,6 +25,7 @@ from translation_studies import STUDIES, Study
 
 from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import EvaluationRecord, SweepRecord
+from hf_parcor.plots.style import line_styles, new_figure
 from hf_parcor.statistics import MeanAndSpread, student_t_test
 
 TABLES = ("1", "2", "3", "4", "6", "figure-3")
@@ -184,14 +184,12 @@ def figure_3(campaign: Campaign) -> str:
         name: [[sweep.records[layer].corruptions[0].mean(campaign.metric) for sweep in of_arm] for layer in layers]
         for name, of_arm in sweeps.items()
     }
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(4.5 + 0.55 * len(layers), 4), layout="constrained")
-    for place, (name, of_arm) in enumerate(values.items()):
+    figure = new_figure(4.5 + 0.55 * len(layers), 4)
+    axes = figure.subplots()
+    for place, ((name, of_arm), (color, _)) in enumerate(zip(values.items(), line_styles(), strict=False)):
         heights = [sum(bleu) / len(bleu) for bleu in of_arm]
         places = [index + (place - 1) * 0.27 for index in range(len(layers))]
-        axes.bar(places, heights, width=0.25, label=campaign.study.arms[name].label)
+        axes.bar(places, heights, width=0.25, color=color, label=campaign.study.arms[name].label)
     axes.set_xticks(range(len(layers)), [layer.removeprefix("model.") for layer in layers], rotation=30, ha="right")
     axes.set_ylabel(f"BLEU under {campaign.study.layers}")
     axes.set_title(f"{campaign.study.title}: one layer corrupted", fontsize="medium")

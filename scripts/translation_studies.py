@@ -262,7 +262,7 @@ STUDIES = {
         multi_step_of_table_3=(1e-3, 2e-3),
         whole=[worst_hundred(0.05), worst_hundred(0.1), *gradient_l2(0.5, 1.0, 2.0)],
         last=[worst_hundred(0.2), worst_hundred(0.5), *gradient_l2(1.0, 2.0, 4.0)],
-        layers=worst_hundred(0.2),
+        layers=worst_hundred(0.5),
         max_new_tokens=60,
         tokenized=False,
     ),
