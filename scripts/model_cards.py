@@ -44,7 +44,7 @@ A card for each way of training, made by `python scripts/model_cards.py` from th
 here is edited by hand, and a test compares. Each card tells of as many models as it has seeds; the values of each are
 in `robustness_facts.json` beside it. The weights are not published. The base is
 [all-MiniLM-L6-v2](https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2), a BERT of 6 layers.
-[Probes](sst2-minilm/README.md) of two more say which parts are weak.
+[Probes](sst2-minilm-probes/README.md) of two more say which parts are weak.
 """
 
 

@@ -1,6 +1,6 @@
 """Which part of a small BERT is weak on SST-2? The probes of paper 1, Figures 4 and 5, plain and defended.
 
-    python scripts/probe_sst2.py --model MODEL --data FOLDER --output model_cards/sst2-minilm
+    python scripts/probe_sst2.py --model MODEL --data FOLDER --output model_cards/sst2-minilm-probes
 
 MODEL is a folder or a name on the Hub, FOLDER holds `train_sentences.tsv.gz` and `dev.tsv.gz`. Both models are trained
 by `examples/train_sst2.py`, the defended one with the defaults of the defense (K = 1, L2, ε = 0.1), and probed on the
@@ -31,7 +31,7 @@ from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.plots import plot_heat_map
 
-COMMAND = "python scripts/probe_sst2.py --model MODEL --data FOLDER --output model_cards/sst2-minilm"
+COMMAND = "python scripts/probe_sst2.py --model MODEL --data FOLDER --output model_cards/sst2-minilm-probes"
 ARMS = {"plain": PLAIN, "defended": Arm("K = 1", ONE_STEP)}
 GROUPINGS = {"kinds": by_kind, "layers": by_layer}
 EPOCHS = 2

@@ -70,7 +70,7 @@ def report_of(name, record_of):
     """Return a report made by hand, or one of a real probe whose records are committed."""
     if name == "by hand":
         return RobustnessReport(probe_by_hand(record_of))
-    folder = ROOT / "model_cards" / "sst2-minilm"
+    folder = ROOT / "model_cards" / "sst2-minilm-probes"
     arms = {arm: sorted(folder.glob(f"{arm}-seed*-{name}.json")) for arm in ("plain", "defended")}
     return RobustnessReport.compare({arm: [SweepRecord.load(path) for path in paths] for arm, paths in arms.items()})
 

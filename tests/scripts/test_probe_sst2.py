@@ -17,7 +17,7 @@ import pytest
 from hf_parcor import EvaluationRecord, SweepRecord
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "model_cards" / "sst2-minilm"
+FOLDER = ROOT / "model_cards" / "sst2-minilm-probes"
 RECORDS = ROOT / "scripts" / "results" / "sst2"
 SWEEPS = {
     grouping: {arm: [SweepRecord.load(FOLDER / f"{arm}-seed1-{grouping}.json")] for arm in probe_sst2.ARMS}
