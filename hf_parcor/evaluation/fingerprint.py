@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_parcor.functional.sharded import whole
+from hf_parcor.functional.sharded import local_part, whole
 
 
 def fingerprint(batches: Iterable[Any]) -> str:
@@ -32,10 +32,12 @@ def fingerprint(batches: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_of_weights(model: nn.Module) -> str:
+def fingerprint_of_weights(model: nn.Module, *, gather: bool = True) -> str:
     """Return the SHA-256 of all parameters and buffers: names, shapes, dtypes and bytes, in order.
 
-    Shards are gathered tensor by tensor: all processes must call this.
+    Args:
+        model: Any model.
+        gather: Gather shards tensor by tensor, for which all processes must call this; else hash this process's.
 
     Examples:
         >>> model = nn.Linear(1, 1)
@@ -46,10 +48,10 @@ def fingerprint_of_weights(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        _update(digest, name, tensor)
+        _update(digest, name, whole(tensor.detach()) if gather else local_part(tensor.detach()))
     return digest.hexdigest()
 
 
 def _update(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-    digest.update(whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi
+from torch import nn
 from transformers.utils import logging
 
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
@@ -22,6 +23,7 @@ from hf_parcor.model_card.gathering import facts_of
 from hf_parcor.model_card.metadata import unmeasured_metadata
 from hf_parcor.model_card.section import unmeasured_section
 from hf_parcor.monitoring import RobustnessMixin
+from hf_parcor.sharding import drop_gathered
 from hf_parcor.stored_record import replace_text
 from hf_parcor.training.card_description import base_model_of, evaluation_data_of, task_of
 from hf_parcor.training.overriding import overriding
@@ -55,7 +57,7 @@ class PublishingMixin(RobustnessMixin):
         """As `RobustnessMixin.evaluate_robustness`; the card remembers of which weights this was."""
         metrics = super().evaluate_robustness(*args, **kwargs)
         if self.is_world_process_zero() and self.model is not None:
-            self._measured_weights = fingerprint_of_weights(self.model)
+            self._measured_weights = _weights_here(self.model)
         return metrics
 
     def robustness_facts(self, model_name: str = "", dataset: str = "") -> ModelFacts | None:
@@ -66,7 +68,7 @@ class PublishingMixin(RobustnessMixin):
             dataset: Name on the Hub of the evaluation data; "" for what the data set says of itself.
         """
         records = getattr(self, "robustness_records", {})
-        if not records or self.model is None or self._measured_weights != fingerprint_of_weights(self.model):
+        if not records or self.model is None or self._measured_weights != _weights_here(self.model):
             return None
         if len(records) > 1:
             logger.warning(f"The card shows the robustness of {next(iter(records))} alone, not of all {len(records)}.")
@@ -149,6 +151,12 @@ class PublishingMixin(RobustnessMixin):
                 f"{path} and the card of {repo_id} were both changed by hand. The first is pushed; the other stays in "
                 f"the history of the repository, at {info.sha}."
             )
+
+
+def _weights_here(model: nn.Module) -> str:
+    """Return a fingerprint of what this process holds: the one that writes cards must not wait for others."""
+    drop_gathered(model)
+    return fingerprint_of_weights(model, gather=False)
 
 
 def _folder(output_dir: str | None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
 
-from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
+from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GaussianNoise, MultiStepRisk, ParameterDefenseTrainer
 from hf_parcor.functional.sharded import local_part
 from hf_parcor.sharding import drop_gathered
 
@@ -201,7 +202,7 @@ def wrapped(name, names):
 
 
 def on_two_ranks(folder):
-    return train_on_ranks(folder, RUNS), stop_and_resume(folder), spoiled(folder)
+    return train_on_ranks(folder, RUNS), stop_and_resume(folder), spoiled(folder), cards(f"{folder}/card")
 
 
 @pytest.fixture(scope="module")
@@ -294,3 +295,22 @@ def test_a_rank_without_a_number_makes_no_corruption_and_spoils_what_it_spoils_i
         torch.testing.assert_close(risk, stock, rtol=0, atol=0, equal_nan=True)
         assert all(value.isfinite().all() for value in sam.values())
         assert any(not torch.equal(value, stock_seen[0][name]) for name, value in sam.items())
+
+
+def cards(folder):
+    """Return the card of the weights that were measured, and of those after one more update."""
+    trainer = train(folder, 2, "multi-step", max_steps=1, **sharding())
+    trainer.evaluate_robustness([GaussianNoise(0.1)], trials=1)
+    written = []
+    for _ in range(2):
+        trainer.create_model_card()
+        written.append((Path(folder) / "README.md").read_text(encoding="utf-8") if distributed.get_rank() == 0 else "")
+        with torch.no_grad():
+            next(trainer.model.parameters()).mul_(2)
+    return written
+
+
+def test_a_card_is_written_by_one_rank_while_the_others_go_on(two_ranks):
+    measured, changed = two_ranks[3][0]
+    assert "| Gaussian σ=0.1 |" in measured
+    assert "| Gaussian σ=0.1 |" not in changed
