@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 _SMALL_IS_GOOD = ("loss", "perplexity")
@@ -18,6 +18,16 @@ def is_greater_better(metric: str) -> bool:
         (True, False, False)
     """
     return not metric.endswith(_SMALL_IS_GOOD) and metric.removeprefix("eval_") not in _ERROR_RATES
+
+
+def are_shares(values: Iterable[float]) -> bool:
+    """Return whether all values lie between 0 and 1, as accuracies do; NaN may be among them.
+
+    Examples:
+        >>> are_shares([0.5, 1.0, float("nan")]), are_shares([0.5, 1.2])
+        (True, False)
+    """
+    return not any(value < 0 or value > 1 for value in values)
 
 
 def metric_drop(clean: float, corrupted: float, *, greater_is_better: bool = True) -> float:

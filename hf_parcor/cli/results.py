@@ -9,7 +9,7 @@ from pathlib import Path
 from hf_parcor.cli.errors import refused
 from hf_parcor.cli.terminal import tell, wrapped
 from hf_parcor.evaluation import EvaluationRecord
-from hf_parcor.measures import is_greater_better
+from hf_parcor.measures import are_shares, is_greater_better
 from hf_parcor.report import RobustnessReport
 from hf_parcor.stored_record import StoredRecord
 
@@ -68,4 +68,4 @@ def write_report(report: RobustnessReport, paths: Iterable[Path]) -> list[Path]:
 def is_share(records: Mapping[str, EvaluationRecord], metric: str) -> bool:
     """Return whether a metric reads well in percent: large is good, and all its values lie between 0 and 1."""
     values = [v for record in records.values() for row in record.rows() for v in row.metrics.get(metric, ())]
-    return is_greater_better(metric) and not any(value < 0 or value > 1 for value in values)
+    return is_greater_better(metric) and are_shares(values)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
-from hf_parcor.measures import is_greater_better
+from hf_parcor.measures import are_shares, is_greater_better
 from hf_parcor.model_card.facts import CorruptionFacts, EvaluationData, ModelFacts, metric_facts
 from hf_parcor.strict_json import to_plain
 
@@ -63,7 +62,7 @@ def facts_of(
     chosen = _chosen(names, metric)
     clean = {name: _values([record.clean for record in found], name) for name in names}
     rows = [_facts(rows, clean) for rows in zip(*(record.rows() for record in found), strict=True)]
-    finite = [value for row in rows for value in row.metrics[chosen].values if not math.isnan(value)]
+    values = [value for row in rows for value in row.metrics[chosen].values]
     return ModelFacts(
         name=name or first.model.rpartition("/")[2],
         base_model=base_model,
@@ -71,7 +70,7 @@ def facts_of(
         task=task,
         evaluated_on=evaluated_on or EvaluationData("the evaluation data"),
         metric=chosen,
-        percent=is_greater_better(chosen) and all(0 <= value <= 1 for value in finite),
+        percent=is_greater_better(chosen) and are_shares(values),
         defense=defense,
         repetitions="trials" if len(found) == 1 else "trainings",
         target=first.target,

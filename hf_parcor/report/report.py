@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from hf_parcor.measures import is_greater_better
+from hf_parcor.measures import are_shares, is_greater_better
 from hf_parcor.report.content import Content, content_of
 from hf_parcor.report.markdown import markdown_page
 from hf_parcor.report.numbers import Numbers
@@ -119,7 +118,7 @@ def _content(
     if percent is None:
         curves = [curve for by_key in study.curves.values() for curve in by_key.values()]
         values = [value for curve in curves for point in (curve.clean, *curve.points) for value in point.values]
-        percent = greater_is_better and all(0 <= value <= 1 for value in values if not math.isnan(value))
+        percent = greater_is_better and are_shares(values)
     if title is None:
         named = " and ".join(models) if len(models) > 1 else ", ".join(dict.fromkeys(r.model for r in study.records))
         title = f"How robust are the weights of {named}? {metric} under corruption"
