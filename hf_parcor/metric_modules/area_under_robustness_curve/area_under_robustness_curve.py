@@ -5,10 +5,10 @@ A script that `evaluate.load` reads: only that library imports it.
 
 from __future__ import annotations
 
-import datasets
 import evaluate
 
 from hf_parcor.measures import area_under_curve
+from hf_parcor.metric_modules.information import information
 
 _DESCRIPTION = "Area under a metric as a function of the strength of parameter corruption, as a share of its range."
 _INPUTS = """
@@ -26,13 +26,7 @@ class AreaUnderRobustnessCurve(evaluate.Metric):  # type: ignore[misc] # the lib
     """Area under a metric as a function of ε."""
 
     def _info(self) -> evaluate.MetricInfo:
-        number = datasets.Value("float64")
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_INPUTS,
-            features=datasets.Features({"epsilons": number, "values": number}),
-        )
+        return information(_DESCRIPTION, _INPUTS, "epsilons", "values")
 
     def _compute(self, *, epsilons: list[float], values: list[float], clean: float) -> dict[str, float]:
         return {"area_under_robustness_curve": area_under_curve(epsilons, values, clean=clean)}

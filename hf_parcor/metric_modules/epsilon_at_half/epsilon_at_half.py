@@ -5,10 +5,10 @@ A script that `evaluate.load` reads: only that library imports it.
 
 from __future__ import annotations
 
-import datasets
 import evaluate
 
 from hf_parcor.measures import epsilon_at_half
+from hf_parcor.metric_modules.information import information
 
 _DESCRIPTION = "The smallest strength of parameter corruption at which half of the clean metric is lost."
 _INPUTS = """
@@ -28,13 +28,7 @@ class EpsilonAtHalf(evaluate.Metric):  # type: ignore[misc] # the library has no
     """The smallest ε at which half of a metric is lost."""
 
     def _info(self) -> evaluate.MetricInfo:
-        number = datasets.Value("float64")
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_INPUTS,
-            features=datasets.Features({"epsilons": number, "values": number}),
-        )
+        return information(_DESCRIPTION, _INPUTS, "epsilons", "values")
 
     def _compute(
         self, *, epsilons: list[float], values: list[float], clean: float, greater_is_better: bool = True

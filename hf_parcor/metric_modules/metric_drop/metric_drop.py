@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import statistics
 
-import datasets
 import evaluate
 
 from hf_parcor.measures import metric_drop
+from hf_parcor.metric_modules.information import information
 
 _DESCRIPTION = "How much worse a metric is under parameter corruption, mean over trials."
 _INPUTS = """
@@ -28,13 +28,7 @@ class MetricDrop(evaluate.Metric):  # type: ignore[misc] # the library has no ty
     """How much worse a metric is under corruption."""
 
     def _info(self) -> evaluate.MetricInfo:
-        number = datasets.Value("float64")
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_INPUTS,
-            features=datasets.Features({"clean": number, "corrupted": number}),
-        )
+        return information(_DESCRIPTION, _INPUTS, "clean", "corrupted")
 
     def _compute(
         self, *, clean: list[float], corrupted: list[float], greater_is_better: bool = True
