@@ -2,11 +2,12 @@
 
     python scripts/reproduce_translation.py --study de-en --data FOLDER --output scripts/results/translation/de-en
 
-FOLDER holds two files of lines for each split, `train.de` and `train.en`, say, also `.gz`. The studies `de-en` and
-`en-vi` are the papers' own (6 + 6 layers, for a GPU); `multi30k` is a small one for a processor. `--tables 6` does
-that table alone. Models are trained by `examples/train_translation.py`; what an arm shares with the plain one of its
-seed is trained once. Each run, record and corruption within a record is kept, so an interrupted campaign goes on. The
-output folder gets records, `runs.json`, `table.md`, and `figure-3.png`.
+FOLDER holds two files of lines for each split, `train.de` and `train.en`, say, also `.gz`, or a table for each,
+`train.tsv.gz`. The studies `de-en` and `en-vi` are the papers' own (6 + 6 layers, for a GPU); `multi30k` and `tatoeba`
+are small ones for a processor. `--tables 6` does that table alone. Models are trained by
+`examples/train_translation.py`; what an arm shares with the plain one of its seed is trained once. Each run, record
+and corruption within a record is kept, so an interrupted campaign goes on. The output folder gets records,
+`runs.json`, `table.md`, and `figure-3.png`.
 """
 
 from __future__ import annotations

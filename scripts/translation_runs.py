@@ -22,11 +22,13 @@ from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import EvaluationRecord, GenerationMetric, SweepRecord
 from hf_parcor.translation import (
     BleuScores,
+    ParallelText,
     average_checkpoints,
     encode,
     freeze_positions,
     last_checkpoints,
     read_parallel_files,
+    read_rows,
     tokenize_13a,
 )
 
@@ -43,11 +45,19 @@ def file_of(folder: Path, stem: str, language: str) -> Path:
     return packed if packed.is_file() else plain
 
 
-def files_of(options: argparse.Namespace, study: Study, split: str) -> tuple[Path, Path]:
-    """Return the files of a split, sentences and translations."""
+def files_of(options: argparse.Namespace, study: Study, split: str) -> dict[str, Path]:
+    """Return the files of a split, by the flags of the example: one table, or sentences and translations."""
     stem = study.files[SPLITS.index(split)]
+    if stem.endswith(".tsv.gz"):
+        return {f"{split}_file": options.data / stem}
     source, target = (file_of(options.data, stem, language) for language in study.languages)
-    return source, target
+    return {f"{split}_source_file": source, f"{split}_target_file": target}
+
+
+def read(options: argparse.Namespace, study: Study, split: str) -> ParallelText:
+    """Return the sentences of a split, and their translations."""
+    files = list(files_of(options, study, split).values())
+    return read_parallel_files(*files) if len(files) == 2 else read_rows(files[0], *study.languages)
 
 
 def epoch_checkpoint(folder: Path, epoch: int) -> Path | None:
@@ -67,11 +77,11 @@ def train(options: argparse.Namespace, study: Study, run: Run) -> Path:
     """
     folder: Path = options.work / run.file_name
     if not (folder / "train_results.json").exists():
-        source, target = files_of(options, study, "train")
         flags = {
             **study.training,
-            "train_source_file": source,
-            "train_target_file": target,
+            **files_of(options, study, "train"),
+            "source_lang": study.languages[0],
+            "target_lang": study.languages[1],
             "num_train_epochs": study.epochs,
             "seed": run.seed,
             "output_dir": folder,
@@ -134,7 +144,7 @@ class Measured:
         source = AutoTokenizer.from_pretrained(folder)
         beside = folder / "target_tokenizer"
         target = AutoTokenizer.from_pretrained(beside) if beside.is_dir() else source
-        text = read_parallel_files(*files_of(options, study, "test")).first(options.test_sentences)
+        text = read(options, study, "test").first(options.test_sentences)
         rows = encode(text, source, target, study.training.get("max_length", 256), cut=True).rows
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
         collate = DataCollatorForSeq2Seq(source, model=self.model)

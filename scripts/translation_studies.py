@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sst2_runs import PLAIN, Arm
@@ -43,7 +43,8 @@ class Study:
     Args:
         title: What tables call it.
         languages: From which, to which.
-        files: The stem of the files of `train`, `validation` and `test`: `STEM.LANGUAGE`, or that and `.gz`.
+        files: Those of `train`, `validation` and `test`: a table, `NAME.tsv.gz`, with a column for each language, or
+            the stem of two files of lines, `STEM.LANGUAGE`, or that and `.gz`.
         training: Flags of `examples/train_translation.py`, by name.
         epochs: Epochs in all.
         start_epoch: Where the defenses start.
@@ -267,3 +268,13 @@ STUDIES = {
         tokenized=False,
     ),
 }
+# The same model on a corpus five times as large, of short sentences.
+STUDIES["tatoeba"] = replace(
+    STUDIES["multi30k"],
+    title="Tatoeba De-En, 2 + 2 layers, 128 wide",
+    files=("train.tsv.gz", "dev.tsv.gz", "test.tsv.gz"),
+    training={**STUDIES["multi30k"].training, "max_tokens": 2048},
+    epochs=5,
+    start_epoch=3,
+    awp_start=3,
+)

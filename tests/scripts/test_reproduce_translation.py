@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import importlib.util
 import json
 import subprocess
@@ -68,6 +69,22 @@ def test_files_are_found_packed_or_not(tmp_path):
     (tmp_path / "train.en.gz").write_text("")
     found = [runs.file_of(tmp_path, "train", language).name for language in ("de", "en")]
     assert found == ["train.de", "train.en.gz"]
+
+
+def test_a_split_is_read_from_lines_or_from_a_table(tmp_path):
+    for name, content in (
+        ("val.de", "ein Hund\nrot\n"),
+        ("val.en", "a dog\nred\n"),
+        ("dev.tsv.gz", "en\tde\na dog\tein Hund\nred\trot\n"),
+    ):
+        encoded = content.encode()
+        (tmp_path / name).write_bytes(gzip.compress(encoded) if name.endswith(".gz") else encoded)
+    options = argparse.Namespace(data=tmp_path)
+    for study in ("multi30k", "tatoeba"):
+        text = runs.read(options, STUDIES[study], "validation")
+        assert (list(text.sources), list(text.targets)) == (["ein Hund", "rot"], ["a dog", "red"])
+    assert set(runs.files_of(options, STUDIES["multi30k"], "train")) == {"train_source_file", "train_target_file"}
+    assert runs.files_of(options, STUDIES["tatoeba"], "train") == {"train_file": tmp_path / "train.tsv.gz"}
 
 
 WORDS = ["Hund", "Katze", "rot", "sieht", "und", "Haus"]
