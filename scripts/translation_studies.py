@@ -274,7 +274,7 @@ STUDIES["tatoeba"] = replace(
     title="Tatoeba De-En, 2 + 2 layers, 128 wide",
     files=("train.tsv.gz", "dev.tsv.gz", "test.tsv.gz"),
     training={**STUDIES["multi30k"].training, "max_tokens": 2048},
-    epochs=5,
-    start_epoch=3,
-    awp_start=3,
+    epochs=4,
+    start_epoch=2,
+    awp_start=2,
 )
