@@ -5,7 +5,7 @@ from hf_parcor.targets.groups import Groups, by_adapter, by_kind, by_layer, by_m
 from hf_parcor.targets.input_embedding import find_input_embedding
 from hf_parcor.targets.selection import select_parameters
 from hf_parcor.targets.stacks import Stack, find_stacks
-from hf_parcor.targets.trainable import select_trainable
+from hf_parcor.targets.trainable import select_trainable, sinusoidal_tables
 from hf_parcor.targets.words import WORDS
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "find_stacks",
     "select_parameters",
     "select_trainable",
+    "sinusoidal_tables",
 ]

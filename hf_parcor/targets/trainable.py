@@ -15,8 +15,8 @@ def select_trainable(
 ) -> dict[str, nn.Parameter]:
     """Select parameters as `select_parameters` does; where no target is named, without the frozen ones.
 
-    Models hold fixed tables, such as sinusoidal positions, and adapters freeze the model around them: neither has a
-    gradient. What is named is taken as it is. A model without any trainable parameter is taken whole.
+    Models hold fixed tables, such as sinusoidal positions, and adapters freeze the model around them: neither is a
+    result of training. What is named is taken as it is. A model without any trainable parameter is taken whole.
 
     Args:
         model: The model.
@@ -37,4 +37,16 @@ def select_trainable(
     if target_modules is not None:
         return select_parameters(model, target_modules, **selection)
     everything = select_parameters(model, "all", **selection)
-    return {name: parameter for name, parameter in everything.items() if parameter.requires_grad} or everything
+    fixed = sinusoidal_tables(model)
+    return {
+        name: parameter for name, parameter in everything.items() if parameter.requires_grad and parameter not in fixed
+    } or everything
+
+
+def sinusoidal_tables(model: nn.Module) -> set[nn.Parameter]:
+    """Return the tables of positions that are computed and not trained, those of Marian, Pegasus or FSMT.
+
+    They are frozen in a new model, but `from_pretrained` of Transformers 5 forgets that.
+    """
+    tables = (module for module in model.modules() if "Sinusoidal" in type(module).__name__)
+    return {parameter for table in tables for parameter in table.parameters()}

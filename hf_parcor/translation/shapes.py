@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import MarianConfig, MarianMTModel
 
+from hf_parcor.targets import sinusoidal_tables
 from hf_parcor.translation.vocabulary import END, PADDING, SPECIAL, START
 
 _START, _PADDING, _END = (SPECIAL.index(token) for token in (START, PADDING, END))
@@ -99,12 +100,12 @@ def new_model(config: MarianConfig) -> MarianMTModel:
 def freeze_positions(model: nn.Module) -> nn.Module:
     """Freeze the sinusoidal position tables of a model, which are computed and not trained, and return the model.
 
-    `from_pretrained` of Transformers 5 forgets that Marian's are fixed: they would count as weights to corrupt.
+    `from_pretrained` of Transformers 5 forgets that Marian's are fixed: an optimizer would change them, and since they
+    are never saved, a model that is loaded again would not be the one that was trained.
 
     Args:
         model: Any model; one without such tables stays as it is.
     """
-    for module in model.modules():
-        if "Sinusoidal" in type(module).__name__:
-            module.requires_grad_(False)
+    for table in sinusoidal_tables(model):
+        table.requires_grad_(False)
     return model
