@@ -106,7 +106,7 @@ MAY_IMPORT = {
     "search": {"functional", "search_record", "defenses", "training"},
     "tables": {"evaluation", "search_record"},
     "plots": {"evaluation", "search_record"},
-    "report": {"evaluation", "measures", "statistics"},
+    "report": {"evaluation", "measures", "statistics", "stored_record"},
     "tasks": {"input_error", "labels", "evaluation"},
     "cli": {
         "input_error",
@@ -124,7 +124,7 @@ MAY_IMPORT = {
         "strict_json",
     },
     "__main__": {"cli"},
-    "translation": set(),
+    "translation": {"targets"},
 }
 
 

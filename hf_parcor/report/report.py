@@ -11,6 +11,7 @@ from hf_parcor.report.markdown import markdown_page
 from hf_parcor.report.numbers import Numbers
 from hf_parcor.report.page import html_page
 from hf_parcor.report.study import Records, Study
+from hf_parcor.stored_record import replace_text
 
 
 class RobustnessReport:
@@ -128,5 +129,5 @@ def _content(
 def _write(path: str | Path, text: str) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    replace_text(path, text)
     return path

@@ -22,14 +22,11 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .3rem .55rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
 th:first-child { text-align: left; white-space: normal; max-width: 14rem; overflow-wrap: break-word; }
 tr > th:first-child { position: sticky; left: 0; background: var(--paper); }
-thead th { vertical-align: bottom; white-space: normal; }
+thead th { vertical-align: bottom; white-space: normal; text-align: center; }
 .maps { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; }
 .maps figure { max-width: 100%; }
 .text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .heat td { text-align: center; border: 1px solid var(--paper); }
-.heat tr > th:first-child { position: sticky; left: 0; background: var(--paper); }
-thead th { text-align: center; }
-.heat thead th:first-child { text-align: left; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1.25rem; }
 figure { margin: 0; min-width: 0; }
 figure > svg { width: 100%; max-width: 30rem; height: auto; display: block; font: 12px system-ui, sans-serif; }
