@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from hf_parcor.cli.errors import refused
-from hf_parcor.cli.terminal import tell, wrapped
+from hf_parcor.cli.terminal import speaks, tell, wrapped
 from hf_parcor.evaluation import EvaluationRecord
 from hf_parcor.measures import are_shares, is_greater_better
 from hf_parcor.report import RobustnessReport
@@ -37,6 +37,8 @@ def how_to_go_on(checkpoint: Path | None) -> str:
 
 def show(arguments: argparse.Namespace, record: StoredRecord, report: RobustnessReport, table: str, name: str) -> None:
     """Write record and report to the folder that is asked for, and print the record, or a table and the verdict."""
+    if not speaks():
+        return
     folder = output_folder(arguments)
     if folder is not None:
         path = record.save(folder / name)

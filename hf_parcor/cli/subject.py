@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -107,15 +108,16 @@ def measured(
 
 
 def find_device(name: str | None) -> Any:
-    """Return a device that can hold tensors.
+    """Return a device that can hold tensors; of several processes each gets its own.
 
     Raises:
         InputError: There is no such device.
     """
     import torch
 
+    of_process = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or (of_process if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 
 _WIDTH = 80
 
 
+def speaks() -> bool:
+    """Return whether this process is the one that says and writes what all of those that `torchrun` started found."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def tell(text: str) -> None:
     """Write a line about the work, not a result."""
-    print(f"hf-parcor: {text}", file=sys.stderr)
+    if speaks():
+        print(f"hf-parcor: {text}", file=sys.stderr)
 
 
 def wrapped(text: str) -> str:

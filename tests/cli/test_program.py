@@ -22,8 +22,11 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
 
-def program(*words, **settings):
-    command = [sys.executable, "-m", "hf_parcor", *map(str, words)]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def program(*words, launcher=(), **settings):
+    command = [sys.executable, *launcher, "-m", "hf_parcor", *map(str, words)]
     environment = {**ENVIRONMENT, **settings.pop("env", {})}
     return subprocess.run(command, capture_output=True, check=False, env=environment, **settings)
 
@@ -53,6 +56,18 @@ def test_a_reader_that_leaves_is_no_failure(tmp_path, record):
     _, err = process.communicate(timeout=300)
     assert process.returncode == 141
     assert err == b""
+
+
+def test_several_processes_measure_together_and_one_speaks(tmp_path, classifier_folder, sentences):
+    flags = ["--corruption", "gaussian=0.5", "quantization=2", "--batch-size", 2, "--quiet"]
+    one, two = (
+        program("probe", classifier_folder, "--dataset", sentences, *flags, "--output", tmp_path / str(count), **how)
+        for count, how in ((1, {}), (2, {"launcher": TORCHRUN, "env": {"OMP_NUM_THREADS": "1"}}))
+    )
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr.decode()
+    assert two.stdout == one.stdout
+    assert two.stderr.count(b"the record is in") == 1
+    assert (tmp_path / "2" / "probe.json").read_bytes() == (tmp_path / "1" / "probe.json").read_bytes()
 
 
 def test_exit_codes_and_streams_of_a_mistake_and_of_a_bug(tmp_path):
