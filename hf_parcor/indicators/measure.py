@@ -168,7 +168,7 @@ def _swallowed(over_data: LossOverData, corruptions: Sequence[Corruption], seed:
 
 
 def _below_rounding(over_data: LossOverData, row: ConstraintIndicators) -> Iterator[str]:
-    """Yield a sentence if the measured average x."""
+    """Yield a sentence if the average loss change under random corruptions is less than rounding can tell."""
     least = over_data.resolution()
     if abs(row.monte_carlo.mean) < least:
         yield (
