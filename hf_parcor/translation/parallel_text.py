@@ -130,8 +130,8 @@ def pair_of_row(row: Any, source: str, target: str, place: str) -> tuple[str, st
     texts = row.get(TRANSLATION_COLUMN, row) if isinstance(row, Mapping) else row
     if not isinstance(texts, Mapping):
         raise ValueError(
-            f"{place}: expected texts by language, got {texts!r}; give each row {TRANSLATION_COLUMN!r} with a text for "
-            "each language, or a column for each"
+            f"{place}: expected texts by language, got {texts!r}; give each row {TRANSLATION_COLUMN!r} with a text for"
+            " each language, or a column for each"
         )
     for language in (source, target):
         if not isinstance(texts.get(language), str):
