@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from sst2_runs import Run
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
-from translation_studies import Study
+from translation_study import Study
 
 from hf_parcor import CorruptionEvaluator, LayerProbe
 from hf_parcor.corruptions import Corruption

@@ -19,10 +19,9 @@ pytest.importorskip("sacrebleu", reason="BLEU needs the extra 'translation'")
 from hf_parcor.evaluation import EvaluationRecord
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-paper, runs, studies = (
-    importlib.import_module(name) for name in ("translation_paper", "translation_runs", "translation_studies")
+paper, runs, studies, campaigns, tables = (
+    importlib.import_module(f"translation_{name}") for name in ("paper", "runs", "studies", "campaign", "tables")
 )
-reproduce = importlib.import_module("reproduce_translation")
 STUDIES = studies.STUDIES
 
 
@@ -31,8 +30,8 @@ def test_the_papers_numbers_fit_the_rows(name):
     study = STUDIES[name]
     assert len(paper.TABLE_1[name]) == 1 + len(study.table_1)
     assert len(paper.TABLE_3[name]) == 1 + len(study.table_3)
-    assert len(paper.TABLE_4[name]) == len(reproduce.DEFENSES)
-    assert set(paper.TABLE_6[name]) == set(reproduce.TARGETS)
+    assert len(paper.TABLE_4[name]) == len(tables.DEFENSES)
+    assert set(paper.TABLE_6[name]) == set(tables.TARGETS)
     assert paper.TABLE_1[name][0][0] == paper.TABLE_3[name][0][0] == paper.TABLE_6[name]["plain"][0]
 
 
@@ -112,16 +111,16 @@ def campaign(tmp_path, monkeypatch):
         last=study.last[1:3],
         max_new_tokens=6,
     )
-    monkeypatch.setitem(reproduce.STUDIES, "multi30k", study)
+    monkeypatch.setitem(STUDIES, "multi30k", study)
     folders = {"data": tmp_path, "output": tmp_path / "records", "work": tmp_path / "work"}
     options = argparse.Namespace(study="multi30k", **folders, seeds=[1], test_sentences=5)
     options.output.mkdir()
-    return reproduce.Campaign(options)
+    return campaigns.Campaign(options)
 
 
 @pytest.mark.slow
 def test_table_6_and_figure_3(campaign, monkeypatch):
-    table = reproduce.table_6(campaign)
+    table = tables.table_6(campaign)
     output, work = campaign.options.output, campaign.options.work
     assert table.count("\n") == 5
     assert "| whole: multi-step" in table
@@ -136,22 +135,22 @@ def test_table_6_and_figure_3(campaign, monkeypatch):
     # The defended arms begin at the plain one's checkpoint of epoch 2.
     steps = {
         name: sorted(int(path.name.split("-")[1]) for path in (work / f"{name}-seed1").glob("checkpoint-*"))
-        for name in reproduce.TARGETS
+        for name in tables.TARGETS
     }
     assert steps["defended"] == steps["last-layer"] == steps["plain"][2:]
     written = json.loads((work / "last-layer-seed1" / "defense_config.json").read_text())
     assert (written["defense"], written["target_modules"]) == ("multi_step_risk", ["last-decoder-layer"])
-    assert set(json.loads((output / "runs.json").read_text())) == {f"{name}-seed1" for name in reproduce.TARGETS}
+    assert set(json.loads((output / "runs.json").read_text())) == {f"{name}-seed1" for name in tables.TARGETS}
 
-    figure = reproduce.figure_3(campaign)
+    figure = tables.figure_3(campaign)
     assert "| model.decoder.layers.1 |" in figure
     assert (output / "figure-3.png").stat().st_size > 5_000
 
     # Everything is there now: nothing is trained or measured again.
-    monkeypatch.setattr(reproduce, "train", lambda *arguments: pytest.fail("trained again"))
-    again = reproduce.Campaign(campaign.options)
-    assert reproduce.table_6(again) == table
-    assert reproduce.figure_3(again) == figure
+    monkeypatch.setattr(campaigns, "train", lambda *arguments: pytest.fail("trained again"))
+    again = campaigns.Campaign(campaign.options)
+    assert tables.table_6(again) == table
+    assert tables.figure_3(again) == figure
 
 
 def test_help():
