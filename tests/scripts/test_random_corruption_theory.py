@@ -6,14 +6,19 @@ import json
 import math
 import random
 import shlex
+from pathlib import Path
 
 import pytest
 import random_corruption_theory as script
 import torch
+from theorem_1.comparison import cosines, quantiles
+from theorem_1.table import table
 
 from hf_parcor import CorruptionConstraint, RandomCorruption
 from hf_parcor.functional import inner_product
+from hf_parcor.theory import RandomCorruptionRatio
 
+RESULTS = Path(__file__).parents[2] / "scripts" / "results" / "random_corruption"
 TINY = "--width 8 --length 8 --batch 4 --steps 3 --rows 6 --draws 400 --changes 30 --probes 3 --epsilons 1e-3 0.1"
 
 
@@ -56,22 +61,27 @@ def test_from_text_to_table(folder, capsys):
     ]
 
 
+def test_the_table_is_that_of_the_record():
+    record = json.loads((RESULTS / "record.json").read_text())
+    assert (RESULTS / "table.md").read_text() == table(record)
+
+
 def test_cosines_are_those_of_random_corruptions():
     """What is sampled in blocks is `RandomCorruption`, draw for draw of one generator."""
     gradient = torch.randn(50).double()
-    found = torch.cat(list(script.cosines(gradient, 5, seed=3, block=2)))
+    found = torch.cat(list(cosines(gradient, 5, seed=3, block=2)))
     generator, corruption = torch.Generator().manual_seed(3), RandomCorruption(CorruptionConstraint(epsilon=1))
     drawn = torch.empty(2, 50).normal_(generator=generator)
     expected = [torch.nn.functional.cosine_similarity(row.double(), gradient, dim=0) for row in drawn]
     torch.testing.assert_close(found[:2], torch.stack(expected), rtol=1e-5, atol=1e-7)
     single = corruption({"w": torch.zeros(50)}, generator=torch.Generator().manual_seed(3))["w"]
-    alone = next(script.cosines(gradient, 1, seed=3))
+    alone = next(cosines(gradient, 1, seed=3))
     torch.testing.assert_close(alone[0], inner_product([single], [gradient]) / gradient.norm(), rtol=1e-5, atol=1e-7)
 
 
 def test_quantiles_with_their_intervals():
     magnitudes = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).double().abs()
-    rows = script.quantiles(magnitudes, math.sqrt(10**6), script.RandomCorruptionRatio(10**6))
+    rows = quantiles(magnitudes, math.sqrt(10**6), RandomCorruptionRatio(10**6))
     for row in rows:
         assert row["low"] < row["empirical"] < row["high"]
         assert row["low"] < row["theoretical"] < row["high"]
