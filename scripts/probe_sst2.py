@@ -14,7 +14,7 @@ import argparse
 import math
 from pathlib import Path
 
-from observations import page
+from observations.page import page
 from sst2_runs import ONE_STEP, PLAIN, Arm, Run, model_and_batches, note_run, parse_options, train
 
 from hf_parcor import (
