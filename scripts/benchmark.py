@@ -22,17 +22,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from steps.by_hand import quiet_arguments, step_of
+from steps.peers import Peers
+from steps.timing import interleaved, quartiles_of_ratios
 from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, Trainer
 
 from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
 from hf_parcor.defenses import Defense
@@ -61,103 +62,30 @@ class Bench:
     def __init__(self, name: str, batch: int, length: int) -> None:
         torch.manual_seed(0)
         self.model = AutoModelForSequenceClassification.from_pretrained(name)
-        self.arguments = TrainingArguments(
-            output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=not torch.cuda.is_available(), max_grad_norm=0
-        )
-        self.model.to(self.arguments.device)
+        self.arguments = quiet_arguments(tempfile.mkdtemp(), max_grad_norm=0)
+        device = self.arguments.device
+        self.model.to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
-        vocabulary = self.model.config.vocab_size
         self.inputs = {
-            "input_ids": torch.randint(vocabulary, (batch, length), device=self.arguments.device),
-            "attention_mask": torch.ones(batch, length, dtype=torch.long, device=self.arguments.device),
-            "labels": torch.randint(2, (batch,), device=self.arguments.device),
+            "input_ids": torch.randint(self.model.config.vocab_size, (batch, length), device=device),
+            "attention_mask": torch.ones(batch, length, dtype=torch.long, device=device),
+            "labels": torch.randint(2, (batch,), device=device),
         }
         self.arms: dict[str, Callable[[], None]] = {STOCK: self.trained(Trainer)}
         for label, (defense, target) in OURS.items():
             self.arms[label] = self.trained(ParameterDefenseTrainer, defense=defense, target_modules=target)
-        if find_spec("pytorch_optimizer"):
-            self.arms["pytorch_optimizer's SAM"] = self.sam_of_pytorch_optimizer()
-        self.arms["SAM in two steps"] = self.sam_in_two_steps
-        self.arms["AWP loop"] = self.awp_loop
+        self.arms |= Peers(self.model, self.inputs, self.optimizer).steps()
 
     def trained(self, kind: type[Trainer], **options: Any) -> Callable[[], None]:
         """Return the step of a Trainer; the optimizer is the same for all."""
-        trainer = kind(model=self.model, args=self.arguments, **options)
-        trainer.current_gradient_accumulation_steps = 1
-        trainer.state.epoch = 0.0
+        passes = step_of(kind(model=self.model, args=self.arguments, **options), self.model, self.inputs)
 
         def step() -> None:
-            trainer.training_step(self.model, dict(self.inputs))
+            passes()
             self.optimizer.step()
             self.optimizer.zero_grad()
 
         return step
-
-    def backward(self) -> None:
-        """Run forward and backward."""
-        self.model.train()
-        self.model(**self.inputs).loss.backward()
-
-    def sam_of_pytorch_optimizer(self) -> Callable[[], None]:
-        """Return a step of the library's optimizer."""
-        import pytorch_optimizer
-
-        optimizer = pytorch_optimizer.SAM(self.model.parameters(), torch.optim.AdamW, rho=0.1, lr=1e-5)
-
-        def step() -> None:
-            self.backward()
-            optimizer.first_step(zero_grad=True)
-            self.backward()
-            optimizer.second_step(zero_grad=True)
-
-        return step
-
-    def sam_in_two_steps(self) -> None:
-        """Run SAM as its paper's algorithm box says, parameter by parameter."""
-        self.backward()
-        saved = {}
-        with torch.no_grad():
-            parameters = [p for p in self.model.parameters() if p.grad is not None]
-            norm = torch.stack([p.grad.norm() for p in parameters]).norm()
-            for p in parameters:
-                saved[p] = p.clone()
-                p.add_(p.grad * (0.1 / (norm + 1e-12)))
-        self.optimizer.zero_grad()
-        self.backward()
-        with torch.no_grad():
-            for p, before in saved.items():
-                p.copy_(before)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def awp_loop(self) -> None:
-        """Run the loop that adds one adversarial pass to the clean one: weights alone, each in its own small box."""
-        self.backward()
-        saved = {}
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                if p.grad is None or "weight" not in name:
-                    continue
-                saved[p] = p.clone()
-                size, slope = torch.norm(p), torch.norm(p.grad)
-                if slope != 0 and not torch.isnan(slope):
-                    p.add_(1e-2 * p.grad / (slope + 1e-6) * (size + 1e-6))
-                    box = 1e-2 * saved[p].abs()
-                    p.copy_(torch.min(torch.max(p, saved[p] - box), saved[p] + box))
-        self.backward()
-        with torch.no_grad():
-            for p, before in saved.items():
-                p.copy_(before)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def seconds(self, arm: str) -> float:
-        """Time one step, with the device done."""
-        started = time.perf_counter()
-        self.arms[arm]()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
 
     def operations(self, arm: str) -> int:
         """Count the floating-point operations of one step, after one that may look around first."""
@@ -196,15 +124,11 @@ def main() -> None:
 
     peaks = {arm: memory(arm) for arm in tqdm(bench.arms, desc="memory")}
     operations = {arm: bench.operations(arm) for arm in tqdm(bench.arms, desc="operations")}
-    times: dict[str, list[float]] = {arm: [] for arm in bench.arms}
-    for _ in tqdm(range(options.rounds), desc="rounds"):
-        for arm, of_arm in times.items():
-            of_arm.append(bench.seconds(arm))
+    times = interleaved(bench.arms, tqdm(range(options.rounds), desc="rounds"))
 
     rows = []
     for arm in bench.arms:
-        ratios = [ours / stock for ours, stock in zip(times[arm], times[STOCK], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = quartiles_of_ratios(times[arm], times[STOCK])
         rows.append(
             {
                 "arm": arm,

@@ -11,271 +11,19 @@ what a step costs on a cluster, on paper; the assumptions are printed with it.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import platform
-import socket
 import sys
-import tempfile
-import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import torch
 import transformers
-from accelerate import FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import DistributedType
-from cluster_cost import Cluster, step_time
-from collectives import CollectiveCounter
-from torch import distributed, nn
-from torch.multiprocessing.spawn import spawn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-
-from hf_parcor import CorruptionConstraint, MultiStepRisk, ParameterDefenseMixin
-
-LAST = "last-encoder-layer"
-STEPS = 4  # the first steps also look around; the last two must be alike
-CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "bert-base": {},
-    "bert-small": {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048},
-    "tiny": {
-        "vocab_size": 30,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-    },
-}
-# Engine and label of each arm, with the target modules, and whether processes share a corruption; stock has neither.
-ARMS: dict[str, dict[str, tuple[str, bool] | None]] = {
-    "DDP": {
-        "stock": None,
-        "whole model, local": ("all", False),
-        "whole model, global": ("all", True),
-        "last layer, local": (LAST, False),
-        "last layer, global": (LAST, True),
-    },
-    "FSDP2": {"stock": None, "whole model, global": ("all", False), "last layer, global": (LAST, False)},
-}
-
-
-class OnThisEngine(Trainer):
-    """Gets FSDP2 on CPUs too, where Accelerate takes DDP whatever it is told."""
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Make the Accelerator."""
-        super().create_accelerator_and_postprocess()
-        if self.args.fsdp and self.args.use_cpu:
-            state = self.accelerator.state
-            PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
-            self.is_fsdp_enabled = True
-
-
-class Defended(ParameterDefenseMixin, OnThisEngine):
-    """The defended Trainer on this engine."""
-
-
-class ReadEachStep(TrainerCallback):
-    """Keeps what was counted in each optimizer step."""
-
-    def __init__(self, counter: CollectiveCounter) -> None:
-        self.counter = counter
-        self.steps: list[dict[str, Any]] = []
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Read the counter."""
-        self.steps.append(self.counter.read())
-
-
-def bert(shape: str) -> BertForSequenceClassification:
-    """Build a BERT classifier of this shape, the same on all ranks."""
-    torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(**CONFIGURATIONS[shape]))
-
-
-def train(engine: str, arm: tuple[str, bool] | None, shape: str, length: int, corruption_steps: int) -> dict[str, Any]:
-    """Train some steps on all ranks, and return what the last one sent and computed here.
-
-    Raises:
-        RuntimeError: The last two steps differ, ranks hold different weights, or the last layer ran with full passes
-            under DDP.
-    """
-    model, counter = bert(shape), CollectiveCounter()
-    generator = torch.Generator().manual_seed(1)
-    vocabulary = model.config.vocab_size
-    rows = [
-        {"input_ids": torch.randint(vocabulary, (length,), generator=generator), "labels": index % 2}
-        for index in range(STEPS * distributed.get_world_size())
-    ]
-    sharding: dict[str, Any] = {
-        "fsdp": True,
-        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]},
-    }
-    watch = ReadEachStep(counter)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        arguments = TrainingArguments(
-            output_dir=folder,
-            report_to="none",
-            use_cpu=not torch.cuda.is_available(),
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_strategy="no",
-            per_device_train_batch_size=1,
-            max_steps=STEPS,
-            optim="sgd",
-            dataloader_pin_memory=False,
-            **(sharding if engine == "FSDP2" else {}),
-        )
-        common: dict[str, Any] = {"model": model, "args": arguments, "train_dataset": rows, "callbacks": [watch]}
-        if arm is None:
-            trainer: Trainer = OnThisEngine(**common)
-        else:
-            targets, shared = arm
-            defense = MultiStepRisk(CorruptionConstraint(epsilon=0.1), corruption_steps, sync_perturbation=shared)
-            trainer = Defended(**common, defense=defense, target_modules=targets)
-        trainer.remove_callback(PrinterCallback)
-        with counter:
-            trainer.train()
-    if watch.steps[-1] != watch.steps[-2]:
-        raise RuntimeError(f"expected two steps that are alike, got {watch.steps[-2:]}; train longer")
-    found = {**watch.steps[-1], "reuses_prefix": getattr(trainer, "shared_prefix", None) is not None}
-    if engine == "DDP":
-        if found["reuses_prefix"] != (arm is not None and arm[0] == LAST):
-            raise RuntimeError(f"expected a reused prefix for {LAST} alone, got {found['reuses_prefix']}; see the log")
-        check_same_weights(model)
-    return found
-
-
-def check_same_weights(model: nn.Module) -> None:
-    """Raise a RuntimeError if another rank holds other bits."""
-    sha = hashlib.sha256()
-    for value in model.state_dict().values():
-        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    digests: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(digests, sha.hexdigest())
-    if len(set(digests)) > 1:
-        raise RuntimeError(f"expected the same weights on all ranks, got {digests}; the ranks have drifted apart")
-
-
-def run_rank(rank: int, ranks: int, port: int, engine: str, options: argparse.Namespace, output: str) -> None:
-    """Train all arms of an engine on this rank; the first writes what it counted."""
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in here.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
-    else:
-        torch.set_num_threads(1)
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    found = {}
-    for label, arm in ARMS[engine].items():
-        found[label] = train(engine, arm, options.shape, options.length, options.steps)
-        if rank == 0:
-            print(f"counted: {engine}, {label}", file=sys.stderr)
-    if rank == 0:
-        Path(output).write_text(json.dumps(found), encoding="utf-8")
-    distributed.barrier()
-    distributed.destroy_process_group()
-
-
-def count(engine: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Start the ranks of an engine, and return what the first counted, by arm."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        output = f"{folder}/counted.json"
-        spawn(  # type: ignore[no-untyped-call]
-            run_rank, args=(options.ranks, port, engine, options, output), nprocs=options.ranks
-        )
-        return dict(json.loads(Path(output).read_text(encoding="utf-8")))
-
-
-def cells(row: list[str]) -> str:
-    """Return one row of a Markdown table."""
-    return f"| {row[0]:24} | " + " | ".join(f"{cell:>11}" for cell in row[1:]) + " |"
-
-
-def counts_table(counted: dict[str, dict[str, Any]]) -> str:
-    """Return calls and bytes by collective as Markdown."""
-    names = ["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
-    lines = [
-        cells(["calls: MB a step", "all-reduce", "all-gather", "red.-scat.", "broadcast"]),
-        "|:--|--:|--:|--:|--:|",
-    ]
-    for engine, arms in counted.items():
-        for label, arm in arms.items():
-            sent = [arm["collectives"].get(name) for name in names]
-            shown = ["" if found is None else f"{found['calls']}: {megabytes(found['bytes'])}" for found in sent]
-            lines.append(cells([f"{engine}, {label}", *shown]))
-    return "\n".join(lines)
-
-
-def megabytes(size: int) -> str:
-    """Return a size in 10⁶ bytes, or that it is smaller than can be shown."""
-    return f"{size / 1e6:.1f}" if size >= 50_000 else "< 0.1"
-
-
-def on_paper(
-    counted: dict[str, dict[str, Any]], options: argparse.Namespace, cluster: Cluster
-) -> list[dict[str, Any]]:
-    """Return what a step of each arm takes on clusters: milliseconds, and the ratio to the engine's stock step."""
-    more = options.tokens / options.length  # one sequence was counted
-    rows = []
-    for engine, arms in counted.items():
-        for label, arm in arms.items():
-            for ranks in options.gpus:
-                ours, stock = (
-                    step_time(of["collectives"], of["operations"] * more, ranks, cluster)
-                    for of in (arm, arms["stock"])
-                )
-                row: dict[str, Any] = {"engine": engine, "arm": label, "gpus": ranks}
-                for overlap in ("one_after_the_other", "overlapped"):
-                    here, there = getattr(ours, overlap), getattr(stock, overlap)
-                    row[overlap] = {"milliseconds": round(here * 1e3, 3), "ratio": round(here / there, 3)}
-                rows.append(row)
-    return rows
-
-
-def assumptions(options: argparse.Namespace, cluster: Cluster) -> str:
-    """Return what the model on paper takes for granted."""
-    return (
-        f"Assumed: {options.tokens:,} tokens a GPU and step, no accumulation; operations as counted, at "
-        f"{cluster.share:.0%} of {cluster.teraflops:g} TFLOP/s;\n"
-        f"ring collectives, {cluster.gigabits_inside:g} Gbit/s a GPU in machines of {cluster.gpus_of_machine} and "
-        f"{cluster.gigabits_across:g} Gbit/s across; a call waits\n"
-        f"{cluster.microseconds:g} µs × log₂ n; float32 is sent, as counted; no optimizer, loader or stragglers. "
-        "Stock steps in milliseconds,\nthe others as multiples of them: nothing overlaps, then (∥) all that is sent "
-        "overlaps with all that is computed.\n'Global' waits for its corruption, so its ∥ is out of reach."
-    )
-
-
-def paper_table(rows: list[dict[str, Any]]) -> str:
-    """Return the model on paper as Markdown."""
-    gpus = sorted({row["gpus"] for row in rows})
-    headers = [header for ranks in gpus for header in (f"{ranks:,} GPUs", f"{ranks:,} ∥")]
-    lines = [cells(["step", *headers]), "|:--|" + "--:|" * len(headers)]
-    arms = dict.fromkeys((row["engine"], row["arm"]) for row in rows)
-    for engine, arm in arms:
-        shown = []
-        for row in sorted((r for r in rows if (r["engine"], r["arm"]) == (engine, arm)), key=lambda r: int(r["gpus"])):
-            for overlap in ("one_after_the_other", "overlapped"):
-                time = row[overlap]
-                shown.append(f"{time['milliseconds']:.1f} ms" if arm == "stock" else f"{time['ratio']:.2f}")
-        lines.append(cells([f"{engine}, {arm}", *shown]))
-    return "\n".join(lines)
+from network.cluster import Cluster, assumptions, steps_on_paper
+from network.counting import ARMS, CONFIGURATIONS, bert
+from network.ranks import count
+from network.tables import counts_table, paper_table
 
 
 def main() -> None:
@@ -298,9 +46,10 @@ def main() -> None:
     cluster = Cluster(**{setting.name: getattr(options, setting.name) for setting in fields(Cluster)})
 
     counted = {engine: count(engine, options) for engine in ARMS}
-    rows = on_paper(counted, options, cluster)
+    # One sequence was counted.
+    rows = steps_on_paper(counted, options.tokens / options.length, options.gpus, cluster)
     print(f"{options.shape}, {options.ranks} ranks, K = {options.steps}\n\n{counts_table(counted)}\n")
-    print(f"{assumptions(options, cluster)}\n\n{paper_table(rows)}")
+    print(f"{assumptions(options.tokens, cluster)}\n\n{paper_table(rows)}")
     record = {
         "command": " ".join(["python", "scripts/benchmark_distributed.py", *sys.argv[1:]]),
         "world_size": options.ranks,

@@ -25,9 +25,11 @@ from typing import Any
 import accelerate
 import torch
 import transformers
-from gpu_correctness import compiled, precision, prefix, restored, same_as_cpu, synchronizations, two_processes
-from gpu_costs import bert_base, decoder
-from gpu_models import Row, Setting, Skipped
+from gpu.check import Row, Setting, Skipped
+from gpu.costs import bert_base, decoder
+from gpu.exactness import prefix, restored, same_as_cpu
+from gpu.precision import compiled, precision
+from gpu.waiting import synchronizations, two_processes
 
 TOTAL = 500.0  # seconds for all checks
 # Each check with the seconds that it may take.

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import benchmark_distributed
 import pytest
-from cluster_cost import Cluster, bytes_on_the_wire, step_time
+from network.cluster import Cluster, bytes_on_the_wire, step_time
+from network.counting import ARMS, bert, train
 
-SIZE = 4 * sum(parameter.numel() for parameter in benchmark_distributed.bert("tiny").parameters())
+SIZE = 4 * sum(parameter.numel() for parameter in bert("tiny").parameters())
 
 
 def count_ddp():
-    return {
-        label: benchmark_distributed.train("DDP", arm, "tiny", length=8, corruption_steps=1)
-        for label, arm in benchmark_distributed.ARMS["DDP"].items()
-    }
+    return {label: train("DDP", arm, "tiny", length=8, corruption_steps=1) for label, arm in ARMS["DDP"].items()}
 
 
 def count_fsdp2():
-    return {
-        label: benchmark_distributed.train("FSDP2", arm, "tiny", length=8, corruption_steps=1)
-        for label, arm in benchmark_distributed.ARMS["FSDP2"].items()
-    }
+    return {label: train("FSDP2", arm, "tiny", length=8, corruption_steps=1) for label, arm in ARMS["FSDP2"].items()}
 
 
 def test_counts_under_ddp(run_on_ranks):

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import gpu_checks
-import gpu_correctness
 import pytest
 import torch
-from gpu_models import Row, Setting
+from gpu import precision
+from gpu.check import Row, Setting
+from gpu.models import L2
+
+from hf_parcor import SAM
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 RUN_HERE = ["precision", "restored", "prefix", "same_as_cpu", "synchronizations", "bert_base", "decoder", "compiled"]
@@ -49,5 +52,5 @@ def test_a_row_holds_up_to_its_limit(value, limit, holds):
 
 def test_a_wrong_step_fails(monkeypatch, tmp_path):
     """Another radius than the one by hand."""
-    monkeypatch.setattr(gpu_correctness, "risk", lambda steps: gpu_correctness.SAM(gpu_correctness.L2))
-    assert not all(row.holds for row in gpu_correctness.precision(Setting("cpu", True, str(tmp_path))))
+    monkeypatch.setattr(precision, "risk", lambda steps: SAM(L2))
+    assert not all(row.holds for row in precision.precision(Setting("cpu", True, str(tmp_path))))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 # Collectives with what each rank sends of the whole tensor, on a ring of n ranks.
 RING: dict[str, Callable[[int], float]] = {
@@ -98,4 +99,44 @@ def step_time(
     return StepTime(
         compute=operations / (cluster.teraflops * 1e12 * cluster.share),
         communicate=sent / cluster.bytes_a_second(ranks) + calls * wait,
+    )
+
+
+def steps_on_paper(
+    counted: Mapping[str, Mapping[str, Any]], sequences: float, gpus: Iterable[int], cluster: Cluster
+) -> list[dict[str, Any]]:
+    """Return what a step of each arm takes on clusters: milliseconds, and the ratio to the engine's stock step.
+
+    Args:
+        counted: What was counted of one sequence, by engine and arm.
+        sequences: How many a GPU has.
+        gpus: Sizes of clusters.
+        cluster: How fast they are.
+    """
+    rows = []
+    for engine, arms in counted.items():
+        for label, arm in arms.items():
+            for ranks in gpus:
+                ours, stock = (
+                    step_time(of["collectives"], of["operations"] * sequences, ranks, cluster)
+                    for of in (arm, arms["stock"])
+                )
+                row: dict[str, Any] = {"engine": engine, "arm": label, "gpus": ranks}
+                for overlap in ("one_after_the_other", "overlapped"):
+                    here, there = getattr(ours, overlap), getattr(stock, overlap)
+                    row[overlap] = {"milliseconds": round(here * 1e3, 3), "ratio": round(here / there, 3)}
+                rows.append(row)
+    return rows
+
+
+def assumptions(tokens: int, cluster: Cluster) -> str:
+    """Return what the model takes for granted."""
+    return (
+        f"Assumed: {tokens:,} tokens a GPU and step, no accumulation; operations as counted, at "
+        f"{cluster.share:.0%} of {cluster.teraflops:g} TFLOP/s;\n"
+        f"ring collectives, {cluster.gigabits_inside:g} Gbit/s a GPU in machines of {cluster.gpus_of_machine} and "
+        f"{cluster.gigabits_across:g} Gbit/s across; a call waits\n"
+        f"{cluster.microseconds:g} µs × log₂ n; float32 is sent, as counted; no optimizer, loader or stragglers. "
+        "Stock steps in milliseconds,\nthe others as multiples of them: nothing overlaps, then (∥) all that is sent "
+        "overlaps with all that is computed.\n'Global' waits for its corruption, so its ∥ is out of reach."
     )

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_models import (
-    L2,
-    LAST,
-    VOCABULARY,
-    Row,
-    Setting,
-    batch_of,
-    bert,
-    in_bfloat16,
-    risk,
-    rows_for,
-    step_of,
-    trainer_of,
-)
+from steps.by_hand import step_of
+from steps.timing import interleaved, quartiles_of_ratios
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
+from gpu.check import Row, Setting
+from gpu.models import L2, LAST, VOCABULARY, batch_of, bert, in_bfloat16, risk, rows_for, trainer_of
 from hf_parcor import SAM, ParameterDefenseTrainer
 
 BERT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -40,7 +29,7 @@ def bert_base(setting: Setting) -> list[Row]:
         **{f"last layer, K = {steps}": {"defense": risk(steps), "target_modules": LAST} for steps in (1, 2, 3)},
         "SAM": {"defense": SAM(L2)},
     }
-    arms = arms_of(setting, model, batch_of(rows_for(model, rows, length), setting.device), defended)
+    arms = arms_of(setting, model, batch_of(rows_for(rows, length), setting.device), defended)
     return measure(setting, arms, rounds=2 if setting.quick else 20)
 
 
@@ -95,7 +84,6 @@ def arms_of(setting: Setting, model: nn.Module, batch: dict[str, Tensor], defend
 def measure(setting: Setting, arms: Arms, rounds: int) -> list[Row]:
     """Interleave the arms' steps; report seconds, quartiles of the ratio to the stock step, and peak memory."""
     cuda = setting.device == "cuda"
-    times: dict[str, list[float]] = {arm: [] for arm in arms}
     peaks = {}
     for arm, step in arms.items():  # also warms up
         step()
@@ -104,19 +92,10 @@ def measure(setting: Setting, arms: Arms, rounds: int) -> list[Row]:
         step()
         if cuda:
             peaks[arm] = torch.cuda.max_memory_allocated()
-    for _ in range(rounds):
-        for arm, step in arms.items():
-            if cuda:
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            step()
-            if cuda:
-                torch.cuda.synchronize()
-            times[arm].append(time.perf_counter() - started)
+    times = interleaved(arms, range(rounds))
     found = []
     for arm in arms:
-        ratios = [ours / stock for ours, stock in zip(times[arm], times["stock"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = quartiles_of_ratios(times[arm], times["stock"])
         found.append(Row(f"{arm}: seconds, median", statistics.median(times[arm])))
         found.append(Row(f"{arm}: ratio to stock, first quartile", low))
         found.append(Row(f"{arm}: ratio to stock, median", middle))

@@ -1,0 +1,1 @@
+"""What `gpu_checks.py` runs: checks of right results, of how steps run, and of what they cost."""

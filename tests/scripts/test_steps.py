@@ -1,0 +1,85 @@
+"""What benchmarks share: steps take turns, quartiles are NumPy's, and what others use does what its papers say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from steps.by_hand import quiet_arguments, step_of
+from steps.peers import RADIUS, Peers
+from steps.timing import interleaved, quartiles_of_ratios
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_parcor import SAM, CorruptionConstraint, ParameterDefenseTrainer
+
+BATCH = {"input_ids": torch.tensor([[3, 5, 7, 2], [4, 4, 1, 9]]), "labels": torch.tensor([0, 1])}
+
+
+def test_steps_take_turns():
+    order = []
+    times = interleaved({name: lambda name=name: order.append(name) for name in "ab"}, range(3))
+    assert order == [*"ababab"]
+    assert {name: len(of_step) for name, of_step in times.items()} == {"a": 3, "b": 3}
+    assert min(map(min, times.values())) > 0
+
+
+def test_quartiles_are_of_ratios_within_a_round():
+    ours, stock = np.random.default_rng(0).uniform(1, 2, (2, 9))
+    expected = np.quantile(ours / stock, [0.25, 0.5, 0.75], method="weibull")
+    assert quartiles_of_ratios(list(ours), list(stock)) == pytest.approx(tuple(expected))
+
+
+def bert():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(BertConfig(**sizes, **quiet, intermediate_size=8)).double()
+
+
+def moved(step):
+    """Return what a step of SGD, made from a model and its optimizer, moves each weight by."""
+    model = bert()
+    before = [p.detach().clone() for p in model.parameters()]
+    step(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    return [p.detach() - start for p, start in zip(model.parameters(), before, strict=True)]
+
+
+def test_sam_in_two_steps_is_our_sam(tmp_path):
+    def ours(model, optimizer):
+        arguments = quiet_arguments(str(tmp_path), use_cpu=True)
+        defense = SAM(CorruptionConstraint(epsilon=RADIUS))
+        step_of(ParameterDefenseTrainer(model=model, args=arguments, defense=defense), model, BATCH)()
+        optimizer.step()
+
+    theirs = moved(lambda model, optimizer: Peers(model, BATCH, optimizer).sam_in_two_steps())
+    torch.testing.assert_close(theirs, moved(ours), rtol=1e-6, atol=1e-9)
+
+
+def test_the_awp_loop_sums_the_gradients_of_two_passes():
+    def by_hand(model, optimizer):
+        model(**BATCH).loss.backward()
+        other = bert()
+        with torch.no_grad():
+            for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+                if "weight" in name and p.grad is not None and p.grad.norm() > 0:
+                    shift = 0.01 * p.grad * (p.norm() + 1e-6) / (p.grad.norm() + 1e-6)
+                    box = 0.01 * p.abs()
+                    q.add_(shift.clamp(-box, box))
+        other(**BATCH).loss.backward()
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            if p.grad is not None:
+                p.grad += q.grad
+        optimizer.step()
+
+    theirs = moved(lambda model, optimizer: Peers(model, BATCH, optimizer).awp_loop())
+    torch.testing.assert_close(theirs, moved(by_hand), rtol=1e-6, atol=1e-9)
+
+
+def test_every_peer_takes_a_step_and_leaves_no_gradient():
+    model = nn.Module.to(bert(), torch.float32)
+    for name, step in Peers(model, BATCH, torch.optim.SGD(model.parameters(), lr=0.1)).steps().items():
+        before = model.classifier.weight.detach().clone()
+        step()
+        assert not torch.equal(before, model.classifier.weight), name
+        assert all(p.grad is None or not p.grad.any() for p in model.parameters()), name
