@@ -28,14 +28,13 @@ from transformers import (
     HfArgumentParser,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDefenseTrainingArguments
 from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.tables import comparison_table
 from hf_parcor.tasks import read_file
-from hf_parcor.training import signs_of_collapse
+from hf_parcor.training import checkpoint_to_resume, signs_of_collapse
 
 logger = logging.getLogger(__name__)
 
@@ -149,10 +148,7 @@ def main() -> None:
     )
 
     if train_rows is not None:
-        checkpoint = training.resume_from_checkpoint
-        if checkpoint in (True, "True", "true"):
-            checkpoint = get_last_checkpoint(training.output_dir)  # type: ignore[no-untyped-call]
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
         metrics = {**result.metrics, "train_samples": len(train_rows)}
         metrics["train_collapsed"] = float(bool(signs_of_collapse(trainer.state.log_history)))
         trainer.save_model()

@@ -38,10 +38,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_parcor import Seq2SeqParameterDefenseTrainer, Seq2SeqParameterDefenseTrainingArguments
-from hf_parcor.training import signs_of_collapse
+from hf_parcor.training import checkpoint_to_resume, signs_of_collapse
 from hf_parcor.translation import (
     BleuScores,
     ParallelText,
@@ -244,10 +243,7 @@ def main() -> None:
     )
 
     if rows["train"] is not None:
-        checkpoint = training.resume_from_checkpoint
-        if checkpoint in (True, "True", "true"):
-            checkpoint = get_last_checkpoint(training.output_dir)  # type: ignore[no-untyped-call]
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
         metrics = {**result.metrics, "train_samples": len(rows["train"])}
         metrics["train_collapsed"] = float(bool(signs_of_collapse(trainer.state.log_history)))
         trainer.save_model()

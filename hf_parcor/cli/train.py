@@ -123,12 +123,9 @@ def _model(task: Task, arguments: argparse.Namespace, rows: Rows, columns: dict[
 
 def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingArguments) -> None:
     """Train, and save model, metrics and state."""
-    from transformers.trainer_utils import get_last_checkpoint
+    from hf_parcor.training import checkpoint_to_resume
 
-    checkpoint: Any = training.resume_from_checkpoint
-    if checkpoint in (True, "True", "true"):
-        checkpoint = get_last_checkpoint(str(training.output_dir))  # type: ignore[no-untyped-call]
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training)).metrics
     trainer.save_model()
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import default_compute_objective, get_last_checkpoint
+from transformers.trainer_utils import default_compute_objective
 from transformers.utils import logging
 
 from hf_parcor.defenses import ConstrainedDefense
@@ -18,6 +18,7 @@ from hf_parcor.functional.arguments import check_count
 from hf_parcor.search.golden_section import golden_section_maximum
 from hf_parcor.search_record import Direction, SearchRecord, SearchTrial
 from hf_parcor.training import ParameterDefenseMixin, signs_of_collapse
+from hf_parcor.training.checkpoints import last_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -86,7 +87,7 @@ def search_epsilon(
         name = f"epsilon-{epsilon:g}" if count is None else f"steps-{count}-epsilon-{epsilon:g}"
         logger.info(f"Search: training with {name.replace('-', ' ')}")
         with _settings(trainer, _with(defense, epsilon, count), folder / name):
-            trainer.train(resume_from_checkpoint=_checkpoint(folder / name))
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder / name))
             metrics = (evaluate or trainer.evaluate)()
             collapsed = bool(signs_of_collapse(trainer.state.log_history))
         value = float((compute_objective or default_compute_objective)(metrics))
@@ -147,10 +148,6 @@ def _begin(path: Path, new: SearchRecord) -> SearchRecord:
         )
     logger.info(f"Search: {len(old.trials)} trainings are in {path} already")
     return old
-
-
-def _checkpoint(folder: Path) -> str | None:
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from hf_parcor.training.arguments import (
     Seq2SeqParameterDefenseTrainingArguments,
     build_defense,
 )
+from hf_parcor.training.checkpoints import checkpoint_to_resume
 from hf_parcor.training.collapse import signs_of_collapse
 from hf_parcor.training.defense_config import DEFENSE_CONFIG_NAME, DefenseConfig
 from hf_parcor.training.mixin import DEFAULT_DEFENSE, ParameterDefenseMixin
@@ -24,6 +25,7 @@ __all__ = [
     "Seq2SeqParameterDefenseTrainer",
     "Seq2SeqParameterDefenseTrainingArguments",
     "build_defense",
+    "checkpoint_to_resume",
     "defended_backward",
     "signs_of_collapse",
 ]

@@ -1,4 +1,4 @@
-"""The defense beside saved models, and what is said when a run goes on from a checkpoint of another defense."""
+"""The checkpoint that a run goes on from, the defense beside saved models, and what is said where they differ."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_parcor.strict_json import read_strict_json
@@ -14,6 +16,30 @@ from hf_parcor.training.defense_config import DEFENSE_CONFIG_NAME, DefenseConfig
 logger = logging.get_logger(__name__)
 
 _GOES_ON = "The run goes on with the new settings."
+
+
+def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
+    """Return the checkpoint that `--resume_from_checkpoint` asks for, for `Trainer.train`.
+
+    The word `true` means the last one in the output folder, and a new start where there is none: so the same command
+    starts a run, and goes on with it after it was killed.
+
+    Args:
+        arguments: Any Trainer's.
+
+    Returns:
+        A folder, or None to start anew.
+    """
+    asked = arguments.resume_from_checkpoint
+    word = str(asked).lower()
+    if word == "true":
+        return last_checkpoint(str(arguments.output_dir))
+    return None if word in ("none", "false") else asked
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """Return the last checkpoint in a folder, None if it has none or does not exist yet."""
+    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None  # type: ignore[no-untyped-call]
 
 
 def save_defense(folder: str | Path, config: DefenseConfig | None) -> None:

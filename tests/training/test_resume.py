@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_parcor import (
@@ -13,6 +13,7 @@ from hf_parcor import (
     ParameterDefenseTrainer,
 )
 from hf_parcor.defenses import DEFENSES
+from hf_parcor.training import checkpoint_to_resume
 
 LOGGED = ("loss", "loss_clean", "loss_corrupted", "sharpness", "corruption_norm", "corruption_norm_asked", "grad_norm")
 TWO_EPOCHS = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
@@ -161,3 +162,24 @@ def test_checkpoint_in_the_middle_of_a_logging_window(run, same_trainer):
     assert first == single[2]
     for name in set(LOGGED) - {"grad_norm"}:
         assert second[name] == pytest.approx(sum(entry[name] for entry in single[3:]) / 3, rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "folders", "expected"),
+    [
+        ([], ["checkpoint-3"], None),
+        (["--resume_from_checkpoint", "elsewhere/checkpoint-1"], ["checkpoint-3"], "elsewhere/checkpoint-1"),
+        (["--resume_from_checkpoint", "true"], ["checkpoint-3", "checkpoint-12", "other"], "out/checkpoint-12"),
+        (["--resume_from_checkpoint", "True"], ["checkpoint-3"], "out/checkpoint-3"),
+        (["--resume_from_checkpoint", "true"], ["other"], None),
+        (["--resume_from_checkpoint", "true"], [], None),  # the first start: there is no output folder yet
+        (["--resume_from_checkpoint", "false"], ["checkpoint-3"], None),
+    ],
+)
+def test_the_checkpoint_that_a_flag_asks_for(flags, folders, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in folders:
+        (tmp_path / "out" / folder).mkdir(parents=True)
+    parser = HfArgumentParser(TrainingArguments)
+    (arguments,) = parser.parse_args_into_dataclasses(["--output_dir", "out", "--use_cpu", "true", *flags])
+    assert checkpoint_to_resume(arguments) == expected
