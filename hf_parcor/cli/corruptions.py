@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -10,6 +11,21 @@ from hf_parcor.cli.errors import refused
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.input_error import InputError, nearest
+
+
+def asked_for(arguments: argparse.Namespace, strengths: Sequence[float] = ()) -> list[Corruption]:
+    """Return the corruptions that the command line asks for.
+
+    Args:
+        arguments: Those of `add_corruptions`; without `--corruption` the corruption is gradient-based.
+        strengths: Without `--epsilons`.
+
+    Raises:
+        InputError: As `read_corruptions`.
+    """
+    words = ["gradient"] if arguments.corruption is None else arguments.corruption
+    given = strengths if arguments.epsilons is None else arguments.epsilons
+    return read_corruptions(words, given, arguments.norm, arguments.top_n)
 
 
 def read_corruptions(

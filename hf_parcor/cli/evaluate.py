@@ -39,7 +39,7 @@ class Evaluate(Command):
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Measure, and show the record."""
-        from hf_parcor.cli.corruptions import read_corruptions
+        from hf_parcor.cli.corruptions import asked_for
         from hf_parcor.cli.results import how_to_go_on, is_share, output_folder, show
         from hf_parcor.cli.subject import load_subject
         from hf_parcor.corruptions import corruptions_of_table_1
@@ -47,16 +47,8 @@ class Evaluate(Command):
         from hf_parcor.report import RobustnessReport
         from hf_parcor.tables import comparison_table
 
-        corruptions = (
-            corruptions_of_table_1()
-            if arguments.corruption is None and arguments.epsilons is None
-            else read_corruptions(
-                ["gradient"] if arguments.corruption is None else arguments.corruption,
-                arguments.epsilons or [],
-                arguments.norm,
-                arguments.top_n,
-            )
-        )
+        by_default = arguments.corruption is None and arguments.epsilons is None
+        corruptions = corruptions_of_table_1() if by_default else asked_for(arguments)
         folder = output_folder(arguments)
         checkpoint = None if folder is None else folder / "robustness.jsonl"
         with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoint)):

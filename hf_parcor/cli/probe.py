@@ -40,13 +40,13 @@ class Probe(Command):
             metavar="NAME",
             help="parts of your own: last-encoder-layer, attention, layer-norm, all, names of modules",
         )
-        add_corruptions(parser, "gradient, at 0.1 0.2 0.5")
+        add_corruptions(parser, f"gradient, at {' '.join(map(str, _EPSILONS))}")
         add_running(parser)
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Measure, and show the record."""
         from hf_parcor import targets
-        from hf_parcor.cli.corruptions import read_corruptions
+        from hf_parcor.cli.corruptions import asked_for
         from hf_parcor.cli.results import how_to_go_on, is_share, output_folder, show
         from hf_parcor.cli.subject import load_subject
         from hf_parcor.evaluation import CheckpointError, LayerProbe
@@ -59,9 +59,7 @@ class Probe(Command):
             "modules": targets.by_module,
             "adapters": targets.by_adapter,
         }
-        strengths = _EPSILONS if arguments.epsilons is None else arguments.epsilons
-        words = ["gradient"] if arguments.corruption is None else arguments.corruption
-        corruptions = read_corruptions(words, strengths, arguments.norm, arguments.top_n)
+        corruptions = asked_for(arguments, _EPSILONS)
         folder = output_folder(arguments)
         checkpoint = None if folder is None else folder / "probe.jsonl"
         with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoint)):
