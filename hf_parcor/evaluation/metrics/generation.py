@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,14 +10,14 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_parcor.evaluation.metrics.over_batches import OverBatches
-from hf_parcor.evaluation.metrics.scores import Score, scored
+from hf_parcor.evaluation.metrics.over_pairs import OverPairs
+from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.labels import IGNORED_LABEL
 
 _FOR_THE_LOSS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 
 
-class GenerationMetric(OverBatches):
+class GenerationMetric(OverPairs):
     """Generated texts of all batches, scored at once: translations, summaries, answers.
 
     Made batch by batch, so that the encoder runs once a batch for all corruptions of the decoder. Of a model without
@@ -44,14 +44,9 @@ class GenerationMetric(OverBatches):
         progress: bool = False,
         **settings: Any,
     ) -> None:
-        super().__init__(batches, progress=progress)
-        self._tokenizer, self._score = tokenizer, score
+        super().__init__(batches, score, progress=progress)
+        self._tokenizer = tokenizer
         self._settings = {"do_sample": False, **settings}
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the score says of itself, such as a signature, for the record."""
-        return tuple(getattr(self._score, "notes", ()))
 
     @torch.no_grad()
     def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -63,12 +58,6 @@ class GenerationMetric(OverBatches):
         if not generating.config.is_encoder_decoder:
             tokens = tokens[:, batch["input_ids"].shape[1] :]
         return self._texts(tokens), self._texts([row[row != IGNORED_LABEL] for row in labels])
-
-    def combine(self, parts: Sequence[tuple[list[str], list[str]]]) -> dict[str, float]:
-        """Return the score of all batches."""
-        predictions = [text for texts, _ in parts for text in texts]
-        references = [text for _, texts in parts for text in texts]
-        return scored(self._score, predictions, references)
 
     def _texts(self, rows: Iterable[Tensor]) -> list[str]:
         return [str(self._tokenizer.decode(row.tolist(), skip_special_tokens=True)).strip() for row in rows]

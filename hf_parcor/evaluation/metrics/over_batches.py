@@ -53,18 +53,6 @@ class OverBatches(ABC):
             raise ValueError(f"batches: expected labels in each, got {', '.join(batch)}; put 'labels' into them")
         return torch.as_tensor(batch["labels"])
 
-    @staticmethod
-    def _accuracy_and_loss(parts: Sequence[Mapping[str, float]], counted: str) -> tuple[float, float]:
-        """Return the means of what was correct and of the loss, from sums and from how many were counted.
-
-        Raises:
-            ValueError: No label counts.
-        """
-        correct, loss, count = (sum(part[key] for part in parts) for key in ("correct", "loss", counted))
-        if not count:
-            raise ValueError("batches: expected labels other than -100, got none; put labels into the batches")
-        return correct / count, loss / count
-
     @abstractmethod
     def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
         """Return what one batch adds."""

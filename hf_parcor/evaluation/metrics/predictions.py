@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from hf_parcor.evaluation.metrics.over_batches import OverBatches
-from hf_parcor.evaluation.metrics.scores import Score, scored
+from hf_parcor.evaluation.metrics.over_pairs import OverPairs
 from hf_parcor.labels import IGNORED_LABEL
 
 
-class PredictionMetric(OverBatches):
+class PredictionMetric(OverPairs):
     """Predicted classes of all batches, of sequences, tokens or images, scored at once.
 
     Args:
@@ -38,15 +37,6 @@ class PredictionMetric(OverBatches):
         {'right': 2.0}
     """
 
-    def __init__(self, batches: Iterable[Mapping[str, Any]], score: Score, *, progress: bool = False) -> None:
-        super().__init__(batches, progress=progress)
-        self._score = score
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the score says of itself, for the record."""
-        return tuple(getattr(self._score, "notes", ()))
-
     @torch.no_grad()
     def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         """Return predicted classes and labels of one batch, where the labels count."""
@@ -54,9 +44,3 @@ class PredictionMetric(OverBatches):
         logits = model(**send_to_device(batch, next(model.parameters()).device)).logits
         counts = labels != IGNORED_LABEL
         return logits.argmax(-1).cpu()[counts].tolist(), labels[counts].tolist()
-
-    def combine(self, parts: Sequence[tuple[list[int], list[int]]]) -> dict[str, float]:
-        """Return the score of all batches."""
-        predictions = [prediction for part, _ in parts for prediction in part]
-        references = [reference for _, part in parts for reference in part]
-        return scored(self._score, predictions, references)

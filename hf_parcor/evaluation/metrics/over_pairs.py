@@ -1,0 +1,44 @@
+"""Predictions and references of all batches, scored at once by any library."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from hf_parcor.evaluation.metrics.over_batches import OverBatches
+from hf_parcor.evaluation.metrics.scores import Score, scored
+
+
+class OverPairs(OverBatches):
+    """A score of what a model predicts beside what is right, over all batches together.
+
+    Args:
+        batches: Mappings of tensors with `labels`, a list or a `DataLoader`.
+        score: Called as `score(predictions=..., references=...)` with lists, returns a number or numbers by name.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: There are no batches, they can be walked through only once, or the score returns no number.
+    """
+
+    def __init__(self, batches: Iterable[Mapping[str, Any]], score: Score, *, progress: bool = False) -> None:
+        super().__init__(batches, progress=progress)
+        self._score = score
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the score says of itself, such as a signature, for the record."""
+        return tuple(getattr(self._score, "notes", ()))
+
+    @abstractmethod
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+        """Return predictions and references of one batch."""
+
+    def combine(self, parts: Sequence[tuple[list[Any], list[Any]]]) -> dict[str, float]:
+        """Return the score of all batches."""
+        predictions = [prediction for part, _ in parts for prediction in part]
+        references = [reference for _, part in parts for reference in part]
+        return scored(self._score, predictions, references)
