@@ -19,7 +19,9 @@ from pathlib import Path
 from statistics import fmean
 
 import matplotlib as mpl
-from sst2_runs import ONE_STEP, PLAIN, Arm, Run, evaluator_of, l2, note_run, over_runs, parse_options, train
+from campaigns.arms import ONE_STEP, PLAIN, Arm, Run, l2
+from campaigns.notes import note_run
+from campaigns.sst2 import evaluator_of, over_runs, parse_options, train
 
 from hf_parcor import CorruptionConstraint, GradientCorruption
 from hf_parcor.evaluation import EvaluationRecord
@@ -81,7 +83,7 @@ def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
         folder = train(options, run)
         corruptions = [GradientCorruption(CorruptionConstraint(p=2, epsilon=epsilon)) for epsilon in RADII]
         evaluator_of(options, folder).evaluate(corruptions).save(path)
-        note_run(options, run, seconds=round(time.monotonic() - started, 1))
+        note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
     return EvaluationRecord.load(path)
 
 

@@ -14,8 +14,10 @@ import argparse
 import math
 from pathlib import Path
 
+from campaigns.arms import ONE_STEP, PLAIN, Arm, Run
+from campaigns.notes import note_run
+from campaigns.sst2 import model_and_batches, parse_options, train
 from observations.page import page
-from sst2_runs import ONE_STEP, PLAIN, Arm, Run, model_and_batches, note_run, parse_options, train
 
 from hf_parcor import (
     CorruptionConstraint,
@@ -59,7 +61,7 @@ def probe(options: argparse.Namespace, run: Run, grouping: str) -> SweepRecord:
     path: Path = options.output / f"{run.file_name}-{grouping}.json"
     if not path.exists():
         folder = train(options, run, "--num_train_epochs", str(EPOCHS))
-        note_run(options, run, epochs=EPOCHS, command=COMMAND)
+        note_run(options.output, options.work, run, options.threads, epochs=EPOCHS, command=COMMAND)
         model, batches = model_and_batches(options, folder)
         targets = GROUPINGS[grouping](model)
         layer_probe = LayerProbe(model, ClassificationMetric(batches), batches, targets=targets)

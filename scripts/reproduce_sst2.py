@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import time
 
-from sst2_runs import ONE_STEP, PLAIN, Arm, Run, evaluator_of, l2, note_run, over_runs, parse_options, train
+from campaigns.arms import ONE_STEP, PLAIN, Arm, Run, l2
+from campaigns.notes import note_run
+from campaigns.sst2 import evaluator_of, over_runs, parse_options, train
 
 from hf_parcor import CorruptionConstraint, GradientCorruption
 from hf_parcor.evaluation import CorruptionRecord, EvaluationRecord
@@ -46,7 +48,7 @@ def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
         # One trial: the seeds of training are the trials.
         folder = train(options, run, "--do_eval", "--corruption_trials", "1")
         EvaluationRecord.load(folder / "robustness.json").save(path)
-        note_run(options, run, seconds=round(time.monotonic() - started, 1))
+        note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
     return EvaluationRecord.load(path)
 
 

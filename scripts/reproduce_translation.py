@@ -17,9 +17,9 @@ import os
 from pathlib import Path
 
 import torch
-from translation_campaign import Campaign
-from translation_studies import STUDIES
-from translation_tables import TABLES
+from translation.campaign import Campaign
+from translation.studies import STUDIES
+from translation.tables import TABLES
 
 
 def main() -> None:

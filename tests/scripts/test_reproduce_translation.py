@@ -20,7 +20,7 @@ from hf_parcor.evaluation import EvaluationRecord
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 paper, runs, studies, campaigns, tables = (
-    importlib.import_module(f"translation_{name}") for name in ("paper", "runs", "studies", "campaign", "tables")
+    importlib.import_module(f"translation.{name}") for name in ("paper", "runs", "studies", "campaign", "tables")
 )
 STUDIES = studies.STUDIES
 

@@ -1,4 +1,4 @@
-"""The records of one translation study, measured when they are asked for. No command by itself."""
+"""The records of one translation study, measured when they are asked for."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from sst2_runs import Run
-from translation_runs import Measured, train
-from translation_studies import STUDIES
-from translation_study import Study
+from campaigns.arms import Run
 
 from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import EvaluationRecord, SweepRecord
+from translation.runs import Measured, train
+from translation.studies import STUDIES
+from translation.study import Study
 
 
 class Campaign:

@@ -1,11 +1,9 @@
-"""Training and measuring of one translation model, for `reproduce_translation.py`. No command by itself."""
+"""Training and measuring of one translation model, for `reproduce_translation.py`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -13,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from sst2_runs import Run
+from campaigns.arms import Run
+from campaigns.notes import note_run
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
-from translation_study import Study
 
 from hf_parcor import CorruptionEvaluator, LayerProbe
 from hf_parcor.corruptions import Corruption
@@ -31,8 +29,9 @@ from hf_parcor.translation import (
     read_rows,
     tokenize_13a,
 )
+from translation.study import Study
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "train_translation.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_translation.py"
 SPLITS = ("train", "validation", "test")
 BATCH = 32
 BEAMS = 5
@@ -98,7 +97,8 @@ def train(options: argparse.Namespace, study: Study, run: Run) -> Path:
                 flags["resume_from_checkpoint"] = start
         arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
         subprocess.run([sys.executable, str(EXAMPLE), "--do_train", *arguments, *run.arm.flags], check=True)
-        note_run(options, run, interrupted)
+        unknown = {"train_seconds": None} if interrupted else {}
+        note_run(options.output, options.work, run, torch.get_num_threads(), **unknown)
     averaged = folder / f"average-{study.average}"
     if not averaged.exists():
         unfinished = averaged.with_name(f"{averaged.name}-unfinished")
@@ -111,21 +111,6 @@ def train(options: argparse.Namespace, study: Study, run: Run) -> Path:
                 shutil.copy2(origin, unfinished / name)
         unfinished.rename(averaged)
     return averaged
-
-
-def note_run(options: argparse.Namespace, run: Run, interrupted: bool) -> None:
-    """Write into `runs.json` how a run was trained, and how long the epochs of its own took; null if interrupted."""
-    training = json.loads((options.work / run.file_name / "train_results.json").read_text())
-    path = options.output / "runs.json"
-    runs = json.loads(path.read_text()) if path.exists() else {}
-    runs[run.file_name] = {
-        "collapsed": bool(training["train_collapsed"]),
-        "train_seconds": None if interrupted else training["train_runtime"],
-        "train_samples": training["train_samples"],
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores",
-        "flags": run.arm.flags,
-    }
-    path.write_text(json.dumps(runs, indent=2, sort_keys=True) + "\n")
 
 
 class Measured:

@@ -1,10 +1,10 @@
-"""What paper 2 did with translation, De-En and En-Vi, and two small studies of our own. No command by itself."""
+"""What paper 2 did with translation, De-En and En-Vi, and two small studies of our own."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from translation_study import Strengths, Study, gradient_l2, worst_hundred
+from translation.study import Strengths, Study, gradient_l2, worst_hundred
 
 _PAPERS = {
     "max_tokens": 4096,

@@ -1,76 +1,27 @@
-"""What campaigns on SST-2 share: arms, and their training by `examples/train_sst2.py`. No command by itself."""
+"""Training on SST-2 by `examples/train_sst2.py`, and measuring on its dev sentences, run by run."""
 
 from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import os
-import platform
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from campaigns.arms import Arm, Run
 from hf_parcor import CorruptionEvaluator
-from hf_parcor.defenses import Defense
 from hf_parcor.evaluation import ClassificationMetric, EvaluationRecord
-from hf_parcor.training import DefenseArguments, build_defense
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "train_sst2.py"
-RECORDING = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train: what tables call it, and its flags."""
-
-    label: str
-    flags: list[str]
-
-    @property
-    def arguments(self) -> DefenseArguments:
-        """The flags as arguments."""
-        parser = HfArgumentParser(DefenseArguments)  # type: ignore[arg-type]
-        (arguments,) = parser.parse_args_into_dataclasses(self.flags)
-        return arguments
-
-    @property
-    def defense(self) -> Defense | None:
-        """The defense, None for the plain arm."""
-        return build_defense(self.arguments)
-
-
-def l2(defense: str, epsilon: float, *more: str) -> list[str]:
-    """Return the flags of a defense in the L2 norm."""
-    return ["--defense", defense, "--defense_norm", "2", "--defense_epsilon", str(epsilon), *more]
-
-
-PLAIN = Arm("plain", ["--defense", "none"])
-ONE_STEP = l2("multi_step_risk", 0.1, "--defense_steps", "1")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One arm trained with one seed."""
-
-    name: str
-    arm: Arm
-    seed: int
-
-    @property
-    def file_name(self) -> str:
-        """The name of its files."""
-        return f"{self.name}-seed{self.seed}"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_sst2.py"
 
 
 def parse_options(
@@ -121,25 +72,6 @@ def train(options: argparse.Namespace, run: Run, *more: str) -> Path:
         env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
     )
     return folder
-
-
-def note_run(options: argparse.Namespace, run: Run, **details: Any) -> None:
-    """Write into `runs.json` how a run was trained, how long that took, and what else is to be known of it."""
-    training = json.loads((options.work / run.file_name / "train_results.json").read_text())
-    if training["train_collapsed"]:
-        print(f"{run.file_name} shows signs of collapse: it is kept, and marked in runs.json")
-    with RECORDING:
-        path = options.output / "runs.json"
-        runs = json.loads(path.read_text()) if path.exists() else {}
-        runs[run.file_name] = {
-            "collapsed": bool(training["train_collapsed"]),
-            "train_seconds": training["train_runtime"],
-            "train_samples": training["train_samples"],
-            "machine": f"{platform.machine()}, {options.threads} of {os.cpu_count()} cores",
-            "flags": run.arm.flags,
-            **details,
-        }
-        path.write_text(json.dumps(runs, indent=2, sort_keys=True) + "\n")
 
 
 def model_and_batches(options: argparse.Namespace, folder: Path) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:

@@ -1,16 +1,15 @@
-"""Paper 2's tables on translation, and its Figure 3, from the records of a campaign. No command by itself."""
+"""Paper 2's tables on translation, and its Figure 3, from the records of a campaign."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
 
-from translation_campaign import Campaign
-from translation_paper import TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_6
-
 from hf_parcor.corruptions import Corruption
 from hf_parcor.plots.style import line_styles, new_figure
 from hf_parcor.statistics import MeanAndSpread, student_t_test
+from translation.campaign import Campaign
+from translation.paper import TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_6
 
 DEFENSES = ("plain", "acrt", "awp", "defended")
 TARGETS = ("plain", "defended", "last-layer")

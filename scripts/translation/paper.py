@@ -1,4 +1,4 @@
-"""What paper 2 printed on translation, BLEU, to stand beside ours. No command by itself."""
+"""What paper 2 printed on translation, BLEU, to stand beside ours."""
 
 from __future__ import annotations
 

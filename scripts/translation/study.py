@@ -1,4 +1,4 @@
-"""What a translation study is: how its models are trained, defended and corrupted. No command by itself."""
+"""What a translation study is: how its models are trained, defended and corrupted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sst2_runs import PLAIN, Arm
+from campaigns.arms import PLAIN, Arm
 
 from hf_parcor import (
     CorruptionConstraint,
