@@ -1,9 +1,9 @@
 """Is one training method better than another? Mean, spread and quantiles of repeated runs, t-tests, Holm's correction.
 
 Paper 2 ("Adversarial Parameter Defense by Multi-Step Risk Minimization", Appendix C) runs every method three times and
-tests "Proposed ≤ Baseline" with Student's one-sided t-test: ``student_t_test(proposed, baseline)`` here.
+tests "Proposed ≤ Baseline" with Student's one-sided t-test: `student_t_test(proposed, baseline)` here.
 
-SciPy is needed for probabilities and quantiles: ``pip install "hf-parcor[statistics]"``.
+SciPy is needed for probabilities and quantiles: `pip install "hf-parcor[statistics]"`.
 """
 
 from hf_parcor.statistics._requirements import scipy_special

@@ -4,7 +4,7 @@ from types import ModuleType
 
 
 def scipy_special(purpose: str) -> ModuleType:
-    """Return ``scipy.special``, or say for what it is needed and how to get it.
+    """Return `scipy.special`, or say for what it is needed and how to get it.
 
     Raises:
         ImportError: SciPy is not installed.
@@ -19,7 +19,7 @@ def scipy_special(purpose: str) -> ModuleType:
 
 
 def fraction(name: str, value: float) -> float:
-    """Return ``value`` if it lies strictly between 0 and 1, else raise ``ValueError``."""
+    """Return `value` if it lies strictly between 0 and 1, else raise `ValueError`."""
     if not 0 < value < 1:
         raise ValueError(f"expected 0 < {name} < 1, got {value}; pass a fraction, not percent")
     return value

@@ -11,12 +11,12 @@ def holm_correction(p_values: Sequence[float]) -> tuple[float, ...]:
         adjusted_(i) = max_{j <= i} min(1, (m − j + 1) p_(j)),    p_(1) <= ... <= p_(m)
 
     Rejecting where the adjusted value is below a level keeps the chance of *any* false rejection below that level,
-    however the tests depend on each other. (``scipy.stats.false_discovery_control`` bounds another, weaker quantity.)
+    however the tests depend on each other. (`scipy.stats.false_discovery_control` bounds another, weaker quantity.)
 
     Raises:
-        ValueError: a p-value is not between 0 and 1.
+        ValueError: A p-value is not between 0 and 1.
 
-    Example:
+    Examples:
         >>> [round(p, 3) for p in holm_correction([0.01, 0.04, 0.03])]
         [0.03, 0.06, 0.06]
     """

@@ -15,14 +15,14 @@ class MeanAndSpread:
     """Mean and sample standard deviation of n repeated measurements.
 
     Args:
-        mean: arithmetic mean of the n values.
-        standard_deviation: sample standard deviation, with n − 1 in the denominator, in the units of the mean.
-        n: number of values, at least 2; one value has no spread.
+        mean: Arithmetic mean of the n values.
+        standard_deviation: Sample standard deviation, with n − 1 in the denominator, in the units of the mean.
+        n: Number of values, at least 2; one value has no spread.
 
     Raises:
         ValueError: n is below 2, the deviation is negative, or a number is not finite.
 
-    Example:
+    Examples:
         >>> bleu = MeanAndSpread.from_values([35.82, 35.89, 35.93])
         >>> f"{bleu.mean:.2f} ± {bleu.standard_deviation:.3f}"
         '35.88 ± 0.056'
@@ -54,7 +54,7 @@ class MeanAndSpread:
         return self.standard_deviation / math.sqrt(self.n)
 
     def confidence_interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Return ``mean ∓ t_{(1+level)/2, n−1} · s/√n``, the two-sided interval by Student's t distribution.
+        """Return `mean ∓ t_{(1+level)/2, n−1} · s/√n`, the two-sided interval by Student's t distribution.
 
         Raises:
             ValueError: level is not between 0 and 1.

@@ -24,16 +24,16 @@ class TTest:
     """Result of a two-sample t-test.
 
     If neither sample has any spread, t is ±inf, or 0 for equal means, as in the limit of a vanishing spread: p is 0 or
-    1 for unequal means, 0.5 (two-sided 1) for equal ones, and never NaN. ``standard_error == 0`` marks such a
+    1 for unequal means, 0.5 (two-sided 1) for equal ones, and never NaN. `standard_error == 0` marks such a
     result; it says that the runs did not differ (one seed? a coarse metric?) rather than that the evidence is perfect.
 
     Attributes:
-        t: difference of the means (first − second) over its standard error.
-        df: degrees of freedom; not a whole number for Welch's test.
-        p_value: probability of a t at least as extreme if the null hypothesis holds.
-        mean_difference: first mean − second mean, in the units of the metric.
-        standard_error: standard error of that difference, same units.
-        alternative: the claim tested.
+        t: Difference of the means (first − second) over its standard error.
+        df: Degrees of freedom; not a whole number for Welch's test.
+        p_value: Probability of a t at least as extreme if the null hypothesis holds.
+        mean_difference: First mean − second mean, in the units of the metric.
+        standard_error: Standard error of that difference, same units.
+        alternative: The claim tested.
     """
 
     t: float
@@ -44,11 +44,11 @@ class TTest:
     alternative: Alternative
 
     def is_significant(self, level: float = 0.05) -> bool:
-        """Return whether the null hypothesis is rejected at ``level``: ``p_value < level``."""
+        """Return whether the null hypothesis is rejected at `level`: `p_value < level`."""
         return self.p_value < fraction("level", level)
 
     def critical_value(self, level: float = 0.05) -> float:
-        """Return the |t| from which on the result is significant at ``level``, in the direction claimed."""
+        """Return the |t| from which on the result is significant at `level`, in the direction claimed."""
         tail = fraction("level", level) / (2 if self.alternative is Alternative.TWO_SIDED else 1)
         return -float(scipy_special("critical values").stdtrit(self.df, tail))
 
@@ -69,15 +69,15 @@ def student_t_test(
     deviations, 10 follow from those of the other method (the rows of ACRT and AWP are exchanged), and 3 from neither.
 
     Args:
-        first: values of repeated runs, or their summary.
-        second: the same for what it is compared with.
-        alternative: the claim; GREATER is the paper's.
+        first: Values of repeated runs, or their summary.
+        second: The same for what it is compared with.
+        alternative: The claim; GREATER is the paper's.
 
     Raises:
-        ValueError: fewer than 2 values on a side, or a value that is not finite.
+        ValueError: Fewer than 2 values on a side, or a value that is not finite.
         ImportError: SciPy is not installed.
 
-    Example:
+    Examples:
         >>> test = student_t_test(MeanAndSpread(96.34, 0.076, n=3), MeanAndSpread(94.46, 0.164, n=3))
         >>> round(test.t, 2), test.df, round(test.critical_value(), 3), test.is_significant()
         (18.01, 4.0, 2.132, True)
@@ -102,9 +102,9 @@ def welch_t_test(
         t = (m₁ − m₂) / √(v₁ + v₂),   v = s²/n,   df = (v₁ + v₂)² / (v₁²/(n₁−1) + v₂²/(n₂−1))
 
     With no spread at all df is 0/0 and is set to its lower bound, min(n₁, n₂) − 1; p does not depend on it then.
-    Arguments and errors are those of :func:`student_t_test`.
+    Arguments and errors are those of `student_t_test`.
 
-    Example:
+    Examples:
         >>> test = welch_t_test(MeanAndSpread(92.78, 0.18, n=3), MeanAndSpread(92.03, 0.55, n=3))  # paper 2, SST-2
         >>> round(test.t, 2), round(test.df, 2), test.is_significant()
         (2.24, 2.42, False)

@@ -10,7 +10,7 @@ class TargetError(ValueError):
 
     The message says what was expected, what the model has, and what to write instead.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from hf_parcor.targets import select_parameters
         >>> select_parameters(nn.Sequential(nn.Linear(2, 2)), ["querry"])

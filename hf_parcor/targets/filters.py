@@ -19,7 +19,7 @@ ModuleTypes = type | str | Collection[type | str]
 def parameters_of_types(model: nn.Module, module_types: ModuleTypes) -> set[nn.Parameter]:
     """Return the parameters that belong directly to modules of some classes, or of classes derived from these.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
         >>> parameters_of_types(model, "LayerNorm") == parameters_of_types(model, [nn.LayerNorm]) == set(
         ...     model[1].parameters()
@@ -43,7 +43,7 @@ def parameters_of_types(model: nn.Module, module_types: ModuleTypes) -> set[nn.P
 def parameters_in_layers(model: nn.Module, layers: int | Iterable[int]) -> set[nn.Parameter]:
     """Return the parameters inside the blocks with some indices, of each stack that is long enough.
 
-    Example:
+    Examples:
         >>> model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
         >>> parameters_in_layers(model, -1) == set(model[1].parameters())
         True

@@ -40,7 +40,7 @@ def parameters_below(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
 def is_layer_norm(module: nn.Module) -> bool:
     """Tell whether a module is a LayerNorm or RMSNorm of any library: by class name, with parameters of its own only.
 
-    Example:
+    Examples:
         >>> is_layer_norm(nn.LayerNorm(2)), is_layer_norm(nn.RMSNorm(2)), is_layer_norm(nn.BatchNorm1d(2))
         (True, True, False)
     """
@@ -50,7 +50,7 @@ def is_layer_norm(module: nn.Module) -> bool:
 def is_normalization(module: nn.Module) -> bool:
     """Tell whether a module is a normalization layer of any family.
 
-    Example:
+    Examples:
         >>> (
         ...     is_normalization(nn.BatchNorm1d(2)),
         ...     is_normalization(nn.GroupNorm(1, 2)),
@@ -67,7 +67,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     A module that holds a stack of blocks is not attention, whatever its name, nor is a block of a stack that has
     attention inside.
 
-    Example:
+    Examples:
         >>> layer = nn.TransformerEncoderLayer(d_model=4, nhead=1, dim_feedforward=4, batch_first=True)
         >>> [type(module).__name__ for module in attention_modules(layer)]
         ['MultiheadAttention']
@@ -92,7 +92,7 @@ def embedding_modules(model: nn.Module) -> list[nn.Module]:
 
     Embeddings inside attention, such as T5's table of relative positions, belong to attention.
 
-    Example:
+    Examples:
         >>> [type(module).__name__ for module in embedding_modules(nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2)))]
         ['Embedding']
     """
@@ -113,7 +113,7 @@ def linear_modules(model: nn.Module) -> list[nn.Module]:
     As in PEFT, weights that are no module of their own are not meant: the experts of a mixture fused into one tensor,
     the input projection of `nn.MultiheadAttention`. Unlike there, no task type is needed to leave out a classifier.
 
-    Example:
+    Examples:
         >>> linear_modules(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))
         [Linear(in_features=2, out_features=3, bias=True)]
     """
@@ -128,7 +128,7 @@ def output_layers(model: nn.Module) -> list[nn.Module]:
     (so DistilBERT's `pre_classifier` is no output layer), whatever its name. A plain module has no known output
     layer.
 
-    Example:
+    Examples:
         >>> output_layers(nn.Linear(2, 2))
         []
     """

@@ -20,7 +20,7 @@ NamedTargets = Mapping[str, Collection[nn.Parameter]]
 def named_targets(model: nn.Module) -> NamedTargets:
     """Name all that can be matched: the modules that have parameters, and the parameters. Aliases of shared ones too.
 
-    Example:
+    Examples:
         >>> list(named_targets(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
         ['0', '0.weight', '0.bias']
     """
@@ -37,7 +37,7 @@ def named_targets(model: nn.Module) -> NamedTargets:
 def match_pattern(targets: NamedTargets, pattern: str, *, argument: str) -> set[nn.Parameter]:
     r"""Return the parameters whose name, or whose module's name, is matched in full by a regular expression.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
         >>> match_pattern(named_targets(model), r"\d\.bias", argument="target_modules") == {
         ...     model[0].bias,
@@ -75,7 +75,7 @@ def match_pattern(targets: NamedTargets, pattern: str, *, argument: str) -> set[
 def match_suffix(targets: NamedTargets, suffix: str, *, argument: str) -> set[nn.Parameter]:
     """Return the parameters whose name, or whose module's name, is `suffix` or ends with a dot and `suffix`.
 
-    Example:
+    Examples:
         >>> model = nn.ModuleDict({"query": nn.Linear(2, 2), "subquery": nn.Linear(2, 2)})
         >>> match_suffix(named_targets(model), "query", argument="target_modules") == set(model["query"].parameters())
         True
@@ -95,7 +95,7 @@ def match_suffix(targets: NamedTargets, suffix: str, *, argument: str) -> set[nn
 def quoted(names: Collection[str]) -> str:
     """Write names for a message.
 
-    Example:
+    Examples:
         >>> print(quoted(["a", "b"]))
         "a", "b"
     """

@@ -60,7 +60,7 @@ def select_parameters(
         TargetError: Something finds nothing, or nothing is left. A `ValueError`.
         TypeError: An argument is of the wrong type.
 
-    Example:
+    Examples:
         >>> class Block(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

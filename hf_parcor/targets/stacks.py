@@ -37,7 +37,7 @@ class Stack:
         role: What the stack does. `"other"` stands beside an encoder or decoder without being one, such as the
             convolutions in front of a speech encoder.
 
-    Example:
+    Examples:
         >>> stack = Stack("encoder.layers", nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), "encoder")
         >>> len(stack), str(stack)
         (2, '"encoder.layers" (encoder, 2 blocks)')
@@ -88,7 +88,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     Returns:
         The stacks in the order of the model.
 
-    Example:
+    Examples:
         >>> model = nn.Transformer(
         ...     4, nhead=2, num_encoder_layers=2, num_decoder_layers=1, dim_feedforward=4, batch_first=True
         ... )

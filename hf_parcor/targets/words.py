@@ -40,7 +40,7 @@ class Word:
 def select_word(model: nn.Module, word: str) -> set[nn.Parameter]:
     """Return the parameters that a word stands for.
 
-    Example:
+    Examples:
         >>> sorted(
         ...     parameter.shape
         ...     for parameter in select_word(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), "layer-norm")
@@ -70,7 +70,7 @@ def describe_stacks(model: nn.Module) -> str:
 def owner_classes(model: nn.Module, parameters: Set[nn.Parameter] | None = None) -> list[str]:
     """Return the names of the classes that own parameters (or some of `parameters`) directly, in model order.
 
-    Example:
+    Examples:
         >>> owner_classes(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
         ['Linear']
     """

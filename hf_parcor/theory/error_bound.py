@@ -20,7 +20,7 @@ def relative_error_exponent(p: float) -> float:
     Source: paper 1, Eq. 12 and 52; paper 2, Eq. 12 and D.32.
 
     Args:
-        p: order of the norm that bounds the corruption; ``math.inf`` is allowed.
+        p: Order of the norm that bounds the corruption; `math.inf` is allowed.
 
     Returns:
         g(p), between −1/2 and 1/2, without unit.
@@ -28,7 +28,7 @@ def relative_error_exponent(p: float) -> float:
     Raises:
         ValueError: p is below 1.
 
-    Example:
+    Examples:
         >>> [relative_error_exponent(p) for p in (1, 2, 4, math.inf)]
         [0.0, -0.5, 0.0, 0.5]
     """
@@ -47,35 +47,35 @@ def gradient_corruption_relative_error(
 ) -> float:
     r"""Return the term inside O(·) of Theorem 2, the relative error of the gradient-based corruption.
 
-    For a loss that is convex and L-smooth on w + S, ``S = {a : ‖a‖_p <= ε, ‖a‖₀ <= n}``, the best corruption
+    For a loss that is convex and L-smooth on w + S, `S = {a : ‖a‖_p <= ε, ‖a‖₀ <= n}`, the best corruption
     a* and the gradient-based one â satisfy ::
 
         ΔL(w, a*, D) / ΔL(w, â, D) = 1 + O(L n^g(p) √k ε / G),    G = ‖g‖₂ > 0
 
-    The returned value is ``L n^g(p) √k ε / G``, as the theorem states it. **Half of it is a true upper bound** on the
+    The returned value is `L n^g(p) √k ε / G`, as the theorem states it. **Half of it is a true upper bound** on the
     ratio minus one, not only an order (paper 1, Eq. 52), under the theorem's two assumptions. Real networks are not
     convex around w and their L is seldom known: read it as how the error scales.
 
     Source: paper 1, Eq. 12 and 45–52; paper 2, Eq. 12 and D.25–D.32. Slips, none of which changes the result: the
-    proofs print ``‖top_n(g)‖₂ >= (n/k) ‖g‖₂`` and rightly go on with the stronger ``√(n/k)``; paper 1, Eq. 46 prints
+    proofs print `‖top_n(g)‖₂ >= (n/k) ‖g‖₂` and rightly go on with the stronger `√(n/k)`; paper 1, Eq. 46 prints
     the exponent 1/r where 1/2 is meant; Lemma 1 says r > 1, and is needed and true for r = 1; "the same order
     infinitesimal" is too weak, the ratio tends to one.
 
     Args:
-        epsilon: radius ε >= 0 of the corruption in the L_p norm, in the units of the parameters.
+        epsilon: Radius ε >= 0 of the corruption in the L_p norm, in the units of the parameters.
         gradient_norm: G > 0, always the L_2 norm of the whole gradient over the k parameters.
         smoothness: L >= 0, a Lipschitz constant of the gradient (for a quadratic: the largest eigenvalue of H).
         number_of_parameters: k >= 1.
-        p: order of the norm; ``math.inf`` is allowed.
+        p: Order of the norm; `math.inf` is allowed.
         top_n: n, how many parameters may change, 1 <= n <= k; all of them when None.
 
     Returns:
         L n^g(p) √k ε / G, without unit.
 
     Raises:
-        ValueError: a number is out of its range; for G = 0 the ratio has no first-order part.
+        ValueError: A number is out of its range; for G = 0 the ratio has no first-order part.
 
-    Example:
+    Examples:
         >>> gradient_corruption_relative_error(0.01, gradient_norm=2.0, smoothness=10.0, number_of_parameters=10_000)
         0.05
         >>> gradient_corruption_relative_error(1e-4, 2.0, 10.0, 10_000, p=math.inf, top_n=100)

@@ -15,10 +15,10 @@ def norm_ratio(p: float, number_of_parameters: int) -> float:
     It is 1 for every p >= 2 and √k for p = 1.
 
     Source: paper 2, Lemma 3. Slips: the lemma says p > 1, and is also true for p = 1. Lemma 1 of the same paper gives
-    the name β_p to another number, the largest ratio ``‖x‖₂ / ‖x‖_p = max{1, n^(1/2 − 1/p)}`` over n-sparse x.
+    the name β_p to another number, the largest ratio `‖x‖₂ / ‖x‖_p = max{1, n^(1/2 − 1/p)}` over n-sparse x.
 
     Args:
-        p: order of the norm; ``math.inf`` is allowed.
+        p: Order of the norm; `math.inf` is allowed.
         number_of_parameters: k >= 1.
 
     Returns:
@@ -27,7 +27,7 @@ def norm_ratio(p: float, number_of_parameters: int) -> float:
     Raises:
         ValueError: p or k is below 1.
 
-    Example:
+    Examples:
         >>> [norm_ratio(p, 10_000) for p in (1, 2, math.inf)]
         [100.0, 1.0, 1.0]
     """
@@ -49,23 +49,23 @@ def generalization_complexity(
     smallest value over σ is (k/2) log(1 + β_p² ‖w‖₂²/ε²), at kσ² = ε²/β_p² + ‖w‖₂².
 
     Source: paper 2, Theorem 3 after Eq. 25 and 26, Eq. D.36 and D.46; both are right. Slips: the prior is printed
-    ``N(0, σ²)`` in D.36 and means ``N(0, σ² I)``; the appendix proves Theorem 3 under the name "Theorem 4".
+    `N(0, σ²)` in D.36 and means `N(0, σ² I)`; the appendix proves Theorem 3 under the name "Theorem 4".
 
     Args:
-        epsilon: radius ε > 0 of the corruption in the L_p norm, in the units of the parameters.
+        epsilon: Radius ε > 0 of the corruption in the L_p norm, in the units of the parameters.
         weight_norm: ‖w‖₂ >= 0, in the same units.
         prior_deviation: σ > 0 of the prior over each parameter, in the same units; it must be chosen without
             looking at the training set.
         number_of_parameters: k >= 1.
-        p: order of the norm; ``math.inf`` is allowed.
+        p: Order of the norm; `math.inf` is allowed.
 
     Returns:
         C or C₁ >= 0, in nats.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: A number is out of its range.
 
-    Example:
+    Examples:
         >>> round(generalization_complexity(1.0, weight_norm=10.0, prior_deviation=0.1, number_of_parameters=1000), 3)
         5701.293
         >>> round(generalization_complexity(1.0, 10.0, 0.1, 1000, p=1), 3)
@@ -97,7 +97,7 @@ def generalization_remainder(complexity: float, number_of_examples: int, failure
     Source: paper 2, Eq. 25, 26, D.35 and D.43 (the PAC-Bayes bound of McAllester).
 
     Args:
-        complexity: C or C₁ from :func:`generalization_complexity`, in nats.
+        complexity: C or C₁ from `generalization_complexity`, in nats.
         number_of_examples: |D| >= 2, examples in the training set.
         failure_probability: δ, between 0 and 1.
 
@@ -105,9 +105,9 @@ def generalization_remainder(complexity: float, number_of_examples: int, failure
         The square root alone, in the units of the error rate.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: A number is out of its range.
 
-    Example:
+    Examples:
         >>> round(generalization_remainder(complexity=5701.3, number_of_examples=50_000, failure_probability=0.05), 4)
         0.2391
     """

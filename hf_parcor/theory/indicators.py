@@ -10,20 +10,20 @@ def first_order_maximum_loss_change(epsilon: float, gradient_norm: float) -> flo
 
         Δ_max L(w, S, D) = max_{‖a‖₂ = ε} aᵀg + o(ε) = ε G + o(ε),    G = ‖g‖₂
 
-    Source: paper 1, Eq. 6; paper 2, Eq. 7. For the general constraint ``‖a‖_p <= ε, ‖a‖₀ <= n`` the same product
-    holds with ``G`` replaced by ``‖top_n(g)‖_{p/(p−1)}`` (paper 1, Eq. 11): pass that norm.
+    Source: paper 1, Eq. 6; paper 2, Eq. 7. For the general constraint `‖a‖_p <= ε, ‖a‖₀ <= n` the same product
+    holds with `G` replaced by `‖top_n(g)‖_{p/(p−1)}` (paper 1, Eq. 11): pass that norm.
 
     Args:
-        epsilon: radius ε >= 0 of the corruption, in the units of the parameters.
+        epsilon: Radius ε >= 0 of the corruption, in the units of the parameters.
         gradient_norm: G >= 0, in units of the loss per unit of parameter.
 
     Returns:
         ε G, in the units of the loss.
 
     Raises:
-        ValueError: an argument is negative or not finite.
+        ValueError: An argument is negative or not finite.
 
-    Example:
+    Examples:
         >>> first_order_maximum_loss_change(epsilon=5e-4, gradient_norm=88.0)  # paper 1, Table 3
         0.044
     """
@@ -37,15 +37,15 @@ def second_order_average_loss_change(epsilon: float, hessian_trace: float, numbe
 
         Δ_ave L(w, S, D) = E_{‖a‖₂ = ε}[aᵀg + ½ aᵀHa] + o(ε²) = tr(H) ε² / 2k + o(ε²)
 
-    The first-order part averages to zero, since a and −a are equally likely; ``E[a aᵀ] = (ε²/k) I`` gives the rest.
-    The same value holds for Gaussian noise ``a ~ N(0, (ε²/k) I)`` (paper 2, Eq. D.40).
+    The first-order part averages to zero, since a and −a are equally likely; `E[a aᵀ] = (ε²/k) I` gives the rest.
+    The same value holds for Gaussian noise `a ~ N(0, (ε²/k) I)` (paper 2, Eq. D.40).
 
-    Source: paper 2, Eq. 6 and D.17. Slips: paper 1, Eq. 7 gives only the order, ``O(tr(H) ε²/k)``; paper 2 defines
-    S as the ball ``‖a‖ <= ε`` (Definition 1) while its Theorem 1 means the sphere ``‖a‖ = ε``: uniformly in the
-    *ball* the average is ``tr(H) ε² / 2(k + 2)``.
+    Source: paper 2, Eq. 6 and D.17. Slips: paper 1, Eq. 7 gives only the order, `O(tr(H) ε²/k)`; paper 2 defines
+    S as the ball `‖a‖ <= ε` (Definition 1) while its Theorem 1 means the sphere `‖a‖ = ε`: uniformly in the
+    *ball* the average is `tr(H) ε² / 2(k + 2)`.
 
     Args:
-        epsilon: radius ε >= 0, in the units of the parameters.
+        epsilon: Radius ε >= 0, in the units of the parameters.
         hessian_trace: tr(H) over the k parameters; negative where the loss curves down on average.
         number_of_parameters: k >= 1.
 
@@ -55,7 +55,7 @@ def second_order_average_loss_change(epsilon: float, hessian_trace: float, numbe
     Raises:
         ValueError: ε is negative, k is below 1, or a number is not finite.
 
-    Example:
+    Examples:
         >>> second_order_average_loss_change(epsilon=0.5, hessian_trace=1200.0, number_of_parameters=10_000)
         0.015
     """

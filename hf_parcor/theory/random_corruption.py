@@ -25,7 +25,7 @@ _SMALL = -600.0  # from this logarithm of a probability on it is integrated; dou
 class RandomCorruptionRatio:
     r"""The distribution of η, the loss change of a random corruption over that of the worst one.
 
-    For a uniform on the sphere ``‖a‖₂ = ε`` in R^k and any gradient g with ``G = ‖g‖₂ > 0``, to first order ::
+    For a uniform on the sphere `‖a‖₂ = ε` in R^k and any gradient g with `G = ‖g‖₂ > 0`, to first order ::
 
         η = |aᵀg| / εG ∈ [0, 1],    η² ~ Beta(1/2, (k − 1)/2)
 
@@ -36,7 +36,7 @@ class RandomCorruptionRatio:
 
     Source: paper 1, Theorem 1 (Eq. 8, 9, 18); paper 2, Theorem 1 (Eq. 8, 9). Both printed results are right, with
     F₁ read as the Gaussian ₂F₁ (it is also the usual name of another function, Appell's). Slips in the proofs:
-    paper 1, Eq. 34 and paper 2, Eq. D.19 print ``P(η <= x) = 2P(0 <= φ₁ <= arccos x)``, which is ``P(η >= x)``; so
+    paper 1, Eq. 34 and paper 2, Eq. D.19 print `P(η <= x) = 2P(0 <= φ₁ <= arccos x)`, which is `P(η >= x)`; so
     the next integrals run over [0, α] where [α, π/2] is meant, and the last step (Eq. 37, D.22) silently puts it
     right. For k = 1 the formulas do not hold (η is always 1).
 
@@ -49,9 +49,9 @@ class RandomCorruptionRatio:
 
     Raises:
         ValueError: k is not a whole number or below 2.
-        ImportError: a method is called and SciPy is not installed.
+        ImportError: A method is called and SciPy is not installed.
 
-    Example:
+    Examples:
         >>> ratio = RandomCorruptionRatio(24_221_600)
         >>> [round(0.044 * ratio.quantile(p) * 1e5, 2) for p in (0.9, 0.95, 0.995)]  # paper 1, Table 3: 1.5, 1.8, 2.5
         [1.47, 1.75, 2.51]
@@ -73,7 +73,7 @@ class RandomCorruptionRatio:
 
             log p(x) = log 2 − log B((k−1)/2, 1/2) + (k−3)/2 · log(1 − x²),    0 <= x <= 1
 
-        Example:
+        Examples:
             >>> round(RandomCorruptionRatio(1_000_000_000).log_density(0.5), 3)
             -143841025.659
         """
@@ -97,7 +97,7 @@ class RandomCorruptionRatio:
 
             p(x) = 2 Γ(k/2) / (√π Γ((k−1)/2)) · (1 − x²)^((k−3)/2)    (Eq. 8)
 
-        Example:
+        Examples:
             >>> RandomCorruptionRatio(3).density(0.7)  # in three dimensions every η is equally likely
             1.0
         """
@@ -118,7 +118,7 @@ class RandomCorruptionRatio:
 
         with I the regularized incomplete beta function, which is what is evaluated.
 
-        Example:
+        Examples:
             >>> round(RandomCorruptionRatio(1000).cdf(0.05), 4)
             0.8861
         """
@@ -126,9 +126,9 @@ class RandomCorruptionRatio:
         return _evaluate(lambda values: special.betainc(0.5, self._half, _square(values)), x)
 
     def survival(self, x: Numbers) -> Numbers:
-        r"""Return P(η > x), accurate also where it is tiny and ``1 - cdf(x)`` is rounded to zero.
+        r"""Return P(η > x), accurate also where it is tiny and `1 - cdf(x)` is rounded to zero.
 
-        Example:
+        Examples:
             >>> f"{RandomCorruptionRatio(1000).survival(0.5):.2g}"  # reaching half of the worst case by chance
             '2e-64'
         """
@@ -145,7 +145,7 @@ class RandomCorruptionRatio:
 
         which Gauss–Laguerre quadrature takes to rounding, that far out.
 
-        Example:
+        Examples:
             >>> f"{RandomCorruptionRatio(1_000_000_000).log_survival(0.5):.0f}"  # half of the worst case by chance
             '-143841046'
         """
@@ -170,9 +170,9 @@ class RandomCorruptionRatio:
         r"""Return the x with P(η <= x) = probability; α(p) of paper 1, Table 3 is εG times it.
 
         Raises:
-            ValueError: a probability is outside [0, 1].
+            ValueError: A probability is outside [0, 1].
 
-        Example:
+        Examples:
             >>> round(RandomCorruptionRatio(1_000_000_000).quantile(0.95) * 1_000_000_000**0.5, 4)
             1.96
         """
@@ -180,12 +180,12 @@ class RandomCorruptionRatio:
         return _evaluate(lambda values: special.betaincinv(0.5, self._half, _fractions(values)) ** 0.5, probability)
 
     def upper_quantile(self, probability: Numbers) -> Numbers:
-        r"""Return the x with P(η > x) = probability, also where ``1 - probability`` is rounded to one.
+        r"""Return the x with P(η > x) = probability, also where `1 - probability` is rounded to one.
 
         Raises:
-            ValueError: a probability is outside [0, 1].
+            ValueError: A probability is outside [0, 1].
 
-        Example:
+        Examples:
             >>> round(RandomCorruptionRatio(1_000_000_000).upper_quantile(1e-100) * 1_000_000_000**0.5, 3)
             21.306
         """
@@ -199,9 +199,9 @@ class RandomCorruptionRatio:
 
             P(aᵀg/εG <= x) = ½ (1 + sgn(x) I_{x²}(1/2, (k−1)/2)),    −1 <= x <= 1
 
-        It is symmetric about 0. For a Kolmogorov–Smirnov test: ``scipy.stats.kstest(cosines, ratio.signed_cdf)``.
+        It is symmetric about 0. For a Kolmogorov–Smirnov test: `scipy.stats.kstest(cosines, ratio.signed_cdf)`.
 
-        Example:
+        Examples:
             >>> [RandomCorruptionRatio(3).signed_cdf(x) for x in (-0.5, 0.0, 0.5)]
             [0.25, 0.5, 0.75]
         """
@@ -217,7 +217,7 @@ class RandomCorruptionRatio:
 
 
 def _fractions(values: Any) -> Any:
-    """Return probabilities as they are, or raise ``ValueError``."""
+    """Return probabilities as they are, or raise `ValueError`."""
     if not ((values >= 0) & (values <= 1)).all():
         raise ValueError(f"expected probabilities in [0, 1], got {values}; pass fractions, not percent")
     return values
@@ -229,7 +229,7 @@ def _square(values: Any) -> Any:
 
 
 def _evaluate(function: Callable[[Any], Any], x: Numbers) -> Numbers:
-    """Apply a function of arrays; a number gives a ``float``, everything else a float64 array."""
+    """Apply a function of arrays; a number gives a `float`, everything else a float64 array."""
     import numpy as np
 
     values = function(np.asarray(x, dtype=np.float64))
