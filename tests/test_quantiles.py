@@ -39,6 +39,7 @@ def test_infinite_values_have_their_places():
     found = QuantileWithInterval.from_values([1.0, math.inf, math.inf], 0.5)
     assert (found.value, found.low, found.high) == (math.inf, 1.0, math.inf)
     assert QuantileWithInterval.from_values([1.0, 2.0, math.inf], 0.5).value == 2.0
+    assert QuantileWithInterval.from_values([-math.inf, 2.0], 0.25).value == -math.inf
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,10 @@ class QuantileWithInterval:
 
 
 def _between(left: float, right: float, share: float) -> float:
-    return left if share == 0 or left == right else (1 - share) * left + share * right
+    """Return the point of a line, reckoned from its nearer end as PyTorch does."""
+    if share == 0 or left == right or math.isinf(left):
+        return left
+    return left + share * (right - left) if share < 0.5 else right - (1 - share) * (right - left)
 
 
 def _binomial_quantile(probability: float, n: int, p: float) -> int:
