@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -119,11 +120,7 @@ class Processes:
         Raises:
             ProcessError: Another process failed.
         """
-        if self.count == 1:
-            return dict(tensors)
-        self.gather(None)
-        device = PartialState().device
-        return {name: reduce(tensor.to(device), "sum").to(tensor.device) for name, tensor in tensors.items()}
+        return self._exchanged(tensors, partial(reduce, reduction="sum"))
 
     def hand_round(self, tensors: Mapping[str, Tensor], owner: int) -> dict[str, Tensor]:
         """Overwrite tensors with those of one process, and return them.
@@ -131,11 +128,14 @@ class Processes:
         Raises:
             ProcessError: Another process failed.
         """
+        return self._exchanged(tensors, partial(broadcast, from_process=owner))
+
+    def _exchanged(self, tensors: Mapping[str, Tensor], exchange: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         if self.count == 1:
             return dict(tensors)
         self.gather(None)
         device = PartialState().device
-        return {name: broadcast(tensor.to(device), owner).to(tensor.device) for name, tensor in tensors.items()}
+        return {name: exchange(tensor.to(device)).to(tensor.device) for name, tensor in tensors.items()}
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
