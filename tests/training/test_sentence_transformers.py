@@ -135,29 +135,6 @@ def test_without_steps_it_is_the_stock_trainer_bit_for_bit(name, train_encoder):
         assert torch.equal(weight, other), key
 
 
-def longhand_risk_gradient(loss, features, labels):
-    """Paper 2, Eq. 24 for L2 and all parameters of the model, not those of the loss."""
-    base = {name: parameter.detach().clone() for name, parameter in loss.named_parameters()}
-    selected = [name for name in base if name.startswith("model.")]
-    a = {name: torch.zeros_like(base[name]) for name in selected}
-    total = {name: torch.zeros_like(value) for name, value in base.items()}
-    for _ in range(STEPS + 1):
-        values = {name: (value + a.get(name, 0)).requires_grad_() for name, value in base.items()}
-        parts = torch.func.functional_call(loss, values, ([dict(part) for part in features], labels))
-        value = sum(parts.values()) if isinstance(parts, dict) else parts
-        gradients = torch.autograd.grad(value, list(values.values()), allow_unused=True)
-        gradient = {
-            name: torch.zeros_like(base[name]) if part is None else part
-            for name, part in zip(values, gradients, strict=True)
-        }
-        total = {name: total[name] + gradient[name] / (STEPS + 1) for name in total}
-        norm = torch.sqrt(sum(gradient[name].square().sum() for name in selected))
-        a = {name: a[name] + 1.5 * EPSILON / STEPS * gradient[name] / norm for name in selected}
-        size = torch.sqrt(sum(part.square().sum() for part in a.values()))
-        a = {name: part * min(1.0, EPSILON / float(size)) for name, part in a.items()}
-    return total
-
-
 class Keep(tf.TrainerCallback):
     """Keeps what the loss was given, and the gradients of all that it holds."""
 
@@ -176,7 +153,7 @@ class Keep(tf.TrainerCallback):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradient_is_that_of_the_risk(name, arguments, encoder):
+def test_gradient_is_that_of_the_risk(name, arguments, encoder, longhand):
     """Of the model and of the loss; the corruption is of the model alone."""
     (build, rows), keep = LOSSES[name], Keep()
     model = encoder(torch.float64)
@@ -192,7 +169,14 @@ def test_gradient_is_that_of_the_risk(name, arguments, encoder):
     assert trainer.defended_parameters().keys() == dict(model.named_parameters()).keys()
     # The cached loss runs its own backward; it is to give what the plain one gives.
     reference = (ranking if name == "cached ranking" else build)(encoder(torch.float64)).double()
-    expected = longhand_risk_gradient(reference, *keep.given[0])
+    features, labels = keep.given[0]
+
+    def loss_of(call):
+        parts = call([dict(part) for part in features], labels)
+        return sum(parts.values()) if isinstance(parts, dict) else parts
+
+    of_the_model = [key for key, _ in reference.named_parameters() if key.startswith("model.")]
+    expected = longhand(reference, loss_of, [1 / (STEPS + 1)] * (STEPS + 1), EPSILON, of_the_model)
     assert keep.gradient.keys() <= expected.keys()
     for key, wanted in expected.items():
         actual = keep.gradient.get(key, torch.zeros_like(wanted))

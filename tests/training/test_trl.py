@@ -137,35 +137,12 @@ class Passes(tf.TrainerCallback):
         self.gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def longhand_risk_gradient(model, batch, loss_type):
-    """Paper 2, Eq. 24 for L2 and all trainable parameters, by autograd at copies of the weights."""
-    labels = batch["labels"][:, 1:]
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    a = {name: torch.zeros_like(base[name]) for name in names}
-    total = {name: torch.zeros_like(base[name]) for name in names}
-    for _ in range(STEPS + 1):
-        values = {name: value + a.get(name, 0) for name, value in base.items()}
-        wanted = [values[name].requires_grad_() for name in names]
-        logits = torch.func.functional_call(model, values, kwargs=inputs).logits[:, :-1]
-        each = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        each = each * (-each).exp().detach() if loss_type == "dft" else each
-        gradient = dict(zip(names, torch.autograd.grad(each.sum() / (labels != -100).sum(), wanted), strict=True))
-        total = {name: total[name] + gradient[name] / (STEPS + 1) for name in names}
-        norm = torch.sqrt(sum(part.square().sum() for part in gradient.values()))
-        a = {name: a[name] + 1.5 * EPSILON / STEPS * gradient[name] / norm for name in names}
-        size = torch.sqrt(sum(part.square().sum() for part in a.values()))
-        a = {name: part * min(1.0, EPSILON / float(size)) for name, part in a.items()}
-    return total
-
-
 @pytest.mark.parametrize(
     ("loss_type", "adapters", "checkpointing"),
     [("nll", False, True), ("nll", True, True), ("nll", True, False), ("dft", False, False)],
     ids=["recomputed", "LoRA, recomputed", "LoRA, stored", "DFT, stored"],
 )
-def test_gradient_of_fine_tuning_is_that_of_the_risk(fine_tune, loss_type, adapters, checkpointing):
+def test_gradient_of_fine_tuning_is_that_of_the_risk(fine_tune, longhand, loss_type, adapters, checkpointing):
     """Activations are recomputed in backward by TRL's default: at the corrupted weights, or the gradient is wrong."""
     keep, model = Passes(), tiny_llama(torch.float64)
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False) if adapters else None
@@ -193,7 +170,16 @@ def test_gradient_of_fine_tuning_is_that_of_the_risk(fine_tune, loss_type, adapt
         reference.load_state_dict(trainer.model.state_dict())
         assert all("lora_" in name for name in trainer.defended_parameters())
     assert adapters or len(keep.batches) == STEPS + 1  # what is below the adapters is tried out, and run apart
-    expected = longhand_risk_gradient(reference, keep.batches[0], loss_type)
+    inputs = {key: keep.batches[0][key] for key in ("input_ids", "attention_mask")}
+    labels = keep.batches[0]["labels"][:, 1:]
+
+    def loss_of(call):
+        logits = call(**inputs).logits[:, :-1]
+        each = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        each = each * (-each).exp().detach() if loss_type == "dft" else each
+        return each.sum() / (labels != -100).sum()
+
+    expected = longhand(reference, loss_of, [1 / (STEPS + 1)] * (STEPS + 1), EPSILON)
     assert keep.gradient.keys() == expected.keys() == trainer.defended_parameters().keys()
     scale = max(float(value.abs().max()) for value in expected.values())
     for name, gradient in keep.gradient.items():
