@@ -11,7 +11,6 @@ from torch import nn
 
 from hf_parcor.evaluation.gradients import count_items
 from hf_parcor.evaluation.metrics.over_batches import OverBatches
-from hf_parcor.labels import IGNORED_LABEL
 
 
 class OverLabels(OverBatches):
@@ -33,7 +32,7 @@ class OverLabels(OverBatches):
             labels, predicted = labels[:, 1:], predicted[:, :-1]
         count = count_items(batch, shifted=shifted)
         return {
-            "correct": int(((predicted == labels) & (labels != IGNORED_LABEL)).sum()),
+            "correct": int((predicted == labels).sum()),  # no class is −100
             "loss": float(output.loss) * count if count else 0.0,  # the mean over no label is NaN
             "labels": count,
         }
