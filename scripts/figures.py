@@ -24,6 +24,7 @@ from typing import TypeAlias
 from hf_parcor import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.evaluation.series import short
 from hf_parcor.plots import plot_directions, plot_heat_map
+from hf_parcor.report.markup import markdown_table
 
 Models: TypeAlias = Mapping[str, list[EvaluationRecord]]
 Sweeps: TypeAlias = Mapping[str, SweepRecord]
@@ -65,7 +66,8 @@ def table_1(models: Mapping[str, EvaluationRecord], metric: str) -> str:
     for norm, n, epsilon in sorted(found, key=lambda place: (-place[0], -place[1], place[2])):
         label = f"L{short(norm)}, n = {'k' if math.isinf(n) else n}, ε = {short(epsilon)}"
         rows.append([label, *(found[norm, n, epsilon].get(column, "–") for column in columns)])
-    return markdown([f"{metric} (%)", *(f"{name}, {direction}" for name, direction in columns)], rows)
+    header = [f"{metric} (%)", *(f"{name}, {direction}" for name, direction in columns)]
+    return markdown_table(header, rows) + "\n"
 
 
 def table_6(models: Models, metric: str) -> str:
@@ -87,19 +89,13 @@ def table_6(models: Models, metric: str) -> str:
         clean = f"{100 * records[0].clean.mean(metric):.1f}"
         rows.append([name, clean, *(cells.get(column, "–") for column in columns)])
     header = [f"{metric} (%)", "no corruption", *(f"{target} corrupted, {label}" for target, label in columns)]
-    return markdown(header, rows)
+    return markdown_table(header, rows) + "\n"
 
 
 def target_of(record: EvaluationRecord) -> str:
     """Return what was corrupted, in words."""
     target = record.target.get("target_modules", "all")
     return target if isinstance(target, str) else ", ".join(map(str, target))
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Return a table."""
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
 
 
 def is_of_layers(sweep: SweepRecord) -> bool:

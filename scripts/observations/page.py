@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hf_parcor import SweepRecord
+from hf_parcor.report.markup import markdown_table
 from observations.findings import gains, robust_kinds, weak_upper_layers, weakest_kind
 from observations.strength import radius, radius_at_half, relative_radius
 
@@ -91,12 +92,12 @@ def page(kinds: Mapping[str, SweepRecord], layers: Mapping[str, SweepRecord], co
 def radii_table(sweeps: Mapping[str, SweepRecord]) -> str:
     """Return a table of sizes, norms and radii at which half of the accuracy above chance is lost."""
     models = [column for name in sweeps for column in (f"ε½ {name}", f"ε½/‖w‖ {name}")]
-    lines = [["group", "weights", *(f"‖w‖ {name}" for name in sweeps), *models]]
-    lines.append([":--", *["--:"] * (len(lines[0]) - 1)])
+    header = ["group", "weights", *(f"‖w‖ {name}" for name in sweeps), *models]
     first = next(iter(sweeps.values()))
+    rows = []
     for group, record in first.records.items():
         of_models = [sweep.records[group] for sweep in sweeps.values()]
         radii = [radius(value) for one in of_models for value in (radius_at_half(one), relative_radius(one))]
         norms = [f"{one.weights_norm:.3g}" for one in of_models]
-        lines.append([group, f"{record.parameters:,}", *norms, *radii])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([group, f"{record.parameters:,}", *norms, *radii])
+    return markdown_table(header, rows)
