@@ -45,7 +45,7 @@ def main() -> None:
     ]
     for table in options.tables:
         title = "Figure 3" if table == "figure-3" else f"Table {table}"
-        text.append(f"## {title}\n\n{TABLES[table](campaign)}")
+        text.append(f"## {title}\n\n{TABLES[table](campaign)}\n")
         (options.output / "table.md").write_text("\n".join(text), encoding="utf-8")
     print("\n".join(text))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from hf_parcor.corruptions import Corruption
 from hf_parcor.plots.style import line_styles, new_figure
+from hf_parcor.report.markup import markdown_table
 from hf_parcor.statistics import MeanAndSpread, student_t_test
 from translation.campaign import Campaign
 from translation.paper import TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_6
@@ -23,12 +24,6 @@ def shown(values: Sequence[float]) -> str:
     return f"{spread.mean:.2f} ± {spread.standard_deviation:.2f}"
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table, numbers on the right."""
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def by_corruption(
     campaign: Campaign,
     part: str,
@@ -43,7 +38,7 @@ def by_corruption(
     for index, first in enumerate(records[arms[0]][0].rows()):
         cells = [shown(campaign.bleu(of_arm, index)) for of_arm in records.values()]
         rows.append([first.label, *cells, *(f"{value:.2f}" for value in (paper[index] if paper else ()))])
-    return markdown(["BLEU", *labels, *(f"paper: {label}" for label in labels if paper)], rows)
+    return markdown_table(["BLEU", *labels, *(f"paper: {label}" for label in labels if paper)], rows)
 
 
 def table_1(campaign: Campaign) -> str:
@@ -66,7 +61,7 @@ def table_2(campaign: Campaign) -> str:
         start = "random" if defense is not None and defense.defense_random_start else ""
         bleu = shown(campaign.bleu(campaign.records(name, "clean", []), 0))
         rows.append([arm.label, norm, steps, radius, start, bleu, *([f"{paper[name]:.2f}"] if paper else [])])
-    return markdown(["setting", "norm", "K", "ε", "start", "BLEU", *(["paper"] if paper else [])], rows)
+    return markdown_table(["setting", "norm", "K", "ε", "start", "BLEU", *(["paper"] if paper else [])], rows)
 
 
 def table_3(campaign: Campaign) -> str:
@@ -87,7 +82,7 @@ def table_4(campaign: Campaign) -> str:
             tested = f"{test.t:.2f}{'*' if test.is_significant() else ''}"
         beside = ["{:.2f} ± {:.3f}".format(*paper[index])] if paper else []
         rows.append([campaign.study.arms[name].label, shown(values), tested, *beside])
-    return markdown(["defense", "BLEU", "t: no better than plain", *(["paper"] if paper else [])], rows)
+    return markdown_table(["defense", "BLEU", "t: no better than plain", *(["paper"] if paper else [])], rows)
 
 
 def table_6(campaign: Campaign) -> str:
@@ -107,7 +102,7 @@ def table_6(campaign: Campaign) -> str:
         cells = [shown(campaign.bleu(records, row)) for _, records, row in [("", whole, 0), *corrupted]]
         label = "nothing" if name == "plain" else study.arms[name].label
         rows.append([label, *cells, *(f"{value:.2f}" for value in paper.get(name, ()))])
-    return markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def figure_3(campaign: Campaign) -> str:
@@ -138,7 +133,7 @@ def figure_3(campaign: Campaign) -> str:
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(campaign.options.output / "figure-3.png", dpi=150)
     header = [f"corrupted: {campaign.study.layers}", *(campaign.study.arms[name].label for name in TARGETS)]
-    return markdown(
+    return markdown_table(
         header, [[layer, *(shown(values[name][row]) for name in TARGETS)] for row, layer in enumerate(layers)]
     )
 

@@ -122,7 +122,7 @@ def campaign(tmp_path, monkeypatch):
 def test_table_6_and_figure_3(campaign, monkeypatch):
     table = tables.table_6(campaign)
     output, work = campaign.options.output, campaign.options.work
-    assert table.count("\n") == 5
+    assert table.count("\n") == 4
     assert "| whole: multi-step" in table
     assert "| last layer: gradient-based" in table
     whole, last = (
