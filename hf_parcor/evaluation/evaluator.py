@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_parcor.corruptions import Corruption
+from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import MEMORY, Measurement
 from hf_parcor.evaluation.measuring import Metric
@@ -141,7 +142,10 @@ class CorruptionEvaluator:
             TypeError: Something that is no `Corruption`, or a metric that returns no mapping.
             ProcessError: Another process failed.
         """
-        clean, data, (records,) = self._measurement.run({"": self._parameters}, corruptions, trials, seed, checkpoint)
+        weights = fingerprint_of_weights(self._model)
+        clean, data, (records,) = self._measurement.run(
+            {"": self._parameters}, corruptions, trials, seed, weights, checkpoint
+        )
         return EvaluationRecord(
             model=model_name(self._model),
             target={key: described(value) for key, value in self._target.items() if value is not None},
@@ -152,4 +156,5 @@ class CorruptionEvaluator:
             versions=library_versions(),
             notes=self._measurement.notes,
             weights_norm=norm_of(self._parameters.values()),
+            weights=weights,
         )

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.evaluation.checkpoint import append_to_checkpoint, begin_checkpoint
 from hf_parcor.evaluation.clean_prefix import prefix_of_ascents, prefix_of_measurements
-from hf_parcor.evaluation.fingerprint import fingerprint, fingerprint_of_weights
+from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, check_repeatable
 from hf_parcor.evaluation.identity import identity_of_run
 from hf_parcor.evaluation.measuring import Metric, measure
@@ -83,8 +83,8 @@ class Measurement:
         corruptions: Sequence[Corruption],
         trials: int,
         seed: int,
+        weights: str,
         checkpoint: str | Path | None = None,
-        weights: str = "",
     ) -> tuple[CorruptionRecord, str, list[tuple[CorruptionRecord, ...]]]:
         """Return the clean record, the fingerprint of the data, and the records of each selection's corruptions.
 
@@ -93,8 +93,8 @@ class Measurement:
             corruptions: What to measure, for each part in this order.
             trials: Trials of each stochastic corruption.
             seed: First seed.
+            weights: Fingerprint of the weights.
             checkpoint: Where finished trials are kept; the first process reads and writes it.
-            weights: Fingerprint of the weights, if it is known; a checkpoint needs it.
         """
         check_count("trials", trials)
         check_count("seed", seed, minimum=0)
@@ -110,7 +110,6 @@ class Measurement:
             self._check_replicas(data)
             found: dict[int, Trial] = {}  # number 0 is the clean model's
             if checkpoint is not None:
-                weights = weights or fingerprint_of_weights(self._model)
                 run = identity_of_run(
                     self._model, weights, self._metric, self._loss, data, selections, corruptions, trials, seed
                 )

@@ -98,7 +98,7 @@ class LayerProbe:
             OSError: The checkpoint cannot be read or written.
         """
         weights = fingerprint_of_weights(self._model)
-        clean, data, records = self._measurement.run(self._selections, corruptions, trials, seed, checkpoint, weights)
+        clean, data, records = self._measurement.run(self._selections, corruptions, trials, seed, weights, checkpoint)
         versions = library_versions()
         of_parts = {
             label: EvaluationRecord(
@@ -111,6 +111,7 @@ class LayerProbe:
                 versions=versions,
                 notes=self._measurement.notes,
                 weights_norm=norm_of(selection.values()),
+                weights=weights,
             )
             for (label, selection), of_part in zip(self._selections.items(), records, strict=True)
         }

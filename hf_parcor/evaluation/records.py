@@ -90,6 +90,7 @@ class EvaluationRecord(StoredRecord):
         notes: What was noticed, in sentences.
         weights_norm: L2 norm of the weights that could be corrupted, the measure of a radius; None in records from
             before it was kept.
+        weights: SHA-256 of all parameters and buffers of the model; "" in records from before it was kept.
         format: Version of this layout.
     """
 
@@ -102,6 +103,7 @@ class EvaluationRecord(StoredRecord):
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     weights_norm: float | None = None
+    weights: str = ""
     format: int = FORMAT
     kind: ClassVar[str] = "record"
     remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"

@@ -23,6 +23,7 @@ from hf_parcor import (
 )
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.targets import TargetError
 
 SEVEN = len(CORRUPTIONS)
@@ -210,6 +211,7 @@ class TestRecord:
         weights = [*attention.query.parameters(), *attention.value.parameters()]
         squared = sum(float((weight.detach() ** 2).sum()) for weight in weights)
         assert record.weights_norm == pytest.approx(math.sqrt(squared), rel=1e-5)
+        assert record.weights == fingerprint_of_weights(classifier)
         assert set(record.versions) == {"hf-parcor", "torch", "transformers", "accelerate"}
         assert record.versions["torch"] == torch.__version__
         assert len(record.data) == 64

@@ -45,6 +45,7 @@ RECORDS = st.builds(
     versions=st.dictionaries(NAMES, st.text(), max_size=2),
     notes=st.lists(st.text(), max_size=2).map(tuple),
     weights_norm=st.none() | st.floats(0),
+    weights=st.text(),
     format=st.just(1),
 )
 
