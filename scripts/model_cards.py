@@ -2,7 +2,7 @@
 
     python scripts/model_cards.py
 
-Each folder `model_cards/NAME` gets `robustness_facts.json`, the card rendered from it, and its picture;
+Each folder `model_cards/NAME` gets `robustness_facts.json`, the card rendered from it, and its pictures;
 `model_cards/README.md` lists them. Nothing there is edited by hand: run this again after a campaign. A test compares.
 """
 
@@ -16,9 +16,10 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_parcor.evaluation import EvaluationRecord
+from hf_parcor.evaluation import EvaluationRecord, SweepRecord
 from hf_parcor.model_card import EvaluationData, ModelFacts, facts_of
-from hf_parcor.model_card.folder import FACTS, PICTURE, card_of, files_beside
+from hf_parcor.model_card.folder import card_of, files_beside
+from hf_parcor.model_card.metadata import RESULTS_FOLDER
 from hf_parcor.report.markup import markdown_table
 from hf_parcor.report.numbers import Numbers
 from hf_parcor.training import DefenseArguments, DefenseConfig, build_defense
@@ -33,6 +34,7 @@ QUICKSTART = {
     "plain": ["--defense", "none"],
     "defended": ["--defense_epsilon", "0.1", "--defense_steps", "1", "--defense_start_epoch", "0.25"],
 }
+PROBES = CARDS / "sst2-minilm-probes"
 CAMPAIGNS = {
     "sst2": "python scripts/reproduce_sst2.py --model MODEL --data FOLDER --output scripts/results/sst2",
     "less": "python scripts/defend_for_less.py --model MODEL --data FOLDER --output scripts/results/less",
@@ -44,7 +46,8 @@ A card for each way of training, made by `python scripts/model_cards.py` from th
 here is edited by hand, and a test compares. Each card tells of as many models as it has seeds; the values of each are
 in `robustness_facts.json` beside it. The weights are not published. The base is
 [all-MiniLM-L6-v2](https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2), a BERT of 6 layers.
-[Probes](sst2-minilm-probes/README.md) of two more say which parts are weak.
+Of two more models [probes](sst2-minilm-probes/README.md) say which parts are weak: their cards have a heat map of the
+layers. The others were not probed.
 """
 
 
@@ -72,6 +75,16 @@ def all_facts() -> Iterator[ModelFacts]:
             evaluated_on=SNIPPETS,
             defense=defense_of(flags),
             command="bash scripts/quickstart.sh",
+            **shared(),
+        )
+    for run, how in json.loads((PROBES / "runs.json").read_text(encoding="utf-8")).items():
+        yield facts_of(
+            SweepRecord.load(PROBES / f"{run}-layers.json"),
+            name=f"sst2-minilm-probed-{run.rpartition('-seed')[0]}",
+            evaluated_on=SST2,
+            datasets=[SST2.id],
+            defense=defense_of(how["flags"]),
+            command=how["command"],
             **shared(),
         )
 
@@ -107,9 +120,9 @@ def row_of(facts: ModelFacts) -> list[str]:
     """Return the row of a model in the list."""
     numbers = Numbers(facts.percent)
     clean = facts.clean.metrics[facts.metric]
-    hardest = next(row for row in facts.corruptions if row.label == HARDEST).metrics[facts.metric]
+    hardest = [row.metrics[facts.metric].mean for row in facts.corruptions if row.label == HARDEST]
     count = clean.n if facts.repetitions == "trainings" else 1
-    return [facts.name, str(count), numbers.value(clean.mean), numbers.value(hardest.mean)]
+    return [facts.name, str(count), numbers.value(clean.mean), *(map(numbers.value, hardest) if hardest else ["–"])]
 
 
 def main() -> None:
@@ -119,8 +132,9 @@ def main() -> None:
         files = files_beside(facts)
         folder = CARDS / facts.name
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (FACTS, PICTURE):
-            (folder / name).write_bytes(files[name])
+        for name, content in files.items():
+            if not name.startswith(RESULTS_FOLDER):  # nothing here goes to the Hub
+                (folder / name).write_bytes(content)
         (folder / "README.md").write_text(card_of(facts, files), encoding="utf-8")
     (CARDS / "README.md").write_text(index(found), encoding="utf-8")
     print(f"{len(found)} cards in {CARDS.name}/")

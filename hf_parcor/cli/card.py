@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from hf_parcor.cli.command import Command
 from hf_parcor.cli.errors import refused
 from hf_parcor.cli.parser import Parser
 from hf_parcor.input_error import InputError
-
-if TYPE_CHECKING:
-    from hf_parcor.model_card import ModelFacts
-
-_DESCRIBED = ("name", "base_model", "datasets", "task", "metric", "command")
 
 
 class Card(Command):
@@ -26,7 +20,7 @@ class Card(Command):
 
     def add_arguments(self, parser: Parser) -> None:
         """Add what `--help` shows."""
-        parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="the folder of a model, with its record")
+        parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="the folder of a model, with its records")
         group = parser.add_argument_group("what the record does not know; default: what the last card said")
         group.add_argument("--seeds", nargs="*", default=[], metavar="DIR", help="runs of the same with other seeds")
         group.add_argument("--name", metavar="NAME", help="of the model; default: that of the folder")
@@ -48,6 +42,7 @@ class Card(Command):
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Write the card, or show what would change."""
+        from hf_parcor.cli.card_facts import facts_of_run
         from hf_parcor.model_card import push_card, push_results, write_card
         from hf_parcor.model_card.commit import difference
         from hf_parcor.model_card.folder import CARD, card_of, files_beside, read_text
@@ -57,8 +52,9 @@ class Card(Command):
             raise InputError("--push: expected a model on the Hub, got none beside flags for it; add --push REPO_ID")
         if arguments.only is not None and not arguments.results_only:
             raise InputError("--only: expected --results-only beside it, got none; add it, or leave --only out")
+        with refused(OSError, ValueError, ImportError):
+            facts = facts_of_run(arguments, folder)
         with refused(OSError, ValueError):
-            facts = _facts(arguments, folder)
             if arguments.push is None and arguments.dry_run:
                 before = read_text(folder / CARD)
                 print(difference(before, card_of(facts, files_beside(facts), before)), end="")
@@ -77,55 +73,5 @@ def _folder(arguments: argparse.Namespace) -> Path:
         raise InputError("RUN_DIR: expected the folder of a run, got none; name one")
     folder = Path(arguments.run_dir)
     if not folder.is_dir():
-        raise InputError(f"RUN_DIR: expected a folder, got {folder}; name the folder that holds robustness.json")
+        raise InputError(f"RUN_DIR: expected a folder, got {folder}; name the folder that holds the records")
     return folder
-
-
-def _facts(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
-    """Return the facts of a run: measured in its records, described by the flags, else by the last card."""
-    from dataclasses import replace
-
-    from hf_parcor.cli.records import load_records
-    from hf_parcor.evaluation import EvaluationRecord
-    from hf_parcor.model_card import EvaluationData, ModelFacts, facts_of
-    from hf_parcor.model_card.folder import FACTS
-
-    last = ModelFacts.load(folder / FACTS) if (folder / FACTS).is_file() else None
-    given: dict[str, Any] = {name: value for name in _DESCRIBED if (value := getattr(arguments, name)) is not None}
-    described = {} if last is None else {name: getattr(last, name) for name in _DESCRIBED}
-    data = EvaluationData("the evaluation data") if last is None else last.evaluated_on
-    if arguments.evaluated_on is not None:
-        data = EvaluationData(arguments.evaluated_on.rpartition("/")[2], arguments.evaluated_on)
-    places = {"config": arguments.dataset_config, "split": arguments.split}
-    data = replace(data, **{name: value for name, value in places.items() if value is not None})
-    if last is not None and not (folder / "robustness.json").is_file() and not arguments.seeds:
-        if arguments.metric is not None:
-            raise InputError("--metric: expected robustness.json to read it from, got none; evaluate the model again")
-        facts = replace(last, **{**given, "datasets": tuple(given.get("datasets", last.datasets))}, evaluated_on=data)
-    else:
-        records = load_records([str(folder), *arguments.seeds])
-        found = [records] if isinstance(records, EvaluationRecord) else records
-        if not isinstance(found, list) or not all(isinstance(record, EvaluationRecord) for record in found):
-            raise InputError(f"{folder}: expected the record of an evaluation, got a probe; run hf-parcor evaluate")
-        named = {"name": folder.absolute().name, **described, **given}
-        facts = facts_of(found, **named, evaluated_on=data, defense=_defense(folder))
-    if arguments.only is None:
-        return facts
-    kept = tuple(row for row in facts.corruptions if row.label in arguments.only)
-    if len(kept) != len(arguments.only):
-        known = ", ".join(repr(row.label) for row in facts.corruptions)
-        raise InputError(f"--only: expected labels out of {known}, got {arguments.only}; take them from the table")
-    return replace(facts, corruptions=kept)
-
-
-def _defense(folder: Path) -> dict[str, Any] | None:
-    """Return what stands beside the model, also a defense of the user's own class."""
-    from hf_parcor.strict_json import read_strict_json
-
-    path = folder / "defense_config.json"
-    if not path.is_file():
-        return None
-    found = read_strict_json(path)
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected settings by name, got {type(found).__name__}; save the model again")
-    return found

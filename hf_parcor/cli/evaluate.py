@@ -40,6 +40,7 @@ class Evaluate(Command):
     def run(self, arguments: argparse.Namespace) -> None:
         """Measure, and show the record."""
         from hf_parcor.cli.corruptions import asked_for
+        from hf_parcor.cli.records import ROBUSTNESS
         from hf_parcor.cli.results import how_to_go_on, is_share, output_folder, show
         from hf_parcor.cli.subject import load_subject
         from hf_parcor.corruptions import corruptions_of_table_1
@@ -68,4 +69,4 @@ class Evaluate(Command):
         with refused(ImportError):
             report = RobustnessReport(record, metric)
             table = comparison_table({record.model: record}, metric, percent=is_share({"": record}, metric))
-        show(arguments, record, report, table, "robustness.json")
+        show(arguments, record, report, table, ROBUSTNESS)

@@ -47,6 +47,7 @@ class Probe(Command):
         """Measure, and show the record."""
         from hf_parcor import targets
         from hf_parcor.cli.corruptions import asked_for
+        from hf_parcor.cli.records import PROBE
         from hf_parcor.cli.results import how_to_go_on, is_share, output_folder, show
         from hf_parcor.cli.subject import load_subject
         from hf_parcor.evaluation import CheckpointError, LayerProbe
@@ -77,4 +78,4 @@ class Probe(Command):
         with refused(ImportError):
             report = RobustnessReport(sweep.records, metric)
             table = group_table(sweep.records, metric, percent=is_share(sweep.records, metric))
-        show(arguments, sweep, report, table, "probe.json")
+        show(arguments, sweep, report, table, PROBE)

@@ -11,7 +11,9 @@ from hf_parcor.evaluation import EvaluationRecord, SweepRecord
 from hf_parcor.input_error import InputError
 from hf_parcor.report.study import Records
 
-_IN_A_FOLDER = ("probe.json", "robustness.json")
+PROBE = "probe.json"
+ROBUSTNESS = "robustness.json"
+_IN_A_FOLDER = (PROBE, ROBUSTNESS)
 
 
 def load_records(names: Sequence[str]) -> Records:
@@ -23,7 +25,7 @@ def load_records(names: Sequence[str]) -> Records:
     Raises:
         InputError: A file is no record, or they are of different kinds.
     """
-    found = [_load(Path(name)) for name in names]
+    found = [load_record(Path(name)) for name in names]
     sweeps = [record.records for record in found if isinstance(record, SweepRecord)]
     evaluations = [record for record in found if isinstance(record, EvaluationRecord)]
     if sweeps and evaluations:
@@ -46,7 +48,12 @@ def metric_of(records: Records) -> str:
     return "accuracy" if "accuracy" in single.clean.metrics else next(iter(single.clean.metrics))
 
 
-def _load(path: Path) -> EvaluationRecord | SweepRecord:
+def load_record(path: Path) -> EvaluationRecord | SweepRecord:
+    """Return what a file holds, or the only one in a folder.
+
+    Raises:
+        InputError: It is no record, or the folder has none or both.
+    """
     if path.is_dir():
         inside = [path / name for name in _IN_A_FOLDER if (path / name).is_file()]
         if len(inside) != 1:

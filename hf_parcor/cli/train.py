@@ -134,6 +134,7 @@ def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingA
 
 def _measure(arguments: argparse.Namespace, trainer: ParameterDefenseTrainer, subject: Subject) -> None:
     """Measure the trained model, all processes together, and show the record."""
+    from hf_parcor.cli.records import ROBUSTNESS
     from hf_parcor.cli.results import is_share, show
     from hf_parcor.corruptions import corruptions_of_table_1
     from hf_parcor.evaluation import CorruptionEvaluator
@@ -157,4 +158,4 @@ def _measure(arguments: argparse.Namespace, trainer: ParameterDefenseTrainer, su
         print(table)
         return
     arguments.output, arguments.json = str(folder), False
-    show(arguments, record, RobustnessReport(record, metric), table, "robustness.json")
+    show(arguments, record, RobustnessReport(record, metric), table, ROBUSTNESS)

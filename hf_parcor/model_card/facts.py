@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from hf_parcor.evaluation.records import CorruptionRecord
+from hf_parcor.evaluation.sweep_record import SweepRecord
 from hf_parcor.stored_record import StoredRecord
 
 FORMAT = 1
@@ -78,6 +79,23 @@ class EvaluationData:
 
 
 @dataclass(frozen=True)
+class ProbeFacts:
+    """What a probe of the same weights found: which part is weak.
+
+    Attributes:
+        record: The record of the probe.
+        clean: The metric that the card shows, without corruption, on the data of the probe.
+        verdict: What a report says of it first, in its words.
+        notes: What was noticed while measuring, in sentences.
+    """
+
+    record: SweepRecord
+    clean: float
+    verdict: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelFacts(StoredRecord):
     """All that the robustness section and the metadata of one model's card are made from.
 
@@ -99,6 +117,8 @@ class ModelFacts(StoredRecord):
         versions: Versions of the libraries.
         command: The command that made the numbers; "" if unknown.
         notes: What was noticed while measuring, in sentences.
+        weights: SHA-256 of the weights that were measured, one a training; "" where a record does not say.
+        probe: What a probe of these weights found; None for none.
         format: Version of this layout.
     """
 
@@ -119,6 +139,8 @@ class ModelFacts(StoredRecord):
     versions: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
     notes: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    probe: ProbeFacts | None = None
     format: int = FORMAT
     kind: ClassVar[str] = "model facts"
     remedy: ClassVar[str] = "make them again from the records"
@@ -133,7 +155,9 @@ class ModelFacts(StoredRecord):
         data["clean"] = _row(data["clean"], clean)
         data["corruptions"] = tuple(_row(row, clean) for row in data["corruptions"])
         data["evaluated_on"] = EvaluationData(**data["evaluated_on"])
-        data["datasets"], data["notes"] = tuple(data["datasets"]), tuple(data["notes"])
+        for name in ("datasets", "notes", "weights"):
+            data[name] = tuple(data.get(name, ()))
+        data["probe"] = None if data.get("probe") is None else _probe(data["probe"])
         return cls(**data)
 
 
@@ -161,6 +185,11 @@ def _row(row: dict[str, Any], clean: dict[str, Any]) -> CorruptionFacts:
                 raise ValueError(f"{row['label']}: expected {number} {expected} of the values of {name}, got {found}")
     settings = {name: float(value) if value in _NOT_FINITE else value for name, value in row["settings"].items()}
     return CorruptionFacts(row["corruption"], row["label"], settings, metrics)
+
+
+def _probe(probe: dict[str, Any]) -> ProbeFacts:
+    record = SweepRecord.from_plain(probe["record"])
+    return ProbeFacts(record, float(probe["clean"]), str(probe["verdict"]), tuple(probe["notes"]))
 
 
 def _floats(values: list[Any]) -> tuple[float, ...]:

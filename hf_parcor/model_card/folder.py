@@ -9,33 +9,30 @@ from pathlib import Path, PurePosixPath
 from hf_parcor.model_card.card import updated_card
 from hf_parcor.model_card.facts import ModelFacts
 from hf_parcor.model_card.metadata import RESULTS_FOLDER, RESULTS_PREFIX, eval_result_files, metadata_of
-from hf_parcor.model_card.picture import picture_of
+from hf_parcor.model_card.pictures import CURVES, HEAT_MAP, pictures_of
 from hf_parcor.model_card.section import section_of
 from hf_parcor.report.markup import text_of
 from hf_parcor.stored_record import replace_text
 
 CARD = "README.md"
 FACTS = "robustness_facts.json"
-PICTURE = "robustness.png"
 
 
 def files_beside(facts: ModelFacts) -> dict[str, bytes]:
-    """Return what lies beside a card, by path: the facts, the results for the Hub, and the picture.
+    """Return what lies beside a card, by path: the facts, the results for the Hub, and the pictures.
 
-    There is no picture where Matplotlib is not installed, or nothing was corrupted.
+    There are no pictures where Matplotlib is not installed.
     """
     files = {FACTS: facts.to_json().encode()}
     files |= {path: text.encode() for path, text in eval_result_files(facts)}
-    if facts.corruptions and find_spec("matplotlib") is not None:
-        files[PICTURE] = picture_of(facts)
-    return files
+    return files if find_spec("matplotlib") is None else files | pictures_of(facts)
 
 
 def is_ours(path: str) -> bool:
     """Say whether a path beside a card is one that `files_beside` may have made, for these facts or older ones."""
     place = PurePosixPath(path)
     of_the_hub = str(place.parent) == RESULTS_FOLDER and place.name.startswith(RESULTS_PREFIX)
-    return path in (FACTS, PICTURE) or (of_the_hub and place.suffix == ".yaml")
+    return path in (FACTS, CURVES, HEAT_MAP) or (of_the_hub and place.suffix == ".yaml")
 
 
 def card_of(
@@ -45,7 +42,7 @@ def card_of(
 
     Args:
         facts: What to say.
-        files: What lies beside the card; the picture is shown if it is among them.
+        files: What lies beside the card; the pictures among them are shown.
         text: The card as it is; "" for none.
         training: As in `section_of`.
         generated: As in `updated_card`.
@@ -53,7 +50,7 @@ def card_of(
     Raises:
         ValueError: As in `updated_card`.
     """
-    section = section_of(facts, picture=PICTURE if PICTURE in files else "", training=training)
+    section = section_of(facts, pictures=files, training=training)
     return updated_card(text or f"\n# {text_of(facts.name)}\n", section, metadata_of(facts), generated=generated)
 
 
@@ -74,7 +71,7 @@ def write_files(folder: Path, card: str, files: Mapping[str, bytes]) -> Path:
 
     The card is written last and at once: an interruption leaves the old one.
     """
-    for old in [folder / FACTS, folder / PICTURE, *(folder / RESULTS_FOLDER).glob("*")]:
+    for old in [*(folder / name for name in (FACTS, CURVES, HEAT_MAP)), *(folder / RESULTS_FOLDER).glob("*")]:
         name = old.relative_to(folder).as_posix()
         if is_ours(name) and name not in files:
             old.unlink(missing_ok=True)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
+from hf_parcor.evaluation.sweep_record import SweepRecord
 from hf_parcor.measures import are_shares, is_greater_better
-from hf_parcor.model_card.facts import CorruptionFacts, EvaluationData, ModelFacts, metric_facts
+from hf_parcor.model_card.facts import CorruptionFacts, EvaluationData, ModelFacts, ProbeFacts, metric_facts
+from hf_parcor.report.numbers import Numbers
+from hf_parcor.report.probe_verdict import probe_verdict
+from hf_parcor.report.study import Study
 from hf_parcor.strict_json import to_plain
+
+_SHOWN = 12  # as many letters of a fingerprint as tell two apart
 
 
 def facts_of(
-    records: EvaluationRecord | Sequence[EvaluationRecord],
+    records: EvaluationRecord | SweepRecord | Sequence[EvaluationRecord],
     *,
     name: str = "",
     base_model: str = "",
@@ -27,7 +34,8 @@ def facts_of(
 
     Args:
         records: The record of an evaluator, whose trials are the repetitions; or a list of records, one a seed of
-            training: then trials within a record count as their mean.
+            training: then trials within a record count as their mean. Or the record of a probe, for a model of which
+            nothing else is known.
         name: Name of the model; "" for that in the record.
         base_model: As in `ModelFacts`.
         datasets: As in `ModelFacts`.
@@ -40,6 +48,7 @@ def facts_of(
     Raises:
         ValueError: There are no records, or they are not of the same corruptions, targets and metrics, or lack the
             metric.
+        ImportError: A probe has several trials, and SciPy, which judges them, is not installed.
 
     Examples:
         >>> clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,)})
@@ -48,6 +57,9 @@ def facts_of(
         >>> facts.name, facts.corruptions[0].metrics["accuracy"].mean
         ('bert', 0.625)
     """
+    probe = records if isinstance(records, SweepRecord) else None
+    if isinstance(records, SweepRecord):
+        records = _without_corruption(records)
     found = [records] if isinstance(records, EvaluationRecord) else list(records)
     if not found:
         raise ValueError("records: expected at least one, got none; evaluate a model first")
@@ -63,7 +75,7 @@ def facts_of(
     clean = {name: _values([record.clean for record in found], name) for name in names}
     rows = [_facts(rows, clean) for rows in zip(*(record.rows() for record in found), strict=True)]
     values = [value for row in rows for value in row.metrics[chosen].values]
-    return ModelFacts(
+    facts = ModelFacts(
         name=name or first.model.rpartition("/")[2],
         base_model=base_model,
         datasets=tuple(datasets),
@@ -81,7 +93,41 @@ def facts_of(
         versions=first.versions,
         command=command,
         notes=tuple(dict.fromkeys(note for record in found for note in _notes(record))),
+        weights=tuple(record.weights for record in found) if any(record.weights for record in found) else (),
     )
+    return facts if probe is None else with_probe(facts, probe)
+
+
+def with_probe(facts: ModelFacts, sweep: SweepRecord) -> ModelFacts:
+    """Return the facts with what a probe of the same weights found, in place of an earlier probe.
+
+    Args:
+        facts: What else is known of the model.
+        sweep: The record of the probe.
+
+    Raises:
+        ValueError: The probe is of other weights, as far as is known, or lacks the metric of the card.
+        ImportError: It has several trials, and SciPy, which judges them, is not installed.
+    """
+    if sweep.weights not in facts.weights:
+        known = ", ".join(weights[:_SHOWN] or "unknown" for weights in facts.weights) or "unknown ones"
+        raise ValueError(
+            f"probe: expected one of the weights that were evaluated, {known}, got one of {sweep.weights[:_SHOWN]}; "
+            "evaluate and probe the same model"
+        )
+    study = Study.of({"": sweep}, facts.metric, is_greater_better(facts.metric))
+    rows = [sweep.clean, *(row for _, row in sweep.rows())]
+    percent = facts.percent and are_shares(value for row in rows for value in row.metrics[facts.metric])
+    first = probe_verdict(study, Numbers(percent))[0]
+    verdict = " ".join(filter(None, [first.headline, first.detail]))
+    noticed = tuple(f"{group}: {note}" for group, record in sweep.records.items() for note in _notes(record))
+    probe = ProbeFacts(sweep, sweep.clean.mean(facts.metric), verdict, noticed)
+    return dataclasses.replace(facts, percent=percent, probe=probe)
+
+
+def _without_corruption(sweep: SweepRecord) -> EvaluationRecord:
+    """Return what a probe says of the model as it is."""
+    return EvaluationRecord(sweep.model, {}, 0, sweep.clean, (), sweep.data, sweep.versions, weights=sweep.weights)
 
 
 def _shape(record: EvaluationRecord) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hf_parcor.model_card.facts import ModelFacts
 from hf_parcor.model_card.metadata import is_on_the_hub
+from hf_parcor.model_card.pictures import CURVES, HEAT_MAP
 from hf_parcor.report.markup import code_of, markdown_table, printable, text_of
 from hf_parcor.report.numbers import Numbers
 from hf_parcor.strict_json import to_plain
@@ -43,20 +44,21 @@ _REPETITIONS = {
 }
 
 
-def section_of(facts: ModelFacts, *, picture: str = "", training: str = "") -> str:
+def section_of(facts: ModelFacts, *, pictures: Collection[str] = (), training: str = "") -> str:
     """Return the section, every name escaped.
 
     Args:
         facts: What to say.
-        picture: Path of an image beside the card; "" for none.
+        pictures: What lies beside the card; the pictures of `pictures_of` that are among it are shown.
         training: How the model was trained, as Markdown that a Trainer wrote; "" where the card has it elsewhere.
     """
     parts = [
         _HEADING,
         *_introduction(facts),
         _results(facts),
-        *([f"![{text_of(_caption(facts))}]({picture})"] if picture else []),
-        *([_bullets("Noticed while measuring:", facts.notes)] if facts.notes else []),
+        *_shown(CURVES, f"{facts.metric} of {facts.name} against the strength of each corruption", pictures),
+        *_noticed(facts.notes),
+        *_weak_part(facts, pictures),
         *_training(facts.defense, training),
         "### How to reproduce",
         *_reproduction(facts),
@@ -81,14 +83,20 @@ def unmeasured_section(defense: Mapping[str, Any] | None, *, training: str = "")
 def _introduction(facts: ModelFacts) -> Iterator[str]:
     yield (
         f"How far does {code_of(facts.metric)} of {_linked(facts.name, link=False)} fall when its weights are "
-        f"disturbed? It was measured with hf\\_parcor on {_data(facts)}, with {facts.parameters:,} weights open to "
-        f"corruption ({code_of(_plain(facts.target.get('target_modules', 'all that are trained')))})."
+        f"disturbed? It was measured with hf\\_parcor on {_data(facts)}{_selected(facts)}."
     )
     origin = [f"The model was made from {_linked(facts.base_model)}."] if facts.base_model else []
     if facts.datasets:
         origin.append(f"It was trained on {', '.join(_linked(one, 'datasets/') for one in facts.datasets)}.")
     if origin:
         yield " ".join(origin)
+
+
+def _selected(facts: ModelFacts) -> str:
+    if not facts.corruptions:
+        return ""
+    modules = code_of(_plain(facts.target.get("target_modules", "all that are trained")))
+    return f", with {facts.parameters:,} weights open to corruption ({modules})"
 
 
 def _results(facts: ModelFacts) -> str:
@@ -105,8 +113,20 @@ def _results(facts: ModelFacts) -> str:
     return f"{markdown_table(header, rows)}\n\n*± sd* is the sample standard deviation over n repetitions. {meaning}"
 
 
-def _caption(facts: ModelFacts) -> str:
-    return f"{facts.metric} of {facts.name} against the strength of each corruption"
+def _weak_part(facts: ModelFacts, pictures: Collection[str]) -> Iterator[str]:
+    if facts.probe is None:
+        return
+    yield "### Which part is weak?"
+    clean = Numbers(facts.percent).with_unit(facts.probe.clean)
+    yield f"Each group of weights was corrupted by itself; without corruption {code_of(facts.metric)} was {clean}."
+    yield text_of(facts.probe.verdict)
+    yield from _shown(HEAT_MAP, f"{facts.metric} of {facts.name} with each group of weights corrupted", pictures)
+    yield from _noticed(facts.probe.notes)
+
+
+def _shown(picture: str, description: str, pictures: Collection[str]) -> Iterator[str]:
+    if picture in pictures:
+        yield f"![{text_of(description)}]({picture})"
 
 
 def _training(defense: Mapping[str, Any] | None, training: str) -> Iterator[str]:
@@ -126,6 +146,7 @@ def _reproduction(facts: ModelFacts) -> Iterator[str]:
         yield "    " + printable(facts.command)  # an indented block: no text inside can end it
     rows = [
         ("data of the gradients (SHA-256)", facts.data or "not given"),
+        *(("weights (SHA-256)", weights or "not known") for weights in facts.weights),
         *(("corrupted: " + name, _plain(value)) for name, value in facts.target.items()),
         *facts.versions.items(),
     ]
@@ -156,6 +177,11 @@ def _linked(name: str, folder: str = "", *, link: bool = True) -> str:
     if link and is_on_the_hub(name):
         return f"[{text_of(name)}](https://huggingface.co/{folder}{name})"
     return text_of(name)
+
+
+def _noticed(notes: Sequence[str]) -> Iterator[str]:
+    if notes:
+        yield _bullets("Noticed while measuring:", notes)
 
 
 def _bullets(head: str, sentences: Iterable[str]) -> str:

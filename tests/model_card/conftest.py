@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import HfApi
+from transformers import TrainingArguments
 
-from hf_parcor import CorruptionRecord, EvaluationRecord
+from hf_parcor import CorruptionRecord, EvaluationRecord, GaussianNoise, ParameterDefenseTrainer, SweepRecord
 from hf_parcor.model_card import EvaluationData, facts_of
+from hf_parcor.model_card.pictures import CURVES, HEAT_MAP
 
 _PLACE = Path(__file__).with_name("hub_server.py")
 _SPECIFICATION = importlib.util.spec_from_file_location("hub_server", _PLACE)
@@ -33,6 +37,21 @@ def make_record(model="org/bert", clean=0.9, values=(0.75, 0.5), label="Gaussian
         ),
     )
     return EvaluationRecord(model, {"target_modules": "all"}, 1234, untouched, rows, "ab12", {"torch": "2.0"})
+
+
+WEIGHTS = "14ade2b0" * 8
+
+
+def make_probe(weights=WEIGHTS, groups=("layer.0", "layer.1", "layer.2"), notes=()):
+    """Return a probe whose second group is the weak one: it loses 60 points, the others 20."""
+    clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,), "loss": (0.3,)})
+    records = {}
+    for place, group in enumerate(groups):
+        values = {"accuracy": (0.3 if place == 1 else 0.7,), "loss": (0.5,)}
+        settings = {"p": 2.0, "epsilon": 0.5, "top_n": None}
+        row = CorruptionRecord("gradient", "gradient-based L2 ε=0.5", settings, (0,), values, notes=tuple(notes))
+        records[group] = EvaluationRecord("org/bert", {"target_modules": [group]}, 10, clean, (row,), "ab12")
+    return SweepRecord(records, weights, trials=1, seed=0)
 
 
 def make_facts(record=None, **options):
@@ -59,6 +78,17 @@ def record_of():
 
 
 @pytest.fixture
+def probe_of():
+    return make_probe
+
+
+@pytest.fixture
+def probed_record():
+    """The record of an evaluation of the weights that `probe_of` has."""
+    return replace(make_record(), weights=WEIGHTS)
+
+
+@pytest.fixture
 def facts_with():
     return make_facts
 
@@ -71,7 +101,12 @@ def facts():
 @pytest.fixture
 def quick_picture(monkeypatch):
     """No drawing, where it is not what the test is about."""
-    monkeypatch.setattr("hf_parcor.model_card.folder.picture_of", lambda facts: f"picture of {facts.name}".encode())
+
+    def pictures(facts):
+        names = {CURVES: facts.corruptions, HEAT_MAP: facts.probe}
+        return {name: f"{name} of {facts.name}".encode() for name, there in names.items() if there}
+
+    monkeypatch.setattr("hf_parcor.model_card.folder.pictures_of", pictures)
 
 
 @pytest.fixture
@@ -93,3 +128,43 @@ def hub(quick_picture, monkeypatch, tmp_path):
 @pytest.fixture
 def api(hub):
     return HfApi(endpoint=hub.endpoint, token=hub_server.TOKEN)
+
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+@pytest.fixture
+def model(tiny_bert):
+    torch.manual_seed(0)
+    return tiny_bert(vocab_size=30, num_labels=3)
+
+
+@pytest.fixture
+def make(tmp_path, model, labelled_rows):
+    rows = labelled_rows[:12]
+
+    def build(kind=ParameterDefenseTrainer, trained=model, **options):
+        defaults = {
+            "output_dir": str(tmp_path / "tiny"),
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "eval_strategy": "epoch",
+            "logging_steps": 1,
+            "max_steps": 3,
+            "dataloader_pin_memory": False,
+        }
+        arguments = TrainingArguments(**{**defaults, **options})
+        return kind(trained, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=accuracy)
+
+    return build
+
+
+@pytest.fixture
+def trained(make):
+    trainer = make()
+    trainer.train()
+    trainer.evaluate_robustness([GaussianNoise(0.5)], trials=2)
+    return trainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from hf_parcor.model_card import ModelFacts, facts_of, write_card
+from hf_parcor import RobustnessReport
+from hf_parcor.model_card import ModelFacts, facts_of, with_probe, write_card
 from hf_parcor.model_card.card import read_card, updated_card
 from hf_parcor.model_card.folder import card_of
 from hf_parcor.model_card.front_matter import merged_front_matter
 from hf_parcor.model_card.metadata import metadata_of, model_index
+from hf_parcor.model_card.pictures import CURVES, HEAT_MAP, pictures_of
+from hf_parcor.report.markup import text_of
 
 WHOLE = Path(__file__).with_name("whole_card.md")
 BEGIN, END = "<!-- hf_parcor:begin", "<!-- hf_parcor:end -->"
@@ -249,6 +253,85 @@ class TestWholeCard:
         assert noisy[0]["notes"] == "accuracy under parameter corruption: Gaussian σ=0.02 (std=0.02)"
 
     def test_the_picture_is_one(self, facts):
-        from hf_parcor.model_card.picture import picture_of
+        [(name, content)] = pictures_of(facts).items()
+        assert name == CURVES
+        assert content.startswith(b"\x89PNG\r\n")
 
-        assert picture_of(facts).startswith(b"\x89PNG\r\n")
+
+class TestProbe:
+    def test_the_card_says_what_the_report_says(self, facts_with, probed_record, probe_of):
+        facts = with_probe(facts_with(probed_record), probe_of(notes=["noted"]))
+        assert facts.probe.verdict in RobustnessReport(probe_of()).verdict[0]
+        assert facts.probe.verdict.startswith("gradient-based, L2: layer.1 is 3 times as fragile as the median")
+        section = card_of(facts, {HEAT_MAP: b""}).split("### ")[1]
+        assert section.splitlines()[2:] == [
+            "Each group of weights was corrupted by itself; without corruption `accuracy` was 90.0 %.",
+            "",
+            text_of(facts.probe.verdict),
+            "",
+            "![accuracy of tiny-bert with each group of weights corrupted](robustness_heat_map.png)",
+            "",
+            "Noticed while measuring:",
+            "",
+            *(f"- layer.{index}: gradient-based L2 ε=0.5: noted" for index in range(3)),
+            "",
+        ]
+        assert facts.probe.verdict.endswith("before you rely on it.")
+
+    def test_without_its_picture(self, facts_with, probed_record, probe_of):
+        facts = with_probe(facts_with(probed_record), probe_of())
+        assert "![" not in card_of(facts, {})
+        assert "### Which part is weak?" in card_of(facts, {})
+
+    def test_the_heat_map_is_that_of_the_record(self, facts_with, probed_record, probe_of):
+        facts = with_probe(facts_with(probed_record), probe_of())
+        pictures = pictures_of(ModelFacts.from_json(facts.to_json()))
+        assert list(pictures) == [CURVES, HEAT_MAP]
+        assert pictures[HEAT_MAP].startswith(b"\x89PNG\r\n")
+        weaker = with_probe(facts, probe_of(groups=("layer.1", "layer.0", "layer.2")))
+        assert pictures_of(weaker)[HEAT_MAP] != pictures[HEAT_MAP]
+        assert pictures_of(weaker)[CURVES] == pictures[CURVES]
+
+    def test_facts_are_read_as_written(self, facts_with, probed_record, probe_of):
+        facts = with_probe(facts_with(probed_record), probe_of(notes=["noted"]))
+        again = ModelFacts.from_json(facts.to_json())
+        assert again.probe == facts.probe
+        assert again.to_json() == facts.to_json()
+
+    def test_facts_from_before_probes_were_kept(self, facts):
+        plain = yaml.safe_load(facts.to_json())
+        del plain["probe"], plain["weights"]
+        assert ModelFacts.from_plain(plain).to_json() == facts.to_json()
+
+    def test_alone(self, probe_of):
+        facts = facts_of(probe_of(), name="tiny-bert")
+        card = card_of(facts, {})
+        assert pictures_of(facts).keys() == {HEAT_MAP}
+        assert "| no corruption | 90.0 | – | 1 |" in card
+        assert "open to corruption" not in card
+        assert f"| weights (SHA-256) | {probe_of().weights} |" in card
+
+    def test_of_one_of_several_trainings(self, record_of, probed_record, probe_of):
+        assert with_probe(facts_of([record_of(), probed_record]), probe_of()).probe.clean == 0.9
+
+    @pytest.mark.parametrize("weights", ["", "67d4f666" * 8])
+    def test_of_other_weights_is_refused(self, facts_with, probed_record, probe_of, weights):
+        facts = facts_with(replace(probed_record, weights=weights))
+        with pytest.raises(ValueError, match="expected one of the weights that were evaluated"):
+            with_probe(facts, probe_of())
+
+    def test_without_the_metric_of_the_card_is_refused(self, record_of, probe_of):
+        record = replace(record_of(), weights=probe_of().weights)
+        renamed = [replace(row, metrics={"f1": row.metrics["accuracy"]}) for row in record.rows()]
+        facts = facts_of(replace(record, clean=renamed[0], corruptions=tuple(renamed[1:])))
+        with pytest.raises(ValueError, match="got 'f1'"):
+            with_probe(facts, probe_of())
+
+    def test_beyond_shares_neither_is_shown_in_percent(self, facts_with, probed_record, probe_of):
+        sweep = probe_of()
+        row = sweep.records["layer.0"].corruptions[0]
+        row = replace(row, metrics={**row.metrics, "accuracy": (-1.5,)})
+        records = {**sweep.records, "layer.0": replace(sweep.records["layer.0"], corruptions=(row,))}
+        facts = with_probe(facts_with(probed_record), replace(sweep, records=records))
+        assert not facts.percent
+        assert "| no corruption | 0.9 |" in card_of(facts, {})

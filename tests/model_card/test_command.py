@@ -8,7 +8,8 @@ from huggingface_hub import ModelCard
 
 from hf_parcor.cli.main import MISTAKE, main
 from hf_parcor.model_card import ModelFacts
-from hf_parcor.model_card.folder import FACTS, PICTURE, card_of
+from hf_parcor.model_card.folder import FACTS, card_of
+from hf_parcor.model_card.pictures import CURVES, HEAT_MAP
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
@@ -55,6 +56,33 @@ class TestCard:
         record_of(clean=0.7).save(tmp_path / "other" / "robustness.json")
         assert main(["card", str(run_dir), "--seeds", str(tmp_path / "other")]) == 0
         assert ModelFacts.load(run_dir / FACTS).clean.metrics["accuracy"].values == (0.9, 0.7)
+
+    def test_a_probe_of_the_same_weights_is_shown(self, run_dir, probed_record, probe_of):
+        probed_record.save(run_dir / "robustness.json")
+        probe_of().save(run_dir / "probe.json")
+        assert main(["card", str(run_dir)]) == 0
+        assert (run_dir / HEAT_MAP).is_file()
+        assert f"]({HEAT_MAP})" in (run_dir / "README.md").read_text()
+        first = (run_dir / "README.md").read_bytes()
+        (run_dir / "robustness.json").unlink()
+        assert main(["card", str(run_dir)]) == 0, "of the last card's weights"
+        assert (run_dir / "README.md").read_bytes() == first
+        (run_dir / "probe.json").unlink()
+        assert main(["card", str(run_dir)]) == 0
+        assert (run_dir / "README.md").read_bytes() == first, "what the last card said"
+
+    def test_a_probe_alone(self, run_dir, probe_of):
+        (run_dir / "robustness.json").unlink()
+        probe_of().save(run_dir / "probe.json")
+        assert main(["card", str(run_dir)]) == 0
+        assert ModelFacts.load(run_dir / FACTS).corruptions == ()
+        assert {path.suffix for path in run_dir.iterdir()} == {".md", ".json", ".png"}
+
+    def test_a_probe_of_other_weights_is_refused(self, run_dir, probe_of, capsys):
+        probe_of().save(run_dir / "probe.json")
+        assert main(["card", str(run_dir)]) == MISTAKE
+        assert "expected one of the weights that were evaluated, unknown" in capsys.readouterr().err
+        assert not (run_dir / "README.md").exists()
 
     def test_a_dry_run_writes_nothing(self, run_dir, capsys):
         assert main(["card", str(run_dir), "--dry-run"]) == 0
@@ -111,9 +139,12 @@ class TestCardsOfOurCampaigns:
         for facts in found:
             folder = model_cards.CARDS / facts.name
             assert (folder / FACTS).read_text(encoding="utf-8") == facts.to_json()
-            card = card_of(ModelFacts.load(folder / FACTS), {PICTURE: b""})
+            pictures = CURVES if facts.corruptions else "", HEAT_MAP if facts.probe else ""
+            card = card_of(ModelFacts.load(folder / FACTS), pictures)
             assert (folder / "README.md").read_text(encoding="utf-8") == card
-            assert (folder / PICTURE).read_bytes().startswith(b"\x89PNG")
+            for picture in filter(None, pictures):
+                assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+            assert {path.name for path in folder.iterdir()} == {"README.md", FACTS, *filter(None, pictures)}
         assert (model_cards.CARDS / "README.md").read_text(encoding="utf-8") == model_cards.index(found)
         folders = {path.parent.name for path in model_cards.CARDS.glob(f"*/{FACTS}")}
         assert folders == {facts.name for facts in found}

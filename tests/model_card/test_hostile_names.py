@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -12,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from hf_parcor import CorruptionRecord, EvaluationRecord, RobustnessReport
-from hf_parcor.model_card import EvaluationData, ModelFacts, facts_of
+from hf_parcor import CorruptionRecord, EvaluationRecord, RobustnessReport, SweepRecord
+from hf_parcor.model_card import EvaluationData, ModelFacts, facts_of, with_probe
 from hf_parcor.model_card.card import read_card
 from hf_parcor.model_card.folder import card_of
 from hf_parcor.model_card.metadata import eval_result_files
+from hf_parcor.model_card.pictures import HEAT_MAP
 from hf_parcor.report.markup import printable
 
 SPECIAL = [
@@ -164,7 +166,10 @@ HOSTILE = {
     "a rule": "***",
     "another direction": "\u202etxt.exe",
 }
-FIELDS = ("name", "base_model", "datasets", "task", "data", "metric", "label", "setting", "note", "command", "version")
+FIELDS = (
+    *("name", "base_model", "datasets", "task", "data", "metric", "label", "setting", "note", "command", "version"),
+    "group",
+)
 
 
 def hostile_facts(field, text):
@@ -174,8 +179,12 @@ def hostile_facts(field, text):
     row = CorruptionRecord(
         "own", value["label"], {"a": value["setting"]}, (0,), {value["metric"]: (0.5,)}, notes=(value["note"],)
     )
-    record = EvaluationRecord("m", {}, 5, clean, (row,), "", {"torch": value["version"]})
-    return facts_of(
+    record = EvaluationRecord("m", {}, 5, clean, (row,), "", {"torch": value["version"]}, weights=value["data"])
+    part = CorruptionRecord("gradient", "g", {"p": 2.0, "epsilon": 1.0, "top_n": None}, (0,), row.metrics)
+    weak = replace(part, metrics={value["metric"]: (0.1,)}, notes=row.notes)
+    groups = {"a": part, "b": part, value["group"]: weak}
+    records = {name: replace(record, corruptions=(one,)) for name, one in groups.items()}
+    facts = facts_of(
         record,
         name=value["name"],
         base_model=value["base_model"],
@@ -185,13 +194,14 @@ def hostile_facts(field, text):
         command=value["command"],
         defense={"defense": value["setting"], "settings": {value["setting"]: value["setting"]}},
     )
+    return with_probe(facts, SweepRecord(records, record.weights, trials=1, seed=0))
 
 
 class TestNamesStayInTheirPlace:
     @pytest.mark.parametrize("field", FIELDS)
     @pytest.mark.parametrize("name", HOSTILE)
     def test_of_the_card(self, field, name):
-        harmless, hostile = (card_of(hostile_facts(field, text), {}) for text in ("words", HOSTILE[name]))
+        harmless, hostile = (card_of(hostile_facts(field, text), {HEAT_MAP}) for text in ("words", HOSTILE[name]))
         ours, theirs = read_card(harmless), read_card(hostile)
         assert kinds(theirs.section).count("html_inline") == 0
         structure = [kind for kind in kinds(ours.section) if kind not in ("text", "softbreak", "text_special")]

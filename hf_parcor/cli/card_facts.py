@@ -1,0 +1,86 @@
+"""What a card says of a run: measured in its records, described by the flags, else by the last card."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hf_parcor.cli.records import PROBE, ROBUSTNESS, load_record
+from hf_parcor.evaluation import EvaluationRecord, SweepRecord
+from hf_parcor.input_error import InputError
+from hf_parcor.model_card import EvaluationData, ModelFacts, facts_of, with_probe
+from hf_parcor.model_card.folder import FACTS
+from hf_parcor.strict_json import read_strict_json
+from hf_parcor.training.defense_config import DEFENSE_CONFIG_NAME
+
+_DESCRIBED = ("name", "base_model", "datasets", "task", "metric", "command")
+
+
+def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
+    """Return the facts of a run.
+
+    Args:
+        arguments: The flags of `hf-parcor card`.
+        folder: The folder of the model.
+
+    Raises:
+        InputError: The records are not those of one model, or a flag asks for what they do not hold.
+        OSError: A file cannot be read.
+        ValueError: As in `facts_of` and `with_probe`.
+        ImportError: As in `facts_of`.
+    """
+    last = ModelFacts.load(folder / FACTS) if (folder / FACTS).is_file() else None
+    given: dict[str, Any] = {name: value for name in _DESCRIBED if (value := getattr(arguments, name)) is not None}
+    data = _data(arguments, last)
+    sweep = SweepRecord.load(folder / PROBE) if (folder / PROBE).is_file() else None
+    if (folder / ROBUSTNESS).is_file() or arguments.seeds or last is None:
+        described = {} if last is None else {name: getattr(last, name) for name in _DESCRIBED}
+        named = {"name": folder.absolute().name, **described, **given}
+        alone = sweep is not None and not (folder / ROBUSTNESS).is_file() and not arguments.seeds
+        records = sweep if alone else [_evaluation(place) for place in (folder, *map(Path, arguments.seeds))]
+        facts = facts_of(records, **named, evaluated_on=data, defense=_defense(folder))
+    else:
+        if arguments.metric is not None:
+            raise InputError(f"--metric: expected {ROBUSTNESS} to read it from, got none; evaluate the model again")
+        facts = replace(last, **{**given, "datasets": tuple(given.get("datasets", last.datasets))}, evaluated_on=data)
+    facts = facts if sweep is None else with_probe(facts, sweep)
+    return facts if arguments.only is None else _only(facts, arguments.only)
+
+
+def _data(arguments: argparse.Namespace, last: ModelFacts | None) -> EvaluationData:
+    data = EvaluationData("the evaluation data") if last is None else last.evaluated_on
+    if arguments.evaluated_on is not None:
+        data = EvaluationData(arguments.evaluated_on.rpartition("/")[2], arguments.evaluated_on)
+    places = {"config": arguments.dataset_config, "split": arguments.split}
+    return replace(data, **{name: value for name, value in places.items() if value is not None})
+
+
+def _evaluation(place: Path) -> EvaluationRecord:
+    """Return the record of an evaluation in a folder, beside which there may be a probe, or in a file."""
+    path = place / ROBUSTNESS
+    record = load_record(path if path.is_file() else place)
+    if not isinstance(record, EvaluationRecord):
+        raise InputError(f"{place}: expected the record of an evaluation, got a probe; run hf-parcor evaluate")
+    return record
+
+
+def _only(facts: ModelFacts, labels: Sequence[str]) -> ModelFacts:
+    kept = tuple(row for row in facts.corruptions if row.label in labels)
+    if len(kept) != len(labels):
+        known = ", ".join(repr(row.label) for row in facts.corruptions)
+        raise InputError(f"--only: expected labels out of {known}, got {labels}; take them from the table")
+    return replace(facts, corruptions=kept)
+
+
+def _defense(folder: Path) -> dict[str, Any] | None:
+    """Return what stands beside the model, also a defense of the user's own class."""
+    path = folder / DEFENSE_CONFIG_NAME
+    if not path.is_file():
+        return None
+    found = read_strict_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected settings by name, got {type(found).__name__}; save the model again")
+    return found
