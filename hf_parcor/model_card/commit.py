@@ -31,7 +31,7 @@ _WHY = {
     412: "others change the repository at the same time: try again",
     429: "the Hub takes no more requests for now: try again in some minutes",
 }
-_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of whichever HTTP library the client uses
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of whichever HTTP library the client uses
 
 
 class HubError(OSError):
@@ -98,7 +98,7 @@ def _attempt(
         cause, found = error, "offline mode; unset HF_HUB_OFFLINE"
     except HfHubHTTPError as error:
         cause, found = error, _refused(error)
-    except (OSError, _HTTP_ERROR) as error:
+    except (OSError, HTTP_ERROR) as error:
         cause, found = error, f"{type(error).__name__} from {api.endpoint}; check the connection and try again"
     except json.JSONDecodeError as error:
         cause, found = error, f"no JSON from {api.endpoint}; check that this is the Hub and try again"
@@ -121,7 +121,7 @@ def card_on_hub(api: HfApi, repo_id: str, revision: str | None = None) -> tuple[
         Exception: It cannot be reached; the class is that of the HTTP library.
     """
     info = api.model_info(repo_id, revision=revision)
-    if CARD not in _paths(info):
+    if CARD not in paths_in(info):
         return "", info
     return read_text(Path(api.hf_hub_download(repo_id, CARD, revision=info.sha))), info
 
@@ -143,7 +143,7 @@ def _once(
     if dry_run:
         return Published("", changed)
     files = {**change.files, **({CARD: card.encode()} if card != text else {})}
-    old = [path for path in _paths(info) if change.files and is_ours(path) and path not in files]
+    old = [path for path in paths_in(info) if change.files and is_ours(path) and path not in files]
     operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
         *(CommitOperationAdd(path, content) for path, content in files.items()),
         *(CommitOperationDelete(path) for path in old),
@@ -161,7 +161,8 @@ def _once(
     return Published(commit.pr_url or commit.commit_url, changed)
 
 
-def _paths(info: Any) -> list[str]:
+def paths_in(info: Any) -> list[str]:
+    """Return the files of a model, of what the Hub says of it."""
     return [entry.rfilename for entry in info.siblings or []]
 
 

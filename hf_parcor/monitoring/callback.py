@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_parcor.functional.arguments import check_count
 from hf_parcor.monitoring.evaluation import measure_robustness
+from hf_parcor.monitoring.mixin import RobustnessMixin
 from hf_parcor.monitoring.names import Corruptions, by_name, robustness_metrics
 
 
@@ -94,6 +95,8 @@ class RobustnessCallback(TrainerCallback):
             metric_key_prefix=prefix,
             target_modules=self._target,
         )
+        if isinstance(self._trainer, RobustnessMixin):
+            self._trainer.robustness_was_measured(prefix, record, eval_dataloader.dataset)
         found = robustness_metrics(record, list(self._corruptions), prefix)
         self._trainer.log(dict(found))
         metrics.update(found)

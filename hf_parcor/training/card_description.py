@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +41,34 @@ def task_of(model: nn.Module) -> str:
     return ""
 
 
-def evaluation_data_of(dataset: Any, name_on_hub: str = "") -> EvaluationData:
+def evaluation_data_of(dataset: Any) -> EvaluationData:
     """Return what a data set of the library `datasets` says of itself: name, configuration, split, revision.
 
     Args:
         dataset: The data set; any other object says nothing.
-        name_on_hub: Its name on the Hub, where the caller knows; "" to look where it was loaded from.
     """
     info = getattr(dataset, "info", None)
     sources = map(_SOURCE.match, getattr(info, "download_checksums", None) or ())
     source = next((match for match in sources if match is not None), None)
     found, revision = source.groups() if source else ("", "")
     loaded = str(getattr(info, "dataset_name", "") or "")
-    name = name_on_hub or found or ("" if loaded in _LOADERS else loaded)
+    name = found or ("" if loaded in _LOADERS else loaded)
     config = str(getattr(dataset, "config_name", "") or "")
     return EvaluationData(
         name.rpartition("/")[2] or "the evaluation data",
-        id=name_on_hub or found,
+        id=found,
         config="" if config == "default" or loaded in _LOADERS else config,
         split=str(getattr(dataset, "split", "") or ""),
-        revision=revision if name_on_hub in ("", found) else "",
+        revision=revision,
     )
+
+
+def named_on_hub(data: EvaluationData, name: str) -> EvaluationData:
+    """Return the data by their name on the Hub, where the caller knows it.
+
+    Examples:
+        >>> named_on_hub(EvaluationData("the evaluation data", split="test"), "org/reviews")
+        EvaluationData(name='reviews', id='org/reviews', config='', split='test', revision='')
+    """
+    revision = data.revision if name == data.id else ""
+    return replace(data, name=name.rpartition("/")[2], id=name, revision=revision)

@@ -1,23 +1,19 @@
-"""What `create_model_card` and `push_to_hub` of the Trainer write, and what they leave."""
+"""What `create_model_card` of the Trainer writes, and what it leaves."""
 
 from __future__ import annotations
 
-import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hub_server import TOKEN, Failure, Repository
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError
-from transformers import Trainer, TrainingArguments
+from huggingface_hub import ModelCard
+from transformers import Trainer, TrainerState
 
-from hf_parcor import GaussianNoise, ParameterDefenseMixin, ParameterDefenseTrainer
+from hf_parcor import GaussianNoise, ParameterDefenseMixin, Quantization, RobustnessCallback
+from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.model_card import ModelFacts
 from hf_parcor.model_card.card import read_card
-from hf_parcor.training import publishing
+from hf_parcor.training.measured import MeasuredWeights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
@@ -25,46 +21,6 @@ pytestmark = [
     pytest.mark.usefixtures("quick_picture"),
 ]
 OURS = "## Robustness to parameter corruption"
-
-
-def accuracy(prediction):
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
-@pytest.fixture
-def model(tiny_bert):
-    torch.manual_seed(0)
-    return tiny_bert(vocab_size=30, num_labels=3)
-
-
-@pytest.fixture
-def make(tmp_path, model, labelled_rows):
-    rows = labelled_rows[:12]
-
-    def build(kind=ParameterDefenseTrainer, trained=model, **options):
-        defaults = {
-            "output_dir": str(tmp_path / "tiny"),
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "eval_strategy": "epoch",
-            "logging_steps": 1,
-            "max_steps": 3,
-            "dataloader_pin_memory": False,
-        }
-        arguments = TrainingArguments(**{**defaults, **options})
-        return kind(trained, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=accuracy)
-
-    return build
-
-
-@pytest.fixture
-def trained(make):
-    trainer = make()
-    trainer.train()
-    trainer.evaluate_robustness([GaussianNoise(0.5)], trials=2)
-    return trainer
 
 
 def read(folder):
@@ -181,88 +137,52 @@ class TestCreateModelCard:
         assert (tmp_path / "tiny" / "curve.svg").exists()
 
 
-class TestPushToHub:
-    @pytest.fixture(autouse=True)
-    def _hub(self, hub, monkeypatch):
-        monkeypatch.setattr("transformers.utils.hub._hf_api", HfApi(endpoint=hub.endpoint))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-
+class TestOfACallback:
     @pytest.fixture
-    def pushed(self, trained, hub):
-        trained.push_to_hub()
-        return hub.repositories["me/tiny"]
+    def watched(self, make):
+        """Return a Trainer that measures at each step, and whose best step is the first, of the largest loss."""
+        every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+        trainer = make(**every_step, **best, learning_rate=0.05)
+        trainer.add_callback(RobustnessCallback(trainer, [Quantization(4)]))
+        return trainer
 
-    def test_model_card_and_results(self, pushed, hub, trained, tmp_path):
-        assert {"README.md", "model.safetensors", "defense_config.json", "robustness_facts.json"} <= set(pushed.files)
-        assert OURS in pushed.files["README.md"].decode()
-        assert pushed.files["README.md"] == (tmp_path / "tiny" / "README.md").read_bytes()
-        assert not any(TOKEN.encode() in content for content in pushed.files.values())
+    def test_the_best_step_is_the_one_on_the_card(self, watched, tmp_path):
+        watched.train()
+        assert watched.state.best_global_step == 1
+        watched.create_model_card()
+        [row] = ModelFacts.load(tmp_path / "tiny" / "robustness_facts.json").corruptions
+        name = "eval_robustness_4_bit_quantization_loss"
+        logged = {entry["step"]: entry[name] for entry in watched.state.log_history if name in entry}
+        assert row.metrics["loss"].values == (logged[1],)
+        assert logged[1] not in (logged[2], logged[3])
+        assert "| 4-bit quantization |" in read(tmp_path / "tiny")
 
-    def test_the_model_is_loaded_back_by_another_process(self, pushed, hub, trained, tmp_path):
-        program = (
-            "from transformers import AutoModelForSequenceClassification as Model\n"
-            "from hf_parcor import DefenseConfig\n"
-            "print(Model.from_pretrained('me/tiny').classifier.bias.tolist())\n"
-            "print(DefenseConfig.from_pretrained('me/tiny').defense.constraint.epsilon)"
-        )
-        environment = {
-            **{"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"},
-            **{"HF_HOME": str(tmp_path / "home"), "PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path))},
-        }
-        result = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.splitlines() == [str(trained.model.classifier.bias.tolist()), "0.1"]
+    def test_of_the_last_step_where_none_is_the_best(self, watched, tmp_path):
+        watched.args.load_best_model_at_end = False
+        watched.train()
+        facts = watched.robustness_facts()
+        assert facts.weights == (fingerprint_of_weights(watched.model),)
+        with torch.no_grad():
+            watched.model.classifier.bias += 1
+        assert watched.robustness_facts() is None
 
-    def test_what_a_person_wrote_on_the_hub_is_kept(self, pushed, trained):
-        theirs = pushed.files["README.md"].replace(b"More information needed", b"Words of a person.", 1)
-        pushed.commit({**pushed.files, "README.md": theirs})
-        trained.args.max_steps = 5
-        trained.train()
-        trained.push_to_hub()
-        assert b"Words of a person." in pushed.files["README.md"]
-        assert b"training_steps: 5" in pushed.files["README.md"]
-
-    def test_a_card_that_was_there_before_the_first_push(self, trained, hub):
-        hub.repositories["me/tiny"] = repository = Repository()
-        repository.commit({**repository.files, "README.md": b"# Mine\n\nWords."})
-        trained.push_to_hub()
-        assert b"---\n# Mine\n\nWords.\n\n<!-- hf_parcor:begin" in repository.files["README.md"]
-
-    def test_changed_on_both_sides(self, pushed, trained, tmp_path):
-        for place in ("here", "there"):
-            text = read(tmp_path / "tiny").replace("More information needed", f"Words {place}.", 1)
-            if place == "here":
-                (tmp_path / "tiny" / "README.md").write_bytes(text.encode())
-            else:
-                pushed.commit({**pushed.files, "README.md": text.replace("here.", "there.").encode()})
-        head = pushed.head
-        messages = []
-        publishing.logger.addHandler(handler := _Keep(messages))
-        try:
-            trained.push_to_hub()
-        finally:
-            publishing.logger.removeHandler(handler)
-        assert any(head in message for message in messages)
-        assert b"Words here." in pushed.files["README.md"]
-        assert b"Words there." in pushed.at(head)["README.md"], "in the history"
-
-    @pytest.mark.parametrize("status", [401, 412, 429])
-    def test_a_failure_loses_nothing_and_the_next_one_succeeds(self, trained, hub, tmp_path, status):
-        hub.failures.append(Failure("POST .*/commit/", status, message="not now"))
-        with pytest.raises(HfHubHTTPError, match=str(status)):
-            trained.push_to_hub()
-        assert OURS in read(tmp_path / "tiny")
-        assert (tmp_path / "tiny" / "model.safetensors").exists()
-        trained.push_to_hub()
-        assert OURS in hub.repositories["me/tiny"].files["README.md"].decode()
+    def test_what_was_asked_for_goes_before(self, watched):
+        watched.train()
+        watched.evaluate_robustness([GaussianNoise(0.5)], trials=1)
+        watched.evaluate()
+        assert [row.corruption for row in watched.robustness_facts().corruptions] == ["gaussian"]
 
 
-class _Keep(logging.Handler):
-    def __init__(self, messages):
-        super().__init__()
-        self.messages = messages
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
+class TestMeasuredWeights:
+    def test_keeps_the_last_and_the_best(self):
+        measured = MeasuredWeights()
+        for step, best in [(1, None), (2, 1), (3, 2), (4, 2)]:
+            state = TrainerState(global_step=step, best_global_step=best)
+            measured.keep(state, f"weights {step}", {"eval": step}, instead=False)
+        assert [measured.of(f"weights {step}") for step in (1, 2, 3, 4)] == [{}, {"eval": 2}, {}, {"eval": 4}]
+        again = TrainerState(global_step=4, best_global_step=2)
+        measured.keep(again, "weights 2", {"eval": "asked"}, instead=True)
+        measured.keep(again, "weights 2", {"eval": "beside", "test": "beside"}, instead=False)
+        assert measured.of("weights 2") == {"eval": "asked", "test": "beside"}
+        assert measured.of("weights 4") == {}
