@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 CURVES = "robustness.png"
 HEAT_MAP = "robustness_heat_map.png"
+_LONGEST_NAME = 40  # as many letters as have room below the smallest picture
 
 
 def pictures_of(facts: ModelFacts) -> dict[str, bytes]:
@@ -43,7 +44,8 @@ def _curves(facts: ModelFacts) -> Figure:
         facts.clean.as_record(),
         tuple(row.as_record() for row in facts.corruptions),
     )
-    return plot_comparison({facts.name: record}, facts.metric)
+    name = facts.name if len(facts.name) <= _LONGEST_NAME else f"{facts.name[:_LONGEST_NAME]}…"
+    return plot_comparison({name: record}, facts.metric)
 
 
 def _png(figure: Figure) -> bytes:

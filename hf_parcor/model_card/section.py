@@ -150,7 +150,7 @@ def _reproduction(facts: ModelFacts) -> Iterator[str]:
         *(("corrupted: " + name, _plain(value)) for name, value in facts.target.items()),
         *facts.versions.items(),
     ]
-    yield markdown_table(("what", "value"), rows)
+    yield _bullets("", (f"{name}: {value}" for name, value in rows))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

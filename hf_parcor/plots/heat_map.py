@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
+_SMALLEST = (4.4, 2.4)  # inches: room for the headings and the scale beside a single cell
 _DARK = 0.5  # from this share of the largest drop on, white text is easier to read
 
 
@@ -57,7 +58,8 @@ def plot_heat_map(
     groups = list(dict.fromkeys(group for sweep in sweeps.values() for group in sweep.records))
     columns = {panel: _columns(panel, sweeps) for panel in panels}
     width = 1.8 + len(sweeps) * 0.62 * max(len(names) for names in columns.values())
-    figure = new_figure(width + 0.8, 0.6 + len(panels) * (0.7 + 0.3 * len(groups)))
+    height = 0.6 + len(panels) * (0.7 + 0.3 * len(groups))
+    figure = new_figure(*map(max, (width + 0.8, height), _SMALLEST))
     grid = figure.subplots(len(panels), len(sweeps), squeeze=False)
     for axes, panel in zip(grid, panels, strict=True):
         for axis, (name, sweep) in zip(axes, sweeps.items(), strict=True):

@@ -298,6 +298,14 @@ class TestProbe:
         assert again.probe == facts.probe
         assert again.to_json() == facts.to_json()
 
+    @pytest.mark.usefixtures("quick_picture")
+    def test_an_old_heat_map_is_removed(self, facts_with, probed_record, probe_of, tmp_path):
+        facts = facts_with(probed_record)
+        write_card(tmp_path, with_probe(facts, probe_of()))
+        assert (tmp_path / HEAT_MAP).is_file()
+        write_card(tmp_path, facts)
+        assert not (tmp_path / HEAT_MAP).exists()
+
     def test_facts_from_before_probes_were_kept(self, facts):
         plain = yaml.safe_load(facts.to_json())
         del plain["probe"], plain["weights"]
@@ -309,7 +317,7 @@ class TestProbe:
         assert pictures_of(facts).keys() == {HEAT_MAP}
         assert "| no corruption | 90.0 | – | 1 |" in card
         assert "open to corruption" not in card
-        assert f"| weights (SHA-256) | {probe_of().weights} |" in card
+        assert f"\n- weights (SHA-256): {probe_of().weights}\n" in card
 
     def test_of_one_of_several_trainings(self, record_of, probed_record, probe_of):
         assert with_probe(facts_of([record_of(), probed_record]), probe_of()).probe.clean == 0.9

@@ -126,7 +126,7 @@ class TestAnyRecord:
             assert repr(float(metric["value"])) == repr(mean)
         assert headings(read_card(card).section) == SECTIONS
         tables = kinds(read_card(card).section).count("table_open")
-        assert tables == 2 + (given_facts.defense is not None)
+        assert tables == 1 + (given_facts.defense is not None)
         rows = sum(line.startswith("| ") for line in read_card(card).section.split("### ")[0].splitlines())
         assert rows == 2 + len(given_facts.rows())
 

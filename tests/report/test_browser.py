@@ -3,58 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
-import shutil
-import struct
-import subprocess
-import zlib
 from pathlib import Path
 
 import pytest
+from browser import WIDTHS, check_it_fits, look
 
 from hf_parcor import RobustnessReport, SweepRecord
 
 ROOT = Path(__file__).parents[2]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "microsoft-edge")
-# The page is shown in a frame, whose width does not depend on that of the browser's window.
-FRAME = """<!DOCTYPE html><meta charset="utf-8"><style>body{{margin:0}}iframe{{border:0;display:block}}</style>
-<iframe src="{page}" width="{width}" height="{height}"></iframe>
-<script>addEventListener("load", () => {{
-  const page = document.querySelector("iframe").contentDocument;
-  const root = page.documentElement;
-  const beyond = [...page.querySelectorAll("p, li, h1, h2, svg, figcaption, .scroll, summary")]
-    .filter(part => part.getBoundingClientRect().right > root.clientWidth + 1).map(part => part.tagName);
-  document.title = "done";
-  document.body.setAttribute("data-found", `${{root.clientWidth}} ${{root.scrollWidth}} ${{beyond.join(" ")}}`);
-}})</script>"""
-
-
-@pytest.fixture(scope="module")
-def browse():
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip(f"no browser is installed: looked for {', '.join(BROWSERS)}")
-
-    def run(profile, page, *flags):
-        command = [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            "--allow-file-access-from-files",
-        ]
-        result = subprocess.run(
-            [*command, f"--user-data-dir={profile}", "--virtual-time-budget=5000", *flags, page.as_uri()],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    return run
 
 
 def probe_by_hand(record_of):
@@ -75,33 +31,9 @@ def report_of(name, record_of):
     return RobustnessReport.compare({arm: [SweepRecord.load(path) for path in paths] for arm, paths in arms.items()})
 
 
-def pixels(png):
-    """Return width, height and how many different bytes stand in the picture data."""
-    content = png.read_bytes()
-    width, height = struct.unpack(">II", content[16:24])
-    data, place = b"", 8
-    while place < len(content):
-        size, kind = struct.unpack(">I4s", content[place : place + 8])
-        data += content[place + 8 : place + 8 + size] if kind == b"IDAT" else b""
-        place += 12 + size
-    return width, height, len(set(zlib.decompress(data)))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [1200, 360])
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["by hand", "kinds", "layers"])
-def test_it_fits_the_page(browse, record_of, tmp_path, width, name):
-    height = 1600
-    report_of(name, record_of).to_html(tmp_path / "report.html")
-    frame = tmp_path / "frame.html"
-    frame.write_text(FRAME.format(page="report.html", width=width, height=height), encoding="utf-8")
-    picture = tmp_path / f"{name}-{width}.png"
-    window = f"--window-size={width},{height}"
-    browse(tmp_path / "profile", frame, window, f"--screenshot={picture}")
-    assert pixels(picture)[:2] == (width, height)
-    assert pixels(picture)[2] > 50, "a blank page has few"
-    shown = browse(tmp_path / "profile", frame, window, "--dump-dom")
-    [(inner, scrolled, beyond)] = re.findall(r'data-found="(\d+) (\d+) ([^"]*)"', shown)
-    assert int(inner) == width
-    assert int(scrolled) <= width, "the page scrolls sideways"
-    assert beyond == ""
+def test_it_fits_the_page(record_of, tmp_path, width, name):
+    page = report_of(name, record_of).to_html(tmp_path / "report.html")
+    check_it_fits(look(page, width, tmp_path / f"{name}-{width}.png"), width)
