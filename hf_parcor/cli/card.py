@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_parcor.cli.command import Command
 from hf_parcor.cli.errors import refused
 from hf_parcor.cli.parser import Parser
 from hf_parcor.input_error import InputError
+
+if TYPE_CHECKING:
+    from hf_parcor.model_card import ModelFacts
 
 
 class Card(Command):
@@ -43,29 +47,46 @@ class Card(Command):
     def run(self, arguments: argparse.Namespace) -> None:
         """Write the card, or show what would change."""
         from hf_parcor.cli.card_facts import facts_of_run
-        from hf_parcor.model_card import push_card, push_results, write_card
-        from hf_parcor.model_card.commit import difference
-        from hf_parcor.model_card.folder import CARD, card_of, files_beside, read_text
 
         folder = _folder(arguments)
-        if arguments.push is None and (arguments.create_pr or arguments.results_only or arguments.revision):
-            raise InputError("--push: expected a model on the Hub, got none beside flags for it; add --push REPO_ID")
-        if arguments.only is not None and not arguments.results_only:
-            raise InputError("--only: expected --results-only beside it, got none; add it, or leave --only out")
+        _check_flags(arguments)
         with refused(OSError, ValueError, ImportError):
             facts = facts_of_run(arguments, folder)
         with refused(OSError, ValueError):
-            if arguments.push is None and arguments.dry_run:
-                before = read_text(folder / CARD)
-                print(difference(before, card_of(facts, files_beside(facts), before)), end="")
-                return
-            if not arguments.dry_run and not arguments.results_only:
-                print(write_card(folder, facts))
+            if arguments.push is None or not (arguments.dry_run or arguments.results_only):
+                _write(facts, folder, dry_run=arguments.dry_run)
             if arguments.push is not None:
-                push = push_results if arguments.results_only else push_card
-                options = {name: getattr(arguments, name) for name in ("create_pr", "dry_run", "revision")}
-                published = push(facts, arguments.push, **options)
-                print(published.difference if arguments.dry_run else published.url or "nothing has changed")
+                _push(facts, arguments)
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    if arguments.push is None and (arguments.create_pr or arguments.results_only or arguments.revision):
+        raise InputError("--push: expected a model on the Hub, got none beside flags for it; add --push REPO_ID")
+    if arguments.only is not None and not arguments.results_only:
+        raise InputError("--only: expected --results-only beside it, got none; add it, or leave --only out")
+
+
+def _write(facts: ModelFacts, folder: Path, *, dry_run: bool) -> None:
+    """Write the card and print its path, or print what would change."""
+    from hf_parcor.model_card import write_card
+    from hf_parcor.model_card.commit import difference
+    from hf_parcor.model_card.folder import CARD, card_of, files_beside, read_text
+
+    if dry_run:
+        before = read_text(folder / CARD)
+        print(difference(before, card_of(facts, files_beside(facts), before)), end="")
+    else:
+        print(write_card(folder, facts))
+
+
+def _push(facts: ModelFacts, arguments: argparse.Namespace) -> None:
+    """Push the card, or results alone, and print where it is, or what would change."""
+    from hf_parcor.model_card import Destination, push_card, push_results
+
+    push = push_results if arguments.results_only else push_card
+    options = {name: getattr(arguments, name) for name in ("revision", "create_pr", "dry_run")}
+    published = push(facts, Destination(arguments.push, **options))
+    print(published.difference if arguments.dry_run else published.url or "nothing has changed")
 
 
 def _folder(arguments: argparse.Namespace) -> Path:

@@ -39,9 +39,12 @@ def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
     if (folder / ROBUSTNESS).is_file() or arguments.seeds or last is None:
         described = {} if last is None else {name: getattr(last, name) for name in _DESCRIBED}
         named = {"name": folder.absolute().name, **described, **given}
-        alone = sweep is not None and not (folder / ROBUSTNESS).is_file() and not arguments.seeds
-        records = sweep if alone else [_evaluation(place) for place in (folder, *map(Path, arguments.seeds))]
-        facts = facts_of(records, **named, evaluated_on=data, defense=_defense(folder))
+        measured: SweepRecord | list[EvaluationRecord]
+        if sweep is not None and not (folder / ROBUSTNESS).is_file() and not arguments.seeds:
+            measured = sweep
+        else:
+            measured = [_evaluation(place) for place in (folder, *map(Path, arguments.seeds))]
+        facts = facts_of(measured, **named, evaluated_on=data, defense=_defense(folder))
     else:
         if arguments.metric is not None:
             raise InputError(f"--metric: expected {ROBUSTNESS} to read it from, got none; evaluate the model again")

@@ -6,6 +6,7 @@ import difflib
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,25 @@ class HubError(OSError):
     """The Hub cannot be reached, or refuses. Nothing local was changed, and the same call may be made again."""
 
 
+@dataclass(frozen=True)
+class Destination:
+    """Where on the Hub something goes, and how.
+
+    Attributes:
+        repo_id: The model; it is made if need be, but not for a pull request.
+        revision: The branch; None for main.
+        create_pr: Whether to open a pull request instead, for the models of others.
+        dry_run: Whether to send nothing, and only return the difference.
+        api: The client, which knows the token; None for one with that of `hf auth login`, or `HF_TOKEN`.
+    """
+
+    repo_id: str
+    revision: str | None = None
+    create_pr: bool = False
+    dry_run: bool = False
+    api: HfApi | None = None
+
+
 class Published(NamedTuple):
     """What became of a push.
 
@@ -64,34 +84,31 @@ class Change(NamedTuple):
     message: str
 
 
-def publish(
-    api: HfApi, change: Change, repo_id: str, *, create_pr: bool, dry_run: bool, revision: str | None
-) -> Published:
+def publish(change: Change, to: Destination) -> Published:
     """Make a change, unless somebody else changed the repository in between: then read it again, a few times.
 
     Raises:
         HubError: The Hub cannot be reached or refuses.
         ValueError: The card that is there cannot be updated.
     """
+    api = to.api or HfApi()
     attempt = 0
     while True:
-        outcome = _attempt(api, change, repo_id, create_pr=create_pr, dry_run=dry_run, revision=revision)
+        outcome = _attempt(api, change, to)
         if isinstance(outcome, Published):
             return outcome
-        wait = _wait(outcome.__cause__, attempt, create_pr)
+        wait = _wait(outcome.__cause__, attempt, to.create_pr)
         attempt += 1
         if wait is None or attempt == _ATTEMPTS:
             raise outcome
         time.sleep(wait)
 
 
-def _attempt(
-    api: HfApi, change: Change, repo_id: str, *, create_pr: bool, dry_run: bool, revision: str | None
-) -> Published | HubError:
+def _attempt(api: HfApi, change: Change, to: Destination) -> Published | HubError:
     """Return what became of it, or the error to raise if there is to be no other attempt."""
     cause: BaseException
     try:
-        return _once(api, change, repo_id, create_pr=create_pr, dry_run=dry_run, revision=revision)
+        return _once(api, change, to)
     except LocalTokenNotFoundError as error:
         cause, found = error, "no token; run `hf auth login`, or set HF_TOKEN"
     except OfflineModeIsEnabled as error:
@@ -106,7 +123,7 @@ def _attempt(
         if error.__cause__ is None:
             raise
         cause, found = error, f"{type(error.__cause__).__name__} in the middle of an upload; try again"
-    outcome = HubError(f"{repo_id}: expected the Hub to take the change, got {found}; nothing local was changed")
+    outcome = HubError(f"{to.repo_id}: expected the Hub to take the change, got {found}; nothing local was changed")
     outcome.__cause__ = cause
     return outcome
 
@@ -126,21 +143,19 @@ def card_on_hub(api: HfApi, repo_id: str, revision: str | None = None) -> tuple[
     return read_text(Path(api.hf_hub_download(repo_id, CARD, revision=info.sha))), info
 
 
-def _once(
-    api: HfApi, change: Change, repo_id: str, *, create_pr: bool, dry_run: bool, revision: str | None
-) -> Published:
+def _once(api: HfApi, change: Change, to: Destination) -> Published:
     try:
-        text, info = card_on_hub(api, repo_id, revision)
+        text, info = card_on_hub(api, to.repo_id, to.revision)
     except RepositoryNotFoundError as error:
-        if create_pr or error.response.status_code != 404:
+        if to.create_pr or error.response.status_code != 404:
             raise
-        if dry_run:
+        if to.dry_run:
             return Published("", difference("", change.update("")))
-        api.create_repo(repo_id, exist_ok=True)
-        text, info = card_on_hub(api, repo_id, revision)
+        api.create_repo(to.repo_id, exist_ok=True)
+        text, info = card_on_hub(api, to.repo_id, to.revision)
     card = change.update(text)
     changed = difference(text, card)
-    if dry_run:
+    if to.dry_run:
         return Published("", changed)
     files = {**change.files, **({CARD: card.encode()} if card != text else {})}
     old = [path for path in paths_in(info) if change.files and is_ours(path) and path not in files]
@@ -149,11 +164,11 @@ def _once(
         *(CommitOperationDelete(path) for path in old),
     ]
     commit = api.create_commit(
-        repo_id,
+        to.repo_id,
         operations,
         commit_message=change.message,
-        revision=revision,
-        create_pr=create_pr,
+        revision=to.revision,
+        create_pr=to.create_pr,
         parent_commit=info.sha,
     )
     if commit.oid == info.sha:  # all of it was there

@@ -48,7 +48,8 @@ class PublishingMixin(CardMixin):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push as the Trainer does while it trains, unless the card on the Hub cannot be kept."""
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        last: Any = self.push_in_progress
+        busy = last is not None and not last.is_done()
         asked = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not busy)
         if not asked or not self.is_world_process_zero() or self._card_is_ready():
             super()._push_from_checkpoint(checkpoint_folder)

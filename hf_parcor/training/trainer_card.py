@@ -59,8 +59,8 @@ class CardMixin(RobustnessMixin):
     def evaluate_robustness(self, *args: Any, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
         """As `RobustnessMixin.evaluate_robustness`; the card remembers of which weights and data this was."""
         metrics = super().evaluate_robustness(*args, eval_dataset=eval_dataset, **kwargs)
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        data = self.eval_dataset[data] if isinstance(data, str) else data
+        own: Any = self.eval_dataset
+        data = own if eval_dataset is None else own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         parts = data.values() if isinstance(data, dict) else [data]
         measured = zip(self.robustness_records.items(), parts, strict=True)
         self._keep({prefix: (record, part) for (prefix, record), part in measured}, instead=True)
@@ -82,7 +82,9 @@ class CardMixin(RobustnessMixin):
             model_name: Name of the model; "" for that of the output folder.
             dataset: Name on the Hub of the evaluation data; "" for what the data set says of itself.
         """
-        results = {} if self.model is None else self._measured.of(_weights_here(self.model))
+        if self.model is None:
+            return None
+        results = self._measured.of(_weights_here(self.model))
         if not results:
             return None
         if len(results) > 1:

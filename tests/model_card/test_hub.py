@@ -9,7 +9,7 @@ import yaml
 from hub_server import TOKEN, Failure, Repository
 from huggingface_hub import HfApi, ModelCard
 
-from hf_parcor.model_card import HubError, push_card, push_results, write_card
+from hf_parcor.model_card import Destination, HubError, push_card, push_results, write_card
 
 # The client itself hands bytes to its HTTP library in a way that this one is giving up.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -30,7 +30,7 @@ def card_of(repository):
 
 class TestPushCard:
     def test_makes_the_repository_and_all_files(self, hub, api, facts, tmp_path):
-        published = push_card(facts, "me/tiny", api=api)
+        published = push_card(facts, Destination("me/tiny", api=api))
         repository = hub.repositories["me/tiny"]
         assert published.url == f"{hub.endpoint}/me/tiny/commit/{repository.head}"
         written = write_card(tmp_path, facts).parent
@@ -41,61 +41,61 @@ class TestPushCard:
         assert "PUT /storage/" in "".join(hub.requests), "the picture goes through LFS"
 
     def test_is_read_back_by_the_client(self, hub, api, facts, tmp_path):
-        push_card(facts, "me/tiny", api=api)
+        push_card(facts, Destination("me/tiny", api=api))
         path = api.hf_hub_download("me/tiny", "robustness_facts.json", local_dir=tmp_path)
         assert type(facts).load(path).to_json() == facts.to_json()
         (result,) = [one for one in ModelCard.load("me/tiny").data.eval_results if one.metric_args["n"] == 2]
         assert result.metric_value == 0.625
 
     def test_twice_sends_nothing(self, hub, api, facts):
-        push_card(facts, "me/tiny", api=api)
+        push_card(facts, Destination("me/tiny", api=api))
         head = hub.repositories["me/tiny"].head
-        assert push_card(facts, "me/tiny", api=api) == ("", "")
+        assert push_card(facts, Destination("me/tiny", api=api)) == ("", "")
         assert hub.repositories["me/tiny"].head == head
 
     def test_keeps_what_a_person_wrote(self, repository, api, facts):
-        push_card(facts, "me/tiny", api=api)
+        push_card(facts, Destination("me/tiny", api=api))
         assert card_of(repository).startswith("---\nlicense: mit # mine\nlibrary_name: transformers\n")
         assert "\n---\n# My model\n\nMy own words.\n\n<!-- hf_parcor:begin" in card_of(repository)
 
     def test_removes_results_that_are_not_measured_any_more(self, hub, api, facts_with, record_of):
-        push_card(facts_with(record_of(label="old")), "me/tiny", api=api)
+        push_card(facts_with(record_of(label="old")), Destination("me/tiny", api=api))
         old = ".eval_results/hf_parcor-org_reviews_old.yaml"
         assert old in hub.repositories["me/tiny"].files
-        push_card(facts_with(), "me/tiny", api=api)
+        push_card(facts_with(), Destination("me/tiny", api=api))
         assert old not in hub.repositories["me/tiny"].files
         assert "accuracy, old" not in card_of(hub.repositories["me/tiny"])
 
     def test_a_pull_request_leaves_the_branch_alone(self, hub, repository, api, facts):
         head = repository.head
-        published = push_card(facts, "me/tiny", create_pr=True, api=api)
+        published = push_card(facts, Destination("me/tiny", create_pr=True, api=api))
         assert published.url == f"{hub.endpoint}/me/tiny/discussions/1"
         assert repository.head == head
         assert "hf_parcor:begin" in repository.pull_requests[0][1]["README.md"].decode()
 
     def test_a_dry_run_only_reads(self, hub, repository, api, facts):
-        published = push_card(facts, "me/tiny", dry_run=True, api=api)
+        published = push_card(facts, Destination("me/tiny", dry_run=True, api=api))
         assert published.url == ""
         assert "+## Robustness to parameter corruption\n" in published.difference
         assert "-license" not in published.difference
         assert not any(request.startswith(("POST", "PUT")) for request in hub.requests)
 
     def test_a_dry_run_for_a_model_that_is_not_there(self, hub, api, facts):
-        assert "+# tiny-bert\n" in push_card(facts, "me/new", dry_run=True, api=api).difference
+        assert "+# tiny-bert\n" in push_card(facts, Destination("me/new", dry_run=True, api=api)).difference
         assert "me/new" not in hub.repositories
 
 
 class TestPushResults:
     def test_only_the_model_index_changes(self, repository, api, facts):
-        push_results(facts, "me/tiny", api=api)
+        push_results(facts, Destination("me/tiny", api=api))
         assert card_of(repository).endswith("\n---\n# My model\n\nMy own words.\n")
         assert list(yaml.safe_load(card_of(repository).split("---")[1])) == ["license", "model-index"]
         assert set(repository.files) == {".gitattributes", "README.md"}
 
     def test_results_of_other_corruptions_stay(self, repository, api, facts_with, record_of):
-        push_results(facts_with(record_of(label="first")), "me/tiny", api=api)
-        push_results(facts_with(record_of(values=(0.5, 0.5), label="second")), "me/tiny", api=api)
-        push_results(facts_with(record_of(values=(0.125, 0.125), label="second")), "me/tiny", api=api)
+        push_results(facts_with(record_of(label="first")), Destination("me/tiny", api=api))
+        push_results(facts_with(record_of(values=(0.5, 0.5), label="second")), Destination("me/tiny", api=api))
+        push_results(facts_with(record_of(values=(0.125, 0.125), label="second")), Destination("me/tiny", api=api))
         index = yaml.safe_load(card_of(repository).split("---")[1])["model-index"]
         found = {metric["name"]: metric["value"] for result in index[0]["results"] for metric in result["metrics"]}
         assert found == {
@@ -137,7 +137,7 @@ class TestFailures:
     def test_what_passes_is_waited_for(self, hub, repository, api, facts, name):
         failure = TRANSIENT[name]
         hub.failures.append(Failure(**vars(failure)))
-        assert push_card(facts, "me/tiny", api=api).url
+        assert push_card(facts, Destination("me/tiny", api=api)).url
         assert not hub.failures
         assert "My own words." in card_of(repository)
         assert "hf_parcor:begin" in card_of(repository)
@@ -151,13 +151,13 @@ class TestFailures:
         local = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         hub.failures.append(Failure(**vars(failure)))
         with pytest.raises(HubError, match=message) as caught:
-            push_card(facts, "me/tiny", api=api)
+            push_card(facts, Destination("me/tiny", api=api))
         assert TOKEN not in str(caught.value)
         assert "me/tiny" in str(caught.value)
         assert card_of(repository) == PERSON
         assert {path: path.read_bytes() for path in local} == local
         hub.failures.clear()
-        assert push_card(facts, "me/tiny", api=api).url, "the same call succeeds later"
+        assert push_card(facts, Destination("me/tiny", api=api)).url, "the same call succeeds later"
         assert "My own words." in card_of(repository)
 
     def test_somebody_who_was_faster_loses_nothing(self, hub, repository, api, facts):
@@ -167,21 +167,21 @@ class TestFailures:
             repository.commit({**repository.files, "README.md": faster.encode()})
 
         hub.failures.append(Failure(COMMIT, before=write))
-        push_card(facts, "me/tiny", api=api)
+        push_card(facts, Destination("me/tiny", api=api))
         assert "Newer words." in card_of(repository)
         assert "hf_parcor:begin" in card_of(repository)
 
     def test_an_answer_that_got_lost_opens_no_second_pull_request(self, hub, repository, api, facts):
         hub.failures.append(Failure(COMMIT, 502))
         with pytest.raises(HubError, match="status 502"):
-            push_card(facts, "me/tiny", create_pr=True, api=api)
+            push_card(facts, Destination("me/tiny", create_pr=True, api=api))
 
     def test_a_wrong_token(self, hub, repository, facts):
         with pytest.raises(HubError, match="status 401"):
-            push_card(facts, "me/tiny", api=HfApi(endpoint=hub.endpoint, token="hf_secret_other"))
+            push_card(facts, Destination("me/tiny", api=HfApi(endpoint=hub.endpoint, token="hf_secret_other")))
 
     def test_the_token_is_nowhere(self, hub, repository, api, facts, tmp_path):
-        push_card(facts, "me/tiny", api=api)
+        push_card(facts, Destination("me/tiny", api=api))
         write_card(tmp_path, facts)
         local = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
         everything = [*repository.files.values(), *local]
@@ -192,5 +192,5 @@ class TestFailures:
         repository.commit({**repository.files, "README.md": b"---\ntags: [open\n---\n# Mine\n"})
         before = card_of(repository)
         with pytest.raises(ValueError, match="front matter: expected YAML"):
-            push_card(facts, "me/tiny", api=api)
+            push_card(facts, Destination("me/tiny", api=api))
         assert card_of(repository) == before

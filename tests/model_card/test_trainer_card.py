@@ -79,6 +79,22 @@ class TestCreateModelCard:
         assert not ModelCard(read(tmp_path / "tiny")).data.eval_results
         assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["README.md"], "old results are gone"
 
+    def test_the_data_are_those_that_were_measured(self, make, labelled_rows):
+        class Rows(list):
+            split = "test"
+
+        rows = Rows(labelled_rows[:8])
+        trainer = make()
+        trainer.evaluate_robustness([GaussianNoise(0.5)], trials=1, eval_dataset=rows)
+        assert trainer.robustness_facts().evaluated_on.split == "test"
+        assert trainer.robustness_facts(dataset="org/reviews").evaluated_on.id == "org/reviews"
+        trainer.evaluate_robustness([GaussianNoise(0.5)], trials=1)
+        assert trainer.robustness_facts().evaluated_on.split == ""
+        watched = make()
+        watched.add_callback(RobustnessCallback(watched, [Quantization(4)]))
+        watched.evaluate(rows)
+        assert watched.robustness_facts().evaluated_on.split == "test"
+
     def test_without_a_defense(self, make, tmp_path):
         trainer = make()
         trainer.defense = None
