@@ -198,6 +198,8 @@ class TestMeasuredWeights:
             measured.keep(state, f"weights {step}", {"eval": step}, instead=False)
         assert [measured.of(f"weights {step}") for step in (1, 2, 3, 4)] == [{}, {"eval": 2}, {}, {"eval": 4}]
         again = TrainerState(global_step=4, best_global_step=2)
+        measured.keep(again, "weights 1", {"test": "of others"}, instead=False)
+        assert measured.of("weights 1") == {"test": "of others"}, "not beside what is of other weights"
         measured.keep(again, "weights 2", {"eval": "asked"}, instead=True)
         measured.keep(again, "weights 2", {"eval": "beside", "test": "beside"}, instead=False)
         assert measured.of("weights 2") == {"eval": "asked", "test": "beside"}
