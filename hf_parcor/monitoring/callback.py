@@ -21,8 +21,8 @@ class RobustnessCallback(TrainerCallback):
     hyperparameter search can go by them. They are named as by `RobustnessMixin.evaluate_robustness`. When the Trainer
     evaluates, `eval_strategy` and `eval_steps` say. The run itself is, bit for bit, the one without the callback.
 
-    Works with any Trainer; the card of a `ParameterDefenseTrainer` shows what was measured of its weights. When training begins it takes the first place among the callbacks, since others look at
-    what it adds.
+    Works with any Trainer; the card of a `ParameterDefenseTrainer` shows what was measured of its weights. When
+    training begins it takes the first place among the callbacks, since others look at what it adds.
 
     Args:
         trainer: The Trainer that the callback is added to: `trainer.add_callback(RobustnessCallback(trainer, ...))`.

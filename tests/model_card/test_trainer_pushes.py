@@ -153,15 +153,20 @@ class TestPushWhileTraining:
 
         return build
 
-    @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints", "end"])
-    def test_what_a_person_writes_meanwhile_is_kept(self, start, strategy):
+    @pytest.mark.parametrize(
+        ("strategy", "pushed"),
+        [("every_save", False), ("every_save", True), ("checkpoint", True), ("all_checkpoints", False), ("end", True)],
+    )
+    def test_what_a_person_writes_meanwhile_is_kept(self, start, strategy, pushed):
         trainer, repository = start(strategy, {1: b"First.\n", 2: b"Second.\n"})
+        if pushed:
+            trainer.push_to_hub()
+            del repository.files["model.safetensors"]
         trainer.train()
         trainer._finish_current_push()
         card = repository.files["README.md"].decode()
-        assert card.replace("First.", "").count("# Mine") == 1
-        assert "First.\n" in card
-        assert "Second.\n" in card
+        assert card.count("First.\n") == card.count("Second.\n") == 1
+        assert (OURS in card) == (pushed or strategy != "end")
         assert ("model.safetensors" in repository.files) == (strategy != "end")
         assert ("last-checkpoint/model.safetensors" in repository.files) == (strategy == "checkpoint")
         trainer.push_to_hub()
@@ -203,6 +208,7 @@ class TestPushWhileTraining:
     def test_a_card_that_cannot_be_kept_stops_no_training(self, start, hub, warnings, trouble):
         broken = b"---\ntags: [open\n---\n# Mine\n"
         trainer, repository = start()
+        trainer.create_model_card()
         repository.commit({**repository.files, "README.md": broken})
         if trouble == "the Hub":
             hub.failures.append(Failure("GET /api/models", 403, message="not now", times=99))
@@ -210,6 +216,7 @@ class TestPushWhileTraining:
         trainer._finish_current_push()
         assert trainer.state.global_step == 3
         assert repository.files["README.md"] == broken
+        assert "model.safetensors" not in repository.files
         assert len(warnings) == 3
         assert all("Nothing is pushed at this step" in message for message in warnings)
 
