@@ -47,7 +47,8 @@ here is edited by hand, and a test compares. Each card tells of as many models a
 in `robustness_facts.json` beside it. The weights are not published. The base is
 [all-MiniLM-L6-v2](https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2), a BERT of 6 layers.
 Of two more models [probes](sst2-minilm-probes/README.md) say which parts are weak: their cards have a heat map of the
-layers. The others were not probed.
+layers. The others were not probed. Two cards as pages in a browser: [on a desk](pages/wide.png),
+[on a phone](pages/phone.png).
 """
 
 
