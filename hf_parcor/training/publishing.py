@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub import CommitOperationDelete, HfApi
@@ -36,14 +37,15 @@ class PublishingMixin(CardMixin):
         **kwargs: Any,
     ) -> Any:
         """Push as the Trainer does; a card that a person changed on the Hub is taken over first."""
+        there: list[str] = []
         if self.is_world_process_zero():
             token = token if token is not None else self.args.hub_token
             if getattr(self, "hub_model_id", None) is None:
                 self.init_hf_repo(token=token, private=private)
-            self._take_card_of_hub(HfApi(token=token), revision or self.args.hub_revision)
+            self._finish_current_push()
+            there = self._take_card_of_hub(HfApi(token=token), revision or self.args.hub_revision)
         pushed = super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
-        if self.is_world_process_zero():
-            self._remove_old_results(HfApi(token=token), revision or self.args.hub_revision)
+        self._remove_old_results(HfApi(token=token), revision or self.args.hub_revision, there)
         return pushed
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -59,12 +61,12 @@ class PublishingMixin(CardMixin):
         api, revision = HfApi(token=self.args.hub_token), self.args.hub_revision
         path = folder_of(self.args) / CARD
         try:
-            self._take_card_of_hub(api, revision)
+            there = self._take_card_of_hub(api, revision)
             if path.exists():
                 text = read_text(path)
                 facts = self.robustness_facts(str(self.hub_model_id).rpartition("/")[2])
                 self._write_card(text, facts, generated=read_card(text).is_generated)
-                self._remove_old_results(api, revision)
+                self._remove_old_results(api, revision, there)
         except (OSError, ValueError, HTTP_ERROR) as error:  # no reason to end a training
             logger.warning(
                 f"{self.hub_model_id}: expected to keep its card, got {type(error).__name__}: {error}. Nothing is "
@@ -73,22 +75,22 @@ class PublishingMixin(CardMixin):
             return False
         return True
 
-    def _remove_old_results(self, api: HfApi, revision: str | None) -> None:
+    def _remove_old_results(self, api: HfApi, revision: str | None, there: Iterable[str]) -> None:
         """Remove from the Hub what lies beside the card there, and no more here: it is of other weights."""
-        repo_id = str(self.hub_model_id)
-        there = paths_in(api.model_info(repo_id, revision=revision))
         old = [name for name in there if is_ours(name) and not (folder_of(self.args) / name).exists()]
         if old:
             operations = [CommitOperationDelete(name) for name in old]
-            api.create_commit(repo_id, operations, commit_message="Results of other weights", revision=revision)
+            message = "Results of other weights"
+            api.create_commit(str(self.hub_model_id), operations, commit_message=message, revision=revision)
 
-    def _take_card_of_hub(self, api: HfApi, revision: str | None) -> None:
+    def _take_card_of_hub(self, api: HfApi, revision: str | None) -> list[str]:
+        """Let the card here be that of the Hub, unless a person changed this one, and return the files there."""
         path = folder_of(self.args) / CARD
         repo_id = str(self.hub_model_id)
         there, info = card_on_hub(api, repo_id, revision)
         here = read_text(path)
         if not there or there == here:
-            return
+            return paths_in(info)
         if not here or read_card(here).is_untouched:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(path, there)
@@ -97,6 +99,7 @@ class PublishingMixin(CardMixin):
                 f"{path} and the card of {repo_id} were both changed by hand. The first is pushed; the other stays in "
                 f"the history of the repository, at {info.sha}."
             )
+        return paths_in(info)
 
 
 def _around(card: Card) -> tuple[str, str]:

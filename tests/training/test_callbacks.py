@@ -147,7 +147,8 @@ def test_pushes_are_those_of_the_stock_trainer_with_the_defense_in_every_folder(
     tiny_bert, train, tmp_path, monkeypatch, strategy
 ):
     hubs = []
-    monkeypatch.setattr("hf_parcor.training.publishing.card_on_hub", lambda *args: ("", None))  # none is there yet
+    empty = SimpleNamespace(siblings=[])
+    monkeypatch.setattr("hf_parcor.training.publishing.card_on_hub", lambda *args: ("", empty))
     for kind, extra in ((Trainer, {}), (ParameterDefenseTrainer, {"defense": K2, "target_modules": ["attention"]})):
         hubs.append(FakeHub())
         monkeypatch.setattr("transformers.trainer.hf_api", lambda: hubs[-1])
