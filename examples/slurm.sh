@@ -12,7 +12,8 @@
 set -euo pipefail
 
 # The first machine is where all processes meet.
-MEETING_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MEETING_HOST=${HOSTS%%$'\n'*}
 MEETING_PORT=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a machine must not meet at the same place
 export MEETING_HOST MEETING_PORT
 

@@ -20,7 +20,7 @@ CONFIGS = {  # what each is for
     "multi_node": (DistributedType.MULTI_GPU, 2, 16),
 }
 BINARIES = {  # a machine that is the second of three
-    "scontrol": 'echo "[$*]" >&2; printf "first\\nsecond\\nthird\\n"',
+    "scontrol": 'echo "[$*]" >&2; for host in first second third; do sleep 0.05; echo $host; done',
     "srun": 'shift; SLURM_NODEID=1 SLURM_GPUS_ON_NODE=4 exec "$@"',
     "accelerate": 'printf "%s\\n" "$@"',
 }
