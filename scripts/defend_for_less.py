@@ -22,6 +22,7 @@ import matplotlib as mpl
 from campaigns.arms import ONE_STEP, PLAIN, Arm, Run, l2
 from campaigns.notes import note_run
 from campaigns.sst2 import evaluator_of, over_runs, parse_options, train
+from campaigns.summary import mean_and_deviation
 
 from hf_parcor import CorruptionConstraint, GradientCorruption
 from hf_parcor.evaluation import EvaluationRecord
@@ -109,8 +110,8 @@ def front(records: dict[str, list[EvaluationRecord]]) -> list[dict[str, float | 
     for name, of_arm in areas.items():
         arm = ARMS[name]
         row: dict[str, float | str] = {"arm": arm.label, "cost": step_cost(arm), "gain": gains[name]}
-        row["clean"] = shown([100 * record.rows()[0].mean("accuracy") for record in records[name]])
-        row["area"] = shown(of_arm)
+        row["clean"] = mean_and_deviation([100 * record.rows()[0].mean("accuracy") for record in records[name]], 1)
+        row["area"] = mean_and_deviation(of_arm, 1)
         if name != "plain" and len(of_arm) > 1:
             test = student_t_test(MeanAndSpread.from_values(of_arm), MeanAndSpread.from_values(areas["plain"]))
             row["t"] = f"{test.t:.1f}{'*' if test.is_significant() else ''}"
@@ -118,14 +119,6 @@ def front(records: dict[str, list[EvaluationRecord]]) -> list[dict[str, float | 
             row["share"] = f"{100 * gains[name] / gains[arm.full]:.0f} %"
         rows.append(row)
     return sorted(rows, key=lambda row: row["cost"])
-
-
-def shown(values: list[float]) -> str:
-    """Return mean and sample standard deviation, or the single value."""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    spread = MeanAndSpread.from_values(values)
-    return f"{spread.mean:.1f} ± {spread.standard_deviation:.1f}"
 
 
 def table(rows: list[dict[str, float | str]]) -> str:

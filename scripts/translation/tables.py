@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
+from campaigns.summary import mean_and_deviation
+
 from hf_parcor.corruptions import Corruption
 from hf_parcor.plots.style import line_styles, new_figure
 from hf_parcor.report.markup import markdown_table
@@ -16,12 +18,9 @@ DEFENSES = ("plain", "acrt", "awp", "defended")
 TARGETS = ("plain", "defended", "last-layer")
 
 
-def shown(values: Sequence[float]) -> str:
-    """Return mean ± sample standard deviation, or the single value."""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    spread = MeanAndSpread.from_values(values)
-    return f"{spread.mean:.2f} ± {spread.standard_deviation:.2f}"
+def shown(bleu: Sequence[float]) -> str:
+    """Return a cell: BLEU over seeds."""
+    return mean_and_deviation(bleu, 2)
 
 
 def by_corruption(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from example_program import run_example
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_parcor import EvaluationRecord
@@ -68,12 +67,7 @@ def settings(folder: Path) -> dict[str, object]:
 
 
 def run(arguments: list[str], monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    spec = importlib.util.spec_from_file_location("train_sst2", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_sst2", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    module.main()
+    run_example(SCRIPT, arguments, monkeypatch)
 
 
 def check(folder: Path, defended: bool) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from example_program import run_example
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -52,12 +51,7 @@ def settings(folder: Path, **changes: object) -> dict[str, object]:
 
 
 def run(monkeypatch, arguments: list[str]) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    spec = importlib.util.spec_from_file_location("train_translation", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_translation", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    module.main()
+    run_example(SCRIPT, arguments, monkeypatch)
 
 
 def run_with(monkeypatch, folder: Path, **changes: object) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from card_text import read
 from huggingface_hub import ModelCard
 from transformers import Trainer, TrainerState
 
@@ -20,11 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.usefixtures("quick_picture"),
 ]
-OURS = "## Robustness to parameter corruption"
-
-
-def read(folder):
-    return (folder / "README.md").read_bytes().decode()
 
 
 class TestCreateModelCard:

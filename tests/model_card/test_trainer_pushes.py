@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from card_text import OURS, read
 from hub_server import TOKEN, Failure, Repository
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -21,11 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.usefixtures("quick_picture"),
 ]
-OURS = "## Robustness to parameter corruption"
-
-
-def read(folder):
-    return (folder / "README.md").read_bytes().decode()
 
 
 @pytest.fixture(autouse=True)
