@@ -74,6 +74,11 @@ class AWP(ProjectedAscent):
         return self.input_epsilon > 0 and self.input_steps > 0
 
     @property
+    def first_pass_is_stock(self) -> bool:
+        """Whether it is one that looks for inputs, or the weights start clean."""
+        return self.perturbs_inputs or super().first_pass_is_stock
+
+    @property
     def passes(self) -> int:
         """`input_steps + K + 1`, without those of a radius zero."""
         return self._input_passes + self._weight_passes + 1

@@ -55,6 +55,11 @@ class Defense(ABC):
         return False
 
     @property
+    def first_pass_is_stock(self) -> bool:
+        """Whether the first pass computes what a stock step does: the clean weights, on the whole batch."""
+        return self.share_of_batch(0) == 1
+
+    @property
     @abstractmethod
     def is_stock(self) -> bool:
         """Whether these settings minimise the plain loss, so that the stock step does as well."""

@@ -52,6 +52,11 @@ class ProjectedAscent(ConstrainedDefense):
             check_projectable(self.constraint.p)
 
     @property
+    def first_pass_is_stock(self) -> bool:
+        """Whether it starts at the clean weights, on the whole batch."""
+        return not self.random_start and super().first_pass_is_stock
+
+    @property
     def radius(self) -> float:
         """The step size α."""
         return STEP_SIZE_FACTOR * self.constraint.epsilon / self.steps if self.step_size is None else self.step_size

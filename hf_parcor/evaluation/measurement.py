@@ -184,10 +184,10 @@ class Measurement:
             return None
         return prefix_of_ascents(self._model, selection, self._batches)
 
-    def _prefix_of_measurements(self, selection: _Parameters, tried: PrefixReuse | None) -> PrefixReuse | None:
+    def _prefix_of_measurements(self, selection: _Parameters) -> PrefixReuse | None:
         if self._by_batch is None:
             return None
-        prefix = prefix_of_measurements(self._model, self._by_batch, selection, tried)
+        prefix = prefix_of_measurements(self._model, self._by_batch, selection)
         # What is measured together must be the same everywhere, also where a rounding decides.
         return prefix if all(self._processes.gather(prefix is not None)) else None
 

@@ -33,13 +33,13 @@ class Part:
         parameters: By their names.
         gradients: Theirs; None if no corruption needs them.
         seek_climbing: Seeks the prefix of ascents.
-        seek_measuring: Seeks that of measurements, and is given that of ascents.
+        seek_measuring: Seeks that of measurements.
     """
 
     parameters: Mapping[str, nn.Parameter]
     gradients: DatasetGradients | None
     seek_climbing: Callable[[], PrefixReuse | None]
-    seek_measuring: Callable[[PrefixReuse | None], PrefixReuse | None]
+    seek_measuring: Callable[[], PrefixReuse | None]
 
     @cached_property
     def climbing(self) -> PrefixReuse | None:
@@ -49,7 +49,7 @@ class Part:
     @cached_property
     def measuring(self) -> PrefixReuse | None:
         """What a measurement computes before these parameters come in; with several processes, all ask for it."""
-        return self.seek_measuring(self.climbing)
+        return self.seek_measuring()
 
 
 @dataclass(frozen=True)

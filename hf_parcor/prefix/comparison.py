@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,13 +12,23 @@ from torch.utils._pytree import tree_leaves
 
 from hf_parcor.prefix.cut import PrefixError
 
-# How far a sum in another order may be off, relative to the largest entry; autocast computes in half precision.
+# How far a gradient that is summed in another order may be off; autocast computes in half precision.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+_SMALL_GRADIENT = 1e-2  # of the largest one's size: below, a tensor's gradient is compared on this scale
+_REPEATABLE = 1e-3  # two full runs that differ by more draw random numbers, or count
+_OF_RUNS = 4.0  # how much farther apart than two full runs a full one and one with the prefix reused may be
 
 
-def tolerance_of(tensors: Iterable[Tensor]) -> float:
+def tolerance_of(precisions: Iterable[torch.dtype]) -> float:
     """Return the tolerance of the least precise of what was computed."""
-    return max(_TOLERANCES.get(tensor.dtype, 0.0) for tensor in tensors)
+    return max((_TOLERANCES.get(precision, 0.0) for precision in precisions), default=0.0)
+
+
+def leaves_of(result: Any) -> list[Any]:
+    """Return all that a run of a model found, but for the keys and values that a generation would go on from."""
+    if isinstance(result, Mapping):
+        result = {name: value for name, value in result.items() if name != "past_key_values"}
+    return [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(result)]
 
 
 def numbers_of(result: Any) -> list[Tensor]:
@@ -28,11 +39,14 @@ def numbers_of(result: Any) -> list[Tensor]:
 
 
 def objective_of(result: Any) -> Tensor:
-    """Return a function of a result whose gradients are compared: the sum of the mean squares of its numbers.
+    """Return a function of a result whose gradients are compared: its loss, or the mean squares of its numbers.
 
     Raises:
         PrefixError: None of them has a gradient.
     """
+    loss = result.get("loss") if isinstance(result, Mapping) else None
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        return loss.mean()
     parts = (part.double().square().mean() for part in numbers_of(result) if part.requires_grad)
     objective = sum(parts, torch.zeros(()))
     if not isinstance(objective, Tensor) or not objective.requires_grad:
@@ -40,21 +54,71 @@ def objective_of(result: Any) -> Tensor:
     return objective
 
 
-def compare(name: str, found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
-    """Check that tensors agree up to a tolerance, relative to the largest expected entry.
+def distance(found: Sequence[Any], expected: Sequence[Any]) -> float:
+    """Return how far apart two lists of results are: 0 if every bit is the same, ∞ if they cannot be compared.
+
+    Between them lies the largest difference of two tensors, or numbers, over the size of the expected one.
+
+    Examples:
+        >>> distance([torch.tensor([1.0, 2.5]), "a"], [torch.tensor([1.0, 2.0]), "a"])
+        0.25
+        >>> distance(["a"], ["b"])
+        inf
+    """
+    if len(found) != len(expected):
+        return math.inf
+    return max((_distance(*pair) for pair in zip(found, expected, strict=True)), default=0.0)
+
+
+@torch.no_grad()
+def _distance(found: Any, expected: Any) -> float:
+    if isinstance(found, float) and isinstance(expected, float):
+        found, expected = torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
+    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
+        plain = isinstance(expected, (bool, int, str, type(None)))
+        return math.inf if plain and found != expected else 0.0  # of other objects nothing is known
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return math.inf
+    if torch.equal(found, expected):
+        return 0.0
+    if not found.is_floating_point():
+        return math.inf
+    if not torch.equal(found.isfinite(), expected.isfinite()):
+        return math.inf
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    differences = (found - expected).masked_fill_(same, 0).abs()
+    size = expected.masked_fill(~expected.isfinite(), 0).abs()
+    return float(differences.max()) / max(float(size.max()), torch.finfo(expected.dtype).tiny)
+
+
+def check_results(name: str, found: float, of_full_runs: float) -> None:
+    """Check that a run with the prefix reused is as near to a full one as another full one is: on a CPU, the same.
+
+    Args:
+        name: What was compared.
+        found: Its `distance` from a full run.
+        of_full_runs: That of two full runs.
 
     Raises:
-        PrefixError: They do not.
+        PrefixError: It is not.
     """
-    if [part.shape for part in found] != [part.shape for part in expected]:
-        raise PrefixError(f"the {name} has other shapes where the prefix is reused")
-    with torch.no_grad():
-        # Masked entries are infinite in both.
-        size = _largest([part.masked_fill(~part.isfinite(), 0) for part in expected])
-        difference = _largest([(one - other).nan_to_num(0) for one, other in zip(found, expected, strict=True)])
-    if not difference <= tolerance * size:
-        raise PrefixError(f"the {name} differs by {difference:.2g} where the prefix is reused")
+    if of_full_runs > _REPEATABLE:
+        raise PrefixError(f"the {name} of two full runs differs by {of_full_runs:.2g}")
+    if found > _OF_RUNS * of_full_runs:
+        raise PrefixError(f"the {name} differs by {found:.2g} where the prefix is reused")
 
 
-def _largest(tensors: Sequence[Tensor]) -> float:
-    return max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)
+@torch.no_grad()
+def differing_gradient(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], factor: float, tolerance: float
+) -> str | None:
+    """Return the name of a gradient that is not the multiple of the expected one, but for sums in another order."""
+    sizes = {
+        name: float(part.nan_to_num(0, 0, 0).abs().max()) if part.numel() else 0.0 for name, part in expected.items()
+    }
+    least = _SMALL_GRADIENT * max(sizes.values(), default=0.0)
+    for name, part in found.items():
+        difference = (part - factor * expected[name]).nan_to_num(0)
+        if part.numel() and not float(difference.abs().max()) <= tolerance * factor * max(sizes[name], least):
+            return name
+    return None

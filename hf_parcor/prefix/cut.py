@@ -98,4 +98,7 @@ def _is_checkpointed(path: Sequence[nn.Module]) -> bool:
     if isinstance(module, (nn.ModuleList, GradientCheckpointingLayer)):
         return bool(getattr(module, "gradient_checkpointing", False))
     parents = [other for other in path[:-1] if not isinstance(other, nn.ModuleList)]
-    return bool(parents) and getattr(parents[-1], "gradient_checkpointing", False) is True
+    if not parents or getattr(parents[-1], "gradient_checkpointing", False) is not True:
+        return False
+    # BertModel has the flag that its layers read: what holds such layers is no checkpoint itself.
+    return not any(isinstance(inner, GradientCheckpointingLayer) for inner in module.modules())

@@ -2,106 +2,175 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from hf_parcor.buffers import BufferSnapshot, StepBuffers
+from hf_parcor.functional.sharded import local_part
 from hf_parcor.modes import evaluation_mode
 from hf_parcor.prefix.calls import not_called_again
-from hf_parcor.prefix.comparison import compare, numbers_of, objective_of, tolerance_of
+from hf_parcor.prefix.comparison import (
+    check_results,
+    differing_gradient,
+    distance,
+    leaves_of,
+    numbers_of,
+    objective_of,
+    tolerance_of,
+)
 from hf_parcor.prefix.cut import PrefixError, find_cut, run_alone
-from hf_parcor.prefix.reuse import PrefixReuse
+from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
+from hf_parcor.randomness import random_states_kept
+
+TRIED_PASSES = 3  # what is wrong from the second replay on shows at the second
+RunPass = Callable[[Callable[[Any], Tensor]], Any]
+"""`run_pass(objective)` runs the model on one batch, sends `objective(result)` backward, and returns the result."""
+_Prefix = TypeVar("_Prefix", bound=PrefixReuse)
 
 
 def plan_prefix(
     model: nn.Module,
     selected: Mapping[str, Tensor],
     run: Callable[[], Any],
-    trained: Sequence[Tensor] | None = None,
+    trained: Mapping[str, Tensor] | None = None,
+    passes: int = TRIED_PASSES,
 ) -> PrefixReuse:
     """Find the modules that finish before the first selected parameter is used, and try out that they can be reused.
-
-    The model is run in evaluation mode, to watch which modules it calls, and again with its prefix reused. Results and
-    gradients must agree, and no selected parameter may stand in the prefix's graph. Costs about two stock steps and
-    memory for two gradients, once. Weights, gradients, modes and generators are as before.
 
     Args:
         model: Any model.
         selected: The parameters that later passes corrupt.
         run: Runs the model on one batch, and returns what it returned.
         trained: The parameters whose gradients are compared; None for all trainable ones.
+        passes: How many passes are going to share it.
 
     Raises:
-        PrefixError: Nothing finishes before, or the model cannot be cut safely.
+        PrefixError: Nothing finishes before, the model cannot be cut safely, or anything failed on the way.
+    """
+
+    def run_pass(objective: Callable[[Any], Tensor]) -> Any:
+        result = run()
+        inputs = None if trained is None else list(trained.values())
+        torch.autograd.backward(objective(result), inputs=inputs)
+        return result
+
+    prefix = find_prefix(model, selected, run, PrefixReuse)
+    with failures_as_prefix_errors():
+        try_prefix(prefix, model, selected, run_pass, trained, passes)
+    return prefix
+
+
+def find_prefix(
+    model: nn.Module, selected: Mapping[str, Tensor], run: Callable[[], Any], kind: type[_Prefix]
+) -> _Prefix:
+    """Find the modules that finish before the first selected parameter is used; they are not tried out.
+
+    The model is run once, in evaluation mode, where no layer is dropped, and without a graph.
+
+    Args:
+        model: Any model.
+        selected: The parameters that later passes corrupt.
+        run: Runs the model on one batch.
+        kind: How they are to be reused.
+
+    Raises:
+        PrefixError: Nothing finishes before, or it is unknown where the selected parameters come in.
+    """
+    with evaluation_mode(model), torch.no_grad(), _undone(model):
+        cut = find_cut(model, selected, lambda: run_alone(run))
+    return kind(cut.prefix, cut.starts)
+
+
+def try_prefix(
+    prefix: PrefixReuse,
+    model: nn.Module,
+    selected: Mapping[str, Tensor],
+    run_pass: RunPass,
+    trained: Mapping[str, Tensor] | None = None,
+    passes: int = TRIED_PASSES,
+) -> None:
+    """Check that passes that share the prefix find what full ones find, in the mode that the model is in.
+
+    Every pass must find to the last bit what a full run finds (as nearly as two full runs agree, where a device
+    computes in no fixed order); buffers must move as in one full run; and the gradients of all passes together must be
+    the multiple of those of a full one, those of the selected parameters already where the prefix has sent none back.
+    Generators go on behind a replayed call as behind a computed one, so dropout is no difference.
+
+    Costs `passes + 2` steps, once, and memory for one gradient more. Gradients, buffers and generators are as before.
+
+    Args:
+        prefix: What is to be reused.
+        model: The model.
+        selected: The parameters that later passes corrupt.
+        run_pass: Runs the model on one batch, forward and backward.
+        trained: The parameters whose gradients are compared; None for all trainable ones.
+        passes: How many passes are going to share it.
+
+    Raises:
+        PrefixError: They do not agree. It is raised after the last pass, so that no other process waits.
     """
     if trained is None:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = {name: parameter.grad for name, parameter in trained.items()}
+    buffers = StepBuffers(model, prefix.replayed)
+    devices = devices_of(model)
+    identities = {id(parameter) for parameter in selected.values()}  # names may be those of another wrapper
+    chosen = {name: parameter for name, parameter in trained.items() if id(parameter) in identities}
 
-    def run_alike() -> Any:
-        with torch.random.fork_rng(devices=list(devices)):  # each run draws the same numbers
-            return run()
+    def alike(objective: Callable[[Any], Tensor]) -> Any:
+        with random_states_kept(devices):  # each run draws the same numbers
+            return run_pass(objective)
 
-    with evaluation_mode(model), torch.enable_grad():
-        cut = find_cut(model, selected, lambda: run_alone(run_alike))
-        expected = cut.result
-        reuse = PrefixReuse(cut.prefix, cut.starts)
-        try:
-            with reuse.recording():
-                run_alike()
-            _check_unused(reuse.outputs, selected)
-            with reuse.replaying():
-                result = run_alike()
-            tolerance = tolerance_of([*numbers_of(expected), *reuse.outputs])
-            compare("result", numbers_of(result), numbers_of(expected), tolerance)
-            compare("gradient", _gradients(result, trained, reuse), _gradients(expected, trained), tolerance)
-        finally:
-            reuse.forget()
-    return reuse
+    def full() -> tuple[list[Any], dict[str, Tensor], list[Tensor]]:
+        with _undone(model):
+            for parameter in trained.values():
+                parameter.grad = None
+            result = leaves_of(alike(objective_of))
+            return result, _gradients(trained), BufferSnapshot(model.modules()).values
 
-
-def _check_unused(outputs: Sequence[Tensor], selected: Mapping[str, Tensor]) -> None:
-    used = _leaves(outputs)
-    early = [name for name, parameter in selected.items() if id(parameter) in used]
-    if early:
-        raise PrefixError(f"{early[0]} is used before the module that holds it is called")
-
-
-def _leaves(tensors: Sequence[Tensor]) -> set[int]:
-    """Return the identities of the parameters at the ends of a graph."""
-    seen: set[Any] = set()
-    leaves: set[int] = set()
-    open_ends = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-    while open_ends:
-        operation = open_ends.pop()
-        if hasattr(operation, "variable"):
-            leaves.add(id(operation.variable))
-        elif operation not in seen:
-            seen.add(operation)
-            open_ends += [other for other, _ in operation.next_functions if other is not None]
-    return leaves
-
-
-def _gradients(result: Any, trained: Sequence[Tensor], reuse: PrefixReuse | None = None) -> list[Tensor]:
-    """Return the gradients of a function of a result with respect to the trained parameters."""
-    objective = objective_of(result)
-    boundary = [] if reuse is None else reuse.boundary
     try:
-        gradients = torch.autograd.grad(objective, [*trained, *boundary], allow_unused=True)
-        direct, gathered = gradients[: len(trained)], gradients[len(trained) :]
-        found = [torch.zeros_like(p) if g is None else g for p, g in zip(trained, direct, strict=True)]
-        reached = [(reuse.outputs[i], g) for i, g in enumerate(gathered) if g is not None] if reuse else []
-        if reached:
-            outputs, weights = zip(*reached, strict=True)
-            through = torch.autograd.grad(outputs, trained, weights, allow_unused=True)
-            for total, part in zip(found, through, strict=True):
-                if part is not None:
-                    total += part
-    except RuntimeError as error:
-        raise PrefixError(f"its backward failed: {error}") from error
-    return found
+        with torch.enable_grad(), _undone(model), prefix.drawing_alike(devices):
+            expected, gradients, moved = full()
+            again, _, moved_again = full()
+            apart, buffers_apart = distance(again, expected), distance(moved_again, moved)
+            del again, moved_again
+            for parameter in trained.values():
+                parameter.grad = None
+
+            def record() -> None:
+                with buffers.of_pass(-1):
+                    alike(_finish)
+
+            prefix.begin(record)
+            distances = []
+            for index in range(passes):
+                with buffers.of_pass(index), prefix.sharing(last=index == passes - 1):
+                    result = alike(lambda result: prefix.joined(objective_of(result)))
+                distances.append(distance(leaves_of(result), expected))
+                if index == 0:
+                    first = {name: gradient.clone() for name, gradient in _gradients(chosen).items()}
+                    tolerance = tolerance_of({part.dtype for part in numbers_of(result)} | prefix.precisions)
+                del result
+            prefix.backward()
+            total = _gradients(trained)
+            buffers_apart_from_full = distance(BufferSnapshot(model.modules()).values, moved)
+    finally:
+        prefix.forget()
+        for name, parameter in trained.items():
+            parameter.grad = before[name]
+
+    check_results("result", max(distances), apart)
+    check_results("state that the model keeps in buffers", buffers_apart_from_full, buffers_apart)
+    differing = differing_gradient(total, gradients, passes, tolerance)
+    if differing is not None:
+        raise PrefixError(f"the gradient of {differing} differs where the prefix is reused")
+    differing = differing_gradient(first, {name: gradients[name] for name in first}, 1, tolerance)
+    if differing is not None:  # a part of it comes through the prefix
+        raise PrefixError(f"{differing} is used before the module that holds it is called")
 
 
 def plan_prefix_of_values(
@@ -123,3 +192,46 @@ def plan_prefix_of_values(
     """
     cut = find_cut(model, selected, run, not_called_again)
     return PrefixReuse(cut.prefix, cut.starts), cut.result
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """Return the devices that a model lies on."""
+    return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
+
+
+@contextmanager
+def failures_as_prefix_errors() -> Iterator[None]:
+    """Let whatever fails while something is tried out mean that it is not used.
+
+    Raises:
+        PrefixError: Something failed.
+    """
+    try:
+        yield
+    except PrefixError:
+        raise
+    except Exception as error:
+        raise PrefixError(f"to try it out failed with {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _undone(model: nn.Module) -> Iterator[None]:
+    """Put buffers and generators back after a block."""
+    buffers = BufferSnapshot(model.modules())
+    try:
+        with random_states_kept(devices_of(model)):
+            yield
+    finally:
+        buffers.put_back()
+
+
+def _finish(result: Any) -> Tensor:
+    raise PrefixFinished
+
+
+def _gradients(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradients that parameters have, of shards those of this process; zero for none."""
+    return {
+        name: local_part(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        for name, parameter in parameters.items()
+    }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from hf_parcor.prefix.reuse import PrefixReuse, Substitute, copied
+from hf_parcor.randomness import RandomStates, random_states_kept
 
 
 class RecomputedPrefix(PrefixReuse):
@@ -29,7 +30,7 @@ class RecomputedPrefix(PrefixReuse):
         """Free what was recorded."""
         super().forget()
         self._finished = False  # recording: modules of the prefix may be called again behind its end
-        self._generators: dict[tuple[nn.Module, int], list[Tensor]] = {}
+        self._generators: dict[tuple[nn.Module, int], RandomStates] = {}
         self._gathered: list[Tensor] = []  # the gradient of each of `outputs` by all passes but the last
 
     def begin(self, run: Callable[[], Any]) -> None:
@@ -77,7 +78,7 @@ class RecomputedPrefix(PrefixReuse):
     def _record(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
         if self._finished:
             return compute()
-        generators = _generator_states()
+        generators = RandomStates(random_devices())
         result = super()._record(module, index, compute)
         self._generators[module, index] = generators
         self.outputs.clear()  # and with them the graph
@@ -86,8 +87,10 @@ class RecomputedPrefix(PrefixReuse):
     def _compute_again(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
         if (module, index) not in self.recorded:
             return compute()
-        with _generators_at(self._generators[module, index]):
+        with random_states_kept(random_devices()):
+            self._generators[module, index].put_back()
             parts, structure = tree_flatten(compute())
+        self._draw_alike(module, index)
         for part, kept in zip(parts, self.recorded[module, index][0], strict=True):
             if isinstance(kept, Tensor) and kept.grad is not None:
                 self.outputs.append(part)
@@ -108,25 +111,10 @@ class _TakeAlong(torch.autograd.Function):
         return gradient, None, *context.gradients
 
 
-def random_devices() -> list[int]:
+def random_devices() -> list[torch.device]:
     """Return the GPU whose random numbers this process draws, if there is one."""
     initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return [torch.cuda.current_device()] if initialized else []
-
-
-def _generator_states() -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in random_devices())]
-
-
-@contextmanager
-def _generators_at(states: list[Tensor]) -> Iterator[None]:
-    """Let a block draw the numbers that follow on these states, and put the generators back."""
-    devices = random_devices()
-    with torch.random.fork_rng(devices=devices):
-        torch.set_rng_state(states[0])
-        for device, state in zip(devices, states[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
-        yield
+    return [torch.device("cuda", torch.cuda.current_device())] if initialized else []
 
 
 def _substitute_call(stack: ExitStack, module: nn.Module, substitute: Substitute) -> None:

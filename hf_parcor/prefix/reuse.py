@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from hf_parcor.randomness import RandomStates
+
 _REPLAYABLE = (Tensor, bool, int, float, str, type(None))
 
 
@@ -47,16 +49,37 @@ class PrefixReuse:
         self.prefix = list(dict.fromkeys(prefix))
         self.starts = list(dict.fromkeys(starts))
         self._gradients = True
+        self._devices: list[torch.device] | None = None
         self.forget()
 
     def forget(self) -> None:
         """Free what was recorded."""
+        self._drawn: dict[tuple[nn.Module, int], RandomStates] = {}
         self.recorded: dict[tuple[nn.Module, int], tuple[list[Any], Any]] = {}
         """What each call of a module of the prefix hands on."""
         self.outputs: list[Tensor] = []
         """What the modules of the prefix returned, with its graph."""
         self.boundary: list[Tensor] = []
         """The same, cut from its graph: here the gradients of the passes add up."""
+        self.precisions: set[torch.dtype] = set()
+        """What the prefix computes in, inside of its modules too."""
+
+    def replayed(self) -> list[nn.Module]:
+        """Return the modules that compute nothing now, since what they returned was recorded."""
+        return list(dict.fromkeys(module for module, _ in self.recorded))
+
+    @contextmanager
+    def drawing_alike(self, devices: Sequence[torch.device]) -> Iterator[None]:
+        """Let generators go on behind a replayed call as behind the recorded one: a trial then equals a full run.
+
+        Args:
+            devices: The accelerators that the model computes on.
+        """
+        self._devices = list(devices)
+        try:
+            yield
+        finally:
+            self._devices = None
 
     @contextmanager
     def recording(self, gradients: bool = True) -> Iterator[None]:
@@ -132,6 +155,7 @@ class PrefixReuse:
         without_graph = self._gradients and not torch.is_grad_enabled()  # inside a reentrant checkpoint
         if without_graph or not all(isinstance(part, _REPLAYABLE) for part in parts):
             return output  # computed again in every pass
+        self.precisions |= _precisions(parts)
         kept = list(parts)
         for place, part in enumerate(parts):
             if isinstance(part, Tensor) and part.requires_grad and self._gradients:
@@ -139,12 +163,19 @@ class PrefixReuse:
                 self.outputs.append(part)
                 self.boundary.append(kept[place])
         self.recorded[module, index] = kept, structure
+        if self._devices is not None:
+            self._drawn[module, index] = RandomStates(self._devices)
         return copied(parts, structure)
 
     def _replay(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
         if (module, index) not in self.recorded:
             return compute()
+        self._draw_alike(module, index)
         return copied(*self.recorded[module, index])
+
+    def _draw_alike(self, module: nn.Module, index: int) -> None:
+        if (module, index) in self._drawn:
+            self._drawn[module, index].put_back()
 
 
 @contextmanager
@@ -169,9 +200,29 @@ def recording_together(prefixes: Sequence[PrefixReuse]) -> Iterator[None]:
         yield
 
 
+def _precisions(parts: Sequence[Any]) -> set[torch.dtype]:
+    tensors = [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+    under_autocast = {part.device.type for part in tensors if torch.is_autocast_enabled(part.device.type)}
+    return {part.dtype for part in tensors} | {torch.get_autocast_dtype(device) for device in under_autocast}
+
+
 def copied(parts: list[Any], structure: Any) -> Any:
     """Return the structure with copies: whoever works in place must not change what later passes get."""
-    return tree_unflatten([part.clone() if isinstance(part, Tensor) else part for part in parts], structure)
+    return tree_unflatten([_copy(part) if isinstance(part, Tensor) else part for part in parts], structure)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Return a copy that lies in memory as its original does, since kernels round by how their operands lie."""
+    if tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter):
+        return tensor.clone()
+    repeated = [place for place, stride in enumerate(tensor.stride()) if stride == 0 and tensor.shape[place] > 1]
+    compact = tensor
+    for place in repeated:
+        compact = compact.narrow(place, 0, 1)
+    copy = compact.clone()
+    if copy.stride() != compact.stride():  # it has gaps
+        copy = compact.new_empty_strided(compact.shape, compact.stride()).copy_(compact)
+    return copy.expand(tensor.shape) if repeated else copy
 
 
 def _substitute_forward(stack: ExitStack, module: nn.Module, substitute: Substitute) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from hf_parcor.buffers import StepBuffers
 from hf_parcor.defenses import DefendedStep, Defense, Objective
 from hf_parcor.injection import CorruptionNorm
 from hf_parcor.sharding import drop_gathered, is_sharded
@@ -17,7 +18,6 @@ from hf_parcor.targets import find_input_embedding, select_trainable
 from hf_parcor.training.loss_scale import scaled
 from hf_parcor.training.process_group import ProcessGroup
 from hf_parcor.training.refused_engines import refuse_engines
-from hf_parcor.training.running_statistics import frozen_running_statistics
 from hf_parcor.training.sharded import on_shards
 from hf_parcor.training.trained import check_trained, trained_beside
 
@@ -56,7 +56,7 @@ def defended_backward(
     the optimizer steps as always. It works inside of `accelerator.accumulate(model)`, under mixed precision, and under
     DDP, where only the last pass reduces gradients and each process corrupts along the gradient of its own batch, or
     with `sync_perturbation` along that of all. Under FSDP2 every pass reduces gradients, and all processes corrupt
-    along that of all. BatchNorm's running statistics move in the first pass only.
+    along that of all. Buffers, such as BatchNorm's running statistics, move as in one step at the clean weights.
 
     Args:
         accelerator: That of the loop.
@@ -101,19 +101,21 @@ def defended_backward(
             "defense: expected batch_share=1, got a smaller one; loss_fn computes the loss of the whole batch"
         )
     active = _is_active(defense, epoch, step)
-    run_pass = _passes_of(accelerator, defense.passes if active else 1, model, loss_fn)
+    passes = _Passes(accelerator, defense.passes if active else 1, model, loss_fn)
     if not active:
-        loss = run_pass(lambda loss: loss, 0)
+        loss = passes(lambda loss: loss, 0)
         return DefendedLoss(loss, loss, loss, CorruptionNorm(torch.zeros(()), torch.zeros(())))
 
     sharded = is_sharded(whole)
     if sharded:
         drop_gathered(whole)
-        run_pass = on_shards(run_pass, whole)
+    run_pass = on_shards(passes, whole) if sharded else passes
     selected = _selected(whole, parameters)
     others = trained_beside(selected.values(), model, None)
     embedding = find_input_embedding(whole) if defense.perturbs_inputs else None
     processes = ProcessGroup() if accelerator.num_processes > 1 and not sharded else None
+    if not defense.first_pass_is_stock:
+        passes.move_buffers()
     with DefendedStep(selected, run_pass, defense.passes, others, embedding, processes=processes) as defended:
         defense.minimize(defended)
         norm = defended.withdraw(defense.order)
@@ -147,23 +149,31 @@ def _selected(model: nn.Module, parameters: Mapping[str, nn.Parameter] | None) -
     return check_trained(dict(parameters))
 
 
-def _passes_of(
-    accelerator: Accelerator, passes: int, model: nn.Module, loss_fn: Callable[[], Tensor]
-) -> Callable[[Objective, int], Tensor]:
-    """Return `run_pass(objective, index)`, which runs the loop's own forward and backward with this objective."""
+class _Passes:
+    """`passes(objective, index)` runs the loop's own forward and backward with this objective."""
 
-    def run_pass(objective: Objective, index: int) -> Tensor:
-        with ExitStack() as stack:
-            if index < passes - 1 and not is_sharded(model):
-                stack.enter_context(accelerator.no_sync(model))
-            if index > 0:
-                stack.enter_context(frozen_running_statistics(model))
-            loss = loss_fn()
+    def __init__(self, accelerator: Accelerator, passes: int, model: nn.Module, loss_fn: Callable[[], Tensor]) -> None:
+        self._accelerator, self._passes, self._model, self._loss_fn = accelerator, passes, model, loss_fn
+        self._buffers = StepBuffers(model)
+
+    def move_buffers(self) -> None:
+        """Run the model forward at its own weights, where the first pass is not to move the buffers."""
+        if next(self._model.buffers(), None) is not None:
+            with self._buffers.moving(), self._unreduced(True):
+                self._loss_fn()
+
+    def __call__(self, objective: Objective, index: int) -> Tensor:
+        with self._buffers.of_pass(index), self._unreduced(index < self._passes - 1):
+            loss = self._loss_fn()
             if not isinstance(loss, Tensor) or loss.ndim:
                 found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise TypeError(f"loss_fn: expected a scalar tensor, got {found}; return the mean loss of the batch")
-            value = scaled(accelerator, objective, loss)
-            accelerator.backward(value)
+            value = scaled(self._accelerator, objective, loss)
+            self._accelerator.backward(value)
         return value.detach()
 
-    return run_pass
+    def _unreduced(self, wanted: bool) -> AbstractContextManager[None]:
+        if not wanted or is_sharded(self._model):
+            return nullcontext()
+        context: AbstractContextManager[None] = self._accelerator.no_sync(self._model)
+        return context

@@ -18,7 +18,7 @@ from hf_parcor.training.checkpoints import save_defense, warn_of_another_defense
 from hf_parcor.training.collapse import CollapseCallback
 from hf_parcor.training.data_parallel import reduction_of
 from hf_parcor.training.defense_config import DefenseConfig
-from hf_parcor.training.passes import passes_of
+from hf_parcor.training.passes import Passes
 from hf_parcor.training.process_group import ProcessGroup
 from hf_parcor.training.publishing import PublishingMixin
 from hf_parcor.training.refusals import refuse_what_cannot_work
@@ -100,6 +100,7 @@ class ParameterDefenseMixin(PublishingMixin):
     def _check_settings(self) -> None:
         self._selected: tuple[nn.Module, bool, dict[str, nn.Parameter]] | None = None
         self._prefix: tuple[dict[str, nn.Parameter], Defense, PrefixReuse | None] | None = None
+        self._buffers_move = True  # until one step has shown that they do not
         self._suffix_share = 1.0  # of what a pass computes, where later passes share the rest
         if self.defense is not None:
             refuse_what_cannot_work(self, self.defense)
@@ -155,21 +156,16 @@ class ParameterDefenseMixin(PublishingMixin):
             drop_gathered(model)
         selected = self.defended_parameters()
         others = trained_beside(selected.values(), model, self.optimizer)
-        prefix = self._find_shared_prefix(defense, model, selected, inputs)
+        passes = Passes(self, super().training_step, defense, model, inputs, num_items_in_batch)
+        prefix = self._find_shared_prefix(defense, model, selected, passes)
+        passes.share(prefix)
         # A forward pass more of the prefix than in a stock step costs a third of it.
         forwards = 0 if prefix is None else prefix.forwards - 1
         self._cost = 1 + (defense.cost - 1) * self._suffix_share + forwards * (1 - self._suffix_share) / 3
-        run_pass = passes_of(
-            self,
-            super().training_step,
-            defense,
-            model,
-            inputs,
-            num_items_in_batch,
-            reduced_later=prefix is not None,
-        )
-        if sharded:
-            run_pass = on_shards(run_pass, model)
+        if not defense.first_pass_is_stock and self._buffers_move:
+            self._buffers_move = passes.move_buffers()
+            self._cost += 1 / 3
+        run_pass = on_shards(passes, model) if sharded else passes
         with DefendedStep(
             selected,
             run_pass,
@@ -197,12 +193,12 @@ class ParameterDefenseMixin(PublishingMixin):
         return self._prefix[2] if self._prefix else None
 
     def _find_shared_prefix(
-        self, defense: Defense, model: nn.Module, selected: dict[str, nn.Parameter], inputs: dict[str, Tensor | Any]
+        self, defense: Defense, model: nn.Module, selected: dict[str, nn.Parameter], passes: Passes
     ) -> PrefixReuse | None:
         if not self._settings.reuses_prefix(self.args):
             return None
         if self._prefix is None or self._prefix[0] is not selected or self._prefix[1] is not defense:
-            prefix = find_shared_prefix(self, defense, model, selected, inputs)
+            prefix = find_shared_prefix(self, defense, model, selected, passes.prepared_batch)
             self._prefix = (selected, defense, prefix)
             self._suffix_share = 1.0 if prefix is None else suffix_share(model, prefix)
         return self.shared_prefix

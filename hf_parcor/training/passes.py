@@ -2,81 +2,161 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hf_parcor.batches import private_copy
+from hf_parcor.buffers import StepBuffers, buffers_move
 from hf_parcor.defenses import Defense, Objective
+from hf_parcor.prefix import PrefixReuse
 from hf_parcor.sharding import is_sharded
 from hf_parcor.training.batch_part import first_examples, items_of_part
 from hf_parcor.training.books import books_closed
 from hf_parcor.training.data_parallel import unfinished_forward
 from hf_parcor.training.loss_scale import scaled
 from hf_parcor.training.overriding import overriding
-from hf_parcor.training.running_statistics import frozen_running_statistics
 
 
-def passes_of(
-    trainer: Trainer,
-    stock_step: Callable[..., Tensor],
-    defense: Defense,
-    model: nn.Module,
-    inputs: dict[str, Tensor | Any],
-    num_items_in_batch: Tensor | int | None = None,
-    *,
-    reduced_later: bool = False,
-) -> Callable[[Objective, int], Tensor]:
-    """Return `run_pass(objective, index)`, which runs the stock step on one batch with this objective of its loss.
+class _Ended(BaseException):
+    """Ends a training step that is not to be finished; no `except Exception` of a Trainer stops it."""
 
-    All passes see the same prepared batch, or the part of it that the defense asks for. Only the pass of index 0 moves
-    BatchNorm's running statistics, and only the first one over the whole batch the numbers that the Trainer counts
-    itself; index −1 is a run that is not finished. Under DDP the last pass alone reduces gradients, if the Trainer's
-    loop reduces any after this batch: those of all passes, which `.grad` holds.
+
+class Passes:
+    """Runs the stock step on one batch, once for each pass, with an objective of its loss.
+
+    `passes(objective, index)` is what `DefendedStep` takes as `run_pass`; index −1 is a run that is not finished.
+
+    What other code does in a pass does not reach the next one. The Trainer prepares the batch once (it may augment or
+    generate there), and each pass gets it, or the part that the defense asks for, as it was prepared, in containers
+    and tensors of its own; the first pass over the whole batch gets the prepared one itself, as in a stock step. Only
+    that pass moves the numbers that the Trainer counts itself, and buffers move as in one stock step. Under DDP the
+    last pass alone reduces gradients, if the Trainer's loop reduces any after this batch: those of all passes, which
+    `.grad` holds.
 
     Args:
         trainer: The Trainer.
         stock_step: Its `training_step`, forward and backward, which returns the detached loss.
         defense: It says how many passes there are, and which share of the batch each sees.
         model: The model as the Trainer wrapped it.
-        inputs: The batch, which is not changed.
+        inputs: The batch.
         num_items_in_batch: As `training_step` got it.
-        reduced_later: Not even the last pass reduces gradients: more are to come.
     """
-    compute_loss, prepare_inputs = trainer.compute_loss, trainer._prepare_inputs
-    counting = next(index for index in range(defense.passes) if defense.share_of_batch(index) == 1)
-    shifted = getattr(trainer, "_loss_shifts_labels", False)  # as Transformers counts, since 5.20
-    prepared: list[Any] = []
 
-    def run_pass(objective: Objective, index: int) -> Tensor:
-        share = 1.0 if index < 0 else defense.share_of_batch(index)
+    def __init__(
+        self,
+        trainer: Trainer,
+        stock_step: Callable[..., Tensor],
+        defense: Defense,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> None:
+        self._trainer, self._stock_step, self._defense, self._model = trainer, stock_step, defense, model
+        self._compute_loss, self._prepare_inputs = trainer.compute_loss, trainer._prepare_inputs
+        self._items = num_items_in_batch
+        self._shifted = getattr(trainer, "_loss_shifts_labels", False)  # as Transformers counts, since 5.20
+        self._counting = next(index for index in range(defense.passes) if defense.share_of_batch(index) == 1)
+        self._inputs: Any = inputs
+        self._as_given: Any = private_copy(inputs)
+        self._given = False
+        self._prepared: list[Any] = []
+        self._as_prepared: Any = None
+        self._prefix: PrefixReuse | None = None
+        self._buffers = StepBuffers(model)
+
+    def share(self, prefix: PrefixReuse | None) -> None:
+        """Let the passes reuse a prefix, after which there is more to be sent backward than the last pass."""
+        if prefix is not None:
+            self._prefix, self._buffers = prefix, StepBuffers(self._model, prefix.replayed)
+
+    def prepared_batch(self) -> Any:
+        """Return the batch as the Trainer prepares it inside of its training step; it must not be written into."""
+        self._prepare_before_passes()
+        return self._as_prepared
+
+    def move_buffers(self) -> bool:
+        """Run the model forward on the whole batch as it is, where the first pass is not to move the buffers.
+
+        Returns:
+            Whether any moved.
+        """
+
+        def end(loss: Tensor) -> Tensor:
+            raise _Ended
+
+        def run() -> None:
+            with suppress(_Ended):
+                self._run(end, -1, share=1.0)
+
+        with self._buffers.moving():
+            return buffers_move(self._model, run)
+
+    def __call__(self, objective: Objective, index: int) -> Tensor:
+        """Run a pass, and return the value of its objective, detached."""
+        with self._buffers.of_pass(index):
+            return self._run(objective, index, 1.0 if index < 0 else self._defense.share_of_batch(index))
+
+    def _run(self, objective: Objective, index: int, share: float) -> Tensor:
+        trainer, model = self._trainer, self._model
+        if index != self._counting:
+            self._prepare_before_passes()
 
         def compute_objective(*args: Any, **kwargs: Any) -> Any:
-            result = compute_loss(*args, **kwargs)
-            if isinstance(result, tuple):
-                return (scaled(trainer.accelerator, objective, result[0]), *result[1:])
-            return scaled(trainer.accelerator, objective, result)
+            result = self._compute_loss(*args, **kwargs)
+            loss, *outputs = result if isinstance(result, tuple) else (result,)
+            if trainer.args.n_gpu > 1:
+                loss = loss.mean()  # DataParallel returns one of each GPU, and the stock step takes their mean later
+            value = scaled(trainer.accelerator, objective, loss)
+            return (value, *outputs) if isinstance(result, tuple) else value
 
-        def prepare_once(batch: Any) -> Any:
-            # A Trainer may augment or generate here: all passes are to see the same batch.
-            if not prepared:
-                prepared.append(prepare_inputs(batch))
-            return copy.copy(first_examples(prepared[0], share))  # compute_loss pops the labels
+        def prepare(batch: Any) -> Any:
+            if not self._prepared:
+                self._keep_prepared(batch)
+            if index == self._counting:
+                return self._prepared[0]
+            return private_copy(first_examples(self._as_prepared, share))
 
         with ExitStack() as stack:
-            if not is_sharded(model) and (reduced_later or index < defense.passes - 1):
+            if not is_sharded(model) and (self._prefix is not None or index < self._defense.passes - 1):
                 stack.enter_context(trainer.accelerator.no_sync(model))
             if index < 0:
                 stack.enter_context(unfinished_forward(model))
-            stack.enter_context(overriding(trainer, compute_loss=compute_objective, _prepare_inputs=prepare_once))
-            if index > 0:
-                stack.enter_context(frozen_running_statistics(model))
-            if index != counting:
+            stack.enter_context(overriding(trainer, compute_loss=compute_objective, _prepare_inputs=prepare))
+            if index != self._counting:
                 stack.enter_context(books_closed(trainer))
-            items = items_of_part(num_items_in_batch, inputs, share, shifted)
-            return stock_step(model, copy.copy(inputs), items)
+            items = items_of_part(self._items, self._as_given, share, self._shifted)
+            return self._stock_step(model, self._give(), items)
 
-    return run_pass
+    def _give(self) -> Any:
+        """Return the batch for a training step: the first gets the Trainer's own, as ever."""
+        given, self._given = self._given, True
+        return private_copy(self._as_given) if given else self._inputs
+
+    def _keep_prepared(self, batch: Any) -> None:
+        self._prepared.append(self._prepare_inputs(batch))
+        self._as_prepared = private_copy(self._prepared[0])
+
+    def _prepare_before_passes(self) -> None:
+        """Run the training step until it has prepared the batch."""
+        if self._prepared:
+            return
+        with ExitStack() as uncounted:  # but what is counted while the batch is prepared counts
+
+            def prepare(batch: Any) -> Any:
+                uncounted.close()
+                self._keep_prepared(batch)
+                raise _Ended
+
+            def compute_loss(*args: Any, **kwargs: Any) -> Any:
+                raise _Ended
+
+            uncounted.enter_context(books_closed(self._trainer))
+            with overriding(self._trainer, compute_loss=compute_loss, _prepare_inputs=prepare), suppress(_Ended):
+                self._stock_step(self._model, self._give(), self._items)
+        if not self._prepared:  # a training step that does without
+            self._prepared.append(self._inputs)
+            self._as_prepared = private_copy(self._as_given)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_parcor.defenses import Objective
-from hf_parcor.prefix import PrefixError, RecomputedPrefix, find_recomputed_prefix, try_recomputed_prefix
+from hf_parcor.prefix import PrefixError, RecomputedPrefix, find_prefix, try_prefix
 from hf_parcor.sharding import drop_gathered, reducing
 
 _CHECKPOINTED = "_checkpoint_wrapped_module."  # in names, where FSDP's activation checkpointing wraps modules
@@ -48,6 +48,7 @@ def plan_prefix_on_shards(
     selected: Mapping[str, Tensor],
     run: Callable[[], Any],
     agree: Callable[[Callable[[], RecomputedPrefix]], RecomputedPrefix],
+    passes: int,
 ) -> RecomputedPrefix:
     """Return the prefix that the passes of a step share on a sharded model, tried out.
 
@@ -56,6 +57,7 @@ def plan_prefix_on_shards(
         selected: The parameters that later passes corrupt.
         run: Runs the model on one batch, and returns what it returned.
         agree: Returns what a function makes, if it makes the same on all processes; else raises a `PrefixError`.
+        passes: How many passes are going to share it.
 
     Raises:
         PrefixError: The model cannot be cut, or not at the same place on all processes.
@@ -73,11 +75,11 @@ def plan_prefix_on_shards(
             return result
 
     # All must cut alike before they try: each pass waits for what the others gather.
-    prefix = agree(lambda: find_recomputed_prefix(model, selected, watched))
+    prefix = agree(lambda: find_prefix(model, selected, watched, RecomputedPrefix))
 
     def tried() -> RecomputedPrefix:
         try:
-            try_recomputed_prefix(prefix, model, selected, run_pass)
+            try_prefix(prefix, model, selected, run_pass, passes=passes)
         except PrefixError:
             raise
         except Exception as error:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from hf_parcor.batches import private_copy
 from hf_parcor.defenses import Defense
 from hf_parcor.prefix import NothingToReuse, PrefixError, PrefixReuse, plan_prefix
 from hf_parcor.sharding import is_sharded
@@ -27,7 +27,7 @@ def find_shared_prefix(
     defense: Defense,
     model: nn.Module,
     selected: Mapping[str, nn.Parameter],
-    inputs: dict[str, Tensor | Any],
+    batch: Callable[[], Any],
 ) -> PrefixReuse | None:
     """Return the prefix that later passes reuse; None, after saying why, where each pass must run all of the model.
 
@@ -38,22 +38,22 @@ def find_shared_prefix(
         defense: What its steps minimise.
         model: The model as the Trainer wrapped it.
         selected: The defended parameters.
-        inputs: A batch to try it out on.
+        batch: Returns a prepared batch to try it out on.
     """
     wrapper = data_parallel(model)
     alone = model if wrapper is None else wrapper.module  # DDP would wait for the backward that it is not given
 
     def run() -> Any:
-        prepared = trainer._prepare_inputs(copy.copy(inputs))
         with trainer.compute_loss_context_manager():
-            return alone(**prepared)
+            return alone(**private_copy(prepared))
 
     try:
         _check(trainer, defense, model)
+        prepared = batch()  # first, since a training step that prepares it sets the model's mode
         names = {module: name for name, module in alone.named_modules()}
         if is_sharded(alone):
-            return plan_prefix_on_shards(alone, selected, run, lambda make: _agree(names, make))
-        return _agree(names, lambda: plan_prefix(alone, selected, run))
+            return plan_prefix_on_shards(alone, selected, run, lambda make: _agree(names, make), defense.passes)
+        return _agree(names, lambda: plan_prefix(alone, selected, run, passes=defense.passes))
     except NothingToReuse:
         return None
     except PrefixError as error:

@@ -12,8 +12,8 @@ from hf_parcor.prefix import (
     PrefixError,
     PrefixReuse,
     RecomputedPrefix,
-    find_recomputed_prefix,
-    try_recomputed_prefix,
+    find_prefix,
+    try_prefix,
 )
 
 L2 = CorruptionConstraint(epsilon=0.3)
@@ -167,10 +167,10 @@ def test_what_cannot_be_cut_and_that_trying_leaves_nothing_behind(model, message
         objective(result).backward()
         return result
 
-    prefix = find_recomputed_prefix(model, selected, lambda: model(x))
+    prefix = find_prefix(model, selected, lambda: model(x), RecomputedPrefix)
     assert prefix.prefix[0] is model.first
     with pytest.raises(PrefixError, match=message):
-        try_recomputed_prefix(prefix, model, selected, run_pass)
+        try_prefix(prefix, model, selected, run_pass)
     assert bits_of(model) == before
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in model.modules())

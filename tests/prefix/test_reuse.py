@@ -15,9 +15,10 @@ from hf_parcor.defenses import DefendedStep
 from hf_parcor.prefix import (
     NothingToReuse,
     PrefixError,
-    find_recomputed_prefix,
+    RecomputedPrefix,
+    find_prefix,
     plan_prefix,
-    try_recomputed_prefix,
+    try_prefix,
 )
 
 L2 = CorruptionConstraint(epsilon=0.3)
@@ -182,8 +183,8 @@ def plan_recomputed(model, selected, batch):
         objective(result).backward()
         return result
 
-    prefix = find_recomputed_prefix(model, selected, lambda: model(**batch))
-    try_recomputed_prefix(prefix, model, selected, run_pass)
+    prefix = find_prefix(model, selected, lambda: model(**batch), RecomputedPrefix)
+    try_prefix(prefix, model, selected, run_pass)
     return prefix
 
 

@@ -1,0 +1,154 @@
+"""What a model writes down while it computes, its buffers, which the passes of a step must move once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+_SMALL = 1 << 16  # entries; statistics, counters and averages are smaller, packed weights and queues are larger
+
+
+class BufferSnapshot:
+    """The buffers of modules as they are, to be put back.
+
+    Not every write shows in a tensor's version counter (BatchNorm's do not), so values are kept: those of buffers of
+    at most 65,536 entries, and of larger ones that are asked for, floating-point ones unless told otherwise: large
+    integers are packed weights.
+
+    Args:
+        modules: Whose buffers; those of modules inside of them are not taken along.
+        large: Which larger buffers to keep the values of.
+
+    Attributes:
+        values: The values that are kept, in the order of the buffers.
+    """
+
+    def __init__(
+        self, modules: Iterable[nn.Module], large: Callable[[Tensor], bool] = Tensor.is_floating_point
+    ) -> None:
+        self._places = [
+            (module._buffers, name, buffer)
+            for module in dict.fromkeys(modules)
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._versions = {id(buffer): _version_of(buffer) for _, _, buffer in self._places}
+        known = {id(buffer): buffer for _, _, buffer in self._places if buffer.device.type != "meta"}
+        kept = [buffer for buffer in known.values() if buffer.numel() <= _SMALL or large(buffer)]
+        # Written through .data, so that no graph that waits for its backward takes the buffer for overwritten.
+        self._kept = [buffer.data for buffer in kept]
+        self.values = [buffer.detach().clone() for buffer in kept]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give every buffer its tensor and its bits back."""
+        for buffers, name, buffer in self._places:
+            if buffers.get(name) is not buffer:
+                buffers[name] = buffer
+        if self._kept:
+            torch._foreach_copy_(self._kept, self.values)
+
+    def moved(self) -> list[Tensor]:
+        """Return the buffers that are others now, or have other values; waits for the device."""
+        values = {kept.data_ptr(): value for kept, value in zip(self._kept, self.values, strict=True)}
+        found = []
+        for buffers, name, buffer in self._places:
+            before, now = values.get(buffer.data_ptr()), buffers.get(name)
+            same = now is buffer and _version_of(buffer) == self._versions[id(buffer)]
+            if same and before is not None:
+                same = torch.equal(buffer.nan_to_num(), before.nan_to_num())
+            if not same:
+                found.append(buffer if now is None else now)
+        return found
+
+
+def _version_of(buffer: Tensor) -> int:
+    return -1 if buffer.is_inference() else buffer._version
+
+
+class StepBuffers:
+    """Lets buffers move in the passes of one defended step as in one clean stock step, whatever the passes are.
+
+    The first pass moves them, at the clean weights; in the others they are put back. With a prefix that is run once,
+    its modules move theirs in the run that records it, and all others in the first pass. Where the first pass is not
+    the stock one (it starts from a random corruption, or sees a part of the batch), a forward pass before them all
+    moves the buffers, in `moving`.
+
+    Args:
+        model: The model.
+        replayed: Returns the modules of a prefix whose calls compute nothing in the passes.
+
+    Examples:
+        >>> norm = nn.BatchNorm1d(1, momentum=1.0)
+        >>> buffers = StepBuffers(norm)
+        >>> for index, batch in enumerate(torch.tensor([[[1.0], [3.0]], [[5.0], [7.0]]])):
+        ...     with buffers.of_pass(index):
+        ...         _ = norm(batch)
+        >>> norm.running_mean, norm.num_batches_tracked
+        (tensor([2.]), tensor(1))
+    """
+
+    def __init__(self, model: nn.Module, replayed: Callable[[], Iterable[nn.Module]] = tuple) -> None:
+        self._model, self._replayed = model, replayed
+        self._settled: BufferSnapshot | None = None
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """Let the buffers move inside the block, and in no pass after it."""
+        with self._settling():
+            yield
+
+    @contextmanager
+    def of_pass(self, index: int) -> Iterator[None]:
+        """Guard the buffers during a pass.
+
+        Args:
+            index: Which pass, from 0; −1 for a run that records the prefix.
+        """
+        if self._settled is not None:
+            try:
+                yield
+            finally:
+                self._settled.put_back()
+        elif index < 0:
+            before = self._snapshot(self._model.modules())
+            try:
+                yield
+            finally:
+                recorded = self._snapshot(self._inside_replayed())
+                before.put_back()
+                recorded.put_back()
+        else:
+            recorded = self._snapshot(self._inside_replayed())
+            with self._settling():
+                try:
+                    yield
+                finally:
+                    recorded.put_back()  # the hooks of a replayed module run again
+
+    def _inside_replayed(self) -> Iterator[nn.Module]:
+        return (inner for module in self._replayed() for inner in module.modules())
+
+    @staticmethod
+    def _snapshot(modules: Iterable[nn.Module]) -> BufferSnapshot:
+        return BufferSnapshot(modules, large=lambda buffer: False)
+
+    @contextmanager
+    def _settling(self) -> Iterator[None]:
+        """Take what the buffers are after the block for what they are to be after the step."""
+        versions = {id(buffer): _version_of(buffer) for buffer in self._model.buffers()}
+        yield
+        # A large buffer is copied only if it moves.
+        self._settled = BufferSnapshot(
+            self._model.modules(), large=lambda buffer: versions.get(id(buffer)) != _version_of(buffer)
+        )
+
+
+def buffers_move(model: nn.Module, run: Callable[[], object]) -> bool:
+    """Say whether a run moves any buffer of a model, which then stay moved."""
+    before = BufferSnapshot(model.modules(), large=lambda buffer: False)
+    run()
+    return bool(before.moved())

@@ -1,0 +1,171 @@
+"""A copy of a batch shares nothing with it that can be written into."""
+
+import threading
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from transformers import BatchEncoding, DynamicCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from hf_parcor.batches import private_copy
+
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+class Named(dict):
+    """With an attribute, as classes of one's own have."""
+
+    name = ""
+
+
+class Frozen(dict):
+    def __copy__(self):
+        raise TypeError("not this one")
+
+
+@dataclass
+class Target:
+    boxes: torch.Tensor
+
+
+def tensor():
+    return torch.arange(3.0)
+
+
+HOLDERS = {
+    "dict": (lambda t: {"a": t}, lambda b: b["a"]),
+    "two deep": (lambda t: {"a": {"b": [t]}}, lambda b: b["a"]["b"][0]),
+    "OrderedDict": (lambda t: OrderedDict(a=t), lambda b: b["a"]),
+    "defaultdict": (lambda t: defaultdict(list, a=t), lambda b: b["a"]),
+    "own dict": (lambda t: Named(a=t), lambda b: b["a"]),
+    "own dict that refuses": (lambda t: Frozen(a=t), lambda b: b["a"]),
+    "UserDict": (lambda t: UserDict(a=t), lambda b: b["a"]),
+    "BatchEncoding": (lambda t: BatchEncoding({"a": t}), lambda b: b["a"]),
+    "ModelOutput": (lambda t: BaseModelOutput(last_hidden_state=t), lambda b: b.last_hidden_state),
+    "ModelOutput by name": (lambda t: BaseModelOutput(last_hidden_state=t), lambda b: b["last_hidden_state"]),
+    "read-only": (lambda t: MappingProxyType({"a": t}), lambda b: b["a"]),
+    "list": (lambda t: [1, t], lambda b: b[1]),
+    "tuple": (lambda t: ({"a": t},), lambda b: b[0]["a"]),
+    "namedtuple": (lambda t: Pair(1, t), lambda b: b.second),
+    "PackedSequence": (lambda t: pack_sequence([t]), lambda b: b.data),
+    "dataclass": (Target, lambda b: b.boxes),
+    "array": (lambda t: {"a": t.numpy()}, lambda b: torch.from_numpy(b["a"])),
+    "array of objects": (lambda t: np.array([t, None], dtype=object), lambda b: b[0]),
+    "set": (lambda t: [{1, 2}, t], lambda b: b[1]),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_what_is_written_into_the_copy_does_not_reach_the_batch(name):
+    make, tensor_in = HOLDERS[name]
+    batch = make(tensor())
+    copied = private_copy(batch)
+    assert type(copied) is type(batch)
+    assert torch.equal(tensor_in(copied), tensor())
+    tensor_in(copied).fill_(7.0)
+    assert torch.equal(tensor_in(batch), tensor())
+
+
+@pytest.mark.parametrize("name", ["dict", "two deep", "OrderedDict", "defaultdict", "UserDict", "BatchEncoding"])
+def test_what_is_popped_from_the_copy_stays_in_the_batch(name):
+    make, tensor_in = HOLDERS[name]
+    batch = make(tensor())
+    copied = private_copy(batch)
+    (copied["a"] if name == "two deep" else copied).popitem()
+    assert torch.equal(tensor_in(batch), tensor())
+
+
+def test_what_stands_in_two_places_does_so_in_the_copy():
+    shared, row = tensor(), [1]
+    copied = private_copy({"a": shared, "b": [shared, row], "c": Target(shared), "d": row})
+    assert copied["a"] is copied["b"][0] is copied["c"].boxes
+    assert copied["b"][1] is copied["d"] is not row
+
+
+def test_a_batch_may_hold_itself():
+    batch = {"a": tensor()}
+    batch["self"] = [batch]
+    copied = private_copy(batch)
+    assert copied["self"][0] is copied is not batch
+
+
+def test_what_a_cache_gets_in_one_run_is_not_there_in_the_next():
+    cache = DynamicCache()
+    cache.update(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), 0)
+    private_copy({"past_key_values": cache})["past_key_values"].update(
+        torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 0
+    )
+    assert cache.get_seq_length() == 2
+
+
+class TestHandedOn:
+    def test_tensors_that_require_a_gradient(self):
+        leaf = tensor().requires_grad_()
+        result = leaf * 2
+        copied = private_copy({"leaf": leaf, "result": [result]})
+        assert copied["leaf"] is leaf
+        assert copied["result"][0] is result
+
+    @pytest.mark.parametrize("value", [None, True, 3, 0.5, "text", b"bytes", torch.float16, len])
+    def test_what_cannot_be_written_into(self, value):
+        assert private_copy([value])[0] is value
+
+    def test_modules_and_what_cannot_be_copied(self):
+        module, lock, generator = nn.Linear(1, 1), threading.Lock(), (x for x in ())
+        copied = private_copy({"module": module, "held": Pair(lock, generator)})
+        assert copied["module"] is module
+        assert copied["held"] == (lock, generator)
+
+    def test_a_failed_copy_leaves_no_half_of_one(self):
+        class Holder:
+            pass
+
+        inner, outer = Holder(), Holder()
+        inner.numbers = [1]
+        outer.inner, outer.lock = inner, threading.Lock()
+        inner.lock = outer.lock
+        assert private_copy([outer, inner]) == [outer, inner]
+
+
+def test_the_rest_of_an_object_is_kept():
+    named = Named(a=1)
+    named.name = "batch"
+    assert private_copy(named).name == "batch"
+    assert private_copy(defaultdict(list))["new"] == []
+
+
+def test_random_numbers_are_not_drawn():
+    before = torch.get_rng_state()
+    private_copy({"a": tensor(), "b": Target(tensor())})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_kinds_of_tensors():
+    kinds = [
+        torch.ones(2).expand(3, 2),
+        torch.eye(3).to_sparse(),
+        torch.ones(2, device="meta"),
+        torch.ones(2, dtype=torch.complex64),
+        nn.Buffer(torch.ones(2)),
+        nn.Parameter(torch.ones(2), requires_grad=False),
+    ]
+    for kind, copied in zip(kinds, private_copy(kinds), strict=True):
+        assert copied is not kind
+        assert (copied.shape, copied.dtype, copied.layout, copied.device) == (
+            kind.shape,
+            kind.dtype,
+            kind.layout,
+            kind.device,
+        )
+
+
+def test_a_packed_sequence_still_unpacks():
+    copied = private_copy(pack_sequence([tensor(), tensor()[:2]]))
+    assert isinstance(copied, PackedSequence)
+    assert copied.batch_sizes.tolist() == [2, 2, 1]
