@@ -72,10 +72,11 @@ def _version_of(buffer: Tensor) -> int:
 class StepBuffers:
     """Lets buffers move in the passes of one defended step as in one clean stock step, whatever the passes are.
 
-    The first pass moves them, at the clean weights; in the others they are put back. With a prefix that is run once,
-    its modules move theirs in the run that records it, and all others in the first pass. Where the first pass is not
-    the stock one (it starts from a random corruption, or sees a part of the batch), a forward pass before them all
-    moves the buffers, in `moving`.
+    The first pass moves them, at the clean weights; all others find them as the first one did, so that they compute
+    the same function of the weights, and leave no trace. With a prefix that is run once, its modules move theirs in
+    the run that records it, and all others in the first pass. Where the first pass is not the stock one (it starts
+    from a random corruption, or sees a part of the batch), a forward pass before them all moves the buffers, in
+    `moving`.
 
     Args:
         model: The model.
@@ -93,7 +94,8 @@ class StepBuffers:
 
     def __init__(self, model: nn.Module, replayed: Callable[[], Iterable[nn.Module]] = tuple) -> None:
         self._model, self._replayed = model, replayed
-        self._settled: BufferSnapshot | None = None
+        self._before: BufferSnapshot | None = None  # any pass
+        self._after: BufferSnapshot | None = None  # all of them
 
     @contextmanager
     def moving(self) -> Iterator[None]:
@@ -108,43 +110,47 @@ class StepBuffers:
         Args:
             index: Which pass, from 0; −1 for a run that records the prefix.
         """
-        if self._settled is not None:
-            try:
+        if index < 0:
+            with self._recording():
                 yield
-            finally:
-                self._settled.put_back()
-        elif index < 0:
-            before = self._snapshot(self._model.modules())
-            try:
-                yield
-            finally:
-                recorded = self._snapshot(self._inside_replayed())
-                before.put_back()
-                recorded.put_back()
-        else:
-            recorded = self._snapshot(self._inside_replayed())
+        elif self._before is None or self._after is None:
             with self._settling():
-                try:
-                    yield
-                finally:
-                    recorded.put_back()  # the hooks of a replayed module run again
+                yield
+        else:
+            self._before.put_back()
+            try:
+                yield
+            finally:
+                self._after.put_back()
 
-    def _inside_replayed(self) -> Iterator[nn.Module]:
-        return (inner for module in self._replayed() for inner in module.modules())
-
-    @staticmethod
-    def _snapshot(modules: Iterable[nn.Module]) -> BufferSnapshot:
-        return BufferSnapshot(modules, large=lambda buffer: False)
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        before = self._before or BufferSnapshot(self._model.modules())
+        before.put_back()
+        try:
+            yield
+        finally:
+            recorded = self._of_replayed()
+            before.put_back()
+            recorded.put_back()
+            if self._before is not None:
+                self._before = BufferSnapshot(self._model.modules())
 
     @contextmanager
     def _settling(self) -> Iterator[None]:
         """Take what the buffers are after the block for what they are to be after the step."""
+        self._before = BufferSnapshot(self._model.modules())
+        recorded = self._of_replayed()
         versions = {id(buffer): _version_of(buffer) for buffer in self._model.buffers()}
         yield
-        # A large buffer is copied only if it moves.
-        self._settled = BufferSnapshot(
+        recorded.put_back()  # the hooks of a replayed module ran again
+        # A large buffer is copied again only if it moved.
+        self._after = BufferSnapshot(
             self._model.modules(), large=lambda buffer: versions.get(id(buffer)) != _version_of(buffer)
         )
+
+    def _of_replayed(self) -> BufferSnapshot:
+        return BufferSnapshot(inner for module in self._replayed() for inner in module.modules())
 
 
 def buffers_move(model: nn.Module, run: Callable[[], object]) -> bool:

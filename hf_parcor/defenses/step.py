@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_parcor.defenses.adversarial_inputs import AdversarialInputs
 from hf_parcor.defenses.processes import Processes
-from hf_parcor.functional.sharded import local_parts
+from hf_parcor.functional.sharded import local_part, local_parts
 from hf_parcor.functional.vectors import clones
 from hf_parcor.injection import CorruptionNorm, Injection
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
@@ -27,7 +27,8 @@ class DefendedStep:
     `.grad` holds what it held before plus the weighted sum of the gradients of all passes.
 
     The gradient of pass k serves twice: it is summed into the update and it makes `a_{k+1}`. It is the gradient of
-    THIS micro-batch: what `.grad` accumulated before is set aside, and put back for the last pass.
+    THIS micro-batch: what `.grad` accumulated before is set aside, and put back for the last pass, or when one fails:
+    then `.grad` holds what it held before plus the gradients of the passes that were finished.
 
     Args:
         parameters: The selected parameters, `w`, by name.
@@ -79,8 +80,7 @@ class DefendedStep:
         last = len(self.losses) == self._passes - 1
         self._begin()
         if last:
-            for name, gradient in self._sum.items():
-                self.parameters[name].grad = gradient
+            self._hand_back()
         self._risk.append(self._run(objective))
         if last and self._prefix is not None:
             self._prefix.backward(() if self._reduction is None else (self._reduction(),))
@@ -207,12 +207,21 @@ class DefendedStep:
         return self._injection.withdraw(p)
 
     def _take_gradients(self) -> dict[str, Tensor]:
+        """Return the gradients, each in memory of its own: they are going to be overwritten one by one."""
         taken = {}
+        seen = {_address(other.grad) for other in self._others if other.grad is not None}
         for name, parameter in self.parameters.items():
-            if parameter.grad is not None:
-                taken[name] = parameter.grad
-                parameter.grad = None
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                address = _address(gradient)
+                taken[name] = gradient.clone() if address in seen else gradient
+                seen.add(address)
         return taken
+
+    def _hand_back(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.grad = self._sum.get(name)
+        self._sum = {}
 
     def __enter__(self) -> DefendedStep:
         return self
@@ -225,8 +234,14 @@ class DefendedStep:
     ) -> None:
         try:
             self._injection.restore()
+            if self._sum and error is not None:
+                self._hand_back()
         finally:
             if self._inputs is not None:
                 self._inputs.withdraw()
             if self._prefix is not None:
                 self._prefix.forget()
+
+
+def _address(tensor: Tensor) -> int:
+    return local_part(tensor).data_ptr() or id(tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from hf_parcor.buffers import BufferSnapshot
 from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.evaluation.checkpoint import append_to_checkpoint, begin_checkpoint
 from hf_parcor.evaluation.clean_prefix import prefix_of_ascents, prefix_of_measurements
@@ -29,8 +31,9 @@ from hf_parcor.evaluation.sharing import Job, Part, choose_together, measure_tog
 from hf_parcor.evaluation.trials import Trial, checked_metrics, record_of
 from hf_parcor.functional.arguments import check_count
 from hf_parcor.functional.vectors import numel
-from hf_parcor.modes import evaluation_mode
+from hf_parcor.modes import devices_of, evaluation_mode
 from hf_parcor.prefix import PrefixReuse
+from hf_parcor.randomness import random_states_kept
 from hf_parcor.sharding import is_sharded
 
 MEMORY = 1 << 30
@@ -100,6 +103,7 @@ class Measurement:
         check_count("seed", seed, minimum=0)
         plan = Plan(tuple(corruptions), trials, seed, len(selections))
         path = None if checkpoint is None or self._processes.index else Path(checkpoint)
+        self._buffers = BufferSnapshot(self._model.modules())
         with (
             self._processes.failing_together(),
             evaluation_mode(self._model),
@@ -214,7 +218,8 @@ class Measurement:
 
     def _measure(self, group: Sequence[Job]) -> list[Trial]:
         together = self._by_batch if group[0].part.measuring is not None else None
-        chosen = choose_together(group, self._processes)
+        with self._undone():
+            chosen = choose_together(group, self._processes)
         sizes = []
         metrics: list[Mapping[str, object]] = []
         for job, corruption in zip(group, chosen, strict=True):
@@ -229,8 +234,17 @@ class Measurement:
         return [Trial.of(*of_trial) for of_trial in zip(seeds, metrics, sizes, strict=True)]
 
     def _metrics(self) -> Mapping[str, object]:
-        with evaluation_mode(self._model):  # a metric may leave the model in training mode
+        # A metric may leave the model in training mode.
+        with evaluation_mode(self._model), self._undone(), random_states_kept(devices_of(self._model)):
             return measure(self._model, self._metric, self._processes)
+
+    @contextmanager
+    def _undone(self) -> Iterator[None]:
+        """Put buffers back after a block: some models count and average in evaluation too."""
+        try:
+            yield
+        finally:
+            self._buffers.put_back()
 
 
 def _nothing() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_parcor.buffers import BufferSnapshot, StepBuffers
 from hf_parcor.functional.sharded import local_part
-from hf_parcor.modes import evaluation_mode
+from hf_parcor.modes import devices_of, evaluation_mode
 from hf_parcor.prefix.calls import not_called_again
 from hf_parcor.prefix.comparison import (
     check_results,
@@ -92,6 +92,8 @@ def try_prefix(
     run_pass: RunPass,
     trained: Mapping[str, Tensor] | None = None,
     passes: int = TRIED_PASSES,
+    *,
+    in_step: bool = False,
 ) -> None:
     """Check that passes that share the prefix find what full ones find, in the mode that the model is in.
 
@@ -100,7 +102,8 @@ def try_prefix(
     the multiple of those of a full one, those of the selected parameters already where the prefix has sent none back.
     Generators go on behind a replayed call as behind a computed one, so dropout is no difference.
 
-    Costs `passes + 2` steps, once, and memory for one gradient more. Gradients, buffers and generators are as before.
+    Costs `passes + 1` steps, once, or one more where results differ, and memory for one gradient more. Gradients,
+    buffers and generators are as before.
 
     Args:
         prefix: What is to be reused.
@@ -109,6 +112,7 @@ def try_prefix(
         run_pass: Runs the model on one batch, forward and backward.
         trained: The parameters whose gradients are compared; None for all trainable ones.
         passes: How many passes are going to share it.
+        in_step: Whether other processes take each pass too, so that none may be left out.
 
     Raises:
         PrefixError: They do not agree. It is raised after the last pass, so that no other process waits.
@@ -135,9 +139,6 @@ def try_prefix(
     try:
         with torch.enable_grad(), _undone(model), prefix.drawing_alike(devices):
             expected, gradients, moved = full()
-            again, _, moved_again = full()
-            apart, buffers_apart = distance(again, expected), distance(moved_again, moved)
-            del again, moved_again
             for parameter in trained.values():
                 parameter.grad = None
 
@@ -157,14 +158,18 @@ def try_prefix(
                 del result
             prefix.backward()
             total = _gradients(trained)
-            buffers_apart_from_full = distance(BufferSnapshot(model.modules()).values, moved)
+            off = max(distances), distance(BufferSnapshot(model.modules()).values, moved)
+            apart = 0.0, 0.0
+            if in_step or any(off):
+                again, _, moved_again = full()
+                apart = distance(again, expected), distance(moved_again, moved)
     finally:
         prefix.forget()
         for name, parameter in trained.items():
             parameter.grad = before[name]
 
-    check_results("result", max(distances), apart)
-    check_results("state that the model keeps in buffers", buffers_apart_from_full, buffers_apart)
+    for name, *of_runs in zip(("result", "state that the model keeps in buffers"), off, apart, strict=True):
+        check_results(name, *of_runs)
     differing = differing_gradient(total, gradients, passes, tolerance)
     if differing is not None:
         raise PrefixError(f"the gradient of {differing} differs where the prefix is reused")
@@ -192,11 +197,6 @@ def plan_prefix_of_values(
     """
     cut = find_cut(model, selected, run, not_called_again)
     return PrefixReuse(cut.prefix, cut.starts), cut.result
-
-
-def devices_of(model: nn.Module) -> list[torch.device]:
-    """Return the devices that a model lies on."""
-    return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def plan_prefix_on_shards(
 
     def tried() -> RecomputedPrefix:
         try:
-            try_prefix(prefix, model, selected, run_pass, passes=passes)
+            try_prefix(prefix, model, selected, run_pass, passes=passes, in_step=True)
         except PrefixError:
             raise
         except Exception as error:

@@ -73,10 +73,10 @@ def test_lower_layers_run_once_a_batch(evaluate, classifier, batches):
     evaluate(MANY)
     longest = 7
     clean, gradient = n, n
-    for_ascents, for_measurements = 2, 1  # watched and recorded; watched
+    for_ascents, for_measurements = 3, 4  # watched, run in full, recorded; the same, and at other weights
     assert len(computed[0]) == for_ascents + for_measurements + clean + gradient + longest + n
     steps = n + n + longest  # of the three ascents
-    tried = 3 + 1
+    tried = 5 + 6  # three times with the prefix reused
     assert len(computed[1]) == (tried + clean + gradient) + (steps + longest) + (n * len(MANY) + n)
     assert ascents == sum(isinstance(corruption, MultiStepCorruption) for corruption in MANY)
 
@@ -87,7 +87,7 @@ def test_operations_of_single_layers(tiny_bert):
     Each of them still measures the clean model, and takes its own gradient over the data.
     """
     model = tiny_bert(num_hidden_layers=6, hidden_size=16, intermediate_size=64).eval()
-    batches = [{"input_ids": torch.randint(1, 20, (4, 12)), "labels": torch.randint(0, 2, (4,))} for _ in range(3)]
+    batches = [{"input_ids": torch.randint(1, 20, (4, 12)), "labels": torch.randint(0, 2, (4,))} for _ in range(9)]
     corruptions = [
         kind(CorruptionConstraint(epsilon=epsilon))
         for epsilon in (0.1, 0.2, 0.5, 1.0, 2.0)
@@ -171,7 +171,7 @@ def test_a_model_that_cannot_be_cut_is_measured_whole(batches, caplog):
     evaluator = CorruptionEvaluator(Model(), ClassificationMetric(batches), batches, **settings)
     record = evaluator.evaluate([GaussianNoise(0.1)])
     assert record.corruptions[0].changed == 10
-    assert "Every measurement runs all of the model: what comes before the corrupted modules" in caplog.text
+    assert "Every measurement runs all of the model: the result of two full runs differs" in caplog.text
 
 
 def test_a_metric_of_single_batches_is_one_by_its_methods(batches):

@@ -1,0 +1,214 @@
+"""One set of laws for all of them: a defense that does nothing is no defense, a prefix reused is one computed."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+import transformers as tf
+from differential.hostile import CASES
+from torch import nn
+
+from hf_parcor import (
+    ACRT,
+    AWP,
+    SAM,
+    CorruptionConstraint,
+    CorruptionEvaluator,
+    GaussianNoise,
+    MultiStepRisk,
+    Quantization,
+)
+from hf_parcor.batches import private_copy
+from hf_parcor.evaluation import ClassificationMetric, LanguageModelMetric
+
+NOTHING = CorruptionConstraint(epsilon=1e-9)
+DEFENSES = {
+    "multi-step": MultiStepRisk(NOTHING, steps=1),
+    "three passes": MultiStepRisk(NOTHING, steps=2),
+    "random start": MultiStepRisk(NOTHING, steps=1, random_start=True),
+    "acrt": ACRT(NOTHING),
+    "sam": SAM(NOTHING),
+    "sam on a part of the batch": SAM(NOTHING, batch_share=0.5),
+    "awp": AWP(NOTHING, input_epsilon=0),
+}
+CLOSE = {"rtol": 0, "atol": 1e-7}  # ε = 1e-9, times a curvature
+"""Of numbers that follow from weights; what no weight is needed for is the same to the last bit."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def trainer_of(tmp_path):
+    def build(case, defense=None, **settings):
+        options = {
+            "output_dir": str(tmp_path),
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "max_steps": 3,
+            "optim": "sgd",
+            "learning_rate": 0.1,
+            "per_device_train_batch_size": 4,
+            "dataloader_pin_memory": False,
+            **case.options,
+        }
+        kind = case.trainer if defense is None else case.defended()
+        if defense is not None:
+            settings["defense"] = defense
+        return kind(
+            model=case.build(),
+            args=tf.TrainingArguments(**options),
+            train_dataset=case.rows(),
+            data_collator=case.collator,
+            **settings,
+        )
+
+    return build
+
+
+def trained(trainer):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+        trainer.train()
+    return trainer
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def leaves(batch):
+    if isinstance(batch, dict):
+        return [(f"{name}.{inner}", leaf) for name, part in batch.items() for inner, leaf in leaves(part)]
+    if isinstance(batch, list):
+        return [(f"{place}.{inner}", leaf) for place, part in enumerate(batch) for inner, leaf in leaves(part)]
+    return [("", batch)]
+
+
+def assert_same_batch(one, other):
+    first, second = dict(leaves(one)), dict(leaves(other))
+    assert first.keys() == second.keys()
+    for name, leaf in first.items():
+        assert torch.equal(leaf, second[name]) if isinstance(leaf, torch.Tensor) else leaf == second[name], name
+
+
+def assert_same_model(one, other, *, buffers_close=False):
+    for name, parameter in one.named_parameters():
+        torch.testing.assert_close(parameter, other.get_parameter(name), **CLOSE, msg=name)
+    for name, buffer in one.named_buffers():
+        if buffers_close:  # after an update of the weights
+            torch.testing.assert_close(buffer, other.get_buffer(name), **CLOSE, msg=name)
+        else:
+            assert torch.equal(buffer, other.get_buffer(name)), name
+
+
+def defended_by(case, name):
+    return not (case.trainer.__name__ == "PopsWhatIsNested" and name == "sam on a part of the batch")
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+class TestTraining:
+    @pytest.mark.parametrize("name", ["multi-step", "random start"])
+    def test_a_defense_that_does_nothing_trains_as_the_stock_trainer(self, case, name, trainer_of):
+        stock = trained(trainer_of(case))
+        ours = trained(trainer_of(case, DEFENSES[name]))
+        assert losses(ours) == pytest.approx(losses(stock), abs=1e-6)
+        assert_same_model(ours.model, stock.model, buffers_close=True)
+
+    @pytest.mark.parametrize("name", DEFENSES)
+    def test_a_step_leaves_batch_buffers_and_gradients_as_the_stock_step(self, case, name, trainer_of):
+        if not defended_by(case, name):
+            pytest.skip("a list beside the tensors is no list of examples")
+        found = []
+        for defense in (None, DEFENSES[name]):
+            trainer = trainer_of(case, defense)
+            trainer.current_gradient_accumulation_steps = 1
+            if trainer.args.gradient_checkpointing:
+                trainer.model.gradient_checkpointing_enable()
+            batch = case.collator(case.rows()[:4])
+            torch.manual_seed(2)
+            loss = trainer.training_step(trainer.model, batch)
+            found.append((trainer, batch, loss))
+        (stock, given, stock_loss), (ours, ours_given, loss) = found
+        torch.testing.assert_close(loss, stock_loss, **CLOSE)
+        assert_same_batch(ours_given, given)
+        assert_same_model(ours.model, stock.model)
+        for parameter, (key, other) in zip(ours.model.parameters(), stock.model.named_parameters(), strict=True):
+            assert (parameter.grad is None) == (other.grad is None), key
+            if other.grad is not None:
+                torch.testing.assert_close(parameter.grad, other.grad, **CLOSE, msg=key)
+
+    @pytest.mark.parametrize("steps", [1, 3])
+    def test_a_prefix_that_is_reused_is_one_that_is_computed(self, case, steps, trainer_of):
+        defense = MultiStepRisk(CorruptionConstraint(epsilon=0.3), steps=steps)
+        reused, full = (
+            trained(trainer_of(case, defense, target_modules=case.head, reuse_prefix=reuse)) for reuse in (True, False)
+        )
+        assert (reused.shared_prefix is not None) == case.reused
+        assert losses(reused) == pytest.approx(losses(full), rel=1e-12)
+        for (name, one), other in zip(reused.model.named_parameters(), full.model.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12, msg=name)
+        for (name, one), other in zip(reused.model.named_buffers(), full.model.buffers(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12, msg=name)
+
+
+MEASURED = {name: case for name, case in CASES.items() if case.measured}
+
+
+@pytest.mark.parametrize("case", MEASURED.values(), ids=MEASURED)
+class TestMeasuring:
+    def batches(self, case):
+        rows = case.rows()
+        return [case.collator(rows[start : start + 4]) for start in range(0, len(rows), 4)]
+
+    def measure(self, case, model, corruptions, *, reuse, batches=None):
+        batches = self.batches(case) if batches is None else batches
+        kind = LanguageModelMetric if "lm_head" in case.head else ClassificationMetric
+        given = [{key: value for key, value in batch.items() if key != "weights"} for batch in batches]
+        evaluator = CorruptionEvaluator(
+            model, kind(given), given, target_modules=case.head, reuse_prefix=reuse, progress=False
+        )
+        record = evaluator.evaluate(corruptions, trials=2)
+        return [row.metrics for row in record.rows()]
+
+    def test_a_prefix_that_is_reused_is_one_that_is_computed(self, case):
+        corruptions = [GaussianNoise(0.5), GaussianNoise(0.0), Quantization(3), GaussianNoise(0.1)]
+        reused, full = (self.measure(case, case.build(), corruptions, reuse=reuse) for reuse in (True, False))
+        assert reused == full
+
+    @pytest.mark.parametrize("reuse", [True, False])
+    def test_no_noise_is_clean_and_measurements_are_equal(self, case, reuse):
+        model = case.build()
+        corruptions = [GaussianNoise(0.0), GaussianNoise(0.3), GaussianNoise(0.0)]
+        first = self.measure(case, model, corruptions, reuse=reuse)
+        clean, nothing, _, again = first
+        for name, (value,) in clean.items():
+            assert math.isfinite(value)
+            assert nothing[name] == again[name] == (value, value)
+        assert self.measure(case, model, corruptions, reuse=reuse) == first
+
+    def test_model_and_data_are_afterwards_as_they_were(self, case):
+        model = case.build()
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        batches = self.batches(case)
+        given = private_copy(batches)
+        before = {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        self.measure(case, model, [GaussianNoise(0.3), Quantization(4)], reuse=True, batches=batches)
+        assert_same_batch(batches, given)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            assert torch.equal(tensor, before[name]), name
+        assert all(torch.equal(parameter.grad, torch.ones_like(parameter)) for parameter in model.parameters())
+        assert isinstance(model, nn.Module)
