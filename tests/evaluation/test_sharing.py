@@ -76,7 +76,7 @@ def test_lower_layers_run_once_a_batch(evaluate, classifier, batches):
     for_ascents, for_measurements = 3, 4  # watched, run in full, recorded; the same, and at other weights
     assert len(computed[0]) == for_ascents + for_measurements + clean + gradient + longest + n
     steps = n + n + longest  # of the three ascents
-    tried = 5 + 6  # three times with the prefix reused
+    tried = 6 + 7  # three times with the prefix reused; a run that records ends inside of it
     assert len(computed[1]) == (tried + clean + gradient) + (steps + longest) + (n * len(MANY) + n)
     assert ascents == sum(isinstance(corruption, MultiStepCorruption) for corruption in MANY)
 
