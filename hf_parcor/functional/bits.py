@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from types import MappingProxyType
 
 import torch
@@ -172,10 +173,11 @@ def flip_random_bits(
     if count > total:
         raise ValueError(f"count: expected at most {total} bits (all that were selected), got {count}; pass fewer")
     positions = sample_positions(total, count, generator)
-    flipped, start = [], 0
-    for tensor, bits, size in zip(tensors, fields, sizes, strict=True):
-        device = local_part(tensor).device
-        here = positions[(positions >= start) & (positions < start + size)].to(device) - start
+    starts = list(accumulate(sizes, initial=0))
+    # The positions are in order: the first of each tensor is found by bisection, and no tensor looks at another's.
+    firsts = torch.searchsorted(positions, torch.tensor(starts, device=positions.device)).tolist()
+    flipped = []
+    for tensor, bits, start, (first, end) in zip(tensors, fields, starts[:-1], pairwise(firsts), strict=True):
+        here = positions[first:end].to(local_part(tensor).device) - start
         flipped.append(flip_bits(tensor, here // len(bits), here % len(bits) + bits.start))
-        start += size
     return flipped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -41,14 +41,27 @@ def _threshold(tensors: Sequence[Tensor], n: int, dtype: torch.dtype, device: to
 def _histogram(tensors: Sequence[Tensor], dtype: torch.dtype, shift: int, prefix: Tensor) -> Tensor:
     """Count the digits at a place, of the entries whose digits before it are those of the prefix."""
     histogram = torch.zeros(_DIGITS, dtype=torch.int64, device=prefix.device)
-    for chunk in chunks(tensors):
-        bits = _magnitude_bits(chunk, dtype).to(prefix.device)
+    for bits in _joined_bits(tensors, dtype, prefix.device):
         digit = (bits >> shift) & (_DIGITS - 1)
         if shift + _DIGIT_BITS < dtype.itemsize * 8:
             outside = (bits >> (shift + _DIGIT_BITS)) != prefix
             digit = digit.masked_fill_(outside, _DIGITS)
         histogram += torch.bincount(digit, minlength=_DIGITS + 1)[:_DIGITS]
     return histogram
+
+
+def _joined_bits(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """Yield magnitudes' bits, of small tensors joined: a histogram costs all its digits, however few the bits."""
+    waiting: list[Tensor] = []
+    entries = 0
+    for chunk in chunks(tensors):
+        waiting.append(_magnitude_bits(chunk, dtype).to(device))
+        entries += len(waiting[-1])
+        if entries >= _DIGITS:
+            yield torch.cat(waiting)
+            waiting, entries = [], 0
+    if waiting:
+        yield torch.cat(waiting)
 
 
 def _keep_(tensors: Sequence[Tensor], threshold: Tensor, ties: Tensor, dtype: torch.dtype) -> None:

@@ -268,6 +268,40 @@ class TestRandomFlips:
         assert differing(tensors[1:], [second]) == 4000 - in_first
         assert in_first == pytest.approx(3000, abs=5 * math.sqrt(4000 * 0.75 * 0.25))
 
+    @settings(max_examples=60, deadline=None)
+    @given(
+        sizes=st.lists(st.tuples(st.integers(0, 9), st.sampled_from(DTYPES)), min_size=1, max_size=12),
+        field=st.sampled_from(["any", "sign", "exponent", "mantissa"]),
+        share=st.floats(0.01, 1),
+        seed=st.integers(0, 100),
+    )
+    def test_against_a_walk_through_every_bit(self, sizes, field: str, share: float, seed: int) -> None:
+        tensors = [torch.ones(size, dtype=dtype) for size, dtype in sizes]
+        bits = [
+            (number, entry, position)
+            for number, tensor in enumerate(tensors)
+            for entry in range(len(tensor))
+            for position in field_bits(tensor.dtype, field)
+        ]
+        count = round(share * len(bits))
+        if not count:
+            return
+        expected = [patterns(tensor).tolist() for tensor in tensors]
+        for index in sample_positions(len(bits), count, seeded(seed)).tolist():
+            number, entry, position = bits[index]
+            expected[number][entry] ^= 1 << position
+        found = flip_random_bits(tensors, field, count=count, generator=seeded(seed))
+        assert [patterns(tensor).tolist() for tensor in found] == expected
+
+    def test_cost_does_not_grow_with_tensors_times_flips(self, entries_made) -> None:
+        joined = [torch.zeros(40_000)]
+        pieces = list(joined[0].split(100))
+
+        def work(tensors: list[torch.Tensor]) -> int:
+            return entries_made(lambda: flip_random_bits(tensors, count=5000, generator=seeded(0)))
+
+        assert work(pieces) < 1.5 * work(joined)
+
     def test_the_ends_of_the_range_of_rates(self, tensors: list[torch.Tensor], same_bits) -> None:
         assert same_bits(flip_random_bits(tensors, rate=0.0), tensors)
         all_of_them = flip_random_bits(tensors, rate=1.0)

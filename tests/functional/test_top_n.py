@@ -68,6 +68,12 @@ def test_among_three_million_ties_the_first_n_stay(n: int) -> None:
     assert torch.equal(kept[:n], torch.cat([part.reshape(-1) for part in tensors])[:n])
 
 
+def test_cost_does_not_grow_with_the_number_of_tensors(entries_made) -> None:
+    joined = [torch.randn(200_000)]
+    pieces = list(joined[0].split(100))
+    assert entries_made(lambda: keep_top_n(pieces, 500)) < 2 * entries_made(lambda: keep_top_n(joined, 500))
+
+
 def test_ties_below_larger_entries() -> None:
     tensors = [torch.tensor([1.0, 1.0, 2.0]), torch.tensor([1.0, -2.0])]
     assert [part.tolist() for part in keep_top_n(tensors, 3)] == [[1, 0, 2], [0, -2]]
