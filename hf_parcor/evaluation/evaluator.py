@@ -17,7 +17,7 @@ from hf_parcor.evaluation.provenance import described, library_versions, model_n
 from hf_parcor.evaluation.records import EvaluationRecord
 from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.functional.vectors import numel
-from hf_parcor.injection import check_weights
+from hf_parcor.injection import check_weights, forget_derived
 from hf_parcor.targets import select_trainable
 
 
@@ -142,6 +142,7 @@ class CorruptionEvaluator:
             TypeError: Something that is no `Corruption`, or a metric that returns no mapping.
             ProcessError: Another process failed.
         """
+        forget_derived()
         weights = fingerprint_of_weights(self._model)
         clean, data, (records,) = self._measurement.run(
             {"": self._parameters}, corruptions, trials, seed, weights, checkpoint

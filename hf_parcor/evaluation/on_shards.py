@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hf_parcor.injection import Injection, corrupted
+from hf_parcor.injection import Injection, corrupted, forget_derived
 from hf_parcor.sharding import drop_gathered, is_sharded, reducing
 
 
@@ -29,6 +29,7 @@ def gradients(
     model: nn.Module, parameters: Sequence[nn.Parameter], loss: Callable[[], Tensor]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of a loss; no `.grad` is changed. Of a sharded model, those of the processes' mean loss."""
+    forget_derived()  # an earlier pass may have left tensors without a graph, or with one that is freed
     if not is_sharded(model):
         return torch.autograd.grad(loss(), parameters, allow_unused=True)
     # FSDP2 computes with other tensors: only a whole backward pass brings gradients to the shards.

@@ -18,7 +18,7 @@ from hf_parcor.evaluation.records import EvaluationRecord
 from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.evaluation.sweep_record import SweepRecord
 from hf_parcor.functional.vectors import numel
-from hf_parcor.injection import check_weights
+from hf_parcor.injection import check_weights, forget_derived
 from hf_parcor.targets import by_layer, select_trainable
 
 
@@ -97,6 +97,7 @@ class LayerProbe:
             TypeError: As in `CorruptionEvaluator.evaluate`.
             OSError: The checkpoint cannot be read or written.
         """
+        forget_derived()
         weights = fingerprint_of_weights(self._model)
         clean, data, records = self._measurement.run(self._selections, corruptions, trials, seed, weights, checkpoint)
         versions = library_versions()

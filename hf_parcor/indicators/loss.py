@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, model_loss
 from hf_parcor.evaluation.replicas import all_batches, whole_model
-from hf_parcor.injection import check_weights, corrupted
+from hf_parcor.injection import check_weights, corrupted, forget_derived
 from hf_parcor.modes import evaluation_mode
 
 
@@ -69,6 +69,7 @@ class LossOverData:
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Keep the model in evaluation mode inside a `with` block, and the global generator as it was before it."""
+        forget_derived()
         with evaluation_mode(self.model), torch.random.fork_rng(devices=[]):
             yield
 

@@ -6,6 +6,14 @@ the float32 weights of a model changed in their last bit.
 
 from hf_parcor.injection.checks import check_weights
 from hf_parcor.injection.corrupted import Replacement, corrupted
-from hf_parcor.injection.injection import CorruptionNorm, CorruptionSize, Injection
+from hf_parcor.injection.injection import CorruptionNorm, CorruptionSize, Injection, forget_derived
 
-__all__ = ["CorruptionNorm", "CorruptionSize", "Injection", "Replacement", "check_weights", "corrupted"]
+__all__ = [
+    "CorruptionNorm",
+    "CorruptionSize",
+    "Injection",
+    "Replacement",
+    "check_weights",
+    "corrupted",
+    "forget_derived",
+]

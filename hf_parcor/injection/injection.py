@@ -8,11 +8,28 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from hf_parcor.functional.arguments import check_norm_order
 from hf_parcor.functional.sharded import alike, local_part, local_parts, one_vector, total
 from hf_parcor.functional.vectors import clones, vector_norm, vector_norm_of_unit_scale
 from hf_parcor.injection.checks import check_corruption, check_weights
+
+
+def forget_derived() -> None:
+    """Let PyTorch forget what it keeps that was computed from weights, so that the next pass computes it anew.
+
+    An outer `torch.autocast` keeps its casts of weights, and `parametrize.cached()` the tensors that it makes from
+    them: neither notices a write in place, and the latter not even that it was made without a graph. Both are emptied
+    also where autocast is off at the moment, for the model may turn it on again; that costs less than a microsecond.
+
+    Not reached, because nothing tells of them: copies that a model makes of its own weights, such as a merged
+    adapter's (unmerge it first), weights that a compiler folded into constants (`torch._inductor.config.freezing`,
+    `torch.jit.freeze`) or repacked for a kernel, and stacked copies made for `torch.func`. Without freezing,
+    `torch.compile` reads weights at each call, and so do the older hooks of `weight_norm` and `spectral_norm`.
+    """
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,9 @@ class Injection:
     those of the whole vector, and equal on all ranks.
 
     Whatever fails while weights are written, an interrupt too, the saved bits are put back before it is raised.
+
+    After each write, what PyTorch keeps that was computed from the weights before is forgotten (see
+    `forget_derived`).
 
     Args:
         weights: Floating-point tensors by name; they are written in place.
@@ -79,6 +99,7 @@ class Injection:
                 self._saved_narrow = clones(self._narrow)
                 self._active = True
             yield
+            forget_derived()
         except BaseException:
             self.restore()
             raise
@@ -160,6 +181,7 @@ class Injection:
                 _foreach(torch._foreach_copy_, self._exact, self._saved_exact)
             finally:  # an interrupt between the two must not leave half of the weights corrupted
                 _foreach(torch._foreach_copy_, self._narrow, self._saved_narrow)
+                forget_derived()
         self._forget()
 
     @torch.no_grad()
