@@ -14,11 +14,11 @@ from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import MEMORY, Measurement
 from hf_parcor.evaluation.measuring import Metric
 from hf_parcor.evaluation.provenance import described, library_versions, model_name, norm_of
+from hf_parcor.evaluation.reach import Reach
 from hf_parcor.evaluation.records import EvaluationRecord
 from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import check_weights, forget_derived
-from hf_parcor.targets import select_trainable
 
 
 class CorruptionEvaluator:
@@ -56,6 +56,8 @@ class CorruptionEvaluator:
         target_modules: Which modules may be corrupted, as in `select_parameters`. None, the default, for all
             parameters that can be trained (all, if none can), as in the Trainer: fixed tables such as sinusoidal
             positions are no result of training. Frozen weights, such as those under an adapter, can be named.
+            Weights that cannot be corrupted (quantized, packed or offloaded ones, see `Reach`) are left as they are,
+            counted, logged as a warning and noted in the record.
         exclude_modules: As in `select_parameters`.
         module_types: As in `select_parameters`.
         layers: As in `select_parameters`.
@@ -65,9 +67,8 @@ class CorruptionEvaluator:
         progress: Whether to show a progress bar. Default True.
 
     Raises:
-        ValueError: The targets match nothing, or the batches can be walked through only once.
-            Or FSDP1 or tensor parallelism has split the weights.
-        TypeError: A target is not floating point.
+        ValueError: The targets match nothing, or nothing that can be corrupted, or the batches can be walked through
+            only once. Or FSDP1 or tensor parallelism has split the weights.
 
     Examples:
         >>> from hf_parcor import Quantization
@@ -100,7 +101,8 @@ class CorruptionEvaluator:
             "layers": list(layers) if isinstance(layers, Iterator) else layers,
         }
         model = measurable_model(model)
-        self._parameters = select_trainable(model, **self._target)
+        selection = Reach(model).select(**self._target)
+        self._parameters, self._out_of_reach = selection.parameters, selection.notes
         check_weights(self._parameters)
         self._model = model
         self._measurement = Measurement(
@@ -135,9 +137,9 @@ class CorruptionEvaluator:
             a corruption that changed no weight is noted too, such as one along a gradient that was not finite.
 
         Raises:
-            ValueError: A corruption needs gradients and there are no batches or an empty data set; or weights or data
-                differ between processes; before any weight is touched. Or the checkpoint is of another run, or
-                none, or damaged.
+            ValueError: A corruption needs gradients and there are no batches or an empty data set, or quantized
+                layers pass none back; or weights or data differ between processes; before any weight is touched. Or
+                the checkpoint is of another run, or none, or damaged.
             OSError: The checkpoint cannot be read or written.
             TypeError: Something that is no `Corruption`, or a metric that returns no mapping.
             ProcessError: Another process failed.
@@ -155,7 +157,7 @@ class CorruptionEvaluator:
             corruptions=records,
             data=data,
             versions=library_versions(),
-            notes=self._measurement.notes,
+            notes=(*self._out_of_reach, *self._measurement.notes),
             weights_norm=norm_of(self._parameters.values()),
             weights=weights,
         )

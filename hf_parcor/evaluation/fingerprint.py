@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_parcor.evaluation.reach import packed_tensors, plain_parts
 from hf_parcor.functional.sharded import local_part, whole
 
 
@@ -33,7 +34,9 @@ def fingerprint(batches: Iterable[Any]) -> str:
 
 
 def fingerprint_of_weights(model: nn.Module, *, gather: bool = True) -> str:
-    """Return the SHA-256 of all parameters and buffers: names, shapes, dtypes and bytes, in order.
+    """Return the SHA-256 of all parameters, buffers and packed weights: names, shapes, dtypes and bytes, in order.
+
+    Of what is offloaded, whose values are not in memory, only names, shapes and dtypes count.
 
     Args:
         model: Any model.
@@ -47,8 +50,12 @@ def fingerprint_of_weights(model: nn.Module, *, gather: bool = True) -> str:
         False
     """
     digest = hashlib.sha256()
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        _update(digest, name, whole(tensor.detach()) if gather else local_part(tensor.detach()))
+    for name, tensor in chain(model.named_parameters(), model.named_buffers(), packed_tensors(model)):
+        parts = plain_parts(whole(tensor.detach()) if gather else local_part(tensor.detach()))
+        if not parts:
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        for part in parts:
+            _update(digest, name, part)
     return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
 from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
@@ -14,12 +15,15 @@ from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import MEMORY, Measurement
 from hf_parcor.evaluation.measuring import Metric
 from hf_parcor.evaluation.provenance import described, library_versions, model_name, norm_of
+from hf_parcor.evaluation.reach import OutOfReachError, Reach
 from hf_parcor.evaluation.records import EvaluationRecord
 from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.evaluation.sweep_record import SweepRecord
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import check_weights, forget_derived
-from hf_parcor.targets import by_layer, select_trainable
+from hf_parcor.targets import TargetError, by_layer
+
+logger = logging.get_logger(__name__)
 
 
 class LayerProbe:
@@ -37,14 +41,15 @@ class LayerProbe:
         loss: As in `CorruptionEvaluator`.
         targets: What to corrupt, by the name that it shall have: words, patterns or names as in `select_parameters`.
             `by_layer`, `by_kind`, `by_module` and `by_adapter` make such groups; `{**by_kind(model), "all": "all"}`
-            adds the whole model. None, the default, for `by_layer`.
+            adds the whole model. None, the default, for `by_layer`, without layers that cannot be corrupted, which are
+            noted.
         reuse_prefix: As in `CorruptionEvaluator`.
         memory: As in `CorruptionEvaluator`.
         progress: As in `CorruptionEvaluator`.
 
     Raises:
-        ValueError: A target matches nothing, there is no target, or the batches can be walked through only once.
-        TypeError: A target is not floating point.
+        ValueError: A target matches nothing, or nothing that can be corrupted, there is no target, or the batches can
+            be walked through only once.
     """
 
     def __init__(
@@ -60,12 +65,28 @@ class LayerProbe:
         progress: bool = True,
     ) -> None:
         model = measurable_model(model)
-        self._targets: dict[str, Any] = dict(by_layer(model) if targets is None else targets)
+        reach = Reach(model)
+        self._targets: dict[str, Any] = dict(by_layer(reach.model) if targets is None else targets)
         if not self._targets:
             raise ValueError("targets: expected at least one, got none; name the modules to corrupt")
-        self._selections = {
-            label: select_trainable(model, target_modules=target) for label, target in self._targets.items()
-        }
+        selections, left_out = {}, []
+        for label, target in list(self._targets.items()):
+            try:
+                selections[label] = reach.select(target)
+            except OutOfReachError as error:  # noqa: PERF203, a selection walks through the model
+                if targets is not None:  # what was named is meant
+                    raise
+                left_out.append(f"{label} was left out: {error.described}")
+                del self._targets[label]
+        if not selections:
+            raise TargetError(
+                f"targets: expected parts that can be corrupted, got {'; '.join(left_out)}; load the model in float32 "
+                "or bfloat16, without quantization and offloading"
+            )
+        for sentence in left_out:
+            logger.warning(f"{sentence}.")
+        self._out_of_reach = {label: (*selection.notes, *left_out) for label, selection in selections.items()}
+        self._selections = {label: selection.parameters for label, selection in selections.items()}
         for selection in self._selections.values():
             check_weights(selection)
         self._model = model
@@ -110,7 +131,7 @@ class LayerProbe:
                 corruptions=of_part,
                 data=data,
                 versions=versions,
-                notes=self._measurement.notes,
+                notes=(*self._out_of_reach[label], *self._measurement.notes),
                 weights_norm=norm_of(selection.values()),
                 weights=weights,
             )

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from hf_parcor.evaluation.processes import Processes
+from hf_parcor.evaluation.reach import packed_tensors, plain_parts
 from hf_parcor.sharding import drop_gathered, is_sharded
 
 
@@ -90,7 +91,7 @@ def check_same_weights(model: nn.Module, processes: Processes) -> None:
     Raises:
         ValueError: They differ.
     """
-    tensors = chain(model.named_parameters(), model.named_buffers())
+    tensors = chain(model.named_parameters(), model.named_buffers(), packed_tensors(model))
     first, *others = processes.gather(
         {name: _sum_of_bits(tensor) for name, tensor in tensors if not isinstance(tensor, DTensor)}
     )
@@ -104,8 +105,11 @@ def check_same_weights(model: nn.Module, processes: Processes) -> None:
 
 def _sum_of_bits(tensor: torch.Tensor) -> int:
     """Return the sum of a tensor's bits as integers, which does not depend on the order, as one of floats does."""
-    kind = {1: torch.uint8, 2: torch.int16}.get(tensor.dtype.itemsize, torch.int32)
-    return int(tensor.detach().contiguous().reshape(-1).view(kind).sum(dtype=torch.int64))
+    kinds = {1: torch.uint8, 2: torch.int16}
+    return sum(
+        int(part.contiguous().reshape(-1).view(kinds.get(part.dtype.itemsize, torch.int32)).sum(dtype=torch.int64))
+        for part in plain_parts(tensor.detach())
+    )
 
 
 def check_same_data(name: str, fingerprint: str, processes: Processes) -> None:

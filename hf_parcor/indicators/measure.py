@@ -15,6 +15,7 @@ from hf_parcor.corruptions import Corruption, GradientCorruption, MultiStepCorru
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.provenance import described, library_versions, model_name
+from hf_parcor.evaluation.reach import Reach
 from hf_parcor.evaluation.replicas import all_batches, whole_model
 from hf_parcor.functional import constrained_maximum_value, max_magnitude, vector_norm
 from hf_parcor.functional.arguments import check_count
@@ -24,7 +25,6 @@ from hf_parcor.indicators.loss import LossOverData
 from hf_parcor.indicators.random_changes import random_loss_changes
 from hf_parcor.indicators.record import ConstraintIndicators, IndicatorRecord
 from hf_parcor.injection import corrupted
-from hf_parcor.targets import select_trainable
 
 _SWALLOWED = 0.1  # realised and asked norm differ by more than this: say so
 
@@ -67,9 +67,9 @@ def measure_indicators(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: Targets match nothing, there are no items, the batches can be walked through only once,
-            or a count is too small.
-        TypeError: A constraint is none, or a target is not floating point.
+        ValueError: Targets match nothing, or nothing that can be corrupted, there are no items, the batches can be
+            walked through only once, or a count is too small.
+        TypeError: A constraint is none.
 
     Examples:
         >>> model = nn.Linear(4, 1, bias=False)
@@ -97,9 +97,12 @@ def measure_indicators(
         "layers": list(layers) if isinstance(layers, Iterator) else layers,
     }
     model = whole_model(model)
-    over_data = LossOverData(model, select_trainable(model, **target), batches, loss, progress=progress)
+    selection = Reach(model).select(**target)
+    over_data = LossOverData(model, selection.parameters, batches, loss, progress=progress)
     gradient = list(over_data.gradient().values())
-    notes = [] if _is_finite(gradient) else ["the gradient over the data is not finite; nothing is corrupted along it"]
+    notes = list(selection.notes)
+    if not _is_finite(gradient):
+        notes.append("the gradient over the data is not finite; nothing is corrupted along it")
     trace = hessian_trace(over_data, probes, seed)
     rows = []
     for at_random, along_gradient, multi_step in tqdm(corruptions, desc="constraints", disable=not progress):

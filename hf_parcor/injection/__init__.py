@@ -4,7 +4,7 @@ Weights come back by copying saved bits, never by subtracting what was added: `w
 the float32 weights of a model changed in their last bit.
 """
 
-from hf_parcor.injection.checks import check_weights
+from hf_parcor.injection.checks import check_weights, obstacle
 from hf_parcor.injection.corrupted import Replacement, corrupted
 from hf_parcor.injection.injection import CorruptionNorm, CorruptionSize, Injection, forget_derived
 
@@ -16,4 +16,5 @@ __all__ = [
     "check_weights",
     "corrupted",
     "forget_derived",
+    "obstacle",
 ]

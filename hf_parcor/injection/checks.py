@@ -5,22 +5,48 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_parcor.functional.sharded import local_part, spread_alike
 
 
+def obstacle(weight: Tensor) -> str | None:
+    """Return why a tensor's numbers cannot be corrupted, to be read after "is" or "are"; None where they can.
+
+    Examples:
+        >>> obstacle(torch.ones(2)), obstacle(torch.ones(2, dtype=torch.int8)), obstacle(torch.ones(2, device="meta"))
+        (None, 'int8', 'on the meta device, as what is offloaded')
+    """
+    if isinstance(weight, DTensor):
+        weight = local_part(weight)
+    kind = type(weight)
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # which says itself what a write or a view means
+        return f"of the class {kind.__name__}, no plain numbers"
+    if weight.is_meta:
+        return "on the meta device, as what is offloaded"
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return str(weight.dtype).removeprefix("torch.")
+    if weight.layout != torch.strided:
+        return f"{str(weight.layout).removeprefix('torch.')} tensors"
+    if weight.is_inference() and not torch.is_inference_mode_enabled():
+        return "made in inference mode, which forbids writes outside of it"
+    return None
+
+
 def check_weights(weights: Mapping[str, Tensor]) -> None:
-    """Refuse an empty selection, weights that are not floating point, and weights that stand under two names."""
+    """Refuse an empty selection, weights that cannot be corrupted, and weights that stand under two names."""
     check_mapping("weights", weights, "select_parameters(model, ...) returns one")
     if not weights:
         raise ValueError("weights: expected at least one tensor, got none; select parameters first")
     names: dict[int, str] = {}
     for name, weight in weights.items():
-        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        found = obstacle(weight)
+        if found is not None:
             raise TypeError(
-                f"{name}: expected a floating-point weight of 16 bits or more, got {weight.dtype}; "
-                "leave it out of the selection"
+                f"{name}: expected a floating-point weight of 16 bits or more in plain memory, got one that is "
+                f"{found}; leave it out of the selection, or load the model without quantization and offloading"
             )
         address = local_part(weight).data_ptr()  # 0 for tensors without memory of their own
         if address and names.setdefault(address, name) != name:

@@ -431,11 +431,9 @@ class TestErrorsBeforeAnythingIsMeasured:
     def test_an_integer_parameter(self, refusing):
         model = nn.Linear(2, 2)
         model.scale = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
-        with pytest.raises(
-            TypeError, match=r"scale: expected a floating-point weight.*, got torch\.int8; leave it out"
-        ):
-            refusing(model=model, target_modules="all")
-        refusing(model=model)  # it cannot be trained, and nobody named it
+        with pytest.raises(TargetError, match=r"expected weights that can be corrupted, got \['scale'\], .* are int8"):
+            refusing(model=model, target_modules=["scale"])
+        refusing(model=model, target_modules="all")  # the others can be measured
 
     def test_targets_that_match_nothing(self, refusing):
         with pytest.raises(TargetError):
