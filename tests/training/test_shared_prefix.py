@@ -156,6 +156,61 @@ def test_operations_of_the_last_of_six_layers():
     assert ratios[0] > 1.1
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "Llama"])
+def test_checkpoints_cost_no_reuse_and_the_first_step_no_more_memory(family, arguments):
+    """Models that carry their layers' flag are cut inside; what is tried holds no more activations than a step."""
+    options = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2}
+    config = getattr(tf, f"{family}Config")(**options, intermediate_size=32)
+    kind = getattr(tf, f"{family}For{'CausalLM' if family == 'Llama' else 'SequenceClassification'}")
+    ids = torch.randint(5, 40, (4, 32))
+    batch = {"input_ids": ids, "labels": ids if family == "Llama" else torch.tensor([0, 1, 1, 0])}
+    defended = {
+        "defense": MultiStepRisk(L2, steps=1),
+        "target_modules": "last-decoder-layer" if family == "Llama" else LAST,
+    }
+    operations, saved = [], []
+    for trainer_class, settings in ((tf.Trainer, {}), (ParameterDefenseTrainer, defended)):
+        torch.manual_seed(0)
+        trainer = trainer_class(kind(config), arguments(gradient_checkpointing=True), **settings)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        with SavedActivations() as activations:
+            trainer.training_step(trainer.model, dict(batch))
+        saved.append(activations.peak)
+        with FlopCounterMode(display=False) as counter:
+            trainer.training_step(trainer.model, dict(batch))
+        operations.append(counter.get_total_flops())
+    assert operations[1] < 1.15 * operations[0]
+    assert saved[1] < 1.3 * saved[0]
+
+
+class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that graphs hold at a time."""
+
+    def __init__(self):
+        self.held = self.peak = 0
+        super().__init__(self.hold, lambda held: held[0])
+
+    def __enter__(self):
+        super().__enter__()
+        return self
+
+    def hold(self, tensor):
+        held = (tensor, Released(self, tensor.nbytes))
+        self.held += tensor.nbytes
+        self.peak = max(self.peak, self.held)
+        return held
+
+
+class Released:
+    def __init__(self, counter, size):
+        self.counter, self.size = counter, size
+
+    def __del__(self):
+        self.counter.held -= self.size
+
+
 def test_frozen_prefix(tiny_bert, train):
     """Frozen parameters below the cut: no gradient goes through them, and none is missed above."""
     model = tiny_bert(dropout=0.0).double()
