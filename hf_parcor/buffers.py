@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,7 @@ class StepBuffers:
     Args:
         model: The model.
         replayed: Returns the modules of a prefix whose calls compute nothing in the passes.
+        wrapped: What the model wraps, where it is a wrapper that sends buffers before each forward pass, as DDP does.
 
     Examples:
         >>> norm = nn.BatchNorm1d(1, momentum=1.0)
@@ -92,8 +94,13 @@ class StepBuffers:
         (tensor([2.]), tensor(1))
     """
 
-    def __init__(self, model: nn.Module, replayed: Callable[[], Iterable[nn.Module]] = tuple) -> None:
-        self._model, self._replayed = model, replayed
+    def __init__(
+        self,
+        model: nn.Module,
+        replayed: Callable[[], Iterable[nn.Module]] = tuple,
+        wrapped: nn.Module | None = None,
+    ) -> None:
+        self._model, self._replayed, self._wrapped = model, replayed, wrapped
         self._before: BufferSnapshot | None = None  # any pass
         self._after: BufferSnapshot | None = None  # all of them
 
@@ -125,29 +132,49 @@ class StepBuffers:
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        before = self._before or BufferSnapshot(self._model.modules())
-        before.put_back()
-        try:
-            yield
-        finally:
-            recorded = self._of_replayed()
-            before.put_back()
-            recorded.put_back()
-            if self._before is not None:
-                self._before = BufferSnapshot(self._model.modules())
+        if self._before is not None:
+            self._before.put_back()
+        with self._beginning() as before:
+            try:
+                yield
+            finally:
+                recorded = self._of_replayed()
+                before[0].put_back()
+                recorded.put_back()
+        if self._before is not None:
+            self._before = BufferSnapshot(self._model.modules())
 
     @contextmanager
     def _settling(self) -> Iterator[None]:
         """Take what the buffers are after the block for what they are to be after the step."""
-        self._before = BufferSnapshot(self._model.modules())
         recorded = self._of_replayed()
         versions = {id(buffer): _version_of(buffer) for buffer in self._model.buffers()}
-        yield
+        with self._beginning() as before:
+            yield
+        self._before = before[0]
         recorded.put_back()  # the hooks of a replayed module ran again
         # A large buffer is copied again only if it moved.
         self._after = BufferSnapshot(
             self._model.modules(), large=lambda buffer: versions.get(id(buffer)) != _version_of(buffer)
         )
+
+    @contextmanager
+    def _beginning(self) -> Iterator[list[BufferSnapshot]]:
+        """Find what the buffers are when a run begins: with a wrapper, when it has sent them to all processes."""
+        before = [BufferSnapshot(self._model.modules())]
+        if self._wrapped is None:
+            yield before
+            return
+
+        def begin(module: nn.Module, arguments: Any) -> None:
+            hook.remove()
+            before[0] = BufferSnapshot(self._model.modules())
+
+        hook = self._wrapped.register_forward_pre_hook(begin, prepend=True)
+        try:
+            yield before
+        finally:
+            hook.remove()
 
     def _of_replayed(self) -> BufferSnapshot:
         return BufferSnapshot(inner for module in self._replayed() for inner in module.modules())

@@ -15,6 +15,7 @@ from hf_parcor.defenses import DefendedStep, Defense, Objective
 from hf_parcor.injection import CorruptionNorm
 from hf_parcor.sharding import drop_gathered, is_sharded
 from hf_parcor.targets import find_input_embedding, select_trainable
+from hf_parcor.training.data_parallel import wrapped_by
 from hf_parcor.training.loss_scale import scaled
 from hf_parcor.training.process_group import ProcessGroup
 from hf_parcor.training.refused_engines import refuse_engines
@@ -154,7 +155,7 @@ class _Passes:
 
     def __init__(self, accelerator: Accelerator, passes: int, model: nn.Module, loss_fn: Callable[[], Tensor]) -> None:
         self._accelerator, self._passes, self._model, self._loss_fn = accelerator, passes, model, loss_fn
-        self._buffers = StepBuffers(model)
+        self._buffers = StepBuffers(model, wrapped=wrapped_by(model))
 
     def move_buffers(self) -> None:
         """Run the model forward at its own weights, where the first pass is not to move the buffers."""

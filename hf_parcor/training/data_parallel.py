@@ -17,6 +17,12 @@ def data_parallel(model: nn.Module) -> DistributedDataParallel | None:
     return wrapped if isinstance(wrapped, DistributedDataParallel) else None
 
 
+def wrapped_by(model: nn.Module) -> nn.Module | None:
+    """Return what DDP wraps; None if it does not."""
+    wrapper = data_parallel(model)
+    return None if wrapper is None else wrapper.module
+
+
 @contextmanager
 def unfinished_forward(model: nn.Module) -> Iterator[None]:
     """Let a forward pass that ends early count as one: at the first of a step DDP sends buffers, and not again."""

@@ -16,7 +16,7 @@ from hf_parcor.prefix import PrefixReuse
 from hf_parcor.sharding import is_sharded
 from hf_parcor.training.batch_part import first_examples, items_of_part
 from hf_parcor.training.books import books_closed
-from hf_parcor.training.data_parallel import unfinished_forward
+from hf_parcor.training.data_parallel import unfinished_forward, wrapped_by
 from hf_parcor.training.loss_scale import scaled
 from hf_parcor.training.overriding import overriding
 
@@ -66,12 +66,13 @@ class Passes:
         self._prepared: list[Any] = []
         self._as_prepared: Any = None
         self._prefix: PrefixReuse | None = None
-        self._buffers = StepBuffers(model)
+        self._buffers = StepBuffers(model, wrapped=wrapped_by(model))
 
     def share(self, prefix: PrefixReuse | None) -> None:
         """Let the passes reuse a prefix, after which there is more to be sent backward than the last pass."""
         if prefix is not None:
-            self._prefix, self._buffers = prefix, StepBuffers(self._model, prefix.replayed)
+            self._prefix = prefix
+            self._buffers = StepBuffers(self._model, prefix.replayed, wrapped_by(self._model))
 
     def prepared_batch(self) -> Any:
         """Return the batch as the Trainer prepares it inside of its training step; it must not be written into."""

@@ -248,7 +248,7 @@ REUSES = {
 }
 
 
-def cannot_be_cut(*args):
+def cannot_be_cut(*args, **settings):
     raise PrefixError("the model of this process cannot be cut")
 
 

@@ -96,7 +96,9 @@ def on_ranks():
     for targets, defense, accumulation, way in RUNS:
         model = sharded_bert(way).eval()
         selected = select_parameters(model, targets)
-        prefix = plan_prefix_on_shards(model, selected, partial(model, **batches[0]), lambda make: make())
+        prefix = plan_prefix_on_shards(
+            model, selected, partial(model, **batches[0]), lambda make: make(), passes=defense.passes
+        )
         runs = [gradients_of(model, selected, batches[:accumulation], defense, kept) for kept in (prefix, None)]
         reused = {inner for module in prefix.prefix for inner in module.modules()}
         answers.append((len(reused.intersection(model.bert.encoder.layer)), *runs))
