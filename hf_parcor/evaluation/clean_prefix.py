@@ -53,7 +53,7 @@ def prefix_of_ascents(model: nn.Module, parameters: _Parameters, batches: Iterab
     def plan() -> PrefixReuse:
         with trainable(parameters.values()):
             return plan_prefix(
-                model, parameters, lambda: model(**send_to_device(private_copy(batch), device)), parameters
+                model, parameters, lambda: model(**send_to_device(private_copy(batch), device)), trained=parameters
             )
 
     return _found(plan, "ascent")

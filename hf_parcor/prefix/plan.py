@@ -36,6 +36,7 @@ def plan_prefix(
     model: nn.Module,
     selected: Mapping[str, Tensor],
     run: Callable[[], Any],
+    run_pass: RunPass | None = None,
     trained: Mapping[str, Tensor] | None = None,
     passes: int = TRIED_PASSES,
 ) -> PrefixReuse:
@@ -45,6 +46,7 @@ def plan_prefix(
         model: Any model.
         selected: The parameters that later passes corrupt.
         run: Runs the model on one batch, and returns what it returned.
+        run_pass: As in `try_prefix`; None for `run`, and backward.
         trained: The parameters whose gradients are compared; None for all trainable ones.
         passes: How many passes are going to share it.
 
@@ -52,7 +54,7 @@ def plan_prefix(
         PrefixError: Nothing finishes before, the model cannot be cut safely, or anything failed on the way.
     """
 
-    def run_pass(objective: Callable[[Any], Tensor]) -> Any:
+    def run_and_back(objective: Callable[[Any], Tensor]) -> Any:
         result = run()
         inputs = None if trained is None else list(trained.values())
         torch.autograd.backward(objective(result), inputs=inputs)
@@ -60,7 +62,7 @@ def plan_prefix(
 
     prefix = find_prefix(model, selected, run, PrefixReuse)
     with failures_as_prefix_errors():
-        try_prefix(prefix, model, selected, run_pass, trained, passes)
+        try_prefix(prefix, model, selected, run_pass or run_and_back, trained, passes)
     return prefix
 
 

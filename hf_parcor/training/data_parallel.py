@@ -34,6 +34,18 @@ def unfinished_forward(model: nn.Module) -> Iterator[None]:
             wrapper.require_forward_param_sync = False
 
 
+@contextmanager
+def sending_buffers_again(model: nn.Module) -> Iterator[None]:
+    """Let DDP send buffers at the next forward pass if it would have without those inside the block."""
+    wrapper = data_parallel(model)
+    sends = wrapper is not None and wrapper.require_forward_param_sync
+    try:
+        yield
+    finally:
+        if wrapper is not None:
+            wrapper.require_forward_param_sync = sends
+
+
 def reduction_of(model: nn.Module) -> Callable[[], Tensor] | None:
     """Return a function that prepares one all-reduce of all gradients; None without DDP.
 

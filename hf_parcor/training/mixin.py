@@ -198,7 +198,7 @@ class ParameterDefenseMixin(PublishingMixin):
         if not self._settings.reuses_prefix(self.args):
             return None
         if self._prefix is None or self._prefix[0] is not selected or self._prefix[1] is not defense:
-            prefix = find_shared_prefix(self, defense, model, selected, passes.prepared_batch)
+            prefix = find_shared_prefix(self, defense, model, selected, passes)
             self._prefix = (selected, defense, prefix)
             self._suffix_share = 1.0 if prefix is None else suffix_share(model, prefix)
         return self.shared_prefix

@@ -12,7 +12,7 @@ from transformers import Trainer
 from hf_parcor.batches import private_copy
 from hf_parcor.buffers import StepBuffers, buffers_move
 from hf_parcor.defenses import Defense, Objective
-from hf_parcor.prefix import PrefixReuse
+from hf_parcor.prefix import PrefixReuse, leaves_of
 from hf_parcor.sharding import is_sharded
 from hf_parcor.training.batch_part import first_examples, items_of_part
 from hf_parcor.training.books import books_closed
@@ -74,10 +74,52 @@ class Passes:
             self._prefix = prefix
             self._buffers = StepBuffers(self._model, prefix.replayed, wrapped_by(self._model))
 
-    def prepared_batch(self) -> Any:
-        """Return the batch as the Trainer prepares it inside of its training step; it must not be written into."""
-        self._prepare_before_passes()
-        return self._as_prepared
+    def prepare(self) -> None:
+        """Run the training step until it has prepared the batch; where it is prepared, do nothing."""
+        if self._prepared:
+            return
+        with ExitStack() as uncounted:  # but what is counted while the batch is prepared counts
+
+            def prepare(batch: Any) -> Any:
+                uncounted.close()
+                self._keep_prepared(batch)
+                raise _Ended
+
+            def compute_loss(*args: Any, **kwargs: Any) -> Any:
+                raise _Ended
+
+            uncounted.enter_context(books_closed(self._trainer))
+            with overriding(self._trainer, compute_loss=compute_loss, _prepare_inputs=prepare), suppress(_Ended):
+                self._stock_step(self._model, self._give(), self._items)
+        if not self._prepared:  # a training step that does without
+            self._prepared.append(self._inputs)
+            self._as_prepared = private_copy(self._as_given)
+
+    def watch(self) -> None:
+        """Run the training step to its loss, in the mode that the model is in; the batch must be prepared."""
+        with overriding(self._model, train=lambda mode=True: self._model):
+            self._run_forward()
+
+    def trial(self, objective: Callable[[Any], Tensor]) -> list[Any]:
+        """Run the training step as a pass does, forward and backward.
+
+        Args:
+            objective: What goes backward, made from a mapping with the `loss`.
+
+        Returns:
+            All that the model returned, and the loss.
+        """
+        found: list[Any] = []
+
+        def keep(module: nn.Module, arguments: Any, output: Any) -> None:
+            found.extend(leaves_of(output))
+
+        hook = self._model.register_forward_hook(keep)
+        try:
+            value = self._run(lambda loss: objective({"loss": loss}), -1, share=1.0)
+        finally:
+            hook.remove()
+        return [*found, value]
 
     def move_buffers(self) -> bool:
         """Run the model forward on the whole batch as it is, where the first pass is not to move the buffers.
@@ -85,26 +127,25 @@ class Passes:
         Returns:
             Whether any moved.
         """
-
-        def end(loss: Tensor) -> Tensor:
-            raise _Ended
-
-        def run() -> None:
-            with suppress(_Ended):
-                self._run(end, -1, share=1.0)
-
         with self._buffers.moving():
-            return buffers_move(self._model, run)
+            return buffers_move(self._model, self._run_forward)
 
     def __call__(self, objective: Objective, index: int) -> Tensor:
         """Run a pass, and return the value of its objective, detached."""
         with self._buffers.of_pass(index):
             return self._run(objective, index, 1.0 if index < 0 else self._defense.share_of_batch(index))
 
+    def _run_forward(self) -> None:
+        def end(loss: Tensor) -> Tensor:
+            raise _Ended
+
+        with suppress(_Ended):
+            self._run(end, -1, share=1.0)
+
     def _run(self, objective: Objective, index: int, share: float) -> Tensor:
         trainer, model = self._trainer, self._model
         if index != self._counting:
-            self._prepare_before_passes()
+            self.prepare()
 
         def compute_objective(*args: Any, **kwargs: Any) -> Any:
             result = self._compute_loss(*args, **kwargs)
@@ -140,24 +181,3 @@ class Passes:
     def _keep_prepared(self, batch: Any) -> None:
         self._prepared.append(self._prepare_inputs(batch))
         self._as_prepared = private_copy(self._prepared[0])
-
-    def _prepare_before_passes(self) -> None:
-        """Run the training step until it has prepared the batch."""
-        if self._prepared:
-            return
-        with ExitStack() as uncounted:  # but what is counted while the batch is prepared counts
-
-            def prepare(batch: Any) -> Any:
-                uncounted.close()
-                self._keep_prepared(batch)
-                raise _Ended
-
-            def compute_loss(*args: Any, **kwargs: Any) -> Any:
-                raise _Ended
-
-            uncounted.enter_context(books_closed(self._trainer))
-            with overriding(self._trainer, compute_loss=compute_loss, _prepare_inputs=prepare), suppress(_Ended):
-                self._stock_step(self._model, self._give(), self._items)
-        if not self._prepared:  # a training step that does without
-            self._prepared.append(self._inputs)
-            self._as_prepared = private_copy(self._as_given)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_parcor.defenses import Objective
@@ -47,6 +46,7 @@ def plan_prefix_on_shards(
     model: nn.Module,
     selected: Mapping[str, Tensor],
     run: Callable[[], Any],
+    run_pass: Callable[[Callable[[Any], Tensor]], Any],
     agree: Callable[[Callable[[], RecomputedPrefix]], RecomputedPrefix],
     passes: int,
 ) -> RecomputedPrefix:
@@ -55,7 +55,8 @@ def plan_prefix_on_shards(
     Args:
         model: The model as the Trainer wrapped it.
         selected: The parameters that later passes corrupt.
-        run: Runs the model on one batch, and returns what it returned.
+        run: Runs the model on one batch.
+        run_pass: As in `try_prefix`.
         agree: Returns what a function makes, if it makes the same on all processes; else raises a `PrefixError`.
         passes: How many passes are going to share it.
 
@@ -68,18 +69,16 @@ def plan_prefix_on_shards(
         with reducing(model):
             return run()
 
-    def run_pass(objective: Callable[[Any], Tensor]) -> Any:
+    def reduced(objective: Callable[[Any], Tensor]) -> Any:
         with reducing(model):
-            result = run()
-            torch.autograd.backward(objective(result))
-            return result
+            return run_pass(objective)
 
     # All must cut alike before they try: each pass waits for what the others gather.
     prefix = agree(lambda: find_prefix(model, selected, watched, RecomputedPrefix))
 
     def tried() -> RecomputedPrefix:
         try:
-            try_prefix(prefix, model, selected, run_pass, passes=passes, in_step=True)
+            try_prefix(prefix, model, selected, reduced, passes=passes, in_step=True)
         except PrefixError:
             raise
         except Exception as error:

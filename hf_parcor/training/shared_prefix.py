@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -11,11 +11,11 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from hf_parcor.batches import private_copy
 from hf_parcor.defenses import Defense
 from hf_parcor.prefix import NothingToReuse, PrefixError, PrefixReuse, plan_prefix
 from hf_parcor.sharding import is_sharded
-from hf_parcor.training.data_parallel import data_parallel
+from hf_parcor.training.data_parallel import sending_buffers_again, wrapped_by
+from hf_parcor.training.passes import Passes
 from hf_parcor.training.sharded import plan_prefix_on_shards
 
 logger = logging.get_logger(__name__)
@@ -27,7 +27,7 @@ def find_shared_prefix(
     defense: Defense,
     model: nn.Module,
     selected: Mapping[str, nn.Parameter],
-    batch: Callable[[], Any],
+    passes: Passes,
 ) -> PrefixReuse | None:
     """Return the prefix that later passes reuse; None, after saying why, where each pass must run all of the model.
 
@@ -38,22 +38,21 @@ def find_shared_prefix(
         defense: What its steps minimise.
         model: The model as the Trainer wrapped it.
         selected: The defended parameters.
-        batch: Returns a prepared batch to try it out on.
+        passes: Those of the first step, on whose batch it is tried out.
     """
-    wrapper = data_parallel(model)
-    alone = model if wrapper is None else wrapper.module  # DDP would wait for the backward that it is not given
-
-    def run() -> Any:
-        with trainer.compute_loss_context_manager():
-            return alone(**private_copy(prepared))
-
+    alone = wrapped_by(model) or model
     try:
         _check(trainer, defense, model)
-        prepared = batch()  # first, since a training step that prepares it sets the model's mode
+        passes.prepare()  # before the model is watched: a training step sets its mode
         names = {module: name for name, module in alone.named_modules()}
-        if is_sharded(alone):
-            return plan_prefix_on_shards(alone, selected, run, lambda make: _agree(names, make), defense.passes)
-        return _agree(names, lambda: plan_prefix(alone, selected, run, passes=defense.passes))
+        with sending_buffers_again(model):
+            if is_sharded(alone):
+                return plan_prefix_on_shards(
+                    alone, selected, passes.watch, passes.trial, lambda make: _agree(names, make), defense.passes
+                )
+            return _agree(
+                names, lambda: plan_prefix(alone, selected, passes.watch, passes.trial, passes=defense.passes)
+            )
     except NothingToReuse:
         return None
     except PrefixError as error:

@@ -360,11 +360,9 @@ CASES = {
     "one gradient of two parameters": Case(lambda: Sums(plain().body), head=["head", "one", "other"], reused=False),
     "results in a tuple": Case(lambda: Tuples(plain().body), measured=False),
     "checkpoints": Case(bert, head=["classifier"], options={"gradient_checkpointing": True}),
-    "weights rescaled in place": Case(
-        plain, Rescales, with_weights, options={"remove_unused_columns": False}, reused=False
-    ),
+    "weights rescaled in place": Case(plain, Rescales, with_weights, options={"remove_unused_columns": False}),
     "labels popped from nested inputs": Case(
-        plain, PopsWhatIsNested, nested, options={"remove_unused_columns": False}, measured=False, reused=False
+        plain, PopsWhatIsNested, nested, options={"remove_unused_columns": False}, measured=False
     ),
     "labels from one on": Case(plain, LabelsFromOne, measured=False),
     "a batch that is augmented when it is prepared": Case(plain, PreparesInPlace, measured=False),

@@ -96,8 +96,14 @@ def on_ranks():
     for targets, defense, accumulation, way in RUNS:
         model = sharded_bert(way).eval()
         selected = select_parameters(model, targets)
+
+        def one_pass(objective, model=model):
+            result = model(**batches[0])
+            objective(result).backward()
+            return result
+
         prefix = plan_prefix_on_shards(
-            model, selected, partial(model, **batches[0]), lambda make: make(), passes=defense.passes
+            model, selected, partial(model, **batches[0]), one_pass, lambda make: make(), defense.passes
         )
         runs = [gradients_of(model, selected, batches[:accumulation], defense, kept) for kept in (prefix, None)]
         reused = {inner for module in prefix.prefix for inner in module.modules()}
