@@ -111,7 +111,7 @@ class TestLanguageModels:
 
     def test_errors_and_extremes(self, tokens):
         metric = LanguageModelMetric(tokens)
-        assert metric.combine([{"correct": 0, "loss": 1e6, "labels": 1}])["perplexity"] == math.inf
+        assert metric.combine([{"correct": 0, "loss": 1e6, "labels": 1, "not_finite": 0}])["perplexity"] == math.inf
         first_only = [{**tokens[0], "labels": torch.full((3, 6), -100).index_fill(1, torch.tensor([0]), 5)}]
         with pytest.raises(ValueError, match="expected labels other than -100"):
             LanguageModelMetric(first_only)(GPT2LMHeadModel(GPT2).eval())

@@ -1,19 +1,148 @@
-"""Accuracy and loss of a classifier."""
+"""Accuracy and loss of a classifier, and what takes their place where labels are no single classes."""
 
 from __future__ import annotations
 
-from hf_parcor.evaluation.metrics.over_labels import OverLabels
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_parcor.evaluation.metrics.answers import Answer, aligned
+from hf_parcor.evaluation.metrics.finite import chosen_labels
+from hf_parcor.evaluation.metrics.over_labels import OverLabels, mean_loss, share, sum_of
+from hf_parcor.evaluation.metrics.problem import Problem, problem_of
+from hf_parcor.labels import IGNORED_LABEL
 
 
 class ClassificationMetric(OverLabels):
     """Accuracy in [0, 1] and mean loss of a classifier, of sequences, tokens or images, over batches with labels.
 
-    `accuracy` and `loss` are means over all items; the label −100 does not count.
+    What the labels are is what `config.problem_type` says, or what Transformers infers where it says nothing:
+
+    - one class each: `accuracy` and `loss`, means over all labels; the label −100 does not count.
+    - any number of classes each, as 0 and 1: `accuracy`, the share of rows whose labels are all right, `f1` over all
+      single labels (micro), 0 where there is nothing to find, and `loss`. A label is chosen where its logit is > 0.
+    - numbers: `mse`, `pearson` (of several outputs, the mean over them; NaN where nothing varies) and `loss`.
+
+    What is not finite is never a right answer: a class counts only if no logit of its row is NaN and the largest is
+    finite, a label only if its logit is neither NaN nor +∞. Where any prediction is not, the share of these is
+    `predictions_not_finite`.
 
     Args:
-        batches: Mappings of tensors with `labels`, a list or a `DataLoader`.
+        batches: Mappings of tensors with `labels`, a list or a `DataLoader`. A label has the shape of its prediction,
+            (B,) say; (B, 1) is the same.
         progress: Whether to show a progress bar.
 
     Raises:
         ValueError: There are no batches, they can be walked through only once, or no label counts.
     """
+
+    @torch.no_grad()
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        """Return the sums over the labels of one batch; of numbers, the numbers.
+
+        Raises:
+            ValueError: There are no labels, the model returns no loss or no logits, or the labels have not the shape
+                of what it predicts.
+        """
+        labels = self._labels(batch)
+        answer = Answer.of(model, batch)
+        logits = answer.checked_logits()
+        problem = problem_of(model, logits, labels)
+        if problem is Problem.CLASSES:
+            found = self._classes(model, answer, logits, labels, batch)
+        elif problem is Problem.LABELS:
+            found = _of_labels(answer, logits, labels.to(logits.device))
+        else:
+            found = _of_numbers(answer, logits, labels.to(logits.device))
+        return {"problem": problem.value, **found}
+
+    def combine(self, parts: Sequence[Any]) -> dict[str, float]:
+        """Return the metrics from what was found on all batches, and the share that was not finite if there is one.
+
+        Raises:
+            ValueError: No label counts, or batches have labels of different kinds.
+        """
+        problems = dict.fromkeys(part["problem"] for part in parts)
+        if len(problems) > 1:
+            raise ValueError(
+                f"labels: expected those of one kind of problem in all batches, got {' and '.join(problems)}; set "
+                "config.problem_type, and collate labels alike"
+            )
+        problem = Problem(*problems)
+        if problem is Problem.LABELS:
+            return _f1_and_exact_match(parts)
+        return _errors(parts) if problem is Problem.NUMBERS else super().combine(parts)
+
+
+def _of_labels(answer: Answer, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    labels = aligned(labels, logits, "a 0 or 1 for each label of a row")
+    if not bool(((labels == 0) | (labels == 1)).all()):
+        raise ValueError(
+            "labels: expected a 0 or 1 for each label of a row, got other numbers; for regression set "
+            "config.problem_type = 'regression'"
+        )
+    chosen, finite = chosen_labels(logits)
+    truth = labels.bool()
+    chosen = torch.where(finite, chosen, ~truth)  # wrong, whichever would be right
+    return {
+        "exact": int((chosen == truth).all(-1).sum()),
+        "rows": truth[..., 0].numel(),
+        "found": int((chosen & truth).sum()),
+        "chosen": int(chosen.sum()),
+        "true": int(truth.sum()),
+        "loss": answer.mean_loss() * labels.numel(),
+        "labels": labels.numel(),
+        "not_finite": int((~finite).sum()),
+    }
+
+
+def _f1_and_exact_match(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    not_finite = share(sum_of(parts, "not_finite"), parts)
+    either = sum_of(parts, "chosen") + sum_of(parts, "true")
+    return {
+        "accuracy": sum_of(parts, "exact") / sum_of(parts, "rows"),
+        "f1": 2 * sum_of(parts, "found") / either if either else 0.0,
+        **mean_loss(parts),
+        **not_finite,
+    }
+
+
+def _of_numbers(answer: Answer, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    labels = aligned(labels, logits, "a number for each output")
+    if not labels.is_floating_point() and bool((labels == IGNORED_LABEL).any()):
+        raise ValueError(
+            "labels: expected a number for each output of a regression, got -100, which stands for none; use a model "
+            "with num_labels of two or more for classes"
+        )
+    width = logits.shape[-1] if logits.ndim > 1 else 1
+    return {
+        "predictions": logits.double().reshape(-1, width).tolist(),
+        "references": labels.double().reshape(-1, width).tolist(),
+        "loss": answer.mean_loss() * labels.numel(),
+        "labels": labels.numel(),
+        "not_finite": int((~logits.isfinite()).sum()),
+    }
+
+
+def _errors(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    not_finite = share(sum_of(parts, "not_finite"), parts)
+    predictions, references = (
+        np.array([row for part in parts for row in part[name]]) for name in ("predictions", "references")
+    )
+    with np.errstate(all="ignore"):  # NaN and infinities are what was found
+        return {
+            "mse": float(np.square(predictions - references).mean()),
+            "pearson": float(np.mean(_correlations(predictions, references))),
+            **mean_loss(parts),
+            **not_finite,
+        }
+
+
+def _correlations(one: Any, other: Any) -> Any:
+    """Return Pearson's correlation of each column; NaN where one does not vary."""
+    one, other = (values - values.mean(0) for values in (one, other))
+    lengths = np.sqrt(np.square(one).sum(0)) * np.sqrt(np.square(other).sum(0))
+    return np.where(lengths > 0, (one * other).sum(0) / lengths, np.nan)

@@ -6,22 +6,27 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from hf_parcor.evaluation.metrics.answers import own_batch
 from hf_parcor.evaluation.metrics.over_pairs import OverPairs
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.labels import IGNORED_LABEL
 
 _FOR_THE_LOSS = ("labels", "decoder_input_ids", "decoder_attention_mask")
+_NO_TEXT = "\ufffd"  # not "", which some scores cannot divide by, and which an empty reference equals
 
 
 class GenerationMetric(OverPairs):
-    """Generated texts of all batches, scored at once: translations, summaries, answers.
+    r"""Generated texts of all batches, scored at once: translations, summaries, answers.
 
     Made batch by batch, so that the encoder runs once a batch for all corruptions of the decoder. Of a model without
     an encoder, what it generates after the input counts (pad inputs on the left).
+
+    Where the scores of a token are not finite (one is NaN or +∞, or none is left), the text is the replacement
+    character "\ufffd", which is never right, instead of what would follow; the share of these texts is
+    `predictions_not_finite`.
 
     Args:
         tokenizer: Decodes what is generated, and the labels.
@@ -49,15 +54,69 @@ class GenerationMetric(OverPairs):
         self._settings = {"do_sample": False, **settings}
 
     @torch.no_grad()
-    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        """Return the generated texts of one batch, and its references."""
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[str], list[str], int]:
+        """Return the generated texts of one batch, its references, and how many texts were not finite.
+
+        Raises:
+            ValueError: There are no labels, or not as many texts as references.
+        """
         labels = self._labels(batch)
         inputs = {name: value for name, value in batch.items() if name not in _FOR_THE_LOSS}
         generating: Any = model
-        tokens = generating.generate(**send_to_device(inputs, next(model.parameters()).device), **self._settings)
+        settings = dict(self._settings)
+        seen = _NotFinite(generating, settings)
+        if seen.watches:
+            settings["logits_processor"] = LogitsProcessorList([*(settings.get("logits_processor") or ()), seen])
+        tokens = generating.generate(**own_batch(inputs, model), **settings)
+        tokens = getattr(tokens, "sequences", tokens)  # return_dict_in_generate
         if not generating.config.is_encoder_decoder:
             tokens = tokens[:, batch["input_ids"].shape[1] :]
-        return self._texts(tokens), self._texts([row[row != IGNORED_LABEL] for row in labels])
+        if len(tokens) != len(labels):
+            raise ValueError(
+                f"settings: expected one generated text for each of {len(labels)} references, got {len(tokens)}; "
+                "leave out num_return_sequences"
+            )
+        lost = seen.rows(len(labels))
+        texts = [_NO_TEXT if gone else text for text, gone in zip(self._texts(tokens), lost, strict=True)]
+        return texts, self._texts([row[row != IGNORED_LABEL] for row in labels]), sum(lost)
 
     def _texts(self, rows: Iterable[Tensor]) -> list[str]:
         return [str(self._tokenizer.decode(row.tolist(), skip_special_tokens=True)).strip() for row in rows]
+
+
+class _NotFinite(LogitsProcessor):
+    """Notes which rows have had scores from which no token can be chosen, and lets their generation go on.
+
+    Sampling would raise there, and the likeliest token would be that of the first NaN.
+
+    Args:
+        model: What generates.
+        settings: Those of the generation.
+    """
+
+    def __init__(self, model: Any, settings: Mapping[str, Any]) -> None:
+        inner = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
+        self.watches = isinstance(inner, GenerationMixin)
+        ends = settings.get("eos_token_id", getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+        self._ends = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
+        self._start: int | None = None
+        self._lost: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores, all alike in rows where no token can be chosen."""
+        if self._start is None:
+            self._start = input_ids.shape[1]
+        finite = torch.isfinite(scores.amax(-1))
+        # What follows the end of a text is not read.
+        ended = torch.isin(input_ids[:, self._start :], input_ids.new_tensor(self._ends)).any(-1)
+        lost = ~finite & ~ended
+        self._lost = lost if self._lost is None or len(self._lost) != len(lost) else self._lost | lost
+        return torch.where(finite[:, None], scores, torch.zeros_like(scores))
+
+    def rows(self, count: int) -> list[bool]:
+        """Return for each of so many texts whether it was lost, in one of its beams at least."""
+        if self._lost is None:
+            return [False] * count
+        if len(self._lost) % count:
+            return [bool(self._lost.any())] * count
+        return [bool(row) for row in self._lost.view(count, -1).any(-1).tolist()]

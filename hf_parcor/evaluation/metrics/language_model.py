@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +17,7 @@ class LanguageModelMetric(OverLabels):
 
     For causal models the prediction at a place is that of the next token, and the first of a row counts for
     nothing; masked and encoder-decoder models predict the label at its own place. All tokens of all batches count
-    alike, but for those with the label −100.
+    alike, but for those with the label −100. What is not finite is never right, as in `ClassificationMetric`.
 
     Args:
         batches: Mappings of tensors with `labels`, a list or a `DataLoader`.
@@ -30,17 +31,20 @@ class LanguageModelMetric(OverLabels):
         """Return whether a model predicts the label of the next place, as causal ones do."""
         return shifts_labels(model)
 
-    def combine(self, parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Return `loss`, `perplexity` and `accuracy` from the sums of all batches.
+    def combine(self, parts: Sequence[Any]) -> dict[str, float]:
+        """Return `loss`, `perplexity` and `accuracy` from the sums of all batches; else as `ClassificationMetric`.
 
         Raises:
             ValueError: No label counts.
         """
         means = super().combine(parts)
-        return {"loss": means["loss"], "perplexity": _exponential(means["loss"]), "accuracy": means["accuracy"]}
+        loss, accuracy = means.pop("loss"), means.pop("accuracy")
+        return {"loss": loss, "perplexity": _exponential(loss), "accuracy": accuracy, **means}
 
 
 def _exponential(loss: float) -> float:
+    if loss == -math.inf:  # no loss of a model: a perplexity of 0 would be better than any
+        return math.nan
     try:
         return math.exp(loss)
     except OverflowError:  # a destroyed model

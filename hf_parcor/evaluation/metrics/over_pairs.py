@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_parcor.evaluation.metrics.finite import share_not_finite
 from hf_parcor.evaluation.metrics.over_batches import OverBatches
 from hf_parcor.evaluation.metrics.scores import Score, scored
 
@@ -34,11 +35,18 @@ class OverPairs(OverBatches):
         return tuple(getattr(self._score, "notes", ()))
 
     @abstractmethod
-    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
-        """Return predictions and references of one batch."""
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Any], list[Any], int]:
+        """Return predictions and references of one batch, and how many of the predictions were not finite."""
 
-    def combine(self, parts: Sequence[tuple[list[Any], list[Any]]]) -> dict[str, float]:
-        """Return the score of all batches."""
-        predictions = [prediction for part, _ in parts for prediction in part]
-        references = [reference for _, part in parts for reference in part]
-        return scored(self._score, predictions, references)
+    def combine(self, parts: Sequence[tuple[list[Any], list[Any], int]]) -> dict[str, float]:
+        """Return the score of all batches, and the share of predictions that were not finite if there is one.
+
+        Raises:
+            ValueError: No label counts, or the score returns no number.
+        """
+        predictions = [prediction for part, _, _ in parts for prediction in part]
+        references = [reference for _, part, _ in parts for reference in part]
+        if not references:
+            raise ValueError("batches: expected labels other than -100, got none; put labels into the batches")
+        not_finite = share_not_finite(sum(count for _, _, count in parts), len(predictions))
+        return {**scored(self._score, predictions, references), **not_finite}

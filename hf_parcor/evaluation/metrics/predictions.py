@@ -6,15 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 
+from hf_parcor.evaluation.metrics.answers import Answer, aligned
+from hf_parcor.evaluation.metrics.finite import chosen_class
 from hf_parcor.evaluation.metrics.over_pairs import OverPairs
+from hf_parcor.evaluation.metrics.problem import Problem, problem_of
 from hf_parcor.labels import IGNORED_LABEL
 
 
 class PredictionMetric(OverPairs):
     """Predicted classes of all batches, of sequences, tokens or images, scored at once.
+
+    Scores of libraries know no prediction that is none. Where it is not finite, as `ClassificationMetric` has it, the
+    score gets a class that is wrong, the one after the label, so that it is never right and no score meets a class
+    that it does not know; the share of these is `predictions_not_finite`.
 
     Args:
         batches: Mappings of tensors with `labels`, a list or a `DataLoader`; the label −100 does not count.
@@ -38,9 +44,23 @@ class PredictionMetric(OverPairs):
     """
 
     @torch.no_grad()
-    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        """Return predicted classes and labels of one batch, where the labels count."""
-        labels = self._labels(batch).cpu()
-        logits = model(**send_to_device(batch, next(model.parameters()).device)).logits
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[int], list[int], int]:
+        """Return predicted classes and labels of one batch, where the labels count, and how many were not finite.
+
+        Raises:
+            ValueError: There are no labels, the model returns no logits, the labels have not the shape of what it
+                predicts, or they are not one class each.
+        """
+        labels = self._labels(batch)
+        logits = Answer.of(model, batch).checked_logits()
+        problem = problem_of(model, logits, labels)
+        if problem is not Problem.CLASSES:
+            raise ValueError(
+                f"model: expected one that predicts one class for each label, got one for {problem.value}; use "
+                "ClassificationMetric, which knows its scores, or a function of your own"
+            )
+        predicted, finite = (found.cpu() for found in chosen_class(logits))
+        labels = aligned(labels.cpu(), predicted, "a class for each")
+        predicted = torch.where(finite, predicted, (labels.long() + 1) % logits.shape[-1])
         counts = labels != IGNORED_LABEL
-        return logits.argmax(-1).cpu()[counts].tolist(), labels[counts].tolist()
+        return predicted[counts].tolist(), labels[counts].tolist(), int((counts & ~finite).sum())

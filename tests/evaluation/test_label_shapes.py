@@ -1,0 +1,270 @@
+"""Labels have the shape of what a model predicts, and each kind of problem its own scores."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+import torch
+from torch import nn
+from transformers import BertForTokenClassification, BertModel, GPT2Config, GPT2LMHeadModel
+
+from hf_parcor import CorruptionEvaluator, GaussianNoise
+from hf_parcor.evaluation import ClassificationMetric, GenerationMetric, LanguageModelMetric, PredictionMetric
+
+SPLITS = [(10,), (4, 4, 2), (1,) * 10]
+
+
+def split(data, sizes):
+    """Return the same data in batches of these sizes."""
+    parts = {name: value.split(list(sizes)) for name, value in data.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
+@pytest.fixture
+def inputs():
+    return torch.randint(1, 20, (10, 6))
+
+
+class TestKinds:
+    @pytest.mark.parametrize("sizes", SPLITS, ids=str)
+    @pytest.mark.parametrize("named", ["multi_label_classification", None])
+    def test_any_number_of_classes(self, tiny_bert, inputs, sizes, named):
+        model = tiny_bert(num_labels=3, problem_type=named, initializer_range=0.5).eval()
+        labels = torch.randint(0, 2, (10, 3)).float()
+        with torch.no_grad():
+            output = model(input_ids=inputs, labels=labels)
+        labels[:4] = (output.logits[:4] > 0).float()
+        with torch.no_grad():
+            output = model(input_ids=inputs, labels=labels)
+        said = (output.logits.sigmoid() > 0.5).int()
+        found = ClassificationMetric(split({"input_ids": inputs, "labels": labels}, sizes))(model)
+        assert found == {
+            "accuracy": pytest.approx(sklearn.metrics.accuracy_score(labels.int(), said)),
+            "f1": pytest.approx(sklearn.metrics.f1_score(labels.int(), said, average="micro")),
+            "loss": pytest.approx(float(output.loss), rel=1e-5),
+        }
+        assert 0 < found["accuracy"] < found["f1"] < 1
+
+    @pytest.mark.parametrize("sizes", SPLITS, ids=str)
+    @pytest.mark.parametrize(("outputs", "shape"), [(1, (10,)), (1, (10, 1)), (3, (10, 3))])
+    def test_numbers(self, tiny_bert, inputs, sizes, outputs, shape):
+        problem = "regression" if outputs > 1 else None
+        model = tiny_bert(num_labels=outputs, problem_type=problem, initializer_range=0.5).eval()
+        labels = torch.randn(shape) + torch.arange(10.0).reshape(10, *[1] * (len(shape) - 1))
+        labels[3] = -100.0  # a number like any other
+        with torch.no_grad():
+            logits = model(input_ids=inputs).logits.double().numpy()
+        wanted = labels.double().numpy().reshape(10, outputs)
+        found = ClassificationMetric(split({"input_ids": inputs, "labels": labels}, sizes))(model)
+        assert found == {
+            "mse": pytest.approx(sklearn.metrics.mean_squared_error(wanted, logits), rel=1e-5),
+            "pearson": pytest.approx(
+                np.mean([scipy.stats.pearsonr(*pair).statistic for pair in zip(wanted.T, logits.T, strict=True)]),
+                abs=1e-5,  # rows in batches of another size round otherwise in fp32
+            ),
+            "loss": pytest.approx(sklearn.metrics.mean_squared_error(wanted, logits), rel=1e-5),
+        }
+
+    def test_under_corruption(self, tiny_bert, inputs):
+        model = tiny_bert(num_labels=1, initializer_range=0.5).eval()
+        batches = split({"input_ids": inputs, "labels": torch.randn(10)}, (4, 4, 2))
+        plain, shared = (
+            CorruptionEvaluator(
+                model, ClassificationMetric(batches), target_modules=["layer.1"], reuse_prefix=reuse, progress=False
+            ).evaluate([GaussianNoise(0.1)], trials=2)
+            for reuse in (False, True)
+        )
+        assert shared.to_json() == plain.to_json()
+        assert list(plain.clean.metrics) == ["mse", "pearson", "loss"]
+
+    def test_what_does_not_vary_has_no_correlation(self, tiny_bert, inputs):
+        model = tiny_bert(num_labels=1).eval()
+        model.classifier.weight.data.zero_()
+        found = ClassificationMetric([{"input_ids": inputs, "labels": torch.arange(10.0)}])(model)
+        assert np.isnan(found["pearson"])
+
+    def test_nothing_to_find_is_no_f1(self, tiny_bert, inputs):
+        model = tiny_bert(num_labels=3, problem_type="multi_label_classification").eval()
+        model.classifier.bias.data.fill_(-100.0)
+        found = ClassificationMetric([{"input_ids": inputs, "labels": torch.zeros(10, 3)}])(model)
+        assert (found["accuracy"], found["f1"]) == (1.0, 0.0)
+
+    @pytest.mark.parametrize(
+        ("settings", "labels", "said"),
+        [
+            ({"num_labels": 3}, torch.rand(10, 3), "a 0 or 1 for each label of a row, got other numbers"),
+            ({"num_labels": 1}, torch.full((10,), -100), "got -100, which stands for none"),
+        ],
+        ids=["numbers of several labels", "ignored numbers"],
+    )
+    def test_labels_of_another_kind(self, tiny_bert, inputs, settings, labels, said):
+        with pytest.raises(ValueError, match=said):
+            ClassificationMetric([{"input_ids": inputs, "labels": labels}])(tiny_bert(**settings).eval())
+
+    def test_kinds_that_change(self):
+        batches = [
+            {"logits": torch.randn(2, 3), "labels": torch.tensor([0, 1])},
+            {"logits": torch.randn(2, 3), "labels": torch.zeros(2, 3)},
+        ]
+        with pytest.raises(ValueError, match=r"one kind of problem in all batches, got single.* and multi"):
+            ClassificationMetric(batches)(Answering(lambda loss, logits: {"loss": loss, "logits": logits}))
+
+    def test_an_unknown_problem(self, tiny_bert, inputs):
+        model = Answering(lambda loss, logits: {"loss": loss, "logits": logits})
+        model.config = SimpleNamespace(problem_type="clustering")
+        with pytest.raises(ValueError, match=r"expected one of single_label_classification, .*, got 'clustering'"):
+            ClassificationMetric([{"logits": torch.randn(2, 3), "labels": torch.tensor([0, 1])}])(model)
+
+    @pytest.mark.parametrize(
+        ("settings", "labels", "said"),
+        [
+            ({"num_labels": 3}, torch.zeros(10, 3), "multi_label_classification; use ClassificationMetric"),
+            ({"num_labels": 1}, torch.zeros(10), "regression; use ClassificationMetric"),
+        ],
+    )
+    def test_a_score_of_classes_for_what_has_none(self, tiny_bert, inputs, settings, labels, said):
+        metric = PredictionMetric([{"input_ids": inputs, "labels": labels}], lambda predictions, references: 1.0)
+        with pytest.raises(ValueError, match=said):
+            metric(tiny_bert(**settings).eval())
+
+
+class TestShapes:
+    @pytest.mark.parametrize("size", [1, 2, 4])
+    def test_a_column_of_labels_is_a_label_each(self, classifier, size):
+        model = classifier.eval()
+        inputs, labels = torch.randint(1, 20, (size, 6)), torch.arange(size) % 2
+        plain, column = ([{"input_ids": inputs, "labels": given}] for given in (labels, labels[:, None]))
+        assert ClassificationMetric(column)(model) == ClassificationMetric(plain)(model)
+        assert PredictionMetric(column, _first)(model) == PredictionMetric(plain, _first)(model)
+
+    @pytest.mark.parametrize(
+        ("logits", "labels"),
+        [
+            ((4, 3), (4, 2)),
+            ((4, 3), (3,)),
+            ((2, 3, 5), (3, 2)),
+            ((4, 6, 3), (4,)),
+            ((4, 6, 3), (6,)),
+            ((2, 3, 8, 8), (2, 8, 8)),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("metric", [ClassificationMetric, LanguageModelMetric, "predictions"], ids=str)
+    def test_other_shapes_are_refused(self, metric, logits, labels):
+        build = (lambda batches: PredictionMetric(batches, _first)) if metric == "predictions" else metric
+        batch = {"logits": torch.randn(logits), "labels": torch.zeros(labels, dtype=torch.long)}
+        model = Answering(lambda loss, logits: {"loss": loss, "logits": logits})
+        with pytest.raises(ValueError, match=r"labels: expected the shape of what the model predicts, \(.*got \("):
+            build([batch])(model)
+
+    def test_tokens(self, tiny_bert, inputs):
+        model = tiny_bert(BertForTokenClassification, num_labels=3).eval()
+        labels = torch.randint(0, 3, (10, 6))
+        plain, column = ({"input_ids": inputs, "labels": given} for given in (labels, labels[..., None]))
+        assert ClassificationMetric([column])(model) == ClassificationMetric([plain])(model)
+
+    def test_labels_that_are_shifted_already(self):
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=12, n_embd=8, n_layer=1, n_head=2, n_positions=8)).eval()
+        tokens = torch.randint(0, 12, (2, 6))
+        shifted = nn.functional.pad(tokens, (0, 1), value=-100)[:, 1:]
+        plain = {"input_ids": tokens, "labels": tokens}
+        expected = LanguageModelMetric([plain])(model)
+        assert LanguageModelMetric([{**plain, "shift_labels": shifted}])(model) == pytest.approx(expected)
+        shifted = shifted.clone()
+        shifted[:, 2:4] = -100  # ends of documents, that labels do not show
+        found = LanguageModelMetric([{**plain, "shift_labels": shifted}])(model)
+        with torch.no_grad():
+            logits = model(tokens).logits
+        counts = shifted != -100
+        assert found["accuracy"] == pytest.approx(float((logits.argmax(-1) == shifted)[counts].double().mean()))
+        assert found["loss"] == pytest.approx(
+            float(nn.functional.cross_entropy(logits[counts], shifted[counts])), rel=1e-5
+        )
+
+    def test_texts_are_as_many_as_references(self):
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=12, n_embd=8, n_layer=1, n_head=2, n_positions=32)).eval()
+        batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.ones(2, 3, dtype=torch.long)}
+        tokenizer = SimpleNamespace(decode=lambda row, skip_special_tokens: "text")
+        metric = GenerationMetric(
+            tokenizer, [batch], _first, max_new_tokens=2, num_beams=2, num_return_sequences=2, pad_token_id=0
+        )
+        with pytest.raises(ValueError, match="one generated text for each of 2 references, got 4; leave out num_ret"):
+            metric(model)
+
+
+def _first(predictions, references):
+    return float(predictions == references) + len(predictions)
+
+
+class Answering(nn.Module):
+    """Answers with the batch's own logits, in a form of its own."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.form = form
+
+    def forward(self, logits, labels):
+        return self.form(torch.tensor(0.5), logits + self.weight)
+
+
+FORMS = {
+    "attributes": lambda loss, logits: SimpleNamespace(loss=loss, logits=logits),
+    "dict": lambda loss, logits: {"loss": loss, "logits": logits},
+    "loss as a float": lambda loss, logits: {"loss": float(loss), "logits": logits},
+    "tuple": lambda loss, logits: (loss, logits),
+    "tuple with more": lambda loss, logits: (loss, logits, (torch.zeros(3),)),
+}
+BATCH = {"logits": torch.tensor([[1.0, 0.0], [1.0, 0.0]]), "labels": torch.tensor([0, 1])}
+
+
+class TestOutputs:
+    @pytest.mark.parametrize("form", FORMS)
+    def test_served(self, form):
+        model = Answering(FORMS[form])
+        assert ClassificationMetric([BATCH])(model) == {"accuracy": 0.5, "loss": 0.5}
+        assert PredictionMetric([BATCH], _first)(model) == {"score": 2.0}
+
+    @pytest.mark.parametrize(
+        "form", [lambda loss, logits: (logits,), lambda loss, logits: {"logits": logits}], ids=["tuple", "dict"]
+    )
+    def test_without_a_loss(self, form):
+        with pytest.raises(ValueError, match="loss: expected the model to return one beside its logits, got a "):
+            ClassificationMetric([BATCH])(Answering(form))
+        assert PredictionMetric([BATCH], _first)(Answering(form)) == {"score": 2.0}
+
+    @pytest.mark.parametrize(
+        "form",
+        [lambda loss, logits: (loss,), lambda loss, logits: {"loss": loss}, lambda loss, logits: None],
+        ids=["tuple", "dict", "None"],
+    )
+    def test_without_logits(self, form):
+        for metric in (ClassificationMetric([BATCH]), PredictionMetric([BATCH], _first)):
+            with pytest.raises(ValueError, match="logits: expected the model to return a tensor of scores, got a "):
+                metric(Answering(form))
+
+    def test_a_loss_for_each_gpu(self):
+        model = Answering(lambda loss, logits: {"loss": torch.stack([loss, loss]), "logits": logits})
+        with pytest.raises(ValueError, match=r"loss: expected one number.*got shape \(2,\)"):
+            ClassificationMetric([BATCH])(model)
+
+    def test_return_dict_false(self, classifier, batches):
+        model = classifier.eval()
+        expected = ClassificationMetric(batches)(model)
+        asked = [{**batch, "return_dict": False} for batch in batches]
+        assert ClassificationMetric(asked)(model) == expected
+        model.config.return_dict = False
+        assert ClassificationMetric(batches)(model) == expected
+
+    def test_a_model_without_a_head(self, tiny_bert, inputs):
+        class Loose(BertModel):
+            def forward(self, labels=None, **inputs):
+                return super().forward(**inputs)
+
+        batch = {"input_ids": inputs, "labels": torch.zeros(10, dtype=torch.long)}
+        with pytest.raises(ValueError, match="use a model with a head for the task"):
+            ClassificationMetric([batch])(tiny_bert(Loose).eval())
