@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-_SMALL_IS_GOOD = ("loss", "perplexity")
-_ERROR_RATES = ("ter", "wer", "cer")
+_SMALL_IS_GOOD = ("loss", "perplexity", "not_finite")
+_ERRORS = ("ter", "wer", "cer", "mse", "rmse", "mae")
 
 
 def is_greater_better(metric: str) -> bool:
@@ -16,8 +16,10 @@ def is_greater_better(metric: str) -> bool:
     Examples:
         >>> is_greater_better("accuracy"), is_greater_better("eval_loss"), is_greater_better("ter")
         (True, False, False)
+        >>> is_greater_better("pearson"), is_greater_better("mse")
+        (True, False)
     """
-    return not metric.endswith(_SMALL_IS_GOOD) and metric.removeprefix("eval_") not in _ERROR_RATES
+    return not metric.endswith(_SMALL_IS_GOOD) and metric.removeprefix("eval_") not in _ERRORS
 
 
 def are_shares(values: Iterable[float]) -> bool:
@@ -75,10 +77,11 @@ def area_under_curve(epsilons: Sequence[float], values: Sequence[float], *, clea
     points = _points(epsilons, values, clean)
     # Widths are shares of the range, so that neither tiny nor huge ε underflow or overflow.
     largest = points[-1][0]
-    return math.fsum(
+    parts = [
         (right / largest - left / largest) * (before / 2 + after / 2)
         for (left, before), (right, after) in pairwise(points)
-    )
+    ]
+    return math.fsum(parts) if all(map(math.isfinite, parts)) else sum(parts)  # fsum raises where ∞ and −∞ meet
 
 
 def epsilon_at_half(

@@ -86,6 +86,9 @@ class TestHeatMap:
         figure = plot_heat_map({"$m$": probe})
         FigureCanvasAgg(figure).draw()
         assert [text.get_text() for text in figure.axes[0].texts] == ["nan", "-inf", "90.0", "95.0"]
+        cells = figure.axes[0].images[0].get_array()
+        assert float(cells[0, 1]) == float(cells.max()), "an infinite drop is as dark as the largest"
+        assert cells.mask.tolist() == [[True, False], [False, False]]
 
     def test_nothing_to_draw(self):
         for sweeps in ({}, {"a": sweep({"b": {}})}):

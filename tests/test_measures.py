@@ -48,6 +48,11 @@ def test_area_with_nan(values):
     assert math.isnan(area_under_curve([1.0, 2.0], values, clean=1.0))
 
 
+@pytest.mark.parametrize(("values", "area"), [([inf, 0.5], inf), ([-inf, 0.5], -inf), ([inf, -inf], nan)])
+def test_area_with_infinities(values, area):
+    assert area_under_curve([1.0, 2.0], values, clean=1.0) == pytest.approx(area, nan_ok=True)
+
+
 @given(curves, st.floats(0.25, 4), st.booleans())
 def test_half_is_the_first_crossing_on_a_fine_grid(points, clean, greater_is_better):
     epsilons, values = zip(*points, strict=True)

@@ -29,6 +29,8 @@ class CorruptionRecord:
         changed: How many weights differed from the clean ones, mean over trials.
         norm: Realised L2 norm of the corruption, mean over trials; infinite or NaN where a weight became so.
         notes: What was noticed, in sentences.
+        not_finite: Which share of the predictions was not finite, and so counted as wrong, in each trial; empty where
+            all were finite, where the metric does not say it, and in records from before it was kept.
     """
 
     corruption: str
@@ -39,6 +41,7 @@ class CorruptionRecord:
     changed: float = 0.0
     norm: float = 0.0
     notes: tuple[str, ...] = ()
+    not_finite: tuple[float, ...] = ()
 
     def mean(self, metric: str) -> float:
         """Return the mean of a metric over trials; NaN if a trial has NaN, or if ∞ and −∞ meet.
@@ -172,4 +175,5 @@ def _corruption_record(data: dict[str, Any]) -> CorruptionRecord:
         changed=float(data["changed"]),
         norm=float(data["norm"]),
         notes=tuple(data["notes"]),
+        not_finite=tuple(float(share) for share in data.get("not_finite", ())),
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_parcor.evaluation.metrics.clock import is_of_the_clock
+from hf_parcor.evaluation.metrics.finite import NOT_FINITE
 from hf_parcor.evaluation.records import CorruptionRecord
 from hf_parcor.injection import CorruptionSize
 
@@ -27,7 +28,8 @@ class Trial:
         seed: What its randomness was drawn with.
         metrics: What the metric returned; NaN for what is no number.
         size: What the corruption changed, if there was one.
-        odd: How those metrics read that are not finite or no number.
+        odd: How those metrics read that are not finite or no number; and, by its own name, the share of predictions
+            that were not finite, if there was any.
     """
 
     seed: int
@@ -40,7 +42,15 @@ class Trial:
         """Return the trial in which a metric returned this."""
         numbers = {str(key): _number(value) for key, value in metrics.items()}
         odd = {str(key): repr(value) for key, value in metrics.items() if not math.isfinite(numbers[str(key)])}
+        share = numbers.pop(NOT_FINITE, 0.0)  # no metric: most trials have none
+        if share:
+            odd[NOT_FINITE] = repr(share)
         return cls(seed, numbers, size, odd)
+
+    @property
+    def not_finite(self) -> float:
+        """Which share of the predictions was not finite."""
+        return float(self.odd.get(NOT_FINITE, 0.0))
 
 
 def checked_metrics(metrics: object) -> Mapping[str, object]:
@@ -65,6 +75,11 @@ def record_of(corruption: str, label: str, settings: Mapping[str, Any], trials: 
     notes = (
         *(f"no weight changed with seed {t.seed}" for t in trials if t.size is not None and not t.size.changed),
         *(
+            f"{100 * t.not_finite:.3g} % of the predictions were not finite with seed {t.seed}; they count as wrong"
+            for t in trials
+            if t.not_finite
+        ),
+        *(
             f"{key} was {trial.odd.get(key)} with seed {trial.seed}"
             for key, values in metrics.items()
             for trial, value in zip(trials, values, strict=True)
@@ -83,6 +98,7 @@ def record_of(corruption: str, label: str, settings: Mapping[str, Any], trials: 
         changed=statistics.fmean(size.changed for size in sizes) if sizes else 0.0,
         norm=statistics.fmean(size.norm for size in sizes) if sizes else 0.0,
         notes=notes,
+        not_finite=tuple(trial.not_finite for trial in trials) if any(t.not_finite for t in trials) else (),
     )
 
 

@@ -112,7 +112,8 @@ def _draw(
     factor = 100 if percent else 1
     shown = {(group, row.label): row.mean(metric) for group, row in sweep.rows()}
     places = [[(group, label) for label in columns] for group in groups]
-    drops = [[factor * losses.get(place, math.nan) for place in line] for line in places]
+    # An infinite drop is as dark as the largest: no colour at all would look like none.
+    drops = [[factor * min(losses.get(place, math.nan), largest) for place in line] for line in places]
     image = axis.imshow(drops, cmap="cividis_r", vmin=0, vmax=factor * largest, aspect="auto")
     for y, line in enumerate(places):
         for x, place in enumerate(line):

@@ -25,8 +25,9 @@ class Difference:
         what: The corruptions, or "no corruption".
         first: The metric of the first model in each repetition.
         second: That of this model.
-        gain: How much better this model is.
+        gain: How much better this model is; NaN where that cannot be told.
         p_value: Welch's, two-sided, with Holm's correction; None where there is no spread to judge by.
+        broken: Other metrics that are not finite where this one is: it may come from what is no answer.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Difference:
     second: tuple[float, ...]
     gain: float
     p_value: float | None = None
+    broken: tuple[str, ...] = ()
 
     @property
     def clear(self) -> bool:
@@ -68,8 +70,10 @@ def differences(study: Study, *, by_strength: bool) -> list[Difference]:
                 for chosen in [[name] for name in names] if by_strength else [names] * bool(names):
                     what = f"{series.name}, {', '.join(chosen)}"
                     levels = first.levels(chosen), second.levels(chosen)
-                    found.append(_difference(study, model, group, what, *levels))
-    pairs = {index: (one.first, one.second) for index, one in enumerate(found)}
+                    points = [point for curve in (first, second) for point in curve.points if point.name in chosen]
+                    broken = dict.fromkeys(name for point in points if not point.reliable for name in point.broken)
+                    found.append(_difference(study, model, group, what, *levels, tuple(broken)))
+    pairs = {index: (one.first, one.second) for index, one in enumerate(found) if not one.broken}
     p_values = adjusted_p_values(pairs, Alternative.TWO_SIDED)
     return [replace(one, p_value=p_values.get(index)) for index, one in enumerate(found)]
 
@@ -89,6 +93,7 @@ def comparison_verdict(study: Study, numbers: Numbers) -> list[Finding]:
         findings.append(Finding(f"{model} against {baseline}: {_count(study, corrupted)}"))
         clear = sorted((one for one in corrupted if one.clear), key=lambda one: -abs(one.gain))
         named = clear[:_NAMED] or _largest(corrupted)
+        named += [one for one in corrupted if not math.isfinite(one.gain)][:_NAMED]
         findings += [Finding("", _sentence(one, numbers, study.metric, several=several)) for one in named]
         findings.append(Finding("", _sentence(clean, numbers, study.metric, several=False)))
     return findings
@@ -97,20 +102,23 @@ def comparison_verdict(study: Study, numbers: Numbers) -> list[Finding]:
 def _count(study: Study, corrupted: list[Difference]) -> str:
     total = f"{len(corrupted)} comparison" + "s" * (len(corrupted) != 1)
     tested = [one for one in corrupted if one.p_value is not None]
-    better = sum(one.gain > 0 for one in corrupted)
-    worse = sum(one.gain < 0 for one in corrupted)
+    better = sum(0 < one.gain < math.inf for one in corrupted)
+    worse = sum(-math.inf < one.gain < 0 for one in corrupted)
+    unknown = sum(not math.isfinite(one.gain) for one in corrupted)
+    untold = f" It cannot be told in {unknown}, where not all is finite." if unknown else ""
+    if unknown == len(corrupted):
+        return f"it cannot be told in any of {total}, since not all is finite."
     if not tested:
         return (
-            f"its mean is better in {better} of {total}, worse in {worse}. There is no spread to judge that by: "
-            "repeat training with other seeds before you conclude."
+            f"its mean is better in {better} of {total}, worse in {worse}.{untold} There is no spread to judge that "
+            "by: repeat training with other seeds before you conclude."
         )
     better = sum(one.clear and one.gain > 0 for one in corrupted)
     worse = sum(one.clear and one.gain < 0 for one in corrupted)
     if not better and not worse:
-        return f"no difference is beyond the {study.spread} in {total}."
-    return (
-        f"better beyond the {study.spread} in {better} of {total}, worse in {worse}; no such difference in the others."
-    )
+        return f"no difference is beyond the {study.spread} in {total}.{untold}"
+    others = "" if unknown else "; no such difference in the others"
+    return f"better beyond the {study.spread} in {better} of {total}, worse in {worse}{others}.{untold}"
 
 
 def _largest(corrupted: list[Difference]) -> list[Difference]:
@@ -121,8 +129,11 @@ def _largest(corrupted: list[Difference]) -> list[Difference]:
 
 def _sentence(one: Difference, numbers: Numbers, metric: str, *, several: bool) -> str:
     where = f"{one.what}, {one.group} corrupted" if several else one.what
+    if one.broken:
+        return f"{where}: {' or '.join(one.broken)} is not a finite number, so {metric} says nothing."
     if not math.isfinite(one.gain):
-        return f"{where}: {metric} is not a finite number, so there is no difference to tell."
+        values = f"{numbers.with_unit(mean(one.second))} instead of {numbers.with_unit(mean(one.first))}"
+        return f"{where}: {metric} is not a finite number, so there is no difference to tell ({values})."
     verdict = (
         "no spread is known"
         if one.p_value is None
@@ -136,7 +147,13 @@ def _sentence(one: Difference, numbers: Numbers, metric: str, *, several: bool) 
 
 
 def _difference(
-    study: Study, model: str, group: str, what: str, first: tuple[float, ...], second: tuple[float, ...]
+    study: Study,
+    model: str,
+    group: str,
+    what: str,
+    first: tuple[float, ...],
+    second: tuple[float, ...],
+    broken: tuple[str, ...] = (),
 ) -> Difference:
     gain = metric_drop(mean(second), mean(first), greater_is_better=study.greater_is_better)
-    return Difference(model, group, what, first, second, gain)
+    return Difference(model, group, what, first, second, math.nan if broken else gain, broken=broken)

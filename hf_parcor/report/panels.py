@@ -45,5 +45,6 @@ def _loss(curve: Curve | None) -> float:
     """Return the mean drop; what is broken lost all."""
     if curve is None:
         return -math.inf
-    drop = mean(curve.drops([point.name for point in curve.points]))
-    return math.inf if math.isnan(drop) else drop
+    names = [point.name for point in curve.points]
+    drop = mean(curve.drops(names))
+    return math.inf if math.isnan(drop) or not curve.reliable(names) else drop

@@ -11,7 +11,7 @@ from hf_parcor.evaluation.records import EvaluationRecord
 from hf_parcor.report.evidence import LEVEL, adjusted_p_values
 from hf_parcor.report.fragility import fragility, others_median
 from hf_parcor.report.numbers import Numbers, probability, times
-from hf_parcor.report.study import Curve, Study, common_strengths, mean
+from hf_parcor.report.study import Curve, Point, Study, common_strengths, mean
 from hf_parcor.statistics import Alternative
 
 NEGLIGIBLE = 0.01  # a drop of this share of the clean metric is none
@@ -73,19 +73,33 @@ def _of_one_group(study: Study, numbers: Numbers, curves: Mapping[str, Curve]) -
     nothing = _nothing_to_lose(study, curves)
     if nothing:
         return Finding(nothing)
-    worst = max(curve.points, key=lambda point: mean(curve.drops([point.name])))
     broken = [point.name for point in curve.points if not math.isfinite(point.mean)]
     if broken:
         return Finding(f"with {group} corrupted, {study.metric} is not a finite number at {_listed(broken)}.")
+    unreliable = [point for point in curve.points if not point.reliable]
+    if unreliable:
+        return Finding(
+            f"with {group} corrupted, the model breaks at {_listed([point.name for point in unreliable])}: "
+            f"{_broken(unreliable)} is not a finite number there, so {study.metric} says nothing."
+        )
+    worst = max(curve.points, key=lambda point: mean(curve.drops([point.name])))
+    counted = [point.name for point in curve.points if point.counted_wrong]
+    detail = f"Not all predictions are finite at {_listed(counted)}; these count as wrong." if counted else ""
     drop = mean(curve.drops([worst.name]))
     if drop <= NEGLIGIBLE * abs(curve.clean.mean):
+        if counted:
+            return Finding(
+                f"with {group} corrupted, not all predictions are finite at {_listed(counted)}, though {study.metric} "
+                f"loses no more than 1 % of its value without corruption, {numbers.with_unit(curve.clean.mean)}."
+            )
         return Finding(
             f"with {group} corrupted, {study.metric} stays within 1 % of its value without corruption, "
             f"{numbers.with_unit(curve.clean.mean)}, at every strength."
         )
     return Finding(
         f"with {group} corrupted, {study.metric} {_moves(study)} from {numbers.with_unit(curve.clean.mean)} to "
-        f"{numbers.with_unit(worst.mean)} at {worst.name}."
+        f"{numbers.with_unit(worst.mean)} at {worst.name}.",
+        detail,
     )
 
 
@@ -104,8 +118,17 @@ def _of_groups(
     repeated = {group: curve.drops(names) for group, curve in curves.items()}
     drops = {group: mean(values) for group, values in repeated.items()}
     broken = [group for group, drop in drops.items() if not math.isfinite(drop)]
-    unranked = f"Not ranked, since {study.metric} is not a finite number: {_listed(broken)}." if broken else ""
-    drops = {group: drop for group, drop in drops.items() if group not in broken}
+    unreliable = [group for group, curve in curves.items() if group not in broken and not curve.reliable(names)]
+    counted = [
+        group for group, curve in curves.items() if group not in broken + unreliable and not curve.all_finite(names)
+    ]
+    lost = [point for group in unreliable for point in curves[group].points if not point.reliable]
+    unranked = _joined(
+        f"Not ranked, since {study.metric} is not a finite number: {_listed(broken)}." if broken else "",
+        f"Not ranked, since {_broken(lost)} is not a finite number: {_listed(unreliable)}." if unreliable else "",
+        f"Not all predictions are finite with {_listed(counted)} corrupted; these count as wrong." if counted else "",
+    )
+    drops = {group: drop for group, drop in drops.items() if group not in broken + unreliable}
     if len(drops) < 2:
         return Finding("fewer than two groups can be ranked.", unranked)
     top = max(drops, key=lambda group: drops[group])
@@ -113,8 +136,11 @@ def _of_groups(
     if all(
         mean(curves[group].drops([name])) <= NEGLIGIBLE * abs(clean) for group in drops for name in names
     ):  # at the worst strength, not on average
-        text = f"no group loses more than 1 % of the {study.metric} without corruption, {numbers.with_unit(clean)}"
-        return Finding(f"{text}: none is fragile {_over(names)}.", unranked)
+        which = "no group" if len(drops) == len(curves) else "no group that can be ranked"
+        text = f"{which} loses more than 1 % of the {study.metric} without corruption, {numbers.with_unit(clean)}"
+        if unranked:
+            return Finding(f"{text}, but not all that the model returns is finite.", unranked)
+        return Finding(f"{text}: none is fragile {_over(names)}.")
     p_values = _beyond_the_others({group: repeated[group] for group in drops})
     return _ranked(study, numbers, names, drops, p_values, top, clean, unranked, _remedy(groups[top]))
 
@@ -178,6 +204,10 @@ def _remedy(records: Sequence[EvaluationRecord]) -> str:
 
 def _moves(study: Study) -> str:
     return "falls" if study.greater_is_better else "rises"
+
+
+def _broken(points: Sequence[Point]) -> str:
+    return " or ".join(dict.fromkeys(name for point in points for name in point.broken))
 
 
 def _over(names: Sequence[str]) -> str:

@@ -25,7 +25,8 @@ class RobustnessReport:
             the name of their group.
         metric: Which metric to report.
         greater_is_better: Whether a large metric is good. None, the default, for yes unless its name ends with "loss",
-            as in the Trainer, or with "perplexity", or is that of an error rate: "ter", "wer" or "cer".
+            as in the Trainer, or with "perplexity", or is that of an error: "ter", "wer", "cer", "mse", "rmse" or
+            "mae".
         percent: Whether the metric is a share that reads well in percent. None, the default, where large is good and
             all its values lie between 0 and 1.
         title: The heading. None for the names of metric and models.

@@ -32,16 +32,31 @@ class Point:
         strength: The setting; of a corruption outside the catalogue its place in the record.
         name: The strength as tables say it.
         values: One a repetition.
+        counted_wrong: Whether some predictions were not finite, and counted as wrong: the values can be relied on.
+        broken: Other metrics that were finite without corruption and are not here, as the loss is where a model
+            returns NaN: the values may come from what is no answer, such as the place of the first NaN.
     """
 
     strength: float
     name: str
     values: tuple[float, ...]
+    counted_wrong: bool = False
+    broken: tuple[str, ...] = ()
 
     @property
     def mean(self) -> float:
         """The mean over repetitions; NaN if one is."""
         return mean(self.values)
+
+    @property
+    def reliable(self) -> bool:
+        """Whether the mean is a finite number that was made from answers."""
+        return math.isfinite(self.mean) and (self.counted_wrong or not self.broken)
+
+    @property
+    def all_finite(self) -> bool:
+        """Whether nothing that the model returned was seen not to be finite."""
+        return self.reliable and not self.counted_wrong
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -76,6 +91,14 @@ class Curve:
         if len({len(point.values) for point in points}) > 1:
             return (mean([point.mean for point in points]),)
         return tuple(map(mean, zip(*(point.values for point in points), strict=True)))
+
+    def reliable(self, names: Sequence[str]) -> bool:
+        """Whether all of these strengths, and no corruption, are."""
+        return self.clean.reliable and all(point.reliable for point in self.points if point.name in names)
+
+    def all_finite(self, names: Sequence[str]) -> bool:
+        """Whether at all of these strengths nothing was seen not to be finite."""
+        return all(point.all_finite for point in self.points if point.name in names)
 
 
 @dataclass(frozen=True)
@@ -187,11 +210,13 @@ def _curves(
     labels = [row.label for row in records[0].corruptions]
     if any([row.label for row in record.corruptions] != labels for record in records):
         raise ValueError(f"records of {group!r}: expected the same corruptions in each; evaluate them alike")
-    clean = Point(0.0, "no corruption", _values([record.clean for record in records], metric))
+    cleans = [record.clean for record in records]
+    counted_wrong = any(any(row.not_finite) for row in cleans)
+    clean = Point(0.0, "no corruption", _values(cleans, metric), counted_wrong)
     points: dict[Series, list[Point]] = {}
     for place, rows in enumerate(zip(*(record.corruptions for record in records), strict=True)):
         series = Series.of(rows[0])
-        points.setdefault(series, []).append(_point(series, place, rows, metric))
+        points.setdefault(series, []).append(_point(series, place, rows, metric, cleans))
     curves = {}
     for series, of_series in points.items():
         ordered = sorted(of_series, key=lambda point: -point.strength if series.strength == "bits" else point.strength)
@@ -203,10 +228,34 @@ def _curves(
     return curves
 
 
-def _point(series: Series, place: int, rows: tuple[CorruptionRecord, ...], metric: str) -> Point:
+def _point(
+    series: Series,
+    place: int,
+    rows: tuple[CorruptionRecord, ...],
+    metric: str,
+    cleans: Sequence[CorruptionRecord],
+) -> Point:
     values = _values(rows, metric)
     strength = place if series.strength is None else rows[0].settings[series.strength]
-    return Point(float(strength), series.level(rows[0]), values)
+    broken = [name for row, clean in zip(rows, cleans, strict=True) for name in _broken(row, clean, metric)]
+    return Point(
+        strength=float(strength),
+        name=series.level(rows[0]),
+        values=values,
+        counted_wrong=any(any(row.not_finite) for row in rows),
+        broken=tuple(dict.fromkeys(broken)),
+    )
+
+
+def _broken(row: CorruptionRecord, clean: CorruptionRecord, metric: str) -> list[str]:
+    """Return which other metrics corruption has made NaN or infinite."""
+    return [
+        name
+        for name, values in row.metrics.items()
+        if name != metric
+        and not all(map(math.isfinite, values))
+        and all(map(math.isfinite, clean.metrics.get(name, (math.nan,))))
+    ]
 
 
 def _values(rows: Sequence[CorruptionRecord], metric: str) -> tuple[float, ...]:

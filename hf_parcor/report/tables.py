@@ -62,7 +62,7 @@ def summary(study: Study, series: Series, numbers: Numbers) -> Table:
     curves = _ordered(study, series)
     names = common_strengths(curves.values())
     drops = {key: mean(curve.drops(names)) if names else math.nan for key, curve in curves.items()}
-    finite = {key: drop for key, drop in drops.items() if math.isfinite(drop)}
+    finite = {key: drop for key, drop in drops.items() if math.isfinite(drop) and curves[key].reliable(names)}
     ratios = fragility(finite) if len(study.models) == 1 and len(finite) > 1 else {}
     from_zero = series.strength not in (None, "bits") and all(
         point.strength > 0 for curve in curves.values() for point in curve.points

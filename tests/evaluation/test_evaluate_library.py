@@ -93,6 +93,7 @@ class TestOurs:
         [
             ("metric_drop", {"clean": [0.75, 0.5], "corrupted": [0.5, 0.5]}, 0.125),
             ("metric_drop", {"clean": [0.5], "corrupted": [2.0], "greater_is_better": False}, 1.5),
+            ("metric_drop", {"clean": [0.5, 0.5], "corrupted": [math.inf, -math.inf]}, math.nan),
             ("area_under_robustness_curve", CURVE, area_under_curve(**CURVE)),
             ("epsilon_at_half", CURVE, epsilon_at_half(**CURVE)),
             ("epsilon_at_half", {**CURVE, "values": [0.8] * 3}, math.inf),
@@ -100,7 +101,7 @@ class TestOurs:
         ],
     )
     def test_loaded_without_a_network(self, name, inputs, expected):
-        assert evaluate.load(metric_module(name)).compute(**inputs) == {name: pytest.approx(expected)}
+        assert evaluate.load(metric_module(name)).compute(**inputs) == {name: pytest.approx(expected, nan_ok=True)}
 
     def test_collected_point_by_point(self):
         metric = evaluate.load(metric_module("area_under_robustness_curve"))
