@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from hf_parcor.evaluation import BatchMetric, ClassificationMetric, PredictionMetric
+from hf_parcor.input_error import InputError
 from hf_parcor.tasks.classes import class_numbers, classes_of
 from hf_parcor.tasks.library_metric import library_score
 from hf_parcor.tasks.rows import Rows
@@ -33,4 +34,13 @@ class Classification(Task):
 
     @staticmethod
     def _labels(rows: Rows, columns: Mapping[str, str], processed: Processed) -> list[Any]:
-        return class_numbers(rows, columns["label"], processed.model.config.label2id)
+        config = processed.model.config
+        problem = getattr(config, "problem_type", None)
+        if problem is None and len(config.label2id) == 1:  # as Transformers infers it
+            problem = "regression"
+        if problem not in (None, "single_label_classification"):
+            raise InputError(
+                f"model: expected a classifier of one class for each label, got one for {problem}; measure it from "
+                "Python: ClassificationMetric knows its scores"
+            )
+        return class_numbers(rows, columns["label"], config.label2id)

@@ -227,6 +227,24 @@ class TestFirstTokens:
             task.examples(rows, task.find_columns(rows, {}), processed)
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"problem_type": "multi_label_classification"}, "got one for multi_label_classification; measure it"),
+        ({"problem_type": "regression"}, "got one for regression; measure it"),
+        ({"label2id": {"SCORE": 0}, "id2label": {0: "SCORE"}}, "got one for regression; measure it"),
+    ],
+    ids=["several labels", "numbers", "one output"],
+)
+def test_a_model_whose_labels_are_no_classes(tmp_path, settings, says):
+    task = TASKS["text-classification"]
+    folder = save_bert(tmp_path / "model", **settings)
+    rows = Rows("rows", [{"sentence": "bad film", "label": 0}], ("sentence", "label"))
+    processed = Processed(task.load_model(folder), task.load_processor(folder))
+    with pytest.raises(InputError, match=says):
+        task.examples(rows, task.find_columns(rows, {}), processed)
+
+
 class TestMetricsOfTheLibrary:
     def test_from_a_local_folder(self, tmp_path):
         pytest.importorskip("evaluate")
