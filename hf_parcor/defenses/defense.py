@@ -79,8 +79,8 @@ class Defense(ABC):
 
     @property
     def splits_batch(self) -> bool:
-        """Whether any pass sees a part of the batch only."""
-        return any(self.share_of_batch(index) != 1 for index in range(self.passes))
+        """Whether any pass sees a part of the batch only; never where the stock step is taken."""
+        return not self.is_stock and any(self.share_of_batch(index) != 1 for index in range(self.passes))
 
     def is_active(self, epoch: float, step: int = 0) -> bool:
         """Say whether this optimizer step, at this epoch, differs from the stock step at all."""

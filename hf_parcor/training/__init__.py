@@ -8,7 +8,7 @@ from hf_parcor.training.arguments import (
     build_defense,
 )
 from hf_parcor.training.checkpoints import checkpoint_to_resume
-from hf_parcor.training.collapse import signs_of_collapse
+from hf_parcor.training.collapse import CollapseCallback, signs_of_collapse
 from hf_parcor.training.defense_config import DEFENSE_CONFIG_NAME, DefenseConfig
 from hf_parcor.training.mixin import DEFAULT_DEFENSE, ParameterDefenseMixin
 from hf_parcor.training.trainers import ParameterDefenseTrainer, Seq2SeqParameterDefenseTrainer
@@ -16,6 +16,7 @@ from hf_parcor.training.trainers import ParameterDefenseTrainer, Seq2SeqParamete
 __all__ = [
     "DEFAULT_DEFENSE",
     "DEFENSE_CONFIG_NAME",
+    "CollapseCallback",
     "DefendedLoss",
     "DefenseArguments",
     "DefenseConfig",

@@ -89,6 +89,7 @@ class ParameterDefenseMixin(PublishingMixin):
         self._settings = DefenseSettings(self.args, defense, target_modules, reuse_prefix, DEFAULT_DEFENSE)
         self._cost = 1.0
         self._step_log = StepLog()
+        self._watched = False
         self._take_settings()
 
     def _take_settings(self) -> None:
@@ -107,8 +108,15 @@ class ParameterDefenseMixin(PublishingMixin):
             if self.model is not None:
                 self.defended_parameters()
                 self._input_embedding()
-            if not any(isinstance(callback, CollapseCallback) for callback in self.callback_handler.callbacks):
-                self.add_callback(CollapseCallback())
+            self._watch()
+
+    def _watch(self) -> None:
+        """Add the callbacks of a defended run, once in a Trainer's life: what was removed stays removed."""
+        if self._watched or self.defense is None or self.defense.is_stock:
+            return
+        self._watched = True
+        if not any(isinstance(callback, CollapseCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(CollapseCallback())
 
     @property
     def defense_config(self) -> DefenseConfig | None:

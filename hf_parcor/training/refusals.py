@@ -12,13 +12,15 @@ _UPDATES_INSIDE_BACKWARD = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
 
 
 def refuse_what_cannot_work(trainer: Trainer, defense: Defense) -> None:
-    """Check the Trainer's settings against the defense.
+    """Check the Trainer's settings against the defense; one that is the stock step runs under all of them.
 
     Raises:
         ValueError: The optimizer updates inside `backward`; an engine or a way to split the model that the step would
             be silently wrong with; the defense perturbs the inputs, and DataParallel splits them; or it
             differentiates twice, and FSDP2, a compiled backward or a reentrant checkpoint cannot.
     """
+    if defense.is_stock:
+        return
     optimizer = OptimizerNames(trainer.args.optim)
     if optimizer in _UPDATES_INSIDE_BACKWARD or "layerwise" in optimizer.value:
         raise ValueError(

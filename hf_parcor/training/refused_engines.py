@@ -12,12 +12,14 @@ INSTEAD = "use DDP (torchrun, accelerate launch) or FSDP2 (fsdp=True, fsdp_versi
 
 
 def refuse_engines(accelerator: Accelerator, model: nn.Module | None, defense: Defense) -> None:
-    """Check how Accelerate spreads the model against the defense.
+    """Check how Accelerate spreads the model against the defense; one that is the stock step runs on all engines.
 
     Raises:
         ValueError: DeepSpeed, Megatron-LM or FSDP1; tensor, context or sequence parallelism; a model sharded or
             offloaded when it was loaded; or FSDP2 with a compiled model, or with a defense that differentiates twice.
     """
+    if defense.is_stock:
+        return
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
             "deepspeed: expected none with a defense, got DeepSpeed, whose engine updates inside backward: each pass "

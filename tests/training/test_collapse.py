@@ -6,9 +6,21 @@ import logging
 import math
 
 import pytest
+from transformers import TrainingArguments
 
-from hf_parcor import CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
-from hf_parcor.training import signs_of_collapse
+from hf_parcor import (
+    ACRT,
+    AWP,
+    SAM,
+    CorruptionConstraint,
+    GradientPenalty,
+    MultiStepRisk,
+    ParameterDefenseTrainer,
+    ParameterDefenseTrainingArguments,
+)
+from hf_parcor.training import CollapseCallback, signs_of_collapse
+
+L2, NOWHERE = CorruptionConstraint(epsilon=0.1), CorruptionConstraint(epsilon=0.0)
 
 
 def history(clean, corrupted=None):
@@ -53,3 +65,50 @@ def test_trainer_says_so_at_the_end(tiny_bert, train, caplog):
         defense = MultiStepRisk(CorruptionConstraint(p=math.inf, epsilon=1.0), steps=1)
         train(ParameterDefenseTrainer, tiny_bert(), {"learning_rate": 1e-4}, defense=defense)
     assert any("may have collapsed" in record.getMessage() for record in caplog.records)
+
+
+def watchers(trainer):
+    return sum(isinstance(callback, CollapseCallback) for callback in trainer.callback_handler.callbacks)
+
+
+@pytest.mark.parametrize(
+    ("defense", "watched"),
+    [
+        (MultiStepRisk(L2), True),
+        (MultiStepRisk(L2, steps=0), False),
+        (MultiStepRisk(NOWHERE), False),
+        (ACRT(L2, alpha=0.0), False),
+        (SAM(NOWHERE), False),
+        (AWP(NOWHERE, input_epsilon=0.0), False),
+        (GradientPenalty(weight=0.0), False),
+        (GradientPenalty(), True),
+    ],
+    ids=str,
+)
+def test_watched_where_the_defense_does_something(tiny_bert, arguments, defense, watched):
+    assert watchers(ParameterDefenseTrainer(model=tiny_bert(), args=arguments(), defense=defense)) == watched
+
+
+@pytest.mark.parametrize("kind", [TrainingArguments, ParameterDefenseTrainingArguments])
+def test_stays_removed(tiny_bert, train, arguments, rows, kind):
+    trainer = ParameterDefenseTrainer(model=tiny_bert(), args=arguments(kind, max_steps=1), train_dataset=rows)
+    trainer.remove_callback(CollapseCallback)
+    trainer.train()
+    if kind is ParameterDefenseTrainingArguments:
+        trainer.args.defense_epsilon = 0.2  # settings that are read anew
+    trainer.train()
+    assert watchers(trainer) == 0
+
+
+def test_one_of_the_users_own_is_enough(tiny_bert, arguments):
+    trainer = ParameterDefenseTrainer(model=tiny_bert(), args=arguments(), callbacks=[CollapseCallback()])
+    assert watchers(trainer) == 1
+
+
+def test_watched_from_the_run_that_is_defended_first(tiny_bert, arguments, rows):
+    flags = arguments(ParameterDefenseTrainingArguments, max_steps=1, defense="none")
+    trainer = ParameterDefenseTrainer(model=tiny_bert(), args=flags, train_dataset=rows)
+    assert watchers(trainer) == 0
+    trainer.args.defense = "sam"
+    trainer.train()
+    assert watchers(trainer) == 1

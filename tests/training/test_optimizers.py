@@ -83,6 +83,13 @@ def test_refused(tiny_bert, arguments, optim):
         ParameterDefenseTrainer(model=tiny_bert(), args=arguments(optim=optim))
 
 
+@pytest.mark.parametrize("optim", UPDATES_INSIDE_BACKWARD)
+@pytest.mark.parametrize(("epsilon", "steps"), [(0.0, 1), (0.2, 0)])
+def test_not_refused_where_each_step_is_the_stock_one(tiny_bert, arguments, optim, epsilon, steps):
+    defense = MultiStepRisk(CorruptionConstraint(epsilon=epsilon), steps=steps)
+    ParameterDefenseTrainer(model=tiny_bert(), args=arguments(optim=optim), defense=defense)
+
+
 @pytest.mark.parametrize("package", NEEDS)
 def test_without_its_package_the_error_is_the_stock_one(tiny_bert, arguments, package):
     if find_spec(package) is not None:

@@ -104,6 +104,15 @@ def test_without_a_defense_nothing_is(build, name):
     build(REFUSED[name][0], defense=NO_DEFENSE)
 
 
+@pytest.mark.parametrize("nothing", [{"defense_epsilon": 0.0}, {"defense_steps": 0}], ids=["epsilon=0", "steps=0"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_defense_that_is_the_stock_step_runs_on_all(build, name, nothing):
+    take, options, _ = REFUSED[name]
+    if options.get("defense") == "gradient_penalty":
+        nothing = {"defense_weight": 0.0}
+    assert build(take, **options, **nothing).defense.is_stock
+
+
 @pytest.mark.parametrize("name", ALLOWED)
 def test_allowed(build, name):
     assert isinstance(build(ALLOWED[name]).defense, MultiStepRisk)
