@@ -6,6 +6,8 @@ import logging
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import TrainingArguments
 
 from hf_parcor import (
@@ -49,7 +51,7 @@ def test_collapse_is_seen(log, says):
     [
         history([0.70, 0.6, 0.5, 0.4], [0.8, 0.7, 0.6, 0.5]),
         history([0.70, 0.69]),  # too short to tell
-        history([0.0, 0.70, 0.6, 0.5, 0.4]),  # the first step overflowed, and logged no loss
+        [{"loss": 0.0}, *history([0.70, 0.6, 0.5, 0.4])],  # the first step overflowed, and logged no loss
         [{"eval_loss": math.nan}],
         [],
         [{"loss": 0.7 - 0.05 * step} for step in range(8)],
@@ -57,6 +59,36 @@ def test_collapse_is_seen(log, says):
 )
 def test_healthy_runs_are_left_in_peace(log):
     assert signs_of_collapse(log) == []
+
+
+@pytest.mark.parametrize(
+    ("clean", "corrupted"),
+    [
+        ([-2.05 - step / 10 for step in range(8)], [-1.95 - step / 10 for step in range(8)]),  # densities
+        ([-2.0, -2.5, -3.0, -3.0], [-1.0, 1.0, 2.0, 4.0]),
+        ([1.0, 0.5, 0.0, -0.5], [1.1, 0.7, 0.2, -0.2]),  # falls through zero
+        ([0.02, -0.01, 0.03, -0.02, 0.01, 0.02], [0.3, 0.1, 0.2, 0.2, 0.4, 0.3]),  # hovers around zero
+        ([0.0, 0.01, 0.02, 0.04, 0.05, 0.06], [0.0, 0.3, 0.3, 0.3, 0.3, 0.3]),  # rises with its KL term
+        ([-0.01] * 6, [0.5] * 6),
+    ],
+)
+def test_a_loss_that_is_not_zero_at_best_is_judged_by_no_share(clean, corrupted):
+    assert signs_of_collapse(history(clean, corrupted)) == []
+    broken = [*history(clean, corrupted), {"loss": math.inf, "loss_clean": -1.0, "loss_corrupted": math.inf}]
+    assert signs_of_collapse(broken) == ["the loss became NaN or infinite"]
+
+
+@given(
+    clean=st.lists(st.floats(-10, 10), min_size=4, max_size=12),
+    sharpness=st.floats(0, 10),
+    scale=st.sampled_from([0.25, 4.0]),
+)
+def test_the_unit_of_the_loss_changes_nothing(clean, sharpness, scale):
+    def kinds(unit):
+        log = history([value * unit for value in clean], [(value + sharpness) * unit for value in clean])
+        return ["fall" if "did not fall" in sign else "times" for sign in signs_of_collapse(log)]
+
+    assert kinds(1.0) == kinds(scale)
 
 
 def test_trainer_says_so_at_the_end(tiny_bert, train, caplog):
