@@ -6,9 +6,11 @@ import copy
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
+_NO_BOOK = object()
 _DATA = ("train_dataset", "eval_dataset")  # a list of numbers may be either
 
 
@@ -17,7 +19,8 @@ def books_closed(trainer: object) -> Iterator[None]:
     """Let a Trainer write its numbers into copies that are thrown away afterwards.
 
     Trainers count and average in `compute_loss`: TRL's the tokens seen, sentence-transformers' the parts of the loss.
-    What counts as such a book is an attribute that holds numbers alone, one or a dictionary or list of them.
+    What counts as such a book is an attribute that holds numbers alone, one or a dictionary or list of them. Two that
+    are one object stay one.
 
     Examples:
         >>> from types import SimpleNamespace
@@ -28,24 +31,48 @@ def books_closed(trainer: object) -> Iterator[None]:
         >>> trainer.tokens, trainer.metrics
         (20, {'train': {'entropy': [2.9]}})
     """
-    known = set(vars(trainer))
-    books = {name: value for name, value in vars(trainer).items() if name not in _DATA and _is_book(value)}
+    attributes = vars(trainer)
+    known = set(attributes)
+    seen: dict[int, Any] = {}
+    copies = {name: _copy_of_book(value, seen) for name, value in attributes.items() if name not in _DATA}
+    books = {name: attributes[name] for name, kept in copies.items() if kept is not _NO_BOOK}
     try:
-        for name, value in books.items():
-            setattr(trainer, name, copy.deepcopy(value))
+        for name in books:
+            setattr(trainer, name, copies[name])
         yield
     finally:
         for name, value in books.items():
             setattr(trainer, name, value)
-        for name in [name for name, value in vars(trainer).items() if name not in known and _is_book(value)]:
+        new = [name for name in attributes if name not in known]
+        for name in [name for name in new if _copy_of_book(attributes[name], {}) is not _NO_BOOK]:
             delattr(trainer, name)  # opened in this pass
 
 
-def _is_book(value: object) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.requires_grad
-    if isinstance(value, dict):
-        return all(map(_is_book, value.values()))
-    if isinstance(value, (list, deque)):
-        return all(map(_is_book, value))
-    return isinstance(value, (int, float))
+def _copy_of_book(value: Any, seen: dict[int, Any]) -> Any:
+    """Return a copy that shares nothing with the book which can be changed; `_NO_BOOK` of what is none.
+
+    Lists may hold millions of numbers: what they hold is judged by the few types of it, and copied, without a Python
+    instruction an entry.
+    """
+    if isinstance(value, (int, float)):
+        return value
+    if id(value) in seen:
+        return seen[id(value)]
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad:
+        seen[id(value)] = value.clone()
+        return seen[id(value)]
+    if not isinstance(value, (dict, list, deque)):
+        return _NO_BOOK
+    entries = value.values() if isinstance(value, dict) else value
+    first = next(iter(entries), 0)
+    if not isinstance(first, (int, float)) and _copy_of_book(first, seen) is _NO_BOOK:
+        return _NO_BOOK  # rows of data, texts: the others need no look
+    kept = copy.copy(value)
+    if not all(issubclass(kind, (int, float)) for kind in set(map(type, entries))):
+        for place, entry in list(kept.items()) if isinstance(kept, dict) else enumerate(kept):
+            part = _copy_of_book(entry, seen)
+            if part is _NO_BOOK:
+                return _NO_BOOK
+            kept[place] = part
+    seen[id(value)] = kept
+    return kept

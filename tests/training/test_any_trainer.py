@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +93,65 @@ def test_books_come_back_as_they_were_after_an_error_too(tiny_bert, train, argum
         fail()
     assert trainer.metrics is metrics
     assert metrics == {"train": {}, "eval": {}}
+
+
+class Unwalkable(list):
+    """A list that is taken as a whole: a Python instruction for each of its entries would take a second."""
+
+    def __copy__(self):
+        return Unwalkable(self)
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("copied entry by entry")
+
+
+BOOKS = {
+    "a number": (3, True),
+    "a long list": (Unwalkable([0.5, 1, True]), True),
+    "long lists inside": ({"train": Unwalkable([0.5])}, True),
+    "a deque": (deque([0.5, 0.25], maxlen=2), True),
+    "a default": (defaultdict(list, loss=[0.5]), True),
+    "a scalar": (torch.tensor(2.0), True),
+    "scalars": ([0.5, torch.tensor(2.0)], True),
+    "nothing yet": ([], True),
+    "a late text": ([0.5, 0.25, "text"], False),
+    "a late vector": ({"a": [0.5], "b": [0.5, torch.ones(3)]}, False),
+    "rows": ([{"labels": 1, "text": "a"}], False),
+    "a vector": (torch.ones(3), False),
+    "a trained scalar": (torch.ones((), requires_grad=True), False),
+    "none": (None, False),
+}
+
+
+@pytest.mark.parametrize("kind", BOOKS)
+def test_a_book_is_copied_and_nothing_else_is(kind):
+    value, is_book = BOOKS[kind]
+    trainer = SimpleNamespace(first=value, second=value, inside={"of": value})
+    with books_closed(trainer):
+        assert (trainer.first is not value) == (is_book and not isinstance(value, int))
+        assert trainer.first is trainer.second
+        assert trainer.first is trainer.inside["of"], "what is one object stays one"
+        assert type(trainer.first) is type(value)
+        if is_book:
+            assert trainer.first == value
+        trainer.opened = value
+    assert trainer.first is value
+    assert trainer.inside["of"] is value
+    assert hasattr(trainer, "opened") is not is_book
+
+
+def test_what_is_written_into_a_copied_book_stays_in_the_copy():
+    def build():
+        return {"train": defaultdict(list, loss=[1.0], n=deque([1], maxlen=2)), "seen": [torch.tensor(1.0), [2]]}
+
+    trainer = SimpleNamespace(metrics=build())
+    with books_closed(trainer):
+        trainer.metrics["train"]["new"].append(1.0)
+        trainer.metrics["train"]["n"].extend([2, 3])
+        assert list(trainer.metrics["train"]["n"]) == [2, 3]
+        trainer.metrics["seen"][0] += 1
+        trainer.metrics["seen"][1][0] = 7
+    assert trainer.metrics == build()
 
 
 def masking(trainer_class):
