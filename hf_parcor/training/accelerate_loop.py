@@ -15,6 +15,7 @@ from hf_parcor.defenses import DefendedStep, Defense, Objective
 from hf_parcor.injection import CorruptionNorm
 from hf_parcor.sharding import drop_gathered, is_sharded
 from hf_parcor.targets import find_input_embedding, select_trainable
+from hf_parcor.training.backward_hooks import refuse_updates_inside_backward
 from hf_parcor.training.data_parallel import wrapped_by
 from hf_parcor.training.loss_scale import scaled
 from hf_parcor.training.process_group import ProcessGroup
@@ -76,8 +77,8 @@ def defended_backward(
 
     Raises:
         ValueError: `epoch` or `step` is missing, the defense sees parts of the batch only, a parameter is frozen or
-            not of this model, or an engine runs the model that the step would be silently wrong with, such as
-            DeepSpeed, Megatron-LM and FSDP1.
+            not of this model, a hook takes a gradient inside `backward`, or an engine runs the model that the step
+            would be silently wrong with, such as DeepSpeed, Megatron-LM and FSDP1.
         TypeError: `defense` is not a `Defense`, or `loss_fn` returned no scalar tensor.
 
     Examples:
@@ -113,6 +114,7 @@ def defended_backward(
     run_pass = on_shards(passes, whole) if sharded else passes
     selected = _selected(whole, parameters)
     others = trained_beside(selected.values(), model, None)
+    refuse_updates_inside_backward([*selected.values(), *others])
     embedding = find_input_embedding(whole) if defense.perturbs_inputs else None
     processes = ProcessGroup() if accelerator.num_processes > 1 and not sharded else None
     if not defense.first_pass_is_stock:

@@ -14,6 +14,7 @@ from hf_parcor.defenses import DefendedStep, Defense, MultiStepRisk
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.sharding import drop_gathered, is_sharded
 from hf_parcor.targets import find_input_embedding, select_trainable
+from hf_parcor.training.backward_hooks import refuse_updates_inside_backward
 from hf_parcor.training.checkpoints import save_defense, warn_of_another_defense
 from hf_parcor.training.collapse import CollapseCallback
 from hf_parcor.training.data_parallel import reduction_of
@@ -164,6 +165,7 @@ class ParameterDefenseMixin(PublishingMixin):
             drop_gathered(model)
         selected = self.defended_parameters()
         others = trained_beside(selected.values(), model, self.optimizer)
+        refuse_updates_inside_backward([*selected.values(), *others])
         passes = Passes(self, super().training_step, defense, model, inputs, num_items_in_batch)
         prefix = self._find_shared_prefix(defense, model, selected, passes)
         passes.share(prefix)
