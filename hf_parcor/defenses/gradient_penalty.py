@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_parcor.defenses.defense import Defense
+from hf_parcor.defenses.second_derivative import (
+    TriedModel,
+    check_second_derivative,
+    gradients_put_back,
+    may_hold_a_gradient,
+    own_functions,
+    refusing_hidden_gradients,
+)
 from hf_parcor.defenses.step import DefendedStep
 from hf_parcor.functional.arguments import check_norm_order, check_radius
 from hf_parcor.functional.constrained_maximum import dual_order
@@ -65,14 +76,25 @@ class GradientPenalty(Defense):
         """True."""
         return True
 
+    @cached_property
+    def _tried(self) -> TriedModel:
+        return TriedModel()
+
     def minimize(self, step: DefendedStep) -> None:
         """Run one pass whose objective contains its own gradient.
 
+        The first time that it meets a model it tries the second derivative out, if the loss goes through functions
+        that are none of PyTorch's own.
+
         Raises:
-            RuntimeError: The loss has no graph to differentiate twice.
+            RuntimeError: The loss has no graph to differentiate twice, or has no right second derivative: it goes
+                through reentrant checkpoints, or through a fused function that computes its gradient in forward. Each
+                `.grad` has what it had before.
         """
         parameters = list(step.parameters.values())
         order = dual_order(self.p)
+        is_new = not self._tried.is_of(parameters[0])
+        doubted: list[Any] = []
 
         def penalized(loss: Tensor) -> Tensor:
             gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
@@ -82,11 +104,20 @@ class GradientPenalty(Defense):
                     "GradientPenalty: expected a loss with a graph, got one that runs a backward of its own, as "
                     "cached losses do; it has no second derivative: choose another defense or another loss"
                 )
+            functions = own_functions(loss) if is_new or len(norms) < len(parameters) else []
+            if functions:
+                putting_back.enter_context(gradients_put_back(step.trained))
+                refusal.enter_context(refusing_hidden_gradients(parameters, gradient, functions))
+                doubted.extend(filter(may_hold_a_gradient, functions))
             if not norms:  # LayerDrop may have skipped all of them
                 return loss
             penalty: Tensor = self.weight * torch.linalg.vector_norm(torch.stack(norms), order)
             return loss + penalty
 
         # The fused attention kernels have no second derivative.
-        with sdpa_kernel(SDPBackend.MATH):
-            step.backward(penalized)
+        with sdpa_kernel(SDPBackend.MATH), ExitStack() as putting_back:
+            with ExitStack() as refusal:
+                step.backward(penalized)
+            if is_new and doubted:
+                check_second_derivative(step, doubted)
+        self._tried.keep(parameters[0])

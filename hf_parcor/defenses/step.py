@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import TracebackType
 
 import torch
@@ -154,6 +154,21 @@ class DefendedStep:
             self._inputs.end_pass()
         self.losses.append(value * ratio[0])  # the stock step may have divided both by the accumulation steps
         return value
+
+    def rehearse(self, see: Callable[[Tensor], None]) -> None:
+        """Run forward alone at the weights as they are, and hand the loss to `see`: nothing of the run stays."""
+
+        def finish(loss: Tensor) -> Tensor:
+            see(loss)
+            raise PrefixFinished
+
+        with suppress(PrefixFinished):
+            self._run_pass(finish, -1)
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """All parameters that the step brings a gradient to: `w` and `θ`."""
+        return [*self.parameters.values(), *self._others]
 
     @property
     def is_displaced(self) -> bool:

@@ -107,6 +107,30 @@ class TestGradientCheckpointing:
         with pytest.raises(ValueError, match="expected use_reentrant=False for a defense that differentiates twice"):
             ParameterDefenseTrainer(model=tiny_bert(), args=arguments(**options), defense=GradientPenalty())
 
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("targets", ["last-encoder-layer", None])
+    @pytest.mark.parametrize("named_by", ["the model", "other settings"])
+    def test_it_is_where_no_argument_names_them(self, tiny_bert, arguments, rows, targets, named_by):
+        """PyTorch says it of all weights; those inside of checkpoints alone would have no penalty, without a word."""
+        model, options = tiny_bert(dropout=0.0), {}
+        if named_by == "the model":
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        else:
+            options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"preserve_rng_state": False}}
+        trainer = ParameterDefenseTrainer(
+            model=model,
+            args=arguments(**options),
+            train_dataset=rows,
+            defense=GradientPenalty(),
+            target_modules=targets,
+        )
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        with pytest.raises(RuntimeError, match="use_reentrant"):
+            trainer.train()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, before[name]), name
+            assert parameter.grad is None, name
+
 
 @pytest.mark.parametrize("at", [3, 5])
 def test_batch_size_found_after_running_out_of_memory(tiny_bert, train, rows, at):
