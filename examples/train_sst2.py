@@ -31,7 +31,7 @@ from transformers import (
 
 from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDefenseTrainingArguments
 from hf_parcor.corruptions import corruptions_of_table_1
-from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
 from hf_parcor.tables import comparison_table
 from hf_parcor.tasks import read_file
 from hf_parcor.training import checkpoint_to_resume, signs_of_collapse
@@ -72,7 +72,7 @@ class DataArguments:
 class RobustnessArguments:
     """How robustness is measured."""
 
-    corruption_trials: int = field(default=3, metadata={"help": "Trials of each random corruption."})
+    corruption_trials: int = field(default=DEFAULT_TRIALS, metadata={"help": "Trials of each random corruption."})
     corruption_seed: int = field(default=0, metadata={"help": "Seed of the first trial."})
     skip_corruptions: bool = field(default=False, metadata={"help": "Measure the clean model only."})
 

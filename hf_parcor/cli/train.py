@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_parcor.cli.command import Command
 from hf_parcor.cli.errors import going_on, refused
-from hf_parcor.cli.options import add_subject
+from hf_parcor.cli.options import TRIALS, add_subject
 from hf_parcor.cli.parser import Parser
 from hf_parcor.cli.words import at_least
 
@@ -38,7 +38,7 @@ class Train(Command):
         group.add_argument("--train-dataset", metavar="DATA", help="default: --dataset, which is measured on")
         group.add_argument("--train-split", default="train", metavar="NAME", help="default: %(default)s")
         group.add_argument("--train-limit", type=at_least(1), metavar="N", help="train on the first N rows only")
-        group.add_argument("--trials", type=at_least(1), default=3, metavar="N", help="of random corruptions")
+        group.add_argument("--trials", type=at_least(1), default=TRIALS, metavar="N", help="of random corruptions")
         group.add_argument("--corruption-seed", type=at_least(0), default=0, metavar="N", help="default: 0")
         group.add_argument("--skip-corruptions", action="store_true", help="measure the clean model only")
         group.add_argument("--help-all", action="store_true", help="show all flags of the Trainer and the defense")

@@ -51,7 +51,6 @@ class AWP(ProjectedAscent):
         3
     """
 
-    steps: int = 1
     per_tensor: bool = False
     input_epsilon: float = 0.1
     input_steps: int = 1

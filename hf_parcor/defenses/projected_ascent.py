@@ -26,7 +26,7 @@ class ProjectedAscent(ConstrainedDefense):
 
     Args:
         constraint: The set S; p is 2 or ∞, or any p where the steps together cannot leave S.
-        steps: K ≥ 0, the number of corruption steps.
+        steps: K ≥ 0, the number of corruption steps. Default 1.
         step_size: α in units of the weights; None, the default, for `1.5 ε/K` (printed `1.5 ε/k` in the paper).
         random_start: Start from a random `a_0` with `‖a_0‖_p = ε` instead of 0. Drawn from PyTorch's global generator.
         batch_share: As in `ConstrainedDefense`.
@@ -39,7 +39,7 @@ class ProjectedAscent(ConstrainedDefense):
         ValueError: `steps < 0` or `step_size < 0`.
     """
 
-    steps: int = 2
+    steps: int = 1
     step_size: float | None = None
     random_start: bool = False
 

@@ -16,8 +16,10 @@ from hf_parcor.evaluation.probe import LayerProbe
 from hf_parcor.evaluation.processes import ProcessError
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.evaluation.sweep_record import SweepRecord
+from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 
 __all__ = [
+    "DEFAULT_TRIALS",
     "BatchMetric",
     "CheckpointError",
     "ClassificationMetric",

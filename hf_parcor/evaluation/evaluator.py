@@ -17,6 +17,7 @@ from hf_parcor.evaluation.provenance import described, library_versions, model_n
 from hf_parcor.evaluation.reach import Reach
 from hf_parcor.evaluation.records import EvaluationRecord
 from hf_parcor.evaluation.replicas import measurable_model
+from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import check_weights, forget_derived
 
@@ -112,7 +113,7 @@ class CorruptionEvaluator:
     def evaluate(
         self,
         corruptions: Sequence[Corruption],
-        trials: int = 3,
+        trials: int = DEFAULT_TRIALS,
         seed: int = 0,
         *,
         checkpoint: str | Path | None = None,
@@ -124,7 +125,7 @@ class CorruptionEvaluator:
 
         Args:
             corruptions: What to measure; results come in this order.
-            trials: Trials of each stochastic corruption.
+            trials: Trials of each stochastic corruption. Default 3.
             seed: First seed.
             checkpoint: A file for what is finished, written on the way. Called again with it, after a kill at any
                 moment, the measurement goes on, and the record is that of one without interruption, to the last bit on

@@ -19,6 +19,7 @@ from hf_parcor.evaluation.reach import OutOfReachError, Reach
 from hf_parcor.evaluation.records import EvaluationRecord
 from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.evaluation.sweep_record import SweepRecord
+from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import check_weights, forget_derived
 from hf_parcor.targets import TargetError, by_layer
@@ -97,7 +98,7 @@ class LayerProbe:
     def evaluate(
         self,
         corruptions: Sequence[Corruption],
-        trials: int = 3,
+        trials: int = DEFAULT_TRIALS,
         seed: int = 0,
         *,
         checkpoint: str | Path | None = None,
@@ -106,7 +107,7 @@ class LayerProbe:
 
         Args:
             corruptions: What to measure; a constraint bounds the vector of one part.
-            trials: Trials of each stochastic corruption.
+            trials: Trials of each stochastic corruption. Default 3.
             seed: First seed.
             checkpoint: As in `CorruptionEvaluator.evaluate`: a sweep that was killed goes on from this file.
 

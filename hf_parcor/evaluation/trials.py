@@ -19,6 +19,9 @@ from hf_parcor.injection import CorruptionSize
 
 logger = logging.get_logger(__name__)
 
+DEFAULT_TRIALS = 3
+"""Of each stochastic corruption, wherever nothing else is said: the fewest that show how far trials lie apart."""
+
 
 @dataclass(frozen=True)
 class Trial:

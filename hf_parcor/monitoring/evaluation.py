@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions import Corruption, GaussianNoise, GradientCorruption, Quantization
-from hf_parcor.evaluation import CorruptionEvaluator, EvaluationRecord, TrainerMetric, model_loss
+from hf_parcor.evaluation import DEFAULT_TRIALS, CorruptionEvaluator, EvaluationRecord, TrainerMetric, model_loss
 
 DEFAULT_CORRUPTIONS: tuple[Corruption, ...] = (
     GradientCorruption(CorruptionConstraint(p=2.0, epsilon=0.1)),
@@ -24,7 +24,7 @@ def measure_robustness(
     trainer: Trainer,
     corruptions: Sequence[Corruption] = DEFAULT_CORRUPTIONS,
     *,
-    trials: int = 3,
+    trials: int = DEFAULT_TRIALS,
     seed: int = 0,
     eval_dataset: Any = None,
     metric_key_prefix: str = "eval",
@@ -39,7 +39,7 @@ def measure_robustness(
         trainer: Any `transformers.Trainer`.
         corruptions: What to measure. Those that need gradients climb along the Trainer's loss over the evaluation
             data.
-        trials: Trials of each stochastic corruption.
+        trials: Trials of each stochastic corruption. Default 3.
         seed: First seed.
         eval_dataset: One data set, or the name of one of the Trainer's; None for the Trainer's own.
         metric_key_prefix: As in `Trainer.evaluate`.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
-from hf_parcor.evaluation import EvaluationRecord
+from hf_parcor.evaluation import DEFAULT_TRIALS, EvaluationRecord
 from hf_parcor.monitoring.evaluation import DEFAULT_CORRUPTIONS, measure_robustness
 from hf_parcor.monitoring.names import Corruptions, by_name, robustness_metrics
 
@@ -31,7 +31,7 @@ class RobustnessMixin(_Base):
         self,
         corruptions: Corruptions | None = None,
         *,
-        trials: int = 3,
+        trials: int = DEFAULT_TRIALS,
         seed: int = 0,
         eval_dataset: Any = None,
         metric_key_prefix: str = "eval",
@@ -42,7 +42,7 @@ class RobustnessMixin(_Base):
         Args:
             corruptions: What to measure, in a sequence, or by names of your own. None for `DEFAULT_CORRUPTIONS`:
                 ε = 0.1 along the gradient (L2), noise of σ = 0.02, and 4 bits. What breaks a model depends on it.
-            trials: Trials of each stochastic corruption.
+            trials: Trials of each stochastic corruption. Default 3.
             seed: First seed.
             eval_dataset: As in `evaluate`; where it is a dictionary, each data set is evaluated by itself.
             metric_key_prefix: As in `evaluate`.

@@ -2,6 +2,7 @@
 
 from hf_parcor.training.accelerate_loop import DefendedLoss, defended_backward
 from hf_parcor.training.arguments import (
+    DEFAULT_DEFENSE,
     DefenseArguments,
     ParameterDefenseTrainingArguments,
     Seq2SeqParameterDefenseTrainingArguments,
@@ -10,7 +11,7 @@ from hf_parcor.training.arguments import (
 from hf_parcor.training.checkpoints import checkpoint_to_resume
 from hf_parcor.training.collapse import CollapseCallback, signs_of_collapse
 from hf_parcor.training.defense_config import DEFENSE_CONFIG_NAME, DefenseConfig
-from hf_parcor.training.mixin import DEFAULT_DEFENSE, ParameterDefenseMixin
+from hf_parcor.training.mixin import ParameterDefenseMixin
 from hf_parcor.training.trainers import ParameterDefenseTrainer, Seq2SeqParameterDefenseTrainer
 
 __all__ = [

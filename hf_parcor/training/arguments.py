@@ -8,7 +8,10 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_parcor.constraints import CorruptionConstraint
-from hf_parcor.defenses import DEFENSES, Defense
+from hf_parcor.defenses import ACRT, AWP, DEFENSES, Defense, GradientPenalty, MultiStepRisk
+
+DEFAULT_DEFENSE = MultiStepRisk(CorruptionConstraint(epsilon=0.1))
+"""What a Trainer defends with if it is told nothing, by argument or flag; it was measured to help."""
 
 NO_DEFENSE = "none"
 _PREFIX = "defense_"
@@ -20,55 +23,68 @@ class DefenseArguments:
     """The defense as flags, `--defense_*`; mixed into the arguments classes of both Trainers."""
 
     defense: str = field(
-        default="multi_step_risk",
+        default=next(name for name, kind in DEFENSES.items() if kind is type(DEFAULT_DEFENSE)),
         metadata={"help": f"Which defense: {', '.join(DEFENSES)}, or {NO_DEFENSE!r} for the stock training step."},
     )
     defense_norm: float = field(
-        default=2.0, metadata={"help": "Order p of the corruption constraint's norm: 2, or inf."}
+        default=DEFAULT_DEFENSE.constraint.p,
+        metadata={"help": "Order p of the corruption constraint's norm: 2, or inf."},
     )
     defense_epsilon: float = field(
-        default=0.1,
+        default=DEFAULT_DEFENSE.constraint.epsilon,
         metadata={"help": "Radius of the corruption constraint, in units of the weights (SAM: rho). 0 for none."},
     )
     defense_top_n: int | None = field(
-        default=None, metadata={"help": "The largest number of corrupted entries; not set for no limit."}
+        default=DEFAULT_DEFENSE.constraint.top_n,
+        metadata={"help": "The largest number of corrupted entries; not set for no limit."},
     )
-    defense_steps: int = field(default=1, metadata={"help": "Corruption steps K; a training step takes K + 1 passes."})
+    defense_steps: int = field(
+        default=DEFAULT_DEFENSE.steps, metadata={"help": "Corruption steps K; a training step takes K + 1 passes."}
+    )
     defense_step_size: float | None = field(
-        default=None, metadata={"help": "Size of one corruption step; not set for 1.5 epsilon / K."}
+        default=DEFAULT_DEFENSE.step_size,
+        metadata={"help": "Size of one corruption step; not set for 1.5 epsilon / K."},
     )
     defense_random_start: bool = field(
-        default=False, metadata={"help": "Start the corruption from a random point of norm epsilon instead of zero."}
+        default=DEFAULT_DEFENSE.random_start,
+        metadata={"help": "Start the corruption from a random point of norm epsilon instead of zero."},
     )
     defense_per_tensor: bool = field(
-        default=False, metadata={"help": "A radius epsilon * |w_l| for each tensor by itself, for the defense awp."}
+        default=AWP.per_tensor,
+        metadata={"help": "A radius epsilon * |w_l| for each tensor by itself, for the defense awp."},
     )
     defense_input_epsilon: float = field(
-        default=0.1,
+        default=AWP.input_epsilon,
         metadata={"help": "Radius of the adversarial inputs, in units of the embedding, for the defense awp."},
     )
     defense_input_steps: int = field(
-        default=1, metadata={"help": "Steps that find the adversarial inputs, for the defense awp; 0 for none."}
+        default=AWP.input_steps,
+        metadata={"help": "Steps that find the adversarial inputs, for the defense awp; 0 for none."},
     )
-    defense_alpha: float = field(default=0.5, metadata={"help": "Weight of the corrupted loss, for the defense acrt."})
+    defense_alpha: float = field(
+        default=ACRT.alpha, metadata={"help": "Weight of the corrupted loss, for the defense acrt."}
+    )
     defense_weight: float = field(
-        default=0.05, metadata={"help": "Weight of the gradient's norm, for the defense gradient_penalty."}
+        default=GradientPenalty.weight,
+        metadata={"help": "Weight of the gradient's norm, for the defense gradient_penalty."},
     )
     defense_start_epoch: float = field(
-        default=0.0, metadata={"help": "Train without the defense until this epoch; a fraction is fine."}
+        default=Defense.start_epoch,
+        metadata={"help": "Train without the defense until this epoch; a fraction is fine."},
     )
     defense_interval: int = field(
-        default=1, metadata={"help": "Defend every so many optimizer steps; an approximation that costs less."}
+        default=Defense.interval,
+        metadata={"help": "Defend every so many optimizer steps; an approximation that costs less."},
     )
     defense_batch_share: float = field(
-        default=1.0,
+        default=DEFAULT_DEFENSE.batch_share,
         metadata={
             "help": "Share of the batch that the passes see which a stock step does not have; an approximation that "
             "costs less."
         },
     )
     defense_sync_perturbation: bool = field(
-        default=False,
+        default=DEFAULT_DEFENSE.sync_perturbation,
         metadata={
             "help": "On several processes, find one corruption on the batches of all of them instead of one each."
         },

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from hf_parcor.constraints import CorruptionConstraint
-from hf_parcor.defenses import DefendedStep, Defense, MultiStepRisk
+from hf_parcor.defenses import DefendedStep, Defense
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.sharding import drop_gathered, is_sharded
 from hf_parcor.targets import find_input_embedding, select_trainable
@@ -30,8 +29,6 @@ from hf_parcor.training.step_log import StepLog
 from hf_parcor.training.trained import check_trained, trained_beside
 
 logger = logging.get_logger(__name__)
-
-DEFAULT_DEFENSE = MultiStepRisk(CorruptionConstraint(p=2.0, epsilon=0.1), steps=1)
 
 
 class ParameterDefenseMixin(PublishingMixin):
@@ -65,9 +62,10 @@ class ParameterDefenseMixin(PublishingMixin):
         **kwargs: For the Trainer.
 
     Raises:
-        ValueError: The targets match nothing or a frozen parameter; the optimizer updates inside `backward`; or the
-            defense perturbs the inputs, and the model has no input embedding or is split over devices by DataParallel;
-            or it differentiates twice, and `torch_compile` or reentrant checkpointing cannot; or `ddp_static_graph`.
+        ValueError: A flag in `args` says something else than the argument beside it; the targets match nothing or a
+            frozen parameter; the optimizer updates inside `backward`; or the defense perturbs the inputs, and the
+            model has no input embedding or is split over devices by DataParallel; or it differentiates twice, and
+            `torch_compile` or reentrant checkpointing cannot; or `ddp_static_graph`.
         TypeError: `defense` is not a `Defense`.
 
     Examples:
@@ -87,7 +85,7 @@ class ParameterDefenseMixin(PublishingMixin):
         if defense is not None and not isinstance(defense, Defense):
             raise TypeError(f"defense: expected a Defense such as MultiStepRisk(...), got {defense!r}; pass an object")
         super().__init__(*args, **kwargs)
-        self._settings = DefenseSettings(self.args, defense, target_modules, reuse_prefix, DEFAULT_DEFENSE)
+        self._settings = DefenseSettings(self.args, defense, target_modules, reuse_prefix)
         self._cost = 1.0
         self._step_log = StepLog()
         self._watched = False

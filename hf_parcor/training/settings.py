@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_parcor.defenses import Defense
-from hf_parcor.training.arguments import DefenseArguments, build_defense
+from hf_parcor.training.arguments import DEFAULT_DEFENSE, DefenseArguments, build_defense
 
 _OF_THE_TARGETS = ("defense_target_modules", "defense_exclude_modules", "defense_layers")
 
@@ -18,14 +18,17 @@ _OF_THE_TARGETS = ("defense_target_modules", "defense_exclude_modules", "defense
 class DefenseSettings:
     """The defense and its targets as they were passed to the Trainer, or else as the `--defense_*` flags say.
 
-    A hyperparameter search sets flags on the arguments after the Trainer was built; `changed` notices.
+    A hyperparameter search sets flags on the arguments after the Trainer was built; `changed` notices. A flag that
+    says something else than the Trainer's argument beside it is an error.
 
     Args:
         arguments: The Trainer's arguments, with flags or without.
         defense: What was passed as `defense=`.
         target_modules: What was passed as `target_modules=`.
         reuse_prefix: What was passed as `reuse_prefix=`.
-        default: The defense where nothing says otherwise.
+
+    Raises:
+        ValueError: A flag is set, and says something else than the argument.
     """
 
     def __init__(
@@ -34,16 +37,42 @@ class DefenseSettings:
         defense: Defense | None,
         target_modules: str | Collection[str] | None,
         reuse_prefix: bool | None,
-        default: Defense,
     ) -> None:
-        self._given, self._targets, self._reuse_prefix, self._default = defense, target_modules, reuse_prefix, default
+        self._given, self._targets, self._reuse_prefix = defense, target_modules, reuse_prefix
         self._seen = _flags(arguments)
+        if isinstance(arguments, DefenseArguments):
+            self._refuse_conflicts(arguments)
+
+    @property
+    def _passed(self) -> dict[str, Any]:
+        """What was passed to the Trainer, by the names of its arguments; None for what was not."""
+        return {"defense": self._given, "target_modules": self._targets, "reuse_prefix": self._reuse_prefix}
+
+    def _refuse_conflicts(self, arguments: DefenseArguments) -> None:
+        defaults = {flag.name: flag.default for flag in fields(DefenseArguments)}
+        for argument, passed in self._passed.items():
+            if passed is None:
+                continue
+            set_here = {
+                name: value
+                for name, value in self._seen.items()
+                if _argument_of(name) == argument and value != defaults[name]
+            }
+            if not set_here:
+                continue
+            said = _defense_of(arguments) if argument == "defense" else next(iter(set_here.values()))
+            if _plain(said) != _plain(passed):
+                flags = ", ".join(f"--{name} {value!r}" for name, value in set_here.items())
+                raise ValueError(
+                    f"{argument}: expected it in one place, got {argument}={passed!r} and beside it the flag {flags}; "
+                    "leave one of the two out"
+                )
 
     def defense(self, arguments: TrainingArguments) -> Defense | None:
         """Return the defense, None for the stock training step."""
         if self._given is not None:
             return self._given
-        return build_defense(arguments) if isinstance(arguments, DefenseArguments) else self._default
+        return build_defense(arguments) if isinstance(arguments, DefenseArguments) else DEFAULT_DEFENSE
 
     def selection(self, arguments: TrainingArguments) -> dict[str, Any]:
         """Return the targets, as keyword arguments for `select_trainable`."""
@@ -60,14 +89,13 @@ class DefenseSettings:
         """Say whether a flag changed since the settings were last accepted.
 
         Raises:
-            ValueError: One did that is not read, because the Trainer was given `defense=` or `target_modules=`.
+            ValueError: One did that is not read, because the Trainer was given the argument that it stands for.
         """
         now = _flags(arguments)
         names = [name for name in now if now[name] != self._seen.get(name)]
         for name in names:
-            argument = "target_modules" if name == "defense_target_modules" else "defense"
-            given = self._targets if argument == "target_modules" else self._given
-            if given is not None and name not in _OF_THE_TARGETS[1:]:
+            argument = _argument_of(name)
+            if argument is not None and self._passed[argument] is not None:
                 raise ValueError(
                     f"{name}: expected the flag unchanged, since the Trainer was given {argument}=, got {now[name]!r} "
                     f"after {self._seen.get(name)!r}; build the Trainer without {argument}=, then the flag counts"
@@ -77,6 +105,27 @@ class DefenseSettings:
     def accept(self, arguments: TrainingArguments) -> None:
         """Remember the flags, after what they say was found to work."""
         self._seen = _flags(arguments)
+
+
+def _defense_of(arguments: DefenseArguments) -> Defense | None:
+    try:
+        return build_defense(arguments)
+    except (NotImplementedError, ValueError):  # flags that make no defense are no defense that was passed
+        return None
+
+
+def _argument_of(flag: str) -> str | None:
+    """Return the Trainer's argument that stands for a flag; None for a flag that has none."""
+    name = flag.removeprefix("defense_")
+    if name in ("target_modules", "reuse_prefix"):
+        return name
+    return None if flag in _OF_THE_TARGETS else "defense"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Collection) and not isinstance(value, str):
+        return sorted(value)
+    return value
 
 
 def _flags(arguments: TrainingArguments) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from hf_parcor.cli import options
 from hf_parcor.cli.main import COMMANDS, command_parser
 from hf_parcor.cli.probe import GROUPS
 from hf_parcor.corruptions import CORRUPTIONS, corruptions_of_table_1
-from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
 from hf_parcor.tasks import TASKS
 
 pytest.importorskip("tabulate")
@@ -55,6 +55,7 @@ def model_of(folder):
 
 def test_names_that_help_shows_are_those_of_the_catalogues():
     assert tuple(TASKS) == options.TASKS
+    assert options.TRIALS == DEFAULT_TRIALS
     assert tuple(name.replace("_", "-") for name in CORRUPTIONS) == options.CORRUPTIONS
 
 

@@ -107,7 +107,7 @@ def test_evaluate_returns_it_for_each_data_set(make, rows):
     trainer.add_callback(RobustnessCallback(trainer, CORRUPTIONS))
     metrics = trainer.evaluate()
     for name, part in (("first", rows[:6]), ("last", rows[6:])):
-        record = measure_robustness(trainer, list(CORRUPTIONS.values()), trials=1, eval_dataset=part)
+        record = measure_robustness(trainer, list(CORRUPTIONS.values()), eval_dataset=part)
         assert metrics[f"eval_{name}_robustness_noise_loss"] == record.corruptions[0].mean("loss")
     other = trainer.evaluate(rows[:3], metric_key_prefix="test")
     assert other["test_robustness_noise_loss"] != metrics["eval_first_robustness_noise_loss"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 
@@ -12,12 +13,17 @@ from hf_parcor import (
     ACRT,
     SAM,
     CorruptionConstraint,
+    CorruptionEvaluator,
     GradientPenalty,
+    LayerProbe,
     MultiStepRisk,
     ParameterDefenseTrainer,
     ParameterDefenseTrainingArguments,
     Seq2SeqParameterDefenseTrainingArguments,
 )
+from hf_parcor.defenses import DEFENSES, ConstrainedDefense
+from hf_parcor.evaluation import DEFAULT_TRIALS
+from hf_parcor.monitoring import RobustnessCallback, RobustnessMixin, measure_robustness
 from hf_parcor.training import DEFAULT_DEFENSE, build_defense
 
 L3 = CorruptionConstraint(p=3, epsilon=0.1)
@@ -56,6 +62,81 @@ def test_flags_from_a_json_file_and_back(kind, tmp_path):
 
 def test_defaults_are_the_default_defense(tmp_path):
     assert build_defense(ParameterDefenseTrainingArguments(output_dir=str(tmp_path))) == DEFAULT_DEFENSE
+
+
+def test_each_setting_has_one_default(tmp_path):
+    """However a defense is made, and of whichever kind."""
+    flags = ParameterDefenseTrainingArguments(output_dir=str(tmp_path))
+    for name, kind in DEFENSES.items():
+        required = {"constraint": DEFAULT_DEFENSE.constraint} if issubclass(kind, ConstrainedDefense) else {}
+        flags.defense = name
+        assert build_defense(flags) == kind(**required)
+    assert MultiStepRisk(DEFAULT_DEFENSE.constraint) == DEFAULT_DEFENSE
+    asked = (CorruptionEvaluator.evaluate, LayerProbe.evaluate, measure_robustness)
+    for function in (*asked, RobustnessMixin.evaluate_robustness, RobustnessCallback.__init__):
+        assert inspect.signature(function).parameters["trials"].default == DEFAULT_TRIALS, function
+
+
+TWO_PLACES = {
+    "epsilon": ({"defense_epsilon": 0.3}, {"defense": SAM(L3)}, r"defense=SAM.*--defense_epsilon 0.3"),
+    "a kind": ({"defense": "acrt"}, {"defense": SAM(L3)}, r"defense=SAM.*--defense 'acrt'"),
+    "what would be refused": ({"defense_norm": 3.0}, {"defense": DEFAULT_DEFENSE}, "--defense_norm 3.0"),
+    "none": ({"defense": "none"}, {"defense": DEFAULT_DEFENSE}, r"defense=MultiStepRisk.*--defense 'none'"),
+    "several": (
+        {"defense_steps": 2, "defense_start_epoch": 1.0},
+        {"defense": DEFAULT_DEFENSE},
+        r"--defense_steps 2, --defense_start_epoch 1.0",
+    ),
+    "targets": (
+        {"defense_target_modules": ["attention"]},
+        {"target_modules": "all-linear"},
+        r"target_modules='all-linear'.*--defense_target_modules \['attention'\]",
+    ),
+    "prefix": ({"defense_reuse_prefix": False}, {"reuse_prefix": True}, r"reuse_prefix=True.*--defense_reuse_prefix"),
+}
+ONE_PLACE = {
+    "nothing": ({}, {"defense": SAM(L3), "target_modules": "attention", "reuse_prefix": False}),
+    "the same defense": (
+        {"defense": "sam", "defense_norm": 3.0},
+        {"defense": SAM(CorruptionConstraint(p=3, epsilon=0.1))},
+    ),
+    "the same targets": ({"defense_target_modules": ["bias", "query"]}, {"target_modules": {"query", "bias"}}),
+    "the same prefix": ({"defense_reuse_prefix": False}, {"reuse_prefix": False}),
+    "other things": ({"defense_target_modules": ["attention"], "defense_layers": [0]}, {"defense": SAM(L3)}),
+    "what has no argument": ({"defense_layers": [0]}, {"target_modules": "attention"}),
+    "the targets of a defense by flags": ({"defense": "sam", "defense_epsilon": 0.3}, {"target_modules": ["bias"]}),
+}
+
+
+@pytest.mark.parametrize("name", TWO_PLACES)
+def test_settings_in_two_places_are_an_error_that_names_both(name, tiny_bert, arguments):
+    flags, passed, message = TWO_PLACES[name]
+    with pytest.raises(ValueError, match=f"expected it in one place, got .*{message}.*leave one of the two out"):
+        ParameterDefenseTrainer(
+            model=tiny_bert(), args=arguments(ParameterDefenseTrainingArguments, **flags), **passed
+        )
+
+
+@pytest.mark.parametrize("name", ONE_PLACE)
+def test_settings_that_say_the_same_or_other_things_are_none(name, tiny_bert, arguments):
+    flags, passed = ONE_PLACE[name]
+    trainer = ParameterDefenseTrainer(
+        model=tiny_bert(), args=arguments(ParameterDefenseTrainingArguments, **flags), **passed
+    )
+    assert trainer.defense == passed.get("defense", trainer.defense)
+
+
+def test_a_flag_is_read_where_its_own_argument_was_not_passed(tiny_bert, arguments, rows):
+    args = arguments(ParameterDefenseTrainingArguments, max_steps=1)
+    trainer = ParameterDefenseTrainer(
+        model=tiny_bert(), args=args, train_dataset=rows, defense=SAM(L3), target_modules="last-encoder-layer"
+    )
+    args.defense_reuse_prefix = False
+    trainer.train()
+    assert trainer.shared_prefix is None
+    args.defense_reuse_prefix = True
+    trainer.train()
+    assert trainer.shared_prefix is not None
 
 
 def test_none_is_the_stock_step(tmp_path):

@@ -32,7 +32,9 @@ class TestBFloat16:
         options["gradient_accumulation_steps"] = accumulation
         stock = train(Trainer, tiny_bert(dropout=0.0), options)
         model = tiny_bert(dropout=0.0)
-        ours = train(ParameterDefenseTrainer, model, options, callbacks=[keep_gradients], defense=MultiStepRisk(L2))
+        ours = train(
+            ParameterDefenseTrainer, model, options, callbacks=[keep_gradients], defense=MultiStepRisk(L2, steps=2)
+        )
         (log, plain), (kept,) = (t.state.log_history[0] for t in (ours, stock)), keep_gradients.kept
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         assert log["loss_clean"] == plain["loss"]
@@ -49,7 +51,7 @@ class TestBFloat16:
     def test_weights_come_back_bit_for_bit(self, tiny_bert, train, bits_of):
         model = tiny_bert().to(torch.bfloat16)
         before = bits_of(model)
-        trainer = train(ParameterDefenseTrainer, model, {"learning_rate": 0.0}, defense=MultiStepRisk(L2))
+        trainer = train(ParameterDefenseTrainer, model, {"learning_rate": 0.0}, defense=MultiStepRisk(L2, steps=2))
         assert trainer.state.log_history[0]["corruption_norm"] == pytest.approx(0.2, rel=0.05)
         assert bits_of(model) == before
 
@@ -58,7 +60,7 @@ class TestBFloat16:
             ParameterDefenseTrainer,
             tiny_bert(dropout=0.0).to(torch.bfloat16),
             {"num_train_epochs": 6, "logging_strategy": "epoch"},
-            defense=MultiStepRisk(L2),
+            defense=MultiStepRisk(L2, steps=2),
         )
         logs = [entry["loss_clean"] for entry in trainer.state.log_history if "loss" in entry]
         assert logs[-1] < 0.95 * logs[0]

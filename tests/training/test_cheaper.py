@@ -116,7 +116,9 @@ def test_every_third_step_is_defended_and_the_others_are_stock(tiny_bert, train,
     model = tiny_bert()
     passes = KeepPasses(model)
     options = {"gradient_accumulation_steps": accumulation, "num_train_epochs": accumulation, "logging_steps": 1}
-    trainer = train(ParameterDefenseTrainer, model, options, defense=MultiStepRisk(L2, interval=3), callbacks=[passes])
+    trainer = train(
+        ParameterDefenseTrainer, model, options, defense=MultiStepRisk(L2, steps=2, interval=3), callbacks=[passes]
+    )
     assert passes.counts == [accumulation * count for count in (3, 1, 1, 3, 1, 1)]
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert ["sharpness" in entry for entry in logs] == [True, False, False] * 2

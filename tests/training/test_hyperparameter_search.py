@@ -17,6 +17,7 @@ from hf_parcor import (
     ParameterDefenseTrainer,
     ParameterDefenseTrainingArguments,
 )
+from hf_parcor.training import DEFAULT_DEFENSE
 from hf_parcor.training.settings import DefenseSettings
 
 optuna = pytest.importorskip("optuna")
@@ -165,7 +166,7 @@ def test_flags_that_cannot_be_are_refused_before_a_step(build):
 
 
 def test_plain_arguments_have_no_flags_to_search(build, tmp_path):
-    settings = DefenseSettings(TrainingArguments(str(tmp_path)), None, None, None, K1)
+    settings = DefenseSettings(TrainingArguments(str(tmp_path)), None, None, None)
     assert not settings.changed(TrainingArguments(str(tmp_path)))
-    assert settings.defense(TrainingArguments(str(tmp_path))) == K1
+    assert settings.defense(TrainingArguments(str(tmp_path))) == DEFAULT_DEFENSE
     assert settings.reuses_prefix(TrainingArguments(str(tmp_path)))
