@@ -11,6 +11,7 @@ from hf_parcor.training.arguments import (
 from hf_parcor.training.checkpoints import checkpoint_to_resume
 from hf_parcor.training.collapse import CollapseCallback, signs_of_collapse
 from hf_parcor.training.defense_config import DEFENSE_CONFIG_NAME, DefenseConfig
+from hf_parcor.training.idle import IdleDefenseCallback
 from hf_parcor.training.mixin import ParameterDefenseMixin
 from hf_parcor.training.trainers import ParameterDefenseTrainer, Seq2SeqParameterDefenseTrainer
 
@@ -21,6 +22,7 @@ __all__ = [
     "DefendedLoss",
     "DefenseArguments",
     "DefenseConfig",
+    "IdleDefenseCallback",
     "ParameterDefenseMixin",
     "ParameterDefenseTrainer",
     "ParameterDefenseTrainingArguments",

@@ -18,6 +18,7 @@ from hf_parcor.training.checkpoints import save_defense, warn_of_another_defense
 from hf_parcor.training.collapse import CollapseCallback
 from hf_parcor.training.data_parallel import reduction_of
 from hf_parcor.training.defense_config import DefenseConfig
+from hf_parcor.training.idle import IdleDefenseCallback
 from hf_parcor.training.passes import Passes
 from hf_parcor.training.process_group import ProcessGroup
 from hf_parcor.training.publishing import PublishingMixin
@@ -116,6 +117,7 @@ class ParameterDefenseMixin(PublishingMixin):
         self._watched = True
         if not any(isinstance(callback, CollapseCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(CollapseCallback())
+        self.add_callback(IdleDefenseCallback(self._step_log))
 
     @property
     def defense_config(self) -> DefenseConfig | None:
@@ -244,5 +246,6 @@ class ParameterDefenseMixin(PublishingMixin):
             self._check_settings()
         if kwargs.get("resume_from_checkpoint") is not None:
             warn_of_another_defense(kwargs["resume_from_checkpoint"], self.defense_config)
-        self._step_log.reset()
+        chosen = any(target is not None for target in self._selection.values())
+        self._step_log.begin(self.defense, chosen=chosen)
         return super()._inner_training_loop(*args, **kwargs)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_parcor.defenses import DefendedStep
+from hf_parcor.defenses import DefendedStep, Defense
 from hf_parcor.injection import CorruptionNorm
 
 logger = logging.get_logger(__name__)
@@ -20,14 +20,36 @@ class StepLog:
 
     A micro-batch with a value that is not finite, from an overflow in float16, is left out, as the Trainer does with
     its own loss.
+
+    Attributes:
+        defense: What this run defends with; None before the first.
+        chosen: Whether somebody chose what is defended.
+        defended_steps: Optimizer steps of this run that were defended.
+        selected: How many parameters are defended; 0 before the first defended step.
     """
 
     def __init__(self) -> None:
         self._warned = False
-        self.reset()
+        self.begin(None)
 
-    def reset(self) -> None:
-        """Forget the steps since the last reading, as the stock Trainer does with its loss when a run begins."""
+    def begin(self, defense: Defense | None, *, chosen: bool = False) -> None:
+        """Begin a run, and forget the steps before it, as the stock Trainer does with its loss.
+
+        Args:
+            defense: What the run defends with.
+            chosen: Whether somebody chose what is defended.
+        """
+        self.defense, self.chosen = defense, chosen
+        self.defended_steps = self.selected = 0
+        self._idle: dict[str, nn.Parameter] | None = None
+        self._reset()
+
+    @property
+    def without_gradient(self) -> list[str]:
+        """The defended parameters that had no gradient in any defended micro-batch of this run."""
+        return list(self._idle or ())
+
+    def _reset(self) -> None:
         self._sums: Tensor | None = None
         self._batches = 0
         self._steps = 0
@@ -41,6 +63,11 @@ class StepLog:
         self._sums = values if self._sums is None else self._sums + values
         self._batches += 1
         self._steps += ends_step
+        self.defended_steps += ends_step
+        if self._idle is None:
+            self._idle, self.selected = dict(step.parameters), len(step.parameters)
+        if self._idle:  # a few, after the first micro-batch
+            self._idle = {name: parameter for name, parameter in self._idle.items() if parameter.grad is None}
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the means over steps since the last reading, over all processes, and start anew."""
@@ -51,7 +78,7 @@ class StepLog:
             sums = accelerator.reduce(sums, reduction="mean")
         first, last, asked, realised, counted = sums.tolist()
         steps = max(self._steps, 1) * counted / self._batches
-        self.reset()
+        self._reset()
         if not counted:
             return {}
         asked, realised = asked / counted, realised / counted
