@@ -14,9 +14,11 @@ from tqdm.auto import tqdm
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_parcor.batches import private_copy
 from hf_parcor.evaluation.on_shards import corrupted_model, gradients
 from hf_parcor.evaluation.processes import ALONE, Processes
-from hf_parcor.functional.sharded import local_parts
+from hf_parcor.evaluation.walks import RepeatedBatches
+from hf_parcor.functional.sharded import local_part, local_parts
 from hf_parcor.labels import count_labels
 from hf_parcor.sharding import class_of
 
@@ -63,15 +65,6 @@ def count_items(batch: Batch, *, shifted: bool = False) -> int:
     )
 
 
-def check_repeatable(batches: Iterable[Batch]) -> None:
-    """Refuse data that can be walked through only once."""
-    if iter(batches) is batches:
-        raise ValueError(
-            f"batches: expected a collection that can be walked through again, got the iterator {batches!r}; "
-            "pass a list or a DataLoader"
-        )
-
-
 class DatasetGradients:
     """Gradients of a model's loss with respect to selected parameters; a `GradientSource`.
 
@@ -81,32 +74,35 @@ class DatasetGradients:
     Args:
         model: In the mode that it is to be measured in; it is not changed.
         parameters: The selected parameters by name.
-        batches: Can be walked through again and again, such as a list or a `DataLoader` that does not shuffle.
+        batches: The same in every walk, such as a list or a `DataLoader` that does not shuffle. Other than a list they
+            are walked through twice before, and compared.
         loss: `loss(model, batch)` returns the mean loss over a batch.
         progress: Whether to show a progress bar.
         processes: Those that compute the gradient over all data together, each on every n-th batch; all of them then
             ask for it. None of them waits for another in anything else. Default: this process alone.
 
     Raises:
-        ValueError: There are no items, or the batches can be walked through only once.
+        ValueError: There are no items, or the batches can be walked through only once, or differ from walk to walk.
     """
 
     def __init__(
         self,
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
-        batches: Iterable[Batch],
+        batches: Iterable[Batch] | RepeatedBatches,
         loss: Loss = model_loss,
         *,
         progress: bool = False,
         processes: Processes = ALONE,
     ) -> None:
-        check_repeatable(batches)
+        self._batches = batches if isinstance(batches, RepeatedBatches) else RepeatedBatches(batches)
+        self._batches.check()
         self._processes = processes
-        self._model, self._parameters, self._batches, self._loss = model, parameters, batches, loss
+        self._model, self._parameters, self._loss = model, parameters, loss
         self._progress = progress
-        shifted = shifts_labels(model) and loss is model_loss
-        self._items = [count_items(batch, shifted=shifted) for batch in batches]
+        self._shifted = shifts_labels(model) and loss is model_loss
+        with self._batches.unseen():
+            self._items = [count_items(batch, shifted=self._shifted) for batch in self._batches]
         if not sum(self._items):
             raise ValueError(
                 f"batches: expected at least one item with a label, got {len(self._items)} batches without any; "
@@ -119,6 +115,10 @@ class DatasetGradients:
     def __len__(self) -> int:
         """Return the number of batches."""
         return len(self._items)
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the batches."""
+        return self._batches.fingerprint()
 
     def of_part(self, parameters: Mapping[str, nn.Parameter]) -> DatasetGradients:
         """Return the gradients of some of the parameters alone; that over all data is still computed once for all."""
@@ -158,15 +158,25 @@ class DatasetGradients:
         """Yield each batch that has items, and its share of all items: with it batch means add up to the overall one.
 
         The mean over no item is NaN, so batches without any are left out.
+
+        Raises:
+            ValueError: The batches have other items than when they were counted.
         """
-        total = sum(self._items)
-        for batch, items in zip(self._batches, self._items, strict=True):
+        total, found = sum(self._items), 0
+        for batch in self._batches:
+            items = count_items(batch, shifted=self._shifted)  # of this very batch, whatever an earlier walk counted
+            found += items
             if items:
                 yield batch, items / total
+        if found != total:
+            raise ValueError(
+                f"batches: expected the {total} items that there were before, got {found}; do not change the batches "
+                "while they are measured on"
+            )
 
     def loss_on(self, batch: Batch) -> Tensor:
         """Return the mean loss of a batch at the weights as they are."""
-        return self._loss(self._model, self._on_device(batch))
+        return self._loss(self._model, private_copy(self._on_device(batch)))  # models write into their inputs
 
     def on_next_batch(self, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradient of the next batch's mean loss at `w + a`; after the last batch comes the first."""
@@ -206,10 +216,54 @@ class DatasetGradients:
 
         with torch.enable_grad(), trainable(parameters):
             gradient = gradients(self._model, parameters, loss)
-        return [
+        found = [
             torch.zeros_like(parameter, dtype=_wide(parameter)) if part is None else part.to(_wide(parameter))
             for part, parameter in zip(gradient, parameters, strict=True)
         ]
+        return private([part.detach() for part in found], [*self._model.parameters(), *self._model.buffers(), batch])
+
+
+def private(tensors: Iterable[Tensor], others: Any = ()) -> list[Tensor]:
+    """Return tensors that can be written into: dense, contiguous, and each in memory of its own.
+
+    `torch.autograd.grad` may return one tensor for two parameters, one number expanded to a whole tensor, or, from a
+    function with a backward of its own, what that has kept. Only what needs it is copied.
+
+    Args:
+        tensors: Any tensors.
+        others: Whatever they may not share memory with, in containers of any depth.
+
+    Examples:
+        >>> one = torch.ones(2)
+        >>> first, second = private([one, one])
+        >>> first is one, second is one
+        (True, False)
+    """
+    taken = {_memory(other) for other in _tensors(others)}
+    found = []
+    for tensor in tensors:
+        own = tensor.to_dense() if tensor.layout is not torch.strided else tensor
+        if not own.is_contiguous() or (own.numel() and _memory(own) in taken):
+            own = own.clone(memory_format=torch.contiguous_format)
+        taken.add(_memory(own))
+        found.append(own)
+    return found
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in containers of any depth."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(entry)
+
+
+def _memory(tensor: Tensor) -> tuple[torch.device, int]:
+    """Return where a tensor's memory begins; that of sparse and nested ones is never handed out."""
+    part = local_part(tensor)
+    address = part.untyped_storage().data_ptr() if part.layout is torch.strided else 0
+    return part.device, address
 
 
 @contextmanager

@@ -9,10 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_parcor.corruptions import Corruption
-from hf_parcor.evaluation.fingerprint import fingerprint
-from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.provenance import library_versions
-from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.sharding import class_of
 from hf_parcor.strict_json import to_strict_json
 
@@ -26,6 +23,7 @@ def identity_of_run(
     metric: Any,
     loss: Any,
     data: str,
+    metric_data: str,
     selections: Mapping[str, Mapping[str, nn.Parameter]],
     corruptions: Sequence[Corruption],
     trials: int,
@@ -38,9 +36,10 @@ def identity_of_run(
     Args:
         model: The model.
         weights: Fingerprint of its weights.
-        metric: The metric; the data of a `BatchMetric` counts.
+        metric: The metric.
         loss: The loss.
         data: Fingerprint of the batches that gradients are taken on.
+        metric_data: Fingerprint of those of a `BatchMetric`.
         selections: The parameters of each part, by its name.
         corruptions: What is measured.
         trials: Trials of each stochastic corruption.
@@ -55,7 +54,7 @@ def identity_of_run(
         "weights": weights,
         "data": data,
         "metric": _name(metric),
-        "metric_data": fingerprint(all_batches(metric.batches)) if isinstance(metric, BatchMetric) else "",
+        "metric_data": metric_data,
         "loss": _name(loss),
         "targets": {label: list(selection) for label, selection in selections.items()},
         "corruptions": [{"corruption": _name(one), **one.settings()} for one in corruptions],

@@ -17,8 +17,7 @@ from hf_parcor.buffers import BufferSnapshot
 from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.evaluation.checkpoint import append_to_checkpoint, begin_checkpoint
 from hf_parcor.evaluation.clean_prefix import prefix_of_ascents, prefix_of_measurements
-from hf_parcor.evaluation.fingerprint import fingerprint
-from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, check_repeatable
+from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss
 from hf_parcor.evaluation.identity import identity_of_run
 from hf_parcor.evaluation.measuring import Metric, measure
 from hf_parcor.evaluation.metrics import BatchMetric
@@ -26,9 +25,10 @@ from hf_parcor.evaluation.on_shards import corrupted_model
 from hf_parcor.evaluation.plan import Plan
 from hf_parcor.evaluation.processes import Processes
 from hf_parcor.evaluation.records import CorruptionRecord
-from hf_parcor.evaluation.replicas import all_batches, check_same_data, check_same_weights
+from hf_parcor.evaluation.replicas import check_same_data, check_same_weights
 from hf_parcor.evaluation.sharing import Job, Part, choose_together, measure_together
 from hf_parcor.evaluation.trials import Trial, checked_metrics, record_of
+from hf_parcor.evaluation.walks import RepeatedBatches, check_repeatable
 from hf_parcor.functional.arguments import check_count
 from hf_parcor.functional.vectors import numel
 from hf_parcor.modes import devices_of, evaluation_mode
@@ -70,12 +70,12 @@ class Measurement:
     ) -> None:
         if batches is not None:
             check_repeatable(batches)
-            batches = all_batches(batches)
         maybe: Any = metric
         sharded = is_sharded(model)  # there every module that is called gathers, and every pass must end
         reuses = reuse_prefix and not sharded and isinstance(maybe, BatchMetric)
         self._by_batch: BatchMetric | None = maybe if reuses else None
-        self._model, self._metric, self._batches, self._loss = model, metric, batches, loss
+        self._model, self._metric, self._given, self._loss = model, metric, batches, loss
+        self._batches: RepeatedBatches | None = None
         self._memory = memory
         self._processes = Processes.launched(in_step=sharded)
         self._progress = progress and self._processes.index == 0
@@ -110,12 +110,22 @@ class Measurement:
             torch.random.fork_rng(devices=[]),
         ):
             self._check_batches(corruptions)
-            data = "" if self._batches is None else fingerprint(self._batches)
-            self._check_replicas(data)
+            measured_on = self._walk_twice()
+            data = "" if self._batches is None else self._batches.fingerprint()
+            self._check_replicas(data, measured_on)
             found: dict[int, Trial] = {}  # number 0 is the clean model's
             if checkpoint is not None:
                 run = identity_of_run(
-                    self._model, weights, self._metric, self._loss, data, selections, corruptions, trials, seed
+                    self._model,
+                    weights,
+                    self._metric,
+                    self._loss,
+                    data,
+                    "" if measured_on is None else measured_on.fingerprint(),
+                    selections,
+                    corruptions,
+                    trials,
+                    seed,
                 )
                 found = {} if path is None else begin_checkpoint(path, run)
             found = self._processes.gather(found)[0]
@@ -138,23 +148,37 @@ class Measurement:
 
     def _check_batches(self, corruptions: Sequence[Corruption]) -> None:
         needing = [corruption for corruption in corruptions if corruption.uses_gradients]
-        if needing and self._batches is None:
+        if needing and self._given is None:
             raise ValueError(f"batches: expected data for {needing[0]}, got None; pass batches=, such as a DataLoader")
+
+    def _walk_twice(self) -> RepeatedBatches | None:
+        """Check that all data is the same in every walk, and return that of the metric, if it is made batch by batch.
+
+        Before each run anew: between two of them a caller may have changed the data.
+        """
+        self._batches = None if self._given is None else RepeatedBatches(self._given)
+        metric: Any = self._metric
+        of_metric = metric.batches if isinstance(metric, BatchMetric) else None
+        measured_on = self._batches if of_metric is self._given else None
+        if of_metric is not None and measured_on is None:
+            measured_on = RepeatedBatches(of_metric, "metric")
+        for batches in {id(one): one for one in (self._batches, measured_on) if one is not None}.values():
+            batches.check()
+        return measured_on
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the metric says of itself, if it has `notes`, such as the signature of a score."""
         return tuple(getattr(self._metric, "notes", ()))
 
-    def _check_replicas(self, data: str) -> None:
+    def _check_replicas(self, data: str, measured_on: RepeatedBatches | None) -> None:
         """Refuse what would be silently wrong on several processes."""
         if self._processes.count == 1:
             return
         check_same_weights(self._model, self._processes)
         check_same_data("batches", data, self._processes)
-        metric: Any = self._metric
-        if isinstance(metric, BatchMetric):
-            check_same_data("metric", fingerprint(all_batches(metric.batches)), self._processes)
+        if measured_on is not None:
+            check_same_data("metric", measured_on.fingerprint(), self._processes)
 
     def _parts(self, selections: Sequence[_Parameters], corruptions: Sequence[Corruption]) -> list[Part]:
         """Return the parts; what costs a run of the model is done when it is needed.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, model_loss
-from hf_parcor.evaluation.replicas import all_batches, whole_model
+from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.injection import check_weights, corrupted, forget_derived
 from hf_parcor.modes import evaluation_mode
 
@@ -27,13 +27,14 @@ class LossOverData:
     Args:
         model: Any PyTorch model; bare or under DistributedDataParallel.
         parameters: Parameters by name, as `select_parameters` returns them, seen as ONE vector of length k.
-        batches: A list, or a `DataLoader` that does not shuffle.
+        batches: A list, or a `DataLoader` that does not shuffle; other than a list, they are walked through twice
+            before, and compared.
         loss: `loss(model, batch)` returns the mean loss of a batch; the default takes the model's own.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: There are no parameters or no items, the batches can be walked through only once, or FSDP or
-            tensor parallelism has split the weights.
+        ValueError: There are no parameters or no items, the batches can be walked through only once or differ from
+            walk to walk, or FSDP or tensor parallelism has split the weights.
         TypeError: A parameter is not floating point.
 
     Examples:
@@ -62,7 +63,7 @@ class LossOverData:
         check_weights(parameters)
         self.model = whole_model(model)
         self.parameters = dict(parameters)
-        self.gradients = DatasetGradients(self.model, self.parameters, all_batches(batches), loss, progress=progress)
+        self.gradients = DatasetGradients(self.model, self.parameters, batches, loss, progress=progress)
         self._value: float | None = None
         self._precision = 0.0
 

@@ -12,11 +12,10 @@ from tqdm.auto import tqdm
 
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions import Corruption, GradientCorruption, MultiStepCorruption, RandomCorruption
-from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.provenance import described, library_versions, model_name
 from hf_parcor.evaluation.reach import Reach
-from hf_parcor.evaluation.replicas import all_batches, whole_model
+from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.functional import constrained_maximum_value, max_magnitude, vector_norm
 from hf_parcor.functional.arguments import check_count
 from hf_parcor.functional.vectors import numel
@@ -68,7 +67,7 @@ def measure_indicators(
 
     Raises:
         ValueError: Targets match nothing, or nothing that can be corrupted, there are no items, the batches can be
-            walked through only once, or a count is too small.
+            walked through only once or differ from walk to walk, or a count is too small.
         TypeError: A constraint is none.
 
     Examples:
@@ -99,6 +98,7 @@ def measure_indicators(
     model = whole_model(model)
     selection = Reach(model).select(**target)
     over_data = LossOverData(model, selection.parameters, batches, loss, progress=progress)
+    data = over_data.gradients.fingerprint()
     gradient = list(over_data.gradient().values())
     notes = list(selection.notes)
     if not _is_finite(gradient):
@@ -131,7 +131,7 @@ def measure_indicators(
         hessian_trace=trace,
         indicators=tuple(rows),
         seed=seed,
-        data=fingerprint(all_batches(batches)),
+        data=data,
         versions=library_versions(),
         notes=tuple(notes),
     )

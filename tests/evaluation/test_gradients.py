@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from hf_parcor import CorruptionConstraint, CorruptionEvaluator, GradientCorruption, MultiStepCorruption, Quantization
-from hf_parcor.evaluation import DatasetGradients
-from hf_parcor.evaluation.gradients import count_items, model_loss
+from hf_parcor.evaluation import ClassificationMetric, DatasetGradients
+from hf_parcor.evaluation.gradients import count_items, model_loss, private
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 CLOSED_FORM = [
@@ -128,6 +128,85 @@ class TestOverData:
         assert {part.dtype for part in gradient.values()} == {torch.float32}
 
 
+class Kept(torch.autograd.Function):
+    """Its backward hands out what it has kept."""
+
+    @staticmethod
+    def forward(ctx, weight, inputs):
+        ctx.save_for_backward(inputs)
+        return (weight * inputs).sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.saved_tensors[0], None
+
+
+class TestWhatIsHandedOut:
+    """It may be written into, as corruptions do: each tensor has memory of its own, and is a plain one."""
+
+    @pytest.mark.parametrize(
+        "loss",
+        [
+            lambda model, batch: (model["a"] + model["b"]).square().sum(),
+            lambda model, batch: model["a"].sum() + model["b"].sum(),
+            lambda model, batch: torch.stack([model["a"], model["b"]], -1).square().sum(),
+            lambda model, batch: (model["a"].t() @ model["b"]).sum(),
+            lambda model, batch: Kept.apply(model["a"], batch["x"]) + Kept.apply(model["b"], batch["x"]),
+            lambda model, batch: Kept.apply(model["a"], model["c"]) + Kept.apply(model["b"], model["c"]),
+            lambda model, batch: (
+                torch.nn.functional.embedding(torch.tensor([0, 1]), model["a"] + 0, sparse=True).sum()
+                + torch.nn.functional.embedding(torch.tensor([0]), model["b"], sparse=True).sum()
+            ),
+        ],
+        ids=["the same", "expanded", "views", "transposed", "of the batch", "of a weight", "sparse"],
+    )
+    @pytest.mark.parametrize("at", ["data", "batch"])
+    def test_writing_into_one_leaves_all_else_as_it_was(self, loss, at):
+        model = nn.ParameterDict({name: nn.Parameter(torch.arange(6.0).view(2, 3) + 1) for name in "abc"})
+        parameters = {name: model[name] for name in "ab"}
+        batch = {"x": torch.ones(2, 3)}
+        gradients = DatasetGradients(model, parameters, [batch, batch], loss)
+        zero = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        found = gradients.over_data() if at == "data" else gradients.on_batch(batch, zero)
+        expected = {
+            name: part.to_dense() if part.is_sparse else part.clone()
+            for name, part in zip("ab", torch.autograd.grad(loss(model, batch), parameters.values()), strict=True)
+        }
+        for part in found.values():
+            assert part.is_contiguous()
+            assert part.layout is torch.strided
+        torch.testing.assert_close(found, expected)
+        for name, part in found.items():
+            part.mul_(2)
+            torch.testing.assert_close(part, 2 * expected[name])
+        assert torch.equal(batch["x"], torch.ones(2, 3))
+        assert torch.equal(model["c"], torch.arange(6.0).view(2, 3) + 1)
+
+    def test_what_is_private_already_is_not_copied(self):
+        parts = [torch.ones(2), torch.ones(3, 2)]
+        assert all(one is other for one, other in zip(private(parts), parts, strict=True))
+
+
+def test_a_model_that_writes_into_its_batch(classifier, batches):
+    """Every pass sees the batches as they are: the gradient, the ascent, and what others do with them."""
+
+    def polite(model, batch):
+        return model(batch["input_ids"] // 2, labels=batch["labels"]).loss
+
+    def rude(model, batch):
+        return model(batch.pop("input_ids").div_(2, rounding_mode="floor"), labels=batch.pop("labels")).loss
+
+    before = [{name: value.clone() for name, value in batch.items()} for batch in batches]
+    corruptions = [CLOSED_FORM[0], MultiStepCorruption(CorruptionConstraint(epsilon=0.5), steps=4)]
+
+    def record(loss):
+        evaluator = CorruptionEvaluator(classifier, ClassificationMetric(batches), batches, loss=loss, progress=False)
+        return evaluator.evaluate(corruptions)
+
+    assert record(rude) == record(polite)
+    assert all(torch.equal(one[k], other[k]) for one, other in zip(batches, before, strict=True) for k in other)
+
+
 class TestHowOftenTheModelRuns:
     @pytest.fixture
     def run(self, classifier, batches):
@@ -158,7 +237,11 @@ class TestTheWalk:
         walk = []
 
         def loss(model, batch):
-            walk.append(next(index for index, other in enumerate(batches) if batch["labels"] is other["labels"]))
+            walk.append(
+                next(
+                    index for index, other in enumerate(batches) if torch.equal(batch["input_ids"], other["input_ids"])
+                )
+            )
             return model(**batch).loss
 
         corruption = MultiStepCorruption(CorruptionConstraint(epsilon=0.1), steps=steps)
@@ -215,6 +298,12 @@ class TestErrors:
     def test_a_generator(self, classifier, batches):
         with pytest.raises(ValueError, match="expected a collection that can be walked through again"):
             gradients_of(classifier, (batch for batch in batches))
+
+    def test_a_list_that_is_changed_meanwhile(self, classifier, batches):
+        gradients = gradients_of(classifier, batches)
+        batches.pop()
+        with pytest.raises(ValueError, match="expected the 10 items that there were before, got 8; do not change"):
+            gradients.over_data()
 
     def test_a_model_without_a_loss(self, classifier, batches):
         with pytest.raises(ValueError, match="put labels into the batches, or pass loss="):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_parcor.evaluation.gradients import check_repeatable
+from hf_parcor.evaluation.walks import check_repeatable
 
 
 class OverBatches(ABC):

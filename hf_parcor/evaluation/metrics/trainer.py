@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainerMemoryTracker
 
 from hf_parcor.evaluation.metrics.clock import is_of_the_clock
-from hf_parcor.evaluation.metrics.randomness import random_states_kept
+from hf_parcor.evaluation.randomness import random_states_kept
 from hf_parcor.evaluation.replicas import measurable_model
 
 
