@@ -17,7 +17,7 @@ from hf_parcor.injection import CorruptionSize
 from hf_parcor.stored_record import replace_text
 from hf_parcor.strict_json import to_plain
 
-_FORMAT = 1
+_FORMAT = 2  # 1 knew a metric by its name alone
 _KIND = "hf_parcor checkpoint"
 
 
@@ -95,10 +95,22 @@ def _check_run(path: Path, line: bytes, run: Mapping[str, Any]) -> None:
             f"{path}: expected a checkpoint of format {_FORMAT}, got {version}; go on with the version of hf_parcor "
             f"that wrote it, {remedy}"
         )
-    differing = [name for name in {**run, **found} if found.get(name) != run.get(name)]
+    before, now = _flat(found), _flat(run)
+    differing = [name for name in {**now, **before} if before.get(name) != now.get(name)]
     if differing:
-        details = ", ".join(f"{name} ({_shown(found.get(name))}, now {_shown(run.get(name))})" for name in differing)
+        details = ", ".join(f"{name} ({_shown(before.get(name))}, now {_shown(now.get(name))})" for name in differing)
         raise CheckpointError(f"{path}: expected a checkpoint of this run, got one with other {details}; {remedy}")
+
+
+def _flat(run: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """Return settings at any depth by names such as "metric.settings.num_beams", to show those that differ."""
+    flat: dict[str, Any] = {}
+    for name, value in run.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{within}{name}.")
+        else:
+            flat[f"{within}{name}"] = value
+    return flat
 
 
 def _shown(value: Any) -> str:

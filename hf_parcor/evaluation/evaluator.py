@@ -51,8 +51,9 @@ class CorruptionEvaluator:
             them call it at the same time, and what the first got is kept; a `BatchMetric` is spread, and needs the
             same batches in each of them. What it says of itself in `notes` goes into the record.
         batches: Data for the corruptions that need gradients, a list or a `DataLoader` that does not shuffle; None if
-            none of them does. With several processes each has all of it: the evaluator spreads the batches itself,
-            also those of a loader that Accelerate prepared.
+            none of them does. They, and those of a `BatchMetric`, have to be the same in every walk: unless they are
+            a list, they are walked through twice before anything is measured. With several processes each has all of
+            it: the evaluator spreads the batches itself, also those of a loader that Accelerate prepared.
         loss: `loss(model, batch)` returns the mean loss of a batch; the default takes the model's own.
         target_modules: Which modules may be corrupted, as in `select_parameters`. None, the default, for all
             parameters that can be trained (all, if none can), as in the Trainer: fixed tables such as sinusoidal
@@ -129,9 +130,10 @@ class CorruptionEvaluator:
             seed: First seed.
             checkpoint: A file for what is finished, written on the way. Called again with it, after a kill at any
                 moment, the measurement goes on, and the record is that of one without interruption, to the last bit on
-                the same machine; a metric that draws random numbers itself, or that is a function with other data
-                behind it, has to care for that. Every 16 corruptions are written at once. None, the default, for no
-                file.
+                the same machine; a metric that draws random numbers itself has to care for that. The settings of
+                metric and loss count, also those that a function closes over; what they reach otherwise, such as a
+                file, an `identity` method says (see `Identified`). Every 16 corruptions are written at once. None,
+                the default, for no file.
 
         Returns:
             The record. A metric that is NaN or no number is kept as NaN, noted in the record, and logged as a warning;
@@ -139,8 +141,8 @@ class CorruptionEvaluator:
 
         Raises:
             ValueError: A corruption needs gradients and there are no batches or an empty data set, or quantized
-                layers pass none back; or weights or data differ between processes; before any weight is touched. Or
-                the checkpoint is of another run, or none, or damaged.
+                layers pass none back; or weights or data differ between processes, or data from walk to walk; before
+                any weight is touched. Or the checkpoint is of another run, or none, or damaged.
             OSError: The checkpoint cannot be read or written.
             TypeError: Something that is no `Corruption`, or a metric that returns no mapping.
             ProcessError: Another process failed.

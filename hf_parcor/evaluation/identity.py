@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import dis
+import enum
+import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from hf_parcor.corruptions import Corruption
+from hf_parcor.evaluation.fingerprint import TOLD_BY_THEIR_TEXT, fingerprint, fingerprint_of_weights
 from hf_parcor.evaluation.provenance import library_versions
 from hf_parcor.sharding import class_of
 from hf_parcor.strict_json import to_strict_json
 
 # Where a model lies, and what a first loss writes there: not what the model computes.
 _PASSING = ("_name_or_path", "transformers_version", "problem_type")
+_VERSIONED = ("hf_parcor", "torch", "transformers", "accelerate", "builtins", "abc", "typing", "collections")
+_LONG = 200  # characters, or entries; of what is longer the fingerprint says it
 
 
 def identity_of_run(
@@ -31,15 +40,19 @@ def identity_of_run(
 ) -> dict[str, Any]:
     """Return what decides the numbers of a run, as plain values by name.
 
-    A metric or a loss that is a function of the caller is known by its name alone.
+    Of metric and loss count what `settings_of` sees: settings, code, plain values. What they reach otherwise, a file
+    or a server, is theirs to say in `identity`. Kind of device and autocast count, since other kernels in another
+    precision find other numbers, and a record has room for one of them. Left out is what moves numbers by rounding
+    alone: how many threads and processes there are, which attention kernel or matrix product runs, and the name of the
+    machine.
 
     Args:
         model: The model.
-        weights: Fingerprint of its weights.
+        weights: Fingerprint of its weights, with their dtypes.
         metric: The metric.
         loss: The loss.
         data: Fingerprint of the batches that gradients are taken on.
-        metric_data: Fingerprint of those of a `BatchMetric`.
+        metric_data: Fingerprint of the batches of a `BatchMetric`.
         selections: The parameters of each part, by its name.
         corruptions: What is measured.
         trials: Trials of each stochastic corruption.
@@ -51,17 +64,243 @@ def identity_of_run(
     return {
         "model": class_of(model).__name__,
         "configuration": hashlib.sha256(to_strict_json(plain).encode()).hexdigest(),
+        "generation": _generation(model),
+        "adapters": _adapters(model),
         "weights": weights,
         "data": data,
-        "metric": _name(metric),
+        "metric": settings_of(metric),
         "metric_data": metric_data,
-        "loss": _name(loss),
+        "loss": settings_of(loss),
         "targets": {label: list(selection) for label, selection in selections.items()},
         "corruptions": [{"corruption": _name(one), **one.settings()} for one in corruptions],
         "trials": trials,
         "seed": seed,
+        **_precision(model),
         "versions": library_versions(),
     }
+
+
+def settings_of(value: Any) -> Any:
+    """Return what makes a metric, a loss or a score what it is, as plain values: two alike compute the same.
+
+    An object that has `identity` says it itself: the method returns its settings by name, plain values and whatever
+    else it calls. Of a function count its name, its bytecode, defaults, and those values of closures and globals that
+    are plain, or functions beside it; of a partial what it binds; of a module its weights; of any other object its
+    public attributes that are plain, and the bytecode of its class. A counter among them is a setting, too: keep it
+    in an attribute that begins with an underscore, or write `identity`. Libraries whose versions count anyway are
+    known by name.
+
+    Examples:
+        >>> settings_of(functools.partial(round, ndigits=2))
+        {'name': 'functools.partial', 'of': {'name': 'builtins.round'}, 'keywords': {'ndigits': 2}}
+    """
+    return _described(value, attributes=True)
+
+
+def _described(value: Any, path: tuple[int, ...] = (), *, attributes: bool = False) -> Any:
+    """Return a value as plain ones.
+
+    Args:
+        value: Anything.
+        path: The ids of what it is part of: a value may hold itself.
+        attributes: Whether the attributes of an object count; else it is known by its class.
+    """
+    if isinstance(value, (complex, enum.Enum, *TOLD_BY_THEIR_TEXT)):
+        return f"{_name(type(value))} {value}"
+    if value is None or (isinstance(value, (bool, int, float)) and not isinstance(value, np.generic)):
+        return value
+    if isinstance(value, str):
+        return value if len(value) <= _LONG else f"text {fingerprint([value])}"
+    if isinstance(value, (Tensor, np.ndarray, np.generic, bytes)):
+        return f"{type(value).__name__} {fingerprint([value])}"
+    if id(value) in path:
+        return _name(value)
+    within = (*path, id(value))
+    if callable(getattr(value, "identity", None)) and not isinstance(value, type):
+        said = value.identity()
+        if not isinstance(said, Mapping):
+            raise TypeError(
+                f"metric: expected identity() of {_name(value)} to return settings by name, got {said!r}; "
+                "return a dict, an empty one if there are none"
+            )
+        return {"class": _name(value), **_code_of_class(value), **_entries(said, within, attributes=True)}
+    if isinstance(value, functools.partial):
+        return {
+            "name": "functools.partial",
+            "of": _described(value.func, within, attributes=attributes),
+            **({"arguments": _described(list(value.args), within, attributes=True)} if value.args else {}),
+            **({"keywords": _entries(value.keywords, within, attributes=True)} if value.keywords else {}),
+        }
+    if isinstance(value, MethodType):
+        function = _described(value.__func__, within)
+        return {**function, "of": _described(value.__self__, within, attributes=attributes)}
+    if isinstance(value, FunctionType):
+        return _of_function(value, within)
+    if isinstance(value, (type, BuiltinFunctionType)):
+        return {"name": _name(value)}
+    if isinstance(value, Mapping):
+        plain = _entries(value, within, attributes=attributes)
+        return plain if len(plain) <= _LONG else f"mapping {fingerprint([plain])}"
+    if isinstance(value, Set):
+        return sorted((_described(entry, within) for entry in value), key=repr)
+    if isinstance(value, (list, tuple, range)):
+        entries = [_described(entry, within, attributes=attributes) for entry in value]
+        return entries if len(entries) <= _LONG else f"list {fingerprint([entries])}"
+    return _of_object(value, within, attributes=attributes)
+
+
+def _entries(value: Mapping[Any, Any], path: tuple[int, ...], *, attributes: bool) -> dict[str, Any]:
+    return {str(name): _described(entry, path, attributes=attributes) for name, entry in value.items()}
+
+
+def _of_object(value: Any, path: tuple[int, ...], *, attributes: bool) -> Any:
+    if _is_tokenizer(value):
+        return {"class": _name(value), "vocabulary": fingerprint([sorted(value.get_vocab().items())])}
+    if _is_of_evaluate(value):  # has a seed of its own that no number depends on, and where it keeps files
+        return {
+            "class": _name(value),
+            "metric": getattr(value, "name", ""),
+            "configuration": getattr(value, "config_name", None),
+            **_code_of_class(value),
+        }
+    wrapped = getattr(value, "__wrapped__", None)  # of a function in a cache
+    if wrapped is not None:
+        return {"class": _name(type(value)), "of": _described(wrapped, path, attributes=attributes)}
+    if not attributes:
+        return {"class": _name(value)}
+    found = {
+        name: _described(entry, path)
+        for name, entry in getattr(value, "__dict__", {}).items()
+        if not name.startswith("_") and not (isinstance(value, nn.Module) and name == "training")
+    }
+    weights = {"state": fingerprint_of_weights(value)} if isinstance(value, nn.Module) else {}
+    return {"class": _name(value), **_code_of_class(value), **weights, **found}
+
+
+def _of_function(function: FunctionType, path: tuple[int, ...]) -> dict[str, Any]:
+    """Return what a function computes with: its code, and the plain values that it reaches."""
+    code = function.__code__
+    written = _written(code)
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    closure = {name: _content(cell) for name, cell in cells if name not in written}
+    used = {name: function.__globals__[name] for name in _names(code) if name in function.__globals__}
+    beside = {
+        name: entry
+        for name, entry in used.items()
+        if name not in written
+        and (_is_constant(entry) or (isinstance(entry, FunctionType) and entry.__module__ == function.__module__))
+    }
+    parts = {
+        "defaults": list(function.__defaults__ or ()),
+        "keyword_defaults": dict(function.__kwdefaults__ or {}),
+        "closure": closure,
+        "globals": beside,
+    }
+    if _is_versioned(function):
+        parts = {"closure": closure}
+    else:
+        parts["bytecode"] = _code(code)
+    return {"name": _name(function), **{name: _described(part, path) for name, part in parts.items() if part}}
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not set yet
+        return None
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, (tuple, frozenset)):
+        return all(_is_constant(entry) for entry in value)
+    return value is None or isinstance(value, (bool, int, float, complex, str, bytes))
+
+
+def _inner(code: CodeType) -> list[CodeType]:
+    """Return a code object and those of all functions inside of it."""
+    return [code, *(part for one in code.co_consts if isinstance(one, CodeType) for part in _inner(one))]
+
+
+def _names(code: CodeType) -> list[str]:
+    return sorted({name for part in _inner(code) for name in part.co_names})
+
+
+def _written(code: CodeType) -> set[str]:
+    """Return the outer variables that a function sets itself: what it left there is no setting."""
+    return {
+        str(one.argval)
+        for part in _inner(code)
+        for one in dis.get_instructions(part)
+        if one.opname in ("STORE_DEREF", "STORE_GLOBAL")
+    }
+
+
+def _code(code: CodeType) -> str:
+    """Return the SHA-256 of what is executed: no lines, names of variables or docstrings."""
+    return fingerprint([[_executed(one) for one in dis.get_instructions(part)] for part in _inner(code)])
+
+
+def _executed(one: dis.Instruction) -> list[Any]:
+    """Return an instruction with the constant or the name that it loads, wherever that is kept."""
+    if isinstance(one.argval, CodeType):  # comes by itself
+        return [one.opname]
+    return [one.opname, one.argval if one.opcode in dis.hasconst or one.opcode in dis.hasname else one.arg]
+
+
+def _code_of_class(value: Any) -> dict[str, str]:
+    """Return the code of what a class defines and inherits, but for libraries whose versions count."""
+    codes = {
+        f"{_name(kind)}.{name}": _code(function.__code__)
+        for kind in type(value).__mro__
+        if not _is_versioned(kind)
+        for name, entry in vars(kind).items()
+        for function in _functions(entry)
+    }
+    return {"bytecode": fingerprint([codes])} if codes else {}
+
+
+def _functions(entry: Any) -> list[FunctionType]:
+    if isinstance(entry, property):
+        return [one for one in (entry.fget, entry.fset) if isinstance(one, FunctionType)]
+    function = getattr(entry, "__func__", entry)  # of a static method or a class method
+    return [function] if isinstance(function, FunctionType) else []
+
+
+def _is_versioned(value: Any) -> bool:
+    return str(getattr(value, "__module__", "")).partition(".")[0] in _VERSIONED
+
+
+def _is_tokenizer(value: Any) -> bool:
+    return callable(getattr(value, "get_vocab", None)) and callable(getattr(value, "decode", None))
+
+
+def _is_of_evaluate(value: Any) -> bool:
+    return any(kind.__module__.partition(".")[0] == "evaluate" for kind in type(value).__mro__)
+
+
+def _generation(model: nn.Module) -> Any:
+    """Return the settings that `generate` takes from the model."""
+    configuration: Any = getattr(model, "generation_config", None)
+    if not hasattr(configuration, "to_diff_dict"):
+        return {}
+    settings = configuration.to_diff_dict()
+    return {name: _described(value) for name, value in settings.items() if name not in _PASSING}
+
+
+def _adapters(model: nn.Module) -> Any:
+    """Return which adapters are active: the weights of all are there whichever is."""
+    active: Any = getattr(model, "active_adapters", None) if hasattr(model, "peft_config") else None
+    return _described(active() if callable(active) else active)
+
+
+def _precision(model: nn.Module) -> dict[str, str]:
+    devices = sorted({parameter.device.type for parameter in model.parameters()})
+    autocast = [str(torch.get_autocast_dtype(kind)) for kind in devices if _is_autocast(kind)]
+    return {"device": " ".join(devices), "autocast": " ".join(autocast)}
+
+
+def _is_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _name(value: Any) -> str:

@@ -179,8 +179,8 @@ class TestRefused:
         assert path.read_bytes() == content
 
     def test_another_format(self, sweep, path):
-        path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-        with pytest.raises(ValueError, match="expected a checkpoint of format 1, got 2; go on with the version"):
+        path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+        with pytest.raises(ValueError, match="expected a checkpoint of format 2, got 1; go on with the version"):
             sweep(path, corruptions=CORRUPTIONS[2:])
 
     @pytest.mark.parametrize("line", ["{}", "3", "{", '{"number": "x", "size": null, "metrics": {}, "odd": {}}'])

@@ -4,7 +4,7 @@ from hf_parcor.evaluation.metrics.classification import ClassificationMetric
 from hf_parcor.evaluation.metrics.generation import GenerationMetric
 from hf_parcor.evaluation.metrics.language_model import LanguageModelMetric
 from hf_parcor.evaluation.metrics.predictions import PredictionMetric
-from hf_parcor.evaluation.metrics.protocol import BatchMetric
+from hf_parcor.evaluation.metrics.protocol import BatchMetric, Identified
 from hf_parcor.evaluation.metrics.scores import SacrebleuScore
 from hf_parcor.evaluation.metrics.trainer import TrainerMetric
 
@@ -12,6 +12,7 @@ __all__ = [
     "BatchMetric",
     "ClassificationMetric",
     "GenerationMetric",
+    "Identified",
     "LanguageModelMetric",
     "PredictionMetric",
     "SacrebleuScore",

@@ -37,6 +37,11 @@ class OverBatches(ABC):
         """The data."""
         return self._batches
 
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the numbers beside data and class: all attributes, also those of subclasses."""
+        shown = {name: value for name, value in vars(self).items() if name not in ("_batches", "_progress")}
+        return {name.lstrip("_"): value for name, value in shown.items()}
+
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return the metrics over all batches."""
         walk = tqdm(self._batches, desc="metric", leave=False, disable=not self._progress)

@@ -32,3 +32,15 @@ class BatchMetric(Protocol):
     def combine(self, parts: Sequence[Any]) -> Mapping[str, float]:
         """Return the metrics from what all batches add, in their order."""
         ...
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A metric, a loss or a score that says what decides its numbers, beside the data of a `BatchMetric`.
+
+    A checkpoint goes on only where that is the same. Without this method, public attributes and code count.
+    """
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return the settings by name: plain values, and what is called, such as a score or a tokenizer."""
+        ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, Protocol
@@ -64,6 +65,7 @@ class SacrebleuScore:
                 "SacrebleuScore needs sacrebleu; install it with: pip install 'hf-parcor[translation]'"
             ) from error
         self._kind, self._metric = kind, getattr(metrics, _SACREBLEU[kind])(**settings)
+        self._settings, self._version = settings, importlib.metadata.version("sacrebleu")
         self._scored = False
 
     def __call__(self, *, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -71,6 +73,10 @@ class SacrebleuScore:
         score = float(self._metric.corpus_score(list(predictions), [list(references)]).score)
         self._scored = True
         return {self._kind: score}
+
+    def identity(self) -> dict[str, Any]:
+        """Return kind, settings and version, of which the signature is made."""
+        return {"kind": self._kind, "settings": self._settings, "version": self._version}
 
     @property
     def notes(self) -> tuple[str, ...]:

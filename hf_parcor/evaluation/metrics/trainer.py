@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from transformers.trainer_utils import TrainerMemoryTracker
 
+from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.metrics.clock import is_of_the_clock
 from hf_parcor.evaluation.randomness import random_states_kept
 from hf_parcor.evaluation.replicas import measurable_model
+
+# What of a Trainer's arguments decides what an evaluation finds.
+_ARGUMENTS = (
+    *("per_device_eval_batch_size", "dataloader_drop_last", "group_by_length", "remove_unused_columns", "label_names"),
+    *("prediction_loss_only", "label_smoothing_factor", "include_for_metrics", "batch_eval_metrics"),
+    *("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "past_index"),
+    *("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config"),
+)
+_PARTS = ("data_collator", "compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics", "processing_class")
 
 
 class TrainerMetric:
@@ -33,6 +43,26 @@ class TrainerMetric:
 
     def __init__(self, trainer: Trainer, eval_dataset: Any = None, *, metric_key_prefix: str = "eval") -> None:
         self._trainer, self._eval_dataset, self._prefix = trainer, eval_dataset, metric_key_prefix
+
+    def identity(self) -> dict[str, Any]:
+        """Return the Trainer's class, what it evaluates with, and the fingerprint of its evaluation data."""
+        trainer = self._trainer
+        return {
+            "trainer": type(trainer),
+            "arguments": {name: getattr(trainer.args, name, None) for name in _ARGUMENTS},
+            **{name: getattr(trainer, name, None) for name in _PARTS},
+            "data": self._fingerprint(),
+        }
+
+    def _fingerprint(self) -> Any:
+        """Return the fingerprint of each data set, as one walk finds it that begins with fixed random numbers."""
+        data: Any = self._trainer.eval_dataset if self._eval_dataset is None else self._eval_dataset
+        if isinstance(data, str):
+            data = self._trainer.eval_dataset[data]  # type: ignore[index]
+        sets = data if isinstance(data, dict) else {"": data}
+        with random_states_kept(self._trainer.args.device):
+            set_seed(0)
+            return {name: fingerprint(_items(one)) for name, one in sets.items() if one is not None}
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return `loss` and what `compute_metrics` returns.
@@ -60,6 +90,11 @@ class TrainerMetric:
                 "give the Trainer compute_metrics="
             )
         return metrics
+
+
+def _items(data: Any) -> Iterable[Any]:
+    """Return what is in a data set, which need not be iterable by itself."""
+    return data if hasattr(data, "__iter__") else (data[index] for index in range(len(data)))
 
 
 @contextmanager
