@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+
+
+@contextmanager
+def generator_kept(collator: Any) -> Iterator[None]:
+    """Let a collator draw from a copy of its own generator, if it has one, as those of Transformers with a seed do."""
+    collator = getattr(collator, "data_collator", collator)  # of a Trainer's that removes columns
+    if not hasattr(collator, "generator"):
+        yield
+        return
+    own = collator.generator
+    collator.generator = copy.deepcopy(own)  # None where it is made at the first batch
+    try:
+        yield
+    finally:
+        collator.generator = own
 
 
 @contextmanager
@@ -22,3 +39,10 @@ def random_states_kept(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+def seed_the_cpu(seed: int) -> None:
+    """Seed every global generator of the CPU, and no other: those of accelerators are the model's."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)

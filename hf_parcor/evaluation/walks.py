@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from hf_parcor.evaluation.fingerprint import Fingerprint, fingerprint
-from hf_parcor.evaluation.randomness import random_states_kept
+from hf_parcor.evaluation.randomness import generator_kept, random_states_kept, seed_the_cpu
 from hf_parcor.evaluation.replicas import all_batches
 
 _REMEDY = "do not shuffle (shuffle=False), let the collator draw no random numbers, or pass list(loader)"
@@ -162,6 +163,33 @@ class RepeatedBatches:
 
     def _different(self, found: str) -> ValueError:
         return ValueError(f"{self._name}: expected the same batches in every walk, {found}; {_REMEDY}")
+
+
+def drawn_once(batches: Iterable[Any]) -> Iterable[Any]:
+    """Return batches that are the same in every walk: as they are, or a list of those that a seed draws.
+
+    Examples:
+        >>> walk = DataLoader(range(100), 10, collate_fn=lambda rows: torch.rand(len(rows)))
+        >>> drawn = drawn_once(walk)
+        >>> all(torch.equal(one, other) for one, other in zip(drawn, drawn, strict=True))
+        True
+
+    Raises:
+        ValueError: They can be walked through only once.
+    """
+    watched = RepeatedBatches(batches)
+    collator = getattr(batches, "collate_fn", None)
+    try:
+        with generator_kept(collator):
+            watched.check()
+    except ValueError:
+        with watched.unseen(), generator_kept(collator):
+            seed_the_cpu(0)
+            drawn = [send_to_device(batch, "cpu") for batch in all_batches(batches)]
+        if not drawn:  # all were seen in the walks before
+            raise
+        return drawn
+    return watched
 
 
 def _shuffler(batches: Iterable[Any]) -> str:

@@ -12,6 +12,7 @@ from transformers import Trainer
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions import Corruption, GaussianNoise, GradientCorruption, Quantization
 from hf_parcor.evaluation import DEFAULT_TRIALS, CorruptionEvaluator, EvaluationRecord, TrainerMetric, model_loss
+from hf_parcor.evaluation.walks import drawn_once
 
 DEFAULT_CORRUPTIONS: tuple[Corruption, ...] = (
     GradientCorruption(CorruptionConstraint(p=2.0, epsilon=0.1)),
@@ -40,6 +41,7 @@ def measure_robustness(
         corruptions: What to measure. Those that need gradients climb along the Trainer's loss over the evaluation
             data.
         trials: Trials of each stochastic corruption. Default 3.
+from hf_parcor.evaluation.walks import drawn_once
         seed: First seed.
         eval_dataset: One data set, or the name of one of the Trainer's; None for the Trainer's own.
         metric_key_prefix: As in `Trainer.evaluate`.
@@ -56,7 +58,7 @@ def measure_robustness(
     evaluator = CorruptionEvaluator(
         model,
         TrainerMetric(trainer, eval_dataset, metric_key_prefix=metric_key_prefix),
-        trainer.get_eval_dataloader(eval_dataset) if needs_gradients else None,
+        drawn_once(trainer.get_eval_dataloader(eval_dataset)) if needs_gradients else None,
         loss=_loss_of(trainer),
         target_modules=target_modules,
         progress=not trainer.args.disable_tqdm,

@@ -15,6 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
+    default_data_collator,
 )
 
 from hf_parcor import (
@@ -187,6 +188,36 @@ class TestWhatStays:
         record = measure_robustness(trainer, [NOISE], trials=2)
         for name in ("drawn", "python", "numpy"):
             assert set(record.corruptions[0].metrics[name]) == set(record.clean.metrics[name])
+
+
+class Masks:
+    """A collator that masks at random; with a seed, by a generator of its own, as those of Transformers."""
+
+    def __init__(self, seed=None):
+        self.seed, self.generator = seed, None
+
+    def __call__(self, rows):
+        if self.seed is not None and self.generator is None:
+            self.generator = torch.Generator().manual_seed(self.seed)
+        batch = default_data_collator(rows)
+        batch["input_ids"] *= torch.rand(batch["input_ids"].shape, generator=self.generator) < 0.5
+        return batch
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_a_collator_that_masks_at_random(make, seed):
+    """All is measured on the same masks, the gradient is taken on one draw, and the run draws what it would have."""
+    trainer = make(eval_dataset=None)
+    trainer.eval_dataset = trainer.train_dataset
+    trainer.data_collator = Masks(seed)
+    corruptions = [GradientCorruption(CorruptionConstraint(epsilon=0.5)), GaussianNoise(0.0)]
+    before = torch.get_rng_state()
+    record = measure_robustness(trainer, corruptions, trials=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert trainer.data_collator.generator is None
+    assert measure_robustness(trainer, corruptions, trials=2) == record
+    assert set(record.corruptions[1].metrics["loss"]) == set(record.clean.metrics["loss"])
+    assert record.corruptions[0].metrics["loss"] > record.clean.metrics["loss"]
 
 
 class TestErrors:
