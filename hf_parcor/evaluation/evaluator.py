@@ -31,8 +31,10 @@ class CorruptionEvaluator:
     Under `torchrun` or `accelerate launch` all processes measure together (let all of them call `evaluate`, and one
     save), and each returns the record of one process:
     to the last bit on the same kind of device and number of threads, but for what follows from the gradient over the
-    data, which is summed in another order (to rounding). Each process measures every n-th batch, and what they counted
-    is gathered batch by batch; the gradient over the data is reduced once; multi-step ascents are spread as a whole.
+    data, which is summed in another order (to rounding, and a weight whose gradient is nothing but rounding, such as
+    a bias of attention keys, may count as changed in one and not in the other). Each process measures every n-th
+    batch, and what they counted is gathered batch by batch; the gradient over the data is reduced once; multi-step
+    ascents are spread as a whole.
     Data is spread, and not corruptions, since there are more batches than corruptions, a prefix is shared by all
     corruptions of a batch, and a metric that itself gathers over processes, as `Trainer.evaluate` does, needs all of
     them at the same corruption. If one process fails, all raise, unless they wait inside of such a metric.

@@ -34,6 +34,7 @@ from hf_parcor import (
     Quantization,
     RandomCorruption,
     UniformNoise,
+    select_parameters,
 )
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.functional.sharded import local_part
@@ -198,14 +199,14 @@ def records_on_four_ranks() -> dict[str, dict[str, list[str]]]:
 
 @pytest.fixture(scope="module")
 def alone(run_on_ranks):
-    (records,) = run_on_ranks(all_records, 1, timeout=300)
+    (records,) = run_on_ranks(all_records, 1)
     return records
 
 
 @pytest.fixture(scope="module")
 def two_ranks(run_on_ranks, tmp_path_factory):
     """Return a function that takes what a function found on each rank; all of them run in one start of ranks."""
-    ranks = run_on_ranks(on_two_ranks, 2, str(tmp_path_factory.mktemp("checkpoints")), timeout=300)
+    ranks = run_on_ranks(on_two_ranks, 2, str(tmp_path_factory.mktemp("checkpoints")))
     return lambda function: [rank[function.__name__] for rank in ranks]
 
 
@@ -241,12 +242,25 @@ ON_SHARDS = ("gradient", "random", "multi-step")  # their norms are summed shard
 ROUNDED_ON = {"": GRADIENT, "sharded": ON_SHARDS, "replicas": ON_SHARDS, "interrupted": ON_SHARDS}
 
 
+def without_gradient(record: EvaluationRecord) -> int:
+    """Return how many of the weights have a gradient of zero in exact arithmetic, and of zero or rounding here.
+
+    What is added to all keys shifts all scores of a query alike, and a softmax does not see it. Whether such a weight
+    moves, and to which side, is left to the order of sums; the loss does not depend on it.
+    """
+    selected = select_parameters(model(), **{"target_modules": "all", **record.target})
+    return sum(weight.numel() for name, weight in selected.items() if name.endswith("key.bias"))
+
+
 def check_equal(alone: EvaluationRecord, together: EvaluationRecord, rounded: tuple[str, ...] = GRADIENT) -> None:
     assert replace(alone, clean=together.clean, corruptions=together.corruptions) == together
     for one, other in zip(alone.rows(), together.rows(), strict=True):
-        assert (one.label, one.seeds, one.changed) == (other.label, other.seeds, other.changed)
+        assert (one.label, one.seeds) == (other.label, other.seeds)
+        to_rounding = one.label.startswith(rounded)
+        climbs = to_rounding and not one.label.startswith("random")
+        assert abs(one.changed - other.changed) <= (without_gradient(alone) if climbs else 0), one.label
         for name, values in one.metrics.items():
-            tolerance = {"rel": 1e-5} if one.label.startswith(rounded) else {"rel": 0, "abs": 0}
+            tolerance = {"rel": 1e-5} if to_rounding else {"rel": 0, "abs": 0}
             assert other.metrics[name] == pytest.approx(values, nan_ok=True, **tolerance), one.label
     assert len({row.metrics["loss"] for row in alone.rows()}) > 4, "they do something"
 
