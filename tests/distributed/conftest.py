@@ -27,7 +27,7 @@ class RankError(AssertionError):
 
 @pytest.fixture(scope="session")
 def run_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
-    """Return `run_on_ranks(function, world_size, *arguments, timeout=120)`: what the function returned on each rank.
+    """Return `run_on_ranks(function, world_size, *arguments, timeout=300)`: what the function returned on each rank.
 
     The function stands at the top level of a test module, which each rank imports anew; fixtures and conftest are not
     there. It finds a gloo process group of `world_size` ranks, one thread and seed 0. Arguments and results are
@@ -39,7 +39,7 @@ def run_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers.trainer", "transformers.models.bert.modeling_bert"])
 
-    def run(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    def run(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 300.0) -> list[Any]:
         folder, port = tmp_path_factory.mktemp("ranks"), _free_port()
         processes = []
         for rank in range(world_size):

@@ -28,7 +28,7 @@ def run_rank(file, function, arguments, folder, rank, world_size, port):
 
     torch.set_num_threads(1)
     transformers.set_seed(0)
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=300))
     name = Path(file).stem
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)

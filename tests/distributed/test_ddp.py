@@ -350,7 +350,7 @@ def bytes_of_a_shared_corruption():
 @pytest.fixture(scope="module")
 def others(run_on_ranks):
     """Return a function that takes what a function found on each rank; all of them run in one start of ranks."""
-    ranks = run_on_ranks(every_other, 2, timeout=300)
+    ranks = run_on_ranks(every_other, 2)
     return lambda function: [rank[function.__name__] for rank in ranks]
 
 

@@ -208,7 +208,7 @@ def on_two_ranks(folder):
 @pytest.fixture(scope="module")
 def two_ranks(run_on_ranks, tmp_path_factory):
     """Return the runs, the run that was stopped, and the spoiled steps, each as both ranks found it."""
-    return list(zip(*run_on_ranks(on_two_ranks, 2, str(tmp_path_factory.mktemp("runs")), timeout=300), strict=True))
+    return list(zip(*run_on_ranks(on_two_ranks, 2, str(tmp_path_factory.mktemp("runs"))), strict=True))
 
 
 def test_two_ranks_equal_one_process(two_ranks, tmp_path):

@@ -207,7 +207,7 @@ def every_check():
 
 @pytest.fixture(scope="module")
 def checked(run_on_ranks):
-    return run_on_ranks(every_check, 4, timeout=300)
+    return run_on_ranks(every_check, 4)
 
 
 def on_its_ranks(checked, check, layout):

@@ -214,8 +214,11 @@ def sweep(path=None):
     probe = LayerProbe(model, ClassificationMetric(batches), batches, targets=by_kind(model), progress=False)
     return probe.evaluate(corruptions, checkpoint=path)
 
+def lines(path):
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
 begun = time.perf_counter()
-expected = sweep().to_json()
+expected = sweep(folder / "whole.jsonl").to_json()
 seconds, draw = time.perf_counter() - begun, random.Random(0)
 resumed, path = 0, folder / "0.jsonl"
 while kills < 20:
@@ -223,12 +226,18 @@ while kills < 20:
     if not child:
         sweep(path)
         os._exit(0)
-    time.sleep(draw.uniform(0.1, 1.0) * seconds)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
+    # It is killed soon after so many lines, however slow the machine is by then.
+    enough, ended = draw.randint(0, lines(folder / "whole.jsonl")), 0
+    while not ended and lines(path) < enough:
+        time.sleep(0.001)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        time.sleep(draw.uniform(0.0, 0.2) * seconds)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         kills += 1
-        resumed += path.exists() and len(path.read_bytes().splitlines()) > 2
+        resumed += lines(path) > 2
     if kills % 4 == 0 or not os.WIFSIGNALED(status):
         assert sweep(path).to_json() == expected, f"after {kills} kills"
         path = folder / f"{time.monotonic_ns()}.jsonl"
