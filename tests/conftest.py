@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import hashlib
 import os
 import shutil
@@ -33,6 +34,13 @@ TINY = {
     "intermediate_size": 16,
     "max_position_embeddings": 16,
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unburdened() -> None:
+    """Keep the libraries out of the garbage collections: each Trainer begins with one, which took most of its test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
