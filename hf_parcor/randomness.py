@@ -1,7 +1,8 @@
-"""The states of Python's, NumPy's and PyTorch's global generators, kept and put back."""
+"""Python's, NumPy's and PyTorch's random numbers: the states of their generators, kept and put back."""
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,9 +29,8 @@ class RandomStates:
     def __init__(self, devices: Iterable[torch.device] = ()) -> None:
         self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the global state)
         self._cpu = torch.get_rng_state()
-        self._devices: list[tuple[torch.device, Any]] = [
-            (device, torch.get_device_module(device).get_rng_state(device)) for device in _with_generators(devices)
-        ]
+        accelerators = [device for device in dict.fromkeys(devices) if device.type not in ("cpu", "meta")]
+        self._devices = [(device, _get_state(device)) for device in accelerators]
 
     def put_back(self) -> None:
         """Let every generator go on from these states."""
@@ -38,7 +38,7 @@ class RandomStates:
         np.random.set_state(self._numpy)  # noqa: NPY002
         torch.set_rng_state(self._cpu)
         for device, state in self._devices:
-            torch.get_device_module(device).set_rng_state(state, device)
+            torch.get_device_module(device).set_rng_state(state, *_place(device))
 
 
 @contextmanager
@@ -51,6 +51,31 @@ def random_states_kept(devices: Iterable[torch.device] = ()) -> Iterator[None]:
         states.put_back()
 
 
-def _with_generators(devices: Iterable[torch.device]) -> list[torch.device]:
-    """Return the accelerators that have a generator each; that of Apple's is one for all, and asks for no device."""
-    return [device for device in dict.fromkeys(devices) if device.type not in ("cpu", "meta", "mps")]
+@contextmanager
+def generator_kept(collator: Any) -> Iterator[None]:
+    """Let a collator draw from a copy of its own generator, if it has one, as those of Transformers with a seed do."""
+    collator = getattr(collator, "data_collator", collator)  # of a Trainer's that removes columns
+    if not hasattr(collator, "generator"):
+        yield
+        return
+    own = collator.generator
+    collator.generator = copy.deepcopy(own)  # None where it is made at the first batch
+    try:
+        yield
+    finally:
+        collator.generator = own
+
+
+def seed_the_cpu(seed: int) -> None:
+    """Seed every global generator of the CPU, and no other: those of accelerators are the model's."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+
+
+def _get_state(device: torch.device) -> Any:
+    return torch.get_device_module(device).get_rng_state(*_place(device))
+
+
+def _place(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # there is one of Apple's

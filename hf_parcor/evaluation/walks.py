@@ -11,8 +11,8 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from hf_parcor.evaluation.fingerprint import Fingerprint, fingerprint
-from hf_parcor.evaluation.randomness import generator_kept, random_states_kept, seed_the_cpu
 from hf_parcor.evaluation.replicas import all_batches
+from hf_parcor.randomness import generator_kept, random_states_kept, seed_the_cpu
 
 _REMEDY = "do not shuffle (shuffle=False), let the collator draw no random numbers, or pass list(loader)"
 _MARK = 8  # bytes of each entry's digest that are kept: enough to tell two apart
@@ -95,7 +95,7 @@ class RepeatedBatches:
         generator = getattr(self._batches, "generator", None)
         state = generator.get_state() if isinstance(generator, torch.Generator) else None
         try:
-            with random_states_kept(torch.device("cpu")):
+            with random_states_kept():
                 yield
         finally:
             if generator is not None and state is not None:

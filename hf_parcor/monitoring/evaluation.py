@@ -39,9 +39,8 @@ def measure_robustness(
     Args:
         trainer: Any `transformers.Trainer`.
         corruptions: What to measure. Those that need gradients climb along the Trainer's loss over the evaluation
-            data.
+            data. If its collator draws random numbers, such as masks, what it draws first is kept in memory for them.
         trials: Trials of each stochastic corruption. Default 3.
-from hf_parcor.evaluation.walks import drawn_once
         seed: First seed.
         eval_dataset: One data set, or the name of one of the Trainer's; None for the Trainer's own.
         metric_key_prefix: As in `Trainer.evaluate`.

@@ -14,8 +14,8 @@ from transformers.trainer_utils import TrainerMemoryTracker
 
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.metrics.clock import is_of_the_clock
-from hf_parcor.evaluation.randomness import generator_kept, random_states_kept, seed_the_cpu
 from hf_parcor.evaluation.replicas import measurable_model
+from hf_parcor.randomness import generator_kept, random_states_kept, seed_the_cpu
 
 # What of a Trainer's arguments decides what an evaluation finds.
 _ARGUMENTS = (
@@ -60,7 +60,7 @@ class TrainerMetric:
         if isinstance(data, str):
             data = self._trainer.eval_dataset[data]  # type: ignore[index]
         sets = data if isinstance(data, dict) else {"": data}
-        with random_states_kept(self._trainer.args.device):
+        with random_states_kept([self._trainer.args.device]):
             seed_the_cpu(0)
             return {name: fingerprint(_items(one)) for name, one in sets.items() if one is not None}
 
@@ -77,7 +77,7 @@ class TrainerMetric:
                 f"model: expected the one that the Trainer evaluates, got another {type(model).__name__}; "
                 "pass trainer.model to the evaluator"
             )
-        with _in_silence(trainer), random_states_kept(trainer.args.device), generator_kept(trainer.data_collator):
+        with _in_silence(trainer), random_states_kept([trainer.args.device]), generator_kept(trainer.data_collator):
             found: dict[str, Any] = trainer.evaluate(self._eval_dataset, metric_key_prefix=self._prefix)
         metrics = {
             name.removeprefix(prefix): float(value)
