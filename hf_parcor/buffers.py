@@ -115,7 +115,7 @@ class StepBuffers:
         """Guard the buffers during a pass.
 
         Args:
-            index: Which pass, from 0; −1 for a run that records the prefix.
+            index: Which pass, from 0; −1 for a run that records the prefix, or one that is not finished.
         """
         if index < 0:
             with self._recording():
@@ -141,8 +141,9 @@ class StepBuffers:
                 recorded = self._of_replayed()
                 before[0].put_back()
                 recorded.put_back()
-        if self._before is not None:
+        if self._before is not None and self._after is not None:
             self._before = BufferSnapshot(self._model.modules())
+            self._after.put_back()
 
     @contextmanager
     def _settling(self) -> Iterator[None]:

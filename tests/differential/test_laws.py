@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 
 import pytest
 import torch
 import transformers as tf
-from differential.hostile import CASES
+from accelerate import Accelerator
+from differential.hostile import CASES, PopsWhatIsNested
 from torch import nn
 
 from hf_parcor import (
@@ -20,6 +22,7 @@ from hf_parcor import (
     GaussianNoise,
     MultiStepRisk,
     Quantization,
+    defended_backward,
 )
 from hf_parcor.batches import private_copy
 from hf_parcor.evaluation import ClassificationMetric, LanguageModelMetric
@@ -46,35 +49,53 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def trainer_of(tmp_path):
-    def build(case, defense=None, **settings):
-        options = {
-            "output_dir": str(tmp_path),
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "max_steps": 3,
-            "optim": "sgd",
-            "learning_rate": 0.1,
-            "per_device_train_batch_size": 4,
-            "dataloader_pin_memory": False,
-            **case.options,
-        }
-        kind = case.trainer if defense is None else case.defended()
-        if defense is not None:
-            settings["defense"] = defense
-        return kind(
-            model=case.build(),
-            args=tf.TrainingArguments(**options),
-            train_dataset=case.rows(),
-            data_collator=case.collator,
-            **settings,
-        )
+def trainer_of(name, defense=None, **settings):
+    case = CASES[name]
+    options = {
+        "output_dir": "unused",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "max_steps": 3,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "per_device_train_batch_size": 4,
+        "dataloader_pin_memory": False,
+        **case.options,
+    }
+    kind = case.trainer if defense is None else case.defended()
+    if defense is not None:
+        settings["defense"] = defense
+    return kind(
+        model=case.build(),
+        args=tf.TrainingArguments(**options),
+        train_dataset=case.rows(),
+        data_collator=case.collator,
+        **settings,
+    )
 
-    return build
+
+@functools.cache
+def stock_run(name):
+    return trained(trainer_of(name))
+
+
+def one_step(name, defense=None):
+    """Return the Trainer, the batch as the step left it, and what it returned."""
+    case, trainer = CASES[name], trainer_of(name, defense)
+    trainer.current_gradient_accumulation_steps = 1
+    if trainer.args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable()
+    batch = case.collator(case.rows()[:4])
+    torch.manual_seed(2)
+    return trainer, batch, trainer.training_step(trainer.model, batch)
+
+
+@functools.cache
+def stock_step(name):
+    return one_step(name)
 
 
 def trained(trainer):
@@ -113,35 +134,21 @@ def assert_same_model(one, other, *, buffers_close=False):
             assert torch.equal(buffer, other.get_buffer(name)), name
 
 
-def defended_by(case, name):
-    return not (case.trainer.__name__ == "PopsWhatIsNested" and name == "sam on a part of the batch")
-
-
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("name", CASES)
 class TestTraining:
-    @pytest.mark.parametrize("name", ["multi-step", "random start"])
-    def test_a_defense_that_does_nothing_trains_as_the_stock_trainer(self, case, name, trainer_of):
-        stock = trained(trainer_of(case))
-        ours = trained(trainer_of(case, DEFENSES[name]))
+    @pytest.mark.parametrize("defense", ["multi-step", "random start"])
+    def test_a_defense_that_does_nothing_trains_as_the_stock_trainer(self, name, defense):
+        stock, ours = stock_run(name), trained(trainer_of(name, DEFENSES[defense]))
         assert losses(ours) == pytest.approx(losses(stock), abs=1e-6)
         assert_same_model(ours.model, stock.model, buffers_close=True)
 
-    @pytest.mark.parametrize("name", DEFENSES)
-    def test_a_step_leaves_batch_buffers_and_gradients_as_the_stock_step(self, case, name, trainer_of):
-        if not defended_by(case, name):
+    @pytest.mark.parametrize("defense", DEFENSES)
+    def test_a_step_leaves_batch_buffers_and_gradients_as_the_stock_step(self, name, defense):
+        if CASES[name].trainer is PopsWhatIsNested and DEFENSES[defense].splits_batch:
             pytest.skip("a list beside the tensors is no list of examples")
-        found = []
-        for defense in (None, DEFENSES[name]):
-            trainer = trainer_of(case, defense)
-            trainer.current_gradient_accumulation_steps = 1
-            if trainer.args.gradient_checkpointing:
-                trainer.model.gradient_checkpointing_enable()
-            batch = case.collator(case.rows()[:4])
-            torch.manual_seed(2)
-            loss = trainer.training_step(trainer.model, batch)
-            found.append((trainer, batch, loss))
-        (stock, given, stock_loss), (ours, ours_given, loss) = found
+        stock, given, stock_loss = stock_step(name)
+        ours, ours_given, loss = one_step(name, DEFENSES[defense])
         torch.testing.assert_close(loss, stock_loss, **CLOSE)
         assert_same_batch(ours_given, given)
         assert_same_model(ours.model, stock.model)
@@ -151,17 +158,47 @@ class TestTraining:
                 torch.testing.assert_close(parameter.grad, other.grad, **CLOSE, msg=key)
 
     @pytest.mark.parametrize("steps", [1, 3])
-    def test_a_prefix_that_is_reused_is_one_that_is_computed(self, case, steps, trainer_of):
-        defense = MultiStepRisk(CorruptionConstraint(epsilon=0.3), steps=steps)
+    def test_a_prefix_that_is_reused_is_one_that_is_computed(self, name, steps):
+        case, defense = CASES[name], MultiStepRisk(CorruptionConstraint(epsilon=0.3), steps=steps)
         reused, full = (
-            trained(trainer_of(case, defense, target_modules=case.head, reuse_prefix=reuse)) for reuse in (True, False)
+            trained(trainer_of(name, defense, target_modules=case.head, reuse_prefix=reuse)) for reuse in (True, False)
         )
         assert (reused.shared_prefix is not None) == case.reused
         assert losses(reused) == pytest.approx(losses(full), rel=1e-12)
-        for (name, one), other in zip(reused.model.named_parameters(), full.model.parameters(), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12, msg=name)
-        for (name, one), other in zip(reused.model.named_buffers(), full.model.buffers(), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12, msg=name)
+        for (key, one), other in zip(reused.model.named_parameters(), full.model.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12, msg=key)
+        for (key, one), other in zip(reused.model.named_buffers(), full.model.buffers(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12, msg=key)
+
+
+LOOPED = [name for name, case in CASES.items() if case.trainer is tf.Trainer]
+
+
+@pytest.mark.parametrize("name", LOOPED)
+@pytest.mark.parametrize("defense", ["multi-step", "random start", "sam"])
+def test_a_loop_of_ones_own_leaves_what_backward_leaves(name, defense):
+    found = []
+    for ours in (False, True):
+        case, accelerator = CASES[name], Accelerator(cpu=True)
+        model = case.build()
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        batch = case.collator(case.rows()[:4])
+
+        def loss_of(model=model, batch=batch):
+            found = model(**private_copy(batch))
+            return found[0] if isinstance(found, tuple) else found["loss"]
+
+        torch.manual_seed(2)
+        if ours:
+            defended_backward(accelerator, DEFENSES[defense], model, loss_of)
+        else:
+            accelerator.backward(loss_of())
+        found.append(model)
+    stock, model = found
+    assert_same_model(model, stock)
+    for (key, parameter), other in zip(model.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, **CLOSE, msg=key)
 
 
 MEASURED = {name: case for name, case in CASES.items() if case.measured}
