@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_parcor.corruptions import Corruption
+from hf_parcor.evaluation.attributes import fixed_attributes, inner_code
 from hf_parcor.evaluation.fingerprint import TOLD_BY_THEIR_TEXT, fingerprint, fingerprint_of_weights
 from hf_parcor.evaluation.provenance import library_versions
 from hf_parcor.sharding import class_of
@@ -86,9 +87,8 @@ def settings_of(value: Any) -> Any:
     An object that has `identity` says it itself: the method returns its settings by name, plain values and whatever
     else it calls. Of a function count its name, its bytecode, defaults, and those values of closures and globals that
     are plain, or functions beside it; of a partial what it binds; of a module its weights; of any other object its
-    public attributes that are plain, and the bytecode of its class. A counter among them is a setting, too: keep it
-    in an attribute that begins with an underscore, or write `identity`. Libraries whose versions count anyway are
-    known by name.
+    public attributes that are plain, and the bytecode of its class. What a call writes itself, such as a counter, is
+    no setting. Libraries whose versions count anyway are known by name.
 
     Examples:
         >>> settings_of(functools.partial(round, ndigits=2))
@@ -170,7 +170,7 @@ def _of_object(value: Any, path: tuple[int, ...], *, attributes: bool) -> Any:
         return {"class": _name(value)}
     found = {
         name: _described(entry, path)
-        for name, entry in getattr(value, "__dict__", {}).items()
+        for name, entry in fixed_attributes(value).items()
         if not name.startswith("_") and not (isinstance(value, nn.Module) and name == "training")
     }
     weights = {"state": fingerprint_of_weights(value)} if isinstance(value, nn.Module) else {}
@@ -216,20 +216,15 @@ def _is_constant(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, complex, str, bytes))
 
 
-def _inner(code: CodeType) -> list[CodeType]:
-    """Return a code object and those of all functions inside of it."""
-    return [code, *(part for one in code.co_consts if isinstance(one, CodeType) for part in _inner(one))]
-
-
 def _names(code: CodeType) -> list[str]:
-    return sorted({name for part in _inner(code) for name in part.co_names})
+    return sorted({name for part in inner_code(code) for name in part.co_names})
 
 
 def _written(code: CodeType) -> set[str]:
     """Return the outer variables that a function sets itself: what it left there is no setting."""
     return {
         str(one.argval)
-        for part in _inner(code)
+        for part in inner_code(code)
         for one in dis.get_instructions(part)
         if one.opname in ("STORE_DEREF", "STORE_GLOBAL")
     }
@@ -237,7 +232,7 @@ def _written(code: CodeType) -> set[str]:
 
 def _code(code: CodeType) -> str:
     """Return the SHA-256 of what is executed: no lines, names of variables or docstrings."""
-    return fingerprint([[_executed(one) for one in dis.get_instructions(part)] for part in _inner(code)])
+    return fingerprint([[_executed(one) for one in dis.get_instructions(part)] for part in inner_code(code)])
 
 
 def _executed(one: dis.Instruction) -> list[Any]:

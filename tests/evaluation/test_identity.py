@@ -234,11 +234,38 @@ def test_what_does_not_decide(one, other):
     assert settings_of(written(one)) == settings_of(written(other))
 
 
+class Counting(ClassificationMetric):
+    """Counts its calls in several ways."""
+
+    left = 3
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.calls = self._calls = self.inner = self.limit = 0
+
+    @torch.no_grad()
+    def of_batch(self, model, batch):
+        self.left -= 1
+        self._calls += 1
+        self._count()
+        return {"correct": 1, "loss": 1.0, "labels": 2}
+
+    def _count(self):
+        self.calls += 1
+
+        def inner():
+            self.inner += 1
+
+        inner()
+
+
 def test_what_a_metric_counts_itself_is_no_setting():
-    for metric in (counting(), Threshold()):
+    for metric in (counting(), Threshold(), Counting(BATCHES)):
         before = settings_of(metric)
         metric(None)
         assert settings_of(metric) == before
+    metric.limit = 1
+    assert settings_of(metric) != before
 
 
 def test_what_holds_itself():

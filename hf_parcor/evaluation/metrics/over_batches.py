@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hf_parcor.evaluation.attributes import fixed_attributes
 from hf_parcor.evaluation.walks import check_repeatable
 
 
@@ -38,9 +39,9 @@ class OverBatches(ABC):
         return self._batches
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the numbers beside data and class: all attributes, also those of subclasses."""
-        shown = {name: value for name, value in vars(self).items() if name not in ("_batches", "_progress")}
-        return {name.lstrip("_"): value for name, value in shown.items()}
+        """Return what decides the numbers beside data and class: all attributes that are set once."""
+        apart = ("_batches", "_progress")
+        return {name.lstrip("_"): value for name, value in fixed_attributes(self).items() if name not in apart}
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return the metrics over all batches."""
