@@ -182,3 +182,67 @@ def test_a_loss_of_zero_is_zero_in_the_log():
         MultiStepRisk(CONSTRAINTS[0], steps=1).minimize(step)
     assert [loss.item() for loss in step.losses] == [0.0, 0.0]
     assert step.risk == 0
+
+
+class TestGradientsOfOthers:
+    """What `.grad` held before, and memory that several parameters' gradients share."""
+
+    def model(self):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+    @pytest.mark.parametrize("failing", [0, 1, 2])
+    @pytest.mark.parametrize("where", ["forward", "backward"])
+    def test_a_failure_in_the_middle_loses_no_gradient(self, failing, where):
+        model, x = self.model(), torch.randn(5, 3).double()
+        parameters = dict(model.named_parameters())
+        selected = {name: parameters[name] for name in ("0.weight", "2.weight")}
+        others = [parameter for name, parameter in parameters.items() if name not in selected]
+        bits = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        for parameter in parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        finished = {name: torch.ones_like(parameter) for name, parameter in parameters.items()}
+
+        def run_pass(objective, index):
+            if index == failing and where == "forward":
+                raise MemoryError
+            loss = objective(model(x).square().mean())
+            if index == failing:
+                raise MemoryError
+            for (name, _), part in zip(
+                parameters.items(), torch.autograd.grad(loss, [*parameters.values()], retain_graph=True), strict=True
+            ):
+                finished[name] += part
+            loss.backward()
+            return loss.detach()
+
+        with pytest.raises(MemoryError), DefendedStep(selected, run_pass, 3, others) as step:
+            MultiStepRisk(CorruptionConstraint(epsilon=0.5), steps=2).minimize(step)
+        for name, parameter in parameters.items():
+            assert torch.equal(parameter, bits[name])
+            torch.testing.assert_close(parameter.grad, finished[name], rtol=1e-12, atol=0)
+
+    @pytest.mark.parametrize("with_another", [False, True])
+    def test_gradients_in_one_place_are_scaled_once(self, with_another):
+        """Two parameters whose sum is used have one gradient, and a function may bring it as one tensor."""
+        found = []
+        for shared in (True, False):
+            parameters = {name: nn.Parameter(torch.full((3,), 2.0).double()) for name in ("one", "other")}
+            one, other = parameters.values()
+            selected = {"one": one} if with_another else parameters
+            others = [other] if with_another else []
+
+            def run_pass(objective, index, one=one, other=other, shared=shared):
+                loss = objective(((one + other) ** 2).sum())
+                (gradient,) = torch.autograd.grad(loss, [one])
+                for parameter in (one, other):
+                    held = gradient if shared else gradient.clone()
+                    parameter.grad = held if parameter.grad is None else parameter.grad + gradient
+                return loss.detach()
+
+            with DefendedStep(selected, run_pass, 2, others) as step:
+                MultiStepRisk(CorruptionConstraint(epsilon=0.5), steps=1).minimize(step)
+                norm = step.withdraw(2.0)
+            found.append([norm.realised, *(parameter.grad for parameter in parameters.values())])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
