@@ -72,6 +72,8 @@ MAY_IMPORT = {
         "labels",
         "batches",
         "buffers",
+        "modes",
+        "randomness",
         "sharding",
         "monitoring",
         "evaluation",

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from hf_parcor.buffers import StepBuffers
 from hf_parcor.defenses import DefendedStep, Defense, Objective
 from hf_parcor.injection import CorruptionNorm
+from hf_parcor.modes import devices_of
+from hf_parcor.randomness import random_states_kept
 from hf_parcor.sharding import drop_gathered, is_sharded
 from hf_parcor.targets import find_input_embedding, select_trainable
 from hf_parcor.training.backward_hooks import refuse_updates_inside_backward
@@ -162,7 +164,7 @@ class _Passes:
     def move_buffers(self) -> None:
         """Run the model forward at its own weights, where the first pass is not to move the buffers."""
         if next(self._model.buffers(), None) is not None:
-            with self._buffers.moving(), self._unreduced(True):
+            with self._buffers.moving(), self._unreduced(True), random_states_kept(devices_of(self._model)):
                 self._loss_fn()
 
     def __call__(self, objective: Objective, index: int) -> Tensor:

@@ -174,7 +174,7 @@ class ParameterDefenseMixin(PublishingMixin):
         self._cost = 1 + (defense.cost - 1) * self._suffix_share + forwards * (1 - self._suffix_share) / 3
         if not defense.first_pass_is_stock and self._buffers_move:
             self._buffers_move = passes.move_buffers()
-            self._cost += 1 / 3
+            self._cost += self._buffers_move / 3
         run_pass = on_shards(passes, model) if sharded else passes
         with DefendedStep(
             selected,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 
@@ -21,11 +21,10 @@ def overriding(instance: object, **methods: Any) -> Iterator[None]:
         1.0
     """
     attributes = vars(instance)
-    own = {name: attributes[name] for name in methods if name in attributes}
-    attributes.update(methods)
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
+        # Built-in methods put them back, and are registered first: an interrupt between two lines prevents nothing.
+        stack.callback(attributes.update, {name: attributes[name] for name in methods if name in attributes})
         for name in methods:
-            del attributes[name]
-        attributes.update(own)
+            stack.callback(attributes.pop, name, None)
+        attributes.update(methods)
+        yield

@@ -12,7 +12,9 @@ from transformers import Trainer
 from hf_parcor.batches import private_copy
 from hf_parcor.buffers import StepBuffers, buffers_move
 from hf_parcor.defenses import Defense, Objective
+from hf_parcor.modes import devices_of
 from hf_parcor.prefix import PrefixReuse, leaves_of
+from hf_parcor.randomness import random_states_kept
 from hf_parcor.sharding import is_sharded
 from hf_parcor.training.batch_part import first_examples, items_of_part
 from hf_parcor.training.books import books_closed
@@ -124,10 +126,13 @@ class Passes:
     def move_buffers(self) -> bool:
         """Run the model forward on the whole batch as it is, where the first pass is not to move the buffers.
 
+        No generator is afterwards another, so that a run that goes on from a checkpoint, which asks anew whether any
+        buffer moves, is the run that was not interrupted.
+
         Returns:
             Whether any moved.
         """
-        with self._buffers.moving():
+        with self._buffers.moving(), random_states_kept(devices_of(self._model)):
             return buffers_move(self._model, self._run_forward)
 
     def __call__(self, objective: Objective, index: int) -> Tensor:
