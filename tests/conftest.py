@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Two threads wait for each other more than they compute on models as small as these.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What `evaluate` copies, and imports as one package, is kept out of the user's caches.
 os.environ["HF_MODULES_CACHE"] = os.environ["HF_METRICS_CACHE"] = tempfile.mkdtemp()
 
