@@ -61,8 +61,11 @@ def test_a_reader_that_leaves_is_no_failure(tmp_path, record):
 def test_several_processes_measure_together_and_one_speaks(tmp_path, classifier_folder, sentences):
     flags = ["--corruption", "gaussian=0.5", "quantization=2", "--batch-size", 2, "--quiet"]
     one, two = (
-        program("probe", classifier_folder, "--dataset", sentences, *flags, "--output", tmp_path / str(count), **how)
-        for count, how in ((1, {}), (2, {"launcher": TORCHRUN, "env": {"OMP_NUM_THREADS": "1"}}))
+        program(
+            *["probe", classifier_folder, "--dataset", sentences, *flags, "--output", tmp_path / str(count)],
+            **{**how, "env": {"OMP_NUM_THREADS": "1"}},
+        )
+        for count, how in ((1, {}), (2, {"launcher": TORCHRUN}))
     )
     assert (one.returncode, two.returncode) == (0, 0), two.stderr.decode()
     assert two.stdout == one.stdout
@@ -113,7 +116,7 @@ def record():
 
 class TestInterrupted:
     @pytest.mark.slow
-    def test_ctrl_c_and_again(self, tmp_path, classifier_folder, sentences):
+    def test_ctrl_c_and_again(self, run, tmp_path, classifier_folder, sentences):
         """A probe is interrupted while it measures, and goes on; the record is that of one that was not."""
         words = ["probe", classifier_folder, "--dataset", sentences, "--group", "modules", "--corruption"]
         words += ["gaussian=0.1,0.2,0.3", "--trials", "5", "--quiet", "--output"]
@@ -134,9 +137,9 @@ class TestInterrupted:
         assert f"what is finished is in {checkpoint}" in err.decode()
         assert not (tmp_path / "out" / "probe.json").exists()
         kept = checkpoint.read_bytes()
-        assert program(*words, tmp_path / "out").returncode == 0
+        assert run(*words, tmp_path / "out").code == 0
         assert checkpoint.read_bytes().startswith(kept[: kept.rindex(b"\n")])
-        assert program(*words, tmp_path / "whole").returncode == 0
+        assert run(*words, tmp_path / "whole").code == 0
         assert SweepRecord.load(tmp_path / "out/probe.json") == SweepRecord.load(tmp_path / "whole/probe.json")
 
 

@@ -202,7 +202,7 @@ def test_gradients_equal_those_of_full_passes(name, target, bits_of):
     again = None if prefix is None else plan_recomputed(model, selected, batches[0])
     assert again is None or again.prefix == prefix.prefix
     for defense, accumulation in [
-        *((MultiStepRisk(L2, steps=steps), accumulation) for steps in (1, 2, 3) for accumulation in (1, 4)),
+        *((MultiStepRisk(L2, steps=steps), accumulation) for steps, accumulation in ((1, 1), (2, 4), (3, 1))),
         (ACRT(L2, alpha=0.3), 2),
         (SAM(L2), 2),
         (MultiStepRisk(L2, steps=2, random_start=True), 1),

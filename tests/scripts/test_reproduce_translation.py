@@ -6,7 +6,7 @@ import argparse
 import gzip
 import importlib.util
 import json
-import subprocess
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -153,11 +153,8 @@ def test_table_6_and_figure_3(campaign, monkeypatch):
     assert tables.figure_3(again) == figure
 
 
-def test_help():
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "reproduce_translation.py"), "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "--test-sentences" in done.stdout
+def test_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reproduce_translation.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(SCRIPTS / "reproduce_translation.py"), run_name="__main__")
+    assert "--test-sentences" in capsys.readouterr().out
