@@ -41,7 +41,8 @@ class BufferSnapshot:
         kept = [buffer for buffer in known.values() if buffer.numel() <= _SMALL or large(buffer)]
         # Written through .data, so that no graph that waits for its backward takes the buffer for overwritten.
         self._kept = [buffer.data for buffer in kept]
-        self.values = [buffer.detach().clone() for buffer in kept]
+        self.values = [torch.empty_like(buffer, requires_grad=False) for buffer in kept]
+        _copy(self._kept, self.values)
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -49,8 +50,7 @@ class BufferSnapshot:
         for buffers, name, buffer in self._places:
             if buffers.get(name) is not buffer:
                 buffers[name] = buffer
-        if self._kept:
-            torch._foreach_copy_(self._kept, self.values)
+        _copy(self.values, self._kept)
 
     def moved(self) -> list[Tensor]:
         """Return the buffers that are others now, or have other values; waits for the device."""
@@ -64,6 +64,16 @@ class BufferSnapshot:
             if not same:
                 found.append(buffer if now is None else now)
         return found
+
+
+@torch.no_grad()
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    """Copy tensors, those of one kind and device in one call."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for place, source in enumerate(sources):
+        kinds.setdefault((source.dtype, source.device), []).append(place)
+    for places in kinds.values():
+        torch._foreach_copy_([targets[place] for place in places], [sources[place] for place in places])
 
 
 def _version_of(buffer: Tensor) -> int:
