@@ -176,7 +176,7 @@ class DatasetGradients:
 
     def loss_on(self, batch: Batch) -> Tensor:
         """Return the mean loss of a batch at the weights as they are."""
-        return self._loss(self._model, private_copy(self._on_device(batch)))  # models write into their inputs
+        return self._loss(self._model, self._on_device(batch))
 
     def on_next_batch(self, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradient of the next batch's mean loss at `w + a`; after the last batch comes the first."""
@@ -205,7 +205,8 @@ class DatasetGradients:
         self._walk = iter(())
 
     def _on_device(self, batch: Batch) -> Batch:
-        return send_to_device(batch, next(iter(self._parameters.values())).device)
+        # A copy, since models write into their inputs; before it moves, since a `BatchEncoding` moves in place.
+        return send_to_device(private_copy(batch), next(iter(self._parameters.values())).device)
 
     def _gradient(self, batch: Batch, weight: float = 1.0) -> list[Tensor]:
         parameters = list(self._parameters.values())

@@ -207,6 +207,15 @@ def test_a_model_that_writes_into_its_batch(classifier, batches):
     assert all(torch.equal(one[k], other[k]) for one, other in zip(batches, before, strict=True) for k in other)
 
 
+def test_a_batch_that_moves_in_place_stays_where_it_is(classifier, batches):
+    encodings = [transformers.BatchEncoding(batch) for batch in batches]
+    before = [encoding.data for encoding in encodings]
+    gradients = gradients_of(classifier, encodings)
+    gradients.over_data()
+    gradients.next_batch()
+    assert all(encoding.data is data for encoding, data in zip(encodings, before, strict=True))
+
+
 class TestHowOftenTheModelRuns:
     @pytest.fixture
     def run(self, classifier, batches):
