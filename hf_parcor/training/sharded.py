@@ -8,13 +8,14 @@ FSDP2 expects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_parcor.defenses import Objective
-from hf_parcor.prefix import PrefixError, RecomputedPrefix, find_prefix, try_prefix
+from hf_parcor.prefix import PrefixError, RecomputedPrefix, failures_as_prefix_errors, find_prefix, try_prefix
 from hf_parcor.sharding import drop_gathered, reducing
 
 _CHECKPOINTED = "_checkpoint_wrapped_module."  # in names, where FSDP's activation checkpointing wraps modules
@@ -62,7 +63,8 @@ def plan_prefix_on_shards(
 
     Raises:
         PrefixError: The model cannot be cut, or not at the same place on all processes.
-        RuntimeError: A pass of the trial broke off, and FSDP2 is left in the middle of it.
+        RuntimeError: A pass of the trial broke off, and this release of PyTorch cannot bring FSDP2 out of the middle
+            of it; others can, and it is a `PrefixError`.
     """
 
     def watched() -> Any:
@@ -73,19 +75,39 @@ def plan_prefix_on_shards(
         with reducing(model):
             return run_pass(objective)
 
+    def found() -> RecomputedPrefix:
+        with _brought_to_an_end(model):
+            return find_prefix(model, selected, watched, RecomputedPrefix)
+
     # All must cut alike before they try: each pass waits for what the others gather.
-    prefix = agree(lambda: find_prefix(model, selected, watched, RecomputedPrefix))
+    prefix = agree(found)
 
     def tried() -> RecomputedPrefix:
-        try:
+        with _brought_to_an_end(model), failures_as_prefix_errors():
             try_prefix(prefix, model, selected, reduced, passes=passes, in_step=True)
-        except PrefixError:
+        return prefix
+
+    return agree(tried)
+
+
+@contextmanager
+def _brought_to_an_end(model: nn.Module) -> Iterator[None]:
+    """Bring FSDP2 out of the middle of a pass that broke off, on all processes alike, so that the next can begin.
+
+    Raises:
+        RuntimeError: This release of PyTorch cannot.
+    """
+    try:
+        yield
+    except Exception as error:
+        # What is found out after a pass has no cause in one.
+        if isinstance(error, PrefixError) and error.__cause__ is None:
             raise
-        except Exception as error:
+        reset = getattr(model, "reset_iter_state", None)  # since PyTorch 2.13
+        if reset is None:
             raise RuntimeError(
                 f"reuse_prefix: expected a model whose passes can share what they compute, got {error!r}; "
                 "pass reuse_prefix=False"
             ) from error
-        return prefix
-
-    return agree(tried)
+        reset()
+        raise

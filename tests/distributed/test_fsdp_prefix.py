@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 
+import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -14,6 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_parcor import ACRT, CorruptionConstraint, MultiStepRisk, select_parameters
 from hf_parcor.defenses import DefendedStep
 from hf_parcor.functional.sharded import local_part
+from hf_parcor.prefix import PrefixError
 from hf_parcor.training.sharded import on_shards, plan_prefix_on_shards
 
 L2 = CorruptionConstraint(epsilon=0.3)
@@ -108,11 +110,37 @@ def on_ranks():
         runs = [gradients_of(model, selected, batches[:accumulation], defense, kept) for kept in (prefix, None)]
         reused = {inner for module in prefix.prefix for inner in module.modules()}
         answers.append((len(reused.intersection(model.bert.encoder.layer)), *runs))
-    return answers
+    return answers, after_a_trial_that_breaks_off(batches[:1])
+
+
+def after_a_trial_that_breaks_off(batches):
+    """Let a model find in its last layer that the first one did not run; return what was said, and gradients."""
+    model, ran = sharded_bert(True).eval(), []
+
+    def check(module, arguments):
+        assert ran.pop()
+
+    model.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: ran.append(True))
+    model.classifier.register_forward_pre_hook(check)
+    selected, defense = select_parameters(model, "last-encoder-layer"), MultiStepRisk(L2, steps=2)
+
+    def one_pass(objective):
+        result = model(**batches[0])
+        objective(result).backward()
+        return result
+
+    run = partial(model, **batches[0])
+    with pytest.raises(PrefixError) as said:
+        plan_prefix_on_shards(model, selected, run, one_pass, lambda make: make(), defense.passes)
+    fresh = sharded_bert(True).eval()
+    full = gradients_of(fresh, select_parameters(fresh, "last-encoder-layer"), batches, defense, None)
+    return str(said.value), gradients_of(model, selected, batches, defense, None)[0], full[0]
 
 
 def test_gradients_are_those_of_full_passes_and_the_prefix_is_not_gathered_in_each(run_on_ranks):
-    for rank in run_on_ranks(on_ranks, 2):
+    for rank, (said, after, fresh) in run_on_ranks(on_ranks, 2):
+        assert "IndexError" in said
+        torch.testing.assert_close(after, fresh, rtol=0, atol=0)
         assert [layers for layers, _, _ in rank] == [
             LAYERS if targets == ["classifier"] else 3 for targets, *_ in RUNS
         ]
