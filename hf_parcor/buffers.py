@@ -37,7 +37,7 @@ class BufferSnapshot:
             if buffer is not None
         ]
         self._versions = {id(buffer): _version_of(buffer) for _, _, buffer in self._places}
-        known = {id(buffer): buffer for _, _, buffer in self._places if buffer.device.type != "meta"}
+        known = {id(buffer): buffer for _, _, buffer in self._places if _is_plain(buffer)}
         kept = [buffer for buffer in known.values() if buffer.numel() <= _SMALL or large(buffer)]
         # Written through .data, so that no graph that waits for its backward takes the buffer for overwritten.
         self._kept = [buffer.data for buffer in kept]
@@ -74,6 +74,12 @@ def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
         kinds.setdefault((source.dtype, source.device), []).append(place)
     for places in kinds.values():
         torch._foreach_copy_([targets[place] for place in places], [sources[place] for place in places])
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    """Say whether a buffer's values can be copied: what is packed or made of other tensors is no running state."""
+    own_class = type(buffer).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return buffer.layout is torch.strided and not (buffer.is_meta or buffer.is_quantized or own_class)
 
 
 def _version_of(buffer: Tensor) -> int:

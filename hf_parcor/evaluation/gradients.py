@@ -263,8 +263,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _memory(tensor: Tensor) -> tuple[torch.device, int]:
     """Return where a tensor's memory begins; that of sparse and nested ones is never handed out."""
     part = local_part(tensor)
-    address = part.untyped_storage().data_ptr() if part.layout is torch.strided else 0
-    return part.device, address
+    try:
+        return part.device, part.untyped_storage().data_ptr() if part.layout is torch.strided else 0
+    except RuntimeError:  # a tensor that is made of others, and has no memory of its own
+        return part.device, 0
 
 
 @contextmanager

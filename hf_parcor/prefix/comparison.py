@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from hf_parcor.prefix.cut import PrefixError
 
-# How far a gradient that is summed in another order may be off; autocast computes in half precision.
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+# How far a gradient that is summed in another order may be off; autocast computes in half precision, and many models
+# in float64 norm in float32.
+_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 _SMALL_GRADIENT = 1e-2  # of the largest one's size: below, a tensor's gradient is compared on this scale
 _REPEATABLE = 1e-3  # two full runs that differ by more draw random numbers, or count
 _OF_RUNS = 4.0  # how much farther apart than two full runs a full one and one with the prefix reused may be

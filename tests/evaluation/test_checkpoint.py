@@ -80,7 +80,7 @@ def test_a_part_is_made_ready_when_its_turn_comes(classifier, batches, tmp_path,
 
     def seek(model, *arguments):
         finished = len(path.read_text().splitlines()) - 2  # but for the head and the clean model
-        sought.append((next(iter(arguments[-2])), finished))
+        sought.append((next(iter(arguments[-1])), finished))
 
     monkeypatch.setattr(measurement, "prefix_of_measurements", seek)
     targets = {name: [name] for name in ("bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1")}
