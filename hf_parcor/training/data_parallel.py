@@ -35,15 +35,18 @@ def unfinished_forward(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def sending_buffers_again(model: nn.Module) -> Iterator[None]:
-    """Let DDP send buffers at the next forward pass if it would have without those inside the block."""
+def sending_no_buffers(model: nn.Module) -> Iterator[None]:
+    """Let forward passes wait for no process, since another may have none to run; the next one sends what is due."""
     wrapper = data_parallel(model)
-    sends = wrapper is not None and wrapper.require_forward_param_sync
+    if wrapper is None:
+        yield
+        return
+    due = wrapper.require_forward_param_sync
+    wrapper.require_forward_param_sync = False
     try:
         yield
     finally:
-        if wrapper is not None:
-            wrapper.require_forward_param_sync = sends
+        wrapper.require_forward_param_sync = due
 
 
 def reduction_of(model: nn.Module) -> Callable[[], Tensor] | None:

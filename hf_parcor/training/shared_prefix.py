@@ -14,7 +14,7 @@ from transformers.utils import logging
 from hf_parcor.defenses import Defense
 from hf_parcor.prefix import NothingToReuse, PrefixError, PrefixReuse, plan_prefix
 from hf_parcor.sharding import is_sharded
-from hf_parcor.training.data_parallel import sending_buffers_again, wrapped_by
+from hf_parcor.training.data_parallel import sending_no_buffers, wrapped_by
 from hf_parcor.training.passes import Passes
 from hf_parcor.training.sharded import plan_prefix_on_shards
 
@@ -45,7 +45,7 @@ def find_shared_prefix(
         _check(trainer, defense, model)
         passes.prepare()  # before the model is watched: a training step sets its mode
         names = {module: name for name, module in alone.named_modules()}
-        with sending_buffers_again(model):
+        with sending_no_buffers(model):
             if is_sharded(alone):
                 return plan_prefix_on_shards(
                     alone, selected, passes.watch, passes.trial, lambda make: _agree(names, make), defense.passes
