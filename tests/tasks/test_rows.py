@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 
@@ -31,7 +32,16 @@ GOOD = [
     ),
     ("a.txt", "one\n\ntwo\n", [{"text": "one"}, {"text": ""}, {"text": "two"}]),
     ("a.csv", "", []),
+    ("a.csv", "text,label\n007,01\n008,02\n", [{"text": "007", "label": "01"}, {"text": "008", "label": "02"}]),
+    ("a.tsv", "text\tlabel\n-0\t+1\n", [{"text": "-0", "label": "+1"}]),
+    ("a.csv", "text,label\n\u0661, 1\n", [{"text": "\u0661", "label": " 1"}]),
+    ("a.csv", f'text,label\n"{"x" * 150_000}",1\n', [{"text": "x" * 150_000, "label": 1}]),
+    ("a.jsonl", '\ufeff{"text": "\\ud83d\\ude00 \\\\ud83d"}\n', [{"text": "\U0001f600 \\ud83d"}]),
+    ("a.jsonl", '{"label": 1.0}\n{"label": true}\n', [{"label": 1.0}, {"label": True}]),
 ]
+DAMAGED = bytearray(gzip.compress(b"text,label\ngood,1\nbad,0\n" * 200, mtime=0))
+DAMAGED[30] ^= 255
+DAMAGED[31] ^= 255
 BAD = [
     ("a.tsv", b"text\tlabel\na\t1\nb\n", r"a\.tsv: expected 2 cells \(text, label\) in line 3, got 1; mend"),
     ("a.csv", b'text,label\n"a,1\n', "expected comma-separated values in line 2"),
@@ -42,6 +52,24 @@ BAD = [
     ("a.txt", b"\xff\xfe\x00", "expected text in UTF-8"),
     ("a.csv.gz", gzip.compress(b"text\na\n" * 99, mtime=0)[:-9], "expected a file that can be read"),
     ("a.csv.gz", b"text\na\n", "expected a file that can be read, got Not a gzipped file"),
+    ("a.csv.gz", bytes(DAMAGED), r"expected a file that can be read, got Error -3 .*; restore or convert it"),
+    (
+        "a.csv",
+        b"text,label,text\ngood,1,bad\n",
+        "columns of different names in line 1, got 'text' twice; mend",
+    ),
+    ("a.tsv", b"text\tlabel\ttext\ngood\t1\tbad\n", "expected columns of different names in line 1, got 'text' twice"),
+    (
+        "a.jsonl",
+        b'{"a": 0}\n{"a": 1, "a": 2}\n',
+        "expected a JSON object in line 2, got 'a' twice in one object;",
+    ),
+    ("a.json", b'[{"a": 1, "a": 2}]', "expected JSON, got 'a' twice in one object; mend"),
+    ("a.jsonl", b'{"a": {"b": 1}, "a.b": 2}\n', "expected columns of different names in line 1, got 'a.b' twice"),
+    ("a.jsonl", b'{"a": 0}\n{"text": "x \\ud800"}\n', r"expected text in line 2, got half of a character \(\\ud800\)"),
+    ("a.json", b'[{"a": 0}, {"text": ["\\uDC00"]}]', r"expected text in row 2, got half of a character \(\\udc00\)"),
+    ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}\n", "expected a JSON object in line 1, got Exceeds the limit"),
+    ("a.json", b"[" * 200_000, "expected JSON, got .*recursion"),
     ("a.csv", None, "expected a file, found none"),
     ("a.parquet", b"PAR1", r"expected a file that ends in \.csv, \.tsv, \.json, \.jsonl, \.txt, or these and \.gz"),
 ]
@@ -54,6 +82,18 @@ def test_good_files(name, text, rows, packed, tmp_path):
     content = text.encode()
     path.write_bytes(gzip.compress(content) if packed else content)
     assert read_file(path) == rows
+
+
+def test_the_suffix_of_gzip_in_capitals(tmp_path):
+    (tmp_path / "a.CSV.GZ").write_bytes(gzip.compress(b"text\na\n"))
+    assert read_file(tmp_path / "a.CSV.GZ") == [{"text": "a"}]
+
+
+def test_the_limit_of_a_cell_is_that_of_other_code_again(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + "x" * 150_000)
+    before = csv.field_size_limit()
+    read_file(tmp_path / "a.csv")
+    assert csv.field_size_limit() == before
 
 
 @pytest.mark.parametrize(("name", "content", "says"), BAD)
