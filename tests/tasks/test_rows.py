@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 
 import pytest
 
@@ -147,6 +148,12 @@ def labelled(*labels, names=None):
     return Rows("rows.csv", [{"label": label} for label in labels], ("label",), class_names)
 
 
+STARS = {"1": 0, "2": 1, "3": 2}
+CODES = {"01": 0, "02": 1, "03": 2}
+SIGNS = {"-1": 0, "0": 1, "1": 2}
+LETTERS = {"A": 0, "a": 1}
+
+
 class TestClasses:
     OF_THE_MODEL = {"NEGATIVE": 0, "POSITIVE": 1}  # noqa: RUF012
 
@@ -154,9 +161,12 @@ class TestClasses:
         ("rows", "expected"),
         [
             (labelled(1, 0), [1, 0]),
-            (labelled("positive", "Negative"), [1, 0]),
+            (labelled("1", " 0", "1.0"), [1, 0, 1]),
+            (labelled("positive", "Negative", " POSITIVE "), [1, 0, 1]),
             (labelled(0, 1, names=["positive", "negative"]), [1, 0]),
             (labelled(0, 1, names=["down", "up"]), [0, 1]),
+            (labelled(0, 2, names=["positive", "neutral", "negative"]), [1, 0]),
+            (labelled(0, 1, names=["negative", "up"]), [0, 1]),
             (labelled([0, 1], ["positive"]), [[0, 1], [1]]),
             (labelled(1.0), [1]),
         ],
@@ -171,7 +181,17 @@ class TestClasses:
             (labelled("positiv"), r"got 'positiv' .* row 1 \(did you mean POSITIVE\?\)"),
             (labelled("positiv"), "choose data with labels"),
             (labelled(2), "got 2 in column 'label'"),
+            (labelled(0.5), "got 0.5 in column 'label'"),
+            (labelled("01"), "got '01' in column 'label'"),
+            (labelled("9" * 5000), "got '99"),
+            (labelled(True), "got True in column 'label'"),
             (labelled(0, None), "expected a value of 'label' in each row, got none in row 2"),
+            (labelled("positive", " "), "expected a label in each row, got ' ' in column 'label', row 2; "),
+            (labelled([0, None]), r"expected a label in each row, got None in column 'label', row 1; "),
+            (labelled(math.nan), r"expected a label in each row, got nan in column 'label', row 1; "),
+            (labelled([[0]]), r"expected a label of the model .*, got \[0\]"),
+            (labelled(1, names=["positive", "neutral", "negative"]), "got 1 = neutral in column 'label'"),
+            (labelled(-1, names=["negative", "positive"]), "got -1 in column 'label'"),
         ],
     )
     def test_labels_that_it_does_not_know(self, rows, says):
@@ -179,17 +199,98 @@ class TestClasses:
             class_numbers(rows, "label", self.OF_THE_MODEL)
 
     @pytest.mark.parametrize(
+        ("of_the_model", "labels", "expected"),
+        [
+            (STARS, [1, 2, 3], [0, 1, 2]),
+            (STARS, ["1", "2"], [0, 1]),
+            (STARS, [1.0, "3.0"], [0, 2]),
+            (CODES, ["01", "02"], [0, 1]),
+            (SIGNS, [0, 1, -1], [1, 2, 0]),
+            (LETTERS, ["A", "a"], [0, 1]),
+            ({"1.0": 0, "2.0": 1}, [1, 2.0, "1"], [0, 1, 0]),
+            ({"False": 0, "True": 1}, [True, "false"], [1, 0]),
+            ({" x": 0, "x": 1}, [" x", "x"], [0, 1]),
+        ],
+    )
+    def test_a_name_comes_before_a_number(self, of_the_model, labels, expected):
+        assert class_numbers(labelled(*labels), "label", of_the_model) == expected
+
+    @pytest.mark.parametrize(
+        ("of_the_model", "rows", "says"),
+        [
+            (STARS, labelled(0, 1), r"expected a label of the model \(1 = 0, 2 = 1, 3 = 2\), got 0 .* row 1"),
+            (STARS, labelled("0"), "got '0' in column 'label', row 1"),
+            (CODES, labelled("1", "2"), r"expected a label of the model .* got '1' .* row 1"),
+            (CODES, labelled(3), "got 3 in column 'label', row 1"),
+            (
+                {"Up": 0, "UP": 1},
+                labelled("up"),
+                "a label that means one class, got 'up' .* Up = 0 or UP = 1",
+            ),
+            (
+                {"Up": 0, "UP": 1},
+                labelled(0, names=["up"]),
+                "got 0 = up in column 'label', .* Up = 0 or UP = 1",
+            ),
+            ({"1.0": 0, "1.00": 1}, labelled(1), "expected a label that means one class, got 1 "),
+        ],
+    )
+    def test_what_may_mean_two_classes(self, of_the_model, rows, says):
+        with pytest.raises(InputError, match=says):
+            class_numbers(rows, "label", of_the_model)
+
+    @pytest.mark.parametrize(
         ("rows", "expected"),
         [
-            (labelled(0, 2), ["0", "1", "2"]),
+            (labelled(0, 2), ["0", "2"]),
+            (labelled(0, 100_000), ["0", "100000"]),
+            (labelled("10", "9"), ["9", "10"]),
+            (labelled(1.0, 2.0, 1), ["1", "2"]),
+            (labelled("1.0", "2.0"), ["1", "2"]),
+            (labelled(0.5, 1.5), ["0.5", "1.5"]),
+            (labelled("02", "01", "1"), ["01", "02", "1"]),
+            (labelled(True, False), ["false", "true"]),
+            (labelled(True, 1), ["1", "true"]),
+            (labelled("A", "a"), ["A", "a"]),
+            (labelled("x", " x"), ["x"]),
             (labelled("b", "a", "b"), ["a", "b"]),
             (labelled(0, 1, names=["b", "a"]), ["b", "a"]),
             (labelled(["O", "B"], ["O"]), ["B", "O"]),
         ],
     )
     def test_classes_to_learn(self, rows, expected):
-        assert classes_of(rows, "label") == expected
+        names = classes_of(rows, "label")
+        assert names == expected
+        numbers = class_numbers(rows, "label", {name: number for number, name in enumerate(names)})
+        found = {number for value in numbers for number in (value if isinstance(value, list) else [value])}
+        assert found == set(range(len(names)))
 
-    def test_classes_to_learn_from_no_labels(self):
-        with pytest.raises(InputError, match="expected labels from 0 on, got -1"):
-            classes_of(labelled(-1, -1), "label")
+    @pytest.mark.parametrize(
+        ("rows", "says"),
+        [
+            (labelled(-1, -1), "expected labels from 0 on, got -1"),
+            (labelled("-1", "0"), "expected labels from 0 on, got -1"),
+            (labelled("pos", ""), "expected a label in each row, got '' in column 'label', row 2; "),
+            (labelled(["O"], ["O", None]), "expected a label in each row, got None in column 'label', row 2; "),
+            (labelled(0.0, math.nan), "expected a label in each row, got nan in column 'label', row 2; "),
+            (
+                labelled([["O"]]),
+                r"expected names or numbers, or lists of these, got \['O'\] in column 'label', row 1",
+            ),
+        ],
+    )
+    def test_classes_to_learn_from_no_labels(self, rows, says):
+        with pytest.raises(InputError, match=says):
+            classes_of(rows, "label")
+
+    @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl"])
+    @pytest.mark.parametrize(("of_the_model", "label"), [(STARS, "2"), (CODES, "02"), (SIGNS, "0"), (LETTERS, "a")])
+    def test_one_label_is_one_class_in_every_kind_of_file(self, name, of_the_model, label, tmp_path):
+        texts = {
+            "a.csv": f"text,label\nx,{label}\n",
+            "a.tsv": f"text\tlabel\nx\t{label}\n",
+            "a.json": json.dumps([{"text": "x", "label": label}]),
+            "a.jsonl": json.dumps({"text": "x", "label": label}),
+        }
+        (tmp_path / name).write_text(texts[name])
+        assert class_numbers(load_rows(str(tmp_path / name)), "label", of_the_model) == [1]
