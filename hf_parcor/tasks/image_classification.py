@@ -60,6 +60,8 @@ class _Images:
         return {"pixel_values": pixels, "labels": self.labels[index]}
 
     def _opened(self, image: Any, index: int) -> Any:
+        if isinstance(image, int):  # a file by the name of a number, as tables are read
+            image = str(image)
         if not isinstance(image, str):
             return image
         from PIL import Image

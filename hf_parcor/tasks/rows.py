@@ -85,7 +85,7 @@ def find_column(rows: Rows, role: str, known: Sequence[str], given: Mapping[str,
     """Return the column that has a role: the one that is given, or the first with a well-known name.
 
     Raises:
-        InputError: The column that is given does not exist.
+        InputError: The column that is given does not exist, or two have one well-known name but for its case.
     """
     if role in given:
         if given[role] not in rows.columns:
@@ -94,8 +94,12 @@ def find_column(rows: Rows, role: str, known: Sequence[str], given: Mapping[str,
                 f"{role}{nearest(given[role], rows.columns)}; name the column"
             )
         return given[role]
-    by_lower_case = {name.lower(): name for name in reversed(rows.columns)}
-    return next((by_lower_case[name] for name in known if name in by_lower_case), None)
+    found = next(filter(None, ([name for name in rows.columns if name.lower() == wanted] for wanted in known)), [])
+    if len(found) > 1:
+        raise InputError(
+            f"{rows.source}: expected one column for {role}, got {', '.join(found)}; name it with --column {role}=NAME"
+        )
+    return found[0] if found else None
 
 
 def one_line(error: Exception) -> str:

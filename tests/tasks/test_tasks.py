@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,6 +119,19 @@ def test_the_metric_is_that_of_a_loop_over_rows(name, tmp_path):
     assert task.shown(task.metrics[0], found) == task.metrics[0]
 
 
+def test_images_whose_files_are_named_by_numbers(tmp_path):
+    pytest.importorskip("PIL")
+    save_model, write_data, file = SAVED["image-classification"]
+    folder, data = save_model(tmp_path / "model"), Path(write_data(tmp_path / file))
+    for image in tmp_path.glob("*.png"):
+        image.rename(image.with_suffix(""))
+    (tmp_path / "numbers.csv").write_text(data.read_text().replace(".png", ""))
+    task, rows = TASKS["image-classification"], load_rows(str(tmp_path / "numbers.csv"))
+    processed = Processed(task.load_model(folder), task.load_processor(folder))
+    examples = task.examples(rows, task.find_columns(rows, {}), processed)
+    assert [tuple(example["pixel_values"].shape) for example in examples] == [(3, 8, 8)] * len(rows.entries)
+
+
 class TestColumns:
     def rows(self, *columns):
         return Rows("rows.tsv", [dict.fromkeys(columns, "good")], columns)
@@ -154,6 +168,13 @@ class TestColumns:
     def test_names_that_are_not(self, given, says):
         with pytest.raises(InputError, match=says):
             TASKS["text-classification"].find_columns(self.rows("sentence", "stars"), given)
+
+    def test_two_columns_that_differ_in_case(self):
+        rows = self.rows("sentence", "Label", "label")
+        task = TASKS["text-classification"]
+        with pytest.raises(InputError, match=r"one column for label, got Label, label; .* --column label=NAME"):
+            task.find_columns(rows, {})
+        assert task.find_columns(rows, {"label": "label"}) == {"text": "sentence", "label": "label"}
 
 
 class TestGuess:
