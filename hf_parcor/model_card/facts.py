@@ -107,7 +107,8 @@ class ModelFacts(StoredRecord):
         evaluated_on: The data of the metrics.
         metric: The metric that the card shows.
         percent: Whether that is a share, which reads well in percent.
-        defense: The defense that it was trained with, as in `defense_config.json`; None for none.
+        defense: The defense that it was trained with, as in `defense_config.json`; None for none. One whose
+            `defended_steps` are 0 was set and never ran, and the card does not claim it.
         repetitions: What n counts: random trials of one model, or models trained with other seeds.
         target: Which weights were corrupted, as it was asked for.
         parameters: Number k of these weights.

@@ -52,8 +52,18 @@ def unmeasured_metadata(defense: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"library_name": "transformers", "tags": _tags(defense), "model-index": []}
 
 
+def has_run(defense: Mapping[str, Any] | None) -> bool:
+    """Say whether a defense is known to have run: a file from before steps were counted is taken at its word.
+
+    Examples:
+        >>> has_run(None), has_run({"defense": "sam", "defended_steps": 0}), has_run({"defense": "sam"})
+        (False, False, True)
+    """
+    return defense is not None and defense.get("defended_steps") != 0
+
+
 def _tags(defense: Mapping[str, Any] | None) -> list[str]:
-    return [*([] if defense is None else ["adversarial-parameter-defense"]), "hf_parcor"]
+    return [*(["adversarial-parameter-defense"] if has_run(defense) else []), "hf_parcor"]
 
 
 def model_index(facts: ModelFacts) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hf_parcor.model_card.facts import ModelFacts
-from hf_parcor.model_card.metadata import is_on_the_hub
+from hf_parcor.model_card.metadata import has_run, is_on_the_hub
 from hf_parcor.model_card.pictures import CURVES, HEAT_MAP
 from hf_parcor.report.markup import code_of, markdown_table, printable, text_of
 from hf_parcor.report.numbers import Numbers
@@ -20,6 +20,7 @@ _LIMITS = (
     "selections of weights.",
     "Robustness to corrupted weights says nothing about robustness to unusual inputs.",
 )
+_COUNTS = ("defended_steps", "trained_steps")
 _HEADING = "## Robustness to parameter corruption"
 _CITATION = """### Citation
 
@@ -131,14 +132,33 @@ def _shown(picture: str, description: str, pictures: Collection[str]) -> Iterato
 
 def _training(defense: Mapping[str, Any] | None, training: str) -> Iterator[str]:
     yield "### Defense"
-    if defense is None:
-        yield "The weights were not defended in training, as far as is known."
+    if defense is None or not has_run(defense):
+        yield f"The weights were not defended in training, {_none_of(defense or {})}."
     else:
-        yield f"The weights were defended in training by {code_of(str(defense.get('defense')))} of hf\\_parcor:"
-        others = {name: value for name, value in defense.items() if name not in ("defense", "settings")}
+        name = code_of(str(defense.get("defense")))
+        yield f"The weights were defended in training by {name} of hf\\_parcor{_how_often(defense)}:"
+        others = {name: value for name, value in defense.items() if name not in ("defense", "settings", *_COUNTS)}
         yield markdown_table(("setting", "value"), [*_flat(defense.get("settings") or {}), *_flat(others)])
     if training:
         yield training
+
+
+def _none_of(defense: Mapping[str, Any]) -> str:
+    steps = defense.get("trained_steps")
+    return f"in none of {_number(steps)} steps" if steps else "as far as is known"
+
+
+def _how_often(defense: Mapping[str, Any]) -> str:
+    defended, steps = (defense.get(name) for name in _COUNTS)
+    if defended is None:
+        return ""
+    if defended == steps:
+        return f", in all of its {_number(steps)} steps"
+    return f", in {_number(defended)} of {'an unknown number of' if steps is None else _number(steps)} steps"
+
+
+def _number(steps: Any) -> str:
+    return f"{steps:,}" if isinstance(steps, int) else text_of(str(steps))
 
 
 def _reproduction(facts: ModelFacts) -> Iterator[str]:

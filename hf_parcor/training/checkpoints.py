@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_parcor.strict_json import read_strict_json
-from hf_parcor.training.defense_config import DEFENSE_CONFIG_NAME, DefenseConfig
+from hf_parcor.strict_json import read_strict_json, to_strict_json
+from hf_parcor.training.defense_config import COUNTS, DEFENSE_CONFIG_NAME, VERSION, DefenseConfig
 
 logger = logging.get_logger(__name__)
 
@@ -42,15 +42,19 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None  # type: ignore[no-untyped-call]
 
 
-def save_defense(folder: str | Path, config: DefenseConfig | None) -> None:
+def save_defense(folder: str | Path, config: DefenseConfig | None, origin: Mapping[str, Any] | None = None) -> None:
     """Write the defense into the folder of a saved model; for the stock step nothing, but warn of an old file there.
 
     Args:
         folder: The folder.
         config: What to write, None for the stock training step.
+        origin: What the file says that lay beside these very weights before: it is written instead.
     """
     path = Path(folder) / DEFENSE_CONFIG_NAME
-    if config is not None:
+    if origin is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_strict_json(origin), encoding="utf-8")
+    elif config is not None:
         config.save_pretrained(folder)
     elif path.exists():
         logger.warning_once(
@@ -93,14 +97,14 @@ def warn_of_another_defense(checkpoint: str, config: DefenseConfig | None) -> No
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return "name: old -> new" for every setting that differs; the version that wrote a file is none.
+    """Return "name: old -> new" for every setting that differs; the version that wrote a file is none, nor are steps.
 
     Examples:
         >>> differences({"settings": {"alpha": 0.5}, "layers": None}, {"settings": {"alpha": 0.3}, "layers": None})
         ['settings.alpha: 0.5 -> 0.3']
     """
     before, after = _flat(old), _flat(new)
-    names = [name for name in {**before, **after} if name != "hf_parcor_version"]
+    names = [name for name in {**before, **after} if name not in (VERSION, *COUNTS)]
     absent = object()
     return [
         f"{name}: {before.get(name, 'not set')!r} -> {after.get(name, 'not set')!r}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from hf_parcor.strict_json import read_strict_json, to_plain, to_strict_json
 from hf_parcor.training.plain_values import from_plain
 
 DEFENSE_CONFIG_NAME = "defense_config.json"
-_VERSION = "hf_parcor_version"
+VERSION = "hf_parcor_version"
+COUNTS = ("defended_steps", "trained_steps")
 _TARGETS: dict[str, Any] = {
     "target_modules": str | tuple[str, ...] | None,
     "exclude_modules": str | tuple[str, ...] | None,
     "layers": int | tuple[int, ...] | None,
 }
-_KEYS = ("defense", "settings", *_TARGETS, _VERSION)
+_KEYS = ("defense", "settings", *_TARGETS, VERSION)
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,13 @@ class DefenseConfig:
             in order.
         exclude_modules: As in `select_parameters`.
         layers: As in `select_parameters`.
+        defended_steps: How many optimizer steps of the weights beside it were defended so, 0 if it never ran; None if
+            that is not known. As the next, it is no part of what two of these are compared by.
+        trained_steps: Of how many steps.
 
     Raises:
         TypeError: `defense` is not a `Defense`.
+        ValueError: A number of steps is no whole number, or more were defended than there were.
 
     Examples:
         >>> import tempfile
@@ -55,6 +61,8 @@ class DefenseConfig:
     target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     layers: int | Collection[int] | None = None
+    defended_steps: int | None = field(default=None, compare=False)
+    trained_steps: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.defense, Defense):
@@ -66,6 +74,14 @@ class DefenseConfig:
             if isinstance(value, Collection) and not isinstance(value, str):
                 in_order = sorted(value) if isinstance(value, (set, frozenset)) else value
                 object.__setattr__(self, name, tuple(in_order))
+        for name in COUNTS:
+            count = getattr(self, name)
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+                raise ValueError(f"{name}: expected a whole number >= 0, got {count!r}")
+        if (self.defended_steps or 0) > (math.inf if self.trained_steps is None else self.trained_steps):
+            raise ValueError(
+                f"defended_steps: expected at most the {self.trained_steps} steps, got {self.defended_steps}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values, with the version of hf_parcor.
@@ -78,22 +94,23 @@ class DefenseConfig:
             "defense": next((name for name, entry in DEFENSES.items() if entry is kind), own_path),
             "settings": to_plain(self.defense, otherwise=repr),
             **{name: to_plain(getattr(self, name), otherwise=repr) for name in _TARGETS},
-            _VERSION: _installed_version(),
+            **{name: count for name in COUNTS if (count := getattr(self, name)) is not None},
+            VERSION: _installed_version(),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DefenseConfig:
-        """Read what `to_dict` wrote, strictly: nothing may be missing, unknown, or of another type.
+        """Read what `to_dict` wrote, strictly: nothing but counts may be missing, nothing unknown or of another type.
 
         Raises:
             ValueError: Something is, or a setting is out of its range, or the defense is not in the catalogue.
             TypeError: A setting is of another type than the defense takes.
             NotImplementedError: The defense does not take these settings together.
         """
-        if not isinstance(values, Mapping) or set(values) != set(_KEYS):
+        if not isinstance(values, Mapping) or set(values) - set(COUNTS) != set(_KEYS):
             got = list(values) if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"expected an object with exactly {', '.join(_KEYS)}, got {got}")
-        from_plain(str, values[_VERSION], _VERSION)
+        from_plain(str, values[VERSION], VERSION)
         name = from_plain(str, values["defense"], "defense")
         if name not in DEFENSES:
             own = "; a class of your own is not imported from a file: build it from the settings there"
@@ -103,6 +120,7 @@ class DefenseConfig:
         return cls(
             from_plain(DEFENSES[name], values["settings"], "settings"),
             **{target: from_plain(kind, values[target], target) for target, kind in _TARGETS.items()},
+            **{name: from_plain(int, values[name], name) for name in COUNTS if name in values},
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:

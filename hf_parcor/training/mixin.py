@@ -17,6 +17,7 @@ from hf_parcor.training.backward_hooks import refuse_updates_inside_backward
 from hf_parcor.training.checkpoints import save_defense, warn_of_another_defense
 from hf_parcor.training.collapse import CollapseCallback
 from hf_parcor.training.data_parallel import reduction_of
+from hf_parcor.training.defended_steps import DefendedSteps
 from hf_parcor.training.defense_config import DefenseConfig
 from hf_parcor.training.idle import IdleDefenseCallback
 from hf_parcor.training.passes import Passes
@@ -89,6 +90,7 @@ class ParameterDefenseMixin(PublishingMixin):
         self._settings = DefenseSettings(self.args, defense, target_modules, reuse_prefix)
         self._cost = 1.0
         self._step_log = StepLog()
+        self._steps_behind = DefendedSteps()
         self._watched = False
         self._take_settings()
 
@@ -121,11 +123,20 @@ class ParameterDefenseMixin(PublishingMixin):
 
     @property
     def defense_config(self) -> DefenseConfig | None:
-        """The defense and its targets as they are saved beside the model; None for the stock training step."""
+        """The defense and its targets, and how many steps of the model it has defended; None for the stock step."""
+        config = self._defense_settings
+        return None if config is None else self._steps_behind.counted(self.model, config)
+
+    @property
+    def _defense_settings(self) -> DefenseConfig | None:
         return None if self.defense is None else DefenseConfig(self.defense, **self._selection)
 
     @property
     def _defense_values(self) -> dict[str, Any] | None:
+        # Weights that this Trainer has not trained were defended as the file beside them says, whatever is set here.
+        origin = self._steps_behind.origin(self.model)
+        if origin is not None:
+            return dict(origin)
         return None if self.defense_config is None else self.defense_config.to_dict()
 
     def defended_parameters(self) -> dict[str, nn.Parameter]:
@@ -154,6 +165,7 @@ class ParameterDefenseMixin(PublishingMixin):
         defense = self.defense
         if defense is None or not defense.is_active(self.state.epoch or 0.0, self.state.global_step):
             self._cost = 1.0
+            self._count_step(None)
             return super().training_step(model, inputs, num_items_in_batch)
         # A schedule-free optimizer moves the weights when it enters training: not between two passes.
         enter_training = getattr(self.optimizer, "train", None)
@@ -190,7 +202,14 @@ class ParameterDefenseMixin(PublishingMixin):
             defense.minimize(step)
             norm = step.withdraw(defense.order)
         self._step_log.add(step, norm, ends_step=self.accelerator.sync_gradients)
+        # Where nothing had a gradient, nothing was corrupted.
+        corrupted = len(self._step_log.without_gradient) < self._step_log.selected
+        self._count_step(self._defense_settings if corrupted else None)
         return step.risk
+
+    def _count_step(self, config: DefenseConfig | None) -> None:
+        if self.accelerator.sync_gradients and self.model is not None:
+            self._steps_behind.add(self.model, config)
 
     def _input_embedding(self) -> nn.Module | None:
         if self.defense is None or self.model is None or not self.defense.perturbs_inputs:
@@ -236,7 +255,13 @@ class ParameterDefenseMixin(PublishingMixin):
 
     def _save_defense(self, output_dir: str | None) -> None:
         if self.args.should_save:
-            save_defense(output_dir or self.args.output_dir or ".", self.defense_config)
+            folder = output_dir or self.args.output_dir or "."
+            save_defense(folder, self.defense_config, self._steps_behind.origin(self.model))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.model is not None and self.state.best_model_checkpoint is not None:
+            self._steps_behind.take_from(self.state.best_model_checkpoint, self.model)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Every start of a run comes here; a hyperparameter search has set flags by now, and others froze parameters.
@@ -244,8 +269,11 @@ class ParameterDefenseMixin(PublishingMixin):
             self._take_settings()
         else:
             self._check_settings()
-        if kwargs.get("resume_from_checkpoint") is not None:
-            warn_of_another_defense(kwargs["resume_from_checkpoint"], self.defense_config)
+        checkpoint = kwargs.get("resume_from_checkpoint")
+        if checkpoint is not None:
+            warn_of_another_defense(checkpoint, self._defense_settings)
+            if self.model is not None:
+                self._steps_behind.take_from(checkpoint, self.model)
         chosen = any(target is not None for target in self._selection.values())
         self._step_log.begin(self.defense, chosen=chosen)
         return super()._inner_training_loop(*args, **kwargs)
