@@ -55,20 +55,22 @@ class ParameterDefenseMixin(PublishingMixin):
     Args:
         *args: For the Trainer.
         defense: What a step minimises. None reads it from `args` if these have the `--defense_*` flags, else takes
-            `DEFAULT_DEFENSE`.
+            `DEFAULT_DEFENSE`. A `DefenseConfig`, of `DefenseConfig.from_pretrained` say, gives the targets as well.
         target_modules: Which modules to defend, as in `select_parameters`. None reads it from `args`, else takes all
             trainable parameters.
+        exclude_modules: Which of these not to defend, as in `select_parameters`. None reads it from `args`.
+        layers: Which layers alone, as in `select_parameters`. None reads it from `args`.
         reuse_prefix: Whether what is computed before the first defended parameter is run once for all passes of a
             step; see `PrefixReuse`. None reads it from `args`, else True. A model that cannot be cut is run whole in
             each pass, and a warning says why.
         **kwargs: For the Trainer.
 
     Raises:
-        ValueError: A flag in `args` says something else than the argument beside it; the targets match nothing or a
-            frozen parameter; the optimizer updates inside `backward`; or the defense perturbs the inputs, and the
-            model has no input embedding or is split over devices by DataParallel; or it differentiates twice, and
-            `torch_compile` or reentrant checkpointing cannot; or `ddp_static_graph`.
-        TypeError: `defense` is not a `Defense`.
+        ValueError: A flag in `args`, or a `DefenseConfig`, says something else than the argument beside it; the
+            targets match nothing or a frozen parameter; the optimizer updates inside `backward`; or the defense
+            perturbs the inputs, and the model has no input embedding or is split over devices by DataParallel; or it
+            differentiates twice, and `torch_compile` or reentrant checkpointing cannot; or `ddp_static_graph`.
+        TypeError: `defense` is neither a `Defense` nor a `DefenseConfig`.
 
     Examples:
         >>> from transformers import Trainer
@@ -79,15 +81,18 @@ class ParameterDefenseMixin(PublishingMixin):
     def __init__(
         self,
         *args: Any,
-        defense: Defense | None = None,
+        defense: Defense | DefenseConfig | None = None,
         target_modules: str | Collection[str] | None = None,
+        exclude_modules: str | Collection[str] | None = None,
+        layers: int | Collection[int] | None = None,
         reuse_prefix: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        if defense is not None and not isinstance(defense, Defense):
+        if defense is not None and not isinstance(defense, (Defense, DefenseConfig)):
             raise TypeError(f"defense: expected a Defense such as MultiStepRisk(...), got {defense!r}; pass an object")
         super().__init__(*args, **kwargs)
-        self._settings = DefenseSettings(self.args, defense, target_modules, reuse_prefix)
+        targets = {"target_modules": target_modules, "exclude_modules": exclude_modules, "layers": layers}
+        self._settings = DefenseSettings(self.args, defense, targets, reuse_prefix)
         self._cost = 1.0
         self._step_log = StepLog()
         self._steps_behind = DefendedSteps()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from hf_parcor.defenses import Defense
 from hf_parcor.training.arguments import DEFAULT_DEFENSE, DefenseArguments, build_defense
+from hf_parcor.training.defense_config import DefenseConfig
 
 _OF_THE_TARGETS = ("defense_target_modules", "defense_exclude_modules", "defense_layers")
 
@@ -23,36 +24,40 @@ class DefenseSettings:
 
     Args:
         arguments: The Trainer's arguments, with flags or without.
-        defense: What was passed as `defense=`.
-        target_modules: What was passed as `target_modules=`.
+        defense: What was passed as `defense=`. A `DefenseConfig` says all of the targets too, also
+            that there are none.
+        targets: What was passed as `target_modules=`, `exclude_modules=` and `layers=`; None for what was not.
         reuse_prefix: What was passed as `reuse_prefix=`.
 
     Raises:
-        ValueError: A flag is set, and says something else than the argument.
+        ValueError: A flag is set, and says something else than the argument; or targets beside a `DefenseConfig` do.
     """
 
     def __init__(
         self,
         arguments: TrainingArguments,
-        defense: Defense | None,
-        target_modules: str | Collection[str] | None,
+        defense: Defense | DefenseConfig | None,
+        targets: Mapping[str, Any],
         reuse_prefix: bool | None,
     ) -> None:
-        self._given, self._targets, self._reuse_prefix = defense, target_modules, reuse_prefix
+        passed = {"defense": defense, **targets, "reuse_prefix": reuse_prefix}
+        self._passed = {name: value for name, value in passed.items() if value is not None}
+        if isinstance(defense, DefenseConfig):
+            said = {name: getattr(defense, name) for name in targets}
+            for name, value in targets.items():
+                if value is not None and _plain(value) != _plain(said[name]):
+                    raise ValueError(
+                        f"{name}: expected it in one place, got {name}={value!r} and beside it a DefenseConfig with "
+                        f"{name}={said[name]!r}; leave it out, or pass the defense alone: defense=config.defense"
+                    )
+            self._passed |= {"defense": defense.defense, **said}
         self._seen = _flags(arguments)
         if isinstance(arguments, DefenseArguments):
             self._refuse_conflicts(arguments)
 
-    @property
-    def _passed(self) -> dict[str, Any]:
-        """What was passed to the Trainer, by the names of its arguments; None for what was not."""
-        return {"defense": self._given, "target_modules": self._targets, "reuse_prefix": self._reuse_prefix}
-
     def _refuse_conflicts(self, arguments: DefenseArguments) -> None:
         defaults = {flag.name: flag.default for flag in fields(DefenseArguments)}
         for argument, passed in self._passed.items():
-            if passed is None:
-                continue
             set_here = {
                 name: value
                 for name, value in self._seen.items()
@@ -70,20 +75,19 @@ class DefenseSettings:
 
     def defense(self, arguments: TrainingArguments) -> Defense | None:
         """Return the defense, None for the stock training step."""
-        if self._given is not None:
-            return self._given
+        if "defense" in self._passed:
+            given: Defense = self._passed["defense"]
+            return given
         return build_defense(arguments) if isinstance(arguments, DefenseArguments) else DEFAULT_DEFENSE
 
     def selection(self, arguments: TrainingArguments) -> dict[str, Any]:
         """Return the targets, as keyword arguments for `select_trainable`."""
         targets = {name.removeprefix("defense_"): getattr(arguments, name, None) for name in _OF_THE_TARGETS}
-        return targets if self._targets is None else {**targets, "target_modules": self._targets}
+        return {name: self._passed.get(name, value) for name, value in targets.items()}
 
     def reuses_prefix(self, arguments: TrainingArguments) -> bool:
         """Say whether the passes of a step may share the unperturbed prefix."""
-        if self._reuse_prefix is not None:
-            return self._reuse_prefix
-        return bool(getattr(arguments, "defense_reuse_prefix", True))
+        return bool(self._passed.get("reuse_prefix", getattr(arguments, "defense_reuse_prefix", True)))
 
     def changed(self, arguments: TrainingArguments) -> bool:
         """Say whether a flag changed since the settings were last accepted.
@@ -95,7 +99,7 @@ class DefenseSettings:
         names = [name for name in now if now[name] != self._seen.get(name)]
         for name in names:
             argument = _argument_of(name)
-            if argument is not None and self._passed[argument] is not None:
+            if argument in self._passed:
                 raise ValueError(
                     f"{name}: expected the flag unchanged, since the Trainer was given {argument}=, got {now[name]!r} "
                     f"after {self._seen.get(name)!r}; build the Trainer without {argument}=, then the flag counts"
@@ -114,15 +118,14 @@ def _defense_of(arguments: DefenseArguments) -> Defense | None:
         return None
 
 
-def _argument_of(flag: str) -> str | None:
-    """Return the Trainer's argument that stands for a flag; None for a flag that has none."""
-    name = flag.removeprefix("defense_")
-    if name in ("target_modules", "reuse_prefix"):
-        return name
-    return None if flag in _OF_THE_TARGETS else "defense"
+def _argument_of(flag: str) -> str:
+    """Return the Trainer's argument that stands for a flag."""
+    return flag.removeprefix("defense_") if flag in (*_OF_THE_TARGETS, "defense_reuse_prefix") else "defense"
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]  # one layer, which a flag gives as a list
     if isinstance(value, Collection) and not isinstance(value, str):
         return sorted(value)
     return value

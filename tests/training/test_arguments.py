@@ -14,12 +14,14 @@ from hf_parcor import (
     SAM,
     CorruptionConstraint,
     CorruptionEvaluator,
+    DefenseConfig,
     GradientPenalty,
     LayerProbe,
     MultiStepRisk,
     ParameterDefenseTrainer,
     ParameterDefenseTrainingArguments,
     Seq2SeqParameterDefenseTrainingArguments,
+    select_parameters,
 )
 from hf_parcor.defenses import DEFENSES, ConstrainedDefense
 from hf_parcor.evaluation import DEFAULT_TRIALS
@@ -92,6 +94,10 @@ TWO_PLACES = {
         {"target_modules": "all-linear"},
         r"target_modules='all-linear'.*--defense_target_modules \['attention'\]",
     ),
+    "excluded": ({"defense_exclude_modules": ["bias"]}, {"exclude_modules": ["query"]}, "--defense_exclude_modules"),
+    "layers": ({"defense_layers": [0]}, {"layers": 1}, r"layers=1 .*--defense_layers \[0\]"),
+    "all layers": ({"defense_layers": [0]}, {"defense": DefenseConfig(SAM(L3))}, "layers=None .*--defense_layers"),
+    "a file": ({"defense_epsilon": 0.3}, {"defense": DefenseConfig(SAM(L3))}, "defense=SAM.*--defense_epsilon 0.3"),
     "prefix": ({"defense_reuse_prefix": False}, {"reuse_prefix": True}, r"reuse_prefix=True.*--defense_reuse_prefix"),
 }
 ONE_PLACE = {
@@ -101,6 +107,8 @@ ONE_PLACE = {
         {"defense": SAM(CorruptionConstraint(p=3, epsilon=0.1))},
     ),
     "the same targets": ({"defense_target_modules": ["bias", "query"]}, {"target_modules": {"query", "bias"}}),
+    "the same layer": ({"defense_layers": [0]}, {"layers": 0}),
+    "the same layers": ({"defense_layers": [0, 1]}, {"layers": range(2)}),
     "the same prefix": ({"defense_reuse_prefix": False}, {"reuse_prefix": False}),
     "other things": ({"defense_target_modules": ["attention"], "defense_layers": [0]}, {"defense": SAM(L3)}),
     "what has no argument": ({"defense_layers": [0]}, {"target_modules": "attention"}),
@@ -124,6 +132,34 @@ def test_settings_that_say_the_same_or_other_things_are_none(name, tiny_bert, ar
         model=tiny_bert(), args=arguments(ParameterDefenseTrainingArguments, **flags), **passed
     )
     assert trainer.defense == passed.get("defense", trainer.defense)
+
+
+WHOLE = DefenseConfig(SAM(L3), "all-linear", ["query"], (0,))
+
+
+def test_what_was_saved_can_be_given(tiny_bert, arguments, rows, tmp_path):
+    """A file of an earlier run gives the whole of it; so do its parts."""
+    WHOLE.save_pretrained(tmp_path / "old")
+    targets = {"target_modules": "all-linear", "exclude_modules": ["query"], "layers": 0}
+    given = [
+        {"defense": DefenseConfig.from_pretrained(tmp_path / "old")},
+        {"defense": WHOLE, **targets},
+        {"defense": SAM(L3), **targets},
+    ]
+    trainers = [ParameterDefenseTrainer(model=tiny_bert(), args=arguments(max_steps=1), **one) for one in given]
+    expected = list(select_parameters(tiny_bert(), **targets))
+    for trainer in trainers:
+        assert list(trainer.defended_parameters()) == expected
+        assert trainer.defense == SAM(L3)
+    trainers[0].save_model(str(tmp_path / "new"))
+    assert DefenseConfig.from_pretrained(tmp_path / "new") == WHOLE
+
+
+@pytest.mark.parametrize("other", [{"target_modules": "attention"}, {"exclude_modules": "bias"}, {"layers": 1}])
+def test_targets_beside_a_file_that_has_others_are_refused(other, tiny_bert, arguments):
+    (name,) = other
+    with pytest.raises(ValueError, match=f"{name}: expected it in one place, .*pass the defense alone"):
+        ParameterDefenseTrainer(model=tiny_bert(), args=arguments(), defense=WHOLE, **other)
 
 
 def test_a_flag_is_read_where_its_own_argument_was_not_passed(tiny_bert, arguments, rows):

@@ -166,7 +166,7 @@ def test_flags_that_cannot_be_are_refused_before_a_step(build):
 
 
 def test_plain_arguments_have_no_flags_to_search(build, tmp_path):
-    settings = DefenseSettings(TrainingArguments(str(tmp_path)), None, None, None)
+    settings = DefenseSettings(TrainingArguments(str(tmp_path)), None, {}, None)
     assert not settings.changed(TrainingArguments(str(tmp_path)))
     assert settings.defense(TrainingArguments(str(tmp_path))) == DEFAULT_DEFENSE
     assert settings.reuses_prefix(TrainingArguments(str(tmp_path)))
