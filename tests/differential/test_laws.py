@@ -41,6 +41,14 @@ CLOSE = {"rtol": 0, "atol": 1e-7}  # ε = 1e-9, times a curvature
 """Of numbers that follow from weights; what no weight is needed for is the same to the last bit."""
 
 
+@pytest.fixture(autouse=True, scope="module")
+def somewhere_else(tmp_path_factory):
+    """Let Trainers that are made once for several tests make their folder where it is cleaned up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("differential"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
