@@ -20,6 +20,7 @@ from hf_parcor.training.data_parallel import reduction_of
 from hf_parcor.training.defended_steps import DefendedSteps
 from hf_parcor.training.defense_config import DefenseConfig
 from hf_parcor.training.idle import IdleDefenseCallback
+from hf_parcor.training.overriding import end_overriding
 from hf_parcor.training.passes import Passes
 from hf_parcor.training.process_group import ProcessGroup
 from hf_parcor.training.publishing import PublishingMixin
@@ -167,6 +168,8 @@ class ParameterDefenseMixin(PublishingMixin):
         Returns:
             The risk, detached and scaled for accumulation as the stock step scales its loss.
         """
+        for interrupted in (self, model):
+            end_overriding(interrupted)
         defense = self.defense
         if defense is None or not defense.is_active(self.state.epoch or 0.0, self.state.global_step):
             self._cost = 1.0

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
+
+_OVERRIDDEN = "_overridden_by_hf_parcor"
+_NONE = object()
 
 
 @contextmanager
@@ -21,10 +24,43 @@ def overriding(instance: object, **methods: Any) -> Iterator[None]:
         1.0
     """
     attributes = vars(instance)
-    with ExitStack() as stack:
-        # Built-in methods put them back, and are registered first: an interrupt between two lines prevents nothing.
-        stack.callback(attributes.update, {name: attributes[name] for name in methods if name in attributes})
-        for name in methods:
-            stack.callback(attributes.pop, name, None)
+    before = {name: attributes.get(name, _NONE) for name in methods}
+    attributes[_OVERRIDDEN] = (*attributes.get(_OVERRIDDEN, ()), before)
+    try:
         attributes.update(methods)
         yield
+    finally:
+        _put_back(attributes, before)
+
+
+def end_overriding(instance: object) -> None:
+    """Put back what is still overridden: an interrupt between two lines may have prevented it.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> trainer = SimpleNamespace(compute_loss=lambda: 1.0)
+        >>> broken_off = overriding(trainer, compute_loss=lambda: 0.5)
+        >>> broken_off.__enter__()
+        >>> end_overriding(trainer)
+        >>> trainer.compute_loss()
+        1.0
+    """
+    attributes = vars(instance)
+    for before in reversed(attributes.get(_OVERRIDDEN, ())):
+        _put_back(attributes, before)
+
+
+def _put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    overridden = attributes.get(_OVERRIDDEN, ())
+    if not any(one is before for one in overridden):
+        return  # it was ended from outside, and others may have begun since
+    for name, value in before.items():
+        if value is _NONE:
+            attributes.pop(name, None)
+        else:
+            attributes[name] = value
+    left = tuple(one for one in overridden if one is not before)
+    if left:
+        attributes[_OVERRIDDEN] = left
+    else:
+        attributes.pop(_OVERRIDDEN, None)
