@@ -126,6 +126,10 @@ class StepBuffers:
         with self._settling():
             yield
 
+    def moved(self) -> bool:
+        """Say whether any buffer moved in `moving`; waits for the device."""
+        return self._before is not None and bool(self._before.moved())
+
     @contextmanager
     def of_pass(self, index: int) -> Iterator[None]:
         """Guard the buffers during a pass.
@@ -195,10 +199,3 @@ class StepBuffers:
 
     def _of_replayed(self) -> BufferSnapshot:
         return BufferSnapshot(inner for module in self._replayed() for inner in module.modules())
-
-
-def buffers_move(model: nn.Module, run: Callable[[], object]) -> bool:
-    """Say whether a run moves any buffer of a model, which then stay moved."""
-    before = BufferSnapshot(model.modules(), large=lambda buffer: False)
-    run()
-    return bool(before.moved())

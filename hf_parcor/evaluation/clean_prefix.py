@@ -25,6 +25,7 @@ from hf_parcor.prefix import (
     distance,
     failures_as_prefix_errors,
     leaves_of,
+    outputs_of,
     plan_prefix,
     plan_prefix_of_values,
 )
@@ -88,16 +89,8 @@ def prefix_of_measurements(model: nn.Module, metric: BatchMetric, parameters: _P
 
 def _everything_found(model: nn.Module, run: Callable[[], Any]) -> list[Any]:
     """Return what a run returned, and what the model did: what is missing there may be rounded away in a loss."""
-    found: list[Any] = []
-
-    def keep(module: nn.Module, arguments: Any, output: Any) -> None:
-        found.extend(leaves_of(output))
-
-    hook = model.register_forward_hook(keep)
-    try:
+    with outputs_of(model) as found:
         result = run()
-    finally:
-        hook.remove()
     return [*found, *leaves_of(result)]
 
 

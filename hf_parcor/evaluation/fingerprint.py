@@ -123,9 +123,7 @@ class Fingerprint:
 def fingerprint_of_weights(model: nn.Module, *, gather: bool = True) -> str:
     """Return the SHA-256 of all parameters, buffers and packed weights: names, shapes, dtypes and bytes, in order.
 
-    Of what is offloaded, whose values are not in memory, only names, shapes and dtypes count.
-
-    Weights without data (on the meta device) count by name, shape and dtype alone.
+    Of what is offloaded (on the meta device), whose values are not in memory, only names, shapes and dtypes count.
 
     Args:
         model: Any model.

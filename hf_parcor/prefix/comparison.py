@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hf_parcor.prefix.cut import PrefixError
@@ -27,16 +28,33 @@ def tolerance_of(precisions: Iterable[torch.dtype]) -> float:
 
 def leaves_of(result: Any) -> list[Any]:
     """Return all that a run of a model found, but for the keys and values that a generation would go on from."""
-    if isinstance(result, Mapping):
-        result = {name: value for name, value in result.items() if name != "past_key_values"}
-    return [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(result)]
+    return [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in _leaves(result)]
+
+
+@contextmanager
+def outputs_of(model: nn.Module) -> Iterator[list[Any]]:
+    """Collect the leaves of all that a model returns inside a `with` block."""
+    found: list[Any] = []
+
+    def keep(module: nn.Module, arguments: Any, output: Any) -> None:
+        found.extend(leaves_of(output))
+
+    hook = model.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 def numbers_of(result: Any) -> list[Tensor]:
     """Return the numbers of a result that a loss is made from."""
+    return [part for part in _leaves(result) if isinstance(part, Tensor) and part.is_floating_point()]
+
+
+def _leaves(result: Any) -> list[Any]:
     if isinstance(result, Mapping):
         result = {name: value for name, value in result.items() if name != "past_key_values"}
-    return [part for part in tree_leaves(result) if isinstance(part, Tensor) and part.is_floating_point()]
+    return tree_leaves(result)
 
 
 def objective_of(result: Any) -> Tensor:

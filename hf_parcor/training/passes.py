@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_parcor.batches import private_copy
-from hf_parcor.buffers import StepBuffers, buffers_move
+from hf_parcor.buffers import StepBuffers
 from hf_parcor.defenses import Defense, Objective
 from hf_parcor.modes import devices_of
-from hf_parcor.prefix import PrefixReuse, leaves_of
+from hf_parcor.prefix import PrefixReuse, outputs_of
 from hf_parcor.randomness import random_states_kept
 from hf_parcor.sharding import is_sharded
 from hf_parcor.training.batch_part import first_examples, items_of_part
@@ -111,16 +111,8 @@ class Passes:
         Returns:
             All that the model returned, and the loss.
         """
-        found: list[Any] = []
-
-        def keep(module: nn.Module, arguments: Any, output: Any) -> None:
-            found.extend(leaves_of(output))
-
-        hook = self._model.register_forward_hook(keep)
-        try:
+        with outputs_of(self._model) as found:
             value = self._run(lambda loss: objective({"loss": loss}), -1, share=1.0)
-        finally:
-            hook.remove()
         return [*found, value]
 
     def move_buffers(self) -> bool:
@@ -133,7 +125,8 @@ class Passes:
             Whether any moved.
         """
         with self._buffers.moving(), random_states_kept(devices_of(self._model)):
-            return buffers_move(self._model, self._run_forward)
+            self._run_forward()
+        return self._buffers.moved()
 
     def __call__(self, objective: Objective, index: int) -> Tensor:
         """Run a pass, and return the value of its objective, detached."""
