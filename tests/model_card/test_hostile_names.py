@@ -127,7 +127,7 @@ class TestAnyRecord:
         assert headings(read_card(card).section) == SECTIONS
         tables = kinds(read_card(card).section).count("table_open")
         assert tables == 1 + (given_facts.defense is not None)
-        rows = sum(line.startswith("| ") for line in read_card(card).section.split("### ")[0].splitlines())
+        rows = sum(line.startswith("| ") for line in read_card(card).section.split("\n### ")[0].splitlines())
         assert rows == 2 + len(given_facts.rows())
 
     @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
