@@ -24,3 +24,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     by_lower_case = {entry.lower(): entry for entry in known}
     close = difflib.get_close_matches(name.lower(), list(by_lower_case), n=1)
     return f" (did you mean {by_lower_case[close[0]]}?)" if close else ""
+
+
+def one_line(error: Exception) -> str:
+    r"""Return the kind and the first sentence of another library's message, which may have many lines.
+
+    Examples:
+        >>> one_line(ValueError("Config name is missing.\nPlease pick one"))
+        'ValueError: Config name is missing'
+    """
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}"

@@ -14,7 +14,7 @@ import hf_parcor
 
 PACKAGE = Path(hf_parcor.__file__).parent
 ROOT = PACKAGE.parent
-OPTIONAL = {"datasets", "evaluate", "matplotlib", "pandas", "peft", "sacrebleu", "scipy", "tabulate"}
+OPTIONAL = {"datasets", "evaluate", "matplotlib", "pandas", "peft", "sacrebleu", "sacremoses", "scipy", "tabulate"}
 PUBLIC = [
     "CorruptionConstraint",
     "RandomCorruption",
@@ -45,6 +45,7 @@ PUBLIC = [
 # What each part may import of the others. A new part needs a row.
 MAY_IMPORT = {
     "input_error": set(),
+    "hub_data": {"input_error"},
     "functional": set(),
     "strict_json": set(),
     "stored_record": {"strict_json"},
@@ -117,7 +118,7 @@ MAY_IMPORT = {
     "tables": {"evaluation", "search_record"},
     "plots": {"evaluation", "search_record"},
     "report": {"evaluation", "measures", "statistics", "stored_record"},
-    "tasks": {"input_error", "labels", "evaluation"},
+    "tasks": {"input_error", "hub_data", "labels", "evaluation"},
     "cli": {
         "input_error",
         "stored_record",

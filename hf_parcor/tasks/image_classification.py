@@ -11,10 +11,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from hf_parcor.input_error import InputError
+from hf_parcor.input_error import InputError, one_line
 from hf_parcor.tasks.classification import Classification
 from hf_parcor.tasks.loading import load_pretrained
-from hf_parcor.tasks.rows import Rows, one_line
+from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Collator, Example, Processed, Role
 
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_parcor.evaluation.metrics.scores import Score
-from hf_parcor.input_error import InputError, nearest
-from hf_parcor.tasks.rows import one_line
+from hf_parcor.input_error import InputError, nearest, one_line
 
 
 def library_score(name: str, known: Sequence[str]) -> Score:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_parcor.input_error import InputError
-from hf_parcor.tasks.rows import one_line
+from hf_parcor.input_error import InputError, one_line
 
 
 def load_pretrained(what: str, loader: Any, name: str, **settings: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_parcor.hub_data import load_hub_data
 from hf_parcor.input_error import InputError, nearest
 from hf_parcor.tasks.files import data_suffix, read_file
 
@@ -52,6 +53,8 @@ class Rows:
 def load_rows(source: str, split: str = "validation", configuration: str | None = None) -> Rows:
     """Return the rows of a local file, of a local folder that `datasets` knows, or of a data set on the Hub.
 
+    A data set that is still a loading script is read as `load_hub_data` does.
+
     Args:
         source: A file (.csv, .tsv, .json, .jsonl, .txt, also .gz), a folder, or a name on the Hub.
         split: Which split; a file has none.
@@ -65,17 +68,7 @@ def load_rows(source: str, split: str = "validation", configuration: str | None 
     if path.is_file() or data_suffix(source):
         rows = read_file(path)
         return Rows(source, rows, tuple(dict.fromkeys(name for row in rows for name in row)))
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"{source} needs datasets; install it with: pip install 'hf-parcor[cli]'") from error
-    try:
-        found = datasets.load_dataset(source, configuration, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(
-            f"{source}: expected a data set on the Hub, a folder or a file, with a split {split!r}, got "
-            f"{one_line(error)}; check name, split and network"
-        ) from error
+    found = load_hub_data(source, configuration, split=split)
     if "translation" in found.features:
         found = found.flatten()
     return Rows(source, found, tuple(found.column_names), _class_names(found.features))
@@ -100,12 +93,6 @@ def find_column(rows: Rows, role: str, known: Sequence[str], given: Mapping[str,
             f"{rows.source}: expected one column for {role}, got {', '.join(found)}; name it with --column {role}=NAME"
         )
     return found[0] if found else None
-
-
-def one_line(error: Exception) -> str:
-    """Return the first sentence of another library's message, which may have many lines."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}"
 
 
 def _class_names(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:

@@ -131,7 +131,7 @@ class TestLoadRows:
         rows = load_rows(str(tmp_path / "data"))
         assert rows.columns == ("translation.de", "translation.en")
         assert list(rows.entries) == [{"translation.de": "gut", "translation.en": "good"}]
-        with pytest.raises(InputError, match="with a split 'dev', got ValueError: Unknown split"):
+        with pytest.raises(InputError, match="with split 'dev', got ValueError: Unknown split"):
             load_rows(str(tmp_path / "data"), "dev")
 
     def test_names_of_numbered_classes(self):
