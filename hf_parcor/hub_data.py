@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,31 @@ def load_hub_data(
         ) from refused
     logger.warning(f"{name} is a loading script, which datasets no longer runs: the Hub's copy is read, {CONVERTED}.")
     return _load_converted(name, configuration, CONVERTED, known)
+
+
+def download_from_hub(name: str, choose: Callable[[Sequence[str]], str], cache_dir: str | None = None) -> Path:
+    """Return where one of the files of a data set lies, downloaded unless it is there already.
+
+    Args:
+        name: The data set's name on the Hub.
+        choose: Says which, given the paths of all its files; raises `ValueError` if none will do.
+        cache_dir: Where downloads are kept.
+
+    Raises:
+        InputError: There is no such data set, or none of its files will do.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    api = HfApi()
+    try:
+        chosen = choose(api.list_repo_files(name, repo_type="dataset"))
+        return Path(api.hf_hub_download(name, chosen, repo_type="dataset", cache_dir=cache_dir))
+    except (OSError, ValueError, HTTPError) as error:
+        raise InputError(
+            f"{name}: expected a local folder or file, or a data set on the Hub with a suitable file, got "
+            f"{one_line(error)}; check name and network"
+        ) from error
 
 
 def _load_converted(name: str, configuration: str | None, revision: str, known: dict[str, Any]) -> Any:

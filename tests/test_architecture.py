@@ -135,7 +135,7 @@ MAY_IMPORT = {
         "strict_json",
     },
     "__main__": {"cli"},
-    "translation": {"targets"},
+    "translation": {"hub_data", "targets"},
 }
 
 

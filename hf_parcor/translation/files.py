@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hf_parcor.translation.parallel_text import ParallelText, pair_of_row, pair_up
@@ -59,15 +59,28 @@ def _lines(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise ValueError(f"{path}: expected a file, found none; check the name")
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for place, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig" if place == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {place}: expected UTF-8, got byte {line[error.start]:#04x} at {error.start}; "
-                    "convert the file, say with iconv"
-                ) from error
-            yield text.rstrip("\r\n")
+        yield from decoded_lines(file, str(path))
+
+
+def decoded_lines(lines: Iterable[bytes], place: str) -> Iterator[str]:
+    """Yield the lines of a file of UTF-8, without their ends; a mark of the byte order before the first is dropped.
+
+    Args:
+        lines: The lines.
+        place: What errors call the file.
+
+    Raises:
+        ValueError: A line is not UTF-8; it is named.
+    """
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{place}, line {number}: expected UTF-8, got byte {line[error.start]:#04x} at {error.start}; "
+                "convert the file, say with iconv"
+            ) from error
+        yield text.rstrip("\r\n")
 
 
 def _table(path: Path, source: str, target: str) -> Iterator[tuple[int, str, str]]:

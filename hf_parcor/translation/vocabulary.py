@@ -15,7 +15,7 @@ SPECIAL = [START, PADDING, END, UNKNOWN]  # as fairseq numbers them
 _DIGITS = 9
 
 
-def train_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+def train_bpe(texts: Iterable[str], size: int, *, split_punctuation: bool = True) -> PreTrainedTokenizerFast:
     """Learn a vocabulary by merging frequent pairs (byte-pair encoding); for a joint one hand in both languages.
 
     The same texts in the same order give the same vocabulary.
@@ -23,6 +23,8 @@ def train_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     Args:
         texts: The sentences.
         size: How many subwords there are, the four special ones included.
+        split_punctuation: Whether a subword never holds a punctuation mark and something else. False for tokenised
+            text, where spaces alone divide, so that `&apos;s` may be one.
 
     Returns:
         A tokenizer that ends each sentence with `</s>`, and whose `decode` gives the sentence back.
@@ -31,17 +33,17 @@ def train_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
         ValueError: The texts do not yield so many subwords, or `size` has no room for their letters.
     """
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False)
-    return _train(Tokenizer(models.BPE(unk_token=UNKNOWN)), trainer, texts, size)
+    return _train(Tokenizer(models.BPE(unk_token=UNKNOWN)), trainer, texts, size, split_punctuation)
 
 
-def train_unigram(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+def train_unigram(texts: Iterable[str], size: int, *, split_punctuation: bool = True) -> PreTrainedTokenizerFast:
     """Learn a vocabulary that makes the texts likely under a unigram model; else as `train_bpe`.
 
     The library sums probabilities in no fixed order. They are rounded, and subwords of the same one put in the order
     of the alphabet, so that two trainings agree unless a subword was on the very edge of being dropped.
     """
     trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=SPECIAL, unk_token=UNKNOWN, show_progress=False)
-    return _train(Tokenizer(models.Unigram()), trainer, texts, size)
+    return _train(Tokenizer(models.Unigram()), trainer, texts, size, split_punctuation)
 
 
 def _in_fixed_order(tokenizer: Tokenizer) -> Tokenizer:
@@ -54,11 +56,12 @@ def _in_fixed_order(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _train(
-    tokenizer: Tokenizer, trainer: trainers.Trainer, texts: Iterable[str], size: int
+    tokenizer: Tokenizer, trainer: trainers.Trainer, texts: Iterable[str], size: int, split_punctuation: bool
 ) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]  # a full stop is a subword of its own
+    words = pre_tokenizers.Metaspace()
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.Sequence([words, pre_tokenizers.Punctuation()]) if split_punctuation else words
     )
     tokenizer.decoder = decoders.Metaspace()
     try:
