@@ -32,6 +32,7 @@ from transformers import (
 from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDefenseTrainingArguments
 from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
+from hf_parcor.hub_data import load_hub_data
 from hf_parcor.tables import comparison_table
 from hf_parcor.tasks import read_file
 from hf_parcor.training import checkpoint_to_resume, signs_of_collapse
@@ -56,6 +57,9 @@ class DataArguments:
 
     dataset_name: str | None = field(default="stanfordnlp/sst2", metadata={"help": "A data set on the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "The data set's configuration."})
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of it; refs/convert/parquet is the Hub's own copy."}
+    )
     train_file: str | None = field(
         default=None, metadata={"help": "A local .csv, .tsv or .json(l) file, also .gz, instead of the data set."}
     )
@@ -83,8 +87,10 @@ def load_data(data: DataArguments, cache_dir: str | None) -> Mapping[str, datase
     files = {split: path for split, path in given.items() if path is not None}
     if files:
         return {split: datasets.Dataset.from_list(read_file(path)) for split, path in files.items()}
-    splits: Mapping[str, datasets.Dataset] = datasets.load_dataset(
-        data.dataset_name, data.dataset_config_name, cache_dir=cache_dir
+    if data.dataset_name is None:
+        raise ValueError("expected --dataset_name, or --train_file or --validation_file, got none; name the data")
+    splits: Mapping[str, datasets.Dataset] = load_hub_data(
+        data.dataset_name, data.dataset_config_name, revision=data.dataset_revision, cache_dir=cache_dir
     )
     return splits
 

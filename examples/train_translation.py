@@ -1,17 +1,27 @@
 """Train a translation model from scratch, or fine-tune one, with its parameters defended.
 
-As Transformers' own example scripts: arguments as flags, or one JSON file as the only argument. The papers' De-En:
+As Transformers' own example scripts: arguments as flags, or one JSON file as the only argument. The papers' De-En,
+from the official archive of IWSLT'14 with their preparation (extra `moses`; about 160,239, 7,283 and 6,750 pairs):
 
     python examples/train_translation.py --output_dir out --do_train --do_eval --do_predict \
-        --dataset_name IWSLT/iwslt2017 --dataset_config_name iwslt2017-de-en --source_lang de --target_lang en \
+        --iwslt de-en.tgz --papers_preparation --source_lang de --target_lang en \
         --vocabulary_size 10149 --max_tokens 4096 --gradient_accumulation_steps 2 --num_train_epochs 70 \
         --learning_rate 0.0015 --lr_scheduler_type inverse_sqrt --warmup_steps 8000 --adam_beta2 0.98 \
         --label_smoothing_factor 0.1 --save_strategy epoch --save_total_limit 10 --average_checkpoints 10 \
         --defense_norm inf --defense_epsilon 0.0006 --defense_steps 2 --defense_start_epoch 30
 
+Other text, in the place of the second line:
+
+- En-Vi: `--iwslt en-vi.tgz --iwslt_validation_sets tst2012 --iwslt_test_sets tst2013`, with `--source_lang en
+  --target_lang vi --vocabulary_size 7669 --target_vocabulary_size 6669`;
+- the Hub: `--dataset_name IWSLT/iwslt2017 --dataset_config_name iwslt2017-de-en`, still a loading script there, which
+  `datasets` no longer runs: the Hub's copy is read, as with `--dataset_revision refs/convert/parquet`;
+- the archives beside that script: `--iwslt IWSLT/iwslt2017`;
+- files: `--train_source_file` and `--train_target_file`, two of lines, or `--train_file`, a table or JSON lines;
+  likewise `validation` and `test`. They come before what else is given.
+
 Without the defense: `--defense none`. The last decoder layer alone: `--defense_target_modules last-decoder-layer`.
-A pretrained model: `--model_name_or_path`, with its own vocabulary. Local files: `--train_source_file` and
-`--train_target_file`, two files of lines, or `--train_file`, a table or JSON lines; likewise `validation` and `test`.
+A pretrained model: `--model_name_or_path`, with its own vocabulary.
 """
 
 from __future__ import annotations
@@ -19,8 +29,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +51,7 @@ from transformers import (
 )
 
 from hf_parcor import Seq2SeqParameterDefenseTrainer, Seq2SeqParameterDefenseTrainingArguments
+from hf_parcor.hub_data import load_hub_data
 from hf_parcor.training import checkpoint_to_resume, signs_of_collapse
 from hf_parcor.translation import (
     BleuScores,
@@ -52,11 +64,14 @@ from hf_parcor.translation import (
     iwslt_de_en,
     last_checkpoints,
     new_model,
+    prepare_iwslt14_de_en,
+    read_iwslt,
     read_parallel_files,
     read_rows,
     tokenize_13a,
     train_bpe,
     train_unigram,
+    unlike_papers,
     wmt_en_de,
 )
 
@@ -100,6 +115,29 @@ class DataArguments:
     target_lang: str = field(default="en", metadata={"help": "The language, or column, to translate to."})
     dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub with `translation`."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "The data set's configuration."})
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of it; refs/convert/parquet is the Hub's own copy."}
+    )
+    iwslt: str | None = field(
+        default=None,
+        metadata={
+            "help": "The official distribution of IWSLT instead: a folder, a .tgz or .zip, or a data set on the Hub "
+            "with such archives, IWSLT/iwslt2017."
+        },
+    )
+    iwslt_validation_sets: list[str] | None = field(
+        default=None, metadata={"help": "Its sets to measure on, dev2010 say. Not set: all development sets."}
+    )
+    iwslt_test_sets: list[str] | None = field(
+        default=None, metadata={"help": "Its sets for the last measurement, tst2013 say. Not set: all test sets."}
+    )
+    papers_preparation: bool = field(
+        default=False,
+        metadata={
+            "help": "Prepare IWSLT'14 De-En as the papers: Moses' tokens, lower case, 1 to 175 of them and at most "
+            "1.5 times as many on one side, every 23rd pair for validation, five sets as test."
+        },
+    )
     train_file: str | None = field(default=None, metadata={"help": "A .tsv, .json or .jsonl file, also .gz."})
     train_source_file: str | None = field(default=None, metadata={"help": "A file of lines, also .gz."})
     train_target_file: str | None = field(default=None, metadata={"help": "Their translations, line by line."})
@@ -132,24 +170,56 @@ class TranslationTrainer(TokenBatchesMixin, Seq2SeqParameterDefenseTrainer):
 
 def load_text(data: DataArguments, split: str, cache_dir: str | None) -> ParallelText:
     """Return the split `train`, `validation` or `test`: from files where there are any, else from the data set."""
-    one, two = getattr(data, f"{split}_file"), [getattr(data, f"{split}_{side}_file") for side in ("source", "target")]
+    one, *two = files_of(data, split)
     if one is not None:
         return read_rows(one, data.source_lang, data.target_lang)
-    if all(two):
-        return read_parallel_files(*two)
+    if two[0] is not None and two[1] is not None:
+        return read_parallel_files(two[0], two[1])
     if any(two) or data.dataset_name is None:
         raise ValueError(
-            f"{split}: expected --{split}_file, or --{split}_source_file and --{split}_target_file, or "
+            f"{split}: expected --{split}_file, or --{split}_source_file and --{split}_target_file, or --iwslt, or "
             "--dataset_name, got none; say where the sentences are"
         )
-    from datasets import load_dataset
-
-    rows = load_dataset(data.dataset_name, data.dataset_config_name, split=split, cache_dir=cache_dir)
+    rows = load_hub_data(
+        data.dataset_name, data.dataset_config_name, split=split, revision=data.dataset_revision, cache_dir=cache_dir
+    )
     return from_rows(rows, data.source_lang, data.target_lang, f"{data.dataset_name}, {split}")
 
 
+def files_of(data: DataArguments, split: str) -> list[str | None]:
+    """Return the file of rows and both files of lines that were given for a split, None for those that were not."""
+    return [getattr(data, f"{split}_{which}") for which in ("file", "source_file", "target_file")]
+
+
+def load_iwslt(data: DataArguments, splits: Collection[str], cache_dir: str | None) -> dict[str, ParallelText]:
+    """Return these splits of IWSLT's distribution, prepared or as they are."""
+    text = read_iwslt(cast(str, data.iwslt), data.source_lang, data.target_lang, cache_dir)
+    if data.papers_preparation:
+        prepared = prepare_iwslt14_de_en(text, splits)
+        if differ := unlike_papers(prepared):
+            logger.warning(f"--papers_preparation: {differ}; is the distribution whole?")
+        return prepared
+    sets = {
+        "validation": data.iwslt_validation_sets or [name for name in text.sets if ".dev" in name],
+        "test": data.iwslt_test_sets or [name for name in text.sets if ".tst" in name],
+    }
+    return {split: text.train() if split == "train" else text.evaluation(*sets[split]) for split in splits}
+
+
+def load_texts(data: DataArguments, splits: Sequence[str], cache_dir: str | None) -> dict[str, ParallelText]:
+    """Return these splits, each from files where there are any, else from IWSLT's distribution or the data set."""
+    if data.iwslt is not None and data.dataset_name is not None:
+        raise ValueError("--iwslt, --dataset_name: expected one of them, got both; leave one out")
+    if data.papers_preparation and data.iwslt is None:
+        raise ValueError("--papers_preparation: expected --iwslt, the distribution of 2014, got none; say where it is")
+    official: dict[str, ParallelText] = {}
+    if data.iwslt is not None:
+        official = load_iwslt(data, [split for split in splits if not any(files_of(data, split))], cache_dir)
+    return {split: official[split] if split in official else load_text(data, split, cache_dir) for split in splits}
+
+
 def load_vocabularies(
-    model: ModelArguments, train: ParallelText | None
+    model: ModelArguments, train: ParallelText | None, tokenized: bool
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """Return the tokenizers of both languages: those of the pretrained model or of a folder, or trained ones."""
     origin = model.model_name_or_path or model.vocabulary
@@ -162,7 +232,7 @@ def load_vocabularies(
     if model.vocabulary_kind not in VOCABULARIES:
         known = " or ".join(VOCABULARIES)
         raise ValueError(f"vocabulary_kind: expected {known}, got {model.vocabulary_kind!r}; choose one of these")
-    learn = VOCABULARIES[model.vocabulary_kind]
+    learn = partial(VOCABULARIES[model.vocabulary_kind], split_punctuation=not tokenized)
     if model.target_vocabulary_size is None:
         joint = learn(chain(train.sources, train.targets), model.vocabulary_size)
         return joint, joint
@@ -207,8 +277,9 @@ def main() -> None:
     set_seed(training.seed)
 
     wanted = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}
-    texts = {split: load_text(data, split, model_arguments.cache_dir) for split, asked in wanted.items() if asked}
-    source, target = load_vocabularies(model_arguments, texts.get("train"))
+    texts = load_texts(data, [split for split, asked in wanted.items() if asked], model_arguments.cache_dir)
+    tokenized = data.text_is_tokenized or data.papers_preparation
+    source, target = load_vocabularies(model_arguments, texts.get("train"), tokenized)
     set_seed(training.seed)  # the weights do not depend on whether a vocabulary was trained
     model = load_model(model_arguments, source, target)
 
@@ -220,7 +291,7 @@ def main() -> None:
         logger.info(encoded.report)
         return encoded.rows
 
-    scores = BleuScores(tokenize=None if data.text_is_tokenized else tokenize_13a, lowercase=data.lowercase_bleu)
+    scores = BleuScores(tokenize=None if tokenized else tokenize_13a, lowercase=data.lowercase_bleu)
 
     def decode(rows: Any) -> list[str]:
         known = np.where(rows >= 0, rows, target.pad_token_id)

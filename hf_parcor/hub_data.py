@@ -30,7 +30,8 @@ def load_hub_data(
 
     `datasets` no longer runs loading scripts. Where it meets one, the branch `refs/convert/parquet` is read instead,
     with the same rows, and the log says so. That branch has no list of configurations; each is a folder there, which
-    is why `load_dataset(name, configuration, revision="refs/convert/parquet")` alone does not find one.
+    is why `load_dataset(name, configuration, revision="refs/convert/parquet")` alone does not find one. It is looked
+    for on the Hub each time: where there is no network, give files instead.
 
     Args:
         name: Its name, or the folder.
@@ -56,14 +57,14 @@ def load_hub_data(
         return _load_converted(name, configuration, revision, known)
     try:
         return datasets.load_dataset(name, configuration, revision=revision, **known)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(
-            f"{name}: expected a data set on the Hub, a folder or a file{_wanted(configuration, split, revision)}, "
-            f"got {one_line(error)}; check name, split and network"
-        ) from error
-    except RuntimeError as error:
-        if "scripts are no longer supported" not in str(error):
-            raise
+    except (*_failures(), RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if not _is_script(name, revision, error):
+            if isinstance(error, RuntimeError):
+                raise
+            raise InputError(
+                f"{name}: expected a data set on the Hub, a folder or a file{_wanted(configuration, split, revision)}"
+                f", got {one_line(error)}; check name, split and network"
+            ) from error
         refused = error
     if Path(name).exists():
         raise InputError(
@@ -91,13 +92,12 @@ def download_from_hub(name: str, choose: Callable[[Sequence[str]], str], cache_d
         InputError: There is no such data set, or none of its files will do.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
 
     api = HfApi()
     try:
         chosen = choose(api.list_repo_files(name, repo_type="dataset"))
         return Path(api.hf_hub_download(name, chosen, repo_type="dataset", cache_dir=cache_dir))
-    except (OSError, ValueError, HTTPError) as error:
+    except _failures() as error:
         raise InputError(
             f"{name}: expected a local folder or file, or a data set on the Hub with a suitable file, got "
             f"{one_line(error)}; check name and network"
@@ -106,14 +106,13 @@ def download_from_hub(name: str, choose: Callable[[Sequence[str]], str], cache_d
 
 def _load_converted(name: str, configuration: str | None, revision: str, known: dict[str, Any]) -> Any:
     import datasets
-    from huggingface_hub.errors import HTTPError
 
     try:
         folder = configuration or _only_configuration(name, revision)
         return datasets.load_dataset(name, data_dir=folder, revision=revision, **known)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
+    except (*_failures(), datasets.exceptions.DatasetsError) as error:
         there = _configurations_if_reached(name, revision)
         if configuration is not None and there and configuration not in there:
             raise _no_such(name, revision, configuration, there) from error
@@ -123,6 +122,33 @@ def _load_converted(name: str, configuration: str | None, revision: str, known: 
             f"beside the script (huggingface.co/datasets/{name}/tree/{_MAIN}) and give the files, or name "
             "another data set with the same rows"
         ) from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Return what is raised where there is no such thing on the Hub, or no network."""
+    from huggingface_hub import errors
+
+    # Its own errors and those of its network library, whose name differs between releases, have this base.
+    network = [kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
+    return (OSError, ValueError, *network)
+
+
+def _is_script(name: str, revision: str | None, error: Exception) -> bool:
+    """Return whether loading failed because of a loading script.
+
+    Where an earlier copy lies in its cache, `datasets` looks there instead of saying so; then the Hub is asked.
+    """
+    if "scripts are no longer supported" in str(error):
+        return True
+    import datasets
+    from huggingface_hub import HfApi
+
+    script = f"{name.rpartition('/')[2]}.py"
+    try:
+        api = HfApi(endpoint=datasets.config.HF_ENDPOINT)
+        return bool(api.file_exists(name, script, repo_type="dataset", revision=revision))
+    except _failures():
+        return False
 
 
 def _only_configuration(name: str, revision: str) -> str:
@@ -143,11 +169,9 @@ def _configurations(name: str, revision: str) -> list[str]:
 
 def _configurations_if_reached(name: str, revision: str) -> list[str]:
     """Return the configurations there are, none if the Hub does not say: this is for a message."""
-    from huggingface_hub.errors import HTTPError
-
     try:
         return _configurations(name, revision)
-    except (OSError, ValueError, RuntimeError, HTTPError):
+    except _failures():
         return []
 
 

@@ -8,7 +8,7 @@ import logging
 import pytest
 from local_hub import local_hub
 
-from hf_parcor.hub_data import CONVERTED, load_hub_data
+from hf_parcor.hub_data import CONVERTED, download_from_hub, load_hub_data
 from hf_parcor.input_error import InputError
 from hf_parcor.tasks import load_rows
 
@@ -80,6 +80,13 @@ def test_rows_of_a_script(hub, case, caplog):
     )
 
 
+@pytest.mark.parametrize(("name", "configuration"), [("TED/talks", "talks-de-en"), ("TED/one", None)])
+def test_again_with_the_copy_in_the_cache(hub, name, configuration):
+    """`datasets` then looks into its cache before it says that there is a script, and finds no such configuration."""
+    for split in ("train", "validation", "validation"):
+        assert load_hub_data(name, configuration, split=split).to_list() == rows("de-en", split)
+
+
 def test_all_splits(hub):
     found = load_hub_data("TED/talks", "talks-de-en")
     assert {split: data.to_list() for split, data in found.items()} == {
@@ -117,6 +124,18 @@ def test_what_is_missing_is_an_error_with_the_remedy(hub, case):
     asked, says = REFUSED[case]
     with pytest.raises(InputError, match=says):
         load_hub_data(**asked)
+
+
+def test_a_hub_that_is_gone(hub, monkeypatch):
+    """The network's own errors are not `OSError`s; its library has another name in each release."""
+    monkeypatch.setattr("time.sleep", lambda _: None)  # before the next try
+    hub.shutdown()
+    hub.server_close()
+    for configuration, revision in ((None, None), (None, CONVERTED), ("talks-de-en", CONVERTED)):
+        with pytest.raises(InputError, match=r"TED/talks: .*network"):
+            load_hub_data("TED/talks", configuration, revision=revision)
+    with pytest.raises(InputError, match=r"TED/talks: .*network"):
+        download_from_hub("TED/talks", lambda names: names[0])
 
 
 def test_a_script_in_a_folder(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from iwslt_distribution import distribution, tar
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser, TrainingArguments
 
@@ -31,7 +32,8 @@ def fences(text: str, language: str) -> list[str]:
 
 @pytest.fixture
 def names(tmp_path):
-    """What the examples take for granted: a model, its data, its arguments."""
+    """What the examples take for granted: a model, its data, its arguments; and an archive of IWSLT."""
+    (tmp_path / "de-en.tgz").write_bytes(tar(distribution()))
     torch.manual_seed(0)
     model = BertForSequenceClassification(
         BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)

@@ -59,7 +59,11 @@ class IwsltText:
             ValueError: A file is missing, not UTF-8, or a tag is not closed; or the languages differ in their talks or
                 in the number of lines of one.
         """
-        pairs = [(place, *map(html.unescape, texts)) for place, kind, *texts in self.lines() if kind == _TEXT]
+        pairs = (
+            (place, html.unescape(source), html.unescape(target))
+            for place, kind, source, target in self.lines()
+            if kind == _TEXT
+        )
         return pair_up(pairs, f"{self.origin}, train")
 
     def evaluation(self, *names: str) -> ParallelText:
@@ -72,7 +76,9 @@ class IwsltText:
             ValueError: There is no such set, or two; or it is malformed: no segment, one that is not closed in its
                 line or numbered twice, or segments of one language that the other has not.
         """
-        pairs = [(place, *map(html.unescape, texts)) for place, *texts in self.segments(*names)]
+        pairs = (
+            (place, html.unescape(source), html.unescape(target)) for place, source, target in self.segments(*names)
+        )
         return pair_up(pairs, f"{self.origin}, {' '.join(names)}")
 
     def lines(self) -> Iterator[tuple[int, str, str, str]]:

@@ -11,7 +11,7 @@ from hf_parcor.translation.parallel_text import ParallelText, pair_up
 SPLITS = ("train", "validation", "test")
 
 IWSLT14_DE_EN_PAIRS = {"train": 160_239, "validation": 7_283, "test": 6_750}
-"""How many pairs fairseq's preparation gives. Paper 1 says 160K, 7K and 7K; the 153K of paper 2 are another one's."""
+"""How many pairs fairseq's script gives. Paper 1 says 160K, 7K and 7K; the 153K of paper 2 this does not give."""
 
 MAX_LENGTH = 175
 MAX_RATIO = 1.5

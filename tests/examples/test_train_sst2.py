@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from example_program import run_example
+from local_hub import local_hub
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_parcor import EvaluationRecord
@@ -98,9 +100,26 @@ def test_one_json_file(files, monkeypatch):
     check(files, defended=False)
 
 
+def test_a_data_set_that_is_still_a_script(files, monkeypatch):
+    import datasets
+
+    packed = io.BytesIO()
+    rows = [{"sentence": sentence, "label": label} for sentence, label in ROWS]
+    datasets.Dataset.from_list(rows).to_parquet(packed)
+    copy = {f"default/{split}/0000.parquet": packed.getvalue() for split in ("train", "validation")}
+    given = {"train_file": None, "validation_file": None, "dataset_name": "STT/two", "skip_corruptions": True}
+    path = files / "settings.json"
+    path.write_text(json.dumps({**settings(files), **given, "defense": "none"}))
+    repositories = {"STT/two": {"main": {"two.py": b""}, "refs/convert/parquet": copy}}
+    with local_hub(repositories, monkeypatch, files):
+        run([str(path)], monkeypatch)
+    assert json.loads((files / "out" / "eval_results.json").read_text())["eval_samples"] == len(ROWS)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"train_file": None, "validation_file": None, "dataset_name": None}, "expected --dataset_name"),
         ({"train_file": "nowhere.tsv"}, "nowhere.tsv: expected a file, found none"),
         ({"defense_target_modules": ["last-decoder-layer"]}, "last-decoder-layer"),
         ({"defense_epsilon": -0.1}, "epsilon: expected"),

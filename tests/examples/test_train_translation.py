@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
+import io
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from example_program import run_example
+from iwslt_distribution import distribution, tar, zipped
+from local_hub import local_hub
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -125,6 +131,8 @@ def empty(folder: Path) -> dict[str, object]:
         (empty, r"validation\.de\.gz, .*validation\.en\.gz: expected at least one pair of sentences, found none"),
         (lambda folder: {"train_target_file": None}, "train: expected --train_file, or --train_source_file and"),
         (lambda folder: {"train_target_file": str(folder / "test.en.gz")}, "expected as many lines, got 36 and 4"),
+        (lambda folder: {"iwslt": "de-en.tgz", "dataset_name": "a/b"}, "--iwslt, --dataset_name: expected one"),
+        (lambda folder: {"papers_preparation": True}, "--papers_preparation: expected --iwslt"),
         (lambda folder: {"vocabulary_kind": "letters"}, "vocabulary_kind: expected bpe or unigram, got 'letters'"),
         (lambda folder: {"max_length": 3}, "expected a pair of at most 3 tokens, found none; left out 36"),
         (lambda folder: {"do_train": False}, "vocabulary: expected text to train one on, got none"),
@@ -134,3 +142,69 @@ def test_bad_input(files, monkeypatch, change, says):
     with pytest.raises(ValueError, match=says):
         run_with(monkeypatch, files, **change(files))
     assert not (files / "out" / "train_results.json").exists()
+
+
+def documented_flags() -> list[str]:
+    """The command of the docstring, without `python` and the script."""
+    lines = ast.get_docstring(ast.parse(SCRIPT.read_text(encoding="utf-8"))).split("\n")
+    return shlex.split(next(line for line in lines if line.strip().startswith("python ")))[2:]
+
+
+SMALL = [
+    *("--config_overrides", OVERRIDES, "--vocabulary_size", "60", "--num_train_epochs", "1", "--max_tokens", "400"),
+    *("--average_checkpoints", "1", "--defense_start_epoch", "0", "--generation_max_length", "8"),
+    *("--report_to", "none", "--use_cpu", "True", "--disable_tqdm", "True"),
+]
+
+
+def test_the_documented_command(monkeypatch, tmp_path, caplog):
+    """On a distribution of 46 lines with 2 of a head, so that validation is pairs 23 and 46."""
+    sides = [
+        [f"{word} {other}" for word in words for other in words][:46] for words in zip(*WORDS.items(), strict=True)
+    ]
+    sides = [(side * 2)[:46] for side in sides]
+    (tmp_path / "de-en.tgz").write_bytes(tar(distribution(train=[[side] for side in sides])))
+    monkeypatch.chdir(tmp_path)
+    flags = documented_flags()
+    assert flags[flags.index("--iwslt") + 1] == "de-en.tgz"
+    run(monkeypatch, [*flags, *SMALL])
+    for split, count in {"train": 46, "eval": 2, "test": 10}.items():
+        results = json.loads((tmp_path / "out" / f"{split}_results.json").read_text())
+        assert results[f"{split}_samples"] == count
+        assert f"{split}_bleu" not in results, "of tokenised text there is no other BLEU"
+    assert "expected about 160,239 pairs, got 46" in caplog.text
+    assert "▁&apos;s" not in AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+
+
+HUB_FLAGS = {
+    "the Hub's copy": ["--dataset_name", "TED/talks", "--dataset_config_name", "talks-de-en"],
+    "the Hub's copy, asked for": [
+        *("--dataset_name", "TED/talks", "--dataset_config_name", "talks-de-en"),
+        *("--dataset_revision", "refs/convert/parquet"),
+    ],
+    "the archives beside the script": ["--iwslt", "TED/talks", "--iwslt_test_sets", "tst2010"],
+}
+
+
+@pytest.mark.parametrize("case", HUB_FLAGS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_text_of_the_hub(case, monkeypatch, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="data sets of the Hub need the extra 'examples'")
+    packed = io.BytesIO()
+    rows = [{"translation": {"de": f"de {number}", "en": f"en {number}"}} for number in range(4)]
+    datasets.Dataset.from_list(rows).to_parquet(packed)
+    copy = {f"talks-de-en/{split}/0000.parquet": packed.getvalue() for split in ("train", "validation", "test")}
+    beside = {"talks.py": b"", "data/de-en.zip": zipped(distribution(year=17, documents=True))}
+    monkeypatch.setattr(transformers.Trainer, "__init__", raise_reached)
+    with local_hub({"TED/talks": {"main": beside, "refs/convert/parquet": copy}}, monkeypatch, tmp_path):
+        flags = ["--output_dir", str(tmp_path / "out"), "--do_train", "--do_eval", "--do_predict", *HUB_FLAGS[case]]
+        with pytest.raises(Reached):
+            run(monkeypatch, [*flags, *SMALL, "--vocabulary_size", "18"])
+
+
+class Reached(Exception):  # noqa: N818
+    """The Trainer was about to be made, with all text read."""
+
+
+def raise_reached(*_: object, **__: object) -> None:
+    raise Reached

@@ -43,6 +43,17 @@ def test_sentences_come_back(trained, pairs):
     assert tokenizer.unk_token_id in tokenizer("ξ")["input_ids"]
 
 
+@pytest.mark.parametrize("kind", TRAIN)
+def test_spaces_alone_divide_tokenised_text(kind, pairs):
+    train, size = TRAIN[kind]
+    words = {}
+    for split, texts in {True: pairs, False: [[text.replace(".", " .") for text in pair] for pair in pairs]}.items():
+        tokenizer = train([text for pair in texts for text in pair], size - 5, split_punctuation=split)
+        before = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("it &apos;s")
+        words[split] = [word for word, _ in before]
+    assert words == {True: ["▁it", "▁", "&", "apos", ";", "s"], False: ["▁it", "▁&apos;s"]}
+
+
 def test_auto_tokenizer_loads_it(trained, pairs, tmp_path):
     tokenizer, _ = trained
     tokenizer.save_pretrained(tmp_path)
