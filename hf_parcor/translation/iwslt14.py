@@ -38,7 +38,8 @@ def prepare_iwslt14_de_en(text: IwsltText, splits: Collection[str] = SPLITS) -> 
 
     Args:
         text: What `read_iwslt` found in the distribution of 2014, in either direction.
-        splits: Which of `train`, `validation` and `test`; the first two cost the same as one, half a minute.
+        splits: Which of `train`, `validation` and `test`; the first two together cost what one does, a minute or
+            two of a processor.
 
     Raises:
         ValueError: It is not that distribution, a set is missing, or a file is malformed.
