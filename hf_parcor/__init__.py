@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hf_parcor.evaluation import CorruptionEvaluator, CorruptionRecord, EvaluationRecord, LayerProbe, SweepRecord
     from hf_parcor.indicators import IndicatorRecord, measure_indicators
     from hf_parcor.injection import corrupted
+    from hf_parcor.metric_info import MetricInfo
     from hf_parcor.monitoring import RobustnessCallback
     from hf_parcor.report import RobustnessReport
     from hf_parcor.search import SearchRecord, search_epsilon
@@ -53,6 +54,7 @@ __all__ = [
     "GradientPenalty",
     "IndicatorRecord",
     "LayerProbe",
+    "MetricInfo",
     "MultiStepCorruption",
     "MultiStepRisk",
     "ParameterDefenseMixin",
@@ -110,6 +112,7 @@ _PARTS = {
         "measure_indicators",
     ),
     "injection": ("corrupted",),
+    "metric_info": ("MetricInfo",),
     "monitoring": ("RobustnessCallback",),
     "report": ("RobustnessReport",),
     "search": (

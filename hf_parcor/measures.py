@@ -3,33 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-
-_SMALL_IS_GOOD = ("loss", "perplexity", "not_finite")
-_ERRORS = ("ter", "wer", "cer", "mse", "rmse", "mae")
-
-
-def is_greater_better(metric: str) -> bool:
-    """Return whether a large value of a metric is good, as far as its name says.
-
-    Examples:
-        >>> is_greater_better("accuracy"), is_greater_better("eval_loss"), is_greater_better("ter")
-        (True, False, False)
-        >>> is_greater_better("pearson"), is_greater_better("mse")
-        (True, False)
-    """
-    return not metric.endswith(_SMALL_IS_GOOD) and metric.removeprefix("eval_") not in _ERRORS
-
-
-def are_shares(values: Iterable[float]) -> bool:
-    """Return whether all values lie between 0 and 1, as accuracies do; NaN may be among them.
-
-    Examples:
-        >>> are_shares([0.5, 1.0, float("nan")]), are_shares([0.5, 1.2])
-        (True, False)
-    """
-    return not any(value < 0 or value > 1 for value in values)
 
 
 def metric_drop(clean: float, corrupted: float, *, greater_is_better: bool = True) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.evaluation.series import Series
+from hf_parcor.metric_info import POINTS, SHARE, agreed, shown_unit
 from hf_parcor.search_record import SearchRecord
 
 
@@ -31,7 +32,7 @@ def search_table(record: SearchRecord) -> str:
 
 
 def comparison_table(
-    records: Mapping[str, EvaluationRecord], metric: str = "accuracy", *, percent: bool = True
+    records: Mapping[str, EvaluationRecord], metric: str = "accuracy", *, unit: str | None = None
 ) -> str:
     """Return a Markdown table: a row for each corruption, a column for each record.
 
@@ -41,10 +42,12 @@ def comparison_table(
     Args:
         records: Records by the name of their column, all of the same corruptions.
         metric: Which metric to show.
-        percent: Whether to multiply by 100 and show one decimal, as for accuracies. Default True; False shows three.
+        unit: As in `MetricInfo`: shares are shown in percent with one decimal, points of 100 with two, all else with
+            three. None, the default, for what the records say.
 
     Raises:
-        ValueError: There are no records, they are not of the same corruptions, or they lack the metric.
+        ValueError: There are no records, they are not of the same corruptions, they lack the metric, or state
+            different units of it.
         ImportError: tabulate is not installed.
     """
     labels = [[row.label for row in record.rows()] for record in records.values()]
@@ -52,19 +55,19 @@ def comparison_table(
         raise ValueError(
             "records: expected one or more of the same corruptions in the same order; evaluate them alike"
         )
-    show = _percent if percent else _plain
+    head, show = _written(records, metric, unit)
     columns = [record.rows() for record in records.values()]
     rows = [
         [_text(cells[0].label), *(_cell(cell, metric, show) for cell in cells), *_change(cells, metric, show)]
         for cells in zip(*columns, strict=True)
     ]
     change = ["change"] if len(records) > 1 else []
-    header = [_text(metric) + (" (%)" if percent else ""), *map(_text, records), *change]
+    header = [head, *map(_text, records), *change]
     return _tabulate(rows, header)
 
 
 def group_table(
-    records: Mapping[str, EvaluationRecord], metric: str = "accuracy", *, percent: bool = True, width: int = 80
+    records: Mapping[str, EvaluationRecord], metric: str = "accuracy", *, unit: str | None = None, width: int = 80
 ) -> str:
     """Return Markdown tables of a probe, one for each series of corruptions: a row for each group.
 
@@ -73,7 +76,7 @@ def group_table(
     Args:
         records: Records of the same corruptions, by the name of the group.
         metric: Which metric to show.
-        percent: As in `comparison_table`.
+        unit: As in `comparison_table`.
         width: How wide a table may be; where a column more would be too much, another table begins below.
 
     Raises:
@@ -85,9 +88,9 @@ def group_table(
         raise ValueError(
             "records: expected one or more of the same corruptions in the same order; probe the groups alike"
         )
-    show = _percent if percent else _plain
+    head, show = _written(records, metric, unit)
     first = next(iter(records.values()))
-    names = [_text(metric) + (" (%)" if percent else ""), "no corruption", *map(_text, records)]
+    names = [head, "no corruption", *map(_text, records)]
     room_left = width - 1 - _room(names)
     tables: dict[tuple[str, int], list[list[str]]] = {}
     part = room = 0
@@ -125,12 +128,16 @@ def _text(text: str) -> str:
     return " ".join(text.replace("|", r"\|").split())
 
 
-def _percent(value: float, sign: str = "") -> str:
-    return f"{round(100 * value, 1) + 0.0:{sign}.1f}"  # adding 0 turns −0 into 0
+def _written(records: Mapping[str, EvaluationRecord], metric: str, unit: str | None) -> tuple[str, Callable[..., str]]:
+    """Return the head of a table, a metric with its unit, and what writes its values."""
+    unit = agreed([record.info(metric).stating(unit=unit) for record in records.values()], metric).unit
+    factor, shown = shown_unit(unit)
+    digits = {SHARE: 1, POINTS: 2}.get(unit, 3)
 
+    def show(value: float, sign: str = "") -> str:
+        return f"{round(factor * value, digits) + 0.0:{sign}.{digits}f}"  # adding 0 turns −0 into 0
 
-def _plain(value: float, sign: str = "") -> str:
-    return f"{round(value, 3) + 0.0:{sign}.3f}"
+    return _text(metric) + (f" ({_text(shown)})" if shown else ""), show
 
 
 def _cell(record: CorruptionRecord, metric: str, show: Callable[..., str]) -> str:

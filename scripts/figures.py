@@ -17,14 +17,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
 from hf_parcor import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.evaluation.series import short
+from hf_parcor.metric_info import agreed
 from hf_parcor.plots import plot_directions, plot_heat_map
 from hf_parcor.report.markup import markdown_table
+from hf_parcor.report.numbers import Numbers
 
 Models: TypeAlias = Mapping[str, list[EvaluationRecord]]
 Sweeps: TypeAlias = Mapping[str, SweepRecord]
@@ -52,26 +54,28 @@ def rows_of(record: EvaluationRecord, direction: str) -> list[CorruptionRecord]:
 
 
 def table_1(models: Mapping[str, EvaluationRecord], metric: str) -> str:
-    """Return a row for each norm, n and ε, and two columns a model: the metric in per cent, and its change."""
+    """Return a row for each norm, n and ε, and two columns a model: the metric, and its change."""
+    numbers = numbers_of(models.values(), metric)
     found: dict[tuple[float, float, float], dict[tuple[str, str], str]] = {}
     for name, record in models.items():
         for direction in DIRECTIONS:
             for row in rows_of(record, direction):
                 norm, n, epsilon = (row.settings[key] for key in ("p", "top_n", "epsilon"))
                 change = row.mean(metric) - record.clean.mean(metric)
-                cell = f"{100 * row.mean(metric):.1f} ({100 * change:+.1f})"
+                cell = f"{numbers.value(row.mean(metric))} ({numbers.plain_difference(change, sign=True)})"
                 found.setdefault((norm, math.inf if n is None else n, epsilon), {})[name, direction] = cell
     columns = [(name, direction) for name in models for direction in DIRECTIONS]
-    rows = [["no corruption", *(f"{100 * models[name].clean.mean(metric):.1f}" for name, _ in columns)]]
+    rows = [["no corruption", *(numbers.value(models[name].clean.mean(metric)) for name, _ in columns)]]
     for norm, n, epsilon in sorted(found, key=lambda place: (-place[0], -place[1], place[2])):
         label = f"L{short(norm)}, n = {'k' if math.isinf(n) else n}, ε = {short(epsilon)}"
         rows.append([label, *(found[norm, n, epsilon].get(column, "–") for column in columns)])
-    header = [f"{metric} (%)", *(f"{name}, {direction}" for name, direction in columns)]
+    header = [numbers.head(metric), *(f"{name}, {direction}" for name, direction in columns)]
     return markdown_table(header, rows) + "\n"
 
 
 def table_6(models: Models, metric: str) -> str:
     """Return a row for each model, and a column for each target and gradient-based corruption of it."""
+    numbers = numbers_of((record for records in models.values() for record in records), metric)
     columns = [
         (target_of(record), row.label)
         for records in models.values()
@@ -82,14 +86,19 @@ def table_6(models: Models, metric: str) -> str:
     rows = []
     for name, records in models.items():
         cells = {
-            (target_of(record), row.label): f"{100 * row.mean(metric):.1f}"
+            (target_of(record), row.label): numbers.value(row.mean(metric))
             for record in records
             for row in rows_of(record, "gradient")
         }
-        clean = f"{100 * records[0].clean.mean(metric):.1f}"
+        clean = numbers.value(records[0].clean.mean(metric))
         rows.append([name, clean, *(cells.get(column, "–") for column in columns)])
-    header = [f"{metric} (%)", "no corruption", *(f"{target} corrupted, {label}" for target, label in columns)]
+    header = [numbers.head(metric), "no corruption", *(f"{target} corrupted, {label}" for target, label in columns)]
     return markdown_table(header, rows) + "\n"
+
+
+def numbers_of(records: Iterable[EvaluationRecord], metric: str) -> Numbers:
+    """Return how the metric of some records is written."""
+    return Numbers(agreed([record.info(metric) for record in records], metric).unit)
 
 
 def target_of(record: EvaluationRecord) -> str:
@@ -137,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", nargs="+", metavar="RECORDS", help="FILE or NAME=FILE")
     parser.add_argument("--output", type=Path, required=True, help="the folder for figures and tables")
-    parser.add_argument("--metric", default="accuracy", help="a share, such as an accuracy")
+    parser.add_argument("--metric", default="accuracy", help="default: %(default)s")
     options = parser.parse_args()
     try:
         drawn = draw(*read(options.records), options.metric, options.output)

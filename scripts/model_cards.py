@@ -17,6 +17,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from hf_parcor.evaluation import EvaluationRecord, SweepRecord
+from hf_parcor.metric_info import SHARE
 from hf_parcor.model_card import EvaluationData, ModelFacts, facts_of
 from hf_parcor.model_card.folder import card_of, files_beside
 from hf_parcor.model_card.metadata import RESULTS_FOLDER
@@ -91,8 +92,8 @@ def all_facts() -> Iterator[ModelFacts]:
 
 
 def shared() -> dict[str, Any]:
-    """Return what all of them have in common."""
-    return {"base_model": BASE, "task": "text-classification"}
+    """Return what all of them have in common; `ClassificationMetric` measured, as shares."""
+    return {"base_model": BASE, "task": "text-classification", "unit": SHARE}
 
 
 def defense_of(flags: list[str]) -> dict[str, Any] | None:
@@ -119,7 +120,7 @@ def index(facts: list[ModelFacts]) -> str:
 
 def row_of(facts: ModelFacts) -> list[str]:
     """Return the row of a model in the list."""
-    numbers = Numbers(facts.percent)
+    numbers = Numbers(facts.info.unit)
     clean = facts.clean.metrics[facts.metric]
     hardest = [row.metrics[facts.metric].mean for row in facts.corruptions if row.label == HARDEST]
     count = clean.n if facts.repetitions == "trainings" else 1

@@ -31,6 +31,7 @@ from hf_parcor import (
 )
 from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.metric_info import SHARE
 from hf_parcor.plots import plot_heat_map
 
 COMMAND = "python scripts/probe_sst2.py --model MODEL --data FOLDER --output model_cards/sst2-minilm-probes"
@@ -72,7 +73,7 @@ def probe(options: argparse.Namespace, run: Run, grouping: str) -> SweepRecord:
 def draw(folder: Path, grouping: str, sweeps: dict[str, list[SweepRecord]]) -> None:
     """Write the report that compares the models, and the heat maps of the first seed."""
     title = f"A BERT of 6 layers on SST-2, plain and defended, by {grouping}"
-    report = RobustnessReport.compare(sweeps, title=title)
+    report = RobustnessReport.compare(sweeps, unit=SHARE, title=title)  # as ClassificationMetric measures it
     report.to_html(folder / f"{grouping}.html")
     report.to_markdown(folder / f"{grouping}.md")
     figure = plot_heat_map({name: of_arm[0] for name, of_arm in sweeps.items()}, title=title)

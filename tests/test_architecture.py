@@ -81,10 +81,11 @@ MAY_IMPORT = {
         "model_card",
         "stored_record",
     },
-    "model_card": {"strict_json", "stored_record", "evaluation", "monitoring", "plots", "report", "measures"},
+    "model_card": {"strict_json", "stored_record", "evaluation", "monitoring", "plots", "report", "metric_info"},
     "metric_modules": {"measures"},
-    "monitoring": {"functional", "constraints", "corruptions", "evaluation"},
+    "monitoring": {"functional", "constraints", "corruptions", "evaluation", "metric_info"},
     "measures": set(),
+    "metric_info": set(),
     "evaluation": {
         "labels",
         "batches",
@@ -99,6 +100,7 @@ MAY_IMPORT = {
         "corruptions",
         "targets",
         "prefix",
+        "metric_info",
     },
     "indicators": {
         "modes",
@@ -115,9 +117,9 @@ MAY_IMPORT = {
     "theory": {"statistics"},
     "search_record": {"stored_record"},
     "search": {"functional", "search_record", "defenses", "training"},
-    "tables": {"evaluation", "search_record"},
-    "plots": {"evaluation", "search_record"},
-    "report": {"evaluation", "measures", "statistics", "stored_record"},
+    "tables": {"evaluation", "search_record", "metric_info"},
+    "plots": {"evaluation", "search_record", "metric_info"},
+    "report": {"evaluation", "measures", "statistics", "stored_record", "metric_info"},
     "tasks": {"input_error", "hub_data", "labels", "evaluation"},
     "cli": {
         "input_error",
@@ -127,7 +129,6 @@ MAY_IMPORT = {
         "targets",
         "training",
         "evaluation",
-        "measures",
         "tables",
         "report",
         "tasks",
@@ -135,7 +136,7 @@ MAY_IMPORT = {
         "strict_json",
     },
     "__main__": {"cli"},
-    "translation": {"hub_data", "targets"},
+    "translation": {"hub_data", "targets", "metric_info"},
 }
 
 
@@ -201,7 +202,10 @@ class TestDependencies:
 
     @pytest.mark.parametrize("part", ["tables", "plots"])
     def test_readers_import_records_alone(self, part):
-        records = {f"hf_parcor.{name}" for name in ("evaluation.records", "evaluation.sweep_record", "search_record")}
+        records = {
+            f"hf_parcor.{name}"
+            for name in ("evaluation.records", "evaluation.sweep_record", "search_record", "metric_info")
+        }
         files = [name for name in SOURCES if name.split(".")[1:2] == [part]]
         imported = {other for name in files for other in own_imports(SOURCES[name]) if part_of(other) != part}
         assert {"hf_parcor.evaluation.records", "hf_parcor.search_record"} <= imported

@@ -59,7 +59,7 @@ class TestHeatMap:
     def test_the_darker_the_more_is_lost(self, greater_is_better):
         values = (0.8, 0.6, 0.2) if greater_is_better else (1.0, 1.4, 9.0)
         probe = sweep({"a": dict(zip((0.1, 1.0, 2.0), values, strict=True))}, metric="x")
-        figure = plot_heat_map({"": probe}, "x", greater_is_better=greater_is_better, percent=False)
+        figure = plot_heat_map({"": probe}, "x", greater_is_better=greater_is_better)
         [image] = figure.axes[0].images
         colors = image.cmap(image.norm(image.get_array()))[0]
         brightness = [sum(color[:3]) for color in colors]

@@ -68,7 +68,7 @@ def test_the_change_is_from_the_first_to_the_last_of_three():
 
 def test_a_metric_that_is_no_share():
     record = record_of({"no corruption": (0.3466,), "Gaussian σ=0.1": (1.0, 1.5)}, "loss")
-    assert comparison_table({"loss of the model": record}, "loss", percent=False) == table_of(
+    assert comparison_table({"loss of the model": record}, "loss") == table_of(
         """
         | loss           |   loss of the model |
         |:---------------|--------------------:|
@@ -96,16 +96,16 @@ def test_nothing_in_a_name_can_break_the_table():
     record = record_of({"no\ncorruption": (0.5,), "a|b": (0.5,)}, "f|1")
     assert comparison_table({"x|y": record}, "f|1") == table_of(
         r"""
-        | f\|1 (%)      |   x\|y |
+        | f\|1          |   x\|y |
         |:--------------|-------:|
-        | no corruption |   50.0 |
-        | a\|b          |   50.0 |
+        | no corruption |  0.500 |
+        | a\|b          |  0.500 |
         """
     )
 
 
-@pytest.mark.parametrize("percent", [True, False])
-def test_fits_a_terminal(percent):
+@pytest.mark.parametrize("unit", ["share", "points", ""])
+def test_fits_a_terminal(unit):
     corruptions = [
         BitFlips(rate=1e-8),
         BitFlips(count=100_000, bits="exponent"),
@@ -118,7 +118,7 @@ def test_fits_a_terminal(percent):
     assert "bit flips rate=1e-08 (any)" in labels
     assert "gradient-based L∞ ε=0.0005" in labels
     record = record_of(dict.fromkeys(labels, (0.55, 0.75, 0.95)))
-    lines = comparison_table({"plain": record, "defended": record}, percent=percent).splitlines()
+    lines = comparison_table({"plain": record, "defended": record}, unit=unit).splitlines()
     assert len(lines) == 2 + len(labels)
     assert max(map(len, lines)) <= 80
 

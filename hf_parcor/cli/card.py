@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_parcor.cli.command import Command
 from hf_parcor.cli.errors import refused
+from hf_parcor.cli.options import add_meaning
 from hf_parcor.cli.parser import Parser
 from hf_parcor.input_error import InputError
 
@@ -35,6 +36,7 @@ class Card(Command):
         group.add_argument("--split", metavar="NAME", help="their split")
         group.add_argument("--task", metavar="TASK", help="such as text-classification")
         group.add_argument("--metric", metavar="NAME", help="what the card shows; default: accuracy, or the first")
+        add_meaning(group)
         group.add_argument("--command", metavar="TEXT", help="what made the numbers; it is published")
         group = parser.add_argument_group("the Hub; the token is that of `hf auth login`, or HF_TOKEN")
         group.add_argument("--push", metavar="REPO_ID", help="also update the card of this model on the Hub")

@@ -45,10 +45,14 @@ def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
         else:
             measured = [_evaluation(place) for place in (folder, *map(Path, arguments.seeds))]
         facts = facts_of(measured, **named, evaluated_on=data, defense=_defense(folder))
+        if last is not None and last.metric == facts.metric:  # what the record does not say, the last card may
+            facts = replace(facts, info=facts.info.stating(**{**last.info.stated, **facts.info.stated}))
     else:
         if arguments.metric is not None:
             raise InputError(f"--metric: expected {ROBUSTNESS} to read it from, got none; evaluate the model again")
         facts = replace(last, **{**given, "datasets": tuple(given.get("datasets", last.datasets))}, evaluated_on=data)
+    info = facts.info.stating(greater_is_better=arguments.greater_is_better, unit=arguments.unit)
+    facts = replace(facts, info=info)
     facts = facts if sweep is None else with_probe(facts, sweep)
     return facts if arguments.only is None else _only(facts, arguments.only)
 

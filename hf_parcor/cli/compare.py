@@ -29,7 +29,7 @@ class Compare(Command):
     def run(self, arguments: argparse.Namespace) -> None:
         """Write the pages, and print table and verdict."""
         from hf_parcor.cli.records import load_records, metric_of
-        from hf_parcor.cli.results import is_share, show_verdict, write_report
+        from hf_parcor.cli.results import show_verdict, write_report
         from hf_parcor.evaluation import EvaluationRecord
         from hf_parcor.report import RobustnessReport
         from hf_parcor.tables import comparison_table
@@ -38,10 +38,16 @@ class Compare(Command):
         models = {name: load_records(files) for name, files in _named(arguments.models).items()}
         metric = arguments.metric or next((metric_of(records) for records in models.values()), "")
         with refused(ValueError, ImportError):
-            report = RobustnessReport.compare(models, metric, title=arguments.title)
+            report = RobustnessReport.compare(
+                models,
+                metric,
+                greater_is_better=arguments.greater_is_better,
+                unit=arguments.unit,
+                title=arguments.title,
+            )
             single = {name: record for name, record in models.items() if isinstance(record, EvaluationRecord)}
             if len(single) == len(models):
-                print(comparison_table(single, metric, percent=is_share(single, metric)))
+                print(comparison_table(single, metric, unit=arguments.unit))
         write_report(report, pages)
         show_verdict(report)
 

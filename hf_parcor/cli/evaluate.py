@@ -41,7 +41,7 @@ class Evaluate(Command):
         """Measure, and show the record."""
         from hf_parcor.cli.corruptions import asked_for
         from hf_parcor.cli.records import ROBUSTNESS
-        from hf_parcor.cli.results import how_to_go_on, is_share, output_folder, show
+        from hf_parcor.cli.results import how_to_go_on, output_folder, show
         from hf_parcor.cli.subject import load_subject
         from hf_parcor.corruptions import corruptions_of_table_1
         from hf_parcor.evaluation import CheckpointError, CorruptionEvaluator
@@ -66,7 +66,8 @@ class Evaluate(Command):
             with refused(CheckpointError):
                 record = evaluator.evaluate(corruptions, arguments.trials, arguments.seed, checkpoint=checkpoint)
         metric = subject.shown(record.clean.metrics)
+        record = record.stating(metric, greater_is_better=arguments.greater_is_better, unit=arguments.unit)
         with refused(ImportError):
             report = RobustnessReport(record, metric)
-            table = comparison_table({record.model: record}, metric, percent=is_share({"": record}, metric))
+            table = comparison_table({record.model: record}, metric)
         show(arguments, record, report, table, ROBUSTNESS)

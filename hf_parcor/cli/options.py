@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+from typing import Any
+
 from hf_parcor.cli.parser import Parser
 from hf_parcor.cli.words import at_least, number, one_of
 
@@ -43,6 +46,21 @@ def add_subject(parser: Parser) -> None:
     group.add_argument("--prefix", default="", metavar="TEXT", help='before each text, as "summarize: " for T5')
     group.add_argument(
         "--metric", metavar="NAME", help="default: the task's; a name, or a folder, for the library evaluate"
+    )
+    add_meaning(group)
+
+
+def add_meaning(group: Any) -> None:
+    """Add what says what the numbers of a metric mean, to a parser or a group of it."""
+    group.add_argument(
+        "--greater-is-better",
+        action=argparse.BooleanOptionalAction,
+        help="whether a large metric is good; default: what the metric says, or else a guess that is called one",
+    )
+    group.add_argument(
+        "--unit",
+        metavar="UNIT",
+        help="its unit: share (of 1, shown in percent), points (of 100), nats, ...; default: as the metric says",
     )
 
 

@@ -48,7 +48,7 @@ class Probe(Command):
         from hf_parcor import targets
         from hf_parcor.cli.corruptions import asked_for
         from hf_parcor.cli.records import PROBE
-        from hf_parcor.cli.results import how_to_go_on, is_share, output_folder, show
+        from hf_parcor.cli.results import how_to_go_on, output_folder, show
         from hf_parcor.cli.subject import load_subject
         from hf_parcor.evaluation import CheckpointError, LayerProbe
         from hf_parcor.report import RobustnessReport
@@ -75,7 +75,8 @@ class Probe(Command):
             with refused(CheckpointError):
                 sweep = probe.evaluate(corruptions, arguments.trials, arguments.seed, checkpoint=checkpoint)
         metric = subject.shown(sweep.clean.metrics)
+        sweep = sweep.stating(metric, greater_is_better=arguments.greater_is_better, unit=arguments.unit)
         with refused(ImportError):
             report = RobustnessReport(sweep.records, metric)
-            table = group_table(sweep.records, metric, percent=is_share(sweep.records, metric))
+            table = group_table(sweep.records, metric)
         show(arguments, sweep, report, table, PROBE)

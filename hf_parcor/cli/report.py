@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hf_parcor.cli.command import Command
 from hf_parcor.cli.errors import refused
+from hf_parcor.cli.options import add_meaning
 from hf_parcor.cli.parser import Parser
 from hf_parcor.input_error import InputError
 
@@ -36,7 +37,13 @@ class Report(Command):
         pages = checked_pages(arguments)
         records = load_records(arguments.records)
         with refused(ValueError, ImportError):
-            report = RobustnessReport(records, arguments.metric or metric_of(records), title=arguments.title)
+            report = RobustnessReport(
+                records,
+                arguments.metric or metric_of(records),
+                greater_is_better=arguments.greater_is_better,
+                unit=arguments.unit,
+                title=arguments.title,
+            )
         write_report(report, pages)
         show_verdict(report)
 
@@ -45,6 +52,7 @@ def add_pages(parser: Parser) -> None:
     """Add what says which pages are written, and what is on them."""
     parser.add_argument("--output", nargs="*", default=[], metavar="FILE", help="pages: .html, .md")
     parser.add_argument("--metric", metavar="NAME", help="which metric to report; default: accuracy, or the first")
+    add_meaning(parser)
     parser.add_argument("--title", metavar="TEXT", help="the heading")
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from hf_parcor.cli.errors import refused
 from hf_parcor.cli.terminal import speaks, tell, wrapped
-from hf_parcor.evaluation import EvaluationRecord
-from hf_parcor.measures import are_shares, is_greater_better
 from hf_parcor.report import RobustnessReport
 from hf_parcor.stored_record import StoredRecord
 
@@ -52,9 +50,12 @@ def show(arguments: argparse.Namespace, record: StoredRecord, report: Robustness
 
 
 def show_verdict(report: RobustnessReport) -> None:
-    """Print the findings of a report."""
+    """Print the findings of a report, and say what was guessed of the metric."""
     for finding in report.verdict:
         print(f"\n{wrapped(finding)}")
+    for guess in report.guesses:
+        if guess not in report.verdict:
+            tell(guess)
 
 
 def write_report(report: RobustnessReport, paths: Iterable[Path]) -> list[Path]:
@@ -65,9 +66,3 @@ def write_report(report: RobustnessReport, paths: Iterable[Path]) -> list[Path]:
     """
     with refused(OSError):
         return [report.to_markdown(path) if path.suffix == ".md" else report.to_html(path) for path in paths]
-
-
-def is_share(records: Mapping[str, EvaluationRecord], metric: str) -> bool:
-    """Return whether a metric reads well in percent: large is good, and all its values lie between 0 and 1."""
-    values = [v for record in records.values() for row in record.rows() for v in row.metrics.get(metric, ())]
-    return is_greater_better(metric) and are_shares(values)

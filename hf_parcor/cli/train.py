@@ -135,7 +135,7 @@ def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingA
 def _measure(arguments: argparse.Namespace, trainer: ParameterDefenseTrainer, subject: Subject) -> None:
     """Measure the trained model, all processes together, and show the record."""
     from hf_parcor.cli.records import ROBUSTNESS
-    from hf_parcor.cli.results import is_share, show
+    from hf_parcor.cli.results import show
     from hf_parcor.corruptions import corruptions_of_table_1
     from hf_parcor.evaluation import CorruptionEvaluator
     from hf_parcor.report import RobustnessReport
@@ -152,8 +152,11 @@ def _measure(arguments: argparse.Namespace, trainer: ParameterDefenseTrainer, su
     if not trainer.is_world_process_zero():
         return
     metric = subject.shown(record.clean.metrics)
+    of_best = trainer.args.metric_for_best_model in (None, metric, f"eval_{metric}")  # the Trainer's flag of that name
+    greater = arguments.greater_is_better if of_best else None
+    record = record.stating(metric, greater_is_better=greater, unit=arguments.unit)
     with refused(ImportError):
-        table = comparison_table({record.model: record}, metric, percent=is_share({"": record}, metric))
+        table = comparison_table({record.model: record}, metric)
     if not corruptions:
         print(table)
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import check_weights, forget_derived
+from hf_parcor.metric_info import MetricInfo
 
 
 class CorruptionEvaluator:
@@ -68,6 +69,9 @@ class CorruptionEvaluator:
         reuse_prefix: Whether what does not depend on the targets runs once a batch for all corruptions, where the
             metric is made batch by batch (a `BatchMetric`, such as `ClassificationMetric`). The numbers are the same.
         memory: How many bytes the corruptions that are measured, or chosen, together may take. Default 1 GiB.
+        metric_info: What the metric's numbers mean, by their names: `{"score": MetricInfo(greater_is_better=False,
+            unit="points")}`. None, the default, for what the metric states itself, as our own and those of `evaluate`
+            do (see `hf_parcor.metric_info.info_of`); what nobody states is guessed from the names, and called a guess.
         progress: Whether to show a progress bar. Default True.
 
     Raises:
@@ -96,6 +100,7 @@ class CorruptionEvaluator:
         layers: int | Iterable[int] | None = None,
         reuse_prefix: bool = True,
         memory: int = MEMORY,
+        metric_info: Mapping[str, MetricInfo] | None = None,
         progress: bool = True,
     ) -> None:
         self._target = {
@@ -110,7 +115,14 @@ class CorruptionEvaluator:
         check_weights(self._parameters)
         self._model = model
         self._measurement = Measurement(
-            model, metric, batches, loss, reuse_prefix=reuse_prefix, memory=memory, progress=progress
+            model,
+            metric,
+            batches,
+            loss,
+            reuse_prefix=reuse_prefix,
+            memory=memory,
+            metric_info=metric_info,
+            progress=progress,
         )
 
     def evaluate(
@@ -165,4 +177,5 @@ class CorruptionEvaluator:
             notes=(*self._out_of_reach, *self._measurement.notes),
             weights_norm=norm_of(self._parameters.values()),
             weights=weights,
+            metric_info=self._measurement.infos([clean, *records]),
         )

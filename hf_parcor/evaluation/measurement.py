@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from hf_parcor.buffers import BufferSnapshot
 from hf_parcor.corruptions import Corruption, MultiStepCorruption
@@ -31,10 +32,13 @@ from hf_parcor.evaluation.trials import Trial, checked_metrics, record_of
 from hf_parcor.evaluation.walks import RepeatedBatches, check_repeatable
 from hf_parcor.functional.arguments import check_count
 from hf_parcor.functional.vectors import numel
+from hf_parcor.metric_info import MetricInfo, checked_infos, info_of
 from hf_parcor.modes import devices_of, evaluation_mode
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.randomness import random_states_kept
 from hf_parcor.sharding import is_sharded
+
+logger = logging.get_logger(__name__)
 
 MEMORY = 1 << 30
 BETWEEN_WRITES = 16  # corruptions that a kill may cost; more would share a prefix run that is a few percent of them
@@ -51,10 +55,12 @@ class Measurement:
         loss: `loss(model, batch)` returns the mean loss of a batch.
         reuse_prefix: Whether what does not depend on a part runs once a batch for all its corruptions.
         memory: How many bytes the corruptions that are measured together may take.
+        metric_info: What the metric's numbers mean, by their names; None for what it says itself.
         progress: Whether to show a progress bar.
 
     Raises:
         ValueError: The batches can be walked through only once.
+        TypeError: `metric_info` is no mapping to `MetricInfo`.
     """
 
     def __init__(
@@ -66,8 +72,10 @@ class Measurement:
         *,
         reuse_prefix: bool,
         memory: int,
+        metric_info: Mapping[str, MetricInfo] | None,
         progress: bool,
     ) -> None:
+        self._infos = checked_infos(metric_info)
         if batches is not None:
             check_repeatable(batches)
         maybe: Any = metric
@@ -170,6 +178,18 @@ class Measurement:
     def notes(self) -> tuple[str, ...]:
         """What the metric says of itself, if it has `notes`, such as the signature of a score."""
         return tuple(getattr(self._metric, "notes", ()))
+
+    def infos(self, rows: Sequence[CorruptionRecord]) -> dict[str, MetricInfo]:
+        """Return what the numbers of each metric mean: as was given, else as the metric says, else by their names."""
+        names = list(rows[0].metrics)
+        unknown = [name for name in self._infos if name not in names]
+        if unknown:
+            logger.warning(
+                f"metric_info: expected names out of {', '.join(names)}, got {', '.join(unknown)}, which the "
+                "metric does not return; name those that it does."
+            )
+        values = {name: [value for row in rows for value in row.metrics.get(name, ())] for name in names}
+        return {name: self._infos.get(name) or info_of(self._metric, name, values[name]) for name in names}
 
     def _check_replicas(self, data: str, measured_on: RepeatedBatches | None) -> None:
         """Refuse what would be silently wrong on several processes."""

@@ -22,6 +22,7 @@ from hf_parcor.evaluation.sweep_record import SweepRecord
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import check_weights, forget_derived
+from hf_parcor.metric_info import MetricInfo
 from hf_parcor.targets import TargetError, by_layer
 
 logger = logging.get_logger(__name__)
@@ -46,6 +47,7 @@ class LayerProbe:
             noted.
         reuse_prefix: As in `CorruptionEvaluator`.
         memory: As in `CorruptionEvaluator`.
+        metric_info: As in `CorruptionEvaluator`.
         progress: As in `CorruptionEvaluator`.
 
     Raises:
@@ -63,6 +65,7 @@ class LayerProbe:
         targets: Mapping[str, str | Collection[str]] | None = None,
         reuse_prefix: bool = True,
         memory: int = MEMORY,
+        metric_info: Mapping[str, MetricInfo] | None = None,
         progress: bool = True,
     ) -> None:
         model = measurable_model(model)
@@ -92,7 +95,14 @@ class LayerProbe:
             check_weights(selection)
         self._model = model
         self._measurement = Measurement(
-            model, metric, batches, loss, reuse_prefix=reuse_prefix, memory=memory, progress=progress
+            model,
+            metric,
+            batches,
+            loss,
+            reuse_prefix=reuse_prefix,
+            memory=memory,
+            metric_info=metric_info,
+            progress=progress,
         )
 
     def evaluate(
@@ -122,7 +132,10 @@ class LayerProbe:
         forget_derived()
         weights = fingerprint_of_weights(self._model)
         clean, data, records = self._measurement.run(self._selections, corruptions, trials, seed, weights, checkpoint)
-        versions = library_versions()
+        versions, infos = (
+            library_versions(),
+            self._measurement.infos([clean, *(row for of_part in records for row in of_part)]),
+        )
         of_parts = {
             label: EvaluationRecord(
                 model=model_name(self._model),
@@ -135,6 +148,7 @@ class LayerProbe:
                 notes=(*self._out_of_reach[label], *self._measurement.notes),
                 weights_norm=norm_of(selection.values()),
                 weights=weights,
+                metric_info=infos,
             )
             for (label, selection), of_part in zip(self._selections.items(), records, strict=True)
         }

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hf_parcor.metric_info import MetricInfo, info_by_name, read_infos
 from hf_parcor.stored_record import StoredRecord
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ class EvaluationRecord(StoredRecord):
         weights_norm: L2 norm of the weights that could be corrupted, the measure of a radius; None in records from
             before it was kept.
         weights: SHA-256 of all parameters and buffers of the model; "" in records from before it was kept.
+        metric_info: What the numbers of each metric mean, as it stated, or as was guessed; empty in records from
+            before it was kept: read it by `info`.
         format: Version of this layout.
     """
 
@@ -107,6 +110,7 @@ class EvaluationRecord(StoredRecord):
     notes: tuple[str, ...] = ()
     weights_norm: float | None = None
     weights: str = ""
+    metric_info: Mapping[str, MetricInfo] = field(default_factory=dict)
     format: int = FORMAT
     kind: ClassVar[str] = "record"
     remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
@@ -118,7 +122,29 @@ class EvaluationRecord(StoredRecord):
         data["notes"] = tuple(data["notes"])
         norm = data.get("weights_norm")
         data["weights_norm"] = None if norm is None else float(norm)
+        data["metric_info"] = read_infos(data.get("metric_info", {}))
         return cls(**data)
+
+    def info(self, metric: str) -> MetricInfo:
+        """Return what the numbers of a metric mean: as the record says, or a guess from the name, which says so.
+
+        Raises:
+            ValueError: There is no such metric.
+        """
+        self.clean.mean(metric)  # says what is missing
+        values = (value for row in self.rows() for value in row.metrics.get(metric, ()))
+        return self.metric_info.get(metric) or info_by_name(metric, values)
+
+    def stating(
+        self, metric: str, *, greater_is_better: bool | None = None, unit: str | None = None
+    ) -> EvaluationRecord:
+        """Return the record with what somebody states of a metric; None leaves it as it is.
+
+        Raises:
+            ValueError: There is no such metric.
+        """
+        info = self.info(metric).stating(greater_is_better=greater_is_better, unit=unit)
+        return replace(self, metric_info={**self.metric_info, metric: info})
 
     def rows(self) -> list[CorruptionRecord]:
         """Return the clean record and then all others."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord, data_frame
+from hf_parcor.metric_info import MetricInfo, agreed
 from hf_parcor.stored_record import StoredRecord
 
 if TYPE_CHECKING:
     import pandas
 
 FORMAT = 1
-_SHARED = ("model", "clean", "data", "versions")
+_SHARED = ("model", "clean", "data", "versions", "metric_info")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class SweepRecord(StoredRecord):
     """What a `LayerProbe` found: each group of weights corrupted by itself.
 
     Attributes:
-        records: The record of each group, by its name. Model, data, versions, clean metrics are the same.
+        records: The record of each group, by its name. Model, data, versions, clean metrics and what
+            these mean are the same.
         weights: SHA-256 of all parameters and buffers of the model.
         trials: Trials of each stochastic corruption.
         seed: First seed.
@@ -46,8 +48,8 @@ class SweepRecord(StoredRecord):
         for label, record in self.records.items():
             if repr([getattr(record, name) for name in _SHARED]) != first:
                 raise ValueError(
-                    f"records: expected one model, data, versions and clean metrics for all groups, got others for "
-                    f"{label!r}; make one record for each sweep"
+                    f"records: expected one model, data, versions, clean metrics and metric_info for all groups, got "
+                    f"others for {label!r}; make one record for each sweep"
                 )
 
     @property
@@ -69,6 +71,18 @@ class SweepRecord(StoredRecord):
     def versions(self) -> Mapping[str, str]:
         """Versions of the libraries."""
         return self._first.versions
+
+    def info(self, metric: str) -> MetricInfo:
+        """Return what the numbers of a metric mean, as `EvaluationRecord.info`."""
+        return agreed([record.info(metric) for record in self.records.values()], metric)
+
+    def stating(self, metric: str, *, greater_is_better: bool | None = None, unit: str | None = None) -> SweepRecord:
+        """Return the record with what somebody states of a metric, as `EvaluationRecord.stating`."""
+        stated = {
+            label: record.stating(metric, greater_is_better=greater_is_better, unit=unit)
+            for label, record in self.records.items()
+        }
+        return replace(self, records=stated)
 
     @property
     def _first(self) -> EvaluationRecord:

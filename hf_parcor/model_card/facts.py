@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from hf_parcor.evaluation.records import CorruptionRecord
 from hf_parcor.evaluation.sweep_record import SweepRecord
+from hf_parcor.metric_info import MetricInfo, info_by_name, read_info
 from hf_parcor.stored_record import StoredRecord
 
 FORMAT = 1
@@ -106,7 +107,7 @@ class ModelFacts(StoredRecord):
         task: The Hub's name of the task, such as "text-classification"; "" if unknown.
         evaluated_on: The data of the metrics.
         metric: The metric that the card shows.
-        percent: Whether that is a share, which reads well in percent.
+        info: What its numbers mean; a guess in facts from before it was kept.
         defense: The defense that it was trained with, as in `defense_config.json`; None for none. One whose
             `defended_steps` are 0 was set and never ran, and the card does not claim it.
         repetitions: What n counts: random trials of one model, or models trained with other seeds.
@@ -129,7 +130,7 @@ class ModelFacts(StoredRecord):
     task: str
     evaluated_on: EvaluationData
     metric: str
-    percent: bool
+    info: MetricInfo
     defense: Mapping[str, Any] | None
     repetitions: Repetitions
     target: Mapping[str, Any]
@@ -158,6 +159,12 @@ class ModelFacts(StoredRecord):
         data["evaluated_on"] = EvaluationData(**data["evaluated_on"])
         for name in ("datasets", "notes", "weights"):
             data[name] = tuple(data.get(name, ()))
+        data.pop("percent", None)  # the guess of before
+        known = data.get("info")
+        metric = data["metric"]
+        rows = (data["clean"], *data["corruptions"])
+        values = (value for row in rows for value in row.metrics[metric].values)
+        data["info"] = info_by_name(metric, values) if known is None else read_info(known)
         data["probe"] = None if data.get("probe") is None else _probe(data["probe"])
         return cls(**data)
 

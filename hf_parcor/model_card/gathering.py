@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.evaluation.sweep_record import SweepRecord
-from hf_parcor.measures import are_shares, is_greater_better
+from hf_parcor.metric_info import agreed
 from hf_parcor.model_card.facts import CorruptionFacts, EvaluationData, ModelFacts, ProbeFacts, metric_facts
 from hf_parcor.report.numbers import Numbers
 from hf_parcor.report.probe_verdict import probe_verdict
@@ -27,6 +27,8 @@ def facts_of(
     task: str = "",
     evaluated_on: EvaluationData | None = None,
     metric: str | None = None,
+    greater_is_better: bool | None = None,
+    unit: str | None = None,
     defense: Mapping[str, Any] | None = None,
     command: str = "",
 ) -> ModelFacts:
@@ -41,7 +43,10 @@ def facts_of(
         datasets: As in `ModelFacts`.
         task: As in `ModelFacts`.
         evaluated_on: The data of the metrics; None if it has no name.
-        metric: The metric that the card shows; None for "accuracy", or else for the first that is no loss.
+        metric: The metric that the card shows; None for "accuracy", or else for the first of which more is better.
+        greater_is_better: Whether a large one is good; None for what the records say, or a guess that the card calls
+            one.
+        unit: As in `MetricInfo`; None as for `greater_is_better`.
         defense: As in `ModelFacts`: what `DefenseConfig.to_dict` returns.
         command: As in `ModelFacts`.
 
@@ -71,10 +76,10 @@ def facts_of(
                 "or make a card for each"
             )
     names = [name for name in first.clean.metrics if all(name in row.metrics for row in first.corruptions)]
-    chosen = _chosen(names, metric)
+    chosen = _chosen(names, metric, first)
+    info = agreed([one.info(chosen).stating(greater_is_better=greater_is_better, unit=unit) for one in found], chosen)
     clean = {name: _values([record.clean for record in found], name) for name in names}
     rows = [_facts(rows, clean) for rows in zip(*(record.rows() for record in found), strict=True)]
-    values = [value for row in rows for value in row.metrics[chosen].values]
     facts = ModelFacts(
         name=name or first.model.rpartition("/")[2],
         base_model=base_model,
@@ -82,7 +87,7 @@ def facts_of(
         task=task,
         evaluated_on=evaluated_on or EvaluationData("the evaluation data"),
         metric=chosen,
-        percent=is_greater_better(chosen) and are_shares(values),
+        info=info,
         defense=defense,
         repetitions="trials" if len(found) == 1 else "trainings",
         target=first.target,
@@ -115,19 +120,21 @@ def with_probe(facts: ModelFacts, sweep: SweepRecord) -> ModelFacts:
             f"probe: expected one of the weights that were evaluated, {known}, got one of {sweep.weights[:_SHOWN]}; "
             "evaluate and probe the same model"
         )
-    study = Study.of({"": sweep}, facts.metric, is_greater_better(facts.metric))
-    rows = [sweep.clean, *(row for _, row in sweep.rows())]
-    percent = facts.percent and are_shares(value for row in rows for value in row.metrics[facts.metric])
-    first = probe_verdict(study, Numbers(percent))[0]
+    info = sweep.info(facts.metric).stating(**facts.info.stated)
+    study = Study.of({"": sweep}, facts.metric, greater_is_better=info.greater_is_better, unit=info.unit)
+    first = probe_verdict(study, Numbers(info.unit))[0]
     verdict = " ".join(filter(None, [first.headline, first.detail]))
     noticed = tuple(f"{group}: {note}" for group, record in sweep.records.items() for note in _notes(record))
     probe = ProbeFacts(sweep, sweep.clean.mean(facts.metric), verdict, noticed)
-    return dataclasses.replace(facts, percent=percent, probe=probe)
+    return dataclasses.replace(facts, info=info, probe=probe)
 
 
 def _without_corruption(sweep: SweepRecord) -> EvaluationRecord:
     """Return what a probe says of the model as it is."""
-    return EvaluationRecord(sweep.model, {}, 0, sweep.clean, (), sweep.data, sweep.versions, weights=sweep.weights)
+    first = next(iter(sweep.records.values()))
+    return dataclasses.replace(
+        first, target={}, parameters=0, corruptions=(), notes=(), weights_norm=None, weights=sweep.weights
+    )
 
 
 def _shape(record: EvaluationRecord) -> Any:
@@ -136,9 +143,9 @@ def _shape(record: EvaluationRecord) -> Any:
     return to_plain([rows, target, record.parameters])
 
 
-def _chosen(metrics: Sequence[str], metric: str | None) -> str:
+def _chosen(metrics: Sequence[str], metric: str | None, record: EvaluationRecord) -> str:
     if metric is None:
-        good = [name for name in metrics if is_greater_better(name)]
+        good = [name for name in metrics if record.info(name).greater_is_better]
         metric = "accuracy" if "accuracy" in metrics else next(iter([*good, *metrics]), "")
     if metric not in metrics:
         raise ValueError(f"metric: expected one of {', '.join(metrics) or 'no metrics'}, got {metric!r}; pass metric=")

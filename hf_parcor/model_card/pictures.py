@@ -6,7 +6,6 @@ import io
 from typing import TYPE_CHECKING
 
 from hf_parcor.evaluation.records import EvaluationRecord
-from hf_parcor.measures import is_greater_better
 from hf_parcor.model_card.facts import ModelFacts
 from hf_parcor.plots import plot_comparison, plot_heat_map
 
@@ -30,8 +29,8 @@ def pictures_of(facts: ModelFacts) -> dict[str, bytes]:
     if facts.corruptions:
         pictures[CURVES] = _png(_curves(facts))
     if facts.probe is not None:
-        sweeps, better = {"": facts.probe.record}, is_greater_better(facts.metric)
-        heat_map = plot_heat_map(sweeps, facts.metric, greater_is_better=better, percent=facts.percent)
+        sweeps, info = {"": facts.probe.record}, facts.info
+        heat_map = plot_heat_map(sweeps, facts.metric, greater_is_better=info.greater_is_better, unit=info.unit)
         pictures[HEAT_MAP] = _png(heat_map)
     return pictures
 
@@ -43,6 +42,7 @@ def _curves(facts: ModelFacts) -> Figure:
         facts.parameters,
         facts.clean.as_record(),
         tuple(row.as_record() for row in facts.corruptions),
+        metric_info={facts.metric: facts.info},
     )
     name = facts.name if len(facts.name) <= _LONGEST_NAME else f"{facts.name[:_LONGEST_NAME]}…"
     return plot_comparison({name: record}, facts.metric)

@@ -58,6 +58,7 @@ def section_of(facts: ModelFacts, *, pictures: Collection[str] = (), training: s
         *_introduction(facts),
         _results(facts),
         *_shown(CURVES, f"{facts.metric} of {facts.name} against the strength of each corruption", pictures),
+        *map(text_of, facts.info.guesses(facts.metric)),
         *_noticed(facts.notes),
         *_weak_part(facts, pictures),
         *_training(facts.defense, training),
@@ -77,13 +78,14 @@ def unmeasured_section(defense: Mapping[str, Any] | None, *, training: str = "")
         defense: As in `ModelFacts`.
         training: As in `section_of`.
     """
-    unknown = "How far its metrics fall when its weights are disturbed has not been measured for these weights."
+    unknown = "How far its metrics get worse when its weights are disturbed has not been measured for these weights."
     return "\n\n".join([_HEADING, unknown, *_training(defense, training), _CITATION])
 
 
 def _introduction(facts: ModelFacts) -> Iterator[str]:
+    moves = "fall" if facts.info.greater_is_better else "rise"
     yield (
-        f"How far does {code_of(facts.metric)} of {_linked(facts.name, link=False)} fall when its weights are "
+        f"How far does {code_of(facts.metric)} of {_linked(facts.name, link=False)} {moves} when its weights are "
         f"disturbed? It was measured with hf\\_parcor on {_data(facts)}{_selected(facts)}."
     )
     origin = [f"The model was made from {_linked(facts.base_model)}."] if facts.base_model else []
@@ -101,13 +103,13 @@ def _selected(facts: ModelFacts) -> str:
 
 
 def _results(facts: ModelFacts) -> str:
-    numbers = Numbers(facts.percent)
-    header = (facts.metric + (" (%)" if facts.percent else ""), "mean", "± sd", "n", "change")
+    numbers = Numbers(facts.info.unit)
+    header = (numbers.head(facts.metric), "mean", "± sd", "n", "change")
     rows = []
     for row in facts.rows():
         entry = row.metrics[facts.metric]
         deviation = "–" if math.isnan(entry.deviation) else numbers.value(entry.deviation)
-        change = "" if row is facts.clean else numbers.difference(entry.change, sign=True).removesuffix(" points")
+        change = "" if row is facts.clean else numbers.plain_difference(entry.change, sign=True)
         rows.append((row.label, numbers.value(entry.mean), deviation, str(entry.n), change))
     several = any(row.metrics[facts.metric].n > 1 for row in facts.rows())
     meaning = _REPETITIONS[facts.repetitions] if several else "Everything was measured once: the spread is not known."
@@ -118,7 +120,7 @@ def _weak_part(facts: ModelFacts, pictures: Collection[str]) -> Iterator[str]:
     if facts.probe is None:
         return
     yield "### Which part is weak?"
-    clean = Numbers(facts.percent).with_unit(facts.probe.clean)
+    clean = Numbers(facts.info.unit).with_unit(facts.probe.clean)
     yield f"Each group of weights was corrupted by itself; without corruption {code_of(facts.metric)} was {clean}."
     yield text_of(facts.probe.verdict)
     yield from _shown(HEAT_MAP, f"{facts.metric} of {facts.name} with each group of weights corrupted", pictures)

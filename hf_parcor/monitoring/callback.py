@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from accelerate.data_loader import IterableDatasetShard
@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_parcor.evaluation import DEFAULT_TRIALS
 from hf_parcor.functional.arguments import check_count
+from hf_parcor.metric_info import MetricInfo, checked_infos
 from hf_parcor.monitoring.evaluation import measure_robustness
 from hf_parcor.monitoring.mixin import RobustnessMixin
 from hf_parcor.monitoring.names import Corruptions, by_name, robustness_metrics
@@ -33,10 +34,11 @@ class RobustnessCallback(TrainerCallback):
         every_n_steps: None, the default, for every evaluation. A number: at these steps only, and the Trainer
             evaluates there, also if `eval_strategy` does not ask for it.
         target_modules: Which modules are corrupted, as in `CorruptionEvaluator`.
+        metric_info: As in `RobustnessMixin.evaluate_robustness`.
 
     Raises:
         ValueError: There is no corruption, two have the same name, or a number is not positive.
-        TypeError: Something that is no `Corruption`.
+        TypeError: Something that is no `Corruption`, or no `MetricInfo`.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class RobustnessCallback(TrainerCallback):
         seed: int = 0,
         every_n_steps: int | None = None,
         target_modules: str | Collection[str] | None = None,
+        metric_info: Mapping[str, MetricInfo] | None = None,
     ) -> None:
         check_count("trials", trials)
         check_count("seed", seed, minimum=0)
@@ -55,7 +58,7 @@ class RobustnessCallback(TrainerCallback):
             check_count("every_n_steps", every_n_steps)
         self._trainer, self._corruptions = trainer, by_name(corruptions)
         self._trials, self._seed, self._every = trials, seed, every_n_steps
-        self._target = target_modules
+        self._target, self._infos = target_modules, checked_infos(metric_info)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,6 +98,7 @@ class RobustnessCallback(TrainerCallback):
             eval_dataset=_all_data(eval_dataloader.dataset),
             metric_key_prefix=prefix,
             target_modules=self._target,
+            metric_info=self._infos,
         )
         if isinstance(self._trainer, RobustnessMixin):
             self._trainer.robustness_was_measured(prefix, record, eval_dataloader.dataset)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions import Corruption, GaussianNoise, GradientCorruption, Quantization
 from hf_parcor.evaluation import DEFAULT_TRIALS, CorruptionEvaluator, EvaluationRecord, TrainerMetric, model_loss
 from hf_parcor.evaluation.walks import drawn_once
+from hf_parcor.metric_info import MetricInfo
 
 DEFAULT_CORRUPTIONS: tuple[Corruption, ...] = (
     GradientCorruption(CorruptionConstraint(p=2.0, epsilon=0.1)),
@@ -30,6 +31,7 @@ def measure_robustness(
     eval_dataset: Any = None,
     metric_key_prefix: str = "eval",
     target_modules: str | Collection[str] | None = None,
+    metric_info: Mapping[str, MetricInfo] | None = None,
 ) -> EvaluationRecord:
     """Measure a Trainer's model with its weights as they are, and under each corruption.
 
@@ -45,6 +47,8 @@ def measure_robustness(
         eval_dataset: One data set, or the name of one of the Trainer's; None for the Trainer's own.
         metric_key_prefix: As in `Trainer.evaluate`.
         target_modules: Which modules are corrupted, as in `CorruptionEvaluator`.
+        metric_info: What the metrics' numbers mean, as in `CorruptionEvaluator`, by their names without prefix. None
+            for what `greater_is_better` says of `metric_for_best_model`, and the names of the others.
 
     Raises:
         ValueError: The Trainer has no evaluation data, or as in `CorruptionEvaluator`.
@@ -60,6 +64,7 @@ def measure_robustness(
         drawn_once(trainer.get_eval_dataloader(eval_dataset)) if needs_gradients else None,
         loss=_loss_of(trainer),
         target_modules=target_modules,
+        metric_info=metric_info,
         progress=not trainer.args.disable_tqdm,
     )
     return evaluator.evaluate(corruptions, trials, seed)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
 from hf_parcor.evaluation import DEFAULT_TRIALS, EvaluationRecord
+from hf_parcor.metric_info import MetricInfo
 from hf_parcor.monitoring.evaluation import DEFAULT_CORRUPTIONS, measure_robustness
 from hf_parcor.monitoring.names import Corruptions, by_name, robustness_metrics
 
@@ -36,6 +37,7 @@ class RobustnessMixin(_Base):
         eval_dataset: Any = None,
         metric_key_prefix: str = "eval",
         target_modules: str | Collection[str] | None = None,
+        metric_info: Mapping[str, MetricInfo] | None = None,
     ) -> dict[str, float]:
         """Evaluate the model as `evaluate` does, with its weights as they are and under corruptions, and log it.
 
@@ -48,6 +50,8 @@ class RobustnessMixin(_Base):
             metric_key_prefix: As in `evaluate`.
             target_modules: Which modules are corrupted, as in `CorruptionEvaluator`. None for all parameters that can
                 be trained, also if fewer are defended.
+            metric_info: What the metrics' numbers mean, as in `CorruptionEvaluator`, by their names without prefix.
+                None for what `greater_is_better` says of `metric_for_best_model`, and the names of the others.
 
         Returns:
             Means over trials: `eval_{metric}` of the weights as they are; `eval_robustness_{corruption}_{metric}`, the
@@ -76,6 +80,7 @@ class RobustnessMixin(_Base):
                 eval_dataset=part,
                 metric_key_prefix=prefix,
                 target_modules=target_modules,
+                metric_info=metric_info,
             )
             self.robustness_records[prefix] = record
             metrics |= {f"{prefix}_{name}": record.clean.mean(name) for name in record.clean.metrics}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hf_parcor.evaluation.records import CorruptionRecord
 from hf_parcor.evaluation.series import Series, short
 from hf_parcor.evaluation.sweep_record import SweepRecord
+from hf_parcor.metric_info import POINTS, SHARE, agreed, shown_unit
 from hf_parcor.plots.style import new_figure
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ def plot_heat_map(
     sweeps: Mapping[str, SweepRecord],
     metric: str = "accuracy",
     *,
-    greater_is_better: bool = True,
-    percent: bool = True,
+    greater_is_better: bool | None = None,
+    unit: str | None = None,
     title: str = "",
 ) -> Figure:
     """Draw the metric of each group at each strength, a row of panels a kind of corruption, a column a model.
@@ -36,15 +37,16 @@ def plot_heat_map(
     Args:
         sweeps: Records of probes by the name of their model.
         metric: Which metric to show.
-        greater_is_better: Whether a large metric is good.
-        percent: Whether to multiply by 100 and show one decimal, as for accuracies.
+        greater_is_better: Whether a large metric is good; None, the default, for what the records say.
+        unit: As in `MetricInfo`; None, the default, for what the records say. Shares are shown in percent.
         title: Above all panels.
 
     Returns:
         A figure; `figure.savefig("heat_map.png")` writes it.
 
     Raises:
-        ValueError: There are no records, they have no corruptions, or they lack the metric.
+        ValueError: There are no records, they have no corruptions, they lack the metric, or state different things of
+            it.
         ImportError: matplotlib is not installed.
     """
     panels = list(dict.fromkeys(Series.of(row) for sweep in sweeps.values() for _, row in sweep.rows()))
@@ -52,7 +54,9 @@ def plot_heat_map(
         raise ValueError(
             f"sweeps: expected at least one with a corruption, got {len(sweeps)} without any; probe a model first"
         )
-    losses = {name: _losses(sweep, metric, greater_is_better) for name, sweep in sweeps.items()}
+    infos = [sweep.info(metric).stating(greater_is_better=greater_is_better, unit=unit) for sweep in sweeps.values()]
+    info = agreed(infos, metric)
+    losses = {name: _losses(sweep, metric, info.greater_is_better) for name, sweep in sweeps.items()}
     finite = [loss for of_model in losses.values() for loss in of_model.values() if 0 < loss < math.inf]
     largest = max(finite, default=1.0)
     groups = list(dict.fromkeys(group for sweep in sweeps.values() for group in sweep.records))
@@ -63,14 +67,15 @@ def plot_heat_map(
     grid = figure.subplots(len(panels), len(sweeps), squeeze=False)
     for axes, panel in zip(grid, panels, strict=True):
         for axis, (name, sweep) in zip(axes, sweeps.items(), strict=True):
-            image = _draw(axis, panel, columns[panel], groups, sweep, losses[name], largest, metric, percent)
+            image = _draw(axis, panel, columns[panel], groups, sweep, losses[name], largest, metric, info.unit)
             heading = f"{panel.name}: {name}" if name else panel.name
             axis.set_title(heading, fontsize="medium", parse_math=False)
             axis.set_xlabel(panel.unit)
         for axis in axes[1:]:
             axis.set_yticklabels([])
     scale = figure.colorbar(image, ax=grid, shrink=0.6)
-    scale.set_label(f"drop of the {metric}" + (" (points)" if percent else ""), parse_math=False)
+    loss, points = "drop" if info.greater_is_better else "rise", "points" if info.unit == SHARE else info.unit
+    scale.set_label(f"{loss} of the {metric}" + (f" ({points})" if points else ""), parse_math=False)
     if title:
         figure.suptitle(title, parse_math=False)
     return figure
@@ -106,10 +111,10 @@ def _draw(
     losses: Mapping[tuple[str, str], float],
     largest: float,
     metric: str,
-    percent: bool,
+    unit: str,
 ) -> AxesImage:
     """Draw a panel and return its image."""
-    factor = 100 if percent else 1
+    factor, style = shown_unit(unit)[0], {SHARE: ".1f", POINTS: ".2f"}.get(unit, ".3g")
     shown = {(group, row.label): row.mean(metric) for group, row in sweep.rows()}
     places = [[(group, label) for label in columns] for group in groups]
     # An infinite drop is as dark as the largest: no colour at all would look like none.
@@ -118,7 +123,7 @@ def _draw(
     for y, line in enumerate(places):
         for x, place in enumerate(line):
             dark = losses.get(place, 0.0) > _DARK * largest
-            text = f"{factor * shown[place]:{'.1f' if percent else '.3g'}}" if place in shown else "–"
+            text = f"{factor * shown[place]:{style}}" if place in shown else "–"
             axis.text(x, y, text, color="white" if dark else "black", fontsize="small", ha="center", va="center")
     axis.set_xticks(range(len(columns)), list(columns.values()), parse_math=False)
     axis.set_yticks(range(len(groups)), _short_names(groups), parse_math=False)

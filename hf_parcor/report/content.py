@@ -20,6 +20,7 @@ class Content(NamedTuple):
     metric: str
     numbers: Numbers
     findings: list[Finding]
+    guesses: tuple[str, ...]
     notes: list[str]
     heat_maps: list[Table]
     darkest: str
@@ -32,17 +33,24 @@ class Content(NamedTuple):
 def content_of(study: Study, numbers: Numbers, title: str) -> Content:
     """Return what is to be said about a study."""
     compared = len(study.models) > 1
+    darkest = numbers.difference(largest_drop(study))
     summaries = [summary(study, series, numbers) for series in study.curves]
     return Content(
         title=title,
         metric=study.metric,
         numbers=numbers,
-        findings=(comparison_verdict if compared else probe_verdict)(study, numbers),
+        findings=(comparison_verdict if compared else probe_verdict)(study, numbers) + _guess(study),
+        guesses=study.info.guesses(study.metric),
         notes=notes(study),
         heat_maps=[heat_map(study, series, numbers) for series in study.curves],
-        darkest=f"The darker, the more is lost; the darkest is a drop of {numbers.difference(largest_drop(study))}.",
+        darkest=f"The darker, the more is lost; the darkest is a {study.loss} of {darkest}.",
         panels=panels(study),
         summaries=[difference_table(study, numbers), *summaries] if compared else summaries,
         values=all_values(study, numbers),
         settings=settings(study),
     )
+
+
+def _guess(study: Study) -> list[Finding]:
+    """Return that the direction of the metric is a guess, on which every other finding depends, if it is one."""
+    return [Finding(study.info.guesses(study.metric)[0])] if study.info.direction_guessed else []

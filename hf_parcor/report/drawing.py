@@ -134,8 +134,7 @@ def _axes(
             taken = x - half - _LETTER / 2
     unit = series.unit or "corruptions, in the order of the table"
     drawn.append(element("text", unit, x=f"{(_LEFT + _WIDTH) / 2:g}", y=f"{_HEIGHT - 8:g}", text_anchor="middle"))
-    shown = metric if len(metric) <= 28 else metric[:27] + "…"
-    label = printable(shown) + (" (%)" if numbers.percent else "")
+    label = numbers.head(printable(metric if len(metric) <= 28 else metric[:27] + "…"))
     place = f"translate(11 {(base + _TOP) / 2:g}) rotate(-90)"
     drawn.append(element("text", label, transform=place, text_anchor="middle"))
     return drawn

@@ -9,7 +9,7 @@ _QUOTED = 8  # as many notes of records a report repeats
 
 def notes(study: Study) -> list[str]:
     """Return sentences on what the records were made of: repetitions, data, sizes, and what was noticed on the way."""
-    found = [_repetitions(study)]
+    found = [_repetitions(study), *study.info.guesses(study.metric)]
     if len(study.models) > 1:
         found.append(
             "Differences are judged by Welch's t-test, two-sided, at 5 %, p-values corrected by Holm's method: in the "
@@ -17,9 +17,9 @@ def notes(study: Study) -> list[str]:
         )
     elif len(study.groups) > 1:
         found.append(
-            "Fragility is the mean drop over the strengths that all groups have, over the median of that of the other "
-            "groups. It is judged by Welch's t-test, one-sided, at 5 %, p-values corrected by Holm's method for the "
-            "number of groups, for each kind of corruption by itself."
+            f"Fragility is the mean {study.loss} over the strengths that all groups have, over the median of that of "
+            "the other groups. It is judged by Welch's t-test, one-sided, at 5 %, p-values corrected by Holm's method "
+            "for the number of groups, for each kind of corruption by itself."
         )
     sizes = {records[0].parameters for groups in study.models.values() for records in groups.values()}
     if len(sizes) > 1:

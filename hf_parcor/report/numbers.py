@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hf_parcor.metric_info import POINTS, SHARE, shown_unit
 from hf_parcor.report.study import Point
 
 
@@ -13,37 +14,59 @@ class Numbers:
     """How values of a metric are written.
 
     Args:
-        percent: Whether the metric is a share, shown in percent, its differences in points.
+        unit: As in `MetricInfo`: shares are shown in percent, their differences in points; "" for a plain number.
     """
 
-    percent: bool
+    unit: str = ""
 
     def value(self, value: float) -> str:
         """Return a value of the metric.
 
         Examples:
-            >>> Numbers(percent=True).value(0.8406), Numbers(percent=False).value(1.25)
-            ('84.1', '1.25')
+            >>> Numbers("share").value(0.8406), Numbers("points").value(0.9), Numbers().value(1.25)
+            ('84.1', '0.90', '1.25')
         """
-        return _shown(100 * value, ".1f") if self.percent else _shown(value, ".4g")
+        return self._written(value, "")
 
     def with_unit(self, value: float) -> str:
-        """Return a value with its unit."""
-        return self.value(value) + (" %" if self.percent else "")
+        """Return a value with its unit.
+
+        Examples:
+            >>> Numbers("share").with_unit(0.5), Numbers("points").with_unit(0.9), Numbers("nats").with_unit(1.25)
+            ('50.0 %', '0.90 of 100', '1.25 nats')
+        """
+        return f"{self.value(value)} {shown_unit(self.unit)[1]}".rstrip()
 
     def difference(self, value: float, *, sign: bool = False) -> str:
         """Return a difference with its unit.
 
         Examples:
-            >>> Numbers(percent=True).difference(0.117, sign=True)
-            '+11.7 points'
+            >>> Numbers("share").difference(0.117, sign=True), Numbers("points").difference(1.5)
+            ('+11.7 points', '1.50 points')
         """
-        shown = (
-            _shown(100 * value, "+.1f" if sign else ".1f")
-            if self.percent
-            else _shown(value, "+.4g" if sign else ".4g")
-        )
-        return shown + (" points" if self.percent else "")
+        return f"{self.plain_difference(value, sign=sign)} {self._of_differences}".rstrip()
+
+    def plain_difference(self, value: float, *, sign: bool = False) -> str:
+        """Return a difference without its unit, for a table whose head says it."""
+        return self._written(value, "+" if sign else "")
+
+    def head(self, metric: str) -> str:
+        """Return the name of a metric with the unit of its values, as the head of a table or an axis says it.
+
+        Examples:
+            >>> Numbers("share").head("accuracy"), Numbers("points").head("bleu"), Numbers().head("score")
+            ('accuracy (%)', 'bleu (of 100)', 'score')
+        """
+        shown = shown_unit(self.unit)[1]
+        return f"{metric} ({shown})" if shown else metric
+
+    @property
+    def _of_differences(self) -> str:
+        return "points" if self.unit in (SHARE, POINTS) else self.unit
+
+    def _written(self, value: float, sign: str) -> str:
+        style = {SHARE: ".1f", POINTS: ".2f"}.get(self.unit, ".4g")
+        return _shown(shown_unit(self.unit)[0] * value, sign + style)
 
     def point(self, point: Point) -> str:
         """Return a mean with its confidence interval, where there is one."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from hf_parcor.evaluation.records import EvaluationRecord
+from hf_parcor.metric_info import POINTS, SHARE
 from hf_parcor.report.evidence import LEVEL, adjusted_p_values
 from hf_parcor.report.fragility import fragility, others_median
 from hf_parcor.report.numbers import Numbers, probability, times
@@ -63,7 +64,7 @@ def _nothing_to_lose(study: Study, curves: Mapping[str, Curve]) -> str:
     clean = [curve.clean.mean for curve in curves.values()]
     if not all(map(math.isfinite, clean)):
         return f"{study.metric} is not a finite number without corruption, so a drop cannot be told."
-    if study.greater_is_better and min(clean) <= 0:
+    if study.greater_is_better and study.info.unit in (SHARE, POINTS) and min(clean) <= 0:  # others go below 0
         return f"{study.metric} is not above 0 without corruption: there is nothing to lose."
     return ""
 
@@ -82,24 +83,34 @@ def _of_one_group(study: Study, numbers: Numbers, curves: Mapping[str, Curve]) -
             f"with {group} corrupted, the model breaks at {_listed([point.name for point in unreliable])}: "
             f"{_broken(unreliable)} is not a finite number there, so {study.metric} says nothing."
         )
-    worst = max(curve.points, key=lambda point: mean(curve.drops([point.name])))
+    drops = {point.name: mean(curve.drops([point.name])) for point in curve.points}
+    worst, best = (of(curve.points, key=lambda point: drops[point.name]) for of in (max, min))
+    clean = numbers.with_unit(curve.clean.mean)
     counted = [point.name for point in curve.points if point.counted_wrong]
-    detail = f"Not all predictions are finite at {_listed(counted)}; these count as wrong." if counted else ""
-    drop = mean(curve.drops([worst.name]))
-    if drop <= NEGLIGIBLE * abs(curve.clean.mean):
-        if counted:
-            return Finding(
-                f"with {group} corrupted, not all predictions are finite at {_listed(counted)}, though {study.metric} "
-                f"loses no more than 1 % of its value without corruption, {numbers.with_unit(curve.clean.mean)}."
-            )
+    lost = f"Not all predictions are finite at {_listed(counted)}; these count as wrong." if counted else ""
+    limit = NEGLIGIBLE * abs(curve.clean.mean)
+    rise = f"from {clean} to {numbers.with_unit(best.mean)} at {best.name}"
+    if drops[worst.name] > limit:
+        better = drops[best.name] < -limit
         return Finding(
-            f"with {group} corrupted, {study.metric} stays within 1 % of its value without corruption, "
-            f"{numbers.with_unit(curve.clean.mean)}, at every strength."
+            f"with {group} corrupted, {study.metric} {_moves(study)} from {clean} to {numbers.with_unit(worst.mean)} "
+            f"at {worst.name}.",
+            _joined(f"It gets better, too: it {_moves(study, better=True)} {rise}." if better else "", lost),
+        )
+    if drops[best.name] < -limit:
+        return Finding(
+            f"with {group} corrupted, {study.metric} gets better: it {_moves(study, better=True)} {rise}, and at no "
+            f"strength is it worse by more than 1 % of its value without corruption.",
+            lost,
+        )
+    if counted:
+        return Finding(
+            f"with {group} corrupted, not all predictions are finite at {_listed(counted)}, though {study.metric} "
+            f"stays within 1 % of its value without corruption, {clean}."
         )
     return Finding(
-        f"with {group} corrupted, {study.metric} {_moves(study)} from {numbers.with_unit(curve.clean.mean)} to "
-        f"{numbers.with_unit(worst.mean)} at {worst.name}.",
-        detail,
+        f"with {group} corrupted, {study.metric} stays within 1 % of its value without corruption, {clean}, at every "
+        "strength."
     )
 
 
@@ -133,14 +144,20 @@ def _of_groups(
         return Finding("fewer than two groups can be ranked.", unranked)
     top = max(drops, key=lambda group: drops[group])
     clean = curves[top].clean.mean
-    if all(
-        mean(curves[group].drops([name])) <= NEGLIGIBLE * abs(clean) for group in drops for name in names
-    ):  # at the worst strength, not on average
+    limit = NEGLIGIBLE * abs(clean)
+    at_each = {group: [mean(curves[group].drops([name])) for name in names] for group in drops}
+    better = [group for group, found in at_each.items() if min(found) < -limit]
+    improved = f"{study.metric} gets better by more than that with {_listed(better)} corrupted." if better else ""
+    if all(max(found) <= limit for found in at_each.values()):  # at the worst strength, not on average
         which = "no group" if len(drops) == len(curves) else "no group that can be ranked"
-        text = f"{which} loses more than 1 % of the {study.metric} without corruption, {numbers.with_unit(clean)}"
+        loses = "loses" if study.greater_is_better else "adds"
+        of_it = f"{'of' if study.greater_is_better else 'to'} the {study.metric} without corruption"
+        text = f"{which} {loses} more than 1 % {of_it}, {numbers.with_unit(clean)}"
         if unranked:
-            return Finding(f"{text}, but not all that the model returns is finite.", unranked)
-        return Finding(f"{text}: none is fragile {_over(names)}.")
+            finding = Finding(f"{text}, but not all that the model returns is finite.")
+        else:
+            finding = Finding(f"{text}: none is fragile {_over(names)}.")
+        return finding._replace(detail=_joined(improved, unranked))
     p_values = _beyond_the_others({group: repeated[group] for group in drops})
     return _ranked(study, numbers, names, drops, p_values, top, clean, unranked, _remedy(groups[top]))
 
@@ -157,19 +174,26 @@ def _ranked(
     remedy: str,
 ) -> Finding:
     ratio, median = fragility(drops)[top], others_median(drops, top)
+    limit = NEGLIGIBLE * abs(clean)
     size = (
-        f"With {top} corrupted, {study.metric} {_moves(study)} by {numbers.difference(drops[top])} {_over(names)}; "
-        f"the median of the others is {numbers.difference(median)}."
+        f"With {top} corrupted, {study.metric} {_moved(study, numbers, drops[top])} {_over(names)}; with the others, "
+        f"at the median, it {_moved(study, numbers, median)}."
     )
+    if drops[top] <= limit:
+        return Finding(
+            f"no group makes {study.metric} worse by more than 1 % {_over(names)}, though one does at one of these.",
+            _joined(size, unranked),
+        )
     if top not in p_values and ratio < STANDS_OUT:
         return Finding("no group stands out.", _joined(size, unranked))
     if top in p_values and p_values[top] >= LEVEL:
         judged = f"no difference between the groups is beyond the {study.spread} ({probability(p_values[top])})."
         return Finding(judged, _joined(size, unranked))
+    others = "gets better" if median < -limit else "loses next to nothing"
     headline = (
         f"{top} is {times(ratio)} times as fragile as the median of the others."
-        if median > NEGLIGIBLE * abs(clean)
-        else f"{top} is the most fragile, while the median of the others loses next to nothing."
+        if median > limit
+        else f"{top} is the most fragile, while the median of the others {others}."
     )
     if top not in p_values:
         single = (
@@ -177,9 +201,9 @@ def _ranked(
             "it with models of other seeds before you rely on it."
         )
         return Finding(headline, _joined(size, single, unranked), remedy)
-    also = [group for group, value in p_values.items() if value < LEVEL and group != top]
+    also = [group for group, value in p_values.items() if value < LEVEL and group != top and drops[group] > limit]
     judged = f"That is beyond the {study.spread} ({probability(p_values[top])})."
-    more = f"So is the drop of {_listed(also)}." if also else ""
+    more = f"So is the {study.loss} of {_listed(also)}." if also else ""
     return Finding(headline, _joined(size, judged, more, unranked), remedy, clear=True)
 
 
@@ -202,8 +226,18 @@ def _remedy(records: Sequence[EvaluationRecord]) -> str:
     return f"ParameterDefenseTrainer(..., target_modules={target['target_modules']!r})"
 
 
-def _moves(study: Study) -> str:
-    return "falls" if study.greater_is_better else "rises"
+def _moves(study: Study, *, better: bool = False) -> str:
+    """Return where a metric goes that gets worse, or better."""
+    return "rises" if study.greater_is_better is better else "falls"
+
+
+def _moved(study: Study, numbers: Numbers, drop: float) -> str:
+    """Return how far a metric went, and where to; a drop below 0 is for the better."""
+    if drop == 0:
+        return "stays as it is"
+    better = drop < 0
+    told = ", which is better" if better else ""
+    return f"{_moves(study, better=better)} by {numbers.difference(abs(drop))}{told}"
 
 
 def _broken(points: Sequence[Point]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from hf_parcor.measures import are_shares, is_greater_better
 from hf_parcor.report.content import Content, content_of
 from hf_parcor.report.markdown import markdown_page
 from hf_parcor.report.numbers import Numbers
@@ -24,15 +23,15 @@ class RobustnessReport:
         records: The record of an evaluator, or of a probe; a list of either, one a seed; records, or lists of them, by
             the name of their group.
         metric: Which metric to report.
-        greater_is_better: Whether a large metric is good. None, the default, for yes unless its name ends with "loss",
-            as in the Trainer, or with "perplexity", or is that of an error: "ter", "wer", "cer", "mse", "rmse" or
-            "mae".
-        percent: Whether the metric is a share that reads well in percent. None, the default, where large is good and
-            all its values lie between 0 and 1.
+        greater_is_better: Whether a large metric is good. None, the default, for what the records say; where they do
+            not, it is guessed, and called a guess.
+        unit: As in `MetricInfo`: "share" of 1, shown in percent, "points" of 100, or any other word, "" for none.
+            None, the default, for what the records say, or a guess.
         title: The heading. None for the names of metric and models.
 
     Raises:
-        ValueError: There are no records or no corruptions, repetitions are not alike, or the metric is missing.
+        ValueError: There are no records or no corruptions, repetitions are not alike, the metric is missing, or the
+            records state different directions or units of it.
         ImportError: Measurements were repeated and SciPy is not installed.
 
     Examples:
@@ -44,9 +43,9 @@ class RobustnessReport:
         >>> probe = {layer: record(layer, accuracy) for layer, accuracy in [("a", 0.85), ("b", 0.8), ("c", 0.5)]}
         >>> print(RobustnessReport(probe).verdict[0])
         gradient-based, L2: c is 5.3 times as fragile as the median of the others. With c corrupted, accuracy falls by
-        40.0 points at ε=0.1; the median of the others is 7.5 points. There is no spread to judge that by, since it was
-        measured once or came out the same each time: repeat it with models of other seeds before you rely on it. If
-        that holds, defend it with ParameterDefenseTrainer(..., target_modules=['c'])
+        40.0 points at ε=0.1; with the others, at the median, it falls by 7.5 points. There is no spread to judge that
+        by, since it was measured once or came out the same each time: repeat it with models of other seeds before you
+        rely on it. If that holds, defend it with ParameterDefenseTrainer(..., target_modules=['c'])
     """
 
     def __init__(
@@ -55,10 +54,10 @@ class RobustnessReport:
         metric: str = "accuracy",
         *,
         greater_is_better: bool | None = None,
-        percent: bool | None = None,
+        unit: str | None = None,
         title: str | None = None,
     ) -> None:
-        self._content = _content({"": records}, metric, greater_is_better, percent, title)
+        self._content = _content({"": records}, metric, greater_is_better, unit, title)
 
     @classmethod
     def compare(
@@ -67,7 +66,7 @@ class RobustnessReport:
         metric: str = "accuracy",
         *,
         greater_is_better: bool | None = None,
-        percent: bool | None = None,
+        unit: str | None = None,
         title: str | None = None,
     ) -> RobustnessReport:
         """Return a report on models side by side, each against the first: plain against defended.
@@ -76,7 +75,7 @@ class RobustnessReport:
             models: What the constructor takes, by the name of the model; two or more, the baseline first.
             metric: As in the constructor.
             greater_is_better: As in the constructor.
-            percent: As in the constructor.
+            unit: As in the constructor.
             title: As in the constructor.
 
         Raises:
@@ -86,13 +85,23 @@ class RobustnessReport:
         if len(models) < 2:
             raise ValueError(f"models: expected two or more to compare, got {len(models)}; use RobustnessReport(...)")
         report = cls.__new__(cls)
-        report._content = _content(models, metric, greater_is_better, percent, title)
+        report._content = _content(models, metric, greater_is_better, unit, title)
         return report
 
     @property
     def verdict(self) -> list[str]:
-        """The findings in plain words, each with its remedy."""
+        """The findings in plain words, each with its remedy; last, where that was guessed, what better means."""
         return [finding.text for finding in self._content.findings]
+
+    @property
+    def guesses(self) -> tuple[str, ...]:
+        """What nobody stated of the metric, its direction or its unit, and so was guessed; the notes have it too."""
+        return self._content.guesses
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know before relying on the numbers, as the pages say it."""
+        return list(self._content.notes)
 
     def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page, with its folder, and return the path.
@@ -111,20 +120,14 @@ def _content(
     models: Mapping[str, Records],
     metric: str,
     greater_is_better: bool | None,
-    percent: bool | None,
+    unit: str | None,
     title: str | None,
 ) -> Content:
-    if greater_is_better is None:
-        greater_is_better = is_greater_better(metric)
-    study = Study.of(models, metric, greater_is_better)
-    if percent is None:
-        curves = [curve for by_key in study.curves.values() for curve in by_key.values()]
-        values = [value for curve in curves for point in (curve.clean, *curve.points) for value in point.values]
-        percent = greater_is_better and are_shares(values)
+    study = Study.of(models, metric, greater_is_better=greater_is_better, unit=unit)
     if title is None:
         named = " and ".join(models) if len(models) > 1 else ", ".join(dict.fromkeys(r.model for r in study.records))
         title = f"How robust are the weights of {named}? {metric} under corruption"
-    return content_of(study, Numbers(percent), title)
+    return content_of(study, Numbers(study.info.unit), title)
 
 
 def _write(path: str | Path, text: str) -> Path:

@@ -11,6 +11,7 @@ from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.evaluation.series import Series
 from hf_parcor.evaluation.sweep_record import SweepRecord
 from hf_parcor.measures import metric_drop
+from hf_parcor.metric_info import MetricInfo, agreed
 from hf_parcor.statistics import MeanAndSpread
 
 Records: TypeAlias = (
@@ -107,33 +108,63 @@ class Study:
 
     Attributes:
         metric: What was measured.
-        greater_is_better: Whether a large metric is good.
+        info: What its numbers mean.
         models: The records: by the name of the model, then of the group, one a repetition.
         curves: By the series, then by model and group; those that were not measured are missing.
     """
 
     metric: str
-    greater_is_better: bool
+    info: MetricInfo
     models: Mapping[str, Mapping[str, tuple[EvaluationRecord, ...]]]
     curves: Mapping[Series, Mapping[tuple[str, str], Curve]]
 
     @classmethod
-    def of(cls, models: Mapping[str, Records], metric: str, greater_is_better: bool) -> Study:
+    def of(
+        cls,
+        models: Mapping[str, Records],
+        metric: str,
+        *,
+        greater_is_better: bool | None = None,
+        unit: str | None = None,
+    ) -> Study:
         """Gather records.
+
+        Args:
+            models: Records by the name of the model.
+            metric: What was measured.
+            greater_is_better: Whether a large metric is good; None for what the records say.
+            unit: Its unit; None for what the records say.
 
         Raises:
             ValueError: There are no records or no corruptions, repetitions are of different corruptions or groups, a
-                corruption stands in a record twice, or the metric is missing.
+                corruption stands in a record twice, the metric is missing, or records state different things of it.
         """
         gathered = {name: _groups(records) for name, records in models.items()}
+        infos = [
+            record.info(metric).stating(greater_is_better=greater_is_better, unit=unit)
+            for groups in gathered.values()
+            for records in groups.values()
+            for record in records
+        ]
+        info = agreed(infos, metric)
         curves: dict[Series, dict[tuple[str, str], Curve]] = {}
         for name, groups in gathered.items():
             for group, records in groups.items():
-                for series, curve in _curves(group, records, metric, greater_is_better).items():
+                for series, curve in _curves(group, records, metric, info.greater_is_better).items():
                     curves.setdefault(series, {})[name, group] = curve
         if not curves:
             raise ValueError("records: expected at least one with a corruption, got none; evaluate a model first")
-        return cls(metric, greater_is_better, gathered, curves)
+        return cls(metric, info, gathered, curves)
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether a large metric is good."""
+        return self.info.greater_is_better
+
+    @property
+    def loss(self) -> str:
+        """What is bad for this metric, in a word."""
+        return "drop" if self.greater_is_better else "rise"
 
     @property
     def groups(self) -> list[str]:

@@ -58,7 +58,7 @@ def heat_map(study: Study, series: Series, numbers: Numbers) -> Table:
 
 
 def summary(study: Study, series: Series, numbers: Numbers) -> Table:
-    """Return each curve as a few numbers: mean drop, fragility, and the measures of a curve against ε."""
+    """Return each curve as a few numbers: mean drop or rise, fragility, and the measures of a curve against ε."""
     curves = _ordered(study, series)
     names = common_strengths(curves.values())
     drops = {key: mean(curve.drops(names)) if names else math.nan for key, curve in curves.items()}
@@ -86,7 +86,13 @@ def summary(study: Study, series: Series, numbers: Numbers) -> Table:
             row.append(beyond if math.isinf(half) else "–" if math.isnan(half) else f"{half:.3g}")
         rows.append(tuple(row))
     half_name = f"{series.unit} at half" if study.greater_is_better else f"{series.unit} at twice"
-    header = [_row_header(study), "weights", *["their norm"] * known, "mean drop", *["fragility"] * bool(ratios)]
+    header = [
+        _row_header(study),
+        "weights",
+        *["their norm"] * known,
+        f"mean {study.loss}",
+        *["fragility"] * bool(ratios),
+    ]
     header += ["mean from 0 on", half_name] * from_zero
     return Table(f"{series.name}: each curve in a few numbers", tuple(header), tuple(rows))
 
@@ -142,6 +148,10 @@ def settings(study: Study) -> Table:
             (f"{name}data (SHA-256)", _distinct(record.data or "not given" for record in records)),
             (f"{name}seeds of trials", _distinct(_seeds(record.rows()) for record in records)),
         ]
+    better = "greater is better" if study.greater_is_better else "smaller is better"
+    said = [better, *[f"unit: {study.info.unit}"] * bool(study.info.unit)]
+    said += ["guessed: " + " and ".join(study.info.guessed)] * bool(study.info.guessed)
+    rows.append((study.metric, "; ".join(said)))
     versions = [f"{library} {version}" for record in study.records for library, version in record.versions.items()]
     rows.append(("versions", _distinct(versions)))
     labels = [row.label for record in study.records for row in record.corruptions]
@@ -188,7 +198,7 @@ def _row_header(study: Study) -> str:
 
 
 def _metric(study: Study, numbers: Numbers) -> str:
-    return f"{study.metric} (%)" if numbers.percent else study.metric
+    return numbers.head(study.metric)
 
 
 def _seeds(rows: Iterable[CorruptionRecord]) -> str:

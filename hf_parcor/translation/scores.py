@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hf_parcor.metric_info import POINTS, MetricInfo
+
 
 class BleuScores:
     r"""Two corpus BLEUs by sacrebleu, clearly told apart, each with its signature as a note for the record.
@@ -59,13 +61,17 @@ class BleuScores:
         self._scored = False
 
     def __call__(self, *, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        """Return the scores of a corpus, in per cent."""
+        """Return the scores of a corpus, in points of 100."""
         found = {}
         for name, (_, metric, prepare) in self._scores.items():
             hypotheses, expected = ([prepare(text) for text in texts] for texts in (predictions, references))
             found[name] = float(metric.corpus_score(hypotheses, [expected]).score)
         self._scored = True
         return found
+
+    def info_of(self, name: str) -> MetricInfo | None:
+        """Return what the numbers of this name mean: points of 100."""
+        return MetricInfo(True, POINTS) if name in self._scores else None
 
     @property
     def notes(self) -> tuple[str, ...]:

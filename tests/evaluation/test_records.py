@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_parcor import CorruptionEvaluator, CorruptionRecord, EvaluationRecord, GradientCorruption
+from hf_parcor import CorruptionEvaluator, CorruptionRecord, EvaluationRecord, GradientCorruption, MetricInfo
 from hf_parcor.corruptions import CORRUPTIONS
 
 FLOATS = st.floats(allow_nan=True, allow_infinity=True)
@@ -46,6 +46,7 @@ RECORDS = st.builds(
     notes=st.lists(st.text(), max_size=2).map(tuple),
     weights_norm=st.none() | st.floats(0),
     weights=st.text(),
+    metric_info=st.dictionaries(NAMES, st.builds(MetricInfo, st.booleans(), st.text(max_size=3)), max_size=2),
     format=st.just(1),
 )
 

@@ -13,7 +13,14 @@ import torch
 from huggingface_hub import HfApi
 from transformers import TrainingArguments
 
-from hf_parcor import CorruptionRecord, EvaluationRecord, GaussianNoise, ParameterDefenseTrainer, SweepRecord
+from hf_parcor import (
+    CorruptionRecord,
+    EvaluationRecord,
+    GaussianNoise,
+    MetricInfo,
+    ParameterDefenseTrainer,
+    SweepRecord,
+)
 from hf_parcor.model_card import EvaluationData, facts_of
 from hf_parcor.model_card.pictures import CURVES, HEAT_MAP
 
@@ -21,6 +28,9 @@ _PLACE = Path(__file__).with_name("hub_server.py")
 _SPECIFICATION = importlib.util.spec_from_file_location("hub_server", _PLACE)
 hub_server = sys.modules["hub_server"] = importlib.util.module_from_spec(_SPECIFICATION)
 _SPECIFICATION.loader.exec_module(hub_server)
+
+
+INFOS = {"accuracy": MetricInfo(True, "share"), "loss": MetricInfo(False)}
 
 
 def make_record(model="org/bert", clean=0.9, values=(0.75, 0.5), label="Gaussian σ=0.02"):
@@ -36,7 +46,8 @@ def make_record(model="org/bert", clean=0.9, values=(0.75, 0.5), label="Gaussian
             {"accuracy": (0.25,), "loss": (float("nan"),)},
         ),
     )
-    return EvaluationRecord(model, {"target_modules": "all"}, 1234, untouched, rows, "ab12", {"torch": "2.0"})
+    asked, versions = {"target_modules": "all"}, {"torch": "2.0"}
+    return EvaluationRecord(model, asked, 1234, untouched, rows, "ab12", versions, metric_info=INFOS)
 
 
 WEIGHTS = "14ade2b0" * 8

@@ -335,11 +335,11 @@ class TestProbe:
         with pytest.raises(ValueError, match="got 'f1'"):
             with_probe(facts, probe_of())
 
-    def test_beyond_shares_neither_is_shown_in_percent(self, facts_with, probed_record, probe_of):
+    def test_a_guess_that_values_refute_is_none(self, facts_with, probed_record, probe_of):
         sweep = probe_of()
         row = sweep.records["layer.0"].corruptions[0]
         row = replace(row, metrics={**row.metrics, "accuracy": (-1.5,)})
         records = {**sweep.records, "layer.0": replace(sweep.records["layer.0"], corruptions=(row,))}
-        facts = with_probe(facts_with(probed_record), replace(sweep, records=records))
-        assert not facts.percent
+        facts = with_probe(facts_with(replace(probed_record, metric_info={})), replace(sweep, records=records))
+        assert facts.info.unit == ""
         assert "| no corruption | 0.9 |" in card_of(facts, {})

@@ -1,11 +1,16 @@
 """The verdict says what the numbers say, and no more."""
 
 import math
+import re
+import statistics
+from dataclasses import replace
 
 import pytest
 import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hf_parcor import RobustnessReport, SweepRecord
+from hf_parcor import MetricInfo, RobustnessReport, SweepRecord
 from hf_parcor.report.evidence import adjusted_p_values
 from hf_parcor.report.fragility import fragility
 from hf_parcor.statistics import Alternative
@@ -31,7 +36,12 @@ ONCE = {
     "clear": (
         {"a": (0.85, 0.85), "b": (0.8, 0.8), "c": (0.4, 0.2)},
         {},
-        ["c is 8 times as fragile as the median of the others.", "falls by 60.0 points", "is 7.5 points", "If that"],
+        [
+            "c is 8 times as fragile as the median of the others.",
+            "falls by 60.0 points",
+            "falls by 7.5 points",
+            "If that",
+        ],
         ["That is beyond the spread"],
     ),
     "others lose nothing": (
@@ -78,7 +88,7 @@ ONCE = {
     "perplexity that falls": (
         {"a": (9.0, 8.0), "b": (9.0, 9.0), "c": (9.5, 9.0)},
         {"clean": 10.0, "metric": "eval_perplexity"},
-        ["no group loses more than 1 % of the eval_perplexity"],
+        ["no group adds more than 1 % to the eval_perplexity", "gets better"],
         ["Trainer"],
     ),
 }
@@ -134,12 +144,209 @@ class TestRepetitions:
         groups = [{"a": (0.8, 0.8), "b": (value, 0.4)} for value in (0.5, 0.6, 0.7)]
         probes = [dict(probe_of(group)) for group in groups]
         sweeps = [SweepRecord(probe, "", 1, 0) for probe in probes]
-        for given, plain in ((sweeps[0], probes[0]), (sweeps, probes)):
-            assert RobustnessReport(given).verdict == RobustnessReport(plain).verdict
+        for found, plain in ((sweeps[0], probes[0]), (sweeps, probes)):
+            assert RobustnessReport(found).verdict == RobustnessReport(plain).verdict
         compared = RobustnessReport.compare({"one": sweeps[:2], "two": sweeps[1:]})
         assert compared.verdict == RobustnessReport.compare({"one": probes[:2], "two": probes[1:]}).verdict
         with pytest.raises(ValueError, match="expected the same groups in each repetition"):
             RobustnessReport([sweeps[0], SweepRecord({"a": probes[1]["a"]}, "", 1, 0)])
+
+
+def states(record, **info):
+    """Return a record whose metric states what it means."""
+    [metric] = record.clean.metrics
+    return replace(record, metric_info={metric: MetricInfo(**info)})
+
+
+CLEAN = 8.0
+curves = st.lists(st.sampled_from([0.0, 4.0, 7.9, 7.95, 8.0, 8.05, 8.1, 12.0, 40.0]), min_size=1, max_size=3)
+
+
+class TestDirection:
+    """What is said of a metric follows from how much worse it is in its own direction."""
+
+    @given(curves, st.booleans())
+    def test_of_one_group_each_statement_is_what_the_numbers_say(self, record_of, values, greater):
+        record = states(record_of(dict(enumerate(values, start=1)), CLEAN, metric="score"), greater_is_better=greater)
+        [text] = RobustnessReport(record, "score").verdict
+        worse, better = ("falls", "rises") if greater else ("rises", "falls")
+        drops = [(CLEAN - value if greater else value - CLEAN) for value in values]
+        limit = 0.01 * CLEAN
+        assert ("stays within 1 %" in text) == all(abs(drop) <= limit for drop in drops)
+        assert (f"{worse} from 8 to" in text) == any(drop > limit for drop in drops)
+        assert (f"{better} from 8 to" in text) == any(drop < -limit for drop in drops) == ("better" in text)
+        if max(drops) > limit:
+            assert f"{worse} from 8 to {values[drops.index(max(drops))]:g} at" in text
+        if min(drops) < -limit:
+            assert f"{better} from 8 to {values[drops.index(min(drops))]:g} at" in text
+
+    @given(
+        st.lists(
+            st.tuples(*[st.sampled_from([0.0, 4.0, 7.875, 7.9375, 8.0, 8.125, 12.0])] * 2), min_size=2, max_size=4
+        )
+    )
+    def test_of_groups_each_statement_is_what_the_numbers_say(self, record_of, groups):
+        probe = {
+            name: states(
+                record_of({1.0: first, 2.0: second}, CLEAN, metric="score", target=[name]), greater_is_better=True
+            )
+            for name, (first, second) in zip("abcd", groups, strict=False)
+        }
+        [text] = RobustnessReport(probe, "score").verdict
+        drops = {name: CLEAN - sum(pair) / 2 for name, pair in zip(probe, groups, strict=True)}
+        top = max(drops, key=drops.get)
+        others = statistics.median(drop for name, drop in drops.items() if name != top)
+        limit = 0.01 * CLEAN
+        assert ("none is fragile" in text) == all(CLEAN - value <= limit for pair in groups for value in pair)
+        if "fragile as" in text or "the most fragile" in text:
+            assert f"{top} is" in text
+            assert drops[top] > limit
+        assert ("Trainer" in text) <= (drops[top] > limit)
+        if "next to nothing" in text:
+            assert abs(others) <= limit
+        if "none is fragile" in text:
+            gained = [name for name, pair in zip(probe, groups, strict=True) if max(pair) - CLEAN > limit]
+            assert (f"gets better by more than that with {', '.join(gained)} corrupted" in text) == bool(gained)
+        else:
+            for drop in (drops[top], others):
+                told = "stays as it is" if drop == 0 else f"{'falls' if drop > 0 else 'rises'} by {abs(drop):.4g}"
+                assert told in text
+
+    @given(st.lists(st.tuples(*[st.sampled_from([1.0, 7.95, 8.0, 9.0, 12.0])] * 2), min_size=1, max_size=3))
+    def test_the_mirror_image_has_the_same_verdict(self, record_of, groups):
+        def verdict(sign):
+            probe = {
+                name: states(
+                    record_of({1.0: sign * one, 2.0: sign * two}, sign * CLEAN, metric="score", target=[name]),
+                    greater_is_better=sign > 0,
+                )
+                for name, (one, two) in zip("abc", groups, strict=False)
+            }
+            return RobustnessReport(probe, "score").verdict
+
+        words = {"falls": "rises", "rises": "falls", "loses more than 1 % of": "adds more than 1 % to"}
+        pattern = re.compile("|".join(words))
+        mirrored = [pattern.sub(lambda match: words[match.group()], text) for text in verdict(1)]
+        assert mirrored == [text.replace("−", "") for text in verdict(-1)]
+
+    @given(st.sampled_from([0.25, 0.5, 0.75]), st.sampled_from([0.25, 0.5, 0.75]), st.booleans())
+    def test_of_two_models(self, record_of, first, second, greater):
+        models = {
+            name: states(record_of({1.0: value}, 0.9, metric="score"), greater_is_better=greater)
+            for name, value in (("plain", first), ("other", second))
+        }
+        text = RobustnessReport.compare(models, "score").verdict[0]
+        better = (second > first) if greater else (second < first)
+        assert f"better in {int(better)} of 1" in text
+        assert f"worse in {int(second != first and not better)}" in text
+
+    def test_an_improvement_is_called_one(self, record_of):
+        [text] = RobustnessReport(record_of({1.0: 0.9}, 0.5)).verdict
+        assert "rises from 50.0 % to 90.0 %" in text
+        assert "stays" not in text
+
+    def test_an_error_that_grows_is_said_to_grow(self, record_of):
+        [text] = RobustnessReport(record_of({1.0: 0.9}, 0.1, metric="mse"), "mse").verdict
+        assert "rises from 0.1 to 0.9" in text
+        assert "stays" not in text
+
+    def test_beyond_the_spread_for_the_better_is_not_fragile(self, record_of):
+        trials = {"a": (12.0, 12.1, 12.2), "b": (20.0, 20.1, 20.2), "c": (21.0, 21.1, 21.2)}
+        probe = {
+            name: states(
+                record_of({1.0: values, 2.0: (7.0,) * 3}, 8.0, metric="score", target=[name]), greater_is_better=True
+            )
+            for name, values in trials.items()
+        }
+        [text] = RobustnessReport(probe, "score").verdict
+        assert "fragile" not in text
+        assert "Trainer" not in text
+        assert "though one does" in text
+
+    @pytest.mark.parametrize(("unit", "lost"), [("share", True), ("points", True), ("", False), ("nats", False)])
+    def test_only_what_ends_at_0_has_nothing_to_lose_there(self, record_of, unit, lost):
+        record = states(record_of({1.0: -30.0}, -5.0, metric="score"), greater_is_better=True, unit=unit)
+        [text] = RobustnessReport(record, "score").verdict
+        assert ("nothing to lose" in text) == lost
+        assert ("falls from −5" in text) != lost
+
+
+class TestWhatIsGuessed:
+    def test_a_direction_that_nobody_states_is_said_to_be_a_guess(self, record_of):
+        record = record_of({1.0: 0.9}, 0.5, metric="score")
+        report = RobustnessReport(record, "score")
+        first, last = report.verdict
+        assert "rises from 0.5 to 0.9" in first
+        assert "guess" in last
+        assert last in report.notes
+        assert report.guesses == (last,)
+        for greater in (True, False):
+            for told in (
+                RobustnessReport(record, "score", greater_is_better=greater),
+                RobustnessReport(states(record, greater_is_better=greater), "score"),
+            ):
+                assert len(told.verdict) == 1
+                assert told.guesses == ()
+                assert ("better" in told.verdict[0]) == greater
+
+    def test_so_is_a_unit(self, record_of):
+        record = record_of({1.0: 0.4}, 0.5)
+        [guess] = RobustnessReport(record).guesses
+        assert "unit of accuracy" in guess
+        assert guess in RobustnessReport(record).notes
+        for report in (
+            RobustnessReport(record, unit="share"),
+            RobustnessReport(states(record, greater_is_better=True, unit="share")),
+        ):
+            assert report.guesses == ()
+            assert report.verdict == RobustnessReport(record).verdict
+
+    def test_records_that_state_different_things_are_refused_until_somebody_decides(self, record_of):
+        one, other = (
+            states(record_of({1.0: 0.4}, 0.5), greater_is_better=True, unit=unit) for unit in ("share", "points")
+        )
+        with pytest.raises(ValueError, match="one unit"):
+            RobustnessReport([one, other])
+        assert "of 100" in RobustnessReport([one, other], unit="points").verdict[0]
+
+
+@pytest.mark.parametrize(
+    ("unit", "said"),
+    [
+        ("share", "falls from 95.0 % to 90.2 %"),
+        ("points", "falls from 0.95 of 100 to 0.90 of 100"),
+        ("nats", "falls from 0.95 nats to 0.902 nats"),
+        ("", "falls from 0.95 to 0.902"),
+    ],
+)
+def test_a_value_is_written_in_the_unit_of_its_metric(record_of, tmp_path, unit, said):
+    record = states(record_of({1.0: 0.902}, 0.95, metric="chrf"), greater_is_better=True, unit=unit)
+    report = RobustnessReport(record, "chrf")
+    assert said in report.verdict[0]
+    page = report.to_markdown(tmp_path / "report.md").read_text(encoding="utf-8")
+    head = {"share": "chrf (%)", "points": "chrf (of 100)", "nats": "chrf (nats)", "": "chrf"}[unit]
+    assert f"{head} under gradient-based" in page
+    drop = {"share": "4.8 points", "points": "0.05 points", "nats": "0.048 nats", "": "0.048"}[unit]
+    assert f"| {drop} |" in page
+    assert ("unit: " + unit in page) == bool(unit)
+
+
+@pytest.mark.parametrize(("greater", "word", "half"), [(True, "drop", "at half"), (False, "rise", "at twice")])
+def test_tables_and_notes_name_what_is_bad(record_of, tmp_path, greater, word, half):
+    probe = {
+        name: states(
+            record_of({1.0: 8.0 + by, 2.0: 8.0 - by}, 8.0, metric="x", target=[name]), greater_is_better=greater
+        )
+        for name, by in (("a", 4.0), ("b", 1.0))
+    }
+    page = RobustnessReport(probe, "x").to_markdown(tmp_path / "report.md").read_text(encoding="utf-8")
+    other = {"drop": "rise", "rise": "drop"}[word]
+    assert f"mean {word}" in page
+    assert f"mean {other}" not in page
+    assert half in page
+    assert ("greater is better" in page) == greater
+    html = RobustnessReport(probe, "x").to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"the darkest is a {word} of 4." in html
 
 
 class TestComparison:

@@ -125,7 +125,8 @@ class TestFigures:
         row = next(row for row in plain.corruptions if row.label == "gradient-based L2 ε=0.1")
         clean, value = 100 * plain.clean.mean("accuracy"), 100 * row.mean("accuracy")
         table = (tmp_path / "paper-1-table-1.md").read_text()
-        assert f"| L2, n = k, ε = 0.1 | – | {value:.1f} ({value - clean:+.1f}) | –" in table
+        change = f"{value - clean:+.1f}".replace("-", "−")
+        assert f"| L2, n = k, ε = 0.1 | – | {value:.1f} ({change}) | –" in table
         table = (tmp_path / "paper-2-table-6.md").read_text()
         assert re.search(rf"^\| plain \| {clean:.1f} \| {value:.1f} \|", table, re.MULTILINE)
         assert "last-encoder-layer corrupted, gradient-based L2 ε=1" in table.splitlines()[0]

@@ -4,7 +4,7 @@ from hf_parcor.evaluation.metrics.classification import ClassificationMetric
 from hf_parcor.evaluation.metrics.generation import GenerationMetric
 from hf_parcor.evaluation.metrics.language_model import LanguageModelMetric
 from hf_parcor.evaluation.metrics.predictions import PredictionMetric
-from hf_parcor.evaluation.metrics.protocol import BatchMetric, Identified
+from hf_parcor.evaluation.metrics.protocol import BatchMetric, Identified, Informed
 from hf_parcor.evaluation.metrics.scores import SacrebleuScore
 from hf_parcor.evaluation.metrics.trainer import TrainerMetric
 
@@ -13,6 +13,7 @@ __all__ = [
     "ClassificationMetric",
     "GenerationMetric",
     "Identified",
+    "Informed",
     "LanguageModelMetric",
     "PredictionMetric",
     "SacrebleuScore",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from hf_parcor.evaluation.metrics.finite import chosen_labels
 from hf_parcor.evaluation.metrics.over_labels import OverLabels, mean_loss, share, sum_of
 from hf_parcor.evaluation.metrics.problem import Problem, problem_of
 from hf_parcor.labels import IGNORED_LABEL
+from hf_parcor.metric_info import SHARE, SQUARED_LABEL_UNITS, MetricInfo
 
 
 class ClassificationMetric(OverLabels):
@@ -38,6 +39,14 @@ class ClassificationMetric(OverLabels):
     Raises:
         ValueError: There are no batches, they can be walked through only once, or no label counts.
     """
+
+    _infos: ClassVar[Mapping[str, MetricInfo]] = {
+        "accuracy": MetricInfo(True, SHARE),
+        "f1": MetricInfo(True, SHARE),
+        "mse": MetricInfo(False, SQUARED_LABEL_UNITS),
+        "pearson": MetricInfo(True),
+        "loss": MetricInfo(False),  # the model's own, in whatever unit
+    }
 
     @torch.no_grad()
     def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:

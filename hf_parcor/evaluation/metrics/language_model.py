@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import nn
 
 from hf_parcor.evaluation.gradients import shifts_labels
 from hf_parcor.evaluation.metrics.over_labels import OverLabels
+from hf_parcor.metric_info import NATS, SHARE, MetricInfo
 
 
 class LanguageModelMetric(OverLabels):
@@ -26,6 +27,12 @@ class LanguageModelMetric(OverLabels):
     Raises:
         ValueError: There are no batches, they can be walked through only once, or no label counts.
     """
+
+    _infos: ClassVar[Mapping[str, MetricInfo]] = {
+        "loss": MetricInfo(False, NATS),
+        "perplexity": MetricInfo(False),
+        "accuracy": MetricInfo(True, SHARE),
+    }
 
     def _shifts(self, model: nn.Module) -> bool:
         """Return whether a model predicts the label of the next place, as causal ones do."""

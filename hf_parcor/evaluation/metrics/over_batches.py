@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from hf_parcor.evaluation.attributes import fixed_attributes
 from hf_parcor.evaluation.walks import check_repeatable
+from hf_parcor.metric_info import MetricInfo
 
 
 class OverBatches(ABC):
@@ -26,6 +27,8 @@ class OverBatches(ABC):
     Raises:
         ValueError: There are no batches, or they can be walked through only once.
     """
+
+    _infos: ClassVar[Mapping[str, MetricInfo]] = {}
 
     def __init__(self, batches: Iterable[Mapping[str, Any]], *, progress: bool = False) -> None:
         check_repeatable(batches)
@@ -42,6 +45,10 @@ class OverBatches(ABC):
         """Return what decides the numbers beside data and class: all attributes that are set once."""
         apart = ("_batches", "_progress")
         return {name.lstrip("_"): value for name, value in fixed_attributes(self).items() if name not in apart}
+
+    def info_of(self, name: str) -> MetricInfo | None:
+        """Return what the numbers of this name mean; None for one that this metric does not know."""
+        return self._infos.get(name)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return the metrics over all batches."""

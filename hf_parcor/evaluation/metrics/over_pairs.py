@@ -11,6 +11,7 @@ from torch import nn
 from hf_parcor.evaluation.metrics.finite import share_not_finite
 from hf_parcor.evaluation.metrics.over_batches import OverBatches
 from hf_parcor.evaluation.metrics.scores import Score, scored
+from hf_parcor.metric_info import MetricInfo, stated_by
 
 
 class OverPairs(OverBatches):
@@ -33,6 +34,10 @@ class OverPairs(OverBatches):
     def notes(self) -> tuple[str, ...]:
         """What the score says of itself, such as a signature, for the record."""
         return tuple(getattr(self._score, "notes", ()))
+
+    def info_of(self, name: str) -> MetricInfo | None:
+        """Return what the score states of its numbers of this name; None if that is nothing."""
+        return stated_by(self._score, name)
 
     @abstractmethod
     def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Any], list[Any], int]:

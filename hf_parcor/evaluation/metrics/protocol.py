@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
+from hf_parcor.metric_info import MetricInfo
+
 
 @runtime_checkable
 class BatchMetric(Protocol):
@@ -43,4 +45,16 @@ class Identified(Protocol):
 
     def identity(self) -> Mapping[str, Any]:
         """Return the settings by name: plain values, and what is called, such as a score or a tokenizer."""
+        ...
+
+
+@runtime_checkable
+class Informed(Protocol):
+    """A metric or a score that says what its numbers mean.
+
+    In place of the method, attributes `primary_metric`, `greater_is_better` and `unit` say it of one number.
+    """
+
+    def info_of(self, name: str) -> MetricInfo | None:
+        """Return what the numbers of this name mean; None if that is not known."""
         ...

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, Protocol
 
+from hf_parcor.metric_info import POINTS, MetricInfo, evaluate_module
+
 _SACREBLEU = {"bleu": "BLEU", "chrf": "CHRF", "ter": "TER"}
 
 
@@ -19,7 +21,9 @@ class Score(Protocol):
 
 
 def scored(score: Score, predictions: list[Any], references: list[Any]) -> dict[str, float]:
-    """Return the numbers of a score by name; one without a name is `score`, and lists among them are left out.
+    """Return the numbers of a score by name, without the lists among them.
+
+    One number without a name is `score`, or has the name of the metric of `evaluate` that it comes from.
 
     Raises:
         ValueError: It returned no number.
@@ -29,7 +33,7 @@ def scored(score: Score, predictions: list[Any], references: list[Any]) -> dict[
         {'f1': 0.5}
     """
     found: Any = score(predictions=predictions, references=references)
-    named = found if isinstance(found, Mapping) else {"score": found}
+    named = found if isinstance(found, Mapping) else {evaluate_module(score) or "score": found}
     numbers = {name: float(value) for name, value in named.items() if isinstance(value, Real)}
     if not numbers:
         raise ValueError(f"score: expected a number, or numbers by name, got {found!r}; return {{'bleu': 31.4}}, say")
@@ -69,10 +73,14 @@ class SacrebleuScore:
         self._scored = False
 
     def __call__(self, *, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        """Return the score of a corpus, in per cent."""
+        """Return the score of a corpus, in points of 100."""
         score = float(self._metric.corpus_score(list(predictions), [list(references)]).score)
         self._scored = True
         return {self._kind: score}
+
+    def info_of(self, name: str) -> MetricInfo | None:
+        """Return what the number means: points of 100, of TER the fewer the better."""
+        return MetricInfo(self._kind != "ter", POINTS) if name == self._kind else None
 
     def identity(self) -> dict[str, Any]:
         """Return kind, settings and version, of which the signature is made."""

@@ -15,6 +15,7 @@ from transformers.trainer_utils import TrainerMemoryTracker
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.metrics.clock import is_of_the_clock
 from hf_parcor.evaluation.replicas import measurable_model
+from hf_parcor.metric_info import MetricInfo, direction_by_name, stated_by
 from hf_parcor.randomness import generator_kept, random_states_kept, seed_the_cpu
 
 # What of a Trainer's arguments decides what an evaluation finds.
@@ -43,6 +44,24 @@ class TrainerMetric:
 
     def __init__(self, trainer: Trainer, eval_dataset: Any = None, *, metric_key_prefix: str = "eval") -> None:
         self._trainer, self._eval_dataset, self._prefix = trainer, eval_dataset, metric_key_prefix
+
+    def info_of(self, name: str) -> MetricInfo | None:
+        """Return what the Trainer's arguments and its `compute_metrics` state of a number; None if that is nothing.
+
+        `greater_is_better` is that of `metric_for_best_model`, also where that is of corrupted weights. Without it
+        Transformers writes down that all but a loss is to be large: where a name says that it is an error, that is
+        not taken for a statement.
+        """
+        if name == "loss":
+            return MetricInfo(False)
+        stated = stated_by(self._trainer.compute_metrics, name)
+        arguments = self._trainer.args
+        best, greater = arguments.metric_for_best_model, arguments.greater_is_better
+        if best is None or greater is None or not _is_of(best.removeprefix(f"{self._prefix}_"), name):
+            return stated
+        if greater and direction_by_name(name) is False:
+            return stated
+        return MetricInfo(greater) if stated is None else stated.stating(greater_is_better=greater)
 
     def identity(self) -> dict[str, Any]:
         """Return the Trainer's class, what it evaluates with, and the fingerprint of its evaluation data."""
@@ -90,6 +109,12 @@ class TrainerMetric:
                 "give the Trainer compute_metrics="
             )
         return metrics
+
+
+def _is_of(best: str, name: str) -> bool:
+    """Return whether a `metric_for_best_model` without prefix is a metric, or the same of corrupted weights."""
+    best = best.removeprefix("eval_")
+    return best == name or (best.startswith("robustness_") and best.endswith(f"_{name}"))
 
 
 def _items(data: Any) -> Iterable[Any]:
