@@ -1,12 +1,13 @@
 """What stands in the cells of a heat map is what stands in the records, and the darker cell has lost more."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
-from hf_parcor import CorruptionRecord, EvaluationRecord, SweepRecord
+from hf_parcor import CorruptionRecord, EvaluationRecord, MetricInfo, SweepRecord
 from hf_parcor.plots import plot_directions, plot_heat_map
 
 LAYERS = ("bert.encoder.layer.0", "bert.encoder.layer.1", "bert.encoder.layer.10")
@@ -67,6 +68,23 @@ class TestHeatMap:
         for place, text in cells_of(figure.axes[0]).items():
             assert abs(sum(to_rgb(text.get_color())) - brightness[place[0]]) > 0.9, "text can be read"
         assert [text.get_text() for text in figure.axes[0].texts] == [f"{value:.3g}" for value in values]
+
+    @pytest.mark.parametrize(
+        ("info", "scale", "cell"),
+        [
+            (MetricInfo(True, "share"), "drop of the x (points)", "90.2"),
+            (MetricInfo(True, "points"), "drop of the x (points)", "0.90"),
+            (MetricInfo(False, "nats"), "rise of the x (nats)", "0.902"),
+            (MetricInfo(False), "rise of the x", "0.902"),
+        ],
+    )
+    def test_direction_and_unit_are_those_of_the_record(self, info, scale, cell):
+        probe = sweep({"a": {1.0: 0.902}}, metric="x")
+        stated = replace(probe, records={"a": replace(probe.records["a"], metric_info={"x": info})})
+        given = {"greater_is_better": info.greater_is_better, "unit": info.unit}
+        for figure in (plot_heat_map({"": stated}, "x"), plot_heat_map({"": probe}, "x", **given)):
+            assert figure.axes[-1].get_ylabel() == scale
+            assert [text.get_text() for text in figure.axes[0].texts] == [cell]
 
     def test_kinds_of_corruption_have_a_row_each(self):
         bits = [row("quantization", {"bits": bits}, 0.5 + bits / 100) for bits in (2, 8, 4)]

@@ -14,6 +14,7 @@ from hf_parcor import (
     CorruptionRecord,
     EvaluationRecord,
     GradientCorruption,
+    MetricInfo,
     MultiStepCorruption,
     Quantization,
 )
@@ -76,6 +77,28 @@ def test_a_metric_that_is_no_share():
         | Gaussian σ=0.1 |       1.250 ± 0.354 |
         """
     )
+
+
+@pytest.mark.parametrize(
+    ("unit", "head", "cell"),
+    [
+        ("share", "chrf (%)", "90.2"),
+        ("points", "chrf (of 100)", "0.90"),
+        ("nats", "chrf (nats)", "0.902"),
+        ("", "chrf", "0.902"),
+    ],
+)
+def test_the_unit_is_that_of_the_record(unit, head, cell):
+    bare = record_of({"no corruption": (0.902,), "4-bit quantization": (0.902,)}, "chrf")
+    stated = replace(bare, metric_info={"chrf": MetricInfo(True, unit)})
+    table = comparison_table({"m": stated}, "chrf")
+    assert f"| {head} " in table
+    assert f" {cell} |" in table
+    assert comparison_table({"m": bare}, "chrf", unit=unit) == table
+    if unit:
+        other = replace(bare, metric_info={"chrf": MetricInfo(True, "steps")})
+        with pytest.raises(ValueError, match="one unit"):
+            comparison_table({"m": stated, "n": other}, "chrf")
 
 
 def test_what_is_not_finite():

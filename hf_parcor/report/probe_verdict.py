@@ -106,7 +106,7 @@ def _of_one_group(study: Study, numbers: Numbers, curves: Mapping[str, Curve]) -
     if counted:
         return Finding(
             f"with {group} corrupted, not all predictions are finite at {_listed(counted)}, though {study.metric} "
-            f"stays within 1 % of its value without corruption, {clean}."
+            f"is within 1 % of its value without corruption, {clean}."
         )
     return Finding(
         f"with {group} corrupted, {study.metric} stays within 1 % of its value without corruption, {clean}, at every "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hf_parcor import (
     GaussianNoise,
     GradientCorruption,
     LayerProbe,
+    MetricInfo,
     Quantization,
     SweepRecord,
     by_kind,
@@ -198,6 +200,34 @@ class TestReportAndCompare:
         assert "| accuracy" not in result.out
         assert result.out.strip()
 
+    def test_what_the_metric_means_is_what_the_flags_say(self, run, outputs):
+        result = run("report", "plain", "--metric", "loss", "--unit", "nats", "--greater-is-better")
+        assert result.code == 0
+        assert " nats" in result.out
+        result = run("compare", "plain", "defended", "--unit", "points", "--no-greater-is-better")
+        assert "| accuracy (of 100) " in result.out
+        assert run("compare", "plain", "defended", "--unit").code != 0
+
+    def test_they_are_in_the_record_of_a_measurement(self, run, classifier_folder, sentences):
+        (Path("config.yaml")).write_text("greater-is-better: false\nunit: points\n")
+        words = (classifier_folder, "--dataset", sentences, "--json", "--corruption", "quantization=3")
+        info = MetricInfo(False, "points")
+        for command, kind in (("evaluate", EvaluationRecord), ("probe", SweepRecord)):
+            flagged = run(command, *words, "--no-greater-is-better", "--unit", "points")
+            assert kind.from_json(flagged.out).info("accuracy") == info
+            assert run(command, *words, "--config", "config.yaml").out == flagged.out
+            assert kind.from_json(run(command, *words).out).info("accuracy") == MetricInfo(True, "share")
+
+    def test_a_guess_is_told(self, run, outputs):
+        record = EvaluationRecord.load("plain/robustness.json")
+        rows = [replace(row, metrics={"score": row.metrics["accuracy"]}) for row in record.rows()]
+        replace(record, clean=rows[0], corruptions=tuple(rows[1:]), metric_info={}).save("score.json")
+        replace(record, metric_info={}).save("accuracy.json")
+        assert "whether a large score is good" in re.sub(r"\s+", " ", run("report", "score.json").out)
+        assert "unit of accuracy" in run("report", "accuracy.json").err
+        assert "guess" not in str(run("report", "plain"))
+        assert "guess" not in str(run("report", "score.json", "--greater-is-better"))
+
 
 class TestTrain:
     def test_a_classifier_gets_its_head_from_the_data(self, run, tmp_path, sentences):
@@ -253,6 +283,24 @@ class TestTrain:
         assert result.code == 0
         assert f"| {TASKS[task].metrics[0]}" in result.out
         assert Path("out/model.safetensors").is_file()
+
+    @pytest.mark.parametrize(
+        ("flags", "greater"),
+        [
+            (["--no-greater-is-better"], False),
+            (["--greater_is_better", "False", "--metric_for_best_model", "accuracy"], False),
+            (["--greater_is_better", "False", "--metric_for_best_model", "loss"], True),  # said of another metric
+        ],
+    )
+    def test_what_the_metric_means(self, run, classifier_folder, sentences, flags, greater, monkeypatch):
+        monkeypatch.setattr("hf_parcor.corruptions.corruptions_of_table_1", lambda: [Quantization(3)])
+        result = run(
+            *("train", classifier_folder, "--dataset", sentences, "--output_dir", "out", "--max_steps", 1),
+            *("--use_cpu", "--save_strategy", "no", "--report_to", "none", "--unit", "points", *flags),
+        )
+        assert result.code == 0
+        assert "| accuracy (of 100) " in result.out
+        assert EvaluationRecord.load("out/robustness.json").info("accuracy") == MetricInfo(greater, "points")
 
     def test_labels_of_the_model_are_kept(self, run, tmp_path, classifier_folder, sentences):
         run(

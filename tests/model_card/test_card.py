@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,14 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from hf_parcor import RobustnessReport
+from hf_parcor import MetricInfo, RobustnessReport
 from hf_parcor.model_card import ModelFacts, facts_of, with_probe, write_card
 from hf_parcor.model_card.card import read_card, updated_card
 from hf_parcor.model_card.folder import card_of
 from hf_parcor.model_card.front_matter import merged_front_matter
 from hf_parcor.model_card.metadata import metadata_of, model_index
 from hf_parcor.model_card.pictures import CURVES, HEAT_MAP, pictures_of
+from hf_parcor.model_card.section import section_of
 from hf_parcor.report.markup import text_of
 
 WHOLE = Path(__file__).with_name("whole_card.md")
@@ -256,6 +258,64 @@ class TestWholeCard:
         [(name, content)] = pictures_of(facts).items()
         assert name == CURVES
         assert content.startswith(b"\x89PNG\r\n")
+
+
+class TestMetric:
+    """What a card says of its metric is what the record states, or said to be a guess."""
+
+    @pytest.mark.parametrize(
+        ("info", "said", "unsaid"),
+        [
+            (MetricInfo(True, "share"), [" fall when", "| accuracy (%) |", "90.0", "−65.0"], ["guess"]),
+            (MetricInfo(True, "points"), [" fall when", "| accuracy (of 100) |", "| 0.90 |", "−0.65"], ["%", "guess"]),
+            (MetricInfo(False, "nats"), [" rise when", "| accuracy (nats) |", "| 0.9 |"], ["%", "guess"]),
+            (MetricInfo(True), [" fall when", "| accuracy |", "| 0.9 |"], ["%", "guess"]),
+            (None, ["| accuracy (%) |", "Nothing states the unit of accuracy", "guess"], ["is good"]),
+        ],
+    )
+    def test_unit_and_direction(self, record_of, info, said, unsaid):
+        record = replace(record_of(), metric_info={} if info is None else {"accuracy": info})
+        facts = facts_of(record)
+        assert ModelFacts.from_json(facts.to_json()).info == facts.info
+        section = section_of(facts)
+        assert [part for part in said if part not in section] == []
+        assert [part for part in unsaid if part in section] == []
+
+    def test_a_direction_that_nobody_states_is_said_to_be_a_guess(self, record_of):
+        record = record_of()
+        rows = [replace(row, metrics={"score": row.metrics["accuracy"]}) for row in record.rows()]
+        record = replace(record, clean=rows[0], corruptions=tuple(rows[1:]))
+        assert "whether a large score is good" in section_of(facts_of(record))
+        assert "guess" not in section_of(facts_of(record, greater_is_better=False))
+
+    def test_an_argument_goes_before_the_record(self, record_of):
+        assert facts_of(record_of(), greater_is_better=False, unit="").info == MetricInfo(False)
+
+    def test_the_first_metric_of_which_more_is_better_is_shown(self, record_of):
+        record = record_of()
+        rows = [replace(row, metrics={"distance": (0.5,), "score": (0.5,)}) for row in record.rows()]
+        infos = {"distance": MetricInfo(False), "score": MetricInfo(True)}
+        record = replace(record, clean=rows[0], corruptions=tuple(rows[1:]), metric_info=infos)
+        assert facts_of(record).metric == "score"
+
+    def test_seeds_that_state_different_things_are_refused(self, record_of):
+        other = replace(record_of(), metric_info={"accuracy": MetricInfo(True, "points")})
+        with pytest.raises(ValueError, match="one unit"):
+            facts_of([record_of(), other])
+        assert facts_of([record_of(), other], unit="share").info.unit == "share"
+
+    def test_facts_of_before_are_read_and_guess(self, facts):
+        plain = json.loads(facts.to_json())
+        del plain["info"]
+        old = ModelFacts.from_plain({**plain, "percent": True})
+        assert old.info == MetricInfo(True, "share", ("unit",))
+        assert replace(old, info=facts.info).to_json() == facts.to_json()
+
+    def test_a_probe_speaks_in_the_direction_of_the_metric(self, facts_with, probed_record, probe_of):
+        better = facts_with(replace(probed_record, metric_info={"accuracy": MetricInfo(False, "share")}))
+        verdicts = [with_probe(one, probe_of()).probe.verdict for one in (facts_with(probed_record), better)]
+        assert ["the most fragile" in text or "times as fragile" in text for text in verdicts] == [True, False]
+        assert ["gets better" in text for text in verdicts] == [False, True]
 
 
 class TestProbe:

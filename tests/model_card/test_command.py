@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hub_server import TOKEN, Repository
 from huggingface_hub import ModelCard
 
+from hf_parcor import MetricInfo
 from hf_parcor.cli.main import MISTAKE, main
 from hf_parcor.model_card import ModelFacts
 from hf_parcor.model_card.folder import FACTS, card_of
@@ -51,6 +54,19 @@ class TestCard:
         assert main(["card", str(run_dir), "--task", "text-classification"]) == 0
         assert ModelFacts.load(run_dir / FACTS).task == "text-classification"
         assert ModelFacts.load(run_dir / FACTS).name == "mine"
+
+    def test_what_the_metric_means_is_what_the_flags_say(self, run_dir, record_of):
+        replace(record_of(values=(8.0, 7.0), clean=3.0), metric_info={}).save(run_dir / "robustness.json")
+        main(["card", str(run_dir)])
+        assert " fall when " in (run_dir / "README.md").read_text()
+        assert main(["card", str(run_dir), "--no-greater-is-better", "--unit", "points"]) == 0
+        first = (run_dir / "README.md").read_text()
+        assert ModelFacts.load(run_dir / FACTS).info == MetricInfo(False, "points")
+        assert "| accuracy (of 100) |" in first
+        assert "| no corruption | 3.00 |" in first
+        assert " rise when " in first
+        assert main(["card", str(run_dir), "--no-greater-is-better"]) == 0
+        assert (run_dir / "README.md").read_text() == first, "the unit that the last card said"
 
     def test_seeds(self, run_dir, tmp_path, record_of):
         record_of(clean=0.7).save(tmp_path / "other" / "robustness.json")

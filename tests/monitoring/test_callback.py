@@ -12,6 +12,7 @@ from hf_parcor import (
     CorruptionConstraint,
     GaussianNoise,
     GradientCorruption,
+    MetricInfo,
     MultiStepRisk,
     ParameterDefenseTrainer,
     RobustnessCallback,
@@ -137,3 +138,13 @@ def test_other_callbacks_hear_of_one_evaluation(make):
 def test_errors(make, settings, says):
     with pytest.raises(ValueError, match=f"{says}: expected a whole number"):
         RobustnessCallback(make(Trainer), CORRUPTIONS, **settings)
+
+
+def test_what_a_user_states_of_a_metric_is_in_the_record(make):
+    info = {"accuracy": MetricInfo(True, "share")}
+    trainer = make(ParameterDefenseTrainer, max_steps=1, eval_strategy="steps", eval_steps=1)
+    trainer.add_callback(RobustnessCallback(trainer, CORRUPTIONS, metric_info=info))
+    trainer.train()
+    assert trainer.robustness_facts().info == info["accuracy"]
+    with pytest.raises(TypeError, match="metric_info"):
+        RobustnessCallback(trainer, CORRUPTIONS, metric_info={"accuracy": True})

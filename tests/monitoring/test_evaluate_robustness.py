@@ -22,6 +22,7 @@ from hf_parcor import (
     CorruptionConstraint,
     GaussianNoise,
     GradientCorruption,
+    MetricInfo,
     MultiStepCorruption,
     ParameterDefenseTrainer,
     Quantization,
@@ -271,3 +272,47 @@ def test_texts_generated_by_a_seq2seq_trainer(tmp_path):
     with corrupted(parameters, noise):
         expected = trainer.evaluate()
     assert metrics["eval_robustness_gaussian_sigma_3_sum"] == expected["eval_sum"] != metrics["eval_sum"]
+
+
+class TestWhatItsNumbersMean:
+    """The record has what the Trainer's arguments say of a metric, and no more."""
+
+    @pytest.mark.parametrize(
+        ("options", "name", "info"),
+        [
+            ({}, "accuracy", MetricInfo(True, "share", ("unit",))),
+            ({}, "distance", MetricInfo(True, "", ("greater_is_better",))),
+            ({}, "loss", MetricInfo(False)),
+            ({"metric_for_best_model": "distance", "greater_is_better": False}, "distance", MetricInfo(False)),
+            ({"metric_for_best_model": "eval_distance", "greater_is_better": True}, "distance", MetricInfo(True)),
+            ({"metric_for_best_model": "distance"}, "distance", MetricInfo(True)),  # so the Trainer goes by it
+            ({"metric_for_best_model": "mse"}, "mse", MetricInfo(False)),  # what Transformers writes down is not said
+            ({"metric_for_best_model": "mse"}, "distance", MetricInfo(True, "", ("greater_is_better",))),
+            (
+                {"metric_for_best_model": "eval_robustness_noise_distance", "greater_is_better": False},
+                "distance",
+                MetricInfo(False),
+            ),
+            ({"metric_for_best_model": "eval_loss", "greater_is_better": True}, "loss", MetricInfo(False)),
+        ],
+    )
+    def test_of_its_arguments(self, make, options, name, info):
+        trainer = make(**options)
+        trainer.compute_metrics = lambda prediction: {"accuracy": 0.5, "distance": 0.5, "mse": 0.5}
+        assert measure_robustness(trainer, [BITS]).metric_info[name] == info
+
+    def test_of_compute_metrics_itself(self, make):
+        class Distance:
+            primary_metric, greater_is_better, unit = "distance", False, "steps"
+
+            def __call__(self, prediction):
+                return {"distance": 0.5}
+
+        trainer = make()
+        trainer.compute_metrics = Distance()
+        assert measure_robustness(trainer, [BITS]).metric_info["distance"] == MetricInfo(False, "steps")
+
+    def test_a_user_says_it(self, make):
+        trainer, info = make(RobustTrainer), {"accuracy": MetricInfo(True, "share")}
+        trainer.evaluate_robustness([BITS], metric_info=info)
+        assert trainer.robustness_records["eval"].info("accuracy") == info["accuracy"]
