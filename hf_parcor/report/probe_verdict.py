@@ -89,18 +89,18 @@ def _of_one_group(study: Study, numbers: Numbers, curves: Mapping[str, Curve]) -
     counted = [point.name for point in curve.points if point.counted_wrong]
     lost = f"Not all predictions are finite at {_listed(counted)}; these count as wrong." if counted else ""
     limit = NEGLIGIBLE * abs(curve.clean.mean)
-    rise = f"from {clean} to {numbers.with_unit(best.mean)} at {best.name}"
+    gain = f"from {clean} to {numbers.with_unit(best.mean)} at {best.name}"
     if drops[worst.name] > limit:
         better = drops[best.name] < -limit
         return Finding(
             f"with {group} corrupted, {study.metric} {_moves(study)} from {clean} to {numbers.with_unit(worst.mean)} "
             f"at {worst.name}.",
-            _joined(f"It gets better, too: it {_moves(study, better=True)} {rise}." if better else "", lost),
+            _joined(f"It gets better, too: it {_moves(study, better=True)} {gain}." if better else "", lost),
         )
     if drops[best.name] < -limit:
         return Finding(
-            f"with {group} corrupted, {study.metric} gets better: it {_moves(study, better=True)} {rise}, and at no "
-            f"strength is it worse by more than 1 % of its value without corruption.",
+            f"with {group} corrupted, {study.metric} gets better: it {_moves(study, better=True)} {gain}, and at no "
+            "strength is it worse by more than 1 % of its value without corruption.",
             lost,
         )
     if counted:

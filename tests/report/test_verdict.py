@@ -13,6 +13,10 @@ from hypothesis import strategies as st
 from hf_parcor import MetricInfo, RobustnessReport, SweepRecord
 from hf_parcor.report.evidence import adjusted_p_values
 from hf_parcor.report.fragility import fragility
+from hf_parcor.report.numbers import Numbers
+from hf_parcor.report.panels import panels
+from hf_parcor.report.study import Study
+from hf_parcor.report.tables import heat_map, summary
 from hf_parcor.statistics import Alternative
 
 nan, inf = math.nan, math.inf
@@ -347,6 +351,35 @@ def test_tables_and_notes_name_what_is_bad(record_of, tmp_path, greater, word, h
     assert ("greater is better" in page) == greater
     html = RobustnessReport(probe, "x").to_html(tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"the darkest is a {word} of 4." in html
+
+
+@pytest.mark.parametrize("greater", [True, False])
+def test_what_is_shown_as_lost_is_lost_in_the_direction_of_the_metric(record_of, greater):
+    """Of seven groups whose curves go up and then down, the mildest has no line, and the worst is the darkest."""
+    probe = {
+        f"g{by}": states(
+            record_of({1.0: 8.0 + by / 2, 2.0: 8.0 - by / 4}, 8.0, metric="x", target=[str(by)]),
+            greater_is_better=greater,
+        )
+        for by in (range(7) if greater else range(1, 8))
+    }
+    study = Study.of({"": probe}, "x")
+    [series] = study.curves
+    drops = {name: (-1 if greater else 1) * int(name[1:]) / 8 for name in probe}  # mean over both
+    [panel] = panels(study)
+    assert set(panel.curves) == set(sorted(drops, key=drops.get, reverse=True)[:6])
+    assert "lose most" in panel.title
+    largest = max(by / 4 if greater else by / 2 for by in (int(name[1:]) for name in probe))
+    table = heat_map(study, series, Numbers())
+    for row, shares in zip(table.rows, table.shares, strict=True):
+        by = int(row[0][1:])
+        up, down = (0.0, by / 4 / largest) if greater else (by / 2 / largest, 0.0)
+        assert shares == pytest.approx((0.0, up, down))
+    half = {row[0]: row[-1] for row in summary(study, series, Numbers()).rows}
+    assert set(half.values()) == {"> 2"}, "nothing was halved or doubled"
+    broken = states(record_of({1.0: 16.0, 2.0: 4.0}, 8.0, metric="x"), greater_is_better=greater)
+    study = Study.of({"": broken}, "x")
+    assert summary(study, series, Numbers()).rows[0][-1] == ("2" if greater else "1")
 
 
 class TestComparison:
