@@ -281,7 +281,7 @@ _MODULES = {
     **{name: _module(POINTS, "score") for name in ("sacrebleu", "chrf")},
     "ter": _module(POINTS, "", "score"),
     "sari": _module(POINTS, "sari"),
-    "squad": _module(POINTS, "exact_match f1"),
+    **{name: _module(POINTS, "exact_match f1") for name in ("squad", "cuad")},
     "squadv2": _module(POINTS, "exact f1 HasAns_exact HasAns_f1 NoAns_exact NoAns_f1 best_exact best_f1"),
     "wikisplit": _module(POINTS, "sari sacrebleu exact"),
     "mse": _module(SQUARED_LABEL_UNITS, "", "mse"),
