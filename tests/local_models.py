@@ -67,6 +67,46 @@ def save_t5(folder: Path) -> str:
     return str(folder)
 
 
+def _save_many_languages(folder: Path, tokenizer: Any, kind: type[Any], config: type[Any], **settings: Any) -> str:
+    torch.manual_seed(0)
+    sides = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    widths = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "d_model": 8, "max_position_embeddings": 32}
+    kind(config(vocab_size=len(tokenizer), init_std=0.5, **sides, **widths, **settings)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def save_mbart(folder: Path) -> str:
+    pieces = [(token, 0.0) for token in ("<unk>", "<s>", "</s>")] + [(f"▁{word}", -1.0) for word in WORDS[3:]]
+    tokenizer: Any = transformers.MBartTokenizer(vocab=pieces)
+    return _save_many_languages(
+        folder, tokenizer, transformers.MBartForConditionalGeneration, transformers.MBartConfig
+    )
+
+
+def save_mbart50(folder: Path) -> str:
+    pieces = [(token, 0.0) for token in ("<unk>", "<s>", "</s>")] + [(f"▁{word}", -1.0) for word in WORDS[3:]]
+    tokenizer: Any = transformers.MBart50Tokenizer(vocab=pieces)
+    settings = {"decoder_start_token_id": 2}
+    kind = transformers.MBartForConditionalGeneration
+    return _save_many_languages(folder, tokenizer, kind, transformers.MBartConfig, **settings)
+
+
+def save_nllb(folder: Path) -> str:
+    letters = sorted(set("".join(WORDS[3:])))
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *letters]
+    tokenizer: Any = transformers.NllbTokenizer(
+        vocab={piece: number for number, piece in enumerate(pieces)}, merges=[]
+    )
+    settings = {"decoder_start_token_id": 2}
+    kind = transformers.M2M100ForConditionalGeneration
+    return _save_many_languages(folder, tokenizer, kind, transformers.M2M100Config, **settings)
+
+
+# Models that generate the language of their first token, with tokenizers that know it.
+MANY_LANGUAGES: dict[str, Callable[[Path], str]] = {"mbart": save_mbart, "mbart50": save_mbart50, "nllb": save_nllb}
+
+
 def save_vit(folder: Path) -> str:
     torch.manual_seed(0)
     size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}

@@ -53,6 +53,8 @@ MAY_IMPORT = {
     "injection": {"functional"},
     "targets": set(),
     "labels": set(),
+    "sequence_length": {"input_error"},
+    "languages": {"input_error"},
     "modes": set(),
     "batches": set(),
     "buffers": set(),
@@ -87,6 +89,9 @@ MAY_IMPORT = {
     "measures": set(),
     "metric_info": set(),
     "evaluation": {
+        "input_error",
+        "languages",
+        "sequence_length",
         "labels",
         "batches",
         "buffers",
@@ -120,7 +125,7 @@ MAY_IMPORT = {
     "tables": {"evaluation", "search_record", "metric_info"},
     "plots": {"evaluation", "search_record", "metric_info"},
     "report": {"evaluation", "measures", "statistics", "stored_record", "metric_info"},
-    "tasks": {"input_error", "hub_data", "labels", "evaluation"},
+    "tasks": {"input_error", "hub_data", "labels", "evaluation", "languages", "sequence_length"},
     "cli": {
         "input_error",
         "stored_record",

@@ -47,7 +47,7 @@ def load_subject(arguments: argparse.Namespace) -> Subject:
     check_head(task, arguments.model, arguments.revision)
     model = task.load_model(arguments.model, arguments.revision).to(device)
     processor = task.load_processor(arguments.model, arguments.revision)
-    processed = Processed(model, processor, Encoding(arguments.max_length, arguments.prefix))
+    processed = prepared(arguments, task, model, processor)
     return measured(task, processed, rows, columns, arguments.batch_size, arguments.metric)
 
 
@@ -105,6 +105,18 @@ def measured(
     with refused(ImportError):
         measuring = task.metric(name, processed, batches)
     return Subject(processed.model, batches, measuring, lambda found: task.shown(name, found))
+
+
+def prepared(arguments: argparse.Namespace, task: Task, model: Any, processor: Any) -> Processed:
+    """Return a model and what prepares its inputs, as the flags say how text becomes tokens.
+
+    Raises:
+        InputError: A model of many languages is not told between which.
+    """
+    encoding = Encoding(arguments.max_length, arguments.prefix, arguments.source_lang, arguments.target_lang)
+    processed = Processed(model, processor, encoding)
+    task.prepare(processed)
+    return processed
 
 
 def find_device(name: str | None) -> Any:

@@ -77,8 +77,7 @@ class Train(Command):
 
         from transformers import set_seed
 
-        from hf_parcor.cli.subject import find_task, measured, read_data, rows_of
-        from hf_parcor.tasks import Encoding, Processed
+        from hf_parcor.cli.subject import find_task, measured, prepared, read_data, rows_of
         from hf_parcor.training import ParameterDefenseTrainer, ParameterDefenseTrainingArguments
 
         names = [field.name for field in fields(ParameterDefenseTrainingArguments) if field.init]
@@ -92,7 +91,7 @@ class Train(Command):
             task, columns = find_task(arguments, train_rows, given)
             model = _model(task, arguments, train_rows, columns)
             processor = task.load_processor(arguments.model, arguments.revision)
-            processed = Processed(model, processor, Encoding(arguments.max_length, arguments.prefix))
+            processed = prepared(arguments, task, model, processor)
             examples: Any = task.examples(train_rows, columns, processed)
             with refused(ValueError, TypeError):
                 trainer = ParameterDefenseTrainer(

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from hf_parcor.evaluation.metrics.clock import is_of_the_clock
 from hf_parcor.evaluation.metrics.finite import NOT_FINITE
+from hf_parcor.evaluation.metrics.generation import CUT
 from hf_parcor.evaluation.records import CorruptionRecord
 from hf_parcor.injection import CorruptionSize
 
@@ -31,8 +32,8 @@ class Trial:
         seed: What its randomness was drawn with.
         metrics: What the metric returned; NaN for what is no number.
         size: What the corruption changed, if there was one.
-        odd: How those metrics read that are not finite or no number; and, by its own name, the share of predictions
-            that were not finite, if there was any.
+        odd: How those metrics read that are not finite or no number; and, by their own names, the shares of
+            predictions that were not finite, and of texts that were cut, if there were any.
     """
 
     seed: int
@@ -45,15 +46,21 @@ class Trial:
         """Return the trial in which a metric returned this."""
         numbers = {str(key): _number(value) for key, value in metrics.items()}
         odd = {str(key): repr(value) for key, value in metrics.items() if not math.isfinite(numbers[str(key)])}
-        share = numbers.pop(NOT_FINITE, 0.0)  # no metric: most trials have none
-        if share:
-            odd[NOT_FINITE] = repr(share)
+        for name in (NOT_FINITE, CUT):
+            share = numbers.pop(name, 0.0)  # no metric: most trials have none
+            if share:
+                odd[name] = repr(share)
         return cls(seed, numbers, size, odd)
 
     @property
     def not_finite(self) -> float:
         """Which share of the predictions was not finite."""
         return float(self.odd.get(NOT_FINITE, 0.0))
+
+    @property
+    def cut(self) -> float:
+        """Which share of the generated texts did not end within the length."""
+        return float(self.odd.get(CUT, 0.0))
 
 
 def checked_metrics(metrics: object) -> Mapping[str, object]:
@@ -81,6 +88,12 @@ def record_of(corruption: str, label: str, settings: Mapping[str, Any], trials: 
             f"{100 * t.not_finite:.3g} % of the predictions were not finite with seed {t.seed}; they count as wrong"
             for t in trials
             if t.not_finite
+        ),
+        *(
+            f"{100 * t.cut:.3g} % of the generated texts did not end within their length and are scored as they "
+            "were cut; allow for more tokens"
+            for t in trials
+            if t.cut and t.size is None  # a corrupted model may well run on
         ),
         *(
             f"{key} was {trial.odd.get(key)} with seed {trial.seed}"

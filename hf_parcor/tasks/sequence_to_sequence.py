@@ -10,11 +10,12 @@ from transformers import DataCollatorForSeq2Seq
 
 from hf_parcor.evaluation import BatchMetric, GenerationMetric, SacrebleuScore
 from hf_parcor.evaluation.metrics.scores import Score
+from hf_parcor.languages import set_languages
 from hf_parcor.tasks.library_metric import library_score
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task
 
-_MAX_LENGTH = 128
+_MAX_LENGTH = 512
 _OF_SACREBLEU = ("bleu", "chrf", "ter")
 
 
@@ -25,14 +26,23 @@ class SequenceToSequence(Task):
     auto_class = "AutoModelForSeq2SeqLM"
     metrics = _OF_SACREBLEU
 
+    def prepare(self, processed: Processed) -> None:
+        """Set the languages of a model that has many."""
+        encoding = processed.encoding
+        set_languages(processed.model, processed.processor, encoding.source_language, encoding.target_language)
+
     def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
         """Return the tokens of each source, with those of its target as labels."""
         sources = [processed.encoding.prefix + str(text) for text in rows.column(columns["source"])]
         targets = [str(text) for text in rows.column(columns["target"])]
-        length = processed.length(_MAX_LENGTH)
-        encoded = processed.processor(sources, text_target=targets, truncation=True, max_length=length)
-        names = list(encoded)
-        return [dict(zip(names, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+        tokenizer = processed.processor
+        encoded = {
+            **tokenizer(sources, truncation=True, max_length=processed.length(_MAX_LENGTH)),
+            "labels": tokenizer(
+                text_target=targets, truncation=True, max_length=processed.length(_MAX_LENGTH, decoder=True)
+            )["input_ids"],
+        }
+        return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
     def collator(self, processed: Processed) -> Collator:
         """Return what pads sources and targets to the longest of their batch."""
@@ -41,8 +51,9 @@ class SequenceToSequence(Task):
     def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
         """Return what generates texts and scores them: by sacrebleu, or by a metric of `evaluate`."""
         score: Score = SacrebleuScore(name) if name in _OF_SACREBLEU else library_score(name, self.metrics)
-        length = processed.length(_MAX_LENGTH)
-        return GenerationMetric(processed.processor, batches, score, max_new_tokens=length)
+        asked = processed.encoding.max_length
+        settings = {} if asked is None else {"max_new_tokens": asked}
+        return GenerationMetric(processed.processor, batches, score, **settings)
 
 
 class Translation(SequenceToSequence):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from hf_parcor.evaluation import BatchMetric
 from hf_parcor.input_error import InputError, nearest
+from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tasks.loading import load_pretrained
 from hf_parcor.tasks.rows import Rows, find_column
 
@@ -26,10 +27,14 @@ class Encoding:
     Attributes:
         max_length: Longer texts are cut to this many tokens; None for what suits the task.
         prefix: Put before each text, such as "translate English to German: " for T5.
+        source_language: What a model of many languages calls that of the sources; None for what it was saved with.
+        target_language: And that of the targets.
     """
 
     max_length: int | None = None
     prefix: str = ""
+    source_language: str | None = None
+    target_language: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,13 @@ class Processed:
     processor: Any
     encoding: Encoding = field(default_factory=Encoding)
 
-    def length(self, default: int) -> int:
-        """Return how many tokens a text may have: what was asked for, or the default, or what the model can take."""
-        if self.encoding.max_length is not None:
-            return self.encoding.max_length
-        return min(default, int(getattr(self.model.config, "max_position_embeddings", None) or default))
+    def length(self, default: int, *, decoder: bool = False) -> int:
+        """Return how many tokens a text may have: what was asked for, or the default, or what the model can take.
+
+        Raises:
+            InputError: More is asked for than the model has positions for.
+        """
+        return fitting_length(self.model, self.processor, default, self.encoding.max_length, decoder=decoder)
 
 
 class Task(ABC):
@@ -136,6 +143,19 @@ class Task(ABC):
                 "the model's pad_token_id, and save both"
             )
         return tokenizer
+
+    def prepare(self, processed: Processed) -> None:
+        """Set model and tokenizer to what is asked for, before texts are encoded; by default there is no such thing.
+
+        Raises:
+            InputError: Languages are named that the task does not have, or missing where the model has many.
+        """
+        encoding = processed.encoding
+        if encoding.source_language is not None or encoding.target_language is not None:
+            raise InputError(
+                f"languages: expected none for {self.name}, got "
+                f"{encoding.source_language or encoding.target_language!r}; leave out --source-lang and --target-lang"
+            )
 
     def head_settings(self, rows: Rows, columns: Mapping[str, str]) -> dict[str, Any]:
         """Return what a model that is to be trained on this data has to know of its head; by default nothing."""

@@ -222,7 +222,7 @@ def test_what_follows_the_end_of_a_text_is_not_read():
     model.register_forward_hook(hook)
     batch = {"input_ids": torch.full((2, 3), 5), "labels": torch.full((2, 1), 5)}
     found = GenerationMetric(Words(), [batch], lambda predictions, references: len(predictions), max_new_tokens=3)
-    assert found(model) == {"score": 2.0}
+    assert found(model) == {"score": 2.0, "predictions_cut": 0.5}
 
 
 class TestRecordsAndVerdicts:

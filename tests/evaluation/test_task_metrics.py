@@ -151,6 +151,11 @@ class TestPredictions:
         assert ClassificationMetric(tokens)(model)["accuracy"] == pytest.approx(expected)
 
 
+def stops(tokens, scores, **more):
+    """Stop a text behind one of some tokens, none of which ends it."""
+    return torch.isin(tokens[:, -1], torch.tensor([12, 13, 14, 15, 16]))
+
+
 def _share(predictions, references):
     return sum(pair[0] == pair[1] for pair in zip(predictions, references, strict=True)) / len(references)
 
@@ -180,7 +185,9 @@ class TestGeneration:
             seen.append((predictions, references))
             return {"pairs": len(predictions)}
 
-        assert GenerationMetric(tokenizer, tokens, score, max_new_tokens=5)(model) == {"pairs": 5.0}
+        found = GenerationMetric(tokenizer, tokens, score, max_new_tokens=5)(model)
+        assert found.keys() <= {"pairs", "predictions_cut"}
+        assert found["pairs"] == 5.0
         ((predictions, references),) = seen
         assert predictions == self.expected_texts(model, tokenizer, tokens, skip)
         assert references == [
@@ -203,6 +210,49 @@ class TestGeneration:
         (note,) = record.notes
         assert note.startswith(f"sacrebleu signature of {kind}: nrefs:1|")
         assert note.endswith(f"version:{sacrebleu.__version__}")
+
+    @pytest.mark.parametrize("family", ["t5", "gpt2", "forced"])
+    @pytest.mark.parametrize(
+        "settings", [{}, {"num_beams": 2}, {"max_length": 9}, {"stopping_criteria": [stops]}], ids=str
+    )
+    def test_texts_that_do_not_end_within_the_length_are_counted(
+        self, translator, tokenizer, tokens, family, settings
+    ):
+        model, start = (GPT2LMHeadModel(GPT2).eval(), 6) if family == "gpt2" else (translator, 1)
+        if family == "forced":
+            model.generation_config.forced_eos_token_id = 1
+        length = settings.get("max_length", start + 5) - start
+        ends = [1] if family == "gpt2" else [1, *range(4, 12)]  # so that some texts end by themselves
+        chosen = {"do_sample": False, "eos_token_id": ends, "max_length": start + length, **settings}
+        cut = []
+        for batch in tokens:
+            for row in batch["input_ids"]:
+                text = model.generate(row[None], **chosen)[0, start:].tolist()
+                own = text[: length - (family == "forced")]
+                cut.append(len(text) == length and not set(own) & set(ends))
+        found = GenerationMetric(tokenizer, tokens, lambda **texts: 1.0, **{**chosen, "max_length": start + length})
+        assert found(model).get("predictions_cut", 0.0) == pytest.approx(sum(cut) / 5)
+
+    def test_the_length_is_that_of_the_data_unless_one_is_set(self, translator, tokenizer, tokens):
+        translator.generation_config.eos_token_id = None
+        widths = []
+        generate = translator.generate
+        translator.generate = lambda **settings: (widths.append(found := generate(**settings)), found)[1]
+        references = max((batch["labels"] != -100).sum(-1).max().item() for batch in tokens)
+        GenerationMetric(tokenizer, tokens, lambda **texts: 1.0)(translator)
+        assert {found.shape[1] for found in widths} == {1 + references + references // 5 + 10}
+        translator.generation_config.max_length = 4
+        GenerationMetric(tokenizer, tokens, lambda **texts: 1.0)(translator)
+        assert widths[-1].shape[1] == 4
+
+    def test_the_record_says_which_texts_were_cut(self, translator, tokenizer, tokens):
+        metric = GenerationMetric(tokenizer, tokens, lambda **texts: 1.0, max_new_tokens=2, eos_token_id=23)
+        evaluator = CorruptionEvaluator(translator, metric, target_modules="last-decoder-layer", progress=False)
+        record = evaluator.evaluate([GaussianNoise(0.5)], trials=2)
+        share = metric(translator)["predictions_cut"]
+        assert [f"{100 * share:.3g} %" in note for note in record.clean.notes] == [True]
+        assert list(record.clean.metrics) == ["score"]
+        assert record.corruptions[0].notes == ()
 
     def test_the_encoder_runs_once_a_batch(self, translator, tokenizer, tokens):
         calls = []

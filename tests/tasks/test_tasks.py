@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from local_models import LABELS, SAVED, SENTENCES, save_bert, write_summaries
+from local_models import BERT, LABELS, MANY_LANGUAGES, SAVED, SENTENCES, save_bert, save_tokenizer, write_summaries
 
 from hf_parcor.input_error import InputError
 from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, check_head, load_rows, task_named, task_of
@@ -48,25 +48,26 @@ def of_text(model, tokenizer, rows):
 
 
 def generated(model, tokenizer, texts):
-    found = []
+    found, cut = [], []
     for text in texts:
         tokens = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=5, do_sample=False)
         found.append(tokenizer.decode(tokens[0], skip_special_tokens=True))
-    return found
+        cut.append(tokenizer.eos_token_id not in tokens[0])
+    return found, {"predictions_cut": sum(cut) / len(cut)}
 
 
 def of_translations(model, tokenizer, rows):
     from sacrebleu import corpus_bleu
 
-    found = generated(model, tokenizer, [row["en"] for row in rows])
-    return {"bleu": corpus_bleu(found, [[row["de"] for row in rows]]).score}
+    found, cut = generated(model, tokenizer, [row["en"] for row in rows])
+    return {**cut, "bleu": corpus_bleu(found, [[row["de"] for row in rows]]).score}
 
 
 def of_summaries(model, tokenizer, rows):
     from sacrebleu import corpus_chrf
 
-    found = generated(model, tokenizer, [row["document"] for row in rows])
-    return {"chrf": corpus_chrf(found, [[row["summary"] for row in rows]]).score}
+    found, cut = generated(model, tokenizer, [row["document"] for row in rows])
+    return {**cut, "chrf": corpus_chrf(found, [[row["summary"] for row in rows]]).score}
 
 
 def of_images(model, processor, rows, folder):
@@ -221,6 +222,52 @@ class TestPairsAndPrefixes:
         with pytest.raises(InputError, match="expected one with a padding token"):
             TASKS["text-classification"].load_processor(folder)
         TASKS["text-generation"].load_processor(folder)
+
+
+class TestLengths:
+    def test_a_text_of_roberta_is_cut_to_the_positions_that_there_are(self, tmp_path):
+        """Of 16 rows two are for no token; the tokenizer would let 16 pass."""
+        torch.manual_seed(0)
+        config = transformers.RobertaConfig(**{**BERT, "pad_token_id": 1})
+        transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+        save_tokenizer(tmp_path)
+        task, rows = TASKS["text-classification"], Rows("rows", [{"text": "bad " * 40, "label": 0}], ("text", "label"))
+        processed = Processed(task.load_model(str(tmp_path)), task.load_processor(str(tmp_path)))
+        (example,) = task.examples(rows, task.find_columns(rows, {}), processed)
+        assert len(example["input_ids"]) == 14
+        processed.model(torch.tensor([example["input_ids"]]))
+        asked = Processed(processed.model, processed.processor, Encoding(15))
+        with pytest.raises(InputError, match="at most 14 tokens"):
+            task.examples(rows, task.find_columns(rows, {}), asked)
+
+    def test_a_tokenizer_that_takes_less_than_the_model(self, tmp_path):
+        folder = SAVED["translation"][0](tmp_path / "model")  # T5 has no bound, its tokenizer 16
+        rows = Rows("rows", [{"de": "gut " * 40, "en": "good " * 40}], ("de", "en"))
+        task = TASKS["translation"]
+        processed = Processed(task.load_model(folder), task.load_processor(folder))
+        (example,) = task.examples(rows, task.find_columns(rows, {}), processed)
+        assert (len(example["input_ids"]), len(example["labels"])) == (16, 16)
+
+
+class TestLanguages:
+    @pytest.mark.parametrize("name", ["translation", "summarization"])
+    def test_of_models_that_have_many(self, name, tmp_path):
+        task, folder = TASKS[name], MANY_LANGUAGES["mbart50"](tmp_path)
+        bare = Processed(task.load_model(folder), task.load_processor(folder))
+        with pytest.raises(InputError, match="expected those of source and target"):
+            task.prepare(bare)
+        named = Processed(bare.model, bare.processor, Encoding(None, "", "de_DE", "en_XX"))
+        task.prepare(named)
+        columns = [role.names[0] for role in task.roles.values()]
+        rows = Rows("rows", [dict(zip(columns, ("gut", "good"), strict=True))], tuple(columns))
+        (example,) = task.examples(rows, task.find_columns(rows, {}), named)
+        texts = [bare.processor.convert_ids_to_tokens(example[side]) for side in ("input_ids", "labels")]
+        assert [text[0] for text in texts] == ["de_DE", "en_XX"]
+
+    @pytest.mark.parametrize("name", [name for name in TASKS if name not in ("translation", "summarization")])
+    def test_of_tasks_that_have_none(self, name):
+        with pytest.raises(InputError, match=f"expected none for {name}, got 'de'"):
+            TASKS[name].prepare(Processed(None, None, Encoding(None, "", None, "de")))
 
 
 class TestFirstTokens:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,14 @@ from hf_parcor.evaluation.metrics.answers import own_batch
 from hf_parcor.evaluation.metrics.over_pairs import OverPairs
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.labels import IGNORED_LABEL
+from hf_parcor.languages import check_target_language
+from hf_parcor.sequence_length import asked_length, generated_length
 
 _FOR_THE_LOSS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 _NO_TEXT = "\ufffd"  # not "", which some scores cannot divide by, and which an empty reference equals
+
+CUT = "predictions_cut"
+"""The share of texts that did not end within the length: among the numbers of a metric where there was any."""
 
 
 class GenerationMetric(OverPairs):
@@ -28,6 +33,10 @@ class GenerationMetric(OverPairs):
     character "\ufffd", which is never right, instead of what would follow; the share of these texts is
     `predictions_not_finite`.
 
+    How long texts may become is set by `max_new_tokens` or `max_length`, among the settings or in the model's
+    generation configuration; where neither is, by the data: a fifth and ten tokens more than the longest reference.
+    The share of texts that did not end within it is `predictions_cut`.
+
     Args:
         tokenizer: Decodes what is generated, and the labels.
         batches: Mappings of tensors that `generate` takes, with the reference as `labels`, −100 for padding.
@@ -37,7 +46,8 @@ class GenerationMetric(OverPairs):
         **settings: For `generate`. Without sampling, unless `do_sample=True` is among them.
 
     Raises:
-        ValueError: There are no batches, they can be walked through only once, or the score returns no number.
+        ValueError: There are no batches, they can be walked through only once, or the score returns no number; or,
+            when it is called, a model of many languages is not told which one to generate (`set_languages`).
     """
 
     def __init__(
@@ -52,25 +62,30 @@ class GenerationMetric(OverPairs):
         super().__init__(batches, score, progress=progress)
         self._tokenizer = tokenizer
         self._settings = {"do_sample": False, **settings}
+        self._longest: int | None = None
 
     @torch.no_grad()
-    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[str], list[str], int]:
-        """Return the generated texts of one batch, its references, and how many texts were not finite.
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[str], list[str], int, int]:
+        """Return the generated texts of one batch, its references, and how many texts were not finite, and were cut.
 
         Raises:
-            ValueError: There are no labels, or not as many texts as references.
+            ValueError: There are no labels, not as many texts as references, or no language to translate into.
         """
         labels = self._labels(batch)
         inputs = {name: value for name, value in batch.items() if name not in _FOR_THE_LOSS}
         generating: Any = model
         settings = dict(self._settings)
+        check_target_language(generating, self._tokenizer, settings, labels)
+        start = 1 if generating.config.is_encoder_decoder else batch["input_ids"].shape[1]
+        length = asked_length(generating, settings, start)
+        if length is None:
+            length = settings["max_new_tokens"] = generated_length(generating, self._longest_reference(), start)
         seen = _NotFinite(generating, settings)
         if seen.watches:
             settings["logits_processor"] = LogitsProcessorList([*(settings.get("logits_processor") or ()), seen])
         tokens = generating.generate(**own_batch(inputs, model), **settings)
         tokens = getattr(tokens, "sequences", tokens)  # return_dict_in_generate
-        if not generating.config.is_encoder_decoder:
-            tokens = tokens[:, batch["input_ids"].shape[1] :]
+        tokens = tokens[:, start:]
         if len(tokens) != len(labels):
             raise ValueError(
                 f"settings: expected one generated text for each of {len(labels)} references, got {len(tokens)}; "
@@ -78,7 +93,19 @@ class GenerationMetric(OverPairs):
             )
         lost = seen.rows(len(labels))
         texts = [_NO_TEXT if gone else text for text, gone in zip(self._texts(tokens), lost, strict=True)]
-        return texts, self._texts([row[row != IGNORED_LABEL] for row in labels]), sum(lost)
+        cut = sum(at_end and not gone for at_end, gone in zip(seen.cut(tokens, length), lost, strict=True))
+        return texts, self._texts([row[row != IGNORED_LABEL] for row in labels]), sum(lost), cut
+
+    def combine(self, parts: Sequence[tuple[list[str], list[str], int, int]]) -> dict[str, float]:
+        """Return the score of all batches, and the shares of texts that were not finite, or cut, if there are any."""
+        found = super().combine([part[:3] for part in parts])
+        cut = sum(part[3] for part in parts)
+        return {**found, CUT: cut / sum(len(part[0]) for part in parts)} if cut else found
+
+    def _longest_reference(self) -> int:
+        if self._longest is None:
+            self._longest = max(int((self._labels(batch) != IGNORED_LABEL).sum(-1).max()) for batch in self._batches)
+        return self._longest
 
     def _texts(self, rows: Iterable[Tensor]) -> list[str]:
         return [str(self._tokenizer.decode(row.tolist(), skip_special_tokens=True)).strip() for row in rows]
@@ -99,6 +126,10 @@ class _NotFinite(LogitsProcessor):
         self.watches = isinstance(inner, GenerationMixin)
         ends = settings.get("eos_token_id", getattr(getattr(model, "generation_config", None), "eos_token_id", None))
         self._ends = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
+        self._forced, self._padding = (
+            settings.get(name, getattr(getattr(model, "generation_config", None), name, None))
+            for name in ("forced_eos_token_id", "pad_token_id")
+        )
         self._start: int | None = None
         self._lost: Tensor | None = None
 
@@ -112,6 +143,16 @@ class _NotFinite(LogitsProcessor):
         lost = ~finite & ~ended
         self._lost = lost if self._lost is None or len(self._lost) != len(lost) else self._lost | lost
         return torch.where(finite[:, None], scores, torch.zeros_like(scores))
+
+    def cut(self, tokens: Tensor, length: int) -> list[bool]:
+        """Return for each text whether it was as long as it may be and did not end: a forced end is none."""
+        if tokens.shape[1] < length:
+            return [False] * len(tokens)
+        own = tokens[:, : length - (self._forced is not None)]
+        ended = torch.isin(own, own.new_tensor(self._ends)).any(-1)
+        if self._padding is not None:  # what stops texts otherwise, such as `stop_strings`, leaves padding
+            ended |= tokens[:, -1] == self._padding
+        return [not row for row in ended.tolist()]
 
     def rows(self, count: int) -> list[bool]:
         """Return for each of so many texts whether it was lost, in one of its beams at least."""
