@@ -96,7 +96,9 @@ def save_nllb(folder: Path) -> str:
     letters = sorted(set("".join(WORDS[3:])))
     pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *letters]
     tokenizer: Any = transformers.NllbTokenizer(
-        vocab={piece: number for number, piece in enumerate(pieces)}, merges=[]
+        vocab={piece: number for number, piece in enumerate(pieces)},
+        merges=[],
+        extra_special_tokens=["deu_Latn", "eng_Latn", "zho_Hans", "zho_Hant"],  # of 202
     )
     settings = {"decoder_start_token_id": 2}
     kind = transformers.M2M100ForConditionalGeneration

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from local_models import LABELS, SAVED, SENTENCES, save_bert, save_tokenizer
+from local_models import LABELS, MANY_LANGUAGES, SAVED, SENTENCES, save_bert, save_tokenizer, write_pairs
 
 from hf_parcor import (
     CorruptionConstraint,
@@ -318,6 +318,76 @@ class TestTrain:
             *("--save_strategy", "no", "--report_to", "none", "--skip-corruptions", "--defense", "none"),
         )
         assert model_of(tmp_path / "out").config.label2id == LABELS
+
+
+class TestLanguages:
+    @pytest.fixture(params=MANY_LANGUAGES)
+    def words(self, request, tmp_path):
+        pytest.importorskip("sacrebleu")
+        folder = MANY_LANGUAGES[request.param](tmp_path / "model")
+        return (folder, "--task", "translation", "--dataset", write_pairs(tmp_path / "rows.tsv"), "--max-length", 16)
+
+    def pair(self, words):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(words[0])
+        return ("eng_Latn", "deu_Latn") if "eng_Latn" in tokenizer.get_vocab() else ("en_XX", "de_DE")
+
+    @pytest.mark.parametrize("command", ["evaluate", "probe", "train"])
+    def test_without_them_nothing_is_measured(self, run, words, command, tmp_path):
+        more = ("--output_dir", "out", "--use_cpu", "--report_to", "none") if command == "train" else ()
+        for given in ((), ("--target-lang", "klingon")):
+            result = run(command, *words, *more, *given)
+            assert result.code == 2
+            assert "language" in result.err
+            assert result.out == ""
+        assert not (tmp_path / "out" / "model.safetensors").exists()
+
+    def test_chrf_is_that_of_pipelines(self, run, words):
+        """Transformers' own way to name languages, text by text."""
+        from sacrebleu import corpus_chrf
+
+        source, target = self.pair(words)
+        result = run(
+            *("evaluate", *words, "--source-lang", source, "--target-lang", target, "--metric", "chrf", "--json"),
+            *("--corruption", "gaussian=0.5", "--trials", 1),
+        )
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(words[0]).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(words[0])
+        texts = []
+        for text in SENTENCES:
+            inputs = tokenizer._build_translation_inputs(
+                text, return_tensors="pt", src_lang=source, tgt_lang=target, truncation=True, max_length=16
+            )
+            begun = {}
+            if isinstance(tokenizer, transformers.MBartTokenizer):  # its text begins with the language
+                begun = {"decoder_start_token_id": inputs.pop("forced_bos_token_id")}
+            tokens = model.generate(**inputs, **begun, max_new_tokens=16, do_sample=False)
+            texts.append(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
+        tokenizer.tgt_lang = target
+        cut = tokenizer(text_target=["gut Film Ende"] * len(texts), truncation=True, max_length=16)["input_ids"]
+        expected = corpus_chrf(texts, [[tokenizer.decode(row, skip_special_tokens=True).strip() for row in cut]]).score
+        assert EvaluationRecord.from_json(result.out).clean.mean("chrf") == pytest.approx(expected)
+        assert expected > 0
+
+    def test_what_was_trained_needs_no_flags_any_more(self, run, words):
+        source, target = self.pair(words)
+        trained = run(
+            *("train", *words, "--train-dataset", words[4], "--source-lang", source, "--target-lang", target),
+            *("--output_dir", "out", "--max_steps", 1, "--use_cpu", "--report_to", "none", "--save_strategy", "no"),
+            *("--skip-corruptions", "--disable_tqdm", "true"),
+        )
+        assert trained.code == 0
+        flags = ("--corruption", "gaussian=0.5", "--trials", 1, "--json")
+        found = [
+            run("evaluate", "out", *words[1:], *flags, *given)
+            for given in ((), ("--source-lang", source, "--target-lang", target))
+        ]
+        records = [EvaluationRecord.from_json(result.out) for result in found]
+        assert records[0].clean.metrics == records[1].clean.metrics
+
+    def test_a_classifier_has_none(self, run, classifier_folder, sentences):
+        result = run("evaluate", classifier_folder, "--dataset", sentences, "--source-lang", "de")
+        assert result.code == 2
+        assert "--source-lang" in result.err
 
 
 class TestHelp:
