@@ -33,6 +33,7 @@ from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDef
 from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
 from hf_parcor.hub_data import load_hub_data
+from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tables import comparison_table
 from hf_parcor.tasks import read_file
 from hf_parcor.training import checkpoint_to_resume, signs_of_collapse
@@ -66,7 +67,10 @@ class DataArguments:
     validation_file: str | None = field(default=None, metadata={"help": "A local file to measure on."})
     text_column_name: str = field(default="sentence", metadata={"help": "The column with the text."})
     label_column_name: str = field(default="label", metadata={"help": "The column with the label, a whole number."})
-    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
+    max_seq_length: int | None = field(
+        default=None,
+        metadata={"help": "Longer texts are cut to this many tokens. Not set: 128, or what the model takes."},
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many, drawn with the seed."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Measure on the first so many."})
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise again."})
@@ -122,8 +126,10 @@ def main() -> None:
         model_arguments.model_name_or_path, num_labels=len(labels), **origin
     )
 
+    max_length = fitting_length(model, tokenizer, 128, data.max_seq_length)
+
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        encoded = tokenizer(rows[data.text_column_name], truncation=True, max_length=data.max_seq_length)
+        encoded = tokenizer(rows[data.text_column_name], truncation=True, max_length=max_length)
         return {**encoded, "labels": [labels.index(label) for label in rows[data.label_column_name]]}
 
     def prepare(split: str, most: int | None, shuffle: bool) -> datasets.Dataset:

@@ -21,7 +21,8 @@ Other text, in the place of the second line:
   likewise `validation` and `test`. They come before what else is given.
 
 Without the defense: `--defense none`. The last decoder layer alone: `--defense_target_modules last-decoder-layer`.
-A pretrained model: `--model_name_or_path`, with its own vocabulary.
+A pretrained model: `--model_name_or_path`, with its own vocabulary; T5 needs a `--source_prefix`, and mBART, NLLB and
+M2M100 `--source_code` and `--target_code` where they call the languages otherwise (`deu_Latn`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 import transformers
 from torch.utils.data import Dataset
 from transformers import (
@@ -52,6 +54,8 @@ from transformers import (
 
 from hf_parcor import Seq2SeqParameterDefenseTrainer, Seq2SeqParameterDefenseTrainingArguments
 from hf_parcor.hub_data import load_hub_data
+from hf_parcor.languages import languages_of, set_languages
+from hf_parcor.sequence_length import asked_length, fitting_length, generated_length, unfinished
 from hf_parcor.training import checkpoint_to_resume, signs_of_collapse
 from hf_parcor.translation import (
     BleuScores,
@@ -78,7 +82,9 @@ from hf_parcor.translation import (
 logger = logging.getLogger(__name__)
 
 VOCABULARIES = {"bpe": train_bpe, "unigram": train_unigram}
+VOCABULARY_SIZE = 10_149  # the papers'
 TARGET_TOKENIZER = "target_tokenizer"
+MAX_LENGTH = 256
 
 
 @dataclass
@@ -96,15 +102,37 @@ class ModelArguments:
     vocabulary: str | None = field(
         default=None, metadata={"help": "A folder with a vocabulary that was trained before. Not set: train one."}
     )
-    vocabulary_kind: str = field(default="bpe", metadata={"help": "How it is trained: bpe or unigram."})
-    vocabulary_size: int = field(
-        default=10_149, metadata={"help": "How many subwords there are, or of the source language alone."}
+    vocabulary_kind: str | None = field(
+        default=None, metadata={"help": "How it is trained: bpe or unigram. Not set: bpe."}
+    )
+    vocabulary_size: int | None = field(
+        default=None,
+        metadata={"help": "How many subwords there are, or of the source language alone. Not set: 10149."},
     )
     target_vocabulary_size: int | None = field(
         default=None,
         metadata={"help": "Give the target language a vocabulary of its own; the shape is then that of En-Vi."},
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+
+    def check(self) -> None:
+        """Refuse flags that others leave without effect.
+
+        Raises:
+            ValueError: There are some.
+        """
+        of_a_vocabulary = ("vocabulary_kind", "vocabulary_size", "target_vocabulary_size")
+        settled = {
+            "model_name_or_path": ("config_overrides", "vocabulary", *of_a_vocabulary),
+            "vocabulary": of_a_vocabulary,
+        }
+        for name, without_effect in settled.items():
+            given = [other for other in without_effect if getattr(self, other) is not None]
+            if getattr(self, name) is not None and given:
+                raise ValueError(
+                    f"{', '.join(given)}: expected none beside {name}, which has its own, got "
+                    f"{', '.join(repr(getattr(self, other)) for other in given)}; leave out one or the other"
+                )
 
 
 @dataclass
@@ -113,6 +141,14 @@ class DataArguments:
 
     source_lang: str = field(default="de", metadata={"help": "The language, or column, to translate from."})
     target_lang: str = field(default="en", metadata={"help": "The language, or column, to translate to."})
+    source_code: str | None = field(
+        default=None,
+        metadata={"help": "What a model of many languages calls the source's: deu_Latn. Not set: as source_lang."},
+    )
+    target_code: str | None = field(default=None, metadata={"help": "And the target's. Not set: as target_lang."})
+    source_prefix: str = field(
+        default="", metadata={"help": 'Put before each sentence: "translate German to English: " for T5.'}
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub with `translation`."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "The data set's configuration."})
     dataset_revision: str | None = field(
@@ -154,8 +190,12 @@ class DataArguments:
     max_tokens: int | None = field(
         default=4096, metadata={"help": "The most tokens of a batch, padding included, instead of a batch size."}
     )
-    max_length: int = field(
-        default=256, metadata={"help": "Longer pairs are left out of training, and cut in what is measured."}
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longer pairs, in tokens, are left out of training, and cut in what is measured. Not set: 256, or "
+            "what the model takes."
+        },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many pairs."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Measure on the first so many pairs."})
@@ -229,14 +269,16 @@ def load_vocabularies(
         return source, AutoTokenizer.from_pretrained(beside) if beside.is_dir() else source
     if train is None:
         raise ValueError("vocabulary: expected text to train one on, got none; give --do_train or --vocabulary")
-    if model.vocabulary_kind not in VOCABULARIES:
+    kind = "bpe" if model.vocabulary_kind is None else model.vocabulary_kind
+    if kind not in VOCABULARIES:
         known = " or ".join(VOCABULARIES)
-        raise ValueError(f"vocabulary_kind: expected {known}, got {model.vocabulary_kind!r}; choose one of these")
-    learn = partial(VOCABULARIES[model.vocabulary_kind], split_punctuation=not tokenized)
+        raise ValueError(f"vocabulary_kind: expected {known}, got {kind!r}; choose one of these")
+    learn = partial(VOCABULARIES[kind], split_punctuation=not tokenized)
+    size = VOCABULARY_SIZE if model.vocabulary_size is None else model.vocabulary_size
     if model.target_vocabulary_size is None:
-        joint = learn(chain(train.sources, train.targets), model.vocabulary_size)
+        joint = learn(chain(train.sources, train.targets), size)
         return joint, joint
-    return learn(train.sources, model.vocabulary_size), learn(train.targets, model.target_vocabulary_size)
+    return learn(train.sources, size), learn(train.targets, model.target_vocabulary_size)
 
 
 def save_vocabularies(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -260,6 +302,33 @@ def load_model(
     return new_model(shape)
 
 
+def name_languages(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> None:
+    """Tell a model of many languages which ones the data has."""
+    if languages_of(tokenizer):
+        set_languages(model, tokenizer, data.source_code or data.source_lang, data.target_code or data.target_lang)
+    else:
+        set_languages(model, tokenizer, data.source_code, data.target_code)
+
+
+def set_generated_length(model: PreTrainedModel, asked: int | None, longest: int) -> int:
+    """Let a model generate as long texts as are asked for, or as the data has; it is saved so.
+
+    Args:
+        model: What generates; its own length counts before that of the data.
+        asked: `generation_max_length`, which counts the token that a text begins with.
+        longest: The tokens of the longest reference.
+
+    Returns:
+        How many tokens are generated at most.
+    """
+    length = asked_length(model, {}) if asked is None else asked - 1
+    if length is None:
+        length = generated_length(model, longest)
+    model.generation_config.max_new_tokens = None  # it would count before what is asked for
+    model.generation_config.max_length = length + 1
+    return length
+
+
 def main() -> None:
     """Train, average, evaluate, translate."""
     kinds: Any = (ModelArguments, DataArguments, Seq2SeqParameterDefenseTrainingArguments)
@@ -269,6 +338,7 @@ def main() -> None:
     else:
         parsed = parser.parse_args_into_dataclasses()
     model_arguments, data, training = parsed
+    model_arguments.check()
     training.predict_with_generate = True
     if training.generation_num_beams is None:
         training.generation_num_beams = 5  # as the papers
@@ -282,12 +352,18 @@ def main() -> None:
     source, target = load_vocabularies(model_arguments, texts.get("train"), tokenized)
     set_seed(training.seed)  # the weights do not depend on whether a vocabulary was trained
     model = load_model(model_arguments, source, target)
+    name_languages(model, source, data)
+    max_length = min(
+        fitting_length(model, tokenizer, MAX_LENGTH, data.max_length, decoder=decoder)
+        for tokenizer, decoder in ((source, False), (target, True))
+    )
 
     def prepare(split: str) -> Sequence[Any] | None:
         if split not in texts:
             return None
         most = data.max_train_samples if split == "train" else data.max_eval_samples
-        encoded = encode(texts[split].first(most), source, target, data.max_length, cut=split != "train")
+        text = texts[split].first(most)
+        encoded = encode(text, source, target, max_length, cut=split != "train", prefix=data.source_prefix)
         logger.info(encoded.report)
         return encoded.rows
 
@@ -299,7 +375,15 @@ def main() -> None:
 
     def bleu(prediction: EvalPrediction) -> dict[str, float]:
         generated = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        return scores(predictions=decode(generated), references=decode(prediction.label_ids))
+        found = scores(predictions=decode(generated), references=decode(prediction.label_ids))
+        tokens = torch.from_numpy(np.where(generated >= 0, generated, target.pad_token_id))[:, 1:]
+        cut = float(np.mean(unfinished(tokens, length, model, {})))
+        if cut:
+            logger.warning(
+                f"{cut:.1%} of the translations did not end within {length} tokens, and are scored as they were cut; "
+                "raise generation_max_length, unless they run on for ever"
+            )
+        return {**found, "predictions_cut": cut}
 
     rows = {split: prepare(split) for split in wanted}
     trainer = TranslationTrainer(
@@ -312,6 +396,10 @@ def main() -> None:
         data_collator=DataCollatorForSeq2Seq(source, model=model),
         max_tokens=data.max_tokens,
     )
+    measured = [row for split in ("validation", "test") for row in rows[split] or ()] or rows["train"] or ()
+    longest = max((len(row["labels"]) for row in measured), default=1)
+    length = set_generated_length(model, training.generation_max_length, longest)
+    logger.info(f"Translations may have {length} tokens.")
 
     if rows["train"] is not None:
         result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hf_parcor.input_error import InputError, nearest
+from hf_parcor.sequence_length import generation_settings
 
 
 def languages_of(tokenizer: Any) -> dict[str, int]:
@@ -130,13 +131,9 @@ def _some(codes: Any) -> str:
 
 def _starts(model: Any, settings: Mapping[str, Any]) -> set[int]:
     """Return the tokens that a generation begins with, as far as they are set."""
-    found = set()
-    for name in ("forced_bos_token_id", "decoder_start_token_id"):
-        configurations = [settings.get("generation_config"), getattr(model, "generation_config", None)]
-        values = [settings.get(name), *(getattr(configuration, name, None) for configuration in configurations)]
-        first = next((value for value in values if isinstance(value, int)), None)
-        found |= set() if first is None else {first}
-    return found
+    names = ("forced_bos_token_id", "decoder_start_token_id")
+    values = [next(iter(generation_settings(model, settings, name)), None) for name in names]
+    return {value for value in values if isinstance(value, int)}
 
 
 def _start_with(model: Any, tokenizer: Any, language: int) -> None:

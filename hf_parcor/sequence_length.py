@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_parcor.input_error import InputError
@@ -123,15 +124,48 @@ def asked_length(model: Any, settings: Mapping[str, Any], start: int = 1) -> int
     Returns:
         The length; None if there is none, so that Transformers would stop after 20 tokens.
     """
+    added = generation_settings(model, settings, "max_new_tokens")
+    if added:  # it counts before the other one, as in Transformers
+        return int(added[0])
+    given = settings.get("max_length")
+    found = [length for length in generation_settings(model, settings, "max_length") if length != _DEFAULT]
+    length = given if given is not None else next(iter(found), None)
+    return None if length is None else int(length) - start
+
+
+def unfinished(tokens: Tensor, length: int, model: Any, settings: Mapping[str, Any]) -> list[bool]:
+    """Return for each text whether it did not end within its length; an end that is forced at the last token is none.
+
+    Args:
+        tokens: What was generated, without what it began with; a text in a row, with padding behind its end.
+        length: How many tokens a text may have.
+        model: What generated it.
+        settings: Those of the generation.
+    """
+    if tokens.shape[1] < length:
+        return [False] * len(tokens)
+    ends, forced, padding = (
+        next(iter(generation_settings(model, settings, name)), None)
+        for name in ("eos_token_id", "forced_eos_token_id", "pad_token_id")
+    )
+    own = tokens[:, : length - (forced is not None)]
+    ended = torch.isin(own, own.new_tensor([] if ends is None else ends).reshape(-1)).any(-1)
+    if padding is not None:  # what stops texts otherwise, such as `stop_strings`, leaves padding
+        ended |= tokens[:, length - 1] == padding
+    return [not row for row in ended.tolist()]
+
+
+def generation_settings(model: Any, settings: Mapping[str, Any], name: str) -> list[Any]:
+    """Return the values that a setting of `generate` is given, the one that counts first.
+
+    Args:
+        model: What generates; its generation configuration counts last.
+        settings: What `generate` is called with, perhaps a generation configuration too.
+        name: The setting.
+    """
     configurations = [settings.get("generation_config"), getattr(model, "generation_config", None)]
-    for name, before in (("max_new_tokens", 0), ("max_length", start)):  # in the order of Transformers
-        found = [settings.get(name), *(getattr(configuration, name, None) for configuration in configurations)]
-        if name == "max_length":
-            found[1:] = [length for length in found[1:] if length != _DEFAULT]
-        for length in found:
-            if length is not None:
-                return int(length) - before
-    return None
+    values = [settings.get(name), *(getattr(configuration, name, None) for configuration in configurations)]
+    return [value for value in values if value is not None]
 
 
 def _side(model: Any, decoder: bool) -> nn.Module:

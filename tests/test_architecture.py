@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "targets": set(),
     "labels": set(),
     "sequence_length": {"input_error"},
-    "languages": {"input_error"},
+    "languages": {"input_error", "sequence_length"},
     "modes": set(),
     "batches": set(),
     "buffers": set(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ def encode(
     max_tokens: int,
     *,
     cut: bool = False,
+    prefix: str = "",
 ) -> EncodedText:
     """Return the pairs as token numbers.
 
@@ -38,23 +39,30 @@ def encode(
         text: The pairs.
         source_tokenizer: That of the sentences.
         target_tokenizer: That of the translations; may be the same.
-        max_tokens: The most tokens of either side, with the end of the sentence.
+        max_tokens: The most tokens of either side, with the end of the sentence and what names its language.
         cut: Whether longer ones are cut to that, so that a score is that of all sentences. Else the pair is left out.
+        prefix: Put before each sentence, such as "translate English to German: " for T5.
 
     Raises:
         ValueError: No pair is left.
     """
-    sides: list[Any] = [
-        source_tokenizer(list(text.sources), return_token_type_ids=False),
-        target_tokenizer(text_target=list(text.targets), return_token_type_ids=False),
-    ]
+
+    def tokens(
+        sources: Sequence[str], targets: Sequence[str], **settings: Any
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        named = {"return_token_type_ids": False, **settings}
+        encoded: Any = source_tokenizer([prefix + source for source in sources], **named)
+        labels: Any = target_tokenizer(text_target=list(targets), **named)
+        return zip(encoded["input_ids"], labels["input_ids"], strict=True)
+
     rows, long = [], []
-    for place, source, target in zip(text.places, sides[0]["input_ids"], sides[1]["input_ids"], strict=True):
+    for index, (source, target) in enumerate(tokens(text.sources, text.targets)):
         if max(len(source), len(target)) > max_tokens:
-            long.append(place)
+            long.append(text.places[index])
             if not cut:
                 continue
-            source, target = (_cut(tokens, max_tokens) for tokens in (source, target))
+            pair = text.sources[index : index + 1], text.targets[index : index + 1]
+            source, target = next(tokens(*pair, truncation=True, max_length=max_tokens))
         rows.append({"input_ids": source, "attention_mask": [1] * len(source), "labels": target})
     reason = {f"more than {max_tokens:,} tokens": long}
     if not rows:
@@ -67,8 +75,3 @@ def encode(
     else:
         report = f"{text.origin}: {len(rows):,} pairs{shown_skips({**text.skipped, **reason})}"
     return EncodedText(rows, report)
-
-
-def _cut(tokens: list[int], most: int) -> list[int]:
-    """Return the first tokens, and the last one, which ends the sentence."""
-    return tokens if len(tokens) <= most else [*tokens[: most - 1], tokens[-1]]

@@ -15,12 +15,14 @@ import transformers
 from example_program import run_example
 from iwslt_distribution import distribution, tar, zipped
 from local_hub import local_hub
+from local_models import MANY_LANGUAGES, save_t5, write_pairs
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 pytest.importorskip("sacrebleu", reason="BLEU needs the extra 'translation'")
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_translation.py"
 WORDS = {"Hund": "dog", "Katze": "cat", "rot": "red", "sieht": "sees", "und": "and", "Haus": "house"}
+SIDES = {"source": "de", "target": "en"}
 OVERRIDES = (
     "encoder_layers=1,decoder_layers=2,d_model=16,encoder_ffn_dim=16,decoder_ffn_dim=16,max_position_embeddings=64"
 )
@@ -43,10 +45,9 @@ def files(tmp_path):
 
 
 def settings(folder: Path, **changes: object) -> dict[str, object]:
-    sides = {"source": "de", "target": "en"}
     return {
         **{f"{split}_{side}_file": str(folder / f"{split}.{language}.gz")
-           for split in ("train", "validation", "test") for side, language in sides.items()},
+           for split in ("train", "validation", "test") for side, language in SIDES.items()},
         "output_dir": str(folder / "out"), "do_train": True, "do_eval": True, "do_predict": True,
         "vocabulary_size": 40, "config_overrides": OVERRIDES, "max_tokens": 100, "max_length": 40,
         "num_train_epochs": 3, "learning_rate": 0.01, "lr_scheduler_type": "inverse_sqrt", "warmup_steps": 2,
@@ -110,13 +111,89 @@ def test_two_vocabularies_and_a_table(files, monkeypatch):
     assert not any("loss_corrupted" in entry for entry in logged(out))
 
     tuned = files / "tuned"
-    run_with(
-        monkeypatch, files, model_name_or_path=str(out), output_dir=str(tuned), do_eval=False, max_train_samples=9
-    )
+    run_with(monkeypatch, files, **pretrained(out), output_dir=str(tuned), do_eval=False, max_train_samples=9)
     assert json.loads((tuned / "train_results.json").read_text())["train_samples"] == 9
     assert all("loss_corrupted" in entry for entry in logged(tuned))
     assert len(AutoTokenizer.from_pretrained(tuned / "target_tokenizer")) == 35
     assert logged(tuned)[0]["loss_clean"] < logged(out)[0]["loss"], "it goes on from what was learned"
+
+
+def pretrained(folder: Path | str) -> dict[str, object]:
+    """Return settings for a model that has its vocabulary and its shape."""
+    return {"model_name_or_path": str(folder), "vocabulary_size": None, "config_overrides": None}
+
+
+class TestGeneratedLength:
+    def test_it_is_that_of_the_data(self, files, monkeypatch):
+        """With the 20 tokens of Transformers these references would be out of reach."""
+        for language, words in {"de": WORDS, "en": WORDS.values()}.items():
+            lines = [" ".join([*words] * times) for times in (1, 2, 3)]
+            (files / f"long.{language}").write_text("\n".join(lines))
+        long = {f"validation_{side}_file": str(files / f"long.{tongue}") for side, tongue in SIDES.items()}
+        changes = {"generation_max_length": None, "max_length": None, "do_predict": False, "num_train_epochs": 1}
+        out = run_with(monkeypatch, files, **long, **changes)
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        longest = max(len(tokenizer(line)["input_ids"]) for line in lines)
+        assert longest > 21
+        assert "predictions_cut" in (out / "eval_results.json").read_text()
+        model = AutoModelForSeq2SeqLM.from_pretrained(out)
+        expected = 1 + min(longest + longest // 5 + 10, 64)
+        assert model.generation_config.max_length == expected, "who loads the model generates as long texts"
+
+    def test_how_many_translations_hit_it_is_said(self, files, monkeypatch, caplog):
+        out = run_with(monkeypatch, files, generation_max_length=7, generation_num_beams=2, do_eval=False)
+        model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+        lines = gzip.decompress((files / "test.de.gz").read_bytes()).decode().splitlines()
+        cut = []
+        for line in lines:
+            inputs = tokenizer(line, return_tensors="pt")
+            tokens = model.generate(**inputs, max_length=7, num_beams=2)[0, 1:]
+            cut.append(tokenizer.eos_token_id not in tokens)
+        found = json.loads((out / "test_results.json").read_text())["test_predictions_cut"]
+        assert found == sum(cut) / len(cut) > 0
+        assert "did not end within 6 tokens" in caplog.text
+
+
+class TestPretrainedModels:
+    def of_pairs(self, folder: Path, data: str, **changes: object) -> dict[str, object]:
+        files = {f"{split}_{side}_file": None for split in ("train", "validation", "test") for side in SIDES}
+        tables = {f"{split}_file": data for split in ("train", "validation", "test")}
+        return {
+            **pretrained(folder), **files, **tables, "source_lang": "en", "target_lang": "de", "max_length": 12,
+            "num_train_epochs": 1, "label_smoothing_factor": 0.0, "defense": "none", **changes,
+        }  # fmt: skip
+
+    def test_a_prefix_is_put_before_each_source(self, files, monkeypatch):
+        model, data = save_t5(files / "model"), write_pairs(files / "pairs.tsv")
+        with_prefix = files / "prefixed.tsv"
+        header, *lines = Path(data).read_text().splitlines()
+        with_prefix.write_text("\n".join([header, *(f"good {line}" for line in lines)]))
+        losses = []
+        for table, prefix in ((data, "good "), (str(with_prefix), ""), (data, "")):
+            out = run_with(monkeypatch, files, **self.of_pairs(model, table, source_prefix=prefix))
+            losses.append([json.loads((out / f"{split}_results.json").read_text())[f"{split}_loss"]
+                           for split in ("train", "eval", "test")])  # fmt: skip
+        assert losses[0] == losses[1] != losses[2]
+
+    @pytest.mark.parametrize("kind", MANY_LANGUAGES)
+    def test_languages_are_named(self, kind, files, monkeypatch):
+        model, data = MANY_LANGUAGES[kind](files / "model"), write_pairs(files / "pairs.tsv")
+        codes = {"source_code": "eng_Latn", "target_code": "deu_Latn"} if kind == "nllb" else {}
+        if codes:
+            with pytest.raises(ValueError, match="source language: expected one of the model's 4"):
+                run_with(monkeypatch, files, **self.of_pairs(model, data))
+        out = run_with(monkeypatch, files, **self.of_pairs(model, data, max_length=20, **codes))
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        names = [codes.get("source_code", "en_XX"), codes.get("target_code", "de_DE")]
+        assert [tokenizer.src_lang, tokenizer.tgt_lang] == names
+        generation = AutoModelForSeq2SeqLM.from_pretrained(out).generation_config
+        begun = {generation.forced_bos_token_id, generation.decoder_start_token_id}
+        assert tokenizer.convert_tokens_to_ids(names[1]) in begun
+
+    def test_a_model_without_languages_is_given_none(self, files, monkeypatch):
+        model, data = save_t5(files / "model"), write_pairs(files / "pairs.tsv")
+        with pytest.raises(ValueError, match="expected a tokenizer that has some"):
+            run_with(monkeypatch, files, **self.of_pairs(model, data, target_code="deu_Latn"))
 
 
 def empty(folder: Path) -> dict[str, object]:
@@ -135,6 +212,19 @@ def empty(folder: Path) -> dict[str, object]:
         (lambda folder: {"papers_preparation": True}, "--papers_preparation: expected --iwslt"),
         (lambda folder: {"vocabulary_kind": "letters"}, "vocabulary_kind: expected bpe or unigram, got 'letters'"),
         (lambda folder: {"max_length": 3}, "expected a pair of at most 3 tokens, found none; left out 36"),
+        (lambda folder: {"max_length": 65}, "max_length: expected at most 64 tokens"),
+        (
+            lambda folder: {"model_name_or_path": str(folder)},
+            "config_overrides, vocabulary_size: expected none beside model_name_or_path",
+        ),
+        (
+            lambda folder: {**pretrained(folder), "vocabulary": "v", "vocabulary_kind": "bpe"},
+            "vocabulary, vocabulary_kind: expected none beside model_name_or_path",
+        ),
+        (
+            lambda folder: {"vocabulary": str(folder), "target_vocabulary_size": 9},
+            "vocabulary_size, target_vocabulary_size: expected none beside vocabulary",
+        ),
         (lambda folder: {"do_train": False}, "vocabulary: expected text to train one on, got none"),
     ],
 )

@@ -14,7 +14,7 @@ from hf_parcor.evaluation.metrics.over_pairs import OverPairs
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.labels import IGNORED_LABEL
 from hf_parcor.languages import check_target_language
-from hf_parcor.sequence_length import asked_length, generated_length
+from hf_parcor.sequence_length import asked_length, generated_length, generation_settings, unfinished
 
 _FOR_THE_LOSS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 _NO_TEXT = "\ufffd"  # not "", which some scores cannot divide by, and which an empty reference equals
@@ -93,7 +93,10 @@ class GenerationMetric(OverPairs):
             )
         lost = seen.rows(len(labels))
         texts = [_NO_TEXT if gone else text for text, gone in zip(self._texts(tokens), lost, strict=True)]
-        cut = sum(at_end and not gone for at_end, gone in zip(seen.cut(tokens, length), lost, strict=True))
+        cut = sum(
+            at_end and not gone
+            for at_end, gone in zip(unfinished(tokens, length, generating, settings), lost, strict=True)
+        )
         return texts, self._texts([row[row != IGNORED_LABEL] for row in labels]), sum(lost), cut
 
     def combine(self, parts: Sequence[tuple[list[str], list[str], int, int]]) -> dict[str, float]:
@@ -124,12 +127,8 @@ class _NotFinite(LogitsProcessor):
     def __init__(self, model: Any, settings: Mapping[str, Any]) -> None:
         inner = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
         self.watches = isinstance(inner, GenerationMixin)
-        ends = settings.get("eos_token_id", getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+        ends = next(iter(generation_settings(model, settings, "eos_token_id")), None)
         self._ends = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
-        self._forced, self._padding = (
-            settings.get(name, getattr(getattr(model, "generation_config", None), name, None))
-            for name in ("forced_eos_token_id", "pad_token_id")
-        )
         self._start: int | None = None
         self._lost: Tensor | None = None
 
@@ -143,16 +142,6 @@ class _NotFinite(LogitsProcessor):
         lost = ~finite & ~ended
         self._lost = lost if self._lost is None or len(self._lost) != len(lost) else self._lost | lost
         return torch.where(finite[:, None], scores, torch.zeros_like(scores))
-
-    def cut(self, tokens: Tensor, length: int) -> list[bool]:
-        """Return for each text whether it was as long as it may be and did not end: a forced end is none."""
-        if tokens.shape[1] < length:
-            return [False] * len(tokens)
-        own = tokens[:, : length - (self._forced is not None)]
-        ended = torch.isin(own, own.new_tensor(self._ends)).any(-1)
-        if self._padding is not None:  # what stops texts otherwise, such as `stop_strings`, leaves padding
-            ended |= tokens[:, -1] == self._padding
-        return [not row for row in ended.tolist()]
 
     def rows(self, count: int) -> list[bool]:
         """Return for each of so many texts whether it was lost, in one of its beams at least."""
