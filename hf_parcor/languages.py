@@ -83,7 +83,7 @@ def check_target_language(model: Any, tokenizer: Any, settings: Mapping[str, Any
         return
     names = {number: code for code, number in known.items()}
     begun = _starts(model, settings) & set(names)
-    of_labels = set(labels.unique().tolist()) & set(names)
+    of_labels = set(labels.flatten().tolist()) & set(names)
     if not begun or (of_labels and begun.isdisjoint(of_labels)):
         raise InputError(
             "forced_bos_token_id: expected the token of the language to translate into"
@@ -103,7 +103,7 @@ def _saved(model: Any, tokenizer: Any, known: Mapping[str, int]) -> dict[str, st
     if target is None or target == tokenizer.src_lang:
         starts = _starts(model, {})
         target = next((code for code, number in known.items() if number in starts), None)
-    return {side: code for side, code in (("source", source), ("target", target)) if code in known}
+    return {side: str(code) for side, code in (("source", source), ("target", target)) if code in known}
 
 
 def _named(known: Mapping[str, int], side: str, name: str) -> str:

@@ -52,7 +52,7 @@ class SequenceToSequence(Task):
         """Return what generates texts and scores them: by sacrebleu, or by a metric of `evaluate`."""
         score: Score = SacrebleuScore(name) if name in _OF_SACREBLEU else library_score(name, self.metrics)
         asked = processed.encoding.max_length
-        settings = {} if asked is None else {"max_new_tokens": asked}
+        settings: dict[str, Any] = {} if asked is None else {"max_new_tokens": asked}
         return GenerationMetric(processed.processor, batches, score, **settings)
 
 

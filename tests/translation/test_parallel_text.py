@@ -6,6 +6,8 @@ import gzip
 import json
 
 import pytest
+from local_models import MANY_LANGUAGES
+from transformers import AutoTokenizer
 
 from hf_parcor.translation import encode, from_rows, read_parallel_files, read_rows
 
@@ -131,6 +133,21 @@ class TestEncoding:
         assert [(len(row["input_ids"]), len(row["labels"])) for row in encoded.rows][1:] == [(100, 3), (2, 100)]
         assert all(row[side][-1] == tokenizer.eos_token_id for row in encoded.rows for side in ("input_ids", "labels"))
         assert encoded.report == "three rows: 3 pairs; cut 2: more than 100 tokens (lines 2, 3)"
+
+    @pytest.mark.parametrize("kind", MANY_LANGUAGES)
+    def test_what_names_the_language_is_not_cut(self, kind, tmp_path):
+        tokenizer = AutoTokenizer.from_pretrained(MANY_LANGUAGES[kind](tmp_path))
+        tokenizer.src_lang, tokenizer.tgt_lang = ("deu_Latn", "eng_Latn") if kind == "nllb" else ("de_DE", "en_XX")
+        rows = encode(self.text(), tokenizer, tokenizer, 9, cut=True).rows
+        assert sorted({max(len(row["input_ids"]), len(row["labels"])) for row in rows})[-1] == 9
+        for row in rows:
+            for side, language in (("input_ids", tokenizer.src_lang), ("labels", tokenizer.tgt_lang)):
+                assert {language, "</s>"} <= set(tokenizer.convert_ids_to_tokens(row[side]))
+
+    def test_a_prefix(self, tokenizer):
+        text = from_rows([{"de": "Hund", "en": "dog"}], "de", "en", "a row")
+        (row,) = encode(text, tokenizer, tokenizer, 100, prefix="der ").rows
+        assert (row["input_ids"], row["labels"]) == (tokenizer("der Hund")["input_ids"], tokenizer("dog")["input_ids"])
 
     def test_fit_exactly(self, tokenizer):
         text = from_rows([{"de": "Hund Hund", "en": "dog"}], "de", "en", "a row")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from hf_parcor.evaluation.metrics.answers import own_batch
-from hf_parcor.evaluation.metrics.over_pairs import OverPairs
+from hf_parcor.evaluation.metrics.finite import NOT_FINITE
+from hf_parcor.evaluation.metrics.over_pairs import OverPairs, Pairs
 from hf_parcor.evaluation.metrics.scores import Score
+from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.labels import IGNORED_LABEL
 from hf_parcor.languages import check_target_language
 from hf_parcor.sequence_length import asked_length, generated_length, generation_settings, unfinished
@@ -62,11 +64,11 @@ class GenerationMetric(OverPairs):
         super().__init__(batches, score, progress=progress)
         self._tokenizer = tokenizer
         self._settings = {"do_sample": False, **settings}
-        self._longest: int | None = None
+        self._longest = self._longest_reference() if asked_length(None, self._settings) is None else 0
 
     @torch.no_grad()
-    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[str], list[str], int, int]:
-        """Return the generated texts of one batch, its references, and how many texts were not finite, and were cut.
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Pairs:
+        """Return the generated texts of one batch, its references, and how many texts were not finite or cut.
 
         Raises:
             ValueError: There are no labels, not as many texts as references, or no language to translate into.
@@ -79,7 +81,7 @@ class GenerationMetric(OverPairs):
         start = 1 if generating.config.is_encoder_decoder else batch["input_ids"].shape[1]
         length = asked_length(generating, settings, start)
         if length is None:
-            length = settings["max_new_tokens"] = generated_length(generating, self._longest_reference(), start)
+            length = settings["max_new_tokens"] = generated_length(generating, self._longest, start)
         seen = _NotFinite(generating, settings)
         if seen.watches:
             settings["logits_processor"] = LogitsProcessorList([*(settings.get("logits_processor") or ()), seen])
@@ -97,18 +99,12 @@ class GenerationMetric(OverPairs):
             at_end and not gone
             for at_end, gone in zip(unfinished(tokens, length, generating, settings), lost, strict=True)
         )
-        return texts, self._texts([row[row != IGNORED_LABEL] for row in labels]), sum(lost), cut
-
-    def combine(self, parts: Sequence[tuple[list[str], list[str], int, int]]) -> dict[str, float]:
-        """Return the score of all batches, and the shares of texts that were not finite, or cut, if there are any."""
-        found = super().combine([part[:3] for part in parts])
-        cut = sum(part[3] for part in parts)
-        return {**found, CUT: cut / sum(len(part[0]) for part in parts)} if cut else found
+        return texts, self._texts([row[row != IGNORED_LABEL] for row in labels]), {NOT_FINITE: sum(lost), CUT: cut}
 
     def _longest_reference(self) -> int:
-        if self._longest is None:
-            self._longest = max(int((self._labels(batch) != IGNORED_LABEL).sum(-1).max()) for batch in self._batches)
-        return self._longest
+        """Return how many tokens the longest reference of all processes has."""
+        labels = [torch.as_tensor(batch["labels"]) for batch in all_batches(self._batches) if "labels" in batch]
+        return max((int((rows != IGNORED_LABEL).sum(-1).max()) for rows in labels), default=0)
 
     def _texts(self, rows: Iterable[Tensor]) -> list[str]:
         return [str(self._tokenizer.decode(row.tolist(), skip_special_tokens=True)).strip() for row in rows]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from hf_parcor.evaluation.metrics.finite import share_not_finite
 from hf_parcor.evaluation.metrics.over_batches import OverBatches
 from hf_parcor.evaluation.metrics.scores import Score, scored
 from hf_parcor.metric_info import MetricInfo, stated_by
+
+# Predictions, references, and how many predictions are odd: not finite, say.
+Pairs = tuple[list[Any], list[Any], Mapping[str, int]]
 
 
 class OverPairs(OverBatches):
@@ -40,11 +43,11 @@ class OverPairs(OverBatches):
         return stated_by(self._score, name)
 
     @abstractmethod
-    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Any], list[Any], int]:
-        """Return predictions and references of one batch, and how many of the predictions were not finite."""
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Pairs:
+        """Return predictions and references of one batch, and how many of the predictions are odd, by name."""
 
-    def combine(self, parts: Sequence[tuple[list[Any], list[Any], int]]) -> dict[str, float]:
-        """Return the score of all batches, and the share of predictions that were not finite if there is one.
+    def combine(self, parts: Sequence[Pairs]) -> dict[str, float]:
+        """Return the score of all batches, and the share of each kind of odd predictions that there is.
 
         Raises:
             ValueError: No label counts, or the score returns no number.
@@ -53,5 +56,6 @@ class OverPairs(OverBatches):
         references = [reference for _, part, _ in parts for reference in part]
         if not references:
             raise ValueError("batches: expected labels other than -100, got none; put labels into the batches")
-        not_finite = share_not_finite(sum(count for _, _, count in parts), len(predictions))
-        return {**scored(self._score, predictions, references), **not_finite}
+        odd = sum((Counter(counts) for _, _, counts in parts), Counter[str]())
+        shares = {name: count / len(predictions) for name, count in odd.items()}
+        return {**scored(self._score, predictions, references), **shares}

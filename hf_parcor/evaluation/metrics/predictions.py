@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hf_parcor.evaluation.metrics.answers import Answer, aligned
-from hf_parcor.evaluation.metrics.finite import chosen_class
-from hf_parcor.evaluation.metrics.over_pairs import OverPairs
+from hf_parcor.evaluation.metrics.finite import NOT_FINITE, chosen_class
+from hf_parcor.evaluation.metrics.over_pairs import OverPairs, Pairs
 from hf_parcor.evaluation.metrics.problem import Problem, problem_of
 from hf_parcor.labels import IGNORED_LABEL
 
@@ -44,7 +44,7 @@ class PredictionMetric(OverPairs):
     """
 
     @torch.no_grad()
-    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[int], list[int], int]:
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Pairs:
         """Return predicted classes and labels of one batch, where the labels count, and how many were not finite.
 
         Raises:
@@ -63,4 +63,4 @@ class PredictionMetric(OverPairs):
         labels = aligned(labels.cpu(), predicted, "a class for each")
         predicted = torch.where(finite, predicted, (labels.long() + 1) % logits.shape[-1])
         counts = labels != IGNORED_LABEL
-        return predicted[counts].tolist(), labels[counts].tolist(), int((counts & ~finite).sum())
+        return predicted[counts].tolist(), labels[counts].tolist(), {NOT_FINITE: int((counts & ~finite).sum())}
