@@ -82,6 +82,8 @@ def test_they_are_saved_with_model_and_tokenizer(model, tokenizer, kind, tmp_pat
         for name in ("forced_bos_token_id", "decoder_start_token_id"):
             assert getattr(one.generation_config, name) == getattr(other.generation_config, name)
     assert (again[1].src_lang, again[1].tgt_lang) == (german, english)
+    with pytest.raises(InputError, match="expected those of source and target"):
+        set_languages(*again, english)  # into which one is no longer clear
 
 
 @pytest.mark.parametrize(

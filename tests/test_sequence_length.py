@@ -71,6 +71,8 @@ def test_a_text_as_long_passes_and_a_longer_one_does_not(kind, decoder):
     assert runs(model, length, decoder)
     if kind not in ("longformer", "nystromformer"):  # these pad, or have rows to spare
         assert not runs(model, length + 1, decoder)
+        with pytest.raises(InputError, match=f"at most {length} tokens"):
+            fitting_length(model, None, 4, asked=length + 1, decoder=decoder)
 
 
 def test_sides_of_different_length():

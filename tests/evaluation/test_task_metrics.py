@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.data import DataLoader
 from transformers import (
     BertForMaskedLM,
     GPT2Config,
@@ -244,6 +246,20 @@ class TestGeneration:
         translator.generation_config.max_length = 4
         GenerationMetric(tokenizer, tokens, lambda **texts: 1.0)(translator)
         assert widths[-1].shape[1] == 4
+
+    def test_the_length_is_the_same_in_all_processes(self, translator, tokenizer, tokens):
+        for number, labels in enumerate(tokens[0]["labels"]):
+            labels[1 + number :] = -100  # the longest reference is in the share of one process
+        rows = [{name: values[row] for name, values in tokens[0].items()} for row in range(2)]
+        loader = DataLoader(rows, batch_size=1)
+        widths = []
+        translator.generation_config.eos_token_id = None
+        generate = translator.generate
+        translator.generate = lambda **settings: (widths.append(found := generate(**settings)), found)[1]
+        for index in range(2):
+            share = prepare_data_loader(loader, num_processes=2, process_index=index, put_on_device=False)
+            GenerationMetric(tokenizer, share, lambda **texts: 1.0).of_batch(translator, tokens[0])
+        assert widths[0].shape == widths[1].shape
 
     def test_the_record_says_which_texts_were_cut(self, translator, tokenizer, tokens):
         metric = GenerationMetric(tokenizer, tokens, lambda **texts: 1.0, max_new_tokens=2, eos_token_id=23)
