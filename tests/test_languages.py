@@ -78,9 +78,8 @@ def test_they_are_saved_with_model_and_tokenizer(model, tokenizer, kind, tmp_pat
     tokenizer.save_pretrained(tmp_path)
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     set_languages(*again)
-    for one, other in ((model, again[0]),):
-        for name in ("forced_bos_token_id", "decoder_start_token_id"):
-            assert getattr(one.generation_config, name) == getattr(other.generation_config, name)
+    for name in ("forced_bos_token_id", "decoder_start_token_id"):
+        assert getattr(model.generation_config, name) == getattr(again[0].generation_config, name)
     assert (again[1].src_lang, again[1].tgt_lang) == (german, english)
     with pytest.raises(InputError, match="expected those of source and target"):
         set_languages(*again, english)  # into which one is no longer clear

@@ -88,7 +88,7 @@ def test_a_split_is_read_from_lines_or_from_a_table(tmp_path):
 
 WORDS = ["Hund", "Katze", "rot", "sieht", "und", "Haus"]
 OVERRIDES = (
-    "encoder_layers=1,decoder_layers=2,d_model=16,encoder_ffn_dim=16,decoder_ffn_dim=16,max_position_embeddings=64"
+    "encoder_layers=1,decoder_layers=2,d_model=16,encoder_ffn_dim=16,decoder_ffn_dim=16,max_position_embeddings=128"
 )
 
 
