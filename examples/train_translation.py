@@ -320,10 +320,15 @@ def set_generated_length(model: PreTrainedModel, asked: int | None, longest: int
 
     Returns:
         How many tokens are generated at most.
+
+    Raises:
+        InputError: More are asked for than the model has positions for.
     """
-    length = asked_length(model, {}) if asked is None else asked - 1
-    if length is None:
-        length = generated_length(model, longest)
+    own = asked_length(model, {})
+    if asked is not None:
+        length = fitting_length(model, None, asked - 1, asked - 1, decoder=True)
+    else:
+        length = generated_length(model, longest) if own is None else own
     model.generation_config.max_new_tokens = None  # it would count before what is asked for
     model.generation_config.max_length = length + 1
     return length

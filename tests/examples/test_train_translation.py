@@ -212,6 +212,7 @@ def empty(folder: Path) -> dict[str, object]:
         (lambda folder: {"papers_preparation": True}, "--papers_preparation: expected --iwslt"),
         (lambda folder: {"vocabulary_kind": "letters"}, "vocabulary_kind: expected bpe or unigram, got 'letters'"),
         (lambda folder: {"max_length": 3}, "expected a pair of at most 3 tokens, found none; left out 36"),
+        (lambda folder: {"generation_max_length": 66}, "max_length: expected at most 64 tokens"),
         (lambda folder: {"max_length": 65}, "max_length: expected at most 64 tokens"),
         (
             lambda folder: {"model_name_or_path": str(folder)},
