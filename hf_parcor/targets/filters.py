@@ -41,7 +41,9 @@ def parameters_of_types(model: nn.Module, module_types: ModuleTypes) -> set[nn.P
 
 
 def parameters_in_layers(model: nn.Module, layers: int | Iterable[int]) -> set[nn.Parameter]:
-    """Return the parameters inside the blocks with some indices, of each stack that is long enough.
+    """Return the parameters inside the blocks with some indices, of each encoder and decoder that is long enough.
+
+    Of a model with neither, the blocks of its other stacks are meant.
 
     Examples:
         >>> model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
@@ -55,12 +57,13 @@ def parameters_in_layers(model: nn.Module, layers: int | Iterable[int]) -> set[n
     indices = [layers] if isinstance(layers, int) else list(_iterated(layers, "layers", "integers"))
     if not indices:
         raise TargetError("expected at least one index in layers, got an empty list, pass None for every layer")
-    stacks = find_stacks(model)
+    every = find_stacks(model)
+    stacks = [stack for stack in every if stack.role != "other"] or every
     if not stacks:
         raise TargetError(
-            f"expected layers in a model with stacks, got {describe_stacks(model)}, select by name instead"
+            f"expected layers in a model with stacks, got {describe_stacks(every)}, select by name instead"
         )
-    return set().union(*(_in_layer(model, stacks, index) for index in indices))
+    return set().union(*(_in_layer(stacks, index) for index in indices))
 
 
 def _of_type(model: nn.Module, entry: object) -> set[nn.Parameter]:
@@ -89,7 +92,7 @@ def _of_type(model: nn.Module, entry: object) -> set[nn.Parameter]:
     return parameters
 
 
-def _in_layer(model: nn.Module, stacks: Iterable[Stack], index: object) -> set[nn.Parameter]:
+def _in_layer(stacks: Collection[Stack], index: object) -> set[nn.Parameter]:
     if isinstance(index, bool) or not isinstance(index, int):
         raise TypeError(
             f"expected integers in layers, got {index!r} of type {type(index).__name__}, pass block numbers"
@@ -98,7 +101,7 @@ def _in_layer(model: nn.Module, stacks: Iterable[Stack], index: object) -> set[n
     if not reached:
         raise TargetError(
             f"expected the index of a block of the model in layers, got {index} for a model with "
-            f"{describe_stacks(model)}, use an index inside one of them"
+            f"{describe_stacks(stacks)}, use an index inside one of them"
         )
     return {parameter for stack in reached for parameter in stack.parameters_of(index)}
 

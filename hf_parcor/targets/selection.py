@@ -9,6 +9,7 @@ from torch import nn
 from hf_parcor.targets.errors import TargetError
 from hf_parcor.targets.filters import ModuleTypes, parameters_in_layers, parameters_of_types
 from hf_parcor.targets.matching import NamedTargets, match_pattern, match_suffix, named_targets
+from hf_parcor.targets.stacks import find_stacks
 from hf_parcor.targets.words import WORDS, describe_stacks, owner_classes, select_word
 
 __all__ = ["select_parameters"]
@@ -50,7 +51,7 @@ def select_parameters(
         module_types: A class, the name of a class, or several. Keeps parameters that belong directly to such a
             module (not to a module below it).
         layers: The number of a block or several, negative ones from the end. Keeps parameters inside these blocks,
-            of every stack that is long enough.
+            of each encoder and decoder that is long enough; of other stacks only in a model with neither.
 
     Returns:
         Names and parameters, in the names and the order of `model.named_parameters()`: a tied weight comes once,
@@ -95,7 +96,8 @@ def select_parameters(
         advice = f"but these belong to modules of the classes {owners}, use one of these"
         chosen = _keep(chosen, parameters_of_types(model, module_types), "module_types", module_types, advice)
     if layers is not None:
-        advice = f"but these lie outside the blocks of that number in {describe_stacks(model)}, change or drop layers"
+        stacks = describe_stacks(find_stacks(model))
+        advice = f"but these lie outside the blocks of that number in {stacks}, change or drop layers"
         chosen = _keep(chosen, parameters_in_layers(model, layers), "layers", layers, advice)
     return {name: parameter for name, parameter in model.named_parameters() if parameter in chosen}
 

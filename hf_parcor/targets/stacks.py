@@ -14,7 +14,8 @@ the textbook case:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,10 @@ __all__ = ["Role", "Stack", "find_stacks", "has_parameters"]
 
 Role = Literal["encoder", "decoder", "other"]
 
+# Words in the components of a name: `decode_head`, `pos_conv_embed`, `encoder_input_proj`, `deepstack_merger_list`.
+_OF_A_HEAD = re.compile(r"(?:^|[._])(?:heads?|neck)(?:[._]|$)")
+_OF_INPUT_OR_OUTPUT = re.compile(r"(?:^|[._])(?:embed|proj|merger|pooler|bias)")
+
 
 @dataclass(frozen=True, eq=False)
 class Stack:
@@ -35,7 +40,7 @@ class Stack:
         name: The full name of the list in the model.
         blocks: The list itself.
         role: What the stack does. `"other"` stands beside an encoder or decoder without being one, such as the
-            convolutions in front of a speech encoder.
+            convolutions in front of a speech encoder, or the projections in the head of a segmenter.
 
     Examples:
         >>> stack = Stack("encoder.layers", nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), "encoder")
@@ -65,7 +70,11 @@ class _Found:
     name: str
     blocks: nn.ModuleList
     owner: str
-    config: PreTrainedConfig | None
+    model: PreTrainedModel | None
+
+    @property
+    def config(self) -> PreTrainedConfig | None:
+        return None if self.model is None else self.model.config
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
@@ -73,14 +82,17 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
     The role of a stack is, in this order:
 
-    1. decoder, when the configuration of the model around it says `is_decoder` (a BERT that generates keeps the
+    1. other, when its name says that it belongs to a head or a neck, or, below the Transformers model around it, to
+       an embedding, a projection, a merger, a pooler or a bias: what these are made of are no layers;
+    2. decoder, when the configuration of the model around it says `is_decoder` (a BERT that generates keeps the
        path `bert.encoder.layer`, and is a decoder all the same);
-    2. what the first component of its name says that speaks of an `encoder` or a `decoder`;
-    3. other, when step 2 has given this role to another stack of the same Transformers model: the heads and
+    3. other, when its name says nothing below that model, and another stack there says that it has the role of 6: the
        feature extractors beside `encoder.layers` are not the encoder;
-    4. decoder for architectures that Transformers lists for causal language modelling and not for masked, encoder
-       for those it lists for masked;
-    5. decoder when the class of the blocks is called so (`nn.TransformerDecoderLayer`), else encoder.
+    4. what the first component of its name says that speaks of an `encoder` or a `decoder`;
+    5. other, when it lies outside of that model's `base_model`, where there are stacks too: it is of the head;
+    6. decoder for architectures that Transformers lists for causal language modelling and not for masked, encoder
+       for those it lists for masked; else decoder when the class of the blocks is called so
+       (`nn.TransformerDecoderLayer`), else encoder.
 
     Args:
         model: Any module; it need not be a Transformers model.
@@ -100,15 +112,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     found = list(_search(model, "", "", None, set()))
     if any(_is_composite(one.blocks) for one in found):
         found = [one for one in found if _is_composite(one.blocks)]
-    stated = [(one, _stated_role(one)) for one in found]
-    stacks = []
-    for one, role in stated:
-        if role is None:
-            role = _implied_role(one)
-            if any(other_role == role and _is_inside(other.name, one.owner) for other, other_role in stated):
-                role = "other"
-        stacks.append(Stack(one.name, one.blocks, role))
-    return stacks
+    return [Stack(one.name, one.blocks, _role(one, found)) for one in found]
 
 
 def has_parameters(module: nn.Module) -> bool:
@@ -117,18 +121,18 @@ def has_parameters(module: nn.Module) -> bool:
 
 
 def _search(
-    module: nn.Module, name: str, owner: str, config: PreTrainedConfig | None, seen: set[nn.Module]
+    module: nn.Module, name: str, owner: str, model: PreTrainedModel | None, seen: set[nn.Module]
 ) -> Iterator[_Found]:
     if module in seen:  # a stack that two modules share is one stack
         return
     seen.add(module)
     if isinstance(module, PreTrainedModel):
-        owner, config = name, module.config
+        owner, model = name, module
     if isinstance(module, nn.ModuleList) and _is_family(module):
-        yield _Found(name, module, owner, config)
+        yield _Found(name, module, owner, model)
         return
     for child_name, child in module.named_children():
-        yield from _search(child, f"{name}.{child_name}" if name else child_name, owner, config, seen)
+        yield from _search(child, f"{name}.{child_name}" if name else child_name, owner, model, seen)
 
 
 def _is_family(blocks: nn.ModuleList) -> bool:
@@ -144,15 +148,46 @@ def _is_composite(blocks: nn.ModuleList) -> bool:
     return any(has_parameters(child) for block in blocks for child in block.children())
 
 
-def _is_inside(name: str, owner: str) -> bool:
-    return not owner or name.startswith(f"{owner}.")
-
-
-def _stated_role(found: _Found) -> Role | None:
-    config = found.config
-    if getattr(config, "is_decoder", False) and not getattr(config, "is_encoder_decoder", False):
+def _role(one: _Found, found: Collection[_Found]) -> Role:
+    if _is_beside(one):
+        return "other"
+    if getattr(one.config, "is_decoder", False) and not getattr(one.config, "is_encoder_decoder", False):
         return "decoder"
-    for component in found.name.lower().split("."):
+    implied = _implied_role(one)
+    if _stated_role(_below(one.name, one.owner)) is None and any(
+        _stated_role(_below(other.name, one.owner)) == implied
+        for other in found
+        if _is_inside(other.name, one.owner) and not _is_beside(other)
+    ):
+        return "other"
+    stated = _stated_role(one.name)
+    if stated is not None:
+        return stated
+    return "other" if _is_in_head(one, found) else implied
+
+
+def _is_beside(one: _Found) -> bool:
+    """Tell whether the name says that this is no layer of an encoder or decoder."""
+    return bool(_OF_A_HEAD.search(one.name) or _OF_INPUT_OR_OUTPUT.search(_below(one.name, one.owner)))
+
+
+def _is_in_head(one: _Found, found: Collection[_Found]) -> bool:
+    if one.model is None or one.model.base_model is one.model:
+        return False
+    base = f"{one.owner}.{one.model.base_model_prefix}".removeprefix(".")
+    return not _is_inside(one.name, base) and any(_is_inside(other.name, base) for other in found)
+
+
+def _is_inside(name: str, owner: str) -> bool:
+    return not owner or name == owner or name.startswith(f"{owner}.")
+
+
+def _below(name: str, owner: str) -> str:
+    return name.removeprefix(owner).removeprefix(".")
+
+
+def _stated_role(name: str) -> Role | None:
+    for component in name.lower().split("."):
         encodes, decodes = "encoder" in component.replace("autoencoder", ""), "decoder" in component
         if encodes != decodes:
             return "encoder" if encodes else "decoder"

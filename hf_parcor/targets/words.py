@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,7 +17,7 @@ from hf_parcor.targets.kinds import (
     output_layers,
     parameters_below,
 )
-from hf_parcor.targets.stacks import Role, find_stacks
+from hf_parcor.targets.stacks import Role, Stack, find_stacks
 
 __all__ = ["WORDS", "Word", "describe_stacks", "owner_classes", "select_word"]
 
@@ -59,9 +59,8 @@ def select_word(model: nn.Module, word: str) -> set[nn.Parameter]:
     return parameters
 
 
-def describe_stacks(model: nn.Module) -> str:
-    """Name the stacks of a model with their roles and lengths, for messages."""
-    stacks = find_stacks(model)
+def describe_stacks(stacks: Collection[Stack]) -> str:
+    """Name stacks with their roles and lengths, for messages."""
     if not stacks:
         return "no stack (no nn.ModuleList of blocks of one family)"
     return f"the stack{'s' if len(stacks) > 1 else ''} {', '.join(map(str, stacks))}"
@@ -133,7 +132,7 @@ def _name_normalizations(model: nn.Module) -> str:
 def _name_stacks(model: nn.Module) -> str:
     roles: tuple[Role, ...] = ("encoder", "decoder")
     words = [f'"last-{role}-layer"' for role in roles if _last_layer(role)(model)]
-    return f"{describe_stacks(model)}, {f'use {words[0]} or layers=-1' if words else 'select by name'}"
+    return f"{describe_stacks(find_stacks(model))}, {f'use {words[0]} or layers=-1' if words else 'select by name'}"
 
 
 WORDS: dict[str, Word] = {

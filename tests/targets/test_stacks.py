@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
+import torch
+import transformers as tf
 from torch import nn
 
 from hf_parcor.targets import TargetError, find_stacks, select_parameters
@@ -96,9 +100,9 @@ def test_list_with_a_module_without_parameters_is_no_stack() -> None:
 
 
 def test_bare_layers_are_a_stack_only_where_there_is_nothing_else() -> None:
-    heads = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)])
-    assert described(nn.ModuleDict({"heads": heads})) == ["heads encoder 3"]
-    assert described(nn.ModuleDict({"heads": heads, "layers": blocks()})) == ["layers encoder 2"]
+    bare = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)])
+    assert described(nn.ModuleDict({"dense": bare})) == ["dense encoder 3"]
+    assert described(nn.ModuleDict({"dense": bare, "layers": blocks()})) == ["layers encoder 2"]
 
 
 def test_models_of_an_ensemble_are_no_blocks(fresh_model_of) -> None:
@@ -156,3 +160,99 @@ def test_last_layer_is_the_whole_last_block(model_of, architecture: str, word: s
 def test_there_is_no_other_last_layer(model_of, architecture: str, word: str) -> None:
     with pytest.raises(TargetError, match="got the stack"):
         select_parameters(model_of(architecture), word)
+
+
+# The last layers of real models, by hand from their architectures; their traps are lists beside the layers: in heads
+# and necks, embeddings, projections of features, prediction heads of each decoder layer.
+LAST_LAYERS: dict[str, tuple[list[str], list[str]]] = {
+    "Segformer/SemanticSegmentation": (["segformer.stages.3"], []),
+    "UperNet/SemanticSegmentation": (["backbone.encoder.stages.3"], []),
+    "Data2VecVision/SemanticSegmentation": (["data2vec_vision.encoder.layer.11"], []),
+    "DPT/DepthEstimation": (["dpt.encoder.layer.11"], []),
+    "DepthAnything/DepthEstimation": (["backbone.encoder.layer.11"], []),
+    "ZoeDepth/DepthEstimation": (["backbone.beit.layers.23"], []),
+    "GLPN/DepthEstimation": (["glpn.encoder.block.3"], ["decoder.stages.3"]),
+    "PoolFormer/ImageClassification": (["poolformer.encoder.block.3"], []),
+    "Pvt/ImageClassification": (["pvt.encoder.block.3"], []),
+    "ViTMAE/PreTraining": (["vit.layers.11"], ["decoder.decoder_layers.7"]),
+    "Data2VecAudio/CTC": (["data2vec_audio.encoder.layers.11"], []),
+    "Wav2Vec2/XVector": (["wav2vec2.encoder.layers.11"], []),
+    "EfficientLoFTR/KeypointMatching": (
+        ["efficientloftr.backbone.stages.3", "efficientloftr.local_feature_transformer.layers.3"],
+        [],
+    ),
+    "Mask2Former/UniversalSegmentation": (
+        ["model.pixel_level_module.encoder.swin.encoder.layers.3"],
+        ["model.pixel_level_module.decoder.encoder.layers.5", "model.transformer_module.decoder.layers.8"],
+    ),
+    "GroundingDino/ObjectDetection": (
+        [
+            "model.backbone.conv_encoder.model.swin.encoder.layers.3",
+            "model.text_backbone.encoder.layer.11",
+            "model.encoder.layers.5",
+        ],
+        ["model.decoder.layers.5"],
+    ),
+    "Udop/ConditionalGeneration": (["encoder.block.23"], ["decoder.block.23"]),
+    "Electra/MaskedLM": (["electra.encoder.layer.11"], []),
+    "Whisper/ConditionalGeneration": (["model.encoder.layers.3"], ["model.decoder.layers.3"]),
+    "OPT/CausalLM": ([], ["model.decoder.layers.11"]),
+    "GPTNeo/CausalLM": ([], ["transformer.h.23"]),
+}
+
+
+def unfilled(kind: str, **settings: object) -> nn.Module:
+    """A model of the default size without memory for its weights."""
+    family, task = kind.split("/")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing is initialized
+        return getattr(tf, f"{family}For{task}")(getattr(tf, f"{family}Config")(**settings))
+
+
+@pytest.mark.parametrize("kind", LAST_LAYERS)
+def test_last_layers_of_real_models(kind: str) -> None:
+    model = unfilled(kind)
+    for word, blocks in zip(("last-encoder-layer", "last-decoder-layer"), LAST_LAYERS[kind], strict=True):
+        expected = [name for block in blocks for name, _ in model.get_submodule(block).named_parameters(prefix=block)]
+        if not expected:
+            with pytest.raises(TargetError):
+                select_parameters(model, word)
+        else:
+            assert set(select_parameters(model, word)) == set(expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [
+        ("Segformer/SemanticSegmentation", "segformer"),
+        ("DPT/DepthEstimation", "dpt"),
+        ("Data2VecVision/SemanticSegmentation", "data2vec_vision"),
+        ("Wav2Vec2/XVector", "wav2vec2"),
+        ("UniSpeechSat/XVector", "unispeech_sat"),
+        ("RTDetr/ObjectDetection", "model"),
+        ("LwDetr/ObjectDetection", "model"),
+        ("Deberta/SequenceClassification", "deberta"),
+    ],
+)
+def test_a_head_adds_no_layer(kind: str, base: str) -> None:
+    """What has a head has the layers of what has none."""
+    model = unfilled(kind)
+    for selection in ({"target_modules": "last-encoder-layer"}, {"layers": -1}):
+        whole = set(select_parameters(model, **selection))
+        assert whole == {f"{base}.{name}" for name in select_parameters(model.get_submodule(base), **selection)}
+        assert whole
+
+
+@pytest.mark.parametrize("part", ["decode_head", "auxiliary_head.0", "neck", "heads", "bbox_embed", "input_proj"])
+def test_lists_in_a_part_beside_the_encoder_are_no_layers(part: str) -> None:
+    model: nn.Module = nn.ModuleDict({"stages": blocks()})
+    inner = blocks()
+    for component in reversed(part.split(".")):
+        inner = nn.ModuleDict({component: inner})
+    model.update(inner)
+    assert described(model) == ["stages encoder 2", f"{part} other 2"]
+    assert set(select_parameters(model, layers=-1)) == set(select_parameters(model, "last-encoder-layer"))
+    assert all(name.startswith("stages.1.") for name in select_parameters(model, layers=1))
+    with pytest.raises(TargetError, match="index inside"):
+        select_parameters(model, layers=2)
+    assert list(select_parameters(nn.ModuleDict({"heads": blocks()}), layers=-1))  # there is nothing else
