@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 
 from hf_parcor.cli.command import Command
 from hf_parcor.cli.errors import going_on, refused
-from hf_parcor.cli.options import add_corruptions, add_running, add_subject
+from hf_parcor.cli.options import add_corruptions, add_running, add_subject, add_target
 from hf_parcor.cli.parser import Parser
 
 
@@ -27,13 +27,8 @@ class Evaluate(Command):
         """Add what `--help` shows."""
         add_subject(parser)
         group = parser.add_argument_group("modules")
-        group.add_argument(
-            "--target",
-            nargs="*",
-            metavar="NAME",
-            help="only these: last-encoder-layer, attention, layer-norm, names of modules; default: all",
-        )
-        group.add_argument("--exclude", nargs="*", metavar="NAME", help="but not these")
+        add_target(group, "only these (default: all that are trained)")
+        group.add_argument("--exclude", nargs="+", metavar="NAME", help="but not these, named in the same way")
         add_corruptions(parser, "those of paper 2, Table 1")
         add_running(parser)
 

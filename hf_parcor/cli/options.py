@@ -66,6 +66,17 @@ def add_meaning(group: Any) -> None:
     )
 
 
+def add_target(group: argparse._ArgumentGroup, meaning: str) -> None:
+    """Add `--target`, whose words are the entries of a list of target modules, as they are for every such flag."""
+    group.add_argument(
+        "--target",
+        nargs="+",
+        metavar="NAME",
+        help=f"{meaning}: last-encoder-layer, attention, layer-norm, ..., names of modules or their last parts, or "
+        "regular expressions for the full name",
+    )
+
+
 def add_corruptions(parser: Parser, default: str) -> None:
     """Add what says how weights are corrupted."""
     group = parser.add_argument_group("corruptions")

@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 
 from hf_parcor.cli.command import Command
 from hf_parcor.cli.errors import going_on, refused
-from hf_parcor.cli.options import add_corruptions, add_running, add_subject
+from hf_parcor.cli.options import add_corruptions, add_running, add_subject, add_target
 from hf_parcor.cli.parser import Parser
 from hf_parcor.cli.words import one_of
 
@@ -34,12 +34,7 @@ class Probe(Command):
         group.add_argument(
             "--group", type=one_of(GROUPS), metavar="GROUP", help=f"{', '.join(GROUPS)}; default: layers"
         )
-        group.add_argument(
-            "--target",
-            nargs="*",
-            metavar="NAME",
-            help="parts of your own: last-encoder-layer, attention, layer-norm, all, names of modules",
-        )
+        add_target(group, "parts of your own, each probed by itself")
         add_corruptions(parser, f"gradient, at {' '.join(map(str, _EPSILONS))}")
         add_running(parser)
 
@@ -68,7 +63,7 @@ class Probe(Command):
             with refused(ValueError, TypeError):
                 chosen = arguments.group or (None if arguments.target else "layers")
                 parts: targets.Groups = groupings[chosen](subject.model) if chosen else {}
-                parts |= {name: name for name in arguments.target or ()}
+                parts |= {name: [name] for name in arguments.target or ()}
                 probe = LayerProbe(
                     subject.model, subject.metric, subject.batches, targets=parts, progress=not arguments.quiet
                 )

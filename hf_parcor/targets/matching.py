@@ -1,4 +1,7 @@
-"""Names as PEFT matches them: a regular expression for the full name, or exact names and dotted suffixes."""
+"""Names as PEFT matches them: a regular expression for the full name, or exact names and dotted suffixes.
+
+Where PEFT's list has names only, ours may have expressions too, since what follows a flag of a command line is a list.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from torch import nn
 from hf_parcor.targets.errors import TargetError
 from hf_parcor.targets.words import WORDS
 
-__all__ = ["NamedTargets", "match_pattern", "match_suffix", "named_targets", "quoted"]
+__all__ = ["NamedTargets", "match_entry", "match_pattern", "named_targets", "quoted"]
+
+_OF_AN_EXPRESSION = re.compile(r"[\\^$*+?()\[\]{}|]")  # not the dot, which is in every name
 
 NamedTargets = Mapping[str, Collection[nn.Parameter]]
 """Names of modules and parameters, with the parameters that each stands for."""
@@ -72,23 +77,33 @@ def match_pattern(targets: NamedTargets, pattern: str, *, argument: str) -> set[
     )
 
 
-def match_suffix(targets: NamedTargets, suffix: str, *, argument: str) -> set[nn.Parameter]:
-    """Return the parameters whose name, or whose module's name, is `suffix` or ends with a dot and `suffix`.
+def match_entry(targets: NamedTargets, entry: str, *, argument: str) -> set[nn.Parameter]:
+    r"""Return the parameters that an entry of a list stands for.
+
+    These are those whose name, or whose module's name, is `entry` or ends with a dot and `entry`; where there is none,
+    and the entry has signs of a regular expression other than the dot, those of `match_pattern`.
 
     Examples:
         >>> model = nn.ModuleDict({"query": nn.Linear(2, 2), "subquery": nn.Linear(2, 2)})
-        >>> match_suffix(named_targets(model), "query", argument="target_modules") == set(model["query"].parameters())
+        >>> match_entry(named_targets(model), "query", argument="target_modules") == set(model["query"].parameters())
+        True
+        >>> match_entry(named_targets(model), r".*query\.bias", argument="target_modules") == {
+        ...     model["query"].bias,
+        ...     model["subquery"].bias,
+        ... }
         True
 
     Raises:
-        TargetError: There is no such name.
+        TargetError: There is no such name, or the expression matches nothing or does not compile.
     """
-    matched = {parameter for name, below in targets.items() if _ends_with(name, suffix) for parameter in below}
+    matched = {parameter for name, below in targets.items() if _ends_with(name, entry) for parameter in below}
     if matched:
         return matched
+    if _OF_AN_EXPRESSION.search(entry):
+        return match_pattern(targets, entry, argument=argument)
     raise TargetError(
         f"expected the name (or its dotted end) of a module or parameter in {argument}, "
-        f'got "{suffix}", which matches nothing, {_advice(targets, suffix)}'
+        f'got "{entry}", which matches nothing, {_advice(targets, entry)}'
     )
 
 

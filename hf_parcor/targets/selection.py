@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_parcor.targets.errors import TargetError
 from hf_parcor.targets.filters import ModuleTypes, parameters_in_layers, parameters_of_types
-from hf_parcor.targets.matching import NamedTargets, match_pattern, match_suffix, named_targets
+from hf_parcor.targets.matching import NamedTargets, match_entry, match_pattern, named_targets
 from hf_parcor.targets.stacks import find_stacks
 from hf_parcor.targets.words import WORDS, describe_stacks, owner_classes, select_word
 
@@ -45,8 +45,9 @@ def select_parameters(
             model that PEFT, DDP or the like has wrapped has the longer names that `model.named_parameters()`
             shows.
         target_modules: A string is one of the words above, or else a regular expression for the *full* name. A
-            list has exact names, dotted suffixes (`"query"`, `"attention.output.dense"`, `"bias"`) and words, and
-            selects their union. A word wins over a module of that name: write `r".*\.attention"` for the modules.
+            list has words, exact names, dotted suffixes (`"query"`, `"attention.output.dense"`, `"bias"`), and
+            regular expressions for the full name, in this order, and selects their union. What follows a flag of a
+            command line is a list. A word wins over a module of that name: write `r".*\.attention"` for the modules.
         exclude_modules: What to take away, in the same forms.
         module_types: A class, the name of a class, or several. Keeps parameters that belong directly to such a
             module (not to a module below it).
@@ -116,7 +117,7 @@ def _union(model: nn.Module, targets: NamedTargets, entries: object, argument: s
             raise TypeError(
                 f"expected strings in {argument}, got {entry!r} of type {type(entry).__name__}, pass names or words"
             )
-        chosen |= select_word(model, entry) if entry in WORDS else match_suffix(targets, entry, argument=argument)
+        chosen |= select_word(model, entry) if entry in WORDS else match_entry(targets, entry, argument=argument)
     return chosen
 
 

@@ -92,12 +92,13 @@ class DefenseArguments:
     defense_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names or suffixes of the modules to defend, or words such as last-decoder-layer, attention, "
-            "layer-norm, all-linear; not set for all trainable parameters."
+            "help": "What to defend: words such as last-decoder-layer, attention, layer-norm, all-linear, names of "
+            "modules or their last parts, or regular expressions for the full name; not set for all trainable "
+            "parameters."
         },
     )
     defense_exclude_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names, suffixes or words of modules to leave out."}
+        default=None, metadata={"help": "What to leave out of these, named in the same way."}
     )
     defense_layers: list[int] | None = field(
         default=None, metadata={"help": "Defend only these layers of each stack; negative counts from the last."}

@@ -20,9 +20,12 @@ from hf_parcor import (
     GradientCorruption,
     LayerProbe,
     MetricInfo,
+    ParameterDefenseTrainer,
+    ParameterDefenseTrainingArguments,
     Quantization,
     SweepRecord,
     by_kind,
+    select_parameters,
 )
 from hf_parcor.cli import options
 from hf_parcor.cli.main import COMMANDS, command_parser
@@ -132,6 +135,34 @@ class TestProbe:
         metric = TASKS[task].metrics[0]
         assert f"| {metric}" in result.out
         assert metric in SweepRecord.load("out/probe.json").clean.metrics
+
+
+@pytest.mark.parametrize(
+    "name", ["query", r".*\.query", "attention", "encoder.layer.1", r"bert\.encoder\.layer\.\d\.out.*"]
+)
+def test_a_target_is_the_same_in_every_command(run, classifier_folder, sentences, name):
+    wanted = select_parameters(model_of(classifier_folder), [name])
+    common = (
+        "--dataset",
+        sentences,
+        "--limit",
+        2,
+        "--corruption",
+        "quantization=3",
+        "--json",
+        "--quiet",
+        "--target",
+        name,
+    )
+    evaluated = EvaluationRecord.from_json(run("evaluate", classifier_folder, *common).out)
+    probed = SweepRecord.from_json(run("probe", classifier_folder, *common).out).records[name]
+    trained = transformers.HfArgumentParser(ParameterDefenseTrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", "out", "--use_cpu", "--defense_target_modules", name]
+    )[0]
+    trainer = ParameterDefenseTrainer(model=model_of(classifier_folder), args=trained)
+    assert list(trainer.defended_parameters()) == list(wanted)
+    assert evaluated.parameters == probed.parameters == sum(value.numel() for value in wanted.values())
+    assert evaluated.target == probed.target == {"target_modules": [name]}
 
 
 class TestEvaluate:

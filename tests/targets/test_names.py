@@ -87,6 +87,7 @@ QUERY = ["block.0.query.weight", "block.0.query.bias", "block.1.query.weight", "
         (r"(.*\.)?query", [*QUERY, "query.weight"]),
         (r"block\.\d\.query\.bias", ["block.0.query.bias", "block.1.query.bias"]),
         ("scale", ["scale"]),
+        ([r".*\.query\.bias", "scale"], ["scale", "block.0.query.bias", "block.1.query.bias"]),  # in a list too
         (["layer-norm", "scale"], ["scale", *(f"block.{i}.norm.{end}" for i in (0, 1) for end in ("weight", "bias"))]),
     ],
 )
@@ -215,6 +216,9 @@ ERRORS = {
         {"target_modules": ["zzzz"]},
         r'got "zzzz", which matches nothing, use a word \("all", .*\) or .*\(at the top: "bert", "classifier"\)',
     ),
+    "expression in a list": ("bert", {"target_modules": [r".*\.querry"]}, r'which matches nothing, use .* "query"'),
+    "expression in a list that does not compile": ("bert", {"exclude_modules": ["*.query"]}, r"does not compile"),
+    "a dot in a list is a dot": ("bert", {"target_modules": ["bert.embeddings.word.embeddings"]}, r"matches nothing"),
     "empty name": ("bert", {"target_modules": [""]}, r'got "", which matches nothing, use'),
     "empty string": ("bert", {"target_modules": ""}, r'got "", which matches nothing, use'),
     "part of a component": ("t5", {"target_modules": ["Attention"]}, r'got "Attention", which matches nothing, use'),
