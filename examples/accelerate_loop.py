@@ -1,6 +1,7 @@
 """A training loop of one's own with Accelerate, its parameters defended: one line differs from the plain loop.
 
     accelerate launch examples/accelerate_loop.py --epsilon 0.1
+    accelerate launch --config_file examples/accelerate_configs/two_cpus.yaml examples/accelerate_loop.py --cpu
 
 It learns which of two halves of random numbers has the larger sum: no download, and seconds on a CPU.
 """
@@ -19,6 +20,7 @@ from hf_parcor import CorruptionConstraint, MultiStepRisk, defended_backward, se
 def train(args: argparse.Namespace) -> float:
     """Train, and return the accuracy on data that was not seen."""
     accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, cpu=args.cpu)
+    accelerator.print(f"processes: {accelerator.num_processes}")
     set_seed(args.seed)
     numbers = torch.randn(1536, 16)
     labels = (numbers[:, :8].sum(1) > numbers[:, 8:].sum(1)).long()
@@ -40,7 +42,8 @@ def train(args: argparse.Namespace) -> float:
                 loss = defended_backward(accelerator, defense, model, loss_fn, parameters, epoch=epoch)
                 optimizer.step()
                 optimizer.zero_grad()
-        accelerator.print(f"epoch {epoch}: loss {loss.clean:.3f}, at corrupted weights {loss.corrupted:.3f}")
+        corrupted = f", at corrupted weights {loss.corrupted:.3f}" if loss.defended else ", not defended yet"
+        accelerator.print(f"epoch {epoch}: loss {loss.clean:.3f}{corrupted}")
     right = [accelerator.gather_for_metrics(model(x).argmax(-1) == y) for x, y in test_loader]
     accuracy = float(torch.cat(right).float().mean())
     accelerator.print(f"accuracy {accuracy:.3f}")

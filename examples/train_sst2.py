@@ -116,6 +116,7 @@ def main() -> None:
     model_arguments, data, robustness, training = parsed
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     transformers.utils.logging.set_verbosity(training.get_process_log_level())
+    logger.info("processes: %d", training.world_size)
     set_seed(training.seed)
 
     splits = load_data(data, model_arguments.cache_dir)

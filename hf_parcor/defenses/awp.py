@@ -88,7 +88,7 @@ class AWP(ProjectedAscent):
 
     @property
     def _weight_passes(self) -> int:
-        return self.steps if self.constraint.epsilon > 0 else 0
+        return self.steps if self.constraint.epsilon > 0 and self._moves else 0
 
     @property
     def is_stock(self) -> bool:

@@ -57,6 +57,15 @@ class ProjectedAscent(ConstrainedDefense):
         return not self.random_start and super().first_pass_is_stock
 
     @property
+    def is_stock(self) -> bool:
+        """Whether no corruption is allowed, or none is made: no step, or steps of size 0 from 0."""
+        return super().is_stock or not self._moves
+
+    @property
+    def _moves(self) -> bool:
+        return self.random_start or self.step_size != 0
+
+    @property
     def radius(self) -> float:
         """The step size α."""
         return STEP_SIZE_FACTOR * self.constraint.epsilon / self.steps if self.step_size is None else self.step_size

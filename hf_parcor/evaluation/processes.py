@@ -20,7 +20,28 @@ _R = TypeVar("_R")
 
 
 class ProcessError(RuntimeError):
-    """Another process failed, and this one stopped with it."""
+    """Processes that were to work together do not: another one failed, or never joined."""
+
+
+def check_all_joined(joined: int) -> None:
+    """Check that as many processes work together as `accelerate launch` or `torchrun` started to.
+
+    Args:
+        joined: How many work together with this one, itself among them.
+
+    Raises:
+        ProcessError: They are fewer: each would do the whole work alone, and write over what the others wrote.
+
+    Examples:
+        >>> check_all_joined(1)  # in a program that was started alone
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if joined < started:
+        raise ProcessError(
+            f"processes: expected the {started} that were launched to work together, got {joined}, each for itself; "
+            "without a GPU for each, tell the script to stay on the CPU (--use_cpu for a Trainer, "
+            "Accelerator(cpu=True) in a loop; see examples/accelerate_configs/two_cpus.yaml), or launch one process"
+        )
 
 
 @dataclass(frozen=True)
@@ -43,11 +64,16 @@ class Processes:
 
     @classmethod
     def launched(cls, *, in_step: bool = False) -> Processes:
-        """Return those that `accelerate launch` or `torchrun` started, or one."""
+        """Return those that `accelerate launch` or `torchrun` started, or one.
+
+        Raises:
+            ProcessError: They did not join each other.
+        """
         started = distributed.is_available() and distributed.is_initialized()
         if not started and int(os.environ.get("WORLD_SIZE", "1")) <= 1:
             return cls()
         state = PartialState(cpu=not torch.accelerator.is_available())
+        check_all_joined(state.num_processes)
         return cls(state.num_processes, state.process_index, in_step)
 
     def share(self, pieces: Iterable[_T]) -> Iterator[_T]:

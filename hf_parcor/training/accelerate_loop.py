@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from hf_parcor.buffers import StepBuffers
 from hf_parcor.defenses import DefendedStep, Defense, Objective
+from hf_parcor.evaluation.processes import check_all_joined
+from hf_parcor.functional.arguments import check_count, check_real
 from hf_parcor.injection import CorruptionNorm
 from hf_parcor.modes import devices_of
 from hf_parcor.randomness import random_states_kept
@@ -19,6 +21,7 @@ from hf_parcor.sharding import drop_gathered, is_sharded
 from hf_parcor.targets import find_input_embedding, select_trainable
 from hf_parcor.training.backward_hooks import refuse_updates_inside_backward
 from hf_parcor.training.data_parallel import wrapped_by
+from hf_parcor.training.idle import IdleLoop
 from hf_parcor.training.loss_scale import scaled
 from hf_parcor.training.process_group import ProcessGroup
 from hf_parcor.training.refused_engines import refuse_engines
@@ -35,12 +38,14 @@ class DefendedLoss:
         clean: The loss at the first pass.
         corrupted: The loss at the last pass.
         norm: The norm of the last corruption, asked and realised.
+        defended: Whether the defense was active; else the three losses are one, and the norm is 0.
     """
 
     risk: Tensor
     clean: Tensor
     corrupted: Tensor
     norm: CorruptionNorm
+    defended: bool
 
 
 def defended_backward(
@@ -75,13 +80,16 @@ def defended_backward(
 
     Returns:
         The risk and the losses, not divided by the accumulation steps. Where the defense is not active (before its
-        start epoch, say) all of them are the plain loss.
+        start epoch, say) all of them are the plain loss, and `defended` is False. A loop that ends without having
+        been defended once says so in a warning, when its Accelerator goes.
 
     Raises:
-        ValueError: `epoch` or `step` is missing, the defense sees parts of the batch only, a parameter is frozen or
-            not of this model, a hook takes a gradient inside `backward`, or an engine runs the model that the step
-            would be silently wrong with, such as DeepSpeed, Megatron-LM and FSDP1.
-        TypeError: `defense` is not a `Defense`, or `loss_fn` returned no scalar tensor.
+        ValueError: `epoch` or `step` is missing or negative, `parameters` is empty, the defense sees parts of the
+            batch only, a parameter is frozen or not of this model, a hook takes a gradient inside `backward`, or an
+            engine runs the model that the step would be silently wrong with, such as DeepSpeed, Megatron-LM and FSDP1.
+        TypeError: An argument is of the wrong type, such as a loss instead of a function, or the name of a target
+            instead of parameters; or `loss_fn` returned no scalar tensor.
+        ProcessError: Several processes were launched and did not join each other. A `RuntimeError`.
 
     Examples:
         >>> from hf_parcor import ACRT, CorruptionConstraint
@@ -96,8 +104,8 @@ def defended_backward(
         >>> model.weight.item(), model.weight.grad.item()
         (1.0, 2.5)
     """
-    if not isinstance(defense, Defense):
-        raise TypeError(f"defense: expected a Defense such as MultiStepRisk(...), got {defense!r}; pass an object")
+    _check_arguments(accelerator, defense, model, loss_fn, parameters)
+    check_all_joined(accelerator.num_processes)
     whole = accelerator.unwrap_model(model)
     refuse_engines(accelerator, whole, defense)
     if defense.splits_batch:
@@ -105,10 +113,11 @@ def defended_backward(
             "defense: expected batch_share=1, got a smaller one; loss_fn computes the loss of the whole batch"
         )
     active = _is_active(defense, epoch, step)
+    IdleLoop.of(accelerator).count(defense, active=active, epoch=epoch)
     passes = _Passes(accelerator, defense.passes if active else 1, model, loss_fn)
     if not active:
         loss = passes(lambda loss: loss, 0)
-        return DefendedLoss(loss, loss, loss, CorruptionNorm(torch.zeros(()), torch.zeros(())))
+        return DefendedLoss(loss, loss, loss, CorruptionNorm(torch.zeros(()), torch.zeros(())), defended=False)
 
     sharded = is_sharded(whole)
     if sharded:
@@ -124,10 +133,49 @@ def defended_backward(
     with DefendedStep(selected, run_pass, defense.passes, others, embedding, processes=processes) as defended:
         defense.minimize(defended)
         norm = defended.withdraw(defense.order)
-    return DefendedLoss(defended.risk, defended.losses[0], defended.losses[-1], norm)
+    return DefendedLoss(defended.risk, defended.losses[0], defended.losses[-1], norm, defended=True)
+
+
+def _check_arguments(accelerator: object, defense: object, model: object, loss_fn: object, parameters: object) -> None:
+    if not isinstance(accelerator, Accelerator):
+        raise TypeError(
+            f"accelerator: expected an Accelerator, got {_kind(accelerator)}; the arguments are accelerator, defense, "
+            "model, loss_fn"
+        )
+    if not isinstance(defense, Defense):
+        raise TypeError(f"defense: expected a Defense such as MultiStepRisk(...), got {defense!r}; pass an object")
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected what accelerator.prepare returned for it, got {_kind(model)}; pass the model"
+        )
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn: expected a function that computes the loss, since it runs once for each pass, got "
+            f"{_kind(loss_fn)}; pass for example lambda: model(**batch).loss"
+        )
+    if parameters is not None and not (
+        isinstance(parameters, Mapping) and all(isinstance(value, nn.Parameter) for value in parameters.values())
+    ):
+        asked = repr(parameters) if isinstance(parameters, str) else _kind(parameters)
+        raise TypeError(
+            f"parameters: expected names and parameters, got {asked}; pass "
+            "select_parameters(accelerator.unwrap_model(model), ...), or nothing for all that are trained"
+        )
+    if parameters is not None and not parameters:
+        raise ValueError(
+            "parameters: expected at least one, got an empty mapping; leave it out to defend all that are trained"
+        )
+
+
+def _kind(value: object) -> str:
+    return f"an object of type {type(value).__name__}"
 
 
 def _is_active(defense: Defense, epoch: float | None, step: int | None) -> bool:
+    if epoch is not None and check_real("epoch", epoch, "the epochs done, 0 or more") < 0:
+        raise ValueError(f"epoch: expected the epochs done, 0 or more, got {epoch}; count from 0")
+    if step is not None:
+        check_count("step", step, minimum=0)
     if epoch is None and defense.start_epoch > 0:
         raise ValueError(
             f"epoch: expected the epochs done, for a defense with start_epoch={defense.start_epoch}, got None; pass "

@@ -6,10 +6,12 @@ from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from hf_parcor.defenses import DefendedStep, Defense
+from hf_parcor.evaluation.processes import check_all_joined
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.sharding import drop_gathered, is_sharded
 from hf_parcor.targets import find_input_embedding, select_trainable
@@ -72,6 +74,7 @@ class ParameterDefenseMixin(PublishingMixin):
             perturbs the inputs, and the model has no input embedding or is split over devices by DataParallel; or it
             differentiates twice, and `torch_compile` or reentrant checkpointing cannot; or `ddp_static_graph`.
         TypeError: `defense` is neither a `Defense` nor a `DefenseConfig`.
+        ProcessError: Several processes were launched and did not join each other. A `RuntimeError`.
 
     Examples:
         >>> from transformers import Trainer
@@ -92,12 +95,13 @@ class ParameterDefenseMixin(PublishingMixin):
         if defense is not None and not isinstance(defense, (Defense, DefenseConfig)):
             raise TypeError(f"defense: expected a Defense such as MultiStepRisk(...), got {defense!r}; pass an object")
         super().__init__(*args, **kwargs)
+        check_all_joined(self.accelerator.num_processes)
         targets = {"target_modules": target_modules, "exclude_modules": exclude_modules, "layers": layers}
         self._settings = DefenseSettings(self.args, defense, targets, reuse_prefix)
         self._cost = 1.0
         self._step_log = StepLog()
         self._steps_behind = DefendedSteps()
-        self._watched = False
+        self._watched: set[type[TrainerCallback]] = set()
         self._take_settings()
 
     def _take_settings(self) -> None:
@@ -120,12 +124,16 @@ class ParameterDefenseMixin(PublishingMixin):
 
     def _watch(self) -> None:
         """Add the callbacks of a defended run, once in a Trainer's life: what was removed stays removed."""
-        if self._watched or self.defense is None or self.defense.is_stock:
+        if self.defense is None:
             return
-        self._watched = True
-        if not any(isinstance(callback, CollapseCallback) for callback in self.callback_handler.callbacks):
-            self.add_callback(CollapseCallback())
-        self.add_callback(IdleDefenseCallback(self._step_log))
+        callbacks: list[TrainerCallback] = [IdleDefenseCallback(self._step_log)]
+        if not self.defense.is_stock:
+            callbacks.append(CollapseCallback())
+        for callback in callbacks:
+            if type(callback) not in self._watched:
+                self._watched.add(type(callback))
+                if not any(isinstance(known, type(callback)) for known in self.callback_handler.callbacks):
+                    self.add_callback(callback)
 
     @property
     def defense_config(self) -> DefenseConfig | None:

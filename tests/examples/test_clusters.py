@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIGS = {  # what each is for
     "one_gpu": (DistributedType.NO, 1, 1),
     "two_gpus": (DistributedType.MULTI_GPU, 1, 2),
+    "two_cpus": (DistributedType.MULTI_GPU, 1, 2),  # as Accelerate calls what torchrun starts
     "eight_gpus": (DistributedType.MULTI_GPU, 1, 8),
     "fsdp2": (DistributedType.FSDP, 1, 8),
     "multi_node": (DistributedType.MULTI_GPU, 2, 16),
@@ -35,7 +36,9 @@ def test_accelerate_takes_the_configuration(name):
     config = load_config_from_file(str(EXAMPLES / "accelerate_configs" / f"{name}.yaml"))  # raises for unknown keys
     assert isinstance(config, ClusterConfig)
     assert (config.distributed_type, config.num_machines, config.num_processes) == CONFIGS[name]
-    assert config.mixed_precision == "bf16", "float32 weights, and corruptions that they do not swallow"
+    assert config.use_cpu is (name == "two_cpus")
+    wanted = "no" if config.use_cpu else "bf16"
+    assert config.mixed_precision == wanted, "float32 weights, and corruptions that they do not swallow"
     flags = {action.dest for action in launch_command_parser()._actions}
     assert set(config.fsdp_config) <= flags, "each key of the plugin is a flag of the launcher"
     assert config.fsdp_config.get("fsdp_version", 2) == 2

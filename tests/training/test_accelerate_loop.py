@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
+import re
+from contextlib import contextmanager
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -22,6 +27,8 @@ from hf_parcor import (
     select_parameters,
 )
 from hf_parcor.defenses import DEFENSES
+from hf_parcor.evaluation.processes import Processes
+from hf_parcor.training import idle as idle_module
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 SET = CorruptionConstraint(epsilon=0.2)
@@ -190,6 +197,7 @@ def test_start_epoch_and_interval(network, micro_batches, settings, progress, ac
     loss_of(network, micro_batches[0])().backward()
     assert all(torch.equal(gradient, stock[name]) for name, gradient in gradients(network).items()) is not active
     assert (found.risk == found.clean == found.corrupted) is not active
+    assert found.defended is active
 
 
 @pytest.mark.parametrize("call", [0, 1, 2])
@@ -209,8 +217,9 @@ def test_bit_for_bit_after_an_exception(network, micro_batches, bits_of, call):
 
 class TestErrors:
     def refused(self, network, micro_batches, *, defense=MultiStepRisk(SET), loss_fn=None, **options):  # noqa: B008
-        loss_fn = loss_fn or loss_of(network, micro_batches[0])
-        defended_backward(Accelerator(cpu=True), defense, network, loss_fn, **options)
+        loss_fn = loss_of(network, micro_batches[0]) if loss_fn is None else loss_fn
+        accelerator, model = options.pop("accelerator", Accelerator(cpu=True)), options.pop("model", network)
+        defended_backward(accelerator, defense, model, loss_fn, **options)
 
     @pytest.mark.parametrize(
         ("kind", "message", "wrong"),
@@ -224,6 +233,18 @@ class TestErrors:
                 "expected those of the model, got 1 others such as 'x'",
                 {"parameters": {"x": nn.Linear(1, 1).weight}},
             ),
+            (TypeError, r"accelerator: expected an Accelerator, got .* Linear; ", {"accelerator": nn.Linear(1, 1)}),
+            (TypeError, r"model: expected .*, got .* dict; ", {"model": {}}),
+            (TypeError, r"loss_fn: expected a function .*, got .* Tensor; .*lambda: ", {"loss_fn": torch.ones(())}),
+            (TypeError, r"loss_fn: expected a function .*, got .* float; ", {"loss_fn": 1.0}),
+            (TypeError, r"parameters: expected .*, got 'all'; .*select_parameters\(", {"parameters": "all"}),
+            (TypeError, r"parameters: expected .*, got .* list; ", {"parameters": ["0"]}),
+            (TypeError, r"parameters: expected .*, got .* dict; ", {"parameters": {"0": torch.ones(2)}}),
+            (ValueError, r"parameters: expected at least one, .*; leave it out", {"parameters": {}}),
+            (TypeError, r"epoch: expected .* got '1'", {"epoch": "1"}),
+            (ValueError, r"epoch: expected .* got -1", {"epoch": -1}),
+            (ValueError, r"epoch: expected .* got NaN", {"epoch": math.nan}),
+            (TypeError, r"step: expected .* got 1.5", {"step": 1.5}),
             (ValueError, "whose get_input_embeddings", {"defense": AWP(SET, input_epsilon=0.1)}),
             (TypeError, "loss_fn: expected a scalar tensor, got dict", {"loss_fn": lambda: {"loss": 1}}),
             (TypeError, r"loss_fn: expected a scalar tensor, got shape \(2,\)", {"loss_fn": lambda: torch.ones(2)}),
@@ -249,6 +270,37 @@ class TestErrors:
             self.refused(network, micro_batches)
 
 
+class TestProcessesThatDidNotJoin:
+    """As without a GPU under `accelerate launch --multi_gpu`: two were launched, and each is alone."""
+
+    @pytest.fixture
+    def launched(self, monkeypatch):
+        @contextmanager
+        def refused():
+            for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+                monkeypatch.setenv(name, value)
+            with pytest.raises(RuntimeError, match=r"processes: expected the 2 .* launched .*, got 1, .*--use_cpu"):
+                yield
+
+        Accelerator(cpu=True)
+        return refused
+
+    def test_a_loop(self, launched, network, micro_batches):
+        with launched():
+            defended_backward(Accelerator(cpu=True), SAM(SET), network, loss_of(network, micro_batches[0]))
+        assert all(gradient is None for gradient in gradients(network).values())
+
+    @pytest.mark.parametrize("defense", [None, MultiStepRisk(SET, steps=0)])
+    def test_a_trainer(self, launched, defense, tiny_bert, arguments, rows):
+        args = arguments()
+        with launched():
+            ParameterDefenseTrainer(model=tiny_bert(), args=args, train_dataset=rows, defense=defense)
+
+    def test_a_measurement(self, launched):
+        with launched():
+            Processes.launched()
+
+
 def test_nan_does_not_corrupt(network, micro_batches, bits_of):
     before = bits_of(network)
     found = defended_backward(
@@ -256,3 +308,35 @@ def test_nan_does_not_corrupt(network, micro_batches, bits_of):
     )
     assert bits_of(network) == before
     assert found.norm.realised == 0
+
+
+NEVER = "did nothing in this loop"
+IDLE = {  # what a loop of four micro-batches in two epochs says when it is over
+    "starts behind the end": ([MultiStepRisk(SET, start_epoch=2)], [f"{NEVER}.* none of its 4 .*start_epoch=2"]),
+    "starts in the last epoch": ([MultiStepRisk(SET, start_epoch=1)], []),
+    "from the start": ([SAM(SET)], []),
+    "comes again behind the end": ([SAM(SET, interval=9, start_epoch=1)], [NEVER]),
+    "no steps": ([MultiStepRisk(SET, steps=0)], ["does nothing, since steps=0"]),
+    "no radius": ([SAM(CorruptionConstraint(epsilon=0))], ["does nothing, since epsilon=0"]),
+    "no steps of a size": ([MultiStepRisk(SET, step_size=0)], ["does nothing, since step_size=0"]),
+    "a radius that grows": ([MultiStepRisk(SET, start_epoch=1.5), SAM(SET, start_epoch=0.5)], []),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_a_loop_that_was_not_defended_says_so_once(case, network, micro_batches, caplog):
+    logging.getLogger("transformers").propagate = True
+    idle_module.logger.warning_once.cache_clear()
+    (*defenses, last), expected = IDLE[case]
+    accelerator = Accelerator(cpu=True)
+    for step, epoch in enumerate((0, 0.5, 1, 1.5)):
+        defense = defenses[0] if defenses and step < 2 else last
+        defended_backward(accelerator, defense, network, loss_of(network, micro_batches[0]), epoch=epoch, step=step)
+    before = len(caplog.records)
+    assert not [record for record in caplog.records[:before] if NEVER in record.getMessage()]
+    del accelerator
+    AcceleratorState._reset_state(reset_partial_state=True)
+    gc.collect()
+    said = [record.getMessage() for record in caplog.records if record.name == idle_module.__name__]
+    assert len(said) == len(expected)
+    assert all(re.search(pattern, message) for pattern, message in zip(expected, said, strict=True))

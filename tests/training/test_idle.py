@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from hf_parcor import (
     ACRT,
+    AWP,
     SAM,
     CorruptionConstraint,
     GradientPenalty,
@@ -86,6 +87,12 @@ AT_THE_START = {
     "comes again behind the last step": (late(interval=7), {}, f"in the first step alone.*{RARELY}"),
     "comes again and starts late": (late(interval=7, start_epoch=0.5), {}, f"in no step.*{RARELY}"),
     "another defense": (GradientPenalty(start_epoch=2), {}, NOT_STARTED),
+    "no steps": (late(steps=0, start_epoch=9), {}, f"{NOT_STARTED}: steps=0 is"),
+    "steps of no size": (late(step_size=0), {}, f"{NOT_STARTED}: step_size=0 is"),
+    "no radius": (SAM(CorruptionConstraint(epsilon=0)), {}, f"{NOT_STARTED}: epsilon=0 is"),
+    "nothing to move": (AWP(L2, steps=0, input_epsilon=0), {}, f"{NOT_STARTED}: steps=0 and input_epsilon=0 is"),
+    "no weight": (ACRT(L2, alpha=0), {}, f"{NOT_STARTED}: alpha=0 is"),
+    "no penalty": (GradientPenalty(weight=0), {}, f"{NOT_STARTED}: weight=0 is"),
 }
 AT_THE_END = {
     "stopped before": (late(start_epoch=0.5), {}, {"callbacks": [StopAt(2)]}, NEVER),
@@ -100,7 +107,6 @@ NOTHING = {
     "an interval of the whole run": (late(interval=6), {}, {}),
     "starts in the last step": (late(start_epoch=0.8), {}, {}),
     "one step": (late(interval=4), {"max_steps": 1}, {}),
-    "stock": (late(steps=0, start_epoch=9), {}, {}),
     "all that can be trained": (late(), {}, {}),
     "used once": (late(), {}, {"target_modules": ["rare", "head"]}),
     "a stopped run that was defended": (late(), {}, {"callbacks": [StopAt(2)]}),
