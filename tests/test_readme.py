@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import io
 import re
 import runpy
+import shlex
 from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from iwslt_distribution import distribution, tar
+from local_models import save_bert, write_sentences
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser, TrainingArguments
 
-from hf_parcor import EvaluationRecord
+from hf_parcor import EvaluationRecord, RobustnessReport, SweepRecord
+from hf_parcor.cli import main
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("examples", "hf_parcor", "model_cards", "scripts")
@@ -26,12 +32,14 @@ PAGES = {
 }
 
 
+FIRST = "README.md"
+
+
 def fences(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-@pytest.fixture
-def names(tmp_path):
+def taken_for_granted(tmp_path):
     """What the examples take for granted: a model, its data, its arguments; and an archive of IWSLT."""
     (tmp_path / "de-en.tgz").write_bytes(tar(distribution()))
     torch.manual_seed(0)
@@ -47,7 +55,12 @@ def names(tmp_path):
         "train_loader": DataLoader(rows, batch_size=2),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.0),
         "training_args": TrainingArguments(
-            output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
         ),
         "batches": [
             {"input_ids": torch.stack([row["input_ids"] for row in rows]), "labels": torch.tensor([0, 1] * 4)}
@@ -55,23 +68,141 @@ def names(tmp_path):
     }
 
 
-@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if fences(text, "python")])
+@pytest.fixture
+def names(tmp_path):
+    return taken_for_granted(tmp_path)
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if fences(text, "python") and page != FIRST])
 def test_python_examples_run(page, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for example in fences(PAGES[page], "python"):
         exec(compile(example, page, "exec"), names)
 
 
-def test_the_first_page_shows_training_and_probing(names, tmp_path, monkeypatch, capsys):
-    test_python_examples_run("README.md", names, tmp_path, monkeypatch)
-    assert [row.label for row in EvaluationRecord.load("robustness.json").corruptions] == [
-        "gradient-based L2 ε=0.1",
-        "Gaussian σ=0.02",
-        "4-bit quantization",
-    ]
-    printed = capsys.readouterr().out
-    assert "no corruption" in printed
-    assert names["report"].verdict[0] in printed
+@pytest.fixture(scope="module")
+def pasted(tmp_path_factory):
+    """What the script printed, and its names and weights after each example."""
+    folder, after = tmp_path_factory.mktemp("first"), []
+
+    def note(names):
+        after.append({**names, "weights": {key: value.clone() for key, value in names["model"].state_dict().items()}})
+
+    names = {**taken_for_granted(folder), "note": note}
+    script = "\nnote(globals())\n".join([*fences(PAGES[FIRST], "python"), ""])
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(folder)
+        exec(compile(script, FIRST, "exec"), names)
+    return folder, printed.getvalue(), after
+
+
+class TestTheFirstPageAsOneScript:
+    """Its Python, pasted together and run once; what it says is computed again with PyTorch alone."""
+
+    LAYERS = ("bert.encoder.layer.0", "bert.encoder.layer.1")
+
+    def at(self, state, batches):
+        """The model with the weights after an example, and a function of its accuracy on the batches."""
+        model = BertForSequenceClassification(state["model"].config).eval()
+        model.load_state_dict(state["weights"])
+
+        def accuracy():
+            with torch.no_grad():
+                right = [(model(**batch).logits.argmax(-1) == batch["labels"]).float() for batch in batches]
+            return float(torch.cat(right).mean())
+
+        return model, accuracy
+
+    def test_each_section_is_one_example(self, pasted):
+        assert len(pasted[2]) == 5, "two of training, two of probing, one of publishing"
+
+    def test_training_defends_what_was_asked_for(self, pasted):
+        everything, last_layer = (state["trainer"] for state in pasted[2][:2])
+        assert set(everything.defended_parameters()) == {name for name, _ in everything.model.named_parameters()}
+        assert all(name.startswith(self.LAYERS[1]) for name in last_layer.defended_parameters())
+        steps = last_layer.state.max_steps
+        of_an_epoch = steps / last_layer.args.num_train_epochs
+        assert everything.state.global_step == everything._step_log.defended_steps
+        assert last_layer._step_log.defended_steps == steps - of_an_epoch / 2
+
+    def test_numbers_of_an_evaluation(self, pasted):
+        folder, printed, after = pasted
+        state, batches = after[2], after[2]["batches"]
+        assert all(torch.equal(state["weights"][key], value) for key, value in after[1]["weights"].items()), "restored"
+        model, accuracy = self.at(state, batches)
+        by_hand = {"no corruption": accuracy()}
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if ".attention." in name and "LayerNorm" not in name:
+                    unit = weight.abs().max() / 7
+                    weight.copy_((weight / unit).round() * unit if unit > 0 else weight)
+        by_hand["4-bit quantization"] = accuracy()
+        rows = {row.label: row.mean("accuracy") for row in EvaluationRecord.load(folder / "robustness.json").rows()}
+        assert list(rows) == ["no corruption", "gradient-based L2 ε=0.1", "Gaussian σ=0.02", "4-bit quantization"]
+        assert {label: rows[label] for label in by_hand} == pytest.approx(by_hand)
+        assert all(f"{label:30} {value:.3f}" in printed.splitlines() for label, value in rows.items())
+
+    def test_numbers_and_verdict_of_a_probe(self, pasted):
+        folder, printed, after = pasted
+        state, batches = after[3], after[3]["batches"]
+        sweep = state["sweep"]
+        assert tuple(sweep.records) == self.LAYERS
+        by_hand = {}
+        for layer, record in sweep.records.items():
+            for row, epsilon in zip(record.corruptions, (0.1, 0.2, 0.5), strict=True):
+                model, accuracy = self.at(state, batches)
+                weights = list(model.get_submodule(layer).parameters())
+                rows = sum(len(batch["labels"]) for batch in batches)
+                loss = sum(model(**batch).loss * len(batch["labels"]) for batch in batches) / rows
+                gradient = torch.autograd.grad(loss, weights)
+                norm = torch.cat([part.flatten() for part in gradient]).norm()
+                with torch.no_grad():
+                    for weight, part in zip(weights, gradient, strict=True):
+                        weight += epsilon * part / norm
+                by_hand[layer, epsilon] = accuracy()
+                assert row.mean("accuracy") == pytest.approx(by_hand[layer, epsilon])
+        verdict = state["report"].verdict
+        assert all(sentence in printed for sentence in verdict)
+        weakest = [layer for layer in self.LAYERS if re.search(rf"{layer} is the most fragile", verdict[0])]
+        lowest = {layer: min(by_hand[layer, epsilon] for epsilon in (0.1, 0.2, 0.5)) for layer in self.LAYERS}
+        if weakest:
+            assert weakest == [min(lowest, key=lowest.__getitem__)]
+        else:
+            assert min(lowest.values()) >= self.at(state, batches)[1]() * 0.99, verdict
+        assert (folder / "robustness.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+    def test_the_card_claims_what_happened(self, pasted):
+        folder, _, after = pasted
+        state, trainer = after[4], after[4]["trainer"]
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert trainer._step_log.defended_steps == trainer.state.global_step > 0
+        assert re.search(r"defended in training .* in all of its [\d,]+ steps", card)
+        assert "adversarial-parameter-defense" in card.split("---")[1]
+        evaluation = [
+            {key: row[key][None] if key != "labels" else torch.tensor([row[key]]) for key in row}
+            for row in state["eval_dataset"]
+        ]
+        model, _ = self.at(state, evaluation)
+        with torch.no_grad():
+            loss = sum(float(model(**batch).loss) for batch in evaluation) / len(evaluation)
+        (record,) = trainer.robustness_records.values()
+        assert record.clean.mean("loss") == pytest.approx(loss, rel=1e-5)
+        assert f"{loss:.3f}" in card
+
+
+def test_the_command_of_the_first_page(tmp_path, monkeypatch, capsys):
+    """It prints a table and a verdict, and keeps record, report and a checkpoint, as the page says."""
+    monkeypatch.chdir(tmp_path)
+    (command,) = re.findall(r"^hf-parcor (probe .*)$", PAGES[FIRST], flags=re.MULTILINE)
+    save_bert(tmp_path / "my-model")
+    rows = Path(write_sentences(tmp_path / "dev.tsv"))
+    Path("dev.tsv.gz").write_bytes(gzip.compress(rows.read_bytes()))
+    assert main(shlex.split(command)) == 0
+    sweep, printed = SweepRecord.load("probe/probe.json"), capsys.readouterr().out
+    assert all(f"| {layer}" in printed for layer in ("no corruption", *sweep.records))
+    flat = " ".join(printed.split())
+    assert all(" ".join(sentence.split()) in flat for sentence in RobustnessReport(sweep.records).verdict)
+    assert {path.name for path in Path("probe").iterdir()} == {"probe.json", "probe.jsonl", "report.html", "report.md"}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -81,7 +212,7 @@ def test_commands_name_scripts_that_exist(page):
 
 
 def test_two_commands_are_enough():
-    assert all(f"bash scripts/{name}.sh" in PAGES["README.md"] for name in ("quickstart", "test"))
+    assert all(f"bash scripts/{name}.sh" in PAGES[FIRST] for name in ("quickstart", "test"))
 
 
 def arguments_of(script):

@@ -101,7 +101,8 @@ class DefenseArguments:
         default=None, metadata={"help": "What to leave out of these, named in the same way."}
     )
     defense_layers: list[int] | None = field(
-        default=None, metadata={"help": "Defend only these layers of each stack; negative counts from the last."}
+        default=None,
+        metadata={"help": "Defend only these layers of each encoder and decoder; negative counts from the last."},
     )
     defense_reuse_prefix: bool = field(
         default=True,

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from local_models import LABELS, MANY_LANGUAGES, SAVED, SENTENCES, save_bert, save_tokenizer, write_pairs
+from local_models import (
+    LABELS,
+    MANY_LANGUAGES,
+    SAVED,
+    SENTENCES,
+    save_bert,
+    save_tokenizer,
+    write_pairs,
+    write_sentences,
+)
 
 from hf_parcor import (
     CorruptionConstraint,
@@ -163,6 +172,37 @@ def test_a_target_is_the_same_in_every_command(run, classifier_folder, sentences
     assert list(trainer.defended_parameters()) == list(wanted)
     assert evaluated.parameters == probed.parameters == sum(value.numel() for value in wanted.values())
     assert evaluated.target == probed.target == {"target_modules": [name]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--defense_start_epoch", 9), "start at epoch 9, and training ends at epoch 1"),
+        (("--defense_steps", 0), "steps=0 is the stock"),
+        (("--defense_epsilon", 0), "epsilon=0 is the stock"),
+        (("--defense", "none"), None),
+    ],
+)
+def test_a_defense_that_does_nothing_says_so(run, classifier_folder, sentences, tmp_path, caplog, flags, says):
+    others = write_sentences(tmp_path / "others.tsv")
+    result = run(
+        *(
+            "train",
+            classifier_folder,
+            "--dataset",
+            sentences,
+            "--train-dataset",
+            others,
+            "--output_dir",
+            "out",
+            *flags,
+        ),
+        *("--num_train_epochs", 1, "--skip-corruptions", "--use_cpu", "--report_to", "none", "--save_strategy", "no"),
+    )
+    assert result.code == 0
+    said = [record.getMessage() for record in caplog.records if "does nothing" in record.getMessage()]
+    assert len(said) == (says is not None)
+    assert all(says in message for message in said)
 
 
 class TestEvaluate:
