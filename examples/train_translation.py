@@ -349,6 +349,7 @@ def main() -> None:
         training.generation_num_beams = 5  # as the papers
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     transformers.utils.logging.set_verbosity(training.get_process_log_level())
+    logger.info("processes: %d", training.world_size)
     set_seed(training.seed)
 
     wanted = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}

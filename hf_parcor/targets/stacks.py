@@ -83,7 +83,8 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     The role of a stack is, in this order:
 
     1. other, when its name says that it belongs to a head or a neck, or, below the Transformers model around it, to
-       an embedding, a projection, a merger, a pooler or a bias: what these are made of are no layers;
+       an embedding, a projection, a merger, a pooler or a bias: what these are made of are no layers (unless a model
+       has nothing else);
     2. decoder, when the configuration of the model around it says `is_decoder` (a BERT that generates keeps the
        path `bert.encoder.layer`, and is a decoder all the same);
     3. other, when its name says nothing below that model, and another stack there says that it has the role of 6: the
@@ -112,7 +113,8 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     found = list(_search(model, "", "", None, set()))
     if any(_is_composite(one.blocks) for one in found):
         found = [one for one in found if _is_composite(one.blocks)]
-    return [Stack(one.name, one.blocks, _role(one, found)) for one in found]
+    layers = [one for one in found if not _is_beside(one)] or found
+    return [Stack(one.name, one.blocks, _role(one, layers) if one in layers else "other") for one in found]
 
 
 def has_parameters(module: nn.Module) -> bool:
@@ -149,15 +151,11 @@ def _is_composite(blocks: nn.ModuleList) -> bool:
 
 
 def _role(one: _Found, found: Collection[_Found]) -> Role:
-    if _is_beside(one):
-        return "other"
     if getattr(one.config, "is_decoder", False) and not getattr(one.config, "is_encoder_decoder", False):
         return "decoder"
     implied = _implied_role(one)
     if _stated_role(_below(one.name, one.owner)) is None and any(
-        _stated_role(_below(other.name, one.owner)) == implied
-        for other in found
-        if _is_inside(other.name, one.owner) and not _is_beside(other)
+        _stated_role(_below(other.name, one.owner)) == implied for other in found if _is_inside(other.name, one.owner)
     ):
         return "other"
     stated = _stated_role(one.name)
