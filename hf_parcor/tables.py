@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+from hf_parcor.evaluation.comparable import check_comparable
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.evaluation.series import Series
 from hf_parcor.metric_info import POINTS, SHARE, agreed, shown_unit
@@ -46,10 +47,11 @@ def comparison_table(
             three. None, the default, for what the records say.
 
     Raises:
-        ValueError: There are no records, they are not of the same corruptions, they lack the metric, or state
-            different units of it.
+        ValueError: There are no records, they are not of the same corruptions, they lack the metric, state different
+            units of it, or are of other data or tasks; see `check_comparable`.
         ImportError: tabulate is not installed.
     """
+    check_comparable(records)
     labels = [[row.label for row in record.rows()] for record in records.values()]
     if not labels or any(other != labels[0] for other in labels):
         raise ValueError(

@@ -31,8 +31,10 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save_bert(folder: Path, kind: type[Any] = transformers.BertForSequenceClassification, **settings: Any) -> str:
-    torch.manual_seed(0)
+def save_bert(
+    folder: Path, kind: type[Any] = transformers.BertForSequenceClassification, seed: int = 0, **settings: Any
+) -> str:
+    torch.manual_seed(seed)
     kind(transformers.BertConfig(**{**BERT, **NAMED, **settings})).save_pretrained(folder)
     save_tokenizer(folder)
     return str(folder)

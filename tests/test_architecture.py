@@ -214,7 +214,7 @@ class TestDependencies:
         files = [name for name in SOURCES if name.split(".")[1:2] == [part]]
         imported = {other for name in files for other in own_imports(SOURCES[name]) if part_of(other) != part}
         assert {"hf_parcor.evaluation.records", "hf_parcor.search_record"} <= imported
-        assert imported <= records | {"hf_parcor.evaluation.series"}
+        assert imported <= records | {"hf_parcor.evaluation.series", "hf_parcor.evaluation.comparable"}
 
     @pytest.mark.parametrize(
         "name", [name for name in SOURCES if name.split(".")[1:2] in (["theory"], ["statistics"], ["measures"])]

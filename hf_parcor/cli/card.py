@@ -26,7 +26,7 @@ class Card(Command):
     def add_arguments(self, parser: Parser) -> None:
         """Add what `--help` shows."""
         parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="the folder of a model, with its records")
-        group = parser.add_argument_group("what the record does not know; default: what the last card said")
+        group = parser.add_argument_group("what the record does not say; default: what the last card said")
         group.add_argument("--seeds", nargs="*", default=[], metavar="DIR", help="runs of the same with other seeds")
         group.add_argument("--name", metavar="NAME", help="of the model; default: that of the folder")
         group.add_argument("--base-model", metavar="NAME", help="the model on the Hub that it was made from")
@@ -34,7 +34,12 @@ class Card(Command):
         group.add_argument("--evaluated-on", metavar="NAME", help="data on the Hub of the metrics")
         group.add_argument("--dataset-config", metavar="NAME", help="their configuration")
         group.add_argument("--split", metavar="NAME", help="their split")
-        group.add_argument("--task", metavar="TASK", help="such as text-classification")
+        group.add_argument("--task", metavar="TASK", help="such as text-classification; default: by the head")
+        group.add_argument(
+            "--benchmark-task",
+            metavar="ID",
+            help="the data set is a registered benchmark, and the clean result is for this task of its eval.yaml",
+        )
         group.add_argument("--metric", metavar="NAME", help="what the card shows; default: accuracy, or the first")
         add_meaning(group)
         group.add_argument("--command", metavar="TEXT", help="what made the numbers; it is published")

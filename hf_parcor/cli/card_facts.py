@@ -8,15 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_parcor.cli.records import PROBE, ROBUSTNESS, load_record
+from hf_parcor.cli.records import PROBE, ROBUSTNESS, check_trained_alike, defense_beside, load_record
 from hf_parcor.evaluation import EvaluationRecord, SweepRecord
+from hf_parcor.evaluation.comparable import SEVERAL_TASKS
+from hf_parcor.evaluation.provenance import task_of_class
 from hf_parcor.input_error import InputError
 from hf_parcor.model_card import EvaluationData, ModelFacts, facts_of, with_probe
 from hf_parcor.model_card.folder import FACTS
 from hf_parcor.strict_json import read_strict_json
-from hf_parcor.training.defense_config import DEFENSE_CONFIG_NAME
 
-_DESCRIBED = ("name", "base_model", "datasets", "task", "metric", "command")
+_DESCRIBED = ("name", "base_model", "datasets", "task", "metric", "command", "benchmark_task")
 
 
 def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
@@ -34,7 +35,6 @@ def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
     """
     last = ModelFacts.load(folder / FACTS) if (folder / FACTS).is_file() else None
     given: dict[str, Any] = {name: value for name in _DESCRIBED if (value := getattr(arguments, name)) is not None}
-    data = _data(arguments, last)
     sweep = SweepRecord.load(folder / PROBE) if (folder / PROBE).is_file() else None
     if (folder / ROBUSTNESS).is_file() or arguments.seeds or last is None:
         described = {} if last is None else {name: getattr(last, name) for name in _DESCRIBED}
@@ -43,26 +43,55 @@ def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
         if sweep is not None and not (folder / ROBUSTNESS).is_file() and not arguments.seeds:
             measured = sweep
         else:
-            measured = [_evaluation(place) for place in (folder, *map(Path, arguments.seeds))]
-        facts = facts_of(measured, **named, evaluated_on=data, defense=_defense(folder))
+            places = [folder, *map(Path, arguments.seeds)]
+            check_trained_alike(places)
+            measured = [_evaluation(place) for place in places]
+        first = measured if isinstance(measured, SweepRecord) else measured[0]
+        data = _data(arguments, first, last)
+        tasks = [given.get("task", ""), first.task, described.get("task", ""), _task_of_head(folder)]
+        task = next((name for name in tasks if name not in SEVERAL_TASKS), first.task or tasks[-1])
+        facts = facts_of(measured, **{**named, "task": task}, evaluated_on=data, defense=defense_beside(folder))
         if last is not None and last.metric == facts.metric:  # what the record does not say, the last card may
             facts = replace(facts, info=facts.info.stating(**{**last.info.stated, **facts.info.stated}))
     else:
         if arguments.metric is not None:
             raise InputError(f"--metric: expected {ROBUSTNESS} to read it from, got none; evaluate the model again")
+        data = _described(arguments, last.evaluated_on)
         facts = replace(last, **{**given, "datasets": tuple(given.get("datasets", last.datasets))}, evaluated_on=data)
     info = facts.info.stating(greater_is_better=arguments.greater_is_better, unit=arguments.unit)
     facts = replace(facts, info=info)
+    if last is not None and facts.evaluated_on != last.evaluated_on and arguments.benchmark_task is None:
+        facts = replace(facts, benchmark_task="")  # that of other data
     facts = facts if sweep is None else with_probe(facts, sweep)
     return facts if arguments.only is None else _only(facts, arguments.only)
 
 
-def _data(arguments: argparse.Namespace, last: ModelFacts | None) -> EvaluationData:
-    data = EvaluationData("the evaluation data") if last is None else last.evaluated_on
-    if arguments.evaluated_on is not None:
-        data = EvaluationData(arguments.evaluated_on.rpartition("/")[2], arguments.evaluated_on)
+def _data(
+    arguments: argparse.Namespace, record: EvaluationRecord | SweepRecord, last: ModelFacts | None
+) -> EvaluationData:
+    """Return the data that a record says, unless the last card of the same data says it better."""
+    found = record.evaluated_on
+    if last is not None and (found is None or (last.data == record.data != "" and last.evaluated_on.id)):
+        found = last.evaluated_on
+    return _described(arguments, found or EvaluationData())
+
+
+def _described(arguments: argparse.Namespace, data: EvaluationData) -> EvaluationData:
+    """Return data with what the flags say of them."""
+    if arguments.evaluated_on not in (None, data.id):
+        data = EvaluationData(arguments.evaluated_on.rpartition("/")[2], arguments.evaluated_on, rows=data.rows)
     places = {"config": arguments.dataset_config, "split": arguments.split}
     return replace(data, **{name: value for name, value in places.items() if value is not None})
+
+
+def _task_of_head(folder: Path) -> str:
+    """Return the task that the model in a folder has a head for; "" where it does not say."""
+    try:
+        found = read_strict_json(folder / "config.json")
+    except (OSError, ValueError):  # an adapter, or no model
+        return ""
+    architectures = found.get("architectures") if isinstance(found, dict) else None
+    return task_of_class(str(architectures[0])) if architectures else ""
 
 
 def _evaluation(place: Path) -> EvaluationRecord:
@@ -80,14 +109,3 @@ def _only(facts: ModelFacts, labels: Sequence[str]) -> ModelFacts:
         known = ", ".join(repr(row.label) for row in facts.corruptions)
         raise InputError(f"--only: expected labels out of {known}, got {labels}; take them from the table")
     return replace(facts, corruptions=kept)
-
-
-def _defense(folder: Path) -> dict[str, Any] | None:
-    """Return what stands beside the model, also a defense of the user's own class."""
-    path = folder / DEFENSE_CONFIG_NAME
-    if not path.is_file():
-        return None
-    found = read_strict_json(path)
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected settings by name, got {type(found).__name__}; save the model again")
-    return found

@@ -57,6 +57,8 @@ class Evaluate(Command):
                     target_modules=arguments.target,
                     exclude_modules=arguments.exclude,
                     progress=not arguments.quiet,
+                    evaluated_on=subject.data,
+                    task=subject.task,
                 )
             with refused(CheckpointError):
                 record = evaluator.evaluate(corruptions, arguments.trials, arguments.seed, checkpoint=checkpoint)

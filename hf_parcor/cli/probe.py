@@ -65,7 +65,13 @@ class Probe(Command):
                 parts: targets.Groups = groupings[chosen](subject.model) if chosen else {}
                 parts |= {name: [name] for name in arguments.target or ()}
                 probe = LayerProbe(
-                    subject.model, subject.metric, subject.batches, targets=parts, progress=not arguments.quiet
+                    subject.model,
+                    subject.metric,
+                    subject.batches,
+                    targets=parts,
+                    progress=not arguments.quiet,
+                    evaluated_on=subject.data,
+                    task=subject.task,
                 )
             with refused(CheckpointError):
                 sweep = probe.evaluate(corruptions, arguments.trials, arguments.seed, checkpoint=checkpoint)

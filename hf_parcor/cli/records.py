@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hf_parcor.cli.errors import refused
 from hf_parcor.evaluation import EvaluationRecord, SweepRecord
 from hf_parcor.input_error import InputError
 from hf_parcor.report.study import Records
+from hf_parcor.strict_json import read_strict_json
 
 PROBE = "probe.json"
 ROBUSTNESS = "robustness.json"
 _IN_A_FOLDER = (PROBE, ROBUSTNESS)
+_DEFENSE = "defense_config.json"  # written here too, since reports must not wait for the Trainer
+_OF_A_MODEL = ("config.json", "adapter_config.json", _DEFENSE)
 
 
 def load_records(names: Sequence[str]) -> Records:
@@ -23,8 +27,9 @@ def load_records(names: Sequence[str]) -> Records:
         names: Files, or folders that `hf-parcor` wrote to.
 
     Raises:
-        InputError: A file is no record, or they are of different kinds.
+        InputError: A file is no record, or they are of different kinds, or beside models that were trained otherwise.
     """
+    check_trained_alike([Path(name) for name in names])
     found = [load_record(Path(name)) for name in names]
     sweeps = [record.records for record in found if isinstance(record, SweepRecord)]
     evaluations = [record for record in found if isinstance(record, EvaluationRecord)]
@@ -36,6 +41,53 @@ def load_records(names: Sequence[str]) -> Records:
     if len(found) == 1:
         return sweeps[0] if sweeps else evaluations[0]
     return sweeps or evaluations
+
+
+def check_trained_alike(places: Sequence[Path]) -> None:
+    """Refuse folders of models that were trained with different defenses: they are no seeds of one training.
+
+    Args:
+        places: Folders, or files; those without a model say nothing.
+
+    Raises:
+        InputError: Two models have different defenses beside them, or one has none.
+    """
+    models = [place for place in places if any((place / name).is_file() for name in _OF_A_MODEL)]
+    if len(models) < 2:
+        return
+    from hf_parcor.training.checkpoints import differences
+
+    first, *others = models
+    for other in others:
+        changes = differences(*(_settings_of(defense_beside(place)) for place in (first, other)))
+        if changes:
+            raise InputError(
+                f"records: expected those of one training with different seeds, got models that were trained with "
+                f"different defenses in {first} and {other} ({'; '.join(changes)}); set them side by side with "
+                f"hf-parcor compare {first} {other}"
+            )
+
+
+def defense_beside(folder: Path) -> dict[str, Any] | None:
+    """Return what stands beside a model, also a defense of the user's own class; None where it was not defended.
+
+    Raises:
+        InputError: It is no object.
+        OSError: It cannot be read.
+        ValueError: It is no JSON.
+    """
+    path = folder / _DEFENSE
+    if not path.is_file():
+        return None
+    found = read_strict_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected settings by name, got {type(found).__name__}; save the model again")
+    return found
+
+
+def _settings_of(defense: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the settings of a defense that ran."""
+    return {"defense": None} if defense is None or defense.get("defended_steps") == 0 else defense
 
 
 def metric_of(records: Records) -> str:

@@ -9,6 +9,7 @@ from hf_parcor.cli.command import Command
 from hf_parcor.cli.errors import refused
 from hf_parcor.cli.options import add_meaning
 from hf_parcor.cli.parser import Parser
+from hf_parcor.cli.terminal import tell
 from hf_parcor.input_error import InputError
 
 _FORMATS = (".html", ".md")
@@ -36,6 +37,11 @@ class Report(Command):
             raise InputError("records: expected at least one, got none; name files, or folders of --output")
         pages = checked_pages(arguments)
         records = load_records(arguments.records)
+        if len(arguments.records) > 1:
+            tell(
+                f"{len(arguments.records)} records are taken for one model that was trained with different seeds; to "
+                "set models side by side: hf-parcor compare"
+            )
         with refused(ValueError, ImportError):
             report = RobustnessReport(
                 records,

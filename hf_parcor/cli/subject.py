@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from hf_parcor.cli.errors import refused
 from hf_parcor.cli.terminal import tell
 from hf_parcor.cli.words import pairs
-from hf_parcor.evaluation import BatchMetric
+from hf_parcor.evaluation import BatchMetric, EvaluationData
 from hf_parcor.input_error import InputError
 from hf_parcor.tasks import Encoding, Processed, Rows, Task, check_head, load_rows, task_named, task_of
 
@@ -27,12 +27,16 @@ class Subject:
         batches: The data.
         metric: What measures the model.
         shown: Returns which of the numbers that the metric found is to be reported.
+        data: What records call the data.
+        task: The Hub's name of the task.
     """
 
     model: Any
     batches: DataLoader[Any]
     metric: BatchMetric
     shown: Callable[[Mapping[str, Any]], str]
+    data: EvaluationData
+    task: str
 
 
 def load_subject(arguments: argparse.Namespace) -> Subject:
@@ -43,6 +47,7 @@ def load_subject(arguments: argparse.Namespace) -> Subject:
     """
     device = find_device(arguments.device)
     rows, given = read_data(arguments)
+    rows = rows.first(arguments.limit)
     task, columns = find_task(arguments, rows, given)
     check_head(task, arguments.model, arguments.revision)
     model = task.load_model(arguments.model, arguments.revision).to(device)
@@ -52,7 +57,7 @@ def load_subject(arguments: argparse.Namespace) -> Subject:
 
 
 def read_data(arguments: argparse.Namespace) -> tuple[Rows, dict[str, str]]:
-    """Return the rows to measure on, and the columns that the flags name, by role.
+    """Return all rows of the data to measure on, and the columns that the flags name, by role.
 
     Raises:
         InputError: No model or no data is named, or there is no such data.
@@ -64,18 +69,13 @@ def read_data(arguments: argparse.Namespace) -> tuple[Rows, dict[str, str]]:
 
 
 def rows_of(arguments: argparse.Namespace, source: str, split: str) -> Rows:
-    """Return the rows of a split, as many as the flags admit.
+    """Return all rows of a split.
 
     Raises:
         InputError: There is no such data.
     """
     with refused(ImportError):
-        rows = load_rows(source, split, arguments.dataset_config)
-    if arguments.limit is None or arguments.limit >= len(rows.entries):
-        return rows
-    entries: Any = rows.entries
-    first = entries[: arguments.limit] if isinstance(entries, list) else entries.select(range(arguments.limit))
-    return replace(rows, entries=first)
+        return load_rows(source, split, arguments.dataset_config)
 
 
 def find_task(arguments: argparse.Namespace, rows: Rows, given: Mapping[str, str]) -> tuple[Task, dict[str, str]]:
@@ -104,7 +104,9 @@ def measured(
     name = metric or task.metrics[0]
     with refused(ImportError):
         measuring = task.metric(name, processed, batches)
-    return Subject(processed.model, batches, measuring, lambda found: task.shown(name, found))
+    return Subject(
+        processed.model, batches, measuring, lambda found: task.shown(name, found), data=rows.data, task=task.name
+    )
 
 
 def prepared(arguments: argparse.Namespace, task: Task, model: Any, processor: Any) -> Processed:

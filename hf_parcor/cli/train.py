@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from hf_parcor.cli.command import Command
 from hf_parcor.cli.errors import going_on, refused
 from hf_parcor.cli.options import TRIALS, add_subject
 from hf_parcor.cli.parser import Parser
-from hf_parcor.cli.words import at_least
+from hf_parcor.cli.terminal import tell
+from hf_parcor.cli.words import at_least, share
+from hf_parcor.input_error import InputError
 
 if TYPE_CHECKING:
     from hf_parcor.cli.subject import Subject
@@ -36,6 +39,15 @@ class Train(Command):
         add_subject(parser)
         group = parser.add_argument_group("training")
         group.add_argument("--train-dataset", metavar="DATA", help="default: --dataset, which is measured on")
+        group.add_argument(
+            "--validation-split",
+            type=share,
+            default=0.1,
+            metavar="P",
+            help="where both would be the same rows, as of a file: hold this share of them out of training, drawn "
+            "at random, and measure on it; default: %(default)s",
+        )
+        group.add_argument("--split-seed", type=at_least(0), default=0, metavar="N", help="of that draw; default: 0")
         group.add_argument("--train-split", default="train", metavar="NAME", help="default: %(default)s")
         group.add_argument("--train-limit", type=at_least(1), metavar="N", help="train on the first N rows only")
         group.add_argument("--trials", type=at_least(1), default=TRIALS, metavar="N", help="of random corruptions")
@@ -77,7 +89,7 @@ class Train(Command):
 
         from transformers import set_seed
 
-        from hf_parcor.cli.subject import find_task, measured, prepared, read_data, rows_of
+        from hf_parcor.cli.subject import find_task, measured, prepared
         from hf_parcor.training import ParameterDefenseTrainer, ParameterDefenseTrainingArguments
 
         names = [field.name for field in fields(ParameterDefenseTrainingArguments) if field.init]
@@ -85,11 +97,11 @@ class Train(Command):
             with refused(ValueError, TypeError, ImportError):
                 training = ParameterDefenseTrainingArguments(**{name: getattr(arguments, name) for name in names})
             set_seed(training.seed)
-            rows, given = read_data(arguments)
-            of_training = argparse.Namespace(**{**vars(arguments), "limit": arguments.train_limit})
-            train_rows = rows_of(of_training, arguments.train_dataset or arguments.dataset, arguments.train_split)
+            train_rows, rows, given = _training_and_validation(arguments)
             task, columns = find_task(arguments, train_rows, given)
-            model = _model(task, arguments, train_rows, columns)
+            measured_columns = task.find_columns(rows, given)
+            model = _model(task, arguments, [(train_rows, columns), (rows, measured_columns)])
+            train_rows, rows = train_rows.first(arguments.train_limit), rows.first(arguments.limit)
             processor = task.load_processor(arguments.model, arguments.revision)
             processed = prepared(arguments, task, model, processor)
             examples: Any = task.examples(train_rows, columns, processed)
@@ -101,9 +113,7 @@ class Train(Command):
                     data_collator=task.collator(processed),
                     processing_class=processor,
                 )
-            subject = measured(
-                task, processed, rows, task.find_columns(rows, given), training.eval_batch_size, arguments.metric
-            )
+            subject = measured(task, processed, rows, measured_columns, training.eval_batch_size, arguments.metric)
             with going_on(
                 "with --resume_from_checkpoint true the same command goes on from the last checkpoint, if any"
             ):
@@ -111,12 +121,48 @@ class Train(Command):
         _measure(arguments, trainer, subject)
 
 
-def _model(task: Task, arguments: argparse.Namespace, rows: Rows, columns: dict[str, str]) -> Any:
-    """Return the model; one without the task's head gets one, which is to be trained."""
+def _training_and_validation(arguments: argparse.Namespace) -> tuple[Rows, Rows, dict[str, str]]:
+    """Return the rows to train on, others to measure on, and the columns that the flags name.
+
+    Raises:
+        InputError: There is no such data, or only one row for both, or one split is a slice of the other.
+    """
+    from hf_parcor.cli.subject import read_data, rows_of
+
+    rows, given = read_data(arguments)
+    source = arguments.train_dataset or arguments.dataset
+    one, other = Path(arguments.dataset), Path(source)
+    same_source = one.samefile(other) if one.exists() and other.exists() else arguments.dataset == source
+    splits = (arguments.split, arguments.train_split)
+    if not same_source or (splits[0] != splits[1] and not one.is_file()):
+        within = len({split.partition("[")[0] for split in splits}) == 1 and not all("[" in split for split in splits)
+        if same_source and within:
+            raise InputError(
+                f"--split: expected rows that are not trained on, got {splits[0]} beside --train-split {splits[1]}; "
+                "name slices that do not overlap, such as train[:90%] and train[90%:]"
+            )
+        return rows_of(arguments, source, arguments.train_split), rows, given
+    training, held_out = rows.split_off(arguments.validation_split, arguments.split_seed)
+    tell(
+        f"{len(held_out.entries):,} of the {len(rows.entries):,} rows of {source} are held out of training, drawn "
+        f"with seed {arguments.split_seed}, and measured on; to measure on others, name them with --dataset, and "
+        "these with --train-dataset"
+    )
+    return training, held_out, given
+
+
+def _model(task: Task, arguments: argparse.Namespace, parts: Sequence[tuple[Rows, dict[str, str]]]) -> Any:
+    """Return the model; one without the task's head gets one, which is to be trained.
+
+    Args:
+        task: The task.
+        arguments: The flags.
+        parts: The rows to train and to measure on, each with its columns: the head knows the classes of both.
+    """
     from hf_parcor.tasks import architectures_of
 
     has_head = task.has_head(architectures_of(arguments.model, arguments.revision))
-    settings = {} if has_head else task.head_settings(rows, columns)
+    settings = {} if has_head else task.head_settings(parts)
     return task.load_model(arguments.model, arguments.revision, **settings)
 
 
@@ -144,7 +190,12 @@ def _measure(arguments: argparse.Namespace, trainer: ParameterDefenseTrainer, su
     corruptions = [] if arguments.skip_corruptions else corruptions_of_table_1()
     with redirect_stdout(sys.stderr):
         evaluator = CorruptionEvaluator(
-            subject.model, subject.metric, subject.batches, progress=not trainer.args.disable_tqdm
+            subject.model,
+            subject.metric,
+            subject.batches,
+            progress=not trainer.args.disable_tqdm,
+            evaluated_on=subject.data,
+            task=subject.task,
         )
         record = evaluator.evaluate(corruptions, arguments.trials, arguments.corruption_seed)
         trainer.save_metrics("eval", {f"eval_{name}": values[0] for name, values in record.clean.metrics.items()})

@@ -41,6 +41,19 @@ def at_least(smallest: int) -> Callable[[str], int]:
     return whole
 
 
+def share(word: str) -> float:
+    """Return a number between 0 and 1, both excluded.
+
+    Examples:
+        >>> share("0.1")
+        0.1
+    """
+    value = number(word)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share between 0 and 1, got {word}")
+    return value
+
+
 def one_of(known: Sequence[str]) -> Callable[[str], str]:
     """Return what reads one of some words.
 

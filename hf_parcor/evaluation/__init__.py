@@ -1,6 +1,7 @@
 """How far do metrics fall when weights are corrupted? Evaluators and their records."""
 
 from hf_parcor.evaluation.checkpoint import CheckpointError
+from hf_parcor.evaluation.data import EvaluationData
 from hf_parcor.evaluation.evaluator import CorruptionEvaluator
 from hf_parcor.evaluation.gradients import DatasetGradients, model_loss
 from hf_parcor.evaluation.metrics import (
@@ -28,6 +29,7 @@ __all__ = [
     "CorruptionEvaluator",
     "CorruptionRecord",
     "DatasetGradients",
+    "EvaluationData",
     "EvaluationRecord",
     "GenerationMetric",
     "Identified",

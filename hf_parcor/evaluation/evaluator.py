@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 
 from hf_parcor.corruptions import Corruption
+from hf_parcor.evaluation.data import EvaluationData
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import MEMORY, Measurement
 from hf_parcor.evaluation.measuring import Metric
-from hf_parcor.evaluation.provenance import described, library_versions, model_name, norm_of
+from hf_parcor.evaluation.provenance import described, library_versions, model_name, norm_of, task_of
 from hf_parcor.evaluation.reach import Reach
 from hf_parcor.evaluation.records import EvaluationRecord
 from hf_parcor.evaluation.replicas import measurable_model
@@ -73,6 +74,8 @@ class CorruptionEvaluator:
             unit="points")}`. None, the default, for what the metric states itself, as our own and those of `evaluate`
             do (see `hf_parcor.metric_info.info_of`); what nobody states is guessed from the names, and called a guess.
         progress: Whether to show a progress bar. Default True.
+        evaluated_on: What the data of the metric are called, for the record; None if they have no name.
+        task: The Hub's name of the task, for the record; "" for the one that the model's class is for.
 
     Raises:
         ValueError: The targets match nothing, or nothing that can be corrupted, or the batches can be walked through
@@ -102,6 +105,8 @@ class CorruptionEvaluator:
         memory: int = MEMORY,
         metric_info: Mapping[str, MetricInfo] | None = None,
         progress: bool = True,
+        evaluated_on: EvaluationData | None = None,
+        task: str = "",
     ) -> None:
         self._target = {
             "target_modules": target_modules,
@@ -114,6 +119,7 @@ class CorruptionEvaluator:
         self._parameters, self._out_of_reach = selection.parameters, selection.notes
         check_weights(self._parameters)
         self._model = model
+        self._evaluated_on, self._task = evaluated_on, task
         self._measurement = Measurement(
             model,
             metric,
@@ -178,4 +184,6 @@ class CorruptionEvaluator:
             weights_norm=norm_of(self._parameters.values()),
             weights=weights,
             metric_info=self._measurement.infos([clean, *records]),
+            evaluated_on=self._evaluated_on,
+            task=self._task or task_of(self._model),
         )

@@ -10,11 +10,12 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_parcor.corruptions import Corruption
+from hf_parcor.evaluation.data import EvaluationData
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import MEMORY, Measurement
 from hf_parcor.evaluation.measuring import Metric
-from hf_parcor.evaluation.provenance import described, library_versions, model_name, norm_of
+from hf_parcor.evaluation.provenance import described, library_versions, model_name, norm_of, task_of
 from hf_parcor.evaluation.reach import OutOfReachError, Reach
 from hf_parcor.evaluation.records import EvaluationRecord
 from hf_parcor.evaluation.replicas import measurable_model
@@ -49,6 +50,8 @@ class LayerProbe:
         memory: As in `CorruptionEvaluator`.
         metric_info: As in `CorruptionEvaluator`.
         progress: As in `CorruptionEvaluator`.
+        evaluated_on: As in `CorruptionEvaluator`.
+        task: As in `CorruptionEvaluator`.
 
     Raises:
         ValueError: A target matches nothing, or nothing that can be corrupted, there is no target, or the batches can
@@ -67,6 +70,8 @@ class LayerProbe:
         memory: int = MEMORY,
         metric_info: Mapping[str, MetricInfo] | None = None,
         progress: bool = True,
+        evaluated_on: EvaluationData | None = None,
+        task: str = "",
     ) -> None:
         model = measurable_model(model)
         reach = Reach(model)
@@ -94,6 +99,7 @@ class LayerProbe:
         for selection in self._selections.values():
             check_weights(selection)
         self._model = model
+        self._evaluated_on, self._task = evaluated_on, task
         self._measurement = Measurement(
             model,
             metric,
@@ -132,10 +138,8 @@ class LayerProbe:
         forget_derived()
         weights = fingerprint_of_weights(self._model)
         clean, data, records = self._measurement.run(self._selections, corruptions, trials, seed, weights, checkpoint)
-        versions, infos = (
-            library_versions(),
-            self._measurement.infos([clean, *(row for of_part in records for row in of_part)]),
-        )
+        versions, task = library_versions(), self._task or task_of(self._model)
+        infos = self._measurement.infos([clean, *(row for of_part in records for row in of_part)])
         of_parts = {
             label: EvaluationRecord(
                 model=model_name(self._model),
@@ -149,6 +153,8 @@ class LayerProbe:
                 weights_norm=norm_of(selection.values()),
                 weights=weights,
                 metric_info=infos,
+                evaluated_on=self._evaluated_on,
+                task=task,
             )
             for (label, selection), of_part in zip(self._selections.items(), records, strict=True)
         }

@@ -29,6 +29,45 @@ def model_name(model: nn.Module) -> str:
     return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
 
 
+def task_of(model: nn.Module) -> str:
+    """Return the Hub's name of the task that the model's class is for, also under an adapter; "" if unknown.
+
+    Examples:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = dict(hidden_size=2, num_hidden_layers=1, num_attention_heads=1, intermediate_size=2, vocab_size=2)
+        >>> task_of(BertForSequenceClassification(BertConfig(**sizes)))
+        'text-classification'
+    """
+    unwrapped: Any = getattr(model, "get_base_model", None)
+    return task_of_class(class_of(model if unwrapped is None else unwrapped()).__name__)
+
+
+def task_of_class(name: str) -> str:
+    """Return the Hub's name of the task that a class of Transformers is for; "" if unknown.
+
+    One that generates texts from texts is for several tasks, unless it is a translation model: the Hub calls that
+    "text2text-generation". So it does a BART, which can also fill masks.
+
+    Args:
+        name: Of the class, or what it ends with, such as "ForTokenClassification".
+
+    Examples:
+        >>> task_of_class("MarianMTModel"), task_of_class("BartForConditionalGeneration"), task_of_class("ForCausalLM")
+        ('translation', 'text2text-generation', 'text-generation')
+    """
+    from transformers.modelcard import TASK_MAPPING
+
+    if name.endswith("MTModel"):
+        return "translation"
+    classes: Any
+    found = []
+    for task, classes in TASK_MAPPING.items():
+        names = [known for entry in classes.values() for known in ((entry,) if isinstance(entry, str) else entry)]
+        if name in names or (name.startswith("For") and any(known.endswith(name) for known in names)):
+            found.append(str(task))
+    return "text2text-generation" if "text2text-generation" in found else next(iter(found), "")
+
+
 def norm_of(weights: Iterable[Tensor]) -> float:
     """Return the L2 norm of all weights as one vector, to six digits: the same however many processes summed it.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hf_parcor.evaluation.data import EvaluationData
 from hf_parcor.metric_info import MetricInfo, info_by_name, read_infos
 from hf_parcor.stored_record import StoredRecord
 
@@ -97,6 +98,8 @@ class EvaluationRecord(StoredRecord):
         weights: SHA-256 of all parameters and buffers of the model; "" in records from before it was kept.
         metric_info: What the numbers of each metric mean, as it stated, or as was guessed; empty in records from
             before it was kept: read it by `info`.
+        evaluated_on: The data of the metrics; None where nobody said, and in records from before it was kept.
+        task: The Hub's name of the task, such as "text-classification"; "" as before.
         format: Version of this layout.
     """
 
@@ -111,6 +114,8 @@ class EvaluationRecord(StoredRecord):
     weights_norm: float | None = None
     weights: str = ""
     metric_info: Mapping[str, MetricInfo] = field(default_factory=dict)
+    evaluated_on: EvaluationData | None = None
+    task: str = ""
     format: int = FORMAT
     kind: ClassVar[str] = "record"
     remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
@@ -120,6 +125,8 @@ class EvaluationRecord(StoredRecord):
         data["clean"] = _corruption_record(data["clean"])
         data["corruptions"] = tuple(_corruption_record(entry) for entry in data["corruptions"])
         data["notes"] = tuple(data["notes"])
+        measured_on = data.get("evaluated_on")
+        data["evaluated_on"] = None if measured_on is None else EvaluationData(**measured_on)
         norm = data.get("weights_norm")
         data["weights_norm"] = None if norm is None else float(norm)
         data["metric_info"] = read_infos(data.get("metric_info", {}))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hf_parcor.evaluation.data import EvaluationData
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord, data_frame
 from hf_parcor.metric_info import MetricInfo, agreed
 from hf_parcor.stored_record import StoredRecord
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import pandas
 
 FORMAT = 1
-_SHARED = ("model", "clean", "data", "versions", "metric_info")
+_SHARED = ("model", "clean", "data", "versions", "metric_info", "evaluated_on", "task")
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class SweepRecord(StoredRecord):
     """What a `LayerProbe` found: each group of weights corrupted by itself.
 
     Attributes:
-        records: The record of each group, by its name. Model, data, versions, clean metrics and what
-            these mean are the same.
+        records: The record of each group, by its name. Model, data, task, versions, clean metrics and what these mean
+            are the same.
         weights: SHA-256 of all parameters and buffers of the model.
         trials: Trials of each stochastic corruption.
         seed: First seed.
@@ -48,8 +49,8 @@ class SweepRecord(StoredRecord):
         for label, record in self.records.items():
             if repr([getattr(record, name) for name in _SHARED]) != first:
                 raise ValueError(
-                    f"records: expected one model, data, versions, clean metrics and metric_info for all groups, got "
-                    f"others for {label!r}; make one record for each sweep"
+                    f"records: expected one model, data, task, versions, clean metrics and metric_info for all "
+                    f"groups, got others for {label!r}; make one record for each sweep"
                 )
 
     @property
@@ -83,6 +84,16 @@ class SweepRecord(StoredRecord):
             for label, record in self.records.items()
         }
         return replace(self, records=stated)
+
+    @property
+    def evaluated_on(self) -> EvaluationData | None:
+        """The data of the metrics; None where nobody said."""
+        return self._first.evaluated_on
+
+    @property
+    def task(self) -> str:
+        """The Hub's name of the task; "" where nobody said."""
+        return self._first.task
 
     @property
     def _first(self) -> EvaluationRecord:

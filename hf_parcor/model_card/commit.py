@@ -77,11 +77,13 @@ class Change(NamedTuple):
         update: Returns the card from the card that is there; "" for none.
         files: What lies beside it.
         message: Of the commit.
+        check: Asks the Hub whether this may be said there, and raises a `ValueError` if not.
     """
 
     update: Callable[[str], str]
     files: Mapping[str, bytes]
     message: str
+    check: Callable[[HfApi], None] = lambda api: None
 
 
 def publish(change: Change, to: Destination) -> Published:
@@ -144,6 +146,7 @@ def card_on_hub(api: HfApi, repo_id: str, revision: str | None = None) -> tuple[
 
 
 def _once(api: HfApi, change: Change, to: Destination) -> Published:
+    change.check(api)
     try:
         text, info = card_on_hub(api, to.repo_id, to.revision)
     except RepositoryNotFoundError as error:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from hf_parcor.evaluation.data import EvaluationData
 from hf_parcor.evaluation.records import CorruptionRecord
 from hf_parcor.evaluation.sweep_record import SweepRecord
 from hf_parcor.metric_info import MetricInfo, info_by_name, read_info
@@ -61,25 +62,6 @@ class CorruptionFacts:
 
 
 @dataclass(frozen=True)
-class EvaluationData:
-    """The data that a model was evaluated on; only the first is needed.
-
-    Attributes:
-        name: Its name for readers.
-        id: Its name on the Hub; "" where it is not there.
-        config: The name of the configuration; "" for the only one.
-        split: Such as "validation"; "" if unknown.
-        revision: The commit on the Hub; "" if unknown.
-    """
-
-    name: str
-    id: str = ""
-    config: str = ""
-    split: str = ""
-    revision: str = ""
-
-
-@dataclass(frozen=True)
 class ProbeFacts:
     """What a probe of the same weights found: which part is weak.
 
@@ -121,6 +103,8 @@ class ModelFacts(StoredRecord):
         notes: What was noticed while measuring, in sentences.
         weights: SHA-256 of the weights that were measured, one a training; "" where a record does not say.
         probe: What a probe of these weights found; None for none.
+        benchmark_task: The task of the data set's leaderboard that the result without corruption is for, as in its
+            `eval.yaml`; "" if the data set is no registered benchmark, or nobody said.
         format: Version of this layout.
     """
 
@@ -143,6 +127,7 @@ class ModelFacts(StoredRecord):
     notes: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
     probe: ProbeFacts | None = None
+    benchmark_task: str = ""
     format: int = FORMAT
     kind: ClassVar[str] = "model facts"
     remedy: ClassVar[str] = "make them again from the records"

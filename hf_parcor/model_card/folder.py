@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from hf_parcor.model_card.card import updated_card
 from hf_parcor.model_card.facts import ModelFacts
-from hf_parcor.model_card.metadata import RESULTS_FOLDER, RESULTS_PREFIX, eval_result_files, metadata_of
+from hf_parcor.model_card.metadata import RESULTS_FOLDER, RESULTS_PREFIX, eval_result_file, metadata_of
 from hf_parcor.model_card.pictures import CURVES, HEAT_MAP, pictures_of
 from hf_parcor.model_card.section import section_of
 from hf_parcor.report.markup import text_of
@@ -19,12 +19,12 @@ FACTS = "robustness_facts.json"
 
 
 def files_beside(facts: ModelFacts) -> dict[str, bytes]:
-    """Return what lies beside a card, by path: the facts, the results for the Hub, and the pictures.
+    """Return what lies beside a card, by path: the facts, the result for a leaderboard, and the pictures.
 
     There are no pictures where Matplotlib is not installed.
     """
     files = {FACTS: facts.to_json().encode()}
-    files |= {path: text.encode() for path, text in eval_result_files(facts)}
+    files |= {path: text.encode() for path, text in eval_result_file(facts).items()}
     return files if find_spec("matplotlib") is None else files | pictures_of(facts)
 
 

@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from hf_parcor.evaluation.comparable import check_repetitions
+from hf_parcor.evaluation.data import EvaluationData
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.evaluation.sweep_record import SweepRecord
 from hf_parcor.metric_info import agreed
-from hf_parcor.model_card.facts import CorruptionFacts, EvaluationData, ModelFacts, ProbeFacts, metric_facts
+from hf_parcor.model_card.facts import CorruptionFacts, ModelFacts, ProbeFacts, metric_facts
 from hf_parcor.report.numbers import Numbers
 from hf_parcor.report.probe_verdict import probe_verdict
 from hf_parcor.report.study import Study
@@ -31,6 +33,7 @@ def facts_of(
     unit: str | None = None,
     defense: Mapping[str, Any] | None = None,
     command: str = "",
+    benchmark_task: str = "",
 ) -> ModelFacts:
     """Return what a card says of a model.
 
@@ -41,18 +44,19 @@ def facts_of(
         name: Name of the model; "" for that in the record.
         base_model: As in `ModelFacts`.
         datasets: As in `ModelFacts`.
-        task: As in `ModelFacts`.
-        evaluated_on: The data of the metrics; None if it has no name.
+        task: As in `ModelFacts`; "" for that in the record.
+        evaluated_on: The data of the metrics; None for what the record says.
         metric: The metric that the card shows; None for "accuracy", or else for the first of which more is better.
         greater_is_better: Whether a large one is good; None for what the records say, or a guess that the card calls
             one.
         unit: As in `MetricInfo`; None as for `greater_is_better`.
         defense: As in `ModelFacts`: what `DefenseConfig.to_dict` returns.
         command: As in `ModelFacts`.
+        benchmark_task: As in `ModelFacts`.
 
     Raises:
         ValueError: There are no records, or they are not of the same corruptions, targets and metrics, or lack the
-            metric.
+            metric, or are no repetitions; see `check_repetitions`.
         ImportError: A probe has several trials, and SciPy, which judges them, is not installed.
 
     Examples:
@@ -75,6 +79,7 @@ def facts_of(
                 "records: expected the same corruptions, targets and metrics in each, got others; evaluate all alike, "
                 "or make a card for each"
             )
+    check_repetitions({"": found})
     names = [name for name in first.clean.metrics if all(name in row.metrics for row in first.corruptions)]
     chosen = _chosen(names, metric, first)
     info = agreed([one.info(chosen).stating(greater_is_better=greater_is_better, unit=unit) for one in found], chosen)
@@ -84,8 +89,8 @@ def facts_of(
         name=name or first.model.rpartition("/")[2],
         base_model=base_model,
         datasets=tuple(datasets),
-        task=task,
-        evaluated_on=evaluated_on or EvaluationData("the evaluation data"),
+        task=task or first.task,
+        evaluated_on=evaluated_on or first.evaluated_on or EvaluationData(),
         metric=chosen,
         info=info,
         defense=defense,
@@ -97,6 +102,7 @@ def facts_of(
         data="; ".join(dict.fromkeys(record.data for record in found if record.data)),
         versions=first.versions,
         command=command,
+        benchmark_task=benchmark_task,
         notes=tuple(dict.fromkeys(note for record in found for note in _notes(record))),
         weights=tuple(record.weights for record in found) if any(record.weights for record in found) else (),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -90,35 +90,27 @@ def model_index(facts: ModelFacts) -> Any:
     return _printable(eval_results_to_model_index(facts.name, results))
 
 
-def eval_result_files(facts: ModelFacts) -> Iterator[tuple[str, str]]:
-    """Yield path and text of each file for `.eval_results`: one for each variant, as the Hub asks.
+def eval_result_file(facts: ModelFacts) -> dict[str, str]:
+    """Return the file for `.eval_results` by its path: the result without corruption, for a registered benchmark.
 
-    That of the clean model is the plain result; the others say in `notes` what was corrupted. There are none for
-    data that is not on the Hub, and none for a mean that is not finite: a leaderboard has no place for them.
+    The Hub puts whatever stands there on the leaderboard of the data set, beside other models. An entry has a data
+    set, a task of its `eval.yaml` and a value; what else was done to the model, only free text would say. So results
+    of damaged weights stay in the front matter, where their settings are. There is no file where nobody named the
+    task of a benchmark, for a part of a split, for a mean over several models, and for what is not finite.
     """
-    data = facts.evaluated_on
-    if not is_on_the_hub(data.id):
-        return
-    taken: set[str] = set()
-    for row in facts.rows():
-        entry = row.metrics[facts.metric]
-        if not math.isfinite(entry.mean):
-            continue
-        result = EvalResultEntry(
-            dataset_id=data.id,
-            task_id=data.config or "default",
-            value=entry.mean,
-            dataset_revision=data.revision or None,
-            notes=None if row is facts.clean else f"{facts.metric} under parameter corruption: {_settings(row)}",
-        )
-        name = plain_name(data.id if row is facts.clean else f"{data.id}-{row.label}")
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        yield (
-            f"{RESULTS_FOLDER}/{RESULTS_PREFIX}{name}.yaml",
-            to_yaml(_printable(eval_result_entries_to_yaml([result]))),
-        )
+    data, clean = facts.evaluated_on, facts.clean.metrics[facts.metric]
+    whole = "[" not in data.split and "held out" not in data.split
+    of_one_model = facts.repetitions == "trials" or clean.n == 1
+    if not (facts.benchmark_task and is_on_the_hub(data.id) and whole and of_one_model and math.isfinite(clean.mean)):
+        return {}
+    result = EvalResultEntry(
+        dataset_id=data.id,
+        task_id=facts.benchmark_task,
+        value=clean.mean,
+        dataset_revision=data.revision or None,
+    )
+    path = f"{RESULTS_FOLDER}/{RESULTS_PREFIX}{plain_name(data.id)}.yaml"
+    return {path: to_yaml(_printable(eval_result_entries_to_yaml([result])))}
 
 
 def to_yaml(value: Any) -> str:
@@ -146,8 +138,3 @@ def _arguments(facts: ModelFacts, row: CorruptionFacts) -> dict[str, Any]:
     }
     plain = to_plain(found, otherwise=str)
     return {name: value for name, value in plain.items() if value is not None}
-
-
-def _settings(row: CorruptionFacts) -> str:
-    settings = ", ".join(f"{name}={value}" for name, value in row.settings.items() if value is not None)
-    return f"{row.label} ({settings})" if settings else row.label

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from hf_parcor.evaluation.data import EvaluationData
 from hf_parcor.model_card.facts import ModelFacts
 from hf_parcor.model_card.metadata import has_run, is_on_the_hub
 from hf_parcor.model_card.pictures import CURVES, HEAT_MAP
@@ -86,7 +87,7 @@ def _introduction(facts: ModelFacts) -> Iterator[str]:
     moves = "fall" if facts.info.greater_is_better else "rise"
     yield (
         f"How far does {code_of(facts.metric)} of {_linked(facts.name, link=False)} {moves} when its weights are "
-        f"disturbed? It was measured with hf\\_parcor on {_data(facts)}{_selected(facts)}."
+        f"disturbed? It was measured with hf\\_parcor on {_data(facts.evaluated_on)}{_selected(facts)}."
     )
     origin = [f"The model was made from {_linked(facts.base_model)}."] if facts.base_model else []
     if facts.datasets:
@@ -121,7 +122,10 @@ def _weak_part(facts: ModelFacts, pictures: Collection[str]) -> Iterator[str]:
         return
     yield "### Which part is weak?"
     clean = Numbers(facts.info.unit).with_unit(facts.probe.clean)
-    yield f"Each group of weights was corrupted by itself; without corruption {code_of(facts.metric)} was {clean}."
+    data = facts.probe.record.evaluated_on
+    where = "" if data in (None, facts.evaluated_on) else f" on {_data(data)}"
+    metric = code_of(facts.metric)
+    yield f"Each group of weights was corrupted by itself{where}; without corruption {metric} was {clean}."
     yield text_of(facts.probe.verdict)
     yield from _shown(HEAT_MAP, f"{facts.metric} of {facts.name} with each group of weights corrupted", pictures)
     yield from _noticed(facts.probe.notes)
@@ -188,10 +192,9 @@ def _plain(value: Any) -> str:
     return ", ".join(map(_plain, value)) if isinstance(value, (list, tuple)) else str(to_plain(value, otherwise=str))
 
 
-def _data(facts: ModelFacts) -> str:
-    data = facts.evaluated_on
+def _data(data: EvaluationData) -> str:
     where = f" ({_linked(data.id, 'datasets/')})" if data.id else ""
-    parts = [text_of(part) for part in (data.config, data.split) if part]
+    parts = [text_of(part) for part in (data.config, data.split, data.size) if part]
     return f"{text_of(data.name)}{where}" + (f", {', '.join(parts)}" if parts else "")
 
 

@@ -101,7 +101,7 @@ class RobustnessCallback(TrainerCallback):
             metric_info=self._infos,
         )
         if isinstance(self._trainer, RobustnessMixin):
-            self._trainer.robustness_was_measured(prefix, record, eval_dataloader.dataset)
+            self._trainer.robustness_was_measured(prefix, record)
         found = robustness_metrics(record, list(self._corruptions), prefix)
         self._trainer.log(dict(found))
         metrics.update(found)

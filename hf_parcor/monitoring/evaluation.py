@@ -12,6 +12,7 @@ from transformers import Trainer
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions import Corruption, GaussianNoise, GradientCorruption, Quantization
 from hf_parcor.evaluation import DEFAULT_TRIALS, CorruptionEvaluator, EvaluationRecord, TrainerMetric, model_loss
+from hf_parcor.evaluation.data import evaluation_data_of
 from hf_parcor.evaluation.walks import drawn_once
 from hf_parcor.metric_info import MetricInfo
 
@@ -66,8 +67,15 @@ def measure_robustness(
         target_modules=target_modules,
         metric_info=metric_info,
         progress=not trainer.args.disable_tqdm,
+        evaluated_on=evaluation_data_of(_dataset(trainer, eval_dataset)),
     )
     return evaluator.evaluate(corruptions, trials, seed)
+
+
+def _dataset(trainer: Trainer, asked: Any) -> Any:
+    """Return the data set that a Trainer means: its own, one of its own by name, or the one that is passed."""
+    own: Any = trainer.eval_dataset
+    return own if asked is None else own[asked] if isinstance(asked, str) else asked
 
 
 def _loss_of(trainer: Trainer) -> Any:

@@ -88,11 +88,10 @@ class RobustnessMixin(_Base):
         self.log(dict(metrics))
         return metrics
 
-    def robustness_was_measured(self, prefix: str, record: EvaluationRecord, dataset: Any) -> None:
+    def robustness_was_measured(self, prefix: str, record: EvaluationRecord) -> None:
         """Hear of a measurement that a `RobustnessCallback` made beside an evaluation; by itself this does nothing.
 
         Args:
             prefix: What the names of its metrics begin with.
             record: What was measured.
-            dataset: On what.
         """

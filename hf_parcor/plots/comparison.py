@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hf_parcor.evaluation.comparable import check_comparable
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.evaluation.series import Series, short
 from hf_parcor.plots.curve import draw_curve
@@ -40,10 +41,13 @@ def plot_comparison(
         A figure; `figure.savefig("robustness.png")` writes it.
 
     Raises:
-        ValueError: There are no records, they have no corruptions, or they lack the metric.
+        ValueError: There are no records, they have no corruptions, or they lack the metric, or are of other data or
+            tasks; see `check_comparable`.
         ImportError: matplotlib is not installed.
     """
     from matplotlib.lines import Line2D
+
+    check_comparable(records)
 
     panels = list(dict.fromkeys(Series.of(row) for record in records.values() for row in record.corruptions))
     if not panels:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from hf_parcor.report.comparison_verdict import comparison_verdict
-from hf_parcor.report.notes import notes
+from hf_parcor.report.notes import data_caveat, notes
 from hf_parcor.report.numbers import Numbers
 from hf_parcor.report.panels import Panel, panels
 from hf_parcor.report.probe_verdict import Finding, probe_verdict
@@ -34,12 +34,13 @@ def content_of(study: Study, numbers: Numbers, title: str) -> Content:
     """Return what is to be said about a study."""
     compared = len(study.models) > 1
     darkest = numbers.difference(largest_drop(study))
+    verdict = comparison_verdict if compared else probe_verdict
     summaries = [summary(study, series, numbers) for series in study.curves]
     return Content(
         title=title,
         metric=study.metric,
         numbers=numbers,
-        findings=(comparison_verdict if compared else probe_verdict)(study, numbers) + _guess(study),
+        findings=[*map(Finding, data_caveat(study) * compared), *verdict(study, numbers), *_guess(study)],
         guesses=study.info.guesses(study.metric),
         notes=notes(study),
         heat_maps=[heat_map(study, series, numbers) for series in study.curves],

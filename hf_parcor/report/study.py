@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TypeAlias
 
+from hf_parcor.evaluation.comparable import asked_for, check_comparable, check_repetitions
 from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.evaluation.series import Series
 from hf_parcor.evaluation.sweep_record import SweepRecord
@@ -137,9 +139,12 @@ class Study:
 
         Raises:
             ValueError: There are no records or no corruptions, repetitions are of different corruptions or groups, a
-                corruption stands in a record twice, the metric is missing, or records state different things of it.
+                corruption stands in a record twice, the metric is missing, or records state different things of it. Or
+                records do not belong together: see `check_comparable` and `check_repetitions`; or two models are one
+                and the same record.
         """
         gathered = {name: _groups(records) for name, records in models.items()}
+        _check(gathered)
         infos = [
             record.info(metric).stating(greater_is_better=greater_is_better, unit=unit)
             for groups in gathered.values()
@@ -204,7 +209,7 @@ def _groups(records: Records) -> dict[str, tuple[EvaluationRecord, ...]]:
     if isinstance(records, SweepRecord):
         return _groups(records.records)
     if isinstance(records, EvaluationRecord):
-        return {_target(records): (records,)}
+        return {asked_for(records): (records,)}
     if isinstance(records, Mapping):
         groups = {
             label: (entry,) if isinstance(entry, EvaluationRecord) else tuple(entry)
@@ -218,7 +223,7 @@ def _groups(records: Records) -> dict[str, tuple[EvaluationRecord, ...]]:
         groups = {label: tuple(probe[label] for probe in probes) for label in probes[0]}
     else:
         flat = tuple(record for record in records if isinstance(record, EvaluationRecord))
-        groups = {_target(flat[0]): flat} if len(flat) == len(records) > 0 else {"": ()}
+        groups = {asked_for(flat[0]): flat} if len(flat) == len(records) > 0 else {"": ()}
     if not groups or not all(
         entry and all(isinstance(record, EvaluationRecord) for record in entry) for entry in groups.values()
     ):
@@ -230,9 +235,19 @@ def _groups(records: Records) -> dict[str, tuple[EvaluationRecord, ...]]:
     return groups
 
 
-def _target(record: EvaluationRecord) -> str:
-    described = record.target.get("target_modules", "all")
-    return described if isinstance(described, str) else ", ".join(map(str, described))
+def _check(models: Mapping[str, Mapping[str, tuple[EvaluationRecord, ...]]]) -> None:
+    """Refuse what does not belong together."""
+    for name, groups in models.items():
+        check_repetitions(groups, name)
+    placed = [(name, group, record) for name, groups in models.items() for group in groups for record in groups[group]]
+    check_comparable({" ".join(filter(None, [name, group])): record for name, group, record in placed})
+    for (name, group, first), (other, of_other, second) in combinations(placed, 2):
+        alike = name != other and group == of_other and first.weights == second.weights != ""
+        if alike and first.to_json() == second.to_json():
+            raise ValueError(
+                f"models: expected a record of its own for each, got the same for {name!r} and {other!r}; name each "
+                "record once"
+            )
 
 
 def _curves(

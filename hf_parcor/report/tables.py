@@ -141,7 +141,12 @@ def settings(study: Study) -> Table:
     for model, groups in study.models.items():
         name = f"{model}: " if len(study.models) > 1 else ""
         records = [record for entry in groups.values() for record in entry]
+        measured_on = {
+            f"{name}data": _distinct(str(record.evaluated_on) for record in records if record.evaluated_on),
+            f"{name}task": _distinct(record.task for record in records if record.task),
+        }
         rows += [
+            *((what, value) for what, value in measured_on.items() if value),
             (f"{name}model", _distinct(record.model for record in records)),
             (f"{name}targets", _distinct(str(dict(record.target)) for record in records)),
             (f"{name}records per group", _distinct(str(len(entry)) for entry in groups.values())),

@@ -43,7 +43,7 @@ _HEADS_OF_ADAPTERS = {
 
 
 def task_of(model: str, rows: Rows, given: Mapping[str, str], revision: str = "main") -> Task:
-    """Return the task that a model's head is for; if it is for several, the first that the data has columns for.
+    """Return the task that a model's head is for; if it is for several, the one that the data has columns for.
 
     Args:
         model: A name on the Hub, or a local folder.
@@ -52,7 +52,7 @@ def task_of(model: str, rows: Rows, given: Mapping[str, str], revision: str = "m
         revision: Branch, tag or commit of the model.
 
     Raises:
-        InputError: There is no such model, or it has no head of a known task.
+        InputError: There is no such model, or it has no head of a known task, or of several that the data fit as well.
     """
     architectures = architectures_of(model, revision)
     fitting = [task for task in TASKS.values() if task.has_head(architectures)]
@@ -61,13 +61,31 @@ def task_of(model: str, rows: Rows, given: Mapping[str, str], revision: str = "m
             f"model: expected one with a head for {', '.join(TASKS)}, got {model!r} with "
             f"{', '.join(architectures) or 'no architecture in its configuration'}; fine-tune it, or say --task"
         )
-    for task in fitting[:-1]:
-        try:
-            task.find_columns(rows, given)
-        except InputError:  # the columns of another task
-            continue
-        return task
-    return fitting[-1]
+    columns = {task: _columns(task, rows, given) for task in fitting}
+    told = [task for task in fitting if _is_told(task, columns[task])]
+    possible = told or [task for task in fitting if columns[task]] or fitting[-1:]
+    if len(possible) > 1:
+        raise InputError(
+            f"task: expected one that {model!r} and the columns {', '.join(rows.columns)} are for, got "
+            f"{' and '.join(task.name for task in possible)}; say --task"
+        )
+    return possible[0]
+
+
+def _columns(task: Task, rows: Rows, given: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns of a task by role; none where they are those of another."""
+    try:
+        return task.find_columns(rows, given)
+    except InputError:
+        return {}
+
+
+def _is_told(task: Task, columns: Mapping[str, str]) -> bool:
+    """Return whether the name of a column says that the data are for a task; what is given by hand may not."""
+    return any(
+        column.lower() in task.roles[role].names or column.startswith(f"{task.name}.")
+        for role, column in columns.items()
+    )
 
 
 def task_named(name: str) -> Task:

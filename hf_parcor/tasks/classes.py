@@ -73,26 +73,31 @@ def class_numbers(rows: Rows, column: str, label_numbers: Mapping[str, int]) -> 
     ]
 
 
-def classes_of(rows: Rows, column: str) -> list[str]:
-    """Return the names of the classes that a column has, for a model that is to learn them.
+def classes_of(columns: Sequence[tuple[Rows, str]]) -> list[str]:
+    """Return the names of the classes that columns have, for a model that is to learn them.
 
     Names come in the data's order where these have one, else sorted. A number is the name of a class as well, and
     only those that occur are: 0 and 100000 are two classes.
 
+    Args:
+        columns: Rows with the name of their column; of training first, which decides where data have names.
+
     Raises:
         InputError: A row has no label, or a negative one.
     """
+    rows, column = columns[0]
     if column in rows.class_names:
         return list(rows.class_names[column])
     names: set[str] = set()
-    for row, label in _labels(rows.column(column)):
-        text = _text(rows, column, label, row)
-        if text is None:
-            raise InputError(
-                f"{rows.source}: expected names or numbers, or lists of these, got {label!r} in column {column!r}, "
-                f"row {row}; name another column"
-            )
-        names.add(_plain(text))
+    for rows, column in columns:
+        for row, label in _labels(rows.column(column)):
+            text = _text(rows, column, label, row)
+            if text is None:
+                raise InputError(
+                    f"{rows.source}: expected names or numbers, or lists of these, got {label!r} in column "
+                    f"{column!r}, row {row}; name another column"
+                )
+            names.add(_plain(text))
     numbers = [int(name) for name in names if _WHOLE_NUMBER.fullmatch(name)]
     if len(numbers) < len(names):
         return sorted(names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -20,9 +20,9 @@ class Classification(Task):
 
     metrics = ("accuracy", "loss")
 
-    def head_settings(self, rows: Rows, columns: Mapping[str, str]) -> dict[str, Any]:
+    def head_settings(self, parts: Sequence[tuple[Rows, Mapping[str, str]]]) -> dict[str, Any]:
         """Return the classes that the data has."""
-        names = classes_of(rows, columns["label"])
+        names = classes_of([(rows, columns["label"]) for rows, columns in parts])
         numbers = {name: number for number, name in enumerate(names)}
         return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": numbers}
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hf_parcor.evaluation.data import EvaluationData, evaluation_data_of
 from hf_parcor.hub_data import load_hub_data
 from hf_parcor.input_error import InputError, nearest
 from hf_parcor.tasks.files import data_suffix, read_file
@@ -21,6 +23,7 @@ class Rows:
         entries: The rows, a list or a `datasets.Dataset`.
         columns: The names of the columns.
         class_names: For columns with numbers that stand for names: the names, in order.
+        data: What records call them.
 
     Raises:
         InputError: There is no row.
@@ -30,10 +33,60 @@ class Rows:
     entries: Sequence[Mapping[str, Any]]
     columns: tuple[str, ...]
     class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    data: EvaluationData = field(default_factory=EvaluationData)
 
     def __post_init__(self) -> None:
         if not len(self.entries):
             raise InputError(f"{self.source}: expected at least one row, got none; name other data")
+
+    def part(self, indices: Sequence[int], split: str) -> Rows:
+        """Return some of the rows.
+
+        Args:
+            indices: Which, from 0 on.
+            split: What records call this part.
+        """
+        entries: Any = self.entries
+        chosen = [entries[index] for index in indices] if isinstance(entries, list) else entries.select(indices)
+        return replace(self, entries=chosen, data=replace(self.data, split=split, rows=len(indices)))
+
+    def first(self, count: int | None) -> Rows:
+        """Return the first rows, as many as there are up to a number; None for all."""
+        if count is None or count >= len(self.entries):
+            return self
+        return self.part(range(count), f"{self.data.split}[:{count}]")
+
+    def split_off(self, share: float, seed: int) -> tuple[Rows, Rows]:
+        """Split off a random part: return the rows without it, and the part, both in their order.
+
+        Of n rows the part has n · share, rounded, but one at least, and one remains at least. It is drawn without
+        replacement by `random.Random(seed)`: the same in every process, on every machine, and for every model.
+
+        Args:
+            share: Of the rows, between 0 and 1.
+            seed: Of the draw.
+
+        Raises:
+            InputError: There is one row only.
+
+        Examples:
+            >>> rows = Rows("dev.tsv", [{"text": text} for text in "abcdef"], ("text",))
+            >>> training, held_out = rows.split_off(0.3, seed=0)
+            >>> len(training.entries), len(held_out.entries), held_out.data.split
+            (4, 2, 'held out: 2 of 6 rows, seed 0')
+        """
+        total = len(self.entries)
+        if total < 2:
+            raise InputError(
+                f"{self.source}: expected two rows or more, to train on one and measure on the other, got {total}; "
+                "name other data to measure on"
+            )
+        count = min(max(1, round(total * share)), total - 1)
+        drawn = set(random.Random(seed).sample(range(total), count))
+        of_both = [[index for index in range(total) if (index in drawn) is inside] for inside in (False, True)]
+        said = f"{count} of {total:,} rows, seed {seed}"
+        before = f"{self.data.split}, " if self.data.split else ""
+        return self.part(of_both[0], f"{before}without {said}"), self.part(of_both[1], f"{before}held out: {said}")
 
     def column(self, name: str) -> list[Any]:
         """Return all values of a column.
@@ -66,12 +119,40 @@ def load_rows(source: str, split: str = "validation", configuration: str | None 
     """
     path = Path(source)
     if path.is_file() or data_suffix(source):
-        rows = read_file(path)
-        return Rows(source, rows, tuple(dict.fromkeys(name for row in rows for name in row)))
+        return _of_files(source, [path], EvaluationData(path.name))
+    files = _files_of_split(source, split, configuration) if path.is_dir() else []
+    if files:
+        return _of_files(source, files, EvaluationData(path.absolute().name, split=split))
     found = load_hub_data(source, configuration, split=split)
     if "translation" in found.features:
         found = found.flatten()
-    return Rows(source, found, tuple(found.column_names), _class_names(found.features))
+    data = replace(evaluation_data_of(found), name=path.absolute().name, id="" if path.exists() else source)
+    return Rows(source, found, tuple(found.column_names), _class_names(found.features), data)
+
+
+def _files_of_split(folder: str, split: str, configuration: str | None) -> list[str]:
+    """Return the files that `datasets` takes for a split of a folder, where `read_file` reads all of them.
+
+    It keeps what cells say, where `datasets` makes a 1 of 01. None where the folder says which types its columns have.
+    """
+    try:
+        import datasets
+    except ImportError:  # said where it is read
+        return []
+    try:
+        builder = datasets.load_dataset_builder(folder, configuration)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError):  # said where it is read
+        return []
+    if builder.info.features is not None:
+        return []
+    files = [str(file) for file in (builder.config.data_files or {}).get(split, [])]
+    return files if all(data_suffix(file) and Path(file).is_file() for file in files) else []
+
+
+def _of_files(source: str, files: Sequence[str | Path], data: EvaluationData) -> Rows:
+    rows = [row for file in files for row in read_file(file)]
+    names = tuple(dict.fromkeys(name for row in rows for name in row))
+    return Rows(source, rows, names, data=replace(data, rows=len(rows)))
 
 
 def find_column(rows: Rows, role: str, known: Sequence[str], given: Mapping[str, str]) -> str | None:

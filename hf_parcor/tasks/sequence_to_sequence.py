@@ -22,7 +22,7 @@ _OF_SACREBLEU = ("bleu", "chrf", "ter")
 class SequenceToSequence(Task):
     """A text is generated from a text, and compared with a reference."""
 
-    heads = ("ForConditionalGeneration", "MTModel", "ForSeq2SeqLM")
+    heads: ClassVar[tuple[str, ...]] = ("ForConditionalGeneration", "ForSeq2SeqLM")
     auto_class = "AutoModelForSeq2SeqLM"
     metrics = _OF_SACREBLEU
 
@@ -60,6 +60,7 @@ class Translation(SequenceToSequence):
     """From one language into another: `translation.de` and `translation.en`, or the only two columns, in order."""
 
     name = "translation"
+    heads = (*SequenceToSequence.heads, "MTModel")
     roles: ClassVar[Mapping[str, Role]] = {
         "source": Role(("source", "src", "source_text", "input")),
         "target": Role(("target", "tgt", "target_text", "reference", "output")),

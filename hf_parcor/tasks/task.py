@@ -157,8 +157,15 @@ class Task(ABC):
                 f"{encoding.source_language or encoding.target_language!r}; leave out --source-lang and --target-lang"
             )
 
-    def head_settings(self, rows: Rows, columns: Mapping[str, str]) -> dict[str, Any]:
-        """Return what a model that is to be trained on this data has to know of its head; by default nothing."""
+    def head_settings(self, parts: Sequence[tuple[Rows, Mapping[str, str]]]) -> dict[str, Any]:
+        """Return what a model that is to be trained has to know of its head; by default nothing.
+
+        Args:
+            parts: All rows that it will meet, in training and after, each with their columns.
+
+        Raises:
+            InputError: The data has no labels.
+        """
         return {}
 
     @abstractmethod

@@ -43,7 +43,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def save_defense(folder: str | Path, config: DefenseConfig | None, origin: Mapping[str, Any] | None = None) -> None:
-    """Write the defense into the folder of a saved model; for the stock step nothing, but warn of an old file there.
+    """Write the defense into the folder of a saved model; for the stock step nothing, and remove an old file there.
 
     Args:
         folder: The folder.
@@ -57,9 +57,10 @@ def save_defense(folder: str | Path, config: DefenseConfig | None, origin: Mappi
     elif config is not None:
         config.save_pretrained(folder)
     elif path.exists():
+        path.unlink()
         logger.warning_once(
-            f"{path} describes another model than the one saved there now, which was trained without a defense: "
-            "delete it, or save elsewhere."
+            f"{path} described the model that was saved there before. It is removed, since the one that takes its "
+            "place was trained without a defense."
         )
 
 

@@ -8,9 +8,8 @@ from typing import NamedTuple, TypeAlias
 from transformers import TrainerState
 
 from hf_parcor.evaluation import EvaluationRecord
-from hf_parcor.model_card.facts import EvaluationData
 
-Results: TypeAlias = Mapping[str, tuple[EvaluationRecord, EvaluationData]]
+Results: TypeAlias = Mapping[str, EvaluationRecord]
 
 
 class _Measured(NamedTuple):
@@ -34,7 +33,7 @@ class MeasuredWeights:
         Args:
             state: The step they are of, and the best one until then.
             weights: Fingerprint of the weights.
-            results: Records and data by the prefix of their metrics.
+            results: Records by the prefix of their metrics.
             instead: Whether they take the place of what is known of the same weights; else they are put beside it.
         """
         last = self._by_step.pop(state.global_step, None)

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_parcor.evaluation import EvaluationRecord
+from hf_parcor.evaluation.data import EvaluationData, named_on_hub
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.model_card.card import read_card, updated_card, with_metadata
 from hf_parcor.model_card.facts import ModelFacts
@@ -24,7 +25,6 @@ from hf_parcor.model_card.metadata import unmeasured_metadata
 from hf_parcor.model_card.section import unmeasured_section
 from hf_parcor.monitoring import RobustnessMixin
 from hf_parcor.sharding import drop_gathered
-from hf_parcor.training.card_description import base_model_of, evaluation_data_of, named_on_hub, task_of
 from hf_parcor.training.measured import MeasuredWeights
 from hf_parcor.training.overriding import overriding
 
@@ -56,24 +56,19 @@ class CardMixin(RobustnessMixin):
         """The defense as the card shows it; None for none."""
         return None
 
-    def evaluate_robustness(self, *args: Any, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
-        """As `RobustnessMixin.evaluate_robustness`; the card remembers of which weights and data this was."""
-        metrics = super().evaluate_robustness(*args, eval_dataset=eval_dataset, **kwargs)
-        own: Any = self.eval_dataset
-        data = own if eval_dataset is None else own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        parts = data.values() if isinstance(data, dict) else [data]
-        measured = zip(self.robustness_records.items(), parts, strict=True)
-        self._keep({prefix: (record, part) for (prefix, record), part in measured}, instead=True)
+    def evaluate_robustness(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `RobustnessMixin.evaluate_robustness`; the card remembers of which weights this was."""
+        metrics = super().evaluate_robustness(*args, **kwargs)
+        self._keep(self.robustness_records, instead=True)
         return metrics
 
-    def robustness_was_measured(self, prefix: str, record: EvaluationRecord, dataset: Any) -> None:
+    def robustness_was_measured(self, prefix: str, record: EvaluationRecord) -> None:
         """Remember for the card what a `RobustnessCallback` measured."""
-        self._keep({prefix: (record, dataset)}, instead=False)
+        self._keep({prefix: record}, instead=False)
 
-    def _keep(self, measured: Mapping[str, tuple[EvaluationRecord, Any]], *, instead: bool) -> None:
+    def _keep(self, measured: Mapping[str, EvaluationRecord], *, instead: bool) -> None:
         if self.is_world_process_zero() and self.model is not None:
-            results = {prefix: (record, evaluation_data_of(data)) for prefix, (record, data) in measured.items()}
-            self._measured.keep(self.state, _weights_here(self.model), results, instead=instead)
+            self._measured.keep(self.state, _weights_here(self.model), measured, instead=instead)
 
     def robustness_facts(self, model_name: str = "", dataset: str = "") -> ModelFacts | None:
         """Return what the card says of the weights as they are; None if they were not measured.
@@ -89,12 +84,12 @@ class CardMixin(RobustnessMixin):
             return None
         if len(results) > 1:
             logger.warning(f"The card shows the robustness of {next(iter(results))} alone, not of all {len(results)}.")
-        record, data = next(iter(results.values()))
+        record = next(iter(results.values()))
+        data = record.evaluated_on or EvaluationData()
         return facts_of(
             record,
             name=model_name or folder_of(self.args).name,
             base_model=base_model_of(self.model),
-            task=task_of(self.model),
             evaluated_on=named_on_hub(data, dataset) if dataset else data,
             defense=self._defense_values,
         )
@@ -142,6 +137,12 @@ def _weights_here(model: nn.Module) -> str:
     """Return a fingerprint of what this process holds: the one that writes cards must not wait for others."""
     drop_gathered(model)
     return fingerprint_of_weights(model, gather=False)
+
+
+def base_model_of(model: nn.Module) -> str:
+    """Return the name on the Hub of the model that this one was made from; "" for a folder, or where none is said."""
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    return "" if not name or Path(name).is_absolute() or Path(name).is_dir() else name
 
 
 def folder_of(arguments: TrainingArguments) -> Path:

@@ -27,6 +27,15 @@ def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def models_of_seeds(classifier_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the folders of four such models with other weights, by name."""
+    folders = {"plain": classifier_folder}
+    for seed, name in enumerate(("defended", "other", "last"), start=1):
+        folders[name] = save_bert(tmp_path_factory.mktemp(name), seed=seed)
+    return folders
+
+
+@pytest.fixture(scope="session")
 def sentences(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a file with six sentences and labels."""
     return write_sentences(tmp_path_factory.mktemp("data") / "sätze.tsv")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +17,20 @@ from local_models import (
     MANY_LANGUAGES,
     SAVED,
     SENTENCES,
+    WORDS,
     save_bert,
     save_tokenizer,
     write_pairs,
+    write_rows,
     write_sentences,
 )
 
+import hf_parcor.training
 from hf_parcor import (
+    SAM,
     CorruptionConstraint,
     CorruptionEvaluator,
+    DefenseConfig,
     EvaluationRecord,
     GaussianNoise,
     GradientCorruption,
@@ -36,12 +43,13 @@ from hf_parcor import (
     by_kind,
     select_parameters,
 )
-from hf_parcor.cli import options
+from hf_parcor.cli import options, records
 from hf_parcor.cli.main import COMMANDS, command_parser
 from hf_parcor.cli.probe import GROUPS
 from hf_parcor.corruptions import CORRUPTIONS, corruptions_of_table_1
-from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
+from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric, EvaluationData
 from hf_parcor.tasks import TASKS
+from hf_parcor.training import DEFENSE_CONFIG_NAME
 
 pytest.importorskip("tabulate")
 pytestmark = [
@@ -70,6 +78,7 @@ def model_of(folder):
 def test_names_that_help_shows_are_those_of_the_catalogues():
     assert tuple(TASKS) == options.TASKS
     assert options.TRIALS == DEFAULT_TRIALS
+    assert records._DEFENSE == DEFENSE_CONFIG_NAME
     assert tuple(name.replace("_", "-") for name in CORRUPTIONS) == options.CORRUPTIONS
 
 
@@ -80,7 +89,14 @@ class TestProbe:
             *("--corruption", "gradient", "gaussian=0.1", "--trials", 2, "--seed", 3, "--batch-size", 4),
         )
         model, batches = model_of(classifier_folder), batches_by_hand(classifier_folder, 4)
-        probe = LayerProbe(model, ClassificationMetric(batches), batches, targets=by_kind(model), progress=False)
+        probe = LayerProbe(
+            model,
+            ClassificationMetric(batches),
+            batches,
+            targets=by_kind(model),
+            progress=False,
+            evaluated_on=EvaluationData(Path(sentences).name, rows=len(SENTENCES)),
+        )
         gradient = [GradientCorruption(CorruptionConstraint(epsilon=epsilon)) for epsilon in (0.5, 1.0)]
         expected = probe.evaluate([*gradient, GaussianNoise(0.1)], trials=2, seed=3)
         assert result.code == 0
@@ -228,6 +244,7 @@ class TestEvaluate:
             target_modules=["attention"],
             exclude_modules=["value"],
             progress=False,
+            evaluated_on=EvaluationData(Path(sentences).name, split="[:4]", rows=4),
         )
         assert EvaluationRecord.load("out/robustness.json") == evaluator.evaluate([Quantization(2), Quantization(3)])
         assert result.out.startswith("| loss ")
@@ -235,10 +252,10 @@ class TestEvaluate:
 
 class TestReportAndCompare:
     @pytest.fixture
-    def outputs(self, run, classifier_folder, sentences):
-        for name, seed in (("plain", 0), ("defended", 1)):
+    def outputs(self, run, models_of_seeds, sentences):
+        for name, folder in models_of_seeds.items():
             run(
-                *("evaluate", classifier_folder, "--dataset", sentences, "--output", name, "--seed", seed),
+                *("evaluate", folder, "--dataset", sentences, "--output", name),
                 *("--corruption", "gaussian=0.2,0.4", "--trials", 2),
             )
 
@@ -253,9 +270,12 @@ class TestReportAndCompare:
 
     def test_records_of_several_seeds(self, run, outputs):
         pytest.importorskip("scipy")
-        result = run("report", "plain", "defended/robustness.json")
+        result = run("report", "plain", "defended/robustness.json", "--output", "page.md")
         assert result.code == 0
         assert "accuracy" in result.out
+        assert "seeds" in result.err
+        assert "hf-parcor compare" in result.err, "what was perhaps meant"
+        assert "seeds" not in run("report", "plain").err
 
     def test_compare(self, run, outputs):
         pytest.importorskip("scipy")
@@ -266,7 +286,7 @@ class TestReportAndCompare:
 
     def test_compare_several_seeds(self, run, outputs):
         pytest.importorskip("scipy")
-        result = run("compare", "a=plain,defended", "b=defended,plain")
+        result = run("compare", "a=plain,other", "b=defended,last")
         assert result.code == 0
         assert "| accuracy" not in result.out
         assert result.out.strip()
@@ -299,14 +319,59 @@ class TestReportAndCompare:
         assert "guess" not in str(run("report", "plain"))
         assert "guess" not in str(run("report", "score.json", "--greater-is-better"))
 
+    def test_rows_that_are_not_the_same_are_no_comparison(self, run, outputs, models_of_seeds, sentences):
+        few = ("evaluate", models_of_seeds["defended"], "--dataset", sentences, "--corruption", "gaussian=0.2,0.4")
+        run(*few, "--trials", 2, "--limit", 4, "--output", "few")
+        for words in (
+            ("compare", "plain", "few"),
+            ("report", "plain", "few"),
+            ("compare", "a=plain,few", "b=defended"),
+        ):
+            result = run(*words, "--output", "page.html")
+            assert result.code == 2
+            assert "expected all measured on the same data" in result.err
+            assert (result.out, Path("page.html").exists()) == ("", False)
+
+    def test_models_of_different_defenses_are_no_seeds(self, run, outputs):
+        """What was meant is compare, which takes them; and seeds of one defense are averaged."""
+        for name in ("plain", "defended", "other"):
+            Path(name, "config.json").write_text("{}")
+        for name, steps in (("defended", 5), ("other", 7)):
+            DefenseConfig(SAM(CorruptionConstraint(epsilon=0.1)), None, None, None, steps, 8).save_pretrained(name)
+        for words in ("report plain defended", "compare a=plain,defended b=other,last", "card plain --seeds defended"):
+            result = run(*words.split())
+            assert result.code == 2
+            assert "hf-parcor compare plain defended" in result.err
+        for words in ("report other defended", "compare plain defended", "card other --seeds defended"):
+            assert run(*words.split()).code == 0
+        DefenseConfig(SAM(CorruptionConstraint(epsilon=0.1)), None, None, None, 0, 8).save_pretrained("defended")
+        assert run("report", "plain", "defended").code == 0, "it never ran"
+
+    def test_a_record_counts_once(self, run, outputs):
+        for words in (("report", "plain", "plain/robustness.json"), ("compare", "a=plain,plain", "b=defended")):
+            result = run(*words)
+            assert result.code == 2
+            assert "got one twice" in result.err
+        assert "got the same for 'a' and 'b'" in run("compare", "a=plain", "b=plain/robustness.json").err
+
 
 class TestTrain:
     def test_a_classifier_gets_its_head_from_the_data(self, run, tmp_path, sentences):
         torch.manual_seed(0)
         folder = save_bert(tmp_path / "body", transformers.BertModel, initializer_range=0.02)
         result = run(
-            *("train", folder, "--task", "text-classification", "--dataset", sentences, "--output_dir", "out"),
-            *("--num_train_epochs", 40, "--learning_rate", 0.01, "--defense_target_modules", "attention", "--use_cpu"),
+            *("train", folder, "--task", "text-classification", "--train-dataset", sentences, "--output_dir", "out"),
+            *(
+                "--dataset",
+                shutil.copy(sentences, "copy.tsv"),
+                "--num_train_epochs",
+                40,
+                "--learning_rate",
+                0.01,
+                "--defense_target_modules",
+                "attention",
+                "--use_cpu",
+            ),
             *(
                 "--logging_steps",
                 20,
@@ -330,6 +395,56 @@ class TestTrain:
         assert result.out.startswith("| accuracy (%)")
         assert "loss_corrupted" in result.err
         assert "loss_corrupted" in Path("out/trainer_state.json").read_text()
+
+    def train(self, run, *words):
+        usual = "--use_cpu --save_strategy no --report_to none --max_steps 1 --disable_tqdm 1 --defense none"
+        return run("train", *words, *usual.split(), "--trials", 1)
+
+    def test_what_it_measures_on_a_file_it_has_not_trained_on(self, run, tmp_path, monkeypatch):
+        """A file is both only once: the rows of training and of measuring are the file, and share none."""
+        seen = {}
+
+        class Watched(hf_parcor.training.ParameterDefenseTrainer):
+            def __init__(self, *args, train_dataset, **kwargs):
+                seen["trained"] = [tuple(row["input_ids"]) for row in train_dataset]
+                super().__init__(*args, train_dataset=train_dataset, **kwargs)
+
+        def measured(metric, model):
+            seen["measured"] = [tuple(ids) for batch in metric.batches for ids in batch["input_ids"].tolist()]
+            return {"accuracy": 0.5, "loss": 0.5}
+
+        monkeypatch.setattr(hf_parcor.training, "ParameterDefenseTrainer", Watched)
+        body = save_bert(tmp_path / "body", transformers.BertModel)
+        pairs = list(itertools.product(WORDS[3:9], repeat=2))
+        rows = [(" ".join(pair), "-".join(pair)) for pair in pairs]  # classes that only one of both parts has
+        file = write_rows(tmp_path / "rows.tsv", ["sentence", "label"], rows)
+        words = (body, "--task", "text-classification", "--dataset", file, "--output_dir", "out", "--skip-corruptions")
+        parts = set()
+        for seed, split_seed in ((0, 0), (1, 0), (0, 1)):
+            with monkeypatch.context() as patched:
+                patched.setattr(ClassificationMetric, "__call__", measured)
+                result = self.train(
+                    run, *words, "--seed", seed, "--validation-split", 0.25, "--split-seed", split_seed
+                )
+            assert result.code == 0
+            assert "9 of the 36 rows" in result.err
+            assert len(seen["measured"]) == 9
+            assert not set(seen["trained"]) & set(seen["measured"])
+            assert len({*seen["trained"], *seen["measured"]}) == len(rows)
+            parts.add(frozenset(seen["measured"]))
+            assert set(model_of("out").config.label2id) == {label for _, label in rows}, "of all rows"
+        assert len(parts) == 2, "another seed of training is measured on the same rows, another draw on others"
+
+    def test_its_record_says_on_which_rows(self, run, classifier_folder, sentences):
+        words = (classifier_folder, "--dataset", sentences, "--output_dir", "out", "--validation-split", 0.5)
+        self.train(run, *words)
+        record = EvaluationRecord.load("out/robustness.json")
+        assert (record.evaluated_on.name, record.evaluated_on.rows) == (Path(sentences).name, 3)
+        assert "held out" in record.evaluated_on.split
+        run("evaluate", "out", "--dataset", sentences, "--output", "all", "--trials", 1)
+        assert "expected all measured on the same data" in run("compare", "out", "all").err
+        self.train(run, classifier_folder, "--train-dataset", sentences, "--dataset", *words[2:], "--limit", 2)
+        assert EvaluationRecord.load("out/robustness.json").evaluated_on.split.endswith("[:2]")
 
     @pytest.mark.parametrize("task", ["translation", "text-generation"])
     def test_other_tasks(self, run, task, tmp_path):
@@ -473,18 +588,9 @@ class TestHelp:
         assert result.code == 0
         assert result.out.startswith("| accuracy" if name != "probe" else "gradient-based, L2")
 
-    def test_examples_of_reading_run(self, run, classifier_folder, sentences):
-        for folder in ("robustness", "plain", "defended"):
-            run(
-                "evaluate",
-                classifier_folder,
-                "--dataset",
-                sentences,
-                "--corruption",
-                "quantization=3",
-                "--output",
-                folder,
-            )
+    def test_examples_of_reading_run(self, run, models_of_seeds, sentences):
+        for folder, model in {"robustness": models_of_seeds["other"], **models_of_seeds}.items():
+            run("evaluate", model, "--dataset", sentences, "--corruption", "quantization=3", "--output", folder)
         for name in ("report", "compare", "card"):
             assert run(*self.words(name)).code == 0
         assert Path("report.html").is_file()

@@ -32,6 +32,7 @@ def files(tmp_path, classifier_folder, sentences):
     (tmp_path / "later.json").write_text(text.replace('"format": 1', '"format": 2'))
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00\x01")
     (tmp_path / "empty").mkdir()
+    (folder := tmp_path / "folder").mkdir()
     unlabelled = write_rows(tmp_path / "unlabelled.tsv", ["sentence", "stars"], [(text, 1) for text in SENTENCES])
     no_labels = write_rows(tmp_path / "test.tsv", ["sentence", "label"], [(text, -1) for text in SENTENCES])
     (tmp_path / "list.yaml").write_text("- 1\n")
@@ -48,6 +49,8 @@ def files(tmp_path, classifier_folder, sentences):
         "TAGGER": save_bert(tmp_path / "tagger", transformers.BertForTokenClassification),
         "UNLABELLED": unlabelled,
         "NOLABELS": no_labels,
+        "ONEROW": write_rows(tmp_path / "one.tsv", ["sentence", "label"], [("good", "POSITIVE")]),
+        "FOLDER": str(Path(write_rows(folder / "train.tsv", ["sentence", "label"], [("good", 1)] * 4)).parent),
         "FILE": str(tmp_path / "record.json"),
         "EMPTY": str(tmp_path / "empty"),
     }
@@ -71,6 +74,7 @@ MISTAKES = [
     ("report record.json --output FILE/page.md", "record.json"),
     ("compare record.json", "models: expected two or more to compare, got 1"),
     ("compare a=record.json a=sweep.json", "models: expected each name once, got 'a' twice"),
+    ("report record.json record.json", "expected models that were trained with different seeds, got one twice"),
     # models
     ("probe BODY --dataset DATA", "model: expected one with a head for text-classification, token-classification"),
     ("probe TAGGER --task text-classification --dataset DATA", "model: expected one with a head for text-classif"),
@@ -119,6 +123,9 @@ MISTAKES = [
     (f"{PROBE} --config flag.yaml", "--config: expected true or false for json, got 1"),
     (f"{PROBE} --config none.yaml", "--epsilons: expected at least one strength"),
     # training
+    (f"{TRAIN} --validation-split 1", "--validation-split: expected a share between 0 and 1, got 1"),
+    (f"{TRAIN} --train-dataset ONEROW --dataset ONEROW", "expected two rows or more, to train on one and measure on"),
+    (f"{TRAIN} --dataset FOLDER --split train[:2]", "--split: expected rows that are not trained on, got train[:2]"),
     (f"{TRAIN} --defense samm", "defense: expected one of multi_step_risk"),
     (f"{TRAIN} --defense_epsilon -1", "epsilon: expected"),
     (f"{TRAIN} --defense_target_modules querry", 'got "querry", which matches nothing'),

@@ -275,7 +275,7 @@ def _blob(data):
     return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
 
 
-_REPOSITORY = r"([\w.-]+/[\w.-]+)"
+_REPOSITORY = r"((?:datasets/)?[\w.-]+/[\w.-]+)"
 _ROUTES = [
     (r"GET /api/whoami-v2", _Handler.whoami),
     (r"POST /api/repos/create", _Handler.create),

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from hf_parcor import MetricInfo, RobustnessReport
-from hf_parcor.model_card import ModelFacts, facts_of, with_probe, write_card
+from hf_parcor.model_card import EvaluationData, ModelFacts, facts_of, with_probe, write_card
 from hf_parcor.model_card.card import read_card, updated_card
-from hf_parcor.model_card.folder import card_of
+from hf_parcor.model_card.folder import card_of, is_ours
 from hf_parcor.model_card.front_matter import merged_front_matter
-from hf_parcor.model_card.metadata import metadata_of, model_index
+from hf_parcor.model_card.metadata import eval_result_file, metadata_of, model_index
 from hf_parcor.model_card.pictures import CURVES, HEAT_MAP, pictures_of
 from hf_parcor.model_card.section import section_of
 from hf_parcor.report.markup import text_of
@@ -227,9 +227,54 @@ class TestFacts:
         with pytest.raises(ValueError, match="at least one"):
             facts_of([])
 
+    def test_data_and_task_are_those_of_the_record_unless_said_otherwise(self, record_of):
+        data = EvaluationData("dev.tsv", rows=6)
+        record = replace(record_of(), evaluated_on=data, task="text-classification")
+        assert "on dev.tsv, 6 rows" in card_of(facts_of(record), {})
+        assert model_index(facts_of(record))[0]["results"][0]["task"]["type"] == "text-classification"
+        named = facts_of(record, evaluated_on=EvaluationData("Reviews", "org/reviews"), task="translation")
+        assert "dev.tsv" not in card_of(named, {})
+        assert model_index(named)[0]["results"][0]["task"]["type"] == "translation"
+        assert "rows" not in card_of(facts_of(record_of()), {}).partition("### Defense")[0]
+
     def test_an_unknown_metric(self, record_of):
         with pytest.raises(ValueError, match="expected one of accuracy, loss, got 'f1'"):
             facts_of(record_of(), metric="f1")
+
+
+class TestLeaderboard:
+    """What stands in `.eval_results` is shown beside other models: the clean result, and of a benchmark alone."""
+
+    def test_the_result_without_corruption(self, facts_with, tmp_path, quick_picture):
+        facts = facts_with(benchmark_task="stars")
+        write_card(tmp_path, facts)
+        [path] = (tmp_path / ".eval_results").iterdir()
+        assert is_ours(path.relative_to(tmp_path).as_posix())
+        (result,) = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+        assert result == EvalResultEntry("org/reviews", "stars", facts.clean.metrics["accuracy"].mean)
+        write_card(tmp_path, facts_with())
+        assert not list((tmp_path / ".eval_results").iterdir()), "nobody says that it is a benchmark"
+
+    def test_the_settings_of_the_others_stay_in_the_front_matter(self, facts_with):
+        index = model_index(facts_with(benchmark_task="stars"))
+        assert [len(result["metrics"]) for result in index[0]["results"]] == [3]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"benchmark_task": ""},
+            {"evaluated_on": EvaluationData("reviews.tsv")},
+            {"evaluated_on": EvaluationData("Reviews", "org/reviews", split="test[:100]")},
+            {"evaluated_on": EvaluationData("Reviews", "org/reviews", split="test, held out: 2 of 6 rows, seed 0")},
+        ],
+    )
+    def test_what_is_no_result_of_a_benchmark(self, facts_with, change):
+        assert eval_result_file(facts_with(benchmark_task="stars"))
+        assert eval_result_file(facts_with(**{"benchmark_task": "stars", **change})) == {}
+
+    def test_what_is_no_result_of_one_model(self, facts_with, record_of):
+        for records in ([record_of(), record_of(clean=0.7)], record_of(clean=float("nan"))):
+            assert eval_result_file(facts_with(records, benchmark_task="stars")) == {}
 
 
 class TestWholeCard:
@@ -239,20 +284,10 @@ class TestWholeCard:
     def test_the_folder(self, facts, tmp_path, quick_picture):
         write_card(tmp_path, facts)
         assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()) == [
-            ".eval_results/hf_parcor-org_reviews.yaml",
-            ".eval_results/hf_parcor-org_reviews_gaussian_sigma_0.02.yaml",
-            ".eval_results/hf_parcor-org_reviews_gradient_based_linf_epsilon_0.1.yaml",
             "README.md",
             "robustness.png",
             "robustness_facts.json",
         ]
-        results = tmp_path / ".eval_results"
-        assert yaml.safe_load((results / "hf_parcor-org_reviews.yaml").read_text()) == [
-            {"dataset": {"id": "org/reviews", "task_id": "default"}, "value": 0.9}
-        ]
-        noisy = yaml.safe_load((results / "hf_parcor-org_reviews_gaussian_sigma_0.02.yaml").read_text())
-        assert noisy[0]["value"] == 0.625
-        assert noisy[0]["notes"] == "accuracy under parameter corruption: Gaussian σ=0.02 (std=0.02)"
 
     def test_the_picture_is_one(self, facts):
         [(name, content)] = pictures_of(facts).items()
@@ -337,6 +372,14 @@ class TestProbe:
             "",
         ]
         assert facts.probe.verdict.endswith("before you rely on it.")
+
+    def test_on_other_data_says_so(self, facts_with, probed_record, probe_of):
+        data = EvaluationData("dev.tsv", rows=6)
+        sweep = probe_of()
+        elsewhere = {group: replace(one, evaluated_on=data) for group, one in sweep.records.items()}
+        for measured_on, said in ((data, False), (EvaluationData("all.tsv", rows=9), True)):
+            facts = with_probe(facts_with(probed_record, evaluated_on=measured_on), replace(sweep, records=elsewhere))
+            assert ("corrupted by itself on dev.tsv, 6 rows;" in card_of(facts, {})) is said
 
     def test_without_its_picture(self, facts_with, probed_record, probe_of):
         facts = with_probe(facts_with(probed_record), probe_of())

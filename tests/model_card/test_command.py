@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 from hub_server import TOKEN, Repository
 from huggingface_hub import ModelCard
+from local_models import SAVED
 
 from hf_parcor import MetricInfo
 from hf_parcor.cli.main import MISTAKE, main
-from hf_parcor.model_card import ModelFacts
+from hf_parcor.model_card import EvaluationData, ModelFacts
 from hf_parcor.model_card.folder import FACTS, card_of
 from hf_parcor.model_card.pictures import CURVES, HEAT_MAP
+from hf_parcor.tasks import TASKS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
@@ -43,7 +45,12 @@ class TestCard:
         data = ModelCard.load(run_dir / "README.md").data
         assert (data.base_model, data.eval_results[1].metric_value) == ("org/bert", 0.625)
         assert "# Mine\n" in (run_dir / "README.md").read_text()
-        assert (run_dir / ".eval_results" / "hf_parcor-org_reviews.yaml").is_file()
+        assert not (run_dir / ".eval_results").exists()
+        for words in (("--benchmark-task", "stars", "--split", "test"), ()):  # then it is remembered
+            assert main(["card", str(run_dir), *words]) == 0
+            assert (run_dir / ".eval_results" / "hf_parcor-org_reviews.yaml").is_file()
+        assert main(["card", str(run_dir), "--evaluated-on", "org/others"]) == 0
+        assert not list((run_dir / ".eval_results").iterdir()), "it was the task of other data"
 
     def test_remembers_what_the_last_card_said(self, run_dir):
         main(["card", str(run_dir), "--base-model", "org/bert", "--name", "mine", "--split", "test"])
@@ -67,6 +74,37 @@ class TestCard:
         assert " rise when " in first
         assert main(["card", str(run_dir), "--no-greater-is-better"]) == 0
         assert (run_dir / "README.md").read_text() == first, "the unit that the last card said"
+
+    def test_the_record_says_data_and_task(self, run_dir, record_of):
+        data = EvaluationData("dev.tsv", rows=6)
+        record = replace(record_of(), evaluated_on=data, task="translation")
+        record.save(run_dir / "robustness.json")
+        assert main(["card", str(run_dir)]) == 0
+        facts = ModelFacts.load(run_dir / FACTS)
+        assert (facts.evaluated_on, facts.task) == (data, "translation")
+        assert main(["card", str(run_dir), "--evaluated-on", "org/reviews", "--task", "summarization"]) == 0
+        named = EvaluationData("reviews", "org/reviews", rows=6)
+        for _ in range(2):
+            facts = ModelFacts.load(run_dir / FACTS)
+            assert facts.evaluated_on == named
+            assert main(["card", str(run_dir)]) == 0, "remembers what these data are called"
+        replace(record, evaluated_on=EvaluationData("other.tsv"), data="cd34").save(run_dir / "robustness.json")
+        assert main(["card", str(run_dir)]) == 0
+        assert ModelFacts.load(run_dir / FACTS).evaluated_on.name == "other.tsv", "of other data it does not hold"
+
+    def test_what_was_said_goes_before_a_task_that_stands_for_several(self, run_dir, record_of):
+        replace(record_of(), task="text2text-generation").save(run_dir / "robustness.json")
+        for words, task in (("", "text2text-generation"), ("--task translation", "translation"), ("", "translation")):
+            assert main(["card", str(run_dir), *words.split()]) == 0
+            assert ModelFacts.load(run_dir / FACTS).task == task
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_the_head_says_the_task_where_the_record_does_not(self, run_dir, task):
+        pytest.importorskip("PIL")
+        SAVED[task][0](run_dir)
+        assert main(["card", str(run_dir)]) == 0
+        several = task in ("summarization", "translation")  # what a T5 is for
+        assert ModelFacts.load(run_dir / FACTS).task == ("text2text-generation" if several else task)
 
     def test_seeds(self, run_dir, tmp_path, record_of):
         record_of(clean=0.7).save(tmp_path / "other" / "robustness.json")

@@ -17,7 +17,7 @@ from hf_parcor import CorruptionRecord, EvaluationRecord, RobustnessReport, Swee
 from hf_parcor.model_card import EvaluationData, ModelFacts, facts_of, with_probe
 from hf_parcor.model_card.card import read_card
 from hf_parcor.model_card.folder import card_of
-from hf_parcor.model_card.metadata import eval_result_files
+from hf_parcor.model_card.metadata import eval_result_file
 from hf_parcor.model_card.pictures import HEAT_MAP
 from hf_parcor.report.markup import printable
 
@@ -78,6 +78,7 @@ def facts(draw):
             st.one_of(st.none(), st.fixed_dictionaries({"defense": texts, "settings": st.just({"a|b": "c"})}))
         ),
         command=draw(texts),
+        benchmark_task=draw(texts),
     )
 
 
@@ -134,14 +135,13 @@ class TestAnyRecord:
     @given(facts())
     def test_facts_and_result_files_are_read_as_written(self, given_facts):
         assert ModelFacts.from_json(given_facts.to_json()).to_json() == given_facts.to_json()
-        paths = []
-        for path, text in eval_result_files(given_facts):
+        data = replace(given_facts.evaluated_on, id="org/reviews")
+        for path, text in eval_result_file(replace(given_facts, evaluated_on=data)).items():
             (entry,) = yaml.safe_load(text)
             assert math.isfinite(entry["value"])
-            assert entry["dataset"]["id"] == given_facts.evaluated_on.id
-            paths.append(path)
-        assert len(set(paths)) == len(paths)
-        assert all(path.count("/") == 1 for path in paths)
+            assert entry["dataset"]["id"] == data.id
+            assert entry["dataset"]["task_id"] == printable(given_facts.benchmark_task)
+            assert path.count("/") == 1
 
 
 HOSTILE = {

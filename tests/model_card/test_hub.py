@@ -60,11 +60,42 @@ class TestPushCard:
 
     def test_removes_results_that_are_not_measured_any_more(self, hub, api, facts_with, record_of):
         push_card(facts_with(record_of(label="old")), Destination("me/tiny", api=api))
-        old = ".eval_results/hf_parcor-org_reviews_old.yaml"
-        assert old in hub.repositories["me/tiny"].files
+        repository = hub.repositories["me/tiny"]
+        old = ".eval_results/hf_parcor-org_reviews_old.yaml"  # as earlier versions wrote one for each corruption
+        repository.commit({**repository.files, old: b"[]"})
         push_card(facts_with(), Destination("me/tiny", api=api))
         assert old not in hub.repositories["me/tiny"].files
         assert "accuracy, old" not in card_of(hub.repositories["me/tiny"])
+
+    @pytest.mark.parametrize(
+        ("described", "says"),
+        [
+            ("tasks: [{id: stars, config: default, split: test}]", ""),
+            ("tasks: [{id: stars}]", ""),
+            (None, "expected a task of org/reviews, .* got 'stars', and there none; leave it out"),
+            ("tasks: [{id: other}]", "got 'stars', and there other"),
+            ("tasks: [", "and there none"),
+            ("- stars", "and there none"),
+            ("tasks: [{id: stars, split: train}]", "expected a result on split train .* got one on test"),
+            ("tasks: [{id: stars, config: fr}]", "expected a result on config fr .* got one on default"),
+        ],
+    )
+    def test_a_leaderboard_is_one_that_the_hub_knows(self, hub, api, facts_with, described, says):
+        hub.repositories["me/tiny"] = repository = Repository()
+        hub.repositories["datasets/org/reviews"] = benchmark = Repository()
+        if described is not None:
+            benchmark.commit({"eval.yaml": described.encode()})
+        if says:
+            with pytest.raises(ValueError, match=says):
+                push_card(facts_with(benchmark_task="stars"), Destination("me/tiny", api=api))
+            assert not repository.messages, "nothing was pushed"
+        else:
+            push_card(facts_with(benchmark_task="stars"), Destination("me/tiny", api=api))
+            assert [name for name in repository.files if name.startswith(".eval")] == [
+                ".eval_results/hf_parcor-org_reviews.yaml"
+            ]
+        push_card(facts_with(), Destination("me/tiny", api=api))
+        assert not [name for name in repository.files if name.startswith(".eval")]
 
     def test_a_pull_request_leaves_the_branch_alone(self, hub, repository, api, facts):
         head = repository.head

@@ -41,6 +41,7 @@ class TestCreateModelCard:
         facts = ModelFacts.load(tmp_path / "tiny" / "robustness_facts.json")
         assert facts.corruptions[0].metrics["accuracy"].values == record.corruptions[0].metrics["accuracy"]
         assert facts.defense["settings"]["constraint"]["epsilon"] == 0.1
+        assert (record.task, record.evaluated_on.rows) == (facts.task, 12) == ("text-classification", 12)
 
     def test_is_written_anew_while_nobody_touches_it(self, trained, tmp_path):
         trained.create_model_card()

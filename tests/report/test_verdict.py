@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_parcor import MetricInfo, RobustnessReport, SweepRecord
+from hf_parcor.evaluation import EvaluationData
 from hf_parcor.report.evidence import adjusted_p_values
 from hf_parcor.report.fragility import fragility
 from hf_parcor.report.numbers import Numbers
@@ -131,7 +132,8 @@ class TestRepetitions:
 
     def test_records_that_are_equal_have_no_spread(self, probe_of):
         probe = probe_of({"a": (0.85, 0.85), "b": (0.8, 0.8), "c": (0.4, 0.2)})
-        [text] = RobustnessReport([probe, probe, probe]).verdict
+        alike = [{group: replace(record, model=seed) for group, record in probe.items()} for seed in ("1", "2", "3")]
+        [text] = RobustnessReport(alike).verdict
         assert "came out the same each time" in text
 
     def test_trials_are_named_as_such(self, record_of):
@@ -433,6 +435,49 @@ class TestComparison:
         assert RobustnessReport.compare(models).verdict == [
             "other and plain have no corruption of the same group in common."
         ]
+
+
+class TestData:
+    """What the records do not settle is said, where it is read first; and gone where they settle it."""
+
+    DEV = EvaluationData("dev.tsv", rows=120)
+
+    @pytest.mark.parametrize(
+        ("data", "named", "said"),
+        [
+            (("1", "2"), (None, None), "may be of different data"),
+            (("1", "2"), (DEV, None), "may be of different data"),
+            (("1", "2"), (DEV, DEV), "one name and as many rows"),
+            (("1", "1"), (None, None), ""),
+            (("1", "1"), (DEV, DEV), ""),
+            (("1", ""), (None, None), ""),
+        ],
+    )
+    def test_of_two_models(self, record_of, tmp_path, data, named, said):
+        models = {
+            name: replace(record_of({1.0: value}, data=of_batches), evaluated_on=of_file)
+            for name, value, of_batches, of_file in zip("ab", (0.5, 0.6), data, named, strict=True)
+        }
+        report = RobustnessReport.compare(models)
+        first = report.verdict[0]
+        assert (said in first) if said else ("data" not in first)
+        assert ("fingerprints" in report.to_markdown(tmp_path / "page.md").read_text()) == bool(said)
+
+    def test_of_repetitions(self, record_of, tmp_path):
+        seeds = [
+            record_of({1.0: value}, model=model) for value, model in ((0.5, "runs/plain"), (0.8, "runs/defended"))
+        ]
+        page = RobustnessReport(seeds).to_markdown(tmp_path / "page.md").read_text()
+        assert "trainings of one model" in page
+        assert "runs/plain, runs/defended" in page, "the reader sees that these are two"
+        alike = [replace(seed, model="bert", weights=name) for seed, name in zip(seeds, "ab", strict=True)]
+        assert "different seeds;" in RobustnessReport(alike).to_markdown(tmp_path / "page.md").read_text()
+
+    def test_of_other_targets_there_is_nothing_to_compare(self, record_of):
+        whole = record_of({1.0: 0.5}, target="all")
+        part = replace(record_of({1.0: 0.6}, target="all"), target={"target_modules": "all", "exclude_modules": ["a"]})
+        [text] = RobustnessReport.compare({"whole": whole, "part": part}).verdict
+        assert "no corruption of the same group in common" in text
 
 
 def test_fragility_needs_groups():

@@ -6,8 +6,12 @@ import csv
 import gzip
 import json
 import math
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from local_models import write_rows
 
 from hf_parcor.input_error import InputError
 from hf_parcor.tasks import Rows, load_rows, read_file
@@ -105,6 +109,20 @@ def test_bad_files(name, content, says, tmp_path):
         read_file(tmp_path / name)
 
 
+class TestSplitOff:
+    @given(total=st.integers(2, 40), share=st.floats(0.001, 0.999), seed=st.integers(0, 5))
+    def test_each_row_is_in_one_of_both_in_its_order(self, total, share, seed):
+        rows = Rows("rows.tsv", [{"text": number} for number in range(total)], ("text",))
+        training, held_out = rows.split_off(share, seed)
+        both = [part.column("text") for part in (training, held_out)]
+        assert sorted(both[0] + both[1]) == list(range(total))
+        assert both == [sorted(part) for part in both]
+        assert min(map(len, both)) >= 1
+        assert abs(len(both[1]) - total * share) <= 1
+        assert held_out.data.rows == len(both[1])
+        assert rows.split_off(share, seed)[1].data == held_out.data != training.data
+
+
 class TestLoadRows:
     def test_a_file_without_rows(self, tmp_path):
         (tmp_path / "a.csv").write_text("text,label\n")
@@ -133,6 +151,34 @@ class TestLoadRows:
         assert list(rows.entries) == [{"translation.de": "gut", "translation.en": "good"}]
         with pytest.raises(InputError, match="with split 'dev', got ValueError: Unknown split"):
             load_rows(str(tmp_path / "data"), "dev")
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.jsonl", "train.csv.gz"])
+    def test_a_file_says_the_same_in_a_folder(self, name, tmp_path, monkeypatch):
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        (folder := tmp_path / "data").mkdir()
+        cells = [("good", "01", "NA"), ("bad", "2", "")]
+        path = folder / name
+        plain = write_rows(folder / name.removesuffix(".gz"), ["sentence", "label", "note"], cells)
+        if path.suffix == ".gz":
+            path.write_bytes(gzip.compress(Path(plain).read_bytes()))
+            Path(plain).unlink()
+        rows = load_rows(str(folder), "train")
+        assert list(rows.entries) == list(load_rows(str(path)).entries)
+        assert rows.column("label") == ["01", "2"]
+        assert (rows.data.name, rows.data.split, rows.data.rows) == ("data", "train", 2)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_a_folder_that_names_its_classes(self, tmp_path, monkeypatch):
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        (folder := tmp_path / "data").mkdir()
+        write_rows(folder / "train.csv", ["sentence", "label"], [("good", 1), ("bad", 0)])
+        classes = "{name: label, dtype: {class_label: {names: {'0': bad, '1': good}}}}"
+        features = f"[{{name: sentence, dtype: string}}, {classes}]"
+        (folder / "README.md").write_text(f"---\ndataset_info: {{features: {features}}}\n---\n")
+        assert load_rows(str(folder), "train").class_names == {"label": ["bad", "good"]}
 
     def test_names_of_numbered_classes(self):
         datasets = pytest.importorskip("datasets")
@@ -259,7 +305,7 @@ class TestClasses:
         ],
     )
     def test_classes_to_learn(self, rows, expected):
-        names = classes_of(rows, "label")
+        names = classes_of([(rows, "label")])
         assert names == expected
         numbers = class_numbers(rows, "label", {name: number for number, name in enumerate(names)})
         found = {number for value in numbers for number in (value if isinstance(value, list) else [value])}
@@ -281,7 +327,7 @@ class TestClasses:
     )
     def test_classes_to_learn_from_no_labels(self, rows, says):
         with pytest.raises(InputError, match=says):
-            classes_of(rows, "label")
+            classes_of([(rows, "label")])
 
     @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl"])
     @pytest.mark.parametrize(("of_the_model", "label"), [(STARS, "2"), (CODES, "02"), (SIGNS, "0"), (LETTERS, "a")])

@@ -184,6 +184,36 @@ class TestGuess:
         rows = load_rows(write_summaries(tmp_path / "rows.csv"))
         assert task_of(model, rows, {}).name == "summarization"
 
+    @pytest.mark.parametrize(
+        ("kind", "columns", "given", "task"),
+        [
+            ("T5ForConditionalGeneration", ("document", "summary"), {}, "summarization"),
+            ("T5ForConditionalGeneration", ("de", "en"), {}, "translation"),
+            ("T5ForConditionalGeneration", ("source", "target"), {}, "translation"),
+            ("T5ForConditionalGeneration", ("translation.de", "translation.en"), {}, "translation"),
+            ("T5ForConditionalGeneration", ("a", "summary"), {"source": "a"}, "summarization"),
+            ("T5ForConditionalGeneration", ("a", "b", "c"), {"source": "a", "target": "b"}, ""),
+            ("T5ForConditionalGeneration", ("text", "summary", "source", "target"), {}, ""),
+            ("MarianMTModel", ("de", "en"), {"source": "de", "target": "en"}, "translation"),
+            ("MarianMTModel", ("document", "summary"), {}, "translation"),
+            ("MarianMTModel", ("text", "summary"), {"source": "text", "target": "summary"}, "translation"),
+        ],
+    )
+    def test_of_several_tasks_the_columns_tell_or_it_is_asked_for(self, tmp_path, kind, columns, given, task):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "architectures": [kind]}))
+        rows = Rows("rows.tsv", [dict.fromkeys(columns, "good")], columns)
+        if task:
+            assert task_of(str(tmp_path), rows, given).name == task
+        else:
+            with pytest.raises(InputError, match=r"got summarization and translation; say --task"):
+                task_of(str(tmp_path), rows, given)
+
+    def test_a_translation_model_does_not_summarize(self, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "marian", "architectures": ["MarianMTModel"]}))
+        check_head(TASKS["translation"], str(tmp_path))
+        with pytest.raises(InputError, match="a head for summarization"):
+            check_head(TASKS["summarization"], str(tmp_path))
+
     def test_a_model_without_a_head(self, tmp_path):
         model = save_bert(tmp_path / "model", transformers.BertModel)
         rows = Rows("rows", [{"sentence": "good", "label": 1}], ("sentence", "label"))

@@ -228,18 +228,18 @@ class TestBesideTheModel:
         again = ParameterDefenseTrainer(tiny_bert(), arguments(), target_modules=saved.target_modules)
         assert set(trainer.defended_parameters()) < set(again.defended_parameters())
 
-    def test_nothing_for_the_stock_step_but_a_warning_of_an_old_file(self, tiny_bert, arguments, tmp_path, said):
+    def test_nothing_for_the_stock_step_and_an_old_file_goes(self, tiny_bert, arguments, tmp_path, said):
         trainer = ParameterDefenseTrainer(
             tiny_bert(), arguments(ParameterDefenseTrainingArguments, defense="none", output_dir=str(tmp_path / "new"))
         )
         trainer.save_model()
         assert trainer.defense_config is None
         assert not (tmp_path / "new" / DEFENSE_CONFIG_NAME).exists()
-        assert said("describes another model") == []
+        assert said("described the model") == []
         CONFIGS["collections"].save_pretrained(tmp_path / "new")
         trainer.save_model()
-        assert len(said(f"{tmp_path / 'new' / DEFENSE_CONFIG_NAME} describes another model")) == 1
-        assert DefenseConfig.from_pretrained(tmp_path / "new") == CONFIGS["collections"]
+        assert len(said(f"{tmp_path / 'new' / DEFENSE_CONFIG_NAME} described the model")) == 1
+        assert not (tmp_path / "new" / DEFENSE_CONFIG_NAME).exists(), "it would be claimed of the new weights"
 
     def test_only_the_process_that_saves_writes(self, tiny_bert, arguments, tmp_path, monkeypatch):
         trainer = ParameterDefenseTrainer(tiny_bert(), arguments())

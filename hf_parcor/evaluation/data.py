@@ -1,0 +1,82 @@
+"""The data that a model was measured on, as records and cards name them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sized
+from dataclasses import dataclass, replace
+from typing import Any
+
+_SOURCE = re.compile(r"hf://datasets/([^@/]+/[^@/]+)@([0-9a-f]{40})/")
+_LOADERS = ("csv", "json", "pandas", "parquet", "text", "generator", "arrow")
+_UNNAMED = "the evaluation data"
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """The data that a model was evaluated on; only the first is needed.
+
+    Attributes:
+        name: Its name for readers: that of the data set, or of the file, without its folder.
+        id: Its name on the Hub; "" where it is not there.
+        config: The name of the configuration; "" for the only one.
+        split: Such as "validation", or "validation[:100]" for its first rows; "" if unknown, or the whole of a file.
+        revision: The commit on the Hub; "" if unknown.
+        rows: How many rows were measured on; None if unknown.
+    """
+
+    name: str = _UNNAMED
+    id: str = ""
+    config: str = ""
+    split: str = ""
+    revision: str = ""
+    rows: int | None = None
+
+    def __str__(self) -> str:
+        named = f"{self.name} ({self.id})" if self.id and self.id != self.name else self.name
+        revision = f"revision {self.revision[:7]}" if self.revision else ""
+        return ", ".join(filter(None, [named, self.config, self.split, revision, self.size]))
+
+    @property
+    def size(self) -> str:
+        """The number of rows, in words; "" if unknown."""
+        return "" if self.rows is None else f"{self.rows:,} row{'s' * (self.rows != 1)}"
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything tells it from other data."""
+        return self != EvaluationData()
+
+
+def evaluation_data_of(dataset: Any) -> EvaluationData:
+    """Return what a data set of the library `datasets` says of itself: name, configuration, split, revision, rows.
+
+    Args:
+        dataset: The data set; any other object says nothing but its length, if it has one.
+    """
+    info = getattr(dataset, "info", None)
+    sources = map(_SOURCE.match, getattr(info, "download_checksums", None) or ())
+    source = next((match for match in sources if match is not None), None)
+    found, revision = source.groups() if source else ("", "")
+    loaded = str(getattr(info, "dataset_name", "") or "")
+    name = found or ("" if loaded in _LOADERS else loaded)
+    config = str(getattr(dataset, "config_name", "") or "")
+    return EvaluationData(
+        name.rpartition("/")[2] or _UNNAMED,
+        id=found,
+        config="" if config == "default" or loaded in _LOADERS else config,
+        split=str(getattr(dataset, "split", "") or ""),
+        revision=revision,
+        rows=len(dataset) if isinstance(dataset, Sized) else None,
+    )
+
+
+def named_on_hub(data: EvaluationData, name: str) -> EvaluationData:
+    """Return the data by their name on the Hub, where the caller knows it.
+
+    Examples:
+        >>> named_on_hub(EvaluationData("the evaluation data", split="test"), "org/reviews")
+        EvaluationData(name='reviews', id='org/reviews', config='', split='test', revision='', rows=None)
+    """
+    revision = data.revision if name == data.id else ""
+    return replace(data, name=name.rpartition("/")[2], id=name, revision=revision)
