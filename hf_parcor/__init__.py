@@ -21,20 +21,25 @@ if TYPE_CHECKING:
         UniformNoise,
     )
     from hf_parcor.defenses import ACRT, AWP, SAM, GradientPenalty, MultiStepRisk
-    from hf_parcor.evaluation import CorruptionEvaluator, CorruptionRecord, EvaluationRecord, LayerProbe, SweepRecord
-    from hf_parcor.indicators import IndicatorRecord, measure_indicators
+    from hf_parcor.evaluation import CorruptionEvaluator, LayerProbe, RobustnessCallback
+    from hf_parcor.indicators import measure_indicators
     from hf_parcor.injection import corrupted
-    from hf_parcor.metric_info import MetricInfo
-    from hf_parcor.monitoring import RobustnessCallback
-    from hf_parcor.report import RobustnessReport
-    from hf_parcor.search import SearchRecord, search_epsilon
+    from hf_parcor.records import (
+        CorruptionRecord,
+        EvaluationRecord,
+        IndicatorRecord,
+        MetricInfo,
+        SearchRecord,
+        SweepRecord,
+    )
+    from hf_parcor.reports import RobustnessReport
+    from hf_parcor.search import search_epsilon
     from hf_parcor.targets import by_adapter, by_kind, by_layer, by_module, select_parameters
+    from hf_parcor.trainers import ParameterDefenseTrainer, Seq2SeqParameterDefenseTrainer
     from hf_parcor.training import (
         DefenseConfig,
         ParameterDefenseMixin,
-        ParameterDefenseTrainer,
         ParameterDefenseTrainingArguments,
-        Seq2SeqParameterDefenseTrainer,
         Seq2SeqParameterDefenseTrainingArguments,
         defended_backward,
     )
@@ -102,23 +107,21 @@ _PARTS = {
     ),
     "evaluation": (
         "CorruptionEvaluator",
+        "LayerProbe",
+        "RobustnessCallback",
+    ),
+    "indicators": ("measure_indicators",),
+    "injection": ("corrupted",),
+    "records": (
         "CorruptionRecord",
         "EvaluationRecord",
-        "LayerProbe",
+        "IndicatorRecord",
+        "MetricInfo",
+        "SearchRecord",
         "SweepRecord",
     ),
-    "indicators": (
-        "IndicatorRecord",
-        "measure_indicators",
-    ),
-    "injection": ("corrupted",),
-    "metric_info": ("MetricInfo",),
-    "monitoring": ("RobustnessCallback",),
-    "report": ("RobustnessReport",),
-    "search": (
-        "SearchRecord",
-        "search_epsilon",
-    ),
+    "reports": ("RobustnessReport",),
+    "search": ("search_epsilon",),
     "targets": (
         "by_adapter",
         "by_kind",
@@ -129,12 +132,11 @@ _PARTS = {
     "training": (
         "DefenseConfig",
         "ParameterDefenseMixin",
-        "ParameterDefenseTrainer",
         "ParameterDefenseTrainingArguments",
-        "Seq2SeqParameterDefenseTrainer",
         "Seq2SeqParameterDefenseTrainingArguments",
         "defended_backward",
     ),
+    "trainers": ("ParameterDefenseTrainer", "Seq2SeqParameterDefenseTrainer"),
 }
 _HOMES = {name: part for part, names in _PARTS.items() for name in names}
 

@@ -1,14 +1,18 @@
-"""A copy of a batch that a model may write into."""
+"""Batches: copies that a model may write into, their first examples, and which of their labels count."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections import UserDict
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from transformers.trainer_pt_utils import find_batch_size
 
 Batch = TypeVar("Batch")
 
@@ -90,3 +94,88 @@ def _copy_of_object(value: Any, memo: dict[int, Any]) -> Any:
         memo.setdefault(id(memo), []).append(trial)  # alive, so that no other object gets its id
     memo[id(value)] = copied
     return copied
+
+
+IGNORED_LABEL = -100
+
+
+def count_labels(batch: Mapping[str, Any], *, shifted: bool = False) -> Tensor | None:
+    """Return how many labels of a batch count in its loss, without waiting for the device; None if it has none.
+
+    Of labels that are numbers, of a regression say, all count: −100.0 is one of them.
+
+    Args:
+        batch: With `labels`, or `shift_labels`, which are shifted already.
+        shifted: Whether the loss leaves out the first label of every row, as that of a causal language model does.
+
+    Examples:
+        >>> import torch
+        >>> batch = {"labels": torch.tensor([[1, 2, -100], [3, -100, -100]])}
+        >>> int(count_labels(batch)), int(count_labels(batch, shifted=True))
+        (3, 1)
+        >>> int(count_labels({"labels": torch.tensor([-100.0, 20.5])}))
+        2
+    """
+    labels = batch.get("shift_labels", batch.get("labels"))
+    if not isinstance(labels, Tensor):
+        return None
+    if shifted and "shift_labels" not in batch:
+        labels = labels[..., 1:]
+    counts = torch.ones_like(labels) if labels.is_floating_point() else labels != IGNORED_LABEL
+    return counts.sum(dtype=torch.long)
+
+
+def first_examples(batch: Any, share: float) -> Any:
+    """Return the first `⌈share · n⌉` of a batch's n examples; what is not per example stays.
+
+    Args:
+        batch: Tensors, and lists, of n examples, in mappings, lists or tuples.
+        share: In (0, 1]; 1 returns the batch itself.
+
+    Raises:
+        ValueError: A tensor's first dimension is not that of the examples.
+    """
+    if share == 1:
+        return batch
+    examples = find_batch_size(batch)  # type: ignore[no-untyped-call]
+    if examples is None:
+        raise ValueError("batch_share: expected a batch with tensors, got one without; set batch_share to 1")
+    return _first(batch, math.ceil(share * examples), examples)
+
+
+def _first(value: Any, count: int, examples: int) -> Any:
+    if isinstance(value, Tensor) and value.dim() > 0:
+        if len(value) != examples:
+            raise ValueError(
+                f"batch_share: expected tensors with {examples} examples in their first dimension, got one of shape "
+                f"{tuple(value.shape)}; set batch_share to 1 for this model"
+            )
+        return value[:count]
+    if isinstance(value, Mapping):
+        return {name: _first(part, count, examples) for name, part in value.items()}
+    if isinstance(value, (list, tuple)) and not any(isinstance(part, Tensor) for part in value):
+        return value[:count] if len(value) == examples else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_first(part, count, examples) for part in value)
+    return value
+
+
+def items_of_part(items: Tensor | int | None, batch: Any, share: float, shifted: bool = False) -> Tensor | int | None:
+    """Return what a part's loss is to be divided by, so that it has the scale of the whole batch's.
+
+    Models divide the sum over labels by the number of labels, `items`, of all batches of an optimizer step; a part
+    with a third of its batch's labels is to be divided by a third of that.
+
+    Args:
+        items: The number of labels, None where the model takes a mean.
+        batch: The whole batch.
+        share: As in `first_examples`.
+        shifted: Whether the loss is that of the next token, so that the first label counts for nothing.
+    """
+    if items is None or share == 1 or not isinstance(batch, Mapping):
+        return items
+    part, whole = (count_labels(some, shifted=shifted) for some in (first_examples(batch, share), batch))
+    if part is None or whole is None:
+        return items
+    scaled: Tensor = torch.as_tensor(items, device=whole.device) * part / whole.clamp(min=1)
+    return torch.where(part > 0, scaled, 1.0)  # no label, no loss

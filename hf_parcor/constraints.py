@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hf_parcor.functional.arguments import check_norm_order, check_radius, check_top_n
+from hf_parcor.arguments import check_norm_order, check_radius, check_top_n
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_parcor.input_error import InputError, nearest, one_line
+from hf_parcor.errors import InputError, nearest, one_line
 
 logger = logging.getLogger(__name__)
 

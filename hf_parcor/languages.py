@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hf_parcor.input_error import InputError, nearest
+from hf_parcor.errors import InputError, nearest
 from hf_parcor.sequence_length import generation_settings
 
 

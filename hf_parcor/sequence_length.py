@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_parcor.input_error import InputError
+from hf_parcor.errors import InputError
 
 _OF_EACH_SIDE = {False: "max_encoder_position_embeddings", True: "max_decoder_position_embeddings"}
 _UNBOUNDED = 10**9  # tokenizers say 10^30 where they know no length

@@ -25,7 +25,7 @@ from campaigns.sst2 import evaluator_of, over_runs, parse_options, train
 from campaigns.summary import mean_and_deviation
 
 from hf_parcor import CorruptionConstraint, GradientCorruption
-from hf_parcor.evaluation import EvaluationRecord
+from hf_parcor.records import EvaluationRecord
 from hf_parcor.statistics import MeanAndSpread, student_t_test
 
 BENCHMARK = Path(__file__).parent / "results" / "benchmark.json"

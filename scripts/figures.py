@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from hf_parcor import CorruptionRecord, EvaluationRecord, SweepRecord
-from hf_parcor.evaluation.series import short
-from hf_parcor.metric_info import agreed
-from hf_parcor.plots import plot_directions, plot_heat_map
-from hf_parcor.report.markup import markdown_table
-from hf_parcor.report.numbers import Numbers
+from hf_parcor.records.curves import short
+from hf_parcor.records.metric_info import agreed
+from hf_parcor.reports.markup import markdown_table
+from hf_parcor.reports.numbers import Numbers
+from hf_parcor.reports.plots import plot_directions, plot_heat_map
 
 Models: TypeAlias = Mapping[str, list[EvaluationRecord]]
 Sweeps: TypeAlias = Mapping[str, SweepRecord]

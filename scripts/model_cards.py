@@ -16,13 +16,13 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_parcor.evaluation import EvaluationRecord, SweepRecord
-from hf_parcor.metric_info import SHARE
-from hf_parcor.model_card import EvaluationData, ModelFacts, facts_of
-from hf_parcor.model_card.folder import card_of, files_beside
-from hf_parcor.model_card.metadata import RESULTS_FOLDER
-from hf_parcor.report.markup import markdown_table
-from hf_parcor.report.numbers import Numbers
+from hf_parcor.cards import EvaluationData, ModelFacts, facts_of
+from hf_parcor.cards.folder import card_of, files_beside
+from hf_parcor.cards.front_matter import RESULTS_FOLDER
+from hf_parcor.records import EvaluationRecord, SweepRecord
+from hf_parcor.records.metric_info import SHARE
+from hf_parcor.reports.markup import markdown_table
+from hf_parcor.reports.numbers import Numbers
 from hf_parcor.training import DefenseArguments, DefenseConfig, build_defense
 
 ROOT = Path(__file__).parents[1]

@@ -31,8 +31,8 @@ from hf_parcor import (
 )
 from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import ClassificationMetric
-from hf_parcor.metric_info import SHARE
-from hf_parcor.plots import plot_heat_map
+from hf_parcor.records.metric_info import SHARE
+from hf_parcor.reports.plots import plot_heat_map
 
 COMMAND = "python scripts/probe_sst2.py --model MODEL --data FOLDER --output model_cards/sst2-minilm-probes"
 ARMS = {"plain": PLAIN, "defended": Arm("K = 1", ONE_STEP)}

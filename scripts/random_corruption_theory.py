@@ -27,9 +27,8 @@ from theorem_1.language_model import rows_of, trained_model, words_of
 from theorem_1.table import table
 from transformers import set_seed
 
-from hf_parcor.evaluation.provenance import library_versions
-from hf_parcor.stored_record import replace_text
-from hf_parcor.strict_json import to_strict_json
+from hf_parcor.evaluation.identity import library_versions
+from hf_parcor.records.stored import replace_text, to_strict_json
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, str]:

@@ -19,7 +19,7 @@ from campaigns.notes import note_run
 from campaigns.sst2 import evaluator_of, over_runs, parse_options, train
 
 from hf_parcor import CorruptionConstraint, GradientCorruption
-from hf_parcor.evaluation import CorruptionRecord, EvaluationRecord
+from hf_parcor.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.statistics import MeanAndSpread, student_t_test
 
 ARMS = {

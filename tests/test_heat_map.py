@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
 from hf_parcor import CorruptionRecord, EvaluationRecord, MetricInfo, SweepRecord
-from hf_parcor.plots import plot_directions, plot_heat_map
+from hf_parcor.reports.plots import plot_directions, plot_heat_map
 
 LAYERS = ("bert.encoder.layer.0", "bert.encoder.layer.1", "bert.encoder.layer.10")
 

@@ -8,8 +8,8 @@ import logging
 import pytest
 from local_hub import local_hub
 
+from hf_parcor.errors import InputError
 from hf_parcor.hub_data import CONVERTED, download_from_hub, load_hub_data
-from hf_parcor.input_error import InputError
 from hf_parcor.tasks import load_rows
 
 datasets = pytest.importorskip("datasets", reason="data sets of the Hub need the extra 'cli'")

@@ -358,7 +358,7 @@ class TestFailuresWhileWriting:
         def fails(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr("hf_parcor.injection.injection.vector_norm_of_unit_scale", fails)
+        monkeypatch.setattr("hf_parcor.injection.vector_norm_of_unit_scale", fails)
         with pytest.raises(error):
             injection.withdraw(2)
         assert bits_of(model) == before
@@ -369,7 +369,7 @@ class TestFailuresWhileWriting:
         def fails(_: object) -> None:
             raise error
 
-        monkeypatch.setattr("hf_parcor.injection.injection.clones", fails)
+        monkeypatch.setattr("hf_parcor.injection.clones", fails)
         with pytest.raises(error), corrupted(dict(model.named_parameters()), noise(dict(model.named_parameters()))):
             raise AssertionError("the body must not run")
         assert bits_of(model) == before

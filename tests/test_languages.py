@@ -7,8 +7,8 @@ import torch
 from local_models import MANY_LANGUAGES, save_tokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from hf_parcor.errors import InputError
 from hf_parcor.evaluation import GenerationMetric
-from hf_parcor.input_error import InputError
 from hf_parcor.languages import languages_of, set_languages
 
 # How each calls German and English.

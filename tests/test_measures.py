@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_parcor.measures import area_under_curve, epsilon_at_half, metric_drop
+from hf_parcor.records.curves import area_under_curve, epsilon_at_half, metric_drop
 
 nan, inf = math.nan, math.inf
 curves = st.lists(

@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_parcor import CorruptionEvaluator, EvaluationRecord, GaussianNoise, LayerProbe, MetricInfo, SweepRecord
 from hf_parcor.evaluation import ClassificationMetric, LanguageModelMetric, PredictionMetric, SacrebleuScore
-from hf_parcor.metric_info import (
+from hf_parcor.records.metric_info import (
     LABEL_UNITS,
     NATS,
     POINTS,

@@ -22,7 +22,7 @@ from hf_parcor import (
     UniformNoise,
 )
 from hf_parcor.corruptions import CORRUPTIONS
-from hf_parcor.plots import plot_comparison
+from hf_parcor.reports.plots import plot_comparison
 
 NAMES = {kind: name for name, kind in CORRUPTIONS.items()}
 SEVEN = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from hf_parcor.input_error import InputError
+from hf_parcor.errors import InputError
 from hf_parcor.sequence_length import asked_length, fitting_length, generated_length, longest_sequence, positions
 
 ROWS = 20

@@ -18,7 +18,7 @@ from hf_parcor import (
     MultiStepCorruption,
     Quantization,
 )
-from hf_parcor.tables import comparison_table, group_table
+from hf_parcor.reports.terminal_tables import comparison_table, group_table
 
 
 def record_of(rows, metric="accuracy"):

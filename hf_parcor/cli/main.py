@@ -10,15 +10,13 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from hf_parcor.cli.card import Card
-from hf_parcor.cli.command import Command
-from hf_parcor.cli.compare import Compare
-from hf_parcor.cli.errors import Interrupted
 from hf_parcor.cli.evaluate import Evaluate
-from hf_parcor.cli.parser import Parser
+from hf_parcor.cli.parsing import Command, Parser
 from hf_parcor.cli.probe import Probe
-from hf_parcor.cli.report import Report
+from hf_parcor.cli.report import Compare, Report
+from hf_parcor.cli.terminal import Interrupted
 from hf_parcor.cli.train import Train
-from hf_parcor.input_error import InputError, nearest
+from hf_parcor.errors import InputError, nearest
 
 # A new sub-command is a module with a `Command`, and a line here.
 COMMANDS: Mapping[str, Command] = MappingProxyType(

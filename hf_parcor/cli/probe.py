@@ -6,11 +6,8 @@ import argparse
 import sys
 from contextlib import redirect_stdout
 
-from hf_parcor.cli.command import Command
-from hf_parcor.cli.errors import going_on, refused
-from hf_parcor.cli.options import add_corruptions, add_running, add_subject, add_target
-from hf_parcor.cli.parser import Parser
-from hf_parcor.cli.words import one_of
+from hf_parcor.cli.parsing import Command, Parser, add_corruptions, add_running, add_subject, add_target, one_of
+from hf_parcor.cli.terminal import going_on, refused
 
 GROUPS = ("layers", "kinds", "modules", "adapters")
 _EPSILONS = (0.1, 0.2, 0.5)
@@ -41,13 +38,13 @@ class Probe(Command):
     def run(self, arguments: argparse.Namespace) -> None:
         """Measure, and show the record."""
         from hf_parcor import targets
-        from hf_parcor.cli.corruptions import asked_for
-        from hf_parcor.cli.records import PROBE
-        from hf_parcor.cli.results import how_to_go_on, output_folder, show
+        from hf_parcor.cli.evaluate import asked_for
+        from hf_parcor.cli.report import PROBE
         from hf_parcor.cli.subject import load_subject
+        from hf_parcor.cli.terminal import how_to_go_on, output_folder, show
         from hf_parcor.evaluation import CheckpointError, LayerProbe
-        from hf_parcor.report import RobustnessReport
-        from hf_parcor.tables import group_table
+        from hf_parcor.reports import RobustnessReport
+        from hf_parcor.reports.terminal_tables import group_table
 
         groupings = {
             "layers": targets.by_layer,

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from hf_parcor.cli.errors import refused
-from hf_parcor.cli.terminal import tell
-from hf_parcor.cli.words import pairs
-from hf_parcor.evaluation import BatchMetric, EvaluationData
-from hf_parcor.input_error import InputError
+from hf_parcor.cli.parsing import pairs
+from hf_parcor.cli.terminal import refused, tell
+from hf_parcor.errors import InputError
+from hf_parcor.evaluation import BatchMetric
+from hf_parcor.records import EvaluationData
 from hf_parcor.tasks import Encoding, Processed, Rows, Task, check_head, load_rows, task_named, task_of
 
 

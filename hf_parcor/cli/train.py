@@ -9,18 +9,15 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_parcor.cli.command import Command
-from hf_parcor.cli.errors import going_on, refused
-from hf_parcor.cli.options import TRIALS, add_subject
-from hf_parcor.cli.parser import Parser
-from hf_parcor.cli.terminal import tell
-from hf_parcor.cli.words import at_least, share
-from hf_parcor.input_error import InputError
+from hf_parcor.cli.parsing import TRIALS, Command, Parser, add_subject, at_least, share
+from hf_parcor.cli.terminal import going_on, refused, tell
+from hf_parcor.errors import InputError
 
 if TYPE_CHECKING:
     from hf_parcor.cli.subject import Subject
     from hf_parcor.tasks import Rows, Task
-    from hf_parcor.training import ParameterDefenseTrainer, ParameterDefenseTrainingArguments
+    from hf_parcor.trainers import ParameterDefenseTrainer
+    from hf_parcor.training import ParameterDefenseTrainingArguments
 
 
 class Train(Command):
@@ -90,7 +87,8 @@ class Train(Command):
         from transformers import set_seed
 
         from hf_parcor.cli.subject import find_task, measured, prepared
-        from hf_parcor.training import ParameterDefenseTrainer, ParameterDefenseTrainingArguments
+        from hf_parcor.trainers import ParameterDefenseTrainer
+        from hf_parcor.training import ParameterDefenseTrainingArguments
 
         names = [field.name for field in fields(ParameterDefenseTrainingArguments) if field.init]
         with redirect_stdout(sys.stderr):
@@ -179,12 +177,12 @@ def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingA
 
 def _measure(arguments: argparse.Namespace, trainer: ParameterDefenseTrainer, subject: Subject) -> None:
     """Measure the trained model, all processes together, and show the record."""
-    from hf_parcor.cli.records import ROBUSTNESS
-    from hf_parcor.cli.results import show
+    from hf_parcor.cli.report import ROBUSTNESS
+    from hf_parcor.cli.terminal import show
     from hf_parcor.corruptions import corruptions_of_table_1
     from hf_parcor.evaluation import CorruptionEvaluator
-    from hf_parcor.report import RobustnessReport
-    from hf_parcor.tables import comparison_table
+    from hf_parcor.reports import RobustnessReport
+    from hf_parcor.reports.terminal_tables import comparison_table
 
     folder = Path(str(trainer.args.output_dir))
     corruptions = [] if arguments.skip_corruptions else corruptions_of_table_1()

@@ -1,14 +1,13 @@
 """How a corruption is chosen: numbers in, numbers out. Modules here know no model."""
 
 from hf_parcor.corruptions.bit_flips import BitFlips
-from hf_parcor.corruptions.catalogue import CORRUPTIONS
+from hf_parcor.corruptions.catalogue import CORRUPTIONS, corruptions_of_table_1
 from hf_parcor.corruptions.corruption import Corruption, GradientSource
 from hf_parcor.corruptions.gradient import GradientCorruption
 from hf_parcor.corruptions.multi_step import MultiStepCorruption
 from hf_parcor.corruptions.noise import GaussianNoise, UniformNoise
 from hf_parcor.corruptions.quantization import Quantization
 from hf_parcor.corruptions.random import RandomCorruption
-from hf_parcor.corruptions.table_1 import corruptions_of_table_1
 
 __all__ = [
     "CORRUPTIONS",

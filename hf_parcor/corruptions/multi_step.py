@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_parcor.arguments import check_count, check_radius
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.corruptions.corruption import Corruption, GradientSource, named
-from hf_parcor.functional.arguments import check_count, check_radius
 from hf_parcor.functional.constrained_maximum import constrained_maximum_
 from hf_parcor.functional.projections import check_projectable, project_
 from hf_parcor.functional.vectors import working_copy, working_dtype

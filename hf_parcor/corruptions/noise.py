@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_parcor.arguments import check_radius
 from hf_parcor.corruptions.corruption import Corruption, GradientSource, named
-from hf_parcor.functional.arguments import check_radius
 from hf_parcor.functional.noise import gaussian_noise, uniform_noise
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_parcor.arguments import check_real
 from hf_parcor.defenses.defense import ConstrainedDefense
 from hf_parcor.defenses.step import DefendedStep
-from hf_parcor.functional.arguments import check_real
 
 
 @dataclass(frozen=True)

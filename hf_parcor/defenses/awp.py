@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_parcor.arguments import check_count, check_radius
 from hf_parcor.corruptions.multi_step import STEP_SIZE_FACTOR
 from hf_parcor.defenses.projected_ascent import ProjectedAscent
 from hf_parcor.defenses.step import DefendedStep
-from hf_parcor.functional.arguments import check_count, check_radius
 from hf_parcor.functional.constrained_maximum import constrained_maximum_
 from hf_parcor.functional.vectors import vector_norm
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from hf_parcor.arguments import check_count, check_radius, check_real
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.defenses.step import DefendedStep
-from hf_parcor.functional.arguments import check_count, check_radius, check_real
 from hf_parcor.functional.constrained_maximum import constrained_maximum_
 
 

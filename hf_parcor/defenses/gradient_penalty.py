@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_parcor.arguments import check_norm_order, check_radius
 from hf_parcor.defenses.defense import Defense
 from hf_parcor.defenses.second_derivative import (
     TriedModel,
@@ -21,7 +22,6 @@ from hf_parcor.defenses.second_derivative import (
     refusing_hidden_gradients,
 )
 from hf_parcor.defenses.step import DefendedStep
-from hf_parcor.functional.arguments import check_norm_order, check_radius
 from hf_parcor.functional.constrained_maximum import dual_order
 
 

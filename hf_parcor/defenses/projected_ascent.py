@@ -8,11 +8,11 @@ from functools import partial
 
 from torch import Tensor
 
+from hf_parcor.arguments import check_count, check_radius
 from hf_parcor.corruptions.multi_step import STEP_SIZE_FACTOR
 from hf_parcor.corruptions.random import RandomCorruption
 from hf_parcor.defenses.defense import ConstrainedDefense
 from hf_parcor.defenses.step import DefendedStep
-from hf_parcor.functional.arguments import check_count, check_radius
 from hf_parcor.functional.projections import check_projectable, project_
 
 _ROUNDING = 1 + 1e-9  # three steps of 0.1 reach 0.3, whatever floats say

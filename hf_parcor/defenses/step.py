@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_parcor.defenses.adversarial_inputs import AdversarialInputs
-from hf_parcor.defenses.processes import Processes
-from hf_parcor.functional.sharded import local_part, local_parts
+from hf_parcor.distributed.dtensors import local_part, local_parts
+from hf_parcor.distributed.processes import ProcessGroup
 from hf_parcor.functional.vectors import clones
 from hf_parcor.injection import CorruptionNorm, Injection
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
@@ -52,7 +52,7 @@ class DefendedStep:
         embedding: torch.nn.Module | None = None,
         prefix: PrefixReuse | None = None,
         reduction: Callable[[], Tensor] | None = None,
-        processes: Processes | None = None,
+        processes: ProcessGroup | None = None,
     ) -> None:
         self.parameters = parameters
         self._run_pass = run_pass

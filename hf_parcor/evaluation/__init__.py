@@ -1,8 +1,8 @@
 """How far do metrics fall when weights are corrupted? Evaluators and their records."""
 
-from hf_parcor.evaluation.checkpoint import CheckpointError
-from hf_parcor.evaluation.data import EvaluationData
-from hf_parcor.evaluation.evaluator import CorruptionEvaluator
+from hf_parcor.distributed.processes import ProcessError
+from hf_parcor.evaluation.callback import RobustnessCallback
+from hf_parcor.evaluation.evaluator import CorruptionEvaluator, LayerProbe
 from hf_parcor.evaluation.gradients import DatasetGradients, model_loss
 from hf_parcor.evaluation.metrics import (
     BatchMetric,
@@ -15,22 +15,17 @@ from hf_parcor.evaluation.metrics import (
     SacrebleuScore,
     TrainerMetric,
 )
-from hf_parcor.evaluation.probe import LayerProbe
-from hf_parcor.evaluation.processes import ProcessError
-from hf_parcor.evaluation.records import CorruptionRecord, EvaluationRecord
-from hf_parcor.evaluation.sweep_record import SweepRecord
-from hf_parcor.evaluation.trials import DEFAULT_TRIALS
+from hf_parcor.evaluation.trainer import DEFAULT_CORRUPTIONS, RobustnessMixin, measure_robustness, robustness_metrics
+from hf_parcor.evaluation.trials import DEFAULT_TRIALS, CheckpointError
 
 __all__ = [
+    "DEFAULT_CORRUPTIONS",
     "DEFAULT_TRIALS",
     "BatchMetric",
     "CheckpointError",
     "ClassificationMetric",
     "CorruptionEvaluator",
-    "CorruptionRecord",
     "DatasetGradients",
-    "EvaluationData",
-    "EvaluationRecord",
     "GenerationMetric",
     "Identified",
     "Informed",
@@ -38,8 +33,11 @@ __all__ = [
     "LayerProbe",
     "PredictionMetric",
     "ProcessError",
+    "RobustnessCallback",
+    "RobustnessMixin",
     "SacrebleuScore",
-    "SweepRecord",
     "TrainerMetric",
+    "measure_robustness",
     "model_loss",
+    "robustness_metrics",
 ]

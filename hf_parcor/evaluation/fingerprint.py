@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_parcor.distributed.dtensors import local_part, whole
 from hf_parcor.evaluation.reach import packed_tensors, plain_parts
-from hf_parcor.functional.sharded import local_part, whole
 
 TOLD_BY_THEIR_TEXT = (
     *(datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo),

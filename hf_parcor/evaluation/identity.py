@@ -6,7 +6,10 @@ import dis
 import enum
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence, Set
+import importlib.metadata
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
+from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -15,11 +18,147 @@ import torch
 from torch import Tensor, nn
 
 from hf_parcor.corruptions import Corruption
-from hf_parcor.evaluation.attributes import fixed_attributes, inner_code
+from hf_parcor.distributed.fsdp import class_of
 from hf_parcor.evaluation.fingerprint import TOLD_BY_THEIR_TEXT, fingerprint, fingerprint_of_weights
-from hf_parcor.evaluation.provenance import library_versions
-from hf_parcor.sharding import class_of
-from hf_parcor.strict_json import to_strict_json
+from hf_parcor.functional.vectors import vector_norm
+from hf_parcor.records.stored import to_strict_json
+
+_CALLED = ("__call__", "of_batch", "combine", "forward")
+
+
+def fixed_attributes(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object, but for those that it writes itself when it is called, such as a counter.
+
+    Examples:
+        >>> class Metric:
+        ...     def __init__(self, limit):
+        ...         self.limit, self.calls = limit, 0
+        ...
+        ...     def __call__(self, model):
+        ...         self.calls += 1
+        ...         return {"limit": self.limit}
+        >>> fixed_attributes(Metric(3))
+        {'limit': 3}
+    """
+    written = _written_by_calls(type(value))
+    return {name: entry for name, entry in getattr(value, "__dict__", {}).items() if name not in written}
+
+
+def inner_code(code: CodeType) -> list[CodeType]:
+    """Return a code object and those of all functions inside of it."""
+    return [code, *(part for one in code.co_consts if isinstance(one, CodeType) for part in inner_code(one))]
+
+
+def _written_by_calls(kind: type) -> set[str]:
+    """Return the attributes that calls write, and the methods that these call."""
+    written: set[str] = set()
+    seen: set[str] = set()
+    left = list(_CALLED)
+    while left:
+        name = left.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for function in (vars(base).get(name) for base in kind.__mro__):
+            function = getattr(function, "__wrapped__", function)  # under a decorator such as torch.no_grad()
+            for code in inner_code(function.__code__) if isinstance(function, FunctionType) else ():
+                written |= {str(one.argval) for one in dis.get_instructions(code) if one.opname == "STORE_ATTR"}
+                left.extend(code.co_names)
+    return written
+
+
+_LIBRARIES = ("hf-parcor", "torch", "transformers", "accelerate")
+
+
+def model_name(model: nn.Module) -> str:
+    """Return a model's name on the Hub, the last two parts of its local folder, or the name of its class.
+
+    Records are published: where a folder lies on a machine stays out.
+
+    Examples:
+        >>> model_name(nn.Linear(1, 1))
+        'Linear'
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or class_of(model).__name__
+    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
+
+
+def task_of(model: nn.Module) -> str:
+    """Return the Hub's name of the task that the model's class is for, also under an adapter; "" if unknown.
+
+    Examples:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = dict(hidden_size=2, num_hidden_layers=1, num_attention_heads=1, intermediate_size=2, vocab_size=2)
+        >>> task_of(BertForSequenceClassification(BertConfig(**sizes)))
+        'text-classification'
+    """
+    unwrapped: Any = getattr(model, "get_base_model", None)
+    return task_of_class(class_of(model if unwrapped is None else unwrapped()).__name__)
+
+
+def task_of_class(name: str) -> str:
+    """Return the Hub's name of the task that a class of Transformers is for; "" if unknown.
+
+    One that generates texts from texts is for several tasks, unless it is a translation model: the Hub calls that
+    "text2text-generation". So it does a BART, which can also fill masks.
+
+    Args:
+        name: Of the class, or what it ends with, such as "ForTokenClassification".
+
+    Examples:
+        >>> task_of_class("MarianMTModel"), task_of_class("BartForConditionalGeneration"), task_of_class("ForCausalLM")
+        ('translation', 'text2text-generation', 'text-generation')
+    """
+    from transformers.modelcard import TASK_MAPPING
+
+    if name.endswith("MTModel"):
+        return "translation"
+    classes: Any
+    found = []
+    for task, classes in TASK_MAPPING.items():
+        names = [known for entry in classes.values() for known in ((entry,) if isinstance(entry, str) else entry)]
+        if name in names or (name.startswith("For") and any(known.endswith(name) for known in names)):
+            found.append(str(task))
+    return "text2text-generation" if "text2text-generation" in found else next(iter(found), "")
+
+
+def norm_of(weights: Iterable[Tensor]) -> float:
+    """Return the L2 norm of all weights as one vector, to six digits: the same however many processes summed it.
+
+    Examples:
+        >>> norm_of([Tensor([3.0]), Tensor([[4.0]])])
+        5.0
+    """
+    norms = [vector_norm([weight.detach().double()]).item() for weight in weights]
+    return float(f"{math.hypot(*norms):.6g}")
+
+
+def described(value: Any) -> Any:
+    """Return an argument as plain values: classes by their names, collections as lists, sets in order.
+
+    Examples:
+        >>> described((nn.Linear, "LayerNorm"))
+        ['Linear', 'LayerNorm']
+    """
+    if isinstance(value, type):
+        return value.__name__
+    if isinstance(value, (str, int)):
+        return value
+    entries = [described(entry) for entry in value]
+    return sorted(entries) if isinstance(value, (set, frozenset)) else entries
+
+
+def library_versions() -> dict[str, str]:
+    """Return the installed versions of the libraries that numbers depend on."""
+    return {library: _version(library) for library in _LIBRARIES}
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"
+
 
 # Where a model lies, and what a first loss writes there: not what the model computes.
 _PASSING = ("_name_or_path", "transformers_version", "problem_type")

@@ -2,43 +2,172 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from hf_parcor.buffers import BufferSnapshot
-from hf_parcor.corruptions import Corruption, MultiStepCorruption
-from hf_parcor.evaluation.checkpoint import append_to_checkpoint, begin_checkpoint
-from hf_parcor.evaluation.clean_prefix import prefix_of_ascents, prefix_of_measurements
-from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss
+from hf_parcor.arguments import check_count
+from hf_parcor.corruptions import CORRUPTIONS, Corruption, MultiStepCorruption
+from hf_parcor.distributed.fsdp import is_sharded
+from hf_parcor.distributed.processes import Processes
+from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, corrupted_model
 from hf_parcor.evaluation.identity import identity_of_run
-from hf_parcor.evaluation.measuring import Metric, measure
 from hf_parcor.evaluation.metrics import BatchMetric
-from hf_parcor.evaluation.on_shards import corrupted_model
-from hf_parcor.evaluation.plan import Plan
-from hf_parcor.evaluation.processes import Processes
-from hf_parcor.evaluation.records import CorruptionRecord
-from hf_parcor.evaluation.replicas import check_same_data, check_same_weights
-from hf_parcor.evaluation.sharing import Job, Part, choose_together, measure_together
-from hf_parcor.evaluation.trials import Trial, checked_metrics, record_of
+from hf_parcor.evaluation.replicas import all_batches, check_same_data, check_same_weights
+from hf_parcor.evaluation.together import (
+    Job,
+    Part,
+    choose_together,
+    measure_together,
+    prefix_of_ascents,
+    prefix_of_measurements,
+)
+from hf_parcor.evaluation.trials import Trial, append_to_checkpoint, begin_checkpoint, checked_metrics, record_of
 from hf_parcor.evaluation.walks import RepeatedBatches, check_repeatable
-from hf_parcor.functional.arguments import check_count
 from hf_parcor.functional.vectors import numel
-from hf_parcor.metric_info import MetricInfo, checked_infos, info_of
-from hf_parcor.modes import devices_of, evaluation_mode
+from hf_parcor.model_state import BufferSnapshot, devices_of, evaluation_mode
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.randomness import random_states_kept
-from hf_parcor.sharding import is_sharded
+from hf_parcor.records.evaluation import CorruptionRecord
+from hf_parcor.records.metric_info import MetricInfo, checked_infos, info_of
 
 logger = logging.get_logger(__name__)
+
+Metric = Callable[[nn.Module], Mapping[str, float]]
+_CLOSE = 1e-2  # relative; kernels of different processes round differently, data of different processes differ more
+
+
+def measure(model: nn.Module, metric: Metric, processes: Processes) -> Mapping[str, object]:
+    """Return the metrics of a model, the same in every process.
+
+    Args:
+        model: The model, in evaluation mode.
+        metric: A `BatchMetric` is made from what each process finds on its share of the batches. Any other is called
+            in all processes at the same time, so that it may gather over them, as `Trainer.evaluate` does; what the
+            first process got is returned.
+        processes: Those that measure together.
+
+    Raises:
+        TypeError: The metric returned no mapping, or an empty one.
+    """
+    maybe: Any = metric
+    if processes.count > 1 and isinstance(maybe, BatchMetric):
+        found = processes.each(partial(maybe.of_batch, model), all_batches(maybe.batches))
+        return checked_metrics(maybe.combine(found))
+    metrics = checked_metrics(metric(model))
+    if processes.count == 1:
+        return metrics
+    of_processes = processes.gather({name: _plain(value) for name, value in metrics.items()})
+    _warn_of_differences(of_processes)
+    return of_processes[0]
+
+
+def _plain(value: object) -> object:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _warn_of_differences(found: Sequence[Mapping[str, object]]) -> None:
+    first = found[0]
+    differing = [name for name, value in first.items() if any(_differs(value, other.get(name)) for other in found[1:])]
+    if differing:
+        name = differing[0]
+        logger.warning_once(
+            f"metric: expected the same {name!r} in every process, got {[other.get(name) for other in found]}; the "
+            "first is kept. Let the metric gather over processes, as Trainer.evaluate does, or make it batch by batch."
+        )
+
+
+def _differs(value: object, other: object) -> bool:
+    if not isinstance(value, Real) or not isinstance(other, Real):
+        return type(value) is not type(other)
+    if math.isnan(value) and math.isnan(other):
+        return False
+    return not math.isclose(value, other, rel_tol=_CLOSE)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All trials of all corruptions of all parts, numbered from 1 in this order.
+
+    Args:
+        corruptions: What each part is measured under.
+        trials: Trials of each stochastic corruption; others have one.
+        seed: First seed.
+        parts: How many parts there are.
+
+    Raises:
+        TypeError: Something is no `Corruption`.
+    """
+
+    corruptions: tuple[Corruption, ...]
+    trials: int
+    seed: int
+    parts: int
+
+    def __post_init__(self) -> None:
+        for corruption in self.corruptions:
+            if not isinstance(corruption, Corruption):
+                raise TypeError(
+                    f"corruptions: expected Corruption objects, got {corruption!r}; pass GaussianNoise(0.01), say"
+                )
+
+    def __len__(self) -> int:
+        """Return how many trials there are."""
+        return len(self._of_part()) * self.parts
+
+    def part_of(self, number: int) -> int:
+        """Return the index of the part that a trial corrupts."""
+        return (number - 1) // len(self._of_part())
+
+    def drawn(self, number: int) -> tuple[Corruption, int]:
+        """Return the corruption of a trial, and its seed."""
+        of_part = self._of_part()
+        return of_part[(number - 1) % len(of_part)]
+
+    def records(self, found: Mapping[int, Trial]) -> list[tuple[CorruptionRecord, ...]]:
+        """Return the records of each part, from all trials by their number."""
+        in_order = (found[number] for number in range(1, 1 + len(self)))
+        return [
+            tuple(
+                record_of(
+                    _catalogue_name(corruption),
+                    str(corruption),
+                    corruption.settings(),
+                    list(islice(in_order, self._times(corruption))),
+                )
+                for corruption in self.corruptions
+            )
+            for _ in range(self.parts)
+        ]
+
+    def _times(self, corruption: Corruption) -> int:
+        return self.trials if corruption.stochastic else 1
+
+    def _of_part(self) -> list[tuple[Corruption, int]]:
+        return [
+            (corruption, self.seed + trial)
+            for corruption in self.corruptions
+            for trial in range(self._times(corruption))
+        ]
+
+
+def _catalogue_name(corruption: Corruption) -> str:
+    for name, kind in CORRUPTIONS.items():
+        if type(corruption) is kind:
+            return name
+    return type(corruption).__name__
+
 
 MEMORY = 1 << 30
 BETWEEN_WRITES = 16  # corruptions that a kill may cost; more would share a prefix run that is a few percent of them

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from hf_parcor.evaluation.processes import Processes
+from hf_parcor.distributed.fsdp import drop_gathered, is_sharded
+from hf_parcor.distributed.processes import Processes
 from hf_parcor.evaluation.reach import packed_tensors, plain_parts
-from hf_parcor.sharding import drop_gathered, is_sharded
 
 
 def measurable_model(model: nn.Module) -> nn.Module:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_parcor.functional.arguments import check_count, check_real
-from hf_parcor.functional.sharded import cut_as, local_part, sharded_as, shared_generator
+from hf_parcor.arguments import check_count, check_real
+from hf_parcor.distributed.dtensors import cut_as, local_part, sharded_as, shared_generator
 
 _MANTISSA_BITS: Mapping[torch.dtype, int] = MappingProxyType(
     {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}

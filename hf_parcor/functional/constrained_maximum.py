@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_parcor.functional.arguments import check_norm_order, check_radius, check_top_n
-from hf_parcor.functional.sharded import one_vector
+from hf_parcor.arguments import check_norm_order, check_radius, check_top_n
+from hf_parcor.distributed.dtensors import one_vector
 from hf_parcor.functional.top_n import keep_top_n, keep_top_n_
 from hf_parcor.functional.vectors import (
     divide_,

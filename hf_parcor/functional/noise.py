@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hf_parcor.functional.arguments import check_radius
-from hf_parcor.functional.sharded import cut_as, local_part, shared_generator
+from hf_parcor.arguments import check_radius
+from hf_parcor.distributed.dtensors import cut_as, local_part, shared_generator
 
 
 def _drawn(

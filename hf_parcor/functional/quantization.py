@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_parcor.functional.arguments import check_count
-from hf_parcor.functional.sharded import local_part, sharded_as
+from hf_parcor.arguments import check_count
+from hf_parcor.distributed.dtensors import local_part, sharded_as
 from hf_parcor.functional.vectors import max_magnitude
 
 

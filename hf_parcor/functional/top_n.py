@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_parcor.functional.arguments import check_count
-from hf_parcor.functional.sharded import ShardedVector, one_vector, total
+from hf_parcor.arguments import check_count
+from hf_parcor.distributed.dtensors import ShardedVector, one_vector, total
 from hf_parcor.functional.vectors import chunks, numel, working_dtype
 
 _DIGIT_BITS = 16

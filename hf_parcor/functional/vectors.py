@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_parcor.functional.arguments import check_norm_order
-from hf_parcor.functional.sharded import ShardedVector, local_parts, one_vector
+from hf_parcor.arguments import check_norm_order
+from hf_parcor.distributed.dtensors import ShardedVector, local_parts, one_vector
 
 _BITS_OF_DTYPE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _CHUNK = 1 << 20  # entries worked on at a time: less than 100 MiB of scratch, whatever the size of the model

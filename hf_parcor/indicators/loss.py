@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, model_loss
 from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.injection import check_weights, corrupted, forget_derived
-from hf_parcor.modes import evaluation_mode
+from hf_parcor.model_state import evaluation_mode
 
 
 class LossOverData:

@@ -10,20 +10,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hf_parcor.arguments import check_count
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions import Corruption, GradientCorruption, MultiStepCorruption, RandomCorruption
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
-from hf_parcor.evaluation.provenance import described, library_versions, model_name
+from hf_parcor.evaluation.identity import described, library_versions, model_name
 from hf_parcor.evaluation.reach import Reach
 from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.functional import constrained_maximum_value, max_magnitude, vector_norm
-from hf_parcor.functional.arguments import check_count
 from hf_parcor.functional.vectors import numel
-from hf_parcor.indicators.hessian import hessian_trace
+from hf_parcor.indicators.estimators import hessian_trace, random_loss_changes
 from hf_parcor.indicators.loss import LossOverData
-from hf_parcor.indicators.random_changes import random_loss_changes
-from hf_parcor.indicators.record import ConstraintIndicators, IndicatorRecord
 from hf_parcor.injection import corrupted
+from hf_parcor.records.indicators import ConstraintIndicators, IndicatorRecord
 
 _SWALLOWED = 0.1  # realised and asked norm differ by more than this: say so
 

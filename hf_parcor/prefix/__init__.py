@@ -1,11 +1,14 @@
 """The unperturbed prefix of a model's computation: run once, reused by every later pass."""
 
-from hf_parcor.prefix.comparison import check_results, distance, leaves_of, outputs_of
 from hf_parcor.prefix.cut import NothingToReuse, PrefixError
 from hf_parcor.prefix.plan import (
     TRIED_PASSES,
+    check_results,
+    distance,
     failures_as_prefix_errors,
     find_prefix,
+    leaves_of,
+    outputs_of,
     plan_prefix,
     plan_prefix_of_values,
     try_prefix,

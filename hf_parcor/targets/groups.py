@@ -7,11 +7,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 
 from torch import nn
 
-from hf_parcor.targets.errors import TargetError
 from hf_parcor.targets.kinds import is_normalization, linear_modules, output_layers, parameters_below
+from hf_parcor.targets.matching import WORDS, TargetError
 from hf_parcor.targets.selection import select_parameters
 from hf_parcor.targets.stacks import find_stacks
-from hf_parcor.targets.words import WORDS
 
 __all__ = ["Groups", "by_adapter", "by_kind", "by_layer", "by_module"]
 

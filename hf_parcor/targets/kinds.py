@@ -1,4 +1,4 @@
-"""What a module is: normalization, attention, embedding, linear layer, output layer.
+"""What a module is: normalization, attention, embedding, linear layer, output layer, input embedding.
 
 The names of classes decide, because Transformers has hundreds of attention and normalization classes that have no
 common ancestor. A class name can mislead (`MllamaSelfAttentionDecoderLayer` is a whole block,
@@ -9,22 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_parcor.targets.stacks import find_stacks, has_parameters
-
-__all__ = [
-    "attention_modules",
-    "embedding_modules",
-    "is_layer_norm",
-    "is_normalization",
-    "linear_modules",
-    "output_layers",
-    "parameters_below",
-]
 
 _LAYER_NORM_NAME = re.compile(r"(Layer|RMS|Rms)Norm")
 _NORMALIZATION_NAME = re.compile(r"Norm(?!ed|al(?!iz))")  # not NormedEmbedding, not a normal distribution
@@ -163,3 +154,27 @@ def _model_test(model: nn.Module) -> Callable[[nn.Module], bool]:
     """Return a test for what is (part of) a model and not one layer: the root, and all that holds a stack."""
     lists = {stack.blocks for stack in find_stacks(model)}
     return lambda module: module is model or any(below in lists for below in module.modules())
+
+
+def find_input_embedding(model: nn.Module) -> nn.Module:
+    """Return the module that `model.get_input_embeddings()` names: of tokens, or of patches of an image.
+
+    Of an encoder–decoder it is the encoder's: the source, not what the decoder has said so far.
+
+    Raises:
+        ValueError: The model has none.
+    """
+    reader: Any = model
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        reader = reader.get_encoder()
+    find = getattr(reader, "get_input_embeddings", None)
+    try:
+        embedding = None if find is None else find()
+    except NotImplementedError:  # how Transformers says that a model has none
+        embedding = None
+    if not isinstance(embedding, nn.Module):
+        raise ValueError(
+            f"model: expected one whose get_input_embeddings() returns a module, got {type(model).__name__}, which "
+            "has none; choose a defense that leaves the inputs as they are (AWP with input_epsilon=0)"
+        )
+    return embedding

@@ -2,17 +2,124 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Iterable
+from typing import Any
 
 from torch import nn
 
-from hf_parcor.targets.errors import TargetError
-from hf_parcor.targets.filters import ModuleTypes, parameters_in_layers, parameters_of_types
-from hf_parcor.targets.matching import NamedTargets, match_entry, match_pattern, named_targets
-from hf_parcor.targets.stacks import find_stacks
-from hf_parcor.targets.words import WORDS, describe_stacks, owner_classes, select_word
+from hf_parcor.targets.matching import (
+    WORDS,
+    NamedTargets,
+    TargetError,
+    describe_stacks,
+    match_entry,
+    match_pattern,
+    named_targets,
+    owner_classes,
+    select_word,
+)
+from hf_parcor.targets.stacks import Stack, find_stacks
 
-__all__ = ["select_parameters"]
+ModuleTypes = type | str | Collection[type | str]
+
+
+def parameters_of_types(model: nn.Module, module_types: ModuleTypes) -> set[nn.Parameter]:
+    """Return the parameters that belong directly to modules of some classes, or of classes derived from these.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+        >>> parameters_of_types(model, "LayerNorm") == parameters_of_types(model, [nn.LayerNorm]) == set(
+        ...     model[1].parameters()
+        ... )
+        True
+
+    Raises:
+        TargetError: No module of the model is of one of the classes and has parameters of its own.
+        TypeError: An entry is neither a class nor a name.
+    """
+    entries = (
+        [module_types]
+        if isinstance(module_types, (type, str))
+        else list(_iterated(module_types, "module_types", "classes or their names"))
+    )
+    if not entries:
+        raise TargetError("expected at least one class in module_types, got an empty list, pass None for every class")
+    return set().union(*(_of_type(model, entry) for entry in entries))
+
+
+def parameters_in_layers(model: nn.Module, layers: int | Iterable[int]) -> set[nn.Parameter]:
+    """Return the parameters inside the blocks with some indices, of each encoder and decoder that is long enough.
+
+    Of a model with neither, the blocks of its other stacks are meant.
+
+    Examples:
+        >>> model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        >>> parameters_in_layers(model, -1) == set(model[1].parameters())
+        True
+
+    Raises:
+        TargetError: There is no stack, or an index is outside every stack.
+        TypeError: An index is not an integer.
+    """
+    indices = [layers] if isinstance(layers, int) else list(_iterated(layers, "layers", "integers"))
+    if not indices:
+        raise TargetError("expected at least one index in layers, got an empty list, pass None for every layer")
+    every = find_stacks(model)
+    stacks = [stack for stack in every if stack.role != "other"] or every
+    if not stacks:
+        raise TargetError(
+            f"expected layers in a model with stacks, got {describe_stacks(every)}, select by name instead"
+        )
+    return set().union(*(_in_layer(stacks, index) for index in indices))
+
+
+def _of_type(model: nn.Module, entry: object) -> set[nn.Parameter]:
+    if not isinstance(entry, (type, str)):
+        raise TypeError(
+            f"expected classes or class names in module_types, got {entry!r} of type {type(entry).__name__}, "
+            'pass for example nn.Linear or "Linear"'
+        )
+
+    def is_wanted(module: nn.Module) -> bool:
+        if isinstance(entry, type):
+            return isinstance(module, entry)
+        return any(ancestor.__name__ == entry for ancestor in type(module).__mro__)
+
+    parameters = {
+        parameter for module in model.modules() if is_wanted(module) for parameter in module.parameters(recurse=False)
+    }
+    if not parameters:
+        name = entry if isinstance(entry, str) else entry.__name__
+        classes = owner_classes(model)
+        nearest = difflib.get_close_matches(name, classes, n=3) or classes[:8]
+        raise TargetError(
+            f"expected classes of modules with parameters of their own in module_types, got {name}, which no such "
+            f"module of the model is, use {', '.join(nearest)}"
+        )
+    return parameters
+
+
+def _in_layer(stacks: Collection[Stack], index: object) -> set[nn.Parameter]:
+    if isinstance(index, bool) or not isinstance(index, int):
+        raise TypeError(
+            f"expected integers in layers, got {index!r} of type {type(index).__name__}, pass block numbers"
+        )
+    reached = [stack for stack in stacks if -len(stack) <= index < len(stack)]
+    if not reached:
+        raise TargetError(
+            f"expected the index of a block of the model in layers, got {index} for a model with "
+            f"{describe_stacks(stacks)}, use an index inside one of them"
+        )
+    return {parameter for stack in reached for parameter in stack.parameters_of(index)}
+
+
+def _iterated(value: object, argument: str, wanted: str) -> Iterable[object]:
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+        return value
+    raise TypeError(
+        f"expected {wanted} in {argument}, got {value!r} of type {type(value).__name__}, pass one or a list"
+    )
 
 
 def select_parameters(
@@ -79,8 +186,8 @@ def select_parameters(
         >>> select_parameters(model, "last-encoder-layer")
         Traceback (most recent call last):
         ...
-        hf_parcor.targets.errors.TargetError: expected a stack of encoder blocks for the word "last-encoder-layer", got
-        the stack "decoder" (decoder, 2 blocks), use "last-decoder-layer" or layers=-1
+        hf_parcor.targets.matching.TargetError: expected a stack of encoder blocks for the word "last-encoder-layer",
+        got the stack "decoder" (decoder, 2 blocks), use "last-decoder-layer" or layers=-1
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, got {type(model).__name__}, pass the model itself")
@@ -129,3 +236,45 @@ def _keep(
             f"expected {argument} to leave some of the {len(chosen)} selected parameters, got {value!r}, {advice}"
         )
     return chosen & kept
+
+
+def select_trainable(
+    model: nn.Module, target_modules: str | Collection[str] | None = None, **selection: Any
+) -> dict[str, nn.Parameter]:
+    """Select parameters as `select_parameters` does; where no target is named, without the frozen ones.
+
+    Models hold fixed tables, such as sinusoidal positions, and adapters freeze the model around them: neither is a
+    result of training. What is named is taken as it is. A model without any trainable parameter is taken whole.
+
+    Args:
+        model: The model.
+        target_modules: As in `select_parameters`; None for all parameters that can be trained.
+        **selection: `exclude_modules`, `module_types` and `layers` of `select_parameters`.
+
+    Raises:
+        TargetError: Something finds nothing, or nothing is left.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        >>> _ = model[0].requires_grad_(False)
+        >>> list(select_trainable(model))
+        ['1.weight', '1.bias']
+        >>> list(select_trainable(model, ["0"]))
+        ['0.weight', '0.bias']
+    """
+    if target_modules is not None:
+        return select_parameters(model, target_modules, **selection)
+    everything = select_parameters(model, "all", **selection)
+    fixed = sinusoidal_tables(model)
+    return {
+        name: parameter for name, parameter in everything.items() if parameter.requires_grad and parameter not in fixed
+    } or everything
+
+
+def sinusoidal_tables(model: nn.Module) -> set[nn.Parameter]:
+    """Return the tables of positions that are computed and not trained, those of Marian, Pegasus or FSMT.
+
+    They are frozen in a new model, but `from_pretrained` of Transformers 5 forgets that.
+    """
+    tables = (module for module in model.modules() if "Sinusoidal" in type(module).__name__)
+    return {parameter for table in tables for parameter in table.parameters()}

@@ -9,12 +9,11 @@ from types import MappingProxyType
 
 from transformers import AutoConfig
 
-from hf_parcor.input_error import InputError, nearest
+from hf_parcor.errors import InputError, nearest
 from hf_parcor.tasks.image_classification import ImageClassification
-from hf_parcor.tasks.loading import load_pretrained
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.sequence_to_sequence import Summarization, Translation
-from hf_parcor.tasks.task import Task
+from hf_parcor.tasks.task import Task, load_pretrained
 from hf_parcor.tasks.text_classification import TextClassification
 from hf_parcor.tasks.text_generation import TextGeneration
 from hf_parcor.tasks.token_classification import TokenClassification

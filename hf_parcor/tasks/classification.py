@@ -1,18 +1,199 @@
-"""What classifiers of sequences, tokens and images share: labels, and their metrics."""
+"""What classifiers of sequences, tokens and images share: labels as the numbers of classes, and their metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+from hf_parcor.errors import InputError, nearest
 from hf_parcor.evaluation import BatchMetric, ClassificationMetric, PredictionMetric
-from hf_parcor.input_error import InputError
-from hf_parcor.tasks.classes import class_numbers, classes_of
-from hf_parcor.tasks.library_metric import library_score
 from hf_parcor.tasks.rows import Rows
-from hf_parcor.tasks.task import Processed, Task
+from hf_parcor.tasks.task import Processed, Task, library_score
+
+# As numbers are usually written: "01" is a code, "+1" and "-0" are names like any other. Zeros behind the point make
+# no other number of it, since JSON files and tables write 1 as 1.0 where a column once had fractions.
+_WHOLE_NUMBER = re.compile(r"(0|-?[1-9][0-9]{0,17})(?:\.0+)?")
+_LIKE_A_NUMBER = re.compile(r"([+-]?[0-9]{1,18})(?:\.0+)?")
+
+
+def class_numbers(rows: Rows, column: str, label_numbers: Mapping[str, int]) -> list[Any]:
+    """Return the labels of a column as numbers, where a value is a label or a list of labels.
+
+    A label is looked up among the model's names as it is written, so that 2 is the class "2" of a model that counts
+    stars from 1. If there is no such name, a number is that of the model's class, unless the model has other numbers
+    for names. At last, names are compared whatever their case. A file's kind makes no difference: "2" is 2.
+
+    Where the data have names for their numbers, these names are looked up: the two may count in another order. If the
+    model knows none of them, or knows some by the same numbers, numbers are those of the model's classes.
+
+    Args:
+        rows: The data.
+        column: Where the labels are.
+        label_numbers: The model's `label2id`.
+
+    Raises:
+        InputError: A label is missing, unknown to the model, out of range, or may mean several classes.
+    """
+    classes = _Classes(label_numbers)
+    names = rows.class_names.get(column, ())
+    of_names = [classes.named(name) for name in names]
+    as_in_data = all(found in ([], [index]) for index, found in enumerate(of_names))
+    numbers: dict[str, list[int]] = {}  # of token labels there are many, of different ones few
+
+    def number(label: Any, row: int) -> int:
+        shown = repr(label)
+        if names and isinstance(label, int) and not isinstance(label, bool):
+            known = 0 <= label < len(names)
+            found = of_names[label] if known else []
+            if known and not found and as_in_data and label in classes.numbers:
+                found = [label]
+            shown = f"{label} = {names[label]}" if known else shown
+        else:
+            text = _text(rows, column, label, row)
+            if text is not None and text not in numbers:
+                numbers[text] = classes.named(text, numbered=True)
+            found = [] if text is None else numbers[text]
+        if len(found) == 1:
+            return found[0]
+        at = f"got {shown} in column {column!r}, row {row}"
+        if found:
+            meant = " or ".join(f"{name} = {entry}" for name, entry in label_numbers.items() if entry in found)
+            raise InputError(
+                f"{rows.source}: expected a label that means one class, {at}, which may be {meant}; write it as the "
+                "model does"
+            )
+        raise InputError(
+            f"{rows.source}: expected a label of the model ({_shown(label_numbers)}), {at}"
+            f"{nearest(str(label), list(label_numbers))}; choose data with labels, or name their column"
+        )
+
+    values = rows.column(column)
+    return [
+        [number(label, row) for label in value] if isinstance(value, (list, tuple)) else number(value, row)
+        for row, value in enumerate(values, start=1)
+    ]
+
+
+def classes_of(columns: Sequence[tuple[Rows, str]]) -> list[str]:
+    """Return the names of the classes that columns have, for a model that is to learn them.
+
+    Names come in the data's order where these have one, else sorted. A number is the name of a class as well, and
+    only those that occur are: 0 and 100000 are two classes.
+
+    Args:
+        columns: Rows with the name of their column; of training first, which decides where data have names.
+
+    Raises:
+        InputError: A row has no label, or a negative one.
+    """
+    rows, column = columns[0]
+    if column in rows.class_names:
+        return list(rows.class_names[column])
+    names: set[str] = set()
+    for rows, column in columns:
+        for row, label in _labels(rows.column(column)):
+            text = _text(rows, column, label, row)
+            if text is None:
+                raise InputError(
+                    f"{rows.source}: expected names or numbers, or lists of these, got {label!r} in column "
+                    f"{column!r}, row {row}; name another column"
+                )
+            names.add(_plain(text))
+    numbers = [int(name) for name in names if _WHOLE_NUMBER.fullmatch(name)]
+    if len(numbers) < len(names):
+        return sorted(names)
+    if min(numbers, default=0) < 0:  # what the Hub's data have where a label is held back
+        raise InputError(
+            f"{rows.source}: expected labels from 0 on, got {min(numbers)} in column {column!r}; choose data with "
+            "labels, or write names for them"
+        )
+    return [str(number) for number in sorted(numbers)]
+
+
+class _Classes:
+    """A model's classes by what a label may say."""
+
+    def __init__(self, label_numbers: Mapping[str, int]) -> None:
+        names = {str(name): number for name, number in label_numbers.items()}
+        self.numbers = frozenset(names.values())
+        # Names may be alike: each way to write them leads to all that are written so.
+        self._by_form = [
+            (form, _grouped((form(name), number) for name, number in names.items()))
+            for form in (str, _plain, _in_lower_case)
+        ]
+        # In a model that calls its first class "01", a 1 may be this name, from a table that dropped the zero, as well
+        # as the number of its second class.
+        like_numbers = [(_LIKE_A_NUMBER.fullmatch(name.strip()), number) for name, number in names.items()]
+        self._counts_otherwise = any(found and int(found[1]) != number for found, number in like_numbers)
+
+    def named(self, text: str, numbered: bool = False) -> list[int]:
+        """Return the classes that a text may mean: one, if all is well.
+
+        Args:
+            text: A label, as it is written.
+            numbered: Whether a number may be that of a class.
+        """
+        for form, numbers in self._by_form:
+            if form is _in_lower_case and numbered and not self._counts_otherwise:
+                whole = _WHOLE_NUMBER.fullmatch(_plain(text))
+                if whole and int(whole[1]) in self.numbers:
+                    return [int(whole[1])]
+            if form(text) in numbers:
+                return numbers[form(text)]
+        return []
+
+
+def _plain(text: str) -> str:
+    """Return a label without space around it, and a whole number without a point.
+
+    Examples:
+        >>> _plain(" good "), _plain("1.0"), _plain("01"), _plain("1.5")
+        ('good', '1', '01', '1.5')
+    """
+    text = text.strip()
+    whole = _WHOLE_NUMBER.fullmatch(text)
+    return whole[1] if whole else text
+
+
+def _in_lower_case(text: str) -> str:
+    return _plain(text).lower()
+
+
+def _grouped(pairs: Iterable[tuple[str, int]]) -> dict[str, list[int]]:
+    grouped: dict[str, list[int]] = {}
+    for text, number in pairs:
+        grouped.setdefault(text, []).append(number)
+    return grouped
+
+
+def _labels(values: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    for row, value in enumerate(values, start=1):
+        for label in value if isinstance(value, (list, tuple)) else [value]:
+            yield row, label
+
+
+def _text(rows: Rows, column: str, label: Any, row: int) -> str | None:
+    """Return a label as a file has it, or None for what is no label.
+
+    Raises:
+        InputError: There is no label: an empty cell, or what stands for one in JSON and tables.
+    """
+    if label is None or label != label or (isinstance(label, str) and not label.strip()):  # NaN differs from itself
+        raise InputError(
+            f"{rows.source}: expected a label in each row, got {label!r} in column {column!r}, row {row}; leave such "
+            "rows out, or name the label that they have"
+        )
+    if isinstance(label, bool):
+        return "true" if label else "false"  # as JSON has it; Python takes it for a number
+    return str(label) if isinstance(label, (str, int, float)) else None
+
+
+def _shown(names: Mapping[str, int]) -> str:
+    shown: Sequence[str] = [f"{name} = {number}" for name, number in list(names.items())[:8]]
+    return ", ".join(shown) + ("…" if len(names) > 8 else "")
 
 
 class Classification(Task):

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from hf_parcor.input_error import InputError
+from hf_parcor.errors import InputError
 
 Row = dict[str, Any]
 # Only what a number is written as again: 007, -0 and digits of other scripts would lose how they are written.

@@ -11,11 +11,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from hf_parcor.input_error import InputError, one_line
+from hf_parcor.errors import InputError, one_line
 from hf_parcor.tasks.classification import Classification
-from hf_parcor.tasks.loading import load_pretrained
 from hf_parcor.tasks.rows import Rows
-from hf_parcor.tasks.task import Collator, Example, Processed, Role
+from hf_parcor.tasks.task import Collator, Example, Processed, Role, load_pretrained
 
 
 class ImageClassification(Classification):

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hf_parcor.evaluation.data import EvaluationData, evaluation_data_of
+from hf_parcor.errors import InputError, nearest
 from hf_parcor.hub_data import load_hub_data
-from hf_parcor.input_error import InputError, nearest
+from hf_parcor.records.data import EvaluationData, evaluation_data_of
 from hf_parcor.tasks.files import data_suffix, read_file
 
 

@@ -11,9 +11,8 @@ from transformers import DataCollatorForSeq2Seq
 from hf_parcor.evaluation import BatchMetric, GenerationMetric, SacrebleuScore
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.languages import set_languages
-from hf_parcor.tasks.library_metric import library_score
 from hf_parcor.tasks.rows import Rows
-from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task
+from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task, library_score
 
 _MAX_LENGTH = 512
 _OF_SACREBLEU = ("bleu", "chrf", "ter")

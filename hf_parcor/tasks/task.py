@@ -10,11 +10,33 @@ from typing import Any, ClassVar
 import transformers
 from torch.utils.data import DataLoader
 
+from hf_parcor.errors import InputError, nearest, one_line
 from hf_parcor.evaluation import BatchMetric
-from hf_parcor.input_error import InputError, nearest
+from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.sequence_length import fitting_length
-from hf_parcor.tasks.loading import load_pretrained
 from hf_parcor.tasks.rows import Rows, find_column
+
+
+def load_pretrained(what: str, loader: Any, name: str, **settings: Any) -> Any:
+    """Return `loader.from_pretrained(name, **settings)`.
+
+    Args:
+        what: What messages call it.
+        loader: A class of Transformers.
+        name: A name on the Hub, or a local folder.
+        **settings: For `from_pretrained`.
+
+    Raises:
+        InputError: Nothing of that name can be loaded.
+    """
+    try:
+        return loader.from_pretrained(name, **settings)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{what}: expected a name on the Hub or a local folder that {loader.__name__} can load, got {name!r} "
+            f"({one_line(error)}); check name, files and network"
+        ) from error
+
 
 Example = dict[str, Any]
 Collator = Callable[[list[Example]], Mapping[str, Any]]
@@ -211,3 +233,31 @@ class _InOrder:
 
     def __getitem__(self, index: int) -> Example:
         return self.examples[self.order[index]]
+
+
+def library_score(name: str, known: Sequence[str]) -> Score:
+    """Return the `compute` of a metric of `evaluate`.
+
+    Args:
+        name: Its name on the Hub, or a local folder.
+        known: The names that need no library, for the message.
+
+    Raises:
+        InputError: It cannot be reached.
+    """
+    try:
+        import evaluate
+    except ImportError as error:
+        raise InputError(
+            f"metric: expected one of {', '.join(known)}, got {name!r}{nearest(name, known)}; name one of them, or "
+            "install evaluate, which may know it: pip install 'hf-parcor[cli]'"
+        ) from error
+    try:
+        module: Any = evaluate.load(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(
+            f"metric: expected one of {', '.join(known)}, or a metric of evaluate that can be reached, got {name!r}"
+            f"{nearest(name, known)} ({one_line(error)}); name one of them, or a local folder"
+        ) from error
+    score: Score = module.compute
+    return score

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
+from hf_parcor.batches import IGNORED_LABEL
+from hf_parcor.errors import InputError, nearest
 from hf_parcor.evaluation import BatchMetric, LanguageModelMetric
-from hf_parcor.input_error import InputError, nearest
-from hf_parcor.labels import IGNORED_LABEL
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import DataCollatorForTokenClassification
 
-from hf_parcor.input_error import InputError
-from hf_parcor.labels import IGNORED_LABEL
+from hf_parcor.batches import IGNORED_LABEL
+from hf_parcor.errors import InputError
 from hf_parcor.tasks.classification import Classification
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Collator, Example, Processed, Role

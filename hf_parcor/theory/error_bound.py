@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hf_parcor.theory import _arguments
+from hf_parcor import arguments as _arguments
 
 
 def relative_error_exponent(p: float) -> float:

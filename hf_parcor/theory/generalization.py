@@ -2,7 +2,7 @@
 
 import math
 
-from hf_parcor.theory import _arguments
+from hf_parcor import arguments as _arguments
 
 
 def norm_ratio(p: float, number_of_parameters: int) -> float:

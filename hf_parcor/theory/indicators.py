@@ -1,6 +1,6 @@
 """The indicators of Theorem 1 in closed form: to first order in ε for the worst case, to second for the average."""
 
-from hf_parcor.theory import _arguments
+from hf_parcor import arguments as _arguments
 
 
 def first_order_maximum_loss_change(epsilon: float, gradient_norm: float) -> float:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hf_parcor import arguments as _arguments
 from hf_parcor.statistics import scipy_special
-from hf_parcor.theory import _arguments
 
 if TYPE_CHECKING:
     import numpy as np

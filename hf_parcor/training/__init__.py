@@ -1,6 +1,6 @@
 """Defended training with Transformers' Trainers."""
 
-from hf_parcor.training.accelerate_loop import DefendedLoss, defended_backward
+from hf_parcor.training.accelerate import DefendedLoss, defended_backward
 from hf_parcor.training.arguments import (
     DEFAULT_DEFENSE,
     DefenseArguments,
@@ -8,12 +8,10 @@ from hf_parcor.training.arguments import (
     Seq2SeqParameterDefenseTrainingArguments,
     build_defense,
 )
+from hf_parcor.training.callbacks import CollapseCallback, IdleDefenseCallback, signs_of_collapse
 from hf_parcor.training.checkpoints import checkpoint_to_resume
-from hf_parcor.training.collapse import CollapseCallback, signs_of_collapse
-from hf_parcor.training.defense_config import DEFENSE_CONFIG_NAME, DefenseConfig
-from hf_parcor.training.idle import IdleDefenseCallback
+from hf_parcor.training.config import DEFENSE_CONFIG_NAME, DefenseConfig
 from hf_parcor.training.mixin import ParameterDefenseMixin
-from hf_parcor.training.trainers import ParameterDefenseTrainer, Seq2SeqParameterDefenseTrainer
 
 __all__ = [
     "DEFAULT_DEFENSE",
@@ -24,9 +22,7 @@ __all__ = [
     "DefenseConfig",
     "IdleDefenseCallback",
     "ParameterDefenseMixin",
-    "ParameterDefenseTrainer",
     "ParameterDefenseTrainingArguments",
-    "Seq2SeqParameterDefenseTrainer",
     "Seq2SeqParameterDefenseTrainingArguments",
     "build_defense",
     "checkpoint_to_resume",

@@ -1,17 +1,22 @@
-"""The checkpoint that a run goes on from, the defense beside saved models, and what is said where they differ."""
+"""The checkpoint that a run goes on from, the defense beside saved models, and how many steps it defended."""
 
 from __future__ import annotations
 
+import json
+import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_parcor.strict_json import read_strict_json, to_strict_json
-from hf_parcor.training.defense_config import COUNTS, DEFENSE_CONFIG_NAME, VERSION, DefenseConfig
+from hf_parcor.records.stored import read_strict_json, to_strict_json
+from hf_parcor.training.config import COUNTS, DEFENSE_CONFIG_NAME, VERSION, DefenseConfig
 
 logger = logging.get_logger(__name__)
 
@@ -119,3 +124,103 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
+
+
+class DefendedSteps:
+    """Counts optimizer steps, also those of the run before: `defense_config.json` beside the weights keeps them.
+
+    Counts belong to weights. They go on in a second `train` of the same model, begin anew with another model, and are
+    read where weights are: from the checkpoint that a run goes on from or goes back to, and from the folder that
+    the model was loaded from. They belong to settings, too: a step that another defense defended is not counted for
+    this one.
+
+    A file of a version that did not count says that its defense ran, and not how often; so does all that follows it.
+    """
+
+    def __init__(self) -> None:
+        self._model: weakref.ref[nn.Module] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._origin: Mapping[str, Any] | None = None
+        self._trained: int | None = 0
+        self._defended: dict[str, int | None] = {}
+        self._last: tuple[DefenseConfig, str] | None = None
+
+    def add(self, model: nn.Module, config: DefenseConfig | None) -> None:
+        """Count one optimizer step.
+
+        Args:
+            model: The model.
+            config: What the step was defended with, None for a stock step.
+        """
+        self._follow(model)
+        self._origin = None  # the weights are no longer those that it was written for
+        self._trained = None if self._trained is None else self._trained + 1
+        if config is not None:
+            settings = self._settings_of(config)
+            before = self._defended.get(settings, 0)
+            self._defended[settings] = None if before is None else before + 1
+
+    def counted(self, model: nn.Module | None, config: DefenseConfig) -> DefenseConfig:
+        """Return a defense with what is known of a model's weights."""
+        if model is not None:
+            self._follow(model)
+        return replace(
+            config, defended_steps=self._defended.get(self._settings_of(config), 0), trained_steps=self._trained
+        )
+
+    def origin(self, model: nn.Module | None) -> Mapping[str, Any] | None:
+        """Return what the `defense_config.json` of a model's weights says, until they are trained further."""
+        if model is not None:
+            self._follow(model)
+        return self._origin
+
+    def take_from(self, folder: str | Path, model: nn.Module) -> None:
+        """Go on from the weights of a folder: a checkpoint's, or those that the model was loaded from."""
+        self._model = weakref.ref(model)
+        self._forget()
+        state = _object_in(Path(folder) / TRAINER_STATE_NAME)
+        self._trained = _count(state.get("global_step", 0))
+        values = _object_in(Path(folder) / DEFENSE_CONFIG_NAME)
+        if values:
+            self._origin = values
+            self._trained = _count(values.get("trained_steps", self._trained or None))
+            defended = _count(values.get("defended_steps"))
+            if None not in (defended, self._trained) and defended > self._trained:  # type: ignore[operator]
+                defended = self._trained = None  # somebody wrote into it
+            self._defended = {_settings_in(values): defended}
+
+    def _follow(self, model: nn.Module) -> None:
+        if self._model is not None and self._model() is model:
+            return
+        self._model = weakref.ref(model)
+        self._forget()
+        folder = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+        # What the base of adapters was trained with says nothing of the adapters.
+        if folder and Path(folder).is_dir() and not hasattr(model, "peft_config"):
+            self.take_from(folder, model)
+
+    def _settings_of(self, config: DefenseConfig) -> str:
+        # Kept, since a step must not pay for writing settings down.
+        last = self._last
+        if last is None or last[0].defense is not config.defense or last[0] != config:
+            last = self._last = (config, _settings_in(config.to_dict()))
+        return last[1]
+
+
+def _settings_in(values: Mapping[str, Any]) -> str:
+    return to_strict_json({name: values[name] for name in sorted(values) if name not in (VERSION, *COUNTS)})
+
+
+def _object_in(path: Path) -> dict[str, Any]:
+    """Return the object in a file; an empty one where there is none, or none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))  # not strictly: a Trainer's log may hold NaN
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -3,40 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from hf_parcor.defenses import DefendedStep, Defense
-from hf_parcor.evaluation.processes import check_all_joined
+from hf_parcor.distributed.ddp import reduction_of
+from hf_parcor.distributed.fsdp import drop_gathered, is_sharded
+from hf_parcor.distributed.processes import ProcessGroup, check_all_joined
+from hf_parcor.overriding import end_overriding
 from hf_parcor.prefix import PrefixReuse
-from hf_parcor.sharding import drop_gathered, is_sharded
 from hf_parcor.targets import find_input_embedding, select_trainable
-from hf_parcor.training.backward_hooks import refuse_updates_inside_backward
-from hf_parcor.training.checkpoints import save_defense, warn_of_another_defense
-from hf_parcor.training.collapse import CollapseCallback
-from hf_parcor.training.data_parallel import reduction_of
-from hf_parcor.training.defended_steps import DefendedSteps
-from hf_parcor.training.defense_config import DefenseConfig
-from hf_parcor.training.idle import IdleDefenseCallback
-from hf_parcor.training.overriding import end_overriding
+from hf_parcor.training.arguments import DefenseSettings
+from hf_parcor.training.callbacks import CollapseCallback, IdleDefenseCallback, StepLog
+from hf_parcor.training.checkpoints import DefendedSteps, save_defense, warn_of_another_defense
+from hf_parcor.training.checks import (
+    check_trained,
+    refuse_updates_inside_backward,
+    refuse_what_cannot_work,
+    trained_beside,
+)
+from hf_parcor.training.config import DefenseConfig
 from hf_parcor.training.passes import Passes
-from hf_parcor.training.process_group import ProcessGroup
-from hf_parcor.training.publishing import PublishingMixin
-from hf_parcor.training.refusals import refuse_what_cannot_work
-from hf_parcor.training.settings import DefenseSettings
-from hf_parcor.training.sharded import on_shards, renewed
-from hf_parcor.training.shared_prefix import find_shared_prefix, suffix_share
-from hf_parcor.training.step_log import StepLog
-from hf_parcor.training.trained import check_trained, trained_beside
+from hf_parcor.training.shared_prefix import find_shared_prefix, on_shards, renewed, suffix_share
 
 logger = logging.get_logger(__name__)
 
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
-class ParameterDefenseMixin(PublishingMixin):
+
+class ParameterDefenseMixin(_Base):
     """Makes any Trainer defend its parameters: put it before the Trainer's class among the bases.
 
     Only `training_step` changes: it runs the stock step once for each pass of the defense, at corrupted weights,
@@ -51,9 +53,6 @@ class ParameterDefenseMixin(PublishingMixin):
     With the stock `loss`, which is the risk, it logs `loss_clean` (at the first pass), `loss_corrupted` (at the last
     pass), `sharpness` (their difference) and the norm of the last corruption, asked and realised. What a Trainer
     counts and averages itself, such as TRL's `num_tokens` and `entropy`, is that of the first pass.
-
-    Beside `evaluate` there is `evaluate_robustness`; see `RobustnessMixin`. The model card says what it found; see
-    `PublishingMixin`.
 
     Args:
         *args: For the Trainer.

@@ -1,8 +1,6 @@
 """Translation from scratch or fine-tuned: parallel text, vocabularies, batches of tokens, averages, BLEU."""
 
 from hf_parcor.translation.averaging import average_checkpoints, average_weights, last_checkpoints
-from hf_parcor.translation.encoding import EncodedText, encode
-from hf_parcor.translation.files import read_parallel_files, read_rows
 from hf_parcor.translation.iwslt import IwsltText, read_iwslt
 from hf_parcor.translation.iwslt14 import (
     IWSLT14_DE_EN_PAIRS,
@@ -10,12 +8,11 @@ from hf_parcor.translation.iwslt14 import (
     prepare_iwslt14_de_en,
     unlike_papers,
 )
-from hf_parcor.translation.parallel_text import ParallelText, from_rows
+from hf_parcor.translation.parallel_text import ParallelText, from_rows, read_parallel_files, read_rows
 from hf_parcor.translation.scores import BleuScores, tokenize_13a
 from hf_parcor.translation.shapes import freeze_positions, iwslt_de_en, new_model, wmt_en_de
-from hf_parcor.translation.token_batches import TokenBatchSampler
-from hf_parcor.translation.trainer import TokenBatchesMixin, sentence_lengths
-from hf_parcor.translation.vocabulary import train_bpe, train_unigram
+from hf_parcor.translation.token_batches import TokenBatchesMixin, TokenBatchSampler, sentence_lengths
+from hf_parcor.translation.vocabulary import EncodedText, encode, train_bpe, train_unigram
 
 __all__ = [
     "IWSLT14_DE_EN_PAIRS",

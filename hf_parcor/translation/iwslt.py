@@ -10,9 +10,8 @@ from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
 from hf_parcor.hub_data import download_from_hub
-from hf_parcor.translation.files import decoded_lines
 from hf_parcor.translation.packed_files import ARCHIVES, PackedFile, files_named
-from hf_parcor.translation.parallel_text import ParallelText, pair_up
+from hf_parcor.translation.parallel_text import ParallelText, decoded_lines, pair_up
 
 # What stands before and after the lines of a talk. Anything else between < and > is part of a line.
 _BEFORE = ("doc", "url", "keywords", "speaker", "talkid", "title", "description")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hf_parcor.metric_info import POINTS, MetricInfo
+from hf_parcor.records.metric_info import POINTS, MetricInfo
 
 
 class BleuScores:

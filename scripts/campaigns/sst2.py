@@ -19,7 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from campaigns.arms import Arm, Run
 from hf_parcor import CorruptionEvaluator
-from hf_parcor.evaluation import ClassificationMetric, EvaluationRecord
+from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.records import EvaluationRecord
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_sst2.py"
 

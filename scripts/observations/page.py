@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hf_parcor import SweepRecord
-from hf_parcor.report.markup import markdown_table
+from hf_parcor.reports.markup import markdown_table
 from observations.findings import gains, robust_kinds, weak_upper_layers, weakest_kind
 from observations.strength import radius, radius_at_half, relative_radius
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hf_parcor import EvaluationRecord, SweepRecord
-from hf_parcor.evaluation.series import Series
-from hf_parcor.measures import epsilon_at_half
+from hf_parcor.records.curves import Series, epsilon_at_half
 
 CHANCE = 0.5
 WORST, FEW, RANDOM = "gradient-based, L2", "gradient-based, L∞", "random, L2"

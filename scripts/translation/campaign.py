@@ -10,7 +10,7 @@ from pathlib import Path
 from campaigns.arms import Run
 
 from hf_parcor.corruptions import Corruption
-from hf_parcor.evaluation import EvaluationRecord, SweepRecord
+from hf_parcor.records import EvaluationRecord, SweepRecord
 from translation.runs import Measured, train
 from translation.studies import STUDIES
 from translation.study import Study

@@ -17,7 +17,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSe
 
 from hf_parcor import CorruptionEvaluator, LayerProbe
 from hf_parcor.corruptions import Corruption
-from hf_parcor.evaluation import EvaluationRecord, GenerationMetric, SweepRecord
+from hf_parcor.evaluation import GenerationMetric
+from hf_parcor.records import EvaluationRecord, SweepRecord
 from hf_parcor.translation import (
     BleuScores,
     ParallelText,

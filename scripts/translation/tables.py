@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from campaigns.summary import mean_and_deviation
 
 from hf_parcor.corruptions import Corruption
-from hf_parcor.plots.style import line_styles, new_figure
-from hf_parcor.report.markup import markdown_table
+from hf_parcor.reports.markup import markdown_table
+from hf_parcor.reports.plots import line_styles, new_figure
 from hf_parcor.statistics import MeanAndSpread, student_t_test
 from translation.campaign import Campaign
 from translation.paper import TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_6

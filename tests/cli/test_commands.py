@@ -43,11 +43,13 @@ from hf_parcor import (
     by_kind,
     select_parameters,
 )
-from hf_parcor.cli import options, records
+from hf_parcor.cli import parsing as options
+from hf_parcor.cli import report as records
 from hf_parcor.cli.main import COMMANDS, command_parser
 from hf_parcor.cli.probe import GROUPS
 from hf_parcor.corruptions import CORRUPTIONS, corruptions_of_table_1
-from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric, EvaluationData
+from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
+from hf_parcor.records import EvaluationData
 from hf_parcor.tasks import TASKS
 from hf_parcor.training import DEFENSE_CONFIG_NAME
 

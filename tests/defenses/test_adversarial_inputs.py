@@ -27,7 +27,7 @@ from transformers import (
 
 from hf_parcor import AWP, CorruptionConstraint, select_parameters
 from hf_parcor.defenses import DefendedStep
-from hf_parcor.functional.per_example import ascend_per_example
+from hf_parcor.defenses.adversarial_inputs import ascend_per_example
 from hf_parcor.targets import find_input_embedding
 
 

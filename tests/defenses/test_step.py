@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_parcor import CorruptionConstraint, MultiStepRisk
+from hf_parcor import CorruptionConstraint, MultiStepRisk, injection
 from hf_parcor.defenses import DefendedStep
-from hf_parcor.injection import injection
 
 CONSTRAINTS = [CorruptionConstraint(p=2, epsilon=0.1), CorruptionConstraint(p=math.inf, epsilon=1e-3)]
 

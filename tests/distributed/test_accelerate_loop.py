@@ -11,7 +11,7 @@ from torch import distributed, nn
 from torch.nn.functional import cross_entropy
 
 from hf_parcor import SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, defended_backward, select_parameters
-from hf_parcor.functional.sharded import local_part
+from hf_parcor.distributed.dtensors import local_part
 
 CONSTRAINT = CorruptionConstraint(epsilon=0.2)
 DEFENSES = {"multi-step": MultiStepRisk(CONSTRAINT, steps=2), "SAM": SAM(CONSTRAINT)}

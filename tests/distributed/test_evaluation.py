@@ -36,9 +36,9 @@ from hf_parcor import (
     UniformNoise,
     select_parameters,
 )
+from hf_parcor.distributed.dtensors import local_part
+from hf_parcor.distributed.fsdp import drop_gathered
 from hf_parcor.evaluation import ClassificationMetric
-from hf_parcor.functional.sharded import local_part
-from hf_parcor.sharding import drop_gathered
 
 ROUNDED = [  # the gradient over the data is summed in another order
     GradientCorruption(CorruptionConstraint(p=math.inf, epsilon=0.1)),

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
 
 from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GaussianNoise, MultiStepRisk, ParameterDefenseTrainer
-from hf_parcor.functional.sharded import local_part
-from hf_parcor.sharding import drop_gathered
+from hf_parcor.distributed.dtensors import local_part
+from hf_parcor.distributed.fsdp import drop_gathered
 
 CONSTRAINT = CorruptionConstraint(epsilon=0.2)
 DEFENSES = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import distributed
 
-from hf_parcor.training import process_group
-from hf_parcor.training.process_group import ProcessGroup
+from hf_parcor.distributed import processes as process_group
+from hf_parcor.distributed.processes import ProcessGroup
 
 
 def talk(bucket):

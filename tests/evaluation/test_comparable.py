@@ -7,10 +7,10 @@ from dataclasses import fields, replace
 import pytest
 
 from hf_parcor import CorruptionRecord, EvaluationRecord, RobustnessReport
-from hf_parcor.evaluation import EvaluationData
-from hf_parcor.evaluation.comparable import check_comparable, check_repetitions
-from hf_parcor.model_card import facts_of
-from hf_parcor.tables import comparison_table
+from hf_parcor.cards import facts_of
+from hf_parcor.records import EvaluationData
+from hf_parcor.records.comparable import check_comparable, check_repetitions
+from hf_parcor.reports.terminal_tables import comparison_table
 
 FILE = EvaluationData("dev.tsv", rows=120)
 HUB = EvaluationData("sst2", "org/sst2", "small", "validation", "abc", 120)

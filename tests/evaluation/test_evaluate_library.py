@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast, TextClassificationPipeline
 
 from hf_parcor import CorruptionEvaluator, GaussianNoise
 from hf_parcor.evaluation import PredictionMetric
-from hf_parcor.measures import area_under_curve, epsilon_at_half
 from hf_parcor.metric_modules import metric_module
+from hf_parcor.records.curves import area_under_curve, epsilon_at_half
 
 evaluate = pytest.importorskip("evaluate", reason="needs the extra 'examples'")
 

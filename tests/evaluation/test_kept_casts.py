@@ -26,9 +26,10 @@ from hf_parcor import (
     corrupted,
     defended_backward,
 )
-from hf_parcor.evaluation import ClassificationMetric, EvaluationRecord
+from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.indicators import measure_indicators
 from hf_parcor.injection import Injection, Replacement
+from hf_parcor.records import EvaluationRecord
 
 CONSTRAINT = CorruptionConstraint(epsilon=2.0)
 DEFENSES = {"multi_step_risk": MultiStepRisk(CONSTRAINT, steps=2), "acrt": ACRT(CONSTRAINT)}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_parcor.functional.arguments import check_count, check_norm_order, check_radius, check_real, check_top_n
+from hf_parcor.arguments import check_count, check_norm_order, check_radius, check_real, check_top_n
 
 NOT_NUMBERS = [None, "2", True, False, [2.0], torch.tensor(2.0), 1j, np.array([2.0])]
 

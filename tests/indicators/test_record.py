@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from hf_parcor import CorruptionConstraint, IndicatorRecord
-from hf_parcor.indicators import Estimate
+from hf_parcor.records import Estimate
 
 
 @pytest.fixture

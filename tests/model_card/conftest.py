@@ -21,8 +21,8 @@ from hf_parcor import (
     ParameterDefenseTrainer,
     SweepRecord,
 )
-from hf_parcor.model_card import EvaluationData, facts_of
-from hf_parcor.model_card.pictures import CURVES, HEAT_MAP
+from hf_parcor.cards import EvaluationData, facts_of
+from hf_parcor.cards.text import CURVES, HEAT_MAP
 
 _PLACE = Path(__file__).with_name("hub_server.py")
 _SPECIFICATION = importlib.util.spec_from_file_location("hub_server", _PLACE)
@@ -117,7 +117,7 @@ def quick_picture(monkeypatch):
         names = {CURVES: facts.corruptions, HEAT_MAP: facts.probe}
         return {name: f"{name} of {facts.name}".encode() for name, there in names.items() if there}
 
-    monkeypatch.setattr("hf_parcor.model_card.folder.pictures_of", pictures)
+    monkeypatch.setattr("hf_parcor.cards.folder.pictures_of", pictures)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from browser import WIDTHS, check_it_fits, look
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from hf_parcor.model_card import with_probe, write_card
+from hf_parcor.cards import with_probe, write_card
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 COMMITTED = ("sst2-minilm-probed-plain", "sst2-minilm-multi_step_risk-1")

@@ -13,14 +13,11 @@ from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entrie
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from hf_parcor import MetricInfo, RobustnessReport
-from hf_parcor.model_card import EvaluationData, ModelFacts, facts_of, with_probe, write_card
-from hf_parcor.model_card.card import read_card, updated_card
-from hf_parcor.model_card.folder import card_of, is_ours
-from hf_parcor.model_card.front_matter import merged_front_matter
-from hf_parcor.model_card.metadata import eval_result_file, metadata_of, model_index
-from hf_parcor.model_card.pictures import CURVES, HEAT_MAP, pictures_of
-from hf_parcor.model_card.section import section_of
-from hf_parcor.report.markup import text_of
+from hf_parcor.cards import EvaluationData, ModelFacts, facts_of, with_probe, write_card
+from hf_parcor.cards.folder import card_of, is_ours
+from hf_parcor.cards.front_matter import eval_result_file, merged_front_matter, metadata_of, model_index
+from hf_parcor.cards.text import CURVES, HEAT_MAP, pictures_of, read_card, section_of, updated_card
+from hf_parcor.reports.markup import text_of
 
 WHOLE = Path(__file__).with_name("whole_card.md")
 BEGIN, END = "<!-- hf_parcor:begin", "<!-- hf_parcor:end -->"

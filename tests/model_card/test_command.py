@@ -10,10 +10,10 @@ from huggingface_hub import ModelCard
 from local_models import SAVED
 
 from hf_parcor import MetricInfo
+from hf_parcor.cards import EvaluationData, ModelFacts
+from hf_parcor.cards.folder import FACTS, card_of
+from hf_parcor.cards.text import CURVES, HEAT_MAP
 from hf_parcor.cli.main import MISTAKE, main
-from hf_parcor.model_card import EvaluationData, ModelFacts
-from hf_parcor.model_card.folder import FACTS, card_of
-from hf_parcor.model_card.pictures import CURVES, HEAT_MAP
 from hf_parcor.tasks import TASKS
 
 pytestmark = [

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from hf_parcor import CorruptionRecord, EvaluationRecord, RobustnessReport, SweepRecord
-from hf_parcor.model_card import EvaluationData, ModelFacts, facts_of, with_probe
-from hf_parcor.model_card.card import read_card
-from hf_parcor.model_card.folder import card_of
-from hf_parcor.model_card.metadata import eval_result_file
-from hf_parcor.model_card.pictures import HEAT_MAP
-from hf_parcor.report.markup import printable
+from hf_parcor.cards import EvaluationData, ModelFacts, facts_of, with_probe
+from hf_parcor.cards.folder import card_of
+from hf_parcor.cards.front_matter import eval_result_file
+from hf_parcor.cards.text import HEAT_MAP, read_card
+from hf_parcor.reports.markup import printable
 
 SPECIAL = [
     "a: b", "- x", "# h", "'", '"', "{a}", "[a](b)", "&a", "*a", "!t", "|", ">", "%", "@", "`", "---", "...", "null",

@@ -9,7 +9,7 @@ import yaml
 from hub_server import TOKEN, Failure, Repository
 from huggingface_hub import HfApi, ModelCard
 
-from hf_parcor.model_card import Destination, HubError, push_card, push_results, write_card
+from hf_parcor.cards import Destination, HubError, push_card, push_results, write_card
 
 # The client itself hands bytes to its HTTP library in a way that this one is giving up.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -162,7 +162,7 @@ PERMANENT = {
 class TestFailures:
     @pytest.fixture(autouse=True)
     def _does_not_wait(self, hub, monkeypatch):
-        monkeypatch.setattr("hf_parcor.model_card.commit.time.sleep", hub.waited.append)
+        monkeypatch.setattr("hf_parcor.cards.hub.time.sleep", hub.waited.append)
 
     @pytest.mark.parametrize("name", TRANSIENT)
     def test_what_passes_is_waited_for(self, hub, repository, api, facts, name):

@@ -11,10 +11,10 @@ from huggingface_hub import ModelCard
 from transformers import Trainer, TrainerState
 
 from hf_parcor import GaussianNoise, ParameterDefenseMixin, Quantization, RobustnessCallback
+from hf_parcor.cards import ModelFacts
+from hf_parcor.cards.text import read_card
+from hf_parcor.cards.trainer import MeasuredWeights
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
-from hf_parcor.model_card import ModelFacts
-from hf_parcor.model_card.card import read_card
-from hf_parcor.training.measured import MeasuredWeights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),

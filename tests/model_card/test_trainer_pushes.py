@@ -14,8 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainerCallback
 
 from hf_parcor import Quantization, RobustnessCallback
-from hf_parcor.model_card import ModelFacts
-from hf_parcor.training import publishing
+from hf_parcor.cards import ModelFacts
+from hf_parcor.cards import trainer as publishing
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),

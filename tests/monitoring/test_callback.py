@@ -17,7 +17,7 @@ from hf_parcor import (
     ParameterDefenseTrainer,
     RobustnessCallback,
 )
-from hf_parcor.monitoring import measure_robustness
+from hf_parcor.evaluation import measure_robustness
 
 CORRUPTIONS = {"noise": GaussianNoise(0.3)}
 KEY = "eval_robustness_noise_loss"

@@ -30,8 +30,7 @@ from hf_parcor import (
     corrupted,
     select_parameters,
 )
-from hf_parcor.evaluation import TrainerMetric
-from hf_parcor.monitoring import DEFAULT_CORRUPTIONS, RobustnessMixin, measure_robustness
+from hf_parcor.evaluation import DEFAULT_CORRUPTIONS, RobustnessMixin, TrainerMetric, measure_robustness
 
 NOISE, BITS = GaussianNoise(0.2), Quantization(2)
 NAMES = ("gaussian_sigma_0.2", "2_bit_quantization")

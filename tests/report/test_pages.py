@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_parcor import RobustnessReport
-from hf_parcor.report.colors import shade
-from hf_parcor.report.markup import code_of, printable
+from hf_parcor.reports.drawing import shade
+from hf_parcor.reports.markup import code_of, printable
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 TAGS = {

@@ -11,13 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_parcor import MetricInfo, RobustnessReport, SweepRecord
-from hf_parcor.evaluation import EvaluationData
-from hf_parcor.report.evidence import adjusted_p_values
-from hf_parcor.report.fragility import fragility
-from hf_parcor.report.numbers import Numbers
-from hf_parcor.report.panels import panels
-from hf_parcor.report.study import Study
-from hf_parcor.report.tables import heat_map, summary
+from hf_parcor.records import EvaluationData
+from hf_parcor.reports.content import panels
+from hf_parcor.reports.numbers import Numbers
+from hf_parcor.reports.study import Study
+from hf_parcor.reports.tables import heat_map, summary
+from hf_parcor.reports.verdict import adjusted_p_values, fragility
 from hf_parcor.statistics import Alternative
 
 nan, inf = math.nan, math.inf

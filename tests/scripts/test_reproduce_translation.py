@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="the figure needs the extra 'plots'")
 pytest.importorskip("sacrebleu", reason="BLEU needs the extra 'translation'")
 
-from hf_parcor.evaluation import EvaluationRecord
+from hf_parcor.records import EvaluationRecord
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 paper, runs, studies, campaigns, tables = (

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from hf_parcor.search import golden_section_maximum
-from hf_parcor.search.golden_section import GOLDEN_RATIO
+from hf_parcor.search import GOLDEN_RATIO, golden_section_maximum
 
 
 def parabola(x, peak):

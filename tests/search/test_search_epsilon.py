@@ -10,9 +10,10 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 from hf_parcor import ACRT, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
-from hf_parcor.plots import plot_search
-from hf_parcor.search import SearchRecord, SearchTrial, golden_section_maximum, search_epsilon
-from hf_parcor.tables import search_table
+from hf_parcor.records import SearchRecord, SearchTrial
+from hf_parcor.reports.plots import plot_search
+from hf_parcor.reports.terminal_tables import search_table
+from hf_parcor.search import golden_section_maximum, search_epsilon
 
 L2 = CorruptionConstraint(epsilon=0.1)
 

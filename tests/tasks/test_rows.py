@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from local_models import write_rows
 
-from hf_parcor.input_error import InputError
+from hf_parcor.errors import InputError
 from hf_parcor.tasks import Rows, load_rows, read_file
-from hf_parcor.tasks.classes import class_numbers, classes_of
+from hf_parcor.tasks.classification import class_numbers, classes_of
 
 GOOD = [
     (

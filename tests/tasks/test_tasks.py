@@ -11,7 +11,7 @@ import torch
 import transformers
 from local_models import BERT, LABELS, MANY_LANGUAGES, SAVED, SENTENCES, save_bert, save_tokenizer, write_summaries
 
-from hf_parcor.input_error import InputError
+from hf_parcor.errors import InputError
 from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, check_head, load_rows, task_named, task_of
 
 torch.manual_seed(0)

@@ -27,8 +27,8 @@ from hf_parcor import (
     select_parameters,
 )
 from hf_parcor.defenses import DEFENSES
-from hf_parcor.evaluation.processes import Processes
-from hf_parcor.training import idle as idle_module
+from hf_parcor.distributed.processes import Processes
+from hf_parcor.training import callbacks as idle_module
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 SET = CorruptionConstraint(epsilon=0.2)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_parcor import SAM, CorruptionConstraint, MultiStepRisk, ParameterDefenseMixin
-from hf_parcor.training.books import books_closed
+from hf_parcor.training.passes import books_closed
 
 EPSILON = 0.2
 L2 = CorruptionConstraint(epsilon=EPSILON)

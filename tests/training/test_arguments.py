@@ -24,8 +24,7 @@ from hf_parcor import (
     select_parameters,
 )
 from hf_parcor.defenses import DEFENSES, ConstrainedDefense
-from hf_parcor.evaluation import DEFAULT_TRIALS
-from hf_parcor.monitoring import RobustnessCallback, RobustnessMixin, measure_robustness
+from hf_parcor.evaluation import DEFAULT_TRIALS, RobustnessCallback, RobustnessMixin, measure_robustness
 from hf_parcor.training import DEFAULT_DEFENSE, build_defense
 
 L3 = CorruptionConstraint(p=3, epsilon=0.1)

@@ -15,7 +15,7 @@ from hf_parcor import (
     ParameterDefenseMixin,
     ParameterDefenseTrainer,
 )
-from hf_parcor.training.batch_part import first_examples, items_of_part
+from hf_parcor.batches import first_examples, items_of_part
 
 L2 = CorruptionConstraint(epsilon=0.2)
 FIXED = {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 0.0}

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from hf_parcor import SAM, CorruptionConstraint, DefenseConfig, MultiStepRisk, ParameterDefenseTrainer
-from hf_parcor.model_card.metadata import unmeasured_metadata
-from hf_parcor.model_card.section import unmeasured_section
+from hf_parcor.cards.front_matter import unmeasured_metadata
+from hf_parcor.cards.text import unmeasured_section
 from hf_parcor.training import DEFENSE_CONFIG_NAME
 
 ONE = MultiStepRisk(CorruptionConstraint(epsilon=0.1), steps=1)

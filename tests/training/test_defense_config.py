@@ -21,7 +21,8 @@ from hf_parcor import (
     ParameterDefenseTrainingArguments,
 )
 from hf_parcor.defenses import DEFENSES
-from hf_parcor.training import DEFENSE_CONFIG_NAME, defense_config
+from hf_parcor.training import DEFENSE_CONFIG_NAME
+from hf_parcor.training import config as defense_config
 
 L2 = CorruptionConstraint(epsilon=0.1)
 EVERYWHERE = CorruptionConstraint(p=math.inf, epsilon=0.001, top_n=7)

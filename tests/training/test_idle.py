@@ -21,7 +21,7 @@ from hf_parcor import (
     ParameterDefenseTrainer,
 )
 from hf_parcor.training import IdleDefenseCallback
-from hf_parcor.training import idle as idle_module
+from hf_parcor.training import callbacks as idle_module
 
 L2 = CorruptionConstraint(epsilon=0.1)
 NEVER, NOT_STARTED, RARELY = "did nothing in this run", "does nothing in this run", "is longer than this run"

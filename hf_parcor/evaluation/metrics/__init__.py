@@ -1,10 +1,9 @@
 """Metrics: callables from a model to numbers by name, and those made batch by batch."""
 
-from hf_parcor.evaluation.metrics.classification import ClassificationMetric
+from hf_parcor.evaluation.metrics.classification import ClassificationMetric, PredictionMetric
 from hf_parcor.evaluation.metrics.generation import GenerationMetric
 from hf_parcor.evaluation.metrics.language_model import LanguageModelMetric
-from hf_parcor.evaluation.metrics.predictions import PredictionMetric
-from hf_parcor.evaluation.metrics.protocol import BatchMetric, Identified, Informed
+from hf_parcor.evaluation.metrics.over_batches import BatchMetric, Identified, Informed
 from hf_parcor.evaluation.metrics.scores import SacrebleuScore
 from hf_parcor.evaluation.metrics.trainer import TrainerMetric
 

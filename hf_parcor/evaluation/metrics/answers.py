@@ -1,8 +1,9 @@
-"""What a model answers to a batch: its loss and its logits, in whatever form it returns them."""
+"""What a model answers to a batch: its loss and its logits, in whatever form it returns them, finite or not."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -104,3 +105,91 @@ def aligned(labels: Tensor, predictions: Tensor, what: str) -> Tensor:
             f"{tuple(labels.shape)}; collate one label for each prediction, or measure with a function of your own"
         )
     return labels.reshape(predictions.shape)
+
+
+NOT_FINITE = "predictions_not_finite"
+"""The share of predictions that were not finite: among the numbers of a metric where there was any."""
+
+
+def chosen_class(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the likeliest class, and whether it is one: there is no NaN, and the largest logit is finite.
+
+    Logits of −∞ rule classes out, which models do on purpose; where nothing else is left, or one is +∞, there is no
+    answer. PyTorch's `argmax` would call the place of the first NaN a class.
+
+    Args:
+        logits: Scores, a class each along the last dimension.
+
+    Examples:
+        >>> inf, nan = float("inf"), float("nan")
+        >>> chosen_class(torch.tensor([[0.0, 1.0, -inf], [0.0, nan, 2.0], [0.0, inf, 1.0], [-inf, -inf, -inf]]))
+        (tensor([1, 1, 1, 0]), tensor([ True, False, False, False]))
+    """
+    largest, index = logits.max(-1)  # NaN if there is one
+    return index, torch.isfinite(largest)
+
+
+def chosen_labels(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each label whether it is chosen, its sigmoid above 1/2, and whether that is an answer.
+
+    It is none where the logit is NaN or +∞; −∞ rules a label out.
+
+    Examples:
+        >>> chosen_labels(torch.tensor([1.0, -2.0, float("-inf"), float("nan")]))
+        (tensor([ True, False, False, False]), tensor([ True,  True,  True, False]))
+    """
+    return logits > 0, ~(logits.isnan() | logits.isposinf())
+
+
+def share_not_finite(count: int, total: int) -> dict[str, float]:
+    """Return the share by its name, or nothing where all predictions were finite.
+
+    Examples:
+        >>> share_not_finite(1, 4), share_not_finite(0, 4)
+        ({'predictions_not_finite': 0.25}, {})
+    """
+    return {NOT_FINITE: count / total} if count else {}
+
+
+class Problem(Enum):
+    """The values of `config.problem_type` in Transformers."""
+
+    CLASSES = "single_label_classification"
+    LABELS = "multi_label_classification"
+    NUMBERS = "regression"
+
+
+def problem_of(model: nn.Module, logits: Tensor, labels: Tensor) -> Problem:
+    """Return what a model's labels are: what its `config.problem_type` says, else what Transformers infers.
+
+    That is: numbers if there is one output, one class if labels are integers, any number of classes otherwise.
+
+    Args:
+        model: After it has run: models of Transformers write down then what they inferred.
+        logits: What it returned.
+        labels: Those of the batch.
+
+    Raises:
+        ValueError: The configuration names no such type.
+
+    Examples:
+        >>> import torch
+        >>> problem_of(nn.Identity(), torch.zeros(4, 3), torch.ones(4, dtype=torch.long))
+        <Problem.CLASSES: 'single_label_classification'>
+        >>> problem_of(nn.Identity(), torch.zeros(4, 1), torch.ones(4))
+        <Problem.NUMBERS: 'regression'>
+    """
+    config: Any = getattr(model, "config", None)
+    named = getattr(config, "problem_type", None)
+    if named is not None:
+        try:
+            return Problem(named)
+        except ValueError:
+            raise ValueError(
+                f"config.problem_type: expected one of {', '.join(one.value for one in Problem)}, got {named!r}; set "
+                "that of the model"
+            ) from None
+    one_output = logits.shape[-1] == 1 or (logits.ndim == labels.ndim == 1)
+    if one_output:
+        return Problem.NUMBERS
+    return Problem.LABELS if labels.is_floating_point() else Problem.CLASSES

@@ -1,4 +1,4 @@
-"""Accuracy and loss of a classifier, and what takes their place where labels are no single classes."""
+"""What a classifier predicts, compared with the labels: accuracy and loss, or scores of any library."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_parcor.evaluation.metrics.answers import Answer, aligned
-from hf_parcor.evaluation.metrics.finite import chosen_labels
-from hf_parcor.evaluation.metrics.over_labels import OverLabels, mean_loss, share, sum_of
-from hf_parcor.evaluation.metrics.problem import Problem, problem_of
-from hf_parcor.labels import IGNORED_LABEL
-from hf_parcor.metric_info import SHARE, SQUARED_LABEL_UNITS, MetricInfo
+from hf_parcor.batches import IGNORED_LABEL
+from hf_parcor.evaluation.metrics.answers import (
+    NOT_FINITE,
+    Answer,
+    Problem,
+    aligned,
+    chosen_class,
+    chosen_labels,
+    problem_of,
+)
+from hf_parcor.evaluation.metrics.over_batches import OverLabels, OverPairs, Pairs, mean_loss, share, sum_of
+from hf_parcor.records.metric_info import SHARE, SQUARED_LABEL_UNITS, MetricInfo
 
 
 class ClassificationMetric(OverLabels):
@@ -155,3 +161,54 @@ def _correlations(one: Any, other: Any) -> Any:
     one, other = (values - values.mean(0) for values in (one, other))
     lengths = np.sqrt(np.square(one).sum(0)) * np.sqrt(np.square(other).sum(0))
     return np.where(lengths > 0, (one * other).sum(0) / lengths, np.nan)
+
+
+class PredictionMetric(OverPairs):
+    """Predicted classes of all batches, of sequences, tokens or images, scored at once.
+
+    Scores of libraries know no prediction that is none. Where it is not finite, as `ClassificationMetric` has it, the
+    score gets a class that is wrong, the one after the label, so that it is never right and no score meets a class
+    that it does not know; the share of these is `predictions_not_finite`.
+
+    Args:
+        batches: Mappings of tensors with `labels`, a list or a `DataLoader`; the label −100 does not count.
+        score: Called as `score(predictions=..., references=...)` with lists of whole numbers, returns numbers by
+            name: `evaluate.load("f1").compute`, of a name or a local folder, or a function around scikit-learn.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: There are no batches, they can be walked through only once, or the score returns no number.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> class Sign(nn.Linear):
+        ...     def forward(self, inputs, labels):
+        ...         return SimpleNamespace(logits=torch.stack([-inputs, inputs], -1))
+        >>> batches = [{"inputs": torch.tensor([-1.0, 2.0, 3.0]), "labels": torch.tensor([0, 1, 0])}]
+        >>> def right(predictions, references):
+        ...     return {"right": sum(p == r for p, r in zip(predictions, references))}
+        >>> PredictionMetric(batches, right)(Sign(1, 1))
+        {'right': 2.0}
+    """
+
+    @torch.no_grad()
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Pairs:
+        """Return predicted classes and labels of one batch, where the labels count, and how many were not finite.
+
+        Raises:
+            ValueError: There are no labels, the model returns no logits, the labels have not the shape of what it
+                predicts, or they are not one class each.
+        """
+        labels = self._labels(batch)
+        logits = Answer.of(model, batch).checked_logits()
+        problem = problem_of(model, logits, labels)
+        if problem is not Problem.CLASSES:
+            raise ValueError(
+                f"model: expected one that predicts one class for each label, got one for {problem.value}; use "
+                "ClassificationMetric, which knows its scores, or a function of your own"
+            )
+        predicted, finite = (found.cpu() for found in chosen_class(logits))
+        labels = aligned(labels.cpu(), predicted, "a class for each")
+        predicted = torch.where(finite, predicted, (labels.long() + 1) % logits.shape[-1])
+        counts = labels != IGNORED_LABEL
+        return predicted[counts].tolist(), labels[counts].tolist(), {NOT_FINITE: int((counts & ~finite).sum())}

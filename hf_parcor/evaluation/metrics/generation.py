@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from hf_parcor.evaluation.metrics.answers import own_batch
-from hf_parcor.evaluation.metrics.finite import NOT_FINITE
-from hf_parcor.evaluation.metrics.over_pairs import OverPairs, Pairs
+from hf_parcor.batches import IGNORED_LABEL
+from hf_parcor.evaluation.metrics.answers import NOT_FINITE, own_batch
+from hf_parcor.evaluation.metrics.over_batches import OverPairs, Pairs
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.evaluation.replicas import all_batches
-from hf_parcor.labels import IGNORED_LABEL
 from hf_parcor.languages import check_target_language
 from hf_parcor.sequence_length import asked_length, generated_length, generation_settings, unfinished
 

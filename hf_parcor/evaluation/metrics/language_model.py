@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from hf_parcor.evaluation.gradients import shifts_labels
-from hf_parcor.evaluation.metrics.over_labels import OverLabels
-from hf_parcor.metric_info import NATS, SHARE, MetricInfo
+from hf_parcor.evaluation.metrics.over_batches import OverLabels
+from hf_parcor.records.metric_info import NATS, SHARE, MetricInfo
 
 
 class LanguageModelMetric(OverLabels):

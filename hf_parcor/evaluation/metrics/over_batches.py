@@ -1,18 +1,22 @@
-"""What all metrics that are made batch by batch share: the data, and the walk through it."""
+"""Metrics that are made batch by batch: what all of them share, those over labels, and those over pairs of texts."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_parcor.evaluation.attributes import fixed_attributes
+from hf_parcor.batches import IGNORED_LABEL
+from hf_parcor.evaluation.identity import fixed_attributes
+from hf_parcor.evaluation.metrics.answers import Answer, aligned, chosen_class, share_not_finite
+from hf_parcor.evaluation.metrics.scores import Score, scored
 from hf_parcor.evaluation.walks import check_repeatable
-from hf_parcor.metric_info import MetricInfo
+from hf_parcor.records.metric_info import MetricInfo, stated_by
 
 
 class OverBatches(ABC):
@@ -73,3 +77,175 @@ class OverBatches(ABC):
     @abstractmethod
     def combine(self, parts: Sequence[Any]) -> dict[str, float]:
         """Return the metrics from what all batches add, in their order."""
+
+
+@runtime_checkable
+class BatchMetric(Protocol):
+    """A metric that is made from what it finds on single batches, so that many models can be measured on each.
+
+    `CorruptionEvaluator` runs what does not depend on the corrupted weights once a batch for all corruptions, and
+    several processes each take every n-th batch; what a batch adds is pickled then.
+    """
+
+    @property
+    def batches(self) -> Iterable[Mapping[str, Any]]:
+        """The data."""
+        ...
+
+    def __call__(self, model: nn.Module) -> Mapping[str, float]:
+        """Return the metrics over all batches."""
+        ...
+
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        """Return what one batch adds."""
+        ...
+
+    def combine(self, parts: Sequence[Any]) -> Mapping[str, float]:
+        """Return the metrics from what all batches add, in their order."""
+        ...
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A metric, a loss or a score that says what decides its numbers, beside the data of a `BatchMetric`.
+
+    A checkpoint goes on only where that is the same. Without this method, public attributes and code count.
+    """
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return the settings by name: plain values, and what is called, such as a score or a tokenizer."""
+        ...
+
+
+@runtime_checkable
+class Informed(Protocol):
+    """A metric or a score that says what its numbers mean.
+
+    In place of the method, attributes `primary_metric`, `greater_is_better` and `unit` say it of one number.
+    """
+
+    def info_of(self, name: str) -> MetricInfo | None:
+        """Return what the numbers of this name mean; None if that is not known."""
+        ...
+
+
+class OverLabels(OverBatches):
+    """How often the likeliest class is the label, and the mean loss of a label; the label −100 does not count."""
+
+    def _shifts(self, model: nn.Module) -> bool:
+        """Return whether a model predicts the label of the next place; here none does."""
+        return False
+
+    @torch.no_grad()
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        """Return the sums over the labels of one batch.
+
+        Raises:
+            ValueError: There are no labels, the model returns no loss or no logits, or the labels have not the shape
+                of what it predicts.
+        """
+        answer = Answer.of(model, batch)
+        return self._classes(model, answer, answer.checked_logits(), self._labels(batch), batch)
+
+    def _classes(
+        self, model: nn.Module, answer: Answer, logits: Tensor, labels: Tensor, batch: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        predicted, finite = chosen_class(logits)
+        shifts = self._shifts(model)
+        if shifts and "shift_labels" in batch:  # shifted already, and what the loss is taken of
+            shifts, labels = False, torch.as_tensor(batch["shift_labels"])
+        labels = aligned(labels.to(logits.device), predicted, "a class for each")
+        if shifts:
+            labels, predicted, finite = labels[..., 1:], predicted[..., :-1], finite[..., :-1]
+        counts = labels != IGNORED_LABEL
+        count = int(counts.sum())
+        return {
+            "correct": int(((predicted == labels) & finite & counts).sum()),
+            "loss": answer.mean_loss() * count if count else 0.0,  # the mean over no label is NaN
+            "labels": count,
+            "not_finite": int((counts & ~finite).sum()),
+        }
+
+    def combine(self, parts: Sequence[Any]) -> dict[str, float]:
+        """Return `accuracy` and `loss` from the sums of all batches, and the share that was not finite if any was.
+
+        Raises:
+            ValueError: No label counts.
+        """
+        correct, not_finite = sum_of(parts, "correct"), sum_of(parts, "not_finite")
+        return {"accuracy": correct / label_count(parts), **mean_loss(parts), **share(not_finite, parts)}
+
+
+def sum_of(parts: Sequence[Mapping[str, Any]], name: str) -> Any:
+    """Return the sum over batches."""
+    return sum(part[name] for part in parts)
+
+
+def label_count(parts: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many labels count.
+
+    Raises:
+        ValueError: None does.
+    """
+    count = int(sum_of(parts, "labels"))
+    if not count:
+        raise ValueError("batches: expected labels other than -100, got none; put labels into the batches")
+    return count
+
+
+def mean_loss(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean over all labels, as `loss`."""
+    return {"loss": sum_of(parts, "loss") / label_count(parts)}
+
+
+def share(count: int, parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return which share of the labels that is, as a metric names what was not finite."""
+    return share_not_finite(count, label_count(parts))
+
+
+# Predictions, references, and how many predictions are odd: not finite, say.
+Pairs = tuple[list[Any], list[Any], Mapping[str, int]]
+
+
+class OverPairs(OverBatches):
+    """A score of what a model predicts beside what is right, over all batches together.
+
+    Args:
+        batches: Mappings of tensors with `labels`, a list or a `DataLoader`.
+        score: Called as `score(predictions=..., references=...)` with lists, returns a number or numbers by name.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: There are no batches, they can be walked through only once, or the score returns no number.
+    """
+
+    def __init__(self, batches: Iterable[Mapping[str, Any]], score: Score, *, progress: bool = False) -> None:
+        super().__init__(batches, progress=progress)
+        self._score = score
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the score says of itself, such as a signature, for the record."""
+        return tuple(getattr(self._score, "notes", ()))
+
+    def info_of(self, name: str) -> MetricInfo | None:
+        """Return what the score states of its numbers of this name; None if that is nothing."""
+        return stated_by(self._score, name)
+
+    @abstractmethod
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Pairs:
+        """Return predictions and references of one batch, and how many of the predictions are odd, by name."""
+
+    def combine(self, parts: Sequence[Pairs]) -> dict[str, float]:
+        """Return the score of all batches, and the share of each kind of odd predictions that there is.
+
+        Raises:
+            ValueError: No label counts, or the score returns no number.
+        """
+        predictions = [prediction for part, _, _ in parts for prediction in part]
+        references = [reference for _, part, _ in parts for reference in part]
+        if not references:
+            raise ValueError("batches: expected labels other than -100, got none; put labels into the batches")
+        odd = sum((Counter(counts) for _, _, counts in parts), Counter[str]())
+        shares = {name: count / len(predictions) for name, count in odd.items()}
+        return {**scored(self._score, predictions, references), **shares}

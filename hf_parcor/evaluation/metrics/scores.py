@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, Protocol
 
-from hf_parcor.metric_info import POINTS, MetricInfo, evaluate_module
+from hf_parcor.records.metric_info import POINTS, MetricInfo, evaluate_module
 
 _SACREBLEU = {"bleu": "BLEU", "chrf": "CHRF", "ter": "TER"}
 

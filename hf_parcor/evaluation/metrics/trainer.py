@@ -15,8 +15,8 @@ from transformers.trainer_utils import TrainerMemoryTracker
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.metrics.clock import is_of_the_clock
 from hf_parcor.evaluation.replicas import measurable_model
-from hf_parcor.metric_info import MetricInfo, direction_by_name, stated_by
 from hf_parcor.randomness import generator_kept, random_states_kept, seed_the_cpu
+from hf_parcor.records.metric_info import MetricInfo, direction_by_name, stated_by
 
 # What of a Trainer's arguments decides what an evaluation finds.
 _ARGUMENTS = (

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import evaluate
 
-from hf_parcor.measures import area_under_curve
-from hf_parcor.metric_modules.information import information
+from hf_parcor.metric_modules import information
+from hf_parcor.records.curves import area_under_curve
 
 _DESCRIPTION = "Area under a metric as a function of the strength of parameter corruption, as a share of its range."
 _INPUTS = """

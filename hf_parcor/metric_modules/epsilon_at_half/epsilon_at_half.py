@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import evaluate
 
-from hf_parcor.measures import epsilon_at_half
-from hf_parcor.metric_modules.information import information
+from hf_parcor.metric_modules import information
+from hf_parcor.records.curves import epsilon_at_half
 
 _DESCRIPTION = "The smallest strength of parameter corruption at which half of the clean metric is lost."
 _INPUTS = """

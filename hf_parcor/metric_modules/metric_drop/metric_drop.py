@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import evaluate
 
-from hf_parcor.measures import metric_drop
-from hf_parcor.metric_modules.information import information
+from hf_parcor.metric_modules import information
+from hf_parcor.records.curves import metric_drop
 
 _DESCRIPTION = "How much worse a metric is under parameter corruption, mean over trials."
 _INPUTS = """

@@ -1,0 +1,100 @@
+"""Checks of numbers that callers hand in: each returns its argument, or says expected, got, and what to do."""
+
+from __future__ import annotations
+
+import math
+import operator
+from numbers import Integral, Real
+
+
+def check_real(name: str, value: object, expected: str) -> float:
+    """Return `value` as a float; booleans and non-numbers are a `TypeError`, NaN is a `ValueError`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected {expected}, got {value!r} of type {type(value).__name__}; pass a number")
+    number = float(value)
+    if math.isnan(number):
+        raise ValueError(f"{name}: expected {expected}, got NaN; pass a number")
+    return number
+
+
+def check_norm_order(p: object) -> float:
+    """Return the order of a norm, `1 ≤ p ≤ ∞`.
+
+    Examples:
+        >>> check_norm_order(2)
+        2.0
+        >>> check_norm_order(0.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: p: expected 1 <= p <= inf, got 0.5; below 1 the L_p ball is not convex: pass 2 or float("inf")
+    """
+    order = check_real("p", p, "1 <= p <= inf")
+    if order < 1:
+        raise ValueError(
+            f'p: expected 1 <= p <= inf, got {order:g}; below 1 the L_p ball is not convex: pass 2 or float("inf")'
+        )
+    return order
+
+
+def check_radius(name: str, value: object) -> float:
+    """Return a radius, `0 ≤ value < ∞`."""
+    radius = check_real(name, value, f"0 <= {name} < inf")
+    if radius < 0 or math.isinf(radius):
+        raise ValueError(f"{name}: expected 0 <= {name} < inf, got {radius:g}; pass 0 for no corruption")
+    return radius
+
+
+def check_count(name: str, value: object, minimum: int = 1) -> int:
+    """Return a whole number that is at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(
+            f"{name}: expected a whole number >= {minimum}, got {value!r} of type {type(value).__name__}; pass an int"
+        )
+    count = int(value)
+    if count < minimum:
+        raise ValueError(f"{name}: expected a whole number >= {minimum}, got {count}; pass {minimum} or more")
+    return count
+
+
+def check_top_n(top_n: object) -> int | None:
+    """Return how many entries may be non-zero, at least 1; None for all."""
+    return None if top_n is None else check_count("top_n", top_n)
+
+
+def finite(name: str, value: float) -> float:
+    """Return `value` if it is a finite number."""
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite {name}, got {value}; check what it was computed from")
+    return value
+
+
+def positive(name: str, value: float) -> float:
+    """Return `value` if it is finite and above zero."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"expected a finite {name} > 0, got {value}; check what it was computed from")
+    return value
+
+
+def not_negative(name: str, value: float) -> float:
+    """Return `value` if it is finite and at least zero."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"expected a finite {name} >= 0, got {value}; check what it was computed from")
+    return value
+
+
+def count(name: str, value: int, *, at_least: int) -> int:
+    """Return `value` as an `int` if it is a whole number not below `at_least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"expected a whole number for {name}, got {value!r}; convert it with int()") from None
+    if number < at_least:
+        raise ValueError(f"expected {name} >= {at_least}, got {number}; the formula does not hold below")
+    return number
+
+
+def norm_order(p: float) -> float:
+    """Return `p` if there is an L_p norm, `1 <= p <= inf`."""
+    if not p >= 1:
+        raise ValueError(f"expected p in [1, inf], got {p}; below 1 there is no norm, and math.inf is allowed")
+    return p

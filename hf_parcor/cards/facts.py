@@ -1,0 +1,348 @@
+"""What a model card says, as one frozen record made from records: every number on the card stands here first."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from hf_parcor.records.comparable import check_repetitions
+from hf_parcor.records.data import EvaluationData
+from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord
+from hf_parcor.records.metric_info import MetricInfo, agreed, info_by_name, read_info
+from hf_parcor.records.stored import StoredRecord, to_plain
+from hf_parcor.reports.numbers import Numbers
+from hf_parcor.reports.study import Study
+from hf_parcor.reports.verdict import probe_verdict
+
+FORMAT = 1
+_NOT_FINITE = ("nan", "inf", "-inf")
+Repetitions = Literal["trials", "trainings"]
+
+
+@dataclass(frozen=True)
+class MetricFacts:
+    """One metric over repetitions.
+
+    Attributes:
+        values: One a repetition; NaN is kept.
+        n: How many there are.
+        mean: Their mean.
+        deviation: Their sample standard deviation (n − 1); NaN for a single one, and beside NaN or ∞.
+        change: The mean, less the mean without corruption.
+    """
+
+    values: tuple[float, ...]
+    n: int
+    mean: float
+    deviation: float
+    change: float
+
+
+@dataclass(frozen=True)
+class CorruptionFacts:
+    """What one corruption did.
+
+    Attributes:
+        corruption: Its name in the catalogue, or "none".
+        label: Its name for readers.
+        settings: Its settings as plain values.
+        metrics: Each metric by its name.
+    """
+
+    corruption: str
+    label: str
+    settings: Mapping[str, Any]
+    metrics: Mapping[str, MetricFacts]
+
+    def as_record(self) -> CorruptionRecord:
+        """Return it as a record whose trials are the repetitions, as plots and tables read it."""
+        first = next(iter(self.metrics.values()), None)
+        seeds = tuple(range(0 if first is None else first.n))
+        metrics = {name: entry.values for name, entry in self.metrics.items()}
+        return CorruptionRecord(self.corruption, self.label, self.settings, seeds, metrics)
+
+
+@dataclass(frozen=True)
+class ProbeFacts:
+    """What a probe of the same weights found: which part is weak.
+
+    Attributes:
+        record: The record of the probe.
+        clean: The metric that the card shows, without corruption, on the data of the probe.
+        verdict: What a report says of it first, in its words.
+        notes: What was noticed while measuring, in sentences.
+    """
+
+    record: SweepRecord
+    clean: float
+    verdict: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelFacts(StoredRecord):
+    """All that the robustness section and the metadata of one model's card are made from.
+
+    Attributes:
+        name: Name of the model.
+        base_model: Name on the Hub of the model that it was trained from; "" if unknown.
+        datasets: Names on the Hub of the data that it was trained on.
+        task: The Hub's name of the task, such as "text-classification"; "" if unknown.
+        evaluated_on: The data of the metrics.
+        metric: The metric that the card shows.
+        info: What its numbers mean; a guess in facts from before it was kept.
+        defense: The defense that it was trained with, as in `defense_config.json`; None for none. One whose
+            `defended_steps` are 0 was set and never ran, and the card does not claim it.
+        repetitions: What n counts: random trials of one model, or models trained with other seeds.
+        target: Which weights were corrupted, as it was asked for.
+        parameters: Number k of these weights.
+        clean: The metrics without corruption.
+        corruptions: The metrics under each corruption.
+        data: SHA-256 of the batches that gradients were taken on; "" where none were given.
+        versions: Versions of the libraries.
+        command: The command that made the numbers; "" if unknown.
+        notes: What was noticed while measuring, in sentences.
+        weights: SHA-256 of the weights that were measured, one a training; "" where a record does not say.
+        probe: What a probe of these weights found; None for none.
+        benchmark_task: The task of the data set's leaderboard that the result without corruption is for, as in its
+            `eval.yaml`; "" if the data set is no registered benchmark, or nobody said.
+        format: Version of this layout.
+    """
+
+    name: str
+    base_model: str
+    datasets: tuple[str, ...]
+    task: str
+    evaluated_on: EvaluationData
+    metric: str
+    info: MetricInfo
+    defense: Mapping[str, Any] | None
+    repetitions: Repetitions
+    target: Mapping[str, Any]
+    parameters: int
+    clean: CorruptionFacts
+    corruptions: tuple[CorruptionFacts, ...]
+    data: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    command: str = ""
+    notes: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    probe: ProbeFacts | None = None
+    benchmark_task: str = ""
+    format: int = FORMAT
+    kind: ClassVar[str] = "model facts"
+    remedy: ClassVar[str] = "make them again from the records"
+
+    def rows(self) -> list[CorruptionFacts]:
+        """Return the clean metrics, and then those under each corruption."""
+        return [self.clean, *self.corruptions]
+
+    @classmethod
+    def _read(cls, data: dict[str, Any]) -> ModelFacts:
+        clean = data["clean"]["metrics"]
+        data["clean"] = _row(data["clean"], clean)
+        data["corruptions"] = tuple(_row(row, clean) for row in data["corruptions"])
+        data["evaluated_on"] = EvaluationData(**data["evaluated_on"])
+        for name in ("datasets", "notes", "weights"):
+            data[name] = tuple(data.get(name, ()))
+        data.pop("percent", None)  # the guess of before
+        known = data.get("info")
+        metric = data["metric"]
+        rows = (data["clean"], *data["corruptions"])
+        values = (value for row in rows for value in row.metrics[metric].values)
+        data["info"] = info_by_name(metric, values) if known is None else read_info(known)
+        data["probe"] = None if data.get("probe") is None else _probe(data["probe"])
+        return cls(**data)
+
+
+def metric_facts(values: tuple[float, ...], clean: tuple[float, ...]) -> MetricFacts:
+    """Return a metric's mean, spread and change from its values and those without corruption.
+
+    Examples:
+        >>> facts = metric_facts((0.5, 0.75), clean=(0.875,))
+        >>> facts.n, facts.mean, round(facts.deviation, 3), facts.change
+        (2, 0.625, 0.177, -0.25)
+    """
+    row, untouched = (CorruptionRecord("", "", {}, (), {"": entry}) for entry in (values, clean))
+    mean = row.mean("")
+    return MetricFacts(values, len(values), mean, row.deviation(""), mean - untouched.mean(""))
+
+
+def _row(row: dict[str, Any], clean: dict[str, Any]) -> CorruptionFacts:
+    metrics = {}
+    for name, entry in row["metrics"].items():
+        metrics[name] = metric_facts(_floats(entry["values"]), _floats(clean[name]["values"]))
+        for number in ("n", "mean", "deviation", "change"):
+            found, expected = float(entry[number]), getattr(metrics[name], number)
+            same = math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-12)
+            if not same and not (math.isnan(found) and math.isnan(expected)):
+                raise ValueError(f"{row['label']}: expected {number} {expected} of the values of {name}, got {found}")
+    settings = {name: float(value) if value in _NOT_FINITE else value for name, value in row["settings"].items()}
+    return CorruptionFacts(row["corruption"], row["label"], settings, metrics)
+
+
+def _probe(probe: dict[str, Any]) -> ProbeFacts:
+    record = SweepRecord.from_plain(probe["record"])
+    return ProbeFacts(record, float(probe["clean"]), str(probe["verdict"]), tuple(probe["notes"]))
+
+
+def _floats(values: list[Any]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
+
+
+_SHOWN = 12  # as many letters of a fingerprint as tell two apart
+
+
+def facts_of(
+    records: EvaluationRecord | SweepRecord | Sequence[EvaluationRecord],
+    *,
+    name: str = "",
+    base_model: str = "",
+    datasets: Iterable[str] = (),
+    task: str = "",
+    evaluated_on: EvaluationData | None = None,
+    metric: str | None = None,
+    greater_is_better: bool | None = None,
+    unit: str | None = None,
+    defense: Mapping[str, Any] | None = None,
+    command: str = "",
+    benchmark_task: str = "",
+) -> ModelFacts:
+    """Return what a card says of a model.
+
+    Args:
+        records: The record of an evaluator, whose trials are the repetitions; or a list of records, one a seed of
+            training: then trials within a record count as their mean. Or the record of a probe, for a model of which
+            nothing else is known.
+        name: Name of the model; "" for that in the record.
+        base_model: As in `ModelFacts`.
+        datasets: As in `ModelFacts`.
+        task: As in `ModelFacts`; "" for that in the record.
+        evaluated_on: The data of the metrics; None for what the record says.
+        metric: The metric that the card shows; None for "accuracy", or else for the first of which more is better.
+        greater_is_better: Whether a large one is good; None for what the records say, or a guess that the card calls
+            one.
+        unit: As in `MetricInfo`; None as for `greater_is_better`.
+        defense: As in `ModelFacts`: what `DefenseConfig.to_dict` returns.
+        command: As in `ModelFacts`.
+        benchmark_task: As in `ModelFacts`.
+
+    Raises:
+        ValueError: There are no records, or they are not of the same corruptions, targets and metrics, or lack the
+            metric, or are no repetitions; see `check_repetitions`.
+        ImportError: A probe has several trials, and SciPy, which judges them, is not installed.
+
+    Examples:
+        >>> clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,)})
+        >>> noisy = CorruptionRecord("gaussian", "Gaussian σ=0.02", {"std": 0.02}, (0, 1), {"accuracy": (0.75, 0.5)})
+        >>> facts = facts_of(EvaluationRecord("org/bert", {"target_modules": "all"}, 10, clean, (noisy,)))
+        >>> facts.name, facts.corruptions[0].metrics["accuracy"].mean
+        ('bert', 0.625)
+    """
+    probe = records if isinstance(records, SweepRecord) else None
+    if isinstance(records, SweepRecord):
+        records = _without_corruption(records)
+    found = [records] if isinstance(records, EvaluationRecord) else list(records)
+    if not found:
+        raise ValueError("records: expected at least one, got none; evaluate a model first")
+    first = found[0]
+    for other in found[1:]:
+        if _shape(other) != _shape(first):
+            raise ValueError(
+                "records: expected the same corruptions, targets and metrics in each, got others; evaluate all alike, "
+                "or make a card for each"
+            )
+    check_repetitions({"": found})
+    names = [name for name in first.clean.metrics if all(name in row.metrics for row in first.corruptions)]
+    chosen = _chosen(names, metric, first)
+    info = agreed([one.info(chosen).stating(greater_is_better=greater_is_better, unit=unit) for one in found], chosen)
+    clean = {name: _values([record.clean for record in found], name) for name in names}
+    rows = [_facts(rows, clean) for rows in zip(*(record.rows() for record in found), strict=True)]
+    facts = ModelFacts(
+        name=name or first.model.rpartition("/")[2],
+        base_model=base_model,
+        datasets=tuple(datasets),
+        task=task or first.task,
+        evaluated_on=evaluated_on or first.evaluated_on or EvaluationData(),
+        metric=chosen,
+        info=info,
+        defense=defense,
+        repetitions="trials" if len(found) == 1 else "trainings",
+        target=first.target,
+        parameters=first.parameters,
+        clean=rows[0],
+        corruptions=tuple(rows[1:]),
+        data="; ".join(dict.fromkeys(record.data for record in found if record.data)),
+        versions=first.versions,
+        command=command,
+        benchmark_task=benchmark_task,
+        notes=tuple(dict.fromkeys(note for record in found for note in _notes(record))),
+        weights=tuple(record.weights for record in found) if any(record.weights for record in found) else (),
+    )
+    return facts if probe is None else with_probe(facts, probe)
+
+
+def with_probe(facts: ModelFacts, sweep: SweepRecord) -> ModelFacts:
+    """Return the facts with what a probe of the same weights found, in place of an earlier probe.
+
+    Args:
+        facts: What else is known of the model.
+        sweep: The record of the probe.
+
+    Raises:
+        ValueError: The probe is of other weights, as far as is known, or lacks the metric of the card.
+        ImportError: It has several trials, and SciPy, which judges them, is not installed.
+    """
+    if sweep.weights not in facts.weights:
+        known = ", ".join(weights[:_SHOWN] or "unknown" for weights in facts.weights) or "unknown ones"
+        raise ValueError(
+            f"probe: expected one of the weights that were evaluated, {known}, got one of {sweep.weights[:_SHOWN]}; "
+            "evaluate and probe the same model"
+        )
+    info = sweep.info(facts.metric).stating(**facts.info.stated)
+    study = Study.of({"": sweep}, facts.metric, greater_is_better=info.greater_is_better, unit=info.unit)
+    first = probe_verdict(study, Numbers(info.unit))[0]
+    verdict = " ".join(filter(None, [first.headline, first.detail]))
+    noticed = tuple(f"{group}: {note}" for group, record in sweep.records.items() for note in _notes(record))
+    probe = ProbeFacts(sweep, sweep.clean.mean(facts.metric), verdict, noticed)
+    return dataclasses.replace(facts, info=info, probe=probe)
+
+
+def _without_corruption(sweep: SweepRecord) -> EvaluationRecord:
+    """Return what a probe says of the model as it is."""
+    first = next(iter(sweep.records.values()))
+    return dataclasses.replace(
+        first, target={}, parameters=0, corruptions=(), notes=(), weights_norm=None, weights=sweep.weights
+    )
+
+
+def _shape(record: EvaluationRecord) -> Any:
+    rows = [(row.corruption, row.label, to_plain(row.settings), sorted(row.metrics)) for row in record.rows()]
+    target = {"target_modules": "all", **record.target}  # not given and "all" are the same where k is
+    return to_plain([rows, target, record.parameters])
+
+
+def _chosen(metrics: Sequence[str], metric: str | None, record: EvaluationRecord) -> str:
+    if metric is None:
+        good = [name for name in metrics if record.info(name).greater_is_better]
+        metric = "accuracy" if "accuracy" in metrics else next(iter([*good, *metrics]), "")
+    if metric not in metrics:
+        raise ValueError(f"metric: expected one of {', '.join(metrics) or 'no metrics'}, got {metric!r}; pass metric=")
+    return metric
+
+
+def _facts(rows: Sequence[CorruptionRecord], clean: Mapping[str, tuple[float, ...]]) -> CorruptionFacts:
+    metrics = {name: metric_facts(_values(rows, name), clean[name]) for name in clean}
+    return CorruptionFacts(rows[0].corruption, rows[0].label, rows[0].settings, metrics)
+
+
+def _values(rows: Sequence[CorruptionRecord], metric: str) -> tuple[float, ...]:
+    """Return one value a record, or, of a single record, one a trial."""
+    return tuple(row.mean(metric) for row in rows) if len(rows) > 1 else rows[0].metrics[metric]
+
+
+def _notes(record: EvaluationRecord) -> list[str]:
+    return [*record.notes, *(f"{row.label}: {note}" for row in record.rows() for note in row.notes)]

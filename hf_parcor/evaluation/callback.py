@@ -1,0 +1,110 @@
+"""Robustness beside every evaluation, so that the most robust checkpoint can be the best one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from accelerate.data_loader import IterableDatasetShard
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_parcor.arguments import check_count
+from hf_parcor.evaluation.trainer import Corruptions, RobustnessMixin, by_name, measure_robustness, robustness_metrics
+from hf_parcor.evaluation.trials import DEFAULT_TRIALS
+from hf_parcor.records.metric_info import MetricInfo, checked_infos
+
+
+class RobustnessCallback(TrainerCallback):
+    """Evaluates corruptions after each evaluation of a Trainer, and adds `eval_robustness_*` to its metrics.
+
+    So `metric_for_best_model="eval_robustness_accuracy"`, `load_best_model_at_end`, `EarlyStoppingCallback` and a
+    hyperparameter search can go by them. They are named as by `RobustnessMixin.evaluate_robustness`. When the Trainer
+    evaluates, `eval_strategy` and `eval_steps` say. The run itself is, bit for bit, the one without the callback.
+
+    Works with any Trainer; the card of a `ParameterDefenseTrainer` shows what was measured of its weights. When
+    training begins it takes the first place among the callbacks, since others look at what it adds.
+
+    Args:
+        trainer: The Trainer that the callback is added to: `trainer.add_callback(RobustnessCallback(trainer, ...))`.
+        corruptions: What to measure, in a sequence, or by names of your own.
+        trials: Trials of each stochastic corruption. Default 3; 1 costs less, and its curve wavers more.
+        seed: First seed, the same at each evaluation.
+        every_n_steps: None, the default, for every evaluation. A number: at these steps only, and the Trainer
+            evaluates there, also if `eval_strategy` does not ask for it.
+        target_modules: Which modules are corrupted, as in `CorruptionEvaluator`.
+        metric_info: As in `RobustnessMixin.evaluate_robustness`.
+
+    Raises:
+        ValueError: There is no corruption, two have the same name, or a number is not positive.
+        TypeError: Something that is no `Corruption`, or no `MetricInfo`.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        corruptions: Corruptions,
+        *,
+        trials: int = DEFAULT_TRIALS,
+        seed: int = 0,
+        every_n_steps: int | None = None,
+        target_modules: str | Collection[str] | None = None,
+        metric_info: Mapping[str, MetricInfo] | None = None,
+    ) -> None:
+        check_count("trials", trials)
+        check_count("seed", seed, minimum=0)
+        if every_n_steps is not None:
+            check_count("every_n_steps", every_n_steps)
+        self._trainer, self._corruptions = trainer, by_name(corruptions)
+        self._trials, self._seed, self._every = trials, seed, every_n_steps
+        self._target, self._infos = target_modules, checked_infos(metric_info)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go before the callbacks that look at metrics."""
+        callbacks = self._trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+            callbacks.insert(0, self)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for an evaluation where one is due."""
+        if self._every is not None and state.global_step % self._every == 0:
+            control.should_evaluate = True
+        return control
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Measure on the data that the Trainer just evaluated, log, and add to its metrics."""
+        if metrics is None or (self._every is not None and state.global_step % self._every != 0):
+            return
+        prefix = next(name.removesuffix("_runtime") for name in reversed(metrics) if name.endswith("_runtime"))
+        record = measure_robustness(
+            self._trainer,
+            list(self._corruptions.values()),
+            trials=self._trials,
+            seed=self._seed,
+            eval_dataset=_all_data(eval_dataloader.dataset),
+            metric_key_prefix=prefix,
+            target_modules=self._target,
+            metric_info=self._infos,
+        )
+        if isinstance(self._trainer, RobustnessMixin):
+            self._trainer.robustness_was_measured(prefix, record)
+        found = robustness_metrics(record, list(self._corruptions), prefix)
+        self._trainer.log(dict(found))
+        metrics.update(found)
+
+
+def _all_data(dataset: Any) -> Any:
+    """Return the data set of all processes, where Accelerate has made a share of one."""
+    return dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset

@@ -1,0 +1,300 @@
+"""Measuring many corruptions on each batch: what they all have in common runs once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, cast
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_parcor.batches import private_copy
+from hf_parcor.corruptions import Corruption, MultiStepCorruption
+from hf_parcor.corruptions.multi_step import climb_together
+from hf_parcor.distributed.processes import ALONE, Processes
+from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model, trainable
+from hf_parcor.evaluation.metrics import BatchMetric
+from hf_parcor.evaluation.replicas import all_batches
+from hf_parcor.functional.vectors import working_dtype
+from hf_parcor.injection import corrupted
+from hf_parcor.model_state import BufferSnapshot
+from hf_parcor.prefix import (
+    TRIED_PASSES,
+    NothingToReuse,
+    PrefixError,
+    PrefixReuse,
+    check_results,
+    distance,
+    failures_as_prefix_errors,
+    leaves_of,
+    outputs_of,
+    plan_prefix,
+    plan_prefix_of_values,
+    recording_together,
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters that are corrupted together, their gradients, and what does not depend on them.
+
+    A measurement may run the model in another way than an ascent does, so each has its own prefix. It is sought, which
+    takes a few runs of the model, when it is first asked for: a sweep that is killed often still gets on.
+
+    Args:
+        parameters: By their names.
+        gradients: Theirs; None if no corruption needs them.
+        seek_climbing: Seeks the prefix of ascents.
+        seek_measuring: Seeks that of measurements.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    gradients: DatasetGradients | None
+    seek_climbing: Callable[[], PrefixReuse | None]
+    seek_measuring: Callable[[], PrefixReuse | None]
+
+    @cached_property
+    def climbing(self) -> PrefixReuse | None:
+        """What an ascent computes before these parameters come in."""
+        return self.seek_climbing()
+
+    @cached_property
+    def measuring(self) -> PrefixReuse | None:
+        """What a measurement computes before these parameters come in; with several processes, all ask for it."""
+        return self.seek_measuring()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One corruption of one part, chosen with one seed."""
+
+    part: Part
+    corruption: Corruption
+    seed: int
+
+
+def choose_together(jobs: Sequence[Job], processes: Processes = ALONE) -> list[Mapping[str, Tensor]]:
+    """Return what each corruption chooses, as if called alone; multi-step ones walk through the data together.
+
+    Each process climbs whole ascents: they need no word from the others, and end where one process would. In step,
+    all processes climb all of them.
+    """
+    ascents = [job for job in jobs if type(job.corruption) is MultiStepCorruption]
+    if processes.in_step:
+        climbed = iter(_climb(ascents))
+    else:
+        climbed = _handed_round(ascents, _climb(list(processes.share(ascents))), processes)
+    corruptions: list[Mapping[str, Tensor]] = []
+    for job in jobs:
+        if type(job.corruption) is MultiStepCorruption:
+            corruptions.append(next(climbed))
+            continue
+        generator = torch.Generator().manual_seed(job.seed)
+        if job.part.gradients is not None:
+            job.part.gradients.restart()
+        corruptions.append(job.corruption(job.part.parameters, job.part.gradients, generator))
+    return corruptions
+
+
+def _handed_round(
+    jobs: Sequence[Job], share: Sequence[dict[str, Tensor]], processes: Processes
+) -> Iterator[dict[str, Tensor]]:
+    """Yield where all ascents ended, from those of each process."""
+    own = iter(share)
+    for index, job in enumerate(jobs):
+        owner = processes.owner(index)
+        weights = job.part.parameters
+        dtype = working_dtype(list(weights.values()))
+        ended = (
+            next(own)
+            if owner == processes.index
+            else {name: torch.empty_like(weight, dtype=dtype) for name, weight in weights.items()}
+        )
+        yield processes.hand_round(ended, owner)
+
+
+@torch.no_grad()
+def _climb(jobs: Sequence[Job]) -> list[dict[str, Tensor]]:
+    if not jobs:
+        return []
+    sources = [cast(DatasetGradients, job.part.gradients) for job in jobs]
+    walk = sources[0]
+    walk.restart()
+
+    def gradients_at(climbing: Mapping[int, Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
+        batch = walk.next_batch()
+        prefixes = _different(jobs[index].part.climbing for index in climbing)
+        _record(prefixes, lambda: walk.run(batch))
+        for index, corruption in climbing.items():
+            with _replaying(jobs[index].part.climbing):
+                gradient = sources[index].on_batch(batch, corruption)
+            yield gradient
+        _forget(prefixes)
+
+    corruptions = [cast(MultiStepCorruption, job.corruption) for job in jobs]
+    ascents = [
+        corruption.ascent(job.part.parameters, len(walk)) for corruption, job in zip(corruptions, jobs, strict=True)
+    ]
+    return climb_together(ascents, gradients_at)
+
+
+def measure_together(
+    model: nn.Module,
+    metric: BatchMetric,
+    jobs: Sequence[Job],
+    chosen: Sequence[Mapping[str, Tensor]],
+    processes: Processes = ALONE,
+) -> list[Mapping[str, float]]:
+    """Return the metrics under each corruption; what does not depend on it runs once a batch.
+
+    Args:
+        model: The model, in evaluation mode.
+        metric: What is measured.
+        jobs: The corruptions.
+        chosen: What they chose.
+        processes: Those that measure together, each every n-th batch.
+    """
+    prefixes = _different(job.part.measuring for job in jobs)
+
+    def of_jobs(batch: Mapping[str, Any]) -> list[Any]:
+        _record(prefixes, partial(metric.of_batch, model, batch))
+        found = []
+        for job, corruption in zip(jobs, chosen, strict=True):
+            with corrupted_model(model, job.part.parameters, corruption), _replaying(job.part.measuring):
+                found.append(metric.of_batch(model, batch))
+        _forget(prefixes)
+        return found
+
+    of_batches = processes.each(of_jobs, all_batches(metric.batches))
+    return [metric.combine(list(of_job)) for of_job in zip(*of_batches, strict=True)]
+
+
+def _different(prefixes: Iterable[PrefixReuse | None]) -> list[PrefixReuse]:
+    return list(dict.fromkeys(prefix for prefix in prefixes if prefix is not None))
+
+
+def _replaying(prefix: PrefixReuse | None) -> AbstractContextManager[None]:
+    return nullcontext() if prefix is None else prefix.replaying()
+
+
+def _record(prefixes: Sequence[PrefixReuse], run: Callable[[], Any]) -> None:
+    if prefixes:
+        with recording_together(prefixes):
+            run()
+
+
+def _forget(prefixes: Sequence[PrefixReuse]) -> None:
+    for prefix in prefixes:
+        prefix.forget()
+
+
+logger = logging.get_logger(__name__)
+
+_Parameters = Mapping[str, nn.Parameter]
+
+
+def prefix_of_ascents(model: nn.Module, parameters: _Parameters, batches: Iterable[Any]) -> PrefixReuse | None:
+    """Return what does not depend on these parameters when the model's loss and its gradient are computed.
+
+    Args:
+        model: The model, in evaluation mode.
+        parameters: What is corrupted.
+        batches: Mappings that the model takes as keyword arguments; the first is tried.
+
+    Returns:
+        None, after saying why, where all of the model must run.
+    """
+    batch = next(iter(batches), None)
+    if not isinstance(batch, Mapping):
+        return None
+    device = next(iter(parameters.values())).device
+
+    def plan() -> PrefixReuse:
+        with trainable(parameters.values()):
+            return plan_prefix(
+                model, parameters, lambda: model(**send_to_device(private_copy(batch), device)), trained=parameters
+            )
+
+    return _found(plan, "ascent")
+
+
+def prefix_of_measurements(model: nn.Module, metric: BatchMetric, parameters: _Parameters) -> PrefixReuse | None:
+    """Return what does not depend on these parameters when a batch is measured, a generation say.
+
+    Args:
+        model: The model, in evaluation mode.
+        metric: What is measured; its first batch is tried.
+        parameters: What is corrupted.
+
+    Returns:
+        None, after saying why, where all of the model must run.
+    """
+    batch = next(iter(all_batches(metric.batches)), None)
+    if batch is None:
+        return None
+
+    def run() -> list[Any]:
+        return _everything_found(model, lambda: metric.of_batch(model, batch))
+
+    def plan() -> PrefixReuse:
+        prefix, found = plan_prefix_of_values(model, parameters, run)
+        with failures_as_prefix_errors():
+            _try_out(prefix, model, run, parameters, found)
+        return prefix
+
+    return _found(plan, "measurement")
+
+
+def _everything_found(model: nn.Module, run: Callable[[], Any]) -> list[Any]:
+    """Return what a run returned, and what the model did: what is missing there may be rounded away in a loss."""
+    with outputs_of(model) as found:
+        result = run()
+    return [*found, *leaves_of(result)]
+
+
+def _try_out(
+    prefix: PrefixReuse,
+    model: nn.Module,
+    run: Callable[[], list[Any]],
+    parameters: _Parameters,
+    expected: Sequence[Any],
+) -> None:
+    """Check that runs with the prefix reused find what full ones find, at other weights too, and leave nothing behind.
+
+    Raises:
+        PrefixError: They do not, or they change by themselves: they draw random numbers, or a buffer moves.
+    """
+    buffers = BufferSnapshot(model.modules())
+    other = {name: torch.ones_like(parameter) for name, parameter in parameters.items()}
+    try:
+        again = run()
+        if buffers.moved():
+            raise PrefixError("a buffer of the model moves when it is measured")
+        with corrupted(parameters, other):
+            expected_at_other = run()
+        with prefix.recording(gradients=False):
+            run()
+        with prefix.replaying():
+            found = [distance(run(), again)]
+        for _ in range(1, TRIED_PASSES):
+            with corrupted(parameters, other), prefix.replaying():
+                found.append(distance(run(), expected_at_other))
+        check_results("result", max(found), distance(again, expected))
+    finally:
+        prefix.forget()
+        buffers.put_back()
+
+
+def _found(plan: Callable[[], PrefixReuse], what: str) -> PrefixReuse | None:
+    try:
+        return plan()
+    except NothingToReuse:
+        return None
+    except PrefixError as error:
+        logger.warning(f"Every {what} runs all of the model: {error}. The numbers are right; it takes longer.")
+        return None

@@ -1,0 +1,246 @@
+"""A Trainer that says how robust its model is, as it says how good it is."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hf_parcor.constraints import CorruptionConstraint
+from hf_parcor.corruptions import Corruption, GaussianNoise, GradientCorruption, Quantization
+from hf_parcor.evaluation.evaluator import CorruptionEvaluator
+from hf_parcor.evaluation.gradients import model_loss
+from hf_parcor.evaluation.metrics import TrainerMetric
+from hf_parcor.evaluation.trials import DEFAULT_TRIALS
+from hf_parcor.evaluation.walks import drawn_once
+from hf_parcor.records import EvaluationRecord
+from hf_parcor.records.data import evaluation_data_of
+from hf_parcor.records.metric_info import MetricInfo
+
+DEFAULT_CORRUPTIONS: tuple[Corruption, ...] = (
+    GradientCorruption(CorruptionConstraint(p=2.0, epsilon=0.1)),
+    GaussianNoise(0.02),
+    Quantization(4),
+)
+
+
+def measure_robustness(
+    trainer: Trainer,
+    corruptions: Sequence[Corruption] = DEFAULT_CORRUPTIONS,
+    *,
+    trials: int = DEFAULT_TRIALS,
+    seed: int = 0,
+    eval_dataset: Any = None,
+    metric_key_prefix: str = "eval",
+    target_modules: str | Collection[str] | None = None,
+    metric_info: Mapping[str, MetricInfo] | None = None,
+) -> EvaluationRecord:
+    """Measure a Trainer's model with its weights as they are, and under each corruption.
+
+    The Trainer's own `evaluate` runs each time, in silence; see `TrainerMetric`. Nothing of the Trainer, its model or
+    the random numbers is different afterwards. On several processes all of them call it.
+
+    Args:
+        trainer: Any `transformers.Trainer`.
+        corruptions: What to measure. Those that need gradients climb along the Trainer's loss over the evaluation
+            data. If its collator draws random numbers, such as masks, what it draws first is kept in memory for them.
+        trials: Trials of each stochastic corruption. Default 3.
+        seed: First seed.
+        eval_dataset: One data set, or the name of one of the Trainer's; None for the Trainer's own.
+        metric_key_prefix: As in `Trainer.evaluate`.
+        target_modules: Which modules are corrupted, as in `CorruptionEvaluator`.
+        metric_info: What the metrics' numbers mean, as in `CorruptionEvaluator`, by their names without prefix. None
+            for what `greater_is_better` says of `metric_for_best_model`, and the names of the others.
+
+    Raises:
+        ValueError: The Trainer has no evaluation data, or as in `CorruptionEvaluator`.
+        TypeError: As in `CorruptionEvaluator`.
+    """
+    model = trainer.model
+    if model is None:
+        raise ValueError("model: expected a Trainer with a model, got None; pass model=, or train first")
+    needs_gradients = any(getattr(corruption, "uses_gradients", False) for corruption in corruptions)
+    evaluator = CorruptionEvaluator(
+        model,
+        TrainerMetric(trainer, eval_dataset, metric_key_prefix=metric_key_prefix),
+        drawn_once(trainer.get_eval_dataloader(eval_dataset)) if needs_gradients else None,
+        loss=_loss_of(trainer),
+        target_modules=target_modules,
+        metric_info=metric_info,
+        progress=not trainer.args.disable_tqdm,
+        evaluated_on=evaluation_data_of(_dataset(trainer, eval_dataset)),
+    )
+    return evaluator.evaluate(corruptions, trials, seed)
+
+
+def _dataset(trainer: Trainer, asked: Any) -> Any:
+    """Return the data set that a Trainer means: its own, one of its own by name, or the one that is passed."""
+    own: Any = trainer.eval_dataset
+    return own if asked is None else own[asked] if isinstance(asked, str) else asked
+
+
+def _loss_of(trainer: Trainer) -> Any:
+    """Return the model's own loss where the Trainer takes that, since labels are then counted as the model does."""
+    stock = type(trainer).compute_loss is Trainer.compute_loss
+    if stock and trainer.label_smoother is None and trainer.compute_loss_func is None:
+        return model_loss
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        inputs = trainer._prepare_inputs(dict(batch))  # a copy: labels are popped
+        with trainer.compute_loss_context_manager():
+            return torch.as_tensor(trainer.compute_loss(model, inputs))
+
+    return loss
+
+
+_LETTERS = {"ε": "epsilon ", "σ": "sigma ", "∞": "inf"}
+Corruptions = Sequence[Corruption] | Mapping[str, Corruption]
+
+
+def plain_name(label: str) -> str:
+    """Return a label in small letters, digits, points and underscores; a minus stays in an exponent.
+
+    Examples:
+        >>> [plain_name(label) for label in ("gradient-based L∞ ε=0.0002", "4-bit quantization", "Gaussian σ=0.02")]
+        ['gradient_based_linf_epsilon_0.0002', '4_bit_quantization', 'gaussian_sigma_0.02']
+        >>> plain_name("bit flips rate=1e-08 (any)")
+        'bit_flips_rate_1e-08_any'
+    """
+    for letter, word in _LETTERS.items():
+        label = label.replace(letter, word)
+    kept = re.sub(r"[^a-z0-9.-]+", "_", label.lower())
+    return re.sub(r"(?<!\de)-", "_", kept).strip("_")
+
+
+def by_name(corruptions: Corruptions) -> dict[str, Corruption]:
+    """Return corruptions by the names that were given to them, or by their labels in plain letters.
+
+    Raises:
+        ValueError: There is none, or two have the same name.
+        TypeError: Something that is no `Corruption`.
+    """
+    named = list(
+        corruptions.items()
+        if isinstance(corruptions, Mapping)
+        else ((plain_name(str(corruption)), corruption) for corruption in corruptions)
+    )
+    if not named:
+        raise ValueError("corruptions: expected at least one, got none; pass [GaussianNoise(0.02)], say")
+    for name, corruption in named:
+        if not isinstance(corruption, Corruption):
+            raise TypeError(f"corruptions: expected Corruption objects, got {corruption!r}; pass GaussianNoise(0.02)")
+        if sum(name == other for other, _ in named) > 1:
+            raise ValueError(
+                f"corruptions: expected different ones, got two with the name {name!r}; pass a dict that names them"
+            )
+    return dict(named)
+
+
+def robustness_metrics(record: EvaluationRecord, names: Sequence[str], prefix: str = "eval") -> dict[str, float]:
+    """Return a record as flat numbers, means over trials, as a Trainer logs them.
+
+    Args:
+        record: What was measured.
+        names: One for each corruption of the record.
+        prefix: What all names of metrics begin with.
+
+    Returns:
+        `{prefix}_robustness_{name}_{metric}` for each corruption, and `{prefix}_robustness_{metric}`, the mean over
+        all corruptions.
+    """
+    metrics: dict[str, float] = {}
+    for metric in record.clean.metrics:
+        values = {name: row.mean(metric) for name, row in zip(names, record.corruptions, strict=True)}
+        metrics |= {f"{prefix}_robustness_{name}_{metric}": value for name, value in values.items()}
+        metrics[f"{prefix}_robustness_{metric}"] = statistics.fmean(values.values())
+    return metrics
+
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class RobustnessMixin(_Base):
+    """Gives any Trainer `evaluate_robustness`: put it before the Trainer's class among the bases.
+
+    Attributes:
+        robustness_records: What the last `evaluate_robustness` measured, in full, by the prefix of its metrics:
+            "eval", or one for each data set where there are several.
+    """
+
+    robustness_records: dict[str, EvaluationRecord]
+
+    def evaluate_robustness(
+        self,
+        corruptions: Corruptions | None = None,
+        *,
+        trials: int = DEFAULT_TRIALS,
+        seed: int = 0,
+        eval_dataset: Any = None,
+        metric_key_prefix: str = "eval",
+        target_modules: str | Collection[str] | None = None,
+        metric_info: Mapping[str, MetricInfo] | None = None,
+    ) -> dict[str, float]:
+        """Evaluate the model as `evaluate` does, with its weights as they are and under corruptions, and log it.
+
+        Args:
+            corruptions: What to measure, in a sequence, or by names of your own. None for `DEFAULT_CORRUPTIONS`:
+                ε = 0.1 along the gradient (L2), noise of σ = 0.02, and 4 bits. What breaks a model depends on it.
+            trials: Trials of each stochastic corruption. Default 3.
+            seed: First seed.
+            eval_dataset: As in `evaluate`; where it is a dictionary, each data set is evaluated by itself.
+            metric_key_prefix: As in `evaluate`.
+            target_modules: Which modules are corrupted, as in `CorruptionEvaluator`. None for all parameters that can
+                be trained, also if fewer are defended.
+            metric_info: What the metrics' numbers mean, as in `CorruptionEvaluator`, by their names without prefix.
+                None for what `greater_is_better` says of `metric_for_best_model`, and the names of the others.
+
+        Returns:
+            Means over trials: `eval_{metric}` of the weights as they are; `eval_robustness_{corruption}_{metric}`, the
+            corruption's name being its label in plain letters; and `eval_robustness_{metric}`, the mean over all
+            corruptions. All trials are in `robustness_records`.
+
+        Raises:
+            ValueError: Two corruptions have the same name, or as in `CorruptionEvaluator`.
+            TypeError: As in `CorruptionEvaluator`.
+        """
+        named = by_name(DEFAULT_CORRUPTIONS if corruptions is None else corruptions)
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        parts = (
+            {f"{metric_key_prefix}_{name}": one for name, one in data.items()}
+            if isinstance(data, dict)
+            else {metric_key_prefix: eval_dataset}
+        )
+        self.robustness_records = {}
+        metrics: dict[str, float] = {}
+        for prefix, part in parts.items():
+            record = measure_robustness(
+                self,
+                list(named.values()),
+                trials=trials,
+                seed=seed,
+                eval_dataset=part,
+                metric_key_prefix=prefix,
+                target_modules=target_modules,
+                metric_info=metric_info,
+            )
+            self.robustness_records[prefix] = record
+            metrics |= {f"{prefix}_{name}": record.clean.mean(name) for name in record.clean.metrics}
+            metrics |= robustness_metrics(record, list(named), prefix)
+        self.log(dict(metrics))
+        return metrics
+
+    def robustness_was_measured(self, prefix: str, record: EvaluationRecord) -> None:
+        """Hear of a measurement that a `RobustnessCallback` made beside an evaluation; by itself this does nothing.
+
+        Args:
+            prefix: What the names of its metrics begin with.
+            record: What was measured.
+        """

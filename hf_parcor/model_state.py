@@ -1,0 +1,218 @@
+"""The state of a model beside its weights: its buffers, which the passes of a step move once, and its mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SMALL = 1 << 16  # entries; statistics, counters and averages are smaller, packed weights and queues are larger
+
+
+class BufferSnapshot:
+    """The buffers of modules as they are, to be put back.
+
+    Not every write shows in a tensor's version counter (BatchNorm's do not), so values are kept: those of buffers of
+    at most 65,536 entries, and of larger ones that are asked for, floating-point ones unless told otherwise: large
+    integers are packed weights.
+
+    Args:
+        modules: Whose buffers; those of modules inside of them are not taken along.
+        large: Which larger buffers to keep the values of.
+
+    Attributes:
+        values: The values that are kept, in the order of the buffers.
+    """
+
+    def __init__(
+        self, modules: Iterable[nn.Module], large: Callable[[Tensor], bool] = Tensor.is_floating_point
+    ) -> None:
+        self._places = [
+            (module._buffers, name, buffer)
+            for module in dict.fromkeys(modules)
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._versions = {id(buffer): _version_of(buffer) for _, _, buffer in self._places}
+        known = {id(buffer): buffer for _, _, buffer in self._places if _is_plain(buffer)}
+        kept = [buffer for buffer in known.values() if buffer.numel() <= _SMALL or large(buffer)]
+        # Written through .data, so that no graph that waits for its backward takes the buffer for overwritten.
+        self._kept = [buffer.data for buffer in kept]
+        self.values = [torch.empty_like(buffer, requires_grad=False) for buffer in kept]
+        _copy(self._kept, self.values)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give every buffer its tensor and its bits back."""
+        for buffers, name, buffer in self._places:
+            if buffers.get(name) is not buffer:
+                buffers[name] = buffer
+        _copy(self.values, self._kept)
+
+    def moved(self) -> list[Tensor]:
+        """Return the buffers that are others now, or have other values; waits for the device."""
+        values = {kept.data_ptr(): value for kept, value in zip(self._kept, self.values, strict=True)}
+        found = []
+        for buffers, name, buffer in self._places:
+            before, now = values.get(buffer.data_ptr()), buffers.get(name)
+            same = now is buffer and _version_of(buffer) == self._versions[id(buffer)]
+            if same and before is not None:
+                same = torch.equal(buffer.nan_to_num(), before.nan_to_num())
+            if not same:
+                found.append(buffer if now is None else now)
+        return found
+
+
+@torch.no_grad()
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    """Copy tensors, those of one kind and device in one call."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for place, source in enumerate(sources):
+        kinds.setdefault((source.dtype, source.device), []).append(place)
+    for places in kinds.values():
+        torch._foreach_copy_([targets[place] for place in places], [sources[place] for place in places])
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    """Say whether a buffer's values can be copied: what is packed or made of other tensors is no running state."""
+    own_class = type(buffer).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return buffer.layout is torch.strided and not (buffer.is_meta or buffer.is_quantized or own_class)
+
+
+def _version_of(buffer: Tensor) -> int:
+    return -1 if buffer.is_inference() else buffer._version
+
+
+class StepBuffers:
+    """Lets buffers move in the passes of one defended step as in one clean stock step, whatever the passes are.
+
+    The first pass moves them, at the clean weights; all others find them as the first one did, so that they compute
+    the same function of the weights, and leave no trace. With a prefix that is run once, its modules move theirs in
+    the run that records it, and all others in the first pass. Where the first pass is not the stock one (it starts
+    from a random corruption, or sees a part of the batch), a forward pass before them all moves the buffers, in
+    `moving`.
+
+    Args:
+        model: The model.
+        replayed: Returns the modules of a prefix whose calls compute nothing in the passes.
+        wrapped: What the model wraps, where it is a wrapper that sends buffers before each forward pass, as DDP does.
+
+    Examples:
+        >>> norm = nn.BatchNorm1d(1, momentum=1.0)
+        >>> buffers = StepBuffers(norm)
+        >>> for index, batch in enumerate(torch.tensor([[[1.0], [3.0]], [[5.0], [7.0]]])):
+        ...     with buffers.of_pass(index):
+        ...         _ = norm(batch)
+        >>> norm.running_mean, norm.num_batches_tracked
+        (tensor([2.]), tensor(1))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        replayed: Callable[[], Iterable[nn.Module]] = tuple,
+        wrapped: nn.Module | None = None,
+    ) -> None:
+        self._model, self._replayed, self._wrapped = model, replayed, wrapped
+        self._before: BufferSnapshot | None = None  # any pass
+        self._after: BufferSnapshot | None = None  # all of them
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """Let the buffers move inside the block, and in no pass after it."""
+        with self._settling():
+            yield
+
+    def moved(self) -> bool:
+        """Say whether any buffer moved in `moving`; waits for the device."""
+        return self._before is not None and bool(self._before.moved())
+
+    @contextmanager
+    def of_pass(self, index: int) -> Iterator[None]:
+        """Guard the buffers during a pass.
+
+        Args:
+            index: Which pass, from 0; −1 for a run that records the prefix, or one that is not finished.
+        """
+        if index < 0:
+            with self._recording():
+                yield
+        elif self._before is None or self._after is None:
+            with self._settling():
+                yield
+        else:
+            self._before.put_back()
+            try:
+                yield
+            finally:
+                self._after.put_back()
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        if self._before is not None:
+            self._before.put_back()
+        with self._beginning() as before:
+            try:
+                yield
+            finally:
+                recorded = self._of_replayed()
+                before[0].put_back()
+                recorded.put_back()
+        if self._before is not None and self._after is not None:
+            self._before = BufferSnapshot(self._model.modules())
+            self._after.put_back()
+
+    @contextmanager
+    def _settling(self) -> Iterator[None]:
+        """Take what the buffers are after the block for what they are to be after the step."""
+        recorded = self._of_replayed()
+        versions = {id(buffer): _version_of(buffer) for buffer in self._model.buffers()}
+        with self._beginning() as before:
+            yield
+        self._before = before[0]
+        recorded.put_back()  # the hooks of a replayed module ran again
+        # A large buffer is copied again only if it moved.
+        self._after = BufferSnapshot(
+            self._model.modules(), large=lambda buffer: versions.get(id(buffer)) != _version_of(buffer)
+        )
+
+    @contextmanager
+    def _beginning(self) -> Iterator[list[BufferSnapshot]]:
+        """Find what the buffers are when a run begins: with a wrapper, when it has sent them to all processes."""
+        before = [BufferSnapshot(self._model.modules())]
+        if self._wrapped is None:
+            yield before
+            return
+
+        def begin(module: nn.Module, arguments: Any) -> None:
+            hook.remove()
+            before[0] = BufferSnapshot(self._model.modules())
+
+        hook = self._wrapped.register_forward_pre_hook(begin, prepend=True)
+        try:
+            yield before
+        finally:
+            hook.remove()
+
+    def _of_replayed(self) -> BufferSnapshot:
+        return BufferSnapshot(inner for module in self._replayed() for inner in module.modules())
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and every module's own training flag back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """Return the devices that a model's parameters lie on."""
+    return list(dict.fromkeys(parameter.device for parameter in model.parameters()))

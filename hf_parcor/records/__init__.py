@@ -1,0 +1,22 @@
+"""What was measured, as files: plain frozen data, JSON in and out. Nothing here needs PyTorch."""
+
+from hf_parcor.records.data import EvaluationData
+from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord
+from hf_parcor.records.indicators import ConstraintIndicators, Estimate, IndicatorRecord
+from hf_parcor.records.metric_info import MetricInfo
+from hf_parcor.records.search import SearchRecord, SearchTrial
+from hf_parcor.records.stored import StoredRecord
+
+__all__ = [
+    "ConstraintIndicators",
+    "CorruptionRecord",
+    "Estimate",
+    "EvaluationData",
+    "EvaluationRecord",
+    "IndicatorRecord",
+    "MetricInfo",
+    "SearchRecord",
+    "SearchTrial",
+    "StoredRecord",
+    "SweepRecord",
+]

@@ -1,0 +1,130 @@
+"""Which records may be set side by side, and which are repetitions of one another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+from hf_parcor.records.data import EvaluationData
+from hf_parcor.records.evaluation import EvaluationRecord
+
+SEVERAL_TASKS = ("", "text2text-generation")  # what says nothing, or is said of translation and summarization alike
+_FIELDS = ("config", "split", "revision", "rows")
+
+
+def check_comparable(records: Mapping[str, EvaluationRecord]) -> None:
+    """Refuse records of different tasks, or of data that are known to be different: that would look like robustness.
+
+    Data with the same fingerprint are the same, whatever they are called. What a record does not say is no difference.
+
+    Args:
+        records: By the names that the message shall have.
+
+    Raises:
+        ValueError: Two records differ in task, data set, configuration, split, revision or number of rows.
+
+    Examples:
+        >>> from hf_parcor import CorruptionRecord
+        >>> clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,)})
+        >>> def record(rows):
+        ...     return EvaluationRecord("bert", {}, 1, clean, (), evaluated_on=EvaluationData("dev.tsv", rows=rows))
+        >>> check_comparable({"a": record(120), "b": record(120)})
+        >>> check_comparable({"a": record(120), "b": record(256)})
+        Traceback (most recent call last):
+            ...
+        ValueError: records: expected all measured on the same data, got dev.tsv, 120 rows for 'a' and dev.tsv, 256
+        rows for 'b'; measure them on the same data, or report each by itself
+    """
+    # A sweep has hundreds of records that say the same.
+    distinct: dict[object, str] = {}
+    for name, record in records.items():
+        distinct.setdefault((record.task, record.data, record.evaluated_on), name)
+    for name, other in combinations(distinct.values(), 2):
+        first, second = records[name], records[other]
+        if first.task != second.task and first.task not in SEVERAL_TASKS and second.task not in SEVERAL_TASKS:
+            raise ValueError(
+                f"records: expected all of one task, got {first.task} for {name!r} and {second.task} for {other!r}; "
+                "report each by itself"
+            )
+        if data_differ(first, second):
+            raise ValueError(
+                f"records: expected all measured on the same data, got {first.evaluated_on} for {name!r} and "
+                f"{second.evaluated_on} for {other!r}; measure them on the same data, or report each by itself"
+            )
+
+
+def check_repetitions(groups: Mapping[str, Sequence[EvaluationRecord]], model: str = "") -> None:
+    """Refuse records that are no repetitions of each other: of one model, trained alike with different seeds.
+
+    Args:
+        groups: What is taken for repetitions, by what was corrupted: the first of each are of one training.
+        model: What messages call the model.
+
+    Raises:
+        ValueError: Two are of the same weights, or the same record, so that n would count one of them twice; or they
+            differ in target, in the number of weights, or as in `check_comparable`.
+    """
+    for first, other in combinations(zip(*groups.values(), strict=False), 2):
+        if all(map(_is_same_model, first, other)):
+            raise ValueError(
+                f"{_records_of(model)}: expected models that were trained with different seeds, got one twice, "
+                f"{first[0].model}; give each record once, and measure with more trials instead"
+            )
+    for group, records in groups.items():
+        check_comparable({f"{record.model}, seed {place}": record for place, record in enumerate(records, start=1)})
+        for one, two in combinations(records, 2):
+            of_one, of_two = ((record.parameters, asked_for(record)) for record in (one, two))
+            if of_one != of_two:
+                raise ValueError(
+                    f"{_records_of(model, group)}: expected repetitions of one model with the same targets, got "
+                    f"{of_one[0]:,} weights of {one.model} ({of_one[1]}) and {of_two[0]:,} of {two.model} "
+                    f"({of_two[1]}); compare them as models, each under its name"
+                )
+
+
+def _records_of(*names: str) -> str:
+    named = ", ".join(filter(None, names))
+    return f"records of {named}" if named else "records"
+
+
+def _is_same_model(first: EvaluationRecord, other: EvaluationRecord) -> bool:
+    """Return whether two records are of the same weights; of those that do not say, whether they are one record."""
+    if first.weights and other.weights:
+        return first.weights == other.weights
+    return first.to_json() == other.to_json()
+
+
+def asked_for(record: EvaluationRecord) -> str:
+    """Return the targets of a record, in words: all of them, not given and "all" being the same."""
+    shown = [_words(record.target.get("target_modules", "all"))]
+    shown += [
+        f"{name} {_words(value)}" for name, value in record.target.items() if name != "target_modules" and value != []
+    ]
+    return ", ".join(shown)
+
+
+def data_differ(first: EvaluationRecord, other: EvaluationRecord) -> bool:
+    """Return whether two records are known to be of different data."""
+    one, two = first.evaluated_on, other.evaluated_on
+    if one is None or two is None or (first.data and first.data == other.data):
+        return False
+    named = _both_or_neither(one, two) and (one.id or one.name) != (two.id or two.name)
+    pairs = [(getattr(one, name), getattr(two, name)) for name in _FIELDS]
+    return named or any(left != right and left not in ("", None) and right not in ("", None) for left, right in pairs)
+
+
+def data_may_differ(first: EvaluationRecord, other: EvaluationRecord) -> bool:
+    """Return whether the fingerprints of two records differ, and neither says that the data are the same."""
+    named = [record.evaluated_on for record in (first, other)]
+    told = named[0] == named[1] and named[0] is not None and named[0].is_known
+    return first.data != other.data and bool(first.data and other.data) and not told
+
+
+def _both_or_neither(one: EvaluationData, two: EvaluationData) -> bool:
+    """Return whether names can be compared: a file may be a copy of what the Hub has."""
+    unnamed = EvaluationData().name
+    return bool(one.id) == bool(two.id) and unnamed not in (one.id or one.name, two.id or two.name)
+
+
+def _words(value: object) -> str:
+    return value if isinstance(value, str) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)

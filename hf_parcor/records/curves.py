@@ -1,0 +1,206 @@
+"""Curves of a metric against the strength of a corruption: which results make one, and one number for all of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from hf_parcor.records.evaluation import CorruptionRecord
+
+# A corruption's title, and its strengths: the setting along the axis, and what the axis is called.
+_KINDS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "random": ("random", {"epsilon": "radius ε"}),
+    "gradient": ("gradient-based", {"epsilon": "radius ε"}),
+    "multi_step": ("multi-step", {"epsilon": "radius ε"}),
+    "gaussian": ("Gaussian noise", {"std": "standard deviation σ"}),
+    "uniform": ("uniform noise", {"bound": "bound b"}),
+    "quantization": ("quantization", {"bits": "bits per weight"}),
+    "bit_flips": ("bit flips", {"rate": "flip rate per bit", "count": "flipped bits"}),
+}
+_SYMBOLS = {"epsilon": "ε=", "std": "σ=", "bound": "b=", "rate": "rate=", "count": "count="}
+_NAMES = {"top_n": "n", "steps": "K", "step_size": "α"}
+
+
+class Series(NamedTuple):
+    """Corruptions that differ in their strength alone.
+
+    Attributes:
+        title: Their name, with the settings that they share.
+        corruption: Their name in the catalogue.
+        strength: The setting that is their strength; None for a corruption outside the catalogue: labels are all that
+            is known of it.
+        unit: What an axis of strengths is called.
+    """
+
+    title: str
+    corruption: str
+    strength: str | None
+    unit: str
+
+    @classmethod
+    def of(cls, row: CorruptionRecord) -> Series:
+        """Return the series that a record belongs to.
+
+        Examples:
+            >>> row = CorruptionRecord("random", "random L2 ε=1", {"p": 2.0, "epsilon": 1.0}, (0,), {})
+            >>> Series.of(row).title, Series.of(row).strength
+            ('random, L2', 'epsilon')
+        """
+        if row.corruption not in _KINDS:
+            return cls(row.corruption, row.corruption, None, "")
+        title, strengths = _KINDS[row.corruption]
+        strength = next((name for name in strengths if row.settings.get(name) is not None), None)
+        details = [
+            _detail(name, value) for name, value in row.settings.items() if name != strength and value is not None
+        ]
+        return cls(", ".join([title, *details]), row.corruption, strength, strengths.get(strength or "", ""))
+
+    def level(self, row: CorruptionRecord) -> str:
+        """Return the strength of one of these corruptions as tables say it; its label where no strength is known.
+
+        Examples:
+            >>> row = CorruptionRecord("quantization", "4-bit quantization", {"bits": 4}, (0,), {})
+            >>> Series.of(row).level(row)
+            '4 bits'
+        """
+        if self.strength is None:
+            return row.label
+        shown = short(float(row.settings[self.strength]))
+        return f"{shown} bits" if self.strength == "bits" else f"{_SYMBOLS[self.strength]}{shown}"
+
+    @property
+    def name(self) -> str:
+        """The title for running text, where lines may break anywhere."""
+        return self.title.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def short(number: float) -> str:
+    """Return a number as an axis shows it.
+
+    Examples:
+        >>> short(0.0002), short(math.inf)
+        ('0.0002', '∞')
+    """
+    return "∞" if math.isinf(number) else f"{number:g}".replace("e-0", "e-")
+
+
+def _detail(name: str, value: object) -> str:
+    """Return a setting that is not the strength, as a title says it."""
+    shown = short(value) if isinstance(value, float) else str(value)
+    if name == "p":
+        return f"L{shown}"
+    text = f"{shown} bits" if name == "bits" else f"{_NAMES.get(name, name)} = {shown}"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def metric_drop(clean: float, corrupted: float, *, greater_is_better: bool = True) -> float:
+    """Return how much worse the metric is under corruption: clean − corrupted, or corrupted − clean for a loss.
+
+    It is negative where corruption made the metric better, and NaN where either is.
+
+    Args:
+        clean: The metric without corruption.
+        corrupted: The metric under corruption.
+        greater_is_better: Whether a large metric is good, as an accuracy is; False for a loss or a perplexity.
+
+    Examples:
+        >>> metric_drop(0.75, 0.5)
+        0.25
+        >>> metric_drop(0.25, 1.5, greater_is_better=False)
+        1.25
+    """
+    return clean - corrupted if greater_is_better else corrupted - clean
+
+
+def area_under_curve(epsilons: Sequence[float], values: Sequence[float], *, clean: float) -> float:
+    """Return the area under the metric as a function of ε, as a share of the range: the mean metric from 0 to ε_max.
+
+    ::
+
+        1/ε_max ∫_0^ε_max m(ε) dε,    m(0) = clean, m linear between the points
+
+    So it has the unit of the metric, and a model that nothing disturbs has its clean metric. A NaN makes it NaN.
+
+    Args:
+        epsilons: Where the metric was measured, in any order; each > 0 and finite, each once.
+        values: The metric at each of them.
+        clean: The metric without corruption, which is that at ε = 0.
+
+    Raises:
+        ValueError: There are no points, as many ε as values are missing, or an ε is not allowed.
+
+    Examples:
+        >>> area_under_curve([1.0, 2.0], [0.5, 0.5], clean=1.0)
+        0.625
+        >>> area_under_curve([0.1, 1.0], [0.75, 0.75], clean=0.75)
+        0.75
+    """
+    points = _points(epsilons, values, clean)
+    # Widths are shares of the range, so that neither tiny nor huge ε underflow or overflow.
+    largest = points[-1][0]
+    parts = [
+        (right / largest - left / largest) * (before / 2 + after / 2)
+        for (left, before), (right, after) in pairwise(points)
+    ]
+    return math.fsum(parts) if all(map(math.isfinite, parts)) else sum(parts)  # fsum raises where ∞ and −∞ meet
+
+
+def epsilon_at_half(
+    epsilons: Sequence[float], values: Sequence[float], *, clean: float, greater_is_better: bool = True
+) -> float:
+    """Return the smallest ε at which half of the clean metric is lost; of a loss, at which it has doubled.
+
+    ::
+
+        min {ε : m(ε) <= clean / 2},    or    min {ε : m(ε) >= 2 clean};    m(0) = clean, m linear between the points
+
+    Args:
+        epsilons: As in `area_under_curve`.
+        values: As in `area_under_curve`.
+        clean: As in `area_under_curve`.
+        greater_is_better: As in `metric_drop`.
+
+    Returns:
+        ∞ where no measured ε is enough; NaN where that cannot be said: the clean metric is not positive, or NaN is
+        met before.
+
+    Raises:
+        ValueError: As in `area_under_curve`.
+
+    Examples:
+        >>> epsilon_at_half([1.0, 2.0], [0.75, 0.25], clean=1.0)
+        1.5
+        >>> epsilon_at_half([1.0, 2.0], [0.75, 0.625], clean=1.0)
+        inf
+        >>> epsilon_at_half([1.0, 2.0], [1.0, 5.0], clean=1.0, greater_is_better=False)
+        1.25
+    """
+    points = _points(epsilons, values, clean)
+    if not 0 < clean < math.inf:
+        return math.nan
+    for (left, before), (right, after) in pairwise(points):
+        if math.isnan(after):
+            return math.nan
+        lost = metric_drop(clean / 2 if greater_is_better else 2 * clean, after, greater_is_better=greater_is_better)
+        if lost >= 0:
+            missing = metric_drop(before, after, greater_is_better=greater_is_better) - lost
+            # An infinite loss is no end of a line: all that is known is that the jump lies before this ε.
+            return right if math.isinf(lost) else left + (right - left) * missing / (missing + lost)
+    return math.inf
+
+
+def _points(epsilons: Sequence[float], values: Sequence[float], clean: float) -> list[tuple[float, float]]:
+    """Return the curve from ε = 0 on, in the order of ε."""
+    if not epsilons or len(epsilons) != len(values):
+        raise ValueError(
+            f"values: expected one for each of one or more epsilons, got {len(values)} for {len(epsilons)}; "
+            "pass them in pairs"
+        )
+    if len(set(epsilons)) != len(epsilons) or not all(0 < epsilon < math.inf for epsilon in epsilons):
+        raise ValueError(
+            f"epsilons: expected different positive finite numbers, got {list(epsilons)}; "
+            "pass each once, and what was measured at 0 as clean="
+        )
+    return [(0.0, clean), *sorted(zip(epsilons, values, strict=True))]

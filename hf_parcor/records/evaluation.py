@@ -1,0 +1,317 @@
+"""What an evaluation measured, and what a sweep over groups of weights did: plain frozen data, JSON in and out."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hf_parcor.records.data import EvaluationData
+from hf_parcor.records.metric_info import MetricInfo, agreed, info_by_name, read_infos
+from hf_parcor.records.stored import StoredRecord
+
+if TYPE_CHECKING:
+    import pandas
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CorruptionRecord:
+    """What one corruption did to every metric.
+
+    Attributes:
+        corruption: Its name in the catalogue, or "none".
+        label: Its name for tables and plots.
+        settings: Its settings as plain values.
+        seeds: One a trial.
+        metrics: The value of each metric in each trial, in the order of `seeds`; NaN is kept.
+        changed: How many weights differed from the clean ones, mean over trials.
+        norm: Realised L2 norm of the corruption, mean over trials; infinite or NaN where a weight became so.
+        notes: What was noticed, in sentences.
+        not_finite: Which share of the predictions was not finite, and so counted as wrong, in each trial; empty where
+            all were finite, where the metric does not say it, and in records from before it was kept.
+    """
+
+    corruption: str
+    label: str
+    settings: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    metrics: Mapping[str, tuple[float, ...]]
+    changed: float = 0.0
+    norm: float = 0.0
+    notes: tuple[str, ...] = ()
+    not_finite: tuple[float, ...] = ()
+
+    def mean(self, metric: str) -> float:
+        """Return the mean of a metric over trials; NaN if a trial has NaN, or if ∞ and −∞ meet.
+
+        Raises:
+            ValueError: There is no such metric.
+        """
+        values = self._values(metric)
+        try:
+            return statistics.fmean(values)
+        except (OverflowError, ValueError):  # a sum beyond the largest float, or ∞ − ∞
+            return sum(value / len(values) for value in values)
+
+    def deviation(self, metric: str) -> float:
+        """Return the sample standard deviation over trials (n − 1); NaN for a single trial, and beside NaN or ∞.
+
+        Raises:
+            ValueError: There is no such metric.
+        """
+        values = self._values(metric)
+        if len(values) < 2 or not all(math.isfinite(value) for value in values):
+            return math.nan
+        try:
+            return statistics.stdev(values)
+        except OverflowError:  # larger than the largest float
+            return math.inf
+
+    def _values(self, metric: str) -> tuple[float, ...]:
+        if metric not in self.metrics:
+            raise ValueError(
+                f"metric: expected one of {', '.join(self.metrics)}, got {metric!r}, which {self.label!r} lacks; "
+                "pass metric="
+            )
+        return self.metrics[metric]
+
+
+@dataclass(frozen=True)
+class EvaluationRecord(StoredRecord):
+    """One model's robustness: its clean metrics, and its metrics under each corruption.
+
+    Attributes:
+        model: Name or path of the model.
+        target: What was corrupted, as it was asked for.
+        parameters: Number k of the weights that could be corrupted.
+        clean: The metrics without corruption.
+        corruptions: One record for each corruption.
+        data: SHA-256 of the batches that gradients were taken on, or "" where no batches were given.
+        versions: Versions of the libraries.
+        notes: What was noticed, in sentences.
+        weights_norm: L2 norm of the weights that could be corrupted, the measure of a radius; None in records from
+            before it was kept.
+        weights: SHA-256 of all parameters and buffers of the model; "" in records from before it was kept.
+        metric_info: What the numbers of each metric mean, as it stated, or as was guessed; empty in records from
+            before it was kept: read it by `info`.
+        evaluated_on: The data of the metrics; None where nobody said, and in records from before it was kept.
+        task: The Hub's name of the task, such as "text-classification"; "" as before.
+        format: Version of this layout.
+    """
+
+    model: str
+    target: Mapping[str, Any]
+    parameters: int
+    clean: CorruptionRecord
+    corruptions: tuple[CorruptionRecord, ...]
+    data: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    weights_norm: float | None = None
+    weights: str = ""
+    metric_info: Mapping[str, MetricInfo] = field(default_factory=dict)
+    evaluated_on: EvaluationData | None = None
+    task: str = ""
+    format: int = FORMAT
+    kind: ClassVar[str] = "record"
+    remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
+
+    @classmethod
+    def _read(cls, data: dict[str, Any]) -> EvaluationRecord:
+        data["clean"] = _corruption_record(data["clean"])
+        data["corruptions"] = tuple(_corruption_record(entry) for entry in data["corruptions"])
+        data["notes"] = tuple(data["notes"])
+        measured_on = data.get("evaluated_on")
+        data["evaluated_on"] = None if measured_on is None else EvaluationData(**measured_on)
+        norm = data.get("weights_norm")
+        data["weights_norm"] = None if norm is None else float(norm)
+        data["metric_info"] = read_infos(data.get("metric_info", {}))
+        return cls(**data)
+
+    def info(self, metric: str) -> MetricInfo:
+        """Return what the numbers of a metric mean: as the record says, or a guess from the name, which says so.
+
+        Raises:
+            ValueError: There is no such metric.
+        """
+        self.clean.mean(metric)  # says what is missing
+        values = (value for row in self.rows() for value in row.metrics.get(metric, ()))
+        return self.metric_info.get(metric) or info_by_name(metric, values)
+
+    def stating(
+        self, metric: str, *, greater_is_better: bool | None = None, unit: str | None = None
+    ) -> EvaluationRecord:
+        """Return the record with what somebody states of a metric; None leaves it as it is.
+
+        Raises:
+            ValueError: There is no such metric.
+        """
+        info = self.info(metric).stating(greater_is_better=greater_is_better, unit=unit)
+        return replace(self, metric_info={**self.metric_info, metric: info})
+
+    def rows(self) -> list[CorruptionRecord]:
+        """Return the clean record and then all others."""
+        return [self.clean, *self.corruptions]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return one row for each corruption, metric and trial.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return data_frame(self.plain_rows())
+
+    def plain_rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the columns of `to_pandas`, a row for each corruption, metric and trial."""
+        for row in self.rows():
+            for metric, values in row.metrics.items():
+                for seed, value in zip(row.seeds, values, strict=True):
+                    yield {
+                        "model": self.model,
+                        "corruption": row.corruption,
+                        "label": row.label,
+                        **{f"setting_{name}": value for name, value in row.settings.items()},
+                        "metric": metric,
+                        "seed": seed,
+                        "value": value,
+                    }
+
+
+def data_frame(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
+    """Return a table of rows.
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("to_pandas needs pandas; install it with: pip install 'hf-parcor[pandas]'") from error
+    return pandas.DataFrame(rows)
+
+
+def _corruption_record(data: dict[str, Any]) -> CorruptionRecord:
+    settings = {
+        name: float(value) if value in ("nan", "inf", "-inf") else value for name, value in data["settings"].items()
+    }
+    metrics = {name: tuple(float(value) for value in values) for name, values in data["metrics"].items()}
+    return CorruptionRecord(
+        corruption=data["corruption"],
+        label=data["label"],
+        settings=settings,
+        seeds=tuple(data["seeds"]),
+        metrics=metrics,
+        changed=float(data["changed"]),
+        norm=float(data["norm"]),
+        notes=tuple(data["notes"]),
+        not_finite=tuple(float(share) for share in data.get("not_finite", ())),
+    )
+
+
+SWEEP_FORMAT = 1
+_SHARED = ("model", "clean", "data", "versions", "metric_info", "evaluated_on", "task")
+
+
+@dataclass(frozen=True)
+class SweepRecord(StoredRecord):
+    """What a `LayerProbe` found: each group of weights corrupted by itself.
+
+    Attributes:
+        records: The record of each group, by its name. Model, data, task, versions, clean metrics and what these mean
+            are the same.
+        weights: SHA-256 of all parameters and buffers of the model.
+        trials: Trials of each stochastic corruption.
+        seed: First seed.
+        format: Version of this layout.
+
+    Raises:
+        ValueError: There is no record, or they are not of one model on the same data.
+    """
+
+    records: Mapping[str, EvaluationRecord]
+    weights: str
+    trials: int
+    seed: int
+    format: int = SWEEP_FORMAT
+    kind: ClassVar[str] = "sweep record"
+    remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
+
+    def __post_init__(self) -> None:
+        if not self.records:
+            raise ValueError("records: expected at least one, got none; probe one group or more")
+        first = repr([getattr(self._first, name) for name in _SHARED])  # NaN equals NaN
+        for label, record in self.records.items():
+            if repr([getattr(record, name) for name in _SHARED]) != first:
+                raise ValueError(
+                    f"records: expected one model, data, task, versions, clean metrics and metric_info for all "
+                    f"groups, got others for {label!r}; make one record for each sweep"
+                )
+
+    @property
+    def model(self) -> str:
+        """Name or path of the model."""
+        return self._first.model
+
+    @property
+    def clean(self) -> CorruptionRecord:
+        """The metrics without corruption."""
+        return self._first.clean
+
+    @property
+    def data(self) -> str:
+        """SHA-256 of the batches that gradients were taken on, or "" where no batches were given."""
+        return self._first.data
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Versions of the libraries."""
+        return self._first.versions
+
+    def info(self, metric: str) -> MetricInfo:
+        """Return what the numbers of a metric mean, as `EvaluationRecord.info`."""
+        return agreed([record.info(metric) for record in self.records.values()], metric)
+
+    def stating(self, metric: str, *, greater_is_better: bool | None = None, unit: str | None = None) -> SweepRecord:
+        """Return the record with what somebody states of a metric, as `EvaluationRecord.stating`."""
+        stated = {
+            label: record.stating(metric, greater_is_better=greater_is_better, unit=unit)
+            for label, record in self.records.items()
+        }
+        return replace(self, records=stated)
+
+    @property
+    def evaluated_on(self) -> EvaluationData | None:
+        """The data of the metrics; None where nobody said."""
+        return self._first.evaluated_on
+
+    @property
+    def task(self) -> str:
+        """The Hub's name of the task; "" where nobody said."""
+        return self._first.task
+
+    @property
+    def _first(self) -> EvaluationRecord:
+        return next(iter(self.records.values()))
+
+    def rows(self) -> list[tuple[str, CorruptionRecord]]:
+        """Return each group with each of its corruptions; the clean metrics, which they share, are not among them."""
+        return [(label, row) for label, record in self.records.items() for row in record.corruptions]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return one row for each group, corruption, metric and trial; the clean rows are repeated for each group.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return data_frame(
+            {"group": label, **row} for label, record in self.records.items() for row in record.plain_rows()
+        )
+
+    @classmethod
+    def _read(cls, data: dict[str, Any]) -> SweepRecord:
+        data["records"] = {label: EvaluationRecord.from_plain(entry) for label, entry in data["records"].items()}
+        return cls(**data)

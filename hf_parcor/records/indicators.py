@@ -1,0 +1,159 @@
+"""The record of indicators: plain frozen data, JSON in and out."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from hf_parcor.constraints import CorruptionConstraint
+from hf_parcor.records.stored import StoredRecord
+from hf_parcor.statistics import MeanAndSpread
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean of independent samples, and how far it may be off.
+
+    Attributes:
+        values: The samples; NaN is kept.
+
+    Examples:
+        >>> trace = Estimate((2.0, 4.0, 3.0))
+        >>> trace.mean, round(trace.standard_error, 3)
+        (3.0, 0.577)
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean; NaN without samples, or beside NaN."""
+        return sum(self.values) / len(self.values) if self.values else math.nan
+
+    @property
+    def standard_deviation(self) -> float:
+        """Sample standard deviation of the values (n − 1); NaN for fewer than two, and beside NaN or ∞."""
+        finite = all(math.isfinite(value) for value in self.values)
+        return statistics.stdev(self.values) if finite and len(self.values) > 1 else math.nan
+
+    @property
+    def standard_error(self) -> float:
+        """Standard deviation of the mean, s/√n; NaN where there is no s."""
+        return self.standard_deviation / math.sqrt(max(len(self.values), 1))
+
+    def confidence_interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Return the two-sided interval of the mean by Student's t distribution.
+
+        Raises:
+            ValueError: There are fewer than two samples, one is not finite, or the level is not between 0 and 1.
+            ImportError: SciPy is not installed.
+        """
+        return MeanAndSpread.from_values(self.values).confidence_interval(level)
+
+    def scaled(self, factor: float) -> Estimate:
+        """Return the estimate of a multiple."""
+        return Estimate(tuple(factor * value for value in self.values))
+
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ConstraintIndicators:
+    """Both indicators on one constraint S, in units of the loss; each in several ways.
+
+    Attributes:
+        constraint: The set S.
+        first_order: Δ_max to first order, ε ‖top_n(g)‖_{p/(p−1)}.
+        gradient_based: Loss change under the gradient-based corruption, a lower bound of Δ_max.
+        multi_step: Loss change under the multi-step corruption, a lower bound of Δ_max; None where p has none.
+        second_order: Δ_ave to second order, tr(H) E‖ã‖₂²/2k, which is tr(H) ε²/2k for p = 2; a sample for each probe.
+        monte_carlo: Δ_ave as it was measured, a sample for each random corruption ã: its loss change less ãᵀg, whose
+            mean is zero.
+        random: The same loss changes as they are: what a random corruption does, and how much that varies.
+    """
+
+    constraint: CorruptionConstraint
+    first_order: float
+    gradient_based: float
+    multi_step: float | None
+    second_order: Estimate
+    monte_carlo: Estimate
+    random: Estimate
+
+    @property
+    def lower_bound(self) -> float:
+        """The largest loss change that was found in S: Δ_max is at least this, or 0, that of no corruption."""
+        found = [self.gradient_based, *([] if self.multi_step is None else [self.multi_step]), *self.random.values]
+        return max(0.0, *found)
+
+    @property
+    def linearity(self) -> float:
+        """Loss change under the gradient-based corruption over its first-order estimate: 1 where ε is small enough.
+
+        Far from 1 the loss is curved or saturated within S, and the first order says little about Δ_max.
+        """
+        return self.gradient_based / self.first_order if self.first_order else float("nan")
+
+
+@dataclass(frozen=True)
+class IndicatorRecord(StoredRecord):
+    """How a model's loss over data changes under small corruptions of selected parameters.
+
+    Attributes:
+        model: Name or path of the model.
+        target: What may be corrupted, as it was asked for.
+        parameters: Their number k.
+        loss: The mean loss over the data, L(w).
+        gradient_norm: G = ‖g‖₂ of its gradient.
+        hessian_trace: tr(H), a sample for each probe.
+        indicators: One entry for each constraint.
+        seed: First seed of probes and of random corruptions.
+        data: SHA-256 of the batches.
+        versions: Versions of the libraries.
+        notes: What was noticed, in sentences.
+        format: Version of this layout.
+    """
+
+    model: str
+    target: Mapping[str, Any]
+    parameters: int
+    loss: float
+    gradient_norm: float
+    hessian_trace: Estimate
+    indicators: tuple[ConstraintIndicators, ...]
+    seed: int
+    data: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    format: int = FORMAT
+    kind: ClassVar[str] = "indicator record"
+    remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
+
+    @classmethod
+    def _read(cls, data: dict[str, Any]) -> IndicatorRecord:
+        data["loss"], data["gradient_norm"] = float(data["loss"]), float(data["gradient_norm"])
+        data["hessian_trace"] = _estimate(data["hessian_trace"])
+        data["indicators"] = tuple(_indicators(entry) for entry in data["indicators"])
+        data["notes"] = tuple(data["notes"])
+        return cls(**data)
+
+
+def _estimate(data: dict[str, Any]) -> Estimate:
+    return Estimate(tuple(float(value) for value in data["values"]))
+
+
+def _indicators(data: dict[str, Any]) -> ConstraintIndicators:
+    constraint = {**data["constraint"], "p": float(data["constraint"]["p"])}
+    return ConstraintIndicators(
+        constraint=CorruptionConstraint(**constraint),
+        first_order=float(data["first_order"]),
+        gradient_based=float(data["gradient_based"]),
+        multi_step=None if data["multi_step"] is None else float(data["multi_step"]),
+        second_order=_estimate(data["second_order"]),
+        monte_carlo=_estimate(data["monte_carlo"]),
+        random=_estimate(data["random"]),
+    )

@@ -1,0 +1,96 @@
+"""The record of a search: plain frozen data, JSON in and out; tables and plots read nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+from hf_parcor.records.stored import StoredRecord
+
+Direction = Literal["maximize", "minimize"]
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SearchTrial:
+    """One training of a search.
+
+    Attributes:
+        epsilon: The radius ε of the constraint.
+        steps: The corruption steps K; None for a defense that has none to choose.
+        objective: What is maximised or minimised; NaN where training diverged.
+        metrics: All metrics that the objective was made from.
+        collapsed: Whether the run shows signs of collapse.
+    """
+
+    epsilon: float
+    steps: int | None
+    objective: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    collapsed: bool = False
+
+
+@dataclass(frozen=True)
+class SearchRecord(StoredRecord):
+    """All trainings of a search so far.
+
+    Attributes:
+        defense: Name of the defense and its settings but those that are searched.
+        low: Lower end of the range of ε.
+        high: Upper end.
+        direction: Whether the objective is to be large or small.
+        trials: One a training, in their order.
+        format: Version of this layout.
+    """
+
+    defense: str
+    low: float
+    high: float
+    direction: Direction
+    trials: tuple[SearchTrial, ...] = ()
+    format: int = FORMAT
+    kind: ClassVar[str] = "search record"
+    remedy: ClassVar[str] = "start a new search"
+
+    def score(self, trial: SearchTrial) -> float:
+        """Return the objective with the sign that makes larger better; NaN is worst."""
+        if math.isnan(trial.objective):
+            return -math.inf
+        return trial.objective if self.direction == "maximize" else -trial.objective
+
+    @property
+    def best(self) -> SearchTrial:
+        """The best trial; of equal ones the first.
+
+        Raises:
+            ValueError: There is no trial yet.
+        """
+        if not self.trials:
+            raise ValueError("trials: expected one or more, got none; run the search first")
+        return max(self.trials, key=self.score)
+
+    def curve(self, steps: int | None) -> list[SearchTrial]:
+        """Return the trials of one K in the order of ε."""
+        return sorted((trial for trial in self.trials if trial.steps == steps), key=lambda trial: trial.epsilon)
+
+    def is_unimodal(self, steps: int | None) -> bool:
+        """Say whether the objective of one K first rises with ε and then falls, as both papers report.
+
+        If not, the search may have missed the best ε: the differences are noise, or the range is too wide.
+        """
+        scores = [self.score(trial) for trial in self.curve(steps)]
+        signs = [after > before for before, after in pairwise(scores) if after != before]
+        return signs == sorted(signs, reverse=True)
+
+    @classmethod
+    def _read(cls, data: dict[str, Any]) -> SearchRecord:
+        trials = tuple(_trial(entry) for entry in data.pop("trials"))
+        return cls(**data, trials=trials)
+
+
+def _trial(data: dict[str, Any]) -> SearchTrial:
+    metrics = {name: float(value) for name, value in data["metrics"].items()}
+    return SearchTrial(**{**data, "objective": float(data["objective"]), "metrics": metrics})

@@ -1,5 +1,0 @@
-"""Reports from result records: a verdict in plain words, heat maps, curves, tables; HTML and Markdown."""
-
-from hf_parcor.report.report import RobustnessReport
-
-__all__ = ["RobustnessReport"]

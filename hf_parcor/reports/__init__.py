@@ -1,0 +1,5 @@
+"""Reports from result records: a verdict in plain words, heat maps, curves, tables; HTML and Markdown."""
+
+from hf_parcor.reports.report import RobustnessReport
+
+__all__ = ["RobustnessReport"]

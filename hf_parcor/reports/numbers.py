@@ -1,0 +1,102 @@
+"""Numbers as a report shows them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hf_parcor.records.metric_info import POINTS, SHARE, shown_unit
+from hf_parcor.reports.study import Point
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How values of a metric are written.
+
+    Args:
+        unit: As in `MetricInfo`: shares are shown in percent, their differences in points; "" for a plain number.
+    """
+
+    unit: str = ""
+
+    def value(self, value: float) -> str:
+        """Return a value of the metric.
+
+        Examples:
+            >>> Numbers("share").value(0.8406), Numbers("points").value(0.9), Numbers().value(1.25)
+            ('84.1', '0.90', '1.25')
+        """
+        return self._written(value, "")
+
+    def with_unit(self, value: float) -> str:
+        """Return a value with its unit.
+
+        Examples:
+            >>> Numbers("share").with_unit(0.5), Numbers("points").with_unit(0.9), Numbers("nats").with_unit(1.25)
+            ('50.0 %', '0.90 of 100', '1.25 nats')
+        """
+        return f"{self.value(value)} {shown_unit(self.unit)[1]}".rstrip()
+
+    def difference(self, value: float, *, sign: bool = False) -> str:
+        """Return a difference with its unit.
+
+        Examples:
+            >>> Numbers("share").difference(0.117, sign=True), Numbers("points").difference(1.5)
+            ('+11.7 points', '1.50 points')
+        """
+        return f"{self.plain_difference(value, sign=sign)} {self._of_differences}".rstrip()
+
+    def plain_difference(self, value: float, *, sign: bool = False) -> str:
+        """Return a difference without its unit, for a table whose head says it."""
+        return self._written(value, "+" if sign else "")
+
+    def head(self, metric: str) -> str:
+        """Return the name of a metric with the unit of its values, as the head of a table or an axis says it.
+
+        Examples:
+            >>> Numbers("share").head("accuracy"), Numbers("points").head("bleu"), Numbers().head("score")
+            ('accuracy (%)', 'bleu (of 100)', 'score')
+        """
+        shown = shown_unit(self.unit)[1]
+        return f"{metric} ({shown})" if shown else metric
+
+    @property
+    def _of_differences(self) -> str:
+        return "points" if self.unit in (SHARE, POINTS) else self.unit
+
+    def _written(self, value: float, sign: str) -> str:
+        style = {SHARE: ".1f", POINTS: ".2f"}.get(self.unit, ".4g")
+        return _shown(shown_unit(self.unit)[0] * value, sign + style)
+
+    def point(self, point: Point) -> str:
+        """Return a mean with its confidence interval, where there is one."""
+        ends = point.interval
+        shown = self.value(point.mean)
+        return shown if ends is None else f"{shown} [{self.value(ends[0])}, {self.value(ends[1])}]"
+
+
+def times(ratio: float) -> str:
+    """Return a ratio, rounded as far as one would say it.
+
+    Examples:
+        >>> times(2.345), times(26.7)
+        ('2.3', '27')
+    """
+    return f"{ratio:.2g}" if ratio < 100 else f"{ratio:,.0f}"
+
+
+def probability(value: float) -> str:
+    """Return a p-value as a sentence says it.
+
+    Examples:
+        >>> probability(0.0312), probability(1e-9)
+        ('p = 0.031', 'p < 0.001')
+    """
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+
+
+def _shown(value: float, style: str) -> str:
+    if not math.isfinite(value):
+        return {"inf": "∞", "-inf": "−∞"}.get(str(value), "nan")
+    text = format(value, style).replace("-", "−")
+    return text.replace("−", "") if text.strip("+−0.") == "" else text

@@ -1,0 +1,308 @@
+"""What a report is about: records of groups, of models, over repetitions, in one shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TypeAlias
+
+from hf_parcor.records.comparable import asked_for, check_comparable, check_repetitions
+from hf_parcor.records.curves import Series, metric_drop
+from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord
+from hf_parcor.records.metric_info import MetricInfo, agreed
+from hf_parcor.statistics import MeanAndSpread
+
+Records: TypeAlias = (
+    EvaluationRecord
+    | SweepRecord
+    | Sequence[EvaluationRecord]
+    | Sequence[SweepRecord]
+    | Mapping[str, EvaluationRecord]
+    | Mapping[str, Sequence[EvaluationRecord]]
+    | Sequence[Mapping[str, EvaluationRecord]]
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A metric under one strength.
+
+    Attributes:
+        strength: The setting; of a corruption outside the catalogue its place in the record.
+        name: The strength as tables say it.
+        values: One a repetition.
+        counted_wrong: Whether some predictions were not finite, and counted as wrong: the values can be relied on.
+        broken: Other metrics that were finite without corruption and are not here, as the loss is where a model
+            returns NaN: the values may come from what is no answer, such as the place of the first NaN.
+    """
+
+    strength: float
+    name: str
+    values: tuple[float, ...]
+    counted_wrong: bool = False
+    broken: tuple[str, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        """The mean over repetitions; NaN if one is."""
+        return mean(self.values)
+
+    @property
+    def reliable(self) -> bool:
+        """Whether the mean is a finite number that was made from answers."""
+        return math.isfinite(self.mean) and (self.counted_wrong or not self.broken)
+
+    @property
+    def all_finite(self) -> bool:
+        """Whether nothing that the model returned was seen not to be finite."""
+        return self.reliable and not self.counted_wrong
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % confidence interval of the mean; None where there are no two finite values."""
+        if len(self.values) < 2 or not all(map(math.isfinite, self.values)):
+            return None
+        return MeanAndSpread.from_values(self.values).confidence_interval()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric against the strength of one series of corruptions, for one group of one model."""
+
+    clean: Point
+    points: tuple[Point, ...]
+    greater_is_better: bool
+
+    def drops(self, names: Sequence[str]) -> tuple[float, ...]:
+        """Return the mean metric drop over these strengths in each repetition.
+
+        One number, made from means, where strengths were repeated a different number of times.
+        """
+        levels = self.levels(names)
+        clean = self.clean.values if len(self.clean.values) == len(levels) else (self.clean.mean,) * len(levels)
+        return tuple(
+            metric_drop(*pair, greater_is_better=self.greater_is_better) for pair in zip(clean, levels, strict=True)
+        )
+
+    def levels(self, names: Sequence[str]) -> tuple[float, ...]:
+        """Return the mean metric over these strengths in each repetition, as `drops` does."""
+        points = [point for point in self.points if point.name in names]
+        if len({len(point.values) for point in points}) > 1:
+            return (mean([point.mean for point in points]),)
+        return tuple(map(mean, zip(*(point.values for point in points), strict=True)))
+
+    def reliable(self, names: Sequence[str]) -> bool:
+        """Whether all of these strengths, and no corruption, are."""
+        return self.clean.reliable and all(point.reliable for point in self.points if point.name in names)
+
+    def all_finite(self, names: Sequence[str]) -> bool:
+        """Whether at all of these strengths nothing was seen not to be finite."""
+        return all(point.all_finite for point in self.points if point.name in names)
+
+
+@dataclass(frozen=True)
+class Study:
+    """All curves of a report.
+
+    Attributes:
+        metric: What was measured.
+        info: What its numbers mean.
+        models: The records: by the name of the model, then of the group, one a repetition.
+        curves: By the series, then by model and group; those that were not measured are missing.
+    """
+
+    metric: str
+    info: MetricInfo
+    models: Mapping[str, Mapping[str, tuple[EvaluationRecord, ...]]]
+    curves: Mapping[Series, Mapping[tuple[str, str], Curve]]
+
+    @classmethod
+    def of(
+        cls,
+        models: Mapping[str, Records],
+        metric: str,
+        *,
+        greater_is_better: bool | None = None,
+        unit: str | None = None,
+    ) -> Study:
+        """Gather records.
+
+        Args:
+            models: Records by the name of the model.
+            metric: What was measured.
+            greater_is_better: Whether a large metric is good; None for what the records say.
+            unit: Its unit; None for what the records say.
+
+        Raises:
+            ValueError: There are no records or no corruptions, repetitions are of different corruptions or groups, a
+                corruption stands in a record twice, the metric is missing, or records state different things of it. Or
+                records do not belong together: see `check_comparable` and `check_repetitions`; or two models are one
+                and the same record.
+        """
+        gathered = {name: _groups(records) for name, records in models.items()}
+        _check(gathered)
+        infos = [
+            record.info(metric).stating(greater_is_better=greater_is_better, unit=unit)
+            for groups in gathered.values()
+            for records in groups.values()
+            for record in records
+        ]
+        info = agreed(infos, metric)
+        curves: dict[Series, dict[tuple[str, str], Curve]] = {}
+        for name, groups in gathered.items():
+            for group, records in groups.items():
+                for series, curve in _curves(group, records, metric, info.greater_is_better).items():
+                    curves.setdefault(series, {})[name, group] = curve
+        if not curves:
+            raise ValueError("records: expected at least one with a corruption, got none; evaluate a model first")
+        return cls(metric, info, gathered, curves)
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether a large metric is good."""
+        return self.info.greater_is_better
+
+    @property
+    def loss(self) -> str:
+        """What is bad for this metric, in a word."""
+        return "drop" if self.greater_is_better else "rise"
+
+    @property
+    def groups(self) -> list[str]:
+        """All groups of all models, in their order."""
+        return list(dict.fromkeys(group for groups in self.models.values() for group in groups))
+
+    @property
+    def spread(self) -> str:
+        """What differs between repetitions, in words."""
+        repeated = any(len(records) > 1 for groups in self.models.values() for records in groups.values())
+        return "spread over records" if repeated else "spread over trials"
+
+    @property
+    def records(self) -> list[EvaluationRecord]:
+        """All records."""
+        return [record for groups in self.models.values() for records in groups.values() for record in records]
+
+
+def common_strengths(curves: Iterable[Curve]) -> list[str]:
+    """Return the names of the strengths that all curves have, in the order of the first."""
+    first, *others = curves
+    shared = [{point.name for point in curve.points} for curve in others]
+    return [point.name for point in first.points if all(point.name in names for names in shared)]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean; NaN beside NaN or where ∞ and −∞ meet, and never an overflow.
+
+    Examples:
+        >>> mean([0.25, 0.75]), mean([1e308, 1e308])
+        (0.5, 1e+308)
+    """
+    return sum(value / len(values) for value in values)
+
+
+def _groups(records: Records) -> dict[str, tuple[EvaluationRecord, ...]]:
+    if isinstance(records, SweepRecord):
+        return _groups(records.records)
+    if isinstance(records, EvaluationRecord):
+        return {asked_for(records): (records,)}
+    if isinstance(records, Mapping):
+        groups = {
+            label: (entry,) if isinstance(entry, EvaluationRecord) else tuple(entry)
+            for label, entry in records.items()
+        }
+    elif records and isinstance(records[0], (Mapping, SweepRecord)):
+        mappings = [entry.records if isinstance(entry, SweepRecord) else entry for entry in records]
+        probes = [dict(probe) for probe in mappings if isinstance(probe, Mapping)]
+        if len(probes) != len(records) or any(probe.keys() != probes[0].keys() for probe in probes):
+            raise ValueError("records: expected the same groups in each repetition; probe the models alike")
+        groups = {label: tuple(probe[label] for probe in probes) for label in probes[0]}
+    else:
+        flat = tuple(record for record in records if isinstance(record, EvaluationRecord))
+        groups = {asked_for(flat[0]): flat} if len(flat) == len(records) > 0 else {"": ()}
+    if not groups or not all(
+        entry and all(isinstance(record, EvaluationRecord) for record in entry) for entry in groups.values()
+    ):
+        raise ValueError(
+            "records: expected an EvaluationRecord, a SweepRecord, a mapping from labels to records, or a list of "
+            f"these, one a seed, got {type(records).__name__} without records; pass what an evaluator or a probe "
+            "returned"
+        )
+    return groups
+
+
+def _check(models: Mapping[str, Mapping[str, tuple[EvaluationRecord, ...]]]) -> None:
+    """Refuse what does not belong together."""
+    for name, groups in models.items():
+        check_repetitions(groups, name)
+    placed = [(name, group, record) for name, groups in models.items() for group in groups for record in groups[group]]
+    check_comparable({" ".join(filter(None, [name, group])): record for name, group, record in placed})
+    for (name, group, first), (other, of_other, second) in combinations(placed, 2):
+        alike = name != other and group == of_other and first.weights == second.weights != ""
+        if alike and first.to_json() == second.to_json():
+            raise ValueError(
+                f"models: expected a record of its own for each, got the same for {name!r} and {other!r}; name each "
+                "record once"
+            )
+
+
+def _curves(
+    group: str, records: tuple[EvaluationRecord, ...], metric: str, greater_is_better: bool
+) -> dict[Series, Curve]:
+    labels = [row.label for row in records[0].corruptions]
+    if any([row.label for row in record.corruptions] != labels for record in records):
+        raise ValueError(f"records of {group!r}: expected the same corruptions in each; evaluate them alike")
+    cleans = [record.clean for record in records]
+    counted_wrong = any(any(row.not_finite) for row in cleans)
+    clean = Point(0.0, "no corruption", _values(cleans, metric), counted_wrong)
+    points: dict[Series, list[Point]] = {}
+    for place, rows in enumerate(zip(*(record.corruptions for record in records), strict=True)):
+        series = Series.of(rows[0])
+        points.setdefault(series, []).append(_point(series, place, rows, metric, cleans))
+    curves = {}
+    for series, of_series in points.items():
+        ordered = sorted(of_series, key=lambda point: -point.strength if series.strength == "bits" else point.strength)
+        if len({point.name for point in ordered}) < len(ordered):
+            raise ValueError(
+                f"records of {group!r}: expected each corruption once, got {labels}; leave out the others"
+            )
+        curves[series] = Curve(clean, tuple(ordered), greater_is_better)
+    return curves
+
+
+def _point(
+    series: Series,
+    place: int,
+    rows: tuple[CorruptionRecord, ...],
+    metric: str,
+    cleans: Sequence[CorruptionRecord],
+) -> Point:
+    values = _values(rows, metric)
+    strength = place if series.strength is None else rows[0].settings[series.strength]
+    broken = [name for row, clean in zip(rows, cleans, strict=True) for name in _broken(row, clean, metric)]
+    return Point(
+        strength=float(strength),
+        name=series.level(rows[0]),
+        values=values,
+        counted_wrong=any(any(row.not_finite) for row in rows),
+        broken=tuple(dict.fromkeys(broken)),
+    )
+
+
+def _broken(row: CorruptionRecord, clean: CorruptionRecord, metric: str) -> list[str]:
+    """Return which other metrics corruption has made NaN or infinite."""
+    return [
+        name
+        for name, values in row.metrics.items()
+        if name != metric
+        and not all(map(math.isfinite, values))
+        and all(map(math.isfinite, clean.metrics.get(name, (math.nan,))))
+    ]
+
+
+def _values(rows: Sequence[CorruptionRecord], metric: str) -> tuple[float, ...]:
+    """Return one value a record, or, of a single record, one a trial."""
+    means = tuple(row.mean(metric) for row in rows)  # says what is missing
+    return means if len(rows) > 1 else rows[0].metrics[metric]

@@ -1,0 +1,556 @@
+"""Verdicts in plain words made from the numbers: on one model, on several, and what to know before relying on them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import NamedTuple, TypeVar
+
+from hf_parcor.records.comparable import data_may_differ
+from hf_parcor.records.curves import metric_drop
+from hf_parcor.records.evaluation import EvaluationRecord
+from hf_parcor.records.metric_info import POINTS, SHARE
+from hf_parcor.reports.numbers import Numbers, probability, times
+from hf_parcor.reports.study import Curve, Point, Study, common_strengths, mean
+from hf_parcor.statistics import Alternative, holm_correction, welch_t_test
+
+LEVEL = 0.05
+Key = TypeVar("Key", bound=Hashable)
+
+
+def adjusted_p_values(
+    pairs: Mapping[Key, tuple[Sequence[float], Sequence[float]]], alternative: Alternative
+) -> dict[Key, float]:
+    """Return Holm's adjusted p-values of Welch's test of first against second, of those that can be tested.
+
+    Left out are those with fewer than two values on a side, with a value that is not finite, and those whose values
+    do not differ between repetitions at all: that says nothing about the spread.
+
+    Examples:
+        >>> pairs = {"a": ([3.0, 3.1, 2.9], [1.0, 1.1, 0.9]), "b": ([1.0], [2.0]), "c": ([1.0, 1.0], [2.0, 2.0])}
+        >>> {key: p < LEVEL for key, p in adjusted_p_values(pairs, Alternative.GREATER).items()}
+        {'a': True}
+    """
+    found = {}
+    for key, (first, second) in pairs.items():
+        if min(len(first), len(second)) > 1 and all(map(math.isfinite, [*first, *second])):
+            test = welch_t_test(first, second, alternative)
+            if test.standard_error > 0:
+                found[key] = test.p_value
+    return dict(zip(found, holm_correction(list(found.values())), strict=True))
+
+
+Group = TypeVar("Group", bound=Hashable)
+
+
+def fragility(drops: Mapping[Group, float]) -> dict[Group, float]:
+    """Return how many times as much each group loses as the median of the other groups.
+
+    ::
+
+        fragility(g) = d(g) / median_{h ≠ g} d(h),    d(g) = mean of the metric drop over the common strengths
+
+    All strengths count alike, and none is picked after the fact. Where the other groups lose nothing it is ∞ for a
+    group that loses something, and NaN for one that does not.
+
+    Args:
+        drops: d by the name of the group; finite, two or more.
+
+    Raises:
+        ValueError: There are fewer than two groups.
+
+    Examples:
+        >>> fragility({"layer.0": 0.5, "layer.1": 1.0, "layer.2": 20.0})["layer.2"]
+        26.666666666666668
+        >>> fragility({"layer.0": 0.0, "layer.1": 0.5})
+        {'layer.0': 0.0, 'layer.1': inf}
+    """
+    if len(drops) < 2:
+        raise ValueError(f"drops: expected two or more groups, got {len(drops)}; fragility compares groups")
+    return {group: _ratio(drop, others_median(drops, group)) for group, drop in drops.items()}
+
+
+def others_median(drops: Mapping[Group, float], group: Group) -> float:
+    """Return the median over all groups but one.
+
+    Examples:
+        >>> others_median({"a": 1.0, "b": 2.0, "c": 9.0}, "c")
+        1.5
+    """
+    return statistics.median(drop for other, drop in drops.items() if other != group)
+
+
+def _ratio(drop: float, median: float) -> float:
+    if median > 0:
+        return drop / median
+    return math.inf if drop > 0 else math.nan
+
+
+NEGLIGIBLE = 0.01  # a drop of this share of the clean metric is none
+STANDS_OUT = 2.0  # the fragility from which on a single measurement is worth a word
+_NAMED = 5  # as many groups a sentence names
+
+
+class Finding(NamedTuple):
+    """What was found, and what to do about it.
+
+    Attributes:
+        headline: A sentence.
+        detail: The numbers behind it, in sentences.
+        remedy: Python code, or "".
+        clear: Whether it is beyond the spread.
+    """
+
+    headline: str
+    detail: str = ""
+    remedy: str = ""
+    clear: bool = False
+
+    @property
+    def text(self) -> str:
+        """All that is to be said, in one line."""
+        advice = f"{self.advice} {self.remedy}" if self.remedy else ""
+        return " ".join(filter(None, [self.headline, self.detail, advice]))
+
+    @property
+    def advice(self) -> str:
+        """What stands before the remedy."""
+        return "Defend it with" if self.clear else "If that holds, defend it with"
+
+
+def probe_verdict(study: Study, numbers: Numbers) -> list[Finding]:
+    """Return a finding for each series of corruptions, those beyond the spread first."""
+    [groups] = study.models.values()
+    findings = []
+    for series, by_key in study.curves.items():
+        curves = {group: curve for (_, group), curve in by_key.items()}
+        of_one = len(curves) == 1
+        finding = _of_one_group(study, numbers, curves) if of_one else _of_groups(study, numbers, curves, groups)
+        findings.append(finding._replace(headline=f"{series.name}: {finding.headline}"))
+    return sorted(findings, key=lambda finding: (not finding.clear, not finding.remedy))
+
+
+def _nothing_to_lose(study: Study, curves: Mapping[str, Curve]) -> str:
+    """Return why these curves say nothing, or ""."""
+    clean = [curve.clean.mean for curve in curves.values()]
+    if not all(map(math.isfinite, clean)):
+        return f"{study.metric} is not a finite number without corruption, so a drop cannot be told."
+    if study.greater_is_better and study.info.unit in (SHARE, POINTS) and min(clean) <= 0:  # others go below 0
+        return f"{study.metric} is not above 0 without corruption: there is nothing to lose."
+    return ""
+
+
+def _of_one_group(study: Study, numbers: Numbers, curves: Mapping[str, Curve]) -> Finding:
+    [(group, curve)] = curves.items()
+    nothing = _nothing_to_lose(study, curves)
+    if nothing:
+        return Finding(nothing)
+    broken = [point.name for point in curve.points if not math.isfinite(point.mean)]
+    if broken:
+        return Finding(f"with {group} corrupted, {study.metric} is not a finite number at {_listed(broken)}.")
+    unreliable = [point for point in curve.points if not point.reliable]
+    if unreliable:
+        return Finding(
+            f"with {group} corrupted, the model breaks at {_listed([point.name for point in unreliable])}: "
+            f"{_broken(unreliable)} is not a finite number there, so {study.metric} says nothing."
+        )
+    drops = {point.name: mean(curve.drops([point.name])) for point in curve.points}
+    worst, best = (of(curve.points, key=lambda point: drops[point.name]) for of in (max, min))
+    clean = numbers.with_unit(curve.clean.mean)
+    counted = [point.name for point in curve.points if point.counted_wrong]
+    lost = f"Not all predictions are finite at {_listed(counted)}; these count as wrong." if counted else ""
+    limit = NEGLIGIBLE * abs(curve.clean.mean)
+    gain = f"from {clean} to {numbers.with_unit(best.mean)} at {best.name}"
+    if drops[worst.name] > limit:
+        better = drops[best.name] < -limit
+        return Finding(
+            f"with {group} corrupted, {study.metric} {_moves(study)} from {clean} to {numbers.with_unit(worst.mean)} "
+            f"at {worst.name}.",
+            _joined(f"It gets better, too: it {_moves(study, better=True)} {gain}." if better else "", lost),
+        )
+    if drops[best.name] < -limit:
+        return Finding(
+            f"with {group} corrupted, {study.metric} gets better: it {_moves(study, better=True)} {gain}, and at no "
+            "strength is it worse by more than 1 % of its value without corruption.",
+            lost,
+        )
+    if counted:
+        return Finding(
+            f"with {group} corrupted, not all predictions are finite at {_listed(counted)}, though {study.metric} "
+            f"is within 1 % of its value without corruption, {clean}."
+        )
+    return Finding(
+        f"with {group} corrupted, {study.metric} stays within 1 % of its value without corruption, {clean}, at every "
+        "strength."
+    )
+
+
+def _of_groups(
+    study: Study,
+    numbers: Numbers,
+    curves: Mapping[str, Curve],
+    groups: Mapping[str, tuple[EvaluationRecord, ...]],
+) -> Finding:
+    names = common_strengths(curves.values())
+    if not names:
+        return Finding("the groups have no strength in common, so they cannot be compared.")
+    nothing = _nothing_to_lose(study, curves)
+    if nothing:
+        return Finding(nothing)
+    repeated = {group: curve.drops(names) for group, curve in curves.items()}
+    drops = {group: mean(values) for group, values in repeated.items()}
+    broken = [group for group, drop in drops.items() if not math.isfinite(drop)]
+    unreliable = [group for group, curve in curves.items() if group not in broken and not curve.reliable(names)]
+    counted = [
+        group for group, curve in curves.items() if group not in broken + unreliable and not curve.all_finite(names)
+    ]
+    lost = [point for group in unreliable for point in curves[group].points if not point.reliable]
+    unranked = _joined(
+        f"Not ranked, since {study.metric} is not a finite number: {_listed(broken)}." if broken else "",
+        f"Not ranked, since {_broken(lost)} is not a finite number: {_listed(unreliable)}." if unreliable else "",
+        f"Not all predictions are finite with {_listed(counted)} corrupted; these count as wrong." if counted else "",
+    )
+    drops = {group: drop for group, drop in drops.items() if group not in broken + unreliable}
+    if len(drops) < 2:
+        return Finding("fewer than two groups can be ranked.", unranked)
+    top = max(drops, key=lambda group: drops[group])
+    clean = curves[top].clean.mean
+    limit = NEGLIGIBLE * abs(clean)
+    at_each = {group: [mean(curves[group].drops([name])) for name in names] for group in drops}
+    better = [group for group, found in at_each.items() if min(found) < -limit]
+    improved = f"{study.metric} gets better by more than that with {_listed(better)} corrupted." if better else ""
+    if all(max(found) <= limit for found in at_each.values()):  # at the worst strength, not on average
+        which = "no group" if len(drops) == len(curves) else "no group that can be ranked"
+        loses = "loses" if study.greater_is_better else "adds"
+        of_it = f"{'of' if study.greater_is_better else 'to'} the {study.metric} without corruption"
+        text = f"{which} {loses} more than 1 % {of_it}, {numbers.with_unit(clean)}"
+        if unranked:
+            finding = Finding(f"{text}, but not all that the model returns is finite.")
+        else:
+            finding = Finding(f"{text}: none is fragile {_over(names)}.")
+        return finding._replace(detail=_joined(improved, unranked))
+    p_values = _beyond_the_others({group: repeated[group] for group in drops})
+    return _ranked(study, numbers, names, drops, p_values, top, clean, unranked, _remedy(groups[top]))
+
+
+def _ranked(
+    study: Study,
+    numbers: Numbers,
+    names: Sequence[str],
+    drops: Mapping[str, float],
+    p_values: Mapping[str, float],
+    top: str,
+    clean: float,
+    unranked: str,
+    remedy: str,
+) -> Finding:
+    ratio, median = fragility(drops)[top], others_median(drops, top)
+    limit = NEGLIGIBLE * abs(clean)
+    size = (
+        f"With {top} corrupted, {study.metric} {_moved(study, numbers, drops[top])} {_over(names)}; with the others, "
+        f"at the median, it {_moved(study, numbers, median)}."
+    )
+    if drops[top] <= limit:
+        return Finding(
+            f"no group makes {study.metric} worse by more than 1 % {_over(names)}, though one does at one of these.",
+            _joined(size, unranked),
+        )
+    if top not in p_values and ratio < STANDS_OUT:
+        return Finding("no group stands out.", _joined(size, unranked))
+    if top in p_values and p_values[top] >= LEVEL:
+        judged = f"no difference between the groups is beyond the {study.spread} ({probability(p_values[top])})."
+        return Finding(judged, _joined(size, unranked))
+    others = "gets better" if median < -limit else "loses next to nothing"
+    headline = (
+        f"{top} is {times(ratio)} times as fragile as the median of the others."
+        if median > limit
+        else f"{top} is the most fragile, while the median of the others {others}."
+    )
+    if top not in p_values:
+        single = (
+            "There is no spread to judge that by, since it was measured once or came out the same each time: repeat "
+            "it with models of other seeds before you rely on it."
+        )
+        return Finding(headline, _joined(size, single, unranked), remedy)
+    also = [group for group, value in p_values.items() if value < LEVEL and group != top and drops[group] > limit]
+    judged = f"That is beyond the {study.spread} ({probability(p_values[top])})."
+    more = f"So is the {study.loss} of {_listed(also)}." if also else ""
+    return Finding(headline, _joined(size, judged, more, unranked), remedy, clear=True)
+
+
+def _beyond_the_others(repeated: Mapping[str, tuple[float, ...]]) -> dict[str, float]:
+    """Test each group's drops against the medians of the others, repetition by repetition."""
+    if len({len(values) for values in repeated.values()}) > 1:
+        return {}
+    pairs = {}
+    for group, values in repeated.items():
+        others = [drops for other, drops in repeated.items() if other != group]
+        pairs[group] = (values, [statistics.median(drops) for drops in zip(*others, strict=True)])
+    return adjusted_p_values(pairs, Alternative.GREATER)
+
+
+def _remedy(records: Sequence[EvaluationRecord]) -> str:
+    """Return how to defend what was corrupted; "" where more than `target_modules` chose it."""
+    target = records[0].target
+    if set(target) != {"target_modules"}:
+        return ""
+    return f"ParameterDefenseTrainer(..., target_modules={target['target_modules']!r})"
+
+
+def _moves(study: Study, *, better: bool = False) -> str:
+    """Return where a metric goes that gets worse, or better."""
+    return "rises" if study.greater_is_better is better else "falls"
+
+
+def _moved(study: Study, numbers: Numbers, drop: float) -> str:
+    """Return how far a metric went, and where to; a drop below 0 is for the better."""
+    if drop == 0:
+        return "stays as it is"
+    better = drop < 0
+    told = ", which is better" if better else ""
+    return f"{_moves(study, better=better)} by {numbers.difference(abs(drop))}{told}"
+
+
+def _broken(points: Sequence[Point]) -> str:
+    return " or ".join(dict.fromkeys(name for point in points for name in point.broken))
+
+
+def _over(names: Sequence[str]) -> str:
+    return f"at {names[0]}" if len(names) == 1 else f"on average over {names[0]} … {names[-1]}"
+
+
+def _joined(*sentences: str) -> str:
+    return " ".join(filter(None, sentences))
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
+
+
+_MODELS_NAMED = 6  # as many differences a verdict names
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A model against the first one.
+
+    Attributes:
+        model: Its name.
+        group: What was corrupted.
+        what: The corruptions, or "no corruption".
+        first: The metric of the first model in each repetition.
+        second: That of this model.
+        gain: How much better this model is; NaN where that cannot be told.
+        p_value: Welch's, two-sided, with Holm's correction; None where there is no spread to judge by.
+        broken: Other metrics that are not finite where this one is: it may come from what is no answer.
+    """
+
+    model: str
+    group: str
+    what: str
+    first: tuple[float, ...]
+    second: tuple[float, ...]
+    gain: float
+    p_value: float | None = None
+    broken: tuple[str, ...] = ()
+
+    @property
+    def clear(self) -> bool:
+        """Whether it is beyond the spread."""
+        return self.p_value is not None and self.p_value < LEVEL
+
+
+def differences(study: Study, *, by_strength: bool) -> list[Difference]:
+    """Return all differences to the first model, corrected for as many tests as there are.
+
+    Args:
+        study: Several models.
+        by_strength: Whether each strength stands alone, or a series is one number: the mean over the strengths.
+    """
+    baseline, *others = study.models
+    found = []
+    for model in others:
+        seen = False
+        for series, curves in study.curves.items():
+            for group in study.groups:
+                if (baseline, group) not in curves or (model, group) not in curves:
+                    continue
+                first, second = curves[baseline, group], curves[model, group]
+                if not seen:
+                    found.append(
+                        _difference(study, model, "", "no corruption", first.clean.values, second.clean.values)
+                    )
+                    seen = True
+                names = common_strengths([first, second])
+                for chosen in [[name] for name in names] if by_strength else [names] * bool(names):
+                    what = f"{series.name}, {', '.join(chosen)}"
+                    levels = first.levels(chosen), second.levels(chosen)
+                    points = [point for curve in (first, second) for point in curve.points if point.name in chosen]
+                    broken = dict.fromkeys(name for point in points if not point.reliable for name in point.broken)
+                    found.append(_difference(study, model, group, what, *levels, tuple(broken)))
+    pairs = {index: (one.first, one.second) for index, one in enumerate(found) if not one.broken}
+    p_values = adjusted_p_values(pairs, Alternative.TWO_SIDED)
+    return [replace(one, p_value=p_values.get(index)) for index, one in enumerate(found)]
+
+
+def comparison_verdict(study: Study, numbers: Numbers) -> list[Finding]:
+    """Return the findings on each model against the first: the count, what is beyond the spread, the price."""
+    baseline = next(iter(study.models))
+    of_all = differences(study, by_strength=False)
+    findings = []
+    for model in list(study.models)[1:]:
+        of_model = [one for one in of_all if one.model == model]
+        if len(of_model) < 2:
+            findings.append(Finding(f"{model} and {baseline} have no corruption of the same group in common."))
+            continue
+        clean, *corrupted = of_model
+        several = len(study.groups) > 1
+        findings.append(Finding(f"{model} against {baseline}: {_count(study, corrupted)}"))
+        clear = sorted((one for one in corrupted if one.clear), key=lambda one: -abs(one.gain))
+        named = clear[:_MODELS_NAMED] or _largest(corrupted)
+        named += [one for one in corrupted if not math.isfinite(one.gain)][:_MODELS_NAMED]
+        findings += [Finding("", _sentence(one, numbers, study.metric, several=several)) for one in named]
+        findings.append(Finding("", _sentence(clean, numbers, study.metric, several=False)))
+    return findings
+
+
+def _count(study: Study, corrupted: list[Difference]) -> str:
+    total = f"{len(corrupted)} comparison" + "s" * (len(corrupted) != 1)
+    tested = [one for one in corrupted if one.p_value is not None]
+    better = sum(0 < one.gain < math.inf for one in corrupted)
+    worse = sum(-math.inf < one.gain < 0 for one in corrupted)
+    unknown = sum(not math.isfinite(one.gain) for one in corrupted)
+    untold = f" It cannot be told in {unknown}, where not all is finite." if unknown else ""
+    if unknown == len(corrupted):
+        return f"it cannot be told in any of {total}, since not all is finite."
+    if not tested:
+        return (
+            f"its mean is better in {better} of {total}, worse in {worse}.{untold} There is no spread to judge that "
+            "by: repeat training with other seeds before you conclude."
+        )
+    better = sum(one.clear and one.gain > 0 for one in corrupted)
+    worse = sum(one.clear and one.gain < 0 for one in corrupted)
+    if not better and not worse:
+        return f"no difference is beyond the {study.spread} in {total}.{untold}"
+    others = "" if unknown else "; no such difference in the others"
+    return f"better beyond the {study.spread} in {better} of {total}, worse in {worse}{others}.{untold}"
+
+
+def _largest(corrupted: list[Difference]) -> list[Difference]:
+    """Return the largest difference, as an example of what was seen."""
+    finite = [one for one in corrupted if math.isfinite(one.gain) and one.gain != 0]
+    return [max(finite, key=lambda one: abs(one.gain))] if finite else []
+
+
+def _sentence(one: Difference, numbers: Numbers, metric: str, *, several: bool) -> str:
+    where = f"{one.what}, {one.group} corrupted" if several else one.what
+    if one.broken:
+        return f"{where}: {' or '.join(one.broken)} is not a finite number, so {metric} says nothing."
+    if not math.isfinite(one.gain):
+        values = f"{numbers.with_unit(mean(one.second))} instead of {numbers.with_unit(mean(one.first))}"
+        return f"{where}: {metric} is not a finite number, so there is no difference to tell ({values})."
+    verdict = (
+        "no spread is known"
+        if one.p_value is None
+        else f"{'' if one.clear else 'not '}beyond the spread, {probability(one.p_value)}"
+    )
+    change = numbers.difference(mean(one.second) - mean(one.first), sign=True)
+    return (
+        f"{where}: {metric} {numbers.with_unit(mean(one.second))} instead of {numbers.with_unit(mean(one.first))} "
+        f"({change}; {verdict})."
+    )
+
+
+def _difference(
+    study: Study,
+    model: str,
+    group: str,
+    what: str,
+    first: tuple[float, ...],
+    second: tuple[float, ...],
+    broken: tuple[str, ...] = (),
+) -> Difference:
+    gain = metric_drop(mean(second), mean(first), greater_is_better=study.greater_is_better)
+    return Difference(model, group, what, first, second, math.nan if broken else gain, broken=broken)
+
+
+_QUOTED = 8  # as many notes of records a report repeats
+
+
+def notes(study: Study) -> list[str]:
+    """Return sentences on what the records were made of: repetitions, data, sizes, and what was noticed on the way."""
+    found = [_repetitions(study), *study.info.guesses(study.metric)]
+    if len(study.models) > 1:
+        found.append(
+            "Differences are judged by Welch's t-test, two-sided, at 5 %, p-values corrected by Holm's method: in the "
+            "verdict for all models, groups and kinds of corruption, in the table for all of its rows."
+        )
+    elif len(study.groups) > 1:
+        found.append(
+            f"Fragility is the mean {study.loss} over the strengths that all groups have, over the median of that of "
+            "the other groups. It is judged by Welch's t-test, one-sided, at 5 %, p-values corrected by Holm's method "
+            "for the number of groups, for each kind of corruption by itself."
+        )
+    sizes = {records[0].parameters for groups in study.models.values() for records in groups.values()}
+    if len(sizes) > 1:
+        found.append(
+            f"Every group was corrupted with the same strengths, though their sizes differ: {min(sizes):,} to "
+            f"{max(sizes):,} weights. A radius bounds a group as one vector, so it is more for a group whose weights "
+            "have a small norm."
+        )
+    found += [*data_caveat(study)]
+    noticed = [
+        note
+        for record in study.records
+        for note in (*record.notes, *(f"{row.label}: {note}" for row in record.rows() for note in row.notes))
+    ]
+    distinct = list(dict.fromkeys(noticed))
+    found += [f"Noticed while measuring: {note}" for note in distinct[:_QUOTED]]
+    if len(distinct) > _QUOTED:
+        found.append(f"Noticed while measuring: {len(distinct) - _QUOTED} more notes, in the records.")
+    return found
+
+
+def data_caveat(study: Study) -> list[str]:
+    """Return a sentence where the records may be of different data, as far as they say."""
+    distinct = {(record.data, record.evaluated_on): record for record in study.records}
+    if any(data_may_differ(*pair) for pair in combinations(distinct.values(), 2)):
+        return [
+            "The records have different data fingerprints, and do not all say what they were measured on: they may be "
+            "of different data, and their differences may come from that."
+        ]
+    if len({record.data for record in study.records if record.data}) > 1:
+        return [
+            "The records have different data fingerprints, though the data have one name and as many rows: "
+            "tokenizers, lengths or batches differ, or the contents do."
+        ]
+    return []
+
+
+def _repetitions(study: Study) -> str:
+    counts = {len(records) for groups in study.models.values() for records in groups.values()}
+    if max(counts) > 1:
+        shown = str(*counts) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+        return (
+            f"Repetitions are {shown} records, taken for trainings of one model with different seeds"
+            f"{_of_models(study)}; trials within a record count as their mean."
+        )
+    if any(len(row.seeds) > 1 for record in study.records for row in record.rows()):
+        return (
+            "Repetitions are the trials of random corruptions of the same trained weights: the spread says nothing "
+            "about training again with another seed."
+        )
+    return "Everything was measured once, so nothing is known of the spread."
+
+
+def _of_models(study: Study) -> str:
+    """Return what such models are called, where they have several names: the reader can tell whether they are one."""
+    of_groups = [records for groups in study.models.values() for records in groups.values()]
+    names = list(dict.fromkeys(record.model for records in of_groups for record in records))
+    if all(len({record.model for record in records}) == 1 for records in of_groups):
+        return ""
+    return f": {', '.join(names[:_QUOTED])}{' and others' * (len(names) > _QUOTED)}"

@@ -1,0 +1,275 @@
+"""The defense and its targets as a file beside the model, in the manner of Transformers' configurations."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from transformers.utils.hub import cached_file
+
+from hf_parcor.defenses import DEFENSES, Defense
+from hf_parcor.records.stored import read_strict_json, to_plain, to_strict_json
+
+_NOT_FINITE = ("inf", "-inf", "nan")
+
+
+def from_plain(kind: Any, value: Any, name: str) -> Any:
+    """Return what `to_plain` wrote as a value of the type `kind`, a dataclass by its type hints.
+
+    Args:
+        kind: A dataclass, a plain type, or a union, list, tuple or `Literal` of them.
+        value: The plain value.
+        name: How errors call it.
+
+    Raises:
+        ValueError: The value is of another type, or a setting is unknown or missing. What the dataclass itself
+            refuses, it refuses with an error of its own.
+        TypeError: `kind` is none of these.
+
+    Examples:
+        >>> from hf_parcor import CorruptionConstraint
+        >>> from_plain(CorruptionConstraint, {"p": "inf", "epsilon": 0.1, "top_n": None}, "constraint")
+        CorruptionConstraint(p=inf, epsilon=0.1, top_n=None)
+        >>> from_plain(float | None, "large", "epsilon")
+        Traceback (most recent call last):
+        ...
+        ValueError: epsilon: expected a number or "inf", got 'large'
+    """
+    if isinstance(kind, type) and is_dataclass(kind):
+        return _dataclass_from_plain(kind, value, name)
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return _member_from_plain(parts, value, name)
+    if origin in (list, tuple):
+        entries = _checked(isinstance(value, list), value, name, "a list")
+        return origin(from_plain(parts[0], entry, f"{name}[{index}]") for index, entry in enumerate(entries))
+    if origin is Literal:
+        return _checked(value in parts, value, name, f"one of {', '.join(map(repr, parts))}")
+    if kind not in _PLAIN:
+        raise TypeError(f"{name}: expected a plain type, a dataclass or a union, list or tuple of them, got {kind}")
+    expected, fits = _PLAIN[kind]
+    _checked(fits(value), value, name, expected)
+    return float(value) if value in _NOT_FINITE and kind is float else value
+
+
+def _is_number(value: Any) -> bool:
+    return (isinstance(value, (int, float)) and not isinstance(value, bool)) or value in _NOT_FINITE
+
+
+_PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    NoneType: ("null", lambda value: value is None),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    int: ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    float: ('a number or "inf"', _is_number),
+    str: ("a string", lambda value: isinstance(value, str)),
+}
+
+
+def _checked(fits: bool, value: Any, name: str, expected: str) -> Any:
+    if not fits:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return value
+
+
+def _member_from_plain(parts: tuple[Any, ...], value: Any, name: str) -> Any:
+    if value is None and NoneType in parts:
+        return None
+    errors = []
+    for part in parts:
+        if part is not NoneType:
+            try:
+                return from_plain(part, value, name)
+            except ValueError as error:
+                errors.append(str(error))
+    raise ValueError("; or ".join(errors))
+
+
+def _dataclass_from_plain(kind: type, value: Any, name: str) -> Any:
+    _checked(isinstance(value, dict), value, name, "an object of settings")
+    hints = get_type_hints(kind)
+    known = [setting.name for setting in fields(kind) if setting.init]
+    if set(value) != set(known):
+        unknown = [key for key in value if key not in known]
+        missing = [key for key in known if key not in value]
+        got = [*(f"the unknown {key}" for key in unknown), *(f"no {key}" for key in missing)]
+        raise ValueError(f"{name}: expected exactly the settings {', '.join(known)}, got {', '.join(got)}")
+    return kind(**{key: from_plain(hints[key], entry, f"{name}.{key}") for key, entry in value.items()})
+
+
+DEFENSE_CONFIG_NAME = "defense_config.json"
+VERSION = "hf_parcor_version"
+COUNTS = ("defended_steps", "trained_steps")
+_TARGETS: dict[str, Any] = {
+    "target_modules": str | tuple[str, ...] | None,
+    "exclude_modules": str | tuple[str, ...] | None,
+    "layers": int | tuple[int, ...] | None,
+}
+_KEYS = ("defense", "settings", *_TARGETS, VERSION)
+
+
+@dataclass(frozen=True)
+class DefenseConfig:
+    """What a model was trained to withstand: the defense with all its settings, and which parameters it corrupted.
+
+    `ParameterDefenseTrainer` writes it as `defense_config.json` beside every checkpoint and every saved model.
+
+    Args:
+        defense: The defense.
+        target_modules: As in `select_parameters`; None for all trainable parameters. Collections become tuples, sets
+            in order.
+        exclude_modules: As in `select_parameters`.
+        layers: As in `select_parameters`.
+        defended_steps: How many optimizer steps of the weights beside it were defended so, 0 if it never ran; None if
+            that is not known. As the next, it is no part of what two of these are compared by.
+        trained_steps: Of how many steps.
+
+    Raises:
+        TypeError: `defense` is not a `Defense`.
+        ValueError: A number of steps is no whole number, or more were defended than there were.
+
+    Examples:
+        >>> import tempfile
+        >>> from hf_parcor import SAM, CorruptionConstraint
+        >>> config = DefenseConfig(SAM(CorruptionConstraint(epsilon=0.1)), target_modules=["attention"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = config.save_pretrained(folder)
+        ...     DefenseConfig.from_pretrained(folder) == config
+        True
+    """
+
+    defense: Defense
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
+    layers: int | Collection[int] | None = None
+    defended_steps: int | None = field(default=None, compare=False)
+    trained_steps: int | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.defense, Defense):
+            raise TypeError(
+                f"defense: expected a Defense such as MultiStepRisk(...), got {self.defense!r}; pass an object"
+            )
+        for name in _TARGETS:
+            value = getattr(self, name)
+            if isinstance(value, Collection) and not isinstance(value, str):
+                in_order = sorted(value) if isinstance(value, (set, frozenset)) else value
+                object.__setattr__(self, name, tuple(in_order))
+        for name in COUNTS:
+            count = getattr(self, name)
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+                raise ValueError(f"{name}: expected a whole number >= 0, got {count!r}")
+        if (self.defended_steps or 0) > (math.inf if self.trained_steps is None else self.trained_steps):
+            raise ValueError(
+                f"defended_steps: expected at most the {self.trained_steps} steps, got {self.defended_steps}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON values, with the version of hf_parcor.
+
+        A defense of the catalogue stands under its name there, another class under its import path.
+        """
+        kind = type(self.defense)
+        own_path = f"{kind.__module__}.{kind.__qualname__}"
+        return {
+            "defense": next((name for name, entry in DEFENSES.items() if entry is kind), own_path),
+            "settings": to_plain(self.defense, otherwise=repr),
+            **{name: to_plain(getattr(self, name), otherwise=repr) for name in _TARGETS},
+            **{name: count for name in COUNTS if (count := getattr(self, name)) is not None},
+            VERSION: _installed_version(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DefenseConfig:
+        """Read what `to_dict` wrote, strictly: nothing but counts may be missing, nothing unknown or of another type.
+
+        Raises:
+            ValueError: Something is, or a setting is out of its range, or the defense is not in the catalogue.
+            TypeError: A setting is of another type than the defense takes.
+            NotImplementedError: The defense does not take these settings together.
+        """
+        if not isinstance(values, Mapping) or set(values) - set(COUNTS) != set(_KEYS):
+            got = list(values) if isinstance(values, Mapping) else type(values).__name__
+            raise ValueError(f"expected an object with exactly {', '.join(_KEYS)}, got {got}")
+        from_plain(str, values[VERSION], VERSION)
+        name = from_plain(str, values["defense"], "defense")
+        if name not in DEFENSES:
+            own = "; a class of your own is not imported from a file: build it from the settings there"
+            raise ValueError(
+                f"defense: expected one of {', '.join(DEFENSES)}, got {name!r}{own if '.' in name else ''}"
+            )
+        return cls(
+            from_plain(DEFENSES[name], values["settings"], "settings"),
+            **{target: from_plain(kind, values[target], target) for target, kind in _TARGETS.items()},
+            **{name: from_plain(int, values[name], name) for name in COUNTS if name in values},
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `defense_config.json` into a folder, which is made if need be, and return the file's path."""
+        path = Path(folder) / DEFENSE_CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_strict_json(self.to_dict()), encoding="utf-8")
+        return path
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_repo_id: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        subfolder: str = "",
+    ) -> DefenseConfig:
+        """Read the `defense_config.json` of a folder, or of a model on the Hub.
+
+        Args:
+            folder_or_repo_id: The folder of a model or a checkpoint, or a model's name on the Hub.
+            revision: Branch, tag or commit on the Hub; None for main.
+            token: For private models; None for the one that `hf auth login` stored.
+            cache_dir: Where downloads are kept.
+            force_download: Download again what the cache has.
+            local_files_only: Only look into the cache.
+            subfolder: Where the file lies in the folder or repository.
+
+        Raises:
+            OSError: There is no such file, or the Hub cannot be reached.
+            ValueError: The file is not what `save_pretrained` writes.
+        """
+        try:
+            path = cached_file(
+                os.fspath(folder_or_repo_id),
+                DEFENSE_CONFIG_NAME,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                subfolder=subfolder,
+            )
+        except OSError as error:
+            raise OSError(
+                f"expected {DEFENSE_CONFIG_NAME} in {folder_or_repo_id}, got none: {error} Only a "
+                "ParameterDefenseTrainer writes it: name the folder or repository of one of its models"
+            ) from error
+        try:
+            return cls.from_dict(read_strict_json(str(path)))
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: {error}. The file is damaged or of another version of hf_parcor than "
+                f"{_installed_version()}: install that version, or save the model again"
+            ) from error
+
+
+def _installed_version() -> str:
+    try:
+        return importlib.metadata.version("hf-parcor")
+    except importlib.metadata.PackageNotFoundError:  # run from a folder of source code
+        return "not installed as a package"
