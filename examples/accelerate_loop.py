@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hf_parcor import CorruptionConstraint, MultiStepRisk, defended_backward, select_parameters
+from hf_parcor import CorruptionConstraint, DefendedBackward, MultiStepRisk, select_parameters
 
 
 def train(args: argparse.Namespace) -> float:
@@ -31,15 +31,16 @@ def train(args: argparse.Namespace) -> float:
 
     defense = MultiStepRisk(CorruptionConstraint(p=2, epsilon=args.epsilon), steps=args.steps, start_epoch=1)
     parameters = select_parameters(accelerator.unwrap_model(model), "all")
+    defended_backward = DefendedBackward(accelerator, defense, model, parameters)
+
+    def loss_fn(batch: list[torch.Tensor]) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
     for epoch in range(args.epochs):
-        for inputs, targets in train_loader:
+        for batch in train_loader:
             with accelerator.accumulate(model):
-
-                def loss_fn(inputs: torch.Tensor = inputs, targets: torch.Tensor = targets) -> torch.Tensor:
-                    return nn.functional.cross_entropy(model(inputs), targets)
-
-                # The plain loop: accelerator.backward(loss_fn())
-                loss = defended_backward(accelerator, defense, model, loss_fn, parameters, epoch=epoch)
+                # The plain loop: accelerator.backward(loss_fn(batch))
+                loss = defended_backward(loss_fn, batch, epoch=epoch)
                 optimizer.step()
                 optimizer.zero_grad()
         corrupted = f", at corrupted weights {loss.corrupted:.3f}" if loss.defended else ", not defended yet"

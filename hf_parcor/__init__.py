@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from hf_parcor.targets import by_adapter, by_kind, by_layer, by_module, select_parameters
     from hf_parcor.trainers import ParameterDefenseTrainer, Seq2SeqParameterDefenseTrainer
     from hf_parcor.training import (
+        DefendedBackward,
         DefenseConfig,
         ParameterDefenseMixin,
         ParameterDefenseTrainingArguments,
@@ -52,6 +53,7 @@ __all__ = [
     "CorruptionConstraint",
     "CorruptionEvaluator",
     "CorruptionRecord",
+    "DefendedBackward",
     "DefenseConfig",
     "EvaluationRecord",
     "GaussianNoise",
@@ -130,6 +132,7 @@ _PARTS = {
         "select_parameters",
     ),
     "training": (
+        "DefendedBackward",
         "DefenseConfig",
         "ParameterDefenseMixin",
         "ParameterDefenseTrainingArguments",

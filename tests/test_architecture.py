@@ -216,7 +216,8 @@ class TestDependencies:
         assert {part_of(name) for name in imported} == {"records"}
 
     @pytest.mark.parametrize(
-        "name", [name for name in SOURCES if name.split(".")[1:2] in (["theory"], ["statistics"], ["records"], ["reports"])]
+        "name",
+        [name for name in SOURCES if name.split(".")[1:2] in (["theory"], ["statistics"], ["records"], ["reports"])],
     )
     def test_formulas_have_no_engine(self, name):
         assert {other.split(".")[0] for other in imports_of(SOURCES[name])}.isdisjoint({"torch", "transformers"})
@@ -236,6 +237,29 @@ class TestDependencies:
         words |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         words |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
         assert words.isdisjoint({"nn", "Module"})
+
+
+def loaded_by(program):
+    """Return the names of all modules that a program of its own has loaded at its end."""
+    program += "\nimport sys\nprint(*sys.modules, sep='\\n')"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+class TestWhatIsLoaded:
+    """Reading records waits for no engine, and training for no reader."""
+
+    def test_by_records_and_reports(self):
+        assert loaded_by("import hf_parcor.records, hf_parcor.reports").isdisjoint(
+            {"torch", "transformers", "accelerate", *OPTIONAL, "hf_parcor.cards"}
+        )
+
+    def test_by_training(self):
+        found = {name for name in loaded_by("import hf_parcor.training") if name.startswith("hf_parcor.")}
+        readers = ("reports", "cards", "cli", "evaluation", "indicators", "tasks", "translation", "trainers")
+        assert {part_of(name) for name in found}.isdisjoint(readers)
+        lines = sum(SOURCES[name].read_text(encoding="utf-8").count("\n") for name in found)
+        assert lines <= 11_000, "training has come to load more; is all of it needed to train?"
 
 
 class TestFiles:

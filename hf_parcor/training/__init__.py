@@ -1,6 +1,6 @@
 """Defended training with Transformers' Trainers."""
 
-from hf_parcor.training.accelerate import DefendedLoss, defended_backward
+from hf_parcor.training.accelerate import DefendedBackward, DefendedLoss, defended_backward
 from hf_parcor.training.arguments import (
     DEFAULT_DEFENSE,
     DefenseArguments,
@@ -17,6 +17,7 @@ __all__ = [
     "DEFAULT_DEFENSE",
     "DEFENSE_CONFIG_NAME",
     "CollapseCallback",
+    "DefendedBackward",
     "DefendedLoss",
     "DefenseArguments",
     "DefenseConfig",

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_parcor.arguments import check_count, check_real
-from hf_parcor.defenses import DefendedStep, Defense, Objective
-from hf_parcor.distributed.ddp import wrapped_by
+from hf_parcor.batches import first_examples, private_copy
+from hf_parcor.defenses import Defense, Objective
 from hf_parcor.distributed.fsdp import drop_gathered, is_sharded
-from hf_parcor.distributed.processes import ProcessGroup, check_all_joined
+from hf_parcor.distributed.processes import check_all_joined
 from hf_parcor.injection import CorruptionNorm
-from hf_parcor.model_state import StepBuffers, devices_of
-from hf_parcor.randomness import random_states_kept
+from hf_parcor.prefix import PrefixReuse
 from hf_parcor.targets import find_input_embedding, select_trainable
 from hf_parcor.training.callbacks import IdleLoop
-from hf_parcor.training.checks import check_trained, refuse_engines, refuse_updates_inside_backward, trained_beside
-from hf_parcor.training.passes import scaled
-from hf_parcor.training.shared_prefix import on_shards
+from hf_parcor.training.checks import check_trained, refuse_engines, trained_beside
+from hf_parcor.training.passes import Passes, scaled
+from hf_parcor.training.step import StepRunner
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,11 @@ class DefendedLoss:
     defended: bool
 
 
-def defended_backward(
-    accelerator: Accelerator,
-    defense: Defense,
-    model: nn.Module,
-    loss_fn: Callable[[], Tensor],
-    parameters: Mapping[str, nn.Parameter] | None = None,
-    *,
-    epoch: float | None = None,
-    step: int | None = None,
-) -> DefendedLoss:
-    """Do what `accelerator.backward(loss_fn())` does, with the defense's risk in place of the loss.
+class DefendedBackward:
+    """Does what `accelerator.backward(loss)` does, with the defense's risk in place of the loss.
+
+    Made once before the loop, it remembers what its first step finds out: which part of the model the passes of a step
+    can share; see `PrefixReuse`.
 
     `loss_fn` and `accelerator.backward` run once for each pass, at corrupted weights. Then the weights have their
     exact bits back, also after an exception, and each `.grad` holds what it held before plus the gradient of the risk;
@@ -67,72 +60,137 @@ def defended_backward(
         accelerator: That of the loop.
         defense: What is minimised.
         model: As `accelerator.prepare` returned it. It has all parameters that are trained.
-        loss_fn: `loss_fn()` computes the mean loss of this micro-batch, such as `lambda: model(**batch).loss`. It must
-            be the same function of the weights at each call, but for dropout.
         parameters: What is defended, as `select_parameters(accelerator.unwrap_model(model), ...)` returns it; None for
             all trainable parameters.
-        epoch: How many epochs are done, a fraction is fine; for a defense with a `start_epoch`.
-        step: How many optimizer steps are done; for a defense with an `interval`.
-
-    Returns:
-        The risk and the losses, not divided by the accumulation steps. Where the defense is not active (before its
-        start epoch, say) all of them are the plain loss, and `defended` is False. A loop that ends without having
-        been defended once says so in a warning, when its Accelerator goes.
+        reuse_prefix: Whether what is computed before the first defended parameter is run once for all passes of a
+            step. Default True. A model that cannot be cut is run whole in each pass, and a warning says why.
 
     Raises:
-        ValueError: `epoch` or `step` is missing or negative, `parameters` is empty, the defense sees parts of the
-            batch only, a parameter is frozen or not of this model, a hook takes a gradient inside `backward`, or an
-            engine runs the model that the step would be silently wrong with, such as DeepSpeed, Megatron-LM and FSDP1.
-        TypeError: An argument is of the wrong type, such as a loss instead of a function, or the name of a target
-            instead of parameters; or `loss_fn` returned no scalar tensor.
+        ValueError: `parameters` is empty, a parameter is frozen or not of this model, or an engine runs the model that
+            the step would be silently wrong with, such as DeepSpeed, Megatron-LM and FSDP1.
+        TypeError: An argument is of the wrong type, such as the name of a target instead of parameters.
         ProcessError: Several processes were launched and did not join each other. A `RuntimeError`.
 
     Examples:
         >>> from hf_parcor import ACRT, CorruptionConstraint
         >>> model = nn.Linear(1, 1, bias=False)
         >>> _ = nn.init.ones_(model.weight)
-        >>> defense = ACRT(CorruptionConstraint(epsilon=0.5))
-        >>> loss = defended_backward(
-        ...     Accelerator(cpu=True), defense, model, lambda: model(torch.ones(1, 1)).square().sum()
-        ... )
+        >>> backward = DefendedBackward(Accelerator(cpu=True), ACRT(CorruptionConstraint(epsilon=0.5)), model)
+        >>> loss = backward(lambda batch: model(batch).square().sum(), torch.ones(1, 1))
         >>> [loss.clean.item(), loss.corrupted.item(), loss.risk.item()]
         [1.0, 2.25, 1.625]
         >>> model.weight.item(), model.weight.grad.item()
         (1.0, 2.5)
     """
-    _check_arguments(accelerator, defense, model, loss_fn, parameters)
-    check_all_joined(accelerator.num_processes)
-    whole = accelerator.unwrap_model(model)
-    refuse_engines(accelerator, whole, defense)
-    if defense.splits_batch:
-        raise ValueError(
-            "defense: expected batch_share=1, got a smaller one; loss_fn computes the loss of the whole batch"
-        )
-    active = _is_active(defense, epoch, step)
-    IdleLoop.of(accelerator).count(defense, active=active, epoch=epoch)
-    passes = _Passes(accelerator, defense.passes if active else 1, model, loss_fn)
-    if not active:
-        loss = passes(lambda loss: loss, 0)
-        return DefendedLoss(loss, loss, loss, CorruptionNorm(torch.zeros(()), torch.zeros(())), defended=False)
 
-    sharded = is_sharded(whole)
-    if sharded:
-        drop_gathered(whole)
-    run_pass = on_shards(passes, whole) if sharded else passes
-    selected = _selected(whole, parameters)
-    others = trained_beside(selected.values(), model, None)
-    refuse_updates_inside_backward([*selected.values(), *others])
-    embedding = find_input_embedding(whole) if defense.perturbs_inputs else None
-    processes = ProcessGroup() if accelerator.num_processes > 1 and not sharded else None
-    if not defense.first_pass_is_stock:
-        passes.move_buffers()
-    with DefendedStep(selected, run_pass, defense.passes, others, embedding, processes=processes) as defended:
-        defense.minimize(defended)
-        norm = defended.withdraw(defense.order)
-    return DefendedLoss(defended.risk, defended.losses[0], defended.losses[-1], norm, defended=True)
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        defense: Defense,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+        *,
+        reuse_prefix: bool = True,
+    ) -> None:
+        _check_arguments(accelerator, defense, model, parameters)
+        check_all_joined(accelerator.num_processes)
+        self._accelerator, self._defense, self._model = accelerator, defense, model
+        self._whole = accelerator.unwrap_model(model)
+        refuse_engines(accelerator, self._whole, defense)
+        if is_sharded(self._whole):
+            drop_gathered(self._whole)
+        self._selected = _selected(self._whole, parameters)
+        self._others = trained_beside(self._selected.values(), model, None)
+        self._embedding = find_input_embedding(self._whole) if defense.perturbs_inputs else None
+        self._runner = StepRunner(reuse_prefix=reuse_prefix)
+
+    @property
+    def shared_prefix(self) -> PrefixReuse | None:
+        """What the passes of a step share; None before the first defended step, or where each runs all."""
+        return self._runner.shared_prefix
+
+    def __call__(
+        self,
+        loss_fn: Callable[..., Tensor],
+        batch: Any = None,
+        *,
+        epoch: float | None = None,
+        step: int | None = None,
+    ) -> DefendedLoss:
+        """Run one micro-batch.
+
+        Args:
+            loss_fn: `loss_fn()` computes the mean loss of this micro-batch, such as `lambda: model(**batch).loss`. It
+                must be the same function of the weights at each call, but for dropout.
+            batch: What `loss_fn` is called with, where it takes the batch: `lambda batch: model(**batch).loss`, say.
+                Each pass gets containers and tensors of its own, or the part that a `batch_share` asks for.
+            epoch: How many epochs are done, a fraction is fine; for a defense with a `start_epoch`.
+            step: How many optimizer steps are done; for a defense with an `interval`.
+
+        Returns:
+            The risk and the losses, not divided by the accumulation steps. Where the defense is not active (before its
+            start epoch, say) all of them are the plain loss, and `defended` is False. A loop that ends without having
+            been defended once says so in a warning, when its Accelerator goes.
+
+        Raises:
+            ValueError: `epoch` or `step` is missing or negative, the defense sees parts of the batch and there is no
+                `batch`, or a hook takes a gradient inside `backward`.
+            TypeError: `loss_fn` is a loss instead of a function, or returned no scalar tensor.
+        """
+        defense = self._defense
+        if not callable(loss_fn):
+            raise TypeError(
+                f"loss_fn: expected a function that computes the loss, since it runs once for each pass, got "
+                f"{_kind(loss_fn)}; pass for example lambda: model(**batch).loss"
+            )
+        if defense.splits_batch and batch is None:
+            raise ValueError(
+                "batch: expected the batch for a defense with batch_share below 1, got None; call "
+                "backward(loss_fn, batch) with a loss_fn that takes it, or set batch_share to 1"
+            )
+        passes = _LoopPasses(self._accelerator, defense, self._model, loss_fn, batch)
+        active = _is_active(defense, epoch, step)
+        IdleLoop.of(self._accelerator).count(defense, active=active, epoch=epoch)
+        if not active:
+            loss = passes.stock()
+            return DefendedLoss(loss, loss, loss, CorruptionNorm(torch.zeros(()), torch.zeros(())), defended=False)
+        if is_sharded(self._whole):
+            drop_gathered(self._whole)
+        defended, norm = self._runner.run(passes, self._selected, self._others, self._embedding)
+        return DefendedLoss(defended.risk, defended.losses[0], defended.losses[-1], norm, defended=True)
 
 
-def _check_arguments(accelerator: object, defense: object, model: object, loss_fn: object, parameters: object) -> None:
+def defended_backward(
+    accelerator: Accelerator,
+    defense: Defense,
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    parameters: Mapping[str, nn.Parameter] | None = None,
+    *,
+    batch: Any = None,
+    epoch: float | None = None,
+    step: int | None = None,
+) -> DefendedLoss:
+    """Run one step of a `DefendedBackward` that is thrown away: all of the model is run in each pass.
+
+    Args, returns and raises as there.
+
+    Examples:
+        >>> from hf_parcor import SAM, CorruptionConstraint
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.ones_(model.weight)
+        >>> defense = SAM(CorruptionConstraint(epsilon=0.5))
+        >>> loss = defended_backward(
+        ...     Accelerator(cpu=True), defense, model, lambda: model(torch.ones(1, 1)).square().sum()
+        ... )
+        >>> loss.risk.item(), model.weight.grad.item()
+        (2.25, 3.0)
+    """
+    backward = DefendedBackward(accelerator, defense, model, parameters, reuse_prefix=False)
+    return backward(loss_fn, batch, epoch=epoch, step=step)
+
+
+def _check_arguments(accelerator: object, defense: object, model: object, parameters: object) -> None:
     if not isinstance(accelerator, Accelerator):
         raise TypeError(
             f"accelerator: expected an Accelerator, got {_kind(accelerator)}; the arguments are accelerator, defense, "
@@ -143,11 +201,6 @@ def _check_arguments(accelerator: object, defense: object, model: object, loss_f
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected what accelerator.prepare returned for it, got {_kind(model)}; pass the model"
-        )
-    if not callable(loss_fn):
-        raise TypeError(
-            f"loss_fn: expected a function that computes the loss, since it runs once for each pass, got "
-            f"{_kind(loss_fn)}; pass for example lambda: model(**batch).loss"
         )
     if parameters is not None and not (
         isinstance(parameters, Mapping) and all(isinstance(value, nn.Parameter) for value in parameters.values())
@@ -198,31 +251,40 @@ def _selected(model: nn.Module, parameters: Mapping[str, nn.Parameter] | None) -
     return check_trained(dict(parameters))
 
 
-class _Passes:
-    """`passes(objective, index)` runs the loop's own forward and backward with this objective."""
+class _LoopPasses(Passes):
+    """The passes of a step of a loop: its own loss, sent backward by Accelerate."""
 
-    def __init__(self, accelerator: Accelerator, passes: int, model: nn.Module, loss_fn: Callable[[], Tensor]) -> None:
-        self._accelerator, self._passes, self._model, self._loss_fn = accelerator, passes, model, loss_fn
-        self._buffers = StepBuffers(model, wrapped=wrapped_by(model))
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        defense: Defense,
+        model: nn.Module,
+        loss_fn: Callable[..., Tensor],
+        batch: Any,
+    ) -> None:
+        super().__init__(accelerator, defense, model)
+        self._loss_fn, self._batch = loss_fn, batch
+        self._as_given = private_copy(batch)
 
-    def move_buffers(self) -> None:
-        """Run the model forward at its own weights, where the first pass is not to move the buffers."""
-        if next(self._model.buffers(), None) is not None:
-            with self._buffers.moving(), self._unreduced(True), random_states_kept(devices_of(self._model)):
-                self._loss_fn()
+    def prepare(self) -> None:
+        """The loop has made the batch ready."""
 
-    def __call__(self, objective: Objective, index: int) -> Tensor:
-        with self._buffers.of_pass(index), self._unreduced(index < self._passes - 1):
-            loss = self._loss_fn()
-            if not isinstance(loss, Tensor) or loss.ndim:
-                found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise TypeError(f"loss_fn: expected a scalar tensor, got {found}; return the mean loss of the batch")
-            value = scaled(self._accelerator, objective, loss)
-            self._accelerator.backward(value)
+    def stock(self) -> Tensor:
+        """Run the stock step."""
+        loss = self._loss(self._batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _run(self, objective: Objective, index: int, share: float) -> Tensor:
+        with self._reducing_at_the_end(index):
+            batch = None if self._batch is None else private_copy(first_examples(self._as_given, share))
+            value = scaled(self.accelerator, objective, self._loss(batch))
+            self.accelerator.backward(value)
         return value.detach()
 
-    def _unreduced(self, wanted: bool) -> AbstractContextManager[None]:
-        if not wanted or is_sharded(self._model):
-            return nullcontext()
-        context: AbstractContextManager[None] = self._accelerator.no_sync(self._model)
-        return context
+    def _loss(self, batch: Any) -> Tensor:
+        loss = self._loss_fn() if self._batch is None else self._loss_fn(batch)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss_fn: expected a scalar tensor, got {found}; return the mean loss of the batch")
+        return loss

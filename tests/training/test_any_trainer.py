@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_parcor import SAM, CorruptionConstraint, MultiStepRisk, ParameterDefenseMixin
-from hf_parcor.training.passes import books_closed
+from hf_parcor.training.passes import counters_kept
 
 EPSILON = 0.2
 L2 = CorruptionConstraint(epsilon=EPSILON)
@@ -81,7 +81,7 @@ def test_books_come_back_as_they_were_after_an_error_too(tiny_bert, train, argum
     metrics, data, losses = trainer.metrics, trainer.train_dataset, trainer.losses
 
     def fail():
-        with books_closed(trainer):
+        with counters_kept(trainer):
             assert trainer.metrics == metrics
             assert trainer.metrics is not metrics
             assert trainer.train_dataset is data, "data is not copied"
@@ -127,7 +127,7 @@ BOOKS = {
 def test_a_book_is_copied_and_nothing_else_is(kind):
     value, is_book = BOOKS[kind]
     trainer = SimpleNamespace(first=value, second=value, inside={"of": value})
-    with books_closed(trainer):
+    with counters_kept(trainer):
         assert (trainer.first is not value) == (is_book and not isinstance(value, int))
         assert trainer.first is trainer.second
         assert trainer.first is trainer.inside["of"], "what is one object stays one"
@@ -145,7 +145,7 @@ def test_what_is_written_into_a_copied_book_stays_in_the_copy():
         return {"train": defaultdict(list, loss=[1.0], n=deque([1], maxlen=2)), "seen": [torch.tensor(1.0), [2]]}
 
     trainer = SimpleNamespace(metrics=build())
-    with books_closed(trainer):
+    with counters_kept(trainer):
         trainer.metrics["train"]["new"].append(1.0)
         trainer.metrics["train"]["n"].extend([2, 3])
         assert list(trainer.metrics["train"]["n"]) == [2, 3]

@@ -165,9 +165,9 @@ def test_a_stream_has_no_length_and_is_judged_at_its_end(train, caplog, rows):
 )
 def test_defended_steps_are_counted(defense, options, steps, train, caplog):
     trainer, *_ = run(train, caplog, defense, options, {})
-    assert trainer._step_log.defended_steps == steps
+    assert trainer._parameter_defense.log.defended_steps == steps
     trainer.train()
-    assert trainer._step_log.defended_steps == steps, "of one run"
+    assert trainer._parameter_defense.log.defended_steps == steps, "of one run"
 
 
 def test_stays_removed(train, arguments, rows):
@@ -182,6 +182,6 @@ def test_a_resumed_run_that_is_too_short_for_its_interval_is_no_news(train, argu
     options = {"save_strategy": "steps", "save_steps": 5}
     trainer, said, _ = run(train, caplog, late(interval=4), options, {})
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    assert trainer._step_log.defended_steps == 0
+    assert trainer._parameter_defense.log.defended_steps == 0
     assert said == []
     assert not [record for record in caplog.records if record.name == idle_module.__name__]

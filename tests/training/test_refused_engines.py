@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate.utils import DistributedType
+from transformers import Trainer
 
-from hf_parcor import MultiStepRisk, ParameterDefenseTrainer
+from hf_parcor import MultiStepRisk, ParameterDefenseMixin
 from hf_parcor.training.arguments import NO_DEFENSE, ParameterDefenseTrainingArguments
 
 
@@ -82,12 +83,15 @@ def build(tiny_bert, arguments):
     """Make a Trainer on an engine: what the stock Trainer has found is there when the defense is checked."""
 
     def make(take, **options):
-        class Trainer(ParameterDefenseTrainer):
-            def _take_settings(self):
+        class OnEngine(Trainer):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
                 take(self)
-                super()._take_settings()
 
-        return Trainer(model=tiny_bert(), args=arguments(ParameterDefenseTrainingArguments, **options))
+        class Defended(ParameterDefenseMixin, OnEngine):
+            pass
+
+        return Defended(model=tiny_bert(), args=arguments(ParameterDefenseTrainingArguments, **options))
 
     return make
 

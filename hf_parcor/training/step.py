@@ -1,0 +1,100 @@
+"""The defended step, whoever runs the loop: what its passes share, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from hf_parcor.defenses import DefendedStep
+from hf_parcor.distributed.ddp import reduction_of
+from hf_parcor.distributed.fsdp import is_sharded
+from hf_parcor.distributed.processes import ProcessGroup
+from hf_parcor.injection import CorruptionNorm
+from hf_parcor.prefix import PrefixReuse
+from hf_parcor.training.checks import refuse_updates_inside_backward
+from hf_parcor.training.passes import Passes
+from hf_parcor.training.shared_prefix import find_shared_prefix, on_shards, suffix_share
+
+
+class StepRunner:
+    """Runs the defended steps of one loop, and remembers what the first of them found out.
+
+    That is which part of the model the passes can share, and whether any buffer moves; another model, other parameters
+    or another defense are found out anew.
+
+    Args:
+        reuse_prefix: Whether what is computed before the first defended parameter is run once for all passes of a
+            step; see `PrefixReuse`. Default True.
+        devices: How many devices DataParallel splits the batch over. Default 1.
+
+    Attributes:
+        shared_prefix: What the passes of a step share; None before the first defended step, or where each runs all.
+        cost: What the last defended step cost, in stock steps.
+    """
+
+    def __init__(self, *, reuse_prefix: bool = True, devices: int = 1) -> None:
+        self.reuse_prefix, self._devices = reuse_prefix, devices
+        self.shared_prefix: PrefixReuse | None = None
+        self.cost = 1.0
+        self._known: tuple[object, ...] | None = None
+        self._buffers_move = True  # until one step has shown that they do not
+        self._suffix_share = 1.0  # of what a pass computes, where later passes share the rest
+
+    def run(
+        self,
+        passes: Passes,
+        selected: Mapping[str, nn.Parameter],
+        others: Iterable[nn.Parameter],
+        embedding: nn.Module | None = None,
+    ) -> tuple[DefendedStep, CorruptionNorm]:
+        """Run one micro-batch.
+
+        Args:
+            passes: The loop's.
+            selected: The defended parameters, by name.
+            others: All other parameters that are trained.
+            embedding: The model's input embedding, for a defense that perturbs the inputs.
+
+        Returns:
+            The step, which is over, and the norm of its last corruption.
+
+        Raises:
+            ValueError: A hook takes gradients inside `backward`.
+        """
+        defense, model, others = passes.defense, passes.model, list(others)
+        refuse_updates_inside_backward([*selected.values(), *others])
+        self._find_out(passes, selected)
+        passes.share(self.shared_prefix)
+        # A forward pass more of the prefix than in a stock step costs a third of it.
+        forwards = 0 if self.shared_prefix is None else self.shared_prefix.forwards - 1
+        self.cost = 1 + (defense.cost - 1) * self._suffix_share + forwards * (1 - self._suffix_share) / 3
+        if not defense.first_pass_is_stock and self._buffers_move:
+            self._buffers_move = passes.move_buffers()
+            self.cost += self._buffers_move / 3
+        sharded = is_sharded(model)
+        with DefendedStep(
+            selected,
+            on_shards(passes, model) if sharded else passes,
+            defense.passes,
+            others,
+            embedding=embedding,
+            prefix=self.shared_prefix,
+            reduction=reduction_of(model),
+            # Gradients of shards are means over all processes already.
+            processes=ProcessGroup() if passes.accelerator.num_processes > 1 and not sharded else None,
+        ) as step:
+            defense.minimize(step)
+            norm = step.withdraw(defense.order)
+        return step, norm
+
+    def _find_out(self, passes: Passes, selected: Mapping[str, nn.Parameter]) -> None:
+        # Ids stay theirs: the prefix holds the model's modules.
+        found = (self.reuse_prefix, passes.defense, id(passes.model), *map(id, selected.values()))
+        if self._known == found:
+            return
+        self._known, self._buffers_move, self._suffix_share, self.shared_prefix = found, True, 1.0, None
+        if self.reuse_prefix:
+            self.shared_prefix = find_shared_prefix(passes, selected, self._devices)
+        if self.shared_prefix is not None:
+            self._suffix_share = suffix_share(passes.model, self.shared_prefix)
