@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hf_parcor.arguments import check_norm_order, check_radius, check_top_n
 
@@ -31,9 +31,15 @@ class CorruptionConstraint:
         L∞ ε=0.0005 n=100
     """
 
-    p: float = 2.0
-    epsilon: float
-    top_n: int | None = None
+    p: float = field(
+        default=2.0, metadata={"help": "order p of the corruption constraint's norm: 2, or inf", "flag": "norm"}
+    )
+    epsilon: float = field(
+        metadata={"help": "radius of the corruption constraint, in units of the weights (SAM: rho); 0 for none"}
+    )
+    top_n: int | None = field(
+        default=None, metadata={"help": "the largest number of corrupted entries; not set for no limit"}
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "p", check_norm_order(self.p))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -31,7 +31,7 @@ class ACRT(ConstrainedDefense):
         ValueError: `alpha` outside [0, 1].
     """
 
-    alpha: float = 0.5
+    alpha: float = field(default=0.5, metadata={"help": "weight of the corrupted loss"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,9 +51,11 @@ class AWP(ProjectedAscent):
         3
     """
 
-    per_tensor: bool = False
-    input_epsilon: float = 0.1
-    input_steps: int = 1
+    per_tensor: bool = field(default=False, metadata={"help": "a radius epsilon * |w_l| for each tensor by itself"})
+    input_epsilon: float = field(
+        default=0.1, metadata={"help": "radius of the adversarial inputs, in units of the embedding"}
+    )
+    input_steps: int = field(default=1, metadata={"help": "steps that find the adversarial inputs; 0 for none"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

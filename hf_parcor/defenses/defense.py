@@ -27,8 +27,12 @@ class Defense(ABC):
         ValueError: `start_epoch` is negative, infinite or NaN, or `interval < 1`.
     """
 
-    start_epoch: float = 0.0
-    interval: int = 1
+    start_epoch: float = field(
+        default=0.0, metadata={"help": "train without the defense until this epoch; a fraction is fine"}
+    )
+    interval: int = field(
+        default=1, metadata={"help": "defend every so many optimizer steps; an approximation that costs less"}
+    )
 
     def __post_init__(self) -> None:
         check_radius("start_epoch", self.start_epoch)
@@ -107,8 +111,16 @@ class ConstrainedDefense(Defense):
     """
 
     constraint: CorruptionConstraint
-    batch_share: float = field(default=1.0, kw_only=True)
-    sync_perturbation: bool = field(default=False, kw_only=True)
+    batch_share: float = field(
+        default=1.0,
+        kw_only=True,
+        metadata={"help": "share of the batch that the passes see which a stock step lacks; it costs less"},
+    )
+    sync_perturbation: bool = field(
+        default=False,
+        kw_only=True,
+        metadata={"help": "on several processes, find one corruption for the batches of all of them"},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -43,8 +43,8 @@ class GradientPenalty(Defense):
         ValueError: `p < 1` or `weight < 0`, or NaN.
     """
 
-    p: float = 2.0
-    weight: float = 0.05
+    p: float = field(default=2.0, metadata={"help": "order p of the norm of the corruption", "flag": "norm"})
+    weight: float = field(default=0.05, metadata={"help": "weight of the gradient's norm, in units of the weights"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

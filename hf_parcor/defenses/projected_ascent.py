@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor
@@ -39,9 +39,13 @@ class ProjectedAscent(ConstrainedDefense):
         ValueError: `steps < 0` or `step_size < 0`.
     """
 
-    steps: int = 1
-    step_size: float | None = None
-    random_start: bool = False
+    steps: int = field(default=1, metadata={"help": "corruption steps K; a training step takes K + 1 passes"})
+    step_size: float | None = field(
+        default=None, metadata={"help": "size of one corruption step; not set for 1.5 epsilon / K"}
+    )
+    random_start: bool = field(
+        default=False, metadata={"help": "start the corruption from a random point of norm epsilon instead of zero"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, TypeVar, get_type_hints
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_parcor.constraints import CorruptionConstraint
-from hf_parcor.defenses import ACRT, AWP, DEFENSES, Defense, GradientPenalty, MultiStepRisk
+from hf_parcor.defenses import DEFENSES, Defense, MultiStepRisk
 from hf_parcor.training.config import DefenseConfig
 
 DEFAULT_DEFENSE = MultiStepRisk(CorruptionConstraint(epsilon=0.1))
@@ -18,79 +18,59 @@ DEFAULT_DEFENSE = MultiStepRisk(CorruptionConstraint(epsilon=0.1))
 
 NO_DEFENSE = "none"
 _PREFIX = "defense_"
-_NOT_OF_THE_DEFENSE = ("defense", "target_modules", "exclude_modules", "layers", "reuse_prefix")
+_OF_THE_TARGETS = ("defense_target_modules", "defense_exclude_modules", "defense_layers")
+_NOT_OF_THE_DEFENSE = (*_OF_THE_TARGETS, "defense_reuse_prefix")
+
+
+def _settings_of(kind: type[Defense]) -> Iterator[tuple[str, Any, Field[Any]]]:
+    """Yield the settings of a defense that are numbers, those of its constraint for the constraint."""
+    hints = get_type_hints(kind)
+    for setting in sorted(fields(kind), key=lambda setting: setting.kw_only):  # what all have comes last
+        if hints[setting.name] is CorruptionConstraint:
+            constraint = get_type_hints(CorruptionConstraint)
+            yield from ((part.name, constraint[part.name], part) for part in fields(CorruptionConstraint))
+        else:
+            yield setting.name, hints[setting.name], setting
+
+
+def _flag_of(setting: Field[Any]) -> str:
+    return _PREFIX + str(setting.metadata.get("flag", setting.name))
+
+
+_Kind = TypeVar("_Kind")
+
+
+def _with_a_flag_for_each_setting(kind: type[_Kind]) -> type[_Kind]:
+    """Add flags for the settings of all defenses in the catalogue, after the first field of a class."""
+    first, *others = kind.__annotations__.items()
+    flags: dict[str, Any] = dict([first])
+    known: dict[str, tuple[Any, Field[Any], list[str]]] = {}
+    for defense, one in DEFENSES.items():
+        for _, hint, setting in _settings_of(one):
+            known.setdefault(_flag_of(setting), (hint, setting, []))[2].append(defense)
+    for flag, (hint, setting, defenses) in known.items():
+        # What has no default of its own, ε, has that of the default defense.
+        default = DEFAULT_DEFENSE.constraint.epsilon if setting.default is MISSING else setting.default
+        words = setting.metadata["help"]
+        of_whom = "" if len(defenses) == len(DEFENSES) else f" ({', '.join(defenses)})"
+        flags[flag] = hint
+        setattr(kind, flag, field(default=default, metadata={"help": f"{words[0].upper()}{words[1:]}{of_whom}."}))
+    kind.__annotations__ = {**flags, **dict(others)}
+    return kind
 
 
 @dataclass
+@_with_a_flag_for_each_setting
 class DefenseArguments:
-    """The defense as flags, `--defense_*`; mixed into the arguments classes of both Trainers."""
+    """The defense as flags, mixed into the arguments classes of both Trainers.
+
+    Beside those below there is a flag `--defense_X` for each setting X of each defense in the catalogue, with the
+    default that it has there; that of a constraint's p is `--defense_norm`.
+    """
 
     defense: str = field(
         default=next(name for name, kind in DEFENSES.items() if kind is type(DEFAULT_DEFENSE)),
         metadata={"help": f"Which defense: {', '.join(DEFENSES)}, or {NO_DEFENSE!r} for the stock training step."},
-    )
-    defense_norm: float = field(
-        default=DEFAULT_DEFENSE.constraint.p,
-        metadata={"help": "Order p of the corruption constraint's norm: 2, or inf."},
-    )
-    defense_epsilon: float = field(
-        default=DEFAULT_DEFENSE.constraint.epsilon,
-        metadata={"help": "Radius of the corruption constraint, in units of the weights (SAM: rho). 0 for none."},
-    )
-    defense_top_n: int | None = field(
-        default=DEFAULT_DEFENSE.constraint.top_n,
-        metadata={"help": "The largest number of corrupted entries; not set for no limit."},
-    )
-    defense_steps: int = field(
-        default=DEFAULT_DEFENSE.steps, metadata={"help": "Corruption steps K; a training step takes K + 1 passes."}
-    )
-    defense_step_size: float | None = field(
-        default=DEFAULT_DEFENSE.step_size,
-        metadata={"help": "Size of one corruption step; not set for 1.5 epsilon / K."},
-    )
-    defense_random_start: bool = field(
-        default=DEFAULT_DEFENSE.random_start,
-        metadata={"help": "Start the corruption from a random point of norm epsilon instead of zero."},
-    )
-    defense_per_tensor: bool = field(
-        default=AWP.per_tensor,
-        metadata={"help": "A radius epsilon * |w_l| for each tensor by itself, for the defense awp."},
-    )
-    defense_input_epsilon: float = field(
-        default=AWP.input_epsilon,
-        metadata={"help": "Radius of the adversarial inputs, in units of the embedding, for the defense awp."},
-    )
-    defense_input_steps: int = field(
-        default=AWP.input_steps,
-        metadata={"help": "Steps that find the adversarial inputs, for the defense awp; 0 for none."},
-    )
-    defense_alpha: float = field(
-        default=ACRT.alpha, metadata={"help": "Weight of the corrupted loss, for the defense acrt."}
-    )
-    defense_weight: float = field(
-        default=GradientPenalty.weight,
-        metadata={"help": "Weight of the gradient's norm, for the defense gradient_penalty."},
-    )
-    defense_start_epoch: float = field(
-        default=Defense.start_epoch,
-        metadata={"help": "Train without the defense until this epoch; a fraction is fine."},
-    )
-    defense_interval: int = field(
-        default=Defense.interval,
-        metadata={"help": "Defend every so many optimizer steps; an approximation that costs less."},
-    )
-    defense_batch_share: float = field(
-        default=DEFAULT_DEFENSE.batch_share,
-        metadata={
-            "help": "Share of the batch that the passes see which a stock step does not have; an approximation that "
-            "costs less."
-        },
-    )
-    defense_sync_perturbation: bool = field(
-        default=DEFAULT_DEFENSE.sync_perturbation,
-        metadata={
-            "help": "On several processes, find one corruption on the batches of all of them instead of one each."
-        },
     )
     defense_target_modules: list[str] | None = field(
         default=None,
@@ -126,7 +106,7 @@ class Seq2SeqParameterDefenseTrainingArguments(DefenseArguments, Seq2SeqTraining
 def build_defense(arguments: DefenseArguments) -> Defense | None:
     """Return the defense that the flags describe, None for the stock training step.
 
-    Every flag `--defense_X` whose X is a setting of the chosen defense is handed to it.
+    Each setting of the chosen defense has the value of its flag.
 
     Raises:
         ValueError: An unknown defense, a setting out of range, or a flag that the chosen defense does not know.
@@ -137,30 +117,18 @@ def build_defense(arguments: DefenseArguments) -> Defense | None:
         known = ", ".join([*DEFENSES, NO_DEFENSE])
         raise ValueError(f"defense: expected one of {known}, got {arguments.defense!r}; choose one of these")
     chosen = DEFENSES[arguments.defense]
-    accepted = {setting.name for setting in fields(chosen)}
-    settings: dict[str, Any] = {}
-    handled = set(_NOT_OF_THE_DEFENSE)
-    if "constraint" in accepted:
-        settings["constraint"] = CorruptionConstraint(
-            p=arguments.defense_norm, epsilon=arguments.defense_epsilon, top_n=arguments.defense_top_n
-        )
-        handled |= {"norm", "epsilon", "top_n"}
-    elif "p" in accepted:
-        settings["p"] = arguments.defense_norm
-        handled.add("norm")
+    values = {setting.name: getattr(arguments, _flag_of(setting)) for _, _, setting in _settings_of(chosen)}
+    expected = {"defense", *_NOT_OF_THE_DEFENSE, *(_flag_of(setting) for _, _, setting in _settings_of(chosen))}
     for flag in fields(DefenseArguments):
-        name, value = flag.name.removeprefix(_PREFIX), getattr(arguments, flag.name)
-        if name in accepted:
-            settings[name] = value
-        elif name not in handled and value != flag.default:
+        if flag.name not in expected and getattr(arguments, flag.name) != flag.default:
             raise ValueError(
-                f"--{flag.name}: expected a setting of {arguments.defense}, got {value!r} for one that it does not "
-                "have; leave the flag out"
+                f"--{flag.name}: expected a setting of {arguments.defense}, got {getattr(arguments, flag.name)!r} for "
+                "one that it does not have; leave the flag out"
             )
-    return chosen(**settings)
-
-
-_OF_THE_TARGETS = ("defense_target_modules", "defense_exclude_modules", "defense_layers")
+    if "constraint" in (setting.name for setting in fields(chosen)):
+        parts = {part.name: values.pop(part.name) for part in fields(CorruptionConstraint)}
+        values["constraint"] = CorruptionConstraint(**parts)
+    return chosen(**values)
 
 
 class DefenseSettings:
@@ -267,7 +235,7 @@ def _defense_of(arguments: DefenseArguments) -> Defense | None:
 
 def _argument_of(flag: str) -> str:
     """Return the Trainer's argument that stands for a flag."""
-    return flag.removeprefix("defense_") if flag in (*_OF_THE_TARGETS, "defense_reuse_prefix") else "defense"
+    return flag.removeprefix("defense_") if flag in _NOT_OF_THE_DEFENSE else "defense"
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from campaigns.summary import mean_and_deviation
 
 from hf_parcor.corruptions import Corruption
+from hf_parcor.defenses import ConstrainedDefense
 from hf_parcor.reports.markup import markdown_table
 from hf_parcor.reports.plots import line_styles, new_figure
 from hf_parcor.statistics import MeanAndSpread, student_t_test
@@ -53,11 +54,12 @@ def table_2(campaign: Campaign) -> str:
     for name, arm in campaign.study.arms.items():
         if name in ("last-layer", "acrt", "awp"):
             continue
-        defense = arm.arguments if arm.defense is not None else None
-        steps = "-" if defense is None else str(defense.defense_steps)
-        norm = "-" if defense is None else "L2" if defense.defense_norm == 2 else "L∞"
-        radius = "-" if defense is None else f"{defense.defense_epsilon:.2g}"
-        start = "random" if defense is not None and defense.defense_random_start else ""
+        defense = arm.defense
+        constraint = defense.constraint if isinstance(defense, ConstrainedDefense) else None
+        steps = "-" if defense is None else str(getattr(defense, "steps", 1))
+        norm = "-" if constraint is None else "L2" if constraint.p == 2 else "L∞"
+        radius = "-" if constraint is None else f"{constraint.epsilon:.2g}"
+        start = "random" if getattr(defense, "random_start", False) else ""
         bleu = shown(campaign.bleu(campaign.records(name, "clean", []), 0))
         rows.append([arm.label, norm, steps, radius, start, bleu, *([f"{paper[name]:.2f}"] if paper else [])])
     return markdown_table(["setting", "norm", "K", "ε", "start", "BLEU", *(["paper"] if paper else [])], rows)
