@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_parcor.arguments import check_radius
 
 
-def ascend_per_example(perturbation: Tensor, gradient: Tensor, radius: float, epsilon: float) -> Tensor:
+def ascend_per_example(perturbation: Tensor, gradient: Tensor, step_size: float, epsilon: float) -> Tensor:
     r"""Return one step of projected gradient ascent for each example of a batch.
 
     .. math:: \Pi(\delta_i + u_i), \quad u_i = \arg\max_{\|u\|_2 \le r} u^T g_i, \quad \|\Pi(\cdot)\|_2 \le \epsilon
@@ -20,7 +20,7 @@ def ascend_per_example(perturbation: Tensor, gradient: Tensor, radius: float, ep
     Args:
         perturbation: δ, `[batch, ...]`; the norm of an example goes over all other dimensions.
         gradient: g, of the same shape.
-        radius: r ≥ 0, the step size.
+        step_size: r ≥ 0.
         epsilon: ε ≥ 0, the radius of each example's ball.
 
     Returns:
@@ -31,18 +31,18 @@ def ascend_per_example(perturbation: Tensor, gradient: Tensor, radius: float, ep
 
     Examples:
         >>> g = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
-        >>> ascend_per_example(torch.zeros(2, 2), g, radius=1.0, epsilon=2.0)
+        >>> ascend_per_example(torch.zeros(2, 2), g, step_size=1.0, epsilon=2.0)
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
-    check_radius("radius", radius)
+    check_radius("step_size", step_size)
     check_radius("epsilon", epsilon)
     rows = gradient.reshape(len(gradient), -1)
     largest = rows.abs().amax(1, keepdim=True)
     known = torch.isfinite(largest) & (largest > 0)
     rows = torch.where(known, rows / torch.where(known, largest, 1.0), 0.0)
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    moved = perturbation.reshape(rows.shape) + radius * rows / torch.where(known, norms, 1.0)
+    moved = perturbation.reshape(rows.shape) + step_size * rows / torch.where(known, norms, 1.0)
     lengths = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
     return (moved * torch.where(lengths > epsilon, epsilon / lengths, 1.0)).view_as(perturbation)
 
@@ -89,12 +89,12 @@ class AdversarialInputs:
             )
         self._calls = 0
 
-    def displace(self, radius: float, epsilon: float) -> None:
-        """Move every δ one step of this radius along its gradient, and project it: `δ_i ← Π(δ_i + u_i)`."""
+    def displace(self, step_size: float, epsilon: float) -> None:
+        """Move every δ one step of this size along its gradient, and project it: `δ_i ← Π(δ_i + u_i)`."""
         for perturbation in self._perturbations:
             gradient, perturbation.grad = perturbation.grad, None
             if gradient is not None:
-                perturbation.detach().copy_(ascend_per_example(perturbation.detach(), gradient, radius, epsilon))
+                perturbation.detach().copy_(ascend_per_example(perturbation.detach(), gradient, step_size, epsilon))
 
     def withdraw(self) -> None:
         """Take the hook away."""

@@ -106,7 +106,7 @@ class AWP(ProjectedAscent):
         for _ in range(self._input_passes):
             step.probe(watch_inputs=True)
             step.displace_inputs(STEP_SIZE_FACTOR * self.input_epsilon / self.input_steps, self.input_epsilon)
-        sizes = {name: vector_norm([w.detach()], self.order) for name, w in step.parameters.items() if self.per_tensor}
+        sizes = {name: vector_norm([w.detach()], self.p) for name, w in step.parameters.items() if self.per_tensor}
         if self._weight_passes:
             self.start(step)
         for _ in range(self._weight_passes):
@@ -121,7 +121,7 @@ class AWP(ProjectedAscent):
         """Take one corruption step, `a_l ← Π(a_l + u_l)`, each tensor in units of its own size."""
         update, projection = step.gradients(self.sync_perturbation), self.projection
         for name, tensor in update.items():
-            constrained_maximum_([tensor], self.order, self.radius, self.constraint.top_n)
+            constrained_maximum_([tensor], self.p, self.resolved_step_size, self.constraint.top_n)
             tensor.mul_(sizes[name])
 
         def project(corruption: list[Tensor]) -> None:

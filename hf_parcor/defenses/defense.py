@@ -50,7 +50,7 @@ class Defense(ABC):
 
     @property
     @abstractmethod
-    def order(self) -> float:
+    def p(self) -> float:
         """The order p of the norm that corruptions are measured in."""
 
     @property
@@ -143,7 +143,7 @@ class ConstrainedDefense(Defense):
         return 1 + (self.passes - 1) * self.batch_share
 
     @property
-    def order(self) -> float:
+    def p(self) -> float:
         """The constraint's p."""
         return self.constraint.p
 

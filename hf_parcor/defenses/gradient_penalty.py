@@ -62,11 +62,6 @@ class GradientPenalty(Defense):
         return 3.0
 
     @property
-    def order(self) -> float:
-        """The order p."""
-        return self.p
-
-    @property
     def is_stock(self) -> bool:
         """Whether the penalty has no weight."""
         return self.weight == 0

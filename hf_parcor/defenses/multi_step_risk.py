@@ -38,7 +38,7 @@ class MultiStepRisk(ProjectedAscent):
     Examples:
         >>> from hf_parcor import CorruptionConstraint
         >>> defense = MultiStepRisk(CorruptionConstraint(epsilon=0.1), steps=2)
-        >>> defense.passes, round(defense.radius, 3)
+        >>> defense.passes, round(defense.resolved_step_size, 3)
         (3, 0.075)
     """
 

@@ -70,7 +70,7 @@ class ProjectedAscent(ConstrainedDefense):
         return self.random_start or self.step_size != 0
 
     @property
-    def radius(self) -> float:
+    def resolved_step_size(self) -> float:
         """The step size α."""
         return STEP_SIZE_FACTOR * self.constraint.epsilon / self.steps if self.step_size is None else self.step_size
 
@@ -101,4 +101,4 @@ class ProjectedAscent(ConstrainedDefense):
         """Take one corruption step along the last pass's gradient: `a ← Π_S(a + u)`."""
         # A first step from zero has n entries at most: to select them again took as long as the selection itself.
         projection = self.projection if step.is_displaced else self._projection(None)
-        step.displace(self.update(step, self.radius), projection)
+        step.displace(self.update(step, self.resolved_step_size), projection)

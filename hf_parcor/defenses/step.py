@@ -207,15 +207,15 @@ class DefendedStep:
         """Move the corruption, `a ← Π(a + u)`, and with it the weights."""
         self._injection.displace(update, project)
 
-    def displace_inputs(self, radius: float, epsilon: float) -> None:
-        """Move the inputs one step of this radius along their gradient, each example inside its ball of epsilon.
+    def displace_inputs(self, step_size: float, epsilon: float) -> None:
+        """Move the inputs one step of this size along their gradient, each example inside its ball of epsilon.
 
         Raises:
             ValueError: No probe has watched the inputs.
         """
         if self._inputs is None:
             raise ValueError("displace_inputs: expected a probe before that watched the inputs, got none")
-        self._inputs.displace(radius, epsilon)
+        self._inputs.displace(step_size, epsilon)
 
     def withdraw(self, p: float) -> CorruptionNorm:
         """Restore the weights, and return the norm of the corruption that they last held."""

@@ -25,7 +25,7 @@ _NOT_OF_THE_DEFENSE = (*_OF_THE_TARGETS, "defense_reuse_prefix")
 def _settings_of(kind: type[Defense]) -> Iterator[tuple[str, Any, Field[Any]]]:
     """Yield the settings of a defense that are numbers, those of its constraint for the constraint."""
     hints = get_type_hints(kind)
-    for setting in sorted(fields(kind), key=lambda setting: setting.kw_only):  # what all have comes last
+    for setting in sorted(fields(kind), key=lambda setting: bool(setting.kw_only)):  # what all have comes last
         if hints[setting.name] is CorruptionConstraint:
             constraint = get_type_hints(CorruptionConstraint)
             yield from ((part.name, constraint[part.name], part) for part in fields(CorruptionConstraint))

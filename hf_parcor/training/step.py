@@ -85,7 +85,7 @@ class StepRunner:
             processes=ProcessGroup() if passes.accelerator.num_processes > 1 and not sharded else None,
         ) as step:
             defense.minimize(step)
-            norm = step.withdraw(defense.order)
+            norm = step.withdraw(defense.p)
         return step, norm
 
     def _find_out(self, passes: Passes, selected: Mapping[str, nn.Parameter]) -> None:
