@@ -24,8 +24,90 @@ from hf_parcor.records.evaluation import EvaluationRecord, SweepRecord
 from hf_parcor.records.metric_info import MetricInfo
 from hf_parcor.targets import TargetError, by_layer
 
+logger = logging.get_logger(__name__)
 
-class CorruptionEvaluator:
+_ALL = ""  # the name of the only group of an evaluator
+
+
+class _Evaluator:
+    """Measures a model with groups of its weights corrupted, one after the other.
+
+    Args:
+        model: As in `CorruptionEvaluator`; what is not named here, too.
+        targets: The targets of each group, by its name, as keyword arguments of `select_parameters`; None for
+            `by_layer`, without those that cannot be corrupted.
+        settings: For `Measurement`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, Mapping[str, Any]] | None,
+        evaluated_on: EvaluationData | None,
+        task: str,
+        **settings: Any,
+    ) -> None:
+        self._model = measurable_model(model)
+        reach = Reach(self._model)
+        if targets is None:
+            self._targets: Mapping[str, Any] = {
+                label: {"target_modules": layer} for label, layer in by_layer(reach.model).items()
+            }
+        else:
+            self._targets = targets
+        if not self._targets:
+            raise ValueError("targets: expected at least one, got none; name the modules to corrupt")
+        selections, left_out = {}, []
+        for label, target in self._targets.items():
+            try:
+                selections[label] = reach.select(**target)
+            except OutOfReachError as error:  # noqa: PERF203, a selection walks through the model
+                if targets is not None:  # what was named is meant
+                    raise
+                left_out.append(f"{label} was left out: {error.described}")
+        if not selections:
+            raise TargetError(
+                f"targets: expected parts that can be corrupted, got {'; '.join(left_out)}; load the model in float32 "
+                "or bfloat16, without quantization and offloading"
+            )
+        for sentence in left_out:
+            logger.warning(f"{sentence}.")
+        self._out_of_reach = {label: (*selection.notes, *left_out) for label, selection in selections.items()}
+        self._groups = {label: selection.parameters for label, selection in selections.items()}
+        for parameters in self._groups.values():
+            check_weights(parameters)
+        self._evaluated_on, self._task = evaluated_on, task
+        self._measurement = Measurement(self._model, **settings)
+
+    def _records(
+        self, corruptions: Sequence[Corruption], trials: int, seed: int, checkpoint: str | Path | None
+    ) -> dict[str, EvaluationRecord]:
+        forget_derived()
+        weights = fingerprint_of_weights(self._model)
+        clean, data, found = self._measurement.run(self._groups, corruptions, trials, seed, weights, checkpoint)
+        versions, task = library_versions(), self._task or task_of(self._model)
+        infos = self._measurement.infos([clean, *(row for rows in found for row in rows)])
+        return {
+            label: EvaluationRecord(
+                model=model_name(self._model),
+                target={key: described(value) for key, value in self._targets[label].items() if value is not None},
+                parameters=numel(list(parameters.values())),
+                clean=clean,
+                corruptions=rows,
+                data=data,
+                versions=versions,
+                notes=(*self._out_of_reach[label], *self._measurement.notes),
+                weights_norm=norm_of(parameters.values()),
+                weights=weights,
+                metric_info=infos,
+                evaluated_on=self._evaluated_on,
+                task=task,
+            )
+            for (label, parameters), rows in zip(self._groups.items(), found, strict=True)
+        }
+
+
+class CorruptionEvaluator(_Evaluator):
     """Measures a model with its weights as they are and under corruptions, and gives every bit back.
 
     The model is never copied. It is measured in evaluation mode, and its training flags are put back; so is the state
@@ -55,10 +137,11 @@ class CorruptionEvaluator:
             evaluator of `evaluate` will do. What tells how long it took is left out. With several processes all of
             them call it at the same time, and what the first got is kept; a `BatchMetric` is spread, and needs the
             same batches in each of them. What it says of itself in `notes` goes into the record.
-        batches: Data for the corruptions that need gradients, a list or a `DataLoader` that does not shuffle; None if
-            none of them does. They, and those of a `BatchMetric`, have to be the same in every walk: unless they are
-            a list, they are walked through twice before anything is measured. With several processes each has all of
-            it: the evaluator spreads the batches itself, also those of a loader that Accelerate prepared.
+        batches: Data for the corruptions that need gradients, a list or a `DataLoader` that does not shuffle. None,
+            the default, for those of the metric if it is a `BatchMetric`, else for none. They, and those of a metric,
+            have to be the same in every walk: unless they are a list, they are walked through twice before anything is
+            measured. With several processes each has all of it: the evaluator spreads the batches itself, also those
+            of a loader that Accelerate prepared.
         loss: `loss(model, batch)` returns the mean loss of a batch; the default takes the model's own.
         target_modules: Which modules may be corrupted, as in `select_parameters`. None, the default, for all
             parameters that can be trained (all, if none can), as in the Trainer: fixed tables such as sinusoidal
@@ -110,23 +193,20 @@ class CorruptionEvaluator:
         evaluated_on: EvaluationData | None = None,
         task: str = "",
     ) -> None:
-        self._target = {
+        target = {
             "target_modules": target_modules,
             "exclude_modules": exclude_modules,
             "module_types": module_types,
             "layers": list(layers) if isinstance(layers, Iterator) else layers,
         }
-        model = measurable_model(model)
-        selection = Reach(model).select(**self._target)
-        self._parameters, self._out_of_reach = selection.parameters, selection.notes
-        check_weights(self._parameters)
-        self._model = model
-        self._evaluated_on, self._task = evaluated_on, task
-        self._measurement = Measurement(
+        super().__init__(
             model,
-            metric,
-            batches,
-            loss,
+            {_ALL: target},
+            evaluated_on,
+            task,
+            metric=metric,
+            batches=batches,
+            loss=loss,
             reuse_prefix=reuse_prefix,
             memory=memory,
             metric_info=metric_info,
@@ -169,32 +249,10 @@ class CorruptionEvaluator:
             TypeError: Something that is no `Corruption`, or a metric that returns no mapping.
             ProcessError: Another process failed.
         """
-        forget_derived()
-        weights = fingerprint_of_weights(self._model)
-        clean, data, (records,) = self._measurement.run(
-            {"": self._parameters}, corruptions, trials, seed, weights, checkpoint
-        )
-        return EvaluationRecord(
-            model=model_name(self._model),
-            target={key: described(value) for key, value in self._target.items() if value is not None},
-            parameters=numel(list(self._parameters.values())),
-            clean=clean,
-            corruptions=records,
-            data=data,
-            versions=library_versions(),
-            notes=(*self._out_of_reach, *self._measurement.notes),
-            weights_norm=norm_of(self._parameters.values()),
-            weights=weights,
-            metric_info=self._measurement.infos([clean, *records]),
-            evaluated_on=self._evaluated_on,
-            task=self._task or task_of(self._model),
-        )
+        return self._records(corruptions, trials, seed, checkpoint)[_ALL]
 
 
-logger = logging.get_logger(__name__)
-
-
-class LayerProbe:
+class LayerProbe(_Evaluator):
     """Measures a model with one part after the other corrupted, as paper 1, Figures 3 to 5.
 
     What can be shared is: the clean measurement; one gradient over the data for the closed-form corruptions of all
@@ -238,38 +296,14 @@ class LayerProbe:
         evaluated_on: EvaluationData | None = None,
         task: str = "",
     ) -> None:
-        model = measurable_model(model)
-        reach = Reach(model)
-        self._targets: dict[str, Any] = dict(by_layer(reach.model) if targets is None else targets)
-        if not self._targets:
-            raise ValueError("targets: expected at least one, got none; name the modules to corrupt")
-        selections, left_out = {}, []
-        for label, target in list(self._targets.items()):
-            try:
-                selections[label] = reach.select(target)
-            except OutOfReachError as error:  # noqa: PERF203, a selection walks through the model
-                if targets is not None:  # what was named is meant
-                    raise
-                left_out.append(f"{label} was left out: {error.described}")
-                del self._targets[label]
-        if not selections:
-            raise TargetError(
-                f"targets: expected parts that can be corrupted, got {'; '.join(left_out)}; load the model in float32 "
-                "or bfloat16, without quantization and offloading"
-            )
-        for sentence in left_out:
-            logger.warning(f"{sentence}.")
-        self._out_of_reach = {label: (*selection.notes, *left_out) for label, selection in selections.items()}
-        self._selections = {label: selection.parameters for label, selection in selections.items()}
-        for selection in self._selections.values():
-            check_weights(selection)
-        self._model = model
-        self._evaluated_on, self._task = evaluated_on, task
-        self._measurement = Measurement(
+        super().__init__(
             model,
-            metric,
-            batches,
-            loss,
+            None if targets is None else {label: {"target_modules": target} for label, target in targets.items()},
+            evaluated_on,
+            task,
+            metric=metric,
+            batches=batches,
+            loss=loss,
             reuse_prefix=reuse_prefix,
             memory=memory,
             metric_info=metric_info,
@@ -300,27 +334,5 @@ class LayerProbe:
             TypeError: As in `CorruptionEvaluator.evaluate`.
             OSError: The checkpoint cannot be read or written.
         """
-        forget_derived()
-        weights = fingerprint_of_weights(self._model)
-        clean, data, records = self._measurement.run(self._selections, corruptions, trials, seed, weights, checkpoint)
-        versions, task = library_versions(), self._task or task_of(self._model)
-        infos = self._measurement.infos([clean, *(row for of_part in records for row in of_part)])
-        of_parts = {
-            label: EvaluationRecord(
-                model=model_name(self._model),
-                target={"target_modules": described(self._targets[label])},
-                parameters=numel(list(selection.values())),
-                clean=clean,
-                corruptions=of_part,
-                data=data,
-                versions=versions,
-                notes=(*self._out_of_reach[label], *self._measurement.notes),
-                weights_norm=norm_of(selection.values()),
-                weights=weights,
-                metric_info=infos,
-                evaluated_on=self._evaluated_on,
-                task=task,
-            )
-            for (label, selection), of_part in zip(self._selections.items(), records, strict=True)
-        }
-        return SweepRecord(of_parts, weights, trials, seed)
+        records = self._records(corruptions, trials, seed, checkpoint)
+        return SweepRecord(records, next(iter(records.values())).weights, trials, seed)

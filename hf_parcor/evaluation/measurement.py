@@ -180,7 +180,7 @@ class Measurement:
     Args:
         model: Any PyTorch model.
         metric: `metric(model)` returns numbers by name.
-        batches: Data for the corruptions that need gradients, or None.
+        batches: Data for the corruptions that need gradients; None for those of the metric, if it has any.
         loss: `loss(model, batch)` returns the mean loss of a batch.
         reuse_prefix: Whether what does not depend on a part runs once a batch for all its corruptions.
         memory: How many bytes the corruptions that are measured together may take.
@@ -205,9 +205,11 @@ class Measurement:
         progress: bool,
     ) -> None:
         self._infos = checked_infos(metric_info)
+        maybe: Any = metric
+        if batches is None and isinstance(maybe, BatchMetric):
+            batches = maybe.batches
         if batches is not None:
             check_repeatable(batches)
-        maybe: Any = metric
         sharded = is_sharded(model)  # there every module that is called gathers, and every pass must end
         reuses = reuse_prefix and not sharded and isinstance(maybe, BatchMetric)
         self._by_batch: BatchMetric | None = maybe if reuses else None

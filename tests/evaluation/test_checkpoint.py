@@ -310,5 +310,5 @@ class TestSweepRecord:
     def test_records_of_two_models(self, sweep, tiny_bert):
         one, other = sweep(corruptions=CORRUPTIONS[2:]), sweep(corruptions=CORRUPTIONS[2:], model=tiny_bert())
         mixed = {"a": one.records["linear"], "b": other.records["linear"]}
-        with pytest.raises(ValueError, match=r"expected one model, data, versions, clean metrics .* for 'b'"):
+        with pytest.raises(ValueError, match=r"expected one model.* for 'b'"):
             SweepRecord(mixed, "", 2, 0)

@@ -16,6 +16,7 @@ from hf_parcor import (
     CorruptionEvaluator,
     GaussianNoise,
     GradientCorruption,
+    LayerProbe,
     MultiStepCorruption,
     Quantization,
     RandomCorruption,
@@ -440,6 +441,17 @@ class TestErrorsBeforeAnythingIsMeasured:
             refusing(target_modules=["no-such-module"])
         with pytest.raises(TypeError, match="layers"):
             refusing(layers=1.5)
+
+
+@pytest.mark.parametrize("kind", [CorruptionEvaluator, LayerProbe])
+def test_the_batches_are_those_of_the_metric(classifier, batches, kind):
+    """Unless others are given: the record is the same, and says on which data gradients were taken."""
+    corruptions = [GradientCorruption(NORM), MultiStepCorruption(NORM, steps=2)]
+    metric = ClassificationMetric(batches)
+    found = kind(classifier, metric, progress=False).evaluate(corruptions)
+    assert found.to_json() == kind(classifier, metric, batches, progress=False).evaluate(corruptions).to_json()
+    assert found.data
+    assert kind(classifier, metric, batches[:1], progress=False).evaluate(corruptions).data != found.data
 
 
 def test_corruptions_may_be_any_iterable_of_them(evaluator_of):

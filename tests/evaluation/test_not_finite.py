@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -280,7 +281,8 @@ class TestRecordsAndVerdicts:
         assert record.corruptions[0].mean("accuracy") == 0.75, "or this tests nothing"
         (text,) = RobustnessReport(record).verdict
         assert "the model breaks at σ=1e+39: loss is not a finite number there, so accuracy says nothing" in text
-        first, second, _ = RobustnessReport.compare({"plain": record, "defended": record}).verdict
+        other = replace(record, weights="of another model")
+        first, second, _ = RobustnessReport.compare({"plain": record, "defended": other}).verdict
         assert "cannot be told in any of 1 comparison" in first
         assert "loss is not a finite number, so accuracy says nothing" in second
 
