@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "targets": set(),
     "statistics": set(),
     "theory": {"arguments", "statistics"},
-    "records": {"arguments", "constraints", "statistics"},
+    "records": {"arguments", "constraints", "corruptions", "statistics"},
     "prefix": {"distributed", "functional", "model_state", "randomness"},
     "corruptions": {"arguments", "constraints", "functional", "injection"},
     "defenses": {

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_parcor.corruptions.corruption import Corruption, GradientSource, named
+from hf_parcor.corruptions.corruption import Corruption, GradientSource, Strength, named
 from hf_parcor.functional.bits import check_amount, field_bits, flip_random_bits
 from hf_parcor.injection import Replacement
 
@@ -38,6 +38,11 @@ class BitFlips(Corruption):
     count: int | None = None
     bits: str = "any"
     stochastic: ClassVar[bool] = True
+    title: ClassVar[str] = "bit flips"
+    strengths: ClassVar[tuple[Strength, ...]] = (
+        Strength("rate", "flip rate per bit", "rate={}"),
+        Strength("count", "flipped bits", "count={}"),
+    )
 
     def __post_init__(self) -> None:
         rate, count = check_amount(self.rate, self.count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any, ClassVar, Protocol, final
+from typing import Any, ClassVar, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
@@ -32,6 +32,24 @@ class GradientSource(Protocol):
         ...
 
 
+class Strength(NamedTuple):
+    """How the strength of a kind of corruption is told.
+
+    Attributes:
+        setting: The setting that is the strength.
+        unit: What an axis of strengths is called.
+        shown: One strength in a table, with `{}` for the number.
+    """
+
+    setting: str
+    unit: str
+    shown: str
+
+
+RADIUS = Strength("epsilon", "radius ε", "ε={}")
+"""The strength of corruptions that a constraint bounds."""
+
+
 @dataclass(frozen=True)
 class Corruption(ABC):
     """A rule that chooses a corruption of weights.
@@ -40,10 +58,14 @@ class Corruption(ABC):
     `Replacement`, what to write over them. Subclasses are frozen dataclasses of settings that fill `_choose`.
 
     Attributes:
+        title: Its kind, for the titles of plots and tables.
+        strengths: What says how strong it is; where there are several, the one whose setting is given.
         stochastic: Whether another seed gives another corruption, so that trials say something.
         uses_gradients: Whether it needs a `GradientSource`.
     """
 
+    title: ClassVar[str] = ""
+    strengths: ClassVar[tuple[Strength, ...]] = ()
     stochastic: ClassVar[bool] = False
     uses_gradients: ClassVar[bool] = False
 
@@ -93,6 +115,21 @@ class Corruption(ABC):
             value = getattr(self, field.name)
             plain.update(asdict(value) if is_dataclass(value) and not isinstance(value, type) else {field.name: value})
         return plain
+
+    @classmethod
+    def kind(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what plots and tables say of corruptions with these settings, for a `CorruptionKind`.
+
+        Examples:
+            >>> from hf_parcor import GaussianNoise
+            >>> GaussianNoise.kind({"std": 0.1})
+            {'title': 'Gaussian noise', 'strength': 'std', 'unit': 'standard deviation σ', 'shown': 'σ={}'}
+        """
+        title = cls.title or cls.__name__
+        for strength in cls.strengths:
+            if settings.get(strength.setting) is not None:
+                return {"title": title, "strength": strength.setting, "unit": strength.unit, "shown": strength.shown}
+        return {"title": title, "strength": None, "unit": "", "shown": ""}
 
 
 def named(names: Iterable[str], tensors: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
-from hf_parcor.corruptions.corruption import Corruption, GradientSource, named
+from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength, named
 from hf_parcor.functional.constrained_maximum import constrained_maximum
 
 
@@ -29,6 +29,8 @@ class GradientCorruption(Corruption):
 
     constraint: CorruptionConstraint
     uses_gradients: ClassVar[bool] = True
+    title: ClassVar[str] = "gradient-based"
+    strengths: ClassVar[tuple[Strength, ...]] = (RADIUS,)
 
     def __post_init__(self) -> None:
         check_constraint(self.constraint)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_parcor.arguments import check_count, check_radius
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
-from hf_parcor.corruptions.corruption import Corruption, GradientSource, named
+from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength, named
 from hf_parcor.functional.constrained_maximum import constrained_maximum_
 from hf_parcor.functional.projections import check_projectable, project_
 from hf_parcor.functional.vectors import working_copy, working_dtype
@@ -45,6 +45,8 @@ class MultiStepCorruption(Corruption):
     steps: int | None = None
     step_size: float | None = None
     uses_gradients: ClassVar[bool] = True
+    title: ClassVar[str] = "multi-step"
+    strengths: ClassVar[tuple[Strength, ...]] = (RADIUS,)
 
     def __post_init__(self) -> None:
         check_constraint(self.constraint)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_parcor.arguments import check_radius
-from hf_parcor.corruptions.corruption import Corruption, GradientSource, named
+from hf_parcor.corruptions.corruption import Corruption, GradientSource, Strength, named
 from hf_parcor.functional.noise import gaussian_noise, uniform_noise
 
 
@@ -31,6 +31,8 @@ class GaussianNoise(Corruption):
 
     std: float
     stochastic: ClassVar[bool] = True
+    title: ClassVar[str] = "Gaussian noise"
+    strengths: ClassVar[tuple[Strength, ...]] = (Strength("std", "standard deviation σ", "σ={}"),)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "std", check_radius("std", self.std))
@@ -61,6 +63,8 @@ class UniformNoise(Corruption):
 
     bound: float
     stochastic: ClassVar[bool] = True
+    title: ClassVar[str] = "uniform noise"
+    strengths: ClassVar[tuple[Strength, ...]] = (Strength("bound", "bound b", "b={}"),)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bound", check_radius("bound", self.bound))

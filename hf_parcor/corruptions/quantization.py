@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_parcor.corruptions.corruption import Corruption, GradientSource
+from hf_parcor.corruptions.corruption import Corruption, GradientSource, Strength
 from hf_parcor.functional.quantization import check_bits, quantize
 from hf_parcor.injection import Replacement
 
@@ -31,6 +32,8 @@ class Quantization(Corruption):
     """
 
     bits: int
+    title: ClassVar[str] = "quantization"
+    strengths: ClassVar[tuple[Strength, ...]] = (Strength("bits", "bits per weight", "{} bits"),)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", check_bits(self.bits))

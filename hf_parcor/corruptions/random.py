@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
-from hf_parcor.corruptions.corruption import Corruption, GradientSource, named
+from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength, named
 from hf_parcor.functional.constrained_maximum import constrained_maximum_
 from hf_parcor.functional.noise import gaussian_noise
 
@@ -39,6 +39,8 @@ class RandomCorruption(Corruption):
 
     constraint: CorruptionConstraint
     stochastic: ClassVar[bool] = True
+    title: ClassVar[str] = "random"
+    strengths: ClassVar[tuple[Strength, ...]] = (RADIUS,)
 
     def __post_init__(self) -> None:
         check_constraint(self.constraint)

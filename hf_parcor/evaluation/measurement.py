@@ -39,7 +39,7 @@ from hf_parcor.functional.vectors import numel
 from hf_parcor.model_state import BufferSnapshot, devices_of, evaluation_mode
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.randomness import random_states_kept
-from hf_parcor.records.evaluation import CorruptionRecord
+from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord
 from hf_parcor.records.metric_info import MetricInfo, checked_infos, info_of
 
 logger = logging.get_logger(__name__)
@@ -145,6 +145,7 @@ class Plan:
                     str(corruption),
                     corruption.settings(),
                     list(islice(in_order, self._times(corruption))),
+                    CorruptionKind(**corruption.kind(corruption.settings())),
                 )
                 for corruption in self.corruptions
             )

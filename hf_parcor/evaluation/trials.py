@@ -23,7 +23,7 @@ from hf_parcor.evaluation.metrics.answers import NOT_FINITE
 from hf_parcor.evaluation.metrics.clock import is_of_the_clock
 from hf_parcor.evaluation.metrics.generation import CUT
 from hf_parcor.injection import CorruptionSize
-from hf_parcor.records.evaluation import CorruptionRecord
+from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord
 from hf_parcor.records.stored import replace_text, to_plain
 
 logger = logging.get_logger(__name__)
@@ -86,7 +86,13 @@ def checked_metrics(metrics: object) -> Mapping[str, object]:
     return found
 
 
-def record_of(corruption: str, label: str, settings: Mapping[str, Any], trials: Sequence[Trial]) -> CorruptionRecord:
+def record_of(
+    corruption: str,
+    label: str,
+    settings: Mapping[str, Any],
+    trials: Sequence[Trial],
+    kind: CorruptionKind | None = None,
+) -> CorruptionRecord:
     """Return the record of one corruption's trials; what is odd about them is noted, and logged as a warning."""
     keys = dict.fromkeys(key for trial in trials for key in trial.metrics)
     metrics = {key: tuple(trial.metrics.get(key, math.nan) for trial in trials) for key in keys}
@@ -123,6 +129,7 @@ def record_of(corruption: str, label: str, settings: Mapping[str, Any], trials: 
         norm=statistics.fmean(size.norm for size in sizes) if sizes else 0.0,
         notes=notes,
         not_finite=tuple(trial.not_finite for trial in trials) if any(t.not_finite for t in trials) else (),
+        kind=kind,
     )
 
 

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from hf_parcor.records.evaluation import CorruptionRecord
+from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord
 
-# A corruption's title, and its strengths: the setting along the axis, and what the axis is called.
-_KINDS: Mapping[str, tuple[str, Mapping[str, str]]] = {
-    "random": ("random", {"epsilon": "radius ε"}),
-    "gradient": ("gradient-based", {"epsilon": "radius ε"}),
-    "multi_step": ("multi-step", {"epsilon": "radius ε"}),
-    "gaussian": ("Gaussian noise", {"std": "standard deviation σ"}),
-    "uniform": ("uniform noise", {"bound": "bound b"}),
-    "quantization": ("quantization", {"bits": "bits per weight"}),
-    "bit_flips": ("bit flips", {"rate": "flip rate per bit", "count": "flipped bits"}),
-}
-_SYMBOLS = {"epsilon": "ε=", "std": "σ=", "bound": "b=", "rate": "rate=", "count": "count="}
 _NAMES = {"top_n": "n", "steps": "K", "step_size": "α"}
 
 
@@ -32,12 +21,14 @@ class Series(NamedTuple):
         strength: The setting that is their strength; None for a corruption outside the catalogue: labels are all that
             is known of it.
         unit: What an axis of strengths is called.
+        shown: One strength in a table, with `{}` for the number.
     """
 
     title: str
     corruption: str
     strength: str | None
     unit: str
+    shown: str = ""
 
     @classmethod
     def of(cls, row: CorruptionRecord) -> Series:
@@ -48,14 +39,13 @@ class Series(NamedTuple):
             >>> Series.of(row).title, Series.of(row).strength
             ('random, L2', 'epsilon')
         """
-        if row.corruption not in _KINDS:
+        kind = row.kind or _kind_in_catalogue(row)
+        if kind is None:
             return cls(row.corruption, row.corruption, None, "")
-        title, strengths = _KINDS[row.corruption]
-        strength = next((name for name in strengths if row.settings.get(name) is not None), None)
         details = [
-            _detail(name, value) for name, value in row.settings.items() if name != strength and value is not None
+            _detail(name, value) for name, value in row.settings.items() if name != kind.strength and value is not None
         ]
-        return cls(", ".join([title, *details]), row.corruption, strength, strengths.get(strength or "", ""))
+        return cls(", ".join([kind.title, *details]), row.corruption, kind.strength, kind.unit, kind.shown)
 
     def level(self, row: CorruptionRecord) -> str:
         """Return the strength of one of these corruptions as tables say it; its label where no strength is known.
@@ -67,8 +57,7 @@ class Series(NamedTuple):
         """
         if self.strength is None:
             return row.label
-        shown = short(float(row.settings[self.strength]))
-        return f"{shown} bits" if self.strength == "bits" else f"{_SYMBOLS[self.strength]}{shown}"
+        return self.shown.format(short(float(row.settings[self.strength])))
 
     @property
     def name(self) -> str:
@@ -84,6 +73,14 @@ def short(number: float) -> str:
         ('0.0002', '∞')
     """
     return "∞" if math.isinf(number) else f"{number:g}".replace("e-0", "e-")
+
+
+def _kind_in_catalogue(row: CorruptionRecord) -> CorruptionKind | None:
+    """Return what the catalogue says of a record from before records said it."""
+    from hf_parcor.corruptions import CORRUPTIONS  # such records alone wait for PyTorch
+
+    kind = CORRUPTIONS.get(row.corruption)
+    return None if kind is None else CorruptionKind(**kind.kind(row.settings))
 
 
 def _detail(name: str, value: object) -> str:

@@ -19,6 +19,23 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
+class CorruptionKind:
+    """What plots and tables say of a kind of corruption; see `Corruption.kind`.
+
+    Attributes:
+        title: Its name.
+        strength: The setting that says how strong it is; None where none does.
+        unit: What an axis of strengths is called.
+        shown: One strength in a table, with `{}` for the number.
+    """
+
+    title: str
+    strength: str | None = None
+    unit: str = ""
+    shown: str = ""
+
+
+@dataclass(frozen=True)
 class CorruptionRecord:
     """What one corruption did to every metric.
 
@@ -33,6 +50,7 @@ class CorruptionRecord:
         notes: What was noticed, in sentences.
         not_finite: Which share of the predictions was not finite, and so counted as wrong, in each trial; empty where
             all were finite, where the metric does not say it, and in records from before it was kept.
+        kind: What plots and tables say of its kind; None without corruption, and in records from before it was kept.
     """
 
     corruption: str
@@ -44,6 +62,7 @@ class CorruptionRecord:
     norm: float = 0.0
     notes: tuple[str, ...] = ()
     not_finite: tuple[float, ...] = ()
+    kind: CorruptionKind | None = None
 
     def mean(self, metric: str) -> float:
         """Return the mean of a metric over trials; NaN if a trial has NaN, or if ∞ and −∞ meet.
@@ -209,6 +228,7 @@ def _corruption_record(data: dict[str, Any]) -> CorruptionRecord:
         norm=float(data["norm"]),
         notes=tuple(data["notes"]),
         not_finite=tuple(float(share) for share in data.get("not_finite", ())),
+        kind=None if data.get("kind") is None else CorruptionKind(**data["kind"]),
     )
 
 
