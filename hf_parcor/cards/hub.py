@@ -38,7 +38,8 @@ _WHY = {
     412: "others change the repository at the same time: try again",
     429: "the Hub takes no more requests for now: try again in some minutes",
 }
-HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of whichever HTTP library the client uses
+# What a connection that fails raises, too; the client has changed its HTTP library, and the name stayed.
+HTTP_ERROR: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 
 
 class HubError(OSError):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_parcor.defenses.adversarial_inputs import AdversarialInputs
 from hf_parcor.distributed.dtensors import local_part, local_parts
-from hf_parcor.distributed.processes import ProcessGroup
+from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.functional.vectors import clones
 from hf_parcor.injection import CorruptionNorm, Injection
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
@@ -52,7 +52,7 @@ class DefendedStep:
         embedding: torch.nn.Module | None = None,
         prefix: PrefixReuse | None = None,
         reduction: Callable[[], Tensor] | None = None,
-        processes: ProcessGroup | None = None,
+        processes: TrainingProcesses | None = None,
     ) -> None:
         self.parameters = parameters
         self._run_pass = run_pass

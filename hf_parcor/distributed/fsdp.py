@@ -6,11 +6,16 @@ computes. Weights are corrupted on the shards, so whatever was gathered before m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+_CHECKPOINTED = "_checkpoint_wrapped_module."  # in names, where FSDP's activation checkpointing wraps modules
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -26,7 +31,10 @@ def class_of(model: nn.Module) -> type[nn.Module]:
         <class 'torch.nn.modules.linear.Linear'>
     """
     kind = type(model)
-    return kind.__mro__[2] if is_sharded(model) else kind
+    if not is_sharded(model):
+        return kind
+    (own,) = (base for base in kind.__bases__ if not issubclass(base, FSDPModule))
+    return own
 
 
 def _units(model: nn.Module) -> Iterator[FSDPModule]:
@@ -48,3 +56,25 @@ def reducing(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         drop_gathered(model)
+
+
+def renewed(names: Iterable[str], model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that stand under the names which they had before FSDP2 took the model."""
+    drop_gathered(model)
+    now = {name.replace(_CHECKPOINTED, ""): parameter for name, parameter in model.named_parameters()}
+    return {name: now[name] for name in names}
+
+
+def on_shards(run_pass: Callable[_Parameters, _Result], model: nn.Module) -> Callable[_Parameters, _Result]:
+    """Return the pass of a defended step for a sharded model.
+
+    Args:
+        run_pass: Runs forward and backward of pass k, as `DefendedStep` takes it.
+        model: The model as the Trainer wrapped it.
+    """
+
+    def run_on_shards(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        with reducing(model):
+            return run_pass(*args, **kwargs)
+
+    return run_on_shards

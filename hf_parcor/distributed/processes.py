@@ -45,7 +45,7 @@ def check_all_joined(joined: int) -> None:
 
 
 @dataclass(frozen=True)
-class Processes:
+class MeasuringProcesses:
     """How many processes measure together, and which of them this one is.
 
     Whatever they exchange begins with a word from each on whether it is well. So a process that fails says so where
@@ -63,7 +63,7 @@ class Processes:
     in_step: bool = False
 
     @classmethod
-    def launched(cls, *, in_step: bool = False) -> Processes:
+    def launched(cls, *, in_step: bool = False) -> MeasuringProcesses:
         """Return those that `accelerate launch` or `torchrun` started, or one.
 
         Raises:
@@ -80,7 +80,7 @@ class Processes:
         """Return every n-th of the pieces, those of this process.
 
         Examples:
-            >>> list(Processes(count=2, index=1).share("abcde"))
+            >>> list(MeasuringProcesses(count=2, index=1).share("abcde"))
             ['b', 'd']
         """
         return islice(pieces, self.index, None, self.count)
@@ -89,7 +89,7 @@ class Processes:
         """Yield the pieces of this process, and True; in step, also one that another has in place of each missing one.
 
         Examples:
-            >>> list(Processes(count=2, index=1, in_step=True).rounds("abcde"))
+            >>> list(MeasuringProcesses(count=2, index=1, in_step=True).rounds("abcde"))
             [('b', True), ('d', True), ('e', False)]
         """
         if not self.in_step:
@@ -186,13 +186,13 @@ class Processes:
         return found
 
 
-ALONE = Processes()
+ALONE = MeasuringProcesses()
 
 
 _BUCKET = 25 * 2**20  # bytes of one call, as many as DDP takes
 
 
-class ProcessGroup:
+class TrainingProcesses:
     """All processes of `torch.distributed`, for tensors that lie whole on each.
 
     Tensors travel in buckets, so that a model takes a few calls, and no second copy of it.

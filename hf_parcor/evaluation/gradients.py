@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_parcor.batches import count_labels, private_copy
 from hf_parcor.distributed.dtensors import local_part, local_parts
 from hf_parcor.distributed.fsdp import class_of, drop_gathered, is_sharded, reducing
-from hf_parcor.distributed.processes import ALONE, Processes
+from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
 from hf_parcor.evaluation.walks import RepeatedBatches
 from hf_parcor.injection import Injection, corrupted, forget_derived
 
@@ -152,7 +152,7 @@ class DatasetGradients:
         loss: Loss = model_loss,
         *,
         progress: bool = False,
-        processes: Processes = ALONE,
+        processes: MeasuringProcesses = ALONE,
     ) -> None:
         self._batches = batches if isinstance(batches, RepeatedBatches) else RepeatedBatches(batches)
         self._batches.check()

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from hf_parcor.arguments import check_count
 from hf_parcor.corruptions import CORRUPTIONS, Corruption, MultiStepCorruption
 from hf_parcor.distributed.fsdp import is_sharded
-from hf_parcor.distributed.processes import Processes
+from hf_parcor.distributed.processes import MeasuringProcesses
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, corrupted_model
 from hf_parcor.evaluation.identity import identity_of_run
 from hf_parcor.evaluation.metrics import BatchMetric
@@ -48,7 +48,7 @@ Metric = Callable[[nn.Module], Mapping[str, float]]
 _CLOSE = 1e-2  # relative; kernels of different processes round differently, data of different processes differ more
 
 
-def measure(model: nn.Module, metric: Metric, processes: Processes) -> Mapping[str, object]:
+def measure(model: nn.Module, metric: Metric, processes: MeasuringProcesses) -> Mapping[str, object]:
     """Return the metrics of a model, the same in every process.
 
     Args:
@@ -217,7 +217,7 @@ class Measurement:
         self._model, self._metric, self._given, self._loss = model, metric, batches, loss
         self._batches: RepeatedBatches | None = None
         self._memory = memory
-        self._processes = Processes.launched(in_step=sharded)
+        self._processes = MeasuringProcesses.launched(in_step=sharded)
         self._progress = progress and self._processes.index == 0
 
     def run(

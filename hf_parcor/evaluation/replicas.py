@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from hf_parcor.distributed.fsdp import drop_gathered, is_sharded
-from hf_parcor.distributed.processes import Processes
+from hf_parcor.distributed.processes import MeasuringProcesses
 from hf_parcor.evaluation.reach import packed_tensors, plain_parts
 
 
@@ -85,7 +85,7 @@ def all_batches(batches: Iterable[Any]) -> Iterable[Any]:
     )
 
 
-def check_same_weights(model: nn.Module, processes: Processes) -> None:
+def check_same_weights(model: nn.Module, processes: MeasuringProcesses) -> None:
     """Refuse a model whose parameters or buffers differ between processes; shards do, and are of one model.
 
     Raises:
@@ -112,7 +112,7 @@ def _sum_of_bits(tensor: torch.Tensor) -> int:
     )
 
 
-def check_same_data(name: str, fingerprint: str, processes: Processes) -> None:
+def check_same_data(name: str, fingerprint: str, processes: MeasuringProcesses) -> None:
     """Refuse data that differs between processes.
 
     Raises:

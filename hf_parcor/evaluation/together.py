@@ -16,7 +16,7 @@ from transformers.utils import logging
 from hf_parcor.batches import private_copy
 from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.corruptions.multi_step import climb_together
-from hf_parcor.distributed.processes import ALONE, Processes
+from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
 from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model, trainable
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.replicas import all_batches
@@ -78,7 +78,7 @@ class Job:
     seed: int
 
 
-def choose_together(jobs: Sequence[Job], processes: Processes = ALONE) -> list[Mapping[str, Tensor]]:
+def choose_together(jobs: Sequence[Job], processes: MeasuringProcesses = ALONE) -> list[Mapping[str, Tensor]]:
     """Return what each corruption chooses, as if called alone; multi-step ones walk through the data together.
 
     Each process climbs whole ascents: they need no word from the others, and end where one process would. In step,
@@ -102,7 +102,7 @@ def choose_together(jobs: Sequence[Job], processes: Processes = ALONE) -> list[M
 
 
 def _handed_round(
-    jobs: Sequence[Job], share: Sequence[dict[str, Tensor]], processes: Processes
+    jobs: Sequence[Job], share: Sequence[dict[str, Tensor]], processes: MeasuringProcesses
 ) -> Iterator[dict[str, Tensor]]:
     """Yield where all ascents ended, from those of each process."""
     own = iter(share)
@@ -148,7 +148,7 @@ def measure_together(
     metric: BatchMetric,
     jobs: Sequence[Job],
     chosen: Sequence[Mapping[str, Tensor]],
-    processes: Processes = ALONE,
+    processes: MeasuringProcesses = ALONE,
 ) -> list[Mapping[str, float]]:
     """Return the metrics under each corruption; what does not depend on it runs once a batch.
 

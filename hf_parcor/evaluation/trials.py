@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_parcor.evaluation.metrics.answers import NOT_FINITE
-from hf_parcor.evaluation.metrics.clock import is_of_the_clock
 from hf_parcor.evaluation.metrics.generation import CUT
 from hf_parcor.injection import CorruptionSize
 from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord
@@ -30,6 +29,11 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_TRIALS = 3
 """Of each stochastic corruption, wherever nothing else is said: the fewest that show how far trials lie apart."""
+
+_OF_THE_CLOCK = (
+    *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),  # Trainer.evaluate
+    *("total_time_in_seconds", "latency_in_seconds"),  # the evaluators of evaluate
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,16 @@ class Trial:
     def cut(self) -> float:
         """Which share of the generated texts did not end within the length."""
         return float(self.odd.get(CUT, 0.0))
+
+
+def is_of_the_clock(name: str) -> bool:
+    """Return whether a metric is a time or a speed, as `Trainer.evaluate` and evaluators of `evaluate` name them.
+
+    Examples:
+        >>> [name for name in ("eval_loss", "eval_runtime", "eval_samples_per_second") if is_of_the_clock(name)]
+        ['eval_runtime', 'eval_samples_per_second']
+    """
+    return name.endswith(_OF_THE_CLOCK)
 
 
 def checked_metrics(metrics: object) -> Mapping[str, object]:

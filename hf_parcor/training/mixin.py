@@ -11,7 +11,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from hf_parcor.defenses import Defense
-from hf_parcor.distributed.fsdp import drop_gathered, is_sharded
+from hf_parcor.distributed.fsdp import drop_gathered, is_sharded, renewed
 from hf_parcor.distributed.processes import check_all_joined
 from hf_parcor.overriding import end_overriding
 from hf_parcor.prefix import PrefixReuse
@@ -26,7 +26,6 @@ from hf_parcor.training.checks import (
 )
 from hf_parcor.training.config import DefenseConfig
 from hf_parcor.training.passes import TrainerPasses
-from hf_parcor.training.shared_prefix import renewed
 from hf_parcor.training.step import StepRunner
 
 logger = logging.get_logger(__name__)

@@ -8,7 +8,7 @@ end, as FSDP2 expects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,9 +17,9 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_parcor.defenses import Defense, Objective
+from hf_parcor.defenses import Defense
 from hf_parcor.distributed.ddp import sending_no_buffers, wrapped_by
-from hf_parcor.distributed.fsdp import drop_gathered, is_sharded, reducing
+from hf_parcor.distributed.fsdp import is_sharded, reducing
 from hf_parcor.prefix import (
     NothingToReuse,
     PrefixError,
@@ -35,7 +35,6 @@ from hf_parcor.training.passes import Passes
 logger = logging.get_logger(__name__)
 
 _Plan = TypeVar("_Plan", bound=PrefixReuse)
-_CHECKPOINTED = "_checkpoint_wrapped_module."  # in names, where FSDP's activation checkpointing wraps modules
 
 
 def find_shared_prefix(passes: Passes, selected: Mapping[str, nn.Parameter], devices: int = 1) -> PrefixReuse | None:
@@ -115,28 +114,6 @@ def suffix_share(model: nn.Module, prefix: PrefixReuse) -> float:
     sizes = {id(p): p.numel() for p in model.parameters() if id(p) not in embeddings}
     reused = {id(p) for module in prefix.prefix for p in module.parameters()}
     return sum(size for key, size in sizes.items() if key not in reused) / max(1, sum(sizes.values()))
-
-
-def renewed(names: Iterable[str], model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that stand under the names which they had before FSDP2 took the model."""
-    drop_gathered(model)
-    now = {name.replace(_CHECKPOINTED, ""): parameter for name, parameter in model.named_parameters()}
-    return {name: now[name] for name in names}
-
-
-def on_shards(run_pass: Callable[[Objective, int], Tensor], model: nn.Module) -> Callable[[Objective, int], Tensor]:
-    """Return the pass of a defended step for a sharded model.
-
-    Args:
-        run_pass: Runs forward and backward of pass k, as `DefendedStep` takes it.
-        model: The model as the Trainer wrapped it.
-    """
-
-    def run_on_shards(objective: Objective, index: int) -> Tensor:
-        with reducing(model):
-            return run_pass(objective, index)
-
-    return run_on_shards
 
 
 def plan_prefix_on_shards(

@@ -8,13 +8,13 @@ from torch import nn
 
 from hf_parcor.defenses import DefendedStep
 from hf_parcor.distributed.ddp import reduction_of
-from hf_parcor.distributed.fsdp import is_sharded
-from hf_parcor.distributed.processes import ProcessGroup
+from hf_parcor.distributed.fsdp import is_sharded, on_shards
+from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.injection import CorruptionNorm
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.training.checks import refuse_updates_inside_backward
 from hf_parcor.training.passes import Passes
-from hf_parcor.training.shared_prefix import find_shared_prefix, on_shards, suffix_share
+from hf_parcor.training.shared_prefix import find_shared_prefix, suffix_share
 
 
 class StepRunner:
@@ -82,7 +82,7 @@ class StepRunner:
             prefix=self.shared_prefix,
             reduction=reduction_of(model),
             # Gradients of shards are means over all processes already.
-            processes=ProcessGroup() if passes.accelerator.num_processes > 1 and not sharded else None,
+            processes=TrainingProcesses() if passes.accelerator.num_processes > 1 and not sharded else None,
         ) as step:
             defense.minimize(step)
             norm = step.withdraw(defense.p)

@@ -15,8 +15,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_parcor import ACRT, CorruptionConstraint, MultiStepRisk, select_parameters
 from hf_parcor.defenses import DefendedStep
 from hf_parcor.distributed.dtensors import local_part
+from hf_parcor.distributed.fsdp import on_shards
 from hf_parcor.prefix import PrefixError
-from hf_parcor.training.shared_prefix import on_shards, plan_prefix_on_shards
+from hf_parcor.training.shared_prefix import plan_prefix_on_shards
 
 L2 = CorruptionConstraint(epsilon=0.3)
 LAYERS = 4

@@ -6,7 +6,7 @@ import torch
 from torch import distributed
 
 from hf_parcor.distributed import processes as process_group
-from hf_parcor.distributed.processes import ProcessGroup
+from hf_parcor.distributed.processes import TrainingProcesses
 
 
 def talk(bucket):
@@ -16,7 +16,7 @@ def talk(bucket):
         setattr(distributed, name, counted(getattr(distributed, name), calls))
     rank = distributed.get_rank()
     results = []
-    for method in (ProcessGroup().average_, ProcessGroup().agree_):
+    for method in (TrainingProcesses().average_, TrainingProcesses().agree_):
         tensors = [
             torch.full((2, 3), 1.0 + rank),
             torch.tensor(10.0 * rank),
@@ -54,7 +54,7 @@ def test_averages_and_agrees(run_on_ranks):
 
 def overflow():
     tensors = [torch.tensor([60000.0], dtype=torch.float16), torch.tensor([1.0, torch.nan][distributed.get_rank()])]
-    ProcessGroup().average_(tensors)
+    TrainingProcesses().average_(tensors)
     return tensors
 
 

@@ -30,7 +30,7 @@ from hf_parcor import (
     select_parameters,
 )
 from hf_parcor.defenses import DEFENSES
-from hf_parcor.distributed.processes import Processes
+from hf_parcor.distributed.processes import MeasuringProcesses
 from hf_parcor.training import callbacks as idle_module
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -377,7 +377,7 @@ class TestProcessesThatDidNotJoin:
 
     def test_a_measurement(self, launched):
         with launched():
-            Processes.launched()
+            MeasuringProcesses.launched()
 
 
 def test_nan_does_not_corrupt(network, micro_batches, bits_of):

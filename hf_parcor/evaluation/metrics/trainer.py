@@ -13,8 +13,8 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainerMemoryTracker
 
 from hf_parcor.evaluation.fingerprint import fingerprint
-from hf_parcor.evaluation.metrics.clock import is_of_the_clock
 from hf_parcor.evaluation.replicas import measurable_model
+from hf_parcor.evaluation.trials import is_of_the_clock
 from hf_parcor.randomness import generator_kept, random_states_kept, seed_the_cpu
 from hf_parcor.records.metric_info import MetricInfo, direction_by_name, stated_by
 
