@@ -33,7 +33,7 @@ def class_of(model: nn.Module) -> type[nn.Module]:
     kind = type(model)
     if not is_sharded(model):
         return kind
-    (own,) = (base for base in kind.__bases__ if not issubclass(base, FSDPModule))
+    (own,) = (base for base in kind.__bases__ if issubclass(base, nn.Module) and not issubclass(base, FSDPModule))
     return own
 
 
