@@ -179,7 +179,7 @@ class DatasetGradients:
         """Return the fingerprint of the batches."""
         return self._batches.fingerprint()
 
-    def of_part(self, parameters: Mapping[str, nn.Parameter]) -> DatasetGradients:
+    def of_group(self, parameters: Mapping[str, nn.Parameter]) -> DatasetGradients:
         """Return the gradients of some of the parameters alone; that over all data is still computed once for all."""
         part = copy.copy(self)
         part._parameters, part._whole = parameters, self

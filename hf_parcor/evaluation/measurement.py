@@ -1,4 +1,4 @@
-"""The loops of a measurement: clean, then every corruption of every part, and every bit back."""
+"""The loops of a measurement: clean, then every corruption of every group, and every bit back."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from hf_parcor.evaluation.identity import identity_of_run
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.replicas import all_batches, check_same_data, check_same_weights
 from hf_parcor.evaluation.together import (
+    Group,
     Job,
-    Part,
     choose_together,
     measure_together,
     prefix_of_ascents,
@@ -98,13 +98,13 @@ def _differs(value: object, other: object) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """All trials of all corruptions of all parts, numbered from 1 in this order.
+    """All trials of all corruptions of all groups, numbered from 1 in this order.
 
     Args:
-        corruptions: What each part is measured under.
+        corruptions: What each group is measured under.
         trials: Trials of each stochastic corruption; others have one.
         seed: First seed.
-        parts: How many parts there are.
+        groups: How many groups there are.
 
     Raises:
         TypeError: Something is no `Corruption`.
@@ -113,7 +113,7 @@ class Plan:
     corruptions: tuple[Corruption, ...]
     trials: int
     seed: int
-    parts: int
+    groups: int
 
     def __post_init__(self) -> None:
         for corruption in self.corruptions:
@@ -124,19 +124,19 @@ class Plan:
 
     def __len__(self) -> int:
         """Return how many trials there are."""
-        return len(self._of_part()) * self.parts
+        return len(self._of_group()) * self.groups
 
-    def part_of(self, number: int) -> int:
-        """Return the index of the part that a trial corrupts."""
-        return (number - 1) // len(self._of_part())
+    def group_of(self, number: int) -> int:
+        """Return the index of the group that a trial corrupts."""
+        return (number - 1) // len(self._of_group())
 
     def drawn(self, number: int) -> tuple[Corruption, int]:
         """Return the corruption of a trial, and its seed."""
-        of_part = self._of_part()
-        return of_part[(number - 1) % len(of_part)]
+        of_group = self._of_group()
+        return of_group[(number - 1) % len(of_group)]
 
     def records(self, found: Mapping[int, Trial]) -> list[tuple[CorruptionRecord, ...]]:
-        """Return the records of each part, from all trials by their number."""
+        """Return the records of each group, from all trials by their number."""
         in_order = (found[number] for number in range(1, 1 + len(self)))
         return [
             tuple(
@@ -149,13 +149,13 @@ class Plan:
                 )
                 for corruption in self.corruptions
             )
-            for _ in range(self.parts)
+            for _ in range(self.groups)
         ]
 
     def _times(self, corruption: Corruption) -> int:
         return self.trials if corruption.stochastic else 1
 
-    def _of_part(self) -> list[tuple[Corruption, int]]:
+    def _of_group(self) -> list[tuple[Corruption, int]]:
         return [
             (corruption, self.seed + trial)
             for corruption in self.corruptions
@@ -176,14 +176,14 @@ _Parameters = Mapping[str, nn.Parameter]
 
 
 class Measurement:
-    """A model, a metric and data, to be measured under corruptions of parts of the model, by one process or several.
+    """A model, a metric and data, to be measured under corruptions of groups of the model, by one process or several.
 
     Args:
         model: Any PyTorch model.
         metric: `metric(model)` returns numbers by name.
         batches: Data for the corruptions that need gradients; None for those of the metric, if it has any.
         loss: `loss(model, batch)` returns the mean loss of a batch.
-        reuse_prefix: Whether what does not depend on a part runs once a batch for all its corruptions.
+        reuse_prefix: Whether what does not depend on a group runs once a batch for all its corruptions.
         memory: How many bytes the corruptions that are measured together may take.
         metric_info: What the metric's numbers mean, by their names; None for what it says itself.
         progress: Whether to show a progress bar.
@@ -222,7 +222,7 @@ class Measurement:
 
     def run(
         self,
-        selections: Mapping[str, _Parameters],
+        groups: Mapping[str, _Parameters],
         corruptions: Sequence[Corruption],
         trials: int,
         seed: int,
@@ -232,8 +232,8 @@ class Measurement:
         """Return the clean record, the fingerprint of the data, and the records of each selection's corruptions.
 
         Args:
-            selections: The parameters of each part, by its name.
-            corruptions: What to measure, for each part in this order.
+            groups: The parameters of each group, by its name.
+            corruptions: What to measure, for each group in this order.
             trials: Trials of each stochastic corruption.
             seed: First seed.
             weights: Fingerprint of the weights.
@@ -241,7 +241,7 @@ class Measurement:
         """
         check_count("trials", trials)
         check_count("seed", seed, minimum=0)
-        plan = Plan(tuple(corruptions), trials, seed, len(selections))
+        plan = Plan(tuple(corruptions), trials, seed, len(groups))
         path = None if checkpoint is None or self._processes.index else Path(checkpoint)
         self._buffers = BufferSnapshot(self._model.modules())
         with (
@@ -262,7 +262,7 @@ class Measurement:
                     self._loss,
                     data,
                     "" if measured_on is None else measured_on.fingerprint(),
-                    selections,
+                    groups,
                     corruptions,
                     trials,
                     seed,
@@ -270,19 +270,19 @@ class Measurement:
                 found = {} if path is None else begin_checkpoint(path, run)
             found = self._processes.gather(found)[0]
             left = [number for number in range(1, 1 + len(plan)) if number not in found]
-            parts = self._parts(list(selections.values()), corruptions if left else ())
-            if 0 not in found:  # after the parts, whose making refuses data that will not do
+            ready = self._ready(list(groups.values()), corruptions if left else ())
+            if 0 not in found:  # after the groups, whose making refuses data that will not do
                 found |= _kept(path, {0: Trial.of(seed, self._metrics())})
-            jobs = [Job(parts[plan.part_of(number)], *plan.drawn(number)) for number in left]
+            jobs = [Job(ready[plan.group_of(number)], *plan.drawn(number)) for number in left]
             limit = len(jobs) if checkpoint is None else BETWEEN_WRITES
             numbers = iter(left)
             done = len(plan) - len(left)
             with tqdm(total=len(plan), initial=done, desc="corruptions", disable=not self._progress) as bar:
-                for group in self._groups(jobs, limit):
-                    bar.set_postfix_str(str(group[0].corruption))
-                    measured = self._measure(group)
-                    found |= _kept(path, dict(zip(islice(numbers, len(group)), measured, strict=True)))
-                    bar.update(len(group))
+                for some in self._in_turn(jobs, limit):
+                    bar.set_postfix_str(str(some[0].corruption))
+                    measured = self._measure(some)
+                    found |= _kept(path, dict(zip(islice(numbers, len(some)), measured, strict=True)))
+                    bar.update(len(some))
         clean = record_of("none", "no corruption", {}, [found[0]])
         return clean, data, plan.records(found)
 
@@ -332,14 +332,14 @@ class Measurement:
         if measured_on is not None:
             check_same_data("metric", measured_on.fingerprint(), self._processes)
 
-    def _parts(self, selections: Sequence[_Parameters], corruptions: Sequence[Corruption]) -> list[Part]:
-        """Return the parts; what costs a run of the model is done when it is needed.
+    def _ready(self, groups: Sequence[_Parameters], corruptions: Sequence[Corruption]) -> list[Group]:
+        """Return the groups; what costs a run of the model is done when it is needed.
 
-        The gradient is taken with respect to all parts, whatever is left, so that its last bits are the same.
+        The gradient is taken with respect to all groups, whatever is left, so that its last bits are the same.
         """
         whole: DatasetGradients | None = None
         if self._batches is not None and any(corruption.uses_gradients for corruption in corruptions):
-            together = {name: parameter for selection in selections for name, parameter in selection.items()}
+            together = {name: parameter for selection in groups for name, parameter in selection.items()}
             whole = DatasetGradients(
                 self._model,
                 together,
@@ -350,13 +350,13 @@ class Measurement:
             )
         climbs = any(isinstance(corruption, MultiStepCorruption) for corruption in corruptions)
         return [
-            Part(
+            Group(
                 selection,
-                None if whole is None else whole.of_part(selection),
+                None if whole is None else whole.of_group(selection),
                 partial(self._prefix_of_ascents, selection) if climbs else _nothing,
                 partial(self._prefix_of_measurements, selection),
             )
-            for selection in selections
+            for selection in groups
         ]
 
     def _prefix_of_ascents(self, selection: _Parameters) -> PrefixReuse | None:
@@ -371,42 +371,42 @@ class Measurement:
         # What is measured together must be the same everywhere, also where a rounding decides.
         return prefix if all(self._processes.gather(prefix is not None)) else None
 
-    def _groups(self, jobs: Sequence[Job], limit: int) -> Iterator[list[Job]]:
+    def _in_turn(self, jobs: Sequence[Job], limit: int) -> Iterator[list[Job]]:
         """Yield what is measured together: alone, or as many as the limit and the memory for corruptions admit."""
-        group: list[Job] = []
+        some: list[Job] = []
         taken = 0
         for job in jobs:
-            size = 4 * numel(list(job.part.parameters.values()))
-            full = len(group) == limit or taken + size > self._memory
-            if group and (full or not self._go_together(job, group[-1])):
-                yield group
-                group, taken = [], 0
-            group.append(job)
+            size = 4 * numel(list(job.group.parameters.values()))
+            full = len(some) == limit or taken + size > self._memory
+            if some and (full or not self._go_together(job, some[-1])):
+                yield some
+                some, taken = [], 0
+            some.append(job)
             taken += size
-        if group:
-            yield group
+        if some:
+            yield some
 
     def _go_together(self, job: Job, other: Job) -> bool:
         """Whether two corruptions share a prefix run, or are at least chosen at the same time by several processes."""
-        if other.part.measuring is None:  # the next part is not made ready before its turn
-            return self._processes.count > 1 and job.part.measuring is None
-        return job.part.measuring is not None
+        if other.group.measuring is None:  # the next group is not made ready before its turn
+            return self._processes.count > 1 and job.group.measuring is None
+        return job.group.measuring is not None
 
-    def _measure(self, group: Sequence[Job]) -> list[Trial]:
-        together = self._by_batch if group[0].part.measuring is not None else None
+    def _measure(self, some: Sequence[Job]) -> list[Trial]:
+        together = self._by_batch if some[0].group.measuring is not None else None
         with self._undone():
-            chosen = choose_together(group, self._processes)
+            chosen = choose_together(some, self._processes)
         sizes = []
         metrics: list[Mapping[str, object]] = []
-        for job, corruption in zip(group, chosen, strict=True):
-            with corrupted_model(self._model, job.part.parameters, corruption) as injection:
+        for job, corruption in zip(some, chosen, strict=True):
+            with corrupted_model(self._model, job.group.parameters, corruption) as injection:
                 sizes.append(injection.size())
                 if together is None:
                     metrics.append(self._metrics())
         if together is not None:
-            measured = measure_together(self._model, together, group, chosen, self._processes)
+            measured = measure_together(self._model, together, some, chosen, self._processes)
             metrics = [checked_metrics(found) for found in measured]
-        seeds = [job.seed for job in group]
+        seeds = [job.seed for job in some]
         return [Trial.of(*of_trial) for of_trial in zip(seeds, metrics, sizes, strict=True)]
 
     def _metrics(self) -> Mapping[str, object]:

@@ -40,7 +40,7 @@ from hf_parcor.prefix import (
 
 
 @dataclass(frozen=True)
-class Part:
+class Group:
     """Parameters that are corrupted together, their gradients, and what does not depend on them.
 
     A measurement may run the model in another way than an ascent does, so each has its own prefix. It is sought, which
@@ -71,9 +71,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Job:
-    """One corruption of one part, chosen with one seed."""
+    """One corruption of one group, chosen with one seed."""
 
-    part: Part
+    group: Group
     corruption: Corruption
     seed: int
 
@@ -95,9 +95,9 @@ def choose_together(jobs: Sequence[Job], processes: MeasuringProcesses = ALONE) 
             corruptions.append(next(climbed))
             continue
         generator = torch.Generator().manual_seed(job.seed)
-        if job.part.gradients is not None:
-            job.part.gradients.restart()
-        corruptions.append(job.corruption(job.part.parameters, job.part.gradients, generator))
+        if job.group.gradients is not None:
+            job.group.gradients.restart()
+        corruptions.append(job.corruption(job.group.parameters, job.group.gradients, generator))
     return corruptions
 
 
@@ -108,7 +108,7 @@ def _handed_round(
     own = iter(share)
     for index, job in enumerate(jobs):
         owner = processes.owner(index)
-        weights = job.part.parameters
+        weights = job.group.parameters
         dtype = working_dtype(list(weights.values()))
         ended = (
             next(own)
@@ -122,23 +122,23 @@ def _handed_round(
 def _climb(jobs: Sequence[Job]) -> list[dict[str, Tensor]]:
     if not jobs:
         return []
-    sources = [cast(DatasetGradients, job.part.gradients) for job in jobs]
+    sources = [cast(DatasetGradients, job.group.gradients) for job in jobs]
     walk = sources[0]
     walk.restart()
 
     def gradients_at(climbing: Mapping[int, Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
         batch = walk.next_batch()
-        prefixes = _different(jobs[index].part.climbing for index in climbing)
+        prefixes = _different(jobs[index].group.climbing for index in climbing)
         _record(prefixes, lambda: walk.run(batch))
         for index, corruption in climbing.items():
-            with _replaying(jobs[index].part.climbing):
+            with _replaying(jobs[index].group.climbing):
                 gradient = sources[index].on_batch(batch, corruption)
             yield gradient
         _forget(prefixes)
 
     corruptions = [cast(MultiStepCorruption, job.corruption) for job in jobs]
     ascents = [
-        corruption.ascent(job.part.parameters, len(walk)) for corruption, job in zip(corruptions, jobs, strict=True)
+        corruption.ascent(job.group.parameters, len(walk)) for corruption, job in zip(corruptions, jobs, strict=True)
     ]
     return climb_together(ascents, gradients_at)
 
@@ -159,13 +159,13 @@ def measure_together(
         chosen: What they chose.
         processes: Those that measure together, each every n-th batch.
     """
-    prefixes = _different(job.part.measuring for job in jobs)
+    prefixes = _different(job.group.measuring for job in jobs)
 
     def of_jobs(batch: Mapping[str, Any]) -> list[Any]:
         _record(prefixes, partial(metric.of_batch, model, batch))
         found = []
         for job, corruption in zip(jobs, chosen, strict=True):
-            with corrupted_model(model, job.part.parameters, corruption), _replaying(job.part.measuring):
+            with corrupted_model(model, job.group.parameters, corruption), _replaying(job.group.measuring):
                 found.append(metric.of_batch(model, batch))
         _forget(prefixes)
         return found
