@@ -1,6 +1,6 @@
 """Write the mean of the last checkpoints of a run as a model folder that `from_pretrained` loads.
 
-    python scripts/average_checkpoints.py RUN --last 10 --output RUN/average-10
+    python -m scripts.average_checkpoints RUN --last 10 --output RUN/average-10
 
 RUN is a Trainer's output folder, with checkpoints in safetensors. Configuration and tokenizer are the last one's.
 """

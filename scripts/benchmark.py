@@ -1,6 +1,6 @@
 """What a defended training step costs beside the stock step, and beside what people would use instead.
 
-    python scripts/benchmark.py --model MODEL --output scripts/results/benchmark.json
+    python -m scripts.benchmark --model MODEL --output scripts/results/benchmark.json
 
 Steps of all arms are interleaved on one model, so that a machine whose speed drifts drifts for all of them; ratios to
 the stock step are taken within a round, and medians and quartiles over rounds are reported. Operations are counted by
@@ -23,22 +23,101 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from steps.by_hand import quiet_arguments, step_of
-from steps.peers import Peers
-from steps.timing import interleaved, quartiles_of_ratios
 from tabulate import tabulate
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, Trainer
 
 from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
 from hf_parcor.defenses import Defense
+from scripts.training_steps import interleaved, quartiles_of_ratios, quiet_arguments, step_of
 
-L2 = CorruptionConstraint(p=2, epsilon=0.1)
+RADIUS = 0.1
+
+
+class Peers:
+    """Optimizer steps on one model and one batch.
+
+    Args:
+        model: Any model that returns its loss.
+        inputs: The batch.
+        optimizer: That of the model.
+    """
+
+    def __init__(self, model: Any, inputs: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.inputs, self.optimizer = model, inputs, optimizer
+
+    def steps(self) -> dict[str, Callable[[], None]]:
+        """Return a step of each that is installed."""
+        library = (
+            {"pytorch_optimizer's SAM": self.sam_of_pytorch_optimizer()} if find_spec("pytorch_optimizer") else {}
+        )
+        return {**library, "SAM in two steps": self.sam_in_two_steps, "AWP loop": self.awp_loop}
+
+    def sam_of_pytorch_optimizer(self) -> Callable[[], None]:
+        """Return a step of the library's optimizer."""
+        import pytorch_optimizer
+
+        optimizer = pytorch_optimizer.SAM(self.model.parameters(), torch.optim.AdamW, rho=RADIUS, lr=1e-5)
+
+        def step() -> None:
+            self._backward()
+            optimizer.first_step(zero_grad=True)
+            self._backward()
+            optimizer.second_step(zero_grad=True)
+
+        return step
+
+    def sam_in_two_steps(self) -> None:
+        """Run SAM as its paper's algorithm box says, parameter by parameter."""
+        self._backward()
+        saved = {}
+        with torch.no_grad():
+            parameters = [p for p in self.model.parameters() if p.grad is not None]
+            norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+            for p in parameters:
+                saved[p] = p.clone()
+                p.add_(p.grad * (RADIUS / (norm + 1e-12)))
+        self.optimizer.zero_grad()
+        self._update_from(saved)
+
+    def awp_loop(self) -> None:
+        """Run the loop that adds one adversarial pass to the clean one: weights alone, each in its own small box."""
+        self._backward()
+        saved = {}
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                if p.grad is None or "weight" not in name:
+                    continue
+                saved[p] = p.clone()
+                size, slope = torch.norm(p), torch.norm(p.grad)
+                if slope != 0 and not torch.isnan(slope):
+                    p.add_(1e-2 * p.grad / (slope + 1e-6) * (size + 1e-6))
+                    box = 1e-2 * saved[p].abs()
+                    p.copy_(torch.min(torch.max(p, saved[p] - box), saved[p] + box))
+        self._update_from(saved)
+
+    def _backward(self) -> None:
+        self.model.train()
+        self.model(**self.inputs).loss.backward()
+
+    def _update_from(self, saved: dict[Any, Tensor]) -> None:
+        """Run the pass at the moved weights, and update the saved ones."""
+        self._backward()
+        with torch.no_grad():
+            for p, before in saved.items():
+                p.copy_(before)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+L2 = CorruptionConstraint(p=2, epsilon=RADIUS)
 STOCK = "stock Trainer"
 LAST = "last-encoder-layer"
 OURS: dict[str, tuple[Defense, str | list[str] | None]] = {
@@ -103,6 +182,19 @@ class Bench:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the record's rows as Markdown."""
+    shown = []
+    for row in rows:
+        low, high = row["time_ratio_quartiles"]
+        ratio = f"{row['time_ratio_median']:.2f} ({low:.2f}–{high:.2f})"
+        seconds, memory = f"{row['seconds_median']:.2f}", f"{row['peak_memory_mib_over_stock']:+d}"
+        shown.append([row["arm"], f"{row['operations_ratio']:.2f}", ratio, seconds, memory])
+    headers = ["step", "operations", "time, median (quartiles)", "seconds", "peak memory, MiB"]
+    alignment = ["left", *["right"] * 4]
+    return tabulate(shown, headers, tablefmt="pipe", colalign=alignment, disable_numparse=True)
+
+
 def main() -> None:
     """Measure, print a table, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,7 +211,7 @@ def main() -> None:
         return
 
     def memory(arm: str) -> int:
-        command = [sys.executable, *sys.argv, "--peak-memory-of", arm]
+        command = [sys.executable, "-m", "scripts.benchmark", *sys.argv[1:], "--peak-memory-of", arm]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
     peaks = {arm: memory(arm) for arm in tqdm(bench.arms, desc="memory")}
@@ -154,19 +246,6 @@ def main() -> None:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return the record's rows as Markdown."""
-    shown = []
-    for row in rows:
-        low, high = row["time_ratio_quartiles"]
-        ratio = f"{row['time_ratio_median']:.2f} ({low:.2f}–{high:.2f})"
-        seconds, memory = f"{row['seconds_median']:.2f}", f"{row['peak_memory_mib_over_stock']:+d}"
-        shown.append([row["arm"], f"{row['operations_ratio']:.2f}", ratio, seconds, memory])
-    headers = ["step", "operations", "time, median (quartiles)", "seconds", "peak memory, MiB"]
-    alignment = ["left", *["right"] * 4]
-    return tabulate(shown, headers, tablefmt="pipe", colalign=alignment, disable_numparse=True)
 
 
 if __name__ == "__main__":

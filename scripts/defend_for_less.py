@@ -1,6 +1,6 @@
 """How much robustness cheaper defenses of the whole model buy: SST-2, as `reproduce_sst2.py`, and a front.
 
-    python scripts/defend_for_less.py --model MODEL --data FOLDER --output scripts/results/less
+    python -m scripts.defend_for_less --model MODEL --data FOLDER --output scripts/results/less
 
 Each arm is trained with each seed (those that gained next to nothing only with the first), and its accuracy measured
 along the worst direction (gradient-based, L2) at seven radii. What an arm gains is the area between its curve and the
@@ -19,14 +19,12 @@ from pathlib import Path
 from statistics import fmean
 
 import matplotlib as mpl
-from campaigns.arms import ONE_STEP, PLAIN, Arm, Run, l2
-from campaigns.notes import note_run
-from campaigns.sst2 import evaluator_of, over_runs, parse_options, train
-from campaigns.summary import mean_and_deviation
 
 from hf_parcor import CorruptionConstraint, GradientCorruption
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.statistics import MeanAndSpread, student_t_test
+from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, mean_and_deviation, note_run
+from scripts.sst2_runs import evaluator_of, over_runs, parse_options, train
 
 BENCHMARK = Path(__file__).parent / "results" / "benchmark.json"
 RADII = [0.025, 0.05, 0.1, 0.15, 0.2, 0.3]

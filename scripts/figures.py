@@ -1,6 +1,6 @@
 """The figures and tables of both papers, drawn from records alone.
 
-    python scripts/figures.py RECORDS... --output DIR
+    python -m scripts.figures RECORDS... --output DIR
 
 RECORDS are files that a `CorruptionEvaluator` or a `LayerProbe` saved. Each is called by the name of its file, or, as
 NAME=FILE, by a name; records of one model with different targets have one name. What they hold is drawn:

@@ -1,6 +1,6 @@
 """Facts and cards of all models that our campaigns trained, from their records.
 
-    python scripts/model_cards.py
+    python -m scripts.model_cards
 
 Each folder `model_cards/NAME` gets `robustness_facts.json`, the card rendered from it, and its pictures;
 `model_cards/README.md` lists them. Nothing there is edited by hand: run this again after a campaign. A test compares.
@@ -8,6 +8,7 @@ Each folder `model_cards/NAME` gets `robustness_facts.json`, the card rendered f
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from itertools import groupby
@@ -37,13 +38,13 @@ QUICKSTART = {
 }
 PROBES = CARDS / "sst2-minilm-probes"
 CAMPAIGNS = {
-    "sst2": "python scripts/reproduce_sst2.py --model MODEL --data FOLDER --output scripts/results/sst2",
-    "less": "python scripts/defend_for_less.py --model MODEL --data FOLDER --output scripts/results/less",
+    "sst2": "python -m scripts.reproduce_sst2 --model MODEL --data FOLDER --output scripts/results/sst2",
+    "less": "python -m scripts.defend_for_less --model MODEL --data FOLDER --output scripts/results/less",
 }
 HARDEST = "gradient-based L2 ε=0.1"
 HEAD = """# Models of our campaigns
 
-A card for each way of training, made by `python scripts/model_cards.py` from the records in `scripts/results`; nothing
+A card for each way of training, made by `python -m scripts.model_cards` from the records in `scripts/results`; nothing
 here is edited by hand, and a test compares. Each card tells of as many models as it has seeds; the values of each are
 in `robustness_facts.json` beside it. The weights are not published. The base is
 [all-MiniLM-L6-v2](https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2), a BERT of 6 layers.
@@ -129,6 +130,7 @@ def row_of(facts: ModelFacts) -> list[str]:
 
 def main() -> None:
     """Write all of them."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     found = list(all_facts())
     for facts in found:
         files = files_beside(facts)

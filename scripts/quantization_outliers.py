@@ -1,6 +1,6 @@
 """Why coarse quantization breaks a model: how far its largest weights lie out, and how many weights round to zero.
 
-    python scripts/quantization_outliers.py --model MODEL
+    python -m scripts.quantization_outliers --model MODEL
 
 A tensor has one scale, so one weight far out makes the step large for all others.
 """

@@ -1,6 +1,6 @@
 """Paper 2, sections 5.2 and 5.3, on a small BERT: SST-2 plain, with each defense, and with the last layer defended.
 
-    python scripts/reproduce_sst2.py --model MODEL --data FOLDER --output scripts/results/sst2
+    python -m scripts.reproduce_sst2 --model MODEL --data FOLDER --output scripts/results/sst2
 
 MODEL is a folder or a name on the Hub, FOLDER holds `train_sentences.tsv.gz` and `dev.tsv.gz`. Each arm is trained
 with each seed by `examples/train_sst2.py`; finished runs are kept, so an interrupted campaign goes on. The output
@@ -14,13 +14,11 @@ from __future__ import annotations
 import argparse
 import time
 
-from campaigns.arms import ONE_STEP, PLAIN, Arm, Run, l2
-from campaigns.notes import note_run
-from campaigns.sst2 import evaluator_of, over_runs, parse_options, train
-
 from hf_parcor import CorruptionConstraint, GradientCorruption
 from hf_parcor.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.statistics import MeanAndSpread, student_t_test
+from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, note_run
+from scripts.sst2_runs import evaluator_of, over_runs, parse_options, train
 
 ARMS = {
     "plain": PLAIN,

@@ -1,6 +1,6 @@
 """Paper 2's Tables 1, 2, 3, 4 and 6 and Figure 3 for one translation data set, cell by cell.
 
-    python scripts/reproduce_translation.py --study de-en --data FOLDER --output scripts/results/translation/de-en
+    python -m scripts.reproduce_translation --study de-en --data FOLDER --output scripts/results/translation/de-en
 
 FOLDER holds two files of lines for each split, `train.de` and `train.en`, say, also `.gz`, or a table for each,
 `train.tsv.gz`. The studies `de-en` and `en-vi` are the papers' own (6 + 6 layers, for a GPU); `multi30k` and `tatoeba`
@@ -13,13 +13,372 @@ and corruption within a record is kept, so an interrupted campaign goes on. The 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
-from translation.campaign import Campaign
-from translation.studies import STUDIES
-from translation.tables import TABLES
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+from hf_parcor import CorruptionEvaluator, LayerProbe
+from hf_parcor.corruptions import Corruption
+from hf_parcor.defenses import ConstrainedDefense
+from hf_parcor.evaluation import GenerationMetric
+from hf_parcor.records import EvaluationRecord, SweepRecord
+from hf_parcor.reports.markup import markdown_table
+from hf_parcor.reports.plots import line_styles, new_figure
+from hf_parcor.statistics import MeanAndSpread, student_t_test
+from hf_parcor.translation import (
+    BleuScores,
+    ParallelText,
+    average_checkpoints,
+    encode,
+    freeze_positions,
+    last_checkpoints,
+    read_parallel_files,
+    read_rows,
+    tokenize_13a,
+)
+from scripts.campaigns import Run, mean_and_deviation, note_run
+from scripts.translation_studies import STUDIES, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_6, Study
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train_translation.py"
+SPLITS = ("train", "validation", "test")
+BATCH = 32
+BEAMS = 5
+
+
+def file_of(folder: Path, stem: str, language: str) -> Path:
+    """Return `STEM.LANGUAGE` or that and `.gz`."""
+    plain = folder / f"{stem}.{language}"
+    packed = plain.with_name(f"{plain.name}.gz")
+    return packed if packed.is_file() else plain
+
+
+def files_of(options: argparse.Namespace, study: Study, split: str) -> dict[str, Path]:
+    """Return the files of a split, by the flags of the example: one table, or sentences and translations."""
+    stem = study.files[SPLITS.index(split)]
+    if stem.endswith(".tsv.gz"):
+        return {f"{split}_file": options.data / stem}
+    source, target = (file_of(options.data, stem, language) for language in study.languages)
+    return {f"{split}_source_file": source, f"{split}_target_file": target}
+
+
+def read(options: argparse.Namespace, study: Study, split: str) -> ParallelText:
+    """Return the sentences of a split, and their translations."""
+    files = list(files_of(options, study, split).values())
+    return read_parallel_files(*files) if len(files) == 2 else read_rows(files[0], *study.languages)
+
+
+def epoch_checkpoint(folder: Path, epoch: int) -> Path | None:
+    """Return the checkpoint at the end of an epoch, None if there is none."""
+    for path in folder.glob("checkpoint-*"):
+        state = path / "trainer_state.json"
+        if state.is_file() and json.loads(state.read_text())["epoch"] == epoch:
+            return path
+    return None
+
+
+def train(options: argparse.Namespace, study: Study, run: Run) -> Path:
+    """Train one model, unless it is there already, and return the folder with the mean of its last checkpoints.
+
+    What an arm shares with the plain one of the same seed, the epochs before its defense starts, is trained once: it
+    goes on from the plain one's checkpoint. A run that was interrupted goes on from its own last one.
+    """
+    folder: Path = options.work / run.file_name
+    if not (folder / "train_results.json").exists():
+        flags = {
+            **study.training,
+            **files_of(options, study, "train"),
+            "source_lang": study.languages[0],
+            "target_lang": study.languages[1],
+            "num_train_epochs": study.epochs,
+            "seed": run.seed,
+            "output_dir": folder,
+            "save_strategy": "epoch",
+            "logging_steps": 50,
+            "report_to": "none",
+        }
+        interrupted = any(folder.glob("checkpoint-*"))
+        if interrupted:
+            flags["resume_from_checkpoint"] = "true"
+        elif run.arm.defense is not None:
+            start = epoch_checkpoint(options.work / f"plain-seed{run.seed}", int(run.arm.defense.start_epoch))
+            if start is not None:
+                flags["resume_from_checkpoint"] = start
+        arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+        subprocess.run([sys.executable, str(EXAMPLE), "--do_train", *arguments, *run.arm.flags], check=True)
+        unknown = {"train_seconds": None} if interrupted else {}
+        note_run(options.output, options.work, run, torch.get_num_threads(), **unknown)
+    averaged = folder / f"average-{study.average}"
+    if not averaged.exists():
+        unfinished = averaged.with_name(f"{averaged.name}-unfinished")
+        average_checkpoints(last_checkpoints(folder, study.average), unfinished)
+        for name in ("tokenizer.json", "tokenizer_config.json", "target_tokenizer"):
+            origin = folder / name
+            if origin.is_dir():
+                shutil.copytree(origin, unfinished / name, dirs_exist_ok=True)
+            elif origin.is_file():
+                shutil.copy2(origin, unfinished / name)
+        unfinished.rename(averaged)
+    return averaged
+
+
+class Measured:
+    """One trained model, and the test sentences for it, sorted by length.
+
+    BLEU is of the texts in the files: their subwords are only what gradients are taken on.
+
+    Args:
+        options: The command line's.
+        study: What it was trained for.
+        folder: The model's folder.
+    """
+
+    def __init__(self, options: argparse.Namespace, study: Study, folder: Path) -> None:
+        self.model = freeze_positions(AutoModelForSeq2SeqLM.from_pretrained(folder))
+        source = AutoTokenizer.from_pretrained(folder)
+        beside = folder / "target_tokenizer"
+        target = AutoTokenizer.from_pretrained(beside) if beside.is_dir() else source
+        text = read(options, study, "test").first(options.test_sentences)
+        rows = encode(text, source, target, study.training.get("max_length", 256), cut=True).rows
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+        collate = DataCollatorForSeq2Seq(source, model=self.model)
+        starts = range(0, len(order), BATCH)
+        self.batches = [dict(collate([rows[index] for index in order[s : s + BATCH]])) for s in starts]
+        scores = BleuScores(tokenize=None if study.tokenized else tokenize_13a, lowercase=study.lowercase)
+        self.metric = GenerationMetric(
+            target,
+            self.batches,
+            AgainstTexts(scores, [text.targets[index] for index in order]),
+            num_beams=BEAMS,
+            early_stopping=True,
+            max_new_tokens=study.max_new_tokens,
+        )
+
+    def corrupted(self, path: Path, corruptions: Sequence[Corruption], target: str | None = None) -> EvaluationRecord:
+        """Measure the model, or what is missing, under corruptions of all of it or of a part."""
+        if not path.exists():
+            evaluator = CorruptionEvaluator(
+                self.model, self.metric, self.batches, target_modules=target, progress=False
+            )
+            unfinished = path.with_suffix(".jsonl")
+            evaluator.evaluate(corruptions, trials=1, checkpoint=unfinished).save(path)
+            unfinished.unlink(missing_ok=True)
+        return EvaluationRecord.load(path)
+
+    def layer_by_layer(self, path: Path, corruption: Corruption) -> SweepRecord:
+        """Measure the model, or what is missing, with one layer after the other corrupted."""
+        if not path.exists():
+            unfinished = path.with_suffix(".jsonl")
+            probe = LayerProbe(self.model, self.metric, self.batches, progress=False)
+            probe.evaluate([corruption], checkpoint=unfinished).save(path)
+            unfinished.unlink(missing_ok=True)
+        return SweepRecord.load(path)
+
+
+class AgainstTexts:
+    """A score against these texts, in the order of the batches, instead of what labels decode to."""
+
+    def __init__(self, scores: BleuScores, texts: Sequence[str]) -> None:
+        self._scores, self._texts = scores, list(texts)
+
+    def __call__(self, *, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        """Return the scores of a corpus."""
+        return self._scores(predictions=predictions, references=self._texts)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the scores say of themselves."""
+        return self._scores.notes
+
+
+class Campaign:
+    """The records of one study, measured when they are asked for.
+
+    Args:
+        options: The command line's.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.study: Study = STUDIES[options.study]
+        self.metric = "tokenized_bleu"  # what the papers report
+        self._measured = cache(self._measure)
+
+    def _measure(self, name: str, seed: int) -> Measured:
+        run = Run(name, self.study.arms[name], seed)
+        return Measured(self.options, self.study, train(self.options, self.study, run))
+
+    def _path(self, name: str, seed: int, part: str) -> Path:
+        path: Path = self.options.output / f"{name}-seed{seed}-{part}.json"
+        return path
+
+    def records(
+        self, name: str, part: str, corruptions: Sequence[Corruption], target: str | None = None
+    ) -> list[EvaluationRecord]:
+        """Return the records of an arm, one a seed, made now if they are not there."""
+        found = []
+        for seed in self.options.seeds:
+            path = self._path(name, seed, part)
+            if not path.exists():
+                self._measured(name, seed).corrupted(path, corruptions, target)
+            found.append(EvaluationRecord.load(path))
+        return found
+
+    def sweeps(self, name: str) -> list[SweepRecord]:
+        """Return the sweeps through the layers of an arm, one a seed."""
+        found = []
+        for seed in self.options.seeds:
+            path = self._path(name, seed, "layers")
+            if not path.exists():
+                self._measured(name, seed).layer_by_layer(path, self.study.layers)
+            found.append(SweepRecord.load(path))
+        return found
+
+    def bleu(self, records: Sequence[EvaluationRecord], row: int) -> list[float]:
+        """Return the BLEU of a row of the records, one a seed."""
+        return [record.rows()[row].mean(self.metric) for record in records]
+
+
+DEFENSES = ("plain", "acrt", "awp", "defended")
+TARGETS = ("plain", "defended", "last-layer")
+
+
+def shown(bleu: Sequence[float]) -> str:
+    """Return a cell: BLEU over seeds."""
+    return mean_and_deviation(bleu, 2)
+
+
+def by_corruption(
+    campaign: Campaign,
+    part: str,
+    corruptions: Sequence[Corruption],
+    arms: Sequence[str],
+    paper: Sequence[Sequence[float]],
+) -> str:
+    """Return a table with a row for each corruption, a column for each arm, and the paper's beside them."""
+    records = {name: campaign.records(name, part, corruptions) for name in arms}
+    labels = [campaign.study.arms[name].label for name in arms]
+    rows = []
+    for index, first in enumerate(records[arms[0]][0].rows()):
+        cells = [shown(campaign.bleu(of_arm, index)) for of_arm in records.values()]
+        rows.append([first.label, *cells, *(f"{value:.2f}" for value in (paper[index] if paper else ()))])
+    return markdown_table(["BLEU", *labels, *(f"paper: {label}" for label in labels if paper)], rows)
+
+
+def table_1(campaign: Campaign) -> str:
+    """Return Table 1: all corruptions of the model without and with the defense."""
+    paper = TABLE_1.get(campaign.options.study, [])
+    return by_corruption(campaign, "table1", campaign.study.table_1, ("plain", "defended"), paper)
+
+
+def table_2(campaign: Campaign) -> str:
+    """Return Table 2: the settings of the defense, without corruption."""
+    paper = TABLE_2 if campaign.options.study == "de-en" else {}
+    rows = []
+    for name, arm in campaign.study.arms.items():
+        if name in ("last-layer", "acrt", "awp"):
+            continue
+        defense = arm.defense
+        constraint = defense.constraint if isinstance(defense, ConstrainedDefense) else None
+        steps = "-" if defense is None else str(getattr(defense, "steps", 1))
+        norm = "-" if constraint is None else "L2" if constraint.p == 2 else "L∞"
+        radius = "-" if constraint is None else f"{constraint.epsilon:.2g}"
+        start = "random" if getattr(defense, "random_start", False) else ""
+        bleu = shown(campaign.bleu(campaign.records(name, "clean", []), 0))
+        rows.append([arm.label, norm, steps, radius, start, bleu, *([f"{paper[name]:.2f}"] if paper else [])])
+    return markdown_table(["setting", "norm", "K", "ε", "start", "BLEU", *(["paper"] if paper else [])], rows)
+
+
+def table_3(campaign: Campaign) -> str:
+    """Return Table 3: defenses under multi-step corruption and quantization."""
+    paper = TABLE_3.get(campaign.options.study, [])
+    return by_corruption(campaign, "table3", campaign.study.table_3, DEFENSES, paper)
+
+
+def table_4(campaign: Campaign) -> str:
+    """Return Table 4: defenses without corruption, and the t-tests of Appendix C where there are several seeds."""
+    bleu = {name: campaign.bleu(campaign.records(name, "clean", []), 0) for name in DEFENSES}
+    paper = TABLE_4.get(campaign.options.study)
+    rows = []
+    for index, (name, values) in enumerate(bleu.items()):
+        tested = ""
+        if name != "plain" and len(values) > 1:
+            test = student_t_test(MeanAndSpread.from_values(values), MeanAndSpread.from_values(bleu["plain"]))
+            tested = f"{test.t:.2f}{'*' if test.is_significant() else ''}"
+        beside = ["{:.2f} ± {:.3f}".format(*paper[index])] if paper else []
+        rows.append([campaign.study.arms[name].label, shown(values), tested, *beside])
+    return markdown_table(["defense", "BLEU", "t: no better than plain", *(["paper"] if paper else [])], rows)
+
+
+def table_6(campaign: Campaign) -> str:
+    """Return Table 6: what is defended against what is corrupted."""
+    study = campaign.study
+    paper = TABLE_6.get(campaign.options.study, {})
+    header = ["defended", "no corruption"]
+    rows: list[list[str]] = []
+    for name in TARGETS:
+        whole = campaign.records(name, "table6-whole", study.whole)
+        last = campaign.records(name, "table6-last", study.last, "last-decoder-layer")
+        corrupted = [("whole", whole, row) for row in range(1, 1 + len(study.whole))]
+        corrupted += [("last layer", last, row) for row in range(1, 1 + len(study.last))]
+        if not rows:
+            header += [f"{what}: {records[0].rows()[row].label}" for what, records, row in corrupted]
+            header += ["paper: no corruption", "whole", "last layer"] if paper else []
+        cells = [shown(campaign.bleu(records, row)) for _, records, row in [("", whole, 0), *corrupted]]
+        label = "nothing" if name == "plain" else study.arms[name].label
+        rows.append([label, *cells, *(f"{value:.2f}" for value in paper.get(name, ()))])
+    return markdown_table(header, rows)
+
+
+def figure_3(campaign: Campaign) -> str:
+    """Return Figure 3 as a table, a row for each layer, and draw it: the BLEU that a corruption of it leaves.
+
+    Bars are means over seeds, with one sample standard deviation; the dashed line is the plain model, not corrupted.
+    """
+    sweeps = {name: campaign.sweeps(name) for name in TARGETS}
+    layers = list(sweeps["plain"][0].records)
+    values = {
+        name: [[sweep.records[layer].corruptions[0].mean(campaign.metric) for sweep in of_arm] for layer in layers]
+        for name, of_arm in sweeps.items()
+    }
+    figure = new_figure(4.5 + 0.55 * len(layers), 4)
+    axes = figure.subplots()
+    for place, ((name, of_arm), (color, _)) in enumerate(zip(values.items(), line_styles(), strict=False)):
+        heights = [statistics.fmean(bleu) for bleu in of_arm]
+        spread = [statistics.stdev(bleu) for bleu in of_arm] if len(of_arm[0]) > 1 else None
+        places = [index + (place - 1) * 0.27 for index in range(len(layers))]
+        label = campaign.study.arms[name].label
+        axes.bar(places, heights, width=0.25, yerr=spread, capsize=3, color=color, label=label)
+    clean = statistics.fmean(sweep.clean.mean(campaign.metric) for sweep in sweeps["plain"])
+    axes.axhline(clean, color="grey", linestyle="--", linewidth=1, label="plain, no corruption")
+    axes.set_xticks(range(len(layers)), [layer.removeprefix("model.") for layer in layers], rotation=30, ha="right")
+    axes.set_ylabel(f"BLEU under {campaign.study.layers}")
+    axes.set_title(f"{campaign.study.title}: one layer corrupted", fontsize="medium")
+    figure.legend(title="defended", frameon=False, loc="outside right upper")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(campaign.options.output / "figure-3.png", dpi=150)
+    header = [f"corrupted: {campaign.study.layers}", *(campaign.study.arms[name].label for name in TARGETS)]
+    return markdown_table(
+        header, [[layer, *(shown(values[name][row]) for name in TARGETS)] for row, layer in enumerate(layers)]
+    )
+
+
+TABLES: dict[str, Callable[[Campaign], str]] = {
+    "1": table_1,
+    "2": table_2,
+    "3": table_3,
+    "4": table_4,
+    "6": table_6,
+    "figure-3": figure_3,
+}
 
 
 def main() -> None:

@@ -213,7 +213,9 @@ def test_the_command_of_the_first_page(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_name_scripts_that_exist(page):
     scripts = re.findall(r"\b(?:bash|python) ((?:scripts|examples)/[^\s`]+)", PAGES[page])
+    scripts += [f"scripts/{name}.py" for name in re.findall(r"\bpython -m scripts\.(\w+)", PAGES[page])]
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
+    assert "python scripts/" not in PAGES[page], "scripts are run as modules"
 
 
 def test_two_commands_are_enough():

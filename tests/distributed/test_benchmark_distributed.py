@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from network.cluster import Cluster, bytes_on_the_wire, step_time
-from network.counting import ARMS, bert, train
+
+from scripts.benchmark_distributed import ARMS, Cluster, bert, bytes_on_the_wire, step_time, train
 
 SIZE = 4 * sum(parameter.numel() for parameter in bert("tiny").parameters())
 

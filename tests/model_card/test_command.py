@@ -187,7 +187,7 @@ class TestCard:
 
 class TestCardsOfOurCampaigns:
     def test_are_those_of_the_records(self):
-        import model_cards
+        from scripts import model_cards
 
         found = list(model_cards.all_facts())
         for facts in found:

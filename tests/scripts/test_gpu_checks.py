@@ -7,16 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu_checks
 import pytest
 import torch
-from gpu import precision
-from gpu.check import Row, Setting
-from gpu.models import L2
 
 from hf_parcor import SAM
+from scripts import gpu_checks
+from scripts.gpu_checks import L2, Row, Setting
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+ROOT = Path(__file__).parents[2]
 RUN_HERE = ["precision", "restored", "prefix", "same_as_cpu", "synchronizations", "bert_base", "decoder", "compiled"]
 
 
@@ -24,9 +22,13 @@ RUN_HERE = ["precision", "restored", "prefix", "same_as_cpu", "synchronizations"
 def test_every_check_that_a_cpu_can_run_holds(tmp_path):
     """All but two processes, which test_benchmark_distributed.py has."""
     assert {*RUN_HERE, "two_processes"} == set(gpu_checks.CHECKS)
-    command = [sys.executable, str(SCRIPTS / "gpu_checks.py"), "--device", "cpu", "--quick"]
+    command = [sys.executable, "-m", "scripts.gpu_checks", "--device", "cpu", "--quick"]
     done = subprocess.run(
-        [*command, "--output", str(tmp_path), "--only", *RUN_HERE], capture_output=True, text=True, check=False
+        [*command, "--output", str(tmp_path), "--only", *RUN_HERE],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     checks = json.loads((tmp_path / "checks.json").read_text())["checks"]
@@ -51,5 +53,5 @@ def test_a_row_holds_up_to_its_limit(value, limit, holds):
 
 def test_a_wrong_step_fails(monkeypatch, tmp_path):
     """Another radius than the one by hand."""
-    monkeypatch.setattr(precision, "risk", lambda steps: SAM(L2))
-    assert not all(row.holds for row in precision.precision(Setting("cpu", True, str(tmp_path))))
+    monkeypatch.setattr(gpu_checks, "risk", lambda steps: SAM(L2))
+    assert not all(row.holds for row in gpu_checks.precision(Setting("cpu", True, str(tmp_path))))

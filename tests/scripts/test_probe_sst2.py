@@ -8,13 +8,11 @@ import re
 import sys
 from pathlib import Path
 
-import figures
 import matplotlib.image
-import probe_sst2
 import pytest
-from observations import findings, strength
 
 from hf_parcor import EvaluationRecord, SweepRecord
+from scripts import figures, probe_sst2
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "model_cards" / "sst2-minilm-probes"
@@ -71,24 +69,24 @@ class TestObservations:
         clean = probe.clean.mean("accuracy")
         first = probe_sst2.RADII[0]
         # From clean at 0 to 0.5 at the first radius, in a line: half of it is lost half way.
-        assert strength.radius_at_half(probe.records["a"]) == pytest.approx(first / 2)
-        assert strength.relative_radius(probe.records["a"]) == pytest.approx(first / 8)
+        assert probe_sst2.radius_at_half(probe.records["a"]) == pytest.approx(first / 2)
+        assert probe_sst2.relative_radius(probe.records["a"]) == pytest.approx(first / 8)
         assert (clean + 0.5) / 2 < 0.7
-        assert strength.radius(strength.radius_at_half(probe.records["b"])) == "–"
+        assert probe_sst2.radius(probe_sst2.radius_at_half(probe.records["b"])) == "–"
 
     def test_weakest_kind(self):
         probe = probe_of({"layer-norm": 0.5, "linear": 0.55, "attention": 0.6}, (0.01, 1.0, 1.0))
-        found = findings.weakest_kind(probe)
+        found = probe_sst2.weakest_kind(probe)
         assert found.startswith("Holds with the same ε and 10 weights as in paper 1 and random directions alone.")
         assert "with the same ε/‖w‖ the weakest is linear" in found
         probe = probe_of({"layer-norm": 0.5, "linear": 0.6}, (1.0, 1.0))
-        assert findings.weakest_kind(probe).startswith("Holds in every setting.")
-        assert findings.weakest_kind(probe, "linear").startswith("Does not hold in any setting.")
+        assert probe_sst2.weakest_kind(probe).startswith("Holds in every setting.")
+        assert probe_sst2.weakest_kind(probe, "linear").startswith("Does not hold in any setting.")
 
     def test_robust_kinds(self):
         probe = probe_of({"layer-norm": 0.5, "linear": 0.55, "attention": 0.6}, (1.0, 1.0, 1.0))
-        assert findings.robust_kinds(probe, "attention").startswith("Holds in every setting.")
-        assert "1 of 3 with the same ε," in findings.robust_kinds(probe, "layer-norm")
+        assert probe_sst2.robust_kinds(probe, "attention").startswith("Holds in every setting.")
+        assert "1 of 3 with the same ε," in probe_sst2.robust_kinds(probe, "layer-norm")
 
     @pytest.mark.parametrize(
         ("values", "said"),
@@ -96,12 +94,12 @@ class TestObservations:
     )
     def test_upper_layers(self, values, said):
         probe = probe_of({f"layer.{at}": value for at, value in enumerate(values)}, (1.0,) * 4)
-        assert findings.weak_upper_layers(probe).startswith(said)
+        assert probe_sst2.weak_upper_layers(probe).startswith(said)
 
     def test_gains(self):
         before, after = (probe_of({"a": value, "b": 0.6}, (1.0, 1.0)) for value in (0.5, 0.75))
-        assert findings.gains(before, after).startswith("1 of 2 groups are harder to break")
-        assert "a +25.0, b +0.0" in findings.gains(before, after)
+        assert probe_sst2.gains(before, after).startswith("1 of 2 groups are harder to break")
+        assert "a +25.0, b +0.0" in probe_sst2.gains(before, after)
 
 
 class TestFigures:

@@ -9,14 +9,12 @@ import shlex
 from pathlib import Path
 
 import pytest
-import random_corruption_theory as script
 import torch
-from theorem_1.comparison import cosines, quantiles
-from theorem_1.table import table
 
 from hf_parcor import CorruptionConstraint, RandomCorruption
 from hf_parcor.functional import inner_product
 from hf_parcor.theory import RandomCorruptionRatio
+from scripts import random_corruption_theory as script
 
 RESULTS = Path(__file__).parents[2] / "scripts" / "results" / "random_corruption"
 TINY = "--width 8 --length 8 --batch 4 --steps 3 --rows 6 --draws 400 --changes 30 --probes 3 --epsilons 1e-3 0.1"
@@ -40,7 +38,7 @@ def test_from_text_to_table(folder, capsys):
     assert record["command"] in text
     assert str(folder) not in json.dumps(record)
 
-    again, _ = script.parse([*shlex.split(record["command"])[2:]])
+    again, _ = script.parse([*shlex.split(record["command"])[3:]])
     asked, _ = script.parse(arguments)
     assert {**vars(again), "data": 0, "output": 0, "quiet": 0} == {**vars(asked), "data": 0, "output": 0, "quiet": 0}
 
@@ -63,25 +61,25 @@ def test_from_text_to_table(folder, capsys):
 
 def test_the_table_is_that_of_the_record():
     record = json.loads((RESULTS / "record.json").read_text())
-    assert (RESULTS / "table.md").read_text() == table(record)
+    assert (RESULTS / "table.md").read_text() == script.table(record)
 
 
 def test_cosines_are_those_of_random_corruptions():
     """What is sampled in blocks is `RandomCorruption`, draw for draw of one generator."""
     gradient = torch.randn(50).double()
-    found = torch.cat(list(cosines(gradient, 5, seed=3, block=2)))
+    found = torch.cat(list(script.cosines(gradient, 5, seed=3, block=2)))
     generator, corruption = torch.Generator().manual_seed(3), RandomCorruption(CorruptionConstraint(epsilon=1))
     drawn = torch.empty(2, 50).normal_(generator=generator)
     expected = [torch.nn.functional.cosine_similarity(row.double(), gradient, dim=0) for row in drawn]
     torch.testing.assert_close(found[:2], torch.stack(expected), rtol=1e-5, atol=1e-7)
     single = corruption({"w": torch.zeros(50)}, generator=torch.Generator().manual_seed(3))["w"]
-    alone = next(cosines(gradient, 1, seed=3))
+    alone = next(script.cosines(gradient, 1, seed=3))
     torch.testing.assert_close(alone[0], inner_product([single], [gradient]) / gradient.norm(), rtol=1e-5, atol=1e-7)
 
 
 def test_quantiles_with_their_intervals():
     magnitudes = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).double().abs()
-    rows = quantiles(magnitudes, math.sqrt(10**6), RandomCorruptionRatio(10**6))
+    rows = script.quantiles(magnitudes, math.sqrt(10**6), RandomCorruptionRatio(10**6))
     for row in rows:
         assert row["low"] < row["empirical"] < row["high"]
         assert row["low"] < row["theoretical"] < row["high"]
@@ -92,9 +90,3 @@ def test_a_folder_without_the_text(tmp_path):
     with pytest.raises(SystemExit, match=r"--data: expected ptb.train.txt or ptb.train.txt.gz"):
         script.main(["--data", str(tmp_path), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        script.main(["--help"])
-    assert "--draws" in capsys.readouterr().out

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import importlib.util
 import json
-import runpy
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -17,12 +13,9 @@ pytest.importorskip("matplotlib", reason="the figure needs the extra 'plots'")
 pytest.importorskip("sacrebleu", reason="BLEU needs the extra 'translation'")
 
 from hf_parcor.records import EvaluationRecord
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-paper, runs, studies, campaigns, tables = (
-    importlib.import_module(f"translation.{name}") for name in ("paper", "runs", "studies", "campaign", "tables")
-)
-STUDIES = studies.STUDIES
+from scripts import reproduce_translation as script
+from scripts import translation_studies as paper
+from scripts.translation_studies import STUDIES
 
 
 @pytest.mark.parametrize("name", ["de-en", "en-vi"])
@@ -30,8 +23,8 @@ def test_the_papers_numbers_fit_the_rows(name):
     study = STUDIES[name]
     assert len(paper.TABLE_1[name]) == 1 + len(study.table_1)
     assert len(paper.TABLE_3[name]) == 1 + len(study.table_3)
-    assert len(paper.TABLE_4[name]) == len(tables.DEFENSES)
-    assert set(paper.TABLE_6[name]) == set(tables.TARGETS)
+    assert len(paper.TABLE_4[name]) == len(script.DEFENSES)
+    assert set(paper.TABLE_6[name]) == set(script.TARGETS)
     assert paper.TABLE_1[name][0][0] == paper.TABLE_3[name][0][0] == paper.TABLE_6[name]["plain"][0]
 
 
@@ -66,7 +59,7 @@ def test_the_papers_settings():
 def test_files_are_found_packed_or_not(tmp_path):
     (tmp_path / "train.de").write_text("")
     (tmp_path / "train.en.gz").write_text("")
-    found = [runs.file_of(tmp_path, "train", language).name for language in ("de", "en")]
+    found = [script.file_of(tmp_path, "train", language).name for language in ("de", "en")]
     assert found == ["train.de", "train.en.gz"]
 
 
@@ -80,10 +73,10 @@ def test_a_split_is_read_from_lines_or_from_a_table(tmp_path):
         (tmp_path / name).write_bytes(gzip.compress(encoded) if name.endswith(".gz") else encoded)
     options = argparse.Namespace(data=tmp_path)
     for study in ("multi30k", "tatoeba"):
-        text = runs.read(options, STUDIES[study], "validation")
+        text = script.read(options, STUDIES[study], "validation")
         assert (list(text.sources), list(text.targets)) == (["ein Hund", "rot"], ["a dog", "red"])
-    assert set(runs.files_of(options, STUDIES["multi30k"], "train")) == {"train_source_file", "train_target_file"}
-    assert runs.files_of(options, STUDIES["tatoeba"], "train") == {"train_file": tmp_path / "train.tsv.gz"}
+    assert set(script.files_of(options, STUDIES["multi30k"], "train")) == {"train_source_file", "train_target_file"}
+    assert script.files_of(options, STUDIES["tatoeba"], "train") == {"train_file": tmp_path / "train.tsv.gz"}
 
 
 WORDS = ["Hund", "Katze", "rot", "sieht", "und", "Haus"]
@@ -115,12 +108,12 @@ def campaign(tmp_path, monkeypatch):
     folders = {"data": tmp_path, "output": tmp_path / "records", "work": tmp_path / "work"}
     options = argparse.Namespace(study="multi30k", **folders, seeds=[1], test_sentences=5)
     options.output.mkdir()
-    return campaigns.Campaign(options)
+    return script.Campaign(options)
 
 
 @pytest.mark.slow
 def test_table_6_and_figure_3(campaign, monkeypatch):
-    table = tables.table_6(campaign)
+    table = script.table_6(campaign)
     output, work = campaign.options.output, campaign.options.work
     assert table.count("\n") == 4
     assert "| whole: multi-step" in table
@@ -135,26 +128,19 @@ def test_table_6_and_figure_3(campaign, monkeypatch):
     # The defended arms begin at the plain one's checkpoint of epoch 2.
     steps = {
         name: sorted(int(path.name.split("-")[1]) for path in (work / f"{name}-seed1").glob("checkpoint-*"))
-        for name in tables.TARGETS
+        for name in script.TARGETS
     }
     assert steps["defended"] == steps["last-layer"] == steps["plain"][2:]
     written = json.loads((work / "last-layer-seed1" / "defense_config.json").read_text())
     assert (written["defense"], written["target_modules"]) == ("multi_step_risk", ["last-decoder-layer"])
-    assert set(json.loads((output / "runs.json").read_text())) == {f"{name}-seed1" for name in tables.TARGETS}
+    assert set(json.loads((output / "runs.json").read_text())) == {f"{name}-seed1" for name in script.TARGETS}
 
-    figure = tables.figure_3(campaign)
+    figure = script.figure_3(campaign)
     assert "| model.decoder.layers.1 |" in figure
     assert (output / "figure-3.png").stat().st_size > 5_000
 
     # Everything is there now: nothing is trained or measured again.
-    monkeypatch.setattr(campaigns, "train", lambda *arguments: pytest.fail("trained again"))
-    again = campaigns.Campaign(campaign.options)
-    assert tables.table_6(again) == table
-    assert tables.figure_3(again) == figure
-
-
-def test_help(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["reproduce_translation.py", "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(str(SCRIPTS / "reproduce_translation.py"), run_name="__main__")
-    assert "--test-sentences" in capsys.readouterr().out
+    monkeypatch.setattr(script, "train", lambda *arguments: pytest.fail("trained again"))
+    again = script.Campaign(campaign.options)
+    assert script.table_6(again) == table
+    assert script.figure_3(again) == figure

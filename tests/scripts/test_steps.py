@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from steps.by_hand import quiet_arguments, step_of
-from steps.peers import RADIUS, Peers
-from steps.timing import interleaved, quartiles_of_ratios
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_parcor import SAM, CorruptionConstraint, ParameterDefenseTrainer
+from scripts.benchmark import RADIUS, Peers
+from scripts.training_steps import interleaved, quartiles_of_ratios, quiet_arguments, step_of
 
 BATCH = {"input_ids": torch.tensor([[3, 5, 7, 2], [4, 4, 1, 9]]), "labels": torch.tensor([0, 1])}
 

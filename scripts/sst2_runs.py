@@ -17,12 +17,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from campaigns.arms import Arm, Run
 from hf_parcor import CorruptionEvaluator
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.records import EvaluationRecord
+from scripts.campaigns import Arm, Run
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "train_sst2.py"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train_sst2.py"
 
 
 def parse_options(

@@ -1,0 +1,1 @@
+"""Experiments, a file each, run from the checkout as modules: `python -m scripts.<name> --help`."""

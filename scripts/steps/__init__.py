@@ -1,1 +1,0 @@
-"""What measurements of training steps share: a Trainer's step by hand, its time, and what others would use."""

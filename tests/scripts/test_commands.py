@@ -1,0 +1,68 @@
+"""Every command says how it is run, and campaigns draw from records the very tables that are kept beside them."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="the figures need the extra 'plots'")
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+RESULTS = SCRIPTS / "results"
+SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in SCRIPTS.glob("*.py")}
+COMMANDS = sorted(name for name, text in SOURCES.items() if '__name__ == "__main__"' in text)
+PARTS = sorted(set(SOURCES) - set(COMMANDS) - {"__init__"})
+PAGE = (SCRIPTS / "README.md").read_text(encoding="utf-8")
+
+
+def run(monkeypatch, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    importlib.import_module(f"scripts.{name}").main()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_how_to_run_it(name, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run(monkeypatch, name, "--help")
+    assert re.search(rf"python -m scripts\.{name}\b|bash scripts/{name}\.sh\b", capsys.readouterr().out)
+
+
+def test_the_page_has_every_file():
+    assert [name for name in COMMANDS + PARTS if f"`{name}.py`" not in PAGE] == []
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_belongs_to_commands_and_knows_none(name):
+    assert any(f"from scripts.{name} import" in SOURCES[command] for command in COMMANDS)
+    assert set(re.findall(r"from scripts\.(\w+) import", SOURCES[name])) <= set(PARTS)
+
+
+CAMPAIGN = "--model none --data none --output"
+TRANSLATION = "--tables 6 figure-3 --test-sentences 500 --data none --output"
+
+
+@pytest.mark.parametrize(
+    ("command", "folder"),
+    [
+        (f"reproduce_sst2 {CAMPAIGN}", "sst2"),
+        (f"defend_for_less {CAMPAIGN}", "less"),
+        (f"reproduce_translation --study multi30k {TRANSLATION}", "translation/multi30k"),
+        (f"reproduce_translation --study tatoeba --seeds 1 {TRANSLATION}", "translation/tatoeba"),
+    ],
+    ids=lambda value: value.split()[0],
+)
+def test_finished_records_give_the_table_beside_them(command, folder, monkeypatch, tmp_path, capsys):
+    """With every record there nothing is trained: the table, and the figure, are made of these alone."""
+    output = tmp_path / "records"
+    shutil.copytree(RESULTS / folder, output, ignore=shutil.ignore_patterns("*.md", "*.png"))
+    name, *arguments = command.split()
+    run(monkeypatch, name, *arguments, output)
+    table = (RESULTS / folder / "table.md").read_text(encoding="utf-8")
+    assert (output / "table.md").read_text(encoding="utf-8") == table
+    assert capsys.readouterr().out.strip() == table.strip()
+    assert {path.name for path in output.iterdir()} == {path.name for path in (RESULTS / folder).iterdir()}
