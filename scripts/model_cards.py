@@ -1,4 +1,4 @@
-"""Facts and cards of all models that our campaigns trained, from their records.
+"""Cards of the models that a command of ours makes, from the records of these runs.
 
     python -m scripts.model_cards
 
@@ -9,22 +9,21 @@ Each folder `model_cards/NAME` gets `robustness_facts.json`, the card rendered f
 from __future__ import annotations
 
 import argparse
-import json
+import shutil
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from hf_parcor.cards import EvaluationData, ModelFacts, facts_of
-from hf_parcor.cards.folder import card_of, files_beside
+from hf_parcor.cards.folder import FACTS, card_of, files_beside
 from hf_parcor.cards.front_matter import RESULTS_FOLDER
 from hf_parcor.records import EvaluationRecord, SweepRecord
 from hf_parcor.records.metric_info import SHARE
 from hf_parcor.reports.markup import markdown_table
 from hf_parcor.reports.numbers import Numbers
-from hf_parcor.training import DefenseArguments, DefenseConfig, build_defense
+from hf_parcor.training import DefenseConfig
+from scripts import probe_sst2, quickstart, reproduce_sst2
+from scripts.campaigns import Arm
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results"
@@ -32,80 +31,55 @@ CARDS = ROOT / "model_cards"
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
 SST2 = EvaluationData("SST-2", "stanfordnlp/sst2", split="validation")
 SNIPPETS = EvaluationData("film-review snippets of vaderSentiment", split="256 held-out sentences")
-QUICKSTART = {
-    "plain": ["--defense", "none"],
-    "defended": ["--defense_epsilon", "0.1", "--defense_steps", "1", "--defense_start_epoch", "0.25"],
-}
-PROBES = CARDS / "sst2-minilm-probes"
-CAMPAIGNS = {
-    "sst2": "python -m scripts.reproduce_sst2 --model MODEL --data FOLDER --output scripts/results/sst2",
-    "less": "python -m scripts.defend_for_less --model MODEL --data FOLDER --output scripts/results/less",
-}
+CAMPAIGN = "python -m scripts.reproduce_sst2 --model MODEL --data FOLDER --output scripts/results/sst2"
+DEFAULT = "multi_step_risk-1"  # the arm of the campaign with the default defense
 HARDEST = "gradient-based L2 ε=0.1"
-HEAD = """# Models of our campaigns
+HEAD = """# Models that you can train
 
-A card for each way of training, made by `python -m scripts.model_cards` from the records in `scripts/results`; nothing
-here is edited by hand, and a test compares. Each card tells of as many models as it has seeds; the values of each are
-in `robustness_facts.json` beside it. The weights are not published. The base is
-[all-MiniLM-L6-v2](https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2), a BERT of 6 layers.
-Of two more models [probes](sst2-minilm-probes/README.md) say which parts are weak: their cards have a heat map of the
-layers. The others were not probed. Two cards as pages in a browser: [on a desk](pages/wide.png),
-[on a phone](pages/phone.png).
+A card for each model that a command of ours makes, written by `python -m scripts.model_cards` from the records in
+`scripts/results`; nothing here is edited by hand, and a test compares. A card tells of as many models as it has seeds;
+the values of each are in `robustness_facts.json` beside it. The weights are not published: the command on a card makes
+them, from [all-MiniLM-L6-v2](https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2), a BERT of 6 layers. What
+other ways to train came to stands in [tables](../scripts/README.md). [A card in a browser](pages/wide.png).
 """
 
 
 def all_facts() -> Iterator[ModelFacts]:
     """Yield the facts of every model, from the records alone."""
-    for campaign, command in CAMPAIGNS.items():
-        folder = RESULTS / campaign
-        runs = json.loads((folder / "runs.json").read_text(encoding="utf-8"))
-        for arm, names in groupby(sorted(runs), key=lambda name: name.rpartition("-seed")[0]):
-            seeds = list(names)
-            yield facts_of(
-                [EvaluationRecord.load(folder / f"{seed}.json") for seed in seeds],
-                name=f"{campaign}-minilm-{arm}",
-                evaluated_on=SST2,
-                datasets=[SST2.id],
-                defense=defense_of(runs[seeds[0]]["flags"]),
-                command=command,
-                **shared(),
-            )
-    for arm, flags in QUICKSTART.items():
-        record = EvaluationRecord.load(RESULTS / "quickstart" / f"{arm}.json")
+    for name, flags in quickstart.ARMS.items():
         yield facts_of(
-            record,
-            name=f"quickstart-minilm-{arm}",
+            EvaluationRecord.load(RESULTS / "quickstart" / f"{name}.json"),
+            name=f"quickstart-minilm-{name}",
             evaluated_on=SNIPPETS,
-            defense=defense_of(flags),
             command="bash scripts/quickstart.sh",
-            **shared(),
+            **shared(Arm(name, flags)),
         )
-    for run, how in json.loads((PROBES / "runs.json").read_text(encoding="utf-8")).items():
-        yield facts_of(
-            SweepRecord.load(PROBES / f"{run}-layers.json"),
-            name=f"sst2-minilm-probed-{run.rpartition('-seed')[0]}",
-            evaluated_on=SST2,
-            datasets=[SST2.id],
-            defense=defense_of(how["flags"]),
-            command=how["command"],
-            **shared(),
-        )
+    yield facts_of(
+        [EvaluationRecord.load(RESULTS / "sst2" / f"{DEFAULT}-seed{seed}.json") for seed in (1, 2, 3)],
+        name=f"sst2-minilm-{DEFAULT}",
+        evaluated_on=SST2,
+        datasets=[SST2.id],
+        command=CAMPAIGN,
+        **shared(reproduce_sst2.ARMS[DEFAULT]),
+    )
+    yield facts_of(
+        SweepRecord.load(RESULTS / "probes" / "defended-seed1-layers.json"),
+        name="sst2-minilm-probed-defended",
+        evaluated_on=SST2,
+        datasets=[SST2.id],
+        command=probe_sst2.COMMAND,
+        **shared(probe_sst2.ARMS["defended"]),
+    )
 
 
-def shared() -> dict[str, Any]:
-    """Return what all of them have in common; `ClassificationMetric` measured, as shares."""
-    return {"base_model": BASE, "task": "text-classification", "unit": SHARE}
-
-
-def defense_of(flags: list[str]) -> dict[str, Any] | None:
-    """Return the defense that flags describe, as the card shows it."""
-    parser = HfArgumentParser(DefenseArguments)  # type: ignore[arg-type]
-    (arguments,) = parser.parse_args_into_dataclasses(flags)
-    defense = build_defense(arguments)
-    if defense is None:
-        return None
-    plain = DefenseConfig(defense, target_modules=arguments.defense_target_modules).to_dict()
-    return {name: value for name, value in plain.items() if name != "hf_parcor_version"}  # that of today, not of then
+def shared(arm: Arm) -> dict[str, Any]:
+    """Return what all of them have, and how they were defended; `ClassificationMetric` measured, as shares."""
+    common = {"base_model": BASE, "task": "text-classification", "unit": SHARE}
+    if arm.defense is None:
+        return common
+    config = DefenseConfig(arm.defense, target_modules=arm.arguments.defense_target_modules).to_dict()
+    del config["hf_parcor_version"]  # that of today, not of then
+    return {**common, "defense": config}
 
 
 def index(facts: list[ModelFacts]) -> str:
@@ -132,6 +106,8 @@ def main() -> None:
     """Write all of them."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     found = list(all_facts())
+    for folder in {path.parent for path in CARDS.glob(f"*/{FACTS}")} - {CARDS / facts.name for facts in found}:
+        shutil.rmtree(folder)
     for facts in found:
         files = files_beside(facts)
         folder = CARDS / facts.name

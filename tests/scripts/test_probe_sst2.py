@@ -15,7 +15,7 @@ from hf_parcor import EvaluationRecord, SweepRecord
 from scripts import figures, probe_sst2
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "model_cards" / "sst2-minilm-probes"
+FOLDER = ROOT / "scripts" / "results" / "probes"
 RECORDS = ROOT / "scripts" / "results" / "sst2"
 SWEEPS = {
     grouping: {arm: [SweepRecord.load(FOLDER / f"{arm}-seed1-{grouping}.json")] for arm in probe_sst2.ARMS}
