@@ -588,7 +588,7 @@ def main() -> int:
         "accelerate": accelerate.__version__,
     }
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scripts.gpu_checks", "transformers.trainer"])
+    context.set_forkserver_preload(["transformers.trainer", "hf_parcor.trainers"])
     first = context.Process(target=str)  # so that no check pays for the imports
     first.start()
     first.join()
