@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import matplotlib as mpl
-
 from hf_parcor import CorruptionConstraint, GradientCorruption
 from hf_parcor.records import EvaluationRecord
+from hf_parcor.reports.plots import new_figure
 from hf_parcor.statistics import MeanAndSpread, student_t_test
 from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, mean_and_deviation, note_run
 from scripts.sst2_runs import evaluator_of, over_runs, parse_options, train
@@ -130,10 +129,8 @@ def table(rows: list[dict[str, float | str]]) -> str:
 
 def plot(rows: list[dict[str, float | str]], path: Path) -> None:
     """Draw gain against cost."""
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+    figure = new_figure(7.5, 4.5)
+    axes = figure.subplots()
     axes.axhline(0, color="0.8", linewidth=1)
     axes.axvline(1.3, color="0.8", linewidth=1, linestyle="--")
     for row in rows:
