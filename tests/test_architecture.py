@@ -261,6 +261,34 @@ class TestWhatIsLoaded:
         lines = sum(SOURCES[name].read_text(encoding="utf-8").count("\n") for name in found)
         assert lines <= 11_000, "training has come to load more; is all of it needed to train?"
 
+    def test_by_the_command_line_where_nothing_is_measured(self, tmp_path):
+        program = f"""
+import contextlib, io, json
+from pathlib import Path
+from hf_parcor.cli.main import COMMANDS, main
+from hf_parcor.records import CorruptionRecord, EvaluationRecord
+
+def row(label, accuracy):
+    return CorruptionRecord(label, label, {{"bits": 4}}, (0,), {{"accuracy": (accuracy,)}})
+
+seeds = [Path({str(tmp_path)!r}, name) for name in "ab"]
+for index, folder in enumerate(seeds):
+    rows = (row("quantization", 0.5 + index / 10),)
+    record = EvaluationRecord("m", {{}}, 1, row("none", 0.9), rows, weights=str(folder))
+    record.save(folder / "robustness.json")
+    (folder / "config.json").write_text("{{}}")  # a model that was trained
+    (folder / "defense_config.json").write_text(json.dumps({{"defense": "sam"}}))
+names = list(map(str, seeds))
+page = str(Path({str(tmp_path)!r}, "page.html"))
+lines = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
+lines += [["report", *names, "--pages", page], ["compare", *names, "--pages", page]]
+with contextlib.redirect_stdout(io.StringIO()):
+    assert [main(line) for line in lines] == [0] * len(lines)
+"""
+        found = loaded_by(program)
+        assert (tmp_path / "page.html").is_file()
+        assert found.isdisjoint({"torch", "transformers", "accelerate", "datasets", "huggingface_hub"})
+
 
 class TestFiles:
     @pytest.mark.parametrize("name", SOURCES)

@@ -102,16 +102,16 @@ def results_on(card):
 
 
 TRAINING = (
-    *("--train-dataset", "train.tsv", "--dataset", "dev.tsv", "--num_train_epochs", 8, "--learning_rate", 0.02),
-    *("--per_device_train_batch_size", 8, "--skip-corruptions"),
-    *("--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no"),
+    *("--train-dataset", "train.tsv", "--dataset", "dev.tsv", "--num-train-epochs", 8, "--learning-rate", 0.02),
+    *("--per-device-train-batch-size", 8, "--skip-corruptions"),
+    *("--use-cpu", "--disable-tqdm", "true", "--report-to", "none", "--save-strategy", "no"),
 )
 
 
 def test_a_practitioner_at_the_command_line(folder, run):
     trained = {
-        "plain": run("train", "model", "--output_dir", "plain", "--defense", "none", *TRAINING),
-        "defended": run("train", "model", "--output_dir", "defended", "--defense_epsilon", 0.05, *TRAINING),
+        "plain": run("train", "model", "--output-dir", "plain", "--defense", "none", *TRAINING),
+        "defended": run("train", "model", "--output-dir", "defended", "--defense-epsilon", 0.05, *TRAINING),
     }
     records, clean = {}, {}
     for name, printed in trained.items():
@@ -120,8 +120,8 @@ def test_a_practitioner_at_the_command_line(folder, run):
         assert clean[name] > 0.5, "it learned"
         assert percent(clean[name]) in printed
         printed = run(
-            *("evaluate", name, "--dataset", "dev.tsv", "--quiet", "--output", name),
-            *("--corruption", "quantization=3", "gradient=1"),
+            *("evaluate", name, "--dataset", "dev.tsv", "--quiet", "--output-dir", name),
+            *("--corruptions", "quantization=3", "gradient=1"),
         )
         records[name] = EvaluationRecord.load(f"{name}/robustness.json")
         assert records[name].clean.mean("accuracy") == pytest.approx(clean[name])
@@ -137,21 +137,21 @@ def test_a_practitioner_at_the_command_line(folder, run):
         "dev.tsv",
         "--group",
         "layers",
-        "--corruption",
+        "--corruptions",
         "quantization=2",
-        "--output",
+        "--output-dir",
         "probe",
     )
     for layer, record in SweepRecord.load("probe/probe.json").records.items():
         model, tokenizer = classifier("plain")
         quantize_by_hand(model.get_submodule(layer).parameters(), 2)
         assert record.corruptions[0].mean("accuracy") == pytest.approx(accuracy_by_hand(model, tokenizer))
-    assert "bert.encoder.layer.1" in Path("probe/report.md").read_text()
+    assert "bert.encoder.layer.1" in Path("probe/probe.md").read_text()
 
-    run("report", "plain/robustness.json", "--output", "report.html", "report.md")
+    run("report", "plain/robustness.json", "--pages", "report.html", "report.md")
     assert percent(clean["plain"]) in Path("report.md").read_text()
     assert Path("report.html").read_text().startswith("<!DOCTYPE html>")
-    run("compare", "plain=plain", "defended=defended", "--output", "compare.md")
+    run("compare", "plain=plain", "defended=defended", "--pages", "compare.md")
     compared = Path("compare.md").read_text()
     for name, record in records.items():
         assert name in compared
@@ -261,26 +261,26 @@ def test_a_translator(tmp_path, monkeypatch, run):
         "--quiet",
     )
     common = (*common, "--max-length", 24)  # new tokens, beside the first of generation_max_length
-    run("evaluate", "out", *common, "--corruption", "quantization=2", "--output", "measured")
+    run("evaluate", "out", *common, "--corruptions", "quantization=2", "--output-dir", "measured")
     record = EvaluationRecord.load("measured/robustness.json")
     assert record.clean.mean("bleu") == pytest.approx(by_hand, abs=0.01)
     run(
         "probe",
         "out",
         *common,
-        "--corruption",
+        "--corruptions",
         "gaussian=0.5",
         "--trials",
         1,
-        "--target",
+        "--target-modules",
         "last-decoder-layer",
-        "--output",
+        "--output-dir",
         "probed",
     )
     probed = SweepRecord.load("probed/probe.json")
     assert probed.clean.mean("bleu") == pytest.approx(by_hand, abs=0.01)
     assert set(probed.records) == {"last-decoder-layer"}
-    run("report", "measured", "--output", "report.md")
+    run("report", "measured", "--pages", "report.md")
     assert "BLEU" in Path("report.md").read_text().upper()
 
     Path("out/robustness.json").write_bytes(Path("measured/robustness.json").read_bytes())
@@ -350,14 +350,32 @@ def test_a_loop_with_accelerate(folder, run):
     clean = accuracy_by_hand(model, tokenizer)
     assert clean > 0.5
     run(
-        "evaluate", "looped", "--dataset", "dev.tsv", "--corruption", "quantization=2", "--output", "looped", "--quiet"
+        "evaluate",
+        "looped",
+        "--dataset",
+        "dev.tsv",
+        "--corruptions",
+        "quantization=2",
+        "--output-dir",
+        "looped",
+        "--quiet",
     )
     record = EvaluationRecord.load("looped/robustness.json")
     quantize_by_hand(model.parameters(), 2)
     assert record.clean.mean("accuracy") == pytest.approx(clean)
     assert record.corruptions[0].mean("accuracy") == pytest.approx(accuracy_by_hand(model, tokenizer))
-    run("probe", "looped", "--dataset", "dev.tsv", "--target", "last-encoder-layer", "--output", "probed", "--quiet")
-    run("report", "looped", "--output", "report.md")
+    run(
+        "probe",
+        "looped",
+        "--dataset",
+        "dev.tsv",
+        "--target-modules",
+        "last-encoder-layer",
+        "--output-dir",
+        "probed",
+        "--quiet",
+    )
+    run("report", "looped", "--pages", "report.md")
     assert percent(clean) in Path("report.md").read_text()
     run("card", "looped")
     front, said = results_on("looped/README.md")

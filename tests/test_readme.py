@@ -207,7 +207,9 @@ def test_the_command_of_the_first_page(tmp_path, monkeypatch, capsys):
     assert all(f"| {layer}" in printed for layer in ("no corruption", *sweep.records))
     flat = " ".join(printed.split())
     assert all(" ".join(sentence.split()) in flat for sentence in RobustnessReport(sweep.records).verdict)
-    assert {path.name for path in Path("probe").iterdir()} == {"probe.json", "probe.jsonl", "report.html", "report.md"}
+    assert {path.name for path in Path("probe").iterdir()} == {
+        f"probe.{suffix}" for suffix in ("json", "jsonl", "html", "md")
+    }
 
 
 @pytest.mark.parametrize("page", PAGES)

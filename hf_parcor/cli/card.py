@@ -8,14 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_parcor.cards import EvaluationData, ModelFacts, facts_of, with_probe
-from hf_parcor.cards.folder import FACTS
 from hf_parcor.cli.parsing import Command, Parser, add_meaning
-from hf_parcor.cli.report import PROBE, ROBUSTNESS, check_trained_alike, defense_beside, load_record
-from hf_parcor.cli.terminal import refused
+from hf_parcor.cli.report import check_trained_alike, defense_beside, load_record
+from hf_parcor.cli.terminal import PROBE, ROBUSTNESS, refused
 from hf_parcor.errors import InputError
-from hf_parcor.evaluation.identity import task_of_class
-from hf_parcor.records import EvaluationRecord, SweepRecord
+from hf_parcor.records import EvaluationData, EvaluationRecord, SweepRecord
 from hf_parcor.records.comparable import SEVERAL_TASKS
 from hf_parcor.records.stored import read_strict_json
 
@@ -126,6 +123,9 @@ def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
         ValueError: As in `facts_of` and `with_probe`.
         ImportError: As in `facts_of`.
     """
+    from hf_parcor.cards import ModelFacts, facts_of, with_probe
+    from hf_parcor.cards.folder import FACTS
+
     last = ModelFacts.load(folder / FACTS) if (folder / FACTS).is_file() else None
     given: dict[str, Any] = {name: value for name in _DESCRIBED if (value := getattr(arguments, name)) is not None}
     sweep = SweepRecord.load(folder / PROBE) if (folder / PROBE).is_file() else None
@@ -179,6 +179,8 @@ def _described(arguments: argparse.Namespace, data: EvaluationData) -> Evaluatio
 
 def _task_of_head(folder: Path) -> str:
     """Return the task that the model in a folder has a head for; "" where it does not say."""
+    from hf_parcor.evaluation.identity import task_of_class
+
     try:
         found = read_strict_json(folder / "config.json")
     except (OSError, ValueError):  # an adapter, or no model
@@ -189,8 +191,7 @@ def _task_of_head(folder: Path) -> str:
 
 def _evaluation(place: Path) -> EvaluationRecord:
     """Return the record of an evaluation in a folder, beside which there may be a probe, or in a file."""
-    path = place / ROBUSTNESS
-    record = load_record(path if path.is_file() else place)
+    record = load_record(place)
     if not isinstance(record, EvaluationRecord):
         raise InputError(f"{place}: expected the record of an evaluation, got a probe; run hf-parcor evaluate")
     return record

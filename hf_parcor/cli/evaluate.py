@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_parcor.cli.parsing import Command, Parser, add_corruptions, add_running, add_subject, add_target
-from hf_parcor.cli.terminal import going_on, refused
+from hf_parcor.cli.parsing import Command, Parser, add_corruptions, add_running, add_subject, add_target_modules
+from hf_parcor.cli.terminal import ROBUSTNESS, going_on, how_to_go_on, output_folder, refused, show
 from hf_parcor.constraints import CorruptionConstraint
-from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from hf_parcor.cli.subject import Subject
+    from hf_parcor.corruptions import Corruption
+    from hf_parcor.evaluation import CorruptionEvaluator, LayerProbe
 
 
 class Evaluate(Command):
@@ -23,68 +27,78 @@ class Evaluate(Command):
     usage = "MODEL --dataset DATA [flags]"
     example = (
         "\\\n      distilbert/distilbert-base-uncased-finetuned-sst-2-english \\\n"
-        "      --dataset stanfordnlp/sst2 --output robustness \\\n"
-        "      --corruption gradient=0.1,0.2 quantization=4"
+        "      --dataset stanfordnlp/sst2 --output-dir robustness \\\n"
+        "      --corruptions gradient=0.1,0.2 quantization=4"
     )
 
     def add_arguments(self, parser: Parser) -> None:
         """Add what `--help` shows."""
         add_subject(parser)
         group = parser.add_argument_group("modules")
-        add_target(group, "only these (default: all that are trained)")
-        group.add_argument("--exclude", nargs="+", metavar="NAME", help="but not these, named in the same way")
+        add_target_modules(group, "only these (default: all that are trained)")
+        group.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="but not these, named in the same way")
         add_corruptions(parser, "those of paper 2, Table 1")
         add_running(parser)
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Measure, and show the record."""
-        from hf_parcor.cli.report import ROBUSTNESS
-        from hf_parcor.cli.subject import load_subject
-        from hf_parcor.cli.terminal import how_to_go_on, output_folder, show
         from hf_parcor.corruptions import corruptions_of_table_1
-        from hf_parcor.evaluation import CheckpointError, CorruptionEvaluator
-        from hf_parcor.reports import RobustnessReport
-        from hf_parcor.reports.terminal_tables import comparison_table
+        from hf_parcor.evaluation import CorruptionEvaluator
 
-        by_default = arguments.corruption is None and arguments.epsilons is None
+        by_default = arguments.corruptions is None and arguments.strengths is None
         corruptions = corruptions_of_table_1() if by_default else asked_for(arguments)
-        folder = output_folder(arguments)
-        checkpoint = None if folder is None else folder / "robustness.jsonl"
-        with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoint)):
-            subject = load_subject(arguments)
-            with refused(ValueError, TypeError):
-                evaluator = CorruptionEvaluator(
-                    subject.model,
-                    subject.metric,
-                    subject.batches,
-                    target_modules=arguments.target,
-                    exclude_modules=arguments.exclude,
-                    progress=not arguments.quiet,
-                    evaluated_on=subject.data,
-                    task=subject.task,
-                )
-            with refused(CheckpointError):
-                record = evaluator.evaluate(corruptions, arguments.trials, arguments.seed, checkpoint=checkpoint)
-        metric = subject.shown(record.clean.metrics)
-        record = record.stating(metric, greater_is_better=arguments.greater_is_better, unit=arguments.unit)
-        with refused(ImportError):
-            report = RobustnessReport(record, metric)
-            table = comparison_table({record.model: record}, metric)
-        show(arguments, record, report, table, ROBUSTNESS)
+        targets = {name: getattr(arguments, name) for name in ("target_modules", "exclude_modules")}
+        measure(
+            arguments,
+            corruptions,
+            ROBUSTNESS,
+            lambda subject, how: CorruptionEvaluator(subject.model, subject.metric, subject.batches, **targets, **how),
+        )
+
+
+def measure(
+    arguments: argparse.Namespace,
+    corruptions: Sequence[Corruption],
+    name: str,
+    build: Callable[[Subject, dict[str, Any]], CorruptionEvaluator | LayerProbe],
+) -> None:
+    """Measure what the flags name, keep the record and its pages, and show them.
+
+    Args:
+        arguments: Those of `add_subject`, `add_corruptions` and `add_running`.
+        corruptions: What is applied.
+        name: Of the record's file; checkpoint and pages differ from it in the suffix.
+        build: Returns what measures a subject, with the settings that it is to pass on.
+    """
+    from hf_parcor.cli.subject import load_subject
+    from hf_parcor.evaluation import CheckpointError
+
+    folder = output_folder(arguments.output_dir)
+    checkpoint = None if folder is None else (folder / name).with_suffix(".jsonl")
+    with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoint)):
+        subject = load_subject(arguments)
+        with refused(ValueError, TypeError):
+            how = {"progress": not arguments.quiet, "evaluated_on": subject.data, "task": subject.task}
+            evaluator = build(subject, how)
+        with refused(CheckpointError):
+            record = evaluator.evaluate(corruptions, arguments.trials, arguments.seed, checkpoint=checkpoint)
+    metric = subject.shown(record.clean.metrics)
+    record = record.stating(metric, greater_is_better=arguments.greater_is_better, unit=arguments.unit)
+    show(record, metric, folder and folder / name, as_json=arguments.json)
 
 
 def asked_for(arguments: argparse.Namespace, strengths: Sequence[float] = ()) -> list[Corruption]:
     """Return the corruptions that the command line asks for.
 
     Args:
-        arguments: Those of `add_corruptions`; without `--corruption` the corruption is gradient-based.
-        strengths: Without `--epsilons`.
+        arguments: Those of `add_corruptions`; without `--corruptions` the corruption is gradient-based.
+        strengths: Without `--strengths`.
 
     Raises:
         InputError: As `read_corruptions`.
     """
-    words = ["gradient"] if arguments.corruption is None else arguments.corruption
-    given = strengths if arguments.epsilons is None else arguments.epsilons
+    words = ["gradient"] if arguments.corruptions is None else arguments.corruptions
+    given = strengths if arguments.strengths is None else arguments.strengths
     return read_corruptions(words, given, arguments.norm, arguments.top_n)
 
 
@@ -113,33 +127,35 @@ def read_corruptions(
         name, own = _parts(word)
         of_word = strengths if own is None else own
         if not of_word:
-            raise InputError(
-                f"--epsilons: expected at least one strength for {word}, got none; give --epsilons 0.1 0.2, say"
-            )
+            raise InputError(f"--strengths: expected at least one for {word}, got none; give --strengths 0.1 0.2, say")
         found += [_corruption(name, strength, norm, top_n) for strength in of_word]
     if not found:
-        raise InputError("--corruption: expected at least one, got none; name one, or leave the flag out")
+        raise InputError("--corruptions: expected at least one, got none; name one, or leave the flag out")
     return found
 
 
 def _parts(word: str) -> tuple[str, list[float] | None]:
+    from hf_parcor.corruptions import CORRUPTIONS
+
     name, given, own = word.partition("=")
     name = name.replace("-", "_")
     if name not in CORRUPTIONS:
         known = [entry.replace("_", "-") for entry in CORRUPTIONS]
         raise InputError(
-            f"--corruption: expected one of {', '.join(known)}, got {word!r}{nearest(name.replace('_', '-'), known)}; "
-            "name one of them"
+            f"--corruptions: expected some of {', '.join(known)}, got {word!r}"
+            f"{nearest(name.replace('_', '-'), known)}; name one of them"
         )
     try:
         return name, [float(strength) for strength in own.split(",") if strength] if given else None
     except ValueError as error:
         raise InputError(
-            f"--corruption: expected strengths as {name}=0.1,0.2, got {word!r}; write numbers with commas"
+            f"--corruptions: expected strengths as {name}=0.1,0.2, got {word!r}; write numbers with commas"
         ) from error
 
 
 def _corruption(name: str, strength: float, norm: float, top_n: int | None) -> Corruption:
+    from hf_parcor.corruptions import CORRUPTIONS
+
     kind: Any = CORRUPTIONS[name]
     first = fields(kind)[0]
     with refused(ValueError, TypeError, NotImplementedError):

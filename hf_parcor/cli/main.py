@@ -11,12 +11,12 @@ from types import MappingProxyType
 
 from hf_parcor.cli.card import Card
 from hf_parcor.cli.evaluate import Evaluate
-from hf_parcor.cli.parsing import Command, Parser
+from hf_parcor.cli.parsing import Command, CommandParser, Parser
 from hf_parcor.cli.probe import Probe
 from hf_parcor.cli.report import Compare, Report
 from hf_parcor.cli.terminal import Interrupted
 from hf_parcor.cli.train import Train
-from hf_parcor.errors import InputError, nearest
+from hf_parcor.errors import InputError
 
 # A new sub-command is a module with a `Command`, and a line here.
 COMMANDS: Mapping[str, Command] = MappingProxyType(
@@ -62,53 +62,41 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def command_parser(name: str) -> Parser:
-    """Return the parser of a sub-command, with what `--help` shows."""
-    command = COMMANDS[name]
+def build_parser() -> Parser:
+    """Return the parser of the program, with one for each sub-command; `run` of what it finds does what was asked."""
     parser = Parser(
-        f"hf-parcor {name}",
-        usage=f"hf-parcor {name} {command.usage}",
-        description=command.summary,
-        epilog=f"example:\n  hf-parcor {name} {command.example}",
+        prog="hf-parcor",
+        description="How fragile are a model's weights, and can you train one whose weights are not?",
+        epilog="hf-parcor COMMAND --help says more. Exit codes: 0 all is well, 1 a bug of ours\n"
+        "(with a traceback), 2 a mistake in what was asked for, 130 interrupted.",
     )
-    parser.add_argument("--config", metavar="FILE", help="a YAML file with flags by name; the command line wins")
-    command.add_arguments(parser)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
+    for name, command in COMMANDS.items():
+        added = commands.add_parser(
+            name,
+            help=command.summary,
+            usage=f"hf-parcor {name} {command.usage}",
+            description=command.summary,
+            epilog=f"example:\n  hf-parcor {name} {command.example}",
+            late=command.late_flags,
+        )
+        added.add_argument("--config", metavar="FILE", help="a YAML file with flags by name; the command line wins")
+        added.set_defaults(run=command.run)
+        command.add_arguments(added)
     return parser
 
 
 def _run(words: Sequence[str]) -> None:
-    name, *rest = words or ["--help"]
-    if name in ("-h", "--help"):
-        print(_help())
-    elif name == "--version":
-        print(f"hf-parcor {importlib.metadata.version('hf-parcor')}")
-    elif name not in COMMANDS:
-        raise InputError(
-            f"expected one of the commands {', '.join(COMMANDS)}, got {name!r}{nearest(name, COMMANDS)}; "
-            "see: hf-parcor --help"
-        )
-    else:
-        parser = command_parser(name)
-        if {"-h", "--help"}.intersection(rest):
-            parser.print_help()
-            return
-        arguments = COMMANDS[name].add_all_arguments(parser).read(rest)
-        COMMANDS[name].run(arguments)
+    try:
+        arguments = build_parser().parse_args(words or ["--help"])
+    except SystemExit:  # of --help and --version: mistakes are an InputError
+        return
+    arguments.run(arguments)
 
 
-def _help() -> str:
-    lines = [f"  {name:10}{command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: hf-parcor COMMAND ...",
-            "",
-            "How fragile are a model's weights, and can you train one whose weights are not?",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "hf-parcor COMMAND --help says more; hf-parcor --version. Exit codes: 0 all is",
-            "well, 1 a bug of ours (with a traceback), 2 a mistake in what was asked for,",
-            "130 interrupted.",
-        ]
-    )
+def _version() -> str:
+    try:
+        return importlib.metadata.version("hf-parcor")
+    except importlib.metadata.PackageNotFoundError:
+        return "from a folder of source code"

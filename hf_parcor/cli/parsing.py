@@ -13,115 +13,169 @@ from hf_parcor.errors import InputError, nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises `InputError`, and that takes settings from a file.
+    """An argument parser whose mistakes are an `InputError` that names what is nearest to an unknown word.
 
     Args:
-        prog: What the command is called.
         **settings: As for `argparse.ArgumentParser`.
     """
 
-    def __init__(self, prog: str, **settings: Any) -> None:
-        settings = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **settings}
-        super().__init__(prog, **settings)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            **{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **settings}
+        )
 
     def error(self, message: str) -> NoReturn:
         """Refuse a command line."""
         raise InputError(f"{message}; see: {self.prog} --help")
 
-    def read(self, words: Sequence[str]) -> argparse.Namespace:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return the arguments; a flag that is not known is refused here, where those that it resembles are known."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            self.error(f"expected known flags, got {unknown[0]}{nearest(unknown[0].partition('=')[0], flags)}")
+        return found, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            raise argparse.ArgumentError(
+                action, f"expected one of {', '.join(known)}, got {value!r}{nearest(str(value), known)}"
+            )
+
+
+class CommandParser(Parser):
+    """The parser of a sub-command: also takes flags from a file, and may have flags that take long to load.
+
+    Args:
+        late: Returns a parser with flags that are not worth loading for `--help`; None for none. Of their spellings
+            help and errors show those in kebab-case alone.
+        **settings: As for `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, *, late: Callable[[], argparse.ArgumentParser] | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._late = late
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Return the arguments: those of the command line, then those of `--config`, then the defaults.
 
         Raises:
             InputError: An unknown flag, a value that is none, or a file that cannot be used.
         """
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        first.add_argument("--config", nargs="?", const="")
-        config = first.parse_known_args(words)[0].config
-        if config is not None:
-            self.set_defaults(**self._from_file(config))
-        found, unknown = self.parse_known_args(words)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            self.error(f"expected known flags, got {unknown[0]}{nearest(unknown[0].partition('=')[0], flags)}")
-        return found
+        if self._late is None:
+            return super().parse_known_args(args, self._from_file(args, namespace))
+        argparse.ArgumentParser.parse_known_args(self, args)  # --help, and mistakes in these flags, wait for nothing
+        return self._whole(self._late()).parse_known_args(args, namespace)
 
-    def _from_file(self, path: str) -> dict[str, Any]:
-        import yaml
+    def _whole(self, late: argparse.ArgumentParser) -> CommandParser:
+        whole = CommandParser(
+            prog=self.prog,
+            usage=self.usage,
+            description=self.description,
+            epilog=self.epilog,
+            parents=[self, late],
+            add_help=False,
+            conflict_handler="resolve",
+        )
+        for action in late._actions:
+            kebab = [flag for flag in action.option_strings if "_" not in flag]
+            action.option_strings = kebab or action.option_strings
+        return whole
 
+    def _from_file(self, words: Sequence[str], namespace: Any) -> Any:
+        """Return what the file says that `--config` names, where the command line may write over it."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config", nargs="?")
+        path = first.parse_known_args(words)[0].config
+        if path is None:
+            return namespace
+        found: list[str] = []
         try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(
-                f"--config: expected a YAML file, got {path!r} ({error.strerror}); check its name"
-            ) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            problem = " ".join(str(error).split())
-            raise InputError(f"--config: expected YAML in {path}, got {problem}; mend the file") from error
-        if not isinstance(found, Mapping):
-            raise InputError(f"--config: expected flags by name in {path}, got {found!r}; write 'seed: 1', say")
-        return {
-            self._action(path, name).dest: self._value(self._action(path, name), value)
-            for name, value in found.items()
-        }
+            for name, value in _settings_in(path).items():
+                flag, action = self._flag(name)
+                if value is not None and action.option_strings:
+                    found += self._words(flag, action, value)
+                elif value is not None:  # an argument that is missing on the command line writes its default
+                    self.set_defaults(**{action.dest: _entries(value) if action.nargs == "*" else str(value)})
+            return super().parse_known_args(found, namespace)[0]
+        except InputError as error:
+            raise InputError(f"--config: {path}: {error}") from error
 
-    def _action(self, path: str, name: Any) -> argparse.Action:
-        actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config", "version")}
-        key = str(name).removeprefix("--").replace("-", "_")
-        if key not in actions:
-            known = [dest.replace("_", "-") for dest in actions]
-            raise InputError(
-                f"--config: expected the names of flags in {path}, got {name!r}"
-                f"{nearest(str(name).replace('_', '-'), known)}; see: {self.prog} --help"
-            )
-        return actions[key]
+    def _flag(self, name: Any) -> tuple[str, argparse.Action]:
+        """Return the flag of a name, or the argument."""
+        words = (
+            (flag, action) for action in self._actions for flag in (action.option_strings or [f"--{action.dest}"])
+        )
+        flags = {flag.replace("_", "-"): action for flag, action in words}
+        for unfit in ("-h", "--help", "--help-all", "--config"):
+            flags.pop(unfit, None)
+        flag = "--" + str(name).removeprefix("--").replace("_", "-")
+        if flag not in flags:
+            known = [other.removeprefix("--") for other in flags]
+            self.error(f"expected the names of flags, got {name!r}{nearest(flag.removeprefix('--'), known)}")
+        return flag, flags[flag]
 
-    def _value(self, action: argparse.Action, value: Any) -> Any:
-        several = action.nargs in ("*", "+") or isinstance(action, argparse._AppendAction)
+    def _words(self, flag: str, action: argparse.Action, value: Any) -> list[str]:
+        """Return the words of a command line that give a flag a value."""
+        repeated = isinstance(action, argparse._AppendAction)
+        several = repeated or action.nargs in ("*", "+")
         if isinstance(value, Mapping):
             value = [f"{key}={entry}" for key, entry in value.items()] if several else json.dumps(value)
-        if value is None or (several and isinstance(value, list)):
-            return value if value is None else [self._single(action, entry) for entry in value]
-        single = self._single(action, value)
-        return [single] if several else single
-
-    def _single(self, action: argparse.Action, value: Any) -> Any:
-        name = action.dest
-        if action.nargs == 0 or isinstance(action.const, bool):
+        if action.nargs == 0:
             if not isinstance(value, bool):
-                self.error(f"--config: expected true or false for {name}, got {value!r}")
-            return value
-        if isinstance(value, (bool, list)):
-            self.error(f"--config: expected one value for {name}, got {value!r}")
-        convert: Any = action.type or str
-        try:
-            converted = convert(str(value))
-        except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
-            raise InputError(f"--config: {name}: {error}; see: {self.prog} --help") from error
-        if action.choices is not None and converted not in action.choices:
-            self.error(f"--config: expected one of {', '.join(map(str, action.choices))} for {name}, got {value!r}")
-        return converted
+                self.error(f"expected true or false for {action.dest}, got {value!r}")
+            no = flag.replace("--", "--no-", 1)
+            return [flag] if value else [no] if no in action.option_strings else []
+        if several:
+            return [f"{flag}={entry}" for entry in _entries(value)] if repeated else [flag, *_entries(value)]
+        if isinstance(value, list) or (isinstance(value, bool) and action.type in (None, str)):
+            self.error(f"expected one value for {action.dest}, got {value!r}; write words such as no in quotes")
+        return [f"{flag}={value}"]
+
+
+def _entries(value: Any) -> list[str]:
+    return list(map(str, value if isinstance(value, list) else [value]))
+
+
+def _settings_in(path: str) -> Mapping[Any, Any]:
+    """Return what a YAML file holds by name.
+
+    Raises:
+        InputError: It cannot be read, or holds something else.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"expected a YAML file that can be read, got {error.strerror}; check its name") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"expected YAML, got {problem}; mend the file") from error
+    if not isinstance(found, Mapping):
+        raise InputError(f"expected flags by name, got {found!r}; write 'seed: 1', say")
+    return found
 
 
 class Command(ABC):
-    """A sub-command. Its module imports PyTorch in no other place than `run` and `add_all_arguments`.
+    """A sub-command. Its module imports PyTorch in functions only: `run`, and what `run` calls.
 
     Attributes:
         summary: What it does, in a line.
         usage: What follows its name.
         example: A command line without the program's name; a test runs it.
+        late_flags: Returns a parser with flags that take long to load; None for none.
     """
 
     summary: ClassVar[str]
     usage: ClassVar[str]
     example: ClassVar[str]
+    late_flags: Callable[[], argparse.ArgumentParser] | None = None
 
     @abstractmethod
     def add_arguments(self, parser: Parser) -> None:
         """Add what `--help` shows."""
-
-    def add_all_arguments(self, parser: Parser) -> Parser:
-        """Return a parser that also knows what takes long to load; by default there is no such thing."""
-        return parser
 
     @abstractmethod
     def run(self, arguments: argparse.Namespace) -> None:
@@ -179,22 +233,6 @@ def share(word: str) -> float:
     return value
 
 
-def one_of(known: Sequence[str]) -> Callable[[str], str]:
-    """Return what reads one of some words.
-
-    Examples:
-        >>> one_of(["layers", "kinds"])("kinds")
-        'kinds'
-    """
-
-    def word_of(word: str) -> str:
-        if word not in known:
-            raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}, got {word!r}{nearest(word, known)}")
-        return word
-
-    return word_of
-
-
 def pairs(words: Iterable[str], flag: str) -> dict[str, str]:
     """Return what words such as `text=review` say.
 
@@ -232,7 +270,7 @@ def add_subject(parser: Parser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model on the Hub, or a local folder")
     group = parser.add_argument_group("model and data")
     group.add_argument("--revision", default="main", metavar="NAME", help="branch, tag or commit of the model")
-    group.add_argument("--task", type=one_of(TASKS), metavar="TASK", help=f"{', '.join(TASKS)}; default: by the head")
+    group.add_argument("--task", choices=TASKS, metavar="TASK", help=f"{', '.join(TASKS)}; default: by the head")
     group.add_argument(
         "--dataset",
         metavar="DATA",
@@ -272,10 +310,10 @@ def add_meaning(group: Any) -> None:
     )
 
 
-def add_target(group: argparse._ArgumentGroup, meaning: str) -> None:
-    """Add `--target`, whose words are the entries of a list of target modules, as they are for every such flag."""
+def add_target_modules(group: argparse._ArgumentGroup, meaning: str) -> None:
+    """Add `--target-modules`, whose words are the entries of the list of that name everywhere in the library."""
     group.add_argument(
-        "--target",
+        "--target-modules",
         nargs="+",
         metavar="NAME",
         help=f"{meaning}: last-encoder-layer, attention, layer-norm, ..., names of modules or their last parts, or "
@@ -287,18 +325,18 @@ def add_corruptions(parser: Parser, default: str) -> None:
     """Add what says how weights are corrupted."""
     group = parser.add_argument_group("corruptions")
     group.add_argument(
-        "--corruption",
+        "--corruptions",
         nargs="*",
         metavar="NAME",
         help=f"{', '.join(CORRUPTIONS)}; strengths of its own: gradient=0.1,0.2. Default: {default}",
     )
     group.add_argument(
-        "--epsilons",
+        "--strengths",
         nargs="*",
         type=number,
-        metavar="E",
-        help="strengths: radius of random, gradient and multi-step, standard deviation of gaussian, bound of uniform, "
-        "bits of quantization, rate of bit-flips",
+        metavar="S",
+        help="of those without strengths of their own: radius of random, gradient and multi-step, standard deviation "
+        "of gaussian, bound of uniform, bits of quantization, rate of bit-flips",
     )
     group.add_argument("--norm", type=number, default=2.0, metavar="P", help="order of the radius's norm: 2, inf")
     group.add_argument("--top-n", type=at_least(1), metavar="N", help="corrupt at most N weights")
@@ -313,6 +351,6 @@ def add_running(parser: Parser) -> None:
     group = parser.add_argument_group("run and results")
     group.add_argument("--batch-size", type=at_least(1), default=32, metavar="N", help="default: %(default)s")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, ...; default: cuda where there is one")
-    group.add_argument("--output", metavar="DIR", help="keep record, report.html, report.md, and go on after a stop")
+    group.add_argument("--output-dir", metavar="DIR", help="keep the record and its pages there; go on after a stop")
     group.add_argument("--json", action="store_true", help="print the record as JSON, and nothing else")
     group.add_argument("--quiet", action="store_true", help="show no progress")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_parcor.cli.parsing import Command, Parser, add_meaning
-from hf_parcor.cli.terminal import refused, tell
+from hf_parcor.cli.terminal import PROBE, ROBUSTNESS, refused, show_verdict, tell, write_report
 from hf_parcor.errors import InputError
 from hf_parcor.records import EvaluationRecord, SweepRecord
+from hf_parcor.records.comparable import DEFENSE_CONFIG_NAME, differences
 from hf_parcor.records.stored import read_strict_json
+from hf_parcor.reports import RobustnessReport
 from hf_parcor.reports.study import Records
+from hf_parcor.reports.terminal_tables import comparison_table
 
 _FORMATS = (".html", ".md")
 
@@ -23,22 +26,19 @@ class Report(Command):
 
     summary = "make a report from the records of a model, one a seed"
     usage = "RECORD ... [flags]"
-    example = "robustness/robustness.json --output report.html"
+    example = "robustness --pages report.html"
 
     def add_arguments(self, parser: Parser) -> None:
         """Add what `--help` shows."""
-        parser.add_argument("records", nargs="*", metavar="RECORD", help="files, or folders of --output")
+        parser.add_argument("records", nargs="*", metavar="RECORD", help="files, or folders of --output-dir")
         add_pages(parser)
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Write the pages, and print the verdict."""
-        from hf_parcor.cli.terminal import show_verdict, write_report
-        from hf_parcor.reports import RobustnessReport
-
         if not arguments.records:
-            raise InputError("records: expected at least one, got none; name files, or folders of --output")
+            raise InputError("records: expected at least one, got none; name files, or folders of --output-dir")
         pages = checked_pages(arguments)
-        records = load_records(arguments.records)
+        (records,) = load_records({"": arguments.records}).values()
         if len(arguments.records) > 1:
             tell(
                 f"{len(arguments.records)} records are taken for one model that was trained with different seeds; to "
@@ -58,7 +58,7 @@ class Report(Command):
 
 def add_pages(parser: Parser) -> None:
     """Add what says which pages are written, and what is on them."""
-    parser.add_argument("--output", nargs="*", default=[], metavar="FILE", help="pages: .html, .md")
+    parser.add_argument("--pages", nargs="+", default=[], metavar="FILE", help="pages to write: .html, .md")
     parser.add_argument("--metric", metavar="NAME", help="which metric to report; default: accuracy, or the first")
     add_meaning(parser)
     parser.add_argument("--title", metavar="TEXT", help="the heading")
@@ -70,10 +70,10 @@ def checked_pages(arguments: argparse.Namespace) -> list[Path]:
     Raises:
         InputError: The name of one does not say its format.
     """
-    pages = [Path(name) for name in arguments.output]
+    pages = [Path(name) for name in arguments.pages]
     for page in pages:
         if page.suffix not in _FORMATS:
-            raise InputError(f"--output: expected a file that ends in {' or '.join(_FORMATS)}, got {page}; rename it")
+            raise InputError(f"--pages: expected files that end in {' or '.join(_FORMATS)}, got {page}; rename it")
     return pages
 
 
@@ -82,7 +82,7 @@ class Compare(Command):
 
     summary = "compare models by their records, each against the first"
     usage = "NAME=RECORD ... [flags]"
-    example = "plain=plain defended=defended --output comparison.html"
+    example = "plain=plain defended=defended --pages comparison.html"
 
     def add_arguments(self, parser: Parser) -> None:
         """Add what `--help` shows."""
@@ -93,13 +93,8 @@ class Compare(Command):
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Write the pages, and print table and verdict."""
-        from hf_parcor.cli.terminal import show_verdict, write_report
-        from hf_parcor.records import EvaluationRecord
-        from hf_parcor.reports import RobustnessReport
-        from hf_parcor.reports.terminal_tables import comparison_table
-
         pages = checked_pages(arguments)
-        models = {name: load_records(files) for name, files in _named(arguments.models).items()}
+        models = load_records(_named(arguments.models))
         metric = arguments.metric or next((metric_of(records) for records in models.values()), "")
         with refused(ValueError, ImportError):
             report = RobustnessReport.compare(
@@ -134,34 +129,44 @@ def _short(word: str, words: list[str]) -> str:
     return path.stem if sum(Path(other).stem == path.stem for other in words) == 1 else str(path.parent)
 
 
-PROBE = "probe.json"
-ROBUSTNESS = "robustness.json"
-_IN_A_FOLDER = (PROBE, ROBUSTNESS)
-_DEFENSE = "defense_config.json"  # written here too, since reports must not wait for the Trainer
-_OF_A_MODEL = ("config.json", "adapter_config.json", _DEFENSE)
+_OF_A_MODEL = ("config.json", "adapter_config.json", DEFENSE_CONFIG_NAME)
 
 
-def load_records(names: Sequence[str]) -> Records:
-    """Return what some files hold, one a seed.
+def load_records(models: Mapping[str, Sequence[str]]) -> dict[str, Records]:
+    """Return what the files of some models hold, one a seed.
+
+    A folder may hold both kinds of record, as a model card wants it. Then it stands for its evaluation, unless all
+    else that is named are probes.
 
     Args:
-        names: Files, or folders that `hf-parcor` wrote to.
+        models: Files, or folders that `hf-parcor` wrote to, by the name of the model.
 
     Raises:
         InputError: A file is no record, or they are of different kinds, or beside models that were trained otherwise.
     """
-    check_trained_alike([Path(name) for name in names])
-    found = [load_record(Path(name)) for name in names]
-    sweeps = [record.records for record in found if isinstance(record, SweepRecord)]
-    evaluations = [record for record in found if isinstance(record, EvaluationRecord)]
-    if sweeps and evaluations:
+    for names in models.values():
+        check_trained_alike([Path(name) for name in names])
+    places = [Path(name) for names in models.values() for name in names]
+    loaded = {place: load_record(place) for place in places if not _holds_both(place)}
+    kind = PROBE if loaded and all(isinstance(record, SweepRecord) for record in loaded.values()) else ROBUSTNESS
+    for place in filter(_holds_both, places):
+        loaded[place] = load_record(place / kind)
+        tell(f"{place} holds two records, of which {kind} is read; to read the other, name its file")
+    if len({type(record) for record in loaded.values()}) > 1:
         raise InputError(
-            f"records: expected those of a probe or those of an evaluation, got both in {', '.join(names)}; report "
-            "them apart"
+            "records: expected those of probes or those of evaluations, got both in "
+            f"{', '.join(map(str, places))}; report them apart"
         )
-    if len(found) == 1:
-        return sweeps[0] if sweeps else evaluations[0]
-    return sweeps or evaluations
+    return {name: _of_seeds([loaded[Path(file)] for file in files]) for name, files in models.items()}
+
+
+def _of_seeds(found: Sequence[EvaluationRecord | SweepRecord]) -> Records:
+    records: Any = [record.records if isinstance(record, SweepRecord) else record for record in found]
+    return records[0] if len(records) == 1 else records
+
+
+def _holds_both(place: Path) -> bool:
+    return (place / PROBE).is_file() and (place / ROBUSTNESS).is_file()
 
 
 def check_trained_alike(places: Sequence[Path]) -> None:
@@ -176,8 +181,6 @@ def check_trained_alike(places: Sequence[Path]) -> None:
     models = [place for place in places if any((place / name).is_file() for name in _OF_A_MODEL)]
     if len(models) < 2:
         return
-    from hf_parcor.training.checkpoints import differences
-
     first, *others = models
     for other in others:
         changes = differences(*(_settings_of(defense_beside(place)) for place in (first, other)))
@@ -197,7 +200,7 @@ def defense_beside(folder: Path) -> dict[str, Any] | None:
         OSError: It cannot be read.
         ValueError: It is no JSON.
     """
-    path = folder / _DEFENSE
+    path = folder / DEFENSE_CONFIG_NAME
     if not path.is_file():
         return None
     found = read_strict_json(path)
@@ -222,17 +225,16 @@ def metric_of(records: Records) -> str:
 
 
 def load_record(path: Path) -> EvaluationRecord | SweepRecord:
-    """Return what a file holds, or the only one in a folder.
+    """Return what a file holds, or a folder, of the evaluation first.
 
     Raises:
-        InputError: It is no record, or the folder has none or both.
+        InputError: It is no record, or the folder has none.
     """
     if path.is_dir():
-        inside = [path / name for name in _IN_A_FOLDER if (path / name).is_file()]
-        if len(inside) != 1:
+        inside = [path / name for name in (ROBUSTNESS, PROBE) if (path / name).is_file()]
+        if not inside:
             raise InputError(
-                f"{path}: expected a folder with one of {' and '.join(_IN_A_FOLDER)}, got {len(inside)} of them; name "
-                "the file"
+                f"{path}: expected a folder with {ROBUSTNESS} or {PROBE}, got neither; name the file of the record"
             )
         path = inside[0]
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import textwrap
@@ -11,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hf_parcor.errors import InputError
-from hf_parcor.records.stored import StoredRecord
+from hf_parcor.records import EvaluationRecord, SweepRecord
 from hf_parcor.reports import RobustnessReport
+from hf_parcor.reports.terminal_tables import comparison_table, group_table
 
+PROBE = "probe.json"
+ROBUSTNESS = "robustness.json"
 _WIDTH = 80
 
 
@@ -60,15 +62,15 @@ def going_on(how: str) -> Iterator[None]:
         raise Interrupted(how) from error
 
 
-def output_folder(arguments: argparse.Namespace) -> Path | None:
-    """Return the folder for results, which can be written to; None where none is asked for.
+def output_folder(name: str | None) -> Path | None:
+    """Return a folder for results, which is made where there is none; None where none is asked for.
 
     Raises:
         InputError: It cannot be made.
     """
-    if arguments.output is None:
+    if name is None:
         return None
-    folder = Path(arguments.output)
+    folder = Path(name)
     with refused(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -77,24 +79,49 @@ def output_folder(arguments: argparse.Namespace) -> Path | None:
 def how_to_go_on(checkpoint: Path | None) -> str:
     """Return what to do after an interruption."""
     if checkpoint is None:
-        return "nothing was kept; with --output DIR the same command goes on where it stopped"
+        return "nothing was kept; with --output-dir DIR the same command goes on where it stopped"
     return f"what is finished is in {checkpoint}; the same command goes on from there"
 
 
-def show(arguments: argparse.Namespace, record: StoredRecord, report: RobustnessReport, table: str, name: str) -> None:
-    """Write record and report to the folder that is asked for, and print the record, or a table and the verdict."""
+def show(record: EvaluationRecord | SweepRecord, metric: str, path: Path | None, *, as_json: bool = False) -> None:
+    """Keep a record and its pages, and print it: as JSON, or as a table with the verdict.
+
+    Args:
+        record: What was measured.
+        metric: What is shown of it.
+        path: Its file; the pages are beside it and differ in the suffix. None to keep nothing.
+        as_json: Print the record, and nothing else.
+
+    Raises:
+        InputError: A file cannot be written, or a library for tables or statistics is missing.
+    """
     if not speaks():
         return
-    folder = output_folder(arguments)
-    if folder is not None:
-        path = record.save(folder / name)
-        pages = write_report(report, [folder / "report.html", folder / "report.md"])
-        tell(f"the record is in {path}, the report in {' and '.join(map(str, pages))}")
-    if arguments.json:
+    table = table_of(record, metric)
+    with refused(ImportError):
+        report = RobustnessReport(record, metric)
+    if path is not None:
+        with refused(OSError):
+            record.save(path)
+        pages = write_report(report, [path.with_suffix(suffix) for suffix in (".html", ".md")])
+        tell(f"the record is in {path}, its pages are {' and '.join(map(str, pages))}")
+    if as_json:
         print(record.to_json(), end="")
     else:
         print(table)
         show_verdict(report)
+
+
+def table_of(record: EvaluationRecord | SweepRecord, metric: str) -> str:
+    """Return the table of a record.
+
+    Raises:
+        InputError: tabulate is not installed.
+    """
+    with refused(ImportError):
+        if isinstance(record, SweepRecord):
+            return group_table(record.records, metric)
+        return comparison_table({record.model: record}, metric)
 
 
 def show_verdict(report: RobustnessReport) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_parcor.cli.parsing import TRIALS, Command, Parser, add_subject, at_least, share
-from hf_parcor.cli.terminal import going_on, refused, tell
+from hf_parcor.cli.terminal import ROBUSTNESS, going_on, refused, show, table_of, tell
 from hf_parcor.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ class Train(Command):
     """Fine-tunes a model with its parameters defended, and measures what that was worth."""
 
     summary = "fine-tune a model, defended, and measure its robustness"
-    usage = "MODEL --dataset DATA --output_dir DIR [flags]"
+    usage = "MODEL --dataset DATA --output-dir DIR [flags]"
     example = (
         "google-bert/bert-base-uncased --task text-classification \\\n"
-        "      --dataset stanfordnlp/sst2 --output_dir defended \\\n"
-        "      --num_train_epochs 1 --defense_epsilon 0.1"
+        "      --dataset stanfordnlp/sst2 --output-dir defended \\\n"
+        "      --num-train-epochs 1 --defense-epsilon 0.1"
     )
 
     def add_arguments(self, parser: Parser) -> None:
@@ -52,36 +52,25 @@ class Train(Command):
         group.add_argument("--skip-corruptions", action="store_true", help="measure the clean model only")
         group.add_argument("--help-all", action="store_true", help="show all flags of the Trainer and the defense")
         parser.epilog = (
-            "Every flag of transformers.TrainingArguments works too (--learning_rate,\n"
-            "--num_train_epochs, ...), and those of the defense (--defense_epsilon,\n"
-            f"--defense_target_modules, ...); --help-all shows them.\n\n{parser.epilog}"
+            "Every flag of transformers.TrainingArguments works too (--learning-rate,\n"
+            "--num-train-epochs, ...; as --learning_rate, too), and those of the defense\n"
+            f"(--defense-epsilon, --defense-target-modules, ...); --help-all shows them.\n\n{parser.epilog}"
         )
 
-    def add_all_arguments(self, parser: Parser) -> Parser:
-        """Return a parser that also has the flags of the Trainer and of the defense."""
+    @staticmethod
+    def late_flags() -> argparse.ArgumentParser:
+        """Return a parser with the flags of the Trainer and of the defense, from the fields of their arguments."""
         from transformers import HfArgumentParser
 
         from hf_parcor.training import ParameterDefenseTrainingArguments
 
         ours: Any = ParameterDefenseTrainingArguments
-        training = HfArgumentParser(ours, add_help=False)
-        whole = Parser(
-            parser.prog,
-            usage=parser.usage,
-            parents=[parser, training],
-            add_help=False,
-            conflict_handler="resolve",
-            description=parser.description,
-            epilog=parser.epilog,
-        )
-        whole.set_defaults(whole_parser=whole)
-        return whole
+        parser = HfArgumentParser(ours, add_help=False)
+        parser.add_argument("--help-all", action="help", help="show this")
+        return parser
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Train, measure, and show the record."""
-        if arguments.help_all:
-            arguments.whole_parser.print_help()
-            return
         from dataclasses import fields
 
         from transformers import set_seed
@@ -113,7 +102,7 @@ class Train(Command):
                 )
             subject = measured(task, processed, rows, measured_columns, training.eval_batch_size, arguments.metric)
             with going_on(
-                "with --resume_from_checkpoint true the same command goes on from the last checkpoint, if any"
+                "with --resume-from-checkpoint true the same command goes on from the last checkpoint, if any"
             ):
                 _train(trainer, training)
         _measure(arguments, trainer, subject)
@@ -177,14 +166,9 @@ def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingA
 
 def _measure(arguments: argparse.Namespace, trainer: ParameterDefenseTrainer, subject: Subject) -> None:
     """Measure the trained model, all processes together, and show the record."""
-    from hf_parcor.cli.report import ROBUSTNESS
-    from hf_parcor.cli.terminal import show
     from hf_parcor.corruptions import corruptions_of_table_1
     from hf_parcor.evaluation import CorruptionEvaluator
-    from hf_parcor.reports import RobustnessReport
-    from hf_parcor.reports.terminal_tables import comparison_table
 
-    folder = Path(str(trainer.args.output_dir))
     corruptions = [] if arguments.skip_corruptions else corruptions_of_table_1()
     with redirect_stdout(sys.stderr):
         evaluator = CorruptionEvaluator(
@@ -203,10 +187,7 @@ def _measure(arguments: argparse.Namespace, trainer: ParameterDefenseTrainer, su
     of_best = trainer.args.metric_for_best_model in (None, metric, f"eval_{metric}")  # the Trainer's flag of that name
     greater = arguments.greater_is_better if of_best else None
     record = record.stating(metric, greater_is_better=greater, unit=arguments.unit)
-    with refused(ImportError):
-        table = comparison_table({record.model: record}, metric)
-    if not corruptions:
-        print(table)
-        return
-    arguments.output, arguments.json = str(folder), False
-    show(arguments, record, RobustnessReport(record, metric), table, ROBUSTNESS)
+    if corruptions:
+        show(record, metric, Path(str(trainer.args.output_dir)) / ROBUSTNESS)
+    else:
+        print(table_of(record, metric))

@@ -1,5 +1,6 @@
 """Defended training with Transformers' Trainers."""
 
+from hf_parcor.records.comparable import DEFENSE_CONFIG_NAME
 from hf_parcor.training.accelerate import DefendedBackward, DefendedLoss, defended_backward
 from hf_parcor.training.arguments import (
     DEFAULT_DEFENSE,
@@ -10,7 +11,7 @@ from hf_parcor.training.arguments import (
 )
 from hf_parcor.training.callbacks import CollapseCallback, IdleDefenseCallback, signs_of_collapse
 from hf_parcor.training.checkpoints import checkpoint_to_resume
-from hf_parcor.training.config import DEFENSE_CONFIG_NAME, DefenseConfig
+from hf_parcor.training.config import DefenseConfig
 from hf_parcor.training.mixin import ParameterDefenseMixin
 
 __all__ = [

@@ -15,8 +15,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from hf_parcor.records.comparable import COUNTS, DEFENSE_CONFIG_NAME, VERSION, differences
 from hf_parcor.records.stored import read_strict_json, to_strict_json
-from hf_parcor.training.config import COUNTS, DEFENSE_CONFIG_NAME, VERSION, DefenseConfig
+from hf_parcor.training.config import DefenseConfig
 
 logger = logging.get_logger(__name__)
 
@@ -100,30 +101,6 @@ def warn_of_another_defense(checkpoint: str, config: DefenseConfig | None) -> No
         changes = differences(old, config.to_dict())
     if changes:
         logger.warning_once(f"{checkpoint} was trained with another defense: {'; '.join(changes)}. {_GOES_ON}")
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return "name: old -> new" for every setting that differs; the version that wrote a file is none, nor are steps.
-
-    Examples:
-        >>> differences({"settings": {"alpha": 0.5}, "layers": None}, {"settings": {"alpha": 0.3}, "layers": None})
-        ['settings.alpha: 0.5 -> 0.3']
-    """
-    before, after = _flat(old), _flat(new)
-    names = [name for name in {**before, **after} if name not in (VERSION, *COUNTS)]
-    absent = object()
-    return [
-        f"{name}: {before.get(name, 'not set')!r} -> {after.get(name, 'not set')!r}"
-        for name in names
-        if before.get(name, absent) != after.get(name, absent)
-    ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 class DefendedSteps:

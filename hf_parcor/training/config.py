@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from transformers.utils.hub import cached_file
 
 from hf_parcor.defenses import DEFENSES, Defense
+from hf_parcor.records.comparable import COUNTS, DEFENSE_CONFIG_NAME, VERSION
 from hf_parcor.records.stored import read_strict_json, to_plain, to_strict_json
 
 _NOT_FINITE = ("inf", "-inf", "nan")
@@ -102,9 +103,6 @@ def _dataclass_from_plain(kind: type, value: Any, name: str) -> Any:
     return kind(**{key: from_plain(hints[key], entry, f"{name}.{key}") for key, entry in value.items()})
 
 
-DEFENSE_CONFIG_NAME = "defense_config.json"
-VERSION = "hf_parcor_version"
-COUNTS = ("defended_steps", "trained_steps")
 _TARGETS: dict[str, Any] = {
     "target_modules": str | tuple[str, ...] | None,
     "exclude_modules": str | tuple[str, ...] | None,

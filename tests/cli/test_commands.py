@@ -25,7 +25,7 @@ from local_models import (
     write_sentences,
 )
 
-import hf_parcor.training
+import hf_parcor.trainers
 from hf_parcor import (
     SAM,
     CorruptionConstraint,
@@ -44,14 +44,12 @@ from hf_parcor import (
     select_parameters,
 )
 from hf_parcor.cli import parsing as options
-from hf_parcor.cli import report as records
-from hf_parcor.cli.main import COMMANDS, command_parser
+from hf_parcor.cli.main import COMMANDS
 from hf_parcor.cli.probe import GROUPS
 from hf_parcor.corruptions import CORRUPTIONS, corruptions_of_table_1
 from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
 from hf_parcor.records import EvaluationData
 from hf_parcor.tasks import TASKS
-from hf_parcor.training import DEFENSE_CONFIG_NAME
 
 pytest.importorskip("tabulate")
 pytestmark = [
@@ -80,15 +78,14 @@ def model_of(folder):
 def test_names_that_help_shows_are_those_of_the_catalogues():
     assert tuple(TASKS) == options.TASKS
     assert options.TRIALS == DEFAULT_TRIALS
-    assert records._DEFENSE == DEFENSE_CONFIG_NAME
     assert tuple(name.replace("_", "-") for name in CORRUPTIONS) == options.CORRUPTIONS
 
 
 class TestProbe:
     def test_json_is_the_record_of_the_library(self, run, classifier_folder, sentences):
         result = run(
-            *("probe", classifier_folder, "--dataset", sentences, "--group", "kinds", "--epsilons", 0.5, 1, "--json"),
-            *("--corruption", "gradient", "gaussian=0.1", "--trials", 2, "--seed", 3, "--batch-size", 4),
+            *("probe", classifier_folder, "--dataset", sentences, "--group", "kinds", "--strengths", 0.5, 1, "--json"),
+            *("--corruptions", "gradient", "gaussian=0.1", "--trials", 2, "--seed", 3, "--batch-size", 4),
         )
         model, batches = model_of(classifier_folder), batches_by_hand(classifier_folder, 4)
         probe = LayerProbe(
@@ -107,7 +104,7 @@ class TestProbe:
         assert found == expected
 
     def test_a_folder_has_record_and_reports_and_goes_on(self, run, classifier_folder, sentences):
-        command = ("probe", classifier_folder, "--dataset", sentences, "--output", "out", "--epsilons", 1)
+        command = ("probe", classifier_folder, "--dataset", sentences, "--output-dir", "out", "--strengths", 1)
         result = run(*command)
         assert result.code == 0
         record = SweepRecord.load("out/probe.json")
@@ -115,8 +112,8 @@ class TestProbe:
         assert "gradient-based, L2\n\n| accuracy (%)" in result.out
         assert "none is fragile at ε=1." in result.out  # the verdict
         assert max(map(len, result.out.splitlines())) <= 80
-        assert Path("out/report.html").read_text().startswith("<!DOCTYPE html>")
-        assert "# How robust" in Path("out/report.md").read_text()
+        assert Path("out/probe.html").read_text().startswith("<!DOCTYPE html>")
+        assert "# How robust" in Path("out/probe.md").read_text()
         lines = Path("out/probe.jsonl").read_bytes().splitlines(keepends=True)
         assert len(lines) == 4  # what is measured, clean, two layers
         Path("out/probe.jsonl").write_bytes(b"".join(lines[:-1]))
@@ -127,8 +124,8 @@ class TestProbe:
     @pytest.mark.parametrize("group", [*GROUPS[:3]])
     def test_every_group(self, run, classifier_folder, sentences, group):
         result = run(
-            *("probe", classifier_folder, "--dataset", sentences, "--group", group, "--corruption", "quantization=3"),
-            *("--target", "all", "--json", "--quiet"),
+            *("probe", classifier_folder, "--dataset", sentences, "--group", group, "--corruptions", "quantization=3"),
+            *("--target-modules", "all", "--json", "--quiet"),
         )
         from hf_parcor import targets
 
@@ -144,7 +141,7 @@ class TestProbe:
         save_tokenizer(tmp_path / "adapter")
         result = run(
             *("probe", tmp_path / "adapter", "--dataset", sentences, "--group", "adapters", "--json"),
-            *("--corruption", "gaussian=1", "--trials", 1),
+            *("--corruptions", "gaussian=1", "--trials", 1),
         )
         assert list(SweepRecord.from_json(result.out).records) == ["default"]
 
@@ -155,7 +152,18 @@ class TestProbe:
         save_model, write_data, file = SAVED[task]
         folder, data = save_model(tmp_path / "model"), write_data(tmp_path / file)
         result = run(
-            *("probe", folder, "--dataset", data, "--corruption", "gradient=1", "--max-length", 6, "--output", "out")
+            *(
+                "probe",
+                folder,
+                "--dataset",
+                data,
+                "--corruptions",
+                "gradient=1",
+                "--max-length",
+                6,
+                "--output-dir",
+                "out",
+            )
         )
         assert result.code == 0
         assert f"hf-parcor: {task}: " in result.err
@@ -174,17 +182,17 @@ def test_a_target_is_the_same_in_every_command(run, classifier_folder, sentences
         sentences,
         "--limit",
         2,
-        "--corruption",
+        "--corruptions",
         "quantization=3",
         "--json",
         "--quiet",
-        "--target",
+        "--target-modules",
         name,
     )
     evaluated = EvaluationRecord.from_json(run("evaluate", classifier_folder, *common).out)
     probed = SweepRecord.from_json(run("probe", classifier_folder, *common).out).records[name]
     trained = transformers.HfArgumentParser(ParameterDefenseTrainingArguments).parse_args_into_dataclasses(
-        ["--output_dir", "out", "--use_cpu", "--defense_target_modules", name]
+        ["--output-dir", "out", "--use-cpu", "--defense-target-modules", name]
     )[0]
     trainer = ParameterDefenseTrainer(model=model_of(classifier_folder), args=trained)
     assert list(trainer.defended_parameters()) == list(wanted)
@@ -195,9 +203,9 @@ def test_a_target_is_the_same_in_every_command(run, classifier_folder, sentences
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (("--defense_start_epoch", 9), "start at epoch 9, and training ends at epoch 1"),
-        (("--defense_steps", 0), "steps=0 is the stock"),
-        (("--defense_epsilon", 0), "epsilon=0 is the stock"),
+        (("--defense-start-epoch", 9), "start at epoch 9, and training ends at epoch 1"),
+        (("--defense-steps", 0), "steps=0 is the stock"),
+        (("--defense-epsilon", 0), "epsilon=0 is the stock"),
         (("--defense", "none"), None),
     ],
 )
@@ -211,11 +219,11 @@ def test_a_defense_that_does_nothing_says_so(run, classifier_folder, sentences, 
             sentences,
             "--train-dataset",
             others,
-            "--output_dir",
+            "--output-dir",
             "out",
             *flags,
         ),
-        *("--num_train_epochs", 1, "--skip-corruptions", "--use_cpu", "--report_to", "none", "--save_strategy", "no"),
+        *("--num-train-epochs", 1, "--skip-corruptions", "--use-cpu", "--report-to", "none", "--save-strategy", "no"),
     )
     assert result.code == 0
     said = [record.getMessage() for record in caplog.records if "does nothing" in record.getMessage()]
@@ -231,8 +239,17 @@ class TestEvaluate:
 
     def test_modules_and_corruptions_that_are_named(self, run, classifier_folder, sentences):
         result = run(
-            *("evaluate", classifier_folder, "--dataset", sentences, "--target", "attention", "--limit", 4),
-            *("--exclude", "value", "--corruption", "quantization=2,3", "--metric", "loss", "--output", "out"),
+            *("evaluate", classifier_folder, "--dataset", sentences, "--target-modules", "attention", "--limit", 4),
+            *(
+                "--exclude-modules",
+                "value",
+                "--corruptions",
+                "quantization=2,3",
+                "--metric",
+                "loss",
+                "--output-dir",
+                "out",
+            ),
         )
         model = model_of(classifier_folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(classifier_folder)
@@ -257,13 +274,13 @@ class TestReportAndCompare:
     def outputs(self, run, models_of_seeds, sentences):
         for name, folder in models_of_seeds.items():
             run(
-                *("evaluate", folder, "--dataset", sentences, "--output", name),
-                *("--corruption", "gaussian=0.2,0.4", "--trials", 2),
+                *("evaluate", folder, "--dataset", sentences, "--output-dir", name),
+                *("--corruptions", "gaussian=0.2,0.4", "--trials", 2),
             )
 
     def test_report(self, run, outputs):
         result = run(
-            "report", "plain", "--output", "page.html", "page.md", "--title", "Wie robust?", "--metric", "loss"
+            "report", "plain", "--pages", "page.html", "page.md", "--title", "Wie robust?", "--metric", "loss"
         )
         assert result.code == 0
         assert "Wie robust?" in Path("page.html").read_text()
@@ -272,7 +289,7 @@ class TestReportAndCompare:
 
     def test_records_of_several_seeds(self, run, outputs):
         pytest.importorskip("scipy")
-        result = run("report", "plain", "defended/robustness.json", "--output", "page.md")
+        result = run("report", "plain", "defended/robustness.json", "--pages", "page.md")
         assert result.code == 0
         assert "accuracy" in result.out
         assert "seeds" in result.err
@@ -281,7 +298,7 @@ class TestReportAndCompare:
 
     def test_compare(self, run, outputs):
         pytest.importorskip("scipy")
-        result = run("compare", "plain", "b=defended/robustness.json", "--output", "page.html")
+        result = run("compare", "plain", "b=defended/robustness.json", "--pages", "page.html")
         assert result.code == 0
         assert re.search(r"\| accuracy \(%\) +\| +plain \| +b \| +change \|", result.out)
         assert Path("page.html").is_file()
@@ -303,7 +320,7 @@ class TestReportAndCompare:
 
     def test_they_are_in_the_record_of_a_measurement(self, run, classifier_folder, sentences):
         (Path("config.yaml")).write_text("greater-is-better: false\nunit: points\n")
-        words = (classifier_folder, "--dataset", sentences, "--json", "--corruption", "quantization=3")
+        words = (classifier_folder, "--dataset", sentences, "--json", "--corruptions", "quantization=3")
         info = MetricInfo(False, "points")
         for command, kind in (("evaluate", EvaluationRecord), ("probe", SweepRecord)):
             flagged = run(command, *words, "--no-greater-is-better", "--unit", "points")
@@ -322,14 +339,14 @@ class TestReportAndCompare:
         assert "guess" not in str(run("report", "score.json", "--greater-is-better"))
 
     def test_rows_that_are_not_the_same_are_no_comparison(self, run, outputs, models_of_seeds, sentences):
-        few = ("evaluate", models_of_seeds["defended"], "--dataset", sentences, "--corruption", "gaussian=0.2,0.4")
-        run(*few, "--trials", 2, "--limit", 4, "--output", "few")
+        few = ("evaluate", models_of_seeds["defended"], "--dataset", sentences, "--corruptions", "gaussian=0.2,0.4")
+        run(*few, "--trials", 2, "--limit", 4, "--output-dir", "few")
         for words in (
             ("compare", "plain", "few"),
             ("report", "plain", "few"),
             ("compare", "a=plain,few", "b=defended"),
         ):
-            result = run(*words, "--output", "page.html")
+            result = run(*words, "--pages", "page.html")
             assert result.code == 2
             assert "expected all measured on the same data" in result.err
             assert (result.out, Path("page.html").exists()) == ("", False)
@@ -349,6 +366,35 @@ class TestReportAndCompare:
         DefenseConfig(SAM(CorruptionConstraint(epsilon=0.1)), None, None, None, 0, 8).save_pretrained("defended")
         assert run("report", "plain", "defended").code == 0, "it never ran"
 
+    def test_a_folder_may_hold_both_records(self, run, models_of_seeds, sentences):
+        """As a card wants it. It stands for its evaluation, unless all else are probes."""
+        pytest.importorskip("scipy")
+        flags = ("--dataset", sentences, "--corruptions", "quantization=3", "--output-dir")
+        run("evaluate", models_of_seeds["plain"], *flags, "both")
+        before = {path: path.read_bytes() for path in Path("both").iterdir()}
+        run("probe", models_of_seeds["plain"], *flags, "both")
+        run("probe", models_of_seeds["defended"], *flags, "probed")
+        run("evaluate", models_of_seeds["defended"], *flags, "evaluated")
+        kinds = ("robustness", "probe")
+        assert {str(path) for path in Path("both").iterdir()} == {
+            f"both/{kind}.{suffix}" for kind in kinds for suffix in ("json", "jsonl", "html", "md")
+        }
+        assert {path: path.read_bytes() for path in before} == before
+        for line, kind, chosen in (
+            ("report both", "robustness", True),
+            ("report both/robustness.json", "robustness", False),
+            ("report both/probe.json", "probe", False),
+            ("compare a=both b=evaluated", "robustness", True),
+            ("compare a=both b=probed", "probe", True),
+            ("compare a=evaluated b=probed", None, False),
+        ):
+            result = run(*line.split(), "--pages", "page.md")
+            assert result.code == (2 if kind is None else 0), line
+            assert (f"of which {kind}.json" in result.err) is chosen
+            if kind is not None:
+                assert ("encoder.layer.1" in Path("page.md").read_text()) is (kind == "probe"), line
+        assert run("card", "both").code == 0
+
     def test_a_record_counts_once(self, run, outputs):
         for words in (("report", "plain", "plain/robustness.json"), ("compare", "a=plain,plain", "b=defended")):
             result = run(*words)
@@ -362,28 +408,28 @@ class TestTrain:
         torch.manual_seed(0)
         folder = save_bert(tmp_path / "body", transformers.BertModel, initializer_range=0.02)
         result = run(
-            *("train", folder, "--task", "text-classification", "--train-dataset", sentences, "--output_dir", "out"),
+            *("train", folder, "--task", "text-classification", "--train-dataset", sentences, "--output-dir", "out"),
             *(
                 "--dataset",
                 shutil.copy(sentences, "copy.tsv"),
-                "--num_train_epochs",
+                "--num-train-epochs",
                 40,
-                "--learning_rate",
+                "--learning-rate",
                 0.01,
-                "--defense_target_modules",
+                "--defense-target-modules",
                 "attention",
-                "--use_cpu",
+                "--use-cpu",
             ),
             *(
-                "--logging_steps",
+                "--logging-steps",
                 20,
-                "--save_strategy",
+                "--save-strategy",
                 "no",
-                "--report_to",
+                "--report-to",
                 "none",
                 "--trials",
                 1,
-                "--disable_tqdm",
+                "--disable-tqdm",
                 1,
             ),
         )
@@ -399,14 +445,14 @@ class TestTrain:
         assert "loss_corrupted" in Path("out/trainer_state.json").read_text()
 
     def train(self, run, *words):
-        usual = "--use_cpu --save_strategy no --report_to none --max_steps 1 --disable_tqdm 1 --defense none"
+        usual = "--use-cpu --save-strategy no --report-to none --max-steps 1 --disable-tqdm 1 --defense none"
         return run("train", *words, *usual.split(), "--trials", 1)
 
     def test_what_it_measures_on_a_file_it_has_not_trained_on(self, run, tmp_path, monkeypatch):
         """A file is both only once: the rows of training and of measuring are the file, and share none."""
         seen = {}
 
-        class Watched(hf_parcor.training.ParameterDefenseTrainer):
+        class Watched(hf_parcor.trainers.ParameterDefenseTrainer):
             def __init__(self, *args, train_dataset, **kwargs):
                 seen["trained"] = [tuple(row["input_ids"]) for row in train_dataset]
                 super().__init__(*args, train_dataset=train_dataset, **kwargs)
@@ -415,12 +461,12 @@ class TestTrain:
             seen["measured"] = [tuple(ids) for batch in metric.batches for ids in batch["input_ids"].tolist()]
             return {"accuracy": 0.5, "loss": 0.5}
 
-        monkeypatch.setattr(hf_parcor.training, "ParameterDefenseTrainer", Watched)
+        monkeypatch.setattr(hf_parcor.trainers, "ParameterDefenseTrainer", Watched)
         body = save_bert(tmp_path / "body", transformers.BertModel)
         pairs = list(itertools.product(WORDS[3:9], repeat=2))
         rows = [(" ".join(pair), "-".join(pair)) for pair in pairs]  # classes that only one of both parts has
         file = write_rows(tmp_path / "rows.tsv", ["sentence", "label"], rows)
-        words = (body, "--task", "text-classification", "--dataset", file, "--output_dir", "out", "--skip-corruptions")
+        words = (body, "--task", "text-classification", "--dataset", file, "--output-dir", "out", "--skip-corruptions")
         parts = set()
         for seed, split_seed in ((0, 0), (1, 0), (0, 1)):
             with monkeypatch.context() as patched:
@@ -438,12 +484,12 @@ class TestTrain:
         assert len(parts) == 2, "another seed of training is measured on the same rows, another draw on others"
 
     def test_its_record_says_on_which_rows(self, run, classifier_folder, sentences):
-        words = (classifier_folder, "--dataset", sentences, "--output_dir", "out", "--validation-split", 0.5)
+        words = (classifier_folder, "--dataset", sentences, "--output-dir", "out", "--validation-split", 0.5)
         self.train(run, *words)
         record = EvaluationRecord.load("out/robustness.json")
         assert (record.evaluated_on.name, record.evaluated_on.rows) == (Path(sentences).name, 3)
         assert "held out" in record.evaluated_on.split
-        run("evaluate", "out", "--dataset", sentences, "--output", "all", "--trials", 1)
+        run("evaluate", "out", "--dataset", sentences, "--output-dir", "all", "--trials", 1)
         assert "expected all measured on the same data" in run("compare", "out", "all").err
         self.train(run, classifier_folder, "--train-dataset", sentences, "--dataset", *words[2:], "--limit", 2)
         assert EvaluationRecord.load("out/robustness.json").evaluated_on.split.endswith("[:2]")
@@ -454,19 +500,19 @@ class TestTrain:
         save_model, write_data, file = SAVED[task]
         folder, data = save_model(tmp_path / "model"), write_data(tmp_path / file)
         result = run(
-            *("train", folder, "--dataset", data, "--output_dir", "out", "--max-length", 6, "--max_steps", 2),
+            *("train", folder, "--dataset", data, "--output-dir", "out", "--max-length", 6, "--max-steps", 2),
             *(
                 "--train-dataset",
                 data,
                 "--train-limit",
                 4,
-                "--use_cpu",
-                "--save_strategy",
+                "--use-cpu",
+                "--save-strategy",
                 "no",
-                "--report_to",
+                "--report-to",
                 "none",
             ),
-            *("--skip-corruptions", "--disable_tqdm", "true"),
+            *("--skip-corruptions", "--disable-tqdm", "true"),
         )
         assert result.code == 0
         assert f"| {TASKS[task].metrics[0]}" in result.out
@@ -477,14 +523,14 @@ class TestTrain:
         [
             (["--no-greater-is-better"], False),
             (["--greater_is_better", "False", "--metric_for_best_model", "accuracy"], False),
-            (["--greater_is_better", "False", "--metric_for_best_model", "loss"], True),  # said of another metric
+            (["--greater-is-better", "False", "--metric-for-best-model", "loss"], True),  # said of another metric
         ],
     )
     def test_what_the_metric_means(self, run, classifier_folder, sentences, flags, greater, monkeypatch):
         monkeypatch.setattr("hf_parcor.corruptions.corruptions_of_table_1", lambda: [Quantization(3)])
         result = run(
-            *("train", classifier_folder, "--dataset", sentences, "--output_dir", "out", "--max_steps", 1),
-            *("--use_cpu", "--save_strategy", "no", "--report_to", "none", "--unit", "points", *flags),
+            *("train", classifier_folder, "--dataset", sentences, "--output-dir", "out", "--max-steps", 1),
+            *("--use-cpu", "--save-strategy", "no", "--report-to", "none", "--unit", "points", *flags),
         )
         assert result.code == 0
         assert "| accuracy (of 100) " in result.out
@@ -497,13 +543,13 @@ class TestTrain:
                 classifier_folder,
                 "--dataset",
                 sentences,
-                "--output_dir",
+                "--output-dir",
                 "out",
-                "--max_steps",
+                "--max-steps",
                 1,
-                "--use_cpu",
+                "--use-cpu",
             ),
-            *("--save_strategy", "no", "--report_to", "none", "--skip-corruptions", "--defense", "none"),
+            *("--save-strategy", "no", "--report-to", "none", "--skip-corruptions", "--defense", "none"),
         )
         assert model_of(tmp_path / "out").config.label2id == LABELS
 
@@ -521,7 +567,7 @@ class TestLanguages:
 
     @pytest.mark.parametrize("command", ["evaluate", "probe", "train"])
     def test_without_them_nothing_is_measured(self, run, words, command, tmp_path):
-        more = ("--output_dir", "out", "--use_cpu", "--report_to", "none") if command == "train" else ()
+        more = ("--output-dir", "out", "--use-cpu", "--report-to", "none") if command == "train" else ()
         for given in ((), ("--target-lang", "klingon")):
             result = run(command, *words, *more, *given)
             assert result.code == 2
@@ -536,7 +582,7 @@ class TestLanguages:
         source, target = self.pair(words)
         result = run(
             *("evaluate", *words, "--source-lang", source, "--target-lang", target, "--metric", "chrf", "--json"),
-            *("--corruption", "gaussian=0.5", "--trials", 1),
+            *("--corruptions", "gaussian=0.5", "--trials", 1),
         )
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(words[0]).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(words[0])
@@ -560,11 +606,11 @@ class TestLanguages:
         source, target = self.pair(words)
         trained = run(
             *("train", *words, "--train-dataset", words[4], "--source-lang", source, "--target-lang", target),
-            *("--output_dir", "out", "--max_steps", 1, "--use_cpu", "--report_to", "none", "--save_strategy", "no"),
-            *("--skip-corruptions", "--disable_tqdm", "true"),
+            *("--output-dir", "out", "--max-steps", 1, "--use-cpu", "--report-to", "none", "--save-strategy", "no"),
+            *("--skip-corruptions", "--disable-tqdm", "true"),
         )
         assert trained.code == 0
-        flags = ("--corruption", "gaussian=0.5", "--trials", 1, "--json")
+        flags = ("--corruptions", "gaussian=0.5", "--trials", 1, "--json")
         found = [
             run("evaluate", "out", *words[1:], *flags, *given)
             for given in ((), ("--source-lang", source, "--target-lang", target))
@@ -585,14 +631,14 @@ class TestHelp:
     def test_examples_of_measuring_run(self, run, name, classifier_folder, sentences, tmp_path):
         words = self.words(name)
         replaced = {"stanfordnlp/sst2": sentences, words[1]: classifier_folder}  # the model comes first
-        more = ["--use_cpu", "--save_strategy", "no", "--report_to", "none"] if name == "train" else ["--trials", 1]
+        more = ["--use-cpu", "--save-strategy", "no", "--report-to", "none"] if name == "train" else ["--trials", 1]
         result = run(*(replaced.get(word, word) for word in words), *more)
         assert result.code == 0
         assert result.out.startswith("| accuracy" if name != "probe" else "gradient-based, L2")
 
     def test_examples_of_reading_run(self, run, models_of_seeds, sentences):
         for folder, model in {"robustness": models_of_seeds["other"], **models_of_seeds}.items():
-            run("evaluate", model, "--dataset", sentences, "--corruption", "quantization=3", "--output", folder)
+            run("evaluate", model, "--dataset", sentences, "--corruptions", "quantization=3", "--output-dir", folder)
         for name in ("report", "compare", "card"):
             assert run(*self.words(name)).code == 0
         assert Path("report.html").is_file()
@@ -611,11 +657,8 @@ class TestHelp:
 
     def test_all_flags_of_training(self, run):
         out = run("train", "--help-all").out
-        assert all(flag in out for flag in ("--learning_rate", "--defense_epsilon", "--train-dataset"))
+        assert all(flag in out for flag in ("--learning-rate", "--defense-epsilon", "--train-dataset"))
 
     @staticmethod
     def words(name):
-        example = command_parser(name).epilog.partition("example:\n")[2].replace("\\\n", " ")
-        program, *words = shlex.split(example)
-        assert program == "hf-parcor"
-        return words
+        return [name, *shlex.split(COMMANDS[name].example.replace("\\\n", " "))]

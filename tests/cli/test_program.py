@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 import yaml
 
 from hf_parcor import EvaluationRecord, SweepRecord
-from hf_parcor.cli.main import COMMANDS
+from hf_parcor.cli.main import build_parser, main
 
 pytest.importorskip("tabulate")
 ROOT = Path(__file__).parents[2]
@@ -29,20 +31,6 @@ def program(*words, launcher=(), **settings):
     command = [sys.executable, *launcher, "-m", "hf_parcor", *map(str, words)]
     environment = {**ENVIRONMENT, **settings.pop("env", {})}
     return subprocess.run(command, capture_output=True, check=False, env=environment, **settings)
-
-
-@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
-def test_help_does_not_wait_for_pytorch(words):
-    heavy = ("torch", "transformers", "datasets", "numpy", "scipy")
-    code = f"""
-import sys
-from hf_parcor.cli import main
-assert main({words!r}) == 0
-assert not [name for name in {heavy!r} if name in sys.modules]
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENVIRONMENT)
-    assert result.returncode == 0, result.stderr
-    assert "hf-parcor" in result.stdout
 
 
 def test_a_reader_that_leaves_is_no_failure(tmp_path, record):
@@ -59,10 +47,10 @@ def test_a_reader_that_leaves_is_no_failure(tmp_path, record):
 
 
 def test_several_processes_measure_together_and_one_speaks(tmp_path, classifier_folder, sentences):
-    flags = ["--corruption", "gaussian=0.5", "quantization=2", "--batch-size", 2, "--quiet"]
+    flags = ["--corruptions", "gaussian=0.5", "quantization=2", "--batch-size", 2, "--quiet"]
     one, two = (
         program(
-            *["probe", classifier_folder, "--dataset", sentences, *flags, "--output", tmp_path / str(count)],
+            *["probe", classifier_folder, "--dataset", sentences, *flags, "--output-dir", tmp_path / str(count)],
             **{**how, "env": {"OMP_NUM_THREADS": "1"}},
         )
         for count, how in ((1, {}), (2, {"launcher": TORCHRUN}))
@@ -118,8 +106,8 @@ class TestInterrupted:
     @pytest.mark.slow
     def test_ctrl_c_and_again(self, run, tmp_path, classifier_folder, sentences):
         """A probe is interrupted while it measures, and goes on; the record is that of one that was not."""
-        words = ["probe", classifier_folder, "--dataset", sentences, "--group", "modules", "--corruption"]
-        words += ["gaussian=0.1,0.2,0.3", "--trials", "5", "--quiet", "--output"]
+        words = ["probe", classifier_folder, "--dataset", sentences, "--group", "modules", "--corruptions"]
+        words += ["gaussian=0.1,0.2,0.3", "--trials", "5", "--quiet", "--output-dir"]
         command = [sys.executable, "-m", "hf_parcor", *words, str(tmp_path / "out")]
         # A shell that started the tests in the background may have told them to ignore the signal.
         hears = {"preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
@@ -143,32 +131,42 @@ class TestInterrupted:
         assert SweepRecord.load(tmp_path / "out/probe.json") == SweepRecord.load(tmp_path / "whole/probe.json")
 
 
+LINES_AND_SETTINGS = [
+    # a command line beside --config, what the file says, and the command line that means the same
+    ("probe", {"model": "m", "dataset": "d"}, "probe m --dataset d"),
+    ("probe other --trials 2", {"model": "m", "trials": 7}, "probe other --trials 2"),
+    ("probe m", {"strengths": [0.5, "1e-1"], "norm": "inf"}, "probe m --strengths 0.5 1e-1 --norm inf"),
+    ("probe m", {"strengths": 2, "corruptions": "gradient"}, "probe m --strengths 2 --corruptions gradient"),
+    ("probe m --strengths 1", {"strengths": [2, 3]}, "probe m --strengths 1"),
+    ("probe m", {"strengths": []}, "probe m --strengths"),
+    ("probe m", {"column": {"text": "a", "label": "b"}}, "probe m --column text=a --column label=b"),
+    ("probe m", {"column": ["text=a"], "split": "no"}, "probe m --column text=a --split no"),
+    ("probe m", {"json": True, "quiet": False, "seed": None}, "probe m --json"),
+    ("probe m", {"greater-is-better": False}, "probe m --no-greater-is-better"),
+    ("probe m", {"greater_is_better": True, "prefix": "-x "}, "probe m --greater-is-better '--prefix=-x '"),
+    ("probe m", {"target_modules": ["a", "b"], "--batch-size": 4}, "probe m --batch-size 4 --target-modules a b"),
+    ("report", {"records": ["a", "b"], "pages": ["p.md"]}, "report a b --pages p.md"),
+    ("card", {"run_dir": "a", "only": []}, "card a --only"),
+    ("train m", {"learning_rate": "1e-3", "max-steps": 3}, "train m --learning-rate 1e-3 --max_steps 3"),
+    ("train m", {"defense_layers": [-1, 2], "optim_args": None}, "train m --defense-layers -1 2"),
+    ("train m", {"fp16": True, "use_cpu": False}, "train m --fp16"),
+    ("train m", {"defense_reuse_prefix": True}, "train m --defense-reuse-prefix"),
+    ("train m", {"defense_reuse_prefix": False}, "train m --no_defense_reuse_prefix"),
+    ("train m", {"greater_is_better": False}, "train m --no-greater-is-better"),
+    ("train m", {"greater_is_better": True}, "train m --greater_is_better True"),
+    ("train m", {"lr_scheduler_kwargs": {"a": 1}}, "train m --lr-scheduler-kwargs='{\"a\": 1}'"),
+]
+
+
 class TestSettingsFile:
-    def test_flags_by_name_and_the_command_line_wins(self, run, classifier_folder, sentences):
-        settings = {
-            "model": classifier_folder,
-            "dataset": sentences,
-            "column": {"text": "sentence"},
-            "target": ["last-encoder-layer", "attention"],
-            "corruption": "gradient",
-            "epsilons": [0.5, "1e-1"],
-            "norm": "inf",
-            "batch_size": 4,
-            "trials": 7,
-            "json": True,
-            "quiet": False,
-        }
-        Path("settings.yaml").write_text(yaml.safe_dump(settings))
-        found = SweepRecord.from_json(run("probe", "--config", "settings.yaml", "--trials", 2).out)
-        assert list(found.records) == settings["target"]
-        rows = found.records["attention"].corruptions
-        assert [row.settings for row in rows] == [
-            {"p": "inf", "epsilon": epsilon, "top_n": None} | {"p": float("inf")} for epsilon in (0.5, 0.1)
-        ]
-        assert found.trials == 2
-        found = SweepRecord.from_json(run("probe", "--config=settings.yaml", "--epsilons", 2).out)
-        assert [row.settings["epsilon"] for row in found.records["attention"].corruptions] == [2.0]
-        assert found.trials == 7
+    @pytest.mark.parametrize(("line", "settings", "same"), LINES_AND_SETTINGS)
+    def test_means_what_the_command_line_means(self, line, settings, same, tmp_path):
+        path = tmp_path / "settings.yaml"
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+        found, expected = (
+            vars(build_parser().parse_args(shlex.split(words))) for words in (f"{line} --config {path}", same)
+        )
+        assert found | {"config": None, "run": None} == expected | {"run": None}
 
     @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
     def test_flags_of_training(self, run, classifier_folder, sentences):
@@ -179,7 +177,36 @@ class TestSettingsFile:
             "optim_args": None,
         }
         Path("settings.yaml").write_text(yaml.safe_dump(settings))
-        assert run("train", "--config", "settings.yaml", "--max_steps", 1).code == 0
+        assert run("train", "--config", "settings.yaml", "--max-steps", 1).code == 0
         assert json.loads(Path("out/trainer_state.json").read_text())["max_steps"] == 1
         written = json.loads(Path("out/defense_config.json").read_text())
         assert "attention" in json.dumps(written)
+
+
+FLAG = re.compile(r"--[a-z0-9]+(-[a-z0-9]+)*")
+
+
+class TestFlags:
+    def parsers(self):
+        (commands,) = (action for action in build_parser()._actions if action.dest == "==SUPPRESS==")
+        return commands.choices
+
+    def test_one_style_and_one_meaning(self):
+        meaning = {}
+        for parser in self.parsers().values():
+            for action in parser._actions:
+                for flag in action.option_strings:
+                    assert FLAG.fullmatch(flag) or flag == "-h"
+                    shape = (action.metavar, action.nargs)
+                    assert meaning.setdefault(flag, shape) == shape, f"{flag} is one thing here and another there"
+
+    def test_those_of_training_are_shown_in_the_same_style(self, capsys):
+        assert main(["train", "--help-all"]) == 0
+        shown = re.findall(r"^  (--\S+?)(?:,|\s)", capsys.readouterr().out, flags=re.MULTILINE)
+        assert {"--learning-rate", "--defense-epsilon", "--train-dataset", "--output-dir"} <= set(shown)
+        assert [flag for flag in shown if not FLAG.fullmatch(flag)] == []
+
+    @pytest.mark.parametrize("name", ["learning-rate", "defense-epsilon", "defense-step-size"])
+    def test_and_accepted_in_that_of_transformers(self, name):
+        for flag in (f"--{name}", f"--{name.replace('-', '_')}"):
+            assert getattr(build_parser().parse_args(["train", "m", flag, "0.25"]), name.replace("-", "_")) == 0.25
