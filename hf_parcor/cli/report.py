@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from hf_parcor.cli.parsing import Command, Parser, add_meaning
 from hf_parcor.cli.terminal import PROBE, ROBUSTNESS, refused, show_verdict, tell, write_report
@@ -15,7 +15,6 @@ from hf_parcor.records import EvaluationRecord, SweepRecord
 from hf_parcor.records.comparable import DEFENSE_CONFIG_NAME, differences
 from hf_parcor.records.stored import read_strict_json
 from hf_parcor.reports import RobustnessReport
-from hf_parcor.reports.study import Records
 from hf_parcor.reports.terminal_tables import comparison_table
 
 _FORMATS = (".html", ".md")
@@ -104,8 +103,9 @@ class Compare(Command):
                 unit=arguments.unit,
                 title=arguments.title,
             )
-            single = {name: record for name, record in models.items() if isinstance(record, EvaluationRecord)}
-            if len(single) == len(models):
+            evaluations = [(name, record) for name, records in models.items() for record in records]
+            single = {name: record for name, record in evaluations if isinstance(record, EvaluationRecord)}
+            if len(single) == len(evaluations):
                 print(comparison_table(single, metric, unit=arguments.unit))
         write_report(report, pages)
         show_verdict(report)
@@ -130,6 +130,9 @@ def _short(word: str, words: list[str]) -> str:
 
 
 _OF_A_MODEL = ("config.json", "adapter_config.json", DEFENSE_CONFIG_NAME)
+
+
+Records: TypeAlias = list[EvaluationRecord] | list[SweepRecord]
 
 
 def load_records(models: Mapping[str, Sequence[str]]) -> dict[str, Records]:
@@ -157,12 +160,12 @@ def load_records(models: Mapping[str, Sequence[str]]) -> dict[str, Records]:
             "records: expected those of probes or those of evaluations, got both in "
             f"{', '.join(map(str, places))}; report them apart"
         )
-    return {name: _of_seeds([loaded[Path(file)] for file in files]) for name, files in models.items()}
+    return {name: _of_one_kind([loaded[Path(file)] for file in files]) for name, files in models.items()}
 
 
-def _of_seeds(found: Sequence[EvaluationRecord | SweepRecord]) -> Records:
-    records: Any = [record.records if isinstance(record, SweepRecord) else record for record in found]
-    return records[0] if len(records) == 1 else records
+def _of_one_kind(found: Sequence[EvaluationRecord | SweepRecord]) -> Records:
+    evaluations = [record for record in found if isinstance(record, EvaluationRecord)]
+    return evaluations or [record for record in found if isinstance(record, SweepRecord)]
 
 
 def _holds_both(place: Path) -> bool:
@@ -216,12 +219,8 @@ def _settings_of(defense: dict[str, Any] | None) -> dict[str, Any]:
 
 def metric_of(records: Records) -> str:
     """Return the metric to report where none is named: accuracy, or the first that there is."""
-    single = records if isinstance(records, EvaluationRecord) else None
-    entry = records
-    while single is None:
-        entry = next(iter(entry.values())) if isinstance(entry, dict) else entry[0]  # type: ignore[index]
-        single = entry if isinstance(entry, EvaluationRecord) else None
-    return "accuracy" if "accuracy" in single.clean.metrics else next(iter(single.clean.metrics))
+    metrics = records[0].clean.metrics
+    return "accuracy" if "accuracy" in metrics else next(iter(metrics))
 
 
 def load_record(path: Path) -> EvaluationRecord | SweepRecord:
