@@ -62,9 +62,9 @@ def folder(tmp_path, monkeypatch):
 def run(capsys):
     """Run a command line; return what it printed."""
 
-    def command(*words):
+    def command(line, *words):
         capsys.readouterr()
-        code = main([str(word) for word in words])
+        code = main([*line.split(), *map(str, words)])
         printed = capsys.readouterr()
         assert code == 0, printed.err
         return printed.out
@@ -130,25 +130,14 @@ def test_a_practitioner_at_the_command_line(folder, run):
         assert records[name].corruptions[0].mean("accuracy") == pytest.approx(quantized)
         assert percent(quantized) in printed
 
-    run(
-        "probe",
-        "plain",
-        "--dataset",
-        "dev.tsv",
-        "--group",
-        "layers",
-        "--corruptions",
-        "quantization=2",
-        "--output-dir",
-        "probe",
-    )
-    for layer, record in SweepRecord.load("probe/probe.json").records.items():
+    run("probe plain --dataset dev.tsv --group layers --corruptions quantization=2 --output-dir plain")
+    for layer, record in SweepRecord.load("plain/probe.json").records.items():
         model, tokenizer = classifier("plain")
         quantize_by_hand(model.get_submodule(layer).parameters(), 2)
         assert record.corruptions[0].mean("accuracy") == pytest.approx(accuracy_by_hand(model, tokenizer))
-    assert "bert.encoder.layer.1" in Path("probe/probe.md").read_text()
+    assert "bert.encoder.layer.1" in Path("plain/probe.md").read_text()
 
-    run("report", "plain/robustness.json", "--pages", "report.html", "report.md")
+    run("report", "plain", "--pages", "report.html", "report.md")
     assert percent(clean["plain"]) in Path("report.md").read_text()
     assert Path("report.html").read_text().startswith("<!DOCTYPE html>")
     run("compare", "plain=plain", "defended=defended", "--pages", "compare.md")
@@ -265,17 +254,8 @@ def test_a_translator(tmp_path, monkeypatch, run):
     record = EvaluationRecord.load("measured/robustness.json")
     assert record.clean.mean("bleu") == pytest.approx(by_hand, abs=0.01)
     run(
-        "probe",
-        "out",
+        "probe out --corruptions gaussian=0.5 --trials 1 --target-modules last-decoder-layer --output-dir probed",
         *common,
-        "--corruptions",
-        "gaussian=0.5",
-        "--trials",
-        1,
-        "--target-modules",
-        "last-decoder-layer",
-        "--output-dir",
-        "probed",
     )
     probed = SweepRecord.load("probed/probe.json")
     assert probed.clean.mean("bleu") == pytest.approx(by_hand, abs=0.01)
@@ -349,32 +329,12 @@ def test_a_loop_with_accelerate(folder, run):
     model, tokenizer = classifier("looped")
     clean = accuracy_by_hand(model, tokenizer)
     assert clean > 0.5
-    run(
-        "evaluate",
-        "looped",
-        "--dataset",
-        "dev.tsv",
-        "--corruptions",
-        "quantization=2",
-        "--output-dir",
-        "looped",
-        "--quiet",
-    )
+    run("evaluate looped --dataset dev.tsv --corruptions quantization=2 --output-dir looped --quiet")
     record = EvaluationRecord.load("looped/robustness.json")
     quantize_by_hand(model.parameters(), 2)
     assert record.clean.mean("accuracy") == pytest.approx(clean)
     assert record.corruptions[0].mean("accuracy") == pytest.approx(accuracy_by_hand(model, tokenizer))
-    run(
-        "probe",
-        "looped",
-        "--dataset",
-        "dev.tsv",
-        "--target-modules",
-        "last-encoder-layer",
-        "--output-dir",
-        "probed",
-        "--quiet",
-    )
+    run("probe looped --dataset dev.tsv --target-modules last-encoder-layer --output-dir probed --quiet")
     run("report", "looped", "--pages", "report.md")
     assert percent(clean) in Path("report.md").read_text()
     run("card", "looped")

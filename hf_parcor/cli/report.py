@@ -18,6 +18,8 @@ from hf_parcor.reports import RobustnessReport
 from hf_parcor.reports.terminal_tables import comparison_table
 
 _FORMATS = (".html", ".md")
+_OF_A_MODEL = ("config.json", "adapter_config.json", DEFENSE_CONFIG_NAME)
+Records: TypeAlias = list[EvaluationRecord] | list[SweepRecord]
 
 
 class Report(Command):
@@ -103,9 +105,9 @@ class Compare(Command):
                 unit=arguments.unit,
                 title=arguments.title,
             )
-            evaluations = [(name, record) for name, records in models.items() for record in records]
-            single = {name: record for name, record in evaluations if isinstance(record, EvaluationRecord)}
-            if len(single) == len(evaluations):
+            firsts = {name: records[0] for name, records in models.items() if len(records) == 1}
+            single = {name: record for name, record in firsts.items() if isinstance(record, EvaluationRecord)}
+            if len(single) == len(models):
                 print(comparison_table(single, metric, unit=arguments.unit))
         write_report(report, pages)
         show_verdict(report)
@@ -127,12 +129,6 @@ def _named(words: list[str]) -> dict[str, list[str]]:
 def _short(word: str, words: list[str]) -> str:
     path = Path(word)
     return path.stem if sum(Path(other).stem == path.stem for other in words) == 1 else str(path.parent)
-
-
-_OF_A_MODEL = ("config.json", "adapter_config.json", DEFENSE_CONFIG_NAME)
-
-
-Records: TypeAlias = list[EvaluationRecord] | list[SweepRecord]
 
 
 def load_records(models: Mapping[str, Sequence[str]]) -> dict[str, Records]:

@@ -87,6 +87,30 @@ def check_repetitions(groups: Mapping[str, Sequence[EvaluationRecord]], model: s
                 )
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return "name: old -> new" for each setting of two defenses that differs; neither version nor steps are settings.
+
+    Examples:
+        >>> differences({"settings": {"alpha": 0.5}, "layers": None}, {"settings": {"alpha": 0.3}, "layers": None})
+        ['settings.alpha: 0.5 -> 0.3']
+    """
+    before, after = _flat(old), _flat(new)
+    names = [name for name in {**before, **after} if name not in (VERSION, *COUNTS)]
+    absent = object()
+    return [
+        f"{name}: {before.get(name, 'not set')!r} -> {after.get(name, 'not set')!r}"
+        for name in names
+        if before.get(name, absent) != after.get(name, absent)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
 def _records_of(*names: str) -> str:
     named = ", ".join(filter(None, names))
     return f"records of {named}" if named else "records"
@@ -133,27 +157,3 @@ def _both_or_neither(one: EvaluationData, two: EvaluationData) -> bool:
 
 def _words(value: object) -> str:
     return value if isinstance(value, str) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return "name: old -> new" for each setting of two defenses that differs; neither version nor steps are settings.
-
-    Examples:
-        >>> differences({"settings": {"alpha": 0.5}, "layers": None}, {"settings": {"alpha": 0.3}, "layers": None})
-        ['settings.alpha: 0.5 -> 0.3']
-    """
-    before, after = _flat(old), _flat(new)
-    names = [name for name in {**before, **after} if name not in (VERSION, *COUNTS)]
-    absent = object()
-    return [
-        f"{name}: {before.get(name, 'not set')!r} -> {after.get(name, 'not set')!r}"
-        for name in names
-        if before.get(name, absent) != after.get(name, absent)
-    ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat

@@ -43,12 +43,12 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
-    """Return a function that runs a command line in an empty folder."""
+    """Return a function that runs a line and words in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
-    def command(*words: object) -> Result:
+    def command(line: object, *words: object) -> Result:
         capsys.readouterr()
-        code = main([str(word) for word in words])
+        code = main([*str(line).split(), *map(str, words)])
         return Result(code, *capsys.readouterr())
 
     return command

@@ -151,20 +151,7 @@ class TestProbe:
         pytest.importorskip("PIL")
         save_model, write_data, file = SAVED[task]
         folder, data = save_model(tmp_path / "model"), write_data(tmp_path / file)
-        result = run(
-            *(
-                "probe",
-                folder,
-                "--dataset",
-                data,
-                "--corruptions",
-                "gradient=1",
-                "--max-length",
-                6,
-                "--output-dir",
-                "out",
-            )
-        )
+        result = run(f"probe {folder} --dataset {data} --corruptions gradient=1 --max-length 6 --output-dir out")
         assert result.code == 0
         assert f"hf-parcor: {task}: " in result.err
         metric = TASKS[task].metrics[0]
@@ -177,20 +164,10 @@ class TestProbe:
 )
 def test_a_target_is_the_same_in_every_command(run, classifier_folder, sentences, name):
     wanted = select_parameters(model_of(classifier_folder), [name])
-    common = (
-        "--dataset",
-        sentences,
-        "--limit",
-        2,
-        "--corruptions",
-        "quantization=3",
-        "--json",
-        "--quiet",
-        "--target-modules",
-        name,
-    )
-    evaluated = EvaluationRecord.from_json(run("evaluate", classifier_folder, *common).out)
-    probed = SweepRecord.from_json(run("probe", classifier_folder, *common).out).records[name]
+    flags = ("--limit", 2, "--corruptions", "quantization=3", "--json", "--quiet", "--target-modules", name)
+    common = (classifier_folder, "--dataset", sentences, *flags)
+    evaluated = EvaluationRecord.from_json(run("evaluate", *common).out)
+    probed = SweepRecord.from_json(run("probe", *common).out).records[name]
     trained = transformers.HfArgumentParser(ParameterDefenseTrainingArguments).parse_args_into_dataclasses(
         ["--output-dir", "out", "--use-cpu", "--defense-target-modules", name]
     )[0]
@@ -212,18 +189,9 @@ def test_a_target_is_the_same_in_every_command(run, classifier_folder, sentences
 def test_a_defense_that_does_nothing_says_so(run, classifier_folder, sentences, tmp_path, caplog, flags, says):
     others = write_sentences(tmp_path / "others.tsv")
     result = run(
-        *(
-            "train",
-            classifier_folder,
-            "--dataset",
-            sentences,
-            "--train-dataset",
-            others,
-            "--output-dir",
-            "out",
-            *flags,
-        ),
-        *("--num-train-epochs", 1, "--skip-corruptions", "--use-cpu", "--report-to", "none", "--save-strategy", "no"),
+        f"train {classifier_folder} --dataset {sentences} --train-dataset {others} --output-dir out "
+        "--num-train-epochs 1 --skip-corruptions --use-cpu --report-to none --save-strategy no",
+        *flags,
     )
     assert result.code == 0
     said = [record.getMessage() for record in caplog.records if "does nothing" in record.getMessage()]
@@ -239,17 +207,8 @@ class TestEvaluate:
 
     def test_modules_and_corruptions_that_are_named(self, run, classifier_folder, sentences):
         result = run(
-            *("evaluate", classifier_folder, "--dataset", sentences, "--target-modules", "attention", "--limit", 4),
-            *(
-                "--exclude-modules",
-                "value",
-                "--corruptions",
-                "quantization=2,3",
-                "--metric",
-                "loss",
-                "--output-dir",
-                "out",
-            ),
+            f"evaluate {classifier_folder} --dataset {sentences} --target-modules attention --exclude-modules value "
+            "--limit 4 --corruptions quantization=2,3 --metric loss --output-dir out"
         )
         model = model_of(classifier_folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(classifier_folder)
@@ -348,7 +307,7 @@ class TestReportAndCompare:
         ):
             result = run(*words, "--pages", "page.html")
             assert result.code == 2
-            assert "expected all measured on the same data" in result.err
+            assert "same data" in result.err
             assert (result.out, Path("page.html").exists()) == ("", False)
 
     def test_models_of_different_defenses_are_no_seeds(self, run, outputs):
@@ -399,39 +358,19 @@ class TestReportAndCompare:
         for words in (("report", "plain", "plain/robustness.json"), ("compare", "a=plain,plain", "b=defended")):
             result = run(*words)
             assert result.code == 2
-            assert "got one twice" in result.err
-        assert "got the same for 'a' and 'b'" in run("compare", "a=plain", "b=plain/robustness.json").err
+            assert " twice" in result.err
+        assert "'a' and 'b'" in run("compare", "a=plain", "b=plain/robustness.json").err
 
 
 class TestTrain:
     def test_a_classifier_gets_its_head_from_the_data(self, run, tmp_path, sentences):
         torch.manual_seed(0)
         folder = save_bert(tmp_path / "body", transformers.BertModel, initializer_range=0.02)
+        copied = shutil.copy(sentences, "copy.tsv")
         result = run(
-            *("train", folder, "--task", "text-classification", "--train-dataset", sentences, "--output-dir", "out"),
-            *(
-                "--dataset",
-                shutil.copy(sentences, "copy.tsv"),
-                "--num-train-epochs",
-                40,
-                "--learning-rate",
-                0.01,
-                "--defense-target-modules",
-                "attention",
-                "--use-cpu",
-            ),
-            *(
-                "--logging-steps",
-                20,
-                "--save-strategy",
-                "no",
-                "--report-to",
-                "none",
-                "--trials",
-                1,
-                "--disable-tqdm",
-                1,
-            ),
+            f"train {folder} --task text-classification --train-dataset {sentences} --dataset {copied} "
+            "--output-dir out --num-train-epochs 40 --learning-rate 0.01 --defense-target-modules attention --use-cpu "
+            "--logging-steps 20 --save-strategy no --report-to none --trials 1 --disable-tqdm 1"
         )
         assert result.code == 0
         model = model_of(tmp_path / "out")
@@ -490,7 +429,7 @@ class TestTrain:
         assert (record.evaluated_on.name, record.evaluated_on.rows) == (Path(sentences).name, 3)
         assert "held out" in record.evaluated_on.split
         run("evaluate", "out", "--dataset", sentences, "--output-dir", "all", "--trials", 1)
-        assert "expected all measured on the same data" in run("compare", "out", "all").err
+        assert "same data" in run("compare", "out", "all").err
         self.train(run, classifier_folder, "--train-dataset", sentences, "--dataset", *words[2:], "--limit", 2)
         assert EvaluationRecord.load("out/robustness.json").evaluated_on.split.endswith("[:2]")
 
@@ -500,19 +439,8 @@ class TestTrain:
         save_model, write_data, file = SAVED[task]
         folder, data = save_model(tmp_path / "model"), write_data(tmp_path / file)
         result = run(
-            *("train", folder, "--dataset", data, "--output-dir", "out", "--max-length", 6, "--max-steps", 2),
-            *(
-                "--train-dataset",
-                data,
-                "--train-limit",
-                4,
-                "--use-cpu",
-                "--save-strategy",
-                "no",
-                "--report-to",
-                "none",
-            ),
-            *("--skip-corruptions", "--disable-tqdm", "true"),
+            f"train {folder} --dataset {data} --output-dir out --max-length 6 --max-steps 2 --train-dataset {data} "
+            "--train-limit 4 --use-cpu --save-strategy no --report-to none --skip-corruptions --disable-tqdm true"
         )
         assert result.code == 0
         assert f"| {TASKS[task].metrics[0]}" in result.out
@@ -538,18 +466,8 @@ class TestTrain:
 
     def test_labels_of_the_model_are_kept(self, run, tmp_path, classifier_folder, sentences):
         run(
-            *(
-                "train",
-                classifier_folder,
-                "--dataset",
-                sentences,
-                "--output-dir",
-                "out",
-                "--max-steps",
-                1,
-                "--use-cpu",
-            ),
-            *("--save-strategy", "no", "--report-to", "none", "--skip-corruptions", "--defense", "none"),
+            f"train {classifier_folder} --dataset {sentences} --output-dir out --max-steps 1 --use-cpu "
+            "--save-strategy no --report-to none --skip-corruptions --defense none"
         )
         assert model_of(tmp_path / "out").config.label2id == LABELS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -188,7 +189,7 @@ FLAG = re.compile(r"--[a-z0-9]+(-[a-z0-9]+)*")
 
 class TestFlags:
     def parsers(self):
-        (commands,) = (action for action in build_parser()._actions if action.dest == "==SUPPRESS==")
+        (commands,) = (action for action in build_parser()._actions if action.dest == argparse.SUPPRESS)
         return commands.choices
 
     def test_one_style_and_one_meaning(self):
