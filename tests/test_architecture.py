@@ -267,9 +267,11 @@ import contextlib, io, json
 from pathlib import Path
 from hf_parcor.cli.main import COMMANDS, main
 from hf_parcor.records import CorruptionRecord, EvaluationRecord
+from hf_parcor.records.evaluation import CorruptionKind
 
 def row(label, accuracy):
-    return CorruptionRecord(label, label, {{"bits": 4}}, (0,), {{"accuracy": (accuracy,)}})
+    kind = CorruptionKind(label, "bits", "bits per weight", "{{}} bits")
+    return CorruptionRecord(label, label, {{"bits": 4}}, (0,), {{"accuracy": (accuracy,)}}, kind=kind)
 
 seeds = [Path({str(tmp_path)!r}, name) for name in "ab"]
 for index, folder in enumerate(seeds):

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerState
 from hf_parcor import GaussianNoise, ParameterDefenseMixin, Quantization, RobustnessCallback
 from hf_parcor.cards import ModelFacts
 from hf_parcor.cards.text import read_card
-from hf_parcor.cards.trainer import MeasuredWeights
+from hf_parcor.cards.trainer import MeasuredWeights, PublishingMixin
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 
 pytestmark = [
@@ -142,7 +142,7 @@ class TestCreateModelCard:
                 (place / "README.md").write_text(words, encoding="utf-8")
                 (place / "curve.svg").write_text("<svg/>", encoding="utf-8")
 
-        class Defended(ParameterDefenseMixin, Own):
+        class Defended(ParameterDefenseMixin, PublishingMixin, Own):
             pass
 
         make(Defended).create_model_card(model_name="own")

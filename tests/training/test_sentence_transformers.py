@@ -7,6 +7,7 @@ import torch
 import transformers as tf
 
 from hf_parcor import SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseMixin
+from hf_parcor.cards.trainer import PublishingMixin
 
 REASON = "an optional dependency of the tests, in the extra dev"
 datasets = pytest.importorskip("datasets", reason=REASON)
@@ -205,7 +206,10 @@ def test_a_cached_loss_has_no_second_derivative(train_encoder):
 
 
 def test_the_card_is_theirs_and_then_ours(train_encoder, tmp_path):
-    trainer = train_encoder(DefendedSentenceTransformerTrainer, "ranking", defense=DEFENSE)
+    class Publishing(ParameterDefenseMixin, PublishingMixin, st.SentenceTransformerTrainer):
+        pass
+
+    trainer = train_encoder(Publishing, "ranking", defense=DEFENSE)
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_bytes().decode()
     theirs, ours = card.split("<!-- hf_parcor:begin")
