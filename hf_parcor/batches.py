@@ -161,7 +161,7 @@ def _first(value: Any, count: int, examples: int) -> Any:
 
 
 def items_of_part(items: Tensor | int | None, batch: Any, share: float, shifted: bool = False) -> Tensor | int | None:
-    """Return what a part's loss is to be divided by, so that it has the scale of the whole batch's.
+    """Return the divisor that gives the loss of a part the scale of the whole batch's.
 
     Models divide the sum over labels by the number of labels, `items`, of all batches of an optimizer step; a part
     with a third of its batch's labels is to be divided by a third of that.

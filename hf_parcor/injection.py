@@ -1,4 +1,4 @@
-"""The only place where weights are written, and the place that gives their exact bits back.
+"""Write corruptions into weights and restore their exact bits; no other module writes weights.
 
 Weights come back by copying saved bits, never by subtracting what was added: `w + a − a` leaves up to a tenth of
 the float32 weights of a model changed in their last bit.

@@ -167,7 +167,7 @@ class StepBuffers:
 
     @contextmanager
     def _settling(self) -> Iterator[None]:
-        """Take what the buffers are after the block for what they are to be after the step."""
+        """Record the buffers at the end of the block as those that the step is to leave."""
         recorded = self._of_replayed()
         versions = {id(buffer): _version_of(buffer) for buffer in self._model.buffers()}
         with self._beginning() as before:
@@ -181,7 +181,7 @@ class StepBuffers:
 
     @contextmanager
     def _beginning(self) -> Iterator[list[BufferSnapshot]]:
-        """Find what the buffers are when a run begins: with a wrapper, when it has sent them to all processes."""
+        """Record the buffers as a run begins: under a wrapper such as DDP, after it has sent them to all processes."""
         before = [BufferSnapshot(self._model.modules())]
         if self._wrapped is None:
             yield before

@@ -1,4 +1,4 @@
-"""Methods and attributes of one object that are others for a while."""
+"""Replace methods and attributes of one object for the length of a block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NONE = object()
 
 @contextmanager
 def overriding(instance: object, **methods: Any) -> Iterator[None]:
-    """Let an object's attributes be others; methods too, even if a subclass overrides them without `super()`.
+    """Replace attributes of an object inside a block, methods too, even where a subclass overrides them.
 
     Examples:
         >>> from types import SimpleNamespace
@@ -34,7 +34,7 @@ def overriding(instance: object, **methods: Any) -> Iterator[None]:
 
 
 def end_overriding(instance: object) -> None:
-    """Put back what is still overridden: an interrupt between two lines may have prevented it.
+    """Restore what is still replaced after an interrupt.
 
     Examples:
         >>> from types import SimpleNamespace

@@ -120,6 +120,27 @@ def search_epsilon(
     Raises:
         ValueError: No `model_init`, a defense without constraint or with a fixed step size, an empty range, or a
             record of another search at `path`.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+        >>> from hf_parcor import ParameterDefenseTrainer
+        >>> config = BertConfig(
+        ...     vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+        ... )
+        >>> rows = [{"input_ids": [1, 2, 3], "labels": 0}, {"input_ids": [4, 5, 6], "labels": 1}]
+        >>> trainer = ParameterDefenseTrainer(
+        ...     model_init=lambda: BertForSequenceClassification(config),
+        ...     args=TrainingArguments(
+        ...         tempfile.mkdtemp(), max_steps=1, use_cpu=True, disable_tqdm=True, report_to="none"
+        ...     ),
+        ...     train_dataset=rows,
+        ...     eval_dataset=rows,
+        ... )
+        >>> record = search_epsilon(trainer, low=0.01, high=1.0, direction="minimize", n_trials=2)
+        {...}
+        >>> [round(trial.epsilon, 3) for trial in record.trials]
+        [0.058, 0.172]
     """
     defense = _searchable(trainer, steps)
     if not 0 < low < high < math.inf:

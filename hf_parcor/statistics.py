@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from statistics import mean, stdev
 from types import ModuleType
 
@@ -107,7 +107,7 @@ def _require_finite(*numbers: float) -> None:
             )
 
 
-class Alternative(str, Enum):
+class Alternative(StrEnum):
     """What a test claims about the means of the first and the second sample."""
 
     GREATER = "greater"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 import gzip
 import io
+import pkgutil
 import re
 import runpy
 import shlex
@@ -18,6 +20,7 @@ from local_models import save_bert, write_sentences
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser, TrainingArguments
 
+import hf_parcor
 from hf_parcor import EvaluationRecord, RobustnessReport, SweepRecord
 from hf_parcor.cli import main
 
@@ -27,6 +30,7 @@ PAGES = {
     str(page.relative_to(ROOT)): page.read_text(encoding="utf-8")
     for page in [
         ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
         *sorted(page for folder in FOLDERS for page in (ROOT / folder).rglob("README.md")),
     ]
 }
@@ -82,20 +86,22 @@ def test_python_examples_run(page, names, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def pasted(tmp_path_factory):
-    """What the script printed, and its names and weights after each example."""
+    """What the script printed, and its names and weights after each example; nothing is given to it."""
     folder, after = tmp_path_factory.mktemp("first"), []
 
     def note(names):
         after.append({**names, "weights": {key: value.clone() for key, value in names["model"].state_dict().items()}})
 
-    names = {**taken_for_granted(folder), "note": note}
+    names = {"note": note}
     script = "\nnote(globals())\n".join([*fences(PAGES[FIRST], "python"), ""])
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.chdir(folder)
+        torch.manual_seed(0)
         exec(compile(script, FIRST, "exec"), names)
     return folder, printed.getvalue(), after
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory'")  # of PyTorch, on a machine without a GPU
 class TestTheFirstPageAsOneScript:
     """Its Python, pasted together and run once; what it says is computed again with PyTorch alone."""
 
@@ -114,7 +120,7 @@ class TestTheFirstPageAsOneScript:
         return model, accuracy
 
     def test_each_section_is_one_example(self, pasted):
-        assert len(pasted[2]) == 5, "two of training, two of probing, one of publishing"
+        assert len(pasted[2]) == 5, "ten lines, and one more of training, two of probing, one of publishing"
 
     def test_training_defends_what_was_asked_for(self, pasted):
         everything, last_layer = (state["trainer"] for state in pasted[2][:2])
@@ -122,8 +128,8 @@ class TestTheFirstPageAsOneScript:
         assert all(name.startswith(self.LAYERS[1]) for name in last_layer.defended_parameters())
         steps = last_layer.state.max_steps
         of_an_epoch = steps / last_layer.args.num_train_epochs
-        assert everything.state.global_step == everything._parameter_defense.log.defended_steps
-        assert last_layer._parameter_defense.log.defended_steps == steps - of_an_epoch / 2
+        assert everything.state.global_step == everything.defense_config.defended_steps
+        assert last_layer.defense_config.defended_steps == steps - of_an_epoch / 2
 
     def test_numbers_of_an_evaluation(self, pasted):
         folder, printed, after = pasted
@@ -179,8 +185,8 @@ class TestTheFirstPageAsOneScript:
     def test_the_card_claims_what_happened(self, pasted):
         folder, _, after = pasted
         state, trainer = after[4], after[4]["trainer"]
-        card = (folder / "README.md").read_text(encoding="utf-8")
-        assert trainer._parameter_defense.log.defended_steps == trainer.state.global_step > 0
+        card = (folder / "my-run" / "README.md").read_text(encoding="utf-8")
+        assert trainer.defense_config.defended_steps == trainer.state.global_step > 0
         assert re.search(r"defended in training .* in all of its [\d,]+ steps", card)
         assert "adversarial-parameter-defense" in card.split("---")[1]
         evaluation = [
@@ -193,6 +199,25 @@ class TestTheFirstPageAsOneScript:
         (record,) = trainer.robustness_records.values()
         assert record.clean.mean("loss") == pytest.approx(loss, rel=1e-5)
         assert f"{loss:.3f}" in card
+
+
+PUBLIC = (ROOT / "hf_parcor" / "API.md").read_text(encoding="utf-8")
+EXAMPLES = dict(re.findall(r"^### `(\w+)`\n.*?```pycon\n(.*?)```", PUBLIC, flags=re.DOTALL | re.MULTILINE))
+
+
+class TestThePageOfPublicNames:
+    def test_it_says_what_the_docstrings_say(self):
+        written = runpy.run_path(str(ROOT / "scripts" / "public_names.py"))["page"]()
+        assert written == PUBLIC, "run python scripts/public_names.py"
+
+    @pytest.mark.parametrize("name", hf_parcor.__all__)
+    def test_an_example_runs_after_the_imports_of_the_page(self, name):
+        names = {}
+        exec(fences(PUBLIC, "python")[0], names)
+        example = doctest.DocTestParser().get_doctest(EXAMPLES[name], names, name, None, None)
+        assert any(name in part.source for part in example.examples) or name.endswith("Mixin")
+        found = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS).run(example)
+        assert found.failed == 0 < found.attempted
 
 
 def test_the_command_of_the_first_page(tmp_path, monkeypatch, capsys):
@@ -242,28 +267,38 @@ def test_flags_of_the_example_exist(page):
         assert [target for target in targets if target] in ([["last-encoder-layer"]], [["last-decoder-layer"]])
 
 
-@pytest.mark.parametrize(
-    ("page", "target"),
-    [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^)\s]+)\)", text)],
-)
-def test_links_lead_somewhere(page, target):
-    if target.startswith("http"):
-        return
+def leads_somewhere(page, target):
     path, _, heading = target.partition("#")
     file = (ROOT / page).parent / path
-    assert file.exists()
-    if heading:
-        headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings]
+    if target.startswith("http") or not heading:
+        return target.startswith("http") or file.exists()
+    headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings]
 
 
-@pytest.mark.parametrize(
-    ("page", "path"),
-    [
-        (page, path)
-        for page, text in PAGES.items()
-        for path in re.findall(r"`((?:tests|hf_parcor|scripts|examples)/[\w./]+)`", text)
-    ],
-)
-def test_paths_exist(page, path):
-    assert (ROOT / path).exists()
+def exists(name):
+    """Say whether a path or a dotted name is one."""
+    if "/" in name or name.endswith(".py"):
+        return (ROOT / name).exists()
+    try:
+        return pkgutil.resolve_name(name) is not None
+    except (ImportError, AttributeError):
+        return False
+
+
+def test_links_lead_somewhere():
+    links = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^)\s]+)\)", text)]
+    assert len(links) > 50
+    assert [link for link in links if not leads_somewhere(*link)] == []
+
+
+def test_paths_and_names_exist():
+    """Those of the pages, and the names in docstrings."""
+    sources = {str(path): path.read_text(encoding="utf-8") for path in (ROOT / "hf_parcor").rglob("*.py")}
+    names = [
+        (page, name)
+        for page, text in [*PAGES.items(), *sources.items()]
+        for name in re.findall(r"`((?:tests|hf_parcor|scripts|examples)/[\w./]+|hf_parcor(?:\.\w+)+)", text)
+    ]
+    assert len(names) > 40
+    assert [(page, name) for page, name in names if not exists(name)] == []

@@ -208,6 +208,14 @@ class PublishingMixin(CardMixin):
     the Hub is taken over. Where a person changed the card here, too, that one is pushed, and a warning says where the
     other one is. A push while the model trains makes no card where there is none, as with the Trainer; one that is
     there says what is known of the weights that are pushed.
+
+    It takes `evaluate_robustness` along, and is one of the bases of `ParameterDefenseTrainer`.
+
+    Examples:
+        >>> from transformers import Trainer
+        >>> from hf_parcor import ParameterDefenseMixin
+        >>> class PublishingTrainer(ParameterDefenseMixin, PublishingMixin, Trainer):
+        ...     pass
     """
 
     def push_to_hub(

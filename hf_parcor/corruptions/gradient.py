@@ -16,15 +16,30 @@ from hf_parcor.functional.constrained_maximum import constrained_maximum
 
 @dataclass(frozen=True)
 class GradientCorruption(Corruption):
-    """`argmax_{a ∈ S} aᵀg` with g the gradient of the mean loss over the data (paper 1, Definition 4, Eq. 10).
+    """The worst corruption to first order: `argmax_{a ∈ S} aᵀg`, g the gradient of the mean loss over the data.
 
-    The worst corruption to first order. Sharpness-aware minimisation calls it the *ascent step*.
+    Paper 1, Definition 4, Eq. 10. Sharpness-aware minimisation calls it the *ascent step*.
 
     Args:
         constraint: The set S.
 
     Raises:
         TypeError: The constraint is none.
+
+    Examples:
+        >>> from hf_parcor import CorruptionConstraint, CorruptionEvaluator
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> evaluator = CorruptionEvaluator(
+        ...     model,
+        ...     lambda m: {"loss": m(torch.tensor([3.0, 4.0])).item()},
+        ...     [torch.tensor([3.0, 4.0])],
+        ...     loss=lambda m, x: m(x).sum(),
+        ...     progress=False,
+        ... )
+        >>> record = evaluator.evaluate([GradientCorruption(CorruptionConstraint(epsilon=0.1))])
+        >>> print(f"{record.corruptions[0].label}: loss {record.corruptions[0].mean('loss'):.2f}")  # ε ‖(3, 4)‖
+        gradient-based L2 ε=0.1: loss 0.50
     """
 
     constraint: CorruptionConstraint

@@ -24,11 +24,11 @@ STEP_SIZE_FACTOR = 1.5  # α = 1.5 ε/K lets K steps reach the boundary; the pap
 
 @dataclass(frozen=True)
 class MultiStepCorruption(Corruption):
-    """Projected gradient ascent from 0, one batch a step: `a_k = Π_S(a_{k−1} + u_k)` (paper 2, Eq. 13–19).
+    """The worst corruption by projected gradient ascent, one batch a step: `a_k = Π_S(a_{k−1} + u_k)`, `a_0 = 0`.
 
-    `u_k` is the constrained maximum on the gradient at `w + a_{k−1}` with radius α and at most n non-zero entries.
-    (Eq. 16 prints no n. But every entry of a dense step for p = ∞ has the size α, and which n of them the projection
-    keeps would be decided by position, not by the gradient.)
+    Paper 2, Eq. 13–19. `u_k` is the constrained maximum on the gradient at `w + a_{k−1}` with radius α and at most n
+    non-zero entries. (Eq. 16 prints no n. But every entry of a dense step for p = ∞ has the size α, and which n of
+    them the projection keeps would be decided by position, not by the gradient.)
 
     Args:
         constraint: The set S; p is 2 or ∞, for which the projection has a closed form.
@@ -39,6 +39,21 @@ class MultiStepCorruption(Corruption):
         NotImplementedError: p is neither 2 nor ∞.
         ValueError: `steps < 1` or `step_size < 0`.
         TypeError: The constraint is none.
+
+    Examples:
+        >>> from hf_parcor import CorruptionConstraint, CorruptionEvaluator
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> evaluator = CorruptionEvaluator(
+        ...     model,
+        ...     lambda m: {"loss": m(torch.tensor([3.0, 4.0])).item()},
+        ...     [torch.tensor([3.0, 4.0])],
+        ...     loss=lambda m, x: m(x).sum(),
+        ...     progress=False,
+        ... )
+        >>> record = evaluator.evaluate([MultiStepCorruption(CorruptionConstraint(epsilon=0.1), steps=2)])
+        >>> print(f"{record.corruptions[0].label}: loss {record.corruptions[0].mean('loss'):.2f}")  # ε ‖(3, 4)‖
+        multi-step L2 ε=0.1 K=2: loss 0.50
     """
 
     constraint: CorruptionConstraint
@@ -107,7 +122,7 @@ def climb_together(
         for index, gradient in zip(list(climbing), gradients_at(dict(climbing)), strict=True):
             try:
                 climbing[index] = ascents[index].send(gradient)
-            except StopIteration as end:  # noqa: PERF203, a step costs a pass through a model
+            except StopIteration as end:
                 del climbing[index]
                 ends[index] = end.value
     return [ends[index] for index in range(len(ascents))]

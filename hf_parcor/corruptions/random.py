@@ -17,7 +17,7 @@ from hf_parcor.functional.noise import gaussian_noise
 
 @dataclass(frozen=True)
 class RandomCorruption(Corruption):
-    """`argmax_{a ∈ S} aᵀr` for a random direction `r ~ N(0, I)` (paper 1, Definition 3, Eq. 5).
+    """The worst corruption along a random direction: `argmax_{a ∈ S} aᵀr`, `r ~ N(0, I)` (paper 1, Eq. 5).
 
     On the boundary of the constraint; for p = 2 without `top_n` uniform on the sphere of radius ε.
 

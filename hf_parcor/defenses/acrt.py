@@ -29,6 +29,12 @@ class ACRT(ConstrainedDefense):
 
     Raises:
         ValueError: `alpha` outside [0, 1].
+
+    Examples:
+        >>> from hf_parcor import CorruptionConstraint
+        >>> defense = ACRT(CorruptionConstraint(p=2, epsilon=0.1), alpha=0.5)
+        >>> defense.passes, defense.cost
+        (2, 2.0)
     """
 
     alpha: float = field(default=0.5, metadata={"help": "weight of the corrupted loss"})

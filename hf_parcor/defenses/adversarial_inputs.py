@@ -77,7 +77,7 @@ class AdversarialInputs:
         return output + perturbation.to(output.dtype)
 
     def end_pass(self) -> None:
-        """Begin to count calls anew.
+        """Reset the count of the embedding's calls, for the next pass.
 
         Raises:
             RuntimeError: The pass went around the embedding, so there was nothing to perturb.
@@ -97,5 +97,5 @@ class AdversarialInputs:
                 perturbation.detach().copy_(ascend_per_example(perturbation.detach(), gradient, step_size, epsilon))
 
     def withdraw(self) -> None:
-        """Take the hook away."""
+        """Remove the hook."""
         self._hook.remove()

@@ -41,6 +41,11 @@ class GradientPenalty(Defense):
 
     Raises:
         ValueError: `p < 1` or `weight < 0`, or NaN.
+
+    Examples:
+        >>> defense = GradientPenalty(p=2, weight=0.05)  # to first order `ACRT` with αε = 0.05
+        >>> defense.passes, defense.cost
+        (1, 3.0)
     """
 
     p: float = field(default=2.0, metadata={"help": "order p of the norm of the corruption", "flag": "norm"})
@@ -68,7 +73,7 @@ class GradientPenalty(Defense):
 
     @property
     def differentiates_twice(self) -> bool:
-        """True."""
+        """Always: the norm of the gradient is part of the objective."""
         return True
 
     @cached_property

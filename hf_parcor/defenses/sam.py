@@ -25,6 +25,12 @@ class SAM(ConstrainedDefense):
         sync_perturbation: On several processes, one corruption for the batches of all. Default False.
         start_epoch: Until this epoch training is the stock one. Default 0.
         interval: Defend every so many optimizer steps. Default 1.
+
+    Examples:
+        >>> from hf_parcor import CorruptionConstraint
+        >>> constraint = CorruptionConstraint(epsilon=0.05)
+        >>> SAM(constraint).cost, SAM(constraint, batch_share=0.25).cost
+        (2.0, 1.25)
     """
 
     @property
@@ -34,7 +40,7 @@ class SAM(ConstrainedDefense):
 
     @property
     def passes(self) -> int:
-        """Two."""
+        """2: one at w for its gradient, one at `w + â` for the update."""
         return 2
 
     def minimize(self, step: DefendedStep) -> None:

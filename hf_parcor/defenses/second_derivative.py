@@ -1,4 +1,4 @@
-"""Whether a loss can be differentiated twice: found out where it happens, since nothing else says where it cannot.
+"""Check whether a loss has a right second derivative, by trying it: PyTorch does not say where one is missing.
 
 Two kinds of functions bring a gradient that has no derivative, or a wrong one: a reentrant checkpoint runs a backward
 of its own, which `autograd.grad` does not see; and a fused loss may compute its gradient in forward, as a constant.
@@ -52,6 +52,11 @@ class TriedModel:
     def keep(self, parameter: nn.Parameter) -> None:
         """Remember it by this parameter."""
         self._parameter = weakref.ref(parameter)
+
+
+def _name(node: _Node) -> str:
+    """Return the name of a node; PyTorch 2.11 refuses `name()` of those that are written in Python."""
+    return type(node).__name__ if isinstance(node, BackwardCFunction) else node.name()
 
 
 def own_functions(loss: Tensor) -> list[_Node]:
@@ -219,7 +224,7 @@ def _gradient(loss: Tensor, parameters: list[nn.Parameter], create_graph: bool =
 
 def _direction(loss: Tensor, parameters: list[nn.Parameter], gradient: _Vector, moved: set[int] | None) -> _Vector:
     """Return the gradient as a direction, of length one, without the weights that a bent function follows."""
-    bent = [node for node in _graph([loss.grad_fn]) if node.name().startswith(_BENT)]
+    bent = [node for node in _graph([loss.grad_fn]) if _name(node).startswith(_BENT)]
     still = _leaves(bent)
     direction = [
         torch.zeros_like(part) if id(parameter) in still or (moved and id(parameter) not in moved) else part.detach()
@@ -264,5 +269,5 @@ def _norm(vector: _Vector) -> float:
 
 
 def _names(functions: Sequence[_Node]) -> str:
-    names = sorted({node.name().removesuffix("Backward") for node in functions})
+    names = sorted({_name(node).removesuffix("Backward") for node in functions})
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -156,7 +156,7 @@ class DefendedStep:
         return value
 
     def rehearse(self, see: Callable[[Tensor], None]) -> None:
-        """Run forward alone at the weights as they are, and hand the loss to `see`: nothing of the run stays."""
+        """Run one forward pass at the weights as they are, pass its loss to `see`, and keep nothing of it."""
 
         def finish(loss: Tensor) -> Tensor:
             see(loss)
@@ -172,7 +172,7 @@ class DefendedStep:
 
     @property
     def is_displaced(self) -> bool:
-        """Whether the weights hold a corruption that was written, be it zero."""
+        """Whether a corruption is written into the weights, a zero one included."""
         return self._injection.is_active
 
     def gradients(self, of_all_processes: bool = False) -> dict[str, Tensor]:
@@ -199,7 +199,7 @@ class DefendedStep:
         return wide
 
     def agree_(self, update: Mapping[str, Tensor]) -> None:
-        """Overwrite what was drawn at random with what the first process drew."""
+        """Overwrite tensors that were drawn at random with those of the first process."""
         if self._processes is not None:
             self._processes.agree_(list(update.values()))
 

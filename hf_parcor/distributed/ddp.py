@@ -25,7 +25,7 @@ def wrapped_by(model: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def unfinished_forward(model: nn.Module) -> Iterator[None]:
-    """Let a forward pass that ends early count as one: at the first of a step DDP sends buffers, and not again."""
+    """Let a forward pass that ends early count as the step's first, the one at which DDP sends buffers."""
     try:
         yield
     finally:
@@ -36,7 +36,7 @@ def unfinished_forward(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def sending_no_buffers(model: nn.Module) -> Iterator[None]:
-    """Let forward passes wait for no process, since another may have none to run; the next one sends what is due."""
+    """Let forward passes in the block send no buffers, since another process may run none; the next one does."""
     wrapper = data_parallel(model)
     if wrapper is None:
         yield

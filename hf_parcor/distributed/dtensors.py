@@ -122,19 +122,19 @@ def total(tensors: Sequence[Tensor], measure: Callable[[list[Tensor]], Tensor]) 
 
 
 def alike(vector: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """Return other local parts as a vector that is spread as the first one is."""
+    """Return local parts as a vector with the sharding of another one."""
     return vector.replaced(tensors) if isinstance(vector, ShardedVector) else tensors
 
 
 def spread_alike(first: Tensor, second: Tensor) -> bool:
-    """Say whether every rank holds the same places of two tensors of one shape."""
+    """Say whether two tensors of one shape are sharded alike: every rank holds the same places of both."""
     if isinstance(first, DTensor) and isinstance(second, DTensor):
         return first.device_mesh == second.device_mesh and first.placements == second.placements
     return not isinstance(first, DTensor) and not isinstance(second, DTensor)
 
 
 def sharded_as(part: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor whose part on this rank is `part`, spread as `like` is."""
+    """Return the tensor whose part on this rank is `part`, sharded as `like` is."""
     if not isinstance(like, DTensor):
         return part
     return DTensor.from_local(

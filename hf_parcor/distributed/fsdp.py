@@ -42,14 +42,14 @@ def _units(model: nn.Module) -> Iterator[FSDPModule]:
 
 
 def drop_gathered(model: nn.Module) -> None:
-    """Let every parameter be its shard again, so that the next use gathers the values of now."""
+    """Reshard every parameter, so that the next use gathers its current values."""
     for unit in _units(model):
         unit.reshard()
 
 
 @contextmanager
 def reducing(model: nn.Module) -> Iterator[None]:
-    """Let a pass leave its gradients on the shards, and no gathered weights, which would be those of another pass."""
+    """Reduce a pass's gradients to the shards, and drop its gathered weights, which the next pass must not use."""
     for unit in _units(model):  # the Trainer's loop sets it for each micro-batch anew
         unit.set_requires_gradient_sync(True, recurse=False)
     try:

@@ -37,6 +37,22 @@ class RobustnessCallback(TrainerCallback):
     Raises:
         ValueError: There is no corruption, two have the same name, or a number is not positive.
         TypeError: Something that is no `Corruption`, or no `MetricInfo`.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from hf_parcor import GaussianNoise
+        >>> config = BertConfig(
+        ...     vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+        ... )
+        >>> rows = [{"input_ids": [1, 2, 3], "labels": 0}, {"input_ids": [4, 5, 6], "labels": 1}]
+        >>> arguments = TrainingArguments(tempfile.mkdtemp(), use_cpu=True, disable_tqdm=True, report_to="none")
+        >>> trainer = Trainer(BertForSequenceClassification(config), arguments, eval_dataset=rows)
+        >>> trainer.add_callback(RobustnessCallback(trainer, {"noise": GaussianNoise(0.02)}))
+        >>> metrics = trainer.evaluate()
+        {...}
+        >>> "eval_loss" in metrics, "eval_robustness_noise_loss" in metrics
+        (True, True)
     """
 
     def __init__(

@@ -61,7 +61,7 @@ class _Evaluator:
         for label, target in self._targets.items():
             try:
                 selections[label] = reach.select(**target)
-            except OutOfReachError as error:  # noqa: PERF203, a selection walks through the model
+            except OutOfReachError as error:
                 if targets is not None:  # what was named is meant
                     raise
                 left_out.append(f"{label} was left out: {error.described}")
@@ -253,12 +253,12 @@ class CorruptionEvaluator(_Evaluator):
 
 
 class LayerProbe(_Evaluator):
-    """Measures a model with one part after the other corrupted, as paper 1, Figures 3 to 5.
+    """Measures a model with one part after the other corrupted: layers, kinds of modules, or named targets.
 
-    What can be shared is: the clean measurement; one gradient over the data for the closed-form corruptions of all
-    parts; one walk through the data for all multi-step corruptions; and, with a metric made batch by batch, what does
-    not depend on a part runs once a batch for all corruptions of all parts. The records are those of a
-    `CorruptionEvaluator` for each part, also with several processes.
+    Paper 1, Figures 3 to 5. What can be shared is: the clean measurement; one gradient over the data for the closed-
+    form corruptions of all parts; one walk through the data for all multi-step corruptions; and, with a metric made
+    batch by batch, what does not depend on a part runs once a batch for all corruptions of all parts. The records are
+    those of a `CorruptionEvaluator` for each part, also with several processes.
 
     Args:
         model: Any Transformers model.
@@ -279,6 +279,21 @@ class LayerProbe(_Evaluator):
     Raises:
         ValueError: A target matches nothing, or nothing that can be corrupted, there is no target, or the batches can
             be walked through only once.
+
+    Examples:
+        >>> from hf_parcor import Quantization
+        >>> model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
+        >>> probe = LayerProbe(
+        ...     model,
+        ...     lambda m: {"output": m(m[0].weight.new_ones(2)).item()},
+        ...     targets={"first": ["0"], "second": ["1"]},
+        ...     progress=False,
+        ... )
+        >>> sweep = probe.evaluate([Quantization(4), Quantization(2)])
+        >>> for part, record in sweep.records.items():
+        ...     print(part, [row.label for row in record.corruptions])
+        first ['4-bit quantization', '2-bit quantization']
+        second ['4-bit quantization', '2-bit quantization']
     """
 
     def __init__(

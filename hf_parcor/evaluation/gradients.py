@@ -330,7 +330,7 @@ def _memory(tensor: Tensor) -> tuple[torch.device, int]:
 
 @contextmanager
 def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let frozen parameters require their gradient meanwhile: adapters freeze the model that is to be measured."""
+    """Let frozen parameters require gradients inside the block, such as those under an adapter."""
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     try:
         for parameter in frozen:
@@ -342,7 +342,7 @@ def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Return whether a model's own loss leaves first labels out; older classes such as GPT-2's name no loss type."""
+    """Return whether a model's own loss predicts the next token, so that first labels do not count."""
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
     loss_type = getattr(model, "loss_type", None)
     causal = class_of(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

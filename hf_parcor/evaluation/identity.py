@@ -221,7 +221,7 @@ def identity_of_run(
 
 
 def settings_of(value: Any) -> Any:
-    """Return what makes a metric, a loss or a score what it is, as plain values: two alike compute the same.
+    """Return all that decides what a metric, a loss or a score computes, as plain values.
 
     An object that has `identity` says it itself: the method returns its settings by name, plain values and whatever
     else it calls. Of a function count its name, its bytecode, defaults, and those values of closures and globals that

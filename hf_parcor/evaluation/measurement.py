@@ -424,7 +424,7 @@ class Measurement:
 
 
 def _nothing() -> None:
-    """Return that nothing can be reused, since nothing is to be climbed."""
+    """Return no prefix."""
 
 
 def _kept(path: Path | None, trials: dict[int, Trial]) -> dict[int, Trial]:

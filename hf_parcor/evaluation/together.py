@@ -60,12 +60,12 @@ class Group:
 
     @cached_property
     def climbing(self) -> PrefixReuse | None:
-        """What an ascent computes before these parameters come in."""
+        """The prefix of the runs of an ascent: what is computed before these parameters are used."""
         return self.seek_climbing()
 
     @cached_property
     def measuring(self) -> PrefixReuse | None:
-        """What a measurement computes before these parameters come in; with several processes, all ask for it."""
+        """The prefix of the runs of a measurement, as `climbing`; with several processes, all must ask for it."""
         return self.seek_measuring()
 
 

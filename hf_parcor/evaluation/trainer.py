@@ -238,7 +238,7 @@ class RobustnessMixin(_Base):
         return metrics
 
     def robustness_was_measured(self, prefix: str, record: EvaluationRecord) -> None:
-        """Hear of a measurement that a `RobustnessCallback` made beside an evaluation; by itself this does nothing.
+        """Receive the record of a `RobustnessCallback`; a subclass may keep it, this does nothing.
 
         Args:
             prefix: What the names of its metrics begin with.

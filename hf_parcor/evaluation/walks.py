@@ -91,7 +91,7 @@ class RepeatedBatches:
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
-        """Put back what walks inside a `with` block draw: from the global generators, and from the loader's own."""
+        """Restore, after a `with` block, the generators that walks draw from: the global ones and the loader's own."""
         generator = getattr(self._batches, "generator", None)
         state = generator.get_state() if isinstance(generator, torch.Generator) else None
         try:
@@ -144,7 +144,7 @@ class RepeatedBatches:
         raise self._different(f"got {entry} in batch {index} of the second walk")
 
     def _told(self) -> Iterator[Any]:
-        """Yield the batches; what a second walk raises is told as what it means."""
+        """Yield the batches, and explain an error that a second walk raises."""
         try:
             walk = iter(self._batches)
             while True:

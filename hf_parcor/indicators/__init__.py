@@ -1,4 +1,4 @@
-"""The indicators of both papers, Δ_max and Δ_ave, of a model's loss over data."""
+"""Measure the indicators of both papers, Δ_max and Δ_ave: how much a model's loss over data can change."""
 
 from hf_parcor.indicators.estimators import RandomLossChanges, hessian_trace, random_loss_changes
 from hf_parcor.indicators.loss import LossOverData

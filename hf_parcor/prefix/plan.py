@@ -324,7 +324,7 @@ def plan_prefix_of_values(
 
 @contextmanager
 def failures_as_prefix_errors() -> Iterator[None]:
-    """Let whatever fails while something is tried out mean that it is not used.
+    """Turn any exception of a trial into a `PrefixError`, after which the prefix is not used.
 
     Raises:
         PrefixError: Something failed.

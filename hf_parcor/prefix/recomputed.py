@@ -15,7 +15,7 @@ from hf_parcor.randomness import RandomStates, random_states_kept
 
 
 class RecomputedPrefix(PrefixReuse):
-    """The same for models whose modules gather weights when they are called and free them after, as under FSDP2.
+    """Reuses a prefix where modules gather weights for each call and free them after it, as under FSDP2.
 
     There a run must not end early, and no graph may wait for another backward. So the first pass computes the prefix
     and drops its graph. Those between skip its modules and their hooks: nothing is gathered for them. The last one

@@ -70,7 +70,7 @@ class PrefixReuse:
 
     @contextmanager
     def drawing_alike(self, devices: Sequence[torch.device]) -> Iterator[None]:
-        """Let generators go on behind a replayed call as behind the recorded one: a trial then equals a full run.
+        """Advance the generators at a replayed call as the recorded one did, so that a trial equals a full run.
 
         Args:
             devices: The accelerators that the model computes on.
@@ -127,7 +127,7 @@ class PrefixReuse:
             yield
 
     def joined(self, objective: Tensor) -> Tensor:
-        """Return what a pass sends backward: its objective, and what is to go the same way."""
+        """Return the scalar whose backward ends a pass: here its objective."""
         return objective
 
     def backward(self, along: Sequence[Tensor] = ()) -> None:

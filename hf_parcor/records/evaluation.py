@@ -51,6 +51,13 @@ class CorruptionRecord:
         not_finite: Which share of the predictions was not finite, and so counted as wrong, in each trial; empty where
             all were finite, where the metric does not say it, and in records from before it was kept.
         kind: What plots and tables say of its kind; None without corruption, and in records from before it was kept.
+
+    Examples:
+        >>> record = CorruptionRecord(
+        ...     "gaussian_noise", "Gaussian σ=0.02", {"std": 0.02}, (0, 1), {"accuracy": (0.5, 0.75)}
+        ... )
+        >>> record.mean("accuracy"), round(record.deviation("accuracy"), 3)
+        (0.625, 0.177)
     """
 
     corruption: str
@@ -120,6 +127,17 @@ class EvaluationRecord(StoredRecord):
         evaluated_on: The data of the metrics; None where nobody said, and in records from before it was kept.
         task: The Hub's name of the task, such as "text-classification"; "" as before.
         format: Version of this layout.
+
+    Examples:
+        >>> clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,)})
+        >>> four_bits = CorruptionRecord("quantization", "4-bit quantization", {"bits": 4}, (0,), {"accuracy": (0.6,)})
+        >>> record = EvaluationRecord("my-model", {}, 1_000, clean, (four_bits,))
+        >>> for row in record.rows():
+        ...     print(f"{row.label}: {row.mean('accuracy'):.1%}")
+        no corruption: 90.0%
+        4-bit quantization: 60.0%
+        >>> EvaluationRecord.from_json(record.to_json()) == record
+        True
     """
 
     model: str
@@ -250,6 +268,14 @@ class SweepRecord(StoredRecord):
 
     Raises:
         ValueError: There is no record, or they are not of one model on the same data.
+
+    Examples:
+        >>> clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,)})
+        >>> four_bits = CorruptionRecord("quantization", "4-bit quantization", {"bits": 4}, (0,), {"accuracy": (0.6,)})
+        >>> layer = EvaluationRecord("my-model", {"target_modules": ["encoder.0"]}, 100, clean, (four_bits,))
+        >>> sweep = SweepRecord({"encoder.0": layer}, weights="", trials=1, seed=0)
+        >>> [(name, row.mean("accuracy")) for name, row in sweep.rows()]
+        [('encoder.0', 0.6)]
     """
 
     records: Mapping[str, EvaluationRecord]

@@ -54,7 +54,7 @@ class Estimate:
         return MeanAndSpread.from_values(self.values).confidence_interval(level)
 
     def scaled(self, factor: float) -> Estimate:
-        """Return the estimate of a multiple."""
+        """Return the estimate of this multiple of the quantity."""
         return Estimate(tuple(factor * value for value in self.values))
 
 
@@ -116,6 +116,21 @@ class IndicatorRecord(StoredRecord):
         versions: Versions of the libraries.
         notes: What was noticed, in sentences.
         format: Version of this layout.
+
+    Examples:
+        >>> from hf_parcor.records import Estimate
+        >>> record = IndicatorRecord(
+        ...     "my-model",
+        ...     {},
+        ...     4,
+        ...     loss=0.5,
+        ...     gradient_norm=1.0,
+        ...     hessian_trace=Estimate((4.0, 4.0)),
+        ...     indicators=(),
+        ...     seed=0,
+        ... )
+        >>> record.hessian_trace.mean, IndicatorRecord.from_json(record.to_json()) == record
+        (4.0, True)
     """
 
     model: str

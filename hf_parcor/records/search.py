@@ -44,6 +44,13 @@ class SearchRecord(StoredRecord):
         direction: Whether the objective is to be large or small.
         trials: One a training, in their order.
         format: Version of this layout.
+
+    Examples:
+        >>> from hf_parcor.records import SearchTrial
+        >>> trials = (SearchTrial(0.01, 1, 0.80), SearchTrial(0.1, 1, 0.85), SearchTrial(1.0, 1, 0.60))
+        >>> record = SearchRecord("multi_step_risk", low=0.01, high=1.0, direction="maximize", trials=trials)
+        >>> record.best.epsilon, record.is_unimodal(steps=1)
+        (0.1, True)
     """
 
     defense: str

@@ -31,7 +31,7 @@ _KINDS: Mapping[str, Callable[[nn.Module], set[nn.Parameter]]] = {
 
 
 def by_layer(model: nn.Module) -> Groups:
-    """Return each block of each stack, by its full name.
+    """Group parameters by layer: each block of each stack of the model, by its full name.
 
     Raises:
         TargetError: The model has no stack. A `ValueError`.
@@ -55,7 +55,7 @@ def by_layer(model: nn.Module) -> Groups:
 
 
 def by_kind(model: nn.Module) -> Groups:
-    """Return the parameters by the kind of their module; each parameter is in one group.
+    """Group parameters by the kind of their module; each parameter is in one group.
 
     The kinds are layer-norm, other normalization, attention (without what normalizes in it), embedding, output (if it
     is not tied to the embedding), linear (outside of all these), convolution, and other. Empty groups are left out.
@@ -78,7 +78,7 @@ def by_kind(model: nn.Module) -> Groups:
 
 
 def by_module(model: nn.Module) -> Groups:
-    """Return the parameters by the module that holds them itself; each parameter is in one group, a tied one once.
+    """Group parameters by the module that holds them itself; each parameter is in one group, a tied one once.
 
     Raises:
         TargetError: The model has no parameters. A `ValueError`.
@@ -98,10 +98,16 @@ def by_module(model: nn.Module) -> Groups:
 
 
 def by_adapter(model: nn.Module) -> Groups:
-    """Return the parameters of each adapter that PEFT has added, by the adapter's name; also modules saved with it.
+    """Group the parameters that PEFT has added by the name of their adapter; also modules saved with it.
 
     Raises:
         TargetError: The model has no adapter with parameters. A `ValueError`.
+
+    Examples:
+        >>> model = nn.ModuleDict({"base": nn.Linear(2, 2), "lora": nn.ModuleDict({"default": nn.Linear(2, 1)})})
+        >>> model.peft_config = {"default": "as of a model that PEFT has wrapped"}
+        >>> by_adapter(model)
+        {'default': ['lora.default']}
     """
     names: Iterable[str] = getattr(model, "peft_config", {})
     found: dict[str, set[nn.Parameter]] = {name: set() for name in names}

@@ -39,7 +39,7 @@ class TargetError(ValueError):
 
 @dataclass(frozen=True)
 class Word:
-    """A word, by what it selects and by what to say when that is nothing.
+    """A word for `target_modules`: what it selects, and the message where that is nothing.
 
     Attributes:
         select: Maps a model to its parameters that the word stands for.

@@ -1,4 +1,4 @@
-"""Defended training with Transformers' Trainers."""
+"""Defended training with Transformers' Trainers and in Accelerate loops."""
 
 from hf_parcor.records.comparable import DEFENSE_CONFIG_NAME
 from hf_parcor.training.accelerate import DefendedBackward, DefendedLoss, defended_backward

@@ -44,7 +44,7 @@ class DefendedLoss:
 
 
 class DefendedBackward:
-    """Does what `accelerator.backward(loss)` does, with the defense's risk in place of the loss.
+    """Stands for `accelerator.backward(loss)`, with the defense's risk in place of the loss.
 
     Made once before the loop, it remembers what its first step finds out: which part of the model the passes of a step
     can share; see `PrefixReuse`.
@@ -171,9 +171,9 @@ def defended_backward(
     epoch: float | None = None,
     step: int | None = None,
 ) -> DefendedLoss:
-    """Run one step of a `DefendedBackward` that is thrown away: all of the model is run in each pass.
+    """Run one defended micro-batch: its passes, after which each `.grad` holds the gradient of the risk as well.
 
-    Args, returns and raises as there.
+    Arguments, return value and errors are those of `DefendedBackward`, which also finds out what passes can share.
 
     Examples:
         >>> from hf_parcor import SAM, CorruptionConstraint
@@ -267,7 +267,7 @@ class _LoopPasses(Passes):
         self._as_given = private_copy(batch)
 
     def prepare(self) -> None:
-        """The loop has made the batch ready."""
+        """Do nothing: the loop has prepared the batch."""
 
     def stock(self) -> Tensor:
         """Run the stock step."""

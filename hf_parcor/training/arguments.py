@@ -95,12 +95,26 @@ class DefenseArguments:
 
 @dataclass
 class ParameterDefenseTrainingArguments(DefenseArguments, TrainingArguments):
-    """`transformers.TrainingArguments` and the defense as flags."""
+    """`transformers.TrainingArguments` and the defense as flags.
+
+    Examples:
+        >>> arguments = ParameterDefenseTrainingArguments("out", defense="sam", defense_epsilon=0.05)
+        >>> arguments.defense, arguments.defense_epsilon, arguments.defense_norm
+        ('sam', 0.05, 2.0)
+    """
 
 
 @dataclass
 class Seq2SeqParameterDefenseTrainingArguments(DefenseArguments, Seq2SeqTrainingArguments):
-    """`transformers.Seq2SeqTrainingArguments` and the defense as flags."""
+    """`transformers.Seq2SeqTrainingArguments` and the defense as flags.
+
+    Examples:
+        >>> arguments = Seq2SeqParameterDefenseTrainingArguments(
+        ...     "out", predict_with_generate=True, defense_target_modules=["last-decoder-layer"]
+        ... )
+        >>> arguments.defense, arguments.defense_target_modules
+        ('multi_step_risk', ['last-decoder-layer'])
+    """
 
 
 def build_defense(arguments: DefenseArguments) -> Defense | None:

@@ -1,4 +1,4 @@
-"""What a defended run says of itself: its losses for the log, a collapse, and a defense that does nothing."""
+"""Log the losses of a defended run, and warn of a collapse and of a defense that does nothing."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def signs_of_collapse(log_history: Sequence[dict[str, Any]]) -> list[str]:
 
 
 class CollapseCallback(TrainerCallback):
-    """Says at the end of training if the run shows signs of collapse."""
+    """Warns at the end of training if the run shows signs of collapse."""
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -166,7 +166,7 @@ class StepLog:
 
 
 class IdleDefenseCallback(TrainerCallback):
-    """Says where a defense does nothing: at the start of a run where that can be known, else at its end.
+    """Warns of a defense that does nothing: at the start of a run where that can be known, else at its end.
 
     Args:
         log: What the defended steps of the run leave behind.
@@ -250,7 +250,7 @@ class IdleDefenseCallback(TrainerCallback):
 
 
 class IdleLoop:
-    """Says when a loop with Accelerate is over that its defense did nothing.
+    """Warns at the end of a loop with Accelerate whose defense did nothing.
 
     Such a loop tells nobody its length or its end, so this is when its Accelerator goes, at the latest at the end of
     the program. Only the main process says it.

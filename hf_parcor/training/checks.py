@@ -1,4 +1,4 @@
-"""What a defended step would be silently wrong with, refused: settings, engines, hooks, frozen parameters."""
+"""Refuse what would make a defended step silently wrong: settings, engines, hooks, frozen parameters."""
 
 from __future__ import annotations
 

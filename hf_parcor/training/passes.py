@@ -50,7 +50,7 @@ class Passes(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Make the batch ready, once for all passes; where it is, do nothing."""
+        """Prepare the batch, once for all passes; do nothing if it is prepared."""
 
     @abstractmethod
     def _run(self, objective: Objective, index: int, share: float) -> Tensor:
@@ -172,7 +172,7 @@ class TrainerPasses(Passes):
         self._as_prepared: Any = None
 
     def prepare(self) -> None:
-        """Run the training step until it has prepared the batch; where it is prepared, do nothing."""
+        """Run the training step until it has prepared the batch; do nothing if it is prepared."""
         if self._prepared:
             return
         with ExitStack() as uncounted:  # but what is counted while the batch is prepared counts

@@ -165,7 +165,7 @@ def plan_prefix_on_shards(
 
 @contextmanager
 def _brought_to_an_end(model: nn.Module) -> Iterator[None]:
-    """Bring FSDP2 out of the middle of a pass that broke off, on all processes alike, so that the next can begin.
+    """End a pass that broke off under FSDP2, on all processes alike, so that the next can begin.
 
     Raises:
         RuntimeError: This release of PyTorch cannot.

@@ -214,7 +214,7 @@ class TestRecord:
         assert record.weights_norm == pytest.approx(math.sqrt(squared), rel=1e-5)
         assert record.weights == fingerprint_of_weights(classifier)
         assert set(record.versions) == {"hf-parcor", "torch", "transformers", "accelerate"}
-        assert record.versions["torch"] == torch.__version__
+        assert torch.__version__.startswith(record.versions["torch"])
         assert len(record.data) == 64
         assert record.clean.seeds == (9,)
         assert (record.clean.changed, record.clean.norm) == (0, 0)
