@@ -33,7 +33,7 @@ from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDef
 from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
 from hf_parcor.hub_data import load_hub_data
-from hf_parcor.reports.terminal_tables import comparison_table
+from hf_parcor.reports.tables import comparison_table
 from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tasks import read_file
 from hf_parcor.training import checkpoint_to_resume, signs_of_collapse

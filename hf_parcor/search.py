@@ -114,7 +114,7 @@ def search_epsilon(
         path: Where the record is kept. Default `epsilon_search.json` in `args.output_dir`.
 
     Returns:
-        The record; `record.best` is the best trial, `hf_parcor.reports.terminal_tables.search_table` and
+        The record; `record.best` is the best trial, `hf_parcor.reports.tables.search_table` and
         `hf_parcor.reports.plots.plot_search` draw it.
 
     Raises:

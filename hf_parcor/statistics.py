@@ -12,8 +12,38 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from statistics import mean, stdev
+from statistics import fmean, mean, stdev
 from types import ModuleType
+
+
+def sample_mean(values: Sequence[float]) -> float:
+    """Return the mean, also of runs that broke: NaN without values, beside NaN, and where ∞ and −∞ meet.
+
+    Examples:
+        >>> sample_mean([0.25, 0.75]), sample_mean([1e308, 1e308]), sample_mean([1.0, math.inf])
+        (0.5, 1e+308, inf)
+    """
+    if not values:
+        return math.nan
+    try:
+        return fmean(values)
+    except (OverflowError, ValueError):  # a sum beyond the largest float, or ∞ − ∞
+        return sum(value / len(values) for value in values)
+
+
+def sample_deviation(values: Sequence[float]) -> float:
+    """Return the sample standard deviation (n − 1); NaN for fewer than two values, and beside NaN or ∞.
+
+    Examples:
+        >>> sample_deviation([1.0, 3.0]), sample_deviation([1.0])
+        (1.4142135623730951, nan)
+    """
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return math.nan
+    try:
+        return stdev(values)
+    except OverflowError:  # larger than the largest float
+        return math.inf
 
 
 def scipy_special(purpose: str) -> ModuleType:

@@ -24,9 +24,9 @@ from typing import TypeAlias
 from hf_parcor import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.records.curves import short
 from hf_parcor.records.metric_info import agreed
-from hf_parcor.reports.markup import markdown_table
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.plots import plot_directions, plot_heat_map
+from hf_parcor.reports.tables import markdown_table
 
 Models: TypeAlias = Mapping[str, list[EvaluationRecord]]
 Sweeps: TypeAlias = Mapping[str, SweepRecord]

@@ -19,8 +19,8 @@ from hf_parcor.cards.folder import FACTS, card_of, files_beside
 from hf_parcor.cards.front_matter import RESULTS_FOLDER
 from hf_parcor.records import EvaluationRecord, SweepRecord
 from hf_parcor.records.metric_info import SHARE
-from hf_parcor.reports.markup import markdown_table
 from hf_parcor.reports.numbers import Numbers
+from hf_parcor.reports.tables import markdown_table
 from hf_parcor.training import DefenseConfig
 from scripts import probe_sst2, quickstart, reproduce_sst2
 from scripts.campaigns import Arm

@@ -33,8 +33,8 @@ from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.records.curves import Series, epsilon_at_half
 from hf_parcor.records.metric_info import SHARE
-from hf_parcor.reports.markup import markdown_table
 from hf_parcor.reports.plots import plot_heat_map
+from hf_parcor.reports.tables import markdown_table
 from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, note_run
 from scripts.sst2_runs import model_and_batches, parse_options, train
 

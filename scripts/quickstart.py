@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.reports.plots import plot_comparison
-from hf_parcor.reports.terminal_tables import comparison_table
+from hf_parcor.reports.tables import comparison_table
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / ".venv" / "downloads" / "vaderSentiment-3.3.2.tar.gz"

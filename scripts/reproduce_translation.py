@@ -31,8 +31,8 @@ from hf_parcor.corruptions import Corruption
 from hf_parcor.defenses import ConstrainedDefense
 from hf_parcor.evaluation import GenerationMetric
 from hf_parcor.records import EvaluationRecord, SweepRecord
-from hf_parcor.reports.markup import markdown_table
 from hf_parcor.reports.plots import line_styles, new_figure
+from hf_parcor.reports.tables import markdown_table
 from hf_parcor.statistics import MeanAndSpread, student_t_test
 from hf_parcor.translation import (
     BleuScores,

@@ -99,11 +99,23 @@ class TestHeatMap:
         assert [tick.get_text() for tick in figure.axes[1].get_xticklabels()] == ["8", "4", "2"]
         assert figure._suptitle.get_text() == "Of all kinds"
 
+    def test_a_kind_under_which_nothing_changes_has_no_panels(self):
+        first = record({0.1: 0.8})
+        flat = tuple(row("random", {"p": 2.0, "epsilon": e, "top_n": None}, 0.9) for e in (0.1, 1.0))
+
+        def probe(*corruptions):
+            return {"": SweepRecord({"a": EvaluationRecord("m", {}, 1, first.clean, corruptions)}, "", 2, 0)}
+
+        assert [axis.get_title() for axis in plot_heat_map(probe(*flat, *first.corruptions)).axes[:-1]] == [
+            "gradient-based, L2"
+        ]
+        assert [axis.get_title() for axis in plot_heat_map(probe(*flat)).axes[:-1]] == ["random, L2"], "nothing else"
+
     def test_broken_values_and_names_are_drawn(self):
         probe = sweep({"$a$": {0.1: math.nan, 1.0: -math.inf}, "_b": {0.1: 0.9, 1.0: 0.95}})
         figure = plot_heat_map({"$m$": probe})
         FigureCanvasAgg(figure).draw()
-        assert [text.get_text() for text in figure.axes[0].texts] == ["nan", "-inf", "90.0", "95.0"]
+        assert [text.get_text() for text in figure.axes[0].texts] == ["nan", "−∞", "90.0", "95.0"]
         cells = figure.axes[0].images[0].get_array()
         assert float(cells[0, 1]) == float(cells.max()), "an infinite drop is as dark as the largest"
         assert cells.mask.tolist() == [[True, False], [False, False]]

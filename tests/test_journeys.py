@@ -32,7 +32,6 @@ from hf_parcor import (
 from hf_parcor.cli import main
 
 ROOT = Path(__file__).parents[1]
-pytest.importorskip("tabulate")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -22,7 +22,7 @@ from hf_parcor import (
     UniformNoise,
 )
 from hf_parcor.corruptions import CORRUPTIONS
-from hf_parcor.reports.plots import plot_comparison
+from hf_parcor.reports.plots import plot_comparison, shows_curves
 
 NAMES = {kind: name for name, kind in CORRUPTIONS.items()}
 SEVEN = [
@@ -54,7 +54,7 @@ def record_of(corruptions, start=0.9, drop=0.02):
         name = NAMES.get(type(corruption), type(corruption).__name__)
         metrics = {"accuracy": values, "loss": tuple(10 * value for value in values)}
         rows.append(CorruptionRecord(name, str(corruption), corruption.settings(), tuple(range(trials)), metrics))
-    clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (start,), "loss": (1.0,)})
+    clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (start,), "loss": (10 * start,)})
     return EvaluationRecord("m", {}, 1, clean, tuple(rows))
 
 
@@ -102,7 +102,14 @@ class TestData:
                 assert heights_of_bars(container) == pytest.approx(deviations)
             dashed = [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "--"]
             assert dashed == [record.clean.mean(metric) for record in RECORDS.values()]
-        assert {axis.get_ylabel() for axis in figure.axes} == {metric, ""}
+        assert {axis.get_ylabel() for axis in figure.axes} == {{"accuracy": "accuracy (%)"}.get(metric, metric), ""}
+        if metric == "accuracy":
+            rendered(figure)
+            ticks = [tick for tick in figure.axes[0].get_yticklabels() if tick.get_text()]
+            assert ticks
+            assert all(
+                float(tick.get_text()) == pytest.approx(100 * tick.get_position()[1], rel=1e-5) for tick in ticks
+            )
 
     def test_lines_rise_with_the_strength_whatever_the_order(self):
         figure = plot_comparison({"plain": record_of([GaussianNoise(std) for std in (0.3, 0.1, 0.2)])})
@@ -115,10 +122,11 @@ class TestData:
         assert axis.get_xscale() == "linear"
 
     def test_records_of_different_corruptions_are_drawn_where_they_belong(self):
-        records = {"a": record_of([GaussianNoise(0.1), Quantization(4)]), "b": record_of([GaussianNoise(0.2)])}
+        records = {"a": record_of([GaussianNoise(0.1), Quantization(4), Quantization(3)])}
+        records["b"] = record_of([GaussianNoise(0.2)])
         noise, quantization = plot_comparison(records).axes
         assert [line.lines[0].get_xdata().tolist() for line in noise.containers] == [[0.1], [0.2]]
-        assert [line.lines[0].get_xdata().tolist() for line in quantization.containers] == [[4.0], []]
+        assert [line.lines[0].get_xdata().tolist() for line in quantization.containers] == [[3.0, 4.0], []]
 
     def test_values_that_are_not_finite_are_left_out(self):
         record = record_of([GaussianNoise(0.1), GaussianNoise(0.2), GaussianNoise(0.3)])
@@ -139,6 +147,25 @@ class TestData:
 class TestPanels:
     def test_a_panel_for_each_kind_with_a_title_to_read(self):
         assert [title_of(axis) for axis in plot_comparison(RECORDS).axes] == TITLES
+
+    def test_a_panel_that_shows_no_curve_is_left_out(self):
+        """One strength, or nothing that changes: tables say it; where there is nothing else, all is drawn."""
+        falls, single, flat = (
+            record_of([GaussianNoise(0.1), GaussianNoise(0.2)]),
+            record_of([Quantization(4)]),
+            record_of([BitFlips(rate=1e-8), BitFlips(rate=1e-7)], drop=0.0),
+        )
+
+        def titles(*records):
+            rows = tuple(row for record in records for row in record.corruptions)
+            joined = EvaluationRecord("m", {}, 1, falls.clean, rows)
+            assert shows_curves(joined, "accuracy") == (falls in records)
+            return [title_of(axis) for axis in plot_comparison({"x": joined}).axes]
+
+        assert titles(single, flat, falls) == ["Gaussian noise"]
+        assert titles(single, flat) == ["quantization", "bit flips, any bits"]
+        moved = {"flat": flat, "moves": record_of([BitFlips(rate=1e-8), BitFlips(rate=1e-7)])}
+        assert len(plot_comparison(moved).axes) == 1, "one record changes"
 
     @pytest.mark.parametrize("panels", range(1, 13))
     def test_no_empty_panels(self, panels):
@@ -179,7 +206,7 @@ class TestPanels:
         assert low < strength < high
 
     def test_rates_and_counts_of_bit_flips_do_not_share_a_panel(self):
-        corruptions = [BitFlips(rate=1e-7), BitFlips(count=3), BitFlips(count=30)]
+        corruptions = [BitFlips(rate=1e-7), BitFlips(rate=1e-6), BitFlips(count=3), BitFlips(count=30)]
         rates, counts = plot_comparison({"plain": record_of(corruptions)}).axes
         assert (rates.get_xlabel(), counts.get_xlabel()) == ("flip rate per bit", "flipped bits")
         assert counts.containers[0].lines[0].get_xdata().tolist() == [3, 30]

@@ -1,12 +1,14 @@
-"""Tables, letter by letter."""
+"""Tables: what stands in the cells is what stands in the records, and they read well as plain text."""
 
 import math
 import re
-import sys
 from dataclasses import replace
 from textwrap import dedent
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from hf_parcor import (
     BitFlips,
@@ -18,7 +20,8 @@ from hf_parcor import (
     MultiStepCorruption,
     Quantization,
 )
-from hf_parcor.reports.terminal_tables import comparison_table, group_table
+from hf_parcor.reports.markup import printable, text_of
+from hf_parcor.reports.tables import comparison_table, group_table, markdown_table
 
 
 def record_of(rows, metric="accuracy"):
@@ -34,49 +37,40 @@ PLAIN = record_of({"no corruption": (0.92345,), "Gaussian σ=0.1": (0.5, 0.6, 0.
 DEFENDED = record_of({"no corruption": (0.923,), "Gaussian σ=0.1": (0.8, 0.8, 0.8), "4-bit quantization": (0.5,)})
 
 
-def table_of(text):
-    return dedent(text).strip("\n")
+def cells_of(table):
+    """Return the cells of a Markdown table, line by line, as a reader of Markdown sees them."""
+    lines = [re.split(r"(?<!\\)(?:\\\\)*\|", line)[1:-1] for line in table.splitlines()]
+    return [[re.sub(r"\\([\W_])", r"\1", cell.strip()) for cell in line] for line in (lines[0], *lines[2:])]
 
 
 def test_two_records():
-    assert comparison_table({"plain": PLAIN, "defended": DEFENDED}) == table_of(
-        """
-        | accuracy (%)       |       plain |   defended |   change |
-        |:-------------------|------------:|-----------:|---------:|
-        | no corruption      |        92.3 |       92.3 |     +0.0 |
-        | Gaussian σ=0.1     | 60.0 ± 10.0 | 80.0 ± 0.0 |    +20.0 |
-        | 4-bit quantization |        75.0 |       50.0 |    -25.0 |
-        """
+    """Letter by letter."""
+    assert comparison_table({"plain": PLAIN, "defended": DEFENDED}) == dedent(
+        """\
+        | accuracy (%)       |       plain |   defended | change |
+        | :----------------- | ----------: | ---------: | -----: |
+        | no corruption      |        92.3 |       92.3 |    0.0 |
+        | Gaussian σ=0.1     | 60.0 ± 10.0 | 80.0 ± 0.0 |  +20.0 |
+        | 4-bit quantization |        75.0 |       50.0 |  −25.0 |"""
     )
 
 
 def test_one_record_has_no_change():
-    assert comparison_table({"plain": PLAIN}) == table_of(
-        """
-        | accuracy (%)       |       plain |
-        |:-------------------|------------:|
-        | no corruption      |        92.3 |
-        | Gaussian σ=0.1     | 60.0 ± 10.0 |
-        | 4-bit quantization |        75.0 |
-        """
-    )
+    assert [len(line) for line in cells_of(comparison_table({"plain": PLAIN}))] == [2] * 4
 
 
 def test_the_change_is_from_the_first_to_the_last_of_three():
     table = comparison_table({"a": PLAIN, "b": PLAIN, "c": DEFENDED})
-    assert table.splitlines()[-1] == "| 4-bit quantization |        75.0 |        75.0 |       50.0 |    -25.0 |"
+    assert cells_of(table)[-1] == ["4-bit quantization", "75.0", "75.0", "50.0", "−25.0"]
 
 
 def test_a_metric_that_is_no_share():
     record = record_of({"no corruption": (0.3466,), "Gaussian σ=0.1": (1.0, 1.5)}, "loss")
-    assert comparison_table({"loss of the model": record}, "loss") == table_of(
-        """
-        | loss           |   loss of the model |
-        |:---------------|--------------------:|
-        | no corruption  |               0.347 |
-        | Gaussian σ=0.1 |       1.250 ± 0.354 |
-        """
-    )
+    assert cells_of(comparison_table({"loss of the model": record}, "loss")) == [
+        ["loss", "loss of the model"],
+        ["no corruption", "0.3466"],
+        ["Gaussian σ=0.1", "1.25 ± 0.3536"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -104,27 +98,33 @@ def test_the_unit_is_that_of_the_record(unit, head, cell):
 def test_what_is_not_finite():
     first = record_of({"none": (math.nan,), "a": (0.5, math.nan), "b": (math.inf,)})
     second = record_of({"none": (0.5,), "a": (0.5, 0.5), "b": (0.5,)})
-    assert comparison_table({"x": first, "y": second}) == table_of(
-        """
-        | accuracy (%)   |   x |          y |   change |
-        |:---------------|----:|-----------:|---------:|
-        | none           | nan |       50.0 |      nan |
-        | a              | nan | 50.0 ± 0.0 |      nan |
-        | b              | inf |       50.0 |     -inf |
-        """
-    )
+    assert cells_of(comparison_table({"x": first, "y": second})) == [
+        ["accuracy (%)", "x", "y", "change"],
+        ["none", "nan", "50.0", "nan"],
+        ["a", "nan", "50.0 ± 0.0", "nan"],
+        ["b", "∞", "50.0", "−∞"],
+    ]
 
 
-def test_nothing_in_a_name_can_break_the_table():
-    record = record_of({"no\ncorruption": (0.5,), "a|b": (0.5,)}, "f|1")
-    assert comparison_table({"x|y": record}, "f|1") == table_of(
-        r"""
-        | f\|1          |   x\|y |
-        |:--------------|-------:|
-        | no corruption |  0.500 |
-        | a\|b          |  0.500 |
-        """
-    )
+@given(st.lists(st.lists(st.text(max_size=50), min_size=3, max_size=3), min_size=2, max_size=5))
+def test_any_text_stays_in_its_cell_and_columns_are_in_line(lines):
+    table = markdown_table(lines[0], lines[1:])
+    assert cells_of(table) == [[printable(cell) for cell in line] for line in lines]
+    if all(len(text_of(cell)) <= 40 for line in lines for cell in line):
+        bars = [[at.start() for at in re.finditer(r"(?<!\\)(?:\\\\)*\|", line)] for line in table.splitlines()]
+        assert len({len(line) for line in table.splitlines()}) == 1
+        assert len(bars) == len(lines) + 1
+
+
+@pytest.mark.parametrize("word", ["layer_norm", "_a_", "a__b", "x_", "é_ü", "a_*_b", "_", "2_3"])
+def test_a_renderer_shows_underscores_as_they_are(word):
+    rendered = MarkdownIt("commonmark").enable("table").render(markdown_table([word, word], [[word, word]]))
+    assert re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", rendered) == [word] * 4
+
+
+def test_a_long_cell_widens_no_other():
+    table = markdown_table(["setting", "value"], [["versions", "x" * 300], ["seeds", "0, 1"]])
+    assert sorted(map(len, table.splitlines()))[:3] == [20] * 3
 
 
 @pytest.mark.parametrize("unit", ["share", "points", ""])
@@ -168,13 +168,6 @@ class TestErrors:
         with pytest.raises(ValueError, match="expected one of accuracy, got 'f1'"):
             comparison_table({"plain": PLAIN}, "f1")
 
-    def test_without_tabulate(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "tabulate", None)
-        with pytest.raises(
-            ImportError, match=r"tables need tabulate; install it with: pip install 'hf-parcor\[tables\]'"
-        ):
-            comparison_table({"plain": PLAIN})
-
 
 class TestGroupTable:
     def records(self, groups, epsilons, corruption="gradient"):
@@ -192,14 +185,13 @@ class TestGroupTable:
         }
 
     def test_the_whole_table(self):
-        assert group_table(self.records(["a", "b|c"], [0.1, 0.2])).splitlines() == [
-            "gradient-based, L2",
-            "",
-            "| accuracy (%)   |   ε=0.1 |   ε=0.2 |",
-            "|:---------------|--------:|--------:|",
-            "| no corruption  |    90.0 |    90.0 |",
-            "| a              |    10.0 |    20.0 |",
-            r"| b\|c           |    11.0 |    21.0 |",
+        title, nothing, *table = group_table(self.records(["a", "b|c"], [0.1, 0.2])).splitlines()
+        assert (title, nothing) == ("gradient-based, L2", "")
+        assert cells_of("\n".join(table)) == [
+            ["accuracy (%)", "ε=0.1", "ε=0.2"],
+            ["no corruption", "90.0", "90.0"],
+            ["a", "10.0", "20.0"],
+            ["b|c", "11.0", "21.0"],
         ]
 
     @pytest.mark.parametrize("width", [40, 60, 80])

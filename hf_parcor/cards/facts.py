@@ -16,6 +16,7 @@ from hf_parcor.records.stored import StoredRecord, to_plain
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.study import Study
 from hf_parcor.reports.verdict import probe_verdict
+from hf_parcor.statistics import sample_deviation, sample_mean
 
 FORMAT = 1
 _NOT_FINITE = ("nan", "inf", "-inf")
@@ -140,6 +141,12 @@ class ModelFacts(StoredRecord):
         """Return the clean metrics, and then those under each corruption."""
         return [self.clean, *self.corruptions]
 
+    def as_record(self) -> EvaluationRecord:
+        """Return them as a record whose trials are the repetitions, as plots and tables read it."""
+        clean, *rows = (row.as_record() for row in self.rows())
+        info = {self.metric: self.info}
+        return EvaluationRecord(self.name, self.target, self.parameters, clean, tuple(rows), metric_info=info)
+
     @classmethod
     def _read(cls, data: dict[str, Any]) -> ModelFacts:
         clean = data["clean"]["metrics"]
@@ -166,9 +173,8 @@ def metric_facts(values: tuple[float, ...], clean: tuple[float, ...]) -> MetricF
         >>> facts.n, facts.mean, round(facts.deviation, 3), facts.change
         (2, 0.625, 0.177, -0.25)
     """
-    row, untouched = (CorruptionRecord("", "", {}, (), {"": entry}) for entry in (values, clean))
-    mean = row.mean("")
-    return MetricFacts(values, len(values), mean, row.deviation(""), mean - untouched.mean(""))
+    mean = sample_mean(values)
+    return MetricFacts(values, len(values), mean, sample_deviation(values), mean - sample_mean(clean))
 
 
 def _row(row: dict[str, Any], clean: dict[str, Any]) -> CorruptionFacts:

@@ -14,11 +14,11 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from hf_parcor.cards.facts import ModelFacts
 from hf_parcor.cards.front_matter import has_run, is_on_the_hub, merged_front_matter
 from hf_parcor.records.data import EvaluationData
-from hf_parcor.records.evaluation import EvaluationRecord
 from hf_parcor.records.stored import to_plain
-from hf_parcor.reports.markup import code_of, markdown_table, printable, text_of
+from hf_parcor.reports.markup import code_of, printable, text_of
 from hf_parcor.reports.numbers import Numbers
-from hf_parcor.reports.plots import plot_comparison, plot_heat_map
+from hf_parcor.reports.plots import plot_comparison, plot_heat_map, shows_curves
+from hf_parcor.reports.tables import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -164,32 +164,22 @@ _LONGEST_NAME = 40  # as many letters as have room below the smallest picture
 def pictures_of(facts: ModelFacts) -> dict[str, bytes]:
     """Return the pictures as PNG, by path: the same bytes for the same facts and version of Matplotlib.
 
-    Where nothing was corrupted there is no curve, and where nothing was probed no heat map.
+    Where no corruption of several strengths changes the metric there are no curves, and where nothing was probed no
+    heat map.
 
     Raises:
         ImportError: Matplotlib is not installed.
     """
     pictures = {}
-    if facts.corruptions:
-        pictures[CURVES] = _png(_curves(facts))
+    record = facts.as_record()
+    if shows_curves(record, facts.metric):
+        name = facts.name if len(facts.name) <= _LONGEST_NAME else f"{facts.name[:_LONGEST_NAME]}…"
+        pictures[CURVES] = _png(plot_comparison({name: record}, facts.metric))
     if facts.probe is not None:
         sweeps, info = {"": facts.probe.record}, facts.info
         heat_map = plot_heat_map(sweeps, facts.metric, greater_is_better=info.greater_is_better, unit=info.unit)
         pictures[HEAT_MAP] = _png(heat_map)
     return pictures
-
-
-def _curves(facts: ModelFacts) -> Figure:
-    record = EvaluationRecord(
-        facts.name,
-        facts.target,
-        facts.parameters,
-        facts.clean.as_record(),
-        tuple(row.as_record() for row in facts.corruptions),
-        metric_info={facts.metric: facts.info},
-    )
-    name = facts.name if len(facts.name) <= _LONGEST_NAME else f"{facts.name[:_LONGEST_NAME]}…"
-    return plot_comparison({name: record}, facts.metric)
 
 
 def _png(figure: Figure) -> bytes:
@@ -271,7 +261,7 @@ def _introduction(facts: ModelFacts) -> Iterator[str]:
     moves = "fall" if facts.info.greater_is_better else "rise"
     yield (
         f"How far does {code_of(facts.metric)} of {_linked(facts.name, link=False)} {moves} when its weights are "
-        f"disturbed? It was measured with hf\\_parcor on {_data(facts.evaluated_on)}{_selected(facts)}."
+        f"disturbed? It was measured with hf_parcor on {_data(facts.evaluated_on)}{_selected(facts)}."
     )
     origin = [f"The model was made from {_linked(facts.base_model)}."] if facts.base_model else []
     if facts.datasets:
@@ -326,7 +316,7 @@ def _training(defense: Mapping[str, Any] | None, training: str) -> Iterator[str]
         yield f"The weights were not defended in training, {_none_of(defense or {})}."
     else:
         name = code_of(str(defense.get("defense")))
-        yield f"The weights were defended in training by {name} of hf\\_parcor{_how_often(defense)}:"
+        yield f"The weights were defended in training by {name} of hf_parcor{_how_often(defense)}:"
         others = {name: value for name, value in defense.items() if name not in ("defense", "settings", *_COUNTS)}
         yield markdown_table(("setting", "value"), [*_flat(defense.get("settings") or {}), *_flat(others)])
     if training:

@@ -15,7 +15,7 @@ from hf_parcor.records import EvaluationRecord, SweepRecord
 from hf_parcor.records.comparable import DEFENSE_CONFIG_NAME, differences
 from hf_parcor.records.stored import read_strict_json
 from hf_parcor.reports import RobustnessReport
-from hf_parcor.reports.terminal_tables import comparison_table
+from hf_parcor.reports.tables import comparison_table
 
 _FORMATS = (".html", ".md")
 _OF_A_MODEL = ("config.json", "adapter_config.json", DEFENSE_CONFIG_NAME)

@@ -12,7 +12,7 @@ from pathlib import Path
 from hf_parcor.errors import InputError
 from hf_parcor.records import EvaluationRecord, SweepRecord
 from hf_parcor.reports import RobustnessReport
-from hf_parcor.reports.terminal_tables import comparison_table, group_table
+from hf_parcor.reports.tables import comparison_table, group_table
 
 PROBE = "probe.json"
 ROBUSTNESS = "robustness.json"

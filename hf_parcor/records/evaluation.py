@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.metric_info import MetricInfo, agreed, info_by_name, read_infos
 from hf_parcor.records.stored import StoredRecord
+from hf_parcor.statistics import sample_deviation, sample_mean
 
 if TYPE_CHECKING:
     import pandas
@@ -77,11 +76,7 @@ class CorruptionRecord:
         Raises:
             ValueError: There is no such metric.
         """
-        values = self._values(metric)
-        try:
-            return statistics.fmean(values)
-        except (OverflowError, ValueError):  # a sum beyond the largest float, or ∞ − ∞
-            return sum(value / len(values) for value in values)
+        return sample_mean(self._values(metric))
 
     def deviation(self, metric: str) -> float:
         """Return the sample standard deviation over trials (n − 1); NaN for a single trial, and beside NaN or ∞.
@@ -89,13 +84,7 @@ class CorruptionRecord:
         Raises:
             ValueError: There is no such metric.
         """
-        values = self._values(metric)
-        if len(values) < 2 or not all(math.isfinite(value) for value in values):
-            return math.nan
-        try:
-            return statistics.stdev(values)
-        except OverflowError:  # larger than the largest float
-            return math.inf
+        return sample_deviation(self._values(metric))
 
     def _values(self, metric: str) -> tuple[float, ...]:
         if metric not in self.metrics:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.records.stored import StoredRecord
-from hf_parcor.statistics import MeanAndSpread
+from hf_parcor.statistics import MeanAndSpread, sample_deviation, sample_mean
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,12 @@ class Estimate:
     @property
     def mean(self) -> float:
         """The mean; NaN without samples, or beside NaN."""
-        return sum(self.values) / len(self.values) if self.values else math.nan
+        return sample_mean(self.values)
 
     @property
     def standard_deviation(self) -> float:
         """Sample standard deviation of the values (n − 1); NaN for fewer than two, and beside NaN or ∞."""
-        finite = all(math.isfinite(value) for value in self.values)
-        return statistics.stdev(self.values) if finite and len(self.values) > 1 else math.nan
+        return sample_deviation(self.values)
 
     @property
     def standard_error(self) -> float:

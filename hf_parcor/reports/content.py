@@ -1,4 +1,4 @@
-"""What a report says, before it becomes HTML, and as Markdown: the same words and numbers, without pictures."""
+"""What a report says, in the order of reading, before it becomes a page; and that page as Markdown."""
 
 from __future__ import annotations
 
@@ -6,34 +6,41 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from hf_parcor.records.curves import Series
-from hf_parcor.reports.markup import code_of, markdown_table, text_of
-from hf_parcor.reports.numbers import Numbers
-from hf_parcor.reports.study import Curve, Study, mean
-from hf_parcor.reports.tables import Table, all_values, difference_table, heat_map, largest_drop, settings, summary
-from hf_parcor.reports.verdict import Finding, comparison_verdict, data_caveat, notes, probe_verdict
+from hf_parcor.records.curves import Series, area_under_curve, epsilon_at_half, short
+from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
+from hf_parcor.reports import plots
+from hf_parcor.reports.markup import code_of, printable, text_of
+from hf_parcor.reports.numbers import Numbers, probability, times
+from hf_parcor.reports.plots import Line, Panel
+from hf_parcor.reports.study import Curve, Point, Study, common_strengths
+from hf_parcor.reports.tables import Table, markdown_table
+from hf_parcor.reports.verdict import (
+    Finding,
+    comparison_verdict,
+    data_caveat,
+    differences,
+    fragility,
+    notes,
+    probe_verdict,
+)
+from hf_parcor.statistics import sample_mean
 
 _LINES = 6  # as many lines as one tells apart in a small panel
 _GROUPS = 4  # as many groups as are drawn where models are compared
 
 
-class Panel(NamedTuple):
-    """Curves that are drawn into the same panel, by the name of their line."""
-
-    title: str
-    series: Series
-    curves: Mapping[str, Curve]
-
-
 def panels(study: Study) -> list[Panel]:
-    """Return the panels: a line a group, those that lose most; or a line a model, a panel a group."""
+    """Return the panels: a line a group, those that lose most; or a line a model, a panel a group.
+
+    Points are means over repetitions, bars their 95 % confidence intervals.
+    """
     found = []
     for series, curves in study.curves.items():
         if len(study.models) == 1:
             of_group = {group: curve for (_, group), curve in curves.items()}
             shown = dict(sorted(of_group.items(), key=lambda item: -_loss(item[1]))[:_LINES])
             rest = f", the {_LINES} groups that lose most of {len(of_group)}" if len(of_group) > _LINES else ""
-            found.append(Panel(series.name + rest, series, shown))
+            found.append(_panel(series.name + rest, series, shown))
             continue
         first = next(iter(study.models))
         groups = [group for group in study.groups if any((model, group) in curves for model in study.models)]
@@ -41,8 +48,21 @@ def panels(study: Study) -> list[Panel]:
         for group in worst:
             of_model = {model: curves[model, group] for model in study.models if (model, group) in curves}
             name = series.name if len(groups) == 1 else f"{series.name}, {group} corrupted"
-            found.append(Panel(name, series, of_model))
+            found.append(_panel(name, series, of_model))
     return found
+
+
+def _panel(title: str, series: Series, curves: Mapping[str, Curve]) -> Panel:
+    places = sorted({point.strength for curve in curves.values() for point in curve.points})
+    lines = {}
+    for name, curve in curves.items():
+        points = []
+        for point in curve.points:
+            place = point.strength if series.strength else float(places.index(point.strength) + 1)
+            points.append(plots.Point(place, short(place), point.mean, *(point.interval or (math.nan, math.nan))))
+        lines[name] = Line(curve.clean.mean, tuple(points))
+    axis = printable(series.unit) or "corruptions, in the order of the table"
+    return Panel(title, axis, series.strength, lines)
 
 
 def _loss(curve: Curve | None) -> float:
@@ -50,8 +70,193 @@ def _loss(curve: Curve | None) -> float:
     if curve is None:
         return -math.inf
     names = [point.name for point in curve.points]
-    drop = mean(curve.drops(names))
+    drop = sample_mean(curve.drops(names))
     return math.inf if math.isnan(drop) or not curve.reliable(names) else drop
+
+
+def row_name(study: Study, model: str, group: str) -> str:
+    """Return the name of a curve: what tells it from the others."""
+    if len(study.models) == 1:
+        return group
+    return model if len(study.groups) == 1 else f"{group}: {model}"
+
+
+def heat_map(study: Study, series: Series, numbers: Numbers) -> Table:
+    """Return the metric by curve and strength, with how much of the largest drop of the whole study each cell has."""
+    curves = _ordered(study, series)
+    columns = list(dict.fromkeys(point.name for curve in curves.values() for point in curve.points))
+    drops = {
+        key: {point.name: sample_mean(curve.drops([point.name])) for point in curve.points}
+        for key, curve in curves.items()
+    }
+    largest = largest_drop(study)
+    rows, shares = [], []
+    for (model, group), curve in curves.items():
+        means = {point.name: point.mean for point in curve.points}
+        cells = [numbers.value(means[name]) if name in means else "–" for name in columns]
+        rows.append((row_name(study, model, group), numbers.value(curve.clean.mean), *cells))
+        shares.append((0.0, *(_share(drops[model, group].get(name), largest) for name in columns)))
+    caption = f"{_metric(study, numbers)} under {series.name}"
+    header = (_row_header(study), "no corruption", *columns)
+    return Table(caption, header, tuple(rows), tuple(shares))
+
+
+def summary(study: Study, series: Series, numbers: Numbers) -> Table:
+    """Return each curve as a few numbers: mean drop or rise, fragility, and the measures of a curve against ε."""
+    curves = _ordered(study, series)
+    names = common_strengths(curves.values())
+    drops = {key: sample_mean(curve.drops(names)) if names else math.nan for key, curve in curves.items()}
+    finite = {key: drop for key, drop in drops.items() if math.isfinite(drop) and curves[key].reliable(names)}
+    ratios = fragility(finite) if len(study.models) == 1 and len(finite) > 1 else {}
+    from_zero = series.strength not in (None, "bits") and all(
+        point.strength > 0 for curve in curves.values() for point in curve.points
+    )
+    norms = {key: _weights_norm(study.models[key[0]][key[1]]) for key in curves}
+    known = not any(map(math.isnan, norms.values()))
+    rows = []
+    for (model, group), curve in curves.items():
+        key = model, group
+        parameters = study.models[model][group][0].parameters
+        row = [row_name(study, model, group), f"{parameters:,}", *[f"{norms[key]:.3g}"] * known]
+        row.append(numbers.difference(drops[key]))
+        if ratios:
+            ratio = ratios.get(key, math.nan)
+            row.append(times(ratio) if math.isfinite(ratio) else "–")
+        if from_zero:
+            points = [point.strength for point in curve.points], [point.mean for point in curve.points]
+            half = epsilon_at_half(*points, clean=curve.clean.mean, greater_is_better=study.greater_is_better)
+            beyond = f"> {short(max(points[0]))}"
+            row.append(numbers.value(area_under_curve(*points, clean=curve.clean.mean)))
+            row.append(beyond if math.isinf(half) else "–" if math.isnan(half) else f"{half:.3g}")
+        rows.append(tuple(row))
+    half_name = f"{series.unit} at half" if study.greater_is_better else f"{series.unit} at twice"
+    header = [
+        _row_header(study),
+        "weights",
+        *["their norm"] * known,
+        f"mean {study.loss}",
+        *["fragility"] * bool(ratios),
+    ]
+    header += ["mean from 0 on", half_name] * from_zero
+    return Table(f"{series.name}: each curve in a few numbers", tuple(header), tuple(rows))
+
+
+def all_values(study: Study, numbers: Numbers) -> Table:
+    """Return every mean with its confidence interval."""
+    rows = []
+    seen = set()
+    for series, curves in study.curves.items():
+        for (model, group), curve in curves.items():
+            name = row_name(study, model, group)
+            if name not in seen:
+                rows.append(_value_row(name, "", curve.clean, numbers))
+                seen.add(name)
+            rows += [_value_row(name, series.name, point, numbers) for point in curve.points]
+    header = (_row_header(study), "corruption", _metric(study, numbers), "repetitions")
+    return Table("Every mean, with its 95 % confidence interval in brackets", header, tuple(rows))
+
+
+def difference_table(study: Study, numbers: Numbers) -> Table:
+    """Return every difference to the first model, with its test."""
+    baseline = next(iter(study.models))
+    several = len(study.groups) > 1
+    rows = []
+    for one in differences(study, by_strength=True):
+        change = sample_mean(one.second) - sample_mean(one.first)
+        p_value = "–" if one.p_value is None else probability(one.p_value).removeprefix("p ").removeprefix("= ")
+        where = f"{one.what}, {one.group}" if several and one.group else one.what
+        rows.append(
+            (
+                where,
+                one.model,
+                numbers.value(sample_mean(one.first)),
+                numbers.value(sample_mean(one.second)),
+                numbers.difference(change, sign=True),
+                p_value,
+            )
+        )
+    header = ("corruption", "model", baseline, "model's", "change", "p")
+    return Table(f"{_metric(study, numbers)} against {baseline}", header, tuple(rows))
+
+
+def settings(study: Study) -> Table:
+    """Return what is needed to measure again."""
+    rows = []
+    for model, groups in study.models.items():
+        name = f"{model}: " if len(study.models) > 1 else ""
+        records = [record for entry in groups.values() for record in entry]
+        measured_on = {
+            f"{name}data": _distinct(str(record.evaluated_on) for record in records if record.evaluated_on),
+            f"{name}task": _distinct(record.task for record in records if record.task),
+        }
+        rows += [
+            *((what, value) for what, value in measured_on.items() if value),
+            (f"{name}model", _distinct(record.model for record in records)),
+            (f"{name}targets", _distinct(str(dict(record.target)) for record in records)),
+            (f"{name}records per group", _distinct(str(len(entry)) for entry in groups.values())),
+            (f"{name}data (SHA-256)", _distinct(record.data or "not given" for record in records)),
+            (f"{name}seeds of trials", _distinct(_seeds(record.rows()) for record in records)),
+        ]
+    better = "greater is better" if study.greater_is_better else "smaller is better"
+    said = [better, *[f"unit: {study.info.unit}"] * bool(study.info.unit)]
+    said += ["guessed: " + " and ".join(study.info.guessed)] * bool(study.info.guessed)
+    rows.append((study.metric, "; ".join(said)))
+    versions = [f"{library} {version}" for record in study.records for library, version in record.versions.items()]
+    rows.append(("versions", _distinct(versions)))
+    labels = [row.label for record in study.records for row in record.corruptions]
+    rows.append(("corruptions", _distinct(labels)))
+    return Table("Settings to reproduce", ("setting", "value"), tuple(rows))
+
+
+def _ordered(study: Study, series: Series) -> dict[tuple[str, str], Curve]:
+    """Return curves group by group, the models of a group beside each other."""
+    curves = study.curves[series]
+    keys = [(model, group) for group in study.groups for model in study.models]
+    return {key: curves[key] for key in keys if key in curves}
+
+
+def largest_drop(study: Study) -> float:
+    """Return the largest drop of all curves, which has the strongest colour in all heat maps; 0 if there is none."""
+    drops = [
+        sample_mean(curve.drops([point.name]))
+        for curves in study.curves.values()
+        for curve in curves.values()
+        for point in curve.points
+    ]
+    return max((drop for drop in drops if drop > 0 and math.isfinite(drop)), default=0.0)
+
+
+def _share(drop: float | None, largest: float) -> float | None:
+    if drop is None or math.isnan(drop):
+        return None
+    return min(max(drop / largest, 0.0), 1.0) if largest > 0 else 0.0
+
+
+def _weights_norm(records: tuple[EvaluationRecord, ...]) -> float:
+    """Return the norm of a group's weights, mean over repetitions; NaN if a record lacks it."""
+    return sample_mean([math.nan if record.weights_norm is None else record.weights_norm for record in records])
+
+
+def _value_row(name: str, title: str, point: Point, numbers: Numbers) -> tuple[str, ...]:
+    what = f"{title}, {point.name}" if title else point.name
+    return name, what, numbers.with_interval(point.mean, point.interval), str(len(point.values))
+
+
+def _row_header(study: Study) -> str:
+    return "group" if len(study.groups) > 1 else "model"
+
+
+def _metric(study: Study, numbers: Numbers) -> str:
+    return numbers.head(study.metric)
+
+
+def _seeds(rows: Iterable[CorruptionRecord]) -> str:
+    seeds = sorted({seed for row in rows for seed in row.seeds})
+    return ", ".join(map(str, seeds))
+
+
+def _distinct(texts: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(texts))
 
 
 class Content(NamedTuple):
@@ -64,8 +269,9 @@ class Content(NamedTuple):
     guesses: tuple[str, ...]
     notes: list[str]
     heat_maps: list[Table]
-    darkest: str
+    strongest: str
     panels: list[Panel]
+    no_curves: str
     summaries: list[Table]
     values: Table
     settings: Table
@@ -74,9 +280,11 @@ class Content(NamedTuple):
 def content_of(study: Study, numbers: Numbers, title: str) -> Content:
     """Return what is to be said about a study."""
     compared = len(study.models) > 1
-    darkest = numbers.difference(largest_drop(study))
+    strongest = numbers.difference(largest_drop(study))
     verdict = comparison_verdict if compared else probe_verdict
     summaries = [summary(study, series, numbers) for series in study.curves]
+    drawn = [panel for panel in panels(study) if panel.shows_a_curve(numbers)]
+    rest = dict.fromkeys(panel.title for panel in panels(study) if panel not in drawn)
     return Content(
         title=title,
         metric=study.metric,
@@ -85,8 +293,9 @@ def content_of(study: Study, numbers: Numbers, title: str) -> Content:
         guesses=study.info.guesses(study.metric),
         notes=notes(study),
         heat_maps=[heat_map(study, series, numbers) for series in study.curves],
-        darkest=f"The darker, the more is lost; the darkest is a {study.loss} of {darkest}.",
-        panels=panels(study),
+        strongest=f"The stronger the colour, the more is lost; the strongest is a {study.loss} of {strongest}.",
+        panels=drawn,
+        no_curves=f"No curve, since one strength was measured or nothing changes: {'; '.join(rest)}." if rest else "",
         summaries=[difference_table(study, numbers), *summaries] if compared else summaries,
         values=all_values(study, numbers),
         settings=settings(study),

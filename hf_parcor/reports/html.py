@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from xml.etree.ElementTree import Element, tostring
+import re
+from collections.abc import Iterator
+from xml.etree.ElementTree import Element, fromstring, tostring
 
-from hf_parcor.reports.content import Content, Panel
-from hf_parcor.reports.drawing import panel, shade, swatch
+from hf_parcor.reports.content import Content
 from hf_parcor.reports.markup import element, printable
+from hf_parcor.reports.plots import Panel, line_signs, panel_as_svg
 from hf_parcor.reports.tables import Table
 
 STYLE = """
@@ -36,19 +38,13 @@ thead th { vertical-align: bottom; white-space: normal; text-align: center; }
 .maps figure { max-width: 100%; }
 .text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .heat td { text-align: center; border: 1px solid var(--paper); }
+.heat td { background: rgb(0 114 178 / calc(var(--share, 0) * 60%)); }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1.25rem; }
 figure { margin: 0; min-width: 0; }
-figure > svg { width: 100%; max-width: 30rem; height: auto; display: block; font: 12px system-ui, sans-serif; }
-svg text { fill: currentColor; stroke: none; }
-svg path { stroke-width: 1; }
-svg .grid { stroke: var(--rule); }
-svg .tick { stroke: currentColor; }
-svg .clean { stroke-dasharray: 5 4; fill: none; }
-svg .band { stroke: none; fill-opacity: .18; }
-svg .line { fill: none; stroke-width: 2; }
+figure > svg { width: 100%; max-width: 30rem; height: auto; display: block; fill: currentColor; }
+svg * { stroke-linejoin: round; font-family: system-ui, sans-serif; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding: 0; margin: .25rem 0; }
 .legend li { font-size: .85rem; display: flex; align-items: center; gap: .35rem; min-width: 0; }
-.legend svg { flex: none; }
 summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 30rem) {
   th, td { padding: .25rem .35rem; }
@@ -74,11 +70,9 @@ def html_page(content: Content) -> str:
     main = element("main", element("h1", title), _verdict(content))
     maps = [_table(table, "heat") for table in content.heat_maps]
     main.append(
-        _section("Heat map", [element("p", content.darkest, class_="soft"), element("div", *maps, class_="maps")])
+        _section("Heat map", [element("p", content.strongest, class_="soft"), element("div", *maps, class_="maps")])
     )
-    main.append(
-        _section("Curves", [element("div", *[_figure(content, one) for one in content.panels], class_="panels")])
-    )
+    main.append(_section("Curves", list(_curves(content))))
     main.append(_section("Table", [_table(table) for table in content.summaries]))
     full = element("details", element("summary", content.values.caption), _table(content.values))
     main.append(full)
@@ -124,15 +118,67 @@ def _table(table: Table, kind: str = "") -> Element:
 
 
 def _cell(text: str, share: float | None) -> Element:
-    if share is None:
-        return element("td", printable(text))
-    color, ink = shade(share)
-    return element("td", printable(text), style=f"background:{color};color:{ink}")
+    # Sixty per cent at most of one colour: the ink of the page can be read on it, light or dark.
+    return element("td", printable(text), **({} if share is None else {"style": f"--share:{share:.3g}"}))
 
 
-def _figure(content: Content, one: Panel) -> Element:
-    drawn = panel(one.series, one.curves, content.numbers, content.metric, one.title)
+def _curves(content: Content) -> Iterator[Element]:
+    try:
+        figures = [_figure(content, one, f"panel-{place}") for place, one in enumerate(content.panels)]
+    except ImportError as error:
+        yield element("p", f"There are no curves here, since {error}. Their numbers stand in the tables.")
+        return
+    if figures:
+        yield element("div", *figures, class_="panels")
+    if content.no_curves:
+        yield element("p", printable(content.no_curves), class_="soft")
+
+
+def _figure(content: Content, one: Panel, name: str) -> Element:
+    drawn = _inline(panel_as_svg(one, printable(content.metric), content.numbers, name))
+    described = f"{content.metric} against {one.axis}. The same numbers stand in the tables."
+    drawn[:0] = [element("title", printable(one.title)), element("desc", printable(described))]
+    drawn.set("role", "img")
+    drawn.set("aria-label", printable(one.title))
     legend = element("ul", class_="legend")
-    for place, name in enumerate(one.curves):
-        legend.append(element("li", swatch(place), element("span", printable(name))))
+    for label, (color, sign) in zip(one.lines, line_signs(), strict=False):
+        mark = element("span", sign, style=f"color:{_ink(color)}", aria_hidden="true")
+        legend.append(element("li", mark, element("span", printable(label))))
     return element("figure", element("figcaption", element("strong", printable(one.title))), drawn, legend)
+
+
+def _inline(svg: str) -> Element:
+    """Return a picture as a part of the page: what is black has the colour of its text, and the page its style."""
+    root = fromstring(svg)
+    drawn = _plain(root)
+    for unused in ("width", "height", "version"):
+        drawn.attrib.pop(unused, None)
+    used = {value for part in drawn.iter() for name, value in part.items() if name == "href"}
+    used |= {value[4:-1] for part in drawn.iter() for name, value in part.items() if name == "clip-path"}
+    for part in drawn.iter():
+        if f"#{part.get('id')}" not in used:
+            part.attrib.pop("id", None)
+    return drawn
+
+
+def _plain(part: Element) -> Element:
+    """Return an element of SVG without namespaces, fonts and descriptions of the file."""
+    copy = Element(_local(part.tag))
+    copy.text = part.text if copy.tag == "text" else None
+    for name, value in part.items():
+        line = " ".join(value.split())
+        copy.set(_local(name), _ink(_FONT.sub("", line)) if name == "style" else line)
+    copy.extend(_plain(child) for child in part if _local(child.tag) not in ("metadata", "style"))
+    return copy
+
+
+def _local(name: str) -> str:
+    return name.rpartition("}")[2]
+
+
+def _ink(style: str) -> str:
+    """Return a style in which black is the colour of the page's text, so that it is seen on a dark page too."""
+    return style.replace("#000000", "currentColor")
+
+
+_FONT = re.compile(r"font-family: [^;]*; ?")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from xml.etree.ElementTree import Element
 
-_PUNCTUATION = re.compile(r"([\\`*_{}\[\]<>#|!~&$])")
+# Between letters and digits an underscore is one, and stays readable in a terminal.
+_PUNCTUATION = re.compile(r"([\\`*{}\[\]<>#|!~&$]|(?<![^\W_])_|_(?![^\W_]))")
 
 
 def printable(text: str) -> str:
@@ -42,8 +42,8 @@ def text_of(text: str) -> str:
     r"""Return Markdown that shows the text as it is, on one line, in a cell or out of it.
 
     Examples:
-        >>> print(text_of("a|b <i> *c*"))
-        a\|b \<i\> \*c\*
+        >>> print(text_of("a|b <i> *c* _d_ e_f"))
+        a\|b \<i\> \*c\* \_d\_ e_f
     """
     return _PUNCTUATION.sub(r"\\\1", printable(text))
 
@@ -59,13 +59,6 @@ def code_of(code: str) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     space = " " if line.startswith("`") or line.endswith("`") else ""
     return f"{fence}{space}{line}{space}{fence}"
-
-
-def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a Markdown table of escaped cells."""
-    head = [text_of(cell) for cell in header]
-    lines = [head, [":--"] + ["--:"] * (len(head) - 1), *([text_of(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _replaced(text: str) -> str:

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from hf_parcor.records.metric_info import POINTS, SHARE, shown_unit
-from hf_parcor.reports.study import Point
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Numbers:
             >>> Numbers("share").difference(0.117, sign=True), Numbers("points").difference(1.5)
             ('+11.7 points', '1.50 points')
         """
-        return f"{self.plain_difference(value, sign=sign)} {self._of_differences}".rstrip()
+        return f"{self.plain_difference(value, sign=sign)} {self.unit_of_differences}".rstrip()
 
     def plain_difference(self, value: float, *, sign: bool = False) -> str:
         """Return a difference without its unit, for a table whose head says it."""
@@ -61,18 +60,32 @@ class Numbers:
         return f"{metric} ({shown})" if shown else metric
 
     @property
-    def _of_differences(self) -> str:
+    def unit_of_differences(self) -> str:
+        """The word after a difference; "" for none."""
         return "points" if self.unit in (SHARE, POINTS) else self.unit
 
     def _written(self, value: float, sign: str) -> str:
         style = {SHARE: ".1f", POINTS: ".2f"}.get(self.unit, ".4g")
         return _shown(shown_unit(self.unit)[0] * value, sign + style)
 
-    def point(self, point: Point) -> str:
-        """Return a mean with its confidence interval, where there is one."""
-        ends = point.interval
-        shown = self.value(point.mean)
-        return shown if ends is None else f"{shown} [{self.value(ends[0])}, {self.value(ends[1])}]"
+    def with_interval(self, mean: float, interval: tuple[float, float] | None) -> str:
+        """Return a mean with its confidence interval, where there is one.
+
+        Examples:
+            >>> Numbers("share").with_interval(0.8, (0.75, 0.85)), Numbers("share").with_interval(0.8, None)
+            ('80.0 [75.0, 85.0]', '80.0')
+        """
+        shown = self.value(mean)
+        return shown if interval is None else f"{shown} [{self.value(interval[0])}, {self.value(interval[1])}]"
+
+    def with_spread(self, mean: float, deviation: float) -> str:
+        """Return a mean with its standard deviation, unless that is NaN, as it is of a single value.
+
+        Examples:
+            >>> Numbers("share").with_spread(0.8, 0.011), Numbers("share").with_spread(0.8, math.nan)
+            ('80.0 ± 1.1', '80.0')
+        """
+        return self.value(mean) if math.isnan(deviation) else f"{self.value(mean)} ± {self.value(deviation)}"
 
 
 def times(ratio: float) -> str:

@@ -1,18 +1,21 @@
-"""Plots drawn from records; they compute nothing but the means and deviations that records know themselves."""
+"""Plots drawn from records by Matplotlib; they compute nothing but the means and deviations that records know."""
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_parcor.records.comparable import check_comparable
-from hf_parcor.records.curves import Series, short
+from hf_parcor.records.curves import Series, metric_drop, short
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord
-from hf_parcor.records.metric_info import POINTS, SHARE, agreed, shown_unit
+from hf_parcor.records.metric_info import agreed, shown_unit
 from hf_parcor.records.search import SearchRecord
+from hf_parcor.reports.numbers import Numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,33 +23,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-
-def draw_curve(
-    axis: Axes,
-    rows: Iterable[CorruptionRecord],
-    metric: str,
-    strength: Callable[[CorruptionRecord], float],
-    color: str,
-    marker: str,
-) -> ErrorbarContainer:
-    """Draw means over trials, with bars of one sample standard deviation, in the order of their strengths."""
-    ordered = sorted(rows, key=strength)
-    return axis.errorbar(
-        [strength(row) for row in ordered],
-        [row.mean(metric) for row in ordered],
-        yerr=[row.deviation(metric) for row in ordered],
-        color=color,
-        marker=marker,
-        markersize=5,
-        linewidth=1.5,
-        elinewidth=1,
-        capsize=3,
-    )
-
-
 # Okabe and Ito's palette, safe for colour-blind readers; markers differ too.
 _COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚"}
+
+
+def line_styles() -> Iterator[tuple[str, str]]:
+    """Yield a colour and a marker for each line, without end."""
+    return zip(itertools.cycle(_COLORS), itertools.cycle(_MARKERS), strict=False)
+
+
+def line_signs() -> Iterator[tuple[str, str]]:
+    """Yield a colour and a letter that looks like the marker of each line, for a legend in text."""
+    return ((color, _MARKERS[marker]) for color, marker in line_styles())
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -55,20 +44,70 @@ def new_figure(width: float, height: float) -> Figure:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    return _figure(width, height, layout="constrained")
+
+
+def _figure(width: float, height: float, **options: Any) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib; install it with: pip install 'hf-parcor[plots]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), **options)
 
 
-def line_styles() -> Iterator[tuple[str, str]]:
-    """Yield a colour and a marker for each line, without end."""
-    return zip(itertools.cycle(_COLORS), itertools.cycle(_MARKERS), strict=False)
+class Point(NamedTuple):
+    """A metric under one strength of a corruption.
+
+    Attributes:
+        strength: Its place on the axis.
+        label: What stands below it.
+        value: The metric.
+        low: The lower end of the bar; NaN for no bar.
+        high: The upper end.
+    """
+
+    strength: float
+    label: str
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+
+class Line(NamedTuple):
+    """A curve, and the metric without corruption, which is a dashed line; NaN for none."""
+
+    clean: float
+    points: tuple[Point, ...]
+
+
+class Panel(NamedTuple):
+    """Curves on the same axes.
+
+    Attributes:
+        title: What stands above.
+        axis: What the horizontal axis is called.
+        strength: The setting along it; None where the places are numbered.
+        lines: The curves by their names; their order chooses colours and markers.
+    """
+
+    title: str
+    axis: str
+    strength: str | None
+    lines: Mapping[str, Line]
+
+    def shows_a_curve(self, numbers: Numbers) -> bool:
+        """Return whether there is something to see: two strengths or more, and a value that is not the clean one."""
+        strengths = {point.strength for line in self.lines.values() for point in line.points}
+        return len(strengths) > 1 and any(
+            numbers.value(point.value) != numbers.value(line.clean)
+            for line in self.lines.values()
+            for point in line.points
+        )
 
 
 _TITLE_WIDTH = 28
 _CHARACTER = 0.05  # room that a character of a tick label takes, in units of the distance of the outermost ticks
+_NUMBERED = 3  # so many letters of a label have room without turning it
 
 
 def plot_comparison(
@@ -77,7 +116,8 @@ def plot_comparison(
     """Draw the metric against the strength of each kind of corruption, a panel a kind, a line a record.
 
     Points are means over trials, bars sample standard deviations, dashed lines the metric without corruption. In
-    every panel the corruption grows to the right.
+    every panel the corruption grows to the right. A kind of which one strength was measured, or under which no record
+    changes, has no panel, unless there are no others; tables show all.
 
     Args:
         records: Records by the name of their line.
@@ -96,38 +136,81 @@ def plot_comparison(
     from matplotlib.lines import Line2D
 
     check_comparable(records)
-
-    panels = list(dict.fromkeys(Series.of(row) for record in records.values() for row in record.corruptions))
-    if not panels:
-        raise ValueError(
-            f"records: expected at least one with a corruption, got {len(records)} without any; evaluate a model first"
-        )
+    panels, numbers = _panels(records, metric)
+    panels = [panel for panel in panels if panel.shows_a_curve(numbers)] or panels
     columns = _curve_columns(len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = new_figure(0.6 + 2.7 * columns, 0.8 + 2.3 * rows)
-    grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
-    for axis in grid[len(panels) :]:
-        axis.remove()
-    for axis, panel in zip(grid, panels, strict=False):
-        lines = _draw_one(axis, panel, list(records.values()), metric)
+    figure, grid = _grid(len(panels), columns, (2.7, 2.3))
+    for axis, panel in zip(grid, panels, strict=True):
+        lines = _draw(axis, panel)
         if chance is not None:
             axis.axhline(chance, color="grey", linestyle=":", linewidth=1)
-    for axis in grid[: len(panels) : columns]:
-        axis.set_ylabel(metric, parse_math=False)
+    _set_heights(grid, panels, numbers, metric, [] if chance is None else [chance])
     reference = [("no corruption", Line2D([], [], color="grey", linestyle="--", linewidth=1))]
     if chance is not None:
         reference.append(("chance", Line2D([], [], color="grey", linestyle=":", linewidth=1)))
     names = [*records, *(name for name, _ in reference)]
-    handles: list[Any] = [*lines, *(line for _, line in reference)]
-    # A name is shown as it is: Matplotlib before 3.10 hides one that begins with "_", and reads mathematics in "$".
-    labels = ["" for _ in names]
-    legend = figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 2 * columns))
-    legend.set_frame_on(False)
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set(text=name, parse_math=False)
+    _add_legend(figure, names, [*lines, *(line for _, line in reference)], 2 * columns)
     if title:
         figure.suptitle(title, parse_math=False)
     return figure
+
+
+def shows_curves(record: EvaluationRecord, metric: str) -> bool:
+    """Return whether `plot_comparison` of this record has a panel with something to see."""
+    if not record.corruptions:
+        return False
+    panels, numbers = _panels({"": record}, metric)
+    return any(panel.shows_a_curve(numbers) for panel in panels)
+
+
+def _panels(records: Mapping[str, EvaluationRecord], metric: str) -> tuple[list[Panel], Numbers]:
+    """Return a panel for each kind of corruption, with a line for each record, and how numbers are written."""
+    kinds = list(dict.fromkeys(Series.of(row) for record in records.values() for row in record.corruptions))
+    if not kinds:
+        raise ValueError(
+            f"records: expected at least one with a corruption, got {len(records)} without any; evaluate a model first"
+        )
+    panels = []
+    for series in kinds:
+        of_series = {name: _of_series(record, series) for name, record in records.items()}
+        labels = list(dict.fromkeys(row.label for rows in of_series.values() for row in rows))
+        lines = {
+            name: _line(rows, records[name].clean.mean(metric), metric, _strength_of(series, labels))
+            for name, rows in of_series.items()
+        }
+        panels.append(Panel(series.title, series.unit, series.strength, lines))
+    info = agreed([record.info(metric) for record in records.values()], metric)
+    return panels, Numbers(info.unit)
+
+
+def _of_series(record: EvaluationRecord, series: Series) -> list[CorruptionRecord]:
+    return [row for row in record.corruptions if Series.of(row) == series]
+
+
+def _strength_of(series: Series, labels: Sequence[str]) -> Callable[[CorruptionRecord], tuple[float, str]]:
+    """Return what tells the place of a corruption on the axis, and its label there."""
+
+    def of(row: CorruptionRecord) -> tuple[float, str]:
+        if series.strength is None:
+            return float(labels.index(row.label)), row.label
+        strength = float(row.settings[series.strength])
+        return strength, short(strength)
+
+    return of
+
+
+def _line(
+    rows: Iterable[CorruptionRecord],
+    clean: float,
+    metric: str,
+    strength: Callable[[CorruptionRecord], tuple[float, str]],
+) -> Line:
+    """Return the means over trials, with bars of one sample standard deviation."""
+    points = []
+    for row in rows:
+        mean, deviation = row.mean(metric), row.deviation(metric)
+        points.append(Point(*strength(row), mean, mean - deviation, mean + deviation))
+    return Line(clean, tuple(points))
 
 
 def _curve_columns(panels: int) -> int:
@@ -135,25 +218,65 @@ def _curve_columns(panels: int) -> int:
     return panels if panels < 3 else min((3, 4), key=lambda columns: -panels % columns)
 
 
-def _draw_one(axis: Axes, panel: Series, records: Sequence[EvaluationRecord], metric: str) -> list[ErrorbarContainer]:
-    """Draw a panel and return its lines, one a record."""
-    of_panel = [[row for row in record.corruptions if Series.of(row) == panel] for record in records]
-    labels = list(dict.fromkeys(row.label for rows in of_panel for row in rows))
+def _grid(panels: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """Return a figure with so many axes of one height, each of a size in inches."""
+    rows = math.ceil(panels / columns)
+    figure = new_figure(0.6 + size[0] * columns, 0.8 + size[1] * rows)
+    grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    for axis in grid[panels:]:
+        axis.remove()
+    return figure, grid[:panels]
 
-    def strength(row: CorruptionRecord) -> float:
-        return labels.index(row.label) if panel.strength is None else float(row.settings[panel.strength])
 
+def _add_legend(figure: Figure, names: Sequence[str], handles: Sequence[Any], columns: int) -> None:
+    # A name is shown as it is: Matplotlib before 3.10 hides one that begins with "_", and reads mathematics in "$".
+    labels = ["" for _ in names]
+    legend = figure.legend(list(handles), labels, loc="outside lower center", ncols=min(len(names), columns))
+    legend.set_frame_on(False)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=name, parse_math=False)
+
+
+def _draw(
+    axis: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]] | None = None, *, title: bool = True
+) -> list[ErrorbarContainer]:
+    """Draw a panel and return its lines."""
+    styles = dict(zip(panel.lines, line_styles(), strict=False)) if styles is None else styles
     lines = []
-    for record, rows, (color, marker) in zip(records, of_panel, line_styles(), strict=False):
-        lines.append(draw_curve(axis, rows, metric, strength, color, marker))
-        axis.axhline(record.clean.mean(metric), color=color, linestyle="--", linewidth=1, alpha=0.7)
+    for name, line in panel.lines.items():
+        color, marker = styles[name]
+        points = sorted(line.points, key=lambda point: point.strength)
+        values = [_drawable(point.value) for point in points]
+        bars = [
+            [abs(value - _drawable(end)) for value, end in zip(values, ends, strict=True)]
+            for ends in ([point.low for point in points], [point.high for point in points])
+        ]
+        style: Any = {
+            "color": color,
+            "marker": marker,
+            "markersize": 5,
+            "linewidth": 1.5,
+            "elinewidth": 1,
+            "capsize": 3,
+        }
+        lines.append(axis.errorbar([point.strength for point in points], values, yerr=bars, **style))
+    cleans = [_drawable(line.clean) for line in panel.lines.values()]
+    one_for_all = len(cleans) > 1 and len(set(cleans)) == 1
+    for clean, name in zip(cleans[:1] if one_for_all else cleans, panel.lines, strict=False):
+        if not math.isnan(clean):
+            color = "grey" if one_for_all else styles[name][0]
+            axis.axhline(clean, color=color, linestyle="--", linewidth=1, alpha=0.7)
+    labels = {point.strength: point.label for line in panel.lines.values() for point in line.points}
     if panel.strength is None:
-        axis.set_xticks(range(len(labels)), labels, rotation=20, horizontalalignment="right", parse_math=False)
-    else:
-        _set_strength_axis(axis, panel.strength, sorted({strength(row) for rows in of_panel for row in rows}))
+        turned = any(len(label) > _NUMBERED for label in labels.values())
+        options: dict[str, Any] = {"rotation": 20, "horizontalalignment": "right"} if turned else {}
+        axis.set_xticks(list(labels), list(labels.values()), parse_math=False, **options)
+    elif labels:
+        _set_strength_axis(axis, panel.strength, sorted(labels))
     axis.margins(x=0.12)
-    axis.set_xlabel(panel.unit)
-    axis.set_title(textwrap.fill(panel.title, _TITLE_WIDTH), fontsize="medium", parse_math=False)
+    axis.set_xlabel(panel.axis, parse_math=False)
+    if title:
+        axis.set_title(textwrap.fill(panel.title, _TITLE_WIDTH), fontsize="medium", parse_math=False)
     axis.grid(alpha=0.25)
     return lines
 
@@ -184,6 +307,82 @@ def _largest_gap(values: Iterable[float]) -> float:
     return max(gaps) / sum(gaps) if gaps else 1.0
 
 
+_TINY, _HUGE = 1e-100, 1e100  # smaller values are drawn as 0, larger ones have no point
+_DECADES = 100.0  # values that span this ratio stand on a log scale
+_LONGEST_METRIC = 28
+
+
+def _drawable(value: float) -> float:
+    """Return a value as far as it has a place on an axis; NaN where it has none."""
+    if not abs(value) < _HUGE:
+        return math.nan
+    return value if abs(value) > _TINY else 0.0
+
+
+def _set_heights(
+    axes: Sequence[Axes], panels: Sequence[Panel], numbers: Numbers, metric: str, others: Sequence[float] = ()
+) -> None:
+    """Set the vertical axis that all of these share: its ends and scale from the values, bars may be cut off."""
+    lines = [line for panel in panels for line in panel.lines.values()]
+    points = [point for line in lines for point in line.points]
+    values = _only_drawable([*others, *(line.clean for line in lines), *(point.value for point in points)])
+    ends = values + _only_drawable(end for point in points for end in (point.low, point.high))
+    first, factor = axes[0], shown_unit(numbers.unit)[0]
+    if values and min(values) > 0 and max(values) / min(values) > _DECADES:
+        first.set_yscale("log")
+        first.set_ylim(min(values) / 1.2, max(values) * 1.2)
+    elif values:
+        # A bar may be far longer than the data where there are few repetitions: it is cut off, the lines are not.
+        largest = max(map(abs, values))
+        spread = max(max(values) - min(values), 1e-6 * largest) or 1.0
+        low, high = max(min(ends), min(values) - 0.5 * spread), min(max(ends), max(values) + 0.5 * spread)
+        margin = 0.05 * max(high - low, spread)
+        first.set_ylim(low - margin, high + margin)
+    first.yaxis.set_major_formatter(lambda value, _: short(factor * value))
+    name = metric if len(metric) <= _LONGEST_METRIC else metric[: _LONGEST_METRIC - 1] + "…"
+    for axis in axes:
+        place = axis.get_subplotspec()
+        if place is not None and place.is_first_col():
+            axis.set_ylabel(numbers.head(name), parse_math=False)
+
+
+def _only_drawable(values: Iterable[float]) -> list[float]:
+    return [value for value in map(_drawable, values) if not math.isnan(value)]
+
+
+_PICTURE = (3.6, 2.6)  # inches of a panel on a page: its letters are large enough on a phone
+_BORDERS = {"left": 0.17, "right": 0.97, "bottom": 0.18, "top": 0.96}
+
+
+def panel_as_svg(panel: Panel, metric: str, numbers: Numbers, name: str) -> str:
+    """Return a panel as SVG, without its title: the same letters for the same panel and version of Matplotlib.
+
+    Texts are texts, and everything that is no line of the panel is black.
+
+    Args:
+        panel: What to draw.
+        metric: What stands along the vertical axis.
+        numbers: How values are written.
+        name: Of the panel; the names inside are made from it, so that several can stand on one page.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(*_PICTURE)
+    import matplotlib as mpl
+
+    with mpl.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the browser has it
+        mpl.rcdefaults()  # a page does not depend on a person's settings
+        mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": name})
+        axis = figure.subplots(gridspec_kw=_BORDERS)
+        _draw(axis, panel, title=False)
+        _set_heights([axis], [panel], numbers, metric)
+        picture = io.StringIO()
+        figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return picture.getvalue()
+
+
 _DIRECTIONS = ("gradient", "multi_step", "random")
 _COLUMNS = 3
 
@@ -204,50 +403,37 @@ def plot_directions(records: Mapping[str, EvaluationRecord], metric: str = "accu
         ValueError: There are no records, one of them has no corruption with a radius ε, or it lacks the metric.
         ImportError: matplotlib is not installed.
     """
-    curves = {name: _curves(record) for name, record in records.items()}
-    empty = [name for name, of_record in curves.items() if not of_record]
-    if empty or not curves:
+    directions = {name: _directions(record) for name, record in records.items()}
+    empty = [name for name, kinds in directions.items() if not kinds]
+    if empty or not directions:
         raise ValueError(
             f"records: expected corruptions with a radius ε in each, got none in {', '.join(empty) or 'no records'}; "
             "evaluate the model under RandomCorruption and GradientCorruption"
         )
-    kinds = list(dict.fromkeys(series.name for of_record in curves.values() for series in of_record))
-    styles = dict(zip(kinds, line_styles(), strict=False))
-    columns = min(_COLUMNS, len(records))
-    rows = math.ceil(len(records) / columns)
-    figure = new_figure(0.6 + 3.4 * columns, 0.9 + 2.6 * rows)
-    grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
-    for axis in grid[len(records) :]:
-        axis.remove()
-    lines: dict[str, Any] = {}
-    for axis, (name, of_record) in zip(grid, curves.items(), strict=False):
-        for series, points in of_record.items():
-            color, marker = styles[series.name]
-            lines[series.name] = draw_curve(axis, points, metric, _radius, color, marker)
-        axis.axhline(records[name].clean.mean(metric), color="grey", linestyle="--", linewidth=1)
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(lambda value, _: short(value))
-        axis.set_xlabel("radius ε")
-        axis.set_title(name, fontsize="medium", parse_math=False)
-        axis.grid(alpha=0.25)
-    for axis in grid[: len(records) : columns]:
-        axis.set_ylabel(metric, parse_math=False)
-    legend = figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=min(3, len(lines)))
-    legend.set_frame_on(False)
+    kinds_of_all = dict.fromkeys(series.name for kinds in directions.values() for series in kinds)
+    styles = dict(zip(kinds_of_all, line_styles(), strict=False))
+    panels = []
+    for name, kinds in directions.items():
+        clean = records[name].clean.mean(metric)
+        lines = {one.name: _line(rows, clean, metric, _strength_of(one, ())) for one, rows in kinds.items()}
+        panels.append(Panel(name, "radius ε", "epsilon", lines))
+    columns = min(_COLUMNS, len(panels))
+    figure, grid = _grid(len(panels), columns, (3.4, 2.6))
+    shown: dict[str, ErrorbarContainer] = {}
+    for axis, panel in zip(grid, panels, strict=True):
+        shown |= dict(zip(panel.lines, _draw(axis, panel, styles), strict=True))
+    _set_heights(grid, panels, Numbers(agreed([one.info(metric) for one in records.values()], metric).unit), metric)
+    _add_legend(figure, list(shown), list(shown.values()), 3)
     return figure
 
 
-def _curves(record: EvaluationRecord) -> dict[Series, list[CorruptionRecord]]:
-    """Return the corruptions of each direction and norm; those of radius 0 have no place on a log scale."""
+def _directions(record: EvaluationRecord) -> dict[Series, list[CorruptionRecord]]:
+    """Return the corruptions of each direction and norm; those of radius 0 would forbid a log scale."""
     found: dict[Series, list[CorruptionRecord]] = {}
     for row in record.corruptions:
         if row.corruption in _DIRECTIONS and float(row.settings["epsilon"]) > 0:
             found.setdefault(Series.of(row), []).append(row)
     return found
-
-
-def _radius(row: CorruptionRecord) -> float:
-    return float(row.settings["epsilon"])
 
 
 _SMALLEST = (4.4, 2.4)  # inches: room for the headings and the scale beside a single cell
@@ -265,7 +451,8 @@ def plot_heat_map(
     """Draw the metric of each group at each strength, a row of panels a kind of corruption, a column a model.
 
     The darker a cell, the more of the metric without corruption is lost; the scale is the same in all panels. Numbers
-    are means over trials. In every panel the corruption grows to the right.
+    are means over trials. In every panel the corruption grows to the right. A kind of corruption under which no group
+    of any model changes has no panels, unless there are no others.
 
     Args:
         sweeps: Records of probes by the name of their model.
@@ -289,6 +476,8 @@ def plot_heat_map(
         )
     infos = [sweep.info(metric).stating(greater_is_better=greater_is_better, unit=unit) for sweep in sweeps.values()]
     info = agreed(infos, metric)
+    numbers = Numbers(info.unit)
+    panels = [panel for panel in panels if _changes(panel, sweeps.values(), metric, numbers)] or panels
     losses = {name: _losses(sweep, metric, info.greater_is_better) for name, sweep in sweeps.items()}
     finite = [loss for of_model in losses.values() for loss in of_model.values() if 0 < loss < math.inf]
     largest = max(finite, default=1.0)
@@ -300,15 +489,15 @@ def plot_heat_map(
     grid = figure.subplots(len(panels), len(sweeps), squeeze=False)
     for axes, panel in zip(grid, panels, strict=True):
         for axis, (name, sweep) in zip(axes, sweeps.items(), strict=True):
-            image = _draw_map(axis, panel, columns[panel], groups, sweep, losses[name], largest, metric, info.unit)
+            image = _draw_map(axis, panel, columns[panel], groups, sweep, losses[name], largest, metric, numbers)
             heading = f"{panel.name}: {name}" if name else panel.name
             axis.set_title(heading, fontsize="medium", parse_math=False)
-            axis.set_xlabel(panel.unit)
+            axis.set_xlabel(panel.unit, parse_math=False)
         for axis in axes[1:]:
             axis.set_yticklabels([])
     scale = figure.colorbar(image, ax=grid, shrink=0.6)
-    loss, points = "drop" if info.greater_is_better else "rise", "points" if info.unit == SHARE else info.unit
-    scale.set_label(f"{loss} of the {metric}" + (f" ({points})" if points else ""), parse_math=False)
+    loss, unit = "drop" if info.greater_is_better else "rise", numbers.unit_of_differences
+    scale.set_label(f"{loss} of the {metric}" + (f" ({unit})" if unit else ""), parse_math=False)
     if title:
         figure.suptitle(title, parse_math=False)
     return figure
@@ -316,9 +505,21 @@ def plot_heat_map(
 
 def _losses(sweep: SweepRecord, metric: str, greater_is_better: bool) -> dict[tuple[str, str], float]:
     """Return how much worse than the clean metric each corruption is, by group and label."""
-    sign = 1 if greater_is_better else -1
     clean = sweep.clean.mean(metric)
-    return {(group, row.label): sign * (clean - row.mean(metric)) for group, row in sweep.rows()}
+    return {
+        (group, row.label): metric_drop(clean, row.mean(metric), greater_is_better=greater_is_better)
+        for group, row in sweep.rows()
+    }
+
+
+def _changes(panel: Series, sweeps: Iterable[SweepRecord], metric: str, numbers: Numbers) -> bool:
+    """Return whether a group has another metric under these corruptions than without, as far as it is written."""
+    return any(
+        numbers.value(row.mean(metric)) != numbers.value(sweep.clean.mean(metric))
+        for sweep in sweeps
+        for _, row in sweep.rows()
+        if Series.of(row) == panel
+    )
 
 
 def _map_columns(panel: Series, sweeps: Mapping[str, SweepRecord]) -> dict[str, str]:
@@ -344,10 +545,10 @@ def _draw_map(
     losses: Mapping[tuple[str, str], float],
     largest: float,
     metric: str,
-    unit: str,
+    numbers: Numbers,
 ) -> AxesImage:
     """Draw a panel and return its image."""
-    factor, style = shown_unit(unit)[0], {SHARE: ".1f", POINTS: ".2f"}.get(unit, ".3g")
+    factor = shown_unit(numbers.unit)[0]
     shown = {(group, row.label): row.mean(metric) for group, row in sweep.rows()}
     places = [[(group, label) for label in columns] for group in groups]
     # An infinite drop is as dark as the largest: no colour at all would look like none.
@@ -356,7 +557,7 @@ def _draw_map(
     for y, line in enumerate(places):
         for x, place in enumerate(line):
             dark = losses.get(place, 0.0) > _DARK * largest
-            text = f"{factor * shown[place]:{style}}" if place in shown else "–"
+            text = numbers.value(shown[place]) if place in shown else "–"
             axis.text(x, y, text, color="white" if dark else "black", fontsize="small", ha="center", va="center")
     axis.set_xticks(range(len(columns)), list(columns.values()), parse_math=False)
     axis.set_yticks(range(len(groups)), _short_names(groups), parse_math=False)

@@ -15,8 +15,8 @@ from hf_parcor.reports.study import Records, Study
 class RobustnessReport:
     """Says in plain words, from records alone, how fragile a model is and which part of it is.
 
-    It computes no model. SciPy is needed where measurements were repeated, for confidence intervals and tests;
-    nothing else is.
+    It computes no model. SciPy is needed where measurements were repeated, for confidence intervals and tests, and
+    Matplotlib for the curves of the HTML page; nothing else is.
 
     Args:
         records: The record of an evaluator, or of a probe; a list of either, one a seed; records, or lists of them, by
@@ -106,7 +106,8 @@ class RobustnessReport:
         """Write one self-contained page, with its folder, and return the path.
 
         It opens without a network, has no script, reads well on a phone and in the dark, and its colours and markers
-        can be told apart by colour-blind readers.
+        can be told apart by colour-blind readers. Where Matplotlib is not installed there are no curves, and the page
+        says so; all numbers stand in its tables.
         """
         return _write(path, html_page(self._content))
 

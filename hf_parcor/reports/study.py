@@ -12,7 +12,7 @@ from hf_parcor.records.comparable import asked_for, check_comparable, check_repe
 from hf_parcor.records.curves import Series, metric_drop
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.records.metric_info import MetricInfo, agreed
-from hf_parcor.statistics import MeanAndSpread
+from hf_parcor.statistics import MeanAndSpread, sample_mean
 
 Records: TypeAlias = (
     EvaluationRecord
@@ -47,7 +47,7 @@ class Point:
     @property
     def mean(self) -> float:
         """The mean over repetitions; NaN if one is."""
-        return mean(self.values)
+        return sample_mean(self.values)
 
     @property
     def reliable(self) -> bool:
@@ -90,8 +90,8 @@ class Curve:
         """Return the mean metric over these strengths in each repetition, as `drops` does."""
         points = [point for point in self.points if point.name in names]
         if len({len(point.values) for point in points}) > 1:
-            return (mean([point.mean for point in points]),)
-        return tuple(map(mean, zip(*(point.values for point in points), strict=True)))
+            return (sample_mean([point.mean for point in points]),)
+        return tuple(map(sample_mean, zip(*(point.values for point in points), strict=True)))
 
     def reliable(self, names: Sequence[str]) -> bool:
         """Whether all of these strengths, and no corruption, are."""
@@ -191,16 +191,6 @@ def common_strengths(curves: Iterable[Curve]) -> list[str]:
     first, *others = curves
     shared = [{point.name for point in curve.points} for curve in others]
     return [point.name for point in first.points if all(point.name in names for names in shared)]
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the mean; NaN beside NaN or where ∞ and −∞ meet, and never an overflow.
-
-    Examples:
-        >>> mean([0.25, 0.75]), mean([1e308, 1e308])
-        (0.5, 1e+308)
-    """
-    return sum(value / len(values) for value in values)
 
 
 def _groups(records: Records) -> dict[str, tuple[EvaluationRecord, ...]]:

@@ -1,16 +1,20 @@
-"""What stands in the report's tables; how it looks is said elsewhere."""
+"""Tables of records, and Markdown in which each table reads as well in a terminal of 80 columns as on a page."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from hf_parcor.records.curves import Series, area_under_curve, epsilon_at_half, short
+from hf_parcor.records.comparable import check_comparable
+from hf_parcor.records.curves import Series
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
-from hf_parcor.reports.numbers import Numbers, probability, times
-from hf_parcor.reports.study import Curve, Point, Study, common_strengths, mean
-from hf_parcor.reports.verdict import differences, fragility
+from hf_parcor.records.metric_info import agreed
+from hf_parcor.records.search import SearchRecord
+from hf_parcor.reports.markup import text_of
+from hf_parcor.reports.numbers import Numbers
+
+_LONGEST = 40  # a longer cell runs out of its column, and widens no other
+_NARROWEST = 3  # what the mark of an alignment takes
 
 
 class Table(NamedTuple):
@@ -29,185 +33,135 @@ class Table(NamedTuple):
     shares: tuple[tuple[float | None, ...], ...] = ()
 
 
-def row_name(study: Study, model: str, group: str) -> str:
-    """Return the name of a curve: what tells it from the others."""
-    if len(study.models) == 1:
-        return group
-    return model if len(study.groups) == 1 else f"{group}: {model}"
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    r"""Return a Markdown table of escaped texts, its columns in line: the first at the left, the others at the right.
+
+    Examples:
+        >>> print(markdown_table(["accuracy (%)", "plain"], [["no corruption", "92.3"], ["a|b", "60.0 ± 1.0"]]))
+        | accuracy (%)  |      plain |
+        | :------------ | ---------: |
+        | no corruption |       92.3 |
+        | a\|b          | 60.0 ± 1.0 |
+    """
+    lines = [[text_of(cell) for cell in line] for line in (header, *rows)]
+    widths = [_width(column) for column in zip(*lines, strict=True)]
+    marks = [":" + "-" * (width - 1) if place == 0 else "-" * (width - 1) + ":" for place, width in enumerate(widths)]
+    shown = []
+    for line in (lines[0], marks, *lines[1:]):
+        first, *others = zip(line, widths, strict=True)
+        shown.append(" | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]))
+    return "\n".join(f"| {line} |" for line in shown)
 
 
-def heat_map(study: Study, series: Series, numbers: Numbers) -> Table:
-    """Return the metric by curve and strength, with how much of the largest drop of the whole study each cell has."""
-    curves = _ordered(study, series)
-    columns = list(dict.fromkeys(point.name for curve in curves.values() for point in curve.points))
-    drops = {
-        key: {point.name: mean(curve.drops([point.name])) for point in curve.points} for key, curve in curves.items()
-    }
-    largest = largest_drop(study)
-    rows, shares = [], []
-    for (model, group), curve in curves.items():
-        means = {point.name: point.mean for point in curve.points}
-        cells = [numbers.value(means[name]) if name in means else "–" for name in columns]
-        rows.append((row_name(study, model, group), numbers.value(curve.clean.mean), *cells))
-        shares.append((0.0, *(_share(drops[model, group].get(name), largest) for name in columns)))
-    caption = f"{_metric(study, numbers)} under {series.name}"
-    header = (_row_header(study), "no corruption", *columns)
-    return Table(caption, header, tuple(rows), tuple(shares))
+def _width(column: Iterable[str]) -> int:
+    return max([_NARROWEST, *(len(cell) for cell in column if len(cell) <= _LONGEST)])
 
 
-def summary(study: Study, series: Series, numbers: Numbers) -> Table:
-    """Return each curve as a few numbers: mean drop or rise, fragility, and the measures of a curve against ε."""
-    curves = _ordered(study, series)
-    names = common_strengths(curves.values())
-    drops = {key: mean(curve.drops(names)) if names else math.nan for key, curve in curves.items()}
-    finite = {key: drop for key, drop in drops.items() if math.isfinite(drop) and curves[key].reliable(names)}
-    ratios = fragility(finite) if len(study.models) == 1 and len(finite) > 1 else {}
-    from_zero = series.strength not in (None, "bits") and all(
-        point.strength > 0 for curve in curves.values() for point in curve.points
-    )
-    norms = {key: _weights_norm(study.models[key[0]][key[1]]) for key in curves}
-    known = not any(map(math.isnan, norms.values()))
-    rows = []
-    for (model, group), curve in curves.items():
-        key = model, group
-        parameters = study.models[model][group][0].parameters
-        row = [row_name(study, model, group), f"{parameters:,}", *[f"{norms[key]:.3g}"] * known]
-        row.append(numbers.difference(drops[key]))
-        if ratios:
-            ratio = ratios.get(key, math.nan)
-            row.append(times(ratio) if math.isfinite(ratio) else "–")
-        if from_zero:
-            points = [point.strength for point in curve.points], [point.mean for point in curve.points]
-            half = epsilon_at_half(*points, clean=curve.clean.mean, greater_is_better=study.greater_is_better)
-            beyond = f"> {short(max(points[0]))}"
-            row.append(numbers.value(area_under_curve(*points, clean=curve.clean.mean)))
-            row.append(beyond if math.isinf(half) else "–" if math.isnan(half) else f"{half:.3g}")
-        rows.append(tuple(row))
-    half_name = f"{series.unit} at half" if study.greater_is_better else f"{series.unit} at twice"
-    header = [
-        _row_header(study),
-        "weights",
-        *["their norm"] * known,
-        f"mean {study.loss}",
-        *["fragility"] * bool(ratios),
-    ]
-    header += ["mean from 0 on", half_name] * from_zero
-    return Table(f"{series.name}: each curve in a few numbers", tuple(header), tuple(rows))
-
-
-def all_values(study: Study, numbers: Numbers) -> Table:
-    """Return every mean with its confidence interval."""
-    rows = []
-    seen = set()
-    for series, curves in study.curves.items():
-        for (model, group), curve in curves.items():
-            name = row_name(study, model, group)
-            if name not in seen:
-                rows.append(_value_row(name, "", curve.clean, numbers))
-                seen.add(name)
-            rows += [_value_row(name, series.name, point, numbers) for point in curve.points]
-    header = (_row_header(study), "corruption", _metric(study, numbers), "repetitions")
-    return Table("Every mean, with its 95 % confidence interval in brackets", header, tuple(rows))
-
-
-def difference_table(study: Study, numbers: Numbers) -> Table:
-    """Return every difference to the first model, with its test."""
-    baseline = next(iter(study.models))
-    several = len(study.groups) > 1
-    rows = []
-    for one in differences(study, by_strength=True):
-        change = mean(one.second) - mean(one.first)
-        p_value = "–" if one.p_value is None else probability(one.p_value).removeprefix("p ").removeprefix("= ")
-        where = f"{one.what}, {one.group}" if several and one.group else one.what
-        rows.append(
-            (
-                where,
-                one.model,
-                numbers.value(mean(one.first)),
-                numbers.value(mean(one.second)),
-                numbers.difference(change, sign=True),
-                p_value,
-            )
-        )
-    header = ("corruption", "model", baseline, "model's", "change", "p")
-    return Table(f"{_metric(study, numbers)} against {baseline}", header, tuple(rows))
-
-
-def settings(study: Study) -> Table:
-    """Return what is needed to measure again."""
-    rows = []
-    for model, groups in study.models.items():
-        name = f"{model}: " if len(study.models) > 1 else ""
-        records = [record for entry in groups.values() for record in entry]
-        measured_on = {
-            f"{name}data": _distinct(str(record.evaluated_on) for record in records if record.evaluated_on),
-            f"{name}task": _distinct(record.task for record in records if record.task),
-        }
-        rows += [
-            *((what, value) for what, value in measured_on.items() if value),
-            (f"{name}model", _distinct(record.model for record in records)),
-            (f"{name}targets", _distinct(str(dict(record.target)) for record in records)),
-            (f"{name}records per group", _distinct(str(len(entry)) for entry in groups.values())),
-            (f"{name}data (SHA-256)", _distinct(record.data or "not given" for record in records)),
-            (f"{name}seeds of trials", _distinct(_seeds(record.rows()) for record in records)),
+def search_table(record: SearchRecord) -> str:
+    """Return a Markdown table of a search: a row for each training, in the order of K and ε, the best one marked."""
+    numbers = Numbers()
+    counts = dict.fromkeys(trial.steps for trial in record.trials)
+    rows = [
+        [
+            "–" if trial.steps is None else str(trial.steps),
+            numbers.value(trial.epsilon),
+            numbers.value(trial.objective),
+            " ".join(["best"] * (trial == record.best) + ["collapsed"] * trial.collapsed),
         ]
-    better = "greater is better" if study.greater_is_better else "smaller is better"
-    said = [better, *[f"unit: {study.info.unit}"] * bool(study.info.unit)]
-    said += ["guessed: " + " and ".join(study.info.guessed)] * bool(study.info.guessed)
-    rows.append((study.metric, "; ".join(said)))
-    versions = [f"{library} {version}" for record in study.records for library, version in record.versions.items()]
-    rows.append(("versions", _distinct(versions)))
-    labels = [row.label for record in study.records for row in record.corruptions]
-    rows.append(("corruptions", _distinct(labels)))
-    return Table("Settings to reproduce", ("setting", "value"), tuple(rows))
-
-
-def _ordered(study: Study, series: Series) -> dict[tuple[str, str], Curve]:
-    """Return curves group by group, the models of a group beside each other."""
-    curves = study.curves[series]
-    keys = [(model, group) for group in study.groups for model in study.models]
-    return {key: curves[key] for key in keys if key in curves}
-
-
-def largest_drop(study: Study) -> float:
-    """Return the largest drop of all curves, which is the darkest in all heat maps; 0 if there is none."""
-    drops = [
-        mean(curve.drops([point.name]))
-        for curves in study.curves.values()
-        for curve in curves.values()
-        for point in curve.points
+        for steps in counts
+        for trial in record.curve(steps)
     ]
-    return max((drop for drop in drops if drop > 0 and math.isfinite(drop)), default=0.0)
+    return markdown_table(["K", "ε", f"objective ({record.direction})", ""], rows)
 
 
-def _share(drop: float | None, largest: float) -> float | None:
-    if drop is None or math.isnan(drop):
-        return None
-    return min(max(drop / largest, 0.0), 1.0) if largest > 0 else 0.0
+def comparison_table(
+    records: Mapping[str, EvaluationRecord], metric: str = "accuracy", *, unit: str | None = None
+) -> str:
+    """Return a Markdown table: a row for each corruption, a column for each record.
+
+    A cell is the mean over trials and, where there are several, ± the sample standard deviation. A last column shows
+    the change from the first record to the last.
+
+    Args:
+        records: Records by the name of their column, all of the same corruptions.
+        metric: Which metric to show.
+        unit: As in `MetricInfo`; numbers are written as `Numbers` does. None, the default, for what the records say.
+
+    Raises:
+        ValueError: There are no records, they are not of the same corruptions, they lack the metric, state different
+            units of it, or are of other data or tasks; see `check_comparable`.
+    """
+    check_comparable(records)
+    columns = [record.rows() for record in records.values()]
+    labels = [[row.label for row in rows] for rows in columns]
+    if not labels or any(other != labels[0] for other in labels):
+        raise ValueError(
+            "records: expected one or more of the same corruptions in the same order; evaluate them alike"
+        )
+    numbers = _numbers(records, metric, unit)
+    rows = [
+        [cells[0].label, *(_cell(cell, metric, numbers) for cell in cells), *_change(cells, metric, numbers)]
+        for cells in zip(*columns, strict=True)
+    ]
+    return markdown_table([numbers.head(metric), *records, *["change"] * (len(records) > 1)], rows)
 
 
-def _weights_norm(records: tuple[EvaluationRecord, ...]) -> float:
-    """Return the norm of a group's weights, mean over repetitions; NaN if a record lacks it."""
-    return mean([math.nan if record.weights_norm is None else record.weights_norm for record in records])
+def group_table(
+    records: Mapping[str, EvaluationRecord], metric: str = "accuracy", *, unit: str | None = None, width: int = 80
+) -> str:
+    """Return Markdown tables of a probe, one for each series of corruptions: a row for each group.
+
+    A cell is that of `comparison_table`.
+
+    Args:
+        records: Records of the same corruptions, by the name of the group.
+        metric: Which metric to show.
+        unit: As in `comparison_table`.
+        width: How wide a table may be; where a column more would be too much, another table begins below.
+
+    Raises:
+        ValueError: There are no records, they are not of the same corruptions, or they lack the metric.
+    """
+    labels = [[row.label for row in record.corruptions] for record in records.values()]
+    if not labels or not labels[0] or any(other != labels[0] for other in labels):
+        raise ValueError(
+            "records: expected one or more of the same corruptions in the same order; probe the groups alike"
+        )
+    numbers = _numbers(records, metric, unit)
+    first = next(iter(records.values()))
+    names = [numbers.head(metric), "no corruption", *records]
+    room_left = width - 1 - _room(names)
+    tables: dict[tuple[str, int], list[list[str]]] = {}
+    part = room = 0
+    for index, corruption in enumerate(first.corruptions):
+        series = Series.of(corruption)
+        rows = [first.clean, *(record.corruptions[index] for record in records.values())]
+        column = [series.level(corruption), *(_cell(row, metric, numbers) for row in rows)]
+        if (series.name, part) not in tables or _room(column) > room:
+            part, room = index, room_left
+        room -= _room(column)
+        tables.setdefault((series.name, part), [names]).append(column)
+    shown = []
+    for (name, _), columns in tables.items():
+        header, *lines = zip(*columns, strict=True)
+        shown.append(f"{text_of(name)}\n\n{markdown_table(header, lines)}")
+    return "\n\n".join(shown)
 
 
-def _value_row(name: str, title: str, point: Point, numbers: Numbers) -> tuple[str, ...]:
-    what = f"{title}, {point.name}" if title else point.name
-    return name, what, numbers.point(point), str(len(point.values))
+def _room(column: Iterable[str]) -> int:
+    """Return how much of a line a column takes, with a bar and two spaces."""
+    return 3 + _width(map(text_of, column))
 
 
-def _row_header(study: Study) -> str:
-    return "group" if len(study.groups) > 1 else "model"
+def _numbers(records: Mapping[str, EvaluationRecord], metric: str, unit: str | None) -> Numbers:
+    return Numbers(agreed([record.info(metric).stating(unit=unit) for record in records.values()], metric).unit)
 
 
-def _metric(study: Study, numbers: Numbers) -> str:
-    return numbers.head(study.metric)
+def _cell(record: CorruptionRecord, metric: str, numbers: Numbers) -> str:
+    return numbers.with_spread(record.mean(metric), record.deviation(metric))
 
 
-def _seeds(rows: Iterable[CorruptionRecord]) -> str:
-    seeds = sorted({seed for row in rows for seed in row.seeds})
-    return ", ".join(map(str, seeds))
-
-
-def _distinct(texts: Iterable[str]) -> str:
-    return "; ".join(dict.fromkeys(texts))
+def _change(cells: tuple[CorruptionRecord, ...], metric: str, numbers: Numbers) -> list[str]:
+    if len(cells) == 1:
+        return []
+    return [numbers.plain_difference(cells[-1].mean(metric) - cells[0].mean(metric), sign=True)]

@@ -14,8 +14,8 @@ from hf_parcor.records.curves import metric_drop
 from hf_parcor.records.evaluation import EvaluationRecord
 from hf_parcor.records.metric_info import POINTS, SHARE
 from hf_parcor.reports.numbers import Numbers, probability, times
-from hf_parcor.reports.study import Curve, Point, Study, common_strengths, mean
-from hf_parcor.statistics import Alternative, holm_correction, welch_t_test
+from hf_parcor.reports.study import Curve, Point, Study, common_strengths
+from hf_parcor.statistics import Alternative, holm_correction, sample_mean, welch_t_test
 
 LEVEL = 0.05
 Key = TypeVar("Key", bound=Hashable)
@@ -157,7 +157,7 @@ def _of_one_group(study: Study, numbers: Numbers, curves: Mapping[str, Curve]) -
             f"with {group} corrupted, the model breaks at {_listed([point.name for point in unreliable])}: "
             f"{_broken(unreliable)} is not a finite number there, so {study.metric} says nothing."
         )
-    drops = {point.name: mean(curve.drops([point.name])) for point in curve.points}
+    drops = {point.name: sample_mean(curve.drops([point.name])) for point in curve.points}
     worst, best = (of(curve.points, key=lambda point: drops[point.name]) for of in (max, min))
     clean = numbers.with_unit(curve.clean.mean)
     counted = [point.name for point in curve.points if point.counted_wrong]
@@ -201,7 +201,7 @@ def _of_groups(
     if nothing:
         return Finding(nothing)
     repeated = {group: curve.drops(names) for group, curve in curves.items()}
-    drops = {group: mean(values) for group, values in repeated.items()}
+    drops = {group: sample_mean(values) for group, values in repeated.items()}
     broken = [group for group, drop in drops.items() if not math.isfinite(drop)]
     unreliable = [group for group, curve in curves.items() if group not in broken and not curve.reliable(names)]
     counted = [
@@ -219,7 +219,7 @@ def _of_groups(
     top = max(drops, key=lambda group: drops[group])
     clean = curves[top].clean.mean
     limit = NEGLIGIBLE * abs(clean)
-    at_each = {group: [mean(curves[group].drops([name])) for name in names] for group in drops}
+    at_each = {group: [sample_mean(curves[group].drops([name])) for name in names] for group in drops}
     better = [group for group, found in at_each.items() if min(found) < -limit]
     improved = f"{study.metric} gets better by more than that with {_listed(better)} corrupted." if better else ""
     if all(max(found) <= limit for found in at_each.values()):  # at the worst strength, not on average
@@ -451,17 +451,17 @@ def _sentence(one: Difference, numbers: Numbers, metric: str, *, several: bool) 
     if one.broken:
         return f"{where}: {' or '.join(one.broken)} is not a finite number, so {metric} says nothing."
     if not math.isfinite(one.gain):
-        values = f"{numbers.with_unit(mean(one.second))} instead of {numbers.with_unit(mean(one.first))}"
+        values = f"{numbers.with_unit(sample_mean(one.second))} instead of {numbers.with_unit(sample_mean(one.first))}"
         return f"{where}: {metric} is not a finite number, so there is no difference to tell ({values})."
     verdict = (
         "no spread is known"
         if one.p_value is None
         else f"{'' if one.clear else 'not '}beyond the spread, {probability(one.p_value)}"
     )
-    change = numbers.difference(mean(one.second) - mean(one.first), sign=True)
+    first, second = sample_mean(one.first), sample_mean(one.second)
+    change = numbers.difference(second - first, sign=True)
     return (
-        f"{where}: {metric} {numbers.with_unit(mean(one.second))} instead of {numbers.with_unit(mean(one.first))} "
-        f"({change}; {verdict})."
+        f"{where}: {metric} {numbers.with_unit(second)} instead of {numbers.with_unit(first)} ({change}; {verdict})."
     )
 
 
@@ -474,7 +474,7 @@ def _difference(
     second: tuple[float, ...],
     broken: tuple[str, ...] = (),
 ) -> Difference:
-    gain = metric_drop(mean(second), mean(first), greater_is_better=study.greater_is_better)
+    gain = metric_drop(sample_mean(second), sample_mean(first), greater_is_better=study.greater_is_better)
     return Difference(model, group, what, first, second, math.nan if broken else gain, broken=broken)
 
 

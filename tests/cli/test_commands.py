@@ -51,7 +51,6 @@ from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
 from hf_parcor.records import EvaluationData
 from hf_parcor.tasks import TASKS
 
-pytest.importorskip("tabulate")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

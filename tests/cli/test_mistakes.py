@@ -13,7 +13,6 @@ from hf_parcor import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.cli import main
 from hf_parcor.cli.probe import Probe
 
-pytest.importorskip("tabulate")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 

@@ -20,7 +20,6 @@ import yaml
 from hf_parcor import EvaluationRecord, SweepRecord
 from hf_parcor.cli.main import build_parser, main
 
-pytest.importorskip("tabulate")
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 

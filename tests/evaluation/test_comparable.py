@@ -10,7 +10,7 @@ from hf_parcor import CorruptionRecord, EvaluationRecord, RobustnessReport
 from hf_parcor.cards import facts_of
 from hf_parcor.records import EvaluationData
 from hf_parcor.records.comparable import check_comparable, check_repetitions
-from hf_parcor.reports.terminal_tables import comparison_table
+from hf_parcor.reports.tables import comparison_table
 
 FILE = EvaluationData("dev.tsv", rows=120)
 HUB = EvaluationData("sst2", "org/sst2", "small", "validation", "abc", 120)
@@ -41,7 +41,6 @@ def readers():
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_every_difference_of_the_data_is_refused(name, reader):
     """And with it taken back, nothing is: one name after the other."""
-    pytest.importorskip("tabulate")
     data = replace(HUB, id="") if name == "name" else HUB
     first, other = (record(value, evaluated_on=data, weights=str(value)) for value in (0.5, 0.6))
     reader(first, other)

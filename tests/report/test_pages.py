@@ -6,19 +6,21 @@ import re
 import sys
 from dataclasses import replace
 
+import matplotlib as mpl
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_parcor import RobustnessReport
-from hf_parcor.reports.drawing import shade
+from hf_parcor.records.evaluation import CorruptionKind
+from hf_parcor.reports import html as page_of_html
 from hf_parcor.reports.markup import code_of, printable
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 TAGS = {
     *("html", "head", "meta", "title", "style", "body", "main", "section", "div", "h1", "h2", "p", "code", "ul", "li"),
     *("figure", "figcaption", "strong", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "span"),
-    *("svg", "g", "path", "text", "desc"),
+    *("svg", "g", "path", "text", "desc", "defs", "use", "clippath", "rect"),
 }
 NASTY = [
     "<script>alert(1)</script>",
@@ -98,11 +100,11 @@ def test_structure(comparison, tmp_path):
     assert page.tags.count("th") == sum(name == "scope" for name, _ in page.attributes)
     assert text.count('role="img"') == 2  # a panel a group
     assert all(
-        re.match(r"<svg[^>]*><title>[^<]+</title><desc>", part)
-        for part in re.findall(r'<svg[^>]*role="img".*?<desc>', text)
+        re.match(r"<svg[^>]*><title>[^<]+</title><desc>[^<]+</desc>", part)
+        for part in re.findall(r'<svg[^>]*role="img".*?</desc>', text)
     )
     assert ("name", "viewport") in page.attributes
-    assert not re.search(r"https?:|url\(|@import|src=|href=", text)
+    assert not re.search(r"https?:|url\((?!#)|@import|src=|href=\"(?!#)", text)
     assert len(text) < 1_000_000
     for part in ("2.13.0", "prefers-color-scheme", "layer.0: defended", "90.3 [86.5, 94.1]"):
         assert part in text
@@ -114,8 +116,10 @@ def test_numbers_in_the_heat_map(record_of, tmp_path):
     text, markdown = write(RobustnessReport(probe), tmp_path)
     [heat] = re.findall(r'<table[^>]*class="heat".*?</table>', text)
     assert re.findall(r"<td[^>]*>(.*?)</td>", heat) == ["90.0", "80.0", "nan", "–", "90.0", "70.0", "–", "10.0"]
-    darkest, ink = shade(1.0)
-    assert f'style="background:{darkest};color:{ink}">10.0' in heat
+    assert re.findall(r'style="--share:([^"]*)">([^<]*)', heat) == [
+        *[("0", "90.0"), ("0.125", "80.0")],  # what is broken or missing has no colour
+        *[("0", "90.0"), ("0.25", "70.0"), ("1", "10.0")],
+    ]
     table = [[cell.strip() for cell in row] for row in tables_of(markdown)[0]]
     assert table[0] == ["group", "no corruption", "ε=0.1", "ε=0.5", "ε=1"]
     assert table[2:] == [["a", "90.0", "80.0", "nan", "–"], ["b", "90.0", "70.0", "–", "10.0"]]
@@ -139,7 +143,7 @@ def test_norms_of_weights_stand_beside_their_number(record_of, tmp_path):
     }
     _, markdown = write(RobustnessReport({name: probe[name] for name in "ab"}), tmp_path)
     rows = [[cell.strip() for cell in row[:3]] for row in tables_of(markdown)[1]]
-    assert rows == [["group", "weights", "their norm"], [":--", "--:", "--:"], ["a", "10", "2.5"], ["b", "10", "40"]]
+    assert [rows[0], *rows[2:]] == [["group", "weights", "their norm"], ["a", "10", "2.5"], ["b", "10", "40"]]
     _, markdown = write(RobustnessReport(probe), tmp_path)
     assert "their norm" not in markdown, "older records do not know it"
 
@@ -150,7 +154,7 @@ def test_a_broken_group_has_no_fragility_and_spoils_no_other(record_of, tmp_path
     assert [row[3].strip() for row in tables_of(markdown)[1][2:]] == ["0.25", "–", "4"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @example(*["a|b\n# c\n---"] * 4, [0.5, math.nan])
 @example(*['"><script>alert(1)</script><!--'] * 4, [1e308, -1e308])
 @given(names, names, names, names, st.lists(st.floats(), min_size=2, max_size=2))
@@ -173,7 +177,8 @@ def test_nothing_breaks_out(tmp_path_factory, record_of, group, model, metric, k
         text, markdown = write(report, folder)
         page = Page(text)
         assert set(page.tags) <= TAGS
-        assert not any(name.startswith("on") or name in ("src", "href") for name, _ in page.attributes)
+        assert not any(name.startswith("on") or name == "src" for name, _ in page.attributes)
+        assert all(value.startswith("#") for name, value in page.attributes if name == "href")
         assert printable(group) in " ".join(printable(part) for part in page.texts)
         for table in tables_of(markdown):
             assert len({len(row) for row in table}) == 1, table
@@ -181,6 +186,17 @@ def test_nothing_breaks_out(tmp_path_factory, record_of, group, model, metric, k
             not line.startswith(("#", "    ", "```", "<")) or re.match("##? ", line) for line in markdown.splitlines()
         )
         assert sum(line.startswith("#") for line in markdown.splitlines()) == 5
+
+
+@pytest.mark.parametrize("text", [*NASTY, r"$\frac$", "a\0b\ud800"])
+def test_what_a_record_calls_its_axis_stays_text(record_of, tmp_path, text):
+    """A corruption of one's own says its title and unit itself, in the record."""
+    record = record_of({0.1: 0.8, 0.5: 0.4}, corruption="mine")
+    rows = tuple(replace(row, kind=CorruptionKind(text, "epsilon", text, "ε={}")) for row in record.corruptions)
+    page = Page(write(RobustnessReport(replace(record, corruptions=rows)), tmp_path)[0])
+    assert set(page.tags) <= TAGS
+    assert page.tags.count("use") > 0, "drawn"
+    assert printable(text) in page.texts
 
 
 def test_markdown_renders_as_text(record_of, tmp_path):
@@ -198,26 +214,90 @@ def test_code_spans_end_where_they_should(code):
     assert not re.search(rf"(?<!`){fence}(?!`)", code_of(code)[len(fence) : -len(fence)].strip(" ") or "x")
 
 
+def luminance(channels):
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+        for part in (channel / 255 for channel in channels)
+    ]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("share", [place / 20 for place in range(21)])
-def test_cells_can_be_read(share):
-    background, ink = shade(share)
-
-    def luminance(color):
-        digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
-        parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-    light, dark = sorted((luminance(background), luminance(ink)), reverse=True)
-    assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG AA
+def test_cells_can_be_read(share, scheme):
+    """As a browser mixes the colours of the style sheet."""
+    light, dark = page_of_html.STYLE.split("prefers-color-scheme: dark")
+    of_scheme = light if scheme == "light" else dark
+    ink, paper = (re.search(rf"--{name}: #(\w+);", of_scheme).group(1) for name in ("ink", "paper"))
+    ink, paper = (bytes.fromhex("".join(2 * digit for digit in one) if len(one) == 3 else one) for one in (ink, paper))
+    *color, most = map(int, re.search(r"\.heat td .*rgb\((\d+) (\d+) (\d+) .*\* (\d+)%", page_of_html.STYLE).groups())
+    alpha = share * most / 100
+    cell = [alpha * over + (1 - alpha) * under for over, under in zip(color, paper, strict=True)]
+    darker, lighter = sorted((luminance(cell), luminance(ink)))
+    assert (lighter + 0.05) / (darker + 0.05) >= 4.5  # WCAG AA
 
 
 def test_needs_no_optional_library(record_of, tmp_path, monkeypatch):
-    for library in ("matplotlib", "pandas", "scipy", "tabulate", "jinja2"):
+    probe = {"a": record_of({0.1: 0.5, 0.2: 0.4}), "b": record_of({0.1: 0.8, 0.2: 0.7})}
+    for library in ("matplotlib", "matplotlib.figure", "pandas", "scipy", "tabulate", "jinja2"):
         monkeypatch.setitem(sys.modules, library, None)
-    write(RobustnessReport({"a": record_of({0.1: 0.5}), "b": record_of({0.1: 0.8})}), tmp_path)
+    text, _ = write(RobustnessReport(probe), tmp_path)
+    assert "svg" not in Page(text).tags
+    assert "pip install 'hf-parcor[plots]'" in text, "the page says what is missing"
     with pytest.raises(ImportError, match=r"pip install 'hf-parcor\[statistics\]'"):
         RobustnessReport([record_of({0.1: 0.5}), record_of({0.1: 0.8})])
+
+
+class TestPictures:
+    """What Matplotlib draws becomes a part of the page."""
+
+    def page(self, record_of, tmp_path, probe=None):
+        probe = probe or {"a": record_of({0.1: 0.8, 0.5: 0.4}), "<b>": record_of({0.1: 0.7, 0.5: 0.1})}
+        return write(RobustnessReport(probe), tmp_path)[0]
+
+    def test_every_value_has_its_place(self, record_of, tmp_path):
+        text = self.page(record_of, tmp_path, {"a": record_of({0.1: 0.8, 0.2: 0.5, 0.5: 0.2})})
+        [path] = re.findall(r'd="(M [^"]*)"[^>]*style="fill: none; stroke: #d55e00; stroke-width: 1.5', text)
+        x, y = zip(*[map(float, place.split()) for place in re.split(" ?[ML] ", path) if place], strict=True)
+        assert y[1] - y[0] == pytest.approx(y[2] - y[1], abs=0.01), "equal steps of accuracy"
+        assert y[0] < y[1], "less is below"
+        widths = [math.log(0.2 / 0.1), math.log(0.5 / 0.2)]
+        assert (x[1] - x[0]) / (x[2] - x[1]) == pytest.approx(widths[0] / widths[1], abs=0.01)
+
+    def test_a_page_is_the_same_each_time_and_whatever_a_person_set(self, record_of, tmp_path):
+        first = self.page(record_of, tmp_path)
+        with mpl.rc_context({"axes.edgecolor": "white", "font.size": 30, "svg.fonttype": "path"}):
+            assert self.page(record_of, tmp_path) == first
+            assert mpl.rcParams["font.size"] == 30, "nothing is left changed"
+
+    def test_ink_is_that_of_the_page(self, record_of, tmp_path):
+        text = self.page(record_of, tmp_path)
+        drawn = re.findall(r"<svg.*?</svg>", text)
+        assert drawn
+        colors = set(re.findall(r"(?:stroke|fill): (#\w+)", "".join(drawn)))
+        assert colors == {"#d55e00", "#0072b2", "#b0b0b0", "#808080"}, "lines and greys; all else follows the text"
+        assert "font-family" not in "".join(drawn)
+
+    def test_names_inside_belong_to_one_picture(self, comparison, tmp_path):
+        page = Page(write(comparison, tmp_path)[0])
+        ids = [value for name, value in page.attributes if name == "id"]
+        used = {value[1:] for name, value in page.attributes if name == "href"}
+        used |= {value[5:-1] for name, value in page.attributes if name == "clip-path"}
+        assert len(ids) == len(set(ids))
+        assert used == set(ids) != set()
+
+    def test_what_shows_nothing_has_no_curve_and_is_named(self, record_of, tmp_path):
+        flat = record_of({0.1: 0.9, 0.5: 0.9}, corruption="random")
+        single = record_of({0.1: 0.2}, corruption="multi_step")
+        falls = record_of({0.1: 0.8, 0.5: 0.4})
+        record = replace(falls, corruptions=falls.corruptions + flat.corruptions + single.corruptions)
+        text = self.page(record_of, tmp_path, record)
+        assert text.count('role="img"') == 1
+        [said] = re.findall(r"<p[^>]*>No curve([^<]*)", text)
+        assert "random" in said
+        assert "multi-step" in said
+        assert "gradient" not in said
+        assert "multi-step, L2" in text.split("Settings to reproduce")[0].split("Table<")[1], "the tables have it"
 
 
 @pytest.mark.parametrize(
@@ -233,10 +313,10 @@ def test_needs_no_optional_library(record_of, tmp_path, monkeypatch):
     ],
 )
 def test_extreme_values_are_drawn(record_of, tmp_path, values):
-    record = record_of(dict(zip((0.1, 0.2), values, strict=True)), clean=values[0])
+    record = record_of(dict(zip((0.1, 0.2), values, strict=True)), clean=0.5)
     text, _ = write(RobustnessReport(record, greater_is_better=False), tmp_path)
     assert Page(text).tags.count("desc") == 1
-    places = re.findall(r'(?:d|x|y|transform)="([^"]*)"', text)
+    places = re.findall(r'(?:\bd|x|y|transform)="([^"]*)"', text)
     assert [place for place in places if re.search("nan|inf", place)] == []
 
 

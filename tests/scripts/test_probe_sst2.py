@@ -31,7 +31,9 @@ def test_the_page_is_what_the_records_say():
 def test_the_reports_are_those_of_the_records_and_small(grouping, tmp_path):
     probe_sst2.draw(tmp_path, grouping, SWEEPS[grouping])
     for name in (f"{grouping}.html", f"{grouping}.md"):
-        assert (FOLDER / name).read_text(encoding="utf-8") == (tmp_path / name).read_text(encoding="utf-8")
+        kept, made = ((folder / name).read_text(encoding="utf-8") for folder in (FOLDER, tmp_path))
+        # Pictures may differ in the last digit with another Matplotlib.
+        assert re.sub("<svg.*?</svg>", "", kept) == re.sub("<svg.*?</svg>", "", made)
     assert (FOLDER / f"{grouping}.html").stat().st_size < 300_000
     picture = matplotlib.image.imread(FOLDER / f"{grouping}.png")
     assert picture.shape == matplotlib.image.imread(tmp_path / f"{grouping}.png").shape
@@ -122,10 +124,10 @@ class TestFigures:
         plain = EvaluationRecord.load(RECORDS / "plain-seed1.json")
         row = next(row for row in plain.corruptions if row.label == "gradient-based L2 ε=0.1")
         clean, value = 100 * plain.clean.mean("accuracy"), 100 * row.mean("accuracy")
-        table = (tmp_path / "paper-1-table-1.md").read_text()
+        table = re.sub(" +", " ", (tmp_path / "paper-1-table-1.md").read_text())
         change = f"{value - clean:+.1f}".replace("-", "−")
         assert f"| L2, n = k, ε = 0.1 | – | {value:.1f} ({change}) | –" in table
-        table = (tmp_path / "paper-2-table-6.md").read_text()
+        table = re.sub(" +", " ", (tmp_path / "paper-2-table-6.md").read_text())
         assert re.search(rf"^\| plain \| {clean:.1f} \| {value:.1f} \|", table, re.MULTILINE)
         assert "last-encoder-layer corrupted, gradient-based L2 ε=1" in table.splitlines()[0]
         for picture in tmp_path.glob("*.png"):

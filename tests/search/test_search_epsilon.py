@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 from hf_parcor import ACRT, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
 from hf_parcor.records import SearchRecord, SearchTrial
 from hf_parcor.reports.plots import plot_search
-from hf_parcor.reports.terminal_tables import search_table
+from hf_parcor.reports.tables import search_table
 from hf_parcor.search import golden_section_maximum, search_epsilon
 
 L2 = CorruptionConstraint(epsilon=0.1)
@@ -218,8 +218,8 @@ class TestReaders:
         lines = search_table(replace(self.record, trials=(*self.record.trials, SearchTrial(1, 2, 0.5, {}, True))))
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines.splitlines()]
         assert rows[0] == ["K", "ε", "objective (maximize)", ""]
-        assert rows[3] == ["1", "0.2", "0.9000", "best"]
-        assert rows[-1] == ["2", "1", "0.5000", "collapsed"]
+        assert rows[3] == ["1", "0.2", "0.9", "best"]
+        assert rows[-1] == ["2", "1", "0.5", "collapsed"]
 
     def test_plot(self):
         figure = plot_search(self.record, "accuracy")
