@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from hf_parcor.cards.facts import CorruptionFacts, ModelFacts
-from hf_parcor.evaluation.trainer import plain_name
+from hf_parcor.records.curves import plain_name
 from hf_parcor.records.stored import to_plain
 from hf_parcor.reports.markup import printable
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from hf_parcor.evaluation.metrics import TrainerMetric
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 from hf_parcor.evaluation.walks import drawn_once
 from hf_parcor.records import EvaluationRecord
+from hf_parcor.records.curves import plain_name
 from hf_parcor.records.data import evaluation_data_of
 from hf_parcor.records.metric_info import MetricInfo
 
@@ -98,23 +98,7 @@ def _loss_of(trainer: Trainer) -> Any:
     return loss
 
 
-_LETTERS = {"ε": "epsilon ", "σ": "sigma ", "∞": "inf"}
 Corruptions = Sequence[Corruption] | Mapping[str, Corruption]
-
-
-def plain_name(label: str) -> str:
-    """Return a label in small letters, digits, points and underscores; a minus stays in an exponent.
-
-    Examples:
-        >>> [plain_name(label) for label in ("gradient-based L∞ ε=0.0002", "4-bit quantization", "Gaussian σ=0.02")]
-        ['gradient_based_linf_epsilon_0.0002', '4_bit_quantization', 'gaussian_sigma_0.02']
-        >>> plain_name("bit flips rate=1e-08 (any)")
-        'bit_flips_rate_1e-08_any'
-    """
-    for letter, word in _LETTERS.items():
-        label = label.replace(letter, word)
-    kept = re.sub(r"[^a-z0-9.-]+", "_", label.lower())
-    return re.sub(r"(?<!\de)-", "_", kept).strip("_")
 
 
 def by_name(corruptions: Corruptions) -> dict[str, Corruption]:

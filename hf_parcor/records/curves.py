@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord
 
+_LETTERS = {"ε": "epsilon ", "σ": "sigma ", "∞": "inf"}
 _NAMES = {"top_n": "n", "steps": "K", "step_size": "α"}
 
 
@@ -57,7 +59,7 @@ class Series(NamedTuple):
         """
         if self.strength is None:
             return row.label
-        return self.shown.format(short(float(row.settings[self.strength])))
+        return self.shown.replace("{}", short(float(row.settings[self.strength])))
 
     @property
     def name(self) -> str:
@@ -73,6 +75,21 @@ def short(number: float) -> str:
         ('0.0002', '∞')
     """
     return "∞" if math.isinf(number) else f"{number:g}".replace("e-0", "e-")
+
+
+def plain_name(label: str) -> str:
+    """Return a label in small letters, digits, points and underscores; a minus stays in an exponent.
+
+    Examples:
+        >>> [plain_name(label) for label in ("gradient-based L∞ ε=0.0002", "4-bit quantization", "Gaussian σ=0.02")]
+        ['gradient_based_linf_epsilon_0.0002', '4_bit_quantization', 'gaussian_sigma_0.02']
+        >>> plain_name("bit flips rate=1e-08 (any)")
+        'bit_flips_rate_1e-08_any'
+    """
+    for letter, word in _LETTERS.items():
+        label = label.replace(letter, word)
+    kept = re.sub(r"[^a-z0-9.-]+", "_", label.lower())
+    return re.sub(r"(?<!\de)-", "_", kept).strip("_")
 
 
 def _kind_in_catalogue(row: CorruptionRecord) -> CorruptionKind | None:
