@@ -1,12 +1,13 @@
 """Writes `hf_parcor/API.md`: every public name, the first sentence of its docstring, and its example.
 
-    python scripts/public_names.py
+    python -m scripts.public_names
 
 A test compares the page with what this returns, and runs the examples as they stand there.
 """
 
 from __future__ import annotations
 
+import argparse
 import inspect
 from collections.abc import Iterator
 from doctest import DocTestParser
@@ -18,7 +19,7 @@ PAGE = Path(hf_parcor.__file__).with_name("API.md")
 HEAD = """# The public names
 
 All that `from hf_parcor import ...` gives, by the part that defines it; other names may change in any release.
-Arguments, defaults and errors are in the docstrings: `help(hf_parcor.SAM)`. `python scripts/public_names.py` makes
+Arguments, defaults and errors are in the docstrings: `help(hf_parcor.SAM)`. `python -m scripts.public_names` makes
 this page from them, and a test runs each example, after
 
 ```python
@@ -74,6 +75,16 @@ def page() -> str:
     return "\n".join(blocks())
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the page."""
+    argparse.ArgumentParser(
+        prog="python -m scripts.public_names",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     PAGE.write_text(page(), encoding="utf-8")
     print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

@@ -208,7 +208,7 @@ EXAMPLES = dict(re.findall(r"^### `(\w+)`\n.*?```pycon\n(.*?)```", PUBLIC, flags
 class TestThePageOfPublicNames:
     def test_it_says_what_the_docstrings_say(self):
         written = runpy.run_path(str(ROOT / "scripts" / "public_names.py"))["page"]()
-        assert written == PUBLIC, "run python scripts/public_names.py"
+        assert written == PUBLIC, "run python -m scripts.public_names"
 
     @pytest.mark.parametrize("name", hf_parcor.__all__)
     def test_an_example_runs_after_the_imports_of_the_page(self, name):
