@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -18,13 +19,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What `evaluate` copies, and imports as one package, is kept out of the user's caches.
 os.environ["HF_MODULES_CACHE"] = os.environ["HF_METRICS_CACHE"] = tempfile.mkdtemp()
 
+import hypothesis
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_parcor import (
+    BitFlips,
+    CorruptionConstraint,
+    GaussianNoise,
+    GradientCorruption,
+    MultiStepCorruption,
+    Quantization,
+    RandomCorruption,
+    UniformNoise,
+)
+from hf_parcor.corruptions import CORRUPTIONS, Corruption
+
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # no test depends on how busy it is
+hypothesis.settings.load_profile("any machine")
 
 Batch = dict[str, torch.Tensor]
 SIZES = (4, 4, 2)  # the last batch is smaller, as it is in most data sets
@@ -136,3 +153,21 @@ class PeakMemory(TorchDispatchMode):
 def peak_memory() -> type[PeakMemory]:
     """Return the context manager that watches how much memory tensors take."""
     return PeakMemory
+
+
+ROWS = {
+    "random": RandomCorruption(CorruptionConstraint(epsilon=2.0)),
+    "gradient": GradientCorruption(CorruptionConstraint(p=math.inf, epsilon=0.1)),
+    "multi_step": MultiStepCorruption(CorruptionConstraint(epsilon=1.0)),
+    "gaussian": GaussianNoise(0.1),
+    "uniform": UniformNoise(0.2),
+    "quantization": Quantization(2),
+    "bit_flips": BitFlips(count=5, bits="exponent"),
+}
+
+
+@pytest.fixture
+def one_of_each() -> dict[str, Corruption]:
+    """Return one corruption of every kind in the catalogue, by name."""
+    assert list(ROWS) == list(CORRUPTIONS), "a new corruption needs a row here"
+    return ROWS

@@ -9,6 +9,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from for_each import for_each
 
 import hf_parcor
 
@@ -93,6 +94,23 @@ def own_imports(path):
     return {name for name in imports_of(path) if name.split(".")[0] == "hf_parcor"}
 
 
+def sources(*parts):
+    """Return the names of all modules of these parts, of all parts where none is named."""
+    found = [name for name in SOURCES if "." in name and (not parts or part_of(name) in parts)]
+    assert found, "nothing of that name is left to look at"
+    return found
+
+
+def libraries(*parts):
+    return {name: {other.split(".")[0] for other in imports_of(SOURCES[name])} for name in sources(*parts)}
+
+
+def offenders(found, forbidden=None):
+    """Return what each module has of what is forbidden, of anything by default, for those that have some."""
+    bad = {name: sorted(has if forbidden is None else has & forbidden) for name, has in found.items()}
+    return {name: has for name, has in bad.items() if has}
+
+
 class TestDependencies:
     def test_every_part_has_a_row(self):
         assert {part_of(name) for name in SOURCES if "." in name} == set(MAY_IMPORT)
@@ -103,12 +121,12 @@ class TestDependencies:
             assert others <= above, part
             above.add(part)
 
-    @pytest.mark.parametrize("name", [name for name in SOURCES if "." in name])
-    def test_imports_point_downwards(self, name):
-        imported = own_imports(SOURCES[name])
-        assert "hf_parcor" not in imported, "the top imports everything"
-        parts = {part_of(other) for other in imported} - {part_of(name)}
-        assert parts <= MAY_IMPORT[part_of(name)]
+    def test_imports_point_downwards(self):
+        upwards = {}
+        for name in sources():
+            parts = {part_of(other) if "." in other else other for other in own_imports(SOURCES[name])}
+            upwards[name] = parts - {part_of(name)} - MAY_IMPORT[part_of(name)]
+        assert offenders(upwards) == {}
 
     def test_there_are_no_cycles(self):
         graph = {name: own_imports(path) & set(SOURCES) for name, path in SOURCES.items()}
@@ -118,28 +136,20 @@ class TestDependencies:
         imported = own_imports(SOURCES["hf_parcor.reports.plots"])
         assert {part_of(name) for name in imported - {"hf_parcor.reports.numbers"}} == {"records"}
 
-    @pytest.mark.parametrize(
-        "name",
-        [name for name in SOURCES if name.split(".")[1:2] in (["theory"], ["statistics"], ["records"], ["reports"])],
-    )
-    def test_formulas_have_no_engine(self, name):
-        assert {other.split(".")[0] for other in imports_of(SOURCES[name])}.isdisjoint({"torch", "transformers"})
+    def test_formulas_have_no_engine(self):
+        assert offenders(libraries("theory", "statistics", "records", "reports"), {"torch", "transformers"}) == {}
 
-    @pytest.mark.parametrize(
-        "name", [name for name in SOURCES if name.split(".")[1:2] in (["defenses"], ["corruptions"])]
-    )
-    def test_corruptions_and_defenses_know_no_trainer(self, name):
-        assert {other.split(".")[0] for other in imports_of(SOURCES[name])}.isdisjoint({"transformers", "accelerate"})
+    def test_corruptions_and_defenses_know_no_trainer(self):
+        assert offenders(libraries("defenses", "corruptions"), {"transformers", "accelerate"}) == {}
 
-    @pytest.mark.parametrize(
-        "name", [name for name in SOURCES if name.split(".")[1:2] in (["functional"], ["corruptions"])]
-    )
-    def test_numbers_know_no_model(self, name):
-        tree = ast.parse(SOURCES[name].read_text(encoding="utf-8"))
-        words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        words |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        words |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
-        assert words.isdisjoint({"nn", "Module"})
+    def test_numbers_know_no_model(self):
+        words = {}
+        for name in sources("functional", "corruptions"):
+            nodes = list(ast.walk(ast.parse(SOURCES[name].read_text(encoding="utf-8"))))
+            words[name] = {node.id for node in nodes if isinstance(node, ast.Name)}
+            words[name] |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+            words[name] |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+        assert offenders(words, {"nn", "Module"}) == {}
 
 
 def loaded_by(program):
@@ -196,9 +206,8 @@ with contextlib.redirect_stdout(io.StringIO()):
 
 
 class TestFiles:
-    @pytest.mark.parametrize("name", SOURCES)
-    def test_name(self, name):
-        assert not re.search(r"util|helper|misc|common", name.rpartition(".")[2])
+    def test_names(self):
+        assert [name for name in SOURCES if re.search(r"util|helper|misc|common", name.rpartition(".")[2])] == []
 
     def test_no_tracked_file_names_a_place_on_a_machine(self):
         try:
@@ -220,9 +229,10 @@ SCRIPTS = {name for name, path in SOURCES.items() if path.parent.parent.name == 
 
 
 class TestOptionalLibraries:
-    @pytest.mark.parametrize("name", sorted(set(SOURCES) - SCRIPTS))
-    def test_none_is_imported_at_the_top_of_a_module(self, name):
-        assert {other.split(".")[0] for other in imports_of(SOURCES[name], top_level=True)}.isdisjoint(OPTIONAL)
+    def test_none_is_imported_at_the_top_of_a_module(self):
+        found = {name: imports_of(SOURCES[name], top_level=True) for name in set(SOURCES) - SCRIPTS}
+        tops = {name: {other.split(".")[0] for other in imported} for name, imported in found.items()}
+        assert offenders(tops, OPTIONAL) == {}
 
     def test_everything_imports_without_them(self):
         program = f"""
@@ -254,12 +264,11 @@ assert blocked.isdisjoint(sys.modules), blocked.intersection(sys.modules)
 
 
 class TestPublicNames:
-    @pytest.mark.parametrize("name", PUBLIC)
-    def test_the_promises(self, name):
-        assert name in hf_parcor.__all__
-        assert getattr(hf_parcor, name).__module__.startswith("hf_parcor.")
+    def test_the_promises(self):
+        assert set(PUBLIC) <= set(hf_parcor.__all__)
+        assert [name for name in PUBLIC if not getattr(hf_parcor, name).__module__.startswith("hf_parcor.")] == []
 
-    @pytest.mark.parametrize("name", [name for name in SOURCES if SOURCES[name].name == "__init__.py"])
+    @for_each("name", [name for name in SOURCES if SOURCES[name].name == "__init__.py"])
     def test_all_is_sorted_and_complete(self, name):
         module = importlib.import_module(name)
         body = ast.parse(SOURCES[name].read_text(encoding="utf-8")).body
@@ -280,6 +289,7 @@ class TestPublicNames:
         assert imported <= set(module.__all__) <= imported | defined
         assert all(hasattr(module, entry) for entry in module.__all__)
 
+    @pytest.mark.slow
     def test_the_top_imports_nothing_until_it_is_asked(self):
         program = """
 import sys

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
-import pytest
 import torch
+from for_each import for_each
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from transformers import BatchEncoding, DynamicCache
@@ -61,7 +61,7 @@ HOLDERS = {
 }
 
 
-@pytest.mark.parametrize("name", HOLDERS)
+@for_each("name", HOLDERS)
 def test_what_is_written_into_the_copy_does_not_reach_the_batch(name):
     make, tensor_in = HOLDERS[name]
     batch = make(tensor())
@@ -72,7 +72,7 @@ def test_what_is_written_into_the_copy_does_not_reach_the_batch(name):
     assert torch.equal(tensor_in(batch), tensor())
 
 
-@pytest.mark.parametrize("name", ["dict", "two deep", "OrderedDict", "defaultdict", "UserDict", "BatchEncoding"])
+@for_each("name", ["dict", "two deep", "OrderedDict", "defaultdict", "UserDict", "BatchEncoding"])
 def test_what_is_popped_from_the_copy_stays_in_the_batch(name):
     make, tensor_in = HOLDERS[name]
     batch = make(tensor())
@@ -112,7 +112,7 @@ class TestHandedOn:
         assert copied["leaf"] is leaf
         assert copied["result"][0] is result
 
-    @pytest.mark.parametrize("value", [None, True, 3, 0.5, "text", b"bytes", torch.float16, len])
+    @for_each("value", [None, True, 3, 0.5, "text", b"bytes", torch.float16, len])
     def test_what_cannot_be_written_into(self, value):
         assert private_copy([value])[0] is value
 

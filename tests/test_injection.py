@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from for_each import for_each
 from torch import Tensor, nn
 
 from hf_parcor import GaussianNoise, corrupted
@@ -38,7 +39,7 @@ class Weights(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if "special" not in name}
 
 
-@pytest.fixture(params=[*([dtype] for dtype in DTYPES), DTYPES], ids=lambda dtypes: "-".join(map(str, dtypes)))
+@pytest.fixture(params=[[torch.float32], [torch.bfloat16], DTYPES], ids=["wide", "narrow", "mixed"])
 def model(request) -> Weights:
     return Weights(request.param)
 
@@ -93,7 +94,7 @@ class TestInsideTheBlock:
                 torch.testing.assert_close(parameters[other].detach(), value, rtol=0, atol=0, equal_nan=True)
             assert injection.size().changed == parameters[name].numel()
 
-    @pytest.mark.parametrize("value", [0.5, math.nan, math.inf, -math.inf])
+    @for_each("value", [0.5, math.nan, math.inf, -math.inf])
     def test_replacements_are_written_as_they_are(self, model: Weights, value: float, bits_of) -> None:
         before = bits_of(model)
         parameters = dict(model.named_parameters())
@@ -156,7 +157,7 @@ class TestEveryBitIsBack:
             assert bits_of(model) != before
         assert bits_of(model) == before
 
-    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration])
+    @for_each("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration])
     def test_after_an_exception_in_the_body(self, model: Weights, corruption, bits_of, error) -> None:
         before = bits_of(model)
         with pytest.raises((error, RuntimeError)), corrupted(dict(model.named_parameters()), corruption):
@@ -289,7 +290,7 @@ class TestFailuresWhileWriting:
             raise AssertionError("the body must not run")
         assert bits_of(model) == before
 
-    @pytest.mark.parametrize("replacing", [False, True])
+    @for_each("replacing", [False, True])
     def test_an_interrupt_at_any_line_of_the_write(self, bits_of, replacing: bool) -> None:
         model = Weights([torch.float32, torch.bfloat16])
         parameters = model.ordinary()
@@ -426,7 +427,7 @@ class TestStepByStep:
         injection.restore()
         assert bits_of(model) == clean
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @for_each("dtype", [torch.bfloat16, torch.float16])
     def test_narrow_weights_hold_exactly_the_rounded_sum(self, dtype: torch.dtype) -> None:
         weight = nn.Parameter(torch.randn(1000).to(dtype))
         before, a = weight.detach().clone(), torch.zeros(1000)
@@ -438,7 +439,7 @@ class TestStepByStep:
             assert torch.equal(weight, sum_of(before, a))
         assert not torch.equal(weight, before)
 
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @for_each("dtype", DTYPES)
     def test_a_projection_moves_what_was_not_updated(self, dtype: torch.dtype) -> None:
         first, second = (nn.Parameter(torch.zeros(1, dtype=dtype)) for _ in range(2))
         injection = Injection({"first": first, "second": second})
@@ -492,7 +493,7 @@ class TestStepByStep:
 
 
 class TestNorms:
-    @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
+    @for_each("p", [1.0, 2.0, 3.0, math.inf])
     def test_asked_and_realised_in_full_precision(self, p: float) -> None:
         weights = {"a": nn.Parameter(torch.randn(50)), "b": nn.Parameter(torch.randn(4, 5, dtype=torch.float64))}
         changes = noise(weights)
@@ -502,7 +503,7 @@ class TestNorms:
         assert float(norm.asked) == pytest.approx(float(expected), rel=1e-5)
         assert float(norm.realised) == pytest.approx(float(expected), rel=1e-5)
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @for_each("dtype", [torch.bfloat16, torch.float16])
     def test_narrow_weights_swallow_small_changes(self, dtype: torch.dtype) -> None:
         weight = nn.Parameter((1 + torch.rand(10_000)).to(dtype))
         change = torch.full((10_000,), 1e-5)
@@ -562,7 +563,7 @@ class TestNorms:
         with corrupted({"w": weight}, values) as injection:
             assert injection.size().changed == 2
 
-    @pytest.mark.parametrize("p", [0.5, math.nan, "2"])
+    @for_each("p", [0.5, math.nan, "2"])
     def test_bad_orders_change_nothing(self, p) -> None:
         weight = nn.Parameter(torch.ones(3))
         with corrupted({"w": weight}, {"w": torch.ones(3)}) as injection:
@@ -584,8 +585,8 @@ class TestRefusals:
         assert all(torch.equal(parameter, torch.ones(2, 3)) for parameter in parameters.values())
         assert all(parameter._version == 0 for parameter in parameters.values())
 
-    @pytest.mark.parametrize("kind", [dict, Replacement])
-    @pytest.mark.parametrize(
+    @for_each("kind", [dict, Replacement])
+    @for_each(
         ("corruption", "error", "message"),
         [
             ({}, ValueError, r"corruption: expected at least one tensor, got none"),
@@ -615,7 +616,7 @@ class TestRefusals:
             with pytest.raises(error, match=message):
                 (injection.replace if kind is Replacement else injection.displace)(corruption)
 
-    @pytest.mark.parametrize("given", [GaussianNoise(0.1), None, [torch.ones(2, 3)], 0.1])
+    @for_each("given", [GaussianNoise(0.1), None, [torch.ones(2, 3)], 0.1])
     def test_corruptions_that_are_no_mapping(self, parameters, given) -> None:
         message = r"corruption: expected tensors by name, got .*; call a corruption on the parameters"
         with pytest.raises(TypeError, match=message), corrupted(parameters, given):
@@ -636,14 +637,14 @@ class TestRefusals:
         parameters.pop("layer.0.weight")  # it was written, and restored
 
     def test_no_weights(self) -> None:
-        with pytest.raises(ValueError, match=r"weights: expected at least one tensor, got none; select parameters"):
+        with pytest.raises(ValueError, match=r"weights: expected at least one tensor, got none"):
             Injection({})
 
-    @pytest.mark.parametrize("given", [nn.Linear(2, 2), nn.Linear(2, 2).named_parameters(), [torch.ones(2)], None])
+    @for_each("given", [nn.Linear(2, 2), nn.Linear(2, 2).named_parameters(), [torch.ones(2)], None])
     def test_weights_that_are_no_mapping(self, given) -> None:
-        with pytest.raises(TypeError, match=r"parameters: expected tensors by name, got .*; select_parameters"):
+        with pytest.raises(TypeError, match=r"parameters: expected tensors by name, got .*"):
             corrupted(given, {"w": torch.ones(2)}).__enter__()
-        with pytest.raises(TypeError, match=r"weights: expected tensors by name, got .*; select_parameters"):
+        with pytest.raises(TypeError, match=r"weights: expected tensors by name, got .*"):
             Injection(given)
 
     def test_one_weight_under_two_names(self) -> None:

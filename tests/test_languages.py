@@ -114,7 +114,7 @@ def test_a_part_of_a_name(folders):
 
     assert pair("mbart50", "de", "en") == ("de_DE", "en_XX")
     assert pair("nllb", "deu", "deu") == ("deu_Latn", "deu_Latn"), "both are named: a summary, say"
-    with pytest.raises(InputError, match="zho_Hans, zho_Hant, got 'zho'; name one"):
+    with pytest.raises(InputError, match="zho_Hans, zho_Hant, got 'zho'"):
         pair("nllb", "zho", "deu")
 
 
@@ -123,7 +123,7 @@ def test_one_without_languages(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert languages_of(tokenizer) == {}
     set_languages(None, tokenizer)
-    with pytest.raises(InputError, match=r"expected a tokenizer that has some, got .* 'de'; .*prefix"):
+    with pytest.raises(InputError, match=r"expected a tokenizer that has some, got .* 'de'"):
         set_languages(None, tokenizer, None, "de")
 
 
@@ -132,7 +132,7 @@ def test_a_metric_refuses_to_guess(model, tokenizer, kind):
     scored = lambda predictions, references: len(predictions)  # noqa: E731
     inputs = tokenizer(["good film"], return_tensors="pt")
     unmarked = {**inputs, "labels": torch.tensor([[5, 6]])}
-    with pytest.raises(InputError, match=r"forced_bos_token_id: expected the token of the language .* got none"):
+    with pytest.raises(InputError, match=r"forced_bos_token_id: expected the token of the language .*"):
         GenerationMetric(tokenizer, [unmarked], scored, max_new_tokens=3)(model)
     set_languages(model, tokenizer, german, english)
     batch = dict(tokenizer(["good film"], text_target=["bad film"], return_tensors="pt"))

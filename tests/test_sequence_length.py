@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from for_each import for_each
 
 from hf_parcor.errors import InputError
 from hf_parcor.sequence_length import asked_length, fitting_length, generated_length, longest_sequence, positions
@@ -56,9 +57,7 @@ def runs(model, length, decoder):
     return True
 
 
-@pytest.mark.parametrize(
-    ("kind", "decoder"), [*((kind, False) for kind in BEFORE), *((kind, True) for kind in WITH_DECODER)]
-)
+@for_each(("kind", "decoder"), [*((kind, False) for kind in BEFORE), *((kind, True) for kind in WITH_DECODER)])
 def test_a_text_as_long_passes_and_a_longer_one_does_not(kind, decoder):
     model, before = tiny(kind), BEFORE[kind]
     if before is None:
@@ -80,7 +79,7 @@ def test_sides_of_different_length():
     assert (longest_sequence(model), longest_sequence(model, decoder=True)) == (32, 12)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("kind", "of_tokenizer", "expected"),
     [
         ("roberta", 512, ROWS - 2),
@@ -108,7 +107,7 @@ def test_more_than_there_are_positions_for():
 
 
 class TestGeneration:
-    @pytest.mark.parametrize(
+    @for_each(
         ("settings", "own", "expected"),
         [
             ({}, {}, None),
@@ -120,7 +119,6 @@ class TestGeneration:
             ({"max_length": 7}, {"max_new_tokens": 9}, 9),
             ({"generation_config": transformers.GenerationConfig(max_length=12)}, {"max_length": 9}, 11),
         ],
-        ids=str,
     )
     def test_lengths_that_are_asked_for_are_those_that_are_generated(self, settings, own, expected):
         config = transformers.BartConfig(**SIZES, max_position_embeddings=64, decoder_start_token_id=2)

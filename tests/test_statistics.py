@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from for_each import for_each
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -26,7 +27,6 @@ TESTS = [(student_t_test, True), (welch_t_test, False)]
 
 
 class TestMeanAndSpread:
-    @settings(deadline=None)
     @given(VALUES, st.sampled_from([0.8, 0.95, 0.99]))
     def test_against_scipy(self, values, level):
         summary = MeanAndSpread.from_values(values)
@@ -50,14 +50,14 @@ class TestMeanAndSpread:
         assert MeanAndSpread.from_values(np.array([1.0, 2.0, 3.0], dtype=np.float32)) == expected
         assert MeanAndSpread.from_values(x for x in (1, 2, 3)) == expected
 
-    @pytest.mark.parametrize("values", [[], [1.0]])
+    @for_each("values", [[], [1.0]])
     def test_one_value_has_no_spread(self, values):
         with pytest.raises(ValueError, match=rf"expected at least 2 values, got {len(values)}"):
             MeanAndSpread.from_values(values)
         with pytest.raises(ValueError, match="another seed"):
             MeanAndSpread(1.0, 0.0, n=1)
 
-    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @for_each("value", [math.nan, math.inf, -math.inf])
     def test_diverged_runs_have_no_score(self, value):
         with pytest.raises(ValueError, match="diverged"):
             MeanAndSpread.from_values([1.0, value, -value])
@@ -68,7 +68,7 @@ class TestMeanAndSpread:
         with pytest.raises(ValueError, match="standard deviation >= 0"):
             MeanAndSpread(1.0, -0.1, 3)
 
-    @pytest.mark.parametrize("level", [0, 1, 95, math.nan])
+    @for_each("level", [0, 1, 95, math.nan])
     def test_level_is_a_fraction(self, level):
         with pytest.raises(ValueError, match="not percent"):
             MeanAndSpread(1.0, 0.1, 3).confidence_interval(level)
@@ -77,7 +77,7 @@ class TestMeanAndSpread:
 class TestTTests:
     @pytest.mark.parametrize(("test", "equal_variances"), TESTS)
     @pytest.mark.parametrize("alternative", Alternative)
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     @given(first=VALUES, second=VALUES)
     def test_against_scipy(self, test, equal_variances, alternative, first, second):
         one, two = MeanAndSpread.from_values(first), MeanAndSpread.from_values(second)
@@ -98,7 +98,7 @@ class TestTTests:
         )
         assert result.p_value == pytest.approx(summaries.pvalue, rel=1e-7)
 
-    @pytest.mark.parametrize(("test", "equal_variances"), TESTS)
+    @for_each(("test", "equal_variances"), TESTS)
     def test_one_side_without_spread_is_an_ordinary_test(self, test, equal_variances):
         first, second = [2.0, 2.0, 2.0], [1.0, 1.5, 1.25]
         expected = stats.ttest_ind_from_stats(
@@ -107,8 +107,8 @@ class TestTTests:
         result = test(first, second)
         assert (result.t, result.p_value) == pytest.approx((expected.statistic, expected.pvalue))
 
-    @pytest.mark.parametrize(("test", "_"), TESTS)
-    @pytest.mark.parametrize(
+    @for_each("test", [student_t_test, welch_t_test])
+    @for_each(
         ("difference", "alternative", "t", "p_value"),
         [
             (1.0, Alternative.GREATER, math.inf, 0.0),
@@ -122,23 +122,26 @@ class TestTTests:
             (0.0, Alternative.TWO_SIDED, 0.0, 1.0),
         ],
     )
-    def test_no_spread_on_either_side_is_the_limit_of_a_small_one(self, test, _, difference, alternative, t, p_value):
+    def test_no_spread_on_either_side_is_the_limit_of_a_small_one(self, test, difference, alternative, t, p_value):
         result = test([3.0 + difference] * 3, [3.0] * 4, alternative)
         assert (result.t, result.p_value, result.standard_error) == (t, p_value, 0.0)
         assert math.isfinite(result.df)
         nearly = test(MeanAndSpread(3.0 + difference, 1e-12, 3), MeanAndSpread(3.0, 1e-12, 4), alternative)
         assert nearly.p_value == pytest.approx(p_value, abs=1e-9)
 
-    @pytest.mark.parametrize(("test", "_"), TESTS)
-    def test_tiny_and_huge_spreads_neither_underflow_nor_overflow(self, test, _):
+    @for_each("test", [student_t_test, welch_t_test])
+    def test_tiny_and_huge_spreads_neither_underflow_nor_overflow(self, test):
         for scale in (1e-200, 1e200):
             scaled = test(MeanAndSpread(2 * scale, scale, 3), MeanAndSpread(scale, scale / 2, 3))
             plain = test(MeanAndSpread(2.0, 1.0, 3), MeanAndSpread(1.0, 0.5, 3))
             assert (scaled.t, scaled.df, scaled.p_value) == pytest.approx((plain.t, plain.df, plain.p_value))
 
-    @pytest.mark.parametrize("alternative", Alternative)
-    @settings(deadline=None, max_examples=40)
-    @given(difference=st.floats(-20, 20), level=st.sampled_from([0.01, 0.05, 0.3]))
+    @settings(max_examples=120)
+    @given(
+        alternative=st.sampled_from(Alternative),
+        difference=st.floats(-20, 20),
+        level=st.sampled_from([0.01, 0.05, 0.3]),
+    )
     def test_significance_is_passing_the_critical_value(self, alternative, difference, level):
         result = welch_t_test(MeanAndSpread(difference, 2.0, 4), MeanAndSpread(0.0, 3.0, 7), alternative)
         claimed = {"greater": result.t, "less": -result.t, "two-sided": abs(result.t)}[alternative.value]
@@ -155,7 +158,7 @@ class TestTTests:
 
     def test_without_scipy_the_error_says_how_to_get_it(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "scipy", None)
-        with pytest.raises(ImportError, match=r"SciPy is needed for t-tests; .*pip install 'hf-parcor\[statistics\]'"):
+        with pytest.raises(ImportError, match=r"SciPy is needed for t-tests"):
             student_t_test([1.0, 2.0], [1.0, 2.5])
 
     def test_result_goes_through_json(self):
@@ -187,7 +190,7 @@ class TestHolmCorrection:
         assert holm_correction([0.03]) == (0.03,)
         assert holm_correction([]) == ()
 
-    @pytest.mark.parametrize("p", [-0.1, 1.1, math.nan])
+    @for_each("p", [-0.1, 1.1, math.nan])
     def test_arguments_are_checked(self, p):
         with pytest.raises(ValueError, match=r"p-values in \[0, 1\]"):
             holm_correction([0.1, p])
@@ -284,19 +287,19 @@ class TestTableC7OfPaper2:
         assert result.df == 4
         assert round(result.critical_value(0.05), 3) == 2.132
 
-    @pytest.mark.parametrize(("dataset", "first", "second", "printed"), FOLLOWS)
+    @for_each(("dataset", "first", "second", "printed"), FOLLOWS)
     def test_entries_that_follow(self, dataset, first, second, printed):
         assert self.is_possible(dataset, first, second, printed)
         assert self.compare(dataset, first, second).t == pytest.approx(printed, abs=0.02)
 
-    @pytest.mark.parametrize(("dataset", "first", "second", "printed", "computed"), EXCHANGED)
+    @for_each(("dataset", "first", "second", "printed", "computed"), EXCHANGED)
     def test_entries_of_the_other_method(self, dataset, first, second, printed, computed):
         assert round(self.compare(dataset, first, second).t, 2) == computed
         assert not self.is_possible(dataset, first, second, printed)
         other = {"ACRT": "AWP", "AWP": "ACRT"}
         assert self.is_possible(dataset, other.get(first, first), other.get(second, second), printed)
 
-    @pytest.mark.parametrize(("dataset", "first", "second", "printed", "computed"), UNEXPLAINED)
+    @for_each(("dataset", "first", "second", "printed", "computed"), UNEXPLAINED)
     def test_entries_that_follow_from_nothing_printed(self, dataset, first, second, printed, computed):
         assert round(self.compare(dataset, first, second).t, 2) == computed
         assert not any(self.is_possible(dataset, *pair, printed) for pair in itertools.permutations(RUNS[dataset], 2))

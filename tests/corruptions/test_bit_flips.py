@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from for_each import for_each
 
 from hf_parcor import BitFlips, corrupted
 from hf_parcor.functional import flip_random_bits
@@ -16,7 +17,7 @@ def changed_bits(before: torch.Tensor, after: torch.Tensor) -> int:
     return sum(int(((patterns >> bit) & 1).sum()) for bit in range(32))
 
 
-@pytest.mark.parametrize("settings", [{"rate": 0.05}, {"count": 17}, {"rate": 0.5, "bits": "exponent"}])
+@for_each("settings", [{"rate": 0.05}, {"count": 17}, {"rate": 0.5, "bits": "exponent"}])
 def test_is_the_pure_function(settings: dict, weights) -> None:
     found = BitFlips(**settings)(weights, generator=torch.Generator().manual_seed(7))
     field = settings.get("bits", "any")
@@ -54,13 +55,13 @@ def test_exponent_flips_can_break_a_model_and_it_comes_back(weights) -> None:
     assert all(torch.equal(weight, clean[name]) for name, weight in weights.items())
 
 
-@pytest.mark.parametrize(("bits", "available"), [("sign", 34), ("exponent", 34 * 8), ("any", 34 * 32)])
+@for_each(("bits", "available"), [("sign", 34), ("exponent", 34 * 8), ("any", 34 * 32)])
 def test_more_than_there_are(bits: str, available: int, weights) -> None:
     with pytest.raises(ValueError, match=rf"count: expected at most {available} bits .* got {available + 1}"):
         BitFlips(count=available + 1, bits=bits)(weights)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("settings", "error", "message"),
     [
         ({}, ValueError, r"expected one of rate and count, got rate=None and count=None; give one"),

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from for_each import for_each
 from scipy import stats
 
 from hf_parcor import CorruptionConstraint, GradientCorruption, RandomCorruption
@@ -16,8 +17,8 @@ NORMS = [1.0, 1.5, 2.0, 4.0, math.inf]
 
 
 class TestGradientCorruption:
-    @pytest.mark.parametrize("p", NORMS)
-    @pytest.mark.parametrize("top_n", [None, 1, 11])
+    @for_each("p", NORMS)
+    @for_each("top_n", [None, 1, 11])
     def test_is_the_closed_form_on_autograds_gradient(self, p: float, top_n: int | None, weights, logistic) -> None:
         source = logistic(weights)
         constraint = CorruptionConstraint(p=p, epsilon=0.3, top_n=top_n)
@@ -28,7 +29,7 @@ class TestGradientCorruption:
         for found, right in zip(result.values(), expected, strict=True):
             torch.testing.assert_close(found, right)
 
-    @pytest.mark.parametrize("p", NORMS)
+    @for_each("p", NORMS)
     def test_raises_the_loss_as_much_as_the_first_order_says(self, p: float, weights, logistic) -> None:
         weights = {name: weight.detach().double() for name, weight in weights.items()}
         source, epsilon = logistic(weights), 1e-6
@@ -62,7 +63,7 @@ class TestGradientCorruption:
         assert all(torch.equal(found[name], expected[name]) for name in weights)
         assert all(torch.equal(gradient[name], before[name]) for name in weights)
 
-    @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+    @for_each("value", [0.0, math.nan, math.inf])
     def test_no_usable_gradient_is_no_corruption(self, value: float, weights, logistic) -> None:
         source = logistic(weights)
         gradient = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -75,8 +76,8 @@ class TestGradientCorruption:
 
 
 class TestRandomCorruption:
-    @pytest.mark.parametrize("p", NORMS)
-    @pytest.mark.parametrize("top_n", [None, 1, 11])
+    @for_each("p", NORMS)
+    @for_each("top_n", [None, 1, 11])
     def test_is_the_closed_form_on_normal_noise(self, p: float, top_n: int | None, weights) -> None:
         corruption = RandomCorruption(CorruptionConstraint(p=p, epsilon=0.3, top_n=top_n))
         found = corruption(weights, generator=torch.Generator().manual_seed(5))
@@ -98,6 +99,7 @@ class TestRandomCorruption:
             assert stats.kstest((coordinate / 2 + 1) / 2, stats.beta((k - 1) / 2, (k - 1) / 2).cdf).pvalue > 1e-3
         assert np.abs(np.cov(points.T) - np.eye(k) * 4 / k).max() < 0.1
 
+    @pytest.mark.slow
     def test_signs_for_infinity_and_every_coordinate_for_one(self) -> None:
         weights = {"w": torch.zeros(10_000)}
         (signs,) = RandomCorruption(CorruptionConstraint(p=math.inf, epsilon=0.5))(weights).values()
@@ -110,7 +112,7 @@ class TestRandomCorruption:
         assert stats.chisquare(np.bincount(hits, minlength=4)).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("kind", [GradientCorruption, RandomCorruption])
+@for_each("kind", [GradientCorruption, RandomCorruption])
 def test_a_bare_radius_is_no_constraint(kind) -> None:
     with pytest.raises(TypeError, match=r"constraint: expected a CorruptionConstraint, got 0.1"):
         kind(0.1)

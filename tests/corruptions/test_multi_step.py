@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from for_each import for_each
 
 from hf_parcor import CorruptionConstraint, GradientCorruption, MultiStepCorruption
 from hf_parcor.functional import vector_norm
@@ -50,9 +51,9 @@ def precise(weights) -> dict[str, torch.Tensor]:
     return {name: weight.detach().double() for name, weight in weights.items()}
 
 
-@pytest.mark.parametrize("p", [2.0, math.inf])
-@pytest.mark.parametrize("n", [None, 1, 6, 30])
-@pytest.mark.parametrize(("steps", "step_size"), [(1, 0.3), (4, 0.3), (7, 0.05), (12, 2.0), (None, None), (3, None)])
+@for_each("p", [2.0, math.inf])
+@for_each("n", [None, 1, 6, 30])
+@for_each(("steps", "step_size"), [(1, 0.3), (4, 0.3), (7, 0.05), (12, 2.0), (None, None), (3, None)])
 def test_against_the_same_by_hand(p, n, steps, step_size, precise, logistic, batches) -> None:
     source = logistic(precise)
     result = MultiStepCorruption(CorruptionConstraint(p=p, epsilon=EPSILON, top_n=n), steps, step_size)(
@@ -68,9 +69,9 @@ def test_against_the_same_by_hand(p, n, steps, step_size, precise, logistic, bat
         np.testing.assert_allclose(flat(asked), expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("p", [2.0, math.inf])
-@pytest.mark.parametrize("n", [None, 1, 5])
-@pytest.mark.parametrize("steps", [1, 2, 9])
+@for_each("p", [2.0, math.inf])
+@for_each("n", [None, 1, 5])
+@for_each("steps", [1, 2, 9])
 def test_stays_in_the_constraint(p: float, n: int | None, steps: int, weights, logistic) -> None:
     constraint = CorruptionConstraint(p=p, epsilon=EPSILON, top_n=n)
     for step_size in (None, 0.01, 100.0):
@@ -109,7 +110,7 @@ def test_weights_of_low_precision_are_corrupted_in_float32(weights, logistic) ->
     assert float(vector_norm(list(result.values()))) == pytest.approx(1e-4, rel=0.3)
 
 
-@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+@for_each("value", [0.0, math.nan, math.inf])
 def test_a_batch_without_a_usable_gradient_is_a_step_of_nothing(value: float, weights, logistic) -> None:
     source = logistic(weights)
     proper = source.on_next_batch
@@ -138,13 +139,13 @@ def test_shown_with_its_steps() -> None:
     assert str(MultiStepCorruption(constraint, 5)) == "multi-step L2 ε=0.1 K=5"
 
 
-@pytest.mark.parametrize("p", [1, 1.5, 3])
+@for_each("p", [1, 1.5, 3])
 def test_norms_without_a_projection_are_refused_at_once(p: float) -> None:
     with pytest.raises(NotImplementedError, match=r"expected p = 2 or p = inf, got p ="):
         MultiStepCorruption(CorruptionConstraint(p=p, epsilon=0.1))
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("settings", "error", "message"),
     [
         ({"steps": 0}, ValueError, r"steps: expected a whole number >= 1, got 0"),

@@ -6,20 +6,21 @@ import math
 
 import pytest
 import torch
+from for_each import for_each
 from scipy import stats
 
 from hf_parcor import GaussianNoise, UniformNoise
 from hf_parcor.functional import gaussian_noise, uniform_noise
 
 
-@pytest.mark.parametrize(("kind", "function"), [(GaussianNoise, gaussian_noise), (UniformNoise, uniform_noise)])
+@for_each(("kind", "function"), [(GaussianNoise, gaussian_noise), (UniformNoise, uniform_noise)])
 def test_is_the_pure_function(kind, function, weights) -> None:
     found = kind(0.3)(weights, generator=torch.Generator().manual_seed(7))
     expected = function(list(weights.values()), 0.3, torch.Generator().manual_seed(7))
     assert all(torch.equal(a, b) for a, b in zip(found.values(), expected, strict=True))
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("noise", "distribution"),
     [(GaussianNoise(0.05), stats.norm(0, 0.05)), (UniformNoise(0.05), stats.uniform(-0.05, 0.1))],
 )
@@ -29,13 +30,13 @@ def test_does_not_depend_on_the_weights(noise, distribution) -> None:
         assert stats.kstest(drawn.numpy(), distribution.cdf).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("kind", [GaussianNoise, UniformNoise])
+@for_each("kind", [GaussianNoise, UniformNoise])
 def test_no_noise(kind, weights) -> None:
     assert not any(drawn.any() for drawn in kind(0)(weights).values())
 
 
-@pytest.mark.parametrize(("kind", "name"), [(GaussianNoise, "std"), (UniformNoise, "bound")])
-@pytest.mark.parametrize("size", [-1e-9, math.nan, math.inf])
+@for_each(("kind", "name"), [(GaussianNoise, "std"), (UniformNoise, "bound")])
+@for_each("size", [-1e-9, math.nan, math.inf])
 def test_bad_sizes_are_refused_at_once(kind, name: str, size: float) -> None:
     with pytest.raises(ValueError, match=rf"{name}: expected 0 <= {name} < inf, got"):
         kind(size)

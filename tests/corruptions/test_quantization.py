@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from for_each import for_each
 
 from hf_parcor import Quantization, corrupted
 from hf_parcor.functional import quantize
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+@for_each("bits", [2, 4, 8, 16])
 def test_every_tensor_has_its_own_step(bits: int, weights) -> None:
     with torch.no_grad():
         weights["mix"].mul_(1000)
@@ -18,7 +19,7 @@ def test_every_tensor_has_its_own_step(bits: int, weights) -> None:
     assert len(result["matrix"].unique()) > 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@for_each("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_injected_as_it_is(dtype: torch.dtype) -> None:
     weights = {"w": torch.randn(10_000).to(dtype)}
     values = Quantization(8)(weights)
@@ -32,7 +33,7 @@ def test_twice_is_once(weights) -> None:
     assert all(torch.equal(twice, once[name]) for name, twice in Quantization(5)(once).items())
 
 
-@pytest.mark.parametrize(("bits", "error"), [(1, ValueError), (17, ValueError), (4.0, TypeError), (True, TypeError)])
+@for_each(("bits", "error"), [(1, ValueError), (17, ValueError), (4.0, TypeError), (True, TypeError)])
 def test_bad_widths_are_refused_at_once(bits, error: type[Exception]) -> None:
     with pytest.raises(error, match="bits: expected a whole number"):
         Quantization(bits)

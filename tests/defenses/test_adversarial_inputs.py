@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -135,7 +136,7 @@ def defend(model, batch, defense, seen):
     return perturbations, step
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@for_each("family", FAMILIES)
 def test_every_example_of_every_call_moves_to_its_ball(family):
     build, make_batch, calls = FAMILIES[family]
     model, seen = build().eval(), []
@@ -199,7 +200,7 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match="expected the model to call its input embedding"):
             defend(model, batch, AWP(CorruptionConstraint(epsilon=0.1)), [])
 
-    @pytest.mark.parametrize(
+    @for_each(
         "model",
         [
             nn.Linear(2, 2),
@@ -207,13 +208,12 @@ class TestBadInput:
                 ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic")
             ),
         ],
-        ids=["plain module", "resnet"],
     )
     def test_model_without_an_embedding(self, model):
         with pytest.raises(ValueError, match="expected one whose get_input_embeddings"):
             find_input_embedding(model)
 
-    @pytest.mark.parametrize(
+    @for_each(
         ("options", "says"),
         [
             ({"input_epsilon": -1.0}, "input_epsilon: expected"),
@@ -226,7 +226,7 @@ class TestBadInput:
             AWP(CorruptionConstraint(epsilon=0.1), **options)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     rows=st.integers(1, 4),
     width=st.integers(1, 6),
@@ -246,7 +246,7 @@ def test_ascent_stays_in_the_ball_and_climbs(rows, width, exponent, radius, epsi
     torch.testing.assert_close(cosine, torch.full_like(cosine, 1.0 if min(radius, epsilon) > 1e-6 else cosine[0]))
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
+@for_each("bad", [math.nan, math.inf, 0.0])
 def test_example_without_a_direction_stays(bad):
     gradient = torch.tensor([[1.0, 0.0], [bad, bad]])
     moved = ascend_per_example(torch.zeros(2, 2), gradient, 1.0, 2.0)

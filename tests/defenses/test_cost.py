@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from for_each import for_each
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_parcor import AWP, SAM, CorruptionConstraint, MultiStepRisk, select_parameters
@@ -23,7 +24,7 @@ DEFENDED = [
 ]
 
 
-@pytest.mark.parametrize("defense", DEFENDED, ids=str)
+@for_each("defense", DEFENDED)
 def test_operations(tiny_bert, defense):
     model = tiny_bert(hidden_size=32, intermediate_size=64)
     batch = {"input_ids": torch.randint(20, (4, 8)), "labels": torch.tensor([0, 1, 0, 1])}

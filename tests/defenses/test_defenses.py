@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from for_each import for_each
 from torch import Tensor, nn
 
 from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk
@@ -205,12 +206,11 @@ def test_every_defense_of_the_catalogue_has_a_row():
     assert all(type(defense) is DEFENSES[name] for name, row in ROWS.items() for defense in row.settings)
 
 
-@pytest.mark.parametrize(
-    ("name", "defense"), [(name, defense) for name, row in ROWS.items() for defense in row.settings], ids=str
-)
-@pytest.mark.parametrize("accumulated", [False, True])
+@for_each(("name", "defense"), [(name, defense) for name, row in ROWS.items() for defense in row.settings])
+@for_each("accumulated", [False, True])
 def test_update_equals_longhand(problem, name, defense, accumulated):
     model = problem[0]
+    model.zero_grad()
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     earlier = {key: torch.randn_like(p) if accumulated else torch.zeros_like(p) for key, p in before.items()}
     if accumulated:
@@ -239,7 +239,7 @@ def test_update_equals_longhand(problem, name, defense, accumulated):
         assert torch.equal(parameter, before[key])
 
 
-@pytest.mark.parametrize("name", ROWS)
+@for_each("name", ROWS)
 def test_is_inactive_before_its_start(name):
     defense = ROWS[name].settings[0]
     assert defense.is_active(0.0)
@@ -247,14 +247,14 @@ def test_is_inactive_before_its_start(name):
     assert [later.is_active(epoch) for epoch in (0.0, 1.49, 1.5, 2.0)] == [False, False, True, True]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@for_each("name", ROWS)
 def test_is_active_at_every_so_many_steps(name):
     some = replace(ROWS[name].settings[0], interval=3, start_epoch=0.5)
     assert [some.is_active(1.0, step) for step in range(7)] == [True, False, False, True, False, False, True]
     assert not some.is_active(0.4, 0)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "defense",
     [
         MultiStepRisk(CorruptionConstraint(epsilon=0.0)),
@@ -266,13 +266,12 @@ def test_is_active_at_every_so_many_steps(name):
         AWP(L2, steps=0, input_steps=0),
         GradientPenalty(weight=0),
     ],
-    ids=str,
 )
 def test_is_inactive_where_it_minimises_the_plain_loss(defense):
     assert not defense.is_active(10.0)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("settings", "error", "says"),
     [
         ({"steps": -1}, ValueError, "steps: expected a whole number >= 0, got -1"),
@@ -301,7 +300,7 @@ def test_norms_without_a_projection_are_refused():
         MultiStepRisk(CorruptionConstraint(p=3, epsilon=0.1))
 
 
-@pytest.mark.parametrize("constraint", [L2, MAX, CorruptionConstraint(p=2, epsilon=0.3, top_n=9)], ids=str)
+@for_each("constraint", [L2, MAX, CorruptionConstraint(p=2, epsilon=0.3, top_n=9)])
 def test_one_step_of_the_multi_step_risk_is_the_direct_form(problem, constraint):
     """A step of 1.5 ε, projected onto S, is the worst corruption of S; half of each loss is the mean of both."""
     multi_step = multi_step_risk(MultiStepRisk(constraint, steps=1), problem)

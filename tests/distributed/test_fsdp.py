@@ -20,6 +20,8 @@ from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GaussianNoise, Multi
 from hf_parcor.distributed.dtensors import local_part
 from hf_parcor.distributed.fsdp import drop_gathered
 
+pytestmark = pytest.mark.slow  # ranks are processes of their own
+
 CONSTRAINT = CorruptionConstraint(epsilon=0.2)
 DEFENSES = {
     "multi-step": (MultiStepRisk(CONSTRAINT, steps=2), "all"),

@@ -19,6 +19,8 @@ from hf_parcor.distributed.fsdp import on_shards
 from hf_parcor.prefix import PrefixError
 from hf_parcor.training.shared_prefix import plan_prefix_on_shards
 
+pytestmark = pytest.mark.slow  # ranks are processes of their own
+
 L2 = CorruptionConstraint(epsilon=0.3)
 LAYERS = 4
 RUNS = [

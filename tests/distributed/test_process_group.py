@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import distributed
 
 from hf_parcor.distributed import processes as process_group
 from hf_parcor.distributed.processes import TrainingProcesses
+
+pytestmark = pytest.mark.slow  # ranks are processes of their own
 
 
 def talk(bucket):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import distributed
 
+pytestmark = pytest.mark.slow  # ranks are processes of their own
+
 
 def summed(value):
     total = torch.tensor(value * (distributed.get_rank() + 1))
@@ -48,4 +50,4 @@ def test_says_which_rank_failed(run_on_ranks, function, timeout, message):
     started = time.monotonic()
     with pytest.raises(AssertionError, match=message):
         run_on_ranks(function, 2, timeout=timeout)
-    assert time.monotonic() - started < timeout + 30
+    assert time.monotonic() - started < 300, "the other rank would have slept for 600 s"

@@ -28,6 +28,8 @@ from hf_parcor.functional import (
 )
 from hf_parcor.injection import Injection
 
+pytestmark = pytest.mark.slow  # ranks are processes of their own
+
 # On 2 ranks and more: even, uneven, empty on the last rank, without entries, and a tensor that each rank has whole.
 SHAPES = [(8, 3), (7, 2), (1, 5), (0, 4), (3,), (3, 4)]
 WHOLE = 4

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_parcor.translation import TokenBatchesMixin
+
+pytestmark = pytest.mark.slow  # ranks are processes of their own
 
 BOUND, COUNT = 40, 25
 SETTINGS = {"num_train_epochs": 3, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_steps": 1}

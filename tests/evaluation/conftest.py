@@ -1,42 +1,55 @@
-"""One corruption of every kind, for what must hold for all of them."""
+"""One corruption of every kind, for what must hold for all of them, and Trainers that evaluate a tiny classifier."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
+import torch
+from transformers import Trainer, TrainingArguments
 
-from hf_parcor import (
-    BitFlips,
-    CorruptionConstraint,
-    GaussianNoise,
-    GradientCorruption,
-    MultiStepCorruption,
-    Quantization,
-    RandomCorruption,
-    UniformNoise,
-)
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
-
-ROWS = {
-    "random": RandomCorruption(CorruptionConstraint(epsilon=2.0)),
-    "gradient": GradientCorruption(CorruptionConstraint(p=math.inf, epsilon=0.1)),
-    "multi_step": MultiStepCorruption(CorruptionConstraint(epsilon=1.0)),
-    "gaussian": GaussianNoise(0.1),
-    "uniform": UniformNoise(0.2),
-    "quantization": Quantization(2),
-    "bit_flips": BitFlips(count=5, bits="exponent"),
-}
-
-
-@pytest.fixture
-def one_of_each() -> dict[str, Corruption]:
-    """Return one corruption of every kind in the catalogue, by name."""
-    assert list(ROWS) == list(CORRUPTIONS), "a new corruption needs a row here"
-    return ROWS
 
 
 @pytest.fixture(params=list(CORRUPTIONS))
 def corruption(request: pytest.FixtureRequest, one_of_each: dict[str, Corruption]) -> Corruption:
     """Return each of them in turn."""
     return one_of_each[request.param]
+
+
+@pytest.fixture
+def model(tiny_bert):
+    torch.manual_seed(0)
+    return tiny_bert(vocab_size=30, num_labels=3, initializer_range=0.3)
+
+
+@pytest.fixture
+def rows(labelled_rows):
+    return labelled_rows[:12]
+
+
+@pytest.fixture
+def make(rows, tmp_path, model):
+    """Build a Trainer; keyword arguments that it does not take itself go to its arguments."""
+
+    def build(kind: type[Trainer] = Trainer, *, trained=model, **options):
+        own = {name: options.pop(name) for name in ("callbacks", "defense", "compute_loss_func") if name in options}
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 5,
+            "max_steps": 4,
+            "learning_rate": 1e-2,
+            "dataloader_pin_memory": False,
+        }
+        data = {"train_dataset": rows, "eval_dataset": options.pop("eval_dataset", rows)}
+        arguments = TrainingArguments(**{**defaults, **options})
+        return kind(model=trained, args=arguments, compute_metrics=accuracy, **data, **own)
+
+    return build
+
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}

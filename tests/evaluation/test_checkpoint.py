@@ -54,6 +54,7 @@ def sweep(classifier, batches):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("together", "calls"), [(1, 29), (3, 37)])  # a part is tried out before it is measured
 def test_interrupted_again_and_again(sweep, tmp_path, monkeypatch, together, calls, classifier, bits_of):
     monkeypatch.setattr(measurement, "BETWEEN_WRITES", together)
@@ -173,13 +174,13 @@ class TestRefused:
     @pytest.mark.parametrize("content", [b"", b"\n", b"[]\n", b"{}\n", b'{"kind": "x"}\n', b"\xff\x00\n1", b"notes"])
     def test_foreign_files(self, sweep, path, content):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"sweep\.jsonl: expected a checkpoint of a measurement, got .*; give an"):
+        with pytest.raises(ValueError, match=r"sweep\.jsonl: expected a checkpoint of a measurement"):
             sweep(path)
         assert path.read_bytes() == content
 
     def test_another_format(self, sweep, path):
         path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
-        with pytest.raises(ValueError, match="expected a checkpoint of format 2, got 1; go on with the version"):
+        with pytest.raises(ValueError, match="expected a checkpoint of format 2, got 1"):
             sweep(path, corruptions=CORRUPTIONS[2:])
 
     @pytest.mark.parametrize("line", ["{}", "3", "{", '{"number": "x", "size": null, "metrics": {}, "odd": {}}'])

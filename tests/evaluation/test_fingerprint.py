@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -149,7 +150,7 @@ VALUES = {
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:DeprecationWarning")
-@pytest.mark.parametrize("depth", ["batch", "entry", "deep"])
+@for_each("depth", ["batch", "entry", "deep"])
 def test_every_value_has_a_fingerprint_of_its_own(depth):
     at = {"batch": lambda x: x, "entry": lambda x: {"x": x}, "deep": lambda x: {"x": [{"y": (0, x)}]}}[depth]
     found = {name: fingerprint([at(make())]) for name, make in VALUES.items()}
@@ -160,7 +161,7 @@ def test_every_value_has_a_fingerprint_of_its_own(depth):
     assert [names for names in of_each.values() if len(names) > 1] == []
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("one", "other"),
     [
         ([ONE, ONE], (ONE, ONE)),
@@ -186,7 +187,7 @@ def test_what_is_the_same_data(one, other):
 
 
 class TestBatches:
-    @pytest.mark.parametrize(
+    @for_each(
         ("one", "other"),
         [
             ([{"x": ONE, "y": ONE}], [{"x": ONE}, {"y": ONE}]),
@@ -211,9 +212,7 @@ class TestBatches:
             digest.update(b"labels (1,) torch.int64;" + struct.pack("<q", row))
         assert fingerprint(batches) == digest.hexdigest()
 
-    @pytest.mark.parametrize(
-        "batch", [{"x": ONE, "y": ONE}, {"x": ONE, "y": "a"}, [ONE, "a"], ONE, "a", {}, Named(ONE, 1)]
-    )
+    @for_each("batch", [{"x": ONE, "y": ONE}, {"x": ONE, "y": "a"}, [ONE, "a"], ONE, "a", {}, Named(ONE, 1)])
     def test_marks_tell_where_batches_differ(self, batch):
         found, other = Fingerprint(), Fingerprint()
         marks = list(found.marks(batch))
@@ -253,7 +252,7 @@ VALUE = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(VALUE, max_size=3), st.lists(VALUE, max_size=3))
 def test_two_are_alike_only_if_they_are_the_same(one, other):
     """`repr` tells 1 from True and 0.0 from -0.0, as `==` does not."""

@@ -91,6 +91,7 @@ def assert_same(one, other):
         assert row.norm == pytest.approx(expected.norm, rel=1e-6)  # an ascent's gradients are summed in another order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
 @pytest.mark.parametrize("target", ["last-decoder-layer", "decoder"])
 def test_translations_are_identical(model, batches, settings, target):
@@ -106,6 +107,7 @@ def test_translations_are_identical(model, batches, settings, target):
     assert len({value for row in records[0].rows() for value in row.metrics["checksum"]}) > 3, "they do something"
 
 
+@pytest.mark.slow
 def test_the_encoder_runs_once_a_batch(model, batches):
     encoder = computed(model.get_encoder())
     corruptions = [GaussianNoise(std) for std in (0.1, 0.2, 0.3, 0.4)]
@@ -115,6 +117,7 @@ def test_the_encoder_runs_once_a_batch(model, batches):
     assert len(encoder) == tried + clean + len(batches)
 
 
+@pytest.mark.slow
 def test_a_probe_of_decoder_layers_equals_single_evaluators(model, batches):
     stack = "model.decoder.layers" if hasattr(model, "model") else "decoder.block"
     targets = {f"layer {index}": [f"{stack}.{index}"] for index in range(3)}

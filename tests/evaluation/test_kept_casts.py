@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from for_each import for_each
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from transformers import TrainingArguments
@@ -185,7 +186,7 @@ def test_also_where_autocast_is_off_inside_of_an_outer_one() -> None:
     assert not torch.equal(before, inside)
 
 
-@pytest.mark.parametrize("kind", [dict, Replacement])
+@for_each("kind", [dict, Replacement])
 def test_what_parametrizations_keep(kind) -> None:
     layer = parametrizations.weight_norm(nn.Linear(3, 3))
     weights = dict(layer.named_parameters())

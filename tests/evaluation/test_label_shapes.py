@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 import torch
+from for_each import for_each
 from torch import nn
 from transformers import BertForTokenClassification, BertModel, GPT2Config, GPT2LMHeadModel
 
@@ -30,8 +31,8 @@ def inputs():
 
 
 class TestKinds:
-    @pytest.mark.parametrize("sizes", SPLITS, ids=str)
-    @pytest.mark.parametrize("named", ["multi_label_classification", None])
+    @for_each("sizes", SPLITS)
+    @for_each("named", ["multi_label_classification", None])
     def test_any_number_of_classes(self, tiny_bert, inputs, sizes, named):
         model = tiny_bert(num_labels=3, problem_type=named, initializer_range=0.5).eval()
         labels = torch.randint(0, 2, (10, 3)).float()
@@ -49,8 +50,8 @@ class TestKinds:
         }
         assert 0 < found["accuracy"] < found["f1"] < 1
 
-    @pytest.mark.parametrize("sizes", SPLITS, ids=str)
-    @pytest.mark.parametrize(("outputs", "shape"), [(1, (10,)), (1, (10, 1)), (3, (10, 3))])
+    @for_each("sizes", SPLITS)
+    @for_each(("outputs", "shape"), [(1, (10,)), (1, (10, 1)), (3, (10, 3))])
     def test_numbers(self, tiny_bert, inputs, sizes, outputs, shape):
         problem = "regression" if outputs > 1 else None
         model = tiny_bert(num_labels=outputs, problem_type=problem, initializer_range=0.5).eval()
@@ -93,13 +94,12 @@ class TestKinds:
         found = ClassificationMetric([{"input_ids": inputs, "labels": torch.zeros(10, 3)}])(model)
         assert (found["accuracy"], found["f1"]) == (1.0, 0.0)
 
-    @pytest.mark.parametrize(
+    @for_each(
         ("settings", "labels", "said"),
         [
             ({"num_labels": 3}, torch.rand(10, 3), "a 0 or 1 for each label of a row, got other numbers"),
             ({"num_labels": 1}, torch.full((10,), -100), "got -100, which stands for none"),
         ],
-        ids=["numbers of several labels", "ignored numbers"],
     )
     def test_labels_of_another_kind(self, tiny_bert, inputs, settings, labels, said):
         with pytest.raises(ValueError, match=said):
@@ -119,7 +119,7 @@ class TestKinds:
         with pytest.raises(ValueError, match=r"expected one of single_label_classification, .*, got 'clustering'"):
             ClassificationMetric([{"logits": torch.randn(2, 3), "labels": torch.tensor([0, 1])}])(model)
 
-    @pytest.mark.parametrize(
+    @for_each(
         ("settings", "labels", "said"),
         [
             ({"num_labels": 3}, torch.zeros(10, 3), "multi_label_classification; use ClassificationMetric"),
@@ -141,7 +141,7 @@ class TestShapes:
         assert ClassificationMetric(column)(model) == ClassificationMetric(plain)(model)
         assert PredictionMetric(column, _first)(model) == PredictionMetric(plain, _first)(model)
 
-    @pytest.mark.parametrize(
+    @for_each(
         ("logits", "labels"),
         [
             ((4, 3), (4, 2)),
@@ -151,9 +151,8 @@ class TestShapes:
             ((4, 6, 3), (6,)),
             ((2, 3, 8, 8), (2, 8, 8)),
         ],
-        ids=str,
     )
-    @pytest.mark.parametrize("metric", [ClassificationMetric, LanguageModelMetric, "predictions"], ids=str)
+    @for_each("metric", [ClassificationMetric, LanguageModelMetric, "predictions"])
     def test_other_shapes_are_refused(self, metric, logits, labels):
         build = (lambda batches: PredictionMetric(batches, _first)) if metric == "predictions" else metric
         batch = {"logits": torch.randn(logits), "labels": torch.zeros(labels, dtype=torch.long)}
@@ -192,7 +191,7 @@ class TestShapes:
         metric = GenerationMetric(
             tokenizer, [batch], _first, max_new_tokens=2, num_beams=2, num_return_sequences=2, pad_token_id=0
         )
-        with pytest.raises(ValueError, match="one generated text for each of 2 references, got 4; leave out num_ret"):
+        with pytest.raises(ValueError, match="one generated text for each of 2 references, got 4"):
             metric(model)
 
 
@@ -223,28 +222,22 @@ BATCH = {"logits": torch.tensor([[1.0, 0.0], [1.0, 0.0]]), "labels": torch.tenso
 
 
 class TestOutputs:
-    @pytest.mark.parametrize("form", FORMS)
+    @for_each("form", FORMS)
     def test_served(self, form):
         model = Answering(FORMS[form])
         assert ClassificationMetric([BATCH])(model) == {"accuracy": 0.5, "loss": 0.5}
         assert PredictionMetric([BATCH], _first)(model) == {"score": 2.0}
 
-    @pytest.mark.parametrize(
-        "form", [lambda loss, logits: (logits,), lambda loss, logits: {"logits": logits}], ids=["tuple", "dict"]
-    )
+    @for_each("form", [lambda loss, logits: (logits,), lambda loss, logits: {"logits": logits}])
     def test_without_a_loss(self, form):
-        with pytest.raises(ValueError, match="loss: expected the model to return one beside its logits, got a "):
+        with pytest.raises(ValueError, match="loss: expected the model to return one beside its logits"):
             ClassificationMetric([BATCH])(Answering(form))
         assert PredictionMetric([BATCH], _first)(Answering(form)) == {"score": 2.0}
 
-    @pytest.mark.parametrize(
-        "form",
-        [lambda loss, logits: (loss,), lambda loss, logits: {"loss": loss}, lambda loss, logits: None],
-        ids=["tuple", "dict", "None"],
-    )
+    @for_each("form", [lambda loss, logits: (loss,), lambda loss, logits: {"loss": loss}, lambda loss, logits: None])
     def test_without_logits(self, form):
         for metric in (ClassificationMetric([BATCH]), PredictionMetric([BATCH], _first)):
-            with pytest.raises(ValueError, match="logits: expected the model to return a tensor of scores, got a "):
+            with pytest.raises(ValueError, match="logits: expected the model to return a tensor of scores"):
                 metric(Answering(form))
 
     def test_a_loss_for_each_gpu(self):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import sklearn.metrics
 import torch
+from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -68,8 +69,8 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("row", ROWS)
+@for_each("metric", METRICS)
+@for_each("row", ROWS)
 def test_a_row_beside_a_right_one_a_wrong_one_and_one_that_does_not_count(metric, row):
     logits, right, finite = ROWS[row]
     batch = {
@@ -81,9 +82,9 @@ def test_a_row_beside_a_right_one_a_wrong_one_and_one_that_does_not_count(metric
     assert found.get(NOT_FINITE, 0.0) == pytest.approx((not finite) / 3)
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("label", [0, 1, 2])
-@pytest.mark.parametrize("broken", [nan, inf, -inf])
+@for_each("metric", METRICS)
+@for_each("label", [0, 1, 2])
+@for_each("broken", [nan, inf, -inf])
 def test_a_model_that_is_broken_is_never_right(metric, label, broken):
     batch = {"logits": torch.full((4, 3), broken), "labels": torch.full((4,), label)}
     found = METRICS[metric]([batch])(Given())
@@ -91,7 +92,7 @@ def test_a_model_that_is_broken_is_never_right(metric, label, broken):
     assert found[NOT_FINITE] == 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     pairs=st.lists(st.tuples(st.sampled_from([0, 1]), st.sampled_from([0, 1])), min_size=2, max_size=8),
     lost=st.integers(0, 7),
@@ -125,7 +126,7 @@ def test_labels_that_are_not_finite():
     assert found[NOT_FINITE] == pytest.approx(3 / 9)
 
 
-@pytest.mark.parametrize("broken", [nan, inf])
+@for_each("broken", [nan, inf])
 def test_numbers_that_are_not_finite_leave_no_number(broken):
     batch = {"logits": torch.tensor([[1.0], [broken], [3.0]]), "labels": torch.tensor([1.0, 2.0, 3.0])}
     found = ClassificationMetric([batch])(Given())
@@ -174,11 +175,9 @@ def rows_broken(model, rows):
     return model.register_forward_hook(hook)
 
 
-@pytest.mark.parametrize("family", ["t5", "gpt2"])
-@pytest.mark.parametrize(
-    "generation",
-    [{}, {"num_beams": 2}, {"do_sample": True}, {"min_new_tokens": 2}, {"return_dict_in_generate": True}],
-    ids=str,
+@for_each("family", ["t5", "gpt2"])
+@for_each(
+    "generation", [{}, {"num_beams": 2}, {"do_sample": True}, {"min_new_tokens": 2}, {"return_dict_in_generate": True}]
 )
 def test_texts(family, generation):
     model = of_family(family)

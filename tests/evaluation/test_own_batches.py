@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from collections import UserDict
 
-import pytest
 import torch
+from for_each import for_each
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel
@@ -47,8 +47,8 @@ def leaves(batches):
     ]
 
 
-@pytest.mark.parametrize("container", [dict, UserDict, BatchEncoding], ids=lambda c: c.__name__)
-@pytest.mark.parametrize("kind", [ClassificationMetric, LanguageModelMetric, "predictions"], ids=str)
+@for_each("container", [dict, UserDict, BatchEncoding])
+@for_each("kind", [ClassificationMetric, LanguageModelMetric, "predictions"])
 def test_two_measurements_are_one_and_the_batches_stay(container, kind):
     batches = [batch_of(container), batch_of(container)]
     before = copy.deepcopy(leaves(batches))
@@ -62,7 +62,7 @@ def test_two_measurements_are_one_and_the_batches_stay(container, kind):
     assert leaves(batches) == before
 
 
-@pytest.mark.parametrize("reuse_prefix", [False, True])
+@for_each("reuse_prefix", [False, True])
 def test_corruptions_of_no_size_measure_the_clean_value(reuse_prefix):
     batches = [batch_of(dict)]
     evaluator = CorruptionEvaluator(

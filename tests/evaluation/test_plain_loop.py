@@ -126,6 +126,7 @@ def plain_loop(model, batches, counts, groups):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("row", ROWS)
 def test_numbers_are_those_of_a_plain_loop(row, grouping):

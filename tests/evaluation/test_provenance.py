@@ -1,8 +1,8 @@
 """Where records come from: fingerprints of data, names of models."""
 
-import pytest
 import torch
 import transformers
+from for_each import for_each
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -16,7 +16,7 @@ class TestFingerprint:
         loader = DataLoader(TensorDataset(inputs, labels), batch_size=2)
         assert fingerprint(loader) == fingerprint([(inputs[i : i + 2], labels[i : i + 2]) for i in (0, 2, 4)])
 
-    @pytest.mark.parametrize(
+    @for_each(
         "other",
         [
             {"x": torch.tensor([1.0, 3.0])},
@@ -29,7 +29,7 @@ class TestFingerprint:
     def test_values_names_types_and_shapes_count(self, other):
         assert fingerprint([{"x": torch.tensor([1.0, 2.0])}]) != fingerprint([other])
 
-    @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.bfloat16, torch.float64])
+    @for_each("dtype", [torch.bool, torch.int8, torch.bfloat16, torch.float64])
     def test_every_dtype_empty_tensors_and_views(self, dtype):
         values = torch.tensor([[0, 1], [1, 0]], dtype=dtype)
         assert fingerprint([{"x": values.T}]) == fingerprint([{"x": values.T.contiguous()}])
@@ -52,7 +52,7 @@ class TestModelName:
         assert model_name(nn.Linear(1, 1)) == "Linear"
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("value", "plain"),
     [
         ("all", "all"),

@@ -9,6 +9,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from for_each import for_each
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -219,7 +220,7 @@ def test_probes_and_indicators_say_it_too(hostile, data, metric, loss) -> None:
 def test_gradients_that_are_lost_are_refused(evaluator_of) -> None:
     """PyTorch warns, and they come out as zero: a corruption along them would leave the model clean."""
     model = HOSTILE["dynamic int8"][0]()
-    with pytest.raises(ValueError, match=r"gradients: expected a loss .*, got one through quantized.*; select param"):
+    with pytest.raises(ValueError, match=r"gradients: expected a loss .*, got one through quantized.*"):
         evaluator_of(model).evaluate([ALONG_GRADIENT])
     behind = nn.Linear(2, 2)
     model.append(behind)
@@ -280,7 +281,7 @@ def test_quantized_recurrent_layers() -> None:
     assert f"8 of {8 + expected} weights" in Reach(model).select().notes[0]
 
 
-@pytest.mark.parametrize("kind", ["integer parameters", "integer buffers", "subclass", "dynamic int8"])
+@for_each("kind", ["integer parameters", "integer buffers", "subclass", "dynamic int8"])
 def test_an_adapter_on_frozen_weights_is_a_whole_target(kind) -> None:
     """Where other parameters are frozen, what can be trained is what was meant: nothing is missing."""
     model = HOSTILE[kind][0]().requires_grad_(False)
@@ -299,14 +300,14 @@ def ordinary_buffers() -> Iterator[nn.Module]:
     yield nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
 
 
-@pytest.mark.parametrize("model", list(ordinary_buffers()))
+@for_each("model", list(ordinary_buffers()))
 def test_ordinary_buffers_are_no_weights(model) -> None:
     reach = Reach(model)
     assert reach.model is model
     assert reach.select().notes == ()
 
 
-@pytest.mark.parametrize("kind", ["integer parameters", "subclass", "offloaded"])
+@for_each("kind", ["integer parameters", "subclass", "offloaded"])
 def test_named_outright_they_are_refused_with_what_to_do(kind) -> None:
     model, _, words = HOSTILE[kind][0](), *HOSTILE[kind][1:]
     weights = dict(model.named_parameters())
@@ -324,7 +325,7 @@ def test_named_outright_they_are_refused_with_what_to_do(kind) -> None:
         assert injection.size().changed == 320
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("weight", "words"),
     [
         (torch.ones(2, 2).to_sparse(), "sparse_coo tensors"),
@@ -363,7 +364,7 @@ def test_layers_out_of_reach_are_left_out_of_a_probe_of_all_layers(data, metric,
     assert list(records) == ["1.1"]
     assert records["1.1"].notes == ("1.0 was left out: 256 in 1.0 are of the class Wrapped, no plain numbers",)
     model[1][1] = wrapped(model[1][1])
-    with pytest.raises(TargetError, match=r"targets: expected parts that can be corrupted, got 1.0 was left out"):
+    with pytest.raises(TargetError, match=r"targets: expected parts that can be corrupted"):
         LayerProbe(model, metric, data, loss=loss, progress=False)
 
 

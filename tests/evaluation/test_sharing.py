@@ -39,6 +39,7 @@ def evaluate(classifier, batches):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [1, 3000 * 4, 1 << 30])
 @pytest.mark.parametrize("target", ["last-encoder-layer", ["classifier"]])
 def test_the_record_is_the_same(evaluate, classifier, one_of_each, bits_of, target, memory):
@@ -81,6 +82,7 @@ def test_lower_layers_run_once_a_batch(evaluate, classifier, batches):
     assert ascents == sum(isinstance(corruption, MultiStepCorruption) for corruption in MANY)
 
 
+@pytest.mark.slow
 def test_operations_of_single_layers(tiny_bert):
     """Six layers, five radii, gradient-based and multi-step, by an evaluator for each layer.
 

@@ -6,10 +6,10 @@ import os
 import subprocess
 from pathlib import Path
 
-import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
+from for_each import for_each
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIGS = {  # what each is for
@@ -31,7 +31,7 @@ def test_every_configuration_is_known():
     assert {path.stem for path in (EXAMPLES / "accelerate_configs").iterdir()} == set(CONFIGS)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@for_each("name", CONFIGS)
 def test_accelerate_takes_the_configuration(name):
     config = load_config_from_file(str(EXAMPLES / "accelerate_configs" / f"{name}.yaml"))  # raises for unknown keys
     assert isinstance(config, ClusterConfig)

@@ -93,6 +93,7 @@ def test_flags(files, monkeypatch, capsys):
     assert "| gradient-based L2 ε=0.1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_one_json_file(files, monkeypatch):
     path = files / "settings.json"
     path.write_text(json.dumps({**settings(files), "defense": "none"}))

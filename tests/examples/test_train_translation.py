@@ -93,6 +93,7 @@ def test_flags_last_decoder_layer_and_average(files, monkeypatch, capsys):
     assert json.loads((out / "defense_config.json").read_text())["defense"] == "multi_step_risk"
 
 
+@pytest.mark.slow
 def test_two_vocabularies_and_a_table(files, monkeypatch):
     out = run_with(
         monkeypatch,

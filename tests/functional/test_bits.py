@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -51,8 +52,8 @@ def seeded(seed: int) -> torch.Generator:
 
 
 class TestOneFlip:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("value", VALUES)
+    @for_each("dtype", DTYPES)
+    @for_each("value", VALUES)
     def test_every_position_against_struct(self, dtype: torch.dtype, value: float) -> None:
         tensor = torch.tensor([7.0, value, -3.0], dtype=dtype)
         for position in range(dtype.itemsize * 8):
@@ -65,7 +66,7 @@ class TestOneFlip:
             assert flipped.dtype == dtype
             assert differing([tensor], [flipped]) == 1
 
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @for_each("dtype", DTYPES)
     def test_twice_restores_every_bit(self, dtype: torch.dtype, same_bits) -> None:
         tensor = torch.tensor(VALUES, dtype=dtype)
         elements = torch.arange(len(VALUES)).repeat_interleave(dtype.itemsize * 8)
@@ -85,9 +86,10 @@ class TestOneFlip:
             "highest mantissa": 1.5,
         }
 
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @settings(max_examples=50, deadline=None)
-    @given(pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 15)), max_size=40))
+    @settings(max_examples=150)
+    @given(
+        dtype=st.sampled_from(DTYPES), pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 15)), max_size=40)
+    )
     def test_many_flips_in_any_order_and_repeated(self, dtype: torch.dtype, pairs: list[tuple[int, int]]) -> None:
         tensor = torch.linspace(-1, 2, 6).to(dtype).view(2, 3)
         elements, positions = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(dim=1)
@@ -110,7 +112,7 @@ class TestOneFlip:
             assert flipped.tolist() == [-1, 1, 1]
             assert not flipped.requires_grad
 
-    @pytest.mark.parametrize(
+    @for_each(
         ("elements", "positions", "message"),
         [
             ([3], [0], r"elements: expected indices in 0..2, got 3..3"),
@@ -130,7 +132,7 @@ class TestOneFlip:
 
 
 class TestFields:
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @for_each("dtype", DTYPES)
     def test_they_divide_the_width(self, dtype: torch.dtype) -> None:
         width, mantissa = dtype.itemsize * 8, MANTISSA[dtype]
         assert list(field_bits(dtype)) == list(range(width))
@@ -138,7 +140,7 @@ class TestFields:
         assert list(field_bits(dtype, "exponent")) == list(range(mantissa, width - 1))
         assert list(field_bits(dtype, "sign")) == [width - 1]
 
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @for_each("dtype", DTYPES)
     def test_they_mean_what_ieee_says(self, dtype: torch.dtype) -> None:
         x = torch.tensor([1.25], dtype=dtype)
         for position in field_bits(dtype, "mantissa"):
@@ -151,19 +153,19 @@ class TestFields:
             assert significand == 0.625 or not math.isfinite(flipped) or 0 < float(flipped) < 1e-4
         assert float(flip_bits(x, torch.tensor([0]), torch.tensor([dtype.itemsize * 8 - 1]))) == -1.25
 
-    @pytest.mark.parametrize("field", ["Sign", "", "all", 3, None])
+    @for_each("field", ["Sign", "", "all", 3, None])
     def test_unknown_names(self, field) -> None:
         with pytest.raises(ValueError, match=r"bits: expected one of any, sign, exponent, mantissa, got"):
             field_bits(torch.float32, field)
 
-    @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+    @for_each("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
     def test_other_dtypes(self, dtype: torch.dtype) -> None:
-        with pytest.raises(TypeError, match=r"dtype: expected one of float64, float32, float16, bfloat16, got"):
+        with pytest.raises(TypeError, match=r"dtype: expected one of float64, float32, float16, bfloat16"):
             field_bits(dtype)
 
 
 class TestSampledPositions:
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(total=st.integers(0, 60), share=st.floats(0, 1), seed=st.integers(0, 1000))
     def test_distinct_sorted_and_as_many_as_asked(self, total: int, share: float, seed: int) -> None:
         count = round(share * total)
@@ -173,7 +175,7 @@ class TestSampledPositions:
         assert all(0 <= position < total for position in chosen)
         assert chosen == sample_positions(total, count, seeded(seed)).tolist()
 
-    @pytest.mark.parametrize("count", [2, 3, 4])
+    @for_each("count", [2, 3, 4])
     def test_every_subset_is_equally_likely(self, count: int) -> None:
         generator = seeded(0)
         tally = dict.fromkeys(itertools.combinations(range(6), count), 0)
@@ -181,19 +183,19 @@ class TestSampledPositions:
             tally[tuple(sample_positions(6, count, generator).tolist())] += 1
         assert stats.chisquare(list(tally.values())).pvalue > 1e-3
 
-    @pytest.mark.parametrize("total", [10**5, 3 * 2**29, 3 * 2**30, 10**12])
+    @for_each("total", [10**5, 3 * 2**29, 3 * 2**30, 10**12])
     def test_uniform_over_large_ranges(self, total: int) -> None:
         # 32-bit numbers modulo 3 · 2^30 would fall into the first third half of the time.
         chosen = sample_positions(total, 30_000, seeded(0)).double() / total
         assert stats.kstest(chosen.numpy(), stats.uniform.cdf).pvalue > 1e-3
 
-    @pytest.mark.parametrize("total", [10_000, 10_001])
+    @for_each("total", [10_000, 10_001])
     def test_dense(self, total: int) -> None:
         for count in (total // 2, total // 2 + 1, total - 1, total):
             chosen = sample_positions(total, count, seeded(0))
             assert len(chosen.unique()) == count
 
-    @pytest.mark.parametrize("count", [-1, 11])
+    @for_each("count", [-1, 11])
     def test_more_than_there_are(self, count: int) -> None:
         with pytest.raises(ValueError, match=rf"count: expected 0 <= count <= 10, got {count}"):
             sample_positions(10, count)
@@ -210,8 +212,8 @@ class TestRandomFlips:
             torch.randn(7, 9).half().t(),
         ]
 
-    @pytest.mark.parametrize("field", ["any", "sign", "exponent", "mantissa"])
-    @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.51, 1.0])
+    @for_each("field", ["any", "sign", "exponent", "mantissa"])
+    @for_each("share", [0.0, 0.3, 0.5, 0.51, 1.0])
     def test_exactly_as_many_bits_as_asked_and_only_in_the_field(
         self, tensors: list[torch.Tensor], field: str, share: float
     ) -> None:
@@ -229,7 +231,7 @@ class TestRandomFlips:
         flip_random_bits(tensors, count=1000, generator=seeded(0))
         assert same_bits(tensors, before)
 
-    @pytest.mark.parametrize("amount", [{"count": 300}, {"rate": 0.02}, {"rate": 0.7}])
+    @for_each("amount", [{"count": 300}, {"rate": 0.02}, {"rate": 0.7}])
     def test_seeds(self, tensors: list[torch.Tensor], amount: dict, same_bits) -> None:
         first = flip_random_bits(tensors, **amount, generator=seeded(1))
         assert same_bits(first, flip_random_bits(tensors, **amount, generator=seeded(1)))
@@ -238,7 +240,8 @@ class TestRandomFlips:
         flip_random_bits(tensors, **amount, generator=seeded(1))
         assert torch.equal(torch.get_rng_state(), before)
 
-    @pytest.mark.parametrize("rate", [1e-4, 0.01, 0.5, 0.9])
+    @pytest.mark.slow
+    @for_each("rate", [1e-4, 0.01, 0.5, 0.9])
     def test_a_rate_gives_binomial_counts(self, rate: float) -> None:
         tensors = [torch.zeros(100), torch.zeros(25)]
         total = 125 * 32
@@ -268,7 +271,7 @@ class TestRandomFlips:
         assert differing(tensors[1:], [second]) == 4000 - in_first
         assert in_first == pytest.approx(3000, abs=5 * math.sqrt(4000 * 0.75 * 0.25))
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(
         sizes=st.lists(st.tuples(st.integers(0, 9), st.sampled_from(DTYPES)), min_size=1, max_size=12),
         field=st.sampled_from(["any", "sign", "exponent", "mantissa"]),
@@ -312,7 +315,7 @@ class TestRandomFlips:
         assert flip_random_bits([], rate=0.5) == []
         assert flip_random_bits([torch.empty(0)], rate=1.0)[0].shape == (0,)
 
-    @pytest.mark.parametrize(
+    @for_each(
         ("amount", "error", "message"),
         [
             ({}, ValueError, r"expected one of rate and count, got rate=None and count=None; give one"),
@@ -333,5 +336,5 @@ class TestRandomFlips:
             flip_random_bits([torch.ones(2)], **amount)
 
     def test_integers_are_refused(self) -> None:
-        with pytest.raises(TypeError, match=r"got torch.int64; select floating-point parameters only"):
+        with pytest.raises(TypeError, match=r"got torch.int64"):
             flip_random_bits([torch.ones(2), torch.ones(2, dtype=torch.int64)], count=1)

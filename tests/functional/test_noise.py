@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from for_each import for_each
 from scipy import stats
 
 from hf_parcor.functional import gaussian_noise, random_signs, uniform_noise
@@ -18,7 +19,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@for_each("noise", NOISES)
 def test_a_seed_means_one_vector(noise, same_bits) -> None:
     like = [torch.zeros(30, 7), torch.zeros(5)]
     first = noise(like, 0.1, seeded(3))
@@ -30,23 +31,22 @@ def test_a_seed_means_one_vector(noise, same_bits) -> None:
     assert same_bits(from_global, noise(like, 0.1))
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@for_each("noise", NOISES)
 def test_a_given_generator_leaves_the_global_one_alone(noise) -> None:
     before = torch.get_rng_state()
     noise([torch.zeros(10)], 0.1, seeded(0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@for_each("noise", NOISES)
 def test_a_larger_scale_is_the_same_direction(noise) -> None:
     like = [torch.zeros(100)]
     torch.testing.assert_close(noise(like, 0.8, seeded(0))[0], 8 * noise(like, 0.1, seeded(0))[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    ("noise", "distribution"),
-    [(gaussian_noise, stats.norm(0, 0.02)), (uniform_noise, stats.uniform(-0.02, 0.04))],
+@for_each("dtype", [torch.float32, torch.float64])
+@for_each(
+    ("noise", "distribution"), [(gaussian_noise, stats.norm(0, 0.02)), (uniform_noise, stats.uniform(-0.02, 0.04))]
 )
 def test_distribution(noise, distribution, dtype: torch.dtype) -> None:
     like = [torch.zeros(SIZE // 2, dtype=dtype), torch.zeros(SIZE // 4, 2, dtype=dtype)]
@@ -60,7 +60,7 @@ def test_distribution(noise, distribution, dtype: torch.dtype) -> None:
     assert len(set(drawn.tolist())) > 0.95 * SIZE
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@for_each("noise", NOISES)
 def test_tensors_are_independent(noise) -> None:
     first, second = noise([torch.zeros(10_000), torch.zeros(10_000)], 1.0, seeded(0))
     assert abs(stats.pearsonr(first.numpy(), second.numpy()).statistic) < 0.05
@@ -73,8 +73,8 @@ def test_uniform_stays_within_its_bound() -> None:
     assert float(drawn.min()) < -0.499
 
 
-@pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize(
+@for_each("noise", NOISES)
+@for_each(
     ("dtype", "drawn"),
     [
         (torch.float64, torch.float64),
@@ -95,34 +95,34 @@ def test_shape_device_and_precision(noise, dtype: torch.dtype, drawn: torch.dtyp
     ]
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@for_each("noise", NOISES)
 def test_low_precision_gets_the_noise_of_float32(noise, same_bits) -> None:
     assert same_bits(
         noise([torch.zeros(50, dtype=torch.bfloat16)], 1.0, seeded(0)), noise([torch.zeros(50)], 1.0, seeded(0))
     )
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@for_each("noise", NOISES)
 def test_drawn_on_the_generators_device_and_moved_to_the_tensors(noise) -> None:
     (drawn,) = noise([torch.empty(4, device="meta")], 1.0, seeded(0))
     assert drawn.device.type == "meta"
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@for_each("noise", NOISES)
 def test_no_noise(noise) -> None:
     (drawn,) = noise([torch.ones(100)], 0.0, seeded(0))
     assert not drawn.any()
     assert noise([], 1.0) == []
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@for_each("noise", NOISES)
 def test_parameters_are_only_looked_at(noise) -> None:
     (drawn,) = noise([torch.nn.Parameter(torch.ones(3))], 1.0)
     assert not drawn.requires_grad
 
 
-@pytest.mark.parametrize(("noise", "name"), [(gaussian_noise, "std"), (uniform_noise, "bound")])
-@pytest.mark.parametrize("size", [-0.1, math.nan, math.inf])
+@for_each(("noise", "name"), [(gaussian_noise, "std"), (uniform_noise, "bound")])
+@for_each("size", [-0.1, math.nan, math.inf])
 def test_bad_sizes(noise, name: str, size: float) -> None:
     with pytest.raises(ValueError, match=rf"{name}: expected 0 <= {name} < inf, got"):
         noise([torch.ones(3)], size)
@@ -130,7 +130,7 @@ def test_bad_sizes(noise, name: str, size: float) -> None:
         noise([torch.ones(3)], None)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@for_each("dtype", [torch.float32, torch.float64])
 def test_signs_are_fair_coins(dtype, same_bits) -> None:
     like = [torch.zeros(SIZE // 2, dtype=dtype), torch.zeros(SIZE // 4, 2, dtype=dtype)]
     drawn = random_signs(like, seeded(0))

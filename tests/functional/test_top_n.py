@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,9 +33,8 @@ def by_sorting(tensors: list[torch.Tensor], n: int) -> list[torch.Tensor]:
     return [torch.where(piece.view(tensor.shape), tensor, 0) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=60, deadline=None)
-@given(parts=vectors, n=st.integers(1, 35))
+@settings(max_examples=180)
+@given(dtype=st.sampled_from(DTYPES), parts=vectors, n=st.integers(1, 35))
 def test_against_a_sort(dtype: torch.dtype, parts: list[list[float]], n: int) -> None:
     tensors = [torch.tensor(part, dtype=torch.float64).to(dtype) for part in parts]
     kept = keep_top_n(tensors, n)
@@ -43,7 +43,7 @@ def test_against_a_sort(dtype: torch.dtype, parts: list[list[float]], n: int) ->
         assert torch.equal(found, expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(parts=vectors, n=st.integers(1, 35), order=st.permutations(DTYPES))
 def test_mixed_precisions_are_compared_by_value(parts: list[list[float]], n: int, order: list[torch.dtype]) -> None:
     tensors = [torch.tensor(part, dtype=torch.float64).to(order[index % 4]) for index, part in enumerate(parts)]
@@ -51,15 +51,16 @@ def test_mixed_precisions_are_compared_by_value(parts: list[list[float]], n: int
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 1000, 123_456, 1_499_999])
+@pytest.mark.slow
+@for_each("dtype", DTYPES)
+@for_each("n", [1, 1000, 123_456, 1_499_999])
 def test_large_vectors_against_a_sort(dtype: torch.dtype, n: int) -> None:
     tensors = [torch.randn(1_200_000).to(dtype), torch.randn(300, 1000).to(dtype)]  # longer than one chunk
     for found, expected in zip(keep_top_n(tensors, n), by_sorting(tensors, n), strict=True):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("n", [1, 999_999, 1_048_576, 1_048_577, 2_999_999])
+@for_each("n", [1, 999_999, 1_048_576, 1_048_577, 2_999_999])
 def test_among_three_million_ties_the_first_n_stay(n: int) -> None:
     signs = torch.tensor([1.0, -1.0]).repeat(1_000_000)
     tensors = [0.1 * signs, torch.full((1000, 1000), 0.1)]
@@ -86,7 +87,7 @@ def test_neighbours_in_the_last_bit() -> None:
     assert torch.equal(kept != 0, order >= len(bits) - 17)
 
 
-@pytest.mark.parametrize("n", [7, 8, 10**15])
+@for_each("n", [7, 8, 10**15])
 def test_n_of_all_entries_or_more_keeps_every_bit(n: int, same_bits) -> None:
     tensors = [torch.tensor([0.0, -0.0, math.nan]), torch.randn(2, 2), torch.empty(0)]
     assert same_bits(keep_top_n(tensors, n), tensors)
@@ -134,7 +135,7 @@ def test_input_is_only_read_and_parameters_are_welcome(same_bits) -> None:
     assert kept.count_nonzero() == 3
 
 
-@pytest.mark.parametrize(("n", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (None, TypeError)])
+@for_each(("n", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (None, TypeError)])
 def test_bad_n_is_refused_before_anything_changes(n, error, same_bits) -> None:
     tensors = [torch.randn(5)]
     before = [tensors[0].clone()]

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,9 +39,8 @@ def norm_by_fsum(values: list[float], p: float) -> float:
 
 
 class TestVectorNorm:
-    @pytest.mark.parametrize("p", NORMS)
-    @settings(max_examples=60, deadline=None)
-    @given(parts=vectors)
+    @settings(max_examples=180)
+    @given(p=st.sampled_from(NORMS), parts=vectors)
     def test_against_exact_sums_over_the_whole_range(self, p: float, parts: list[list[float]]) -> None:
         expected = norm_by_fsum([value for part in parts for value in part], p)
         assert float(vector_norm([torch.tensor(part, dtype=torch.float64) for part in parts], p)) == pytest.approx(
@@ -52,8 +52,8 @@ class TestVectorNorm:
             expected == pytest.approx(largest, rel=1e-6)
         )
 
-    @pytest.mark.parametrize("p", NORMS)
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @for_each("p", NORMS)
+    @for_each("dtype", DTYPES)
     def test_against_torch_over_the_concatenation(self, p: float, dtype: torch.dtype, joined) -> None:
         tensors = [torch.randn(33, 77).to(dtype), torch.randn(5000).to(dtype).view(50, 100).t(), torch.randn(1)]
         expected = torch.linalg.vector_norm(joined(tensors), p)
@@ -62,8 +62,8 @@ class TestVectorNorm:
         assert found.ndim == 0
         assert float(found) == pytest.approx(float(expected), rel=1e-6)
 
-    @pytest.mark.parametrize("norm", [vector_norm, vector_norm_of_unit_scale])
-    @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 4.0])
+    @for_each("norm", [vector_norm, vector_norm_of_unit_scale])
+    @for_each("p", [1.0, 1.5, 2.0, 4.0])
     def test_long_vectors_keep_their_digits(self, norm, p: float) -> None:
         # Summing one after another in float32 loses 9 % of this L1 norm, and more of longer ones.
         value, size = 0.1, 10_000_000
@@ -78,20 +78,20 @@ class TestVectorNorm:
         assert float(vector_norm_of_unit_scale([tiny], 1)) == 1000 * (1 + 2**-7)
         assert vector_norm_of_unit_scale([tiny], 2).dtype == torch.float32
 
-    @pytest.mark.parametrize("p", NORMS)
-    @pytest.mark.parametrize("largest", [1e-45, 1e-38, 1e-20, 1e20, 1e38])
+    @for_each("p", NORMS)
+    @for_each("largest", [1e-45, 1e-38, 1e-20, 1e20, 1e38])
     def test_extremes(self, p: float, largest: float) -> None:
         tensor = torch.tensor([largest, -largest, 0.0])
         expected = float(tensor[0].double()) * (1 if math.isinf(p) else 2 ** (1 / p))
         assert float(vector_norm([tensor], p)) == pytest.approx(expected, rel=1e-6, abs=1e-45)
 
-    @pytest.mark.parametrize("p", NORMS)
+    @for_each("p", NORMS)
     def test_not_finite(self, p: float) -> None:
         assert float(vector_norm([torch.tensor([1.0]), torch.tensor([math.inf, 2.0])], p)) == math.inf
         assert float(vector_norm([torch.tensor([1.0, -math.inf])], p)) == math.inf
         assert math.isnan(vector_norm([torch.tensor([1.0]), torch.tensor([math.nan, 2.0])], p))
 
-    @pytest.mark.parametrize("p", NORMS)
+    @for_each("p", NORMS)
     def test_nothing_has_norm_zero(self, p: float) -> None:
         for tensors in ([], [torch.empty(0)], [torch.empty(2, 0), torch.zeros(3)], [torch.tensor([0.0, -0.0])]):
             assert float(vector_norm(tensors, p)) == 0
@@ -102,14 +102,14 @@ class TestVectorNorm:
         assert vector_norm(tensors).dtype == torch.float64
         assert float(vector_norm(tensors)) == pytest.approx(3, rel=1e-15)
 
-    @pytest.mark.parametrize("p", [0.5, 0, -1, math.nan])
+    @for_each("p", [0.5, 0, -1, math.nan])
     def test_bad_orders(self, p: float) -> None:
         with pytest.raises(ValueError, match=r"p: expected 1 <= p <= inf, got"):
             vector_norm([torch.ones(2)], p)
 
 
 class TestMaxMagnitude:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(parts=vectors, dtype=st.sampled_from(DTYPES))
     def test_against_python(self, parts: list[list[float]], dtype: torch.dtype) -> None:
         tensors = [torch.tensor(part).to(dtype) for part in parts]
@@ -121,7 +121,7 @@ class TestMaxMagnitude:
 
 
 class TestInnerProduct:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(pairs=st.lists(st.tuples(entries, entries), max_size=10), cut=st.integers(0, 10))
     def test_against_exact_sums(self, pairs: list[tuple[float, float]], cut: int) -> None:
         first, second = torch.tensor(pairs).reshape(-1, 2).unbind(dim=1)
@@ -143,7 +143,7 @@ class TestInnerProduct:
 class TestZeroUnless:
     SPECIAL = (0.0, -0.0, 1.5, -1e-7, math.inf, -math.inf, math.nan, -math.nan)
 
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @for_each("dtype", DTYPES)
     def test_every_bit_stays_or_goes(self, dtype: torch.dtype, same_bits) -> None:
         tensors = [
             torch.tensor(self.SPECIAL, dtype=dtype),
@@ -174,7 +174,7 @@ def test_clones_keep_every_bit_and_share_no_memory(same_bits) -> None:
     assert clones([]) == []
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@for_each("dtype", DTYPES)
 def test_working_copies_are_wide_fresh_and_detached(dtype: torch.dtype) -> None:
     tensor = torch.randn(3, 4).to(dtype).requires_grad_()
     (copy,) = working_copy([tensor])

@@ -60,6 +60,7 @@ class TestKnownHessian:
             hessian_trace(known.loss, probes=-1)
 
 
+@pytest.mark.slow
 def test_the_full_hessian_of_a_bert():
     model = transformers.BertForSequenceClassification(
         transformers.BertConfig(**SMALL, max_position_embeddings=4, initializer_range=0.5)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from for_each import for_each
 from torch import nn
 
 from hf_parcor import (
@@ -74,7 +75,7 @@ class TestQuadratic:
 
 
 class TestMultiStep:
-    @pytest.mark.parametrize("p", [2.0, math.inf])
+    @for_each("p", [2.0, math.inf])
     def test_the_ascent_longhand(self, known, p):
         constraint = CorruptionConstraint(p=p, epsilon=0.3)
         (row,) = known.measure(constraint, probes=0, draws=1, steps=3).indicators
@@ -143,6 +144,7 @@ class TestData:
         assert one.indicators[0].random.values == pytest.approx(many.indicators[0].random.values, rel=1e-7)
         assert one.data != many.data
 
+    @pytest.mark.slow
     def test_one_gradient_serves_all(self, classifier, batches):
         passes = []
         classifier.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
@@ -257,7 +259,7 @@ class TestNotes:
 
 
 class TestErrors:
-    @pytest.mark.parametrize(
+    @for_each(
         ("options", "message"),
         [
             ({"draws": 0}, "draws: expected a whole number >= 1, got 0"),
@@ -283,5 +285,5 @@ class TestErrors:
 
     def test_weights_that_are_sharded(self, known, monkeypatch):
         monkeypatch.setattr("hf_parcor.evaluation.replicas.model_has_dtensor", lambda model: True)
-        with pytest.raises(ValueError, match="got weights that FSDP or tensor parallelism has split; save the model"):
+        with pytest.raises(ValueError, match="got weights that FSDP or tensor parallelism has split"):
             known.measure(CONSTRAINTS[4])

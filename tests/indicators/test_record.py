@@ -8,6 +8,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
+from for_each import for_each
 from scipy import stats
 
 from hf_parcor import CorruptionConstraint, IndicatorRecord
@@ -36,9 +37,8 @@ class TestEstimate:
         assert estimate.scaled(-2).mean == -2 * estimate.mean
         assert estimate.scaled(-2).standard_error == pytest.approx(2 * estimate.standard_error)
 
-    @pytest.mark.parametrize(
-        ("values", "mean"),
-        [((), math.nan), ((2.0,), 2.0), ((2.0, math.nan), math.nan), ((1.0, math.inf), math.inf)],
+    @for_each(
+        ("values", "mean"), [((), math.nan), ((2.0,), 2.0), ((2.0, math.nan), math.nan), ((1.0, math.inf), math.inf)]
     )
     def test_no_spread(self, values, mean):
         estimate = Estimate(values)
@@ -69,7 +69,7 @@ class TestRecord:
         assert record.data
         assert "torch" in record.versions
 
-    @pytest.mark.parametrize("damage", ["indicators", "hessian_trace", "loss"])
+    @for_each("damage", ["indicators", "hessian_trace", "loss"])
     def test_a_missing_field(self, record, damage):
         data = json.loads(record.to_json())
         del data[damage]

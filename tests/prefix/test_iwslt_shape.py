@@ -37,6 +37,7 @@ def model():
     return MarianMTModel(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3])
 def test_one_plus_k_times_the_share_of_the_suffix(model, steps):
     """f = 0.21: of 40.7 million multiplications for each target token, 3.3 in the layer and 5.2 in the head."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from for_each import for_each
 from torch import nn
 
 from hf_parcor import ACRT, SAM, CorruptionConstraint, MultiStepRisk
@@ -74,7 +75,7 @@ def defended(model, prefix, defense, fail_at=None):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("defense", DEFENSES, ids=lambda defense: type(defense).__name__)
+@for_each("defense", DEFENSES)
 def test_the_same_dropout_masks_and_gradients_as_with_a_graph_that_is_kept(defense):
     model = Net()
     expected = defended(model, PrefixReuse([model.shared, *model.layers], [model.last]), defense)
@@ -107,7 +108,7 @@ def test_it_is_computed_twice_and_its_hooks_run_no_oftener():
     assert prefix.outputs == prefix.boundary == []
 
 
-@pytest.mark.parametrize("index", [1, 3])
+@for_each("index", [1, 3])
 def test_an_interrupt_leaves_no_trace(index):
     model = Net()
     prefix = RecomputedPrefix([model.shared, *model.layers], [model.last])
@@ -150,7 +151,7 @@ class Leaking(nn.Module):
         return self.last(self.first(x)) + sum(self.seen)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("model", "message"),
     [
         (Shy, "last.weight is used before the module that holds it is called"),

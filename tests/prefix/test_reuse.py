@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers as tf
+from for_each import for_each
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -188,8 +189,9 @@ def plan_recomputed(model, selected, batch):
     return prefix
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
+@for_each("target", TARGETS)
 def test_gradients_equal_those_of_full_passes(name, target, bits_of):
     family = FAMILIES[name]
     model, batches = family.build(), [family.batch() for _ in range(4)]
@@ -247,8 +249,8 @@ def test_the_prefix_runs_once_and_an_own_forward_of_a_module_is_kept():
     assert [layer.forward for layer in model.bert.encoder.layer] == own
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("name", ["bert", "bart"])
+@for_each("steps", [1, 2, 3])
+@for_each("name", ["bert", "bart"])
 def test_operations(name, steps):
     """1 + K f stock steps, f being the share of the suffix, counted by running it alone."""
     family = FAMILIES[name]

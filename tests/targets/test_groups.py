@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
+from for_each import for_each
 from torch import nn
 
 from hf_parcor.targets import TargetError, by_adapter, by_kind, by_layer, by_module, find_stacks, select_parameters
@@ -19,22 +20,22 @@ def selected(model, groups):
     return {label: list(select_parameters(model, target)) for label, target in groups.items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("group", [by_kind, by_module])
+@for_each("family", FAMILIES)
+@for_each("group", [by_kind, by_module])
 def test_every_parameter_is_in_one_group(model_of, family, group):
     model = model_of(family)
     names = [name for of_group in selected(model, group(model)).values() for name in of_group]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@for_each("family", FAMILIES)
 def test_modules_hold_their_parameters_themselves(model_of, family):
     model = model_of(family)
     for label, names in selected(model, by_module(model)).items():
         assert {name.rpartition(".")[0] or type(model).__name__ for name in names} == {label}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@for_each("family", FAMILIES)
 def test_layers_are_the_blocks(model_of, family):
     model = model_of(family)
     groups = selected(model, by_layer(model))
@@ -73,7 +74,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("family", KINDS)
+@for_each("family", KINDS)
 def test_kinds(model_of, family):
     model = model_of(family)
     found = selected(model, by_kind(model))
@@ -144,14 +145,14 @@ class TestAdapters:
             by_adapter(model_of("bert"))
 
 
-@pytest.mark.parametrize("group", [by_kind, by_module])
+@for_each("group", [by_kind, by_module])
 def test_no_parameters(group):
     with pytest.raises(TargetError, match="expected a model with parameters, got ReLU without any"):
         group(nn.ReLU())
 
 
 def test_no_stack():
-    with pytest.raises(TargetError, match="expected a model with stacks of blocks, got Linear without any; group"):
+    with pytest.raises(TargetError, match="expected a model with stacks of blocks, got Linear without any"):
         by_layer(nn.Linear(2, 2))
 
 

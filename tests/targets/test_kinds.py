@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from for_each import for_each
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -104,13 +105,13 @@ def test_layer_norm_is_a_leaf_with_parameters() -> None:
     assert list(select_parameters(StableLayerNormEncoder(), "layer-norm")) == ["norm.scale", "final.weight"]
 
 
-@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: nn.ModuleDict({"text": model})])
+@for_each("wrap", [lambda model: model, lambda model: nn.ModuleDict({"text": model})])
 def test_embedding_of_misleading_names(wrap) -> None:
     names = [name.removeprefix("text.") for name in select_parameters(wrap(TextEmbedder()), "embedding")]
     assert names == ["tokens.weight", "patches.cls_token", "patches.projection.weight", "bag.weight"]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("architecture", "output"),
     [
         ("bert-masked", ["cls.predictions.decoder"]),

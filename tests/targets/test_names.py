@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from for_each import for_each
 from torch import nn
 
 from hf_parcor.targets import TargetError, select_parameters
@@ -13,7 +14,7 @@ def test_target_error_is_a_value_error() -> None:
     assert issubclass(TargetError, ValueError)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("targets", "expected"),
     [
         (["lm_head"], ["shared.weight"]),
@@ -71,7 +72,7 @@ class Net(nn.Module):
 QUERY = ["block.0.query.weight", "block.0.query.bias", "block.1.query.weight", "block.1.query.bias"]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("targets", "expected"),
     [
         (["query"], [*QUERY, "query.weight"]),  # exact and suffix, never "subquery"
@@ -100,7 +101,7 @@ def test_every_parameter_is_matched_by_a_regex_for_everything() -> None:
     assert select_parameters(model, ".*") == dict(model.named_parameters())
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("exclude", "expected"),
     [
         (["block"], ["scale", "query.weight"]),
@@ -125,7 +126,7 @@ def test_excluding_an_empty_list_excludes_nothing() -> None:
     assert len(select_parameters(Net(), exclude_modules=[])) == 14
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("types", "expected"),
     [
         (nn.LayerNorm, ["block.0.norm.bias", "block.1.norm.bias"]),
@@ -148,7 +149,7 @@ def test_module_types_are_owners_and_not_containers(model_of) -> None:
     assert "model.shared.weight" in select_parameters(model_of("bart"), module_types="Embedding")
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("layers", "indices"),
     [(0, [0]), (-1, [1]), ([0], [0]), ([0, 1], [0, 1]), ((-2,), [0]), (range(2), [0, 1]), ({1}, [1])],
 )
@@ -299,7 +300,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("case", ERRORS)
+@for_each("case", ERRORS)
 def test_errors_say_what_to_do(model_of, case: str) -> None:
     architecture, arguments, message = ERRORS[case]
     with pytest.raises(TargetError, match=message) as raised:
@@ -317,7 +318,7 @@ def test_models_without_stacks_or_parameters() -> None:
         select_parameters(nn.ReLU())
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("arguments", "message"),
     [
         (

@@ -6,6 +6,7 @@ import re
 import warnings
 
 import pytest
+from for_each import for_each
 from torch import nn
 
 from hf_parcor.targets import TargetError, find_stacks, select_parameters
@@ -34,7 +35,7 @@ def matched_by_peft(model: nn.Module, **settings: object) -> list[str]:
     return [name for name, result in results.items() if result and not isinstance(result, _ExcludedModule)]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("architecture", "settings"),
     [
         ("bert", {"target_modules": ["query", "value"]}),
@@ -71,9 +72,7 @@ def test_names_match_what_peft_matches(model_of, architecture: str, settings: di
     assert expected
 
 
-@pytest.mark.parametrize(
-    "targets", [["uery"], ["self.quer"], ["bert.encoder.layer.0.attention.sel"], "query", r".*\.uery", "QUERY"]
-)
+@for_each("targets", [["uery"], ["self.quer"], ["bert.encoder.layer.0.attention.sel"], "query", r".*\.uery", "QUERY"])
 def test_what_peft_does_not_match_is_an_error(model_of, targets: object) -> None:
     model = model_of("bert")
     assert matched_by_peft(model, target_modules=targets) == []
@@ -81,7 +80,7 @@ def test_what_peft_does_not_match_is_an_error(model_of, targets: object) -> None
         select_parameters(model, targets)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("architecture", "task"),
     [
         ("bert", "SEQ_CLS"),

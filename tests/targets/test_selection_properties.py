@@ -13,7 +13,7 @@ from hf_parcor.targets import TargetError, find_stacks, select_parameters
 
 ARCHITECTURES = ["bert", "albert", "t5", "bart", "gpt2", "llama-tied"]
 WORDS_OF_ALL = ["all", "all-linear", "layer-norm", "attention", "embedding"]
-FEW = settings(max_examples=25, deadline=None)
+FEW = settings(max_examples=25)
 
 architectures = st.sampled_from(ARCHITECTURES)
 
@@ -51,6 +51,7 @@ def test_a_list_is_the_union_of_its_entries_in_the_order_of_the_model(model_of, 
     assert list(select_parameters(model, entries)) == [name for name, _ in model.named_parameters() if name in union]
 
 
+@pytest.mark.slow
 @FEW
 @given(data=st.data(), architecture=architectures)
 def test_exclusion_is_the_difference_and_all_of_it_is_an_error(model_of, data, architecture: str) -> None:

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers as tf
+from for_each import for_each
 from torch import nn
 
 from hf_parcor.targets import TargetError, find_stacks, select_parameters
@@ -39,7 +40,7 @@ def described(model: nn.Module) -> list[str]:
     return [f"{stack.name} {stack.role} {len(stack)}" for stack in find_stacks(model)]
 
 
-@pytest.mark.parametrize("architecture", STACKS)
+@for_each("architecture", STACKS)
 def test_stacks(model_of, architecture: str) -> None:
     assert described(model_of(architecture)) == STACKS[architecture]
 
@@ -64,7 +65,7 @@ def test_plain_modules_are_named_by_their_path() -> None:
     assert described(model) == ["text_encoder.layers encoder 3", "decoder_blocks decoder 1"]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("path", "role"),
     [
         ("decoder.bert.encoder", "decoder"),  # the outermost word says what the stack is to the model
@@ -126,7 +127,7 @@ def test_block_used_twice_keeps_its_numbers() -> None:
     assert list(select_parameters(model, layers=1)) == expected
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("architecture", "word", "prefixes"),
     [
         ("bert-generates", "last-decoder-layer", ["bert.encoder.layer.1."]),
@@ -148,7 +149,7 @@ def test_last_layer_is_the_whole_last_block(model_of, architecture: str, word: s
     assert expected
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("architecture", "word"),
     [
         ("bert-generates", "last-encoder-layer"),
@@ -209,7 +210,7 @@ def unfilled(kind: str, **settings: object) -> nn.Module:
         return getattr(tf, f"{family}For{task}")(getattr(tf, f"{family}Config")(**settings))
 
 
-@pytest.mark.parametrize("kind", LAST_LAYERS)
+@for_each("kind", LAST_LAYERS)
 def test_last_layers_of_real_models(kind: str) -> None:
     model = unfilled(kind)
     for word, blocks in zip(("last-encoder-layer", "last-decoder-layer"), LAST_LAYERS[kind], strict=True):
@@ -221,7 +222,7 @@ def test_last_layers_of_real_models(kind: str) -> None:
             assert set(select_parameters(model, word)) == set(expected)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("kind", "base"),
     [
         ("Segformer/SemanticSegmentation", "segformer"),
@@ -243,7 +244,7 @@ def test_a_head_adds_no_layer(kind: str, base: str) -> None:
         assert whole
 
 
-@pytest.mark.parametrize("part", ["decode_head", "auxiliary_head.0", "neck", "heads", "bbox_embed", "input_proj"])
+@for_each("part", ["decode_head", "auxiliary_head.0", "neck", "heads", "bbox_embed", "input_proj"])
 def test_lists_in_a_part_beside_the_encoder_are_no_layers(part: str) -> None:
     model: nn.Module = nn.ModuleDict({"stages": blocks()})
     inner = blocks()

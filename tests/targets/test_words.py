@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from for_each import for_each
 
 from hf_parcor.targets import WORDS, TargetError, select_parameters
 
@@ -309,8 +310,8 @@ def test_expand_is_understood() -> None:
     ]
 
 
-@pytest.mark.parametrize("word", WORDS)
-@pytest.mark.parametrize("architecture", EXPECTED)
+@for_each("word", WORDS)
+@for_each("architecture", EXPECTED)
 def test_word_selects_exactly(model_of, architecture: str, word: str) -> None:
     model = model_of(architecture)
     expected = EXPECTED[architecture][word]
@@ -323,7 +324,7 @@ def test_word_selects_exactly(model_of, architecture: str, word: str) -> None:
     assert all(model.get_parameter(name) is parameter for name, parameter in selected.items())
 
 
-@pytest.mark.parametrize("architecture", EXPECTED)
+@for_each("architecture", EXPECTED)
 def test_all_is_the_default_and_everything(model_of, architecture: str) -> None:
     model = model_of(architecture)
     assert select_parameters(model) == dict(model.named_parameters())

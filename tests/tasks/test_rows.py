@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import pytest
+from for_each import for_each
 from hypothesis import given
 from hypothesis import strategies as st
 from local_models import write_rows
@@ -80,8 +81,8 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "rows"), GOOD)
-@pytest.mark.parametrize("packed", [False, True])
+@for_each(("name", "text", "rows"), GOOD)
+@for_each("packed", [False, True])
 def test_good_files(name, text, rows, packed, tmp_path):
     path = tmp_path / (f"{name}.gz" if packed else name)
     content = text.encode()
@@ -101,8 +102,9 @@ def test_the_limit_of_a_cell_is_that_of_other_code_again(tmp_path):
     assert csv.field_size_limit() == before
 
 
-@pytest.mark.parametrize(("name", "content", "says"), BAD)
+@for_each(("name", "content", "says"), BAD)
 def test_bad_files(name, content, says, tmp_path):
+    (tmp_path / name).unlink(missing_ok=True)
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=says):
@@ -203,7 +205,7 @@ LETTERS = {"A": 0, "a": 1}
 class TestClasses:
     OF_THE_MODEL = {"NEGATIVE": 0, "POSITIVE": 1}  # noqa: RUF012
 
-    @pytest.mark.parametrize(
+    @for_each(
         ("rows", "expected"),
         [
             (labelled(1, 0), [1, 0]),
@@ -220,7 +222,7 @@ class TestClasses:
     def test_numbers_of_the_model(self, rows, expected):
         assert class_numbers(rows, "label", self.OF_THE_MODEL) == expected
 
-    @pytest.mark.parametrize(
+    @for_each(
         ("rows", "says"),
         [
             (labelled(0, -1), r"expected a label of the model \(NEGATIVE = 0, POSITIVE = 1\), got -1 .* row 2"),
@@ -244,7 +246,7 @@ class TestClasses:
         with pytest.raises(InputError, match=says):
             class_numbers(rows, "label", self.OF_THE_MODEL)
 
-    @pytest.mark.parametrize(
+    @for_each(
         ("of_the_model", "labels", "expected"),
         [
             (STARS, [1, 2, 3], [0, 1, 2]),
@@ -261,7 +263,7 @@ class TestClasses:
     def test_a_name_comes_before_a_number(self, of_the_model, labels, expected):
         assert class_numbers(labelled(*labels), "label", of_the_model) == expected
 
-    @pytest.mark.parametrize(
+    @for_each(
         ("of_the_model", "rows", "says"),
         [
             (STARS, labelled(0, 1), r"expected a label of the model \(1 = 0, 2 = 1, 3 = 2\), got 0 .* row 1"),
@@ -285,7 +287,7 @@ class TestClasses:
         with pytest.raises(InputError, match=says):
             class_numbers(rows, "label", of_the_model)
 
-    @pytest.mark.parametrize(
+    @for_each(
         ("rows", "expected"),
         [
             (labelled(0, 2), ["0", "2"]),
@@ -311,7 +313,7 @@ class TestClasses:
         found = {number for value in numbers for number in (value if isinstance(value, list) else [value])}
         assert found == set(range(len(names)))
 
-    @pytest.mark.parametrize(
+    @for_each(
         ("rows", "says"),
         [
             (labelled(-1, -1), "expected labels from 0 on, got -1"),

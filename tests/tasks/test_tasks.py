@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from for_each import for_each
 from local_models import BERT, LABELS, MANY_LANGUAGES, SAVED, SENTENCES, save_bert, save_tokenizer, write_summaries
 
 from hf_parcor.errors import InputError
@@ -137,7 +138,7 @@ class TestColumns:
     def rows(self, *columns):
         return Rows("rows.tsv", [dict.fromkeys(columns, "good")], columns)
 
-    @pytest.mark.parametrize(
+    @for_each(
         ("task", "columns", "given", "found"),
         [
             ("text-classification", ("idx", "Text", "Label"), {}, {"text": "Text", "label": "Label"}),
@@ -158,7 +159,7 @@ class TestColumns:
         expected = {role: columns[name] if isinstance(name, int) else name for role, name in found.items()}
         assert TASKS[task].find_columns(self.rows(*columns), given) == expected
 
-    @pytest.mark.parametrize(
+    @for_each(
         ("given", "says"),
         [
             ({}, r"expected a column with the label .* got the columns sentence, stars; .* --column label=NAME"),
@@ -173,7 +174,7 @@ class TestColumns:
     def test_two_columns_that_differ_in_case(self):
         rows = self.rows("sentence", "Label", "label")
         task = TASKS["text-classification"]
-        with pytest.raises(InputError, match=r"one column for label, got Label, label; .* --column label=NAME"):
+        with pytest.raises(InputError, match=r"one column for label, got Label, label"):
             task.find_columns(rows, {})
         assert task.find_columns(rows, {"label": "label"}) == {"text": "sentence", "label": "label"}
 
@@ -205,7 +206,7 @@ class TestGuess:
         if task:
             assert task_of(str(tmp_path), rows, given).name == task
         else:
-            with pytest.raises(InputError, match=r"got summarization and translation; say --task"):
+            with pytest.raises(InputError, match=r"got summarization and translation"):
                 task_of(str(tmp_path), rows, given)
 
     def test_a_translation_model_does_not_summarize(self, tmp_path):
@@ -217,7 +218,7 @@ class TestGuess:
     def test_a_model_without_a_head(self, tmp_path):
         model = save_bert(tmp_path / "model", transformers.BertModel)
         rows = Rows("rows", [{"sentence": "good", "label": 1}], ("sentence", "label"))
-        with pytest.raises(InputError, match=r"expected one with a head for .* got .* with BertModel; fine-tune it"):
+        with pytest.raises(InputError, match=r"expected one with a head for .* got .* with BertModel"):
             task_of(model, rows, {})
         with pytest.raises(InputError, match=r"head for text-classification \(…ForSequenceClassification\)"):
             check_head(TASKS["text-classification"], model)
@@ -294,7 +295,7 @@ class TestLanguages:
         texts = [bare.processor.convert_ids_to_tokens(example[side]) for side in ("input_ids", "labels")]
         assert [text[0] for text in texts] == ["de_DE", "en_XX"]
 
-    @pytest.mark.parametrize("name", [name for name in TASKS if name not in ("translation", "summarization")])
+    @for_each("name", [name for name in TASKS if name not in ("translation", "summarization")])
     def test_of_tasks_that_have_none(self, name):
         with pytest.raises(InputError, match=f"expected none for {name}, got 'de'"):
             TASKS[name].prepare(Processed(None, None, Encoding(None, "", None, "de")))

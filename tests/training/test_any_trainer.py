@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from for_each import for_each
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -123,7 +124,7 @@ BOOKS = {
 }
 
 
-@pytest.mark.parametrize("kind", BOOKS)
+@for_each("kind", BOOKS)
 def test_a_book_is_copied_and_nothing_else_is(kind):
     value, is_book = BOOKS[kind]
     trainer = SimpleNamespace(first=value, second=value, inside={"of": value})

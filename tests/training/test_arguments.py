@@ -7,6 +7,7 @@ import json
 import math
 
 import pytest
+from for_each import for_each
 from transformers import HfArgumentParser
 
 from hf_parcor import (
@@ -31,7 +32,7 @@ L3 = CorruptionConstraint(p=3, epsilon=0.1)
 KINDS = [ParameterDefenseTrainingArguments, Seq2SeqParameterDefenseTrainingArguments]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@for_each("kind", KINDS)
 def test_flags_from_a_command_line(kind, tmp_path):
     line = (
         f"--output_dir {tmp_path} --defense multi_step_risk --defense_epsilon 0.001 --defense_norm inf "
@@ -50,7 +51,7 @@ def test_flags_from_a_command_line(kind, tmp_path):
     assert arguments.defense_layers == [0, -1]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@for_each("kind", KINDS)
 def test_flags_from_a_json_file_and_back(kind, tmp_path):
     path = tmp_path / "arguments.json"
     path.write_text(
@@ -115,7 +116,7 @@ ONE_PLACE = {
 }
 
 
-@pytest.mark.parametrize("name", TWO_PLACES)
+@for_each("name", TWO_PLACES)
 def test_settings_in_two_places_are_an_error_that_names_both(name, tiny_bert, arguments):
     flags, passed, message = TWO_PLACES[name]
     with pytest.raises(ValueError, match=f"expected it in one place, got .*{message}.*leave one of the two out"):
@@ -124,7 +125,7 @@ def test_settings_in_two_places_are_an_error_that_names_both(name, tiny_bert, ar
         )
 
 
-@pytest.mark.parametrize("name", ONE_PLACE)
+@for_each("name", ONE_PLACE)
 def test_settings_that_say_the_same_or_other_things_are_none(name, tiny_bert, arguments):
     flags, passed = ONE_PLACE[name]
     trainer = ParameterDefenseTrainer(
@@ -154,7 +155,7 @@ def test_what_was_saved_can_be_given(tiny_bert, arguments, rows, tmp_path):
     assert DefenseConfig.from_pretrained(tmp_path / "new") == WHOLE
 
 
-@pytest.mark.parametrize("other", [{"target_modules": "attention"}, {"exclude_modules": "bias"}, {"layers": 1}])
+@for_each("other", [{"target_modules": "attention"}, {"exclude_modules": "bias"}, {"layers": 1}])
 def test_targets_beside_a_file_that_has_others_are_refused(other, tiny_bert, arguments):
     (name,) = other
     with pytest.raises(ValueError, match=f"{name}: expected it in one place, .*pass the defense alone"):
@@ -178,7 +179,7 @@ def test_none_is_the_stock_step(tmp_path):
     assert build_defense(ParameterDefenseTrainingArguments(output_dir=str(tmp_path), defense="none")) is None
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("settings", "expected"),
     [
         ({"defense": "acrt", "defense_alpha": 0.3, "defense_norm": 3.0}, ACRT(L3, alpha=0.3)),
@@ -197,7 +198,7 @@ def test_flags_of_the_other_defenses(settings, expected, tmp_path):
     assert build_defense(ParameterDefenseTrainingArguments(output_dir=str(tmp_path), **settings)) == expected
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("settings", "says"),
     [
         ({"defense": "sam", "defense_steps": 2}, "--defense_steps: expected a setting of sam, got 2"),

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
+from for_each import for_each
 from torch import nn
 from transformers import Trainer
 
@@ -136,8 +137,8 @@ def step(model, defense=DEFENSE, **selection):
     return defended_backward(Accelerator(cpu=True), defense, model, lambda: model(batch).square().mean(), **selection)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("part", ["all", "last"])
+@for_each("name", REFUSED)
+@for_each("part", ["all", "last"])
 def test_refused_in_a_loop_with_nothing_changed(name, part):
     model = Net()
     selection = {} if part == "all" else {"parameters": dict(model.last.named_parameters())}
@@ -154,7 +155,7 @@ def test_refused_in_a_loop_with_nothing_changed(name, part):
         assert torch.equal(parameter.grad, gradient)
 
 
-@pytest.mark.parametrize("name", ALLOWED)
+@for_each("name", ALLOWED)
 def test_allowed(name):
     plain, hooked = Net(), Net()
     hooked.load_state_dict(plain.state_dict())
@@ -165,7 +166,7 @@ def test_allowed(name):
         assert torch.equal(one.grad, other.grad)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@for_each("name", REFUSED)
 def test_allowed_where_the_step_is_the_stock_one(name):
     model = Net()
     register, _ = REFUSED[name]
@@ -175,7 +176,7 @@ def test_allowed_where_the_step_is_the_stock_one(name):
     assert model.calls == 1
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@for_each("when", ["before", "after"])
 def test_refused_in_a_trainer_however_late_the_hook_comes(tiny_bert, arguments, rows, when):
     model = tiny_bert(dropout=0.0)
     if when == "before":

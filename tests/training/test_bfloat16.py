@@ -55,6 +55,7 @@ class TestBFloat16:
         assert trainer.state.log_history[0]["corruption_norm"] == pytest.approx(0.2, rel=0.05)
         assert bits_of(model) == before
 
+    @pytest.mark.slow
     def test_weights_learn(self, tiny_bert, train):
         trainer = train(
             ParameterDefenseTrainer,

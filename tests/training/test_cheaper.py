@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from for_each import for_each
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
@@ -132,6 +133,7 @@ def test_operations_count_the_part(tiny_bert, train):
     assert ours.state.total_flos == pytest.approx(1.5 * stock.state.total_flos)
 
 
+@pytest.mark.slow
 def test_what_a_trainer_counts_is_the_whole_batch_once(tiny_bert, train):
     class Counting(Trainer):
         rows_seen = 0
@@ -164,7 +166,7 @@ class TestFirstExamples:
         assert part["inner"]["x"][0].tolist() == [0, 1, 2]
         assert (part["flag"], float(part["scale"]), part["names"]) == (True, 2.0, ["p", "q"])
 
-    @pytest.mark.parametrize(("share", "count"), [(1e-9, 1), (0.25, 1), (0.26, 2), (0.999, 4), (1.0, 4)])
+    @for_each(("share", "count"), [(1e-9, 1), (0.25, 1), (0.26, 2), (0.999, 4), (1.0, 4)])
     def test_how_many(self, share, count):
         assert len(first_examples({"x": torch.zeros(4)}, share)["x"]) == count
 

@@ -6,6 +6,7 @@ import logging
 import math
 
 import pytest
+from for_each import for_each
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainingArguments
@@ -32,7 +33,7 @@ def history(clean, corrupted=None):
     ] + [{"eval_loss": 3.0}]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("log", "says"),
     [
         (history([0.70, 0.69, 0.69, 0.69, 0.69, 0.70]), "did not fall"),
@@ -46,7 +47,7 @@ def test_collapse_is_seen(log, says):
     assert any(says in sign for sign in signs_of_collapse(log))
 
 
-@pytest.mark.parametrize(
+@for_each(
     "log",
     [
         history([0.70, 0.6, 0.5, 0.4], [0.8, 0.7, 0.6, 0.5]),
@@ -61,7 +62,7 @@ def test_healthy_runs_are_left_in_peace(log):
     assert signs_of_collapse(log) == []
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("clean", "corrupted"),
     [
         ([-2.05 - step / 10 for step in range(8)], [-1.95 - step / 10 for step in range(8)]),  # densities
@@ -103,7 +104,7 @@ def watchers(trainer):
     return sum(isinstance(callback, CollapseCallback) for callback in trainer.callback_handler.callbacks)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("defense", "watched"),
     [
         (MultiStepRisk(L2), True),
@@ -115,7 +116,6 @@ def watchers(trainer):
         (GradientPenalty(weight=0.0), False),
         (GradientPenalty(), True),
     ],
-    ids=str,
 )
 def test_watched_where_the_defense_does_something(tiny_bert, arguments, defense, watched):
     assert watchers(ParameterDefenseTrainer(model=tiny_bert(), args=arguments(), defense=defense)) == watched

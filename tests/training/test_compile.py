@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from for_each import for_each
 from torch import nn
 from transformers import Trainer
 
@@ -51,6 +52,7 @@ class TestCompile:
         yield
         torch.compiler.reset()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
     def test_running_statistics_and_weights_equal_the_plain_run(self, train, backend):
         """Passes switch `track_running_stats`, which the compiler must notice."""
@@ -88,7 +90,7 @@ class TestCompile:
         for name, value in weights_of(plain).items():
             torch.testing.assert_close(weights_of(compiled)[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
-    @pytest.mark.parametrize("backend", [None, "aot_eager"])
+    @for_each("backend", [None, "aot_eager"])
     def test_second_derivative_of_a_compiled_backward_is_refused(self, tiny_bert, arguments, backend):
         options = {"torch_compile": True, "torch_compile_backend": backend}
         with pytest.raises(ValueError, match="choose 'eager', torch_compile=False, or another defense"):

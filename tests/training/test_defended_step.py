@@ -39,10 +39,19 @@ def batch_of(rows):
     }
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("target", ["all", "last-encoder-layer"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(  # any three of these settings meet in all their values
+    ("steps", "accumulation", "target", "smoothing"),
+    [
+        (1, 1, "all", 0.0),
+        (1, 1, "last-encoder-layer", 0.1),
+        (1, 3, "all", 0.1),
+        (1, 3, "last-encoder-layer", 0.0),
+        (2, 1, "all", 0.1),
+        (2, 1, "last-encoder-layer", 0.0),
+        (2, 3, "all", 0.0),
+        (2, 3, "last-encoder-layer", 0.1),
+    ],
+)
 def test_gradient_of_the_optimizer_is_that_of_the_risk(
     tiny_bert, rows, train, longhand, steps, accumulation, target, smoothing
 ):

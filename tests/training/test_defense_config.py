@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from for_each import for_each
 from transformers import Trainer
 
 from hf_parcor import (
@@ -58,14 +59,14 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", DEFENSES)
+@for_each("name", DEFENSES)
 def test_every_defense_of_the_catalogue_comes_back(name, defense_of, tmp_path):
     config = DefenseConfig(defense_of(name, start_epoch=0.5))
     config.save_pretrained(tmp_path)
     assert DefenseConfig.from_pretrained(tmp_path) == config
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@for_each("name", CONFIGS)
 def test_comes_back(name, tmp_path):
     config = CONFIGS[name]
     path = config.save_pretrained(tmp_path / "new" / "folder")
@@ -101,7 +102,7 @@ def test_collections_become_tuples_and_sets_are_put_in_order():
     assert hash(config) == hash(replace(config))
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("change", "says"),
     [
         ({"defense": "multistep"}, "defense: expected one of multi_step_risk, .*, got 'multistep'"),
@@ -145,7 +146,7 @@ def test_a_file_that_says_something_else_is_refused_by_name(change, says, tmp_pa
     assert "install that version, or save the model again" in str(caught.value)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("content", "says"),
     [
         (b"", "expected JSON, got Expecting value"),
@@ -173,12 +174,12 @@ def test_what_is_no_defense_is_refused():
         DefenseConfig("sam")
 
 
-@pytest.mark.parametrize("schedule", [math.sin, {"warm": (1, math.inf)}, {3}])
+@for_each("schedule", [math.sin, {"warm": (1, math.inf)}, {3}])
 def test_a_defense_of_ones_own_is_written_and_not_imported(schedule, tmp_path):
     """Saving must not end a training run; importing what a file names must not happen."""
     path = DefenseConfig(Own(L2, schedule=schedule)).save_pretrained(tmp_path)
     assert json.loads(path.read_text(encoding="utf-8"))["defense"] == f"{__name__}.Own"
-    with pytest.raises(ValueError, match=r"got '.*\.Own'; a class of your own is not imported from a file"):
+    with pytest.raises(ValueError, match=r"got '.*\.Own'"):
         DefenseConfig.from_pretrained(tmp_path)
 
 

@@ -19,6 +19,7 @@ def share_of_the_last_layer_and_what_follows(model):
     return 1 - reused / sum(sizes.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEFENSES)
 @pytest.mark.parametrize("target", ["all", "last-encoder-layer"])
 def test_trains_and_logs(tiny_bert, train, defense_of, name, target):

@@ -144,7 +144,7 @@ def test_parameters_frozen_after_construction_are_left_alone(rows, arguments, ti
 
 def test_flag_that_is_not_read_is_refused(build):
     trainer = build(ParameterDefenseTrainer, FLAGS, defense=K1)
-    with pytest.raises(ValueError, match=r"defense_epsilon: expected the flag unchanged, .* given defense=, got 0.3"):
+    with pytest.raises(ValueError, match=r"defense_epsilon: expected the flag unchanged, .* given defense="):
         search(trainer, {"defense_epsilon": [0.3]})
     trainer = build(ParameterDefenseTrainer, FLAGS, target_modules=["attention"])
     with pytest.raises(ValueError, match=r"defense_target_modules: expected the flag unchanged, .* target_modules="):

@@ -51,6 +51,7 @@ def test_interrupt_by_signal_in_a_corrupted_pass_and_then_saving(tiny_bert, rows
     torch.testing.assert_close(saved, dict(before), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_interrupt_at_any_line_leaves_the_weights(tiny_bert, rows, arguments):
     """Ctrl-C can come between any two lines; here at each seventeenth line of ours in a defended step."""
     model = tiny_bert(dropout=0.0)

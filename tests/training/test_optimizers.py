@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from for_each import for_each
 from transformers import Trainer
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -77,14 +78,14 @@ def test_one_step_is_the_optimizer_on_the_gradient_of_the_risk(tiny_bert, rows, 
     assert not torch.equal(before["classifier.weight"], model.classifier.weight)
 
 
-@pytest.mark.parametrize("optim", UPDATES_INSIDE_BACKWARD)
+@for_each("optim", UPDATES_INSIDE_BACKWARD)
 def test_refused(tiny_bert, arguments, optim):
     with pytest.raises(ValueError, match="expected an optimizer that updates after backward"):
         ParameterDefenseTrainer(model=tiny_bert(), args=arguments(optim=optim))
 
 
-@pytest.mark.parametrize("optim", UPDATES_INSIDE_BACKWARD)
-@pytest.mark.parametrize(("epsilon", "steps"), [(0.0, 1), (0.2, 0)])
+@for_each("optim", UPDATES_INSIDE_BACKWARD)
+@for_each(("epsilon", "steps"), [(0.0, 1), (0.2, 0)])
 def test_not_refused_where_each_step_is_the_stock_one(tiny_bert, arguments, optim, epsilon, steps):
     defense = MultiStepRisk(CorruptionConstraint(epsilon=epsilon), steps=steps)
     ParameterDefenseTrainer(model=tiny_bert(), args=arguments(optim=optim), defense=defense)

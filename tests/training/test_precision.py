@@ -162,6 +162,7 @@ class TestOverflow:
 
 
 class TestFloat16:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", DEFENDED)
     def test_scale_falls_until_it_fits_and_then_learns(self, tiny_bert, train, fp16, name):
         """A real overflow: 2**24 is beyond float16."""

@@ -99,6 +99,7 @@ def assert_same_run(first, second):
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer_class", "at"), [(Trainer, 4), *((ParameterDefenseTrainer, at) for at in range(1, STEPS))]
 )

@@ -38,6 +38,7 @@ def tokens(prediction):
     return {"tokens": float(prediction.predictions.sum())}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default:UserWarning")
 @pytest.mark.parametrize(("build", "layer"), [(tiny_bart, "decoder.layers.1."), (tiny_t5, "decoder.block.1.")])
 def test_last_decoder_layer(build, layer, arguments):

@@ -130,6 +130,7 @@ def test_says_once_why_a_model_cannot_be_cut(train, caplog):
     assert "where the prefix is reused" in said[0]
 
 
+@pytest.mark.slow
 def test_operations_of_the_last_of_six_layers():
     """DESIGN: 1.17, 1.33, 1.50 stock steps for K = 1, 2, 3 on a BERT of six layers, 384 wide."""
     config = tf.BertConfig(

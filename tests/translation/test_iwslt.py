@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from for_each import for_each
 from iwslt_distribution import YEAR_14, distribution, in_folder, segments, tar, zipped
 from local_hub import local_hub
 
@@ -254,7 +255,7 @@ def share_alike(one, two):
 class TestAgainstThePreparedData:
     """`shared/data/iwslt14_deen_eval` is what fairseq's script made of the official distribution."""
 
-    @pytest.mark.parametrize("split", ["valid", "test"])
+    @for_each("split", ["valid", "test"])
     def test_tokens(self, split):
         rows = prepared(split)
         assert len(rows) == IWSLT14_DE_EN_PAIRS["validation" if split == "valid" else split]
@@ -262,7 +263,7 @@ class TestAgainstThePreparedData:
             tokenize = moses_tokenizer(language)
             assert share_alike([tokenize(text).lower() for text in texts], expected) >= AGREE
 
-    @pytest.mark.parametrize("split", ["valid", "train_sample"])
+    @for_each("split", ["valid", "train_sample"])
     def test_nothing_that_was_kept_is_left_out(self, split):
         rows = prepared(split)
         assert not [row for row in rows if left_out(*row)]
@@ -309,7 +310,7 @@ LEFT_OUT = {
 
 
 class TestPreparation:
-    @pytest.mark.parametrize("case", LEFT_OUT)
+    @for_each("case", LEFT_OUT)
     def test_lengths(self, case):
         source, target, reason = LEFT_OUT[case]
         found = left_out(" ".join("a" * source), " ".join("b" * target))

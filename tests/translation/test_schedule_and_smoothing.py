@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from for_each import for_each
 from torch.nn import functional
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, get_scheduler
 from transformers.trainer_pt_utils import LabelSmoother
@@ -20,7 +21,7 @@ class Trainer(TokenBatchesMixin, Seq2SeqParameterDefenseTrainer):
     pass
 
 
-@pytest.mark.parametrize("warmup", [8000, 4])
+@for_each("warmup", [8000, 4])
 def test_inverse_square_root(warmup):
     """fairseq: peak · step / warmup, then peak · sqrt(warmup / step)."""
     peak = 0.0015

@@ -85,6 +85,7 @@ def test_refused():
         BleuScores(tokenize=str, detokenize=str)
 
 
+@pytest.mark.slow
 def test_a_corrupted_decoder_reuses_the_encoder_with_identical_translations(tiny_model, tokenizer, rows):
     """Beam 5 and BLEU, as Table 6 measures: the encoder runs once a batch, and every number is the same."""
     model = tiny_model().eval()

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from for_each import for_each
 from transformers import AutoModelForSeq2SeqLM
 
 from hf_parcor.targets import select_trainable
@@ -21,13 +22,12 @@ def layers(inner):
     return 6 * (encoder + decoder)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("config", "weights", "heads"),
     [
         (iwslt_de_en(10_149), 10_149 * WIDTH + layers(1024), 4),
         (wmt_en_de(7_669, 6_669), (7_669 + 6_669) * WIDTH + layers(2048), 8),
     ],
-    ids=["De-En", "En-Vi"],
 )
 def test_the_weights_of_the_papers(config, weights, heads):
     with torch.device("meta"):

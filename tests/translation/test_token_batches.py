@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from accelerate.data_loader import BatchSamplerShard
+from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from hf_parcor.translation import TokenBatchSampler
 CASES = st.lists(st.integers(1, 50), min_size=4, max_size=80)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=CASES, slack=st.integers(0, 200), seed=st.integers(0, 2**31), processes=st.integers(1, 4))
 def test_every_sentence_once_and_never_above_the_bound(lengths, slack, seed, processes):
     bound = max(lengths) + slack
@@ -31,7 +32,7 @@ def test_every_sentence_once_and_never_above_the_bound(lengths, slack, seed, pro
         assert len(batches) % processes == 0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(lengths=CASES, processes=st.integers(1, 4))
 def test_accelerate_deals_them_out(lengths, processes):
     sampler = TokenBatchSampler(lengths, 2_600, seed=0, processes=processes)
@@ -65,7 +66,7 @@ def test_order():
     assert sorted(epoch(1, 0)) != sorted(epoch(2, 0)), "other neighbours"
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("lengths", "processes", "says"),
     [
         ([3, 9], 1, "max_tokens: expected room for each sentence, got 8 for sentence 1 of 9 tokens"),

@@ -97,6 +97,7 @@ def test_without_a_bound_batches_are_the_stock_ones(tiny_model, tokenizer, rows,
     assert sizes == [7] * 8 + [4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_interrupted_within_an_epoch(run, accumulation, tmp_path):
     options = {"gradient_accumulation_steps": accumulation, "defense_epsilon": 0.05}
@@ -109,6 +110,7 @@ def test_interrupted_within_an_epoch(run, accumulation, tmp_path):
     assert_same_bits(resumed, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [None, "last-decoder-layer"])
 def test_arms_share_the_epochs_before_the_defense_starts(run, target, tmp_path):
     """From the plain run's checkpoint at the start epoch, or from the beginning: the same bits."""
@@ -133,5 +135,5 @@ def test_a_sentence_longer_than_the_bound(tiny_model, tokenizer, rows, tmp_path)
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         max_tokens=4,
     )
-    with pytest.raises(ValueError, match="max_tokens: expected room for each sentence, got 4 for sentence"):
+    with pytest.raises(ValueError, match="max_tokens: expected room for each sentence"):
         trainer.train()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from for_each import for_each
 from transformers import AutoTokenizer
 
 from hf_parcor.translation import train_bpe, train_unigram
@@ -85,7 +86,7 @@ def test_deterministic_between_processes(pairs):
     assert len(found) == 1
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("train", "size", "says"),
     [
         (train_bpe, 6, "expected a vocabulary of 6, the texts yield"),

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from for_each import for_each
 from torch import nn
 
 from hf_parcor import CorruptionEvaluator, EvaluationRecord, GaussianNoise, LayerProbe, MetricInfo, SweepRecord
@@ -60,7 +61,7 @@ OURS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "labels", "right", "wrong", "problem"), OURS.values(), ids=OURS)
+@for_each(("kind", "labels", "right", "wrong", "problem"), OURS.values())
 def test_ours_state_the_direction_and_the_unit_that_their_numbers_have(kind, labels, right, wrong, problem):
     metric = kind([{"inputs": torch.zeros(len(labels)), "labels": labels}])
     best, worst = (metric(Fixed(logits, problem)) for logits in (right, wrong))
@@ -108,7 +109,7 @@ class TestOfEvaluate:
         return type(class_name, (evaluate.Metric,), methods)()
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-    @pytest.mark.parametrize(
+    @for_each(
         ("class_name", "found", "name", "info"),
         [
             ("Mse", {"mse": 0.1}, "mse", MetricInfo(False, SQUARED_LABEL_UNITS)),
@@ -136,7 +137,7 @@ class TestOfEvaluate:
         assert record.metric_info[name] == info
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("name", "greater"),
     [
         *[(name, True) for name in ("accuracy", "eval_f1", "f1_macro", "top_5_accuracy", "rougeL", "val/bleu", "r2")],
@@ -153,7 +154,7 @@ def test_names_that_everybody_uses_alike(name, greater):
     assert info.greater_is_better is (greater is not False)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("name", "values", "unit"),
     [
         ("accuracy", [0.9, math.nan, math.inf], SHARE),
@@ -183,7 +184,7 @@ class TestWhatUsersState:
         assert record.info("accuracy").guessed == ("unit",)
         assert record.info("score").guessed == ("greater_is_better",)
 
-    @pytest.mark.parametrize("kind", [CorruptionEvaluator, LayerProbe])
+    @for_each("kind", [CorruptionEvaluator, LayerProbe])
     def test_an_argument_goes_before(self, kind):
         given = {"distance": MetricInfo(True, POINTS), "score": MetricInfo(False)}
         options = {"targets": {"all": "all"}} if kind is LayerProbe else {}
@@ -200,12 +201,12 @@ class TestWhatUsersState:
         assert "f2" not in record.metric_info
         assert [text for text in told if "f2" in text] == told != []
 
-    @pytest.mark.parametrize("wrong", [{"score": True}, {"score": {"unit": ""}}, ["score"]])
+    @for_each("wrong", [{"score": True}, {"score": {"unit": ""}}, ["score"]])
     def test_anything_else_is_refused_before_measuring(self, wrong):
         with pytest.raises(TypeError, match="metric_info: expected MetricInfo by the name"):
             CorruptionEvaluator(nn.Linear(1, 1), self.Distance(), metric_info=wrong)
 
-    @pytest.mark.parametrize("wrong", [{"greater_is_better": 1}, {"greater_is_better": True, "unit": None}])
+    @for_each("wrong", [{"greater_is_better": 1}, {"greater_is_better": True, "unit": None}])
     def test_types(self, wrong):
         with pytest.raises(TypeError, match="expected a"):
             MetricInfo(**wrong)
@@ -251,9 +252,7 @@ class TestAgreement:
         share, other = info_by_name("accuracy", [0.5]), info_by_name("accuracy", [50.0])
         assert agreed([share, other], "accuracy") == MetricInfo(True)
 
-    @pytest.mark.parametrize(
-        ("other", "message"), [({"unit": SHARE}, "unit"), ({"greater_is_better": False}, "greater_is_better")]
-    )
+    @for_each(("other", "message"), [({"unit": SHARE}, "unit"), ({"greater_is_better": False}, "greater_is_better")])
     def test_statements_that_differ_are_refused(self, other, message):
         stated = MetricInfo(True, POINTS)
         with pytest.raises(ValueError, match=f"one {message}"):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from for_each import for_each
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TextClassificationPipeline
 
@@ -88,7 +89,7 @@ CURVE = {"epsilons": [0.5, 0.1, 1.0], "values": [0.5, 0.75, 0.25], "clean": 0.87
 
 
 class TestOurs:
-    @pytest.mark.parametrize(
+    @for_each(
         ("name", "inputs", "expected"),
         [
             ("metric_drop", {"clean": [0.75, 0.5], "corrupted": [0.5, 0.5]}, 0.125),

@@ -4,6 +4,7 @@ import math
 
 import numpy
 import pytest
+from for_each import for_each
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ curves = st.lists(
 )
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("clean", "corrupted", "greater_is_better", "drop"),
     [(0.75, 0.5, True, 0.25), (0.5, 0.75, True, -0.25), (0.5, 2.0, False, 1.5), (2.0, inf, False, inf)],
 )
@@ -38,17 +39,17 @@ def test_area_is_the_trapezoid_rule_over_the_range(points, clean):
     assert area_under_curve(epsilons, values, clean=clean) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-@pytest.mark.parametrize("scale", [1e-300, 1e300])
+@for_each("scale", [1e-300, 1e300])
 def test_area_of_extreme_radii(scale):
     assert area_under_curve([scale, 2 * scale], [0.5, 0.5], clean=1.0) == 0.625
 
 
-@pytest.mark.parametrize("values", [[nan, 0.5], [0.5, nan]])
+@for_each("values", [[nan, 0.5], [0.5, nan]])
 def test_area_with_nan(values):
     assert math.isnan(area_under_curve([1.0, 2.0], values, clean=1.0))
 
 
-@pytest.mark.parametrize(("values", "area"), [([inf, 0.5], inf), ([-inf, 0.5], -inf), ([inf, -inf], nan)])
+@for_each(("values", "area"), [([inf, 0.5], inf), ([-inf, 0.5], -inf), ([inf, -inf], nan)])
 def test_area_with_infinities(values, area):
     assert area_under_curve([1.0, 2.0], values, clean=1.0) == pytest.approx(area, nan_ok=True)
 
@@ -69,7 +70,7 @@ def test_half_is_the_first_crossing_on_a_fine_grid(points, clean, greater_is_bet
         assert not lost[grid < found - width].any()
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("epsilons", "values", "clean", "greater_is_better", "half"),
     [
         ([2.0, 1.0], [0.25, 0.75], 1.0, True, 1.5),  # any order
@@ -86,15 +87,13 @@ def test_half(epsilons, values, clean, greater_is_better, half):
     assert found == pytest.approx(half)
 
 
-@pytest.mark.parametrize(
-    ("values", "clean"), [([nan, 0.1], 1.0), ([0.0, 0.0], 0.0), ([0.5, 0.1], nan), ([1, 2], -1.0)]
-)
+@for_each(("values", "clean"), [([nan, 0.1], 1.0), ([0.0, 0.0], 0.0), ([0.5, 0.1], nan), ([1, 2], -1.0)])
 def test_half_that_cannot_be_said(values, clean):
     assert math.isnan(epsilon_at_half([1.0, 2.0], values, clean=clean))
 
 
-@pytest.mark.parametrize("measure", [area_under_curve, epsilon_at_half])
-@pytest.mark.parametrize(
+@for_each("measure", [area_under_curve, epsilon_at_half])
+@for_each(
     ("epsilons", "values", "message"),
     [
         ([], [], "got 0 for 0"),

@@ -88,6 +88,7 @@ def test_each_training_starts_anew_with_its_own_radius(make_trainer):
     assert record.best.objective == min(trial.objective for trial in record.trials)
 
 
+@pytest.mark.slow
 def test_steps_rise_until_their_best_falls(make_trainer):
     trainer, trained = make_trainer(), []
     record = search_epsilon(
@@ -103,6 +104,7 @@ def test_steps_rise_until_their_best_falls(make_trainer):
     assert record.best.steps == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [1, 4])
 def test_goes_on_after_an_interruption(make_trainer, tmp_path, stop_after):
     options = {"direction": "maximize", "steps": (1, 2), "n_trials": 3}

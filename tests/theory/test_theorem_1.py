@@ -24,6 +24,7 @@ def real_model():
     return AutoModelForSequenceClassification.from_pretrained(Path(spec.origin).parent / "model").eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [["classifier"], ["layer.5.attention.self.query"]])
 def test_spread_of_random_corruptions_follows_the_closed_form(real_model, target):
     stats = pytest.importorskip("scipy.stats")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from for_each import for_each
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
@@ -20,8 +21,7 @@ def tent(x, peak):
     return -abs(x - peak) if x < peak else -3 * abs(x - peak)
 
 
-@pytest.mark.parametrize("function", [parabola, tent])
-@given(peak=st.floats(-2, 7), evaluations=st.integers(2, 25))
+@given(function=st.sampled_from([parabola, tent]), peak=st.floats(-2, 7), evaluations=st.integers(2, 25))
 def test_finds_the_maximum_within_the_interval_it_leaves(function, peak, evaluations):
     low, high = -1.0, 5.0
     points = golden_section_maximum(lambda x: function(x, peak), low, high, evaluations)
@@ -44,7 +44,7 @@ def test_nan_is_worse_than_any_number():
     assert max((p for p in points if not math.isnan(p[1])), key=lambda p: p[1])[0] == pytest.approx(0.2, abs=0.01)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("low", "high", "evaluations", "says"),
     [
         (1.0, 1.0, 4, "expected finite low < high"),

@@ -37,6 +37,7 @@ def logged(trainer, name):
     return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("random_during", [False, True], ids=["plain", "random numbers during evaluation"])
 def test_the_run_is_the_one_without_the_callback(kind, make, model, bits_of, random_during):
     runs = []
@@ -57,6 +58,7 @@ def test_the_run_is_the_one_without_the_callback(kind, make, model, bits_of, ran
     assert watched.state.num_input_tokens_seen == plain.state.num_input_tokens_seen
 
 
+@pytest.mark.slow
 def test_the_most_robust_checkpoint_is_loaded(kind, make):
     key = "eval_robustness_worst_loss"
     options = {**EVERY_STEP, "load_best_model_at_end": True, "metric_for_best_model": key, "greater_is_better": False}

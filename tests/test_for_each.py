@@ -1,0 +1,52 @@
+"""A table as one test: it runs what `parametrize` runs, and a row that fails hides no other."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import contextmanager
+
+import pytest
+import torch
+from for_each import for_each
+
+
+class Reports:
+    """What pytest's own `subtests` would report."""
+
+    def __init__(self):
+        self.ran, self.failed = [], []
+
+    @contextmanager
+    def test(self, **row):
+        self.ran.append(row)
+        try:
+            yield
+        except AssertionError:
+            self.failed.append(row)
+
+
+def test_tables_multiply_each_row_is_reported_and_begins_with_the_same_seed():
+    reports, drawn = Reports(), []
+
+    @for_each("a", [1, 2, 3])
+    @for_each(("b", "c"), [(1, 2), (3, 4)])
+    def test(fixture, a, b, c):
+        drawn.append(float(torch.rand(())))
+        assert a + b != 4, fixture
+
+    assert list(inspect.signature(test).parameters) == ["fixture", "subtests"]
+    test(fixture="given", subtests=reports)
+    assert reports.ran == [{"a": a, "b": b, "c": c} for a in (1, 2, 3) for b, c in ((1, 2), (3, 4))]
+    assert reports.failed == [{"a": 1, "b": 3, "c": 4}, {"a": 3, "b": 1, "c": 2}]
+    assert len(set(drawn)) == 1
+
+
+def test_marks_stay_and_an_empty_table_is_refused():
+    @for_each("a", [1])
+    @pytest.mark.slow
+    def test(a):
+        pass
+
+    assert [mark.name for mark in test.pytestmark] == ["slow"]
+    with pytest.raises(AssertionError, match="without rows"):
+        for_each("a", [])
