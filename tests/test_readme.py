@@ -77,6 +77,7 @@ def names(tmp_path):
     return taken_for_granted(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if fences(text, "python") and page != FIRST])
 def test_python_examples_run(page, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

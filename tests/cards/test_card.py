@@ -397,6 +397,7 @@ class TestProbe:
         assert "![" not in card_of(facts, {})
         assert "### Which part is weak?" in card_of(facts, {})
 
+    @pytest.mark.slow
     def test_the_heat_map_is_that_of_the_record(self, facts_with, probed_record, probe_of):
         facts = with_probe(facts_with(with_a_curve(probed_record)), probe_of())
         pictures = pictures_of(ModelFacts.from_json(facts.to_json()))

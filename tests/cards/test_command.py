@@ -188,6 +188,7 @@ class TestCard:
 
 
 class TestCardsOfOurCampaigns:
+    @pytest.mark.slow
     def test_are_those_of_the_records(self):
         from scripts import model_cards
 

@@ -106,6 +106,7 @@ SECTIONS = [
 
 
 class TestAnyRecord:
+    @pytest.mark.slow
     @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
     @given(facts(), st.sampled_from(["", "# Mine\n", "---\nlicense: mit\n---\nWords."]))
     def test_makes_valid_yaml_and_markdown(self, given_facts, theirs):
@@ -130,6 +131,7 @@ class TestAnyRecord:
         rows = sum(line.startswith("| ") for line in read_card(card).section.split("\n### ")[0].splitlines())
         assert rows == 2 + len(given_facts.rows())
 
+    @pytest.mark.slow
     @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
     @given(facts())
     def test_facts_and_result_files_are_read_as_written(self, given_facts):

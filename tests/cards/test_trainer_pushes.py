@@ -51,6 +51,7 @@ class TestPushToHub:
         assert pushed.files["README.md"] == (tmp_path / "tiny" / "README.md").read_bytes()
         assert not any(TOKEN.encode() in content for content in pushed.files.values())
 
+    @pytest.mark.slow
     def test_the_model_is_loaded_back_by_another_process(self, pushed, hub, trained, tmp_path):
         program = (
             "from transformers import AutoModelForSequenceClassification as Model\n"
@@ -178,6 +179,7 @@ class TestPushWhileTraining:
         assert "model.safetensors" in repository.files
         assert "README.md" not in repository.files
 
+    @pytest.mark.slow
     def test_results_are_those_of_the_pushed_weights(self, start, trained):
         trained.push_to_hub()  # results of an earlier training in the same folder
         trainer, repository = start(words={2: b"Words."})

@@ -74,6 +74,7 @@ def model_of(folder):
     return transformers.AutoModelForSequenceClassification.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_names_that_help_shows_are_those_of_the_catalogues():
     assert tuple(TASKS) == options.TASKS
     assert options.TRIALS == DEFAULT_TRIALS
@@ -81,6 +82,7 @@ def test_names_that_help_shows_are_those_of_the_catalogues():
 
 
 class TestProbe:
+    @pytest.mark.slow
     def test_json_is_the_record_of_the_library(self, run, classifier_folder, sentences):
         result = run(
             *("probe", classifier_folder, "--dataset", sentences, "--group", "kinds", "--strengths", 0.5, 1, "--json"),
@@ -120,6 +122,7 @@ class TestProbe:
         assert run(*command).out == result.out
         assert SweepRecord.load("out/probe.json") == record
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("group", [*GROUPS[:3]])
     def test_every_group(self, run, classifier_folder, sentences, group):
         result = run(
@@ -144,6 +147,7 @@ class TestProbe:
         )
         assert list(SweepRecord.from_json(result.out).records) == ["default"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("task", TASKS)
     def test_every_task(self, run, task, tmp_path):
         pytest.importorskip("sacrebleu")
@@ -362,6 +366,7 @@ class TestReportAndCompare:
 
 
 class TestTrain:
+    @pytest.mark.slow
     def test_a_classifier_gets_its_head_from_the_data(self, run, tmp_path, sentences):
         torch.manual_seed(0)
         folder = save_bert(tmp_path / "body", transformers.BertModel, initializer_range=0.02)
@@ -544,6 +549,7 @@ class TestLanguages:
 class TestHelp:
     """The example that `--help` shows, with names on the Hub replaced by local ones."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["evaluate", "probe", "train"])
     def test_examples_of_measuring_run(self, run, name, classifier_folder, sentences, tmp_path):
         words = self.words(name)

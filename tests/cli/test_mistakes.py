@@ -143,6 +143,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "says"), MISTAKES, ids=[line for line, _ in MISTAKES])
 def test_one_line_and_exit_code_2(run, files, line, says):
     words = [files.get(word) or word.replace("FILE", files["FILE"]) for word in line.split()]

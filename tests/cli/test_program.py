@@ -33,6 +33,7 @@ def program(*words, launcher=(), **settings):
     return subprocess.run(command, capture_output=True, check=False, env=environment, **settings)
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_failure(tmp_path, record):
     path = record(tmp_path)
     code = "import sys; from hf_parcor.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -46,6 +47,7 @@ def test_a_reader_that_leaves_is_no_failure(tmp_path, record):
     assert err == b""
 
 
+@pytest.mark.slow
 def test_several_processes_measure_together_and_one_speaks(tmp_path, classifier_folder, sentences):
     flags = ["--corruptions", "gaussian=0.5", "quantization=2", "--batch-size", 2, "--quiet"]
     one, two = (
@@ -61,6 +63,7 @@ def test_several_processes_measure_together_and_one_speaks(tmp_path, classifier_
     assert (tmp_path / "2" / "probe.json").read_bytes() == (tmp_path / "1" / "probe.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_exit_codes_and_streams_of_a_mistake_and_of_a_bug(tmp_path):
     result = program("report", tmp_path / "nöwhere.json")
     assert result.returncode == 2
@@ -80,6 +83,7 @@ sys.exit(main(["report", "x"]))
     assert "ZeroDivisionError" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_no_greek(tmp_path, record):
     path = record(tmp_path)
     result = program("compare", f"a={path}", f"b={path}", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})

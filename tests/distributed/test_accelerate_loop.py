@@ -146,6 +146,7 @@ def loops(run_on_ranks):
     return run_on_ranks(every_loop, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEFENSES)
 def test_one_all_reduce_of_the_mean_of_the_risks(loops, name):
     expected = mean_of(name, [(0, 1)] if name == "shared" else [(0,), (1,)])

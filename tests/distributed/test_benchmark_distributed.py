@@ -31,6 +31,7 @@ def test_counts_under_ddp(run_on_ranks):
         assert arms["last layer, local"]["operations"] < 2 * arms["stock"]["operations"]
 
 
+@pytest.mark.slow
 def test_counts_under_fsdp2(run_on_ranks):
     for arms in run_on_ranks(count_fsdp2, 2):
         stock, whole = (arms[label]["collectives"] for label in ("stock", "whole model, global"))

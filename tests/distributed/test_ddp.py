@@ -211,6 +211,7 @@ def alone():
     return {name: train(bert, defense=defense, options=settings) for name, defense in DEFENSES.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "name"), CASES)
 def test_as_many_reductions_and_bytes_as_the_stock_trainer(options, option, name):
     for rank in options:
@@ -224,6 +225,7 @@ def test_ranks_hold_the_same_weights(options, option, name):
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "name"), CASES)
 def test_gradient_is_the_mean_of_what_each_rank_would_step_along_alone(options, alone, option, name):
     """Under accumulation the stock Trainer adds up this model's losses, and does not divide them."""
@@ -270,6 +272,7 @@ def reuses(run_on_ranks):
     return run_on_ranks(every_reuse, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REUSES)
 def test_a_shared_prefix_changes_nothing_and_costs_no_reduction(reuses, name):
     for rank in reuses:
@@ -330,6 +333,7 @@ def shared(run_on_ranks):
     return run_on_ranks(every_shared, 2, 2), run_on_ranks(every_shared, 1, 1)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARED)
 def test_a_shared_corruption_is_that_of_one_process_on_the_joined_batch(shared, name):
     ranks, one = shared
@@ -356,6 +360,7 @@ def others(run_on_ranks):
     return lambda function: [rank[function.__name__] for rank in ranks]
 
 
+@pytest.mark.slow
 def test_a_shared_corruption_sends_the_selected_gradients_once_a_corruption_step(others):
     for total, reduced, further in others(bytes_of_a_shared_corruption):
         assert total == 3 * reduced

@@ -212,10 +212,12 @@ def two_ranks(run_on_ranks, tmp_path_factory):
     return lambda function: [rank[function.__name__] for rank in ranks]
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_records_of_one_process(two_ranks, alone):
     check_records(two_ranks(records_on_two_ranks), alone)
 
 
+@pytest.mark.slow
 def test_four_ranks_have_the_records_of_one_process(run_on_ranks, alone):
     check_records(run_on_ranks(records_on_four_ranks, 4), alone)
 
@@ -233,6 +235,7 @@ def share_of_work() -> int:
     return operations(lambda: evaluated(model(), batches((4,) * 4), [*ROUNDED, *EXACT[:3], *EXACT[4:5]]))
 
 
+@pytest.mark.slow
 def test_every_rank_computes_its_share(two_ranks):
     """The work is: 4 batches for the clean model, the gradient and 6 measurements; and two ascents of 4 steps."""
     computed, alone = two_ranks(share_of_work), share_of_work()

@@ -213,10 +213,12 @@ def two_ranks(run_on_ranks, tmp_path_factory):
     return list(zip(*run_on_ranks(on_two_ranks, 2, str(tmp_path_factory.mktemp("runs"))), strict=True))
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(two_ranks, tmp_path):
     check_equal(two_ranks[0], RUNS, tmp_path)
 
 
+@pytest.mark.slow
 def test_four_ranks_with_replicas_equal_one_process(run_on_ranks, tmp_path):
     check_equal(run_on_ranks(train_on_ranks, 4, str(tmp_path), REPLICATED, 2), REPLICATED, tmp_path)
 

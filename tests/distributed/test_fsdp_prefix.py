@@ -140,6 +140,7 @@ def after_a_trial_that_breaks_off(batches):
     return str(said.value), gradients_of(model, selected, batches, defense, None)[0], full[0]
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_full_passes_and_the_prefix_is_not_gathered_in_each(run_on_ranks):
     for rank, (said, after, fresh) in run_on_ranks(on_ranks, 2):
         assert "IndexError" in said

@@ -69,6 +69,7 @@ def whole_and_resumed(folder):
     return whole, train(folder, resume=True)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_which_goes_on_from_its_checkpoint(run_on_ranks, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     root = str(Path(hf_parcor.__file__).parent.parent)
@@ -84,6 +85,7 @@ def test_a_killed_process_ends_the_job_which_goes_on_from_its_checkpoint(run_on_
         torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_others_end_by_themselves(run_on_ranks, tmp_path):
     """Without torchrun, which would end them: the connection is gone."""
     with pytest.raises(AssertionError, match="rank 0 ended with 1 and"):

@@ -61,6 +61,7 @@ def overflow():
     return tensors
 
 
+@pytest.mark.slow
 def test_half_precision_does_not_overflow_and_what_is_no_number_reaches_everyone(run_on_ranks):
     for half, no_number in run_on_ranks(overflow, 2):
         assert half == 60000.0

@@ -222,6 +222,7 @@ def on_its_ranks(checked, check, layout):
     return [found[check.__name__, layout] for found in checked[: LAYOUTS[layout][0]]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_functions_equal_those_of_one_process(checked, layout):
     assert min(on_its_ranks(checked, compare_functions, layout)) > 200

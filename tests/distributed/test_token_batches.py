@@ -70,6 +70,7 @@ def test_two_ranks(run_on_ranks, tmp_path):
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.slow
 def test_resumed_within_an_epoch(run_on_ranks, tmp_path):
     whole = run_on_ranks(trained, 2, str(tmp_path / "whole"))
     stop = whole[0][1] + 1

@@ -178,6 +178,7 @@ class TestSeeds:
             torch.testing.assert_close(corrupted_weights, expected, rtol=0, atol=0)
         assert not torch.equal(seen[1], seen[2])
 
+    @pytest.mark.slow
     def test_the_same_seed_gives_the_same_record(self, evaluator_of, one_of_each):
         corruptions = list(one_of_each.values())
         first = evaluator_of().evaluate(corruptions, seed=3).to_json()
@@ -366,6 +367,7 @@ class TestFrozenWeights:
     def flags_of(self, model):
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
+    @pytest.mark.slow
     def test_named_they_are_corrupted_like_any_other(self, classifier, evaluator_of, one_of_each, bits_of):
         frozen, before = self.flags_of(classifier), bits_of(classifier)
         record = evaluator_of(target_modules="all").evaluate(list(one_of_each.values()))

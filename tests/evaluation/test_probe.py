@@ -48,6 +48,7 @@ def single(model, batches, target, corruptions, **options):
     return evaluator.evaluate(corruptions, trials=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [1, 50_000, 1 << 30])
 @pytest.mark.parametrize("reuse", [True, False])
 def test_records_are_those_of_single_evaluators(six_layers, long_batches, one_of_each, bits_of, memory, reuse):
@@ -125,6 +126,7 @@ def operations(run):
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_operations_of_a_sweep(six_layers, long_batches):
     """Six layers, five radii, gradient-based and multi-step: at most 0.6 of what a plain loop computes."""
     layers = [[f"bert.encoder.layer.{index}"] for index in range(6)]
@@ -148,6 +150,7 @@ def test_operations_of_a_sweep(six_layers, long_batches):
     assert shared <= 0.6 * operations(plain)
 
 
+@pytest.mark.slow
 def test_bit_for_bit_after_an_interrupt(six_layers, long_batches, bits_of):
     class Failing(ClassificationMetric):
         calls = 0
@@ -211,6 +214,7 @@ class TestMemory:
 
         return peak
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("longer", [{"radii": 3}, {"layers": 3}, {"batches": 8}], ids=str)
     @pytest.mark.parametrize("saved", [True, False])
     def test_it_does_not_grow(self, peak_of, longer, saved, tmp_path):
@@ -219,6 +223,7 @@ class TestMemory:
         assert short > size / 4, "or nothing was counted"
         assert long <= short + 0.01 * size
 
+    @pytest.mark.slow
     def test_corruptions_that_are_measured_together_take_what_they_may(self, peak_of):
         (alone, size), (together, _) = peak_of(radii=3), peak_of(radii=3, memory=1 << 30)
         assert together > alone + size

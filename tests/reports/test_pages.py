@@ -154,6 +154,7 @@ def test_a_broken_group_has_no_fragility_and_spoils_no_other(record_of, tmp_path
     assert [row[3].strip() for row in tables_of(markdown)[1][2:]] == ["0.25", "–", "4"]
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @example(*["a|b\n# c\n---"] * 4, [0.5, math.nan])
 @example(*['"><script>alert(1)</script><!--'] * 4, [1e308, -1e308])

@@ -246,6 +246,7 @@ class TestAxes:
     def test_a_logarithmic_axis_where_it_spreads_the_strengths_better(self, corruptions, scale):
         assert plot_comparison({"plain": record_of(corruptions)}).axes[0].get_xscale() == scale
 
+    @pytest.mark.slow
     def test_no_labels_overlap(self):
         crowded = [
             *SEVEN,
@@ -276,6 +277,7 @@ class TestNames:
         lines = [container.lines[0] for container in plot_comparison(records).axes[0].containers]
         assert len({(to_hex(line.get_color()), line.get_marker()) for line in lines}) == 12
 
+    @pytest.mark.slow
     def test_names_are_shown_as_they_are(self):
         no_mathematics = r"$\frac$"
         figure = plot_comparison({"_hidden": RECORDS["plain"], no_mathematics: RECORDS["plain"]}, title=no_mathematics)
@@ -284,6 +286,7 @@ class TestNames:
         assert figure._suptitle.get_text() == no_mathematics
 
 
+@pytest.mark.slow
 def test_a_file_and_no_global_state(tmp_path):
     before = plt.get_fignums()
     path = tmp_path / "robustness.png"

@@ -27,6 +27,7 @@ def test_the_page_is_what_the_records_say():
     assert (FOLDER / "README.md").read_text(encoding="utf-8") == probe_sst2.readme(SWEEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grouping", SWEEPS)
 def test_the_reports_are_those_of_the_records_and_small(grouping, tmp_path):
     probe_sst2.draw(tmp_path, grouping, SWEEPS[grouping])
@@ -115,6 +116,7 @@ class TestFigures:
         monkeypatch.setattr(sys, "argv", ["figures.py", *map(str, arguments)])
         figures.main()
 
+    @pytest.mark.slow
     def test_everything_is_drawn(self, monkeypatch, tmp_path, capsys):
         self.run(monkeypatch, *self.FILES, "--output", tmp_path)
         names = ["paper-1-figure-3.png", "paper-1-figure-4.png", "paper-1-figure-5.png", "paper-1-table-1.md"]
