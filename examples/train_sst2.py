@@ -178,9 +178,7 @@ def main() -> None:
             lengths = [len(tokens) for tokens in eval_rows["input_ids"]]
             by_length = eval_rows.select(sorted(range(len(lengths)), key=lengths.__getitem__))
             batches = DataLoader(by_length, batch_size=training.eval_batch_size, collate_fn=collator)
-            evaluator = CorruptionEvaluator(
-                model, ClassificationMetric(batches), batches, progress=not training.disable_tqdm
-            )
+            evaluator = CorruptionEvaluator(model, ClassificationMetric(batches), progress=not training.disable_tqdm)
             record = evaluator.evaluate(
                 corruptions_of_table_1(), robustness.corruption_trials, robustness.corruption_seed
             )

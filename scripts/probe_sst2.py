@@ -71,7 +71,7 @@ def probe(options: argparse.Namespace, run: Run, grouping: str) -> SweepRecord:
         note_run(options.output, options.work, run, options.threads, epochs=EPOCHS, command=COMMAND)
         model, batches = model_and_batches(options, folder)
         targets = GROUPINGS[grouping](model)
-        layer_probe = LayerProbe(model, ClassificationMetric(batches), batches, targets=targets)
+        layer_probe = LayerProbe(model, ClassificationMetric(batches), targets=targets)
         layer_probe.evaluate(corruptions_of(grouping), trials=1, checkpoint=folder / f"{grouping}.jsonl").save(path)
     return SweepRecord.load(path)
 

@@ -92,7 +92,7 @@ def model_and_batches(options: argparse.Namespace, folder: Path) -> tuple[PreTra
 def evaluator_of(options: argparse.Namespace, folder: Path, **selection: Any) -> CorruptionEvaluator:
     """Return an evaluator of a trained model on the dev sentences."""
     model, batches = model_and_batches(options, folder)
-    return CorruptionEvaluator(model, ClassificationMetric(batches), batches, progress=False, **selection)
+    return CorruptionEvaluator(model, ClassificationMetric(batches), progress=False, **selection)
 
 
 Measure = Callable[[argparse.Namespace, Run], EvaluationRecord]
