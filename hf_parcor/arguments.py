@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from numbers import Integral, Real
 
 
@@ -61,40 +60,25 @@ def check_top_n(top_n: object) -> int | None:
     return None if top_n is None else check_count("top_n", top_n)
 
 
-def finite(name: str, value: float) -> float:
-    """Return `value` if it is a finite number."""
-    if not math.isfinite(value):
-        raise ValueError(f"expected a finite {name}, got {value}; check what it was computed from")
-    return value
-
-
-def positive(name: str, value: float) -> float:
-    """Return `value` if it is finite and above zero."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"expected a finite {name} > 0, got {value}; check what it was computed from")
-    return value
-
-
-def not_negative(name: str, value: float) -> float:
-    """Return `value` if it is finite and at least zero."""
-    if not 0 <= value < math.inf:
-        raise ValueError(f"expected a finite {name} >= 0, got {value}; check what it was computed from")
-    return value
-
-
-def count(name: str, value: int, *, at_least: int) -> int:
-    """Return `value` as an `int` if it is a whole number not below `at_least`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"expected a whole number for {name}, got {value!r}; convert it with int()") from None
-    if number < at_least:
-        raise ValueError(f"expected {name} >= {at_least}, got {number}; the formula does not hold below")
+def check_finite(name: str, value: object) -> float:
+    """Return a finite number."""
+    number = check_real(name, value, f"a finite {name}")
+    if math.isinf(number):
+        raise ValueError(f"{name}: expected a finite number, got {number:g}; check what it was computed from")
     return number
 
 
-def norm_order(p: float) -> float:
-    """Return `p` if there is an L_p norm, `1 <= p <= inf`."""
-    if not p >= 1:
-        raise ValueError(f"expected p in [1, inf], got {p}; below 1 there is no norm, and math.inf is allowed")
-    return p
+def check_positive(name: str, value: object) -> float:
+    """Return a number, `0 < value < ∞`."""
+    number = check_finite(name, value)
+    if number <= 0:
+        raise ValueError(f"{name}: expected 0 < {name} < inf, got {number:g}; check what it was computed from")
+    return number
+
+
+def check_not_negative(name: str, value: object) -> float:
+    """Return a number, `0 ≤ value < ∞`."""
+    number = check_finite(name, value)
+    if number < 0:
+        raise ValueError(f"{name}: expected 0 <= {name} < inf, got {number:g}; check what it was computed from")
+    return number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hf_parcor import arguments as _arguments
+from hf_parcor.arguments import check_count, check_norm_order, check_not_negative, check_positive
 
 
 def relative_error_exponent(p: float) -> float:
@@ -32,7 +32,7 @@ def relative_error_exponent(p: float) -> float:
         >>> [relative_error_exponent(p) for p in (1, 2, 4, math.inf)]
         [0.0, -0.5, 0.0, 0.5]
     """
-    _arguments.norm_order(p)
+    check_norm_order(p)
     return max(0.5 - 2 / p, 1 / p - 1)
 
 
@@ -81,11 +81,11 @@ def gradient_corruption_relative_error(
         >>> gradient_corruption_relative_error(1e-4, 2.0, 10.0, 10_000, p=math.inf, top_n=100)
         0.5
     """
-    _arguments.not_negative("epsilon", epsilon)
-    _arguments.positive("gradient_norm", gradient_norm)
-    _arguments.not_negative("smoothness", smoothness)
-    k = _arguments.count("number_of_parameters", number_of_parameters, at_least=1)
-    n = k if top_n is None else _arguments.count("top_n", top_n, at_least=1)
+    check_not_negative("epsilon", epsilon)
+    check_positive("gradient_norm", gradient_norm)
+    check_not_negative("smoothness", smoothness)
+    k = check_count("number_of_parameters", number_of_parameters, minimum=1)
+    n = k if top_n is None else check_count("top_n", top_n, minimum=1)
     if n > k:
         raise ValueError(f"expected top_n <= number_of_parameters = {k}, got {n}; pass None to corrupt all of them")
     return smoothness * math.pow(n, relative_error_exponent(p)) * math.sqrt(k) * epsilon / gradient_norm

@@ -2,7 +2,7 @@
 
 import math
 
-from hf_parcor import arguments as _arguments
+from hf_parcor.arguments import check_count, check_norm_order, check_not_negative, check_positive
 
 
 def norm_ratio(p: float, number_of_parameters: int) -> float:
@@ -31,8 +31,8 @@ def norm_ratio(p: float, number_of_parameters: int) -> float:
         >>> [norm_ratio(p, 10_000) for p in (1, 2, math.inf)]
         [100.0, 1.0, 1.0]
     """
-    k = _arguments.count("number_of_parameters", number_of_parameters, at_least=1)
-    return max(1.0, math.pow(k, 1 / _arguments.norm_order(p) - 0.5))
+    k = check_count("number_of_parameters", number_of_parameters, minimum=1)
+    return max(1.0, math.pow(k, 1 / check_norm_order(p) - 0.5))
 
 
 def generalization_complexity(
@@ -71,9 +71,9 @@ def generalization_complexity(
         >>> round(generalization_complexity(1.0, 10.0, 0.1, 1000, p=1), 3)
         9105.22
     """
-    radius = _arguments.positive("epsilon", epsilon) / norm_ratio(p, number_of_parameters)
-    _arguments.positive("prior_deviation", prior_deviation)
-    _arguments.not_negative("weight_norm", weight_norm)
+    radius = check_positive("epsilon", epsilon) / norm_ratio(p, number_of_parameters)
+    check_positive("prior_deviation", prior_deviation)
+    check_not_negative("weight_norm", weight_norm)
     variance_ratio = (radius / prior_deviation) ** 2 / number_of_parameters
     spread = max(0.0, variance_ratio - 1 - math.log(variance_ratio))  # zero in theory, not after rounding, at ratio 1
     return 0.5 * (number_of_parameters * spread + (weight_norm / prior_deviation) ** 2)
@@ -111,8 +111,8 @@ def generalization_remainder(complexity: float, number_of_examples: int, failure
         >>> round(generalization_remainder(complexity=5701.3, number_of_examples=50_000, failure_probability=0.05), 4)
         0.2391
     """
-    _arguments.not_negative("complexity", complexity)
-    examples = _arguments.count("number_of_examples", number_of_examples, at_least=2)
+    check_not_negative("complexity", complexity)
+    examples = check_count("number_of_examples", number_of_examples, minimum=2)
     if not 0 < failure_probability < 1:
         raise ValueError(f"expected 0 < failure_probability < 1, got {failure_probability}; 0.05 is usual")
     return math.sqrt((complexity + math.log(examples / failure_probability)) / (2 * (examples - 1)))

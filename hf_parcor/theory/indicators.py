@@ -1,6 +1,6 @@
 """The indicators of Theorem 1 in closed form: to first order in ε for the worst case, to second for the average."""
 
-from hf_parcor import arguments as _arguments
+from hf_parcor.arguments import check_count, check_finite, check_not_negative
 
 
 def first_order_maximum_loss_change(epsilon: float, gradient_norm: float) -> float:
@@ -27,7 +27,7 @@ def first_order_maximum_loss_change(epsilon: float, gradient_norm: float) -> flo
         >>> first_order_maximum_loss_change(epsilon=5e-4, gradient_norm=88.0)  # paper 1, Table 3
         0.044
     """
-    return _arguments.not_negative("epsilon", epsilon) * _arguments.not_negative("gradient_norm", gradient_norm)
+    return check_not_negative("epsilon", epsilon) * check_not_negative("gradient_norm", gradient_norm)
 
 
 def second_order_average_loss_change(epsilon: float, hessian_trace: float, number_of_parameters: int) -> float:
@@ -59,6 +59,6 @@ def second_order_average_loss_change(epsilon: float, hessian_trace: float, numbe
         >>> second_order_average_loss_change(epsilon=0.5, hessian_trace=1200.0, number_of_parameters=10_000)
         0.015
     """
-    _arguments.not_negative("epsilon", epsilon)
-    k = _arguments.count("number_of_parameters", number_of_parameters, at_least=1)
-    return _arguments.finite("hessian_trace", hessian_trace) * epsilon**2 / (2 * k)
+    check_not_negative("epsilon", epsilon)
+    k = check_count("number_of_parameters", number_of_parameters, minimum=1)
+    return check_finite("hessian_trace", hessian_trace) * epsilon**2 / (2 * k)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hf_parcor import arguments as _arguments
+from hf_parcor.arguments import check_count
 from hf_parcor.statistics import scipy_special
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class RandomCorruptionRatio:
     number_of_parameters: int
 
     def __post_init__(self) -> None:
-        _arguments.count("number_of_parameters", self.number_of_parameters, at_least=2)
+        check_count("number_of_parameters", self.number_of_parameters, minimum=2)
 
     @property
     def _half(self) -> float:

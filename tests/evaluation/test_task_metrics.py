@@ -215,7 +215,9 @@ class TestGeneration:
 
     @pytest.mark.parametrize("family", ["t5", "gpt2", "forced"])
     @pytest.mark.parametrize(
-        "settings", [{}, {"num_beams": 2}, {"max_length": 9}, {"stopping_criteria": [stops]}], ids=lambda settings: "".join(settings)
+        "settings",
+        [{}, {"num_beams": 2}, {"max_length": 9}, {"stopping_criteria": [stops]}],
+        ids=lambda settings: "".join(settings),
     )
     def test_texts_that_do_not_end_within_the_length_are_counted(
         self, translator, tokenizer, tokens, family, settings

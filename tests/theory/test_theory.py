@@ -190,7 +190,7 @@ class TestRandomCorruptionRatio:
 
     @for_each("k", [1, 0, -3, 2.5, 1e9, "10"])
     def test_number_of_parameters_is_checked(self, k):
-        with pytest.raises(ValueError, match="number_of_parameters"):
+        with pytest.raises((ValueError, TypeError), match="number_of_parameters"):
             RandomCorruptionRatio(k)
 
     @for_each("probability", [-0.1, 1.1, math.nan, 95])
@@ -368,22 +368,24 @@ class TestErrorBound:
         assert gradient_corruption_relative_error(1e-9, 1.0, 1.0, 10**9, p=math.inf) == pytest.approx(1.0)
 
     @for_each(
-        ("change", "message"),
+        "change",
         [
-            ({"p": 0.5}, r"p in \[1, inf\]"),
-            ({"p": math.nan}, r"p in \[1, inf\]"),
-            ({"gradient_norm": 0.0}, "gradient_norm > 0"),
-            ({"epsilon": -1.0}, "epsilon >= 0"),
-            ({"smoothness": math.inf}, "smoothness >= 0"),
-            ({"number_of_parameters": 0}, "number_of_parameters >= 1"),
-            ({"top_n": 0}, "top_n >= 1"),
-            ({"top_n": 11}, "top_n <= number_of_parameters"),
-            ({"top_n": 2.0}, "whole number for top_n"),
+            {"p": 0.5},
+            {"p": math.nan},
+            {"gradient_norm": 0.0},
+            {"epsilon": -1.0},
+            {"smoothness": math.inf},
+            {"number_of_parameters": 0},
+            {"top_n": 0},
+            {"top_n": 11},
+            {"top_n": 2.0},
         ],
     )
-    def test_arguments_are_checked(self, change, message):
+    def test_arguments_are_checked(self, change):
         arguments = {"epsilon": 0.1, "gradient_norm": 1.0, "smoothness": 1.0, "number_of_parameters": 10}
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(
+            (ValueError, TypeError), match=rf"\b{next(iter(change))}\b.*expected|expected.*\b{next(iter(change))}\b"
+        ):
             gradient_corruption_relative_error(**{**arguments, **change})
 
 
