@@ -139,6 +139,11 @@ class Injection:
 
     Whatever fails while weights are written, an interrupt too, the saved bits are put back before it is raised.
 
+    Weights stay where they are in memory. With `w + a` in tensors of its own, and a pointer that is set and set back,
+    a defended step would move 16 bytes a weight less, of 40 with one corruption step and 112 with two. But whoever
+    holds the address would go on with the clean weights, and nobody would notice: the flat shards that FSDP2 gathers
+    from, captured CUDA graphs, and what a model keeps of its own, such as a view. Of these, addresses cannot be found.
+
     After each write, what PyTorch keeps that was computed from the weights before is forgotten (see
     `forget_derived`).
 
@@ -153,8 +158,8 @@ class Injection:
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         check_weights(weights)
         self._weights = {name: weight.detach() for name, weight in weights.items()}
-        exact = [weight for weight in self._weights.values() if weight.dtype.itemsize >= 4]
-        narrow = [weight for weight in self._weights.values() if weight.dtype.itemsize < 4]
+        exact = [weight for weight in self._weights.values() if not _is_narrow(weight)]
+        narrow = [weight for weight in self._weights.values() if _is_narrow(weight)]
         self._vector = one_vector([*exact, *narrow])
         self._exact, self._narrow = self._vector[: len(exact)], self._vector[len(exact) :]
         self._forget()
@@ -184,12 +189,19 @@ class Injection:
             raise
 
     @torch.no_grad()
-    def displace(self, update: Mapping[str, Tensor], project: Callable[[list[Tensor]], None] | None = None) -> None:
+    def displace(
+        self,
+        update: Mapping[str, Tensor],
+        project: Callable[[list[Tensor]], None] | None = None,
+        *,
+        keep: bool = False,
+    ) -> None:
         """Move the corruption: `a ← Π(a + u)`, and write `w + a`.
 
         Args:
             update: `u` by name; names that are absent are not moved, though the projection may still shrink them.
             project: Π, overwrites the list of all tensors of `a` with its projection; None for none.
+            keep: Whether the tensors of `u` may be kept, and overwritten later: nobody else needs them.
 
         Raises:
             ValueError: A name or a shape does not belong to the weights; nothing is written then.
@@ -199,26 +211,40 @@ class Injection:
         if self._active and not self._corruption:
             raise RuntimeError("displace: expected weights not replaced before, got replaced ones; restore() first")
         with self._writing():
-            if self._corruption:
-                _foreach(torch._foreach_sub_, self._exact, self._saved_exact)
-            else:
-                _foreach(torch._foreach_zero_, self._exact)
-                # Weights of full precision hold a itself while it moves: no second buffer.
+            first = not self._corruption
+            moved = list(update)
+            if first:
                 self._corruption = {
-                    name: weight if weight.dtype.itemsize >= 4 else torch.zeros_like(weight, dtype=torch.float32)
+                    name: self._first_of_narrow(weight, update.get(name), keep) if _is_narrow(weight) else weight
                     for name, weight in self._weights.items()
                 }
-            moved = local_parts([self._corruption[name] for name in update])
-            _foreach(torch._foreach_add_, moved, local_parts(list(update.values())))
+                moved = [name for name in update if not _is_narrow(self._weights[name])]
+            direct = first and project is None  # w + u, with no need of a by itself
+            # Else weights of full precision hold a itself while it moves: no second buffer.
+            if not first:
+                _foreach(torch._foreach_sub_, self._exact, self._saved_exact)
+            elif not direct:
+                _foreach(torch._foreach_zero_, self._exact)
+            _foreach(
+                torch._foreach_add_,
+                local_parts([self._corruption[name] for name in moved]),
+                local_parts([update[name] for name in moved]),
+            )
             if project is not None:
                 project(list(self._corruption.values()))
-            _foreach(torch._foreach_add_, self._exact, self._saved_exact)
-            if self._narrow:
-                torch._foreach_copy_(self._narrow, torch._foreach_add(self._wide(), self._saved_narrow))
+            if not direct:
+                _foreach(torch._foreach_add_, self._exact, self._saved_exact)
+            for weight, corruption, before in zip(self._narrow, self._wide(), self._saved_narrow, strict=True):
+                torch.add(corruption, before, out=weight)  # a batched call would make a float32 copy of them all
+
+    @staticmethod
+    def _first_of_narrow(weight: Tensor, update: Tensor | None, keep: bool) -> Tensor:
+        if update is None:
+            return torch.zeros_like(weight, dtype=torch.float32)
+        return update if keep and update.dtype == torch.float32 else update.to(torch.float32, copy=True)
 
     def _wide(self) -> list[Tensor]:
-        names = [name for name, weight in self._weights.items() if weight.dtype.itemsize < 4]
-        return local_parts([self._corruption[name] for name in names])
+        return local_parts([self._corruption[name] for name, weight in self._weights.items() if _is_narrow(weight)])
 
     @torch.no_grad()
     def size(self) -> CorruptionSize:
@@ -278,11 +304,15 @@ class Injection:
             _foreach(torch._foreach_sub_, self._narrow, self._saved_narrow)
             realised = vector_norm_of_unit_scale(self._vector, p)
             asked = realised
-            if self._corruption:
+            if self._corruption and self._narrow:
                 asked = vector_norm_of_unit_scale(alike(self._vector, [*self._exact, *self._wide()]), p)
         finally:
             self.restore()
         return CorruptionNorm(asked, realised)
+
+
+def _is_narrow(weight: Tensor) -> bool:
+    return weight.dtype.itemsize < 4
 
 
 def _sum(counts: list[Tensor]) -> Tensor:

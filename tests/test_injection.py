@@ -266,7 +266,7 @@ class TestFailuresWhileWriting:
             injection = Injection(model.ordinary())
             monkeypatch.setattr(torch, operation, fails_at(failing))
             try:
-                injection.displace(noise(model.ordinary()))
+                injection.displace(noise(model.ordinary()), lambda corruption: None)
                 injection.displace(noise(model.ordinary()))
             except error:
                 raised += 1

@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_parcor.arguments import check_count, check_radius, check_real
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.defenses.step import DefendedStep
-from hf_parcor.functional.constrained_maximum import constrained_maximum_
+from hf_parcor.functional.constrained_maximum import constrained_maximum, constrained_maximum_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +158,10 @@ class ConstrainedDefense(Defense):
 
     def update(self, step: DefendedStep, radius: float) -> dict[str, Tensor]:
         """Return the constrained maximum of this radius on the last pass's gradient."""
-        update = step.gradients(self.sync_perturbation)
-        constrained_maximum_(list(update.values()), self.constraint.p, radius, self.constraint.top_n)
-        return update
+        gradients, ours = step.gradients(self.sync_perturbation)
+        update, p, top_n = list(gradients.values()), self.constraint.p, self.constraint.top_n
+        if ours:
+            constrained_maximum_(update, p, radius, top_n)
+        else:
+            update = constrained_maximum(update, p, radius, top_n)
+        return dict(zip(gradients, update, strict=True))

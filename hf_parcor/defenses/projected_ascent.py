@@ -77,10 +77,7 @@ class ProjectedAscent(ConstrainedDefense):
     @property
     def projection(self) -> Callable[[list[Tensor]], None] | None:
         """`Π_S`, which overwrites the tensors of a; None where the steps cannot leave S."""
-        return self._projection(self.constraint.top_n)
-
-    def _projection(self, top_n: int | None) -> Callable[[list[Tensor]], None] | None:
-        p, epsilon = self.constraint.p, self.constraint.epsilon
+        p, epsilon, top_n = self.constraint.p, self.constraint.epsilon, self.constraint.top_n
         return None if self._stays_inside else partial(project_, p=p, epsilon=epsilon, top_n=top_n)
 
     @property
@@ -99,6 +96,7 @@ class ProjectedAscent(ConstrainedDefense):
 
     def climb_and_project(self, step: DefendedStep) -> None:
         """Take one corruption step along the last pass's gradient: `a ← Π_S(a + u)`."""
-        # A first step from zero has n entries at most: to select them again took as long as the selection itself.
-        projection = self.projection if step.is_displaced else self._projection(None)
-        step.displace(self.update(step, self.resolved_step_size), projection)
+        if step.is_displaced:
+            step.displace(self.update(step, self.resolved_step_size), self.projection)
+        else:  # from zero, and so along u: the nearest point of S is as long as S allows, and has n entries already
+            step.displace(self.update(step, min(self.resolved_step_size, self.constraint.epsilon)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_parcor.defenses.adversarial_inputs import AdversarialInputs
 from hf_parcor.distributed.dtensors import local_part, local_parts
 from hf_parcor.distributed.processes import TrainingProcesses
-from hf_parcor.functional.vectors import clones
+from hf_parcor.functional.vectors import clones, working_copy
 from hf_parcor.injection import CorruptionNorm, Injection
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
 
@@ -66,6 +66,7 @@ class DefendedStep:
         self._injection = Injection(parameters)
         self._sum: dict[str, Tensor] = {}
         self._fresh: dict[str, Tensor] = {}
+        self._fresh_is_sum = False
         self._risk: list[Tensor] = []
         self.losses: list[Tensor] = []
         """The loss of each pass so far, without weight or penalty, detached."""
@@ -86,12 +87,19 @@ class DefendedStep:
             self._prefix.backward(() if self._reduction is None else (self._reduction(),))
         if not last:
             self._fresh = self._take_gradients()
-            known = [name for name in self._fresh if name in self._sum]
-            if known:
-                sums, parts = ([held[name] for name in known] for held in (self._sum, self._fresh))
-                torch._foreach_add_(local_parts(sums), local_parts(parts))
-            new = [name for name in self._fresh if name not in self._sum]
-            self._sum.update(zip(new, clones([self._fresh[name] for name in new]), strict=True))
+            self._add_to_sum()
+
+    def _add_to_sum(self) -> None:
+        self._fresh_is_sum = not self._sum
+        if self._fresh_is_sum:  # no copies: what follows only reads them
+            self._sum = dict(self._fresh)
+            return
+        known = [name for name in self._fresh if name in self._sum]
+        if known:
+            sums, parts = ([held[name] for name in known] for held in (self._sum, self._fresh))
+            torch._foreach_add_(local_parts(sums), local_parts(parts))
+        new = [name for name in self._fresh if name not in self._sum]
+        self._sum.update(zip(new, clones([self._fresh[name] for name in new]), strict=True))
 
     def probe(self, watch_inputs: bool = False) -> None:
         """Run the next pass at `w + a_k` for its gradient alone: the update does not get it.
@@ -117,7 +125,7 @@ class DefendedStep:
                 tensor.grad = None
             for tensor, gradient in kept:
                 tensor.grad = gradient
-        self._fresh = self._take_gradients()
+        self._fresh, self._fresh_is_sum = self._take_gradients(), False
 
     def _boundary(self) -> list[Tensor]:
         return [] if self._prefix is None else self._prefix.boundary
@@ -175,28 +183,32 @@ class DefendedStep:
         """Whether a corruption is written into the weights, a zero one included."""
         return self._injection.is_active
 
-    def gradients(self, of_all_processes: bool = False) -> dict[str, Tensor]:
-        """Return the last pass's (weighted) gradients of the selected parameters, to be overwritten at will.
+    def gradients(self, of_all_processes: bool = False) -> tuple[dict[str, Tensor], bool]:
+        """Return the last pass's (weighted) gradients of the selected parameters, and whether to overwrite them.
 
-        In float32 at least. Parameters that got none in this pass are absent.
+        In float32 at least. Parameters that got none in this pass are absent. After a first pass they may be what
+        the update is summed in, and must only be read.
 
         Args:
             of_all_processes: Return their mean over all processes: the gradient of the joined batch, weighted as DDP
                 weighs the batches in the update. No parameter is absent then.
         """
-        taken, self._fresh = self._fresh, {}
+        taken, self._fresh, ours = self._fresh, {}, not self._fresh_is_sum
         processes = self._processes if of_all_processes else None
         if processes is not None:  # which must average the same tensors: another may have what is absent here
             taken = {
                 name: taken[name] if name in taken else torch.zeros_like(parameter, requires_grad=False)
                 for name, parameter in self.parameters.items()
             }
-        wide = {
-            name: gradient if gradient.dtype.itemsize >= 4 else gradient.float() for name, gradient in taken.items()
-        }
+        narrow = [name for name, gradient in taken.items() if gradient.dtype.itemsize < 4]
+        if narrow:
+            taken = {**taken, **dict(zip(narrow, working_copy([taken[name] for name in narrow]), strict=True))}
+            ours = ours or len(narrow) == len(taken)
         if processes is not None:
-            processes.average_(list(wide.values()))
-        return wide
+            if not ours:
+                taken, ours = dict(zip(taken, clones(list(taken.values())), strict=True)), True
+            processes.average_(list(taken.values()))
+        return taken, ours
 
     def agree_(self, update: Mapping[str, Tensor]) -> None:
         """Overwrite tensors that were drawn at random with those of the first process."""
@@ -204,8 +216,8 @@ class DefendedStep:
             self._processes.agree_(list(update.values()))
 
     def displace(self, update: Mapping[str, Tensor], project: Callable[[list[Tensor]], None] | None = None) -> None:
-        """Move the corruption, `a ← Π(a + u)`, and with it the weights."""
-        self._injection.displace(update, project)
+        """Move the corruption, `a ← Π(a + u)`, and with it the weights; the tensors of u are the step's from here."""
+        self._injection.displace(update, project, keep=True)
 
     def displace_inputs(self, step_size: float, epsilon: float) -> None:
         """Move the inputs one step of this size along their gradient, each example inside its ball of epsilon.

@@ -9,47 +9,68 @@ import torch
 from torch import Tensor
 
 from hf_parcor.arguments import check_norm_order, check_radius, check_top_n
-from hf_parcor.distributed.dtensors import one_vector
+from hf_parcor.distributed.dtensors import one_vector, sharded_as
 from hf_parcor.functional.top_n import keep_top_n, keep_top_n_
 from hf_parcor.functional.vectors import (
     divide_,
+    euclidean_norm,
     max_magnitude,
-    multiply_,
+    scaled,
     vector_norm,
     vector_norm_of_unit_scale,
     working_copy,
-    zero_unless_,
+    working_dtype,
 )
 
 
 def constrained_maximum_(tensors: list[Tensor], p: float, epsilon: float, top_n: int | None = None) -> None:
     """Overwrite `tensors` with their constrained maximum (see `constrained_maximum`)."""
+    p, epsilon, top_n = _checked(p, epsilon, top_n)
+    if not tensors:
+        return
+    vector = one_vector(tensors)
+    if top_n is not None:
+        keep_top_n_(vector, top_n)
+    _maximum_on_sphere(vector, p, epsilon, overwrite=True)
+
+
+def _checked(p: float, epsilon: float, top_n: int | None) -> tuple[float, float, int | None]:
     p = check_norm_order(p)
     epsilon = check_radius("epsilon", epsilon)
     top_n = check_top_n(top_n)
-    if not tensors:
-        return
-    tensors = one_vector(tensors)
-    if p == 1:
-        top_n = 1  # all of epsilon on the largest coordinate
-    if top_n is not None:
-        keep_top_n_(tensors, top_n)
-    largest = max_magnitude(tensors)
-    # A gradient that overflowed has no direction: no corruption is better than a NaN in every weight.
-    zero_unless_(tensors, torch.isfinite(largest))
-    largest = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
+    return p, epsilon, 1 if p == 1 else top_n  # with p = 1, all of epsilon on the largest coordinate
+
+
+def _maximum_on_sphere(vector: list[Tensor], p: float, epsilon: float, *, overwrite: bool) -> list[Tensor]:
+    """Return the maximum over the sphere alone, after the choice of coordinates.
+
+    A gradient that overflowed has no direction: no corruption is better than a NaN in every weight.
+    """
     if p == 1 or math.isinf(p):
-        torch._foreach_sign_(tensors)
-        torch._foreach_mul_(tensors, epsilon)
-        return
-    divide_(tensors, largest)
+        factor = epsilon * torch.isfinite(max_magnitude(vector)).double()
+        if overwrite:
+            torch._foreach_sign_(vector)
+        else:
+            vector = list(torch._foreach_sign(vector))
+        return scaled(vector, factor, overwrite=True)
+    if _takes_one_factor(vector, p):
+        norm = euclidean_norm(vector)
+        usable = torch.isfinite(norm) & (norm > 0)
+        return scaled(vector, torch.where(usable, epsilon / norm, 0.0), overwrite=overwrite)
+    largest = max_magnitude(vector)
+    divide_(vector, torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0))
     if p != 2:
-        signs = torch._foreach_sign(tensors)
-        torch._foreach_abs_(tensors)
-        torch._foreach_pow_(tensors, 1 / (p - 1))
-        torch._foreach_mul_(tensors, signs)
-    norm = vector_norm_of_unit_scale(tensors, p)
-    multiply_(tensors, torch.where(norm > 0, epsilon / norm, 0.0))
+        signs = torch._foreach_sign(vector)
+        torch._foreach_abs_(vector)
+        torch._foreach_pow_(vector, 1 / (p - 1))
+        torch._foreach_mul_(vector, signs)
+    norm = vector_norm_of_unit_scale(vector, p).double()
+    usable = torch.isfinite(largest) & (norm > 0)
+    return scaled(vector, torch.where(usable, epsilon / norm, 0.0), overwrite=True)
+
+
+def _takes_one_factor(tensors: Sequence[Tensor], p: float) -> bool:
+    return p == 2 and working_dtype(tensors) == torch.float32  # whose squares float64 holds, of whatever size
 
 
 def constrained_maximum(tensors: Sequence[Tensor], p: float, epsilon: float, top_n: int | None = None) -> list[Tensor]:
@@ -82,6 +103,12 @@ def constrained_maximum(tensors: Sequence[Tensor], p: float, epsilon: float, top
         >>> constrained_maximum(v, p=2, epsilon=1.0, top_n=1)
         [tensor([0., 0.]), tensor([-1.])]
     """
+    p, epsilon, top_n = _checked(p, epsilon, top_n)
+    of_one_read = top_n is None and (math.isinf(p) or _takes_one_factor(tensors, p))
+    if tensors and of_one_read and all(tensor.dtype == working_dtype(tensors) for tensor in tensors):
+        vector = one_vector([tensor.detach() for tensor in tensors])
+        solution = _maximum_on_sphere(vector, p, epsilon, overwrite=False)
+        return [sharded_as(part, tensor) for part, tensor in zip(solution, tensors, strict=True)]
     solution = working_copy(tensors)
     constrained_maximum_(solution, p, epsilon, top_n)
     return solution

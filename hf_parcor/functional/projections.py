@@ -13,14 +13,13 @@ from hf_parcor.distributed.dtensors import one_vector
 from hf_parcor.functional.top_n import keep_top_n_
 from hf_parcor.functional.vectors import (
     divide_,
+    euclidean_norm,
     max_magnitude,
     multiply_,
+    scaled,
     vector_norm_of_unit_scale,
     working_copy,
-    working_dtype,
 )
-
-_ORDINARY = 31  # entries below 2^31 in magnitude have squares well inside float32's range
 
 
 def check_projectable(p: float) -> None:
@@ -47,14 +46,9 @@ def project_(tensors: list[Tensor], p: float, epsilon: float, top_n: int | None 
         torch._foreach_clamp_min_(tensors, -epsilon)
         torch._foreach_clamp_max_(tensors, epsilon)
         return
-    # Scaling by a power of two is exact, so a vector inside the ball keeps its bits, and no square leaves the range.
-    _, exponent = torch.frexp(max_magnitude(tensors).double())
-    reach = int(-math.log2(torch.finfo(working_dtype(tensors)).tiny))  # the scale itself must be a number
-    exponent = torch.where(exponent.abs() > _ORDINARY, exponent.clamp(-reach, reach), 0)
-    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), -exponent)
-    multiply_(tensors, scale)
-    norm = vector_norm_of_unit_scale(tensors, 2).double()
-    multiply_(tensors, torch.where(norm > epsilon * scale, epsilon / norm, 1 / scale))
+    norm = euclidean_norm(tensors)
+    # A point inside is multiplied by exactly 1, and keeps its bits.
+    scaled(tensors, torch.where(norm > epsilon, epsilon / norm, 1.0), overwrite=True)
 
 
 def project(tensors: Sequence[Tensor], p: float, epsilon: float, top_n: int | None = None) -> list[Tensor]:

@@ -18,6 +18,7 @@ from hf_parcor.distributed.dtensors import ShardedVector, local_parts, one_vecto
 
 _BITS_OF_DTYPE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _CHUNK = 1 << 20  # entries worked on at a time: less than 100 MiB of scratch, whatever the size of the model
+_ORDINARY_FACTOR = (2.0**-100, 2.0**100)  # float32 holds them, with digits to spare
 _BLOCK = 1 << 10  # entries that a CPU may sum one after another in float32
 
 
@@ -29,14 +30,18 @@ def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 def working_copy(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return fresh copies in float32 (float64 stays), so that low precision swallows nothing."""
     dtype = working_dtype(tensors)
-    return [tensor.detach().to(dtype, copy=True) for tensor in tensors]
+    return _copies([torch.empty_like(tensor, dtype=dtype) for tensor in tensors], tensors)
 
 
 def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return bit-for-bit copies, all written by one batched call."""
-    copies = [torch.empty_like(tensor) for tensor in tensors]
+    return _copies([torch.empty_like(tensor) for tensor in tensors], tensors)
+
+
+def _copies(copies: list[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     if copies:
-        torch._foreach_copy_(local_parts(copies), local_parts(tensors))
+        with torch.no_grad():
+            torch._foreach_copy_(local_parts(copies), local_parts(tensors))
     return copies
 
 
@@ -79,6 +84,37 @@ def max_magnitude(tensors: Sequence[Tensor]) -> Tensor:
     return _joined(torch._foreach_norm(filled, math.inf), dtype).amax()
 
 
+def euclidean_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return `‖v‖₂` in float64, of entries of any size, and in one read of those of ordinary size.
+
+    A GPU adds up the squares in float64, where those of float32 keep their digits. A CPU adds them up in float32, and
+    looks again, at `v / max_i |v_i|`, where the result shows that some may have left its range.
+
+    Examples:
+        >>> euclidean_norm([torch.tensor([3e38]), torch.tensor([3e38])])
+        tensor(4.2426e+38, dtype=torch.float64)
+    """
+    tensors = one_vector(tensors)
+    if isinstance(tensors, ShardedVector):
+        return _norm_by_largest([tensors.gather(euclidean_norm)], 2)
+    filled = [tensor for tensor in tensors if tensor.numel()]
+    if not filled:
+        return torch.zeros((), dtype=torch.float64)
+    dtype = working_dtype(filled)
+    if filled[0].device.type == "cpu":
+        norm: Tensor = torch.linalg.vector_norm(_joined_block_norms(filled, 2, dtype), 2)
+        square = float(norm) * float(norm)
+        swallowed = 1e8 * numel(filled) * torch.finfo(dtype).tiny  # squares too small to count add up to 1e-8 of it
+        return norm if swallowed < square < math.inf else _norm_by_largest(filled, 2)
+    return _norm_by_largest(filled, 2) if dtype == torch.float64 else _norm_in_float64(filled)
+
+
+def _norm_in_float64(tensors: Sequence[Tensor]) -> Tensor:
+    parts = _joined(torch._foreach_norm(tensors, 2, dtype=torch.float64), torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(parts, 2)
+    return norm
+
+
 def vector_norm_of_unit_scale(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return `‖v‖_p` of entries of ordinary size: fast, but squares of 1e-23 and of 1e20 leave float32's range."""
     tensors = one_vector(tensors)
@@ -91,11 +127,15 @@ def vector_norm_of_unit_scale(tensors: Sequence[Tensor], p: float) -> Tensor:
     if math.isinf(p):
         return max_magnitude(filled)
     if filled[0].device.type == "cpu":
-        parts = torch.cat([_block_norms(tensor, p, dtype) for tensor in filled]).double()
+        parts = _joined_block_norms(filled, p, dtype)
     else:
         parts = _joined(torch._foreach_norm(filled, p, dtype=dtype), dtype)
     norm: Tensor = torch.linalg.vector_norm(parts, p)
     return norm.to(dtype)
+
+
+def _joined_block_norms(tensors: Sequence[Tensor], p: float, dtype: torch.dtype) -> Tensor:
+    return torch.cat([_block_norms(tensor, p, dtype) for tensor in tensors]).double()
 
 
 def _block_norms(tensor: Tensor, p: float, dtype: torch.dtype) -> Tensor:
@@ -116,7 +156,7 @@ def _block_norms(tensor: Tensor, p: float, dtype: torch.dtype) -> Tensor:
 def vector_norm(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
     """Return `‖v‖_p = (Σ_i |v_i|^p)^(1/p)`, or `max_i |v_i|` for p = ∞, of all tensors as ONE vector.
 
-    Entries are divided by the largest magnitude first, so no power over- or underflows.
+    No power over- or underflows: where one could, entries are divided by the largest magnitude first.
 
     Args:
         tensors: Tensors of any shapes.
@@ -138,9 +178,15 @@ def vector_norm(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
     tensors = one_vector(tensors)
     if isinstance(tensors, ShardedVector):
         return vector_norm([tensors.gather(partial(vector_norm, p=p))], p)
-    largest = max_magnitude(tensors)
     if math.isinf(p):
-        return largest
+        return max_magnitude(tensors)
+    norm = euclidean_norm(tensors) if p == 2 else _norm_by_largest(tensors, p)
+    return norm.to(working_dtype(tensors))
+
+
+def _norm_by_largest(tensors: Sequence[Tensor], p: float) -> Tensor:
+    """Return `max_i |v_i| · ‖v / max_i |v_i|‖_p` in float64."""
+    largest = max_magnitude(tensors)
     divisor = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
     dtype = working_dtype(tensors)
     parts = [
@@ -148,7 +194,9 @@ def vector_norm(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
         for tensor in tensors
         for chunk in chunks([tensor.contiguous()])
     ]
-    return largest * vector_norm_of_unit_scale([_joined(parts, dtype)], p) if parts else largest
+    if not parts:
+        return largest.double()
+    return largest.double() * vector_norm_of_unit_scale([_joined(parts, torch.float64)], p)
 
 
 def inner_product(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
@@ -169,33 +217,71 @@ def _sum(values: Sequence[Tensor]) -> Tensor:
     return _joined(values, torch.float64).sum()
 
 
-def _by_device(operation: Callable[[list[Tensor], Tensor], None], tensors: Sequence[Tensor], operand: Tensor) -> None:
-    for device in {tensor.device for tensor in tensors}:
-        operation([tensor for tensor in tensors if tensor.device == device], operand.to(device))
+def _by_kind(operation: Callable[[list[Tensor], Tensor], None], tensors: Sequence[Tensor], operand: Tensor) -> None:
+    # An operand of another dtype than the tensors would be sent to each of them by a kernel of its own.
+    for device, dtype in {(tensor.device, tensor.dtype) for tensor in tensors}:
+        operation(
+            [tensor for tensor in tensors if tensor.device == device and tensor.dtype == dtype],
+            operand.to(device=device, dtype=dtype),
+        )
 
 
 def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply every tensor, in place, by a zero-dimensional factor that stays on its device."""
-    _by_device(torch._foreach_mul_, tensors, factor)
+    _by_kind(torch._foreach_mul_, tensors, factor)
 
 
 def divide_(tensors: Sequence[Tensor], divisor: Tensor) -> None:
     """Divide every tensor, in place, by a zero-dimensional divisor: where its inverse would leave the range."""
-    _by_device(torch._foreach_div_, tensors, divisor)
+    _by_kind(torch._foreach_div_, tensors, divisor)
 
 
-def zero_unless_(tensors: Sequence[Tensor], condition: Tensor) -> None:
-    """Set every entry to zero, in place, unless a zero-dimensional `condition` holds; NaN and ∞ too.
+def scaled(tensors: list[Tensor], factor: Tensor, *, overwrite: bool = False) -> list[Tensor]:
+    """Return `factor · v`; a factor of 0 gives 0.0 everywhere, NaN and ∞ too.
 
-    `NaN · 0` is NaN, and a branch on the condition would wait for the device. The bit pattern of a float, read as
-    an integer, times 0 is the pattern of 0.0, and times 1 itself.
+    The factor may be one that float32 cannot hold, as that of a tiny or huge vector: then it is `√factor` twice.
+
+    Args:
+        tensors: `v`.
+        factor: A zero-dimensional tensor in float64, ≥ 0; it stays on its device. Where all is on the CPU it is read,
+            since nobody waits there: a factor of 1 costs nothing then, and an ordinary one a single multiplication.
+        overwrite: Write over `v`, and return it; else what is returned is new.
 
     Examples:
-        >>> v = [torch.tensor([1.5, float("nan"), float("inf")])]
-        >>> zero_unless_(v, torch.tensor(False))
-        >>> v
+        >>> scaled([torch.tensor([1.5, -1e-45])], torch.tensor(2e44, dtype=torch.float64))
+        [tensor([       inf, -0.2803])]
+        >>> scaled([torch.tensor([1.5, float("nan"), float("inf")])], torch.tensor(0.0))
         [tensor([0., 0., 0.])]
+    """
+    if any(tensor.device.type != "cpu" for tensor in [*tensors, factor]):
+        scaled_ = tensors if overwrite else clones(tensors)
+        _scale_unread_(scaled_, factor)
+        return scaled_
+    value = float(factor)
+    if value == 0:
+        if not overwrite:
+            return [torch.zeros_like(tensor) for tensor in tensors]
+        if tensors:
+            torch._foreach_zero_(tensors)
+        return tensors
+    factors = [value] if _ORDINARY_FACTOR[0] < value < _ORDINARY_FACTOR[1] else 2 * [math.sqrt(value)]
+    if not overwrite and tensors:
+        tensors = list(torch._foreach_mul(tensors, factors.pop()))
+    for remaining in factors:
+        if remaining != 1 and tensors:
+            torch._foreach_mul_(tensors, remaining)
+    return tensors
+
+
+def _scale_unread_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply by a factor whose value must not be waited for, as `scaled` does.
+
+    `NaN · 0` is NaN. But the bit pattern of a float, read as an integer, times 0 is the pattern of 0.0, and times 1
+    itself.
     """
     for dtype in {tensor.dtype for tensor in tensors}:
         integer = _BITS_OF_DTYPE[dtype.itemsize]
-        multiply_([tensor.view(integer) for tensor in tensors if tensor.dtype == dtype], condition.to(integer))
+        multiply_([tensor.view(integer) for tensor in tensors if tensor.dtype == dtype], factor != 0)
+    root = factor.sqrt()
+    multiply_(tensors, root)
+    multiply_(tensors, root)

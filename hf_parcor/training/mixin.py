@@ -281,7 +281,9 @@ class _TrainerDefense:
         selected = self.parameters()
         others = trained_beside(selected.values(), passes.model, trainer.optimizer)
         self.runner.reuse_prefix = self.settings.reuses_prefix(trainer.args)
-        step, norm = self.runner.run(passes, selected, others, self._input_embedding())
+        step, norm = self.runner.run(
+            passes, selected, others, self._input_embedding(), measure_norm=self.log.wants_norm
+        )
         self.cost = self.runner.cost
         self.log.add(step, norm, ends_step=trainer.accelerator.sync_gradients)
         # Where nothing had a gradient, nothing was corrupted.

@@ -47,7 +47,9 @@ class StepRunner:
         selected: Mapping[str, nn.Parameter],
         others: Iterable[nn.Parameter],
         embedding: nn.Module | None = None,
-    ) -> tuple[DefendedStep, CorruptionNorm]:
+        *,
+        measure_norm: bool = True,
+    ) -> tuple[DefendedStep, CorruptionNorm | None]:
         """Run one micro-batch.
 
         Args:
@@ -55,9 +57,10 @@ class StepRunner:
             selected: The defended parameters, by name.
             others: All other parameters that are trained.
             embedding: The model's input embedding, for a defense that perturbs the inputs.
+            measure_norm: Whether to measure the last corruption, which reads and writes all of it. Default True.
 
         Returns:
-            The step, which is over, and the norm of its last corruption.
+            The step, which is over, and the norm of its last corruption; None if that was not measured.
 
         Raises:
             ValueError: A hook takes gradients inside `backward`.
@@ -85,7 +88,7 @@ class StepRunner:
             processes=TrainingProcesses() if passes.accelerator.num_processes > 1 and not sharded else None,
         ) as step:
             defense.minimize(step)
-            norm = step.withdraw(defense.p)
+            norm = step.withdraw(defense.p) if measure_norm else None
         return step, norm
 
     def _find_out(self, passes: Passes, selected: Mapping[str, nn.Parameter]) -> None:

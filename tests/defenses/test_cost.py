@@ -1,15 +1,20 @@
-"""Every defense costs what it says, counted in floating-point operations."""
+"""Every defense costs what it says, counted in floating-point operations, and in bytes beyond its passes."""
 
 from __future__ import annotations
 
+import math
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from for_each import for_each
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_parcor import AWP, SAM, CorruptionConstraint, MultiStepRisk, select_parameters
+from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, MultiStepRisk, select_parameters
 from hf_parcor.defenses import DEFENSES, ConstrainedDefense, DefendedStep
 from hf_parcor.functional.top_n import keep_top_n_
 
@@ -70,3 +75,79 @@ def test_the_largest_entries_are_selected_no_oftener_than_needed(
         defense.minimize(step)
     started = 1 if random_start else 0
     assert selected == [10] * (selections + started)
+
+
+class BytesMoved(TorchDispatchMode):
+    """Adds up what operations read and write, of tensors of all sizes; a view and an empty tensor cost nothing."""
+
+    NOT_READ = ("copy_", "_foreach_copy_", "zero_", "_foreach_zero_", "fill_")  # nor what goes under the name `out`
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_operation: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        return self.by_operation.total()
+
+    @staticmethod
+    def _size(value: object) -> int:
+        return sum(leaf.numel() * leaf.itemsize for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = function.overloadpacket.__name__
+        if function.is_view or name.startswith(("empty", "new_empty", "detach", "_unsafe_view", "_local_scalar")):
+            return result
+        moved = 0
+        for place, argument in enumerate(function._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            moved += self._size(value) * written
+            moved += self._size(value) * (not written or not (argument.is_out or name in self.NOT_READ))
+        if all(returned.alias_info is None for returned in function._schema.returns):
+            moved += self._size(result)
+        self.by_operation[name] += moved
+        return result
+
+
+L_INF = CorruptionConstraint(p=math.inf, epsilon=1e-3)
+FLOOR = {  # bytes a defended weight, beyond the passes; the norm of the corruption included where it is measured
+    "one step": (MultiStepRisk(L2, steps=1), torch.float32, False, 41),
+    "one step, measured": (MultiStepRisk(L2, steps=1), torch.float32, True, 57),
+    "two steps": (MultiStepRisk(L2, steps=2), torch.float32, False, 113),
+    "two steps, measured": (MultiStepRisk(L2, steps=2), torch.float32, True, 129),
+    "three steps": (MultiStepRisk(L2, steps=3), torch.float32, False, 177),
+    "two short steps": (MultiStepRisk(L2, steps=2, step_size=0.04), torch.float32, False, 101),
+    "a random start": (MultiStepRisk(L2, steps=1, random_start=True), torch.float32, False, 117),
+    "sam": (SAM(L2), torch.float32, False, 41),
+    "acrt": (ACRT(L2), torch.float32, False, 41),
+    "one step, L_inf": (MultiStepRisk(L_INF, steps=1), torch.float32, False, 49),
+    "two steps, L_inf": (MultiStepRisk(L_INF, steps=2), torch.float32, False, 133),
+    "one step, bfloat16": (MultiStepRisk(L2, steps=1), torch.bfloat16, False, 35),
+}
+
+
+@for_each(("defense", "dtype", "measured", "limit"), FLOOR.values())
+def test_bytes_moved_beyond_the_passes(defense, dtype, measured, limit):
+    """A law of the step itself, whatever machine it runs on; K = 1 may take 60 and K = 2 135, the norm included."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 256)).to(dtype)
+    x = torch.randn(4, 256, dtype=dtype)
+    moved = BytesMoved()
+
+    def run_pass(objective, index):
+        with torch.utils._python_dispatch._disable_current_modes():
+            loss = objective(model(x).square().mean())
+            loss.backward()
+            return loss.detach()
+
+    with moved, DefendedStep(dict(model.named_parameters()), run_pass, defense.passes) as step:
+        defense.minimize(step)
+        if measured:
+            norm = step.withdraw(defense.p)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert moved.total / weights <= limit, {name: count / weights for name, count in moved.by_operation.most_common()}
+    if measured:
+        assert float(norm.asked) == pytest.approx(defense.constraint.epsilon, rel=1e-4)

@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 
 from hf_parcor.functional import inner_product, max_magnitude, vector_norm
 from hf_parcor.functional.vectors import (
+    _norm_in_float64,
+    _scale_unread_,
     clones,
     divide_,
+    euclidean_norm,
     multiply_,
     numel,
+    scaled,
     vector_norm_of_unit_scale,
     working_copy,
     working_dtype,
-    zero_unless_,
 )
 
 NORMS = [1.0, 1.01, 1.5, 2.0, 3.0, 10.0, math.inf]
@@ -140,34 +143,72 @@ class TestInnerProduct:
             inner_product([torch.ones(2)], [])
 
 
-class TestZeroUnless:
-    SPECIAL = (0.0, -0.0, 1.5, -1e-7, math.inf, -math.inf, math.nan, -math.nan)
+SPECIAL = (0.0, -0.0, 1.5, -1e-7, math.inf, -math.inf, math.nan, -math.nan)
 
-    @for_each("dtype", DTYPES)
-    def test_every_bit_stays_or_goes(self, dtype: torch.dtype, same_bits) -> None:
-        tensors = [
-            torch.tensor(self.SPECIAL, dtype=dtype),
-            torch.randn(4, 3).to(dtype).t(),
-            torch.empty(0, dtype=dtype),
-        ]
-        before = [tensor.clone() for tensor in tensors]
-        zero_unless_(tensors, torch.tensor(True))
-        assert same_bits(tensors, before)
-        zero_unless_(tensors, torch.tensor(False))
-        assert same_bits(tensors, [torch.zeros_like(tensor) for tensor in before])
 
-    def test_mixed_precisions(self) -> None:
-        tensors = [torch.tensor(self.SPECIAL, dtype=dtype) for dtype in DTYPES]
-        zero_unless_(tensors, torch.tensor(False))
-        assert not any(tensor.any() for tensor in tensors)
+def scaled_unread(tensors: list[torch.Tensor], factor: torch.Tensor, *, overwrite: bool = False) -> list[torch.Tensor]:
+    """As on a device whose values must not be waited for."""
+    kept = tensors if overwrite else clones(tensors)
+    _scale_unread_(kept, factor)
+    return kept
 
-    def test_no_tensors(self) -> None:
-        zero_unless_([], torch.tensor(False))
+
+@pytest.mark.parametrize("scaled", [scaled, scaled_unread])
+@pytest.mark.parametrize("overwrite", [False, True])
+class TestScaled:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_one_keeps_every_bit_and_zero_none(self, scaled, overwrite, dtype: torch.dtype, same_bits) -> None:
+        for factor in (1.0, 0.0):
+            tensors = [
+                torch.tensor(SPECIAL, dtype=dtype)[: 6 if factor else None],  # a NaN may become another
+                torch.randn(4, 3).to(dtype).t(),
+                torch.empty(0, dtype=dtype),
+            ]
+            before = [tensor.clone() for tensor in tensors]
+            found = scaled(tensors, torch.tensor(factor), overwrite=overwrite)
+            assert same_bits(found, before if factor else [torch.zeros_like(tensor) for tensor in before])
+            assert same_bits(tensors, found if overwrite else before)
+            shared = [a.data_ptr() == b.data_ptr() for a, b in zip(found, tensors, strict=True) if a.numel()]
+            assert shared == [overwrite] * 2
+
+    @pytest.mark.parametrize("factor", [1e-70, 1e-44, 1e-20, 0.3, 7.0, 1e20, 1e44, 1e70])
+    def test_factors_that_float32_cannot_hold(self, scaled, overwrite, factor: float) -> None:
+        for entry in (1e-45, 1e-30, -1.0, 1e30, 3e38):
+            expected = float(torch.tensor(entry).double()) * factor
+            if 1e-30 < abs(expected) < 3e38:
+                (found,) = scaled(
+                    [torch.tensor([entry])], torch.tensor(factor, dtype=torch.float64), overwrite=overwrite
+                )
+                assert float(found) == pytest.approx(expected, rel=1e-6)
+
+    def test_mixed_precisions_and_no_tensors(self, scaled, overwrite) -> None:
+        tensors = [torch.tensor(SPECIAL, dtype=dtype) for dtype in DTYPES]
+        assert not any(tensor.any() for tensor in scaled(tensors, torch.tensor(0.0), overwrite=overwrite))
+        assert scaled([], torch.tensor(0.0), overwrite=overwrite) == []
+        assert scaled([], torch.tensor(2.0), overwrite=overwrite) == []
+
+
+class TestEuclideanNorm:
+    @pytest.mark.parametrize("norm", [euclidean_norm, _norm_in_float64])
+    @settings(max_examples=60, deadline=None)
+    @given(parts=vectors.filter(lambda parts: any(parts)))
+    def test_of_float32_of_any_size(self, norm, parts: list[list[float]]) -> None:
+        expected = norm_by_fsum([value for part in parts for value in part], 2)
+        found = norm([torch.tensor(part) for part in parts])
+        assert found.dtype == torch.float64
+        assert float(found) == pytest.approx(expected, rel=1e-6, abs=0)
+
+    def test_ordinary_entries_are_read_once(self, entries_made) -> None:
+        assert entries_made(lambda: euclidean_norm([torch.ones(1_000_000)])) < 1_000_000 + 10_000
+
+    def test_many_small_entries_count_beside_a_large_one(self) -> None:
+        tensors = [torch.full((100_000,), 1e-23), torch.tensor([1e-22])]
+        assert float(euclidean_norm(tensors)) == pytest.approx(math.sqrt(1e5 * 1e-46 + 1e-44), rel=1e-6)
 
 
 def test_clones_keep_every_bit_and_share_no_memory(same_bits) -> None:
     patterns = torch.from_numpy(np.random.default_rng(0).integers(-(2**31), 2**31, 999, dtype=np.int32))
-    tensors = [patterns.view(torch.float32), torch.tensor(TestZeroUnless.SPECIAL).bfloat16(), torch.randn(3, 4).t()]
+    tensors = [patterns.view(torch.float32), torch.tensor(SPECIAL).bfloat16(), torch.randn(3, 4).t()]
     copies = clones(tensors)
     assert same_bits(copies, tensors)
     assert all(copy.data_ptr() != tensor.data_ptr() for copy, tensor in zip(copies, tensors, strict=True))

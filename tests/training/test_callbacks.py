@@ -12,7 +12,7 @@ import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from hf_parcor import CorruptionConstraint, DefenseConfig, MultiStepRisk, ParameterDefenseTrainer
-from hf_parcor.defenses import DEFENSES
+from hf_parcor.defenses import DEFENSES, DefendedStep
 from hf_parcor.training import DEFENSE_CONFIG_NAME
 
 K2 = MultiStepRisk(CorruptionConstraint(epsilon=0.2), steps=2)
@@ -166,3 +166,16 @@ def test_pushes_are_those_of_the_stock_trainer_with_the_defense_in_every_folder(
         assert pushed - plain == {DEFENSE_CONFIG_NAME}
         assert plain <= pushed
     assert DefenseConfig.from_pretrained(folder) == DefenseConfig(K2, ["attention"])
+
+
+@pytest.mark.parametrize(("logging_steps", "measured"), [(1, 18), (2, 9), (18, 2)])
+def test_the_corruption_is_measured_where_a_log_wants_it(tiny_bert, train, monkeypatch, logging_steps, measured):
+    """The first micro-batch of a log, and every 16th of a long one: each log has a norm, which is the usual one."""
+    calls, withdraw = [], DefendedStep.withdraw
+    monkeypatch.setattr(DefendedStep, "withdraw", lambda step, p: calls.append(p) or withdraw(step, p))
+    options = {"max_steps": 18, "logging_steps": logging_steps}
+    trainer = train(ParameterDefenseTrainer, tiny_bert(), options, defense=K2)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(calls) == measured
+    assert len(logs) == 18 // logging_steps
+    assert all(entry["corruption_norm"] == pytest.approx(K2.constraint.epsilon, rel=1e-3) for entry in logs)
