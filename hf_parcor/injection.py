@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from hf_parcor.arguments import check_norm_order
 from hf_parcor.distributed.dtensors import alike, local_part, local_parts, one_vector, spread_alike, total
-from hf_parcor.functional.vectors import clones, vector_norm, vector_norm_of_unit_scale
+from hf_parcor.functional.vectors import chunks, clones, vector_norm, vector_norm_of_unit_scale
 
 
 def obstacle(weight: Tensor) -> str | None:
@@ -253,10 +253,9 @@ class Injection:
             return CorruptionSize(0, 0.0)
         changed, parts = [], []
         for weight, before in zip(self._vector, self._all_saved(), strict=True):
-            same = (weight == before) | (weight.isnan() & before.isnan())
-            difference = (weight.double() - before.double()).masked_fill_(same, 0)
-            changed.append((~same).sum())
-            parts.append(vector_norm([difference]))
+            count, norm = _change(weight, before)
+            changed.append(count)
+            parts.append(norm)
         counts, norm = alike(self._vector, changed), vector_norm(alike(self._vector, parts))
         return CorruptionSize(int(total(counts, _sum)), float(norm))
 
@@ -313,6 +312,16 @@ class Injection:
 
 def _is_narrow(weight: Tensor) -> bool:
     return weight.dtype.itemsize < 4
+
+
+def _change(weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many entries differ, and the L2 norm of the difference in float64."""
+    counts, norms = [], []
+    for now, then in zip(chunks([weight.contiguous()]), chunks([before.contiguous()]), strict=True):
+        same = (now == then) | (now.isnan() & then.isnan())
+        counts.append((~same).sum())
+        norms.append(vector_norm([(now.double() - then).masked_fill_(same, 0)]))
+    return torch.stack(counts).sum(), vector_norm([torch.stack(norms)])
 
 
 def _sum(counts: list[Tensor]) -> Tensor:

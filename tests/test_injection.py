@@ -532,6 +532,13 @@ class TestNorms:
         assert size.norm == pytest.approx(float(difference.norm()), rel=1e-12)
         assert size.changed == int(difference.count_nonzero())
 
+    def test_size_takes_no_memory_that_grows_with_the_weights(self, peak_memory) -> None:
+        weight = nn.Parameter(torch.zeros(2000, 2000))
+        with corrupted({"w": weight}, {"w": torch.full((2000, 2000), 0.5)}) as injection, peak_memory() as memory:
+            size = injection.size()
+        assert (size.changed, size.norm) == (4_000_000, 1000)
+        assert memory.peak < 50e6  # it took 100 MB here, and four times as much for four times the weights
+
     def test_of_float16_beyond_its_range(self) -> None:
         weight = nn.Parameter(torch.zeros(100_000, dtype=torch.float16))
         with corrupted({"w": weight}, {"w": torch.ones(100_000)}) as injection:

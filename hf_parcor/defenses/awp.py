@@ -11,7 +11,7 @@ from hf_parcor.arguments import check_count, check_radius
 from hf_parcor.corruptions.multi_step import STEP_SIZE_FACTOR
 from hf_parcor.defenses.projected_ascent import ProjectedAscent
 from hf_parcor.defenses.step import DefendedStep
-from hf_parcor.functional.constrained_maximum import constrained_maximum
+from hf_parcor.functional.constrained_maximum import constrained_maximum_
 from hf_parcor.functional.vectors import vector_norm
 
 
@@ -119,11 +119,11 @@ class AWP(ProjectedAscent):
 
     def _climb_and_project_each(self, step: DefendedStep, sizes: dict[str, Tensor]) -> None:
         """Take one corruption step, `a_l ← Π(a_l + u_l)`, each tensor in units of its own size."""
-        gradients, _ = step.gradients(self.sync_perturbation)
-        update, projection = {}, self.projection
-        for name, gradient in gradients.items():
-            (tensor,) = constrained_maximum([gradient], self.p, self.resolved_step_size, self.constraint.top_n)
-            update[name] = tensor.mul_(sizes[name])
+        update, _ = step.gradients(self.sync_perturbation)  # of a probe, and so to be overwritten
+        projection = self.projection
+        for name, tensor in update.items():
+            constrained_maximum_([tensor], self.p, self.resolved_step_size, self.constraint.top_n)
+            tensor.mul_(sizes[name])
 
         def project(corruption: list[Tensor]) -> None:
             for tensor, size in zip(corruption, sizes.values(), strict=True):

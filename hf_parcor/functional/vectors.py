@@ -109,7 +109,7 @@ def euclidean_norm(tensors: Sequence[Tensor]) -> Tensor:
     return _norm_by_largest(filled, 2) if dtype == torch.float64 else _norm_in_float64(filled)
 
 
-def _norm_in_float64(tensors: Sequence[Tensor]) -> Tensor:
+def _norm_in_float64(tensors: list[Tensor]) -> Tensor:
     parts = _joined(torch._foreach_norm(tensors, 2, dtype=torch.float64), torch.float64)
     norm: Tensor = torch.linalg.vector_norm(parts, 2)
     return norm
@@ -217,13 +217,21 @@ def _sum(values: Sequence[Tensor]) -> Tensor:
     return _joined(values, torch.float64).sum()
 
 
-def _by_kind(operation: Callable[[list[Tensor], Tensor], None], tensors: Sequence[Tensor], operand: Tensor) -> None:
-    # An operand of another dtype than the tensors would be sent to each of them by a kernel of its own.
-    for device, dtype in {(tensor.device, tensor.dtype) for tensor in tensors}:
-        operation(
-            [tensor for tensor in tensors if tensor.device == device and tensor.dtype == dtype],
-            operand.to(device=device, dtype=dtype),
-        )
+_Batched = Callable[[list[Tensor], Tensor], Sequence[Tensor] | None]
+
+
+def _by_kind(operation: _Batched, tensors: Sequence[Tensor], operand: Tensor) -> list[Tensor]:
+    """Return the results of a batched operation; of one in place, the tensors."""
+    results = list(tensors)
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(place)
+    for (device, dtype), places in kinds.items():
+        # An operand of another dtype than the tensors would be sent to each of them by a kernel of its own.
+        found = operation([tensors[place] for place in places], operand.to(device=device, dtype=dtype))
+        for place, result in zip(places, found or (), strict=False):
+            results[place] = result
+    return results
 
 
 def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
@@ -254,9 +262,7 @@ def scaled(tensors: list[Tensor], factor: Tensor, *, overwrite: bool = False) ->
         [tensor([0., 0., 0.])]
     """
     if any(tensor.device.type != "cpu" for tensor in [*tensors, factor]):
-        scaled_ = tensors if overwrite else clones(tensors)
-        _scale_unread_(scaled_, factor)
-        return scaled_
+        return _scaled_unread(tensors, factor, overwrite=overwrite)
     value = float(factor)
     if value == 0:
         if not overwrite:
@@ -273,15 +279,14 @@ def scaled(tensors: list[Tensor], factor: Tensor, *, overwrite: bool = False) ->
     return tensors
 
 
-def _scale_unread_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply by a factor whose value must not be waited for, as `scaled` does.
+def _scaled_unread(tensors: list[Tensor], factor: Tensor, *, overwrite: bool = False) -> list[Tensor]:
+    """Do as `scaled` does, by a factor whose value must not be waited for.
 
     `NaN · 0` is NaN. But the bit pattern of a float, read as an integer, times 0 is the pattern of 0.0, and times 1
     itself.
     """
-    for dtype in {tensor.dtype for tensor in tensors}:
-        integer = _BITS_OF_DTYPE[dtype.itemsize]
-        multiply_([tensor.view(integer) for tensor in tensors if tensor.dtype == dtype], factor != 0)
     root = factor.sqrt()
-    multiply_(tensors, root)
-    multiply_(tensors, root)
+    products = _by_kind(torch._foreach_mul_ if overwrite else torch._foreach_mul, tensors, root)
+    multiply_([product.view(_BITS_OF_DTYPE[product.dtype.itemsize]) for product in products], factor != 0)
+    multiply_(products, root)
+    return products

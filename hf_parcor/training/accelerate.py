@@ -157,6 +157,7 @@ class DefendedBackward:
         if is_sharded(self._whole):
             drop_gathered(self._whole)
         defended, norm = self._runner.run(passes, self._selected, self._others, self._embedding)
+        assert norm is not None, "it is measured unless told otherwise"
         return DefendedLoss(defended.risk, defended.losses[0], defended.losses[-1], norm, defended=True)
 
 

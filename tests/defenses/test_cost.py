@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, MultiStepRisk, select_parameters
+from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, MultiStepRisk, injection, select_parameters
 from hf_parcor.defenses import DEFENSES, ConstrainedDefense, DefendedStep
 from hf_parcor.functional.top_n import keep_top_n_
 
@@ -127,6 +127,26 @@ FLOOR = {  # bytes a defended weight, beyond the passes; the norm of the corrupt
     "two steps, L_inf": (MultiStepRisk(L_INF, steps=2), torch.float32, False, 133),
     "one step, bfloat16": (MultiStepRisk(L2, steps=1), torch.bfloat16, False, 35),
 }
+
+
+@for_each(("steps", "limit"), [(1, 57), (2, 161)])
+def test_bytes_moved_where_nothing_may_be_read(steps, limit, monkeypatch):
+    """As on a GPU: there the factor is applied, and NaN kept out, without asking what the factor is."""
+    monkeypatch.setattr(injection, "check_weights", lambda weights: None)  # which refuses the meta device
+    selected = {
+        name: nn.Parameter(torch.empty(size, device="meta")) for name, size in {"one": 9000, "two": 70_000}.items()
+    }
+    moved, defense = BytesMoved(), MultiStepRisk(L2, steps=steps)
+
+    def run_pass(objective, index):
+        with torch.utils._python_dispatch._disable_current_modes():
+            for parameter in selected.values():
+                parameter.grad = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
+            return objective(torch.ones((), device="meta"))
+
+    with moved, DefendedStep(selected, run_pass, defense.passes) as step:
+        defense.minimize(step)
+    assert moved.total / 79_000 <= limit, moved.by_operation
 
 
 @for_each(("defense", "dtype", "measured", "limit"), FLOOR.values())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hf_parcor.functional import inner_product, max_magnitude, vector_norm
 from hf_parcor.functional.vectors import (
     _norm_in_float64,
-    _scale_unread_,
+    _scaled_unread,
     clones,
     divide_,
     euclidean_norm,
@@ -146,17 +146,13 @@ class TestInnerProduct:
 SPECIAL = (0.0, -0.0, 1.5, -1e-7, math.inf, -math.inf, math.nan, -math.nan)
 
 
-def scaled_unread(tensors: list[torch.Tensor], factor: torch.Tensor, *, overwrite: bool = False) -> list[torch.Tensor]:
-    """As on a device whose values must not be waited for."""
-    kept = tensors if overwrite else clones(tensors)
-    _scale_unread_(kept, factor)
-    return kept
+SCALED = [scaled, _scaled_unread]  # the latter as where values must not be waited for
 
 
-@pytest.mark.parametrize("scaled", [scaled, scaled_unread])
-@pytest.mark.parametrize("overwrite", [False, True])
 class TestScaled:
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @for_each("scaled", SCALED)
+    @for_each("overwrite", [False, True])
+    @for_each("dtype", DTYPES)
     def test_one_keeps_every_bit_and_zero_none(self, scaled, overwrite, dtype: torch.dtype, same_bits) -> None:
         for factor in (1.0, 0.0):
             tensors = [
@@ -171,7 +167,9 @@ class TestScaled:
             shared = [a.data_ptr() == b.data_ptr() for a, b in zip(found, tensors, strict=True) if a.numel()]
             assert shared == [overwrite] * 2
 
-    @pytest.mark.parametrize("factor", [1e-70, 1e-44, 1e-20, 0.3, 7.0, 1e20, 1e44, 1e70])
+    @for_each("scaled", SCALED)
+    @for_each("overwrite", [False, True])
+    @for_each("factor", [1e-70, 1e-44, 1e-20, 0.3, 7.0, 1e20, 1e44, 1e70])
     def test_factors_that_float32_cannot_hold(self, scaled, overwrite, factor: float) -> None:
         for entry in (1e-45, 1e-30, -1.0, 1e30, 3e38):
             expected = float(torch.tensor(entry).double()) * factor
@@ -181,6 +179,8 @@ class TestScaled:
                 )
                 assert float(found) == pytest.approx(expected, rel=1e-6)
 
+    @for_each("scaled", SCALED)
+    @for_each("overwrite", [False, True])
     def test_mixed_precisions_and_no_tensors(self, scaled, overwrite) -> None:
         tensors = [torch.tensor(SPECIAL, dtype=dtype) for dtype in DTYPES]
         assert not any(tensor.any() for tensor in scaled(tensors, torch.tensor(0.0), overwrite=overwrite))
