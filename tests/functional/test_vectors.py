@@ -189,9 +189,8 @@ class TestScaled:
 
 
 class TestEuclideanNorm:
-    @pytest.mark.parametrize("norm", [euclidean_norm, _norm_in_float64])
-    @settings(max_examples=60, deadline=None)
-    @given(parts=vectors.filter(lambda parts: any(parts)))
+    @settings(max_examples=120)
+    @given(norm=st.sampled_from([euclidean_norm, _norm_in_float64]), parts=vectors.filter(lambda parts: any(parts)))
     def test_of_float32_of_any_size(self, norm, parts: list[list[float]]) -> None:
         expected = norm_by_fsum([value for part in parts for value in part], 2)
         found = norm([torch.tensor(part) for part in parts])
