@@ -112,8 +112,27 @@ class BytesMoved(TorchDispatchMode):
         return result
 
 
+OPERATIONS = {  # bytes for each of two float32 entries
+    "reads and writes": (lambda a, b: a.clone(), 8),
+    "reads two and writes one": (lambda a, b: torch._foreach_add_([a], [b]), 12),
+    "writes over itself": (lambda a, b: torch._foreach_mul_([a], 2.0), 8),
+    "only writes": (lambda a, b: torch._foreach_zero_([a]), 4),
+    "does not read what it writes": (lambda a, b: torch._foreach_copy_([a], [b]), 8),
+    "writes into another": (lambda a, b: torch.add(a, a, out=b), 12),
+    "moves nothing": (lambda a, b: torch.empty_like(a.view(-1).detach()), 0),
+}
+
+
+@for_each(("operation", "expected"), OPERATIONS.values())
+def test_bytes_are_counted(operation, expected):
+    a, b = torch.ones(2), torch.ones(2)
+    with BytesMoved() as moved:
+        operation(a, b)
+    assert moved.total == 2 * expected
+
+
 L_INF = CorruptionConstraint(p=math.inf, epsilon=1e-3)
-FLOOR = {  # bytes a defended weight, beyond the passes; the norm of the corruption included where it is measured
+FLOOR = {  # bytes a defended weight, beyond the passes; and of the norm where it is measured
     "one step": (MultiStepRisk(L2, steps=1), torch.float32, False, 41),
     "one step, measured": (MultiStepRisk(L2, steps=1), torch.float32, True, 57),
     "two steps": (MultiStepRisk(L2, steps=2), torch.float32, False, 113),
