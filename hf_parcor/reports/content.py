@@ -142,7 +142,7 @@ def summary(study: Study, series: Series, numbers: Numbers) -> Table:
 
 
 def all_values(study: Study, numbers: Numbers) -> Table:
-    """Return every mean with its confidence interval."""
+    """Return every mean, with its confidence interval where it was repeated."""
     rows = []
     seen = set()
     for series, curves in study.curves.items():
@@ -153,7 +153,10 @@ def all_values(study: Study, numbers: Numbers) -> Table:
                 seen.add(name)
             rows += [_value_row(name, series.name, point, numbers) for point in curve.points]
     header = (_row_header(study), "corruption", _metric(study, numbers), "repetitions")
-    return Table("Every mean, with its 95 % confidence interval in brackets", header, tuple(rows))
+    points = [point for curves in study.curves.values() for curve in curves.values() for point in curve.all_points]
+    repeated = any(point.interval for point in points)
+    caption = "Every mean" + ", with its 95 % confidence interval in brackets" * repeated
+    return Table(caption, header, tuple(rows))
 
 
 def difference_table(study: Study, numbers: Numbers) -> Table:
@@ -226,6 +229,16 @@ def largest_drop(study: Study) -> float:
     return max((drop for drop in drops if drop > 0 and math.isfinite(drop)), default=0.0)
 
 
+def _strongest(study: Study, numbers: Numbers) -> str:
+    """Return what the colours of heat maps mean."""
+    largest = largest_drop(study)
+    if largest == 0:
+        return "No cell has a colour, since no mean is worse than without corruption."
+    return (
+        f"The stronger the colour, the more is lost; the strongest is a {study.loss} of {numbers.difference(largest)}."
+    )
+
+
 def _share(drop: float | None, largest: float) -> float | None:
     if drop is None or math.isnan(drop):
         return None
@@ -280,7 +293,6 @@ class Content(NamedTuple):
 def content_of(study: Study, numbers: Numbers, title: str) -> Content:
     """Return what is to be said about a study."""
     compared = len(study.models) > 1
-    strongest = numbers.difference(largest_drop(study))
     verdict = comparison_verdict if compared else probe_verdict
     summaries = [summary(study, series, numbers) for series in study.curves]
     drawn = [panel for panel in panels(study) if panel.shows_a_curve(numbers)]
@@ -293,7 +305,7 @@ def content_of(study: Study, numbers: Numbers, title: str) -> Content:
         guesses=study.info.guesses(study.metric),
         notes=notes(study),
         heat_maps=[heat_map(study, series, numbers) for series in study.curves],
-        strongest=f"The stronger the colour, the more is lost; the strongest is a {study.loss} of {strongest}.",
+        strongest=_strongest(study, numbers),
         panels=drawn,
         no_curves=f"No curve, since one strength was measured or nothing changes: {'; '.join(rest)}." if rest else "",
         summaries=[difference_table(study, numbers), *summaries] if compared else summaries,

@@ -75,6 +75,11 @@ class Curve:
     points: tuple[Point, ...]
     greater_is_better: bool
 
+    @property
+    def all_points(self) -> tuple[Point, ...]:
+        """No corruption, and each strength."""
+        return (self.clean, *self.points)
+
     def drops(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return the mean metric drop over these strengths in each repetition.
 
@@ -177,8 +182,23 @@ class Study:
     @property
     def spread(self) -> str:
         """What differs between repetitions, in words."""
-        repeated = any(len(records) > 1 for groups in self.models.values() for records in groups.values())
-        return "spread over records" if repeated else "spread over trials"
+        if not self.has_seeds:
+            return "spread over trials"
+        return "spread over records, and over trials of a single one" if self.mixes_trials else "spread over records"
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether repetitions are records, of some group at least."""
+        return any(len(records) > 1 for groups in self.models.values() for records in groups.values())
+
+    @property
+    def mixes_trials(self) -> bool:
+        """Whether beside such groups another has one record, whose trials are then its repetitions."""
+        return self.has_seeds and any(
+            len(records) == 1 and any(len(row.seeds) > 1 for row in records[0].rows())
+            for groups in self.models.values()
+            for records in groups.values()
+        )
 
     @property
     def records(self) -> list[EvaluationRecord]:

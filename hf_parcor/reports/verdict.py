@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import NamedTuple, TypeVar
@@ -163,6 +163,7 @@ def _of_one_group(study: Study, numbers: Numbers, curves: Mapping[str, Curve]) -
     counted = [point.name for point in curve.points if point.counted_wrong]
     lost = f"Not all predictions are finite at {_listed(counted)}; these count as wrong." if counted else ""
     limit = NEGLIGIBLE * abs(curve.clean.mean)
+    mean = _in_the_mean([curve])
     gain = f"from {clean} to {numbers.with_unit(best.mean)} at {best.name}"
     if drops[worst.name] > limit:
         better = drops[best.name] < -limit
@@ -174,17 +175,17 @@ def _of_one_group(study: Study, numbers: Numbers, curves: Mapping[str, Curve]) -
     if drops[best.name] < -limit:
         return Finding(
             f"with {group} corrupted, {study.metric} gets better: it {_moves(study, better=True)} {gain}, and at no "
-            "strength is it worse by more than 1 % of its value without corruption.",
+            f"strength is it worse by more than 1 % of its value without corruption{mean}.",
             lost,
         )
     if counted:
         return Finding(
             f"with {group} corrupted, not all predictions are finite at {_listed(counted)}, though {study.metric} "
-            f"is within 1 % of its value without corruption, {clean}."
+            f"is within 1 % of its value without corruption, {clean}{mean}."
         )
     return Finding(
         f"with {group} corrupted, {study.metric} stays within 1 % of its value without corruption, {clean}, at every "
-        "strength."
+        f"strength{mean}."
     )
 
 
@@ -218,35 +219,39 @@ def _of_groups(
         return Finding("fewer than two groups can be ranked.", unranked)
     top = max(drops, key=lambda group: drops[group])
     clean = curves[top].clean.mean
+    which = "" if len(drops) == len(curves) else " that can be ranked"  # what is broken may be the worst
     limit = NEGLIGIBLE * abs(clean)
     at_each = {group: [sample_mean(curves[group].drops([name])) for name in names] for group in drops}
     better = [group for group, found in at_each.items() if min(found) < -limit]
     improved = f"{study.metric} gets better by more than that with {_listed(better)} corrupted." if better else ""
     if all(max(found) <= limit for found in at_each.values()):  # at the worst strength, not on average
-        which = "no group" if len(drops) == len(curves) else "no group that can be ranked"
         loses = "loses" if study.greater_is_better else "adds"
         of_it = f"{'of' if study.greater_is_better else 'to'} the {study.metric} without corruption"
-        text = f"{which} {loses} more than 1 % {of_it}, {numbers.with_unit(clean)}"
+        text = (
+            f"no group{which} {loses} more than 1 % {of_it}, {numbers.with_unit(clean)}{_in_the_mean(curves.values())}"
+        )
         if unranked:
             finding = Finding(f"{text}, but not all that the model returns is finite.")
         else:
             finding = Finding(f"{text}: none is fragile {_over(names)}.")
         return finding._replace(detail=_joined(improved, unranked))
-    p_values = _beyond_the_others({group: repeated[group] for group in drops})
-    return _ranked(study, numbers, names, drops, p_values, top, clean, unranked, _remedy(groups[top]))
+    ranked = {group: repeated[group] for group in drops}
+    return _ranked(study, numbers, names, ranked, drops, top, clean, which, unranked, _remedy(groups[top]))
 
 
 def _ranked(
     study: Study,
     numbers: Numbers,
     names: Sequence[str],
+    repeated: Mapping[str, tuple[float, ...]],
     drops: Mapping[str, float],
-    p_values: Mapping[str, float],
     top: str,
     clean: float,
+    which: str,
     unranked: str,
     remedy: str,
 ) -> Finding:
+    p_values = _beyond_the_others(repeated)
     ratio, median = fragility(drops)[top], others_median(drops, top)
     limit = NEGLIGIBLE * abs(clean)
     size = (
@@ -255,13 +260,16 @@ def _ranked(
     )
     if drops[top] <= limit:
         return Finding(
-            f"no group makes {study.metric} worse by more than 1 % {_over(names)}, though one does at one of these.",
+            f"no group{which} makes {study.metric} worse by more than 1 % {_over(names)}, though one does at one of "
+            "these.",
             _joined(size, unranked),
         )
     if top not in p_values and ratio < STANDS_OUT:
-        return Finding("no group stands out.", _joined(size, unranked))
+        return Finding(f"no group{which} stands out.", _joined(size, unranked))
     if top in p_values and p_values[top] >= LEVEL:
-        judged = f"no difference between the groups is beyond the {study.spread} ({probability(p_values[top])})."
+        judged = (
+            f"no difference between the groups{which} is beyond the {study.spread} ({probability(p_values[top])})."
+        )
         return Finding(judged, _joined(size, unranked))
     others = "gets better" if median < -limit else "loses next to nothing"
     headline = (
@@ -270,9 +278,13 @@ def _ranked(
         else f"{top} is the most fragile, while the median of the others {others}."
     )
     if top not in p_values:
+        alike = len({len(values) for values in repeated.values()}) == 1
+        why = (
+            "it was measured once or came out the same each time" if alike else "not all groups were measured as often"
+        )
         single = (
-            "There is no spread to judge that by, since it was measured once or came out the same each time: repeat "
-            "it with models of other seeds before you rely on it."
+            f"There is no spread to judge that by, since {why}: repeat it with models of other seeds before you rely "
+            "on it."
         )
         return Finding(headline, _joined(size, single, unranked), remedy)
     also = [group for group, value in p_values.items() if value < LEVEL and group != top and drops[group] > limit]
@@ -290,6 +302,15 @@ def _beyond_the_others(repeated: Mapping[str, tuple[float, ...]]) -> dict[str, f
         others = [drops for other, drops in repeated.items() if other != group]
         pairs[group] = (values, [statistics.median(drops) for drops in zip(*others, strict=True)])
     return adjusted_p_values(pairs, Alternative.GREATER)
+
+
+def _in_the_mean(curves: Iterable[Curve]) -> str:
+    """Return that single repetitions may say otherwise, where there are several."""
+    return " in the mean over repetitions" if _are_repeated(curves) else ""
+
+
+def _are_repeated(curves: Iterable[Curve]) -> bool:
+    return any(len(point.values) > 1 for curve in curves for point in curve.all_points)
 
 
 def _remedy(records: Sequence[EvaluationRecord]) -> str:
@@ -434,9 +455,13 @@ def _count(study: Study, corrupted: list[Difference]) -> str:
         )
     better = sum(one.clear and one.gain > 0 for one in corrupted)
     worse = sum(one.clear and one.gain < 0 for one in corrupted)
+    all_judged = len(tested) == len(corrupted)
+    if len(tested) + unknown < len(corrupted):
+        untold += " There is no spread to judge the rest by."
     if not better and not worse:
-        return f"no difference is beyond the {study.spread} in {total}.{untold}"
-    others = "" if unknown else "; no such difference in the others"
+        among = total if all_judged else f"{len(tested)} of {total}"
+        return f"no difference is beyond the {study.spread} in {among}.{untold}"
+    others = "; no such difference in the others" if all_judged and better + worse < len(corrupted) else ""
     return f"better beyond the {study.spread} in {better} of {total}, worse in {worse}{others}.{untold}"
 
 
@@ -484,23 +509,30 @@ _QUOTED = 8  # as many notes of records a report repeats
 def notes(study: Study) -> list[str]:
     """Return sentences on what the records were made of: repetitions, data, sizes, and what was noticed on the way."""
     found = [_repetitions(study), *study.info.guesses(study.metric)]
-    if len(study.models) > 1:
+    if len(study.models) > 1 and any(one.p_value is not None for one in differences(study, by_strength=True)):
         found.append(
             "Differences are judged by Welch's t-test, two-sided, at 5 %, p-values corrected by Holm's method: in the "
             "verdict for all models, groups and kinds of corruption, in the table for all of its rows."
         )
-    elif len(study.groups) > 1:
+    if len(study.models) == 1 and len(study.groups) > 1:
+        judged = (
+            " It is judged by Welch's t-test, one-sided, at 5 %, p-values corrected by Holm's method for the number "
+            "of groups, for each kind of corruption by itself."
+        )
         found.append(
             f"Fragility is the mean {study.loss} over the strengths that all groups have, over the median of that of "
-            "the other groups. It is judged by Welch's t-test, one-sided, at 5 %, p-values corrected by Holm's method "
-            "for the number of groups, for each kind of corruption by itself."
+            f"the other groups.{judged * any(_are_repeated(curves.values()) for curves in study.curves.values())}"
         )
     sizes = {records[0].parameters for groups in study.models.values() for records in groups.values()}
     if len(sizes) > 1:
+        strengths = [
+            {tuple(point.name for point in curve.points) for curve in of.values()} for of in study.curves.values()
+        ]
+        alike = all(len(found) == 1 for found in strengths)
+        begin = "Every group was corrupted with the same strengths, though their" if alike else "The groups'"
         found.append(
-            f"Every group was corrupted with the same strengths, though their sizes differ: {min(sizes):,} to "
-            f"{max(sizes):,} weights. A radius bounds a group as one vector, so it is more for a group whose weights "
-            "have a small norm."
+            f"{begin} sizes differ: {min(sizes):,} to {max(sizes):,} weights. A radius bounds a group as one "
+            "vector, so it is more for a group whose weights have a small norm."
         )
     found += [*data_caveat(study)]
     noticed = [
@@ -518,14 +550,18 @@ def notes(study: Study) -> list[str]:
 def data_caveat(study: Study) -> list[str]:
     """Return a sentence where the records may be of different data, as far as they say."""
     distinct = {(record.data, record.evaluated_on): record for record in study.records}
+    named = {record.evaluated_on for record in distinct.values() if record.data}
     if any(data_may_differ(*pair) for pair in combinations(distinct.values(), 2)):
+        known = all(one is not None and one.is_known for one in named)
+        told = "do not name one and the same" if known else "do not all say what they were measured on"
         return [
-            "The records have different data fingerprints, and do not all say what they were measured on: they may be "
-            "of different data, and their differences may come from that."
+            f"The records have different data fingerprints, and {told}: they may be of different data, and "
+            "their differences may come from that."
         ]
     if len({record.data for record in study.records if record.data}) > 1:
+        rows = " and as many rows" if all(one is not None and one.rows is not None for one in named) else ""
         return [
-            "The records have different data fingerprints, though the data have one name and as many rows: "
+            f"The records have different data fingerprints, though the data have one name{rows}: "
             "tokenizers, lengths or batches differ, or the contents do."
         ]
     return []
@@ -535,9 +571,10 @@ def _repetitions(study: Study) -> str:
     counts = {len(records) for groups in study.models.values() for records in groups.values()}
     if max(counts) > 1:
         shown = str(*counts) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+        single = ", and those of a single one are repetitions themselves, one by one" if study.mixes_trials else ""
         return (
             f"Repetitions are {shown} records, taken for trainings of one model with different seeds"
-            f"{_of_models(study)}; trials within a record count as their mean."
+            f"{_of_models(study)}; trials within a record count as their mean{single}."
         )
     if any(len(row.seeds) > 1 for record in study.records for row in record.rows()):
         return (
