@@ -141,6 +141,11 @@ class ModelFacts(StoredRecord):
         """Return the clean metrics, and then those under each corruption."""
         return [self.clean, *self.corruptions]
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether the weights were disturbed at all, by an evaluation or a probe."""
+        return bool(self.corruptions) or self.probe is not None
+
     def as_record(self) -> EvaluationRecord:
         """Return them as a record whose trials are the repetitions, as plots and tables read it."""
         clean, *rows = (row.as_record() for row in self.rows())

@@ -41,7 +41,7 @@ def metadata_of(facts: ModelFacts) -> dict[str, Any]:
         "datasets": [name for name in facts.datasets if is_on_the_hub(name)],
         "metrics": [facts.metric],
         "pipeline_tag": facts.task,
-        "tags": ["parameter-corruption", *_tags(facts.defense)],
+        "tags": [*["parameter-corruption"] * facts.disturbed, *_tags(facts.defense)],
         "model-index": model_index(facts),
     }
     return {name: _printable(value) for name, value in found.items() if value}

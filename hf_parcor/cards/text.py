@@ -197,6 +197,7 @@ _LIMITS = (
 )
 _COUNTS = ("defended_steps", "trained_steps")
 _HEADING = "## Robustness to parameter corruption"
+_UNMEASURED = "How far its metrics get worse when its weights are disturbed has not been measured for these weights."
 _CITATION = """### Citation
 
 ```bibtex
@@ -232,7 +233,7 @@ def section_of(facts: ModelFacts, *, pictures: Collection[str] = (), training: s
         _HEADING,
         *_introduction(facts),
         _results(facts),
-        *_shown(CURVES, f"{facts.metric} of {facts.name} against the strength of each corruption", pictures),
+        *_shown(CURVES, f"{facts.metric} of {facts.name} against the strength of corruption", pictures),
         *map(text_of, facts.info.guesses(facts.metric)),
         *_noticed(facts.notes),
         *_weak_part(facts, pictures),
@@ -253,16 +254,19 @@ def unmeasured_section(defense: Mapping[str, Any] | None, *, training: str = "")
         defense: As in `ModelFacts`.
         training: As in `section_of`.
     """
-    unknown = "How far its metrics get worse when its weights are disturbed has not been measured for these weights."
-    return "\n\n".join([_HEADING, unknown, *_training(defense, training), _CITATION])
+    return "\n\n".join([_HEADING, _UNMEASURED, *_training(defense, training), _CITATION])
 
 
 def _introduction(facts: ModelFacts) -> Iterator[str]:
     moves = "fall" if facts.info.greater_is_better else "rise"
-    yield (
-        f"How far does {code_of(facts.metric)} of {_linked(facts.name, link=False)} {moves} when its weights are "
-        f"disturbed? It was measured with hf_parcor on {_data(facts.evaluated_on)}{_selected(facts)}."
-    )
+    metric, name = code_of(facts.metric), _linked(facts.name, link=False)
+    if facts.disturbed:
+        yield (
+            f"How far does {metric} of {name} {moves} when its weights are disturbed? It was measured with hf_parcor "
+            f"on {_data(facts.evaluated_on)}{_selected(facts)}."
+        )
+    else:
+        yield f"{_UNMEASURED} What {metric} of {name} is without that was, on {_data(facts.evaluated_on)}."
     origin = [f"The model was made from {_linked(facts.base_model)}."] if facts.base_model else []
     if facts.datasets:
         origin.append(f"It was trained on {', '.join(_linked(one, 'datasets/') for one in facts.datasets)}.")
@@ -273,8 +277,10 @@ def _introduction(facts: ModelFacts) -> Iterator[str]:
 def _selected(facts: ModelFacts) -> str:
     if not facts.corruptions:
         return ""
-    modules = code_of(_plain(facts.target.get("target_modules", "all that are trained")))
-    return f", with {facts.parameters:,} weights open to corruption ({modules})"
+    target = {"target_modules": "all that are trained", **facts.target}
+    words = [code_of(_plain(target.pop("target_modules")))]
+    words += [f"{name} {code_of(_plain(value))}" for name, value in target.items()]
+    return f", with {facts.parameters:,} weights open to corruption ({', '.join(words)})"
 
 
 def _results(facts: ModelFacts) -> str:
