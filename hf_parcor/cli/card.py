@@ -14,7 +14,7 @@ from hf_parcor.cli.terminal import PROBE, ROBUSTNESS, refused
 from hf_parcor.errors import InputError
 from hf_parcor.records import EvaluationData, EvaluationRecord, SweepRecord
 from hf_parcor.records.comparable import SEVERAL_TASKS
-from hf_parcor.records.stored import read_strict_json
+from hf_parcor.records.stored import read_strict_json, to_plain
 
 if TYPE_CHECKING:
     from hf_parcor.cards import ModelFacts
@@ -144,6 +144,8 @@ def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
         tasks = [given.get("task", ""), first.task, described.get("task", ""), _task_of_head(folder)]
         task = next((name for name in tasks if name not in SEVERAL_TASKS), first.task or tasks[-1])
         facts = facts_of(measured, **{**named, "task": task}, evaluated_on=data, defense=defense_beside(folder))
+        if last is not None and "command" not in given and _numbers(last) != _numbers(facts):
+            facts = replace(facts, command="")  # that of other numbers
         if last is not None and last.metric == facts.metric:  # what the record does not say, the last card may
             facts = replace(facts, info=facts.info.stating(**{**last.info.stated, **facts.info.stated}))
     else:
@@ -157,6 +159,11 @@ def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
         facts = replace(facts, benchmark_task="")  # that of other data
     facts = facts if sweep is None else with_probe(facts, sweep)
     return facts if arguments.only is None else _only(facts, arguments.only)
+
+
+def _numbers(facts: ModelFacts) -> Any:
+    """Return what was measured as values that can be compared: NaN and infinities are words."""
+    return to_plain(list(facts.rows()))
 
 
 def _data(

@@ -85,7 +85,7 @@ class Train(Command):
                 training = ParameterDefenseTrainingArguments(**{name: getattr(arguments, name) for name in names})
             set_seed(training.seed)
             train_rows, rows, given = _training_and_validation(arguments)
-            task, columns = find_task(arguments, train_rows, given)
+            task, columns = find_task(arguments, train_rows.first(arguments.train_limit), given)
             measured_columns = task.find_columns(rows, given)
             model = _model(task, arguments, [(train_rows, columns), (rows, measured_columns)])
             train_rows, rows = train_rows.first(arguments.train_limit), rows.first(arguments.limit)
@@ -130,10 +130,12 @@ def _training_and_validation(arguments: argparse.Namespace) -> tuple[Rows, Rows,
             )
         return rows_of(arguments, source, arguments.train_split), rows, given
     training, held_out = rows.split_off(arguments.validation_split, arguments.split_seed)
+    count, limit = len(held_out.entries), arguments.limit
+    which = "" if limit is None or limit >= count else f"the first {limit:,} of them "
     tell(
-        f"{len(held_out.entries):,} of the {len(rows.entries):,} rows of {source} are held out of training, drawn "
-        f"with seed {arguments.split_seed}, and measured on; to measure on others, name them with --dataset, and "
-        "these with --train-dataset"
+        f"{count:,} of the {len(rows.entries):,} rows of {source} are held out of training, drawn with seed "
+        f"{arguments.split_seed}, and {which}measured on; to measure on others, name them with --dataset, and these "
+        "with --train-dataset"
     )
     return training, held_out, given
 

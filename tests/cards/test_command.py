@@ -64,6 +64,17 @@ class TestCard:
         assert ModelFacts.load(run_dir / FACTS).task == "text-classification"
         assert ModelFacts.load(run_dir / FACTS).name == "mine"
 
+    def test_the_command_of_other_numbers_is_forgotten(self, run_dir, record_of):
+        """Of the same ones it is remembered."""
+        main(["card", str(run_dir), "--command", "python first.py"])
+        main(["card", str(run_dir)])
+        assert ModelFacts.load(run_dir / FACTS).command == "python first.py"
+        record_of(values=(0.7, 0.4)).save(run_dir / "robustness.json")
+        main(["card", str(run_dir)])
+        assert ModelFacts.load(run_dir / FACTS).command == ""
+        main(["card", str(run_dir), "--command", "python second.py"])
+        assert ModelFacts.load(run_dir / FACTS).command == "python second.py"
+
     def test_what_the_metric_means_is_what_the_flags_say(self, run_dir, record_of):
         replace(record_of(values=(8.0, 7.0), clean=3.0), metric_info={}).save(run_dir / "robustness.json")
         main(["card", str(run_dir)])

@@ -207,6 +207,7 @@ class TestEvaluate:
         result = run("evaluate", classifier_folder, "--dataset", sentences, "--json", "--trials", 1)
         record = EvaluationRecord.from_json(result.out)
         assert [row.label for row in record.corruptions] == list(map(str, corruptions_of_table_1()))
+        assert "the record is in" not in result.err
 
     def test_modules_and_corruptions_that_are_named(self, run, classifier_folder, sentences):
         result = run(
@@ -229,6 +230,7 @@ class TestEvaluate:
         )
         assert EvaluationRecord.load("out/robustness.json") == evaluator.evaluate([Quantization(2), Quantization(3)])
         assert result.out.startswith("| loss ")
+        assert "the record is in out/robustness.json, its pages are out/robustness.html and" in result.err
 
 
 class TestReportAndCompare:
@@ -436,6 +438,23 @@ class TestTrain:
         assert "same data" in run("compare", "out", "all").err
         self.train(run, classifier_folder, "--train-dataset", sentences, "--dataset", *words[2:], "--limit", 2)
         assert EvaluationRecord.load("out/robustness.json").evaluated_on.split.endswith("[:2]")
+
+    def test_it_says_how_many_rows_it_trains_and_measures_on(self, run, classifier_folder, sentences, tmp_path):
+        others = write_sentences(tmp_path / "others.tsv")
+        words = (classifier_folder, "--dataset", sentences, "--output-dir", "out", "--skip-corruptions")
+        half = ("--validation-split", 0.5)
+        for flags, trained, measured in (
+            (half, 3, "and measured on"),
+            ((*half, "--split-seed", 7), 3, "with seed 7"),
+            ((*half, "--limit", 2), 3, "the first 2 of them measured on"),
+            ((*half, "--limit", 3, "--train-limit", 2), 2, "and measured on"),
+            (("--train-dataset", others), 6, None),
+            (("--train-dataset", others, "--train-limit", 4), 4, None),
+        ):
+            said = self.train(run, *words, *flags).err
+            assert f"column 'label'; {trained} rows" in said
+            assert ("3 of the 6 rows" in said and "held out" in said) == (measured is not None) == ("drawn" in said)
+            assert (measured or "") in said
 
     @pytest.mark.parametrize("task", ["translation", "text-generation"])
     def test_other_tasks(self, run, task, tmp_path):

@@ -195,7 +195,14 @@ def test_ctrl_c_says_how_it_goes_on(run, files, monkeypatch):
     result = run(*command, "--output-dir", "out")
     assert result.code == 130
     assert "interrupted; what is finished is in out/probe.jsonl; the same command goes on" in result.err
-    assert "nothing was kept; with --output-dir DIR" in run(*command).err
+    without = run(*command)
+    assert "nothing was kept; with --output-dir DIR" in without.err
+    assert "what is finished" not in without.err
+    assert "nothing was kept" not in result.err
+    monkeypatch.setattr("hf_parcor.trainers.ParameterDefenseTrainer.train", interrupted)
+    trained = run("train", *command[1:], "--output-dir", "trained", "--use-cpu", "--report-to", "none")
+    assert "with --resume-from-checkpoint true the same command goes on" in trained.err
+    assert "--resume-from-checkpoint" not in result.err + without.err
     monkeypatch.setattr(Probe, "run", interrupted)
     result = run(*command)
     assert (result.code, result.err) == (130, "hf-parcor: interrupted\n")
