@@ -525,10 +525,11 @@ def notes(study: Study) -> list[str]:
         )
     sizes = {records[0].parameters for groups in study.models.values() for records in groups.values()}
     if len(sizes) > 1:
-        strengths = [
-            {tuple(point.name for point in curve.points) for curve in of.values()} for of in study.curves.values()
-        ]
-        alike = all(len(found) == 1 for found in strengths)
+        strengths: dict[tuple[str, str], list[str]] = {}
+        for series, curves in study.curves.items():
+            for key, curve in curves.items():
+                strengths.setdefault(key, []).extend(f"{series.name}, {point.name}" for point in curve.points)
+        alike = len(set(map(frozenset, strengths.values()))) == 1
         begin = "Every group was corrupted with the same strengths, though their" if alike else "The groups'"
         found.append(
             f"{begin} sizes differ: {min(sizes):,} to {max(sizes):,} weights. A radius bounds a group as one "

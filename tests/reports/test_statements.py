@@ -162,6 +162,10 @@ ONE_MODEL = {
         lambda of: RobustnessReport(sized(probe(of, a=(0.5, 0.4), b=(0.5, 0.4)), a=20)),
         lambda of: RobustnessReport(sized({"a": of({1.0: 0.5, 2.0: 0.4}), "b": of({1.0: 0.5})}, a=20)),
     ),
+    "with the same strengths, though their": (
+        lambda of: RobustnessReport(sized({"a": both(of, 0.5, 0.4), "b": both(of, 0.5, 0.4)}, a=20)),
+        lambda of: RobustnessReport(sized({"a": both(of, 0.5, 0.4), "b": of({1.0: 0.5})}, a=20)),
+    ),
     "sizes differ: 10 to 20 weights": (
         lambda of: RobustnessReport(sized({"a": of({1.0: 0.5, 2.0: 0.4}), "b": of({1.0: 0.5})}, a=20)),
         lambda of: RobustnessReport({"a": of({1.0: 0.5, 2.0: 0.4}), "b": of({1.0: 0.5})}),
