@@ -131,14 +131,14 @@ def test_says_once_why_a_model_cannot_be_cut(train, caplog):
 
 
 @pytest.mark.slow
-def test_operations_of_the_last_of_six_layers():
+def test_operations_of_the_last_of_six_layers(tmp_path):
     """DESIGN: 1.17, 1.33, 1.50 stock steps for K = 1, 2, 3 on a BERT of six layers, 384 wide."""
     config = tf.BertConfig(
         vocab_size=100, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
     )
     model = tf.BertForSequenceClassification(config)
     batch = {"input_ids": torch.randint(100, (1, 64)), "labels": torch.tensor([1])}
-    arguments = tf.TrainingArguments(output_dir="unused", use_cpu=True, report_to="none")
+    arguments = tf.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     counted = []
     for trainer in (
         tf.Trainer(model, arguments),
