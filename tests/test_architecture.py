@@ -167,6 +167,7 @@ class TestWhatIsLoaded:
             {"torch", "transformers", "accelerate", *OPTIONAL, "hf_parcor.cards"}
         )
 
+    @pytest.mark.slow
     def test_by_training(self):
         found = {name for name in loaded_by("import hf_parcor.training") if name.startswith("hf_parcor.")}
         readers = ("reports", "cards", "cli", "evaluation", "indicators", "tasks", "translation", "trainers")

@@ -69,6 +69,7 @@ READ = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", READ)
 def test_rows_of_a_script(hub, case, caplog):
     name, configuration, revision, expected, said = READ[case]
@@ -80,6 +81,7 @@ def test_rows_of_a_script(hub, case, caplog):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "configuration"), [("TED/talks", "talks-de-en"), ("TED/one", None)])
 def test_again_with_the_copy_in_the_cache(hub, name, configuration):
     """`datasets` then looks into its cache before it says that there is a script, and finds no such configuration."""
@@ -87,6 +89,7 @@ def test_again_with_the_copy_in_the_cache(hub, name, configuration):
         assert load_hub_data(name, configuration, split=split).to_list() == rows("de-en", split)
 
 
+@pytest.mark.slow
 def test_all_splits(hub):
     found = load_hub_data("TED/talks", "talks-de-en")
     assert {split: data.to_list() for split, data in found.items()} == {
@@ -94,11 +97,13 @@ def test_all_splits(hub):
     }
 
 
+@pytest.mark.slow
 def test_files_are_read_as_they_are(hub, caplog):
     assert load_hub_data("TED/files", split="train").to_list() == rows("de-en", "train")
     assert not [record for record in caplog.records if record.name == "hf_parcor.hub_data"]
 
 
+@pytest.mark.slow
 def test_the_command_line_reads_them_too(hub):
     found = load_rows("TED/talks", "test", "talks-de-en")
     assert next(iter(found.entries)) == {"translation.de": "de test 0", "translation.en": "en test 0"}
@@ -119,6 +124,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_missing_is_an_error_with_the_remedy(hub, case):
     asked, says = REFUSED[case]
@@ -126,6 +132,7 @@ def test_what_is_missing_is_an_error_with_the_remedy(hub, case):
         load_hub_data(**asked)
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_gone(hub, monkeypatch):
     """The network's own errors are not `OSError`s; its library has another name in each release."""
     monkeypatch.setattr("time.sleep", lambda _: None)  # before the next try

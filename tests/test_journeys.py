@@ -107,6 +107,7 @@ TRAINING = (
 )
 
 
+@pytest.mark.slow
 def test_a_practitioner_at_the_command_line(folder, run):
     trained = {
         "plain": run("train", "model", "--output-dir", "plain", "--defense", "none", *TRAINING),
@@ -159,6 +160,7 @@ def encoded(tokenizer, rows):
     return [{**tokenizer(text), "labels": label} for text, label in rows]
 
 
+@pytest.mark.slow
 def test_a_trainer_user(folder):
     """The script that this user has is that of `transformers.Trainer`, with another class."""
     from transformers import TrainingArguments
@@ -207,6 +209,7 @@ def test_a_trainer_user(folder):
 WORDS = {"Hund": "dog", "Katze": "cat", "rot": "red", "sieht": "sees", "und": "and", "Haus": "house"}
 
 
+@pytest.mark.slow
 def test_a_translator(tmp_path, monkeypatch, run):
     pytest.importorskip("datasets")
     sacrebleu = pytest.importorskip("sacrebleu")
@@ -317,6 +320,7 @@ def launch(script, *words):
     return subprocess.run([*command, script, *words], env=environment, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_a_loop_with_accelerate(folder, run):
     Path("loop.py").write_text(LOOP)
     done = launch("loop.py", "2")

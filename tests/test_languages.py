@@ -85,6 +85,7 @@ def test_they_are_saved_with_model_and_tokenizer(model, tokenizer, kind, tmp_pat
         set_languages(*again, english)  # into which one is no longer clear
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "target", "says"),
     [

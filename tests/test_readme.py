@@ -120,6 +120,7 @@ class TestTheFirstPageAsOneScript:
 
         return model, accuracy
 
+    @pytest.mark.slow
     def test_each_section_is_one_example(self, pasted):
         assert len(pasted[2]) == 5, "ten lines, and one more of training, two of probing, one of publishing"
 
@@ -149,6 +150,7 @@ class TestTheFirstPageAsOneScript:
         assert {label: rows[label] for label in by_hand} == pytest.approx(by_hand)
         assert all(f"{label:30} {value:.3f}" in printed.splitlines() for label, value in rows.items())
 
+    @pytest.mark.slow
     def test_numbers_and_verdict_of_a_probe(self, pasted):
         folder, printed, after = pasted
         state, batches = after[3], after[3]["batches"]
@@ -211,6 +213,7 @@ class TestThePageOfPublicNames:
         written = runpy.run_path(str(ROOT / "scripts" / "public_names.py"))["page"]()
         assert written == PUBLIC, "run python -m scripts.public_names"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", hf_parcor.__all__)
     def test_an_example_runs_after_the_imports_of_the_page(self, name):
         names = {}

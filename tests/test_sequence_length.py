@@ -57,6 +57,7 @@ def runs(model, length, decoder):
     return True
 
 
+@pytest.mark.slow
 @for_each(("kind", "decoder"), [*((kind, False) for kind in BEFORE), *((kind, True) for kind in WITH_DECODER)])
 def test_a_text_as_long_passes_and_a_longer_one_does_not(kind, decoder):
     model, before = tiny(kind), BEFORE[kind]

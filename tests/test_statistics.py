@@ -75,6 +75,7 @@ class TestMeanAndSpread:
 
 
 class TestTTests:
+    @pytest.mark.slow
     @pytest.mark.parametrize(("test", "equal_variances"), TESTS)
     @pytest.mark.parametrize("alternative", Alternative)
     @settings(max_examples=40)

@@ -53,6 +53,7 @@ def parts_of(text):
 
 
 class TestWhatOthersWrote:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", CARDS)
     def test_the_text_survives_byte_for_byte(self, name, facts):
         theirs = CARDS[name]

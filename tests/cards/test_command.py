@@ -40,6 +40,7 @@ def repository(hub, monkeypatch):
 
 
 class TestCard:
+    @pytest.mark.slow
     def test_writes_the_card(self, run_dir, capsys):
         (run_dir / "README.md").write_text("# Mine\n")
         assert main(["card", str(run_dir), "--base-model", "org/bert", "--evaluated-on", "org/reviews"]) == 0

@@ -199,6 +199,7 @@ def hostile_facts(field, text):
 
 
 class TestNamesStayInTheirPlace:
+    @pytest.mark.slow
     @pytest.mark.parametrize("field", FIELDS)
     @pytest.mark.parametrize("name", HOSTILE)
     def test_of_the_card(self, field, name):
@@ -215,6 +216,7 @@ class TestNamesStayInTheirPlace:
         ]
         assert theirs.after == "\n", "our section ends where it ends"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", HOSTILE)
     def test_of_the_report(self, name, tmp_path):
         text = HOSTILE[name]

@@ -47,6 +47,7 @@ class TestPushCard:
         (result,) = [one for one in ModelCard.load("me/tiny").data.eval_results if one.metric_args["n"] == 2]
         assert result.metric_value == 0.625
 
+    @pytest.mark.slow
     def test_twice_sends_nothing(self, hub, api, facts):
         push_card(facts, Destination("me/tiny", api=api))
         head = hub.repositories["me/tiny"].head
@@ -58,6 +59,7 @@ class TestPushCard:
         assert card_of(repository).startswith("---\nlicense: mit # mine\nlibrary_name: transformers\n")
         assert "\n---\n# My model\n\nMy own words.\n\n<!-- hf_parcor:begin" in card_of(repository)
 
+    @pytest.mark.slow
     def test_removes_results_that_are_not_measured_any_more(self, hub, api, facts_with, record_of):
         push_card(facts_with(record_of(label="old")), Destination("me/tiny", api=api))
         repository = hub.repositories["me/tiny"]
@@ -67,6 +69,7 @@ class TestPushCard:
         assert old not in hub.repositories["me/tiny"].files
         assert "accuracy, old" not in card_of(hub.repositories["me/tiny"])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("described", "says"),
         [
@@ -123,6 +126,7 @@ class TestPushResults:
         assert list(yaml.safe_load(card_of(repository).split("---")[1])) == ["license", "model-index"]
         assert set(repository.files) == {".gitattributes", "README.md"}
 
+    @pytest.mark.slow
     def test_results_of_other_corruptions_stay(self, repository, api, facts_with, record_of):
         push_results(facts_with(record_of(label="first")), Destination("me/tiny", api=api))
         push_results(facts_with(record_of(values=(0.5, 0.5), label="second")), Destination("me/tiny", api=api))
@@ -164,6 +168,7 @@ class TestFailures:
     def _does_not_wait(self, hub, monkeypatch):
         monkeypatch.setattr("hf_parcor.cards.hub.time.sleep", hub.waited.append)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", TRANSIENT)
     def test_what_passes_is_waited_for(self, hub, repository, api, facts, name):
         failure = TRANSIENT[name]
@@ -175,6 +180,7 @@ class TestFailures:
         if "Retry-After" in failure.headers:
             assert any(3 <= seconds <= 4 for seconds in hub.waited)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", PERMANENT)
     def test_what_does_not_is_said_and_nothing_is_lost(self, hub, repository, api, facts, name, tmp_path):
         failure, message = PERMANENT[name]
@@ -191,6 +197,7 @@ class TestFailures:
         assert push_card(facts, Destination("me/tiny", api=api)).url, "the same call succeeds later"
         assert "My own words." in card_of(repository)
 
+    @pytest.mark.slow
     def test_somebody_who_was_faster_loses_nothing(self, hub, repository, api, facts):
         faster = PERSON.replace("My own words.", "Newer words.")
 

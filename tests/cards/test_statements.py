@@ -121,6 +121,7 @@ STATEMENTS = {
 }
 
 
+@pytest.mark.slow
 @for_each("words", STATEMENTS)
 def test_is_said_where_it_holds_and_nowhere_else(made, record_of, words):
     holds, does_not = STATEMENTS[words]

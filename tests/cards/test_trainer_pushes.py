@@ -45,6 +45,7 @@ class TestPushToHub:
         trained.push_to_hub()
         return hub.repositories["me/tiny"]
 
+    @pytest.mark.slow
     def test_model_card_and_results(self, pushed, hub, trained, tmp_path):
         assert {"README.md", "model.safetensors", "defense_config.json", "robustness_facts.json"} <= set(pushed.files)
         assert OURS in pushed.files["README.md"].decode()
@@ -69,6 +70,7 @@ class TestPushToHub:
         assert result.returncode == 0, result.stderr
         assert result.stdout.splitlines() == [str(trained.model.classifier.bias.tolist()), "0.1"]
 
+    @pytest.mark.slow
     def test_what_a_person_wrote_on_the_hub_is_kept(self, pushed, trained):
         theirs = pushed.files["README.md"].replace(b"More information needed", b"Words of a person.", 1)
         pushed.commit({**pushed.files, "README.md": theirs})
@@ -78,12 +80,14 @@ class TestPushToHub:
         assert b"Words of a person." in pushed.files["README.md"]
         assert b"training_steps: 5" in pushed.files["README.md"]
 
+    @pytest.mark.slow
     def test_a_card_that_was_there_before_the_first_push(self, trained, hub):
         hub.repositories["me/tiny"] = repository = Repository()
         repository.commit({**repository.files, "README.md": b"# Mine\n\nWords."})
         trained.push_to_hub()
         assert b"---\n# Mine\n\nWords.\n\n<!-- hf_parcor:begin" in repository.files["README.md"]
 
+    @pytest.mark.slow
     def test_changed_on_both_sides(self, pushed, trained, tmp_path, warnings):
         for place in ("here", "there"):
             text = read(tmp_path / "tiny").replace("More information needed", f"Words {place}.", 1)
@@ -97,6 +101,7 @@ class TestPushToHub:
         assert b"Words here." in pushed.files["README.md"]
         assert b"Words there." in pushed.at(head)["README.md"], "in the history"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("status", [401, 412, 429])
     def test_a_failure_loses_nothing_and_the_next_one_succeeds(self, trained, hub, tmp_path, status):
         hub.failures.append(Failure("POST .*/commit/", status, message="not now"))
@@ -107,6 +112,7 @@ class TestPushToHub:
         trained.push_to_hub()
         assert OURS in hub.repositories["me/tiny"].files["README.md"].decode()
 
+    @pytest.mark.slow
     def test_results_of_other_weights_are_removed(self, pushed, trained):
         assert "robustness_facts.json" in pushed.files
         trained.args.max_steps = 5
@@ -150,6 +156,7 @@ class TestPushWhileTraining:
 
         return build
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("strategy", "pushed"),
         [("every_save", False), ("every_save", True), ("checkpoint", True), ("all_checkpoints", False), ("end", True)],
@@ -172,6 +179,7 @@ class TestPushWhileTraining:
         assert "Second.\n" in final
         assert OURS in final
 
+    @pytest.mark.slow
     def test_no_card_is_made_as_with_the_trainer(self, start):
         trainer, repository = start()
         trainer.train()

@@ -162,6 +162,7 @@ class TestProbe:
         assert metric in SweepRecord.load("out/probe.json").clean.metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["query", r".*\.query", "attention", "encoder.layer.1", r"bert\.encoder\.layer\.\d\.out.*"]
 )
@@ -242,6 +243,7 @@ class TestReportAndCompare:
                 *("--corruptions", "gaussian=0.2,0.4", "--trials", 2),
             )
 
+    @pytest.mark.slow
     def test_report(self, run, outputs):
         result = run(
             "report", "plain", "--pages", "page.html", "page.md", "--title", "Wie robust?", "--metric", "loss"
@@ -251,6 +253,7 @@ class TestReportAndCompare:
         assert "Wie robust?" in Path("page.md").read_text()
         assert "loss" in result.out
 
+    @pytest.mark.slow
     def test_records_of_several_seeds(self, run, outputs):
         pytest.importorskip("scipy")
         result = run("report", "plain", "defended/robustness.json", "--pages", "page.md")
@@ -260,6 +263,7 @@ class TestReportAndCompare:
         assert "hf-parcor compare" in result.err, "what was perhaps meant"
         assert "seeds" not in run("report", "plain").err
 
+    @pytest.mark.slow
     def test_compare(self, run, outputs):
         pytest.importorskip("scipy")
         result = run("compare", "plain", "b=defended/robustness.json", "--pages", "page.html")
@@ -267,6 +271,7 @@ class TestReportAndCompare:
         assert re.search(r"\| accuracy \(%\) +\| +plain \| +b \| +change \|", result.out)
         assert Path("page.html").is_file()
 
+    @pytest.mark.slow
     def test_compare_several_seeds(self, run, outputs):
         pytest.importorskip("scipy")
         result = run("compare", "a=plain,other", "b=defended,last")
@@ -274,6 +279,7 @@ class TestReportAndCompare:
         assert "| accuracy" not in result.out
         assert result.out.strip()
 
+    @pytest.mark.slow
     def test_what_the_metric_means_is_what_the_flags_say(self, run, outputs):
         result = run("report", "plain", "--metric", "loss", "--unit", "nats", "--greater-is-better")
         assert result.code == 0
@@ -282,6 +288,7 @@ class TestReportAndCompare:
         assert "| accuracy (of 100) " in result.out
         assert run("compare", "plain", "defended", "--unit").code != 0
 
+    @pytest.mark.slow
     def test_they_are_in_the_record_of_a_measurement(self, run, classifier_folder, sentences):
         (Path("config.yaml")).write_text("greater-is-better: false\nunit: points\n")
         words = (classifier_folder, "--dataset", sentences, "--json", "--corruptions", "quantization=3")
@@ -292,6 +299,7 @@ class TestReportAndCompare:
             assert run(command, *words, "--config", "config.yaml").out == flagged.out
             assert kind.from_json(run(command, *words).out).info("accuracy") == MetricInfo(True, "share")
 
+    @pytest.mark.slow
     def test_a_guess_is_told(self, run, outputs):
         record = EvaluationRecord.load("plain/robustness.json")
         rows = [replace(row, metrics={"score": row.metrics["accuracy"]}) for row in record.rows()]
@@ -302,6 +310,7 @@ class TestReportAndCompare:
         assert "guess" not in str(run("report", "plain"))
         assert "guess" not in str(run("report", "score.json", "--greater-is-better"))
 
+    @pytest.mark.slow
     def test_rows_that_are_not_the_same_are_no_comparison(self, run, outputs, models_of_seeds, sentences):
         few = ("evaluate", models_of_seeds["defended"], "--dataset", sentences, "--corruptions", "gaussian=0.2,0.4")
         run(*few, "--trials", 2, "--limit", 4, "--output-dir", "few")
@@ -315,6 +324,7 @@ class TestReportAndCompare:
             assert "same data" in result.err
             assert (result.out, Path("page.html").exists()) == ("", False)
 
+    @pytest.mark.slow
     def test_models_of_different_defenses_are_no_seeds(self, run, outputs):
         """What was meant is compare, which takes them; and seeds of one defense are averaged."""
         for name in ("plain", "defended", "other"):
@@ -330,6 +340,7 @@ class TestReportAndCompare:
         DefenseConfig(SAM(CorruptionConstraint(epsilon=0.1)), None, None, None, 0, 8).save_pretrained("defended")
         assert run("report", "plain", "defended").code == 0, "it never ran"
 
+    @pytest.mark.slow
     def test_a_folder_may_hold_both_records(self, run, models_of_seeds, sentences):
         """As a card wants it. It stands for its evaluation, unless all else are probes."""
         pytest.importorskip("scipy")
@@ -359,6 +370,7 @@ class TestReportAndCompare:
                 assert ("encoder.layer.1" in Path("page.md").read_text()) is (kind == "probe"), line
         assert run("card", "both").code == 0
 
+    @pytest.mark.slow
     def test_a_record_counts_once(self, run, outputs):
         for words in (("report", "plain", "plain/robustness.json"), ("compare", "a=plain,plain", "b=defended")):
             result = run(*words)
@@ -428,6 +440,7 @@ class TestTrain:
             assert set(model_of("out").config.label2id) == {label for _, label in rows}, "of all rows"
         assert len(parts) == 2, "another seed of training is measured on the same rows, another draw on others"
 
+    @pytest.mark.slow
     def test_its_record_says_on_which_rows(self, run, classifier_folder, sentences):
         words = (classifier_folder, "--dataset", sentences, "--output-dir", "out", "--validation-split", 0.5)
         self.train(run, *words)
@@ -506,6 +519,7 @@ class TestLanguages:
         tokenizer = transformers.AutoTokenizer.from_pretrained(words[0])
         return ("eng_Latn", "deu_Latn") if "eng_Latn" in tokenizer.get_vocab() else ("en_XX", "de_DE")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("command", ["evaluate", "probe", "train"])
     def test_without_them_nothing_is_measured(self, run, words, command, tmp_path):
         more = ("--output-dir", "out", "--use-cpu", "--report-to", "none") if command == "train" else ()
@@ -516,6 +530,7 @@ class TestLanguages:
             assert result.out == ""
         assert not (tmp_path / "out" / "model.safetensors").exists()
 
+    @pytest.mark.slow
     def test_chrf_is_that_of_pipelines(self, run, words):
         """Transformers' own way to name languages, text by text."""
         from sacrebleu import corpus_chrf
@@ -543,6 +558,7 @@ class TestLanguages:
         assert EvaluationRecord.from_json(result.out).clean.mean("chrf") == pytest.approx(expected)
         assert expected > 0
 
+    @pytest.mark.slow
     def test_what_was_trained_needs_no_flags_any_more(self, run, words):
         source, target = self.pair(words)
         trained = run(

@@ -51,6 +51,7 @@ def precise(weights) -> dict[str, torch.Tensor]:
     return {name: weight.detach().double() for name, weight in weights.items()}
 
 
+@pytest.mark.slow
 @for_each("p", [2.0, math.inf])
 @for_each("n", [None, 1, 6, 30])
 @for_each(("steps", "step_size"), [(1, 0.3), (4, 0.3), (7, 0.05), (12, 2.0), (None, None), (3, None)])
@@ -69,6 +70,7 @@ def test_against_the_same_by_hand(p, n, steps, step_size, precise, logistic, bat
         np.testing.assert_allclose(flat(asked), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @for_each("p", [2.0, math.inf])
 @for_each("n", [None, 1, 5])
 @for_each("steps", [1, 2, 9])

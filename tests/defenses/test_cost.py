@@ -29,6 +29,7 @@ DEFENDED = [
 ]
 
 
+@pytest.mark.slow
 @for_each("defense", DEFENDED)
 def test_operations(tiny_bert, defense):
     model = tiny_bert(hidden_size=32, intermediate_size=64)

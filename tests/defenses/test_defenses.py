@@ -206,6 +206,7 @@ def test_every_defense_of_the_catalogue_has_a_row():
     assert all(type(defense) is DEFENSES[name] for name, row in ROWS.items() for defense in row.settings)
 
 
+@pytest.mark.slow
 @for_each(("name", "defense"), [(name, defense) for name, row in ROWS.items() for defense in row.settings])
 @for_each("accumulated", [False, True])
 def test_update_equals_longhand(problem, name, defense, accumulated):

@@ -148,6 +148,7 @@ def step(model, defense=None, part="", mixed_precision="no"):
     return defended_backward(Accelerator(cpu=True), defense or GradientPenalty(weight=PENALTY), model, loss, selected)
 
 
+@pytest.mark.slow
 @for_each("accumulated", [False, True])
 @for_each("name", REFUSED)
 def test_refused_with_weights_and_gradients_as_before(name, accumulated):
@@ -166,6 +167,7 @@ def test_refused_with_weights_and_gradients_as_before(name, accumulated):
             assert gradient is None or bool((gradient == 3).all()), key
 
 
+@pytest.mark.slow
 @for_each("precision", ["no", "bf16"])
 @for_each("name", ALLOWED)
 def test_not_refused(name, precision):

@@ -149,12 +149,14 @@ def assert_same_model(one, other, close, *, buffers_close=False):
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 @pytest.mark.parametrize("name", CASES)
 class TestTraining:
+    @pytest.mark.slow
     @for_each("defense", ["multi-step", "random start"])
     def test_a_defense_that_does_nothing_trains_as_the_stock_trainer(self, name, defense):
         stock, ours = stock_run(name), trained(trainer_of(name, DEFENSES[defense]))
         assert losses(ours) == pytest.approx(losses(stock), abs=1e-6)
         assert_same_model(ours.model, stock.model, near(name), buffers_close=True)
 
+    @pytest.mark.slow
     @for_each("defense", DEFENSES)
     def test_a_step_leaves_batch_buffers_and_gradients_as_the_stock_step(self, name, defense):
         if CASES[name].trainer is PopsWhatIsNested and DEFENSES[defense].splits_batch:
@@ -169,6 +171,7 @@ class TestTraining:
             if other.grad is not None:
                 torch.testing.assert_close(parameter.grad, other.grad, **near(name), msg=key)
 
+    @pytest.mark.slow
     @for_each("steps", [1, 3])
     def test_a_prefix_that_is_reused_is_one_that_is_computed(self, name, steps):
         case, defense = CASES[name], MultiStepRisk(CorruptionConstraint(epsilon=0.3), steps=steps)
@@ -186,6 +189,7 @@ class TestTraining:
 LOOPED = [name for name, case in CASES.items() if case.trainer is tf.Trainer]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOOPED)
 @for_each("defense", ["multi-step", "random start", "sam"])
 def test_a_loop_of_ones_own_leaves_what_backward_leaves(name, defense):
@@ -232,11 +236,13 @@ class TestMeasuring:
         record = evaluator.evaluate(corruptions, trials=2)
         return [row.metrics for row in record.rows()]
 
+    @pytest.mark.slow
     def test_a_prefix_that_is_reused_is_one_that_is_computed(self, case):
         corruptions = [GaussianNoise(0.5), GaussianNoise(0.0), Quantization(3), GaussianNoise(0.1)]
         reused, full = (self.measure(case, case.build(), corruptions, reuse=reuse) for reuse in (True, False))
         assert reused == full
 
+    @pytest.mark.slow
     @for_each("reuse", [True, False])
     def test_no_noise_is_clean_and_measurements_are_equal(self, case, reuse):
         model = case.build()

@@ -75,6 +75,7 @@ def test_the_most_robust_checkpoint_is_loaded(kind, make):
     assert again.corruptions[0].mean("loss") == found[best]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False], ids=["added before", "added after"])
 def test_early_stopping_goes_by_robustness(make, first):
     """A threshold that nothing reaches stops the run after one more evaluation, wherever the callback was added."""
@@ -87,6 +88,7 @@ def test_early_stopping_goes_by_robustness(make, first):
     assert trainer.state.global_step == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "every", "clean", "robust"),
     [

@@ -93,6 +93,7 @@ def test_a_part_is_made_ready_when_its_turn_comes(classifier, batches, tmp_path,
     assert len(sought) == 3, "and nothing is made ready when nothing is left"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [True, False])
 @pytest.mark.parametrize("kind", [LayerProbe, CorruptionEvaluator])
 def test_weights_are_hashed_once(classifier, batches, tmp_path, monkeypatch, kind, checkpoint):
@@ -142,6 +143,7 @@ class TestRefused:
         sweep(path, corruptions=CORRUPTIONS[2:])
         return path
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("changed", "differing"),
         [
@@ -171,6 +173,7 @@ class TestRefused:
         with pytest.raises(ValueError, match="got one with other versions"):
             sweep(path, corruptions=CORRUPTIONS[2:])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("content", [b"", b"\n", b"[]\n", b"{}\n", b'{"kind": "x"}\n', b"\xff\x00\n1", b"notes"])
     def test_foreign_files(self, sweep, path, content):
         path.write_bytes(content)
@@ -183,6 +186,7 @@ class TestRefused:
         with pytest.raises(ValueError, match="expected a checkpoint of format 2, got 1"):
             sweep(path, corruptions=CORRUPTIONS[2:])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("line", ["{}", "3", "{", '{"number": "x", "size": null, "metrics": {}, "odd": {}}'])
     def test_damaged_in_the_middle(self, sweep, path, line):
         lines = path.read_text().splitlines()

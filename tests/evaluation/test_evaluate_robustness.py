@@ -276,6 +276,7 @@ def test_texts_generated_by_a_seq2seq_trainer(tmp_path):
 class TestWhatItsNumbersMean:
     """The record has what the Trainer's arguments say of a metric, and no more."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("options", "name", "info"),
         [

@@ -80,6 +80,7 @@ class TestEveryBitComesBack:
         assert before not in seen[1:], "then the corrupted one"
         assert len(seen) == 1 + (3 if corruption.stochastic else 1)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
     @pytest.mark.parametrize("call", range(1 + 4 * 3 + 3))
     def test_when_the_metric_raises(self, evaluator_of, one_of_each, bits_of, call, error, tiny_bert):
@@ -445,6 +446,7 @@ class TestErrorsBeforeAnythingIsMeasured:
             refusing(layers=1.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [CorruptionEvaluator, LayerProbe])
 def test_the_batches_are_those_of_the_metric(classifier, batches, kind):
     """Unless others are given: the record is the same, and says on which data gradients were taken."""

@@ -252,6 +252,7 @@ VALUE = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(st.lists(VALUE, max_size=3), st.lists(VALUE, max_size=3))
 def test_two_are_alike_only_if_they_are_the_same(one, other):

@@ -130,6 +130,7 @@ def test_a_probe_of_decoder_layers_equals_single_evaluators(model, batches):
         assert_same(together.records[label], evaluator.evaluate(CORRUPTIONS, trials=2))
 
 
+@pytest.mark.slow
 def test_a_corrupted_encoder_is_not_reused(model, batches):
     encoder = computed(model.get_encoder())
     evaluator = CorruptionEvaluator(model, Translations(batches), target_modules="last-encoder-layer", progress=False)

@@ -303,6 +303,7 @@ print(json.dumps(settings_of(metric)))
 """
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_same():
     """Not by an address, and not by the order of a set, which differs from process to process."""
     found = {

@@ -77,6 +77,7 @@ MEASURED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stepped_before", [False, True])
 @pytest.mark.parametrize("measure", MEASURED.values(), ids=MEASURED.keys())
 def test_measurements(classifier, batches, one_of_each, measure, stepped_before) -> None:

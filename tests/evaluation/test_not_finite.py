@@ -175,6 +175,7 @@ def rows_broken(model, rows):
     return model.register_forward_hook(hook)
 
 
+@pytest.mark.slow
 @for_each("family", ["t5", "gpt2"])
 @for_each(
     "generation", [{}, {"num_beams": 2}, {"do_sample": True}, {"min_new_tokens": 2}, {"return_dict_in_generate": True}]

@@ -199,6 +199,7 @@ class TestGeneration:
         ]
         assert any(predictions)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["bleu", "chrf", "ter"])
     def test_sacrebleu_and_its_signature_in_the_record(self, translator, tokenizer, tokens, kind):
         sacrebleu = pytest.importorskip("sacrebleu")
@@ -213,6 +214,7 @@ class TestGeneration:
         assert note.startswith(f"sacrebleu signature of {kind}: nrefs:1|")
         assert note.endswith(f"version:{sacrebleu.__version__}")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("family", ["t5", "gpt2", "forced"])
     @pytest.mark.parametrize(
         "settings",

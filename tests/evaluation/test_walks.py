@@ -132,6 +132,7 @@ def test_all_that_walks_again_notices_before_the_model_runs(classifier, walker, 
         WALKERS[walker](classifier, LOADERS[kind]())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("walker", ["evaluator", "probe", "indicators"])
 def test_a_loader_and_its_list_have_one_record(classifier, walker):
     loader = DataLoader(ROWS, 4, collate_fn=collated)

@@ -84,6 +84,7 @@ def check(folder: Path, defended: bool) -> None:
     assert record.clean.mean("accuracy") == json.loads((out / "eval_results.json").read_text())["eval_accuracy"]
 
 
+@pytest.mark.slow
 def test_flags(files, monkeypatch, capsys):
     flags = []
     for name, value in settings(files).items():
@@ -101,6 +102,7 @@ def test_one_json_file(files, monkeypatch):
     check(files, defended=False)
 
 
+@pytest.mark.slow
 def test_a_data_set_that_is_still_a_script(files, monkeypatch):
     import datasets
 

@@ -164,6 +164,7 @@ class TestPretrainedModels:
             "num_train_epochs": 1, "label_smoothing_factor": 0.0, "defense": "none", **changes,
         }  # fmt: skip
 
+    @pytest.mark.slow
     def test_a_prefix_is_put_before_each_source(self, files, monkeypatch):
         model, data = save_t5(files / "model"), write_pairs(files / "pairs.tsv")
         with_prefix = files / "prefixed.tsv"
@@ -176,6 +177,7 @@ class TestPretrainedModels:
                            for split in ("train", "eval", "test")])  # fmt: skip
         assert losses[0] == losses[1] != losses[2]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", MANY_LANGUAGES)
     def test_languages_are_named(self, kind, files, monkeypatch):
         model, data = MANY_LANGUAGES[kind](files / "model"), write_pairs(files / "pairs.tsv")
@@ -278,6 +280,7 @@ HUB_FLAGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HUB_FLAGS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_text_of_the_hub(case, monkeypatch, tmp_path):

@@ -52,6 +52,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 class TestOneFlip:
+    @pytest.mark.slow
     @for_each("dtype", DTYPES)
     @for_each("value", VALUES)
     def test_every_position_against_struct(self, dtype: torch.dtype, value: float) -> None:
@@ -175,6 +176,7 @@ class TestSampledPositions:
         assert all(0 <= position < total for position in chosen)
         assert chosen == sample_positions(total, count, seeded(seed)).tolist()
 
+    @pytest.mark.slow
     @for_each("count", [2, 3, 4])
     def test_every_subset_is_equally_likely(self, count: int) -> None:
         generator = seeded(0)

@@ -55,6 +55,7 @@ def dual_norm(vector: np.ndarray, p: float, n: int | None) -> float:
     return float(largest * ((kept / largest) ** dual).sum() ** (1 / dual))
 
 
+@pytest.mark.slow
 @for_each("p", NORMS)
 @for_each("n", [None, 1, 2, 3])
 def test_beats_300_000_feasible_points_and_they_come_close(p: float, n: int | None) -> None:
@@ -67,6 +68,7 @@ def test_beats_300_000_feasible_points_and_they_come_close(p: float, n: int | No
     assert best >= reached * 0.97  # so the comparison means something
 
 
+@pytest.mark.slow
 @settings(max_examples=75)
 @given(p=st.sampled_from(NORMS), parts=vectors, n=st.none() | st.integers(1, 8), seed=st.integers(0, 2**32 - 1))
 def test_no_feasible_point_is_better(p: float, parts: list[list[float]], n: int | None, seed: int) -> None:
@@ -104,6 +106,7 @@ def test_is_feasible_and_reaches_the_dual_norm(
     assert {part.dtype for part in a} == {dtype}
 
 
+@pytest.mark.slow
 @for_each("p", [*NORMS, 1.01])
 @for_each("n", [None, 2])
 @for_each("scale", [1e-38, 1e-30, 1e-20, 1e20, 1e30, 1e38])
@@ -137,6 +140,7 @@ def test_zero_gives_exactly_zero(p: float, n: int | None, same_bits) -> None:
     assert float(constrained_maximum_value(v, p, EPSILON, n)) == 0
 
 
+@pytest.mark.slow
 @for_each("p", NORMS)
 @for_each("n", [None, 1, 3])
 @for_each("bad", [math.nan, math.inf, -math.inf])

@@ -44,6 +44,7 @@ def test_a_larger_scale_is_the_same_direction(noise) -> None:
     torch.testing.assert_close(noise(like, 0.8, seeded(0))[0], 8 * noise(like, 0.1, seeded(0))[0])
 
 
+@pytest.mark.slow
 @for_each("dtype", [torch.float32, torch.float64])
 @for_each(
     ("noise", "distribution"), [(gaussian_noise, stats.norm(0, 0.02)), (uniform_noise, stats.uniform(-0.02, 0.04))]

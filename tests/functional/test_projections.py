@@ -47,6 +47,7 @@ def solve(x: np.ndarray, p: float, epsilon: float, n: int) -> float:
     return math.sqrt(min(distances))
 
 
+@pytest.mark.slow
 @for_each("p", NORMS)
 @for_each("n", [1, 2, 3, 4, 5])
 @for_each("epsilon", [0.1, 1.0, 1.9, 10.0])

@@ -47,6 +47,7 @@ def test_low_precision_is_computed_in_float32_and_rounded_once(dtype: torch.dtyp
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 @for_each("bits", BITS)
 @for_each("scale", [1e-44, 1e-38, 1e-20, 1.0, 1e20, 3.4e38])
 def test_levels_and_errors(bits: int, scale: float) -> None:

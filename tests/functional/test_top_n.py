@@ -33,6 +33,7 @@ def by_sorting(tensors: list[torch.Tensor], n: int) -> list[torch.Tensor]:
     return [torch.where(piece.view(tensor.shape), tensor, 0) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
+@pytest.mark.slow
 @settings(max_examples=180)
 @given(dtype=st.sampled_from(DTYPES), parts=vectors, n=st.integers(1, 35))
 def test_against_a_sort(dtype: torch.dtype, parts: list[list[float]], n: int) -> None:
@@ -60,6 +61,7 @@ def test_large_vectors_against_a_sort(dtype: torch.dtype, n: int) -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 @for_each("n", [1, 999_999, 1_048_576, 1_048_577, 2_999_999])
 def test_among_three_million_ties_the_first_n_stay(n: int) -> None:
     signs = torch.tensor([1.0, -1.0]).repeat(1_000_000)
@@ -69,6 +71,7 @@ def test_among_three_million_ties_the_first_n_stay(n: int) -> None:
     assert torch.equal(kept[:n], torch.cat([part.reshape(-1) for part in tensors])[:n])
 
 
+@pytest.mark.slow
 def test_cost_does_not_grow_with_the_number_of_tensors(entries_made) -> None:
     joined = [torch.randn(200_000)]
     pieces = list(joined[0].split(100))

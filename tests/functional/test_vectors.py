@@ -65,6 +65,7 @@ class TestVectorNorm:
         assert found.ndim == 0
         assert float(found) == pytest.approx(float(expected), rel=1e-6)
 
+    @pytest.mark.slow
     @for_each("norm", [vector_norm, vector_norm_of_unit_scale])
     @for_each("p", [1.0, 1.5, 2.0, 4.0])
     def test_long_vectors_keep_their_digits(self, norm, p: float) -> None:

@@ -65,6 +65,7 @@ class TestQuadratic:
                 largest = max(largest, float(gradient @ a))
         assert 0.4 * row.first_order < largest <= row.first_order * (1 + 1e-12)
 
+    @pytest.mark.slow
     def test_both_ways_to_the_average_agree(self, known, constraint):
         """Also where p is neither 2 nor ∞: ã has signs that are independent, and entries alike."""
         drawn = random_loss_changes(known.loss, constraint, 60)
@@ -174,6 +175,7 @@ class TestData:
 
 
 class TestNothingChanges:
+    @pytest.mark.slow
     def test_on_every_family(self, family, bits_of):
         model, batches, loss = family
         modules = list(model.modules())

@@ -249,6 +249,7 @@ def test_the_prefix_runs_once_and_an_own_forward_of_a_module_is_kept():
     assert [layer.forward for layer in model.bert.encoder.layer] == own
 
 
+@pytest.mark.slow
 @for_each("steps", [1, 2, 3])
 @for_each("name", ["bert", "bart"])
 def test_operations(name, steps):

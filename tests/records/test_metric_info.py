@@ -108,6 +108,7 @@ class TestOfEvaluate:
         methods = {"_info": lambda self: info, "_compute": lambda self, predictions, references: found}
         return type(class_name, (evaluate.Metric,), methods)()
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
     @for_each(
         ("class_name", "found", "name", "info"),

@@ -90,6 +90,7 @@ def record(row):
 
 
 class TestJson:
+    @pytest.mark.slow
     @settings(max_examples=150)
     @given(RECORDS)
     def test_round_trip(self, record):

@@ -86,6 +86,7 @@ def visible_ticks(axis):
 
 
 class TestData:
+    @pytest.mark.slow
     @pytest.mark.parametrize("metric", ["accuracy", "loss"])
     def test_every_point_bar_and_line_is_in_the_records(self, metric):
         figure = plot_comparison(RECORDS, metric)
@@ -167,6 +168,7 @@ class TestPanels:
         moved = {"flat": flat, "moves": record_of([BitFlips(rate=1e-8), BitFlips(rate=1e-7)])}
         assert len(plot_comparison(moved).axes) == 1, "one record changes"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("panels", range(1, 13))
     def test_no_empty_panels(self, panels):
         corruptions = [GradientCorruption(CorruptionConstraint(p=1 + i / 8, epsilon=0.1)) for i in range(panels)]
@@ -176,6 +178,7 @@ class TestPanels:
         columns = {round(axis.get_subplotspec().get_position(figure).x0, 3) for axis in figure.axes}
         assert len(columns) <= 4
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("corruption", "title", "unit", "strength"),
         [

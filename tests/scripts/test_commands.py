@@ -46,6 +46,7 @@ CAMPAIGN = "--model none --data none --output"
 TRANSLATION = "--tables 6 figure-3 --test-sentences 500 --data none --output"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "folder"),
     [

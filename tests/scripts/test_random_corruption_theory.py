@@ -29,6 +29,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_from_text_to_table(folder, capsys):
     arguments = ["--data", str(folder), "--output", str(folder / "new" / "out"), "--quiet", *TINY.split()]
     script.main(arguments)

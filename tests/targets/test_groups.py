@@ -20,6 +20,7 @@ def selected(model, groups):
     return {label: list(select_parameters(model, target)) for label, target in groups.items()}
 
 
+@pytest.mark.slow
 @for_each("family", FAMILIES)
 @for_each("group", [by_kind, by_module])
 def test_every_parameter_is_in_one_group(model_of, family, group):
@@ -28,6 +29,7 @@ def test_every_parameter_is_in_one_group(model_of, family, group):
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
 
 
+@pytest.mark.slow
 @for_each("family", FAMILIES)
 def test_modules_hold_their_parameters_themselves(model_of, family):
     model = model_of(family)

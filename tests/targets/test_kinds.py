@@ -111,6 +111,7 @@ def test_embedding_of_misleading_names(wrap) -> None:
     assert names == ["tokens.weight", "patches.cls_token", "patches.projection.weight", "bag.weight"]
 
 
+@pytest.mark.slow
 @for_each(
     ("architecture", "output"),
     [

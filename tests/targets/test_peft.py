@@ -80,6 +80,7 @@ def test_what_peft_does_not_match_is_an_error(model_of, targets: object) -> None
         select_parameters(model, targets)
 
 
+@pytest.mark.slow
 @for_each(
     ("architecture", "task"),
     [

@@ -210,6 +210,7 @@ def unfilled(kind: str, **settings: object) -> nn.Module:
         return getattr(tf, f"{family}For{task}")(getattr(tf, f"{family}Config")(**settings))
 
 
+@pytest.mark.slow
 @for_each("kind", LAST_LAYERS)
 def test_last_layers_of_real_models(kind: str) -> None:
     model = unfilled(kind)
@@ -222,6 +223,7 @@ def test_last_layers_of_real_models(kind: str) -> None:
             assert set(select_parameters(model, word)) == set(expected)
 
 
+@pytest.mark.slow
 @for_each(
     ("kind", "base"),
     [

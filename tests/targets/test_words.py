@@ -310,6 +310,7 @@ def test_expand_is_understood() -> None:
     ]
 
 
+@pytest.mark.slow
 @for_each("word", WORDS)
 @for_each("architecture", EXPECTED)
 def test_word_selects_exactly(model_of, architecture: str, word: str) -> None:

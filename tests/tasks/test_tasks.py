@@ -98,6 +98,7 @@ def test_every_task_has_a_row():
     assert all(task.name == name for name, task in TASKS.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_the_metric_is_that_of_a_loop_over_rows(name, tmp_path):
     pytest.importorskip("sacrebleu")
@@ -358,6 +359,7 @@ class TestMetricsOfTheLibrary:
         assert found == {"wrong": round((1 - accuracy) * len(SENTENCES))}
         assert task.shown(str(tmp_path / "wrong"), found) == "wrong"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("task", "name"), [("text-classification", "acuracy"), ("text-generation", "f1")])
     def test_an_unknown_one(self, task, name, tmp_path):
         with pytest.raises(InputError, match=rf"expected one of {', '.join(TASKS[task].metrics)}.* got '{name}'"):

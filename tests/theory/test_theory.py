@@ -48,6 +48,7 @@ class TestRandomCorruptionRatio:
         series = mpmath.hyp2f1(mpmath.mpf(1) / 2, mpmath.mpf(3 - k) / 2, mpmath.mpf(3) / 2, mpmath.mpf(x) ** 2)
         return 2 * mpmath.mpf(x) * series / mpmath.beta(mpmath.mpf(k - 1) / 2, mpmath.mpf(1) / 2)
 
+    @pytest.mark.slow
     @for_each("k", [2, 3, 4, 7, 50, 1001])
     @for_each("x", [0.01, 0.3, 0.7, 0.99])
     def test_printed_equations_are_right_and_agree_with_each_other(self, k, x):
@@ -89,6 +90,7 @@ class TestRandomCorruptionRatio:
         assert math.isfinite(ratio.log_density(0.9))
         assert ratio.density(0.9) == 0
 
+    @pytest.mark.slow
     @for_each(
         ("k", "x"),
         [

@@ -60,6 +60,7 @@ def distance(first, second):
     return float(torch.sqrt(apart / sum(part.square().sum() for part in first.values())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "accumulation"),
     [(name, *split) for name in DEFENDED for split in SPLITS if split == (4, 2) or "K=2" in name],
@@ -147,6 +148,7 @@ def unequal_rows():
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("size", [1, 3])
 def test_causal_models_divide_by_the_labels_of_all_micro_batches(

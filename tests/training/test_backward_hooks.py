@@ -137,6 +137,7 @@ def step(model, defense=DEFENSE, **selection):
     return defended_backward(Accelerator(cpu=True), defense, model, lambda: model(batch).square().mean(), **selection)
 
 
+@pytest.mark.slow
 @for_each("name", REFUSED)
 @for_each("part", ["all", "last"])
 def test_refused_in_a_loop_with_nothing_changed(name, part):

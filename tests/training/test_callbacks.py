@@ -41,6 +41,7 @@ for event_name in EVENTS:
     setattr(Recorder, event_name, _record(event_name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEFENSES)
 def test_events_come_as_from_the_stock_trainer(tiny_bert, rows, train, name, defense_of):
     """Once a step or a micro-batch, however many passes these take, with the same state at each."""
@@ -142,6 +143,7 @@ class FakeHub:
         return SimpleNamespace(done=lambda: True, result=lambda: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
 def test_pushes_are_those_of_the_stock_trainer_with_the_defense_in_every_folder(
     tiny_bert, train, tmp_path, monkeypatch, strategy
@@ -168,6 +170,7 @@ def test_pushes_are_those_of_the_stock_trainer_with_the_defense_in_every_folder(
     assert DefenseConfig.from_pretrained(folder) == DefenseConfig(K2, ["attention"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("logging_steps", "measured"), [(1, 18), (2, 9), (18, 2)])
 def test_the_corruption_is_measured_where_a_log_wants_it(tiny_bert, train, monkeypatch, logging_steps, measured):
     """The first micro-batch of a log, and every 16th of a long one: each log has a norm, which is the usual one."""

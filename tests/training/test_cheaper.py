@@ -61,6 +61,7 @@ def summed_loss(logits, labels):
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("family", MODELS)

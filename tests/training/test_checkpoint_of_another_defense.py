@@ -68,6 +68,7 @@ def _of_another_version(checkpoint):
     path.write_text(path.read_text(encoding="utf-8").replace('_version": "', '_version": "9.'), encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "flags", "says"),
     [

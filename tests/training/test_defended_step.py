@@ -39,6 +39,7 @@ def batch_of(rows):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(  # any three of these settings meet in all their values
     ("steps", "accumulation", "target", "smoothing"),
     [
@@ -118,6 +119,7 @@ def test_log_over_several_micro_batches_is_the_mean_over_steps(tiny_bert, train)
     assert entry["loss"] == pytest.approx((entry["loss_clean"] + entry["loss_corrupted"]) / 2, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_operations_are_exactly_those_of_all_passes(tiny_bert, train, steps):
     stock = train(Trainer, tiny_bert())

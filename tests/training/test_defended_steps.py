@@ -45,6 +45,7 @@ def claim(values):
     return said if tagged else ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("defense", "options", "defended", "trained"),
     [
@@ -177,6 +178,7 @@ class TestAFileWithoutCounts:
         assert counts(again.defense_config) == (None, 6)
         assert " steps" not in claim(again._defense_values).split(":\n")[0].split("### Defense")[1]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "values", [{"defended_steps": -1}, {"defended_steps": True}, {"defended_steps": 3, "trained_steps": 2}]
     )

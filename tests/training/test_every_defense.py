@@ -38,6 +38,7 @@ def test_trains_and_logs(tiny_bert, train, defense_of, name, target):
     assert ours.state.total_flos == pytest.approx(cost * stock.state.total_flos)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEFENSES)
 def test_stock_before_the_start_epoch(tiny_bert, train, defense_of, name):
     stock = train(Trainer, tiny_bert())

@@ -73,6 +73,7 @@ def test_learning_rate_without_a_defense_finds_what_the_stock_trainer_finds(buil
     assert best[0] == best[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "flags", "extra"), [(FLAGS, {"defense_epsilon": 0.2}, {}), (TrainingArguments, {}, {"defense": K1})]
 )

@@ -209,6 +209,7 @@ def one_step(family, train, trainer_class=ParameterDefenseTrainer, **options):
     return train(trainer_class, model, settings, rows=rows, callbacks=[passes], **options), passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradient_is_that_of_the_risk(name, train):
     """Dropout is on: the reference replays the random numbers of each pass."""

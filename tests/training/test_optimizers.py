@@ -167,6 +167,7 @@ def test_every_schedule_has_a_row():
     assert SCHEDULES.keys() == {name.value for name in SchedulerType}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_learning_rates_are_the_stock_ones(tiny_bert, rows, train, schedule):
     """Passes are no steps: three epochs of three steps, each of two micro-batches."""

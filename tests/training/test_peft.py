@@ -63,6 +63,7 @@ class KeepGradients(tf.TrainerCallback):
         self.kept = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("targets", "settings", "defended"),
     [

@@ -63,6 +63,7 @@ def assert_same_weights(first, second):
 
 
 class TestScaledLoss:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", DEFENDED)
     @pytest.mark.parametrize("accumulation", [1, 3])
     def test_equals_the_unscaled_run(self, tiny_bert, train, scaled, name, accumulation):
@@ -200,6 +201,7 @@ def penalty_gradient(train, trainer_class, scale=None):
     return gradients[0], trainer.state.log_history[0]
 
 
+@pytest.mark.slow
 def test_inner_gradient_of_the_penalty_does_not_underflow(train, fp16):
     """The scaler scales the outer loss only; without a scale of its own the inner gradient loses 16 bits of range."""
     expected, plain = penalty_gradient(train, type("Float32", (ParameterDefenseTrainer,), {}))

@@ -112,6 +112,7 @@ def test_interrupted_at_any_step(run, interrupted, trainer_class, at):
     assert ("loss_clean" in entries(again)[-1]) == (trainer_class is ParameterDefenseTrainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings", "at"),
     [
@@ -144,6 +145,7 @@ def test_stock_trainer_forgets_the_loss_of_steps_before_the_checkpoint(run):
     assert resumed[0]["loss"] == entries(run("single", SIX_SHORT_STEPS, Trainer))[2]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same_trainer", [False, True])
 def test_checkpoint_in_the_middle_of_a_logging_window(run, same_trainer):
     """All that is logged beside the loss is of the same steps as the loss.

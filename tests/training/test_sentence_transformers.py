@@ -127,6 +127,7 @@ def logs_of(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_without_steps_it_is_the_stock_trainer_bit_for_bit(name, train_encoder):
     stock = train_encoder(st.SentenceTransformerTrainer, name)
@@ -153,6 +154,7 @@ class Keep(tf.TrainerCallback):
         self.gradient = {name: p.grad.clone() for name, p in self.loss.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradient_is_that_of_the_risk(name, arguments, encoder, longhand):
     """Of the model and of the loss; the corruption is of the model alone."""

@@ -36,6 +36,7 @@ def calls_of(model):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 @pytest.mark.parametrize("defense", DEFENSES, ids=lambda defense: type(defense).__name__)
 @pytest.mark.parametrize("name", OPTIONS)
@@ -157,6 +158,7 @@ def test_operations_of_the_last_of_six_layers(tmp_path):
     assert ratios[0] > 1.1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "Llama"])
 def test_checkpoints_cost_no_reuse_and_the_first_step_no_more_memory(family, arguments):

@@ -16,6 +16,7 @@ from hf_parcor import (
 L2 = CorruptionConstraint(epsilon=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "defense",
     [

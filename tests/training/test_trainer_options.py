@@ -83,6 +83,7 @@ class TestClipping:
 
 
 class TestGradientCheckpointing:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "reentrant"),
         [(name, reentrant) for name in DEFENDED for reentrant in (False, True) if (name, reentrant) != REFUSED],

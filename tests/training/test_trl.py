@@ -105,6 +105,7 @@ def test_without_steps_it_is_the_stock_trainer_bit_for_bit(name, fine_tune):
         assert torch.equal(weight, other), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINERS)
 @pytest.mark.parametrize("defense", [DEFENSE, SAM(L2)], ids=lambda defense: type(defense).__name__)
 def test_its_own_metrics_are_those_of_the_first_pass(name, defense, fine_tune):
@@ -137,6 +138,7 @@ class Passes(tf.TrainerCallback):
         self.gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss_type", "adapters", "checkpointing"),
     [("nll", False, True), ("nll", True, True), ("nll", True, False), ("dft", False, False)],

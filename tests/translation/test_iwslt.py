@@ -127,11 +127,13 @@ class TestOnTheHub:
         with local_hub({"TED/iwslt": {"main": BESIDE_THE_SCRIPT}}, monkeypatch, tmp_path) as running:
             yield running
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("source", "target"), [("de", "en"), ("en", "de"), ("de", "it")])
     def test_the_archive_of_the_pair(self, hub, source, target, tmp_path):
         text = read_iwslt("TED/iwslt", source, target, str(tmp_path / "cache"))
         assert (text.source, text.year, len(text.train())) == (source, "17", 5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "says"), [("TED/iwslt", "de-fr, found .*de-en, en-fr"), ("TED/other", "TED/other: .*check name")]
     )
@@ -255,6 +257,7 @@ def share_alike(one, two):
 class TestAgainstThePreparedData:
     """`shared/data/iwslt14_deen_eval` is what fairseq's script made of the official distribution."""
 
+    @pytest.mark.slow
     @for_each("split", ["valid", "test"])
     def test_tokens(self, split):
         rows = prepared(split)
@@ -289,6 +292,7 @@ class TestAgainstThePreparedData:
         for split, rows in splits.items():
             assert share_alike(pairs_of(found[split]), rows) >= 0.99, split
 
+    @pytest.mark.slow
     def test_the_joint_vocabulary(self):
         rows = prepared("train_sample")
         tokenizer = train_bpe(chain(*zip(*rows, strict=True)), 10_149, split_punctuation=False)

@@ -135,6 +135,7 @@ class TestEncoding:
         assert all(row[side][-1] == tokenizer.eos_token_id for row in encoded.rows for side in ("input_ids", "labels"))
         assert encoded.report == "three rows: 3 pairs; cut 2: more than 100 tokens (lines 2, 3)"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", MANY_LANGUAGES)
     def test_what_names_the_language_is_not_cut(self, kind, tmp_path):
         tokenizer = AutoTokenizer.from_pretrained(MANY_LANGUAGES[kind](tmp_path))

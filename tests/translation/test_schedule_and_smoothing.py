@@ -88,6 +88,7 @@ class Keeping(Trainer):
         return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [None, "last-decoder-layer"])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_smoothed_risk_against_longhand(tiny_model, tokenizer, rows, tmp_path, target, steps):

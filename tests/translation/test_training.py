@@ -74,6 +74,7 @@ def assert_same_bits(one, other):
     assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
 
 
+@pytest.mark.slow
 def test_bound_and_every_sentence_once(run, rows):
     trainer = run("plain", defense_steps=0)
     steps = trainer.state.max_steps // 3
