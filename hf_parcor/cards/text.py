@@ -13,6 +13,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from hf_parcor.cards.facts import ModelFacts
 from hf_parcor.cards.front_matter import has_run, is_on_the_hub, merged_front_matter
+from hf_parcor.records.comparable import COUNTS
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.stored import to_plain
 from hf_parcor.reports.markup import code_of, printable, text_of
@@ -195,7 +196,6 @@ _LIMITS = (
     "selections of weights.",
     "Robustness to corrupted weights says nothing about robustness to unusual inputs.",
 )
-_COUNTS = ("defended_steps", "trained_steps")
 _HEADING = "## Robustness to parameter corruption"
 _UNMEASURED = "How far its metrics get worse when its weights are disturbed has not been measured for these weights."
 _CITATION = """### Citation
@@ -323,7 +323,7 @@ def _training(defense: Mapping[str, Any] | None, training: str) -> Iterator[str]
     else:
         name = code_of(str(defense.get("defense")))
         yield f"The weights were defended in training by {name} of hf_parcor{_how_often(defense)}:"
-        others = {name: value for name, value in defense.items() if name not in ("defense", "settings", *_COUNTS)}
+        others = {name: value for name, value in defense.items() if name not in ("defense", "settings", *COUNTS)}
         yield markdown_table(("setting", "value"), [*_flat(defense.get("settings") or {}), *_flat(others)])
     if training:
         yield training
@@ -335,7 +335,7 @@ def _none_of(defense: Mapping[str, Any]) -> str:
 
 
 def _how_often(defense: Mapping[str, Any]) -> str:
-    defended, steps = (defense.get(name) for name in _COUNTS)
+    defended, steps = (defense.get(name) for name in COUNTS)
     if defended is None:
         return ""
     if defended == steps:

@@ -52,7 +52,7 @@ class Evaluate(Command):
             arguments,
             corruptions,
             ROBUSTNESS,
-            lambda subject, how: CorruptionEvaluator(subject.model, subject.metric, subject.batches, **targets, **how),
+            lambda subject, how: CorruptionEvaluator(subject.model, subject.metric, **targets, **how),
         )
 
 

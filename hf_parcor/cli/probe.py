@@ -52,7 +52,6 @@ class Probe(Command):
             lambda subject, how: LayerProbe(
                 subject.model,
                 subject.metric,
-                subject.batches,
                 targets={**(groupings[group](subject.model) if group else {}), **own},
                 **how,
             ),

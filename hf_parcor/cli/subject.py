@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader
-
 from hf_parcor.cli.parsing import pairs
 from hf_parcor.cli.terminal import refused, tell
 from hf_parcor.errors import InputError
@@ -24,15 +22,13 @@ class Subject:
 
     Attributes:
         model: On its device.
-        batches: The data.
-        metric: What measures the model.
+        metric: What measures the model, and has the data.
         shown: Returns which of the numbers that the metric found is to be reported.
         data: What records call the data.
         task: The Hub's name of the task.
     """
 
     model: Any
-    batches: DataLoader[Any]
     metric: BatchMetric
     shown: Callable[[Mapping[str, Any]], str]
     data: EvaluationData
@@ -104,9 +100,7 @@ def measured(
     name = metric or task.metrics[0]
     with refused(ImportError):
         measuring = task.metric(name, processed, batches)
-    return Subject(
-        processed.model, batches, measuring, lambda found: task.shown(name, found), data=rows.data, task=task.name
-    )
+    return Subject(processed.model, measuring, lambda found: task.shown(name, found), data=rows.data, task=task.name)
 
 
 def prepared(arguments: argparse.Namespace, task: Task, model: Any, processor: Any) -> Processed:

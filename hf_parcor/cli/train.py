@@ -176,7 +176,6 @@ def _measure(arguments: argparse.Namespace, trainer: ParameterDefenseTrainer, su
         evaluator = CorruptionEvaluator(
             subject.model,
             subject.metric,
-            subject.batches,
             progress=not trainer.args.disable_tqdm,
             evaluated_on=subject.data,
             task=subject.task,

@@ -22,15 +22,15 @@ _OF_THE_TARGETS = ("defense_target_modules", "defense_exclude_modules", "defense
 _NOT_OF_THE_DEFENSE = (*_OF_THE_TARGETS, "defense_reuse_prefix")
 
 
-def _settings_of(kind: type[Defense]) -> Iterator[tuple[str, Any, Field[Any]]]:
-    """Yield the settings of a defense that are numbers, those of its constraint for the constraint."""
+def _settings_of(kind: type[Defense]) -> Iterator[tuple[Any, Field[Any]]]:
+    """Yield types and settings of a defense, those of its constraint in the place of the constraint."""
     hints = get_type_hints(kind)
     for setting in sorted(fields(kind), key=lambda setting: bool(setting.kw_only)):  # what all have comes last
         if hints[setting.name] is CorruptionConstraint:
             constraint = get_type_hints(CorruptionConstraint)
-            yield from ((part.name, constraint[part.name], part) for part in fields(CorruptionConstraint))
+            yield from ((constraint[part.name], part) for part in fields(CorruptionConstraint))
         else:
-            yield setting.name, hints[setting.name], setting
+            yield hints[setting.name], setting
 
 
 def _flag_of(setting: Field[Any]) -> str:
@@ -46,7 +46,7 @@ def _with_a_flag_for_each_setting(kind: type[_Kind]) -> type[_Kind]:
     flags: dict[str, Any] = dict([first])
     known: dict[str, tuple[Any, Field[Any], list[str]]] = {}
     for defense, one in DEFENSES.items():
-        for _, hint, setting in _settings_of(one):
+        for hint, setting in _settings_of(one):
             known.setdefault(_flag_of(setting), (hint, setting, []))[2].append(defense)
     for flag, (hint, setting, defenses) in known.items():
         # What has no default of its own, ε, has that of the default defense.
@@ -131,8 +131,9 @@ def build_defense(arguments: DefenseArguments) -> Defense | None:
         known = ", ".join([*DEFENSES, NO_DEFENSE])
         raise ValueError(f"defense: expected one of {known}, got {arguments.defense!r}; choose one of these")
     chosen = DEFENSES[arguments.defense]
-    values = {setting.name: getattr(arguments, _flag_of(setting)) for _, _, setting in _settings_of(chosen)}
-    expected = {"defense", *_NOT_OF_THE_DEFENSE, *(_flag_of(setting) for _, _, setting in _settings_of(chosen))}
+    flags = {setting.name: _flag_of(setting) for _, setting in _settings_of(chosen)}
+    values = {name: getattr(arguments, flag) for name, flag in flags.items()}
+    expected = {"defense", *_NOT_OF_THE_DEFENSE, *flags.values()}
     for flag in fields(DefenseArguments):
         if flag.name not in expected and getattr(arguments, flag.name) != flag.default:
             raise ValueError(
