@@ -35,12 +35,17 @@ def check_norm_order(p: object) -> float:
     return order
 
 
+def check_not_negative(name: str, value: object, advice: str = "check what it was computed from") -> float:
+    """Return a number, `0 ≤ value < ∞`."""
+    number = check_real(name, value, f"0 <= {name} < inf")
+    if number < 0 or math.isinf(number):
+        raise ValueError(f"{name}: expected 0 <= {name} < inf, got {number:g}; {advice}")
+    return number
+
+
 def check_radius(name: str, value: object) -> float:
     """Return a radius, `0 ≤ value < ∞`."""
-    radius = check_real(name, value, f"0 <= {name} < inf")
-    if radius < 0 or math.isinf(radius):
-        raise ValueError(f"{name}: expected 0 <= {name} < inf, got {radius:g}; pass 0 for no corruption")
-    return radius
+    return check_not_negative(name, value, "pass 0 for no corruption")
 
 
 def check_count(name: str, value: object, minimum: int = 1) -> int:
@@ -73,12 +78,4 @@ def check_positive(name: str, value: object) -> float:
     number = check_finite(name, value)
     if number <= 0:
         raise ValueError(f"{name}: expected 0 < {name} < inf, got {number:g}; check what it was computed from")
-    return number
-
-
-def check_not_negative(name: str, value: object) -> float:
-    """Return a number, `0 ≤ value < ∞`."""
-    number = check_finite(name, value)
-    if number < 0:
-        raise ValueError(f"{name}: expected 0 <= {name} < inf, got {number:g}; check what it was computed from")
     return number

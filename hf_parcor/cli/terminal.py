@@ -93,7 +93,7 @@ def show(record: EvaluationRecord | SweepRecord, metric: str, path: Path | None,
         as_json: Print the record, and nothing else.
 
     Raises:
-        InputError: A file cannot be written, or a library for tables or statistics is missing.
+        InputError: A file cannot be written, or a library for statistics is missing.
     """
     if not speaks():
         return
@@ -113,15 +113,10 @@ def show(record: EvaluationRecord | SweepRecord, metric: str, path: Path | None,
 
 
 def table_of(record: EvaluationRecord | SweepRecord, metric: str) -> str:
-    """Return the table of a record.
-
-    Raises:
-        InputError: tabulate is not installed.
-    """
-    with refused(ImportError):
-        if isinstance(record, SweepRecord):
-            return group_table(record.records, metric)
-        return comparison_table({record.model: record}, metric)
+    """Return the table of a record."""
+    if isinstance(record, SweepRecord):
+        return group_table(record.records, metric)
+    return comparison_table({record.model: record}, metric)
 
 
 def show_verdict(report: RobustnessReport) -> None:
