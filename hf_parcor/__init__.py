@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         RandomCorruption,
         UniformNoise,
     )
-    from hf_parcor.defenses import ACRT, AWP, SAM, GradientPenalty, MultiStepRisk
+    from hf_parcor.defenses import ACRT, AWP, SAM, CorruptionRisk, GradientPenalty, MultiStepRisk
     from hf_parcor.evaluation import CorruptionEvaluator, LayerProbe, RobustnessCallback
     from hf_parcor.indicators import measure_indicators
     from hf_parcor.injection import corrupted
@@ -54,6 +54,7 @@ __all__ = [
     "CorruptionConstraint",
     "CorruptionEvaluator",
     "CorruptionRecord",
+    "CorruptionRisk",
     "DefendedBackward",
     "DefenseConfig",
     "EvaluationRecord",
@@ -107,6 +108,7 @@ _PARTS = {
         "ACRT",
         "AWP",
         "SAM",
+        "CorruptionRisk",
         "GradientPenalty",
         "MultiStepRisk",
     ),

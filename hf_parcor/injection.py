@@ -277,6 +277,13 @@ class Injection:
             for name, value in values.items():
                 local_part(self._weights[name]).copy_(local_part(value))
 
+    def write(self, chosen: Mapping[str, Tensor]) -> None:
+        """Write what a corruption chose: new values if it is a `Replacement`, else what to add."""
+        if isinstance(chosen, Replacement):
+            self.replace(chosen)
+        else:
+            self.displace(chosen, keep=True)
+
     @torch.no_grad()
     def restore(self) -> None:
         """Write the saved bits back and free them; nothing to do is fine."""

@@ -74,7 +74,7 @@ from transformers import BertConfig, BertForSequenceClassification, HfArgumentPa
 
 from hf_parcor import CorruptionEvaluator, EvaluationRecord, ParameterDefenseTrainer
 from hf_parcor import ParameterDefenseTrainingArguments, RobustnessReport
-from hf_parcor.cli.evaluate import read_corruptions
+from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.records.curves import Series
 from hf_parcor.reports.plots import plot_comparison

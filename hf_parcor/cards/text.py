@@ -364,6 +364,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            for entry in value:
+                yield from _flat(entry, f"{prefix}{name}.")
         elif value is not None:
             yield f"{prefix}{name}", _plain(value)
 

@@ -6,13 +6,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from hf_parcor.cli.parsing import Command, Parser, add_corruptions, add_running, add_subject, add_target_modules
 from hf_parcor.cli.terminal import ROBUSTNESS, going_on, how_to_go_on, output_folder, refused, show
-from hf_parcor.constraints import CorruptionConstraint
-from hf_parcor.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from hf_parcor.cli.subject import Subject
@@ -99,70 +96,6 @@ def asked_for(arguments: argparse.Namespace, strengths: Sequence[float] = ()) ->
     """
     words = ["gradient"] if arguments.corruptions is None else arguments.corruptions
     given = strengths if arguments.strengths is None else arguments.strengths
+    from hf_parcor.corruptions.catalogue import read_corruptions
+
     return read_corruptions(words, given, arguments.norm, arguments.top_n)
-
-
-def read_corruptions(
-    words: Sequence[str], strengths: Sequence[float], norm: float = 2.0, top_n: int | None = None
-) -> list[Corruption]:
-    """Return one corruption for each word and strength.
-
-    The strength of a corruption is the radius of its constraint, or else its first setting.
-
-    Args:
-        words: Names in the catalogue, with `-` or `_`; `NAME=S,S` has strengths of its own.
-        strengths: For those that have none of their own.
-        norm: Order of the constraint's norm.
-        top_n: The constraint's largest number of corrupted weights.
-
-    Raises:
-        InputError: An unknown name, a strength that is none, or no strength.
-
-    Examples:
-        >>> print(*read_corruptions(["gradient", "quantization=4"], [0.1, 0.2]), sep=", ")
-        gradient-based L2 ε=0.1, gradient-based L2 ε=0.2, 4-bit quantization
-    """
-    found = []
-    for word in words:
-        name, own = _parts(word)
-        of_word = strengths if own is None else own
-        if not of_word:
-            raise InputError(f"--strengths: expected at least one for {word}, got none; give --strengths 0.1 0.2, say")
-        found += [_corruption(name, strength, norm, top_n) for strength in of_word]
-    if not found:
-        raise InputError("--corruptions: expected at least one, got none; name one, or leave the flag out")
-    return found
-
-
-def _parts(word: str) -> tuple[str, list[float] | None]:
-    from hf_parcor.corruptions import CORRUPTIONS
-
-    name, given, own = word.partition("=")
-    name = name.replace("-", "_")
-    if name not in CORRUPTIONS:
-        known = [entry.replace("_", "-") for entry in CORRUPTIONS]
-        raise InputError(
-            f"--corruptions: expected some of {', '.join(known)}, got {word!r}"
-            f"{nearest(name.replace('_', '-'), known)}; name one of them"
-        )
-    try:
-        return name, [float(strength) for strength in own.split(",") if strength] if given else None
-    except ValueError as error:
-        raise InputError(
-            f"--corruptions: expected strengths as {name}=0.1,0.2, got {word!r}; write numbers with commas"
-        ) from error
-
-
-def _corruption(name: str, strength: float, norm: float, top_n: int | None) -> Corruption:
-    from hf_parcor.corruptions import CORRUPTIONS
-
-    kind: Any = CORRUPTIONS[name]
-    first = fields(kind)[0]
-    with refused(ValueError, TypeError, NotImplementedError):
-        chosen: Corruption
-        if first.name == "constraint":
-            chosen = kind(constraint=CorruptionConstraint(p=norm, epsilon=strength, top_n=top_n))
-        else:
-            whole = first.type == "int" and strength.is_integer()
-            chosen = kind(**{first.name: int(strength) if whole else strength})
-    return chosen

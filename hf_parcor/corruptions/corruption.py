@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, final
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, final
 
 import torch
 from torch import Tensor
@@ -39,11 +39,13 @@ class Strength(NamedTuple):
         setting: The setting that is the strength.
         unit: What an axis of strengths is called.
         shown: One strength in a table, with `{}` for the number.
+        none: The strength that corrupts nothing. Default 0.
     """
 
     setting: str
     unit: str
     shown: str
+    none: float = 0.0
 
 
 RADIUS = Strength("epsilon", "radius ε", "ε={}")
@@ -115,6 +117,55 @@ class Corruption(ABC):
             value = getattr(self, field.name)
             plain.update(asdict(value) if is_dataclass(value) and not isinstance(value, type) else {field.name: value})
         return plain
+
+    def _strength(self) -> tuple[Strength, float] | None:
+        """Return what says how strong it is, and the number; None where nothing does."""
+        settings = self.settings()
+        given = ((strength, settings.get(strength.setting)) for strength in self.strengths)
+        return next(((strength, value) for strength, value in given if value is not None), None)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether its strength is none at all, so that every weight stays as it is."""
+        known = self._strength()
+        return known is not None and known[1] == known[0].none
+
+    def weakened(self, share: float) -> Self:
+        """Return the corruption at a share of its strength, for a ramp in training.
+
+        Args:
+            share: Between 0, where it corrupts nothing, and 1. What is counted is rounded, and at least 1.
+
+        Raises:
+            ValueError: It has no strength that could be less.
+
+        Examples:
+            >>> from hf_parcor import CorruptionConstraint, GaussianNoise, GradientCorruption, Quantization
+            >>> print(GaussianNoise(0.02).weakened(0.5))
+            Gaussian σ=0.01
+            >>> print(
+            ...     GradientCorruption(CorruptionConstraint(epsilon=0.1)).weakened(0.1), Quantization(4).weakened(0.5)
+            ... )
+            gradient-based L2 ε=0.01 10-bit quantization
+        """
+        known = self._strength()
+        if known is None:
+            raise ValueError(
+                f"{self}: expected a corruption whose strength is a number, to weaken it; got one without"
+            )
+        strength, value = known
+        weak = self._weak(strength, value, share)
+        for field in fields(self):
+            part = getattr(self, field.name)
+            if field.name == strength.setting:
+                return replace(self, **{field.name: weak})
+            if is_dataclass(part) and not isinstance(part, type) and hasattr(part, strength.setting):
+                return replace(self, **{field.name: replace(part, **{strength.setting: weak})})
+        raise AssertionError("a strength is a setting")
+
+    def _weak(self, strength: Strength, value: float, share: float) -> float:
+        weak = strength.none + share * (value - strength.none)
+        return max(1, round(weak)) if isinstance(value, int) else weak
 
     @classmethod
     def kind(cls, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_parcor.corruptions.corruption import Corruption, GradientSource, Strength
-from hf_parcor.functional.quantization import check_bits, quantize
+from hf_parcor.functional.quantization import MOST_BITS, check_bits, quantize
 from hf_parcor.injection import Replacement
 
 
@@ -33,7 +33,7 @@ class Quantization(Corruption):
 
     bits: int
     title: ClassVar[str] = "quantization"
-    strengths: ClassVar[tuple[Strength, ...]] = (Strength("bits", "bits per weight", "{} bits"),)
+    strengths: ClassVar[tuple[Strength, ...]] = (Strength("bits", "bits per weight", "{} bits", none=MOST_BITS),)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", check_bits(self.bits))

@@ -3,6 +3,7 @@
 from hf_parcor.defenses.acrt import ACRT
 from hf_parcor.defenses.awp import AWP
 from hf_parcor.defenses.catalogue import DEFENSES
+from hf_parcor.defenses.corruption_risk import CorruptionRisk
 from hf_parcor.defenses.defense import ConstrainedDefense, Defense
 from hf_parcor.defenses.gradient_penalty import GradientPenalty
 from hf_parcor.defenses.multi_step_risk import MultiStepRisk
@@ -16,6 +17,7 @@ __all__ = [
     "DEFENSES",
     "SAM",
     "ConstrainedDefense",
+    "CorruptionRisk",
     "DefendedStep",
     "Defense",
     "GradientPenalty",

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from hf_parcor.defenses.acrt import ACRT
 from hf_parcor.defenses.awp import AWP
+from hf_parcor.defenses.corruption_risk import CorruptionRisk
 from hf_parcor.defenses.defense import Defense
 from hf_parcor.defenses.gradient_penalty import GradientPenalty
 from hf_parcor.defenses.multi_step_risk import MultiStepRisk
@@ -19,5 +20,6 @@ DEFENSES: Mapping[str, type[Defense]] = MappingProxyType(
         "sam": SAM,
         "awp": AWP,
         "gradient_penalty": GradientPenalty,
+        "corruption": CorruptionRisk,
     }
 )

@@ -59,9 +59,19 @@ class Defense(ABC):
         return False
 
     @property
+    def uses_gradients(self) -> bool:
+        """Whether corruptions are found along gradients of the selected parameters, which then must not be frozen."""
+        return True
+
+    @property
+    def first_pass_is_clean(self) -> bool:
+        """Whether the first pass is at the clean weights."""
+        return True
+
+    @property
     def first_pass_is_stock(self) -> bool:
         """Whether the first pass computes what a stock step does: the clean weights, on the whole batch."""
-        return self.share_of_batch(0) == 1
+        return self.first_pass_is_clean and self.share_of_batch(0) == 1
 
     @property
     @abstractmethod

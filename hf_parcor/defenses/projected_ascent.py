@@ -56,9 +56,9 @@ class ProjectedAscent(ConstrainedDefense):
             check_projectable(self.constraint.p)
 
     @property
-    def first_pass_is_stock(self) -> bool:
-        """Whether it starts at the clean weights, on the whole batch."""
-        return not self.random_start and super().first_pass_is_stock
+    def first_pass_is_clean(self) -> bool:
+        """Whether it starts at the clean weights."""
+        return not self.random_start
 
     @property
     def is_stock(self) -> bool:

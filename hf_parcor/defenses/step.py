@@ -9,10 +9,11 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from hf_parcor.corruptions import Corruption
 from hf_parcor.defenses.adversarial_inputs import AdversarialInputs
 from hf_parcor.distributed.dtensors import local_part, local_parts
 from hf_parcor.distributed.processes import TrainingProcesses
-from hf_parcor.functional.vectors import clones, working_copy
+from hf_parcor.functional.vectors import clones, working_copy, working_dtype
 from hf_parcor.injection import CorruptionNorm, Injection
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
 
@@ -41,6 +42,7 @@ class DefendedStep:
         reduction: With a prefix on several processes: prepares the all-reduce of what the step leaves in `.grad`, and
             returns the graph to be sent backward for it along with the prefix.
         processes: All processes that take this step, for corruptions that they share; None if there is one.
+        epoch: How many epochs of training are done, a fraction is fine. Default 0.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class DefendedStep:
         prefix: PrefixReuse | None = None,
         reduction: Callable[[], Tensor] | None = None,
         processes: TrainingProcesses | None = None,
+        epoch: float = 0.0,
     ) -> None:
         self.parameters = parameters
         self._run_pass = run_pass
@@ -62,6 +65,7 @@ class DefendedStep:
         self._prefix = prefix
         self._reduction = reduction
         self._processes = processes
+        self.epoch = epoch
         self._inputs: AdversarialInputs | None = None
         self._injection = Injection(parameters)
         self._sum: dict[str, Tensor] = {}
@@ -219,6 +223,30 @@ class DefendedStep:
         """Move the corruption, `a ← Π(a + u)`, and with it the weights; the tensors of u are the step's from here."""
         self._injection.displace(update, project, keep=True)
 
+    def corrupt(
+        self, corruption: Corruption, gradients: Mapping[str, Tensor] | None = None, *, shared: bool = False
+    ) -> None:
+        """Write a corruption of the clean weights in place of the last one: `w ⊕ corruption`.
+
+        Args:
+            corruption: The rule that chooses it. What is random is drawn with a new seed from PyTorch's global
+                generator.
+            gradients: Those at the clean weights, for a corruption along them; what is absent has none. They are read.
+            shared: Whether all processes draw the same. Default False: each another, but for shards of one model.
+        """
+        self._injection.restore()
+        generator = None
+        if corruption.stochastic:
+            seed = torch.randint(2**62, ())
+            if self._processes is not None:
+                seed = self._processes.seed(seed.to(self._device), shared=shared)
+            generator = torch.Generator(self._device).manual_seed(int(seed))
+        self._injection.write(corruption(self.parameters, _Gradients(self.parameters, gradients or {}), generator))
+
+    @property
+    def _device(self) -> torch.device:
+        return local_part(next(iter(self.parameters.values()))).device
+
     def displace_inputs(self, step_size: float, epsilon: float) -> None:
         """Move the inputs one step of this size along their gradient, each example inside its ball of epsilon.
 
@@ -268,6 +296,27 @@ class DefendedStep:
                 self._inputs.withdraw()
             if self._prefix is not None:
                 self._prefix.forget()
+
+
+class _Gradients(dict[str, Tensor]):
+    """The gradient of a batch at the clean weights, as what a corruption is chosen along; a `GradientSource`."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
+        super().__init__(known)
+        self._parameters = parameters
+
+    def __missing__(self, name: str) -> Tensor:
+        like = self._parameters[name]
+        return torch.zeros_like(like, dtype=working_dtype([like]), requires_grad=False)
+
+    def __len__(self) -> int:
+        return 1
+
+    def over_data(self) -> Mapping[str, Tensor]:
+        return self
+
+    def on_next_batch(self, corruption: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        raise NotImplementedError("expected a corruption along the gradient at the clean weights, got one that climbs")
 
 
 def _address(tensor: Tensor) -> int:

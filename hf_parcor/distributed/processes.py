@@ -189,6 +189,7 @@ class MeasuringProcesses:
 ALONE = MeasuringProcesses()
 
 
+_FAR = 2**31 - 1  # between the seeds of two processes; a prime, so that no two of them meet
 _BUCKET = 25 * 2**20  # bytes of one call, as many as DDP takes
 
 
@@ -210,6 +211,16 @@ class TrainingProcesses:
     def agree_(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite each tensor with that of the first process."""
         _in_buckets(tensors, lambda bucket: distributed.broadcast(bucket, src=0))
+
+    def seed(self, seed: Tensor, *, shared: bool) -> Tensor:
+        """Return a seed made from that of this process: the first process's, or one that no other process has.
+
+        Generators that were seeded alike may be in the same state on all processes.
+        """
+        if shared:
+            self.agree_([seed])
+            return seed
+        return (seed + distributed.get_rank() * _FAR) % 2**62
 
 
 @torch.no_grad()

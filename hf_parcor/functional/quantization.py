@@ -9,12 +9,17 @@ from hf_parcor.arguments import check_count
 from hf_parcor.distributed.dtensors import local_part, sharded_as
 from hf_parcor.functional.vectors import max_magnitude
 
+MOST_BITS = 16
+"""The widest integers; what they change is smaller than the noise of any metric."""
+
 
 def check_bits(bits: object) -> int:
     """Return the width of a quantized integer, a whole number in 2..16."""
     width = check_count("bits", bits, minimum=2)
-    if width > 16:
-        raise ValueError(f"bits: expected a whole number in 2..16, got {width}; beyond 16 nothing visible changes")
+    if width > MOST_BITS:
+        raise ValueError(
+            f"bits: expected a whole number in 2..{MOST_BITS}, got {width}; beyond that nothing visible changes"
+        )
     return width
 
 

@@ -100,6 +100,7 @@ class DefendedBackward:
         if is_sharded(self._whole):
             drop_gathered(self._whole)
         self._selected = _selected(self._whole, parameters)
+        check_trained(self._selected, defense)
         self._others = trained_beside(self._selected.values(), model, None)
         self._embedding = find_input_embedding(self._whole) if defense.perturbs_inputs else None
         self._runner = StepRunner(reuse_prefix=reuse_prefix)
@@ -156,7 +157,7 @@ class DefendedBackward:
             return DefendedLoss(loss, loss, loss, CorruptionNorm(torch.zeros(()), torch.zeros(())), defended=False)
         if is_sharded(self._whole):
             drop_gathered(self._whole)
-        defended, norm = self._runner.run(passes, self._selected, self._others, self._embedding)
+        defended, norm = self._runner.run(passes, self._selected, self._others, self._embedding, epoch=epoch or 0.0)
         assert norm is not None, "it is measured unless told otherwise"
         return DefendedLoss(defended.risk, defended.losses[0], defended.losses[-1], norm, defended=True)
 
@@ -226,11 +227,13 @@ def _is_active(defense: Defense, epoch: float | None, step: int | None) -> bool:
         raise ValueError(f"epoch: expected the epochs done, 0 or more, got {epoch}; count from 0")
     if step is not None:
         check_count("step", step, minimum=0)
-    if epoch is None and defense.start_epoch > 0:
-        raise ValueError(
-            f"epoch: expected the epochs done, for a defense with start_epoch={defense.start_epoch}, got None; pass "
-            "epoch="
-        )
+    if epoch is None:
+        for name in ("start_epoch", "ramp_epochs"):
+            if getattr(defense, name, 0) > 0:
+                raise ValueError(
+                    f"epoch: expected the epochs done, for a defense with {name}={getattr(defense, name)}, got None; "
+                    "pass epoch="
+                )
     if step is None and defense.interval > 1:
         raise ValueError(
             f"step: expected the optimizer steps done, for a defense with interval={defense.interval}, got None; pass "
@@ -241,7 +244,7 @@ def _is_active(defense: Defense, epoch: float | None, step: int | None) -> bool:
 
 def _selected(model: nn.Module, parameters: Mapping[str, nn.Parameter] | None) -> dict[str, nn.Parameter]:
     if parameters is None:
-        return check_trained(select_trainable(model))
+        return select_trainable(model)
     known = {id(parameter) for parameter in model.parameters()}
     strange = [name for name, parameter in parameters.items() if id(parameter) not in known]
     if strange:
@@ -249,7 +252,7 @@ def _selected(model: nn.Module, parameters: Mapping[str, nn.Parameter] | None) -
             f"parameters: expected those of the model, got {len(strange)} others such as {strange[0]!r}; select them "
             "from accelerator.unwrap_model(model), after accelerator.prepare"
         )
-    return check_trained(dict(parameters))
+    return dict(parameters)
 
 
 class _LoopPasses(Passes):

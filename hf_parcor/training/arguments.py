@@ -30,7 +30,7 @@ def _settings_of(kind: type[Defense]) -> Iterator[tuple[Any, Field[Any]]]:
             constraint = get_type_hints(CorruptionConstraint)
             yield from ((constraint[part.name], part) for part in fields(CorruptionConstraint))
         else:
-            yield hints[setting.name], setting
+            yield setting.metadata.get("flag_type", hints[setting.name]), setting
 
 
 def _flag_of(setting: Field[Any]) -> str:
@@ -49,8 +49,9 @@ def _with_a_flag_for_each_setting(kind: type[_Kind]) -> type[_Kind]:
         for hint, setting in _settings_of(one):
             known.setdefault(_flag_of(setting), (hint, setting, []))[2].append(defense)
     for flag, (hint, setting, defenses) in known.items():
-        # What has no default of its own, ε, has that of the default defense.
-        default = DEFAULT_DEFENSE.constraint.epsilon if setting.default is MISSING else setting.default
+        default = setting.default
+        if default is MISSING:  # of ε that of the default defense; of what is read from words none
+            default = None if "from_flag" in setting.metadata else DEFAULT_DEFENSE.constraint.epsilon
         words = setting.metadata["help"]
         of_whom = "" if len(defenses) == len(DEFENSES) else f" ({', '.join(defenses)})"
         flags[flag] = hint
@@ -120,7 +121,7 @@ class Seq2SeqParameterDefenseTrainingArguments(DefenseArguments, Seq2SeqTraining
 def build_defense(arguments: DefenseArguments) -> Defense | None:
     """Return the defense that the flags describe, None for the stock training step.
 
-    Each setting of the chosen defense has the value of its flag.
+    Each setting of the chosen defense has the value of its flag, or what is read from it.
 
     Raises:
         ValueError: An unknown defense, a setting out of range, or a flag that the chosen defense does not know.
@@ -140,6 +141,14 @@ def build_defense(arguments: DefenseArguments) -> Defense | None:
                 f"--{flag.name}: expected a setting of {arguments.defense}, got {getattr(arguments, flag.name)!r} for "
                 "one that it does not have; leave the flag out"
             )
+    for setting in fields(chosen):
+        if "from_flag" in setting.metadata:
+            if values[setting.name] is None:
+                raise ValueError(
+                    f"--{_flag_of(setting)}: expected it with --defense {arguments.defense}, got none; "
+                    f"{setting.metadata['help']}"
+                )
+            values[setting.name] = setting.metadata["from_flag"](values[setting.name])
     if "constraint" in (setting.name for setting in fields(chosen)):
         parts = {part.name: values.pop(part.name) for part in fields(CorruptionConstraint)}
         values["constraint"] = CorruptionConstraint(**parts)

@@ -57,7 +57,8 @@ def signs_of_collapse(log_history: Sequence[dict[str, Any]]) -> list[str]:
     quarter = entries[-max(1, len(entries) // 4) :]
     first, last = clean[0], sum(clean[-len(quarter) :]) / len(quarter)
     if last > _FALL * first:
-        signs.append(f"the clean loss did not fall: {first:.2f} at first, {last:.2f} in the last quarter")
+        which = "clean loss" if "loss_clean" in entries[0] else "loss"
+        signs.append(f"the {which} did not fall: {first:.2f} at first, {last:.2f} in the last quarter")
     corrupted = [entry["loss_corrupted"] for entry in quarter if "loss_corrupted" in entry]
     if corrupted and sum(corrupted) / len(corrupted) > _EXPLODED * last:
         times = sum(corrupted) / len(corrupted) / last if last > 0 else math.inf
@@ -75,8 +76,8 @@ class CollapseCallback(TrainerCallback):
         signs = signs_of_collapse(state.log_history)
         if signs and state.is_world_process_zero:
             logger.warning(
-                f"This run may have collapsed: {'; '.join(signs)}. Do not report it as a result: lower epsilon, start "
-                "the defense later (start_epoch), or defend fewer modules."
+                f"This run may have collapsed: {'; '.join(signs)}. Do not report it as a result: lower epsilon (or "
+                "what the corruption's strength is), start the defense later (start_epoch), or defend fewer modules."
             )
 
 
@@ -143,7 +144,8 @@ class StepLog:
         self._steps += ends_step
         self.defended_steps += ends_step
         if self._idle is None:
-            self._idle, self.selected = dict(step.parameters), len(step.parameters)
+            corrupted_anyway = self.defense is not None and not self.defense.uses_gradients
+            self._idle, self.selected = {} if corrupted_anyway else dict(step.parameters), len(step.parameters)
         if self._idle:  # a few, after the first micro-batch
             self._idle = {name: parameter for name, parameter in self._idle.items() if parameter.grad is None}
 
@@ -159,11 +161,9 @@ class StepLog:
         self._reset()
         if not counted:
             return {}
-        losses = {
-            "loss_clean": first / steps,
-            "loss_corrupted": last / steps,
-            "sharpness": (last - first) / steps,
-        }
+        losses = {"loss_corrupted": last / steps}
+        if self.defense is None or self.defense.first_pass_is_clean:
+            losses = {"loss_clean": first / steps, **losses, "sharpness": (last - first) / steps}
         if not measured:
             return losses
         asked, realised = asked / measured, realised / measured
@@ -330,7 +330,7 @@ def _zeros(defense: Defense) -> str:
         for setting in fields(part)
     }
     zeros = [name for name, value in settings.items() if value == 0 and value is not False and name != "start_epoch"]
-    return " and ".join(f"{name}=0" for name in zeros)
+    return " and ".join(f"{name}=0" for name in zeros) or str(defense)
 
 
 def _length_of(loader: Any) -> int:

@@ -212,19 +212,20 @@ def _held(hook: Any) -> Iterator[Any]:
     yield from chain.from_iterable(part.values() for part in parts if isinstance(part, Mapping))
 
 
-def check_trained(selected: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Return the selected parameters, all of which must be trainable.
+def check_trained(selected: Mapping[str, nn.Parameter], defense: Defense) -> None:
+    """Check the selected parameters, all of which must be trainable if the defense climbs along their gradients.
 
     Raises:
         ValueError: A parameter is frozen.
     """
+    if not defense.uses_gradients:
+        return
     frozen = [name for name, parameter in selected.items() if not parameter.requires_grad]
     if frozen:
         raise ValueError(
             f"target_modules: expected trainable parameters, got {len(frozen)} frozen ones such as {frozen[0]!r}; "
             "a defense needs their gradient: unfreeze them, or exclude them with exclude_modules"
         )
-    return selected
 
 
 def trained_beside(

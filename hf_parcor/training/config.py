@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers.utils.hub import cached_file
 
+from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.defenses import DEFENSES, Defense
 from hf_parcor.records.comparable import COUNTS, DEFENSE_CONFIG_NAME, VERSION
 from hf_parcor.records.stored import read_strict_json, to_plain, to_strict_json
@@ -42,14 +43,17 @@ def from_plain(kind: Any, value: Any, name: str) -> Any:
         ...
         ValueError: epsilon: expected a number or "inf", got 'large'
     """
+    if kind is Corruption:
+        return _corruption_from_plain(value, name)
     if isinstance(kind, type) and is_dataclass(kind):
         return _dataclass_from_plain(kind, value, name)
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return _member_from_plain(parts, value, name)
-    if origin in (list, tuple):
+    if origin in (list, tuple, Collection):
         entries = _checked(isinstance(value, list), value, name, "a list")
-        return origin(from_plain(parts[0], entry, f"{name}[{index}]") for index, entry in enumerate(entries))
+        make = tuple if origin is Collection else origin
+        return make(from_plain(parts[0], entry, f"{name}[{index}]") for index, entry in enumerate(entries))
     if origin is Literal:
         return _checked(value in parts, value, name, f"one of {', '.join(map(repr, parts))}")
     if kind not in _PLAIN:
@@ -101,6 +105,33 @@ def _dataclass_from_plain(kind: type, value: Any, name: str) -> Any:
         got = [*(f"the unknown {key}" for key in unknown), *(f"no {key}" for key in missing)]
         raise ValueError(f"{name}: expected exactly the settings {', '.join(known)}, got {', '.join(got)}")
     return kind(**{key: from_plain(hints[key], entry, f"{name}.{key}") for key, entry in value.items()})
+
+
+def _corruption_from_plain(value: Any, name: str) -> Corruption:
+    expected = f"an object with one of {', '.join(CORRUPTIONS)} and its settings"
+    _checked(isinstance(value, dict) and len(value) == 1 and set(value) <= set(CORRUPTIONS), value, name, expected)
+    ((kind, settings),) = value.items()
+    found: Corruption = from_plain(CORRUPTIONS[kind], settings, f"{name}.{kind}")
+    return found
+
+
+def _settings_of(defense: Defense) -> dict[str, Any]:
+    """Return the settings of a defense as plain values: a corruption under its name, as it is built from it again."""
+    return {setting.name: _named(getattr(defense, setting.name)) for setting in fields(defense) if setting.init}
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, Corruption):
+        known = (name for name, kind in CORRUPTIONS.items() if kind is type(value))
+        return {next(known, _import_path(type(value))): to_plain(value, otherwise=repr)}
+    if isinstance(value, (list, tuple)):
+        return [_named(entry) for entry in value]
+    return to_plain(value, otherwise=repr)
+
+
+def _import_path(kind: type) -> str:
+    """Return where a class is imported from."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 _TARGETS: dict[str, Any] = {
@@ -173,10 +204,9 @@ class DefenseConfig:
         A defense of the catalogue stands under its name there, another class under its import path.
         """
         kind = type(self.defense)
-        own_path = f"{kind.__module__}.{kind.__qualname__}"
         return {
-            "defense": next((name for name, entry in DEFENSES.items() if entry is kind), own_path),
-            "settings": to_plain(self.defense, otherwise=repr),
+            "defense": next((name for name, entry in DEFENSES.items() if entry is kind), _import_path(kind)),
+            "settings": _settings_of(self.defense),
             **{name: to_plain(getattr(self, name), otherwise=repr) for name in _TARGETS},
             **{name: count for name in COUNTS if (count := getattr(self, name)) is not None},
             VERSION: _installed_version(),

@@ -263,7 +263,10 @@ class _TrainerDefense:
         if self._selected is None or self._selected[0] is not model:
             if sharded:
                 drop_gathered(model)
-            self._selected = (model, sharded, check_trained(select_trainable(model, **self._selection)))
+            selected = select_trainable(model, **self._selection)
+            if self.defense is not None:
+                check_trained(selected, self.defense)
+            self._selected = (model, sharded, selected)
         elif self._selected[1] is not sharded:
             self._selected = (model, sharded, renewed(self._selected[2], model))
         return self._selected[2]

@@ -12,7 +12,7 @@ from hf_parcor.distributed.fsdp import is_sharded, on_shards
 from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.injection import CorruptionNorm
 from hf_parcor.prefix import PrefixReuse
-from hf_parcor.training.checks import refuse_updates_inside_backward
+from hf_parcor.training.checks import check_trained, refuse_updates_inside_backward
 from hf_parcor.training.passes import Passes
 from hf_parcor.training.shared_prefix import find_shared_prefix, suffix_share
 
@@ -48,6 +48,7 @@ class StepRunner:
         others: Iterable[nn.Parameter],
         embedding: nn.Module | None = None,
         *,
+        epoch: float = 0.0,
         measure_norm: bool = True,
     ) -> tuple[DefendedStep, CorruptionNorm | None]:
         """Run one micro-batch.
@@ -57,13 +58,14 @@ class StepRunner:
             selected: The defended parameters, by name.
             others: All other parameters that are trained.
             embedding: The model's input embedding, for a defense that perturbs the inputs.
+            epoch: How many epochs are done. Default 0.
             measure_norm: Whether to measure the last corruption, which reads and writes all of it. Default True.
 
         Returns:
             The step, which is over, and the norm of its last corruption; None if that was not measured.
 
         Raises:
-            ValueError: A hook takes gradients inside `backward`.
+            ValueError: A hook takes gradients inside `backward`, or a parameter is frozen whose gradient is needed.
         """
         defense, model, others = passes.defense, passes.model, list(others)
         refuse_updates_inside_backward([*selected.values(), *others])
@@ -86,6 +88,7 @@ class StepRunner:
             reduction=reduction_of(model),
             # Gradients of shards are means over all processes already.
             processes=TrainingProcesses() if passes.accelerator.num_processes > 1 and not sharded else None,
+            epoch=epoch,
         ) as step:
             defense.minimize(step)
             norm = step.withdraw(defense.p) if measure_norm else None
@@ -96,6 +99,7 @@ class StepRunner:
         found = (self.reuse_prefix, passes.defense, id(passes.model), *map(id, selected.values()))
         if self._known == found:
             return
+        check_trained(selected, passes.defense)  # another defense than before may need what is frozen
         self._known, self._buffers_move, self._suffix_share, self.shared_prefix = found, True, 1.0, None
         if self.reuse_prefix:
             self.shared_prefix = find_shared_prefix(passes, selected, self._devices)

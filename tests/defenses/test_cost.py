@@ -14,13 +14,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, MultiStepRisk, injection, select_parameters
+from hf_parcor import (
+    ACRT,
+    AWP,
+    SAM,
+    CorruptionConstraint,
+    CorruptionRisk,
+    GaussianNoise,
+    GradientCorruption,
+    GradientPenalty,
+    MultiStepRisk,
+    Quantization,
+    injection,
+    select_parameters,
+)
 from hf_parcor.defenses import DEFENSES, ConstrainedDefense, DefendedStep
 from hf_parcor.functional.top_n import keep_top_n_
 
 L2 = CorruptionConstraint(epsilon=0.1)
 DEFENDED = [
-    *(kind(L2) if issubclass(kind, ConstrainedDefense) else kind() for kind in DEFENSES.values()),
+    *(kind(L2) for kind in DEFENSES.values() if issubclass(kind, ConstrainedDefense)),
+    GradientPenalty(),
+    CorruptionRisk(Quantization(4)),
+    CorruptionRisk([GaussianNoise(0.1), GradientCorruption(L2), Quantization(4)]),
+    CorruptionRisk([GaussianNoise(0.1), Quantization(4)], clean_weight=0, draw_one=True),
     MultiStepRisk(L2, steps=3),
     AWP(L2, steps=2, input_steps=3),
     AWP(L2, steps=2, input_epsilon=0),

@@ -11,7 +11,18 @@ import torch
 from for_each import for_each
 from torch import Tensor, nn
 
-from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk
+from hf_parcor import (
+    ACRT,
+    AWP,
+    SAM,
+    CorruptionConstraint,
+    CorruptionRisk,
+    GaussianNoise,
+    GradientCorruption,
+    GradientPenalty,
+    MultiStepRisk,
+    Quantization,
+)
 from hf_parcor.defenses import DEFENSES, DefendedStep, Defense, Objective
 
 SELECTED = ("0.weight", "0.bias", "2.weight")
@@ -145,6 +156,30 @@ def awp(defense: AWP, problem) -> dict[str, Tensor]:
     return {name: g[name] for name, _ in model.named_parameters()}
 
 
+def corruption_risk(defense: CorruptionRisk, problem) -> dict[str, Tensor]:
+    """The mean of the gradients at the corrupted weights beside that at the clean ones, each corruption by itself."""
+    model, clean = problem[0], gradients_at(*problem, {})
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    corruptions = defense.corruptions
+    if defense.draw_one:
+        corruptions = [corruptions[int(torch.randint(len(corruptions), ()))]]
+    total = {name: defense.clean_weight * clean[name] for name in clean}
+    for corruption in corruptions:
+        if isinstance(corruption, GradientCorruption):
+            constraint = corruption.constraint
+            a = unflat(climb(flat(clean), constraint.p, constraint.epsilon, constraint.top_n), clean)
+        elif isinstance(corruption, Quantization):
+            scales = {name: weights[name].abs().max() / (2 ** (corruption.bits - 1) - 1) for name in SELECTED}
+            a = {name: torch.round(weights[name] / scales[name]) * scales[name] - weights[name] for name in SELECTED}
+        else:
+            source = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+            drawn = {name: torch.empty_like(weights[name]).normal_(generator=source) for name in SELECTED}
+            a = {name: corruption.std * part for name, part in drawn.items()}
+        g = gradients_at(*problem, a)
+        total = {name: total[name] + (1 - defense.clean_weight) / len(corruptions) * g[name] for name in total}
+    return total
+
+
 @dataclass
 class Row:
     """A defense of the catalogue: settings to check it at, and its update written out."""
@@ -194,6 +229,17 @@ ROWS = {
             AWP(CorruptionConstraint(epsilon=0.0), input_steps=2),
         ],
         awp,
+    ),
+    "corruption": Row(
+        [
+            CorruptionRisk(Quantization(3)),
+            CorruptionRisk(Quantization(4), clean_weight=0),
+            CorruptionRisk([GaussianNoise(0.3), Quantization(2), GaussianNoise(0.1)], clean_weight=0.3),
+            CorruptionRisk([GaussianNoise(0.3), Quantization(2)], draw_one=True),
+            CorruptionRisk([Quantization(3), GradientCorruption(MAX), GradientCorruption(SPARSE)], clean_weight=0.2),
+            CorruptionRisk([GradientCorruption(L3), GaussianNoise(0.2)], clean_weight=0),
+        ],
+        corruption_risk,
     ),
     "gradient_penalty": Row(
         [GradientPenalty(p, weight=0.1) for p in (2, math.inf, 3)], gradient_penalty, tolerance=1e-6
@@ -265,6 +311,8 @@ def test_is_active_at_every_so_many_steps(name):
         SAM(CorruptionConstraint(epsilon=0.0)),
         AWP(CorruptionConstraint(epsilon=0.0), input_epsilon=0),
         AWP(L2, steps=0, input_steps=0),
+        CorruptionRisk(Quantization(4), clean_weight=1),
+        CorruptionRisk([GaussianNoise(0.0), GradientCorruption(CorruptionConstraint(epsilon=0.0))]),
         GradientPenalty(weight=0),
     ],
 )

@@ -11,7 +11,19 @@ import torch
 import transformers as tf
 from torch import distributed, nn
 
-from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
+from hf_parcor import (
+    ACRT,
+    AWP,
+    SAM,
+    CorruptionConstraint,
+    CorruptionRisk,
+    GradientCorruption,
+    GradientPenalty,
+    MultiStepRisk,
+    ParameterDefenseTrainer,
+    Quantization,
+)
+from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.prefix import PrefixError
 from hf_parcor.training import shared_prefix
 
@@ -179,6 +191,7 @@ DEFENSES = {
     "sam": SAM(L2),
     "awp": AWP(L2, steps=2),
     "gradient_penalty": GradientPenalty(weight=0.1),
+    "corruption": CorruptionRisk([GradientCorruption(L2), Quantization(4)]),
 }
 CASES = [
     *itertools.product(["plain", "accumulation"], DEFENSES),
@@ -196,6 +209,10 @@ def every_option():
         for name, defense in DEFENSES.items():
             if (option, name) in CASES:
                 runs[option, name] = train(bert, defense=defense, **settings)
+    seed = torch.tensor(7 + distributed.get_rank())  # as if dropout had moved the generators apart
+    for shared in (True, False):
+        runs["seed", shared] = int(TrainingProcesses().seed(seed.clone(), shared=shared))
+    runs["seed", "alike"] = int(TrainingProcesses().seed(torch.tensor(7), shared=False))
     return runs
 
 
@@ -233,6 +250,13 @@ def test_gradient_is_the_mean_of_what_each_rank_would_step_along_alone(options, 
     for key, value in options[0][option, name]["gradients"][0].items():
         expected = torch.stack([gradient[key] for gradient in alone[name]["gradients"][:batches]]).sum(dim=0) / 2
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12, msg=key)
+
+
+def test_random_corruptions_are_shared_or_not_as_asked(options):
+    first, second = options
+    assert first["seed", True] == second["seed", True] == 7
+    for key in (False, "alike"):
+        assert first["seed", key] != second["seed", key]
 
 
 K2 = MultiStepRisk(L2, steps=2)

@@ -16,7 +16,18 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
 
-from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GaussianNoise, MultiStepRisk, ParameterDefenseTrainer
+from hf_parcor import (
+    ACRT,
+    AWP,
+    SAM,
+    CorruptionConstraint,
+    CorruptionRisk,
+    GaussianNoise,
+    GradientCorruption,
+    MultiStepRisk,
+    ParameterDefenseTrainer,
+    Quantization,
+)
 from hf_parcor.distributed.dtensors import local_part
 from hf_parcor.distributed.fsdp import drop_gathered
 
@@ -29,6 +40,10 @@ DEFENSES = {
     "max norm": (ACRT(CorruptionConstraint(p=math.inf, epsilon=0.01)), "all"),
     "SAM": (SAM(CONSTRAINT), "all"),
     "AWP": (AWP(CorruptionConstraint(epsilon=0.05), per_tensor=True), "all"),
+    "corruption": (
+        CorruptionRisk([GradientCorruption(CONSTRAINT), Quantization(4), GaussianNoise(0.02)], clean_weight=0.25),
+        "all",
+    ),
     "part": (MultiStepRisk(CONSTRAINT, steps=2), ["classifier", "layer.1.attention"]),
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from hf_parcor import CorruptionConstraint
+from hf_parcor import CorruptionConstraint, CorruptionRisk, GaussianNoise, GradientCorruption
 from hf_parcor.defenses import DEFENSES
 
 
@@ -83,6 +83,10 @@ def defense_of():
         kind = DEFENSES[name]
         if "constraint" in {setting.name for setting in fields(kind)}:
             settings.setdefault("constraint", CorruptionConstraint(epsilon=0.1))
+        if kind is CorruptionRisk:
+            settings.setdefault(
+                "corruption", [GradientCorruption(CorruptionConstraint(epsilon=0.1)), GaussianNoise(0.02)]
+            )
         return kind(**settings)
 
     return build

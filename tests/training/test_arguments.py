@@ -15,12 +15,15 @@ from hf_parcor import (
     SAM,
     CorruptionConstraint,
     CorruptionEvaluator,
+    CorruptionRisk,
     DefenseConfig,
+    GaussianNoise,
     GradientPenalty,
     LayerProbe,
     MultiStepRisk,
     ParameterDefenseTrainer,
     ParameterDefenseTrainingArguments,
+    Quantization,
     Seq2SeqParameterDefenseTrainingArguments,
     select_parameters,
 )
@@ -71,6 +74,10 @@ def test_each_setting_has_one_default(tmp_path):
     flags = ParameterDefenseTrainingArguments(output_dir=str(tmp_path))
     for name, kind in DEFENSES.items():
         required = {"constraint": DEFAULT_DEFENSE.constraint} if issubclass(kind, ConstrainedDefense) else {}
+        if kind is CorruptionRisk:
+            required, flags.defense_corruption = {"corruption": Quantization(4)}, ["quantization=4"]
+        else:
+            flags.defense_corruption = None
         flags.defense = name
         assert build_defense(flags) == kind(**required)
     assert MultiStepRisk(DEFAULT_DEFENSE.constraint) == DEFAULT_DEFENSE
@@ -192,6 +199,20 @@ def test_none_is_the_stock_step(tmp_path):
             {"defense": "gradient_penalty", "defense_norm": math.inf, "defense_weight": 0.2},
             GradientPenalty(math.inf, weight=0.2),
         ),
+        (
+            {"defense": "corruption", "defense_corruption": ["quantization=4,5", "gaussian=0.02"]},
+            CorruptionRisk([Quantization(4), Quantization(5), GaussianNoise(0.02)]),
+        ),
+        (
+            {
+                "defense": "corruption",
+                "defense_corruption": ["quantization=4"],
+                "defense_clean_weight": 0.0,
+                "defense_ramp_epochs": 0.5,
+                "defense_draw_one": True,
+            },
+            CorruptionRisk(Quantization(4), clean_weight=0, ramp_epochs=0.5, draw_one=True),
+        ),
     ],
 )
 def test_flags_of_the_other_defenses(settings, expected, tmp_path):
@@ -204,6 +225,13 @@ def test_flags_of_the_other_defenses(settings, expected, tmp_path):
         ({"defense": "sam", "defense_steps": 2}, "--defense_steps: expected a setting of sam, got 2"),
         ({"defense": "gradient_penalty", "defense_epsilon": 0.2}, "--defense_epsilon: expected a setting of"),
         ({"defense": "multistep"}, "expected one of multi_step_risk, .*none, got 'multistep'"),
+        ({"defense": "corruption"}, "--defense_corruption: expected it with --defense corruption"),
+        ({"defense": "corruption", "defense_corruption": ["quantisation=4"]}, "did you mean quantization"),
+        ({"defense": "corruption", "defense_corruption": ["multi-step=4"]}, "MultiStepRisk"),
+        (
+            {"defense": "sam", "defense_corruption": ["quantization=4"]},
+            "--defense_corruption: expected a setting of sam",
+        ),
         ({"defense_epsilon": -1.0}, "epsilon: expected 0 <= epsilon < inf"),
         ({"defense_norm": 0.5}, "p: expected 1 <= p <= inf"),
         ({"defense_top_n": 0}, "top_n: expected a whole number >= 1"),

@@ -14,12 +14,16 @@ from transformers import Trainer
 from hf_parcor import (
     ACRT,
     SAM,
+    BitFlips,
     CorruptionConstraint,
+    CorruptionRisk,
     DefenseConfig,
+    GradientCorruption,
     GradientPenalty,
     MultiStepRisk,
     ParameterDefenseTrainer,
     ParameterDefenseTrainingArguments,
+    Quantization,
 )
 from hf_parcor.defenses import DEFENSES
 from hf_parcor.training import DEFENSE_CONFIG_NAME
@@ -55,6 +59,9 @@ CONFIGS = {
     "collections": DefenseConfig(ACRT(L2, alpha=1 / 3), ["b", "a"], {"d", "c"}, range(2)),
     "infinite order": DefenseConfig(GradientPenalty(p=math.inf, weight=1e-30)),
     "whole numbers for fractions": DefenseConfig(SAM(CorruptionConstraint(p=2, epsilon=1), start_epoch=3)),
+    "corruptions": DefenseConfig(
+        CorruptionRisk([Quantization(4), GradientCorruption(EVERYWHERE), BitFlips(rate=1e-6), BitFlips(count=3)])
+    ),
     "numbers of NumPy": DefenseConfig(MultiStepRisk(L2, steps=np.int64(3), step_size=np.float32(0.5))),
 }
 

@@ -131,7 +131,7 @@ def test_every_defense(run, interrupted, defense_of, name, settings, at):
     again = run("again", options, resume=interrupted(at, options, defense=defense), defense=defense)
     assert_same_run(again, whole)
     first = int(3 * defense.start_epoch)
-    assert ["loss_clean" in entry for entry in entries(again)] == [step >= first for step in range(5)]
+    assert ["loss_corrupted" in entry for entry in entries(again)] == [step >= first for step in range(5)]
 
 
 WINDOWS = {"logging_steps": 3, "save_strategy": "steps", "save_steps": 2, **SIX_SHORT_STEPS}

@@ -1,0 +1,138 @@
+"""The risk under any corruption in the real Trainer: against training loops that know nothing of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, get_scheduler
+
+from hf_parcor import (
+    CorruptionConstraint,
+    CorruptionRisk,
+    GaussianNoise,
+    GradientCorruption,
+    ParameterDefenseTrainer,
+    Quantization,
+    select_parameters,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+STEPS = {"max_steps": 6, "learning_rate": 1e-2}
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounded to n-bit integers going forward; the gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx, weight, bits):
+        step = weight.abs().max() / torch.tensor(2.0 ** (bits - 1) - 1)
+        return torch.round(weight / step) * step if step > 0 else weight.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+class Kept(Trainer):
+    """Keeps the batches that it trains on."""
+
+    def training_step(self, model, inputs, *args):
+        self.batches = [*getattr(self, "batches", ()), {name: tensor.clone() for name, tensor in inputs.items()}]
+        return super().training_step(model, inputs, *args)
+
+
+def test_it_is_quantization_aware_training_to_the_last_bit(tiny_bert, train):
+    ours = train(
+        ParameterDefenseTrainer, tiny_bert(dropout=0.0), STEPS, defense=CorruptionRisk(Quantization(4), clean_weight=0)
+    )
+    batches = train(Kept, tiny_bert(dropout=0.0), STEPS).batches
+
+    model = tiny_bert(dropout=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, fused=True)
+    schedule = get_scheduler("linear", optimizer, 0, len(batches))
+    for batch in batches:
+        rounded = {name: StraightThrough.apply(parameter, 4) for name, parameter in model.named_parameters()}
+        torch.func.functional_call(model, rounded, kwargs=batch).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    for (name, found), expected in zip(ours.model.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+    (logged, *_) = [entry for entry in ours.state.log_history if "loss" in entry]
+    assert "loss_clean" not in logged  # no pass is at the clean weights
+    assert logged["loss"] == pytest.approx(logged["loss_corrupted"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["all", "last-encoder-layer"])
+def test_a_corruption_too_small_to_matter_is_the_stock_step(tiny_bert, train, target):
+    tiny = [GaussianNoise(1e-9), GradientCorruption(CorruptionConstraint(epsilon=1e-9))]
+    stock = train(Trainer, tiny_bert(dropout=0.0), STEPS)
+    ours = train(
+        ParameterDefenseTrainer, tiny_bert(dropout=0.0), STEPS, defense=CorruptionRisk(tiny), target_modules=target
+    )
+    assert (ours.shared_prefix is None) == (target == "all")
+    for found, expected in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_prefix_reused_is_one_computed(tiny_bert, train):
+    defense = CorruptionRisk([Quantization(4), GaussianNoise(0.05)], clean_weight=0.2)
+    runs = [
+        train(
+            ParameterDefenseTrainer,
+            tiny_bert(dropout=0.0),
+            {**STEPS, "optim": "sgd"},
+            defense=defense,
+            target_modules="last-encoder-layer",
+            reuse_prefix=reuse,
+        )
+        for reuse in (True, False)
+    ]
+    assert [run.shared_prefix is None for run in runs] == [False, True]
+    for found, expected in zip(*(run.model.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_adapters_learn_beside_a_base_that_is_rounded(tiny_bert, train, said):
+    """The base is frozen, and comes back bit for bit; the gradient of the adapters is that beside the rounded base."""
+    peft = pytest.importorskip("peft", reason="an optional dependency, the extra peft")
+
+    def adapted():
+        config = peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+        torch.manual_seed(1)
+        return peft.get_peft_model(tiny_bert(dropout=0.0), config)
+
+    defense = CorruptionRisk(Quantization(3), clean_weight=0)
+    options = {
+        "max_steps": 2,
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+    }
+    base = {name: p.clone() for name, p in adapted().named_parameters() if not p.requires_grad}
+    trainer = train(ParameterDefenseTrainer, adapted(), options, defense=defense, target_modules=["base_layer"])
+    found = dict(trainer.model.named_parameters())
+    assert all(torch.equal(found[name], weight) for name, weight in base.items())
+    assert trainer.defense_config.defended_steps == 2
+    assert not said("did nothing")
+
+    rounded = adapted()  # trained by the stock Trainer beside a base that stays rounded
+    with torch.no_grad():
+        for weight in select_parameters(rounded, ["base_layer"]).values():
+            weight.copy_(Quantization(3)({"w": weight})["w"])
+    expected = dict(train(Trainer, rounded, options).model.named_parameters())
+    trained = [name for name, parameter in found.items() if parameter.requires_grad]
+    assert trained
+    assert all(torch.equal(found[name], expected[name]) for name in trained)
+
+
+def test_a_defense_along_gradients_still_refuses_what_is_frozen(tiny_bert, train):
+    model = tiny_bert()
+    model.bert.requires_grad_(False)
+    defense = CorruptionRisk([Quantization(4), GradientCorruption(CorruptionConstraint(epsilon=0.1))])
+    with pytest.raises(ValueError, match="expected trainable parameters"):
+        train(ParameterDefenseTrainer, model, defense=defense, target_modules="attention")
