@@ -192,6 +192,7 @@ RUNS = [
     ("multi-step", {"activation_checkpointing": True}, {"max_steps": 2, "max_grad_norm": 0.05}),
     ("top n", {}, {"max_steps": 4}),
     ("max norm", {}, {"max_steps": 4}),
+    ("corruption", {}, {"max_steps": 4}),
     ("AWP", {}, {"max_steps": 4}),
     ("part", {}, {"max_steps": 4}),
     ("part", {"activation_checkpointing": True}, {"max_steps": 2}),
