@@ -7,9 +7,9 @@ the float32 weights of a model changed in their last bit.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch.nn.utils import parametrize
 from hf_parcor.arguments import check_norm_order
 from hf_parcor.distributed.dtensors import alike, local_part, local_parts, one_vector, spread_alike, total
 from hf_parcor.functional.vectors import chunks, clones, vector_norm, vector_norm_of_unit_scale
+
+Device = torch.device | str | None
+"""A device, or None for that of the weights."""
 
 
 def obstacle(weight: Tensor) -> str | None:
@@ -95,6 +98,54 @@ def check_corruption(weights: Mapping[str, Tensor], corruption: Mapping[str, Ten
             )
 
 
+class Replacement(dict[str, Tensor]):
+    """New values of weights, by name, where a difference would not do.
+
+    Quantized weights and flipped bits are values: where an exponent bit flips, `w + (w' − w)` is not `w'` in floating
+    point, and `w'` may be ∞ or NaN. Any other mapping of names to tensors is a corruption `a` to be added.
+    """
+
+
+class Pieces:
+    """A corruption that comes one tensor after the other: each is made when it is asked for, and only once.
+
+    Nobody here holds a tensor while the next one is made, so that a corruption of a whole model takes no more memory
+    than its largest tensor. A piece may depend on its own weight, but on no other one: that may be written already.
+
+    Args:
+        pairs: Names and tensors; each name at most once.
+        replaces: Whether they are new values of the weights, as in a `Replacement`, and not to be added to them.
+
+    Examples:
+        >>> pieces = Pieces((name, torch.ones(2)) for name in ("a", "b"))
+        >>> [name for name, tensor in pieces], pieces.whole()
+        (['a', 'b'], {})
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, Tensor]], *, replaces: bool = False) -> None:
+        self._pairs = iter(pairs)
+        self.replaces = replaces
+
+    @classmethod
+    def consuming(cls, tensors: dict[str, Tensor]) -> Pieces:
+        """Return the tensors of a corruption that exists as a whole; each leaves the dictionary as it is asked for."""
+        return cls(((name, tensors.pop(name)) for name in list(tensors)), replaces=isinstance(tensors, Replacement))
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what is left, under `torch.no_grad()`."""
+        while True:
+            with torch.no_grad():
+                pair = next(self._pairs, None)
+            if pair is None:
+                return
+            yield pair
+            del pair
+
+    def whole(self) -> dict[str, Tensor]:
+        """Return all that is left, as the mapping that a corruption returns when it is called."""
+        return Replacement(self) if self.replaces else dict(self)
+
+
 def forget_derived() -> None:
     """Let PyTorch forget what it keeps that was computed from weights, so that the next pass computes it anew.
 
@@ -131,8 +182,8 @@ class Injection:
     """A corruption of some weights that can be moved step by step, and withdrawn to the last bit.
 
     The weights themselves hold `w + a`; only the saved bits of `w` cost memory, and they are taken when the first
-    corruption is written. Weights narrower than float32 swallow small corruptions, so for them (only) `a` is kept in
-    float32 beside.
+    corruption is written. One that is written once, tensor by tensor (`write`), costs nothing beside. Where it moves
+    (`displace`), weights narrower than float32 swallow small steps, so for them (only) `a` is kept in float32.
 
     Of weights that are sharded over ranks (DTensors) each rank writes and saves its own shards; norms and counts are
     those of the whole vector, and equal on all ranks.
@@ -149,26 +200,30 @@ class Injection:
 
     Args:
         weights: Floating-point tensors by name; they are written in place.
+        saved_on: Where the saved bits are kept, such as "cpu", in pinned memory where there is CUDA; None, the
+            default, for each weight's own device.
 
     Raises:
         TypeError: A tensor is not floating point.
         ValueError: There is no tensor, or one stands under two names.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], *, saved_on: Device = None) -> None:
         check_weights(weights)
         self._weights = {name: weight.detach() for name, weight in weights.items()}
-        exact = [weight for weight in self._weights.values() if not _is_narrow(weight)]
-        narrow = [weight for weight in self._weights.values() if _is_narrow(weight)]
-        self._vector = one_vector([*exact, *narrow])
-        self._exact, self._narrow = self._vector[: len(exact)], self._vector[len(exact) :]
+        self._saved_on = None if saved_on is None else torch.device(saved_on)
+        names = sorted(self._weights, key=lambda name: _is_narrow(self._weights[name]))  # stable: exact ones first
+        self._places = {name: place for place, name in enumerate(names)}
+        self._vector = one_vector([self._weights[name] for name in names])
+        exact = sum(not _is_narrow(weight) for weight in self._weights.values())
+        self._all_exact, self._all_narrow = range(exact), range(exact, len(names))
         self._forget()
 
     def _forget(self) -> None:
         self._active = False
-        self._saved_exact: list[Tensor] = []
-        self._saved_narrow: list[Tensor] = []
+        self._saved: dict[int, Tensor] = {}  # by the place in the vector
         self._corruption: dict[str, Tensor] = {}
+        self._asked: _Asked | None = None
 
     @property
     def is_active(self) -> bool:
@@ -178,15 +233,27 @@ class Injection:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
-            if not self._active:
-                self._saved_exact = clones(self._exact)
-                self._saved_narrow = clones(self._narrow)
-                self._active = True
+            self._active = True
             yield
             forget_derived()
         except BaseException:
             self.restore()
             raise
+
+    def _save(self, places: Iterable[int]) -> None:
+        """Save the bits of weights that are not saved yet."""
+        new = [place for place in places if place not in self._saved]
+        weights = [self._vector[place] for place in new]
+        copies = clones(weights) if self._saved_on is None else [_copy_on(self._saved_on, w) for w in weights]
+        self._saved.update(zip(new, copies, strict=True))
+
+    def _with_saved(self, operation: Callable[..., object], places: Iterable[int]) -> None:
+        """Apply a batched operation to weights and their saved bits, brought near one by one if they are kept afar."""
+        saved = [place for place in places if place in self._saved]
+        for some in [saved] if self._saved_on is None else [[place] for place in saved]:
+            weights = [self._vector[place] for place in some]
+            bits = [self._saved[place].to(self._vector[place].device) for place in some]
+            _foreach(operation, weights, bits)
 
     @torch.no_grad()
     def displace(
@@ -205,12 +272,14 @@ class Injection:
 
         Raises:
             ValueError: A name or a shape does not belong to the weights; nothing is written then.
-            RuntimeError: The weights were replaced, and not restored since.
+            RuntimeError: The weights were written by `write`, and not restored since.
         """
         check_corruption(self._weights, update)
         if self._active and not self._corruption:
-            raise RuntimeError("displace: expected weights not replaced before, got replaced ones; restore() first")
+            raise RuntimeError("displace: expected weights not written before, got written ones; restore() first")
         with self._writing():
+            self._save(self._all_exact)
+            self._save(self._all_narrow)
             first = not self._corruption
             moved = list(update)
             if first:
@@ -222,9 +291,9 @@ class Injection:
             direct = first and project is None  # w + u, with no need of a by itself
             # Else weights of full precision hold a itself while it moves: no second buffer.
             if not first:
-                _foreach(torch._foreach_sub_, self._exact, self._saved_exact)
+                self._with_saved(torch._foreach_sub_, self._all_exact)
             elif not direct:
-                _foreach(torch._foreach_zero_, self._exact)
+                _foreach(torch._foreach_zero_, [self._vector[place] for place in self._all_exact])
             _foreach(
                 torch._foreach_add_,
                 local_parts([self._corruption[name] for name in moved]),
@@ -233,8 +302,10 @@ class Injection:
             if project is not None:
                 project(list(self._corruption.values()))
             if not direct:
-                _foreach(torch._foreach_add_, self._exact, self._saved_exact)
-            for weight, corruption, before in zip(self._narrow, self._wide(), self._saved_narrow, strict=True):
+                self._with_saved(torch._foreach_add_, self._all_exact)
+            for place, corruption in zip(self._all_narrow, self._wide(), strict=True):
+                weight = self._vector[place]
+                before = self._saved[place].to(weight.device)
                 torch.add(corruption, before, out=weight)  # a batched call would make a float32 copy of them all
 
     @staticmethod
@@ -244,7 +315,68 @@ class Injection:
         return update if keep and update.dtype == torch.float32 else update.to(torch.float32, copy=True)
 
     def _wide(self) -> list[Tensor]:
-        return local_parts([self._corruption[name] for name, weight in self._weights.items() if _is_narrow(weight)])
+        return local_parts(
+            [self._corruption[name] for name, place in self._places.items() if place in self._all_narrow]
+        )
+
+    @torch.no_grad()
+    def write(self, corruption: Mapping[str, Tensor] | Pieces, p: float | None = None) -> None:
+        """Write a corruption of the weights as they were before any was written: `w + a`, or a replacement.
+
+        Tensor by tensor, small ones together: the bits of each are saved just before it is written, and no `a` is
+        kept. What was written before and is not named now is put back.
+
+        Args:
+            corruption: What to add to the weights, by name, or a `Replacement`; or either of them as `Pieces`.
+            p: Of pieces that are added to weights narrower than float32, the order of the norm that `withdraw` will
+                be asked for; None, the default, if it will not.
+
+        Raises:
+            ValueError: A name or a shape does not belong to the weights, or `p` is below 1 or NaN. Nothing is written
+                then; of pieces, what was is put back.
+            RuntimeError: The weights were displaced, and not restored since.
+        """
+        p = None if p is None else check_norm_order(p)
+        if not isinstance(corruption, Pieces):
+            check_corruption(self._weights, corruption)
+        if self._corruption:
+            raise RuntimeError("write: expected weights not displaced before, got displaced ones; restore() first")
+        pairs = corruption if isinstance(corruption, Pieces) else corruption.items()
+        replaces = corruption.replaces if isinstance(corruption, Pieces) else isinstance(corruption, Replacement)
+        kept = None if isinstance(corruption, Pieces) else corruption
+        self._asked = None if replaces else _Asked(p, kept)
+        with self._writing():
+            earlier = set(self._saved)
+            for bundle in _bundles(pairs):
+                self._write_together(bundle, replaces)
+                earlier.difference_update(self._places[name] for name in bundle)
+                del bundle
+            self._put_back(earlier)
+            for place in earlier:
+                del self._saved[place]
+
+    def _write_together(self, bundle: dict[str, Tensor], replaces: bool) -> None:
+        check_corruption(self._weights, bundle)
+        places = [self._places[name] for name in bundle]
+        self._put_back(places)
+        self._save(place for place in places if place in self._all_exact)
+        self._save(place for place in places if place in self._all_narrow)
+        pieces = [
+            local_part(piece.detach()).to(self._vector[place].device)
+            for place, piece in zip(places, bundle.values(), strict=True)
+        ]
+        weights = [self._vector[place] for place in places]
+        if replaces:
+            _foreach(torch._foreach_copy_, weights, pieces)
+            return
+        exact = [index for index, place in enumerate(places) if place in self._all_exact]
+        _foreach(torch._foreach_add_, [weights[index] for index in exact], [pieces[index] for index in exact])
+        for place, weight, piece in zip(places, weights, pieces, strict=True):
+            if place in self._all_narrow:
+                wide = piece.to(torch.float32)
+                _add_to_narrow(weight, wide)
+                if self._asked is not None:
+                    self._asked.see(place, wide)
 
     @torch.no_grad()
     def size(self) -> CorruptionSize:
@@ -252,69 +384,122 @@ class Injection:
         if not self._active:
             return CorruptionSize(0, 0.0)
         changed, parts = [], []
-        for weight, before in zip(self._vector, self._all_saved(), strict=True):
-            count, norm = _change(weight, before)
+        for place, weight in enumerate(self._vector):
+            part = weight if place in self._saved else weight.new_empty(0)
+            count, norm = _change(part, self._saved.get(place, part))
             changed.append(count)
             parts.append(norm)
         counts, norm = alike(self._vector, changed), vector_norm(alike(self._vector, parts))
         return CorruptionSize(int(total(counts, _sum)), float(norm))
-
-    def _all_saved(self) -> list[Tensor]:
-        return [*self._saved_exact, *self._saved_narrow]
-
-    @torch.no_grad()
-    def replace(self, values: Mapping[str, Tensor]) -> None:
-        """Write new values over the weights.
-
-        Raises:
-            ValueError: A name or a shape does not belong to the weights; nothing is written then.
-            RuntimeError: The weights were displaced, and not restored since.
-        """
-        check_corruption(self._weights, values)
-        if self._corruption:
-            raise RuntimeError("replace: expected weights not displaced before, got displaced ones; restore() first")
-        with self._writing():
-            for name, value in values.items():
-                local_part(self._weights[name]).copy_(local_part(value))
-
-    def write(self, chosen: Mapping[str, Tensor]) -> None:
-        """Write what a corruption chose: new values if it is a `Replacement`, else what to add."""
-        if isinstance(chosen, Replacement):
-            self.replace(chosen)
-        else:
-            self.displace(chosen, keep=True)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Write the saved bits back and free them; nothing to do is fine."""
         if self._active:
             try:
-                _foreach(torch._foreach_copy_, self._exact, self._saved_exact)
+                self._put_back(place for place in self._saved if place in self._all_exact)
             finally:  # an interrupt between the two must not leave half of the weights corrupted
-                _foreach(torch._foreach_copy_, self._narrow, self._saved_narrow)
+                self._put_back(place for place in self._saved if place in self._all_narrow)
                 forget_derived()
         self._forget()
+
+    def _put_back(self, places: Iterable[int]) -> None:
+        # The last first: of weights that overlap in memory, the second was saved when the first was written already.
+        saved = [place for place in places if place in self._saved][::-1]
+        _foreach(
+            torch._foreach_copy_, [self._vector[place] for place in saved], [self._saved[place] for place in saved]
+        )
 
     @torch.no_grad()
     def withdraw(self, p: float) -> CorruptionNorm:
         """Restore, and return the `L_p` norm of the corruption as asked and as the weights really took it.
 
         Raises:
-            ValueError: `p` is below 1 or NaN.
+            ValueError: `p` is below 1 or NaN, or another than that of the `write`, and pieces are gone.
         """
         p = check_norm_order(p)
         if not self._active:
             return CorruptionNorm(torch.zeros(()), torch.zeros(()))
+        asked_of_narrow = {} if self._asked is None else self._asked.norms(p, self._places, self._all_narrow)
         try:
-            _foreach(torch._foreach_sub_, self._exact, self._saved_exact)
-            _foreach(torch._foreach_sub_, self._narrow, self._saved_narrow)
-            realised = vector_norm_of_unit_scale(self._vector, p)
+            self._with_saved(torch._foreach_sub_, self._all_exact)
+            self._with_saved(torch._foreach_sub_, self._all_narrow)
+            found = [w if place in self._saved else w.new_empty(0) for place, w in enumerate(self._vector)]
+            realised = vector_norm_of_unit_scale(alike(self._vector, found), p)
             asked = realised
-            if self._corruption and self._narrow:
-                asked = vector_norm_of_unit_scale(alike(self._vector, [*self._exact, *self._wide()]), p)
+            if self._corruption and self._all_narrow:
+                exact = [self._vector[place] for place in self._all_exact]
+                asked = vector_norm_of_unit_scale(alike(self._vector, [*exact, *self._wide()]), p)
+            elif asked_of_narrow:
+                parts = [asked_of_narrow.get(place, part) for place, part in enumerate(found)]
+                asked = vector_norm_of_unit_scale(alike(self._vector, parts), p)
         finally:
             self.restore()
         return CorruptionNorm(asked, realised)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The norms of what was to be added to narrow weights, of which these hold a rounded sum.
+
+    Attributes:
+        p: The order that is measured as pieces pass; None for none.
+        kept: The corruption, where its owner has all of it anyway.
+        seen: The norm of each piece, by the weight's place.
+    """
+
+    p: float | None
+    kept: Mapping[str, Tensor] | None
+    seen: dict[int, Tensor] = field(default_factory=dict)
+
+    def see(self, place: int, piece: Tensor) -> None:
+        """Measure a piece."""
+        if self.kept is None and self.p is not None:
+            self.seen[place] = vector_norm([piece], self.p)
+
+    def norms(self, p: float, places: Mapping[str, int], narrow: Container[int]) -> dict[int, Tensor]:
+        """Return the `L_p` norm of what was to be added to each narrow weight, by its place."""
+        if self.kept is not None:
+            named = {places[name]: local_part(change) for name, change in self.kept.items()}
+            return {place: vector_norm([change], p) for place, change in named.items() if place in narrow}
+        if p != self.p and narrow:
+            raise ValueError(
+                f"p: expected {self.p}, the order of the norm that was measured while pieces were written, got {p:g}; "
+                f"pass p={p:g} to write"
+            )
+        return self.seen
+
+
+_TOGETHER = 1 << 22  # entries that are written by one batched call: 16 MiB in float32, and a tensor beyond
+
+
+def _bundles(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Yield tensors by name, small ones together, and hold none while the next is made."""
+    bundle: dict[str, Tensor] = {}
+    entries = 0
+    for name, piece in pairs:
+        bundle[name] = piece
+        entries += piece.numel() if isinstance(piece, Tensor) else 0
+        del piece
+        if entries >= _TOGETHER:
+            yield bundle
+            bundle, entries = {}, 0
+    if bundle:
+        yield bundle
+
+
+def _add_to_narrow(weight: Tensor, change: Tensor) -> None:
+    """Overwrite a weight with `w + a`, rounded once. A CPU makes float32 copies of operands, a GPU none: in chunks."""
+    if weight.device.type == "cpu" and weight.is_contiguous() and change.is_contiguous():
+        for part, of_change in zip(chunks([weight]), chunks([change]), strict=True):
+            torch.add(of_change, part, out=part)
+    else:
+        torch.add(change, weight, out=weight)
+
+
+def _copy_on(device: torch.device, weight: Tensor) -> Tensor:
+    pinned = device.type == "cpu" and weight.device.type == "cuda"  # from where it comes back at the speed of the bus
+    return torch.empty_like(weight, device=device, pin_memory=pinned).copy_(weight)
 
 
 def _is_narrow(weight: Tensor) -> bool:
@@ -324,7 +509,8 @@ def _is_narrow(weight: Tensor) -> bool:
 def _change(weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """Return how many entries differ, and the L2 norm of the difference in float64."""
     counts, norms = [], []
-    for now, then in zip(chunks([weight.contiguous()]), chunks([before.contiguous()]), strict=True):
+    for now, kept in zip(chunks([weight.contiguous()]), chunks([before.contiguous()]), strict=True):
+        then = kept.to(now.device)
         same = (now == then) | (now.isnan() & then.isnan())
         counts.append((~same).sum())
         norms.append(vector_norm([(now.double() - then).masked_fill_(same, 0)]))
@@ -340,22 +526,24 @@ def _foreach(operation: Callable[..., object], first: list[Tensor], *others: lis
         operation(first, *others)
 
 
-class Replacement(dict[str, Tensor]):
-    """New values of weights, by name, where a difference would not do.
-
-    Quantized weights and flipped bits are values: where an exponent bit flips, `w + (w' − w)` is not `w'` in floating
-    point, and `w'` may be ∞ or NaN. Any other mapping of names to tensors is a corruption `a` to be added.
-    """
-
-
 @contextmanager
-def corrupted(parameters: Mapping[str, Tensor], corruption: Mapping[str, Tensor]) -> Iterator[Injection]:
+def corrupted(
+    parameters: Mapping[str, Tensor],
+    corruption: Mapping[str, Tensor] | Pieces,
+    *,
+    saved_on: Device = None,
+    p: float | None = None,
+) -> Iterator[Injection]:
     """Corrupt weights inside a `with` block; after it, and after any exception in it, every bit is back.
 
     Args:
         parameters: Weights by name, as `select_parameters` returns them.
         corruption: What to add to them, by name (names that are absent stay as they are), or a `Replacement` with
-            new values. It is computed in float32 and rounded once to the weight's own precision.
+            new values; or `Pieces` of either, as `Corruption.pieces` returns them, which are written one after the
+            other. It is computed in float32 and rounded once to the weight's own precision.
+        saved_on: Where the weights' bits are kept in the meantime, such as "cpu"; None, the default, for each
+            weight's own device.
+        p: As in `Injection.write`: of pieces, the order of the norm that `withdraw` will be asked for.
 
     Yields:
         The injection, whose `withdraw(p)` ends the corruption early and tells its realised norm.
@@ -376,17 +564,15 @@ def corrupted(parameters: Mapping[str, Tensor], corruption: Mapping[str, Tensor]
         True
     """
     check_mapping("parameters", parameters, "select_parameters(model, ...) returns one")
-    check_corruption(parameters, corruption)
-    touched = {name: parameters[name] for name in corruption}
-    if not touched:
-        raise ValueError("corruption: expected at least one tensor, got none; corrupt at least one parameter")
-    injection = Injection(touched)
+    touched = parameters
+    if not isinstance(corruption, Pieces):
+        check_corruption(parameters, corruption)
+        touched = {name: parameters[name] for name in corruption}
+        if not touched:
+            raise ValueError("corruption: expected at least one tensor, got none; corrupt at least one parameter")
+    injection = Injection(touched, saved_on=saved_on)
     try:
-        if isinstance(corruption, Replacement):
-            injection.replace(corruption)
-        else:
-            devices = {name: weight.device for name, weight in touched.items()}
-            injection.displace({name: change.detach().to(devices[name]) for name, change in corruption.items()})
+        injection.write(corruption, p)
         yield injection
     finally:
         injection.restore()

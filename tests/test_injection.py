@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_parcor import GaussianNoise, corrupted
 from hf_parcor.functional import project_
-from hf_parcor.injection import Injection, Replacement
+from hf_parcor.injection import Injection, Pieces, Replacement
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 3e38, math.inf, -math.inf, math.nan, -math.nan, 0.1]
@@ -284,7 +284,7 @@ class TestFailuresWhileWriting:
         values[list(parameters)[1]] = torch.empty_like(parameters[list(parameters)[1]], device="meta")
         injection = Injection(parameters)
         with pytest.raises((RuntimeError, NotImplementedError)):
-            injection.replace(values)
+            injection.write(values)
         assert bits_of(model) == before
         with pytest.raises((RuntimeError, NotImplementedError)), corrupted(parameters, values):
             raise AssertionError("the body must not run")
@@ -296,7 +296,7 @@ class TestFailuresWhileWriting:
         parameters = model.ordinary()
         corruption = noise(parameters)
         before = bits_of(model)
-        writing = {Injection.displace.__wrapped__.__code__, Injection.replace.__wrapped__.__code__}
+        writing = {Injection.displace.__wrapped__.__code__, Injection.write.__wrapped__.__code__}
         interrupted = 0
         for line in range(1, 100):
             lines = 0
@@ -374,6 +374,93 @@ class TestFailuresWhileWriting:
         with pytest.raises(error), corrupted(dict(model.named_parameters()), noise(dict(model.named_parameters()))):
             raise AssertionError("the body must not run")
         assert bits_of(model) == before
+
+
+class TestPieces:
+    """What comes tensor by tensor is written tensor by tensor, and all of it is put back."""
+
+    @pytest.fixture(autouse=True)
+    def _one_by_one(self, monkeypatch) -> None:
+        monkeypatch.setattr("hf_parcor.injection._TOGETHER", 1)
+
+    @for_each("error", [RuntimeError, KeyboardInterrupt])
+    @for_each("replaces", [False, True])
+    @for_each("saved_on", [None, "cpu"])
+    def test_nothing_stays_written_whatever_fails_between_two(self, bits_of, error, replaces, saved_on) -> None:
+        model = Weights(DTYPES)
+        parameters, before = dict(model.named_parameters()), bits_of(model)
+        for count in range(len(parameters)):
+
+            def pieces() -> Iterator[tuple[str, Tensor]]:
+                for name in list(parameters)[:count]:  # noqa: B023
+                    yield name, torch.full(parameters[name].shape, 5.0)
+                assert count < 3 or bits_of(model) != before  # noqa: B023
+                raise error
+
+            with pytest.raises(error), corrupted(parameters, Pieces(pieces(), replaces=replaces), saved_on=saved_on):
+                raise AssertionError("the body must not run")
+            assert bits_of(model) == before
+
+    @for_each("piece", [("nobody", torch.ones(2)), ("a", torch.ones(3)), ("a", None)])
+    def test_one_that_fits_no_weight(self, piece) -> None:
+        weights = {"b": torch.ones(2), "a": torch.ones(2)}
+        pieces = Pieces([("b", torch.ones(2)), piece])
+        with pytest.raises((ValueError, TypeError), match="expected"), corrupted(weights, pieces):
+            raise AssertionError("the body must not run")
+        assert torch.equal(weights["b"], torch.ones(2))
+
+    def test_overlapping_weights(self) -> None:
+        memory = torch.arange(8.0)
+        weights = {"left": memory[:5], "right": memory[3:]}
+        with corrupted(weights, {name: torch.ones(5) for name in weights}):
+            assert memory.tolist() == [1, 2, 3, 5, 6, 6, 7, 8]
+        assert memory.tolist() == list(range(8))
+
+    @for_each("saved_on", [None, "cpu"])
+    def test_the_second_is_of_the_weights_as_they_were_saved(self, model: Weights, bits_of, saved_on) -> None:
+        parameters, clean = model.ordinary(), bits_of(model)
+        injection = Injection(parameters, saved_on=saved_on)
+        injection.write(noise(parameters))
+        second = dict(list(noise(parameters).items())[:2])
+        injection.write(Pieces(second.items()))
+        for name, parameter in parameters.items():
+            kept = injection._saved.get(injection._places[name], parameter)
+            expected = sum_of(kept, second[name]) if name in second else kept
+            assert torch.equal(parameter, expected)
+        injection.restore()
+        assert bits_of(model) == clean
+
+    @for_each("p", [1.0, 2.0, math.inf])
+    def test_norms_of_what_is_gone(self, model: Weights, p: float) -> None:
+        parameters = model.ordinary()
+        changes = noise(parameters, 1e-3)
+        with corrupted(parameters, changes) as injection:
+            expected, size = injection.withdraw(p), None
+        with corrupted(parameters, Pieces(changes.items()), p=p) as injection:
+            size, found = injection.size(), injection.withdraw(p)
+        longhand = torch.linalg.vector_norm(torch.cat([change.reshape(-1) for change in changes.values()]), p)
+        assert float(found.asked) == pytest.approx(float(expected.asked), rel=1e-6)
+        assert float(found.asked) == pytest.approx(float(longhand), rel=1e-2 if p == math.inf else 1e-4)
+        assert torch.equal(found.realised, expected.realised)
+        assert size.changed > 0
+
+    def test_a_norm_that_was_not_measured_is_refused(self) -> None:
+        weight = torch.ones(3, dtype=torch.bfloat16)
+        with corrupted({"w": weight}, Pieces([("w", torch.ones(3))]), p=1) as injection:
+            with pytest.raises(ValueError, match=r"p: expected 1\.0, .*got 2; pass p=2"):
+                injection.withdraw(2)
+            assert weight.tolist() == [2, 2, 2]
+
+    @for_each("dtype", [torch.bfloat16, torch.float32])
+    @for_each("whole", [False, True])
+    def test_the_saved_bits_are_all_that_is_kept(self, peak_memory, dtype, whole) -> None:
+        weights = {str(at): torch.randn(1000, 50).to(dtype) for at in range(20)}
+        largest, bits = 4 * 50_000, 20 * 50_000 * dtype.itemsize
+        noise = GaussianNoise(0.1)
+        given = noise(weights) if whole else None
+        with peak_memory() as memory, corrupted(weights, noise.pieces(weights) if given is None else given):
+            pass
+        assert bits <= memory.peak <= bits + (dtype.itemsize * 50_000 if whole else largest) + 100
 
 
 class TestStepByStep:
@@ -479,15 +566,15 @@ class TestStepByStep:
         parameters = model.ordinary()
         values = {name: torch.ones_like(parameter) for name, parameter in parameters.items()}
         injection = Injection(parameters)
-        injection.replace(values)
+        injection.write(Replacement(values))
         during = bits_of(model)
-        with pytest.raises(RuntimeError, match=r"displace: expected weights not replaced before.*restore\(\) first"):
+        with pytest.raises(RuntimeError, match=r"displace: expected weights not written before.*restore\(\) first"):
             injection.displace(values)
         assert bits_of(model) == during
         injection.restore()
         injection.displace(values)
-        with pytest.raises(RuntimeError, match=r"replace: expected weights not displaced before.*restore\(\) first"):
-            injection.replace(values)
+        with pytest.raises(RuntimeError, match=r"write: expected weights not displaced before.*restore\(\) first"):
+            injection.write(Replacement(values))
         injection.restore()
         assert bits_of(model) == clean
 
@@ -621,7 +708,7 @@ class TestRefusals:
         if corruption:
             injection = Injection(parameters)
             with pytest.raises(error, match=message):
-                (injection.replace if kind is Replacement else injection.displace)(corruption)
+                (injection.write if kind is Replacement else injection.displace)(kind(corruption))
 
     @for_each("given", [GaussianNoise(0.1), None, [torch.ones(2, 3)], 0.1])
     def test_corruptions_that_are_no_mapping(self, parameters, given) -> None:

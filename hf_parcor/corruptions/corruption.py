@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, final
 
 import torch
 from torch import Tensor
 
-from hf_parcor.injection import check_weights
+from hf_parcor.injection import Pieces, Replacement, check_weights
 
 
 class GradientSource(Protocol):
@@ -57,7 +57,8 @@ class Corruption(ABC):
     """A rule that chooses a corruption of weights.
 
     Calling it checks what goes in, and returns the corruption by name: what to add to the weights or, as a
-    `Replacement`, what to write over them. Subclasses are frozen dataclasses of settings that fill `_choose`.
+    `Replacement`, what to write over them. `pieces` gives the same one tensor after the other, so that a large model
+    can be corrupted with no second one beside it. Subclasses are frozen dataclasses of settings that fill `_choose`.
 
     Attributes:
         title: Its kind, for the titles of plots and tables.
@@ -90,6 +91,47 @@ class Corruption(ABC):
             ValueError: There are no weights, or gradients are needed and missing.
             TypeError: A weight is not floating point.
         """
+        chosen = self._checked(weights, gradients, generator)
+        return chosen.whole() if isinstance(chosen, Pieces) else chosen
+
+    @final
+    @torch.no_grad()
+    def pieces(
+        self,
+        weights: Mapping[str, Tensor],
+        gradients: GradientSource | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Pieces:
+        """Choose the same corruption tensor by tensor, for `corrupted` or `Injection.write`.
+
+        A piece is made when it is asked for, from that weight alone; gradients are found, and norms of the whole
+        vector, before the first one.
+
+        Args:
+            weights: As for a call.
+            gradients: As for a call.
+            generator: As for a call; it is used until the last piece has come.
+
+        Raises:
+            ValueError: As for a call.
+            TypeError: As for a call.
+
+        Examples:
+            >>> from hf_parcor import Quantization
+            >>> weights = {"a": torch.tensor([1.0, 0.2]), "b": torch.tensor([0.5])}
+            >>> for name, values in Quantization(2).pieces(weights):
+            ...     print(name, values)
+            a tensor([1., 0.])
+            b tensor([0.5000])
+        """
+        chosen = self._checked(weights, gradients, generator)
+        if isinstance(chosen, Pieces):
+            return chosen
+        return Pieces.consuming(chosen if isinstance(chosen, Replacement) else dict(chosen))
+
+    def _checked(
+        self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
+    ) -> Mapping[str, Tensor] | Pieces:
         check_weights(weights)
         if self.uses_gradients and gradients is None:
             raise ValueError(
@@ -101,8 +143,11 @@ class Corruption(ABC):
     @abstractmethod
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
-    ) -> Mapping[str, Tensor]:
-        """Return the corruption; the contract is already checked."""
+    ) -> Mapping[str, Tensor] | Pieces:
+        """Return the corruption, a new mapping or, where each tensor can be made by itself, `Pieces`.
+
+        The contract is already checked.
+        """
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values, for records; a constraint's fields stand beside the others.
@@ -186,3 +231,9 @@ class Corruption(ABC):
 def named(names: Iterable[str], tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     """Return tensors by name, in the order of the names."""
     return dict(zip(names, tensors, strict=True))
+
+
+def named_pieces(names: Iterable[str], tensors: Iterator[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors by name, one after the other; unlike `zip`, hold none while the next is made."""
+    for name in names:
+        yield name, next(tensors)

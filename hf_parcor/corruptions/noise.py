@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_parcor.arguments import check_radius
-from hf_parcor.corruptions.corruption import Corruption, GradientSource, Strength, named
-from hf_parcor.functional.noise import gaussian_noise, uniform_noise
+from hf_parcor.corruptions.corruption import Corruption, GradientSource, Strength, named_pieces
+from hf_parcor.functional.noise import drawn_gaussian, drawn_uniform
+from hf_parcor.injection import Pieces
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class GaussianNoise(Corruption):
 
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        return named(weights, gaussian_noise(list(weights.values()), self.std, generator))
+    ) -> Pieces:
+        return Pieces(named_pieces(weights, drawn_gaussian(list(weights.values()), self.std, generator)))
 
 
 @dataclass(frozen=True)
@@ -74,5 +75,5 @@ class UniformNoise(Corruption):
 
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        return named(weights, uniform_noise(list(weights.values()), self.bound, generator))
+    ) -> Pieces:
+        return Pieces(named_pieces(weights, drawn_uniform(list(weights.values()), self.bound, generator)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_parcor.corruptions.corruption import Corruption, GradientSource, Strength
 from hf_parcor.functional.quantization import MOST_BITS, check_bits, quantize
-from hf_parcor.injection import Replacement
+from hf_parcor.injection import Pieces
 
 
 @dataclass(frozen=True)
@@ -43,5 +43,5 @@ class Quantization(Corruption):
 
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
-    ) -> Replacement:
-        return Replacement({name: quantize(weight, self.bits) for name, weight in weights.items()})
+    ) -> Pieces:
+        return Pieces(((name, quantize(weight, self.bits)) for name, weight in weights.items()), replaces=True)

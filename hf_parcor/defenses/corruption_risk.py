@@ -36,7 +36,8 @@ class CorruptionRisk(Defense):
     direction and for 4 bits at once, in three passes: the clean one serves both.
 
     Corruptions that need no gradient need none of the selected parameters, which may be frozen: an adapter is trained
-    to survive what becomes of the weights under it, with `target_modules=["base_layer"]`.
+    to survive what becomes of the weights under it, with `target_modules=["base_layer"]`. With `merge_adapters` that
+    is what becomes of the merged weights: `Q(W + BA)` where Q rounds, whose gradient goes to A and B.
 
     Args:
         corruption: One corruption or several; of those that use gradients `GradientCorruption` alone.
@@ -46,6 +47,8 @@ class CorruptionRisk(Defense):
             on average. Default False.
         ramp_epochs: Over so many epochs from `start_epoch` on, the strength grows from none to all of it, linearly;
             that of `Quantization` from 16 bits down, one by one. Default 0, all of it at once.
+        merge_adapters: Corrupt the selected weights under LoRA adapters as they will be after `merge_and_unload`.
+            Default False: as they are, with the adapters in full precision beside them.
         sync_perturbation: On several processes, one corruption for all, drawn by the first, and along the gradient of
             the batches of all. Default False: each process has its own. Shards of one model always have one.
         start_epoch: Until this epoch training is the stock one. Default 0.
@@ -81,6 +84,11 @@ class CorruptionRisk(Defense):
     )
     ramp_epochs: float = field(
         default=0.0, kw_only=True, metadata={"help": "let the strength grow over so many epochs from the start on"}
+    )
+    merge_adapters: bool = field(
+        default=False,
+        kw_only=True,
+        metadata={"help": "corrupt weights under LoRA adapters as they will be when the adapters are merged"},
     )
     sync_perturbation: bool = field(
         default=False,
@@ -121,6 +129,11 @@ class CorruptionRisk(Defense):
     def uses_gradients(self) -> bool:
         """Whether a corruption is chosen along the gradient."""
         return any(one.uses_gradients for one in self.corruptions)
+
+    @property
+    def merges_adapters(self) -> bool:
+        """As `merge_adapters`."""
+        return self.merge_adapters
 
     @property
     def passes(self) -> int:
@@ -175,7 +188,8 @@ class CorruptionRisk(Defense):
         gradients = self._gradients(step) if self.uses_gradients else None
         strength = self._share_of_strength(step.epoch)
         for one in chosen:
-            step.corrupt(one if strength == 1 else one.weakened(strength), gradients, shared=self.sync_perturbation)
+            one = one if strength == 1 else one.weakened(strength)
+            step.corrupt(one, gradients, shared=self.sync_perturbation, p=self.p)
             step.backward(corrupted)
 
     def _gradients(self, step: DefendedStep) -> Mapping[str, Tensor]:

@@ -64,6 +64,11 @@ class Defense(ABC):
         return True
 
     @property
+    def merges_adapters(self) -> bool:
+        """Whether weights under adapters are corrupted as they will be when the adapters are merged into them."""
+        return False
+
+    @property
     def first_pass_is_clean(self) -> bool:
         """Whether the first pass is at the clean weights."""
         return True

@@ -14,7 +14,7 @@ from hf_parcor.defenses.adversarial_inputs import AdversarialInputs
 from hf_parcor.distributed.dtensors import local_part, local_parts
 from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.functional.vectors import clones, working_copy, working_dtype
-from hf_parcor.injection import CorruptionNorm, Injection
+from hf_parcor.injection import CorruptionNorm, Injection, Pieces
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
 
 Objective = Callable[[Tensor], Tensor]
@@ -43,6 +43,8 @@ class DefendedStep:
             returns the graph to be sent backward for it along with the prefix.
         processes: All processes that take this step, for corruptions that they share; None if there is one.
         epoch: How many epochs of training are done, a fraction is fine. Default 0.
+        merged: What adapters will add to parameters when they are merged: `corrupt` then corrupts the sums, and the
+            adapters still add theirs in the pass. Default none.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class DefendedStep:
         reduction: Callable[[], Tensor] | None = None,
         processes: TrainingProcesses | None = None,
         epoch: float = 0.0,
+        merged: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.parameters = parameters
         self._run_pass = run_pass
@@ -66,6 +69,7 @@ class DefendedStep:
         self._reduction = reduction
         self._processes = processes
         self.epoch = epoch
+        self._merged = merged or {}
         self._inputs: AdversarialInputs | None = None
         self._injection = Injection(parameters)
         self._sum: dict[str, Tensor] = {}
@@ -224,7 +228,12 @@ class DefendedStep:
         self._injection.displace(update, project, keep=True)
 
     def corrupt(
-        self, corruption: Corruption, gradients: Mapping[str, Tensor] | None = None, *, shared: bool = False
+        self,
+        corruption: Corruption,
+        gradients: Mapping[str, Tensor] | None = None,
+        *,
+        shared: bool = False,
+        p: float = 2.0,
     ) -> None:
         """Write a corruption of the clean weights in place of the last one: `w ⊕ corruption`.
 
@@ -233,6 +242,7 @@ class DefendedStep:
                 generator.
             gradients: Those at the clean weights, for a corruption along them; what is absent has none. They are read.
             shared: Whether all processes draw the same. Default False: each another, but for shards of one model.
+            p: The order of the norm that `withdraw` will be asked for. Default 2.
         """
         self._injection.restore()
         generator = None
@@ -241,7 +251,13 @@ class DefendedStep:
             if self._processes is not None:
                 seed = self._processes.seed(seed.to(self._device), shared=shared)
             generator = torch.Generator(self._device).manual_seed(int(seed))
-        self._injection.write(corruption(self.parameters, _Gradients(self.parameters, gradients or {}), generator))
+        weights: dict[str, Tensor] = dict(self.parameters)
+        for name, change in self._merged.items():
+            weights[name] = weights[name].detach().to(working_dtype([weights[name]])) + change
+        pieces = corruption.pieces(weights, _Gradients(self.parameters, gradients or {}), generator)
+        if pieces.replaces and self._merged:
+            pieces = Pieces(((name, piece - self._merged.get(name, 0)) for name, piece in pieces), replaces=True)
+        self._injection.write(pieces, p)
 
     @property
     def _device(self) -> torch.device:

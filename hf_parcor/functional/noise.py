@@ -5,7 +5,7 @@ Of sharded tensors each rank draws all, one after the other, and keeps its part:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,15 +18,32 @@ def _drawn(
     tensors: Sequence[Tensor],
     generator: torch.Generator | None,
     fill: Callable[[Tensor, torch.Generator | None], Tensor],
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     source = shared_generator(tensors, generator)
-    drawn = []
     for like in tensors:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         home = local_part(like).device
         noise = fill(torch.empty(like.shape, dtype=dtype, device=home if source is None else source.device), source)
-        drawn.append(cut_as(noise.to(home), like))
-    return drawn
+        part = cut_as(noise.to(home), like)
+        del noise
+        yield part
+        del part
+
+
+def drawn_gaussian(
+    tensors: Sequence[Tensor], std: float, generator: torch.Generator | None = None
+) -> Iterator[Tensor]:
+    """Yield what `gaussian_noise` returns, each tensor drawn when it is asked for; the first call draws none."""
+    std = check_radius("std", std)
+    return _drawn(tensors, generator, lambda noise, source: noise.normal_(0.0, 1.0, generator=source).mul_(std))
+
+
+def drawn_uniform(
+    tensors: Sequence[Tensor], bound: float, generator: torch.Generator | None = None
+) -> Iterator[Tensor]:
+    """Yield what `uniform_noise` returns, each tensor drawn when it is asked for."""
+    bound = check_radius("bound", bound)
+    return _drawn(tensors, generator, lambda noise, source: noise.uniform_(-1.0, 1.0, generator=source).mul_(bound))
 
 
 def gaussian_noise(tensors: Sequence[Tensor], std: float, generator: torch.Generator | None = None) -> list[Tensor]:
@@ -48,8 +65,7 @@ def gaussian_noise(tensors: Sequence[Tensor], std: float, generator: torch.Gener
         >>> round(noise[0].std().item(), 2)
         0.5
     """
-    std = check_radius("std", std)
-    return _drawn(tensors, generator, lambda noise, source: noise.normal_(0.0, 1.0, generator=source).mul_(std))
+    return list(drawn_gaussian(tensors, std, generator))
 
 
 def uniform_noise(tensors: Sequence[Tensor], bound: float, generator: torch.Generator | None = None) -> list[Tensor]:
@@ -71,8 +87,7 @@ def uniform_noise(tensors: Sequence[Tensor], bound: float, generator: torch.Gene
         >>> bool(noise[0].abs().max() <= 0.5)
         True
     """
-    bound = check_radius("bound", bound)
-    return _drawn(tensors, generator, lambda noise, source: noise.uniform_(-1.0, 1.0, generator=source).mul_(bound))
+    return list(drawn_uniform(tensors, bound, generator))
 
 
 def random_signs(tensors: Sequence[Tensor], generator: torch.Generator | None = None) -> list[Tensor]:
@@ -89,4 +104,6 @@ def random_signs(tensors: Sequence[Tensor], generator: torch.Generator | None = 
         >>> random_signs([torch.zeros(4)], torch.Generator().manual_seed(0))
         [tensor([-1., -1.,  1., -1.])]
     """
-    return _drawn(tensors, generator, lambda signs, source: signs.bernoulli_(0.5, generator=source).mul_(2).sub_(1))
+    return list(
+        _drawn(tensors, generator, lambda signs, source: signs.bernoulli_(0.5, generator=source).mul_(2).sub_(1))
+    )

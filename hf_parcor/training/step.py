@@ -12,6 +12,7 @@ from hf_parcor.distributed.fsdp import is_sharded, on_shards
 from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.injection import CorruptionNorm
 from hf_parcor.prefix import PrefixReuse
+from hf_parcor.targets import merged_changes
 from hf_parcor.training.checks import check_trained, refuse_updates_inside_backward
 from hf_parcor.training.passes import Passes
 from hf_parcor.training.shared_prefix import find_shared_prefix, suffix_share
@@ -66,6 +67,8 @@ class StepRunner:
 
         Raises:
             ValueError: A hook takes gradients inside `backward`, or a parameter is frozen whose gradient is needed.
+            TargetError: Adapters are to be merged, and there are none. A `ValueError`.
+            NotImplementedError: They cannot be.
         """
         defense, model, others = passes.defense, passes.model, list(others)
         refuse_updates_inside_backward([*selected.values(), *others])
@@ -89,6 +92,7 @@ class StepRunner:
             # Gradients of shards are means over all processes already.
             processes=TrainingProcesses() if passes.accelerator.num_processes > 1 and not sharded else None,
             epoch=epoch,
+            merged=merged_changes(model, selected) if defense.merges_adapters else None,
         ) as step:
             defense.minimize(step)
             norm = step.withdraw(defense.p) if measure_norm else None

@@ -282,3 +282,28 @@ def test_weights_that_are_not_finite_do_not_spoil_the_others(corruption: Corrupt
     result = corruption(given, None, seeded())
     if not isinstance(corruption, BitFlips):  # a flipped exponent may make an infinity by itself
         assert torch.isfinite(result["sound"]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_its_pieces_are_the_same_tensors_one_after_the_other(
+    case: Case, choose, corruption, weights, logistic, dtype
+) -> None:
+    of = {name: weight.detach().to(dtype) for name, weight in weights.items()}
+    pieces = corruption.pieces(of, logistic(of) if corruption.uses_gradients else None, seeded())
+    assert pieces.replaces == case.replaces
+    first = next(iter(pieces))
+    assert same(dict([first, *pieces]), choose(of=of))
+    assert not pieces.whole()  # they come once
+
+
+def test_its_pieces_can_be_written_while_they_are_made(corruption, choose, weights, logistic, bits_of) -> None:
+    model = torch.nn.Module()
+    for name, weight in weights.items():
+        model.register_parameter(name, torch.nn.Parameter(weight.detach().clone()))
+    parameters, clean = dict(model.named_parameters()), bits_of(model)
+    with corrupted(parameters, choose(of=parameters)):
+        expected = bits_of(model)
+    pieces = corruption.pieces(parameters, logistic(parameters) if corruption.uses_gradients else None, seeded())
+    with corrupted(parameters, pieces):
+        assert bits_of(model) == expected
+    assert bits_of(model) == clean

@@ -164,7 +164,7 @@ def test_every_write_is_seen() -> None:
             (lambda: injection.displace(ones), clean + 1),
             (lambda: injection.displace(ones), clean + 2),
             (injection.restore, clean),
-            (lambda: injection.replace(ones), torch.ones(4, 4)),
+            (lambda: injection.write(Replacement(ones)), torch.ones(4, 4)),
             (lambda: injection.withdraw(2.0), clean),
         ):
             write()

@@ -136,3 +136,59 @@ def test_a_defense_along_gradients_still_refuses_what_is_frozen(tiny_bert, train
     defense = CorruptionRisk([Quantization(4), GradientCorruption(CorruptionConstraint(epsilon=0.1))])
     with pytest.raises(ValueError, match="expected trainable parameters"):
         train(ParameterDefenseTrainer, model, defense=defense, target_modules="attention")
+
+
+def test_adapters_learn_for_what_they_will_be_merged_into(tiny_bert, train):
+    """The gradient beside `Q(W + BA)`, which is that of the merged and rounded model with respect to `BA`."""
+    peft = pytest.importorskip("peft", reason="an optional dependency, the extra peft")
+
+    def adapted():
+        config = peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS", lora_alpha=6)
+        torch.manual_seed(1)
+        model = peft.get_peft_model(tiny_bert(dropout=0.0), config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_()
+        return model.double()
+
+    defense = CorruptionRisk(Quantization(3), clean_weight=0, merge_adapters=True)
+    options = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
+    (batch,) = train(Kept, adapted(), options).batches
+    before = {name: p.detach().clone() for name, p in adapted().named_parameters()}
+    ours = train(ParameterDefenseTrainer, adapted(), options, defense=defense, target_modules=["base_layer"])
+    steps = {name: before[name] - p.detach() for name, p in ours.model.named_parameters()}
+
+    merged = adapted().merge_and_unload()
+    with torch.no_grad():
+        for weight in select_parameters(merged, ["query", "value"]).values():
+            weight.copy_(Quantization(3)({"w": weight})["w"])
+    for parameter in merged.parameters():
+        parameter.requires_grad_(True)
+    merged(**batch).loss.backward()
+    layers = [name.removesuffix(".lora_A.default.weight") for name in before if name.endswith("lora_A.default.weight")]
+    assert len(layers) == 4
+    for layer in layers:
+        slope = merged.get_submodule(layer.removeprefix("base_model.model.")).weight.grad
+        first, second = (before[f"{layer}.lora_{part}.default.weight"] for part in "AB")
+        torch.testing.assert_close(steps[f"{layer}.lora_A.default.weight"], 3 * second.T @ slope)
+        torch.testing.assert_close(steps[f"{layer}.lora_B.default.weight"], 3 * slope @ first.T)
+        assert torch.equal(
+            ours.model.get_parameter(f"{layer}.base_layer.weight"), before[f"{layer}.base_layer.weight"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "target", "error"),
+    [
+        ({"use_dora": True}, ["base_layer"], NotImplementedError),
+        ({}, ["lora_A"], ValueError),
+        ({}, None, ValueError),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(tiny_bert, train, settings, target, error):
+    peft = pytest.importorskip("peft", reason="an optional dependency, the extra peft")
+    model = peft.get_peft_model(tiny_bert(), peft.LoraConfig(r=2, target_modules=["query"], **settings))
+    defense = CorruptionRisk(Quantization(4), merge_adapters=True)
+    with pytest.raises(error, match="merge_adapters"):
+        train(ParameterDefenseTrainer, model, defense=defense, target_modules=target)
