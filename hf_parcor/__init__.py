@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         SweepRecord,
     )
     from hf_parcor.reports import RobustnessReport
-    from hf_parcor.search import search_epsilon
+    from hf_parcor.search import search_epsilon, search_strength
     from hf_parcor.targets import by_adapter, by_kind, by_layer, by_module, select_parameters
     from hf_parcor.trainers import ParameterDefenseTrainer, Seq2SeqParameterDefenseTrainer
     from hf_parcor.training import (
@@ -87,6 +87,7 @@ __all__ = [
     "defended_backward",
     "measure_indicators",
     "search_epsilon",
+    "search_strength",
     "select_parameters",
 ]
 
@@ -128,7 +129,7 @@ _PARTS = {
         "SweepRecord",
     ),
     "reports": ("RobustnessReport",),
-    "search": ("search_epsilon",),
+    "search": ("search_epsilon", "search_strength"),
     "targets": (
         "by_adapter",
         "by_kind",

@@ -1,4 +1,4 @@
-"""Which radius, and how many steps: golden-section search over the settings of a defense, one training a point."""
+"""Which radius or strength, and how many steps: golden-section search over settings, one training a point."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.trainer_utils import default_compute_objective
 from transformers.utils import logging
 
 from hf_parcor.arguments import check_count
-from hf_parcor.defenses import ConstrainedDefense
+from hf_parcor.defenses import ConstrainedDefense, CorruptionRisk, Defense
 from hf_parcor.records.search import Direction, SearchRecord, SearchTrial
 from hf_parcor.training import ParameterDefenseMixin, signs_of_collapse
 from hf_parcor.training.checkpoints import last_checkpoint
@@ -75,7 +75,7 @@ def golden_section_maximum(
 
 logger = logging.get_logger(__name__)
 
-_FILE = "epsilon_search.json"
+_FILE, _FILE_OF_STRENGTHS = "epsilon_search.json", "strength_search.json"
 
 
 def search_epsilon(
@@ -139,42 +139,111 @@ def search_epsilon(
         ... )
         >>> record = search_epsilon(trainer, low=0.01, high=1.0, direction="minimize", n_trials=2)
         {...}
-        >>> [round(trial.epsilon, 3) for trial in record.trials]
+        >>> [round(trial.strength, 3) for trial in record.trials]
         [0.058, 0.172]
     """
     defense = _searchable(trainer, steps)
+    record = SearchRecord(_described(defense, steps), low, high, direction)
+    counts = [None] if steps is None else sorted(set(steps))
+    return _search(trainer, record, partial(_with, defense), counts, n_trials, compute_objective, evaluate, path)
+
+
+def search_strength(
+    trainer: ParameterDefenseMixin,
+    low: float,
+    high: float,
+    *,
+    direction: Direction,
+    n_trials: int = 6,
+    compute_objective: Callable[[dict[str, float]], float] | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    path: str | Path | None = None,
+) -> SearchRecord:
+    """Search the strength of the corruption of a `CorruptionRisk` with which training ends best, as `search_epsilon`.
+
+    That is σ of `GaussianNoise`, the number of bits of `Quantization`, and so on. Where a whole number comes again, its
+    training is not run twice.
+
+    Args:
+        trainer: A defended Trainer with `model_init` and a `CorruptionRisk` of one corruption.
+        low: Smallest strength, above 0.
+        high: Largest strength.
+        direction: As in `search_epsilon`.
+        n_trials: As in `search_epsilon`.
+        compute_objective: As in `search_epsilon`.
+        evaluate: As in `search_epsilon`: what a `CorruptionEvaluator` finds, say.
+        path: As in `search_epsilon`. Default `strength_search.json` in `args.output_dir`.
+
+    Raises:
+        ValueError: No `model_init`, no `CorruptionRisk` of one corruption with a strength, an empty range, or a record
+            of another search at `path`.
+    """
+    defense = trainer.defense
+    if not isinstance(defense, CorruptionRisk) or len(defense.corruptions) != 1:
+        raise ValueError(f"defense: expected a CorruptionRisk of one corruption, got {defense}; there is no strength")
+    (corruption,) = defense.corruptions
+    if corruption.strength is None:
+        raise ValueError(f"defense: expected a corruption whose strength is a number, got {corruption}")
+    (kind, strength), risk = corruption.strength, defense
+
+    def with_settings(value: float, steps: int | None) -> CorruptionRisk:
+        return replace(risk, corruption=corruption.with_strength(value))
+
+    whole = isinstance(strength, int)
+    described = str(with_settings(2 if whole else 0.5, None))  # the same for all strengths
+    record = SearchRecord(described, low, high, direction, setting=kind.setting)
+    return _search(trainer, record, with_settings, [None], n_trials, compute_objective, evaluate, path, whole=whole)
+
+
+def _search(
+    trainer: ParameterDefenseMixin,
+    new: SearchRecord,
+    with_settings: Callable[[float, int | None], Defense],
+    counts: Sequence[int | None],
+    n_trials: int,
+    compute_objective: Callable[[dict[str, float]], float] | None,
+    evaluate: Callable[[], dict[str, float]] | None,
+    path: str | Path | None,
+    *,
+    whole: bool = False,
+) -> SearchRecord:
+    """Search for each K in turn, until the best of one is worse than that of the one before."""
+    if trainer.model_init is None:
+        raise ValueError("trainer: expected one made with model_init, got none; each training starts from a new model")
+    low, high, name_of = new.low, new.high, new.setting
     if not 0 < low < high < math.inf:
-        raise ValueError(f"range of epsilon: expected 0 < low < high, got {low} and {high}; give both in that order")
-    if direction not in ("maximize", "minimize"):
-        raise ValueError(f"direction: expected 'maximize' or 'minimize', got {direction!r}; an accuracy is maximized")
+        raise ValueError(f"range of {name_of}: expected 0 < low < high, got {low} and {high}; give both in that order")
+    if new.direction not in ("maximize", "minimize"):
+        raise ValueError(f"direction: expected 'maximize' or 'minimize', got {new.direction!r}; see search_epsilon")
     check_count("n_trials", n_trials, minimum=2)
     folder = Path(str(trainer.args.output_dir))
-    path = folder / _FILE if path is None else Path(path)
-    record = _begin(path, SearchRecord(_described(defense, steps), low, high, direction))
+    path = folder / (_FILE if name_of == "epsilon" else _FILE_OF_STRENGTHS) if path is None else Path(path)
+    record = _begin(path, new)
 
-    def objective(count: int | None, log_epsilon: float) -> float:
+    def objective(count: int | None, log_strength: float) -> float:
         nonlocal record
-        epsilon = float(f"{math.exp(log_epsilon):.4g}")  # a number that people can type again
+        strength = math.exp(log_strength)
+        strength = round(strength) if whole else float(f"{strength:.4g}")  # a number that people can type again
         for trial in record.trials:
-            if (trial.epsilon, trial.steps) == (epsilon, count):
+            if (trial.strength, trial.steps) == (strength, count):
                 return record.score(trial)
-        name = f"epsilon-{epsilon:g}" if count is None else f"steps-{count}-epsilon-{epsilon:g}"
+        name = f"{name_of}-{strength:g}" if count is None else f"steps-{count}-{name_of}-{strength:g}"
         logger.info(f"Search: training with {name.replace('-', ' ')}")
-        with _settings(trainer, _with(defense, epsilon, count), folder / name):
+        with _settings(trainer, with_settings(strength, count), folder / name):
             trainer.train(resume_from_checkpoint=last_checkpoint(folder / name))
             metrics = (evaluate or trainer.evaluate)()
             collapsed = bool(signs_of_collapse(trainer.state.log_history))
         value = float((compute_objective or default_compute_objective)(metrics))
-        trial = SearchTrial(epsilon, count, value, _numbers(metrics), collapsed)
+        trial = SearchTrial(strength, count, value, _numbers(metrics), collapsed)
         record = replace(record, trials=(*record.trials, trial))
         if trainer.is_world_process_zero():
             record.save(path)
         return record.score(trial)
 
     bests: list[float] = []
-    for count in [None] if steps is None else sorted(set(steps)):
-        of_log_epsilon = partial(objective, count)
-        visited = golden_section_maximum(of_log_epsilon, math.log(low), math.log(high), n_trials)
+    for count in counts:
+        of_log_strength = partial(objective, count)
+        visited = golden_section_maximum(of_log_strength, math.log(low), math.log(high), n_trials)
         bests.append(max(value for _, value in visited))
         if len(bests) > 1 and bests[-1] < bests[-2]:
             break
@@ -183,10 +252,11 @@ def search_epsilon(
 
 def _searchable(trainer: ParameterDefenseMixin, steps: Sequence[int] | None) -> ConstrainedDefense:
     defense = trainer.defense
-    if trainer.model_init is None:
-        raise ValueError("trainer: expected one made with model_init, got none; each training starts from a new model")
     if not isinstance(defense, ConstrainedDefense):
-        raise ValueError(f"defense: expected one with a constraint, got {defense}; it has no epsilon to search")
+        raise ValueError(
+            f"defense: expected one with a constraint, got {defense}, which has no epsilon to search; "
+            "search_strength searches that of a corruption"
+        )
     if steps is not None:
         if not steps:
             raise ValueError("steps: expected at least one K, got none; leave it out to keep that of the defense")
@@ -217,8 +287,8 @@ def _begin(path: Path, new: SearchRecord) -> SearchRecord:
     old = SearchRecord.load(path)
     if replace(old, trials=()) != new:
         raise ValueError(
-            f"{path}: expected a record of this search, got one of {old.defense} for epsilon from {old.low:g} to "
-            f"{old.high:g}, to {old.direction}; give another path, or remove it"
+            f"{path}: expected a record of this search, got one of {old.defense} for {old.setting} from {old.low:g} "
+            f"to {old.high:g}, to {old.direction}; give another path, or remove it"
         )
     logger.info(f"Search: {len(old.trials)} trainings are in {path} already")
     return old
@@ -229,7 +299,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 @contextmanager
-def _settings(trainer: ParameterDefenseMixin, defense: ConstrainedDefense, folder: Path) -> Iterator[None]:
+def _settings(trainer: ParameterDefenseMixin, defense: Defense, folder: Path) -> Iterator[None]:
     before = trainer.defense, trainer.args.output_dir
     trainer.defense, trainer.args.output_dir = defense, str(folder)
     try:

@@ -9,11 +9,21 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-from hf_parcor import ACRT, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
+from hf_parcor import (
+    ACRT,
+    SAM,
+    CorruptionConstraint,
+    CorruptionRisk,
+    GaussianNoise,
+    GradientPenalty,
+    MultiStepRisk,
+    ParameterDefenseTrainer,
+    Quantization,
+)
 from hf_parcor.records import SearchRecord, SearchTrial
 from hf_parcor.reports.plots import plot_search
 from hf_parcor.reports.tables import search_table
-from hf_parcor.search import golden_section_maximum, search_epsilon
+from hf_parcor.search import golden_section_maximum, search_epsilon, search_strength
 
 L2 = CorruptionConstraint(epsilon=0.1)
 
@@ -67,7 +77,7 @@ def test_walks_by_golden_section_on_the_log_scale(make_trainer, tmp_path):
     )
     expected = golden_section_maximum(lambda x: -((x - math.log(0.05)) ** 2), math.log(0.01), 0.0, 7)
     assert [epsilon for _, epsilon in trained] == pytest.approx([math.exp(x) for x, _ in expected], rel=1e-3)
-    assert record.best.epsilon == pytest.approx(0.05, rel=0.25)
+    assert record.best.strength == pytest.approx(0.05, rel=0.25)
     assert record.is_unimodal(None)
     assert SearchRecord.load(tmp_path / "epsilon_search.json") == record
     assert trainer.defense == MultiStepRisk(L2, steps=1)
@@ -82,7 +92,7 @@ def test_each_training_starts_anew_with_its_own_radius(make_trainer):
     """The same ε gives the same loss as a Trainer of its own."""
     record = search_epsilon(make_trainer(), 0.01, 1.0, direction="minimize", n_trials=3)
     for trial in record.trials:
-        alone = make_trainer(MultiStepRisk(CorruptionConstraint(epsilon=trial.epsilon), steps=1))
+        alone = make_trainer(MultiStepRisk(CorruptionConstraint(epsilon=trial.strength), steps=1))
         alone.train()
         assert alone.evaluate()["eval_loss"] == trial.objective == trial.metrics["eval_loss"]
     assert record.best.objective == min(trial.objective for trial in record.trials)
@@ -180,6 +190,26 @@ class TestRecord:
             _ = SearchRecord("", 0.1, 1.0, "maximize").best
 
 
+@pytest.mark.parametrize(
+    ("corruption", "low", "high", "setting", "peak"),
+    [(GaussianNoise(0.1), 0.01, 1.0, "std", 0.05), (Quantization(4), 2, 12, "bits", 5)],
+)
+def test_the_strength_of_a_corruption(make_trainer, tmp_path, corruption, low, high, setting, peak):
+    trainer, trained = make_trainer(CorruptionRisk(corruption, clean_weight=0)), []
+
+    def evaluate():
+        trained.append(getattr(trainer.defense.corruptions[0], setting))
+        return {"score": -(math.log(trained[-1] / peak) ** 2)}
+
+    options = {"direction": "maximize", "n_trials": 6, "evaluate": evaluate, "compute_objective": sum_of}
+    record = search_strength(trainer, low, high, **options)
+    assert record.best.strength == pytest.approx(peak, rel=0.25)
+    assert [trial.strength for trial in record.trials] == trained
+    assert len(set(trained)) == len(trained)
+    assert search_strength(trainer, low, high, **options) == SearchRecord.load(tmp_path / "strength_search.json")
+    assert record.setting == setting == plot_search(record).axes[0].get_xlabel()
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("defense", "options", "says"),
@@ -198,6 +228,13 @@ class TestBadInput:
         options = {"low": 0.01, "high": 1.0, **options}
         with pytest.raises(ValueError, match=says):
             search_epsilon(make_trainer(defense), options.pop("low"), options.pop("high"), **options)
+
+    @pytest.mark.parametrize(
+        "defense", [SAM(L2), CorruptionRisk([Quantization(4), Quantization(5)]), MultiStepRisk(L2, steps=1)]
+    )
+    def test_no_strength_to_search(self, make_trainer, defense):
+        with pytest.raises(ValueError, match="expected a CorruptionRisk of one corruption"):
+            search_strength(make_trainer(defense), 0.1, 1.0, direction="maximize")
 
     def test_trainer_without_model_init(self, make_trainer):
         trainer = make_trainer()
@@ -227,7 +264,7 @@ class TestReaders:
         figure = plot_search(self.record, "accuracy")
         (axis,) = figure.axes
         first, second, ring = axis.get_lines()
-        assert first.get_xydata().tolist() == [[t.epsilon, t.objective] for t in self.record.curve(1)]
+        assert first.get_xydata().tolist() == [[t.strength, t.objective] for t in self.record.curve(1)]
         assert [first.get_label(), second.get_label()] == ["K = 1", "K = 2"]
         assert ring.get_xydata().tolist() == [[0.2, 0.9]]
         assert axis.get_xscale() == "log"

@@ -163,8 +163,9 @@ class Corruption(ABC):
             plain.update(asdict(value) if is_dataclass(value) and not isinstance(value, type) else {field.name: value})
         return plain
 
-    def _strength(self) -> tuple[Strength, float] | None:
-        """Return what says how strong it is, and the number; None where nothing does."""
+    @property
+    def strength(self) -> tuple[Strength, float] | None:
+        """What says how strong it is, and the number; None where nothing does."""
         settings = self.settings()
         given = ((strength, settings.get(strength.setting)) for strength in self.strengths)
         return next(((strength, value) for strength, value in given if value is not None), None)
@@ -172,7 +173,7 @@ class Corruption(ABC):
     @property
     def changes_nothing(self) -> bool:
         """Whether its strength is none at all, so that every weight stays as it is."""
-        known = self._strength()
+        known = self.strength
         return known is not None and known[1] == known[0].none
 
     def weakened(self, share: float) -> Self:
@@ -193,24 +194,33 @@ class Corruption(ABC):
             ... )
             gradient-based L2 ε=0.01 10-bit quantization
         """
-        known = self._strength()
-        if known is None:
-            raise ValueError(
-                f"{self}: expected a corruption whose strength is a number, to weaken it; got one without"
-            )
-        strength, value = known
-        weak = self._weak(strength, value, share)
+        if self.strength is None:
+            raise ValueError(f"{self}: expected a corruption with a strength, to weaken it, got one without")
+        kind, value = self.strength
+        return self.with_strength(kind.none + share * (value - kind.none))
+
+    def with_strength(self, value: float) -> Self:
+        """Return the same corruption at another strength; what is counted is rounded, and at least 1.
+
+        Raises:
+            ValueError: It has no strength, or cannot have this one.
+
+        Examples:
+            >>> from hf_parcor import Quantization
+            >>> Quantization(4).with_strength(5)
+            Quantization(bits=5)
+        """
+        if self.strength is None:
+            raise ValueError(f"{self}: expected a corruption with a strength, got one without")
+        kind, now = self.strength
+        new = max(1, round(value)) if isinstance(now, int) else value
         for field in fields(self):
             part = getattr(self, field.name)
-            if field.name == strength.setting:
-                return replace(self, **{field.name: weak})
-            if is_dataclass(part) and not isinstance(part, type) and hasattr(part, strength.setting):
-                return replace(self, **{field.name: replace(part, **{strength.setting: weak})})
+            if field.name == kind.setting:
+                return replace(self, **{field.name: new})
+            if is_dataclass(part) and not isinstance(part, type) and hasattr(part, kind.setting):
+                return replace(self, **{field.name: replace(part, **{kind.setting: new})})
         raise AssertionError("a strength is a setting")
-
-    def _weak(self, strength: Strength, value: float, share: float) -> float:
-        weak = strength.none + share * (value - strength.none)
-        return max(1, round(weak)) if isinstance(value, int) else weak
 
     @classmethod
     def kind(cls, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from hf_parcor.records.stored import StoredRecord
 
 Direction = Literal["maximize", "minimize"]
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class SearchTrial:
     """One training of a search.
 
     Attributes:
-        epsilon: The radius ε of the constraint.
+        strength: What was searched: the radius ε of the constraint, or the strength of a corruption.
         steps: The corruption steps K; None for a defense that has none to choose.
         objective: What is maximised or minimised; NaN where training diverged.
         metrics: All metrics that the objective was made from.
         collapsed: Whether the run shows signs of collapse.
     """
 
-    epsilon: float
+    strength: float
     steps: int | None
     objective: float
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -39,17 +39,18 @@ class SearchRecord(StoredRecord):
 
     Attributes:
         defense: Name of the defense and its settings but those that are searched.
-        low: Lower end of the range of ε.
+        low: Lower end of the range of strengths.
         high: Upper end.
         direction: Whether the objective is to be large or small.
         trials: One a training, in their order.
+        setting: Which setting is the strength. Default "epsilon".
         format: Version of this layout.
 
     Examples:
         >>> from hf_parcor.records import SearchTrial
         >>> trials = (SearchTrial(0.01, 1, 0.80), SearchTrial(0.1, 1, 0.85), SearchTrial(1.0, 1, 0.60))
         >>> record = SearchRecord("multi_step_risk", low=0.01, high=1.0, direction="maximize", trials=trials)
-        >>> record.best.epsilon, record.is_unimodal(steps=1)
+        >>> record.best.strength, record.is_unimodal(steps=1)
         (0.1, True)
     """
 
@@ -58,9 +59,15 @@ class SearchRecord(StoredRecord):
     high: float
     direction: Direction
     trials: tuple[SearchTrial, ...] = ()
+    setting: str = "epsilon"
     format: int = FORMAT
     kind: ClassVar[str] = "search record"
     remedy: ClassVar[str] = "start a new search"
+
+    @property
+    def symbol(self) -> str:
+        """What the strength is called in tables and plots."""
+        return "ε" if self.setting == "epsilon" else self.setting
 
     def score(self, trial: SearchTrial) -> float:
         """Return the objective with the sign that makes larger better; NaN is worst."""
@@ -80,13 +87,13 @@ class SearchRecord(StoredRecord):
         return max(self.trials, key=self.score)
 
     def curve(self, steps: int | None) -> list[SearchTrial]:
-        """Return the trials of one K in the order of ε."""
-        return sorted((trial for trial in self.trials if trial.steps == steps), key=lambda trial: trial.epsilon)
+        """Return the trials of one K in the order of their strengths."""
+        return sorted((trial for trial in self.trials if trial.steps == steps), key=lambda trial: trial.strength)
 
     def is_unimodal(self, steps: int | None) -> bool:
-        """Say whether the objective of one K first rises with ε and then falls, as both papers report.
+        """Say whether the objective of one K first rises with the strength and then falls, as both papers report of ε.
 
-        If not, the search may have missed the best ε: the differences are noise, or the range is too wide.
+        If not, the search may have missed the best one: the differences are noise, or the range is too wide.
         """
         scores = [self.score(trial) for trial in self.curve(steps)]
         signs = [after > before for before, after in pairwise(scores) if after != before]

@@ -582,10 +582,10 @@ def _short_names(groups: Sequence[str]) -> list[str]:
 
 
 def plot_search(record: SearchRecord, objective: str = "objective") -> Figure:
-    """Draw the objective of a search against ε on a log scale, a line for each K, a ring around the best training.
+    """Draw the objective of a search against the strength, on a log scale: a line for each K, a ring around the best.
 
     Args:
-        record: What `search_epsilon` returned.
+        record: What `search_epsilon` or `search_strength` returned.
         objective: What the vertical axis is called.
 
     Raises:
@@ -599,16 +599,18 @@ def plot_search(record: SearchRecord, objective: str = "objective") -> Figure:
     for steps, (color, marker) in zip(counts, line_styles(), strict=False):
         curve = record.curve(steps)
         label = "" if steps is None else f"K = {steps}"
-        radii, values = [trial.epsilon for trial in curve], [trial.objective for trial in curve]
+        radii, values = [trial.strength for trial in curve], [trial.objective for trial in curve]
         axis.plot(radii, values, color=color, marker=marker, markersize=5, linewidth=1.5, label=label)
     axis.plot(
-        [best.epsilon], [best.objective], linestyle="", marker="o", markersize=13, fillstyle="none", color="black"
+        [best.strength], [best.objective], linestyle="", marker="o", markersize=13, fillstyle="none", color="black"
     )
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(lambda value, _: short(value))
-    axis.set_xlabel("radius ε")
+    axis.set_xlabel("radius ε" if record.setting == "epsilon" else record.setting)
     axis.set_ylabel(objective, parse_math=False)
-    axis.set_title(f"best: ε = {best.epsilon:g}" + ("" if best.steps is None else f", K = {best.steps}"))
+    axis.set_title(
+        f"best: {record.symbol} = {best.strength:g}" + ("" if best.steps is None else f", K = {best.steps}")
+    )
     axis.grid(alpha=0.25)
     if None not in counts:
         axis.legend(frameon=False)

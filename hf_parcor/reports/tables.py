@@ -58,20 +58,20 @@ def _width(column: Iterable[str]) -> int:
 
 
 def search_table(record: SearchRecord) -> str:
-    """Return a Markdown table of a search: a row for each training, in the order of K and ε, the best one marked."""
+    """Return a Markdown table of a search: a row for each training, by K and strength, the best one marked."""
     numbers = Numbers()
     counts = dict.fromkeys(trial.steps for trial in record.trials)
     rows = [
         [
             "–" if trial.steps is None else str(trial.steps),
-            numbers.value(trial.epsilon),
+            numbers.value(trial.strength),
             numbers.value(trial.objective),
             " ".join(["best"] * (trial == record.best) + ["collapsed"] * trial.collapsed),
         ]
         for steps in counts
         for trial in record.curve(steps)
     ]
-    return markdown_table(["K", "ε", f"objective ({record.direction})", ""], rows)
+    return markdown_table(["K", record.symbol, f"objective ({record.direction})", ""], rows)
 
 
 def comparison_table(
