@@ -161,8 +161,8 @@ def search_strength(
 ) -> SearchRecord:
     """Search the strength of the corruption of a `CorruptionRisk` with which training ends best, as `search_epsilon`.
 
-    That is σ of `GaussianNoise`, the number of bits of `Quantization`, and so on. Where a whole number comes again, its
-    training is not run twice.
+    That is σ of `GaussianNoise`, the number of bits of `Quantization`, and so on. Where a whole number comes again,
+    its training is not run twice.
 
     Args:
         trainer: A defended Trainer with `model_init` and a `CorruptionRisk` of one corruption.
