@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDefenseTrainingArguments
-from hf_parcor.corruptions import corruptions_of_table_1
+from hf_parcor.corruptions.catalogue import corruptions_of_table_1, read_corruptions
 from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
 from hf_parcor.hub_data import load_hub_data
 from hf_parcor.reports.tables import comparison_table
@@ -80,6 +80,13 @@ class DataArguments:
 class RobustnessArguments:
     """How robustness is measured."""
 
+    corruptions: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What to corrupt the weights by, as in `hf-parcor evaluate`: gradient=0.1,0.2 quantization=4. Not "
+            "set: those of paper 2, Table 1."
+        },
+    )
     corruption_trials: int = field(default=DEFAULT_TRIALS, metadata={"help": "Trials of each random corruption."})
     corruption_seed: int = field(default=0, metadata={"help": "Seed of the first trial."})
     skip_corruptions: bool = field(default=False, metadata={"help": "Measure the clean model only."})
@@ -118,6 +125,8 @@ def main() -> None:
     transformers.utils.logging.set_verbosity(training.get_process_log_level())
     logger.info("processes: %d", training.world_size)
     set_seed(training.seed)
+    words = robustness.corruptions
+    corruptions = corruptions_of_table_1() if words is None else read_corruptions(words)
 
     splits = load_data(data, model_arguments.cache_dir)
     origin = {"cache_dir": model_arguments.cache_dir, "revision": model_arguments.model_revision}
@@ -179,9 +188,7 @@ def main() -> None:
             by_length = eval_rows.select(sorted(range(len(lengths)), key=lengths.__getitem__))
             batches = DataLoader(by_length, batch_size=training.eval_batch_size, collate_fn=collator)
             evaluator = CorruptionEvaluator(model, ClassificationMetric(batches), progress=not training.disable_tqdm)
-            record = evaluator.evaluate(
-                corruptions_of_table_1(), robustness.corruption_trials, robustness.corruption_seed
-            )
+            record = evaluator.evaluate(corruptions, robustness.corruption_trials, robustness.corruption_seed)
             if trainer.is_world_process_zero():
                 path = record.save(Path(training.output_dir) / "robustness.json")
                 print(comparison_table({"accuracy": record}))

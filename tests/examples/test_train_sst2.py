@@ -95,6 +95,23 @@ def test_flags(files, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_the_corruptions_that_are_named_are_trained_against_and_measured(files, monkeypatch):
+    words = ["quantization=4,3", "gradient=0.1"]
+    given = {"defense": "corruption", "defense_corruption": words, "corruptions": words}
+    path = files / "settings.json"
+    path.write_text(json.dumps({**settings(files), **given}))
+    run([str(path)], monkeypatch)
+    record = EvaluationRecord.load(files / "out" / "robustness.json")
+    assert [row.label for row in record.corruptions] == [
+        "4-bit quantization",
+        "3-bit quantization",
+        "gradient-based L2 ε=0.1",
+    ]
+    config = json.loads((files / "out" / "defense_config.json").read_text())
+    assert [list(entry) for entry in config["settings"]["corruption"]] == [["quantization"]] * 2 + [["gradient"]]
+
+
+@pytest.mark.slow
 def test_one_json_file(files, monkeypatch):
     path = files / "settings.json"
     path.write_text(json.dumps({**settings(files), "defense": "none"}))
