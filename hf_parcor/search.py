@@ -177,6 +177,28 @@ def search_strength(
     Raises:
         ValueError: No `model_init`, no `CorruptionRisk` of one corruption with a strength, an empty range, or a record
             of another search at `path`.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+        >>> from hf_parcor import CorruptionRisk, GaussianNoise, ParameterDefenseTrainer
+        >>> config = BertConfig(
+        ...     vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+        ... )
+        >>> rows = [{"input_ids": [1, 2, 3], "labels": 0}, {"input_ids": [4, 5, 6], "labels": 1}]
+        >>> trainer = ParameterDefenseTrainer(
+        ...     model_init=lambda: BertForSequenceClassification(config),
+        ...     args=TrainingArguments(
+        ...         tempfile.mkdtemp(), max_steps=1, use_cpu=True, disable_tqdm=True, report_to="none"
+        ...     ),
+        ...     train_dataset=rows,
+        ...     eval_dataset=rows,
+        ...     defense=CorruptionRisk(GaussianNoise(0.1)),
+        ... )
+        >>> record = search_strength(trainer, low=0.01, high=1.0, direction="minimize", n_trials=2)
+        {...}
+        >>> record.setting, [round(trial.strength, 3) for trial in record.trials]
+        ('std', [0.058, 0.172])
     """
     defense = trainer.defense
     if not isinstance(defense, CorruptionRisk) or len(defense.corruptions) != 1:

@@ -122,7 +122,7 @@ class TestTheFirstPageAsOneScript:
 
     @pytest.mark.slow
     def test_each_section_is_one_example(self, pasted):
-        assert len(pasted[2]) == 5, "ten lines, and one more of training, two of probing, one of publishing"
+        assert len(pasted[2]) == 6, "ten lines, and two more of training, two of probing, one of publishing"
 
     def test_training_defends_what_was_asked_for(self, pasted):
         everything, last_layer = (state["trainer"] for state in pasted[2][:2])
@@ -135,8 +135,8 @@ class TestTheFirstPageAsOneScript:
 
     def test_numbers_of_an_evaluation(self, pasted):
         folder, printed, after = pasted
-        state, batches = after[2], after[2]["batches"]
-        assert all(torch.equal(state["weights"][key], value) for key, value in after[1]["weights"].items()), "restored"
+        state, batches = after[3], after[3]["batches"]
+        assert all(torch.equal(state["weights"][key], value) for key, value in after[2]["weights"].items()), "restored"
         model, accuracy = self.at(state, batches)
         by_hand = {"no corruption": accuracy()}
         with torch.no_grad():
@@ -153,7 +153,7 @@ class TestTheFirstPageAsOneScript:
     @pytest.mark.slow
     def test_numbers_and_verdict_of_a_probe(self, pasted):
         folder, printed, after = pasted
-        state, batches = after[3], after[3]["batches"]
+        state, batches = after[4], after[4]["batches"]
         sweep = state["sweep"]
         assert tuple(sweep.records) == self.LAYERS
         by_hand = {}
@@ -187,7 +187,7 @@ class TestTheFirstPageAsOneScript:
 
     def test_the_card_claims_what_happened(self, pasted):
         folder, _, after = pasted
-        state, trainer = after[4], after[4]["trainer"]
+        state, trainer = after[5], after[5]["trainer"]
         card = (folder / "my-run" / "README.md").read_text(encoding="utf-8")
         assert trainer.defense_config.defended_steps == trainer.state.global_step > 0
         assert re.search(r"defended in training .* in all of its [\d,]+ steps", card)
