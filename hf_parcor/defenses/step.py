@@ -247,10 +247,10 @@ class DefendedStep:
         self._injection.restore()
         generator = None
         if corruption.stochastic:
-            seed = torch.randint(2**62, ())
+            seed = int(torch.randint(2**62, ()))
             if self._processes is not None:
-                seed = self._processes.seed(seed.to(self._device), shared=shared)
-            generator = torch.Generator(self._device).manual_seed(int(seed))
+                seed = self._processes.seed(seed, self._device, shared=shared)
+            generator = torch.Generator(self._device).manual_seed(seed)
         weights: dict[str, Tensor] = dict(self.parameters)
         for name, change in self._merged.items():
             weights[name] = weights[name].detach().to(working_dtype([weights[name]])) + change

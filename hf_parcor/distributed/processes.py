@@ -212,14 +212,20 @@ class TrainingProcesses:
         """Overwrite each tensor with that of the first process."""
         _in_buckets(tensors, lambda bucket: distributed.broadcast(bucket, src=0))
 
-    def seed(self, seed: Tensor, *, shared: bool) -> Tensor:
+    def seed(self, seed: int, device: torch.device, *, shared: bool) -> int:
         """Return a seed made from that of this process: the first process's, or one that no other process has.
 
         Generators that were seeded alike may be in the same state on all processes.
+
+        Args:
+            seed: That of this process, below 2^62.
+            device: Where the processes exchange tensors.
+            shared: Whether all processes get the same.
         """
         if shared:
-            self.agree_([seed])
-            return seed
+            found = torch.tensor(seed, device=device)
+            self.agree_([found])
+            return int(found)
         return (seed + distributed.get_rank() * _FAR) % 2**62
 
 

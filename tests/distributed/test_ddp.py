@@ -209,10 +209,10 @@ def every_option():
         for name, defense in DEFENSES.items():
             if (option, name) in CASES:
                 runs[option, name] = train(bert, defense=defense, **settings)
-    seed = torch.tensor(7 + distributed.get_rank())  # as if dropout had moved the generators apart
+    here, moved_apart = torch.device("cpu"), 7 + distributed.get_rank()  # as dropout may move generators
     for shared in (True, False):
-        runs["seed", shared] = int(TrainingProcesses().seed(seed.clone(), shared=shared))
-    runs["seed", "alike"] = int(TrainingProcesses().seed(torch.tensor(7), shared=False))
+        runs["seed", shared] = TrainingProcesses().seed(moved_apart, here, shared=shared)
+    runs["seed", "alike"] = TrainingProcesses().seed(7, here, shared=False)
     return runs
 
 
