@@ -18,10 +18,27 @@ from torch.nn.utils import parametrize
 
 from hf_parcor.arguments import check_norm_order
 from hf_parcor.distributed.dtensors import alike, local_part, local_parts, one_vector, spread_alike, total
-from hf_parcor.functional.vectors import chunks, clones, vector_norm, vector_norm_of_unit_scale
+from hf_parcor.functional.vectors import TOGETHER, chunks, clones, vector_norm, vector_norm_of_unit_scale
 
 Device = torch.device | str | None
 """A device, or None for that of the weights."""
+
+
+def check_device(what: str, device: Device) -> torch.device | None:
+    """Return a device that can hold numbers, or None.
+
+    Raises:
+        ValueError: There is no device of this name, or it holds none.
+    """
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'{what}: expected the name of a device, got {device!r}; pass for example "cpu"') from error
+    if found.type == "meta":
+        raise ValueError(f'{what}: expected a device that holds numbers, got meta; pass for example "cpu"')
+    return found
 
 
 def obstacle(weight: Tensor) -> str | None:
@@ -205,13 +222,13 @@ class Injection:
 
     Raises:
         TypeError: A tensor is not floating point.
-        ValueError: There is no tensor, or one stands under two names.
+        ValueError: There is no tensor, or one stands under two names; or no such device.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], *, saved_on: Device = None) -> None:
         check_weights(weights)
         self._weights = {name: weight.detach() for name, weight in weights.items()}
-        self._saved_on = None if saved_on is None else torch.device(saved_on)
+        self._saved_on = check_device("saved_on", saved_on)
         names = sorted(self._weights, key=lambda name: _is_narrow(self._weights[name]))  # stable: exact ones first
         self._places = {name: place for place, name in enumerate(names)}
         self._vector = one_vector([self._weights[name] for name in names])
@@ -470,9 +487,6 @@ class _Asked:
         return self.seen
 
 
-_TOGETHER = 1 << 22  # entries that are written by one batched call: 16 MiB in float32, and a tensor beyond
-
-
 def _bundles(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     """Yield tensors by name, small ones together, and hold none while the next is made."""
     bundle: dict[str, Tensor] = {}
@@ -481,7 +495,7 @@ def _bundles(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]
         bundle[name] = piece
         entries += piece.numel() if isinstance(piece, Tensor) else 0
         del piece
-        if entries >= _TOGETHER:
+        if entries >= TOGETHER:
             yield bundle
             bundle, entries = {}, 0
     if bundle:

@@ -67,17 +67,23 @@ def measure(
         name: Of the record's file; checkpoint and pages differ from it in the suffix.
         build: Returns what measures a subject, with the settings that it is to pass on.
     """
-    from hf_parcor.cli.subject import load_subject
-    from hf_parcor.evaluation import CheckpointError
+    from hf_parcor.cli.subject import find_device, load_subject
+    from hf_parcor.evaluation import CheckpointError, NotEnoughMemoryError
 
     folder = output_folder(arguments.output_dir)
     checkpoint = None if folder is None else (folder / name).with_suffix(".jsonl")
     with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoint)):
+        saved_on = None if arguments.saved_on is None else find_device(arguments.saved_on, "--saved-on")
         subject = load_subject(arguments)
         with refused(ValueError, TypeError):
-            how = {"progress": not arguments.quiet, "evaluated_on": subject.data, "task": subject.task}
+            how = {
+                "progress": not arguments.quiet,
+                "saved_on": saved_on,
+                "evaluated_on": subject.data,
+                "task": subject.task,
+            }
             evaluator = build(subject, how)
-        with refused(CheckpointError):
+        with refused(CheckpointError, NotEnoughMemoryError):
             record = evaluator.evaluate(corruptions, arguments.trials, arguments.seed, checkpoint=checkpoint)
     metric = subject.shown(record.clean.metrics)
     record = record.stating(metric, greater_is_better=arguments.greater_is_better, unit=arguments.unit)

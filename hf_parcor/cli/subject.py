@@ -115,7 +115,7 @@ def prepared(arguments: argparse.Namespace, task: Task, model: Any, processor: A
     return processed
 
 
-def find_device(name: str | None) -> Any:
+def find_device(name: str | None, flag: str = "--device") -> Any:
     """Return a device that can hold tensors; of several processes each gets its own.
 
     Raises:
@@ -129,5 +129,5 @@ def find_device(name: str | None) -> Any:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device: expected a device that is here, got {name!r} ({reason}); name cpu") from error
+        raise InputError(f"{flag}: expected a device that is here, got {name!r} ({reason}); name cpu") from error
     return device

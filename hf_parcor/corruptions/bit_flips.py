@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_parcor.corruptions.corruption import Corruption, GradientSource, Strength, named
-from hf_parcor.functional.bits import check_amount, field_bits, flip_random_bits
-from hf_parcor.injection import Replacement
+from hf_parcor.corruptions.corruption import Corruption, GradientSource, Strength, named_pieces
+from hf_parcor.functional.bits import check_amount, field_bits, flipped_in_turn
+from hf_parcor.injection import Pieces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ class BitFlips(Corruption):
 
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
-    ) -> Replacement:
-        flipped = flip_random_bits(
+    ) -> Pieces:
+        flipped = flipped_in_turn(
             list(weights.values()), self.bits, rate=self.rate, count=self.count, generator=generator
         )
-        return Replacement(named(weights, flipped))
+        return Pieces(named_pieces(weights, flipped), replaces=True)

@@ -28,7 +28,10 @@ class GradientSource(Protocol):
         ...
 
     def on_next_batch(self, corruption: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the gradient of the next batch's loss at `w + a`; after the last batch comes the first."""
+        """Return the gradient of the next batch's loss at `w + a`; after the last batch comes the first.
+
+        In any floating-point dtype: what is computed from it is computed in float32 at least.
+        """
         ...
 
 
@@ -241,6 +244,15 @@ class Corruption(ABC):
 def named(names: Iterable[str], tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     """Return tensors by name, in the order of the names."""
     return dict(zip(names, tensors, strict=True))
+
+
+def one_by_one(tensors: Iterator[list[Tensor]]) -> Iterator[Tensor]:
+    """Yield tensors that come some at a time, and hold none while the next are made."""
+    for some in tensors:
+        some.reverse()
+        while some:
+            yield some.pop()
+        del some
 
 
 def named_pieces(names: Iterable[str], tensors: Iterator[Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
-from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength, named
-from hf_parcor.functional.constrained_maximum import constrained_maximum
+from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength, named_pieces, one_by_one
+from hf_parcor.functional.constrained_maximum import constrained_maximum_in_turn
+from hf_parcor.injection import Pieces
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,10 @@ class GradientCorruption(Corruption):
 
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    ) -> Pieces:
         assert gradients is not None, "checked by the caller"
         gradient = gradients.over_data()
-        direction = [gradient[name] for name in weights]
-        return named(
-            weights,
-            constrained_maximum(direction, self.constraint.p, self.constraint.epsilon, self.constraint.top_n),
+        found = constrained_maximum_in_turn(
+            [gradient[name] for name in weights], self.constraint.p, self.constraint.epsilon, self.constraint.top_n
         )
+        return Pieces(named_pieces(weights, one_by_one(found)))

@@ -12,9 +12,9 @@ from torch import Tensor
 from hf_parcor.arguments import check_count, check_radius
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength, named
-from hf_parcor.functional.constrained_maximum import constrained_maximum_
+from hf_parcor.functional.constrained_maximum import constrained_maximum_in_turn
 from hf_parcor.functional.projections import check_projectable, project_
-from hf_parcor.functional.vectors import working_copy, working_dtype
+from hf_parcor.functional.vectors import working_dtype
 
 Ascent = Generator[Mapping[str, Tensor], Mapping[str, Tensor], dict[str, Tensor]]
 """Yields corruptions, takes the gradients there, and returns the last corruption."""
@@ -90,9 +90,12 @@ class MultiStepCorruption(Corruption):
         corruption = [torch.zeros_like(weight, dtype=dtype) for weight in weights.values()]
         for _ in range(steps):
             gradient = yield named(weights, corruption)
-            update = working_copy([gradient[name] for name in weights])
-            constrained_maximum_(update, p, step_size, top_n)
-            torch._foreach_add_(corruption, update)
+            done = 0
+            for update in constrained_maximum_in_turn([gradient[name] for name in weights], p, step_size, top_n):
+                torch._foreach_add_(corruption[done : done + len(update)], update)
+                done += len(update)
+                del update
+            del gradient  # before the next one is found
             project_(corruption, p, epsilon, top_n)
         return named(weights, corruption)
 
@@ -119,10 +122,15 @@ def climb_together(
     ends: dict[int, dict[str, Tensor]] = {}
     climbing: dict[int, Mapping[str, Tensor]] = {index: next(ascent) for index, ascent in enumerate(ascents)}
     while climbing:
-        for index, gradient in zip(list(climbing), gradients_at(dict(climbing)), strict=True):
+        found = iter(gradients_at(dict(climbing)))
+        for index in list(climbing):
             try:
-                climbing[index] = ascents[index].send(gradient)
+                climbing[index] = ascents[index].send(
+                    next(found)
+                )  # held by nobody else, and not while the next is made
             except StopIteration as end:
                 del climbing[index]
                 ends[index] = end.value
+        for _ in found:
+            raise ValueError("gradients_at: expected one gradient for each ascent, got more")
     return [ends[index] for index in range(len(ascents))]

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
-from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength, named
-from hf_parcor.functional.constrained_maximum import constrained_maximum_
-from hf_parcor.functional.noise import gaussian_noise
+from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength, named, named_pieces
+from hf_parcor.functional.constrained_maximum import constrained_maximum_, epsilon_over
+from hf_parcor.functional.noise import drawn_gaussian, gaussian_noise
+from hf_parcor.functional.vectors import euclidean_norm_in_turn, numel, scaled
+from hf_parcor.injection import Pieces
 
 
 @dataclass(frozen=True)
 class RandomCorruption(Corruption):
     """The worst corruption along a random direction: `argmax_{a ∈ S} aᵀr`, `r ~ N(0, I)` (paper 1, Eq. 5).
 
-    On the boundary of the constraint; for p = 2 without `top_n` uniform on the sphere of radius ε.
+    On the boundary of the constraint; for p = 2 without `top_n` uniform on the sphere of radius ε. Then the direction
+    of a large model is drawn twice and never held as a whole; otherwise it is, in float32.
 
     Args:
         constraint: The set S.
@@ -50,7 +54,31 @@ class RandomCorruption(Corruption):
 
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        direction = gaussian_noise(list(weights.values()), 1.0, generator)
-        constrained_maximum_(direction, self.constraint.p, self.constraint.epsilon, self.constraint.top_n)
+    ) -> Mapping[str, Tensor] | Pieces:
+        p, epsilon, top_n = self.constraint.p, self.constraint.epsilon, self.constraint.top_n
+        tensors = list(weights.values())
+        if generator is not None and p == 2 and top_n is None and _is_large(tensors):
+            return Pieces(named_pieces(weights, _drawn_twice(tensors, epsilon, generator)))
+        direction = gaussian_noise(tensors, 1.0, generator)
+        constrained_maximum_(direction, p, epsilon, top_n)
         return named(weights, direction)
+
+
+_LARGE = 1 << 24  # entries, 64 MiB in float32
+
+
+def _is_large(tensors: Sequence[Tensor]) -> bool:
+    """Say whether the whole direction takes memory that is worth a second draw; shards are held by many."""
+    plain = all(tensor.dtype.itemsize <= 4 and not isinstance(tensor, DTensor) for tensor in tensors)
+    return plain and numel(tensors) > _LARGE
+
+
+def _drawn_twice(tensors: Sequence[Tensor], epsilon: float, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield `ε r/‖r‖₂` tensor by tensor: the first draw finds the norm, and the second is the same one again."""
+    state = generator.get_state()
+    factor = epsilon_over(euclidean_norm_in_turn(drawn_gaussian(tensors, 1.0, generator)), epsilon)
+    generator.set_state(state)
+    for part in drawn_gaussian(tensors, 1.0, generator):
+        scaled([part], factor, overwrite=True)
+        yield part
+        del part

@@ -4,6 +4,7 @@ from hf_parcor.distributed.processes import ProcessError
 from hf_parcor.evaluation.callback import RobustnessCallback
 from hf_parcor.evaluation.evaluator import CorruptionEvaluator, LayerProbe
 from hf_parcor.evaluation.gradients import DatasetGradients, model_loss
+from hf_parcor.evaluation.memory import NotEnoughMemoryError
 from hf_parcor.evaluation.metrics import (
     BatchMetric,
     ClassificationMetric,
@@ -31,6 +32,7 @@ __all__ = [
     "Informed",
     "LanguageModelMetric",
     "LayerProbe",
+    "NotEnoughMemoryError",
     "PredictionMetric",
     "ProcessError",
     "RobustnessCallback",

@@ -18,7 +18,7 @@ from hf_parcor.evaluation.reach import OutOfReachError, Reach
 from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 from hf_parcor.functional.vectors import numel
-from hf_parcor.injection import check_weights, forget_derived
+from hf_parcor.injection import Device, check_weights, forget_derived
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.evaluation import EvaluationRecord, SweepRecord
 from hf_parcor.records.metric_info import MetricInfo
@@ -159,6 +159,8 @@ class CorruptionEvaluator(_Evaluator):
             do (see `hf_parcor.records.metric_info.info_of`); what nobody states is guessed from the names, and called
             a guess.
         progress: Whether to show a progress bar. Default True.
+        saved_on: Where the bits of corrupted weights are kept while they are corrupted: "cpu" (in pinned memory
+            where there is CUDA) leaves the accelerator to the model. None, the default, for each weight's own device.
         evaluated_on: What the data of the metric are called, for the record; None if they have no name.
         task: The Hub's name of the task, for the record; "" for the one that the model's class is for.
 
@@ -190,6 +192,7 @@ class CorruptionEvaluator(_Evaluator):
         memory: int = MEMORY,
         metric_info: Mapping[str, MetricInfo] | None = None,
         progress: bool = True,
+        saved_on: Device = None,
         evaluated_on: EvaluationData | None = None,
         task: str = "",
     ) -> None:
@@ -211,6 +214,7 @@ class CorruptionEvaluator(_Evaluator):
             memory=memory,
             metric_info=metric_info,
             progress=progress,
+            saved_on=saved_on,
         )
 
     def evaluate(
@@ -244,7 +248,8 @@ class CorruptionEvaluator(_Evaluator):
         Raises:
             ValueError: A corruption needs gradients and there are no batches or an empty data set, or quantized
                 layers pass none back; or weights or data differ between processes, or data from walk to walk; before
-                any weight is touched. Or the checkpoint is of another run, or none, or damaged.
+                any weight is touched. Or the checkpoint is of another run, or none, or damaged. Or an accelerator has
+                less memory free than gradients and saved bits need (`NotEnoughMemoryError`), which says the way out.
             OSError: The checkpoint cannot be read or written.
             TypeError: Something that is no `Corruption`, or a metric that returns no mapping.
             ProcessError: Another process failed.
@@ -273,6 +278,7 @@ class LayerProbe(_Evaluator):
         memory: As in `CorruptionEvaluator`.
         metric_info: As in `CorruptionEvaluator`.
         progress: As in `CorruptionEvaluator`.
+        saved_on: As in `CorruptionEvaluator`.
         evaluated_on: As in `CorruptionEvaluator`.
         task: As in `CorruptionEvaluator`.
 
@@ -308,6 +314,7 @@ class LayerProbe(_Evaluator):
         memory: int = MEMORY,
         metric_info: Mapping[str, MetricInfo] | None = None,
         progress: bool = True,
+        saved_on: Device = None,
         evaluated_on: EvaluationData | None = None,
         task: str = "",
     ) -> None:
@@ -323,6 +330,7 @@ class LayerProbe(_Evaluator):
             memory=memory,
             metric_info=metric_info,
             progress=progress,
+            saved_on=saved_on,
         )
 
     def evaluate(

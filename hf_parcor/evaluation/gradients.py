@@ -21,17 +21,21 @@ from hf_parcor.distributed.dtensors import local_part, local_parts
 from hf_parcor.distributed.fsdp import class_of, drop_gathered, is_sharded, reducing
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
 from hf_parcor.evaluation.walks import RepeatedBatches
-from hf_parcor.injection import Injection, corrupted, forget_derived
+from hf_parcor.injection import Device, Injection, Pieces, corrupted, forget_derived
+from hf_parcor.model_state import input_device
 
 _LOST = "an autograd kernel was not registered"
 
 
 @contextmanager
 def corrupted_model(
-    model: nn.Module, parameters: Mapping[str, Tensor], corruption: Mapping[str, Tensor]
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    corruption: Mapping[str, Tensor] | Pieces,
+    saved_on: Device = None,
 ) -> Iterator[Injection]:
     """Corrupt some weights of a model inside a `with` block; no weights that were gathered outlive its ends."""
-    with corrupted(parameters, corruption) as injection:
+    with corrupted(parameters, corruption, saved_on=saved_on) as injection:
         drop_gathered(model)
         try:
             yield injection
@@ -139,6 +143,7 @@ class DatasetGradients:
         progress: Whether to show a progress bar.
         processes: Those that compute the gradient over all data together, each on every n-th batch; all of them then
             ask for it. None of them waits for another in anything else. Default: this process alone.
+        saved_on: Where the bits of corrupted weights are kept; None for their own device.
 
     Raises:
         ValueError: There are no items, or the batches can be walked through only once, or differ from walk to walk.
@@ -153,7 +158,9 @@ class DatasetGradients:
         *,
         progress: bool = False,
         processes: MeasuringProcesses = ALONE,
+        saved_on: Device = None,
     ) -> None:
+        self._saved_on = saved_on
         self._batches = batches if isinstance(batches, RepeatedBatches) else RepeatedBatches(batches)
         self._batches.check()
         self._processes = processes
@@ -186,7 +193,7 @@ class DatasetGradients:
         return part
 
     def over_data(self) -> dict[str, Tensor]:
-        """Return the gradient of the mean loss over all data, each item counted once."""
+        """Return the gradient of the mean loss over all data, each item counted once; in float32 at least."""
         if self._whole is not None:
             overall = self._whole.over_data()
             return {name: overall[name] for name in self._parameters}
@@ -210,6 +217,7 @@ class DatasetGradients:
                 torch._foreach_add_(
                     local_parts(list(overall.values())), local_parts(found), alpha=1 if in_step else share
                 )
+                del found  # before the next one
             self._overall = overall if in_step else self._processes.sum(overall)
         return self._overall
 
@@ -242,7 +250,7 @@ class DatasetGradients:
         return self.on_batch(self.next_batch(), corruption)
 
     def next_batch(self) -> Batch:
-        """Return the next batch, on the device of the parameters; after the last comes the first."""
+        """Return the next batch, on the device that the model takes it on; after the last comes the first."""
         batch = next(self._walk, None)
         if batch is None:
             self._walk = iter(self._batches)
@@ -250,8 +258,8 @@ class DatasetGradients:
         return self._on_device(batch)
 
     def on_batch(self, batch: Batch, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the gradient of a batch's mean loss at `w + a`."""
-        with corrupted_model(self._model, self._parameters, corruption):
+        """Return the gradient of a batch's mean loss at `w + a`, in the dtype of each weight."""
+        with corrupted_model(self._model, self._parameters, corruption, self._saved_on):
             return dict(zip(self._parameters, self._gradient(batch), strict=True))
 
     def run(self, batch: Batch) -> None:
@@ -265,7 +273,7 @@ class DatasetGradients:
 
     def _on_device(self, batch: Batch) -> Batch:
         # A copy, since models write into their inputs; before it moves, since a `BatchEncoding` moves in place.
-        return send_to_device(private_copy(batch), next(iter(self._parameters.values())).device)
+        return send_to_device(private_copy(batch), input_device(self._model))
 
     def _gradient(self, batch: Batch, weight: float = 1.0) -> list[Tensor]:
         parameters = list(self._parameters.values())
@@ -277,7 +285,7 @@ class DatasetGradients:
         with torch.enable_grad(), trainable(parameters):
             gradient = gradients(self._model, parameters, loss)
         found = [
-            torch.zeros_like(parameter, dtype=_wide(parameter)) if part is None else part.to(_wide(parameter))
+            torch.zeros_like(parameter) if part is None else part
             for part, parameter in zip(gradient, parameters, strict=True)
         ]
         return private([part.detach() for part in found], [*self._model.parameters(), *self._model.buffers(), batch])

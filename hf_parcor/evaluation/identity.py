@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_parcor.corruptions import Corruption
 from hf_parcor.distributed.fsdp import class_of
 from hf_parcor.evaluation.fingerprint import TOLD_BY_THEIR_TEXT, fingerprint, fingerprint_of_weights
-from hf_parcor.functional.vectors import vector_norm
+from hf_parcor.functional.vectors import chunks, vector_norm
 from hf_parcor.records.stored import to_strict_json
 
 _CALLED = ("__call__", "of_batch", "combine", "forward")
@@ -129,8 +130,13 @@ def norm_of(weights: Iterable[Tensor]) -> float:
         >>> norm_of([Tensor([3.0]), Tensor([[4.0]])])
         5.0
     """
-    norms = [vector_norm([weight.detach().double()]).item() for weight in weights]
+    norms = [vector_norm([part.double()]).item() for weight in weights for part in _parts(weight.detach())]
     return float(f"{math.hypot(*norms):.6g}")
+
+
+def _parts(weight: Tensor) -> Iterable[Tensor]:
+    """Return chunks of a weight; all of one whose parts lie on several processes, or far apart."""
+    return [weight] if isinstance(weight, DTensor) or not weight.is_contiguous() else chunks([weight])
 
 
 def described(value: Any) -> Any:

@@ -23,6 +23,7 @@ from hf_parcor.distributed.fsdp import is_sharded
 from hf_parcor.distributed.processes import MeasuringProcesses
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, corrupted_model
 from hf_parcor.evaluation.identity import identity_of_run
+from hf_parcor.evaluation.memory import check_memory
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.replicas import all_batches, check_same_data, check_same_weights
 from hf_parcor.evaluation.together import (
@@ -36,6 +37,7 @@ from hf_parcor.evaluation.together import (
 from hf_parcor.evaluation.trials import Trial, append_to_checkpoint, begin_checkpoint, checked_metrics, record_of
 from hf_parcor.evaluation.walks import RepeatedBatches, check_repeatable
 from hf_parcor.functional.vectors import numel
+from hf_parcor.injection import Device, check_device
 from hf_parcor.model_state import BufferSnapshot, devices_of, evaluation_mode
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.randomness import random_states_kept
@@ -170,6 +172,8 @@ def _catalogue_name(corruption: Corruption) -> str:
     return type(corruption).__name__
 
 
+# Many that are measured together are parts of one done after each batch: what is left is known from the first.
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 MEMORY = 1 << 30
 BETWEEN_WRITES = 16  # corruptions that a kill may cost; more would share a prefix run that is a few percent of them
 _Parameters = Mapping[str, nn.Parameter]
@@ -187,6 +191,7 @@ class Measurement:
         memory: How many bytes the corruptions that are measured together may take.
         metric_info: What the metric's numbers mean, by their names; None for what it says itself.
         progress: Whether to show a progress bar.
+        saved_on: Where the bits of corrupted weights are kept; None for their own device.
 
     Raises:
         ValueError: The batches can be walked through only once.
@@ -204,7 +209,9 @@ class Measurement:
         memory: int,
         metric_info: Mapping[str, MetricInfo] | None,
         progress: bool,
+        saved_on: Device = None,
     ) -> None:
+        self._saved_on = check_device("saved_on", saved_on)
         self._infos = checked_infos(metric_info)
         maybe: Any = metric
         if batches is None and isinstance(maybe, BatchMetric):
@@ -277,12 +284,15 @@ class Measurement:
             limit = len(jobs) if checkpoint is None else BETWEEN_WRITES
             numbers = iter(left)
             done = len(plan) - len(left)
-            with tqdm(total=len(plan), initial=done, desc="corruptions", disable=not self._progress) as bar:
+            with tqdm(
+                total=len(plan), initial=done, desc="corruptions", bar_format=_BAR, disable=not self._progress
+            ) as bar:
                 for some in self._in_turn(jobs, limit):
                     bar.set_postfix_str(str(some[0].corruption))
-                    measured = self._measure(some)
+                    measured = self._measure(some, bar.update)
                     found |= _kept(path, dict(zip(islice(numbers, len(some)), measured, strict=True)))
-                    bar.update(len(some))
+                    done += len(some)
+                    bar.update(done - bar.n)
         clean = record_of("none", "no corruption", {}, [found[0]])
         return clean, data, plan.records(found)
 
@@ -347,7 +357,9 @@ class Measurement:
                 self._loss,
                 progress=self._progress,
                 processes=self._processes,
+                saved_on=self._saved_on,
             )
+            check_memory(groups, corruptions, self._saved_on)
         climbs = any(isinstance(corruption, MultiStepCorruption) for corruption in corruptions)
         return [
             Group(
@@ -365,7 +377,7 @@ class Measurement:
         return prefix_of_ascents(self._model, selection, self._batches)
 
     def _prefix_of_measurements(self, selection: _Parameters) -> PrefixReuse | None:
-        if self._by_batch is None:
+        if self._by_batch is None or 2 * _size(selection) > self._memory:  # no two are measured together
             return None
         prefix = prefix_of_measurements(self._model, self._by_batch, selection)
         # What is measured together must be the same everywhere, also where a rounding decides.
@@ -376,7 +388,7 @@ class Measurement:
         some: list[Job] = []
         taken = 0
         for job in jobs:
-            size = 4 * numel(list(job.group.parameters.values()))
+            size = _size(job.group.parameters)
             full = len(some) == limit or taken + size > self._memory
             if some and (full or not self._go_together(job, some[-1])):
                 yield some
@@ -392,19 +404,20 @@ class Measurement:
             return self._processes.count > 1 and job.group.measuring is None
         return job.group.measuring is not None
 
-    def _measure(self, some: Sequence[Job]) -> list[Trial]:
-        together = self._by_batch if some[0].group.measuring is not None else None
+    def _measure(self, some: Sequence[Job], advance: Callable[[float], object]) -> list[Trial]:
+        # One alone has nothing to share a prefix with, and is written once: tensor by tensor.
+        together = self._by_batch if len(some) > 1 and some[0].group.measuring is not None else None
         with self._undone():
-            chosen = choose_together(some, self._processes)
+            chosen = choose_together(some, self._processes, whole=together is not None)
         sizes = []
         metrics: list[Mapping[str, object]] = []
         for job, corruption in zip(some, chosen, strict=True):
-            with corrupted_model(self._model, job.group.parameters, corruption) as injection:
+            with corrupted_model(self._model, job.group.parameters, corruption, self._saved_on) as injection:
                 sizes.append(injection.size())
                 if together is None:
                     metrics.append(self._metrics())
         if together is not None:
-            measured = measure_together(self._model, together, some, chosen, self._processes)
+            measured = measure_together(self._model, together, some, chosen, self._processes, self._saved_on, advance)
             metrics = [checked_metrics(found) for found in measured]
         seeds = [job.seed for job in some]
         return [Trial.of(*of_trial) for of_trial in zip(seeds, metrics, sizes, strict=True)]
@@ -421,6 +434,11 @@ class Measurement:
             yield
         finally:
             self._buffers.put_back()
+
+
+def _size(selection: _Parameters) -> int:
+    """Return how many bytes a corruption of these weights takes as a whole."""
+    return 4 * numel(list(selection.values()))
 
 
 def _nothing() -> None:

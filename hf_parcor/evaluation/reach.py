@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
 
 from hf_parcor.injection import obstacle
-from hf_parcor.targets import TargetError, select_parameters, select_trainable, sinusoidal_tables
+from hf_parcor.targets import Selector, TargetError, sinusoidal_tables
 
 logger = logging.get_logger(__name__)
 
@@ -66,6 +66,7 @@ class Reach:
         hidden = {module: list(_hidden_weights(module)) for module in model.modules()}
         self.model = _view(model, hidden) if any(hidden.values()) else model
         """The model or, where weights are no parameters, a view of it in which they stand as parameters."""
+        self._selector = Selector(self.model)
         for name, module in self.model.named_modules():
             found = [(part, why) for part in module.parameters(recurse=False) if (why := _why(part)) is not None]
             for parameter, why in found:
@@ -85,11 +86,11 @@ class Reach:
             TargetError: Something finds nothing, or nothing is left.
             OutOfReachError: All that is left is out of reach. A `TargetError`.
         """
-        chosen = select_trainable(self.model, target_modules, **selection)
+        chosen = self._selector.select_trainable(target_modules, **selection)
         if not self._unreachable:
             return Selection(chosen)
         if target_modules is None and not self._has_frozen():
-            everything = select_parameters(self.model, "all", **selection)
+            everything = self._selector.select("all", **selection)
             chosen = {
                 name: parameter
                 for name, parameter in everything.items()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from operator import length_hint
 from typing import Any, cast
 
 import torch
@@ -21,8 +22,8 @@ from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model, tr
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.functional.vectors import working_dtype
-from hf_parcor.injection import corrupted
-from hf_parcor.model_state import BufferSnapshot
+from hf_parcor.injection import Device, Pieces, corrupted
+from hf_parcor.model_state import BufferSnapshot, input_device
 from hf_parcor.prefix import (
     TRIED_PASSES,
     NothingToReuse,
@@ -78,18 +79,25 @@ class Job:
     seed: int
 
 
-def choose_together(jobs: Sequence[Job], processes: MeasuringProcesses = ALONE) -> list[Mapping[str, Tensor]]:
+def choose_together(
+    jobs: Sequence[Job], processes: MeasuringProcesses = ALONE, *, whole: bool = True
+) -> list[Mapping[str, Tensor] | Pieces]:
     """Return what each corruption chooses, as if called alone; multi-step ones walk through the data together.
 
     Each process climbs whole ascents: they need no word from the others, and end where one process would. In step,
     all processes climb all of them.
+
+    Args:
+        jobs: The corruptions.
+        processes: Those that choose together.
+        whole: Return each as a mapping, to be written again and again; else those that come as `Pieces` as such.
     """
     ascents = [job for job in jobs if type(job.corruption) is MultiStepCorruption]
     if processes.in_step:
         climbed = iter(_climb(ascents))
     else:
         climbed = _handed_round(ascents, _climb(list(processes.share(ascents))), processes)
-    corruptions: list[Mapping[str, Tensor]] = []
+    corruptions: list[Mapping[str, Tensor] | Pieces] = []
     for job in jobs:
         if type(job.corruption) is MultiStepCorruption:
             corruptions.append(next(climbed))
@@ -97,7 +105,8 @@ def choose_together(jobs: Sequence[Job], processes: MeasuringProcesses = ALONE) 
         generator = torch.Generator().manual_seed(job.seed)
         if job.group.gradients is not None:
             job.group.gradients.restart()
-        corruptions.append(job.corruption(job.group.parameters, job.group.gradients, generator))
+        choose = job.corruption if whole else job.corruption.pieces
+        corruptions.append(choose(job.group.parameters, job.group.gradients, generator))
     return corruptions
 
 
@@ -134,6 +143,7 @@ def _climb(jobs: Sequence[Job]) -> list[dict[str, Tensor]]:
             with _replaying(jobs[index].group.climbing):
                 gradient = sources[index].on_batch(batch, corruption)
             yield gradient
+            del gradient  # before the next one
         _forget(prefixes)
 
     corruptions = [cast(MultiStepCorruption, job.corruption) for job in jobs]
@@ -147,8 +157,10 @@ def measure_together(
     model: nn.Module,
     metric: BatchMetric,
     jobs: Sequence[Job],
-    chosen: Sequence[Mapping[str, Tensor]],
+    chosen: Sequence[Mapping[str, Tensor] | Pieces],
     processes: MeasuringProcesses = ALONE,
+    saved_on: Device = None,
+    advance: Callable[[float], object] | None = None,
 ) -> list[Mapping[str, float]]:
     """Return the metrics under each corruption; what does not depend on it runs once a batch.
 
@@ -156,18 +168,24 @@ def measure_together(
         model: The model, in evaluation mode.
         metric: What is measured.
         jobs: The corruptions.
-        chosen: What they chose.
+        chosen: What they chose, as mappings: each is written for every batch.
         processes: Those that measure together, each every n-th batch.
+        saved_on: Where the bits of corrupted weights are kept; None for their own device.
+        advance: Told after each batch how many of the jobs that was worth, if the number of batches is known.
     """
+    rounds = processes.size(length_hint(metric.batches))
     prefixes = _different(job.group.measuring for job in jobs)
 
     def of_jobs(batch: Mapping[str, Any]) -> list[Any]:
         _record(prefixes, partial(metric.of_batch, model, batch))
         found = []
         for job, corruption in zip(jobs, chosen, strict=True):
-            with corrupted_model(model, job.group.parameters, corruption), _replaying(job.group.measuring):
+            injected = corrupted_model(model, job.group.parameters, corruption, saved_on)
+            with injected, _replaying(job.group.measuring):
                 found.append(metric.of_batch(model, batch))
         _forget(prefixes)
+        if advance is not None and rounds:
+            advance(len(jobs) / rounds)
         return found
 
     of_batches = processes.each(of_jobs, all_batches(metric.batches))
@@ -212,7 +230,7 @@ def prefix_of_ascents(model: nn.Module, parameters: _Parameters, batches: Iterab
     batch = next(iter(batches), None)
     if not isinstance(batch, Mapping):
         return None
-    device = next(iter(parameters.values())).device
+    device = input_device(model)
 
     def plan() -> PrefixReuse:
         with trainable(parameters.values()):

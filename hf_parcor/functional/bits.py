@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from types import MappingProxyType
 
@@ -160,6 +160,18 @@ def flip_random_bits(
         ValueError: Both or none of `rate` and `count`, a rate outside [0, 1], a count below 1 or above the number of
             bits in the field, an unknown field.
     """
+    return list(flipped_in_turn(tensors, field, rate=rate, count=count, generator=generator))
+
+
+def flipped_in_turn(
+    tensors: Sequence[Tensor],
+    field: str = "any",
+    *,
+    rate: float | None = None,
+    count: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yield what `flip_random_bits` returns; which bits flip is drawn before the first, each copied when asked for."""
     rate, count = check_amount(rate, count)
     generator = shared_generator(tensors, generator)
     fields = [field_bits(tensor.dtype, field) for tensor in tensors]
@@ -176,8 +188,6 @@ def flip_random_bits(
     starts = list(accumulate(sizes, initial=0))
     # The positions are in order: the first of each tensor is found by bisection, and no tensor looks at another's.
     firsts = torch.searchsorted(positions, torch.tensor(starts, device=positions.device)).tolist()
-    flipped = []
     for tensor, bits, start, (first, end) in zip(tensors, fields, starts[:-1], pairwise(firsts), strict=True):
         here = positions[first:end].to(local_part(tensor).device) - start
-        flipped.append(flip_bits(tensor, here // len(bits), here % len(bits) + bits.start))
-    return flipped
+        yield flip_bits(tensor, here // len(bits), here % len(bits) + bits.start)

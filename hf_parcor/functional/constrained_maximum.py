@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from hf_parcor.functional.top_n import keep_top_n, keep_top_n_
 from hf_parcor.functional.vectors import (
     divide_,
     euclidean_norm,
+    in_turn,
     max_magnitude,
     scaled,
     vector_norm,
@@ -46,17 +47,9 @@ def _maximum_on_sphere(vector: list[Tensor], p: float, epsilon: float, *, overwr
 
     A gradient that overflowed has no direction: no corruption is better than a NaN in every weight.
     """
-    if p == 1 or math.isinf(p):
-        factor = epsilon * torch.isfinite(max_magnitude(vector)).double()
-        if overwrite:
-            torch._foreach_sign_(vector)
-        else:
-            vector = list(torch._foreach_sign(vector))
-        return scaled(vector, factor, overwrite=True)
-    if _takes_one_factor(vector, p):
-        norm = euclidean_norm(vector)
-        usable = torch.isfinite(norm) & (norm > 0)
-        return scaled(vector, torch.where(usable, epsilon / norm, 0.0), overwrite=overwrite)
+    factor = _one_factor(vector, p, epsilon)
+    if factor is not None:
+        return _multiplied(vector, p, factor, overwrite=overwrite)
     largest = max_magnitude(vector)
     divide_(vector, torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0))
     if p != 2:
@@ -67,6 +60,28 @@ def _maximum_on_sphere(vector: list[Tensor], p: float, epsilon: float, *, overwr
     norm = vector_norm_of_unit_scale(vector, p).double()
     usable = torch.isfinite(largest) & (norm > 0)
     return scaled(vector, torch.where(usable, epsilon / norm, 0.0), overwrite=True)
+
+
+def _one_factor(vector: list[Tensor], p: float, epsilon: float) -> Tensor | None:
+    """Return what the vector, or the vector of its signs, is multiplied by; None where that is not all."""
+    if p == 1 or math.isinf(p):
+        return epsilon * torch.isfinite(max_magnitude(vector)).double()
+    return epsilon_over(euclidean_norm(vector), epsilon) if _takes_one_factor(vector, p) else None
+
+
+def epsilon_over(norm: Tensor, epsilon: float) -> Tensor:
+    """Return `ε/‖v‖`, and 0 of a vector that is zero or not finite."""
+    return torch.where(torch.isfinite(norm) & (norm > 0), epsilon / norm, 0.0)
+
+
+def _multiplied(tensors: list[Tensor], p: float, factor: Tensor, *, overwrite: bool) -> list[Tensor]:
+    if p == 2:
+        return scaled(tensors, factor, overwrite=overwrite)
+    if overwrite:
+        torch._foreach_sign_(tensors)
+    else:
+        tensors = list(torch._foreach_sign(tensors))
+    return scaled(tensors, factor, overwrite=True)
 
 
 def _takes_one_factor(tensors: Sequence[Tensor], p: float) -> bool:
@@ -112,6 +127,52 @@ def constrained_maximum(tensors: Sequence[Tensor], p: float, epsilon: float, top
     solution = working_copy(tensors)
     constrained_maximum_(solution, p, epsilon, top_n)
     return solution
+
+
+def constrained_maximum_in_turn(
+    tensors: Sequence[Tensor], p: float, epsilon: float, top_n: int | None = None
+) -> Iterator[list[Tensor]]:
+    """Yield the tensors that `constrained_maximum` returns, to the last bit, small ones together, one after the other.
+
+    For p = 2 and ∞ of all entries a tensor at a time is all that is needed; else all are made at once, and let go.
+
+    Args:
+        tensors: As for `constrained_maximum`; they are only read, until the last one has come.
+        p: As for `constrained_maximum`.
+        epsilon: As for `constrained_maximum`.
+        top_n: As for `constrained_maximum`.
+
+    Raises:
+        ValueError: As for `constrained_maximum`.
+
+    Examples:
+        >>> list(constrained_maximum_in_turn([torch.tensor([3.0]), torch.tensor([4.0])], p=2, epsilon=1.0))
+        [[tensor([0.6000]), tensor([0.8000])]]
+    """
+    p, epsilon, top_n = _checked(p, epsilon, top_n)
+    if not tensors:
+        return
+    vector = one_vector([tensor.detach() for tensor in tensors])
+    factor = None if top_n is not None else _one_factor(vector, p, epsilon)
+    dtype = working_dtype(tensors)
+    left = iter(()) if factor is not None else _let_go(constrained_maximum(tensors, p, epsilon, top_n))
+    for places in in_turn(tensors):
+        if factor is None:
+            yield [next(left) for _ in places]
+            continue
+        parts = [vector[place].to(dtype) for place in places]
+        ours = all(vector[place].dtype != dtype for place in places)
+        parts = _multiplied(parts, p, factor, overwrite=ours)
+        some = [sharded_as(part, tensors[place]) for place, part in zip(places, parts, strict=True)]
+        del parts
+        yield some
+        del some
+
+
+def _let_go(tensors: list[Tensor]) -> Iterator[Tensor]:
+    tensors.reverse()
+    while tensors:
+        yield tensors.pop()
 
 
 def dual_order(p: float) -> float:

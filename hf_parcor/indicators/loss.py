@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, model_loss
 from hf_parcor.evaluation.replicas import whole_model
-from hf_parcor.injection import check_weights, corrupted, forget_derived
+from hf_parcor.injection import Pieces, check_weights, corrupted, forget_derived
 from hf_parcor.model_state import evaluation_mode
 
 
@@ -80,11 +80,11 @@ class LossOverData:
             self._value = self._mean()
         return self._value
 
-    def change(self, corruption: Mapping[str, Tensor]) -> float:
+    def change(self, corruption: Mapping[str, Tensor] | Pieces) -> float:
         """Return L(w + a) − L(w).
 
         Args:
-            corruption: a by name, or a `Replacement`.
+            corruption: a by name, or a `Replacement`; or either as `Pieces`.
 
         Raises:
             ValueError: A name or a shape does not belong to the parameters.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from hf_parcor.functional import constrained_maximum_value, max_magnitude, vecto
 from hf_parcor.functional.vectors import numel
 from hf_parcor.indicators.estimators import hessian_trace, random_loss_changes
 from hf_parcor.indicators.loss import LossOverData
-from hf_parcor.injection import corrupted
+from hf_parcor.injection import Pieces, corrupted
 from hf_parcor.records.indicators import ConstraintIndicators, IndicatorRecord
 
 _SWALLOWED = 0.1  # realised and asked norm differ by more than this: say so
@@ -144,10 +144,10 @@ def _adversarial(
     return along_gradient, MultiStepCorruption(constraint, steps) if constraint.p in (2, math.inf) else None
 
 
-def _chosen(corruption: Corruption, over_data: LossOverData, seed: int) -> Mapping[str, Tensor]:
+def _chosen(corruption: Corruption, over_data: LossOverData, seed: int) -> Pieces:
     with over_data.measuring():
         over_data.gradients.restart()
-        return corruption(over_data.parameters, over_data.gradients, torch.Generator().manual_seed(seed))
+        return corruption.pieces(over_data.parameters, over_data.gradients, torch.Generator().manual_seed(seed))
 
 
 def _is_finite(tensors: Sequence[Tensor]) -> bool:
@@ -159,7 +159,7 @@ def _swallowed(over_data: LossOverData, corruptions: Sequence[Corruption], seed:
     if all(parameter.dtype.itemsize >= 4 for parameter in over_data.parameters.values()):
         return
     for corruption in corruptions:
-        with corrupted(over_data.parameters, _chosen(corruption, over_data, seed)) as injection:
+        with corrupted(over_data.parameters, _chosen(corruption, over_data, seed), p=2.0) as injection:
             norm = injection.withdraw(2.0)
         asked, realised = float(norm.asked), float(norm.realised)
         if abs(realised - asked) > _SWALLOWED * asked:

@@ -4,12 +4,13 @@ from hf_parcor.targets.adapters import merged_changes
 from hf_parcor.targets.groups import Groups, by_adapter, by_kind, by_layer, by_module
 from hf_parcor.targets.kinds import find_input_embedding
 from hf_parcor.targets.matching import WORDS, TargetError
-from hf_parcor.targets.selection import select_parameters, select_trainable, sinusoidal_tables
+from hf_parcor.targets.selection import Selector, select_parameters, select_trainable, sinusoidal_tables
 from hf_parcor.targets.stacks import Stack, find_stacks
 
 __all__ = [
     "WORDS",
     "Groups",
+    "Selector",
     "Stack",
     "TargetError",
     "by_adapter",

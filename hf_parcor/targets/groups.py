@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 
 from torch import nn
 
 from hf_parcor.targets.kinds import is_normalization, linear_modules, output_layers, parameters_below
-from hf_parcor.targets.matching import WORDS, TargetError
-from hf_parcor.targets.selection import select_parameters
+from hf_parcor.targets.matching import WORDS, TargetError, parameters_by_module
+from hf_parcor.targets.selection import Selector
 from hf_parcor.targets.stacks import find_stacks
 
 __all__ = ["Groups", "by_adapter", "by_kind", "by_layer", "by_module"]
@@ -47,8 +47,9 @@ def by_layer(model: nn.Module) -> Groups:
             f"targets: expected a model with stacks of blocks, got {type(model).__name__} without any; group by_kind "
             "or by_module, or name the targets"
         )
+    targets = _Targets(model)
     return {
-        f"{stack.name}.{index}": _target(model, stack.parameters_of(index))
+        f"{stack.name}.{index}": targets.of(stack.parameters_of(index))
         for stack in stacks
         for index in range(len(stack))
     }
@@ -67,13 +68,13 @@ def by_kind(model: nn.Module) -> Groups:
         >>> by_kind(nn.Sequential(nn.Embedding(3, 2), nn.LayerNorm(2), nn.Linear(2, 2)))
         {'layer-norm': ['1'], 'embedding': ['0'], 'linear': ['2']}
     """
-    left = _all_parameters(model)
+    left, targets = _all_parameters(model), _Targets(model)
     groups: Groups = {}
     for kind, select in _KINDS.items():
         found = select(model) & left
         left -= found
         if found:
-            groups[kind] = _target(model, found)
+            groups[kind] = targets.of(found)
     return groups
 
 
@@ -87,13 +88,13 @@ def by_module(model: nn.Module) -> Groups:
         >>> by_module(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
         {'0': ['0'], '2': ['2']}
     """
-    left = _all_parameters(model)
+    left, targets = _all_parameters(model), _Targets(model)
     groups: Groups = {}
     for name, module in model.named_modules():
         found = left.intersection(module.parameters(recurse=False))
         left -= found
         if found:
-            groups[name or type(model).__name__] = _target(model, found)
+            groups[name or type(model).__name__] = targets.of(found)
     return groups
 
 
@@ -116,7 +117,8 @@ def by_adapter(model: nn.Module) -> Groups:
             for name in found.keys() & set(module.keys()):
                 entry = module[name]
                 found[name].update(entry.parameters() if isinstance(entry, nn.Module) else [entry])
-    groups: Groups = {name: _target(model, parameters) for name, parameters in found.items() if parameters}
+    targets = _Targets(model)
+    groups: Groups = {name: targets.of(parameters) for name, parameters in found.items() if parameters}
     if not groups:
         raise TargetError(
             f"targets: expected a model with PEFT adapters, got {type(model).__name__} without any; wrap it with "
@@ -139,31 +141,40 @@ def _all_parameters(model: nn.Module) -> set[nn.Parameter]:
     return parameters
 
 
-def _target(model: nn.Module, parameters: Set[nn.Parameter]) -> str | list[str]:
-    """Return what selects these parameters and no others: few names, or, where one is also an end, an expression."""
-    if parameters == set(model.parameters()):
-        return "all"
-    names = list(_names(model, "", parameters, set()))
-    if set(select_parameters(model, names).values()) == parameters and WORDS.keys().isdisjoint(names):
-        return names
-    return _expression(names)
+class _Targets:
+    """Finds targets of sets of parameters; the model is walked through once."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._selector = model, Selector(model)
+        self._below = {module: set(below) for module, below in parameters_by_module(model).items()}
 
-def _names(module: nn.Module, name: str, wanted: Collection[nn.Parameter], seen: set[nn.Parameter]) -> Iterator[str]:
-    """Yield modules whose parameters are all wanted, as large as possible, and single parameters."""
-    below = set(module.parameters())
-    wraps_one = any(set(child.parameters()) == below for child in module.children())
-    if below - seen and below.issubset(wanted) and not wraps_one:
-        seen |= below
-        yield name
-        return
-    prefix = f"{name}." if name else ""
-    for parameter_name, parameter in module.named_parameters(recurse=False):
-        if parameter in wanted and parameter not in seen:
-            seen.add(parameter)
-            yield f"{prefix}{parameter_name}"
-    for child_name, child in module.named_children():
-        yield from _names(child, f"{prefix}{child_name}", wanted, seen)
+    def of(self, parameters: Set[nn.Parameter]) -> str | list[str]:
+        """Return what selects these and no others: few names or, where one ends another one, an expression."""
+        if parameters == self._below[self._model]:
+            return "all"
+        names = list(self._names(self._model, "", parameters, set()))
+        if set(self._selector.select(names).values()) == parameters and WORDS.keys().isdisjoint(names):
+            return names
+        return _expression(names)
+
+    def _names(
+        self, module: nn.Module, name: str, wanted: Set[nn.Parameter], seen: set[nn.Parameter]
+    ) -> Iterator[str]:
+        """Yield modules whose parameters are all wanted, as large as possible, and single parameters."""
+        below = self._below[module]
+        if below.isdisjoint(wanted):
+            return
+        if below <= wanted and below - seen and not any(self._below[child] == below for child in module.children()):
+            seen |= below
+            yield name
+            return
+        prefix = f"{name}." if name else ""
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter in wanted and parameter not in seen:
+                seen.add(parameter)
+                yield f"{prefix}{parameter_name}"
+        for child_name, child in module.named_children():
+            yield from self._names(child, f"{prefix}{child_name}", wanted, seen)
 
 
 def _expression(names: Iterable[str]) -> str:

@@ -170,6 +170,27 @@ NamedTargets = Mapping[str, Collection[nn.Parameter]]
 """Names of modules and parameters, with the parameters that each stands for."""
 
 
+def parameters_by_module(model: nn.Module) -> dict[nn.Module, Set[nn.Parameter]]:
+    """Return the parameters of each module and of all below it, in the order of the model, from a single walk.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> [len(below) for below in parameters_by_module(model).values()]
+        [2, 2, 0]
+    """
+    found: dict[nn.Module, dict[nn.Parameter, None]] = {}
+
+    def walk(module: nn.Module) -> dict[nn.Parameter, None]:
+        if module not in found:
+            found[module] = below = dict.fromkeys(module.parameters(recurse=False))
+            for child in module.children():
+                below.update(walk(child))
+        return found[module]
+
+    walk(model)
+    return {module: below.keys() for module, below in found.items()}
+
+
 def named_targets(model: nn.Module) -> NamedTargets:
     """Name all that can be matched: the modules that have parameters, and the parameters. Aliases of shared ones too.
 
@@ -178,10 +199,10 @@ def named_targets(model: nn.Module) -> NamedTargets:
         ['0', '0.weight', '0.bias']
     """
     targets: dict[str, Collection[nn.Parameter]] = {}
+    below = parameters_by_module(model)
     for name, module in model.named_modules(remove_duplicate=False):
-        below = tuple(module.parameters())
-        if name and below:
-            targets[name] = below
+        if name and below[module]:
+            targets[name] = below[module]
         for parameter_name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             targets[f"{name}.{parameter_name}" if name else parameter_name] = (parameter,)
     return targets

@@ -189,25 +189,69 @@ def select_parameters(
         hf_parcor.targets.matching.TargetError: expected a stack of encoder blocks for the word "last-encoder-layer",
         got the stack "decoder" (decoder, 2 blocks), use "last-decoder-layer" or layers=-1
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected an nn.Module, got {type(model).__name__}, pass the model itself")
-    targets = named_targets(model)
-    chosen = _union(model, targets, target_modules, "target_modules")
-    if not chosen:
-        raise TargetError('expected at least one name in target_modules, got an empty list, pass names or "all"')
-    if exclude_modules is not None:
-        excluded = _union(model, targets, exclude_modules, "exclude_modules")
-        advice = "which takes all of them away, exclude less or target more"
-        chosen = _keep(chosen, chosen - excluded, "exclude_modules", exclude_modules, advice)
-    if module_types is not None:
-        owners = ", ".join(owner_classes(model, chosen))
-        advice = f"but these belong to modules of the classes {owners}, use one of these"
-        chosen = _keep(chosen, parameters_of_types(model, module_types), "module_types", module_types, advice)
-    if layers is not None:
-        stacks = describe_stacks(find_stacks(model))
-        advice = f"but these lie outside the blocks of that number in {stacks}, change or drop layers"
-        chosen = _keep(chosen, parameters_in_layers(model, layers), "layers", layers, advice)
-    return {name: parameter for name, parameter in model.named_parameters() if parameter in chosen}
+    return Selector(model).select(target_modules, exclude_modules, module_types, layers)
+
+
+class Selector:
+    """Selects parameters of one model again and again: what it is made of is looked at once.
+
+    Args:
+        model: As in `select_parameters`; no module or parameter may come or go afterwards.
+
+    Raises:
+        TypeError: It is no module.
+
+    Examples:
+        >>> selector = Selector(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)))
+        >>> [list(selector.select([name])) for name in ("0", "1.bias")]
+        [['0.weight', '0.bias'], ['1.bias']]
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected an nn.Module, got {type(model).__name__}, pass the model itself")
+        self._model, self._targets = model, named_targets(model)
+        self._names = dict(model.named_parameters())
+
+    def select(
+        self,
+        target_modules: str | Collection[str] = "all",
+        exclude_modules: str | Collection[str] | None = None,
+        module_types: ModuleTypes | None = None,
+        layers: int | Iterable[int] | None = None,
+    ) -> dict[str, nn.Parameter]:
+        """Do as `select_parameters` does."""
+        model, targets = self._model, self._targets
+        chosen = _union(model, targets, target_modules, "target_modules")
+        if not chosen:
+            raise TargetError('expected at least one name in target_modules, got an empty list, pass names or "all"')
+        if exclude_modules is not None:
+            excluded = _union(model, targets, exclude_modules, "exclude_modules")
+            advice = "which takes all of them away, exclude less or target more"
+            chosen = _keep(chosen, chosen - excluded, "exclude_modules", exclude_modules, advice)
+        if module_types is not None:
+            owners = ", ".join(owner_classes(model, chosen))
+            advice = f"but these belong to modules of the classes {owners}, use one of these"
+            chosen = _keep(chosen, parameters_of_types(model, module_types), "module_types", module_types, advice)
+        if layers is not None:
+            stacks = describe_stacks(find_stacks(model))
+            advice = f"but these lie outside the blocks of that number in {stacks}, change or drop layers"
+            chosen = _keep(chosen, parameters_in_layers(model, layers), "layers", layers, advice)
+        return {name: parameter for name, parameter in self._names.items() if parameter in chosen}
+
+    def select_trainable(
+        self, target_modules: str | Collection[str] | None = None, **selection: Any
+    ) -> dict[str, nn.Parameter]:
+        """Do as the function of this name does."""
+        if target_modules is not None:
+            return self.select(target_modules, **selection)
+        everything = self.select("all", **selection)
+        fixed = sinusoidal_tables(self._model)
+        return {
+            name: parameter
+            for name, parameter in everything.items()
+            if parameter.requires_grad and parameter not in fixed
+        } or everything
 
 
 def _union(model: nn.Module, targets: NamedTargets, entries: object, argument: str) -> set[nn.Parameter]:
@@ -262,13 +306,7 @@ def select_trainable(
         >>> list(select_trainable(model, ["0"]))
         ['0.weight', '0.bias']
     """
-    if target_modules is not None:
-        return select_parameters(model, target_modules, **selection)
-    everything = select_parameters(model, "all", **selection)
-    fixed = sinusoidal_tables(model)
-    return {
-        name: parameter for name, parameter in everything.items() if parameter.requires_grad and parameter not in fixed
-    } or everything
+    return Selector(model).select_trainable(target_modules, **selection)
 
 
 def sinusoidal_tables(model: nn.Module) -> set[nn.Parameter]:

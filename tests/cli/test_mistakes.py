@@ -114,6 +114,7 @@ MISTAKES = [
     (f"{PROBE} --metric acuracy", "metric: accuracy loss acuracy"),
     (f"{PROBE} --task translate", "--task: 'translate' (did mean translation?)"),
     (f"{PROBE} --device tpu9", "--device: 'tpu9'"),
+    (f"{PROBE} --saved-on tpu9", "--saved-on: 'tpu9'"),
     (f"{PROBE} --output-dir FILE", "record.json"),
     # command lines and settings files
     ("prove MODEL", "COMMAND: train evaluate 'prove' (did mean probe?)"),

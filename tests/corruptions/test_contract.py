@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import pickle
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -307,3 +308,20 @@ def test_its_pieces_can_be_written_while_they_are_made(corruption, choose, weigh
     with corrupted(parameters, pieces):
         assert bits_of(model) == expected
     assert bits_of(model) == clean
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_direction_that_is_drawn_twice_is_the_one_that_is_held(dtype, peak_memory, monkeypatch) -> None:
+    corruption = RandomCorruption(CorruptionConstraint(epsilon=0.5))
+    weights = {name: torch.zeros(3000, 5, dtype=dtype) for name in "abcdefgh"} | {"empty": torch.zeros(0, 2)}
+    held = corruption(weights, generator=seeded())
+    monkeypatch.setattr(sys.modules["hf_parcor.corruptions.random"], "_LARGE", 10)
+    generator = seeded()
+    with peak_memory() as memory:
+        for name, part in corruption.pieces(weights, generator=generator):
+            assert torch.equal(part, held[name])
+            del part
+    assert memory.peak < 4 * 15_000 * 1.2
+    after = seeded()
+    corruption(weights, generator=after)
+    assert torch.equal(generator.get_state(), after.get_state())

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from hf_parcor import (
     BitFlips,
@@ -298,6 +299,20 @@ class TestRecord:
         record = evaluator.evaluate([GradientCorruption(CorruptionConstraint(epsilon=0.5))])
         assert record.parameters == sum(parameter.numel() for parameter in model.parameters())
         assert record.corruptions[0].norm == pytest.approx(0.5, rel=1e-4)
+
+    def test_the_progress_bar_moves_with_every_batch(self, classifier, batches, monkeypatch):
+        class Bar(tqdm):
+            def update(self, n=1):
+                steps.append(n)
+                return super().update(n)
+
+        steps = []
+        monkeypatch.setattr("hf_parcor.evaluation.measurement.tqdm", Bar)
+        metric, targets = ClassificationMetric(batches), {"head": ["classifier"], "pooler": ["bert.pooler"]}
+        LayerProbe(classifier, metric, targets=targets).evaluate([GaussianNoise(0.1)], trials=2)
+        assert sum(steps) == pytest.approx(4)
+        assert max(steps) < 2  # else nothing would be known of what is left before half of it is done
+        assert len(steps) > 2
 
     def test_progress_bar(self, evaluator_of, capsys):
         evaluator_of(progress=True).evaluate([GaussianNoise(0.1), Quantization(4)], trials=2)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from for_each import for_each
 from torch import Tensor, nn
 from transformers import TrainingArguments
@@ -28,12 +30,19 @@ from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.reach import Reach
 from hf_parcor.indicators import measure_indicators
 from hf_parcor.injection import Injection
+from hf_parcor.model_state import input_device
 from hf_parcor.targets import TargetError, by_kind
 
 ALONG_GRADIENT = GradientCorruption(CorruptionConstraint(epsilon=1.0))
 CORRUPTIONS = [GaussianNoise(0.5), BitFlips(count=5, bits="sign"), ALONG_GRADIENT]
 SIZE = 16 * 64 + 64 + 64 * 2 + 2  # of both linear layers
 REST = 20 * 16 + 2 * 64  # of the embedding and the normalization
+
+
+def hooked(hook: object) -> nn.Module:
+    model = nn.Linear(1, 1)
+    model._hf_hook = hook
+    return model
 
 
 class Wrapped(Tensor):
@@ -413,3 +422,47 @@ def test_a_defense_of_adapters_on_such_weights_trains_as_on_plain_ones(kind, tmp
     expected_losses, expected_adapters = trained(plain)
     assert losses == pytest.approx(expected_losses, rel=1e-5)
     torch.testing.assert_close(adapters, expected_adapters, rtol=1e-4, atol=1e-6)
+
+
+class TestDeviceMap:
+    """A model that Accelerate has spread takes its batches where it says, and is measured as the whole one."""
+
+    @staticmethod
+    def measured(model, batches):
+        evaluator = CorruptionEvaluator(
+            model,
+            lambda model: {"loss": float(model(**send_to_device(batches[0], input_device(model))).loss.detach())},
+            batches,
+            progress=False,
+        )
+        return evaluator.evaluate([GaussianNoise(0.1), ALONG_GRADIENT], trials=1)
+
+    def test_where_nothing_is_offloaded(self, classifier, batches, bits_of) -> None:
+        alone = self.measured(classifier, batches)
+        before = bits_of(classifier)
+        map_of_devices = {"bert.embeddings": "cpu", "bert.encoder": "cpu", "bert.pooler": "cpu", "classifier": "cpu"}
+        spread = accelerate.dispatch_model(classifier, map_of_devices, force_hooks=True)
+        assert self.measured(spread, batches).corruptions == alone.corruptions
+        assert bits_of(spread) == before
+
+    def test_where_a_part_is_on_the_disk(self, classifier, batches, tmp_path) -> None:
+        map_of_devices = {"bert.embeddings": "disk", "bert.encoder": "cpu", "bert.pooler": "cpu", "classifier": "cpu"}
+        spread = accelerate.dispatch_model(classifier, map_of_devices, offload_dir=tmp_path, force_hooks=True)
+        assert spread.get_input_embeddings().weight.is_meta
+        assert input_device(spread) == torch.device("cpu")
+        record = self.measured(spread, batches)
+        assert "on the meta device" in record.notes[0]
+        assert all(row.changed for row in record.corruptions)
+
+    @for_each(
+        ("model", "expected"),
+        [
+            (nn.Linear(1, 1, device="meta"), "cpu"),  # nothing is known
+            (nn.Sequential(nn.Linear(1, 1, device="meta"), nn.Linear(1, 1)), "cpu"),
+            (hooked(SimpleNamespace(execution_device=1)), "cuda:1"),
+            (hooked(SimpleNamespace(execution_device="xpu:0")), "xpu:0"),
+            (hooked(SimpleNamespace(hooks=[SimpleNamespace(), SimpleNamespace(execution_device=0)])), "cuda:0"),
+        ],
+    )
+    def test_where_batches_go(self, model, expected) -> None:
+        assert input_device(model) == torch.device(expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import torch
 from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_parcor.functional import inner_product, max_magnitude, vector_norm
+from hf_parcor.functional import constrained_maximum, inner_product, max_magnitude, project, project_, vector_norm
+from hf_parcor.functional.constrained_maximum import constrained_maximum_in_turn
 from hf_parcor.functional.vectors import (
     _norm_in_float64,
     _scaled_unread,
@@ -25,6 +28,7 @@ from hf_parcor.functional.vectors import (
     working_copy,
     working_dtype,
 )
+from hf_parcor.injection import Injection, Pieces
 
 NORMS = [1.0, 1.01, 1.5, 2.0, 3.0, 10.0, math.inf]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -238,3 +242,45 @@ def test_division_where_the_inverse_leaves_the_range() -> None:
     tensor = torch.tensor([1e-45, -1e-45])
     divide_([tensor], torch.tensor(1e-45))
     assert tensor.tolist() == [1, -1]
+
+
+SPREAD = {
+    "max_magnitude": max_magnitude,
+    "vector_norm": partial(vector_norm, p=2),
+    "vector_norm, p = 3": partial(vector_norm, p=3),
+    "inner_product": lambda tensors: inner_product(tensors, tensors),
+    "clones": clones,
+    "working_copy": working_copy,
+    "scaled": lambda tensors: scaled(tensors, torch.ones((), dtype=torch.float64, device="cuda:1"), overwrite=True),
+    **{f"maximum, p = {p:g}": partial(constrained_maximum, p=p, epsilon=0.1) for p in (1.5, 2, math.inf)},
+    "maximum in turn": lambda tensors: list(constrained_maximum_in_turn(tensors, 2, 0.1)),
+    **{f"projection, p = {p:g}": partial(project, p=p, epsilon=0.1) for p in (2, math.inf)},
+}
+
+
+@for_each("function", SPREAD.values())
+def test_a_vector_may_be_spread_over_devices(function) -> None:
+    """Tensors that know their shapes, dtypes and devices alone refuse what mixes devices, as those of two GPUs do."""
+    sizes = {"cuda:0": 3000, "cuda:1": 2000, "cuda": 9}
+    with FakeTensorMode():
+        function([torch.empty(size, device=device) for device, size in sizes.items()])
+
+
+@for_each("saved_on", [None, "cpu"])
+def test_and_be_corrupted_there(saved_on, monkeypatch) -> None:
+    monkeypatch.setattr("hf_parcor.injection.check_weights", lambda weights: None)  # which refuses what has no memory
+    with FakeTensorMode():
+        weights = {
+            f"{dtype} on {device}": torch.empty(50, device=f"cuda:{device}", dtype=dtype)
+            for device in (0, 1)
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+        injection = Injection(weights, saved_on=saved_on)
+        injection.write(Pieces((name, torch.empty(50)) for name in weights), p=2)
+        kept = {saved.device for saved in injection._saved.values()}
+        injection.withdraw(2)
+        update = {name: torch.empty(50, device=weight.device) for name, weight in weights.items()}
+        for _ in range(2):
+            injection.displace(update, lambda tensors: project_(tensors, 2, 0.1))
+        injection.withdraw(2)
+    assert kept == {weight.device for weight in weights.values()} if saved_on is None else {torch.device(saved_on)}

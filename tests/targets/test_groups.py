@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import pytest
+import torch
 from for_each import for_each
 from torch import nn
 
+from hf_parcor import LayerProbe
 from hf_parcor.targets import TargetError, by_adapter, by_kind, by_layer, by_module, find_stacks, select_parameters
+from hf_parcor.targets.matching import parameters_by_module
 
 FAMILIES = [
     *("bert", "albert", "t5", "marian", "bart", "gpt2", "llama", "llama-tied", "vit", "resnet", "clip", "mixtral"),
@@ -164,3 +168,23 @@ def test_a_shared_weight_comes_once():
     assert list(by_module(model)) == ["table"]
     assert list(by_kind(model)) == ["embedding"]
     assert list(select_parameters(model, ["table"]).values()) == [model["head"].weight]
+
+
+def test_a_model_of_many_modules_is_walked_through_once(monkeypatch) -> None:
+    """One part after the other was looked for in all of the model: 291 parts of a Llama of 32 layers took 10 s."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(50)))
+    walks = []
+    walked = parameters_by_module
+    for module in ("matching", "groups"):
+        monkeypatch.setattr(
+            sys.modules[f"hf_parcor.targets.{module}"],
+            "parameters_by_module",
+            lambda model: walks.append(model) or walked(model),
+        )
+    groups = by_module(model)
+    assert len(groups) == 50
+    assert len(walks) == 2  # for the names that can be matched, and for the names that are found
+    model.to_empty(device="cpu")
+    LayerProbe(model, lambda model: {"score": 1.0}, targets=groups, progress=False)
+    assert len(walks) == 3

@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from hf_parcor.batches import private_copy
+from hf_parcor.model_state import input_device
 
 
 def own_batch(batch: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
@@ -18,7 +19,7 @@ def own_batch(batch: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
 
     It is copied before it moves: a `BatchEncoding` moves in place.
     """
-    moved: Mapping[str, Any] = send_to_device(private_copy(batch), next(model.parameters()).device)
+    moved: Mapping[str, Any] = send_to_device(private_copy(batch), input_device(model))
     return moved
 
 

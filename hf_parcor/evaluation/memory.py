@@ -1,0 +1,120 @@
+"""What corruptions along gradients need of a device beside the weights, and whether it is free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hf_parcor.corruptions import Corruption, MultiStepCorruption
+from hf_parcor.distributed.dtensors import local_part
+
+_GIB = 2**30
+
+
+class NotEnoughMemoryError(ValueError):
+    """A device has less free memory than a measurement needs at least; nothing was measured."""
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return how many bytes are free on a device, those that PyTorch holds for later included; None if unknown."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def needed_memory(
+    groups: Sequence[Mapping[str, Tensor]],
+    corruptions: Iterable[Corruption],
+    saved_on: torch.device | None = None,
+) -> dict[torch.device, int]:
+    """Return how many bytes a measurement takes at least on each device, beside the weights, where it uses gradients.
+
+    For each weight of two bytes: the gradient over the data is added up in float32 (4) from one of the weights' dtype
+    (2), and kept for all closed forms (4) while the saved bits lie beside it (2); an ascent holds `a` in float32 (4),
+    the saved bits (2) and a gradient (2). With `top_n`, or p other than 2 and ∞, a second vector in float32 is made
+    (4). Activations and the graph come on top: how large they are depends on the batches.
+
+    Args:
+        groups: The weights that are corrupted together, by name.
+        corruptions: What each group is measured under.
+        saved_on: Where the saved bits are kept; None for each weight's own device.
+
+    Examples:
+        >>> from hf_parcor import CorruptionConstraint, GradientCorruption
+        >>> weights = {"w": torch.zeros(1000, dtype=torch.bfloat16)}
+        >>> needed_memory([weights], [GradientCorruption(CorruptionConstraint(epsilon=0.1))])
+        {device(type='cpu'): 6000}
+    """
+    climbing = [one for one in corruptions if one.uses_gradients]
+    ascents = [one for one in climbing if isinstance(one, MultiStepCorruption)]
+    closed = [one for one in climbing if not isinstance(one, MultiStepCorruption)]
+    everything = {id(weight): weight for group in groups for weight in group.values()}.values()
+    needed: dict[torch.device, int] = {}
+    for device in dict.fromkeys(weight.device for weight in everything):
+        away = saved_on is not None and saved_on != device
+
+        def count(weights: Iterable[Tensor], of_one: Callable[[Tensor], int], device: torch.device = device) -> int:
+            return sum(local_part(weight).numel() * of_one(weight) for weight in weights if weight.device == device)
+
+        def saved(weight: Tensor, away: bool = away) -> int:
+            return 0 if away else weight.itemsize
+
+        kept = count(everything, _wide) if closed else 0
+        found = [kept + count(everything, lambda weight: weight.itemsize)] if closed else []
+        for group in groups:
+            weights = group.values()
+            written = count(weights, saved)
+            for one in closed:
+                second = 0 if _in_turn(one) else count(weights, _wide)
+                found.append(kept + max(written, second))
+            for one in ascents:
+                gradient = count(weights, lambda weight: weight.itemsize)
+                second = 0 if _in_turn(one) else count(weights, _wide)
+                found.append(kept + count(weights, _wide) + gradient + max(written, second))
+        if found:
+            needed[device] = max(found)
+    return needed
+
+
+def check_memory(
+    groups: Sequence[Mapping[str, Tensor]],
+    corruptions: Sequence[Corruption],
+    saved_on: torch.device | None = None,
+    free: Callable[[torch.device], int | None] = free_memory,
+) -> None:
+    """Refuse a measurement that cannot succeed; where it is not known how much memory is free, nothing is refused.
+
+    Args:
+        groups: As in `needed_memory`.
+        corruptions: As in `needed_memory`.
+        saved_on: As in `needed_memory`.
+        free: Returns the free bytes of a device, or None.
+
+    Raises:
+        NotEnoughMemoryError: A device has less memory free than is needed. A `ValueError`.
+    """
+    for device, needed in needed_memory(groups, corruptions, saved_on).items():
+        there = free(device)
+        if there is None or needed <= there:
+            continue
+        less = needed_memory(groups, corruptions, torch.device("cpu")).get(device, 0)
+        elsewhere = f'saved_on="cpu" (then {less / _GIB:.2f} GiB), ' if less < needed else ""
+        raise NotEnoughMemoryError(
+            f"memory: expected at least {needed / _GIB:.2f} GiB free on {device} beside the weights, for the "
+            f"gradients and saved bits of what is corrupted, got {there / _GIB:.2f} GiB; corrupt less at a time "
+            f"(target_modules, or the parts of a LayerProbe), {elsewhere}or offload other modules (device_map)"
+        )
+
+
+def _wide(weight: Tensor) -> int:
+    return max(4, weight.itemsize)
+
+
+def _in_turn(corruption: Corruption) -> bool:
+    """Say whether the closed form is found tensor by tensor; what is not known is taken not to be."""
+    constraint = getattr(corruption, "constraint", None)
+    return constraint is not None and constraint.top_n is None and (constraint.p == 2 or math.isinf(constraint.p))
