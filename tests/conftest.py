@@ -28,7 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_parcor import (
     BitFlips,
+    ConductanceDrift,
     CorruptionConstraint,
+    FloatQuantization,
     GaussianNoise,
     GradientCorruption,
     MultiStepCorruption,
@@ -161,7 +163,9 @@ ROWS = {
     "multi_step": MultiStepCorruption(CorruptionConstraint(epsilon=1.0)),
     "gaussian": GaussianNoise(0.1),
     "uniform": UniformNoise(0.2),
+    "drift": ConductanceDrift(1e6),
     "quantization": Quantization(2),
+    "float_quantization": FloatQuantization("fp8_e5m2", "channel"),
     "bit_flips": BitFlips(count=5, bits="exponent"),
 }
 

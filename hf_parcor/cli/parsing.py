@@ -262,7 +262,17 @@ TASKS = (
     "image-classification",
 )
 TRIALS = 3
-CORRUPTIONS = ("random", "gradient", "multi-step", "gaussian", "uniform", "quantization", "bit-flips")
+CORRUPTIONS = (
+    "random",
+    "gradient",
+    "multi-step",
+    "gaussian",
+    "uniform",
+    "drift",
+    "quantization",
+    "float-quantization",
+    "bit-flips",
+)
 
 
 def add_subject(parser: Parser) -> None:
@@ -328,7 +338,9 @@ def add_corruptions(parser: Parser, default: str) -> None:
         "--corruptions",
         nargs="*",
         metavar="NAME",
-        help=f"{', '.join(CORRUPTIONS)}; strengths of its own: gradient=0.1,0.2. Default: {default}",
+        help=f"{', '.join(CORRUPTIONS)}; strengths of its own: gradient=0.1,0.2; other settings: "
+        "quantization:per=channel, quantization=4,3:per=32, gaussian=0.03:relative-to=channel; formats: "
+        f"float-quantization=mxfp4,nf4. Default: {default}",
     )
     group.add_argument(
         "--strengths",
@@ -336,7 +348,7 @@ def add_corruptions(parser: Parser, default: str) -> None:
         type=number,
         metavar="S",
         help="of those without strengths of their own: radius of random, gradient and multi-step, standard deviation "
-        "of gaussian, bound of uniform, bits of quantization, rate of bit-flips",
+        "of gaussian, bound of uniform, seconds of drift, bits of quantization, rate of bit-flips",
     )
     group.add_argument("--norm", type=number, default=2.0, metavar="P", help="order of the radius's norm: 2, inf")
     group.add_argument("--top-n", type=at_least(1), metavar="N", help="corrupt at most N weights")

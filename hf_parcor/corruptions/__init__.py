@@ -3,16 +3,19 @@
 from hf_parcor.corruptions.bit_flips import BitFlips
 from hf_parcor.corruptions.catalogue import CORRUPTIONS, corruptions_of_table_1
 from hf_parcor.corruptions.corruption import Corruption, GradientSource
+from hf_parcor.corruptions.drift import ConductanceDrift
 from hf_parcor.corruptions.gradient import GradientCorruption
 from hf_parcor.corruptions.multi_step import MultiStepCorruption
 from hf_parcor.corruptions.noise import GaussianNoise, UniformNoise
-from hf_parcor.corruptions.quantization import Quantization
+from hf_parcor.corruptions.quantization import FloatQuantization, Quantization
 from hf_parcor.corruptions.random import RandomCorruption
 
 __all__ = [
     "CORRUPTIONS",
     "BitFlips",
+    "ConductanceDrift",
     "Corruption",
+    "FloatQuantization",
     "GaussianNoise",
     "GradientCorruption",
     "GradientSource",

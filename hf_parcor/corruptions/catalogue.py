@@ -11,10 +11,11 @@ from typing import Any
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions.bit_flips import BitFlips
 from hf_parcor.corruptions.corruption import Corruption
+from hf_parcor.corruptions.drift import ConductanceDrift
 from hf_parcor.corruptions.gradient import GradientCorruption
 from hf_parcor.corruptions.multi_step import MultiStepCorruption
 from hf_parcor.corruptions.noise import GaussianNoise, UniformNoise
-from hf_parcor.corruptions.quantization import Quantization
+from hf_parcor.corruptions.quantization import FloatQuantization, Quantization
 from hf_parcor.corruptions.random import RandomCorruption
 from hf_parcor.errors import InputError, nearest
 
@@ -25,7 +26,9 @@ CORRUPTIONS: Mapping[str, type[Corruption]] = MappingProxyType(
         "multi_step": MultiStepCorruption,
         "gaussian": GaussianNoise,
         "uniform": UniformNoise,
+        "drift": ConductanceDrift,
         "quantization": Quantization,
+        "float_quantization": FloatQuantization,
         "bit_flips": BitFlips,
     }
 )
@@ -54,42 +57,42 @@ def corruptions_of_table_1() -> list[Corruption]:
 def read_corruptions(
     words: Sequence[str], strengths: Sequence[float] = (), norm: float = 2.0, top_n: int | None = None
 ) -> list[Corruption]:
-    """Return one corruption for each word and strength, as they are written in flags.
+    """Return one corruption for each word and strength.
 
     The strength of a corruption is the radius of its constraint, or else its first setting.
 
     Args:
-        words: Names in the catalogue, with `-` or `_`; `NAME=S,S` has strengths of its own.
+        words: Names in the catalogue, with `-` or `_`; `NAME=S,S` has strengths of its own. Other settings follow a
+            colon: `NAME:SETTING=VALUE,...`, `NAME=S,S:SETTING=VALUE,...`.
         strengths: For those that have none of their own.
         norm: Order of the constraint's norm.
         top_n: The constraint's largest number of corrupted weights.
 
     Raises:
-        InputError: An unknown name, a strength that is none or out of range, or no strength.
+        InputError: An unknown name or setting, a strength that is none, or no strength.
 
     Examples:
         >>> print(*read_corruptions(["gradient", "quantization=4"], [0.1, 0.2]), sep=", ")
         gradient-based L2 ε=0.1, gradient-based L2 ε=0.2, 4-bit quantization
+        >>> print(*read_corruptions(["quantization=4,3:per=32", "float-quantization=mxfp4"], []), sep=", ")
+        4-bit quantization per group of 32, 3-bit quantization per group of 32, MXFP4
     """
     found = []
     for word in words:
-        name, own = _parts(word)
-        of_word = strengths if own is None else own
+        name, own, more = _parts(word)
+        of_word = list(map(repr, strengths)) if own is None else own
         if not of_word:
-            raise InputError(
-                f"--strengths: expected at least one for {word}, got none; give {word}=0.1, or --strengths 0.1, say"
-            )
-        try:
-            found += [_corruption(name, strength, norm, top_n) for strength in of_word]
-        except (NotImplementedError, TypeError, ValueError) as error:
-            raise InputError(str(error)) from error
+            raise InputError(f"--strengths: expected at least one for {word}, got none; give {word}=0.1, say")
+        found += [_corruption(name, word, strength, more, norm, top_n) for strength in of_word]
     if not found:
         raise InputError("--corruptions: expected at least one, got none; name one, or leave the flag out")
     return found
 
 
-def _parts(word: str) -> tuple[str, list[float] | None]:
-    name, given, own = word.partition("=")
+def _parts(word: str) -> tuple[str, list[str] | None, dict[str, Any]]:
+    """Return the name, its own strengths, and further settings."""
+    head, _, settings = word.partition(":")
+    name, given, own = head.partition("=")
     name = name.replace("-", "_")
     if name not in CORRUPTIONS:
         known = [entry.replace("_", "-") for entry in CORRUPTIONS]
@@ -97,21 +100,57 @@ def _parts(word: str) -> tuple[str, list[float] | None]:
             f"--corruptions: expected some of {', '.join(known)}, got {word!r}"
             f"{nearest(name.replace('_', '-'), known)}; name one of them"
         )
-    try:
-        return name, [float(strength) for strength in own.split(",") if strength] if given else None
-    except ValueError as error:
+    more = [one.partition("=") for one in settings.split(",") if one]
+    for setting, _, value in more:
+        if not setting or not value:
+            raise InputError(f"--corruptions {word}: expected SETTING=VALUE after the colon; write both")
+    own_strengths = [one for one in own.split(",") if one] if given else None
+    return name, own_strengths, {setting: value for setting, _, value in more}
+
+
+def _corruption(
+    name: str, word: str, strength: str, more: Mapping[str, str], norm: float, top_n: int | None
+) -> Corruption:
+    kind: Any = CORRUPTIONS[name]
+    first, *others = fields(kind)
+    known = [field.name for field in others]
+    given = {setting.replace("-", "_"): _plain(value) for setting, value in more.items()}
+    for setting in given:
+        if setting not in known:
+            raise InputError(
+                f"--corruptions: expected settings of {name}: {', '.join(known) or 'none'}, got {setting!r} in "
+                f"{word!r}{nearest(setting, known)}; leave it out, or name one of them"
+            )
+    value: Any = strength if first.type == "str" else _plain(strength)
+    if first.type == "int" and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str) and first.type != "str":
         raise InputError(
             f"--corruptions: expected strengths as {name}=0.1,0.2, got {word!r}; write numbers with commas"
-        ) from error
-
-
-def _corruption(name: str, strength: float, norm: float, top_n: int | None) -> Corruption:
-    kind: Any = CORRUPTIONS[name]
-    first = fields(kind)[0]
+        )
     chosen: Corruption
-    if first.name == "constraint":
-        chosen = kind(constraint=CorruptionConstraint(p=norm, epsilon=strength, top_n=top_n))
-    else:
-        whole = first.type == "int" and strength.is_integer()
-        chosen = kind(**{first.name: int(strength) if whole else strength})
+    try:
+        if first.name == "constraint":
+            chosen = kind(constraint=CorruptionConstraint(p=norm, epsilon=value, top_n=top_n), **given)
+        else:
+            chosen = kind(**{first.name: value}, **given)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
     return chosen
+
+
+def _plain(word: str) -> Any:
+    """Return what a word of a command line stands for: a whole number, a number, true, false, or itself.
+
+    Examples:
+        >>> [_plain(word) for word in ("32", "1e-3", "false", "channel")]
+        [32, 0.001, False, 'channel']
+    """
+    if word in ("true", "false"):
+        return word == "true"
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word

@@ -55,6 +55,10 @@ RADIUS = Strength("epsilon", "radius ε", "ε={}")
 """The strength of corruptions that a constraint bounds."""
 
 
+OPTION = {"told": "where it is not the default"}
+"""Metadata of a field that `Corruption.settings` leaves out where it has its default, as records from before it do."""
+
+
 @dataclass(frozen=True)
 class Corruption(ABC):
     """A rule that chooses a corruption of weights.
@@ -155,15 +159,20 @@ class Corruption(ABC):
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values, for records; a constraint's fields stand beside the others.
 
+        Those marked as `OPTION` are left out where they have their default.
+
         Examples:
             >>> from hf_parcor import CorruptionConstraint, GradientCorruption
             >>> GradientCorruption(CorruptionConstraint(epsilon=0.1)).settings()
             {'p': 2.0, 'epsilon': 0.1, 'top_n': None}
         """
         plain: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            plain.update(asdict(value) if is_dataclass(value) and not isinstance(value, type) else {field.name: value})
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.metadata == OPTION and value == setting.default:
+                continue
+            inner = is_dataclass(value) and not isinstance(value, type)
+            plain.update(asdict(value) if inner else {setting.name: value})
         return plain
 
     @property

@@ -1,47 +1,204 @@
-"""Weight quantization, tensor by tensor (paper 2, Eq. A.1)."""
+"""Weight quantization: as in paper 2 (Eq. A.1), and as the quantizers that people deploy round.
+
+**Which object is which**, to the last bit. A test compares each line with the library (torchao 0.18, bitsandbytes
+0.50), for weights in float32, bfloat16, and float16 where it takes them. With `b` bits, groups of `g`, `deployed` for
+`code_range="full", arithmetic="weight"`:
+
+| deployed | here |
+|:--|:--|
+| torchao `Int8WeightOnlyConfig()` | `Quantization(8, "channel", code_range="full")` |
+| `Int8WeightOnlyConfig(granularity=PerGroup(g))` | `Quantization(8, g, code_range="full")` |
+| `Int8WeightOnlyConfig(granularity=PerTensor())` | `Quantization(8, code_range="full")` |
+| `IntxWeightOnlyConfig(torch.int{b}, PerGroup(g))`, b in 2..8 | `Quantization(b, g, **deployed)` |
+| `IntxWeightOnlyConfig(torch.int{b}, PerAxis(0))` | `Quantization(b, "channel", **deployed)` |
+| ... `MappingType.SYMMETRIC_NO_CLIPPING_ERR` | `Quantization(b, g, code_range="unclipped", arithmetic="weight")` |
+| ... `MappingType.ASYMMETRIC` | `Quantization(b, g, symmetric=False, arithmetic="weight")` |
+| `PrototypeInt4WeightOnlyConfig(g)`, for CPUs | `Quantization(4, g, False, zero_point="float", arithmetic="weight")` |
+| `Float8WeightOnlyConfig()`, a scale a row | `FloatQuantization("fp8_e4m3", "channel")` |
+| ... with `PerTensor()`, `PerGroup(g)` | `FloatQuantization("fp8_e4m3")`, `FloatQuantization("fp8_e4m3", g)` |
+| `NVFP4WeightOnlyConfig()` | `FloatQuantization("nvfp4")` |
+| `MXTensor.to_mx(w, torch.float4_e2m1fn_x2, 32)` | `FloatQuantization("mxfp4")` |
+| bitsandbytes `Linear4bit`, "nf4", `compress_statistics=False` | `FloatQuantization("nf4")` |
+
+Where they part. torchao's FP8 makes NaN of a block whose scale is 0: a row of zeros, and a small one in float16; here
+it stays. Its 4 bits on CPUs keep scales from 10^-6 on, and in float32 are equal up to a fused multiplication. Weights
+that are not finite stay here, and become anything there. For weights in float32, `arithmetic` changes nothing but
+blocks whose scale is below 2^-23. On CPUs bitsandbytes reads rows that are not whole blocks of 64 back with the scale
+of another block; here each keeps its own.
+
+**Which tensors.** Tools quantize the matrices of linear layers, and leave embeddings, norms and biases alone: choose
+`target_modules="all-linear"`, which leaves out the output layer too. Vectors stay, but with one scale a tensor, since
+Eq. A.1 is of every tensor: take `FloatQuantization` or another `per`, or name the weights alone. Channels are the
+first dimension, which in Transformers' `Conv1D` (GPT-2) and in stacked experts are not the outputs.
+
+**From here to other tools.** GGUF: `Q8_0` is near `Quantization(8, 32)`, `Q4_0` near `Quantization(4, 32)` and `Q4_1`
+near `Quantization(4, 32, symmetric=False, zero_point="float")`, but their scales are float16, and those of `Q4_0` have
+the sign of the largest weight; the `K` formats quantize their scales too. AWQ and GPTQ usually write what
+`Quantization(4, 128, symmetric=False)` can hold, but move the weights with the help of data before they round, or
+while they do: what is measured here is plain rounding, which they should beat. Of any tool: write the weights as it
+dequantizes them into the model (a Transformers model reads a GGUF file so), and measure that model without corruption.
+Not tried: GGUF, AWQ, GPTQ, HQQ, quantized activations, quantized scales (NF4 with `compress_statistics`), 1 bit,
+scales in another dtype than the weights (`scale_dtype`), and what needs a GPU (`Int4WeightOnlyConfig`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_parcor.corruptions.corruption import Corruption, GradientSource, Strength
-from hf_parcor.functional.quantization import MOST_BITS, check_bits, quantize
+from hf_parcor.corruptions.corruption import OPTION, Corruption, GradientSource, Strength
+from hf_parcor.functional.quantization import (
+    FLOAT_FORMATS,
+    MOST_BITS,
+    Per,
+    check_bits,
+    check_codes,
+    check_float_format,
+    check_per,
+    quantize,
+    quantize_to_float,
+)
 from hf_parcor.injection import Pieces
 
 
 @dataclass(frozen=True)
 class Quantization(Corruption):
-    """Every selected tensor rounded to n-bit signed integers with one scale: `round(W/w0) w0`.
+    """Every selected tensor rounded to n-bit integers with one scale for each block: `round(W/s) s`.
+
+    By default the signed integers of paper 2, with one scale a tensor. The module's text, `hf_parcor.corruptions.
+    quantization`, says which settings are which quantizer of torchao.
 
     Args:
         bits: n, in 2..16.
+        per: What shares a scale: the "tensor"; a "channel", one index of the first dimension; or a group of so many
+            consecutive entries of the last dimension. Vectors have no channels and no groups: they stay.
+        symmetric: Whether zero has the code zero; else every block has a zero point.
+        code_range: Of symmetric ones: "restricted" to ±(2^(n−1) − 1); "full", which has −2^(n−1) too and clips the
+            largest positive weight; "unclipped", with the same codes and a scale that clips nothing.
+        zero_point: Of asymmetric ones: "integer", so that zero stays zero, or "float".
+        arithmetic: "float32", or "weight" for that of the weights' dtype, as some quantizers compute.
 
     Raises:
-        ValueError: `bits` outside 2..16.
+        TypeError: `bits` or `per` is no whole number.
+        ValueError: `bits` outside 2..16, or settings that are unknown or do not go together. When it is applied:
+            groups that do not divide the last dimension of a weight.
+        NotImplementedError: When it is applied, to a weight whose channels or groups are cut by its sharding.
 
     Examples:
         >>> Quantization(2)({"w": torch.tensor([-1.0, 0.2, 0.6])})
         {'w': tensor([-1.,  0.,  1.])}
-        >>> print(Quantization(4))
-        4-bit quantization
+        >>> print(Quantization(4), Quantization(4, per=32), Quantization(8, "channel", code_range="full"), sep=", ")
+        4-bit quantization, 4-bit quantization per group of 32, 8-bit quantization per channel (full)
+        >>> Quantization(2, per="channel")({"w": torch.tensor([[-1.0, 0.2, 0.6], [0.1, 0.04, 0.0]])})["w"]
+        tensor([[-1.0000,  0.0000,  1.0000],
+                [ 0.1000,  0.0000,  0.0000]])
     """
 
     bits: int
+    per: Per = field(default="tensor", metadata=OPTION)
+    symmetric: bool = field(default=True, metadata=OPTION)
+    code_range: str = field(default="restricted", metadata=OPTION)
+    zero_point: str = field(default="integer", metadata=OPTION)
+    arithmetic: str = field(default="float32", metadata=OPTION)
     title: ClassVar[str] = "quantization"
     strengths: ClassVar[tuple[Strength, ...]] = (Strength("bits", "bits per weight", "{} bits", none=MOST_BITS),)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", check_bits(self.bits))
+        object.__setattr__(self, "per", check_per(self.per))
+        check_codes(self.symmetric, self.code_range, self.zero_point, self.arithmetic)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """False: even the widest integers round."""
+        return False
 
     def __str__(self) -> str:
-        return f"{self.bits}-bit quantization"
+        details = [
+            "" if self.symmetric else "asymmetric",
+            {"restricted": ""}.get(self.code_range, self.code_range),
+            {"integer": ""}.get(self.zero_point, f"{self.zero_point} zero"),
+            {"float32": ""}.get(self.arithmetic, f"{self.arithmetic} arithmetic"),
+        ]
+        told = ", ".join(filter(None, details))
+        return f"{self.bits}-bit quantization{_blocks(self.per)}" + (f" ({told})" if told else "")
 
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
     ) -> Pieces:
-        return Pieces(((name, quantize(weight, self.bits)) for name, weight in weights.items()), replaces=True)
+        return Pieces(((name, self._rounded(name, weight)) for name, weight in weights.items()), replaces=True)
+
+    def _rounded(self, name: str, weight: Tensor) -> Tensor:
+        return _naming(
+            name,
+            lambda: quantize(
+                weight,
+                self.bits,
+                self.per,
+                symmetric=self.symmetric,
+                code_range=self.code_range,
+                zero_point=self.zero_point,
+                arithmetic=self.arithmetic,
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class FloatQuantization(Corruption):
+    """Every selected matrix rounded to a floating-point format of 8 or 4 bits, with one scale for each block.
+
+    Vectors stay as they are. `hf_parcor.functional.quantize_to_float` has the formulas, and their sources.
+
+    Args:
+        format: "fp8_e4m3", "fp8_e5m2", "mxfp4" (blocks of 32), "nvfp4" (of 16) or "nf4" (of 64).
+        per: What shares a scale in FP8: the "tensor" by default, a "channel", or a group of so many consecutive
+            entries. The other formats say it themselves.
+
+    Raises:
+        ValueError: A format that is unknown, or a `per` that it does not allow. When it is applied: blocks that do not
+            divide the last dimension of a weight.
+        NotImplementedError: When it is applied, to a weight whose blocks are cut by its sharding.
+
+    Examples:
+        >>> print(FloatQuantization("mxfp4"), FloatQuantization("fp8_e4m3", "channel"), sep=", ")
+        MXFP4, FP8 E4M3 per channel
+        >>> FloatQuantization("fp8_e5m2")({"w": torch.tensor([[57344.0, 1.1]])})["w"]
+        tensor([[5.7344e+04, 1.0000e+00]])
+    """
+
+    format: str
+    per: Per | None = None
+    title: ClassVar[str] = "float quantization"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "per", check_float_format(self.format, self.per))
+
+    def __str__(self) -> str:
+        found = FLOAT_FORMATS[self.format]
+        assert self.per is not None, "set above"
+        return found.title + ("" if found.fixed else _blocks(self.per))
+
+    def _choose(
+        self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
+    ) -> Pieces:
+        return Pieces(((name, self._rounded(name, weight)) for name, weight in weights.items()), replaces=True)
+
+    def _rounded(self, name: str, weight: Tensor) -> Tensor:
+        return _naming(name, lambda: quantize_to_float(weight, self.format, self.per))
+
+
+def _blocks(per: Per) -> str:
+    """Return what shares a scale, for a label; nothing for one scale a tensor."""
+    return "" if per == "tensor" else " per channel" if per == "channel" else f" per group of {per}"
+
+
+def _naming(name: str, rounded: Callable[[], Tensor]) -> Tensor:
+    """Return a rounded weight; an error says which one it was."""
+    try:
+        return rounded()
+    except (ValueError, NotImplementedError) as error:
+        raise type(error)(f"{name}: {error}") from error

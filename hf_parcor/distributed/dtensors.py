@@ -149,6 +149,13 @@ def cut_as(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def has_whole_rows(tensor: Tensor) -> bool:
+    """Say whether a tensor is cut along its first dimension alone, if at all."""
+    return not isinstance(tensor, DTensor) or all(
+        tensor.placements[dimension].is_shard(0) for _, dimension in cuts_of(tensor)
+    )
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor gathered from the ranks that hold its parts, all of which must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

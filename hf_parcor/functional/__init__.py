@@ -6,13 +6,14 @@ from hf_parcor.functional.constrained_maximum import (
     constrained_maximum_,
     constrained_maximum_value,
 )
-from hf_parcor.functional.noise import gaussian_noise, random_signs, uniform_noise
+from hf_parcor.functional.noise import conductance_drift, gaussian_noise, random_signs, relative, uniform_noise
 from hf_parcor.functional.projections import project, project_, rescale_to_norm
-from hf_parcor.functional.quantization import quantize
+from hf_parcor.functional.quantization import quantize, quantize_to_float
 from hf_parcor.functional.top_n import keep_top_n, keep_top_n_
 from hf_parcor.functional.vectors import inner_product, max_magnitude, vector_norm
 
 __all__ = [
+    "conductance_drift",
     "constrained_maximum",
     "constrained_maximum_",
     "constrained_maximum_value",
@@ -27,7 +28,9 @@ __all__ = [
     "project",
     "project_",
     "quantize",
+    "quantize_to_float",
     "random_signs",
+    "relative",
     "rescale_to_norm",
     "sample_positions",
     "uniform_noise",

@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hf_parcor.arguments import check_radius
-from hf_parcor.distributed.dtensors import cut_as, local_part, shared_generator
+from hf_parcor.arguments import check_choice, check_radius
+from hf_parcor.distributed.dtensors import cut_as, has_whole_rows, local_part, sharded_as, shared_generator
+from hf_parcor.functional.vectors import max_magnitude, working_dtype
+
+REFERENCES = ("tensor", "channel", "weight")
 
 
 def _drawn(
@@ -107,3 +110,77 @@ def random_signs(tensors: Sequence[Tensor], generator: torch.Generator | None = 
     return list(
         _drawn(tensors, generator, lambda signs, source: signs.bernoulli_(0.5, generator=source).mul_(2).sub_(1))
     )
+
+
+def relative(noise: Tensor, tensor: Tensor, to: str | None) -> Tensor:
+    """Return `a_i = m_i n_i`: noise in units of the largest weight of the tensor or channel, or of each weight.
+
+    ::
+
+        tensor     m_i = max |w|
+        channel    m_i = max |w| over the entries with the index of i in the first dimension
+        weight     m_i = |w_i|: multiplicative noise; of symmetric n it is distributed as w_i (1 + n_i), and to first
+                   order as the log-normal w_i exp(n_i)
+
+    An entry of a vector is a channel of its own.
+
+    Args:
+        noise: `n`, overwritten.
+        tensor: `w`, of the same shape, and sharded alike.
+        to: "tensor", "channel" or "weight"; None for `a = n`.
+
+    Raises:
+        ValueError: `to` is none of these.
+        NotImplementedError: Channels are cut by the sharding.
+
+    Examples:
+        >>> relative(torch.ones(2, 2), torch.tensor([[1.0, -4.0], [0.5, 0.0]]), "channel")
+        tensor([[4.0000, 4.0000],
+                [0.5000, 0.5000]])
+    """
+    if to is None or not tensor.numel():
+        return noise
+    here = local_part(tensor).detach()
+    if check_choice("relative_to", to, REFERENCES) == "tensor":
+        magnitudes = max_magnitude([tensor])
+    elif to == "channel" and here.ndim > 1:
+        if not has_whole_rows(tensor):
+            raise NotImplementedError(
+                "relative_to: expected a tensor that is cut along its first dimension alone, got one whose channels "
+                'are cut; take "tensor" or "weight", or shard the first dimension'
+            )
+        magnitudes = here.abs().amax(dim=tuple(range(1, here.ndim)), keepdim=True)
+    else:
+        magnitudes = here.abs()
+    local_part(noise).mul_(magnitudes.to(working_dtype([here])))
+    return noise
+
+
+def conductance_drift(
+    tensors: Sequence[Tensor], ratio: float, mean: float, std: float, generator: torch.Generator | None = None
+) -> Iterator[Tensor]:
+    """Yield `w_i ρ^(−ν_i)` with exponents `ν_i = |N(mean, std²)|`, each tensor when it is asked for.
+
+    Args:
+        tensors: `w`.
+        ratio: `ρ ≥ 1`, how often the time of the first reading has passed.
+        mean: Mean of the exponents before their sign is dropped.
+        std: Their standard deviation, `≥ 0`.
+        generator: Source of randomness; None for PyTorch's global one.
+
+    Yields:
+        A tensor of the shape and dtype of each.
+
+    Raises:
+        ValueError: `std` is negative, infinite or NaN.
+
+    Examples:
+        >>> list(conductance_drift([torch.tensor([3.0, -1.0])], 16.0, mean=0.5, std=0.0))
+        [tensor([ 0.7500, -0.2500])]
+    """
+    drawn = drawn_gaussian(tensors, std, generator)
+    for tensor in tensors:
+        exponents = local_part(next(drawn)).add_(mean).abs_()
+        here = local_part(tensor).detach()
+        yield sharded_as((here * ratio**-exponents).to(here.dtype), tensor)
+        del exponents

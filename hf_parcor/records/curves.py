@@ -11,17 +11,26 @@ from typing import NamedTuple
 from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord
 
 _LETTERS = {"ε": "epsilon ", "σ": "sigma ", "∞": "inf"}
-_NAMES = {"top_n": "n", "steps": "K", "step_size": "α"}
+_PHRASES = {  # of settings; others are "name = value"
+    "p": "L{}",
+    "bits": "{} bits",
+    "top_n": "n = {}",
+    "steps": "K = {}",
+    "step_size": "α = {}",
+    "relative_to": "relative to {}",
+    "nu_mean": "mean ν = {}",
+    "nu_std": "std ν = {}",
+}
 
 
 class Series(NamedTuple):
     """Corruptions that differ in their strength alone.
 
     Attributes:
-        title: Their name, with the settings that they share.
+        title: Their name, with the settings that they share; without, where no setting is their strength.
         corruption: Their name in the catalogue.
-        strength: The setting that is their strength; None for a corruption outside the catalogue: labels are all that
-            is known of it.
+        strength: The setting that is their strength; None where there is none, and for a corruption outside the
+            catalogue: labels tell them apart.
         unit: What an axis of strengths is called.
         shown: One strength in a table, with `{}` for the number.
     """
@@ -44,6 +53,8 @@ class Series(NamedTuple):
         kind = row.kind or _kind_in_catalogue(row)
         if kind is None:
             return cls(row.corruption, row.corruption, None, "")
+        if kind.strength is None:
+            return cls(kind.title, row.corruption, None, kind.unit)
         details = [
             _detail(name, value) for name, value in row.settings.items() if name != kind.strength and value is not None
         ]
@@ -103,10 +114,13 @@ def _kind_in_catalogue(row: CorruptionRecord) -> CorruptionKind | None:
 def _detail(name: str, value: object) -> str:
     """Return a setting that is not the strength, as a title says it."""
     shown = short(value) if isinstance(value, float) else str(value)
-    if name == "p":
-        return f"L{shown}"
-    text = f"{shown} bits" if name == "bits" else f"{_NAMES.get(name, name)} = {shown}"
-    return text.replace(" ", "\N{NO-BREAK SPACE}")
+    if name == "per":
+        text = f"per {value}" if isinstance(value, str) else f"per group of {value}"
+    elif name == "symmetric":
+        text = "symmetric" if value else "asymmetric"
+    else:
+        text = _PHRASES.get(name, f"{name.replace('_', ' ')} = {{}}").replace("{}", shown)
+    return text if name == "p" else text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def metric_drop(clean: float, corrupted: float, *, greater_is_better: bool = True) -> float:

@@ -256,6 +256,7 @@ def _draw(
             "marker": marker,
             "markersize": 5,
             "linewidth": 1.5,
+            "linestyle": "none" if panel.strength is None else "-",  # nothing lies between two labels
             "elinewidth": 1,
             "capsize": 3,
         }

@@ -28,14 +28,18 @@ from local_models import (
 import hf_parcor.trainers
 from hf_parcor import (
     SAM,
+    BitFlips,
+    ConductanceDrift,
     CorruptionConstraint,
     CorruptionEvaluator,
     DefenseConfig,
     EvaluationRecord,
+    FloatQuantization,
     GaussianNoise,
     GradientCorruption,
     LayerProbe,
     MetricInfo,
+    MultiStepCorruption,
     ParameterDefenseTrainer,
     ParameterDefenseTrainingArguments,
     Quantization,
@@ -44,6 +48,7 @@ from hf_parcor import (
     select_parameters,
 )
 from hf_parcor.cli import parsing as options
+from hf_parcor.cli.evaluate import read_corruptions
 from hf_parcor.cli.main import COMMANDS
 from hf_parcor.cli.probe import GROUPS
 from hf_parcor.corruptions import CORRUPTIONS, corruptions_of_table_1
@@ -79,6 +84,25 @@ def test_names_that_help_shows_are_those_of_the_catalogues():
     assert tuple(TASKS) == options.TASKS
     assert options.TRIALS == DEFAULT_TRIALS
     assert tuple(name.replace("_", "-") for name in CORRUPTIONS) == options.CORRUPTIONS
+
+
+def test_corruptions_from_words():
+    table = {
+        "quantization=4,3:per=channel": [Quantization(4, "channel"), Quantization(3, "channel")],
+        "quantization=4:per=32,symmetric=false,zero-point=float": [
+            Quantization(4, 32, symmetric=False, zero_point="float")
+        ],
+        "quantization:code_range=full": [Quantization(8, code_range="full"), Quantization(5, code_range="full")],
+        "float-quantization=mxfp4,nf4": [FloatQuantization("mxfp4"), FloatQuantization("nf4")],
+        "float-quantization=fp8_e4m3:per=channel": [FloatQuantization("fp8_e4m3", "channel")],
+        "gaussian=1e-3:relative-to=weight": [GaussianNoise(1e-3, "weight")],
+        "drift=3600:nu-mean=0.06": [ConductanceDrift(3600, nu_mean=0.06)],
+        "multi-step=1:steps=3": [MultiStepCorruption(CorruptionConstraint(epsilon=1.0), steps=3)],
+        "bit-flips=1e-7:bits=sign": [BitFlips(rate=1e-7, bits="sign")],
+    }
+    for word, expected in table.items():
+        assert read_corruptions([word], [8.0, 5.0]) == expected, word
+    assert read_corruptions(["gaussian"], [0.123456789]) == [GaussianNoise(0.123456789)]
 
 
 class TestProbe:

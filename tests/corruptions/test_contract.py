@@ -20,7 +20,9 @@ from hf_parcor import CorruptionConstraint, corrupted
 from hf_parcor.corruptions import (
     CORRUPTIONS,
     BitFlips,
+    ConductanceDrift,
     Corruption,
+    FloatQuantization,
     GaussianNoise,
     GradientCorruption,
     MultiStepCorruption,
@@ -87,11 +89,26 @@ CASES = {
     ),
     "gaussian": Case(lambda: GaussianNoise(np.float32(0.02)), lambda _, a: 0.01 < float(flat(a).std()) < 0.04),
     "uniform": Case(lambda: UniformNoise(np.float32(0.5)), lambda _, a: 0.3 < float(flat(a).abs().max()) <= 0.5),
+    "drift": Case(
+        lambda: ConductanceDrift(np.int64(86_400)),
+        lambda weights, values: bool(
+            ((flat(values).abs() < 0.8 * flat(weights).abs()) & (flat(values).sign() == flat(weights).sign())).all()
+        ),
+        replaces=True,
+    ),
     "quantization": Case(
         lambda: Quantization(np.int64(3)),
         lambda weights, values: (
             all(len(value.unique()) <= 7 for value in values.values())
             and max(float((values[name] - weights[name]).detach().abs().max()) for name in weights) < 1
+        ),
+        replaces=True,
+    ),
+    "float_quantization": Case(
+        lambda: FloatQuantization("fp8_e5m2"),
+        lambda weights, values: (
+            0 < float((flat(values) / flat(weights) - 1).abs().max()) <= 2**-3  # two bits of mantissa
+            and all(torch.equal(values[name], weights[name]) for name in weights if weights[name].ndim == 1)
         ),
         replaces=True,
     ),

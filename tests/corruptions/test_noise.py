@@ -1,4 +1,4 @@
-"""Gaussian and uniform noise on weights: the pure functions, with names."""
+"""Noise and drift on weights: the pure functions, with names."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from for_each import for_each
 from scipy import stats
 
-from hf_parcor import GaussianNoise, UniformNoise
-from hf_parcor.functional import gaussian_noise, uniform_noise
+from hf_parcor import ConductanceDrift, GaussianNoise, UniformNoise
+from hf_parcor.functional import conductance_drift, gaussian_noise, uniform_noise
 
 
 @for_each(("kind", "function"), [(GaussianNoise, gaussian_noise), (UniformNoise, uniform_noise)])
@@ -48,3 +48,34 @@ def test_bad_sizes_are_refused_at_once(kind, name: str, size: float) -> None:
 
 def test_shown() -> None:
     assert (str(GaussianNoise(0.02)), str(UniformNoise(5e-4))) == ("Gaussian σ=0.02", "uniform b=0.0005")
+
+
+@for_each("kind", [GaussianNoise, UniformNoise])
+def test_relative_to_the_weights(kind, weights) -> None:
+    def drawn(relative_to):
+        return kind(0.3, relative_to)(weights, generator=torch.Generator().manual_seed(7))
+
+    absolute = drawn(None)
+    for name, weight in weights.items():
+        rows = weight.detach().abs().flatten(1).amax(1, keepdim=True) if weight.ndim > 1 else weight.abs()
+        for relative_to, magnitude in (("tensor", weight.abs().max()), ("channel", rows), ("weight", weight.abs())):
+            torch.testing.assert_close(drawn(relative_to)[name], absolute[name] * magnitude.detach())
+    with pytest.raises(ValueError, match=r"relative_to: .*'layer'"):
+        kind(0.1, relative_to="layer")
+    assert kind(0.1).settings().keys().isdisjoint({"relative_to"}), "records of before"
+    assert kind(0.1, "weight").settings()["relative_to"] == "weight"
+    assert len({str(kind(0.1, relative_to)) for relative_to in (None, "tensor", "channel", "weight")}) == 4
+
+
+def test_drift_is_the_pure_function(weights) -> None:
+    found = ConductanceDrift(980, 0.06, 0.02)(weights, generator=torch.Generator().manual_seed(7))
+    expected = conductance_drift(list(weights.values()), 50.0, 0.06, 0.02, torch.Generator().manual_seed(7))
+    assert all(torch.equal(a, b) for a, b in zip(found.values(), expected, strict=True))
+    assert all(torch.equal(ConductanceDrift(0)(weights)[name], weight) for name, weight in weights.items())
+
+
+@for_each("name", ["seconds", "nu_mean", "nu_std", "t_0"])
+def test_bad_drifts_are_refused_at_once(name: str) -> None:
+    for size in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=rf"{name}: "):
+            ConductanceDrift(**{"seconds": 1.0, name: size})

@@ -6,8 +6,8 @@ import pytest
 import torch
 from for_each import for_each
 
-from hf_parcor import Quantization, corrupted
-from hf_parcor.functional import quantize
+from hf_parcor import FloatQuantization, Quantization, corrupted
+from hf_parcor.functional import quantize, quantize_to_float
 
 
 @for_each("bits", [2, 4, 8, 16])
@@ -39,5 +39,45 @@ def test_bad_widths_are_refused_at_once(bits, error: type[Exception]) -> None:
         Quantization(bits)
 
 
+SETTINGS = [
+    {},
+    {"per": "channel"},
+    {"per": 2},
+    {"code_range": "full"},
+    {"per": 2, "code_range": "unclipped"},
+    {"symmetric": False},
+    {"symmetric": False, "zero_point": "float"},
+    {"arithmetic": "weight"},
+]
+
+
+@for_each("settings", SETTINGS)
+def test_is_the_pure_function(settings) -> None:
+    weights = {"matrix": torch.randn(6, 4), "vector": torch.randn(4)}
+    found = Quantization(3, **settings)(weights)
+    assert all(torch.equal(found[name], quantize(weight, 3, **settings)) for name, weight in weights.items())
+    assert Quantization(3, **settings).settings() == {"bits": 3, **settings}, "records of before say the bits alone"
+
+
+@for_each("name", ["fp8_e4m3", "fp8_e5m2", "mxfp4", "nvfp4", "nf4"])
+def test_float_formats_are_the_pure_function(name: str) -> None:
+    weights = {"matrix": torch.randn(6, 64), "vector": torch.randn(64)}
+    found = FloatQuantization(name)(weights)
+    assert all(torch.equal(found[key], quantize_to_float(weight, name)) for key, weight in weights.items())
+    assert torch.equal(found["vector"], weights["vector"])
+
+
+def test_an_error_says_which_weight_it_was() -> None:
+    weights = {"fits": torch.randn(2, 32), "head.weight": torch.randn(2, 33)}
+    for corruption in (Quantization(4, per=32), FloatQuantization("mxfp4")):
+        with pytest.raises(ValueError, match=r"head.weight: per: .*32.*exclude_modules"):
+            corruption(weights)
+
+
 def test_shown() -> None:
     assert str(Quantization(4)) == "4-bit quantization"
+    labels = [str(Quantization(4, **settings)) for settings in SETTINGS]
+    labels += [str(FloatQuantization("fp8_e4m3", per)) for per in ("tensor", "channel", 32)]
+    labels += [str(FloatQuantization(name)) for name in ("fp8_e5m2", "mxfp4", "nvfp4", "nf4")]
+    assert len(set(labels)) == len(labels)
+    assert "per group of 2" in labels[2]

@@ -54,6 +54,7 @@ EXACT = [
     GaussianNoise(0.1),
     UniformNoise(0.2),
     Quantization(2),
+    Quantization(3, "channel", code_range="full"),
     BitFlips(count=5, bits="exponent"),
 ]
 SIZES = (4, 4, 4, 4, 2)  # ranks have different numbers of batches, and batches different numbers of examples

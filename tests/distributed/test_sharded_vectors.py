@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from hf_parcor import CorruptionConstraint, GaussianNoise, RandomCorruption, UniformNoise, corrupted
 from hf_parcor.functional import (
+    conductance_drift,
     constrained_maximum,
     constrained_maximum_value,
     flip_random_bits,
@@ -22,6 +23,8 @@ from hf_parcor.functional import (
     project,
     project_,
     quantize,
+    quantize_to_float,
+    relative,
     rescale_to_norm,
     uniform_noise,
     vector_norm,
@@ -98,6 +101,22 @@ EXACT = {  # to the last bit, since what is random is drawn as one process draws
     "Gaussian": in_step(lambda v, source: gaussian_noise(v, 0.1, source)),
     "uniform": in_step(lambda v, source: uniform_noise(v, 0.1, source)),
 }
+BY_BLOCKS = {  # to the last bit too
+    "quantized, asymmetric": lambda v: [quantize(tensor, 4, symmetric=False) for tensor in v],
+    "quantized per channel": lambda v: [quantize(tensor, 4, "channel") for tensor in v],
+    "quantized per group": lambda v: [quantize(tensor, 4, tensor.shape[-1], code_range="full") for tensor in v],
+    "in FP8": lambda v: [quantize_to_float(tensor, "fp8_e4m3") for tensor in v],
+    "in FP8 per channel": lambda v: [quantize_to_float(tensor, "fp8_e5m2", "channel") for tensor in v],
+    **{
+        f"relative to {what}": in_step(
+            lambda v, source, what=what: [
+                relative(noise, tensor, what) for noise, tensor in zip(gaussian_noise(v, 0.1, source), v, strict=True)
+            ]
+        )
+        for what in ("tensor", "channel", "weight")
+    },
+    "drifted": in_step(lambda v, source: conductance_drift(v, 100.0, 0.05, 0.01, source)),
+}
 MORE = {
     **{f"top {n}": lambda v, n=n: keep_top_n(v, n) for n in (1, 13, 30, 57, 58)},
     **{f"maximum {p}": lambda v, p=p: constrained_maximum(v, p, 0.5, 11) for p in (1, 2, 3.5, math.inf)},
@@ -129,6 +148,7 @@ def compare_functions(mesh, placements):
     for kind, tensors in vectors().items():
         functions = {**FUNCTIONS, **(MORE if kind in ("ordinary", "tied") else {})}
         functions |= EXACT if kind in ("ordinary", "NaN", "half", "mixed") else {}
+        functions |= BY_BLOCKS if kind in ("ordinary", "half") else {}
         for name, function in functions.items():
             if name in NOT_FOR.get(kind, ()):
                 continue
@@ -139,7 +159,7 @@ def compare_functions(mesh, placements):
                 case, mine = f"{kind}, {name}, tensor {place}", whole(mine)
                 tolerance = {"rtol": rounding(theirs, 2e-6), "atol": 0.0, "equal_nan": True}
                 torch.testing.assert_close(mine, theirs, **tolerance, msg=lambda text, case=case: f"{case}: {text}")
-                if name.startswith("top") or name in EXACT:
+                if name.startswith("top") or name in {**EXACT, **BY_BLOCKS}:
                     assert torch.equal(bits_of(mine), bits_of(theirs)), case
                 compared += 1
     return compared
@@ -193,6 +213,21 @@ def draw_and_refuse(mesh, placements):
         Injection(weights).displace({"sharded": torch.zeros(2000, 3)})
     with pytest.raises(TypeError, match="expected a tensor that is sharded or replicated"):
         max_magnitude([DTensor.from_local(torch.ones(2), mesh, [Partial()] * mesh.ndim)])
+    columns = distribute_tensor(torch.randn(4, 64), mesh, [Shard(1)] * mesh.ndim)
+    for cut in (
+        lambda: quantize(columns, 4, "channel"),
+        lambda: quantize(columns, 4, 4),
+        lambda: quantize_to_float(columns, "nvfp4"),
+        lambda: quantize_to_float(columns, "nf4"),
+        lambda: quantize_to_float(distribute_tensor(torch.randn(8, 8), mesh, placements), "nf4"),
+        lambda: relative(torch.zeros_like(columns), columns, "channel"),
+    ):
+        with pytest.raises(NotImplementedError, match="shard"):
+            cut()
+    for held in ("nvfp4", "mxfp4", "nf4"):
+        weights = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
+        found = quantize_to_float(distribute_tensor(weights, mesh, placements), held)
+        assert torch.equal(whole(found), quantize_to_float(weights, held))
     return drawn
 
 

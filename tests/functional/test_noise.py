@@ -9,7 +9,7 @@ import torch
 from for_each import for_each
 from scipy import stats
 
-from hf_parcor.functional import gaussian_noise, random_signs, uniform_noise
+from hf_parcor.functional import conductance_drift, gaussian_noise, random_signs, relative, uniform_noise
 
 NOISES = [gaussian_noise, uniform_noise]
 SIZE = 200_000
@@ -142,3 +142,54 @@ def test_signs_are_fair_coins(dtype, same_bits) -> None:
     assert set(joined.tolist()) == {-1.0, 1.0}
     assert abs(joined.mean()) < 5 / math.sqrt(SIZE)
     assert abs(stats.pearsonr(joined[:-1], joined[1:]).statistic) < 5 / math.sqrt(SIZE)
+
+
+@for_each(
+    ("to", "magnitudes"),
+    [
+        (None, [[1.0, 1, 1], [1, 1, 1]]),
+        ("tensor", [[4.0, 4, 4], [4, 4, 4]]),
+        ("channel", [[4.0, 4, 4], [1, 1, 1]]),
+        ("weight", [[1.0, 4, 2], [0, 1, 0.5]]),
+    ],
+)
+@for_each("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_relative_noise_is_noise_times_a_magnitude(to, magnitudes, dtype: torch.dtype, same_bits) -> None:
+    weights = torch.tensor([[1, -4, 2], [0, 1, -0.5]], dtype=dtype)
+    (noise,) = gaussian_noise([weights], 0.1, seeded(0))
+    expected = noise * torch.tensor(magnitudes, dtype=noise.dtype)
+    assert same_bits([relative(noise.clone(), weights, to)], [expected])
+
+
+def test_relative_noise_of_other_shapes() -> None:
+    kernels = torch.randn(3, 2, 2)
+    found = relative(torch.ones(3, 2, 2), kernels, "channel")
+    assert torch.equal(found[:, 0, 0], kernels.abs().flatten(1).amax(1))
+    vector = torch.randn(5)
+    assert torch.equal(relative(torch.ones(5), vector, "channel"), vector.abs())
+    assert relative(torch.empty(0, 2), torch.empty(0, 2), "tensor").shape == (0, 2)
+    with pytest.raises(ValueError, match=r"relative_to: .*channel.*'row'"):
+        relative(torch.ones(5), vector, "row")
+
+
+def test_multiplicative_noise_is_log_normal_to_first_order() -> None:
+    weights, std = torch.randn(SIZE).abs(), 1e-3
+    (noise,) = gaussian_noise([weights], std, seeded(0))
+    log_normal = weights * noise.exp()
+    torch.testing.assert_close(
+        weights + relative(noise.clone(), weights, "weight"), log_normal, rtol=20 * std**2, atol=0
+    )
+
+
+@for_each("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_exponents_of_drift(dtype: torch.dtype) -> None:
+    weights = torch.randn(SIZE).add(3).to(dtype)
+    (found,) = conductance_drift([weights], 100.0, 0.05, 0.01, seeded(0))
+    assert found.dtype == dtype
+    if dtype != torch.bfloat16:
+        exponents = -torch.log(found.double() / weights.double()).div(math.log(100.0)).numpy()
+        assert stats.kstest(exponents, stats.norm(0.05, 0.01).cdf).pvalue > 1e-3
+    (folded,) = conductance_drift([torch.ones(1000)], 100.0, 0.0, 0.01, seeded(0))
+    assert float(folded.max()) <= 1  # no conductance grows
+    (kept,) = conductance_drift([weights], 1.0, 0.05, 0.01, seeded(0))
+    assert torch.equal(kept, weights)

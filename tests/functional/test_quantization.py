@@ -1,4 +1,4 @@
-"""Quantization against ten lines of numpy."""
+"""Quantization against numpy, and against a search for the nearest number that a format has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_parcor.functional import quantize
+from hf_parcor.functional import quantize, quantize_to_float
 
 BITS = range(2, 17)
 TINY = 1e-30  # below it the step of 16 bits is subnormal
@@ -125,3 +125,172 @@ def test_bits_out_of_range(bits: int) -> None:
 def test_bits_that_are_not_whole(bits) -> None:
     with pytest.raises(TypeError, match=r"bits: expected a whole number >= 2, got .*"):
         quantize(torch.ones(2), bits)
+
+
+SCHEMES = {
+    "restricted": {},
+    "full": {"code_range": "full"},
+    "unclipped": {"code_range": "unclipped"},
+    "asymmetric": {"symmetric": False},
+    "float zero": {"symmetric": False, "zero_point": "float"},
+}
+
+
+def levels_of(row: np.ndarray, bits: int, scheme: str) -> np.ndarray:
+    """Return the numbers that a block may be rounded to, in float64."""
+    low, high, half = row.min(), row.max(), 2 ** (bits - 1)
+    codes = np.arange(-half, half, dtype=float)
+    if scheme == "float zero":
+        return low + (codes + half) * (high - low) / (2 * half - 1)
+    low, high = min(low, 0.0), max(high, 0.0)
+    if scheme == "asymmetric":
+        scale = (high - low) / (2 * half - 1)
+        return (codes - np.clip(-half - np.rint(low / scale), -half, half - 1)) * scale
+    if scheme == "restricted":
+        return codes[1:] * max(-low, high) / (half - 1)
+    scale = max(-low, high) / (half - 0.5) if scheme == "full" else max(low / -half, high / (half - 1))
+    return codes * scale
+
+
+@for_each("scheme", SCHEMES)
+@for_each("bits", [2, 3, 4, 8])
+@for_each("arithmetic", ["float32", "weight"])
+def test_every_weight_becomes_the_nearest_level_of_its_block(scheme: str, bits: int, arithmetic: str) -> None:
+    weights = torch.randn(6, 64, dtype=torch.float64)
+    weights[1], weights[2] = weights[1].abs() + 1, -weights[2].abs()
+    for per, rows in (("tensor", weights.view(1, -1)), ("channel", weights), (16, weights.view(-1, 16))):
+        found = quantize(weights, bits, per, arithmetic=arithmetic, **SCHEMES[scheme]).view(rows.shape)
+        for row, mine in zip(rows.numpy(), found.numpy(), strict=True):
+            levels = levels_of(row, bits, scheme)
+            assert np.abs(mine[:, None] - levels).min(1).max() < 1e-12
+            np.testing.assert_allclose(np.abs(mine - row), np.abs(row[:, None] - levels).min(1), atol=1e-12)
+
+
+@for_each("scheme", SCHEMES)
+@for_each("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_do_not_see_each_other(scheme: str, dtype: torch.dtype, same_bits) -> None:
+    weights = torch.randn(5, 32).mul(torch.tensor([1e-3, 1.0, 0.0, 30.0, 2.0])[:, None]).to(dtype)
+    weights[4, 3] = math.nan
+    settings = SCHEMES[scheme]
+    by_channel = [quantize(row, 4, **settings) for row in weights]
+    assert same_bits([quantize(weights, 4, "channel", **settings)], [torch.stack(by_channel)])
+    assert same_bits([quantize(weights.t().contiguous().t(), 4, "channel", **settings)], [torch.stack(by_channel)])
+    by_group = [quantize(group, 4, **settings) for group in weights.view(-1, 8)]
+    assert same_bits([quantize(weights, 4, 8, **settings)], [torch.stack(by_group).view(5, 32)])
+    assert same_bits([weights[4]], [by_channel[4]])  # what is not finite stays
+    assert not by_channel[2].any()
+
+
+def test_channels_of_convolutions_are_those_of_the_matrix_below() -> None:
+    weights = torch.randn(5, 3, 2, 2)
+    assert torch.equal(quantize(weights, 4, "channel").flatten(1), quantize(weights.flatten(1), 4, "channel"))
+
+
+@for_each("per", ["channel", 2])
+def test_vectors_have_no_channels_and_no_groups(per) -> None:
+    for vector in (torch.randn(8), torch.tensor(2.0), torch.empty(0)):
+        assert torch.equal(quantize(vector, 2, per), vector)
+        assert torch.equal(quantize_to_float(vector, "fp8_e5m2", per), vector)
+
+
+@for_each(
+    ("settings", "error", "words"),
+    [
+        ({"per": "row"}, ValueError, "per: .*channel.*'row'"),
+        ({"per": 1}, ValueError, "per: .*2.*got 1"),
+        ({"per": 2.0}, TypeError, "per: .*got 2.0"),
+        ({"per": 3}, ValueError, r"per: .*divide.*3.*\(4, 8\)"),
+        ({"symmetric": 1}, TypeError, "symmetric: .*got 1"),
+        ({"symmetric": False, "code_range": "full"}, ValueError, "code_range: .*asymmetric"),
+        ({"zero_point": "float"}, ValueError, "zero_point: .*symmetric"),
+        ({"code_range": "whole"}, ValueError, "code_range: .*'whole'"),
+        ({"arithmetic": "bfloat16"}, ValueError, "arithmetic: .*'bfloat16'"),
+    ],
+)
+def test_settings_that_are_none(settings, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        quantize(torch.ones(4, 8), 4, **settings)
+
+
+E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def nearest(numbers: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return the nearest of known magnitudes, of two that are as near the one with the even place."""
+    distances = np.abs(np.abs(numbers)[:, None] - known)
+    ties = np.where(np.arange(len(known)) % 2, 1e-9, 0.0)
+    return np.copysign(known[(distances + ties).argmin(1)], numbers)
+
+
+def float8_magnitudes(dtype: torch.dtype) -> np.ndarray:
+    bits = torch.arange(256, dtype=torch.uint8).view(dtype).double()
+    return np.unique(bits[bits.isfinite()].abs().numpy())
+
+
+def expected_float(weights: np.ndarray, name: str) -> np.ndarray:
+    """Return a matrix in a format, block by block, in float64."""
+    if name.startswith("fp8"):
+        known = float8_magnitudes({"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}[name])
+        scale = np.abs(weights).max() / known[-1]
+        return nearest(weights.ravel() / scale, known).reshape(weights.shape) * scale
+    blocks = weights.reshape(-1, 32 if name == "mxfp4" else 16)
+    largest = np.abs(blocks).max(1)
+    if name == "mxfp4":
+        scales = 2.0 ** (np.floor(np.log2(largest)) - 2)
+    else:
+        shared = largest.max() / (448 * 6)
+        wanted = largest / 6 / shared
+        scales = nearest(np.maximum(wanted, 2.0**-6), float8_magnitudes(torch.float8_e4m3fn)) * shared
+    rounded = [nearest(block / scale, E2M1) * scale for block, scale in zip(blocks, scales, strict=True)]
+    return np.stack(rounded).reshape(weights.shape)
+
+
+@for_each("name", ["fp8_e4m3", "fp8_e5m2", "mxfp4", "nvfp4"])
+def test_the_nearest_number_of_a_float_format(name: str) -> None:
+    weights = torch.randn(6, 64, dtype=torch.float64) * torch.logspace(-2, 0, 6, dtype=torch.float64)[:, None]
+    weights[0, :8] = torch.tensor([6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], dtype=torch.float64) / 64  # ties of E2M1
+    weights[0, 8:] = 1 / 64
+    found = quantize_to_float(weights, name).numpy()
+    np.testing.assert_allclose(found, expected_float(weights.numpy(), name), rtol=1e-12)
+
+
+def test_nf4_takes_the_nearest_of_sixteen_numbers() -> None:
+    weights = torch.randn(3, 64)
+    scales = weights.abs().amax(1, keepdim=True)
+    found = quantize_to_float(weights, "nf4") / scales
+    levels = torch.unique(quantize_to_float(torch.linspace(-1, 1, 64)[None], "nf4"))
+    assert levels.shape == (16,)
+    assert levels[[0, -1]].tolist() == [-1, 1]
+    assert (levels == 0).any()
+    distance = (weights / scales - found).abs()
+    best = ((weights / scales)[..., None] - levels).abs().amin(-1)
+    torch.testing.assert_close(distance, best, rtol=0, atol=1e-6)
+
+
+@for_each("name", ["fp8_e4m3", "fp8_e5m2", "mxfp4", "nvfp4", "nf4"])
+@for_each("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_float_formats_leave_zeros_and_what_is_not_finite(name: str, dtype: torch.dtype, same_bits) -> None:
+    weights = torch.randn(4, 64).to(dtype)
+    weights[0], weights[1, 5] = 0, math.inf
+    per = "channel" if name.startswith("fp8") else None
+    found = quantize_to_float(weights, name, per)
+    assert found.dtype == dtype
+    assert same_bits([found[0]], [weights[0]])
+    assert not found[2:].isnan().any()
+    assert found[1, 5] == math.inf
+    assert name == "nvfp4" or not same_bits([found[2:]], [weights[2:]])  # whose scale of all blocks is infinite
+
+
+@for_each(
+    ("name", "per", "error", "words"),
+    [
+        ("fp4", None, ValueError, "format: .*mxfp4.*'fp4'"),
+        (4, None, TypeError, "format: .*got 4"),
+        ("mxfp4", 16, ValueError, "per: .*32.*mxfp4.*16"),
+        ("mxfp4", None, ValueError, r"per: .*divide.*32.*\(4, 8\)"),
+        ("fp8_e4m3", "row", ValueError, "per: .*'row'"),
+    ],
+)
+def test_float_formats_that_are_none(name, per, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        quantize_to_float(torch.ones(4, 8), name, per)

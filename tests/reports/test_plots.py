@@ -14,6 +14,7 @@ from hf_parcor import (
     CorruptionConstraint,
     CorruptionRecord,
     EvaluationRecord,
+    FloatQuantization,
     GaussianNoise,
     GradientCorruption,
     MultiStepCorruption,
@@ -91,7 +92,7 @@ class TestData:
     def test_every_point_bar_and_line_is_in_the_records(self, metric):
         figure = plot_comparison(RECORDS, metric)
         strengths = {"epsilon", "std", "bound", "rate"}
-        for title, name in zip(TITLES, CORRUPTIONS, strict=True):
+        for title, name in zip(TITLES, dict.fromkeys(NAMES[type(one)] for one in SEVEN), strict=True):
             axis = axis_of(figure, title)
             assert len(axis.containers) == len(RECORDS)
             for container, record in zip(axis.containers, RECORDS.values(), strict=True):
@@ -213,6 +214,29 @@ class TestPanels:
         rates, counts = plot_comparison({"plain": record_of(corruptions)}).axes
         assert (rates.get_xlabel(), counts.get_xlabel()) == ("flip rate per bit", "flipped bits")
         assert counts.containers[0].lines[0].get_xdata().tolist() == [3, 30]
+
+    def test_quantizers_of_different_blocks_do_not_share_a_panel(self):
+        quantizers = [{}, {"per": "channel"}, {"per": 32}, {"per": 32, "symmetric": False}, {"code_range": "full"}]
+        corruptions = [Quantization(bits, **settings) for settings in quantizers for bits in (4, 3)]
+        corruptions += [GaussianNoise(std, to) for to in (None, "channel") for std in (0.1, 0.2)]
+        axes = plot_comparison({"plain": record_of(corruptions)}).axes
+        assert [title_of(axis).replace("\n", " ") for axis in axes] == [
+            "quantization",
+            "quantization, per channel",
+            "quantization, per group of 32",
+            "quantization, per group of 32, asymmetric",
+            "quantization, code range = full",
+            "Gaussian noise",
+            "Gaussian noise, relative to channel",
+        ]
+        assert all(len(axis.containers[0].lines[0].get_xdata()) == 2 for axis in axes)
+
+    def test_float_formats_are_points_of_one_panel_that_no_line_joins(self):
+        formats = [FloatQuantization("fp8_e4m3"), FloatQuantization("fp8_e4m3", "channel"), FloatQuantization("nf4")]
+        (axis,) = plot_comparison({"plain": record_of(formats)}).axes
+        assert title_of(axis) == "float quantization"
+        assert [tick.get_text() for tick in axis.get_xticklabels()] == [str(one) for one in formats]
+        assert axis.containers[0].lines[0].get_linestyle() == "None"
 
     def test_a_corruption_outside_the_catalogue_stands_by_its_labels(self):
         rows = [

@@ -1,0 +1,250 @@
+"""Quantizers as they are deployed: the corrupted weights are those of torchao and bitsandbytes, to the last bit.
+
+`scripts/set_up.sh` installs both beside the environment, in `.venv/quantizers`.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_parcor import CorruptionEvaluator, FloatQuantization, Quantization
+from hf_parcor.corruptions import Corruption
+from hf_parcor.evaluation import ClassificationMetric
+
+pytestmark = pytest.mark.slow  # importing torchao takes seconds
+
+FOLDER = Path(sys.prefix) / "quantizers"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROWS, COLUMNS = 64, 128
+WITHOUT = "{} is not installed; `bash scripts/test.sh` puts it into .venv/quantizers"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _beside_the_environment() -> Iterator[None]:
+    sys.path.append(str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+
+
+def hard_weights(dtype: torch.dtype) -> Tensor:
+    """Return rows of sizes from 1e-9 to 1e3, and rows of one sign, of ties, of zeros in half of the groups."""
+    weights = torch.randn(ROWS, COLUMNS) * torch.logspace(-9, 3, ROWS)[:, None]
+    weights[5], weights[6] = weights[5].abs(), -weights[6].abs()
+    weights[7, : COLUMNS // 2] = 0
+    weights[8] = torch.arange(COLUMNS) - COLUMNS // 2
+    weights[9] = torch.arange(COLUMNS) / 16 - 3.5
+    weights[10] = 0
+    return weights.to(dtype)
+
+
+def plain_weights(dtype: torch.dtype) -> Tensor:
+    return (torch.randn(ROWS, COLUMNS) * torch.logspace(-3, 2, ROWS)[:, None]).to(dtype)
+
+
+def exported(weights: Tensor, config: Any) -> nn.Module:
+    from torchao.quantization import quantize_
+
+    model = nn.Sequential(nn.Linear(COLUMNS, ROWS, bias=False, dtype=weights.dtype))
+    model[0].weight = nn.Parameter(weights.clone())
+    quantize_(model, config)
+    return model
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    return torch.equal(found, expected) and torch.equal(found.signbit(), expected.signbit())
+
+
+def rounded(corruption: Corruption, weights: Tensor) -> Tensor:
+    return corruption({"weight": weights})["weight"]
+
+
+def integer_configs() -> dict[Corruption, Any]:
+    """Return what torchao calls the quantizers to integers, by what they are here."""
+    from torchao.quantization import (
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        MappingType,
+        PerAxis,
+        PerGroup,
+        PerTensor,
+    )
+
+    plain = {"set_inductor_config": False}
+    found: dict[Corruption, Any] = {
+        Quantization(8, "channel", code_range="full"): Int8WeightOnlyConfig(**plain),
+        Quantization(8, code_range="full"): Int8WeightOnlyConfig(granularity=PerTensor(), **plain),
+        Quantization(8, 32, code_range="full"): Int8WeightOnlyConfig(granularity=PerGroup(32), **plain),
+    }
+    mappings = {
+        MappingType.SYMMETRIC: {"code_range": "full"},
+        MappingType.SYMMETRIC_NO_CLIPPING_ERR: {"code_range": "unclipped"},
+        MappingType.ASYMMETRIC: {"symmetric": False},
+    }
+    for bits in range(2, 9):
+        for per, granularity in (("channel", PerAxis(0)), (32, PerGroup(32))):
+            for mapping, codes in mappings.items():
+                config = IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), granularity, mapping)
+                found[Quantization(bits, per, arithmetic="weight", **codes)] = config
+    return found
+
+
+def test_torchao_integers() -> None:
+    pytest.importorskip("torchao", reason=WITHOUT.format("torchao"))
+    different = [
+        f"{corruption}, {dtype}"
+        for corruption, config in integer_configs().items()
+        for dtype in DTYPES
+        for weights in [hard_weights(dtype)]
+        if not same(rounded(corruption, weights), exported(weights, config)[0].weight.dequantize())
+    ]
+    assert different == []
+
+
+def test_torchao_int4_of_cpus() -> None:
+    """This layout tells its weights only by what it multiplies: rows of the identity."""
+    pytest.importorskip("torchao", reason=WITHOUT.format("torchao"))
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+    for dtype in DTYPES:
+        for size in (32, 64, 128):
+            weights = plain_weights(dtype)
+            model = exported(weights, PrototypeInt4WeightOnlyConfig(size, set_inductor_config=False))
+            with torch.no_grad():
+                expected = model(torch.eye(COLUMNS, dtype=dtype)).T
+            found = rounded(Quantization(4, size, False, zero_point="float", arithmetic="weight"), weights)
+            ulp = torch.finfo(dtype).eps if dtype == torch.float32 else 0.0  # CPUs fuse, or do not
+            torch.testing.assert_close(found, expected, rtol=2 * ulp, atol=0, msg=f"{dtype}, {size}")
+
+
+def test_torchao_floats() -> None:
+    pytest.importorskip("torchao", reason=WITHOUT.format("torchao"))
+    from torchao.prototype.mx_formats.inference_workflow import NVFP4WeightOnlyConfig
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor, ScaleCalculationMode
+    from torchao.quantization import Float8WeightOnlyConfig, PerGroup, PerRow, PerTensor
+
+    for dtype in DTYPES:
+        for name, float8 in (("fp8_e4m3", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)):
+            for per, granularity in (("tensor", PerTensor()), ("channel", PerRow()), (32, PerGroup(32))):
+                # Where a scale is 0, as it is of small rows in float16, torchao has NaN.
+                weights = hard_weights(dtype) if per == "tensor" else 100 * plain_weights(dtype)
+                config = Float8WeightOnlyConfig(float8, set_inductor_config=False, granularity=granularity)
+                expected = exported(weights, config)[0].weight.dequantize()
+                assert same(rounded(FloatQuantization(name, per), weights), expected), (dtype, name, per)
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = hard_weights(dtype)
+        expected = exported(weights, NVFP4WeightOnlyConfig())[0].weight.dequantize()
+        assert same(rounded(FloatQuantization("nvfp4"), weights), expected), dtype
+        held = MXTensor.to_mx(weights, torch.float4_e2m1fn_x2, 32, ScaleCalculationMode.FLOOR)
+        assert same(rounded(FloatQuantization("mxfp4"), weights), held.dequantize(dtype)), dtype
+
+
+def test_bitsandbytes_nf4() -> None:
+    pytest.importorskip("bitsandbytes", reason=WITHOUT.format("bitsandbytes"))
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    for dtype in DTYPES:
+        for shape in ((ROWS, COLUMNS), (73, 7)):
+            weights = hard_weights(dtype).flatten()[: shape[0] * shape[1]].view(shape)
+            with torch.compiler.set_stance("force_eager"):
+                held = dequantize_4bit(*quantize_4bit(weights, blocksize=64, quant_type="nf4"))
+            assert torch.equal(rounded(FloatQuantization("nf4"), weights), held), (dtype, shape)
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """Return a classifier that has learned which of two tokens is the more frequent one, and its test data."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    # Not narrower: on CPUs Linear4bit takes the scale of another block where a block of 64 spans two rows.
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = tf.BertForSequenceClassification(tf.BertConfig(vocab_size=12, max_position_embeddings=16, **sizes))
+
+    def batch(size: int) -> dict[str, Tensor]:
+        tokens = torch.randint(1, 12, (size, 15))
+        tokens[:, ::2] = torch.randint(1, 3, (size, 8))
+        return {"input_ids": tokens, "labels": ((tokens == 1).sum(1) > (tokens == 2).sum(1)).long()}
+
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    for _ in range(60):
+        model(**batch(32)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), [batch(100) for _ in range(4)]
+
+
+def hidden_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the modules of "all-linear"."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "classifier"
+    }
+
+
+def predictions(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(input_ids=batch["input_ids"]).logits for batch in batches])
+
+
+def check_end_to_end(
+    model: nn.Module, batches: list[dict[str, Tensor]], exports: dict[Corruption, Callable[[nn.Module], None]]
+) -> list[float]:
+    """Compare what is measured with what the exported models do, and return the accuracies."""
+    metric = ClassificationMetric(batches)
+    record = CorruptionEvaluator(model, metric, target_modules="all-linear", progress=False).evaluate(list(exports))
+    clean = predictions(model, batches)
+    assert record.clean.mean("accuracy") > 0.85, "it has learned something"
+    for row, export in zip(record.corruptions, exports.values(), strict=True):
+        deployed = copy.deepcopy(model)
+        export(deployed)
+        assert not torch.equal(predictions(deployed, batches), clean), f"{row.label}: nothing was exported"
+        measured = metric(deployed)
+        assert row.mean("accuracy") == measured["accuracy"], row.label
+        assert row.mean("loss") == pytest.approx(measured["loss"], rel=1e-5), row.label
+    return [row.mean("accuracy") for row in record.corruptions]
+
+
+def test_what_is_measured_is_what_torchao_deploys(trained) -> None:
+    pytest.importorskip("torchao", reason=WITHOUT.format("torchao"))
+    from torchao.prototype.mx_formats.inference_workflow import NVFP4WeightOnlyConfig
+    from torchao.quantization import Float8WeightOnlyConfig, quantize_
+
+    model, batches = trained
+    wanted = [
+        Quantization(8, "channel", code_range="full"),
+        *(Quantization(bits, 32, code_range="full", arithmetic="weight") for bits in (4, 3, 2)),
+        *(Quantization(bits, "channel", symmetric=False, arithmetic="weight") for bits in (4, 2)),
+    ]
+    configs = integer_configs()
+    chosen = {corruption: configs[corruption] for corruption in wanted}
+    chosen[FloatQuantization("fp8_e4m3", "channel")] = Float8WeightOnlyConfig(set_inductor_config=False)
+    chosen[FloatQuantization("nvfp4")] = NVFP4WeightOnlyConfig()
+
+    def exporter(config: Any) -> Callable[[nn.Module], None]:
+        return lambda copied: quantize_(copied, config, lambda module, name: name in hidden_linears(copied))
+
+    found = check_end_to_end(model, batches, {corruption: exporter(config) for corruption, config in chosen.items()})
+    assert len(set(found)) > 2, "formats make a difference"
+
+
+def test_what_is_measured_is_what_bitsandbytes_deploys(trained) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason=WITHOUT.format("bitsandbytes"))
+
+    def export(copied: nn.Module) -> None:
+        for name, linear in hidden_linears(copied).items():
+            settings = {"compute_dtype": torch.float32, "compress_statistics": False, "quant_type": "nf4"}
+            held = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, **settings)
+            held.load_state_dict(linear.state_dict())
+            copied.set_submodule(name, held.to("cpu"))
+
+    with torch.compiler.set_stance("force_eager"):
+        check_end_to_end(*trained, {FloatQuantization("nf4"): export})
