@@ -22,14 +22,16 @@ if TYPE_CHECKING:
         Quantization,
         RandomCorruption,
         UniformNoise,
+        WorstBitFlips,
     )
     from hf_parcor.defenses import ACRT, AWP, SAM, CorruptionRisk, GradientPenalty, MultiStepRisk
     from hf_parcor.evaluation import CorruptionEvaluator, LayerProbe, RobustnessCallback
-    from hf_parcor.indicators import measure_indicators
+    from hf_parcor.indicators import measure_flips_to_break, measure_indicators
     from hf_parcor.injection import corrupted
     from hf_parcor.records import (
         CorruptionRecord,
         EvaluationRecord,
+        FlipRecord,
         IndicatorRecord,
         MetricInfo,
         SearchRecord,
@@ -61,6 +63,7 @@ __all__ = [
     "DefendedBackward",
     "DefenseConfig",
     "EvaluationRecord",
+    "FlipRecord",
     "FloatQuantization",
     "GaussianNoise",
     "GradientCorruption",
@@ -83,12 +86,14 @@ __all__ = [
     "Seq2SeqParameterDefenseTrainingArguments",
     "SweepRecord",
     "UniformNoise",
+    "WorstBitFlips",
     "by_adapter",
     "by_kind",
     "by_layer",
     "by_module",
     "corrupted",
     "defended_backward",
+    "measure_flips_to_break",
     "measure_indicators",
     "search_epsilon",
     "search_strength",
@@ -110,6 +115,7 @@ _PARTS = {
         "Quantization",
         "RandomCorruption",
         "UniformNoise",
+        "WorstBitFlips",
     ),
     "defenses": (
         "ACRT",
@@ -124,11 +130,12 @@ _PARTS = {
         "LayerProbe",
         "RobustnessCallback",
     ),
-    "indicators": ("measure_indicators",),
+    "indicators": ("measure_flips_to_break", "measure_indicators"),
     "injection": ("corrupted",),
     "records": (
         "CorruptionRecord",
         "EvaluationRecord",
+        "FlipRecord",
         "IndicatorRecord",
         "MetricInfo",
         "SearchRecord",

@@ -7,7 +7,7 @@ import gzip
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,15 @@ def parse_options(
     return options
 
 
-def train(options: argparse.Namespace, run: Run, *more: str) -> Path:
-    """Train one model, unless it is there already, and return its folder."""
+def train(options: argparse.Namespace, run: Run, *more: str, program: Sequence[str] = (str(EXAMPLE),)) -> Path:
+    """Train one model, unless it is there already, and return its folder.
+
+    Args:
+        options: Those of a campaign.
+        run: What is trained.
+        *more: Flags for this run alone.
+        program: What Python runs with the flags: the example, or what calls it.
+    """
     folder: Path = options.work / run.file_name
     if (folder / "train_results.json").exists():
         return folder
@@ -68,7 +75,7 @@ def train(options: argparse.Namespace, run: Run, *more: str) -> Path:
     }
     flags = (part for name, value in fixed.items() for part in (f"--{name}", str(value)))
     subprocess.run(
-        [sys.executable, str(EXAMPLE), "--do_train", *flags, *run.arm.flags, *more],
+        [sys.executable, *program, "--do_train", *flags, *run.arm.flags, *more],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
     )

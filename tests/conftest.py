@@ -37,6 +37,7 @@ from hf_parcor import (
     Quantization,
     RandomCorruption,
     UniformNoise,
+    WorstBitFlips,
 )
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
 
@@ -167,6 +168,7 @@ ROWS = {
     "quantization": Quantization(2),
     "float_quantization": FloatQuantization("fp8_e5m2", "channel"),
     "bit_flips": BitFlips(count=5, bits="exponent"),
+    "worst_bit_flips": WorstBitFlips(2, of="int8"),
 }
 
 

@@ -272,6 +272,7 @@ CORRUPTIONS = (
     "quantization",
     "float-quantization",
     "bit-flips",
+    "worst-bit-flips",
 )
 
 
@@ -348,7 +349,8 @@ def add_corruptions(parser: Parser, default: str) -> None:
         type=number,
         metavar="S",
         help="of those without strengths of their own: radius of random, gradient and multi-step, standard deviation "
-        "of gaussian, bound of uniform, seconds of drift, bits of quantization, rate of bit-flips",
+        "of gaussian, bound of uniform, seconds of drift, bits of quantization, rate of bit-flips, count of "
+        "worst-bit-flips",
     )
     group.add_argument("--norm", type=number, default=2.0, metavar="P", help="order of the radius's norm: 2, inf")
     group.add_argument("--top-n", type=at_least(1), metavar="N", help="corrupt at most N weights")

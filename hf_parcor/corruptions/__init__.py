@@ -9,6 +9,7 @@ from hf_parcor.corruptions.multi_step import MultiStepCorruption
 from hf_parcor.corruptions.noise import GaussianNoise, UniformNoise
 from hf_parcor.corruptions.quantization import FloatQuantization, Quantization
 from hf_parcor.corruptions.random import RandomCorruption
+from hf_parcor.corruptions.worst_bit_flips import WorstBitFlips
 
 __all__ = [
     "CORRUPTIONS",
@@ -23,5 +24,6 @@ __all__ = [
     "Quantization",
     "RandomCorruption",
     "UniformNoise",
+    "WorstBitFlips",
     "corruptions_of_table_1",
 ]

@@ -17,6 +17,7 @@ from hf_parcor.corruptions.multi_step import MultiStepCorruption
 from hf_parcor.corruptions.noise import GaussianNoise, UniformNoise
 from hf_parcor.corruptions.quantization import FloatQuantization, Quantization
 from hf_parcor.corruptions.random import RandomCorruption
+from hf_parcor.corruptions.worst_bit_flips import WorstBitFlips
 from hf_parcor.errors import InputError, nearest
 
 CORRUPTIONS: Mapping[str, type[Corruption]] = MappingProxyType(
@@ -30,6 +31,7 @@ CORRUPTIONS: Mapping[str, type[Corruption]] = MappingProxyType(
         "quantization": Quantization,
         "float_quantization": FloatQuantization,
         "bit_flips": BitFlips,
+        "worst_bit_flips": WorstBitFlips,
     }
 )
 

@@ -34,6 +34,19 @@ class GradientSource(Protocol):
         """
         ...
 
+    def gradient_at(self, values: Mapping[str, Tensor], batches: int | None = None) -> Mapping[str, Tensor]:
+        """Return the gradient of the mean loss over the first batches, all by default, with new values of weights.
+
+        Args:
+            values: New values by name; weights that are absent stay as they are.
+            batches: How many of the batches; None for all.
+        """
+        ...
+
+    def loss_at(self, values: Mapping[str, Tensor], batches: int | None = None) -> float:
+        """Return the mean loss over the first batches with new values of weights, as `gradient_at`."""
+        ...
+
 
 class Strength(NamedTuple):
     """How the strength of a kind of corruption is told.
@@ -71,13 +84,16 @@ class Corruption(ABC):
         title: Its kind, for the titles of plots and tables.
         strengths: What says how strong it is; where there are several, the one whose setting is given.
         stochastic: Whether another seed gives another corruption, so that trials say something.
-        uses_gradients: Whether it needs a `GradientSource`.
     """
 
     title: ClassVar[str] = ""
     strengths: ClassVar[tuple[Strength, ...]] = ()
     stochastic: ClassVar[bool] = False
-    uses_gradients: ClassVar[bool] = False
+
+    @property
+    def uses_gradients(self) -> bool:
+        """Whether it needs a `GradientSource`; a class may say it once for all, as a class variable."""
+        return False
 
     @final
     @torch.no_grad()

@@ -332,7 +332,18 @@ class _Gradients(dict[str, Tensor]):
         return self
 
     def on_next_batch(self, corruption: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        raise NotImplementedError("expected a corruption along the gradient at the clean weights, got one that climbs")
+        raise _AT_CLEAN_WEIGHTS
+
+    def gradient_at(self, values: Mapping[str, Tensor], batches: int | None = None) -> Mapping[str, Tensor]:
+        raise _AT_CLEAN_WEIGHTS
+
+    def loss_at(self, values: Mapping[str, Tensor], batches: int | None = None) -> float:
+        raise _AT_CLEAN_WEIGHTS
+
+
+_AT_CLEAN_WEIGHTS = NotImplementedError(
+    "expected a corruption along the gradient at the clean weights, got one that asks for others"
+)
 
 
 def _address(tensor: Tensor) -> int:

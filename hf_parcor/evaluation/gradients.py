@@ -6,7 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from hf_parcor.distributed.dtensors import local_part, local_parts
 from hf_parcor.distributed.fsdp import class_of, drop_gathered, is_sharded, reducing
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
 from hf_parcor.evaluation.walks import RepeatedBatches
-from hf_parcor.injection import Device, Injection, Pieces, corrupted, forget_derived
+from hf_parcor.injection import Device, Injection, Pieces, Replacement, corrupted, forget_derived
 from hf_parcor.model_state import input_device
+from hf_parcor.overriding import overriding
 
 _LOST = "an autograd kernel was not registered"
 
@@ -34,13 +35,34 @@ def corrupted_model(
     corruption: Mapping[str, Tensor] | Pieces,
     saved_on: Device = None,
 ) -> Iterator[Injection]:
-    """Corrupt some weights of a model inside a `with` block; no weights that were gathered outlive its ends."""
-    with corrupted(parameters, corruption, saved_on=saved_on) as injection:
+    """Corrupt some weights of a model inside a `with` block; no weights that were gathered outlive its ends.
+
+    Inside, the model and its parts refuse `save_pretrained`, and so `push_to_hub` and `Trainer.save_model`: nothing
+    that a metric or a loss calls leaves a damaged model behind. Whoever wants one on disk takes `corrupted`, which
+    knows no model. A state dict that is written by other means is not noticed.
+    """
+    with corrupted(parameters, corruption, saved_on=saved_on) as injection, _unsaved(model):
         drop_gathered(model)
         try:
             yield injection
         finally:
             drop_gathered(model)
+
+
+@contextmanager
+def _unsaved(model: nn.Module) -> Iterator[None]:
+    with ExitStack() as refusals:
+        for module in model.modules():
+            if hasattr(type(module), "save_pretrained"):
+                refusals.enter_context(overriding(module, save_pretrained=_refuse_to_save))
+        yield
+
+
+def _refuse_to_save(*_: object, **__: object) -> None:
+    raise RuntimeError(
+        "save_pretrained: expected a model with its own weights, got one that is corrupted while it is measured; save "
+        "it before or after, or corrupt it yourself with hf_parcor.corrupted to keep a damaged copy"
+    )
 
 
 def gradients(
@@ -221,18 +243,25 @@ class DatasetGradients:
             self._overall = overall if in_step else self._processes.sum(overall)
         return self._overall
 
-    def shares(self) -> Iterator[tuple[Batch, float]]:
+    def shares(self, most: int | None = None) -> Iterator[tuple[Batch, float]]:
         """Yield each batch that has items, and its share of all items: with it batch means add up to the overall one.
 
         The mean over no item is NaN, so batches without any are left out.
 
+        Args:
+            most: How many batches at most, the first ones; shares are of their items. None for all.
+
         Raises:
             ValueError: The batches have other items than when they were counted.
         """
-        total, found = sum(self._items), 0
+        counted = [items for items in self._items if items][:most]
+        total, found, left = sum(counted), 0, len(counted)
         for batch in self._batches:
             items = count_items(batch, shifted=self._shifted)  # of this very batch, whatever an earlier walk counted
+            if most is not None and items and not left:
+                break
             found += items
+            left -= items > 0
             if items:
                 yield batch, items / total
         if found != total:
@@ -248,6 +277,28 @@ class DatasetGradients:
     def on_next_batch(self, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradient of the next batch's mean loss at `w + a`; after the last batch comes the first."""
         return self.on_batch(self.next_batch(), corruption)
+
+    @torch.no_grad()
+    def gradient_at(self, values: Mapping[str, Tensor], batches: int | None = None) -> dict[str, Tensor]:
+        """Return the gradient of the mean loss over the first batches with new values of some parameters."""
+        overall: list[Tensor] = []
+        with self._holding(values):
+            for batch, share in self.shares(batches):
+                found = self._gradient(batch, share)
+                if overall:
+                    torch._foreach_add_(local_parts(overall), local_parts(found))
+                overall = overall or found
+        return dict(zip(self._parameters, overall, strict=True))
+
+    @torch.no_grad()
+    def loss_at(self, values: Mapping[str, Tensor], batches: int | None = None) -> float:
+        """Return the mean loss over the first batches with new values of some parameters."""
+        with self._holding(values):
+            losses = [share * self.loss_on(batch) for batch, share in self.shares(batches)]
+        return float(torch.stack(losses).sum())
+
+    def _holding(self, values: Mapping[str, Tensor]) -> AbstractContextManager[object]:
+        return corrupted_model(self._model, self._parameters, Replacement(values)) if values else nullcontext()
 
     def next_batch(self) -> Batch:
         """Return the next batch, on the device that the model takes it on; after the last comes the first."""

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_parcor.batches import private_copy
-from hf_parcor.corruptions import Corruption, MultiStepCorruption
+from hf_parcor.corruptions import Corruption, MultiStepCorruption, WorstBitFlips
 from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
 from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model, trainable
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.functional.vectors import working_dtype
-from hf_parcor.injection import Device, Pieces, corrupted
+from hf_parcor.injection import Device, Pieces, Replacement
 from hf_parcor.model_state import BufferSnapshot, input_device
 from hf_parcor.prefix import (
     TRIED_PASSES,
@@ -106,7 +106,12 @@ def choose_together(
         if job.group.gradients is not None:
             job.group.gradients.restart()
         choose = job.corruption if whole else job.corruption.pieces
-        corruptions.append(choose(job.group.parameters, job.group.gradients, generator))
+        chosen = choose(job.group.parameters, job.group.gradients, generator)
+        if isinstance(job.corruption, WorstBitFlips) and processes.count > 1:
+            # What each process rounds in its own way may decide which bit is the worst: all take what the first found.
+            found = chosen.whole() if isinstance(chosen, Pieces) else chosen
+            chosen = Replacement(processes.hand_round(found, 0))
+        corruptions.append(chosen)
     return corruptions
 
 
@@ -293,14 +298,14 @@ def _try_out(
         again = run()
         if buffers.moved():
             raise PrefixError("a buffer of the model moves when it is measured")
-        with corrupted(parameters, other):
+        with corrupted_model(model, parameters, other):
             expected_at_other = run()
         with prefix.recording(gradients=False):
             run()
         with prefix.replaying():
             found = [distance(run(), again)]
         for _ in range(1, TRIED_PASSES):
-            with corrupted(parameters, other), prefix.replaying():
+            with corrupted_model(model, parameters, other), prefix.replaying():
                 found.append(distance(run(), expected_at_other))
         check_results("result", max(found), distance(again, expected))
     finally:

@@ -11,8 +11,10 @@ from hf_parcor.functional.projections import project, project_, rescale_to_norm
 from hf_parcor.functional.quantization import quantize, quantize_to_float
 from hf_parcor.functional.top_n import keep_top_n, keep_top_n_
 from hf_parcor.functional.vectors import inner_product, max_magnitude, vector_norm
+from hf_parcor.functional.worst_bits import BitFlip, largest_of_kernels, worst_flip
 
 __all__ = [
+    "BitFlip",
     "conductance_drift",
     "constrained_maximum",
     "constrained_maximum_",
@@ -24,6 +26,7 @@ __all__ = [
     "inner_product",
     "keep_top_n",
     "keep_top_n_",
+    "largest_of_kernels",
     "max_magnitude",
     "project",
     "project_",
@@ -35,4 +38,5 @@ __all__ = [
     "sample_positions",
     "uniform_noise",
     "vector_norm",
+    "worst_flip",
 ]

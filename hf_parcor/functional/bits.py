@@ -1,10 +1,9 @@
-"""Flips of single bits in the IEEE representation of floating-point numbers."""
+"""Flips of single bits in what a number is stored as: an IEEE float, or an integer code of quantized weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -12,35 +11,43 @@ from torch.distributed.tensor import DTensor
 
 from hf_parcor.arguments import check_count, check_real
 from hf_parcor.distributed.dtensors import cut_as, local_part, sharded_as, shared_generator
+from hf_parcor.functional.stored_numbers import FLOATS, MANTISSA_BITS, StoredNumbers, check_format, integer_width
 
-_MANTISSA_BITS: Mapping[torch.dtype, int] = MappingProxyType(
-    {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
-)
-_INTEGER_OF_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 FIELDS = ("any", "sign", "exponent", "mantissa")
 
 
-def field_bits(dtype: torch.dtype, field: str = "any") -> range:
+def field_bits(dtype: torch.dtype | str, field: str = "any") -> range:
     """Return the positions of a field's bits, 0 the least significant.
 
     Args:
-        dtype: float16, bfloat16, float32 or float64.
-        field: "sign", "exponent", "mantissa" or "any".
+        dtype: float16, bfloat16, float32 or float64; or the name of a format, as in `check_format`, such as "int8".
+        field: "sign", "exponent", "mantissa" or "any". Of an integer code the sign is its top bit, and there is
+            neither exponent nor mantissa.
 
     Raises:
         TypeError: The dtype is not one of these.
-        ValueError: The field is not one of these.
+        ValueError: The field, or the format, is not one of these.
 
     Examples:
         >>> field_bits(torch.float32, "exponent")
         range(23, 31)
         >>> field_bits(torch.bfloat16, "sign")
         range(15, 16)
+        >>> field_bits("int8", "sign")
+        range(7, 8)
     """
-    if dtype not in _MANTISSA_BITS:
-        known = ", ".join(str(name).removeprefix("torch.") for name in _MANTISSA_BITS)
+    if isinstance(dtype, str):
+        name = check_format(dtype)
+        width = integer_width(name)
+        if width is not None:
+            if field not in ("any", "sign"):
+                raise ValueError(f"bits: expected any or sign, got {field!r}; {name} has no such part")
+            return range(width) if field == "any" else range(width - 1, width)
+        dtype = FLOATS[str(name)]
+    if dtype not in MANTISSA_BITS:
+        known = ", ".join(str(name).removeprefix("torch.") for name in MANTISSA_BITS)
         raise TypeError(f"dtype: expected one of {known}, got {dtype}; select floating-point parameters only")
-    mantissa, width = _MANTISSA_BITS[dtype], dtype.itemsize * 8
+    mantissa, width = MANTISSA_BITS[dtype], dtype.itemsize * 8
     positions = {
         "any": range(width),
         "sign": range(width - 1, width),
@@ -64,23 +71,27 @@ def check_amount(rate: object, count: object) -> tuple[float | None, int | None]
     return probability, None
 
 
-def flip_bits(tensor: Tensor, elements: Tensor, positions: Tensor) -> Tensor:
+def flip_bits(tensor: Tensor, elements: Tensor, positions: Tensor, of: str | None = None) -> Tensor:
     """Return a copy of `tensor` in which bit `positions[j]` of entry `elements[j]` is inverted, for every j.
 
     Args:
         tensor: float16, bfloat16, float32 or float64, any shape. Of a sharded one each rank flips what it holds.
         elements: Indices into the flattened tensor (row-major), int64.
         positions: Bit positions, 0 the least significant, int64, same length. A pair given twice flips once.
+        of: The format that the tensor is stored in, as in `check_format`: all of it is rounded to that, and comes back
+            in its own dtype. A tensor without a step of integer codes (all zeros, or not finite) stays as it is.
 
     Raises:
         TypeError: The tensor is not of these dtypes.
-        ValueError: The lengths differ, or there is no such entry or bit.
+        ValueError: The lengths differ, there is no such entry, bit or format, or the dtype cannot hold the format.
 
     Examples:
         >>> flip_bits(torch.tensor([1.0, 2.0]), torch.tensor([1]), torch.tensor([31]))
         tensor([ 1., -2.])
+        >>> flip_bits(torch.tensor([1.0, 127.0]), torch.tensor([0]), torch.tensor([7]), of="int8")  # 1 - 128
+        tensor([-127.,  127.])
     """
-    width = len(field_bits(tensor.dtype))
+    width = len(field_bits(of or tensor.dtype))
     if elements.shape != positions.shape or elements.ndim != 1:
         raise ValueError(
             "elements, positions: expected two vectors of one length, got shapes "
@@ -92,9 +103,10 @@ def flip_bits(tensor: Tensor, elements: Tensor, positions: Tensor) -> Tensor:
                 f"{name}: expected indices in 0..{limit - 1}, got {int(given.min())}..{int(given.max())}; "
                 f"the tensor has {tensor.numel()} entries of {width} bits"
             )
-    integer = _INTEGER_OF_SIZE[tensor.dtype.itemsize]
-    here = local_part(tensor).detach().clone(memory_format=torch.contiguous_format)
-    flat = here.view(-1).view(integer)
+    stored = StoredNumbers.of(tensor, of)
+    if stored is None:
+        return sharded_as(local_part(tensor).detach().clone(memory_format=torch.contiguous_format), tensor)
+    flat = stored.bits.clone()
     pairs = torch.unique(elements * width + positions)
     touched, slot = torch.unique_consecutive(pairs // width, return_inverse=True)
     masks = torch.zeros(len(touched), dtype=torch.int64, device=flat.device)
@@ -102,11 +114,11 @@ def flip_bits(tensor: Tensor, elements: Tensor, positions: Tensor) -> Tensor:
     masks.index_add_(0, slot, torch.ones_like(pairs) << pairs % width)
     if isinstance(tensor, DTensor):
         everywhere = flat.new_zeros(tensor.shape)
-        everywhere.view(-1)[touched] = masks.to(integer)
+        everywhere.view(-1)[touched] = masks.to(flat.dtype)
         flat ^= local_part(cut_as(everywhere, tensor)).reshape(-1).to(flat.device)
     else:
-        flat[touched] ^= masks.to(integer)
-    return sharded_as(here, tensor)
+        flat[touched] ^= masks.to(flat.dtype)
+    return stored.tensor(flat)
 
 
 def sample_positions(total: int, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -144,6 +156,7 @@ def flip_random_bits(
     *,
     rate: float | None = None,
     count: int | None = None,
+    of: str | None = None,
     generator: torch.Generator | None = None,
 ) -> list[Tensor]:
     """Return copies of `tensors` with random bits of a field inverted, over all tensors together.
@@ -153,14 +166,15 @@ def flip_random_bits(
         field: "sign", "exponent", "mantissa" or "any".
         rate: Every bit of the field flips independently with this probability.
         count: Exactly this many distinct bits flip. One of `rate` and `count` is given.
+        of: The format that the tensors are stored in, as in `flip_bits`; None, the default, for their own dtypes.
         generator: Source of randomness; None for PyTorch's global one.
 
     Raises:
         TypeError: A tensor is not of these dtypes.
         ValueError: Both or none of `rate` and `count`, a rate outside [0, 1], a count below 1 or above the number of
-            bits in the field, an unknown field.
+            bits in the field, an unknown field or format, or one that a dtype cannot hold.
     """
-    return list(flipped_in_turn(tensors, field, rate=rate, count=count, generator=generator))
+    return list(flipped_in_turn(tensors, field, rate=rate, count=count, of=of, generator=generator))
 
 
 def flipped_in_turn(
@@ -169,13 +183,17 @@ def flipped_in_turn(
     *,
     rate: float | None = None,
     count: int | None = None,
+    of: str | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
     """Yield what `flip_random_bits` returns; which bits flip is drawn before the first, each copied when asked for."""
     rate, count = check_amount(rate, count)
     generator = shared_generator(tensors, generator)
-    fields = [field_bits(tensor.dtype, field) for tensor in tensors]
-    sizes = [tensor.numel() * len(bits) for tensor, bits in zip(tensors, fields, strict=True)]
+    fields = [field_bits(of or tensor.dtype, field) for tensor in tensors]
+    sizes = [
+        tensor.numel() * len(bits) if StoredNumbers.has_bits(tensor, of) else 0
+        for tensor, bits in zip(tensors, fields, strict=True)
+    ]
     total = sum(sizes)
     if count is None:
         device = None if generator is None else generator.device
@@ -190,4 +208,4 @@ def flipped_in_turn(
     firsts = torch.searchsorted(positions, torch.tensor(starts, device=positions.device)).tolist()
     for tensor, bits, start, (first, end) in zip(tensors, fields, starts[:-1], pairwise(firsts), strict=True):
         here = positions[first:end].to(local_part(tensor).device) - start
-        yield flip_bits(tensor, here // len(bits), here % len(bits) + bits.start)
+        yield flip_bits(tensor, here // len(bits), here % len(bits) + bits.start, of)

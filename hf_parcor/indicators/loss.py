@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, model_loss
+from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, corrupted_model, model_loss
 from hf_parcor.evaluation.replicas import whole_model
-from hf_parcor.injection import Pieces, check_weights, corrupted, forget_derived
+from hf_parcor.injection import Pieces, check_weights, forget_derived
 from hf_parcor.model_state import evaluation_mode
 
 
@@ -90,7 +90,7 @@ class LossOverData:
             ValueError: A name or a shape does not belong to the parameters.
         """
         before = self.value()
-        with corrupted(self.parameters, corruption):
+        with corrupted_model(self.model, self.parameters, corruption):
             return self._mean() - before
 
     def resolution(self) -> float:

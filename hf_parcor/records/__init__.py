@@ -2,6 +2,7 @@
 
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord
+from hf_parcor.records.flips import FlipRecord
 from hf_parcor.records.indicators import ConstraintIndicators, Estimate, IndicatorRecord
 from hf_parcor.records.metric_info import MetricInfo
 from hf_parcor.records.search import SearchRecord, SearchTrial
@@ -13,6 +14,7 @@ __all__ = [
     "Estimate",
     "EvaluationData",
     "EvaluationRecord",
+    "FlipRecord",
     "IndicatorRecord",
     "MetricInfo",
     "SearchRecord",

@@ -28,13 +28,28 @@ class LogisticGradients:
         return torch.nn.functional.softplus(-y * scores).mean()
 
     def gradient(self, corruption: Mapping[str, Tensor], batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        moved = {name: weight.detach() + corruption[name].to(weight.dtype) for name, weight in self.weights.items()}
+        return self.gradient_at(moved, len(batches), batches)
+
+    def gradient_at(
+        self,
+        values: Mapping[str, Tensor],
+        most: int | None = None,
+        batches: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
         with torch.enable_grad():
             points = {
-                name: (weight.detach() + corruption[name].to(weight.dtype)).requires_grad_()
+                name: values.get(name, weight).detach().clone().requires_grad_()
                 for name, weight in self.weights.items()
             }
-            loss = torch.stack([self.loss(points, batch) for batch in batches]).mean()
+            losses = [self.loss(points, batch) for batch in (batches or self.batches)[:most]]
+            loss = torch.stack(losses).mean()
             return dict(zip(points, torch.autograd.grad(loss, list(points.values())), strict=True))
+
+    def loss_at(self, values: Mapping[str, Tensor], most: int | None = None) -> float:
+        with torch.no_grad():
+            points = {**self.weights, **values}
+            return float(torch.stack([self.loss(points, batch) for batch in self.batches[:most]]).mean())
 
     def over_data(self) -> dict[str, Tensor]:
         return self.gradient({name: torch.zeros_like(weight) for name, weight in self.weights.items()}, self.batches)

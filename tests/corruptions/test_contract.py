@@ -29,6 +29,7 @@ from hf_parcor.corruptions import (
     Quantization,
     RandomCorruption,
     UniformNoise,
+    WorstBitFlips,
 )
 from hf_parcor.functional import vector_norm
 from hf_parcor.injection import Replacement
@@ -113,6 +114,7 @@ CASES = {
         replaces=True,
     ),
     "bit_flips": Case(lambda: BitFlips(count=np.int64(9), bits="mantissa"), flips(9), replaces=True),
+    "worst_bit_flips": Case(lambda: WorstBitFlips(np.int64(9), batches=np.int64(2)), flips(9), replaces=True),
 }
 
 

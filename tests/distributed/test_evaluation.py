@@ -34,6 +34,7 @@ from hf_parcor import (
     Quantization,
     RandomCorruption,
     UniformNoise,
+    WorstBitFlips,
     select_parameters,
 )
 from hf_parcor.distributed.dtensors import local_part
@@ -136,7 +137,9 @@ def all_records(build: Callable[[], nn.Module] = model) -> dict[str, list[str]]:
         "any metric": [evaluated(network, data, both, metric=lambda m: {"loss": float(m(**data[0]).loss.detach())})],
         "each block": probed(network, data, [*ROUNDED[:1], *EXACT[:3], *EXACT[-2:]]),
     }
-    if build is model:  # no prefix is shared on shards
+    if build is model:  # no prefix is shared on shards, and no rank sees which bit is the worst
+        worst = [WorstBitFlips(count, of="int8") for count in (1, 2, 3, 4)]
+        found["worst flips"] = [evaluated(network, data, [*worst, Quantization(3)])]
         found["a part, whole passes"] = [evaluated(network, data, both, reuse_prefix=False, **last)]
         found["order of batches"] = [evaluated(network, data, EXACT, metric=InOrder(data))]
     assert bits(network) == before

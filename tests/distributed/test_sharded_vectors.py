@@ -10,7 +10,7 @@ from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from hf_parcor import CorruptionConstraint, GaussianNoise, RandomCorruption, UniformNoise, corrupted
+from hf_parcor import CorruptionConstraint, GaussianNoise, RandomCorruption, UniformNoise, WorstBitFlips, corrupted
 from hf_parcor.functional import (
     conductance_drift,
     constrained_maximum,
@@ -98,6 +98,7 @@ EXACT = {  # to the last bit, since what is random is drawn as one process draws
     "quantized": lambda v: [quantize(tensor, 4) for tensor in v],
     "flipped": in_step(lambda v, source: flip_random_bits(v, count=40, generator=source)),
     "flipped at a rate": in_step(lambda v, source: flip_random_bits(v, "exponent", rate=0.1, generator=source)),
+    "flipped codes": in_step(lambda v, source: flip_random_bits(v, count=40, of="int8", generator=source)),
     "Gaussian": in_step(lambda v, source: gaussian_noise(v, 0.1, source)),
     "uniform": in_step(lambda v, source: uniform_noise(v, 0.1, source)),
 }
@@ -172,6 +173,8 @@ def displace_and_restore(mesh, placements):
         plain = dict(zip("abcdef", vectors()[kind], strict=True))
         sharded = dict(zip("abcdef", spread(list(plain.values()), mesh, placements), strict=True))
         before = {name: whole(weight).clone() for name, weight in sharded.items()}
+        with pytest.raises(NotImplementedError, match="sharded"):
+            WorstBitFlips(1, search="data-free")(sharded)
         first, second = (dict(zip("abcdef", vectors()[other], strict=True)) for other in ("tied", "ordinary"))
         for p in (2, math.inf):
             seen = []

@@ -22,13 +22,16 @@ from hf_parcor import (
     Quantization,
     RandomCorruption,
     UniformNoise,
+    corrupted,
+    measure_indicators,
+    select_parameters,
 )
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.targets import TargetError
 
-SEVEN = len(CORRUPTIONS)
+KINDS = len(CORRUPTIONS)
 NORM = CorruptionConstraint(epsilon=0.5)
 
 
@@ -476,3 +479,37 @@ def test_the_batches_are_those_of_the_metric(classifier, batches, kind):
 def test_corruptions_may_be_any_iterable_of_them(evaluator_of):
     record = evaluator_of().evaluate(corruption for corruption in [Quantization(4), BitFlips(count=1)])
     assert len(record.corruptions) == 2
+
+
+class TestADamagedModelIsNotWritten:
+    @pytest.mark.parametrize("part", [lambda model: model, lambda model: model.bert], ids=["model", "part"])
+    def test_a_metric_that_saves_is_refused_while_weights_are_corrupted(self, classifier, bits_of, tmp_path, part):
+        before, saved = bits_of(classifier), []
+
+        def saving(model):
+            part(model).save_pretrained(tmp_path / f"at-{len(saved)}")
+            saved.append(bits_of(model))
+            return {"one": 1.0}
+
+        with pytest.raises(RuntimeError, match="save_pretrained: expected"):
+            CorruptionEvaluator(classifier, saving, progress=False).evaluate([GaussianNoise(0.1)])
+        assert saved == [before], "the clean model alone"
+        assert [path.name for path in tmp_path.iterdir()] == ["at-0"]
+        assert bits_of(classifier) == before
+        assert "save_pretrained" not in vars(part(classifier))
+        part(classifier).save_pretrained(tmp_path / "after")
+
+    def test_a_loss_that_saves_is_refused_too(self, classifier, batches, tmp_path):
+        def saving(model, batch):
+            model.save_pretrained(tmp_path / "damaged")
+            return model(**batch).loss
+
+        with pytest.raises(RuntimeError, match="save_pretrained"):
+            measure_indicators(classifier, batches, [NORM], loss=saving, probes=0, draws=1, progress=False)
+
+    def test_whoever_asks_for_it_gets_it(self, classifier, bits_of, tmp_path):
+        parameters = select_parameters(classifier, target_modules="all-linear")
+        with corrupted(parameters, GaussianNoise(0.1)(parameters)):
+            damaged = bits_of(classifier)
+            classifier.save_pretrained(tmp_path)
+        assert bits_of(type(classifier).from_pretrained(tmp_path)) == damaged

@@ -21,12 +21,13 @@ from hf_parcor import (
     Quantization,
     RandomCorruption,
     UniformNoise,
+    WorstBitFlips,
 )
 from hf_parcor.corruptions import CORRUPTIONS
 from hf_parcor.reports.plots import plot_comparison, shows_curves
 
 NAMES = {kind: name for name, kind in CORRUPTIONS.items()}
-SEVEN = [
+EVERY_KIND = [
     *(RandomCorruption(CorruptionConstraint(epsilon=epsilon)) for epsilon in (20.0, 40.0)),
     *(GradientCorruption(CorruptionConstraint(epsilon=epsilon)) for epsilon in (0.1, 0.2, 0.5)),
     *(MultiStepCorruption(CorruptionConstraint(p=math.inf, epsilon=epsilon)) for epsilon in (2e-4, 5e-4)),
@@ -34,6 +35,7 @@ SEVEN = [
     *(UniformNoise(bound) for bound in (0.02, 0.04)),
     *(Quantization(bits) for bits in (8, 6, 5, 4, 3, 2)),
     *(BitFlips(rate=rate) for rate in (1e-8, 1e-7, 1e-6)),
+    *(WorstBitFlips(count) for count in (1, 3, 10)),
 ]
 TITLES = [
     "random, L2",
@@ -43,6 +45,7 @@ TITLES = [
     "uniform noise",
     "quantization",
     "bit flips, any bits",
+    "worst bit flips",
 ]
 
 
@@ -59,7 +62,7 @@ def record_of(corruptions, start=0.9, drop=0.02):
     return EvaluationRecord("m", {}, 1, clean, tuple(rows))
 
 
-RECORDS = {"plain": record_of(SEVEN), "defended": record_of(SEVEN, 0.95, 0.01)}
+RECORDS = {"plain": record_of(EVERY_KIND), "defended": record_of(EVERY_KIND, 0.95, 0.01)}
 
 
 def rendered(figure):
@@ -92,12 +95,13 @@ class TestData:
     def test_every_point_bar_and_line_is_in_the_records(self, metric):
         figure = plot_comparison(RECORDS, metric)
         strengths = {"epsilon", "std", "bound", "rate"}
-        for title, name in zip(TITLES, dict.fromkeys(NAMES[type(one)] for one in SEVEN), strict=True):
+        for title, name in zip(TITLES, dict.fromkeys(NAMES[type(one)] for one in EVERY_KIND), strict=True):
             axis = axis_of(figure, title)
             assert len(axis.containers) == len(RECORDS)
             for container, record in zip(axis.containers, RECORDS.values(), strict=True):
                 rows = [row for row in record.corruptions if row.corruption == name]
-                key = "bits" if name == "quantization" else next(iter(strengths & set(rows[0].settings)))
+                key = {"quantization": "bits", "worst_bit_flips": "count"}.get(name)
+                key = key or next(iter(strengths & set(rows[0].settings)))
                 points = {(row.settings[key], row.mean(metric)) for row in rows}
                 assert set(zip(*container.lines[0].get_data(), strict=True)) == points
                 deviations = [row.deviation(metric) for row in rows if len(row.seeds) > 1]
@@ -276,7 +280,7 @@ class TestAxes:
     @pytest.mark.slow
     def test_no_labels_overlap(self):
         crowded = [
-            *SEVEN,
+            *EVERY_KIND,
             *(GaussianNoise(std) for std in (0.001, 0.0015, 0.002, 0.0025, 0.1, 0.101)),
             *(UniformNoise(i / 1000) for i in range(1, 20)),
             MultiStepCorruption(CorruptionConstraint(epsilon=0.1, top_n=1000), steps=10, step_size=0.01),

@@ -1,0 +1,204 @@
+"""The bit flips that do most damage: found along gradients, or without any data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_parcor.arguments import check_count
+from hf_parcor.corruptions.bit_flips import stored_as
+from hf_parcor.corruptions.corruption import OPTION, Corruption, GradientSource, Strength
+from hf_parcor.corruptions.quantization import Quantization
+from hf_parcor.functional.bits import field_bits, flip_bits
+from hf_parcor.functional.worst_bits import check_whole, kernels_of, largest_of_kernels, worst_flip
+from hf_parcor.injection import Replacement
+
+SEARCHES = ("gradient", "data-free")
+_Flips = dict[str, dict[int, int]]  # of each tensor, by its entry's index, a mask of bits
+
+
+@dataclass(frozen=True)
+class WorstBitFlips(Corruption):
+    """The few bits whose flips break a model, as an attacker would choose them.
+
+    `search="gradient"` is the progressive bit search of Rakin et al. (Bit-Flip Attack, ICCV 2019), on the bits of
+    floats too, as Levy et al. (Impactful Bit-Flip Search, 2024) do. One bit a round, until `count` are flipped: the
+    gradient g at the weights as flipped so far ranks the bits of each tensor by `g·Δw`, see `worst_flip`; of the
+    `candidates` tensors that gain most the best bit of each is tried, and that with the largest loss is kept. No bit
+    is flipped twice. Only flips to finite numbers are candidates. A loss that is not finite counts as the largest one,
+    for what is not finite is never a right answer; nothing can be ranked there, so the flips after it are those of the
+    largest `g·Δw` at the last gradient. Where the first gradient is not finite, nothing is flipped.
+
+    `search="data-free"` follows the pass-free attack of Galil et al. (Deep Neural Lesion, arXiv 2502.07408, 2025): the
+    signs of the weights of largest magnitude in the first matrices, at most one a kernel (a row of a matrix, a filter
+    of a pair of channels). The first matrices are `candidates` of them, in the order of the selection, or more where
+    they have less than `count` kernels; vectors come after all matrices. In a table of embeddings a flip shows only
+    where its row is looked up: select `"all-linear"` to leave these out.
+
+    Costs, for each flip: a gradient and `candidates` losses on `batches` batches, and a look at all selected weights;
+    data-free: one look. Memory: that gradient, the tensors that hold flips twice (the new values and, meanwhile, the
+    saved bits; with another format `of` these are all), and one tensor more. Along gradients the flips of a smaller
+    count are the first of a larger one.
+
+    Args:
+        count: How many bits flip, over all selected weights.
+        of: What the weights are stored as: "float32", "bfloat16", "float16"; `Quantization(8)`, or "int8", for the
+            two's-complement codes of `round(W/w0)`; None, the default, for their own dtype. With another format than
+            that the result is all weights rounded to it, flips included.
+        search: "gradient" (the default) or "data-free", for which integer codes have no sign bit.
+        candidates: How many tensors are tried by their loss in each round; data-free: are searched. Default 10.
+        batches: How many batches, the first ones, gradient and loss are taken on. Default 1, as published; None for
+            all.
+
+    Raises:
+        ValueError: A number below 1, an unknown format or search, or data-free flips of integer codes.
+
+    Examples:
+        >>> weights = {"first": torch.tensor([[0.5, -3.0], [2.0, 1.0]]), "second": torch.tensor([[0.1, 0.2]])}
+        >>> WorstBitFlips(2, search="data-free", candidates=1)(weights)["first"]
+        tensor([[ 0.5000,  3.0000],
+                [-2.0000,  1.0000]])
+        >>> print(WorstBitFlips(5, of=Quantization(8)))
+        5 worst flips (int8)
+    """
+
+    count: int
+    of: str | Quantization | None = field(default=None, metadata=OPTION)
+    search: str = field(default="gradient", metadata=OPTION)
+    candidates: int = field(default=10, metadata=OPTION)
+    batches: int | None = field(default=1, metadata=OPTION)
+    title: ClassVar[str] = "worst bit flips"
+    strengths: ClassVar[tuple[Strength, ...]] = (Strength("count", "flipped bits", "count={}"),)
+
+    def __post_init__(self) -> None:
+        for name in ("count", "candidates"):
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))
+        if self.batches is not None:
+            object.__setattr__(self, "batches", check_count("batches", self.batches))
+        object.__setattr__(self, "of", stored_as(self.of))
+        if self.search not in SEARCHES:
+            raise ValueError(
+                f"search: expected one of {', '.join(SEARCHES)}, got {self.search!r}; choose one of these"
+            )
+        if not self.uses_gradients and self._format is not None and self._format.startswith("int"):
+            raise ValueError(
+                f"search: expected 'gradient' for {self.of}, got 'data-free', which flips signs; codes in two's "
+                "complement have no sign bit: take a floating-point format, or the gradient"
+            )
+
+    def __str__(self) -> str:
+        details = [*([] if self.of is None else [str(self.of)]), *([] if self.uses_gradients else [self.search])]
+        return f"{self.count} worst flips" + (f" ({', '.join(details)})" if details else "")
+
+    @property
+    def uses_gradients(self) -> bool:
+        """Whether it needs a `GradientSource`: the data-free search needs nothing."""
+        return self.search == "gradient"
+
+    @property
+    def _format(self) -> str | None:
+        return stored_as(self.of)
+
+    def _choose(
+        self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
+    ) -> Replacement:
+        *_, values = self.walk(weights, gradients)
+        untouched = ((name, weight) for name, weight in weights.items() if name not in values)
+        copies = {name: weight.detach().clone(memory_format=torch.contiguous_format) for name, weight in untouched}
+        return Replacement({name: values[name] if name in values else copies[name] for name in weights})
+
+    @torch.no_grad()
+    def walk(self, weights: Mapping[str, Tensor], gradients: GradientSource | None = None) -> Iterator[Replacement]:
+        """Yield the new values after no flip, after the first, and so on to the last: of the weights that changed.
+
+        So that something can be measured on the way. It is one and the same object, which changes.
+
+        Args:
+            weights: As for a call.
+            gradients: As for a call.
+
+        Raises:
+            ValueError: There are fewer weights, or kernels, than flips, or a dtype cannot hold the format.
+            NotImplementedError: Weights are sharded over ranks.
+        """
+        check_whole(list(weights.values()))
+        most = sum(weight.numel() for weight in weights.values())
+        if self.count > most:
+            raise ValueError(f"count: expected at most {most}, one for each weight, got {self.count}; pass fewer")
+        values = Replacement()
+        if self._format is not None:
+            values.update({name: self._flipped(weight, {}) for name, weight in weights.items()})
+        yield values
+        if self.uses_gradients:
+            assert gradients is not None, "checked by the caller"
+            yield from self._search(weights, values, gradients)
+        else:
+            for name, element in self._largest(weights):
+                flips = {element: 1 << field_bits(self._format or weights[name].dtype, "sign").start}
+                values[name] = self._flipped(values.get(name, weights[name]), flips)
+                yield values
+
+    def _search(
+        self, weights: Mapping[str, Tensor], values: Replacement, gradients: GradientSource
+    ) -> Iterator[Replacement]:
+        flips: _Flips = {name: {} for name in weights}
+        gradient: Mapping[str, Tensor] = {}
+        finite = True
+        for _ in range(self.count):
+            if finite:
+                gradient = gradients.gradient_at(values, self.batches)
+            found = {
+                name: worst_flip(weight, gradient[name], self._format, flips[name]) for name, weight in weights.items()
+            }
+            ranked = sorted(
+                ((flip, name) for name, flip in found.items() if flip is not None), key=lambda one: -one[0].gain
+            )
+            if not ranked:
+                return
+            largest = -math.inf
+            for flip, name in ranked[: self.candidates if finite else 1]:
+                mask = flips[name].get(flip.element, 0) | 1 << flip.position
+                tried = self._flipped(weights[name], {**flips[name], flip.element: mask})
+                loss = gradients.loss_at(Replacement({**values, name: tried}), self.batches) if finite else math.inf
+                loss = loss if math.isfinite(loss) else math.inf
+                if loss > largest:
+                    largest, chosen = loss, (name, flip.element, mask, tried)
+                del tried
+            name, element, mask, values[name] = chosen
+            del chosen
+            flips[name][element] = mask
+            finite = math.isfinite(largest)
+            yield values
+
+    def _flipped(self, weight: Tensor, flips: Mapping[int, int]) -> Tensor:
+        """Return a tensor as it is stored, with these bits flipped."""
+        pairs = [(place, bit) for place, mask in flips.items() for bit in range(mask.bit_length()) if mask >> bit & 1]
+        table = torch.tensor(pairs, dtype=torch.int64, device=weight.device).view(-1, 2)
+        return flip_bits(weight, table[:, 0], table[:, 1], self._format)
+
+    def _largest(self, weights: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+        """Return the largest weights, by the name of their tensor and their place in it."""
+        matrices = [name for name, weight in weights.items() if weight.ndim >= 2]
+        vectors = [name for name in weights if name not in matrices]
+        usual = len((matrices or vectors)[: self.candidates])
+        chosen: list[str] = []
+        for name in (*matrices, *vectors):
+            if len(chosen) >= usual and sum(kernels_of(weights[one]) for one in chosen) >= self.count:
+                break
+            chosen.append(name)
+        found = []
+        for name in chosen:
+            magnitudes, elements = largest_of_kernels(weights[name], self.count)
+            found += [(size, name, place) for size, place in zip(magnitudes.tolist(), elements.tolist(), strict=True)]
+        if len(found) < self.count:
+            raise ValueError(
+                f"count: expected at most {len(found)}, one for each kernel with a finite weight, got {self.count}; "
+                "pass fewer, or search along the gradient"
+            )
+        found.sort(key=lambda one: -one[0])
+        return [(name, element) for _, name, element in found[: self.count]]

@@ -1,0 +1,88 @@
+"""How many flips break a model, against flipping by hand; and what the record says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from for_each import for_each
+from torch import nn
+
+from hf_parcor import FlipRecord, WorstBitFlips, corrupted, measure_flips_to_break, select_parameters
+from hf_parcor.evaluation import ClassificationMetric, DatasetGradients
+
+
+@pytest.fixture
+def learned(classifier, batches) -> tuple[nn.Module, ClassificationMetric]:
+    """A model that is always right, since the labels are its own answers."""
+    classifier.eval()
+    with torch.no_grad():
+        data = [{**batch, "labels": classifier(batch["input_ids"]).logits.argmax(-1)} for batch in batches]
+    return classifier.train(), ClassificationMetric(data)
+
+
+@for_each("of", [None, "int8"])
+def test_is_the_first_count_that_breaks_it(of: str | None, learned, bits_of) -> None:
+    model, metric = learned
+    model.train()
+    before = bits_of(model)
+    record = measure_flips_to_break(
+        model, metric, of=of, target_modules="all-linear", most=30, chance=0.5, progress=False
+    )
+    assert bits_of(model) == before
+    assert model.training
+    assert record.clean == 1.0
+    assert record.flips is not None
+    assert record.flips == len(record.values) - 1
+    parameters = select_parameters(model, target_modules="all-linear")
+    model.eval()
+    source = DatasetGradients(model, parameters, metric.batches)
+    by_hand = [1.0]
+    for count in range(1, record.flips + 1):
+        with corrupted(parameters, WorstBitFlips(count, of=of)(parameters, source)):
+            by_hand.append(metric(model)["accuracy"])
+    assert record.values[1:] == pytest.approx(by_hand[1:], nan_ok=True)
+    assert by_hand[-1] <= 0.75 < min(by_hand[:-1])
+    assert FlipRecord.from_json(record.to_json()) == record
+
+
+@for_each(
+    ("values", "greater", "chance", "flips"),
+    [
+        ((0.9, 0.8, 0.7, 0.2), True, 0.5, 2),
+        ((0.9, 0.8, 0.7, 0.44), True, 0.0, 3),
+        ((0.9, 0.8), True, 0.0, None),
+        ((0.4,), True, 0.0, 0),
+        ((0.9, math.nan), True, 0.0, 1),
+        ((0.9, 1.7, 1.8), False, 0.0, 2),
+        ((0.9, math.nan), False, 0.0, 1),
+    ],
+)
+def test_half_of_it(values: tuple[float, ...], greater: bool, chance: float, flips: int | None) -> None:
+    record = FlipRecord("m", {}, 1, {}, "m", greater, chance, 0.9, values)
+    assert record.flips == flips
+    again = FlipRecord.from_json(record.to_json())
+    assert again.flips == flips
+    assert again.values == pytest.approx(values, nan_ok=True)
+
+
+@for_each(
+    ("settings", "word"),
+    [
+        ({"search": "gradient"}, "batches"),
+        ({"metric_name": "bleu", "search": "data-free"}, "metric_name"),
+        ({"chance": 1.0, "search": "data-free"}, "chance"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(settings: dict, word: str, classifier) -> None:
+    with pytest.raises(ValueError, match=word):
+        measure_flips_to_break(classifier, lambda model: {"accuracy": 1.0}, progress=False, **settings)
+
+
+def test_giving_up(classifier) -> None:
+    record = measure_flips_to_break(
+        classifier, lambda model: {"accuracy": 1.0}, search="data-free", most=3, progress=False
+    )
+    assert record.values == (1.0,) * 4
+    assert record.flips is None
