@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,15 +11,54 @@ from torch import Tensor
 
 from hf_parcor.arguments import check_count
 from hf_parcor.distributed.dtensors import ShardedVector, one_vector, total
-from hf_parcor.functional.vectors import chunks, numel, working_dtype
+from hf_parcor.functional.vectors import numel, working_dtype
 
 _DIGIT_BITS = 16
 _DIGITS = 1 << _DIGIT_BITS
+_SPARE = 1 << 10  # counters for what is not counted: on a GPU, additions to a single one would wait for each other
 
 
-def _magnitude_bits(chunk: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return integers in the order of `|chunk|`: IEEE magnitudes sort as their bit patterns do."""
-    return chunk.to(dtype).abs().view(torch.int64 if dtype == torch.float64 else torch.int32)
+@dataclass(frozen=True)
+class _Run:
+    """How many entries are worked on at a time: of one tensor, and of small ones, which are copied to be joined."""
+
+    alone: int
+    joined: int
+
+
+# A CPU has caches to stay inside of; elsewhere a launch costs more than to copy what is small. 300 MiB of scratch.
+_RUNS = {"cpu": _Run(alone=1 << 20, joined=1 << 16)}
+_RUN = _Run(alone=1 << 24, joined=1 << 24)
+
+
+def _runs(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the vector as lists of flat views on one device, each list small enough to work on copies."""
+    waiting: list[Tensor] = []
+    entries = 0
+    for tensor in tensors:
+        run = _RUNS.get(tensor.device.type, _RUN)
+        for piece in torch.split(tensor.view(-1), run.alone):
+            if waiting and (entries + len(piece) > run.joined or piece.device != waiting[0].device):
+                yield waiting
+                waiting, entries = [], 0
+            waiting.append(piece)
+            entries += len(piece)
+    if waiting:
+        yield waiting
+
+
+def _joined(run: list[Tensor]) -> Tensor:
+    return run[0] if len(run) == 1 else torch.cat(run)
+
+
+def _bits(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the bit patterns as integers: without the sign, IEEE magnitudes sort as their bit patterns do."""
+    return values.to(dtype).view(torch.int64 if dtype == torch.float64 else torch.int32)
+
+
+def _magnitudes(dtype: torch.dtype) -> int:
+    """Return the bits of a pattern that are not the sign."""
+    return (1 << (dtype.itemsize * 8 - 1)) - 1
 
 
 def _threshold(tensors: Sequence[Tensor], n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -27,59 +67,64 @@ def _threshold(tensors: Sequence[Tensor], n: int, dtype: torch.dtype, device: to
     Radix selection: a histogram of the leading 16 bits finds the digit in which the n-th largest lies, the next
     histogram looks only at entries with that digit, and so on to the last bit.
     """
-    prefix = torch.zeros((), dtype=torch.int64, device=device)
+    known = torch.zeros((), dtype=torch.int64 if dtype == torch.float64 else torch.int32, device=device)
     remaining = torch.full((), n, dtype=torch.int64, device=device)
     for shift in range(dtype.itemsize * 8 - _DIGIT_BITS, -1, -_DIGIT_BITS):
-        histogram = total(tensors, partial(_histogram, dtype=dtype, shift=shift, prefix=prefix))
-        at_least = histogram.flip(0).cumsum(0).flip(0)  # entries with this digit or a larger one
-        digit = (at_least >= remaining).sum() - 1
-        remaining = remaining - (at_least[digit] - histogram[digit])
-        prefix = (prefix << _DIGIT_BITS) | digit
-    return prefix, remaining
+        counts = total(tensors, partial(_histogram, dtype=dtype, shift=shift, known=known)).flip(0)
+        at_least = counts.cumsum(0)  # entries with this digit or a larger one, from the largest digit down
+        place = (at_least < remaining).sum()
+        remaining = remaining - (at_least.take(place) - counts.take(place))
+        known = known | ((_DIGITS - 1 - place) << shift).to(known.dtype)
+    return known, remaining
 
 
-def _histogram(tensors: Sequence[Tensor], dtype: torch.dtype, shift: int, prefix: Tensor) -> Tensor:
-    """Count the digits at a place, of the entries whose digits before it are those of the prefix."""
-    histogram = torch.zeros(_DIGITS, dtype=torch.int64, device=prefix.device)
-    for bits in _joined_bits(tensors, dtype, prefix.device):
-        digit = (bits >> shift) & (_DIGITS - 1)
-        if shift + _DIGIT_BITS < dtype.itemsize * 8:
-            outside = (bits >> (shift + _DIGIT_BITS)) != prefix
-            digit = digit.masked_fill_(outside, _DIGITS)
-        histogram += torch.bincount(digit, minlength=_DIGITS + 1)[:_DIGITS]
-    return histogram
-
-
-def _joined_bits(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-    """Yield magnitudes' bits, of small tensors joined: a histogram costs all its digits, however few the bits."""
-    waiting: list[Tensor] = []
-    entries = 0
-    for chunk in chunks(tensors):
-        waiting.append(_magnitude_bits(chunk, dtype).to(device))
-        entries += len(waiting[-1])
-        if entries >= _DIGITS:
-            yield torch.cat(waiting)
-            waiting, entries = [], 0
-    if waiting:
-        yield torch.cat(waiting)
+def _histogram(tensors: Sequence[Tensor], dtype: torch.dtype, shift: int, known: Tensor) -> Tensor:
+    """Count the digits at a place, of the entries whose digits before it are the known ones."""
+    leading = shift + _DIGIT_BITS == dtype.itemsize * 8
+    counts: dict[torch.device, Tensor] = {}
+    spare: dict[torch.device, Tensor] = {}
+    ones: dict[torch.device, Tensor] = {}
+    for run in _runs(tensors):
+        bits = _bits(_joined(run), dtype)
+        device = bits.device
+        if device not in counts:
+            counts[device] = torch.zeros(_DIGITS + _SPARE, dtype=torch.int64, device=device)
+            ones[device] = torch.ones((), dtype=torch.int64, device=device)
+        if leading:
+            digits = (bits >> shift).bitwise_and_(_DIGITS // 2 - 1)
+        else:
+            digits = (bits ^ known.to(device)).bitwise_and_(_magnitudes(dtype))  # small where the digits before agree
+            if shift:
+                digits.bitwise_right_shift_(shift)
+            if device not in spare or len(spare[device]) < len(digits):
+                places = torch.arange(_DIGITS, _DIGITS + _SPARE, dtype=digits.dtype, device=device)
+                spare[device] = places.repeat(-(-len(digits) // _SPARE))
+            torch.minimum(digits, spare[device][: len(digits)], out=digits)
+        counts[device].index_add_(0, digits, ones[device].expand(len(digits)))
+    parts = [part.to(known.device) for part in counts.values()]
+    found = sum(parts[1:], parts[0]) if parts else torch.zeros(_DIGITS, dtype=torch.int64, device=known.device)
+    return found[:_DIGITS]
 
 
 def _keep_(tensors: Sequence[Tensor], threshold: Tensor, ties: Tensor, dtype: torch.dtype) -> None:
     """Set to zero what is below the threshold, and all but the first `ties` entries that are equal to it."""
-    seen = torch.zeros_like(ties)
-    for chunk in chunks(tensors):
-        bits = _magnitude_bits(chunk, dtype)
-        tied = bits == threshold.to(chunk.device)
-        rank = tied.cumsum(0) + seen.to(chunk.device)
-        kept = (bits > threshold.to(chunk.device)) | (tied & (rank <= ties.to(chunk.device)))
-        chunk.masked_fill_(~kept, 0)
-        seen = seen + tied.sum().to(seen.device)
+    for run in _runs(tensors):
+        values = _joined(run)
+        lowest, left = threshold.to(values.device), ties.to(values.device)
+        bits = _bits(values, dtype) & _magnitudes(dtype)
+        rank = (bits == lowest).cumsum(0, dtype=torch.int32)
+        bits.add_(rank > left.clamp(0, len(bits)), alpha=-1)  # what is equal and comes later falls below
+        values.masked_fill_(bits < lowest, 0)
+        ties = ties - rank[-1:].sum().to(ties.device)
+        if len(run) > 1:
+            torch._foreach_copy_(run, torch.split(values, [len(piece) for piece in run]))
 
 
 def _count_ties(tensor: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
-    found = torch.zeros_like(threshold)
-    for chunk in chunks([tensor]):
-        found += (_magnitude_bits(chunk, dtype) == threshold.to(chunk.device)).sum().to(found.device)
+    found = torch.zeros_like(threshold, dtype=torch.int64)
+    for run in _runs([tensor]):
+        bits = _bits(_joined(run), dtype) & _magnitudes(dtype)
+        found += (bits == threshold.to(bits.device)).sum().to(found.device)
     return found
 
 

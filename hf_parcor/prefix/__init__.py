@@ -1,6 +1,6 @@
 """The unperturbed prefix of a model's computation: run once, reused by every later pass."""
 
-from hf_parcor.prefix.cut import NothingToReuse, PrefixError
+from hf_parcor.prefix.cut import COMPILED_AS_ONE, NothingToReuse, PrefixError, is_compiled
 from hf_parcor.prefix.plan import (
     TRIED_PASSES,
     check_results,
@@ -17,6 +17,7 @@ from hf_parcor.prefix.recomputed import RecomputedPrefix
 from hf_parcor.prefix.reuse import PrefixReuse, recording_together
 
 __all__ = [
+    "COMPILED_AS_ONE",
     "TRIED_PASSES",
     "NothingToReuse",
     "PrefixError",
@@ -26,6 +27,7 @@ __all__ = [
     "distance",
     "failures_as_prefix_errors",
     "find_prefix",
+    "is_compiled",
     "leaves_of",
     "outputs_of",
     "plan_prefix",

@@ -2,13 +2,55 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Say whether calls of a module run code that was compiled from all of it, which no module inside may leave."""
+    compiler = sys.modules.get("torch._dynamo")  # not loaded for this question: it takes seconds
+    wrapped = compiler is not None and isinstance(module, compiler.OptimizedModule)
+    return wrapped or module._compiled_call_impl is not None
+
+
+def not_inside_compiled(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model but for those inside of one that is compiled."""
+    found: dict[nn.Module, None] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = None
+            waiting += [] if is_compiled(module) else reversed(list(module.children()))
+    return list(found)
+
+
+def not_compiled(model: nn.Module) -> AbstractContextManager[object]:
+    """Let what is compiled run as it was written, inside a block that watches what happens there."""
+    compiled = any(is_compiled(module) for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def before_calls(hooks: ExitStack, module: nn.Module, begin: Callable[[nn.Module, Any], None]) -> None:
+    """Let a function run before each call of a module, before its hooks; outside of what is compiled."""
+    if module._compiled_call_impl is None:
+        hooks.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
+        return
+    attributes, compiled = module.__dict__, module._compiled_call_impl
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        begin(module, args)
+        return compiled(*args, **kwargs)
+
+    hooks.callback(attributes.__setitem__, "_compiled_call_impl", compiled)
+    attributes["_compiled_call_impl"] = called
 
 
 @dataclass
@@ -33,7 +75,8 @@ def watch_calls(model: nn.Module, run: Callable[[], Any]) -> tuple[Call, Any]:
         path.pop()
 
     with ExitStack() as hooks:
-        for module in model.modules():
+        hooks.enter_context(not_compiled(model))
+        for module in not_inside_compiled(model):
             # The first hook to begin and the last to end, so that other hooks of a module belong to its call.
             hooks.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
             hooks.callback(module.register_forward_hook(end).remove)
@@ -85,6 +128,12 @@ class NothingToReuse(PrefixError):  # noqa: N818, no mistake of anybody's
     """The selected parameters come in at the very start."""
 
 
+COMPILED_AS_ONE = (
+    "the defended parameters lie in what is compiled as one with what comes before them; compile the layers, each by "
+    "itself, with layer.compile() or Accelerate's use_regional_compilation"
+)
+
+
 @dataclass(frozen=True)
 class Cut:
     """The modules of a prefix, those where the selected parameters come in, and what the watched run returned."""
@@ -119,6 +168,8 @@ def find_cut(
     starts = _find_starts(model, selected, called_modules(calls))
     prefix = finished(calls, starts)
     if not any(list(module.parameters()) for module in prefix):
+        if any(is_compiled(module) and any(module.children()) for module in starts):
+            raise PrefixError(COMPILED_AS_ONE)
         raise NothingToReuse("no module with parameters finishes before the first selected one starts")
     return Cut(prefix, starts, result)
 
@@ -145,8 +196,11 @@ def _find_starts(model: nn.Module, selected: Mapping[str, Tensor], called: Colle
             continue
         parts = name.split(".") if name else []
         path = [modules[".".join(parts[:depth])] for depth in range(len(parts) + 1)]
-        # What a checkpoint computes again must not be cut inside.
-        deepest = next((depth for depth in range(len(path)) if _is_checkpointed(path[: depth + 1])), len(path) - 1)
+        # What a checkpoint computes again, or is compiled, must not be cut inside.
+        wholes = (
+            depth for depth in range(len(path)) if is_compiled(path[depth]) or _is_checkpointed(path[: depth + 1])
+        )
+        deepest = next(wholes, len(path) - 1)
         # A module that is never called itself is used by the nearest one around it that is.
         around = [module for module in path[: deepest + 1] if module in called]
         if not around:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from hf_parcor.distributed.dtensors import local_part
 from hf_parcor.model_state import BufferSnapshot, StepBuffers, devices_of, evaluation_mode
-from hf_parcor.prefix.cut import PrefixError, find_cut, not_called_again, run_alone
+from hf_parcor.prefix.consumers import Consumers, Place
+from hf_parcor.prefix.cut import PrefixError, find_cut, not_called_again, not_compiled, run_alone
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
 from hf_parcor.randomness import random_states_kept
 
@@ -160,6 +161,8 @@ def plan_prefix(
     run_pass: RunPass | None = None,
     trained: Mapping[str, Tensor] | None = None,
     passes: int = TRIED_PASSES,
+    *,
+    sparing: bool = False,
 ) -> PrefixReuse:
     """Find the modules that finish before the first selected parameter is used, and try out that they can be reused.
 
@@ -170,6 +173,9 @@ def plan_prefix(
         run_pass: As in `try_prefix`; None for `run`, and backward.
         trained: The parameters whose gradients are compared; None for all trainable ones.
         passes: How many passes are going to share it.
+        sparing: Keep only those outputs of the prefix that something outside of it consumes, if the tried passes do
+            without the rest; and where a model collects by hooks what modules inside of the prefix return, such as
+            router logits, run these hooks in each pass. Default False: keep all, run none of them.
 
     Raises:
         PrefixError: Nothing finishes before, the model cannot be cut safely, or anything failed on the way.
@@ -182,9 +188,24 @@ def plan_prefix(
         return result
 
     prefix = find_prefix(model, selected, run, PrefixReuse)
-    with failures_as_prefix_errors():
-        try_prefix(prefix, model, selected, run_pass or run_and_back, trained, passes)
-    return prefix
+    run_pass = run_pass or run_and_back
+    ways = [(inner_hooks, spares) for inner_hooks in (False, True) for spares in (True, False)]
+    errors: dict[bool, PrefixError] = {}
+    for inner_hooks, spares in ways if sparing else [(False, False)]:
+        if inner_hooks and not prefix.hooked_inside():
+            break
+        before = errors.get(inner_hooks)
+        if before is not None and not prefix.unused and before.__cause__ is None:
+            continue  # it was not for what was not kept
+        prefix.runs_inner_hooks = inner_hooks
+        prefix.spare(set())
+        try:
+            with failures_as_prefix_errors():
+                try_prefix(prefix, model, selected, run_pass, trained, passes, sparing=spares)
+            return prefix
+        except PrefixError as error:
+            errors[inner_hooks] = error
+    raise errors[False]
 
 
 def find_prefix(
@@ -217,6 +238,7 @@ def try_prefix(
     passes: int = TRIED_PASSES,
     *,
     in_step: bool = False,
+    sparing: bool = False,
 ) -> None:
     """Check that passes that share the prefix find what full ones find, in the mode that the model is in.
 
@@ -236,6 +258,7 @@ def try_prefix(
         trained: The parameters whose gradients are compared; None for all trainable ones.
         passes: How many passes are going to share it.
         in_step: Whether other processes take each pass too, so that none may be left out.
+        sparing: Whether to find out first, by another run forward, which outputs are consumed, and keep no other.
 
     Raises:
         PrefixError: They do not agree. It is raised after the last pass, so that no other process waits.
@@ -251,6 +274,21 @@ def try_prefix(
     def alike(objective: Callable[[Any], Tensor]) -> Any:
         with random_states_kept(devices):  # each run draws the same numbers
             return run_pass(objective)
+
+    def unused() -> set[Place]:
+        consumers = Consumers()
+        with (
+            suppress(PrefixFinished),
+            torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda held: held),  # no backward follows
+            buffers.of_pass(-1),
+            outputs_of(model) as found,
+            prefix.replaying(),
+            not_compiled(model),
+            random_states_kept(devices),
+            prefix.seen_by(consumers),
+        ):
+            run_pass(_finish)
+        return consumers.unused(found)
 
     def full() -> tuple[list[Any], dict[str, Tensor], list[Tensor]]:
         with _undone(model):
@@ -270,6 +308,8 @@ def try_prefix(
                     alike(_finish)
 
             prefix.begin(record)
+            if sparing:
+                prefix.spare(unused())
             distances = []
             for index in range(passes):
                 with buffers.of_pass(index), prefix.sharing(last=index == passes - 1):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_parcor.prefix.reuse import PrefixReuse, Substitute, copied
 from hf_parcor.randomness import RandomStates, random_states_kept
@@ -95,7 +95,7 @@ class RecomputedPrefix(PrefixReuse):
             if isinstance(kept, Tensor) and kept.grad is not None:
                 self.outputs.append(part)
                 self._gathered.append(kept.grad)
-        return copied(parts, structure)
+        return tree_unflatten(copied(parts), structure)
 
 
 class _TakeAlong(torch.autograd.Function):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from hf_parcor.prefix.consumers import Consumers, Place, Unkept
+from hf_parcor.prefix.cut import before_calls, not_inside_compiled
 from hf_parcor.randomness import RandomStates
 
 _REPLAYABLE = (Tensor, bool, int, float, str, type(None))
@@ -48,13 +50,22 @@ class PrefixReuse:
     def __init__(self, prefix: Sequence[nn.Module], starts: Sequence[nn.Module]) -> None:
         self.prefix = list(dict.fromkeys(prefix))
         self.starts = list(dict.fromkeys(starts))
+        self.unused: set[Place] = set()
+        """The outputs that are not kept, since nothing outside of the prefix consumes them."""
+        self._hooks: list[int] = []  # that were there when this was found out
+        self.runs_inner_hooks = False
+        """Whether a replayed call also runs the forward hooks of modules inside, such as collect router logits."""
         self._gradients = True
         self._devices: list[torch.device] | None = None
+        self._consumers: Consumers | None = None
         self.forget()
 
     def forget(self) -> None:
         """Free what was recorded."""
         self._drawn: dict[tuple[nn.Module, int], RandomStates] = {}
+        self._spared: set[Place] = set()
+        self._ended: list[list[tuple[nn.Module, int]]] = []  # hooked calls inside of each call that is being recorded
+        self._inner: dict[tuple[nn.Module, int], list[tuple[nn.Module, int]]] = {}
         self.recorded: dict[tuple[nn.Module, int], tuple[list[Any], Any]] = {}
         """What each call of a module of the prefix hands on."""
         self.outputs: list[Tensor] = []
@@ -67,6 +78,41 @@ class PrefixReuse:
     def replayed(self) -> list[nn.Module]:
         """Return the modules that compute nothing now, since what they returned was recorded."""
         return list(dict.fromkeys(module for module, _ in self.recorded))
+
+    def hooked_inside(self) -> list[nn.Module]:
+        """Return the modules inside of those of the prefix that have forward hooks; what is compiled has no inside."""
+        inside = dict.fromkeys(inner for module in self.prefix for inner in not_inside_compiled(module))
+        return [module for module in inside if module._forward_hooks and module not in self.prefix]
+
+    @contextmanager
+    def seen_by(self, consumers: Consumers) -> Iterator[None]:
+        """Let it see which outputs a pass consumes that replays all of them."""
+        self._consumers = consumers
+        try:
+            with consumers:
+                yield
+        finally:
+            self._consumers = None
+
+    def spare(self, unused: set[Place]) -> None:
+        """Keep these outputs no longer, neither of what was recorded nor of what will be."""
+        self.unused, self._hooks = unused, self._hooks_now()
+        spared = set()
+        for (module, index), (kept, _) in self.recorded.items():
+            for number, part in enumerate(kept):
+                if isinstance(part, Tensor) and (module, index, number) in unused:
+                    spared.add(id(part))
+                    kept[number] = Unkept.of(part)
+        places = [place for place, part in enumerate(self.boundary) if id(part) not in spared]
+        self.outputs, self.boundary = (
+            [tensors[place] for place in places] for tensors in (self.outputs, self.boundary)
+        )
+
+    def _hooks_now(self) -> list[int]:
+        """Return the keys of all hooks that see what modules of the prefix take and return."""
+        of_modules = [hooks for module in self.prefix for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+        of_all = [nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks]
+        return [key for hooks in [*of_modules, *of_all] for key in hooks]
 
     @contextmanager
     def drawing_alike(self, devices: Sequence[torch.device]) -> Iterator[None]:
@@ -90,14 +136,18 @@ class PrefixReuse:
         """
         self.forget()
         self._gradients = gradients
+        # A hook that was not there before, as of a profiler or a logger, may look at all that it is given.
+        self._spared = self.unused if self.unused and self._hooks_now() == self._hooks else set()
 
         def finish(module: nn.Module, arguments: Any) -> None:
             raise PrefixFinished
 
         try:
             with ExitStack() as hooks, self._substituted(self._record):
+                for module in self.hooked_inside() if self.runs_inner_hooks else ():
+                    _substitute_forward(hooks, module, self._record_inner)
                 for module in self.starts:
-                    hooks.callback(module.register_forward_pre_hook(finish, prepend=True).remove)
+                    before_calls(hooks, module, finish)
                 yield
         except PrefixFinished:
             pass
@@ -150,28 +200,63 @@ class PrefixReuse:
             yield
 
     def _record(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
+        self._ended.append([])
         output = compute()
+        inner = self._ended.pop()
+        handed_on = self._kept(module, index, output)
+        if (module, index) in self.recorded:
+            self._inner[module, index] = inner
+            if self._devices is not None:
+                self._drawn[module, index] = RandomStates(self._devices)
+        return handed_on
+
+    def _record_inner(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
+        handed_on = self._kept(module, index, compute())
+        if (module, index) in self.recorded and self._ended:
+            self._ended[-1].append((module, index))
+        return handed_on
+
+    def _kept(self, module: nn.Module, index: int, output: Any) -> Any:
+        """Keep what a call returned, and return what it is to hand on."""
         parts, structure = tree_flatten(output)
         without_graph = self._gradients and not torch.is_grad_enabled()  # inside a reentrant checkpoint
         if without_graph or not all(isinstance(part, _REPLAYABLE) for part in parts):
             return output  # computed again in every pass
         self.precisions |= _precisions(parts)
-        kept = list(parts)
-        for place, part in enumerate(parts):
-            if isinstance(part, Tensor) and part.requires_grad and self._gradients:
-                kept[place] = part.detach().requires_grad_()
+        kept, handed_on = list(parts), list(parts)
+        for number, part in enumerate(parts):
+            if not isinstance(part, Tensor):
+                continue
+            if (module, index, number) in self._spared:
+                kept[number] = Unkept.of(part)
+                continue
+            handed_on[number] = _copy(part)
+            if part.requires_grad and self._gradients:
+                kept[number] = part.detach().requires_grad_()
                 self.outputs.append(part)
-                self.boundary.append(kept[place])
+                self.boundary.append(kept[number])
         self.recorded[module, index] = kept, structure
-        if self._devices is not None:
-            self._drawn[module, index] = RandomStates(self._devices)
-        return copied(parts, structure)
+        return tree_unflatten(handed_on, structure)
 
     def _replay(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
         if (module, index) not in self.recorded:
             return compute()
         self._draw_alike(module, index)
-        return copied(*self.recorded[module, index])
+        for inner, inner_index in self._inner.get((module, index), ()):
+            output = self._handed_on(inner, inner_index)
+            for key, hook in inner._forward_hooks.items():
+                replaced = (
+                    hook(inner, (), {}, output) if key in inner._forward_hooks_with_kwargs else hook(inner, (), output)
+                )
+                output = output if replaced is None else replaced
+        return self._handed_on(module, index)
+
+    def _handed_on(self, module: nn.Module, index: int) -> Any:
+        parts, structure = self.recorded[module, index]
+        handed_on = copied(parts)
+        if self._consumers is not None:
+            self._consumers.hand_on(module, index, handed_on)
+        return tree_unflatten(handed_on, structure)
 
     def _draw_alike(self, module: nn.Module, index: int) -> None:
         if (module, index) in self._drawn:
@@ -196,7 +281,7 @@ def recording_together(prefixes: Sequence[PrefixReuse]) -> Iterator[None]:
         for index, prefix in waiting.items():
             prefix.forget()
             for module in prefix.starts:
-                hooks.callback(module.register_forward_pre_hook(partial(finish, index), prepend=True).remove)
+                before_calls(hooks, module, partial(finish, index))
         yield
 
 
@@ -206,9 +291,9 @@ def _precisions(parts: Sequence[Any]) -> set[torch.dtype]:
     return {part.dtype for part in tensors} | {torch.get_autocast_dtype(device) for device in under_autocast}
 
 
-def copied(parts: list[Any], structure: Any) -> Any:
-    """Return the structure with copies: whoever works in place must not change what later passes get."""
-    return tree_unflatten([_copy(part) if isinstance(part, Tensor) else part for part in parts], structure)
+def copied(parts: Sequence[Any]) -> list[Any]:
+    """Return copies of what are tensors: whoever works in place must not change what later passes get."""
+    return [_copy(part) if isinstance(part, Tensor) and type(part) is not Unkept else part for part in parts]
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -226,8 +311,12 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _substitute_forward(stack: ExitStack, module: nn.Module, substitute: Substitute) -> None:
-    """Put a function in the place of a module's forward, which counts its calls; its hooks run as ever."""
-    attributes, forward, calls = module.__dict__, module.forward, 0
+    """Put a function in the place of a module's forward, which counts its calls; its hooks run as ever.
+
+    Of a module that is compiled with its hooks, it takes the place of the whole call: the compiler sees none of it.
+    """
+    name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+    attributes, forward, calls = module.__dict__, getattr(module, name), 0
 
     def substituted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -235,8 +324,8 @@ def _substitute_forward(stack: ExitStack, module: nn.Module, substitute: Substit
         return substitute(module, calls - 1, lambda: forward(*args, **kwargs))
 
     # Built-in methods put it back, and are registered first: no line is left at which an interrupt could prevent it.
-    if "forward" in attributes:
-        stack.callback(attributes.__setitem__, "forward", attributes["forward"])
+    if name in attributes:
+        stack.callback(attributes.__setitem__, name, attributes[name])
     else:
-        stack.callback(attributes.pop, "forward", None)
-    attributes["forward"] = substituted
+        stack.callback(attributes.pop, name, None)
+    attributes[name] = substituted

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -21,12 +20,14 @@ from hf_parcor.defenses import Defense
 from hf_parcor.distributed.ddp import sending_no_buffers, wrapped_by
 from hf_parcor.distributed.fsdp import is_sharded, reducing
 from hf_parcor.prefix import (
+    COMPILED_AS_ONE,
     NothingToReuse,
     PrefixError,
     PrefixReuse,
     RecomputedPrefix,
     failures_as_prefix_errors,
     find_prefix,
+    is_compiled,
     plan_prefix,
     try_prefix,
 )
@@ -59,7 +60,8 @@ def find_shared_prefix(passes: Passes, selected: Mapping[str, nn.Parameter], dev
                     alone, selected, passes.watch, passes.trial, lambda make: _agree(names, make), defense.passes
                 )
             return _agree(
-                names, lambda: plan_prefix(alone, selected, passes.watch, passes.trial, passes=defense.passes)
+                names,
+                lambda: plan_prefix(alone, selected, passes.watch, passes.trial, passes=defense.passes, sparing=True),
             )
     except NothingToReuse:
         return None
@@ -98,11 +100,17 @@ def _check(defense: Defense, model: nn.Module, devices: int) -> None:
     if defense.perturbs_inputs:
         raise NothingToReuse("the inputs differ from pass to pass")
     if defense.splits_batch:
+        # Rounding, batch statistics and routers' losses differ between a batch and its part, and dropout draws others:
+        # no trial could tell a cut that is right from one that is not.
         raise PrefixError("passes over a part of the batch cannot reuse what was computed for all of it")
     if devices > 1:
         raise PrefixError("the prefix is not reused under DataParallel")
-    if isinstance(model, torch._dynamo.OptimizedModule) or any(m._compiled_call_impl for m in model.modules()):
-        raise PrefixError("a compiled model does not notice that a module is skipped")
+    alone = wrapped_by(model) or model
+    compiled = [module for module in model.modules() if is_compiled(module)]
+    if any(alone in module.modules() for module in compiled):
+        raise PrefixError(COMPILED_AS_ONE)
+    if is_sharded(model) and compiled:
+        raise PrefixError("the prefix of a model that is sharded and compiled is not reused")
 
 
 def suffix_share(model: nn.Module, prefix: PrefixReuse) -> float:

@@ -96,7 +96,7 @@ def test_the_largest_entries_are_selected_no_oftener_than_needed(
 
 
 class BytesMoved(TorchDispatchMode):
-    """Adds up what operations read and write, of tensors of all sizes; a view and an empty tensor cost nothing."""
+    """Adds up what operations read and write; views, empty tensors and repetitions of an expanded one cost nothing."""
 
     NOT_READ = ("copy_", "_foreach_copy_", "zero_", "_foreach_zero_", "fill_")  # nor what goes under the name `out`
 
@@ -110,7 +110,12 @@ class BytesMoved(TorchDispatchMode):
 
     @staticmethod
     def _size(value: object) -> int:
-        return sum(leaf.numel() * leaf.itemsize for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        return sum(
+            tensor.itemsize
+            * math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+            for tensor in tensors
+        )
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -137,6 +142,7 @@ OPERATIONS = {  # bytes for each of two float32 entries
     "only writes": (lambda a, b: torch._foreach_zero_([a]), 4),
     "does not read what it writes": (lambda a, b: torch._foreach_copy_([a], [b]), 8),
     "writes into another": (lambda a, b: torch.add(a, a, out=b), 12),
+    "reads one number again and again": (lambda a, b: a.add_(b[0].expand(2)), 10),
     "moves nothing": (lambda a, b: torch.empty_like(a.view(-1).detach()), 0),
 }
 
@@ -150,6 +156,7 @@ def test_bytes_are_counted(operation, expected):
 
 
 L_INF = CorruptionConstraint(p=math.inf, epsilon=1e-3)
+SPARSE = CorruptionConstraint(epsilon=0.1, top_n=1000)
 FLOOR = {  # bytes a defended weight, beyond the passes; and of the norm where it is measured
     "one step": (MultiStepRisk(L2, steps=1), torch.float32, False, 41),
     "one step, measured": (MultiStepRisk(L2, steps=1), torch.float32, True, 57),
@@ -162,6 +169,8 @@ FLOOR = {  # bytes a defended weight, beyond the passes; and of the norm where i
     "acrt": (ACRT(L2), torch.float32, False, 41),
     "one step, L_inf": (MultiStepRisk(L_INF, steps=1), torch.float32, False, 49),
     "two steps, L_inf": (MultiStepRisk(L_INF, steps=2), torch.float32, False, 133),
+    "one step, top-n": (MultiStepRisk(SPARSE, steps=1), torch.float32, False, 214),
+    "two steps, top-n": (MultiStepRisk(SPARSE, steps=2), torch.float32, False, 617),
     "one step, bfloat16": (MultiStepRisk(L2, steps=1), torch.bfloat16, False, 35),
 }
 

@@ -356,11 +356,9 @@ CASES = {
     "spectral norm by a hook": Case(lambda: Body(spectral_by_hook())),
     "an observer of quantization-aware training": Case(lambda: Body(observed())),
     "a mask left in an attribute": Case(lambda: TakesTheMask(plain().body), reused=False),
-    "features collected by a hook": Case(lambda: CollectsByHook(plain().body), reused=False),
-    "an assertion on what ran": Case(lambda: AsksWhoRan(plain().body), reused=False),
-    "router losses inside the prefix": Case(
-        routed, rows=texts, head=["model.layers.1", "lm_head"], reused=False, close=1e-5
-    ),
+    "features collected by a hook": Case(lambda: CollectsByHook(plain().body)),
+    "an assertion on what ran": Case(lambda: AsksWhoRan(plain().body)),
+    "router losses inside the prefix": Case(routed, rows=texts, head=["model.layers.1", "lm_head"], close=1e-5),
     "one gradient of two parameters": Case(lambda: Sums(plain().body), head=["head", "one", "other"], reused=False),
     "results in a tuple": Case(lambda: Tuples(plain().body), measured=False),
     "checkpoints": Case(bert, head=["classifier"], options={"gradient_checkpointing": True}),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -275,6 +277,136 @@ def test_operations(name, steps):
     assert ours == stock + steps * suffix
 
 
+class TestWhatIsKept:
+    """Of a BERT of six layers, the last one defended, one hidden state is needed outside of the prefix."""
+
+    def six_layers(self):
+        torch.manual_seed(0)
+        model = tf.BertForSequenceClassification(tf.BertConfig(**ENCODER | {"num_hidden_layers": 6}))
+        return model.eval(), {"input_ids": torch.randint(3, 20, (4, 16)), "labels": torch.tensor([0, 1, 1, 0])}
+
+    def beside_the_graph(self, model, batch, **options):
+        """Bytes that a prefix holds, and the graph of the prefix does not."""
+        selected = select_parameters(model, "last-encoder-layer")
+        prefix = plan_prefix(model, selected, lambda: model(**batch), **options)
+        saved, held = set(), {}
+
+        def save(tensor):
+            saved.add(tensor.untyped_storage()._cdata)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), prefix.recording():
+            model(**batch)
+        for tensor in [*prefix.outputs, *(part for parts, _ in prefix.recorded.values() for part in parts)]:
+            if type(tensor) is torch.Tensor:
+                held[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        gradients = len(prefix.boundary)
+        prefix.forget()
+        return sum(size for storage, size in held.items() if storage not in saved), gradients
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_bytes(self, frozen):
+        model, batch = self.six_layers()
+        for parameter in model.bert.parameters():
+            parameter.requires_grad_(not frozen)
+        for parameter in model.bert.encoder.layer[5].parameters():
+            parameter.requires_grad_()
+        hidden = 4 * 16 * ENCODER["hidden_size"] * 4
+        everything, leaves = self.beside_the_graph(model, batch)
+        assert everything >= 5 * hidden
+        assert self.beside_the_graph(model, batch, sparing=True) == (hidden, min(1, leaves))
+
+    def test_what_a_pass_stores_or_returns_is_kept(self):
+        model, batch = self.six_layers()
+        stored = []
+        model.bert.encoder.layer[1].register_forward_hook(lambda module, args, output: stored.append(output))
+        hidden = 4 * 16 * ENCODER["hidden_size"] * 4
+        assert self.beside_the_graph(model, batch, sparing=True)[0] == 2 * hidden
+        assert all(torch.equal(output, stored[0]) for output in stored)
+        batch["output_hidden_states"] = True
+        assert self.beside_the_graph(model, batch, sparing=True)[0] >= 6 * hidden
+
+    @pytest.mark.parametrize("draw", [lambda: float(torch.rand([])), random.random, np.random.rand])
+    def test_all_is_kept_where_layers_run_by_chance(self, draw):
+        """As with layer drop: what a layer returned that always ran is needed where one behind it was skipped."""
+
+        class Skips(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layers, self.last = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), nn.Linear(4, 4)
+
+            def forward(self, x):
+                for layer in self.layers:
+                    x = layer(x) if draw() < 2 else x
+                return {"loss": self.last(x).square().mean()}
+
+        model, x = Skips(), torch.randn(2, 4)
+        prefix = plan_prefix(model, {"weight": model.last.weight}, lambda: model(x), sparing=True)
+        assert prefix.prefix == list(model.layers)
+        assert not prefix.unused
+
+    def test_what_was_not_kept_raises_where_it_is_used_after_all(self):
+        class Listens(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second, self.last = (nn.Linear(4, 4) for _ in range(3))
+                self.skips = False
+
+            def forward(self, x):
+                hidden = self.first(x)
+                later = self.second(hidden)
+                return {"loss": self.last(later + hidden if self.skips else later).square().mean()}
+
+        model, x = Listens(), torch.randn(2, 4)
+        prefix = plan_prefix(model, {"weight": model.last.weight}, lambda: model(x), sparing=True)
+        assert {module for module, _, _ in prefix.unused} == {model.first}
+        seen = []
+        hook = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(output))
+        with prefix.recording():
+            model(x)
+        hook.remove()
+        assert torch.equal(seen[0], prefix.recorded[model.first, 0][0][0])  # a hook that came later gets all
+        model.skips = True
+        with prefix.recording():
+            model(x)
+        with prefix.replaying(), pytest.raises(RuntimeError, match="reuse_prefix=False"):
+            model(x)
+
+
+MOE = {
+    **ENCODER,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 1,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.5,
+    "experts_implementation": "eager",
+}
+SMALL_EXPERTS = {**MOE, "num_experts": 3, "moe_intermediate_size": 8}
+ROUTED = {
+    "mixtral": (tf.MixtralForCausalLM, tf.MixtralConfig(**MOE, num_local_experts=3)),
+    "qwen2": (tf.Qwen2MoeForCausalLM, tf.Qwen2MoeConfig(**SMALL_EXPERTS, shared_expert_intermediate_size=8)),
+    "qwen3": (tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig(**SMALL_EXPERTS, head_dim=4)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+@for_each("checkpointed", [False, True])
+@pytest.mark.parametrize("name", ROUTED)
+def test_router_losses_that_are_collected_inside_the_prefix(name, checkpointed):
+    """They leave the layers by hooks of modules inside, and their gradient goes back through the prefix once."""
+    family = Family(*ROUTED[name], written, "last-decoder-layer", [])
+    model, batch = family.build(), written()
+    if checkpointed:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    selected = select_parameters(model, family.last)
+    prefix = plan_prefix(model, selected, lambda: model(**batch), sparing=True)
+    assert prefix.runs_inner_hooks
+    for defense in (MultiStepRisk(L2, steps=2), SAM(L2)):
+        expected = defended(model, selected, [batch], defense)
+        assert_same(defended(model, selected, [batch], defense, prefix), expected, 1e-6)
+
+
 class TestWhatCannotBeCut:
     def test_a_selected_parameter_that_is_used_before_its_module_is_called(self):
         class Shy(nn.Module):
@@ -327,21 +459,6 @@ class TestWhatCannotBeCut:
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         with pytest.raises(PrefixError, match="could not be run alone on a batch"):
             plan_prefix(model, {"w": model[1].weight}, lambda: model(rows=torch.ones(1, 2)))
-
-    def test_router_losses_that_are_collected_inside_the_prefix(self):
-        config = tf.MixtralConfig(
-            **ENCODER,
-            num_local_experts=3,
-            num_experts_per_tok=2,
-            num_key_value_heads=1,
-            output_router_logits=True,
-            router_aux_loss_coef=0.5,
-            experts_implementation="eager",
-        )
-        model = tf.MixtralForCausalLM(config).eval()
-        batch = written()
-        with pytest.raises(PrefixError, match="where the prefix is reused"):
-            plan_prefix(model, select_parameters(model, "last-decoder-layer"), lambda: model(**batch))
 
     def test_nothing_is_left_behind(self, bits_of):
         model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Linear(2, 2)).train()

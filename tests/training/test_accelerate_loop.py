@@ -7,6 +7,7 @@ import gc
 import logging
 import math
 import re
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -31,6 +32,7 @@ from hf_parcor import (
 )
 from hf_parcor.defenses import DEFENSES
 from hf_parcor.distributed.processes import MeasuringProcesses
+from hf_parcor.targets import select_trainable
 from hf_parcor.training import callbacks as idle_module
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -161,6 +163,25 @@ def test_a_part_of_the_batch_is_the_trainer_too(name, defense_of, tiny_bert, tra
     defended_backward(Accelerator(cpu=True), defense, model, loss_fn, batch=batch)
     assert set(sizes) == {2, 4}
     torch.testing.assert_close(gradients(model), keep_gradients.kept[0], rtol=1e-5, atol=1e-7)
+
+
+def test_parameters_are_selected_once(network, micro_batches, monkeypatch):
+    """Once for all steps of an object that stands for them, and once in a step that is a function's."""
+    selections = []
+    module = sys.modules["hf_parcor.training.accelerate"]
+
+    def counting(*args, **kwargs):
+        selections.append(args)
+        return select_trainable(*args, **kwargs)
+
+    monkeypatch.setattr(module, "select_trainable", counting)
+    accelerator, defense = Accelerator(cpu=True), MultiStepRisk(SET, steps=2)
+    backward = DefendedBackward(accelerator, defense, network)
+    for batch in micro_batches[:2]:
+        backward(loss_of(network, batch))
+    assert len(selections) == 1
+    defended_backward(accelerator, defense, network, loss_of(network, micro_batches[0]))
+    assert len(selections) == 2
 
 
 class TestSharedPrefix:

@@ -184,6 +184,27 @@ def test_all_passes_see_the_batch_that_was_prepared_once(tiny_bert, train, mixin
     assert not torch.equal(first[0]["input_ids"], second[0]["input_ids"])
 
 
+@for_each(
+    ("defense", "target"),
+    [
+        (MultiStepRisk(L2, steps=2), "last-encoder-layer"),  # whose first step finds out what passes can share
+        (MultiStepRisk(L2, steps=2), "all"),
+        (MultiStepRisk(L2, steps=2, random_start=True), "last-encoder-layer"),  # and moves buffers in a pass before
+        (MultiStepRisk(L2, steps=1, batch_share=0.5), "all"),
+    ],
+)
+def test_a_batch_is_prepared_once_a_step(tiny_bert, train, defense, target):
+    class Prepares(defended(Trainer)):
+        prepared = 0
+
+        def _prepare_inputs(self, inputs):
+            self.prepared += 1
+            return super()._prepare_inputs(inputs)
+
+    trainer = train(Prepares, tiny_bert(), {"max_steps": 3}, defense=defense, target_modules=target)
+    assert trainer.prepared == 3
+
+
 def test_evaluation_prepares_its_own_batches(tiny_bert, train, rows):
     trainer = train(defended(Trainer), tiny_bert(), defense=MultiStepRisk(L2, steps=1))
     assert trainer.evaluate(rows[:4])["eval_loss"] != trainer.evaluate(rows[4:8])["eval_loss"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from for_each import for_each
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging as tf_logging
 
 from hf_parcor import CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
 
@@ -43,6 +44,33 @@ class Normalized(nn.Module):
             hidden = self.norm(hidden)
         logits = self.last(torch.relu(hidden))
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Counting:
+    """A compiler that changes nothing, and counts what it compiles and how often that runs."""
+
+    def __init__(self):
+        self.compiled = self.ran = 0
+        self.graphs, self.runs = [], []
+
+    def __call__(self, graph, inputs):
+        self.compiled += 1
+
+        def run(*arguments):
+            self.ran += 1
+            return graph.forward(*arguments)
+
+        return run
+
+    def at_the_end_of_steps(self):
+        counts = self
+
+        class Counts(TrainerCallback):
+            def on_step_end(self, *_, **__):
+                counts.graphs.append(counts.compiled)
+                counts.runs.append(counts.ran)
+
+        return Counts()
 
 
 class TestCompile:
@@ -89,6 +117,48 @@ class TestCompile:
         )
         for name, value in weights_of(plain).items():
             torch.testing.assert_close(weights_of(compiled)[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+    def test_layers_that_are_compiled_each_by_itself_are_skipped(self, tiny_bert, train):
+        """K + 1 = 3 passes run the last layer; the first runs once a step; the trial of the first step compiles."""
+        backend, weights = Counting(), []
+        for compiled in (False, True):
+            model = tiny_bert(dropout=0.0)
+            for layer in model.bert.encoder.layer if compiled else ():
+                layer.compile(backend=backend)
+            trainer = train(
+                ParameterDefenseTrainer,
+                model,
+                {**ONE_STEP, "max_steps": 2},
+                defense=DEFENDED["multi_step_risk"],
+                target_modules="last-encoder-layer",
+                callbacks=[backend.at_the_end_of_steps()],
+            )
+            assert trainer.shared_prefix is not None
+            weights.append(weights_of(model))
+        assert backend.runs[-1] - backend.runs[-2] == 1 + 3
+        assert backend.graphs[-1] == backend.graphs[-2] > 0
+        for name, value in weights[0].items():
+            torch.testing.assert_close(weights[1][name], value, rtol=1e-6, atol=1e-8, msg=name)
+
+    @pytest.mark.slow
+    @for_each("model", ["transformer", "batch normalization"])
+    def test_a_model_that_is_compiled_as_one_is_compiled_no_oftener_than_in_stock_training(
+        self, tiny_bert, train, caplog, model
+    ):
+        """Not for another pass, another step or other weights; and a prefix is refused with the way out."""
+        tf_logging.enable_propagation()
+        compiled = []
+        for kind in (Trainer, ParameterDefenseTrainer):
+            torch.compiler.reset()
+            net, target = (tiny_bert(), "last-encoder-layer") if model == "transformer" else (Normalized(), ["last"])
+            settings = {"defense": DEFENDED["multi_step_risk"], "target_modules": target}
+            backend = Counting()
+            net.compile(backend=backend)
+            train(kind, net, {**ONE_STEP, "max_steps": 2}, **(settings if kind is ParameterDefenseTrainer else {}))
+            compiled.append(backend.compiled)
+        assert compiled[0] == compiled[1] > 0
+        assert any("layer.compile()" in record.message for record in caplog.records)
 
     @for_each("backend", [None, "aot_eager"])
     def test_second_derivative_of_a_compiled_backward_is_refused(self, tiny_bert, arguments, backend):

@@ -109,7 +109,9 @@ def test_nothing_is_tried_where_all_is_defended_or_nothing_is_active(tiny_bert, 
         assert len(calls["0"]) == (2 if not settings else 1)
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 def test_says_once_why_a_model_cannot_be_cut(train, caplog):
+    """Router logits that a reentrant checkpoint computes without a graph, say; without checkpoints they are reused."""
     config = tf.MixtralConfig(
         vocab_size=30,
         hidden_size=16,
@@ -125,10 +127,14 @@ def test_says_once_why_a_model_cannot_be_cut(train, caplog):
     rows = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)} for _ in range(8)]
     tf.utils.logging.enable_propagation()
     settings = {"defense": MultiStepRisk(L2, steps=1), "target_modules": "last-decoder-layer"}
-    train(ParameterDefenseTrainer, model, {"max_steps": 2}, rows=rows, **settings)
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    trainer = train(ParameterDefenseTrainer, model, {"max_steps": 2, **reentrant}, rows=rows, **settings)
+    assert trainer.shared_prefix is None
     said = [record.getMessage() for record in caplog.records if "Every pass runs all of the model" in record.message]
     assert len(said) == 1
     assert "where the prefix is reused" in said[0]
+    model.gradient_checkpointing_disable()
+    assert train(ParameterDefenseTrainer, model, {"max_steps": 1}, rows=rows, **settings).shared_prefix is not None
 
 
 @pytest.mark.slow
