@@ -325,7 +325,8 @@ def _binomial_quantile(probability: float, n: int, p: float) -> int:
     """Return the smallest k with P(B(n, p) <= k) >= probability."""
     special = scipy_special("intervals of quantiles")
     k: int = max(math.ceil(special.bdtrik(probability, n, p)), 0)
-    smaller_is_enough = k > 0 and special.bdtr(k - 1, n, p) >= probability
+    rounded = probability * (1 - 1e-12)  # both functions round, and a step that is just reached is enough
+    smaller_is_enough = k > 0 and special.bdtr(k - 1, n, p) >= rounded
     return k - 1 if smaller_is_enough else k
 
 

@@ -9,10 +9,19 @@ if [ "${1:-}" = --fast ]; then
     shift
     fast=(-m "not slow")
 fi
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
 set -x
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-[ ${#fast[@]} -gt 0 ] || .venv/bin/mypy
+checker=
+if [ ${#fast[@]} -eq 0 ]; then  # it keeps one core busy: beside the tests, which do not always have work for both
+    .venv/bin/mypy > "$types" 2>&1 & checker=$!
+fi
 # What a file sets up, ranks say, is set up once. Files come in their order, which ends with small ones: the default, most
 # tests first, would leave the slowest for the end, and a worker idle.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${fast[@]+"${fast[@]}"} "$@"
+status=0
+.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${fast[@]+"${fast[@]}"} "$@" || status=$?
+[ -z "$checker" ] || wait "$checker" || status=1
+cat "$types"
+exit "$status"

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 from for_each import for_each
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -17,6 +17,8 @@ SHARES = st.floats(0.01, 0.99)
 
 @settings(max_examples=50)
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=50), SHARES, st.sampled_from([0.5, 0.95, 0.99]))
+@example([5.0, 1.0, 4.0, 2.0, 3.0], 0.5, 0.9375)  # the tails are steps of the distribution, and representable
+@example([float(value) for value in range(13)], 0.5, 1 - 2 * 14 / 2**13)
 def test_against_numpy_and_scipy(values, p, level):
     found = QuantileWithInterval.from_values(values, p, level)
     assert found.p == p

@@ -16,7 +16,13 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from hf_parcor import MetricInfo, RobustnessReport
 from hf_parcor.cards import EvaluationData, ModelFacts, facts_of, with_probe, write_card
 from hf_parcor.cards.folder import card_of, is_ours
-from hf_parcor.cards.front_matter import eval_result_file, merged_front_matter, metadata_of, model_index
+from hf_parcor.cards.front_matter import (
+    beside_earlier_results,
+    eval_result_file,
+    merged_front_matter,
+    metadata_of,
+    model_index,
+)
 from hf_parcor.cards.text import CURVES, HEAT_MAP, pictures_of, read_card, section_of, updated_card
 from hf_parcor.reports.markup import text_of
 
@@ -168,6 +174,22 @@ class TestMetadata:
             "accuracy, gradient-based L∞ ε=0.1",
         ]
 
+    def test_earlier_results_of_other_corruptions_and_data_stand_beside_ours(self, facts, facts_with, record_of):
+        def said(index):
+            results = [result for model in index for result in model["results"]]
+            return [(result["dataset"]["name"], metric["name"]) for result in results for metric in result["metrics"]]
+
+        ours = model_index(facts)
+        earlier = model_index(facts_with(record_of(label="old")))
+        elsewhere = model_index(facts_with(evaluated_on=EvaluationData("Others", "org/others", split="test")))
+        theirs = [{"name": "m", "results": [{"dataset": {"name": "s"}, "metrics": [{"name": "Cosine Accuracy"}]}]}]
+        found = said(beside_earlier_results([*earlier, *elsewhere, *theirs], ours))
+        assert sorted(found) == sorted({*said(earlier), *said(elsewhere), *said(ours)}), "each of ours once"
+
+    def test_a_record_again_has_a_seed_for_each_value(self, facts):
+        for row in facts.as_record().rows():
+            assert [len(values) for values in row.metrics.values()] == [len(row.seeds)] * len(row.metrics)
+
     def test_the_model_index_is_that_of_the_records(self, facts):
         data = ModelCard(card_of(facts, {})).data
         assert eval_results_to_model_index(facts.name, data.eval_results) == model_index(facts)
@@ -253,6 +275,16 @@ class TestLeaderboard:
         assert result == EvalResultEntry("org/reviews", "stars", facts.clean.metrics["accuracy"].mean)
         write_card(tmp_path, facts_with())
         assert not list((tmp_path / ".eval_results").iterdir()), "nobody says that it is a benchmark"
+
+    def test_files_of_others_beside_it_stay(self, facts_with, tmp_path, quick_picture):
+        folder = tmp_path / ".eval_results"
+        folder.mkdir()
+        names = ["mine.yaml", "hf_parcor.yaml", "hf_parcor-notes.txt"]
+        for name in names:
+            (folder / name).write_text("[]")
+        for task in ("stars", ""):
+            write_card(tmp_path, facts_with(benchmark_task=task))
+        assert sorted(path.name for path in folder.iterdir()) == sorted(names)
 
     def test_the_settings_of_the_others_stay_in_the_front_matter(self, facts_with):
         index = model_index(facts_with(benchmark_task="stars"))

@@ -48,17 +48,13 @@ def test_a_reader_that_leaves_is_no_failure(tmp_path, record):
 
 
 @pytest.mark.slow
-def test_several_processes_measure_together_and_one_speaks(tmp_path, classifier_folder, sentences):
-    flags = ["--corruptions", "gaussian=0.5", "quantization=2", "--batch-size", 2, "--quiet"]
-    one, two = (
-        program(
-            *["probe", classifier_folder, "--dataset", sentences, *flags, "--output-dir", tmp_path / str(count)],
-            **{**how, "env": {"OMP_NUM_THREADS": "1"}},
-        )
-        for count, how in ((1, {}), (2, {"launcher": TORCHRUN}))
-    )
-    assert (one.returncode, two.returncode) == (0, 0), two.stderr.decode()
-    assert two.stdout == one.stdout
+def test_several_processes_measure_together_and_one_speaks(run, tmp_path, classifier_folder, sentences):
+    words = ["probe", classifier_folder, "--dataset", sentences, "--batch-size", 2, "--quiet"]
+    words += ["--corruptions", "gaussian=0.5", "quantization=2", "--output-dir"]
+    one = run(*words, tmp_path / "1")
+    two = program(*words, tmp_path / "2", launcher=TORCHRUN, env={"OMP_NUM_THREADS": "1"})
+    assert (one.code, two.returncode) == (0, 0), two.stderr.decode()
+    assert two.stdout.decode() == one.out
     assert two.stderr.count(b"the record is in") == 1
     assert (tmp_path / "2" / "probe.json").read_bytes() == (tmp_path / "1" / "probe.json").read_bytes()
 

@@ -251,3 +251,9 @@ def test_example_without_a_direction_stays(bad):
     gradient = torch.tensor([[1.0, 0.0], [bad, bad]])
     moved = ascend_per_example(torch.zeros(2, 2), gradient, 1.0, 2.0)
     assert moved.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+
+
+@for_each(("radius", "epsilon", "says"), [(-1.0, 1.0, "step_size: expected"), (1.0, math.nan, "epsilon: expected")])
+def test_a_radius_that_is_none_is_refused(radius, epsilon, says):
+    with pytest.raises(ValueError, match=says):
+        ascend_per_example(torch.zeros(2, 2), torch.ones(2, 2), radius, epsilon)

@@ -9,10 +9,10 @@ from collections import Counter
 import pytest
 import torch
 from for_each import for_each
+from operations import count_operations
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_parcor import (
     ACRT,
@@ -58,14 +58,13 @@ def test_operations(tiny_bert, defense):
         loss.backward()
         return loss.detach()
 
-    with FlopCounterMode(display=False) as stock:
-        model(**batch).loss.backward()
-    with FlopCounterMode(display=False) as ours:  # noqa: SIM117
-        with DefendedStep(
-            select_parameters(model), run_pass, defense.passes, embedding=model.get_input_embeddings()
-        ) as step:
+    def defended_step():
+        embedding = model.get_input_embeddings()
+        with DefendedStep(select_parameters(model), run_pass, defense.passes, embedding=embedding) as step:
             defense.minimize(step)
-    assert ours.get_total_flops() == defense.cost * stock.get_total_flops()
+
+    stock = count_operations(lambda: model(**batch).loss.backward())
+    assert count_operations(defended_step) == defense.cost * stock
 
 
 @pytest.mark.parametrize(("steps", "random_start", "selections"), [(1, False, 1), (3, False, 5), (1, True, 2)])

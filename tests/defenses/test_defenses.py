@@ -265,11 +265,13 @@ def test_update_equals_longhand(problem, name, defense, accumulated):
             p.grad = earlier[key].clone()
     torch.manual_seed(3)
     expected = ROWS[name].longhand(defense, problem)
-    passes = []
+    passes, stock = [], []
 
     def run_pass(objective: Objective, index: int) -> Tensor:
         passes.append(index)
         _, some, theirs = part_of(problem, defense.share_of_batch(index))
+        clean = all(torch.equal(p, before[key]) for key, p in model.named_parameters())
+        stock.append(clean and len(theirs) == len(problem[-1]))
         loss = objective(nn.functional.cross_entropy(model(some), theirs))
         loss.backward()
         return loss.detach()
@@ -280,6 +282,7 @@ def test_update_equals_longhand(problem, name, defense, accumulated):
     with DefendedStep(selected, run_pass, defense.passes, others, model[0]) as step:
         defense.minimize(step)
     assert passes == list(range(defense.passes))
+    assert stock[0] == defense.first_pass_is_stock
     tolerance = ROWS[name].tolerance
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, earlier[key] + expected[key], rtol=tolerance, atol=tolerance / 100)
@@ -339,6 +342,12 @@ def test_bad_settings_are_refused(settings, error, says):
         MultiStepRisk(L2, **settings)
 
 
+@for_each("weight", [-0.1, math.nan])
+def test_a_penalty_that_rewards_is_refused(weight):
+    with pytest.raises(ValueError, match="weight: expected"):
+        GradientPenalty(weight=weight)
+
+
 def test_adversarial_inputs_are_those_of_the_whole_batch():
     with pytest.raises(ValueError, match="batch_share: expected 1 with AWP"):
         AWP(L2, batch_share=0.5)
@@ -356,3 +365,21 @@ def test_one_step_of_the_multi_step_risk_is_the_direct_form(problem, constraint)
     direct = acrt(ACRT(constraint, alpha=0.5), problem)
     for name, gradient in direct.items():
         torch.testing.assert_close(multi_step[name], gradient, rtol=1e-12, atol=1e-15)
+
+
+def test_a_tensor_of_zeros_stays_where_each_has_its_own_radius(problem):
+    """A radius in units of its norm is zero, and no NaN."""
+    model, inputs, labels = problem
+    nn.init.zeros_(model[2].bias)
+    seen = []
+
+    def run_pass(objective: Objective, index: int) -> Tensor:
+        seen.append(model[2].bias.tolist())
+        loss = objective(nn.functional.cross_entropy(model(inputs), labels))
+        loss.backward()
+        return loss.detach()
+
+    defense = AWP(L2, steps=2, input_epsilon=0, per_tensor=True)
+    with DefendedStep(dict(model.named_parameters()), run_pass, defense.passes, [], model[0]) as step:
+        defense.minimize(step)
+    assert seen == [[0.0] * 3] * 3

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from operations import count_operations
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_parcor import (
     BitFlips,
@@ -110,12 +110,6 @@ def evaluated(network: nn.Module, data: Any, corruptions: Sequence[Any], **optio
 def probed(network: nn.Module, data: Any, corruptions: Sequence[Any]) -> list[str]:
     sweep = LayerProbe(network, ClassificationMetric(data), data, progress=False).evaluate(corruptions, trials=2)
     return [record.to_json() for record in sweep.records.values()]
-
-
-def operations(run: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
 
 
 class InOrder(ClassificationMetric):
@@ -236,7 +230,7 @@ def check_records(ranks: Sequence[dict[str, dict[str, list[str]]]], alone: dict[
 
 
 def share_of_work() -> int:
-    return operations(lambda: evaluated(model(), batches((4,) * 4), [*ROUNDED, *EXACT[:3], *EXACT[4:5]]))
+    return count_operations(lambda: evaluated(model(), batches((4,) * 4), [*ROUNDED, *EXACT[:3], *EXACT[4:5]]))
 
 
 @pytest.mark.slow

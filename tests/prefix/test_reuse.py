@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers as tf
 from for_each import for_each
+from operations import count_operations
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_parcor import ACRT, SAM, CorruptionConstraint, MultiStepRisk, select_parameters
 from hf_parcor.defenses import DefendedStep
@@ -261,18 +261,13 @@ def test_operations(name, steps):
     selected = select_parameters(model, family.last)
     prefix = plan(model, selected, batch)
 
-    def operations(run):
-        with FlopCounterMode(display=False) as counter:
-            run()
-        return counter.get_total_flops()
-
-    stock = operations(lambda: model(**batch).loss.backward())
+    stock = count_operations(lambda: model(**batch).loss.backward())
     with prefix.recording():
         model(**batch)
     with prefix.replaying():
-        suffix = operations(lambda: model(**batch).loss.backward())
+        suffix = count_operations(lambda: model(**batch).loss.backward())
     prefix.forget()
-    ours = operations(lambda: defended(model, selected, [batch], MultiStepRisk(L2, steps=steps), prefix))
+    ours = count_operations(lambda: defended(model, selected, [batch], MultiStepRisk(L2, steps=steps), prefix))
     assert 0 < suffix < 0.5 * stock
     assert ours == stock + steps * suffix
 
