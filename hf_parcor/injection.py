@@ -275,7 +275,7 @@ class Injection:
     @torch.no_grad()
     def displace(
         self,
-        update: Mapping[str, Tensor],
+        update: Mapping[str, Tensor] | Pieces,
         project: Callable[[list[Tensor]], None] | None = None,
         *,
         keep: bool = False,
@@ -283,7 +283,8 @@ class Injection:
         """Move the corruption: `a ← Π(a + u)`, and write `w + a`.
 
         Args:
-            update: `u` by name; names that are absent are not moved, though the projection may still shrink them.
+            update: `u` by name; names that are absent are not moved, though the projection may still shrink them. Of
+                pieces only one is held at a time, where they are added to an `a`.
             project: Π, overwrites the list of all tensors of `a` with its projection; None for none.
             keep: Whether the tensors of `u` may be kept, and overwritten later: nobody else needs them.
 
@@ -291,6 +292,8 @@ class Injection:
             ValueError: A name or a shape does not belong to the weights; nothing is written then.
             RuntimeError: The weights were written by `write`, and not restored since.
         """
+        pieces = update if isinstance(update, Pieces) and self._corruption else Pieces(())
+        update = {} if pieces is update else update.whole() if isinstance(update, Pieces) else update
         check_corruption(self._weights, update)
         if self._active and not self._corruption:
             raise RuntimeError("displace: expected weights not written before, got written ones; restore() first")
@@ -316,6 +319,10 @@ class Injection:
                 local_parts([self._corruption[name] for name in moved]),
                 local_parts([update[name] for name in moved]),
             )
+            for name, piece in pieces:
+                check_corruption(self._weights, {name: piece})
+                local_part(self._corruption[name]).add_(local_part(piece))
+                del piece
             if project is not None:
                 project(list(self._corruption.values()))
             if not direct:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
@@ -9,8 +10,14 @@ from torch import Tensor
 
 from hf_parcor.arguments import check_count, check_radius, check_real
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
+from hf_parcor.corruptions.corruption import named_pieces, one_by_one
 from hf_parcor.defenses.step import DefendedStep
-from hf_parcor.functional.constrained_maximum import constrained_maximum, constrained_maximum_
+from hf_parcor.functional.constrained_maximum import (
+    constrained_maximum,
+    constrained_maximum_,
+    constrained_maximum_in_turn,
+)
+from hf_parcor.injection import Pieces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,10 +176,15 @@ class ConstrainedDefense(Defense):
 
     def climb(self, step: DefendedStep) -> None:
         """Write the worst corruption of the constraint, `a = argmax_{a ∈ S} aᵀg` (SAM: *ascent step*)."""
-        step.displace(self.update(step, self.constraint.epsilon))
+        step.displace(self.update(step, self.constraint.epsilon), last_of=self.p)
 
-    def update(self, step: DefendedStep, radius: float) -> dict[str, Tensor]:
-        """Return the constrained maximum of this radius on the last pass's gradient."""
+    def update(self, step: DefendedStep, radius: float) -> dict[str, Tensor] | Pieces:
+        """Return the constrained maximum of this radius on the last pass's gradient; of narrow weights, in pieces."""
+        if self.constraint.top_n is None and (self.constraint.p == 2 or math.isinf(self.constraint.p)):
+            narrow = step.narrow_gradients(self.sync_perturbation)
+            if narrow:
+                parts = constrained_maximum_in_turn(list(narrow.values()), self.constraint.p, radius)
+                return Pieces(named_pieces(list(narrow), one_by_one(parts)))
         gradients, ours = step.gradients(self.sync_perturbation)
         update, p, top_n = list(gradients.values()), self.constraint.p, self.constraint.top_n
         if ours:

@@ -99,4 +99,5 @@ class ProjectedAscent(ConstrainedDefense):
         if step.is_displaced:
             step.displace(self.update(step, self.resolved_step_size), self.projection)
         else:  # from zero, and so along u: the nearest point of S is as long as S allows, and has n entries already
-            step.displace(self.update(step, min(self.resolved_step_size, self.constraint.epsilon)))
+            radius = min(self.resolved_step_size, self.constraint.epsilon)
+            step.displace(self.update(step, radius), last_of=self.p if self.steps == 1 else None)

@@ -191,6 +191,18 @@ class DefendedStep:
         """Whether a corruption is written into the weights, a zero one included."""
         return self._injection.is_active
 
+    def narrow_gradients(self, of_all_processes: bool = False) -> dict[str, Tensor]:
+        """Return the last pass's gradients as they are, only to be read.
+
+        None of them, where one is not narrower than float32, or their mean over several processes is asked for:
+        `gradients` returns those.
+        """
+        averaged = of_all_processes and self._processes is not None
+        if averaged or any(gradient.dtype.itemsize >= 4 for gradient in self._fresh.values()):
+            return {}
+        taken, self._fresh = self._fresh, {}
+        return taken
+
     def gradients(self, of_all_processes: bool = False) -> tuple[dict[str, Tensor], bool]:
         """Return the last pass's (weighted) gradients of the selected parameters, and whether to overwrite them.
 
@@ -223,9 +235,25 @@ class DefendedStep:
         if self._processes is not None:
             self._processes.agree_(list(update.values()))
 
-    def displace(self, update: Mapping[str, Tensor], project: Callable[[list[Tensor]], None] | None = None) -> None:
-        """Move the corruption, `a ← Π(a + u)`, and with it the weights; the tensors of u are the step's from here."""
-        self._injection.displace(update, project, keep=True)
+    def displace(
+        self,
+        update: Mapping[str, Tensor] | Pieces,
+        project: Callable[[list[Tensor]], None] | None = None,
+        *,
+        last_of: float | None = None,
+    ) -> None:
+        """Move the corruption, `a ← Π(a + u)`, and with it the weights; the tensors of u are the step's from here.
+
+        Args:
+            update: `u`.
+            project: Π; None for none.
+            last_of: Where the corruption is moved once and is zero before: the order of the norm that `withdraw` will
+                be asked for. Of pieces nothing is kept then.
+        """
+        if isinstance(update, Pieces) and last_of is not None and not self.is_displaced:
+            self._injection.write(update, last_of)
+        else:
+            self._injection.displace(update, project, keep=True)
 
     def corrupt(
         self,
