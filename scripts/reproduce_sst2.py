@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 
 from hf_parcor import CorruptionConstraint, GradientCorruption
 from hf_parcor.records import CorruptionRecord, EvaluationRecord
@@ -72,12 +73,12 @@ def over_seeds(rows: list[CorruptionRecord]) -> MeanAndSpread:
     return MeanAndSpread.from_values([100 * row.mean("accuracy") for row in rows])
 
 
-def tables(records: dict[str, list[EvaluationRecord]], costs: bool = False) -> str:
+def tables(records: dict[str, list[EvaluationRecord]], arms: Mapping[str, Arm], *, costs: bool = False) -> str:
     """Return two tables: mean ± deviation of each arm, and the t-values of each defended arm against the plain one."""
-    labels = [ARMS[arm].label for arm in records]
+    labels = [arms[arm].label for arm in records]
     accuracies = [f"| accuracy (%) | {' | '.join(labels)} |", f"|:--|{'--:|' * len(labels)}"]
     if costs:
-        accuracies.append(f"| passes a step | {' | '.join(str(passes(ARMS[arm])) for arm in records)} |")
+        accuracies.append(f"| passes a step | {' | '.join(str(passes(arms[arm])) for arm in records)} |")
     values = [f"| t: defended ≤ plain | {' | '.join(labels[1:])} |", f"|:--|{'--:|' * len(labels[1:])}"]
     for index, first in enumerate(records["plain"][0].rows()):
         cells = [over_seeds([record.rows()[index] for record in of_arm]) for of_arm in records.values()]
@@ -103,9 +104,9 @@ def main() -> None:
         "defenses in L2, ε = 0.1.\n"
         "t: Student's test with pooled variance of the hypothesis that the defended arm is no better "
         f"(df = {2 * (len(options.seeds) - 1)}); * p < 0.05, one-sided, not corrected for the number of rows.\n\n"
-        f"## Defenses\n\n{tables({arm: trained[arm] for arm in DEFENSES}, costs=True)}\n"
-        f"## Targets\n\nAll parameters corrupted:\n\n{tables({arm: trained[arm] for arm in TARGETS})}\n"
-        f"Only the last layer corrupted:\n\n{tables(last_layer)}"
+        f"## Defenses\n\n{tables({arm: trained[arm] for arm in DEFENSES}, ARMS, costs=True)}\n"
+        f"## Targets\n\nAll parameters corrupted:\n\n{tables({arm: trained[arm] for arm in TARGETS}, ARMS)}\n"
+        f"Only the last layer corrupted:\n\n{tables(last_layer, ARMS)}"
     )
     (options.output / "table.md").write_text(text, encoding="utf-8")
     print(text)

@@ -1,0 +1,79 @@
+"""Does training for what will happen to the weights help? SST-2, every arm under every quantizer, noise and flips.
+
+    python -m scripts.deploy_sst2 --model MODEL --data FOLDER --output scripts/results/deploy
+
+Each arm is trained with each seed, as in `reproduce_sst2.py`, and measured by `examples/train_sst2.py` under what is
+named below. The output folder gets a record for each run and `table.md`: mean ± sample standard deviation over seeds,
+and Student's t of each arm against the plain one. Finished runs are kept, so an interrupted campaign goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from hf_parcor.records import EvaluationRecord
+from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, note_run
+from scripts.reproduce_sst2 import tables
+from scripts.sst2_runs import over_runs, parse_options, train
+
+
+def risk(clean_weight: float, *words: str) -> list[str]:
+    """Return the flags of the risk under corruptions."""
+    return ["--defense", "corruption", "--defense_corruption", *words, "--defense_clean_weight", f"{clean_weight:.4g}"]
+
+
+ARMS = {
+    "plain": PLAIN,
+    "half-4-bits": Arm("half 4 bits", risk(0.5, "quantization=4")),
+    "worst-and-4-bits": Arm("worst direction, 4 bits", risk(1 / 3, "gradient=0.1", "quantization=4")),
+    "half-4-bits-channel": Arm("half 4 bits a channel", risk(0.5, "quantization=4:per=channel")),
+    "4-bits": Arm("4 bits alone", risk(0.0, "quantization=4")),
+    "noise": Arm("noise alone", risk(0.0, "gaussian=0.02")),
+    "multi_step_risk-1": Arm("K = 1", ONE_STEP),
+    "sam-half": Arm("SAM ε/2", l2("sam", 0.05)),
+}
+CORRUPTIONS = [
+    "gradient=0.1,0.2",
+    "gaussian=0.01,0.02",
+    "quantization=8,6,5,4,3",
+    "quantization=5,4,3:per=channel",
+    "quantization=4,3:per=32",
+    "float-quantization=fp8_e4m3,mxfp4,nf4",
+    "bit-flips=1e-7",
+    "worst-bit-flips=1,3:of=int8,candidates=5",
+]
+
+
+def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
+    """Train and measure one model, unless its record is there already."""
+    path = options.output / f"{run.file_name}.json"
+    if not path.exists():
+        started = time.monotonic()
+        # One trial: the seeds of training are the trials.
+        folder = train(options, run, "--do_eval", "--corruption_trials", "1", "--corruptions", *CORRUPTIONS)
+        EvaluationRecord.load(folder / "robustness.json").save(path)
+        note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
+    return EvaluationRecord.load(path)
+
+
+def main() -> None:
+    """Run what is missing, and write the table."""
+    options = parse_options(__doc__, ARMS, "runs/deploy")
+    arms = {name: ARMS[name] for name in options.arms or ARMS}
+    records = over_runs(measure, "runs", options, arms)
+    if "plain" not in arms:
+        return
+    text = (
+        f"SST-2 dev accuracy over {len(options.seeds)} seeds ({', '.join(map(str, options.seeds))}), mean ± sample "
+        f"standard deviation; {options.train_samples} training sentences, 1 epoch, batch 32, learning rate 2e-4.\n"
+        "t: Student's test with pooled variance of the hypothesis that the arm is no better than the plain one "
+        f"(df = {2 * (len(options.seeds) - 1)}); * p < 0.05, one-sided, not corrected for the number of rows.\n\n"
+        f"{tables(records, ARMS, costs=True)}"
+    )
+    (options.output / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
