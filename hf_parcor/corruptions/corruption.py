@@ -235,8 +235,8 @@ class Corruption(ABC):
 
         Examples:
             >>> from hf_parcor import Quantization
-            >>> Quantization(4).with_strength(5)
-            Quantization(bits=5)
+            >>> print(Quantization(4, per=32).with_strength(5))
+            5-bit quantization per group of 32
         """
         if self.strength is None:
             raise ValueError(f"{self}: expected a corruption with a strength, got one without")

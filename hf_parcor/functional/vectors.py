@@ -120,8 +120,8 @@ def euclidean_norm_in_turn(tensors: Iterable[Tensor]) -> Tensor:
     To the last bit that of `euclidean_norm`.
 
     Examples:
-        >>> euclidean_norm_in_turn(torch.full((2,), float(entry)) for entry in (1, 7))
-        tensor(10., dtype=torch.float64)
+        >>> round(float(euclidean_norm_in_turn(torch.full((2,), float(entry)) for entry in (1, 7))), 6)
+        10.0
     """
     parts: list[Tensor] = []
     for tensor in tensors:

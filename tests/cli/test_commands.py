@@ -48,10 +48,10 @@ from hf_parcor import (
     select_parameters,
 )
 from hf_parcor.cli import parsing as options
-from hf_parcor.cli.evaluate import read_corruptions
 from hf_parcor.cli.main import COMMANDS
 from hf_parcor.cli.probe import GROUPS
 from hf_parcor.corruptions import CORRUPTIONS, corruptions_of_table_1
+from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
 from hf_parcor.records import EvaluationData
 from hf_parcor.tasks import TASKS

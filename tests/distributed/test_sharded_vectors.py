@@ -116,7 +116,7 @@ BY_BLOCKS = {  # to the last bit too
         )
         for what in ("tensor", "channel", "weight")
     },
-    "drifted": in_step(lambda v, source: conductance_drift(v, 100.0, 0.05, 0.01, source)),
+    "drifted": in_step(lambda v, source: list(conductance_drift(v, 100.0, 0.05, 0.01, source))),
 }
 MORE = {
     **{f"top {n}": lambda v, n=n: keep_top_n(v, n) for n in (1, 13, 30, 57, 58)},

@@ -24,9 +24,11 @@ from hf_parcor import (
     SAM,
     CorruptionConstraint,
     DefendedBackward,
+    GradientCorruption,
     GradientPenalty,
     MultiStepRisk,
     ParameterDefenseTrainer,
+    Quantization,
     defended_backward,
     select_parameters,
 )
@@ -129,15 +131,16 @@ def test_a_penalty(network, micro_batches):
 
 @pytest.mark.parametrize("name", DEFENSES)
 def test_a_loop_is_the_trainer(name, defense_of, tiny_bert, train, rows, keep_gradients):
-    """Every defense: the gradient of the first step is that of the Trainer."""
-    model = tiny_bert(dropout=0.0)
+    """Every defense: the gradient of the first step is that of the Trainer, which seeds what is drawn at random."""
+    settings = {"corruption": [GradientCorruption(SET), Quantization(4)]} if name == "corruption" else {}
+    defense, model = defense_of(name, **settings), tiny_bert(dropout=0.0)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     options = {"max_steps": 1, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
-    train(ParameterDefenseTrainer, model, options, defense=defense_of(name), callbacks=[keep_gradients])
+    train(ParameterDefenseTrainer, model, options, defense=defense, callbacks=[keep_gradients])
     model.load_state_dict(state)
     model.zero_grad()
     batch = {key: torch.stack([torch.as_tensor(row[key]) for row in rows[:4]]) for key in rows[0]}
-    defended_backward(Accelerator(cpu=True), defense_of(name), model, lambda: model(**batch).loss)
+    defended_backward(Accelerator(cpu=True), defense, model, lambda: model(**batch).loss)
     torch.testing.assert_close(gradients(model), keep_gradients.kept[0], rtol=1e-5, atol=1e-7)
 
 
