@@ -1,11 +1,15 @@
 """What a defended training step costs beside the stock step, and beside what people would use instead.
 
     python -m scripts.benchmark --model MODEL --output scripts/results/benchmark.json
+    python -m scripts.benchmark --shape bert-base --batch 64 --length 512 --bf16 --fused
+    python -m scripts.benchmark --shape llama-7b --dtype bfloat16 --batch 1 --length 512 --arms "whole model, K = 1"
 
-Steps of all arms are interleaved on one model, so that a machine whose speed drifts drifts for all of them; ratios to
-the stock step are taken within a round, and medians and quartiles over rounds are reported. Operations are counted by
-PyTorch. Peak memory is that of a process of its own for each arm (on a GPU, of its allocator), less that of the stock
-Trainer.
+Steps of all arms take turns on one model, each just after a stock step that it is compared with, since the speed of a
+machine drifts; medians and quartiles of the ratios are reported, and on the CPU time is that of this process, whatever
+else the machine did. The row of the stock step itself shows how far two of them differ. All else is counted, and
+does not depend on how busy the machine is: operations of a step by PyTorch; its peak memory, on the CPU of the tensors
+that it makes, on a GPU of the allocator; and what it does in weight space beside its passes, in bytes for each
+defended weight and in launches, as where nothing can be asked for its value. On a GPU kernels are counted too.
 
 The peers are driven by hand, without a Trainer: `pytorch_optimizer`'s SAM where it is installed
 (`pip install --no-deps pytorch_optimizer`), a SAM in two steps, and an AWP loop as they are passed around, both
@@ -17,28 +21,49 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, Trainer
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+)
 
-from hf_parcor import ACRT, AWP, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
+from hf_parcor import (
+    ACRT,
+    AWP,
+    SAM,
+    CorruptionConstraint,
+    CorruptionRisk,
+    GradientCorruption,
+    GradientPenalty,
+    MultiStepRisk,
+    ParameterDefenseTrainer,
+    Quantization,
+    select_parameters,
+)
 from hf_parcor.defenses import Defense
-from scripts.training_steps import interleaved, quartiles_of_ratios, quiet_arguments, step_of
+from hf_parcor.reports.tables import markdown_table
+from scripts.counting import PeakMemory, kernels_beyond_passes, traffic_beyond_passes
+from scripts.training_steps import in_bfloat16, pairs_with, quartiles_of_ratios, quiet_arguments, step_of
 
 RADIUS = 0.1
+LIBRARY, TWO_STEPS, LOOP = "pytorch_optimizer's SAM", "SAM in two steps", "AWP loop"
+PEERS = [*([LIBRARY] if find_spec("pytorch_optimizer") else []), TWO_STEPS, LOOP]
 
 
 class Peers:
@@ -55,16 +80,15 @@ class Peers:
 
     def steps(self) -> dict[str, Callable[[], None]]:
         """Return a step of each that is installed."""
-        library = (
-            {"pytorch_optimizer's SAM": self.sam_of_pytorch_optimizer()} if find_spec("pytorch_optimizer") else {}
-        )
-        return {**library, "SAM in two steps": self.sam_in_two_steps, "AWP loop": self.awp_loop}
+        library = {LIBRARY: self.sam_of_pytorch_optimizer()} if LIBRARY in PEERS else {}
+        return {**library, TWO_STEPS: self.sam_in_two_steps, LOOP: self.awp_loop}
 
     def sam_of_pytorch_optimizer(self) -> Callable[[], None]:
         """Return a step of the library's optimizer."""
         import pytorch_optimizer
 
-        optimizer = pytorch_optimizer.SAM(self.model.parameters(), torch.optim.AdamW, rho=RADIUS, lr=1e-5)
+        settings = {name: self.optimizer.defaults[name] for name in ("lr", "fused") if name in self.optimizer.defaults}
+        optimizer = pytorch_optimizer.SAM(self.model.parameters(), type(self.optimizer), rho=RADIUS, **settings)
 
         def step() -> None:
             self._backward()
@@ -119,41 +143,121 @@ class Peers:
 
 L2 = CorruptionConstraint(p=2, epsilon=RADIUS)
 STOCK = "stock Trainer"
-LAST = "last-encoder-layer"
-OURS: dict[str, tuple[Defense, str | list[str] | None]] = {
-    **{f"whole model, K = {steps}": (MultiStepRisk(L2, steps=steps), None) for steps in (1, 2, 3)},
+LAST, TWO_LAST = "last layer", "two last layers"
+ROUNDED = Quantization(4)
+# Each arm with its defense, and which part of the model is defended.
+OURS: dict[str, tuple[Defense, str]] = {
+    **{f"whole model, K = {steps}": (MultiStepRisk(L2, steps=steps), "all") for steps in (1, 2, 3)},
     **{f"last layer, K = {steps}": (MultiStepRisk(L2, steps=steps), LAST) for steps in (1, 2, 3)},
-    "ACRT": (ACRT(L2), None),
-    "SAM": (SAM(L2), None),
-    "AWP, K = 1": (AWP(L2), None),
-    "gradient penalty": (GradientPenalty(weight=0.05), None),
-    "two last layers, K = 1": (MultiStepRisk(L2, steps=1), ["layer.4", "layer.5", "pooler", "classifier"]),
-    "K = 1, ¼ of the batch": (MultiStepRisk(L2, steps=1, batch_share=1 / 4), None),
+    "ACRT": (ACRT(L2), "all"),
+    "SAM": (SAM(L2), "all"),
+    "AWP, K = 1": (AWP(L2), "all"),
+    "gradient penalty": (GradientPenalty(weight=0.05), "all"),
+    "4 bits": (CorruptionRisk(ROUNDED, clean_weight=0), "all"),
+    "half 4 bits": (CorruptionRisk(ROUNDED), "all"),
+    "worst direction and 4 bits": (CorruptionRisk([GradientCorruption(L2), ROUNDED], clean_weight=1 / 3), "all"),
+    "two last layers, K = 1": (MultiStepRisk(L2, steps=1), TWO_LAST),
+    "K = 1, ¼ of the batch": (MultiStepRisk(L2, steps=1, batch_share=1 / 4), "all"),
     **{
-        f"SAM, {part} of the batch": (SAM(L2, batch_share=share), None) for part, share in (("¼", 1 / 4), ("⅛", 1 / 8))
+        f"SAM, {part} of the batch": (SAM(L2, batch_share=share), "all")
+        for part, share in (("¼", 1 / 4), ("⅛", 1 / 8))
     },
+}
+ARMS = [STOCK, *OURS, *PEERS]
+
+TINY: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+LLAMA_1B: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 5504,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 32,
+}
+SHAPES: dict[str, Callable[[], nn.Module]] = {
+    "tiny-bert": lambda: BertForSequenceClassification(BertConfig(**TINY)),
+    "bert-base": lambda: BertForSequenceClassification(BertConfig()),
+    "tiny-llama": lambda: LlamaForCausalLM(LlamaConfig(**TINY)),
+    "llama-1b": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA_1B)),  # 1.04 B parameters
+    "llama-7b": lambda: LlamaForCausalLM(LlamaConfig()),  # 6.74 B
 }
 
 
-class Bench:
-    """One model with one batch, and an optimizer step for each arm."""
+def random_model(shape: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
+    """Build a model of one of the shapes with random weights, where it is going to be."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # so that 7 B are never there in float32
+    try:
+        with torch.device(device):
+            return SHAPES[shape]()
+    finally:
+        torch.set_default_dtype(before)
 
-    def __init__(self, name: str, batch: int, length: int) -> None:
-        torch.manual_seed(0)
-        self.model = AutoModelForSequenceClassification.from_pretrained(name)
-        self.arguments = quiet_arguments(tempfile.mkdtemp(), max_grad_norm=0)
-        device = self.arguments.device
-        self.model.to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
-        self.inputs = {
-            "input_ids": torch.randint(self.model.config.vocab_size, (batch, length), device=device),
-            "attention_mask": torch.ones(batch, length, dtype=torch.long, device=device),
-            "labels": torch.randint(2, (batch,), device=device),
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step of an arm costs; what a peer or a double backward does in weight space is not counted."""
+
+    arm: str
+    operations_ratio: float
+    time_ratio_median: float
+    time_ratio_quartiles: tuple[float, float]
+    seconds_median: float
+    peak_memory_mib_over_stock: int
+    bytes_per_defended_weight: float | None
+    launches_beyond_passes: int | None
+    kernels_beyond_passes: int | None
+
+
+class Bench:
+    """One model with one batch, and an optimizer step for each arm.
+
+    Args:
+        model: A classifier of two classes, or a causal language model, on its device.
+        batch: How many rows it gets.
+        length: How many tokens a row has.
+        bf16: Whether it computes in bf16 autocast.
+        fused: Whether AdamW is the fused one.
+        arms: Which of `ARMS` to look at; the stock step always is.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batch: int,
+        length: int,
+        *,
+        bf16: bool = False,
+        fused: bool = False,
+        arms: Collection[str] = tuple(ARMS),
+    ) -> None:
+        self.model, self.device = model, model.device
+        self.arguments = quiet_arguments(tempfile.mkdtemp(), max_grad_norm=0, use_cpu=model.device.type == "cpu")
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused or None)
+        layers, self.is_decoder = model.config.num_hidden_layers, isinstance(model, LlamaForCausalLM)
+        tokens = torch.randint(model.config.vocab_size, (batch, length), device=self.device)
+        mask = torch.ones(batch, length, dtype=torch.long, device=self.device)
+        labels = tokens if self.is_decoder else torch.randint(2, (batch,), device=self.device)
+        self.inputs = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+        stack, ends = ("layers", ["model.norm", "lm_head"]) if self.is_decoder else ("layer", ["pooler", "classifier"])
+        self.targets: dict[str, str | list[str]] = {
+            "all": "all",
+            LAST: "last-decoder-layer" if self.is_decoder else "last-encoder-layer",
+            TWO_LAST: [f"{stack}.{layers - 2}", f"{stack}.{layers - 1}", *ends],
         }
-        self.arms: dict[str, Callable[[], None]] = {STOCK: self.trained(Trainer)}
-        for label, (defense, target) in OURS.items():
-            self.arms[label] = self.trained(ParameterDefenseTrainer, defense=defense, target_modules=target)
-        self.arms |= Peers(self.model, self.inputs, self.optimizer).steps()
+        if bf16:
+            in_bfloat16(model, self.device.type)
+        every = {STOCK: self.trained(Trainer)}
+        for arm, (defense, part) in OURS.items():
+            if arm in arms:
+                every[arm] = self.trained(ParameterDefenseTrainer, defense=defense, target_modules=self.targets[part])
+        every |= Peers(self.model, self.inputs, self.optimizer).steps()
+        self.steps = {arm: step for arm, step in every.items() if arm in {STOCK, *arms}}
 
     def trained(self, kind: type[Trainer], **options: Any) -> Callable[[], None]:
         """Return the step of a Trainer; the optimizer is the same for all."""
@@ -166,86 +270,123 @@ class Bench:
 
         return step
 
-    def operations(self, arm: str) -> int:
-        """Count the floating-point operations of one step, after one that may look around first."""
-        self.arms[arm]()
-        with FlopCounterMode(display=False) as counter:
-            self.arms[arm]()
-        return int(counter.get_total_flops())
+    def counted(self, arm: str) -> tuple[int, int]:
+        """Return the operations of one step, and the most bytes that it takes beside what was there before it.
 
-    def peak_memory(self, arm: str) -> int:
-        """Return the peak of this process after some steps, in bytes."""
-        for _ in range(3):
-            self.arms[arm]()
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        One step comes first, which may look around.
+        """
+        self.steps[arm]()
+        before = 0
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        watch = nullcontext() if self.device.type == "cuda" else PeakMemory()
+        with FlopCounterMode(display=False) as counter, watch as memory:
+            self.steps[arm]()
+        peak = torch.cuda.max_memory_allocated() - before if memory is None else memory.peak
+        return int(counter.get_total_flops()), peak
+
+    def beyond_passes(self, arm: str) -> tuple[float, int, int | None] | tuple[None, None, None]:
+        """Return bytes for each defended weight, launches, and on a GPU kernels, in weight space alone."""
+        defense, part = OURS.get(arm, (None, ""))
+        if defense is None or isinstance(defense, GradientPenalty):
+            return None, None, None
+        if isinstance(defense, AWP):
+            defense = replace(defense, input_epsilon=0.0)  # inputs are no weights
+        weights = select_parameters(self.model, self.targets[part])
+        traffic = traffic_beyond_passes(defense, weights)
+        kernels = kernels_beyond_passes(defense, weights) if self.device.type == "cuda" else None
+        size = sum(weight.numel() for weight in weights.values())
+        return traffic.bytes.total() / size, traffic.launches.total(), kernels
+
+    def costs(self, rounds: int) -> list[Cost]:
+        """Count and time the steps of all arms."""
+        counted = {arm: self.counted(arm) for arm in tqdm(self.steps, desc="counting", disable=None)}
+        times = pairs_with(self.steps[STOCK], self.steps, tqdm(range(rounds), desc="rounds", disable=None))
+        found = []
+        for arm in self.steps:
+            low, middle, high = quartiles_of_ratios(times[arm])
+            ratio, memory = counted[arm][0] / counted[STOCK][0], counted[arm][1] - counted[STOCK][1]
+            moved, launches, kernels = self.beyond_passes(arm)
+            found.append(
+                Cost(
+                    arm,
+                    operations_ratio=round(ratio, 3),
+                    time_ratio_median=round(middle, 3),
+                    time_ratio_quartiles=(round(low, 3), round(high, 3)),
+                    seconds_median=round(statistics.median(ours for ours, _ in times[arm]), 4),
+                    peak_memory_mib_over_stock=round(memory / 2**20),
+                    bytes_per_defended_weight=None if moved is None else round(moved, 1),
+                    launches_beyond_passes=launches,
+                    kernels_beyond_passes=kernels,
+                )
+            )
+        return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return the record's rows as Markdown."""
-    shown = []
-    for row in rows:
-        low, high = row["time_ratio_quartiles"]
-        ratio = f"{row['time_ratio_median']:.2f} ({low:.2f}–{high:.2f})"
-        seconds, memory = f"{row['seconds_median']:.2f}", f"{row['peak_memory_mib_over_stock']:+d}"
-        shown.append([row["arm"], f"{row['operations_ratio']:.2f}", ratio, seconds, memory])
-    headers = ["step", "operations", "time, median (quartiles)", "seconds", "peak memory, MiB"]
-    alignment = ["left", *["right"] * 4]
-    return tabulate(shown, headers, tablefmt="pipe", colalign=alignment, disable_numparse=True)
+def table(costs: list[Cost]) -> str:
+    """Return costs as Markdown."""
+    on_gpu = any(cost.kernels_beyond_passes is not None for cost in costs)
+    header = ["step", "operations", "time, median (quartiles)", "seconds", "memory, MiB", "bytes a weight", "launches"]
+    rows = []
+    for cost in costs:
+        low, high = cost.time_ratio_quartiles
+        rows.append(
+            [
+                cost.arm,
+                f"{cost.operations_ratio:.2f}",
+                f"{cost.time_ratio_median:.2f} ({low:.2f}–{high:.2f})",
+                f"{cost.seconds_median:.3g}",
+                f"{cost.peak_memory_mib_over_stock:+d}",
+                "" if cost.bytes_per_defended_weight is None else f"{cost.bytes_per_defended_weight:.0f}",
+                "" if cost.launches_beyond_passes is None else f"{cost.launches_beyond_passes}",
+                *(["" if cost.kernels_beyond_passes is None else f"{cost.kernels_beyond_passes}"] * on_gpu),
+            ]
+        )
+    return markdown_table([*header, *["kernels"] * on_gpu], rows)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a folder or a name on the Hub")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="a folder or a name on the Hub, for a classifier of two classes")
+    what.add_argument("--shape", choices=SHAPES, help="a model with random weights instead")
     parser.add_argument("--output", type=Path, help="where the record goes, JSON")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--peak-memory-of", metavar="ARM", help="only print the peak memory of one arm, in bytes")
-    options = parser.parse_args()
-    bench = Bench(options.model, options.batch, options.length)
-    if options.peak_memory_of:
-        print(bench.peak_memory(options.peak_memory_of))
-        return
-
-    def memory(arm: str) -> int:
-        command = [sys.executable, "-m", "scripts.benchmark", *sys.argv[1:], "--peak-memory-of", arm]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-    peaks = {arm: memory(arm) for arm in tqdm(bench.arms, desc="memory")}
-    operations = {arm: bench.operations(arm) for arm in tqdm(bench.arms, desc="operations")}
-    times = interleaved(bench.arms, tqdm(range(options.rounds), desc="rounds"))
-
-    rows = []
-    for arm in bench.arms:
-        low, middle, high = quartiles_of_ratios(times[arm], times[STOCK])
-        rows.append(
-            {
-                "arm": arm,
-                "operations_ratio": round(operations[arm] / operations[STOCK], 3),
-                "time_ratio_median": round(middle, 3),
-                "time_ratio_quartiles": [round(low, 3), round(high, 3)],
-                "seconds_median": round(statistics.median(times[arm]), 3),
-                "peak_memory_mib_over_stock": round((peaks[arm] - peaks[STOCK]) / 2**20),
-            }
-        )
+    parser.add_argument("--batch", type=int, default=32, help="rows a batch")
+    parser.add_argument("--length", type=int, default=64, help="tokens a row")
+    parser.add_argument("--bf16", action="store_true", help="compute in bf16 autocast")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="that of the weights")
+    parser.add_argument("--fused", action="store_true", help="update with PyTorch's fused AdamW")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=f"some of {ARMS}")
+    options = parser.parse_args(arguments)
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, options.dtype)
+    if options.shape:
+        model = random_model(options.shape, dtype, device)
+    else:
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(options.model, dtype=dtype).to(device)
+    settings = {"bf16": options.bf16, "fused": options.fused}
+    costs = Bench(model, options.batch, options.length, arms=options.arms, **settings).costs(options.rounds)
+    print(table(costs))
     record = {
+        "shape": options.shape,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "rounds": options.rounds,
         "batch": options.batch,
         "length": options.length,
-        "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
+        "dtype": options.dtype,
+        **settings,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
-        "rows": rows,
+        "rows": [asdict(cost) for cost in costs],
     }
-    print(table(rows))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        options.output.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

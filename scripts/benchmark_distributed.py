@@ -113,6 +113,10 @@ class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 LAST = "last-encoder-layer"
+FSDP2: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]},
+}
 STEPS = 4  # the first steps also look around; the last two must be alike
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "bert-base": {},
@@ -187,10 +191,6 @@ def train(engine: str, arm: tuple[str, bool] | None, shape: str, length: int, co
         {"input_ids": torch.randint(vocabulary, (length,), generator=generator), "labels": index % 2}
         for index in range(STEPS * distributed.get_world_size())
     ]
-    sharding: dict[str, Any] = {
-        "fsdp": True,
-        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]},
-    }
     watch = ReadEachStep(counter)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -198,7 +198,7 @@ def train(engine: str, arm: tuple[str, bool] | None, shape: str, length: int, co
             folder,
             per_device_train_batch_size=1,
             max_steps=STEPS,
-            **(sharding if engine == "FSDP2" else {}),
+            **(FSDP2 if engine == "FSDP2" else {}),
         )
         common: dict[str, Any] = {"model": model, "args": arguments, "train_dataset": rows, "callbacks": [watch]}
         if arm is None:

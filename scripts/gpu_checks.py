@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import platform
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,10 @@ from typing import Any
 import accelerate
 import torch
 import transformers
-from torch import Tensor, nn
+from accelerate.state import AcceleratorState
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -45,16 +48,29 @@ from hf_parcor import (
     SAM,
     BitFlips,
     CorruptionConstraint,
+    CorruptionEvaluator,
+    CorruptionRisk,
     FloatQuantization,
     GaussianNoise,
+    GradientCorruption,
+    LayerProbe,
+    MultiStepCorruption,
     MultiStepRisk,
     ParameterDefenseTrainer,
     Quantization,
     RandomCorruption,
     UniformNoise,
+    corrupted,
+    select_parameters,
 )
+from hf_parcor.corruptions import Corruption
+from hf_parcor.evaluation import LanguageModelMetric, NotEnoughMemoryError
 from hf_parcor.functional import constrained_maximum
-from scripts.training_steps import interleaved, quartiles_of_ratios, quiet_arguments, step_of
+from hf_parcor.targets import by_layer
+from scripts.benchmark import PEERS, STOCK, TINY, Bench, random_model
+from scripts.benchmark_distributed import FSDP2, Defended
+from scripts.counting import PeakMemory
+from scripts.training_steps import in_bfloat16, quiet_arguments, seconds, step_of
 
 
 class Skipped(Exception):  # noqa: N818
@@ -124,12 +140,6 @@ def bert(setting: Setting, **sizes: int) -> nn.Module:
     )
     model: nn.Module = BertForSequenceClassification(config)
     return model.to(setting.device)
-
-
-def in_bfloat16(model: nn.Module, device: str) -> nn.Module:
-    """Let a model compute in bf16 autocast, as the Trainer's loop would; steps by hand do not come through there."""
-    model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
-    return model
 
 
 def rows_for(count: int, length: int) -> list[dict[str, Any]]:
@@ -225,8 +235,12 @@ def longhand_step(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype
 
 
 def precision(setting: Setting) -> list[Row]:
-    """Three Trainer steps against autograd by hand: the difference of weights over what the steps moved."""
+    """Three Trainer steps against autograd by hand: the difference of weights over what the steps moved.
+
+    In 16 bits the order of operations alone makes a difference: as far as from float32 by hand, it may be.
+    """
     found = []
+    exact: list[Tensor] = []
     for name, (dtype, limit) in DTYPES.items():
         if name == "fp16" and setting.device == "cpu":
             continue  # Accelerate refuses it there
@@ -243,6 +257,8 @@ def precision(setting: Setting) -> list[Row]:
             )
         moved = [a.detach() - b for a, b in zip(ours.parameters(), before, strict=True)]
         expected = [a.detach() - b for a, b in zip(other.parameters(), before, strict=True)]
+        exact = exact or expected  # float32 comes first
+        limit = max(limit, distance(expected, exact))
         found.append(Row(f"{name}: distance from autograd by hand", distance(moved, expected), limit))
         if name == "fp16":
             found.extend(overflow(setting, rows, options))
@@ -264,18 +280,28 @@ def overflow(setting: Setting, rows: list[dict[str, Any]], options: dict[str, An
 
 
 def compiled(setting: Setting) -> list[Row]:
-    """Two steps of a compiled model against those of the plain one."""
+    """Two steps of a compiled model against those of the plain one: no farther off than with the stock Trainer."""
     backend = "inductor" if setting.device == "cuda" else "aot_eager"
-    moved = []
-    choices: list[dict[str, Any]] = [{}, {"torch_compile": True, "torch_compile_backend": backend}]
-    for options in choices:
-        model = bert(setting)
-        before = [w.detach().clone() for w in model.parameters()]
-        options |= {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": RATE}
-        rows = rows_for(8, 16)
-        trainer_of(setting, ParameterDefenseTrainer, model, options, train_dataset=rows, defense=risk(1)).train()
-        moved.append([a.detach() - b for a, b in zip(model.parameters(), before, strict=True)])
-    return [Row(f"{backend}: distance from the plain run", distance(moved[1], moved[0]), 1e-3)]
+    arms: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
+        "stock": (Trainer, {}),
+        "K = 1": (ParameterDefenseTrainer, {"defense": risk(1)}),
+    }
+    found = {}
+    for label, (kind, more) in arms.items():
+        moved = []
+        choices: list[dict[str, Any]] = [{}, {"torch_compile": True, "torch_compile_backend": backend}]
+        for options in choices:
+            model = bert(setting)
+            before = [w.detach().clone() for w in model.parameters()]
+            options |= {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": RATE}
+            trainer_of(setting, kind, model, options, train_dataset=rows_for(8, 16), **more).train()
+            moved.append([a.detach() - b for a, b in zip(model.parameters(), before, strict=True)])
+        found[label] = distance(moved[1], moved[0])
+    limit = max(1e-3, 2 * found["stock"])
+    return [
+        Row(f"{backend}, {label}: distance from the plain run", value, None if label == "stock" else limit)
+        for label, value in found.items()
+    ]
 
 
 class Stop(Exception):  # noqa: N818
@@ -349,7 +375,7 @@ def same_as_cpu(setting: Setting) -> list[Row]:
     weights = {"a": torch.randn(size), "b": torch.randn(size, 3)}
     there = {name: value.to(setting.device) for name, value in weights.items()}
     found = []
-    exact = [
+    exact: list[Corruption] = [
         *(Quantization(4), Quantization(8, "channel", code_range="full"), Quantization(4, symmetric=False)),
         *(FloatQuantization("fp8_e4m3"), FloatQuantization("fp8_e5m2", "channel"), FloatQuantization("nf4")),
         *(BitFlips(count=100), BitFlips(rate=1e-4), GaussianNoise(0.1)),
@@ -380,6 +406,9 @@ def synchronizations(setting: Setting) -> list[Row]:
         for steps in (1, 2):
             more = {"defense": risk(steps), "target_modules": target}
             arms[f"{label}, K = {steps}"] = (ParameterDefenseTrainer, more, steps + 1)
+    few = MultiStepRisk(CorruptionConstraint(epsilon=0.1, top_n=1000), steps=2)
+    arms["top 1000, K = 2"] = (ParameterDefenseTrainer, {"defense": few}, 3)
+    arms["half 4 bits"] = (ParameterDefenseTrainer, {"defense": CorruptionRisk(Quantization(4))}, 2)
     for label, (kind, more, _) in arms.items():
         model = bert(setting)
         step = step_of(trainer_of(setting, kind, model, {}, **more), model, batch_of(rows_for(4, 16), "cuda"))
@@ -398,6 +427,49 @@ def synchronizations(setting: Setting) -> list[Row]:
     return [Row(f"{label}: waits", counts[label], stock * passes) for label, (_, _, passes) in arms.items()]
 
 
+def joined_training(setting: Setting, kind: type[Trainer], batch: int, **options: Any) -> list[Tensor]:
+    """Train two steps with a corruption that all processes share; return what the whole weights moved by."""
+    model = bert(setting)
+    before = [w.detach().clone() for w in model.parameters()]
+    options |= {"max_steps": 2, "per_device_train_batch_size": batch, "learning_rate": RATE}
+    options["average_tokens_across_devices"] = False
+    defense = MultiStepRisk(L2, steps=1, sync_perturbation=True)
+    trainer_of(setting, kind, model, options, train_dataset=rows_for(16, 16), defense=defense).train()
+    after: list[Any] = [w.detach() for w in model.parameters()]
+    after = [w.full_tensor() if isinstance(w, DTensor) else w for w in after]
+    return [(w - start).cpu() for w, start in zip(after, before, strict=True)]
+
+
+ENGINES: dict[str, dict[str, Any]] = {"DDP": {}, "FSDP2": FSDP2}
+
+
+def train_on_rank(rank: int, setting: Setting, folder: str) -> None:
+    """Train under each engine on one of two ranks, and write what the weights moved by."""
+    local = rank % max(1, torch.cuda.device_count() if setting.device == "cuda" else 2)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": "2"}
+    prepare_process(setting)
+    if setting.device == "cuda":
+        torch.cuda.set_device(local)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    for engine, options in ENGINES.items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.save(joined_training(setting, Defended, 4, **options), f"{folder}/{engine}-{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def two_ranks(setting: Setting) -> list[Row]:
+    """DDP and FSDP2 on two ranks that share a device, over gloo, against one process with the joined batches."""
+    alone, found = joined_training(setting, ParameterDefenseTrainer, 8), []
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(train_on_rank, args=(setting, folder), nprocs=2)  # type: ignore[no-untyped-call]
+        for engine in ENGINES:
+            first, second = (torch.load(f"{folder}/{engine}-{rank}.pt") for rank in range(2))
+            found.append(Row(f"{engine}: distance from one process", distance(first, alone), 1e-3))
+            found.append(Row(f"{engine}: bytes that differ between ranks", differing_bits(first, second), 0))
+    return found
+
+
 def two_processes(setting: Setting) -> list[Row]:
     """DDP and FSDP2 on two ranks: as many all-reduces as the stock Trainer, the same weights everywhere."""
     if setting.device == "cuda" and torch.cuda.device_count() < 2:
@@ -413,93 +485,161 @@ def two_processes(setting: Setting) -> list[Row]:
     ]
 
 
-BERT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-Arms = dict[str, Callable[[], object]]
+SAMS = [peer for peer in PEERS if "SAM" in peer]
+BEYOND = ["whole model, K = 1", "whole model, K = 2", "SAM"]
+COMPARED = [*BEYOND, "last layer, K = 1", "4 bits", "SAM, ⅛ of the batch", *SAMS]
+LAUNCHES = 60  # of a step with K = 1 in weight space
+
+
+def costs(setting: Setting, shape: str, batch: int, length: int, rounds: int, limits: dict[str, float]) -> list[Row]:
+    """Time steps in bf16 autocast; limits are of the median ratio to the stock step, where a GPU is timed."""
+    timed = setting.device == "cuda" and not setting.quick
+    model = random_model(shape, device=setting.device)
+    bench = Bench(model, batch, length, bf16=True, fused=True, arms=COMPARED)
+    label = f"{shape}, {batch} × {length}"
+    found = {cost.arm: cost for cost in bench.costs(rounds)}
+    rows = [Row(f"{label}: millions of parameters", sum(p.numel() for p in model.parameters()) / 1e6)]
+    for arm, cost in found.items():
+        (low, high), moved = cost.time_ratio_quartiles, cost.bytes_per_defended_weight
+        limit = LAUNCHES if arm == "whole model, K = 1" else None
+        rows += [
+            Row(f"{label}, {arm}: seconds, median", cost.seconds_median),
+            Row(f"{label}, {arm}: ratio to stock, first quartile", low),
+            Row(f"{label}, {arm}: ratio to stock, median", cost.time_ratio_median, limits.get(arm) if timed else None),
+            Row(f"{label}, {arm}: ratio to stock, third quartile", high),
+            Row(f"{label}, {arm}: memory over stock, MiB", cost.peak_memory_mib_over_stock),
+        ]
+        if moved is not None and cost.launches_beyond_passes is not None:
+            rows.append(Row(f"{label}, {arm}: bytes a defended weight beyond its passes", moved))
+            rows.append(Row(f"{label}, {arm}: launches beyond its passes", cost.launches_beyond_passes, limit))
+        if cost.kernels_beyond_passes is not None:
+            rows.append(Row(f"{label}, {arm}: kernels beyond its passes", cost.kernels_beyond_passes, limit))
+    for peer in SAMS:  # slower beyond the spread of both
+        slower = found["SAM"].time_ratio_quartiles[0] / found[peer].time_ratio_quartiles[1]
+        rows.append(Row(f"{label}, SAM: first quartile over the third of {peer}", slower, 1 if timed else None))
+    return rows
 
 
 def bert_base(setting: Setting) -> list[Row]:
-    """BERT base, batch 32 × 128, bf16 autocast."""
-    sizes, rows, length = (dict[str, int](), 2, 8) if setting.quick else (BERT_BASE, 32, 128)
-    model = bert(setting, **sizes)
-    defended: dict[str, dict[str, Any]] = {
-        **{f"whole model, K = {steps}": {"defense": risk(steps)} for steps in (1, 2, 3)},
-        **{f"last layer, K = {steps}": {"defense": risk(steps), "target_modules": LAST} for steps in (1, 2, 3)},
-        "SAM": {"defense": SAM(L2)},
-    }
-    arms = arms_of(setting, model, batch_of(rows_for(rows, length), setting.device), defended)
-    return measure(setting, arms, rounds=2 if setting.quick else 20)
+    """BERT base, compute-bound and launch-bound."""
+    if setting.quick:
+        return costs(setting, "tiny-bert", 2, 8, 2, {})
+    long = costs(setting, "bert-base", 64, 512, 12, {"whole model, K = 1": 2.0, "whole model, K = 2": 3.0})
+    return [*long, *costs(setting, "bert-base", 32, 128, 15, {"whole model, K = 1": 2.1})]
+
+
+def need_memory(setting: Setting, gib: float) -> None:
+    """Raise `Skipped` on a GPU with less free memory."""
+    if setting.device == "cuda" and not setting.quick:
+        free = torch.cuda.mem_get_info()[0] / 2**30
+        if free < gib:
+            raise Skipped(f"expected {gib:.0f} GiB of free memory, got {free:.0f}")
 
 
 def decoder(setting: Setting) -> list[Row]:
-    """A Llama of about 1.1 B float32 parameters, or fewer where memory is short, in bf16 autocast."""
-    width, layers, rows, length = 64, 2, 2, 8
-    if setting.device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-        # Weights, gradients, saved weights, a partial sum and a vector in the making: 20 bytes each, and activations.
-        width, layers, rows, length = (2048, 20, 4, 512) if free > 40 * 2**30 else (1024, 16, 4, 256)
+    """A Llama of 1 B float32 weights."""
+    need_memory(setting, 60)
     if setting.quick:
-        width, layers, rows, length = 64, 2, 2, 8
-    config = LlamaConfig(
-        vocab_size=VOCABULARY if setting.quick else 32_000,
-        hidden_size=width,
-        intermediate_size=width * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32 if setting.quick else width // 64,
-        max_position_embeddings=length,
-    )
-    torch.manual_seed(0)
-    with torch.device(setting.device):
-        model: nn.Module = LlamaForCausalLM(config)
-    tokens = torch.randint(config.vocab_size, (rows, length), device=setting.device)
-    defended: dict[str, dict[str, Any]] = {
-        "whole model, K = 1": {"defense": risk(1)},
-        "last layer, K = 1": {"defense": risk(1), "target_modules": "last-decoder-layer"},
-    }
-    arms = arms_of(setting, model, {"input_ids": tokens, "labels": tokens}, defended)
-    size = Row("millions of parameters", sum(p.numel() for p in model.parameters()) / 1e6)
-    return [size, *measure(setting, arms, rounds=2 if setting.quick else 8)]
+        return costs(setting, "tiny-llama", 2, 8, 2, {})
+    return costs(setting, "llama-1b", 4, 1024, 8, {"whole model, K = 1": 1.97, "whole model, K = 2": 2.97})
 
 
-def arms_of(setting: Setting, model: nn.Module, batch: dict[str, Tensor], defended: dict[str, dict[str, Any]]) -> Arms:
-    """Return steps of the stock Trainer and of defended ones, on one model and one batch, with an update each."""
-    in_bfloat16(model, setting.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+def bf16_weights(setting: Setting) -> list[Row]:
+    """Memory of a step on bf16 weights beyond that of the stock step: at most 2 × the weights with one climb."""
+    need_memory(setting, 40)
+    shape, batch, length = ("tiny-llama", 2, 8) if setting.quick else ("llama-1b", 2, 512)
+    model = random_model(shape, torch.bfloat16, setting.device)
+    bench = Bench(model, batch, length, fused=True, arms=BEYOND)
+    peaks = {arm: bench.counted(arm)[1] for arm in bench.steps}
+    size = sum(p.numel() for p in model.parameters())
+    # A corruption that moves is held in float32 itself.
+    limits = dict(zip(BEYOND, (4.0, 9.1, 4.0), strict=True))
+    return [
+        Row(
+            f"{arm}: bytes a weight beyond stock",
+            (peaks[arm] - peaks[STOCK]) / size,
+            None if setting.quick else limit,  # what is done in chunks is larger than a small model
+        )
+        for arm, limit in limits.items()
+    ]
 
-    def arm(kind: type[Trainer], **more: Any) -> Callable[[], object]:
-        step = step_of(trainer_of(setting, kind, model, {}, **more), model, batch)
 
-        def run() -> None:
-            step()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return run
-
-    return {"stock": arm(Trainer), **{label: arm(ParameterDefenseTrainer, **more) for label, more in defended.items()}}
+def tokens_for(model: Any, batches: int, rows: int, length: int) -> list[dict[str, Tensor]]:
+    """Draw batches for a causal language model."""
+    drawn = [torch.randint(model.config.vocab_size, (rows, length), device=model.device) for _ in range(batches)]
+    return [{"input_ids": tokens, "labels": tokens} for tokens in drawn]
 
 
-def measure(setting: Setting, arms: Arms, rounds: int) -> list[Row]:
-    """Interleave the arms' steps; report seconds, quartiles of the ratio to the stock step, and peak memory."""
-    cuda = setting.device == "cuda"
-    peaks = {}
-    for arm, step in arms.items():  # also warms up
-        step()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        step()
-        if cuda:
-            peaks[arm] = torch.cuda.max_memory_allocated()
-    times = interleaved(arms, range(rounds))
+REFUSABLE = 60  # GiB; or they are refused before they start
+GIB_AT_MOST: dict[str, tuple[Corruption, float]] = {
+    "noise": (GaussianNoise(0.01), 30),
+    "quantization": (Quantization(4), 30),
+    "flips": (BitFlips(rate=1e-6), 30),
+    "gradient": (GradientCorruption(L2), REFUSABLE),
+    "multi-step": (MultiStepCorruption(L2, steps=1), REFUSABLE),
+}
+
+
+def evaluation_7b(setting: Setting) -> list[Row]:
+    """Peak memory, weights included, while all of a Llama of 6.7 B bf16 weights is corrupted and measured."""
+    need_memory(setting, 70)
+    model: Any = random_model("tiny-llama" if setting.quick else "llama-7b", torch.bfloat16, setting.device)
+    model.eval()
+    weights = sum(p.nbytes for p in model.parameters())
+    batches = tokens_for(model, 1, 1, 8 if setting.quick else 512)
+    evaluator = CorruptionEvaluator(model, LanguageModelMetric(batches), progress=False)
     found = []
-    for arm in arms:
-        low, middle, high = quartiles_of_ratios(times[arm], times["stock"])
-        found.append(Row(f"{arm}: seconds, median", statistics.median(times[arm])))
-        found.append(Row(f"{arm}: ratio to stock, first quartile", low))
-        found.append(Row(f"{arm}: ratio to stock, median", middle))
-        found.append(Row(f"{arm}: ratio to stock, third quartile", high))
-        if cuda:
-            found.append(Row(f"{arm}: peak memory, MiB", peaks[arm] / 2**20))
+    for label, (corruption, gib) in GIB_AT_MOST.items():
+        started = time.monotonic()
+        if setting.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        with PeakMemory() if setting.device == "cpu" else nullcontext() as memory:
+            try:
+                evaluator.evaluate([corruption], trials=1)
+                peak = torch.cuda.max_memory_allocated() if memory is None else weights + memory.peak
+            except torch.cuda.OutOfMemoryError:
+                peak = math.inf
+            except NotEnoughMemoryError as refused:  # before it started, with the number and the way out
+                found.append(Row(f"{label}: GiB, refused: {refused}", 0 if gib == REFUSABLE else math.inf, gib))
+                continue
+        found.append(Row(f"{label}: GiB", peak / 2**30, None if setting.quick else gib))
+        found.append(Row(f"{label}: seconds", time.monotonic() - started))
     return found
+
+
+def sweep(setting: Setting) -> list[Row]:
+    """Each layer of a decoder under noise of three strengths, by a probe and by a plain loop."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 32}
+    sizes |= {"num_attention_heads": 16, "vocab_size": 32_000}
+    with torch.device(setting.device):
+        model: Any = LlamaForCausalLM(LlamaConfig(**(TINY if setting.quick else sizes)))
+    model.eval()
+    batches = tokens_for(model, 2, 2, 8) if setting.quick else tokens_for(model, 8, 8, 256)
+    metric, noises = LanguageModelMetric(batches), [GaussianNoise(std) for std in (0.005, 0.01, 0.02)]
+    layers = by_layer(model)
+
+    def by_loop() -> None:
+        metric(model)
+        for layer in layers.values():
+            weights = select_parameters(model, layer)
+            for noise in noises:
+                with corrupted(weights, noise(weights)):
+                    metric(model)
+
+    def by_probe() -> None:
+        LayerProbe(model, metric, targets=layers, progress=False).evaluate(noises, trials=1)
+
+    metric(model)  # warms up
+    loop, probe = seconds(by_loop), seconds(by_probe)
+    limit = 0.6 if setting.device == "cuda" and not setting.quick else None
+    return [
+        Row("layers", len(layers)),
+        Row("plain loop: seconds", loop),
+        Row("probe: seconds", probe),
+        Row("probe over plain loop", probe / loop, limit),
+    ]
 
 
 TOTAL = 500.0  # seconds for all checks
@@ -510,20 +650,29 @@ CHECKS: dict[str, tuple[Callable[[Setting], list[Row]], float]] = {
     "prefix": (prefix, 45),
     "same_as_cpu": (same_as_cpu, 45),
     "synchronizations": (synchronizations, 45),
-    "bert_base": (bert_base, 90),
+    "bert_base": (bert_base, 140),
     "decoder": (decoder, 90),
+    "bf16_weights": (bf16_weights, 45),
+    "evaluation_7b": (evaluation_7b, 120),
+    "sweep": (sweep, 60),
+    "two_ranks": (two_ranks, 90),
     "two_processes": (two_processes, 150),
     "compiled": (compiled, 90),
 }
 
 
-def run_check(name: str, setting: Setting, record: str) -> None:
-    """Run a check in this process, and write what it found."""
-    os.setsid()  # it ends with all that it starts
+def prepare_process(setting: Setting) -> None:
+    """Let a process be quiet, not crowd the CPU, and multiply in full precision."""
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if setting.device == "cpu":
         torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def run_check(name: str, setting: Setting, record: str) -> None:
+    """Run a check in this process, and write what it found."""
+    os.setsid()  # it ends with all that it starts
+    prepare_process(setting)
     try:
         rows = CHECKS[name][0](setting)
         status = "holds" if all(row.holds for row in rows) else "fails"

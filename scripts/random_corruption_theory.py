@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from scipy import stats
-from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
@@ -37,6 +36,7 @@ from hf_parcor.evaluation.identity import library_versions
 from hf_parcor.functional import vector_norm
 from hf_parcor.indicators import LossOverData, hessian_trace, random_loss_changes
 from hf_parcor.records.stored import replace_text, to_strict_json
+from hf_parcor.reports.tables import markdown_table
 from hf_parcor.statistics import QuantileWithInterval
 from hf_parcor.theory import RandomCorruptionRatio, second_order_average_loss_change
 
@@ -217,6 +217,11 @@ def quantiles(magnitudes: Tensor, largest: float, ratio: RandomCorruptionRatio) 
 TITLE = "# Random corruptions of a language model against Theorem 1 (paper 1, Table 3)"
 
 
+def in_digits(digits: int, header: list[str], rows: list[list[Any]]) -> str:
+    """Return a Markdown table whose numbers have so many significant digits."""
+    return markdown_table(header, [[c if isinstance(c, str) else f"{c:.{digits}g}" for c in row] for row in rows])
+
+
 def table(record: dict[str, Any]) -> str:
     """Return the record as text: what was found beside what theory says."""
     first, trace = record["first_order"], record["hessian_trace"]
@@ -257,7 +262,7 @@ def table(record: dict[str, Any]) -> str:
         "",
         f"## {first['draws']:,} random corruptions to first order, ε = {first['epsilon']:g}",
         "",
-        tabulate(rows, header, tablefmt="pipe", floatfmt=".4g"),
+        in_digits(4, header, rows),
         "",
         f"εG = {first['largest_first_order']:.4g}; no corruption reached more than "
         f"{first['largest_share_of_worst_case']:.2g} of it, and the probability to reach half is "
@@ -266,7 +271,7 @@ def table(record: dict[str, Any]) -> str:
         "",
         f"## {record['settings']['changes']} random corruptions by forward passes",
         "",
-        tabulate(real, titles, tablefmt="pipe", floatfmt=".3g"),
+        in_digits(3, titles, real),
         "",
         f"{record['seconds']['training']:.0f} s of training, {record['seconds']['measuring']:.0f} s of measuring: "
         f"`{record['command']}`.",

@@ -1,4 +1,4 @@
-"""A Trainer's step without its loop; times of steps that take turns, since the speed of a machine drifts."""
+"""A Trainer's step without its loop; times of steps beside a stock step, since the speed of a machine drifts."""
 
 from __future__ import annotations
 
@@ -33,25 +33,38 @@ def step_of(trainer: Trainer, model: nn.Module, batch: dict[str, Tensor]) -> Cal
     return lambda: trainer.training_step(model, dict(batch))
 
 
-Steps = Mapping[str, Callable[[], object]]
+def in_bfloat16(model: nn.Module, device: str) -> nn.Module:
+    """Let a model compute in bf16 autocast, as the Trainer's loop would; steps by hand do not come through there."""
+    model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
+    return model
 
 
-def interleaved(steps: Steps, rounds: Iterable[object]) -> dict[str, list[float]]:
-    """Return the seconds of each step in each round; every round takes all of them."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+Step = Callable[[], object]
+
+
+def pairs_with(
+    stock: Step, steps: Mapping[str, Step], rounds: Iterable[object]
+) -> dict[str, list[tuple[float, float]]]:
+    """Return the seconds of each step in each round, with those of a stock step that was taken just before it."""
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for _ in rounds:
         for name, step in steps.items():
-            times[name].append(seconds(step))
-    return times
+            before = seconds(stock)
+            pairs[name].append((seconds(step), before))
+    return pairs
 
 
-def seconds(step: Callable[[], object]) -> float:
-    """Time one step, from a device that has nothing to do to one that has done it."""
+def seconds(step: Step) -> float:
+    """Time one step: on a GPU from when it has nothing to do to when it has done it, else the CPU's time for it.
+
+    That is the time that the threads of this process computed, whatever else the machine did meanwhile.
+    """
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     wait_for_device()
-    started = time.perf_counter()
+    started = clock()
     step()
     wait_for_device()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def wait_for_device() -> None:
@@ -60,12 +73,12 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def quartiles_of_ratios(ours: list[float], stock: list[float]) -> tuple[float, float, float]:
-    """Return first quartile, median and third quartile of the ratios within a round.
+def quartiles_of_ratios(pairs: Iterable[tuple[float, float]]) -> tuple[float, float, float]:
+    """Return first quartile, median and third quartile of the ratios of pairs.
 
     Examples:
-        >>> quartiles_of_ratios([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
+        >>> quartiles_of_ratios([(2.0, 1.0), (4.0, 2.0), (9.0, 3.0)])
         (2.0, 2.0, 3.0)
     """
-    low, middle, high = statistics.quantiles([one / other for one, other in zip(ours, stock, strict=True)], n=4)
+    low, middle, high = statistics.quantiles([one / other for one, other in pairs], n=4)
     return low, middle, high

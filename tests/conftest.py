@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import tempfile
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +22,7 @@ import hypothesis
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from hf_parcor import (
     BitFlips,
@@ -40,6 +38,7 @@ from hf_parcor import (
     WorstBitFlips,
 )
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
+from scripts.counting import PeakMemory
 
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
@@ -119,37 +118,6 @@ def bits_of() -> Callable[[nn.Module], str]:
         return sha.hexdigest()
 
     return digest
-
-
-class PeakMemory(TorchDispatchMode):
-    """The largest number of bytes in tensors made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                address, size = storage.data_ptr(), storage.nbytes()
-                if address and address not in self._known and not self._is_argument(address, args):
-                    self._known.add(address)
-                    self.live += size
-                    weakref.finalize(storage, self._free, address, size)
-        self.peak = max(self.peak, self.live)
-        return result
-
-    @staticmethod
-    def _is_argument(address, args) -> bool:
-        leaves = torch.utils._pytree.tree_leaves(args)
-        return any(isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() == address for leaf in leaves)
-
-    def _free(self, address, size) -> None:
-        self._known.discard(address)
-        self.live -= size
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import hf_parcor
 
 PACKAGE = Path(hf_parcor.__file__).parent
 ROOT = PACKAGE.parent
-OPTIONAL = {"datasets", "evaluate", "matplotlib", "pandas", "peft", "sacrebleu", "sacremoses", "scipy", "tabulate"}
+OPTIONAL = {"datasets", "evaluate", "matplotlib", "pandas", "peft", "sacrebleu", "sacremoses", "scipy"}
 PUBLIC = [
     "CorruptionConstraint",
     "RandomCorruption",

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
 
 import pytest
 import torch
 from for_each import for_each
 from operations import count_operations
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from hf_parcor import (
     ACRT,
@@ -25,11 +22,11 @@ from hf_parcor import (
     GradientPenalty,
     MultiStepRisk,
     Quantization,
-    injection,
     select_parameters,
 )
 from hf_parcor.defenses import DEFENSES, ConstrainedDefense, DefendedStep
 from hf_parcor.functional.top_n import keep_top_n_
+from scripts.counting import Traffic, traffic_beyond_passes
 
 L2 = CorruptionConstraint(epsilon=0.1)
 DEFENDED = [
@@ -94,46 +91,6 @@ def test_the_largest_entries_are_selected_no_oftener_than_needed(
     assert selected == [10] * (selections + started)
 
 
-class BytesMoved(TorchDispatchMode):
-    """Adds up what operations read and write; views, empty tensors and repetitions of an expanded one cost nothing."""
-
-    NOT_READ = ("copy_", "_foreach_copy_", "zero_", "_foreach_zero_", "fill_")  # nor what goes under the name `out`
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_operation: Counter[str] = Counter()
-
-    @property
-    def total(self) -> int:
-        return self.by_operation.total()
-
-    @staticmethod
-    def _size(value: object) -> int:
-        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        return sum(
-            tensor.itemsize
-            * math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
-            for tensor in tensors
-        )
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        name = function.overloadpacket.__name__
-        if function.is_view or name.startswith(("empty", "new_empty", "detach", "_unsafe_view", "_local_scalar")):
-            return result
-        moved = 0
-        for place, argument in enumerate(function._schema.arguments):
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            moved += self._size(value) * written
-            moved += self._size(value) * (not written or not (argument.is_out or name in self.NOT_READ))
-        if all(returned.alias_info is None for returned in function._schema.returns):
-            moved += self._size(result)
-        self.by_operation[name] += moved
-        return result
-
-
 OPERATIONS = {  # bytes for each of two float32 entries
     "reads and writes": (lambda a, b: a.clone(), 8),
     "reads two and writes one": (lambda a, b: torch._foreach_add_([a], [b]), 12),
@@ -149,9 +106,10 @@ OPERATIONS = {  # bytes for each of two float32 entries
 @for_each(("operation", "expected"), OPERATIONS.values())
 def test_bytes_are_counted(operation, expected):
     a, b = torch.ones(2), torch.ones(2)
-    with BytesMoved() as moved:
+    with Traffic() as moved:
         operation(a, b)
-    assert moved.total == 2 * expected
+    assert moved.bytes.total() == 2 * expected
+    assert moved.launches.total() == (expected > 0)
 
 
 L_INF = CorruptionConstraint(p=math.inf, epsilon=1e-3)
@@ -174,24 +132,27 @@ FLOOR = {  # bytes a defended weight, beyond the passes; and of the norm where i
 }
 
 
-@for_each(("steps", "limit"), [(1, 57), (2, 161)])
-def test_bytes_moved_where_nothing_may_be_read(steps, limit, monkeypatch):
+QUANTIZED = CorruptionRisk([GradientCorruption(L2), Quantization(4)], clean_weight=1 / 3)
+
+
+@for_each(
+    ("defense", "limit"),
+    [(MultiStepRisk(L2, steps=1), 57), (MultiStepRisk(L2, steps=2), 161), (SAM(L2), 57), (QUANTIZED, 141)],
+)
+def test_bytes_moved_where_nothing_may_be_read(defense, limit):
     """As on a GPU: there the factor is applied, and NaN kept out, without asking what the factor is."""
-    monkeypatch.setattr(injection, "check_weights", lambda weights: None)  # which refuses the meta device
-    selected = {
-        name: nn.Parameter(torch.empty(size, device="meta")) for name, size in {"one": 9000, "two": 70_000}.items()
-    }
-    moved, defense = BytesMoved(), MultiStepRisk(L2, steps=steps)
+    traffic = traffic_beyond_passes(defense, {"one": torch.empty(9000), "two": torch.empty(70_000)})
+    assert traffic.bytes.total() / 79_000 <= limit, traffic.bytes
 
-    def run_pass(objective, index):
-        with torch.utils._python_dispatch._disable_current_modes():
-            for parameter in selected.values():
-                parameter.grad = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
-            return objective(torch.ones((), device="meta"))
 
-    with moved, DefendedStep(selected, run_pass, defense.passes) as step:
-        defense.minimize(step)
-    assert moved.total / 79_000 <= limit, moved.by_operation
+@for_each(("defense", "limit"), [(MultiStepRisk(L2, steps=1), 60), (MultiStepRisk(L2, steps=2), 100), (SAM(L2), 60)])
+def test_launches_do_not_grow_with_the_number_of_tensors(defense, limit):
+    few, many = (
+        traffic_beyond_passes(defense, {str(index): torch.empty(3) for index in range(count)}).launches
+        for count in (2, 200)
+    )
+    assert few == many
+    assert few.total() <= limit, few
 
 
 @for_each(("defense", "dtype", "measured", "limit"), FLOOR.values())
@@ -200,7 +161,7 @@ def test_bytes_moved_beyond_the_passes(defense, dtype, measured, limit):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 256)).to(dtype)
     x = torch.randn(4, 256, dtype=dtype)
-    moved = BytesMoved()
+    moved = Traffic()
 
     def run_pass(objective, index):
         with torch.utils._python_dispatch._disable_current_modes():
@@ -213,7 +174,7 @@ def test_bytes_moved_beyond_the_passes(defense, dtype, measured, limit):
         if measured:
             norm = step.withdraw(defense.p)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    assert moved.total / weights <= limit, {name: count / weights for name, count in moved.by_operation.most_common()}
+    assert moved.bytes.total() / weights <= limit, {name: count / weights for name, count in moved.bytes.most_common()}
     if measured:
         assert float(norm.asked) == pytest.approx(defense.constraint.epsilon, rel=1e-4)
 

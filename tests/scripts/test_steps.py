@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -10,23 +12,29 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hf_parcor import SAM, CorruptionConstraint, ParameterDefenseTrainer
 from scripts.benchmark import RADIUS, Peers
-from scripts.training_steps import interleaved, quartiles_of_ratios, quiet_arguments, step_of
+from scripts.training_steps import pairs_with, quartiles_of_ratios, quiet_arguments, seconds, step_of
 
 BATCH = {"input_ids": torch.tensor([[3, 5, 7, 2], [4, 4, 1, 9]]), "labels": torch.tensor([0, 1])}
 
 
-def test_steps_take_turns():
+def test_each_step_follows_a_stock_step():
     order = []
-    times = interleaved({name: lambda name=name: order.append(name) for name in "ab"}, range(3))
-    assert order == [*"ababab"]
-    assert {name: len(of_step) for name, of_step in times.items()} == {"a": 3, "b": 3}
-    assert min(map(min, times.values())) > 0
+    steps = {name: lambda name=name: order.append(name) for name in "ab"}
+    pairs = pairs_with(lambda: order.append("stock"), steps, range(3))
+    assert order == ["stock", "a", "stock", "b"] * 3
+    assert {name: len(of_step) for name, of_step in pairs.items()} == {"a": 3, "b": 3}
 
 
-def test_quartiles_are_of_ratios_within_a_round():
+def test_the_time_of_a_cpu_is_what_this_process_computed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert seconds(lambda: time.sleep(0.05)) < 0.03
+    assert seconds(lambda: torch.ones(10**7).sum()) > 0.001
+
+
+def test_quartiles_are_of_ratios_within_a_pair():
     ours, stock = np.random.default_rng(0).uniform(1, 2, (2, 9))
     expected = np.quantile(ours / stock, [0.25, 0.5, 0.75], method="weibull")
-    assert quartiles_of_ratios(list(ours), list(stock)) == pytest.approx(tuple(expected))
+    assert quartiles_of_ratios(zip(ours, stock, strict=True)) == pytest.approx(tuple(expected))
 
 
 def bert():
