@@ -15,6 +15,7 @@ from hf_parcor.errors import InputError
 
 if TYPE_CHECKING:
     from hf_parcor.cli.subject import Subject
+    from hf_parcor.corruptions import Corruption
     from hf_parcor.tasks import Rows, Task
     from hf_parcor.trainers import ParameterDefenseTrainer
     from hf_parcor.training import ParameterDefenseTrainingArguments
@@ -47,6 +48,13 @@ class Train(Command):
         group.add_argument("--split-seed", type=at_least(0), default=0, metavar="N", help="of that draw; default: 0")
         group.add_argument("--train-split", default="train", metavar="NAME", help="default: %(default)s")
         group.add_argument("--train-limit", type=at_least(1), metavar="N", help="train on the first N rows only")
+        group.add_argument(
+            "--corruptions",
+            nargs="+",
+            metavar="NAME",
+            help="what the model is measured under, with strengths, as in evaluate: gradient=0.1,0.2 quantization=4; "
+            "default: those of paper 2, Table 1, and those that it was trained against",
+        )
         group.add_argument("--trials", type=at_least(1), default=TRIALS, metavar="N", help="of random corruptions")
         group.add_argument("--corruption-seed", type=at_least(0), default=0, metavar="N", help="default: 0")
         group.add_argument("--skip-corruptions", action="store_true", help="measure the clean model only")
@@ -83,6 +91,7 @@ class Train(Command):
         with redirect_stdout(sys.stderr):
             with refused(ValueError, TypeError, ImportError):
                 training = ParameterDefenseTrainingArguments(**{name: getattr(arguments, name) for name in names})
+            corruptions = _corruptions(arguments, training)
             set_seed(training.seed)
             train_rows, rows, given = _training_and_validation(arguments)
             task, columns = find_task(arguments, train_rows.first(arguments.train_limit), given)
@@ -105,7 +114,27 @@ class Train(Command):
                 "with --resume-from-checkpoint true the same command goes on from the last checkpoint, if any"
             ):
                 _train(trainer, training)
-        _measure(arguments, trainer, subject)
+        _measure(arguments, trainer, subject, corruptions)
+
+
+def _corruptions(arguments: argparse.Namespace, training: ParameterDefenseTrainingArguments) -> list[Corruption]:
+    """Return what the trained model is measured under.
+
+    Raises:
+        InputError: A word names no corruption, or has no strength, or the flags describe no defense.
+    """
+    from hf_parcor.corruptions import corruptions_of_table_1
+    from hf_parcor.corruptions.catalogue import read_corruptions
+    from hf_parcor.training import build_defense
+
+    if arguments.skip_corruptions:
+        return []
+    if arguments.corruptions is not None:
+        return read_corruptions(arguments.corruptions)
+    found = corruptions_of_table_1()
+    with refused(ValueError, TypeError, NotImplementedError):
+        trained_against = getattr(build_defense(training), "corruptions", ())
+    return [*found, *(one for one in trained_against if one not in found)]
 
 
 def _training_and_validation(arguments: argparse.Namespace) -> tuple[Rows, Rows, dict[str, str]]:
@@ -166,12 +195,15 @@ def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingA
     trainer.save_state()
 
 
-def _measure(arguments: argparse.Namespace, trainer: ParameterDefenseTrainer, subject: Subject) -> None:
+def _measure(
+    arguments: argparse.Namespace,
+    trainer: ParameterDefenseTrainer,
+    subject: Subject,
+    corruptions: Sequence[Corruption],
+) -> None:
     """Measure the trained model, all processes together, and show the record."""
-    from hf_parcor.corruptions import corruptions_of_table_1
     from hf_parcor.evaluation import CorruptionEvaluator
 
-    corruptions = [] if arguments.skip_corruptions else corruptions_of_table_1()
     with redirect_stdout(sys.stderr):
         evaluator = CorruptionEvaluator(
             subject.model,

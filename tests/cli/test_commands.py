@@ -524,6 +524,35 @@ class TestTrain:
         assert "| accuracy (of 100) " in result.out
         assert EvaluationRecord.load("out/robustness.json").info("accuracy") == MetricInfo(greater, "points")
 
+    @pytest.mark.parametrize(
+        ("flags", "measured"),
+        [((), ["2-bit", "3-bit"]), (("--corruptions", "quantization=5", "gaussian=0.1"), ["5-bit", "Gaussian"])],
+    )
+    def test_what_is_trained_against_is_measured_or_what_is_named(
+        self, run, classifier_folder, sentences, flags, measured, monkeypatch
+    ):
+        monkeypatch.setattr("hf_parcor.corruptions.corruptions_of_table_1", lambda: [Quantization(2)])
+        result = run(
+            *(
+                "train",
+                classifier_folder,
+                "--dataset",
+                sentences,
+                "--output-dir",
+                "out",
+                "--max-steps",
+                1,
+                "--trials",
+                1,
+            ),
+            *("--use-cpu", "--save-strategy", "no", "--report-to", "none", "--trials", 1, "--defense", "corruption"),
+            *("--defense-corruption", "quantization=2,3", *flags),
+        )
+        assert result.code == 0
+        labels = [row.label for row in EvaluationRecord.load("out/robustness.json").corruptions]
+        assert [label.split()[0] for label in labels] == measured
+        assert DefenseConfig.from_pretrained("out").defense.corruptions == (Quantization(2), Quantization(3))
+
     def test_labels_of_the_model_are_kept(self, run, tmp_path, classifier_folder, sentences):
         run(
             f"train {classifier_folder} --dataset {sentences} --output-dir out --max-steps 1 --use-cpu "

@@ -143,6 +143,8 @@ MISTAKES = [
     (f"{TRAIN} --dataset FOLDER --split train[:2]", "--split: train[:2] --train-split"),
     (f"{TRAIN} --defense samm", "defense: multi_step_risk 'samm'"),
     (f"{TRAIN} --defense-epsilon -1", "epsilon:"),
+    (f"{TRAIN} --defense corruption --defense-corruption quantisation=4", "quantisation (did mean quantization?)"),
+    (f"{TRAIN} --corruptions gradient", "strengths: gradient"),
     (f"{TRAIN} --defense-target-modules querry", '"querry"'),
     (f"{TRAIN} --defense-epsillon 1", "--defense-epsillon (did mean --defense-epsilon?)"),
     (f"{TRAIN} --max_steps many", "--max-steps: 'many'"),
