@@ -20,9 +20,12 @@ from hf_parcor import (
     SAM,
     CorruptionConstraint,
     CorruptionEvaluator,
+    CorruptionRisk,
     GaussianNoise,
+    GradientCorruption,
     MultiStepRisk,
     Quantization,
+    UniformNoise,
     defended_backward,
 )
 from hf_parcor.batches import private_copy
@@ -37,6 +40,8 @@ DEFENSES = {
     "sam": SAM(NOTHING),
     "sam on a part of the batch": SAM(NOTHING, batch_share=0.5),
     "awp": AWP(NOTHING, input_epsilon=0),
+    "corruption": CorruptionRisk([GradientCorruption(NOTHING), UniformNoise(1e-9)]),
+    "corruption alone": CorruptionRisk(UniformNoise(1e-9), clean_weight=0),
 }
 
 
