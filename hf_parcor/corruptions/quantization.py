@@ -50,7 +50,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_parcor.corruptions.corruption import OPTION, Corruption, GradientSource, Strength
+from hf_parcor.corruptions.corruption import OPTION, Corruption, GradientSource, Strength, named_pieces, one_by_one
 from hf_parcor.functional.quantization import (
     FLOAT_FORMATS,
     MOST_BITS,
@@ -60,6 +60,7 @@ from hf_parcor.functional.quantization import (
     check_float_format,
     check_per,
     quantize,
+    quantize_in_turn,
     quantize_to_float,
 )
 from hf_parcor.injection import Pieces
@@ -130,6 +131,9 @@ class Quantization(Corruption):
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
     ) -> Pieces:
+        if self == Quantization(self.bits):
+            rounded = one_by_one(quantize_in_turn(list(weights.values()), self.bits))
+            return Pieces(named_pieces(weights, rounded), replaces=True)
         return Pieces(((name, self._rounded(name, weight)) for name, weight in weights.items()), replaces=True)
 
     def _rounded(self, name: str, weight: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_parcor.functional import quantize, quantize_to_float
+from hf_parcor.functional.quantization import quantize_in_turn
 
 BITS = range(2, 17)
 TINY = 1e-30  # below it the step of 16 bits is subnormal
@@ -77,6 +78,24 @@ def test_the_largest_entry_and_zero_stay(bits: int) -> None:
     assert float(found[-1]) == pytest.approx(-9, rel=1e-6)
     assert not found[1000:1003].any()
     assert float((found - weights).abs().max()) > 0
+
+
+SPECIAL = st.sampled_from([0.0, -0.0, math.inf, math.nan, 1e-45, 3e38, -3e38])
+
+
+@given(
+    dtypes=st.sampled_from([(torch.float32,), (torch.bfloat16,), (torch.float64,), (torch.float32, torch.float16)]),
+    values=st.lists(st.lists(st.floats(-2, 2) | SPECIAL, max_size=6), max_size=5),
+    bits=st.integers(2, 16),
+)
+def test_many_together_are_rounded_as_each_by_itself(dtypes, values: list[list[float]], bits: int) -> None:
+    tensors = [torch.tensor(entries).to(dtypes[place % len(dtypes)]) for place, entries in enumerate(values)]
+    found = [tensor for some in quantize_in_turn(tensors, bits) for tensor in some]
+    for one, tensor in zip(found, tensors, strict=True):
+        expected = quantize(tensor, bits)
+        assert (one.dtype, one.shape) == (expected.dtype, expected.shape)
+        torch.testing.assert_close(one, expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(one.signbit(), expected.signbit())
 
 
 def test_odd() -> None:
