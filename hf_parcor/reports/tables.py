@@ -79,8 +79,8 @@ def comparison_table(
 ) -> str:
     """Return a Markdown table: a row for each corruption, a column for each record.
 
-    A cell is the mean over trials and, where there are several, ± the sample standard deviation. A last column shows
-    the change from the first record to the last.
+    A cell is the mean over trials and, where there are several, ± the sample standard deviation. Of two records a last
+    column shows the change.
 
     Args:
         records: Records by the name of their column, all of the same corruptions.
@@ -103,7 +103,7 @@ def comparison_table(
         [cells[0].label, *(_cell(cell, metric, numbers) for cell in cells), *_change(cells, metric, numbers)]
         for cells in zip(*columns, strict=True)
     ]
-    return markdown_table([numbers.head(metric), *records, *["change"] * (len(records) > 1)], rows)
+    return markdown_table([numbers.head(metric), *records, *["change"] * (len(records) == 2)], rows)
 
 
 def group_table(
@@ -162,6 +162,6 @@ def _cell(record: CorruptionRecord, metric: str, numbers: Numbers) -> str:
 
 
 def _change(cells: tuple[CorruptionRecord, ...], metric: str, numbers: Numbers) -> list[str]:
-    if len(cells) == 1:
+    if len(cells) != 2:
         return []
     return [numbers.plain_difference(cells[-1].mean(metric) - cells[0].mean(metric), sign=True)]
