@@ -206,16 +206,17 @@ from hf_parcor.evaluation import ClassificationMetric, fingerprint, measurement
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-measurement.BETWEEN_WRITES = 4
+measurement.BETWEEN_WRITES = 3
 folder, kills = Path(sys.argv[1]), 0
 config = tf.BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
 model = tf.BertForSequenceClassification(config)
-batches = [{"input_ids": torch.randint(20, (4, 6)), "labels": torch.randint(2, (4,))} for _ in range(4)]
+batches = [{"input_ids": torch.randint(20, (4, 6)), "labels": torch.randint(2, (4,))} for _ in range(2)]
+targets = {kind: target for kind, target in by_kind(model).items() if kind in ("attention", "embedding", "output")}
 constraint = CorruptionConstraint(epsilon=1.0)
 corruptions = [GradientCorruption(constraint), MultiStepCorruption(constraint), GaussianNoise(0.3)]
 
 def sweep(path=None):
-    probe = LayerProbe(model, ClassificationMetric(batches), batches, targets=by_kind(model), progress=False)
+    probe = LayerProbe(model, ClassificationMetric(batches), batches, targets=targets, progress=False)
     return probe.evaluate(corruptions, checkpoint=path)
 
 def lines(path):
@@ -225,7 +226,7 @@ begun = time.perf_counter()
 expected = sweep(folder / "whole.jsonl").to_json()
 seconds, draw = time.perf_counter() - begun, random.Random(0)
 resumed, path = 0, folder / "0.jsonl"
-while kills < 20:
+while kills < 12:
     child = os.fork()
     if not child:
         sweep(path)
@@ -252,12 +253,12 @@ print(kills, "kills,", resumed, "with finished trials")
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_twenty_kills_at_random_moments(tmp_path):
+def test_kills_at_random_moments(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("20 kills")
+    assert result.stdout.startswith("12 kills")
 
 
 TRIALS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def single(model, batches, target, corruptions, **options):
     return evaluator.evaluate(corruptions, trials=2)
 
 
-TARGETS = {"fifth": ["encoder.layer.4"], "norms": "layer-norm", "head": ["classifier"], "all": "all"}
+TARGETS = {"middle": ["encoder.layer.1"], "norms": "layer-norm", "head": ["classifier"], "all": "all"}
 
 
 @pytest.fixture
@@ -59,29 +59,33 @@ def every_corruption(one_of_each):
 
 
 @pytest.fixture
-def alone(six_layers, long_batches, every_corruption):
+def three_layers(tiny_bert):
+    return tiny_bert(**{**SIX_LAYERS, "num_hidden_layers": 3}).eval()
+
+
+@pytest.fixture
+def alone(three_layers, long_batches, every_corruption):
     """Return the records of single evaluators, which do not depend on what a sweep shares."""
     return {
-        label: single(six_layers, long_batches, target, every_corruption, reuse_prefix=False).to_json()
+        label: single(three_layers, long_batches, target, every_corruption, reuse_prefix=False).to_json()
         for label, target in TARGETS.items()
     }
 
 
 @pytest.mark.slow
-@for_each("memory", [1, 50_000, 1 << 30])
-@for_each("reuse", [True, False])
+@for_each("memory, reuse", [(1, True), (40_000, True), (1 << 30, True), (40_000, False)])
 def test_records_are_those_of_single_evaluators(
-    six_layers, long_batches, every_corruption, alone, bits_of, memory, reuse
+    three_layers, long_batches, every_corruption, alone, bits_of, memory, reuse
 ):
-    before, metric = bits_of(six_layers), ClassificationMetric(long_batches)
+    before, metric = bits_of(three_layers), ClassificationMetric(long_batches)
     probe = LayerProbe(
-        six_layers, metric, long_batches, targets=TARGETS, memory=memory, reuse_prefix=reuse, progress=False
+        three_layers, metric, long_batches, targets=TARGETS, memory=memory, reuse_prefix=reuse, progress=False
     )
     records = probe.evaluate(every_corruption, trials=2).records
     assert {label: record.to_json() for label, record in records.items()} == alone  # in JSON, NaN equals NaN
     assert list(records) == list(TARGETS)
-    assert bits_of(six_layers) == before
-    assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in six_layers.modules())
+    assert bits_of(three_layers) == before
+    assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in three_layers.modules())
 
 
 def test_each_block_is_a_target_by_default(batches):
@@ -149,8 +153,8 @@ def test_operations_of_a_sweep(six_layers, long_batches):
             .records
         )
 
-    def plain(label):
-        for row, corruption in zip(found[label].corruptions, CORRUPTIONS, strict=True):
+    def plain(label):  # of the first radius: the others take as many
+        for row, corruption in zip(found[label].corruptions[:2], CORRUPTIONS, strict=False):
             alone = single(six_layers, long_batches, [label], [corruption], reuse_prefix=False)
             assert alone.corruptions == (row,)
 
@@ -158,7 +162,7 @@ def test_operations_of_a_sweep(six_layers, long_batches):
     assert list(found) == [f"bert.encoder.layer.{index}" for index in range(6)]
     # One layer lower, and a gradient takes one layer more: the two ends make the mean of all.
     ends = [count_operations(partial(plain, label)) for label in (list(found)[0::5])]
-    assert shared <= 0.6 * 6 * sum(ends) / 2
+    assert shared <= 0.6 * 6 * 5 * sum(ends) / 2
 
 
 @pytest.mark.slow
@@ -202,10 +206,12 @@ class TestMemory:
     """What a sweep holds at a time does not depend on how long it is."""
 
     @pytest.fixture
-    def peak_of(self, tiny_bert, peak_memory):
+    def peak_of(self, tiny_bert, peak_memory, tmp_path):
         model = tiny_bert(**{**SIX_LAYERS, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 256}).eval()
 
-        def peak(batches=2, radii=1, layers=1, memory=1, **options):
+        @cache
+        def peak(batches=2, radii=1, layers=1, memory=1, saved=False):
+            options = {"checkpoint": tmp_path / f"{batches} {radii} {layers}"} if saved else {}
             data = [
                 {"input_ids": torch.full((2, 6), 1 + index), "labels": torch.tensor([0, 1])}
                 for index in range(batches)
@@ -226,15 +232,14 @@ class TestMemory:
         return peak
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("longer", [{"radii": 3}, {"layers": 3}, {"batches": 8}], ids=str)
-    @pytest.mark.parametrize("saved", [True, False])
-    def test_it_does_not_grow(self, peak_of, longer, saved, tmp_path):
-        path = (lambda name: {"checkpoint": tmp_path / name}) if saved else (lambda _: {})
-        (short, size), (long, _) = peak_of(**path("short")), peak_of(**longer, **path("long"))
+    @for_each("longer", [{"radii": 2}, {"layers": 2}, {"batches": 6}])
+    @for_each("saved", [True, False])
+    def test_it_does_not_grow(self, peak_of, longer, saved):
+        (short, size), (long, _) = peak_of(saved=saved), peak_of(**longer, saved=saved)
         assert short > size / 4, "or nothing was counted"
         assert long <= short + 0.01 * size
 
     @pytest.mark.slow
     def test_corruptions_that_are_measured_together_take_what_they_may(self, peak_of):
-        (alone, size), (together, _) = peak_of(radii=3), peak_of(radii=3, memory=1 << 30)
+        (alone, size), (together, _) = peak_of(radii=2), peak_of(radii=2, memory=1 << 30)
         assert together > alone + size

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from for_each import for_each
 from operations import count_operations
 from torch import nn
 from transformers.utils import ModelOutput
@@ -40,15 +41,23 @@ def evaluate(classifier, batches):
     return run
 
 
+@pytest.fixture
+def corruptions(one_of_each):
+    return [*one_of_each.values(), *MANY]
+
+
+@pytest.fixture
+def plain(evaluate, corruptions, target):
+    return evaluate(corruptions, target, reuse_prefix=False)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", [1, 3000 * 4, 1 << 30])
+@for_each("memory", [1, 3000 * 4, 1 << 30])
 @pytest.mark.parametrize("target", ["last-encoder-layer", ["classifier"]])
-def test_the_record_is_the_same(evaluate, classifier, one_of_each, bits_of, target, memory):
-    before, corruptions = bits_of(classifier), [*one_of_each.values(), *MANY]
-    shared = evaluate(corruptions, target, memory=memory)
-    plain = evaluate(corruptions, target, reuse_prefix=False)
-    assert shared == plain
-    assert len({row.metrics["loss"] for row in shared.rows()}) > len(corruptions) // 2, "they do something"
+def test_the_record_is_the_same(evaluate, classifier, corruptions, plain, bits_of, target, memory):
+    before = bits_of(classifier)
+    assert evaluate(corruptions, target, memory=memory) == plain
+    assert len({row.metrics["loss"] for row in plain.rows()}) > len(corruptions) // 2, "they do something"
     assert bits_of(classifier) == before
     assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in classifier.modules())
 
@@ -90,7 +99,7 @@ def test_operations_of_single_layers(tiny_bert):
     Each of them still measures the clean model, and takes its own gradient over the data.
     """
     model = tiny_bert(num_hidden_layers=6, hidden_size=16, intermediate_size=64).eval()
-    batches = [{"input_ids": torch.randint(1, 20, (4, 12)), "labels": torch.randint(0, 2, (4,))} for _ in range(9)]
+    batches = [{"input_ids": torch.randint(1, 20, (4, 12)), "labels": torch.randint(0, 2, (4,))} for _ in range(4)]
     corruptions = [
         kind(CorruptionConstraint(epsilon=epsilon))
         for epsilon in (0.1, 0.2, 0.5, 1.0, 2.0)
@@ -103,8 +112,8 @@ def test_operations_of_single_layers(tiny_bert):
             evaluator = CorruptionEvaluator(model, ClassificationMetric(batches), batches, **settings)
             of_layers.append(count_operations(partial(evaluator.evaluate, corruptions)))
     ratios = [shared / plain for shared, plain in zip(counted[True], counted[False], strict=True)]
-    assert ratios[-1] < 0.49
-    assert sum(counted[True]) < 0.82 * sum(counted[False])
+    assert ratios[-1] < 0.56
+    assert sum(counted[True]) < 0.9 * sum(counted[False])
 
 
 def test_ascents_of_different_lengths_end_where_they_would_alone(classifier, batches):

@@ -6,7 +6,10 @@ import argparse
 import gzip
 import json
 import re
+import runpy
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -109,10 +112,20 @@ def campaign(tmp_path, monkeypatch):
     folders = {"data": tmp_path, "output": tmp_path / "records", "work": tmp_path / "work"}
     options = argparse.Namespace(study="multi30k", **folders, seeds=[1], test_sentences=5)
     options.output.mkdir()
+
+    def run_here(command, check):
+        """Run the example's program in this process, which has imported everything."""
+        assert command[0] == sys.executable
+        assert check
+        monkeypatch.setattr(sys, "argv", command[1:])
+        runpy.run_path(command[1], run_name="__main__")
+
+    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run_here))
     return script.Campaign(options)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 def test_table_6_and_figure_3(campaign, monkeypatch):
     table = script.table_6(campaign)
     output, work = campaign.options.output, campaign.options.work

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from for_each import for_each
 from transformers import DataCollatorForSeq2Seq, TrainerCallback
 
 from hf_parcor import (
@@ -99,25 +100,29 @@ def test_without_a_bound_batches_are_the_stock_ones(tiny_model, tokenizer, rows,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_interrupted_within_an_epoch(run, accumulation, tmp_path):
+def test_interrupted_within_an_epoch(run, tmp_path):
+    accumulation = 2
     options = {"gradient_accumulation_steps": accumulation, "defense_epsilon": 0.05}
     whole = run("whole", **options)
     steps = whole.state.max_steps // 3
     stop = steps + 2
-    run("cut", stop=stop, save_strategy="steps", save_steps=1, **options)
+    run("cut", stop=stop, save_strategy="steps", save_steps=stop, **options)
     resumed = run("cut", resume=str(tmp_path / "cut" / f"checkpoint-{stop}"), **options)
     assert resumed.seen == whole.seen[stop * accumulation :]
     assert_same_bits(resumed, whole)
 
 
+@pytest.fixture
+def plain(run):
+    return run("plain", defense_steps=0, save_strategy="epoch")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [None, "last-decoder-layer"])
-def test_arms_share_the_epochs_before_the_defense_starts(run, target, tmp_path):
+@for_each("target", [None, "last-decoder-layer"])
+def test_arms_share_the_epochs_before_the_defense_starts(run, plain, target, tmp_path):
     """From the plain run's checkpoint at the start epoch, or from the beginning: the same bits."""
     constraint = CorruptionConstraint(p=float("inf"), epsilon=0.002)
     defense = MultiStepRisk(constraint, steps=1, start_epoch=2)
-    plain = run("plain", defense_steps=0, save_strategy="epoch")
     whole = run("whole", defense=defense, target=target)
     start = tmp_path / "plain" / f"checkpoint-{plain.state.max_steps * 2 // 3}"
     shared = run("shared", defense=defense, target=target, resume=str(start))

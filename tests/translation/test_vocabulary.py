@@ -13,8 +13,12 @@ from hf_parcor.translation import train_bpe, train_unigram
 
 TRAIN = {"bpe": (train_bpe, 80), "unigram": (train_unigram, 35)}
 PROGRAM = """
-import sys
-from hf_parcor.translation import train_bpe, train_unigram
+import sys, types
+import hf_parcor
+package = types.ModuleType("hf_parcor.translation")  # without what its __init__ imports: models, PyTorch
+package.__path__ = [f"{hf_parcor.__path__[0]}/translation"]
+sys.modules[package.__name__] = package
+from hf_parcor.translation.vocabulary import train_bpe, train_unigram
 texts = sys.stdin.read().splitlines()
 for train, size in ((train_bpe, 80), (train_unigram, 35)):
     print(train(texts, size).backend_tokenizer.to_str())
