@@ -50,7 +50,7 @@ class Train(Command):
         group.add_argument("--train-limit", type=at_least(1), metavar="N", help="train on the first N rows only")
         group.add_argument(
             "--corruptions",
-            nargs="+",
+            nargs="*",
             metavar="NAME",
             help="what the model is measured under, with strengths, as in evaluate: gradient=0.1,0.2 quantization=4; "
             "default: those of paper 2, Table 1, and those that it was trained against",
