@@ -62,7 +62,7 @@ def main() -> None:
     options = parse_options(__doc__, ARMS, "runs/deploy")
     arms = {name: ARMS[name] for name in options.arms or ARMS}
     records = over_runs(measure, "runs", options, arms)
-    if "plain" not in arms:
+    if "plain" not in arms or len(options.seeds) < 2:  # nothing to compare with, or no spread
         return
     text = (
         f"SST-2 dev accuracy over {len(options.seeds)} seeds ({', '.join(map(str, options.seeds))}), mean ± sample "
