@@ -10,12 +10,11 @@ and Student's t of each arm against the plain one. Finished runs are kept, so an
 from __future__ import annotations
 
 import argparse
-import time
 
 from hf_parcor.records import EvaluationRecord
-from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, note_run
-from scripts.reproduce_sst2 import tables
-from scripts.sst2_runs import over_runs, parse_options, train
+from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2
+from scripts.reproduce_sst2 import measure, tables
+from scripts.sst2_runs import over_runs, parse_options
 
 
 def risk(clean_weight: float, *words: str) -> list[str]:
@@ -45,23 +44,16 @@ CORRUPTIONS = [
 ]
 
 
-def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
-    """Train and measure one model, unless its record is there already."""
-    path = options.output / f"{run.file_name}.json"
-    if not path.exists():
-        started = time.monotonic()
-        # One trial: the seeds of training are the trials.
-        folder = train(options, run, "--do_eval", "--corruption_trials", "1", "--corruptions", *CORRUPTIONS)
-        EvaluationRecord.load(folder / "robustness.json").save(path)
-        note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
-    return EvaluationRecord.load(path)
+def measure_all(options: argparse.Namespace, run: Run) -> EvaluationRecord:
+    """Train one model and measure it under all corruptions, unless its record is there already."""
+    return measure(options, run, "--corruptions", *CORRUPTIONS)
 
 
 def main() -> None:
     """Run what is missing, and write the table."""
     options = parse_options(__doc__, ARMS, "runs/deploy")
     arms = {name: ARMS[name] for name in options.arms or ARMS}
-    records = over_runs(measure, "runs", options, arms)
+    records = over_runs(measure_all, "runs", options, arms)
     if "plain" not in arms or len(options.seeds) < 2:  # nothing to compare with, or no spread
         return
     text = (

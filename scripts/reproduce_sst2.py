@@ -39,13 +39,13 @@ DEFENSES = [name for name in ARMS if name != "last_layer"]
 TARGETS = ["plain", "multi_step_risk-1", "last_layer"]
 
 
-def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
-    """Train and measure one model, unless its record is there already."""
+def measure(options: argparse.Namespace, run: Run, *more: str) -> EvaluationRecord:
+    """Train and measure one model, unless its record is there already; `more` are flags for the example."""
     path = options.output / f"{run.file_name}.json"
     if not path.exists():
         started = time.monotonic()
         # One trial: the seeds of training are the trials.
-        folder = train(options, run, "--do_eval", "--corruption_trials", "1")
+        folder = train(options, run, "--do_eval", "--corruption_trials", "1", *more)
         EvaluationRecord.load(folder / "robustness.json").save(path)
         note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
     return EvaluationRecord.load(path)

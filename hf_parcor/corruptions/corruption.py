@@ -55,13 +55,13 @@ class Strength(NamedTuple):
         setting: The setting that is the strength.
         unit: What an axis of strengths is called.
         shown: One strength in a table, with `{}` for the number.
-        none: The strength that corrupts nothing. Default 0.
+        weakest: Where a ramp begins. Default 0, which corrupts nothing.
     """
 
     setting: str
     unit: str
     shown: str
-    none: float = 0.0
+    weakest: float = 0.0
 
 
 RADIUS = Strength("epsilon", "radius ε", "ε={}")
@@ -202,7 +202,7 @@ class Corruption(ABC):
     def changes_nothing(self) -> bool:
         """Whether its strength is none at all, so that every weight stays as it is."""
         known = self.strength
-        return known is not None and known[1] == known[0].none
+        return known is not None and known[1] == known[0].weakest == 0
 
     def weakened(self, share: float) -> Self:
         """Return the corruption at a share of its strength, for a ramp in training.
@@ -225,7 +225,7 @@ class Corruption(ABC):
         if self.strength is None:
             raise ValueError(f"{self}: expected a corruption with a strength, to weaken it, got one without")
         kind, value = self.strength
-        return self.with_strength(kind.none + share * (value - kind.none))
+        return self.with_strength(kind.weakest + share * (value - kind.weakest))
 
     def with_strength(self, value: float) -> Self:
         """Return the same corruption at another strength; what is counted is rounded, and at least 1.
@@ -269,15 +269,6 @@ class Corruption(ABC):
 def named(names: Iterable[str], tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     """Return tensors by name, in the order of the names."""
     return dict(zip(names, tensors, strict=True))
-
-
-def one_by_one(tensors: Iterator[list[Tensor]]) -> Iterator[Tensor]:
-    """Yield tensors that come some at a time, and hold none while the next are made."""
-    for some in tensors:
-        some.reverse()
-        while some:
-            yield some.pop()
-        del some
 
 
 def named_pieces(names: Iterable[str], tensors: Iterator[Tensor]) -> Iterator[tuple[str, Tensor]]:

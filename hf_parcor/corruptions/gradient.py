@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
-from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength, named_pieces, one_by_one
+from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength, named_pieces
 from hf_parcor.functional.constrained_maximum import constrained_maximum_in_turn
+from hf_parcor.functional.vectors import one_by_one
 from hf_parcor.injection import Pieces
 
 

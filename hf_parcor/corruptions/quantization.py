@@ -50,7 +50,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_parcor.corruptions.corruption import OPTION, Corruption, GradientSource, Strength, named_pieces, one_by_one
+from hf_parcor.corruptions.corruption import OPTION, Corruption, GradientSource, Strength, named_pieces
 from hf_parcor.functional.quantization import (
     FLOAT_FORMATS,
     MOST_BITS,
@@ -63,6 +63,7 @@ from hf_parcor.functional.quantization import (
     quantize_in_turn,
     quantize_to_float,
 )
+from hf_parcor.functional.vectors import one_by_one
 from hf_parcor.injection import Pieces
 
 
@@ -106,17 +107,12 @@ class Quantization(Corruption):
     zero_point: str = field(default="integer", metadata=OPTION)
     arithmetic: str = field(default="float32", metadata=OPTION)
     title: ClassVar[str] = "quantization"
-    strengths: ClassVar[tuple[Strength, ...]] = (Strength("bits", "bits per weight", "{} bits", none=MOST_BITS),)
+    strengths: ClassVar[tuple[Strength, ...]] = (Strength("bits", "bits per weight", "{} bits", weakest=MOST_BITS),)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", check_bits(self.bits))
         object.__setattr__(self, "per", check_per(self.per))
         check_codes(self.symmetric, self.code_range, self.zero_point, self.arithmetic)
-
-    @property
-    def changes_nothing(self) -> bool:
-        """False: even the widest integers round."""
-        return False
 
     def __str__(self) -> str:
         details = [

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_parcor.arguments import check_count
+from hf_parcor.arguments import check_choice, check_count
 from hf_parcor.corruptions.bit_flips import stored_as
 from hf_parcor.corruptions.corruption import OPTION, Corruption, GradientSource, Strength
 from hf_parcor.corruptions.quantization import Quantization
@@ -81,10 +81,7 @@ class WorstBitFlips(Corruption):
         if self.batches is not None:
             object.__setattr__(self, "batches", check_count("batches", self.batches))
         object.__setattr__(self, "of", stored_as(self.of))
-        if self.search not in SEARCHES:
-            raise ValueError(
-                f"search: expected one of {', '.join(SEARCHES)}, got {self.search!r}; choose one of these"
-            )
+        check_choice("search", self.search, SEARCHES)
         if not self.uses_gradients and self._format is not None and self._format.startswith("int"):
             raise ValueError(
                 f"search: expected 'gradient' for {self.of}, got 'data-free', which flips signs; codes in two's "

@@ -138,11 +138,7 @@ class CorruptionRisk(Defense):
     @property
     def passes(self) -> int:
         """One for each corruption, or for the one that is drawn, and one at the clean weights if that is needed."""
-        return self._clean_passes + self._corrupted_passes
-
-    @property
-    def _clean_passes(self) -> int:
-        return 1 if self.clean_weight > 0 or self.uses_gradients else 0
+        return self.first_pass_is_clean + self._corrupted_passes
 
     @property
     def _corrupted_passes(self) -> int:
@@ -163,8 +159,8 @@ class CorruptionRisk(Defense):
 
     @property
     def first_pass_is_clean(self) -> bool:
-        """Whether there is a pass at the clean weights."""
-        return self._clean_passes == 1
+        """Whether there is a pass at the clean weights: it has a weight, or corruptions need its gradient."""
+        return self.clean_weight > 0 or self.uses_gradients
 
     def minimize(self, step: DefendedStep) -> None:
         """Run the clean pass, and one at each corruption."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
@@ -10,13 +9,15 @@ from torch import Tensor
 
 from hf_parcor.arguments import check_count, check_radius, check_real
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
-from hf_parcor.corruptions.corruption import named_pieces, one_by_one
+from hf_parcor.corruptions.corruption import named_pieces
 from hf_parcor.defenses.step import DefendedStep
 from hf_parcor.functional.constrained_maximum import (
     constrained_maximum,
     constrained_maximum_,
     constrained_maximum_in_turn,
+    goes_in_turn,
 )
+from hf_parcor.functional.vectors import one_by_one
 from hf_parcor.injection import Pieces
 
 
@@ -180,7 +181,7 @@ class ConstrainedDefense(Defense):
 
     def update(self, step: DefendedStep, radius: float) -> dict[str, Tensor] | Pieces:
         """Return the constrained maximum of this radius on the last pass's gradient; of narrow weights, in pieces."""
-        if self.constraint.top_n is None and (self.constraint.p == 2 or math.isinf(self.constraint.p)):
+        if goes_in_turn(self.constraint.p, self.constraint.top_n):
             narrow = step.narrow_gradients(self.sync_perturbation)
             if narrow:
                 parts = constrained_maximum_in_turn(list(narrow.values()), self.constraint.p, radius)

@@ -282,7 +282,7 @@ class DefendedStep:
         weights: dict[str, Tensor] = dict(self.parameters)
         for name, change in self._merged.items():
             weights[name] = weights[name].detach().to(working_dtype([weights[name]])) + change
-        pieces = corruption.pieces(weights, _Gradients(self.parameters, gradients or {}), generator)
+        pieces = corruption.pieces(weights, _AtCleanWeights(self.parameters, gradients or {}), generator)
         if pieces.replaces and self._merged:
             pieces = Pieces(((name, piece - self._merged.get(name, 0)) for name, piece in pieces), replaces=True)
         self._injection.write(pieces, p)
@@ -342,36 +342,34 @@ class DefendedStep:
                 self._prefix.forget()
 
 
-class _Gradients(dict[str, Tensor]):
-    """The gradient of a batch at the clean weights, as what a corruption is chosen along; a `GradientSource`."""
+class _AtCleanWeights:
+    """The gradient of one batch at the clean weights, for what is chosen along it alone; a `GradientSource`."""
 
     def __init__(self, parameters: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
-        super().__init__(known)
-        self._parameters = parameters
-
-    def __missing__(self, name: str) -> Tensor:
-        like = self._parameters[name]
-        return torch.zeros_like(like, dtype=working_dtype([like]), requires_grad=False)
+        self._parameters, self._known = parameters, known
 
     def __len__(self) -> int:
         return 1
 
     def over_data(self) -> Mapping[str, Tensor]:
-        return self
+        absent = {name: like for name, like in self._parameters.items() if name not in self._known}
+        zeros = {
+            name: torch.zeros_like(like, dtype=working_dtype([like]), requires_grad=False)
+            for name, like in absent.items()
+        }
+        return {**self._known, **zeros}
 
     def on_next_batch(self, corruption: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        raise _AT_CLEAN_WEIGHTS
+        raise NotImplementedError(_ANOTHER_PLACE)
 
     def gradient_at(self, values: Mapping[str, Tensor], batches: int | None = None) -> Mapping[str, Tensor]:
-        raise _AT_CLEAN_WEIGHTS
+        raise NotImplementedError(_ANOTHER_PLACE)
 
     def loss_at(self, values: Mapping[str, Tensor], batches: int | None = None) -> float:
-        raise _AT_CLEAN_WEIGHTS
+        raise NotImplementedError(_ANOTHER_PLACE)
 
 
-_AT_CLEAN_WEIGHTS = NotImplementedError(
-    "expected a corruption along the gradient at the clean weights, got one that asks for others"
-)
+_ANOTHER_PLACE = "expected a corruption along the gradient at the clean weights, got one that asks for others"
 
 
 def _address(tensor: Tensor) -> int:

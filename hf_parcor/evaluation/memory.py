@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.distributed.dtensors import local_part
+from hf_parcor.functional.constrained_maximum import goes_in_turn
 
 _GIB = 2**30
 
@@ -117,4 +117,4 @@ def _wide(weight: Tensor) -> int:
 def _in_turn(corruption: Corruption) -> bool:
     """Say whether the closed form is found tensor by tensor; what is not known is taken not to be."""
     constraint = getattr(corruption, "constraint", None)
-    return constraint is not None and constraint.top_n is None and (constraint.p == 2 or math.isinf(constraint.p))
+    return constraint is not None and goes_in_turn(constraint.p, constraint.top_n)

@@ -16,6 +16,7 @@ from hf_parcor.functional.vectors import (
     euclidean_norm,
     in_turn,
     max_magnitude,
+    one_by_one,
     scaled,
     vector_norm,
     vector_norm_of_unit_scale,
@@ -129,6 +130,16 @@ def constrained_maximum(tensors: Sequence[Tensor], p: float, epsilon: float, top
     return solution
 
 
+def goes_in_turn(p: float, top_n: int | None) -> bool:
+    """Say whether one number of the whole vector is enough to find the maximum tensor by tensor.
+
+    Examples:
+        >>> goes_in_turn(2, None), goes_in_turn(2, 100), goes_in_turn(3, None)
+        (True, False, False)
+    """
+    return top_n is None and (p == 2 or math.isinf(p))
+
+
 def constrained_maximum_in_turn(
     tensors: Sequence[Tensor], p: float, epsilon: float, top_n: int | None = None
 ) -> Iterator[list[Tensor]]:
@@ -155,7 +166,7 @@ def constrained_maximum_in_turn(
     vector = one_vector([tensor.detach() for tensor in tensors])
     factor = None if top_n is not None else _one_factor(vector, p, epsilon)
     dtype = working_dtype(tensors)
-    left = iter(()) if factor is not None else _let_go(constrained_maximum(tensors, p, epsilon, top_n))
+    left = iter(()) if factor is not None else one_by_one([constrained_maximum(tensors, p, epsilon, top_n)])
     for places in in_turn(tensors):
         if factor is None:
             yield [next(left) for _ in places]
@@ -167,12 +178,6 @@ def constrained_maximum_in_turn(
         del parts
         yield some
         del some
-
-
-def _let_go(tensors: list[Tensor]) -> Iterator[Tensor]:
-    tensors.reverse()
-    while tensors:
-        yield tensors.pop()
 
 
 def dual_order(p: float) -> float:

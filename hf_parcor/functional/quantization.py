@@ -145,10 +145,8 @@ def _quantized_together(tensors: list[Tensor], bits: int) -> list[Tensor]:
         return [quantize(tensor, bits) for tensor in tensors]
     extremes = [torch.aminmax(tensor) for tensor in tensors]
     low, high = torch.stack([one.min for one in extremes]), torch.stack([one.max for one in extremes])
-    wide, levels = working_dtype(tensors), 2 ** (bits - 1) - 1
-    steps = _divided(torch.maximum(-low, high).to(wide), levels)
-    usable = torch.isfinite(steps) & (steps > 0)
-    divisors, last = torch.where(usable, steps, 1.0), _last_level(steps, levels)
+    wide = working_dtype(tensors)
+    steps, usable, divisors, last = restricted_scale(torch.maximum(-low, high).to(wide), bits)
     rounded = [
         (tensor.to(wide) / divisor).round_().mul_(step).clamp_(lowest, highest)
         for tensor, divisor, step, lowest, highest in zip(
@@ -161,9 +159,18 @@ def _quantized_together(tensors: list[Tensor], bits: int) -> list[Tensor]:
     ]
 
 
-def _last_level(step: Tensor, levels: int) -> Tensor:
-    """Return the largest level; a step at an end of the float range is rounded itself, and no level may be ∞."""
-    return (levels * step).clamp(max=torch.finfo(step.dtype).max)
+def restricted_scale(largest: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the scale of symmetric, restricted codes, for the largest magnitude of each block.
+
+    Returns:
+        The step `s = max|w| / (2^(n−1) − 1)`; whether it is of use, finite and not 0; the step, or 1 where it is of
+        none, to divide by; and the last level. A step at an end of the float range is rounded itself, and no level may
+        be ∞.
+    """
+    levels = 2 ** (bits - 1) - 1
+    step = _divided(largest, levels)
+    usable = torch.isfinite(step) & (step > 0)
+    return step, usable, torch.where(usable, step, 1.0), (levels * step).clamp(max=torch.finfo(step.dtype).max)
 
 
 def check_codes(symmetric: object, code_range: object, zero_point: object, arithmetic: object) -> None:
@@ -261,11 +268,8 @@ def _divided(numbers: Tensor, by: float) -> Tensor:
 
 
 def _restricted(blocks: _Blocks, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    levels = 2 ** (bits - 1) - 1
-    step = _divided(blocks.largest.to(dtype), levels)
-    usable = torch.isfinite(step) & (step > 0)
-    rounded = torch.round(blocks.rows.to(dtype) / torch.where(usable, step, 1.0)) * step
-    last = _last_level(step, levels)
+    step, usable, divisor, last = restricted_scale(blocks.largest.to(dtype), bits)
+    rounded = torch.round(blocks.rows.to(dtype) / divisor) * step
     return rounded.clamp(-last, last), usable
 
 

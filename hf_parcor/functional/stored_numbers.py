@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_parcor.distributed.dtensors import local_part, sharded_as
-from hf_parcor.functional.quantization import check_bits
+from hf_parcor.functional.quantization import check_bits, restricted_scale
 from hf_parcor.functional.vectors import max_magnitude
 
 MANTISSA_BITS: Mapping[torch.dtype, int] = MappingProxyType(
@@ -138,5 +138,5 @@ class StoredNumbers:
 
 def _step(tensor: Tensor, width: int) -> Tensor | None:
     """Return `w0 = max|W| / (2^(n−1) − 1)`, as `quantize`; None where there is none."""
-    step = max_magnitude([tensor]) / (2 ** (width - 1) - 1)
-    return step if bool(torch.isfinite(step) & (step > 0)) else None
+    step, usable, _, _ = restricted_scale(max_magnitude([tensor]), width)
+    return step if bool(usable) else None

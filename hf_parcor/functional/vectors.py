@@ -173,6 +173,15 @@ def by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
 TOGETHER = 1 << 22  # entries that one batched call takes of a vector in turn: 16 MiB in float32, and a tensor beyond
 
 
+def one_by_one(tensors: Iterable[list[Tensor]]) -> Iterator[Tensor]:
+    """Yield tensors that come some at a time, and hold none while the next are made."""
+    for some in tensors:
+        some.reverse()
+        while some:
+            yield some.pop()
+        del some
+
+
 def in_turn(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     """Yield the places of tensors that are worked on together: small ones by many, large ones alone.
 
