@@ -83,11 +83,13 @@ class Corruption(ABC):
     Attributes:
         title: Its kind, for the titles of plots and tables.
         strengths: What says how strong it is; where there are several, the one whose setting is given.
+        rounding_decides: Whether the last bits of a loss may decide what is chosen, so that processes must agree.
         stochastic: Whether another seed gives another corruption, so that trials say something.
     """
 
     title: ClassVar[str] = ""
     strengths: ClassVar[tuple[Strength, ...]] = ()
+    rounding_decides: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
 
     @property

@@ -72,6 +72,7 @@ class WorstBitFlips(Corruption):
     search: str = field(default="gradient", metadata=OPTION)
     candidates: int = field(default=10, metadata=OPTION)
     batches: int | None = field(default=1, metadata=OPTION)
+    rounding_decides: ClassVar[bool] = True
     title: ClassVar[str] = "worst bit flips"
     strengths: ClassVar[tuple[Strength, ...]] = (Strength("count", "flipped bits", "count={}"),)
 

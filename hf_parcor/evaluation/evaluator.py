@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.identity import described, library_versions, model_name, norm_of, task_of
 from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric
-from hf_parcor.evaluation.reach import OutOfReachError, Reach
+from hf_parcor.evaluation.reach import OutOfReachError, Reach, target_of
 from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 from hf_parcor.functional.vectors import numel
@@ -196,12 +196,7 @@ class CorruptionEvaluator(_Evaluator):
         evaluated_on: EvaluationData | None = None,
         task: str = "",
     ) -> None:
-        target = {
-            "target_modules": target_modules,
-            "exclude_modules": exclude_modules,
-            "module_types": module_types,
-            "layers": list(layers) if isinstance(layers, Iterator) else layers,
-        }
+        target = target_of(target_modules, exclude_modules, module_types, layers)
         super().__init__(
             model,
             {_ALL: target},

@@ -49,6 +49,16 @@ class OutOfReachError(TargetError):
         )
 
 
+def target_of(target_modules: Any, exclude_modules: Any, module_types: Any, layers: Any) -> dict[str, Any]:
+    """Return what `Reach.select` takes by name, to be used more than once: an iterator of layers becomes a list."""
+    return {
+        "target_modules": target_modules,
+        "exclude_modules": exclude_modules,
+        "module_types": module_types,
+        "layers": list(layers) if isinstance(layers, Iterator) else layers,
+    }
+
+
 class Reach:
     """The weights of a model, those among them that are no parameters, and which of all can be corrupted.
 

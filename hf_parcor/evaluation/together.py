@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_parcor.batches import private_copy
-from hf_parcor.corruptions import Corruption, MultiStepCorruption, WorstBitFlips
+from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
 from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model, trainable
@@ -107,8 +107,7 @@ def choose_together(
             job.group.gradients.restart()
         choose = job.corruption if whole else job.corruption.pieces
         chosen = choose(job.group.parameters, job.group.gradients, generator)
-        if isinstance(job.corruption, WorstBitFlips) and processes.count > 1:
-            # What each process rounds in its own way may decide which bit is the worst: all take what the first found.
+        if job.corruption.rounding_decides and processes.count > 1:  # all take what the first one found
             found = chosen.whole() if isinstance(chosen, Pieces) else chosen
             chosen = Replacement(processes.hand_round(found, 0))
         corruptions.append(chosen)

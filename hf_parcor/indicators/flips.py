@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from hf_parcor.corruptions import Quantization, WorstBitFlips
 from hf_parcor.evaluation.gradients import Batch, Loss, corrupted_model, model_loss
 from hf_parcor.evaluation.identity import described, library_versions, model_name
 from hf_parcor.evaluation.metrics import BatchMetric
-from hf_parcor.evaluation.reach import Reach
+from hf_parcor.evaluation.reach import Reach, target_of
 from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.evaluation.trials import checked_metrics
 from hf_parcor.functional.vectors import numel
@@ -92,12 +92,7 @@ def measure_flips_to_break(
         ((1.0, 0.5), 1)
     """
     corruption = WorstBitFlips(most, of, search, candidates, search_batches)
-    target = {
-        "target_modules": target_modules,
-        "exclude_modules": exclude_modules,
-        "module_types": module_types,
-        "layers": list(layers) if isinstance(layers, Iterator) else layers,
-    }
+    target = target_of(target_modules, exclude_modules, module_types, layers)
     model = whole_model(model)
     selection = Reach(model).select(**target)
     if batches is None and isinstance(metric, BatchMetric):

@@ -15,7 +15,7 @@ from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions import Corruption, GradientCorruption, MultiStepCorruption, RandomCorruption
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.identity import described, library_versions, model_name
-from hf_parcor.evaluation.reach import Reach
+from hf_parcor.evaluation.reach import Reach, target_of
 from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.functional import constrained_maximum_value, max_magnitude, vector_norm
 from hf_parcor.functional.vectors import numel
@@ -88,12 +88,7 @@ def measure_indicators(
     for name, count, minimum in (("seed", seed, 0), ("probes", probes, 0), ("draws", draws, 1)):
         check_count(name, count, minimum)
     corruptions = [(RandomCorruption(constraint), *_adversarial(constraint, steps)) for constraint in constraints]
-    target = {
-        "target_modules": target_modules,
-        "exclude_modules": exclude_modules,
-        "module_types": module_types,
-        "layers": list(layers) if isinstance(layers, Iterator) else layers,
-    }
+    target = target_of(target_modules, exclude_modules, module_types, layers)
     model = whole_model(model)
     selection = Reach(model).select(**target)
     over_data = LossOverData(model, selection.parameters, batches, loss, progress=progress)

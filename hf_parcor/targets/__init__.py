@@ -1,6 +1,5 @@
 """Which parameters are corrupted: by name as in PEFT, by kind of module, by position, or by a word."""
 
-from hf_parcor.targets.adapters import merged_changes
 from hf_parcor.targets.groups import Groups, by_adapter, by_kind, by_layer, by_module
 from hf_parcor.targets.kinds import find_input_embedding
 from hf_parcor.targets.matching import WORDS, TargetError
@@ -19,7 +18,6 @@ __all__ = [
     "by_module",
     "find_input_embedding",
     "find_stacks",
-    "merged_changes",
     "select_parameters",
     "select_trainable",
     "sinusoidal_tables",
