@@ -5,7 +5,8 @@ As Transformers' own example scripts: arguments as flags, or one JSON file as th
     python examples/train_sst2.py --output_dir out --do_train --do_eval
 
 Without the defense: `--defense none`. The last layer alone: `--defense_target_modules last-encoder-layer`. With
-`--do_eval` the robustness is measured too, and `robustness.json` is written beside the other results.
+`--do_eval` the robustness is measured too, under the corruptions of paper 2, Table 1, unless `--corruptions` names
+others, and `robustness.json` is written beside the other results.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from transformers import (
 )
 
 from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDefenseTrainingArguments
-from hf_parcor.corruptions.catalogue import corruptions_of_table_1, read_corruptions
-from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
+from hf_parcor.corruptions import corruptions_of_table_1
+from hf_parcor.evaluation import ClassificationMetric, RobustnessArguments
 from hf_parcor.hub_data import load_hub_data
 from hf_parcor.reports.tables import comparison_table
 from hf_parcor.sequence_length import fitting_length
@@ -76,22 +77,6 @@ class DataArguments:
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise again."})
 
 
-@dataclass
-class RobustnessArguments:
-    """How robustness is measured."""
-
-    corruptions: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "What to corrupt the weights by, as in `hf-parcor evaluate`: gradient=0.1,0.2 quantization=4. Not "
-            "set: those of paper 2, Table 1."
-        },
-    )
-    corruption_trials: int = field(default=DEFAULT_TRIALS, metadata={"help": "Trials of each random corruption."})
-    corruption_seed: int = field(default=0, metadata={"help": "Seed of the first trial."})
-    skip_corruptions: bool = field(default=False, metadata={"help": "Measure the clean model only."})
-
-
 def load_data(data: DataArguments, cache_dir: str | None) -> Mapping[str, datasets.Dataset]:
     """Return the splits `train` and `validation` that were asked for."""
     given = {"train": data.train_file, "validation": data.validation_file}
@@ -125,8 +110,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity(training.get_process_log_level())
     logger.info("processes: %d", training.world_size)
     set_seed(training.seed)
-    words = robustness.corruptions
-    corruptions = corruptions_of_table_1() if words is None else read_corruptions(words)
+    corruptions = robustness.read(corruptions_of_table_1())  # before minutes of training
 
     splits = load_data(data, model_arguments.cache_dir)
     origin = {"cache_dir": model_arguments.cache_dir, "revision": model_arguments.model_revision}

@@ -16,7 +16,13 @@ from hf_parcor.evaluation.metrics import (
     SacrebleuScore,
     TrainerMetric,
 )
-from hf_parcor.evaluation.trainer import DEFAULT_CORRUPTIONS, RobustnessMixin, measure_robustness, robustness_metrics
+from hf_parcor.evaluation.trainer import (
+    DEFAULT_CORRUPTIONS,
+    RobustnessArguments,
+    RobustnessMixin,
+    measure_robustness,
+    robustness_metrics,
+)
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS, CheckpointError
 
 __all__ = [
@@ -35,6 +41,7 @@ __all__ = [
     "NotEnoughMemoryError",
     "PredictionMetric",
     "ProcessError",
+    "RobustnessArguments",
     "RobustnessCallback",
     "RobustnessMixin",
     "SacrebleuScore",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import Trainer
 
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions import Corruption, GaussianNoise, GradientCorruption, Quantization
+from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.evaluation.evaluator import CorruptionEvaluator
 from hf_parcor.evaluation.gradients import model_loss
 from hf_parcor.evaluation.metrics import TrainerMetric
@@ -27,6 +29,38 @@ DEFAULT_CORRUPTIONS: tuple[Corruption, ...] = (
     GaussianNoise(0.02),
     Quantization(4),
 )
+
+
+@dataclass
+class RobustnessArguments:
+    """How a program measures robustness, as flags: for `transformers.HfArgumentParser`.
+
+    Examples:
+        >>> from transformers import HfArgumentParser
+        >>> parser = HfArgumentParser(RobustnessArguments)
+        >>> (robustness,) = parser.parse_args_into_dataclasses(["--corruptions", "gradient=0.1,0.2", "quantization=4"])
+        >>> print(*robustness.read(), sep=", ")
+        gradient-based L2 ε=0.1, gradient-based L2 ε=0.2, 4-bit quantization
+    """
+
+    corruptions: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What to corrupt the weights by, as in `hf-parcor evaluate`: gradient=0.1,0.2 quantization=4. Not "
+            "set: what this program measures by default."
+        },
+    )
+    corruption_trials: int = field(default=DEFAULT_TRIALS, metadata={"help": "Trials of each random corruption."})
+    corruption_seed: int = field(default=0, metadata={"help": "Seed of the first trial."})
+    skip_corruptions: bool = field(default=False, metadata={"help": "Measure the clean model only."})
+
+    def read(self, default: Sequence[Corruption] = DEFAULT_CORRUPTIONS) -> list[Corruption]:
+        """Return what the words name, or the default without words.
+
+        Raises:
+            InputError: As `read_corruptions`.
+        """
+        return list(default) if self.corruptions is None else read_corruptions(self.corruptions)
 
 
 def measure_robustness(
