@@ -2,6 +2,7 @@
 
     python -m scripts.benchmark --model MODEL --output scripts/results/benchmark.json
     python -m scripts.benchmark --shape bert-base --batch 64 --length 512 --bf16 --fused
+    python -m scripts.benchmark --shape bert-base --compiled model --mode reduce-overhead
     python -m scripts.benchmark --shape llama-7b --dtype bfloat16 --batch 1 --length 512 --arms "whole model, K = 1"
 
 Steps of all arms take turns on one model, each just after a stock step that it is compared with, since the speed of a
@@ -58,6 +59,7 @@ from hf_parcor import (
 )
 from hf_parcor.defenses import Defense
 from hf_parcor.reports.tables import markdown_table
+from hf_parcor.targets.stacks import find_stacks
 from scripts.counting import PeakMemory, kernels_beyond_passes, traffic_beyond_passes
 from scripts.training_steps import in_bfloat16, pairs_with, quartiles_of_ratios, quiet_arguments, step_of
 
@@ -223,6 +225,8 @@ class Bench:
         length: How many tokens a row has.
         bf16: Whether it computes in bf16 autocast.
         fused: Whether AdamW is the fused one.
+        compiled: What is compiled, the model or each of its layers; None for nothing.
+        mode: That of `torch.compile`.
         arms: Which of `ARMS` to look at; the stock step always is.
     """
 
@@ -234,6 +238,8 @@ class Bench:
         *,
         bf16: bool = False,
         fused: bool = False,
+        compiled: str | None = None,
+        mode: str = "default",
         arms: Collection[str] = tuple(ARMS),
     ) -> None:
         self.model, self.device = model, model.device
@@ -252,6 +258,12 @@ class Bench:
         }
         if bf16:
             in_bfloat16(model, self.device.type)
+        if compiled:
+            parts = (
+                [model] if compiled == "model" else [layer for stack in find_stacks(model) for layer in stack.blocks]
+            )
+            for part in parts:
+                part.compile(mode=mode)
         every = {STOCK: self.trained(Trainer)}
         for arm, (defense, part) in OURS.items():
             if arm in arms:
@@ -359,6 +371,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--bf16", action="store_true", help="compute in bf16 autocast")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="that of the weights")
     parser.add_argument("--fused", action="store_true", help="update with PyTorch's fused AdamW")
+    parser.add_argument("--compiled", choices=["model", "layers"], help="compile it as one, or each layer by itself")
+    parser.add_argument("--mode", choices=["default", "reduce-overhead"], default="default", help="of torch.compile")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=f"some of {ARMS}")
     options = parser.parse_args(arguments)
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, options.dtype)
@@ -367,7 +381,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_pretrained(options.model, dtype=dtype).to(device)
-    settings = {"bf16": options.bf16, "fused": options.fused}
+    settings = {name: getattr(options, name) for name in ("bf16", "fused", "compiled", "mode")}
     costs = Bench(model, options.batch, options.length, arms=options.arms, **settings).costs(options.rounds)
     print(table(costs))
     record = {

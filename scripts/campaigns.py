@@ -7,10 +7,11 @@ import os
 import platform
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import HfArgumentParser
 
 from hf_parcor.defenses import Defense
@@ -20,10 +21,11 @@ from hf_parcor.training import DefenseArguments, build_defense
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: what tables call it, and its flags."""
+    """One way to train: what tables call it, its flags, and what Python runs with them if not the example."""
 
     label: str
     flags: list[str]
+    program: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def arguments(self) -> DefenseArguments:
@@ -84,11 +86,18 @@ def note_run(output: Path, work: Path, run: Run, threads: int, **details: Any) -
             "collapsed": bool(training["train_collapsed"]),
             "train_seconds": training["train_runtime"],
             "train_samples": training["train_samples"],
-            "machine": f"{platform.machine()}, {threads} of {os.cpu_count()} cores",
-            "flags": run.arm.flags,
+            "machine": machine(threads),
+            "flags": [*run.arm.program, *run.arm.flags],
             **details,
         }
         path.write_text(json.dumps(runs, indent=2, sort_keys=True) + "\n")
+
+
+def machine(threads: int) -> str:
+    """Name what a run was trained on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {threads} of {os.cpu_count()} cores"
 
 
 def mean_and_deviation(values: Sequence[float], digits: int) -> str:

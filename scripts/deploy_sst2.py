@@ -1,10 +1,12 @@
 """Does training for what will happen to the weights help? SST-2, every arm under every quantizer, noise and flips.
 
     python -m scripts.deploy_sst2 --model MODEL --data FOLDER --output scripts/results/deploy
+    python -m scripts.deploy_sst2 --model MODEL --data FOLDER --size full --jobs 16 --output scripts/results/sst2_full
 
 Each arm is trained with each seed, as in `reproduce_sst2.py`, and measured by `examples/train_sst2.py` under what is
 named below. The output folder gets a record for each run and `table.md`: mean ± sample standard deviation over seeds,
-and Student's t of each arm against the plain one. Finished runs are kept, so an interrupted campaign goes on.
+and Student's t of each arm against the plain one. Finished runs are kept, so an interrupted campaign goes on. The full
+size, for a GPU, has more arms and more corruptions: those of paper 2, and what others would train with.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 from hf_parcor.records import EvaluationRecord
 from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2
 from scripts.reproduce_sst2 import measure, tables
-from scripts.sst2_runs import over_runs, parse_options
+from scripts.sst2_runs import SIZES, over_runs, parse_options
 
 
 def risk(clean_weight: float, *words: str) -> list[str]:
@@ -22,7 +24,12 @@ def risk(clean_weight: float, *words: str) -> list[str]:
     return ["--defense", "corruption", "--defense_corruption", *words, "--defense_clean_weight", f"{clean_weight:.4g}"]
 
 
-ARMS = {
+def peer(label: str, name: str) -> Arm:
+    """Return an arm that a Trainer of `peer_trainers.py` trains."""
+    return Arm(label, PLAIN.flags, program=("-m", "scripts.peer_trainers", name))
+
+
+DEPLOYED = {
     "plain": PLAIN,
     "half-4-bits": Arm("half 4 bits", risk(0.5, "quantization=4")),
     "worst-and-4-bits": Arm("worst direction, 4 bits", risk(1 / 3, "gradient=0.1", "quantization=4")),
@@ -32,6 +39,24 @@ ARMS = {
     "multi_step_risk-1": Arm("K = 1", ONE_STEP),
     "sam-half": Arm("SAM ε/2", l2("sam", 0.05)),
 }
+MORE = {
+    "torchao": peer("torchao's QAT, 4 bits a channel", "torchao"),
+    "4-bits-channel": Arm("4 bits a channel alone", risk(0.0, "quantization=4:per=channel")),
+    "all-three": Arm("worst direction, 4 bits, noise", risk(1 / 4, "gradient=0.1", "quantization=4", "gaussian=0.02")),
+    "half-noise": Arm("half noise", risk(0.5, "gaussian=0.02")),
+    "multi_step_risk-2": Arm("K = 2", l2("multi_step_risk", 0.1, "--defense_steps", "2")),
+    "multi_step_risk-3": Arm("K = 3", l2("multi_step_risk", 0.1, "--defense_steps", "3")),
+    "epsilon-0.05": Arm("K = 1, ε = 0.05", l2("multi_step_risk", 0.05, "--defense_steps", "1")),
+    "epsilon-0.2": Arm("K = 1, ε = 0.2", l2("multi_step_risk", 0.2, "--defense_steps", "1")),
+    "epsilon-0.5": Arm("K = 1, ε = 0.5", l2("multi_step_risk", 0.5, "--defense_steps", "1")),
+    "last_layer": Arm("K = 1, last layer", [*ONE_STEP, "--defense_target_modules", "last-encoder-layer"]),
+    "sam": Arm("SAM", l2("sam", 0.1)),
+    "awp-late": Arm("AWP ε/2, late", l2("awp", 0.05, "--defense_start_epoch", "1")),
+    "penalty": Arm("gradient penalty", ["--defense", "gradient_penalty", "--defense_weight", "0.05"]),
+    "looksam": peer("LookSAM ε/2", "looksam"),
+    "momentum": peer("along the momentum, ε/2", "momentum"),
+}
+ARMS = DEPLOYED | MORE
 CORRUPTIONS = [
     "gradient=0.1,0.2",
     "gaussian=0.01,0.02",
@@ -42,23 +67,37 @@ CORRUPTIONS = [
     "bit-flips=1e-7",
     "worst-bit-flips=1,3:of=int8,candidates=5",
 ]
+# The same and what the papers have beside it.
+MORE_CORRUPTIONS = [
+    "random=20",
+    "gradient=0.05,0.1,0.2,0.5",
+    "gradient=2e-4,5e-4:norm=inf",
+    "multi-step=0.1,0.2",
+    "multi-step=2e-4:norm=inf",
+    "uniform=0.02,0.04",
+    *CORRUPTIONS[1:-2],
+    "bit-flips=1e-8,1e-7",
+    CORRUPTIONS[-1],
+]
 
 
 def measure_all(options: argparse.Namespace, run: Run) -> EvaluationRecord:
     """Train one model and measure it under all corruptions, unless its record is there already."""
-    return measure(options, run, "--corruptions", *CORRUPTIONS)
+    return measure(
+        options, run, "--corruptions", *(MORE_CORRUPTIONS if options.size is SIZES["full"] else CORRUPTIONS)
+    )
 
 
 def main() -> None:
     """Run what is missing, and write the table."""
     options = parse_options(__doc__, ARMS, "runs/deploy")
-    arms = {name: ARMS[name] for name in options.arms or ARMS}
-    records = over_runs(measure_all, "runs", options, arms)
-    if "plain" not in arms or len(options.seeds) < 2:  # nothing to compare with, or no spread
+    named = options.arms or (ARMS if options.size is SIZES["full"] else DEPLOYED)
+    records = over_runs(measure_all, "runs", options, {name: ARMS[name] for name in named})
+    if "plain" not in named or len(options.seeds) < 2:  # nothing to compare with, or no spread
         return
     text = (
         f"SST-2 dev accuracy over {len(options.seeds)} seeds ({', '.join(map(str, options.seeds))}), mean ± sample "
-        f"standard deviation; {options.train_samples} training sentences, 1 epoch, batch 32, learning rate 2e-4.\n"
+        f"standard deviation; {options.size}.\n"
         "t: Student's test with pooled variance of the hypothesis that the arm is no better than the plain one "
         f"(df = {2 * (len(options.seeds) - 1)}); * p < 0.05, one-sided, not corrected for the number of rows.\n\n"
         f"{tables(records, ARMS, costs=True)}"

@@ -41,7 +41,6 @@ from scripts.sst2_runs import model_and_batches, parse_options, train
 COMMAND = "python -m scripts.probe_sst2 --model MODEL --data FOLDER --output scripts/results/probes"
 ARMS = {"plain": PLAIN, "defended": Arm("K = 1", ONE_STEP)}
 GROUPINGS = {"kinds": by_kind, "layers": by_layer}
-EPOCHS = 2
 # The same ε for every group, as in paper 1: first without a limit, in the norm of the defense; then as there, in L∞
 # and for few weights; and random directions, up to radii that do harm. The reports have ε in units of the norm of each
 # group's weights, too.
@@ -67,8 +66,8 @@ def probe(options: argparse.Namespace, run: Run, grouping: str) -> SweepRecord:
     """Train a model and probe it, unless its record is there already."""
     path: Path = options.output / f"{run.file_name}-{grouping}.json"
     if not path.exists():
-        folder = train(options, run, "--num_train_epochs", str(EPOCHS))
-        note_run(options.output, options.work, run, options.threads, epochs=EPOCHS, command=COMMAND)
+        folder = train(options, run)
+        note_run(options.output, options.work, run, options.threads, epochs=options.size.epochs, command=COMMAND)
         model, batches = model_and_batches(options, folder)
         targets = GROUPINGS[grouping](model)
         layer_probe = LayerProbe(model, ClassificationMetric(batches), targets=targets)
@@ -314,7 +313,7 @@ def radii_table(sweeps: Mapping[str, SweepRecord]) -> str:
 
 def main() -> None:
     """Train, probe and draw what is missing."""
-    options = parse_options(__doc__, ARMS, "runs/probe_sst2", train_samples=6920, seeds=1)
+    options = parse_options(__doc__, ARMS, "runs/probe_sst2", size="sentences", seeds=1)
     sweeps = {
         grouping: {
             name: [probe(options, Run(name, ARMS[name], seed), grouping) for seed in options.seeds]

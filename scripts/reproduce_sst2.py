@@ -44,8 +44,7 @@ def measure(options: argparse.Namespace, run: Run, *more: str) -> EvaluationReco
     path = options.output / f"{run.file_name}.json"
     if not path.exists():
         started = time.monotonic()
-        # One trial: the seeds of training are the trials.
-        folder = train(options, run, "--do_eval", "--corruption_trials", "1", *more)
+        folder = train(options, run, "--do_eval", "--corruption_trials", str(options.size.trials), *more)
         EvaluationRecord.load(folder / "robustness.json").save(path)
         note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
     return EvaluationRecord.load(path)
@@ -100,7 +99,7 @@ def main() -> None:
     last_layer = over_runs(corrupt_last_layer, "last layer corrupted", options, targets)
     text = (
         f"SST-2 dev accuracy over {len(options.seeds)} seeds ({', '.join(map(str, options.seeds))}), mean ± sample "
-        f"standard deviation; {options.train_samples} training sentences, 1 epoch, batch 32, learning rate 2e-4; "
+        f"standard deviation; {options.size}; "
         "defenses in L2, ε = 0.1.\n"
         "t: Student's test with pooled variance of the hypothesis that the defended arm is no better "
         f"(df = {2 * (len(options.seeds) - 1)}); * p < 0.05, one-sided, not corrected for the number of rows.\n\n"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,31 @@ from scripts.campaigns import Arm, Run
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_sst2.py"
 
 
+@dataclass(frozen=True)
+class Size:
+    """On how much of SST-2 a campaign trains, and how."""
+
+    train_file: str
+    train_samples: int
+    epochs: int
+    learning_rate: float
+    trials: int  # of each random corruption: where the seeds of training are few and cheap, one each is enough
+
+    def __str__(self) -> str:
+        epochs = f"{self.epochs} epoch{'s' * (self.epochs > 1)}"
+        return f"{self.train_samples} training sentences, {epochs}, batch 32, learning rate {self.learning_rate:g}"
+
+
+SIZES = {
+    # At 5e-5 its 64 steps end before this small model has learned anything.
+    "small": Size("train_sentences.tsv.gz", 2048, 1, 2e-4, 1),
+    "sentences": Size("train_sentences.tsv.gz", 6920, 2, 2e-4, 1),  # all whole ones
+    "full": Size("train.tsv.gz", 67349, 2, 5e-5, 3),  # GLUE's phrases; for a GPU
+}
+
+
 def parse_options(
-    description: str | None, arms: Mapping[str, Arm], work: str, *, train_samples: int = 2048, seeds: int = 3
+    description: str | None, arms: Mapping[str, Arm], work: str, *, size: str = "small", seeds: int = 3
 ) -> argparse.Namespace:
     """Read the command line of a campaign."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,8 +62,12 @@ def parse_options(
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 1 + seeds)))
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--arms", nargs="+", choices=arms, help="only run these, in this order, and draw no table")
-    parser.add_argument("--train-samples", type=int, default=train_samples)
+    parser.add_argument("--size", choices=SIZES, default=size, help="; ".join(f"{k}: {v}" for k, v in SIZES.items()))
+    parser.add_argument("--train-samples", type=int, help="fewer than the size has")
     options = parser.parse_args()
+    options.size = SIZES[options.size]
+    if options.train_samples:
+        options.size = replace(options.size, train_samples=options.train_samples)
     options.output.mkdir(parents=True, exist_ok=True)
     # One thread each: a process that waits for its other thread gains nothing from a busy core.
     options.threads = max(1, (os.cpu_count() or 1) // options.jobs)
@@ -46,36 +75,37 @@ def parse_options(
     return options
 
 
-def train(options: argparse.Namespace, run: Run, *more: str, program: Sequence[str] = (str(EXAMPLE),)) -> Path:
+def train(options: argparse.Namespace, run: Run, *more: str) -> Path:
     """Train one model, unless it is there already, and return its folder.
 
     Args:
         options: Those of a campaign.
         run: What is trained.
         *more: Flags for this run alone.
-        program: What Python runs with the flags: the example, or what calls it.
     """
     folder: Path = options.work / run.file_name
     if (folder / "train_results.json").exists():
         return folder
+    size: Size = options.size
     fixed = {
         "model_name_or_path": options.model,
-        "train_file": str(options.data / "train_sentences.tsv.gz"),
+        "train_file": str(options.data / size.train_file),
         "validation_file": str(options.data / "dev.tsv.gz"),
-        "max_train_samples": options.train_samples,
+        "max_train_samples": size.train_samples,
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 64,
-        "learning_rate": 2e-4,  # at 5e-5 the 64 steps end before this small model has learned anything
-        "num_train_epochs": 1,
+        "learning_rate": size.learning_rate,
+        "num_train_epochs": size.epochs,
         "seed": run.seed,
         "output_dir": folder,
         "save_strategy": "no",
         "logging_steps": 10,
         "report_to": "none",
+        **({"tf32": True} if torch.cuda.is_available() else {}),
     }
     flags = (part for name, value in fixed.items() for part in (f"--{name}", str(value)))
     subprocess.run(
-        [sys.executable, *program, "--do_train", *flags, *run.arm.flags, *more],
+        [sys.executable, *(run.arm.program or [str(EXAMPLE)]), "--do_train", *flags, *run.arm.flags, *more],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
     )
@@ -102,17 +132,38 @@ def evaluator_of(options: argparse.Namespace, folder: Path, **selection: Any) ->
     return CorruptionEvaluator(model, ClassificationMetric(batches), progress=False, **selection)
 
 
+def run_example_with(trainer: Callable[..., Any]) -> None:
+    """Run the example with the flags of this program, and another Trainer."""
+    sys.path.insert(0, str(EXAMPLE.parent))
+    example: Any = importlib.import_module(EXAMPLE.stem)
+    example.ParameterDefenseTrainer = trainer
+    example.main()
+
+
 Measure = Callable[[argparse.Namespace, Run], EvaluationRecord]
 
 
 def over_runs(
     measure: Measure, title: str, options: argparse.Namespace, arms: Mapping[str, Arm]
 ) -> dict[str, list[EvaluationRecord]]:
-    """Measure these arms with every seed, several side by side."""
+    """Measure these arms with every seed, several side by side; one that fails does not stop the others.
+
+    Raises:
+        RuntimeError: Runs failed; when all others are done.
+    """
     runs = [Run(name, arm, seed) for seed in options.seeds for name, arm in arms.items()]
     records: dict[str, list[EvaluationRecord]] = {name: [] for name in arms}
+    failed: dict[str, BaseException] = {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        done = pool.map(lambda run: measure(options, run), runs)
-        for run, record in zip(runs, tqdm(done, desc=title, total=len(runs)), strict=True):
-            records[run.name].append(record)
+        doing = {run.file_name: pool.submit(measure, options, run) for run in runs}
+        for _ in tqdm(as_completed(doing.values()), desc=title, total=len(runs)):
+            pass
+    for run in runs:
+        error = doing[run.file_name].exception()
+        if error is None:
+            records[run.name].append(doing[run.file_name].result())
+        else:
+            failed[run.file_name] = error
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed: {failed}; call again for them alone")
     return records

@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import importlib
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,7 @@ from hf_parcor import BitFlips, CorruptionEvaluator, FlipRecord, ParameterDefens
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.records import EvaluationRecord
 from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, mean_and_deviation, note_run
-from scripts.sst2_runs import EXAMPLE, model_and_batches, parse_options, train
+from scripts.sst2_runs import model_and_batches, parse_options, run_example_with, train
 
 CLIP = 0.5  # ten standard deviations of a typical matrix, whose largest entries reach 8
 FORMATS = {"float32": 5, "int8": 8}  # and after how many flips to give up
@@ -40,20 +37,13 @@ RATES = (1e-7, 1e-6, 1e-5)
 EVERY = 3  # dev sentences: a third of the 872
 
 
-@dataclass(frozen=True)
-class Guarded(Arm):
-    """An arm, and the program that trains it: the example, or that with more around it."""
-
-    program: tuple[str, ...] = (str(EXAMPLE),)
-
-
 ARMS = {
-    "plain": Guarded(PLAIN.label, PLAIN.flags),
-    "multi_step_risk-1": Guarded("K = 1", ONE_STEP),
-    "clipped": Guarded(
+    "plain": Arm(PLAIN.label, PLAIN.flags),
+    "multi_step_risk-1": Arm("K = 1", ONE_STEP),
+    "clipped": Arm(
         f"clipped, ±{CLIP:g}",
         PLAIN.flags,
-        ("-c", "from scripts.worst_bit_flips import train_clipped; train_clipped()"),
+        program=("-c", "from scripts.worst_bit_flips import train_clipped; train_clipped()"),
     ),
 }
 
@@ -72,10 +62,7 @@ class ClipWeights(TrainerCallback):
 
 def train_clipped() -> None:
     """Run the example with the callback in its Trainer."""
-    sys.path.insert(0, str(EXAMPLE.parent))
-    example: Any = importlib.import_module(EXAMPLE.stem)
-    example.ParameterDefenseTrainer = partial(ParameterDefenseTrainer, callbacks=[ClipWeights()])
-    example.main()
+    run_example_with(partial(ParameterDefenseTrainer, callbacks=[ClipWeights()]))
 
 
 def sentences_to_search_on(options: argparse.Namespace, folder: Path) -> list[dict[str, Tensor]]:
@@ -89,12 +76,11 @@ def sentences_to_search_on(options: argparse.Namespace, folder: Path) -> list[di
 
 def measure(options: argparse.Namespace, run: Run) -> tuple[dict[str, FlipRecord], EvaluationRecord]:
     """Train one model, flip its bits, and return the records; what is there already is not done again."""
-    assert isinstance(run.arm, Guarded), "all arms of this campaign are"
     started = time.monotonic()
     paths = {of: options.output / f"{run.file_name}-{of}.json" for of in FORMATS}
     at_random = options.output / f"{run.file_name}-random.json"
     if not all(path.exists() for path in (*paths.values(), at_random)):
-        folder = train(options, run, program=run.arm.program)
+        folder = train(options, run)
         model, batches = model_and_batches(options, folder)
         metric = ClassificationMetric([{name: part[::EVERY] for name, part in batch.items()} for batch in batches])
         search = sentences_to_search_on(options, folder)

@@ -65,10 +65,10 @@ def read_corruptions(
 
     Args:
         words: Names in the catalogue, with `-` or `_`; `NAME=S,S` has strengths of its own. Other settings follow a
-            colon: `NAME:SETTING=VALUE,...`, `NAME=S,S:SETTING=VALUE,...`.
+            colon: `NAME:SETTING=VALUE,...`, `NAME=S,S:SETTING=VALUE,...`; `norm` and `top-n` are the constraint's.
         strengths: For those that have none of their own.
-        norm: Order of the constraint's norm.
-        top_n: The constraint's largest number of corrupted weights.
+        norm: Order of the constraint's norm, for those that have none of their own.
+        top_n: The constraint's largest number of corrupted weights, likewise.
 
     Raises:
         InputError: An unknown name or setting, a strength that is none, or no strength.
@@ -78,6 +78,8 @@ def read_corruptions(
         gradient-based L2 ε=0.1, gradient-based L2 ε=0.2, 4-bit quantization
         >>> print(*read_corruptions(["quantization=4,3:per=32", "float-quantization=mxfp4"], []), sep=", ")
         4-bit quantization per group of 32, 3-bit quantization per group of 32, MXFP4
+        >>> print(*read_corruptions(["gradient=2e-4:norm=inf", "random=0.1:top-n=100"]), sep=", ")
+        gradient-based L∞ ε=0.0002, random L2 ε=0.1 n=100
     """
     found = []
     for word in words:
@@ -115,7 +117,8 @@ def _corruption(
 ) -> Corruption:
     kind: Any = CORRUPTIONS[name]
     first, *others = fields(kind)
-    known = [field.name for field in others]
+    constrained = first.name == "constraint"
+    known = [field.name for field in others] + ["norm", "top_n"] * constrained
     given = {setting.replace("-", "_"): _plain(value) for setting, value in more.items()}
     for setting in given:
         if setting not in known:
@@ -132,8 +135,9 @@ def _corruption(
         )
     chosen: Corruption
     try:
-        if first.name == "constraint":
-            chosen = kind(constraint=CorruptionConstraint(p=norm, epsilon=value, top_n=top_n), **given)
+        if constrained:
+            of_constraint = {"p": given.pop("norm", norm), "top_n": given.pop("top_n", top_n)}
+            chosen = kind(constraint=CorruptionConstraint(epsilon=value, **of_constraint), **given)
         else:
             chosen = kind(**{first.name: value}, **given)
     except (NotImplementedError, TypeError, ValueError) as error:

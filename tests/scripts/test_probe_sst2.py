@@ -46,7 +46,7 @@ def test_how_it_was_made():
     for name, run in runs.items():
         assert run["command"] == probe_sst2.COMMAND
         assert run["flags"] == probe_sst2.ARMS[name.partition("-")[0]].flags
-        assert (run["train_samples"], run["epochs"], run["collapsed"]) == (6920, probe_sst2.EPOCHS, False)
+        assert (run["train_samples"], run["epochs"], run["collapsed"]) == (6920, 2, False)
     for grouping, of_arms in SWEEPS.items():
         for [sweep] in of_arms.values():
             labels = [str(corruption) for corruption in probe_sst2.corruptions_of(grouping)]
