@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import shlex
 import shutil
@@ -87,6 +88,7 @@ def test_names_that_help_shows_are_those_of_the_catalogues():
 
 
 def test_corruptions_from_words():
+    nine = CorruptionConstraint(p=math.inf, epsilon=0.5, top_n=9)
     table = {
         "quantization=4,3:per=channel": [Quantization(4, "channel"), Quantization(3, "channel")],
         "quantization=4:per=32,symmetric=false,zero-point=float": [
