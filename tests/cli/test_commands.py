@@ -100,10 +100,7 @@ def test_corruptions_from_words():
         "gaussian=1e-3:relative-to=weight": [GaussianNoise(1e-3, "weight")],
         "drift=3600:nu-mean=0.06": [ConductanceDrift(3600, nu_mean=0.06)],
         "multi-step=1:steps=3": [MultiStepCorruption(CorruptionConstraint(epsilon=1.0), steps=3)],
-        "gradient=0.5:norm=inf,top-n=9": [
-            GradientCorruption(CorruptionConstraint(p=float("inf"), epsilon=0.5, top_n=9))
-        ],
-        "multi-step=1:norm=1": [MultiStepCorruption(CorruptionConstraint(p=1, epsilon=1.0))],
+        "gradient=0.5:norm=inf,top-n=9": [GradientCorruption(nine)],
         "bit-flips=1e-7:bits=sign": [BitFlips(rate=1e-7, bits="sign")],
     }
     for word, expected in table.items():
