@@ -61,12 +61,16 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
     elif isinstance(value, MappingProxyType):
         copied = MappingProxyType(_copy(dict(value), memo))
     elif isinstance(value, tuple) and (type(value) is tuple or hasattr(value, "_make")):
-        parts = [_copy(part, memo) for part in value]
-        copied = value._make(parts) if hasattr(value, "_make") else tuple(parts)
+        copied = _like(value, [_copy(part, memo) for part in value])
     else:
         return _copy_of_object(value, memo)
     memo[id(value)] = copied
     return copied
+
+
+def _like(value: Any, parts: list[Any]) -> Any:
+    """Return a list or a tuple of the same class; a named tuple takes its parts one by one."""
+    return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
 
 
 def _copy_of_container(value: Any, memo: dict[int, Any]) -> Any:
@@ -76,7 +80,7 @@ def _copy_of_container(value: Any, memo: dict[int, Any]) -> Any:
         return _copy_of_object(value, memo)
     memo[id(value)] = copied  # before its parts: it may hold itself
     # What one run of a model leaves in a default dictionary, or in a class of its own, is set in the copy only.
-    for place, part in enumerate(value) if isinstance(value, list) else list(value.items()):
+    for place, part in enumerate(value) if isinstance(value, list) else value.items():
         if type(part) not in _UNCHANGEABLE:
             copied[place] = _copy(part, memo)
     return copied
@@ -156,7 +160,7 @@ def _first(value: Any, count: int, examples: int) -> Any:
     if isinstance(value, (list, tuple)) and not any(isinstance(part, Tensor) for part in value):
         return value[:count] if len(value) == examples else value
     if isinstance(value, (list, tuple)):
-        return type(value)(_first(part, count, examples) for part in value)
+        return _like(value, [_first(part, count, examples) for part in value])
     return value
 
 

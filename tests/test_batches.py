@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
+import pytest
 import torch
 from for_each import for_each
 from torch import nn
@@ -13,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from transformers import BatchEncoding, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_parcor.batches import private_copy
+from hf_parcor.batches import first_examples, items_of_part, private_copy
 
 Pair = namedtuple("Pair", ["first", "second"])
 
@@ -83,9 +84,11 @@ def test_what_is_popped_from_the_copy_stays_in_the_batch(name):
 
 def test_what_stands_in_two_places_does_so_in_the_copy():
     shared, row = tensor(), [1]
-    copied = private_copy({"a": shared, "b": [shared, row], "c": Target(shared), "d": row})
-    assert copied["a"] is copied["b"][0] is copied["c"].boxes
+    target = Target(shared)
+    copied = private_copy({"c": target, "a": shared, "b": [shared, row], "d": row, "e": target, "f": Target(shared)})
+    assert copied["a"] is copied["b"][0] is copied["c"].boxes is copied["f"].boxes is not shared
     assert copied["b"][1] is copied["d"] is not row
+    assert copied["c"] is copied["e"] is not target
 
 
 def test_a_batch_may_hold_itself():
@@ -118,6 +121,13 @@ class TestHandedOn:
 
     def test_modules_and_what_cannot_be_copied(self):
         module, lock, generator = nn.Linear(1, 1), threading.Lock(), (x for x in ())
+
+        class Two(tuple):
+            def __new__(cls, first, second):
+                return super().__new__(cls, (first, second))
+
+        two = Two(1, tensor())
+        assert private_copy([two])[0] is two
         copied = private_copy({"module": module, "held": Pair(lock, generator)})
         assert copied["module"] is module
         assert copied["held"] == (lock, generator)
@@ -169,3 +179,49 @@ def test_a_packed_sequence_still_unpacks():
     copied = private_copy(pack_sequence([tensor(), tensor()[:2]]))
     assert isinstance(copied, PackedSequence)
     assert copied.batch_sizes.tolist() == [2, 2, 1]
+
+
+class TestAShareOfABatch:
+    @for_each(("share", "count"), [(0.1, 1), (0.5, 3), (0.6, 3), (0.61, 4), (0.99, 5)])
+    def test_first_examples(self, share, count):
+        rows, words = torch.arange(10.0).reshape(5, 2), list("abcde")
+        batch = {
+            "rows": rows,
+            "nested": BatchEncoding({"words": words, "pair": Pair(rows, rows + 1), "list": [rows]}),
+            "settings": {"scale": torch.tensor(2.0), "name": "abcde", "shape": [1, 2, 3, 4], "none": None},
+        }
+        found = first_examples(batch, share)
+        assert torch.equal(found["rows"], rows[:count])
+        assert found["nested"]["words"] == words[:count]
+        assert torch.equal(found["nested"]["pair"].second, rows[:count] + 1)
+        assert torch.equal(found["nested"]["list"][0], rows[:count])
+        assert found["settings"] == batch["settings"], "what is not per example stays"
+
+    def test_all_of_it_is_the_batch_itself(self):
+        batch = {"rows": tensor()}
+        assert first_examples(batch, 1) is batch
+        assert items_of_part(7, batch, 1) == 7
+
+    @for_each("batch", [{}, {"words": ["a"]}, {"rows": torch.ones(2, 3), "scores": torch.ones(3)}])
+    def test_refused(self, batch):
+        with pytest.raises(ValueError, match="set batch_share to 1"):
+            first_examples(batch, 0.5)
+
+    @for_each(
+        ("labels", "shifted", "expected"),
+        [
+            ([[1, 2], [3, -100], [-100, -100], [4, 5]], False, 12 * 3 / 5),
+            ([[1, 2], [3, -100], [-100, -100], [4, 5]], True, 12 * 1 / 2),
+            ([[-100, -100], [-100, -100], [1, 2], [3, 4]], False, 1.0),
+            ([[-100, -100]] * 4, False, 1.0),
+            ([[1.0], [-100.0], [2.0], [3.0]], False, 6.0),
+        ],
+    )
+    def test_a_part_is_divided_by_its_share_of_the_labels(self, labels, shifted, expected):
+        batch = {"labels": torch.tensor(labels)}
+        assert float(items_of_part(12, batch, 0.5, shifted)) == pytest.approx(expected)
+
+    def test_what_has_no_labels_is_divided_as_ever(self):
+        assert items_of_part(12, {"rows": torch.ones(4)}, 0.5) == 12
+        assert items_of_part(12, [torch.ones(4)], 0.5) == 12
+        assert items_of_part(None, {"labels": torch.ones(4)}, 0.5) is None

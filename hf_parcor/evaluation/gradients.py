@@ -111,6 +111,14 @@ Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 
+def own_batch(batch: Batch, model: nn.Module) -> Batch:
+    """Return a batch on the model's device that this run of the model may write into.
+
+    It is copied before it moves: a `BatchEncoding` moves in place.
+    """
+    return send_to_device(private_copy(batch), input_device(model))
+
+
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean loss that a Transformers model computes itself when its batch has labels.
 
@@ -272,7 +280,7 @@ class DatasetGradients:
 
     def loss_on(self, batch: Batch) -> Tensor:
         """Return the mean loss of a batch at the weights as they are."""
-        return self._loss(self._model, self._on_device(batch))
+        return self._loss(self._model, own_batch(batch, self._model))
 
     def on_next_batch(self, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradient of the next batch's mean loss at `w + a`; after the last batch comes the first."""
@@ -306,7 +314,7 @@ class DatasetGradients:
         if batch is None:
             self._walk = iter(self._batches)
             batch = next(self._walk)
-        return self._on_device(batch)
+        return own_batch(batch, self._model)
 
     def on_batch(self, batch: Batch, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradient of a batch's mean loss at `w + a`, in the dtype of each weight."""
@@ -322,19 +330,11 @@ class DatasetGradients:
         """Let the next batch be the first."""
         self._walk = iter(())
 
-    def _on_device(self, batch: Batch) -> Batch:
-        # A copy, since models write into their inputs; before it moves, since a `BatchEncoding` moves in place.
-        return send_to_device(private_copy(batch), input_device(self._model))
-
     def _gradient(self, batch: Batch, weight: float = 1.0) -> list[Tensor]:
         parameters = list(self._parameters.values())
 
-        def loss() -> Tensor:
-            found = self.loss_on(batch)
-            return found if weight == 1 else found * weight
-
         with torch.enable_grad(), trainable(parameters):
-            gradient = gradients(self._model, parameters, loss)
+            gradient = gradients(self._model, parameters, lambda: self.loss_on(batch) * weight)
         found = [
             torch.zeros_like(parameter) if part is None else part
             for part, parameter in zip(gradient, parameters, strict=True)
@@ -362,7 +362,7 @@ def private(tensors: Iterable[Tensor], others: Any = ()) -> list[Tensor]:
     found = []
     for tensor in tensors:
         own = tensor.to_dense() if tensor.layout is not torch.strided else tensor
-        if not own.is_contiguous() or (own.numel() and _memory(own) in taken):
+        if not own.is_contiguous() or _memory(own) in taken:
             own = own.clone(memory_format=torch.contiguous_format)
         taken.add(_memory(own))
         found.append(own)

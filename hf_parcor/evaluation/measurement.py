@@ -68,8 +68,6 @@ def measure(model: nn.Module, metric: Metric, processes: MeasuringProcesses) -> 
         found = processes.each(partial(maybe.of_batch, model), all_batches(maybe.batches))
         return checked_metrics(maybe.combine(found))
     metrics = checked_metrics(metric(model))
-    if processes.count == 1:
-        return metrics
     of_processes = processes.gather({name: _plain(value) for name, value in metrics.items()})
     _warn_of_differences(of_processes)
     return of_processes[0]

@@ -10,20 +10,18 @@ from operator import length_hint
 from typing import Any, cast
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_parcor.batches import private_copy
 from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
-from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model, trainable
+from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model, own_batch, trainable
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.functional.vectors import working_dtype
 from hf_parcor.injection import Device, Pieces, Replacement
-from hf_parcor.model_state import BufferSnapshot, input_device
+from hf_parcor.model_state import BufferSnapshot
 from hf_parcor.prefix import (
     TRIED_PASSES,
     NothingToReuse,
@@ -234,13 +232,10 @@ def prefix_of_ascents(model: nn.Module, parameters: _Parameters, batches: Iterab
     batch = next(iter(batches), None)
     if not isinstance(batch, Mapping):
         return None
-    device = input_device(model)
 
     def plan() -> PrefixReuse:
         with trainable(parameters.values()):
-            return plan_prefix(
-                model, parameters, lambda: model(**send_to_device(private_copy(batch), device)), trained=parameters
-            )
+            return plan_prefix(model, parameters, lambda: model(**own_batch(batch, model)), trained=parameters)
 
     return _found(plan, "ascent")
 

@@ -196,7 +196,7 @@ def append_to_checkpoint(path: Path, trials: Mapping[int, Trial]) -> None:
 
 
 def _line(value: Any) -> str:
-    return json.dumps(to_plain(value), allow_nan=False, ensure_ascii=False)
+    return json.dumps(to_plain(value), allow_nan=False)
 
 
 def _numbered_trial(path: Path, line: bytes, at: int) -> tuple[int, Trial]:

@@ -92,24 +92,19 @@ class RepeatedBatches:
     @contextmanager
     def unseen(self) -> Iterator[None]:
         """Restore, after a `with` block, the generators that walks draw from: the global ones and the loader's own."""
-        generator = getattr(self._batches, "generator", None)
+        generator: Any = getattr(self._batches, "generator", None)
         state = generator.get_state() if isinstance(generator, torch.Generator) else None
         try:
             with random_states_kept():
                 yield
         finally:
-            if generator is not None and state is not None:
+            if state is not None:
                 generator.set_state(state)
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the data; a walk is only needed where none has come to its end."""
-        if self._fixed:
-            return fingerprint(self._batches)
-        if not self._walks:
-            with self.unseen():
-                for _ in self:
-                    pass
-        return self._fingerprint
+        """Return the fingerprint of the data, after `check`."""
+        self.check()
+        return fingerprint(self._batches) if self._fixed else self._fingerprint
 
     def _compared(self) -> Iterator[Any]:
         found, count = Fingerprint(), 0

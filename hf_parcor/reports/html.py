@@ -59,15 +59,14 @@ def html_page(content: Content) -> str:
 
     It is built as a tree and escaped when the tree is written, so that a name is text wherever it stands.
     """
-    title = printable(content.title)
     head = element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", title),
+        element("title", content.title),
         element("style", STYLE),
     )
-    main = element("main", element("h1", title), _verdict(content))
+    main = element("main", element("h1", content.title), _verdict(content))
     maps = [_table(table, "heat") for table in content.heat_maps]
     main.append(
         _section("Heat map", [element("p", content.strongest, class_="soft"), element("div", *maps, class_="maps")])
@@ -102,11 +101,11 @@ def _section(title: str, children: list[Element]) -> Element:
 
 
 def _table(table: Table, kind: str = "") -> Element:
-    head = element("tr", *[element("th", printable(name), scope="col") for name in table.header])
+    head = element("tr", *[element("th", name, scope="col") for name in table.header])
     body = element("tbody")
     for place, row in enumerate(table.rows):
         name, *cells = row
-        line = element("tr", element("th", printable(name), scope="row"))
+        line = element("tr", element("th", name, scope="row"))
         for column, cell in enumerate(cells):
             line.append(_cell(cell, table.shares[place][column] if table.shares else None))
         body.append(line)
@@ -114,12 +113,12 @@ def _table(table: Table, kind: str = "") -> Element:
     if kind:
         drawn.set("class", kind)
     box = element("div", drawn, class_="scroll", tabindex="0", role="region", aria_label=table.caption)
-    return element("figure", element("figcaption", printable(table.caption), class_="soft"), box)
+    return element("figure", element("figcaption", table.caption, class_="soft"), box)
 
 
 def _cell(text: str, share: float | None) -> Element:
     # Sixty per cent at most of one colour: the ink of the page can be read on it, light or dark.
-    return element("td", printable(text), **({} if share is None else {"style": f"--share:{share:.3g}"}))
+    return element("td", text, **({} if share is None else {"style": f"--share:{share:.3g}"}))
 
 
 def _curves(content: Content) -> Iterator[Element]:
@@ -131,28 +130,25 @@ def _curves(content: Content) -> Iterator[Element]:
     if figures:
         yield element("div", *figures, class_="panels")
     if content.no_curves:
-        yield element("p", printable(content.no_curves), class_="soft")
+        yield element("p", content.no_curves, class_="soft")
 
 
 def _figure(content: Content, one: Panel, name: str) -> Element:
     drawn = _inline(panel_as_svg(one, printable(content.metric), content.numbers, name))
     described = f"{content.metric} against {one.axis}. The same numbers stand in the tables."
-    drawn[:0] = [element("title", printable(one.title)), element("desc", printable(described))]
+    drawn[:0] = [element("title", one.title), element("desc", described)]
     drawn.set("role", "img")
     drawn.set("aria-label", printable(one.title))
     legend = element("ul", class_="legend")
     for label, (color, sign) in zip(one.lines, line_signs(), strict=False):
         mark = element("span", sign, style=f"color:{_ink(color)}", aria_hidden="true")
-        legend.append(element("li", mark, element("span", printable(label))))
-    return element("figure", element("figcaption", element("strong", printable(one.title))), drawn, legend)
+        legend.append(element("li", mark, element("span", label)))
+    return element("figure", element("figcaption", element("strong", one.title)), drawn, legend)
 
 
 def _inline(svg: str) -> Element:
     """Return a picture as a part of the page: what is black has the colour of its text, and the page its style."""
-    root = fromstring(svg)
-    drawn = _plain(root)
-    for unused in ("width", "height", "version"):
-        drawn.attrib.pop(unused, None)
+    drawn = _plain(fromstring(svg))
     used = {value for part in drawn.iter() for name, value in part.items() if name == "href"}
     used |= {value[4:-1] for part in drawn.iter() for name, value in part.items() if name == "clip-path"}
     for part in drawn.iter():
@@ -166,8 +162,7 @@ def _plain(part: Element) -> Element:
     copy = Element(_local(part.tag))
     copy.text = part.text if copy.tag == "text" else None
     for name, value in part.items():
-        line = " ".join(value.split())
-        copy.set(_local(name), _ink(_FONT.sub("", line)) if name == "style" else line)
+        copy.set(_local(name), _ink(_FONT.sub("", value)) if name == "style" else value)
     copy.extend(_plain(child) for child in part if _local(child.tag) not in ("metadata", "style"))
     return copy
 

@@ -26,6 +26,12 @@ def element(tag: str, *children: Element | str, **attributes: str) -> Element:
         tag: Its name.
         children: Elements and texts, in order.
         attributes: `class_` stands for `class`, `stroke_width` for `stroke-width`.
+
+    Examples:
+        >>> from xml.etree.ElementTree import tostring
+        >>> made = element("p", "a", " < ", element("b", "c"), " & ", "d", class_="soft")
+        >>> tostring(made, encoding="unicode")
+        '<p class="soft">a &lt; <b>c</b> &amp; d</p>'
     """
     made = Element(tag, {name.rstrip("_").replace("_", "-"): printable(value) for name, value in attributes.items()})
     for child in children:

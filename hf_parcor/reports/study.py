@@ -99,8 +99,8 @@ class Curve:
         return tuple(map(sample_mean, zip(*(point.values for point in points), strict=True)))
 
     def reliable(self, names: Sequence[str]) -> bool:
-        """Whether all of these strengths, and no corruption, are."""
-        return self.clean.reliable and all(point.reliable for point in self.points if point.name in names)
+        """Whether all of these strengths are."""
+        return all(point.reliable for point in self.points if point.name in names)
 
     def all_finite(self, names: Sequence[str]) -> bool:
         """Whether at all of these strengths nothing was seen not to be finite."""
@@ -193,8 +193,8 @@ class Study:
 
     @property
     def mixes_trials(self) -> bool:
-        """Whether beside such groups another has one record, whose trials are then its repetitions."""
-        return self.has_seeds and any(
+        """Whether a group has one record, whose trials are then its repetitions."""
+        return any(
             len(records) == 1 and any(len(row.seeds) > 1 for row in records[0].rows())
             for groups in self.models.values()
             for records in groups.values()

@@ -56,14 +56,18 @@ class TestCard:
         assert not list((run_dir / ".eval_results").iterdir()), "it was the task of other data"
 
     def test_remembers_what_the_last_card_said(self, run_dir):
-        main(["card", str(run_dir), "--base-model", "org/bert", "--name", "mine", "--split", "test"])
+        said = "--base-model org/bert --name mine --datasets org/train --evaluated-on org/reviews --split test"
+        main(["card", str(run_dir), *said.split()])
+        assert main(["card", str(run_dir), "--evaluated-on", "org/reviews"]) == 0, "the split of the same data"
         first = (run_dir / "README.md").read_bytes()
         assert main(["card", str(run_dir)]) == 0
         assert (run_dir / "README.md").read_bytes() == first
         (run_dir / "robustness.json").unlink()
         assert main(["card", str(run_dir), "--task", "text-classification"]) == 0
-        assert ModelFacts.load(run_dir / FACTS).task == "text-classification"
-        assert ModelFacts.load(run_dir / FACTS).name == "mine"
+        facts = ModelFacts.load(run_dir / FACTS)
+        assert (facts.task, facts.name, facts.datasets) == ("text-classification", "mine", ("org/train",))
+        assert facts.evaluated_on.split == "test"
+        assert main(["card", str(run_dir), "--metric", "loss"]) == MISTAKE, "nothing is there to read it from"
 
     def test_the_command_of_other_numbers_is_forgotten(self, run_dir, record_of):
         """Of the same ones it is remembered."""
@@ -125,6 +129,15 @@ class TestCard:
         assert main(["card", str(run_dir), "--seeds", str(tmp_path / "other")]) == 0
         assert ModelFacts.load(run_dir / FACTS).clean.metrics["accuracy"].values == (0.9, 0.7)
 
+    def test_what_was_trained_otherwise_is_no_seed(self, run_dir, tmp_path, record_of, capsys):
+        record_of(clean=0.7).save(tmp_path / "other" / "robustness.json")
+        for folder, defense in ((run_dir, "sam"), (tmp_path / "other", "awp")):
+            (folder / "defense_config.json").write_text(f'{{"defense": "{defense}", "settings": {{}}}}')
+        assert main(["card", str(run_dir), "--seeds", str(tmp_path / "other")]) == MISTAKE
+        assert "different defenses" in capsys.readouterr().err
+        assert main(["card", str(run_dir)]) == 0
+        assert ModelFacts.load(run_dir / FACTS).defense["defense"] == "sam"
+
     def test_a_probe_of_the_same_weights_is_shown(self, run_dir, probed_record, probe_of):
         probed_record.save(run_dir / "robustness.json")
         probe_of().save(run_dir / "probe.json")
@@ -161,6 +174,7 @@ class TestCard:
         assert main(["card", str(run_dir), "--push", "me/tiny"]) == 0
         assert "/me/tiny/commit/" in capsys.readouterr().out
         assert b"# Mine\n\n<!-- hf_parcor:begin" in repository.files["README.md"]
+        assert (run_dir / "README.md").is_file(), "here, too"
 
     def test_a_dry_run_of_a_push(self, run_dir, repository, capsys, hub):
         assert main(["card", str(run_dir), "--push", "me/tiny", "--dry-run"]) == 0
@@ -175,6 +189,7 @@ class TestCard:
         text = repository.pull_requests[0][1]["README.md"].decode()
         assert "accuracy, Gaussian σ=0.02" in text
         assert "gradient" not in text
+        assert not (run_dir / "README.md").exists(), "results alone"
 
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -182,6 +197,7 @@ class TestCard:
             ([], "RUN_DIR: expected the folder of a run"),
             (["nowhere"], "RUN_DIR: expected a folder"),
             (["RUN", "--create-pr"], "add --push"),
+            (["RUN", "--revision", "main"], "add --push"),
             (["RUN", "--only", "x"], "--results-only"),
             (["RUN", "--metric", "f1"], "got 'f1'"),
             (["RUN", "--push", "me/tiny", "--results-only", "--only", "x"], "take them from the table"),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import yaml
+from for_each import for_each
 from hub_server import TOKEN, Failure, Repository
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from hf_parcor.cards import Destination, HubError, push_card, push_results, write_card
+from hf_parcor.cards.hub import difference
 
 # The client itself hands bytes to its HTTP library in a way that this one is giving up.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -118,13 +123,26 @@ class TestPushCard:
         assert "+# tiny-bert\n" in push_card(facts, Destination("me/new", dry_run=True, api=api)).difference
         assert "me/new" not in hub.repositories
 
+    def test_no_model_is_made_for_a_pull_request(self, hub, api, facts):
+        with pytest.raises(HubError, match=r"status 404.*check the name"):
+            push_card(facts, Destination("me/new", create_pr=True, api=api))
+        assert "me/new" not in hub.repositories
+
+    def test_a_long_name_makes_no_long_message(self, repository, api, facts):
+        push_card(replace(facts, name="n" * 200), Destination("me/tiny", api=api))
+        assert len(repository.messages[-1]) == 150
+
+    def test_lines_of_a_difference_end(self):
+        assert difference("same\none", "same\ntwo").splitlines()[-3:] == [" same", "-one", "+two"]
+
 
 class TestPushResults:
     def test_only_the_model_index_changes(self, repository, api, facts):
+        repository.commit({**repository.files, "robustness_facts.json": b"{}"})
         push_results(facts, Destination("me/tiny", api=api))
         assert card_of(repository).endswith("\n---\n# My model\n\nMy own words.\n")
         assert list(yaml.safe_load(card_of(repository).split("---")[1])) == ["license", "model-index"]
-        assert set(repository.files) == {".gitattributes", "README.md"}
+        assert set(repository.files) == {".gitattributes", "README.md", "robustness_facts.json"}
 
     @pytest.mark.slow
     def test_results_of_other_corruptions_stay(self, repository, api, facts_with, record_of):
@@ -179,6 +197,36 @@ class TestFailures:
         assert "hf_parcor:begin" in card_of(repository)
         if "Retry-After" in failure.headers:
             assert any(3 <= seconds <= 4 for seconds in hub.waited)
+
+    @for_each(
+        ("headers", "waited"),
+        [({}, [1.0, 2.0, 4.0]), ({"Retry-After": "5"}, [5.0] * 3), ({"Retry-After": "600"}, [60.0] * 3)],
+    )
+    def test_how_often_and_how_long_it_waits(self, hub, repository, api, facts, headers, waited):
+        hub.failures.append(Failure(COMMIT, 429, headers, times=9))
+        with pytest.raises(HubError, match="status 429"):
+            push_card(facts, Destination("me/tiny", api=api))
+        assert hub.waited == waited
+        hub.failures.clear()
+        hub.waited.clear()
+
+    @for_each(
+        ("error", "says"),
+        [
+            (json.JSONDecodeError("no value", "<html>", 0), "no JSON from"),
+            (LocalTokenNotFoundError("none"), "hf auth login"),
+            (OfflineModeIsEnabled("offline"), "unset HF_HUB_OFFLINE"),
+        ],
+    )
+    def test_what_the_client_raises_is_said_with_what_to_do(self, api, facts, monkeypatch, error, says):
+        monkeypatch.setattr(api, "model_info", Mock(side_effect=error))
+        with pytest.raises(HubError, match=says):
+            push_card(facts, Destination("me/tiny", api=api))
+
+    def test_a_mistake_of_ours_is_none_of_the_hub(self, api, facts, monkeypatch):
+        monkeypatch.setattr(api, "model_info", Mock(side_effect=RuntimeError("a bug")))
+        with pytest.raises(RuntimeError, match="a bug"):
+            push_card(facts, Destination("me/tiny", api=api))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", PERMANENT)

@@ -76,7 +76,7 @@ class TestCreateModelCard:
         assert not ModelCard(read(tmp_path / "tiny")).data.eval_results
         assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["README.md"], "old results are gone"
 
-    def test_the_data_are_those_that_were_measured(self, make, labelled_rows):
+    def test_the_data_are_those_that_were_measured(self, make, labelled_rows, monkeypatch):
         class Rows(list):
             split = "test"
 
@@ -87,6 +87,11 @@ class TestCreateModelCard:
         assert trainer.robustness_facts(dataset="org/reviews").evaluated_on.id == "org/reviews"
         trainer.evaluate_robustness([GaussianNoise(0.5)], trials=1)
         assert trainer.robustness_facts().evaluated_on.split == ""
+        said = []
+        monkeypatch.setattr("hf_parcor.cards.trainer.logger.warning", said.append)
+        trainer.evaluate_robustness([GaussianNoise(0.5)], trials=1, eval_dataset={"one": rows, "two": rows[:4]})
+        assert trainer.robustness_facts().evaluated_on.rows == 8
+        assert ["eval_one alone" in line for line in said] == [True]
         watched = make()
         watched.add_callback(RobustnessCallback(watched, [Quantization(4)]))
         watched.evaluate(rows)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from card_text import OURS, read
+from for_each import for_each
 from hub_server import TOKEN, Failure, Repository
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -88,18 +89,20 @@ class TestPushToHub:
         assert b"---\n# Mine\n\nWords.\n\n<!-- hf_parcor:begin" in repository.files["README.md"]
 
     @pytest.mark.slow
-    def test_changed_on_both_sides(self, pushed, trained, tmp_path, warnings):
-        for place in ("here", "there"):
-            text = read(tmp_path / "tiny").replace("More information needed", f"Words {place}.", 1)
-            if place == "here":
-                (tmp_path / "tiny" / "README.md").write_bytes(text.encode())
-            else:
-                pushed.commit({**pushed.files, "README.md": text.replace("here.", "there.").encode()})
-        head = pushed.head
+    @for_each(
+        ("there", "warned"), [("Words there.", True), ("Words here.", False), ("More information needed", False)]
+    )
+    def test_changed_on_both_sides(self, pushed, trained, tmp_path, warnings, there, warned):
+        """A warning says where the words of a person are that are not pushed, and only then."""
+        text = read(tmp_path / "tiny")
+        here = text.replace("More information needed", "Words here.", 1)
+        (tmp_path / "tiny" / "README.md").write_bytes(here.encode())
+        theirs = text.replace("More information needed", there, 1).replace(OURS, f"{OURS}, earlier", 1)
+        head = pushed.commit({**pushed.files, "README.md": theirs.encode()})
         trained.push_to_hub()
-        assert any(head in message for message in warnings)
+        assert any(head in message for message in warnings) == warned
         assert b"Words here." in pushed.files["README.md"]
-        assert b"Words there." in pushed.at(head)["README.md"], "in the history"
+        assert there.encode() in pushed.at(head)["README.md"], "in the history"
 
     @pytest.mark.slow
     @pytest.mark.parametrize("status", [401, 412, 429])

@@ -9,10 +9,12 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from for_each import for_each
 from local_models import (
     LABELS,
     MANY_LANGUAGES,
@@ -46,6 +48,8 @@ from hf_parcor import (
     Quantization,
     SweepRecord,
     by_kind,
+    by_layer,
+    by_module,
     select_parameters,
 )
 from hf_parcor.cli import parsing as options
@@ -106,6 +110,47 @@ def test_corruptions_from_words():
     for word, expected in table.items():
         assert read_corruptions([word], [8.0, 5.0]) == expected, word
     assert read_corruptions(["gaussian"], [0.123456789]) == [GaussianNoise(0.123456789)]
+
+
+def gradient(*strengths, **constraint):
+    return [GradientCorruption(CorruptionConstraint(epsilon=strength, **constraint)) for strength in strengths]
+
+
+@for_each(
+    ("line", "corruptions"),
+    [
+        ("evaluate", corruptions_of_table_1()),
+        ("evaluate --strengths 0.3", gradient(0.3)),
+        ("evaluate --corruptions gradient=0.1 --norm inf --top-n 5", gradient(0.1, p=math.inf, top_n=5)),
+        ("probe", gradient(0.1, 0.2, 0.5)),
+        ("probe --corruptions quantization --strengths 4", [Quantization(4)]),
+    ],
+)
+def test_what_the_flags_corrupt_by(run, monkeypatch, line, corruptions):
+    found = []
+    for command in ("evaluate", "probe"):
+        monkeypatch.setattr(f"hf_parcor.cli.{command}.measure", lambda flags, asked, *_: found.append(asked))
+    assert run(line).code == 0
+    assert found == [corruptions]
+
+
+@for_each(
+    ("flags", "group", "own"),
+    [
+        ("", by_layer, []),
+        ("--target-modules classifier", None, ["classifier"]),
+        ("--group kinds --target-modules classifier", by_kind, ["classifier"]),
+        ("--group modules", by_module, []),
+    ],
+)
+def test_what_the_flags_probe(run, monkeypatch, classifier, flags, group, own):
+    found = []
+    monkeypatch.setattr("hf_parcor.cli.probe.measure", lambda *asked: found.append(asked[-1]))
+    monkeypatch.setattr("hf_parcor.evaluation.LayerProbe", lambda model, metric, targets: list(targets))
+    assert run(f"probe {flags}").code == 0
+    [build] = found
+    expected = [] if group is None else group(classifier)
+    assert build(SimpleNamespace(model=classifier, metric=None), {}) == [*expected, *own]
 
 
 class TestProbe:

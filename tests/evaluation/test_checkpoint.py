@@ -21,7 +21,7 @@ from hf_parcor import (
     SweepRecord,
     by_kind,
 )
-from hf_parcor.evaluation import ClassificationMetric, fingerprint, measurement
+from hf_parcor.evaluation import ClassificationMetric, fingerprint, measurement, trials
 from hf_parcor.evaluation.trials import Trial, append_to_checkpoint, begin_checkpoint
 from hf_parcor.injection import CorruptionSize
 
@@ -122,13 +122,17 @@ def test_an_evaluator_resumes_too(classifier, batches, tmp_path, monkeypatch):
     assert run(-1, path) == expected
 
 
-def test_what_is_odd_is_noted_alike(classifier, tmp_path):
+def test_what_is_odd_is_noted_alike_and_said(classifier, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(trials.logger, "warning", said.append)
+
     def run(metric):
         probe = LayerProbe(classifier, metric, targets={"head": ["classifier"]}, progress=False)
         return probe.evaluate([GaussianNoise(0.1)], trials=1, checkpoint=tmp_path / "odd").to_json()
 
     first = run(odd)
     assert "x was 'broken' with seed 0" in first
+    assert any("x was 'broken' with seed 0" in line for line in said)
     assert run(odd) == first
 
 
@@ -165,8 +169,9 @@ class TestRefused:
             sweep(path, corruptions=CORRUPTIONS[2:], model=tiny_bert(layer_norm_eps=0.1))
 
     def test_other_data(self, sweep, path, batches):
-        with pytest.raises(ValueError, match=r"got one with other data .*, metric_data"):
+        with pytest.raises(ValueError, match=r"got one with other data .*, metric_data") as refused:
             sweep(path, corruptions=CORRUPTIONS[2:], data=batches[::-1])
+        assert not re.search(r"\w{41}", str(refused.value).partition("got")[2]), "no digest at length"
 
     def test_another_version(self, sweep, path, monkeypatch):
         monkeypatch.setattr("hf_parcor.evaluation.identity.library_versions", lambda: {"torch": "0"})

@@ -44,6 +44,13 @@ class Slotted:
         self.x = x
 
 
+class OneSlot:
+    __slots__ = "only"
+
+    def __init__(self, only):
+        self.only = only
+
+
 class Image:
     """As images of PIL: an array, and how it is to be read."""
 
@@ -78,6 +85,7 @@ VALUES = {
     "zero": lambda: 0.0,
     "nan": lambda: float("nan"),
     "complex": lambda: 1j,
+    "other complex": lambda: 2j,
     "text": lambda: "1",
     "no text": lambda: "",
     "half a pair": lambda: "\ud800",
@@ -103,6 +111,11 @@ VALUES = {
     "object": lambda: SimpleNamespace(x=1, y=0),
     "slots": lambda: Slotted(1),
     "other slots": lambda: Slotted(2),
+    "one slot": lambda: OneSlot(1),
+    "other slot": lambda: OneSlot(2),
+    "fields of arrays": lambda: np.array([(1, 2)], dtype=[("x", "i4"), ("y", "i4")]),
+    "other fields": lambda: np.array([(1, 2)], dtype=[("x", "i4"), ("z", "i4")]),
+    "zero point": lambda: torch.quantize_per_tensor(ONE - 0.3, 0.1, 3, torch.qint8),
     "enum": lambda: Color.RED,
     "other enum": lambda: Color.BLUE,
     "date": lambda: datetime.date(2020, 1, 2),
@@ -279,3 +292,15 @@ class TestWeights:
         nn.init.constant_(model.bias, 3.0)
         content = b"weight (1, 1) torch.float32;" + struct.pack("<f", 2) + b"bias (1,) torch.float32;"
         assert fingerprint_of_weights(model) == hashlib.sha256(content + struct.pack("<f", 3)).hexdigest()
+
+
+def test_a_text_is_never_the_dense_tensors_that_read_like_it():
+    text = "n (1,) torch.uint8;A"
+    tensors = {f"text:{len(text)};n": torch.tensor([ord("A")], dtype=torch.uint8)}
+    assert fingerprint([text]) != fingerprint([tensors])
+
+
+def test_what_is_kept_beside_the_fields_of_a_dataclass_is_none_of_them():
+    noted = Pair(1)
+    noted.kept = "since it was asked for"
+    assert fingerprint([noted]) == fingerprint([Pair(1)])

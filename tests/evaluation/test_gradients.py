@@ -1,6 +1,7 @@
 """Gradients over data, against the gradient of one loss over all of it, written longhand."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -47,6 +48,18 @@ class TestOverData:
         torch.testing.assert_close(gradient, expected, **EXACT)
         per_batch = [longhand(model, model(**batch).loss)["classifier.bias"] for batch in batches]
         assert not torch.allclose(gradient["classifier.bias"], torch.stack(per_batch).mean(0)), "the data is too easy"
+
+    def test_of_a_users_loss_first_labels_count_too(self):
+        config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8)
+        model = transformers.GPT2LMHeadModel(config).double().eval()
+        inputs = [torch.randint(1, 20, shape) for shape in ((2, 5), (3, 2))]
+
+        def loss(model, batch):
+            return model(batch["input_ids"]).logits.square().mean()
+
+        batches = [{"input_ids": tokens, "labels": tokens} for tokens in inputs]
+        expected = longhand(model, (10 * loss(model, batches[0]) + 6 * loss(model, batches[1])) / 16)
+        torch.testing.assert_close(gradients_of(model, batches, loss=loss).over_data(), expected, **EXACT)
 
     def test_token_labels_count_unless_they_are_ignored(self, tiny_bert):
         model = tiny_bert(transformers.BertForTokenClassification, num_labels=3).double().eval()
@@ -242,7 +255,8 @@ class TestHowOftenTheModelRuns:
 
 class TestTheWalk:
     @pytest.mark.parametrize(("steps", "expected"), [(None, [0, 1, 2]), (2, [0, 1]), (5, [0, 1, 2, 0, 1])])
-    def test_every_walk_begins_with_the_first_batch(self, classifier, batches, steps, expected):
+    @pytest.mark.parametrize("kind", [MultiStepCorruption, type("OfAUser", (MultiStepCorruption,), {})])
+    def test_every_walk_begins_with_the_first_batch(self, classifier, batches, kind, steps, expected):
         walk = []
 
         def loss(model, batch):
@@ -253,7 +267,7 @@ class TestTheWalk:
             )
             return model(**batch).loss
 
-        corruption = MultiStepCorruption(CorruptionConstraint(epsilon=0.1), steps=steps)
+        corruption = kind(CorruptionConstraint(epsilon=0.1), steps=steps)
         evaluator = CorruptionEvaluator(classifier, lambda _: {"x": 0.0}, batches, loss=loss, progress=False)
         record = evaluator.evaluate([corruption, corruption])
         assert walk == expected * 2
@@ -313,6 +327,14 @@ class TestErrors:
         batches.pop()
         with pytest.raises(ValueError, match="expected the 10 items that there were before, got 8"):
             gradients.over_data()
+
+    def test_a_warning_of_the_loss_is_no_lost_gradient(self, classifier, batches):
+        def loss(model, batch):
+            warnings.warn("of the user", stacklevel=1)
+            return model(**batch).loss
+
+        with pytest.raises(UserWarning, match="of the user"):
+            gradients_of(classifier, batches, loss=loss).over_data()
 
     def test_a_model_without_a_loss(self, classifier, batches):
         with pytest.raises(ValueError, match="put labels into the batches, or pass loss="):

@@ -235,6 +235,10 @@ def test_what_does_not_decide(one, other):
     assert settings_of(written(one)) == settings_of(written(other))
 
 
+def test_what_is_shown_meanwhile_does_not_decide(batches):
+    assert settings_of(ClassificationMetric(batches, progress=True)) == settings_of(ClassificationMetric(batches))
+
+
 class Counting(ClassificationMetric):
     """Counts its calls in several ways."""
 
@@ -344,6 +348,9 @@ class TestTrainer:
         [
             {"per_device_eval_batch_size": 3},
             {"label_smoothing_factor": 0.1},
+            {"dataloader_drop_last": True},
+            {"remove_unused_columns": False},
+            {"prediction_loss_only": True},
             {"compute_metrics": score},
             {"data_collator": transformers.DataCollatorWithPadding(None)},
             {"dataset": [{"labels": 0}]},

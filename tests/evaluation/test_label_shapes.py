@@ -234,7 +234,26 @@ class TestOutputs:
             ClassificationMetric([BATCH])(Answering(form))
         assert PredictionMetric([BATCH], _first)(Answering(form)) == {"score": 2.0}
 
-    @for_each("form", [lambda loss, logits: (loss,), lambda loss, logits: {"loss": loss}, lambda loss, logits: None])
+    def test_a_number_for_each_row_without_a_dimension_of_its_own(self):
+        batch = {"logits": torch.tensor([1.0, 2.0, 4.0]), "labels": torch.tensor([1, 2, 3])}
+        assert ClassificationMetric([batch])(Answering(FORMS["dict"]))["mse"] == pytest.approx(1 / 3)
+
+    def test_labels_of_any_number_for_each_token(self):
+        logits, labels = torch.randn(2, 3, 2), torch.randint(0, 2, (2, 3, 2)).float()
+        labels[0] = (logits[0] > 0).float()
+        found = ClassificationMetric([{"logits": logits, "labels": labels}])(Answering(FORMS["dict"]))
+        rows = [part.reshape(6, 2).int() for part in (labels, logits > 0)]
+        assert found["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(*rows))
+
+    @for_each(
+        "form",
+        [
+            lambda loss, logits: (loss,),
+            lambda loss, logits: (loss, loss),
+            lambda loss, logits: {"loss": loss},
+            lambda loss, logits: None,
+        ],
+    )
     def test_without_logits(self, form):
         for metric in (ClassificationMetric([BATCH]), PredictionMetric([BATCH], _first)):
             with pytest.raises(ValueError, match="logits: expected the model to return a tensor of scores"):

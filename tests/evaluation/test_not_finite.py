@@ -149,7 +149,7 @@ class Words:
     """A tokenizer of numbers."""
 
     def decode(self, row, skip_special_tokens):
-        return " ".join(str(token) for token in row if token > 1)
+        return " ".join(["", *(str(token) for token in row if token > 1)])
 
 
 def of_family(family):
@@ -163,13 +163,13 @@ def of_family(family):
 
 
 def rows_broken(model, rows):
-    """Let these rows of the batch of three have no finite score, in each of their beams."""
+    """Let these rows of the batch of three have no finite score, in one of their beams."""
 
     def hook(module, inputs, output):
         output.logits = output.logits.clone()
         width = len(output.logits) // 3
         for row in rows:
-            output.logits[row * width : (row + 1) * width] = nan
+            output.logits[row * width] = nan
         return output
 
     return model.register_forward_hook(hook)
@@ -189,6 +189,7 @@ def test_texts(family, generation):
         return sum(pair[0] == pair[1] for pair in zip(predictions, references, strict=True))
 
     inputs = torch.randint(2, 11, (3, 4))
+    inputs[:, 1] = 11  # the end of an earlier text is not that of what is generated
     batch = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "labels": torch.full((3, 1), -100)}
     metric = GenerationMetric(Words(), [batch], exact, max_new_tokens=4, **generation)
     torch.manual_seed(0)
@@ -196,7 +197,7 @@ def test_texts(family, generation):
     torch.manual_seed(0)
     with rows_broken(model, []):
         assert metric(model) == whole
-    assert seen[0] == seen[1]
+    assert seen[0] == seen[1] == [text.strip() for text in seen[0]]
     assert NOT_FINITE not in whole
     with rows_broken(model, [1]):
         assert metric(model)[NOT_FINITE] == pytest.approx(1 / 3)
@@ -224,6 +225,21 @@ def test_what_follows_the_end_of_a_text_is_not_read():
     batch = {"input_ids": torch.full((2, 3), 5), "labels": torch.full((2, 1), 5)}
     found = GenerationMetric(Words(), [batch], lambda predictions, references: len(predictions), max_new_tokens=3)
     assert found(model) == {"score": 2.0, "predictions_cut": 0.5}
+
+
+def test_a_lost_text_is_not_forgotten_when_finished_rows_leave_the_batch():
+    class Shrinking(GPT2LMHeadModel):
+        def generate(self, input_ids, logits_processor, **settings):
+            for rows, broken in ((3, 1), (2, 2)):
+                scores = torch.zeros(rows, 12)
+                scores[broken:2] = nan
+                logits_processor(input_ids[:rows], scores)
+            return torch.cat([input_ids, input_ids], 1)
+
+    model = Shrinking(of_family("gpt2").config).eval()
+    batch = {"input_ids": torch.full((3, 2), 5), "labels": torch.full((3, 1), 5)}
+    metric = GenerationMetric(Words(), [batch], lambda predictions, references: 1.0, max_new_tokens=2)
+    assert metric(model) == {"score": 1.0, NOT_FINITE: 1.0}
 
 
 class TestRecordsAndVerdicts:

@@ -18,6 +18,7 @@ from hf_parcor import (
     CorruptionEvaluator,
     GaussianNoise,
     GradientCorruption,
+    LayerProbe,
     MultiStepCorruption,
     select_parameters,
 )
@@ -69,17 +70,21 @@ def test_frozen_weights_too(evaluate, classifier, one_of_each):
     assert not any(parameter.requires_grad for parameter in classifier.parameters())
 
 
+def counting(module):
+    """Return a list that grows by one each time the module computes."""
+    forward, computed = module.forward, []
+
+    def counted(*args, **kwargs):
+        computed.append(1)
+        return forward(*args, **kwargs)
+
+    module.forward = counted
+    return computed
+
+
 def test_lower_layers_run_once_a_batch(evaluate, classifier, batches):
     """Beside the trial on one batch: for the clean model, for the gradient, for all ascents, for all measurements."""
-    computed = {}
-    for index, layer in enumerate(classifier.bert.encoder.layer):
-        forward, computed[index] = layer.forward, []
-
-        def counted(*args, forward=forward, kept=computed[index], **kwargs):
-            kept.append(1)
-            return forward(*args, **kwargs)
-
-        layer.forward = counted
+    computed = [counting(layer) for layer in classifier.bert.encoder.layer]
     n, ascents = len(batches), 3
     evaluate(MANY)
     longest = 7
@@ -90,6 +95,27 @@ def test_lower_layers_run_once_a_batch(evaluate, classifier, batches):
     tried = 6 + 7  # three times with the prefix reused; a run that records ends inside of it
     assert len(computed[1]) == (tried + clean + gradient) + (steps + longest) + (n * len(MANY) + n)
     assert ascents == sum(isinstance(corruption, MultiStepCorruption) for corruption in MANY)
+
+
+@for_each("at_once", [2, 3, 6])
+def test_as_many_share_a_run_as_the_memory_admits(evaluate, classifier, batches, at_once):
+    size = 4 * sum(parameter.numel() for parameter in select_parameters(classifier, "last-encoder-layer").values())
+    computed = counting(classifier.bert.embeddings)
+    evaluate([GaussianNoise(std) for std in (0.1, 0.2, 0.3)], memory=at_once * size)
+    tried, trials, n = 4, 6, len(batches)
+    assert len(computed) == tried + n + n * trials // at_once
+
+
+def test_what_shares_no_run_is_written_as_often_however_many_batches_there_are(classifier, batches):
+    def writes(data):
+        weight = classifier.bert.embeddings.word_embeddings.weight
+        targets, before = {"head": ["classifier"], "embeddings": ["bert.embeddings"]}, weight._version
+        LayerProbe(classifier, ClassificationMetric(data), targets=targets, progress=False).evaluate(
+            [GaussianNoise(0.1), GaussianNoise(0.2)], trials=1
+        )
+        return weight._version - before
+
+    assert 0 < writes(batches) == writes(batches[:1])
 
 
 @pytest.mark.slow
@@ -181,6 +207,47 @@ def test_a_model_that_cannot_be_cut_is_measured_whole(batches, caplog):
     record = evaluator.evaluate([GaussianNoise(0.1)])
     assert record.corruptions[0].changed == 10
     assert "Every measurement runs all of the model: the result of two full runs differs" in caplog.text
+
+
+def test_a_weight_that_is_used_before_its_module_is_called(batches):
+    class Peeking(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * self.others[0].weight.sum()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = Peeking(6, 4), nn.Linear(4, 2)
+            self.first.others = [self.last]
+
+        def forward(self, input_ids, labels):
+            logits = self.last(self.first(input_ids.float()))
+            return ModelOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+    model = Model()
+
+    def record(reuse):
+        settings = {"target_modules": ["last"], "progress": False, "reuse_prefix": reuse}
+        return CorruptionEvaluator(model, ClassificationMetric(batches), **settings).evaluate([GaussianNoise(1.0)])
+
+    assert record(True) == record(False)
+
+
+def test_a_metric_of_no_batch_says_what_it_likes(classifier):
+    class Counted:
+        batches = ()
+
+        def of_batch(self, model, batch):
+            return batch["labels"]
+
+        def combine(self, parts):
+            return {"batches": len(parts)}
+
+        def __call__(self, model):
+            return self.combine([])
+
+    evaluator = CorruptionEvaluator(classifier, Counted(), target_modules="last-encoder-layer", progress=False)
+    assert evaluator.evaluate([GaussianNoise(0.1)]).corruptions[0].metrics["batches"] == (0.0,) * 3
 
 
 def test_a_metric_of_single_batches_is_one_by_its_methods(batches):

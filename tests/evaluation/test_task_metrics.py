@@ -15,6 +15,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LogitsProcessor,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -181,6 +182,9 @@ class TestGeneration:
     @pytest.mark.parametrize("family", ["t5", "gpt2"])
     def test_texts_one_by_one(self, translator, tokenizer, tokens, family):
         model, skip = (translator, 0) if family == "t5" else (GPT2LMHeadModel(GPT2).eval(), 6)
+        if family == "t5":
+            for batch in tokens:  # as a collator leaves them for the loss
+                batch["decoder_input_ids"] = batch["decoder_attention_mask"] = torch.ones_like(batch["labels"])
         seen = []
 
         def score(predictions, references):
@@ -198,6 +202,23 @@ class TestGeneration:
             for row in batch["labels"].tolist()
         ]
         assert any(predictions)
+
+    def test_samples_and_rules_tokens_out_only_as_it_is_asked_to(self, translator, tokenizer, tokens):
+        class Always(LogitsProcessor):
+            def __call__(self, input_ids, scores):
+                return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([7]), 0.0)
+
+        translator.generation_config.do_sample = True
+        texts = []
+
+        def score(predictions, references):
+            texts.append(predictions)
+            return 1.0
+
+        for settings in ({}, {}, {"do_sample": True}, {"logits_processor": [Always()]}):
+            GenerationMetric(tokenizer, tokens, score, max_new_tokens=5, **settings)(translator)
+        assert texts[0] == texts[1] != texts[2]
+        assert set(texts[3]) == {"w7 w7 w7 w7 w7"}
 
     @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["bleu", "chrf", "ter"])

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
 
 from hf_parcor import (
@@ -19,7 +20,7 @@ from hf_parcor import (
 )
 from hf_parcor.evaluation import ClassificationMetric, DatasetGradients
 from hf_parcor.evaluation.fingerprint import fingerprint
-from hf_parcor.evaluation.walks import RepeatedBatches
+from hf_parcor.evaluation.walks import RepeatedBatches, drawn_once
 from hf_parcor.indicators import LossOverData
 
 ROWS = [{"input_ids": torch.arange(row, row + 6) % 19 + 1, "labels": torch.tensor(row % 2)} for row in range(10)]
@@ -132,6 +133,11 @@ def test_all_that_walks_again_notices_before_the_model_runs(classifier, walker, 
         WALKERS[walker](classifier, LOADERS[kind]())
 
 
+def test_what_is_read_only_once_cannot_be_drawn():
+    with pytest.raises(ValueError, match="got 0 batches in the second walk"):
+        drawn_once(DataLoader(Once(), 4))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("walker", ["evaluator", "probe", "indicators"])
 def test_a_loader_and_its_list_have_one_record(classifier, walker):
@@ -144,8 +150,8 @@ def test_no_generator_is_another_afterwards(workers):
     own = torch.Generator().manual_seed(3)
     batches = RepeatedBatches(DataLoader(ROWS, 4, generator=own, num_workers=workers))
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), own.get_state()  # noqa: NPY002
-    batches.check()
     assert batches.fingerprint() == fingerprint(batches_of())
+    DatasetGradients(nn.Identity(), {}, batches)
     after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), own.get_state()  # noqa: NPY002
     assert torch.equal(before[0], after[0])
     assert before[1:3] == after[1:3]

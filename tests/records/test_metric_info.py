@@ -84,6 +84,7 @@ def test_scores_of_sacrebleu_are_points_of_100(kind):
     right, wrong = (score(predictions=found, references=texts)[kind] for found in (texts, ["no"]))
     info = score.info_of(kind)
     assert info == MetricInfo(right > wrong, POINTS)
+    assert score.info_of("another") is None
     assert max(right, wrong) == pytest.approx(100)
 
 

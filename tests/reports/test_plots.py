@@ -3,9 +3,11 @@
 import itertools
 import math
 import sys
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pytest
+from for_each import for_each
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
@@ -144,10 +146,32 @@ class TestData:
         rendered(figure)
         assert 0.4 < figure.axes[0].get_ylim()[0] < figure.axes[0].get_ylim()[1] < 1
 
+    def test_heights_are_those_of_the_values(self):
+        """Also where they end at 0; a bar that is far longer than they lie apart is cut off."""
+        record = record_of([GaussianNoise(0.1), GaussianNoise(0.2)], start=0.4, drop=0.0)
+        rows = [
+            replace(row, seeds=(0, 1), metrics={"accuracy": (value - 50, value + 50)})
+            for row, value in zip(record.corruptions, (0.2, 0.0), strict=True)
+        ]
+        [axis] = plot_comparison({"x": replace(record, corruptions=tuple(rows))}).axes
+        low, high = axis.get_ylim()
+        assert -0.3 < low < 0 < 0.4 < high < 0.7
+        assert axis.get_yscale() == "linear"
+
     def test_chance(self):
-        axis = plot_comparison(RECORDS, chance=0.5).axes[0]
-        assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] == [0.5]
+        axis, *others = plot_comparison(RECORDS, chance=0.25).axes
+        assert {other.get_ylim() for other in others} == {axis.get_ylim()}
+        assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] == [0.25]
+        assert axis.get_ylim()[0] < 0.25
         assert not [line for line in plot_comparison(RECORDS).axes[0].lines if line.get_linestyle() == ":"]
+
+    @for_each(("cleans", "grey"), [((0.9,), False), ((0.9, 0.9), True), ((0.9, 0.8), False)])
+    def test_a_dashed_line_has_the_colour_of_what_it_is_of(self, cleans, grey):
+        """Where all records have it, it is of none."""
+        noise = [GaussianNoise(0.1), GaussianNoise(0.2)]
+        [axis] = plot_comparison({f"{at}": record_of(noise, start=clean) for at, clean in enumerate(cleans)}).axes
+        dashed = [line.get_color() for line in axis.lines if line.get_linestyle() == "--"]
+        assert dashed == (["grey"] if grey else [line.lines[0].get_color() for line in axis.containers])
 
 
 class TestPanels:
@@ -159,7 +183,7 @@ class TestPanels:
         falls, single, flat = (
             record_of([GaussianNoise(0.1), GaussianNoise(0.2)]),
             record_of([Quantization(4)]),
-            record_of([BitFlips(rate=1e-8), BitFlips(rate=1e-7)], drop=0.0),
+            record_of([BitFlips(rate=1e-8), BitFlips(rate=1e-7)], drop=1e-6),  # no digit that is written changes
         )
 
         def titles(*records):
@@ -182,6 +206,9 @@ class TestPanels:
         assert all(axis.containers for axis in figure.axes)
         columns = {round(axis.get_subplotspec().get_position(figure).x0, 3) for axis in figure.axes}
         assert len(columns) <= 4
+        rows = {round(axis.get_subplotspec().get_position(figure).y0, 3) for axis in figure.axes}
+        fewest = 0 if panels < 3 else min(-panels % 3, -panels % 4)
+        assert len(rows) * len(columns) - panels == fewest, "few places stay empty"
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
@@ -337,6 +364,11 @@ class TestErrors:
     def test_an_unknown_metric(self):
         with pytest.raises(ValueError, match="expected one of accuracy, loss, got 'f1'"):
             plot_comparison(RECORDS, "f1")
+
+    def test_records_of_two_tasks(self):
+        records = {task: replace(record_of([GaussianNoise(0.1)]), task=task) for task in ("translation", "ner")}
+        with pytest.raises(ValueError, match="task"):
+            plot_comparison(records)
 
     def test_without_matplotlib(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -10,11 +10,11 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_parcor import MetricInfo, RobustnessReport, SweepRecord
+from hf_parcor import CorruptionRecord, MetricInfo, Quantization, RobustnessReport, SweepRecord
 from hf_parcor.records import EvaluationData
 from hf_parcor.reports.content import heat_map, panels, summary
 from hf_parcor.reports.numbers import Numbers
-from hf_parcor.reports.study import Study
+from hf_parcor.reports.study import Curve, Point, Study
 from hf_parcor.reports.verdict import adjusted_p_values, fragility
 from hf_parcor.statistics import Alternative
 
@@ -427,6 +427,8 @@ class TestComparison:
         first, second, _ = RobustnessReport.compare(models, "loss").verdict
         assert "better in 1 of 1" in first
         assert "loss 1 instead of 3 (−2; " in second
+        first, *_ = RobustnessReport.compare(models, "loss", greater_is_better=True).verdict
+        assert "worse in 1" in first
 
     def test_nothing_in_common(self, record_of):
         models = {"plain": record_of({1.0: 0.5}), "other": record_of({1.0: 0.5}, corruption="random")}
@@ -490,6 +492,47 @@ def test_what_cannot_be_tested_is_left_out_of_the_correction():
     assert adjusted_p_values(pairs, Alternative.GREATER) == alone
 
 
+class TestStudy:
+    """What is read from records before anything is said of them."""
+
+    def test_points_go_from_the_weakest_to_the_strongest(self, record_of):
+        rows = [
+            CorruptionRecord(
+                "quantization", f"{bits} bits", Quantization(bits).settings(), (0,), {"accuracy": (bits / 10,)}
+            )
+            for bits in (3, 8, 4)
+        ]
+        record = record_of({2.0: 0.4, 1.0: 0.6, 4.0: 0.2})
+        study = Study.of({"": replace(record, corruptions=(*rows, *record.corruptions))}, "accuracy")
+        for curves in study.curves.values():
+            [curve] = curves.values()
+            means = [point.mean for point in curve.points]
+            assert means == sorted(means, reverse=True)
+            assert len(means) == 3
+
+    def test_broken_is_what_corruption_broke_in_any_trial(self, record_of):
+        record = record_of({1.0: (0.5, 0.5)})
+        others = {"loss": ((1.0,), (nan, 1.0)), "odd": ((nan,), (nan, nan)), "f1": ((0.9,), (0.5, 0.4))}
+        clean, row = (
+            replace(row, metrics={**row.metrics, **{name: values[place] for name, values in others.items()}})
+            for place, row in enumerate(record.rows())
+        )
+        [curves] = Study.of({"": replace(record, clean=clean, corruptions=(row,))}, "accuracy").curves.values()
+        assert [point.broken for curve in curves.values() for point in curve.points] == [("loss",)]
+
+    @given(st.lists(st.lists(st.integers(0, 10), min_size=1, max_size=3), min_size=1, max_size=3), st.booleans())
+    def test_the_mean_drop_is_that_of_the_means(self, values, greater):
+        points = tuple(Point(float(at), str(at), tuple(map(float, some))) for at, some in enumerate(values))
+        curve = Curve(Point(0.0, "", (9.0,)), points, greater)
+        expected = 9 - statistics.fmean(map(statistics.fmean, values))
+        drops = curve.drops([point.name for point in points])
+        assert statistics.fmean(drops) == pytest.approx(expected if greater else -expected)
+
+    def test_the_same_weights_may_be_measured_twice(self, record_of):
+        models = {name: replace(record_of({1.0: value}), weights="same") for name, value in (("a", 0.5), ("b", 0.6))}
+        assert "better in 1 of 1" in RobustnessReport.compare(models).verdict[0]
+
+
 class TestErrors:
     @pytest.mark.parametrize("records", [{}, [], {"a": []}, [{}], ["text"], {"a": "text"}, {"a": [3]}])
     def test_no_records(self, records):
@@ -511,6 +554,8 @@ class TestErrors:
     def test_probes_of_other_groups(self, record_of):
         with pytest.raises(ValueError, match="expected the same groups in each repetition"):
             RobustnessReport([{"a": record_of({1.0: 0.5})}, {"b": record_of({1.0: 0.5})}])
+        with pytest.raises(ValueError, match="expected the same groups in each repetition"):
+            RobustnessReport([{"a": record_of({1.0: 0.5})}, record_of({1.0: 0.5})])
 
     def test_one_model_is_no_comparison(self, record_of):
         with pytest.raises(ValueError, match="expected two or more to compare, got 1"):

@@ -7,20 +7,9 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from hf_parcor.batches import private_copy
-from hf_parcor.model_state import input_device
-
-
-def own_batch(batch: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
-    """Return a batch on the model's device that this run of the model may write into.
-
-    It is copied before it moves: a `BatchEncoding` moves in place.
-    """
-    moved: Mapping[str, Any] = send_to_device(private_copy(batch), input_device(model))
-    return moved
+from hf_parcor.evaluation.gradients import own_batch
 
 
 class Answer(NamedTuple):
@@ -136,7 +125,7 @@ def chosen_labels(logits: Tensor) -> tuple[Tensor, Tensor]:
     It is none where the logit is NaN or +∞; −∞ rules a label out.
 
     Examples:
-        >>> chosen_labels(torch.tensor([1.0, -2.0, float("-inf"), float("nan")]))
+        >>> chosen_labels(torch.tensor([1.0, 0.0, float("-inf"), float("nan")]))
         (tensor([ True, False, False, False]), tensor([ True,  True,  True, False]))
     """
     return logits > 0, ~(logits.isnan() | logits.isposinf())

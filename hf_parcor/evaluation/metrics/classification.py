@@ -159,8 +159,7 @@ def _errors(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _correlations(one: Any, other: Any) -> Any:
     """Return Pearson's correlation of each column; NaN where one does not vary."""
     one, other = (values - values.mean(0) for values in (one, other))
-    lengths = np.sqrt(np.square(one).sum(0)) * np.sqrt(np.square(other).sum(0))
-    return np.where(lengths > 0, (one * other).sum(0) / lengths, np.nan)
+    return (one * other).sum(0) / np.sqrt(np.square(one).sum(0)) / np.sqrt(np.square(other).sum(0))
 
 
 class PredictionMetric(OverPairs):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from hf_parcor.batches import IGNORED_LABEL
-from hf_parcor.evaluation.metrics.answers import NOT_FINITE, own_batch
+from hf_parcor.evaluation.gradients import own_batch
+from hf_parcor.evaluation.metrics.answers import NOT_FINITE
 from hf_parcor.evaluation.metrics.over_batches import OverPairs, Pairs
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.evaluation.replicas import all_batches
@@ -135,7 +136,9 @@ class _NotFinite(LogitsProcessor):
         # What follows the end of a text is not read.
         ended = torch.isin(input_ids[:, self._start :], input_ids.new_tensor(self._ends)).any(-1)
         lost = ~finite & ~ended
-        self._lost = lost if self._lost is None or len(self._lost) != len(lost) else self._lost | lost
+        if self._lost is not None:  # where rows have left, it is not known whose the others are
+            lost |= self._lost if len(self._lost) == len(lost) else self._lost.any()
+        self._lost = lost
         return torch.where(finite[:, None], scores, torch.zeros_like(scores))
 
     def rows(self, count: int) -> list[bool]:
