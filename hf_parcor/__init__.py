@@ -26,18 +26,21 @@ if TYPE_CHECKING:
     )
     from hf_parcor.defenses import ACRT, AWP, SAM, CorruptionRisk, GradientPenalty, MultiStepRisk
     from hf_parcor.evaluation import CorruptionEvaluator, LayerProbe, RobustnessCallback
-    from hf_parcor.indicators import measure_flips_to_break, measure_indicators
+    from hf_parcor.indicators import measure_flips_to_break, measure_indicators, sensitivity
     from hf_parcor.injection import corrupted
+    from hf_parcor.recipes import export_recipe, measure_recipes, recipe, uniform_recipe
     from hf_parcor.records import (
         CorruptionRecord,
         EvaluationRecord,
         FlipRecord,
         IndicatorRecord,
         MetricInfo,
+        RecipeRecord,
         SearchRecord,
+        SensitivityRecord,
         SweepRecord,
     )
-    from hf_parcor.reports import RobustnessReport
+    from hf_parcor.reports import RecipeReport, RobustnessReport
     from hf_parcor.search import search_epsilon, search_strength
     from hf_parcor.targets import by_adapter, by_kind, by_layer, by_module, select_parameters
     from hf_parcor.trainers import ParameterDefenseTrainer, Seq2SeqParameterDefenseTrainer
@@ -79,9 +82,12 @@ __all__ = [
     "PublishingMixin",
     "Quantization",
     "RandomCorruption",
+    "RecipeRecord",
+    "RecipeReport",
     "RobustnessCallback",
     "RobustnessReport",
     "SearchRecord",
+    "SensitivityRecord",
     "Seq2SeqParameterDefenseTrainer",
     "Seq2SeqParameterDefenseTrainingArguments",
     "SweepRecord",
@@ -93,11 +99,16 @@ __all__ = [
     "by_module",
     "corrupted",
     "defended_backward",
+    "export_recipe",
     "measure_flips_to_break",
     "measure_indicators",
+    "measure_recipes",
+    "recipe",
     "search_epsilon",
     "search_strength",
     "select_parameters",
+    "sensitivity",
+    "uniform_recipe",
 ]
 
 # Where each name is: parts are imported when one of their names is first asked for, so that a command line's help, or
@@ -130,18 +141,21 @@ _PARTS = {
         "LayerProbe",
         "RobustnessCallback",
     ),
-    "indicators": ("measure_flips_to_break", "measure_indicators"),
+    "indicators": ("measure_flips_to_break", "measure_indicators", "sensitivity"),
     "injection": ("corrupted",),
+    "recipes": ("export_recipe", "measure_recipes", "recipe", "uniform_recipe"),
     "records": (
         "CorruptionRecord",
         "EvaluationRecord",
         "FlipRecord",
         "IndicatorRecord",
         "MetricInfo",
+        "RecipeRecord",
         "SearchRecord",
+        "SensitivityRecord",
         "SweepRecord",
     ),
-    "reports": ("RobustnessReport",),
+    "reports": ("RecipeReport", "RobustnessReport"),
     "search": ("search_epsilon", "search_strength"),
     "targets": (
         "by_adapter",

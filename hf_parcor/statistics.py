@@ -61,6 +61,30 @@ def scipy_special(purpose: str) -> ModuleType:
     return special
 
 
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return Spearman's rank correlation; NaN for fewer than three pairs, and where all values of one are alike.
+
+    What is infinite is the largest; pairs with a NaN do not count.
+
+    Raises:
+        ImportError: SciPy is not installed.
+
+    Examples:
+        >>> rank_correlation([1.0, 2.0, 3.0], [0.1, 0.5, math.inf]), rank_correlation([1.0, 2.0], [1.0, 2.0])
+        (1.0, nan)
+    """
+    pairs = [pair for pair in zip(first, second, strict=True) if not any(map(math.isnan, pair))]
+    if len(pairs) < 3 or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
+        return math.nan
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise ImportError(
+            "SciPy is needed for rank correlations; install it with: pip install 'hf-parcor[statistics]'"
+        ) from error
+    return float(stats.spearmanr([one for one, _ in pairs], [other for _, other in pairs]).statistic)
+
+
 def fraction(name: str, value: float) -> float:
     """Return `value` if it lies strictly between 0 and 1, else raise `ValueError`."""
     if not 0 < value < 1:

@@ -227,7 +227,7 @@ class TestThePageOfPublicNames:
 def test_the_command_of_the_first_page(tmp_path, monkeypatch, capsys):
     """It prints a table and a verdict, and keeps record, report and a checkpoint, as the page says."""
     monkeypatch.chdir(tmp_path)
-    (command,) = re.findall(r"^hf-parcor (probe .*)$", PAGES[FIRST], flags=re.MULTILINE)
+    (command,) = re.findall(r"^hf-parcor (probe .* --group .*)$", PAGES[FIRST], flags=re.MULTILINE)
     save_bert(tmp_path / "my-model")
     rows = Path(write_sentences(tmp_path / "dev.tsv"))
     Path("dev.tsv.gz").write_bytes(gzip.compress(rows.read_bytes()))

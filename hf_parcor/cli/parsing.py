@@ -366,6 +366,8 @@ def add_running(parser: Parser) -> None:
     group.add_argument("--batch-size", type=at_least(1), default=32, metavar="N", help="default: %(default)s")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, ...; default: cuda where there is one")
     group.add_argument("--saved-on", metavar="NAME", help="where weights are kept while corrupted; default: with them")
-    group.add_argument("--output-dir", metavar="DIR", help="keep the record and its pages there; go on after a stop")
+    group.add_argument(
+        "--output-dir", "--output", metavar="DIR", help="keep the record and its pages there; go on after a stop"
+    )
     group.add_argument("--json", action="store_true", help="print the record as JSON, and nothing else")
     group.add_argument("--quiet", action="store_true", help="show no progress")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from hf_parcor.cli.evaluate import asked_for, measure
 from hf_parcor.cli.parsing import Command, Parser, add_corruptions, add_running, add_subject, add_target_modules
+from hf_parcor.cli.recipe import add_recipe, choose
 from hf_parcor.cli.terminal import PROBE
 
 GROUPS = ("layers", "kinds", "modules", "adapters")
@@ -27,22 +30,28 @@ class Probe(Command):
         """Add what `--help` shows."""
         add_subject(parser)
         group = parser.add_argument_group("parts")
-        group.add_argument("--group", choices=GROUPS, metavar="GROUP", help=f"{', '.join(GROUPS)}; default: layers")
+        group.add_argument(
+            "--group",
+            choices=GROUPS,
+            metavar="GROUP",
+            help=f"{', '.join(GROUPS)}; default: layers, and with --recipe each linear module",
+        )
         add_target_modules(group, "parts of your own, each probed by itself")
         add_corruptions(parser, f"gradient, at {' '.join(map(str, _STRENGTHS))}")
+        add_recipe(parser)
         add_running(parser)
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Measure, and show the record."""
-        from hf_parcor import targets
+        if arguments.recipe is None:
+            self._probe(arguments)
+        else:
+            own = {name: [name] for name in arguments.target_modules or ()}
+            choose(arguments, lambda model: _groups(model, arguments.group, own) or None)
+
+    def _probe(self, arguments: argparse.Namespace) -> None:
         from hf_parcor.evaluation import LayerProbe
 
-        groupings = {
-            "layers": targets.by_layer,
-            "kinds": targets.by_kind,
-            "modules": targets.by_module,
-            "adapters": targets.by_adapter,
-        }
         own = {name: [name] for name in arguments.target_modules or ()}
         group = arguments.group or (None if own else "layers")
         measure(
@@ -50,9 +59,19 @@ class Probe(Command):
             asked_for(arguments, _STRENGTHS),
             PROBE,
             lambda subject, how: LayerProbe(
-                subject.model,
-                subject.metric,
-                targets={**(groupings[group](subject.model) if group else {}), **own},
-                **how,
+                subject.model, subject.metric, targets=_groups(subject.model, group, own), **how
             ),
         )
+
+
+def _groups(model: Any, group: str | None, own: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Return the parts of a model by name: those of a grouping, if one is named, and one's own."""
+    from hf_parcor import targets
+
+    groupings = {
+        "layers": targets.by_layer,
+        "kinds": targets.by_kind,
+        "modules": targets.by_module,
+        "adapters": targets.by_adapter,
+    }
+    return {**(groupings[group](model) if group else {}), **own}

@@ -43,6 +43,7 @@ scales in another dtype than the weights (`scale_dtype`), and what needs a GPU (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -146,6 +147,22 @@ class Quantization(Corruption):
             ),
         )
 
+    def stored_bits(self, weight: Tensor) -> int:
+        """Return how many bits a weight takes: its codes, a scale in its own dtype for each block, and zero points.
+
+        Integer zero points take a byte, as torchao keeps them, float ones as much as a scale. Vectors that stay take
+        what they take now.
+
+        Examples:
+            >>> Quantization(4, per=32).stored_bits(torch.zeros(2, 64)) / 128
+            5.0
+        """
+        blocks = _block_count(weight, self.per)
+        if blocks is None:
+            return _width(weight) * weight.numel()
+        of_zero = 0 if self.symmetric else max(8, self.bits) if self.zero_point == "integer" else _width(weight)
+        return self.bits * weight.numel() + (_width(weight) + of_zero) * blocks
+
 
 @dataclass(frozen=True)
 class FloatQuantization(Corruption):
@@ -189,6 +206,35 @@ class FloatQuantization(Corruption):
 
     def _rounded(self, name: str, weight: Tensor) -> Tensor:
         return _naming(name, lambda: quantize_to_float(weight, self.format, self.per))
+
+    def stored_bits(self, weight: Tensor) -> int:
+        """Return how many bits a weight takes: its codes, and a scale for each block.
+
+        Scales are float32, and in blocks of MXFP4 and NVFP4 one byte. Vectors take what they take now.
+
+        Examples:
+            >>> FloatQuantization("mxfp4").stored_bits(torch.zeros(2, 64)) / 128
+            4.25
+        """
+        assert self.per is not None, "set above"
+        if weight.ndim < 2:
+            return _width(weight) * weight.numel()
+        blocks = _block_count(weight, self.per) or 0
+        bits, of_scale = (8, 32) if not FLOAT_FORMATS[self.format].fixed else (4, 32 if self.format == "nf4" else 8)
+        return bits * weight.numel() + of_scale * blocks
+
+
+def _block_count(weight: Tensor, per: Per) -> int | None:
+    """Return how many blocks of a weight have a scale; None where it stays as it is."""
+    if weight.numel() == 0 or (per != "tensor" and weight.ndim < 2):
+        return None
+    if isinstance(per, int):
+        return math.ceil(weight.numel() / per)
+    return weight.shape[0] if per == "channel" else 1
+
+
+def _width(weight: Tensor) -> int:
+    return 8 * weight.dtype.itemsize
 
 
 def _blocks(per: Per) -> str:

@@ -228,28 +228,60 @@ class DatasetGradients:
             overall = self._whole.over_data()
             return {name: overall[name] for name in self._parameters}
         if self._overall is None:
-            overall = {
-                name: torch.zeros_like(parameter, dtype=_wide(parameter))
-                for name, parameter in self._parameters.items()
-            }
-            walk = tqdm(
-                self._processes.rounds(self.shares()),
-                desc="gradient over the data",
-                total=self._processes.size(sum(items > 0 for items in self._items)),
-                leave=False,
-                disable=not self._progress,
-            )
-            in_step = self._processes.in_step
-            for (batch, of_batch), counts in walk:
-                share = of_batch if counts else 0.0
-                # What all processes differentiate at once is the mean of their losses: the share weighs the loss.
-                found = self._gradient(batch, share * self._processes.count if in_step else 1.0)
-                torch._foreach_add_(
-                    local_parts(list(overall.values())), local_parts(found), alpha=1 if in_step else share
-                )
-                del found  # before the next one
-            self._overall = overall if in_step else self._processes.sum(overall)
+            self._walk_over_data()
+            assert self._overall is not None
         return self._overall
+
+    def second_moment(self) -> dict[str, Tensor]:
+        """Return the mean over all items of the squared gradient, entry by entry; in float32 at least.
+
+        ::
+
+            Σ_b n_b/N · n_b g_b²,    g_b the gradient of the mean loss of a batch of n_b items
+
+        It is the diagonal of the empirical Fisher matrix, exactly where every batch has one item; where gradients of
+        items are independent and of mean zero, larger batches have the same expectation. One walk finds it and the
+        gradient over all data: of each batch nothing is kept but the two running sums.
+
+        Raises:
+            ValueError: The model is sharded.
+        """
+        if self._processes.in_step:
+            raise ValueError(
+                "model: expected all weights in every process for squared gradients, got a model that is sharded; "
+                "save it, and measure it as from_pretrained loads it"
+            )
+        squares = self._zeros()
+        self._walk_over_data(squares)
+        return self._processes.sum(squares)
+
+    def _walk_over_data(self, squares: Mapping[str, Tensor] | None = None) -> None:
+        overall = self._zeros()
+        walk = tqdm(
+            self._processes.rounds(self.shares()),
+            desc="gradient over the data",
+            total=self._processes.size(sum(items > 0 for items in self._items)),
+            leave=False,
+            disable=not self._progress,
+        )
+        in_step, total = self._processes.in_step, sum(self._items)
+        for (batch, of_batch), counts in walk:
+            share = of_batch if counts else 0.0
+            # What all processes differentiate at once is the mean of their losses: the share weighs the loss.
+            found = self._gradient(batch, share * self._processes.count if in_step else 1.0)
+            torch._foreach_add_(local_parts(list(overall.values())), local_parts(found), alpha=1 if in_step else share)
+            if squares is not None:
+                for sum_of_squares, part in zip(squares.values(), found, strict=True):
+                    wide = part.to(sum_of_squares.dtype)
+                    sum_of_squares.addcmul_(wide, wide, value=share * share * total)  # n_b is share times total
+                    del wide, part
+            del found  # before the next one
+        self._overall = overall if in_step else self._processes.sum(overall)
+
+    def _zeros(self) -> dict[str, Tensor]:
+        return {
+            name: torch.zeros_like(parameter, dtype=_wide(parameter)) for name, parameter in self._parameters.items()
+        }
 
     def shares(self, most: int | None = None) -> Iterator[tuple[Batch, float]]:
         """Yield each batch that has items, and its share of all items: with it batch means add up to the overall one.

@@ -105,6 +105,8 @@ class Plan:
         trials: Trials of each stochastic corruption; others have one.
         seed: First seed.
         groups: How many groups there are.
+        cells: Which corruptions of which groups are measured, by their indices; None, the default, for all. The others
+            keep their numbers, so that a checkpoint serves a later run with more cells.
 
     Raises:
         TypeError: Something is no `Corruption`.
@@ -114,6 +116,7 @@ class Plan:
     trials: int
     seed: int
     groups: int
+    cells: frozenset[tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
         for corruption in self.corruptions:
@@ -123,8 +126,17 @@ class Plan:
                 )
 
     def __len__(self) -> int:
-        """Return how many trials there are."""
-        return len(self._of_group()) * self.groups
+        """Return how many trials are measured."""
+        return len(self.numbers())
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the trials that are measured."""
+        indices = [index for index, one in enumerate(self.corruptions) for _ in range(self._times(one))]
+        places = [(group, index) for group in range(self.groups) for index in indices]
+        return [number for number, place in enumerate(places, start=1) if self._has(*place)]
+
+    def _has(self, group: int, corruption: int) -> bool:
+        return self.cells is None or (group, corruption) in self.cells
 
     def group_of(self, number: int) -> int:
         """Return the index of the group that a trial corrupts."""
@@ -137,7 +149,7 @@ class Plan:
 
     def records(self, found: Mapping[int, Trial]) -> list[tuple[CorruptionRecord, ...]]:
         """Return the records of each group, from all trials by their number."""
-        in_order = (found[number] for number in range(1, 1 + len(self)))
+        in_order = (found[number] for number in self.numbers())
         return [
             tuple(
                 record_of(
@@ -147,9 +159,10 @@ class Plan:
                     list(islice(in_order, self._times(corruption))),
                     CorruptionKind(**corruption.kind(corruption.settings())),
                 )
-                for corruption in self.corruptions
+                for index, corruption in enumerate(self.corruptions)
+                if self._has(group, index)
             )
-            for _ in range(self.groups)
+            for group in range(self.groups)
         ]
 
     def _times(self, corruption: Corruption) -> int:
@@ -233,6 +246,7 @@ class Measurement:
         seed: int,
         weights: str,
         checkpoint: str | Path | None = None,
+        cells: frozenset[tuple[int, int]] | None = None,
     ) -> tuple[CorruptionRecord, str, list[tuple[CorruptionRecord, ...]]]:
         """Return the clean record, the fingerprint of the data, and the records of each selection's corruptions.
 
@@ -243,10 +257,11 @@ class Measurement:
             seed: First seed.
             weights: Fingerprint of the weights.
             checkpoint: Where finished trials are kept; the first process reads and writes it.
+            cells: As in `Plan`.
         """
         check_count("trials", trials)
         check_count("seed", seed, minimum=0)
-        plan = Plan(tuple(corruptions), trials, seed, len(groups))
+        plan = Plan(tuple(corruptions), trials, seed, len(groups), cells)
         path = None if checkpoint is None or self._processes.index else Path(checkpoint)
         self._buffers = BufferSnapshot(self._model.modules())
         with (
@@ -274,16 +289,17 @@ class Measurement:
                 )
                 found = {} if path is None else begin_checkpoint(path, run)
             found = self._processes.gather(found)[0]
-            left = [number for number in range(1, 1 + len(plan)) if number not in found]
+            numbered = plan.numbers()
+            left = [number for number in numbered if number not in found]
             ready = self._ready(list(groups.values()), corruptions if left else ())
             if 0 not in found:  # after the groups, whose making refuses data that will not do
                 found |= _kept(path, {0: Trial.of(seed, self._metrics())})
             jobs = [Job(ready[plan.group_of(number)], *plan.drawn(number)) for number in left]
             limit = len(jobs) if checkpoint is None else BETWEEN_WRITES
             numbers = iter(left)
-            done = len(plan) - len(left)
+            done = len(numbered) - len(left)
             with tqdm(
-                total=len(plan), initial=done, desc="corruptions", bar_format=_BAR, disable=not self._progress
+                total=len(numbered), initial=done, desc="corruptions", bar_format=_BAR, disable=not self._progress
             ) as bar:
                 for some in self._in_turn(jobs, limit):
                     bar.set_postfix_str(str(some[0].corruption))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,22 +58,57 @@ def hessian_trace(loss: LossOverData, probes: int = 16, seed: int = 0) -> Estima
         return Estimate(())
     with loss.measuring():
         for batch, share in loss.gradients.shares():
-            for probe, form in enumerate(_quadratic_forms(loss, batch, range(seed, seed + probes))):
-                forms[probe] += share * form
+            for probe, (along, product) in enumerate(_products(loss, batch, range(seed, seed + probes))):
+                forms[probe] += share * float(inner_product(along, product))
     return Estimate(tuple(forms))
 
 
-def _quadratic_forms(loss: LossOverData, batch: Batch, seeds: Sequence[int]) -> list[float]:
-    """Return vᵀHv of the mean loss of one batch for the probe of each seed."""
+def hessian_diagonal(loss: LossOverData, probes: int = 16, seed: int = 0) -> dict[str, Tensor]:
+    r"""Estimate the diagonal of H of the mean loss over the data, by name.
+
+    ::
+
+        H_ii = E[v_i (H v)_i],    v_i = ±1 with probability ½ each
+
+    The sum of its entries is `hessian_trace` of the same probes and seed; so are costs, errors and limits.
+
+    Args:
+        loss: The loss over data.
+        probes: How many v, one or more.
+        seed: As in `hessian_trace`.
+
+    Raises:
+        ValueError: `probes < 1`.
+        RuntimeError: Something in the model has no second derivative.
+
+    Examples:
+        >>> model = torch.nn.Linear(3, 1, bias=False)
+        >>> squares = LossOverData(
+        ...     model, dict(model.named_parameters()), [torch.eye(3)], lambda m, x: 5 * m(x).square().sum()
+        ... )
+        >>> hessian_diagonal(squares, probes=1)
+        {'weight': tensor([[10., 10., 10.]])}
+    """
+    check_count("probes", probes)
+    wide = {name: torch.promote_types(one.dtype, torch.float32) for name, one in loss.parameters.items()}
+    diagonal = {name: torch.zeros_like(one, dtype=wide[name]) for name, one in loss.parameters.items()}
+    with loss.measuring():
+        for batch, share in loss.gradients.shares():
+            for pair in _products(loss, batch, range(seed, seed + probes)):
+                for found, along, product in zip(diagonal.values(), *pair, strict=True):
+                    found.addcmul_(along.to(found.dtype), product.detach().to(found.dtype), value=share / probes)
+    return diagonal
+
+
+def _products(loss: LossOverData, batch: Batch, seeds: Sequence[int]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield v and H v of the mean loss of one batch, for the probe of each seed."""
     parameters = list(loss.parameters.values())
-    forms = []
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), trainable(parameters):
         gradient = torch.autograd.grad(loss.gradients.loss_on(batch), parameters, create_graph=True, allow_unused=True)
         for seed in seeds:
             signs = random_signs(parameters, torch.Generator().manual_seed(seed))
             along = [sign.to(parameter.dtype) for sign, parameter in zip(signs, parameters, strict=True)]
-            forms.append(float(inner_product(along, _product(gradient, along, parameters))))
-    return forms
+            yield along, _product(gradient, along, parameters)
 
 
 def _product(

@@ -6,19 +6,25 @@ from hf_parcor.records.flips import FlipRecord
 from hf_parcor.records.indicators import ConstraintIndicators, Estimate, IndicatorRecord
 from hf_parcor.records.metric_info import MetricInfo
 from hf_parcor.records.search import SearchRecord, SearchTrial
+from hf_parcor.records.sensitivity import Choice, FormatScore, RecipeRecord, SensitivityRecord, WeightGroup
 from hf_parcor.records.stored import StoredRecord
 
 __all__ = [
+    "Choice",
     "ConstraintIndicators",
     "CorruptionRecord",
     "Estimate",
     "EvaluationData",
     "EvaluationRecord",
     "FlipRecord",
+    "FormatScore",
     "IndicatorRecord",
     "MetricInfo",
+    "RecipeRecord",
     "SearchRecord",
     "SearchTrial",
+    "SensitivityRecord",
     "StoredRecord",
     "SweepRecord",
+    "WeightGroup",
 ]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from xml.etree.ElementTree import Element, fromstring, tostring
 
 from hf_parcor.reports.content import Content
 from hf_parcor.reports.markup import element, printable
 from hf_parcor.reports.plots import Panel, line_signs, panel_as_svg
+from hf_parcor.reports.recipe import RecipeContent
 from hf_parcor.reports.tables import Table
+from hf_parcor.reports.verdict import Finding
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #5c5c5c; --rule: #d8d8d8; --box: #f3f5f8; }
@@ -59,14 +61,7 @@ def html_page(content: Content) -> str:
 
     It is built as a tree and escaped when the tree is written, so that a name is text wherever it stands.
     """
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", content.title),
-        element("style", STYLE),
-    )
-    main = element("main", element("h1", content.title), _verdict(content))
+    main = _main(content.title, content.findings, content.notes)
     maps = [_table(table, "heat") for table in content.heat_maps]
     main.append(
         _section("Heat map", [element("p", content.strongest, class_="soft"), element("div", *maps, class_="maps")])
@@ -76,14 +71,44 @@ def html_page(content: Content) -> str:
     full = element("details", element("summary", content.values.caption), _table(content.values))
     main.append(full)
     main.append(_section("Settings to reproduce", [_table(content.settings, "text")]))
+    return _written(content.title, main)
+
+
+def recipe_page(content: RecipeContent) -> str:
+    """Return the page of a recipe: the answer, the front of metric against bits, the heat map, and what it is from."""
+    main = _main(content.title, content.findings, content.notes)
+    if content.front is not None:
+        numbers = element("details", element("summary", content.front.caption), _table(content.front))
+        main.append(_section(f"{content.metric} against bits", [*_curves(content), numbers]))
+    heat = [element("p", content.strongest, class_="soft"), _table(content.heat_map, "heat")]
+    main.append(_section("Heat map", heat))
+    main.append(_section("What each part gets", [_table(content.choice)]))
+    main.append(_section("Which cheap score tells", [_table(content.scores)]))
+    main.append(_section("Settings to reproduce", [_table(content.settings, "text")]))
+    return _written(content.title, main)
+
+
+def _main(title: str, findings: Sequence[Finding], notes: Sequence[str]) -> Element:
+    return element("main", element("h1", printable(title)), _verdict(findings, notes))
+
+
+def _written(title: str, main: Element) -> str:
+    title = printable(title)
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("title", title),
+        element("style", STYLE),
+    )
     page = element("html", head, element("body", main), lang="en")
     return "<!DOCTYPE html>\n" + tostring(page, encoding="unicode", method="html") + "\n"
 
 
-def _verdict(content: Content) -> Element:
+def _verdict(findings: Sequence[Finding], notes: Sequence[str]) -> Element:
     section = element("section", class_="verdict", aria_label="Verdict")
     shown = set()
-    for finding in content.findings:
+    for finding in findings:
         section.extend(
             element("p", text, class_=kind)
             for text, kind in ((finding.headline, "headline"), (finding.detail, "detail"))
@@ -92,8 +117,8 @@ def _verdict(content: Content) -> Element:
         if finding.remedy and finding.remedy not in shown:
             section.append(element("p", f"{finding.advice} ", element("code", finding.remedy)))
             shown.add(finding.remedy)
-    notes = element("ul", *[element("li", note) for note in content.notes], class_="soft")
-    return element("div", section, notes)
+    listed = element("ul", *[element("li", note) for note in notes], class_="soft")
+    return element("div", section, listed)
 
 
 def _section(title: str, children: list[Element]) -> Element:
@@ -121,7 +146,7 @@ def _cell(text: str, share: float | None) -> Element:
     return element("td", text, **({} if share is None else {"style": f"--share:{share:.3g}"}))
 
 
-def _curves(content: Content) -> Iterator[Element]:
+def _curves(content: Content | RecipeContent) -> Iterator[Element]:
     try:
         figures = [_figure(content, one, f"panel-{place}") for place, one in enumerate(content.panels)]
     except ImportError as error:
@@ -133,7 +158,7 @@ def _curves(content: Content) -> Iterator[Element]:
         yield element("p", content.no_curves, class_="soft")
 
 
-def _figure(content: Content, one: Panel, name: str) -> Element:
+def _figure(content: Content | RecipeContent, one: Panel, name: str) -> Element:
     drawn = _inline(panel_as_svg(one, printable(content.metric), content.numbers, name))
     described = f"{content.metric} against {one.axis}. The same numbers stand in the tables."
     drawn[:0] = [element("title", one.title), element("desc", described)]

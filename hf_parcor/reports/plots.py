@@ -561,18 +561,18 @@ def _draw_map(
             text = numbers.value(shown[place]) if place in shown else "–"
             axis.text(x, y, text, color="white" if dark else "black", fontsize="small", ha="center", va="center")
     axis.set_xticks(range(len(columns)), list(columns.values()), parse_math=False)
-    axis.set_yticks(range(len(groups)), _short_names(groups), parse_math=False)
+    axis.set_yticks(range(len(groups)), short_names(groups), parse_math=False)
     axis.tick_params(length=0)
     return image
 
 
-def _short_names(groups: Sequence[str]) -> list[str]:
+def short_names(groups: Sequence[str]) -> list[str]:
     """Return names without the modules that all of them are in, but for the last.
 
     Examples:
-        >>> _short_names(["bert.encoder.layer.0", "bert.encoder.layer.10"])
+        >>> short_names(["bert.encoder.layer.0", "bert.encoder.layer.10"])
         ['layer.0', 'layer.10']
-        >>> _short_names(["attention", "linear"])
+        >>> short_names(["attention", "linear"])
         ['attention', 'linear']
     """
     paths = [group.split(".") for group in groups]

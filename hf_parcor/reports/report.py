@@ -1,14 +1,17 @@
-"""A report from records: the verdict in plain words, then everything it was made from."""
+"""Reports from records: the verdict, or the recipe, in plain words, then everything it was made from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+from hf_parcor.records.evaluation import EvaluationRecord
+from hf_parcor.records.sensitivity import RecipeRecord, SensitivityRecord
 from hf_parcor.records.stored import replace_text
 from hf_parcor.reports.content import Content, content_of, markdown_page
-from hf_parcor.reports.html import html_page
+from hf_parcor.reports.html import html_page, recipe_page
 from hf_parcor.reports.numbers import Numbers
+from hf_parcor.reports.recipe import content_of_recipe, recipe_markdown
 from hf_parcor.reports.study import Records, Study
 
 
@@ -114,6 +117,69 @@ class RobustnessReport:
     def to_markdown(self, path: str | Path) -> Path:
         """Write the same in Markdown, tables in place of pictures, and return the path."""
         return _write(path, markdown_page(self._content))
+
+
+class RecipeReport:
+    """Says in one sentence which formats to take, and shows the metric against bits, from records alone.
+
+    SciPy is needed for rank correlations, and Matplotlib for the plot of the HTML page.
+
+    Args:
+        scores: What `sensitivity` found; `stating` says which metric is looked at.
+        recipe: What was chosen from it.
+        measured: The record of `measure_recipes`, in which the recipe is called "recipe", and a format for all by the
+            format's label; None for expectations alone.
+        title: The heading. None for the names of metric and model.
+
+    Raises:
+        ImportError: SciPy is not installed.
+
+    Examples:
+        >>> from hf_parcor.records import FormatScore, WeightGroup
+        >>> from hf_parcor.recipes import recipe
+        >>> four = {"4-bit quantization": {"corruption": "quantization", "settings": {"bits": 4}}}
+        >>> groups = {name: WeightGroup({f"{name}.weight": 100}, 16.0) for name in ("a", "b", "c")}
+        >>> cells = [
+        ...     FormatScore(name, "4-bit quantization", 4.0, {"fisher": 1 - accuracy}, {"accuracy": accuracy})
+        ...     for name, accuracy in {"a": 0.9, "b": 0.6, "c": 0.89}.items()
+        ... ]
+        >>> scores = SensitivityRecord("m", groups, four, tuple(cells), {"accuracy": 0.9}, "accuracy")
+        >>> print(RecipeReport(scores, recipe(scores, bits=8.0)).answer)
+        Quantize everything but b (as it is) to 4 bits: accuracy −1.0 points are expected; with it −31.0 points.
+    """
+
+    def __init__(
+        self,
+        scores: SensitivityRecord,
+        recipe: RecipeRecord,
+        measured: EvaluationRecord | None = None,
+        *,
+        title: str | None = None,
+    ) -> None:
+        self._content = content_of_recipe(scores, recipe, measured, title)
+
+    @property
+    def answer(self) -> str:
+        """What to quantize and what to spare, and what either way costs, in one sentence."""
+        return self._content.findings[0].text
+
+    @property
+    def verdict(self) -> list[str]:
+        """The answer, and the numbers behind it."""
+        return [finding.text for finding in self._content.findings]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know before relying on the numbers."""
+        return list(self._content.notes)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page, as `RobustnessReport.to_html`."""
+        return _write(path, recipe_page(self._content))
+
+    def to_markdown(self, path: str | Path) -> Path:
+        """Write the same in Markdown, tables in place of pictures, and return the path."""
+        return _write(path, recipe_markdown(self._content))
 
 
 def _content(

@@ -46,6 +46,8 @@ from hf_parcor import (
     ParameterDefenseTrainer,
     ParameterDefenseTrainingArguments,
     Quantization,
+    RecipeRecord,
+    SensitivityRecord,
     SweepRecord,
     by_kind,
     by_layer,
@@ -193,6 +195,32 @@ class TestProbe:
         Path("out/probe.json").unlink()
         assert run(*command).out == result.out
         assert SweepRecord.load("out/probe.json") == record
+
+    @pytest.mark.slow
+    def test_a_recipe_goes_into_a_folder_and_a_budget_out_of_reach_names_the_nearest(
+        self, run, classifier_folder, sentences
+    ):
+        command = ("probe", classifier_folder, "--dataset", sentences, "--quiet", "--output", "plan", "--cells", 5)
+        formats = ("--corruptions", "quantization=8,4,2:per=channel,code-range=full,arithmetic=weight")
+        refused = run(*command, *formats, "--recipe", "bits=1")
+        assert refused.code != 0
+        nearest = re.search(r"expected ([\d.]+) or more", refused.err)[1]
+        budget = f"bits={float(nearest) + 1}"
+        result = run(*command, *formats, "--recipe", budget)
+        assert result.code == 0
+        assert result.out.startswith("Quantize everything")
+        assert max(map(len, result.out.splitlines())) <= 80
+        chosen = RecipeRecord.load("plan/recipe.json")
+        assert chosen.bits <= float(nearest) + 1
+        scores = SensitivityRecord.load("plan/sensitivity.json")
+        assert sum(bool(cell.measured) for cell in scores.cells) == 5
+        measured = EvaluationRecord.load("plan/recipe_measured.json")
+        assert {"recipe", *scores.formats, "by fit"} <= {row.label for row in measured.corruptions}
+        assert "<svg" in Path("plan/recipe.html").read_text()
+        written = {path.name for path in Path("plan").iterdir()}
+        assert {"torchao.json", "bitsandbytes.yaml", "llm_compressor.yaml", "recipe.md"} <= written
+        again = run(*command, *formats, "--recipe", budget, "--json")
+        assert RecipeRecord.from_json(again.out) == chosen, "and nothing is measured again"
 
     @pytest.mark.slow
     @pytest.mark.parametrize("group", [*GROUPS[:3]])

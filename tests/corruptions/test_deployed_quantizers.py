@@ -15,9 +15,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_parcor import CorruptionEvaluator, FloatQuantization, Quantization
+from hf_parcor import (
+    CorruptionEvaluator,
+    FloatQuantization,
+    Quantization,
+    RecipeReport,
+    export_recipe,
+    measure_recipes,
+    recipe,
+    sensitivity,
+)
 from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.recipes import front
 
 pytestmark = pytest.mark.slow  # importing torchao takes seconds
 
@@ -248,3 +258,102 @@ def test_what_is_measured_is_what_bitsandbytes_deploys(trained) -> None:
 
     with torch.compiler.set_stance("force_eager"):
         check_end_to_end(*trained, {FloatQuantization("nf4"): export})
+
+
+def test_stored_bits_are_those_of_what_is_stored() -> None:
+    pytest.importorskip("torchao", reason=WITHOUT.format("torchao"))
+    from torchao.quantization import Float8WeightOnlyConfig
+
+    float8 = Float8WeightOnlyConfig(set_inductor_config=False)
+    cases = [
+        *((one, config) for one, config in integer_configs().items() if one.arithmetic == "weight"),
+        (FloatQuantization("fp8_e4m3", "channel"), float8),
+    ]
+    for one, config in cases:
+        for dtype in (torch.float32, torch.bfloat16):
+            held = exported(plain_weights(dtype), config)[0].weight
+            # Symmetric ones need no zero points; this layout keeps zeros in their place.
+            names = ("scale",) if getattr(one, "symmetric", True) else ("scale", "zero_point")
+            beside = sum(8 * getattr(held, name).element_size() * getattr(held, name).numel() for name in names)
+            codes = ROWS * COLUMNS * getattr(one, "bits", 8)
+            assert one.stored_bits(plain_weights(dtype)) == codes + beside, (one, dtype)
+
+
+def test_stored_bits_of_nf4_are_those_of_bitsandbytes() -> None:
+    pytest.importorskip("bitsandbytes", reason=WITHOUT.format("bitsandbytes"))
+    from bitsandbytes.functional import quantize_4bit
+
+    for shape in ((ROWS, COLUMNS), (73, 7)):
+        weights = plain_weights(torch.float32).flatten()[: shape[0] * shape[1]].view(shape)
+        with torch.compiler.set_stance("force_eager"):
+            codes, state = quantize_4bit(weights, blocksize=64, quant_type="nf4")
+        found = FloatQuantization("nf4").stored_bits(weights)
+        # Two codes share a byte, of which the last may be half empty.
+        assert 0 <= 8 * codes.numel() + 32 * state.absmax.numel() - found < 8, shape
+
+
+def test_a_recipe_does_in_torchao_what_its_report_says(trained, tmp_path) -> None:
+    pytest.importorskip("torchao", reason=WITHOUT.format("torchao"))
+    import json
+
+    from torchao.core.config import config_from_dict
+    from torchao.quantization import quantize_
+
+    model, batches = trained
+    metric = ClassificationMetric(batches)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    groups = {**{name: name for name in hidden_linears(model)}, "words": ["word_embeddings"]}
+    formats = [
+        Quantization(8, "channel", code_range="full"),
+        FloatQuantization("fp8_e4m3", "channel"),
+        *(Quantization(bits, 32, code_range="full", arithmetic="weight") for bits in (4, 3, 2)),
+    ]
+    scores = sensitivity(model, metric, formats, groups, progress=False)
+    chosen = recipe(scores, bits=4.6, keep=False)
+    assert len({one.format for one in chosen.choice.values()}) > 1, "formats are mixed"
+    beside = front(scores, chosen, keep=False, points=0)
+    measured = measure_recipes(model, metric, beside, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    rows = {row.label: row for row in measured.corruptions}
+    for name in ("recipe", "by fisher"):
+        export_recipe(beside[name], tmp_path / name)
+        written = json.loads((tmp_path / name / "torchao.json").read_text())
+        deployed = copy.deepcopy(model)
+        quantize_(deployed, config_from_dict(written["quant_type"]["default"]), filter_fn=None)
+        found = metric(deployed)
+        assert found["accuracy"] == rows[name].mean("accuracy"), name
+        assert found["loss"] == pytest.approx(rows[name].mean("loss"), rel=1e-5), name
+    said = f"{100 * (rows['recipe'].mean('accuracy') - scores.clean['accuracy']):+.1f} points".replace("-", "−")
+    assert said.lstrip("+") in RecipeReport(scores, chosen, measured).answer
+    # Within the same bits: one format for all, and the order of the cheap score.
+    same = max((one for one in rows.values() if not one.settings["by"] and one.settings["bits"] <= 4.6), key=bits_of)
+    assert rows["recipe"].mean("loss") <= same.mean("loss")
+
+
+def bits_of(row: Any) -> float:
+    return row.settings["bits"]
+
+
+def test_transformers_reads_the_file_for_torchao(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("torchao", reason=WITHOUT.format("torchao"))
+    import json
+
+    from torchao.quantization import FqnToConfig
+    from transformers import TorchAoConfig
+
+    model = nn.Sequential(nn.Linear(32, 4), nn.Linear(4, 2))
+    scores = sensitivity(
+        model,
+        [torch.randn(3, 32)],
+        [Quantization(4, 32, code_range="full", arithmetic="weight")],
+        {"first": "0"},
+        budget=0,
+        loss=lambda m, x: m(x).sum(),
+        progress=False,
+    )
+    export_recipe(recipe(scores, bits=6), tmp_path)
+    # Transformers has looked before this folder was on the path.
+    monkeypatch.setattr("transformers.utils.quantization_config.is_torchao_available", lambda: True)
+    config = TorchAoConfig.from_dict(json.loads((tmp_path / "torchao.json").read_text()))
+    assert isinstance(config.quant_type, FqnToConfig)
+    assert list(config.quant_type.fqn_to_config) == ["0"]

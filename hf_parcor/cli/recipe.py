@@ -1,0 +1,136 @@
+"""`hf-parcor probe --recipe`: which parts take which bits?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import Any
+
+from hf_parcor.cli.evaluate import asked_for
+from hf_parcor.cli.parsing import Parser, at_least, number
+from hf_parcor.cli.terminal import going_on, how_to_go_on, output_folder, refused, speaks, tell, wrapped
+from hf_parcor.errors import nearest
+
+BUDGETS = ("bits", "loss", "drop")
+SENSITIVITY, MEASURED, PAGE = "sensitivity.json", "recipe_measured.json", "recipe.html"
+
+
+def add_recipe(parser: Parser) -> None:
+    """Add what asks for a recipe."""
+    group = parser.add_argument_group(
+        "recipe", "Formats for the parts, within a budget, in place of a table: as files for the tools that quantize."
+    )
+    group.add_argument(
+        "--recipe",
+        type=budget,
+        metavar="BUDGET",
+        help="bits=4.5 for average bits a weight, scales included; loss=0.02 or drop=0.01 for what the loss or the "
+        "metric may lose, with as few bits as it takes. --corruptions are the formats then; default: 8 bits and FP8 "
+        "per channel; 6, 4 and 3 bits per group of 32",
+    )
+    group.add_argument(
+        "--cells", type=at_least(0), metavar="N", help="measure N parts in a format, those most at risk; default: all"
+    )
+    group.add_argument(
+        "--probes",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="estimate the second order too, with N Hessian-vector products; default: 0",
+    )
+    group.add_argument(
+        "--choose-by", metavar="NAME", help="a metric, first_order, fisher, fit or second_order; default: the loss"
+    )
+
+
+def budget(word: str) -> dict[str, float]:
+    """Return what a word such as `bits=4.5` says.
+
+    Examples:
+        >>> budget("bits=4.5")
+        {'bits': 4.5}
+    """
+    name, _, value = word.partition("=")
+    if name not in BUDGETS or not value:
+        raise argparse.ArgumentTypeError(
+            f"expected {', '.join(f'{one}=N' for one in BUDGETS)}, got {word!r}{nearest(name, BUDGETS)}"
+        )
+    return {name: number(value)}
+
+
+def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> None:
+    """Score, measure, choose, measure what was chosen, and write it all down.
+
+    Args:
+        arguments: Those of `Probe`.
+        groups_of: Returns the parts of a model by name; None for the default.
+
+    Raises:
+        InputError: A user's mistake, such as a budget that cannot be met.
+    """
+    from hf_parcor.cli.subject import find_device, load_subject
+    from hf_parcor.evaluation import CheckpointError, NotEnoughMemoryError
+    from hf_parcor.indicators import FORMATS, sensitivity
+    from hf_parcor.recipes import export_recipe, front, measure_recipes, recipe
+    from hf_parcor.reports import RecipeReport
+
+    folder = output_folder(arguments.output_dir)
+    formats: Any = FORMATS if arguments.corruptions is None else asked_for(arguments)
+    checkpoints = [
+        None if folder is None else (folder / name).with_suffix(".jsonl") for name in (SENSITIVITY, MEASURED)
+    ]
+    with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoints[0])):
+        saved_on = None if arguments.saved_on is None else find_device(arguments.saved_on, "--saved-on")
+        subject = load_subject(arguments)
+        how: dict[str, Any] = {
+            "progress": not arguments.quiet,
+            "saved_on": saved_on,
+            "evaluated_on": subject.data,
+            "task": subject.task,
+        }
+        with refused(ValueError, TypeError):
+            groups = groups_of(subject.model)
+        with refused(CheckpointError, NotEnoughMemoryError, TypeError):
+            scores = sensitivity(
+                subject.model,
+                subject.metric,
+                formats,
+                groups,
+                budget=arguments.cells,
+                probes=arguments.probes,
+                seed=arguments.seed,
+                checkpoint=checkpoints[0],
+                **how,
+            )
+        metric = subject.shown(scores.clean)
+        stated = {"greater_is_better": arguments.greater_is_better, "unit": arguments.unit}
+        scores = scores.stating(metric, **stated)
+        with refused(ValueError, ImportError):
+            chosen = recipe(scores, by=arguments.choose_by, **arguments.recipe)
+            beside = front(scores, chosen)
+        with refused(CheckpointError, NotEnoughMemoryError):
+            measured = measure_recipes(subject.model, subject.metric, beside, checkpoint=checkpoints[1], **how)
+        measured = measured.stating(metric, **stated)
+    if not speaks():
+        return
+    with refused(ImportError):
+        report = RecipeReport(scores, chosen, measured)
+    if folder is not None:
+        with refused(OSError):
+            scores.save(folder / SENSITIVITY)
+            measured.save(folder / MEASURED)
+            exports = export_recipe(chosen, folder)
+            report.to_html(folder / PAGE)
+            report.to_markdown((folder / PAGE).with_suffix(".md"))
+        tell(
+            f"the page is {folder / PAGE}; the recipe is in {', '.join(path.name for path in exports.files)} beside it"
+        )
+        for sentence in exports.missing:
+            tell(f"not written: {sentence}")
+    if arguments.json:
+        print(chosen.to_json(), end="")
+        return
+    for sentence in report.verdict:
+        print(f"{wrapped(sentence)}\n")

@@ -1,0 +1,61 @@
+"""The mean loss alone, for data without any other metric."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+
+from hf_parcor.batches import private_copy
+from hf_parcor.evaluation.gradients import Batch, Loss, count_items, model_loss, shifts_labels
+from hf_parcor.evaluation.metrics.over_batches import OverBatches
+from hf_parcor.model_state import input_device
+from hf_parcor.records.metric_info import MetricInfo
+
+
+class LossMetric(OverBatches):
+    """The mean loss over all items of the batches, the one that gradients are taken of.
+
+    Args:
+        batches: Whatever the loss takes, a list or a `DataLoader`.
+        loss: `loss(model, batch)` returns the mean loss of a batch; the default takes the model's own.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: There are no batches, or they can be walked through only once.
+
+    Examples:
+        >>> square = LossMetric(
+        ...     [torch.ones(3, 1), torch.zeros(1, 1)], lambda model, batch: model(batch).square().mean()
+        ... )
+        >>> square(nn.Identity())
+        {'loss': 0.75}
+    """
+
+    _infos: ClassVar[Mapping[str, MetricInfo]] = {"loss": MetricInfo(False)}
+
+    def __init__(self, batches: Iterable[Batch], loss: Loss = model_loss, *, progress: bool = False) -> None:
+        super().__init__(batches, progress=progress)
+        self._loss = loss
+
+    @torch.no_grad()
+    def of_batch(self, model: nn.Module, batch: Batch) -> tuple[float, int]:
+        """Return the sum of the loss over one batch, and how many items it has."""
+        items = count_items(batch, shifted=self._loss is model_loss and shifts_labels(model))
+        if not items:  # the mean over none is NaN
+            return 0.0, 0
+        return items * float(self._loss(model, send_to_device(private_copy(batch), input_device(model)))), items
+
+    def combine(self, parts: Sequence[tuple[float, int]]) -> dict[str, float]:
+        """Return `loss` from what all batches add.
+
+        Raises:
+            ValueError: No item counts.
+        """
+        items = sum(count for _, count in parts)
+        if not items:
+            raise ValueError("batches: expected at least one item with a label, got none; is the data set empty?")
+        return {"loss": sum(loss for loss, _ in parts) / items}

@@ -1,0 +1,394 @@
+"""What each format costs each part of a model: estimates from one backward pass over the data, and measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_parcor.arguments import check_count
+from hf_parcor.corruptions import CORRUPTIONS, FloatQuantization, Quantization
+from hf_parcor.distributed.processes import MeasuringProcesses
+from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
+from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, model_loss
+from hf_parcor.evaluation.identity import library_versions, model_name, task_of
+from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric
+from hf_parcor.evaluation.metrics import BatchMetric
+from hf_parcor.evaluation.metrics.loss import LossMetric
+from hf_parcor.evaluation.reach import Reach
+from hf_parcor.evaluation.replicas import whole_model
+from hf_parcor.functional import inner_product
+from hf_parcor.functional.vectors import numel
+from hf_parcor.indicators.estimators import hessian_diagonal
+from hf_parcor.indicators.loss import LossOverData
+from hf_parcor.injection import Device, check_weights, forget_derived
+from hf_parcor.model_state import evaluation_mode
+from hf_parcor.records.data import EvaluationData
+from hf_parcor.records.metric_info import MetricInfo, stated_by
+from hf_parcor.records.sensitivity import FISHER, FormatScore, SensitivityRecord, WeightGroup
+from hf_parcor.targets.kinds import linear_modules
+
+Format = Quantization | FloatQuantization
+
+FORMATS: tuple[Format, ...] = (
+    Quantization(8, "channel", code_range="full"),
+    FloatQuantization("fp8_e4m3", "channel"),
+    *(Quantization(bits, 32, code_range="full", arithmetic="weight") for bits in (6, 4, 3)),
+)
+"""What `sensitivity` tries unless told: 8 bits and FP8 per channel; 6, 4 and 3 bits per group of 32, as in torchao."""
+
+_FEWEST_DIMENSIONS = 2  # vectors stay as they are in every tool
+
+
+def sensitivity(
+    model: nn.Module,
+    metric: Metric | Iterable[Batch],
+    formats: Sequence[Format] = FORMATS,
+    groups: Mapping[str, str | Collection[str]] | None = None,
+    *,
+    batches: Iterable[Batch] | None = None,
+    budget: int | None = None,
+    probes: int = 0,
+    seed: int = 0,
+    loss: Loss = model_loss,
+    memory: int = MEMORY,
+    metric_info: Mapping[str, MetricInfo] | None = None,
+    progress: bool = True,
+    saved_on: Device = None,
+    evaluated_on: EvaluationData | None = None,
+    task: str = "",
+    checkpoint: str | Path | None = None,
+) -> SensitivityRecord:
+    """Score every group of weights in every format, and measure the most promising ones.
+
+    With δ = Q(w) − w, g the gradient of the mean loss and F the mean over items of the squared gradient, all from one
+    backward pass over the data, the scores are::
+
+        first_order     gᵀδ
+        fisher          ½ Σ_i F_i δ_i²                          as NVIDIA's AutoQuantize weighs errors
+        fit             ½ Σ_tensors mean(F) ‖δ‖²                as in FIT, one weight a tensor
+        second_order    gᵀδ + ½ Σ_i H_ii δ_i²                   with `probes`, by Hutchinson's diagonal
+
+    in units of the loss. Then each group is written in one format after the other, with all other weights as they are,
+    the largest Fisher score first, and metrics are measured; so far as `budget` allows. Only matrices are quantized,
+    as tools do it: biases and norms stay. Beside the model lie two sums as large as the groups in float32, three with
+    `probes`, and one batch's gradient. Weights come back to the last bit, also after an exception.
+
+    Under `torchrun` batches are spread over all processes, in the pass and in measurements, but for `probes`.
+
+    Args:
+        model: Any PyTorch model; bare or under DistributedDataParallel.
+        metric: `metric(model)` returns numbers by name; or batches alone, for their mean loss.
+        formats: `Quantization` and `FloatQuantization`; the default is `FORMATS`. One that does not fit a group, as
+            groups of 32 in a matrix of 48 columns, is left out there, and noted.
+        groups: What gets one format together, by the name that it shall have: as the targets of a `LayerProbe`, from
+            `by_module`, `by_layer` or `by_kind`, say. None, the default, for each linear module by itself, without
+            output layers, which tools leave out too.
+        batches: Data for the pass; None, the default, for those of the metric if it is a `BatchMetric`.
+        budget: How many cells are measured; None, the default, for all, 0 for none. A larger one goes on from the
+            checkpoint of a smaller one.
+        probes: Hessian-vector products for the second order; 0, the default, for none.
+        seed: First seed of the probes.
+        loss: `loss(model, batch)` returns the mean loss of a batch. It is measured too, as "loss", beside a metric
+            that is made of no batches and has none.
+        memory: As in `CorruptionEvaluator`.
+        metric_info: As in `CorruptionEvaluator`.
+        progress: Whether to show progress bars.
+        saved_on: As in `CorruptionEvaluator`.
+        evaluated_on: As in `CorruptionEvaluator`.
+        task: As in `CorruptionEvaluator`.
+        checkpoint: As in `CorruptionEvaluator.evaluate`: after a kill the measured cells are there; the pass is
+            repeated.
+
+    Raises:
+        ValueError: There are no formats or two alike, a weight is in two groups, no group has a matrix, there are no
+            batches, or as in `CorruptionEvaluator.evaluate`.
+        TypeError: A format is none.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+        >>> for weight, values in zip(model.parameters(), ([[1.0, 0.4], [0.0, 1.0]], [[1.0, 0.2]]), strict=True):
+        ...     weight.data = torch.tensor(values)
+        >>> record = sensitivity(
+        ...     model,
+        ...     [torch.eye(2)],
+        ...     [Quantization(2, "channel")],
+        ...     {"first": "0", "second": "1"},
+        ...     loss=lambda m, x: m(x).square().mean() / 2,
+        ...     progress=False,
+        ... )
+        >>> for cell in record.cells:
+        ...     print(
+        ...         f"{cell.group}: {cell.scores['first_order']:.3f} estimated, {record.drop(cell, 'loss'):.3f} true"
+        ...     )
+        first: -0.120 estimated, -0.080 true
+        second: -0.060 estimated, -0.050 true
+    """
+    check_count("seed", seed, minimum=0)
+    check_count("probes", probes, minimum=0)
+    if budget is not None:
+        check_count("budget", budget, minimum=0)
+    formats = _checked_formats(formats)
+    model = whole_model(model)
+    metric, batches = _data_of(metric, batches, loss)
+    selected, notes = _selected(Reach(model), groups)
+    together = {name: weight for group in selected.values() for name, weight in group.items()}
+    check_weights(together)
+    cells = list(
+        _scored(model, selected, formats, _Moments.of(model, together, batches, loss, probes, seed, progress))
+    )
+    notes += _unfit(selected, formats, cells)
+    promising = sorted(cells, key=lambda cell: -cell.scores[FISHER])[:budget]
+    places = {(cell.group, cell.format) for cell in promising}
+    wanted = frozenset(
+        (at, index)
+        for at, group in enumerate(selected)
+        for index, one in enumerate(formats)
+        if (group, str(one)) in places
+    )
+    measurement = Measurement(
+        model,
+        metric,
+        batches,
+        loss,
+        reuse_prefix=True,
+        memory=memory,
+        metric_info=metric_info,
+        progress=progress,
+        saved_on=saved_on,
+    )
+    weights = fingerprint_of_weights(model)
+    clean, data, rows = measurement.run(selected, formats, 1, 0, weights, checkpoint, wanted)
+    found = {(group, row.label): row for group, of_group in zip(selected, rows, strict=True) for row in of_group}
+    linear = set(linear_modules(model))
+    return SensitivityRecord(
+        model=model_name(model),
+        groups={
+            label: WeightGroup(
+                {name: weight.numel() for name, weight in group.items()},
+                sum(8 * one.dtype.itemsize * one.numel() for one in group.values()) / numel(list(group.values())),
+            )
+            for label, group in selected.items()
+        },
+        formats={
+            str(one): {
+                "corruption": next(name for name, kind in CORRUPTIONS.items() if type(one) is kind),
+                "settings": one.settings(),
+            }
+            for one in formats
+        },
+        cells=tuple(
+            FormatScore(
+                cell.group,
+                cell.format,
+                cell.bits,
+                cell.scores,
+                {name: row.mean(name) for name in row.metrics}
+                if (row := found.get((cell.group, cell.format)))
+                else {},
+            )
+            for cell in cells
+        ),
+        clean={name: clean.mean(name) for name in clean.metrics},
+        metric=_shown(metric, list(clean.metrics)),
+        metric_info=measurement.infos([clean, *found.values()]),
+        parameters=numel(list(model.parameters())),
+        outside=tuple(
+            name
+            for name, module in model.named_modules()
+            if (isinstance(module, nn.Linear) or module in linear)
+            and not any(one is module.weight for one in together.values())
+        ),
+        data=data,
+        weights=weights,
+        evaluated_on=evaluated_on,
+        task=task or task_of(model),
+        versions=library_versions(),
+        notes=(*notes, *measurement.notes, *(note for row in found.values() for note in row.notes)),
+    )
+
+
+def _checked_formats(formats: Sequence[Format]) -> list[Format]:
+    for one in formats:
+        if type(one) not in (Quantization, FloatQuantization):
+            raise TypeError(
+                f"formats: expected Quantization and FloatQuantization, got {one!r}; how many bits other corruptions "
+                "take is not known"
+            )
+    labels = [str(one) for one in formats]
+    if not labels or len(set(labels)) < len(labels):
+        raise ValueError(
+            f"formats: expected one or more, each once, got {', '.join(labels) or 'none'}; name each format once"
+        )
+    return list(formats)
+
+
+def _data_of(metric: Any, batches: Iterable[Batch] | None, loss: Loss) -> tuple[Metric, Iterable[Batch]]:
+    """Return what is measured, and the data that gradients are taken on."""
+    if not callable(metric):
+        return LossMetric(metric, loss), metric if batches is None else batches
+    if isinstance(metric, BatchMetric):
+        return metric, metric.batches if batches is None else batches
+    if batches is None:
+        raise ValueError(
+            "batches: expected data for the backward pass, got None; pass batches=, such as a DataLoader, or a metric "
+            "that is made of batches"
+        )
+    return _WithLoss(metric, LossMetric(batches, loss)), batches
+
+
+class _WithLoss:
+    """A metric, and the mean loss where it has none."""
+
+    def __init__(self, metric: Metric, loss: LossMetric) -> None:
+        self._metric, self._loss = metric, loss
+
+    def __call__(self, model: nn.Module) -> Mapping[str, float]:
+        found = dict(self._metric(model))
+        return found if "loss" in found else {**found, **self._loss(model)}
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return what is called."""
+        return {"metric": self._metric, "loss": self._loss}
+
+    def info_of(self, name: str) -> MetricInfo | None:
+        """Return what the metric says, or that a loss is to be small."""
+        return stated_by(self._metric, name) or self._loss.info_of(name)
+
+    @property
+    def primary_metric(self) -> str | None:
+        """The metric's own."""
+        return getattr(self._metric, "primary_metric", None)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the metric says of itself."""
+        return tuple(getattr(self._metric, "notes", ()))
+
+
+def _shown(metric: Metric, names: Sequence[str]) -> str:
+    """Return which number to look at: the metric's primary one, or the first that is no loss."""
+    primary = getattr(metric, "primary_metric", None)
+    return str(primary) if primary in names else next((name for name in names if name != "loss"), names[0])
+
+
+def _selected(
+    reach: Reach, groups: Mapping[str, str | Collection[str]] | None
+) -> tuple[dict[str, dict[str, nn.Parameter]], list[str]]:
+    """Return the matrices of each group by their names, and sentences on what is left out."""
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    notes: list[str] = []
+    if groups is None:
+        selection = reach.select("all-linear")
+        notes += selection.notes
+        for name, weight in selection.parameters.items():
+            if weight.ndim >= _FEWEST_DIMENSIONS:
+                found.setdefault(name.rpartition(".")[0] or name, {})[name] = weight
+    else:
+        seen: dict[nn.Parameter, str] = {}
+        without = []
+        for label, target in groups.items():
+            selection = reach.select(target)
+            notes += selection.notes
+            matrices = {n: one for n, one in selection.parameters.items() if one.ndim >= _FEWEST_DIMENSIONS}
+            for name, weight in matrices.items():
+                if weight in seen:
+                    raise ValueError(
+                        f"groups: expected every weight in one group, got {name} in {seen[weight]!r} and {label!r}; "
+                        "group by_module, by_layer or by_kind"
+                    )
+                seen[weight] = label
+            if matrices:
+                found[label] = matrices
+            else:
+                without.append(label)
+        if without:
+            notes.append(f"{_some(without)} have no matrices, and stay as they are")
+    if not found:
+        raise ValueError("groups: expected at least one with a matrix, got none; name linear modules")
+    return found, notes
+
+
+class _Moments(NamedTuple):
+    """What one pass over the data finds of the weights' gradient, by their names; and the diagonal of the Hessian."""
+
+    gradient: Mapping[str, Tensor]
+    squares: Mapping[str, Tensor]
+    diagonal: Mapping[str, Tensor] | None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        batches: Iterable[Batch],
+        loss: Loss,
+        probes: int,
+        seed: int,
+        progress: bool,
+    ) -> _Moments:
+        """Walk through the data."""
+        processes = MeasuringProcesses.launched()
+        forget_derived()
+        with evaluation_mode(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+            shown = progress and processes.index == 0
+            source = DatasetGradients(model, weights, batches, loss, progress=shown, processes=processes)
+            squares, gradient = source.second_moment(), source.over_data()
+        diagonal = hessian_diagonal(LossOverData(model, weights, batches, loss), probes, seed) if probes else None
+        return cls(gradient, squares, diagonal)
+
+
+def _scored(
+    model: nn.Module,
+    groups: Mapping[str, Mapping[str, nn.Parameter]],
+    formats: Sequence[Format],
+    moments: _Moments,
+) -> Iterator[FormatScore]:
+    """Yield every group in every format that fits it."""
+    for label, weights in groups.items():
+        for one in formats:
+            scores = _scores(one, weights, moments)
+            if scores is not None:
+                bits = sum(one.stored_bits(weight) for weight in weights.values()) / numel(list(weights.values()))
+                yield FormatScore(label, str(one), bits, scores)
+
+
+@torch.no_grad()
+def _scores(one: Format, weights: Mapping[str, Tensor], moments: _Moments) -> dict[str, float] | None:
+    """Return the scores of a group in a format; None where that does not fit."""
+    found, curved = {"first_order": 0.0, FISHER: 0.0, "fit": 0.0}, 0.0
+    try:
+        for name, rounded in one.pieces(weights):
+            wide = moments.gradient[name].dtype
+            error = rounded.to(wide) - weights[name].to(wide)
+            squared = error.square()
+            squares = moments.squares[name]
+            found["first_order"] += _sum_of_products(moments.gradient[name], error)
+            found[FISHER] += _sum_of_products(squares, squared) / 2
+            found["fit"] += float(squares.double().mean() * squared.double().sum()) / 2
+            if moments.diagonal is not None:
+                curved += _sum_of_products(moments.diagonal[name], squared) / 2
+            del rounded, error, squared
+    except (ValueError, NotImplementedError):  # of blocks that do not divide a matrix, or that its sharding cuts
+        return None
+    return found if moments.diagonal is None else {**found, "second_order": found["first_order"] + curved}
+
+
+def _sum_of_products(first: Tensor, second: Tensor) -> float:
+    return float(inner_product([first], [second]))
+
+
+def _unfit(groups: Collection[str], formats: Sequence[Format], cells: Sequence[FormatScore]) -> Iterator[str]:
+    """Yield a sentence on each format that does not fit all groups."""
+    fit = {(cell.group, cell.format) for cell in cells}
+    for label in map(str, formats):
+        without = [group for group in groups if (group, label) not in fit]
+        if without:
+            yield f"{label} does not fit {_some(without)}, whose rows are no whole number of blocks"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} groups such as {names[0]}"

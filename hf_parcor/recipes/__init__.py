@@ -1,0 +1,16 @@
+"""Which format each part of a model gets under a budget: chosen, measured as a whole, and exported."""
+
+from hf_parcor.recipes.choice import BudgetError, front, recipe, uniform_recipe
+from hf_parcor.recipes.exports import Exports, export_recipe
+from hf_parcor.recipes.measured import MixedQuantization, measure_recipes
+
+__all__ = [
+    "BudgetError",
+    "Exports",
+    "MixedQuantization",
+    "export_recipe",
+    "front",
+    "measure_recipes",
+    "recipe",
+    "uniform_recipe",
+]

@@ -1,0 +1,312 @@
+"""The best formats under a budget: an integer program with one choice a group, solved exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from hf_parcor.arguments import check_finite, check_positive
+from hf_parcor.records.sensitivity import Choice, RecipeRecord, SensitivityRecord
+
+_LARGEST = 1e4  # what numbers are scaled to, for the solver
+
+
+class BudgetError(ValueError):
+    """No choice of formats meets a budget; `nearest` is the nearest budget that one meets."""
+
+    def __init__(self, message: str, nearest: float) -> None:
+        super().__init__(message)
+        self.nearest = nearest
+
+
+def recipe(
+    scores: SensitivityRecord,
+    *,
+    bits: float | None = None,
+    loss: float | None = None,
+    drop: float | None = None,
+    by: str | None = None,
+    formats: Collection[str] | None = None,
+    keep: bool = True,
+) -> RecipeRecord:
+    """Choose a format for every group under a budget, such that what the groups cost adds up to the least.
+
+    ::
+
+        min Σ_g c(g, f_g)    such that    Σ_g n_g b(g, f_g) <= bits Σ_g n_g
+
+    with c what a group costs by itself (`SensitivityRecord.costs`; a gain, which is chance, counts as no cost), n how
+    many weights it has and b its bits a weight, scales included. With `loss` or `drop` it is the other way round: the
+    fewest bits such that costs add up to at most that, and of all with as few bits the one that costs least. The
+    program is solved exactly, by SciPy's `milp`. That costs add up is an assumption: measure what was chosen as a
+    whole (`measure_recipes`).
+
+    Args:
+        scores: What `sensitivity` found.
+        bits: Average bits a weight at most, of all groups together.
+        loss: How much the mean loss may rise, in its own units.
+        drop: How much worse the metric may be, in its own units: 0.01 of an accuracy is a point. It is that of `by`,
+            or the record's own.
+        by: What costs are: a metric or a score by its name. None, the default, for the loss where it was measured,
+            else the record's metric, else the Fisher score; with `loss` the loss, or else the Fisher score.
+        formats: Labels of the formats to choose from; None, the default, for all.
+        keep: Whether a group may stay as it is, at the bits that it takes now.
+
+    Raises:
+        BudgetError: No choice meets the budget; it says the nearest that one meets. A `ValueError`.
+        ValueError: None or more than one of `bits`, `loss` and `drop` is given, or something is unknown or was not
+            measured, or a group can neither be quantized nor stay.
+        ImportError: SciPy is not installed.
+
+    Examples:
+        >>> from hf_parcor.records import FormatScore, WeightGroup
+        >>> groups = {"a": WeightGroup({"a.weight": 100}, 32.0), "b": WeightGroup({"b.weight": 100}, 32.0)}
+        >>> fisher = {("a", "8 bits"): 0.1, ("a", "4 bits"): 3.0, ("b", "8 bits"): 0.2, ("b", "4 bits"): 0.5}
+        >>> cells = tuple(FormatScore(g, f, float(f[0]), {"fisher": s}) for (g, f), s in fisher.items())
+        >>> scores = SensitivityRecord("m", groups, {"8 bits": {}, "4 bits": {}}, cells, {"loss": 1.0}, "loss")
+        >>> chosen = recipe(scores, bits=6.0)
+        >>> {name: one.format for name, one in chosen.choice.items()}, chosen.bits, chosen.expected["fisher"]
+        ({'a': '8 bits', 'b': '4 bits'}, 6.0, 0.6)
+        >>> recipe(scores, bits=3.0)
+        Traceback (most recent call last):
+        hf_parcor.recipes.choice.BudgetError: bits: expected 4 or more, the fewest that these formats take, got 3; ...
+    """
+    given = {name: value for name, value in (("bits", bits), ("loss", loss), ("drop", drop)) if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            f"bits, loss, drop: expected one of them, got {' and '.join(given) or 'none'}; write recipe(scores, "
+            "bits=4.5), say"
+        )
+    ((name, limit),) = given.items()
+    limit = check_positive(name, limit) if name == "bits" else check_finite(name, limit)
+    by = _costing(scores, name, by)
+    choices = _choices(scores, by, formats, keep)
+    problem = _Problem(choices, [scores.groups[group].parameters for group in choices])
+    chosen = problem.cheapest(limit) if name == "bits" else problem.smallest(limit, name)
+    return _record(scores, by, {name: limit}, dict(zip(choices, chosen, strict=True)))
+
+
+def front(
+    scores: SensitivityRecord,
+    chosen: RecipeRecord,
+    *,
+    points: int = 6,
+    formats: Collection[str] | None = None,
+    keep: bool = True,
+) -> dict[str, RecipeRecord]:
+    """Return what a recipe is to be measured beside, by name.
+
+    That is the recipe itself; one format for all, for each format; what would be chosen in the same way at other
+    budgets, evenly from the smallest format to the largest; and at the same budget by each score alone.
+
+    Args:
+        scores: What the recipe was chosen from.
+        chosen: The recipe.
+        points: How many other budgets.
+        formats: As in `recipe`.
+        keep: As in `recipe`.
+    """
+    labels = [label for label in scores.formats if formats is None or label in formats]
+    found = {"recipe": chosen}
+    for label in labels:
+        if any((group, label) in scores.by_place for group in scores.groups):
+            found[label] = uniform_recipe(scores, label)
+    ends = [one.bits for name, one in found.items() if name != "recipe"]
+    for place in range(points if ends else 0):
+        budget = min(ends) + (max(ends) - min(ends)) * place / max(points - 1, 1)
+        try:
+            one = recipe(scores, bits=budget, by=chosen.by, formats=formats, keep=keep)
+        except BudgetError:  # a format that does not fit all groups
+            continue
+        if all(one.choice != other.choice for other in found.values() if other.budget):
+            found[f"{budget:.3g} bits"] = one
+    for score in scores.scores:
+        if score != chosen.by:
+            found[f"by {score}"] = recipe(scores, bits=chosen.bits, by=score, formats=formats, keep=keep)
+    return found
+
+
+def uniform_recipe(scores: SensitivityRecord, label: str) -> RecipeRecord:
+    """Return the recipe with one format for all groups that it fits; the others stay as they are.
+
+    Raises:
+        ValueError: There is no such format, or it fits none.
+
+    Examples:
+        >>> from hf_parcor.records import FormatScore, WeightGroup
+        >>> groups = {"a": WeightGroup({"a.weight": 100}, 32.0), "b": WeightGroup({"b.weight": 300}, 32.0)}
+        >>> cells = (FormatScore("a", "4 bits", 4.0, {"fisher": 0.1}),)
+        >>> uniform_recipe(SensitivityRecord("m", groups, {"4 bits": {}}, cells, {"loss": 1.0}, "loss"), "4 bits").bits
+        25.0
+    """
+    fits = {group: scores.by_place.get((group, label)) for group in scores.groups}
+    if not any(fits.values()):
+        raise ValueError(f"format: expected one of {', '.join(scores.formats)} that fits a group, got {label!r}")
+    chosen = {
+        group: Choice(None, scores.groups[group].bits) if cell is None else Choice(label, cell.bits)
+        for group, cell in fits.items()
+    }
+    by = _costing(scores, "bits", None)
+    return _record(scores, by, {}, {group: (one, 0.0) for group, one in chosen.items()})
+
+
+def measured_metrics(scores: SensitivityRecord) -> list[str]:
+    """Return the metrics that at least one cell has."""
+    return list(dict.fromkeys(name for cell in scores.cells for name in cell.measured if name in scores.clean))
+
+
+def _costing(scores: SensitivityRecord, budget: str, by: str | None) -> str:
+    measured = measured_metrics(scores)
+    if by is None and budget == "drop":
+        by = scores.metric
+    if by is None:
+        by = next((name for name in ("loss", "eval_loss") if name in measured), None)
+    if by is None:
+        by = scores.metric if budget == "bits" and scores.metric in measured else "fisher"
+    if budget == "drop" and by in scores.scores:
+        raise ValueError(f"by: expected a metric for drop=, got the score {by!r}; give a budget of loss= by scores")
+    return by
+
+
+def _choices(
+    scores: SensitivityRecord, by: str, formats: Collection[str] | None, keep: bool
+) -> dict[str, list[tuple[Choice, float]]]:
+    """Return what each group may get, and its cost; what breaks the model is no choice."""
+    unknown = [label for label in formats or () if label not in scores.formats]
+    if unknown:
+        raise ValueError(f"formats: expected some of {', '.join(scores.formats)}, got {', '.join(unknown)}")
+    costs = scores.costs(by)
+    found: dict[str, list[tuple[Choice, float]]] = {}
+    for group, weights in scores.groups.items():
+        found[group] = [
+            (Choice(label, scores.by_place[group, label].bits), max(0.0, costs[group, label]))
+            for label in scores.formats
+            if (formats is None or label in formats) and math.isfinite(costs.get((group, label), math.nan))
+        ]
+        if keep:
+            found[group].append((Choice(None, weights.bits), 0.0))
+        if not found[group]:
+            raise ValueError(f"formats: expected one that fits {group!r}, got none; pass keep=True, or another format")
+    return found
+
+
+class _Problem:
+    """One choice a group: bits and costs of each, and the program over them.
+
+    Args:
+        choices: What each group may get, and its cost.
+        parameters: How many weights each group has.
+    """
+
+    def __init__(self, choices: Mapping[str, Sequence[tuple[Choice, float]]], parameters: Sequence[int]) -> None:
+        self._groups = list(choices.values())
+        self._total = sum(parameters)
+        self._flat = [(place, one) for place, group in enumerate(self._groups) for one in group]
+        self._bits = [one.bits * parameters[place] for place, (one, _) in self._flat]
+        self._costs = [cost for _, (_, cost) in self._flat]
+
+    def cheapest(self, bits: float) -> list[tuple[Choice, float]]:
+        """Return what costs least within average bits a weight."""
+        fewest = sum(min(self._of(place, self._bits)) for place in range(len(self._groups)))
+        if fewest > _at_most(bits * self._total):
+            nearest = fewest / self._total
+            raise BudgetError(
+                f"bits: expected {nearest:.6g} or more, the fewest that these formats take, got {bits:g}; raise it, "
+                "or let sensitivity try smaller formats",
+                nearest,
+            )
+        return self._solved(self._costs, self._bits, bits * self._total)
+
+    def smallest(self, cost: float, name: str) -> list[tuple[Choice, float]]:
+        """Return what takes the fewest bits within a cost, and of these what costs least."""
+        least = sum(min(self._of(place, self._costs)) for place in range(len(self._groups)))
+        if least > _at_most(cost):
+            raise BudgetError(
+                f"{name}: expected {least:.6g} or more, the least that these formats cost, got {cost:g}; raise it, or "
+                "pass keep=True",
+                least,
+            )
+        found = self._solved(self._bits, self._costs, cost)
+        fewest = sum(self._bits[index] for index in self._indices(found))
+        return self._solved(self._costs, self._bits, fewest, at_most=cost)
+
+    def _of(self, group: int, numbers: Sequence[float]) -> list[float]:
+        return [number for number, (place, _) in zip(numbers, self._flat, strict=True) if place == group]
+
+    def _indices(self, chosen: Sequence[tuple[Choice, float]]) -> list[int]:
+        return [self._flat.index((place, one)) for place, one in enumerate(chosen)]
+
+    def _solved(
+        self, objective: Sequence[float], taken: Sequence[float], limit: float, at_most: float = math.inf
+    ) -> list[tuple[Choice, float]]:
+        """Return the choice of the least objective that takes no more than the limit.
+
+        The solver's tolerances are absolute, about 1e-6: numbers are scaled to a largest of 10,000, and a solution
+        that the exact sums refuse is cut off.
+        """
+        import numpy as np
+
+        optimize = _scipy_optimize()
+        aims, sizes = np.asarray(objective, float), np.asarray(taken, float)
+        places = np.asarray([place for place, _ in self._flat])
+        one_each = (places[None, :] == np.arange(len(self._groups))[:, None]).astype(float)
+        unit = (np.abs(sizes).max() or 1.0) / _LARGEST
+        rows: list[Any] = [
+            optimize.LinearConstraint(one_each, 1, 1),
+            optimize.LinearConstraint(sizes[None, :] / unit, -np.inf, _at_most(limit) / unit),
+        ]
+        while True:
+            result = optimize.milp(
+                _LARGEST * aims / (np.abs(aims).max() or 1.0),
+                integrality=np.ones(len(aims)),
+                bounds=optimize.Bounds(0, 1),
+                constraints=rows,
+                options={"mip_rel_gap": 0.0},
+            )
+            if result.x is None:
+                raise RuntimeError(f"milp: expected a solution, got none: {result.message}")
+            chosen = [int(index) for index in np.flatnonzero(result.x > 0.5)]
+            if math.fsum(sizes[chosen]) <= _at_most(limit) and math.fsum(aims[chosen]) <= _at_most(at_most):
+                return [self._flat[index][1] for index in chosen]
+            refused = np.zeros(len(aims))
+            refused[chosen] = 1
+            rows.append(optimize.LinearConstraint(refused[None, :], -np.inf, len(self._groups) - 1))
+
+
+def _at_most(limit: float) -> float:
+    """Return a limit with room for the rounding of sums."""
+    return limit + 1e-9 * abs(limit)
+
+
+def _scipy_optimize() -> Any:
+    try:
+        from scipy import optimize
+    except ImportError as error:
+        raise ImportError(
+            "SciPy is needed to choose formats; install it with: pip install 'hf-parcor[statistics]'"
+        ) from error
+    return optimize
+
+
+def _record(
+    scores: SensitivityRecord, by: str, budget: Mapping[str, float], chosen: Mapping[str, tuple[Choice, float]]
+) -> RecipeRecord:
+    choice = {group: one for group, (one, _) in chosen.items()}
+    cells = [scores.by_place[group, one.format] for group, one in choice.items() if one.format is not None]
+    sums = {}
+    for name in dict.fromkeys([by, *measured_metrics(scores)]):
+        costs = scores.costs(name)
+        sums[name] = math.fsum(costs[cell.group, cell.format] for cell in cells)
+    reference = by if by in scores.clean else scores.metric
+    return RecipeRecord(
+        model=scores.model,
+        groups=scores.groups,
+        formats=scores.formats,
+        choice=choice,
+        budget=dict(budget),
+        by=by,
+        expected=sums,
+        estimated=sum(reference not in cell.measured for cell in cells),
+        outside=scores.outside,
+    )

@@ -1,0 +1,317 @@
+"""What each format costs each part of a model, and which formats were chosen: plain data, JSON in and out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+from hf_parcor.records.curves import metric_drop
+from hf_parcor.records.data import EvaluationData
+from hf_parcor.records.metric_info import MetricInfo, info_by_name, read_infos
+from hf_parcor.records.stored import StoredRecord
+from hf_parcor.statistics import rank_correlation
+
+FORMAT = 1
+FISHER = "fisher"
+"""The score that stands in for what was not measured."""
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Weights that get one format together.
+
+    Attributes:
+        weights: Their names, each with how many entries it has.
+        bits: How many bits one of these takes as it is, mean over the group.
+    """
+
+    weights: Mapping[str, int]
+    bits: float
+
+    @property
+    def parameters(self) -> int:
+        """How many entries they have together."""
+        return sum(self.weights.values())
+
+    @property
+    def modules(self) -> list[str]:
+        """The modules that hold them, as tools name them; a weight that is none's `weight` stands for itself."""
+        return list(dict.fromkeys(name.removesuffix(".weight") for name in self.weights))
+
+
+@dataclass(frozen=True)
+class FormatScore:
+    """One group in one format, all other weights as they are.
+
+    Attributes:
+        group: The group.
+        format: The format.
+        bits: Average bits a weight, with scales as they are stored.
+        scores: Estimates of the change of the loss, by their names, some of which have a sign; see `sensitivity`.
+        measured: Metrics by name; empty where nothing was measured.
+    """
+
+    group: str
+    format: str
+    bits: float
+    scores: Mapping[str, float]
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SensitivityRecord(StoredRecord):
+    """What `sensitivity` found: every group of weights in every format, estimated, and measured as far as asked for.
+
+    Attributes:
+        model: Name or path of the model.
+        groups: The groups by name; no weight is in two.
+        formats: By their labels, the name in the catalogue of corruptions and the settings.
+        cells: Each group in each format that fits it.
+        clean: The metrics of the model as it is.
+        metric: Which of them is the one to look at.
+        metric_info: What their numbers mean.
+        parameters: How many weights the model has, with those that are in no group.
+        outside: The linear modules that are in no group, and so stay as they are.
+        data: SHA-256 of the batches.
+        weights: SHA-256 of all parameters and buffers of the model.
+        evaluated_on: The data; None where nobody said.
+        task: The Hub's name of the task.
+        versions: Versions of the libraries.
+        notes: What was noticed, in sentences.
+        format: Version of this layout.
+
+    Examples:
+        >>> from hf_parcor.records import FormatScore, WeightGroup
+        >>> four = {"corruption": "quantization", "settings": {"bits": 4}}
+        >>> record = SensitivityRecord(
+        ...     "m",
+        ...     groups={"a": WeightGroup({"a.weight": 8}, 32.0), "b": WeightGroup({"b.weight": 8}, 32.0)},
+        ...     formats={"4-bit quantization": four},
+        ...     cells=(
+        ...         FormatScore("a", "4-bit quantization", 4.0, {"fisher": 0.5}, {"loss": 1.75}),
+        ...         FormatScore("b", "4-bit quantization", 4.0, {"fisher": 0.1}),
+        ...     ),
+        ...     clean={"loss": 1.25},
+        ...     metric="loss",
+        ... )
+        >>> record.costs("loss")
+        {('a', '4-bit quantization'): 0.5, ('b', '4-bit quantization'): 0.1}
+        >>> SensitivityRecord.from_json(record.to_json()) == record
+        True
+    """
+
+    model: str
+    groups: Mapping[str, WeightGroup]
+    formats: Mapping[str, Mapping[str, Any]]
+    cells: tuple[FormatScore, ...]
+    clean: Mapping[str, float]
+    metric: str
+    metric_info: Mapping[str, MetricInfo] = field(default_factory=dict)
+    parameters: int = 0
+    outside: tuple[str, ...] = ()
+    data: str = ""
+    weights: str = ""
+    evaluated_on: EvaluationData | None = None
+    task: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    format: int = FORMAT
+    kind: ClassVar[str] = "sensitivity record"
+    remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
+
+    @property
+    def scores(self) -> list[str]:
+        """The names of the scores."""
+        return list(self.cells[0].scores) if self.cells else []
+
+    @cached_property
+    def by_place(self) -> dict[tuple[str, str], FormatScore]:
+        """The cells by group and format."""
+        return {(cell.group, cell.format): cell for cell in self.cells}
+
+    def info(self, metric: str) -> MetricInfo:
+        """Return what the numbers of a metric mean, as `EvaluationRecord.info`."""
+        values = [cell.measured[metric] for cell in self.cells if metric in cell.measured]
+        return self.metric_info.get(metric) or info_by_name(metric, values)
+
+    def stating(
+        self, metric: str, *, greater_is_better: bool | None = None, unit: str | None = None
+    ) -> SensitivityRecord:
+        """Return the record with a metric to look at, and what somebody states of it; None leaves it as it is."""
+        info = self.info(metric).stating(greater_is_better=greater_is_better, unit=unit)
+        return replace(self, metric=metric, metric_info={**self.metric_info, metric: info})
+
+    def drop(self, cell: FormatScore, metric: str) -> float | None:
+        """Return how much worse a metric is in a cell, as `metric_drop`; None where it was not measured."""
+        if metric not in cell.measured:
+            return None
+        greater = self.info(metric).greater_is_better
+        return metric_drop(self.clean[metric], cell.measured[metric], greater_is_better=greater)
+
+    def costs(self, by: str) -> dict[tuple[str, str], float]:
+        """Return what each cell costs.
+
+        Of a score it is the score. Of a metric it is the measured drop; where that is missing, the Fisher score times
+        the ratio of drops and scores over what was measured.
+
+        Raises:
+            ValueError: There is no such score or metric, or nothing was measured.
+        """
+        if by in self.scores:
+            return {place: cell.scores[by] for place, cell in self.by_place.items()}
+        if by not in self.clean:
+            known = ", ".join([*self.clean, *self.scores])
+            raise ValueError(f"by: expected one of {known}, got {by!r}; name a metric or a score of the record")
+        drops = {place: self.drop(cell, by) for place, cell in self.by_place.items()}
+        sure = {place: drop for place, drop in drops.items() if drop is not None}
+        if not sure:
+            raise ValueError(
+                f"by: expected a metric that was measured, got {by!r}, which no cell has; call sensitivity with "
+                f"budget=1 or more, or choose by one of {', '.join(self.scores)}"
+            )
+        ratio = self._ratio(sure)
+        return {
+            place: ratio * self.by_place[place].scores[FISHER] if drop is None else drop
+            for place, drop in drops.items()
+        }
+
+    def _ratio(self, drops: Mapping[tuple[str, str], float]) -> float:
+        finite = {place: drop for place, drop in drops.items() if abs(drop) < float("inf")}
+        scored = sum(self.by_place[place].scores[FISHER] for place in finite)
+        return max(0.0, sum(finite.values())) / scored if scored else 0.0
+
+    def correlations(self, metric: str) -> dict[str, float]:
+        """Return Spearman's rank correlation of each score with the measured drop of a metric.
+
+        Raises:
+            ImportError: SciPy is not installed.
+        """
+        known = [(cell, drop) for cell in self.cells if (drop := self.drop(cell, metric)) is not None]
+        drops = [drop for _, drop in known]
+        return {score: rank_correlation([cell.scores[score] for cell, _ in known], drops) for score in self.scores}
+
+    @classmethod
+    def _read(cls, data: dict[str, Any]) -> SensitivityRecord:
+        data["groups"] = _groups(data["groups"])
+        data["cells"] = tuple(
+            FormatScore(
+                cell["group"],
+                cell["format"],
+                float(cell["bits"]),
+                _numbers(cell["scores"]),
+                _numbers(cell["measured"]),
+            )
+            for cell in data["cells"]
+        )
+        data["clean"] = _numbers(data["clean"])
+        data["metric_info"] = read_infos(data["metric_info"])
+        data["outside"], data["notes"] = tuple(data["outside"]), tuple(data["notes"])
+        data["evaluated_on"] = None if data["evaluated_on"] is None else EvaluationData(**data["evaluated_on"])
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The format of a group.
+
+    Attributes:
+        format: Its label; None where the group stays as it is.
+        bits: Average bits a weight, with scales.
+    """
+
+    format: str | None
+    bits: float
+
+
+@dataclass(frozen=True)
+class RecipeRecord(StoredRecord):
+    """Which format every group gets, and what that is expected to cost.
+
+    Attributes:
+        model: Name or path of the model.
+        groups: The groups by name.
+        formats: As in `SensitivityRecord`.
+        choice: What each group gets, in the same order.
+        budget: What was asked for, by the name of the argument; empty where nothing was chosen.
+        by: The metric or score that was summed.
+        expected: The sum over groups of what each costs by itself: of `by`, and of each metric that was measured.
+        estimated: How many of the chosen cells were not measured, so that `expected` is an estimate there.
+        outside: As in `SensitivityRecord`.
+        notes: What was noticed, in sentences.
+        format: Version of this layout.
+
+    Examples:
+        >>> from hf_parcor.records import Choice, WeightGroup
+        >>> group = WeightGroup({"a.weight": 8}, 32.0)
+        >>> four = {"4-bit quantization": {"corruption": "quantization", "settings": {"bits": 4}}}
+        >>> record = RecipeRecord(
+        ...     "m", {"a": group, "b": group}, four, {"a": Choice("4-bit quantization", 4.0), "b": Choice(None, 32.0)}
+        ... )
+        >>> record.bits, record.spared, RecipeRecord.from_json(record.to_json()) == record
+        (18.0, ['b'], True)
+    """
+
+    model: str
+    groups: Mapping[str, WeightGroup]
+    formats: Mapping[str, Mapping[str, Any]]
+    choice: Mapping[str, Choice]
+    budget: Mapping[str, float] = field(default_factory=dict)
+    by: str = ""
+    expected: Mapping[str, float] = field(default_factory=dict)
+    estimated: int = 0
+    outside: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    format: int = FORMAT
+    kind: ClassVar[str] = "recipe"
+    remedy: ClassVar[str] = "choose again, or read it with the version of hf_parcor that wrote it"
+
+    @property
+    def bits(self) -> float:
+        """Average bits a weight of all groups."""
+        parameters = sum(group.parameters for group in self.groups.values())
+        return sum(one.bits * self.groups[name].parameters for name, one in self.choice.items()) / parameters
+
+    @property
+    def base(self) -> str | None:
+        """The format that most weights get; of those that are quantized, if any is."""
+        counts: Counter[str] = Counter()
+        for name, one in self.choice.items():
+            if one.format is not None:
+                counts[one.format] += self.groups[name].parameters
+        return counts.most_common(1)[0][0] if counts else None
+
+    @property
+    def exceptions(self) -> list[str]:
+        """The groups that get another format than most weights."""
+        return [name for name, one in self.choice.items() if one.format != self.base]
+
+    @property
+    def spared(self) -> list[str]:
+        """The groups that get more bits than most weights: what to defend, so that they need not be spared."""
+        of_base = max((one.bits for one in self.choice.values() if one.format == self.base), default=0.0)
+        return [name for name in self.exceptions if self.choice[name].bits > of_base]
+
+    def weights(self) -> Iterator[tuple[str, Choice]]:
+        """Yield every weight with the format that it gets."""
+        for name, one in self.choice.items():
+            for weight in self.groups[name].weights:
+                yield weight, one
+
+    @classmethod
+    def _read(cls, data: dict[str, Any]) -> RecipeRecord:
+        data["groups"] = _groups(data["groups"])
+        data["choice"] = {name: Choice(one["format"], float(one["bits"])) for name, one in data["choice"].items()}
+        data["budget"], data["expected"] = _numbers(data["budget"]), _numbers(data["expected"])
+        data["outside"], data["notes"] = tuple(data["outside"]), tuple(data["notes"])
+        return cls(**data)
+
+
+def _groups(data: Mapping[str, Any]) -> dict[str, WeightGroup]:
+    return {name: WeightGroup(one["weights"], float(one["bits"])) for name, one in data.items()}
+
+
+def _numbers(data: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in data.items()}

@@ -1,0 +1,351 @@
+"""What the page of a recipe says: the answer in a sentence, the front of metric against bits, and what it is from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from hf_parcor.records.curves import short
+from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
+from hf_parcor.records.metric_info import SHARE
+from hf_parcor.records.sensitivity import RecipeRecord, SensitivityRecord
+from hf_parcor.reports.markup import text_of
+from hf_parcor.reports.numbers import Numbers
+from hf_parcor.reports.plots import Line, Panel, Point, short_names
+from hf_parcor.reports.tables import Table, markdown_table
+from hf_parcor.reports.verdict import Finding
+
+RECIPE = "recipe"
+"""The row of a measured record that is the recipe itself."""
+_NAMED = 3  # so many parts a sentence names
+_AS_IT_IS = "as it is"
+
+
+class RecipeContent(NamedTuple):
+    """The parts of the page, in the order of reading."""
+
+    title: str
+    metric: str
+    numbers: Numbers
+    findings: list[Finding]
+    notes: list[str]
+    front: Table | None
+    panels: list[Panel]
+    no_curves: str
+    heat_map: Table
+    strongest: str
+    choice: Table
+    scores: Table
+    settings: Table
+
+
+def short_formats(formats: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
+    """Return formats as a sentence says them, by their labels: "4 bits" where no other has as many.
+
+    Examples:
+        >>> four = {"corruption": "quantization", "settings": {"bits": 4}}
+        >>> short_formats({"4-bit quantization": four, "NF4": {"corruption": "float_quantization", "settings": {}}})
+        {'4-bit quantization': '4 bits', 'NF4': 'NF4'}
+    """
+    bits = {label: _bits_of(one) for label, one in formats.items()}
+    return {
+        label: f"{count} bits" if count and list(bits.values()).count(count) == 1 else label
+        for label, count in bits.items()
+    }
+
+
+def _bits_of(one: Mapping[str, object]) -> int | None:
+    settings = one.get("settings")
+    found = settings.get("bits") if isinstance(settings, Mapping) else None
+    return found if isinstance(found, int) else None
+
+
+class _Told:
+    """A recipe, what its scores are, and what was measured of it as a whole, if anything was.
+
+    Args:
+        scores: What `sensitivity` found.
+        recipe: What was chosen from it.
+        measured: The record of `measure_recipes`, in which one row is called "recipe"; None for none.
+    """
+
+    def __init__(self, scores: SensitivityRecord, recipe: RecipeRecord, measured: EvaluationRecord | None) -> None:
+        self.scores, self.recipe = scores, recipe
+        self.rows = {} if measured is None else {row.label: row for row in measured.corruptions}
+        self.metric = scores.metric
+        info = scores.info(self.metric)
+        self.greater = info.greater_is_better
+        self.numbers = Numbers(info.unit)
+        self.clean = scores.clean[self.metric]
+        self.formats = short_formats(recipe.formats)
+        self.names = dict(zip(recipe.choice, short_names(list(recipe.choice)), strict=True))
+
+    def change(self, value: float) -> str:
+        """Return the change of the metric, with its sign and unit."""
+        return self.numbers.difference(value - self.clean, sign=True)
+
+    def lost(self, drop: float) -> str:
+        """Return a drop as the change that it is."""
+        return self.numbers.difference(-drop if self.greater else drop, sign=True)
+
+    def row(self, label: str | None) -> CorruptionRecord | None:
+        """Return what was measured under a name; None for nothing."""
+        return None if label is None else self.rows.get(label)
+
+    def of_base(self) -> float | None:
+        """Return the sum of what each part costs in the format of most weights; None where one was not measured."""
+        cells = [self.scores.by_place.get((group, self.recipe.base or "")) for group in self.recipe.groups]
+        drops = [None if cell is None else self.scores.drop(cell, self.metric) for cell in cells]
+        known = [drop for drop in drops if drop is not None]
+        return math.fsum(known) if known and len(known) == len(drops) else None
+
+
+def answer(scores: SensitivityRecord, recipe: RecipeRecord, measured: EvaluationRecord | None = None) -> str:
+    """Return the recipe in one sentence: what to quantize, what to spare, and what either way costs."""
+    told = _Told(scores, recipe, measured)
+    if recipe.base is None:
+        return "Quantize nothing: within this budget every part stays as it is."
+    exceptions = recipe.exceptions
+    spared = f" but {_parts(told, exceptions)}" if exceptions else ""
+    sentence = f"Quantize everything{spared} to {told.formats[recipe.base]}: {told.metric} {_outcome(told)}"
+    row = told.row(recipe.base)
+    expected = told.of_base()
+    if exceptions and row is not None:
+        sentence += f"; with {'it' if len(exceptions) == 1 else 'them'} {told.change(row.mean(told.metric))}"
+    elif exceptions and expected is not None and not told.rows:
+        sentence += f"; with {'it' if len(exceptions) == 1 else 'them'} {told.lost(expected)}"
+    return f"{sentence}."
+
+
+def _outcome(told: _Told) -> str:
+    row = told.row(RECIPE)
+    if row is not None:
+        return told.change(row.mean(told.metric))
+    if told.metric in told.recipe.expected:
+        return f"{told.lost(told.recipe.expected[told.metric])} are expected"
+    return "was not measured"
+
+
+def _parts(told: _Told, names: list[str]) -> str:
+    """Return the parts that get another format, and which, or how many there are."""
+    if len(names) > _NAMED:
+        return f"{len(names)} of {len(told.recipe.choice)} parts"
+    described = [f"{name} ({_format(told, told.recipe.choice[name].format)})" for name in names]
+    return described[0] if len(described) == 1 else f"{', '.join(described[:-1])} and {described[-1]}"
+
+
+def _format(told: _Told, label: str | None) -> str:
+    return _AS_IT_IS if label is None else told.formats[label]
+
+
+def content_of_recipe(
+    scores: SensitivityRecord, recipe: RecipeRecord, measured: EvaluationRecord | None, title: str | None
+) -> RecipeContent:
+    """Return what is to be said about a recipe."""
+    told = _Told(scores, recipe, measured)
+    panel = _front(told)
+    largest = max((drop for drop in _drops(told).values() if drop > 0 and math.isfinite(drop)), default=0.0)
+    return RecipeContent(
+        title=title or f"Which parts of {scores.model} take which bits? {told.metric} against bits a weight",
+        metric=told.metric,
+        numbers=told.numbers,
+        findings=[Finding(answer(scores, recipe, measured)), *_findings(told)],
+        notes=_notes(told),
+        front=None if panel is None else _front_table(told, panel),
+        panels=[] if panel is None else [panel],
+        no_curves="",
+        heat_map=_heat_map(told, largest),
+        strongest=_strongest(told, largest),
+        choice=_choice(told),
+        scores=_scores(told),
+        settings=_settings(told, measured),
+    )
+
+
+def _findings(told: _Told) -> Iterable[Finding]:
+    recipe, row = told.recipe, told.row(RECIPE)
+    budget = ", ".join(f"{name} {short(value)}" for name, value in recipe.budget.items())
+    size = f"It takes {recipe.bits:.2f} bits a weight, scales included" + (
+        f" (asked for: {budget})." if budget else "."
+    )
+    together = ""
+    if told.metric in recipe.expected:
+        together = f" Its parts by themselves add up to {told.lost(recipe.expected[told.metric])}"
+        together += "." if row is None else f"; together they have {told.change(row.mean(told.metric))}."
+    yield Finding("", size + together)
+    fitting = [
+        one for label, one in told.rows.items() if label in recipe.formats and _bits(one) <= recipe.bits * (1 + 1e-9)
+    ]
+    if fitting and row is not None:
+        best = max(fitting, key=_bits)
+        yield Finding(
+            "",
+            f"One format for all within as many bits is {told.formats[best.label]} ({_bits(best):.2f} bits a weight): "
+            f"{told.metric} {told.change(best.mean(told.metric))}.",
+        )
+    correlations = {name: value for name, value in told.scores.correlations(_ranked(told)).items() if value == value}
+    if correlations:
+        best_score = max(correlations, key=lambda name: correlations[name])
+        listed = ", ".join(f"{name} {_rank(value)}" for name, value in correlations.items())
+        yield Finding(
+            "",
+            f"Of the cheap scores {best_score} orders parts and formats most as the measured change of "
+            f"{_ranked(told)} does (Spearman's rank correlation: {listed}).",
+        )
+
+
+def _ranked(told: _Told) -> str:
+    """Return the metric that scores are compared with: the loss, which is no count of items, where there is one."""
+    return next((name for name in ("loss", "eval_loss") if name in told.scores.clean), told.metric)
+
+
+def _bits(row: CorruptionRecord) -> float:
+    return float(row.settings["bits"])
+
+
+def _notes(told: _Told) -> list[str]:
+    scores = told.scores
+    within = sum(group.parameters for group in scores.groups.values())
+    share = f" of {scores.parameters:,}" if scores.parameters else ""
+    count = sum(bool(cell.measured) for cell in scores.cells)
+    said = [
+        f"Looked at: {within:,}{share} weights in {len(scores.groups)} parts. All others, and vectors such as biases, "
+        "stay as they are and are not counted in bits.",
+        f"{count} of {len(scores.cells)} parts in a format were measured"
+        + ("." if count == len(scores.cells) else ", those with the largest Fisher scores; the others are estimated."),
+    ]
+    rows = None if scores.evaluated_on is None else scores.evaluated_on.rows
+    if rows and told.numbers.unit == SHARE:
+        said.append(
+            f"Measured on {rows:,} rows, of which one is {told.numbers.difference(1 / rows)}: a few rows, "
+            "and gains, are chance."
+        )
+    if not told.rows:
+        said.append("The recipe was not measured as a whole: that costs add up is an assumption.")
+    return [*said, *scores.notes, *told.recipe.notes, *scores.info(told.metric).guesses(told.metric)]
+
+
+def _front(told: _Told) -> Panel | None:
+    """Return the metric against bits: recipes, one format for all, and recipes by the other scores."""
+    lines: dict[str, list[Point]] = {}
+    for label, row in told.rows.items():
+        by = str(row.settings["by"])
+        name = "one format for all" if label in told.recipe.formats else f"recipes by {by}"
+        bits = round(_bits(row), 2)
+        lines.setdefault(name, []).append(Point(bits, short(bits), row.mean(told.metric)))
+    if not lines:
+        return None
+    drawn = {name: Line(told.clean, tuple(points)) for name, points in lines.items()}
+    return Panel(f"{told.metric} against bits a weight", "bits a weight, scales included", "bits", drawn)
+
+
+def _front_table(told: _Told, panel: Panel) -> Table:
+    rows = [
+        (name, point.label, told.numbers.value(point.value))
+        for name, line in panel.lines.items()
+        for point in sorted(line.points, key=lambda point: -point.strength)
+    ]
+    rows.insert(0, ("as it is", "–", told.numbers.value(told.clean)))
+    header = ("chosen", "bits a weight", told.numbers.head(told.metric))
+    return Table("Every point of the front, measured as a whole", header, tuple(rows))
+
+
+def _drops(told: _Told) -> dict[tuple[str, str], float]:
+    return {
+        place: drop
+        for place, cell in told.scores.by_place.items()
+        if (drop := told.scores.drop(cell, told.metric)) is not None
+    }
+
+
+def _heat_map(told: _Told, largest: float) -> Table:
+    """Return how much worse each part makes the metric in each format; what was chosen has a mark."""
+    labels, drops = list(told.recipe.formats), _drops(told)
+    rows, shares = [], []
+    for group, one in told.recipe.choice.items():
+        cells, of_row = [], []
+        for label in labels:
+            drop = drops.get((group, label))
+            mark = " ✓" if label == one.format else ""
+            cells.append(("–" if drop is None else told.numbers.plain_difference(drop)) + mark)
+            of_row.append(None if drop is None or math.isnan(drop) else _share(drop, largest))
+        rows.append((told.names[group], *cells))
+        shares.append(tuple(of_row))
+    word = "drop" if told.greater else "rise"
+    unit = told.numbers.unit_of_differences
+    caption = (
+        f"{word} of {told.metric}" + (f" in {unit}" if unit else "") + ", one part in one format; ✓ is the recipe"
+    )
+    return Table(caption, ("part", *(told.formats[label] for label in labels)), tuple(rows), tuple(shares))
+
+
+def _share(drop: float, largest: float) -> float:
+    return min(max(drop / largest, 0.0), 1.0) if largest > 0 else 0.0
+
+
+def _strongest(told: _Told, largest: float) -> str:
+    if largest == 0:
+        return "No cell has a colour, since none that was measured is worse than without quantization."
+    return f"The stronger the colour, the more is lost; the strongest is {told.numbers.difference(largest)}."
+
+
+def _choice(told: _Told) -> Table:
+    rows = [
+        (told.names[group], f"{told.recipe.groups[group].parameters:,}", _format(told, one.format), f"{one.bits:.2f}")
+        for group, one in told.recipe.choice.items()
+    ]
+    return Table("The recipe", ("part", "weights", "format", "bits a weight"), tuple(rows))
+
+
+def _scores(told: _Told) -> Table:
+    """Return how each score orders the cells, and what its own recipe gives at the same budget."""
+    names = list(dict.fromkeys([_ranked(told), told.metric]))
+    correlations = {name: told.scores.correlations(name) for name in names}
+    rows = []
+    for score in told.scores.scores:
+        row = next((one for one in told.rows.values() if one.settings["by"] == score), None)
+        of_recipe = "–" if row is None else told.numbers.value(row.mean(told.metric))
+        ranks = [_rank(correlations[name][score]) for name in names]
+        rows.append((score, *ranks, of_recipe))
+    header = ("score", *(f"rank correlation with {name}" for name in names), f"{told.metric} of its recipe")
+    return Table("Scores from one backward pass, against what was measured", header, tuple(rows))
+
+
+def _rank(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2f}".replace("-", "−")
+
+
+def _settings(told: _Told, measured: EvaluationRecord | None) -> Table:
+    scores = told.scores
+    rows = [
+        ("model", scores.model),
+        ("task", scores.task or "not said"),
+        ("metrics on", "not said" if scores.evaluated_on is None else str(scores.evaluated_on)),
+        ("data (SHA-256)", scores.data or "not given"),
+        ("weights (SHA-256)", scores.weights or "not said"),
+        ("chosen by", told.recipe.by),
+        ("budget", ", ".join(f"{name} = {short(value)}" for name, value in told.recipe.budget.items()) or "none"),
+        ("formats", "; ".join(scores.formats)),
+        ("versions", "; ".join(f"{library} {version}" for library, version in scores.versions.items())),
+    ]
+    rows += [] if measured is None else [("measured as a whole", "; ".join(told.rows))]
+    return Table("Settings to reproduce", ("setting", "value"), tuple(rows))
+
+
+def recipe_markdown(content: RecipeContent) -> str:
+    """Return the page as GitHub's Markdown, each name escaped."""
+    first, *others = content.findings
+    parts = [f"# {text_of(content.title)}", f"**{text_of(first.text)}**", *(text_of(one.text) for one in others)]
+    parts.append("\n".join(f"- {text_of(note)}" for note in content.notes))
+    tables = {
+        "Front": content.front,
+        "Heat map": content.heat_map,
+        "What each part gets": content.choice,
+        "Which cheap score tells": content.scores,
+        "Settings to reproduce": content.settings,
+    }
+    for title, table in tables.items():
+        if table is not None:
+            parts += [f"## {title}", f"{text_of(table.caption)}:", markdown_table(table.header, table.rows)]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,53 @@
+"""Which layers of a small BERT on SST-2 take which bits? Scores, a recipe for a budget, and the front, measured.
+
+    python -m scripts.recipe_sst2 --model MODEL --data FOLDER --output scripts/results/recipe
+
+MODEL is a folder or a name on the Hub, FOLDER holds `train_sentences.tsv.gz` and `dev.tsv.gz`. The model is trained by
+`examples/train_sst2.py` on 2,048 sentences, and every linear module is scored in every format on the dev sentences;
+the cells with the largest scores are measured, as many as `CELLS`. The output folder gets what `hf-parcor probe
+--recipe` writes, and `runs.json` with what made it. What is finished is kept, so an interrupted run goes on. It runs
+on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_parcor import RecipeReport, export_recipe, measure_recipes, recipe, sensitivity
+from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.recipes import front
+from hf_parcor.records.metric_info import SHARE
+from scripts.campaigns import PLAIN, Run, note_run
+from scripts.sst2_runs import model_and_batches, parse_options, train
+
+COMMAND = "python -m scripts.recipe_sst2 --model MODEL --data FOLDER --output scripts/results/recipe"
+BITS = 4.5  # scales of groups of 32 take one bit a weight in float32: between 3 and 4 bits for all
+CELLS = 60  # of 180
+PROBES = 1
+
+
+def main() -> None:
+    """Train, score, choose, measure and write down."""
+    options = parse_options(__doc__, {"plain": PLAIN}, "runs/recipe_sst2", seeds=1)
+    run = Run("plain", PLAIN, options.seeds[0])
+    folder = train(options, run)
+    note_run(options.output, options.work, run, options.threads, command=COMMAND)
+    loaded, batches = model_and_batches(options, folder)
+    model: torch.nn.Module = loaded
+    metric = ClassificationMetric(batches)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    scores = sensitivity(model, metric, budget=CELLS, probes=PROBES, checkpoint=folder / "sensitivity.jsonl")
+    scores = scores.stating("accuracy", unit=SHARE)
+    chosen = recipe(scores, bits=BITS)
+    measured = measure_recipes(model, metric, front(scores, chosen), checkpoint=folder / "recipe_measured.jsonl")
+    scores.save(options.output / "sensitivity.json")
+    measured.save(options.output / "recipe_measured.json")
+    export_recipe(chosen, options.output)
+    report = RecipeReport(scores, chosen, measured, title="Which parts of a small BERT on SST-2 take which bits?")
+    report.to_html(options.output / "recipe.html")
+    report.to_markdown(options.output / "README.md")
+    print(*report.verdict, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

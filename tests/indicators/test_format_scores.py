@@ -1,0 +1,168 @@
+"""Scores of formats against autograd written out in float64; what is measured, and what comes back."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+import torch
+from for_each import for_each
+from indicators.conftest import bert, quadratic_loss
+from torch import nn
+
+from hf_parcor import FloatQuantization, GaussianNoise, LayerProbe, Quantization, SensitivityRecord, sensitivity
+from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.functional import random_signs
+
+FORMATS = [Quantization(3, "channel"), Quantization(2), FloatQuantization("fp8_e4m3")]
+PROBES = 3
+
+
+def test_scores_and_measured_losses_are_those_of_the_formulas(known) -> None:
+    before = known.model.first.detach().clone()
+    record = sensitivity(
+        known.model, known.batches, FORMATS, {"all": "all"}, probes=PROBES, loss=quadratic_loss, progress=False
+    )
+    w, hessian = known.model.w.detach(), known.hessian[:4, :4]
+    gradients = [matrix @ w + vector for _, matrix, vector in known.batches]
+    fisher = (3 / 4 * 3 * gradients[0] ** 2 + 1 / 4 * 1 * gradients[1] ** 2)[:4]
+    signs = [
+        random_signs([known.model.first], torch.Generator().manual_seed(seed))[0].double().reshape(-1)
+        for seed in range(PROBES)
+    ]
+    diagonal = torch.stack([sign * (hessian @ sign) for sign in signs]).mean(0)
+    assert list(record.groups["all"].weights) == ["first"], "vectors stay"
+    for cell, one in zip(record.cells, FORMATS, strict=True):
+        error = (one({"w": before})["w"] - before).reshape(-1)
+        assert error.any()
+        expected = {
+            "first_order": known.gradient[:4] @ error,
+            "fisher": fisher @ error**2 / 2,
+            "fit": fisher.mean() * (error @ error) / 2,
+            "second_order": known.gradient[:4] @ error + diagonal @ error**2 / 2,
+        }
+        assert cell.scores == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-12)
+        whole = torch.cat([error, torch.zeros(3).double()])
+        assert record.drop(cell, "loss") == pytest.approx(known.value(whole), rel=1e-10)
+        assert cell.bits * 4 == one.stored_bits(before)
+    assert torch.equal(known.model.first, before)
+
+
+def test_the_fisher_score_is_that_of_single_items_where_batches_have_one() -> None:
+    model, inputs = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Tanh()).double(), torch.randn(5, 3).double()
+    weight, one = model[0].weight, Quantization(2)
+    squares = torch.zeros_like(weight)
+    for row in inputs:
+        squares += torch.autograd.grad(model(row).sum(), weight)[0] ** 2 / 5
+    batches = list(inputs[:, None])
+    record = sensitivity(model, batches, [one], {"a": "0"}, loss=lambda m, x: m(x).sum(1).mean(), progress=False)
+    error = one({"w": weight.detach()})["w"] - weight.detach()
+    assert record.cells[0].scores["fisher"] == pytest.approx(float((squares * error**2).sum()) / 2, rel=1e-12)
+
+
+def test_a_measured_cell_is_what_a_probe_of_its_matrices_finds() -> None:
+    model, batches = bert()
+    metric = ClassificationMetric(batches)
+    record = sensitivity(model, metric, FORMATS[:2], progress=False)
+    targets = {label: list(group.weights) for label, group in record.groups.items()}
+    probe = LayerProbe(model, metric, targets=targets, progress=False).evaluate(FORMATS[:2])
+    found = {(cell.group, cell.format): dict(cell.measured) for cell in record.cells}
+    assert found == {(name, row.label): {k: v for k, (v,) in row.metrics.items()} for name, row in probe.rows()}
+    assert "classifier" in record.outside
+    assert set(record.outside).isdisjoint(record.groups)
+    assert SensitivityRecord.from_json(record.to_json()) == record
+
+
+class Killed(ClassificationMetric):
+    """Raises at one of its calls, and counts them."""
+
+    left, calls = -1, 0
+
+    def of_batch(self, model, batch):
+        Killed.left -= 1
+        Killed.calls += 1
+        if Killed.left == 0:
+            raise KeyboardInterrupt
+        return super().of_batch(model, batch)
+
+
+def test_the_most_promising_cells_are_measured_and_a_killed_run_goes_on(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("hf_parcor.evaluation.measurement.BETWEEN_WRITES", 2)
+    model, batches = bert()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def run(budget: int, calls: int = -1, path: object = None) -> SensitivityRecord:
+        Killed.left, Killed.calls = calls, 0
+        options = {"budget": budget, "checkpoint": path, "progress": False}
+        return sensitivity(model, Killed(batches), [Quantization(3, "channel"), Quantization(8, "channel")], **options)
+
+    whole = run(7)
+    measured = [cell for cell in whole.cells if cell.measured]
+    assert len(measured) == 7
+    assert min(cell.scores["fisher"] for cell in measured) >= max(
+        cell.scores["fisher"] for cell in whole.cells if not cell.measured
+    )
+    path, record = tmp_path / "cells.jsonl", None
+    for _ in range(30):
+        with suppress(KeyboardInterrupt):
+            record = run(7, 31, path)
+            break
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert record is not None
+    assert record.to_json() == whole.to_json()
+    assert run(7, 1, path).to_json() == whole.to_json(), "nothing is measured again"
+    more = run(8, path=path)
+    assert sum(bool(cell.measured) for cell in more.cells) == 8
+    resumed = Killed.calls
+    run(8)
+    assert resumed < Killed.calls / 2, "a larger budget goes on from a smaller one"
+    assert run(0).costs("fisher")
+    with pytest.raises(ValueError, match="budget"):
+        run(0).costs("loss")
+
+
+def test_a_format_that_does_not_fit_a_part_is_left_out_there_and_said() -> None:
+    model = nn.Sequential(nn.Linear(64, 6), nn.Linear(6, 2))
+    formats = [Quantization(4, 32), Quantization(4, "channel")]
+    batches = [torch.randn(3, 64)]
+    targets = {"wide": "0", "narrow": "1"}
+    record = sensitivity(model, batches, formats, targets, loss=lambda m, x: m(x).sum(), progress=False)
+    assert [(cell.group, cell.format) for cell in record.cells] == [
+        ("wide", str(formats[0])),
+        ("wide", str(formats[1])),
+        ("narrow", str(formats[1])),
+    ]
+    assert any("narrow" in note for note in record.notes)
+
+
+@for_each(
+    "formats, groups, metric, error, word",
+    [
+        ([GaussianNoise(0.1)], None, [torch.ones(1, 2)], TypeError, "formats"),
+        ([], None, [torch.ones(1, 2)], ValueError, "formats"),
+        ([Quantization(4), Quantization(4)], None, [torch.ones(1, 2)], ValueError, "each once"),
+        ([Quantization(4)], {"a": "0", "b": ["0", "1"]}, [torch.ones(1, 2)], ValueError, "'a' and 'b'"),
+        ([Quantization(4)], {"a": "0.bias"}, [torch.ones(1, 2)], ValueError, "matrix"),
+        ([Quantization(4)], {"a": "0"}, lambda model: {"accuracy": 1.0}, ValueError, "batches"),
+    ],
+)
+def test_what_is_refused(formats, groups, metric, error, word) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    with pytest.raises(error, match=word):
+        sensitivity(model, metric, formats, groups, loss=lambda m, x: m(x).sum(), progress=False)
+
+
+def test_a_metric_without_a_loss_gets_one() -> None:
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    record = sensitivity(
+        model,
+        lambda m: {"score": float(m[0].weight.detach().sum())},
+        [Quantization(2)],
+        {"all": "all"},
+        batches=[torch.eye(2)],
+        loss=lambda m, x: m(x).square().mean(),
+        progress=False,
+    )
+    assert record.metric == "score"
+    assert record.clean["loss"] == pytest.approx(float(model[0].weight.detach().square().mean()))
+    assert set(record.cells[0].measured) == {"score", "loss"}

@@ -1,0 +1,149 @@
+"""The solver against brute force, and budgets that cannot be met."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from for_each import for_each
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_parcor import RecipeRecord, SensitivityRecord, recipe, uniform_recipe
+from hf_parcor.recipes import BudgetError, front
+from hf_parcor.records import FormatScore, WeightGroup
+
+KEPT = 16.0
+LABELS = ("eight", "five", "four")
+
+
+def scores_of(table: list[list[tuple[float, float] | None]], sizes: list[int]) -> SensitivityRecord:
+    """Return scores of parts that have bits and costs in each format, or do not fit it."""
+    cells = [
+        FormatScore(f"part {place}", label, cell[0], {"fisher": max(0.0, cell[1])}, {"loss": 1 + cell[1]})
+        for place, row in enumerate(table)
+        for label, cell in zip(LABELS, row, strict=False)
+        if cell is not None
+    ]
+    groups = {f"part {place}": WeightGroup({f"{place}.weight": size}, KEPT) for place, size in enumerate(sizes)}
+    return SensitivityRecord("m", groups, {label: {} for label in LABELS}, tuple(cells), {"loss": 1.0}, "loss")
+
+
+def every_choice(scores: SensitivityRecord) -> list[tuple[float, float]]:
+    """Return average bits and cost of every choice there is."""
+    costs, total = scores.costs("loss"), sum(group.parameters for group in scores.groups.values())
+    options = [
+        [
+            (KEPT, 0.0),
+            *((cell.bits, max(0.0, costs[place])) for place, cell in scores.by_place.items() if place[0] == group),
+        ]
+        for group in scores.groups
+    ]
+    sizes = [group.parameters for group in scores.groups.values()]
+    return [
+        (
+            sum(bits * size for (bits, _), size in zip(chosen, sizes, strict=True)) / total,
+            math.fsum(cost for _, cost in chosen),
+        )
+        for chosen in itertools.product(*options)
+    ]
+
+
+def cost_of(record: RecipeRecord, scores: SensitivityRecord) -> float:
+    costs = scores.costs("loss")
+    return math.fsum(
+        max(0.0, costs[group, one.format]) for group, one in record.choice.items() if one.format is not None
+    )
+
+
+cell = st.tuples(st.sampled_from([2.0, 3.25, 4.5, 5.0, 8.5]), st.floats(-0.01, 1.0).map(lambda cost: round(cost, 6)))
+tables = st.integers(1, 4).flatmap(
+    lambda parts: st.tuples(
+        st.lists(st.tuples(cell, cell, st.one_of(cell, st.none())).map(list), min_size=parts, max_size=parts),
+        st.lists(st.sampled_from([1, 7, 64, 10**5]), min_size=parts, max_size=parts),
+    )
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(tables, st.floats(2.0, 16.0), st.floats(0.0, 1.5), st.sampled_from([1.0, 1e-7, 1e6]))
+def test_no_choice_is_better(table, bits, loss, unit) -> None:
+    rows = [[None if one is None else (one[0], one[1] * unit) for one in row] for row in table[0]]
+    scores, loss = scores_of(rows, table[1]), loss * unit
+    choices = every_choice(scores)
+    within = [cost for size, cost in choices if size <= bits]
+    if within:
+        chosen = recipe(scores, bits=bits)
+        assert chosen.bits <= bits * (1 + 1e-9)
+        assert cost_of(chosen, scores) == pytest.approx(min(within), rel=1e-6, abs=1e-8 * unit)
+    else:
+        nearest = min(size for size, _ in choices)
+        with pytest.raises(BudgetError, match="bits") as caught:
+            recipe(scores, bits=bits)
+        assert caught.value.nearest == pytest.approx(nearest)
+        assert recipe(scores, bits=caught.value.nearest).bits == pytest.approx(nearest)
+    chosen = recipe(scores, loss=loss)
+    assert cost_of(chosen, scores) <= loss * (1 + 1e-9)
+    assert chosen.bits == pytest.approx(min(size for size, cost in choices if cost <= loss), rel=1e-6)
+
+
+TABLE = [[(8.0, 0.1), (5.0, 0.2), (4.0, 0.9)], [(8.0, 0.0), (5.0, math.nan), (4.0, 0.3)]]
+
+
+def test_what_breaks_the_model_is_no_choice_and_without_keeping_a_loss_may_be_out_of_reach() -> None:
+    scores = scores_of(TABLE, [100, 300])
+    assert recipe(scores, bits=4.6).choice["part 1"].format == "four"
+    with pytest.raises(BudgetError, match=r"loss.*0\.1") as caught:
+        recipe(scores, loss=0.05, keep=False)
+    assert recipe(scores, loss=caught.value.nearest, keep=False).bits == 8.0
+    kept = recipe(scores, loss=0.05)
+    assert kept.choice["part 0"].format is None
+    assert kept.spared == ["part 0"]
+
+
+def test_the_front_has_each_format_other_budgets_and_each_score() -> None:
+    scores = scores_of([[(8.0, 0.1), (5.0, 0.2), (4.0, 0.9)]] * 2, [100, 300])
+    chosen = recipe(scores, bits=5.0)
+    found = front(scores, chosen, points=3)
+    assert list(found)[:4] == ["recipe", *LABELS]
+    assert [one.bits for one in found.values() if not one.budget] == [8.0, 5.0, 4.0]
+    assert "by fisher" in found
+    assert chosen.expected["loss"] == pytest.approx(0.4)
+    assert RecipeRecord.from_json(chosen.to_json()) == chosen
+
+
+def test_what_was_not_measured_is_estimated_in_the_units_of_the_metric() -> None:
+    groups = {name: WeightGroup({name: 10}, KEPT) for name in "abc"}
+    cells = (
+        FormatScore("a", "four", 4.0, {"fisher": 1.0}, {"accuracy": 0.7}),
+        FormatScore("b", "four", 4.0, {"fisher": 3.0}, {"accuracy": 0.3}),
+        FormatScore("c", "four", 4.0, {"fisher": 0.5}),
+    )
+    scores = SensitivityRecord("m", groups, {"four": {}}, cells, {"accuracy": 0.9}, "accuracy")
+    assert scores.costs("accuracy") == pytest.approx({("a", "four"): 0.2, ("b", "four"): 0.6, ("c", "four"): 0.1})
+    chosen = recipe(scores, drop=0.31)
+    assert [name for name, one in chosen.choice.items() if one.format] == ["a", "c"]
+    assert chosen.estimated == 1
+
+
+@for_each(
+    "options, word",
+    [
+        ({}, "one of them"),
+        ({"bits": 4.0, "loss": 1.0}, "bits and loss"),
+        ({"bits": -1.0}, "bits"),
+        ({"bits": 4.0, "by": "speed"}, "speed"),
+        ({"bits": 4.0, "formats": ["two"]}, "two"),
+        ({"drop": 0.1, "by": "fisher"}, "score"),
+    ],
+)
+def test_what_is_refused(options, word) -> None:
+    with pytest.raises(ValueError, match=word):
+        recipe(scores_of(TABLE, [100, 300]), **options)
+
+
+def test_a_format_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="eight"):
+        uniform_recipe(scores_of(TABLE, [100, 300]), "two")

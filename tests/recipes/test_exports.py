@@ -1,0 +1,81 @@
+"""Files of a recipe, read by the tools that they are for, as far as these are here."""
+
+from __future__ import annotations
+
+import yaml
+from transformers import BitsAndBytesConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from hf_parcor import FloatQuantization, ParameterDefenseTrainingArguments, Quantization, RecipeRecord, export_recipe
+from hf_parcor.corruptions import CORRUPTIONS
+from hf_parcor.records import Choice, WeightGroup
+from hf_parcor.training.arguments import build_defense
+
+FOUR, EIGHT = Quantization(4, 32, code_range="full", arithmetic="weight"), FloatQuantization("fp8_e4m3", "channel")
+# What the documentation of compressed-tensors calls the arguments of a quantized weight.
+ARGUMENTS = {"num_bits", "type", "symmetric", "group_size", "strategy", "dynamic"}
+
+
+def recipe_of(*formats: object, names: tuple[str, ...] = ("fc1", "layers.1.fc1", "layers.10.fc1")) -> RecipeRecord:
+    """Return a recipe whose modules have names that begin and end each other."""
+    known = {
+        str(one): {
+            "corruption": next(name for name, kind in CORRUPTIONS.items() if type(one) is kind),
+            "settings": one.settings(),
+        }
+        for one in formats
+        if one is not None
+    }
+    groups = {name: WeightGroup({f"{name}.weight": 64}, 16.0) for name in names}
+    bits = {None: 16.0, FOUR: 5.0, EIGHT: 8.5}
+    choice = {
+        name: Choice(None if one is None else str(one), bits.get(one, 2.0))
+        for name, one in zip(names, formats, strict=True)
+    }
+    return RecipeRecord("m", groups, known, choice, {"bits": 6.0}, "loss", outside=("head",))
+
+
+def test_each_file_says_what_was_chosen(tmp_path) -> None:
+    record = recipe_of(None, EIGHT, FOUR, names=("layers.1", "layers.10.fc1", "layers.11.fc1"))
+    found = export_recipe(record, tmp_path / "plan")
+    assert found.missing == ()
+    assert {path.name for path in found.files} == {path.name for path in (tmp_path / "plan").iterdir()}
+    assert RecipeRecord.load(tmp_path / "plan" / "recipe.json") == record
+    read = {path.stem: yaml.safe_load(path.read_text()) for path in found.files if path.suffix == ".yaml"}
+    [modifier] = read["llm_compressor"]["quant_stage"]["quant_modifiers"].items()
+    assert modifier[0] == "QuantizationModifier"
+    assert modifier[1]["ignore"] == ["head", "layers.1"]
+    groups = list(modifier[1]["config_groups"].values())
+    assert [group["targets"] for group in groups] == [["layers.10.fc1"], ["layers.11.fc1"]]
+    assert [group["weights"]["num_bits"] for group in groups] == [8, 4]
+    assert [group["weights"]["type"] for group in groups] == ["float", "int"]
+    assert [group["weights"]["strategy"] for group in groups] == ["channel", "group"]
+    assert all(set(group["weights"]) <= ARGUMENTS for group in groups)
+
+
+def test_bitsandbytes_skips_what_has_more_than_4_bits_and_nothing_else(tmp_path) -> None:
+    for formats in ((EIGHT, FOUR, FOUR), (FOUR, None, FOUR), (FOUR, FOUR, None)):
+        record = recipe_of(*formats)
+        export_recipe(record, tmp_path)
+        settings = yaml.safe_load((tmp_path / "bitsandbytes.yaml").read_text())
+        config = BitsAndBytesConfig(**settings)
+        assert config.load_in_4bit
+        converted = [name for name in record.groups if should_convert_module(name, config.llm_int8_skip_modules)]
+        assert converted == [name for name, one in record.choice.items() if one.format == str(FOUR)]
+        assert not should_convert_module("head", config.llm_int8_skip_modules)
+
+
+def test_what_is_spared_is_what_to_defend(tmp_path) -> None:
+    export_recipe(recipe_of(FOUR, EIGHT, FOUR), tmp_path)
+    flags = yaml.safe_load((tmp_path / "defense.yaml").read_text())
+    arguments = ParameterDefenseTrainingArguments(str(tmp_path), **flags)
+    assert arguments.defense_target_modules == ["layers.1.fc1"]
+    assert build_defense(arguments).corruptions == (FOUR,)
+
+
+def test_a_tool_that_lacks_a_format_gets_no_file_and_it_is_said(tmp_path) -> None:
+    found = export_recipe(recipe_of(FloatQuantization("nf4"), FOUR, FOUR), tmp_path)
+    assert not (tmp_path / "torchao.json").exists()
+    assert any("torchao.json" in sentence and "NF4" in sentence for sentence in found.missing)
+    found = export_recipe(recipe_of(FOUR, FOUR, FOUR), tmp_path / "alike")
+    assert any("defense" in sentence for sentence in found.missing), "nothing is spared"

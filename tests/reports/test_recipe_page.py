@@ -1,0 +1,104 @@
+"""The page of a recipe: the answer first, every number from the records, and nothing runs out of the page."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from browser import WIDTHS, check_it_fits, look
+from for_each import for_each
+
+from hf_parcor import EvaluationRecord, RecipeReport, SensitivityRecord, recipe
+from hf_parcor.recipes import front
+from hf_parcor.records import CorruptionRecord, FormatScore, RecipeRecord, WeightGroup
+
+BITS = {"8-bit quantization": 8, "4-bit quantization": 4, "3-bit quantization": 3}
+FORMATS = {label: {"corruption": "quantization", "settings": {"bits": bits}} for label, bits in BITS.items()}
+WEAK = "model.decoder.layers.7.a_module_with_a_long_name"
+
+
+def scores_of(drop, parts: int = 12) -> SensitivityRecord:
+    """Return the scores of parts, of which one is weak; accuracy falls by `drop(weak, bits)`."""
+    names = [f"model.decoder.layers.{index}.a_module_with_a_long_name" for index in range(parts)]
+    groups = {name: WeightGroup({f"{name}.weight": 1000}, 16.0) for name in names}
+    cells = []
+    for place, name in enumerate(names):
+        for label, bits in BITS.items():
+            lost = drop(name == WEAK, bits)
+            scores = {"first_order": (-1) ** place * lost, "fisher": lost + place * 1e-4}
+            cells.append(FormatScore(name, label, bits, scores, {"accuracy": 0.9 - lost, "loss": 0.3 + lost}))
+    clean = {"accuracy": 0.9, "loss": 0.3}
+    return SensitivityRecord("m", groups, FORMATS, tuple(cells), clean, "accuracy", parameters=20_000)
+
+
+def one_weak_part(weak: bool, bits: int) -> float:
+    return {8: 0.0, 4: 0.06 if weak else 0.0002, 3: 0.3 if weak else 0.05}[bits]
+
+
+def measured_of(recipes: dict[str, RecipeRecord], together: float = 1.0) -> EvaluationRecord:
+    """Return the record of recipes whose costs add up, but for a factor."""
+    rows = tuple(
+        CorruptionRecord(
+            "MixedQuantization",
+            name,
+            {"name": name, "bits": one.bits, "by": one.by if one.budget else "", "formats": {}},
+            (0,),
+            {"accuracy": (0.9 - together * one.expected["accuracy"],), "loss": (0.3 + one.expected["loss"],)},
+        )
+        for name, one in recipes.items()
+    )
+    clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,), "loss": (0.3,)})
+    return EvaluationRecord("m", {}, 12_000, clean, rows)
+
+
+def report(bits: float = 4.5, drop=one_weak_part, **options) -> RecipeReport:
+    scores = scores_of(drop)
+    chosen = recipe(scores, bits=bits)
+    return RecipeReport(scores, chosen, measured_of(front(scores, chosen), **options))
+
+
+def test_the_answer_names_what_is_spared_and_what_either_way_costs() -> None:
+    answer = report().answer
+    assert f"but {WEAK} (8 bits) to 4 bits" in answer
+    assert "−0.2 points" in answer, "11 parts lose 0.02 points each"
+    assert "with it −6.2 points" in answer
+    worse = report(together=2.0).verdict[1]
+    assert "−0.2 points" in worse
+    assert "−0.4 points" in worse, "what adds up, and what was measured"
+
+
+@for_each(
+    "bits, word",
+    [(16.0, "as it is"), (4.0, "Quantize everything to 4 bits"), (3.5, "of 12 parts")],
+)
+def test_other_answers(bits, word) -> None:
+    scores = scores_of(lambda weak, bits: 0.05 / bits if bits < 8 else 0.02)
+    chosen = recipe(scores, bits=bits)
+    assert word in RecipeReport(scores, chosen).answer
+
+
+def test_expectations_are_said_to_be_such_and_a_score_that_tells_nothing_has_no_rank() -> None:
+    scores = scores_of(one_weak_part)
+    alone = RecipeReport(scores, recipe(scores, bits=4.5))
+    assert "expected" in alone.answer
+    assert any("assumption" in note for note in alone.notes)
+    assert scores.correlations("loss")["fisher"] > 0.7 > abs(scores.correlations("loss")["first_order"])
+    flat = scores_of(lambda weak, bits: 0.0)
+    assert all(map(math.isnan, (flat.correlations("loss")["first_order"],)))
+
+
+def test_the_pages_begin_with_the_answer(tmp_path) -> None:
+    made = report()
+    text = made.to_markdown(tmp_path / "page.md").read_text()
+    assert text.index("Quantize everything") < text.index("## Front") < text.index("## Heat map")
+    assert "by fisher" in text.replace("\\", "")
+    page = made.to_html(tmp_path / "page.html").read_text()
+    assert page.index("Quantize everything") < page.index("<svg") < page.index("Heat map")
+    assert "<script" not in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
+def test_it_fits_the_page(tmp_path, width) -> None:
+    page = report().to_html(tmp_path / "recipe.html")
+    check_it_fits(look(page, width, tmp_path / f"recipe-{width}.png"), width)
