@@ -20,7 +20,7 @@ SENSITIVITY, MEASURED, PAGE = "sensitivity.json", "recipe_measured.json", "recip
 def add_recipe(parser: Parser) -> None:
     """Add what asks for a recipe."""
     group = parser.add_argument_group(
-        "recipe", "Formats for the parts, within a budget, in place of a table: as files for the tools that quantize."
+        "recipe", "Formats for the parts within a budget, as files for tools that quantize."
     )
     group.add_argument(
         "--recipe",
