@@ -67,20 +67,26 @@ def passes(arm: Arm) -> int:
     return 1 if arm.defense is None else arm.defense.passes
 
 
-def over_seeds(rows: list[CorruptionRecord]) -> MeanAndSpread:
-    """Return accuracy in per cent over seeds; trials of one seed count as their mean."""
-    return MeanAndSpread.from_values([100 * row.mean("accuracy") for row in rows])
+def over_seeds(rows: list[CorruptionRecord], metric: str = "accuracy") -> MeanAndSpread:
+    """Return a share in per cent over seeds; trials of one seed count as their mean."""
+    return MeanAndSpread.from_values([100 * row.mean(metric) for row in rows])
 
 
-def tables(records: dict[str, list[EvaluationRecord]], arms: Mapping[str, Arm], *, costs: bool = False) -> str:
+def tables(
+    records: dict[str, list[EvaluationRecord]],
+    arms: Mapping[str, Arm],
+    *,
+    costs: bool = False,
+    metric: str = "accuracy",
+) -> str:
     """Return two tables: mean ± deviation of each arm, and the t-values of each defended arm against the plain one."""
     labels = [arms[arm].label for arm in records]
-    accuracies = [f"| accuracy (%) | {' | '.join(labels)} |", f"|:--|{'--:|' * len(labels)}"]
+    accuracies = [f"| {metric} (%) | {' | '.join(labels)} |", f"|:--|{'--:|' * len(labels)}"]
     if costs:
         accuracies.append(f"| passes a step | {' | '.join(str(passes(arms[arm])) for arm in records)} |")
     values = [f"| t: defended ≤ plain | {' | '.join(labels[1:])} |", f"|:--|{'--:|' * len(labels[1:])}"]
     for index, first in enumerate(records["plain"][0].rows()):
-        cells = [over_seeds([record.rows()[index] for record in of_arm]) for of_arm in records.values()]
+        cells = [over_seeds([record.rows()[index] for record in of_arm], metric) for of_arm in records.values()]
         tests = [student_t_test(cell, cells[0]) for cell in cells[1:]]
         marks = ["", *("*" if test.is_significant() else "" for test in tests)]
         shown = [f"{c.mean:.1f} ± {c.standard_deviation:.1f}{mark}" for c, mark in zip(cells, marks, strict=True)]

@@ -57,7 +57,7 @@ from hf_parcor import (
 from hf_parcor.cli import parsing as options
 from hf_parcor.cli.main import COMMANDS
 from hf_parcor.cli.probe import GROUPS
-from hf_parcor.corruptions import CORRUPTIONS, corruptions_of_table_1
+from hf_parcor.corruptions import CORRUPTIONS, RandomCorruption, corruptions_of_table_1
 from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
 from hf_parcor.records import EvaluationData
@@ -108,9 +108,13 @@ def test_corruptions_from_words():
         "multi-step=1:steps=3": [MultiStepCorruption(CorruptionConstraint(epsilon=1.0), steps=3)],
         "gradient=0.5:norm=inf,top-n=9": [GradientCorruption(nine)],
         "bit-flips=1e-7:bits=sign": [BitFlips(rate=1e-7, bits="sign")],
+        "random=0.1:norm=inf,top-n=100": [RandomCorruption(CorruptionConstraint(p=math.inf, epsilon=0.1, top_n=100))],
+        "multi-step=1:norm=inf,steps=3": [MultiStepCorruption(CorruptionConstraint(p=math.inf, epsilon=1.0), steps=3)],
     }
     for word, expected in table.items():
         assert read_corruptions([word], [8.0, 5.0]) == expected, word
+    named = read_corruptions(["random=1", "random=1:norm=inf"], norm=1.0, top_n=3)
+    assert named == [RandomCorruption(CorruptionConstraint(p=p, epsilon=1, top_n=3)) for p in (1.0, math.inf)]
     assert read_corruptions(["gaussian"], [0.123456789]) == [GaussianNoise(0.123456789)]
 
 

@@ -52,6 +52,7 @@ TRANSLATION = "--tables 6 figure-3 --test-sentences 500 --data none --output"
     [
         (f"reproduce_sst2 {CAMPAIGN}", "sst2"),
         (f"defend_for_less {CAMPAIGN}", "less"),
+        ("reproduce_parser --data none --output", "parser"),
         (f"reproduce_translation --study multi30k {TRANSLATION}", "translation/multi30k"),
         (f"reproduce_translation --study tatoeba --seeds 1 {TRANSLATION}", "translation/tatoeba"),
     ],

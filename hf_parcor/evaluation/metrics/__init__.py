@@ -1,9 +1,11 @@
 """Metrics: callables from a model to numbers by name, and those made batch by batch."""
 
+from hf_parcor.evaluation.gradients import own_batch
+from hf_parcor.evaluation.metrics.answers import share_not_finite
 from hf_parcor.evaluation.metrics.classification import ClassificationMetric, PredictionMetric
 from hf_parcor.evaluation.metrics.generation import GenerationMetric
 from hf_parcor.evaluation.metrics.language_model import LanguageModelMetric
-from hf_parcor.evaluation.metrics.over_batches import BatchMetric, Identified, Informed
+from hf_parcor.evaluation.metrics.over_batches import BatchMetric, Identified, Informed, OverBatches
 from hf_parcor.evaluation.metrics.scores import SacrebleuScore
 from hf_parcor.evaluation.metrics.trainer import TrainerMetric
 
@@ -14,7 +16,10 @@ __all__ = [
     "Identified",
     "Informed",
     "LanguageModelMetric",
+    "OverBatches",
     "PredictionMetric",
     "SacrebleuScore",
     "TrainerMetric",
+    "own_batch",
+    "share_not_finite",
 ]
