@@ -281,11 +281,13 @@ def add_subject(parser: Parser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model on the Hub, or a local folder")
     group = parser.add_argument_group("model and data")
     group.add_argument("--revision", default="main", metavar="NAME", help="branch, tag or commit of the model")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that the model's folder brings")
     group.add_argument("--task", choices=TASKS, metavar="TASK", help=f"{', '.join(TASKS)}; default: by the head")
     group.add_argument(
         "--dataset",
         metavar="DATA",
-        help="a data set on the Hub, a folder, or a file: .csv, .tsv, .json, .jsonl, .txt, also .gz",
+        help="a data set on the Hub, a folder, or a file: .csv, .tsv, .json, .jsonl, .txt, also .gz; of images .npz, "
+        ".png",
     )
     group.add_argument("--dataset-config", metavar="NAME", help="the data set's configuration")
     group.add_argument("--split", default="validation", metavar="NAME", help="default: %(default)s; a file has none")

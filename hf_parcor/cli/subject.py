@@ -45,11 +45,17 @@ def load_subject(arguments: argparse.Namespace) -> Subject:
     rows, given = read_data(arguments)
     rows = rows.first(arguments.limit)
     task, columns = find_task(arguments, rows, given)
-    check_head(task, arguments.model, arguments.revision)
-    model = task.load_model(arguments.model, arguments.revision).to(device)
-    processor = task.load_processor(arguments.model, arguments.revision)
+    origin = origin_of(arguments)
+    check_head(task, arguments.model, **origin)
+    model = task.load_model(arguments.model, **origin).to(device)
+    processor = task.load_processor(arguments.model, **origin)
     processed = prepared(arguments, task, model, processor)
     return measured(task, processed, rows, columns, arguments.batch_size, arguments.metric)
+
+
+def origin_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return which version of a model is loaded, and whether it may bring code, as `from_pretrained` takes it."""
+    return {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
 
 
 def read_data(arguments: argparse.Namespace) -> tuple[Rows, dict[str, str]]:
@@ -80,7 +86,9 @@ def find_task(arguments: argparse.Namespace, rows: Rows, given: Mapping[str, str
     Raises:
         InputError: There is no such task, or the data lacks a column for it.
     """
-    task = task_named(arguments.task) if arguments.task else task_of(arguments.model, rows, given, arguments.revision)
+    task = (
+        task_named(arguments.task) if arguments.task else task_of(arguments.model, rows, given, **origin_of(arguments))
+    )
     columns = task.find_columns(rows, given)
     found = ", ".join(f"{role} from column {column!r}" for role, column in columns.items())
     tell(f"{task.name}: {found}; {len(rows.entries)} rows")

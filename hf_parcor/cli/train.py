@@ -83,7 +83,7 @@ class Train(Command):
 
         from transformers import set_seed
 
-        from hf_parcor.cli.subject import find_task, measured, prepared
+        from hf_parcor.cli.subject import find_task, measured, origin_of, prepared
         from hf_parcor.trainers import ParameterDefenseTrainer
         from hf_parcor.training import ParameterDefenseTrainingArguments
 
@@ -98,7 +98,7 @@ class Train(Command):
             measured_columns = task.find_columns(rows, given)
             model = _model(task, arguments, [(train_rows, columns), (rows, measured_columns)])
             train_rows, rows = train_rows.first(arguments.train_limit), rows.first(arguments.limit)
-            processor = task.load_processor(arguments.model, arguments.revision)
+            processor = task.load_processor(arguments.model, **origin_of(arguments))
             processed = prepared(arguments, task, model, processor)
             examples: Any = task.examples(train_rows, columns, processed)
             with refused(ValueError, TypeError):
@@ -177,11 +177,13 @@ def _model(task: Task, arguments: argparse.Namespace, parts: Sequence[tuple[Rows
         arguments: The flags.
         parts: The rows to train and to measure on, each with its columns: the head knows the classes of both.
     """
+    from hf_parcor.cli.subject import origin_of
     from hf_parcor.tasks import architectures_of
 
-    has_head = task.has_head(architectures_of(arguments.model, arguments.revision))
+    origin = origin_of(arguments)
+    has_head = task.has_head(architectures_of(arguments.model, **origin))
     settings = {} if has_head else task.head_settings(parts)
-    return task.load_model(arguments.model, arguments.revision, **settings)
+    return task.load_model(arguments.model, **origin, **settings)
 
 
 def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingArguments) -> None:

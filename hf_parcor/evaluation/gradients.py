@@ -10,19 +10,18 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_parcor.batches import count_labels, private_copy
+from hf_parcor.batches import count_labels
 from hf_parcor.distributed.dtensors import local_part, local_parts
 from hf_parcor.distributed.fsdp import class_of, drop_gathered, is_sharded, reducing
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
+from hf_parcor.evaluation.answers import Answer, called, own_batch, problem_of, usual_loss
 from hf_parcor.evaluation.walks import RepeatedBatches
 from hf_parcor.injection import Device, Injection, Pieces, Replacement, corrupted, forget_derived
-from hf_parcor.model_state import input_device
 from hf_parcor.overriding import overriding
 
 _LOST = "an autograd kernel was not registered"
@@ -111,27 +110,25 @@ Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 
-def own_batch(batch: Batch, model: nn.Module) -> Batch:
-    """Return a batch on the model's device that this run of the model may write into.
-
-    It is copied before it moves: a `BatchEncoding` moves in place.
-    """
-    return send_to_device(private_copy(batch), input_device(model))
-
-
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean loss that a Transformers model computes itself when its batch has labels.
 
+    Of a model that returns logits alone, bare or by name, it is the one that models of Transformers have for such
+    labels, as `ClassificationMetric` takes it.
+
     Raises:
-        ValueError: The model returned no loss.
+        ValueError: The model returned no loss, and there are no labels or no logits to make one of.
     """
-    output = model(**batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
+    answer = Answer.read(called(model, batch))
+    if answer.loss is not None:
+        return answer.loss
+    labels = batch.get("labels")
+    if answer.logits is None or labels is None:
         raise ValueError(
             "loss: expected the model to return one, got none; put labels into the batches, or pass loss="
         )
-    return torch.as_tensor(loss)
+    problem = problem_of(model, answer.logits, torch.as_tensor(labels))
+    return usual_loss(problem, answer.logits, torch.as_tensor(labels), shifted=shifts_labels(model))
 
 
 def count_items(batch: Batch, *, shifted: bool = False) -> int:

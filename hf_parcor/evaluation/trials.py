@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_parcor.evaluation.metrics.answers import NOT_FINITE
+from hf_parcor.evaluation.answers import NOT_FINITE
 from hf_parcor.evaluation.metrics.generation import CUT
 from hf_parcor.injection import CorruptionSize
 from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord

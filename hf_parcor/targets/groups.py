@@ -48,11 +48,7 @@ def by_layer(model: nn.Module) -> Groups:
             "or by_module, or name the targets"
         )
     targets = _Targets(model)
-    return {
-        f"{stack.name}.{index}": targets.of(stack.parameters_of(index))
-        for stack in stacks
-        for index in range(len(stack))
-    }
+    return {name: targets.of(set(block.parameters())) for stack in stacks for name, block in stack.blocks.items()}
 
 
 def by_kind(model: nn.Module) -> Groups:

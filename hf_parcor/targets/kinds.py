@@ -63,7 +63,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
         >>> [type(module).__name__ for module in attention_modules(layer)]
         ['MultiheadAttention']
     """
-    blocks = {block for stack in find_stacks(model) for block in stack.blocks}
+    blocks = {block for stack in find_stacks(model) for block in stack.blocks.values()}
     is_model = _model_test(model)
 
     def is_called_attention(module: nn.Module) -> bool:
@@ -152,7 +152,7 @@ def _is_leaf_called(pattern: re.Pattern[str], module: nn.Module) -> bool:
 
 def _model_test(model: nn.Module) -> Callable[[nn.Module], bool]:
     """Return a test for what is (part of) a model and not one layer: the root, and all that holds a stack."""
-    lists = {stack.blocks for stack in find_stacks(model)}
+    lists = {blocks for stack in find_stacks(model) for blocks in stack.lists.values()}
     return lambda module: module is model or any(below in lists for below in module.modules())
 
 

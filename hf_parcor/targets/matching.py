@@ -77,7 +77,7 @@ def select_word(model: nn.Module, word: str) -> set[nn.Parameter]:
 def describe_stacks(stacks: Collection[Stack]) -> str:
     """Name stacks with their roles and lengths, for messages."""
     if not stacks:
-        return "no stack (no nn.ModuleList of blocks of one family)"
+        return "no stack (no nn.ModuleList or nn.Sequential of blocks of one family)"
     return f"the stack{'s' if len(stacks) > 1 else ''} {', '.join(map(str, stacks))}"
 
 

@@ -10,14 +10,19 @@ the textbook case:
   a model that has nothing else, such as a plain list of linear layers.
 - Blocks contain lists (the experts of a mixture, the sublayers of T5), so the search ends at the outermost list
   that qualifies. What lies in a list that does not qualify is searched.
+
+A model without any such list, but for bare layers, may keep its blocks in an `nn.Sequential`, as most convolutional
+networks do. That is a container for anything, so more is asked of it: two blocks or more, all of them with modules
+inside that have parameters. Where such containers stand beside each other under numbered names (`layer1`, `layer2`,
+...) and hold blocks of one family, they are the stages of one network, and all of their blocks are one stack.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,10 +31,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 __all__ = ["Role", "Stack", "find_stacks", "has_parameters"]
 
 Role = Literal["encoder", "decoder", "other"]
+BlockList: TypeAlias = nn.ModuleList | nn.Sequential
 
 # Words in the components of a name: `decode_head`, `pos_conv_embed`, `encoder_input_proj`, `deepstack_merger_list`.
 _OF_A_HEAD = re.compile(r"(?:^|[._])(?:heads?|neck)(?:[._]|$)")
 _OF_INPUT_OR_OUTPUT = re.compile(r"(?:^|[._])(?:embed|proj|merger|pooler|bias)")
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,40 +44,61 @@ class Stack:
     """One stack of blocks.
 
     Attributes:
-        name: The full name of the list in the model.
-        blocks: The list itself.
+        lists: The list that holds the blocks, by its full name in the model; several where a network has stages.
         role: What the stack does. `"other"` stands beside an encoder or decoder without being one, such as the
             convolutions in front of a speech encoder, or the projections in the head of a segmenter.
 
     Examples:
-        >>> stack = Stack("encoder.layers", nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), "encoder")
-        >>> len(stack), str(stack)
-        (2, '"encoder.layers" (encoder, 2 blocks)')
+        >>> stack = Stack({"encoder.layers": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])}, "encoder")
+        >>> len(stack), str(stack), list(stack.blocks)
+        (2, '"encoder.layers" (encoder, 2 blocks)', ['encoder.layers.0', 'encoder.layers.1'])
     """
 
-    name: str
-    blocks: nn.ModuleList
+    lists: Mapping[str, BlockList]
     role: Role
 
+    @property
+    def name(self) -> str:
+        """The full name of the list, or those of all lists."""
+        return ", ".join(self.lists)
+
+    @property
+    def blocks(self) -> dict[str, nn.Module]:
+        """The blocks by their full names; one that is used twice has two."""
+        return {
+            f"{name}.{inner}".removeprefix("."): block
+            for name, blocks in self.lists.items()
+            for inner, block in blocks._modules.items()  # named_children gives a block that is used twice once
+            if block is not None
+        }
+
     def __len__(self) -> int:
-        return len(self.blocks)
+        return sum(map(len, self.lists.values()))
 
     def __str__(self) -> str:
         return f'"{self.name}" ({self.role}, {len(self)} block{"s" if len(self) != 1 else ""})'
 
     def parameters_of(self, index: int) -> set[nn.Parameter]:
         """Return all parameters of one block (negative indices count from the end)."""
-        return set(self.blocks[index].parameters())
+        return set(list(self.blocks.values())[index].parameters())
 
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """A list of blocks, with the Transformers model around it (if any): the one nearest to the list."""
+    """Lists of blocks, with the Transformers model around them (if any): the one nearest to them."""
 
-    name: str
-    blocks: nn.ModuleList
+    lists: Mapping[str, BlockList]
     owner: str
     model: PreTrainedModel | None
+
+    @property
+    def name(self) -> str:
+        """The name of the first: all have the same parent, and names that differ in their number alone."""
+        return next(iter(self.lists))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [block for blocks in self.lists.values() for block in blocks]
 
     @property
     def config(self) -> PreTrainedConfig | None:
@@ -110,11 +138,11 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         "encoder.layers" (encoder, 2 blocks)
         "decoder.layers" (decoder, 1 block)
     """
-    found = list(_search(model, "", "", None, set()))
-    if any(_is_composite(one.blocks) for one in found):
-        found = [one for one in found if _is_composite(one.blocks)]
+    found = list(_search(model, "", "", None, set(), nn.ModuleList))
+    composite = [one for one in found if _is_composite(one.blocks)]
+    found = composite or _in_stages(_search(model, "", "", None, set(), nn.Sequential)) or found
     layers = [one for one in found if not _is_beside(one)] or found
-    return [Stack(one.name, one.blocks, _role(one, layers) if one in layers else "other") for one in found]
+    return [Stack(one.lists, _role(one, layers) if one in layers else "other") for one in found]
 
 
 def has_parameters(module: nn.Module) -> bool:
@@ -123,21 +151,40 @@ def has_parameters(module: nn.Module) -> bool:
 
 
 def _search(
-    module: nn.Module, name: str, owner: str, model: PreTrainedModel | None, seen: set[nn.Module]
+    module: nn.Module,
+    name: str,
+    owner: str,
+    model: PreTrainedModel | None,
+    seen: set[nn.Module],
+    kind: type[BlockList],
 ) -> Iterator[_Found]:
     if module in seen:  # a stack that two modules share is one stack
         return
     seen.add(module)
     if isinstance(module, PreTrainedModel):
         owner, model = name, module
-    if isinstance(module, nn.ModuleList) and _is_family(module):
-        yield _Found(name, module, owner, model)
+    if isinstance(module, kind) and _is_family(list(module)) and (kind is nn.ModuleList or _is_composite(module, all)):
+        yield _Found({name: module}, owner, model)
         return
     for child_name, child in module.named_children():
-        yield from _search(child, f"{name}.{child_name}" if name else child_name, owner, model, seen)
+        yield from _search(child, f"{name}.{child_name}" if name else child_name, owner, model, seen, kind)
 
 
-def _is_family(blocks: nn.ModuleList) -> bool:
+def _in_stages(found: Iterable[_Found]) -> list[_Found]:
+    """Join the stages of one network, and leave out what is a single block then."""
+    joined: dict[str, _Found] = {}
+    for one in found:
+        parent, _, last = one.name.rpartition(".")
+        numbered = _NUMBER.sub("#", last)
+        name = f"{parent}.{numbered}" if numbered != last else one.name
+        before = joined.get(name)
+        if before is not None and not _is_family([*before.blocks, *one.blocks]):
+            name, before = one.name, None
+        joined[name] = one if before is None else _Found({**before.lists, **one.lists}, one.owner, one.model)
+    return [one for one in joined.values() if len(one.blocks) > 1]
+
+
+def _is_family(blocks: Sequence[nn.Module]) -> bool:
     if len(blocks) == 0 or not all(map(has_parameters, blocks)):
         return False
     if any(isinstance(block, PreTrainedModel) for block in blocks):  # an ensemble is no stack
@@ -146,8 +193,8 @@ def _is_family(blocks: nn.ModuleList) -> bool:
     return any(issubclass(ancestor, nn.Module) and ancestor is not nn.Module for ancestor in common)
 
 
-def _is_composite(blocks: nn.ModuleList) -> bool:
-    return any(has_parameters(child) for block in blocks for child in block.children())
+def _is_composite(blocks: Iterable[nn.Module], of_blocks: Callable[[Iterable[bool]], bool] = any) -> bool:
+    return of_blocks(any(map(has_parameters, block.children())) for block in blocks)
 
 
 def _role(one: _Found, found: Collection[_Found]) -> Role:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -41,19 +42,19 @@ _HEADS_OF_ADAPTERS = {
 }
 
 
-def task_of(model: str, rows: Rows, given: Mapping[str, str], revision: str = "main") -> Task:
+def task_of(model: str, rows: Rows, given: Mapping[str, str], **settings: Any) -> Task:
     """Return the task that a model's head is for; if it is for several, the one that the data has columns for.
 
     Args:
         model: A name on the Hub, or a local folder.
         rows: The data.
         given: Columns by role.
-        revision: Branch, tag or commit of the model.
+        **settings: For `from_pretrained`, such as `revision` and `trust_remote_code`.
 
     Raises:
         InputError: There is no such model, or it has no head of a known task, or of several that the data fit as well.
     """
-    architectures = architectures_of(model, revision)
+    architectures = architectures_of(model, **settings)
     fitting = [task for task in TASKS.values() if task.has_head(architectures)]
     if not fitting:
         raise InputError(
@@ -100,13 +101,13 @@ def task_named(name: str) -> Task:
     return TASKS[name]
 
 
-def check_head(task: Task, model: str, revision: str = "main") -> None:
+def check_head(task: Task, model: str, **settings: Any) -> None:
     """Refuse a model without the head that a task needs: it would be measured with random weights there.
 
     Raises:
         InputError: There is no such model, or it has another head.
     """
-    architectures = architectures_of(model, revision)
+    architectures = architectures_of(model, **settings)
     if not task.has_head(architectures):
         ends = " or ".join(f"…{end}" for end in task.heads)
         raise InputError(
@@ -116,7 +117,7 @@ def check_head(task: Task, model: str, revision: str = "main") -> None:
         )
 
 
-def architectures_of(model: str, revision: str = "main") -> list[str]:
+def architectures_of(model: str, **settings: Any) -> list[str]:
     """Return the classes that a model was saved as; of a PEFT adapter, what the model it belongs to ends in.
 
     Raises:
@@ -125,4 +126,4 @@ def architectures_of(model: str, revision: str = "main") -> list[str]:
     adapter = Path(model) / "adapter_config.json"
     if adapter.is_file():
         return [_HEADS_OF_ADAPTERS.get(json.loads(adapter.read_text(encoding="utf-8")).get("task_type"), "")]
-    return list(load_pretrained("model", AutoConfig, model, revision=revision).architectures or [])
+    return list(load_pretrained("model", AutoConfig, model, **settings).architectures or [])

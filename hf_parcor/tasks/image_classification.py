@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 
 from hf_parcor.errors import InputError, one_line
-from hf_parcor.tasks.classification import Classification
+from hf_parcor.tasks.classification import Classification, class_numbers
+from hf_parcor.tasks.images import LabelledImages, Size, stacked_pixels
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Collator, Example, Processed, Role, load_pretrained
 
 
 class ImageClassification(Classification):
-    """The class of an image, which is decoded whenever it is needed; a local file names the images' files."""
+    """The class of an image, which is decoded whenever it is needed; a local file names images, or holds them."""
 
     name = "image-classification"
     heads = ("ForImageClassification",)
@@ -28,9 +30,9 @@ class ImageClassification(Classification):
         "label": Role(("label", "labels", "fine_label", "class", "target")),
     }
 
-    def load_processor(self, name: str, revision: str = "main") -> Any:
+    def load_processor(self, name: str, **settings: Any) -> Any:
         """Return the model's image processor."""
-        return load_pretrained("image processor", transformers.AutoImageProcessor, name, revision=revision)
+        return load_pretrained("image processor", transformers.AutoImageProcessor, name, **settings)
 
     def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
         """Return pixels and label of each row."""
@@ -41,6 +43,28 @@ class ImageClassification(Classification):
     def collator(self, processed: Processed) -> Collator:
         """Return what stacks images, which are all of one size."""
         return _stacked
+
+
+def decoded_images(
+    rows: Rows, columns: Mapping[str, str], label_numbers: Mapping[str, int], size: Size | None = None
+) -> LabelledImages:
+    """Return all images of some rows in one array, decoded once, and their classes, for whoever walks through often.
+
+    Args:
+        rows: The data.
+        columns: The columns of `image` and `label`, as `find_columns` returns them.
+        label_numbers: The model's `label2id`.
+        size: Height and width that all images are brought to. Default None: as they are, of one size.
+
+    Raises:
+        InputError: An image cannot be decoded or has another size, or a label is unknown to the model.
+    """
+    labels = np.array(class_numbers(rows, columns["label"], label_numbers), dtype=np.int64)
+    held = rows.entries
+    if isinstance(held, LabelledImages) and size in (None, held.pixels.shape[1:3]):
+        return replace(held, labels=labels, names=())
+    opened = (_opened(rows, row[columns["image"]], index) for index, row in enumerate(rows.entries))
+    return LabelledImages(stacked_pixels(opened, len(labels), rows.source, size), labels)
 
 
 @dataclass(frozen=True)
@@ -54,24 +78,25 @@ class _Images:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Example:
-        image = self._opened(self.rows.entries[index][self.column], index).convert("RGB")
+        image = _opened(self.rows, self.rows.entries[index][self.column], index).convert("RGB")
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": self.labels[index]}
 
-    def _opened(self, image: Any, index: int) -> Any:
-        if isinstance(image, int):  # a file by the name of a number, as tables are read
-            image = str(image)
-        if not isinstance(image, str):
-            return image
-        from PIL import Image
 
-        try:
-            return Image.open(Path(self.rows.source).parent / image)
-        except OSError as error:
-            raise InputError(
-                f"{self.rows.source}: expected the file of an image in row {index + 1}, got {image!r} "
-                f"({one_line(error)}); paths are relative to the data file"
-            ) from error
+def _opened(rows: Rows, image: Any, index: int) -> Any:
+    if isinstance(image, int):  # a file by the name of a number, as tables are read
+        image = str(image)
+    if not isinstance(image, str):
+        return image
+    from PIL import Image
+
+    try:
+        return Image.open(Path(rows.source).parent / image)
+    except OSError as error:
+        raise InputError(
+            f"{rows.source}: expected the file of an image in row {index + 1}, got {image!r} "
+            f"({one_line(error)}); paths are relative to the data file"
+        ) from error
 
 
 def _stacked(examples: Sequence[Example]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from hf_parcor.errors import InputError, nearest
 from hf_parcor.hub_data import load_hub_data
 from hf_parcor.records.data import EvaluationData, evaluation_data_of
 from hf_parcor.tasks.files import data_suffix, read_file
+from hf_parcor.tasks.images import is_image_pack, read_images
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,11 @@ class Rows:
 def load_rows(source: str, split: str = "validation", configuration: str | None = None) -> Rows:
     """Return the rows of a local file, of a local folder that `datasets` knows, or of a data set on the Hub.
 
+    Packs and strips of images are files too, see `read_images`; their columns are `image` and `label`.
     A data set that is still a loading script is read as `load_hub_data` does.
 
     Args:
-        source: A file (.csv, .tsv, .json, .jsonl, .txt, also .gz), a folder, or a name on the Hub.
+        source: A file (.csv, .tsv, .json, .jsonl, .txt, also .gz; .npz, .png), a folder, or a name on the Hub.
         split: Which split; a file has none.
         configuration: The data set's configuration.
 
@@ -118,6 +120,8 @@ def load_rows(source: str, split: str = "validation", configuration: str | None 
         ImportError: It is no local file, and datasets is not installed.
     """
     path = Path(source)
+    if is_image_pack(source):
+        return _of_images(source)
     if path.is_file() or data_suffix(source):
         return _of_files(source, [path], EvaluationData(path.name))
     files = _files_of_split(source, split, configuration) if path.is_dir() else []
@@ -153,6 +157,12 @@ def _of_files(source: str, files: Sequence[str | Path], data: EvaluationData) ->
     rows = [row for file in files for row in read_file(file)]
     names = tuple(dict.fromkeys(name for row in rows for name in row))
     return Rows(source, rows, names, data=replace(data, rows=len(rows)))
+
+
+def _of_images(source: str) -> Rows:
+    images = read_images(source)
+    names = {"label": images.names} if images.names else {}
+    return Rows(source, images, ("image", "label"), names, EvaluationData(Path(source).name, rows=len(images)))
 
 
 def find_column(rows: Rows, role: str, known: Sequence[str], given: Mapping[str, str]) -> str | None:

@@ -32,9 +32,13 @@ def load_pretrained(what: str, loader: Any, name: str, **settings: Any) -> Any:
     try:
         return loader.from_pretrained(name, **settings)
     except (OSError, ValueError, KeyError) as error:
+        needs_code = "trust_remote_code" in str(error)
+        advice = (
+            "read its code, and allow it with trust_remote_code" if needs_code else "check name, files and network"
+        )
         raise InputError(
             f"{what}: expected a name on the Hub or a local folder that {loader.__name__} can load, got {name!r} "
-            f"({one_line(error)}); check name, files and network"
+            f"({one_line(error)}); {advice}"
         ) from error
 
 
@@ -143,22 +147,30 @@ class Task(ABC):
             )
         return {role: column for role, column in found.items() if column is not None}
 
-    def load_model(self, name: str, revision: str = "main", **settings: Any) -> Any:
+    def load_model(self, name: str, **settings: Any) -> Any:
         """Return a model for this task.
+
+        Args:
+            name: A name on the Hub, or a local folder.
+            **settings: For `from_pretrained`, such as `revision` and `trust_remote_code`.
 
         Raises:
             InputError: There is no such model, or it cannot have such a head.
         """
         loader = getattr(transformers, self.auto_class)
-        return load_pretrained("model", loader, name, revision=revision, **settings)
+        return load_pretrained("model", loader, name, **settings)
 
-    def load_processor(self, name: str, revision: str = "main") -> Any:
+    def load_processor(self, name: str, **settings: Any) -> Any:
         """Return the model's tokenizer, or what its inputs need otherwise.
+
+        Args:
+            name: As for `load_model`.
+            **settings: As for `load_model`.
 
         Raises:
             InputError: There is none, or it cannot pad.
         """
-        tokenizer = load_pretrained("tokenizer", transformers.AutoTokenizer, name, revision=revision)
+        tokenizer = load_pretrained("tokenizer", transformers.AutoTokenizer, name, **settings)
         if self.pads and tokenizer.pad_token is None:
             raise InputError(
                 f"tokenizer: expected one with a padding token, got that of {name!r} without; set its pad_token and "

@@ -11,10 +11,22 @@ import sklearn.metrics
 import torch
 from for_each import for_each
 from torch import nn
-from transformers import BertForTokenClassification, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from hf_parcor import CorruptionEvaluator, GaussianNoise
-from hf_parcor.evaluation import ClassificationMetric, GenerationMetric, LanguageModelMetric, PredictionMetric
+from hf_parcor.evaluation import (
+    ClassificationMetric,
+    GenerationMetric,
+    LanguageModelMetric,
+    PredictionMetric,
+    model_loss,
+)
 
 SPLITS = [(10,), (4, 4, 2), (1,) * 10]
 
@@ -228,10 +240,14 @@ class TestOutputs:
         assert ClassificationMetric([BATCH])(model) == {"accuracy": 0.5, "loss": 0.5}
         assert PredictionMetric([BATCH], _first)(model) == {"score": 2.0}
 
-    @for_each("form", [lambda loss, logits: (logits,), lambda loss, logits: {"logits": logits}])
+    @for_each(
+        "form", [lambda loss, logits: (logits,), lambda loss, logits: {"logits": logits}, lambda loss, logits: logits]
+    )
     def test_without_a_loss(self, form):
-        with pytest.raises(ValueError, match="loss: expected the model to return one beside its logits"):
-            ClassificationMetric([BATCH])(Answering(form))
+        """What a model would have returned that computes it: checked against Transformers' own heads."""
+        found = ClassificationMetric([BATCH])(Answering(form))
+        expected = -BATCH["logits"].log_softmax(-1)[[0, 1], BATCH["labels"]].mean()
+        assert found == {"accuracy": 0.5, "loss": pytest.approx(float(expected))}
         assert PredictionMetric([BATCH], _first)(Answering(form)) == {"score": 2.0}
 
     def test_a_number_for_each_row_without_a_dimension_of_its_own(self):
@@ -244,6 +260,31 @@ class TestOutputs:
         found = ClassificationMetric([{"logits": logits, "labels": labels}])(Answering(FORMS["dict"]))
         rows = [part.reshape(6, 2).int() for part in (labels, logits > 0)]
         assert found["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(*rows))
+
+    @for_each(
+        ("outputs", "labels"),
+        [
+            (3, torch.tensor([0, 2, -100, 1, 1, 0, 0, 2, 2, 1])),
+            (3, (torch.arange(30).reshape(10, 3) % 2).float()),
+            (1, torch.linspace(-1, 1, 10)),
+        ],
+    )
+    def test_the_loss_of_bare_logits_is_that_of_transformers(self, tiny_bert, inputs, outputs, labels):
+        model = tiny_bert(BertForSequenceClassification, num_labels=outputs).eval()
+
+        class Bare(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = model
+
+            def forward(self, input_ids):  # takes no labels
+                return self.inner(input_ids).logits
+
+        batches = [{"input_ids": inputs, "labels": labels}]
+        expected = ClassificationMetric(batches)(model)
+        assert ClassificationMetric(batches)(Bare()) == pytest.approx(expected)
+        own, bare = (model_loss(one, batches[0]) for one in (model, Bare()))
+        assert torch.allclose(own, bare)
 
     @for_each(
         "form",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import transformers as tf
 from for_each import for_each
 from torch import nn
 
-from hf_parcor.targets import TargetError, find_stacks, select_parameters
+from hf_parcor.targets import TargetError, by_layer, find_stacks, select_parameters
 
 STACKS = {
     "bert-base": ["encoder.layer encoder 2"],
@@ -54,6 +55,14 @@ class Block(nn.Module):
 
 class Feed(Block):
     """A second kind of block, with an ancestor in common."""
+
+
+class Other(nn.Module):
+    """A block of another family."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
 
 
 def blocks(count: int = 2) -> nn.ModuleList:
@@ -125,6 +134,50 @@ def test_block_used_twice_keeps_its_numbers() -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList([block, block, Block()])})
     expected = [f"layers.0.{name}" for name, _ in block.named_parameters()]
     assert list(select_parameters(model, layers=1)) == expected
+
+
+def sequence(count: int = 2, kind: type[nn.Module] = Block) -> nn.Sequential:
+    return nn.Sequential(*(kind() for _ in range(count)))
+
+
+@for_each(
+    ("parts", "expected"),
+    [
+        # numbered stages are one stack: the last layer is the last of all
+        ({"conv1": nn.Linear(2, 2), "layer1": sequence(2), "layer2": sequence(1)}, ["layer1, layer2 encoder 3"]),
+        ({"layer1": sequence(2), "layer2": sequence(2, Feed)}, ["layer1, layer2 encoder 4"]),
+        ({"stage1": sequence(), "stage2": sequence(2, Other)}, ["stage1 encoder 2", "stage2 encoder 2"]),
+        ({"encoder": sequence(), "decoder": sequence(3)}, ["encoder encoder 2", "decoder decoder 3"]),
+        ({"left": sequence(), "right": sequence()}, ["left encoder 2", "right encoder 2"]),
+        ({"head1": sequence(), "blocks": sequence(3)}, ["head1 encoder 2", "blocks encoder 3"]),
+        ({"only": sequence(1)}, ["only.0.experts encoder 2"]),  # a container of anything: what lies inside, as before
+        ({"mlp": nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))}, []),
+        ({"mlp": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))}, []),  # bare layers
+        ({"mixed": nn.Sequential(Block(), nn.TransformerEncoderLayer(2, 1, 2))}, ["mixed.0.experts encoder 2"]),
+        ({"layers": blocks(), "features": sequence(3)}, ["layers encoder 2"]),  # beside a list, it is no stack
+    ],
+)
+def test_blocks_in_sequence(parts: dict[str, nn.Module], expected: list[str]) -> None:
+    assert described(nn.ModuleDict(parts)) == expected
+
+
+def test_numbered_stages_are_numbered_through() -> None:
+    model = nn.ModuleDict({"layer1": sequence(2), "layer2": sequence(3), "linear": nn.Linear(2, 2)})
+    assert list(by_layer(model)) == ["layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer2.2"]
+    whole = set(select_parameters(model, layers=range(5)))
+    assert whole == {name for name, _ in model.named_parameters() if name.startswith("layer")}
+    last = {name for name, _ in model.named_parameters() if name.startswith("layer2.2.")}
+    assert set(select_parameters(model, "last-encoder-layer")) == set(select_parameters(model, layers=-1)) == last
+    assert set(select_parameters(model, layers=2)) == {name.replace("layer2.2", "layer2.0") for name in last}
+    for name, target in by_layer(model).items():
+        assert all(one.startswith(f"{name}.") for one in select_parameters(model, target))
+
+
+def test_names_of_blocks_that_have_names() -> None:
+    blocks = nn.Sequential(OrderedDict(first=Block(), second=Block()))
+    assert list(by_layer(nn.ModuleDict({"encoder": blocks}))) == ["encoder.first", "encoder.second"]
+    block = Block()
+    assert list(by_layer(nn.Sequential(block, block, Block()))) == ["0", "1", "2"]  # a block used twice
 
 
 @for_each(

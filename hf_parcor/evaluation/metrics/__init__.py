@@ -1,7 +1,6 @@
 """Metrics: callables from a model to numbers by name, and those made batch by batch."""
 
-from hf_parcor.evaluation.gradients import own_batch
-from hf_parcor.evaluation.metrics.answers import share_not_finite
+from hf_parcor.evaluation.answers import own_batch, share_not_finite
 from hf_parcor.evaluation.metrics.classification import ClassificationMetric, PredictionMetric
 from hf_parcor.evaluation.metrics.generation import GenerationMetric
 from hf_parcor.evaluation.metrics.language_model import LanguageModelMetric

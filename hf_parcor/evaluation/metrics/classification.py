@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_parcor.batches import IGNORED_LABEL
-from hf_parcor.evaluation.metrics.answers import (
+from hf_parcor.evaluation.answers import (
     NOT_FINITE,
     Answer,
     Problem,
@@ -32,6 +32,9 @@ class ClassificationMetric(OverLabels):
     - any number of classes each, as 0 and 1: `accuracy`, the share of rows whose labels are all right, `f1` over all
       single labels (micro), 0 where there is nothing to find, and `loss`. A label is chosen where its logit is > 0.
     - numbers: `mse`, `pearson` (of several outputs, the mean over them; NaN where nothing varies) and `loss`.
+
+    The loss is the model's own. Of a model that returns logits alone, bare or by name, and may not even take labels,
+    it is the one that models of Transformers have for such labels (`usual_loss`).
 
     What is not finite is never a right answer: a class counts only if no logit of its row is NaN and the largest is
     finite, a label only if its logit is neither NaN nor +∞. Where any prediction is not, the share of these is
@@ -59,8 +62,8 @@ class ClassificationMetric(OverLabels):
         """Return the sums over the labels of one batch; of numbers, the numbers.
 
         Raises:
-            ValueError: There are no labels, the model returns no loss or no logits, or the labels have not the shape
-                of what it predicts.
+            ValueError: There are no labels, the model returns no logits, or the labels have not the shape of what it
+                predicts.
         """
         labels = self._labels(batch)
         answer = Answer.of(model, batch)
@@ -108,7 +111,7 @@ def _of_labels(answer: Answer, logits: Tensor, labels: Tensor) -> dict[str, Any]
         "found": int((chosen & truth).sum()),
         "chosen": int(chosen.sum()),
         "true": int(truth.sum()),
-        "loss": answer.mean_loss() * labels.numel(),
+        "loss": answer.mean_loss(Problem.LABELS, labels) * labels.numel(),
         "labels": labels.numel(),
         "not_finite": int((~finite).sum()),
     }
@@ -136,7 +139,7 @@ def _of_numbers(answer: Answer, logits: Tensor, labels: Tensor) -> dict[str, Any
     return {
         "predictions": logits.double().reshape(-1, width).tolist(),
         "references": labels.double().reshape(-1, width).tolist(),
-        "loss": answer.mean_loss() * labels.numel(),
+        "loss": answer.mean_loss(Problem.NUMBERS, labels) * labels.numel(),
         "labels": labels.numel(),
         "not_finite": int((~logits.isfinite()).sum()),
     }

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from hf_parcor.batches import IGNORED_LABEL
-from hf_parcor.evaluation.gradients import own_batch
-from hf_parcor.evaluation.metrics.answers import NOT_FINITE
+from hf_parcor.evaluation.answers import NOT_FINITE, own_batch
 from hf_parcor.evaluation.metrics.over_batches import OverPairs, Pairs
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.evaluation.replicas import all_batches

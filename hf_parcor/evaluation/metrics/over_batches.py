@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_parcor.batches import IGNORED_LABEL
+from hf_parcor.evaluation.answers import Answer, Problem, aligned, chosen_class, share_not_finite
 from hf_parcor.evaluation.identity import fixed_attributes
-from hf_parcor.evaluation.metrics.answers import Answer, aligned, chosen_class, share_not_finite
 from hf_parcor.evaluation.metrics.scores import Score, scored
 from hf_parcor.evaluation.walks import check_repeatable
 from hf_parcor.records.metric_info import MetricInfo, stated_by
@@ -141,8 +141,8 @@ class OverLabels(OverBatches):
         """Return the sums over the labels of one batch.
 
         Raises:
-            ValueError: There are no labels, the model returns no loss or no logits, or the labels have not the shape
-                of what it predicts.
+            ValueError: There are no labels, the model returns no logits, or the labels have not the shape of what it
+                predicts.
         """
         answer = Answer.of(model, batch)
         return self._classes(model, answer, answer.checked_logits(), self._labels(batch), batch)
@@ -151,17 +151,18 @@ class OverLabels(OverBatches):
         self, model: nn.Module, answer: Answer, logits: Tensor, labels: Tensor, batch: Mapping[str, Any]
     ) -> dict[str, Any]:
         predicted, finite = chosen_class(logits)
-        shifts = self._shifts(model)
+        given, shifts = labels, self._shifts(model)
         if shifts and "shift_labels" in batch:  # shifted already, and what the loss is taken of
-            shifts, labels = False, torch.as_tensor(batch["shift_labels"])
-        labels = aligned(labels.to(logits.device), predicted, "a class for each")
+            shifts, given = False, torch.as_tensor(batch["shift_labels"])
+        labels = aligned(given.to(logits.device), predicted, "a class for each")
         if shifts:
             labels, predicted, finite = labels[..., 1:], predicted[..., :-1], finite[..., :-1]
         counts = labels != IGNORED_LABEL
         count = int(counts.sum())
         return {
             "correct": int(((predicted == labels) & finite & counts).sum()),
-            "loss": answer.mean_loss() * count if count else 0.0,  # the mean over no label is NaN
+            # The mean over no label is NaN.
+            "loss": answer.mean_loss(Problem.CLASSES, given, shifted=shifts) * count if count else 0.0,
             "labels": count,
             "not_finite": int((counts & ~finite).sum()),
         }

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from hf_parcor.evaluation.gradients import own_batch
+from hf_parcor.batches import IGNORED_LABEL, private_copy
+from hf_parcor.model_state import input_device
+
+
+def own_batch(batch: Any, model: nn.Module) -> Any:
+    """Return a batch on the model's device that this run of the model may write into.
+
+    It is copied before it moves: a `BatchEncoding` moves in place.
+    """
+    return send_to_device(private_copy(batch), input_device(model))
 
 
 class Answer(NamedTuple):
@@ -31,8 +42,14 @@ class Answer(NamedTuple):
 
         A tuple is read as Transformers makes it: the loss, if there is one, a single number, then the logits.
         """
-        output = model(**own_batch(batch, model))
+        return cls.read(called(model, own_batch(batch, model)))
+
+    @classmethod
+    def read(cls, output: Any) -> Answer:
+        """Return what an output says: a mapping, an object with attributes, a tuple, or a tensor of bare logits."""
         kind = type(output).__name__
+        if isinstance(output, Tensor):
+            return cls(None, output, kind)
         if isinstance(output, tuple) and not hasattr(output, "logits"):
             tensors = [part for part in output if isinstance(part, Tensor)]
             has_loss = bool(tensors) and tensors[0].ndim == 0
@@ -46,17 +63,19 @@ class Answer(NamedTuple):
             loss = torch.tensor(float(found[0]))
         return cls(loss, logits, kind)
 
-    def mean_loss(self) -> float:
-        """Return the loss.
+    def mean_loss(self, problem: Problem, labels: Tensor, *, shifted: bool = False) -> float:
+        """Return the model's own loss; the usual one of its logits where it returned none.
+
+        Args:
+            problem: The kind of labels.
+            labels: Those of the batch.
+            shifted: As in `usual_loss`.
 
         Raises:
-            ValueError: There is none, or not one number.
+            ValueError: It is not one number.
         """
         if self.loss is None:
-            raise ValueError(
-                f"loss: expected the model to return one beside its logits, got a {self.kind} without; let forward "
-                "return it when a batch has labels, or use PredictionMetric, which needs none"
-            )
+            return float(usual_loss(problem, self.checked_logits(), labels, shifted=shifted))
         if self.loss.numel() != 1:
             raise ValueError(
                 f"loss: expected one number, the mean over the batch, got shape {tuple(self.loss.shape)}; let the "
@@ -76,6 +95,49 @@ class Answer(NamedTuple):
                 "with a head for the task, or measure with a function of your own: model -> numbers by name"
             )
         return self.logits
+
+
+def called(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """Return what a model returns for a batch, without the labels where its `forward` has no place for them.
+
+    Examples:
+        >>> called(nn.Linear(2, 1), {"input": torch.ones(3, 2), "labels": torch.zeros(3)}).shape
+        torch.Size([3, 1])
+    """
+    if "labels" in batch:
+        taken = inspect.signature(model.forward).parameters
+        if "labels" not in taken and all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
+            batch = {name: value for name, value in batch.items() if name != "labels"}
+    return model(**batch)
+
+
+def usual_loss(problem: Problem, logits: Tensor, labels: Tensor, *, shifted: bool = False) -> Tensor:
+    """Return the mean loss that models of Transformers have for a kind of labels, for a model that returns none.
+
+    That is cross-entropy where labels are classes (those of −100 do not count), binary cross-entropy where any number
+    of them may be right, and the squared error of numbers.
+
+    Args:
+        problem: The kind of labels.
+        logits: What the model returned.
+        labels: In the shape of what it predicts; dimensions of size 1 may be more or fewer.
+        shifted: Whether the model predicts the label of the next place.
+
+    Examples:
+        >>> usual_loss(Problem.NUMBERS, torch.tensor([[1.0], [3.0]]), torch.tensor([1.0, 1.0]))
+        tensor(2.)
+    """
+    labels, logits = labels.to(logits.device), logits.float()
+    if problem is Problem.CLASSES:
+        labels = aligned(labels, logits[..., 0], "a class for each")
+        if shifted:
+            labels, logits = labels[..., 1:], logits[..., :-1, :]
+        flat = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long()
+        return nn.functional.cross_entropy(*flat, ignore_index=IGNORED_LABEL)
+    if problem is Problem.LABELS:
+        labels = aligned(labels, logits, "a 0 or 1 for each label of a row")
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
+    return nn.functional.mse_loss(logits, aligned(labels, logits, "a number for each output").float())
 
 
 def aligned(labels: Tensor, predictions: Tensor, what: str) -> Tensor:
