@@ -260,7 +260,7 @@ class Bench:
             in_bfloat16(model, self.device.type)
         if compiled:
             parts = (
-                [model] if compiled == "model" else [layer for stack in find_stacks(model) for layer in stack.blocks]
+                [model] if compiled == "model" else [layer for stack in find_stacks(model) for layer in stack.blocks.values()]
             )
             for part in parts:
                 part.compile(mode=mode)
