@@ -259,10 +259,8 @@ class Bench:
         if bf16:
             in_bfloat16(model, self.device.type)
         if compiled:
-            parts = (
-                [model] if compiled == "model" else [layer for stack in find_stacks(model) for layer in stack.blocks.values()]
-            )
-            for part in parts:
+            layers_of = [layer for stack in find_stacks(model) for layer in stack.blocks.values()]
+            for part in [model] if compiled == "model" else layers_of:
                 part.compile(mode=mode)
         every = {STOCK: self.trained(Trainer)}
         for arm, (defense, part) in OURS.items():
