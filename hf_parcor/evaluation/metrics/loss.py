@@ -6,13 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 
-from hf_parcor.batches import private_copy
+from hf_parcor.evaluation.answers import own_batch
 from hf_parcor.evaluation.gradients import Batch, Loss, count_items, model_loss, shifts_labels
 from hf_parcor.evaluation.metrics.over_batches import OverBatches
-from hf_parcor.model_state import input_device
 from hf_parcor.records.metric_info import MetricInfo
 
 
@@ -47,7 +45,7 @@ class LossMetric(OverBatches):
         items = count_items(batch, shifted=self._loss is model_loss and shifts_labels(model))
         if not items:  # the mean over none is NaN
             return 0.0, 0
-        return items * float(self._loss(model, send_to_device(private_copy(batch), input_device(model)))), items
+        return items * float(self._loss(model, own_batch(batch, model))), items
 
     def combine(self, parts: Sequence[tuple[float, int]]) -> dict[str, float]:
         """Return `loss` from what all batches add.
