@@ -1,21 +1,27 @@
-"""What campaigns share: ways to train, as flags of the examples; runs and what is noted of them; a table's cell."""
+"""What campaigns share: their flags, ways to train, runs side by side and what is noted of them, tables over seeds."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import subprocess
+import sys
 import threading
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_parcor.defenses import Defense
-from hf_parcor.statistics import MeanAndSpread
+from hf_parcor.records import CorruptionRecord, EvaluationRecord
+from hf_parcor.statistics import MeanAndSpread, student_t_test
 from hf_parcor.training import DefenseArguments, build_defense
 
 
@@ -61,6 +67,54 @@ class Run:
     def file_name(self) -> str:
         """The name of its files."""
         return f"{self.name}-seed{self.seed}"
+
+
+def campaign_parser(
+    description: str | None, arms: Iterable[str], work: str, data: str, seeds: int = 3
+) -> ArgumentParser:
+    """Return the command line of a campaign, as far as all have it.
+
+    Args:
+        description: The docstring of the script.
+        arms: The names of its arms.
+        work: The folder for models and logs, unless told.
+        data: What the folder with data holds.
+        seeds: How many, unless told.
+    """
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help=f"the folder with {data}")
+    parser.add_argument("--output", type=Path, required=True, help="the folder for records and the table")
+    parser.add_argument("--work", type=Path, default=Path(work), help="the folder for models and logs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 1 + seeds)))
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--arms", nargs="+", choices=arms, help="only run these, in this order, and draw no table")
+    return parser
+
+
+def begin(parser: ArgumentParser) -> Namespace:
+    """Read the command line, make the folder of records, and share the cores among jobs."""
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    # One thread each: a process that waits for its other thread gains nothing from a busy core.
+    options.threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def run_example(
+    program: Sequence[str | Path], settings: Mapping[str, Any], *flags: str, threads: int | None = None
+) -> None:
+    """Run an example in a process of its own.
+
+    Args:
+        program: What Python runs: its path, or `-m` and a module.
+        settings: Flags by name, without dashes, and their values.
+        *flags: More, as they are.
+        threads: On how many threads; None for as many as PyTorch takes.
+    """
+    words = (part for name, value in settings.items() for part in (f"--{name}", str(value)))
+    limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    subprocess.run([sys.executable, *map(str, program), *words, *flags], check=True, env={**os.environ, **limit})
 
 
 _WRITING = threading.Lock()
@@ -111,3 +165,65 @@ def mean_and_deviation(values: Sequence[float], digits: int) -> str:
         return f"{values[0]:.{digits}f}"
     spread = MeanAndSpread.from_values(values)
     return f"{spread.mean:.{digits}f} ± {spread.standard_deviation:.{digits}f}"
+
+
+Measure = Callable[[Namespace, Run], EvaluationRecord]
+
+
+def over_runs(
+    measure: Measure, title: str, options: Namespace, arms: Mapping[str, Arm]
+) -> dict[str, list[EvaluationRecord]]:
+    """Measure these arms with every seed, several side by side; one that fails does not stop the others.
+
+    Raises:
+        RuntimeError: Runs failed; when all others are done.
+    """
+    runs = [Run(name, arm, seed) for seed in options.seeds for name, arm in arms.items()]
+    records: dict[str, list[EvaluationRecord]] = {name: [] for name in arms}
+    failed: dict[str, BaseException] = {}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        doing = {run.file_name: pool.submit(measure, options, run) for run in runs}
+        for _ in tqdm(as_completed(doing.values()), desc=title, total=len(runs)):
+            pass
+    for run in runs:
+        error = doing[run.file_name].exception()
+        if error is None:
+            records[run.name].append(doing[run.file_name].result())
+        else:
+            failed[run.file_name] = error
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed: {failed}; call again for them alone")
+    return records
+
+
+def passes(arm: Arm) -> int:
+    """Return how many forward and backward passes a training step takes."""
+    return 1 if arm.defense is None else arm.defense.passes
+
+
+def over_seeds(rows: list[CorruptionRecord], metric: str = "accuracy") -> MeanAndSpread:
+    """Return a share in per cent over seeds; trials of one seed count as their mean."""
+    return MeanAndSpread.from_values([100 * row.mean(metric) for row in rows])
+
+
+def tables(
+    records: dict[str, list[EvaluationRecord]],
+    arms: Mapping[str, Arm],
+    *,
+    costs: bool = False,
+    metric: str = "accuracy",
+) -> str:
+    """Return two tables: mean ± deviation of each arm, and the t-values of each defended arm against the plain one."""
+    labels = [arms[arm].label for arm in records]
+    accuracies = [f"| {metric} (%) | {' | '.join(labels)} |", f"|:--|{'--:|' * len(labels)}"]
+    if costs:
+        accuracies.append(f"| passes a step | {' | '.join(str(passes(arms[arm])) for arm in records)} |")
+    values = [f"| t: defended ≤ plain | {' | '.join(labels[1:])} |", f"|:--|{'--:|' * len(labels[1:])}"]
+    for index, first in enumerate(records["plain"][0].rows()):
+        cells = [over_seeds([record.rows()[index] for record in of_arm], metric) for of_arm in records.values()]
+        tests = [student_t_test(cell, cells[0]) for cell in cells[1:]]
+        marks = ["", *("*" if test.is_significant() else "" for test in tests)]
+        shown = [f"{c.mean:.1f} ± {c.standard_deviation:.1f}{mark}" for c, mark in zip(cells, marks, strict=True)]
+        accuracies.append(f"| {first.label} | {' | '.join(shown)} |")
+        values.append(f"| {first.label} | {' | '.join(f'{test.t:.2f}' for test in tests)} |")
+    return "\n".join([*accuracies, "", *values]) + "\n"

@@ -22,8 +22,8 @@ from hf_parcor import CorruptionConstraint, GradientCorruption
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.reports.plots import new_figure
 from hf_parcor.statistics import MeanAndSpread, student_t_test
-from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, mean_and_deviation, note_run
-from scripts.sst2_runs import evaluator_of, over_runs, parse_options, train
+from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, mean_and_deviation, note_run, over_runs
+from scripts.sst2_runs import evaluator_of, parse_options, train
 
 BENCHMARK = Path(__file__).parent / "results" / "benchmark.json"
 RADII = [0.025, 0.05, 0.1, 0.15, 0.2, 0.3]

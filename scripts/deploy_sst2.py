@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 
 from hf_parcor.records import EvaluationRecord
-from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2
-from scripts.reproduce_sst2 import measure, tables
-from scripts.sst2_runs import SIZES, over_runs, parse_options
+from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, over_runs, tables
+from scripts.reproduce_sst2 import ARMS as DEFENSES
+from scripts.reproduce_sst2 import measure
+from scripts.sst2_runs import SIZES, parse_options
 
 
 def risk(clean_weight: float, *words: str) -> list[str]:
@@ -36,21 +37,19 @@ DEPLOYED = {
     "half-4-bits-channel": Arm("half 4 bits a channel", risk(0.5, "quantization=4:per=channel")),
     "4-bits": Arm("4 bits alone", risk(0.0, "quantization=4")),
     "noise": Arm("noise alone", risk(0.0, "gaussian=0.02")),
-    "multi_step_risk-1": Arm("K = 1", ONE_STEP),
-    "sam-half": Arm("SAM ε/2", l2("sam", 0.05)),
+    **{name: DEFENSES[name] for name in ("multi_step_risk-1", "sam-half")},
 }
 MORE = {
     "torchao": peer("torchao's QAT, 4 bits a channel", "torchao"),
     "4-bits-channel": Arm("4 bits a channel alone", risk(0.0, "quantization=4:per=channel")),
     "all-three": Arm("worst direction, 4 bits, noise", risk(1 / 4, "gradient=0.1", "quantization=4", "gaussian=0.02")),
     "half-noise": Arm("half noise", risk(0.5, "gaussian=0.02")),
-    "multi_step_risk-2": Arm("K = 2", l2("multi_step_risk", 0.1, "--defense_steps", "2")),
-    "multi_step_risk-3": Arm("K = 3", l2("multi_step_risk", 0.1, "--defense_steps", "3")),
-    "epsilon-0.05": Arm("K = 1, ε = 0.05", l2("multi_step_risk", 0.05, "--defense_steps", "1")),
-    "epsilon-0.2": Arm("K = 1, ε = 0.2", l2("multi_step_risk", 0.2, "--defense_steps", "1")),
-    "epsilon-0.5": Arm("K = 1, ε = 0.5", l2("multi_step_risk", 0.5, "--defense_steps", "1")),
+    **{name: DEFENSES[name] for name in ("multi_step_risk-2", "multi_step_risk-3", "sam")},
+    **{
+        f"epsilon-{epsilon}": Arm(f"K = 1, ε = {epsilon}", l2("multi_step_risk", epsilon, "--defense_steps", "1"))
+        for epsilon in (0.05, 0.2, 0.5)
+    },
     "last_layer": Arm("K = 1, last layer", [*ONE_STEP, "--defense_target_modules", "last-encoder-layer"]),
-    "sam": Arm("SAM", l2("sam", 0.1)),
     "awp-late": Arm("AWP ε/2, late", l2("awp", 0.05, "--defense_start_epoch", "1")),
     "penalty": Arm("gradient penalty", ["--defense", "gradient_penalty", "--defense_weight", "0.05"]),
     "looksam": peer("LookSAM ε/2", "looksam"),

@@ -15,23 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_parcor import ParameterDefenseTrainer
-from hf_parcor.injection import Injection
+from hf_parcor import ParameterDefenseTrainer, corrupted
+from hf_parcor.functional import inner_product, vector_norm
 from scripts.sst2_runs import run_example_with
 
 RADIUS = 0.05  # that of the arm "SAM ε/2"
 EVERY, ALPHA = 5, 0.7  # LookSAM's k and α, in its paper's words
-
-
-def norm_of(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the L2 norm of all of them together."""
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors.values()))))
-    return norm
-
-
-def product_of(ours: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Tensor:
-    """Return the sum of the products of their entries."""
-    return torch.stack([(ours[name] * others[name]).sum() for name in ours]).sum()
 
 
 class PeerTrainer(ParameterDefenseTrainer):
@@ -49,13 +38,10 @@ class PeerTrainer(ParameterDefenseTrainer):
     def passed_at(self, direction: Mapping[str, Tensor], *arguments: Any) -> Tensor:
         """Run the stock step at w + ε d / ‖d‖; the gradient is all that stays of it."""
         weights = self.weights()
-        factor = RADIUS / norm_of(direction).clamp_min(1e-12)
-        injection = Injection({name: weights[name] for name in direction})
-        injection.write({name: piece * factor for name, piece in direction.items()})
-        try:
+        factor = RADIUS / vector_norm(list(direction.values())).clamp_min(1e-12)
+        along = {name: piece * factor for name, piece in direction.items()}
+        with corrupted({name: weights[name] for name in along}, along):
             return super().training_step(*arguments)
-        finally:
-            injection.restore()
 
 
 class LookSAMTrainer(PeerTrainer):
@@ -74,10 +60,12 @@ class LookSAMTrainer(PeerTrainer):
             for gradient in self.gradients().values():
                 gradient.zero_()
             self.passed_at(clean, *arguments)
-            along = product_of(self.gradients(), clean) / product_of(clean, clean).clamp_min(1e-24)
+            at_clean, moved = list(clean.values()), list(self.gradients().values())
+            along = inner_product(moved, at_clean) / inner_product(at_clean, at_clean).clamp_min(1e-24)
             self.orthogonal = {name: gradient - along * clean[name] for name, gradient in self.gradients().items()}
         else:
-            factor = ALPHA * norm_of(clean) / norm_of(self.orthogonal).clamp_min(1e-12)
+            length, of_orthogonal = (vector_norm(list(one.values())) for one in (clean, self.orthogonal))
+            factor = ALPHA * length / of_orthogonal.clamp_min(1e-12)
             for name, gradient in self.gradients().items():
                 gradient.add_(self.orthogonal[name] * factor)
         return loss

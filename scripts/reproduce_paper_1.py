@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -42,6 +40,7 @@ from hf_parcor.reports.plots import plot_heat_map
 from hf_parcor.reports.tables import markdown_table
 from hf_parcor.targets.groups import Groups
 from hf_parcor.tasks import ImageClassification, decoded_images, load_rows
+from scripts.campaigns import run_example
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_image_classifier.py"
 COMMAND = "python -m scripts.reproduce_paper_1 --weights FOLDER --data FOLDER --output scripts/results/paper_1"
@@ -106,8 +105,7 @@ def load_model(options: argparse.Namespace, depth: int) -> PreTrainedModel:
             "output_dir": folder,
             "report_to": "none",
         }
-        words = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-        subprocess.run([sys.executable, str(EXAMPLE), *words], check=True)
+        run_example([EXAMPLE], flags)
     model: Any = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
     loaded: PreTrainedModel = model.to(options.device)
     return loaded

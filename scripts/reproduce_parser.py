@@ -10,9 +10,6 @@ a record for each run, and `table.md`: mean ± sample standard deviation over se
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +17,20 @@ from pathlib import Path
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.records.evaluation import CorruptionRecord
 from hf_parcor.statistics import MeanAndSpread, student_t_test
-from scripts.campaigns import PLAIN, Arm, Run, l2, note_run
-from scripts.reproduce_sst2 import over_seeds, tables
-from scripts.sst2_runs import over_runs
+from scripts.campaigns import (
+    PLAIN,
+    Arm,
+    Run,
+    begin,
+    campaign_parser,
+    l2,
+    mean_and_deviation,
+    note_run,
+    over_runs,
+    over_seeds,
+    run_example,
+    tables,
+)
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_parser.py"
 EPSILON = 0.1
@@ -60,19 +68,10 @@ CORRUPTIONS = [
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with the CoNLL-U files")
-    parser.add_argument("--output", type=Path, required=True, help="the folder for records and the table")
-    parser.add_argument("--work", type=Path, default=Path("runs/parser"), help="the folder for models and logs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, help="only run these, in this order, and draw no table")
+    parser = campaign_parser(__doc__, ARMS, "runs/parser", "the CoNLL-U files")
     parser.add_argument("--train-sentences", type=int, default=2000)
     parser.add_argument("--dev-sentences", type=int, default=300)
-    options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    options.threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    return options
+    return begin(parser)
 
 
 def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
@@ -99,12 +98,8 @@ def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
             "report_to": "none",
             **({"model_name_or_path": folder} if trained else {"do_train": True}),
         }
-        flags = (part for name, value in settings.items() for part in (f"--{name}", str(value)))
-        subprocess.run(
-            [sys.executable, EXAMPLE, "--do_eval", *flags, *run.arm.flags, "--corruptions", *CORRUPTIONS],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
-        )
+        flags = ["--do_eval", *run.arm.flags, "--corruptions", *CORRUPTIONS]
+        run_example([EXAMPLE], settings, *flags, threads=options.threads)
         EvaluationRecord.load(folder / "robustness.json").save(path)
         note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
     return EvaluationRecord.load(path)
@@ -112,8 +107,7 @@ def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
 
 def per_cent(rows: Sequence[CorruptionRecord]) -> str:
     """Return the UAS over seeds."""
-    spread = over_seeds(list(rows), "uas")
-    return f"{spread.mean:.1f} ± {spread.standard_deviation:.1f}"
+    return mean_and_deviation([100 * row.mean("uas") for row in rows], 1)
 
 
 def table_1(records: Sequence[EvaluationRecord]) -> str:

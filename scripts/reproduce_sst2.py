@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
 
 from hf_parcor import CorruptionConstraint, GradientCorruption
-from hf_parcor.records import CorruptionRecord, EvaluationRecord
-from hf_parcor.statistics import MeanAndSpread, student_t_test
-from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, note_run
-from scripts.sst2_runs import evaluator_of, over_runs, parse_options, train
+from hf_parcor.records import EvaluationRecord
+from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, note_run, over_runs, tables
+from scripts.sst2_runs import evaluator_of, parse_options, train
 
 ARMS = {
     "plain": PLAIN,
@@ -60,39 +58,6 @@ def corrupt_last_layer(options: argparse.Namespace, run: Run) -> EvaluationRecor
         evaluator = evaluator_of(options, options.work / run.file_name, target_modules="last-encoder-layer")
         evaluator.evaluate(corruptions).save(path)
     return EvaluationRecord.load(path)
-
-
-def passes(arm: Arm) -> int:
-    """Return how many forward and backward passes a training step takes."""
-    return 1 if arm.defense is None else arm.defense.passes
-
-
-def over_seeds(rows: list[CorruptionRecord], metric: str = "accuracy") -> MeanAndSpread:
-    """Return a share in per cent over seeds; trials of one seed count as their mean."""
-    return MeanAndSpread.from_values([100 * row.mean(metric) for row in rows])
-
-
-def tables(
-    records: dict[str, list[EvaluationRecord]],
-    arms: Mapping[str, Arm],
-    *,
-    costs: bool = False,
-    metric: str = "accuracy",
-) -> str:
-    """Return two tables: mean ± deviation of each arm, and the t-values of each defended arm against the plain one."""
-    labels = [arms[arm].label for arm in records]
-    accuracies = [f"| {metric} (%) | {' | '.join(labels)} |", f"|:--|{'--:|' * len(labels)}"]
-    if costs:
-        accuracies.append(f"| passes a step | {' | '.join(str(passes(arms[arm])) for arm in records)} |")
-    values = [f"| t: defended ≤ plain | {' | '.join(labels[1:])} |", f"|:--|{'--:|' * len(labels[1:])}"]
-    for index, first in enumerate(records["plain"][0].rows()):
-        cells = [over_seeds([record.rows()[index] for record in of_arm], metric) for of_arm in records.values()]
-        tests = [student_t_test(cell, cells[0]) for cell in cells[1:]]
-        marks = ["", *("*" if test.is_significant() else "" for test in tests)]
-        shown = [f"{c.mean:.1f} ± {c.standard_deviation:.1f}{mark}" for c, mark in zip(cells, marks, strict=True)]
-        accuracies.append(f"| {first.label} | {' | '.join(shown)} |")
-        values.append(f"| {first.label} | {' | '.join(f'{test.t:.2f}' for test in tests)} |")
-    return "\n".join([*accuracies, "", *values]) + "\n"
 
 
 def main() -> None:

@@ -17,8 +17,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -45,7 +43,7 @@ from hf_parcor.translation import (
     read_rows,
     tokenize_13a,
 )
-from scripts.campaigns import Run, mean_and_deviation, note_run
+from scripts.campaigns import Run, mean_and_deviation, note_run, run_example
 from scripts.translation_studies import STUDIES, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_6, Study
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_translation.py"
@@ -112,8 +110,7 @@ def train(options: argparse.Namespace, study: Study, run: Run) -> Path:
             start = epoch_checkpoint(options.work / f"plain-seed{run.seed}", int(run.arm.defense.start_epoch))
             if start is not None:
                 flags["resume_from_checkpoint"] = start
-        arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-        subprocess.run([sys.executable, str(EXAMPLE), "--do_train", *arguments, *run.arm.flags], check=True)
+        run_example([EXAMPLE], flags, "--do_train", *run.arm.flags)
         unknown = {"train_seconds": None} if interrupted else {}
         note_run(options.output, options.work, run, torch.get_num_threads(), **unknown)
     averaged = folder / f"average-{study.average}"

@@ -5,24 +5,19 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from hf_parcor import CorruptionEvaluator
 from hf_parcor.evaluation import ClassificationMetric
-from hf_parcor.records import EvaluationRecord
-from scripts.campaigns import Arm, Run
+from scripts.campaigns import Arm, Run, begin, campaign_parser, run_example
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_sst2.py"
 
@@ -54,24 +49,14 @@ def parse_options(
     description: str | None, arms: Mapping[str, Arm], work: str, *, size: str = "small", seeds: int = 3
 ) -> argparse.Namespace:
     """Read the command line of a campaign."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = campaign_parser(description, arms, work, "the SST-2 files", seeds)
     parser.add_argument("--model", required=True, help="a folder or a name on the Hub")
-    parser.add_argument("--data", type=Path, required=True, help="the folder with the SST-2 files")
-    parser.add_argument("--output", type=Path, required=True, help="the folder for records and the table")
-    parser.add_argument("--work", type=Path, default=Path(work), help="the folder for models and logs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 1 + seeds)))
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--arms", nargs="+", choices=arms, help="only run these, in this order, and draw no table")
     parser.add_argument("--size", choices=SIZES, default=size, help="; ".join(f"{k}: {v}" for k, v in SIZES.items()))
     parser.add_argument("--train-samples", type=int, help="fewer than the size has")
-    options = parser.parse_args()
+    options = begin(parser)
     options.size = SIZES[options.size]
     if options.train_samples:
         options.size = replace(options.size, train_samples=options.train_samples)
-    options.output.mkdir(parents=True, exist_ok=True)
-    # One thread each: a process that waits for its other thread gains nothing from a busy core.
-    options.threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    torch.set_num_threads(options.threads)
     return options
 
 
@@ -103,12 +88,8 @@ def train(options: argparse.Namespace, run: Run, *more: str) -> Path:
         "report_to": "none",
         **({"tf32": True} if torch.cuda.is_available() else {}),
     }
-    flags = (part for name, value in fixed.items() for part in (f"--{name}", str(value)))
-    subprocess.run(
-        [sys.executable, *(run.arm.program or [str(EXAMPLE)]), "--do_train", *flags, *run.arm.flags, *more],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
-    )
+    program = run.arm.program or [EXAMPLE]
+    run_example(program, fixed, "--do_train", *run.arm.flags, *more, threads=options.threads)
     return folder
 
 
@@ -138,32 +119,3 @@ def run_example_with(trainer: Callable[..., Any]) -> None:
     example: Any = importlib.import_module(EXAMPLE.stem)
     example.ParameterDefenseTrainer = trainer
     example.main()
-
-
-Measure = Callable[[argparse.Namespace, Run], EvaluationRecord]
-
-
-def over_runs(
-    measure: Measure, title: str, options: argparse.Namespace, arms: Mapping[str, Arm]
-) -> dict[str, list[EvaluationRecord]]:
-    """Measure these arms with every seed, several side by side; one that fails does not stop the others.
-
-    Raises:
-        RuntimeError: Runs failed; when all others are done.
-    """
-    runs = [Run(name, arm, seed) for seed in options.seeds for name, arm in arms.items()]
-    records: dict[str, list[EvaluationRecord]] = {name: [] for name in arms}
-    failed: dict[str, BaseException] = {}
-    with ThreadPoolExecutor(options.jobs) as pool:
-        doing = {run.file_name: pool.submit(measure, options, run) for run in runs}
-        for _ in tqdm(as_completed(doing.values()), desc=title, total=len(runs)):
-            pass
-    for run in runs:
-        error = doing[run.file_name].exception()
-        if error is None:
-            records[run.name].append(doing[run.file_name].result())
-        else:
-            failed[run.file_name] = error
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed: {failed}; call again for them alone")
-    return records

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import re
 import runpy
 import sys
@@ -17,6 +18,7 @@ pytest.importorskip("matplotlib", reason="the figure needs the extra 'plots'")
 pytest.importorskip("sacrebleu", reason="BLEU needs the extra 'translation'")
 
 from hf_parcor.records import EvaluationRecord
+from scripts import campaigns
 from scripts import reproduce_translation as script
 from scripts import translation_studies as paper
 from scripts.translation_studies import STUDIES
@@ -113,14 +115,15 @@ def campaign(tmp_path, monkeypatch):
     options = argparse.Namespace(study="multi30k", **folders, seeds=[1], test_sentences=5)
     options.output.mkdir()
 
-    def run_here(command, check):
+    def run_here(command, check, env):
         """Run the example's program in this process, which has imported everything."""
         assert command[0] == sys.executable
         assert check
+        assert env == os.environ
         monkeypatch.setattr(sys, "argv", command[1:])
         runpy.run_path(command[1], run_name="__main__")
 
-    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run_here))
+    monkeypatch.setattr(campaigns, "subprocess", SimpleNamespace(run=run_here))
     return script.Campaign(options)
 
 
