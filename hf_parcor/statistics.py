@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib import import_module
 from statistics import fmean, mean, stdev
 from types import ModuleType
 
@@ -46,19 +47,19 @@ def sample_deviation(values: Sequence[float]) -> float:
         return math.inf
 
 
-def scipy_special(purpose: str) -> ModuleType:
-    """Return `scipy.special`, or say for what it is needed and how to get it.
+def scipy_module(name: str, purpose: str) -> ModuleType:
+    """Return a module of SciPy, such as `special`, or say for what it is needed and how to get it.
 
     Raises:
         ImportError: SciPy is not installed.
     """
     try:
-        from scipy import special
+        import_module("scipy")
     except ImportError as error:
         raise ImportError(
             f"SciPy is needed for {purpose}; install it with: pip install 'hf-parcor[statistics]'"
         ) from error
-    return special
+    return import_module(f"scipy.{name}")
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
@@ -76,12 +77,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     pairs = [pair for pair in zip(first, second, strict=True) if not any(map(math.isnan, pair))]
     if len(pairs) < 3 or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
         return math.nan
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise ImportError(
-            "SciPy is needed for rank correlations; install it with: pip install 'hf-parcor[statistics]'"
-        ) from error
+    stats = scipy_module("stats", "rank correlations")
     return float(stats.spearmanr([one for one, _ in pairs], [other for _, other in pairs]).statistic)
 
 
@@ -143,7 +139,7 @@ class MeanAndSpread:
             ImportError: SciPy is not installed.
         """
         fraction("level", level)
-        quantile = scipy_special("confidence intervals").stdtrit(self.n - 1, (1 + level) / 2)
+        quantile = scipy_module("special", "confidence intervals").stdtrit(self.n - 1, (1 + level) / 2)
         half_width = float(quantile) * self.standard_error
         return self.mean - half_width, self.mean + half_width
 
@@ -200,7 +196,7 @@ class TTest:
     def critical_value(self, level: float = 0.05) -> float:
         """Return the |t| from which on the result is significant at `level`, in the direction claimed."""
         tail = fraction("level", level) / (2 if self.alternative is Alternative.TWO_SIDED else 1)
-        return -float(scipy_special("critical values").stdtrit(self.df, tail))
+        return -float(scipy_module("special", "critical values").stdtrit(self.df, tail))
 
 
 def student_t_test(
@@ -282,7 +278,7 @@ def _t_test(
     else:
         t = difference / standard_error if standard_error > 0 else math.copysign(math.inf, difference)
     extreme = {Alternative.GREATER: -t, Alternative.LESS: t, Alternative.TWO_SIDED: -abs(t)}[alternative]
-    special = scipy_special("t-tests")
+    special = scipy_module("special", "t-tests")
     tail = (1.0 if extreme > 0 else 0.0) if math.isinf(extreme) else float(special.stdtr(df, extreme))
     p_value = 2 * tail if alternative is Alternative.TWO_SIDED else tail
     return TTest(t, df, p_value, difference, standard_error, alternative)
@@ -347,7 +343,7 @@ def _between(left: float, right: float, share: float) -> float:
 
 def _binomial_quantile(probability: float, n: int, p: float) -> int:
     """Return the smallest k with P(B(n, p) <= k) >= probability."""
-    special = scipy_special("intervals of quantiles")
+    special = scipy_module("special", "intervals of quantiles")
     k: int = max(math.ceil(special.bdtrik(probability, n, p)), 0)
     rounded = probability * (1 - 1e-12)  # both functions round, and a step that is just reached is enough
     smaller_is_enough = k > 0 and special.bdtr(k - 1, n, p) >= rounded

@@ -244,11 +244,16 @@ def means(sweep: SweepRecord) -> dict[str, float]:
     }
 
 
+def compared(sweeps: Mapping[str, SweepRecord]) -> tuple[dict[str, dict[str, float]], str]:
+    """Return the mean accuracies of the groups of each model, and a sentence that lists them, the weakest first."""
+    found = {name: means(sweep) for name, sweep in sweeps.items()}
+    return found, f"{'; '.join(f'{name}: {ranked(of_groups)}' for name, of_groups in found.items())}."
+
+
 def weakest(sweeps: Mapping[str, SweepRecord], group: str) -> tuple[bool, str]:
     """Whether one group is the weakest in each model, by its mean accuracy over ε."""
-    found = {name: means(sweep) for name, sweep in sweeps.items()}
-    listed = "; ".join(f"{name}: {ranked(of_groups)}" for name, of_groups in found.items())
-    return all(min(of_groups, key=lambda one: of_groups[one]) == group for of_groups in found.values()), f"{listed}."
+    found, listed = compared(sweeps)
+    return all(min(of_groups, key=lambda one: of_groups[one]) == group for of_groups in found.values()), listed
 
 
 def below(sweeps: Mapping[str, SweepRecord], weaker: str, stronger: str) -> tuple[bool, str]:
@@ -268,9 +273,8 @@ def ranked(of_groups: Mapping[str, float]) -> str:
 
 def lower_is_weaker(sweeps: Mapping[str, SweepRecord]) -> tuple[bool, str]:
     """Whether each stage is weaker than the one above it, in each model."""
-    found = {name: means(sweep) for name, sweep in sweeps.items()}
-    listed = "; ".join(f"{name}: {ranked(of_groups)}" for name, of_groups in found.items())
-    return all(list(of_groups.values()) == sorted(of_groups.values()) for of_groups in found.values()), f"{listed}."
+    found, listed = compared(sweeps)
+    return all(list(of_groups.values()) == sorted(of_groups.values()) for of_groups in found.values()), listed
 
 
 def claims(records: Mapping[str, EvaluationRecord], probes: Mapping[str, Mapping[str, SweepRecord]]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_parcor.arguments import check_finite, check_positive
 from hf_parcor.records.sensitivity import Choice, RecipeRecord, SensitivityRecord
+from hf_parcor.statistics import scipy_module
 
 _LARGEST = 1e4  # what numbers are scaled to, for the solver
 
@@ -247,7 +248,7 @@ class _Problem:
         """
         import numpy as np
 
-        optimize = _scipy_optimize()
+        optimize = scipy_module("optimize", "choosing formats")
         aims, sizes = np.asarray(objective, float), np.asarray(taken, float)
         places = np.asarray([place for place, _ in self._flat])
         one_each = (places[None, :] == np.arange(len(self._groups))[:, None]).astype(float)
@@ -277,16 +278,6 @@ class _Problem:
 def _at_most(limit: float) -> float:
     """Return a limit with room for the rounding of sums."""
     return limit + 1e-9 * abs(limit)
-
-
-def _scipy_optimize() -> Any:
-    try:
-        from scipy import optimize
-    except ImportError as error:
-        raise ImportError(
-            "SciPy is needed to choose formats; install it with: pip install 'hf-parcor[statistics]'"
-        ) from error
-    return optimize
 
 
 def _record(

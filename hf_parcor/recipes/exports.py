@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from hf_parcor.corruptions import FloatQuantization
+from hf_parcor.recipes.measured import format_of
 from hf_parcor.records.sensitivity import RecipeRecord
 from hf_parcor.records.stored import replace_text
 
@@ -97,19 +99,12 @@ def torchao_settings(record: RecipeRecord) -> dict[str, Any]:
 
 def _torchao(label: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return one of torchao's configurations as its `config_to_dict` writes it; what is left out has its default."""
-    one = {
-        "per": "tensor",
-        "symmetric": True,
-        "code_range": "restricted",
-        "zero_point": "integer",
-        "arithmetic": "float32",
-        **settings["settings"],
-    }
-    per = one["per"]
-    if settings["corruption"] == "float_quantization":
-        if one["format"] == "nvfp4":
+    one = format_of(settings)
+    per = one.per
+    if isinstance(one, FloatQuantization):
+        if one.format == "nvfp4":
             return _ao("NVFP4WeightOnlyConfig", 1)
-        float8 = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}.get(one["format"])
+        float8 = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}.get(one.format)
         if float8 is not None:
             return _ao(
                 "Float8WeightOnlyConfig",
@@ -118,22 +113,22 @@ def _torchao(label: str, settings: Mapping[str, Any]) -> dict[str, Any]:
                 granularity=_granularity(per, "PerRow"),
                 set_inductor_config=False,
             )
-    integers = one["zero_point"] == "integer" and one["bits"] <= 8 if "bits" in one else False
-    mapping = (
-        {"full": "SYMMETRIC", "unclipped": "SYMMETRIC_NO_CLIPPING_ERR"}.get(one["code_range"])
-        if one["symmetric"]
-        else "ASYMMETRIC"
-    )
-    if integers and (one["bits"], one["arithmetic"], mapping) == (8, "float32", "SYMMETRIC"):
-        return _ao("Int8WeightOnlyConfig", 2, granularity=_granularity(per, "PerRow"), set_inductor_config=False)
-    if integers and one["arithmetic"] == "weight" and mapping is not None and per != "tensor":
-        return _ao(
-            "IntxWeightOnlyConfig",
-            2,
-            weight_dtype=_dtype(f"int{one['bits']}"),
-            granularity=_granularity(per, "PerAxis"),
-            mapping_type={"_type": "MappingType", "_data": mapping},
+    elif one.zero_point == "integer" and one.bits <= 8:
+        mapping = (
+            {"full": "SYMMETRIC", "unclipped": "SYMMETRIC_NO_CLIPPING_ERR"}.get(one.code_range)
+            if one.symmetric
+            else "ASYMMETRIC"
         )
+        if (one.bits, one.arithmetic, mapping) == (8, "float32", "SYMMETRIC"):
+            return _ao("Int8WeightOnlyConfig", 2, granularity=_granularity(per, "PerRow"), set_inductor_config=False)
+        if one.arithmetic == "weight" and mapping is not None and per != "tensor":
+            return _ao(
+                "IntxWeightOnlyConfig",
+                2,
+                weight_dtype=_dtype(f"int{one.bits}"),
+                granularity=_granularity(per, "PerAxis"),
+                mapping_type={"_type": "MappingType", "_data": mapping},
+            )
     raise NoSuchFormatError(
         f"expected a format that torchao has, got {label}; let sensitivity try those of "
         "hf_parcor.corruptions.quantization's table"
@@ -178,8 +173,10 @@ def bitsandbytes_settings(record: RecipeRecord) -> dict[str, Any]:
 
 def _code_bits(settings: Mapping[str, Any]) -> int:
     """Return how many bits a code has, without scales."""
-    one = settings["settings"]
-    return int(one["bits"]) if "bits" in one else 8 if one["format"].startswith("fp8") else 4
+    one = format_of(settings)
+    if isinstance(one, FloatQuantization):
+        return 8 if one.format.startswith("fp8") else 4
+    return int(one.bits)
 
 
 def _exactly(name: str, others: list[str]) -> str:
@@ -212,19 +209,18 @@ def llm_compressor_settings(record: RecipeRecord) -> dict[str, Any]:
 
 def _compressed(label: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that compressed-tensors calls `QuantizationArgs`."""
-    one = {"per": "tensor", "symmetric": True, "zero_point": "integer", **settings["settings"]}
-    per, of_format = one["per"], one.get("format", "")
-    if of_format in ("fp8_e4m3", "") and one["zero_point"] == "integer" and one.get("bits", 8) <= 8:
-        blocks = {"strategy": "group", "group_size": per} if isinstance(per, int) else {"strategy": per}
-        kind = "float" if of_format else "int"
+    one = format_of(settings)
+    is_float = isinstance(one, FloatQuantization)
+    if one.format == "fp8_e4m3" if is_float else one.zero_point == "integer" and one.bits <= 8:
+        blocks = {"strategy": "group", "group_size": one.per} if isinstance(one.per, int) else {"strategy": one.per}
         return {
-            "num_bits": one.get("bits", 8),
-            "type": kind,
-            "symmetric": one["symmetric"],
+            "num_bits": 8 if is_float else one.bits,
+            "type": "float" if is_float else "int",
+            "symmetric": is_float or one.symmetric,
             "dynamic": False,
             **blocks,
         }
-    if of_format == "nvfp4":
+    if is_float and one.format == "nvfp4":
         blocks = {"strategy": "tensor_group", "group_size": 16}
         return {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False, **blocks}
     raise NoSuchFormatError(f"expected a format that llm-compressor has, got {label}; try integers or fp8_e4m3")

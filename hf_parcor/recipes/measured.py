@@ -17,6 +17,16 @@ from hf_parcor.records.evaluation import EvaluationRecord
 from hf_parcor.records.sensitivity import RecipeRecord
 
 
+def format_of(described: Mapping[str, Any]) -> Any:
+    """Return the format that a record describes.
+
+    Examples:
+        >>> print(format_of({"corruption": "quantization", "settings": {"bits": 4, "per": 32}}))
+        4-bit quantization per group of 32
+    """
+    return CORRUPTIONS[described["corruption"]](**described["settings"])
+
+
 @dataclass(frozen=True)
 class MixedQuantization(Corruption):
     """Every weight that a recipe names rounded to its own format; others stay as they are.
@@ -45,9 +55,7 @@ class MixedQuantization(Corruption):
     @classmethod
     def of(cls, recipe: RecipeRecord, name: str = "recipe") -> MixedQuantization:
         """Return the corruption that a recipe stands for."""
-        made = {
-            label: CORRUPTIONS[one["corruption"]](**one["settings"]) for label, one in recipe.formats.items() if one
-        }
+        made = {label: format_of(one) for label, one in recipe.formats.items() if one}
         chosen = tuple((weight, made[one.format]) for weight, one in recipe.weights() if one.format is not None)
         return cls(name, recipe.bits, chosen, recipe.by if recipe.budget else "")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_parcor.arguments import check_count
-from hf_parcor.statistics import scipy_special
+from hf_parcor.statistics import scipy_module
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,7 +77,7 @@ class RandomCorruptionRatio:
             >>> round(RandomCorruptionRatio(1_000_000_000).log_density(0.5), 3)
             -143841025.659
         """
-        special = scipy_special(_PURPOSE)
+        special = scipy_module("special", _PURPOSE)
 
         def evaluate(values: Any) -> Any:
             import numpy as np
@@ -122,7 +122,7 @@ class RandomCorruptionRatio:
             >>> round(RandomCorruptionRatio(1000).cdf(0.05), 4)
             0.8861
         """
-        special = scipy_special(_PURPOSE)
+        special = scipy_module("special", _PURPOSE)
         return _evaluate(lambda values: special.betainc(0.5, self._half, _square(values)), x)
 
     def survival(self, x: Numbers) -> Numbers:
@@ -132,7 +132,7 @@ class RandomCorruptionRatio:
             >>> f"{RandomCorruptionRatio(1000).survival(0.5):.2g}"  # reaching half of the worst case by chance
             '2e-64'
         """
-        special = scipy_special(_PURPOSE)
+        special = scipy_module("special", _PURPOSE)
         return _evaluate(lambda values: special.betaincc(0.5, self._half, _square(values)), x)
 
     def log_survival(self, x: Numbers) -> Numbers:
@@ -149,7 +149,7 @@ class RandomCorruptionRatio:
             >>> f"{RandomCorruptionRatio(1_000_000_000).log_survival(0.5):.0f}"  # half of the worst case by chance
             '-143841046'
         """
-        special = scipy_special(_PURPOSE)
+        special = scipy_module("special", _PURPOSE)
 
         def evaluate(values: Any) -> Any:
             import numpy as np
@@ -176,7 +176,7 @@ class RandomCorruptionRatio:
             >>> round(RandomCorruptionRatio(1_000_000_000).quantile(0.95) * 1_000_000_000**0.5, 4)
             1.96
         """
-        special = scipy_special(_PURPOSE)
+        special = scipy_module("special", _PURPOSE)
         return _evaluate(lambda values: special.betaincinv(0.5, self._half, _fractions(values)) ** 0.5, probability)
 
     def upper_quantile(self, probability: Numbers) -> Numbers:
@@ -189,7 +189,7 @@ class RandomCorruptionRatio:
             >>> round(RandomCorruptionRatio(1_000_000_000).upper_quantile(1e-100) * 1_000_000_000**0.5, 3)
             21.306
         """
-        special = scipy_special(_PURPOSE)
+        special = scipy_module("special", _PURPOSE)
         return _evaluate(lambda values: special.betainccinv(0.5, self._half, _fractions(values)) ** 0.5, probability)
 
     def signed_cdf(self, x: Numbers) -> Numbers:
@@ -205,7 +205,7 @@ class RandomCorruptionRatio:
             >>> [RandomCorruptionRatio(3).signed_cdf(x) for x in (-0.5, 0.0, 0.5)]
             [0.25, 0.5, 0.75]
         """
-        special = scipy_special(_PURPOSE)
+        special = scipy_module("special", _PURPOSE)
 
         def evaluate(values: Any) -> Any:
             import numpy as np
