@@ -1,7 +1,7 @@
 """Does training for what will happen to the weights help? SST-2, every arm under every quantizer, noise and flips.
 
-    python -m scripts.deploy_sst2 --model MODEL --data FOLDER --output scripts/results/deploy
-    python -m scripts.deploy_sst2 --model MODEL --data FOLDER --size full --jobs 16 --output scripts/results/sst2_full
+    python -m scripts.deploy_sst2 --model MODEL --data FOLDER --output runs/deploy-small
+    python -m scripts.deploy_sst2 --model MODEL --data FOLDER --size full --jobs 16 --output runs/deploy-full
 
 Each arm is trained with each seed, as in `reproduce_sst2.py`, and measured by `examples/train_sst2.py` under what is
 named below. The output folder gets a record for each run and `table.md`: mean ± sample standard deviation over seeds,

@@ -77,7 +77,8 @@ class _Told:
         info = scores.info(self.metric)
         self.greater = info.greater_is_better
         self.numbers = Numbers(info.unit)
-        self.clean = scores.clean[self.metric]
+        # What was measured as a whole is compared with its own start: it may be on other rows than the scores are.
+        self.clean = scores.clean[self.metric] if measured is None else measured.clean.mean(self.metric)
         self.formats = short_formats(recipe.formats)
         self.names = dict(zip(recipe.choice, short_names(list(recipe.choice)), strict=True))
 
@@ -151,7 +152,7 @@ def content_of_recipe(
         metric=told.metric,
         numbers=told.numbers,
         findings=[Finding(answer(scores, recipe, measured)), *_findings(told)],
-        notes=_notes(told),
+        notes=_notes(told, measured),
         front=None if panel is None else _front_table(told, panel),
         panels=[] if panel is None else [panel],
         no_curves="",
@@ -204,7 +205,7 @@ def _bits(row: CorruptionRecord) -> float:
     return float(row.settings["bits"])
 
 
-def _notes(told: _Told) -> list[str]:
+def _notes(told: _Told, measured: EvaluationRecord | None) -> list[str]:
     scores = told.scores
     within = sum(group.parameters for group in scores.groups.values())
     share = f" of {scores.parameters:,}" if scores.parameters else ""
@@ -221,8 +222,14 @@ def _notes(told: _Told) -> list[str]:
             f"Measured on {rows:,} rows, of which one is {told.numbers.difference(1 / rows)}: a few rows, "
             "and gains, are chance."
         )
-    if not told.rows:
+    if measured is None:
         said.append("The recipe was not measured as a whole: that costs add up is an assumption.")
+    elif scores.data and measured.data:
+        said.append(
+            "Chosen and measured on the same rows: what was lucky there was chosen, so it is a little too good."
+            if scores.data == measured.data
+            else "Chosen on some rows, and measured as a whole on others: these numbers owe nothing to the choice."
+        )
     return [*said, *scores.notes, *told.recipe.notes, *scores.info(told.metric).guesses(told.metric)]
 
 

@@ -33,8 +33,13 @@ class Table(NamedTuple):
     shares: tuple[tuple[float | None, ...], ...] = ()
 
 
-def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    r"""Return a Markdown table of escaped texts, its columns in line: the first at the left, the others at the right.
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]], *, texts: int = 1) -> str:
+    r"""Return a Markdown table of escaped texts, its columns in line: texts at the left, numbers at the right.
+
+    Args:
+        header: The names of the columns.
+        rows: The cells of each line.
+        texts: How many columns, from the first on, hold texts.
 
     Examples:
         >>> print(markdown_table(["accuracy (%)", "plain"], [["no corruption", "92.3"], ["a|b", "60.0 ± 1.0"]]))
@@ -45,11 +50,15 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """
     lines = [[text_of(cell) for cell in line] for line in (header, *rows)]
     widths = [_width(column) for column in zip(*lines, strict=True)]
-    marks = [":" + "-" * (width - 1) if place == 0 else "-" * (width - 1) + ":" for place, width in enumerate(widths)]
+    marks = [
+        f":{'-' * (width - 1)}" if place < texts else f"{'-' * (width - 1)}:" for place, width in enumerate(widths)
+    ]
     shown = []
     for line in (lines[0], marks, *lines[1:]):
-        first, *others = zip(line, widths, strict=True)
-        shown.append(" | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]))
+        cells = enumerate(zip(line, widths, strict=True))
+        shown.append(
+            " | ".join(cell.ljust(width) if place < texts else cell.rjust(width) for place, (cell, width) in cells)
+        )
     return "\n".join(f"| {line} |" for line in shown)
 
 

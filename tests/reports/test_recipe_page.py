@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from browser import WIDTHS, check_it_fits, look
@@ -65,6 +66,21 @@ def test_the_answer_names_what_is_spared_and_what_either_way_costs() -> None:
     worse = report(together=2.0).verdict[1]
     assert "−0.2 points" in worse
     assert "−0.4 points" in worse, "what adds up, and what was measured"
+
+
+@for_each("rows, word", [("these", "same rows"), ("others", "owe nothing to the choice")])
+def test_where_it_was_judged_is_said_and_its_own_start_counts(rows, word, tmp_path) -> None:
+    scores = replace(scores_of(one_weak_part), data="these")
+    chosen = recipe(scores, bits=4.5)
+    measured = measured_of(front(scores, chosen))
+    judged = replace(measured.clean, metrics={"accuracy": (0.8,), "loss": (0.3,)})
+    rows_there = tuple(
+        replace(row, metrics={**row.metrics, "accuracy": (row.mean("accuracy") - 0.1,)})
+        for row in measured.corruptions
+    )
+    page = RecipeReport(scores, chosen, replace(measured, data=rows, clean=judged, corruptions=rows_there))
+    assert word in page.to_markdown(tmp_path / "recipe.md").read_text(encoding="utf-8")
+    assert page.answer == report().answer, "ten points fewer before and after: the same is lost"
 
 
 @for_each(

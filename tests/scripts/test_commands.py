@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the figures need the extra 'plots'")
 
+from scripts.reproduce import STUDIES
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 RESULTS = SCRIPTS / "results"
 SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in SCRIPTS.glob("*.py")}
@@ -52,6 +54,8 @@ TRANSLATION = "--tables 6 figure-3 --test-sentences 500 --data none --output"
     [
         (f"reproduce_sst2 {CAMPAIGN}", "sst2"),
         (f"defend_for_less {CAMPAIGN}", "less"),
+        (f"deploy_sst2 --size full --arms {' '.join(STUDIES['sst2']['full'].arms)} {CAMPAIGN}", "sst2_full"),
+        (f"deploy_sst2 --size full --arms plain multi_step_risk-1 sam-half {CAMPAIGN}", "sst2_first"),
         ("reproduce_parser --data none --output", "parser"),
         (f"reproduce_translation --study multi30k {TRANSLATION}", "translation/multi30k"),
         (f"reproduce_translation --study tatoeba --seeds 1 {TRANSLATION}", "translation/tatoeba"),

@@ -1,0 +1,181 @@
+"""The page of claims and the first table are those of the records, and its tests are SciPy's."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from for_each import for_each
+
+stats = pytest.importorskip("scipy.stats", reason="tests need the extra 'statistics'")
+claims = importlib.import_module("scripts.claims")
+reproduce = importlib.import_module("scripts.reproduce")
+
+COMPARED = [claim.evidence for claim in claims.CLAIMS if isinstance(claim.evidence, claims.Higher)]
+
+
+def by_hand(runs) -> list[float]:
+    """Return the numbers of some runs, read as plain JSON."""
+    found = []
+    for seed in range(1, 10):
+        path = reproduce.RESULTS / runs.folder / f"{runs.arm}-seed{seed}{runs.ending}.json"
+        if not path.exists():
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record = record["records"][runs.group] if runs.group else record
+        rows = [record["clean"], *record["corruptions"]]
+        chosen = [
+            row for row in rows if runs.rows(claims.CorruptionRecord(row["corruption"], row["label"], {}, (0,), {}))
+        ]
+        means = [sum(row["metrics"][runs.metric]) / len(row["metrics"][runs.metric]) for row in chosen]
+        found.append(sum(means) / len(means) * (1 if "bleu" in runs.metric else 100))
+    return found
+
+
+def test_comparisons_are_scipys() -> None:
+    ours, theirs = [], []
+    for one in COMPARED:
+        first, second = by_hand(one.first), by_hand(one.second)
+        assert (one.first.values(), one.second.values()) == (pytest.approx(first), pytest.approx(second))
+        ours.append(one.test().p_value)
+        theirs.append(stats.ttest_ind([value + one.margin for value in first], second, alternative="greater").pvalue)
+    assert ours == pytest.approx(theirs)
+    order = sorted(range(len(theirs)), key=lambda place: theirs[place])
+    holds, still = set(), True
+    for rank, place in enumerate(order):  # Holm: the smallest against 0.05/m, then 0.05/(m − 1), until one fails
+        still = still and theirs[place] < 0.05 / (len(order) - rank)
+        holds |= {place} if still else set()
+    rows = [row for row in claims.rows() if isinstance(row.claim.evidence, claims.Higher)]
+    assert {place for place, row in enumerate(rows) if row.verdict == claims.CONFIRMED} == holds
+
+
+@pytest.mark.parametrize("path", [claims.PAGE, claims.README], ids=lambda path: path.parent.name)
+def test_pages_are_those_of_the_records(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text == (claims.page() if path == claims.PAGE else claims.with_first_table(text))
+
+
+def test_the_first_table_is_between_its_marks() -> None:
+    start, end = claims.FIRST_TABLE
+    text = f"above\n{start}old\n{end}below\n"
+    assert claims.with_first_table(text) == f"above\n{start}{claims.first_table()}{end}below\n"
+
+
+STUDIES = [(name, size, study) for name, sizes in reproduce.STUDIES.items() for size, study in sizes.items()]
+
+
+def test_studies_are_campaigns_and_their_records() -> None:
+    for name, size, study in STUDIES:
+        module = importlib.import_module(f"scripts.{study.words()[1].removeprefix('scripts.')}")
+        assert set(study.arms) <= set(getattr(module, "ARMS", ())), (name, size)
+        folder = reproduce.RESULTS / study.records
+        assert folder.is_dir(), (name, size)
+        seeds = {int(seed) for path in folder.glob("*.json") for seed in re.findall(r"-seed(\d+)", path.name)}
+        assert not study.records or not seeds or seeds == set(study.seeds), (name, size)
+
+
+@for_each("name, size", [(name, size) for name, size, _ in STUDIES])
+def test_a_study_is_read_by_its_campaign(name, size, monkeypatch, capsys) -> None:
+    """What would run is a command line that the campaign's own parser takes, up to where it would begin to work."""
+    monkeypatch.setattr(sys, "argv", ["x", name, "--size", size, "--model", "M", "--data", "D", "--dry-run"])
+    with pytest.raises(SystemExit, match="0"):
+        reproduce.main()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python -m")]
+    _, _, module, *arguments = shlex.split(line)
+    monkeypatch.setattr(sys, "argv", [module, *arguments, "--no-such-flag"])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(module).main()
+    assert "unrecognized arguments: --no-such-flag" in capsys.readouterr().err
+
+
+@for_each(
+    "words, what",
+    [
+        ([], "expected a study"),
+        (["probes", "--size", "full"], "--size"),
+        (["sst2"], "--data and --model"),
+        (["parser"], "--data"),
+        (["theory", "--data", "D", "--hours", "1", "--dry-run"], "--hours"),
+        (["sst2", "--model", "M", "--data", "D", "--hours", "0.001", "--dry-run"], "nothing fits"),
+    ],
+)
+def test_what_cannot_run_is_said_before(words, what, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", *words])
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main()
+    assert what in capsys.readouterr().err
+
+
+def test_hours_never_hold_more_than_fits() -> None:
+    seconds = {f"arm{count}": 100.0 * count for count in range(1, 6)}
+    for jobs, hours in [(1, 0.1), (2, 0.1), (3, 1.0), (1, 5.0)]:
+        fitting, others = reproduce.plan(seconds, [*seconds, "new"], 3, jobs, hours)
+        assert 3 * sum(seconds[arm] for arm in fitting) <= 3600 * hours * jobs
+        assert {*fitting, *others} == {*seconds, "new"}
+        assert others["new"] == "never timed"
+        left = 3600 * hours * jobs - 3 * sum(seconds[arm] for arm in fitting)
+        assert all(3 * seconds[arm] > left for arm in others if arm in seconds), "none of the others would fit"
+
+
+def difference(first: str, second: str, label: str, folder: str = "sst2_first") -> float:
+    return claims.arms(folder, first, second, claims.labelled(label)).test().mean_difference
+
+
+def mean(arm: str, label: str, folder: str = "sst2_full") -> str:
+    values = claims.Runs(folder, arm, claims.labelled(label)).values()
+    return f"{sum(values) / len(values):.1f}"
+
+
+def time_of(arm: str) -> str:
+    rows = json.loads((reproduce.RESULTS / "benchmark.json").read_text(encoding="utf-8"))["rows"]
+    (row,) = (row for row in rows if row["arm"] == arm)
+    return f"{row['time_ratio_median']:.2f}"
+
+
+def numbers_of_the_first_page() -> list[str]:
+    """Return what the first page says beside its table, with the numbers of the records."""
+    worst = [
+        difference("multi_step_risk-1", "plain", label)
+        for label in (
+            "gradient-based L2 ε=0.1",
+            "gradient-based L2 ε=0.2",
+            "multi-step L2 ε=0.1",
+            "gradient-based L2 ε=0.5",
+        )
+    ]
+    noise = claims.arms("sst2_first", "multi_step_risk-1", "plain", claims.labelled("Gaussian σ=0.02")).test()
+    bits = difference("multi_step_risk-1", "plain", "6-bit quantization")
+    gpu = claims.costs_two_passes_on_a_gpu()[1]
+    long, short = (re.search(rf"{shape}: ([\d.]+)", gpu)[1] for shape in ("64 × 512", "32 × 128"))
+    return [
+        f"keeps {min(worst):.1f} to {max(worst):.1f} points more",
+        f"gains {noise.mean_difference:.1f} (t = {noise.t:.0f}), at 6 bits {bits:.1f}",
+        f"holds {mean('half-4-bits', '4-bit quantization')} there, where plain training holds "
+        f"{mean('plain', '4-bit quantization')}",
+        f"keeps {mean('worst-and-4-bits', '3 worst flips (int8)')} after the three worst bit flips of int8 codes, "
+        f"where plain keeps {mean('plain', '3 worst flips (int8)')}",
+        f"K = 1 takes {time_of('whole model, K = 1')} stock steps on a CPU, {long} (batches of 64 × 512 tokens) to "
+        f"{short} (32 × 128) on an H100; the last of six layers {time_of('last layer, K = 1')}",
+    ]
+
+
+@for_each("said", numbers_of_the_first_page())
+def test_numbers_of_the_first_page(said) -> None:
+    assert said in " ".join(claims.README.read_text(encoding="utf-8").split())
+
+
+TABLES = (Path(claims.__file__).parent / "README.md").read_text(encoding="utf-8")
+
+
+@for_each("folder", ["sst2_first", "sst2_full"])
+def test_rows_of_the_tables_are_those_of_the_records(folder) -> None:
+    kept = (reproduce.RESULTS / folder / "table.md").read_text(encoding="utf-8").splitlines()
+    header = next(line for line in kept if line.startswith("| accuracy"))
+    shown = TABLES[TABLES.index(header) :].split("\n\n")[0].splitlines()
+    assert len(shown) > 10
+    assert [line for line in shown if line not in kept] == []
