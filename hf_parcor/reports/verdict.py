@@ -130,7 +130,46 @@ def probe_verdict(study: Study, numbers: Numbers) -> list[Finding]:
         of_one = len(curves) == 1
         finding = _of_one_group(study, numbers, curves) if of_one else _of_groups(study, numbers, curves, groups)
         findings.append(finding._replace(headline=f"{series.name}: {finding.headline}"))
-    return sorted(findings, key=lambda finding: (not finding.clear, not finding.remedy))
+    findings.sort(key=lambda finding: (not finding.clear, not finding.remedy))
+    return _with_one_row([*_worst_of_all(study, numbers), *findings], study, numbers)
+
+
+def _with_one_row(findings: list[Finding], study: Study, numbers: Numbers) -> list[Finding]:
+    """Return findings of which the first says what one row of the data is worth, where that is known."""
+    rows = {0 if record.evaluated_on is None else record.evaluated_on.rows or 0 for record in study.records}
+    if study.info.unit != SHARE or len(rows) > 1 or 0 in rows or not findings:
+        return findings
+    (count,) = rows
+    first = findings[0]
+    worth = f"One of {count:,} rows is {numbers.difference(1 / count)}."
+    return [first._replace(detail=_joined(first.detail, worth)), *findings[1:]]
+
+
+def _worst_of_all(study: Study, numbers: Numbers) -> list[Finding]:
+    """Return what harms most, of one group under several series of corruptions; nothing where not all is finite."""
+    [groups] = study.models.values()
+    curves = {series: curve for series, by_key in study.curves.items() for curve in by_key.values()}
+    points = [(series, curve, point) for series, curve in curves.items() for point in curve.points]
+    all_finite = all(point.reliable for curve in curves.values() for point in curve.all_points)
+    if len(groups) > 1 or len(curves) < 2 or not all_finite or _nothing_to_lose(study, {"": points[0][1]}):
+        return []
+    series, curve, worst = max(points, key=lambda one: sample_mean(one[1].drops([one[2].name])))
+    limit = NEGLIGIBLE * abs(curve.clean.mean)
+    if sample_mean(curve.drops([worst.name])) <= limit:
+        return []
+    held = [
+        other.name
+        for other, of_other in curves.items()
+        if all(abs(sample_mean(of_other.drops([point.name]))) <= limit for point in of_other.points)
+    ]
+    clean = numbers.with_unit(curve.clean.mean)
+    return [
+        Finding(
+            f"{study.metric} {_moves(study)} most under {series.name} at {worst.name}: from {clean} to "
+            f"{numbers.with_unit(worst.mean)}.",
+            f"Under {_listed(held)} it stays within 1 % of its value without corruption." if held else "",
+        )
+    ]
 
 
 def _nothing_to_lose(study: Study, curves: Mapping[str, Curve]) -> str:
@@ -264,13 +303,16 @@ def _ranked(
             "these.",
             _joined(size, unranked),
         )
+    weakest = f"{top} is the weakest{which}"
     if top not in p_values and ratio < STANDS_OUT:
-        return Finding(f"no group{which} stands out.", _joined(size, unranked))
+        rounded = math.floor(10 * ratio) / 10  # never up to what would stand out
+        rule = f"measured once, a group stands out from {STANDS_OUT:g} times on"
+        said = f"{weakest}, {times(rounded)} times as fragile as the median of the others; {rule}."
+        return Finding(said, _joined(size, unranked))
     if top in p_values and p_values[top] >= LEVEL:
-        judged = (
-            f"no difference between the groups{which} is beyond the {study.spread} ({probability(p_values[top])})."
-        )
-        return Finding(judged, _joined(size, unranked))
+        by = f", {times(ratio)} times as fragile as the median of the others" if median > limit else ""
+        judged = f"no difference between the groups{which} is beyond the {study.spread} ({probability(p_values[top])})"
+        return Finding(f"{weakest}{by}; {judged}.", _joined(size, unranked))
     others = "gets better" if median < -limit else "loses next to nothing"
     headline = (
         f"{top} is {times(ratio)} times as fragile as the median of the others."
@@ -368,6 +410,7 @@ class Difference:
         gain: How much better this model is; NaN where that cannot be told.
         p_value: Welch's, two-sided, with Holm's correction; None where there is no spread to judge by.
         broken: Other metrics that are not finite where this one is: it may come from what is no answer.
+        family: What a reader calls such corruptions.
     """
 
     model: str
@@ -378,6 +421,7 @@ class Difference:
     gain: float
     p_value: float | None = None
     broken: tuple[str, ...] = ()
+    family: str = ""
 
     @property
     def clear(self) -> bool:
@@ -412,7 +456,8 @@ def differences(study: Study, *, by_strength: bool) -> list[Difference]:
                     levels = first.levels(chosen), second.levels(chosen)
                     points = [point for curve in (first, second) for point in curve.points if point.name in chosen]
                     broken = dict.fromkeys(name for point in points if not point.reliable for name in point.broken)
-                    found.append(_difference(study, model, group, what, *levels, tuple(broken)))
+                    family = FAMILIES.get(series.corruption, f"under {series.name}")
+                    found.append(_difference(study, model, group, what, *levels, tuple(broken), family))
     pairs = {index: (one.first, one.second) for index, one in enumerate(found) if not one.broken}
     p_values = adjusted_p_values(pairs, Alternative.TWO_SIDED)
     return [replace(one, p_value=p_values.get(index)) for index, one in enumerate(found)]
@@ -430,13 +475,46 @@ def comparison_verdict(study: Study, numbers: Numbers) -> list[Finding]:
             continue
         clean, *corrupted = of_model
         several = len(study.groups) > 1
-        findings.append(Finding(f"{model} against {baseline}: {_count(study, corrupted)}"))
+        counted = _count(study, corrupted)
+        averages = _averages(study, numbers, clean, corrupted)
+        findings.append(Finding(f"{model} against {baseline}: {averages}", counted[0].upper() + counted[1:]))
         clear = sorted((one for one in corrupted if one.clear), key=lambda one: -abs(one.gain))
         named = clear[:_MODELS_NAMED] or _largest(corrupted)
         named += [one for one in corrupted if not math.isfinite(one.gain)][:_MODELS_NAMED]
         findings += [Finding("", _sentence(one, numbers, study.metric, several=several)) for one in named]
         findings.append(Finding("", _sentence(clean, numbers, study.metric, several=False)))
-    return findings
+    return _with_one_row(findings, study, numbers)
+
+
+FAMILIES = {  # what a reader calls the corruptions of the catalogue; others go by their own title
+    "gradient": "in the worst direction",
+    "multi_step": "in the worst direction",
+    "random": "under noise",
+    "gaussian": "under noise",
+    "uniform": "under noise",
+    "quantization": "when quantized",
+    "float_quantization": "when quantized",
+    "bit_flips": "with flipped bits",
+    "worst_bit_flips": "with flipped bits",
+}
+
+
+def _averages(study: Study, numbers: Numbers, clean: Difference, corrupted: Sequence[Difference]) -> str:
+    """Return how the metric differs on average over each family of corruptions, and without corruption."""
+    changes: dict[str, list[float]] = {family: [] for family in FAMILIES.values()}
+    for one in corrupted:
+        if math.isfinite(one.gain):
+            changes.setdefault(one.family, []).append(sample_mean(one.second) - sample_mean(one.first))
+    told = [
+        f"{numbers.difference(sample_mean(found), sign=True)} {family}" for family, found in changes.items() if found
+    ]
+    without = sample_mean(clean.second) - sample_mean(clean.first)
+    if math.isfinite(without):
+        told.append(f"{numbers.difference(without, sign=True)} without corruption")
+    if not told:
+        return f"{study.metric} is not a finite number."
+    less = "" if study.greater_is_better else " (less is better)"
+    return f"{study.metric}{less}, on average, {', '.join(told)}."
 
 
 def _count(study: Study, corrupted: list[Difference]) -> str:
@@ -498,9 +576,11 @@ def _difference(
     first: tuple[float, ...],
     second: tuple[float, ...],
     broken: tuple[str, ...] = (),
+    family: str = "",
 ) -> Difference:
     gain = metric_drop(sample_mean(second), sample_mean(first), greater_is_better=study.greater_is_better)
-    return Difference(model, group, what, first, second, math.nan if broken else gain, broken=broken)
+    told = math.nan if broken else gain
+    return Difference(model, group, what, first, second, told, broken=broken, family=family)
 
 
 _QUOTED = 8  # as many notes of records a report repeats

@@ -108,7 +108,7 @@ ONE_MODEL = {
         lambda of: RobustnessReport(probe(of, a=(0.95, 0.85), b=(0.9, 0.9))),
         lambda of: RobustnessReport(probe(of, a=(0.95, 0.85), b=(0.9, 0.9), c=(nan, nan))),
     ),
-    "no group stands out": (
+    "b is the weakest, 1.1 times": (
         lambda of: RobustnessReport(probe(of, a=(0.6, 0.5), b=(0.6, 0.4))),
         lambda of: RobustnessReport(probe(of, a=(0.6, 0.5), b=(0.6, 0.4), c=(nan, nan))),
     ),
@@ -235,7 +235,7 @@ SEVERAL = {
         lambda of: compare({"x": two(of, 0.5, 0.5), "y": two(of, 0.8, 0.5)}),
         lambda of: compare({"x": both(of, 0.5, 0.5), "y": both(of, 0.8, 0.2)}),
     ),
-    "no difference is beyond the spread over trials in 2 comparisons.": (
+    "No difference is beyond the spread over trials in 2 comparisons.": (
         lambda of: compare({"x": two(of, 0.5, 0.5), "y": two(of, 0.505, 0.505)}),
         lambda of: compare({"x": both(of, 0.5, 0.5), "y": both(of, 0.505, 0.1)}),
     ),
