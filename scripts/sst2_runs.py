@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_parcor import CorruptionEvaluator
 from hf_parcor.evaluation import ClassificationMetric
@@ -95,16 +95,20 @@ def train(options: argparse.Namespace, run: Run, *more: str) -> Path:
 
 def model_and_batches(options: argparse.Namespace, folder: Path) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
     """Return a trained model, and the dev sentences for it, sorted by length."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    with gzip.open(options.data / "dev.tsv.gz", "rt", encoding="utf-8") as file:
+    return model, dev_batches(AutoTokenizer.from_pretrained(folder), options.data)
+
+
+def dev_batches(tokenizer: PreTrainedTokenizerBase, data: Path) -> list[dict[str, Tensor]]:
+    """Return the dev sentences in batches of like length, the shortest first."""
+    with gzip.open(data / "dev.tsv.gz", "rt", encoding="utf-8") as file:
         rows = sorted((line.rstrip("\n").split("\t") for line in list(file)[1:]), key=lambda row: len(row[0]))
     batches = []
     for start in range(0, len(rows), 64):
         texts, labels = zip(*rows[start : start + 64], strict=True)
         batch = tokenizer(list(texts), truncation=True, max_length=128, padding=True, return_tensors="pt")
         batches.append({**batch, "labels": torch.tensor([int(label) for label in labels])})
-    return model, batches
+    return batches
 
 
 def evaluator_of(options: argparse.Namespace, folder: Path, **selection: Any) -> CorruptionEvaluator:
