@@ -36,7 +36,7 @@ from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.reports.plots import plot_search
 from hf_parcor.reports.tables import search_table
 from scripts.campaigns import ONE_STEP, Arm
-from scripts.sst2_runs import dev_batches, parse_options
+from scripts.sst2_runs import parse_options, sentence_batches
 
 LOW, HIGH, TRAININGS = 0.01, 1.0, 6
 RADII = (0.05, 0.1, 0.2)
@@ -78,7 +78,9 @@ def main() -> None:
         data_collator=DataCollatorWithPadding(tokenizer),
         defense=MultiStepRisk(CorruptionConstraint(p=2, epsilon=0.1), steps=1),
     )
-    batches = dev_batches(tokenizer, options.data)[::2]  # sorted by length: a half that is like the other
+    batches = sentence_batches(tokenizer, options.data / "dev.tsv.gz")[
+        ::2
+    ]  # sorted by length: a half that is like the other
     corruptions = [GradientCorruption(CorruptionConstraint(p=2, epsilon=epsilon)) for epsilon in RADII]
 
     def evaluate() -> dict[str, float]:

@@ -96,12 +96,12 @@ def train(options: argparse.Namespace, run: Run, *more: str) -> Path:
 def model_and_batches(options: argparse.Namespace, folder: Path) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
     """Return a trained model, and the dev sentences for it, sorted by length."""
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    return model, dev_batches(AutoTokenizer.from_pretrained(folder), options.data)
+    return model, sentence_batches(AutoTokenizer.from_pretrained(folder), options.data / "dev.tsv.gz")
 
 
-def dev_batches(tokenizer: PreTrainedTokenizerBase, data: Path) -> list[dict[str, Tensor]]:
-    """Return the dev sentences in batches of like length, the shortest first."""
-    with gzip.open(data / "dev.tsv.gz", "rt", encoding="utf-8") as file:
+def sentence_batches(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[dict[str, Tensor]]:
+    """Return the sentences of a file in batches of like length, the shortest first."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = sorted((line.rstrip("\n").split("\t") for line in list(file)[1:]), key=lambda row: len(row[0]))
     batches = []
     for start in range(0, len(rows), 64):

@@ -16,7 +16,7 @@ from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, model_loss
 from hf_parcor.evaluation.identity import library_versions, model_name, task_of
 from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric
-from hf_parcor.evaluation.metrics import BatchMetric
+from hf_parcor.evaluation.metrics import BatchMetric, WithDivergence
 from hf_parcor.evaluation.metrics.loss import LossMetric
 from hf_parcor.evaluation.reach import Reach
 from hf_parcor.evaluation.replicas import whole_model
@@ -25,7 +25,8 @@ from hf_parcor.functional.vectors import numel
 from hf_parcor.indicators.estimators import hessian_diagonal
 from hf_parcor.indicators.loss import LossOverData
 from hf_parcor.injection import Device, check_weights, forget_derived
-from hf_parcor.model_state import evaluation_mode
+from hf_parcor.model_state import devices_of, evaluation_mode
+from hf_parcor.randomness import random_states_kept
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.metric_info import MetricInfo, stated_by
 from hf_parcor.records.sensitivity import FISHER, FormatScore, SensitivityRecord, WeightGroup
@@ -73,9 +74,11 @@ def sensitivity(
         second_order    gᵀδ + ½ Σ_i H_ii δ_i²                   with `probes`, by Hutchinson's diagonal
 
     in units of the loss. Then each group is written in one format after the other, with all other weights as they are,
-    the largest Fisher score first, and metrics are measured; so far as `budget` allows. Only matrices are quantized,
-    as tools do it: biases and norms stay. Beside the model lie two sums as large as the groups in float32, three with
-    `probes`, and one batch's gradient. Weights come back to the last bit, also after an exception.
+    the largest Fisher score first, and metrics are measured; so far as `budget` allows. Of a metric that is made of
+    batches the divergence is measured too (`WithDivergence`): how far answers are from those of the model as it is.
+    Only matrices are quantized, as tools do it: biases and norms stay. Beside the model lie two sums as large as the
+    groups in float32, three with `probes`, and one batch's gradient. Weights come back to the last bit, also after an
+    exception.
 
     Under `torchrun` batches are spread over all processes, in the pass and in measurements, but for `probes`.
 
@@ -134,6 +137,8 @@ def sensitivity(
     formats = _checked_formats(formats)
     model = whole_model(model)
     metric, batches = _data_of(metric, batches, loss)
+    if budget != 0 and isinstance(metric, BatchMetric):
+        metric = _with_divergence(metric, model)
     selected, notes = _selected(Reach(model), groups)
     together = {name: weight for group in selected.values() for name, weight in group.items()}
     check_weights(together)
@@ -238,6 +243,12 @@ def _data_of(metric: Any, batches: Iterable[Batch] | None, loss: Loss) -> tuple[
             "that is made of batches"
         )
     return _WithLoss(metric, LossMetric(batches, loss)), batches
+
+
+def _with_divergence(metric: BatchMetric, model: nn.Module) -> WithDivergence:
+    """Return the metric that also says how far answers are from those of the model as it is, in evaluation mode."""
+    with evaluation_mode(model), random_states_kept(devices_of(model)):
+        return WithDivergence(metric, model)
 
 
 class _WithLoss:

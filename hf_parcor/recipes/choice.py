@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hf_parcor.arguments import check_finite, check_positive
-from hf_parcor.records.sensitivity import Choice, RecipeRecord, SensitivityRecord
+from hf_parcor.records.sensitivity import DIVERGENCE, Choice, RecipeRecord, SensitivityRecord
 from hf_parcor.statistics import scipy_module
 
 _LARGEST = 1e4  # what numbers are scaled to, for the solver
@@ -49,8 +49,9 @@ def recipe(
         loss: How much the mean loss may rise, in its own units.
         drop: How much worse the metric may be, in its own units: 0.01 of an accuracy is a point. It is that of `by`,
             or the record's own.
-        by: What costs are: a metric or a score by its name. None, the default, for the loss where it was measured,
-            else the record's metric, else the Fisher score; with `loss` the loss, or else the Fisher score.
+        by: What costs are: a metric or a score by its name. None, the default, for the divergence of the answers where
+            it was measured, which chance does not lower, else the loss, else the record's metric, else the Fisher
+            score; with `loss` the loss, or else the Fisher score.
         formats: Labels of the formats to choose from; None, the default, for all.
         keep: Whether a group may stay as it is, at the bits that it takes now.
 
@@ -162,7 +163,8 @@ def _costing(scores: SensitivityRecord, budget: str, by: str | None) -> str:
     if by is None and budget == "drop":
         by = scores.metric
     if by is None:
-        by = next((name for name in ("loss", "eval_loss") if name in measured), None)
+        known = (DIVERGENCE,) * (budget == "bits") + ("loss", "eval_loss")
+        by = next((name for name in known if name in measured), None)
     if by is None:
         by = scores.metric if budget == "bits" and scores.metric in measured else "fisher"
     if budget == "drop" and by in scores.scores:

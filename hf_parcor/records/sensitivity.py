@@ -18,6 +18,9 @@ FORMAT = 1
 FISHER = "fisher"
 """The score that stands in for what was not measured."""
 
+DIVERGENCE = "divergence"
+"""The metric that recipes are chosen by: how far the answers are from those of the model as it is."""
+
 
 @dataclass(frozen=True)
 class WeightGroup:

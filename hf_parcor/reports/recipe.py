@@ -9,7 +9,7 @@ from typing import NamedTuple
 from hf_parcor.records.curves import short
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
 from hf_parcor.records.metric_info import SHARE
-from hf_parcor.records.sensitivity import RecipeRecord, SensitivityRecord
+from hf_parcor.records.sensitivity import DIVERGENCE, RecipeRecord, SensitivityRecord
 from hf_parcor.reports.markup import text_of
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.plots import Line, Panel, Point, short_names
@@ -197,8 +197,8 @@ def _findings(told: _Told) -> Iterable[Finding]:
 
 
 def _ranked(told: _Told) -> str:
-    """Return the metric that scores are compared with: the loss, which is no count of items, where there is one."""
-    return next((name for name in ("loss", "eval_loss") if name in told.scores.clean), told.metric)
+    """Return the metric that scores are compared with: one that is no count of items, where there is one."""
+    return next((name for name in (DIVERGENCE, "loss", "eval_loss") if name in told.scores.clean), told.metric)
 
 
 def _bits(row: CorruptionRecord) -> float:

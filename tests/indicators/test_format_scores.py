@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_parcor import FloatQuantization, GaussianNoise, LayerProbe, Quantization, SensitivityRecord, sensitivity
 from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.evaluation.metrics import WithDivergence
 from hf_parcor.functional import random_signs
 
 FORMATS = [Quantization(3, "channel"), Quantization(2), FloatQuantization("fp8_e4m3")]
@@ -65,7 +66,8 @@ def test_a_measured_cell_is_what_a_probe_of_its_matrices_finds() -> None:
     metric = ClassificationMetric(batches)
     record = sensitivity(model, metric, FORMATS[:2], progress=False)
     targets = {label: list(group.weights) for label, group in record.groups.items()}
-    probe = LayerProbe(model, metric, targets=targets, progress=False).evaluate(FORMATS[:2])
+    measured = WithDivergence(metric, model.eval())
+    probe = LayerProbe(model, measured, targets=targets, progress=False).evaluate(FORMATS[:2])
     found = {(cell.group, cell.format): dict(cell.measured) for cell in record.cells}
     assert found == {(name, row.label): {k: v for k, (v,) in row.metrics.items()} for name, row in probe.rows()}
     assert "classifier" in record.outside
@@ -110,7 +112,7 @@ def test_the_most_promising_cells_are_measured_and_a_killed_run_goes_on(tmp_path
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert record is not None
     assert record.to_json() == whole.to_json()
-    assert run(7, 1, path).to_json() == whole.to_json(), "nothing is measured again"
+    assert run(7, 1 + len(batches), path).to_json() == whole.to_json(), "but for the model as it is, nothing again"
     more = run(8, path=path)
     assert sum(bool(cell.measured) for cell in more.cells) == 8
     resumed = Killed.calls

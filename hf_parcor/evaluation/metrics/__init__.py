@@ -2,6 +2,7 @@
 
 from hf_parcor.evaluation.answers import own_batch, share_not_finite
 from hf_parcor.evaluation.metrics.classification import ClassificationMetric, PredictionMetric
+from hf_parcor.evaluation.metrics.divergence import WithDivergence
 from hf_parcor.evaluation.metrics.generation import GenerationMetric
 from hf_parcor.evaluation.metrics.language_model import LanguageModelMetric
 from hf_parcor.evaluation.metrics.over_batches import BatchMetric, Identified, Informed, OverBatches
@@ -19,6 +20,7 @@ __all__ = [
     "PredictionMetric",
     "SacrebleuScore",
     "TrainerMetric",
+    "WithDivergence",
     "own_batch",
     "share_not_finite",
 ]

@@ -1,0 +1,149 @@
+"""How far a model's answers are from those that it gave before: a metric that needs no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_parcor.batches import IGNORED_LABEL
+from hf_parcor.evaluation.answers import Answer
+from hf_parcor.evaluation.fingerprint import fingerprint
+from hf_parcor.evaluation.metrics.over_batches import BatchMetric
+from hf_parcor.records.metric_info import MetricInfo, stated_by
+from hf_parcor.records.sensitivity import DIVERGENCE
+
+_MEMORY = 2**30  # bytes of answers that are kept
+_INFO = MetricInfo(greater_is_better=False, unit="nats")
+_OTHER_PROBLEMS = ("regression", "multi_label_classification")  # whose logits are no distribution
+
+
+class _Part(NamedTuple):
+    """What one batch adds: what it adds to the metric, the sum of divergences, and of how many predictions."""
+
+    of_metric: Any
+    total: float
+    count: int
+
+
+class WithDivergence:
+    r"""A metric that is made batch by batch, and how far the answers are from those of the model as it was.
+
+    ::
+
+        D = mean over predictions of KL(p₀ ‖ p) = Σ_c p₀(c) (log p₀(c) − log p(c)),    p = softmax(logits)
+
+    with p₀ of the model when this was made. It is never below 0, and 0 for the same answers; to second order it is
+    ½ δᵀFδ with the Fisher information F of the model's own answers. A loss may fall by chance where weights change,
+    and an accuracy changes in steps of a row; this does neither, so it tells small harm from none.
+
+    Predictions are rows of logits with two classes or more; where labels or an attention mask have their shape, those
+    with a label other than −100, or that are attended to. Of a model without such logits the metric alone is left.
+
+    Args:
+        metric: `ClassificationMetric`, say.
+        model: The model as it is; it is run over all batches, in the mode that it is in.
+        memory: How many bytes of answers are kept, on the host; batches beyond that do not count, and a note says so.
+
+    Examples:
+        >>> from hf_parcor.evaluation import ClassificationMetric
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> model.weight.data = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+        >>> metric = WithDivergence(
+        ...     ClassificationMetric([{"input": torch.ones(1, 2), "labels": torch.tensor([0])}]), model
+        ... )
+        >>> metric(model)["divergence"]
+        0.0
+        >>> model.weight.data = torch.tensor([[-1.0, 0.0], [0.0, 0.0]])
+        >>> round(metric(model)["divergence"], 3)
+        0.462
+    """
+
+    def __init__(self, metric: BatchMetric, model: nn.Module, *, memory: int = _MEMORY) -> None:
+        self._metric = metric
+        self._answers: dict[str, Tensor] = {}
+        kept = count = 0
+        for batch in metric.batches:
+            count += 1
+            _, logits = self._answered(model, batch)
+            if logits is None:
+                continue
+            kept += logits.numel() * logits.element_size()
+            if kept > memory:
+                break
+            self._answers[fingerprint([batch])] = logits
+        self._truncated = kept > memory
+
+    @property
+    def batches(self) -> Iterable[Mapping[str, Any]]:
+        """The data."""
+        return self._metric.batches
+
+    @property
+    def primary_metric(self) -> str | None:
+        """The metric's own."""
+        return getattr(self._metric, "primary_metric", None)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the metric says of itself, and where not all answers could be kept."""
+        said = tuple(getattr(self._metric, "notes", ()))
+        if not self._truncated:
+            return said
+        return (*said, f"The divergence is that of the first {len(self._answers)} batches, as many as were kept.")
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return what is called; the answers follow from weights and data."""
+        return {"metric": self._metric, DIVERGENCE: True}
+
+    def info_of(self, name: str) -> MetricInfo | None:
+        """Return what the metric says, or that a divergence is to be small."""
+        return _INFO if name == DIVERGENCE else stated_by(self._metric, name)
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Return the metrics over all batches."""
+        return self.combine([self.of_batch(model, batch) for batch in self.batches])
+
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> _Part:
+        """Return what one batch adds."""
+        found, logits = self._answered(model, batch)
+        before = self._answers.get(fingerprint([batch]))
+        if before is None or logits is None or logits.shape != before.shape:
+            return _Part(found, 0.0, 0)
+        counts = _that_count(batch, logits)
+        first, second = (one[counts].double().log_softmax(-1) for one in (before, logits))
+        total = float(nn.functional.kl_div(second, first, reduction="sum", log_target=True))
+        return _Part(found, max(0.0, total), len(first))  # rounding may leave less than nothing
+
+    def combine(self, parts: Sequence[_Part]) -> dict[str, float]:
+        """Return the metrics from what all batches add."""
+        found = dict(self._metric.combine([part.of_metric for part in parts]))
+        count = sum(part.count for part in parts)
+        return {**found, DIVERGENCE: sum(part.total for part in parts) / count} if count else found
+
+    def _answered(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, Tensor | None]:
+        """Return what the metric finds on a batch, and the logits on the host; None where they are no distribution."""
+        seen: list[Tensor | None] = []
+        hook = model.register_forward_hook(lambda _, __, output: seen.append(Answer.read(output).logits))
+        try:
+            found = self._metric.of_batch(model, batch)
+        finally:
+            hook.remove()
+        logits = seen[0] if len(seen) == 1 else None  # a generated text takes many calls, and other ones each time
+        other = getattr(getattr(model, "config", None), "problem_type", None) in _OTHER_PROBLEMS
+        if logits is None or other or logits.ndim < 2 or logits.shape[-1] < 2:
+            return found, None
+        return found, logits.detach().float().cpu()
+
+
+def _that_count(batch: Any, logits: Tensor) -> Tensor:
+    """Return which predictions count, as a mask."""
+    shape = logits.shape[:-1]
+    if isinstance(batch, Mapping):
+        for name, absent in (("labels", IGNORED_LABEL), ("attention_mask", 0)):
+            values = batch.get(name)
+            if isinstance(values, Tensor) and values.shape == shape:
+                return (values != absent).cpu()
+    return torch.ones(shape, dtype=torch.bool)

@@ -1,0 +1,101 @@
+"""The divergence of answers is SciPy's relative entropy, over the predictions that count."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from for_each import for_each
+from scipy.special import rel_entr, softmax
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from hf_parcor import CorruptionEvaluator, GaussianNoise
+from hf_parcor.evaluation import ClassificationMetric, LanguageModelMetric
+from hf_parcor.evaluation.metrics import WithDivergence
+from hf_parcor.evaluation.metrics.loss import LossMetric
+
+SHAPE = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+IDS = torch.arange(12).reshape(2, 6) % 20
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+
+
+def classifier():
+    return BertForSequenceClassification(BertConfig(**SHAPE)), ClassificationMetric, {"labels": torch.tensor([0, 1])}
+
+
+def tagger():
+    labels = torch.tensor([[0, 1, -100, 1, 0, 1], [1, 0, -100, -100, -100, -100]])
+    return BertForTokenClassification(BertConfig(**SHAPE)), ClassificationMetric, {"labels": labels}
+
+
+def language_model():
+    config = GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=8)
+    return GPT2LMHeadModel(config), LanguageModelMetric, {"labels": IDS.masked_fill(MASK == 0, -100)}
+
+
+@for_each("make", [classifier, tagger, language_model])
+def test_it_is_the_relative_entropy_of_what_counts(make) -> None:
+    model, kind, labels = make()
+    model.eval()
+    batch = {"input_ids": IDS, "attention_mask": MASK, **labels}
+    metric = WithDivergence(kind([batch, batch]), model)
+    with torch.no_grad():
+        before = softmax(model(**batch).logits.double().numpy(), -1)
+        assert metric(model)["divergence"] == 0
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.3)
+        after = softmax(model(**batch).logits.double().numpy(), -1)
+    counts = (batch["labels"] != -100).numpy() if batch["labels"].ndim > 1 else np.ones(2, bool)
+    assert metric(model)["divergence"] == pytest.approx(rel_entr(before, after).sum(-1)[counts].mean(), rel=1e-5)
+    assert {name: value for name, value in metric(model).items() if name != "divergence"} == kind([batch] * 2)(model)
+
+
+def test_a_prefix_that_is_reused_gives_the_same() -> None:
+    model, kind, labels = classifier()
+    model.eval()
+    metric = WithDivergence(kind([{"input_ids": IDS, **labels}] * 3), model)
+    found = [
+        CorruptionEvaluator(
+            model, metric, target_modules="last-encoder-layer", reuse_prefix=reuse, progress=False
+        ).evaluate([GaussianNoise(0.5), GaussianNoise(1.0)])
+        for reuse in (True, False)
+    ]
+    one, other = ([row.mean("divergence") for row in record.rows()] for record in found)
+    assert one == pytest.approx(other)
+    assert one[0] == 0 < one[1] < one[2]
+    assert not found[0].info("divergence").greater_is_better
+
+
+@for_each(
+    "problem, labels",
+    [("regression", torch.rand(2)), ("multi_label_classification", torch.tensor([[0.0, 1.0], [1.0, 1.0]]))],
+)
+def test_logits_that_are_no_distribution_are_left_alone(problem, labels) -> None:
+    config = BertConfig(**SHAPE, problem_type=problem, num_labels=2 if labels.ndim == 2 else 1)
+    model = BertForSequenceClassification(config).eval()
+    assert "divergence" not in WithDivergence(ClassificationMetric([{"input_ids": IDS, "labels": labels}]), model)(
+        model
+    )
+
+
+def test_any_loss_over_any_batches_goes_through() -> None:
+    plain = LossMetric([torch.ones(2, 2)], lambda model, batch: model(batch).square().mean())
+    model = nn.Linear(2, 2)
+    assert WithDivergence(plain, model)(model) == {**plain(model), "divergence": 0.0}
+
+
+def test_what_does_not_fit_into_memory_is_said() -> None:
+    model, kind, labels = classifier()
+    model.eval()
+    batches = [{"input_ids": (IDS + index) % 20, **labels} for index in range(3)]
+    metric = WithDivergence(kind(batches), model, memory=2 * 2 * 4 * 2)
+    assert "first 2 batches" in metric.notes[-1]
+    assert metric(model)["divergence"] == 0
+    assert not model._forward_hooks
