@@ -25,7 +25,7 @@ class _Part(NamedTuple):
 
     of_metric: Any
     total: float
-    count: int
+    predictions: int
 
 
 class WithDivergence:
@@ -120,7 +120,7 @@ class WithDivergence:
     def combine(self, parts: Sequence[_Part]) -> dict[str, float]:
         """Return the metrics from what all batches add."""
         found = dict(self._metric.combine([part.of_metric for part in parts]))
-        count = sum(part.count for part in parts)
+        count = sum(part.predictions for part in parts)
         return {**found, DIVERGENCE: sum(part.total for part in parts) / count} if count else found
 
     def _answered(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, Tensor | None]:
