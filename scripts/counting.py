@@ -23,6 +23,11 @@ from hf_parcor.defenses import DefendedStep, Defense
 from hf_parcor.defenses.step import Objective
 
 
+@torch.library.impl("aten::_fused_sgd_.tensor_lr", "Meta")
+def _has_a_size_alone(*args: object, **kwargs: object) -> None:
+    """Let weights that have a size alone be counted: PyTorch has no such kernel for the fused SGD."""
+
+
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations inside, and what each reads and writes.
 
@@ -33,6 +38,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         launches: How often each operation was called. On a GPU a batched one over many tensors is several kernels.
     """
 
+    NOT_WRITTEN = (("_fused_sgd_", "grads"),)  # but where they are unscaled, too
     NOT_READ = ("copy_", "_foreach_copy_", "zero_", "_foreach_zero_", "fill_")  # nor what goes under the name `out`
     FREE = ("empty", "new_empty", "detach", "_unsafe_view", "_local_scalar")
 
@@ -61,6 +67,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for place, argument in enumerate(function._schema.arguments):
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             written = argument.alias_info is not None and argument.alias_info.is_write
+            written = written and (name, argument.name) not in self.NOT_WRITTEN
             moved += self._size(value) * written
             moved += self._size(value) * (not written or not (argument.is_out or name in self.NOT_READ))
         if all(returned.alias_info is None for returned in function._schema.returns):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from hf_parcor import GaussianNoise, corrupted
 from hf_parcor.functional import project_
-from hf_parcor.injection import Injection, Pieces, Replacement
+from hf_parcor.functional.vectors import vector_norm
+from hf_parcor.injection import Injection, Multiple, Pieces, Replacement
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 3e38, math.inf, -math.inf, math.nan, -math.nan, 0.1]
@@ -757,3 +758,58 @@ class TestRefusals:
         with corrupted(weights, {name: torch.ones(weight.shape) for name, weight in weights.items()}):
             assert flat.tolist() == [2] * 10
         assert flat.tolist() == [1] * 10
+
+
+class TestAMultiple:
+    """`w + f v` in one pass is `w + a` of the a that is never made."""
+
+    @staticmethod
+    def multiple_of(weights: dict[str, nn.Parameter], factor: float = 0.25) -> Multiple:
+        direction = {name: torch.randn_like(weight, requires_grad=False) for name, weight in weights.items()}
+        norm = factor * vector_norm(list(direction.values())).double()
+        return Multiple(direction, torch.tensor(factor, dtype=torch.float64), norm)
+
+    @pytest.mark.parametrize("saved_on", [None, "cpu"])
+    @pytest.mark.parametrize("method", ["write", "displace"])
+    def test_is_its_tensors(self, model: Weights, method: str, saved_on: str | None) -> None:
+        weights = model.ordinary()
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        multiple = self.multiple_of(weights)
+        injection = Injection(weights, saved_on=saved_on)
+        if method == "write":
+            injection.write(multiple, p=2)
+        elif any(weight.dtype.itemsize < 4 for weight in weights.values()):
+            with pytest.raises(TypeError, match="narrow"):
+                injection.displace(multiple)
+            return
+        else:
+            injection.displace(multiple)
+            injection.displace(multiple)
+        for name, weight in weights.items():
+            change = (1 if method == "write" else 2) * 0.25 * multiple.direction[name].to(wide(weight).dtype)
+            torch.testing.assert_close(weight.detach(), sum_of(before[name], change))
+        norm = injection.withdraw(2)
+        assert float(norm.asked) == pytest.approx(float(multiple.norm) * (1 if method == "write" else 2), rel=1e-4)
+        assert float(norm.realised) == pytest.approx(float(norm.asked), rel=1e-2)
+        assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
+
+    def test_takes_the_place_of_what_was_written(self, model: Weights) -> None:
+        weights = model.ordinary()
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        injection = Injection(weights)
+        injection.write(noise(dict(weights)))
+        nothing = self.multiple_of(weights, 0.0)
+        injection.write(
+            Multiple({name: v * math.nan for name, v in nothing.direction.items()}, nothing.factor, nothing.norm)
+        )
+        assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
+        with pytest.raises(ValueError, match="selected"):
+            injection.write(Multiple({"no": torch.ones(1)}, nothing.factor, nothing.norm))
+        injection.restore()
+
+    def test_of_narrow_weights_only_the_norm_that_is_known_can_be_asked_for(self) -> None:
+        weights = {"w": nn.Parameter(torch.randn(30).bfloat16())}
+        injection = Injection(weights)
+        injection.write(self.multiple_of(weights), p=2)
+        with pytest.raises(ValueError, match="order"):
+            injection.withdraw(3)

@@ -16,9 +16,11 @@ from hf_parcor.functional.constrained_maximum import (
     constrained_maximum_,
     constrained_maximum_in_turn,
     goes_in_turn,
+    is_multiple,
+    maximum_as_multiple,
 )
 from hf_parcor.functional.vectors import one_by_one
-from hf_parcor.injection import Pieces
+from hf_parcor.injection import Multiple, Pieces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,10 +179,24 @@ class ConstrainedDefense(Defense):
 
     def climb(self, step: DefendedStep) -> None:
         """Write the worst corruption of the constraint, `a = argmax_{a ∈ S} aᵀg` (SAM: *ascent step*)."""
-        step.displace(self.update(step, self.constraint.epsilon), last_of=self.p)
+        step.displace(self.update(step, self.constraint.epsilon, once=True), last_of=self.p)
 
-    def update(self, step: DefendedStep, radius: float) -> dict[str, Tensor] | Pieces:
-        """Return the constrained maximum of this radius on the last pass's gradient; of narrow weights, in pieces."""
+    def update(
+        self, step: DefendedStep, radius: float, *, once: bool = False
+    ) -> dict[str, Tensor] | Pieces | Multiple:
+        """Return the constrained maximum of this radius on the last pass's gradient; of narrow weights, in pieces.
+
+        Args:
+            step: The step.
+            radius: What takes the place of ε.
+            once: Whether the corruption is moved this once, from zero. Weights narrower than float32 then need no
+                wider tensor to hold it.
+        """
+        weights = list(step.parameters.values())
+        exact = all(weight.dtype.itemsize >= 4 for weight in weights)
+        if (exact or once) and is_multiple(weights, self.constraint.p, self.constraint.top_n):
+            direction = step.gradients_to_read(self.sync_perturbation)
+            return Multiple(direction, *maximum_as_multiple(list(direction.values()), radius))
         if goes_in_turn(self.constraint.p, self.constraint.top_n):
             narrow = step.narrow_gradients(self.sync_perturbation)
             if narrow:

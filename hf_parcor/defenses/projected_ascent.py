@@ -100,4 +100,5 @@ class ProjectedAscent(ConstrainedDefense):
             step.displace(self.update(step, self.resolved_step_size), self.projection)
         else:  # from zero, and so along u: the nearest point of S is as long as S allows, and has n entries already
             radius = min(self.resolved_step_size, self.constraint.epsilon)
-            step.displace(self.update(step, radius), last_of=self.p if self.steps == 1 else None)
+            once = self.steps == 1
+            step.displace(self.update(step, radius, once=once), last_of=self.p if once else None)

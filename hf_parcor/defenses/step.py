@@ -14,7 +14,7 @@ from hf_parcor.defenses.adversarial_inputs import AdversarialInputs
 from hf_parcor.distributed.dtensors import local_part, local_parts
 from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.functional.vectors import clones, working_copy, working_dtype
-from hf_parcor.injection import CorruptionNorm, Injection, Pieces
+from hf_parcor.injection import CorruptionNorm, Injection, Multiple, Pieces
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
 
 Objective = Callable[[Tensor], Tensor]
@@ -203,6 +203,17 @@ class DefendedStep:
         taken, self._fresh = self._fresh, {}
         return taken
 
+    def gradients_to_read(self, of_all_processes: bool = False) -> dict[str, Tensor]:
+        """Return the last pass's gradients in the dtypes that they have, only to be read.
+
+        Args:
+            of_all_processes: As for `gradients`, which then makes those that are returned.
+        """
+        if of_all_processes and self._processes is not None:
+            return self.gradients(of_all_processes)[0]
+        taken, self._fresh = self._fresh, {}
+        return taken
+
     def gradients(self, of_all_processes: bool = False) -> tuple[dict[str, Tensor], bool]:
         """Return the last pass's (weighted) gradients of the selected parameters, and whether to overwrite them.
 
@@ -237,7 +248,7 @@ class DefendedStep:
 
     def displace(
         self,
-        update: Mapping[str, Tensor] | Pieces,
+        update: Mapping[str, Tensor] | Pieces | Multiple,
         project: Callable[[list[Tensor]], None] | None = None,
         *,
         last_of: float | None = None,
@@ -248,9 +259,9 @@ class DefendedStep:
             update: `u`.
             project: Π; None for none.
             last_of: Where the corruption is moved once and is zero before: the order of the norm that `withdraw` will
-                be asked for. Of pieces nothing is kept then.
+                be asked for. Of pieces and of a multiple nothing is kept then.
         """
-        if isinstance(update, Pieces) and last_of is not None and not self.is_displaced:
+        if isinstance(update, (Pieces, Multiple)) and last_of is not None and not self.is_displaced:
             self._injection.write(update, last_of)
         else:
             self._injection.displace(update, project, keep=True)

@@ -180,6 +180,39 @@ def constrained_maximum_in_turn(
         del some
 
 
+def is_multiple(tensors: Sequence[Tensor], p: float, top_n: int | None = None) -> bool:
+    """Say whether the constrained maximum on a vector of these dtypes is `f v`, with f found in one read of v.
+
+    Examples:
+        >>> is_multiple([torch.ones(1)], 2), is_multiple([torch.ones(1)], math.inf), is_multiple([torch.ones(1)], 2, 9)
+        (True, False, False)
+    """
+    return top_n is None and _takes_one_factor(tensors, p)
+
+
+def maximum_as_multiple(tensors: Sequence[Tensor], epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return f with the constrained maximum `f v` of p = 2, and its norm `‖f v‖₂`, where `is_multiple` says so.
+
+    Args:
+        tensors: `v`, only read.
+        epsilon: Radius of the constraint, `ε ≥ 0`.
+
+    Returns:
+        Two zero-dimensional tensors in float64.
+
+    Raises:
+        ValueError: `epsilon` is negative or NaN.
+
+    Examples:
+        >>> factor, norm = maximum_as_multiple([torch.tensor([3.0, -4.0])], 0.5)
+        >>> round(float(factor), 6), round(float(norm), 6)
+        (0.1, 0.5)
+    """
+    length = euclidean_norm([tensor.detach() for tensor in tensors])
+    factor = epsilon_over(length, check_radius("epsilon", epsilon))
+    return factor, torch.where(factor > 0, factor * length, 0.0)
+
+
 def dual_order(p: float) -> float:
     """Return `p/(p−1)`, the order of the dual norm: ∞ for p = 1, and 1 for p = ∞.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ Per = str | int
 CODE_RANGES = ("restricted", "full", "unclipped")
 ZERO_POINTS = ("integer", "float")
 ARITHMETICS = ("float32", "weight")
+_ROUNDED_TOGETHER = 1 << 24  # entries
+_ROW = 256  # entries of a row; the last one of a tensor is filled up
 _SMALLEST_SCALE = 2.0**-23  # of torchao's 8-bit tensors, whatever the dtype of the weights
 
 MOST_BITS = 16
@@ -122,8 +125,8 @@ def quantize(
 def quantize_in_turn(tensors: Sequence[Tensor], bits: int) -> Iterator[list[Tensor]]:
     """Yield what `quantize` returns of tensors with one scale each, to the last bit, small tensors together.
 
-    A GPU is kept waiting by calls, not by numbers: 25 a tensor in `quantize`. Here the scales of many are found
-    together, and a tensor takes six.
+    A GPU is kept waiting by calls, not by numbers: 25 a tensor in `quantize`. Here up to 16 million entries are
+    rounded together there, in rows of which each has the scale of its tensor: 64 MiB in float32, some four times.
 
     Args:
         tensors: `W`s, floating point.
@@ -133,7 +136,8 @@ def quantize_in_turn(tensors: Sequence[Tensor], bits: int) -> Iterator[list[Tens
         >>> list(quantize_in_turn([torch.tensor([-1.0, 0.2]), torch.tensor([0.0])], bits=2))
         [[tensor([-1.,  0.]), tensor([0.])]]
     """
-    for places in in_turn(tensors):
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    for places in in_turn(tensors) if on_cpu else in_turn(tensors, _ROUNDED_TOGETHER):
         some = [tensors[place] for place in places]
         yield _quantized_together(some, bits)
         del some
@@ -143,6 +147,8 @@ def _quantized_together(tensors: list[Tensor], bits: int) -> list[Tensor]:
     alike = len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1
     if not alike or not all(type(tensor.detach()) is Tensor and tensor.numel() for tensor in tensors):
         return [quantize(tensor, bits) for tensor in tensors]
+    if tensors[0].device.type != "cpu":
+        return _rounded_in_rows(tensors, bits)
     extremes = [torch.aminmax(tensor) for tensor in tensors]
     low, high = torch.stack([one.min for one in extremes]), torch.stack([one.max for one in extremes])
     wide = working_dtype(tensors)
@@ -157,6 +163,29 @@ def _quantized_together(tensors: list[Tensor], bits: int) -> list[Tensor]:
         torch.where(keeps, values.to(tensor.dtype), tensor)
         for keeps, values, tensor in zip(usable.unbind(), rounded, tensors, strict=True)
     ]
+
+
+def _rounded_in_rows(tensors: list[Tensor], bits: int) -> list[Tensor]:
+    """Do as `_quantized_together` does with tensors of one dtype and device, in as many calls for few as for many."""
+    (dtype,), (device,) = {tensor.dtype for tensor in tensors}, {tensor.device for tensor in tensors}
+    largest = torch.stack(list(torch._foreach_norm(tensors, math.inf))).to(working_dtype(tensors))
+    scales = torch.stack([value.to(largest.dtype) for value in restricted_scale(largest, bits)])
+    if len(tensors) == 1:
+        rows, places = tensors[0].reshape(1, -1), [slice(None)]
+    else:
+        counts = [math.ceil(tensor.numel() / _ROW) for tensor in tensors]
+        ends = list(accumulate(counts, initial=0))
+        places = [slice(_ROW * end, _ROW * end + t.numel()) for end, t in zip(ends, tensors, strict=False)]
+        rows = torch.empty(ends[-1], _ROW, dtype=dtype, device=device)
+        parts = [rows.view(-1)[place].view(t.shape) for place, t in zip(places, tensors, strict=True)]
+        torch._foreach_copy_(parts, tensors)
+        # Pinned, so that the device gets these few numbers without being waited for.
+        repeats = torch.tensor(counts, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        scales = scales.index_select(1, torch.repeat_interleave(repeats, output_size=ends[-1]))
+    step, usable, divisor, last = scales.unsqueeze(2).unbind()
+    rounded = (rows / divisor).round_().mul_(step).clamp_(-last, last).to(dtype)
+    chosen = torch.where(usable > 0, rounded, rows).view(-1)
+    return [chosen[place].view(tensor.shape) for place, tensor in zip(places, tensors, strict=True)]
 
 
 def restricted_scale(largest: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

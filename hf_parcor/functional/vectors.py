@@ -149,25 +149,18 @@ def vector_norm_of_unit_scale(tensors: Sequence[Tensor], p: float) -> Tensor:
 def _norms_of_parts(tensors: Sequence[Tensor], p: float, dtype: torch.dtype) -> Tensor:
     """Return norms, in float64, whose norm is that of the tensors: of short blocks on a CPU, else of each tensor."""
     parts: list[Tensor] = []
-    for device, of_device in by_device(tensors).items():
+    for (device, _), places in _places_by_kind(tensors).items():
+        alike = [tensors[place] for place in places]
         if device.type == "cpu":
-            parts += [_block_norms(tensor, p, dtype) for tensor in of_device]
+            parts += [_block_norms(tensor, p, dtype) for tensor in alike]
         else:
-            parts.append(torch.stack(torch._foreach_norm(of_device, p, dtype=dtype)))
+            parts.append(torch.stack(torch._foreach_norm(alike, p, dtype=dtype)))
     return _end_to_end(parts)
 
 
 def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
     device = parts[0].device
     return torch.cat([part.to(device) for part in parts]).double()
-
-
-def by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
-    """Return the tensors of each device, in their order: a batched call takes those of one."""
-    found: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        found.setdefault(tensor.device, []).append(tensor)
-    return found
 
 
 TOGETHER = 1 << 22  # entries that one batched call takes of a vector in turn: 16 MiB in float32, and a tensor beyond
@@ -182,8 +175,8 @@ def one_by_one(tensors: Iterable[list[Tensor]]) -> Iterator[Tensor]:
         del some
 
 
-def in_turn(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Yield the places of tensors that are worked on together: small ones by many, large ones alone.
+def in_turn(tensors: Sequence[Tensor], together: int | None = None) -> Iterator[list[int]]:
+    """Yield the places of tensors that are worked on together: small ones up to so many entries, and one beyond.
 
     Examples:
         >>> list(in_turn([torch.empty(size) for size in (10, 10, 2**22, 10)]))
@@ -194,7 +187,7 @@ def in_turn(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     for place, tensor in enumerate(tensors):
         places.append(place)
         entries += tensor.numel()
-        if entries >= TOGETHER:
+        if entries >= (together or TOGETHER):
             yield places
             places, entries = [], 0
     if places:
@@ -286,15 +279,20 @@ _Batched = Callable[[list[Tensor], Tensor], Sequence[Tensor] | None]
 def _by_kind(operation: _Batched, tensors: Sequence[Tensor], operand: Tensor) -> list[Tensor]:
     """Return the results of a batched operation; of one in place, the tensors."""
     results = list(tensors)
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(place)
-    for (device, dtype), places in kinds.items():
+    for (device, dtype), places in _places_by_kind(tensors).items():
         # An operand of another dtype than the tensors would be sent to each of them by a kernel of its own.
         found = operation([tensors[place] for place in places], operand.to(device=device, dtype=dtype))
         for place, result in zip(places, found or (), strict=False):
             results[place] = result
     return results
+
+
+def _places_by_kind(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+    """Return the places of the tensors of each device and dtype: a batched call takes those of one."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(place)
+    return kinds
 
 
 def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
@@ -353,3 +351,84 @@ def _scaled_unread(tensors: list[Tensor], factor: Tensor, *, overwrite: bool = F
     multiply_([product.view(_BITS_OF_DTYPE[product.dtype.itemsize]) for product in products], factor != 0)
     multiply_(products, root)
     return products
+
+
+def add_multiple_(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: Tensor) -> None:
+    """Overwrite `w` with `w + f·v`; with `f = 0` it stays, whatever v holds, NaN too.
+
+    Each sum is computed in float32 at least and rounded to the dtype of w. Where w and v are alike, nothing is made
+    beside, and w is read and written once. On CUDA a factor beyond float32 is the largest that it holds.
+
+    Args:
+        tensors: `w`.
+        others: `v`, of the shapes of w; only read.
+        factor: A zero-dimensional tensor in float64, ≥ 0. On CUDA it stays on its device, on a CPU it is read.
+
+    Examples:
+        >>> weights = [torch.tensor([1.0, 2.0])]
+        >>> add_multiple_(weights, [torch.tensor([4.0, -4.0])], torch.tensor(0.5).double())
+        >>> weights
+        [tensor([3., 0.])]
+    """
+    value = float(factor) if factor.device.type == "cpu" else math.nan
+    if value == 0:
+        return
+    ordinary = _ORDINARY_FACTOR[0] < value < _ORDINARY_FACTOR[1]
+    rest: list[int] = []
+    for (device, dtype), places in _places_by_kind(tensors).items():
+        unread = device.type in ("cuda", "meta") and dtype != torch.float64
+        at_once = unread or (device.type == "cpu" and ordinary and dtype.itemsize >= 4)  # else f is rounded to 16 bits
+        alike = [place for place in places if at_once and _alike(tensors[place], others[place])]
+        rest += sorted({*places} - {*alike})
+        filled = [place for place in alike if tensors[place].numel()]
+        pair = [tensors[place] for place in filled], [others[place] for place in filled]
+        if filled and unread:
+            _add_multiple_unread_(*pair, factor.to(device))
+        elif filled:
+            torch._foreach_add_(*pair, alpha=value)
+    for some in in_turn([others[place] for place in rest]):
+        places = [rest[index] for index in some]
+        parts = scaled(working_copy([others[place] for place in places]), factor, overwrite=True)
+        for place, part in zip(places, parts, strict=True):
+            add_rounded_(tensors[place], part)
+        del parts
+
+
+def _alike(first: Tensor, second: Tensor) -> bool:
+    """Say whether two tensors lie in memory in the same way, without gaps."""
+    same = first.dtype == second.dtype and first.device == second.device and first.stride() == second.stride()
+    images = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last)
+    return same and (first.is_contiguous() or images)
+
+
+def _add_multiple_unread_(tensors: list[Tensor], others: list[Tensor], factor: Tensor) -> None:
+    """Do as `add_multiple_` does with tensors that are alike, by a factor whose value must not be waited for.
+
+    Of PyTorch's kernels that of the optimizer SGD alone takes a factor from the device, adds what it multiplies in the
+    same pass, and does nothing at all where another number on the device says so.
+    """
+    rate = factor.clamp(max=torch.finfo(torch.float32).max).float()
+    torch._fused_sgd_(
+        tensors,
+        others,
+        [],
+        weight_decay=0.0,
+        momentum=0.0,
+        lr=-rate,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+        grad_scale=None,
+        found_inf=(rate == 0).float(),
+    )
+
+
+def add_rounded_(tensor: Tensor, change: Tensor) -> None:
+    """Overwrite `w` with `w + a`, rounded once. A CPU makes float32 copies of operands, a GPU none: in chunks."""
+    narrow = tensor.dtype != change.dtype
+    if narrow and tensor.device.type == "cpu" and tensor.is_contiguous() and change.is_contiguous():
+        for part, of_change in zip(chunks([tensor]), chunks([change]), strict=True):
+            torch.add(of_change, part, out=part)
+    else:
+        torch.add(change, tensor, out=tensor)

@@ -90,7 +90,7 @@ class StepLog:
 
     A micro-batch with a value that is not finite, from an overflow in float16, is left out, as the Trainer does with
     its own loss. The norm of the corruption is a mean over the first micro-batch after each reading and every 16th
-    from there: to measure it moves 16 bytes a weight, beside the 40 of a step with one corruption step.
+    from there: to measure it moves 16 bytes a weight, beside the 32 of a step with one corruption step.
 
     Attributes:
         defense: What this run defends with; None before the first.

@@ -63,7 +63,7 @@ def test_along_the_gradient_it_is_acrt_and_sam(constraint, alpha):
     step_of(SAM(constraint), sam)
     for other in (theirs, sam) if alpha == 1 else (theirs,):
         for first, second in zip(ours.parameters(), other.parameters(), strict=True):
-            assert torch.equal(first.grad, second.grad)
+            torch.testing.assert_close(first.grad, second.grad)  # w + a is rounded once or twice
 
 
 @for_each("corruption", [GaussianNoise(0.1), UniformNoise(0.1), RandomCorruption(L2), BitFlips(count=9)])

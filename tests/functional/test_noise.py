@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -193,3 +194,23 @@ def test_exponents_of_drift(dtype: torch.dtype) -> None:
     assert float(folded.max()) <= 1  # no conductance grows
     (kept,) = conductance_drift([weights], 1.0, 0.05, 0.01, seeded(0))
     assert torch.equal(kept, weights)
+
+
+@for_each("inference", [False, True])
+@for_each("threads", [2, 5])
+def test_in_threads_it_is_what_one_draws(threads, inference, monkeypatch) -> None:
+    """And the generator is left where one thread leaves it, the global one too."""
+    sizes = [5, 31, 64, 65, 127, (9, 15), 1000, 2049, 0]
+    like = [torch.empty(size) for size in sizes] + [torch.empty(300, dtype=torch.float64)]
+    alone, ours = seeded(3), seeded(3)
+    expected = [torch.empty_like(part).normal_(generator=alone).mul_(0.1) for part in like]
+    monkeypatch.setattr(sys.modules["hf_parcor.functional.noise"], "_BLOCK", 32)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    with torch.inference_mode(inference):
+        found = gaussian_noise(like, 0.1, ours)
+        torch.manual_seed(3)
+        of_global = gaussian_noise(like, 0.1)
+    for drawn in (found, of_global):
+        assert all(torch.equal(one, other) for one, other in zip(drawn, expected, strict=True))
+    assert torch.equal(alone.get_state(), ours.get_state())
+    assert torch.equal(torch.randn(40), torch.randn(40, generator=alone))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_parcor.functional import quantize, quantize_to_float
-from hf_parcor.functional.quantization import quantize_in_turn
+from hf_parcor.functional.quantization import _rounded_in_rows, quantize_in_turn
 
 BITS = range(2, 17)
 TINY = 1e-30  # below it the step of 16 bits is subnormal
@@ -90,7 +90,21 @@ SPECIAL = st.sampled_from([0.0, -0.0, math.inf, math.nan, 1e-45, 3e38, -3e38])
 )
 def test_many_together_are_rounded_as_each_by_itself(dtypes, values: list[list[float]], bits: int) -> None:
     tensors = [torch.tensor(entries).to(dtypes[place % len(dtypes)]) for place, entries in enumerate(values)]
-    found = [tensor for some in quantize_in_turn(tensors, bits) for tensor in some]
+    check_rounded(tensors, [tensor for some in quantize_in_turn(tensors, bits) for tensor in some], bits)
+    filled = [tensor for tensor in tensors if tensor.numel()]
+    if filled and len(dtypes) == 1:
+        check_rounded(filled, _rounded_in_rows(filled, bits), bits)
+
+
+@for_each("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@for_each("sizes", [[(700,)], [(3, 300), (256,), (), (513,), (2, 5, 7)]])
+def test_in_rows_as_on_a_gpu_they_are_too(dtype, sizes) -> None:
+    tensors = [(10.0**place * torch.randn(size)).to(dtype) for place, size in enumerate(sizes)]
+    tensors.append(torch.randn(30, 20).to(dtype).t())
+    check_rounded(tensors, _rounded_in_rows(tensors, 4), 4)
+
+
+def check_rounded(tensors: list[torch.Tensor], found: list[torch.Tensor], bits: int) -> None:
     for one, tensor in zip(found, tensors, strict=True):
         expected = quantize(tensor, bits)
         assert (one.dtype, one.shape) == (expected.dtype, expected.shape)

@@ -16,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hf_parcor.functional import constrained_maximum, inner_product, max_magnitude, project, project_, vector_norm
 from hf_parcor.functional.constrained_maximum import constrained_maximum_in_turn
 from hf_parcor.functional.vectors import (
+    _add_multiple_unread_,
     _norm_in_float64,
     _scaled_unread,
+    add_multiple_,
     clones,
     divide_,
     euclidean_norm,
@@ -244,7 +246,57 @@ def test_division_where_the_inverse_leaves_the_range() -> None:
     assert tensor.tolist() == [1, -1]
 
 
+FACTORS = {"ordinary": (0.037, 1.0), "one": (1.0, 1.0), "beyond float32": (1e42, 1e-42), "tiny": (1e-42, 1e36)}
+
+
+def like_weights(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Tensors of many layouts, one of them empty."""
+    image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    found = [torch.randn(70), torch.randn(()), torch.empty(0), torch.randn(5, 7).t(), torch.randn(8)[::2], image]
+    return [tensor.to(dtype) for tensor in found]
+
+
+@for_each("dtype", DTYPES)
+@for_each(("factor", "size"), FACTORS.values())
+def test_a_multiple_is_added_in_one_rounding(dtype, factor, size):
+    weights, others = like_weights(dtype), [size * tensor.float() for tensor in like_weights(dtype)]
+    if dtype in (torch.float32, torch.float64) or size == 1:  # float16 has no 1e36
+        others = [tensor.to(dtype) for tensor in others]
+    exact = [w.double() + factor * v.double() for w, v in zip(weights, others, strict=True)]
+    kept = [v.clone() for v in others]
+    add_multiple_(weights, others, torch.tensor(factor, dtype=torch.float64))
+    digits = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    for found, expected in zip(weights, exact, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=digits, atol=1e-6 if size == 1 else 1e-3)
+    assert all(torch.equal(v, before) for v, before in zip(others, kept, strict=True))
+
+
+def test_a_factor_of_zero_adds_nothing_of_what_is_not_finite():
+    for factor, expected in ((0.0, [1.0, 2.0, 3.0]), (0.5, [math.nan, math.inf, 3.5])):
+        for add in (add_multiple_, _add_multiple_unread_):
+            weights = [torch.tensor([1.0, 2.0, 3.0])]
+            add(weights, [torch.tensor([math.nan, math.inf, 1.0])], torch.tensor(factor, dtype=torch.float64))
+            torch.testing.assert_close(weights[0], torch.tensor(expected), equal_nan=True)
+
+
+def test_unread_a_multiple_is_the_same_in_float32():
+    """What runs on a GPU, on a CPU; there with any factor that float32 holds, and the largest of those beyond."""
+    for factor in (1e-30, 0.037, 1e30):
+        read, unread, others = ([torch.randn(1000)] for _ in range(3))
+        unread = [read[0].clone()]
+        add_multiple_(read, others, torch.tensor(factor, dtype=torch.float64))
+        _add_multiple_unread_(unread, others, torch.tensor(factor, dtype=torch.float64))
+        torch.testing.assert_close(read, unread, rtol=2e-7, atol=1e-7)
+    tiny = [torch.zeros(2)]
+    _add_multiple_unread_(tiny, [torch.tensor([1e-45, 0.0])], torch.tensor(1e44, dtype=torch.float64))
+    assert 0 < float(tiny[0][0]) < 1
+    assert float(tiny[0][1]) == 0
+
+
 SPREAD = {
+    "a multiple": lambda tensors: add_multiple_(
+        tensors, [t.clone() for t in tensors], torch.ones((), dtype=torch.float64, device="cuda:1")
+    ),
     "max_magnitude": max_magnitude,
     "vector_norm": partial(vector_norm, p=2),
     "vector_norm, p = 3": partial(vector_norm, p=3),

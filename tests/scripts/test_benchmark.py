@@ -24,8 +24,8 @@ BERT = {  # the operations of arms, in stock steps
 @for_each(
     ("flags", "expected", "bytes_of_one_step"),
     [
-        (["--shape", "tiny-bert", "--fused"], BERT, 56),
-        (["--shape", "tiny-llama", "--bf16", "--dtype", "bfloat16"], {K1: 2}, 52),
+        (["--shape", "tiny-bert", "--fused"], BERT, 32),
+        (["--shape", "tiny-llama", "--bf16", "--dtype", "bfloat16"], {K1: 2}, 16),
     ],
 )
 def test_what_is_counted(flags, expected, bytes_of_one_step, tmp_path, capsys):
