@@ -16,7 +16,7 @@ from hf_parcor.evaluation.metrics import (
     SacrebleuScore,
     TrainerMetric,
 )
-from hf_parcor.evaluation.trainer import (
+from hf_parcor.evaluation.robustness import (
     DEFAULT_CORRUPTIONS,
     RobustnessArguments,
     RobustnessMixin,

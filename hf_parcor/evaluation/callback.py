@@ -9,7 +9,13 @@ from accelerate.data_loader import IterableDatasetShard
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_parcor.arguments import check_count
-from hf_parcor.evaluation.trainer import Corruptions, RobustnessMixin, by_name, measure_robustness, robustness_metrics
+from hf_parcor.evaluation.robustness import (
+    Corruptions,
+    RobustnessMixin,
+    by_name,
+    measure_robustness,
+    robustness_metrics,
+)
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 from hf_parcor.records.metric_info import MetricInfo, checked_infos
 

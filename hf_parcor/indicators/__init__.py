@@ -8,7 +8,7 @@ from hf_parcor.indicators.estimators import (
 )
 from hf_parcor.indicators.flips import measure_flips_to_break
 from hf_parcor.indicators.format_scores import FORMATS, sensitivity
-from hf_parcor.indicators.loss import LossOverData
+from hf_parcor.indicators.loss_over_data import LossOverData
 from hf_parcor.indicators.measure import measure_indicators
 
 __all__ = [

@@ -14,7 +14,7 @@ from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions import RandomCorruption
 from hf_parcor.evaluation.gradients import Batch, trainable
 from hf_parcor.functional import inner_product, random_signs, vector_norm
-from hf_parcor.indicators.loss import LossOverData
+from hf_parcor.indicators.loss_over_data import LossOverData
 from hf_parcor.records.indicators import Estimate
 
 

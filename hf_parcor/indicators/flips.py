@@ -17,7 +17,7 @@ from hf_parcor.evaluation.reach import Reach, target_of
 from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.evaluation.trials import checked_metrics
 from hf_parcor.functional.vectors import numel
-from hf_parcor.indicators.loss import LossOverData
+from hf_parcor.indicators.loss_over_data import LossOverData
 from hf_parcor.model_state import evaluation_mode
 from hf_parcor.randomness import random_states_kept
 from hf_parcor.records.flips import FlipRecord

@@ -23,7 +23,7 @@ from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.functional import inner_product
 from hf_parcor.functional.vectors import numel
 from hf_parcor.indicators.estimators import hessian_diagonal
-from hf_parcor.indicators.loss import LossOverData
+from hf_parcor.indicators.loss_over_data import LossOverData
 from hf_parcor.injection import Device, check_weights, forget_derived
 from hf_parcor.model_state import devices_of, evaluation_mode
 from hf_parcor.randomness import random_states_kept

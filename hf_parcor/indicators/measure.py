@@ -20,7 +20,7 @@ from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.functional import constrained_maximum_value, max_magnitude, vector_norm
 from hf_parcor.functional.vectors import numel
 from hf_parcor.indicators.estimators import hessian_trace, random_loss_changes
-from hf_parcor.indicators.loss import LossOverData
+from hf_parcor.indicators.loss_over_data import LossOverData
 from hf_parcor.injection import Pieces, corrupted
 from hf_parcor.records.indicators import ConstraintIndicators, IndicatorRecord
 

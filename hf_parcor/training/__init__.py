@@ -2,17 +2,17 @@
 
 from hf_parcor.records.comparable import DEFENSE_CONFIG_NAME
 from hf_parcor.training.accelerate import DefendedBackward, DefendedLoss, defended_backward
-from hf_parcor.training.arguments import (
+from hf_parcor.training.callbacks import CollapseCallback, IdleDefenseCallback, signs_of_collapse
+from hf_parcor.training.checkpoints import checkpoint_to_resume
+from hf_parcor.training.config import DefenseConfig
+from hf_parcor.training.mixin import ParameterDefenseMixin
+from hf_parcor.training.training_args import (
     DEFAULT_DEFENSE,
     DefenseArguments,
     ParameterDefenseTrainingArguments,
     Seq2SeqParameterDefenseTrainingArguments,
     build_defense,
 )
-from hf_parcor.training.callbacks import CollapseCallback, IdleDefenseCallback, signs_of_collapse
-from hf_parcor.training.checkpoints import checkpoint_to_resume
-from hf_parcor.training.config import DefenseConfig
-from hf_parcor.training.mixin import ParameterDefenseMixin
 
 __all__ = [
     "DEFAULT_DEFENSE",

@@ -21,7 +21,7 @@ from hf_parcor.targets import find_input_embedding, select_trainable
 from hf_parcor.training.callbacks import IdleLoop
 from hf_parcor.training.checks import check_trained, refuse_engines, trained_beside
 from hf_parcor.training.passes import Passes, scaled
-from hf_parcor.training.step import StepRunner
+from hf_parcor.training.step_runner import StepRunner
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from hf_parcor.distributed.processes import check_all_joined
 from hf_parcor.overriding import end_overriding
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.targets import find_input_embedding, select_trainable
-from hf_parcor.training.arguments import DefenseSettings
 from hf_parcor.training.callbacks import CollapseCallback, IdleDefenseCallback, StepLog
 from hf_parcor.training.checkpoints import DefendedSteps, save_defense, warn_of_another_defense
 from hf_parcor.training.checks import (
@@ -26,7 +25,8 @@ from hf_parcor.training.checks import (
 )
 from hf_parcor.training.config import DefenseConfig
 from hf_parcor.training.passes import TrainerPasses
-from hf_parcor.training.step import StepRunner
+from hf_parcor.training.step_runner import StepRunner
+from hf_parcor.training.training_args import DefenseSettings
 
 logger = logging.get_logger(__name__)
 

@@ -1,6 +1,7 @@
 """Translation from scratch or fine-tuned: parallel text, vocabularies, batches of tokens, averages, BLEU."""
 
 from hf_parcor.translation.averaging import average_checkpoints, average_weights, last_checkpoints
+from hf_parcor.translation.bleu import BleuScores, tokenize_13a
 from hf_parcor.translation.iwslt import IwsltText, read_iwslt
 from hf_parcor.translation.iwslt14 import (
     IWSLT14_DE_EN_PAIRS,
@@ -9,7 +10,6 @@ from hf_parcor.translation.iwslt14 import (
     unlike_papers,
 )
 from hf_parcor.translation.parallel_text import ParallelText, from_rows, read_parallel_files, read_rows
-from hf_parcor.translation.scores import BleuScores, tokenize_13a
 from hf_parcor.translation.shapes import freeze_positions, iwslt_de_en, new_model, wmt_en_de
 from hf_parcor.translation.token_batches import TokenBatchesMixin, TokenBatchSampler, sentence_lengths
 from hf_parcor.translation.vocabulary import EncodedText, encode, train_bpe, train_unigram

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hub_server import TOKEN, Repository
@@ -11,7 +12,7 @@ from huggingface_hub import ModelCard
 from local_models import SAVED
 
 from hf_parcor import MetricInfo
-from hf_parcor.cards import EvaluationData, ModelFacts
+from hf_parcor.cards import Destination, EvaluationData, ModelFacts
 from hf_parcor.cards.folder import FACTS, card_of
 from hf_parcor.cards.text import CURVES, HEAT_MAP
 from hf_parcor.cli.main import MISTAKE, main
@@ -67,7 +68,10 @@ class TestCard:
         facts = ModelFacts.load(run_dir / FACTS)
         assert (facts.task, facts.name, facts.datasets) == ("text-classification", "mine", ("org/train",))
         assert facts.evaluated_on.split == "test"
+        assert main(["card", str(run_dir), "--datasets", "org/other"]) == 0
+        assert ModelFacts.load(run_dir / FACTS).datasets == ("org/other",)
         assert main(["card", str(run_dir), "--metric", "loss"]) == MISTAKE, "nothing is there to read it from"
+        assert main(["card", str(run_dir), "--seeds", str(run_dir)]) == MISTAKE, "nor what to read beside the seeds"
 
     def test_the_command_of_other_numbers_is_forgotten(self, run_dir, record_of):
         """Of the same ones it is remembered."""
@@ -79,6 +83,9 @@ class TestCard:
         assert ModelFacts.load(run_dir / FACTS).command == ""
         main(["card", str(run_dir), "--command", "python second.py"])
         assert ModelFacts.load(run_dir / FACTS).command == "python second.py"
+        record_of(values=(0.6, 0.4)).save(run_dir / "robustness.json")
+        main(["card", str(run_dir), "--command", "python third.py"])
+        assert ModelFacts.load(run_dir / FACTS).command == "python third.py", "said of these numbers"
 
     def test_what_the_metric_means_is_what_the_flags_say(self, run_dir, record_of):
         replace(record_of(values=(8.0, 7.0), clean=3.0), metric_info={}).save(run_dir / "robustness.json")
@@ -92,6 +99,13 @@ class TestCard:
         assert " rise when " in first
         assert main(["card", str(run_dir), "--no-greater-is-better"]) == 0
         assert (run_dir / "README.md").read_text() == first, "the unit that the last card said"
+        main(["card", str(run_dir), "--metric", "loss"])
+        assert ModelFacts.load(run_dir / FACTS).info.unit == "", "which was another metric's"
+        main(["card", str(run_dir), "--metric", "accuracy", "--unit", "points"])
+        stated = {"accuracy": MetricInfo(True, "share")}
+        replace(record_of(), metric_info=stated).save(run_dir / "robustness.json")
+        main(["card", str(run_dir)])
+        assert ModelFacts.load(run_dir / FACTS).info == stated["accuracy"], "the record says it now"
 
     def test_the_record_says_data_and_task(self, run_dir, record_of):
         data = EvaluationData("dev.tsv", rows=6)
@@ -101,6 +115,7 @@ class TestCard:
         facts = ModelFacts.load(run_dir / FACTS)
         assert (facts.evaluated_on, facts.task) == (data, "translation")
         assert main(["card", str(run_dir), "--evaluated-on", "org/reviews", "--task", "summarization"]) == 0
+        assert ModelFacts.load(run_dir / FACTS).task == "summarization"
         named = EvaluationData("reviews", "org/reviews", rows=6)
         for _ in range(2):
             facts = ModelFacts.load(run_dir / FACTS)
@@ -109,6 +124,13 @@ class TestCard:
         replace(record, evaluated_on=EvaluationData("other.tsv"), data="cd34").save(run_dir / "robustness.json")
         assert main(["card", str(run_dir)]) == 0
         assert ModelFacts.load(run_dir / FACTS).evaluated_on.name == "other.tsv", "of other data it does not hold"
+        replace(record, evaluated_on=EvaluationData("renamed.tsv"), data="cd34").save(run_dir / "robustness.json")
+        assert main(["card", str(run_dir)]) == 0
+        assert ModelFacts.load(run_dir / FACTS).evaluated_on.name == "renamed.tsv", "what has no name on the Hub"
+        for name, words in (("one.tsv", ["--evaluated-on", "org/reviews"]), ("two.tsv", [])):
+            replace(record, evaluated_on=EvaluationData(name), data="").save(run_dir / "robustness.json")
+            assert main(["card", str(run_dir), *words]) == 0
+        assert ModelFacts.load(run_dir / FACTS).evaluated_on.name == "two.tsv", "nobody knows that they are the same"
 
     def test_what_was_said_goes_before_a_task_that_stands_for_several(self, run_dir, record_of):
         replace(record_of(), task="text2text-generation").save(run_dir / "robustness.json")
@@ -123,6 +145,17 @@ class TestCard:
         assert main(["card", str(run_dir)]) == 0
         several = task in ("summarization", "translation")  # what a T5 is for
         assert ModelFacts.load(run_dir / FACTS).task == ("text2text-generation" if several else task)
+
+    @pytest.mark.parametrize("config", ["no JSON", "[]", "{}"])
+    def test_a_head_that_is_not_said(self, run_dir, config):
+        (run_dir / "config.json").write_text(config)
+        assert main(["card", str(run_dir)]) == 0
+        assert ModelFacts.load(run_dir / FACTS).task == ""
+
+    def test_a_probe_is_no_seed(self, run_dir, tmp_path, probe_of, capsys):
+        probe_of().save(tmp_path / "probe.json")
+        assert main(["card", str(run_dir), "--seeds", str(tmp_path / "probe.json")]) == MISTAKE
+        assert "expected the record of an evaluation" in capsys.readouterr().err
 
     def test_seeds(self, run_dir, tmp_path, record_of):
         record_of(clean=0.7).save(tmp_path / "other" / "robustness.json")
@@ -169,12 +202,28 @@ class TestCard:
         assert main(["card", str(run_dir), "--dry-run"]) == 0
         assert "+## Robustness to parameter corruption" in capsys.readouterr().out
         assert [path.name for path in run_dir.iterdir()] == ["robustness.json"]
+        (run_dir / "README.md").write_text("# Mine\n")
+        main(["card", str(run_dir), "--dry-run"])
+        assert " # Mine\n" in capsys.readouterr().out, "beside what is added"
+        main(["card", str(run_dir)])
+        capsys.readouterr()
+        assert main(["card", str(run_dir), "--dry-run"]) == 0
+        assert capsys.readouterr().out == "", "what was written is what would be"
 
     def test_pushes(self, run_dir, repository, capsys):
         assert main(["card", str(run_dir), "--push", "me/tiny"]) == 0
         assert "/me/tiny/commit/" in capsys.readouterr().out
         assert b"# Mine\n\n<!-- hf_parcor:begin" in repository.files["README.md"]
         assert (run_dir / "README.md").is_file(), "here, too"
+
+    def test_where_it_pushes_is_what_the_flags_say(self, run_dir, monkeypatch, capsys):
+        asked = []
+        published = SimpleNamespace(url="there", difference="")
+        monkeypatch.setattr("hf_parcor.cards.push_card", lambda facts, to: asked.append((facts.name, to)) or published)
+        monkeypatch.chdir(run_dir)
+        assert main(["card", ".", "--push", "me/tiny", "--revision", "dev", "--create-pr"]) == 0
+        assert asked == [("tiny", Destination("me/tiny", revision="dev", create_pr=True))]
+        assert capsys.readouterr().out.endswith("there\n")
 
     def test_a_dry_run_of_a_push(self, run_dir, repository, capsys, hub):
         assert main(["card", str(run_dir), "--push", "me/tiny", "--dry-run"]) == 0
@@ -197,6 +246,7 @@ class TestCard:
             ([], "RUN_DIR: expected the folder of a run"),
             (["nowhere"], "RUN_DIR: expected a folder"),
             (["RUN", "--create-pr"], "add --push"),
+            (["RUN", "--results-only"], "add --push"),
             (["RUN", "--revision", "main"], "add --push"),
             (["RUN", "--only", "x"], "--results-only"),
             (["RUN", "--metric", "f1"], "got 'f1'"),

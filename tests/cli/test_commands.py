@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -57,8 +59,10 @@ from hf_parcor import (
 from hf_parcor.cli import parsing as options
 from hf_parcor.cli.main import COMMANDS
 from hf_parcor.cli.probe import GROUPS
+from hf_parcor.cli.train import _training_and_validation
 from hf_parcor.corruptions import CORRUPTIONS, RandomCorruption, corruptions_of_table_1
 from hf_parcor.corruptions.catalogue import read_corruptions
+from hf_parcor.errors import InputError
 from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
 from hf_parcor.records import EvaluationData
 from hf_parcor.tasks import TASKS
@@ -520,6 +524,7 @@ class TestTrain:
 
         def measured(metric, model):
             seen["measured"] = [tuple(ids) for batch in metric.batches for ids in batch["input_ids"].tolist()]
+            seen["sizes"] = {len(batch["labels"]) for batch in metric.batches}
             return {"accuracy": 0.5, "loss": 0.5}
 
         monkeypatch.setattr(hf_parcor.trainers, "ParameterDefenseTrainer", Watched)
@@ -528,21 +533,25 @@ class TestTrain:
         rows = [(" ".join(pair), "-".join(pair)) for pair in pairs]  # classes that only one of both parts has
         file = write_rows(tmp_path / "rows.tsv", ["sentence", "label"], rows)
         words = (body, "--task", "text-classification", "--dataset", file, "--output-dir", "out", "--skip-corruptions")
-        parts = set()
-        for seed, split_seed in ((0, 0), (1, 0), (0, 1)):
+        parts, heads = set(), []
+        for seed, split_seed, limit in ((0, 0, 99), (1, 0, 99), (0, 1, 20), (0, 0, 99)):
             with monkeypatch.context() as patched:
                 patched.setattr(ClassificationMetric, "__call__", measured)
-                result = self.train(
-                    run, *words, "--seed", seed, "--validation-split", 0.25, "--split-seed", split_seed
-                )
+                flags = ("--validation-split", 0.25, "--split-seed", split_seed, "--train-limit", limit)
+                result = self.train(run, *words, "--seed", seed, *flags, "--per-device-eval-batch-size", 3)
             assert result.code == 0
             assert "9 of the 36 rows" in result.err
-            assert len(seen["measured"]) == 9
+            assert (len(seen["measured"]), seen["sizes"]) == (9, {3})
+            assert not Path("out/robustness.json").exists(), "nothing was to be measured but the clean model"
             assert not set(seen["trained"]) & set(seen["measured"])
-            assert len({*seen["trained"], *seen["measured"]}) == len(rows)
+            assert len({*seen["trained"], *seen["measured"]}) == 9 + min(27, limit)
             parts.add(frozenset(seen["measured"]))
-            assert set(model_of("out").config.label2id) == {label for _, label in rows}, "of all rows"
+            trained = model_of("out")
+            assert set(trained.config.label2id) == {label for _, label in rows}, "of all rows"
+            heads.append(trained.classifier.weight)
         assert len(parts) == 2, "another seed of training is measured on the same rows, another draw on others"
+        assert torch.equal(heads[0], heads[3]), "a new head is drawn by the seed, too"
+        assert not torch.equal(heads[0], heads[1])
 
     @pytest.mark.slow
     def test_its_record_says_on_which_rows(self, run, classifier_folder, sentences):
@@ -562,16 +571,53 @@ class TestTrain:
         half = ("--validation-split", 0.5)
         for flags, trained, measured in (
             (half, 3, "and measured on"),
+            ((*half, "--train-dataset", os.path.relpath(sentences)), 3, "and measured on"),  # the same file
             ((*half, "--split-seed", 7), 3, "with seed 7"),
             ((*half, "--limit", 2), 3, "the first 2 of them measured on"),
             ((*half, "--limit", 3, "--train-limit", 2), 2, "and measured on"),
             (("--train-dataset", others), 6, None),
             (("--train-dataset", others, "--train-limit", 4), 4, None),
         ):
-            said = self.train(run, *words, *flags).err
+            result = self.train(run, *words, *flags, "--metric", "loss")
+            said = result.err
+            assert result.out.startswith("| loss")
             assert f"column 'label'; {trained} rows" in said
             assert ("3 of the 6 rows" in said and "held out" in said) == (measured is not None) == ("drawn" in said)
             assert (measured or "") in said
+
+    @for_each(
+        ("sources", "splits", "found"),
+        [
+            (("org/a", None), ("validation", "train"), "others"),
+            (("org/a", "org/a"), ("validation", "train"), "others"),
+            (("org/a", None), ("train[:9%]", "train[9%:]"), "others"),
+            (("org/a", "org/b"), ("train[:9%]", "train"), "others"),
+            (("org/a", "org/b"), ("train", "train"), "others"),
+            (("org/a", None), ("train[:9%]", "train"), "refused"),
+            (("org/a", None), ("train", "train[9%:]"), "refused"),
+            (("org/a", None), ("train", "train"), "held out"),
+        ],
+    )
+    def test_which_rows_of_the_hub_are_trained_on(self, sources, splits, found):
+        """No row is measured that was trained on, unless slices say so themselves."""
+        given = SimpleNamespace(
+            **dict(zip(("dataset", "train_dataset"), sources, strict=True)),
+            **dict(zip(("split", "train_split"), splits, strict=True)),
+            **{"validation_split": 0.1, "split_seed": 5, "limit": None},
+        )
+        held_out = SimpleNamespace(entries=[1])
+        rows = SimpleNamespace(entries=[1, 2], split_off=lambda *asked: (asked, held_out))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hf_parcor.cli.subject.read_data", lambda arguments: (rows, {"text": "a"}))
+            patch.setattr("hf_parcor.cli.subject.rows_of", lambda arguments, source, split: (source, split))
+            if found == "refused":
+                with pytest.raises(InputError, match="--split: expected rows that are not trained on"):
+                    _training_and_validation(given)
+                return
+            trained, measured, columns = _training_and_validation(given)
+        assert columns == {"text": "a"}
+        assert measured is (held_out if found == "held out" else rows)
+        assert trained == ((0.1, 5) if found == "held out" else (sources[1] or "org/a", splits[1]))
 
     @pytest.mark.parametrize("task", ["translation", "text-generation"])
     def test_other_tasks(self, run, task, tmp_path):
@@ -591,6 +637,7 @@ class TestTrain:
         [
             (["--no-greater-is-better"], False),
             (["--greater_is_better", "False", "--metric_for_best_model", "accuracy"], False),
+            (["--greater-is-better", "False", "--metric-for-best-model", "eval_accuracy"], False),
             (["--greater-is-better", "False", "--metric-for-best-model", "loss"], True),  # said of another metric
         ],
     )
@@ -626,10 +673,13 @@ class TestTrain:
                 1,
             ),
             *("--use-cpu", "--save-strategy", "no", "--report-to", "none", "--trials", 1, "--defense", "corruption"),
-            *("--defense-corruption", "quantization=2,3", *flags),
+            *("--defense-corruption", "quantization=2,3", "--corruption-seed", 7, *flags),
         )
         assert result.code == 0
-        labels = [row.label for row in EvaluationRecord.load("out/robustness.json").corruptions]
+        record = EvaluationRecord.load("out/robustness.json")
+        assert (record.clean.seeds, record.task) == ((7,), "text-classification")
+        assert json.loads(Path("out/eval_results.json").read_text())["eval_loss"] == record.clean.mean("loss")
+        labels = [row.label for row in record.corruptions]
         assert [label.split()[0] for label in labels] == measured
         assert DefenseConfig.from_pretrained("out").defense.corruptions == (Quantization(2), Quantization(3))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from hf_parcor import (
@@ -118,6 +121,43 @@ def test_evaluate_returns_it_for_each_data_set(make, rows):
     assert other["test_robustness_noise_loss"] != metrics["eval_first_robustness_noise_loss"]
 
 
+def test_its_settings_are_those_of_the_measurement(make, rows):
+    """Also where a metric of the Trainer's own is called a runtime."""
+    best = {"metric_for_best_model": "eval_first_distance", "greater_is_better": False}
+    trainer = make(ParameterDefenseTrainer, eval_dataset={"first": rows[:6]}, **best)
+    trainer.compute_metrics = lambda prediction: {
+        name: float(prediction.predictions.max()) for name in ("distance", "kernel_runtime")
+    }
+    settings, measured = {"trials": 2, "seed": 5, "target_modules": ["classifier"]}, []
+    trainer.robustness_was_measured = lambda *found: measured.append(found)
+    trainer.add_callback(RobustnessCallback(trainer, CORRUPTIONS, **settings))
+    metrics = trainer.evaluate()
+    record = measure_robustness(
+        trainer, list(CORRUPTIONS.values()), eval_dataset="first", metric_key_prefix="eval_first", **settings
+    )
+    assert record.metric_info["distance"] == MetricInfo(False)
+    ((prefix, found),) = measured
+    assert prefix == "eval_first"
+    assert replace(found, evaluated_on=record.evaluated_on) == record
+    assert metrics["eval_first_robustness_noise_distance"] == record.corruptions[0].mean("distance")
+
+
+def test_the_share_of_a_process_is_measured_as_the_whole_it_is_of(make, rows):
+    trainer = make(Trainer)
+    callback, metrics = RobustnessCallback(trainer, CORRUPTIONS), {"eval_loss": 1.0, "eval_runtime": 1.0}
+    share = SimpleNamespace(dataset=IterableDatasetShard(rows, batch_size=2, num_processes=2, process_index=1))
+    callback.on_evaluate(trainer.args, trainer.state, trainer.control, metrics, share)
+    assert metrics[KEY] == measure_robustness(trainer, list(CORRUPTIONS.values())).corruptions[0].mean("loss")
+    assert callback.on_evaluate(trainer.args, trainer.state, trainer.control) is None, "nothing was evaluated"
+
+
+def test_one_that_is_not_added_goes_nowhere(make):
+    trainer, other = make(Trainer), make(Trainer)
+    before = list(trainer.callback_handler.callbacks)
+    RobustnessCallback(trainer, CORRUPTIONS).on_train_begin(other.args, other.state, other.control)
+    assert trainer.callback_handler.callbacks == before
+
+
 def test_other_callbacks_hear_of_one_evaluation(make):
     heard = []
 
@@ -142,6 +182,11 @@ def test_other_callbacks_hear_of_one_evaluation(make):
 def test_errors(make, settings, says):
     with pytest.raises(ValueError, match=f"{says}: expected a whole number"):
         RobustnessCallback(make(Trainer), CORRUPTIONS, **settings)
+
+
+def test_what_is_no_corruption_is_refused_before_training(make):
+    with pytest.raises(TypeError, match=r"got 0\.1"):
+        RobustnessCallback(make(Trainer), {"noise": 0.1})
 
 
 def test_what_a_user_states_of_a_metric_is_in_the_record(make):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import random
+import statistics
 
 import numpy as np
 import pytest
 import torch
+from for_each import for_each
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     Seq2SeqTrainingArguments,
     T5Config,
@@ -30,7 +35,14 @@ from hf_parcor import (
     corrupted,
     select_parameters,
 )
-from hf_parcor.evaluation import DEFAULT_CORRUPTIONS, RobustnessMixin, TrainerMetric, measure_robustness
+from hf_parcor.errors import InputError
+from hf_parcor.evaluation import (
+    DEFAULT_CORRUPTIONS,
+    RobustnessArguments,
+    RobustnessMixin,
+    TrainerMetric,
+    measure_robustness,
+)
 
 NOISE, BITS = GaussianNoise(0.2), Quantization(2)
 NAMES = ("gaussian_sigma_0.2", "2_bit_quantization")
@@ -133,6 +145,63 @@ class TestNumbers:
         assert found[0] > 0
         assert found[1] > 0, "the loss that the Trainer reports is turned round, too"
 
+    @for_each("kind", ["smoothed", "overridden"])
+    def test_the_gradient_is_that_of_what_the_trainer_computes(self, make, rows, kind):
+        """To first order the loss rises by ε times the norm of its own gradient."""
+
+        class Overridden(RobustTrainer):
+            inside = False
+
+            @contextlib.contextmanager
+            def compute_loss_context_manager(self):
+                self.inside = True
+                yield
+                self.inside = False
+
+            def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+                assert self.inside, "as `prediction_step` does"
+                outputs = model(input_ids=inputs["input_ids"])
+                loss = spread(outputs.logits)
+                return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
+
+        def spread(logits):
+            return -logits.log_softmax(-1).mean()
+
+        trainer = make(RobustTrainer, label_smoothing_factor=1.0) if kind == "smoothed" else make(Overridden)
+        epsilon, model = 1e-3, trainer.model.eval()
+        loss = spread(model(torch.stack([row["input_ids"] for row in rows])).logits)
+        norm = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm().item()
+        record = measure_robustness(trainer, [GradientCorruption(CorruptionConstraint(epsilon=epsilon))])
+        assert record.corruptions[0].mean("loss") - record.clean.mean("loss") == pytest.approx(
+            epsilon * norm, rel=0.02
+        )
+
+    def test_the_record_says_on_how_many_rows_and_what_gradients_were_taken_on(self, make, rows):
+        trainer = make(eval_dataset={"first": rows[:6], "last": rows[6:11]})
+        for asked, count in (("first", 6), ("last", 5), (rows[:3], 3)):
+            record = measure_robustness(trainer, [BITS], eval_dataset=asked)
+            assert record.evaluated_on.rows == count
+            assert not record.data, "nothing needed them"
+        assert measure_robustness(
+            trainer, [GradientCorruption(CorruptionConstraint(epsilon=1.0))], eval_dataset="last"
+        ).data
+
+    def test_the_mean_over_corruptions_is_no_median(self, trainer):
+        several = {"a": NOISE, "b": BITS, "c": GaussianNoise(3.0)}
+        metrics = trainer.evaluate_robustness(several, trials=1)
+        expected = statistics.fmean(metrics[f"eval_robustness_{name}_loss"] for name in several)
+        assert metrics["eval_robustness_loss"] == pytest.approx(expected)
+
+    def test_the_records_are_those_of_the_last_call(self, trainer):
+        for prefix in ("eval", "test"):
+            trainer.evaluate_robustness([BITS], metric_key_prefix=prefix)
+            assert list(trainer.robustness_records) == [prefix]
+
+    def test_no_bar_where_the_trainer_shows_none(self, make, capsys):
+        for disabled in (True, False):
+            measure_robustness(make(disable_tqdm=disabled), [BITS])
+            assert ("corruptions" in capsys.readouterr().err) != disabled
+
 
 def _cross_entropy(output, labels):
     return torch.nn.functional.cross_entropy(output.logits, labels)
@@ -190,6 +259,35 @@ class TestWhatStays:
             assert set(record.corruptions[0].metrics[name]) == set(record.clean.metrics[name])
 
 
+class TestTrainerMetric:
+    def test_it_keeps_numbers_alone_and_draws_for_itself(self, trainer):
+        trainer.compute_metrics = lambda _: {
+            "drawn": float(torch.rand(())),
+            "name": "x",
+            "matrix": [[1, 2]],
+            "count": 3,
+        }
+        metric, before = TrainerMetric(trainer), torch.get_rng_state()
+        found = metric(trainer.model)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert found == metric(trainer.model)
+        assert found.keys() == {"loss", "drawn", "count"}
+
+    def test_memory_is_no_metric_and_is_tracked_on(self, make):
+        pytest.importorskip("psutil")
+        trainer = make(skip_memory_metrics=False)
+        tracker = trainer._memory_tracker
+        assert TrainerMetric(trainer)(trainer.model).keys() == {"accuracy", "loss"}
+        assert trainer._memory_tracker is tracker
+        assert any("_mem_" in name for name in trainer.evaluate())
+
+    def test_a_wrapper_of_the_model_is_the_model(self, trainer):
+        wrapper = DistributedDataParallel.__new__(DistributedDataParallel)
+        nn.Module.__init__(wrapper)
+        wrapper.module = trainer.model
+        assert TrainerMetric(trainer)(wrapper) == TrainerMetric(trainer)(trainer.model)
+
+
 class Masks:
     """A collator that masks at random; with a seed, by a generator of its own, as those of Transformers."""
 
@@ -220,6 +318,12 @@ def test_a_collator_that_masks_at_random(make, seed):
     assert record.corruptions[0].metrics["loss"] > record.clean.metrics["loss"]
 
 
+def test_flags_without_a_word_are_not_the_default():
+    with pytest.raises(InputError, match="expected at least one"):
+        RobustnessArguments(corruptions=[]).read()
+    assert RobustnessArguments().read([BITS]) == [BITS]
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("corruptions", "error", "says"),
@@ -236,6 +340,11 @@ class TestErrors:
     def test_another_model(self, trainer):
         with pytest.raises(ValueError, match=r"pass trainer\.model to the evaluator"):
             TrainerMetric(trainer)(copy.deepcopy(trainer.model))
+
+    def test_no_model(self, trainer):
+        trainer.model = None
+        with pytest.raises(ValueError, match="model: expected a Trainer with a model"):
+            trainer.evaluate_robustness([NOISE])
 
     def test_nothing_to_measure(self, make, rows):
         unlabelled = [{"input_ids": row["input_ids"]} for row in rows]
@@ -289,6 +398,11 @@ class TestWhatItsNumbersMean:
             ({"metric_for_best_model": "mse"}, "mse", MetricInfo(False)),  # what Transformers writes down is not said
             ({"metric_for_best_model": "mse"}, "distance", MetricInfo(True, "", ("greater_is_better",))),
             (
+                {"metric_for_best_model": "edit_distance", "greater_is_better": False},
+                "distance",
+                MetricInfo(True, "", ("greater_is_better",)),
+            ),
+            (
                 {"metric_for_best_model": "eval_robustness_noise_distance", "greater_is_better": False},
                 "distance",
                 MetricInfo(False),
@@ -301,16 +415,33 @@ class TestWhatItsNumbersMean:
         trainer.compute_metrics = lambda prediction: {"accuracy": 0.5, "distance": 0.5, "mse": 0.5}
         assert measure_robustness(trainer, [BITS]).metric_info[name] == info
 
-    def test_of_compute_metrics_itself(self, make):
-        class Distance:
-            primary_metric, greater_is_better, unit = "distance", False, "steps"
+    def test_a_direction_that_was_taken_away_is_not_said(self, make):
+        trainer = make(metric_for_best_model="eval_distance")
+        metric = TrainerMetric(trainer, metric_key_prefix="test")
+        assert metric.info_of("distance") == MetricInfo(True), "whatever other data it is measured on"
+        trainer.args.greater_is_better = None
+        assert metric.info_of("distance") is None
+
+    @for_each(
+        ("options", "greater"),
+        [
+            ({}, True),
+            ({"metric_for_best_model": "mse", "greater_is_better": False}, False),
+            ({"metric_for_best_model": "accuracy"}, True),
+        ],
+    )
+    def test_of_compute_metrics_itself(self, make, options, greater):
+        """Of which the arguments may say the direction, and leave the unit."""
+
+        class Odd:
+            primary_metric, greater_is_better, unit = "mse", True, "steps"
 
             def __call__(self, prediction):
-                return {"distance": 0.5}
+                return {"mse": 0.5}
 
-        trainer = make()
-        trainer.compute_metrics = Distance()
-        assert measure_robustness(trainer, [BITS]).metric_info["distance"] == MetricInfo(False, "steps")
+        trainer = make(**options)
+        trainer.compute_metrics = Odd()
+        assert measure_robustness(trainer, [BITS]).metric_info["mse"] == MetricInfo(greater, "steps")
 
     def test_a_user_says_it(self, make):
         trainer, info = make(RobustTrainer), {"accuracy": MetricInfo(True, "share")}

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -18,6 +19,7 @@ from hf_parcor import (
     GaussianNoise,
     GradientCorruption,
     LayerProbe,
+    MetricInfo,
     MultiStepCorruption,
     Quantization,
     RandomCorruption,
@@ -29,6 +31,7 @@ from hf_parcor import (
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
+from hf_parcor.records import EvaluationData
 from hf_parcor.targets import TargetError
 
 KINDS = len(CORRUPTIONS)
@@ -227,6 +230,32 @@ class TestRecord:
         assert record.clean.metrics == {
             key: (value,) for key, value in ClassificationMetric(batches)(classifier.eval()).items()
         }
+
+    def test_what_the_caller_and_the_metric_say_of_themselves(self, evaluator_of, batches):
+        data, metric = EvaluationData("dev.tsv", rows=6), ClassificationMetric(batches)
+        metric.notes = ("counted by hand",)
+        record = evaluator_of(
+            metric, evaluated_on=data, task="sorting", metric_info={"loss": MetricInfo(True, "nats")}
+        )
+        record = record.evaluate([Quantization(2)])
+        assert (record.evaluated_on, record.task, record.notes) == (data, "sorting", ("counted by hand",))
+        assert record.metric_info["loss"] == MetricInfo(True, "nats")
+        assert evaluator_of().evaluate([]).task == "text-classification"
+
+    def test_units_are_guessed_from_all_that_was_measured(self, evaluator_of):
+        """A number between 0 and 1 that leaves it under corruption is no share."""
+        seen = iter([0.5, 3.0])
+        assert (
+            evaluator_of(lambda model: {"accuracy": next(seen)}).evaluate([Quantization(2)]).info("accuracy").unit
+            == ""
+        )
+
+    def test_a_wrapper_of_the_model_is_the_model(self, classifier, evaluator_of):
+        wrapper = DistributedDataParallel.__new__(DistributedDataParallel)
+        nn.Module.__init__(wrapper)
+        wrapper.module = classifier
+        found = evaluator_of(model=wrapper, target_modules=["classifier"]).evaluate([Quantization(2)])
+        assert found == evaluator_of(target_modules=["classifier"]).evaluate([Quantization(2)])
 
     def test_only_the_targets_are_corrupted(self, classifier, evaluator_of):
         names = {"bert.encoder.layer.1.attention.self.query.weight", "bert.encoder.layer.1.attention.self.query.bias"}
@@ -456,6 +485,12 @@ class TestErrorsBeforeAnythingIsMeasured:
         with pytest.raises(TargetError, match=r"expected weights that can be corrupted, got \['scale'\], .* are int8"):
             refusing(model=model, target_modules=["scale"])
         refusing(model=model, target_modules="all")  # the others can be measured
+
+    def test_weights_that_share_their_memory_under_two_names(self, refusing):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        model[1].weight = nn.Parameter(model[0].weight.data)
+        with pytest.raises(ValueError, match=r"every weight under one name, got that of 0\.weight"):
+            refusing(model=model)
 
     def test_targets_that_match_nothing(self, refusing):
         with pytest.raises(TargetError):

@@ -336,10 +336,10 @@ class TestTrainer:
     def metric(self, tiny_bert, labelled_rows, tmp_path):
         model = tiny_bert(num_labels=3, vocab_size=30)
 
-        def make(rows=labelled_rows, dataset=None, **options):
+        def make(rows=labelled_rows, dataset=None, kind=transformers.Trainer, **options):
             parts = {name: options.pop(name) for name in ("compute_metrics", "data_collator") if name in options}
             arguments = transformers.TrainingArguments(tmp_path, report_to=[], use_cpu=True, **options)
-            return TrainerMetric(transformers.Trainer(model, arguments, eval_dataset=rows, **parts), dataset)
+            return TrainerMetric(kind(model, arguments, eval_dataset=rows, **parts), dataset)
 
         return make
 
@@ -354,6 +354,7 @@ class TestTrainer:
             {"compute_metrics": score},
             {"data_collator": transformers.DataCollatorWithPadding(None)},
             {"dataset": [{"labels": 0}]},
+            {"kind": type("Own", (transformers.Trainer,), {})},
         ],
     )
     def test_what_an_evaluation_depends_on(self, metric, changed):
@@ -365,6 +366,21 @@ class TestTrainer:
         assert found[0] != found[1]
         assert found[2] == {"a": found[1][""]}
         assert settings_of(metric({"a": other, "b": labelled_rows}, "b"))["data"] == found[0]
+
+    def test_data_that_are_drawn_begin_with_the_same_numbers_and_there_may_be_none(self, metric):
+        class Drawn:
+            def __len__(self):
+                return 3
+
+            def __getitem__(self, index):
+                return {"input_ids": torch.rand(2)}
+
+        found, drawn = [], metric(Drawn())
+        for _ in range(2):
+            torch.rand(1)
+            found.append(settings_of(drawn)["data"])
+        assert found[0] == found[1]
+        assert settings_of(metric(None))["data"] == {}
 
     def test_no_random_number_is_another_afterwards(self, metric):
         made, before = metric(), torch.get_rng_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from functools import cache, partial
 
@@ -21,6 +22,7 @@ from hf_parcor import (
     LayerProbe,
     MultiStepCorruption,
     RandomCorruption,
+    sensitivity,
 )
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.targets import TargetError
@@ -181,6 +183,25 @@ def test_bit_for_bit_after_an_interrupt(six_layers, long_batches, bits_of):
     with pytest.raises(KeyboardInterrupt):
         probe.evaluate(CORRUPTIONS)
     assert bits_of(six_layers) == before
+
+
+def test_a_sweep_says_how_it_was_measured(six_layers):
+    probe = LayerProbe(six_layers, lambda model: {"x": 0.0}, targets={"head": ["classifier"]}, progress=False)
+    sweep = probe.evaluate([GaussianNoise(0.1)], trials=2, seed=5)
+    assert (sweep.trials, sweep.seed, sweep.weights) == (2, 5, sweep.records["head"].weights)
+    assert sweep.records["head"].corruptions[0].seeds == (5, 6)
+
+
+def test_a_setting_is_the_same_in_every_call():
+    """Each lists them all, which `help` and type checkers read: with the same types and defaults."""
+    of_evaluator = inspect.signature(CorruptionEvaluator).parameters
+    selecting = {"target_modules", "exclude_modules", "module_types", "layers"}
+    for call, apart in ((LayerProbe, selecting), (sensitivity, {*selecting, "reuse_prefix"})):
+        settings = inspect.signature(call).parameters
+        assert of_evaluator.keys() - settings.keys() == apart
+        for name in settings.keys() & of_evaluator.keys() - {"metric"}:
+            mine, others = settings[name], of_evaluator[name]
+            assert (mine.annotation, mine.default) == (others.annotation, others.default), (call, name)
 
 
 class TestBadInput:

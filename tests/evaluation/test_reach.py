@@ -14,6 +14,7 @@ from accelerate.utils import send_to_device
 from for_each import for_each
 from torch import Tensor, nn
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from hf_parcor import (
     BitFlips,
@@ -362,13 +363,17 @@ def test_kinds_of_a_model_with_weights_out_of_reach(data, metric, loss) -> None:
     assert set(probe.evaluate(corruptions_for(model), trials=1).records) == {"layer-norm", "embedding"}
 
 
-def test_layers_out_of_reach_are_left_out_of_a_probe_of_all_layers(data, metric, loss) -> None:
+def test_layers_out_of_reach_are_left_out_of_a_probe_of_all_layers(data, metric, loss, caplog) -> None:
+    logging.enable_propagation()
     model = Model(nn.Embedding(20, 16), nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 2)]))
     model.forward = lambda input_ids, labels: {
         "loss": nn.functional.cross_entropy(model[1][1](model[1][0](model[0](input_ids))).mean(1), labels)
     }
     model[1][0] = wrapped(model[1][0])
     probe = LayerProbe(model, metric, data, loss=loss, progress=False)
+    assert [record.message for record in caplog.records if "left out" in record.message] == [
+        "1.0 was left out: 256 in 1.0 are of the class Wrapped, no plain numbers."
+    ]
     records = probe.evaluate(CORRUPTIONS, trials=1).records
     assert list(records) == ["1.1"]
     assert records["1.1"].notes == ("1.0 was left out: 256 in 1.0 are of the class Wrapped, no plain numbers",)

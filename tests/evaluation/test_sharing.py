@@ -24,6 +24,7 @@ from hf_parcor import (
 )
 from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.evaluation import BatchMetric, ClassificationMetric, DatasetGradients
+from hf_parcor.evaluation.together import prefix_of_ascents, prefix_of_measurements
 
 MANY = [
     *(GradientCorruption(CorruptionConstraint(epsilon=epsilon)) for epsilon in (0.1, 0.5, 2.0)),
@@ -184,18 +185,43 @@ def test_every_bit_comes_back_when_the_metric_raises(evaluate, classifier, batch
     assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in classifier.modules())
 
 
-def test_a_model_that_cannot_be_cut_is_measured_whole(batches, caplog):
-    class Counting(nn.Linear):
-        calls = 0
+def test_a_prefix_that_was_tried_out_holds_nothing(classifier, batches, bits_of):
+    classifier.eval()
+    before, parameters = bits_of(classifier), select_parameters(classifier, "last-encoder-layer")
+    for prefix in (
+        prefix_of_measurements(classifier, ClassificationMetric(batches), parameters),
+        prefix_of_ascents(classifier, parameters, batches),
+    ):
+        assert classifier.bert.encoder.layer[0] in prefix.prefix
+        assert prefix.recorded == {}
+    assert bits_of(classifier) == before
 
-        def forward(self, x):
-            self.calls += 1
-            return super().forward(x) * self.calls
 
+class Counting(nn.Linear):
+    """Counts its calls, which changes what it returns, or in a buffer what somebody else may read."""
+
+    def __init__(self, counts_in_buffer):
+        super().__init__(6, 4)
+        self.calls, self.counts_in_buffer = 0, counts_in_buffer
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        if self.counts_in_buffer:
+            self.seen += 1
+            return super().forward(x)
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+@for_each(
+    ("counts_in_buffer", "why"),
+    [(False, "the result of two full runs differs"), (True, "a buffer of the model moves")],
+)
+def test_a_model_that_cannot_be_cut_is_measured_whole(batches, caplog, counts_in_buffer, why):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.last = Counting(6, 4), nn.Linear(4, 2)
+            self.first, self.last = Counting(counts_in_buffer), nn.Linear(4, 2)
 
         def forward(self, input_ids, labels):
             logits = self.last(self.first(input_ids.float()))
@@ -206,7 +232,7 @@ def test_a_model_that_cannot_be_cut_is_measured_whole(batches, caplog):
     evaluator = CorruptionEvaluator(Model(), ClassificationMetric(batches), batches, **settings)
     record = evaluator.evaluate([GaussianNoise(0.1)])
     assert record.corruptions[0].changed == 10
-    assert "Every measurement runs all of the model: the result of two full runs differs" in caplog.text
+    assert f"Every measurement runs all of the model: {why}" in caplog.text
 
 
 def test_a_weight_that_is_used_before_its_module_is_called(batches):

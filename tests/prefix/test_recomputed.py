@@ -38,9 +38,10 @@ class Layer(nn.Module):
 class Net(nn.Module):
     """Has one dropout before all layers and behind the last one."""
 
-    def __init__(self, layers=3):
+    def __init__(self, layers=3, in_place=False):
         super().__init__()
         torch.manual_seed(0)
+        self.in_place = in_place
         self.layers, self.dropped, self.calls = nn.ModuleList(Layer() for _ in range(layers)), False, 0
         self.shared, self.last = nn.Dropout(0.5), nn.Linear(4, 4).double()
 
@@ -49,15 +50,16 @@ class Net(nn.Module):
         hidden, norms = self.shared(x.clone()), 0
         for layer in self.layers:
             result = layer(hidden)
-            hidden, norms = result["hidden"] * 2, norms + result["norm"]
+            hidden, norms = result["hidden"], norms + result["norm"]
+            hidden = hidden.mul_(2) if self.in_place else hidden * 2
             hidden += 1
         if self.dropped and self.calls == 4:  # as a model that skips layers at random
             hidden = torch.ones_like(hidden)
         return {"loss": self.shared(self.last(hidden)).tanh().square().mean() + norms / 10}
 
 
-def defended(model, prefix, defense, fail_at=None):
-    """Return all gradients of one step, in training mode."""
+def defended(model, prefix, defense, fail_at=None, scale=1.0):
+    """Return all gradients of one step, in training mode; a gradient scaler would send scaled losses backward."""
     model.zero_grad()
     model.calls = 0
     selected = {"weight": model.last.weight, "bias": model.last.bias}
@@ -66,7 +68,7 @@ def defended(model, prefix, defense, fail_at=None):
         if index == fail_at:
             raise KeyboardInterrupt
         loss = objective(model(ROWS)["loss"])
-        loss.backward()
+        (loss * scale).backward()
         return loss.detach()
 
     torch.manual_seed(2)
@@ -75,15 +77,26 @@ def defended(model, prefix, defense, fail_at=None):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@for_each("in_place", [False, True])
 @for_each("defense", DEFENSES)
-def test_the_same_dropout_masks_and_gradients_as_with_a_graph_that_is_kept(defense):
-    model = Net()
+def test_the_same_dropout_masks_and_gradients_as_with_a_graph_that_is_kept(defense, in_place):
+    model = Net(in_place=in_place)
     expected = defended(model, PrefixReuse([model.shared, *model.layers], [model.last]), defense)
     after = torch.rand(3)
     found = defended(model, RecomputedPrefix([model.shared, *model.layers], [model.last]), defense)
     assert torch.equal(after, torch.rand(3))
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def test_a_scaled_loss_scales_the_gradients_of_all_passes():
+    """By a power of two, so exactly; the direction of a corruption does not depend on it."""
+    model, defense = Net(), MultiStepRisk(L2, steps=2)
+    model.eval()
+    prefix = RecomputedPrefix([model.shared, *model.layers], [model.last])
+    expected = defended(model, prefix, defense)
+    for name, gradient in defended(model, prefix, defense, scale=1024.0).items():
+        torch.testing.assert_close(gradient, 1024 * expected[name], rtol=1e-12, atol=0, msg=name)
 
 
 def test_what_the_last_pass_does_not_use_gets_the_gradients_of_the_others():
@@ -100,10 +113,11 @@ def test_what_the_last_pass_does_not_use_gets_the_gradients_of_the_others():
 def test_it_is_computed_twice_and_its_hooks_run_no_oftener():
     model, calls, hooks = Net(layers=1), [], []
     model.layers[0].own.register_forward_hook(lambda *_: calls.append(1))
-    model.layers[0].register_forward_pre_hook(lambda *_: hooks.append(1))
+    model.layers[0].register_forward_pre_hook(lambda module, _: hooks.append(type(module).__name__))
     prefix = RecomputedPrefix([model.shared, *model.layers], [model.last])
     defended(model, prefix, MultiStepRisk(L2, steps=5))
-    assert (len(calls), len(hooks)) == (2, 2) == (prefix.forwards,) * 2
+    assert len(calls) == len(hooks) == prefix.forwards == 2
+    assert set(hooks) == {"Layer"}
     assert prefix.recorded == {}
     assert prefix.outputs == prefix.boundary == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,17 +13,22 @@ import transformers as tf
 from for_each import for_each
 from operations import count_operations
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hf_parcor import ACRT, SAM, CorruptionConstraint, MultiStepRisk, select_parameters
 from hf_parcor.defenses import DefendedStep
 from hf_parcor.prefix import (
     NothingToReuse,
     PrefixError,
+    PrefixReuse,
     RecomputedPrefix,
     find_prefix,
     plan_prefix,
+    recording_together,
     try_prefix,
 )
+from hf_parcor.prefix.consumers import Consumers, Unkept
+from hf_parcor.prefix.reuse import copied
 
 L2 = CorruptionConstraint(epsilon=0.3)
 LAYERS = 3
@@ -319,6 +325,69 @@ class TestWhatIsKept:
         batch["output_hidden_states"] = True
         assert self.beside_the_graph(model, batch, sparing=True)[0] >= 6 * hidden
 
+    def test_buffers_and_draws_of_the_trial_are_those_of_one_pass(self, bits_of):
+        """Statistics move before and behind the cut, the suffix draws, and a mode that watches may be refused."""
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.norm, self.last = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+                self.late, self.dropout, self.unused = nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(1, 1)
+                self.refuses = self.returns = False
+                self.register_buffer("calls", torch.zeros(()))
+
+            def forward(self, x):
+                if self.refuses and _get_current_dispatch_mode_stack():
+                    raise RuntimeError("it is watched")
+                self.calls += 1
+                early = self.first(x)
+                loss = self.dropout(self.late(self.last(self.norm(early)))).square().mean()
+                return {"loss": loss, "early": early if self.returns else None}
+
+        model, x = Model().train(), torch.randn(5, 4)
+        before, state = bits_of(model), torch.get_rng_state()
+        for refuses, returns, unused in (
+            (False, False, {(model.first, 0, 0)}),
+            (False, True, set()),
+            (True, False, set()),
+        ):
+            model.refuses, model.returns = refuses, returns
+            prefix = plan_prefix(model, {"w": model.last.weight}, lambda: model(x), sparing=True)
+            assert prefix.prefix == [model.first, model.norm]
+            assert prefix.unused == unused
+            assert bits_of(model) == before
+            assert torch.equal(torch.get_rng_state(), state)
+
+    @for_each("by_turns", [False, True])
+    def test_what_only_some_calls_hand_on_or_some_passes_use(self, by_turns):
+        """A layer that is called again and again, as ALBERT's: its second output stands beside the last one."""
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer, self.last, self.passes = nn.Linear(4, 4), nn.Linear(4, 4), 0
+
+            def forward(self, x):
+                self.passes += 1
+                hidden = [x]
+                for _ in range(3):
+                    hidden.append(self.layer(hidden[-1]))
+                used = [1, 2, 3] if by_turns and self.passes % 2 else [2, 3]
+                return {"loss": self.last(hidden[2] + hidden[3] + sum(0 * hidden[i] for i in used)).square().mean()}
+
+        model, x = Model(), torch.randn(2, 4)
+        prefix = plan_prefix(model, {"weight": model.last.weight}, lambda: model(x), sparing=True)
+        assert prefix.unused == (set() if by_turns else {(model.layer, 0, 0)})
+        with prefix.recording():
+            model(x)
+        for _ in range(2):
+            with prefix.replaying():
+                model(x)["loss"].backward()
+        gradient = model.last.weight.grad
+        model.last.weight.grad = None
+        model(x)["loss"].backward()
+        torch.testing.assert_close(gradient, 2 * model.last.weight.grad)
+
     @pytest.mark.parametrize("draw", [lambda: float(torch.rand([])), random.random, np.random.rand])
     def test_all_is_kept_where_layers_run_by_chance(self, draw):
         """As with layer drop: what a layer returned that always ran is needed where one behind it was skipped."""
@@ -353,12 +422,19 @@ class TestWhatIsKept:
         model, x = Listens(), torch.randn(2, 4)
         prefix = plan_prefix(model, {"weight": model.last.weight}, lambda: model(x), sparing=True)
         assert {module for module, _, _ in prefix.unused} == {model.first}
-        seen = []
-        hook = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(output))
-        with prefix.recording():
-            model(x)
-        hook.remove()
-        assert torch.equal(seen[0], prefix.recorded[model.first, 0][0][0])  # a hook that came later gets all
+        everything = nn.modules.module
+        for register in (
+            everything.register_module_forward_hook,
+            everything.register_module_forward_pre_hook,
+            model.second.register_forward_hook,
+            model.second.register_forward_pre_hook,
+        ):
+            hook = register(lambda module, args, output=None: None)
+            with prefix.recording():
+                model(x)
+            hook.remove()
+            kept = prefix.recorded[model.first, 0][0][0]
+            assert torch.equal(kept, model.first(x))  # a hook that came later gets all
         model.skips = True
         with prefix.recording():
             model(x)
@@ -400,68 +476,266 @@ def test_router_losses_that_are_collected_inside_the_prefix(name, checkpointed):
         assert_same(defended(model, selected, [batch], defense, prefix), expected, 1e-6)
 
 
-class TestWhatCannotBeCut:
-    def test_a_selected_parameter_that_is_used_before_its_module_is_called(self):
-        class Shy(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
-                self.early = Early(self.last)
+class Collects(nn.Module):
+    """Its loss takes what hooks of a module inside of the prefix gathered, as router losses are."""
 
-            def forward(self, x):
-                return {"loss": self.last(self.early(self.first(x))).square().mean()}
+    def __init__(self, *hooks, outer=(), with_kwargs=False):
+        super().__init__()
+        self.block, self.last, self.seen = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4), []
+        self.with_kwargs = with_kwargs
+        for hook in [*hooks, self.collect]:
+            self.block[0].register_forward_hook(hook, with_kwargs=with_kwargs)
+        for hook in outer:
+            self.block.register_forward_hook(hook, with_kwargs=with_kwargs)
 
-        class Early(nn.Module):
-            def __init__(self, other):
-                super().__init__()
-                self.__dict__["other"] = other  # known, but no child
-                self.own = nn.Linear(4, 4)
+    def collect(self, module, *given):
+        assert len(given) == 2 + self.with_kwargs
+        self.seen.append(given[-1])
 
-            def forward(self, x):
-                return self.own(x) @ self.other.weight
+    def forward(self, x):
+        self.seen.clear()
+        hidden = self.block(self.block(x))
+        return {"loss": self.last(hidden).square().mean() + sum(part.square().mean() for part in self.seen)}
 
-        model = Shy()
-        selected = {"weight": model.last.weight}
-        with pytest.raises(PrefixError, match="weight is used before the module that holds it is called"):
-            plan_prefix(model, selected, lambda: model(torch.randn(2, 4)))
 
-    def test_a_result_that_goes_around_what_modules_return(self):
-        class Leaking(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
-                self.seen = []
-                self.first.forward = self.remember
+def doubled(module, *given):
+    return 2 * given[-1]
 
-            def remember(self, x):
-                self.seen.append(nn.functional.linear(x, self.first.weight, self.first.bias))
-                return self.seen[-1]
 
-            def forward(self, x):
-                self.seen.clear()
-                result = self.last(self.first(x)).square().mean()
-                return {"loss": result + sum(part.square().mean() for part in self.seen)}
+def looks(module, *given):
+    return None
 
-        model = Leaking()
-        x = torch.randn(2, 4)
-        with pytest.raises(PrefixError, match=r"the result differs by .* where the prefix is reused"):
-            plan_prefix(model, {"weight": model.last.weight}, lambda: model(x))
-        assert model.first.forward == model.remember
 
-    def test_a_model_that_needs_more_than_its_batch(self):
-        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-        with pytest.raises(PrefixError, match="could not be run alone on a batch"):
-            plan_prefix(model, {"w": model[1].weight}, lambda: model(rows=torch.ones(1, 2)))
+@for_each("with_kwargs", [False, True])
+@for_each("outer", [(), (doubled, looks)])
+@for_each("hooks", [(), (doubled,), (looks, doubled, looks)])
+def test_hooks_inside_see_what_they_saw_and_hand_on_what_they_return(hooks, outer, with_kwargs):
+    model, x = Collects(*hooks, outer=outer, with_kwargs=with_kwargs).double(), torch.randn(3, 4).double()
+    selected = {"weight": model.last.weight}
+    prefix = plan_prefix(model, selected, lambda: model(x), sparing=True)
+    assert prefix.runs_inner_hooks
+    expected = torch.autograd.grad(model(x)["loss"], list(model.parameters()))
+    with prefix.recording():
+        model(x)
+    with prefix.replaying():
+        model(x)["loss"].backward()
+    prefix.backward()
+    for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14, msg=name)
 
-    def test_nothing_is_left_behind(self, bits_of):
-        model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Linear(2, 2)).train()
-        model[1].eval()
-        before, state = bits_of(model), torch.get_rng_state()
-        plan_prefix(model, {"w": model[2].weight}, lambda: {"loss": model(torch.ones(1, 2)).sum() + torch.rand(())})
-        assert bits_of(model) == before
-        assert torch.equal(torch.get_rng_state(), state)
-        assert [module.training for module in model.modules()] == [True, True, False, True]
-        assert all(parameter.grad is None for parameter in model.parameters())
+
+def test_it_says_why_the_plain_way_failed_if_running_hooks_inside_fails_too():
+    def needs_arguments(module, arguments, output):
+        assert arguments, "only a call that computes has them"
+
+    model, x = Collects(needs_arguments), torch.randn(3, 4)
+    with pytest.raises(PrefixError, match="the result differs") as failure:
+        plan_prefix(model, {"w": model.last.weight}, lambda: model(x), sparing=True)
+    assert "only a call" not in str(failure.value)
+
+
+def test_hooks_inside_that_nobody_needs_do_not_run():
+    model, x, ran = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4)), torch.randn(3, 4), []
+    prefix = plan_prefix(model, {"w": model[1].weight}, lambda: {"loss": model(x).square().mean()})
+    model[0][0].register_forward_hook(lambda *_: ran.append(1))
+    with prefix.recording():
+        model(x)
+    with prefix.replaying():
+        model(x)
+    assert len(ran) == 1
+
+
+def test_after_the_trial_what_is_replayed_draws_nothing_and_holds_nothing():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4)), torch.randn(3, 4)
+    prefix = plan_prefix(model, {"w": model[2].weight}, lambda: {"loss": model(x).square().mean()}, sparing=True)
+    handed_on = []
+    with prefix.recording():
+        model(x)
+    torch.rand(1)
+    state = torch.get_rng_state()
+    model[2].register_forward_pre_hook(lambda module, arguments: handed_on.append(weakref.ref(*arguments)))
+    with prefix.replaying(), torch.no_grad():
+        model(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert handed_on[0]() is None
+
+
+def two_layers():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).double(), torch.randn(3, 4).double()
+    return model, x, PrefixReuse([model[0], model[1]], [model[2]])
+
+
+@for_each("frozen", [False, True])
+def test_what_waits_goes_backward_with_the_prefix_which_is_free_then(frozen):
+    model, x, prefix = two_layers()
+    model[:2].requires_grad_(not frozen)
+    other = torch.ones(2, requires_grad=True)
+    expected = torch.autograd.grad(model(x).sum(), [p for p in model.parameters() if p.requires_grad])
+    for along in ((), ((2 * other).sum(), (3 * other).sum())):
+        model.zero_grad()
+        with prefix.recording():
+            model(x)
+        with prefix.replaying():
+            model(x).sum().backward()
+        prefix.backward(along)
+        found = [p.grad for p in model.parameters() if p.requires_grad]
+        for gradient, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(gradient, right)
+        assert prefix.recorded == {}
+        assert prefix.outputs == prefix.boundary == []
+    assert other.grad.tolist() == [5, 5]
+
+
+def test_values_alone_have_no_gradient_and_what_is_spared_none_either():
+    model, x, prefix = two_layers()
+    with prefix.recording(gradients=False):
+        model(x)
+    assert prefix.outputs == prefix.boundary == []
+    with prefix.recording():
+        model(x)
+    assert len(prefix.outputs) == len(prefix.boundary) == 2
+    prefix.spare({(model[0], 0, 0)})
+    assert len(prefix.outputs) == len(prefix.boundary) == 1
+    assert prefix.boundary[0] is prefix.recorded[model[1], 0][0][0]
+
+
+def test_a_recording_that_fails_leaves_nothing():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
+    prefix = plan_prefix(model, {"w": model[1].weight}, lambda: {"loss": model(x).square().mean()})
+
+    def failing():
+        model[0](x)
+        raise KeyError
+
+    with pytest.raises(KeyError), prefix.recording():
+        failing()
+    assert prefix.recorded == {}
+    assert prefix.outputs == prefix.boundary == []
+
+
+def test_what_cannot_be_handed_on_is_computed_in_every_pass():
+    class Named(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), object()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.early, self.first, self.last = nn.Linear(4, 4), Named(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return {"loss": self.last(self.first(self.early(x))[0]).square().mean()}
+
+    model, x = Model(), torch.randn(3, 4)
+    prefix = plan_prefix(model, {"w": model.last.weight}, lambda: model(x))
+    with prefix.recording():
+        model(x)
+    assert [module for module, _ in prefix.recorded] == [model.early]
+
+
+def test_under_autocast_the_prefix_computes_in_its_precision_whatever_it_returns():
+    class Widened(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).float()
+
+    model = nn.Sequential(Widened(4, 4), nn.Linear(4, 4))
+    prefix = PrefixReuse([model[0]], [model[1]])
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), prefix.recording():
+            model(torch.ones(1, 4))
+        assert (torch.bfloat16 in prefix.precisions) == enabled
+        assert prefix.recorded[model[0], 0][0][0].dtype == torch.float32
+
+
+def test_recorded_together_each_holds_what_was_done_before_its_start():
+    """And nothing of another batch, whose run it did not take part in."""
+    layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
+    early, late = PrefixReuse([layers[0]], [layers[1]]), PrefixReuse([layers[0], layers[1]], [layers[2]])
+
+    def run(*order):
+        x = torch.ones(1, 2)
+        for place in order:
+            x = layers[place](x)
+
+    with recording_together([early, late]):
+        run(0, 1, 0, 2, 3)
+        pytest.fail("it ends with the last of them")
+    assert list(early.recorded) == [(layers[0], 0)]
+    assert list(late.recorded) == [(layers[0], 0), (layers[1], 0), (layers[0], 1)]
+    with recording_together([early, late]):
+        run(0, 2, 0)
+    assert early.recorded == {}
+    assert list(late.recorded) == [(layers[0], 0)]
+
+
+BASE = torch.arange(24.0).reshape(2, 3, 4)
+LAID_OUT = {
+    "plain": BASE,
+    "transposed": BASE.transpose(0, 2),
+    "expanded": BASE[:, :1].expand(2, 5, 4),
+    "one that is expanded": BASE[:1, 0, 0].expand(3),
+    "with gaps": BASE[:, :, ::2],
+    "a part": BASE[1:, 1:],
+    "channels last": BASE[None].contiguous(memory_format=torch.channels_last),
+    "none": BASE[:0],
+    "a parameter": nn.Parameter(BASE),
+    "sparse": BASE[0].to_sparse(),
+    "no float": BASE.long(),
+}
+
+
+@for_each("name", LAID_OUT)
+def test_what_is_handed_on_lies_as_its_original_does_and_is_written_into_for_itself(name):
+    original = LAID_OUT[name]
+    (found,) = copied([original])
+    assert (found.layout, found.dtype) == (original.layout, original.dtype)
+    assert torch.equal(found.to_dense(), original.to_dense())
+    if original.layout == torch.strided:
+        assert found.stride() == original.stride()
+        assert not found.numel() or found.data_ptr() != original.data_ptr()
+    if name == "expanded":
+        assert found.untyped_storage().nbytes() < 4 * found.numel()
+
+
+def test_what_stands_for_an_output_has_all_of_it_but_numbers():
+    for tensor in (BASE.transpose(0, 2), BASE.double().requires_grad_(), BASE.long()):
+        stands = Unkept.of(tensor)
+        for what in ("shape", "dtype", "device", "requires_grad"):
+            assert getattr(stands, what) == getattr(tensor, what), what
+        assert stands.stride() == tensor.stride()
+        assert copied([stands])[0] is stands
+        with pytest.raises(RuntimeError, match="reuse_prefix=False"):
+            stands + 1
+
+
+class Own(torch.Tensor):
+    pass
+
+
+ORDER = torch.tensor([0, 1])
+USES = {
+    "nothing": (None, lambda handed: None, False),
+    "an operation": (None, lambda handed: handed + 1, True),
+    "one that takes a view": (None, lambda handed: handed[:1].sum(), True),
+    "one that takes it by keyword": (None, lambda handed: torch.searchsorted(ORDER, ORDER, sorter=handed), True),
+    "a view in the result": (lambda handed: {"a": [handed.view(2, 1)]}, lambda handed: None, True),
+    "a number by chance": (None, lambda handed: torch.rand([]), True),
+    "numbers by chance": (None, lambda handed: torch.rand(2), False),
+}
+
+
+@for_each("name", USES)
+@for_each("kind", [torch.Tensor, Own])
+def test_what_is_consumed(name, kind):
+    """What is of a class of its own counts as consumed: what becomes of it cannot be seen."""
+    returned, use, consumed = USES[name]
+    module, consumers, handed = nn.Identity(), Consumers(), ORDER.clone().as_subclass(kind)
+    with consumers:
+        consumers.hand_on(module, 3, ["a", handed])
+        use(handed)
+        result = None if returned is None else returned(handed)
+    del handed
+    assert consumers.unused(result) == (set() if consumed or kind is Own else {(module, 3, 1)})
 
 
 def test_work_in_place_does_not_reach_later_passes():

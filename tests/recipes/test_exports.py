@@ -9,7 +9,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from hf_parcor import FloatQuantization, ParameterDefenseTrainingArguments, Quantization, RecipeRecord, export_recipe
 from hf_parcor.corruptions import CORRUPTIONS
 from hf_parcor.records import Choice, WeightGroup
-from hf_parcor.training.arguments import build_defense
+from hf_parcor.training.training_args import build_defense
 
 FOUR, EIGHT = Quantization(4, 32, code_range="full", arithmetic="weight"), FloatQuantization("fp8_e4m3", "channel")
 # What the documentation of compressed-tensors calls the arguments of a quantized weight.

@@ -18,7 +18,7 @@ from hf_parcor import (
     ParameterDefenseTrainingArguments,
 )
 from hf_parcor.training import DEFAULT_DEFENSE
-from hf_parcor.training.arguments import DefenseSettings
+from hf_parcor.training.training_args import DefenseSettings
 
 optuna = pytest.importorskip("optuna")
 

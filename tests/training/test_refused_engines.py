@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from hf_parcor import MultiStepRisk, ParameterDefenseMixin
-from hf_parcor.training.arguments import NO_DEFENSE, ParameterDefenseTrainingArguments
+from hf_parcor.training.training_args import NO_DEFENSE, ParameterDefenseTrainingArguments
 
 
 def engine(kind):
