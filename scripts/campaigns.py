@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 
 from hf_parcor.defenses import Defense
 from hf_parcor.records import CorruptionRecord, EvaluationRecord
-from hf_parcor.statistics import MeanAndSpread, student_t_test
+from hf_parcor.statistics import Alternative, MeanAndSpread, student_t_test
 from hf_parcor.training import DefenseArguments, build_defense
 
 
@@ -165,6 +165,35 @@ def mean_and_deviation(values: Sequence[float], digits: int) -> str:
         return f"{values[0]:.{digits}f}"
     spread = MeanAndSpread.from_values(values)
     return f"{spread.mean:.{digits}f} ± {spread.standard_deviation:.{digits}f}"
+
+
+def marked(
+    values: Sequence[float], plain: Sequence[float], digits: int, better: Alternative = Alternative.GREATER
+) -> str:
+    """Return the mean of an arm over seeds, with a star where Student's t-test says better than the plain arm.
+
+    Examples:
+        >>> marked([3.0, 3.1, 3.2], [1.0, 1.1, 1.2], 1), marked([3.0], [1.0], 1)
+        ('3.1 ± 0.1*', '3.0')
+    """
+    tested = len(values) > 1 and student_t_test(values, plain, better).is_significant()
+    return mean_and_deviation(values, digits) + ("*" if tested else "")
+
+
+def over(seeds: Sequence[int]) -> str:
+    """Return what a page says of the seeds that it is about, and of its stars.
+
+    Examples:
+        >>> over([1]), over([1, 2]).split(", mean")[0]
+        ('seed 1', 'seeds 1, 2')
+    """
+    listed = ", ".join(map(str, seeds))
+    if len(seeds) == 1:
+        return f"seed {listed}"
+    return (
+        f"seeds {listed}, mean ± sample standard deviation; * where Student's t says better than plain with p < 0.05 "
+        f"(df = {2 * (len(seeds) - 1)}), one-sided, for each row by itself"
+    )
 
 
 Measure = Callable[[Namespace, Run], EvaluationRecord]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +23,7 @@ from hf_parcor.reports.tables import markdown_table
 from hf_parcor.statistics import TTest, holm_correction, student_t_test
 from scripts.campaigns import mean_and_deviation
 from scripts.reproduce import RESULTS, STUDIES, Study
+from scripts.reproduce_language_model import RADII
 from scripts.reproduce_paper_1 import below, lower_is_weaker, means, smaller_by_gradient, weakest, worse_by_gradient
 
 PAGE = RESULTS / "README.md"
@@ -46,6 +47,11 @@ def labelled(*labels: str) -> Rows:
     return lambda row: row.label in labels
 
 
+def along_l2(radii: Iterable[float], kind: str = "gradient-based") -> Rows:
+    """Return whether a row is the corruption along the gradient, or another kind, with one of these radii in L2."""
+    return labelled(*(f"{kind} L2 ε={radius:g}" for radius in radii))
+
+
 CLEAN = of("none")
 WORST = of("gradient", "multi_step")
 NOISE = of("gaussian", "uniform")
@@ -61,7 +67,7 @@ class Runs:
         folder: Of the records, in `scripts/results`.
         arm: What their names start with.
         rows: The corruptions that count.
-        metric: What was measured, a share or BLEU.
+        metric: What was measured: a share, BLEU, or the loss.
         ending: What follows the seed in their names.
         group: The part of the model, where the records are probes.
     """
@@ -84,7 +90,12 @@ class Runs:
             yield SweepRecord.load(path).records[self.group] if self.group else EvaluationRecord.load(path)
 
     def _value(self, row: CorruptionRecord) -> float:
-        return row.mean(self.metric) * (1 if self.metric.endswith("bleu") else 100)
+        return row.mean(self.metric) * (100 if self.unit == "points" else 1)
+
+    @property
+    def unit(self) -> str:
+        """What the numbers count."""
+        return "nats" if self.metric == "loss" else "BLEU" if self.metric.endswith("bleu") else "points"
 
 
 @dataclass(frozen=True)
@@ -196,6 +207,7 @@ def costs_two_passes_on_a_gpu() -> tuple[bool, str]:
 
 
 PAPER_1, PAPER_2, OURS = "paper 1", "paper 2", "this repository"
+LSTM = "language_model"
 FIRST, FULL, SMALL = "sst2_first", "sst2_full", "sst2"
 K1, BOTH = "multi_step_risk-1", "worst-and-4-bits"
 CLAIMS = [
@@ -209,6 +221,11 @@ CLAIMS = [
             of("gradient", but=tuple(f"gradient-based L2 ε={epsilon}" for epsilon in (0.05, 0.2, 0.5))),
             metric="uas",
         ),
+    ),
+    Claim(
+        PAPER_1,
+        "The same: language model, log perplexity, L2, six radii",
+        within(LSTM, "plain", along_l2(RADII), along_l2(RADII, "random"), metric="loss"),
     ),
     Claim(
         PAPER_1, "The same: trained ResNets on CIFAR-10", Seen(lambda: worse_by_gradient(resnets("test"))), "paper_1"
@@ -256,12 +273,22 @@ CLAIMS = [
             "parser",
             K1,
             "plain",
-            labelled(*(f"gradient-based L2 ε={epsilon}" for epsilon in (0.05, 0.1, 0.2, 0.5))),
+            along_l2((0.05, 0.1, 0.2, 0.5)),
             metric="uas",
         ),
     ),
     Claim(
         PAPER_1, "It improves the model without corruption: parser", arms("parser", K1, "plain", CLEAN, metric="uas")
+    ),
+    *(
+        Claim(PAPER_1, f"{what}: language model, log perplexity, plain against {words}", evidence)
+        for name, words in (("acrt", "ACRT in L∞, as there"), (K1, "K = 1 in L2"))
+        for what, evidence in {
+            "It is harder to break (Table 2), three radii": arms(
+                LSTM, "plain", name, along_l2(RADII[-3:]), metric="loss"
+            ),
+            "It is better without corruption": arms(LSTM, "plain", name, CLEAN, metric="loss"),
+        }.items()
     ),
     Claim(
         PAPER_1,
@@ -450,10 +477,12 @@ def seen(higher: Higher) -> str:
     first, second = higher.first.values(), higher.second.values()
     test = student_t_test(first, second)
     half = test.critical_value((1 - 0.95) / 2) * test.standard_error
-    unit = "BLEU" if higher.first.metric.endswith("bleu") else "points"
+    unit = higher.first.unit
+    digits = 2 if unit == "nats" else 1
+    low, difference, high = (f"{test.mean_difference + end:+.{digits}f}" for end in (-half, 0, half))
     return (
-        f"{fmean(first):.1f} against {fmean(second):.1f}: {test.mean_difference:+.1f} {unit} "
-        f"[{test.mean_difference - half:+.1f}, {test.mean_difference + half:+.1f}], n = {len(first)} + {len(second)}"
+        f"{fmean(first):.{digits}f} against {fmean(second):.{digits}f}: {difference} {unit} [{low}, {high}], "
+        f"n = {len(first)} + {len(second)}"
     )
 
 

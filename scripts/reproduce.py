@@ -105,6 +105,15 @@ STUDIES: dict[str, dict[str, Study]] = {
             side_by_side=False,
         ),
     },
+    "images-trained": {
+        "small": Study(
+            "a ResNet-20 of CIFAR-10, fine-tuned and from scratch",
+            "reproduce_images",
+            "images",
+            model="--weights",
+        ),
+        "full": Study("ResNet-34 of CIFAR-10, 200 epochs", "reproduce_images --size full", ""),
+    },
     "parser": {
         "small": Study("paper 1's parser, on 2,000 sentences", "reproduce_parser", "parser"),
         "full": Study(
@@ -112,6 +121,10 @@ STUDIES: dict[str, dict[str, Study]] = {
             "reproduce_parser --train-sentences 12544 --dev-sentences 2001",
             "",
         ),
+    },
+    "language-model": {
+        "small": Study("paper 1's language model, a smaller one", "reproduce_language_model", "language_model"),
+        "full": Study("paper 1's language model, at its size", "reproduce_language_model --size full", ""),
     },
     "translation": {
         "small": Study(
@@ -211,7 +224,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("small", "full"), default="small", help="default: %(default)s")
     parser.add_argument(
         "--model",
-        help="a folder or a name on the Hub; for images the trained weights",
+        help="a folder or a name on the Hub; for images, and images-trained, the trained weights",
     )
     parser.add_argument("--data", type=Path, help="the folder that the campaign's own --help names")
     parser.add_argument("--output", type=Path, help="the folder for records; default: runs/STUDY-SIZE")

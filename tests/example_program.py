@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import runpy
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -17,3 +20,16 @@ def run_example(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, script.stem, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     module.main()
+
+
+def run_here(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the programs that a module of scripts would start run in this process, which has imported everything."""
+
+    def run(command: list[str], check: bool, env: dict[str, str]) -> None:
+        assert command[0] == sys.executable
+        assert check
+        assert {name: value for name, value in env.items() if name != "OMP_NUM_THREADS"}.items() <= os.environ.items()
+        monkeypatch.setattr(sys, "argv", command[1:])
+        runpy.run_path(command[1], run_name="__main__")
+
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=run))

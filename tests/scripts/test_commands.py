@@ -57,6 +57,8 @@ TRANSLATION = "--tables 6 figure-3 --test-sentences 500 --data none --output"
         (f"deploy_sst2 --size full --arms {' '.join(STUDIES['sst2']['full'].arms)} {CAMPAIGN}", "sst2_full"),
         (f"deploy_sst2 --size full --arms plain multi_step_risk-1 sam-half {CAMPAIGN}", "sst2_first"),
         ("reproduce_parser --data none --output", "parser"),
+        ("reproduce_images --weights none --data none --output", "images"),
+        ("reproduce_language_model --data none --output", "language_model"),
         (f"reproduce_translation --study multi30k {TRANSLATION}", "translation/multi30k"),
         (f"reproduce_translation --study tatoeba --seeds 1 {TRANSLATION}", "translation/tatoeba"),
     ],

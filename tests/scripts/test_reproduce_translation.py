@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
 import re
-import runpy
-import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
+from example_program import run_here
 
 pytest.importorskip("matplotlib", reason="the figure needs the extra 'plots'")
 pytest.importorskip("sacrebleu", reason="BLEU needs the extra 'translation'")
@@ -115,15 +112,7 @@ def campaign(tmp_path, monkeypatch):
     options = argparse.Namespace(study="multi30k", **folders, seeds=[1], test_sentences=5)
     options.output.mkdir()
 
-    def run_here(command, check, env):
-        """Run the example's program in this process, which has imported everything."""
-        assert command[0] == sys.executable
-        assert check
-        assert env == os.environ
-        monkeypatch.setattr(sys, "argv", command[1:])
-        runpy.run_path(command[1], run_name="__main__")
-
-    monkeypatch.setattr(campaigns, "subprocess", SimpleNamespace(run=run_here))
+    run_here(campaigns, monkeypatch)
     return script.Campaign(options)
 
 
