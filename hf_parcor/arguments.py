@@ -2,9 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from numbers import Integral, Real
+from typing import Any, TypeVar
+
+_Kind = TypeVar("_Kind")
+
+
+def known_elsewhere_as(**others: str) -> Callable[[type[_Kind]], type[_Kind]]:
+    """Return a decorator that lets a class say what it calls an argument that other libraries call otherwise.
+
+    Args:
+        **others: By the other name, what to write here.
+
+    Examples:
+        >>> from hf_parcor import CorruptionConstraint
+        >>> CorruptionConstraint(rho=0.05)
+        Traceback (most recent call last):
+        ...
+        TypeError: rho: expected epsilon, the same by the papers' name, got rho=0.05; write epsilon=0.05
+    """
+
+    def decorate(kind: type[_Kind]) -> type[_Kind]:
+        build: Any = kind.__init__
+
+        @functools.wraps(build)
+        def build_or_say(self: _Kind, *positional: Any, **named: Any) -> None:
+            for name, instead in others.items():
+                if name in named:
+                    got = f"{name}={named[name]!r}; write {instead.format(named[name])}"
+                    raise TypeError(f"{name}: expected epsilon, the same by the papers' name, got {got}")
+            build(self, *positional, **named)
+
+        kind.__init__ = build_or_say  # type: ignore[assignment, method-assign]
+        return kind
+
+    return decorate
 
 
 def check_real(name: str, value: object, expected: str) -> float:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from hf_parcor.arguments import check_norm_order, check_radius, check_top_n
+from hf_parcor.arguments import check_norm_order, check_radius, check_top_n, known_elsewhere_as
 
 
+@known_elsewhere_as(rho="epsilon={}")
 @dataclass(frozen=True, kw_only=True)
 class CorruptionConstraint:
     r"""The set of allowed corruptions `S = {a : ‖a‖_p ≤ ε, ‖a‖₀ ≤ n}` of the selected parameters.

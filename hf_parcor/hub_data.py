@@ -57,7 +57,7 @@ def load_hub_data(
         return _load_converted(name, configuration, revision, known)
     try:
         return datasets.load_dataset(name, configuration, revision=revision, **known)
-    except (*_failures(), RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (*failures_of_hub(), RuntimeError, datasets.exceptions.DatasetsError) as error:
         if not _is_script(name, revision, error):
             if isinstance(error, RuntimeError):
                 raise
@@ -97,7 +97,7 @@ def download_from_hub(name: str, choose: Callable[[Sequence[str]], str], cache_d
     try:
         chosen = choose(api.list_repo_files(name, repo_type="dataset"))
         return Path(api.hf_hub_download(name, chosen, repo_type="dataset", cache_dir=cache_dir))
-    except _failures() as error:
+    except failures_of_hub() as error:
         raise InputError(
             f"{name}: expected a local folder or file, or a data set on the Hub with a suitable file, got "
             f"{one_line(error)}; check name and network"
@@ -112,7 +112,7 @@ def _load_converted(name: str, configuration: str | None, revision: str, known: 
         return datasets.load_dataset(name, data_dir=folder, revision=revision, **known)
     except InputError:
         raise
-    except (*_failures(), datasets.exceptions.DatasetsError) as error:
+    except (*failures_of_hub(), datasets.exceptions.DatasetsError) as error:
         there = _configurations_if_reached(name, revision)
         if configuration is not None and there and configuration not in there:
             raise _no_such(name, revision, configuration, there) from error
@@ -124,7 +124,7 @@ def _load_converted(name: str, configuration: str | None, revision: str, known: 
         ) from error
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures_of_hub() -> tuple[type[Exception], ...]:
     """Return what is raised where there is no such thing on the Hub, or no network."""
     from huggingface_hub import errors
 
@@ -147,7 +147,7 @@ def _is_script(name: str, revision: str | None, error: Exception) -> bool:
     try:
         api = HfApi(endpoint=datasets.config.HF_ENDPOINT)
         return bool(api.file_exists(name, script, repo_type="dataset", revision=revision))
-    except _failures():
+    except failures_of_hub():
         return False
 
 
@@ -171,7 +171,7 @@ def _configurations_if_reached(name: str, revision: str) -> list[str]:
     """Return the configurations there are, none if the Hub does not say: this is for a message."""
     try:
         return _configurations(name, revision)
-    except _failures():
+    except failures_of_hub():
         return []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import pickle
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from for_each import for_each
 
-from hf_parcor import CorruptionConstraint
+from hf_parcor import AWP, SAM, CorruptionConstraint
 from hf_parcor.constraints import check_constraint
 
 
@@ -85,6 +86,17 @@ def test_shown_as_the_papers_write_it(settings: dict, shown: str) -> None:
 def test_nonsense_is_refused(settings: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         CorruptionConstraint(**{"epsilon": 0.1, **settings})
+
+
+@for_each(
+    ("build", "name", "instead"),
+    [(CorruptionConstraint, "rho", "epsilon=0.05"), (SAM, "rho", "epsilon=0.05"), (AWP, "gamma", "per_tensor=True")],
+)
+def test_who_comes_from_another_library_is_told_the_name_here(build, name: str, instead: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name}: .* write .*{instead}"):
+        build(**{name: 0.05})
+    assert name not in inspect.signature(build).parameters
+    assert "constraint" in inspect.signature(SAM).parameters
 
 
 @for_each("given", [0.1, None, {"epsilon": 0.1}, CorruptionConstraint])

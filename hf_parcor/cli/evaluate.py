@@ -8,7 +8,16 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from hf_parcor.cli.parsing import Command, Parser, add_corruptions, add_running, add_subject, add_target_modules
+from hf_parcor.cli.parsing import (
+    STRENGTH_ELSEWHERE,
+    Command,
+    Parser,
+    add_corruptions,
+    add_running,
+    add_subject,
+    add_target_modules,
+)
+from hf_parcor.cli.sources import check_sources, read_data
 from hf_parcor.cli.terminal import ROBUSTNESS, going_on, how_to_go_on, output_folder, refused, show
 
 if TYPE_CHECKING:
@@ -28,6 +37,8 @@ class Evaluate(Command):
         "      --corruptions gradient=0.1,0.2 quantization=4"
     )
 
+    other_names = STRENGTH_ELSEWHERE
+
     def add_arguments(self, parser: Parser) -> None:
         """Add what `--help` shows."""
         add_subject(parser)
@@ -39,23 +50,25 @@ class Evaluate(Command):
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Measure, and show the record."""
-        from hf_parcor.corruptions import corruptions_of_table_1
-        from hf_parcor.evaluation import CorruptionEvaluator
-
-        by_default = arguments.corruptions is None and arguments.strengths is None
-        corruptions = corruptions_of_table_1() if by_default else asked_for(arguments)
         targets = {name: getattr(arguments, name) for name in ("target_modules", "exclude_modules")}
-        measure(
-            arguments,
-            corruptions,
-            ROBUSTNESS,
-            lambda subject, how: CorruptionEvaluator(subject.model, subject.metric, **targets, **how),
-        )
+
+        def corruptions() -> list[Corruption]:
+            from hf_parcor.corruptions import corruptions_of_table_1
+
+            by_default = arguments.corruptions is None and arguments.strengths is None
+            return corruptions_of_table_1() if by_default else asked_for(arguments)
+
+        def build(subject: Subject, how: dict[str, Any]) -> CorruptionEvaluator:
+            from hf_parcor.evaluation import CorruptionEvaluator
+
+            return CorruptionEvaluator(subject.model, subject.metric, **targets, **how)
+
+        measure(arguments, corruptions, ROBUSTNESS, build)
 
 
 def measure(
     arguments: argparse.Namespace,
-    corruptions: Sequence[Corruption],
+    corruptions: Callable[[], Sequence[Corruption]],
     name: str,
     build: Callable[[Subject, dict[str, Any]], CorruptionEvaluator | LayerProbe],
 ) -> None:
@@ -63,18 +76,21 @@ def measure(
 
     Args:
         arguments: Those of `add_subject`, `add_corruptions` and `add_running`.
-        corruptions: What is applied.
+        corruptions: Returns what is applied.
         name: Of the record's file; checkpoint and pages differ from it in the suffix.
         build: Returns what measures a subject, with the settings that it is to pass on.
     """
+    check_sources(arguments)
+    rows, given = read_data(arguments)
+    folder = output_folder(arguments.output_dir)
+    checkpoint = None if folder is None else (folder / name).with_suffix(".jsonl")
+    applied = corruptions()
     from hf_parcor.cli.subject import find_device, load_subject
     from hf_parcor.evaluation import CheckpointError, NotEnoughMemoryError
 
-    folder = output_folder(arguments.output_dir)
-    checkpoint = None if folder is None else (folder / name).with_suffix(".jsonl")
     with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoint)):
         saved_on = None if arguments.saved_on is None else find_device(arguments.saved_on, "--saved-on")
-        subject = load_subject(arguments)
+        subject = load_subject(arguments, rows, given)
         with refused(ValueError, TypeError):
             how = {
                 "progress": not arguments.quiet,
@@ -84,7 +100,7 @@ def measure(
             }
             evaluator = build(subject, how)
         with refused(CheckpointError, NotEnoughMemoryError):
-            record = evaluator.evaluate(corruptions, arguments.trials, arguments.seed, checkpoint=checkpoint)
+            record = evaluator.evaluate(applied, arguments.trials, arguments.seed, checkpoint=checkpoint)
     metric = subject.shown(record.clean.metrics)
     record = record.stating(metric, greater_is_better=arguments.greater_is_better, unit=arguments.unit)
     show(record, metric, folder and folder / name, as_json=arguments.json)
@@ -100,8 +116,8 @@ def asked_for(arguments: argparse.Namespace, strengths: Sequence[float] = ()) ->
     Raises:
         InputError: As `read_corruptions`.
     """
-    words = ["gradient"] if arguments.corruptions is None else arguments.corruptions
-    given = strengths if arguments.strengths is None else arguments.strengths
     from hf_parcor.corruptions.catalogue import read_corruptions
 
+    words = ["gradient"] if arguments.corruptions is None else arguments.corruptions
+    given = strengths if arguments.strengths is None else arguments.strengths
     return read_corruptions(words, given, arguments.norm, arguments.top_n)

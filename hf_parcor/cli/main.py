@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from hf_parcor.cli.card import Card
 from hf_parcor.cli.evaluate import Evaluate
-from hf_parcor.cli.parsing import Command, CommandParser, Parser
+from hf_parcor.cli.parsing import Command, CommandParser, Parser, in_flags
 from hf_parcor.cli.probe import Probe
 from hf_parcor.cli.report import Compare, Report
 from hf_parcor.cli.terminal import Interrupted
@@ -62,8 +62,12 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> Parser:
-    """Return the parser of the program, with one for each sub-command; `run` of what it finds does what was asked."""
+def build_parser(*, checking: bool = False) -> Parser:
+    """Return the parser of the program, with one for each sub-command; `run` of what it finds does what was asked.
+
+    Args:
+        checking: Whether a sub-command looks at what its first flags name before it loads those that take long.
+    """
     parser = Parser(
         prog="hf-parcor",
         description="How fragile are a model's weights, and can you train one whose weights are not?",
@@ -79,7 +83,8 @@ def build_parser() -> Parser:
             usage=f"hf-parcor {name} {command.usage}",
             description=command.summary,
             epilog=f"example:\n  hf-parcor {name} {command.example}",
-            late=command.late_flags,
+            command=command,
+            checking=checking,
         )
         added.add_argument("--config", metavar="FILE", help="a YAML file with flags by name; the command line wins")
         added.set_defaults(run=command.run)
@@ -89,10 +94,13 @@ def build_parser() -> Parser:
 
 def _run(words: Sequence[str]) -> None:
     try:
-        arguments = build_parser().parse_args(words or ["--help"])
+        arguments = build_parser(checking=True).parse_args(words or ["--help"])
     except SystemExit:  # of --help and --version: mistakes are an InputError
         return
-    arguments.run(arguments)
+    try:
+        arguments.run(arguments)
+    except InputError as error:
+        raise InputError(in_flags(str(error), arguments.flags)) from error
 
 
 def _version() -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn
 
 from hf_parcor.errors import InputError, nearest
@@ -24,6 +26,8 @@ class Parser(argparse.ArgumentParser):
             **{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **settings}
         )
 
+    _other_names: Mapping[str, str] = MappingProxyType({})
+
     def error(self, message: str) -> NoReturn:
         """Refuse a command line."""
         raise InputError(f"{message}; see: {self.prog} --help")
@@ -31,10 +35,18 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Return the arguments; a flag that is not known is refused here, where those that it resembles are known."""
         found, unknown = super().parse_known_args(args, namespace)
+        self._refuse_other_names(unknown)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             self.error(f"expected known flags, got {unknown[0]}{nearest(unknown[0].partition('=')[0], flags)}")
         return found, unknown
+
+    def _refuse_other_names(self, unknown: Sequence[str]) -> None:
+        """Refuse a flag that users of other libraries look for, and say what it is here."""
+        for word in unknown:
+            name = word.partition("=")[0].removeprefix("--").replace("_", "-")
+            if word.startswith("--") and name in self._other_names:
+                self.error(f"expected known flags, got {word} ({self._other_names[name]})")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -47,29 +59,53 @@ class Parser(argparse.ArgumentParser):
 class CommandParser(Parser):
     """The parser of a sub-command: also takes flags from a file, and may have flags that take long to load.
 
+    Of the spellings of these, help and errors show those in kebab-case alone.
+
     Args:
-        late: Returns a parser with flags that are not worth loading for `--help`; None for none. Of their spellings
-            help and errors show those in kebab-case alone.
+        command: Whose arguments they are; None for one without a name.
+        checking: Whether what the first flags say is checked before those that take long are loaded.
         **settings: As for `argparse.ArgumentParser`.
     """
 
-    def __init__(self, *, late: Callable[[], argparse.ArgumentParser] | None = None, **settings: Any) -> None:
+    def __init__(self, *, command: Command | None = None, checking: bool = False, **settings: Any) -> None:
         super().__init__(**settings)
-        self._late = late
+        self._command, self._checking = command, checking
+        self._late = None if command is None else command.late_flags
+        self._other_names = {} if command is None else command.other_names
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Return the arguments: those of the command line, then those of `--config`, then the defaults.
+
+        Among them, `flags` says how messages of the library are to be spelled here.
 
         Raises:
             InputError: An unknown flag, a value that is none, or a file that cannot be used.
         """
         if self._late is None:
-            return super().parse_known_args(args, self._from_file(args, namespace))
-        argparse.ArgumentParser.parse_known_args(self, args)  # --help, and mistakes in these flags, wait for nothing
+            found, unknown = super().parse_known_args(args, self._from_file(args, namespace))
+            found.flags = self._flags()
+            return found, unknown
+        found, others = argparse.ArgumentParser.parse_known_args(self, args)  # --help and mistakes here wait for none
+        self._refuse_other_names(others)
+        if self._command is not None and self._checking:
+            self._command.check(found)
         return self._whole(self._late()).parse_known_args(args, namespace)
+
+    def _flags(self) -> dict[str, str]:
+        """Return the flag of each argument of the library that has one: of the defense's too, whose flags say so."""
+        flags = {}
+        for action in self._actions:
+            long = [
+                flag for flag in action.option_strings if flag.startswith("--") and flag[:5] not in ("--no-", "--no_")
+            ]
+            if long:
+                flags[action.dest] = long[0]
+        of_defense = {name.removeprefix("defense_"): flag for name, flag in flags.items() if name[:8] == "defense_"}
+        return {**of_defense, **flags, **({} if self._command is None else self._command.spellings)}
 
     def _whole(self, late: argparse.ArgumentParser) -> CommandParser:
         whole = CommandParser(
+            command=self._command,
             prog=self.prog,
             usage=self.usage,
             description=self.description,
@@ -78,6 +114,7 @@ class CommandParser(Parser):
             add_help=False,
             conflict_handler="resolve",
         )
+        whole._late = None
         for action in late._actions:
             kebab = [flag for flag in action.option_strings if "_" not in flag]
             action.option_strings = kebab or action.option_strings
@@ -166,16 +203,28 @@ class Command(ABC):
         usage: What follows its name.
         example: A command line without the program's name; a test runs it.
         late_flags: Returns a parser with flags that take long to load; None for none.
+        spellings: What the library calls some things in messages, and what a command line calls them, where that is
+            not the flag of the same name.
+        other_names: Flags that users of other libraries look for, and what to give here.
     """
 
     summary: ClassVar[str]
     usage: ClassVar[str]
     example: ClassVar[str]
     late_flags: Callable[[], argparse.ArgumentParser] | None = None
+    spellings: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    other_names: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @abstractmethod
     def add_arguments(self, parser: Parser) -> None:
         """Add what `--help` shows."""
+
+    def check(self, arguments: argparse.Namespace) -> None:  # noqa: B027 (most check where they run)
+        """Refuse what can be seen before `late_flags` are loaded.
+
+        Raises:
+            InputError: A user's mistake.
+        """
 
     @abstractmethod
     def run(self, arguments: argparse.Namespace) -> None:
@@ -185,6 +234,39 @@ class Command(ABC):
             InputError: A user's mistake.
             Interrupted: Ctrl-C, where the work can go on.
         """
+
+
+_ARGUMENT = re.compile(
+    r"""(?<![\w.'"/:=,{-])(?P<name>[a-z]\w*)
+    (?: =(?P<value> \.\.\. | \[[^]]*\] | '[^']*' | "[^"]*" | [\w+-]+(?:\.\w+)* )? | (?P<colon>:) )?""",
+    re.VERBOSE,
+)
+
+
+def in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Return a message of the library where arguments are spelled as flags.
+
+    Args:
+        message: It names arguments as Python does: at its beginning, as `name=value`, or as words_with_underscores.
+        flags: The flag of each argument that has one.
+
+    Examples:
+        >>> flags = {"metric": "--metric", "target_modules": "--target-modules"}
+        >>> in_flags("metric: expected accuracy, got 'f1'; pass metric=", flags)
+        "--metric: expected accuracy, got 'f1'; pass --metric"
+        >>> in_flags("expected a metric; name target_modules=['query', 'key'], or keep=True", flags)
+        'expected a metric; name --target-modules query key, or keep=True'
+    """
+
+    def spelled(found: re.Match[str]) -> str:
+        name, value, colon = found["name"], found["value"], found["colon"]
+        assigned = "=" in found.group()[len(name) : len(name) + 1]
+        if name not in flags or not (assigned or "_" in name or (colon and found.start() == 0)):
+            return found.group()
+        words = re.sub(r"['\"\[\],]", "", value) if value else ""
+        return f"{flags[name]} {words}" if words else f"{flags[name]}{colon or ''}"
+
+    return _ARGUMENT.sub(spelled, message.replace('float("inf")', "inf"))
 
 
 def number(word: str) -> float:
@@ -276,6 +358,21 @@ CORRUPTIONS = (
 )
 
 
+def corruption(word: str) -> str:
+    """Return a word of `--corruptions` whose name is known; what follows the name is read where it is used.
+
+    Examples:
+        >>> corruption("quantization=4:per=channel")
+        'quantization=4:per=channel'
+    """
+    name = re.split("[=:]", word, maxsplit=1)[0].replace("_", "-")
+    if name not in CORRUPTIONS:
+        raise argparse.ArgumentTypeError(
+            f"expected some of {', '.join(CORRUPTIONS)}, got {word!r}{nearest(name, CORRUPTIONS)}"
+        )
+    return word
+
+
 def add_subject(parser: Parser) -> None:
     """Add what says which model is measured, on which data."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model on the Hub, or a local folder")
@@ -334,12 +431,19 @@ def add_target_modules(group: argparse._ArgumentGroup, meaning: str) -> None:
     )
 
 
+# For Command.other_names of those that measure: what a radius is called elsewhere.
+STRENGTH_ELSEWHERE: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(("rho", "epsilon", "eps", "radius", "bits"), "that is a strength: --strengths S ...")
+)
+
+
 def add_corruptions(parser: Parser, default: str) -> None:
     """Add what says how weights are corrupted."""
     group = parser.add_argument_group("corruptions")
     group.add_argument(
         "--corruptions",
         nargs="*",
+        type=corruption,
         metavar="NAME",
         help=f"{', '.join(CORRUPTIONS)}; strengths of its own: gradient=0.1,0.2; other settings: "
         "quantization:per=channel, quantization=4,3:per=32, gaussian=0.03:relative-to=channel; formats: "
@@ -368,8 +472,6 @@ def add_running(parser: Parser) -> None:
     group.add_argument("--batch-size", type=at_least(1), default=32, metavar="N", help="default: %(default)s")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, ...; default: cuda where there is one")
     group.add_argument("--saved-on", metavar="NAME", help="where weights are kept while corrupted; default: with them")
-    group.add_argument(
-        "--output-dir", "--output", metavar="DIR", help="keep the record and its pages there; go on after a stop"
-    )
+    group.add_argument("--output-dir", metavar="DIR", help="keep the record and its pages there; go on after a stop")
     group.add_argument("--json", action="store_true", help="print the record as JSON, and nothing else")
     group.add_argument("--quiet", action="store_true", help="show no progress")

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_parcor.cli.evaluate import asked_for, measure
-from hf_parcor.cli.parsing import Command, Parser, add_corruptions, add_running, add_subject, add_target_modules
+from hf_parcor.cli.parsing import (
+    STRENGTH_ELSEWHERE,
+    Command,
+    Parser,
+    add_corruptions,
+    add_running,
+    add_subject,
+    add_target_modules,
+)
 from hf_parcor.cli.recipe import add_recipe, choose
 from hf_parcor.cli.terminal import PROBE
+
+if TYPE_CHECKING:
+    from hf_parcor.cli.subject import Subject
+    from hf_parcor.evaluation import LayerProbe
 
 GROUPS = ("layers", "kinds", "modules", "adapters")
 _STRENGTHS = (0.1, 0.2, 0.5)
@@ -25,6 +38,15 @@ class Probe(Command):
         "      --dataset stanfordnlp/sst2 --split validation \\\n"
         "      --group layers --strengths 0.1 0.2 0.5"
     )
+
+    spellings: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            **{f"by_{one.removesuffix('s')}": f"--group {one}" for one in GROUPS},
+            **{"bits": "--recipe", "by": "--choose-by", "formats": "--corruptions", "budget": "--cells"},
+        }
+    )
+
+    other_names = STRENGTH_ELSEWHERE
 
     def add_arguments(self, parser: Parser) -> None:
         """Add what `--help` shows."""
@@ -50,18 +72,15 @@ class Probe(Command):
             choose(arguments, lambda model: _groups(model, arguments.group, own) or None)
 
     def _probe(self, arguments: argparse.Namespace) -> None:
-        from hf_parcor.evaluation import LayerProbe
-
         own = {name: [name] for name in arguments.target_modules or ()}
         group = arguments.group or (None if own else "layers")
-        measure(
-            arguments,
-            asked_for(arguments, _STRENGTHS),
-            PROBE,
-            lambda subject, how: LayerProbe(
-                subject.model, subject.metric, targets=_groups(subject.model, group, own), **how
-            ),
-        )
+
+        def build(subject: Subject, how: dict[str, Any]) -> LayerProbe:
+            from hf_parcor.evaluation import LayerProbe
+
+            return LayerProbe(subject.model, subject.metric, targets=_groups(subject.model, group, own), **how)
+
+        measure(arguments, lambda: asked_for(arguments, _STRENGTHS), PROBE, build)
 
 
 def _groups(model: Any, group: str | None, own: Mapping[str, list[str]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_parcor.cli.evaluate import asked_for
 from hf_parcor.cli.parsing import Parser, at_least, number
+from hf_parcor.cli.sources import check_sources, read_data
 from hf_parcor.cli.terminal import going_on, how_to_go_on, output_folder, refused, speaks, tell, wrapped
 from hf_parcor.errors import nearest
 
@@ -70,20 +71,22 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
     Raises:
         InputError: A user's mistake, such as a budget that cannot be met.
     """
+    check_sources(arguments)
+    rows, given = read_data(arguments)
+    folder = output_folder(arguments.output_dir)
     from hf_parcor.cli.subject import find_device, load_subject
     from hf_parcor.evaluation import CheckpointError, NotEnoughMemoryError
     from hf_parcor.indicators import FORMATS, sensitivity
     from hf_parcor.recipes import export_recipe, front, measure_recipes, recipe
     from hf_parcor.reports import RecipeReport
 
-    folder = output_folder(arguments.output_dir)
     formats: Any = FORMATS if arguments.corruptions is None else asked_for(arguments)
     checkpoints = [
         None if folder is None else (folder / name).with_suffix(".jsonl") for name in (SENSITIVITY, MEASURED)
     ]
     with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoints[0])):
         saved_on = None if arguments.saved_on is None else find_device(arguments.saved_on, "--saved-on")
-        subject = load_subject(arguments)
+        subject = load_subject(arguments, rows, given)
         how: dict[str, Any] = {
             "progress": not arguments.quiet,
             "saved_on": saved_on,

@@ -53,16 +53,29 @@ class Report(Command):
                 unit=arguments.unit,
                 title=arguments.title,
             )
-        write_report(report, pages)
-        show_verdict(report)
+        _show(report, pages, arguments)
+
+
+def _show(report: RobustnessReport, pages: Sequence[Path], arguments: argparse.Namespace, table: str = "") -> None:
+    """Write the pages, and print the verdict, under a table if there is one, or all as JSON."""
+    written = write_report(report, pages)
+    if written:
+        tell(f"wrote {' and '.join(map(str, written))}")
+    if arguments.json:
+        print(report.to_json(), end="")
+        return
+    if table:
+        print(table)
+    show_verdict(report)
 
 
 def add_pages(parser: Parser) -> None:
-    """Add what says which pages are written, and what is on them."""
+    """Add what says which pages are written, what is on them, and how the verdict is printed."""
     parser.add_argument("--pages", nargs="+", default=[], metavar="FILE", help="pages to write: .html, .md")
     parser.add_argument("--metric", metavar="NAME", help="which metric to report; default: accuracy, or the first")
     add_meaning(parser)
     parser.add_argument("--title", metavar="TEXT", help="the heading")
+    parser.add_argument("--json", action="store_true", help="print verdict and means as JSON, and nothing else")
 
 
 def checked_pages(arguments: argparse.Namespace) -> list[Path]:
@@ -95,7 +108,12 @@ class Compare(Command):
     def run(self, arguments: argparse.Namespace) -> None:
         """Write the pages, and print table and verdict."""
         pages = checked_pages(arguments)
-        models = load_records(_named(arguments.models))
+        named = _named(arguments.models)
+        if len(named) < 2:
+            raise InputError(
+                f"models: expected two or more to compare, got {len(named)}; name another, or use hf-parcor report"
+            )
+        models = load_records(named)
         metric = arguments.metric or next((metric_of(records) for records in models.values()), "")
         with refused(ValueError, ImportError):
             report = RobustnessReport.compare(
@@ -107,10 +125,8 @@ class Compare(Command):
             )
             firsts = {name: records[0] for name, records in models.items() if len(records) == 1}
             single = {name: record for name, record in firsts.items() if isinstance(record, EvaluationRecord)}
-            if len(single) == len(models):
-                print(comparison_table(single, metric, unit=arguments.unit))
-        write_report(report, pages)
-        show_verdict(report)
+            table = comparison_table(single, metric, unit=arguments.unit) if len(single) == len(models) else ""
+        _show(report, pages, arguments, table)
 
 
 def _named(words: list[str]) -> dict[str, list[str]]:

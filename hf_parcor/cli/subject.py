@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_parcor.cli.parsing import pairs
 from hf_parcor.cli.terminal import refused, tell
 from hf_parcor.errors import InputError
 from hf_parcor.evaluation import BatchMetric
 from hf_parcor.records import EvaluationData
-from hf_parcor.tasks import Encoding, Processed, Rows, Task, check_head, load_rows, task_named, task_of
+from hf_parcor.tasks import Encoding, Processed, Rows, Task, check_head, task_named, task_of
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,18 @@ class Subject:
     task: str
 
 
-def load_subject(arguments: argparse.Namespace) -> Subject:
+def load_subject(arguments: argparse.Namespace, rows: Rows, given: Mapping[str, str]) -> Subject:
     """Return what the flags of `add_subject` and `add_running` name.
 
+    Args:
+        arguments: These flags.
+        rows: All rows of the data.
+        given: The columns that the flags name, by role.
+
     Raises:
-        InputError: There is no such model, data, column or metric, or they do not fit together.
+        InputError: There is no such model, column, metric or device, or they do not fit together.
     """
     device = find_device(arguments.device)
-    rows, given = read_data(arguments)
     rows = rows.first(arguments.limit)
     task, columns = find_task(arguments, rows, given)
     origin = origin_of(arguments)
@@ -56,28 +59,6 @@ def load_subject(arguments: argparse.Namespace) -> Subject:
 def origin_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return which version of a model is loaded, and whether it may bring code, as `from_pretrained` takes it."""
     return {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
-
-
-def read_data(arguments: argparse.Namespace) -> tuple[Rows, dict[str, str]]:
-    """Return all rows of the data to measure on, and the columns that the flags name, by role.
-
-    Raises:
-        InputError: No model or no data is named, or there is no such data.
-    """
-    for name, example in (("model", "a folder, or a name on the Hub"), ("dataset", "--dataset dev.tsv, say")):
-        if not getattr(arguments, name):
-            raise InputError(f"{name}: expected one, got none; name {example}")
-    return rows_of(arguments, arguments.dataset, arguments.split), pairs(arguments.column or [], "--column")
-
-
-def rows_of(arguments: argparse.Namespace, source: str, split: str) -> Rows:
-    """Return all rows of a split.
-
-    Raises:
-        InputError: There is no such data.
-    """
-    with refused(ImportError):
-        return load_rows(source, split, arguments.dataset_config)
 
 
 def find_task(arguments: argparse.Namespace, rows: Rows, given: Mapping[str, str]) -> tuple[Task, dict[str, str]]:

@@ -66,14 +66,30 @@ def output_folder(name: str | None) -> Path | None:
     """Return a folder for results, which is made where there is none; None where none is asked for.
 
     Raises:
-        InputError: It cannot be made.
+        InputError: It cannot be made, or written to.
     """
     if name is None:
         return None
+    check_output_folder(name)
     folder = Path(name)
-    with refused(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def check_output_folder(name: str) -> None:
+    """Refuse a folder for results that cannot be made, or written to.
+
+    Raises:
+        InputError: A file is in its place, or a folder above it is not ours.
+    """
+    there = Path(name).absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(
+            f"--output-dir: expected a folder that can be written to, got {name}, where {there} is "
+            f"{'one that cannot' if there.is_dir() else 'a file'}; name another"
+        )
 
 
 def how_to_go_on(checkpoint: Path | None) -> str:
@@ -134,5 +150,7 @@ def write_report(report: RobustnessReport, paths: Iterable[Path]) -> list[Path]:
     Raises:
         InputError: A page cannot be written.
     """
-    with refused(OSError):
+    try:
         return [report.to_markdown(path) if path.suffix == ".md" else report.to_html(path) for path in paths]
+    except OSError as error:
+        raise InputError(f"--pages: expected places that can be written to, got {error}; name others") from error

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_parcor.cli.parsing import TRIALS, Command, Parser, add_subject, at_least, share
-from hf_parcor.cli.terminal import ROBUSTNESS, going_on, refused, show, table_of, tell
+from hf_parcor.cli.parsing import TRIALS, Command, Parser, add_subject, at_least, corruption, share
+from hf_parcor.cli.sources import check_sources, read_data, rows_of
+from hf_parcor.cli.terminal import ROBUSTNESS, check_output_folder, going_on, refused, show, table_of, tell
 from hf_parcor.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,6 +34,14 @@ class Train(Command):
         "      --num-train-epochs 1 --defense-epsilon 0.1"
     )
 
+    spellings: ClassVar[Mapping[str, str]] = MappingProxyType({"p": "--defense-norm"})
+    other_names: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            **dict.fromkeys(("rho", "epsilon", "defense-rho", "sam-rho"), "the radius is --defense-epsilon"),
+            **dict.fromkeys(("gamma", "awp-gamma"), "it is --defense-epsilon with --defense-per-tensor true"),
+        }
+    )
+
     def add_arguments(self, parser: Parser) -> None:
         """Add what `--help` shows."""
         add_subject(parser)
@@ -51,6 +61,7 @@ class Train(Command):
         group.add_argument(
             "--corruptions",
             nargs="*",
+            type=corruption,
             metavar="NAME",
             help="what the model is measured under, with strengths, as in evaluate: gradient=0.1,0.2 quantization=4; "
             "default: those of paper 2, Table 1, and those that it was trained against",
@@ -77,8 +88,15 @@ class Train(Command):
         parser.add_argument("--help-all", action="help", help="show this")
         return parser
 
+    def check(self, arguments: argparse.Namespace) -> None:
+        """Look for model and data, unless a file may name them too."""
+        if arguments.config is None and not arguments.help_all:
+            check_sources(arguments)
+
     def run(self, arguments: argparse.Namespace) -> None:
         """Train, measure, and show the record."""
+        if arguments.config is not None:
+            check_sources(arguments)
         from dataclasses import fields
 
         from transformers import set_seed
@@ -91,6 +109,7 @@ class Train(Command):
         with redirect_stdout(sys.stderr):
             with refused(ValueError, TypeError, ImportError):
                 training = ParameterDefenseTrainingArguments(**{name: getattr(arguments, name) for name in names})
+            check_output_folder(str(training.output_dir))
             corruptions = _corruptions(arguments, training)
             set_seed(training.seed)
             train_rows, rows, given = _training_and_validation(arguments)
@@ -143,8 +162,6 @@ def _training_and_validation(arguments: argparse.Namespace) -> tuple[Rows, Rows,
     Raises:
         InputError: There is no such data, or only one row for both, or one split is a slice of the other.
     """
-    from hf_parcor.cli.subject import read_data, rows_of
-
     rows, given = read_data(arguments)
     source = arguments.train_dataset or arguments.dataset
     one, other = Path(arguments.dataset), Path(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from types import MappingProxyType
@@ -57,7 +58,12 @@ def corruptions_of_table_1() -> list[Corruption]:
 
 
 def read_corruptions(
-    words: Sequence[str], strengths: Sequence[float] = (), norm: float = 2.0, top_n: int | None = None
+    words: Sequence[str],
+    strengths: Sequence[float] = (),
+    norm: float = 2.0,
+    top_n: int | None = None,
+    *,
+    flag: str = "--corruptions",
 ) -> list[Corruption]:
     """Return one corruption for each word and strength.
 
@@ -69,9 +75,10 @@ def read_corruptions(
         strengths: For those that have none of their own.
         norm: Order of the constraint's norm, for those that have none of their own.
         top_n: The constraint's largest number of corrupted weights, likewise.
+        flag: Whose words they are, for messages.
 
     Raises:
-        InputError: An unknown name or setting, a strength that is none, or no strength.
+        InputError: An unknown name or setting, a strength that is none, no strength, or one corruption twice.
 
     Examples:
         >>> print(*read_corruptions(["gradient", "quantization=4"], [0.1, 0.2]), sep=", ")
@@ -81,19 +88,25 @@ def read_corruptions(
         >>> print(*read_corruptions(["gradient=2e-4:norm=inf", "random=0.1:top-n=100"]), sep=", ")
         gradient-based L∞ ε=0.0002, random L2 ε=0.1 n=100
     """
-    found = []
+    found: list[Corruption] = []
     for word in words:
-        name, own, more = _parts(word)
+        name, own, more = _parts(word, flag)
         of_word = list(map(repr, strengths)) if own is None else own
         if not of_word:
-            raise InputError(f"--strengths: expected at least one for {word}, got none; give {word}=0.1, say")
-        found += [_corruption(name, word, strength, more, norm, top_n) for strength in of_word]
+            head, colon, settings = word.partition(":")
+            example = f"{head.rstrip('=')}=0.1{colon}{settings}"
+            raise InputError(f"{flag} {word}: expected at least one strength, got none; give {example}, say")
+        for strength in of_word:
+            chosen = _corruption(name, word, strength, more, norm, top_n, flag)
+            if chosen in found:
+                raise InputError(f"{flag}: expected each corruption once, got {chosen} twice; leave one out")
+            found.append(chosen)
     if not found:
-        raise InputError("--corruptions: expected at least one, got none; name one, or leave the flag out")
+        raise InputError(f"{flag}: expected at least one, got none; name one, or leave the flag out")
     return found
 
 
-def _parts(word: str) -> tuple[str, list[str] | None, dict[str, Any]]:
+def _parts(word: str, flag: str) -> tuple[str, list[str] | None, dict[str, Any]]:
     """Return the name, its own strengths, and further settings."""
     head, _, settings = word.partition(":")
     name, given, own = head.partition("=")
@@ -101,19 +114,19 @@ def _parts(word: str) -> tuple[str, list[str] | None, dict[str, Any]]:
     if name not in CORRUPTIONS:
         known = [entry.replace("_", "-") for entry in CORRUPTIONS]
         raise InputError(
-            f"--corruptions: expected some of {', '.join(known)}, got {word!r}"
+            f"{flag}: expected some of {', '.join(known)}, got {word!r}"
             f"{nearest(name.replace('_', '-'), known)}; name one of them"
         )
     more = [one.partition("=") for one in settings.split(",") if one]
     for setting, _, value in more:
         if not setting or not value:
-            raise InputError(f"--corruptions {word}: expected SETTING=VALUE after the colon; write both")
+            raise InputError(f"{flag} {word}: expected SETTING=VALUE after the colon; write both")
     own_strengths = [one for one in own.split(",") if one] if given else None
     return name, own_strengths, {setting: value for setting, _, value in more}
 
 
 def _corruption(
-    name: str, word: str, strength: str, more: Mapping[str, str], norm: float, top_n: int | None
+    name: str, word: str, strength: str, more: Mapping[str, str], norm: float, top_n: int | None, flag: str
 ) -> Corruption:
     kind: Any = CORRUPTIONS[name]
     first, *others = fields(kind)
@@ -123,16 +136,14 @@ def _corruption(
     for setting in given:
         if setting not in known:
             raise InputError(
-                f"--corruptions: expected settings of {name}: {', '.join(known) or 'none'}, got {setting!r} in "
+                f"{flag}: expected settings of {name}: {', '.join(known) or 'none'}, got {setting!r} in "
                 f"{word!r}{nearest(setting, known)}; leave it out, or name one of them"
             )
     value: Any = strength if first.type == "str" else _plain(strength)
     if first.type == "int" and isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str) and first.type != "str":
-        raise InputError(
-            f"--corruptions: expected strengths as {name}=0.1,0.2, got {word!r}; write numbers with commas"
-        )
+        raise InputError(f"{flag}: expected strengths as {name}=0.1,0.2, got {word!r}; write numbers with commas")
     chosen: Corruption
     try:
         if constrained:
@@ -141,7 +152,8 @@ def _corruption(
         else:
             chosen = kind(**{first.name: value}, **given)
     except (NotImplementedError, TypeError, ValueError) as error:
-        raise InputError(str(error)) from error
+        said = re.sub(r"^p: ", "norm: ", str(error))
+        raise InputError(f"{flag} {word}: {said}") from error
     return chosen
 
 

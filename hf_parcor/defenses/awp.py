@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_parcor.arguments import check_count, check_radius
+from hf_parcor.arguments import check_count, check_radius, known_elsewhere_as
 from hf_parcor.corruptions.multi_step import STEP_SIZE_FACTOR
 from hf_parcor.defenses.projected_ascent import ProjectedAscent
 from hf_parcor.defenses.step import DefendedStep
@@ -15,6 +15,7 @@ from hf_parcor.functional.constrained_maximum import constrained_maximum_
 from hf_parcor.functional.vectors import vector_norm
 
 
+@known_elsewhere_as(gamma="AWP(CorruptionConstraint(epsilon={}), per_tensor=True)")
 @dataclass(frozen=True)
 class AWP(ProjectedAscent):
     r"""Minimise the loss on adversarial inputs at corrupted weights, and nothing else.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class CorruptionRisk(Defense):
             "help": "what to corrupt the weights by in training, as words of `hf-parcor evaluate --corruptions`: "
             "quantization=4, gaussian=0.02",
             "flag_type": list[str] | None,
-            "from_flag": read_corruptions,
+            "from_flag": partial(read_corruptions, flag="--defense-corruption"),
         }
     )
     clean_weight: float = field(

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_parcor.arguments import known_elsewhere_as
 from hf_parcor.defenses.defense import ConstrainedDefense
 from hf_parcor.defenses.step import DefendedStep
 
 
+@known_elsewhere_as(rho="SAM(CorruptionConstraint(epsilon={}))")
 @dataclass(frozen=True)
 class SAM(ConstrainedDefense):
     r"""Minimise the loss under the worst corruption to first order, and nothing else.

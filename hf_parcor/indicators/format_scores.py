@@ -220,7 +220,7 @@ def _checked_formats(formats: Sequence[Format]) -> list[Format]:
     for one in formats:
         if type(one) not in (Quantization, FloatQuantization):
             raise TypeError(
-                f"formats: expected Quantization and FloatQuantization, got {one!r}; how many bits other corruptions "
+                f"formats: expected Quantization and FloatQuantization, got {one}; how many bits other corruptions "
                 "take is not known"
             )
     labels = [str(one) for one in formats]

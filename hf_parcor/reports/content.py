@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hf_parcor.records.curves import Series, area_under_curve, epsilon_at_half, short
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
@@ -39,8 +41,10 @@ def panels(study: Study) -> list[Panel]:
         if len(study.models) == 1:
             of_group = {group: curve for (_, group), curve in curves.items()}
             shown = dict(sorted(of_group.items(), key=lambda item: -_loss(item[1]))[:_LINES])
-            rest = f", the {_LINES} groups that lose most of {len(of_group)}" if len(of_group) > _LINES else ""
-            found.append(_panel(series.name + rest, series, shown))
+            many = f", the {_LINES} of {len(of_group)} groups with the largest mean {study.loss}"
+            names = _short(study)
+            named = {names[group]: curve for group, curve in shown.items()}
+            found.append(_panel(series.name + many * (len(of_group) > _LINES), series, named))
             continue
         first = next(iter(study.models))
         groups = [group for group in study.groups if any((model, group) in curves for model in study.models)]
@@ -81,23 +85,42 @@ def row_name(study: Study, model: str, group: str) -> str:
     return model if len(study.groups) == 1 else f"{group}: {model}"
 
 
+def _short(study: Study) -> dict[str, str]:
+    """Return what groups are called where room is scarce: without the modules that all of them are in."""
+    return dict(zip(study.groups, plots.short_names(study.groups), strict=True))
+
+
+def _shared(study: Study) -> str:
+    """Return what `_short` leaves out, in words for a caption; "" for nothing."""
+    group, shown = next(iter(_short(study).items()))
+    left_out = group.removesuffix(shown)
+    return f"; each group is in {left_out.removesuffix('.')}" if left_out and len(study.groups) > 1 else ""
+
+
 def heat_map(study: Study, series: Series, numbers: Numbers) -> Table:
-    """Return the metric by curve and strength, with how much of the largest drop of the whole study each cell has."""
+    """Return the metric by curve and strength, with how much of the largest drop of the whole study each cell has.
+
+    Names of rows and columns are short, and the caption says what all of them share: the last column, of the strongest
+    corruption, is to be seen on a phone.
+    """
     curves = _ordered(study, series)
-    columns = list(dict.fromkeys(point.name for curve in curves.values() for point in curve.points))
+    found = {point.name: point.strength for curve in curves.values() for point in curve.points}
+    ordered = sorted(found.items(), key=lambda item: item[1], reverse=series.strength == "bits")
+    columns = {name: name if series.strength is None else short(strength) for name, strength in ordered}
     drops = {
         key: {point.name: sample_mean(curve.drops([point.name])) for point in curve.points}
         for key, curve in curves.items()
     }
-    largest = largest_drop(study)
+    largest, names = largest_drop(study), _short(study)
     rows, shares = [], []
     for (model, group), curve in curves.items():
         means = {point.name: point.mean for point in curve.points}
         cells = [numbers.value(means[name]) if name in means else "–" for name in columns]
-        rows.append((row_name(study, model, group), numbers.value(curve.clean.mean), *cells))
+        rows.append((row_name(study, model, names[group]), numbers.value(curve.clean.mean), *cells))
         shares.append((0.0, *(_share(drops[model, group].get(name), largest) for name in columns)))
-    caption = f"{_metric(study, numbers)} under {series.name}"
-    header = (_row_header(study), "no corruption", *columns)
+    axis = f", by {series.unit}" if series.strength is not None and series.unit else ""
+    caption = f"{_metric(study, numbers)} under {series.name}{axis}{_shared(study)}"
+    header = (_row_header(study), "clean", *columns.values())
     return Table(caption, header, tuple(rows), tuple(shares))
 
 
@@ -113,11 +136,11 @@ def summary(study: Study, series: Series, numbers: Numbers) -> Table:
     )
     norms = {key: _weights_norm(study.models[key[0]][key[1]]) for key in curves}
     known = not any(map(math.isnan, norms.values()))
-    rows = []
+    rows, names_of = [], _short(study)
     for (model, group), curve in curves.items():
         key = model, group
         parameters = study.models[model][group][0].parameters
-        row = [row_name(study, model, group), f"{parameters:,}", *[f"{norms[key]:.3g}"] * known]
+        row = [row_name(study, model, names_of[group]), f"{parameters:,}", *[f"{norms[key]:.3g}"] * known]
         row.append(numbers.difference(drops[key]))
         if ratios:
             ratio = ratios.get(key, math.nan)
@@ -138,7 +161,7 @@ def summary(study: Study, series: Series, numbers: Numbers) -> Table:
         *["fragility"] * bool(ratios),
     ]
     header += ["mean from 0 on", half_name] * from_zero
-    return Table(f"{series.name}: each curve in a few numbers", tuple(header), tuple(rows))
+    return Table(f"{series.name}: each curve in a few numbers{_shared(study)}", tuple(header), tuple(rows))
 
 
 def all_values(study: Study, numbers: Numbers) -> Table:
@@ -157,6 +180,27 @@ def all_values(study: Study, numbers: Numbers) -> Table:
     repeated = any(point.interval for point in points)
     caption = "Every mean" + ", with its 95 % confidence interval in brackets" * repeated
     return Table(caption, header, tuple(rows))
+
+
+def means(study: Study) -> dict[str, Any]:
+    """Return every mean as plain values, without corruption first, with what the metric means."""
+    found = []
+    for model, groups in study.models.items():
+        for group, records in groups.items():
+            mine = {
+                series: curves[model, group] for series, curves in study.curves.items() if (model, group) in curves
+            }
+            clean = [("none", curve.clean) for curve in list(mine.values())[:1]]
+            points = [*clean, *((series.name, point) for series, curve in mine.items() for point in curve.points)]
+            found += [
+                {
+                    **{"model": model or records[0].model, "group": group, "corruption": name, "strength": point.name},
+                    **{"mean": point.mean, "interval": point.interval, "values": point.values},
+                }
+                for name, point in points
+            ]
+    stated = {"metric": study.metric, "greater_is_better": study.greater_is_better, "unit": study.info.unit}
+    return {**stated, "means": found}
 
 
 def difference_table(study: Study, numbers: Numbers) -> Table:
@@ -182,8 +226,11 @@ def difference_table(study: Study, numbers: Numbers) -> Table:
     return Table(f"{_metric(study, numbers)} against {baseline}", header, tuple(rows))
 
 
+_IN_A_COMMAND = ("task", "targets", "seeds of trials", "corruptions")
+
+
 def settings(study: Study) -> Table:
-    """Return what is needed to measure again."""
+    """Return what is needed to measure again; what the command says is not said once more."""
     rows = []
     for model, groups in study.models.items():
         name = f"{model}: " if len(study.models) > 1 else ""
@@ -208,7 +255,80 @@ def settings(study: Study) -> Table:
     rows.append(("versions", _distinct(versions)))
     labels = [row.label for record in study.records for row in record.corruptions]
     rows.append(("corruptions", _distinct(labels)))
+    if commands(study):
+        rows = [row for row in rows if row[0].rpartition(": ")[2] not in _IN_A_COMMAND]
     return Table("Settings to reproduce", ("setting", "value"), tuple(rows))
+
+
+def measured_on(study: Study) -> str:
+    """Return the data and their number of rows, in a sentence; "" where records do not say."""
+    named = _distinct(str(record.evaluated_on) for record in study.records if record.evaluated_on)
+    tasks = _distinct(record.task for record in study.records if record.task)
+    return f"Measured on {named}{f', {tasks}' * bool(tasks)}." if named else ""
+
+
+_SPLIT = re.compile(r"(?P<split>[^\[\]:]*)(?:\[:(?P<limit>\d+)\])?")
+
+
+def commands(study: Study) -> list[str]:
+    """Return the command lines that measure the same, one a record; none where a record was made in another way.
+
+    Models and data are named as the records name them, which of a local one is the end of its path alone.
+    """
+    found = []
+    for groups in study.models.values():
+        measured = [len(records) for records in groups.values()]
+        for place in range(max(measured)):
+            of_seed = {group: records[place] for group, records in groups.items() if place < len(records)}
+            found.append(_command(study, of_seed) if len(of_seed) == len(groups) else "")
+    return [] if "" in found else list(dict.fromkeys(found))
+
+
+def _command(study: Study, groups: Mapping[str, EvaluationRecord]) -> str:
+    """Return the command line that measures one model's groups; "" if there is none."""
+    first = next(iter(groups.values()))
+    data, words = first.evaluated_on, corruption_words(first)
+    split = None if data is None else _SPLIT.fullmatch(data.split)
+    targets = [dict(record.target) for record in groups.values()]
+    probed = len(groups) > 1
+    own = [target == {"target_modules": [group]} for group, target in zip(groups, targets, strict=True)]
+    if data is None or not data or split is None or not words or (probed and not all(own)):
+        return ""
+    if not probed and not set(targets[0]) <= {"target_modules", "exclude_modules"}:
+        return ""
+    flags = {"--dataset": [data.id or data.name], "--dataset-config": [data.config], "--split": [split["split"]]}
+    flags |= {"--limit": [split["limit"] or ""], "--task": [first.task]}
+    named = {"target_modules": list(groups)} if probed else targets[0]
+    for name, value in named.items():
+        flags[f"--{name.replace('_', '-')}"] = [value] if isinstance(value, str) else list(map(str, value or ()))
+    seeds = [seed for row in first.corruptions for seed in row.seeds]
+    flags |= {"--corruptions": words, "--trials": [str(max(len(row.seeds) for row in first.corruptions))]}
+    flags |= {"--seed": [str(min(seeds))], "--metric": [study.metric]}
+    given = [word for flag, values in flags.items() if any(values) for word in (flag, *values)]
+    return shlex.join(["hf-parcor", "probe" if probed else "evaluate", first.model, *given])
+
+
+def corruption_words(record: EvaluationRecord) -> list[str]:
+    """Return the corruptions of a record as words of `--corruptions`; none where one of them is in no catalogue.
+
+    There the radius of the constraint is the strength, or else the first setting.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in record.corruptions:
+        first = next(iter(row.settings), None)
+        strength = "epsilon" if "epsilon" in row.settings else first
+        if row.kind is None or strength is None or Series.of(row).strength not in (None, strength):
+            return []
+        others = {name: value for name, value in row.settings.items() if name != strength and value is not None}
+        norm = {"norm": order} if (order := others.pop("p", 2.0)) != 2.0 else {}
+        said = [f"{name.replace('_', '-')}={_word(value)}" for name, value in {**norm, **others}.items()]
+        key = row.corruption.replace("_", "-"), ",".join(said)
+        found.setdefault(key, []).append(_word(row.settings[strength]))
+    return [f"{name}={','.join(strengths)}{f':{said}' * bool(said)}" for (name, said), strengths in found.items()]
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
 def _ordered(study: Study, series: Series) -> dict[tuple[str, str], Curve]:
@@ -235,7 +355,7 @@ def _strongest(study: Study, numbers: Numbers) -> str:
     if largest == 0:
         return "No cell has a colour, since no mean is worse than without corruption."
     return (
-        f"The stronger the colour, the more is lost; the strongest is a {study.loss} of {numbers.difference(largest)}."
+        f"The stronger the colour, the worse it is; the strongest is a {study.loss} of {numbers.difference(largest)}."
     )
 
 
@@ -288,6 +408,9 @@ class Content(NamedTuple):
     summaries: list[Table]
     values: Table
     settings: Table
+    plain: dict[str, Any]
+    measured_on: str
+    commands: list[str]
 
 
 def content_of(study: Study, numbers: Numbers, title: str) -> Content:
@@ -311,6 +434,9 @@ def content_of(study: Study, numbers: Numbers, title: str) -> Content:
         summaries=[difference_table(study, numbers), *summaries] if compared else summaries,
         values=all_values(study, numbers),
         settings=settings(study),
+        plain=means(study),
+        measured_on=measured_on(study),
+        commands=commands(study),
     )
 
 
@@ -321,7 +447,7 @@ def _guess(study: Study) -> list[Finding]:
 
 def markdown_page(content: Content) -> str:
     """Return the report as GitHub's Markdown, each name escaped."""
-    parts = [f"# {text_of(content.title)}", "## Verdict"]
+    parts = [f"# {text_of(content.title)}", *[text_of(content.measured_on)] * bool(content.measured_on), "## Verdict"]
     shown = set()
     for finding in content.findings:
         headline = [f"**{text_of(finding.headline)}**"] if finding.headline else []
@@ -332,7 +458,9 @@ def markdown_page(content: Content) -> str:
     parts.append("\n".join(f"- {text_of(note)}" for note in content.notes))
     parts += _section("Metric by strength", content.heat_maps)
     parts += _section("Table", [*content.summaries, content.values])
-    parts += _section("Settings to reproduce", [content.settings])
+    parts.append(f"## {content.settings.caption}")
+    parts += [code_of(command) for command in content.commands]
+    parts.append(markdown_table(content.settings.header, content.settings.rows))
     return "\n\n".join(parts) + "\n"
 
 

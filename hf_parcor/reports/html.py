@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from xml.etree.ElementTree import Element, fromstring, tostring
@@ -30,6 +31,10 @@ p, li { max-width: 46rem; }
 .verdict .headline:first-of-type { font-size: 1.15rem; }
 .soft { color: var(--soft); font-size: .9rem; }
 .scroll { overflow-x: auto; margin: .35rem 0 1.25rem; }
+.scroll { background: linear-gradient(to left, var(--paper) 1rem, transparent) right / 2rem 100% no-repeat local,
+  linear-gradient(to left, var(--rule), transparent) right / .75rem 100% no-repeat scroll; }
+.hint { display: none; }
+pre { background: var(--box); padding: .5rem .75rem; margin: .5rem 0; white-space: pre-wrap; user-select: all; }
 code { font-family: ui-monospace, monospace; font-size: .9em; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .3rem .55rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
@@ -40,7 +45,9 @@ thead th { vertical-align: bottom; white-space: normal; text-align: center; }
 .maps figure { max-width: 100%; }
 .text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .heat td { text-align: center; border: 1px solid var(--paper); }
-.heat td { background: rgb(0 114 178 / calc(var(--share, 0) * 60%)); }
+.heat td { --mark: rgb(0 114 178 / calc(var(--share, 0) * 60%)); }
+.heat td { background: linear-gradient(var(--mark), var(--mark)) var(--paper); }
+.heat tr > :last-child { position: sticky; right: 0; background-color: var(--paper); }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1.25rem; }
 figure { margin: 0; min-width: 0; }
 figure > svg { width: 100%; max-width: 30rem; height: auto; display: block; fill: currentColor; }
@@ -51,6 +58,8 @@ summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 30rem) {
   th, td { padding: .25rem .35rem; }
   th:first-child { max-width: 7.5rem; }
+  .hint { display: inline; }
+  .wide tr > :last-child { box-shadow: -.4rem 0 .4rem -.4rem var(--soft); }
 }
 @media print { details > * { display: block; } .verdict { border: 1px solid; } }
 """
@@ -61,7 +70,7 @@ def html_page(content: Content) -> str:
 
     It is built as a tree and escaped when the tree is written, so that a name is text wherever it stands.
     """
-    main = _main(content.title, content.findings, content.notes)
+    main = _main(content.title, content.findings, content.notes, content.measured_on)
     maps = [_table(table, "heat") for table in content.heat_maps]
     main.append(
         _section("Heat map", [element("p", content.strongest, class_="soft"), element("div", *maps, class_="maps")])
@@ -70,7 +79,8 @@ def html_page(content: Content) -> str:
     main.append(_section("Table", [_table(table) for table in content.summaries]))
     full = element("details", element("summary", content.values.caption), _table(content.values))
     main.append(full)
-    main.append(_section("Settings to reproduce", [_table(content.settings, "text")]))
+    lines = [element("pre", element("code", command)) for command in content.commands]
+    main.append(_section(content.settings.caption, [*lines, _table(content.settings, "text")]))
     return _written(content.title, main)
 
 
@@ -84,12 +94,13 @@ def recipe_page(content: RecipeContent) -> str:
     main.append(_section("Heat map", heat))
     main.append(_section("What each part gets", [_table(content.choice)]))
     main.append(_section("Which cheap score tells", [_table(content.scores)]))
-    main.append(_section("Settings to reproduce", [_table(content.settings, "text")]))
+    main.append(_section(content.settings.caption, [_table(content.settings, "text")]))
     return _written(content.title, main)
 
 
-def _main(title: str, findings: Sequence[Finding], notes: Sequence[str]) -> Element:
-    return element("main", element("h1", printable(title)), _verdict(findings, notes))
+def _main(title: str, findings: Sequence[Finding], notes: Sequence[str], measured_on: str = "") -> Element:
+    below = [element("p", measured_on, class_="soft")] if measured_on else []
+    return element("main", element("h1", printable(title)), *below, _verdict(findings, notes))
 
 
 def _written(title: str, main: Element) -> str:
@@ -121,6 +132,20 @@ def _verdict(findings: Sequence[Finding], notes: Sequence[str]) -> Element:
     return element("div", section, listed)
 
 
+_PHONE, _LETTER, _PADDING, _NAME = 355, 8, 11, 15  # pixels of a narrow screen, of a letter, around a cell; letters
+
+
+def _is_wide(table: Table) -> bool:
+    """Return whether a table is likely to be wider than a phone: headers break between words, names anywhere."""
+    if not table.rows:
+        return False
+    names, *columns = zip(*table.rows, strict=True)
+    heads = [max(map(len, head.split() or [""])) for head in table.header]
+    letters = [min(_NAME, max(map(len, names))), *(max(map(len, column)) for column in columns)]
+    widths = [_LETTER * max(pair) + _PADDING for pair in zip(heads, letters, strict=True)]
+    return sum(widths) > _PHONE
+
+
 def _section(title: str, children: list[Element]) -> Element:
     return element("section", element("h2", title), *children)
 
@@ -135,10 +160,14 @@ def _table(table: Table, kind: str = "") -> Element:
             line.append(_cell(cell, table.shares[place][column] if table.shares else None))
         body.append(line)
     drawn = element("table", element("thead", head), body, aria_label=table.caption)
-    if kind:
-        drawn.set("class", kind)
+    wide = _is_wide(table)
+    if kind or wide:
+        drawn.set("class", " ".join(filter(None, [kind, "wide" * wide])))
     box = element("div", drawn, class_="scroll", tabindex="0", role="region", aria_label=table.caption)
-    return element("figure", element("figcaption", table.caption, class_="soft"), box)
+    if kind == "text":  # the heading of its section says what it is
+        return box
+    hint = [element("span", " (scroll sideways)", class_="hint")] if wide else []
+    return element("figure", element("figcaption", table.caption, *hint, class_="soft"), box)
 
 
 def _cell(text: str, share: float | None) -> Element:
@@ -154,6 +183,9 @@ def _curves(content: Content | RecipeContent) -> Iterator[Element]:
         return
     if figures:
         yield element("div", *figures, class_="panels")
+    lines = [line for panel in content.panels for line in panel.lines.values()]
+    if any(not math.isnan(point.low) for line in lines for point in line.points):
+        yield element("p", "Bars are 95 % confidence intervals; an arrow says that one goes on.", class_="soft")
     if content.no_curves:
         yield element("p", content.no_curves, class_="soft")
 
@@ -168,7 +200,8 @@ def _figure(content: Content | RecipeContent, one: Panel, name: str) -> Element:
     for label, (color, sign) in zip(one.lines, line_signs(), strict=False):
         mark = element("span", sign, style=f"color:{_ink(color)}", aria_hidden="true")
         legend.append(element("li", mark, element("span", label)))
-    return element("figure", element("figcaption", element("strong", one.title)), drawn, legend)
+    several = [legend] if len(one.lines) > 1 else []
+    return element("figure", element("figcaption", element("strong", one.title)), drawn, *several)
 
 
 def _inline(svg: str) -> Element:

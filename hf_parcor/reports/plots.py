@@ -140,11 +140,12 @@ def plot_comparison(
     panels = [panel for panel in panels if panel.shows_a_curve(numbers)] or panels
     columns = _curve_columns(len(panels))
     figure, grid = _grid(len(panels), columns, (2.7, 2.3))
+    heights = _heights(panels, numbers, [] if chance is None else [chance])
     for axis, panel in zip(grid, panels, strict=True):
-        lines = _draw(axis, panel)
+        lines = _draw(axis, panel, heights)
         if chance is not None:
             axis.axhline(chance, color="grey", linestyle=":", linewidth=1)
-    _set_heights(grid, panels, numbers, metric, [] if chance is None else [chance])
+    _set_heights(grid, heights, numbers, metric)
     reference = [("no corruption", Line2D([], [], color="grey", linestyle="--", linewidth=1))]
     if chance is not None:
         reference.append(("chance", Line2D([], [], color="grey", linestyle=":", linewidth=1)))
@@ -238,19 +239,28 @@ def _add_legend(figure: Figure, names: Sequence[str], handles: Sequence[Any], co
 
 
 def _draw(
-    axis: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]] | None = None, *, title: bool = True
+    axis: Axes,
+    panel: Panel,
+    heights: _Heights | None,
+    styles: Mapping[str, tuple[str, str]] | None = None,
+    *,
+    title: bool = True,
 ) -> list[ErrorbarContainer]:
-    """Draw a panel and return its lines."""
+    """Draw a panel and return its lines; where a bar is too long for the frame, it ends there in an arrow."""
     styles = dict(zip(panel.lines, line_styles(), strict=False)) if styles is None else styles
     lines = []
     for name, line in panel.lines.items():
         color, marker = styles[name]
         points = sorted(line.points, key=lambda point: point.strength)
         values = [_drawable(point.value) for point in points]
-        bars = [
-            [abs(value - _drawable(end)) for value, end in zip(values, ends, strict=True)]
-            for ends in ([point.low for point in points], [point.high for point in points])
-        ]
+        lows, highs = [_drawable(point.low) for point in points], [_drawable(point.high) for point in points]
+        if heights is not None:
+            for ends, end, arrow in ((lows, heights.low, "v"), (highs, heights.high, "^")):
+                beyond = [place for place, value in enumerate(ends) if heights.goes_on(value)]
+                places = [points[place].strength for place in beyond]
+                axis.plot(places, [end] * len(places), color=color, marker=arrow, markersize=4, linestyle="none")
+            lows, highs = ([heights.within(end) for end in ends] for ends in (lows, highs))
+        bars = [[abs(value - end) for value, end in zip(values, ends, strict=True)] for ends in (lows, highs)]
         style: Any = {
             "color": color,
             "marker": marker,
@@ -320,25 +330,63 @@ def _drawable(value: float) -> float:
     return value if abs(value) > _TINY else 0.0
 
 
-def _set_heights(
-    axes: Sequence[Axes], panels: Sequence[Panel], numbers: Numbers, metric: str, others: Sequence[float] = ()
-) -> None:
-    """Set the vertical axis that all of these share: its ends and scale from the values, bars may be cut off."""
+class _Heights(NamedTuple):
+    """Where the values and bars of some panels lie.
+
+    Attributes:
+        low: Where the lowest ends that has a place.
+        high: And the highest.
+        spread: How far values lie apart, for a margin; 0 on a log scale.
+        bounds: What the metric cannot leave: a bar that does ends there.
+    """
+
+    low: float
+    high: float
+    spread: float
+    bounds: tuple[float, float]
+
+    def within(self, end: float) -> float:
+        """Return where a bar ends in the frame; NaN for none."""
+        return min(max(end, self.low), self.high) if not math.isnan(end) else end
+
+    def goes_on(self, end: float) -> bool:
+        """Return whether a bar ends outside of the frame, where the metric might be."""
+        possible = min(max(end, self.bounds[0]), self.bounds[1])
+        return not math.isnan(end) and not self.low <= possible <= self.high
+
+
+_BOUNDS = {"share": (0.0, 1.0), "points": (0.0, 100.0)}
+
+
+def _heights(panels: Sequence[Panel], numbers: Numbers, others: Sequence[float] = ()) -> _Heights | None:
+    """Return the heights that the axes of all of these share; None where there is nothing to draw."""
     lines = [line for panel in panels for line in panel.lines.values()]
     points = [point for line in lines for point in line.points]
     values = _only_drawable([*others, *(line.clean for line in lines), *(point.value for point in points)])
+    if not values:
+        return None
+    lowest, highest = min(values), max(values)
+    bounds = _BOUNDS.get(numbers.unit, (-math.inf, math.inf))
+    if lowest < bounds[0] or highest > bounds[1]:  # a share that is none
+        bounds = -math.inf, math.inf
+    if lowest > 0 and highest / lowest > _DECADES:
+        return _Heights(lowest / 1.2, highest * 1.2, 0.0, bounds)
+    # A bar may be far longer than the data where there are few repetitions: then the data are worth more room.
+    spread = max(highest - lowest, 1e-6 * max(map(abs, values))) or 1.0
     ends = values + _only_drawable(end for point in points for end in (point.low, point.high))
+    low = max(min(ends), lowest - spread, bounds[0])
+    return _Heights(low, min(max(ends), highest + spread, bounds[1]), spread, bounds)
+
+
+def _set_heights(axes: Sequence[Axes], heights: _Heights | None, numbers: Numbers, metric: str) -> None:
+    """Set the vertical axis that all of these share: its ends and scale such that all that is drawn is inside."""
     first, factor = axes[0], shown_unit(numbers.unit)[0]
-    if values and min(values) > 0 and max(values) / min(values) > _DECADES:
+    if heights is not None and heights.spread == 0:
         first.set_yscale("log")
-        first.set_ylim(min(values) / 1.2, max(values) * 1.2)
-    elif values:
-        # A bar may be far longer than the data where there are few repetitions: it is cut off, the lines are not.
-        largest = max(map(abs, values))
-        spread = max(max(values) - min(values), 1e-6 * largest) or 1.0
-        low, high = max(min(ends), min(values) - 0.5 * spread), min(max(ends), max(values) + 0.5 * spread)
-        margin = 0.05 * max(high - low, spread)
-        first.set_ylim(low - margin, high + margin)
+        first.set_ylim(heights.low / 1.1, heights.high * 1.1)
+    elif heights is not None:
+        margin = 0.05 * max(heights.high - heights.low, heights.spread)
+        first.set_ylim(heights.low - margin, heights.high + margin)
     first.yaxis.set_major_formatter(lambda value, _: short(factor * value))
     name = metric if len(metric) <= _LONGEST_METRIC else metric[: _LONGEST_METRIC - 1] + "…"
     for axis in axes:
@@ -377,8 +425,9 @@ def panel_as_svg(panel: Panel, metric: str, numbers: Numbers, name: str) -> str:
         mpl.rcdefaults()  # a page does not depend on a person's settings
         mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": name})
         axis = figure.subplots(gridspec_kw=_BORDERS)
-        _draw(axis, panel, title=False)
-        _set_heights([axis], [panel], numbers, metric)
+        heights = _heights([panel], numbers)
+        _draw(axis, panel, heights, title=False)
+        _set_heights([axis], heights, numbers, metric)
         picture = io.StringIO()
         figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return picture.getvalue()
@@ -421,9 +470,11 @@ def plot_directions(records: Mapping[str, EvaluationRecord], metric: str = "accu
     columns = min(_COLUMNS, len(panels))
     figure, grid = _grid(len(panels), columns, (3.4, 2.6))
     shown: dict[str, ErrorbarContainer] = {}
+    numbers = Numbers(agreed([one.info(metric) for one in records.values()], metric).unit)
+    heights = _heights(panels, numbers)
     for axis, panel in zip(grid, panels, strict=True):
-        shown |= dict(zip(panel.lines, _draw(axis, panel, styles), strict=True))
-    _set_heights(grid, panels, Numbers(agreed([one.info(metric) for one in records.values()], metric).unit), metric)
+        shown |= dict(zip(panel.lines, _draw(axis, panel, heights, styles), strict=True))
+    _set_heights(grid, heights, numbers, metric)
     _add_legend(figure, list(shown), list(shown.values()), 3)
     return figure
 

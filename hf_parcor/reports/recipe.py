@@ -294,7 +294,7 @@ def _share(drop: float, largest: float) -> float:
 def _strongest(told: _Told, largest: float) -> str:
     if largest == 0:
         return "No cell has a colour, since none that was measured is worse than without quantization."
-    return f"The stronger the colour, the more is lost; the strongest is {told.numbers.difference(largest)}."
+    return f"The stronger the colour, the worse it is; the strongest is {told.numbers.difference(largest)}."
 
 
 def _choice(told: _Told) -> Table:

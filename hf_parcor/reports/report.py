@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hf_parcor.records.evaluation import EvaluationRecord
 from hf_parcor.records.sensitivity import RecipeRecord, SensitivityRecord
-from hf_parcor.records.stored import replace_text
+from hf_parcor.records.stored import replace_text, to_strict_json
 from hf_parcor.reports.content import Content, content_of, markdown_page
 from hf_parcor.reports.html import html_page, recipe_page
 from hf_parcor.reports.numbers import Numbers
@@ -104,6 +104,17 @@ class RobustnessReport:
     def notes(self) -> list[str]:
         """What a reader must know before relying on the numbers, as the pages say it."""
         return list(self._content.notes)
+
+    def to_json(self) -> str:
+        """Return metric, verdict, notes and every mean as standard JSON, for programs.
+
+        Each of `means` has `model`, `group`, `corruption` ("none" for the clean model), `strength`, `mean`, `interval`
+        (of 95 % confidence, null where nothing was repeated) and `values`, one a repetition, in the metric's own
+        numbers: shares of 1, not percent. NaN and infinities are strings, as in records.
+        """
+        plain = dict(self._content.plain)
+        found = plain.pop("means")
+        return to_strict_json({**plain, "verdict": self.verdict, "notes": self.notes, "means": found})
 
     def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page, with its folder, and return the path.

@@ -139,7 +139,7 @@ def gradient(*strengths, **constraint):
 def test_what_the_flags_corrupt_by(run, monkeypatch, line, corruptions):
     found = []
     for command in ("evaluate", "probe"):
-        monkeypatch.setattr(f"hf_parcor.cli.{command}.measure", lambda flags, asked, *_: found.append(asked))
+        monkeypatch.setattr(f"hf_parcor.cli.{command}.measure", lambda flags, asked, *_: found.append(asked()))
     assert run(line).code == 0
     assert found == [corruptions]
 
@@ -208,7 +208,7 @@ class TestProbe:
     def test_a_recipe_goes_into_a_folder_and_a_budget_out_of_reach_names_the_nearest(
         self, run, classifier_folder, sentences
     ):
-        command = ("probe", classifier_folder, "--dataset", sentences, "--quiet", "--output", "plan", "--cells", 5)
+        command = ("probe", classifier_folder, "--dataset", sentences, "--quiet", "--output-dir", "plan", "--cells", 5)
         formats = ("--corruptions", "quantization=8,4,2:per=channel,code-range=full,arithmetic=weight")
         refused = run(*command, *formats, "--recipe", "bits=1")
         assert refused.code != 0
@@ -378,6 +378,22 @@ class TestReportAndCompare:
         assert result.code == 0
         assert re.search(r"\| accuracy \(%\) +\| +plain \| +b \| +change \|", result.out)
         assert Path("page.html").is_file()
+
+    @pytest.mark.slow
+    def test_json_has_the_verdict_and_every_mean_of_the_records(self, run, outputs):
+        records = {name: EvaluationRecord.load(f"{name}/robustness.json") for name in ("plain", "defended")}
+        for words, shown in (("report plain", ["plain"]), ("compare plain defended", ["plain", "defended"])):
+            printed = run(*words.split(), "--pages", "page.md")
+            assert "page.md" in printed.err, "what was written is said"
+            result = run(*words.split(), "--json", "--metric", "loss")
+            found = json.loads(result.out)
+            assert (found["metric"], found["greater_is_better"]) == ("loss", False)
+            flat = re.sub(r"\s+", " ", run(*words.split(), "--metric", "loss").out)
+            assert len(found["verdict"]) > 0
+            assert [sentence for sentence in found["verdict"] if sentence not in flat] == []
+            expected = [row for name in shown for row in records[name].rows()]
+            assert [mean["mean"] for mean in found["means"]] == [pytest.approx(row.mean("loss")) for row in expected]
+            assert [tuple(mean["values"]) for mean in found["means"]] == [row.metrics["loss"] for row in expected]
 
     @pytest.mark.slow
     def test_compare_several_seeds(self, run, outputs):

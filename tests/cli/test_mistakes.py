@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from local_models import SENTENCES, save_bert, write_rows
 
 from hf_parcor import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.cli import main
+from hf_parcor.cli.main import build_parser
 from hf_parcor.cli.probe import Probe
+from hf_parcor.training import ParameterDefenseTrainingArguments
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -72,10 +76,10 @@ MISTAKES = [
     ("report record.json sweep.json", "record.json sweep.json both"),
     ("compare a=record.json b=sweep.json", "record.json sweep.json both"),
     ("report", "records: none"),
-    ("report record.json --metric f1", "metric: accuracy 'f1'"),
+    ("report record.json --metric f1", "--metric: accuracy 'f1'"),
     ("report record.json --pages page.pdf", "--pages: .html .md page.pdf"),
-    ("report record.json --pages FILE/page.md", "record.json"),
-    ("compare record.json", "models: two 1"),
+    ("report record.json --pages FILE/page.md", "--pages: record.json"),
+    ("compare record.json", "models: two 1 report"),
     ("compare a=record.json a=sweep.json", "models: 'a' twice"),
     ("report record.json record.json", "seeds twice"),
     # models
@@ -84,23 +88,23 @@ MISTAKES = [
     ("probe nobody/nothing --dataset DATA", "model: nobody/nothing"),
     ("probe EMPTY --dataset DATA", "model: folder"),
     ("probe --dataset DATA", "model: none"),
-    ("probe MODEL", "dataset: none --dataset"),
+    ("probe MODEL", "--dataset: none"),
     # data
     ("probe MODEL --dataset nowhere.tsv", "nowhere.tsv"),
     ("probe MODEL --dataset nobody/nothing", "nobody/nothing"),
     ("probe MODEL --dataset UNLABELLED", "column label text-classification"),
     ("probe MODEL --dataset NOLABELS", "label NEGATIVE POSITIVE -1"),
     (f"{PROBE} --column label=stars", "sentence 'stars' label"),
-    (f"{PROBE} --column lable=label", "second_text 'lable' (did mean label?)"),
+    (f"{PROBE} --column lable=label", "--column: second_text 'lable' (did mean label?)"),
     (f"{PROBE} --column label", "--column: NAME=VALUE 'label'"),
     # corruptions
-    (f"{PROBE} --strengths", "--strengths: gradient none"),
-    (f"{PROBE} --strengths -0.1", "epsilon:"),
+    (f"{PROBE} --strengths", "gradient: strength none"),
+    (f"{PROBE} --strengths -0.1", "--corruptions gradient: epsilon:"),
     (f"{PROBE} --strengths small", "--strengths: number 'small'"),
     (f"{PROBE} --strengths nan", "epsilon:"),
     (f"{PROBE} --corruptions gradiant", "--corruptions: 'gradiant' (did mean gradient?)"),
     (f"{PROBE} --corruptions gradient=a", "--corruptions: gradient=0.1,0.2 'gradient=a'"),
-    (f"{PROBE} --corruptions quantization=4.5", "bits:"),
+    (f"{PROBE} --corruptions quantization=4.5", "--corruptions quantization=4.5: bits:"),
     (f"{PROBE} --corruptions quantization=4:per=row", "per: channel 'row'"),
     (f"{PROBE} --corruptions quantization=4:pre=32", "--corruptions: symmetric 'pre' (did mean per?)"),
     (f"{PROBE} --corruptions float-quantization=fp4", "format: nvfp4 'fp4'"),
@@ -108,20 +112,28 @@ MISTAKES = [
     (f"{PROBE} --corruptions bit-flips=0.1:of=fp8", "of: float32 'fp8'"),
     (f"{PROBE} --corruptions worst-bit-flips=1:of=int8,search=data-free", "search: int8"),
     (f"{PROBE} --corruptions", "--corruptions: none"),
-    (f"{PROBE} --corruptions multi-step --norm 3", "p"),
+    (f"{PROBE} --corruptions multi-step --norm 3", "--corruptions multi-step: p"),
+    (f"{PROBE} --norm 0.5", "norm: inf"),
+    (f"{PROBE} --corruptions gradient=0.1,0.1", "--corruptions: twice"),
+    (f"{PROBE} --epsilon 0.1", "--strengths"),
+    (f"{PROBE} --max-length 5000", "--max-length: 16"),
+    (f"{PROBE} --saved-on meta", "--saved-on: meta"),
+    (f"{PROBE} --recipe drop=0.1 --choose-by fit", "--choose-by: 'fit'"),
+    (f"{PROBE} --recipe bits=0.1", "--recipe: 0.1"),
+    (f"{PROBE} --recipe bits=4 --corruptions gradient=1", "--corruptions: gradient-based"),
     (f"{PROBE} --trials 0", "--trials: 1 0"),
-    ("evaluate MODEL --dataset DATA --corruptions gaussian", "--strengths: gaussian none"),
+    ("evaluate MODEL --dataset DATA --corruptions gaussian", "gaussian: strength none gaussian=0.1"),
     # groups and targets
     (f"{PROBE} --group layer", "--group: adapters 'layer' (did mean layers?)"),
-    (f"{PROBE} --group adapters", "PEFT BertForSequenceClassification"),
-    (f"{PROBE} --target-modules querry", '"querry"'),
+    (f"{PROBE} --group adapters", "PEFT BertForSequenceClassification --group"),
+    (f"{PROBE} --target-modules querry", '--target-modules, "querry"'),
     ("evaluate MODEL --dataset DATA --target-modules querry", '"querry"'),
     # metrics, tasks, devices, folders
-    (f"{PROBE} --metric acuracy", "metric: accuracy loss acuracy"),
+    (f"{PROBE} --metric acuracy", "--metric: accuracy loss acuracy"),
     (f"{PROBE} --task translate", "--task: 'translate' (did mean translation?)"),
     (f"{PROBE} --device tpu9", "--device: 'tpu9'"),
     (f"{PROBE} --saved-on tpu9", "--saved-on: 'tpu9'"),
-    (f"{PROBE} --output-dir FILE", "record.json"),
+    (f"{PROBE} --output-dir FILE", "--output-dir: record.json"),
     # command lines and settings files
     ("prove MODEL", "COMMAND: train evaluate 'prove' (did mean probe?)"),
     ("--verison", "COMMAND"),
@@ -136,16 +148,24 @@ MISTAKES = [
     (f"{PROBE} --config choice.yaml", "--config: choice.yaml --group: 'layer' (did mean layers?)"),
     (f"{PROBE} --config flag.yaml", "--config: flag.yaml json 1"),
     (f"{PROBE} --config word.yaml", "--config: word.yaml split False quotes"),
-    (f"{PROBE} --config none.yaml", "--strengths: none"),
+    (f"{PROBE} --config none.yaml", "strength none"),
     # training
     (f"{TRAIN} --validation-split 1", "--validation-split: 0 1"),
     (f"{TRAIN} --train-dataset ONEROW --dataset ONEROW", "two"),
     (f"{TRAIN} --dataset FOLDER --split train[:2]", "--split: train[:2] --train-split"),
-    (f"{TRAIN} --defense samm", "defense: multi_step_risk 'samm'"),
-    (f"{TRAIN} --defense-epsilon -1", "epsilon:"),
-    (f"{TRAIN} --defense corruption --defense-corruption quantisation=4", "quantisation (did mean quantization?)"),
-    (f"{TRAIN} --corruptions gradient", "strengths: gradient"),
-    (f"{TRAIN} --defense-target-modules querry", '"querry"'),
+    (f"{TRAIN} --defense samm", "--defense: multi_step_risk 'samm'"),
+    (f"{TRAIN} --defense-epsilon -1", "--defense-epsilon:"),
+    (f"{TRAIN} --defense-norm 0.5", "--defense-norm: inf"),
+    (f"{TRAIN} --defense awp --defense-per-tensor --defense-random-start", "--defense-random-start: per-tensor"),
+    (f"{TRAIN} --rho 0.05", "--defense-epsilon"),
+    (f"{TRAIN} --defense_rho=0.05", "--defense-epsilon"),
+    (f"{TRAIN} --output-dir FILE", "--output-dir: record.json"),
+    (
+        f"{TRAIN} --defense corruption --defense-corruption quantisation=4",
+        "--defense-corruption: quantization",
+    ),
+    (f"{TRAIN} --corruptions gradient", "gradient: strength none"),
+    (f"{TRAIN} --defense-target-modules querry", '--defense-target-modules, "querry"'),
     (f"{TRAIN} --defense-epsillon 1", "--defense-epsillon (did mean --defense-epsilon?)"),
     (f"{TRAIN} --max_steps many", "--max-steps: 'many'"),
     ("train BODY --dataset DATA --use-cpu", "head --task"),
@@ -166,6 +186,22 @@ def test_one_line_and_exit_code_2(run, files, line, says):
     assert not [entry for entry in told if "error" in entry.lower()]
     assert result.out == ""
     assert not list(Path().glob("*.partial"))
+    assert python_spellings(error, words[0]) == []
+
+
+def python_spellings(error, command):
+    """Return what a message has of arguments as Python writes them, where the command has a flag for them."""
+    parser = build_parser()
+    [commands] = [action for action in parser._actions if isinstance(action.choices, dict)]
+    if command not in commands.choices:
+        return []
+    known = {action.dest for action in commands.choices[command]._actions if action.option_strings}
+    if command == "train":
+        known |= {field.name for field in fields(ParameterDefenseTrainingArguments)}
+        known |= {name.removeprefix("defense_") for name in known}
+    unquoted = re.sub(r"'[^']*'|\"[^\"]*\"|\(.*\)|--\w+", "", error)
+    found = re.findall(r"\b(\w+)=|\b([a-z]+(?:_[a-z]+)+)\b|error: (\w+):", unquoted)
+    return sorted(known.intersection(name for names in found for name in names))
 
 
 def test_a_checkpoint_of_another_run_is_kept(run, files):

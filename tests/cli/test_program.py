@@ -8,17 +8,25 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import yaml
+from for_each import for_each
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from hf_parcor import EvaluationRecord, SweepRecord
 from hf_parcor.cli.main import build_parser, main
+from hf_parcor.cli.sources import check_sources
+from hf_parcor.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
@@ -85,6 +93,105 @@ def test_a_terminal_that_knows_no_greek(tmp_path, record):
     result = program("compare", f"a={path}", f"b={path}", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
     assert result.returncode == 0
     assert b"gradient L2 \\u03b5=1" in result.stdout
+
+
+LOOKS = """
+import sys
+from hf_parcor.cli import main
+for line in sys.stdin.read().splitlines():
+    assert main(line.split()) == 2, line
+    loaded = {"torch", "transformers", "accelerate"}.intersection(sys.modules)
+    assert not loaded, f"{line} waits for {loaded}"
+"""
+
+
+@pytest.mark.slow
+def test_what_needs_no_model_is_told_before_pytorch_is_imported(tmp_path, sentences):
+    """Nor is the Hub asked again and again: here it closes every connection, and each name may cost one."""
+    (tmp_path / "empty").mkdir()
+    (folder := tmp_path / "model").mkdir()
+    (folder / "config.json").write_text("{}")
+    (adapter := tmp_path / "adapter").mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "nobody/base"}')
+    (tmp_path / "ragged.tsv").write_text("sentence\tlabel\ngood\n")
+    local = [
+        *("train", "evaluate", "probe", "report", "compare", "card"),
+        *(f"{name} model" for name in ("train", "evaluate", "probe")),
+        *(f"{name} empty --dataset {sentences}" for name in ("train", "evaluate", "probe")),
+        *(f"{name} model --dataset nowhere.tsv" for name in ("train", "evaluate", "probe")),
+        *(f"{name} model --dataset {sentences} --corruptions gradiant" for name in ("train", "evaluate", "probe")),
+        f"train model --dataset {sentences} --train-dataset nowhere.tsv",
+        f"probe model --dataset {sentences} --column text",
+        f"probe model --dataset {sentences} --output-dir model/config.json",
+        f"probe model --dataset {sentences} --recipe bits=4 --output-dir model/config.json",
+        "evaluate model --dataset ragged.tsv",
+        f"probe no/such/folder --dataset {sentences}",
+        *("card nowhere", "report nowhere.json", "compare nowhere.json", "report model"),
+    ]
+    remote = [f"{name} nobody/nothing --dataset {sentences}" for name in ("train", "evaluate", "probe")]
+    remote += [f"probe adapter --dataset {sentences}", "probe model --dataset nobody/nothing"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        asked = []
+        Thread(target=close_each, args=(server, asked), daemon=True).start()
+        result = subprocess.run(
+            [sys.executable, "-c", LOOKS],
+            input="\n".join([*local, *remote]),
+            env={
+                **ENVIRONMENT,
+                **{"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HUB_OFFLINE": "0"},
+                "HF_HOME": str(tmp_path / "home"),
+            },
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 0, result.stderr
+    told = result.stderr.splitlines()
+    assert len([line for line in told if line.startswith("hf-parcor: error: ")]) == len(local + remote)
+    assert len([request for request in asked if b"/api/models/nobody" in request]) == 1, "after that it is known"
+
+
+def close_each(server, asked):
+    with suppress(OSError):  # where the test is over
+        while True:
+            connection, _ = server.accept()
+            asked.append(connection.recv(1000))
+            connection.close()
+
+
+@for_each(
+    ("answer", "downloaded", "refused", "offline"),
+    [
+        (None, False, False, False),
+        (RepositoryNotFoundError, False, True, False),
+        (RepositoryNotFoundError, True, False, False),
+        (HfHubHTTPError, False, False, False),  # of 5xx: loading may still succeed
+        (ConnectionError, False, True, True),
+        (ConnectionError, True, False, True),
+        (OfflineModeIsEnabled, True, False, True),
+    ],
+)
+def test_what_was_downloaded_is_used_where_the_hub_is_not_reached(
+    monkeypatch, tmp_path, sentences, answer, downloaded, refused, offline
+):
+    def ask(api, name, revision, timeout):
+        if answer is not None:
+            raise answer.__new__(answer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HfApi, "model_info", ask)
+        patched.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache-{downloaded}"))
+        patched.setattr(constants, "HF_HUB_OFFLINE", answer is OfflineModeIsEnabled)
+        if downloaded:
+            kept = Path(constants.HF_HUB_CACHE, "models--nobody--nothing")
+            for file, content in (("refs/main", "0" * 40), (f"snapshots/{'0' * 40}/config.json", "{}")):
+                (kept / file).parent.mkdir(parents=True, exist_ok=True)
+                (kept / file).write_text(content)
+        arguments = build_parser().parse_args(["probe", "nobody/nothing", "--dataset", sentences])
+        with pytest.raises(InputError, match="nobody/nothing") if refused else nullcontext():
+            check_sources(arguments)
+        assert constants.HF_HUB_OFFLINE is offline
 
 
 @pytest.fixture
@@ -195,6 +302,8 @@ class TestFlags:
         meaning = {}
         for parser in self.parsers().values():
             for action in parser._actions:
+                long = [flag for flag in action.option_strings if flag.startswith("--")]
+                assert len([flag for flag in long if not flag.startswith("--no-")]) <= 1, "one name for one meaning"
                 for flag in action.option_strings:
                     assert FLAG.fullmatch(flag) or flag == "-h"
                     shape = (action.metavar, action.nargs)

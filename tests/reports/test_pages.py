@@ -4,6 +4,7 @@ import html
 import html.parser
 import math
 import re
+import shlex
 import sys
 from dataclasses import replace
 
@@ -13,16 +14,37 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_parcor import RobustnessReport
+from hf_parcor import BitFlips, CorruptionRecord, EvaluationRecord, RobustnessReport
+from hf_parcor.cli.main import build_parser
+from hf_parcor.corruptions import CORRUPTIONS, corruptions_of_table_1
+from hf_parcor.corruptions.catalogue import read_corruptions
+from hf_parcor.records import EvaluationData
 from hf_parcor.records.evaluation import CorruptionKind
 from hf_parcor.reports import html as page_of_html
 from hf_parcor.reports.markup import code_of, printable
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 TAGS = {
-    *("html", "head", "meta", "title", "style", "body", "main", "section", "div", "h1", "h2", "p", "code", "ul", "li"),
+    *(
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "main",
+        "pre",
+        "section",
+        "div",
+        "h1",
+        "h2",
+        "p",
+        "code",
+        "ul",
+        "li",
+    ),
     *("figure", "figcaption", "strong", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "span"),
-    *("svg", "g", "path", "text", "desc", "defs", "use", "clippath", "rect"),
+    *("pre", "svg", "g", "path", "text", "desc", "defs", "use", "clippath", "rect"),
 }
 NASTY = [
     "<script>alert(1)</script>",
@@ -138,7 +160,7 @@ def test_numbers_in_the_heat_map(record_of, tmp_path):
         *[("0", "90.0"), ("0.25", "70.0"), ("1", "10.0")],
     ]
     table = [[cell.strip() for cell in row] for row in tables_of(markdown)[0]]
-    assert table[0] == ["group", "no corruption", "ε=0.1", "ε=0.5", "ε=1"]
+    assert table[0] == ["group", "clean", "0.1", "0.5", "1"]
     assert table[2:] == [["a", "90.0", "80.0", "nan", "–"], ["b", "90.0", "70.0", "–", "10.0"]]
 
 
@@ -362,4 +384,74 @@ def test_many_groups_stay_small(record_of, tmp_path):
     probe = {f"layer.{place}": record_of({e / 10: 0.9 - place * e / 1000 for e in range(1, 9)}) for place in range(48)}
     text, _ = write(RobustnessReport(probe), tmp_path)
     assert len(text) < 300_000
-    assert "the 6 groups that lose most of 48" in text
+    assert "the 6 of 48 groups with the largest mean drop" in text
+
+
+CORRUPTIONS_OF_WORDS = [
+    *corruptions_of_table_1(),
+    *read_corruptions(["quantization=4,3:per=channel,symmetric=false", "float-quantization=mxfp4", "drift=3600"]),
+    *read_corruptions(["gaussian=0.1:relative-to=channel", "gradient=0.1:norm=inf,top-n=9", "multi-step=1:steps=3"]),
+    *read_corruptions(["bit-flips=1e-7:bits=sign", "worst-bit-flips=1,5:of=int8", "uniform=0.25"]),
+]
+
+
+@pytest.mark.parametrize("groups", [["all"], ["bert.encoder.layer.0", "bert.encoder.layer.1"]])
+def test_the_command_measures_the_same(groups, tmp_path):
+    """What the command line reads from it is what the record says; and of what it cannot name there is none."""
+    names = {kind: name for name, kind in CORRUPTIONS.items()}
+    rows = []
+    for one in CORRUPTIONS_OF_WORDS:
+        seeds = (7, 8)[: 1 + one.stochastic]
+        kind = CorruptionKind(**type(one).kind(one.settings()))
+        metrics = {"f1": (0.5,) * len(seeds)}
+        rows.append(CorruptionRecord(names[type(one)], str(one), one.settings(), seeds, metrics, kind=kind))
+    clean = CorruptionRecord("none", "no corruption", {}, (7,), {"f1": (0.9,)})
+    data = EvaluationData("dev set.tsv", split="[:40]", rows=40)
+    said = {"evaluated_on": data, "task": "text-classification"}
+    probe = {
+        group: EvaluationRecord("a/model", {"target_modules": [group]}, 1, clean, tuple(rows), **said)
+        for group in groups
+    }
+    text, markdown = write(RobustnessReport(probe, "f1"), tmp_path)
+    [command] = [html.unescape(line) for line in re.findall("<pre><code>(.*?)</code></pre>", text)]
+    assert command in markdown
+    assert text.count(str(CORRUPTIONS_OF_WORDS[-1])) == markdown.count(str(CORRUPTIONS_OF_WORDS[-1])) == 0, "said once"
+    assert "dev set.tsv" in text[text.index("</h1>") : text.index("<h2")], "the data are named first"
+    program, *words = shlex.split(command)
+    found = build_parser().parse_args(words)
+    assert (program, words[0]) == ("hf-parcor", "probe" if len(groups) > 1 else "evaluate")
+    assert (found.model, found.dataset, found.limit, found.task) == ("a/model", data.name, 40, said["task"])
+    assert (found.target_modules, found.trials, found.seed, found.metric) == (groups, 2, 7, "f1")
+    assert sorted(map(str, read_corruptions(found.corruptions))) == sorted(map(str, CORRUPTIONS_OF_WORDS))
+    held_out = replace(data, split="held out: 4 of 40 rows")
+    count = BitFlips(count=3)
+    counted = replace(
+        rows[0],
+        corruption="bit_flips",
+        settings=count.settings(),
+        kind=CorruptionKind(**BitFlips.kind(count.settings())),
+    )
+    unnamed_ones = (
+        {"evaluated_on": None},
+        {"target": {"layers": [1]}},
+        {"evaluated_on": held_out},
+        {"corruptions": (counted,)},
+    )
+    for unnamed in unnamed_ones:
+        other = {group: replace(record, **unnamed) for group, record in probe.items()}
+        assert "<pre>" not in write(RobustnessReport(other, "f1"), tmp_path)[0]
+
+
+def test_the_strongest_column_is_last_and_names_are_short(record_of, tmp_path):
+    """So that a phone shows it; what was cut from the names is said above."""
+    layers = [f"bert.encoder.layer.{place}" for place in range(3)]
+    probe = {layer: record_of({5.0: 0.1, 0.5: 0.7, 0.1: 0.8, 1.0: 0.6}, target=[layer]) for layer in layers}
+    text, markdown = write(RobustnessReport(probe), tmp_path)
+    heat = [[cell.strip() for cell in row] for row in tables_of(markdown)[0]]
+    assert heat[0] == ["group", "clean", "0.1", "0.5", "1", "5"]
+    assert [row[0] for row in heat[2:]] == ["layer.0", "layer.1", "layer.2"]
+    assert "radius ε; each group is in bert.encoder" in text
+    assert "scroll sideways" not in text[: text.index("Curves<")]
+    many = {layer: record_of({0.01 * place: 0.5 for place in range(1, 13)}, target=[layer]) for layer in layers}
+    text, _ = write(RobustnessReport(many), tmp_path)
+    assert "scroll sideways" in text[: text.index("Curves<")]

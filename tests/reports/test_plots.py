@@ -19,6 +19,7 @@ from hf_parcor import (
     FloatQuantization,
     GaussianNoise,
     GradientCorruption,
+    MetricInfo,
     MultiStepCorruption,
     Quantization,
     RandomCorruption,
@@ -147,16 +148,25 @@ class TestData:
         assert 0.4 < figure.axes[0].get_ylim()[0] < figure.axes[0].get_ylim()[1] < 1
 
     def test_heights_are_those_of_the_values(self):
-        """Also where they end at 0; a bar that is far longer than they lie apart is cut off."""
-        record = record_of([GaussianNoise(0.1), GaussianNoise(0.2)], start=0.4, drop=0.0)
-        rows = [
-            replace(row, seeds=(0, 1), metrics={"accuracy": (value - 50, value + 50)})
-            for row, value in zip(record.corruptions, (0.2, 0.0), strict=True)
-        ]
-        [axis] = plot_comparison({"x": replace(record, corruptions=tuple(rows))}).axes
-        low, high = axis.get_ylim()
-        assert -0.3 < low < 0 < 0.4 < high < 0.7
-        assert axis.get_yscale() == "linear"
+        """Also where they end at 0; a bar that is far longer than they lie apart ends in an arrow, inside."""
+        for metric, length, arrows in (("accuracy", 0.05, 0), ("accuracy", 50, 2), ("loss", 50, 4)):
+            record = record_of([GaussianNoise(0.1), GaussianNoise(0.2)], start=0.4, drop=0.0)
+            rows = [
+                replace(row, seeds=(0, 1), metrics={metric: (value - length, value + length)})
+                for row, value in zip(record.corruptions, (0.2, 0.0), strict=True)
+            ]
+            clean = replace(record.clean, metrics={metric: (0.4,)})
+            info = {"accuracy": MetricInfo(True, "share"), "loss": MetricInfo(False)}  # no share is below 0
+            record = replace(record, clean=clean, corruptions=tuple(rows), metric_info=info)
+            [axis] = plot_comparison({"x": record}, metric).axes
+            low, high = axis.get_ylim()
+            assert -0.5 < low < 0 < 0.4 < high < 1.1
+            assert axis.get_yscale() == "linear"
+            [bars] = axis.containers[0].lines[2]
+            ends = [end for segment in bars.get_segments() for _, end in segment]
+            assert len(ends) == 4
+            assert low < min(ends) < max(ends) < high
+            assert sum(len(line.get_xdata()) for line in axis.lines if line.get_marker() in ("^", "v")) == arrows
 
     def test_chance(self):
         axis, *others = plot_comparison(RECORDS, chance=0.25).axes

@@ -368,7 +368,7 @@ def test_what_is_shown_as_lost_is_lost_in_the_direction_of_the_metric(record_of,
     drops = {name: (-1 if greater else 1) * int(name[1:]) / 8 for name in probe}  # mean over both
     [panel] = panels(study)
     assert set(panel.lines) == set(sorted(drops, key=drops.get, reverse=True)[:6])
-    assert "lose most" in panel.title
+    assert f"largest mean {'drop' if greater else 'rise'}" in panel.title
     largest = max(by / 4 if greater else by / 2 for by in (int(name[1:]) for name in probe))
     table = heat_map(study, series, Numbers())
     for row, shares in zip(table.rows, table.shares, strict=True):

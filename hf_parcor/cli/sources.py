@@ -1,0 +1,147 @@
+"""Model and data, as the flags name them: looked for before PyTorch is imported, so that a mistake is told at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_parcor.cli.parsing import pairs
+from hf_parcor.cli.terminal import refused, tell
+from hf_parcor.errors import InputError, one_line
+from hf_parcor.hub_data import failures_of_hub
+from hf_parcor.records.stored import read_strict_json
+
+if TYPE_CHECKING:
+    from hf_parcor.tasks import Rows
+
+_ADAPTER = "adapter_config.json"
+_CONFIGURATIONS = ("config.json", _ADAPTER)
+_MODEL, _DATASET = "model", "dataset"
+_CALLED = {_MODEL: "model", _DATASET: "--dataset"}
+
+
+def check_sources(arguments: argparse.Namespace) -> None:
+    """Refuse a model or data that are not named, or are nowhere.
+
+    A name on the Hub is asked for once, where Transformers would ask six times before it says that there is no
+    network. If there is none, the rest of the process makes do with what was downloaded before.
+
+    Args:
+        arguments: Those of `add_subject`.
+
+    Raises:
+        InputError: There is no such model, or there are no such data.
+    """
+    for name, called in _CALLED.items():
+        if not getattr(arguments, name):
+            raise InputError(f"{called}: expected one, got none; name a local one, or one on the Hub")
+    pairs(arguments.column or [], "--column")
+    _check_model(arguments.model, arguments.revision)
+    for source in (arguments.dataset, getattr(arguments, "train_dataset", None)):
+        if source is not None:
+            _check_data(source)
+
+
+def read_data(arguments: argparse.Namespace) -> tuple[Rows, dict[str, str]]:
+    """Return all rows of the data to measure on, and the columns that the flags name, by role.
+
+    Raises:
+        InputError: There are no such data.
+    """
+    return rows_of(arguments, arguments.dataset, arguments.split), pairs(arguments.column or [], "--column")
+
+
+def rows_of(arguments: argparse.Namespace, source: str, split: str) -> Rows:
+    """Return all rows of a split.
+
+    Raises:
+        InputError: There are no such data.
+    """
+    from hf_parcor.tasks import load_rows
+
+    with redirect_stdout(sys.stderr), refused(ImportError):
+        return load_rows(source, split, arguments.dataset_config)
+
+
+def _check_model(name: str, revision: str) -> None:
+    folder = Path(name)
+    if not folder.exists():
+        _check_on_hub(_MODEL, name, revision)
+        return
+    if not any((folder / file).is_file() for file in _CONFIGURATIONS):
+        raise InputError(
+            f"model: expected a folder with {' or '.join(_CONFIGURATIONS)}, got {name!r} without; name the one that "
+            "save_pretrained wrote to"
+        )
+    adapter = folder / _ADAPTER
+    if adapter.is_file():
+        with refused(OSError, ValueError):
+            found = read_strict_json(adapter)
+        belongs_to = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+        if belongs_to:
+            _check_model(belongs_to, found.get("revision") or "main")
+
+
+def _check_data(source: str) -> None:
+    from hf_parcor.tasks import data_suffix, is_image_pack
+
+    if Path(source).exists() or is_image_pack(source):  # which may be a pattern
+        return
+    if data_suffix(source):
+        raise InputError(f"--dataset: expected a file, found none at {source}; check its name")
+    _check_on_hub(_DATASET, source, None)
+
+
+def _check_on_hub(kind: str, name: str, revision: str | None) -> None:
+    """Refuse what is neither on the Hub nor was downloaded before.
+
+    Args:
+        kind: Of repository: model, or dataset.
+        name: What may be the name of one.
+        revision: Branch, tag or commit; None for the main branch.
+
+    Raises:
+        InputError: It is no name, or there is no such thing, or it cannot be reached.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub import errors as answers
+
+    ask = HfApi().model_info if kind == _MODEL else HfApi().dataset_info
+    try:
+        ask(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except failures_of_hub() as error:
+        found = error
+    else:
+        return
+    if not isinstance(found, answers.HFValidationError):
+        if not isinstance(found, answers.HfHubHTTPError):
+            _go_on_offline(found)
+            if kind == _DATASET:
+                return  # the cache of `datasets` is searched by itself, and that asks nothing any more
+        elif not isinstance(found, (answers.RepositoryNotFoundError, answers.RevisionNotFoundError)):
+            return  # the Hub is busy, say: loading asks again
+        if kind == _MODEL and _is_downloaded(name, revision):
+            return
+    local = "folder" if kind == _MODEL else "folder or file"
+    raise InputError(
+        f"{_CALLED[kind]}: expected a local {local} or a name on the Hub, got {name!r} ({one_line(found)}); check "
+        "name, revision and network"
+    ) from found
+
+
+def _go_on_offline(error: Exception) -> None:
+    """Let the rest of the process ask the Hub for nothing: each question would be repeated for half a minute."""
+    from huggingface_hub import constants
+
+    if not constants.is_offline_mode():
+        tell(f"the Hub is not reached ({one_line(error)}): only what was downloaded before is used")
+        constants.HF_HUB_OFFLINE = True
+
+
+def _is_downloaded(name: str, revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in _CONFIGURATIONS)
