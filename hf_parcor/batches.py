@@ -129,11 +129,47 @@ def count_labels(batch: Mapping[str, Any], *, shifted: bool = False) -> Tensor |
     return counts.sum(dtype=torch.long)
 
 
+def count_examples(batch: Any) -> int | None:
+    """Return how many examples a batch has: the length of its first tensor; None without any.
+
+    Where a batch has a list of mappings, one for each example, as detectors take their targets, that is its length:
+    the images beside them may be a list as well, and the tensors inside are of what one image shows.
+
+    Args:
+        batch: Tensors, and lists, in mappings, lists or tuples.
+
+    Examples:
+        >>> import torch
+        >>> targets = [{"boxes": torch.rand(7, 4)}, {"boxes": torch.rand(0, 4)}]
+        >>> count_examples({"labels": targets, "pixel_values": [torch.rand(3, 8, 8), torch.rand(3, 9, 9)]})
+        2
+        >>> count_examples({"pixel_values": torch.rand(5, 3, 8, 8)})
+        5
+    """
+    listed = _count_listed(batch)
+    if listed is not None:
+        return listed
+    found: int | None = find_batch_size(batch)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _count_listed(batch: Any) -> int | None:
+    """Return the length of a mapping's first list of mappings, one for each example; None where there is no such."""
+    values = batch.values() if isinstance(batch, Mapping) else ()
+    return next((len(value) for value in values if _lists_examples(value)), None)
+
+
+def _lists_examples(value: Any) -> bool:
+    is_list = isinstance(value, (list, tuple)) and len(value) > 0
+    return is_list and all(isinstance(part, Mapping) for part in value)
+
+
 def first_examples(batch: Any, share: float) -> Any:
     """Return the first `⌈share · n⌉` of a batch's n examples; what is not per example stays.
 
     Args:
-        batch: Tensors, and lists, of n examples, in mappings, lists or tuples.
+        batch: Tensors, and lists, of n examples, in mappings, lists or tuples; where a list of mappings says how many
+            examples there are (see `count_examples`), lists of as many tensors have one for each.
         share: In (0, 1]; 1 returns the batch itself.
 
     Raises:
@@ -141,10 +177,18 @@ def first_examples(batch: Any, share: float) -> Any:
     """
     if share == 1:
         return batch
-    examples = find_batch_size(batch)  # type: ignore[no-untyped-call]
+    examples = count_examples(batch)
     if examples is None:
         raise ValueError("batch_share: expected a batch with tensors, got one without; set batch_share to 1")
-    return _first(batch, math.ceil(share * examples), examples)
+    count = math.ceil(share * examples)
+    if _count_listed(batch) is None:
+        return _first(batch, count, examples)
+    return {
+        name: part[:count]
+        if isinstance(part, (list, tuple)) and len(part) == examples
+        else _first(part, count, examples)
+        for name, part in batch.items()
+    }
 
 
 def _first(value: Any, count: int, examples: int) -> Any:

@@ -122,6 +122,15 @@ STUDIES: dict[str, dict[str, Study]] = {
             "",
         ),
     },
+    "detection": {
+        "small": Study(
+            "paper 2's detector with a small backbone, on 205 images of blood cells, one seed",
+            "reproduce_detection",
+            "",
+            seeds=(1,),
+        ),
+        "full": Study("paper 2's detector, with a ResNet-50 at 640 pixels", "reproduce_detection --size full", ""),
+    },
     "language-model": {
         "small": Study("paper 1's language model, a smaller one", "reproduce_language_model", "language_model"),
         "full": Study("paper 1's language model, at its size", "reproduce_language_model --size full", ""),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 
@@ -122,6 +123,17 @@ def save_vit(folder: Path) -> str:
     return str(folder)
 
 
+def save_yolos(folder: Path) -> str:
+    torch.manual_seed(0)
+    size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.YolosConfig(**size, **NAMED, image_size=[8, 8], patch_size=4, num_detection_tokens=6)
+    transformers.YolosForObjectDetection(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "YolosImageProcessor", "size": {"height": 8, "width": 8}})
+    )
+    return str(folder)
+
+
 def write_rows(path: Path, header: list[str], rows: list[tuple[Any, ...]]) -> str:
     """Write a TSV without quotes, a CSV with them, or JSON lines."""
     if path.suffix == ".jsonl":
@@ -166,6 +178,19 @@ def write_images(path: Path) -> str:
     return write_rows(path, ["image", "label"], [(f"{i}.png", ["Positive", "negative"][i % 2]) for i in range(4)])
 
 
+def write_objects(path: Path) -> str:
+    """Write images with two objects, one and none, boxes as COCO has them."""
+    pytest.importorskip("pycocotools", reason="average precision needs the extra 'detection'")
+    write_images(path.with_suffix(".csv"))
+    boxes = [[[0, 0, 6, 5], [3, 2, 9, 8]], [], [[1.5, 2, 4, 4]], [[2, 2, 30, 4]]]  # the last one beyond the edge
+    names = [["Positive", "negative"], [], ["negative"], ["Positive"]]
+    rows = [
+        (f"{index}.png", {"bbox": of_image, "category": labels})
+        for index, (of_image, labels) in enumerate(zip(boxes, names, strict=True))
+    ]
+    return write_rows(path, ["image", "objects"], rows)
+
+
 # A model, and data for it, of each task.
 SAVED: dict[str, tuple[Callable[[Path], str], Callable[[Path], str], str]] = {
     "text-classification": (save_bert, write_sentences, "rows.tsv"),
@@ -178,4 +203,5 @@ SAVED: dict[str, tuple[Callable[[Path], str], Callable[[Path], str], str]] = {
     "summarization": (save_t5, write_summaries, "rows.csv"),
     "translation": (save_t5, write_pairs, "rows.tsv"),
     "image-classification": (save_vit, write_images, "rows.csv"),
+    "object-detection": (save_yolos, write_objects, "rows.jsonl"),
 }

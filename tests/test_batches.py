@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from transformers import BatchEncoding, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_parcor.batches import first_examples, items_of_part, private_copy
+from hf_parcor.batches import count_examples, first_examples, items_of_part, private_copy
 
 Pair = namedtuple("Pair", ["first", "second"])
 
@@ -154,6 +154,40 @@ def test_random_numbers_are_not_drawn():
     before = torch.get_rng_state()
     private_copy({"a": tensor(), "b": Target(tensor())})
     assert torch.equal(torch.get_rng_state(), before)
+
+
+TARGETS = [{"boxes": torch.rand(7, 4)}, {"boxes": torch.rand(0, 4)}, UserDict(boxes=torch.rand(3, 4))]
+
+
+@for_each(
+    ("batch", "count"),
+    [
+        ({"labels": TARGETS, "pixel_values": torch.rand(3, 2, 5, 5)}, 3),
+        ({"pixel_values": [torch.rand(1, 5, 5), torch.rand(1, 6, 5), torch.rand(1, 5, 7)], "labels": TARGETS}, 3),
+        ({"labels": tuple(TARGETS[:1])}, 1),
+        ({"pixel_values": torch.rand(5, 2), "names": []}, 5),
+        ([torch.rand(4, 2), torch.rand(4)], 4),
+        (torch.rand(6, 2), 6),
+        ({"texts": ["a", "b"]}, None),
+    ],
+)
+def test_how_many_examples(batch, count):
+    assert count_examples(batch) == count
+
+
+class TestFirstOfLists:
+    def test_images_of_their_own_sizes_beside_targets(self):
+        images = [torch.full((3, side, 4), float(side)) for side in (5, 6, 7)]  # three of three channels
+        batch = {"pixel_values": images, "labels": TARGETS, "scale": 2.0, "pair": [torch.zeros(3, 2)] * 2}
+        part = first_examples(batch, 0.5)
+        assert [image.shape[1] for image in part["pixel_values"]] == [5, 6]
+        assert [len(target["boxes"]) for target in part["labels"]] == [7, 0]
+        assert (part["scale"], [len(one) for one in part["pair"]]) == (2.0, [2, 2])
+
+    def test_a_padded_batch(self):
+        batch = {"labels": TARGETS, "pixel_values": torch.arange(3).view(3, 1)}
+        part = first_examples(batch, 0.1)
+        assert (part["pixel_values"].tolist(), len(part["labels"])) == ([[0]], 1)
 
 
 def test_kinds_of_tensors():

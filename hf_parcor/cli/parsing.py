@@ -342,6 +342,7 @@ TASKS = (
     "summarization",
     "translation",
     "image-classification",
+    "object-detection",
 )
 TRIALS = 3
 CORRUPTIONS = (
@@ -392,14 +393,20 @@ def add_subject(parser: Parser) -> None:
         "--column",
         action="append",
         metavar="ROLE=NAME",
-        help="what a column is for, if its name is not well known: text, second_text, words, image, label, source, "
-        "target",
+        help="what a column is for, if its name is not well known: text, second_text, words, image, boxes, label, "
+        "source, target",
     )
     group.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N rows")
     group.add_argument("--max-length", type=at_least(2), metavar="N", help="cut texts to N tokens, generated ones too")
     group.add_argument("--prefix", default="", metavar="TEXT", help='before each text, as "summarize: " for T5')
     group.add_argument("--source-lang", metavar="NAME", help="of models of many languages, as they call it: de_DE")
     group.add_argument("--target-lang", metavar="NAME", help="the language to generate; needed by mBART, NLLB, M2M100")
+    group.add_argument(
+        "--box-format",
+        choices=("coco", "voc"),
+        help="of a detector's data: (x, y, width, height), or (xmin, ymin, xmax, ymax); default: coco, or voc for a "
+        "column *_xyxy",
+    )
     group.add_argument(
         "--metric", metavar="NAME", help="default: the task's; a name, or a folder, for the library evaluate"
     )

@@ -98,7 +98,9 @@ def prepared(arguments: argparse.Namespace, task: Task, model: Any, processor: A
     Raises:
         InputError: A model of many languages is not told between which.
     """
-    encoding = Encoding(arguments.max_length, arguments.prefix, arguments.source_lang, arguments.target_lang)
+    encoding = Encoding(
+        arguments.max_length, arguments.prefix, arguments.source_lang, arguments.target_lang, arguments.box_format
+    )
     processed = Processed(model, processor, encoding)
     task.prepare(processed)
     return processed

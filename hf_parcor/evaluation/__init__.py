@@ -8,6 +8,7 @@ from hf_parcor.evaluation.memory import NotEnoughMemoryError
 from hf_parcor.evaluation.metrics import (
     BatchMetric,
     ClassificationMetric,
+    DetectionMetric,
     GenerationMetric,
     Identified,
     Informed,
@@ -33,6 +34,7 @@ __all__ = [
     "ClassificationMetric",
     "CorruptionEvaluator",
     "DatasetGradients",
+    "DetectionMetric",
     "GenerationMetric",
     "Identified",
     "Informed",

@@ -76,6 +76,19 @@ class Answer(NamedTuple):
         """
         if self.loss is None:
             return float(usual_loss(problem, self.checked_logits(), labels, shifted=shifted))
+        return self.own_loss()
+
+    def own_loss(self) -> float:
+        """Return the model's own loss.
+
+        Raises:
+            ValueError: There is none, or it is not one number.
+        """
+        if self.loss is None:
+            raise ValueError(
+                f"loss: expected the model to return one for this batch, got a {self.kind} without; let forward "
+                "return it when a batch has labels, in evaluation mode too"
+            )
         if self.loss.numel() != 1:
             raise ValueError(
                 f"loss: expected one number, the mean over the batch, got shape {tuple(self.loss.shape)}; let the "

@@ -175,7 +175,10 @@ def _update(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
 def _bytes(tensor: Tensor) -> Any:
     """Return the bytes of a dense tensor, as a buffer."""
     here = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return here.reshape(-1).view(torch.uint8).numpy().data
+    flat = here.reshape(-1)
+    if flat.stride(0) != 1:  # of one number or none, as an empty array of NumPy, which is contiguous all the same
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
 
 
 def _put(digest: hashlib._Hash, tag: str, content: bytes = b"") -> None:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_parcor.batches import count_labels
+from hf_parcor.batches import count_examples, count_labels
 from hf_parcor.distributed.dtensors import local_part, local_parts
 from hf_parcor.distributed.fsdp import class_of, drop_gathered, is_sharded, reducing
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
@@ -132,10 +132,10 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def count_items(batch: Batch, *, shifted: bool = False) -> int:
-    """Return how many items a batch's mean loss is over: labels that count, else the length of its first tensor.
+    """Return how many items a batch's mean loss is over: labels that count, else its examples.
 
     Args:
-        batch: A mapping of tensors, a sequence of tensors, or one tensor.
+        batch: A mapping of tensors, and of lists with an entry for each example, a sequence of tensors, or one tensor.
         shifted: Whether the loss leaves out the first label of every row, as that of a causal language model does.
 
     Raises:
@@ -145,10 +145,9 @@ def count_items(batch: Batch, *, shifted: bool = False) -> int:
     labels = count_labels(named, shifted=shifted)
     if labels is not None:
         return int(labels)
-    tensors = named.values() if named else [batch] if isinstance(batch, Tensor) else batch
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.ndim:
-            return len(tensor)
+    examples = count_examples(batch)
+    if examples is not None:
+        return examples
     raise ValueError(
         f"batches: expected tensors in every batch, got {type(batch).__name__} without any; "
         "collate the data into tensors, with a DataLoader say"

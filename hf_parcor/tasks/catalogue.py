@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from hf_parcor.errors import InputError, nearest
 from hf_parcor.tasks.image_classification import ImageClassification
+from hf_parcor.tasks.object_detection import ObjectDetection
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.sequence_to_sequence import Summarization, Translation
 from hf_parcor.tasks.task import Task, load_pretrained
@@ -29,6 +30,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             Summarization(),
             Translation(),
             ImageClassification(),
+            ObjectDetection(),
         )
     }
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from hf_parcor.errors import InputError, one_line
 from hf_parcor.tasks.classification import Classification, class_numbers
 from hf_parcor.tasks.images import LabelledImages, Size, stacked_pixels
 from hf_parcor.tasks.rows import Rows
@@ -63,7 +61,7 @@ def decoded_images(
     held = rows.entries
     if isinstance(held, LabelledImages) and size in (None, held.pixels.shape[1:3]):
         return replace(held, labels=labels, names=())
-    opened = (_opened(rows, row[columns["image"]], index) for index, row in enumerate(rows.entries))
+    opened = (rows.image(columns["image"], index) for index in range(len(labels)))
     return LabelledImages(stacked_pixels(opened, len(labels), rows.source, size), labels)
 
 
@@ -78,25 +76,9 @@ class _Images:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Example:
-        image = _opened(self.rows, self.rows.entries[index][self.column], index).convert("RGB")
+        image = self.rows.image(self.column, index)
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": self.labels[index]}
-
-
-def _opened(rows: Rows, image: Any, index: int) -> Any:
-    if isinstance(image, int):  # a file by the name of a number, as tables are read
-        image = str(image)
-    if not isinstance(image, str):
-        return image
-    from PIL import Image
-
-    try:
-        return Image.open(Path(rows.source).parent / image)
-    except OSError as error:
-        raise InputError(
-            f"{rows.source}: expected the file of an image in row {index + 1}, got {image!r} "
-            f"({one_line(error)}); paths are relative to the data file"
-        ) from error
 
 
 def _stacked(examples: Sequence[Example]) -> dict[str, Tensor]:

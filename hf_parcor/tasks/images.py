@@ -19,6 +19,7 @@ from hf_parcor.errors import InputError, one_line
 Pixels: TypeAlias = NDArray[np.uint8]
 Size: TypeAlias = tuple[int, int]
 _LABELS = "_labels.txt"
+_ARRAYS = ("jpeg", "offsets", "labels", "names", "boxes_xyxy", "box_offsets")
 
 
 def is_image_pack(source: str) -> bool:
@@ -83,7 +84,25 @@ def read_images(source: str | Path, size: Size | None = None) -> LabelledImages:
         InputError: There is no such file, it is no such pack, or an image cannot be decoded or has another size.
     """
     name = str(source)
-    return _of_pack(name, size) if name.lower().endswith(".npz") else _of_strips(name, size)
+    return _of_pack(name, _arrays_of(name), size) if name.lower().endswith(".npz") else _of_strips(name, size)
+
+
+def read_image_rows(source: str) -> tuple[Sequence[Mapping[str, Any]], tuple[str, ...]]:
+    """Return the rows of a pack, or of strips, and the names of the classes, if there are any.
+
+    They are those of `read_images`, unless a pack has `boxes_xyxy` (n, 5): class and corners (xmin, ymin, xmax, ymax)
+    in pixels, those of image i from `box_offsets[i]` up to `box_offsets[i + 1]`, which may be none. Then each row has
+    an `image`, whose `bytes` are not decoded, since sizes may differ; `boxes_xyxy`, a list of corners; and `label`, a
+    list of as many classes.
+
+    Raises:
+        InputError: As for `read_images`; or boxes are no numbers, or not for as many images.
+    """
+    arrays = _arrays_of(source) if source.lower().endswith(".npz") else {}
+    if "boxes_xyxy" in arrays:
+        return _with_boxes(source, arrays)
+    images = _of_pack(source, arrays, None) if arrays else _of_strips(source, None)
+    return images, images.names
 
 
 def stacked_pixels(images: Iterable[Any], count: int, source: str, size: Size | None = None) -> Pixels:
@@ -130,39 +149,80 @@ def _decoded(image: Any, index: int, source: str, size: Size | None) -> Pixels:
         _refuse(f"{source}: image {index}", "one that can be decoded", one_line(error), "mend or leave it out", error)
 
 
-def _of_pack(source: str, size: Size | None) -> LabelledImages:
+def _of_pack(source: str, arrays: Mapping[str, NDArray[Any]], size: Size | None) -> LabelledImages:
+    if "labels" not in arrays:
+        _refuse(source, "the array labels, or boxes_xyxy, beside images", _listed(arrays), "add one")
+    names = _names(source, arrays.get("names"))
+    count = len(arrays["offsets"]) - 1
+    labels = _labels(source, arrays["labels"], count, names)
+    opened = _opened(source, arrays["jpeg"], arrays["offsets"])
+    return LabelledImages(stacked_pixels(opened, count, source, size), labels, names)
+
+
+def _with_boxes(source: str, arrays: Mapping[str, NDArray[Any]]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    names, boxes = _names(source, arrays.get("names")), arrays["boxes_xyxy"]
+    if boxes.dtype.kind not in "iuf" or boxes.ndim != 2 or boxes.shape[1] != 5:
+        _refuse(source, "boxes_xyxy as numbers, five a box", _shown(boxes), "store class, xmin, ymin, xmax, ymax")
+    if "box_offsets" not in arrays:
+        _refuse(source, "the array box_offsets beside boxes_xyxy", _listed(arrays), "say which boxes each image has")
+    content, offsets = arrays["jpeg"], arrays["offsets"]
+    starts = _offsets(source, "box_offsets", arrays["box_offsets"], "boxes", len(boxes))
+    if len(starts) != len(offsets):
+        found = f"{len(starts)} for {len(offsets) - 1} images"
+        _refuse(source, "one number in box_offsets more than images", found, "repeat one where an image has no box")
+    classes = boxes[:, 0]
+    broken = np.flatnonzero(~np.isfinite(classes) | (classes != np.floor(classes)))
+    if len(broken):
+        found = f"{classes[broken[0]]} of box {broken[0]}"
+        _refuse(source, "whole numbers of classes first in boxes_xyxy", found, "number the classes")
+    labels = _labels(source, classes.astype(np.int64), len(boxes), names, "box").tolist()
+    corners = boxes[:, 1:].astype(float).tolist()
+    rows = [
+        {
+            "image": {"bytes": content[start:end].tobytes()},
+            "boxes_xyxy": corners[first:last],
+            "label": labels[first:last],
+        }
+        for (start, end), (first, last) in zip(pairwise(offsets), pairwise(starts), strict=True)
+    ]
+    return rows, names
+
+
+def _arrays_of(source: str) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a pack: encoded images, where each begins, and what it says of them."""
     try:
         with Path(source).open("rb") as file, np.load(file, allow_pickle=False) as pack:
-            arrays = {name: pack[name] for name in ("jpeg", "offsets", "labels", "names") if name in pack.files}
+            arrays = {name: pack[name] for name in _ARRAYS if name in pack.files}
     except FileNotFoundError as error:
         _refuse(source, "a file", "none", "check its name", error)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         _refuse(source, "an .npz file of NumPy without objects", one_line(error), "restore or convert it", error)
-    missing = [name for name in ("jpeg", "offsets", "labels") if name not in arrays]
+    missing = [name for name in ("jpeg", "offsets") if name not in arrays]
     if missing:
-        found = ", ".join(arrays) or "none of these"
-        _refuse(source, f"the arrays jpeg, offsets and labels (without {missing[0]!r} it is no pack)", found, "add it")
+        wanted = f"the arrays jpeg and offsets (without {missing[0]!r} it is no pack)"
+        _refuse(source, wanted, _listed(arrays), "add it")
     content, offsets = arrays["jpeg"], arrays["offsets"]
     if content.dtype != np.uint8 or content.ndim != 1:
         _refuse(source, "jpeg as bytes, uint8 in one dimension", _shown(content), "store encoded images")
+    arrays["offsets"] = _offsets(source, "offsets", offsets, "bytes", len(content))
+    return arrays
+
+
+def _offsets(source: str, name: str, offsets: NDArray[Any], parts: str, count: int) -> NDArray[np.int64]:
+    """Return where the parts of each image begin, and the last ones end; an image may be without boxes, not bytes."""
     if offsets.dtype.kind not in "iu" or offsets.ndim != 1 or len(offsets) < 2:
-        _refuse(source, "offsets as whole numbers in one dimension, two or more", _shown(offsets), "mend them")
+        _refuse(source, f"{name} as whole numbers in one dimension, two or more", _shown(offsets), "mend them")
     offsets = offsets.astype(np.int64)
-    falling = np.flatnonzero(np.diff(offsets) <= 0)
+    least = int(parts == "bytes")
+    falling = np.flatnonzero(np.diff(offsets) < least)
     if len(falling):
         at = int(falling[0])
-        found = f"{offsets[at]} and then {offsets[at + 1]} at {at}"
-        _refuse(source, "offsets that rise, since each image has bytes", found, "mend them")
-    if offsets[0] != 0 or offsets[-1] != len(content):
-        _refuse(
-            source,
-            f"offsets from 0 to the number of bytes, {len(content)}",
-            f"{offsets[0]} to {offsets[-1]}",
-            "mend them, or restore the file",
-        )
-    names = _names(source, arrays.get("names"))
-    labels = _labels(source, arrays["labels"], len(offsets) - 1, names)
-    return LabelledImages(stacked_pixels(_opened(source, content, offsets), len(labels), source, size), labels, names)
+        wanted = f"{name} that rise, since each image has bytes" if least else f"{name} that do not fall"
+        _refuse(source, wanted, f"{offsets[at]} and then {offsets[at + 1]} at {at}", "mend them")
+    if offsets[0] != 0 or offsets[-1] != count:
+        wanted = f"{name} from 0 to the number of {parts}, {count}"
+        _refuse(source, wanted, f"{offsets[0]} to {offsets[-1]}", "mend them, or restore the file")
+    return offsets
 
 
 def _opened(source: str, content: Pixels, offsets: NDArray[np.int64]) -> Iterator[Any]:
@@ -234,7 +294,9 @@ def _names(source: str, names: NDArray[Any] | None) -> tuple[str, ...]:
     return tuple(map(str, names))
 
 
-def _labels(source: str, labels: NDArray[Any], count: int, names: Sequence[str]) -> NDArray[np.int64]:
+def _labels(
+    source: str, labels: NDArray[Any], count: int, names: Sequence[str], what: str = "image"
+) -> NDArray[np.int64]:
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
         _refuse(source, "labels as whole numbers in one dimension", _shown(labels), "number the classes")
     if len(labels) != count:
@@ -244,8 +306,12 @@ def _labels(source: str, labels: NDArray[Any], count: int, names: Sequence[str])
     if len(outside):
         at = int(outside[0])
         known = f" below {most}, the number of names" if names else ""
-        _refuse(source, f"labels from 0 on{known}", f"{labels[at]} of image {at}", "mend them")
+        _refuse(source, f"labels from 0 on{known}", f"{labels[at]} of {what} {at}", "mend them")
     return labels.astype(np.int64)
+
+
+def _listed(arrays: Mapping[str, Any]) -> str:
+    return ", ".join(arrays) or "none of these"
 
 
 def _shown(array: NDArray[Any]) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hf_parcor.errors import InputError, nearest
+from hf_parcor.errors import InputError, nearest, one_line
 from hf_parcor.hub_data import load_hub_data
 from hf_parcor.records.data import EvaluationData, evaluation_data_of
 from hf_parcor.tasks.files import data_suffix, read_file
-from hf_parcor.tasks.images import is_image_pack, read_images
+from hf_parcor.tasks.images import is_image_pack, read_image_rows
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,42 @@ class Rows:
             )
         return values
 
+    def image(self, column: str, index: int) -> Any:
+        """Return an image of a row in RGB, as `PIL.Image`; it is opened when it is needed.
+
+        Args:
+            column: With images of PIL, names of files beside the data file, or mappings with `bytes`, as `datasets`
+                stores them.
+            index: Of the row, from 0 on.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        from PIL import Image
+
+        image = self.entries[index][column]
+        if isinstance(image, Mapping):
+            image = image.get("path") if image.get("bytes") is None else io.BytesIO(image["bytes"])
+        try:
+            if isinstance(image, (str, int)):  # an int is a file by the name of a number, as tables are read
+                image = Path(self.source).parent / str(image)
+            if isinstance(image, (Path, io.BytesIO)):
+                with Image.open(image) as opened:
+                    return opened.convert("RGB")
+            return image.convert("RGB")
+        except (OSError, AttributeError, ValueError, SyntaxError) as error:  # the last is what PIL raises of a PNG
+            shown = repr(image.name) if isinstance(image, Path) else type(image).__name__
+            raise InputError(
+                f"{self.source}: expected an image, or the file of one, in row {index + 1}, got {shown} "
+                f"({one_line(error)}); mend the data: paths are relative to the data file"
+            ) from error
+
 
 def load_rows(source: str, split: str = "validation", configuration: str | None = None) -> Rows:
     """Return the rows of a local file, of a local folder that `datasets` knows, or of a data set on the Hub.
 
-    Packs and strips of images are files too, see `read_images`; their columns are `image` and `label`.
+    Packs and strips of images are files too, see `read_image_rows`; their columns are `image` and `label`, with boxes
+    `boxes_xyxy` too.
     A data set that is still a loading script is read as `load_hub_data` does.
 
     Args:
@@ -160,9 +192,9 @@ def _of_files(source: str, files: Sequence[str | Path], data: EvaluationData) ->
 
 
 def _of_images(source: str) -> Rows:
-    images = read_images(source)
-    names = {"label": images.names} if images.names else {}
-    return Rows(source, images, ("image", "label"), names, EvaluationData(Path(source).name, rows=len(images)))
+    entries, names = read_image_rows(source)
+    data = EvaluationData(Path(source).name, rows=len(entries))
+    return Rows(source, entries, tuple(entries[0]), {"label": names} if names else {}, data)
 
 
 def find_column(rows: Rows, role: str, known: Sequence[str], given: Mapping[str, str]) -> str | None:
@@ -190,7 +222,11 @@ def _class_names(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:
     """Return the names behind the numbers of those columns that are labels, or lists of labels."""
     found: dict[str, Sequence[str]] = {}
     for name, feature in features.items():
-        names = getattr(getattr(feature, "feature", feature), "names", None)
+        inner = getattr(feature, "feature", feature)
+        # Of objects on images, each with a box and a class, those of the class.
+        parts = inner.values() if isinstance(inner, dict) else [inner]
+        of_parts = [getattr(getattr(part, "feature", part), "names", None) for part in parts]
+        names = next((names for names in of_parts if names is not None), None)
         if names is not None:
             found[name] = list(names)
     return found

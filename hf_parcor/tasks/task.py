@@ -48,19 +48,22 @@ Collator = Callable[[list[Example]], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Encoding:
-    """How text becomes tokens.
+    """How text becomes tokens, and what the numbers of boxes are.
 
     Attributes:
         max_length: Longer texts are cut to this many tokens; None for what suits the task.
         prefix: Put before each text, such as "translate English to German: " for T5.
         source_language: What a model of many languages calls that of the sources; None for what it was saved with.
         target_language: And that of the targets.
+        box_format: Of a detector's data: "coco" for (x, y, width, height), "voc" for (xmin, ymin, xmax, ymax); None
+            for what the column's name says.
     """
 
     max_length: int | None = None
     prefix: str = ""
     source_language: str | None = None
     target_language: str | None = None
+    box_format: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import transformers as tf
 from torch import nn
 
 from hf_parcor import ParameterDefenseMixin
+from hf_parcor.evaluation import ClassificationMetric, DetectionMetric, LanguageModelMetric
 
 WORDS, WIDTH, CLASSES = 12, 8, 3
 
@@ -236,6 +238,60 @@ def routed():
     return tf.Qwen3MoeForCausalLM(config)
 
 
+class NormedForObjectDetection(tf.YolosForObjectDetection):
+    """Losses in a dict, targets in a list of dicts, a matching in each run, and statistics of its images."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, pixel_values, labels=None):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(pixel_values.dtype)  # the loss makes the weights of the classes in it
+        try:
+            return super().forward(self.norm(pixel_values), labels=labels)
+        finally:
+            torch.set_default_dtype(before)
+
+
+def detector():
+    config = tf.YolosConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        image_size=[8, 8],
+        patch_size=4,
+        num_detection_tokens=5,
+        num_labels=CLASSES,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = NormedForObjectDetection(config)
+    for parameter in model.parameters():  # weights of the usual size match all boxes alike
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def boxed(count):
+    """Return what an image of so many objects is compared with."""
+    center, size = torch.rand(count, 2, dtype=torch.float64), 0.1 + 0.4 * torch.rand(count, 2, dtype=torch.float64)
+    return {"class_labels": torch.randint(CLASSES, (count,)), "boxes": torch.cat([center, size], -1)}
+
+
+def photographs():
+    torch.manual_seed(1)
+    images = torch.randn(16, 3, 8, 8, dtype=torch.float64)
+    return [{"pixel_values": image, "labels": boxed(index % 4)} for index, image in enumerate(images)]  # some empty
+
+
+def listed(rows):
+    return {
+        "labels": [dict(row["labels"]) for row in rows],
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+    }
+
+
 def examples():
     """Return examples that all models here can take, from a generator of their own."""
     generator = torch.Generator().manual_seed(1)
@@ -322,6 +378,7 @@ class Case:
         options: Further training arguments.
         reused: Whether a prefix is reused in training; where it is not, full passes are right as well.
         measured: Whether it is measured too.
+        metric: By what.
         close: How far numbers that follow from weights may be off; ε = 1e-9, times a curvature, unless a part of the
             model computes in float32.
     """
@@ -334,6 +391,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     reused: bool = True
     measured: bool = True
+    metric: type = ClassificationMetric
     close: float = 1e-7
 
     def build(self) -> nn.Module:
@@ -358,8 +416,18 @@ CASES = {
     "a mask left in an attribute": Case(lambda: TakesTheMask(plain().body), reused=False),
     "features collected by a hook": Case(lambda: CollectsByHook(plain().body)),
     "an assertion on what ran": Case(lambda: AsksWhoRan(plain().body)),
-    "router losses inside the prefix": Case(routed, rows=texts, head=["model.layers.1", "lm_head"], close=1e-5),
+    "router losses inside the prefix": Case(
+        routed, rows=texts, head=["model.layers.1", "lm_head"], close=1e-5, metric=LanguageModelMetric
+    ),
     "one gradient of two parameters": Case(lambda: Sums(plain().body), head=["head", "one", "other"], reused=False),
+    "a detector": Case(
+        detector,
+        collator=listed,
+        rows=photographs,
+        head=["class_labels_classifier", "bbox_predictor"],
+        metric=DetectionMetric,
+        measured=importlib.util.find_spec("pycocotools") is not None,
+    ),
     "results in a tuple": Case(lambda: Tuples(plain().body), measured=False),
     "checkpoints": Case(bert, head=["classifier"], options={"gradient_checkpointing": True}),
     "weights rescaled in place": Case(plain, Rescales, with_weights, options={"remove_unused_columns": False}),

@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers as tf
 from accelerate import Accelerator
-from differential.hostile import CASES, PopsWhatIsNested
+from differential.hostile import CASES, PopsWhatIsNested, boxed, detector
 from for_each import for_each
 from torch import nn
+from transformers.loss.loss_for_object_detection import HungarianMatcher
 
 from hf_parcor import (
     ACRT,
@@ -29,7 +30,6 @@ from hf_parcor import (
     defended_backward,
 )
 from hf_parcor.batches import private_copy
-from hf_parcor.evaluation import ClassificationMetric, LanguageModelMetric
 
 NOTHING = CorruptionConstraint(epsilon=1e-9)
 DEFENSES = {
@@ -64,6 +64,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def in_double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def trainer_of(name, defense=None, **settings):
@@ -224,6 +231,110 @@ def test_a_loop_of_ones_own_leaves_what_backward_leaves(name, defense):
         torch.testing.assert_close(parameter.grad, other.grad, **near(name), msg=key)
 
 
+class TestDetectors:
+    """What a detector's loss is of: a matching of boxes that are there with predictions, found in each pass anew."""
+
+    def yolos(self):
+        torch.manual_seed(3)
+        return detector()
+
+    def detr(self):
+        torch.manual_seed(3)
+        sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 5, "num_labels": 3}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "auxiliary_loss": True}
+        no_masks = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+        backbone = tf.ResNetConfig(embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1], out_features=["stage2"])
+        config = tf.DetrConfig(**sizes, **heads, **no_masks, backbone_config=backbone)
+        model = tf.DetrForObjectDetection(config)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        return model
+
+    def batch(self, counts=(3, 1, 0, 2), side=8):
+        torch.manual_seed(1)
+        images = torch.randn(len(counts), 3, side, side, dtype=torch.float64)
+        return {"pixel_values": images, "labels": [boxed(count) for count in counts]}
+
+    def step(self, model, batch, defense):
+        defended_backward(Accelerator(cpu=True), defense, model, lambda: model(**private_copy(batch)).loss)
+        return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+
+    def gradient(self, model, batch):
+        """Return the gradient of the loss, and the vector's length."""
+        parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        found = torch.autograd.grad(model(**private_copy(batch)).loss, list(parameters.values()), allow_unused=True)
+        gradient = {name: one for name, one in zip(parameters, found, strict=True) if one is not None}
+        return gradient, torch.stack([one.norm() for one in gradient.values()]).norm()
+
+    @pytest.fixture
+    def matching(self, monkeypatch):
+        """Return a list that each matching adds itself to, and those to take instead, one after the other."""
+        found, given, match = [], [], HungarianMatcher.forward
+
+        def seen(matcher, outputs, targets):
+            found.append(given.pop(0) if given else match(matcher, outputs, targets))
+            return found[-1]
+
+        monkeypatch.setattr(HungarianMatcher, "forward", seen)
+        return found, given
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("build", "side", "each"), [("yolos", 8, 1), ("detr", 32, 2)])
+    def test_boxes_are_matched_anew_in_each_pass(self, build, side, each, matching, in_double):
+        found, given = matching
+        epsilon, batch = 2.0, self.batch(side=side)
+        ours = self.step(getattr(self, build)(), batch, MultiStepRisk(CorruptionConstraint(epsilon=epsilon), steps=1))
+        clean, corrupted = found[:each], found[each:]
+        assert len(corrupted) == each  # of DETR each layer of the decoder has one
+        assert not same_matching(clean, corrupted)
+
+        model = getattr(self, build)()
+        first, length = self.gradient(model, batch)
+        with torch.no_grad():
+            for name, gradient in first.items():
+                model.get_parameter(name).add_(gradient, alpha=float(epsilon / length))
+        second, _ = self.gradient(model, batch)
+        assert same_matching(found[2 * each :], [*clean, *corrupted])
+        given.extend(clean)
+        frozen, _ = self.gradient(model, batch)
+        for name, gradient in ours.items():
+            expected = (first[name] + second[name]) / 2
+            torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9, msg=name)
+        assert any(not torch.allclose(frozen[name], second[name]) for name in second)
+
+    @pytest.mark.slow
+    @for_each("steps", [1, 2, 3])
+    def test_one_matching_a_pass(self, steps, matching, in_double):
+        found, _ = matching
+        found.clear()
+        self.step(self.yolos(), self.batch(), MultiStepRisk(CorruptionConstraint(epsilon=1.0), steps=steps))
+        assert len(found) == steps + 1
+
+    @pytest.mark.slow
+    @for_each(
+        ("what", "counts", "classes"),
+        [("no boxes", (0, 0, 0, 0), 3), ("one box", (0, 1, 0, 0), 3), ("a class that never occurs", (3, 1, 2, 5), 2)],
+    )
+    def test_images_that_show_little(self, what, counts, classes, in_double):
+        batch = self.batch(counts)
+        for target in batch["labels"]:
+            target["class_labels"] = target["class_labels"].clamp(max=classes - 1)
+        expected, _ = self.gradient(self.yolos(), batch)
+        found = self.step(self.yolos(), batch, DEFENSES["multi-step"])
+        for name, gradient in found.items():
+            assert gradient.isfinite().all(), name
+            torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-7, msg=name)
+        moved = self.step(self.yolos(), batch, MultiStepRisk(CorruptionConstraint(epsilon=0.5), steps=2))
+        assert all(gradient.isfinite().all() for gradient in moved.values())
+        assert any(not torch.allclose(moved[name], expected[name]) for name in moved)
+
+
+def same_matching(one, other):
+    """Whether boxes are matched with the same predictions, image by image."""
+    pairs = [[torch.stack(pair).tolist() for images in found for pair in images] for found in (one, other)]
+    return pairs[0] == pairs[1]
+
+
 MEASURED = {name: case for name, case in CASES.items() if case.measured}
 
 
@@ -235,10 +346,9 @@ class TestMeasuring:
 
     def measure(self, case, model, corruptions, *, reuse, batches=None):
         batches = self.batches(case) if batches is None else batches
-        kind = LanguageModelMetric if "lm_head" in case.head else ClassificationMetric
         given = [{key: value for key, value in batch.items() if key != "weights"} for batch in batches]
         evaluator = CorruptionEvaluator(
-            model, kind(given), given, target_modules=case.head, reuse_prefix=reuse, progress=False
+            model, case.metric(given), given, target_modules=case.head, reuse_prefix=reuse, progress=False
         )
         record = evaluator.evaluate(corruptions, trials=2)
         return [row.metrics for row in record.rows()]

@@ -187,6 +187,8 @@ def test_every_value_has_a_fingerprint_of_its_own(depth):
         ({"a", "b", "c"}, frozenset("cba")),
         ({"x": torch.ones(2, 3).T}, {"x": torch.ones(3, 2)}),
         ({"x": torch.ones(1).expand(3)}, {"x": torch.ones(3)}),
+        ({"x": torch.from_numpy(np.zeros(0))}, {"x": torch.zeros(0, dtype=torch.float64)}),
+        ({"x": torch.as_strided(torch.ones(1), (1,), (0,))}, {"x": torch.ones(1)}),
         ({"x": nn.Parameter(ONE)}, {"x": ONE}),
         ({"x": np.ones((2, 3)).T, "y": 1}, {"x": np.ones((3, 2)), "y": 1}),
         (

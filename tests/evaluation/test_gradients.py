@@ -358,6 +358,7 @@ class TestErrors:
         (transformers.BatchEncoding({"input_ids": torch.ones(3, 7)}), False, 3),
         ((torch.ones(6, 2), torch.ones(6)), False, 6),
         (torch.ones(4, 2), False, 4),
+        ({"pixel_values": [torch.ones(3, 8, 8)] * 2, "labels": [{"boxes": torch.ones(9, 4)}] * 2}, False, 2),
     ],
 )
 def test_count_items(batch, shifted, items):

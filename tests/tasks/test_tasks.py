@@ -13,6 +13,7 @@ from for_each import for_each
 from local_models import BERT, LABELS, MANY_LANGUAGES, SAVED, SENTENCES, save_bert, save_tokenizer, write_summaries
 
 from hf_parcor.errors import InputError
+from hf_parcor.evaluation.metrics.detection import average_precision
 from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, check_head, load_rows, task_named, task_of
 
 torch.manual_seed(0)
@@ -83,6 +84,24 @@ def of_images(model, processor, rows, folder):
     return {"accuracy": sum(right) / len(right), "loss": sum(losses) / len(losses)}
 
 
+def of_objects(model, processor, rows, folder):
+    from PIL import Image
+
+    images = [Image.open(folder / row["image"]).convert("RGB") for row in rows]
+    batch = processor(images=images, return_tensors="pt")
+    sizes, there, targets = torch.tensor([[12.0, 10.0, 12.0, 10.0]]), [], []
+    for row in rows:
+        boxes = torch.tensor(row["objects.bbox"], dtype=torch.float).reshape(-1, 4)
+        corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], -1).clamp(min=0).minimum(sizes)
+        labels = torch.tensor([LABELS[name.upper()] for name in row["objects.category"]], dtype=torch.long)
+        there.append({"boxes": corners, "labels": labels})
+        center, extent = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+        targets.append({"class_labels": labels, "boxes": torch.cat([center, extent], -1) / sizes})
+    output = model(batch["pixel_values"], labels=targets)
+    found = processor.post_process_object_detection(output, threshold=0, target_sizes=[(10, 12)] * len(rows))
+    return {**average_precision(found, there), "loss": output.loss.item()}
+
+
 BY_HAND = {
     "text-classification": of_sequences,
     "token-classification": of_words,
@@ -90,6 +109,7 @@ BY_HAND = {
     "summarization": of_summaries,
     "translation": of_translations,
     "image-classification": of_images,
+    "object-detection": of_objects,
 }
 
 
@@ -116,7 +136,7 @@ def test_the_metric_is_that_of_a_loop_over_rows(name, tmp_path):
     batches = task.batches(task.examples(rows, columns, processed), processed, 4)
     with torch.no_grad():
         found = task.metric(task.metrics[0], processed, batches)(model)
-        more = (tmp_path,) if name == "image-classification" else ()
+        more = (tmp_path,) if name in ("image-classification", "object-detection") else ()
         expected = BY_HAND[name](model, processed.processor, rows.entries, *more)
     assert found == pytest.approx(expected, rel=1e-5)
     assert task.shown(task.metrics[0], found) == task.metrics[0]

@@ -2,6 +2,7 @@
 
 from hf_parcor.evaluation.answers import own_batch, share_not_finite
 from hf_parcor.evaluation.metrics.classification import ClassificationMetric, PredictionMetric
+from hf_parcor.evaluation.metrics.detection import DetectionMetric
 from hf_parcor.evaluation.metrics.divergence import WithDivergence
 from hf_parcor.evaluation.metrics.generation import GenerationMetric
 from hf_parcor.evaluation.metrics.language_model import LanguageModelMetric
@@ -12,6 +13,7 @@ from hf_parcor.evaluation.metrics.trainer import TrainerMetric
 __all__ = [
     "BatchMetric",
     "ClassificationMetric",
+    "DetectionMetric",
     "GenerationMetric",
     "Identified",
     "Informed",

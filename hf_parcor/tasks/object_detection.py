@@ -1,0 +1,221 @@
+"""Boxes and classes of what images show."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import transformers
+from torch.utils.data import DataLoader
+
+from hf_parcor.errors import InputError, nearest
+from hf_parcor.evaluation import BatchMetric, DetectionMetric
+from hf_parcor.tasks.classification import class_numbers, classes_of
+from hf_parcor.tasks.rows import Rows
+from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task, load_pretrained
+
+COCO, VOC = "coco", "voc"
+_BOXES = ("bbox", "bboxes", "boxes", "boxes_xyxy", "bbox_xyxy")
+_CLASSES = ("category", "categories", "category_id", "label", "labels", "class", "classes")
+_OBJECTS = "objects"
+
+
+class ObjectDetection(Task):
+    """Boxes with classes: of each image a list of boxes, and a list of as many classes.
+
+    They stand in two columns, or in one that `datasets` calls `objects`, as a mapping of two lists or a list of
+    mappings. Boxes are COCO's, (x, y, width, height) in pixels of the image, or VOC's, (xmin, ymin, xmax, ymax), where
+    the column's name ends in `xyxy` or the encoding says so. An image may be without boxes. What lies beyond the
+    image's edge is cut, as the field does it; a box that is no box, or lies outside of the image, is refused.
+    """
+
+    name = "object-detection"
+    heads = ("ForObjectDetection",)
+    auto_class = "AutoModelForObjectDetection"
+    roles: ClassVar[Mapping[str, Role]] = {
+        "image": Role(("image", "img", "picture", "file", "path")),
+        "boxes": Role((*(f"{_OBJECTS}.{name}" for name in _BOXES), _OBJECTS, *_BOXES)),
+        "label": Role((*(f"{_OBJECTS}.{name}" for name in _CLASSES), _OBJECTS, *_CLASSES)),
+    }
+    metrics = ("map", "map_50", "map_75", "mar_100", "loss")
+
+    def load_processor(self, name: str, **settings: Any) -> Any:
+        """Return the model's image processor."""
+        return load_pretrained("image processor", transformers.AutoImageProcessor, name, **settings)
+
+    def head_settings(self, parts: Sequence[tuple[Rows, Mapping[str, str]]]) -> dict[str, Any]:
+        """Return the classes that the data has."""
+        names = classes_of([(_objects(rows, columns), "label") for rows, columns in parts])
+        numbers = {name: number for number, name in enumerate(names)}
+        return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": numbers}
+
+    def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
+        """Return image and annotations of each row; an image is opened whenever it is needed."""
+        objects = _objects(rows, columns)
+        labels = class_numbers(objects, "label", processed.model.config.label2id)
+        form = processed.encoding.box_format or (VOC if columns["boxes"].endswith("xyxy") else COCO)
+        if form not in (COCO, VOC):
+            raise InputError(f"box_format: expected {COCO} or {VOC}, got {form!r}; name one of them")
+        boxes = [
+            [_checked(box, form, rows.source, row) for box in of_image]
+            for row, of_image in enumerate(objects.column("boxes"), start=1)
+        ]
+        images: Any = AnnotatedImages(rows, columns["image"], boxes, labels)
+        found: Sequence[Example] = images
+        return found
+
+    def collator(self, processed: Processed) -> Collator:
+        """Return what makes pixels and targets of images and their boxes, by the model's image processor."""
+        return DetectionCollator(processed.processor, processed.model)
+
+    def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
+        """Return average precision, recall and loss."""
+        if name not in self.metrics:
+            raise InputError(
+                f"metric: expected one of {', '.join(self.metrics)} for {self.name}, got {name!r}"
+                f"{nearest(name, self.metrics)}; name one of them"
+            )
+        return detection_metric(processed.processor, batches)
+
+
+def detection_metric(processor: Any, batches: Any) -> DetectionMetric:
+    """Return a metric that reads a detector's output as its image processor does.
+
+    Raises:
+        InputError: No image of `AnnotatedImages` has a box: known before a model is trained to be measured on them.
+        ImportError: What computes average precision is not installed.
+    """
+    images = getattr(batches, "dataset", None)
+    if isinstance(images, AnnotatedImages) and not any(images.boxes):
+        raise InputError(
+            f"{images.rows.source}: expected a box on one image at least, got none on {len(images)}; no detection can "
+            "be right there: measure on other data"
+        )
+    read = getattr(processor, "post_process_object_detection", None)
+    return DetectionMetric(batches) if read is None else DetectionMetric(batches, partial(_post_process, read))
+
+
+def _post_process(read: Any, output: Any, sizes: list[tuple[int, int]]) -> Any:
+    return read(output, threshold=0.0, target_sizes=sizes)  # the metric ranks them by their scores
+
+
+def _objects(rows: Rows, columns: Mapping[str, str]) -> Rows:
+    """Return rows with the columns `boxes` and `label`, lists of one length."""
+    found = [
+        {
+            "boxes": _part(rows, columns["boxes"], _BOXES, row, entry),
+            "label": _part(rows, columns["label"], _CLASSES, row, entry),
+        }
+        for row, entry in enumerate(_without_images(rows, columns), start=1)
+    ]
+    for row, entry in enumerate(found, start=1):
+        if len(entry["boxes"]) != len(entry["label"]):
+            raise InputError(
+                f"{rows.source}: expected as many classes as boxes, got {len(entry['label'])} and "
+                f"{len(entry['boxes'])} in row {row}; mend the data, or name other columns"
+            )
+    names = rows.class_names.get(columns["label"])
+    return replace(
+        rows, entries=found, columns=("boxes", "label"), class_names={} if names is None else {"label": names}
+    )
+
+
+def _without_images(rows: Rows, columns: Mapping[str, str]) -> Iterator[Mapping[str, Any]]:
+    """Return the rows; of a data set without the images, which would be opened."""
+    entries: Any = rows.entries
+    if hasattr(entries, "select_columns"):
+        entries = entries.select_columns(list(dict.fromkeys([columns["boxes"], columns["label"]])))
+    return iter(entries)
+
+
+def _part(rows: Rows, column: str, names: Sequence[str], row: int, entry: Mapping[str, Any]) -> list[Any]:
+    """Return the list of boxes, or of classes, of one row."""
+    value = entry.get(column)
+    if isinstance(value, Mapping):
+        value = _named(value, names)
+    elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+        value = [_named(one, names) for one in value]
+    if not isinstance(value, (list, tuple)):
+        raise InputError(
+            f"{rows.source}: expected a list with an entry for each object, under one of {', '.join(names)} if there "
+            f"are several, got {value!r} in column {column!r}, row {row}; an image without any has an empty list"
+        )
+    return list(value)
+
+
+def _named(values: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return next((values[name] for name in names if name in values), None)
+
+
+def _checked(box: Any, form: str, source: str, row: int) -> list[float]:
+    """Return a box as (x, y, width, height)."""
+    try:
+        first, second, third, fourth = numbers = [float(number) for number in box]
+    except (TypeError, ValueError):
+        numbers = []
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise InputError(f"{source}: expected four numbers for a box, got {box!r} in row {row}; mend the data")
+    found = [first, second, third - first, fourth - second] if form == VOC else numbers
+    if not (found[2] > 0 and found[3] > 0):
+        said = "xmax > xmin and ymax > ymin" if form == VOC else "width > 0 and height > 0"
+        raise InputError(
+            f"{source}: expected a box with {said}, got {numbers} in row {row}; leave such boxes out, or say with the "
+            f"box format whether they are {COCO}'s (x, y, width, height) or {VOC}'s (xmin, ymin, xmax, ymax)"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class AnnotatedImages:
+    """Images with their boxes, opened when asked for: `image`, `annotations` as COCO has them, and `image_id`."""
+
+    rows: Rows
+    column: str
+    boxes: Sequence[Sequence[Sequence[float]]]
+    labels: Sequence[Sequence[int]]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, index: int) -> Example:
+        image = self.rows.image(self.column, index)
+        for x, y, width, height in self.boxes[index]:
+            if x >= image.width or y >= image.height or x + width <= 0 or y + height <= 0:
+                raise InputError(
+                    f"{self.rows.source}: expected a box on the image of {image.width} x {image.height} pixels, got "
+                    f"(x, y, width, height) = {(x, y, width, height)} in row {index + 1}; boxes are in pixels of "
+                    "this very image: mend the data"
+                )
+        annotations = [
+            {"bbox": list(box), "category_id": label, "area": box[2] * box[3], "iscrowd": 0}
+            for box, label in zip(self.boxes[index], self.labels[index], strict=True)
+        ]
+        return {"image": image, "annotations": annotations, "image_id": index}
+
+
+class DetectionCollator:
+    """Makes a batch of images with their annotations, as `AnnotatedImages` has them: pixels, and `labels`.
+
+    Args:
+        processor: An image processor of detectors.
+        model: What it is for: of what the processor returns, it gets what its forward pass takes.
+    """
+
+    def __init__(self, processor: Any, model: Any) -> None:
+        self._processor = processor
+        self._taken = {*inspect.signature(model.forward).parameters, "labels"}
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Return `pixel_values`, `labels`, and whatever else the model takes."""
+        annotations = [
+            {"image_id": example["image_id"], "annotations": example["annotations"]} for example in examples
+        ]
+        batch = self._processor(
+            images=[example["image"] for example in examples], annotations=annotations, return_tensors="pt"
+        )
+        found = {name: value for name, value in batch.items() if name in self._taken}
+        return {**found, "labels": [dict(target) for target in found["labels"]]}
