@@ -86,7 +86,7 @@ STUDIES: dict[str, dict[str, Study]] = {
     "flips": {
         "small": Study("the worst bit flips", "worst_bit_flips", "worst_bit_flips", model="--model", seeds=(1,))
     },
-    "recipe": {"small": Study("which layer, which bits", "recipe_sst2", "", model="--model", seeds=(1,))},
+    "recipe": {"small": Study("which layer, which bits", "recipe_sst2", "recipe", model="--model", seeds=(1,))},
     "images": {
         "small": Study(
             "paper 1 on trained ResNets, 500 images",

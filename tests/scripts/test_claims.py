@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from for_each import for_each
 
+from hf_parcor import EvaluationRecord
+
 stats = pytest.importorskip("scipy.stats", reason="tests need the extra 'statistics'")
 claims = importlib.import_module("scripts.claims")
 reproduce = importlib.import_module("scripts.reproduce")
@@ -182,3 +184,30 @@ def test_rows_of_the_tables_are_those_of_the_records(folder, first) -> None:
     shown = TABLES[TABLES.index(header) :].split("\n\n")[0].splitlines()
     assert len(shown) > 8
     assert [line for line in shown if line not in kept] == []
+
+
+def test_the_recipes_table_is_its_record() -> None:
+    record = EvaluationRecord.load(reproduce.RESULTS / "recipe" / "recipe_measured.json")
+    section = TABLES[TABLES.index("| chosen by, at most 4.1 bits") :].split("\n\n")[0]
+    rows = {
+        cells[0]: cells[1:]
+        for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines())
+    }
+    assert rows["as it is"][1] == f"{100 * record.clean.mean('accuracy'):.1f}"
+    names = {
+        "divergence": "recipe",
+        "Fisher": "by fisher",
+        "FIT": "by fit",
+        "4 bits for all": "4-bit quantization per channel",
+    }
+    names |= {
+        "loss": "by loss",
+        "accuracy": "by accuracy",
+        "first order": "by first_order",
+        "second order": "by second_order",
+    }
+    measured = {row.label: row for row in record.corruptions}
+    for words, label in names.items():
+        (cells,) = (cells for name, cells in rows.items() if name.split(",")[0] == words)
+        row = measured[label]
+        assert cells == [f"{row.settings['bits']:.2f}", f"{100 * row.mean('accuracy'):.1f}"], words
