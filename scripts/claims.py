@@ -292,11 +292,6 @@ CLAIMS = [
     ),
     Claim(
         PAPER_1,
-        "Both, with its penalty form (Equation 15)",
-        "Not trained yet at a size that tells; an arm of deploy_sst2.py is ready.",
-    ),
-    Claim(
-        PAPER_1,
         "Without corruption the metric rises, then falls with ε",
         "Not trained yet; arms of deploy_sst2.py are ready.",
     ),
@@ -366,10 +361,20 @@ CLAIMS = [
         )
         for stack in ("encoder", "decoder")
     ),
+    *(
+        Claim(
+            by,
+            f"{what}: a ResNet-20 on CIFAR-10, {words}, {arm}, a short training",
+            arms("images", f"{start}-{name}", f"{start}-plain", which),
+        )
+        for start, words in (("tuned", "fine-tuned"), ("scratch", "from scratch"))
+        for by, arm, name in ((PAPER_1, "ACRT", "acrt"), (PAPER_1, "penalty", "penalty"), (PAPER_2, "K = 1", K1))
+        for what, which in (("Harder to break along the gradient", WORST), ("Better without corruption", CLEAN))
+    ),
     Claim(
         PAPER_2,
-        "The same of images and detection (Tables 1, 3, 4)",
-        "Examples train them; no campaign at a size that tells has run yet.",
+        "The same of detection (Tables 1, 3, 4)",
+        "An example trains it; no campaign has ended yet.",
     ),
     Claim(
         OURS,
