@@ -37,7 +37,9 @@ class Train(Command):
     spellings: ClassVar[Mapping[str, str]] = MappingProxyType({"p": "--defense-norm"})
     other_names: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
-            **dict.fromkeys(("rho", "epsilon", "defense-rho", "sam-rho"), "the radius is --defense-epsilon"),
+            **dict.fromkeys(
+                ("rho", "epsilon", "defense-rho", "sam-rho"), "the radius is called epsilon here: --defense-epsilon"
+            ),
             **dict.fromkeys(("gamma", "awp-gamma"), "it is --defense-epsilon with --defense-per-tensor true"),
         }
     )
