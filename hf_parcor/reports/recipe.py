@@ -79,6 +79,8 @@ class _Told:
         self.numbers = Numbers(info.unit)
         # What was measured as a whole is compared with its own start: it may be on other rows than the scores are.
         self.clean = scores.clean[self.metric] if measured is None else measured.clean.mean(self.metric)
+        # One part alone changes an accuracy by a few rows, which is chance: what it was chosen by tells more.
+        self.of_parts = DIVERGENCE if recipe.by == DIVERGENCE and DIVERGENCE in scores.clean else self.metric
         self.formats = short_formats(recipe.formats)
         self.names = dict(zip(recipe.choice, short_names(list(recipe.choice)), strict=True))
 
@@ -262,27 +264,31 @@ def _drops(told: _Told) -> dict[tuple[str, str], float]:
     return {
         place: drop
         for place, cell in told.scores.by_place.items()
-        if (drop := told.scores.drop(cell, told.metric)) is not None
+        if (drop := told.scores.drop(cell, told.of_parts)) is not None
     }
 
 
 def _heat_map(told: _Told, largest: float) -> Table:
     """Return how much worse each part makes the metric in each format; what was chosen has a mark."""
     labels, drops = list(told.recipe.formats), _drops(told)
+    info = told.scores.info(told.of_parts)
+    numbers = Numbers(info.unit)
+    small = told.of_parts == DIVERGENCE
     rows, shares = [], []
     for group, one in told.recipe.choice.items():
         cells, of_row = [], []
         for label in labels:
             drop = drops.get((group, label))
             mark = " ✓" if label == one.format else ""
-            cells.append(("–" if drop is None else told.numbers.plain_difference(drop)) + mark)
+            shown = f"{1000 * drop:.2g}" if small and drop is not None else numbers.plain_difference(drop or 0.0)
+            cells.append(("–" if drop is None else shown) + mark)
             of_row.append(None if drop is None or math.isnan(drop) else _share(drop, largest))
         rows.append((told.names[group], *cells))
         shares.append(tuple(of_row))
-    word = "drop" if told.greater else "rise"
-    unit = told.numbers.unit_of_differences
+    word = "drop" if info.greater_is_better else "rise"
+    unit = "thousandths of a nat" if small else numbers.unit_of_differences
     caption = (
-        f"{word} of {told.metric}" + (f" in {unit}" if unit else "") + ", one part in one format; ✓ is the recipe"
+        f"{word} of {told.of_parts}" + (f" in {unit}" if unit else "") + ", one part in one format; ✓ is the recipe"
     )
     return Table(caption, ("part", *(told.formats[label] for label in labels)), tuple(rows), tuple(shares))
 
@@ -294,7 +300,8 @@ def _share(drop: float, largest: float) -> float:
 def _strongest(told: _Told, largest: float) -> str:
     if largest == 0:
         return "No cell has a colour, since none that was measured is worse than without quantization."
-    return f"The stronger the colour, the worse it is; the strongest is {told.numbers.difference(largest)}."
+    numbers = Numbers(told.scores.info(told.of_parts).unit)
+    return f"The stronger the colour, the worse it is; the strongest is {numbers.difference(largest)}."
 
 
 def _choice(told: _Told) -> Table:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 from browser import WIDTHS, check_it_fits, look
 from for_each import for_each
 
-from hf_parcor import EvaluationRecord, RecipeReport, SensitivityRecord, recipe
+from hf_parcor import EvaluationRecord, MetricInfo, RecipeReport, SensitivityRecord, recipe
 from hf_parcor.recipes import front
 from hf_parcor.records import CorruptionRecord, FormatScore, RecipeRecord, WeightGroup
 
@@ -66,6 +67,24 @@ def test_the_answer_names_what_is_spared_and_what_either_way_costs() -> None:
     worse = report(together=2.0).verdict[1]
     assert "−0.2 points" in worse
     assert "−0.4 points" in worse, "what adds up, and what was measured"
+
+
+def test_the_heat_map_shows_what_the_recipe_was_chosen_by(tmp_path) -> None:
+    """Accuracies of single parts are chance; a divergence that was measured is what the parts are coloured by."""
+    scores = scores_of(one_weak_part)
+    cells = tuple(
+        replace(cell, measured={**cell.measured, "divergence": 0.0123 if cell.group == WEAK else 0.001})
+        for cell in scores.cells
+    )
+    infos = {"divergence": MetricInfo(False, "nats")}
+    scores = replace(scores, cells=cells, clean={**scores.clean, "divergence": 0.0}, metric_info=infos)
+    text = (
+        RecipeReport(scores, recipe(scores, bits=4.5), None).to_markdown(tmp_path / "a.md").read_text(encoding="utf-8")
+    )
+    assert "rise of divergence" in text
+    assert re.search(r"\| +12 ", text), "thousandths"
+    by_loss = RecipeReport(scores, recipe(scores, bits=4.5, by="loss"), None)
+    assert "drop of accuracy" in by_loss.to_markdown(tmp_path / "b.md").read_text(encoding="utf-8")
 
 
 @for_each("rows, word", [("these", "same rows"), ("others", "owe nothing to the choice")])
