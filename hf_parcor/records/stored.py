@@ -119,6 +119,11 @@ class StoredRecord(ABC):
         Raises:
             ValueError: They are no such record, or one of another format.
         """
+        others = [one.kind for one in StoredRecord.__subclasses__() if one is not cls and _has_fields_of(data, one)]
+        if others and not _has_fields_of(data, cls):
+            raise ValueError(
+                f"{cls.kind}: expected one, got a {others[0]}; name another file, or read it as what it is"
+            )
         if not isinstance(data, dict) or data.get("format") != cls.format:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"{cls.kind}: expected format {cls.format}, got {found!r}; {cls.remedy}")
@@ -150,6 +155,12 @@ class StoredRecord(ABC):
             raise ValueError(f"{path}: {cls.kind}: expected text in UTF-8, got {error}; {cls.remedy}") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _has_fields_of(data: Any, kind: type[StoredRecord]) -> bool:
+    """Say whether plain values have the very names that a kind of record writes."""
+    written: Any = kind  # every kind is a dataclass, which its type does not say
+    return isinstance(data, dict) and {one.name for one in fields(written)} == data.keys()
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -624,8 +624,8 @@ class TestTrain:
         held_out = SimpleNamespace(entries=[1])
         rows = SimpleNamespace(entries=[1, 2], split_off=lambda *asked: (asked, held_out))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hf_parcor.cli.subject.read_data", lambda arguments: (rows, {"text": "a"}))
-            patch.setattr("hf_parcor.cli.subject.rows_of", lambda arguments, source, split: (source, split))
+            patch.setattr("hf_parcor.cli.train.read_data", lambda arguments: (rows, {"text": "a"}))
+            patch.setattr("hf_parcor.cli.train.rows_of", lambda arguments, source, split: (source, split))
             if found == "refused":
                 with pytest.raises(InputError, match="--split: expected rows that are not trained on"):
                     _training_and_validation(given)

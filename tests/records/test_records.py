@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hf_parcor import CorruptionEvaluator, CorruptionRecord, EvaluationRecord, GradientCorruption, MetricInfo
 from hf_parcor.corruptions import CORRUPTIONS
+from hf_parcor.records import StoredRecord
 
 FLOATS = st.floats(allow_nan=True, allow_infinity=True)
 NAMES = st.text(min_size=1, max_size=8)
@@ -154,6 +155,16 @@ class TestJson:
         data = {**json.loads(record.to_json()), "clean": value}
         with pytest.raises(ValueError, match="damaged"):
             EvaluationRecord.from_json(json.dumps(data))
+
+    def test_a_record_of_another_kind_is_called_what_it_is(self):
+        kinds = StoredRecord.__subclasses__()
+        assert len(kinds) > 5
+        for written in kinds:
+            data = {one.name: None for one in fields(written)} | {"format": written.format}
+            for read in kinds:
+                if read is not written:
+                    with pytest.raises(ValueError, match=f"got a {written.kind};"):
+                        read.from_plain(data)
 
     def test_no_json(self):
         with pytest.raises(ValueError, match="Expecting value"):
