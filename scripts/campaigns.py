@@ -51,6 +51,9 @@ def l2(defense: str, epsilon: float, *more: str) -> list[str]:
     return ["--defense", defense, "--defense_norm", "2", "--defense_epsilon", str(epsilon), *more]
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where trained models are measured."""
+
 PLAIN = Arm("plain", ["--defense", "none"])
 ONE_STEP = l2("multi_step_risk", 0.1, "--defense_steps", "1")
 

@@ -13,7 +13,6 @@ is one.
 
 from __future__ import annotations
 
-import torch
 from transformers import AutoTokenizer
 
 from hf_parcor import Quantization, RecipeReport, export_recipe, measure_recipes, recipe, sensitivity
@@ -35,11 +34,9 @@ def main() -> None:
     run = Run("plain", PLAIN, options.seeds[0])
     folder = train(options, run)
     note_run(options.output, options.work, run, options.threads, command=COMMAND)
-    loaded, batches = model_and_batches(options, folder)
-    model: torch.nn.Module = loaded
+    model, batches = model_and_batches(options, folder)
     metric = ClassificationMetric(batches[::2])  # sorted by length: a half that is like the other
     judge = ClassificationMetric(sentence_batches(AutoTokenizer.from_pretrained(folder), options.data / "test.tsv.gz"))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     scores = sensitivity(model, metric, FORMATS, probes=PROBES, checkpoint=folder / "sensitivity.jsonl")
     scores = scores.stating("accuracy", unit=SHARE)
     chosen = recipe(scores, bits=BITS)

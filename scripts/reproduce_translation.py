@@ -43,12 +43,12 @@ from hf_parcor.translation import (
     read_rows,
     tokenize_13a,
 )
-from scripts.campaigns import Run, mean_and_deviation, note_run, run_example
+from scripts.campaigns import DEVICE, Run, mean_and_deviation, note_run, run_example
 from scripts.translation_studies import STUDIES, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_6, Study
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_translation.py"
 SPLITS = ("train", "validation", "test")
-BATCH = 32
+BATCH = 32 if DEVICE.type == "cpu" else 128
 BEAMS = 5
 
 
@@ -139,7 +139,7 @@ class Measured:
     """
 
     def __init__(self, options: argparse.Namespace, study: Study, folder: Path) -> None:
-        self.model = freeze_positions(AutoModelForSeq2SeqLM.from_pretrained(folder))
+        self.model = freeze_positions(AutoModelForSeq2SeqLM.from_pretrained(folder)).to(DEVICE)
         source = AutoTokenizer.from_pretrained(folder)
         beside = folder / "target_tokenizer"
         target = AutoTokenizer.from_pretrained(beside) if beside.is_dir() else source

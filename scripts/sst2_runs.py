@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from hf_parcor import CorruptionEvaluator
 from hf_parcor.evaluation import ClassificationMetric
-from scripts.campaigns import Arm, Run, begin, campaign_parser, run_example
+from scripts.campaigns import DEVICE, Arm, Run, begin, campaign_parser, run_example
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_sst2.py"
 
@@ -95,7 +95,8 @@ def train(options: argparse.Namespace, run: Run, *more: str) -> Path:
 
 def model_and_batches(options: argparse.Namespace, folder: Path) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
     """Return a trained model, and the dev sentences for it, sorted by length."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder)
+    model.to(DEVICE)  # type: ignore[arg-type]
     return model, sentence_batches(AutoTokenizer.from_pretrained(folder), options.data / "dev.tsv.gz")
 
 
