@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import threading
+import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -150,9 +151,43 @@ def note_run(output: Path, work: Path, run: Run, threads: int, **details: Any) -
         path.write_text(json.dumps(runs, indent=2, sort_keys=True) + "\n")
 
 
+def measured_once(options: Namespace, run: Run, example: Callable[[Path], object]) -> EvaluationRecord:
+    """Return the record of a run; one that is not there yet is trained and measured, kept, and noted in `runs.json`.
+
+    Args:
+        options: Those of a campaign.
+        run: What is trained and measured.
+        example: Called with the run's folder, runs an example that leaves `robustness.json` there.
+    """
+    path: Path = options.output / f"{run.file_name}.json"
+    if not path.exists():
+        started, folder = time.monotonic(), options.work / run.file_name
+        example(folder)
+        EvaluationRecord.load(folder / "robustness.json").save(path)
+        note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
+    return EvaluationRecord.load(path)
+
+
+def of_run(run: Run, folder: Path) -> dict[str, Any]:
+    """Return the settings of an example that follow from the run: its seed everywhere, and its folder."""
+    return {
+        "seed": run.seed,
+        "corruption_seed": run.seed,
+        "corruption_trials": 1,  # the seeds of training are the trials
+        "output_dir": folder,
+        "report_to": "none",
+    }
+
+
+def write_table(output: Path, text: str) -> None:
+    """Write `table.md`, and print it."""
+    (output / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
 def machine(threads: int) -> str:
     """Name what a run was trained on."""
-    if torch.cuda.is_available():
+    if DEVICE.type == "cuda":
         return torch.cuda.get_device_name()
     return f"{platform.machine()}, {threads} of {os.cpu_count()} cores"
 

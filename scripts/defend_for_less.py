@@ -22,7 +22,7 @@ from hf_parcor import CorruptionConstraint, GradientCorruption
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.reports.plots import new_figure
 from hf_parcor.statistics import MeanAndSpread, student_t_test
-from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, mean_and_deviation, note_run, over_runs
+from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, mean_and_deviation, note_run, over_runs, write_table
 from scripts.sst2_runs import evaluator_of, parse_options, train
 
 BENCHMARK = Path(__file__).parent / "results" / "benchmark.json"
@@ -166,9 +166,8 @@ def main() -> None:
         "t: Student's test with pooled variance that the arm is no better than plain; * p < 0.05, one-sided.\n\n"
         f"{table(rows)}"
     )
-    (options.output / "table.md").write_text(text, encoding="utf-8")
+    write_table(options.output, text)
     plot(rows, options.output / "front.png")
-    print(text)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 
 from hf_parcor.records import EvaluationRecord
-from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, over_runs, tables
+from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, over_runs, tables, write_table
 from scripts.reproduce_sst2 import ARMS as DEFENSES
 from scripts.reproduce_sst2 import measure
-from scripts.sst2_runs import SIZES, parse_options
+from scripts.sst2_runs import SIZES, above_tables, parse_options
 
 
 def risk(clean_weight: float, *words: str) -> list[str]:
@@ -94,15 +94,8 @@ def main() -> None:
     records = over_runs(measure_all, "runs", options, {name: ARMS[name] for name in named})
     if "plain" not in named or len(options.seeds) < 2:  # nothing to compare with, or no spread
         return
-    text = (
-        f"SST-2 dev accuracy over {len(options.seeds)} seeds ({', '.join(map(str, options.seeds))}), mean ± sample "
-        f"standard deviation; {options.size}.\n"
-        "t: Student's test with pooled variance of the hypothesis that the arm is no better than the plain one "
-        f"(df = {2 * (len(options.seeds) - 1)}); * p < 0.05, one-sided, not corrected for the number of rows.\n\n"
-        f"{tables(records, ARMS, costs=True)}"
-    )
-    (options.output / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+    above = above_tables(options, "the arm is no better than the plain one")
+    write_table(options.output, f"{above}{tables(records, ARMS, costs=True)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,11 @@ from scripts.campaigns import (
     begin,
     campaign_parser,
     mean_and_deviation,
-    note_run,
+    measured_once,
+    of_run,
     over_runs,
     run_example,
+    write_table,
 )
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_detector.py"
@@ -90,9 +91,9 @@ def parse_options() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
     """Train and measure one model, unless its record is there already."""
-    path: Path = options.output / f"{run.file_name}.json"
-    if not path.exists():
-        size, folder, started = SIZES[options.size], options.work / run.file_name, time.monotonic()
+
+    def example(folder: Path) -> None:
+        size = SIZES[options.size]
         trained = (folder / "train_results.json").exists()  # killed while it was measured
         most = {"max_train_samples": options.train_samples, "max_eval_samples": options.test_samples}
         model: dict[str, Any] = {"config_overrides": json.dumps(size.config), "do_train": True}
@@ -105,20 +106,15 @@ def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
             "per_device_eval_batch_size": 8,
             "learning_rate": size.learning_rate,
             "warmup_steps": 50,
-            "seed": run.seed,
-            "corruption_seed": run.seed,
-            "corruption_trials": 1,  # the seeds of training are the trials
-            "output_dir": folder,
+            **of_run(run, folder),
             "save_strategy": "no",
             "logging_steps": 10,
-            "report_to": "none",
             **{name: count for name, count in most.items() if count is not None},
             **({"model_name_or_path": folder, "trust_remote_code": True} if trained else model),
         }
         run_example([EXAMPLE], settings, "--do_eval", *run.arm.flags, threads=options.threads)
-        EvaluationRecord.load(folder / "robustness.json").save(path)
-        note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
-    return EvaluationRecord.load(path)
+
+    return measured_once(options, run, example)
 
 
 def table(records: dict[str, list[EvaluationRecord]], metric: str) -> str:
@@ -152,8 +148,7 @@ def main() -> None:
         f"learned from nothing in {size.epochs} epochs; {seeds} ({', '.join(map(str, options.seeds))}). "
         f"The defense is in L2, ε = 0.1.{''.join(cut)}\n\n" + "\n".join(table(records, metric) for metric in METRICS)
     )
-    (options.output / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+    write_table(options.output, text)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,15 @@ setting, for a GPU: 200 epochs of a ResNet-34, paper 1's, or with `--depth 101` 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.reports.tables import markdown_table
 from scripts.campaigns import (
+    DEVICE,
     PLAIN,
     Arm,
     Run,
@@ -32,10 +30,12 @@ from scripts.campaigns import (
     campaign_parser,
     l2,
     marked,
-    note_run,
+    measured_once,
+    of_run,
     over,
     over_runs,
     run_example,
+    write_table,
 )
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_image_classifier.py"
@@ -180,10 +180,8 @@ def parse_options() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
     """Train and measure one model, unless its record is there already."""
-    path = options.output / f"{run.file_name}.json"
-    if not path.exists():
-        started = time.monotonic()
-        folder: Path = options.work / run.file_name
+
+    def example(folder: Path) -> None:
         size = SIZES[options.size]
         start = size.starts[run.name.partition("-")[0]]
         settings = {
@@ -193,23 +191,18 @@ def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
             **SGD,
             **size.measure,
             **start.settings,
-            "seed": run.seed,
-            "corruption_seed": run.seed,
-            "corruption_trials": 1,  # the seeds of training are the trials
-            "output_dir": folder,
+            **of_run(run, folder),
             "save_strategy": "no" if options.size == "small" else "epoch",
             "save_total_limit": 1,
             "resume_from_checkpoint": "true",
             "logging_steps": 10,
-            "report_to": "none",
-            **({"tf32": True} if torch.cuda.is_available() else {}),
+            **({"tf32": True} if DEVICE.type == "cuda" else {}),
         }
         late = ["--defense_start_epoch", str(start.start_epoch)] if run.arm.defense is not None else []
         flags = ["--do_train", "--do_eval", *run.arm.flags, *late, "--corruptions", *CORRUPTIONS]
         run_example([EXAMPLE], settings, *flags, threads=options.threads)
-        EvaluationRecord.load(folder / "robustness.json").save(path)
-        note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
-    return EvaluationRecord.load(path)
+
+    return measured_once(options, run, example)
 
 
 def beside(words: str, of_paper: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -254,8 +247,7 @@ def main() -> None:
     if options.arms:
         return
     text = page(options, {start: {name: found[f"{start}-{name}"] for name in ARMS} for start in starts})
-    (options.output / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+    write_table(options.output, text)
 
 
 if __name__ == "__main__":

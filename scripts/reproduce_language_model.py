@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -29,10 +28,12 @@ from scripts.campaigns import (
     l2,
     marked,
     mean_and_deviation,
-    note_run,
+    measured_once,
+    of_run,
     over,
     over_runs,
     run_example,
+    write_table,
 )
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_language_model.py"
@@ -118,29 +119,22 @@ def parse_options() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
     """Train and measure one model, unless its record is there already."""
-    path: Path = options.output / f"{run.file_name}.json"
-    if not path.exists():
-        started = time.monotonic()
-        folder = options.work / run.file_name
+
+    def example(folder: Path) -> None:
         settings = {
             **SIZES[options.size],
             "train_file": options.data / "ptb.train.txt.gz",
             "validation_file": options.data / "ptb.test.txt.gz",
-            "seed": run.seed,
-            "output_dir": folder,
+            **of_run(run, folder),
             "save_strategy": "no" if options.size == "small" else "epoch",
             "save_total_limit": 1,
             "resume_from_checkpoint": "true",
             "logging_steps": 20,
-            "report_to": "none",
-            "corruption_seed": run.seed,
-            "corruption_trials": 1,  # the seeds of training are the trials
         }
         flags = ["--do_train", "--do_eval", *run.arm.flags, "--corruptions", *CORRUPTIONS]
         run_example([EXAMPLE], settings, *flags, threads=options.threads)
-        EvaluationRecord.load(folder / "robustness.json").save(path)
-        note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
-    return EvaluationRecord.load(path)
+
+    return measured_once(options, run, example)
 
 
 def find(record: EvaluationRecord, kind: str, p: float, most: int | None, epsilon: float) -> CorruptionRecord:
@@ -217,8 +211,7 @@ def main() -> None:
     if options.arms:
         return
     text = page(options, records)
-    (options.output / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+    write_table(options.output, text)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from hf_parcor.reports.plots import plot_heat_map
 from hf_parcor.reports.tables import markdown_table
 from hf_parcor.targets.groups import Groups
 from hf_parcor.tasks import ImageClassification, decoded_images, load_rows
-from scripts.campaigns import run_example
+from scripts.campaigns import DEVICE, run_example
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_image_classifier.py"
 COMMAND = "python -m scripts.reproduce_paper_1 --weights FOLDER --data FOLDER --output scripts/results/paper_1"
@@ -378,7 +378,7 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=10_000, help="the first so many; default: all")
     parser.add_argument("--probe-images", type=int, default=2000, help="test images for kinds and layers")
     parser.add_argument("--trials", type=int, default=3, help="of random corruptions; default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=str(DEVICE))
     parser.add_argument(
         "--only-measure", action="store_true", help="write no page: some depths are measured elsewhere"
     )

@@ -10,7 +10,6 @@ a record for each run, and `table.md`: mean ± sample standard deviation over se
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,11 +24,13 @@ from scripts.campaigns import (
     campaign_parser,
     l2,
     mean_and_deviation,
-    note_run,
+    measured_once,
+    of_run,
     over_runs,
     over_seeds,
     run_example,
     tables,
+    write_table,
 )
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_parser.py"
@@ -76,10 +77,8 @@ def parse_options() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
     """Train and measure one model, unless its record is there already."""
-    path = options.output / f"{run.file_name}.json"
-    if not path.exists():
-        started = time.monotonic()
-        folder: Path = options.work / run.file_name
+
+    def example(folder: Path) -> None:
         trained = (folder / "train_results.json").exists()  # killed while it was measured
         settings = {
             "train_file": options.data / "en_ewt-ud-train.conllu.gz",
@@ -89,20 +88,15 @@ def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
             "dropout": 0.2,
             "per_device_train_batch_size": 256,  # at paper 1's 1,024 these few steps end before it has learned much
             "num_train_epochs": 3,
-            "seed": run.seed,
-            "corruption_seed": run.seed,
-            "corruption_trials": 1,  # the seeds of training are the trials
-            "output_dir": folder,
+            **of_run(run, folder),
             "save_strategy": "no",
             "logging_steps": 20,
-            "report_to": "none",
             **({"model_name_or_path": folder} if trained else {"do_train": True}),
         }
         flags = ["--do_eval", *run.arm.flags, "--corruptions", *CORRUPTIONS]
         run_example([EXAMPLE], settings, *flags, threads=options.threads)
-        EvaluationRecord.load(folder / "robustness.json").save(path)
-        note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
-    return EvaluationRecord.load(path)
+
+    return measured_once(options, run, example)
 
 
 def per_cent(rows: Sequence[CorruptionRecord]) -> str:
@@ -149,8 +143,7 @@ def main() -> None:
         f"## Table 2: corruption-resistant training\n\nK = 1 in L2, ε = {EPSILON}, which is ACRT with α = 1/2.\n\n"
         f"{tables(trained, ARMS, costs=True, metric='uas')}"
     )
-    (options.output / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+    write_table(options.output, text)
 
 
 if __name__ == "__main__":

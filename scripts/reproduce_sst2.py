@@ -12,12 +12,11 @@ second comparison are also corrupted in their last layer alone.
 from __future__ import annotations
 
 import argparse
-import time
 
 from hf_parcor import CorruptionConstraint, GradientCorruption
 from hf_parcor.records import EvaluationRecord
-from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, note_run, over_runs, tables
-from scripts.sst2_runs import evaluator_of, parse_options, train
+from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, measured_once, over_runs, tables, write_table
+from scripts.sst2_runs import above_tables, evaluator_of, parse_options, train
 
 ARMS = {
     "plain": PLAIN,
@@ -39,13 +38,8 @@ TARGETS = ["plain", "multi_step_risk-1", "last_layer"]
 
 def measure(options: argparse.Namespace, run: Run, *more: str) -> EvaluationRecord:
     """Train and measure one model, unless its record is there already; `more` are flags for the example."""
-    path = options.output / f"{run.file_name}.json"
-    if not path.exists():
-        started = time.monotonic()
-        folder = train(options, run, "--do_eval", "--corruption_trials", str(options.size.trials), *more)
-        EvaluationRecord.load(folder / "robustness.json").save(path)
-        note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
-    return EvaluationRecord.load(path)
+    flags = ["--do_eval", "--corruption_trials", str(options.size.trials), *more]
+    return measured_once(options, run, lambda folder: train(options, run, *flags))
 
 
 def corrupt_last_layer(options: argparse.Namespace, run: Run) -> EvaluationRecord:
@@ -69,17 +63,12 @@ def main() -> None:
     targets = {name: ARMS[name] for name in TARGETS}
     last_layer = over_runs(corrupt_last_layer, "last layer corrupted", options, targets)
     text = (
-        f"SST-2 dev accuracy over {len(options.seeds)} seeds ({', '.join(map(str, options.seeds))}), mean ± sample "
-        f"standard deviation; {options.size}; "
-        "defenses in L2, ε = 0.1.\n"
-        "t: Student's test with pooled variance of the hypothesis that the defended arm is no better "
-        f"(df = {2 * (len(options.seeds) - 1)}); * p < 0.05, one-sided, not corrected for the number of rows.\n\n"
+        f"{above_tables(options, 'the defended arm is no better', more='; defenses in L2, ε = 0.1')}"
         f"## Defenses\n\n{tables({arm: trained[arm] for arm in DEFENSES}, ARMS, costs=True)}\n"
         f"## Targets\n\nAll parameters corrupted:\n\n{tables({arm: trained[arm] for arm in TARGETS}, ARMS)}\n"
         f"Only the last layer corrupted:\n\n{tables(last_layer, ARMS)}"
     )
-    (options.output / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+    write_table(options.output, text)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ gets the record, `table.md` and `epsilon.png`. A training that is done is kept, 
 
 from __future__ import annotations
 
-import gzip
 import random
 from statistics import fmean
 
@@ -35,8 +34,8 @@ from hf_parcor import (
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.reports.plots import plot_search
 from hf_parcor.reports.tables import search_table
-from scripts.campaigns import ONE_STEP, Arm
-from scripts.sst2_runs import parse_options, sentence_batches
+from scripts.campaigns import ONE_STEP, Arm, write_table
+from scripts.sst2_runs import parse_options, read_sentences, sentence_batches
 
 LOW, HIGH, TRAININGS = 0.01, 1.0, 6
 RADII = (0.05, 0.1, 0.2)
@@ -48,12 +47,11 @@ def main() -> None:
     (seed,) = options.seeds
     size = options.size
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    with gzip.open(options.data / size.train_file, "rt", encoding="utf-8") as file:
-        rows = [line.rstrip("\n").split("\t") for line in list(file)[1:]]
+    rows = read_sentences(options.data / size.train_file)
     random.Random(seed).shuffle(rows)
     train_dataset = Dataset.from_list(
         [
-            {**tokenizer(text, truncation=True, max_length=128), "labels": int(label)}
+            {**tokenizer(text, truncation=True, max_length=128), "labels": label}
             for text, label in rows[: size.train_samples]
         ]
     )
@@ -102,9 +100,8 @@ def main() -> None:
         f"SST-2, seed {seed}: {size}; K = 1, L2. Objective: mean accuracy on half of the dev sentences, without "
         f"corruption and along the gradient, L2, at ε = {', '.join(map(str, RADII))}.\n\n{search_table(record)}\n"
     )
-    (options.output / "table.md").write_text(text, encoding="utf-8")
+    write_table(options.output, text)
     plot_search(record, "mean accuracy").savefig(options.output / "epsilon.png", dpi=100)
-    print(text)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import gzip
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,27 @@ def train(options: argparse.Namespace, run: Run, *more: str) -> Path:
         "save_strategy": "no",
         "logging_steps": 10,
         "report_to": "none",
-        **({"tf32": True} if torch.cuda.is_available() else {}),
+        **({"tf32": True} if DEVICE.type == "cuda" else {}),
     }
     program = run.arm.program or [EXAMPLE]
     run_example(program, fixed, "--do_train", *run.arm.flags, *more, threads=options.threads)
     return folder
+
+
+def above_tables(options: argparse.Namespace, hypothesis: str, *, more: str = "") -> str:
+    """Return what a page says above its tables: what was measured, over which seeds, and what its stars test.
+
+    Args:
+        options: Those of a campaign.
+        hypothesis: What t is evidence against.
+        more: What else is to be said of the training.
+    """
+    return (
+        f"SST-2 dev accuracy over {len(options.seeds)} seeds ({', '.join(map(str, options.seeds))}), mean ± sample "
+        f"standard deviation; {options.size}{more}.\n"
+        f"t: Student's test with pooled variance of the hypothesis that {hypothesis} "
+        f"(df = {2 * (len(options.seeds) - 1)}); * p < 0.05, one-sided, not corrected for the number of rows.\n\n"
+    )
 
 
 def model_and_batches(options: argparse.Namespace, folder: Path) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
@@ -100,16 +116,24 @@ def model_and_batches(options: argparse.Namespace, folder: Path) -> tuple[PreTra
     return model, sentence_batches(AutoTokenizer.from_pretrained(folder), options.data / "dev.tsv.gz")
 
 
+def read_sentences(path: Path) -> list[tuple[str, int]]:
+    """Return the sentences of a file with their labels."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = [line.rstrip("\n").split("\t") for line in list(file)[1:]]
+    return [(text, int(label)) for text, label in rows]
+
+
+def batch_of(tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
+    """Return some sentences and their labels as the model takes them."""
+    texts, labels = zip(*rows, strict=True)
+    batch = tokenizer(list(texts), truncation=True, max_length=128, padding=True, return_tensors="pt")
+    return {**batch, "labels": torch.tensor(labels)}
+
+
 def sentence_batches(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[dict[str, Tensor]]:
     """Return the sentences of a file in batches of like length, the shortest first."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = sorted((line.rstrip("\n").split("\t") for line in list(file)[1:]), key=lambda row: len(row[0]))
-    batches = []
-    for start in range(0, len(rows), 64):
-        texts, labels = zip(*rows[start : start + 64], strict=True)
-        batch = tokenizer(list(texts), truncation=True, max_length=128, padding=True, return_tensors="pt")
-        batches.append({**batch, "labels": torch.tensor([int(label) for label in labels])})
-    return batches
+    rows = sorted(read_sentences(path), key=lambda row: len(row[0]))
+    return [batch_of(tokenizer, rows[start : start + 64]) for start in range(0, len(rows), 64)]
 
 
 def evaluator_of(options: argparse.Namespace, folder: Path, **selection: Any) -> CorruptionEvaluator:

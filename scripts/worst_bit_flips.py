@@ -14,7 +14,6 @@ Weight clipping (`clipped`): after each step every entry of a matrix is clamped 
 from __future__ import annotations
 
 import argparse
-import gzip
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -28,8 +27,8 @@ from transformers import AutoTokenizer, TrainerCallback
 from hf_parcor import BitFlips, CorruptionEvaluator, FlipRecord, ParameterDefenseTrainer, measure_flips_to_break
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.records import EvaluationRecord
-from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, mean_and_deviation, note_run
-from scripts.sst2_runs import model_and_batches, parse_options, run_example_with, train
+from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, mean_and_deviation, note_run, write_table
+from scripts.sst2_runs import batch_of, model_and_batches, parse_options, read_sentences, run_example_with, train
 
 CLIP = 0.5  # ten standard deviations of a typical matrix, whose largest entries reach 8
 FORMATS = {"float32": 5, "int8": 8}  # and after how many flips to give up
@@ -67,11 +66,8 @@ def train_clipped() -> None:
 
 def sentences_to_search_on(options: argparse.Namespace, folder: Path) -> list[dict[str, Tensor]]:
     """Return one batch: the first 32 of the training sentences."""
-    with gzip.open(options.data / "train_sentences.tsv.gz", "rt", encoding="utf-8") as file:
-        rows = [line.rstrip("\n").split("\t") for line in list(file)[1:33]]
-    texts, labels = zip(*rows, strict=True)
-    batch = AutoTokenizer.from_pretrained(folder)(list(texts), truncation=True, padding=True, return_tensors="pt")
-    return [{**batch, "labels": torch.tensor([int(label) for label in labels])}]
+    rows = read_sentences(options.data / "train_sentences.tsv.gz")[:32]
+    return [batch_of(AutoTokenizer.from_pretrained(folder), rows)]
 
 
 def measure(options: argparse.Namespace, run: Run) -> tuple[dict[str, FlipRecord], EvaluationRecord]:
@@ -136,8 +132,7 @@ def main() -> None:
         "on one batch of 32 training sentences, the losses of 5 tensors a flip). Random flips, the rate is per bit: "
         "mean of three trials.\n\n" + table(records)
     )
-    (options.output / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+    write_table(options.output, text)
 
 
 if __name__ == "__main__":
