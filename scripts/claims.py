@@ -15,10 +15,12 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
+from typing import TypeVar
 
-from hf_parcor.records import CorruptionRecord, EvaluationRecord, SweepRecord
+from hf_parcor.records import CorruptionRecord, EvaluationRecord, StoredRecord, SweepRecord
 from hf_parcor.reports.tables import markdown_table
 from hf_parcor.statistics import TTest, holm_correction, student_t_test
 from scripts.campaigns import mean_and_deviation
@@ -30,6 +32,7 @@ PAGE = RESULTS / "README.md"
 README = Path(__file__).parents[1] / "README.md"
 FIRST_TABLE = ("<!-- the first table: python -m scripts.claims -->\n", "<!-- end of the first table -->\n")
 LEVEL = 0.05
+_Record = TypeVar("_Record", bound=StoredRecord)
 CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE = "confirmed", "not confirmed", "not testable here"
 ALONE = "\u00a0†"
 
@@ -81,6 +84,10 @@ class Runs:
 
     def values(self) -> list[float]:
         """Return one number for each seed, a share in per cent."""
+        return self._values
+
+    @cached_property
+    def _values(self) -> list[float]:
         return [fmean(self._value(row) for row in record.rows() if self.rows(row)) for record in self._records()]
 
     def _records(self) -> Iterator[EvaluationRecord]:
@@ -144,19 +151,24 @@ def layer_of(stack: str, layer: int) -> Runs:
     return Runs("translation/multi30k", "plain", WORST, "bleu", ending="-layers", group=group)
 
 
-def resnets(kind: str) -> dict[str, EvaluationRecord]:
-    """Return the records of the trained ResNets on some images."""
-    return {path.stem: EvaluationRecord.load(path) for path in sorted((RESULTS / "paper_1").glob(f"*-{kind}.json"))}
+def kept(kind: type[_Record], folder: str, pattern: str) -> dict[str, _Record]:
+    """Return records of one kind by the names of their files."""
+    return {path.stem: kind.load(path) for path in sorted((RESULTS / folder).glob(pattern))}
 
 
-def probes(folder: str, pattern: str) -> dict[str, SweepRecord]:
-    """Return the probes of some models."""
-    return {path.stem: SweepRecord.load(path) for path in sorted((RESULTS / folder).glob(pattern))}
+def resnets() -> dict[str, EvaluationRecord]:
+    """Return what was measured of the trained ResNets on test images."""
+    return kept(EvaluationRecord, "paper_1", "*-test.json")
+
+
+def probes(pattern: str, folder: str = "paper_1") -> dict[str, SweepRecord]:
+    """Return the probes of some models, the trained ResNets unless told."""
+    return kept(SweepRecord, folder, pattern)
 
 
 def layer_norm_is_weakest() -> tuple[bool, str]:
     """Whether layer-norm is the weakest kind of a BERT along the gradient."""
-    (sweep,) = probes("probes", "plain-seed1-kinds.json").values()
+    (sweep,) = probes("plain-seed1-kinds.json", "probes").values()
     gradient = {group: replace(record, corruptions=along(record)) for group, record in sweep.records.items()}
     found = means(replace(sweep, records=gradient))
     order = sorted(found, key=lambda group: found[group])
@@ -227,13 +239,11 @@ CLAIMS = [
         "The same: language model, log perplexity, L2, six radii",
         within(LSTM, "plain", along_l2(RADII), along_l2(RADII, "random"), metric="loss"),
     ),
-    Claim(
-        PAPER_1, "The same: trained ResNets on CIFAR-10", Seen(lambda: worse_by_gradient(resnets("test"))), "paper_1"
-    ),
+    Claim(PAPER_1, "The same: trained ResNets on CIFAR-10", Seen(lambda: worse_by_gradient(resnets())), "paper_1"),
     Claim(
         PAPER_1,
         "It needs a far smaller corruption (Figure 3): ResNets",
-        Seen(lambda: smaller_by_gradient(resnets("test"))),
+        Seen(lambda: smaller_by_gradient(resnets())),
         "paper_1",
     ),
     Claim(
@@ -250,20 +260,20 @@ CLAIMS = [
     Claim(
         PAPER_1,
         "Normalisation is the weakest kind (Figure 4): ResNets",
-        Seen(lambda: weakest(probes("paper_1", "*-kinds.json"), "other normalization")),
+        Seen(lambda: weakest(probes("*-kinds.json"), "other normalization")),
         "paper_1",
     ),
     Claim(PAPER_1, "The same: BERT on SST-2, along the gradient", Seen(layer_norm_is_weakest), "probes"),
     Claim(
         PAPER_1,
         "Convolutions are weaker than fully connected layers (Figure 4): ResNets",
-        Seen(lambda: below(probes("paper_1", "*-kinds.json"), "convolution", "linear")),
+        Seen(lambda: below(probes("*-kinds.json"), "convolution", "linear")),
         "paper_1",
     ),
     Claim(
         PAPER_1,
         "Lower layers are weaker (text of Figure 4): ResNets",
-        Seen(lambda: lower_is_weaker(probes("paper_1", "*-stages.json"))),
+        Seen(lambda: lower_is_weaker(probes("*-stages.json"))),
         "paper_1",
     ),
     Claim(
@@ -464,11 +474,12 @@ def rows() -> list[Row]:
     for place, one in enumerate(CLAIMS):
         match one.evidence:
             case Higher():
-                p, of_all = tests[place].p_value, corrected[place]
+                test, of_all = tests[place], corrected[place]
                 claim = replace(one, folder=one.evidence.first.folder)
                 verdict = CONFIRMED if of_all < LEVEL else NOT_CONFIRMED
-                mark = ALONE if p < LEVEL <= of_all else ""
-                found.append(Row(claim, verdict + mark, seen(one.evidence), probability(p), probability(of_all)))
+                mark = ALONE if test.p_value < LEVEL <= of_all else ""
+                p_values = probability(test.p_value), probability(of_all)
+                found.append(Row(claim, verdict + mark, seen(one.evidence, test), *p_values))
             case Seen():
                 holds, words = one.evidence.how()
                 found.append(Row(one, CONFIRMED if holds else NOT_CONFIRMED, words.rstrip(".")))
@@ -477,14 +488,14 @@ def rows() -> list[Row]:
     return found
 
 
-def seen(higher: Higher) -> str:
+def seen(higher: Higher, test: TTest) -> str:
     """Return both means, their difference with its interval, and how many runs there were."""
     first, second = higher.first.values(), higher.second.values()
-    test = student_t_test(first, second)
+    middle = test.mean_difference - higher.margin
     half = test.critical_value((1 - 0.95) / 2) * test.standard_error
     unit = higher.first.unit
     digits = 2 if unit == "nats" else 1
-    low, difference, high = (f"{test.mean_difference + end:+.{digits}f}" for end in (-half, 0, half))
+    low, difference, high = (f"{middle + end:+.{digits}f}" for end in (-half, 0, half))
     return (
         f"{fmean(first):.{digits}f} against {fmean(second):.{digits}f}: {difference} {unit} [{low}, {high}], "
         f"n = {len(first)} + {len(second)}"
@@ -527,17 +538,17 @@ def page() -> str:
     for by in (PAPER_1, PAPER_2, OURS):
         lines = [row.cells() for row in found if row.claim.by == by]
         parts += [f"## Of {by}", markdown_table(header, lines, texts=4)]
-    return "\n\n".join([*parts, "## How the records were made", "\n".join(commands())]) + "\n"
+    return "\n\n".join([*parts, "## How the records were made", "\n".join(commands(found))]) + "\n"
 
 
-def commands() -> Iterator[str]:
+def commands(found: Iterable[Row]) -> Iterator[str]:
     """Return a line for each folder of records: the command that makes it, and where its table is discussed."""
-    for folder in sorted({row.claim.folder for row in rows() if row.claim.folder}):
-        found = study_of(folder)
-        if found is None:
+    for folder in sorted({row.claim.folder for row in found if row.claim.folder}):
+        known = study_of(folder)
+        if known is None:
             yield f"- [{folder}]({folder}): see [the table of experiments](../README.md)"
         else:
-            name, study = found
+            name, study = known
             yield f"- [{folder}]({folder}): `python -m scripts.reproduce {name}`, which runs `{study.line()}`"
 
 
