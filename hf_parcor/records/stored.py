@@ -119,11 +119,12 @@ class StoredRecord(ABC):
         Raises:
             ValueError: They are no such record, or one of another format.
         """
-        others = [one.kind for one in StoredRecord.__subclasses__() if one is not cls and _has_fields_of(data, one)]
-        if others and not _has_fields_of(data, cls):
-            raise ValueError(
-                f"{cls.kind}: expected one, got a {others[0]}; name another file, or read it as what it is"
-            )
+        if not _has_fields_of(data, cls):
+            other = next((one.kind for one in StoredRecord.__subclasses__() if _has_fields_of(data, one)), None)
+            if other is not None:
+                raise ValueError(
+                    f"{cls.kind}: expected one, got a {other}; name another file, or read it as what it is"
+                )
         if not isinstance(data, dict) or data.get("format") != cls.format:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"{cls.kind}: expected format {cls.format}, got {found!r}; {cls.remedy}")

@@ -81,6 +81,7 @@ class _Told:
         self.clean = scores.clean[self.metric] if measured is None else measured.clean.mean(self.metric)
         # One part alone changes an accuracy by a few rows, which is chance: what it was chosen by tells more.
         self.of_parts = DIVERGENCE if recipe.by == DIVERGENCE and DIVERGENCE in scores.clean else self.metric
+        self.numbers_of_parts = Numbers(scores.info(self.of_parts).unit)
         self.formats = short_formats(recipe.formats)
         self.names = dict(zip(recipe.choice, short_names(list(recipe.choice)), strict=True))
 
@@ -91,6 +92,20 @@ class _Told:
     def lost(self, drop: float) -> str:
         """Return a drop as the change that it is."""
         return self.numbers.difference(-drop if self.greater else drop, sign=True)
+
+    def of_part(self, drop: float) -> str:
+        """Return what one part costs in one format, without its unit."""
+        if self.of_parts == DIVERGENCE:
+            return f"{1000 * drop:.2g}"
+        return self.numbers_of_parts.plain_difference(drop)
+
+    @property
+    def caption_of_parts(self) -> str:
+        """What `of_part` says, with its unit."""
+        word = "drop" if self.scores.info(self.of_parts).greater_is_better else "rise"
+        small = self.of_parts == DIVERGENCE
+        unit = "thousandths of a nat" if small else self.numbers_of_parts.unit_of_differences
+        return f"{word} of {self.of_parts}" + (f" in {unit}" if unit else "")
 
     def row(self, label: str | None) -> CorruptionRecord | None:
         """Return what was measured under a name; None for nothing."""
@@ -271,26 +286,22 @@ def _drops(told: _Told) -> dict[tuple[str, str], float]:
 def _heat_map(told: _Told, largest: float) -> Table:
     """Return how much worse each part makes the metric in each format; what was chosen has a mark."""
     labels, drops = list(told.recipe.formats), _drops(told)
-    info = told.scores.info(told.of_parts)
-    numbers = Numbers(info.unit)
-    small = told.of_parts == DIVERGENCE
     rows, shares = [], []
     for group, one in told.recipe.choice.items():
         cells, of_row = [], []
         for label in labels:
             drop = drops.get((group, label))
             mark = " ✓" if label == one.format else ""
-            shown = f"{1000 * drop:.2g}" if small and drop is not None else numbers.plain_difference(drop or 0.0)
-            cells.append(("–" if drop is None else shown) + mark)
+            cells.append(("–" if drop is None else told.of_part(drop)) + mark)
             of_row.append(None if drop is None or math.isnan(drop) else _share(drop, largest))
         rows.append((told.names[group], *cells))
         shares.append(tuple(of_row))
-    word = "drop" if info.greater_is_better else "rise"
-    unit = "thousandths of a nat" if small else numbers.unit_of_differences
-    caption = (
-        f"{word} of {told.of_parts}" + (f" in {unit}" if unit else "") + ", one part in one format; ✓ is the recipe"
+    return Table(
+        f"{told.caption_of_parts}, one part in one format; ✓ is the recipe",
+        ("part", *(told.formats[label] for label in labels)),
+        tuple(rows),
+        tuple(shares),
     )
-    return Table(caption, ("part", *(told.formats[label] for label in labels)), tuple(rows), tuple(shares))
 
 
 def _share(drop: float, largest: float) -> float:
@@ -300,8 +311,7 @@ def _share(drop: float, largest: float) -> float:
 def _strongest(told: _Told, largest: float) -> str:
     if largest == 0:
         return "No cell has a colour, since none that was measured is worse than without quantization."
-    numbers = Numbers(told.scores.info(told.of_parts).unit)
-    return f"The stronger the colour, the worse it is; the strongest is {numbers.difference(largest)}."
+    return f"The stronger the colour, the worse it is; the strongest is {told.numbers_of_parts.difference(largest)}."
 
 
 def _choice(told: _Told) -> Table:
