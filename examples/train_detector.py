@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate.utils import gather_object
 from modeling_faster_rcnn import FasterRCNNConfig
 from torch.utils.data import DataLoader
@@ -31,7 +28,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForObjectDetection,
     DetrImageProcessor,
-    HfArgumentParser,
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
@@ -39,10 +35,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDefenseTrainingArguments
 from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.evaluation import RobustnessArguments
-from hf_parcor.reports.tables import comparison_table
+from hf_parcor.programs import measure_and_save, read_arguments, train_and_save
 from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, load_rows
 from hf_parcor.tasks.object_detection import detection_metric
-from hf_parcor.training import checkpoint_to_resume, signs_of_collapse
+from hf_parcor.training import checkpoint_to_resume
 
 logger = logging.getLogger(__name__)
 TASK = TASKS["object-detection"]
@@ -188,15 +184,9 @@ def load_model(arguments: ModelArguments, data: DataArguments, head: dict[str, A
 
 def main() -> None:
     """Train, evaluate, corrupt."""
-    kinds: Any = (ModelArguments, DataArguments, RobustnessArguments, ParameterDefenseTrainingArguments)
-    parser = HfArgumentParser(kinds)
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        parsed = parser.parse_json_file(json_file=str(Path(sys.argv[1]).resolve()))
-    else:
-        parsed = parser.parse_args_into_dataclasses()
-    model_arguments, data, robustness, training = parsed
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    transformers.utils.logging.set_verbosity(training.get_process_log_level())
+    model_arguments, data, robustness, training = read_arguments(
+        ModelArguments, DataArguments, RobustnessArguments, ParameterDefenseTrainingArguments
+    )
     logger.info("processes: %d", training.world_size)
     training.remove_unused_columns = False  # the collator needs them all
     set_seed(training.seed)
@@ -238,13 +228,7 @@ def main() -> None:
     )
 
     if train_examples is not None:
-        result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
-        metrics = {**result.metrics, "train_samples": len(train_examples)}
-        metrics["train_collapsed"] = float(bool(signs_of_collapse(trainer.state.log_history)))
-        trainer.save_model()
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
+        train_and_save(trainer, checkpoint_to_resume(training), train_samples=len(train_examples))
 
     if eval_examples is not None and metric is not None:
         metrics = {**trainer.evaluate(), "eval_samples": len(eval_examples)}
@@ -252,11 +236,9 @@ def main() -> None:
         trainer.save_metrics("eval", metrics)
         if not robustness.skip_corruptions:  # all processes measure together
             evaluator = CorruptionEvaluator(model, metric, progress=not training.disable_tqdm)
-            record = evaluator.evaluate(corruptions, robustness.corruption_trials, robustness.corruption_seed)
-            if trainer.is_world_process_zero():
-                path = record.save(Path(training.output_dir) / "robustness.json")
-                print(comparison_table({"map_50": record}, metric="map_50"))
-                print(f"The record is in {path}.")
+            shown = measure_and_save(trainer, evaluator, corruptions, robustness, "map_50", "map_50")
+            if shown:
+                print(shown)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,11 @@ from __future__ import annotations
 
 import logging
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from modeling_small_resnet import SmallResNetConfig, SmallResNetForImageClassification
 from safetensors.torch import load_file
 from torch import Tensor
@@ -41,7 +38,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     EvalPrediction,
-    HfArgumentParser,
     TrainerCallback,
     set_seed,
 )
@@ -50,9 +46,9 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDefenseTrainingArguments
 from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.evaluation import ClassificationMetric, RobustnessArguments
-from hf_parcor.reports.tables import comparison_table
+from hf_parcor.programs import measure_and_save, read_arguments, train_and_save
 from hf_parcor.tasks import ImageClassification, LabelledImages, Rows, decoded_images, load_rows
-from hf_parcor.training import checkpoint_to_resume, signs_of_collapse
+from hf_parcor.training import checkpoint_to_resume
 
 logger = logging.getLogger(__name__)
 TASK = ImageClassification()
@@ -242,15 +238,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def main() -> None:
     """Train, evaluate, corrupt."""
-    kinds: Any = (ModelArguments, DataArguments, RobustnessArguments, ParameterDefenseTrainingArguments)
-    parser = HfArgumentParser(kinds)
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        parsed = parser.parse_json_file(json_file=str(Path(sys.argv[1]).resolve()))
-    else:
-        parsed = parser.parse_args_into_dataclasses()
-    model_arguments, data, robustness, training = parsed
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    transformers.utils.logging.set_verbosity(training.get_process_log_level())
+    model_arguments, data, robustness, training = read_arguments(
+        ModelArguments, DataArguments, RobustnessArguments, ParameterDefenseTrainingArguments
+    )
     logger.info("processes: %d", training.world_size)
     set_seed(training.seed)
     corruptions = robustness.read(corruptions_of_table_1())  # before minutes of training
@@ -293,13 +283,7 @@ def main() -> None:
     )
 
     if train_rows is not None:
-        result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
-        metrics = {**result.metrics, "train_samples": len(train_rows)}
-        metrics["train_collapsed"] = float(bool(signs_of_collapse(trainer.state.log_history)))
-        trainer.save_model()
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
+        train_and_save(trainer, checkpoint_to_resume(training), train_samples=len(train_rows))
     elif model_arguments.resnet_depth is not None and trainer.is_world_process_zero():
         model.save_pretrained(training.output_dir)
         processor.save_pretrained(training.output_dir)
@@ -311,11 +295,9 @@ def main() -> None:
         if not robustness.skip_corruptions:  # all processes measure together
             batches = DataLoader(eval_rows, batch_size=training.eval_batch_size, collate_fn=whole_batch)
             evaluator = CorruptionEvaluator(model, ClassificationMetric(batches), progress=not training.disable_tqdm)
-            record = evaluator.evaluate(corruptions, robustness.corruption_trials, robustness.corruption_seed)
-            if trainer.is_world_process_zero():
-                path = record.save(Path(training.output_dir) / "robustness.json")
-                print(comparison_table({"accuracy": record}))
-                print(f"The record is in {path}.")
+            shown = measure_and_save(trainer, evaluator, corruptions, robustness, "accuracy")
+            if shown:
+                print(shown)
 
 
 def _takes_bytes(model: Any) -> bool:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +32,6 @@ from typing import Any
 
 import modeling_awd_lstm  # noqa: F401 - registers the LSTM
 import torch
-import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -41,7 +39,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -64,11 +61,11 @@ from hf_parcor import (
 from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import LanguageModelMetric, RobustnessArguments
 from hf_parcor.hub_data import load_hub_data
+from hf_parcor.programs import measure_and_save, read_arguments, train_and_save
 from hf_parcor.records.metric_info import MetricInfo
-from hf_parcor.reports.tables import comparison_table
 from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tasks import read_file
-from hf_parcor.training import checkpoint_to_resume, signs_of_collapse
+from hf_parcor.training import checkpoint_to_resume
 
 logger = logging.getLogger(__name__)
 
@@ -402,15 +399,9 @@ def corruptions_of_paper_1() -> list[Corruption]:
 
 def main() -> None:
     """Train, evaluate, corrupt."""
-    kinds: Any = (ModelArguments, DataArguments, RobustnessArguments, ParameterDefenseTrainingArguments)
-    parser = HfArgumentParser(kinds)
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        parsed = parser.parse_json_file(json_file=str(Path(sys.argv[1]).resolve()))
-    else:
-        parsed = parser.parse_args_into_dataclasses()
-    model_arguments, data, robustness, training = parsed
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    transformers.utils.logging.set_verbosity(training.get_process_log_level())
+    model_arguments, data, robustness, training = read_arguments(
+        ModelArguments, DataArguments, RobustnessArguments, ParameterDefenseTrainingArguments
+    )
     logger.info("processes: %d", training.world_size)
     set_seed(training.seed)
     corruptions = robustness.read(corruptions_of_paper_1())  # before minutes of training
@@ -453,13 +444,7 @@ def main() -> None:
     )
 
     if train_rows is not None:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        metrics = {**result.metrics, "train_samples": len(train_rows)}
-        metrics["train_collapsed"] = float(bool(signs_of_collapse(trainer.state.log_history)))
-        trainer.save_model()
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
+        train_and_save(trainer, checkpoint, train_samples=len(train_rows))
 
     if carries:
         model.forget_state()
@@ -478,11 +463,9 @@ def main() -> None:
                 with_states(model, batches) if carries else None,
                 progress=not training.disable_tqdm,
             )
-            record = evaluator.evaluate(corruptions, robustness.corruption_trials, robustness.corruption_seed)
-            if trainer.is_world_process_zero():
-                path = record.save(Path(training.output_dir) / "robustness.json")
-                print(comparison_table({"model": record}, "loss"))
-                print(f"The record is in {path}.")
+            shown = measure_and_save(trainer, evaluator, corruptions, robustness, "model", "loss")
+            if shown:
+                print(shown)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import gzip
 import logging
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,11 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from modeling_transition_parser import UNKNOWN, TransitionParser, TransitionParserConfig, oracle_rows
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDefenseTrainingArguments
@@ -37,10 +35,10 @@ from hf_parcor.errors import InputError
 from hf_parcor.evaluation import RobustnessArguments
 from hf_parcor.evaluation.metrics import OverBatches, own_batch, share_not_finite
 from hf_parcor.hub_data import load_hub_data
+from hf_parcor.programs import measure_and_save, read_arguments, train_and_save
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.metric_info import SHARE, MetricInfo
-from hf_parcor.reports.tables import comparison_table
-from hf_parcor.training import checkpoint_to_resume, signs_of_collapse
+from hf_parcor.training import checkpoint_to_resume
 
 logger = logging.getLogger(__name__)
 
@@ -314,15 +312,9 @@ class ParserTrainer(ParameterDefenseTrainer):
 
 def main() -> None:
     """Train, evaluate, corrupt."""
-    kinds: Any = (ModelArguments, DataArguments, RobustnessArguments, TrainingArguments)
-    parser = HfArgumentParser(kinds)
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        parsed = parser.parse_json_file(json_file=str(Path(sys.argv[1]).resolve()))
-    else:
-        parsed = parser.parse_args_into_dataclasses()
-    model_arguments, data, robustness, training = parsed
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    transformers.utils.logging.set_verbosity(training.get_process_log_level())
+    model_arguments, data, robustness, training = read_arguments(
+        ModelArguments, DataArguments, RobustnessArguments, TrainingArguments
+    )
     logger.info("processes: %d", training.world_size)
     set_seed(training.seed)
     corruptions = robustness.read(read_corruptions(CORRUPTIONS))  # before minutes of training
@@ -365,18 +357,8 @@ def main() -> None:
         trainer.attachment = AttachmentScore(list(sentence_batches(model, eval_trees, data.parse_batch_size)))
 
     if train_rows is not None:
-        result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
-        metrics = {
-            **result.metrics,
-            "train_samples": len(train_rows),
-            "train_trees": train_rows.trees,
-            "train_non_projective_trees": train_rows.non_projective,
-        }
-        metrics["train_collapsed"] = float(bool(signs_of_collapse(trainer.state.log_history)))
-        trainer.save_model()
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
+        counts = {"train_trees": train_rows.trees, "train_non_projective_trees": train_rows.non_projective}
+        train_and_save(trainer, checkpoint_to_resume(training), train_samples=len(train_rows), **counts)
 
     if eval_rows is not None and trainer.attachment is not None:
         metrics = {
@@ -396,11 +378,9 @@ def main() -> None:
                 evaluated_on=EvaluationData(splits["validation"][0], rows=len(eval_trees)),
                 task="token-classification",
             )
-            record = evaluator.evaluate(corruptions, robustness.corruption_trials, robustness.corruption_seed)
-            if trainer.is_world_process_zero():
-                path = record.save(Path(training.output_dir) / "robustness.json")
-                print(comparison_table({"UAS": record}, "uas"))
-                print(f"The record is in {path}.")
+            shown = measure_and_save(trainer, evaluator, corruptions, robustness, "UAS", "uas")
+            if shown:
+                print(shown)
 
 
 if __name__ == "__main__":

@@ -12,21 +12,17 @@ others, and `robustness.json` is written beside the other results.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import datasets
-import transformers
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
-    HfArgumentParser,
     set_seed,
 )
 
@@ -34,10 +30,10 @@ from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDef
 from hf_parcor.corruptions import corruptions_of_table_1
 from hf_parcor.evaluation import ClassificationMetric, RobustnessArguments
 from hf_parcor.hub_data import load_hub_data
-from hf_parcor.reports.tables import comparison_table
+from hf_parcor.programs import measure_and_save, read_arguments, train_and_save
 from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tasks import read_file
-from hf_parcor.training import checkpoint_to_resume, signs_of_collapse
+from hf_parcor.training import checkpoint_to_resume
 
 logger = logging.getLogger(__name__)
 
@@ -99,15 +95,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def main() -> None:
     """Train, evaluate, corrupt."""
-    kinds: Any = (ModelArguments, DataArguments, RobustnessArguments, ParameterDefenseTrainingArguments)
-    parser = HfArgumentParser(kinds)
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        parsed = parser.parse_json_file(json_file=str(Path(sys.argv[1]).resolve()))
-    else:
-        parsed = parser.parse_args_into_dataclasses()
-    model_arguments, data, robustness, training = parsed
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    transformers.utils.logging.set_verbosity(training.get_process_log_level())
+    model_arguments, data, robustness, training = read_arguments(
+        ModelArguments, DataArguments, RobustnessArguments, ParameterDefenseTrainingArguments
+    )
     logger.info("processes: %d", training.world_size)
     set_seed(training.seed)
     corruptions = robustness.read(corruptions_of_table_1())  # before minutes of training
@@ -154,13 +144,7 @@ def main() -> None:
     )
 
     if train_rows is not None:
-        result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
-        metrics = {**result.metrics, "train_samples": len(train_rows)}
-        metrics["train_collapsed"] = float(bool(signs_of_collapse(trainer.state.log_history)))
-        trainer.save_model()
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
+        train_and_save(trainer, checkpoint_to_resume(training), train_samples=len(train_rows))
 
     if eval_rows is not None:
         metrics = {**trainer.evaluate(), "eval_samples": len(eval_rows)}
@@ -172,11 +156,9 @@ def main() -> None:
             by_length = eval_rows.select(sorted(range(len(lengths)), key=lengths.__getitem__))
             batches = DataLoader(by_length, batch_size=training.eval_batch_size, collate_fn=collator)
             evaluator = CorruptionEvaluator(model, ClassificationMetric(batches), progress=not training.disable_tqdm)
-            record = evaluator.evaluate(corruptions, robustness.corruption_trials, robustness.corruption_seed)
-            if trainer.is_world_process_zero():
-                path = record.save(Path(training.output_dir) / "robustness.json")
-                print(comparison_table({"accuracy": record}))
-                print(f"The record is in {path}.")
+            shown = measure_and_save(trainer, evaluator, corruptions, robustness, "accuracy")
+            if shown:
+                print(shown)
 
 
 if __name__ == "__main__":

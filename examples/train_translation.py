@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,14 +38,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import transformers
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -55,6 +52,7 @@ from transformers import (
 from hf_parcor import Seq2SeqParameterDefenseTrainer, Seq2SeqParameterDefenseTrainingArguments
 from hf_parcor.hub_data import load_hub_data
 from hf_parcor.languages import languages_of, set_languages
+from hf_parcor.programs import read_arguments
 from hf_parcor.sequence_length import asked_length, fitting_length, generated_length, unfinished
 from hf_parcor.training import checkpoint_to_resume, signs_of_collapse
 from hf_parcor.translation import (
@@ -336,19 +334,13 @@ def set_generated_length(model: PreTrainedModel, asked: int | None, longest: int
 
 def main() -> None:
     """Train, average, evaluate, translate."""
-    kinds: Any = (ModelArguments, DataArguments, Seq2SeqParameterDefenseTrainingArguments)
-    parser = HfArgumentParser(kinds)
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        parsed = parser.parse_json_file(json_file=str(Path(sys.argv[1]).resolve()))
-    else:
-        parsed = parser.parse_args_into_dataclasses()
-    model_arguments, data, training = parsed
+    model_arguments, data, training = read_arguments(
+        ModelArguments, DataArguments, Seq2SeqParameterDefenseTrainingArguments
+    )
     model_arguments.check()
     training.predict_with_generate = True
     if training.generation_num_beams is None:
         training.generation_num_beams = 5  # as the papers
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    transformers.utils.logging.set_verbosity(training.get_process_log_level())
     logger.info("processes: %d", training.world_size)
     set_seed(training.seed)
 

@@ -207,13 +207,10 @@ def _model(task: Task, arguments: argparse.Namespace, parts: Sequence[tuple[Rows
 
 def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingArguments) -> None:
     """Train, and save model, metrics and state."""
+    from hf_parcor.programs import save_training
     from hf_parcor.training import checkpoint_to_resume
 
-    metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training)).metrics
-    trainer.save_model()
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
+    save_training(trainer, trainer.train(resume_from_checkpoint=checkpoint_to_resume(training)).metrics)
 
 
 def _measure(

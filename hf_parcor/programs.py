@@ -1,0 +1,97 @@
+"""What programs that train have in common: their arguments, a training, and a measurement, that are saved."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.utils import logging as logging_of_transformers
+
+from hf_parcor.corruptions import Corruption
+from hf_parcor.evaluation import CorruptionEvaluator, RobustnessArguments
+from hf_parcor.reports.tables import comparison_table
+from hf_parcor.training import signs_of_collapse
+
+
+def read_arguments(*kinds: type) -> tuple[Any, ...]:
+    """Return a program's arguments, from its flags or from one JSON file, and let the program log as they say.
+
+    Args:
+        *kinds: Dataclasses; one of them is `TrainingArguments`, or a subclass.
+
+    Examples:
+        >>> import sys
+        >>> from dataclasses import dataclass
+        >>> from unittest.mock import patch
+        >>> @dataclass
+        ... class Size:
+        ...     width: int = 8
+        >>> with patch.object(
+        ...     sys, "argv", ["program.py", "--width", "16", "--output_dir", "out", "--use_cpu", "true"]
+        ... ):
+        ...     size, training = read_arguments(Size, TrainingArguments)
+        >>> size.width, training.output_dir
+        (16, 'out')
+    """
+    parser = HfArgumentParser(kinds)  # type: ignore[arg-type]
+    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        parsed = parser.parse_json_file(json_file=str(Path(sys.argv[1]).resolve()))
+    else:
+        parsed = parser.parse_args_into_dataclasses()
+    training = next(one for one in parsed if isinstance(one, TrainingArguments))
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    logging_of_transformers.set_verbosity(training.get_process_log_level())
+    return tuple(parsed)
+
+
+def train_and_save(trainer: Trainer, checkpoint: str | None, **counts: int) -> None:
+    """Train, and save model, state and `train_results.json`, which says whether the run shows signs of collapse.
+
+    Args:
+        trainer: The Trainer.
+        checkpoint: Where to go on from; None for from the start (see `checkpoint_to_resume`).
+        **counts: What else the metrics shall say, such as `train_samples`.
+    """
+    metrics = {**trainer.train(resume_from_checkpoint=checkpoint).metrics, **counts}
+    metrics["train_collapsed"] = float(bool(signs_of_collapse(trainer.state.log_history)))
+    save_training(trainer, metrics)
+
+
+def save_training(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Save a trained model, its state, and the metrics of the training, which are logged too."""
+    trainer.save_model()
+    trainer.log_metrics("train", dict(metrics))
+    trainer.save_metrics("train", dict(metrics))
+    trainer.save_state()
+
+
+def measure_and_save(
+    trainer: Trainer,
+    evaluator: CorruptionEvaluator,
+    corruptions: Sequence[Corruption],
+    robustness: RobustnessArguments,
+    name: str,
+    metric: str = "accuracy",
+) -> str:
+    """Measure a trained model under corruptions, all processes together; save `robustness.json`, and return its table.
+
+    Args:
+        trainer: Whose output folder the record goes to.
+        evaluator: Of its model.
+        corruptions: What the weights are corrupted by.
+        robustness: Trials and their seed.
+        name: What the table calls the column.
+        metric: What the table shows.
+
+    Returns:
+        What a program prints: the table, and where the record is; "" on processes other than the first.
+    """
+    record = evaluator.evaluate(corruptions, robustness.corruption_trials, robustness.corruption_seed)
+    if not trainer.is_world_process_zero():
+        return ""
+    path = record.save(Path(str(trainer.args.output_dir)) / "robustness.json")
+    return f"{comparison_table({name: record}, metric)}\nThe record is in {path}."
