@@ -47,7 +47,7 @@ def _standard_normal_(noise: Tensor, source: torch.Generator | None) -> Tensor:
     """Do as `noise.normal_(generator=source)` does, to the last bit: a large tensor on a CPU in threads.
 
     The CPU's generator gives one number after another, and 16 entries of float32 are made of 16 of them. The states at
-    which blocks begin are found by drawing integers, which takes a third of the time; the blocks are filled beside.
+    which blocks begin are found by drawing integers, which takes less time; the blocks are filled beside.
     """
     threads, large = torch.get_num_threads(), noise.dtype == torch.float32 and noise.numel() >= 2 * _BLOCK
     if threads == 1 or not large or noise.device.type != "cpu":
