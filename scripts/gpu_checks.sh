@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec timeout --kill-after 5 530 "${PYTHON:-python3}" -m scripts.gpu_checks --output "${OUT:-runs/gpu_checks}" "$@"
+exec timeout --kill-after 5 532 "${PYTHON:-python3}" -m scripts.gpu_checks --output "${OUT:-runs/gpu_checks}" "$@"

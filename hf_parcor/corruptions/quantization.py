@@ -44,27 +44,31 @@ scales in another dtype than the weights (`scale_dtype`), and what needs a GPU (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_parcor.corruptions.corruption import OPTION, Corruption, GradientSource, Strength, named_pieces
+from hf_parcor.corruptions.corruption import OPTION, Corruption, GradientSource, Strength, named, named_pieces
 from hf_parcor.functional.quantization import (
     FLOAT_FORMATS,
     MOST_BITS,
+    ROUNDED_TOGETHER,
     Per,
     check_bits,
     check_codes,
     check_float_format,
     check_per,
+    in_rows,
     quantize,
     quantize_in_turn,
     quantize_to_float,
+    row_width,
 )
-from hf_parcor.functional.vectors import one_by_one
+from hf_parcor.functional.vectors import clones, in_turn, one_by_one
 from hf_parcor.injection import Pieces
 
 
@@ -131,20 +135,21 @@ class Quantization(Corruption):
         if self == Quantization(self.bits):
             rounded = one_by_one(quantize_in_turn(list(weights.values()), self.bits))
             return Pieces(named_pieces(weights, rounded), replaces=True)
-        return Pieces(((name, self._rounded(name, weight)) for name, weight in weights.items()), replaces=True)
+        stay = () if self.per == "tensor" else _vectors(weights)
+        return Pieces(_in_turn(weights, stay, self._row_width, self._rounded), replaces=True)
 
-    def _rounded(self, name: str, weight: Tensor) -> Tensor:
-        return _naming(
-            name,
-            lambda: quantize(
-                weight,
-                self.bits,
-                self.per,
-                symmetric=self.symmetric,
-                code_range=self.code_range,
-                zero_point=self.zero_point,
-                arithmetic=self.arithmetic,
-            ),
+    def _row_width(self, weight: Tensor) -> int | None:
+        return row_width(weight, self.per)
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        return quantize(
+            weight,
+            self.bits,
+            self.per,
+            symmetric=self.symmetric,
+            code_range=self.code_range,
+            zero_point=self.zero_point,
+            arithmetic=self.arithmetic,
         )
 
     def stored_bits(self, weight: Tensor) -> int:
@@ -202,10 +207,15 @@ class FloatQuantization(Corruption):
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
     ) -> Pieces:
-        return Pieces(((name, self._rounded(name, weight)) for name, weight in weights.items()), replaces=True)
+        return Pieces(_in_turn(weights, _vectors(weights), self._row_width, self._rounded), replaces=True)
 
-    def _rounded(self, name: str, weight: Tensor) -> Tensor:
-        return _naming(name, lambda: quantize_to_float(weight, self.format, self.per))
+    def _rounded(self, weight: Tensor) -> Tensor:
+        return quantize_to_float(weight, self.format, self.per)
+
+    def _row_width(self, weight: Tensor) -> int | None:
+        assert self.per is not None, "set above"
+        shared = self.format == "nvfp4"  # a second scale, that of the tensor
+        return None if shared else row_width(weight, self.per, flat=self.format == "nf4")
 
     def stored_bits(self, weight: Tensor) -> int:
         """Return how many bits a weight takes: its codes, and a scale for each block.
@@ -242,9 +252,30 @@ def _blocks(per: Per) -> str:
     return "" if per == "tensor" else " per channel" if per == "channel" else f" per group of {per}"
 
 
-def _naming(name: str, rounded: Callable[[], Tensor]) -> Tensor:
+def _vectors(weights: Mapping[str, Tensor]) -> Collection[str]:
+    return {name for name, weight in weights.items() if weight.ndim < 2}
+
+
+def _in_turn(
+    weights: Mapping[str, Tensor],
+    stay: Collection[str],
+    width: Callable[[Tensor], int | None],
+    rounded: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each weight rounded, or a copy of what stays: on a CPU one after the other, elsewhere some in one call."""
+    for places in in_turn(list(weights.values()), ROUNDED_TOGETHER):
+        some = dict(islice(weights.items(), places[0], places[-1] + 1))
+        afar = {name: weight for name, weight in some.items() if weight.device.type != "cpu"}
+        together = in_rows(afar, width, rounded)
+        kept = [name for name in afar if name in stay]
+        together |= named(kept, clones([weights[name].detach() for name in kept]))
+        for name, weight in some.items():
+            yield name, together.pop(name) if name in together else _naming(name, rounded, weight)
+
+
+def _naming(name: str, rounded: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
     """Return a rounded weight; an error says which one it was."""
     try:
-        return rounded()
+        return rounded(weight)
     except (ValueError, NotImplementedError) as error:
         raise type(error)(f"{name}: {error}") from error

@@ -123,7 +123,8 @@ class ConstrainedDefense(Defense):
     Args:
         constraint: The set S of corruptions that the training defends against.
         batch_share: Which share of the batch's examples, the first ones, the passes see that a stock step does not
-            have, in (0, 1]: an approximation that costs less. Default 1, the whole batch.
+            have, in (0, 1]: an approximation that computes less. That saves time on a CPU; on a GPU, where a small
+            pass is bound by launches, little or none but with large batches. Default 1, the whole batch.
         sync_perturbation: On several processes, find one corruption on the batches of all of them: their gradients are
             averaged before each climb, and the run is that of one process on the joined batch. Default False: each
             process corrupts its weights for its own batch (*m-sharpness*), which costs no communication.
@@ -139,7 +140,7 @@ class ConstrainedDefense(Defense):
     batch_share: float = field(
         default=1.0,
         kw_only=True,
-        metadata={"help": "share of the batch that the passes see which a stock step lacks; it costs less"},
+        metadata={"help": "share of the batch that the passes see which a stock step lacks; saves time on a CPU"},
     )
     sync_perturbation: bool = field(
         default=False,

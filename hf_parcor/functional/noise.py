@@ -17,13 +17,10 @@ from hf_parcor.functional.vectors import max_magnitude, working_dtype
 
 _BLOCK = 1 << 20  # entries that a thread draws; a multiple of 16
 REFERENCES = ("tensor", "channel", "weight")
+_Fill = Callable[[Tensor, torch.Generator | None], Tensor]
 
 
-def _drawn(
-    tensors: Sequence[Tensor],
-    generator: torch.Generator | None,
-    fill: Callable[[Tensor, torch.Generator | None], Tensor],
-) -> Iterator[Tensor]:
+def _drawn(tensors: Sequence[Tensor], generator: torch.Generator | None, fill: _Fill) -> Iterator[Tensor]:
     source = shared_generator(tensors, generator)
     for like in tensors:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -40,37 +37,41 @@ def drawn_gaussian(
 ) -> Iterator[Tensor]:
     """Yield what `gaussian_noise` returns, each tensor drawn when it is asked for; the first call draws none."""
     std = check_radius("std", std)
-    return _drawn(tensors, generator, lambda noise, source: _standard_normal_(noise, source).mul_(std))
+
+    def fill(noise: Tensor, source: torch.Generator | None) -> Tensor:
+        return noise.normal_(0.0, 1.0, generator=source)
+
+    return _drawn(tensors, generator, lambda noise, source: _filled(noise, source, fill).mul_(std))
 
 
-def _standard_normal_(noise: Tensor, source: torch.Generator | None) -> Tensor:
-    """Do as `noise.normal_(generator=source)` does, to the last bit: a large tensor on a CPU in threads.
+def _filled(noise: Tensor, source: torch.Generator | None, fill: _Fill) -> Tensor:
+    """Do as `fill(noise, source)` does, to the last bit: a large tensor on a CPU in threads.
 
-    The CPU's generator gives one number after another, and 16 entries of float32 are made of 16 of them. The states at
-    which blocks begin are found by drawing integers, which takes less time; the blocks are filled beside.
+    The CPU's generator gives one number of 32 bits after another, and 16 entries of float32 are made of 16 of them.
+    The states at which blocks begin are found by drawing integers of two each; the blocks are filled beside.
     """
     threads, large = torch.get_num_threads(), noise.dtype == torch.float32 and noise.numel() >= 2 * _BLOCK
     if threads == 1 or not large or noise.device.type != "cpu":
-        return noise.normal_(0.0, 1.0, generator=source)
+        return fill(noise, source)
     source = source or torch.default_generator
     *blocks, last = noise.view(-1).tensor_split(list(range(_BLOCK, noise.numel() - _BLOCK + 1, _BLOCK)))
-    passed_over = torch.empty(_BLOCK, dtype=torch.int32)
+    passed_over = torch.empty(_BLOCK // 2, dtype=torch.int64)
     with ThreadPoolExecutor(threads) as pool:
         filled = []
         for block in blocks:
-            filled.append(pool.submit(_fill, block, source.get_state()))
+            filled.append(pool.submit(_fill, block, source.get_state(), fill))
             passed_over.random_(generator=source)
-        last.normal_(0.0, 1.0, generator=source)  # which draws anew for the end of a size that is no multiple of 16
+        fill(last, source)  # `normal_` draws anew for the end of a size that is no multiple of 16
         for one in filled:
             one.result()
     return noise
 
 
-def _fill(block: Tensor, state: Tensor) -> None:
+def _fill(block: Tensor, state: Tensor, fill: _Fill) -> None:
     source = torch.Generator()
     source.set_state(state)
     with torch.inference_mode(block.is_inference()):  # each thread has its own
-        block.normal_(0.0, 1.0, generator=source)
+        fill(block, source)
 
 
 def drawn_uniform(
@@ -78,7 +79,11 @@ def drawn_uniform(
 ) -> Iterator[Tensor]:
     """Yield what `uniform_noise` returns, each tensor drawn when it is asked for."""
     bound = check_radius("bound", bound)
-    return _drawn(tensors, generator, lambda noise, source: noise.uniform_(-1.0, 1.0, generator=source).mul_(bound))
+
+    def fill(noise: Tensor, source: torch.Generator | None) -> Tensor:
+        return noise.uniform_(-1.0, 1.0, generator=source)
+
+    return _drawn(tensors, generator, lambda noise, source: _filled(noise, source, fill).mul_(bound))
 
 
 def gaussian_noise(tensors: Sequence[Tensor], std: float, generator: torch.Generator | None = None) -> list[Tensor]:

@@ -7,7 +7,7 @@ Each function here rounds the weights to what a format can hold, and returns the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
@@ -25,7 +25,7 @@ Per = str | int
 CODE_RANGES = ("restricted", "full", "unclipped")
 ZERO_POINTS = ("integer", "float")
 ARITHMETICS = ("float32", "weight")
-_ROUNDED_TOGETHER = 1 << 24  # entries
+ROUNDED_TOGETHER = 1 << 24  # entries that a GPU rounds in one call
 _ROW = 256  # entries of a row; the last one of a tensor is filled up
 _SMALLEST_SCALE = 2.0**-23  # of torchao's 8-bit tensors, whatever the dtype of the weights
 
@@ -137,7 +137,7 @@ def quantize_in_turn(tensors: Sequence[Tensor], bits: int) -> Iterator[list[Tens
         [[tensor([-1.,  0.]), tensor([0.])]]
     """
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-    for places in in_turn(tensors) if on_cpu else in_turn(tensors, _ROUNDED_TOGETHER):
+    for places in in_turn(tensors) if on_cpu else in_turn(tensors, ROUNDED_TOGETHER):
         some = [tensors[place] for place in places]
         yield _quantized_together(some, bits)
         del some
@@ -167,25 +167,93 @@ def _quantized_together(tensors: list[Tensor], bits: int) -> list[Tensor]:
 
 def _rounded_in_rows(tensors: list[Tensor], bits: int) -> list[Tensor]:
     """Do as `_quantized_together` does with tensors of one dtype and device, in as many calls for few as for many."""
-    (dtype,), (device,) = {tensor.dtype for tensor in tensors}, {tensor.device for tensor in tensors}
+    dtype, device = tensors[0].dtype, tensors[0].device
     largest = torch.stack(list(torch._foreach_norm(tensors, math.inf))).to(working_dtype(tensors))
     scales = torch.stack([value.to(largest.dtype) for value in restricted_scale(largest, bits)])
     if len(tensors) == 1:
         rows, places = tensors[0].reshape(1, -1), [slice(None)]
     else:
         counts = [math.ceil(tensor.numel() / _ROW) for tensor in tensors]
-        ends = list(accumulate(counts, initial=0))
-        places = [slice(_ROW * end, _ROW * end + t.numel()) for end, t in zip(ends, tensors, strict=False)]
-        rows = torch.empty(ends[-1], _ROW, dtype=dtype, device=device)
-        parts = [rows.view(-1)[place].view(t.shape) for place, t in zip(places, tensors, strict=True)]
-        torch._foreach_copy_(parts, tensors)
+        rows, places = _as_rows(tensors, _ROW)
         # Pinned, so that the device gets these few numbers without being waited for.
         repeats = torch.tensor(counts, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-        scales = scales.index_select(1, torch.repeat_interleave(repeats, output_size=ends[-1]))
+        scales = scales.index_select(1, torch.repeat_interleave(repeats, output_size=len(rows)))
     step, usable, divisor, last = scales.unsqueeze(2).unbind()
     rounded = (rows / divisor).round_().mul_(step).clamp_(-last, last).to(dtype)
     chosen = torch.where(usable > 0, rounded, rows).view(-1)
     return [chosen[place].view(tensor.shape) for place, tensor in zip(places, tensors, strict=True)]
+
+
+def _as_rows(tensors: list[Tensor], width: int) -> tuple[Tensor, list[slice]]:
+    """Return a matrix that holds tensors of one dtype and device, each from a row of its own on, and where each lies.
+
+    What fills up the last row of a tensor is anything.
+    """
+    ends = list(accumulate((math.ceil(tensor.numel() / width) for tensor in tensors), initial=0))
+    places = [slice(width * end, width * end + t.numel()) for end, t in zip(ends, tensors, strict=False)]
+    rows = torch.empty(ends[-1], width, dtype=tensors[0].dtype, device=tensors[0].device)
+    parts = [rows.view(-1)[place].view(t.shape) for place, t in zip(places, tensors, strict=True)]
+    torch._foreach_copy_(parts, tensors)
+    return rows, places
+
+
+def row_width(tensor: Tensor, per: Per, *, flat: bool = False) -> int | None:
+    """Return how many entries of a tensor share a scale, in rows that `in_rows` can join; None where it cannot.
+
+    Args:
+        tensor: Any tensor.
+        per: As in `quantize`.
+        flat: Whether groups run over the rows of a tensor, as those of NF4. Default False.
+
+    Examples:
+        >>> row_width(torch.zeros(2, 3, 4), "channel"), row_width(torch.zeros(2, 12), 4), row_width(torch.zeros(8), 4)
+        (12, 4, None)
+    """
+    if per == "tensor" or type(tensor.detach()) is not Tensor or tensor.ndim < 2 or not tensor.numel():
+        return None
+    if isinstance(per, int):
+        return None if (tensor.numel() if flat else tensor.shape[-1]) % per else per
+    return tensor.numel() // tensor.shape[0]
+
+
+def in_rows(
+    tensors: Mapping[str, Tensor],
+    width: Callable[[Tensor], int | None],
+    rounded: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Return what `rounded` makes of tensors whose rows do not know of each other: those of one width in one call.
+
+    A GPU is kept waiting by calls, not by numbers. Tensors that gain nothing are left out: those without a width, the
+    only ones of theirs, and those of 16 million entries and more, of which a copy would cost more than it saves.
+
+    Args:
+        tensors: By name.
+        width: Says how long the rows of a tensor are; None where it is no row after row.
+        rounded: Returns a matrix in which each row is made from that row alone.
+
+    Examples:
+        >>> found = in_rows(
+        ...     {"a": torch.ones(1, 2, 2), "b": torch.zeros(3), "c": torch.eye(2)},
+        ...     lambda tensor: None if tensor.ndim < 2 else 2,
+        ...     lambda rows: rows.cumsum(1),
+        ... )
+        >>> found["a"], found["c"], len(found)
+        (tensor([[[1., 2.],
+                 [1., 2.]]]), tensor([[1., 1.],
+                [0., 1.]]), 2)
+    """
+    alike: dict[tuple[int, torch.dtype, torch.device], list[str]] = {}
+    for name, tensor in tensors.items():
+        entries = width(tensor) if tensor.numel() < ROUNDED_TOGETHER else None
+        if entries is not None:
+            alike.setdefault((entries, tensor.dtype, tensor.device), []).append(name)
+    found: dict[str, Tensor] = {}
+    for (entries, _, _), names in alike.items():
+        if len(names) > 1:
+            rows, places = _as_rows([tensors[name] for name in names], entries)
+            flat = rounded(rows).view(-1)
+            found |= {n: flat[place].view(tensors[n].shape) for n, place in zip(names, places, strict=True)}
+    return found
 
 
 def restricted_scale(largest: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import sys
+from contextlib import ExitStack
+from unittest.mock import patch
+
 import pytest
 import torch
 from for_each import for_each
 
 from hf_parcor import FloatQuantization, Quantization, corrupted
 from hf_parcor.functional import quantize, quantize_to_float
+from hf_parcor.functional.quantization import in_rows
 
 
 @for_each("bits", [2, 4, 8, 16])
@@ -51,6 +57,9 @@ SETTINGS = [
 ]
 
 
+FLOATS = ["fp8_e4m3", "fp8_e5m2", "mxfp4", "nvfp4", "nf4"]
+
+
 @for_each("settings", SETTINGS)
 def test_is_the_pure_function(settings) -> None:
     weights = {"matrix": torch.randn(6, 4), "vector": torch.randn(4)}
@@ -59,12 +68,58 @@ def test_is_the_pure_function(settings) -> None:
     assert Quantization(3, **settings).settings() == {"bits": 3, **settings}, "records of before say the bits alone"
 
 
-@for_each("name", ["fp8_e4m3", "fp8_e5m2", "mxfp4", "nvfp4", "nf4"])
+@for_each("name", FLOATS)
 def test_float_formats_are_the_pure_function(name: str) -> None:
     weights = {"matrix": torch.randn(6, 64), "vector": torch.randn(64)}
     found = FloatQuantization(name)(weights)
     assert all(torch.equal(found[key], quantize_to_float(weight, name)) for key, weight in weights.items())
     assert torch.equal(found["vector"], weights["vector"])
+
+
+TOGETHER = [*(Quantization(3, **settings) for settings in SETTINGS), *map(FloatQuantization, FLOATS)]
+TOGETHER += [Quantization(8, "channel", code_range="full"), FloatQuantization("fp8_e4m3", "channel")]
+
+
+@for_each("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@for_each("corruption", TOGETHER)
+def test_rows_of_many_weights_are_rounded_as_each_by_itself(corruption, dtype) -> None:
+    """As off the CPU, to the last bit, where some entries are zero, not finite, or at the ends of the range."""
+    shapes = [(6, 64), (2, 64), (3, 2, 32), (64,), (2, 128), (0, 64), (3, 128), (4, 33), (2, 33), (64, 6)]
+    odd = torch.tensor([0.0, -0.0, math.inf, math.nan, 1e-45, 3e38, -3e38])
+    weights = {str(place): 10.0**place * torch.randn(shape) for place, shape in enumerate(shapes)}
+    weights["1"].view(-1)[: len(odd)] = odd
+    weights["2"][1] = weights["7"][2] = 0
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    weights["9"] = weights["9"].t()
+    if isinstance(getattr(corruption, "per", None), int) and corruption != FloatQuantization("nf4"):
+        del weights["7"], weights["8"]  # no groups
+    expected = corruption(weights)
+    found = in_rows(weights, corruption._row_width, corruption._rounded)
+    joined = corruption.per != "tensor" and corruption != FloatQuantization("nvfp4")
+    assert len(found) >= 6 if joined else not found
+    for name, one in found.items():
+        assert (one.dtype, one.shape) == (expected[name].dtype, expected[name].shape)
+        torch.testing.assert_close(one, expected[name], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(one.signbit(), expected[name].signbit())
+
+
+def test_what_is_joined_is_bounded() -> None:
+    """Twice the limit at most; a large weight alone, without a copy, as all of a model of 7 B."""
+    module = sys.modules["hf_parcor.corruptions.quantization"]
+    rows = [1, 4, 3, 10, 9, 9, 9, 40, 2, 2, 5]
+    weights = {str(place): torch.empty(count, 10, device="meta") for place, count in enumerate(rows)}
+    seen = []
+
+    def rounded(part: torch.Tensor) -> torch.Tensor:
+        seen.append(len(part))
+        return part
+
+    with ExitStack() as limits:
+        for place in ("corruptions", "functional"):
+            limits.enter_context(patch.object(sys.modules[f"hf_parcor.{place}.quantization"], "ROUNDED_TOGETHER", 100))
+        names = [name for name, _ in module._in_turn(weights, (), lambda weight: 10, rounded)]
+    assert names == list(weights)
+    assert seen == [1 + 4 + 3, 10, 9 + 9, 9, 40, 2 + 2 + 5]
 
 
 def test_an_error_says_which_weight_it_was() -> None:

@@ -17,6 +17,7 @@ from hf_parcor import (
     SAM,
     CorruptionConstraint,
     CorruptionRisk,
+    FloatQuantization,
     GaussianNoise,
     GradientCorruption,
     GradientPenalty,
@@ -153,19 +154,32 @@ def test_bytes_moved_where_nothing_may_be_read(defense, dtype, limit):
     assert traffic.bytes.total() / 79_000 <= limit, traffic.bytes
 
 
+ROUNDINGS = [
+    (Quantization(4), 70),
+    (Quantization(4, "channel"), 70),
+    (Quantization(8, 32, code_range="full", arithmetic="weight"), 70),
+    (Quantization(4, 32, symmetric=False), 70),
+    (Quantization(4, 32, symmetric=False, zero_point="float"), 70),
+    (FloatQuantization("fp8_e4m3", "channel"), 70),
+    (FloatQuantization("mxfp4"), 90),
+    (FloatQuantization("nf4"), 70),
+]
+
+
 @for_each(
     ("defense", "limit"),
     [
         (MultiStepRisk(L2, steps=1), 60),
         (MultiStepRisk(L2, steps=2), 100),
         (SAM(L2), 60),
-        (CorruptionRisk(Quantization(4)), 70),
+        *((CorruptionRisk(rounding), limit) for rounding, limit in ROUNDINGS),
     ],
 )
 def test_launches_do_not_grow_with_the_number_of_tensors(defense, limit):
+    shapes = [(3,), (2, 64)]
     few, many = (
-        traffic_beyond_passes(defense, {str(index): torch.empty(3) for index in range(count)}).launches
-        for count in (2, 200)
+        traffic_beyond_passes(defense, {str(index): torch.empty(shapes[index % 2]) for index in range(count)}).launches
+        for count in (4, 200)
     )
     assert few == many
     assert few.total() <= limit, few

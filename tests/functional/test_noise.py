@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -198,18 +199,31 @@ def test_exponents_of_drift(dtype: torch.dtype) -> None:
 
 @for_each("inference", [False, True])
 @for_each("threads", [2, 5])
-def test_in_threads_it_is_what_one_draws(threads, inference, monkeypatch) -> None:
+@for_each(
+    ("draw", "one_by_one"),
+    [
+        (gaussian_noise, lambda noise, source: noise.normal_(generator=source)),
+        (uniform_noise, lambda noise, source: noise.uniform_(-1, 1, generator=source)),
+    ],
+)
+def test_in_threads_it_is_what_one_draws(draw, one_by_one, threads, inference) -> None:
     """And the generator is left where one thread leaves it, the global one too."""
     sizes = [5, 31, 64, 65, 127, (9, 15), 1000, 2049, 0]
     like = [torch.empty(size) for size in sizes] + [torch.empty(300, dtype=torch.float64)]
     alone, ours = seeded(3), seeded(3)
-    expected = [torch.empty_like(part).normal_(generator=alone).mul_(0.1) for part in like]
-    monkeypatch.setattr(sys.modules["hf_parcor.functional.noise"], "_BLOCK", 32)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    with torch.inference_mode(inference):
-        found = gaussian_noise(like, 0.1, ours)
+    expected = [one_by_one(torch.empty_like(part), alone).mul_(0.1) for part in like]
+    module = sys.modules["hf_parcor.functional.noise"]
+    with (
+        patch.object(module, "_BLOCK", 32),
+        patch.object(torch, "get_num_threads", lambda: threads),
+        patch.object(module, "_fill", side_effect=module._fill) as beside,
+        torch.inference_mode(inference),
+    ):
+        found = draw(like, 0.1, ours)
         torch.manual_seed(3)
-        of_global = gaussian_noise(like, 0.1)
+        of_global = draw(like, 0.1)
+    blocks = sum(entries // 32 - 1 for entries in (part.numel() for part in like[:-1]) if entries >= 64)
+    assert beside.call_count == 2 * blocks, "the last block of a tensor is drawn where the others are handed out"
     for drawn in (found, of_global):
         assert all(torch.equal(one, other) for one, other in zip(drawn, expected, strict=True))
     assert torch.equal(alone.get_state(), ours.get_state())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,15 @@ def test_every_check_that_a_cpu_can_run_holds(tmp_path):
     assert (tmp_path / "summary.txt").read_text() == done.stdout
 
 
+def test_the_checks_end_before_the_shell_ends_them():
+    """Else the record of the last check is lost; imports come before the first one, and all stays under 9 minutes."""
+    ended = re.search(r"timeout --kill-after (\d+) (\d+)", (ROOT / "scripts/gpu_checks.sh").read_text())
+    kill, shell = map(int, ended.groups())
+    assert shell >= gpu_checks.TOTAL + 25
+    assert shell + kill < 9 * 60
+    assert all(seconds <= gpu_checks.TOTAL for _, seconds in gpu_checks.CHECKS.values())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_says_that_there_is_no_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_checks.py", "--output", str(tmp_path / "none")])
@@ -57,3 +67,11 @@ def test_a_wrong_step_fails(monkeypatch, tmp_path):
     """Another radius than the one by hand."""
     monkeypatch.setattr(gpu_checks, "risk", lambda steps: SAM(L2))
     assert not all(row.holds for row in gpu_checks.precision(Setting("cpu", True, str(tmp_path))))
+
+
+@pytest.mark.parametrize("page", ["scripts/README.md", "hf_parcor/defenses/README.md"])
+def test_pages_say_what_a_part_of_the_batch_cost_on_a_gpu(page):
+    record = json.loads((ROOT / "scripts/results/gpu/checks.json").read_text(encoding="utf-8"))
+    rows = [row for check in record["checks"].values() for row in check.get("rows", [])]
+    medians = [row["value"] for row in rows if "⅛ of the batch: ratio to stock, median" in row["what"]]
+    assert f"{min(medians):.1f} to {max(medians):.1f}" in (ROOT / page).read_text(encoding="utf-8")
