@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hf_parcor.cli.subject import Subject
     from hf_parcor.evaluation import LayerProbe
 
-GROUPS = ("layers", "kinds", "modules", "adapters")
+GROUPS = ("layers", "kinds", "modules", "adapters")  # those of `hf_parcor.targets`, which would load PyTorch
 _STRENGTHS = (0.1, 0.2, 0.5)
 
 
@@ -78,19 +78,14 @@ class Probe(Command):
         def build(subject: Subject, how: dict[str, Any]) -> LayerProbe:
             from hf_parcor.evaluation import LayerProbe
 
-            return LayerProbe(subject.model, subject.metric, targets=_groups(subject.model, group, own), **how)
+            targets = _groups(subject.model, group, own) if own or group is None else group
+            return LayerProbe(subject.model, subject.metric, targets=targets, **how)
 
         measure(arguments, lambda: asked_for(arguments, _STRENGTHS), PROBE, build)
 
 
 def _groups(model: Any, group: str | None, own: Mapping[str, list[str]]) -> dict[str, Any]:
     """Return the parts of a model by name: those of a grouping, if one is named, and one's own."""
-    from hf_parcor import targets
+    from hf_parcor.targets import GROUPINGS
 
-    groupings = {
-        "layers": targets.by_layer,
-        "kinds": targets.by_kind,
-        "modules": targets.by_module,
-        "adapters": targets.by_adapter,
-    }
-    return {**(groupings[group](model) if group else {}), **own}
+    return {**(GROUPINGS[group](model) if group else {}), **own}

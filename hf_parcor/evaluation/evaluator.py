@@ -22,11 +22,12 @@ from hf_parcor.injection import Device, check_weights, forget_derived
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.evaluation import EvaluationRecord, SweepRecord
 from hf_parcor.records.metric_info import MetricInfo
-from hf_parcor.targets import TargetError, by_layer
+from hf_parcor.targets import GROUPINGS, TargetError
 
 logger = logging.get_logger(__name__)
 
 _ALL = ""  # the name of the only group of an evaluator
+_LAYERS = "layers"
 
 
 class _Evaluator:
@@ -34,24 +35,29 @@ class _Evaluator:
 
     Args:
         model: As in `CorruptionEvaluator`; what is not named here, too.
-        targets: The targets of each group, by its name, as keyword arguments of `select_parameters`; None for
-            `by_layer`, without those that cannot be corrupted.
+        targets: The targets of each group, by its name, as keyword arguments of `select_parameters`; or a word of
+            `GROUPINGS`; None for layers, without those that cannot be corrupted.
         settings: For `Measurement`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        targets: Mapping[str, Mapping[str, Any]] | None,
+        targets: Mapping[str, Mapping[str, Any]] | str | None,
         evaluated_on: EvaluationData | None,
         task: str,
         **settings: Any,
     ) -> None:
         self._model = measurable_model(model)
         reach = Reach(self._model)
-        if targets is None:
+        if targets is None or isinstance(targets, str):
+            if (word := targets or _LAYERS) not in GROUPINGS:
+                raise TargetError(
+                    f"targets: expected {', '.join(GROUPINGS)} or targets by name, got {targets!r}; give targets of "
+                    "your own a name each, {'name': targets}"
+                )
             self._targets: Mapping[str, Any] = {
-                label: {"target_modules": layer} for label, layer in by_layer(reach.model).items()
+                label: {"target_modules": group} for label, group in GROUPINGS[word](reach.model).items()
             }
         else:
             self._targets = targets
@@ -62,7 +68,7 @@ class _Evaluator:
             try:
                 selections[label] = reach.select(**target)
             except OutOfReachError as error:
-                if targets is not None:  # what was named is meant
+                if isinstance(targets, Mapping):  # what was named is meant
                     raise
                 left_out.append(f"{label} was left out: {error.described}")
         if not selections:
@@ -265,10 +271,10 @@ class LayerProbe(_Evaluator):
         metric: As in `CorruptionEvaluator`.
         batches: As in `CorruptionEvaluator`.
         loss: As in `CorruptionEvaluator`.
-        targets: What to corrupt, by the name that it shall have: words, patterns or names as in `select_parameters`.
-            `by_layer`, `by_kind`, `by_module` and `by_adapter` make such groups; `{**by_kind(model), "all": "all"}`
-            adds the whole model. None, the default, for `by_layer`, without layers that cannot be corrupted, which are
-            noted.
+        targets: "layers", "kinds", "modules" or "adapters"; or what to corrupt, by the name that it shall have: words,
+            patterns or names as in `select_parameters`. `by_layer`, `by_kind`, `by_module` and `by_adapter` make such
+            groups; `{**by_kind(model), "all": "all"}` adds the whole model. None, the default, for layers, without
+            those that cannot be corrupted, which are noted.
         reuse_prefix: As in `CorruptionEvaluator`.
         memory: As in `CorruptionEvaluator`.
         metric_info: As in `CorruptionEvaluator`.
@@ -304,7 +310,7 @@ class LayerProbe(_Evaluator):
         batches: Iterable[Batch] | None = None,
         *,
         loss: Loss = model_loss,
-        targets: Mapping[str, str | Collection[str]] | None = None,
+        targets: Mapping[str, str | Collection[str]] | str | None = None,
         reuse_prefix: bool = True,
         memory: int = MEMORY,
         metric_info: Mapping[str, MetricInfo] | None = None,
@@ -315,7 +321,9 @@ class LayerProbe(_Evaluator):
     ) -> None:
         super().__init__(
             model,
-            None if targets is None else {label: {"target_modules": target} for label, target in targets.items()},
+            {label: {"target_modules": target} for label, target in targets.items()}
+            if isinstance(targets, Mapping)
+            else targets,
             evaluated_on,
             task,
             metric=metric,
@@ -327,6 +335,7 @@ class LayerProbe(_Evaluator):
             progress=progress,
             saved_on=saved_on,
         )
+        self._grouping = "" if isinstance(targets, Mapping) else targets or _LAYERS
 
     def evaluate(
         self,
@@ -353,4 +362,4 @@ class LayerProbe(_Evaluator):
             OSError: The checkpoint cannot be read or written.
         """
         records = self._records(corruptions, trials, seed, checkpoint)
-        return SweepRecord(records, next(iter(records.values())).weights, trials, seed)
+        return SweepRecord(records, next(iter(records.values())).weights, trials, seed, self._grouping)

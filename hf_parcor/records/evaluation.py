@@ -253,6 +253,8 @@ class SweepRecord(StoredRecord):
         weights: SHA-256 of all parameters and buffers of the model.
         trials: Trials of each stochastic corruption.
         seed: First seed.
+        grouping: What the groups are, as on the command line: "layers", "kinds", "modules" or "adapters"; "" for some
+            of one's own.
         format: Version of this layout.
 
     Raises:
@@ -271,6 +273,7 @@ class SweepRecord(StoredRecord):
     weights: str
     trials: int
     seed: int
+    grouping: str = ""
     format: int = SWEEP_FORMAT
     kind: ClassVar[str] = "sweep record"
     remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"

@@ -276,30 +276,30 @@ def commands(study: Study) -> list[str]:
     Models and data are named as the records name them, which of a local one is the end of its path alone.
     """
     found = []
-    for groups in study.models.values():
+    for model, groups in study.models.items():
         measured = [len(records) for records in groups.values()]
         for place in range(max(measured)):
             of_seed = {group: records[place] for group, records in groups.items() if place < len(records)}
-            found.append(_command(study, of_seed) if len(of_seed) == len(groups) else "")
+            found.append(_command(study, of_seed, study.groupings[model]) if len(of_seed) == len(groups) else "")
     return [] if "" in found else list(dict.fromkeys(found))
 
 
-def _command(study: Study, groups: Mapping[str, EvaluationRecord]) -> str:
-    """Return the command line that measures one model's groups; "" if there is none."""
+def _command(study: Study, groups: Mapping[str, EvaluationRecord], grouping: str) -> str:
+    """Return the command line that measures a model's groups, which a grouping may have made; "" if there is none."""
     first = next(iter(groups.values()))
     data, words = first.evaluated_on, corruption_words(first)
     split = None if data is None else _SPLIT.fullmatch(data.split)
     targets = [dict(record.target) for record in groups.values()]
-    probed = len(groups) > 1
+    probed = len(groups) > 1 or bool(grouping)
     own = [target == {"target_modules": [group]} for group, target in zip(groups, targets, strict=True)]
-    if data is None or not data or split is None or not words or (probed and not all(own)):
+    if data is None or not data or split is None or not words or (probed and not grouping and not all(own)):
         return ""
     if not probed and not set(targets[0]) <= {"target_modules", "exclude_modules"}:
         return ""
     flags = {"--dataset": [data.id or data.name], "--dataset-config": [data.config], "--split": [split["split"]]}
     flags |= {"--limit": [split["limit"] or ""], "--task": [first.task]}
-    named = {"target_modules": list(groups)} if probed else targets[0]
-    for name, value in named.items():
+    named: Mapping[str, Any] = {"target_modules": list(groups)} if probed else targets[0]
+    for name, value in ({"group": grouping} if grouping else named).items():
         flags[f"--{name.replace('_', '-')}"] = [value] if isinstance(value, str) else list(map(str, value or ()))
     seeds = [seed for row in first.corruptions for seed in row.seeds]
     flags |= {"--corruptions": words, "--trials": [str(max(len(row.seeds) for row in first.corruptions))]}

@@ -116,12 +116,14 @@ class Study:
         info: What its numbers mean.
         models: The records: by the name of the model, then of the group, one a repetition.
         curves: By the series, then by model and group; those that were not measured are missing.
+        groupings: What the groups are, such as "kinds", by the name of the model, where a probe says so.
     """
 
     metric: str
     info: MetricInfo
     models: Mapping[str, Mapping[str, tuple[EvaluationRecord, ...]]]
     curves: Mapping[Series, Mapping[tuple[str, str], Curve]]
+    groupings: Mapping[str, str]
 
     @classmethod
     def of(
@@ -162,7 +164,7 @@ class Study:
                     curves.setdefault(series, {})[name, group] = curve
         if not curves:
             raise ValueError("records: expected at least one with a corruption, got none; evaluate a model first")
-        return cls(metric, info, gathered, curves)
+        return cls(metric, info, gathered, curves, {name: _grouping(records) for name, records in models.items()})
 
     @property
     def greater_is_better(self) -> bool:
@@ -211,6 +213,13 @@ def common_strengths(curves: Iterable[Curve]) -> list[str]:
     first, *others = curves
     shared = [{point.name for point in curve.points} for curve in others]
     return [point.name for point in first.points if all(point.name in names for names in shared)]
+
+
+def _grouping(records: Records) -> str:
+    """Return what the groups of all these probes are; "" where they do not say, or differ."""
+    probes = records if isinstance(records, Sequence) else [records]
+    found = {probe.grouping if isinstance(probe, SweepRecord) else "" for probe in probes}
+    return found.pop() if len(found) == 1 else ""
 
 
 def _groups(records: Records) -> dict[str, tuple[EvaluationRecord, ...]]:

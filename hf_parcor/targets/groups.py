@@ -12,7 +12,7 @@ from hf_parcor.targets.matching import WORDS, TargetError, parameters_by_module
 from hf_parcor.targets.selection import Selector
 from hf_parcor.targets.stacks import find_stacks
 
-__all__ = ["Groups", "by_adapter", "by_kind", "by_layer", "by_module"]
+__all__ = ["GROUPINGS", "Groups", "by_adapter", "by_kind", "by_layer", "by_module"]
 
 Groups = dict[str, "str | list[str]"]
 """Targets, as `select_parameters` takes them, by a name for tables and plots."""
@@ -121,6 +121,15 @@ def by_adapter(model: nn.Module) -> Groups:
             "peft.get_peft_model, or group by_kind"
         )
     return groups
+
+
+GROUPINGS: Mapping[str, Callable[[nn.Module], Groups]] = {
+    "layers": by_layer,
+    "kinds": by_kind,
+    "modules": by_module,
+    "adapters": by_adapter,
+}
+"""Every grouping, by its word on the command line and in records."""
 
 
 def _is_convolution(module: nn.Module) -> bool:

@@ -237,9 +237,10 @@ class TestProbe:
             *("probe", classifier_folder, "--dataset", sentences, "--group", group, "--corruptions", "quantization=3"),
             *("--target-modules", "all", "--json", "--quiet"),
         )
-        from hf_parcor import targets
+        from hf_parcor.targets import GROUPINGS
 
-        expected = getattr(targets, f"by_{group.removesuffix('s')}")(model_of(classifier_folder))
+        assert tuple(GROUPINGS) == GROUPS
+        expected = GROUPINGS[group](model_of(classifier_folder))
         assert list(SweepRecord.from_json(result.out).records) == [*expected, "all"]
 
     @pytest.mark.filterwarnings("ignore::FutureWarning:peft")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
+from copy import deepcopy
+from dataclasses import replace
 from functools import cache, partial
 
+import peft
 import pytest
 import torch
 import transformers as tf
@@ -22,10 +25,11 @@ from hf_parcor import (
     LayerProbe,
     MultiStepCorruption,
     RandomCorruption,
+    SweepRecord,
     sensitivity,
 )
 from hf_parcor.evaluation import ClassificationMetric
-from hf_parcor.targets import TargetError
+from hf_parcor.targets import GROUPINGS, TargetError
 
 SIX_LAYERS = {"num_hidden_layers": 6, "hidden_size": 16, "intermediate_size": 64, "initializer_range": 0.3}
 CORRUPTIONS = [
@@ -192,6 +196,25 @@ def test_a_sweep_says_how_it_was_measured(six_layers):
     assert sweep.records["head"].corruptions[0].seeds == (5, 6)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of Transformers, called by PEFT
+@for_each("word", [*GROUPINGS, None])
+def test_a_word_is_its_grouping(word, six_layers):
+    """The record keeps it, also where it was saved, so that a page can name the command that measures the same."""
+    model = deepcopy(six_layers)
+    if word == "adapters":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+    targets = GROUPINGS[word or "layers"](model)
+
+    def measured(targets):
+        return LayerProbe(model, lambda model: {"x": 0.0}, targets=targets, progress=False).evaluate(
+            [GaussianNoise(1)]
+        )
+
+    by_word, by_name = measured(word), measured(targets)
+    assert (by_word.grouping, by_name.grouping) == (word or "layers", "")
+    assert SweepRecord.from_json(by_word.to_json()) == by_word == replace(by_name, grouping=word or "layers")
+
+
 def test_a_setting_is_the_same_in_every_call():
     """Each lists them all, which `help` and type checkers read: with the same types and defaults."""
     of_evaluator = inspect.signature(CorruptionEvaluator).parameters
@@ -208,6 +231,10 @@ class TestBadInput:
     def test_no_target(self, six_layers):
         with pytest.raises(ValueError, match="targets: expected at least one, got none"):
             LayerProbe(six_layers, lambda model: {"x": 0.0}, targets={})
+
+    def test_word_that_is_no_grouping(self, six_layers):
+        with pytest.raises(TargetError, match="adapters or targets by name, got 'heads'"):
+            LayerProbe(six_layers, lambda model: {"x": 0.0}, targets="heads")
 
     def test_target_that_matches_nothing(self, six_layers):
         with pytest.raises(TargetError):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_parcor import BitFlips, CorruptionRecord, EvaluationRecord, RobustnessReport
+from hf_parcor import BitFlips, CorruptionRecord, EvaluationRecord, RobustnessReport, SweepRecord
 from hf_parcor.cli.main import build_parser
 from hf_parcor.corruptions import CORRUPTIONS, corruptions_of_table_1
 from hf_parcor.corruptions.catalogue import read_corruptions
@@ -395,8 +395,16 @@ CORRUPTIONS_OF_WORDS = [
 ]
 
 
-@pytest.mark.parametrize("groups", [["all"], ["bert.encoder.layer.0", "bert.encoder.layer.1"]])
-def test_the_command_measures_the_same(groups, tmp_path):
+@pytest.mark.parametrize(
+    ("targets", "grouping"),
+    [
+        ({"all": "all"}, ""),
+        ({"bert.encoder.layer.0": "bert.encoder.layer.0", "bert.encoder.layer.1": "bert.encoder.layer.1"}, ""),
+        ({"embedding": "bert.embeddings.word_embeddings", "attention": r".*self\.(query|key)"}, "kinds"),
+        ({"default": "lora.default"}, "adapters"),
+    ],
+)
+def test_the_command_measures_the_same(targets, grouping, tmp_path):
     """What the command line reads from it is what the record says; and of what it cannot name there is none."""
     names = {kind: name for name, kind in CORRUPTIONS.items()}
     rows = []
@@ -409,19 +417,22 @@ def test_the_command_measures_the_same(groups, tmp_path):
     data = EvaluationData("dev set.tsv", split="[:40]", rows=40)
     said = {"evaluated_on": data, "task": "text-classification"}
     probe = {
-        group: EvaluationRecord("a/model", {"target_modules": [group]}, 1, clean, tuple(rows), **said)
-        for group in groups
+        group: EvaluationRecord("a/model", {"target_modules": [target]}, 1, clean, tuple(rows), **said)
+        for group, target in targets.items()
     }
-    text, markdown = write(RobustnessReport(probe, "f1"), tmp_path)
+    measured = SweepRecord(probe, "", 2, 7, grouping) if grouping else probe
+    text, markdown = write(RobustnessReport(measured, "f1"), tmp_path)
     [command] = [html.unescape(line) for line in re.findall("<pre><code>(.*?)</code></pre>", text)]
     assert command in markdown
     assert text.count(str(CORRUPTIONS_OF_WORDS[-1])) == markdown.count(str(CORRUPTIONS_OF_WORDS[-1])) == 0, "said once"
     assert "dev set.tsv" in text[text.index("</h1>") : text.index("<h2")], "the data are named first"
     program, *words = shlex.split(command)
     found = build_parser().parse_args(words)
-    assert (program, words[0]) == ("hf-parcor", "probe" if len(groups) > 1 else "evaluate")
+    assert (program, words[0]) == ("hf-parcor", "probe" if len(targets) > 1 or grouping else "evaluate")
     assert (found.model, found.dataset, found.limit, found.task) == ("a/model", data.name, 40, said["task"])
-    assert (found.target_modules, found.trials, found.seed, found.metric) == (groups, 2, 7, "f1")
+    assert (found.trials, found.seed, found.metric) == (2, 7, "f1")
+    assert found.target_modules == (None if grouping else list(targets))
+    assert getattr(found, "group", None) == (grouping or None)
     assert sorted(map(str, read_corruptions(found.corruptions))) == sorted(map(str, CORRUPTIONS_OF_WORDS))
     held_out = replace(data, split="held out: 4 of 40 rows")
     count = BitFlips(count=3)
