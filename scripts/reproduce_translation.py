@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -83,6 +84,15 @@ def epoch_checkpoint(folder: Path, epoch: int) -> Path | None:
     return None
 
 
+def losses(folder: Path) -> list[float]:
+    """Return the mean of the training losses that a run has logged, one number an epoch."""
+    logged: dict[int, list[float]] = {}
+    for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"]:
+        if "loss" in entry:
+            logged.setdefault(math.ceil(entry["epoch"]), []).append(entry["loss"])
+    return [round(statistics.fmean(logged[epoch]), 4) for epoch in sorted(logged)]
+
+
 def train(options: argparse.Namespace, study: Study, run: Run) -> Path:
     """Train one model, unless it is there already, and return the folder with the mean of its last checkpoints.
 
@@ -92,6 +102,7 @@ def train(options: argparse.Namespace, study: Study, run: Run) -> Path:
     folder: Path = options.work / run.file_name
     if not (folder / "train_results.json").exists():
         flags = {
+            "logging_steps": 50,
             **study.training,
             **files_of(options, study, "train"),
             "source_lang": study.languages[0],
@@ -100,7 +111,6 @@ def train(options: argparse.Namespace, study: Study, run: Run) -> Path:
             "seed": run.seed,
             "output_dir": folder,
             "save_strategy": "epoch",
-            "logging_steps": 50,
             "report_to": "none",
         }
         interrupted = any(folder.glob("checkpoint-*"))
@@ -112,7 +122,7 @@ def train(options: argparse.Namespace, study: Study, run: Run) -> Path:
                 flags["resume_from_checkpoint"] = start
         run_example([EXAMPLE], flags, "--do_train", *run.arm.flags)
         unknown = {"train_seconds": None} if interrupted else {}
-        note_run(options.output, options.work, run, torch.get_num_threads(), **unknown)
+        note_run(options.output, options.work, run, torch.get_num_threads(), losses=losses(folder), **unknown)
     averaged = folder / f"average-{study.average}"
     if not averaged.exists():
         unfinished = averaged.with_name(f"{averaged.name}-unfinished")
@@ -239,6 +249,13 @@ class Campaign:
             found.append(SweepRecord.load(path))
         return found
 
+    def plain_loss(self, epoch: int) -> str:
+        """Return the loss of the plain trainings in the epoch before this one; "-" before the first."""
+        if epoch == 0:
+            return "-"
+        runs = json.loads((self.options.output / "runs.json").read_text())
+        return shown([runs[f"plain-seed{seed}"]["losses"][epoch - 1] for seed in self.options.seeds])
+
     def bleu(self, records: Sequence[EvaluationRecord], row: int) -> list[float]:
         """Return the BLEU of a row of the records, one a seed."""
         return [record.rows()[row].mean(self.metric) for record in records]
@@ -335,6 +352,25 @@ def table_6(campaign: Campaign) -> str:
     return markdown_table(header, rows)
 
 
+def starts(campaign: Campaign) -> str:
+    """Return what an earlier start of the proposed defense does: the whole model as it is, and corrupted.
+
+    The loss is that of the plain training at the start: the mean of what was logged in the epoch before.
+    """
+    study = campaign.study
+    epochs = {"plain": study.epochs, "defended": study.start_epoch}
+    epochs |= {f"start-{start}": start for start in study.other_starts}
+    rows, header = [], ["defended", "loss at the start"]
+    for name in sorted(epochs, key=lambda name: (name == "plain", epochs[name])):
+        records = campaign.records(name, "table6-whole", study.whole)
+        if not rows:
+            header += [row.label for row in records[0].rows()]
+        label = "nothing" if name == "plain" else f"from epoch {epochs[name]} on"
+        cells = [shown(campaign.bleu(records, row)) for row in range(len(records[0].rows()))]
+        rows.append([label, campaign.plain_loss(epochs[name]), *cells])
+    return markdown_table(header, rows)
+
+
 def figure_3(campaign: Campaign) -> str:
     """Return Figure 3 as a table, a row for each layer, and draw it: the BLEU that a corruption of it leaves.
 
@@ -374,8 +410,12 @@ TABLES: dict[str, Callable[[Campaign], str]] = {
     "3": table_3,
     "4": table_4,
     "6": table_6,
+    "starts": starts,
     "figure-3": figure_3,
 }
+
+
+PAPERS = [name for name in TABLES if name != "starts"]
 
 
 def main() -> None:
@@ -386,7 +426,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the folder for records and tables")
     parser.add_argument("--work", type=Path, default=Path("runs/translation"), help="the folder for models")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="only these, in this order")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(PAPERS), help="only these, in this order")
     parser.add_argument("--test-sentences", type=int, help="measure on the first so many")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -400,7 +440,7 @@ def main() -> None:
         f"mean of the last {study.average} checkpoints.\n"
     ]
     for table in options.tables:
-        title = "Figure 3" if table == "figure-3" else f"Table {table}"
+        title = {"figure-3": "Figure 3", "starts": "Where the defense starts"}.get(table, f"Table {table}")
         text.append(f"## {title}\n\n{TABLES[table](campaign)}\n")
         (options.output / "table.md").write_text("\n".join(text), encoding="utf-8")
     print("\n".join(text))

@@ -50,6 +50,7 @@ class Study:
         training: Flags of `examples/train_translation.py`, by name.
         epochs: Epochs in all.
         start_epoch: Where the defenses start.
+        other_starts: Where the proposed defense starts instead, in arms that show what that does.
         average: The model is the mean of so many of the last checkpoints.
         max_norm: ε and K of the proposed defense, in the maximum norm.
         l2: ε and K of the best one in L2.
@@ -86,10 +87,14 @@ class Study:
     max_new_tokens: int = 200
     tokenized: bool = True
     lowercase: bool = False
+    other_starts: Sequence[int] = ()
 
-    def defended(self, label: str, epsilon: float, steps: int, *more: str, norm: str = "inf") -> Arm:
+    def defended(
+        self, label: str, epsilon: float, steps: int, *more: str, norm: str = "inf", start: int | None = None
+    ) -> Arm:
         """Return an arm with the multi-step risk."""
-        return Arm(label, self._flags("multi_step_risk", norm, epsilon, "--defense_steps", str(steps), *more))
+        more = ("--defense_steps", str(steps), *more)
+        return Arm(label, self._flags("multi_step_risk", norm, epsilon, *more, start=start))
 
     def _flags(self, defense: str, norm: str, epsilon: float, *more: str, start: int | None = None) -> list[str]:
         start_epoch = self.start_epoch if start is None else start
@@ -120,6 +125,8 @@ class Study:
             for share in (2 / 3, 4 / 3):
                 radius = share * epsilon
                 found[f"steps-{count}-epsilon-{radius:.2g}"] = self.defended(f"ε = {radius:.2g}", radius, count)
+        for start in self.other_starts:
+            found[f"start-{start}"] = self.defended(f"from epoch {start} on", epsilon, steps, start=start)
         return found
 
     @property
@@ -268,6 +275,7 @@ STUDIES = {
         layers=worst_hundred(0.5),
         max_new_tokens=60,
         tokenized=False,
+        other_starts=(0, 2),
     ),
 }
 # The same model on a corpus five times as large, of short sentences.

@@ -41,7 +41,8 @@ def test_arms(name):
     arms = study.arms
     assert arms["plain"].defense is None
     for arm in arms.values():
-        assert arm.defense is None or 0 < arm.defense.start_epoch < study.epochs
+        assert arm.defense is None or 0 <= arm.defense.start_epoch < study.epochs
+    assert {arms[f"start-{start}"].defense.start_epoch for start in study.other_starts} == set(study.other_starts)
     assert arms["last-layer"].arguments.defense_target_modules == ["last-decoder-layer"]
     assert arms["defended"].defense.steps == study.max_norm[1]
     assert arms["random-2"].defense.random_start
@@ -96,7 +97,7 @@ def campaign(tmp_path, monkeypatch):
         for language in ("de", "en"):
             (tmp_path / f"{stem}.{language}").write_text("\n".join(texts) + "\n")
     small = {"vocabulary_size": 40, "config_overrides": OVERRIDES, "max_tokens": 100, "warmup_steps": 2}
-    quiet = {"use_cpu": "true", "disable_tqdm": "true"}
+    quiet = {"use_cpu": "true", "disable_tqdm": "true", "logging_steps": 1}
     study = STUDIES["multi30k"]
     study = replace(
         study,
@@ -106,6 +107,7 @@ def campaign(tmp_path, monkeypatch):
         whole=study.whole[1:3],
         last=study.last[1:3],
         max_new_tokens=6,
+        other_starts=(0,),
     )
     monkeypatch.setitem(STUDIES, "multi30k", study)
     folders = {"data": tmp_path, "output": tmp_path / "records", "work": tmp_path / "work"}
@@ -144,6 +146,16 @@ def test_table_6_and_figure_3(campaign, monkeypatch):
     figure = script.figure_3(campaign)
     assert re.search(r"\| model.decoder.layers.1 +\|", figure)
     assert (output / "figure-3.png").stat().st_size > 5_000
+
+    starts = [line.split("|")[1:-1] for line in script.starts(campaign).splitlines()]
+    assert [row[0].strip() for row in starts[2:]] == ["from epoch 0 on", "from epoch 2 on", "nothing"]
+    state = json.loads((work / "plain-seed1" / "trainer_state.json").read_text())["log_history"]
+    of_epoch_2 = [entry["loss"] for entry in state if "loss" in entry and 1 < entry["epoch"] <= 2]
+    shown = [row[1].strip() for row in starts[2:]]
+    assert shown[0] == "-"
+    assert float(shown[1]) == pytest.approx(sum(of_epoch_2) / len(of_epoch_2), abs=0.006)
+    from_nothing = sorted((work / "start-0-seed1").glob("checkpoint-*"))
+    assert len(from_nothing) == len(steps["plain"]), "defended from nothing on, it shares no epoch"
 
     # Everything is there now: nothing is trained or measured again.
     monkeypatch.setattr(script, "train", lambda *arguments: pytest.fail("trained again"))
