@@ -86,6 +86,9 @@ STUDIES: dict[str, dict[str, Study]] = {
     "flips": {
         "small": Study("the worst bit flips", "worst_bit_flips", "worst_bit_flips", model="--model", seeds=(1,))
     },
+    "search": {
+        "small": Study("which ε", "search_epsilon_sst2", "search_epsilon", model="--model", seeds=(1,)),
+    },
     "recipe": {"small": Study("which layer, which bits", "recipe_sst2", "recipe", model="--model", seeds=(1,))},
     "images": {
         "small": Study(

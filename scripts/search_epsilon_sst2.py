@@ -76,9 +76,8 @@ def main() -> None:
         data_collator=DataCollatorWithPadding(tokenizer),
         defense=MultiStepRisk(CorruptionConstraint(p=2, epsilon=0.1), steps=1),
     )
-    batches = sentence_batches(tokenizer, options.data / "dev.tsv.gz")[
-        ::2
-    ]  # sorted by length: a half that is like the other
+    sorted_by_length = sentence_batches(tokenizer, options.data / "dev.tsv.gz")
+    batches = sorted_by_length[::2]  # a half that is like the other
     corruptions = [GradientCorruption(CorruptionConstraint(p=2, epsilon=epsilon)) for epsilon in RADII]
 
     def evaluate() -> dict[str, float]:

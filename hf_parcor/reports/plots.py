@@ -646,6 +646,8 @@ def plot_search(record: SearchRecord, objective: str = "objective") -> Figure:
     """
     best = record.best
     figure = new_figure(4.8, 3.4)
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     axis = figure.subplots()
     counts = dict.fromkeys(trial.steps for trial in record.trials)
     for steps, (color, marker) in zip(counts, line_styles(), strict=False):
@@ -657,7 +659,9 @@ def plot_search(record: SearchRecord, objective: str = "objective") -> Figure:
         [best.strength], [best.objective], linestyle="", marker="o", markersize=13, fillstyle="none", color="black"
     )
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
     axis.xaxis.set_major_formatter(lambda value, _: short(value))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("radius ε" if record.setting == "epsilon" else record.setting)
     axis.set_ylabel(objective, parse_math=False)
     axis.set_title(

@@ -67,12 +67,16 @@ def _width(column: Iterable[str]) -> int:
 
 
 def search_table(record: SearchRecord) -> str:
-    """Return a Markdown table of a search: a row for each training, by K and strength, the best one marked."""
+    """Return a Markdown table of a search: a row for each training, by K, if that was searched, and strength.
+
+    The best one is marked.
+    """
     numbers = Numbers()
     counts = dict.fromkeys(trial.steps for trial in record.trials)
+    searched = counts.keys() - {None}
     rows = [
         [
-            "–" if trial.steps is None else str(trial.steps),
+            *(["–" if trial.steps is None else str(trial.steps)] if searched else []),
             numbers.value(trial.strength),
             numbers.value(trial.objective),
             " ".join(["best"] * (trial == record.best) + ["collapsed"] * trial.collapsed),
@@ -80,7 +84,7 @@ def search_table(record: SearchRecord) -> str:
         for steps in counts
         for trial in record.curve(steps)
     ]
-    return markdown_table(["K", record.symbol, f"objective ({record.direction})", ""], rows)
+    return markdown_table([*(["K"] if searched else []), record.symbol, f"objective ({record.direction})", ""], rows)
 
 
 def comparison_table(

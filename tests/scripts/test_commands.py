@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the figures need the extra 'plots'")
 
+from hf_parcor.records import SearchRecord
+from hf_parcor.reports.tables import search_table
 from scripts.reproduce import STUDIES
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -46,6 +48,16 @@ def test_a_part_belongs_to_commands_and_knows_none(name):
 
 CAMPAIGN = "--model none --data none --output"
 TRANSLATION = "--tables 6 figure-3 --test-sentences 500 --data none --output"
+
+
+def test_the_search_shows_its_record():
+    folder = RESULTS / "search_epsilon"
+    record = SearchRecord.load(folder / "record.json")
+    assert search_table(record) in (folder / "table.md").read_text(encoding="utf-8")
+    shown = {f"{trial.strength:.2g}": f"{100 * trial.objective:.1f}" for trial in record.trials}
+    section = PAGE[PAGE.index("**Which ε?**") :]
+    for strength in ("0.058", "0.088", "0.17", "0.03", "0.068"):
+        assert section.index(shown[strength]) < 900, "and it is what the page says"
 
 
 @pytest.mark.slow
