@@ -60,10 +60,20 @@ class BufferSnapshot:
             before, now = values.get(buffer.data_ptr()), buffers.get(name)
             same = now is buffer and _version_of(buffer) == self._versions[id(buffer)]
             if same and before is not None:
-                same = torch.equal(buffer.nan_to_num(), before.nan_to_num())
+                same = bool(same_numbers(buffer, before).all())
             if not same:
                 found.append(buffer if now is None else now)
         return found
+
+
+def same_numbers(found: Tensor, expected: Tensor) -> Tensor:
+    """Return where two tensors have the same number, or both none (NaN).
+
+    Examples:
+        >>> same_numbers(Tensor([1, torch.inf, torch.nan, 0]), Tensor([1, torch.inf, torch.nan, torch.nan]))
+        tensor([ True,  True,  True, False])
+    """
+    return (found == expected) | (found.isnan() & expected.isnan())
 
 
 @torch.no_grad()

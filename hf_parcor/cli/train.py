@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hf_parcor.arguments import check_count, check_not_negative, check_positive
 from hf_parcor.cli.parsing import TRIALS, Command, Parser, add_subject, at_least, corruption, share
 from hf_parcor.cli.sources import check_sources, read_data, rows_of
 from hf_parcor.cli.terminal import ROBUSTNESS, check_output_folder, going_on, refused, show, table_of, tell
-from hf_parcor.errors import InputError
+from hf_parcor.errors import InputError, one_line
+from hf_parcor.hub_data import failures_of_hub
 
 if TYPE_CHECKING:
     from hf_parcor.cli.subject import Subject
@@ -48,6 +51,7 @@ class Train(Command):
         """Add what `--help` shows."""
         add_subject(parser)
         group = parser.add_argument_group("training")
+        group.add_argument("--output-dir", metavar="DIR", help="where the model, its checkpoints and the record go")
         group.add_argument("--train-dataset", metavar="DATA", help="default: --dataset, which is measured on")
         group.add_argument(
             "--validation-split",
@@ -99,6 +103,10 @@ class Train(Command):
         """Train, measure, and show the record."""
         if arguments.config is not None:
             check_sources(arguments)
+        if not arguments.output_dir:
+            raise InputError("--output-dir: expected a folder for what is trained, got none; name one")
+        with refused(ValueError):
+            check_numbers(arguments)
         from dataclasses import fields
 
         from transformers import set_seed
@@ -109,7 +117,7 @@ class Train(Command):
 
         names = [field.name for field in fields(ParameterDefenseTrainingArguments) if field.init]
         with redirect_stdout(sys.stderr):
-            with refused(ValueError, TypeError, ImportError):
+            with refused(ValueError, TypeError, ImportError, OSError):
                 training = ParameterDefenseTrainingArguments(**{name: getattr(arguments, name) for name in names})
             check_output_folder(str(training.output_dir))
             corruptions = _corruptions(arguments, training)
@@ -122,7 +130,7 @@ class Train(Command):
             processor = task.load_processor(arguments.model, **origin_of(arguments))
             processed = prepared(arguments, task, model, processor)
             examples: Any = task.examples(train_rows, columns, processed)
-            with refused(ValueError, TypeError):
+            with refused(ValueError, TypeError, *failures_of_hub()):
                 trainer = ParameterDefenseTrainer(
                     model=model,
                     args=training,
@@ -136,6 +144,49 @@ class Train(Command):
             ):
                 _train(trainer, training)
         _measure(arguments, trainer, subject, corruptions)
+
+
+# Of the Trainer's numbers those that it takes as they come: some then fail in another library, some train nonsense.
+_LEAST_WHOLE: Mapping[str, int] = MappingProxyType(
+    {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "save_total_limit": 1,
+        "dataloader_num_workers": 0,
+        "seed": 0,
+        "data_seed": 0,
+    }
+)
+_NOT_NEGATIVE = ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm")
+_POSITIVE = ("num_train_epochs", "save_steps")
+_BELOW_1 = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
+
+
+def check_numbers(arguments: Any) -> None:
+    """Refuse numbers that no training has.
+
+    Args:
+        arguments: The fields of `TrainingArguments` as attributes.
+
+    Raises:
+        ValueError: One of them is such a number.
+    """
+    for name, least in _LEAST_WHOLE.items():
+        if getattr(arguments, name) is not None:
+            check_count(name, getattr(arguments, name), least)
+    for name in _NOT_NEGATIVE:
+        check_not_negative(name, getattr(arguments, name), "pass 0 or more")
+    for name in _POSITIVE:
+        check_positive(name, getattr(arguments, name))
+    for name in _BELOW_1:
+        if not 0 <= getattr(arguments, name) < 1:
+            raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(arguments, name)}; pass less than 1")
+    if arguments.max_steps != -1 and arguments.max_steps < 1:
+        got = f"got {arguments.max_steps}; leave it out to train for num_train_epochs"
+        raise ValueError(f"max_steps: expected 1 or more, or -1 for no limit, {got}")
+    if arguments.eval_on_start:
+        raise ValueError("eval_on_start: expected False, since the model is measured when trained; leave it out")
 
 
 def _corruptions(arguments: argparse.Namespace, training: ParameterDefenseTrainingArguments) -> list[Corruption]:
@@ -206,11 +257,41 @@ def _model(task: Task, arguments: argparse.Namespace, parts: Sequence[tuple[Rows
 
 
 def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingArguments) -> None:
-    """Train, and save model, metrics and state."""
+    """Train, and save model, metrics and state.
+
+    Raises:
+        InputError: Another library refuses a flag of its own before the first step, as it builds loader, optimizer or
+            schedule, or looks for the checkpoint.
+    """
+    from transformers import TrainerCallback
+
     from hf_parcor.programs import save_training
     from hf_parcor.training import checkpoint_to_resume
 
-    save_training(trainer, trainer.train(resume_from_checkpoint=checkpoint_to_resume(training)).metrics)
+    class Begun(TrainerCallback):
+        yet = False
+
+        def on_train_begin(self, *arguments: Any, **others: Any) -> None:
+            self.yet = True
+
+    begun = Begun()
+    trainer.add_callback(begun)
+    try:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training)).metrics
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        if begun.yet or isinstance(error, InputError) or _raised_by(error) not in _ELSEWHERE:
+            raise
+        raise InputError(f"training cannot begin ({one_line(error)}); check the flags of the Trainer") from error
+    save_training(trainer, metrics)
+
+
+_ELSEWHERE = ("accelerate", "torch", "transformers")
+
+
+def _raised_by(error: BaseException) -> str:
+    """Return the package that raised an exception."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _measure(

@@ -18,6 +18,9 @@ from hf_parcor.distributed.fsdp import drop_gathered, is_sharded
 from hf_parcor.distributed.processes import MeasuringProcesses
 from hf_parcor.evaluation.reach import packed_tensors, plain_parts
 
+_PIECE = 2**18  # integers that are hashed at once
+_BASE = 6364136223846793005  # odd: Knuth's multiplier for 64 bits
+
 
 def measurable_model(model: nn.Module) -> nn.Module:
     """Return what `whole_model` does, or a model that FSDP2 shards, every parameter its shard.
@@ -92,8 +95,9 @@ def check_same_weights(model: nn.Module, processes: MeasuringProcesses) -> None:
         ValueError: They differ.
     """
     tensors = chain(model.named_parameters(), model.named_buffers(), packed_tensors(model))
+    keys = torch.randint(-(2**63), 2**63 - 1, (_PIECE,), generator=torch.Generator().manual_seed(0))
     first, *others = processes.gather(
-        {name: _sum_of_bits(tensor) for name, tensor in tensors if not isinstance(tensor, DTensor)}
+        {name: _hash_of_bits(tensor, keys) for name, tensor in tensors if not isinstance(tensor, DTensor)}
     )
     for other in others:
         for name in [name for name in {**first, **other} if first.get(name) != other.get(name)]:
@@ -103,13 +107,20 @@ def check_same_weights(model: nn.Module, processes: MeasuringProcesses) -> None:
             )
 
 
-def _sum_of_bits(tensor: torch.Tensor) -> int:
-    """Return the sum of a tensor's bits as integers, which does not depend on the order, as one of floats does."""
+def _hash_of_bits(tensor: torch.Tensor, keys: torch.Tensor) -> int:
+    """Return a hash of a tensor's bits and of their order, computed where the tensor is.
+
+    A piece of as many integers b as there are random keys k has the hash `Σ k_i b_i`, modulo 2^64: integers have the
+    same sum in any order, which floats have not. Hashes of pieces are the coefficients of a polynomial.
+    """
     kinds = {1: torch.uint8, 2: torch.int16}
-    return sum(
-        int(part.contiguous().reshape(-1).view(kinds.get(part.dtype.itemsize, torch.int32)).sum(dtype=torch.int64))
-        for part in plain_parts(tensor.detach())
-    )
+    found = 0
+    for part in plain_parts(tensor.detach()):
+        bits = part.contiguous().reshape(-1).view(kinds.get(part.dtype.itemsize, torch.int32))
+        for piece in torch.split(bits, len(keys)):
+            products = piece.to(torch.int64) * keys[: len(piece)].to(piece.device)
+            found = (found * _BASE + int(products.sum())) % 2**64
+    return found
 
 
 def check_same_data(name: str, fingerprint: str, processes: MeasuringProcesses) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hf_parcor.distributed.dtensors import local_part
-from hf_parcor.model_state import BufferSnapshot, StepBuffers, devices_of, evaluation_mode
+from hf_parcor.model_state import BufferSnapshot, StepBuffers, devices_of, evaluation_mode, same_numbers
 from hf_parcor.prefix.consumers import Consumers, Place
 from hf_parcor.prefix.cut import PrefixError, find_cut, not_called_again, not_compiled, run_alone
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
@@ -107,12 +107,18 @@ def _distance(found: Any, expected: Any) -> float:
         return 0.0
     if not found.is_floating_point():
         return math.inf
-    if not torch.equal(found.isfinite(), expected.isfinite()):
-        return math.inf
-    same = (found == expected) | (found.isnan() & expected.isnan())
-    differences = (found - expected).masked_fill_(same, 0).abs()
-    size = expected.masked_fill(~expected.isfinite(), 0).abs()
-    return float(differences.max()) / max(float(size.max()), torch.finfo(expected.dtype).tiny)
+    return _largest_difference(found, expected) / max(_size(expected), torch.finfo(expected.dtype).tiny)
+
+
+def _largest_difference(found: Tensor, expected: Tensor) -> float:
+    """Return `max |found − expected|`, of numbers that are not finite 0 where they are the same, else ∞."""
+    differences = (found - expected).masked_fill_(same_numbers(found, expected), 0).abs()
+    return float(differences.nan_to_num(math.inf, math.inf).max()) if differences.numel() else 0.0
+
+
+def _size(tensor: Tensor) -> float:
+    """Return the largest magnitude of all finite numbers."""
+    return float(tensor.nan_to_num(0, 0, 0).abs().max()) if tensor.numel() else 0.0
 
 
 def check_results(name: str, found: float, of_full_runs: float) -> None:
@@ -137,13 +143,10 @@ def differing_gradient(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], factor: float, tolerance: float
 ) -> str | None:
     """Return the name of a gradient that is not the multiple of the expected one, but for sums in another order."""
-    sizes = {
-        name: float(part.nan_to_num(0, 0, 0).abs().max()) if part.numel() else 0.0 for name, part in expected.items()
-    }
+    sizes = {name: _size(part) for name, part in expected.items()}
     least = _SMALL_GRADIENT * max(sizes.values(), default=0.0)
     for name, part in found.items():
-        difference = (part - factor * expected[name]).nan_to_num(0)
-        if part.numel() and not float(difference.abs().max()) <= tolerance * factor * max(sizes[name], least):
+        if _largest_difference(part, factor * expected[name]) > tolerance * factor * max(sizes[name], least):
             return name
     return None
 

@@ -6,8 +6,10 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 from local_models import SENTENCES, save_bert, write_rows
 
@@ -15,6 +17,7 @@ from hf_parcor import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.cli import main
 from hf_parcor.cli.main import build_parser
 from hf_parcor.cli.probe import Probe
+from hf_parcor.cli.train import check_numbers
 from hf_parcor.training import ParameterDefenseTrainingArguments
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -62,7 +65,7 @@ def files(tmp_path, classifier_folder, sentences):
 
 
 PROBE = "probe MODEL --dataset DATA"
-TRAIN = "train MODEL --dataset DATA --use-cpu --report-to none --max-steps 1"
+TRAIN = "train MODEL --dataset DATA --output-dir out --use-cpu --report-to none --max-steps 1"
 # A command line, and words that its error has: what is wrong, what was found, and what is nearest to it.
 MISTAKES = [
     # records
@@ -168,7 +171,22 @@ MISTAKES = [
     (f"{TRAIN} --defense-target-modules querry", '--defense-target-modules, "querry"'),
     (f"{TRAIN} --defense-epsillon 1", "--defense-epsillon (did mean --defense-epsilon?)"),
     (f"{TRAIN} --max_steps many", "--max-steps: 'many'"),
-    ("train BODY --dataset DATA --use-cpu", "head --task"),
+    ("train BODY --dataset DATA --use-cpu --output-dir out", "head --task"),
+    ("train MODEL --dataset DATA", "--output-dir: none"),
+    (f"{TRAIN} --per-device-train-batch-size 0", "--per-device-train-batch-size: 1 0"),
+    (f"{TRAIN} --seed -1", "--seed: 0 -1"),
+    (f"{TRAIN} --learning-rate -1", "--learning-rate: 0 -1"),
+    (f"{TRAIN} --learning-rate nan", "--learning-rate: 0 NaN"),
+    (f"{TRAIN} --num-train-epochs 0", "--num-train-epochs: 0"),
+    (f"{TRAIN} --max-steps 0", "--max-steps: 1 0"),
+    (f"{TRAIN} --adam-beta2 1", "--adam-beta2: 1"),
+    (f"{TRAIN} --eval-on-start", "--eval-on-start:"),
+    (f"{TRAIN} --accelerator-config nowhere.json", "nowhere.json"),
+    # what other libraries refuse when they get ready to train
+    (f"{TRAIN} --resume-from-checkpoint nowhere", "train nowhere"),
+    (f"{TRAIN} --optim-args word", "train ValueError"),
+    (f'{TRAIN} --lr-scheduler-type cosine --lr-scheduler-kwargs {{"cycles":1}}', "train 'cycles'"),
+    (f"{TRAIN} --use-liger-kernel", "train liger-kernel"),
 ]
 
 
@@ -227,6 +245,43 @@ def test_a_bug_keeps_its_traceback(kind, files, monkeypatch, classifier_folder, 
     monkeypatch.setattr(LayerProbe, "evaluate", broken)
     with pytest.raises(kind, match="expected 1, got 2"):
         main(["probe", classifier_folder, "--dataset", sentences])
+
+
+def refuse(self, *arguments, **settings):
+    raise ValueError("Invalid learning rate")
+
+
+def let_another_library_refuse(self, *arguments, **settings):
+    torch.optim.SGD([torch.ones(1)], lr=-1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "broken"), [("create_optimizer", refuse), ("training_step", let_another_library_refuse)]
+)
+def test_a_bug_of_a_training_keeps_its_traceback(files, monkeypatch, tmp_path, method, broken):
+    """What ours raises while it gets ready, and whatever is raised from the first step on."""
+    monkeypatch.setattr(f"hf_parcor.trainers.ParameterDefenseTrainer.{method}", broken)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        main([files.get(word, word) for word in TRAIN.split()])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        *("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "adam_beta1", "adam_beta2"),
+        *("adam_epsilon", "label_smoothing_factor", "dataloader_num_workers", "seed", "data_seed", "max_steps"),
+        *("save_total_limit", "save_steps"),
+    ],
+)
+def test_numbers_that_no_training_has(name):
+    """The Trainer's own defaults pass, and -2 does not."""
+    defaults = {field.name: field.default for field in fields(ParameterDefenseTrainingArguments)}
+    check_numbers(SimpleNamespace(**defaults))
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        check_numbers(SimpleNamespace(**{**defaults, name: -2}))
 
 
 def test_ctrl_c_says_how_it_goes_on(run, files, monkeypatch):

@@ -18,6 +18,7 @@ from operations import count_operations
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -268,7 +269,7 @@ def check_equal(alone: EvaluationRecord, together: EvaluationRecord, rounded: tu
     assert len({row.metrics["loss"] for row in alone.rows()}) > 4, "they do something"
 
 
-def what_users_pass() -> dict[str, Any]:
+def what_users_pass(folder: str) -> dict[str, Any]:
     from accelerate import Accelerator
 
     network, loader = model(), DataLoader(rows(), batch_size=4)
@@ -276,7 +277,7 @@ def what_users_pass() -> dict[str, Any]:
     prepared = Accelerator(cpu=True).prepare_data_loader(loader)
     assert sum(len(batch["labels"]) for batch in prepared) > 18 / distributed.get_world_size(), "some count twice"
     arguments = tf.TrainingArguments(
-        output_dir="unused", per_device_eval_batch_size=4, use_cpu=True, report_to="none", disable_tqdm=True
+        output_dir=folder, per_device_eval_batch_size=4, use_cpu=True, report_to="none", disable_tqdm=True
     )
     trainer = tf.Trainer(
         model=network,
@@ -429,6 +430,12 @@ def split_weights() -> None:
     for network, why in ((left_out, "'classifier.bias', which is left out"), (again, "split again by tensor")):
         with pytest.raises(ValueError, match=why):
             CorruptionEvaluator(network, lambda _: {"x": 0.0})
+    gathered = sharded(reshard_after_forward=False)
+    with torch.no_grad():
+        gathered(**batches()[0])
+    assert not any(isinstance(parameter, DTensor) for parameter in gathered.get_submodule("bert.encoder").parameters())
+    CorruptionEvaluator(gathered, lambda _: {"x": 0.0})
+    assert all(isinstance(parameter, DTensor) for parameter in gathered.parameters())
 
 
 def test_weights_split_in_other_ways_are_refused(two_ranks):
@@ -443,10 +450,10 @@ def on_two_ranks(folder: str) -> dict[str, Any]:
     checks = (
         gradients_are_kept,
         share_of_work,
-        what_users_pass,
         failures,
         a_metric_that_does_not_gather,
         split_weights,
     )
     found: dict[str, Any] = {check.__name__: check() for check in checks}
-    return {**found, "records_on_two_ranks": records_on_two_ranks(folder)}
+    found |= {check.__name__: check(folder) for check in (what_users_pass, records_on_two_ranks)}
+    return found

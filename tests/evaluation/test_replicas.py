@@ -81,6 +81,35 @@ def test_other_weights_in_any_process(name):
             compare(*given)
 
 
+def exchanged(first, second):
+    def exchange(rows):
+        rows[[first, second]] = rows[[second, first]]
+
+    return exchange
+
+
+ORDERS = {
+    "the first two": exchanged(0, 1),
+    "the last two": exchanged(-2, -1),
+    "first and last": exchanged(0, -1),
+    "a power of two apart": exchanged(0, 2**18),
+    "halves": lambda rows: rows.copy_(rows.roll(300_000)),
+    "backwards": lambda rows: rows.copy_(rows.flip(0)),
+}
+
+
+@for_each("order", ORDERS)
+def test_the_same_numbers_in_another_order(order):
+    model = nn.Module()
+    model.register_buffer("rows", torch.randint(-128, 127, (600_000,), dtype=torch.int8))  # are hashed piece by piece
+    model.rows[[0, 1, 2**18, -2, -1]] = torch.tensor([1, 2, 3, 4, 5], dtype=torch.int8)
+    other = copy.deepcopy(model)
+    compare(model, other)
+    ORDERS[order](other.rows)
+    with pytest.raises(ValueError, match="'rows'"):
+        compare(model, other)
+
+
 def test_bytes_that_are_in_other_places():
     one, other = nn.Linear(1, 1), nn.Linear(1, 1)
     other.load_state_dict(one.state_dict())

@@ -24,7 +24,7 @@ from hf_parcor import (
 )
 from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.evaluation import BatchMetric, ClassificationMetric, DatasetGradients
-from hf_parcor.evaluation.together import prefix_of_ascents, prefix_of_measurements
+from hf_parcor.evaluation.together import Group, Job, choose_together, prefix_of_ascents, prefix_of_measurements
 
 MANY = [
     *(GradientCorruption(CorruptionConstraint(epsilon=epsilon)) for epsilon in (0.1, 0.5, 2.0)),
@@ -165,6 +165,28 @@ def test_ascents_of_different_lengths_end_where_they_would_alone(classifier, bat
     for one, other in zip(together, alone, strict=True):
         for name, tensor in one.items():
             assert torch.equal(tensor, other[name])
+
+
+class ClimbsByItself(MultiStepCorruption):
+    """Is no multi-step corruption to whoever lets those climb together."""
+
+
+@for_each("whole", [True, False])
+def test_every_ascent_begins_at_the_first_batch(classifier, batches, whole):
+    """Whatever walked before, and how far."""
+    classifier.eval()
+    parameters = select_parameters(classifier, "last-encoder-layer")
+    gradients = DatasetGradients(classifier, parameters, batches)
+    group = Group(parameters, gradients, lambda: None, lambda: None)
+    settings = {"constraint": CorruptionConstraint(epsilon=0.5), "steps": 2}
+    assert len(batches) % 2 == 1  # else every ascent of two steps ends with a round
+    ((first,), *others) = (
+        choose_together([Job(group, kind(**settings), 0)], whole=whole)
+        for kind in (MultiStepCorruption, MultiStepCorruption, ClimbsByItself, ClimbsByItself)
+    )
+    for (other,) in others:
+        entries = other if whole or isinstance(other, dict) else other.whole()
+        assert all(torch.equal(entries[name], tensor) for name, tensor in first.items())
 
 
 @pytest.mark.parametrize("call", [1, 5, 9])

@@ -23,7 +23,22 @@ def codes(tensor: torch.Tensor, bits: int) -> tuple[np.ndarray, np.float32]:
     return np.round(weights / step).astype(np.int16), step
 
 
+def test_the_sign_of_float64_that_is_flipped_already():
+    """Its mask is the largest of 64 bits, which no signed integer holds."""
+    weight, sign = np.float64(1.5), np.uint64(1) << np.uint64(63)
+    now = weight.view(np.uint64) ^ sign
+    with np.errstate(all="ignore"):
+        gains = [-((now ^ (np.uint64(1) << np.uint64(at))).view(np.float64) + weight) for at in range(63)]
+    best = max(gain for gain in gains if np.isfinite(gain))
+    found = worst_flip(torch.tensor([weight]), torch.tensor([-1.0], dtype=torch.float64), flipped={0: 1 << 63})
+    assert found == (best, 0, gains.index(best))
+
+
 class TestIntegerCodes:
+    def test_a_single_weight_has_a_code(self) -> None:
+        (flipped,) = flip_random_bits([torch.tensor([0.5])], count=1, of="int8")
+        assert flipped.item() != 0.5
+
     @for_each("bits", [8, 16])
     def test_flips_are_those_of_numpys_integers(self, bits: int) -> None:
         tensor = torch.randn(40)

@@ -18,6 +18,7 @@ from hf_parcor import (
     measure_indicators,
 )
 from hf_parcor.indicators import LossOverData, random_loss_changes
+from hf_parcor.indicators.estimators import hessian_diagonal
 from hf_parcor.theory import RandomCorruptionRatio
 
 CONSTRAINTS = [
@@ -33,6 +34,21 @@ def joined(corruption):
 def draw(known, constraint, seed):
     generator = torch.Generator().manual_seed(seed)
     return joined(RandomCorruption(constraint)(known.loss.parameters, generator=generator))
+
+
+def test_a_constraint_beside_others_is_measured_as_alone(known):
+    """Each ascent begins at the first batch: here all end behind it, before the second."""
+    constraints = [CorruptionConstraint(epsilon=epsilon) for epsilon in (0.1, 0.3, 1.0)]
+    together = known.measure(*constraints, steps=1, draws=2)
+    alone = [known.measure(constraint, steps=1, draws=2) for constraint in constraints]
+    assert list(together.indicators) == [record.indicators[0] for record in alone]
+
+
+def test_estimates_of_no_draw_are_refused(known):
+    with pytest.raises(ValueError, match="draws: expected a whole number >= 1, got 0"):
+        random_loss_changes(known.loss, CONSTRAINTS[0], draws=0)
+    with pytest.raises(ValueError, match="probes: expected a whole number >= 1, got 0"):
+        hessian_diagonal(known.loss, probes=0)
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=str)

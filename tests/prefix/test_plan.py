@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from contextlib import nullcontext
 
@@ -10,6 +11,7 @@ import torch
 from for_each import for_each
 from torch import nn
 
+from hf_parcor.model_state import BufferSnapshot
 from hf_parcor.prefix import (
     PrefixError,
     PrefixReuse,
@@ -52,6 +54,24 @@ def test_gradients_that_are_not_finite_in_both_are_no_difference_and_no_size():
     assert differing_gradient({**odd, "b": torch.tensor([1.1])}, odd, 1, 1e-3) == "b"
 
 
+NAN, INF = math.nan, math.inf
+
+
+@for_each("found, expected", itertools.product((0.0, NAN, INF, -INF), repeat=2))
+def test_what_is_not_finite_in_one_alone_is_a_difference(found, expected):
+    """Of gradients, of results, and of buffers."""
+    same = repr(found) == repr(expected)
+    found, expected = torch.tensor([found, 1.0]), torch.tensor([expected, 1.0])
+    assert differing_gradient({"a": 2 * found}, {"a": expected}, 2, 1e-3) == (None if same else "a")
+    assert distance([found], [expected]) == (0 if same else INF)
+    assert distance([found[0].item()], [expected[0].item()]) == (0 if same else INF)
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean.copy_(expected)
+    before = BufferSnapshot([norm])
+    norm.running_mean.data.copy_(found)
+    assert len(before.moved()) == (0 if same else 1)
+
+
 W = torch.tensor([1.0, 3.0], requires_grad=True)
 
 
@@ -76,7 +96,6 @@ def test_a_result_without_gradient(result):
         objective_of(result)
 
 
-NAN, INF = math.nan, math.inf
 NARROW, WIDE = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0], dtype=torch.float64)
 
 
@@ -242,6 +261,31 @@ class TestWhatCannotBeCut:
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         with pytest.raises(PrefixError, match="could not be run alone on a batch"):
             plan_prefix(model, {"w": model[1].weight}, lambda: model(rows=torch.ones(1, 2)))
+
+    def test_a_parameter_that_a_batch_does_not_use_has_no_gradient_and_refuses_nothing(self):
+        model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+        model[0].unused, model[1].unused = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+        for selected in ({"w": model[1].weight}, {"w": model[1].weight, "u": model[1].unused}):
+            plan_prefix(model, selected, lambda: {"loss": model(x).square().mean()})
+        assert model[0].unused.grad is None
+
+    @for_each("kind", [PrefixReuse, RecomputedPrefix])
+    def test_the_random_numbers_behind_a_replayed_call_are_those_behind_a_computed_one(self, kind):
+        """Else the second dropout would have another mask than in a full run."""
+        model, x = (
+            nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 64), nn.Dropout(0.5)),
+            torch.randn(9, 4),
+        )
+
+        def run_pass(objective):
+            result = {"loss": model(x).square().mean()}
+            objective(result).backward()
+            return result
+
+        selected = {"w": model[2].weight}
+        prefix = find_prefix(model, selected, lambda: model(x), kind)
+        assert prefix.prefix[1:] == [model[1]]
+        try_prefix(prefix, model, selected, run_pass)
 
     def test_nothing_is_left_behind(self, bits_of):
         model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Linear(2, 2)).train()

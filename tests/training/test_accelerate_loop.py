@@ -365,6 +365,12 @@ class TestErrors:
         with pytest.raises(ValueError, match="expected trainable parameters"):
             self.refused(network, micro_batches, parameters=select_parameters(network, "all"))
 
+    def test_a_frozen_parameter_of_a_defense_that_starts_later(self, network, micro_batches):
+        network[0].requires_grad_(False)
+        late = {"defense": SAM(SET, start_epoch=3), "epoch": 0.0}
+        with pytest.raises(ValueError, match="expected trainable parameters"):
+            self.refused(network, micro_batches, parameters=select_parameters(network, "all"), **late)
+
     def test_an_engine_that_was_not_tried(self, network, micro_batches, monkeypatch):
         from accelerate.utils import DistributedType
 

@@ -157,10 +157,12 @@ class NormalizedClassifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def test_running_statistics_move_on_the_clean_pass_only(train):
-    """One step from the same weights: statistics must equal the stock Trainer's, which never sees a corruption."""
+@pytest.mark.parametrize("settings", [{}, {"random_start": True}, {"batch_share": 0.5}])
+def test_running_statistics_move_as_in_the_stock_step(train, settings):
+    """One step from the same weights; the stock Trainer never sees a corruption, nor a part of the batch."""
     models = []
-    for trainer_class, extra in ((Trainer, {}), (ParameterDefenseTrainer, {"defense": MultiStepRisk(L2, steps=2)})):
+    defense = MultiStepRisk(L2, steps=2, **settings)
+    for trainer_class, extra in ((Trainer, {}), (ParameterDefenseTrainer, {"defense": defense})):
         torch.manual_seed(0)
         models.append(NormalizedClassifier())
         train(trainer_class, models[-1], {"max_steps": 1}, **extra)

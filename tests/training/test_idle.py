@@ -28,6 +28,14 @@ NEVER, NOT_STARTED, RARELY = "did nothing in this run", "does nothing in this ru
 UNUSED, NONE_USED = "did not use them", "ever had a gradient, so nothing was corrupted"
 
 
+def test_whether_an_interval_has_a_turn_among_some_steps():
+    for interval in (1, 2, 3, 7):
+        for first in range(9):
+            for end in range(first, 16):
+                turns = any(step % interval == 0 for step in range(first, end))
+                assert idle_module._had_its_turn(SAM(L2, interval=interval), first, end) == turns
+
+
 class Classifier(nn.Module):
     """Has a head that is never called, and a layer that is called now and then."""
 

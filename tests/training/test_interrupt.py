@@ -12,6 +12,7 @@ import torch
 
 import hf_parcor
 from hf_parcor import CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
+from hf_parcor.overriding import overriding
 
 K1 = MultiStepRisk(CorruptionConstraint(epsilon=0.2), steps=1)
 
@@ -82,6 +83,21 @@ def test_interrupt_at_any_line_leaves_the_weights(tiny_bert, rows, arguments):
             sys.settrace(None)
         torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     assert tried > 20
+
+
+def test_what_an_interrupt_left_replaced_is_put_back_before_the_next_step(tiny_bert, rows, arguments):
+    """As where it comes before the first line of a block that would have put it back."""
+    model = tiny_bert(dropout=0.0)
+    trainer = ParameterDefenseTrainer(model, arguments(), train_dataset=rows, defense=K1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.current_gradient_accumulation_steps = 1
+    expected = trainer.training_step(model, dict(batch))
+    broken_off = overriding(trainer, compute_loss=lambda *_, **__: model.classifier.bias.sum() * 0)
+    broken_off.__enter__()
+    of_model = overriding(model, eval=lambda: None)
+    of_model.__enter__()
+    assert torch.equal(trainer.training_step(model, dict(batch)), expected)
+    assert not model.eval().training
 
 
 @pytest.mark.parametrize("call", [2, 4])
