@@ -13,6 +13,7 @@ from transformers.utils import logging as logging_of_transformers
 
 from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import CorruptionEvaluator, RobustnessArguments
+from hf_parcor.records import EvaluationRecord
 from hf_parcor.reports.tables import comparison_table
 from hf_parcor.training import signs_of_collapse
 
@@ -88,9 +89,24 @@ def measure_and_save(
         metric: What the table shows.
 
     Returns:
-        What a program prints: the table, and where the record is; "" on processes other than the first.
+        As `save_measurement`.
     """
     record = evaluator.evaluate(corruptions, robustness.corruption_trials, robustness.corruption_seed)
+    return save_measurement(trainer, record, name, metric)
+
+
+def save_measurement(trainer: Trainer, record: EvaluationRecord, name: str, metric: str) -> str:
+    """Save what was measured of a Trainer's model as `robustness.json`, and return what a program prints of it.
+
+    Args:
+        trainer: Whose output folder the record goes to.
+        record: What was measured.
+        name: What the table calls the column.
+        metric: What the table shows.
+
+    Returns:
+        The table, and where the record is; "" on processes other than the first.
+    """
     if not trainer.is_world_process_zero():
         return ""
     path = record.save(Path(str(trainer.args.output_dir)) / "robustness.json")

@@ -233,7 +233,8 @@ def facts_of(
         datasets: As in `ModelFacts`.
         task: As in `ModelFacts`; "" for that in the record.
         evaluated_on: The data of the metrics; None for what the record says.
-        metric: The metric that the card shows; None for "accuracy", or else for the first of which more is better.
+        metric: The metric that the card shows; None for "accuracy", or else for the first of which more is better, one
+            of which that is known before one of which it is a guess.
         greater_is_better: Whether a large one is good; None for what the records say, or a guess that the card calls
             one.
         unit: As in `MetricInfo`; None as for `greater_is_better`.
@@ -339,6 +340,7 @@ def _shape(record: EvaluationRecord) -> Any:
 def _chosen(metrics: Sequence[str], metric: str | None, record: EvaluationRecord) -> str:
     if metric is None:
         good = [name for name in metrics if record.info(name).greater_is_better]
+        good.sort(key=lambda name: record.info(name).direction_guessed)
         metric = "accuracy" if "accuracy" in metrics else next(iter([*good, *metrics]), "")
     if metric not in metrics:
         raise ValueError(f"metric: expected one of {', '.join(metrics) or 'no metrics'}, got {metric!r}; pass metric=")

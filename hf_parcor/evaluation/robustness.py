@@ -19,6 +19,7 @@ from hf_parcor.evaluation.gradients import model_loss
 from hf_parcor.evaluation.metrics import TrainerMetric
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 from hf_parcor.evaluation.walks import drawn_once
+from hf_parcor.overriding import counters_kept
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.records.curves import plain_name
 from hf_parcor.records.data import evaluation_data_of
@@ -126,7 +127,8 @@ def _loss_of(trainer: Trainer) -> Any:
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         inputs = trainer._prepare_inputs(dict(batch))  # a copy: labels are popped
-        with trainer.compute_loss_context_manager():
+        # Trainers average what they count until their next evaluation is logged, which this is no part of.
+        with counters_kept(trainer), trainer.compute_loss_context_manager():
             return torch.as_tensor(trainer.compute_loss(model, inputs))
 
     return loss

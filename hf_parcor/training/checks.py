@@ -17,7 +17,14 @@ from transformers.training_args import OptimizerNames
 
 from hf_parcor.defenses import Defense
 
-INSTEAD = "use DDP (torchrun, accelerate launch) or FSDP2 (fsdp=True, fsdp_version: 2), or train without a defense"
+
+def _instead_of(setting: str) -> str:
+    """Say which three lines make FSDP2 of what a setting asked for."""
+    return (
+        f"in the arguments take out {setting}, and set fsdp=True and fsdp_config={{'version': 2}}, which is FSDP2 "
+        "(with Accelerate's file distributed_type: FSDP, and fsdp_version: 2 in its fsdp_config, as in "
+        "examples/accelerate_configs/fsdp2.yaml); or use DDP, or train without a defense"
+    )
 
 
 def refuse_engines(accelerator: Accelerator, model: nn.Module | None, defense: Defense) -> None:
@@ -32,10 +39,13 @@ def refuse_engines(accelerator: Accelerator, model: nn.Module | None, defense: D
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
             "deepspeed: expected none with a defense, got DeepSpeed, whose engine updates inside backward: each pass "
-            f"of a step would be an update of its own; {INSTEAD}"
+            f"of a step would be an update of its own; {_instead_of('deepspeed=')}"
         )
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
-        raise ValueError(f"accelerator: expected DDP or FSDP2 with a defense, got Megatron-LM, not tested; {INSTEAD}")
+        raise ValueError(
+            "accelerator: expected DDP or FSDP2 with a defense, got Megatron-LM, which is not tested; "
+            f"{_instead_of('what asks for Megatron-LM')}"
+        )
     _refuse_split_models(accelerator, model)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         _refuse_under_fsdp(accelerator, defense)
@@ -48,13 +58,14 @@ def _refuse_split_models(accelerator: Accelerator, model: nn.Module | None) -> N
         if size > 1:
             raise ValueError(
                 f"parallelism_config.{name}: expected 1 with a defense, got {size}; the defended step is not tested "
-                f"with {kind} parallelism, and could be silently wrong: {INSTEAD}"
+                f"with {kind} parallelism, and could be silently wrong; {_instead_of('parallelism_config=')}"
             )
     # Not every release of Transformers has the first of these.
     if getattr(model, "is_distributed_loading_by_transformers", False) or (getattr(model, "tp_size", None) or 1) > 1:
         raise ValueError(
             "model: expected one that was loaded whole, got one that from_pretrained sharded (tp_plan or "
-            f"distributed_config); the defended step is not tested there: load it without, and {INSTEAD}"
+            f"distributed_config); the defended step is not tested there: load it without; to shard it, "
+            f"{_instead_of('parallelism_config=')}"
         )
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     if places & {"disk", "meta"} or ("cpu" in places and len(places) > 1):
@@ -105,7 +116,8 @@ def refuse_what_cannot_work(trainer: Trainer, defense: Defense) -> None:
         )
     if trainer.is_fsdp_xla_enabled:
         raise ValueError(
-            f"fsdp_config: expected FSDP2 of PyTorch with a defense, got XLA's FSDP, which is not tested; {INSTEAD}"
+            "fsdp_config: expected FSDP2 of PyTorch with a defense, got XLA's FSDP, which is not tested; "
+            f"{_instead_of('xla')}"
         )
     refuse_engines(trainer.accelerator, trainer.model, defense)
     if trainer.args.ddp_static_graph and trainer.accelerator.num_processes > 1:

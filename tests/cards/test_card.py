@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from hf_parcor import MetricInfo, RobustnessReport
+from hf_parcor import CorruptionRecord, EvaluationRecord, MetricInfo, RobustnessReport
 from hf_parcor.cards import EvaluationData, ModelFacts, facts_of, with_probe, write_card
 from hf_parcor.cards.folder import card_of, is_ours
 from hf_parcor.cards.front_matter import (
@@ -257,6 +257,19 @@ class TestFacts:
         assert "dev.tsv" not in card_of(named, {})
         assert model_index(named)[0]["results"][0]["task"]["type"] == "translation"
         assert "rows" not in card_of(facts_of(record_of()), {}).partition("### Defense")[0]
+
+    @pytest.mark.parametrize(
+        ("names", "shown"),
+        [
+            (["loss", "entropy", "mean_token_accuracy"], "mean_token_accuracy"),
+            (["loss", "score"], "score"),
+            (["loss", "perplexity"], "loss"),
+            (["f1", "score", "accuracy"], "accuracy"),
+        ],
+    )
+    def test_the_metric_that_is_shown_is_known_to_be_good_rather_than_guessed(self, names, shown):
+        clean = CorruptionRecord("none", "no corruption", {}, (0,), dict.fromkeys(names, (0.5,)))
+        assert facts_of(EvaluationRecord("org/bert", {"target_modules": "all"}, 10, clean, ())).metric == shown
 
     def test_an_unknown_metric(self, record_of):
         with pytest.raises(ValueError, match="expected one of accuracy, loss, got 'f1'"):

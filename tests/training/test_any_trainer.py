@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_parcor import SAM, CorruptionConstraint, MultiStepRisk, ParameterDefenseMixin
-from hf_parcor.training.passes import counters_kept
+from hf_parcor.overriding import counters_kept
 
 EPSILON = 0.2
 L2 = CorruptionConstraint(epsilon=EPSILON)

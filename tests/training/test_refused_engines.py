@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import os
+import re
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
+import yaml
 from accelerate.utils import DistributedType
 from transformers import Trainer
 
@@ -52,9 +58,9 @@ def of_xla(trainer):
 
 
 REFUSED = {
-    "DeepSpeed": (engine(DistributedType.DEEPSPEED), {}, "updates inside backward.*use DDP .* or FSDP2"),
-    "Megatron-LM": (engine(DistributedType.MEGATRON_LM), {}, "got Megatron-LM, not tested; use DDP"),
-    "XLA": (of_xla, {}, "got XLA's FSDP, which is not tested; use DDP"),
+    "DeepSpeed": (engine(DistributedType.DEEPSPEED), {}, "updates inside backward.*take out deepspeed=.*or use DDP"),
+    "Megatron-LM": (engine(DistributedType.MEGATRON_LM), {}, "got Megatron-LM, .*FSDP2.*or use DDP"),
+    "XLA": (of_xla, {}, "got XLA's FSDP, which is not tested;.*or use DDP"),
     "FSDP1": (fsdp(1), {}, "expected version 2 with a defense, got 1.*fsdp_version: 2"),
     "compiled": (
         fsdp(2),
@@ -63,8 +69,8 @@ REFUSED = {
     ),
     "penalty": (fsdp(2), {"defense": "gradient_penalty"}, "differentiates once under FSDP2.*use ACRT"),
     "tensor": (split(tp_size=2), {}, "tp_size: expected 1 with a defense, got 2.*FSDP2"),
-    "context": (split(cp_size=2), {}, "cp_size: expected 1"),
-    "sequence": (split(sp_size=4), {}, "sp_size: expected 1"),
+    "context": (split(cp_size=2), {}, "cp_size: expected 1.*take out parallelism_config=.*FSDP2"),
+    "sequence": (split(sp_size=4), {}, "sp_size: expected 1.*take out parallelism_config=.*FSDP2"),
     "plan": (loaded(_tp_size=2), {}, "expected one that was loaded whole"),
     "shards": (sharded_when_loaded, {}, "expected one that was loaded whole"),
     "disk": (loaded(hf_device_map={"a": 0, "b": "disk"}), {}, "expected no offloaded part.*load the model onto"),
@@ -101,6 +107,22 @@ def test_refused_with_what_to_use_instead(build, name):
     take, options, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         build(take, **options)
+
+
+@pytest.mark.parametrize("name", ["DeepSpeed", "Megatron-LM", "XLA", "tensor", "context", "sequence", "shards"])
+def test_the_lines_that_are_named_ask_for_fsdp2(build, arguments, name):
+    """The arguments read theirs, and those of Accelerate stand in the file that is named."""
+    with pytest.raises(ValueError, match="fsdp=True and") as refused:
+        build(REFUSED[name][0])
+    message = str(refused.value)
+    (config,) = re.findall(r"fsdp_config=(\{.*?\})", message)
+    with patch.dict(os.environ):  # which the arguments write into
+        plugin = arguments(fsdp=True, fsdp_config=ast.literal_eval(config)).fsdp_plugin_args
+    assert plugin["fsdp_version"] == 2
+    (path,) = re.findall(r"examples/\S+\.yaml", message)
+    written = yaml.safe_load((Path(__file__).parents[2] / path).read_text(encoding="utf-8"))
+    assert written["distributed_type"] == re.findall(r"distributed_type: (\w+)", message)[0]
+    assert str(written["fsdp_config"]["fsdp_version"]) == re.findall(r"fsdp_version: (\w+)", message)[0]
 
 
 @pytest.mark.parametrize("name", ["DeepSpeed", "FSDP1", "tensor"])

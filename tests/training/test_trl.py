@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers as tf
 from torch import nn
 
-from hf_parcor import SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseMixin
+from hf_parcor import (
+    SAM,
+    CorruptionConstraint,
+    GradientCorruption,
+    GradientPenalty,
+    MultiStepRisk,
+    ParameterDefenseMixin,
+    PublishingMixin,
+    Quantization,
+)
 
 REASON = "an optional dependency of the tests, in the extra dev"
 datasets = pytest.importorskip("datasets", reason=REASON)
@@ -34,6 +48,10 @@ class DefendedDPOTrainer(ParameterDefenseMixin, trl.DPOTrainer):
     pass
 
 
+class DefendedRewardTrainer(ParameterDefenseMixin, trl.RewardTrainer):
+    pass
+
+
 SFT_ROWS = {"text": ["a b c d", "e f g h i j", "k l m", "n o p q r s t", "a z", "c d e"]}
 DPO_ROWS = {
     "prompt": ["a b", "c d e", "f", "g h", "i j", "k"],
@@ -43,6 +61,13 @@ DPO_ROWS = {
 TRAINERS = {
     "sft": (trl.SFTTrainer, DefendedSFTTrainer, trl.SFTConfig, SFT_ROWS, ["entropy", "mean_token_accuracy"]),
     "dpo": (trl.DPOTrainer, DefendedDPOTrainer, trl.DPOConfig, DPO_ROWS, ["rewards/margins", "logps/chosen"]),
+    "reward": (
+        trl.RewardTrainer,
+        DefendedRewardTrainer,
+        trl.RewardConfig,
+        {name: DPO_ROWS[name] for name in ("chosen", "rejected")},
+        ["margin", "mean_reward"],
+    ),
 }
 
 
@@ -56,7 +81,7 @@ def tokenizer():
     return tf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
 
 
-def tiny_llama(dtype=torch.float32, seed=0):
+def tiny_llama(dtype=torch.float32, seed=0, kind=tf.LlamaForCausalLM, **settings):
     tf.set_seed(seed)
     config = tf.LlamaConfig(
         vocab_size=30,
@@ -69,8 +94,9 @@ def tiny_llama(dtype=torch.float32, seed=0):
         bos_token_id=2,
         eos_token_id=2,
         initializer_range=0.3,
+        **settings,
     )
-    return tf.LlamaForCausalLM(config).to(dtype)
+    return kind(config).to(dtype)
 
 
 @pytest.fixture
@@ -78,6 +104,8 @@ def fine_tune(arguments, tokenizer):
     def run(trainer_class, config, rows, model=None, options=None, **extra):
         if issubclass(trainer_class, trl.DPOTrainer):
             extra["ref_model"] = tiny_llama(seed=1)
+        if model is None and issubclass(trainer_class, trl.RewardTrainer):
+            model = tiny_llama(kind=tf.LlamaForSequenceClassification, num_labels=1)
         trainer = trainer_class(
             model=tiny_llama() if model is None else model,
             args=arguments(config, **{"bf16": False, **(options or {})}),
@@ -188,6 +216,60 @@ def test_gradient_of_fine_tuning_is_that_of_the_risk(fine_tune, longhand, loss_t
         torch.testing.assert_close(gradient, expected[name], rtol=EXACT_TO_FLOAT32, atol=EXACT_TO_FLOAT32 * scale)
 
 
+OPTIONS = {
+    "packed": {"packing": True, "max_length": 8, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    "cut and packed": {"packing": True, "max_length": 8, "packing_strategy": "wrapped"},
+    "smoothed": {"label_smoothing_factor": 0.1, "padding_free": True, "max_length": None},
+    "selective": {"gradient_checkpointing_kwargs": {"selective": True}, "loss_type": "dft"},
+    "offloaded": {"activation_offloading": True},
+}
+
+
+@pytest.fixture
+def offloading(monkeypatch):
+    """Let TRL offload activations from the CPU to the CPU: its bookkeeping is what can go wrong."""
+    module = sys.modules[trl.SFTTrainer.__module__]
+    whole = {"use_streams": False, "use_pin_memory": False, "min_offload_size": 0}
+    offload = functools.partial(module.get_act_offloading_ctx_manager, **whole)
+    monkeypatch.setattr(module, "get_act_offloading_ctx_manager", offload)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *args, **kwargs: torch.device("cpu"))
+    device = SimpleNamespace(
+        synchronize=lambda: None, current_stream=lambda: None, stream=lambda stream: nullcontext()
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: device)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor`:FutureWarning")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_laws_of_a_step_under_its_options(name, fine_tune, offloading, caplog):
+    """ε to 0 is the stock step; a shared prefix changes nothing; no weight is another after a step that moves none."""
+    options = {"max_steps": 1, "max_grad_norm": 0.0, "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
+
+    def gradient_of(trainer_class, **extra):
+        keep, model = Passes(), tiny_llama()
+        trainer = fine_tune(
+            trainer_class, trl.SFTConfig, SFT_ROWS, model, {**options, **OPTIONS[name]}, callbacks=[keep], **extra
+        )
+        for (key, weight), before in zip(model.named_parameters(), tiny_llama().parameters(), strict=True):
+            assert torch.equal(weight, before), key
+        return keep.gradient, trainer.shared_prefix is not None if extra else False
+
+    stock, _ = gradient_of(trl.SFTTrainer)
+    small, _ = gradient_of(DefendedSFTTrainer, defense=MultiStepRisk(CorruptionConstraint(epsilon=1e-9), steps=1))
+    last = {"defense": MultiStepRisk(L2, steps=1), "target_modules": "last-decoder-layer"}
+    shared, is_shared = gradient_of(DefendedSFTTrainer, **last)
+    whole, _ = gradient_of(DefendedSFTTrainer, **last, reuse_prefix=False)
+    scale = max(float(value.abs().max()) for value in stock.values())
+    for key, value in stock.items():
+        torch.testing.assert_close(small[key], value, rtol=1e-6, atol=1e-6 * scale)
+        torch.testing.assert_close(shared[key], whole[key], rtol=1e-5, atol=1e-5 * scale)
+    assert max(float((whole[key] - value).abs().max()) for key, value in stock.items()) > 0.1 * scale
+    offloads = "activation_offloading" in OPTIONS[name]  # what the prefix keeps is dropped with the pass that made it
+    assert is_shared is not offloads
+    assert ("Every pass runs all of the model" in caplog.text) is offloads
+
+
 def test_adapters_train_and_the_model_under_them_stays_bit_for_bit(fine_tune):
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"])
     trainer = fine_tune(DefendedSFTTrainer, trl.SFTConfig, SFT_ROWS, peft_config=config, defense=DEFENSE)
@@ -195,6 +277,38 @@ def test_adapters_train_and_the_model_under_them_stays_bit_for_bit(fine_tune):
     for name, weight in tiny_llama().named_parameters():
         assert torch.equal(merged[name], weight), name
     assert any(parameter.any() for name, parameter in merged.items() if "lora_B" in name)
+
+
+class MeasuredSFTTrainer(ParameterDefenseMixin, PublishingMixin, trl.SFTTrainer):
+    """Notes, beside each of its evaluations, how many tokens are right at the weights as they are then."""
+
+    def evaluate(self, *args, **kwargs):
+        shares = []
+        for batch in self.get_eval_dataloader():
+            with torch.no_grad():
+                logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            labels = batch["labels"][:, 1:]
+            right = (logits[:, :-1].argmax(-1) == labels)[labels != -100]
+            shares.append(float(right.float().mean()))
+        self.by_hand.append(sum(shares) / len(shares))
+        return super().evaluate(*args, **kwargs)
+
+
+def test_what_is_measured_is_what_its_own_evaluation_finds(fine_tune, bits_of):
+    """Its averages are those of the corrupted evaluation alone, not of the passes that found the corruption too."""
+    rows = datasets.Dataset.from_dict(SFT_ROWS)
+    options = {"per_device_eval_batch_size": 4, "learning_rate": 0.1}
+    trainer = fine_tune(
+        MeasuredSFTTrainer, trl.SFTConfig, SFT_ROWS, options=options, eval_dataset=rows, defense=DEFENSE
+    )
+    before, trainer.by_hand = bits_of(trainer.model), []
+    trainer.evaluate_robustness([GradientCorruption(CorruptionConstraint(epsilon=5.0)), Quantization(3)])
+    (record,) = trainer.robustness_records.values()
+    assert bits_of(trainer.model) == before
+    assert set(record.clean.metrics) == {"loss", "entropy", "mean_token_accuracy"}, "tokens are those of the training"
+    found = [row.mean("mean_token_accuracy") for row in record.rows()]
+    assert found == pytest.approx(trainer.by_hand)
+    assert len(set(found)) > 1
 
 
 def letters(completions, **kwargs):

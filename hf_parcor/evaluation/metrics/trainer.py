@@ -25,6 +25,7 @@ _ARGUMENTS = (
     *("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "past_index"),
     *("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config"),
 )
+_OF_THE_TRAINING = "num_tokens"  # of TRL's Trainers, beside what they evaluate: the tokens that were trained on
 _PARTS = ("data_collator", "compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics", "processing_class")
 
 
@@ -101,7 +102,7 @@ class TrainerMetric:
         metrics = {
             name.removeprefix(prefix): float(value)
             for name, value in found.items()
-            if name.startswith(prefix) and isinstance(value, Real) and not is_of_the_clock(name)
+            if name.startswith(prefix) and isinstance(value, Real) and not _tells_of_the_run(name)
         }
         if not metrics:
             raise ValueError(
@@ -109,6 +110,11 @@ class TrainerMetric:
                 "give the Trainer compute_metrics="
             )
         return metrics
+
+
+def _tells_of_the_run(name: str) -> bool:
+    """Return whether a number is none of the model's: how long it took, or how much was trained before."""
+    return is_of_the_clock(name) or name.endswith(_OF_THE_TRAINING)
 
 
 def _is_of(best: str, name: str) -> bool:
