@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         SensitivityRecord,
         SweepRecord,
     )
-    from hf_parcor.reports import RecipeReport, RobustnessReport
+    from hf_parcor.reports import FirstLookReport, RecipeReport, RobustnessReport
     from hf_parcor.search import search_epsilon, search_strength
     from hf_parcor.targets import by_adapter, by_kind, by_layer, by_module, select_parameters
     from hf_parcor.trainers import ParameterDefenseTrainer, Seq2SeqParameterDefenseTrainer
@@ -66,6 +66,7 @@ __all__ = [
     "DefendedBackward",
     "DefenseConfig",
     "EvaluationRecord",
+    "FirstLookReport",
     "FlipRecord",
     "FloatQuantization",
     "GaussianNoise",
@@ -155,7 +156,7 @@ _PARTS = {
         "SensitivityRecord",
         "SweepRecord",
     ),
-    "reports": ("RecipeReport", "RobustnessReport"),
+    "reports": ("FirstLookReport", "RecipeReport", "RobustnessReport"),
     "search": ("search_epsilon", "search_strength"),
     "targets": (
         "by_adapter",

@@ -25,6 +25,8 @@ if ! grep -qsxF -e "$extra $wanted" -e "dev $wanted" .venv/set-up-of; then
         # What tests compare quantizers with lies beside the environment: Transformers imports both of them where it finds
         # them, which would cost every program a second, and three lines of warnings.
         $pip --no-deps --upgrade --target .venv/quantizers torchao bitsandbytes
+        # And lm-eval: 15,600 files of tasks, and dependencies of tasks that no test runs.
+        $pip --no-deps --upgrade --target .venv/lm-eval lm-eval
     fi
     mkdir -p .venv/downloads
     .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation \

@@ -16,6 +16,7 @@ from hf_parcor.cli.parsing import (
     add_running,
     add_subject,
     add_target_modules,
+    add_windows,
 )
 from hf_parcor.cli.sources import check_sources, read_data
 from hf_parcor.cli.terminal import ROBUSTNESS, going_on, how_to_go_on, output_folder, refused, show
@@ -42,6 +43,7 @@ class Evaluate(Command):
     def add_arguments(self, parser: Parser) -> None:
         """Add what `--help` shows."""
         add_subject(parser)
+        add_windows(parser)
         group = parser.add_argument_group("modules")
         add_target_modules(group, "only these (default: all that are trained)")
         group.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="but not these, named in the same way")
@@ -97,6 +99,7 @@ def measure(
                 "saved_on": saved_on,
                 "evaluated_on": subject.data,
                 "task": subject.task,
+                "batches": subject.batches,
             }
             evaluator = build(subject, how)
         with refused(CheckpointError, NotEnoughMemoryError):

@@ -408,9 +408,38 @@ def add_subject(parser: Parser) -> None:
         "column *_xyxy",
     )
     group.add_argument(
-        "--metric", metavar="NAME", help="default: the task's; a name, or a folder, for the library evaluate"
+        "--metric",
+        metavar="NAME",
+        help="default: the task's; a name, or a folder, for the library evaluate; of causal language models also "
+        "lm-eval=arc_easy,piqa:limit=100,num-fewshot=5, tasks of lm-eval (gradients are of the loss on --dataset)",
     )
     add_meaning(group)
+
+
+LM_EVAL = "lm-eval="  # how a metric is called that is tasks of lm-eval
+WINDOWED = "text-generation"  # the task whose text windows slide over
+BETWEEN_ROWS: Mapping[str, str | None] = MappingProxyType({"end-of-text": None, "newline": "\n", "blank-line": "\n\n"})
+
+
+def add_windows(parser: Parser) -> None:
+    """Add what says how a causal language model reads a running text."""
+    group = parser.add_argument_group(
+        "perplexity", "Of text-generation: windows of --max-length tokens slide over the text."
+    )
+    group.add_argument(
+        "--stride",
+        type=at_least(1),
+        metavar="N",
+        help="one begins every N tokens, and what no window before it has counts, with the rest as context; default: "
+        "--max-length, no overlap",
+    )
+    group.add_argument(
+        "--between-rows",
+        choices=list(BETWEEN_ROWS),
+        default="end-of-text",
+        help="of a file .txt rows are lines; newline makes them one text again, blank-line is what is done to "
+        "WikiText; default: %(default)s, the token",
+    )
 
 
 def add_meaning(group: Any) -> None:

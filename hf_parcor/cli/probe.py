@@ -16,7 +16,9 @@ from hf_parcor.cli.parsing import (
     add_running,
     add_subject,
     add_target_modules,
+    add_windows,
 )
+from hf_parcor.cli.quick import add_quick, first_look
 from hf_parcor.cli.recipe import add_recipe, choose
 from hf_parcor.cli.terminal import PROBE
 
@@ -51,6 +53,7 @@ class Probe(Command):
     def add_arguments(self, parser: Parser) -> None:
         """Add what `--help` shows."""
         add_subject(parser)
+        add_windows(parser)
         group = parser.add_argument_group("parts")
         group.add_argument(
             "--group",
@@ -60,15 +63,19 @@ class Probe(Command):
         )
         add_target_modules(group, "parts of your own, each probed by itself")
         add_corruptions(parser, f"gradient, at {' '.join(map(str, _STRENGTHS))}")
+        add_quick(parser)
         add_recipe(parser)
         add_running(parser)
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Measure, and show the record."""
-        if arguments.recipe is None:
+        own = {name: [name] for name in arguments.target_modules or ()}
+        if arguments.quick:
+            group = arguments.group or (None if own else "layers")
+            first_look(arguments, lambda model: _groups(model, group, own))
+        elif arguments.recipe is None:
             self._probe(arguments)
         else:
-            own = {name: [name] for name in arguments.target_modules or ()}
             choose(arguments, lambda model: _groups(model, arguments.group, own) or None)
 
     def _probe(self, arguments: argparse.Namespace) -> None:

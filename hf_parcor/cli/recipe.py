@@ -6,13 +6,19 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hf_parcor.cli.evaluate import asked_for
 from hf_parcor.cli.parsing import Parser, at_least, number
 from hf_parcor.cli.sources import check_sources, read_data
 from hf_parcor.cli.terminal import going_on, how_to_go_on, output_folder, refused, speaks, tell, wrapped
 from hf_parcor.errors import nearest
+
+if TYPE_CHECKING:
+    from hf_parcor.cli.subject import Subject
+    from hf_parcor.records import SensitivityRecord
+    from hf_parcor.tasks import Rows
 
 BUDGETS = ("bits", "loss", "drop")
 SENSITIVITY, MEASURED, PAGE = "sensitivity.json", "recipe_measured.json", "recipe.html"
@@ -74,9 +80,8 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
     check_sources(arguments)
     rows, given = read_data(arguments)
     folder = output_folder(arguments.output_dir)
-    from hf_parcor.cli.subject import find_device, load_subject
     from hf_parcor.evaluation import CheckpointError, NotEnoughMemoryError
-    from hf_parcor.indicators import FORMATS, sensitivity
+    from hf_parcor.indicators import FORMATS
     from hf_parcor.recipes import export_recipe, front, measure_recipes, recipe
     from hf_parcor.reports import RecipeReport
 
@@ -85,37 +90,14 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
         None if folder is None else (folder / name).with_suffix(".jsonl") for name in (SENSITIVITY, MEASURED)
     ]
     with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoints[0])):
-        saved_on = None if arguments.saved_on is None else find_device(arguments.saved_on, "--saved-on")
-        subject = load_subject(arguments, rows, given)
-        how: dict[str, Any] = {
-            "progress": not arguments.quiet,
-            "saved_on": saved_on,
-            "evaluated_on": subject.data,
-            "task": subject.task,
-        }
-        with refused(ValueError, TypeError):
-            groups = groups_of(subject.model)
-        with refused(CheckpointError, NotEnoughMemoryError, TypeError):
-            scores = sensitivity(
-                subject.model,
-                subject.metric,
-                formats,
-                groups,
-                budget=arguments.cells,
-                probes=arguments.probes,
-                seed=arguments.seed,
-                checkpoint=checkpoints[0],
-                **how,
-            )
-        metric = subject.shown(scores.clean)
+        subject, how, scores = scored(arguments, (rows, given), groups_of, formats, arguments.cells, checkpoints[0])
         stated = {"greater_is_better": arguments.greater_is_better, "unit": arguments.unit}
-        scores = scores.stating(metric, **stated)
         with refused(ValueError, ImportError):
             chosen = recipe(scores, by=arguments.choose_by, **arguments.recipe)
             beside = front(scores, chosen)
         with refused(CheckpointError, NotEnoughMemoryError):
             measured = measure_recipes(subject.model, subject.metric, beside, checkpoint=checkpoints[1], **how)
-        measured = measured.stating(metric, **stated)
+        measured = measured.stating(scores.metric, **stated)
     if not speaks():
         return
     with refused(ImportError):
@@ -137,3 +119,55 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
         return
     for sentence in report.verdict:
         print(f"{wrapped(sentence)}\n")
+
+
+def scored(
+    arguments: argparse.Namespace,
+    data: tuple[Rows, dict[str, str]],
+    groups_of: Callable[[Any], Any],
+    formats: Any,
+    budget: int | None,
+    checkpoint: Path | None,
+) -> tuple[Subject, dict[str, Any], SensitivityRecord]:
+    """Return what the flags name, how it is measured, and what each format costs each part.
+
+    Args:
+        arguments: Those of `Probe`.
+        data: Rows and columns, as `read_data` returns them.
+        groups_of: Returns the parts of a model by name; None for the default.
+        formats: As in `sensitivity`.
+        budget: As in `sensitivity`.
+        checkpoint: As in `sensitivity`.
+
+    Raises:
+        InputError: A user's mistake.
+    """
+    from hf_parcor.cli.subject import find_device, load_subject
+    from hf_parcor.evaluation import CheckpointError, NotEnoughMemoryError
+    from hf_parcor.indicators import sensitivity
+
+    saved_on = None if arguments.saved_on is None else find_device(arguments.saved_on, "--saved-on")
+    subject = load_subject(arguments, *data)
+    how: dict[str, Any] = {
+        "progress": not arguments.quiet,
+        "saved_on": saved_on,
+        "evaluated_on": subject.data,
+        "task": subject.task,
+    }
+    with refused(ValueError, TypeError):
+        groups = groups_of(subject.model)
+    with refused(CheckpointError, NotEnoughMemoryError, TypeError):
+        scores = sensitivity(
+            subject.model,
+            subject.metric,
+            formats,
+            groups,
+            batches=subject.batches,
+            budget=budget,
+            probes=arguments.probes,
+            seed=arguments.seed,
+            checkpoint=checkpoint,
+            **how,
+        )
+    metric = subject.shown(scores.clean)
+    return subject, how, scores.stating(metric, greater_is_better=arguments.greater_is_better, unit=arguments.unit)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_parcor.cli.parsing import pairs
+from hf_parcor.cli.parsing import BETWEEN_ROWS, LM_EVAL, WINDOWED, pairs
 from hf_parcor.cli.terminal import refused, tell
 from hf_parcor.errors import InputError, one_line
 from hf_parcor.hub_data import failures_of_hub
@@ -39,6 +40,8 @@ def check_sources(arguments: argparse.Namespace) -> None:
         if not getattr(arguments, name):
             raise InputError(f"{called}: expected one, got none; name a local one, or one on the Hub")
     pairs(arguments.column or [], "--column")
+    _check_windows(arguments)
+    _check_lm_eval(arguments)
     _check_model(arguments.model, arguments.revision)
     for source in (arguments.dataset, getattr(arguments, "train_dataset", None)):
         if source is not None:
@@ -64,6 +67,46 @@ def rows_of(arguments: argparse.Namespace, source: str, split: str) -> Rows:
 
     with redirect_stdout(sys.stderr), refused(ImportError):
         return load_rows(source, split, arguments.dataset_config)
+
+
+def windows_of(arguments: argparse.Namespace) -> tuple[int | None, str | None]:
+    """Return the stride of windows over a text, and what stands between its rows; `train` has no such flags."""
+    between: str = getattr(arguments, "between_rows", "end-of-text")
+    return getattr(arguments, "stride", None), BETWEEN_ROWS[between]
+
+
+def _check_windows(arguments: argparse.Namespace) -> None:
+    """Refuse windows of a task without, and a stride that would leave tokens out.
+
+    Raises:
+        InputError: Either is asked for.
+    """
+    stride, between = windows_of(arguments)
+    if (stride is not None or between is not None) and arguments.task not in (None, WINDOWED):
+        raise InputError(
+            f"--stride, --between-rows: expected neither for {arguments.task}, got one; they are of {WINDOWED}"
+        )
+    if stride is not None and arguments.max_length is not None and stride > arguments.max_length:
+        raise InputError(
+            f"--stride: expected at most the {arguments.max_length} tokens of --max-length, got {stride}; lower it, "
+            "so that no token is left out"
+        )
+
+
+def _check_lm_eval(arguments: argparse.Namespace) -> None:
+    """Refuse tasks of lm-eval where it is not installed, or for a model that is asked for another task.
+
+    Raises:
+        InputError: They are asked for.
+    """
+    if not (arguments.metric or "").startswith(LM_EVAL):
+        return
+    if arguments.task not in (None, WINDOWED):
+        raise InputError(f"--metric: expected one of {arguments.task}, got {arguments.metric!r}; it is of {WINDOWED}")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError(
+            f"--metric: expected lm-eval for {arguments.metric!r}, got none; pip install 'hf-parcor[lm-eval]'"
+        )
 
 
 def _check_model(name: str, revision: str) -> None:

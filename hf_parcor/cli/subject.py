@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_parcor.cli.sources import windows_of
 from hf_parcor.cli.terminal import refused, tell
 from hf_parcor.errors import InputError
-from hf_parcor.evaluation import BatchMetric
+from hf_parcor.evaluation import BatchMetric, LmEvalMetric
 from hf_parcor.records import EvaluationData
 from hf_parcor.tasks import Encoding, Processed, Rows, Task, check_head, task_named, task_of
 
@@ -21,14 +22,16 @@ class Subject:
 
     Attributes:
         model: On its device.
-        metric: What measures the model, and has the data.
+        metric: What measures the model; most often it has the data.
+        batches: Data for the loss that gradients are taken of, where the metric has none; else None.
         shown: Returns which of the numbers that the metric found is to be reported.
         data: What records call the data.
         task: The Hub's name of the task.
     """
 
     model: Any
-    metric: BatchMetric
+    metric: BatchMetric | LmEvalMetric
+    batches: Any
     shown: Callable[[Mapping[str, Any]], str]
     data: EvaluationData
     task: str
@@ -89,7 +92,11 @@ def measured(
     name = metric or task.metrics[0]
     with refused(ImportError):
         measuring = task.metric(name, processed, batches)
-    return Subject(processed.model, measuring, lambda found: task.shown(name, found), data=rows.data, task=task.name)
+    if isinstance(measuring, LmEvalMetric):
+        of_tasks = measuring.primary_metric
+        data = EvaluationData(f"lm-eval: {', '.join(measuring.tasks)}")
+        return Subject(processed.model, measuring, batches, lambda found: task.shown(of_tasks, found), data, task.name)
+    return Subject(processed.model, measuring, None, lambda found: task.shown(name, found), rows.data, task.name)
 
 
 def prepared(arguments: argparse.Namespace, task: Task, model: Any, processor: Any) -> Processed:
@@ -99,7 +106,12 @@ def prepared(arguments: argparse.Namespace, task: Task, model: Any, processor: A
         InputError: A model of many languages is not told between which.
     """
     encoding = Encoding(
-        arguments.max_length, arguments.prefix, arguments.source_lang, arguments.target_lang, arguments.box_format
+        arguments.max_length,
+        arguments.prefix,
+        arguments.source_lang,
+        arguments.target_lang,
+        arguments.box_format,
+        *windows_of(arguments),
     )
     processed = Processed(model, processor, encoding)
     task.prepare(processed)

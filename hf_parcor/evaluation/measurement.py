@@ -247,6 +247,7 @@ class Measurement:
         weights: str,
         checkpoint: str | Path | None = None,
         cells: frozenset[tuple[int, int]] | None = None,
+        clean: Mapping[str, float] | None = None,
     ) -> tuple[CorruptionRecord, str, list[tuple[CorruptionRecord, ...]]]:
         """Return the clean record, the fingerprint of the data, and the records of each selection's corruptions.
 
@@ -258,6 +259,7 @@ class Measurement:
             weights: Fingerprint of the weights.
             checkpoint: Where finished trials are kept; the first process reads and writes it.
             cells: As in `Plan`.
+            clean: What the metric found on the model as it is, where that is known; None to measure it.
         """
         check_count("trials", trials)
         check_count("seed", seed, minimum=0)
@@ -293,7 +295,7 @@ class Measurement:
             left = [number for number in numbered if number not in found]
             ready = self._ready(list(groups.values()), corruptions if left else ())
             if 0 not in found:  # after the groups, whose making refuses data that will not do
-                found |= _kept(path, {0: Trial.of(seed, self._metrics())})
+                found |= _kept(path, {0: Trial.of(seed, self._metrics() if clean is None else checked_metrics(clean))})
             jobs = [Job(ready[plan.group_of(number)], *plan.drawn(number)) for number in left]
             limit = len(jobs) if checkpoint is None else BETWEEN_WRITES
             numbers = iter(left)
@@ -307,8 +309,8 @@ class Measurement:
                     found |= _kept(path, dict(zip(islice(numbers, len(some)), measured, strict=True)))
                     done += len(some)
                     bar.update(done - bar.n)
-        clean = record_of("none", "no corruption", {}, [found[0]])
-        return clean, data, plan.records(found)
+        of_clean = record_of("none", "no corruption", {}, [found[0]])
+        return of_clean, data, plan.records(found)
 
     def _check_batches(self, corruptions: Sequence[Corruption]) -> None:
         needing = [corruption for corruption in corruptions if corruption.uses_gradients]

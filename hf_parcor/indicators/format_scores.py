@@ -166,7 +166,8 @@ def sensitivity(
         saved_on=saved_on,
     )
     weights = fingerprint_of_weights(model)
-    clean, data, rows = measurement.run(selected, formats, 1, 0, weights, checkpoint, wanted)
+    of_clean = metric.clean if isinstance(metric, WithDivergence) else None
+    clean, data, rows = measurement.run(selected, formats, 1, 0, weights, checkpoint, wanted, of_clean)
     found = {(group, row.label): row for group, of_group in zip(selected, rows, strict=True) for row in of_group}
     linear = set(linear_modules(model))
     return SensitivityRecord(

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from xml.etree.ElementTree import Element, fromstring, tostring
 
 from hf_parcor.reports.content import Content
+from hf_parcor.reports.first_look import FirstLookContent
 from hf_parcor.reports.markup import element, printable
 from hf_parcor.reports.plots import Panel, line_signs, panel_as_svg
 from hf_parcor.reports.recipe import RecipeContent
@@ -95,6 +96,13 @@ def recipe_page(content: RecipeContent) -> str:
     main.append(_section("What each part gets", [_table(content.choice)]))
     main.append(_section("Which cheap score tells", [_table(content.scores)]))
     main.append(_section(content.settings.caption, [_table(content.settings, "text")]))
+    return _written(content.title, main)
+
+
+def first_look_page(content: FirstLookContent) -> str:
+    """Return the page of a first look: the answer, and every part with its scores."""
+    main = _main(content.title, content.findings, content.notes)
+    main.append(_section("Parts", [_table(content.parts)]))
     return _written(content.title, main)
 
 

@@ -9,7 +9,8 @@ from hf_parcor.records.evaluation import EvaluationRecord
 from hf_parcor.records.sensitivity import RecipeRecord, SensitivityRecord
 from hf_parcor.records.stored import replace_text, to_strict_json
 from hf_parcor.reports.content import Content, content_of, markdown_page
-from hf_parcor.reports.html import html_page, recipe_page
+from hf_parcor.reports.first_look import content_of_first_look, first_look_markdown
+from hf_parcor.reports.html import first_look_page, html_page, recipe_page
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.recipe import content_of_recipe, recipe_markdown
 from hf_parcor.reports.study import Records, Study
@@ -191,6 +192,61 @@ class RecipeReport:
     def to_markdown(self, path: str | Path) -> Path:
         """Write the same in Markdown, tables in place of pictures, and return the path."""
         return _write(path, recipe_markdown(self._content))
+
+
+class FirstLookReport:
+    """Says which part of a model is the weakest in one format, from one backward pass and a few measurements.
+
+    SciPy is needed for rank correlations.
+
+    Args:
+        scores: What `sensitivity` found with one format, and a `budget` of 1 or more; `stating` says which metric is
+            looked at.
+        title: The heading. None for the model and the format.
+
+    Raises:
+        ValueError: There are more formats, or nothing was measured.
+        ImportError: SciPy is not installed.
+
+    Examples:
+        >>> from hf_parcor.records import FormatScore, WeightGroup
+        >>> four = {"4-bit quantization": {"corruption": "quantization", "settings": {"bits": 4}}}
+        >>> groups = {name: WeightGroup({f"{name}.weight": 100}, 16.0) for name in ("a", "b", "c")}
+        >>> cells = [
+        ...     FormatScore(name, "4-bit quantization", 4.0, {"fisher": score}, measured)
+        ...     for name, score, measured in [("a", 0.1, {}), ("b", 0.9, {"loss": 2.5}), ("c", 0.2, {"loss": 2.1})]
+        ... ]
+        >>> print(FirstLookReport(SensitivityRecord("m", groups, four, tuple(cells), {"loss": 2.0}, "loss")).answer)
+        b is the weakest of 3 parts in 4 bits: by itself it changes loss from 2 by +0.5; the next, c, by +0.1.
+        Keep it in more bits than the others.
+        If that holds, defend it with ParameterDefenseTrainer(..., target_modules=['b'])
+    """
+
+    def __init__(self, scores: SensitivityRecord, *, title: str | None = None) -> None:
+        self._content = content_of_first_look(scores, title)
+
+    @property
+    def answer(self) -> str:
+        """The weakest part and what it costs, and what to do."""
+        return self._content.findings[0].text
+
+    @property
+    def verdict(self) -> list[str]:
+        """The answer, and how sure it is."""
+        return [finding.text for finding in self._content.findings]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know before relying on the numbers."""
+        return list(self._content.notes)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page, as `RobustnessReport.to_html`."""
+        return _write(path, first_look_page(self._content))
+
+    def to_markdown(self, path: str | Path) -> Path:
+        """Write the same in Markdown, and return the path."""
+        return _write(path, first_look_markdown(self._content))
 
 
 def _content(

@@ -25,8 +25,7 @@ class SequenceToSequence(Task):
     auto_class = "AutoModelForSeq2SeqLM"
     metrics = _OF_SACREBLEU
 
-    def prepare(self, processed: Processed) -> None:
-        """Set the languages of a model that has many."""
+    def _set_languages(self, processed: Processed) -> None:
         encoding = processed.encoding
         set_languages(processed.model, processed.processor, encoding.source_language, encoding.target_language)
 

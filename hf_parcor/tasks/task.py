@@ -11,7 +11,7 @@ import transformers
 from torch.utils.data import DataLoader
 
 from hf_parcor.errors import InputError, nearest, one_line
-from hf_parcor.evaluation import BatchMetric
+from hf_parcor.evaluation import BatchMetric, LmEvalMetric
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tasks.rows import Rows, find_column
@@ -57,6 +57,10 @@ class Encoding:
         target_language: And that of the targets.
         box_format: Of a detector's data: "coco" for (x, y, width, height), "voc" for (xmin, ymin, xmax, ymax); None
             for what the column's name says.
+        stride: Of text generation, how many tokens lie between the beginnings of two windows, see `sliding_windows`;
+            None for windows that do not overlap.
+        between_rows: Of text generation, what stands between the texts of two rows, such as a line feed, where all of
+            them are one running text; None for an end-of-text token after each.
     """
 
     max_length: int | None = None
@@ -64,6 +68,8 @@ class Encoding:
     source_language: str | None = None
     target_language: str | None = None
     box_format: str | None = None
+    stride: int | None = None
+    between_rows: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ class Task(ABC):
         roles: What columns are for, by role.
         metrics: The names of the metrics that it knows itself, the usual one first.
         pads: Whether its batches are padded with a token of the tokenizer.
+        has_windows: Whether its texts are one running text, which windows slide over.
     """
 
     name: ClassVar[str]
@@ -120,6 +127,7 @@ class Task(ABC):
     roles: ClassVar[Mapping[str, Role]]
     metrics: ClassVar[tuple[str, ...]]
     pads: ClassVar[bool] = True
+    has_windows: ClassVar[bool] = False
 
     def has_head(self, architectures: Sequence[str]) -> bool:
         """Return whether a model of these architectures has the task's head."""
@@ -182,11 +190,22 @@ class Task(ABC):
         return tokenizer
 
     def prepare(self, processed: Processed) -> None:
-        """Set model and tokenizer to what is asked for, before texts are encoded; by default there is no such thing.
+        """Set model and tokenizer to what is asked for, before texts are encoded.
 
         Raises:
-            InputError: Languages are named that the task does not have, or missing where the model has many.
+            InputError: Languages or windows are named that the task does not have, or languages are missing where the
+                model has many.
         """
+        encoding = processed.encoding
+        if not self.has_windows and (encoding.stride is not None or encoding.between_rows is not None):
+            raise InputError(
+                f"stride: expected none for {self.name}, whose rows stand by themselves, got one; leave out --stride "
+                "and --between-rows"
+            )
+        self._set_languages(processed)
+
+    def _set_languages(self, processed: Processed) -> None:
+        """Set the languages that are asked for; by default a task has none."""
         encoding = processed.encoding
         if encoding.source_language is not None or encoding.target_language is not None:
             raise InputError(
@@ -218,7 +237,7 @@ class Task(ABC):
         """Return what makes a batch of tensors from examples."""
 
     @abstractmethod
-    def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
+    def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric | LmEvalMetric:
         """Return what measures a metric over batches.
 
         Raises:

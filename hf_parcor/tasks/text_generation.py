@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.errors import InputError, nearest
-from hf_parcor.evaluation import BatchMetric, LanguageModelMetric
+from hf_parcor.evaluation import BatchMetric, LanguageModelMetric, LmEvalMetric
+from hf_parcor.evaluation.metrics.language_model import padded_windows, sliding_windows
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task
 
 _MAX_LENGTH = 512
+LM_EVAL = "lm-eval="  # how a metric is called that is tasks of lm-eval; the command line has the same
+_SETTINGS: Mapping[str, Callable[[str], Any]] = {"limit": float, "num-fewshot": int, "include-path": str}
 
 
 class TextGeneration(Task):
     """The next token of a text: loss, perplexity, accuracy.
 
     The texts of all rows are joined, with the end-of-text token of the tokenizer after each, if it has one, and cut
-    into blocks of the longest length. The first token of a block has nothing to be predicted from.
+    into windows of the longest length, which overlap where a stride says so: see `sliding_windows`. Where the encoding
+    says what stands between rows, they are one running text, encoded as a whole, as it is done to WikiText.
     """
 
     name = "text-generation"
@@ -31,43 +31,70 @@ class TextGeneration(Task):
     auto_class = "AutoModelForCausalLM"
     roles: ClassVar[Mapping[str, Role]] = {"text": Role(("text", "sentence", "content", "document"))}
     pads = False
+    has_windows = True
     metrics = ("perplexity", "loss", "accuracy")
 
     def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
-        """Return blocks of the joined text."""
+        """Return windows over the joined text."""
         texts = [processed.encoding.prefix + str(text) for text in rows.column(columns["text"])]
-        end = processed.processor.eos_token_id
-        tokens: list[int] = []
-        for of_text in processed.processor(texts, add_special_tokens=False)["input_ids"]:
-            tokens += of_text
-            if end is not None:
-                tokens.append(end)
-        length = processed.length(_MAX_LENGTH)
-        blocks = [tokens[start : start + length] for start in range(0, len(tokens), length)]
-        blocks = [block for block in blocks if len(block) > 1]
-        if not blocks:
+        tokens = self._tokens(texts, processed)
+        length, stride = processed.length(_MAX_LENGTH), processed.encoding.stride
+        if stride is not None and stride > length:
+            raise InputError(
+                f"stride: expected at most {length:,}, the tokens of a window, got {stride:,}; lower it, or raise "
+                "--max-length"
+            )
+        windows: list[Example] = [dict(window) for window in sliding_windows(tokens, length, stride)]
+        if not windows:
             raise InputError(f"{rows.source}: expected two tokens of text or more, got {len(tokens)}; name other data")
-        return [{"input_ids": block, "labels": block} for block in blocks]
+        return windows
+
+    @staticmethod
+    def _tokens(texts: Sequence[str], processed: Processed) -> list[int]:
+        """Return the tokens of all rows as one text."""
+        tokenizer, between = processed.processor, processed.encoding.between_rows
+        if between is not None:
+            return list(tokenizer(between.join(texts), verbose=False)["input_ids"])
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [token for of_text in encoded for token in [*of_text, *end]]
 
     def collator(self, processed: Processed) -> Collator:
-        """Return what pads blocks, whether the tokenizer has a token for it or not."""
-        return _padded
+        """Return what pads windows, whether the tokenizer has a token for it or not."""
+        return padded_windows
 
-    def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
-        """Return perplexity, loss and accuracy."""
+    def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric | LmEvalMetric:
+        """Return perplexity, loss and accuracy; or tasks of lm-eval, which are not measured on the batches."""
+        if name.startswith(LM_EVAL):
+            return _lm_eval(name, processed.processor, batches.batch_size or 1)
         if name not in self.metrics:
             raise InputError(
-                f"metric: expected one of {', '.join(self.metrics)} for {self.name}, got {name!r}"
+                f"metric: expected one of {', '.join(self.metrics)}, {LM_EVAL}TASK for {self.name}, got {name!r}"
                 f"{nearest(name, self.metrics)}; name one of them"
             )
         return LanguageModelMetric(batches)
 
 
-def _padded(examples: Sequence[Example]) -> dict[str, Tensor]:
-    tokens = [torch.tensor(example["input_ids"]) for example in examples]
-    inside = [torch.ones_like(block) for block in tokens]
-    return {
-        "input_ids": pad_sequence(tokens, batch_first=True),
-        "attention_mask": pad_sequence(inside, batch_first=True),
-        "labels": pad_sequence(tokens, batch_first=True, padding_value=IGNORED_LABEL),
-    }
+def _lm_eval(name: str, tokenizer: Any, batch_size: int) -> LmEvalMetric:
+    """Return the tasks that a word names, as corruptions are named: tasks, then settings behind a colon.
+
+    Raises:
+        InputError: There is no such task or setting.
+    """
+    tasks, _, words = name.removeprefix(LM_EVAL).partition(":")
+    settings: dict[str, Any] = {}
+    for word in filter(None, words.split(",")):
+        key, _, value = word.partition("=")
+        try:
+            settings[key.replace("-", "_")] = _SETTINGS[key](value)
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                f"metric: expected settings such as limit=100,num-fewshot=5,include-path=FOLDER, got {word!r}"
+                f"{nearest(key, _SETTINGS)}; write {LM_EVAL}arc_easy:limit=100"
+            ) from error
+    if settings.get("limit", 0) >= 1:
+        settings["limit"] = int(settings["limit"])
+    try:
+        return LmEvalMetric(list(filter(None, tasks.split(","))), tokenizer, batch_size=batch_size, **settings)
+    except ValueError as error:
+        raise InputError(f"metric: {error}") from error

@@ -39,6 +39,7 @@ from hf_parcor import (
     CorruptionEvaluator,
     DefenseConfig,
     EvaluationRecord,
+    FirstLookReport,
     FloatQuantization,
     GaussianNoise,
     GradientCorruption,
@@ -66,6 +67,7 @@ from hf_parcor.errors import InputError
 from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
 from hf_parcor.records import EvaluationData
 from hf_parcor.tasks import TASKS
+from hf_parcor.tasks.text_generation import LM_EVAL
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
@@ -93,6 +95,8 @@ def model_of(folder):
 @pytest.mark.slow
 def test_names_that_help_shows_are_those_of_the_catalogues():
     assert tuple(TASKS) == options.TASKS
+    assert [name for name, task in TASKS.items() if task.has_windows] == [options.WINDOWED]
+    assert options.LM_EVAL == LM_EVAL
     assert options.TRIALS == DEFAULT_TRIALS
     assert tuple(name.replace("_", "-") for name in CORRUPTIONS) == options.CORRUPTIONS
 
@@ -229,6 +233,24 @@ class TestProbe:
         assert {"torchao.json", "bitsandbytes.yaml", "llm_compressor.yaml", "recipe.md"} <= written
         again = run(*command, *formats, "--recipe", budget, "--json")
         assert RecipeRecord.from_json(again.out) == chosen, "and nothing is measured again"
+
+    @pytest.mark.slow
+    def test_a_first_look(self, run, classifier_folder, sentences):
+        command = ("probe", classifier_folder, "--dataset", sentences, "--quiet", "--quick", "--output-dir", "look")
+        result = run(*command, "--group", "modules")
+        assert result.code == 0, result.err
+        scores = SensitivityRecord.load("look/quick.json")
+        report = FirstLookReport(scores)
+        assert result.out.split() == " ".join(report.verdict).split()
+        assert max(map(len, result.out.splitlines())) <= 80
+        measured = {cell.group for cell in scores.cells if cell.measured}
+        by_score = sorted(scores.cells, key=lambda cell: -cell.scores["fisher"])
+        assert measured == {cell.group for cell in by_score[:5]}
+        assert list(scores.formats) == [str(Quantization(4, "channel", code_range="full"))]
+        assert "<table" in Path("look/quick.html").read_text()
+        assert Path("look/quick.md").read_text().startswith("# Which part")
+        again = run(*command, "--group", "modules", "--json")
+        assert SensitivityRecord.from_json(again.out) == scores
 
     @pytest.mark.slow
     @pytest.mark.parametrize("group", [*GROUPS[:3]])

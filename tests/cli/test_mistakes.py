@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from local_models import SENTENCES, save_bert, write_rows
+from local_models import SENTENCES, save_bert, save_gpt2, write_rows, write_texts
 
 from hf_parcor import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.cli import main
@@ -55,6 +55,8 @@ def files(tmp_path, classifier_folder, sentences):
         "DATA": sentences,
         "BODY": save_bert(tmp_path / "body", transformers.BertModel),
         "TAGGER": save_bert(tmp_path / "tagger", transformers.BertForTokenClassification),
+        "CAUSAL": save_gpt2(tmp_path / "causal"),
+        "TEXT": write_texts(tmp_path / "text.tsv"),
         "UNLABELLED": unlabelled,
         "NOLABELS": no_labels,
         "ONEROW": write_rows(tmp_path / "one.tsv", ["sentence", "label"], [("good", "POSITIVE")]),
@@ -121,9 +123,17 @@ MISTAKES = [
     (f"{PROBE} --epsilon 0.1", "--strengths"),
     (f"{PROBE} --max-length 5000", "--max-length: 16"),
     (f"{PROBE} --saved-on meta", "--saved-on: meta"),
+    (f"{PROBE} --stride 4", "--stride: text-classification --between-rows"),
+    (f"{PROBE} --task translation --between-rows newline", "--between-rows: translation text-generation"),
+    (f"{PROBE} --stride 9 --max-length 8", "--stride: 8 --max-length 9"),
+    ("evaluate CAUSAL --dataset TEXT --stride 17", "--stride: 16 17 --max-length"),
     (f"{PROBE} --recipe drop=0.1 --choose-by fit", "--choose-by: 'fit'"),
     (f"{PROBE} --recipe bits=0.1", "--recipe: 0.1"),
     (f"{PROBE} --recipe bits=4 --corruptions gradient=1", "--corruptions: gradient-based"),
+    (f"{PROBE} --quick --recipe bits=4", "--quick: --recipe"),
+    (f"{PROBE} --quick --corruptions quantization=4,3", "--corruptions: one --quick 2"),
+    (f"{PROBE} --quick --corruptions gradient=1", "--corruptions: gradient-based"),
+    (f"{PROBE} --quick --corruptions quantization=4:per=32", "--corruptions: group of 32 fits"),
     (f"{PROBE} --trials 0", "--trials: 1 0"),
     ("evaluate MODEL --dataset DATA --corruptions gaussian", "gaussian: strength none gaussian=0.1"),
     # groups and targets

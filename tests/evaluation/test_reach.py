@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from for_each import for_each
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from transformers.utils import logging
 
 from hf_parcor import (
@@ -23,12 +24,17 @@ from hf_parcor import (
     GaussianNoise,
     GradientCorruption,
     LayerProbe,
+    MultiStepCorruption,
     MultiStepRisk,
     ParameterDefenseTrainer,
+    Quantization,
+    WorstBitFlips,
     corrupted,
+    sensitivity,
 )
+from hf_parcor.evaluation import LanguageModelMetric
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
-from hf_parcor.evaluation.reach import Reach
+from hf_parcor.evaluation.reach import OutOfReachError, Reach
 from hf_parcor.indicators import measure_indicators
 from hf_parcor.injection import Injection
 from hf_parcor.model_state import input_device
@@ -458,6 +464,44 @@ class TestDeviceMap:
         record = self.measured(spread, batches)
         assert "on the meta device" in record.notes[0]
         assert all(row.changed for row in record.corruptions)
+
+    @pytest.mark.slow
+    def test_a_decoder_in_bfloat16_of_which_a_layer_lies_on_the_disk(self, tmp_path) -> None:
+        """Corruptions of every kind, a sensitivity and indicators: the numbers are those of the whole model."""
+        sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        config = LlamaConfig(**sizes, **heads, initializer_range=0.2, tie_word_embeddings=True)
+        tokens = torch.randint(3, 24, (2, 2, 9))
+        batches = [{"input_ids": rows, "labels": rows} for rows in tokens]
+        alone = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        parts = [f"model.layers.{index}" for index in range(3)]
+        here = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", parts[0], parts[2]]
+        map_of_devices = {**dict.fromkeys(here, "cpu"), parts[1]: "disk"}
+        options = {"main_device": "cpu", "offload_dir": tmp_path, "force_hooks": True}
+        spread = accelerate.dispatch_model(copy.deepcopy(alone), map_of_devices, **options)
+        targets = {part: part for part in (parts[0], parts[2])}
+        constraint = CorruptionConstraint(epsilon=0.5)
+        corruptions = [
+            *(Quantization(3, "channel"), GaussianNoise(0.05), WorstBitFlips(1)),
+            *(GradientCorruption(constraint), MultiStepCorruption(constraint, steps=2)),
+        ]
+        before = {name: value.clone() for name, value in spread.state_dict().items() if not value.is_meta}
+        metric = LanguageModelMetric(batches)
+
+        def found(model: nn.Module) -> list[str]:
+            sweep = LayerProbe(model, metric, targets=targets, progress=False).evaluate(corruptions, trials=1)
+            scores = sensitivity(model, metric, [Quantization(4, "channel")], targets, progress=False)
+            of_last = {"target_modules": parts[2], "progress": False}
+            indicators = measure_indicators(model, batches, [constraint], **of_last)
+            rows = [f"{label} {row.label} {row.metrics}" for label, row in sweep.rows()]
+            return [*rows, str(scores.clean), str(scores.cells), indicators.to_json()]
+
+        assert found(spread) == found(alone)
+        assert all(torch.equal(value, before[name]) for name, value in spread.state_dict().items() if name in before)
+        by_default = LayerProbe(spread, metric, progress=False).evaluate([Quantization(3)])
+        assert list(by_default.records) == list(targets)
+        with pytest.raises(OutOfReachError, match="on the meta device"):
+            LayerProbe(spread, metric, targets={"far": parts[1]}, progress=False)
 
     @for_each(
         ("model", "expected"),

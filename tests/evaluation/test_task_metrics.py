@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
+from for_each import for_each
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import (
@@ -111,6 +112,57 @@ class TestLanguageModels:
         found = LanguageModelMetric(tokens)(model)
         assert found == pytest.approx({"loss": loss, "perplexity": math.exp(loss), "accuracy": accuracy}, rel=1e-5)
         assert 0 < accuracy < 1
+
+    @for_each(
+        ("count", "length", "stride", "batch_size"),
+        [
+            *((37, 8, stride, 3) for stride in (1, 3, 7, 8, None)),
+            *((count, 8, 3, 2) for count in (2, 7, 8, 9, 11, 12)),  # a last window that is full, or has one new token
+            (17, 8, None, 4),  # and one that has one token alone
+        ],
+    )
+    def test_perplexity_of_sliding_windows_is_that_of_the_longhand_loop(self, count, length, stride, batch_size):
+        text, model = torch.randint(3, 24, (1, count)), LlamaForCausalLM(LLAMA).eval()
+        metric = LanguageModelMetric.of_text(
+            "text",
+            lambda *_, **__: {"input_ids": text[0].tolist()},
+            length=length,
+            stride=stride,
+            batch_size=batch_size,
+        )
+        losses, before = 0.0, 0
+        counted = 0
+        for start in range(0, count, stride or length):
+            end = min(start + length, count)
+            new, window = end - before, text[:, start:end]
+            logits = model(window).logits[0].double().log_softmax(-1)
+            for place in range(window.shape[1] - new, window.shape[1]):
+                if place > 0:  # what is before it
+                    losses -= logits[place - 1, window[0, place]].item()
+                    counted += 1
+            before = end
+            if end == count:
+                break
+        assert counted == count - (-(-count // length) if stride in (None, length) else 1)
+        found = metric(model)
+        assert found["loss"] == pytest.approx(losses / counted, rel=1e-5)
+        assert found["perplexity"] == pytest.approx(math.exp(losses / counted), rel=1e-5)
+
+    @for_each(
+        ("settings", "message"),
+        [
+            ({"length": 4, "stride": 5}, "stride: expected at most 4"),
+            ({"length": 4, "stride": 0}, "stride"),
+            ({"length": 0}, "length"),
+            ({"length": 4, "batch_size": 0}, "batch_size"),
+            ({"length": 4, "count": 1}, "two tokens"),
+        ],
+    )
+    def test_windows_that_are_none(self, settings, message):
+        settings = {"count": 9, **settings}
+        tokens = [3] * settings.pop("count")
+        with pytest.raises(ValueError, match=message):
+            LanguageModelMetric.of_text("text", lambda *_, **__: {"input_ids": tokens}, **settings)
 
     def test_errors_and_extremes(self, tokens):
         metric = LanguageModelMetric(tokens)

@@ -11,7 +11,7 @@ from indicators.conftest import bert, quadratic_loss
 from torch import nn
 
 from hf_parcor import FloatQuantization, GaussianNoise, LayerProbe, Quantization, SensitivityRecord, sensitivity
-from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.evaluation import ClassificationMetric, model_loss
 from hf_parcor.evaluation.metrics import WithDivergence
 from hf_parcor.functional import random_signs
 
@@ -121,6 +121,27 @@ def test_the_most_promising_cells_are_measured_and_a_killed_run_goes_on(tmp_path
     assert run(0).costs("fisher")
     with pytest.raises(ValueError, match="budget"):
         run(0).costs("loss")
+
+
+def test_one_backward_pass_and_each_measurement_once() -> None:
+    model, batches = bert()
+    backward, own = [], torch.Tensor.register_hook
+
+    def loss(of: nn.Module, batch: object) -> torch.Tensor:
+        found: torch.Tensor = model_loss(of, batch)
+        if found.requires_grad:
+            own(found, lambda gradient: backward.append(gradient))
+        return found
+
+    Killed.left, Killed.calls = -1, 0
+    options = {"budget": 5, "memory": 1, "progress": False}  # so that no two measurements share a clean beginning
+    record = sensitivity(model, Killed(4 * batches), FORMATS[:1], loss=loss, **options)
+    assert len(backward) == 4 * len(batches)
+    assert Killed.calls == (1 + 5) * 4 * len(batches), "the model as it is, and five parts"
+    metric = WithDivergence(ClassificationMetric(batches), model.eval())
+    assert record.clean == pytest.approx(metric(model), rel=1e-6), "which is also what the answers are taken from"
+    assert record.clean["divergence"] == 0
+    assert WithDivergence(ClassificationMetric(batches), model, memory=1).clean is None
 
 
 def test_a_format_that_does_not_fit_a_part_is_left_out_there_and_said() -> None:

@@ -13,6 +13,7 @@ from for_each import for_each
 from local_models import BERT, LABELS, MANY_LANGUAGES, SAVED, SENTENCES, save_bert, save_tokenizer, write_summaries
 
 from hf_parcor.errors import InputError
+from hf_parcor.evaluation import LanguageModelMetric
 from hf_parcor.evaluation.metrics.detection import average_precision
 from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, check_head, load_rows, task_named, task_of
 
@@ -140,6 +141,34 @@ def test_the_metric_is_that_of_a_loop_over_rows(name, tmp_path):
         expected = BY_HAND[name](model, processed.processor, rows.entries, *more)
     assert found == pytest.approx(expected, rel=1e-5)
     assert task.shown(task.metrics[0], found) == task.metrics[0]
+
+
+@for_each(("stride", "between"), [(None, None), (3, None), (None, "\n"), (5, "\n"), (16, "\n\n")])
+def test_windows_over_a_text_file(tmp_path_factory, stride, between):
+    folder = tmp_path_factory.mktemp("windows")
+    data = folder / "text.txt"
+    data.write_text("\n".join(SENTENCES * 3) + "\n")
+    task, rows = TASKS["text-generation"], load_rows(str(data))
+    name = SAVED["text-generation"][0](folder / "model")
+    model, tokenizer = task.load_model(name).eval(), task.load_processor(name)
+    encoding = Encoding(stride=stride, between_rows=between)
+    processed = Processed(model, tokenizer, encoding)
+    task.prepare(processed)
+    batches = task.batches(task.examples(rows, {"text": "text"}, processed), processed, 4)
+    # The tokenizer knows words between spaces alone: the end of a row is written as one.
+    text = (" </s> ".join(SENTENCES * 3) + " </s>") if between is None else between.join(SENTENCES * 3)
+    by_hand = LanguageModelMetric.of_text(text, tokenizer, length=16, stride=stride)
+    assert task.metric("perplexity", processed, batches)(model) == pytest.approx(by_hand(model), rel=1e-5)
+
+
+@for_each(("name", "encoding"), [(name, one) for name in TASKS for one in ({"stride": 4}, {"between_rows": "\n"})])
+def test_windows_of_a_task_without(name, encoding):
+    processed = Processed(None, None, Encoding(**encoding))
+    if TASKS[name].has_windows:
+        TASKS[name].prepare(processed)
+    else:
+        with pytest.raises(InputError, match="stride: expected none"):
+            TASKS[name].prepare(processed)
 
 
 def test_images_whose_files_are_named_by_numbers(tmp_path):

@@ -6,6 +6,7 @@ from hf_parcor.evaluation.metrics.detection import DetectionMetric
 from hf_parcor.evaluation.metrics.divergence import WithDivergence
 from hf_parcor.evaluation.metrics.generation import GenerationMetric
 from hf_parcor.evaluation.metrics.language_model import LanguageModelMetric
+from hf_parcor.evaluation.metrics.lm_eval import LmEvalMetric
 from hf_parcor.evaluation.metrics.over_batches import BatchMetric, Identified, Informed, OverBatches
 from hf_parcor.evaluation.metrics.scores import SacrebleuScore
 from hf_parcor.evaluation.metrics.trainer import TrainerMetric
@@ -18,6 +19,7 @@ __all__ = [
     "Identified",
     "Informed",
     "LanguageModelMetric",
+    "LmEvalMetric",
     "OverBatches",
     "PredictionMetric",
     "SacrebleuScore",

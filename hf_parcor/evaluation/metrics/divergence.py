@@ -64,17 +64,25 @@ class WithDivergence:
     def __init__(self, metric: BatchMetric, model: nn.Module, *, memory: int = _MEMORY) -> None:
         self._metric = metric
         self._answers: dict[str, Tensor] = {}
-        kept = count = 0
+        kept = 0
+        parts = []
         for batch in metric.batches:
-            count += 1
-            _, logits = self._answered(model, batch)
+            found, logits = self._answered(model, batch)
             if logits is None:
+                parts.append(_Part(found, 0.0, 0))
                 continue
             kept += logits.numel() * logits.element_size()
             if kept > memory:
                 break
             self._answers[fingerprint([batch])] = logits
+            parts.append(_Part(found, 0.0, int(_that_count(batch, logits).sum())))
         self._truncated = kept > memory
+        self._clean = None if self._truncated else self.combine(parts)
+
+    @property
+    def clean(self) -> dict[str, float] | None:
+        """The metrics of the model as it was, found on the way; None where not all answers are kept."""
+        return None if self._clean is None else dict(self._clean)
 
     @property
     def batches(self) -> Iterable[Mapping[str, Any]]:

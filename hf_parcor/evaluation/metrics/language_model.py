@@ -6,8 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
+from hf_parcor.arguments import check_count
+from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.evaluation.gradients import shifts_labels
 from hf_parcor.evaluation.metrics.over_batches import OverLabels
 from hf_parcor.records.metric_info import NATS, SHARE, MetricInfo
@@ -34,6 +39,40 @@ class LanguageModelMetric(OverLabels):
         "accuracy": MetricInfo(True, SHARE),
     }
 
+    @classmethod
+    def of_text(
+        cls,
+        text: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        length: int,
+        stride: int | None = None,
+        batch_size: int = 1,
+        progress: bool = False,
+    ) -> LanguageModelMetric:
+        """Return the metric of one running text, for a causal model: perplexity with a sliding window.
+
+        The text becomes tokens as a whole, with the special tokens that the tokenizer puts around a text; see
+        `sliding_windows` for what is counted.
+
+        Args:
+            text: Such as the content of a file.
+            tokenizer: The model's.
+            length: Tokens of a window, the context; at most as many as the model has positions for.
+            stride: As in `sliding_windows`.
+            batch_size: Windows a batch; it changes no number.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            ValueError: The stride exceeds the length, or the text has fewer than two tokens.
+        """
+        check_count("batch_size", batch_size)
+        windows = sliding_windows(tokenizer(text, verbose=False)["input_ids"], length, stride)
+        if not windows:
+            raise ValueError("text: expected two tokens or more, got fewer; name another text")
+        batches = [padded_windows(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size)]
+        return cls(batches, progress=progress)
+
     def _shifts(self, model: nn.Module) -> bool:
         """Return whether a model predicts the label of the next place, as causal ones do."""
         return shifts_labels(model)
@@ -47,6 +86,59 @@ class LanguageModelMetric(OverLabels):
         means = super().combine(parts)
         loss, accuracy = means.pop("loss"), means.pop("accuracy")
         return {"loss": loss, "perplexity": _exponential(loss), "accuracy": accuracy, **means}
+
+
+def sliding_windows(tokens: Sequence[int], length: int, stride: int | None = None) -> list[dict[str, list[int]]]:
+    """Return windows over a text, `input_ids` and `labels`, in which each token counts once.
+
+    A window begins every `stride` tokens, and of each count the tokens that no window before it has: in all but the
+    first the last `stride`, each with `length − stride` tokens of context or more. A smaller stride gives more context
+    and costs `length / stride` times the passes. The first token has nothing to be predicted from; where windows do
+    not overlap that holds for the first of each.
+
+    Args:
+        tokens: The whole text.
+        length: Tokens of a window; the last may have fewer.
+        stride: From 1 to `length`; None, the default, for `length`: windows that do not overlap.
+
+    Raises:
+        ValueError: A number is no count, or the stride exceeds the length, so that tokens would be left out.
+
+    Examples:
+        >>> for window in sliding_windows([1, 2, 3, 4, 5], 3, stride=1):
+        ...     print(window)
+        {'input_ids': [1, 2, 3], 'labels': [1, 2, 3]}
+        {'input_ids': [2, 3, 4], 'labels': [-100, -100, 4]}
+        {'input_ids': [3, 4, 5], 'labels': [-100, -100, 5]}
+    """
+    check_count("length", length)
+    stride = length if stride is None else stride
+    check_count("stride", stride)
+    if stride > length:
+        raise ValueError(
+            f"stride: expected at most {length:,}, the tokens of a window, got {stride:,}; lower it, so that no token "
+            "is left out"
+        )
+    windows, seen = [], 0
+    for start in range(0, len(tokens), stride):
+        window = list(tokens[start : start + length])
+        context = seen - start
+        seen = start + len(window)
+        if len(window) > 1:
+            windows.append({"input_ids": window, "labels": [IGNORED_LABEL] * context + window[context:]})
+        if seen == len(tokens):
+            break
+    return windows
+
+
+def padded_windows(windows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+    """Return windows as a batch; what pads them on the right is masked, and counts for nothing."""
+    tokens, labels = ([torch.tensor(window[name]) for window in windows] for name in ("input_ids", "labels"))
+    return {
+        "input_ids": pad_sequence(tokens, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(window) for window in tokens], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
+    }
 
 
 def _exponential(loss: float) -> float:

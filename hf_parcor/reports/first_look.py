@@ -1,0 +1,174 @@
+"""What a first look says: the weakest part of a model in one format, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from hf_parcor.records.metric_info import POINTS, SHARE
+from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, FormatScore, SensitivityRecord
+from hf_parcor.reports.markup import text_of
+from hf_parcor.reports.numbers import Numbers
+from hf_parcor.reports.plots import short_names
+from hf_parcor.reports.recipe import short_formats
+from hf_parcor.reports.tables import Table, markdown_table
+from hf_parcor.reports.verdict import NEGLIGIBLE, Finding
+
+
+class FirstLookContent(NamedTuple):
+    """The parts of the page, in the order of reading."""
+
+    title: str
+    findings: list[Finding]
+    notes: list[str]
+    parts: Table
+
+
+class _Told:
+    """A record of one format, its parts in the order of what was found.
+
+    Args:
+        scores: What `sensitivity` found.
+
+    Raises:
+        ValueError: It has more than one format, or no part was measured.
+    """
+
+    def __init__(self, scores: SensitivityRecord) -> None:
+        measured = [cell for cell in scores.cells if cell.measured]
+        if len(scores.formats) != 1 or not measured:
+            raise ValueError(
+                f"scores: expected one format and at least one part that was measured in it, got "
+                f"{len(scores.formats)} and {len(measured)}; call sensitivity with formats=[Quantization(4, "
+                "'channel')] and budget=5, say"
+            )
+        self.scores, self.metric = scores, scores.metric
+        self.numbers, self.clean = Numbers(scores.info(self.metric).unit), scores.clean[self.metric]
+        self.format = next(iter(short_formats(scores.formats).values()))
+        self.moved = DIVERGENCE if DIVERGENCE in scores.clean else self.metric
+        # An accuracy changes in steps of a row: which of two is weaker, answers that move tell better.
+        by = self.moved if self.numbers.unit in (SHARE, POINTS) else self.metric
+        self.measured = sorted(measured, key=lambda cell: (self.is_negligible(cell), -_finite(self.drop(cell, by))))
+        self.names = dict(zip(scores.groups, short_names(list(scores.groups)), strict=True))
+
+    def drop(self, cell: FormatScore, metric: str) -> float:
+        """Return how much worse a metric is, of a part that was measured."""
+        found = self.scores.drop(cell, metric)
+        return math.nan if found is None else found
+
+    def change(self, cell: FormatScore) -> str:
+        """Return how the metric changes, with its sign and unit."""
+        return self.numbers.difference(cell.measured[self.metric] - self.clean, sign=True)
+
+    def is_negligible(self, cell: FormatScore) -> bool:
+        """Return whether the metric is worse by less than a hundredth of its clean value."""
+        return _finite(self.drop(cell, self.metric)) < NEGLIGIBLE * abs(self.clean)
+
+
+def _finite(drop: float) -> float:
+    return math.inf if math.isnan(drop) else drop  # of a model that is destroyed
+
+
+def content_of_first_look(scores: SensitivityRecord, title: str | None = None) -> FirstLookContent:
+    """Return what is to be said about parts in one format.
+
+    Raises:
+        ValueError: The record has more than one format, or nothing was measured.
+        ImportError: SciPy is not installed.
+    """
+    told = _Told(scores)
+    return FirstLookContent(
+        title=title or f"Which part of {scores.model} is the weakest in {told.format}?",
+        findings=list(_findings(told)),
+        notes=list(_notes(told)),
+        parts=_parts(told),
+    )
+
+
+def _findings(told: _Told) -> Iterator[Finding]:
+    weakest, *others = told.measured
+    name, metric, count = told.names[weakest.group], told.metric, len(told.scores.groups)
+    clean = told.numbers.with_unit(told.clean)
+    if told.is_negligible(weakest):
+        worst = max(told.measured, key=lambda cell: _finite(told.drop(cell, metric)))
+        yield Finding(
+            f"No part alone is weak in {told.format}: of those measured none makes {metric} worse by 1 %.",
+            f"It is {clean} without; with the worst, {told.names[worst.group]}, it changes by {told.change(worst)}.",
+        )
+    else:
+        seconds = ""
+        if others:
+            seconds = f"; the next, {told.names[others[0].group]}, by {told.change(others[0])}"
+        if others and told.is_negligible(others[0]):
+            seconds = "; no other that was measured makes it worse by 1 %"
+        modules = told.scores.groups[weakest.group].modules
+        spared = repr(modules) if len(modules) <= 3 else repr([weakest.group])
+        yield Finding(
+            f"{name} is the weakest of {count} parts in {told.format}: by itself it changes {metric} from {clean} by "
+            f"{told.change(weakest)}{seconds}.",
+            "Keep it in more bits than the others.",
+            f"ParameterDefenseTrainer(..., target_modules={spared})",
+        )
+    known = len(told.measured)
+    of_all = f"All {count} parts were measured." if known == count else _of_the_others(told)
+    ranks = told.scores.correlations(told.moved) if known > 2 else {}
+    shown = ", ".join(
+        f"{score} {value:.2f}".replace("-", "−") for score, value in ranks.items() if not math.isnan(value)
+    )
+    sure = f" The scores order these {known} as {told.moved} does to {shown} (Spearman)." if shown else ""
+    yield Finding("", f"{of_all}{sure}")
+
+
+def _of_the_others(told: _Told) -> str:
+    """Return what is known of the parts that were not measured: scores alone."""
+    others = [cell for cell in told.scores.cells if not cell.measured]
+    if not others:
+        return f"Measured were {len(told.measured)} parts."
+    next_one = max(others, key=lambda cell: cell.scores[FISHER])
+    least = min(told.measured, key=lambda cell: cell.scores[FISHER])
+    return (
+        f"Measured were the {len(told.measured)} parts with the largest Fisher scores, {least.scores[FISHER]:.2g} or "
+        f"more; the largest of the other {len(others)} is {next_one.scores[FISHER]:.2g}, of "
+        f"{told.names[next_one.group]}."
+    )
+
+
+def _notes(told: _Told) -> Iterator[str]:
+    scores = told.scores
+    yield (
+        "Scores are from one backward pass over the data; each part was then measured with all others as they are. "
+        "What several parts lose together may be more than their sum."
+    )
+    if scores.evaluated_on is not None:
+        yield f"Measured on {scores.evaluated_on}."
+    yield from scores.notes
+    yield from scores.info(told.metric).guesses(told.metric)
+
+
+def _parts(told: _Told) -> Table:
+    """Return every part with its scores, those that were measured first."""
+    others = sorted((cell for cell in told.scores.cells if not cell.measured), key=lambda cell: -cell.scores[FISHER])
+    diverges = told.moved == DIVERGENCE
+    rows = []
+    for cell in [*told.measured, *others]:
+        found = "–" if not cell.measured else told.numbers.value(cell.measured[told.metric])
+        moved = [f"{cell.measured[DIVERGENCE]:.2g}" if cell.measured else "–"] if diverges else []
+        scored = [f"{value:.2g}".replace("-", "−") for value in cell.scores.values()]
+        weights = f"{told.scores.groups[cell.group].parameters:,}"
+        rows.append((told.names[cell.group], weights, found, *moved, *scored))
+    header = ("part", "weights", told.numbers.head(told.metric), *(["divergence (nats)"] * diverges))
+    return Table(
+        f"Each part in {told.format}; without, {told.metric} is {told.numbers.with_unit(told.clean)}",
+        (*header, *told.scores.scores),
+        tuple(rows),
+    )
+
+
+def first_look_markdown(content: FirstLookContent) -> str:
+    """Return the page as GitHub's Markdown, each name escaped."""
+    first, *others = content.findings
+    parts = [f"# {text_of(content.title)}", f"**{text_of(first.text)}**", *(text_of(one.text) for one in others)]
+    parts.append("\n".join(f"- {text_of(note)}" for note in content.notes))
+    parts += [f"{text_of(content.parts.caption)}:", markdown_table(content.parts.header, content.parts.rows)]
+    return "\n\n".join(parts) + "\n"

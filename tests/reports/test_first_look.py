@@ -1,0 +1,85 @@
+"""A first look: the weakest part first, what is sure and what is not, from the record alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from for_each import for_each
+
+from hf_parcor import FirstLookReport, MetricInfo, SensitivityRecord
+from hf_parcor.records import FormatScore, WeightGroup
+
+FORMAT = {"4-bit quantization": {"corruption": "quantization", "settings": {"bits": 4}}}
+
+
+def record(values, metric="loss", clean=2.0, divergence=None, **settings) -> SensitivityRecord:
+    """Return parts with falling scores and what the first of them measure; None for none."""
+    names = [f"layers.{index}" for index in range(len(values))]
+    groups = {name: WeightGroup({f"{name}.weight": 1000}, 16.0) for name in names}
+    cells = tuple(
+        FormatScore(
+            name,
+            "4-bit quantization",
+            4.0,
+            {"first_order": -0.1, "fisher": 1 / (1 + place)},
+            {} if value is None else {metric: value, **({"divergence": divergence[place]} if divergence else {})},
+        )
+        for place, (name, value) in enumerate(zip(names, values, strict=True))
+    )
+    of_clean = {metric: clean, **({"divergence": 0.0} if divergence else {})}
+    infos = {"divergence": MetricInfo(False, "nats")}
+    return SensitivityRecord("m", groups, FORMAT, cells, of_clean, metric, metric_info=infos, **settings)
+
+
+@for_each(
+    ("values", "settings", "words", "absent"),
+    [
+        ([2.1, 3.5, 2.2, None, None], {}, ["layers.1 is the weakest of 5", "+1.5", "layers.2, by +0.2"], ["No part"]),
+        ([2.1, 3.5, 2.2, None, None], {}, ["Measured were the 3", "0.33", "0.25, of layers.3"], ["All"]),
+        ([2.1, 3.5], {}, ["layers.1 is the weakest of 2", "All 2 parts"], ["Spearman"]),
+        ([2.001, 1.5, 2.0], {}, ["No part alone is weak", "layers.0, it changes by +0.001"], ["target_modules"]),
+        (  # answers move most where the loss happens to fall
+            [1.0, 2.1, 2.01],
+            {"divergence": [0.5, 0.1, 0.01]},
+            ["layers.1 is the weakest of 3", "+0.1", "no other that was measured"],
+            ["the next"],
+        ),
+        ([3.0], {}, ["layers.0 is the weakest of 1", "target_modules=['layers.0']"], ["the next"]),
+        ([2.0, math.nan, 3.0], {}, ["layers.1 is the weakest of 3", "nan"], []),
+        ([2.0, math.inf, 3.0], {}, ["layers.1 is the weakest of 3", "∞"], []),
+        (
+            [0.8, 0.7, 0.85],
+            {"metric": "accuracy", "clean": 0.9},
+            ["layers.1 is the weakest of 3", "90.0 %", "−20.0 points"],
+            ["No part"],
+        ),
+        (  # of two that cost a row each, the one whose answers moved more
+            [0.8, 0.8],
+            {"metric": "accuracy", "clean": 0.9, "divergence": [0.1, 0.4]},
+            ["layers.1 is the weakest of 2", "the next, layers.0"],
+            [],
+        ),
+    ],
+)
+def test_the_answer(values, settings, words, absent, tmp_path_factory):
+    report = FirstLookReport(record(values, **settings))
+    said = " ".join(report.verdict)
+    assert [word for word in words if word not in said] == [], said
+    assert [word for word in absent if word in said] == [], said
+    assert report.verdict[0] == report.answer
+    folder = tmp_path_factory.mktemp("look")
+    markdown = report.to_markdown(folder / "look.md").read_text()
+    html = report.to_html(folder / "look.html").read_text()
+    assert html.count("<tr>") == markdown.count("| layers.") + 1 == len(values) + 1
+
+
+@for_each(
+    "changed",
+    [{"formats": {**FORMAT, "8-bit quantization": {"corruption": "quantization", "settings": {"bits": 8}}}}, {}],
+)
+def test_what_is_no_first_look(changed):
+    scores = replace(record([2.1, 3.5]), **changed) if changed else record([None, None])
+    with pytest.raises(ValueError, match="one format"):
+        FirstLookReport(scores)
