@@ -228,7 +228,7 @@ def main() -> None:
     )
 
     if train_examples is not None:
-        train_and_save(trainer, checkpoint_to_resume(training), train_samples=len(train_examples))
+        train_and_save(trainer, checkpoint_to_resume(training), robustness, train_samples=len(train_examples))
 
     if eval_examples is not None and metric is not None:
         metrics = {**trainer.evaluate(), "eval_samples": len(eval_examples)}

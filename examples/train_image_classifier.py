@@ -283,7 +283,7 @@ def main() -> None:
     )
 
     if train_rows is not None:
-        train_and_save(trainer, checkpoint_to_resume(training), train_samples=len(train_rows))
+        train_and_save(trainer, checkpoint_to_resume(training), robustness, train_samples=len(train_rows))
     elif model_arguments.resnet_depth is not None and trainer.is_world_process_zero():
         model.save_pretrained(training.output_dir)
         processor.save_pretrained(training.output_dir)

@@ -444,7 +444,7 @@ def main() -> None:
     )
 
     if train_rows is not None:
-        train_and_save(trainer, checkpoint, train_samples=len(train_rows))
+        train_and_save(trainer, checkpoint, robustness, train_samples=len(train_rows))
 
     if carries:
         model.forget_state()

@@ -358,7 +358,7 @@ def main() -> None:
 
     if train_rows is not None:
         counts = {"train_trees": train_rows.trees, "train_non_projective_trees": train_rows.non_projective}
-        train_and_save(trainer, checkpoint_to_resume(training), train_samples=len(train_rows), **counts)
+        train_and_save(trainer, checkpoint_to_resume(training), robustness, train_samples=len(train_rows), **counts)
 
     if eval_rows is not None and trainer.attachment is not None:
         metrics = {

@@ -172,7 +172,7 @@ def main() -> None:
     )
 
     if "train" in texts:
-        train_and_save(trainer, checkpoint_to_resume(training), train_samples=len(trainer.train_dataset))
+        train_and_save(trainer, checkpoint_to_resume(training), robustness, train_samples=len(trainer.train_dataset))
 
     if "validation" in texts:
         metrics = {**trainer.evaluate(), "eval_samples": len(trainer.eval_dataset)}

@@ -144,7 +144,7 @@ def main() -> None:
     )
 
     if train_rows is not None:
-        train_and_save(trainer, checkpoint_to_resume(training), train_samples=len(train_rows))
+        train_and_save(trainer, checkpoint_to_resume(training), robustness, train_samples=len(train_rows))
 
     if eval_rows is not None:
         metrics = {**trainer.evaluate(), "eval_samples": len(eval_rows)}

@@ -12,7 +12,8 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.utils import logging as logging_of_transformers
 
 from hf_parcor.corruptions import Corruption
-from hf_parcor.evaluation import CorruptionEvaluator, RobustnessArguments
+from hf_parcor.corruptions.catalogue import read_corruptions
+from hf_parcor.evaluation import CorruptionEvaluator, RobustnessArguments, RobustnessCallback
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.reports.tables import comparison_table
 from hf_parcor.training import signs_of_collapse
@@ -49,14 +50,27 @@ def read_arguments(*kinds: type) -> tuple[Any, ...]:
     return tuple(parsed)
 
 
-def train_and_save(trainer: Trainer, checkpoint: str | None, **counts: int) -> None:
+def train_and_save(trainer: Trainer, checkpoint: str | None, robustness: RobustnessArguments, **counts: int) -> None:
     """Train, and save model, state and `train_results.json`, which says whether the run shows signs of collapse.
 
     Args:
         trainer: The Trainer.
         checkpoint: Where to go on from; None for from the start (see `checkpoint_to_resume`).
+        robustness: What its evaluations measure as well, by a `RobustnessCallback`.
         **counts: What else the metrics shall say, such as `train_samples`.
+
+    Raises:
+        ValueError: Corruptions are to be watched, and the Trainer does not evaluate while it trains.
     """
+    if robustness.watched_corruptions is not None:
+        if trainer.args.eval_strategy == "no":
+            raise ValueError(
+                "watched_corruptions: expected evaluations in training, got --eval_strategy no; pass --do_eval and "
+                "--eval_strategy epoch, or steps"
+            )
+        watched = read_corruptions(robustness.watched_corruptions)
+        trials, seed = robustness.corruption_trials, robustness.corruption_seed
+        trainer.add_callback(RobustnessCallback(trainer, watched, trials=trials, seed=seed))
     metrics = {**trainer.train(resume_from_checkpoint=checkpoint).metrics, **counts}
     metrics["train_collapsed"] = float(bool(signs_of_collapse(trainer.state.log_history)))
     save_training(trainer, metrics)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -234,19 +234,19 @@ def over(seeds: Sequence[int]) -> str:
     )
 
 
-Measure = Callable[[Namespace, Run], EvaluationRecord]
+_Measured = TypeVar("_Measured")
 
 
 def over_runs(
-    measure: Measure, title: str, options: Namespace, arms: Mapping[str, Arm]
-) -> dict[str, list[EvaluationRecord]]:
+    measure: Callable[[Namespace, Run], _Measured], title: str, options: Namespace, arms: Mapping[str, Arm]
+) -> dict[str, list[_Measured]]:
     """Measure these arms with every seed, several side by side; one that fails does not stop the others.
 
     Raises:
         RuntimeError: Runs failed; when all others are done.
     """
     runs = [Run(name, arm, seed) for seed in options.seeds for name, arm in arms.items()]
-    records: dict[str, list[EvaluationRecord]] = {name: [] for name in arms}
+    records: dict[str, list[_Measured]] = {name: [] for name in arms}
     failed: dict[str, BaseException] = {}
     with ThreadPoolExecutor(options.jobs) as pool:
         doing = {run.file_name: pool.submit(measure, options, run) for run in runs}

@@ -138,6 +138,14 @@ STUDIES: dict[str, dict[str, Study]] = {
         "small": Study("paper 1's language model, a smaller one", "reproduce_language_model", "language_model"),
         "full": Study("paper 1's language model, at its size", "reproduce_language_model --size full", ""),
     },
+    "quantization-while-training": {
+        "small": Study(
+            "a decoder quantized at every checkpoint, and which one to take",
+            "quantization_while_training",
+            "quantization_while_training",
+            arms=("constant", "linear"),
+        ),
+    },
     "translation": {
         "small": Study(
             "paper 2's Table 6 and Figure 3, on Multi30k",

@@ -51,6 +51,14 @@ class RobustnessArguments:
             "set: what this program measures by default."
         },
     )
+    watched_corruptions: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What to corrupt them by at every evaluation in training too: with quantization=4 here and "
+            "--metric_for_best_model eval_robustness_4_bit_quantization_loss the best checkpoint is that for 4 bits. "
+            "Not set: nothing."
+        },
+    )
     corruption_trials: int = field(default=DEFAULT_TRIALS, metadata={"help": "Trials of each random corruption."})
     corruption_seed: int = field(default=0, metadata={"help": "Seed of the first trial."})
     skip_corruptions: bool = field(default=False, metadata={"help": "Measure the clean model only."})

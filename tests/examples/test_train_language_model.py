@@ -26,6 +26,7 @@ import train_language_model as example
 SCRIPT = Path(example.__file__)
 PENN = Path(__file__).parents[3] / "shared" / "data" / "ptb_lm"
 WORDS = ["a", "b", "c", "d", "e", "f", "<unk>", "N"]
+WATCHED = {"watched_corruptions": ["quantization=4"]}
 TINY_LSTM = "hidden_size=6,embedding_size=4,num_hidden_layers=2"
 
 pytestmark = [
@@ -134,7 +135,7 @@ def test_training_reads_the_text_in_its_order(settings, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@for_each("given", [{}, {"gradient_accumulation_steps": 2}, {"eval_strategy": "steps", "eval_steps": 3}])
+@for_each("given", [{}, {"gradient_accumulation_steps": 2}, {"eval_strategy": "steps", "eval_steps": 3, **WATCHED}])
 def test_a_run_that_goes_on_in_the_middle_of_an_epoch_is_the_whole_run(settings, tmp_path, monkeypatch, given):
     """With all its dropout, and under the defense."""
     given = {**settings, **given, "skip_corruptions": True, "save_strategy": "steps", "save_steps": 1}
@@ -233,6 +234,7 @@ def test_gradients_are_those_of_the_carried_state():
         ({"config_overrides": "weight_drop=1.0"}, "weight_drop: expected a rate"),
         ({"model_name_or_path": "saved"}, "expected a new model"),
         ({"train_file": "empty.txt"}, "expected lines with words"),
+        (WATCHED, "expected evaluations in training"),
     ],
 )
 def test_bad_input(settings, tmp_path, monkeypatch, change, says):

@@ -439,7 +439,9 @@ def result(out, name):
 class TestProgram:
     @pytest.mark.slow
     def test_it_trains_measures_goes_on_and_makes_a_card(self, files, monkeypatch, capsys):
-        more = {"save_strategy": "epoch", "eval_strategy": "epoch", "metric_for_best_model": "uas"}
+        best_by = "eval_robustness_gaussian_sigma_0.1_uas"
+        more = {"save_strategy": "epoch", "eval_strategy": "epoch", "metric_for_best_model": best_by}
+        more |= {"watched_corruptions": ["gaussian=0.1"]}
         out = run(files, monkeypatch, **more, load_best_model_at_end=True)
         assert "| gradient-based L∞ ε=0.1 n=5" in capsys.readouterr().out
         record, measured, trained = (
@@ -453,7 +455,9 @@ class TestProgram:
         assert trained["train_trees"] == 30
         assert trained["train_non_projective_trees"] == sum(crossing(one.heads) for one in trees(30)) > 0
         assert measured["eval_non_projective_trees"] == sum(crossing(one.heads) for one in trees(12, seed=1))
-        log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        state = json.loads((out / "trainer_state.json").read_text())
+        assert state["best_metric"] == record.corruptions[-1].mean("uas")
+        log = state["log_history"]
         assert all("eval_uas" in entry for entry in log if "eval_loss" in entry)
         assert any("loss_corrupted" in entry for entry in log)
         assert command_line(["card", str(out)]) == 0

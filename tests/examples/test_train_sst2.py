@@ -98,6 +98,7 @@ def test_flags(files, monkeypatch, capsys):
 def test_the_corruptions_that_are_named_are_trained_against_and_measured(files, monkeypatch):
     words = ["quantization=4,3", "gradient=0.1"]
     given = {"defense": "corruption", "defense_corruption": words, "corruptions": words}
+    given |= {"watched_corruptions": ["quantization=4"], "eval_strategy": "epoch"}
     path = files / "settings.json"
     path.write_text(json.dumps({**settings(files), **given}))
     run([str(path)], monkeypatch)
@@ -107,6 +108,10 @@ def test_the_corruptions_that_are_named_are_trained_against_and_measured(files, 
         "3-bit quantization",
         "gradient-based L2 ε=0.1",
     ]
+    log = json.loads((files / "out" / "trainer_state.json").read_text())["log_history"]
+    watched = [entry[name] for entry in log if (name := "eval_robustness_4_bit_quantization_accuracy") in entry]
+    assert len(watched) == log[-1]["epoch"]
+    assert watched[-1] == record.corruptions[0].mean("accuracy")
     config = json.loads((files / "out" / "defense_config.json").read_text())
     assert [list(entry) for entry in config["settings"]["corruption"]] == [["quantization"]] * 2 + [["gradient"]]
 

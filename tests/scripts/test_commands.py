@@ -71,6 +71,10 @@ def test_the_search_shows_its_record():
         ("reproduce_parser --data none --output", "parser"),
         ("reproduce_images --weights none --data none --output", "images"),
         ("reproduce_language_model --data none --output", "language_model"),
+        (
+            "quantization_while_training --arms constant linear --data none --output",
+            "quantization_while_training",
+        ),
         (f"reproduce_translation --study multi30k {TRANSLATION}", "translation/multi30k"),
         (f"reproduce_translation --study tatoeba --seeds 1 {TRANSLATION}", "translation/tatoeba"),
     ],
