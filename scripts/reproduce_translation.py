@@ -360,7 +360,8 @@ def starts(campaign: Campaign) -> str:
     study = campaign.study
     epochs = {"plain": study.epochs, "defended": study.start_epoch}
     epochs |= {f"start-{start}": start for start in study.other_starts}
-    rows, header = [], ["defended", "loss at the start"]
+    header = ["defended", "loss at the start"]
+    rows: list[list[str]] = []
     for name in sorted(epochs, key=lambda name: (name == "plain", epochs[name])):
         records = campaign.records(name, "table6-whole", study.whole)
         if not rows:

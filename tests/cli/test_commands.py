@@ -53,8 +53,6 @@ from hf_parcor import (
     SensitivityRecord,
     SweepRecord,
     by_kind,
-    by_layer,
-    by_module,
     select_parameters,
 )
 from hf_parcor.cli import parsing as options
@@ -149,22 +147,24 @@ def test_what_the_flags_corrupt_by(run, monkeypatch, line, corruptions):
 
 
 @for_each(
-    ("flags", "group", "own"),
+    ("flags", "expected"),
     [
-        ("", by_layer, []),
-        ("--target-modules classifier", None, ["classifier"]),
-        ("--group kinds --target-modules classifier", by_kind, ["classifier"]),
-        ("--group modules", by_module, []),
+        ("", lambda model: "layers"),
+        ("--target-modules classifier", lambda model: {"classifier": ["classifier"]}),
+        (
+            "--group kinds --target-modules classifier",
+            lambda model: {**by_kind(model), "classifier": ["classifier"]},
+        ),
+        ("--group modules", lambda model: "modules"),
     ],
 )
-def test_what_the_flags_probe(run, monkeypatch, classifier, flags, group, own):
+def test_what_the_flags_probe(run, monkeypatch, classifier, flags, expected):
     found = []
     monkeypatch.setattr("hf_parcor.cli.probe.measure", lambda *asked: found.append(asked[-1]))
-    monkeypatch.setattr("hf_parcor.evaluation.LayerProbe", lambda model, metric, targets: list(targets))
+    monkeypatch.setattr("hf_parcor.evaluation.LayerProbe", lambda model, metric, targets: targets)
     assert run(f"probe {flags}").code == 0
     [build] = found
-    expected = [] if group is None else group(classifier)
-    assert build(SimpleNamespace(model=classifier, metric=None), {}) == [*expected, *own]
+    assert build(SimpleNamespace(model=classifier, metric=None), {}) == expected(classifier)
 
 
 class TestProbe:
@@ -179,7 +179,7 @@ class TestProbe:
             model,
             ClassificationMetric(batches),
             batches,
-            targets=by_kind(model),
+            targets="kinds",
             progress=False,
             evaluated_on=EvaluationData(Path(sentences).name, rows=len(SENTENCES)),
         )
