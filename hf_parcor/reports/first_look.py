@@ -13,7 +13,7 @@ from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.plots import short_names
 from hf_parcor.reports.recipe import short_formats
 from hf_parcor.reports.tables import Table, markdown_table
-from hf_parcor.reports.verdict import NEGLIGIBLE, Finding
+from hf_parcor.reports.verdict import NEGLIGIBLE, Finding, one_row
 
 
 class FirstLookContent(NamedTuple):
@@ -90,11 +90,15 @@ def _findings(told: _Told) -> Iterator[Finding]:
     weakest, *others = told.measured
     name, metric, count = told.names[weakest.group], told.metric, len(told.scores.groups)
     clean = told.numbers.with_unit(told.clean)
+    worth = f" {one_row([told.scores.evaluated_on], told.scores.info(metric), told.numbers)}".rstrip()
     if told.is_negligible(weakest):
         worst = max(told.measured, key=lambda cell: _finite(told.drop(cell, metric)))
+        with_worst = "none of them makes it worse at all"
+        if _finite(told.drop(worst, metric)) > 0:
+            with_worst = f"with the worst, {told.names[worst.group]}, it changes by {told.change(worst)}"
         yield Finding(
             f"No part alone is weak in {told.format}: of those measured none makes {metric} worse by 1 %.",
-            f"It is {clean} without; with the worst, {told.names[worst.group]}, it changes by {told.change(worst)}.",
+            f"It is {clean} without; {with_worst}.{worth}",
         )
     else:
         seconds = ""
@@ -107,7 +111,7 @@ def _findings(told: _Told) -> Iterator[Finding]:
         yield Finding(
             f"{name} is the weakest of {count} parts in {told.format}: by itself it changes {metric} from {clean} by "
             f"{told.change(weakest)}{seconds}.",
-            "Keep it in more bits than the others.",
+            f"Keep it in more bits than the others.{worth}",
             f"ParameterDefenseTrainer(..., target_modules={spared})",
         )
     known = len(told.measured)
@@ -127,10 +131,10 @@ def _of_the_others(told: _Told) -> str:
         return f"Measured were {len(told.measured)} parts."
     next_one = max(others, key=lambda cell: cell.scores[FISHER])
     least = min(told.measured, key=lambda cell: cell.scores[FISHER])
+    of_others = f"the largest of the other {len(others)} is" if len(others) > 1 else "the other one is"
     return (
         f"Measured were the {len(told.measured)} parts with the largest Fisher scores, {least.scores[FISHER]:.2g} or "
-        f"more; the largest of the other {len(others)} is {next_one.scores[FISHER]:.2g}, of "
-        f"{told.names[next_one.group]}."
+        f"more; {of_others} {next_one.scores[FISHER]:.2g}, of {told.names[next_one.group]}."
     )
 
 

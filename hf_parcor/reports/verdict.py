@@ -11,8 +11,9 @@ from typing import NamedTuple, TypeVar
 
 from hf_parcor.records.comparable import data_may_differ
 from hf_parcor.records.curves import metric_drop
+from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.evaluation import EvaluationRecord
-from hf_parcor.records.metric_info import POINTS, SHARE
+from hf_parcor.records.metric_info import POINTS, SHARE, MetricInfo
 from hf_parcor.reports.numbers import Numbers, probability, times
 from hf_parcor.reports.study import Curve, Point, Study, common_strengths
 from hf_parcor.statistics import Alternative, holm_correction, sample_mean, welch_t_test
@@ -136,13 +137,20 @@ def probe_verdict(study: Study, numbers: Numbers) -> list[Finding]:
 
 def _with_one_row(findings: list[Finding], study: Study, numbers: Numbers) -> list[Finding]:
     """Return findings of which the first says what one row of the data is worth, where that is known."""
-    rows = {0 if record.evaluated_on is None else record.evaluated_on.rows or 0 for record in study.records}
-    if study.info.unit != SHARE or len(rows) > 1 or 0 in rows or not findings:
+    worth = one_row([record.evaluated_on for record in study.records], study.info, numbers)
+    if not worth or not findings:
         return findings
-    (count,) = rows
     first = findings[0]
-    worth = f"One of {count:,} rows is {numbers.difference(1 / count)}."
     return [first._replace(detail=_joined(first.detail, worth)), *findings[1:]]
+
+
+def one_row(measured_on: Iterable[EvaluationData | None], info: MetricInfo, numbers: Numbers) -> str:
+    """Return what one row of the data is worth, in a sentence; "" where the metric is no share, or that is unknown."""
+    rows = {0 if data is None else data.rows or 0 for data in measured_on}
+    if info.unit != SHARE or len(rows) > 1 or 0 in rows:
+        return ""
+    (count,) = rows
+    return f"One of {count:,} rows is {numbers.difference(1 / count)}."
 
 
 def _worst_of_all(study: Study, numbers: Numbers) -> list[Finding]:

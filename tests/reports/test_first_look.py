@@ -9,7 +9,7 @@ import pytest
 from for_each import for_each
 
 from hf_parcor import FirstLookReport, MetricInfo, SensitivityRecord
-from hf_parcor.records import FormatScore, WeightGroup
+from hf_parcor.records import EvaluationData, FormatScore, WeightGroup
 
 FORMAT = {"4-bit quantization": {"corruption": "quantization", "settings": {"bits": 4}}}
 
@@ -46,6 +46,15 @@ def record(values, metric="loss", clean=2.0, divergence=None, **settings) -> Sen
             ["layers.1 is the weakest of 3", "+0.1", "no other that was measured"],
             ["the next"],
         ),
+        ([1.0, 1.5], {}, ["No part alone is weak", "none of them makes it worse at all"], ["with the worst"]),
+        ([2.1, 2.2, None], {}, ["more; the other one is 0.33, of layers.2"], ["the other 1"]),
+        (
+            [0.8, 0.7],
+            {"metric": "accuracy", "clean": 0.9, "evaluated_on": EvaluationData("dev", rows=40)},
+            ["One of 40 rows is 2.5 points."],
+            [],
+        ),
+        ([3.0, 2.5], {"evaluated_on": EvaluationData("dev", rows=40)}, [], ["One of 40 rows"]),
         ([3.0], {}, ["layers.0 is the weakest of 1", "target_modules=['layers.0']"], ["the next"]),
         ([2.0, math.nan, 3.0], {}, ["layers.1 is the weakest of 3", "nan"], []),
         ([2.0, math.inf, 3.0], {}, ["layers.1 is the weakest of 3", "∞"], []),
