@@ -127,10 +127,9 @@ STUDIES: dict[str, dict[str, Study]] = {
     },
     "detection": {
         "small": Study(
-            "paper 2's detector with a small backbone, on 205 images of blood cells, one seed",
+            "paper 2's detector with a small backbone, on 205 images of blood cells",
             "reproduce_detection",
-            "",
-            seeds=(1,),
+            "detection",
         ),
         "full": Study("paper 2's detector, with a ResNet-50 at 640 pixels", "reproduce_detection --size full", ""),
     },
@@ -154,6 +153,14 @@ STUDIES: dict[str, dict[str, Study]] = {
             side_by_side=False,
         ),
         "full": Study("paper 2's tables, at its size", "reproduce_translation --study de-en", "", side_by_side=False),
+    },
+    "translation-start": {
+        "small": Study(
+            "an earlier start of the defense, on Multi30k",
+            "reproduce_translation --study multi30k --tables starts --test-sentences 500",
+            "",
+            side_by_side=False,
+        ),
     },
     "translation-short": {
         "small": Study(

@@ -50,6 +50,14 @@ CAMPAIGN = "--model none --data none --output"
 TRANSLATION = "--tables 6 figure-3 --test-sentences 500 --data none --output"
 
 
+def test_the_page_shows_the_detectors_table():
+    kept = (RESULTS / "detection" / "table.md").read_text(encoding="utf-8").splitlines()
+    section = PAGE[PAGE.index("## Detection") : PAGE.index("## Quantization while")].replace("* |", " |")
+    shown = [line for line in section.splitlines() if line.startswith("| ")]
+    assert len(shown) == 11
+    assert set(shown) <= set(kept)
+
+
 def test_the_search_shows_its_record():
     folder = RESULTS / "search_epsilon"
     record = SearchRecord.load(folder / "record.json")
@@ -71,6 +79,7 @@ def test_the_search_shows_its_record():
         ("reproduce_parser --data none --output", "parser"),
         ("reproduce_images --weights none --data none --output", "images"),
         ("reproduce_language_model --data none --output", "language_model"),
+        ("reproduce_detection --data none --output", "detection"),
         (
             "quantization_while_training --arms constant linear --data none --output",
             "quantization_while_training",
