@@ -203,12 +203,15 @@ class TestRefused:
 
 
 PROGRAM = """
-import os, random, signal, sys, time
+import os, random, signal, sys, threading, time
 from pathlib import Path
 import torch, transformers as tf
+from tqdm import tqdm
 from hf_parcor import CorruptionConstraint, GaussianNoise, GradientCorruption, LayerProbe, MultiStepCorruption, by_kind
 from hf_parcor.evaluation import ClassificationMetric, fingerprint, measurement
 
+tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())  # by default all processes share one, which a killed child may hold for ever
 torch.set_num_threads(1)
 torch.manual_seed(0)
 measurement.BETWEEN_WRITES = 3
@@ -260,7 +263,7 @@ print(kills, "kills,", resumed, "with finished trials")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kills_at_random_moments(tmp_path):
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=False, timeout=300
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("12 kills")

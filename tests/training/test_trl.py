@@ -234,7 +234,7 @@ def offloading(monkeypatch):
     monkeypatch.setattr(module, "get_act_offloading_ctx_manager", offload)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *args, **kwargs: torch.device("cpu"))
     device = SimpleNamespace(
-        synchronize=lambda: None, current_stream=lambda: None, stream=lambda stream: nullcontext()
+        synchronize=lambda: None, empty_cache=lambda: None, current_stream=lambda: None, stream=lambda _: nullcontext()
     )
     monkeypatch.setattr(torch, "get_device_module", lambda kind: device)
 
