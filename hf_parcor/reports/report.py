@@ -1,19 +1,22 @@
-"""Reports from records: the verdict, or the recipe, in plain words, then everything it was made from."""
+"""Reports from records: a verdict, a recipe or a first look in plain words, then everything it was made from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from hf_parcor.records.evaluation import EvaluationRecord
 from hf_parcor.records.sensitivity import RecipeRecord, SensitivityRecord
 from hf_parcor.records.stored import replace_text, to_strict_json
 from hf_parcor.reports.content import Content, content_of, markdown_page
-from hf_parcor.reports.first_look import content_of_first_look, first_look_markdown
+from hf_parcor.reports.first_look import FirstLookContent, content_of_first_look, first_look_markdown
 from hf_parcor.reports.html import first_look_page, html_page, recipe_page
 from hf_parcor.reports.numbers import Numbers
-from hf_parcor.reports.recipe import content_of_recipe, recipe_markdown
+from hf_parcor.reports.recipe import RecipeContent, content_of_recipe, recipe_markdown
 from hf_parcor.reports.study import Records, Study
+
+_Found = TypeVar("_Found", bound=FirstLookContent | RecipeContent)
 
 
 class RobustnessReport:
@@ -131,7 +134,43 @@ class RobustnessReport:
         return _write(path, markdown_page(self._content))
 
 
-class RecipeReport:
+class _Answer(Generic[_Found]):
+    """A report that leads with one answer.
+
+    Args:
+        content: What is to be said.
+        html: Returns its page.
+        markdown: Returns the same in Markdown.
+    """
+
+    def __init__(self, content: _Found, html: Callable[[_Found], str], markdown: Callable[[_Found], str]) -> None:
+        self._content, self._html, self._markdown = content, html, markdown
+
+    @property
+    def answer(self) -> str:
+        """What was found, what it costs, and what to do."""
+        return self._content.findings[0].text
+
+    @property
+    def verdict(self) -> list[str]:
+        """The answer, the numbers behind it, and how sure it is."""
+        return [finding.text for finding in self._content.findings]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know before relying on the numbers."""
+        return list(self._content.notes)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page, as `RobustnessReport.to_html`."""
+        return _write(path, self._html(self._content))
+
+    def to_markdown(self, path: str | Path) -> Path:
+        """Write the same in Markdown, tables in place of pictures, and return the path."""
+        return _write(path, self._markdown(self._content))
+
+
+class RecipeReport(_Answer[RecipeContent]):
     """Says in one sentence which formats to take, and shows the metric against bits, from records alone.
 
     SciPy is needed for rank correlations, and Matplotlib for the plot of the HTML page.
@@ -168,33 +207,11 @@ class RecipeReport:
         *,
         title: str | None = None,
     ) -> None:
-        self._content = content_of_recipe(scores, recipe, measured, title)
-
-    @property
-    def answer(self) -> str:
-        """What to quantize and what to spare, and what either way costs, in one sentence."""
-        return self._content.findings[0].text
-
-    @property
-    def verdict(self) -> list[str]:
-        """The answer, and the numbers behind it."""
-        return [finding.text for finding in self._content.findings]
-
-    @property
-    def notes(self) -> list[str]:
-        """What a reader must know before relying on the numbers."""
-        return list(self._content.notes)
-
-    def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained page, as `RobustnessReport.to_html`."""
-        return _write(path, recipe_page(self._content))
-
-    def to_markdown(self, path: str | Path) -> Path:
-        """Write the same in Markdown, tables in place of pictures, and return the path."""
-        return _write(path, recipe_markdown(self._content))
+        content = content_of_recipe(scores, recipe, measured, title)
+        super().__init__(content, recipe_page, recipe_markdown)
 
 
-class FirstLookReport:
+class FirstLookReport(_Answer[FirstLookContent]):
     """Says which part of a model is the weakest in one format, from one backward pass and a few measurements.
 
     SciPy is needed for rank correlations.
@@ -223,30 +240,7 @@ class FirstLookReport:
     """
 
     def __init__(self, scores: SensitivityRecord, *, title: str | None = None) -> None:
-        self._content = content_of_first_look(scores, title)
-
-    @property
-    def answer(self) -> str:
-        """The weakest part and what it costs, and what to do."""
-        return self._content.findings[0].text
-
-    @property
-    def verdict(self) -> list[str]:
-        """The answer, and how sure it is."""
-        return [finding.text for finding in self._content.findings]
-
-    @property
-    def notes(self) -> list[str]:
-        """What a reader must know before relying on the numbers."""
-        return list(self._content.notes)
-
-    def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained page, as `RobustnessReport.to_html`."""
-        return _write(path, first_look_page(self._content))
-
-    def to_markdown(self, path: str | Path) -> Path:
-        """Write the same in Markdown, and return the path."""
-        return _write(path, first_look_markdown(self._content))
+        super().__init__(content_of_first_look(scores, title), first_look_page, first_look_markdown)
 
 
 def _content(
