@@ -70,18 +70,15 @@ class Probe(Command):
     def run(self, arguments: argparse.Namespace) -> None:
         """Measure, and show the record."""
         own = {name: [name] for name in arguments.target_modules or ()}
+        group = arguments.group or (None if own else "layers")
         if arguments.quick:
-            group = arguments.group or (None if own else "layers")
             first_look(arguments, lambda model: _groups(model, group, own))
         elif arguments.recipe is None:
-            self._probe(arguments)
+            self._probe(arguments, group, own)
         else:
             choose(arguments, lambda model: _groups(model, arguments.group, own) or None)
 
-    def _probe(self, arguments: argparse.Namespace) -> None:
-        own = {name: [name] for name in arguments.target_modules or ()}
-        group = arguments.group or (None if own else "layers")
-
+    def _probe(self, arguments: argparse.Namespace, group: str | None, own: Mapping[str, list[str]]) -> None:
         def build(subject: Subject, how: dict[str, Any]) -> LayerProbe:
             from hf_parcor.evaluation import LayerProbe
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_parcor.cli.evaluate import asked_for
 from hf_parcor.cli.parsing import Parser, at_least, number
 from hf_parcor.cli.sources import check_sources, read_data
-from hf_parcor.cli.terminal import going_on, how_to_go_on, output_folder, refused, speaks, tell, wrapped
+from hf_parcor.cli.terminal import going_on, how_to_go_on, output_folder, refused, show_answer, speaks, tell
 from hf_parcor.errors import nearest
 
 if TYPE_CHECKING:
@@ -114,11 +114,7 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
         )
         for sentence in exports.missing:
             tell(f"not written: {sentence}")
-    if arguments.json:
-        print(chosen.to_json(), end="")
-        return
-    for sentence in report.verdict:
-        print(f"{wrapped(sentence)}\n")
+    show_answer(chosen, report, as_json=arguments.json)
 
 
 def scored(

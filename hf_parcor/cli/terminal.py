@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hf_parcor.errors import InputError
-from hf_parcor.records import EvaluationRecord, SweepRecord
-from hf_parcor.reports import RobustnessReport
+from hf_parcor.records import EvaluationRecord, RecipeRecord, SensitivityRecord, SweepRecord
+from hf_parcor.reports import FirstLookReport, RecipeReport, RobustnessReport
 from hf_parcor.reports.tables import comparison_table, group_table
 
 PROBE = "probe.json"
@@ -142,6 +142,17 @@ def show_verdict(report: RobustnessReport) -> None:
     for guess in report.guesses:
         if guess not in report.verdict:
             tell(guess)
+
+
+def show_answer(
+    record: RecipeRecord | SensitivityRecord, report: RecipeReport | FirstLookReport, *, as_json: bool
+) -> None:
+    """Print a record as JSON, or what its report leads with and the numbers behind it."""
+    if as_json:
+        print(record.to_json(), end="")
+        return
+    for sentence in report.verdict:
+        print(f"{wrapped(sentence)}\n")
 
 
 def write_report(report: RobustnessReport, paths: Iterable[Path]) -> list[Path]:

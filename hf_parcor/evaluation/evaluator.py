@@ -27,7 +27,6 @@ from hf_parcor.targets import GROUPINGS, TargetError
 logger = logging.get_logger(__name__)
 
 _ALL = ""  # the name of the only group of an evaluator
-_LAYERS = "layers"
 
 
 class _Evaluator:
@@ -36,28 +35,28 @@ class _Evaluator:
     Args:
         model: As in `CorruptionEvaluator`; what is not named here, too.
         targets: The targets of each group, by its name, as keyword arguments of `select_parameters`; or a word of
-            `GROUPINGS`; None for layers, without those that cannot be corrupted.
+            `GROUPINGS`, whose groups are left out where they cannot be corrupted.
         settings: For `Measurement`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        targets: Mapping[str, Mapping[str, Any]] | str | None,
+        targets: Mapping[str, Mapping[str, Any]] | str,
         evaluated_on: EvaluationData | None,
         task: str,
         **settings: Any,
     ) -> None:
         self._model = measurable_model(model)
         reach = Reach(self._model)
-        if targets is None or isinstance(targets, str):
-            if (word := targets or _LAYERS) not in GROUPINGS:
+        if isinstance(targets, str):
+            if targets not in GROUPINGS:
                 raise TargetError(
                     f"targets: expected {', '.join(GROUPINGS)} or targets by name, got {targets!r}; give targets of "
                     "your own a name each, {'name': targets}"
                 )
             self._targets: Mapping[str, Any] = {
-                label: {"target_modules": group} for label, group in GROUPINGS[word](reach.model).items()
+                label: {"target_modules": group} for label, group in GROUPINGS[targets](reach.model).items()
             }
         else:
             self._targets = targets
@@ -319,11 +318,14 @@ class LayerProbe(_Evaluator):
         evaluated_on: EvaluationData | None = None,
         task: str = "",
     ) -> None:
+        if targets is None:
+            targets = "layers"
+        self._grouping = targets if isinstance(targets, str) else ""
         super().__init__(
             model,
-            {label: {"target_modules": target} for label, target in targets.items()}
-            if isinstance(targets, Mapping)
-            else targets,
+            targets
+            if isinstance(targets, str)
+            else {label: {"target_modules": target} for label, target in targets.items()},
             evaluated_on,
             task,
             metric=metric,
@@ -335,7 +337,6 @@ class LayerProbe(_Evaluator):
             progress=progress,
             saved_on=saved_on,
         )
-        self._grouping = "" if isinstance(targets, Mapping) else targets or _LAYERS
 
     def evaluate(
         self,
