@@ -360,12 +360,11 @@ def starts(campaign: Campaign) -> str:
     study = campaign.study
     epochs = {"plain": study.epochs, "defended": study.start_epoch}
     epochs |= {f"start-{start}": start for start in study.other_starts}
-    header = ["defended", "loss at the start"]
+    measured = {name: campaign.records(name, "table6-whole", study.whole) for name in epochs}  # plain first: shared
+    header = ["defended", "loss at the start", *(row.label for row in measured["plain"][0].rows())]
     rows: list[list[str]] = []
     for name in sorted(epochs, key=lambda name: (name == "plain", epochs[name])):
-        records = campaign.records(name, "table6-whole", study.whole)
-        if not rows:
-            header += [row.label for row in records[0].rows()]
+        records = measured[name]
         label = "nothing" if name == "plain" else f"from epoch {epochs[name]} on"
         cells = [shown(campaign.bleu(records, row)) for row in range(len(records[0].rows()))]
         rows.append([label, campaign.plain_loss(epochs[name]), *cells])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 BUDGETS = ("bits", "loss", "drop")
 SENSITIVITY, MEASURED, PAGE = "sensitivity.json", "recipe_measured.json", "recipe.html"
+PAIRS = "recipe_pairs.json"  # of its measurement that goes on; the record is the recipe's
 
 
 def add_recipe(parser: Parser) -> None:
@@ -39,6 +40,13 @@ def add_recipe(parser: Parser) -> None:
     )
     group.add_argument(
         "--cells", type=at_least(0), metavar="N", help="measure N parts in a format, those most at risk; default: all"
+    )
+    group.add_argument(
+        "--pairs",
+        type=at_least(0),
+        default=10,
+        metavar="N",
+        help="measure N pairs of parts together in the formats chosen, those that can interact most; default: 10",
     )
     group.add_argument(
         "--probes",
@@ -82,12 +90,12 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
     folder = output_folder(arguments.output_dir)
     from hf_parcor.evaluation import CheckpointError, NotEnoughMemoryError
     from hf_parcor.indicators import FORMATS
-    from hf_parcor.recipes import export_recipe, front, measure_recipes, recipe
+    from hf_parcor.recipes import export_recipe, front, measure_pairs, measure_recipes, recipe
     from hf_parcor.reports import RecipeReport
 
     formats: Any = FORMATS if arguments.corruptions is None else asked_for(arguments)
     checkpoints = [
-        None if folder is None else (folder / name).with_suffix(".jsonl") for name in (SENSITIVITY, MEASURED)
+        None if folder is None else (folder / name).with_suffix(".jsonl") for name in (SENSITIVITY, MEASURED, PAIRS)
     ]
     with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoints[0])):
         subject, how, scores = scored(arguments, (rows, given), groups_of, formats, arguments.cells, checkpoints[0])
@@ -97,6 +105,16 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
             beside = front(scores, chosen)
         with refused(CheckpointError, NotEnoughMemoryError):
             measured = measure_recipes(subject.model, subject.metric, beside, checkpoint=checkpoints[1], **how)
+            chosen = measure_pairs(
+                subject.model,
+                subject.metric,
+                scores,
+                chosen,
+                pairs=arguments.pairs,
+                batches=subject.batches,
+                checkpoint=checkpoints[2],
+                **how,
+            )
         measured = measured.stating(scores.metric, **stated)
     if not speaks():
         return

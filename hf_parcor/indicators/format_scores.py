@@ -25,8 +25,7 @@ from hf_parcor.functional.vectors import numel
 from hf_parcor.indicators.estimators import hessian_diagonal
 from hf_parcor.indicators.loss_over_data import LossOverData
 from hf_parcor.injection import Device, check_weights, forget_derived
-from hf_parcor.model_state import devices_of, evaluation_mode
-from hf_parcor.randomness import random_states_kept
+from hf_parcor.model_state import evaluation_mode
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.metric_info import MetricInfo, stated_by
 from hf_parcor.records.sensitivity import FISHER, FormatScore, SensitivityRecord, WeightGroup
@@ -136,9 +135,9 @@ def sensitivity(
         check_count("budget", budget, minimum=0)
     formats = _checked_formats(formats)
     model = whole_model(model)
-    metric, batches = _data_of(metric, batches, loss)
+    metric, batches = metric_and_batches(metric, batches, loss)
     if budget != 0 and isinstance(metric, BatchMetric):
-        metric = _with_divergence(metric, model)
+        metric = WithDivergence(metric, model)
     selected, notes = _selected(Reach(model), groups)
     together = {name: weight for group in selected.values() for name, weight in group.items()}
     check_weights(together)
@@ -232,8 +231,12 @@ def _checked_formats(formats: Sequence[Format]) -> list[Format]:
     return list(formats)
 
 
-def _data_of(metric: Any, batches: Iterable[Batch] | None, loss: Loss) -> tuple[Metric, Iterable[Batch]]:
-    """Return what is measured, and the data that gradients are taken on."""
+def metric_and_batches(metric: Any, batches: Iterable[Batch] | None, loss: Loss) -> tuple[Metric, Iterable[Batch]]:
+    """Return what `sensitivity` measures, and the data that gradients are taken on.
+
+    Raises:
+        ValueError: There are no batches.
+    """
     if not callable(metric):
         return LossMetric(metric, loss), metric if batches is None else batches
     if isinstance(metric, BatchMetric):
@@ -244,12 +247,6 @@ def _data_of(metric: Any, batches: Iterable[Batch] | None, loss: Loss) -> tuple[
             "that is made of batches"
         )
     return _WithLoss(metric, LossMetric(batches, loss)), batches
-
-
-def _with_divergence(metric: BatchMetric, model: nn.Module) -> WithDivergence:
-    """Return the metric that also says how far answers are from those of the model as it is, in evaluation mode."""
-    with evaluation_mode(model), random_states_kept(devices_of(model)):
-        return WithDivergence(metric, model)
 
 
 class _WithLoss:

@@ -2,7 +2,7 @@
 
 from hf_parcor.recipes.choice import BudgetError, front, recipe, uniform_recipe
 from hf_parcor.recipes.exports import Exports, export_recipe
-from hf_parcor.recipes.measured import MixedQuantization, measure_recipes
+from hf_parcor.recipes.measured import MixedQuantization, measure_pairs, measure_recipes
 
 __all__ = [
     "BudgetError",
@@ -10,6 +10,7 @@ __all__ = [
     "MixedQuantization",
     "export_recipe",
     "front",
+    "measure_pairs",
     "measure_recipes",
     "recipe",
     "uniform_recipe",

@@ -1,20 +1,29 @@
-"""A recipe as a corruption of the whole model: do costs add up?"""
+"""A recipe as a corruption of the whole model, and of two of its parts at a time: do costs add up?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from hf_parcor.arguments import check_count
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.corruptions.corruption import GradientSource, Strength
-from hf_parcor.evaluation import CorruptionEvaluator
+from hf_parcor.evaluation import CorruptionEvaluator, LayerProbe
+from hf_parcor.evaluation.fingerprint import fingerprint, fingerprint_of_weights
+from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
+from hf_parcor.evaluation.measurement import Metric
+from hf_parcor.evaluation.metrics import BatchMetric, WithDivergence
+from hf_parcor.evaluation.replicas import whole_model
+from hf_parcor.indicators.format_scores import metric_and_batches
 from hf_parcor.injection import Pieces
+from hf_parcor.records.curves import metric_drop
 from hf_parcor.records.evaluation import EvaluationRecord
-from hf_parcor.records.sensitivity import RecipeRecord
+from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, PairCost, RecipeRecord, SensitivityRecord
 
 
 def format_of(described: Mapping[str, Any]) -> Any:
@@ -116,3 +125,93 @@ def measure_recipes(
     return evaluator.evaluate(
         [MixedQuantization.of(one, name) for name, one in recipes.items()], trials=1, checkpoint=checkpoint
     )
+
+
+def measure_pairs(
+    model: nn.Module,
+    metric: Metric | Iterable[Batch],
+    scores: SensitivityRecord,
+    chosen: RecipeRecord,
+    *,
+    pairs: int = 10,
+    batches: Iterable[Batch] | None = None,
+    loss: Loss = model_loss,
+    checkpoint: str | Path | None = None,
+    **settings: Any,
+) -> RecipeRecord:
+    """Measure which pairs of a recipe's groups interact: what two cost together beside what they cost apart.
+
+    The difference is c(g, h) − c(g) − c(h), to second order δ_gᵀHδ_h. Where the curvature is that of a divergence,
+    which has no negative direction, that is at most 2 √(c(g) c(h)) either way: pairs with the largest such bound are
+    measured first. Costs are drops of the metric that the recipe was chosen by; of the divergence, or else the
+    record's metric, where it was chosen by a score.
+
+    Args:
+        model: The model that was scored, with the same weights.
+        metric: What `sensitivity` was given.
+        scores: What it returned.
+        chosen: What was chosen from that.
+        pairs: How many at most.
+        batches: What `sensitivity` was given.
+        loss: What `sensitivity` was given.
+        checkpoint: As in `CorruptionEvaluator.evaluate`.
+        **settings: Further ones of `LayerProbe`.
+
+    Returns:
+        The recipe with its `pairs`, the strongest interaction first. Groups that were not measured alone are now.
+
+    Raises:
+        ValueError: Weights or data are not those that were scored.
+
+    Examples:
+        >>> import torch
+        >>> from hf_parcor import Quantization, recipe, sensitivity
+        >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+        >>> for weight, values in zip(model.parameters(), ([[1.0, 0.4], [0.2, 1.0]], [[1.0, 0.4]])):
+        ...     weight.data = torch.tensor(values)
+        >>> given = {"loss": lambda m, x: -m(x).mean(), "progress": False}
+        >>> scores = sensitivity(model, [torch.eye(2)], [Quantization(2, "channel")], {"a": "0", "b": "1"}, **given)
+        >>> chosen = measure_pairs(model, [torch.eye(2)], scores, recipe(scores, bits=20.0, keep=False), **given)
+        >>> for pair in chosen.pairs:
+        ...     print(f"{pair.first} + {pair.second}: {pair.together:.2f} together, {pair.apart:.2f} apart")
+        a + b: 0.44 together, 0.48 apart
+    """
+    check_count("pairs", pairs, minimum=0)
+    by = chosen.by if chosen.by in scores.clean else DIVERGENCE if DIVERGENCE in scores.clean else scores.metric
+    cells = {
+        group: scores.by_place[group, one.format] for group, one in chosen.choice.items() if one.format is not None
+    }
+    costs = scores.costs(by if any(by in cell.measured for cell in scores.cells) else FISHER)
+    sizes = {group: max(0.0, costs[group, cell.format]) for group, cell in cells.items()}
+    promising = sorted(combinations(cells, 2), key=lambda pair: -sizes[pair[0]] * sizes[pair[1]])[:pairs]
+    if not promising:
+        return replace(chosen, pairs=())
+    model = whole_model(model)
+    if scores.weights and fingerprint_of_weights(model) != scores.weights:
+        raise ValueError("model: expected the weights that were scored, got others; call sensitivity again")
+    metric, batches = metric_and_batches(metric, batches, loss)
+    if scores.data and fingerprint(batches) != scores.data:
+        raise ValueError("metric: expected the data that was scored, got other; give what sensitivity was given")
+    if by == DIVERGENCE and isinstance(metric, BatchMetric):
+        metric = WithDivergence(metric, model)
+    alone = {group: drop for group, cell in cells.items() if (drop := scores.drop(cell, by)) is not None}
+    missing = [group for group in dict.fromkeys(chain(*promising)) if group not in alone]
+    measured = [*promising, *((group,) for group in missing)]
+    sweep = LayerProbe(
+        model,
+        metric,
+        batches,
+        loss=loss,
+        targets={
+            " + ".join(some): [name for group in some for name in chosen.groups[group].weights] for some in measured
+        },
+        **settings,
+    ).evaluate([MixedQuantization.of(chosen)], trials=1, checkpoint=checkpoint)
+    greater = scores.info(by).greater_is_better
+    drops = {
+        some: metric_drop(record.clean.mean(by), record.corruptions[0].mean(by), greater_is_better=greater)
+        for some, record in zip(measured, sweep.records.values(), strict=True)
+    }
+    alone |= {group: drops[group,] for group in missing}
+    found = [PairCost(g, h, by, drops[g, h], alone[g] + alone[h]) for g, h in promising]
+    return replace(chosen, pairs=tuple(sorted(found, key=lambda pair: -abs(pair.interaction))))

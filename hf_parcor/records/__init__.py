@@ -6,7 +6,14 @@ from hf_parcor.records.flips import FlipRecord
 from hf_parcor.records.indicators import ConstraintIndicators, Estimate, IndicatorRecord
 from hf_parcor.records.metric_info import MetricInfo
 from hf_parcor.records.search import SearchRecord, SearchTrial
-from hf_parcor.records.sensitivity import Choice, FormatScore, RecipeRecord, SensitivityRecord, WeightGroup
+from hf_parcor.records.sensitivity import (
+    Choice,
+    FormatScore,
+    PairCost,
+    RecipeRecord,
+    SensitivityRecord,
+    WeightGroup,
+)
 from hf_parcor.records.stored import StoredRecord
 
 __all__ = [
@@ -20,6 +27,7 @@ __all__ = [
     "FormatScore",
     "IndicatorRecord",
     "MetricInfo",
+    "PairCost",
     "RecipeRecord",
     "SearchRecord",
     "SearchTrial",

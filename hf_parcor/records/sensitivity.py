@@ -230,6 +230,29 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class PairCost:
+    """What two groups of a recipe cost together, all other weights as they are, and what they cost apart.
+
+    Attributes:
+        first, second: The groups.
+        metric: Which metric's drop the costs are.
+        together: The cost of both in their formats at once.
+        apart: The sum of what each costs by itself.
+    """
+
+    first: str
+    second: str
+    metric: str
+    together: float
+    apart: float
+
+    @property
+    def interaction(self) -> float:
+        """How much more they cost together: to second order δ₁ᵀHδ₂, with the Hessian's block between them."""
+        return self.together - self.apart
+
+
+@dataclass(frozen=True)
 class RecipeRecord(StoredRecord):
     """Which format every group gets, and what that is expected to cost.
 
@@ -242,6 +265,7 @@ class RecipeRecord(StoredRecord):
         by: The metric or score that was summed.
         expected: The sum over groups of what each costs by itself: of `by`, and of each metric that was measured.
         estimated: How many of the chosen cells were not measured, so that `expected` is an estimate there.
+        pairs: Pairs of groups that were measured together, see `measure_pairs`.
         outside: As in `SensitivityRecord`.
         notes: What was noticed, in sentences.
         format: Version of this layout.
@@ -265,6 +289,7 @@ class RecipeRecord(StoredRecord):
     by: str = ""
     expected: Mapping[str, float] = field(default_factory=dict)
     estimated: int = 0
+    pairs: tuple[PairCost, ...] = ()
     outside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     format: int = FORMAT
@@ -308,6 +333,10 @@ class RecipeRecord(StoredRecord):
         data["groups"] = _groups(data["groups"])
         data["choice"] = {name: Choice(one["format"], float(one["bits"])) for name, one in data["choice"].items()}
         data["budget"], data["expected"] = _numbers(data["budget"]), _numbers(data["expected"])
+        data["pairs"] = tuple(
+            PairCost(one["first"], one["second"], one["metric"], float(one["together"]), float(one["apart"]))
+            for one in data["pairs"]
+        )
         data["outside"], data["notes"] = tuple(data["outside"]), tuple(data["notes"])
         return cls(**data)
 

@@ -94,6 +94,8 @@ def recipe_page(content: RecipeContent) -> str:
     heat = [element("p", content.strongest, class_="soft"), _table(content.heat_map, "heat")]
     main.append(_section("Heat map", heat))
     main.append(_section("What each part gets", [_table(content.choice)]))
+    if content.pairs is not None:
+        main.append(_section("Parts that interact", [_table(content.pairs)]))
     main.append(_section("Which cheap score tells", [_table(content.scores)]))
     main.append(_section(content.settings.caption, [_table(content.settings, "text")]))
     return _written(content.title, main)

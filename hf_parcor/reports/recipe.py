@@ -19,6 +19,7 @@ from hf_parcor.reports.verdict import Finding
 RECIPE = "recipe"
 """The row of a measured record that is the recipe itself."""
 _NAMED = 3  # so many parts a sentence names
+_INTERACTS = 0.1  # parts that cost so much of their sum more or less together interact
 _AS_IT_IS = "as it is"
 
 
@@ -36,6 +37,7 @@ class RecipeContent(NamedTuple):
     heat_map: Table
     strongest: str
     choice: Table
+    pairs: Table | None
     scores: Table
     settings: Table
 
@@ -93,19 +95,18 @@ class _Told:
         """Return a drop as the change that it is."""
         return self.numbers.difference(-drop if self.greater else drop, sign=True)
 
-    def of_part(self, drop: float) -> str:
-        """Return what one part costs in one format, without its unit."""
-        if self.of_parts == DIVERGENCE:
-            return f"{1000 * drop:.2g}"
-        return self.numbers_of_parts.plain_difference(drop)
+    def cost(self, metric: str, drop: float) -> str:
+        """Return what parts cost, without its unit."""
+        if metric == DIVERGENCE:
+            return f"{1000 * drop:.2g}".replace("-", "−")
+        return Numbers(self.scores.info(metric).unit).plain_difference(drop)
 
-    @property
-    def caption_of_parts(self) -> str:
-        """What `of_part` says, with its unit."""
-        word = "drop" if self.scores.info(self.of_parts).greater_is_better else "rise"
-        small = self.of_parts == DIVERGENCE
-        unit = "thousandths of a nat" if small else self.numbers_of_parts.unit_of_differences
-        return f"{word} of {self.of_parts}" + (f" in {unit}" if unit else "")
+    def caption(self, metric: str) -> str:
+        """Return what `cost` says, with its unit."""
+        info = self.scores.info(metric)
+        word = "drop" if info.greater_is_better else "rise"
+        unit = "thousandths of a nat" if metric == DIVERGENCE else Numbers(info.unit).unit_of_differences
+        return f"{word} of {metric}" + (f" in {unit}" if unit else "")
 
     def row(self, label: str | None) -> CorruptionRecord | None:
         """Return what was measured under a name; None for nothing."""
@@ -176,6 +177,7 @@ def content_of_recipe(
         heat_map=_heat_map(told, largest),
         strongest=_strongest(told, largest),
         choice=_choice(told),
+        pairs=_pairs(told),
         scores=_scores(told),
         settings=_settings(told, measured),
     )
@@ -202,6 +204,8 @@ def _findings(told: _Told) -> Iterable[Finding]:
             f"One format for all within as many bits is {told.formats[best.label]} ({_bits(best):.2f} bits a weight): "
             f"{told.metric} {told.change(best.mean(told.metric))}.",
         )
+    if recipe.pairs:
+        yield Finding("", _interaction(told))
     correlations = {name: value for name, value in told.scores.correlations(_ranked(told)).items() if value == value}
     if correlations:
         best_score = max(correlations, key=lambda name: correlations[name])
@@ -292,12 +296,12 @@ def _heat_map(told: _Told, largest: float) -> Table:
         for label in labels:
             drop = drops.get((group, label))
             mark = " ✓" if label == one.format else ""
-            cells.append(("–" if drop is None else told.of_part(drop)) + mark)
+            cells.append(("–" if drop is None else told.cost(told.of_parts, drop)) + mark)
             of_row.append(None if drop is None or math.isnan(drop) else _share(drop, largest))
         rows.append((told.names[group], *cells))
         shares.append(tuple(of_row))
     return Table(
-        f"{told.caption_of_parts}, one part in one format; ✓ is the recipe",
+        f"{told.caption(told.of_parts)}, one part in one format; ✓ is the recipe",
         ("part", *(told.formats[label] for label in labels)),
         tuple(rows),
         tuple(shares),
@@ -320,6 +324,39 @@ def _choice(told: _Told) -> Table:
         for group, one in told.recipe.choice.items()
     ]
     return Table("The recipe", ("part", "weights", "format", "bits a weight"), tuple(rows))
+
+
+def _interaction(told: _Told) -> str:
+    """Return how many pairs interact, and the one that does most."""
+    pairs = told.recipe.pairs
+    measured = (
+        f"Of the {len(pairs)} pairs that were measured" if len(pairs) > 1 else "Of the one pair that was measured"
+    )
+    count = sum(abs(pair.interaction) > _INTERACTS * abs(pair.apart) for pair in pairs)
+    said = f"{measured} {count or 'none'} cost{'' if count > 1 else 's'} over a tenth more or less together than apart"
+    if not count:
+        return f"Parts hardly interact. {said}."
+    most = max(pairs, key=lambda pair: abs(pair.interaction))
+    together, apart = (told.cost(most.metric, one) for one in (most.together, most.apart))
+    return (
+        f"Parts interact. {said}: {told.names[most.first]} and {told.names[most.second]} most, {together} together "
+        f"and {apart} apart ({told.caption(most.metric)})."
+    )
+
+
+def _pairs(told: _Told) -> Table | None:
+    """Return what two parts cost together, and apart; None where no pair was measured."""
+    if not told.recipe.pairs:
+        return None
+    rows = [
+        (
+            f"{told.names[pair.first]} + {told.names[pair.second]}",
+            *(told.cost(pair.metric, one) for one in (pair.apart, pair.together, pair.interaction)),
+        )
+        for pair in told.recipe.pairs
+    ]
+    caption = f"{told.caption(told.recipe.pairs[0].metric)}, two parts in the formats of the recipe"
+    return Table(caption, ("two parts", "apart", "together", "difference"), tuple(rows))
 
 
 def _scores(told: _Told) -> Table:
@@ -366,6 +403,7 @@ def recipe_markdown(content: RecipeContent) -> str:
         "Front": content.front,
         "Heat map": content.heat_map,
         "What each part gets": content.choice,
+        "Parts that interact": content.pairs,
         "Which cheap score tells": content.scores,
         "Settings to reproduce": content.settings,
     }

@@ -226,6 +226,7 @@ class TestProbe:
         assert chosen.bits <= float(nearest) + 1
         scores = SensitivityRecord.load("plan/sensitivity.json")
         assert sum(bool(cell.measured) for cell in scores.cells) == 5
+        assert chosen.pairs, "which parts interact is measured unless told otherwise"
         measured = EvaluationRecord.load("plan/recipe_measured.json")
         assert {"recipe", *scores.formats, "by fit"} <= {row.label for row in measured.corruptions}
         assert "<svg" in Path("plan/recipe.html").read_text()

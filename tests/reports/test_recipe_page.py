@@ -12,7 +12,7 @@ from for_each import for_each
 
 from hf_parcor import EvaluationRecord, MetricInfo, RecipeReport, SensitivityRecord, recipe
 from hf_parcor.recipes import front
-from hf_parcor.records import CorruptionRecord, FormatScore, RecipeRecord, WeightGroup
+from hf_parcor.records import CorruptionRecord, FormatScore, PairCost, RecipeRecord, WeightGroup
 
 BITS = {"8-bit quantization": 8, "4-bit quantization": 4, "3-bit quantization": 3}
 FORMATS = {label: {"corruption": "quantization", "settings": {"bits": bits}} for label, bits in BITS.items()}
@@ -137,3 +137,17 @@ def test_the_pages_begin_with_the_answer(tmp_path) -> None:
 def test_it_fits_the_page(tmp_path, width) -> None:
     page = report().to_html(tmp_path / "recipe.html")
     check_it_fits(look(page, width, tmp_path / f"recipe-{width}.png"), width)
+
+
+def test_pairs_are_said_with_what_they_cost_together_and_apart(tmp_path) -> None:
+    scores = scores_of(one_weak_part)
+    chosen = recipe(scores, bits=4.5)
+    names = list(chosen.choice)
+    for together, others, word in ((0.03, 0.02, "Parts interact"), (0.0205, 0.0201, "hardly interact")):
+        costs = dict(zip(names[1:3], (together, others), strict=True))
+        pairs = tuple(PairCost(names[0], name, "accuracy", cost, 0.02) for name, cost in costs.items())
+        made = RecipeReport(scores, replace(chosen, pairs=pairs), None)
+        (said,) = [sentence for sentence in made.verdict if "interact" in sentence]
+        assert word in said
+        assert ("3.0 together and 2.0 apart" in said) == (together == 0.03)
+        assert "Parts that interact" in made.to_markdown(tmp_path / "page.md").read_text()

@@ -121,8 +121,18 @@ def campaign(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 def test_table_6_and_figure_3(campaign, monkeypatch):
-    table = script.table_6(campaign)
     output, work = campaign.options.output, campaign.options.work
+    starts = [line.split("|")[1:-1] for line in script.starts(campaign).splitlines()]
+    assert [row[0].strip() for row in starts[2:]] == ["from epoch 0 on", "from epoch 2 on", "nothing"]
+    state = json.loads((work / "plain-seed1" / "trainer_state.json").read_text())["log_history"]
+    of_epoch_2 = [entry["loss"] for entry in state if "loss" in entry and 1 < entry["epoch"] <= 2]
+    shown = [row[1].strip() for row in starts[2:]]
+    assert shown[0] == "-"
+    assert float(shown[1]) == pytest.approx(sum(of_epoch_2) / len(of_epoch_2), abs=0.006)
+    alone, shared = (len(list((work / f"{name}-seed1").glob("checkpoint-*"))) for name in ("start-0", "defended"))
+    assert (alone, shared) == (4, 2), "what starts late goes on from the plain training, which comes first"
+
+    table = script.table_6(campaign)
     assert table.count("\n") == 4
     assert "| whole: multi-step" in table
     assert "| last layer: gradient-based" in table
@@ -141,21 +151,13 @@ def test_table_6_and_figure_3(campaign, monkeypatch):
     assert steps["defended"] == steps["last-layer"] == steps["plain"][2:]
     written = json.loads((work / "last-layer-seed1" / "defense_config.json").read_text())
     assert (written["defense"], written["target_modules"]) == ("multi_step_risk", ["last-decoder-layer"])
-    assert set(json.loads((output / "runs.json").read_text())) == {f"{name}-seed1" for name in script.TARGETS}
+    assert set(json.loads((output / "runs.json").read_text())) == {
+        f"{name}-seed1" for name in (*script.TARGETS, "start-0")
+    }
 
     figure = script.figure_3(campaign)
     assert re.search(r"\| model.decoder.layers.1 +\|", figure)
     assert (output / "figure-3.png").stat().st_size > 5_000
-
-    starts = [line.split("|")[1:-1] for line in script.starts(campaign).splitlines()]
-    assert [row[0].strip() for row in starts[2:]] == ["from epoch 0 on", "from epoch 2 on", "nothing"]
-    state = json.loads((work / "plain-seed1" / "trainer_state.json").read_text())["log_history"]
-    of_epoch_2 = [entry["loss"] for entry in state if "loss" in entry and 1 < entry["epoch"] <= 2]
-    shown = [row[1].strip() for row in starts[2:]]
-    assert shown[0] == "-"
-    assert float(shown[1]) == pytest.approx(sum(of_epoch_2) / len(of_epoch_2), abs=0.006)
-    from_nothing = sorted((work / "start-0-seed1").glob("checkpoint-*"))
-    assert len(from_nothing) == len(steps["plain"]), "defended from nothing on, it shares no epoch"
 
     # Everything is there now: nothing is trained or measured again.
     monkeypatch.setattr(script, "train", lambda *arguments: pytest.fail("trained again"))

@@ -12,6 +12,8 @@ from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.evaluation.answers import Answer
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.metrics.over_batches import BatchMetric
+from hf_parcor.model_state import devices_of, evaluation_mode
+from hf_parcor.randomness import random_states_kept
 from hf_parcor.records.metric_info import MetricInfo, stated_by
 from hf_parcor.records.sensitivity import DIVERGENCE
 
@@ -44,7 +46,7 @@ class WithDivergence:
 
     Args:
         metric: `ClassificationMetric`, say.
-        model: The model as it is; it is run over all batches, in the mode that it is in.
+        model: The model as it is; it is run over all batches, in evaluation mode.
         memory: How many bytes of answers are kept, on the host; batches beyond that do not count, and a note says so.
 
     Examples:
@@ -66,16 +68,17 @@ class WithDivergence:
         self._answers: dict[str, Tensor] = {}
         kept = 0
         parts = []
-        for batch in metric.batches:
-            found, logits = self._answered(model, batch)
-            if logits is None:
-                parts.append(_Part(found, 0.0, 0))
-                continue
-            kept += logits.numel() * logits.element_size()
-            if kept > memory:
-                break
-            self._answers[fingerprint([batch])] = logits
-            parts.append(_Part(found, 0.0, int(_that_count(batch, logits).sum())))
+        with evaluation_mode(model), random_states_kept(devices_of(model)):
+            for batch in metric.batches:
+                found, logits = self._answered(model, batch)
+                if logits is None:
+                    parts.append(_Part(found, 0.0, 0))
+                    continue
+                kept += logits.numel() * logits.element_size()
+                if kept > memory:
+                    break
+                self._answers[fingerprint([batch])] = logits
+                parts.append(_Part(found, 0.0, int(_that_count(batch, logits).sum())))
         self._truncated = kept > memory
         self._clean = None if self._truncated else self.combine(parts)
 

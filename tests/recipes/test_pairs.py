@@ -1,0 +1,146 @@
+"""What two parts cost together: against a longhand quadratic, and what a recipe's pairs may be measured on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+from torch import nn
+
+from hf_parcor import Quantization, RecipeRecord, measure_recipes, recipe, sensitivity, uniform_recipe
+from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.evaluation.metrics.loss import LossMetric
+from hf_parcor.recipes import measure_pairs
+
+FORMATS = [Quantization(4, "channel"), Quantization(2, "channel")]
+PARTS = 4
+
+
+class Summed(nn.Module):
+    """A model whose answer is linear in all its weights, so that a squared loss is a quadratic of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(3, 2, bias=False) for _ in range(PARTS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(part(x**power) for power, part in enumerate(self.parts, start=1))
+
+
+@pytest.fixture
+def model() -> Summed:
+    torch.manual_seed(3)
+    return Summed().double()
+
+
+@pytest.fixture
+def batches(model) -> list[dict[str, torch.Tensor]]:
+    """Rows whose targets are the model's own answers: its loss is 0, and so is its gradient."""
+    x = torch.randn(6, 3, dtype=torch.float64)
+    return [{"x": rows, "y": model(rows).detach()} for rows in x.split(2)]
+
+
+def half_square(model, batch) -> torch.Tensor:
+    return (model(batch["x"]) - batch["y"]).square().mean() / 2
+
+
+GIVEN = {"loss": half_square, "progress": False}
+
+
+def scored(model, batches, **settings):
+    """Return the scores of all parts, and a recipe in which both formats occur."""
+    groups = {str(n): f"parts.{n}" for n in range(PARTS)}
+    scores = sensitivity(model, batches, FORMATS, groups, **{**GIVEN, **settings})
+    middle = sum(cell.bits for cell in scores.cells) / len(scores.cells)
+    by = "fisher" if settings.get("budget") == 0 else "loss"
+    return scores, recipe(scores, bits=middle, by=by, keep=False)
+
+
+def test_an_interaction_is_the_block_of_the_hessian_between_two_parts(model, batches) -> None:
+    before = [weight.clone() for weight in model.parameters()]
+    scores, chosen = scored(model, batches)
+    found = measure_pairs(model, batches, scores, chosen, **GIVEN)
+    assert len(found.pairs) == PARTS * (PARTS - 1) // 2
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+    def loss(*weights: torch.Tensor) -> torch.Tensor:
+        named = dict(zip((name for name, _ in model.named_parameters()), weights, strict=True))
+        losses = [
+            (torch.func.functional_call(model, named, batch["x"]) - batch["y"]).square().mean() / 2
+            for batch in batches
+        ]
+        return torch.stack(losses).mean()
+
+    weights = tuple(weight.detach() for weight in model.parameters())
+    hessian = torch.autograd.functional.hessian(loss, weights)
+    made = {str(one): one for one in FORMATS}
+    formats = [made[one.format] for one in chosen.choice.values()]
+    errors = [one({"w": weight})["w"] - weight for one, weight in zip(formats, weights, strict=True)]
+    for pair in found.pairs:
+        g, h = int(pair.first), int(pair.second)
+        expected = float((errors[g].flatten() @ hessian[g][h].reshape(6, 6)) @ errors[h].flatten())
+        assert pair.interaction == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    sizes = [abs(pair.interaction) for pair in found.pairs]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_parts_and_pairs_add_up_to_the_whole_of_a_quadratic(model, batches) -> None:
+    scores, _ = scored(model, batches)
+    chosen = replace(uniform_recipe(scores, str(FORMATS[1])), by="loss")
+    found = measure_pairs(model, batches, scores, chosen, **GIVEN)
+    expected = sum(scores.costs("loss")[group, str(FORMATS[1])] for group in chosen.groups)
+    expected += sum(pair.interaction for pair in found.pairs)
+    whole = measure_recipes(model, LossMetric(batches, half_square), {"all": chosen}, batches=batches, progress=False)
+    assert whole.corruptions[0].mean("loss") == pytest.approx(expected, rel=1e-9)
+    assert RecipeRecord.from_json(found.to_json()) == found
+
+
+def test_the_pairs_that_can_interact_most_come_first(model, batches) -> None:
+    scores, chosen = scored(model, batches)
+    costs = {group: scores.costs("loss")[group, one.format] for group, one in chosen.choice.items()}
+    bounds = {pair: costs[pair[0]] * costs[pair[1]] for pair in combinations(costs, 2)}
+    for count in (1, 3):
+        found = measure_pairs(model, batches, scores, chosen, pairs=count, **GIVEN)
+        measured = {(pair.first, pair.second) for pair in found.pairs}
+        assert measured == set(sorted(bounds, key=lambda pair: -bounds[pair])[:count])
+        for pair in found.pairs:
+            assert abs(pair.interaction) <= 2 * bounds[pair.first, pair.second] ** 0.5 * (1 + 1e-9)
+
+
+def test_what_was_not_measured_apart_is_measured_beside_the_pairs(model, batches) -> None:
+    whole, chosen = scored(model, batches)
+    expected = {
+        (pair.first, pair.second): pair for pair in measure_pairs(model, batches, whole, chosen, **GIVEN).pairs
+    }
+    for budget in (0, 1, PARTS):
+        part, _ = scored(model, batches, budget=budget)
+        for pair in measure_pairs(model, batches, part, chosen, **GIVEN).pairs:
+            assert pair == expected[pair.first, pair.second]
+    assert measure_pairs(model, batches, whole, chosen, pairs=0, **GIVEN).pairs == ()
+
+
+def test_by_the_divergence_a_classifier_without_labels_in_it_is_measured() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    data = [{"input": torch.randn(4, 4), "labels": torch.tensor([0, 1, 2, 0])}]
+    metric = ClassificationMetric(data)
+    scores = sensitivity(model, metric, FORMATS, {"a": "0", "b": "2"}, progress=False)
+    found = measure_pairs(model, metric, scores, uniform_recipe(scores, str(FORMATS[1])), progress=False)
+    (pair,) = found.pairs
+    rounded = [FORMATS[1]({"w": model[at].weight.detach()})["w"] for at in (0, 2)]
+    before = model(data[0]["input"]).log_softmax(-1)
+    hidden = (data[0]["input"] @ rounded[0].T + model[0].bias).tanh()
+    after = (hidden @ rounded[1].T + model[2].bias).log_softmax(-1)
+    kl = (before.exp() * (before - after)).sum(-1).mean().item()
+    assert (pair.metric, pair.together) == ("divergence", pytest.approx(kl, rel=1e-4))
+
+
+def test_other_weights_and_other_data_are_refused(model, batches) -> None:
+    scores, chosen = scored(model, batches)
+    with pytest.raises(ValueError, match="metric:"):
+        measure_pairs(model, batches[:2], scores, chosen, **GIVEN)
+    model.parts[0].weight.data.add_(1.0)
+    with pytest.raises(ValueError, match="model:"):
+        measure_pairs(model, batches, scores, chosen, **GIVEN)
