@@ -89,7 +89,15 @@ STUDIES: dict[str, dict[str, Study]] = {
     "search": {
         "small": Study("which ε", "search_epsilon_sst2", "search_epsilon", model="--model", seeds=(1,)),
     },
-    "recipe": {"small": Study("which layer, which bits", "recipe_sst2", "recipe", model="--model", seeds=(1,))},
+    "recipe": {
+        "small": Study(
+            "which layer, which bits",
+            "which_bits --system sst2",
+            "recipe/sst2",
+            model="--model",
+            seeds=(1,),
+        )
+    },
     "images": {
         "small": Study(
             "paper 1 on trained ResNets, 500 images",

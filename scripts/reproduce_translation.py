@@ -21,6 +21,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
@@ -150,24 +151,29 @@ class Measured:
 
     def __init__(self, options: argparse.Namespace, study: Study, folder: Path) -> None:
         self.model = freeze_positions(AutoModelForSeq2SeqLM.from_pretrained(folder)).to(DEVICE)
-        source = AutoTokenizer.from_pretrained(folder)
+        self._longest = study.training.get("max_length", 256)
+        self._source = AutoTokenizer.from_pretrained(folder)
         beside = folder / "target_tokenizer"
-        target = AutoTokenizer.from_pretrained(beside) if beside.is_dir() else source
-        text = read(options, study, "test").first(options.test_sentences)
-        rows = encode(text, source, target, study.training.get("max_length", 256), cut=True).rows
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
-        collate = DataCollatorForSeq2Seq(source, model=self.model)
-        starts = range(0, len(order), BATCH)
-        self.batches = [dict(collate([rows[index] for index in order[s : s + BATCH]])) for s in starts]
+        self._target = AutoTokenizer.from_pretrained(beside) if beside.is_dir() else self._source
+        self.batches, texts = self.sorted_batches(read(options, study, "test").first(options.test_sentences))
         scores = BleuScores(tokenize=None if study.tokenized else tokenize_13a, lowercase=study.lowercase)
         self.metric = GenerationMetric(
-            target,
+            self._target,
             self.batches,
-            AgainstTexts(scores, [text.targets[index] for index in order]),
+            AgainstTexts(scores, texts),
             num_beams=BEAMS,
             early_stopping=True,
             max_new_tokens=study.max_new_tokens,
         )
+
+    def sorted_batches(self, text: ParallelText) -> tuple[list[dict[str, Any]], list[str]]:
+        """Return sentences in batches, the shortest first, and the translations in that order."""
+        rows = encode(text, self._source, self._target, self._longest, cut=True).rows
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+        collate = DataCollatorForSeq2Seq(self._source, model=self.model)
+        starts = range(0, len(order), BATCH)
+        batches = [dict(collate([rows[index] for index in order[s : s + BATCH]])) for s in starts]
+        return batches, [text.targets[index] for index in order]
 
     def corrupted(self, path: Path, corruptions: Sequence[Corruption], target: str | None = None) -> EvaluationRecord:
         """Measure the model, or what is missing, under corruptions of all of it or of a part."""

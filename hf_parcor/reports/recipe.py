@@ -70,19 +70,27 @@ class _Told:
         scores: What `sensitivity` found.
         recipe: What was chosen from it.
         measured: The record of `measure_recipes`, in which one row is called "recipe"; None for none.
+        metric: The metric to look at, one of the measured record's if there is one; None for the scores' own.
     """
 
-    def __init__(self, scores: SensitivityRecord, recipe: RecipeRecord, measured: EvaluationRecord | None) -> None:
+    def __init__(
+        self,
+        scores: SensitivityRecord,
+        recipe: RecipeRecord,
+        measured: EvaluationRecord | None,
+        metric: str | None = None,
+    ) -> None:
         self.scores, self.recipe = scores, recipe
         self.rows = {} if measured is None else {row.label: row for row in measured.corruptions}
-        self.metric = scores.metric
-        info = scores.info(self.metric)
+        self.metric = scores.metric if metric is None else metric
+        self.info = info = scores.info(self.metric) if measured is None else measured.info(self.metric)
         self.greater = info.greater_is_better
         self.numbers = Numbers(info.unit)
         # What was measured as a whole is compared with its own start: it may be on other rows than the scores are.
         self.clean = scores.clean[self.metric] if measured is None else measured.clean.mean(self.metric)
         # One part alone changes an accuracy by a few rows, which is chance: what it was chosen by tells more.
-        self.of_parts = DIVERGENCE if recipe.by == DIVERGENCE and DIVERGENCE in scores.clean else self.metric
+        by_divergence = recipe.by == DIVERGENCE and DIVERGENCE in scores.clean
+        self.of_parts = DIVERGENCE if by_divergence else self.metric if self.metric in scores.clean else scores.metric
         self.numbers_of_parts = Numbers(scores.info(self.of_parts).unit)
         self.formats = short_formats(recipe.formats)
         self.names = dict(zip(recipe.choice, short_names(list(recipe.choice)), strict=True))
@@ -120,9 +128,9 @@ class _Told:
         return math.fsum(known) if known and len(known) == len(drops) else None
 
 
-def answer(scores: SensitivityRecord, recipe: RecipeRecord, measured: EvaluationRecord | None = None) -> str:
+def _answer(told: _Told) -> str:
     """Return the recipe in one sentence: what to quantize, what to spare, and what either way costs."""
-    told = _Told(scores, recipe, measured)
+    recipe = told.recipe
     if recipe.base is None:
         return "Quantize nothing: within this budget every part stays as it is."
     exceptions = recipe.exceptions
@@ -159,17 +167,21 @@ def _format(told: _Told, label: str | None) -> str:
 
 
 def content_of_recipe(
-    scores: SensitivityRecord, recipe: RecipeRecord, measured: EvaluationRecord | None, title: str | None
+    scores: SensitivityRecord,
+    recipe: RecipeRecord,
+    measured: EvaluationRecord | None,
+    title: str | None,
+    metric: str | None = None,
 ) -> RecipeContent:
     """Return what is to be said about a recipe."""
-    told = _Told(scores, recipe, measured)
+    told = _Told(scores, recipe, measured, metric)
     panel = _front(told)
     largest = max((drop for drop in _drops(told).values() if drop > 0 and math.isfinite(drop)), default=0.0)
     return RecipeContent(
         title=title or f"Which parts of {scores.model} take which bits? {told.metric} against bits a weight",
         metric=told.metric,
         numbers=told.numbers,
-        findings=[Finding(answer(scores, recipe, measured)), *_findings(told)],
+        findings=[Finding(_answer(told)), *_findings(told)],
         notes=_notes(told, measured),
         front=None if panel is None else _front_table(told, panel),
         panels=[] if panel is None else [panel],
@@ -219,7 +231,7 @@ def _findings(told: _Told) -> Iterable[Finding]:
 
 def _ranked(told: _Told) -> str:
     """Return the metric that scores are compared with: one that is no count of items, where there is one."""
-    return next((name for name in (DIVERGENCE, "loss", "eval_loss") if name in told.scores.clean), told.metric)
+    return next((name for name in (DIVERGENCE, "loss", "eval_loss") if name in told.scores.clean), told.of_parts)
 
 
 def _bits(row: CorruptionRecord) -> float:
@@ -251,7 +263,7 @@ def _notes(told: _Told, measured: EvaluationRecord | None) -> list[str]:
             if scores.data == measured.data
             else "Chosen on some rows, and measured as a whole on others: these numbers owe nothing to the choice."
         )
-    return [*said, *scores.notes, *told.recipe.notes, *scores.info(told.metric).guesses(told.metric)]
+    return [*said, *scores.notes, *told.recipe.notes, *told.info.guesses(told.metric)]
 
 
 def _front(told: _Told) -> Panel | None:
@@ -361,7 +373,7 @@ def _pairs(told: _Told) -> Table | None:
 
 def _scores(told: _Told) -> Table:
     """Return how each score orders the cells, and what its own recipe gives at the same budget."""
-    names = list(dict.fromkeys([_ranked(told), told.metric]))
+    names = list(dict.fromkeys([_ranked(told), *({told.metric} & set(told.scores.clean))]))
     correlations = {name: told.scores.correlations(name) for name in names}
     rows = []
     for score in told.scores.scores:

@@ -181,9 +181,12 @@ class RecipeReport(_Answer[RecipeContent]):
         measured: The record of `measure_recipes`, in which the recipe is called "recipe", and a format for all by the
             format's label; None for expectations alone.
         title: The heading. None for the names of metric and model.
+        metric: The metric to look at: one of `measured`, if that is given, else of the scores. None, the default, for
+            the scores' own.
 
     Raises:
         ImportError: SciPy is not installed.
+        ValueError: There is no such metric.
 
     Examples:
         >>> from hf_parcor.records import FormatScore, WeightGroup
@@ -206,8 +209,9 @@ class RecipeReport(_Answer[RecipeContent]):
         measured: EvaluationRecord | None = None,
         *,
         title: str | None = None,
+        metric: str | None = None,
     ) -> None:
-        content = content_of_recipe(scores, recipe, measured, title)
+        content = content_of_recipe(scores, recipe, measured, title, metric)
         super().__init__(content, recipe_page, recipe_markdown)
 
 

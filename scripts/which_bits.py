@@ -1,0 +1,165 @@
+"""Which parts of a trained model take which bits? Scores, a recipe for a budget, and the front, measured.
+
+    python -m scripts.which_bits --system sst2 --model MODEL --data FOLDER --output scripts/results/recipe/sst2
+    python -m scripts.which_bits --system images --model WEIGHTS --data FOLDER --output scripts/results/recipe/images
+    python -m scripts.which_bits --system translation --data FOLDER --output scripts/results/recipe/translation
+
+`sst2` trains MODEL, a folder or a name on the Hub, on 2,048 sentences, `images` takes `resnet20.safetensors` of a
+folder of trained weights, `translation` trains a small model on Multi30k by `scripts.reproduce_translation`. Every
+linear or convolutional part is scored and measured in every format on some rows: half of the dev sentences, of the
+first 2,000 test images, the validation sentences; recipes, by each cost that they may be chosen by, and pairs of
+parts, too. Recipes are judged on other rows: the 1,821 test sentences, the other half of the images, the BLEU of 500
+test translations. Formats have one scale a channel: with one for each group of 32 weights the BERT loses little at 3
+bits, and there is nothing to choose. The budget is what 4 bits take for all parts, scales included, rounded up to a
+tenth. The output folder gets what `hf-parcor probe --recipe` writes, and `runs.json` with what made it. What is
+finished is kept, so an interrupted run goes on. It runs on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import AutoTokenizer
+
+from hf_parcor import Quantization, RecipeReport, by_module, export_recipe, measure_recipes, recipe, sensitivity
+from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.evaluation.metrics import BatchMetric
+from hf_parcor.evaluation.metrics.loss import LossMetric
+from hf_parcor.recipes import front, measure_pairs, uniform_recipe
+from hf_parcor.records.metric_info import SHARE
+from hf_parcor.targets.groups import Groups
+from scripts import reproduce_paper_1, reproduce_translation, sst2_runs
+from scripts.campaigns import DEVICE, PLAIN, Run, begin, campaign_parser, note_run
+from scripts.translation_studies import STUDIES
+
+FORMATS = tuple(Quantization(bits, per="channel") for bits in (8, 6, 5, 4, 3))
+PROBES = 1
+PAIRS = 20
+RUN = Run("plain", PLAIN, 1)
+
+
+class Judged(NamedTuple):
+    """A trained model, what its parts are measured on, and what whole recipes are judged on."""
+
+    title: str
+    folder: Path
+    model: nn.Module
+    metric: BatchMetric
+    judge: BatchMetric
+    shown: str
+    groups: Groups | None = None
+    beside: Sequence[str] = ("loss",)
+
+
+def sst2(options: argparse.Namespace) -> Judged:
+    """Return the BERT of 2,048 sentences."""
+    folder = sst2_runs.train(options, RUN)
+    note_run(options.output, options.work, RUN, options.threads, command=command(options.system))
+    model, batches = sst2_runs.model_and_batches(options, folder)
+    test = sst2_runs.sentence_batches(AutoTokenizer.from_pretrained(folder), options.data / "test.tsv.gz")
+    return Judged(
+        "a small BERT on SST-2",
+        folder,
+        model,
+        ClassificationMetric(batches[::2]),  # sorted by length: a half that is like the other
+        ClassificationMetric(test),
+        "accuracy",
+        beside=("loss", "accuracy"),
+    )
+
+
+def images(options: argparse.Namespace) -> Judged:
+    """Return the ResNet-20 of the trained weights."""
+    options.weights, options.device = Path(options.model), DEVICE
+    model = reproduce_paper_1.load_model(options, 20)
+    batches, _ = reproduce_paper_1.load_batches(str(options.data / reproduce_paper_1.FILES["test"]), 2_000)
+    parts = {
+        name: target
+        for name, target in by_module(model).items()
+        if isinstance(model.get_submodule(name), (nn.Conv2d, nn.Linear))
+    }
+    return Judged(
+        "a ResNet-20 on CIFAR-10",
+        options.work / "resnet20",
+        model,
+        ClassificationMetric(batches[::2]),
+        ClassificationMetric(batches[1::2]),
+        "accuracy",
+        groups=parts,
+        beside=("loss", "accuracy"),
+    )
+
+
+def translation(options: argparse.Namespace) -> Judged:
+    """Return the small model of Multi30k."""
+    study = STUDIES["multi30k"]
+    folder = reproduce_translation.train(options, study, RUN)
+    options.test_sentences = 500
+    judged = reproduce_translation.Measured(options, study, folder)
+    batches, _ = judged.sorted_batches(reproduce_translation.read(options, study, "validation"))
+    return Judged(
+        "a small translation model on Multi30k",
+        folder,
+        judged.model,
+        LossMetric(batches),
+        judged.metric,
+        "tokenized_bleu",
+    )
+
+
+SYSTEMS: dict[str, Callable[[argparse.Namespace], Judged]] = {
+    "sst2": sst2,
+    "images": images,
+    "translation": translation,
+}
+
+
+def command(system: str) -> str:
+    """Return the command of a system's record."""
+    (line,) = (line.strip() for line in (__doc__ or "").splitlines() if f"--system {system} " in line)
+    return line
+
+
+def main() -> None:
+    """Train, score, choose, measure and write down."""
+    parser = campaign_parser(__doc__, (), "runs/which_bits", "the system's files", seeds=1)
+    parser.add_argument("--system", choices=SYSTEMS, required=True)
+    parser.add_argument("--model", help="of sst2: a folder or a name on the Hub; of images: the folder with weights")
+    options = begin(parser)
+    options.size = sst2_runs.SIZES["small"]
+    if options.model is None and options.system != "translation":
+        parser.error(f"--model: expected what --system {options.system} starts from, got nothing; see --help")
+    told = SYSTEMS[options.system](options)
+    stated: dict[str, Any] = {"unit": SHARE} if told.shown == "accuracy" else {}
+    file = told.folder / "which_bits"
+    scores = sensitivity(
+        told.model, told.metric, FORMATS, told.groups, probes=PROBES, checkpoint=file.with_suffix(".jsonl")
+    )
+    if told.shown in scores.clean:
+        scores = scores.stating(told.shown, **stated)
+    four = uniform_recipe(scores, str(FORMATS[3])).bits
+    bits = math.ceil(round(10 * four, 6)) / 10
+    chosen = recipe(scores, bits=bits)
+    recipes = front(scores, chosen) | {f"by {cost}": recipe(scores, bits=bits, by=cost) for cost in told.beside}
+    measured = measure_recipes(told.model, told.judge, recipes, checkpoint=told.folder / "recipe_measured.jsonl")
+    measured = measured.stating(told.shown, **stated)
+    chosen = measure_pairs(
+        told.model, told.metric, scores, chosen, pairs=PAIRS, checkpoint=told.folder / "recipe_pairs.jsonl"
+    )
+    scores.save(options.output / "sensitivity.json")
+    measured.save(options.output / "recipe_measured.json")
+    export_recipe(chosen, options.output)
+    title = f"Which parts of {told.title} take which bits?"
+    report = RecipeReport(scores, chosen, measured, title=title, metric=told.shown)
+    report.to_html(options.output / "recipe.html")
+    report.to_markdown(options.output / "README.md")
+    print(*report.verdict, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
