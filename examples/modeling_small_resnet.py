@@ -213,6 +213,10 @@ class SmallResNetForImageClassification(PreTrainedModel):  # type: ignore[no-unt
         self.linear = nn.Linear(channels, int(config.num_labels or 0))
         self.post_init()  # type: ignore[no-untyped-call]
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return what gives the first floats, normalised pixels: there adversarial inputs are found."""
+        return self.normalization
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Normalization):  # buffers that no file has

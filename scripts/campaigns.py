@@ -91,7 +91,12 @@ def campaign_parser(
     parser.add_argument("--work", type=Path, default=Path(work), help="the folder for models and logs")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 1 + seeds)))
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--arms", nargs="+", choices=arms, help="only run these, in this order, and draw no table")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=arms,
+        help="only run these, in this order; no table is drawn that needs all",
+    )
     return parser
 
 
@@ -261,6 +266,15 @@ def over_runs(
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed: {failed}; call again for them alone")
     return records
+
+
+def finished(options: Namespace, arms: Mapping[str, Arm], ending: str = ".json") -> dict[str, Arm]:
+    """Return the arms of which every seed has left its record, the file of a run's name and this ending."""
+    return {
+        name: arm
+        for name, arm in arms.items()
+        if all((options.output / f"{Run(name, arm, seed).file_name}{ending}").exists() for seed in options.seeds)
+    }
 
 
 def passes(arm: Arm) -> int:

@@ -7,12 +7,13 @@ quantization grows while a model is trained: with the tokens that it has seen ("
 Undertrained LLMs", Ouyang et al., 2024), or once its learning rate decays ("Training Dynamics Impact Post-Training
 Quantization Robustness", Catalan-Tatjer et al., 2025). Here a Llama of random weights is trained on so little text
 that its validation loss rises again, by `examples/train_language_model.py`: with a constant rate, with one that falls
-to 0, and with that and the library's risk under 4 bits. A `RobustnessCallback` measures every checkpoint in every
-format, and the Trainer chooses the best one in 4 bits; that one, the best one in float and the last one are measured
-on the test text, which has chosen nothing. Losses are log perplexities, the mean of a word in nats.
+to 0, and with that and the library's risk under 4 bits, or under 3. A `RobustnessCallback` measures every checkpoint
+in every format, and the Trainer chooses the best one in 4 bits; that one, the best one in float and the last one are
+measured on the test text, which has chosen nothing. Losses are log perplexities, the mean of a word in nats.
 
-Finished runs are kept, so an interrupted campaign goes on. The output folder gets for each run the losses of its
-checkpoints on the validation text, `NAME-curve.json`, and a record on the test text for each choice, and of all
+Finished runs are kept, so an interrupted campaign goes on. `--arms linear-4-bits linear-3-bits` runs these alone;
+tables and the figure have all arms that were finished with every seed. The output folder gets for each run the losses
+of its checkpoints on the validation text, `NAME-curve.json`, and a record on the test text for each choice, and of all
 `runs.json`, `table.md` and `curves.png`.
 """
 
@@ -37,6 +38,7 @@ from scripts.campaigns import (
     Run,
     begin,
     campaign_parser,
+    finished,
     mean_and_deviation,
     note_run,
     of_run,
@@ -47,11 +49,19 @@ from scripts.campaigns import (
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_language_model.py"
 CONSTANT, LINEAR = (["--lr_scheduler_type", name] for name in ("constant_with_warmup", "linear"))
-RISK = ["--defense", "corruption", "--defense_corruption", "quantization=4"]
+
+
+def risk(bits: int) -> list[str]:
+    """Return the flags of the risk that is half that of the float weights and half that of weights of so many bits."""
+    words = f"quantization={bits}"
+    return ["--defense", "corruption", "--defense_corruption", words, "--defense_clean_weight", "0.5", *LINEAR]
+
+
 ARMS = {
     "constant": Arm("constant rate", ["--defense", "none", *CONSTANT]),
     "linear": Arm("rate falls to 0", ["--defense", "none", *LINEAR]),
-    "linear-4-bits": Arm("rate falls to 0, half 4 bits", [*RISK, *LINEAR]),
+    "linear-4-bits": Arm("rate falls to 0, half 4 bits", risk(4)),
+    "linear-3-bits": Arm("rate falls to 0, half 3 bits", risk(3)),
 }
 SETTINGS: Mapping[str, object] = {
     "model_type": "llama",
@@ -66,6 +76,7 @@ SETTINGS: Mapping[str, object] = {
     "num_train_epochs": 7,
 }
 CHECKPOINTS = 14
+CURVE = "-curve.json"
 MOST_TOKENS = {"valid": 6_400, "test": 12_800}
 FLOAT = "no corruption"
 WORDS = [f"quantization={bits}{per}" for bits in (4, 3) for per in ("", ":per=channel")]
@@ -163,7 +174,7 @@ def judge(options: argparse.Namespace, run: Run, checkpoint: Path) -> Evaluation
 
 def measure(options: argparse.Namespace, run: Run) -> Watched:
     """Train a model and measure each choice among its checkpoints, unless their records are there already."""
-    path = options.output / f"{run.file_name}-curve.json"
+    path = options.output / f"{run.file_name}{CURVE}"
     records = {choice: options.output / f"{run.file_name}-{choice}.json" for choice in CHOICES}
     if not path.exists():
         started, folder = time.monotonic(), options.work / run.file_name
@@ -274,7 +285,8 @@ def main() -> None:
     """Run what is missing, and write the tables and the figure."""
     parser = campaign_parser(__doc__, ARMS, "runs/quantization_while_training", "the Penn Treebank's files")
     options = begin(parser)
-    runs = over_runs(measure, "runs", options, {name: ARMS[name] for name in options.arms or ARMS})
+    over_runs(measure, "runs", options, {name: ARMS[name] for name in options.arms or ARMS})
+    runs = over_runs(measure, "records", options, finished(options, ARMS, CURVE))
     draw(runs, options.output / "curves.png")
     write_table(options.output, page(options, runs))
 

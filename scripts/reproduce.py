@@ -125,6 +125,14 @@ STUDIES: dict[str, dict[str, Study]] = {
         ),
         "full": Study("ResNet-34 of CIFAR-10, 200 epochs", "reproduce_images --size full", ""),
     },
+    "tiny-imagenet": {
+        "small": Study(
+            "a ResNet-20 of 20 classes of Tiny-ImageNet, at 32 pixels",
+            "reproduce_images --size tiny-imagenet-small",
+            "",
+        ),
+        "full": Study("ResNet-34 of the same, at 64 pixels, 200 epochs", "reproduce_images --size tiny-imagenet", ""),
+    },
     "parser": {
         "small": Study("paper 1's parser, on 2,000 sentences", "reproduce_parser", "parser"),
         "full": Study(

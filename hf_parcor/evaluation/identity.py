@@ -104,22 +104,28 @@ def task_of_class(name: str) -> str:
     "text2text-generation". So it does a BART, which can also fill masks.
 
     Args:
-        name: Of the class, or what it ends with, such as "ForTokenClassification".
+        name: Of the class, or what it ends with, such as "ForTokenClassification". A class that Transformers does not
+            have, since a model brings it, is for what its name ends with.
 
     Examples:
         >>> task_of_class("MarianMTModel"), task_of_class("BartForConditionalGeneration"), task_of_class("ForCausalLM")
         ('translation', 'text2text-generation', 'text-generation')
+        >>> task_of_class("FasterRCNNForObjectDetection")
+        'object-detection'
     """
     from transformers.modelcard import TASK_MAPPING
 
     if name.endswith("MTModel"):
         return "translation"
-    classes: Any
-    found = []
-    for task, classes in TASK_MAPPING.items():
-        names = [known for entry in classes.values() for known in ((entry,) if isinstance(entry, str) else entry)]
-        if name in names or (name.startswith("For") and any(known.endswith(name) for known in names)):
-            found.append(str(task))
+    mapping: Mapping[str, Any] = TASK_MAPPING
+    known = {
+        task: [one for entry in classes.values() for one in ((entry,) if isinstance(entry, str) else entry)]
+        for task, classes in mapping.items()
+    }
+    found = [task for task, names in known.items() if name in names]
+    head = name[name.rfind("For") :] if "For" in name else ""
+    if not found and head:
+        found = [task for task, names in known.items() if any(one.endswith(head) for one in names)]
     return "text2text-generation" if "text2text-generation" in found else next(iter(found), "")
 
 

@@ -90,7 +90,7 @@ def _findings(told: _Told) -> Iterator[Finding]:
     weakest, *others = told.measured
     name, metric, count = told.names[weakest.group], told.metric, len(told.scores.groups)
     clean = told.numbers.with_unit(told.clean)
-    worth = f" {one_row([told.scores.evaluated_on], told.scores.info(metric), told.numbers)}".rstrip()
+    worth = f" {one_row([told.scores], metric, told.numbers)}".rstrip()
     if told.is_negligible(weakest):
         worst = max(told.measured, key=lambda cell: _finite(told.drop(cell, metric)))
         with_worst = "none of them makes it worse at all"

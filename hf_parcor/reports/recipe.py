@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 from hf_parcor.records.curves import short
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
-from hf_parcor.records.metric_info import SHARE
 from hf_parcor.records.sensitivity import DIVERGENCE, RecipeRecord, SensitivityRecord
 from hf_parcor.reports.markup import text_of
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.plots import Line, Panel, Point, short_names
 from hf_parcor.reports.tables import Table, markdown_table
-from hf_parcor.reports.verdict import Finding
+from hf_parcor.reports.verdict import Finding, rows_counted
 
 RECIPE = "recipe"
 """The row of a measured record that is the recipe itself."""
@@ -83,7 +82,8 @@ class _Told:
         self.scores, self.recipe = scores, recipe
         self.rows = {} if measured is None else {row.label: row for row in measured.corruptions}
         self.metric = scores.metric if metric is None else metric
-        self.info = info = scores.info(self.metric) if measured is None else measured.info(self.metric)
+        source = scores if measured is None or self.metric in scores.clean else measured
+        self.info = info = source.info(self.metric)
         self.greater = info.greater_is_better
         self.numbers = Numbers(info.unit)
         # What was measured as a whole is compared with its own start: it may be on other rows than the scores are.
@@ -249,8 +249,8 @@ def _notes(told: _Told, measured: EvaluationRecord | None) -> list[str]:
         f"{count} of {len(scores.cells)} parts in a format were measured"
         + ("." if count == len(scores.cells) else ", those with the largest Fisher scores; the others are estimated."),
     ]
-    rows = None if scores.evaluated_on is None else scores.evaluated_on.rows
-    if rows and told.numbers.unit == SHARE:
+    rows = rows_counted([scores], told.metric, told.numbers)
+    if rows:
         said.append(
             f"Measured on {rows:,} rows, of which one is {told.numbers.difference(1 / rows)}: a few rows, "
             "and gains, are chance."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,14 +12,16 @@ from typing import NamedTuple, TypeVar
 
 from hf_parcor.records.comparable import data_may_differ
 from hf_parcor.records.curves import metric_drop
-from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.evaluation import EvaluationRecord
-from hf_parcor.records.metric_info import POINTS, SHARE, MetricInfo
+from hf_parcor.records.metric_info import POINTS, SHARE
+from hf_parcor.records.sensitivity import SensitivityRecord
 from hf_parcor.reports.numbers import Numbers, probability, times
 from hf_parcor.reports.study import Curve, Point, Study, common_strengths
 from hf_parcor.statistics import Alternative, holm_correction, sample_mean, welch_t_test
 
 LEVEL = 0.05
+_COUNTS_ANSWERS = ("accuracy", "acc")
+_SEVERAL_ANSWERS_A_ROW = ("token-classification", "text-generation", "fill-mask")
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -137,20 +140,32 @@ def probe_verdict(study: Study, numbers: Numbers) -> list[Finding]:
 
 def _with_one_row(findings: list[Finding], study: Study, numbers: Numbers) -> list[Finding]:
     """Return findings of which the first says what one row of the data is worth, where that is known."""
-    worth = one_row([record.evaluated_on for record in study.records], study.info, numbers)
+    worth = one_row(study.records, study.metric, numbers)
     if not worth or not findings:
         return findings
     first = findings[0]
     return [first._replace(detail=_joined(first.detail, worth)), *findings[1:]]
 
 
-def one_row(measured_on: Iterable[EvaluationData | None], info: MetricInfo, numbers: Numbers) -> str:
-    """Return what one row of the data is worth, in a sentence; "" where the metric is no share, or that is unknown."""
-    rows = {0 if data is None else data.rows or 0 for data in measured_on}
-    if info.unit != SHARE or len(rows) > 1 or 0 in rows:
-        return ""
-    (count,) = rows
-    return f"One of {count:,} rows is {numbers.difference(1 / count)}."
+def rows_counted(records: Iterable[EvaluationRecord | SensitivityRecord], metric: str, numbers: Numbers) -> int:
+    """Return of how many rows a metric is a share; 0 where it is none, or that is unknown.
+
+    Only an accuracy counts rows, and where a row has one answer: average precision and F1 have no such step, and a
+    text has many words.
+    """
+    if numbers.unit != SHARE or re.split(r"[^a-z]", metric.lower())[-1] not in _COUNTS_ANSWERS:
+        return 0
+    counts = {
+        0 if data is None or task in _SEVERAL_ANSWERS_A_ROW else data.rows or 0
+        for data, task in ((record.evaluated_on, record.task) for record in records)
+    }
+    return counts.pop() if len(counts) == 1 else 0
+
+
+def one_row(records: Iterable[EvaluationRecord | SensitivityRecord], metric: str, numbers: Numbers) -> str:
+    """Return what one row of the data is worth, in a sentence; "" where the metric is no share of rows."""
+    count = rows_counted(records, metric, numbers)
+    return f"One of {count:,} rows is {numbers.difference(1 / count)}." if count else ""
 
 
 def _worst_of_all(study: Study, numbers: Numbers) -> list[Finding]:

@@ -6,8 +6,9 @@ the textbook case:
 - Hybrid models alternate two kinds of block (attention and state space, self- and cross-attention). So one
   *family* means that the block classes have a common ancestor of their own below `nn.Module`, not that they are
   the same class.
-- A list of bare layers (one embedding or one output head per codebook) is not a stack of blocks. It counts only in
-  a model that has nothing else, such as a plain list of linear layers.
+- A list of bare layers (one embedding or one output head per codebook, the convolutions of a feature pyramid, each in
+  an `nn.Sequential` of its own) is not a stack of blocks. It counts only in a model that has nothing else, such as a
+  plain list of linear layers.
 - Blocks contain lists (the experts of a mixture, the sublayers of T5), so the search ends at the outermost list
   that qualifies. What lies in a list that does not qualify is searched.
 
@@ -194,7 +195,17 @@ def _is_family(blocks: Sequence[nn.Module]) -> bool:
 
 
 def _is_composite(blocks: Iterable[nn.Module], of_blocks: Callable[[Iterable[bool]], bool] = any) -> bool:
-    return of_blocks(any(map(has_parameters, block.children())) for block in blocks)
+    return of_blocks(any(map(has_parameters, _unwrapped(block).children())) for block in blocks)
+
+
+def _unwrapped(block: nn.Module) -> nn.Module:
+    """Return the only layer of an `nn.Sequential`, which is as bare there as without; else the block."""
+    while isinstance(block, nn.Sequential):
+        layers = [child for child in block.children() if has_parameters(child)]
+        if len(layers) != 1:
+            break
+        (block,) = layers
+    return block
 
 
 def _role(one: _Found, found: Collection[_Found]) -> Role:

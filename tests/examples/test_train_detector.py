@@ -209,3 +209,29 @@ class TestFasterRCNN:
         subprocess.run(command, check=True, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")})
         expected = model.eval()(torch.ones(1, 3, 64, 64)).logits
         torch.testing.assert_close(torch.load(tmp_path / "logits"), expected)
+
+    def test_the_command_line_takes_a_saved_folder(self, run, tmp_path, capsys):
+        """Evaluated as the example has done it; probed in the blocks of its backbone; its card knows the task."""
+        from hf_parcor.cli import main
+
+        sizes = {"fpn_channels": 8, "representation_size": 8, "anchor_sizes": [4, 8, 16, 32, 64], "proposals": 20}
+        overrides = json.dumps({"backbone": "resnet18", "score_threshold": 0.0, **sizes})
+        out = run(model_type="faster_rcnn", config_overrides=overrides, image_size=64, learning_rate=1e-3)
+        data = ["--trust-remote-code", "--dataset", str(tmp_path / "rows.jsonl"), "--device", "cpu", "--quiet"]
+
+        def told(command, *more):
+            capsys.readouterr()
+            assert main([command, str(out), *data, *more, "--json"]) == 0
+            return json.loads(capsys.readouterr().out)
+
+        clean = told("evaluate", "--corruptions", "quantization=4")["clean"]["metrics"]
+        found = json.loads((out / "eval_results.json").read_text())
+        assert clean["map_50"] == [pytest.approx(found["eval_map_50"])]
+        assert clean["loss"] == [pytest.approx(found["eval_loss"], rel=1e-4)]
+        blocks = {f"backbone.body.layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)}
+        assert set(told("probe", "--corruptions", "quantization=4")["records"]) == blocks
+        assert set(told("probe", "--quick")["groups"]) == blocks
+        assert main(["card", str(out)]) == 0
+        card = (out / "README.md").read_text(encoding="utf-8")
+        assert "pipeline_tag: object-detection" in card
+        assert "4-bit quantization" in card

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_parcor import (
     ACRT,
+    AWP,
     SAM,
     CorruptionConstraint,
     CorruptionRisk,
@@ -29,7 +30,7 @@ from hf_parcor import (
     by_layer,
 )
 from hf_parcor.evaluation import ClassificationMetric
-from hf_parcor.tasks import LabelledImages, read_images
+from hf_parcor.tasks import ImageClassification, LabelledImages, load_rows, read_images
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = EXAMPLES / "train_image_classifier.py"
@@ -89,6 +90,18 @@ class TestModel:
         done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
         expected = model(torch.arange(192, dtype=torch.uint8).view(1, 3, 8, 8)).logits
         torch.testing.assert_close(torch.tensor(json.loads(done.stdout.splitlines()[-1])), expected.detach())
+
+    def test_adversarial_inputs_are_pixels(self, tiny, tmp_path):
+        """AWP with its weights held is a step on images, each of which was moved by 1 along its own gradient."""
+        adversarial = train(tiny(), tmp_path, AWP(NEAR, input_epsilon=1.0), max_grad_norm=0.0)
+        model, batch = tiny(), {name: values[:6] for name, values in batch_of(12).items()}
+        pixels = model.normalization(batch["pixel_values"]).requires_grad_()
+        model(pixels, labels=batch["labels"]).loss.backward()
+        norms = torch.linalg.vector_norm(pixels.grad.flatten(1), dim=1).view(-1, 1, 1, 1)
+        model.zero_grad()
+        model((pixels + pixels.grad / norms).detach(), labels=batch["labels"]).loss.backward()
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(adversarial.get_parameter(name), weight - 0.1 * weight.grad, msg=name)
 
     @for_each(
         ("depth", "layers"),
@@ -366,3 +379,18 @@ def test_trained_weights_give_their_accuracies(modeling, file, count, least, mos
         "labels": torch.from_numpy(images.labels),
     }
     assert least <= ClassificationMetric([batch])(model)["accuracy"] <= most
+
+
+def test_the_classes_of_tiny_imagenet():
+    """Grey pictures are among the first ones; every class has its words, and as many pictures as all others."""
+    path = SHARED / "tiny_imagenet20" / "tiny_imagenet20_val.npz"
+    if not path.is_file():
+        pytest.skip("the pack is not beside the project: shared/data/tiny_imagenet20")
+    images = read_images(path)
+    assert images.pixels.shape == (1000, 64, 64, 3)
+    grey = (images.pixels == images.pixels[..., :1]).all((1, 2, 3))
+    assert 0 < grey.sum() < 100
+    assert np.bincount(images.labels).tolist() == [50] * 20
+    rows = load_rows(str(path))
+    names = ImageClassification().head_settings([(rows, {"image": "image", "label": "label"})])["id2label"]
+    assert (len(names), names[0]) == (20, "goldfish, Carassius auratus")

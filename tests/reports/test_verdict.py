@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import pytest
 import scipy.stats
+from for_each import for_each
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_parcor import CorruptionRecord, MetricInfo, Quantization, RobustnessReport, SweepRecord
 from hf_parcor.records import EvaluationData
+from hf_parcor.records.metric_info import SHARE
 from hf_parcor.reports.content import heat_map, panels, summary
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.study import Curve, Point, Study
-from hf_parcor.reports.verdict import adjusted_p_values, fragility
+from hf_parcor.reports.verdict import adjusted_p_values, fragility, rows_counted
 from hf_parcor.statistics import Alternative
 
 nan, inf = math.nan, math.inf
@@ -592,6 +594,23 @@ class TestTheFirstSentence:
         assert len(others) == 3
         broken = of_kinds(record_of, 0.9, gradient=(0.5, nan), random=(0.9, 0.895))
         assert len(RobustnessReport(broken).verdict) == 2, "what broke may harm most"
+
+    @for_each(
+        ("metric", "task", "count"),
+        [
+            ("accuracy", "", 48),
+            ("eval_accuracy", "image-classification", 48),
+            ("accuracy", "token-classification", 0),  # a row has many
+            ("accuracy", "text-generation", 0),
+            ("f1", "text-classification", 0),  # no row is worth the same
+            ("map", "object-detection", 0),
+        ],
+    )
+    def test_which_metrics_are_shares_of_rows(self, record_of, metric, task, count):
+        record = replace(record_of({1.0: 0.5}), evaluated_on=EvaluationData("dev", rows=48), task=task)
+        assert rows_counted([record, record], metric, Numbers(SHARE)) == count
+        assert rows_counted([record], metric, Numbers("nats")) == 0
+        assert rows_counted([record, replace(record, evaluated_on=None)], metric, Numbers(SHARE)) == 0
 
     @pytest.mark.parametrize(("rows", "worth"), [(48, "One of 48 rows is 2.1 points."), (None, None)])
     def test_says_what_one_row_is_worth(self, record_of, probe_of, rows, worth):

@@ -49,12 +49,13 @@ def test_how_far_a_format_has_risen_when_float_is_best(clean, four, best, rise):
 
 def test_arms_differ_in_one_thing_each():
     assert [len(read_corruptions([words])) for words in script.FORMATS] == [1] * len(script.FORMATS)
-    constant, linear, defended = (arm.flags for arm in script.ARMS.values())
-    assert constant[:-1] == linear[:-1]
-    assert defended[-2:] == linear[-2:]
-    risk = replace(script.ARMS["linear-4-bits"], flags=defended[:-2]).defense
-    (corruption,) = risk.corruption
-    assert str(corruption) == FOUR
+    constant, linear, *defended = script.ARMS.values()
+    assert constant.flags[:-1] == linear.flags[:-1]
+    assert [arm.flags[-2:] for arm in defended] == [linear.flags[-2:]] * 2
+    risks = [replace(arm, flags=arm.flags[:-2]).defense for arm in defended]
+    assert [(*map(str, risk.corruption), risk.clean_weight) for risk in risks] == [
+        (script.FORMATS[f"quantization={bits}"], 0.5) for bits in (4, 3)
+    ]
 
 
 @pytest.mark.slow
@@ -76,8 +77,8 @@ def test_a_campaign(tmp_path, monkeypatch, capsys):
     output, work = tmp_path / "records", tmp_path / "work"
     command = ["watch", "--data", tmp_path, "--output", output, "--work", work, "--seeds", "1"]
 
-    def run() -> str:
-        monkeypatch.setattr(sys, "argv", [*map(str, command)])
+    def run(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", [*map(str, command), *more])
         script.main()
         return (output / "table.md").read_text(encoding="utf-8")
 
@@ -102,4 +103,8 @@ def test_a_campaign(tmp_path, monkeypatch, capsys):
     assert trained["defense"] == "corruption"
 
     monkeypatch.setattr(script, "run_example", lambda *_, **__: pytest.fail("trained again"))
-    assert run() == table
+    assert run() == run("--arms", "constant") == table
+    (output / "linear-4-bits-seed1-curve.json").unlink()
+    label = script.ARMS["linear-4-bits"].label
+    assert label in table
+    assert label not in run("--arms", "constant"), "an arm that is not finished is left out"

@@ -140,6 +140,10 @@ def sequence(count: int = 2, kind: type[nn.Module] = Block) -> nn.Sequential:
     return nn.Sequential(*(kind() for _ in range(count)))
 
 
+def pyramid() -> nn.ModuleList:
+    return nn.ModuleList([nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU()) for _ in range(3)])
+
+
 @for_each(
     ("parts", "expected"),
     [
@@ -155,6 +159,9 @@ def sequence(count: int = 2, kind: type[nn.Module] = Block) -> nn.Sequential:
         ({"mlp": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))}, []),  # bare layers
         ({"mixed": nn.Sequential(Block(), nn.TransformerEncoderLayer(2, 1, 2))}, ["mixed.0.experts encoder 2"]),
         ({"layers": blocks(), "features": sequence(3)}, ["layers encoder 2"]),  # beside a list, it is no stack
+        # a pyramid's layers, each in a container of its own, hide no stages
+        ({"layer1": sequence(2), "layer2": sequence(2), "fpn": pyramid()}, ["layer1, layer2 encoder 4"]),
+        ({"fpn": pyramid()}, ["fpn encoder 3"]),  # but there is nothing else
     ],
 )
 def test_blocks_in_sequence(parts: dict[str, nn.Module], expected: list[str]) -> None:
