@@ -43,6 +43,7 @@ class BufferSnapshot:
         self._kept = [buffer.data for buffer in kept]
         self.values = [torch.empty_like(buffer, requires_grad=False) for buffer in kept]
         _copy(self._kept, self.values)
+        self._known = {id(buffer): value for buffer, value in zip(kept, self.values, strict=True)}
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -52,18 +53,15 @@ class BufferSnapshot:
                 buffers[name] = buffer
         _copy(self.values, self._kept)
 
-    def moved(self) -> list[Tensor]:
-        """Return the buffers that are others now, or have other values; waits for the device."""
-        values = {kept.data_ptr(): value for kept, value in zip(self._kept, self.values, strict=True)}
-        found = []
+    def moved(self) -> bool:
+        """Say whether any buffer is another one now, or was written to; waits for the device."""
         for buffers, name, buffer in self._places:
-            before, now = values.get(buffer.data_ptr()), buffers.get(name)
-            same = now is buffer and _version_of(buffer) == self._versions[id(buffer)]
-            if same and before is not None:
-                same = bool(same_numbers(buffer, before).all())
-            if not same:
-                found.append(buffer if now is None else now)
-        return found
+            if buffers.get(name) is not buffer or _version_of(buffer) != self._versions[id(buffer)]:
+                return True
+            before = self._known.get(id(buffer))
+            if before is not None and not same_numbers(buffer, before).all():
+                return True
+        return False
 
 
 def same_numbers(found: Tensor, expected: Tensor) -> Tensor:
@@ -127,8 +125,7 @@ class StepBuffers:
         wrapped: nn.Module | None = None,
     ) -> None:
         self._model, self._replayed, self._wrapped = model, replayed, wrapped
-        self._before: BufferSnapshot | None = None  # any pass
-        self._after: BufferSnapshot | None = None  # all of them
+        self._ends: tuple[BufferSnapshot, BufferSnapshot] | None = None  # before any pass, after all of them
 
     @contextmanager
     def moving(self) -> Iterator[None]:
@@ -138,7 +135,7 @@ class StepBuffers:
 
     def moved(self) -> bool:
         """Say whether any buffer moved in `moving`; waits for the device."""
-        return self._before is not None and bool(self._before.moved())
+        return self._ends is not None and self._ends[0].moved()
 
     @contextmanager
     def of_pass(self, index: int) -> Iterator[None]:
@@ -150,20 +147,21 @@ class StepBuffers:
         if index < 0:
             with self._recording():
                 yield
-        elif self._before is None or self._after is None:
+        elif self._ends is None:
             with self._settling():
                 yield
         else:
-            self._before.put_back()
+            before, after = self._ends
+            before.put_back()
             try:
                 yield
             finally:
-                self._after.put_back()
+                after.put_back()
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        if self._before is not None:
-            self._before.put_back()
+        if self._ends is not None:
+            self._ends[0].put_back()
         with self._beginning() as before:
             try:
                 yield
@@ -171,9 +169,10 @@ class StepBuffers:
                 recorded = self._of_replayed()
                 before[0].put_back()
                 recorded.put_back()
-        if self._before is not None and self._after is not None:
-            self._before = BufferSnapshot(self._model.modules())
-            self._after.put_back()
+        if self._ends is not None:
+            after = self._ends[1]
+            self._ends = BufferSnapshot(self._model.modules()), after
+            after.put_back()
 
     @contextmanager
     def _settling(self) -> Iterator[None]:
@@ -182,12 +181,12 @@ class StepBuffers:
         versions = {id(buffer): _version_of(buffer) for buffer in self._model.buffers()}
         with self._beginning() as before:
             yield
-        self._before = before[0]
         recorded.put_back()  # the hooks of a replayed module ran again
         # A large buffer is copied again only if it moved.
-        self._after = BufferSnapshot(
+        after = BufferSnapshot(
             self._model.modules(), large=lambda buffer: versions.get(id(buffer)) != _version_of(buffer)
         )
+        self._ends = before[0], after
 
     @contextmanager
     def _beginning(self) -> Iterator[list[BufferSnapshot]]:

@@ -123,7 +123,7 @@ def _copy_of_counter(value: Any, seen: dict[int, Any]) -> Any:
         return _NO_COUNTER
     entries = value.values() if isinstance(value, dict) else value
     first = next(iter(entries), 0)
-    if not isinstance(first, (int, float)) and _copy_of_counter(first, seen) is _NO_COUNTER:
+    if _copy_of_counter(first, seen) is _NO_COUNTER:
         return _NO_COUNTER  # rows of data, texts: the others need no look
     kept = copy.copy(value)
     if not all(issubclass(kind, (int, float)) for kind in set(map(type, entries))):

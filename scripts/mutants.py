@@ -2,12 +2,13 @@
 
     python -m scripts.mutants hf_parcor/constraints.py
     python -m scripts.mutants hf_parcor/training/*.py --tests tests/training tests/test_batches.py --slow --count 20
+    python -m scripts.mutants hf_parcor/constraints.py:41 hf_parcor/constraints.py:52 --slow   # what begins there
 
 A break turns a comparison, an operator, a condition or a number into another one, or leaves a statement out. The tests
 run once as they are, and what lines each of them reaches is noted; then each break runs in a process of its own, with
-those tests alone that reach its lines, the fastest first, until one fails. Lines that none reaches in this process are
-tried with the tests that start ranks (`--slow`). Programs that tests start run unbroken, and what is computed when a
-module is imported is not broken.
+those tests alone that reach its lines, the fastest first, until one fails. What none of them notices is tried with the
+tests that start ranks (`--slow`). Programs that tests start run unbroken, and what is computed when a module is
+imported, or for the parameters of a test, is not broken.
 
 Not every break is a fault: a bound that is met by no number, or a limit that saves time, may change unnoticed.
 """
@@ -156,57 +157,61 @@ class Mutants:
     """A plug-in of pytest that runs the collected tests as they are, and then for breaks of modules.
 
     Args:
-        modules: The modules' files.
+        modules: The modules' files, and the lines at which what is broken begins; none for all.
         count: How many breaks of each, at most, drawn at random.
         seed: Of that draw.
     """
 
-    def __init__(self, modules: Sequence[Path], count: int, seed: int) -> None:
+    def __init__(self, modules: Mapping[Path, set[int]], count: int, seed: int) -> None:
         self._modules, self._count, self._seed = modules, count, seed
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Run what was collected, each time in a process of its own: none knows what another one broke."""
+        texts = {path: path.read_text(encoding="utf-8") for path in self._modules}  # now: they may be edited meanwhile
         for path in self._modules:
             importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
         with tempfile.TemporaryDirectory() as folder:
             noted = Path(folder) / "reached"
-            _in_a_process(lambda: _run_and_note(session.items, set(map(str, self._modules)), noted), None)
+            _in_a_process(lambda: _run_and_note(session.items, set(map(str, self._modules)), noted))
             unbroken: list[_Unbroken] = pickle.loads(noted.read_bytes())
         failed = [item.nodeid for item, result in zip(session.items, unbroken, strict=True) if result.failed]
         print("", *(f"left out, since it fails unbroken: {name}" for name in failed), sep="\n")
-        for path in self._modules:
-            self._break(path, session.items, unbroken)
+        for path, text in texts.items():
+            self._break(path, text, session.items, unbroken)
         return True
 
-    def _break(self, path: Path, items: Sequence[pytest.Item], unbroken: Sequence[_Unbroken]) -> None:
-        name, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+    def _break(self, path: Path, text: str, items: Sequence[pytest.Item], unbroken: Sequence[_Unbroken]) -> None:
+        name = str(path.relative_to(ROOT))
         known = breaks(ast.parse(text))
         functions = [
             one for one in gc.get_objects() if type(one) is FunctionType and one.__code__.co_filename == str(path)
         ]
         usable = [place for _, place in sorted((one.seconds, at) for at, one in enumerate(unbroken) if not one.failed)]
         tried = noticed = 0
-        for index in sorted(
-            random.Random(f"{name} {self._seed}").sample(range(len(known)), min(self._count, len(known)))
-        ):
+        wanted = self._modules[path]
+        places = [place for place, one in enumerate(known) if not wanted or min(one.lines) in wanted]
+        for index in sorted(random.Random(f"{name} {self._seed}").sample(places, min(self._count, len(places)))):
             tree = ast.parse(text)
             breaks(tree)[index].apply()
             codes = dict(_codes(compile(ast.fix_missing_locations(tree), str(path), "exec")))
             if any(codes[_key(one)].co_freevars != one.__code__.co_freevars for one in functions):
                 continue  # a function that is there cannot become this one
             lines = {(str(path), line) for line in known[index].lines}
-            chosen = [at for at in usable if lines & unbroken[at].reached]
-            chosen = chosen or [at for at in usable if _starts_ranks(items[at])]
-            tests = [items[at] for at in chosen]
-            limit = 60 + 10 * sum(unbroken[at].seconds for at in chosen)
+            reaching = [at for at in usable if lines & unbroken[at].reached]
+            of_ranks = [at for at in usable if _starts_ranks(items[at]) and at not in reaching]
             tried += 1
-            if tests and _in_a_process(partial(_run_broken, tests, path, tree, codes, functions), limit):
-                noticed += 1
+            for chosen in filter(None, (reaching, of_ranks)):
+                tests = [items[at] for at in chosen]
+                limits = [20 + 10 * int(unbroken[at].seconds) for at in chosen]
+                if _in_a_process(partial(_run_broken, tests, limits, path, tree, codes, functions)):
+                    noticed += 1
+                    break
             else:
                 change = _change(ast.unparse(ast.parse(text)), ast.unparse(tree))
-                print(f"  {name}:{min(known[index].lines)}: {change} ({len(tests)} tests)", flush=True)
-        print(f"{name}: {noticed} of {tried} breaks noticed, of {len(known)} possible", flush=True)
+                count = len(reaching) + len(of_ranks)
+                print(f"  {name}:{min(known[index].lines)}: {change} ({count} tests)", flush=True)
+        print(f"{name}: {noticed} of {tried} breaks noticed, of {len(places)} possible", flush=True)
 
 
 class _Unbroken(NamedTuple):
@@ -235,8 +240,8 @@ def _starts_ranks(item: pytest.Item) -> bool:
     return "run_on_ranks" in getattr(item, "fixturenames", ())
 
 
-def _in_a_process(work: Callable[[], int], limit: float | None) -> int:
-    """Return what some work returns in a copy of this process, other than 0 if it fails, or takes too many seconds."""
+def _in_a_process(work: Callable[[], int]) -> int:
+    """Return what some work returns in a copy of this process, other than 0 if it fails or is killed."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -244,7 +249,6 @@ def _in_a_process(work: Callable[[], int], limit: float | None) -> int:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
-        signal.alarm(0 if limit is None else int(limit))
         code = 1
         with suppress(BaseException):
             code = work()
@@ -288,12 +292,16 @@ def _run_and_note(items: Sequence[pytest.Item], files: set[str], path: Path) -> 
 
 def _run_broken(
     items: Sequence[pytest.Item],
+    limits: Sequence[int],
     path: Path,
     tree: ast.Module,
     codes: Mapping[tuple[str, int], CodeType],
     functions: Sequence[FunctionType],
 ) -> int:
-    """Run tests until one fails, with what the functions of a module do replaced: 1 if one fails, else 0."""
+    """Run tests until one fails, with what the functions of a module do replaced: 1 if one fails, else 0.
+
+    One that takes more seconds than its limit ends this process.
+    """
     for function in functions:
         function.__code__ = codes[_key(function)]
     with tempfile.TemporaryDirectory() as folder:
@@ -301,7 +309,11 @@ def _run_broken(
             shutil.copytree(ROOT / "hf_parcor", Path(folder) / "hf_parcor")
             (Path(folder) / path.relative_to(ROOT)).write_text(ast.unparse(tree), encoding="utf-8")
             sys.path.insert(0, folder)  # where ranks look first
-        return int(any(_run(*pair) for pair in zip(items, [*items[1:], None], strict=True)))
+        for item, following, limit in zip(items, [*items[1:], None], limits, strict=True):
+            signal.alarm(limit)
+            if _run(item, following):
+                return 1
+    return 0
 
 
 def _key(function: FunctionType) -> tuple[str, int]:
@@ -321,13 +333,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("modules", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("modules", nargs="+", metavar="FILE[:LINE]")
     parser.add_argument("--tests", nargs="+", default=["tests", "hf_parcor"], metavar="PATH", help="default: all")
     parser.add_argument("--count", type=int, default=12, help="breaks of each module; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of their draw; default: %(default)s")
     parser.add_argument("--slow", action="store_true", help="also with tests that are marked slow")
     arguments = parser.parse_args()
-    modules = [path.resolve() for path in arguments.modules]
+    modules: dict[Path, set[int]] = {}
+    for name, _, line in (one.partition(":") for one in arguments.modules):
+        modules.setdefault(Path(name).resolve(), set()).update([int(line)] if line else [])
     chosen = [] if arguments.slow else ["-m", "not slow"]
     how = ["-q", "--capture=sys", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
     sys.exit(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,7 +143,6 @@ def evaluator_of(options: argparse.Namespace, folder: Path, **selection: Any) ->
 
 def run_example_with(trainer: Callable[..., Any]) -> None:
     """Run the example with the flags of this program, and another Trainer."""
-    sys.path.insert(0, str(EXAMPLE.parent))
-    example: Any = importlib.import_module(EXAMPLE.stem)
+    example: Any = importlib.import_module(f"examples.{EXAMPLE.stem}")
     example.ParameterDefenseTrainer = trainer
     example.main()

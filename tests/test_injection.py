@@ -464,6 +464,19 @@ class TestPieces:
         assert bits <= memory.peak <= bits + (dtype.itemsize * 50_000 if whole else largest) + 100
 
 
+@for_each("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@for_each("of_update", [torch.float64, torch.float32, torch.bfloat16])
+def test_an_update_stays_the_callers_unless_it_is_given_away(dtype, of_update):
+    weights = {"w": nn.Parameter(torch.ones(4, dtype=dtype)), "v": nn.Parameter(torch.ones(3, dtype=torch.float32))}
+    updates = {name: torch.full(weight.shape, 0.5, dtype=of_update) for name, weight in weights.items()}
+    injection = Injection(weights)
+    for times in (1, 2):
+        injection.displace(updates)
+        assert all(torch.equal(weight, torch.full_like(weight, 1 + times / 2)) for weight in weights.values())
+    injection.restore()
+    assert all(torch.equal(update, torch.full_like(update, 0.5)) for update in updates.values())
+
+
 class TestStepByStep:
     @staticmethod
     def longhand(

@@ -161,9 +161,9 @@ def measure_together(
     metric: BatchMetric,
     jobs: Sequence[Job],
     chosen: Sequence[Mapping[str, Tensor] | Pieces],
-    processes: MeasuringProcesses = ALONE,
-    saved_on: Device = None,
-    advance: Callable[[float], object] | None = None,
+    processes: MeasuringProcesses,
+    saved_on: Device,
+    advance: Callable[[float], object],
 ) -> list[Mapping[str, float]]:
     """Return the metrics under each corruption; what does not depend on it runs once a batch.
 
@@ -187,7 +187,7 @@ def measure_together(
             with injected, _replaying(job.group.measuring):
                 found.append(metric.of_batch(model, batch))
         _forget(prefixes)
-        if advance is not None and rounds:
+        if rounds:
             advance(len(jobs) / rounds)
         return found
 

@@ -27,7 +27,7 @@ class Consumers(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._places: dict[int, Place] = {}
+        self._places: dict[int | None, Place] = {}
         self._held: list[tuple[Place, Tensor]] = []
         self._consumed: set[Place] = set()
         self._chance = False
@@ -63,7 +63,7 @@ class Consumers(TorchDispatchMode):
     def _see(self, values: Any) -> None:
         for leaf in tree_leaves(values):
             if isinstance(leaf, Tensor):
-                place = self._places.get(_storage_of(leaf) or 0)
+                place = self._places.get(_storage_of(leaf))
                 if place is not None:
                     self._consumed.add(place)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from hf_parcor.prefix.cut import before_calls
 from hf_parcor.prefix.reuse import PrefixReuse, Substitute, copied
 from hf_parcor.randomness import RandomStates, random_states_kept
 
@@ -54,7 +55,7 @@ class RecomputedPrefix(PrefixReuse):
 
         with self._substituted(self._record), ExitStack() as hooks:
             for module in self.starts:
-                hooks.callback(module.register_forward_pre_hook(finish, prepend=True).remove)
+                before_calls(hooks, module, finish)
             yield
 
     def joined(self, objective: Tensor) -> Tensor:

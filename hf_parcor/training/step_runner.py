@@ -76,9 +76,9 @@ class StepRunner:
         refuse_updates_inside_backward([*selected.values(), *others])
         self._find_out(passes, selected)
         passes.share(self.shared_prefix)
-        # A forward pass more of the prefix than in a stock step costs a third of it.
-        forwards = 0 if self.shared_prefix is None else self.shared_prefix.forwards - 1
-        self.cost = 1 + (defense.cost - 1) * self._suffix_share + forwards * (1 - self._suffix_share) / 3
+        self.cost = 1 + (defense.cost - 1) * self._suffix_share
+        if self.shared_prefix is not None:  # a forward pass more of it than in a stock step costs a third of it
+            self.cost += (self.shared_prefix.forwards - 1) * (1 - self._suffix_share) / 3
         if not defense.first_pass_is_stock and self._buffers_move:
             self._buffers_move = passes.move_buffers()
             self.cost += self._buffers_move / 3

@@ -86,9 +86,7 @@ def new_model(config: MarianConfig) -> MarianMTModel:
     model = MarianMTModel(config)
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not model.lm_head:
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            nn.init.xavier_uniform_(module.weight)  # biases are zero already
     for stack in (model.model.encoder, model.model.decoder):
         embedding = stack.embed_tokens
         nn.init.normal_(embedding.weight, std=config.d_model**-0.5)

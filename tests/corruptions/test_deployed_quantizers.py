@@ -39,9 +39,13 @@ WITHOUT = "{} is not installed; `bash scripts/test.sh` puts it into .venv/quanti
 
 @pytest.fixture(scope="module", autouse=True)
 def _beside_the_environment() -> Iterator[None]:
+    """Let both be imported, by these tests alone: what stays imported, later tests would take for installed."""
     sys.path.append(str(FOLDER))
     yield
     sys.path.remove(str(FOLDER))
+    there = {path.name for path in FOLDER.glob("*")}
+    for name in [name for name in sys.modules if name.partition(".")[0] in there]:
+        del sys.modules[name]
 
 
 def hard_weights(dtype: torch.dtype) -> Tensor:

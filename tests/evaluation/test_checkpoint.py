@@ -291,6 +291,14 @@ def test_every_torn_file_keeps_its_whole_lines(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_finished_trials_are_whole_when_the_disk_is_waited_for(tmp_path, monkeypatch):
+    path, sizes, sync = tmp_path / "checkpoint", [], os.fsync
+    begin_checkpoint(path, {})
+    monkeypatch.setattr(os, "fsync", lambda file: (sizes.append(os.fstat(file).st_size), sync(file)))
+    append_to_checkpoint(path, TRIALS)
+    assert sizes == [path.stat().st_size]
+
+
 class TestSweepRecord:
     def test_json(self, sweep, tmp_path):
         record = sweep()

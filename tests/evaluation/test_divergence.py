@@ -40,7 +40,14 @@ def language_model():
     return GPT2LMHeadModel(config), LanguageModelMetric, {"labels": IDS.masked_fill(MASK == 0, -100)}
 
 
-@for_each("make", [classifier, tagger, language_model])
+def unlabelled():
+    def squares(batches):
+        return LossMetric(batches, lambda model, batch: model(**batch).logits.square().mean())
+
+    return BertForTokenClassification(BertConfig(**SHAPE)), squares, {}
+
+
+@for_each("make", [classifier, tagger, language_model, unlabelled])
 def test_it_is_the_relative_entropy_of_what_counts(make) -> None:
     model, kind, labels = make()
     model.eval()
@@ -48,11 +55,13 @@ def test_it_is_the_relative_entropy_of_what_counts(make) -> None:
     metric = WithDivergence(kind([batch, batch]), model)
     with torch.no_grad():
         before = softmax(model(**batch).logits.double().numpy(), -1)
-        assert metric(model)["divergence"] == 0
+        assert metric(model) == metric.clean
+        assert metric.clean["divergence"] == 0
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight), alpha=0.3)
         after = softmax(model(**batch).logits.double().numpy(), -1)
-    counts = (batch["labels"] != -100).numpy() if batch["labels"].ndim > 1 else np.ones(2, bool)
+    of_tokens = batch.get("labels", MASK.masked_fill(MASK == 0, -100))
+    counts = (of_tokens != -100).numpy() if of_tokens.ndim > 1 else np.ones(2, bool)
     assert metric(model)["divergence"] == pytest.approx(rel_entr(before, after).sum(-1)[counts].mean(), rel=1e-5)
     assert {name: value for name, value in metric(model).items() if name != "divergence"} == kind([batch] * 2)(model)
 
@@ -97,5 +106,6 @@ def test_what_does_not_fit_into_memory_is_said() -> None:
     batches = [{"input_ids": (IDS + index) % 20, **labels} for index in range(3)]
     metric = WithDivergence(kind(batches), model, memory=2 * 2 * 4 * 2)
     assert "first 2 batches" in metric.notes[-1]
+    assert metric.clean is None
     assert metric(model)["divergence"] == 0
     assert not model._forward_hooks

@@ -90,6 +90,7 @@ VALUES = {
     "no text": lambda: "",
     "half a pair": lambda: "\ud800",
     "bytes": lambda: b"1",
+    "two bytes": lambda: b"12",
     "list": lambda: [1],
     "nested": lambda: [[1]],
     "two": lambda: [[1], []],

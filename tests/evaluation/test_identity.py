@@ -68,12 +68,13 @@ class Thresholded(ClassificationMetric):
 
 
 class Weighted(nn.Module):
-    def __init__(self, weight):
+    def __init__(self, weight, scale=1):
         super().__init__()
         self.register_buffer("weight", torch.tensor([weight]))
+        self.scale = scale
 
     def forward(self, model, batch):
-        return model(**batch).loss * self.weight
+        return model(**batch).loss * self.weight * self.scale
 
 
 def closing_over(value):
@@ -102,6 +103,12 @@ def written(source):
     names: dict[str, object] = {}
     exec(source, names)
     return names["metric"]
+
+
+def of_class(answer):
+    names: dict[str, object] = {"__name__": "theirs"}
+    exec(f"class Metric:\n    def __call__(self, model): return {answer}", names)
+    return names["Metric"]()
 
 
 def with_default(value):
@@ -180,6 +187,8 @@ ROWS = {
         lambda: Threshold(a={"b": 1}),
         lambda: Says(),
         lambda: Says(0.1),
+        lambda: of_class({"x": 1}),
+        lambda: of_class({"x": 2}),
     ],
     "functions": [
         lambda: score,
@@ -212,6 +221,7 @@ ROWS = {
         lambda: functools.partial(Threshold().__call__),
         lambda: Weighted(1.0),
         lambda: Weighted(2.0),
+        lambda: Weighted(2.0, 3),
     ],
 }
 
@@ -271,6 +281,12 @@ def test_what_a_metric_counts_itself_is_no_setting():
         assert settings_of(metric) == before
     metric.limit = 1
     assert settings_of(metric) != before
+
+
+def test_what_is_private_or_a_mode_is_no_setting():
+    one, other = Weighted(1.0), Weighted(1.0).eval()
+    other._noted = 1
+    assert settings_of(one) == settings_of(other)
 
 
 def test_what_holds_itself():

@@ -28,7 +28,7 @@ from hf_parcor import (
     defended_backward,
 )
 from hf_parcor.evaluation import ClassificationMetric
-from hf_parcor.indicators import measure_indicators
+from hf_parcor.indicators import LossOverData, measure_indicators
 from hf_parcor.injection import Injection, Replacement
 from hf_parcor.records import EvaluationRecord
 
@@ -75,6 +75,18 @@ MEASURED = {
     "probe": probed,
     "indicators": indicated,
 }
+
+
+def test_the_loss_over_data_is_that_of_weights_that_were_written_since() -> None:
+    model = parametrizations.weight_norm(nn.Linear(2, 1, bias=False))
+    over_data = LossOverData(
+        model, dict(model.named_parameters()), [torch.ones(1, 2)], lambda model, batch: model(batch).sum()
+    )
+    with parametrize.cached():
+        before = float(model(torch.ones(1, 2)).detach())
+        with torch.no_grad():
+            model.parametrizations.weight.original0.mul_(3)
+        assert over_data.value() == pytest.approx(3 * before)
 
 
 @pytest.mark.slow

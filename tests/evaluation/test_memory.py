@@ -116,6 +116,8 @@ def test_where_saved_bits_are_kept_counts() -> None:
     with pytest.raises(NotEnoughMemoryError, match='saved_on="cpu"'):
         check_memory([weights], climbs, free=lambda device: 7000)
     check_memory([weights], climbs, torch.device("cpu"), free=lambda device: 7000)
+    with pytest.raises(NotEnoughMemoryError, match=r"^((?!saved_on).)*$"):  # which would not help
+        check_memory([weights], climbs, torch.device("cpu"), free=lambda device: 5000)
     check_memory([weights], [GaussianNoise(0.1)], free=lambda device: 0)
     assert free_memory(torch.device("cpu")) is None
 

@@ -4,10 +4,40 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from for_each import for_each
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 
 from hf_parcor import CorruptionEvaluator, GaussianNoise, Quantization
 from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.evaluation.metrics.loss import LossMetric
+
+
+class TestLossMetric:
+    """Losses weigh as many labels as they are the mean of; what has none, weighs nothing."""
+
+    @for_each("own", [False, True])
+    def test_against_all_labels_at_once(self, own):
+        """The model's own loss is of the next token, so that the first label counts for nothing; ours is of each."""
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 20, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+        ids = torch.randint(0, 20, (5, 6))
+        labels = ids.clone()
+        labels[0, 2:] = labels[1, 5:] = labels[4] = -100
+        parts = [{"input_ids": ids[rows], "labels": labels[rows]} for rows in (slice(1), slice(1, 4), slice(4, 5))]
+
+        def loss(model, batch):
+            return nn.functional.cross_entropy(
+                model(batch["input_ids"]).logits.flatten(0, 1), batch["labels"].flatten()
+            )
+
+        with torch.no_grad():
+            logits = model(ids).logits
+            shifted = (logits, labels) if own else (logits[:, :-1], labels[:, 1:])
+            expected = nn.functional.cross_entropy(*(part.flatten(0, 1) for part in shifted))
+        found = LossMetric(parts, loss)(model) if own else LossMetric(parts)(model)
+        assert found["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 class TestClassificationMetric:

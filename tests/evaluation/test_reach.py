@@ -273,7 +273,10 @@ def test_fingerprints_know_weights_that_are_no_parameters(kind, monkeypatch) -> 
     assert fingerprint_of_weights(HOSTILE[kind][0]()) != before
 
 
-def test_several_weights_in_one_integer() -> None:
+@for_each("biased", [False, True])
+def test_several_weights_in_one_integer(biased) -> None:
+    """A bias beside them is no reason to take them for seen."""
+
     class Packed4(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -281,10 +284,12 @@ def test_several_weights_in_one_integer() -> None:
             self.register_buffer("qweight", torch.zeros(4, 8, dtype=torch.int32))
             self.register_buffer("qzeros", torch.zeros(1, 1, dtype=torch.int32))
             self.register_buffer("scales", torch.zeros(1, 8))
+            self.bias = nn.Parameter(torch.zeros(8)) if biased else None
 
     model = nn.Sequential(Packed4(), nn.LayerNorm(8))
     (note,) = Reach(model).select().notes
-    assert note == "corrupted 16 of 272 weights: 256 in 0 are int32 buffers"
+    seen = 16 + 8 * biased
+    assert note == f"corrupted {seen} of {seen + 256} weights: 256 in 0 are int32 buffers"
 
 
 def test_quantized_recurrent_layers() -> None:
@@ -314,6 +319,9 @@ def ordinary_buffers() -> Iterator[nn.Module]:
     module.register_buffer("causal", torch.ones(3, 3, dtype=torch.uint8), persistent=False)
     yield nn.Sequential(module, nn.Linear(2, 2))
     yield nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+    beside_weights = nn.Linear(3, 3)
+    beside_weights.register_buffer("mask", torch.ones(3, 3, dtype=torch.int8))
+    yield nn.Sequential(beside_weights)
 
 
 @for_each("model", list(ordinary_buffers()))

@@ -301,6 +301,11 @@ class TestErrors:
         with pytest.raises(ValueError, match="can be walked through again"):
             LossOverData(known.model, known.loss.parameters, iter(known.batches))
 
+    @for_each("parameters, error", [({}, ValueError), ({"w": torch.ones(2, dtype=torch.int8)}, TypeError)])
+    def test_weights_that_cannot_be_corrupted(self, known, parameters, error):
+        with pytest.raises(error, match=r"expected (at least one tensor|a floating-point weight)"):
+            LossOverData(known.model, parameters, known.batches)
+
     def test_weights_that_are_sharded(self, known, monkeypatch):
         monkeypatch.setattr("hf_parcor.evaluation.replicas.model_has_dtensor", lambda model: True)
         with pytest.raises(ValueError, match="got weights that FSDP or tensor parallelism has split"):

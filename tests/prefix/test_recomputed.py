@@ -122,6 +122,19 @@ def test_it_is_computed_twice_and_its_hooks_run_no_oftener():
     assert prefix.outputs == prefix.boundary == []
 
 
+def test_nothing_is_held_once_it_was_sent_backward():
+    model = Net()
+    prefix = RecomputedPrefix([model.shared, *model.layers], [model.last])
+    prefix.begin(lambda: None)
+    for last in (False, True):
+        with prefix.sharing(last):
+            prefix.joined(model(ROWS)["loss"]).backward()
+    assert prefix.recorded
+    prefix.backward()
+    assert not prefix.recorded
+    assert prefix.outputs == prefix.boundary == []
+
+
 @for_each("index", [1, 3])
 def test_an_interrupt_leaves_no_trace(index):
     model = Net()

@@ -332,7 +332,7 @@ class TestWhatIsKept:
             def __init__(self):
                 super().__init__()
                 self.first, self.norm, self.last = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
-                self.late, self.dropout, self.unused = nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(1, 1)
+                self.late, self.dropout, self.aside = nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 4)
                 self.refuses = self.returns = False
                 self.register_buffer("calls", torch.zeros(()))
 
@@ -340,20 +340,20 @@ class TestWhatIsKept:
                 if self.refuses and _get_current_dispatch_mode_stack():
                     raise RuntimeError("it is watched")
                 self.calls += 1
-                early = self.first(x)
+                early, _ = self.first(x), self.aside(x)
                 loss = self.dropout(self.late(self.last(self.norm(early)))).square().mean()
                 return {"loss": loss, "early": early if self.returns else None}
 
         model, x = Model().train(), torch.randn(5, 4)
         before, state = bits_of(model), torch.get_rng_state()
         for refuses, returns, unused in (
-            (False, False, {(model.first, 0, 0)}),
-            (False, True, set()),
+            (False, False, {(model.first, 0, 0), (model.aside, 0, 0)}),
+            (False, True, {(model.aside, 0, 0)}),
             (True, False, set()),
         ):
             model.refuses, model.returns = refuses, returns
             prefix = plan_prefix(model, {"w": model.last.weight}, lambda: model(x), sparing=True)
-            assert prefix.prefix == [model.first, model.norm]
+            assert prefix.prefix == [model.first, model.aside, model.norm]
             assert prefix.unused == unused
             assert bits_of(model) == before
             assert torch.equal(torch.get_rng_state(), state)

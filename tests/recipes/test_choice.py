@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 from for_each import for_each
 from hypothesis import given, settings
@@ -113,6 +114,18 @@ def test_the_front_has_each_format_other_budgets_and_each_score() -> None:
     assert "by fisher" in found
     assert chosen.expected["loss"] == pytest.approx(0.4)
     assert RecipeRecord.from_json(chosen.to_json()) == chosen
+
+
+@for_each("points", [1, 2, 5])
+def test_other_budgets_lie_evenly_between_the_formats(points, monkeypatch) -> None:
+    scores, asked = scores_of([[(8.0, 0.1), (5.0, 0.2), (3.0, 0.9)]] * 2, [100, 300]), []
+    chosen = recipe(scores, bits=5.0)
+    monkeypatch.setattr(
+        "hf_parcor.recipes.choice.recipe",
+        lambda *args, bits, **more: asked.append(bits) or recipe(*args, bits=bits, **more),
+    )
+    front(scores, chosen, points=points)
+    assert asked[:points] == pytest.approx(list(np.linspace(3, 8, points)))
 
 
 def test_what_was_not_measured_is_estimated_in_the_units_of_the_metric() -> None:

@@ -84,6 +84,17 @@ def test_the_answer(values, settings, words, absent, tmp_path_factory):
     assert html.count("<tr>") == markdown.count("| layers.") + 1 == len(values) + 1
 
 
+@for_each("rows", [None, 40])
+def test_every_part_has_its_divergence_and_data_are_named_where_they_are_known(rows, tmp_path_factory):
+    data = None if rows is None else EvaluationData("dev", rows=rows)
+    look = FirstLookReport(record([2.1, 3.5, None], divergence=[0.25, 0.125, None], evaluated_on=data))
+    text = look.to_markdown(tmp_path_factory.mktemp("look") / "look.md").read_text(encoding="utf-8")
+    assert ("Measured on dev" in text) == (rows is not None)
+    of_part = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| layers.")}
+    for place, found in enumerate(("0.25", "0.12", "–")):
+        assert f" {found} |" in of_part[f"layers.{place}"]
+
+
 @for_each(
     "changed",
     [{"formats": {**FORMAT, "8-bit quantization": {"corruption": "quantization", "settings": {"bits": 8}}}}, {}],

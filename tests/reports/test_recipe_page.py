@@ -87,6 +87,38 @@ def test_the_heat_map_shows_what_the_recipe_was_chosen_by(tmp_path) -> None:
     assert "drop of accuracy" in by_loss.to_markdown(tmp_path / "b.md").read_text(encoding="utf-8")
 
 
+def test_tables_have_a_row_for_everything_that_was_measured(tmp_path) -> None:
+    scores = scores_of(one_weak_part)
+    chosen = recipe(scores, bits=4.5)
+    recipes = front(scores, chosen)
+    page = RecipeReport(scores, chosen, measured_of(recipes)).to_markdown(tmp_path / "recipe.md")
+    lines = page.read_text(encoding="utf-8").replace("\\", "").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    drawn = [row for row in rows if row[0] in ("as it is", "one format for all") or row[0].startswith("recipes by ")]
+    expected = [["–", 90.0], *([f"{one.bits:.3g}", 90 - 100 * one.expected["accuracy"]] for one in recipes.values())]
+    assert sorted([bits, pytest.approx(float(value), abs=0.06)] for _, bits, value in drawn if bits != "–") == sorted(
+        expected[1:]
+    )
+    assert ["as it is", "–", "90.0"] in drawn
+    for score in ("first_order", "fisher"):
+        (row,) = [row for row in rows if row[0] == score]
+        found = float(row[1].replace("−", "-"))
+        assert found == pytest.approx(scores.correlations("loss")[score], abs=0.006)
+
+
+def test_one_format_that_takes_just_as_many_bits_is_within_them() -> None:
+    assert any("(4.00 bits a weight)" in said for said in report(bits=4.0).verdict)
+
+
+def test_whether_all_cells_were_measured_is_said() -> None:
+    scores = scores_of(one_weak_part)
+    first, *others = scores.cells
+    for cells, count in ((scores.cells, 36), ((replace(first, measured={}), *others), 35)):
+        notes = RecipeReport(some := replace(scores, cells=cells), recipe(some, bits=4.5)).notes
+        (said,) = [note for note in notes if f"{count} of 36" in note]
+        assert ("estimated" in said) == (count < 36)
+
+
 @for_each("rows, word", [("these", "same rows"), ("others", "owe nothing to the choice")])
 def test_where_it_was_judged_is_said_and_its_own_start_counts(rows, word, tmp_path) -> None:
     scores = replace(scores_of(one_weak_part), data="these")

@@ -20,7 +20,10 @@ from hf_parcor import (
     MultiStepCorruption,
     Quantization,
 )
+from hf_parcor.reports.content import difference_table, panels, settings
 from hf_parcor.reports.markup import printable, text_of
+from hf_parcor.reports.numbers import Numbers
+from hf_parcor.reports.study import Study
 from hf_parcor.reports.tables import comparison_table, group_table, markdown_table
 
 
@@ -53,6 +56,35 @@ def test_two_records():
         | Gaussian σ=0.1     | 60.0 ± 10.0 | 80.0 ± 0.0 |  +20.0 |
         | 4-bit quantization |        75.0 |       50.0 |  −25.0 |"""
     )
+
+
+def test_every_difference_has_a_row_and_settings_name_a_model_where_there_are_several():
+    study = Study.of({"plain": PLAIN, "defended": DEFENDED}, "accuracy")
+    found = {row[0]: row[1:] for row in difference_table(study, Numbers("share")).rows}
+    assert len(found) == 3
+    for name, row in found.items():
+        model, first, second, change = (part.replace("−", "-") for part in row[:4])
+        (corruption,) = [one for one in PLAIN.rows() if one.label in name]
+        expected = [one.mean("accuracy") * 100 for one in (corruption, by_label(DEFENDED)[corruption.label])]
+        assert model == "defended"
+        assert [float(first.rstrip(" %")), float(second.rstrip(" %"))] == pytest.approx(expected, abs=0.05)
+        assert float(change.split()[0]) == pytest.approx(expected[1] - expected[0], abs=0.1)
+        assert (change[0] == "+") == (expected[1] > expected[0] + 0.1)
+    of_a_group = Study.of({"plain": {"head": PLAIN}, "defended": {"head": DEFENDED}}, "accuracy")
+    assert not [name for name, *_ in difference_table(of_a_group, Numbers("share")).rows if "head" in name]
+    for panel in panels(study):  # of no corruption is the strength known: they stand in the order of the table
+        assert {name: [point.strength for point in line.points] for name, line in panel.lines.items()} == {
+            "plain": [1.0, 2.0],
+            "defended": [1.0, 2.0],
+        }
+    of_both = {name for name, _ in settings(study).rows}
+    of_one = {name for name, _ in settings(Study.of({"plain": PLAIN}, "accuracy")).rows}
+    assert {name.removeprefix("plain: ").removeprefix("defended: ") for name in of_both} == of_one
+    assert len(of_both) > len(of_one)
+
+
+def by_label(record):
+    return {row.label: row for row in record.rows()}
 
 
 def test_one_record_has_no_change():

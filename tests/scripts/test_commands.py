@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib", reason="the figures need the extra 'plots'")
 
 from hf_parcor.records import SearchRecord
 from hf_parcor.reports.tables import search_table
+from scripts.peer_trainers import PEERS
 from scripts.reproduce import STUDIES
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -34,6 +35,14 @@ def test_help_says_how_to_run_it(name, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         run(monkeypatch, name, "--help")
     assert re.search(rf"python -m scripts\.{name}\b|bash scripts/{name}\.sh\b", capsys.readouterr().out)
+
+
+def test_a_peer_is_the_trainer_of_the_example(monkeypatch):
+    example, trained = importlib.import_module("examples.train_sst2"), []
+    monkeypatch.setattr(example, "ParameterDefenseTrainer", None)
+    monkeypatch.setattr(example, "main", lambda: trained.append((example.ParameterDefenseTrainer, sys.argv[1:])))
+    run(monkeypatch, "peer_trainers", "looksam", "--do_train")
+    assert trained == [(PEERS["looksam"], ["--do_train"])]
 
 
 def test_the_page_has_every_file():

@@ -59,6 +59,7 @@ def test_forms_of_boxes(folder, entry, box_format):
     (example,) = examples_of(rows_of(folder, entry), box_format)
     assert [one["bbox"] for one in example["annotations"]] == COCO
     assert [one["category_id"] for one in example["annotations"]] == [1, 0]
+    assert [one["area"] for one in example["annotations"]] == [12, 25]
     assert example["image"].size == (12, 10)
 
 
@@ -118,11 +119,17 @@ def test_what_is_no_box(folder, boxes, labels, says):
         examples_of(rows_of(folder, {"bbox": boxes, "label": labels}))
 
 
-@for_each("box", [[12, 0, 3, 3], [0, 10, 3, 3], [-4, 0, 4, 4], [100, 100, 5, 5]])
+@for_each("box", [[12, 0, 3, 3], [0, 10, 3, 3], [-4, 0, 4, 4], [0, -4, 4, 4], [100, 100, 5, 5]])
 def test_a_box_outside_of_its_image(folder, box):
     examples = examples_of(rows_of(folder, {"bbox": [box], "label": ["dog"]}))
     with pytest.raises(InputError, match=r"expected a box on the image of 12 x 10 pixels, got .* in row 1"):
         examples[0]
+
+
+@for_each("box", [[11, 9, 3, 3], [-2, -2, 3, 3], [1, 2, 1, 1], [1, 2, 0.5, 0.5]])
+def test_a_box_that_is_small_or_reaches_over_the_edge_stays_as_it_is(folder, box):
+    (example,) = examples_of(rows_of(folder, {"bbox": [box], "label": ["dog"]}))
+    assert example["annotations"][0]["bbox"] == box
 
 
 def test_corners_taken_for_sizes_are_noticed_the_other_way_round(folder):

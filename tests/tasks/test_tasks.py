@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,26 @@ def test_the_metric_is_that_of_a_loop_over_rows(name, tmp_path):
         expected = BY_HAND[name](model, processed.processor, rows.entries, *more)
     assert found == pytest.approx(expected, rel=1e-5)
     assert task.shown(task.metrics[0], found) == task.metrics[0]
+
+
+@for_each("name", ["text-classification", "token-classification", "summarization"])
+def test_long_texts_are_cut_to_what_the_model_takes(name, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("long")
+    task, length = TASKS[name], 4
+    save_model, write_data, file = SAVED[name]
+    rows, model_folder = load_rows(write_data(folder / file)), save_model(folder / "model")
+    processed = Processed(
+        task.load_model(model_folder), task.load_processor(model_folder), Encoding(max_length=length)
+    )
+    cut, whole = (
+        task.examples(rows, task.find_columns(rows, {}), replace(processed, encoding=Encoding(max_length=most)))
+        for most in (length, None)
+    )
+    for one, other in zip(cut, whole, strict=True):
+        for key in one.keys() & {"input_ids", "labels"}:
+            if isinstance(other[key], list):
+                assert len(one[key]) == min(length, len(other[key]))
+    assert any(len(one["input_ids"]) > length for one in whole)
 
 
 @for_each(("stride", "between"), [(None, None), (3, None), (None, "\n"), (5, "\n"), (16, "\n\n")])

@@ -205,6 +205,21 @@ def test_a_batch_is_prepared_once_a_step(tiny_bert, train, defense, target):
     assert trainer.prepared == 3
 
 
+def test_one_that_looks_at_the_loss_before_it_prepares_the_batch(tiny_bert, train):
+    class Looks(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            with torch.no_grad():
+                self.first_loss = self.compute_loss(model, dict(inputs))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    settings = {"defense": MultiStepRisk(L2, steps=1), "target_modules": "last-encoder-layer"}
+    ours, plain = (
+        train(defended(kind), tiny_bert(dropout=0.0), {"max_steps": 2}, **settings) for kind in (Looks, Trainer)
+    )
+    for one, other in zip(ours.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_evaluation_prepares_its_own_batches(tiny_bert, train, rows):
     trainer = train(defended(Trainer), tiny_bert(), defense=MultiStepRisk(L2, steps=1))
     assert trainer.evaluate(rows[:4])["eval_loss"] != trainer.evaluate(rows[4:8])["eval_loss"]

@@ -6,13 +6,15 @@ import itertools
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from for_each import for_each
 
 import hf_parcor
 from hf_parcor import CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
-from hf_parcor.overriding import overriding
+from hf_parcor.overriding import end_overriding, overriding
 
 K1 = MultiStepRisk(CorruptionConstraint(epsilon=0.2), steps=1)
 
@@ -98,6 +100,23 @@ def test_what_an_interrupt_left_replaced_is_put_back_before_the_next_step(tiny_b
     of_model.__enter__()
     assert torch.equal(trainer.training_step(model, dict(batch)), expected)
     assert not model.eval().training
+
+
+@for_each("ended", range(4))
+def test_what_is_replaced_thrice_is_as_before_however_many_blocks_ended(ended):
+    """What was broken off is put back with one call; an end that comes later changes nothing."""
+    trainer = SimpleNamespace(loss=0)
+    blocks = [overriding(trainer, loss=1), overriding(trainer, loss=2, more=3), overriding(trainer, other=4)]
+    for block in blocks:
+        block.__enter__()
+    assert (trainer.loss, trainer.more, trainer.other) == (2, 3, 4)
+    for block in reversed(blocks[3 - ended :]):
+        block.__exit__(None, None, None)
+    end_overriding(trainer)
+    assert vars(trainer) == {"loss": 0}
+    for block in blocks[: 3 - ended]:
+        block.__exit__(None, None, None)
+    assert vars(trainer) == {"loss": 0}
 
 
 @pytest.mark.parametrize("call", [2, 4])

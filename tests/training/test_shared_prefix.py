@@ -7,7 +7,9 @@ from functools import partial
 import pytest
 import torch
 import transformers as tf
+from for_each import for_each
 from operations import count_operations
+from torch import nn
 
 from hf_parcor import (
     ACRT,
@@ -17,6 +19,8 @@ from hf_parcor import (
     ParameterDefenseTrainer,
     ParameterDefenseTrainingArguments,
 )
+from hf_parcor.prefix import PrefixReuse, RecomputedPrefix
+from hf_parcor.training.shared_prefix import find_shared_prefix
 
 L2 = CorruptionConstraint(epsilon=0.2)
 LAST = "last-encoder-layer"
@@ -165,6 +169,41 @@ def test_operations_of_the_last_of_six_layers(tmp_path):
 
 
 @pytest.mark.slow
+@for_each(
+    ("kind", "settings"),
+    [
+        (PrefixReuse, {"target_modules": LAST}),
+        (RecomputedPrefix, {"target_modules": LAST}),
+        (None, {"defense": MultiStepRisk(L2, steps=2, random_start=True)}),  # buffers move in a pass before
+    ],
+)
+def test_the_operations_that_are_logged_are_those_that_are_computed(kind, settings, train, monkeypatch):
+    def found(*arguments):
+        there = find_shared_prefix(*arguments)
+        return None if kind is None else kind(there.prefix, there.starts)
+
+    monkeypatch.setattr("hf_parcor.training.step_runner.find_shared_prefix", found)
+    sizes = {"vocab_size": 30, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = tf.BertConfig(**sizes, intermediate_size=256, num_labels=3)
+    counted, logged = [], []
+
+    def count(model, *_):
+        model.calls += 1
+
+    settings = {"defense": MultiStepRisk(L2, steps=2), **settings}
+    for trainer_class, more in ((tf.Trainer, {}), (ParameterDefenseTrainer, settings)):
+        model = tf.BertForSequenceClassification(config)
+        model.register_buffer("calls", torch.zeros(()))
+        model.register_forward_hook(count)
+        trainer = train(trainer_class, model, {"max_steps": 1}, **more)
+        logged.append(trainer.state.total_flos)
+        batch = next(iter(trainer.get_train_dataloader()))
+        counted.append(count_operations(partial(trainer.training_step, trainer.model, batch)))
+    # The share of a prefix is that of its parameters, as Transformers estimates: the pooler's see one token alone.
+    assert logged[1] / logged[0] == pytest.approx(counted[1] / counted[0], rel=1e-6 if kind is None else 0.025)
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "Llama"])
 def test_checkpoints_cost_no_reuse_and_the_first_step_no_more_memory(family, arguments):
@@ -216,6 +255,30 @@ class Released:
 
     def __del__(self):
         self.counter.held -= self.size
+
+
+@for_each("reuse", [True, False])
+def test_statistics_move_as_in_the_stock_trainer_on_both_sides_of_the_cut(reuse, rows, train):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.norm = nn.Linear(8, 4), nn.BatchNorm1d(4)
+            self.last, self.late = nn.Linear(4, 3), nn.BatchNorm1d(3)
+
+        def forward(self, input_ids, labels, **unused):
+            hidden = self.norm(self.first(input_ids.float()))
+            return {"loss": nn.functional.cross_entropy(self.late(self.last(hidden)), labels)}
+
+    options = {"max_steps": 3, "learning_rate": 0.0}
+    stock = train(tf.Trainer, Normed(), options)
+    settings = {"defense": MultiStepRisk(L2, steps=2), "target_modules": ["last"], "reuse_prefix": reuse}
+    ours = train(ParameterDefenseTrainer, Normed(), options, **settings)
+    assert (ours.shared_prefix is not None) == reuse
+    expected = dict(stock.model.named_buffers())
+    assert float(expected["norm.num_batches_tracked"]) == 3
+    for name, buffer in ours.model.named_buffers():
+        assert torch.equal(buffer, expected[name]), name
 
 
 def test_frozen_prefix(tiny_bert, train):

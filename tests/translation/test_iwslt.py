@@ -40,6 +40,17 @@ PLACES = {
         path / "2014-01.tgz",
         tar({"de/en/de-en.tgz": tar(FILES), "en/vi/en-vi.tgz": tar(OTHER, "en-vi")}, "2014-01/texts"),
     ),
+    "a year with all pairs in one, beside what is not looked into": lambda path: write(
+        path / "2017-01.tgz",
+        tar(
+            {
+                "DeEnItNlRo/DeEnItNlRo-DeEnItNlRo.zip": zipped(EVERYTHING, "DeEnItNlRo"),
+                "en/vi/en-vi.tgz": b"damaged",
+                "de/en/de-en": b"no archive",
+            },
+            "2017-01/texts",
+        ),
+    ),
     "a .tar that ends with a .zip": lambda path: write(
         path / "2014-01.tar", tar({"de/en/de-en.zip": zipped(FILES)}, "2014-01/texts", mode="w:")
     ),
@@ -376,11 +387,14 @@ class TestPreparation:
             moses_tokenizer("de")
 
 
-def test_segments_of_several_documents(tmp_path):
+@for_each("named", [True, False])
+def test_segments_of_several_documents(named, tmp_path_factory):
     """Numbers begin again with each document."""
+    tmp_path = tmp_path_factory.mktemp("documents")
     files = distribution(sets=())
     for side, language in enumerate(("de", "en")):
         first, second = (segments([f"{language} {name}"], language, target=side == 1, document=name) for name in "ab")
-        files[f"IWSLT14.TED.dev2010.de-en.{language}.xml"] = (first + second).encode()
+        both = first + second if named else re.sub(r' docid="[^"]*"', "", first + second)
+        files[f"IWSLT14.TED.dev2010.de-en.{language}.xml"] = both.encode()
     text = read_iwslt(in_folder(files, tmp_path), "de", "en").evaluation("TED.dev2010")
     assert (pairs_of(text), text.places) == ([("de a", "en a"), ("de b", "en b")], [1, 2])
