@@ -23,6 +23,10 @@ Other text, in the place of the second line:
 Without the defense: `--defense none`. The last decoder layer alone: `--defense_target_modules last-decoder-layer`.
 A pretrained model: `--model_name_or_path`, with its own vocabulary; T5 needs a `--source_prefix`, and mBART, NLLB and
 M2M100 `--source_code` and `--target_code` where they call the languages otherwise (`deu_Latn`).
+
+With `--corruptions quantization=4` the evaluation measures the model with such weights too, and writes
+`robustness.json`; by default there are none, since each translates all of the validation data once more.
+`--watched_corruptions` are measured at every evaluation in training.
 """
 
 from __future__ import annotations
@@ -50,11 +54,12 @@ from transformers import (
 )
 
 from hf_parcor import Seq2SeqParameterDefenseTrainer, Seq2SeqParameterDefenseTrainingArguments
+from hf_parcor.evaluation import RobustnessArguments, measure_robustness
 from hf_parcor.hub_data import load_hub_data
 from hf_parcor.languages import languages_of, set_languages
-from hf_parcor.programs import read_arguments
+from hf_parcor.programs import read_arguments, save_measurement, train_and_save
 from hf_parcor.sequence_length import asked_length, fitting_length, generated_length, unfinished
-from hf_parcor.training import checkpoint_to_resume, signs_of_collapse
+from hf_parcor.training import checkpoint_to_resume
 from hf_parcor.translation import (
     BleuScores,
     ParallelText,
@@ -334,10 +339,11 @@ def set_generated_length(model: PreTrainedModel, asked: int | None, longest: int
 
 def main() -> None:
     """Train, average, evaluate, translate."""
-    model_arguments, data, training = read_arguments(
-        ModelArguments, DataArguments, Seq2SeqParameterDefenseTrainingArguments
+    model_arguments, data, robustness, training = read_arguments(
+        ModelArguments, DataArguments, RobustnessArguments, Seq2SeqParameterDefenseTrainingArguments
     )
     model_arguments.check()
+    corruptions = robustness.read(())  # before hours of training
     training.predict_with_generate = True
     if training.generation_num_beams is None:
         training.generation_num_beams = 5  # as the papers
@@ -400,10 +406,7 @@ def main() -> None:
     logger.info(f"Translations may have {length} tokens.")
 
     if rows["train"] is not None:
-        result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
-        metrics = {**result.metrics, "train_samples": len(rows["train"])}
-        metrics["train_collapsed"] = float(bool(signs_of_collapse(trainer.state.log_history)))
-        trainer.save_model()
+        train_and_save(trainer, checkpoint_to_resume(training), robustness, train_samples=len(rows["train"]))
         save_vocabularies(source, target, training.output_dir)
         if data.average_checkpoints is not None and trainer.is_world_process_zero():
             last = last_checkpoints(training.output_dir, data.average_checkpoints)
@@ -412,14 +415,18 @@ def main() -> None:
         if data.average_checkpoints is not None:
             averaged = AutoModelForSeq2SeqLM.from_pretrained(training.output_dir)
             model.load_state_dict(averaged.state_dict())
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
 
     if rows["validation"] is not None:
         metrics = {**trainer.evaluate(), "eval_samples": len(rows["validation"])}
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+        if corruptions and not robustness.skip_corruptions:  # all processes measure together
+            record = measure_robustness(
+                trainer, corruptions, trials=robustness.corruption_trials, seed=robustness.corruption_seed
+            )
+            shown = save_measurement(trainer, record, "BLEU", "bleu")
+            if shown:
+                print(shown)
 
     if rows["test"] is not None:
         found = trainer.predict(cast("Dataset[Any]", rows["test"]), metric_key_prefix="test")

@@ -23,7 +23,6 @@ import argparse
 import json
 import platform
 import statistics
-import tempfile
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -243,7 +242,7 @@ class Bench:
         arms: Collection[str] = tuple(ARMS),
     ) -> None:
         self.model, self.device = model, model.device
-        self.arguments = quiet_arguments(tempfile.mkdtemp(), max_grad_norm=0, use_cpu=model.device.type == "cpu")
+        self.arguments = quiet_arguments(max_grad_norm=0, use_cpu=model.device.type == "cpu")
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused or None)
         layers, self.is_decoder = model.config.num_hidden_layers, isinstance(model, LlamaForCausalLM)
         tokens = torch.randint(model.config.vocab_size, (batch, length), device=self.device)

@@ -192,10 +192,9 @@ def train(engine: str, arm: tuple[str, bool] | None, shape: str, length: int, co
         for index in range(STEPS * distributed.get_world_size())
     ]
     watch = ReadEachStep(counter)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         arguments = quiet_arguments(
-            folder,
             per_device_train_batch_size=1,
             max_steps=STEPS,
             **(FSDP2 if engine == "FSDP2" else {}),

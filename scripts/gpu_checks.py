@@ -163,7 +163,6 @@ def trainer_of(
 ) -> Trainer:
     """Return a Trainer of plain SGD that saves and logs nothing."""
     arguments = quiet_arguments(
-        tempfile.mkdtemp(),
         use_cpu=setting.device == "cpu",
         max_grad_norm=0.0,
         lr_scheduler_type="constant",

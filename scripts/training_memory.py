@@ -11,7 +11,6 @@ hold the same with a defense and without. The table stands in `hf_parcor/trainin
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +97,7 @@ def model_of(way: Way) -> Any:
 def peaks(way: Way, kind: type[Trainer], steps: int, **options: Any) -> tuple[int, nn.Module]:
     """Return the most bytes that one of some steps makes beside what was there, and the model."""
     model = model_of(way)
-    trainer = kind(model=model, args=quiet_arguments(tempfile.mkdtemp(), use_cpu=True), **options)
+    trainer = kind(model=model, args=quiet_arguments(use_cpu=True), **options)
     tokens = torch.tensor([[1, 2]])
     step = step_of(trainer, model, {"input_ids": tokens, "labels": tokens})
     found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+_FOLDER = tempfile.TemporaryDirectory()  # until the program ends: a Trainer makes its folder, and then leaves it empty
 
-def quiet_arguments(folder: str, **more: Any) -> TrainingArguments:
+
+def quiet_arguments(**more: Any) -> TrainingArguments:
     """Return arguments of plain SGD that saves and logs nothing, on a GPU where there is one."""
     quiet: dict[str, Any] = {
         "report_to": "none",
@@ -23,7 +26,7 @@ def quiet_arguments(folder: str, **more: Any) -> TrainingArguments:
         "optim": "sgd",
         "dataloader_pin_memory": False,
     }
-    return TrainingArguments(output_dir=folder, **{**quiet, **more})
+    return TrainingArguments(output_dir=_FOLDER.name, **{**quiet, **more})
 
 
 def step_of(trainer: Trainer, model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Tensor]:

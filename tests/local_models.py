@@ -51,6 +51,15 @@ def save_gpt2(folder: Path) -> str:
     return str(folder)
 
 
+def save_llama(folder: Path, **settings: Any) -> str:
+    torch.manual_seed(0)
+    sizes = {**TINY, "num_hidden_layers": 3, "intermediate_size": 16, "max_position_embeddings": 16, "eos_token_id": 2}
+    config = transformers.LlamaConfig(**{**sizes, "initializer_range": 0.5, **settings})
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
 def save_t5(folder: Path) -> str:
     torch.manual_seed(0)
     config = transformers.T5Config(

@@ -13,6 +13,7 @@ from hf_parcor.cli.parsing import (
     Command,
     Parser,
     add_corruptions,
+    add_loading,
     add_running,
     add_subject,
     add_target_modules,
@@ -44,8 +45,9 @@ class Evaluate(Command):
         """Add what `--help` shows."""
         add_subject(parser)
         add_windows(parser)
+        add_loading(parser)
         group = parser.add_argument_group("modules")
-        add_target_modules(group, "only these (default: all that are trained)")
+        add_target_modules(group, "only these; default: all that are trained, of a PEFT model its adapters; all: all")
         group.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="but not these, named in the same way")
         add_corruptions(parser, "those of paper 2, Table 1")
         add_running(parser)
@@ -106,6 +108,7 @@ def measure(
             record = evaluator.evaluate(applied, arguments.trials, arguments.seed, checkpoint=checkpoint)
     metric = subject.shown(record.clean.metrics)
     record = record.stating(metric, greater_is_better=arguments.greater_is_better, unit=arguments.unit)
+    record = record.told({**arguments.told, **subject.told})
     show(record, metric, folder and folder / name, as_json=arguments.json)
 
 

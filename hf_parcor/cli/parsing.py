@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn
 
 from hf_parcor.errors import InputError, nearest
+from hf_parcor.records.metric_info import LM_EVAL
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,7 +77,8 @@ class CommandParser(Parser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Return the arguments: those of the command line, then those of `--config`, then the defaults.
 
-        Among them, `flags` says how messages of the library are to be spelled here.
+        Among them, `flags` says how messages of the library are to be spelled here, and `told` what a record has to
+        say of them.
 
         Raises:
             InputError: An unknown flag, a value that is none, or a file that cannot be used.
@@ -84,6 +86,7 @@ class CommandParser(Parser):
         if self._late is None:
             found, unknown = super().parse_known_args(args, self._from_file(args, namespace))
             found.flags = self._flags()
+            found.told = self._told(found)
             return found, unknown
         found, others = argparse.ArgumentParser.parse_known_args(self, args)  # --help and mistakes here wait for none
         self._refuse_other_names(others)
@@ -102,6 +105,12 @@ class CommandParser(Parser):
                 flags[action.dest] = long[0]
         of_defense = {name.removeprefix("defense_"): flag for name, flag in flags.items() if name[:8] == "defense_"}
         return {**of_defense, **flags, **({} if self._command is None else self._command.spellings)}
+
+    def _told(self, found: argparse.Namespace) -> dict[str, Any]:
+        """Return how model and data are loaded, where that is not by default; of a folder the end of its path."""
+        given = {action.dest: action.default for action in self._actions if action.dest in _TOLD}
+        told = {name: value for name in given if (value := getattr(found, name)) != given[name]}
+        return {name: Path(value).name if name == "offload_folder" else value for name, value in told.items()}
 
     def _whole(self, late: argparse.ArgumentParser) -> CommandParser:
         whole = CommandParser(
@@ -374,6 +383,13 @@ def corruption(word: str) -> str:
     return word
 
 
+# What a record says nothing of, but for its flags: another value would give other numbers, or none.
+_TOLD = (
+    *("revision", "trust_remote_code", "column", "max_length", "prefix", "source_lang", "target_lang", "box_format"),
+    *("stride", "between_rows", "dtype", "device_map", "offload_folder", "greater_is_better", "unit"),
+)
+
+
 def add_subject(parser: Parser) -> None:
     """Add what says which model is measured, on which data."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model on the Hub, or a local folder")
@@ -411,14 +427,69 @@ def add_subject(parser: Parser) -> None:
         "--metric",
         metavar="NAME",
         help="default: the task's; a name, or a folder, for the library evaluate; of causal language models also "
-        "lm-eval=arc_easy,piqa:limit=100,num-fewshot=5, tasks of lm-eval (gradients are of the loss on --dataset)",
+        f"{LM_EVAL}arc_easy,piqa:limit=100,num-fewshot=5, tasks of lm-eval (gradients are of the loss on --dataset)",
     )
     add_meaning(group)
 
 
-LM_EVAL = "lm-eval="  # how a metric is called that is tasks of lm-eval
 WINDOWED = "text-generation"  # the task whose text windows slide over
 BETWEEN_ROWS: Mapping[str, str | None] = MappingProxyType({"end-of-text": None, "newline": "\n", "blank-line": "\n\n"})
+
+
+def add_loading(parser: Parser) -> None:
+    """Add what says in which precision, and onto which devices, a model is loaded that is not trained."""
+    group = parser.add_argument_group("loading")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights, which are corrupted in it; default: %(default)s, the one that the model's configuration "
+        "names, or else its files",
+    )
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, ...; default: cuda where there is one")
+    group.add_argument(
+        "--device-map",
+        type=device_map,
+        metavar="MAP",
+        help=f"instead of --device: {', '.join(DEVICE_MAPS)}; or devices (0, cuda:1, cpu, disk) by module, as a JSON "
+        "object or a file of it. What it offloads, to the CPU beside an accelerator or to the disk, is not corrupted",
+    )
+    group.add_argument(
+        "--offload-folder",
+        metavar="DIR",
+        help="for weights on the disk that cannot be read from the model's own files: those that are not safetensors",
+    )
+
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu")
+
+
+def device_map(word: str) -> str | dict[str, str | int]:
+    """Return where the modules of a model go: a word of Accelerate's, or devices by module, in JSON or a file of it.
+
+    Examples:
+        >>> device_map("auto"), device_map('{"model": 0, "lm_head": "disk"}')
+        ('auto', {'model': 0, 'lm_head': 'disk'})
+    """
+    if word in DEVICE_MAPS:
+        return word
+    try:
+        found: Any = json.loads(
+            word if word.lstrip().startswith(("{", "[")) else Path(word).read_text(encoding="utf-8")
+        )
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected {', '.join(DEVICE_MAPS)}, a JSON object, or a file of one, got {word!r}"
+            f"{nearest(word, DEVICE_MAPS)}"
+        ) from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected JSON, got {word!r} ({error})") from error
+    devices = list(found.values()) if isinstance(found, dict) else []
+    if not devices or not all(isinstance(one, str) or type(one) is int for one in devices):
+        raise argparse.ArgumentTypeError(
+            f'expected devices by module such as {{"model.layers.0": 0, "lm_head": "disk"}}, got {found!r}'
+        )
+    return dict(found)
 
 
 def add_windows(parser: Parser) -> None:
@@ -506,7 +577,6 @@ def add_running(parser: Parser) -> None:
     """Add what says how a measurement runs, and where its results go."""
     group = parser.add_argument_group("run and results")
     group.add_argument("--batch-size", type=at_least(1), default=32, metavar="N", help="default: %(default)s")
-    group.add_argument("--device", metavar="NAME", help="cpu, cuda, ...; default: cuda where there is one")
     group.add_argument("--saved-on", metavar="NAME", help="where weights are kept while corrupted; default: with them")
     group.add_argument("--output-dir", metavar="DIR", help="keep the record and its pages there; go on after a stop")
     group.add_argument("--json", action="store_true", help="print the record as JSON, and nothing else")

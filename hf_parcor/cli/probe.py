@@ -13,6 +13,7 @@ from hf_parcor.cli.parsing import (
     Command,
     Parser,
     add_corruptions,
+    add_loading,
     add_running,
     add_subject,
     add_target_modules,
@@ -54,6 +55,7 @@ class Probe(Command):
         """Add what `--help` shows."""
         add_subject(parser)
         add_windows(parser)
+        add_loading(parser)
         group = parser.add_argument_group("parts")
         group.add_argument(
             "--group",
@@ -72,24 +74,25 @@ class Probe(Command):
         own = {name: [name] for name in arguments.target_modules or ()}
         group = arguments.group or (None if own else "layers")
         if arguments.quick:
-            first_look(arguments, lambda model: _groups(model, group, own))
+            first_look(arguments, lambda model: _parts(model, group, own))
         elif arguments.recipe is None:
             self._probe(arguments, group, own)
         else:
-            choose(arguments, lambda model: _groups(model, arguments.group, own) or None)
+            choose(arguments, lambda model: _parts(model, arguments.group, own) or None)
 
     def _probe(self, arguments: argparse.Namespace, group: str | None, own: Mapping[str, list[str]]) -> None:
         def build(subject: Subject, how: dict[str, Any]) -> LayerProbe:
             from hf_parcor.evaluation import LayerProbe
 
-            targets = _groups(subject.model, group, own) if own or group is None else group
-            return LayerProbe(subject.model, subject.metric, targets=targets, **how)
+            return LayerProbe(subject.model, subject.metric, targets=_parts(subject.model, group, own), **how)
 
         measure(arguments, lambda: asked_for(arguments, _STRENGTHS), PROBE, build)
 
 
-def _groups(model: Any, group: str | None, own: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Return the parts of a model by name: those of a grouping, if one is named, and one's own."""
+def _parts(model: Any, group: str | None, own: Mapping[str, list[str]]) -> Mapping[str, Any] | str:
+    """Return the name of a grouping; or one's own parts of a model by name, with those of a grouping, if any."""
+    if group is None or not own:
+        return group or own
     from hf_parcor.targets import GROUPINGS
 
-    return {**(GROUPINGS[group](model) if group else {}), **own}
+    return {**GROUPINGS[group](model), **own}

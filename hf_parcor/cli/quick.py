@@ -12,7 +12,7 @@ from hf_parcor.cli.evaluate import asked_for
 from hf_parcor.cli.parsing import Parser
 from hf_parcor.cli.recipe import scored
 from hf_parcor.cli.sources import check_sources, read_data
-from hf_parcor.cli.terminal import going_on, how_to_go_on, output_folder, refused, show_answer, speaks, tell
+from hf_parcor.cli.terminal import going_on, how_to_go_on, output_folder, refused, show_answer, speaks, tell, writing
 from hf_parcor.errors import InputError
 
 QUICK = "quick.json"
@@ -68,7 +68,7 @@ def first_look(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -
         report = FirstLookReport(scores)
     if folder is not None:
         path = folder / QUICK
-        with refused(OSError):
+        with writing():
             scores.save(path)
             pages = [report.to_html(path.with_suffix(".html")), report.to_markdown(path.with_suffix(".md"))]
         tell(f"the record is in {path}, its pages are {' and '.join(map(str, pages))}")

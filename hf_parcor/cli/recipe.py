@@ -6,13 +6,14 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_parcor.cli.evaluate import asked_for
 from hf_parcor.cli.parsing import Parser, at_least, number
 from hf_parcor.cli.sources import check_sources, read_data
-from hf_parcor.cli.terminal import going_on, how_to_go_on, output_folder, refused, show_answer, speaks, tell
+from hf_parcor.cli.terminal import going_on, how_to_go_on, output_folder, refused, show_answer, speaks, tell, writing
 from hf_parcor.errors import nearest
 
 if TYPE_CHECKING:
@@ -115,13 +116,13 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
                 checkpoint=checkpoints[2],
                 **how,
             )
-        measured = measured.stating(scores.metric, **stated)
+        measured = measured.stating(scores.metric, **stated).told(scores.flags)
     if not speaks():
         return
     with refused(ImportError):
         report = RecipeReport(scores, chosen, measured)
     if folder is not None:
-        with refused(OSError):
+        with writing():
             scores.save(folder / SENSITIVITY)
             measured.save(folder / MEASURED)
             exports = export_recipe(chosen, folder)
@@ -159,6 +160,7 @@ def scored(
     from hf_parcor.cli.subject import find_device, load_subject
     from hf_parcor.evaluation import CheckpointError, NotEnoughMemoryError
     from hf_parcor.indicators import sensitivity
+    from hf_parcor.targets import TargetError
 
     saved_on = None if arguments.saved_on is None else find_device(arguments.saved_on, "--saved-on")
     subject = load_subject(arguments, *data)
@@ -170,7 +172,7 @@ def scored(
     }
     with refused(ValueError, TypeError):
         groups = groups_of(subject.model)
-    with refused(CheckpointError, NotEnoughMemoryError, TypeError):
+    with refused(CheckpointError, NotEnoughMemoryError, TargetError, TypeError):
         scores = sensitivity(
             subject.model,
             subject.metric,
@@ -184,4 +186,5 @@ def scored(
             **how,
         )
     metric = subject.shown(scores.clean)
-    return subject, how, scores.stating(metric, greater_is_better=arguments.greater_is_better, unit=arguments.unit)
+    scores = scores.stating(metric, greater_is_better=arguments.greater_is_better, unit=arguments.unit)
+    return subject, how, replace(scores, flags={**arguments.told, **subject.told})

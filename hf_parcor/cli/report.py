@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from hf_parcor.cli.parsing import Command, Parser, add_meaning
-from hf_parcor.cli.terminal import PROBE, ROBUSTNESS, refused, show_verdict, tell, write_report
+from hf_parcor.cli.terminal import PROBE, ROBUSTNESS, refused, show_verdict, tell, write_report, writing
 from hf_parcor.errors import InputError
 from hf_parcor.records import EvaluationRecord, SweepRecord
 from hf_parcor.records.comparable import DEFENSE_CONFIG_NAME, differences
@@ -58,7 +58,8 @@ class Report(Command):
 
 def _show(report: RobustnessReport, pages: Sequence[Path], arguments: argparse.Namespace, table: str = "") -> None:
     """Write the pages, and print the verdict, under a table if there is one, or all as JSON."""
-    written = write_report(report, pages)
+    with writing("--pages"):
+        written = write_report(report, pages)
     if written:
         tell(f"wrote {' and '.join(map(str, written))}")
     if arguments.json:

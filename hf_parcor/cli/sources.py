@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_parcor.cli.parsing import BETWEEN_ROWS, LM_EVAL, WINDOWED, pairs
-from hf_parcor.cli.terminal import refused, tell
+from hf_parcor.cli.parsing import BETWEEN_ROWS, WINDOWED, pairs
+from hf_parcor.cli.terminal import check_output_folder, refused, tell
 from hf_parcor.errors import InputError, one_line
 from hf_parcor.hub_data import failures_of_hub
+from hf_parcor.records.metric_info import LM_EVAL
 from hf_parcor.records.stored import read_strict_json
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def check_sources(arguments: argparse.Namespace) -> None:
     pairs(arguments.column or [], "--column")
     _check_windows(arguments)
     _check_lm_eval(arguments)
+    _check_loading(arguments)
     _check_model(arguments.model, arguments.revision)
     for source in (arguments.dataset, getattr(arguments, "train_dataset", None)):
         if source is not None:
@@ -107,6 +110,29 @@ def _check_lm_eval(arguments: argparse.Namespace) -> None:
         raise InputError(
             f"--metric: expected lm-eval for {arguments.metric!r}, got none; pip install 'hf-parcor[lm-eval]'"
         )
+
+
+def _check_loading(arguments: argparse.Namespace) -> None:
+    """Refuse flags of `add_loading` that do not go together; `train` has none.
+
+    Raises:
+        InputError: A device beside a map of devices, a map in each of several processes, or a folder that nothing is
+            offloaded to, or that cannot be written to.
+    """
+    devices, folder = getattr(arguments, "device_map", None), getattr(arguments, "offload_folder", None)
+    if devices is None:
+        if folder is not None:
+            raise InputError(f"--offload-folder: expected it with --device-map, got {folder!r} alone; add a map")
+        return
+    if arguments.device is not None:
+        raise InputError(f"--device: expected none with --device-map, got {arguments.device!r}; leave one of them out")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(
+            f"--device-map: expected one process, got {os.environ['WORLD_SIZE']}, of which each would take the same "
+            "devices; start one, or leave the map out"
+        )
+    if folder is not None:
+        check_output_folder(folder, "--offload-folder")
 
 
 def _check_model(name: str, revision: str) -> None:

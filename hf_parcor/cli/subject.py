@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hf_parcor.cli.sources import windows_of
 from hf_parcor.cli.terminal import refused, tell
-from hf_parcor.errors import InputError
+from hf_parcor.errors import InputError, nearest
 from hf_parcor.evaluation import BatchMetric, LmEvalMetric
 from hf_parcor.records import EvaluationData
 from hf_parcor.tasks import Encoding, Processed, Rows, Task, check_head, task_named, task_of
@@ -27,6 +28,8 @@ class Subject:
         shown: Returns which of the numbers that the metric found is to be reported.
         data: What records call the data.
         task: The Hub's name of the task.
+        told: Flags that a record has to name since it calls metric and data otherwise: of lm-eval, whose gradients
+            are of other data.
     """
 
     model: Any
@@ -35,10 +38,11 @@ class Subject:
     shown: Callable[[Mapping[str, Any]], str]
     data: EvaluationData
     task: str
+    told: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_subject(arguments: argparse.Namespace, rows: Rows, given: Mapping[str, str]) -> Subject:
-    """Return what the flags of `add_subject` and `add_running` name.
+    """Return what the flags of `add_subject`, `add_loading` and `add_running` name.
 
     Args:
         arguments: These flags.
@@ -48,12 +52,18 @@ def load_subject(arguments: argparse.Namespace, rows: Rows, given: Mapping[str, 
     Raises:
         InputError: There is no such model, column, metric or device, or they do not fit together.
     """
-    device = find_device(arguments.device)
+    device = None if arguments.device_map else find_device(arguments.device)
     rows = rows.first(arguments.limit)
     task, columns = find_task(arguments, rows, given)
     origin = origin_of(arguments)
     check_head(task, arguments.model, **origin)
-    model = task.load_model(arguments.model, **origin).to(device)
+    with warnings.catch_warnings():  # refused below
+        warnings.filterwarnings("ignore", ".*device_map keys do not match")
+        model = task.load_model(arguments.model, **origin, **_loading_of(arguments))
+    if device is None:
+        _check_map(arguments.device_map, model)
+    else:
+        model = model.to(device)
     processor = task.load_processor(arguments.model, **origin)
     processed = prepared(arguments, task, model, processor)
     return measured(task, processed, rows, columns, arguments.batch_size, arguments.metric)
@@ -62,6 +72,42 @@ def load_subject(arguments: argparse.Namespace, rows: Rows, given: Mapping[str, 
 def origin_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return which version of a model is loaded, and whether it may bring code, as `from_pretrained` takes it."""
     return {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
+
+
+def _loading_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the flags of `add_loading` say, as `from_pretrained` takes it.
+
+    Raises:
+        InputError: A device of the map is not here.
+    """
+    settings = {"dtype": arguments.dtype}
+    if arguments.device_map is None:
+        return settings
+    if not isinstance(arguments.device_map, str):
+        for device in dict.fromkeys(arguments.device_map.values()):
+            if device != "disk":
+                find_device(device, "--device-map")
+    return {**settings, "device_map": arguments.device_map, "offload_folder": arguments.offload_folder}
+
+
+def _check_map(device_map: Mapping[str, Any] | str, model: Any) -> None:
+    """Refuse a map of other modules than the model's, or without some of them: Transformers leaves these on the CPU.
+
+    Raises:
+        InputError: It is such a map.
+    """
+    if isinstance(device_map, str):
+        return
+    weights = [name for name, _ in model.named_parameters()]
+    modules = {name for name, _ in model.named_modules()}.union(weights)
+    for name in device_map:
+        if name not in modules:
+            raise InputError(
+                f"--device-map: expected modules of the model, got {name!r}{nearest(name, modules)}; mend its name"
+            )
+    for name in weights:
+        if not any(part in ("", name) or name.startswith(f"{part}.") for part in device_map):
+            raise InputError(f"--device-map: expected a device for every weight, got none for {name}; add its module")
 
 
 def find_task(arguments: argparse.Namespace, rows: Rows, given: Mapping[str, str]) -> tuple[Task, dict[str, str]]:
@@ -95,7 +141,15 @@ def measured(
     if isinstance(measuring, LmEvalMetric):
         of_tasks = measuring.primary_metric
         data = EvaluationData(f"lm-eval: {', '.join(measuring.tasks)}")
-        return Subject(processed.model, measuring, batches, lambda found: task.shown(of_tasks, found), data, task.name)
+        return Subject(
+            processed.model,
+            measuring,
+            batches,
+            lambda found: task.shown(of_tasks, found),
+            data,
+            task.name,
+            {**rows.data.flags, "metric": name},
+        )
     return Subject(processed.model, measuring, None, lambda found: task.shown(name, found), rows.data, task.name)
 
 
@@ -118,7 +172,7 @@ def prepared(arguments: argparse.Namespace, task: Task, model: Any, processor: A
     return processed
 
 
-def find_device(name: str | None, flag: str = "--device") -> Any:
+def find_device(name: str | int | None, flag: str = "--device") -> Any:
     """Return a device that can hold tensors; of several processes each gets its own.
 
     Raises:
@@ -128,7 +182,8 @@ def find_device(name: str | None, flag: str = "--device") -> Any:
 
     of_process = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device(name or (of_process if torch.cuda.is_available() else "cpu"))
+        by_default = of_process if torch.cuda.is_available() else "cpu"
+        device = torch.device(by_default if name is None else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

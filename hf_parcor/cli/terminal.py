@@ -54,6 +54,15 @@ def refused(*kinds: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
+def writing(flag: str = "--output-dir") -> Iterator[None]:
+    """Let what cannot be written be a user's mistake, of the flag that named its place."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{flag}: expected places that can be written to, got {error}; name others") from error
+
+
+@contextmanager
 def going_on(how: str) -> Iterator[None]:
     """Let Ctrl-C say how the work goes on."""
     try:
@@ -76,8 +85,8 @@ def output_folder(name: str | None) -> Path | None:
     return folder
 
 
-def check_output_folder(name: str) -> None:
-    """Refuse a folder for results that cannot be made, or written to.
+def check_output_folder(name: str, flag: str = "--output-dir") -> None:
+    """Refuse a folder that cannot be made, or written to.
 
     Raises:
         InputError: A file is in its place, or a folder above it is not ours.
@@ -87,7 +96,7 @@ def check_output_folder(name: str) -> None:
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(
-            f"--output-dir: expected a folder that can be written to, got {name}, where {there} is "
+            f"{flag}: expected a folder that can be written to, got {name}, where {there} is "
             f"{'one that cannot' if there.is_dir() else 'a file'}; name another"
         )
 
@@ -117,9 +126,9 @@ def show(record: EvaluationRecord | SweepRecord, metric: str, path: Path | None,
     with refused(ImportError):
         report = RobustnessReport(record, metric)
     if path is not None:
-        with refused(OSError):
+        with writing():
             record.save(path)
-        pages = write_report(report, [path.with_suffix(suffix) for suffix in (".html", ".md")])
+            pages = write_report(report, [path.with_suffix(suffix) for suffix in (".html", ".md")])
         tell(f"the record is in {path}, its pages are {' and '.join(map(str, pages))}")
     if as_json:
         print(record.to_json(), end="")
@@ -156,12 +165,5 @@ def show_answer(
 
 
 def write_report(report: RobustnessReport, paths: Iterable[Path]) -> list[Path]:
-    """Write pages, in the format that the name of each says.
-
-    Raises:
-        InputError: A page cannot be written.
-    """
-    try:
-        return [report.to_markdown(path) if path.suffix == ".md" else report.to_html(path) for path in paths]
-    except OSError as error:
-        raise InputError(f"--pages: expected places that can be written to, got {error}; name others") from error
+    """Write pages, in the format that the name of each says."""
+    return [report.to_markdown(path) if path.suffix == ".md" else report.to_html(path) for path in paths]

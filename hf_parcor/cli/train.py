@@ -43,6 +43,8 @@ class Train(Command):
             **dict.fromkeys(
                 ("rho", "epsilon", "defense-rho", "sam-rho"), "the radius is called epsilon here: --defense-epsilon"
             ),
+            "dtype": "precision is the Trainer's: --bf16, --fp16",
+            **dict.fromkeys(("device-map", "offload-folder"), "what is offloaded cannot be defended: leave it out"),
             **dict.fromkeys(("gamma", "awp-gamma"), "it is --defense-epsilon with --defense-per-tensor true"),
         }
     )
@@ -319,6 +321,9 @@ def _measure(
     of_best = trainer.args.metric_for_best_model in (None, metric, f"eval_{metric}")  # the Trainer's flag of that name
     greater = arguments.greater_is_better if of_best else None
     record = record.stating(metric, greater_is_better=greater, unit=arguments.unit)
+    of_source = ("revision", "trust_remote_code")  # the model that was trained has none
+    told = {flag: value for flag, value in arguments.told.items() if flag not in of_source}
+    record = record.told({**told, **subject.told})
     if corruptions:
         show(record, metric, Path(str(trainer.args.output_dir)) / ROBUSTNESS)
     else:

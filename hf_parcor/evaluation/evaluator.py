@@ -14,7 +14,7 @@ from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.identity import described, library_versions, model_name, norm_of, task_of
 from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric
-from hf_parcor.evaluation.reach import OutOfReachError, Reach, target_of
+from hf_parcor.evaluation.reach import Reach, target_of
 from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 from hf_parcor.functional.vectors import numel
@@ -22,7 +22,6 @@ from hf_parcor.injection import Device, check_weights, forget_derived
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.evaluation import EvaluationRecord, SweepRecord
 from hf_parcor.records.metric_info import MetricInfo
-from hf_parcor.targets import GROUPINGS, TargetError
 
 logger = logging.get_logger(__name__)
 
@@ -49,35 +48,10 @@ class _Evaluator:
     ) -> None:
         self._model = measurable_model(model)
         reach = Reach(self._model)
-        if isinstance(targets, str):
-            if targets not in GROUPINGS:
-                raise TargetError(
-                    f"targets: expected {', '.join(GROUPINGS)} or targets by name, got {targets!r}; give targets of "
-                    "your own a name each, {'name': targets}"
-                )
-            self._targets: Mapping[str, Any] = {
-                label: {"target_modules": group} for label, group in GROUPINGS[targets](reach.model).items()
-            }
-        else:
-            self._targets = targets
-        if not self._targets:
-            raise ValueError("targets: expected at least one, got none; name the modules to corrupt")
-        selections, left_out = {}, []
-        for label, target in self._targets.items():
-            try:
-                selections[label] = reach.select(**target)
-            except OutOfReachError as error:
-                if isinstance(targets, Mapping):  # what was named is meant
-                    raise
-                left_out.append(f"{label} was left out: {error.described}")
+        selections, self._targets = reach.select_groups(targets)
         if not selections:
-            raise TargetError(
-                f"targets: expected parts that can be corrupted, got {'; '.join(left_out)}; load the model in float32 "
-                "or bfloat16, without quantization and offloading"
-            )
-        for sentence in left_out:
-            logger.warning(f"{sentence}.")
-        self._out_of_reach = {label: (*selection.notes, *left_out) for label, selection in selections.items()}
+            raise ValueError("targets: expected at least one, got none; name the modules to corrupt")
+        self._out_of_reach = {label: selection.notes for label, selection in selections.items()}
         self._groups = {label: selection.parameters for label, selection in selections.items()}
         for parameters in self._groups.values():
             check_weights(parameters)
@@ -150,7 +124,8 @@ class CorruptionEvaluator(_Evaluator):
         loss: `loss(model, batch)` returns the mean loss of a batch; the default takes the model's own.
         target_modules: Which modules may be corrupted, as in `select_parameters`. None, the default, for all
             parameters that can be trained (all, if none can), as in the Trainer: fixed tables such as sinusoidal
-            positions are no result of training. Frozen weights, such as those under an adapter, can be named.
+            positions are no result of training. Of a PEFT model these are the adapters alone, which the record notes:
+            name "all" for the weights under them too.
             Weights that cannot be corrupted (quantized, packed or offloaded ones, see `Reach`) are left as they are,
             counted, logged as a warning and noted in the record.
         exclude_modules: As in `select_parameters`.

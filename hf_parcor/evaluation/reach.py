@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
 
 from hf_parcor.injection import obstacle
-from hf_parcor.targets import Selector, TargetError, sinusoidal_tables
+from hf_parcor.targets import GROUPINGS, Selector, TargetError, sinusoidal_tables
 
 logger = logging.get_logger(__name__)
 
@@ -86,7 +86,8 @@ class Reach:
         """Select parameters as `select_trainable` does, without those that are out of reach; these are counted.
 
         Where no target is named, weights that cannot be trained as they are count too, unless other parameters are
-        frozen: then it was decided what belongs to the target, as with an adapter on a quantized model.
+        frozen: then it was decided what belongs to the target, as with an adapter on a quantized model. How many
+        frozen ones are left out is said.
 
         Args:
             target_modules: As in `select_trainable`.
@@ -97,8 +98,9 @@ class Reach:
             OutOfReachError: All that is left is out of reach. A `TargetError`.
         """
         chosen = self._selector.select_trainable(target_modules, **selection)
+        notes = self._left_frozen(chosen, selection) if target_modules is None else ()
         if not self._unreachable:
-            return Selection(chosen)
+            return Selection(chosen, notes)
         if target_modules is None and not self._has_frozen():
             everything = self._selector.select("all", **selection)
             chosen = {
@@ -112,12 +114,68 @@ class Reach:
             asked = "all weights" if target_modules is None else repr(target_modules)
             raise OutOfReachError(asked, self._described(outside))
         if not outside:
-            return Selection(inside)
+            return Selection(inside, notes)
         within = sum(parameter.numel() for parameter in inside.values())
         count = sum(self._unreachable[parameter][1] for parameter in outside)
         note = f"corrupted {within:,} of {within + count:,} weights: {self._described(outside)}"
         logger.warning_once(f"target_modules: {note}; what is measured holds for the others alone.")
-        return Selection(inside, (note,))
+        return Selection(inside, (note, *notes))
+
+    def select_groups(
+        self, targets: Mapping[str, Mapping[str, Any]] | str
+    ) -> tuple[dict[str, Selection], Mapping[str, Mapping[str, Any]]]:
+        """Select several targets: those of a grouping without what is out of reach, or those that are named.
+
+        Args:
+            targets: What `select` takes, by the name that it shall have; or "layers", "kinds", "modules", "adapters".
+
+        Returns:
+            What each target stands for, with a sentence on each that was left out; and the targets.
+
+        Raises:
+            TargetError: There is no such grouping, or something finds nothing, or nothing is left.
+            OutOfReachError: Nothing of a target that is named can be corrupted. A `TargetError`.
+        """
+        if not isinstance(targets, str):
+            return {label: self.select(**target) for label, target in targets.items()}, targets
+        if targets not in GROUPINGS:
+            raise TargetError(
+                f"targets: expected {', '.join(GROUPINGS)} or targets by name, got {targets!r}; give targets of "
+                "your own a name each, {'name': targets}"
+            )
+        grouped = {label: {"target_modules": group} for label, group in GROUPINGS[targets](self.model).items()}
+        found, left_out = {}, []
+        for label, target in grouped.items():
+            try:
+                found[label] = self.select(**target)
+            except OutOfReachError as error:
+                left_out.append(f"{label} was left out: {error.described}")
+        if grouped and not found:
+            raise TargetError(
+                f"targets: expected parts that can be corrupted, got {'; '.join(left_out)}; load the model in float32 "
+                "or bfloat16, without quantization and offloading"
+            )
+        for sentence in left_out:
+            logger.warning(f"{sentence}.")
+        noted = {label: Selection(one.parameters, (*one.notes, *left_out)) for label, one in found.items()}
+        return noted, grouped
+
+    def _left_frozen(self, chosen: Mapping[str, nn.Parameter], selection: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return a sentence on frozen weights that could be corrupted, and are not, if there are any."""
+        if not self._has_frozen():
+            return ()
+        fixed = sinusoidal_tables(self.model)
+        left = [
+            parameter
+            for name, parameter in self._selector.select("all", **selection).items()
+            if name not in chosen and parameter not in self._unreachable and parameter not in fixed
+        ]
+        count, trained = (sum(one.numel() for one in some) for some in (left, chosen.values()))
+        if not left:
+            return ()
+        note = f"corrupted {trained:,} weights, those that are trained, and none of the {count:,} frozen ones"
+        logger.warning_once(f'target_modules: {note}, as under an adapter; for these too: target_modules="all".')
+        return (note,)
 
     def _has_frozen(self) -> bool:
         fixed = sinusoidal_tables(self.model)

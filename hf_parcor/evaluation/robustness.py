@@ -96,7 +96,8 @@ def measure_robustness(
         seed: First seed.
         eval_dataset: One data set, or the name of one of the Trainer's; None for the Trainer's own.
         metric_key_prefix: As in `Trainer.evaluate`.
-        target_modules: Which modules are corrupted, as in `CorruptionEvaluator`.
+        target_modules: Which modules are corrupted, as in `CorruptionEvaluator`: None for what is trained, of a PEFT
+            model its adapters alone, and "all" for all weights.
         metric_info: What the metrics' numbers mean, as in `CorruptionEvaluator`, by their names without prefix. None
             for what `greater_is_better` says of `metric_for_best_model`, and the names of the others.
 

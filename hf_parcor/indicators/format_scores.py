@@ -29,6 +29,7 @@ from hf_parcor.model_state import evaluation_mode
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.metric_info import MetricInfo, stated_by
 from hf_parcor.records.sensitivity import FISHER, FormatScore, SensitivityRecord, WeightGroup
+from hf_parcor.targets import TargetError
 from hf_parcor.targets.kinds import linear_modules
 
 Format = Quantization | FloatQuantization
@@ -47,7 +48,7 @@ def sensitivity(
     model: nn.Module,
     metric: Metric | Iterable[Batch],
     formats: Sequence[Format] = FORMATS,
-    groups: Mapping[str, str | Collection[str]] | None = None,
+    groups: Mapping[str, str | Collection[str]] | str | None = None,
     *,
     batches: Iterable[Batch] | None = None,
     budget: int | None = None,
@@ -87,7 +88,8 @@ def sensitivity(
         formats: `Quantization` and `FloatQuantization`; the default is `FORMATS`. One that does not fit a group, as
             groups of 32 in a matrix of 48 columns, is left out there, and noted.
         groups: What gets one format together, by the name that it shall have: as the targets of a `LayerProbe`, from
-            `by_module`, `by_layer` or `by_kind`, say. None, the default, for each linear module by itself, without
+            `by_module`, `by_layer` or `by_kind`, say; or "layers", "kinds", "modules" or "adapters", without those
+            that cannot be written into, which are noted. None, the default, for each linear module by itself, without
             output layers, which tools leave out too.
         batches: Data for the pass; None, the default, for those of the metric if it is a `BatchMetric`.
         budget: How many cells are measured; None, the default, for all, 0 for none. A larger one goes on from the
@@ -285,7 +287,7 @@ def _shown(metric: Metric, names: Sequence[str]) -> str:
 
 
 def _selected(
-    reach: Reach, groups: Mapping[str, str | Collection[str]] | None
+    reach: Reach, groups: Mapping[str, str | Collection[str]] | str | None
 ) -> tuple[dict[str, dict[str, nn.Parameter]], list[str]]:
     """Return the matrices of each group by their names, and sentences on what is left out."""
     found: dict[str, dict[str, nn.Parameter]] = {}
@@ -299,13 +301,15 @@ def _selected(
     else:
         seen: dict[nn.Parameter, str] = {}
         without = []
-        for label, target in groups.items():
-            selection = reach.select(target)
-            notes += selection.notes
+        selections, _ = reach.select_groups(
+            groups if isinstance(groups, str) else {name: {"target_modules": one} for name, one in groups.items()}
+        )
+        for label, selection in selections.items():
+            notes += [sentence for sentence in selection.notes if sentence not in notes]
             matrices = {n: one for n, one in selection.parameters.items() if one.ndim >= _FEWEST_DIMENSIONS}
             for name, weight in matrices.items():
                 if weight in seen:
-                    raise ValueError(
+                    raise TargetError(
                         f"groups: expected every weight in one group, got {name} in {seen[weight]!r} and {label!r}; "
                         "group by_module, by_layer or by_kind"
                     )
@@ -317,7 +321,7 @@ def _selected(
         if without:
             notes.append(f"{_some(without)} have no matrices, and stay as they are")
     if not found:
-        raise ValueError("groups: expected at least one with a matrix, got none; name linear modules")
+        raise TargetError("groups: expected at least one with a matrix, got none; name linear modules")
     return found, notes
 
 

@@ -216,7 +216,7 @@ class _Problem:
             nearest = fewest / self._total
             raise BudgetError(
                 f"bits: expected {nearest:.6g} or more, the fewest that these formats take, got {bits:g}; raise it, "
-                "or let sensitivity try smaller formats",
+                "or score smaller formats too (formats=)",
                 nearest,
             )
         return self._solved(self._costs, self._bits, bits * self._total)

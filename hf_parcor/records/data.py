@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 _SOURCE = re.compile(r"hf://datasets/([^@/]+/[^@/]+)@([0-9a-f]{40})/")
+_SPLIT = re.compile(r"(?P<split>[^\[\]:]*)(?:\[:(?P<limit>\d+)\])?")
 _LOADERS = ("csv", "json", "pandas", "parquet", "text", "generator", "arrow")
 _UNNAMED = "the evaluation data"
 
@@ -41,6 +42,21 @@ class EvaluationData:
     def size(self) -> str:
         """The number of rows, in words; "" if unknown."""
         return "" if self.rows is None else f"{self.rows:,} row{'s' * (self.rows != 1)}"
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """The data as the command line names them; empty where it cannot: for rows that were drawn, or unnamed data.
+
+        Examples:
+            >>> EvaluationData("reviews", id="org/reviews", split="test[:100]").flags
+            {'dataset': 'org/reviews', 'split': 'test', 'limit': '100'}
+        """
+        split = _SPLIT.fullmatch(self.split)
+        source = self.id or self.name
+        if split is None or source == _UNNAMED:
+            return {}
+        found = {"dataset": source, "dataset_config": self.config, **split.groupdict()}
+        return {flag: value for flag, value in found.items() if value}
 
     @property
     def is_known(self) -> bool:

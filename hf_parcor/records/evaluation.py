@@ -115,6 +115,8 @@ class EvaluationRecord(StoredRecord):
             before it was kept: read it by `info`.
         evaluated_on: The data of the metrics; None where nobody said, and in records from before it was kept.
         task: The Hub's name of the task, such as "text-classification"; "" as before.
+        flags: What else `hf-parcor` was told, by the names of its flags: how model and data were loaded. Empty where
+            nothing was, or where it was not the command that measured.
         format: Version of this layout.
 
     Examples:
@@ -142,6 +144,7 @@ class EvaluationRecord(StoredRecord):
     metric_info: Mapping[str, MetricInfo] = field(default_factory=dict)
     evaluated_on: EvaluationData | None = None
     task: str = ""
+    flags: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
     kind: ClassVar[str] = "record"
     remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
@@ -176,6 +179,10 @@ class EvaluationRecord(StoredRecord):
         """
         info = self.info(metric).stating(greater_is_better=greater_is_better, unit=unit)
         return replace(self, metric_info={**self.metric_info, metric: info})
+
+    def told(self, flags: Mapping[str, Any]) -> EvaluationRecord:
+        """Return the record with these `flags`."""
+        return replace(self, flags=flags)
 
     def rows(self) -> list[CorruptionRecord]:
         """Return the clean record and then all others."""
@@ -238,7 +245,7 @@ def _corruption_record(data: dict[str, Any]) -> CorruptionRecord:
 
 
 SWEEP_FORMAT = 1
-_SHARED = ("model", "clean", "data", "versions", "metric_info", "evaluated_on", "task")
+_SHARED = ("model", "clean", "data", "versions", "metric_info", "evaluated_on", "task", "flags")
 
 
 @dataclass(frozen=True)
@@ -318,6 +325,10 @@ class SweepRecord(StoredRecord):
             for label, record in self.records.items()
         }
         return replace(self, records=stated)
+
+    def told(self, flags: Mapping[str, Any]) -> SweepRecord:
+        """Return the record with these `flags` in that of each group."""
+        return replace(self, records={label: record.told(flags) for label, record in self.records.items()})
 
     @property
     def evaluated_on(self) -> EvaluationData | None:

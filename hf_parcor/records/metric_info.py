@@ -18,6 +18,8 @@ LABEL_UNITS = "label units"
 """The unit of what is predicted, such as a mean absolute error."""
 SQUARED_LABEL_UNITS = "squared label units"
 """The square of it, such as a mean squared error."""
+LM_EVAL = "lm-eval="
+"""How a metric is called that is tasks of lm-eval, before their names."""
 
 _DIRECTION, _UNIT = "greater_is_better", "unit"
 

@@ -84,6 +84,7 @@ class SensitivityRecord(StoredRecord):
         task: The Hub's name of the task.
         versions: Versions of the libraries.
         notes: What was noticed, in sentences.
+        flags: As in `EvaluationRecord`.
         format: Version of this layout.
 
     Examples:
@@ -121,6 +122,7 @@ class SensitivityRecord(StoredRecord):
     task: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    flags: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
     kind: ClassVar[str] = "sensitivity record"
     remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"

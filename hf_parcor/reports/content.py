@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import re
 import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -267,9 +267,6 @@ def measured_on(study: Study) -> str:
     return f"Measured on {named}{f', {tasks}' * bool(tasks)}." if named else ""
 
 
-_SPLIT = re.compile(r"(?P<split>[^\[\]:]*)(?:\[:(?P<limit>\d+)\])?")
-
-
 def commands(study: Study) -> list[str]:
     """Return the command lines that measure the same, one a record; none where a record was made in another way.
 
@@ -287,25 +284,48 @@ def commands(study: Study) -> list[str]:
 def _command(study: Study, groups: Mapping[str, EvaluationRecord], grouping: str) -> str:
     """Return the command line that measures a model's groups, which a grouping may have made; "" if there is none."""
     first = next(iter(groups.values()))
-    data, words = first.evaluated_on, corruption_words(first)
-    split = None if data is None else _SPLIT.fullmatch(data.split)
+    words = corruption_words(first)
+    data = {} if first.evaluated_on is None else first.evaluated_on.flags
     targets = [dict(record.target) for record in groups.values()]
     probed = len(groups) > 1 or bool(grouping)
     own = [target == {"target_modules": [group]} for group, target in zip(groups, targets, strict=True)]
-    if data is None or not data or split is None or not words or (probed and not grouping and not all(own)):
+    if not (data or "dataset" in first.flags) or not words or (probed and not grouping and not all(own)):
         return ""
     if not probed and not set(targets[0]) <= {"target_modules", "exclude_modules"}:
         return ""
-    flags = {"--dataset": [data.id or data.name], "--dataset-config": [data.config], "--split": [split["split"]]}
-    flags |= {"--limit": [split["limit"] or ""], "--task": [first.task]}
     named: Mapping[str, Any] = {"target_modules": list(groups)} if probed else targets[0]
-    for name, value in ({"group": grouping} if grouping else named).items():
-        flags[f"--{name.replace('_', '-')}"] = [value] if isinstance(value, str) else list(map(str, value or ()))
     seeds = [seed for row in first.corruptions for seed in row.seeds]
-    flags |= {"--corruptions": words, "--trials": [str(max(len(row.seeds) for row in first.corruptions))]}
-    flags |= {"--seed": [str(min(seeds))], "--metric": [study.metric]}
-    given = [word for flag, values in flags.items() if any(values) for word in (flag, *values)]
-    return shlex.join(["hf-parcor", "probe" if probed else "evaluate", first.model, *given])
+    flags: dict[str, Any] = {**({} if "dataset" in first.flags else data), "task": first.task}
+    flags |= {"group": grouping} if grouping else named
+    flags |= {"corruptions": words, "trials": max(len(row.seeds) for row in first.corruptions), "seed": min(seeds)}
+    flags |= {"metric": study.metric, **first.flags}
+    return shlex.join(["hf-parcor", "probe" if probed else "evaluate", first.model, *flag_words(flags)])
+
+
+def flag_words(flags: Mapping[str, Any]) -> list[str]:
+    """Return flags by name as words of a command line, without those that are empty.
+
+    Examples:
+        >>> flag_words({"dtype": "bfloat16", "device_map": {"lm_head": "cpu"}, "greater_is_better": False})
+        ['--dtype', 'bfloat16', '--device-map', '{"lm_head": "cpu"}', '--no-greater-is-better']
+        >>> flag_words({"target_modules": ["key", "query"], "column": ["text=review", "label=stars"], "task": ""})
+        ['--target-modules', 'key', 'query', '--column', 'text=review', '--column', 'label=stars']
+    """
+    words: list[str] = []
+    for name, value in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, Mapping):
+            words += [flag, json.dumps(value)]
+        elif name in _REPEATED:
+            words += [word for entry in value for word in (flag, entry)]
+        elif value not in (None, "", []):
+            words += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return words
+
+
+_REPEATED = ("column",)
 
 
 def corruption_words(record: EvaluationRecord) -> list[str]:

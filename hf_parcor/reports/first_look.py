@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from hf_parcor.records.metric_info import POINTS, SHARE
 from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, FormatScore, SensitivityRecord
+from hf_parcor.reports.content import flag_words
 from hf_parcor.reports.markup import text_of
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.plots import short_names
@@ -146,6 +148,8 @@ def _notes(told: _Told) -> Iterator[str]:
     )
     if scores.evaluated_on is not None:
         yield f"Measured on {scores.evaluated_on}."
+    if scores.flags:
+        yield f"Measured with the flags {shlex.join(flag_words(scores.flags))}."
     yield from scores.notes
     yield from scores.info(told.metric).guesses(told.metric)
 

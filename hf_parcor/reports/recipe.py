@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from hf_parcor.records.curves import short
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
 from hf_parcor.records.sensitivity import DIVERGENCE, RecipeRecord, SensitivityRecord
+from hf_parcor.reports.content import flag_words
 from hf_parcor.reports.markup import text_of
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.plots import Line, Panel, Point, short_names
@@ -402,6 +404,7 @@ def _settings(told: _Told, measured: EvaluationRecord | None) -> Table:
         ("formats", "; ".join(scores.formats)),
         ("versions", "; ".join(f"{library} {version}" for library, version in scores.versions.items())),
     ]
+    rows += [("flags", shlex.join(flag_words(scores.flags)))] if scores.flags else []
     rows += [] if measured is None else [("measured as a whole", "; ".join(told.rows))]
     return Table("Settings to reproduce", ("setting", "value"), tuple(rows))
 

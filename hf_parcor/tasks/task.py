@@ -27,11 +27,20 @@ def load_pretrained(what: str, loader: Any, name: str, **settings: Any) -> Any:
         **settings: For `from_pretrained`.
 
     Raises:
-        InputError: Nothing of that name can be loaded.
+        InputError: Nothing of that name can be loaded, or not onto these devices, or it needs a library.
     """
     try:
         return loader.from_pretrained(name, **settings)
+    except ImportError as error:
+        raise InputError(
+            f"{what}: expected the libraries that {name!r} needs, got an {one_line(error)}; install them"
+        ) from error
     except (OSError, ValueError, KeyError) as error:
+        if settings.get("device_map") is not None and "device_map" in str(error):
+            raise InputError(
+                f"device_map: expected one that the model can be loaded onto, got {settings['device_map']} "
+                f"({one_line(error)}); name a device for every module, and a folder for what is offloaded to disk"
+            ) from error
         needs_code = "trust_remote_code" in str(error)
         advice = (
             "read its code, and allow it with trust_remote_code" if needs_code else "check name, files and network"

@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader
 from hf_parcor.errors import InputError, nearest
 from hf_parcor.evaluation import BatchMetric, LanguageModelMetric, LmEvalMetric
 from hf_parcor.evaluation.metrics.language_model import padded_windows, sliding_windows
+from hf_parcor.records.metric_info import LM_EVAL
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task
 
 _MAX_LENGTH = 512
-LM_EVAL = "lm-eval="  # how a metric is called that is tasks of lm-eval; the command line has the same
 _SETTINGS: Mapping[str, Callable[[str], Any]] = {"limit": float, "num-fewshot": int, "include-path": str}
 
 

@@ -24,6 +24,7 @@ from local_models import (
     SENTENCES,
     WORDS,
     save_bert,
+    save_llama,
     save_tokenizer,
     write_pairs,
     write_rows,
@@ -65,7 +66,7 @@ from hf_parcor.errors import InputError
 from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
 from hf_parcor.records import EvaluationData
 from hf_parcor.tasks import TASKS
-from hf_parcor.tasks.text_generation import LM_EVAL
+from hf_parcor.tasks.text_generation import TextGeneration
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
@@ -94,7 +95,6 @@ def model_of(folder):
 def test_names_that_help_shows_are_those_of_the_catalogues():
     assert tuple(TASKS) == options.TASKS
     assert [name for name, task in TASKS.items() if task.has_windows] == [options.WINDOWED]
-    assert options.LM_EVAL == LM_EVAL
     assert options.TRIALS == DEFAULT_TRIALS
     assert tuple(name.replace("_", "-") for name in CORRUPTIONS) == options.CORRUPTIONS
 
@@ -364,6 +364,112 @@ class TestEvaluate:
         assert EvaluationRecord.load("out/robustness.json") == evaluator.evaluate([Quantization(2), Quantization(3)])
         assert result.out.startswith("| loss ")
         assert "the record is in out/robustness.json, its pages are out/robustness.html and" in result.err
+
+
+ON_THE_DISK = {
+    **dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu"),
+    **{f"model.layers.{index}": "disk" if index == 1 else "cpu" for index in range(3)},
+}
+
+
+@pytest.fixture(scope="module")
+def decoder_folder(tmp_path_factory):
+    """Return a folder with a tiny Llama in float32, and a text."""
+    folder = tmp_path_factory.mktemp("decoder")
+    save_llama(folder / "llama")
+    (folder / "text.txt").write_text("\n".join(SENTENCES) + "\n")
+    return folder
+
+
+class TestLoading:
+    """In another precision, and on a map of devices; offloaded weights are measured with, and not corrupted."""
+
+    CORRUPTIONS = ("--corruptions", "gradient=1", "gaussian=0.3", "quantization=2", "--trials", 1)
+
+    @pytest.fixture
+    def words(self, decoder_folder, monkeypatch, run):
+        monkeypatch.chdir(decoder_folder)
+        return ["llama", "--dataset", "text.txt", "--quiet", *self.CORRUPTIONS]
+
+    @pytest.fixture
+    def loaded(self, monkeypatch):
+        """Return the models that commands load, each with its weights as they were."""
+        found = []
+        load = TextGeneration.load_model
+
+        def kept(task, *arguments, **settings):
+            model = load(task, *arguments, **settings)
+            found.append((model, {name: value.clone() for name, value in model.state_dict().items()}))
+            return model
+
+        monkeypatch.setattr(TextGeneration, "load_model", kept)
+        return found
+
+    @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
+    def test_precision(self, run, words, dtype, loaded):
+        found = EvaluationRecord.from_json(run("evaluate", *words, "--json", "--dtype", dtype).out)
+        [(model, before)] = loaded
+        assert model.dtype == (torch.float32 if dtype == "auto" else getattr(torch, dtype))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        by_hand = transformers.AutoModelForCausalLM.from_pretrained("llama", dtype=model.dtype)
+        batch = torch.tensor([transformers.AutoTokenizer.from_pretrained("llama")(SENTENCES[0])["input_ids"]])
+        assert torch.equal(model(batch).logits, by_hand(batch).logits)
+        assert found.flags == ({} if dtype == "auto" else {"dtype": dtype})
+
+    @pytest.mark.slow
+    def test_a_map_gives_the_numbers_of_the_whole_model(self, run, words, loaded, tmp_path):
+        words += ["--dtype", "bfloat16"]
+        whole = SweepRecord.from_json(run("probe", *words, "--json").out)
+        (tmp_path / "map.json").write_text(json.dumps(ON_THE_DISK))
+        maps = {"auto": "auto", str(tmp_path / "map.json"): None}
+        for given, resident in maps.items():
+            spread = SweepRecord.from_json(run("probe", *words, "--json", "--device-map", given).out)
+            layers = list(whole.records) if resident else ["model.layers.0", "model.layers.2"]
+            assert list(spread.records) == layers
+            assert spread.clean == whole.clean
+            for layer, record in spread.records.items():
+                assert record.corruptions == whole.records[layer].corruptions, (given, layer)
+                assert record.flags == {"dtype": "bfloat16", "device_map": resident or ON_THE_DISK}
+                assert bool([note for note in record.notes if "on the meta device" in note]) is (resident is None)
+            model, before = loaded[-1]
+            after = {name: value for name, value in model.state_dict().items() if not value.is_meta}
+            assert len(after) < len(before) or resident
+            assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+    @pytest.mark.slow
+    def test_the_page_has_a_command_that_measures_the_same(self, run, words, decoder_folder, tmp_path):
+        words += ["--dtype", "bfloat16", "--device-map", json.dumps(ON_THE_DISK), "--offload-folder", tmp_path / "off"]
+        words += [
+            "--max-length",
+            8,
+            "--stride",
+            4,
+            "--column",
+            "text=text",
+            "--no-greater-is-better",
+            "--unit",
+            "nats",
+        ]
+        for command, name in (("evaluate", "robustness"), ("probe", "probe")):
+            assert run(command, *words, "--output-dir", tmp_path / "out").code == 0
+            page = (tmp_path / "out" / f"{name}.md").read_text()
+            program, *again = shlex.split(re.search("`(hf-parcor .*)`", page)[1])
+            result = run(*again, "--quiet", "--json")
+            assert (program, result.out) == ("hf-parcor", (tmp_path / "out" / f"{name}.json").read_text())
+
+    @pytest.mark.slow
+    def test_a_first_look_and_a_recipe(self, run, words, tmp_path):
+        words = [*words[:4], "--device-map", json.dumps(ON_THE_DISK), "--output-dir", tmp_path / "out"]
+        assert run("probe", *words, "--quick").code == 0
+        scores = SensitivityRecord.load(tmp_path / "out" / "quick.json")
+        assert list(scores.groups) == ["model.layers.0", "model.layers.2"]
+        assert any("model.layers.1 was left out" in note for note in scores.notes)
+        assert run("probe", *words, "--recipe", "bits=12", "--corruptions", "quantization=4").code == 0
+        measured = EvaluationRecord.load(tmp_path / "out" / "recipe_measured.json")
+        assert measured.flags == scores.flags == {"device_map": ON_THE_DISK}
+        assert "--device-map" in (tmp_path / "out" / "recipe.md").read_text()
+        result = run("probe", *words, "--quick", "--target-modules", "model.layers.1")
+        assert (result.code, "--target-modules: expected weights that can be corrupted" in result.err) == (2, True)
 
 
 class TestReportAndCompare:

@@ -145,6 +145,20 @@ MISTAKES = [
     (f"{PROBE} --metric acuracy", "--metric: accuracy loss acuracy"),
     (f"{PROBE} --task translate", "--task: 'translate' (did mean translation?)"),
     (f"{PROBE} --device tpu9", "--device: 'tpu9'"),
+    (f"{PROBE} --dtype bf16", "--dtype: bfloat16 'bf16'"),
+    (f"{PROBE} --device-map balance", "--device-map: auto 'balance' (did mean balanced?)"),
+    (f"{PROBE} --device-map {{1}}", "--device-map: JSON {1}"),
+    (f"{PROBE} --device-map FILE/map.json", "--device-map: JSON record.json"),
+    (f"{PROBE} --device-map broken.yaml", "--device-map: JSON broken.yaml"),
+    (f'{PROBE} --device-map {{"bert":null}}', "--device-map: devices None"),
+    (f'{PROBE} --device-map {{"bert":"tpu9","classifier":"cpu"}}', "--device-map: 'tpu9'"),
+    (f'{PROBE} --device-map {{"bert":"cpu"}}', "--device-map: classifier"),
+    (f'{PROBE} --device-map {{"bert":"cpu","bert.pooler":"disk"}}', "--device-map: classifier"),
+    (f'{PROBE} --device-map {{"bert":"cpu","classifier":"cpu","clasifier":"disk"}}', "--device-map: clasifier"),
+    (f"{PROBE} --device-map cpu --device cpu", "--device: --device-map 'cpu'"),
+    (f"{PROBE} --offload-folder out", "--offload-folder: --device-map 'out'"),
+    (f"{PROBE} --device-map cpu --offload-folder FILE", "--offload-folder: record.json"),
+    (f"{TRAIN} --device-map auto", "--device-map offloaded"),
     (f"{PROBE} --saved-on tpu9", "--saved-on: 'tpu9'"),
     (f"{PROBE} --output-dir FILE", "--output-dir: record.json"),
     # command lines and settings files
@@ -242,6 +256,25 @@ def test_a_checkpoint_of_another_run_is_kept(run, files):
     assert Path("out/probe.jsonl").read_bytes() == before
     Path("out/probe.jsonl").write_text("no checkpoint")
     assert "expected a checkpoint of a measurement, got 'no checkpoint'" in run(*command, 2).err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        ("evaluate --corruptions quantization=2", "robustness.html"),
+        ("probe --corruptions quantization=2", "probe.json"),
+        ("probe --quick", "quick.md"),
+        ("probe --recipe bits=16", "recipe.html"),
+    ],
+)
+def test_what_cannot_be_written_names_a_flag_of_the_command(run, files, command, file):
+    (Path("out") / file).mkdir(parents=True)
+    name, *words = command.split()
+    result = run(name, files["MODEL"], "--dataset", files["DATA"], "--quiet", "--output-dir", "out", *words)
+    assert (result.code, result.out) == (2, "")
+    assert "error: --output-dir: " in result.err
+    assert file in result.err
 
 
 @pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, KeyError, ImportError])

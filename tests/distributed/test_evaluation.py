@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from local_models import SENTENCES, save_gpt2
 from operations import count_operations
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -40,10 +43,11 @@ from hf_parcor import (
 )
 from hf_parcor.distributed.dtensors import local_part
 from hf_parcor.distributed.fsdp import drop_gathered
-from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.evaluation import ClassificationMetric, LmEvalMetric
 
 pytestmark = pytest.mark.slow  # ranks are processes of their own
 
+LM_EVAL = Path(sys.prefix) / "lm-eval"  # where `scripts/set_up.sh` puts it
 ROUNDED = [  # the gradient over the data is summed in another order
     GradientCorruption(CorruptionConstraint(p=math.inf, epsilon=0.1)),
     GradientCorruption(CorruptionConstraint(epsilon=0.5, top_n=7)),
@@ -457,3 +461,58 @@ def on_two_ranks(folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {check.__name__: check() for check in checks}
     found |= {check.__name__: check(folder) for check in (what_users_pass, records_on_two_ranks)}
     return found
+
+
+def lm_eval_record(folder: str) -> tuple[str, int]:
+    """Measure a task of lm-eval, and return the record, and how many documents this process has counted."""
+    sys.path.append(str(LM_EVAL))
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    datasets.config.HF_DATASETS_CACHE = str(Path(folder) / "cache")
+    counted = []
+    process = ConfigurableTask.process_results
+    ConfigurableTask.process_results = lambda task, document, results: (
+        counted.append(document) or process(task, document, results)
+    )
+    try:
+        model = tf.AutoModelForCausalLM.from_pretrained(folder).eval()
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)  # so that choices differ
+        tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+        metric = LmEvalMetric("films", tokenizer, include_path=folder, batch_size=2)
+        batches = [{"input_ids": ids, "labels": ids} for ids in torch.arange(3, 12).reshape(3, 1, 3)]
+        record = CorruptionEvaluator(model, metric, batches, progress=False).evaluate(
+            [GaussianNoise(0.5), Quantization(2), GradientCorruption(CorruptionConstraint(epsilon=3.0))], trials=1
+        )
+    finally:
+        ConfigurableTask.process_results = process
+    return record.to_json(), len(counted)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_a_task_of_lm_eval_is_the_same_in_every_process(run_on_ranks, tmp_path, monkeypatch):
+    """Each has all documents, once a measurement; the gradient of a corruption is that of all ranks' batches."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(LM_EVAL)])
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed; `bash scripts/test.sh` puts it there")
+    save_gpt2(tmp_path)
+    choices = ["film", "plot a", "bad good film"]
+    rows = [{"question": text, "choices": choices, "gold": index % 3} for index, text in enumerate(SENTENCES)]
+    (tmp_path / "films.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    task = {
+        **{"task": "films", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice"},
+        **{"doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "gold"},
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "films.jsonl")}},
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "films.yaml").write_text(json.dumps(task))
+    one, documents = lm_eval_record(str(tmp_path))
+    assert documents == 4 * len(rows)
+    alone = EvaluationRecord.from_json(one)
+    assert len({json.dumps(row.metrics) for row in alone.rows()}) > 1
+    for text, of_rank in run_on_ranks(lm_eval_record, 2, str(tmp_path)):
+        record = EvaluationRecord.from_json(text)
+        assert of_rank == documents
+        assert [row.metrics for row in record.rows()] == [row.metrics for row in alone.rows()]
+        assert [row.norm for row in record.rows()] == pytest.approx([row.norm for row in alone.rows()], rel=1e-5)

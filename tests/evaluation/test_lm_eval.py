@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from hf_parcor import (
     sensitivity,
 )
 from hf_parcor.cli import main
+from hf_parcor.cli.main import build_parser
 from hf_parcor.evaluation import LmEvalMetric
 from hf_parcor.evaluation.identity import settings_of
 
@@ -166,13 +169,17 @@ class TestOwnTask:
         (tmp_path / "text.txt").write_text("the good film\nbad plot a\n")
         words = ["evaluate", str(tmp_path / "model"), "--dataset", str(tmp_path / "text.txt"), "--output-dir"]
         words += [str(tmp_path / "out"), "--corruptions", "gradient=3", "--quiet", "--metric"]
-        assert main([*words, f"lm-eval=films:limit=5,include-path={films}"]) == 0
+        words = [*words, f"lm-eval=films:limit=5,include-path={films}"]
+        assert main(words) == 0
         record = EvaluationRecord.load(tmp_path / "out" / "robustness.json")
         assert {name: one for name, (one,) in record.clean.metrics.items()} == by_hand(model, tokenizer, ROWS[:5])
         assert record.evaluated_on.name == "lm-eval: films"
+        [command] = re.findall("`(hf-parcor .*)`", (tmp_path / "out" / "robustness.md").read_text())
+        asked_for = build_parser().parse_args(shlex.split(command)[1:])
+        assert (asked_for.dataset, asked_for.metric) == ("text.txt", words[-1])
         for wrong in ("lm-eval=filmz:", "lm-eval=films:limmit=5,", "lm-eval=films:limit=five,"):
-            assert main([*words, f"{wrong}include-path={films}"]) == 2, wrong
-        assert main([*words, "lm-eval=films", "--task", "translation"]) == 2
+            assert main([*words[:-1], f"{wrong}include-path={films}"]) == 2, wrong
+        assert main([*words[:-1], "lm-eval=films", "--task", "translation"]) == 2
 
     def test_what_decides_the_numbers(self, metric_of):
         first = settings_of(metric_of())

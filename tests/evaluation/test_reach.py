@@ -307,8 +307,30 @@ def test_an_adapter_on_frozen_weights_is_a_whole_target(kind) -> None:
     """Where other parameters are frozen, what can be trained is what was meant: nothing is missing."""
     model = HOSTILE[kind][0]().requires_grad_(False)
     model.adapter = nn.Linear(2, 2)
-    assert Reach(model).select().notes == ()
+    assert [note for note in Reach(model).select().notes if "frozen" not in note] == []
     assert list(Reach(model).select().parameters) == ["adapter.weight", "adapter.bias"]
+
+
+def test_what_is_frozen_under_an_adapter_is_left_out_and_said() -> None:
+    """By default the adapters are corrupted, which are what was trained; "all" are all weights."""
+    peft = pytest.importorskip("peft")
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    frozen = sum(weight.numel() for weight in base.parameters())
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    adapters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+    def metric(model: nn.Module) -> dict[str, float]:
+        return {"sum": float(sum(weight.detach().sum() for weight in model.parameters()))}
+
+    by_default, everything = (
+        CorruptionEvaluator(model, metric, target_modules=target, progress=False).evaluate([GaussianNoise(0.1)], 1)
+        for target in (None, "all")
+    )
+    assert (by_default.parameters, everything.parameters) == (adapters, adapters + frozen)
+    [note] = by_default.notes
+    assert [word for word in (f"{adapters} weights", f"{frozen} frozen") if word not in note] == []
+    assert everything.notes == ()
+    assert Reach(model.requires_grad_(False)).select().notes == ()  # none is trained: all are meant
 
 
 def ordinary_buffers() -> Iterator[nn.Module]:
@@ -507,7 +529,9 @@ class TestDeviceMap:
         assert found(spread) == found(alone)
         assert all(torch.equal(value, before[name]) for name, value in spread.state_dict().items() if name in before)
         by_default = LayerProbe(spread, metric, progress=False).evaluate([Quantization(3)])
-        assert list(by_default.records) == list(targets)
+        scores = sensitivity(spread, metric, [Quantization(3, "channel")], "layers", budget=0, progress=False)
+        assert list(by_default.records) == list(scores.groups) == list(targets)
+        assert len([note for note in scores.notes if f"{parts[1]} was left out" in note]) == 1
         with pytest.raises(OutOfReachError, match="on the meta device"):
             LayerProbe(spread, metric, targets={"far": parts[1]}, progress=False)
 

@@ -19,6 +19,8 @@ from local_models import MANY_LANGUAGES, save_t5, write_pairs
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from hf_parcor import EvaluationRecord
+
 pytest.importorskip("sacrebleu", reason="BLEU needs the extra 'translation'")
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_translation.py"
 WORDS = {"Hund": "dog", "Katze": "cat", "rot": "red", "sieht": "sees", "und": "and", "Haus": "house"}
@@ -104,7 +106,17 @@ def test_two_vocabularies_and_a_table(files, monkeypatch):
         vocabulary_kind="bpe",
         do_predict=False,
         defense="none",
+        corruptions=["quantization=2"],
+        watched_corruptions=["quantization=2"],
+        eval_strategy="epoch",
     )
+    record = EvaluationRecord.load(out / "robustness.json")
+    clean, rounded = (row.mean("bleu") for row in record.rows())
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    watched = [entry[name] for entry in history if (name := "eval_robustness_2_bit_quantization_bleu") in entry]
+    assert len(watched) == 3
+    assert watched[-1] == rounded
+    assert clean == json.loads((out / "eval_results.json").read_text())["eval_bleu"]
     assert len(AutoTokenizer.from_pretrained(out)) == 30
     assert len(AutoTokenizer.from_pretrained(out / "target_tokenizer")) == 35
     model = AutoModelForSeq2SeqLM.from_pretrained(out)

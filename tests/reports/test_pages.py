@@ -415,7 +415,8 @@ def test_the_command_measures_the_same(targets, grouping, tmp_path):
         rows.append(CorruptionRecord(names[type(one)], str(one), one.settings(), seeds, metrics, kind=kind))
     clean = CorruptionRecord("none", "no corruption", {}, (7,), {"f1": (0.9,)})
     data = EvaluationData("dev set.tsv", split="[:40]", rows=40)
-    said = {"evaluated_on": data, "task": "text-classification"}
+    told = {"column": ["text=a b", "label=c"], "trust_remote_code": True, "dtype": "bfloat16", "device_map": {"": 0}}
+    said = {"evaluated_on": data, "task": "text-classification", "flags": told}
     probe = {
         group: EvaluationRecord("a/model", {"target_modules": [target]}, 1, clean, tuple(rows), **said)
         for group, target in targets.items()
@@ -431,6 +432,7 @@ def test_the_command_measures_the_same(targets, grouping, tmp_path):
     assert (program, words[0]) == ("hf-parcor", "probe" if len(targets) > 1 or grouping else "evaluate")
     assert (found.model, found.dataset, found.limit, found.task) == ("a/model", data.name, 40, said["task"])
     assert (found.trials, found.seed, found.metric) == (2, 7, "f1")
+    assert found.told == told
     assert found.target_modules == (None if grouping else list(targets))
     assert getattr(found, "group", None) == (grouping or None)
     assert sorted(map(str, read_corruptions(found.corruptions))) == sorted(map(str, CORRUPTIONS_OF_WORDS))

@@ -56,9 +56,9 @@ def moved(step):
     return [p.detach() - start for p, start in zip(model.parameters(), before, strict=True)]
 
 
-def test_sam_in_two_steps_is_our_sam(tmp_path):
+def test_sam_in_two_steps_is_our_sam():
     def ours(model, optimizer):
-        arguments = quiet_arguments(str(tmp_path), use_cpu=True)
+        arguments = quiet_arguments(use_cpu=True)
         defense = SAM(CorruptionConstraint(epsilon=RADIUS))
         step_of(ParameterDefenseTrainer(model=model, args=arguments, defense=defense), model, BATCH)()
         optimizer.step()
