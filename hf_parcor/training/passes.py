@@ -162,7 +162,7 @@ class TrainerPasses(Passes):
         self._counting = next(index for index in range(defense.passes) if defense.share_of_batch(index) == 1)
         self._inputs: Any = inputs
         self._as_given: Any = private_copy(inputs)
-        self._given = False
+        self._given = self._prepares_nothing = False
         self._prepared: list[Any] = []
         self._as_prepared: Any = None
 
@@ -183,7 +183,8 @@ class TrainerPasses(Passes):
             uncounted.enter_context(counters_kept(self._trainer))
             with overriding(self._trainer, compute_loss=compute_loss, _prepare_inputs=prepare), suppress(Ended):
                 self._stock_step(self.model, self._give(), self._items)
-        if not self._prepared:  # a training step that does without
+        if not self._prepared:
+            self._prepares_nothing = True
             self._prepared.append(self._inputs)
             self._as_prepared = private_copy(self._as_given)
 
@@ -213,7 +214,10 @@ class TrainerPasses(Passes):
             if index != self._counting:
                 stack.enter_context(counters_kept(trainer))
             items = items_of_part(self._items, self._as_given, share, self._shifted)
-            return self._stock_step(self.model, self._give(), items)
+            given = self._give()
+            if self._prepares_nothing and share < 1:
+                given = first_examples(given, share)
+            return self._stock_step(self.model, given, items)
 
     def _give(self) -> Any:
         """Return the batch for a training step: the first gets the Trainer's own, as ever."""

@@ -151,6 +151,26 @@ def test_what_a_trainer_counts_is_the_whole_batch_once(tiny_bert, train):
         assert trainer.rows_seen == 24, name
 
 
+@pytest.mark.slow
+def test_a_training_step_that_prepares_nothing_gets_the_part_too(tiny_bert, train):
+    class Plain(Trainer):
+        """A step of one's own, on a batch that is where it is needed already."""
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            model.train()
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    class Defended(ParameterDefenseMixin, Plain):
+        pass
+
+    defense = PARTS["multi_step_risk, K=1"][0]
+    ours, usual = (train(kind, tiny_bert(), defense=defense) for kind in (Defended, ParameterDefenseTrainer))
+    for name, weight in usual.model.state_dict().items():
+        torch.testing.assert_close(ours.model.state_dict()[name], weight, msg=name)
+
+
 def test_a_part_cannot_reuse_the_prefix_of_the_whole(tiny_bert, train, said):
     defense = MultiStepRisk(L2, batch_share=0.5)
     trainer = train(ParameterDefenseTrainer, tiny_bert(), defense=defense, target_modules="last-encoder-layer")
