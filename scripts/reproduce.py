@@ -98,6 +98,23 @@ STUDIES: dict[str, dict[str, Study]] = {
             seeds=(1,),
         )
     },
+    "recipe-images": {
+        "small": Study(
+            "which part of a ResNet-20, which bits",
+            "which_bits --system images",
+            "recipe/images",
+            model="--model",
+            seeds=(),
+        )
+    },
+    "recipe-translation": {
+        "small": Study(
+            "which part of a translation model, which bits",
+            "which_bits --system translation",
+            "",
+            seeds=(1,),
+        )
+    },
     "images": {
         "small": Study(
             "paper 1 on trained ResNets, 500 images",

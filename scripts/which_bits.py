@@ -40,7 +40,6 @@ from scripts.translation_studies import STUDIES
 FORMATS = tuple(Quantization(bits, per="channel") for bits in (8, 6, 5, 4, 3))
 PROBES = 1
 PAIRS = 20
-RUN = Run("plain", PLAIN, 1)
 
 
 class Judged(NamedTuple):
@@ -58,8 +57,9 @@ class Judged(NamedTuple):
 
 def sst2(options: argparse.Namespace) -> Judged:
     """Return the BERT of 2,048 sentences."""
-    folder = sst2_runs.train(options, RUN)
-    note_run(options.output, options.work, RUN, options.threads, command=command(options.system))
+    run = Run("plain", PLAIN, options.seeds[0])
+    folder = sst2_runs.train(options, run)
+    note_run(options.output, options.work, run, options.threads)
     model, batches = sst2_runs.model_and_batches(options, folder)
     test = sst2_runs.sentence_batches(AutoTokenizer.from_pretrained(folder), options.data / "test.tsv.gz")
     return Judged(
@@ -98,7 +98,7 @@ def images(options: argparse.Namespace) -> Judged:
 def translation(options: argparse.Namespace) -> Judged:
     """Return the small model of Multi30k."""
     study = STUDIES["multi30k"]
-    folder = reproduce_translation.train(options, study, RUN)
+    folder = reproduce_translation.train(options, study, Run("plain", PLAIN, options.seeds[0]))
     options.test_sentences = 500
     judged = reproduce_translation.Measured(options, study, folder)
     batches, _ = judged.sorted_batches(reproduce_translation.read(options, study, "validation"))
@@ -119,21 +119,15 @@ SYSTEMS: dict[str, Callable[[argparse.Namespace], Judged]] = {
 }
 
 
-def command(system: str) -> str:
-    """Return the command of a system's record."""
-    (line,) = (line.strip() for line in (__doc__ or "").splitlines() if f"--system {system} " in line)
-    return line
-
-
 def main() -> None:
     """Train, score, choose, measure and write down."""
-    parser = campaign_parser(__doc__, (), "runs/which_bits", "the system's files", seeds=1)
+    parser = campaign_parser(__doc__, ("plain",), "runs/which_bits", "the system's files", seeds=1)
     parser.add_argument("--system", choices=SYSTEMS, required=True)
     parser.add_argument("--model", help="of sst2: a folder or a name on the Hub; of images: the folder with weights")
     options = begin(parser)
-    options.size = sst2_runs.SIZES["small"]
     if options.model is None and options.system != "translation":
         parser.error(f"--model: expected what --system {options.system} starts from, got nothing; see --help")
+    options.size = sst2_runs.SIZES["small"]
     told = SYSTEMS[options.system](options)
     stated: dict[str, Any] = {"unit": SHARE} if told.shown == "accuracy" else {}
     file = told.folder / "which_bits"

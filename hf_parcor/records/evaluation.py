@@ -156,6 +156,8 @@ class EvaluationRecord(StoredRecord):
         data["notes"] = tuple(data["notes"])
         measured_on = data.get("evaluated_on")
         data["evaluated_on"] = None if measured_on is None else EvaluationData(**measured_on)
+        norm = data.get("weights_norm")
+        data["weights_norm"] = None if norm is None else float(norm)  # infinities are words there
         data["metric_info"] = read_infos(data.get("metric_info", {}))
         return cls(**data)
 

@@ -104,6 +104,12 @@ def record(row):
 
 
 class TestJson:
+    @pytest.mark.parametrize("norm", [math.inf, math.nan, 2.0, None])
+    def test_a_norm_that_is_no_number_comes_back_as_one(self, record, norm):
+        """Of a model with weights that are not finite."""
+        record = replace(record, weights_norm=norm)
+        assert same(EvaluationRecord.from_json(record.to_json()), record)
+
     @pytest.mark.slow
     @settings(max_examples=150)
     @given(RECORDS)
