@@ -108,7 +108,8 @@ class _Told:
     def cost(self, metric: str, drop: float) -> str:
         """Return what parts cost, without its unit."""
         if metric == DIVERGENCE:
-            return f"{1000 * drop:.2g}".replace("-", "−")
+            rounded = f"{float(f'{1000 * abs(drop):.2g}'):g}"  # two digits that count, and no exponent above 1
+            return f"−{rounded}" if drop < 0 else rounded
         return Numbers(self.scores.info(metric).unit).plain_difference(drop)
 
     def caption(self, metric: str) -> str:
@@ -213,10 +214,12 @@ def _findings(told: _Told) -> Iterable[Finding]:
     ]
     if fitting and row is not None:
         best = max(fitting, key=_bits)
+        value, of_recipe = best.mean(told.metric), row.mean(told.metric)
+        better = of_recipe > value if told.greater else of_recipe < value
         yield Finding(
             "",
             f"One format for all within as many bits is {told.formats[best.label]} ({_bits(best):.2f} bits a weight): "
-            f"{told.metric} {told.change(best.mean(told.metric))}.",
+            f"{told.metric} {told.change(value)}{'' if better else ', so that nothing is gained by the recipe'}.",
         )
     if recipe.pairs:
         yield Finding("", _interaction(told))

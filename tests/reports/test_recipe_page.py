@@ -171,6 +171,28 @@ def test_it_fits_the_page(tmp_path, width) -> None:
     check_it_fits(look(page, width, tmp_path / f"recipe-{width}.png"), width)
 
 
+def test_a_recipe_that_gains_nothing_over_one_format_is_said_to() -> None:
+    scores = scores_of(one_weak_part)
+    chosen = recipe(scores, bits=4.5)
+    measured = measured_of(front(scores, chosen))
+    others = tuple(row for row in measured.corruptions if row.label != "recipe")
+    (four,) = [row for row in others if row.label == "4-bit quantization"]
+    for accuracy, gains in ((0.9, True), (four.mean("accuracy"), False), (0.1, False)):
+        of_recipe = replace(four, label="recipe", metrics={"accuracy": (accuracy,), "loss": (0.3,)})
+        made = RecipeReport(scores, chosen, replace(measured, corruptions=(of_recipe, *others)))
+        (said,) = [one for one in made.verdict if one.startswith("One format for all")]
+        assert ("nothing is gained" in said) != gains
+
+
+def test_divergences_have_two_digits_and_no_exponent_where_they_are_large(tmp_path) -> None:
+    scores = scores_of(one_weak_part)
+    scores = replace(scores, clean={**scores.clean, "divergence": 0.0})
+    chosen = replace(recipe(scores, bits=4.5), pairs=(PairCost(*list(scores.groups)[:2], "divergence", 0.1249, 0.3),))
+    text = RecipeReport(scores, chosen).to_markdown(tmp_path / "page.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith("|") and " + " in line]
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["300", "120", "−180"]
+
+
 def test_pairs_are_said_with_what_they_cost_together_and_apart(tmp_path) -> None:
     scores = scores_of(one_weak_part)
     chosen = recipe(scores, bits=4.5)
