@@ -441,6 +441,19 @@ CLAIMS = [
         "SAM with half the radius on an eighth of the batch gains in the worst direction: SST-2, 2,048 sentences",
         arms("less", "sam-half-eighth", "plain", WORST),
     ),
+    *(
+        Claim(
+            OURS,
+            f"A defense of all layers that starts {when} of six epochs {what}: Multi30k, BLEU",
+            arms("translation/starts", *pair, rows, ending="-table6-whole", metric="tokenized_bleu"),
+        )
+        for when, what, pair, rows in (
+            ("with the third", "makes a translation model harder to break", ("start-2", "plain"), WORST),
+            ("with the fifth", "makes it harder to break", ("defended", "plain"), WORST),
+            ("with the third", "defends better than from the fifth on", ("start-2", "defended"), WORST),
+            ("with the first", "costs BLEU without corruption", ("plain", "start-0"), CLEAN),
+        )
+    ),
     Claim(
         OURS,
         "A defense makes the worst bit flips harmless",

@@ -191,7 +191,8 @@ STUDIES: dict[str, dict[str, Study]] = {
         "small": Study(
             "an earlier start of the defense, on Multi30k",
             "reproduce_translation --study multi30k --tables starts --test-sentences 500",
-            "",
+            "translation/starts",
+            seeds=(1, 2),
             side_by_side=False,
         ),
     },

@@ -56,6 +56,7 @@ def test_a_part_belongs_to_commands_and_knows_none(name):
 
 
 CAMPAIGN = "--model none --data none --output"
+STARTS = "--tables starts --test-sentences 500 --data none --output"
 TRANSLATION = "--tables 6 figure-3 --test-sentences 500 --data none --output"
 
 
@@ -65,6 +66,13 @@ def test_the_page_shows_the_detectors_table():
     shown = [line for line in section.splitlines() if line.startswith("| ")]
     assert len(shown) == 11
     assert set(shown) <= set(kept)
+
+
+def test_the_page_shows_what_an_earlier_start_does():
+    kept = (RESULTS / "translation" / "starts" / "table.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in kept.splitlines() if "±" in line]
+    assert len(rows) == 4
+    assert [row for row in rows if " | ".join(row).replace("- | ", "– | ", 1) not in PAGE] == []
 
 
 def test_the_search_shows_its_record():
@@ -95,6 +103,7 @@ def test_the_search_shows_its_record():
         ),
         (f"reproduce_translation --study multi30k {TRANSLATION}", "translation/multi30k"),
         (f"reproduce_translation --study tatoeba --seeds 1 {TRANSLATION}", "translation/tatoeba"),
+        (f"reproduce_translation --study multi30k --seeds 1 2 {STARTS}", "translation/starts"),
     ],
     ids=lambda value: value.split()[0],
 )
