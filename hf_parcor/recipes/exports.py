@@ -130,8 +130,8 @@ def _torchao(label: str, settings: Mapping[str, Any]) -> dict[str, Any]:
                 mapping_type={"_type": "MappingType", "_data": mapping},
             )
     raise NoSuchFormatError(
-        f"expected a format that torchao has, got {label}; let sensitivity try those of "
-        "hf_parcor.corruptions.quantization's table"
+        f"expected a format that torchao has, got {label}; score one of them, such as 8 bits per channel, or 4 bits "
+        "per group of 32, with full codes and the weights' arithmetic"
     )
 
 
