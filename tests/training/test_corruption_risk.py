@@ -69,9 +69,10 @@ def test_it_is_quantization_aware_training_to_the_last_bit(tiny_bert, train):
 @pytest.mark.parametrize("target", ["all", "last-encoder-layer"])
 def test_a_corruption_too_small_to_matter_is_the_stock_step(tiny_bert, train, target):
     tiny = [GaussianNoise(1e-9), GradientCorruption(CorruptionConstraint(epsilon=1e-9))]
-    stock = train(Trainer, tiny_bert(dropout=0.0), STEPS)
+    steps = {**STEPS, "optim": "sgd"}  # AdamW makes steps of what rounding leaves of a key's bias, whose gradient is 0
+    stock = train(Trainer, tiny_bert(dropout=0.0), steps)
     ours = train(
-        ParameterDefenseTrainer, tiny_bert(dropout=0.0), STEPS, defense=CorruptionRisk(tiny), target_modules=target
+        ParameterDefenseTrainer, tiny_bert(dropout=0.0), steps, defense=CorruptionRisk(tiny), target_modules=target
     )
     assert (ours.shared_prefix is None) == (target == "all")
     for found, expected in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
