@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
@@ -144,7 +145,7 @@ def measure_pairs(
     The difference is c(g, h) − c(g) − c(h), to second order δ_gᵀHδ_h. Where the curvature is that of a divergence,
     which has no negative direction, that is at most 2 √(c(g) c(h)) either way: pairs with the largest such bound are
     measured first. Costs are drops of the metric that the recipe was chosen by; of the divergence, or else the
-    record's metric, where it was chosen by a score.
+    record's metric, where it was chosen by a score. A group that breaks the model by itself is in no pair.
 
     Args:
         model: The model that was scored, with the same weights.
@@ -183,7 +184,10 @@ def measure_pairs(
     }
     costs = scores.costs(by if any(by in cell.measured for cell in scores.cells) else FISHER)
     sizes = {group: max(0.0, costs[group, cell.format]) for group, cell in cells.items()}
-    promising = sorted(combinations(cells, 2), key=lambda pair: -sizes[pair[0]] * sizes[pair[1]])[:pairs]
+    finite = [
+        group for group, size in sizes.items() if math.isfinite(size)
+    ]  # what breaks the model adds up to nothing
+    promising = sorted(combinations(finite, 2), key=lambda pair: -sizes[pair[0]] * sizes[pair[1]])[:pairs]
     if not promising:
         return replace(chosen, pairs=())
     model = whole_model(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import combinations
 
@@ -119,6 +120,13 @@ def test_what_was_not_measured_apart_is_measured_beside_the_pairs(model, batches
         for pair in measure_pairs(model, batches, part, chosen, **GIVEN).pairs:
             assert pair == expected[pair.first, pair.second]
     assert measure_pairs(model, batches, whole, chosen, pairs=0, **GIVEN).pairs == ()
+
+
+def test_what_breaks_the_model_by_itself_is_in_no_pair(model, batches) -> None:
+    scores, chosen = scored(model, batches)
+    broken = tuple(replace(cell, measured={"loss": math.inf}) if cell.group == "0" else cell for cell in scores.cells)
+    found = measure_pairs(model, batches, replace(scores, cells=broken), chosen, **GIVEN)
+    assert {pair.first for pair in found.pairs} | {pair.second for pair in found.pairs} == {"1", "2", "3"}
 
 
 def test_by_the_divergence_a_classifier_without_labels_in_it_is_measured() -> None:
