@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from hf_parcor import Quantization, RobustnessCallback
 from hf_parcor.cards import ModelFacts
 from hf_parcor.cards import trainer as publishing
+from hf_parcor.cards.text import HEAT_MAP
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
@@ -52,6 +53,16 @@ class TestPushToHub:
         assert OURS in pushed.files["README.md"].decode()
         assert pushed.files["README.md"] == (tmp_path / "tiny" / "README.md").read_bytes()
         assert not any(TOKEN.encode() in content for content in pushed.files.values())
+
+    @pytest.mark.slow
+    def test_the_token_is_that_of_the_arguments_unless_one_is_given(self, pushed, trained, monkeypatch):
+        """The server lets nobody write with another one, nor remove what is old."""
+        monkeypatch.delenv("HF_TOKEN")
+        for of_arguments, given in ((TOKEN, None), ("hf_another", TOKEN)):
+            trained.args.hub_token = of_arguments
+            pushed.commit({**pushed.files, HEAT_MAP: b"of other weights"})
+            trained.push_to_hub(token=given)
+            assert HEAT_MAP not in pushed.files
 
     @pytest.mark.slow
     def test_the_model_is_loaded_back_by_another_process(self, pushed, hub, trained, tmp_path):
