@@ -20,7 +20,7 @@ from hf_parcor.cli.parsing import (
     add_windows,
 )
 from hf_parcor.cli.sources import check_sources, read_data
-from hf_parcor.cli.terminal import ROBUSTNESS, going_on, how_to_go_on, output_folder, refused, show
+from hf_parcor.cli.terminal import ROBUSTNESS, checkpoint_in, going_on, how_to_go_on, output_folder, refused, show
 
 if TYPE_CHECKING:
     from hf_parcor.cli.subject import Subject
@@ -87,7 +87,7 @@ def measure(
     check_sources(arguments)
     rows, given = read_data(arguments)
     folder = output_folder(arguments.output_dir)
-    checkpoint = None if folder is None else (folder / name).with_suffix(".jsonl")
+    checkpoint = checkpoint_in(folder, name)
     applied = corruptions()
     from hf_parcor.cli.subject import find_device, load_subject
     from hf_parcor.evaluation import CheckpointError, NotEnoughMemoryError
@@ -108,7 +108,7 @@ def measure(
             record = evaluator.evaluate(applied, arguments.trials, arguments.seed, checkpoint=checkpoint)
     metric = subject.shown(record.clean.metrics)
     record = record.stating(metric, greater_is_better=arguments.greater_is_better, unit=arguments.unit)
-    record = record.told({**arguments.told, **subject.told})
+    record = record.told(subject.told)
     show(record, metric, folder and folder / name, as_json=arguments.json)
 
 

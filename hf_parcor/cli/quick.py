@@ -12,7 +12,16 @@ from hf_parcor.cli.evaluate import asked_for
 from hf_parcor.cli.parsing import Parser
 from hf_parcor.cli.recipe import scored
 from hf_parcor.cli.sources import check_sources, read_data
-from hf_parcor.cli.terminal import going_on, how_to_go_on, output_folder, refused, show_answer, speaks, tell, writing
+from hf_parcor.cli.terminal import (
+    checkpoint_in,
+    going_on,
+    how_to_go_on,
+    keep,
+    output_folder,
+    refused,
+    show_answer,
+    speaks,
+)
 from hf_parcor.errors import InputError
 
 QUICK = "quick.json"
@@ -53,7 +62,7 @@ def first_look(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -
         raise InputError(
             f"--corruptions: expected one format with --quick, got {len(formats)}; name one, or ask for a --recipe"
         )
-    checkpoint = None if folder is None else (folder / QUICK).with_suffix(".jsonl")
+    checkpoint = checkpoint_in(folder, QUICK)
     with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoint)):
         budget = MEASURED if arguments.cells is None else max(1, arguments.cells)
         _, _, scores = scored(arguments, data, groups_of, formats, budget, checkpoint)
@@ -67,9 +76,5 @@ def first_look(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -
     with refused(ValueError, ImportError):
         report = FirstLookReport(scores)
     if folder is not None:
-        path = folder / QUICK
-        with writing():
-            scores.save(path)
-            pages = [report.to_html(path.with_suffix(".html")), report.to_markdown(path.with_suffix(".md"))]
-        tell(f"the record is in {path}, its pages are {' and '.join(map(str, pages))}")
+        keep(scores, report, folder / QUICK)
     show_answer(scores, report, as_json=arguments.json)

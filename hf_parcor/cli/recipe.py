@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 from hf_parcor.cli.evaluate import asked_for
 from hf_parcor.cli.parsing import Parser, at_least, number
 from hf_parcor.cli.sources import check_sources, read_data
-from hf_parcor.cli.terminal import going_on, how_to_go_on, output_folder, refused, show_answer, speaks, tell, writing
+from hf_parcor.cli.terminal import (
+    checkpoint_in,
+    going_on,
+    how_to_go_on,
+    output_folder,
+    refused,
+    show_answer,
+    speaks,
+    tell,
+    writing,
+)
 from hf_parcor.errors import nearest
 
 if TYPE_CHECKING:
@@ -95,9 +105,7 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
     from hf_parcor.reports import RecipeReport
 
     formats: Any = FORMATS if arguments.corruptions is None else asked_for(arguments)
-    checkpoints = [
-        None if folder is None else (folder / name).with_suffix(".jsonl") for name in (SENSITIVITY, MEASURED, PAIRS)
-    ]
+    checkpoints = [checkpoint_in(folder, name) for name in (SENSITIVITY, MEASURED, PAIRS)]
     with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoints[0])):
         subject, how, scores = scored(arguments, (rows, given), groups_of, formats, arguments.cells, checkpoints[0])
         stated = {"greater_is_better": arguments.greater_is_better, "unit": arguments.unit}
@@ -187,4 +195,4 @@ def scored(
         )
     metric = subject.shown(scores.clean)
     scores = scores.stating(metric, greater_is_better=arguments.greater_is_better, unit=arguments.unit)
-    return subject, how, replace(scores, flags={**arguments.told, **subject.told})
+    return subject, how, replace(scores, flags=subject.told)

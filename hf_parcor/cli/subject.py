@@ -6,7 +6,7 @@ import argparse
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_parcor.cli.sources import windows_of
@@ -28,8 +28,8 @@ class Subject:
         shown: Returns which of the numbers that the metric found is to be reported.
         data: What records call the data.
         task: The Hub's name of the task.
-        told: Flags that a record has to name since it calls metric and data otherwise: of lm-eval, whose gradients
-            are of other data.
+        told: Flags that a record has to name: those that say how it was loaded, and, where metric and data are called
+            otherwise, as of lm-eval, whose gradients are of other data, these.
     """
 
     model: Any
@@ -66,7 +66,8 @@ def load_subject(arguments: argparse.Namespace, rows: Rows, given: Mapping[str, 
         model = model.to(device)
     processor = task.load_processor(arguments.model, **origin)
     processed = prepared(arguments, task, model, processor)
-    return measured(task, processed, rows, columns, arguments.batch_size, arguments.metric)
+    subject = measured(task, processed, rows, columns, arguments.batch_size, arguments.metric)
+    return replace(subject, told={**arguments.told, **subject.told})
 
 
 def origin_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -101,6 +101,11 @@ def check_output_folder(name: str, flag: str = "--output-dir") -> None:
         )
 
 
+def checkpoint_in(folder: Path | None, name: str) -> Path | None:
+    """Return where a measurement is kept on its way, beside the record of that name; None for no folder."""
+    return None if folder is None else (folder / name).with_suffix(".jsonl")
+
+
 def how_to_go_on(checkpoint: Path | None) -> str:
     """Return what to do after an interruption."""
     if checkpoint is None:
@@ -126,15 +131,26 @@ def show(record: EvaluationRecord | SweepRecord, metric: str, path: Path | None,
     with refused(ImportError):
         report = RobustnessReport(record, metric)
     if path is not None:
-        with writing():
-            record.save(path)
-            pages = write_report(report, [path.with_suffix(suffix) for suffix in (".html", ".md")])
-        tell(f"the record is in {path}, its pages are {' and '.join(map(str, pages))}")
+        keep(record, report, path)
     if as_json:
         print(record.to_json(), end="")
     else:
         print(table)
         show_verdict(report)
+
+
+def keep(
+    record: EvaluationRecord | SweepRecord | SensitivityRecord, report: RobustnessReport | FirstLookReport, path: Path
+) -> None:
+    """Write a record, and its pages beside it, which differ in the suffix, and say where they are.
+
+    Raises:
+        InputError: A file cannot be written.
+    """
+    with writing():
+        record.save(path)
+        pages = write_report(report, [path.with_suffix(suffix) for suffix in (".html", ".md")])
+    tell(f"the record is in {path}, its pages are {' and '.join(map(str, pages))}")
 
 
 def table_of(record: EvaluationRecord | SweepRecord, metric: str) -> str:
@@ -164,6 +180,6 @@ def show_answer(
         print(f"{wrapped(sentence)}\n")
 
 
-def write_report(report: RobustnessReport, paths: Iterable[Path]) -> list[Path]:
+def write_report(report: RobustnessReport | FirstLookReport, paths: Iterable[Path]) -> list[Path]:
     """Write pages, in the format that the name of each says."""
     return [report.to_markdown(path) if path.suffix == ".md" else report.to_html(path) for path in paths]
