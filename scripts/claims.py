@@ -136,6 +136,11 @@ class Claim:
     evidence: Higher | Seen | str
     folder: str = ""
 
+    @property
+    def campaign(self) -> str:
+        """The folder of the records that it rests on; "" for none."""
+        return self.evidence.first.folder if isinstance(self.evidence, Higher) else self.folder
+
 
 def arms(folder: str, first: str, second: str, rows: Rows, *, margin: float = 0.0, **more: str) -> Higher:
     """Return the comparison of two arms of one campaign."""
@@ -485,7 +490,7 @@ class Row:
 
     def cells(self) -> list[str]:
         """Return what the line says."""
-        return [self.claim.says, self.verdict, self.seen, self.claim.folder or "–", *self.p]
+        return [self.claim.says, self.verdict, self.seen, self.claim.campaign or "–", *self.p]
 
 
 def rows() -> list[Row]:
@@ -493,8 +498,8 @@ def rows() -> list[Row]:
     tests = {place: one.evidence.test() for place, one in enumerate(CLAIMS) if isinstance(one.evidence, Higher)}
     of_page = corrected(tests)
     of_campaign: dict[int, float] = {}
-    for folder in {campaign_of(place) for place in tests}:
-        of_campaign |= corrected({place: test for place, test in tests.items() if campaign_of(place) == folder})
+    for campaign in {CLAIMS[place].campaign for place in tests}:
+        of_campaign |= corrected({place: test for place, test in tests.items() if CLAIMS[place].campaign == campaign})
     found = []
     for place, one in enumerate(CLAIMS):
         match one.evidence:
@@ -503,20 +508,13 @@ def rows() -> list[Row]:
                 verdict = CONFIRMED if p < LEVEL else NOT_CONFIRMED
                 mark = ALONE if test.p_value < LEVEL <= p else NOT_OF_ALL if p < LEVEL <= of_all else ""
                 p_values = probability(test.p_value), probability(p), probability(of_all)
-                claim = replace(one, folder=campaign_of(place))
-                found.append(Row(claim, verdict + mark, seen(one.evidence, test), p_values))
+                found.append(Row(one, verdict + mark, seen(one.evidence, test), p_values))
             case Seen():
                 holds, words = one.evidence.how()
                 found.append(Row(one, CONFIRMED if holds else NOT_CONFIRMED, words.rstrip(".")))
             case str():
                 found.append(Row(one, NOT_TESTABLE, one.evidence))
     return found
-
-
-def campaign_of(place: int) -> str:
-    """Return the folder of the records that a claim is tested on."""
-    evidence = CLAIMS[place].evidence
-    return evidence.first.folder if isinstance(evidence, Higher) else CLAIMS[place].folder
 
 
 def corrected(tests: Mapping[int, TTest]) -> dict[int, float]:
@@ -583,7 +581,7 @@ def page() -> str:
 
 def commands(found: Iterable[Row]) -> Iterator[str]:
     """Return a line for each folder of records: the command that makes it, and where its table is discussed."""
-    for folder in sorted({row.claim.folder for row in found if row.claim.folder}):
+    for folder in sorted({row.claim.campaign for row in found if row.claim.campaign}):
         known = study_of(folder)
         if known is None:
             yield f"- [{folder}]({folder}): see [the table of experiments](../README.md)"

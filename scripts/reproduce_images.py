@@ -187,9 +187,8 @@ class Images:
     @property
     def corruptions(self) -> list[str]:
         """Those of the rows, but for the first one, which has none."""
-        return list(dict.fromkeys([words for of_paper in self.beside.values() for words in of_paper] + [*self.more]))[
-            1:
-        ]
+        of_papers = (words for of_paper in self.beside.values() for words in of_paper)
+        return [words for words in dict.fromkeys([*of_papers, *self.more]) if words != CLEAN]
 
 
 CIFAR_10 = Images(

@@ -128,28 +128,26 @@ def main() -> None:
     if options.model is None and options.system != "translation":
         parser.error(f"--model: expected what --system {options.system} starts from, got nothing; see --help")
     options.size = sst2_runs.SIZES["small"]
-    told = SYSTEMS[options.system](options)
-    stated: dict[str, Any] = {"unit": SHARE} if told.shown == "accuracy" else {}
-    file = told.folder / "which_bits"
-    scores = sensitivity(
-        told.model, told.metric, FORMATS, told.groups, probes=PROBES, checkpoint=file.with_suffix(".jsonl")
-    )
-    if told.shown in scores.clean:
-        scores = scores.stating(told.shown, **stated)
+    judged = SYSTEMS[options.system](options)
+    stated: dict[str, Any] = {"unit": SHARE} if judged.shown == "accuracy" else {}
+    kept = judged.folder / "sensitivity.jsonl"
+    scores = sensitivity(judged.model, judged.metric, FORMATS, judged.groups, probes=PROBES, checkpoint=kept)
+    if judged.shown in scores.clean:
+        scores = scores.stating(judged.shown, **stated)
     four = uniform_recipe(scores, str(FORMATS[3])).bits
     bits = math.ceil(round(10 * four, 6)) / 10
     chosen = recipe(scores, bits=bits)
-    recipes = front(scores, chosen) | {f"by {cost}": recipe(scores, bits=bits, by=cost) for cost in told.beside}
-    measured = measure_recipes(told.model, told.judge, recipes, checkpoint=told.folder / "recipe_measured.jsonl")
-    measured = measured.stating(told.shown, **stated)
+    recipes = front(scores, chosen) | {f"by {cost}": recipe(scores, bits=bits, by=cost) for cost in judged.beside}
+    measured = measure_recipes(judged.model, judged.judge, recipes, checkpoint=judged.folder / "recipe_measured.jsonl")
+    measured = measured.stating(judged.shown, **stated)
     chosen = measure_pairs(
-        told.model, told.metric, scores, chosen, pairs=PAIRS, checkpoint=told.folder / "recipe_pairs.jsonl"
+        judged.model, judged.metric, scores, chosen, pairs=PAIRS, checkpoint=judged.folder / "recipe_pairs.jsonl"
     )
     scores.save(options.output / "sensitivity.json")
     measured.save(options.output / "recipe_measured.json")
     export_recipe(chosen, options.output)
-    title = f"Which parts of {told.title} take which bits?"
-    report = RecipeReport(scores, chosen, measured, title=title, metric=told.shown)
+    title = f"Which parts of {judged.title} take which bits?"
+    report = RecipeReport(scores, chosen, measured, title=title, metric=judged.shown)
     report.to_html(options.output / "recipe.html")
     report.to_markdown(options.output / "README.md")
     print(*report.verdict, sep="\n")
