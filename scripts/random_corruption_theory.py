@@ -35,9 +35,9 @@ from hf_parcor import CorruptionConstraint, GradientCorruption
 from hf_parcor.evaluation.identity import library_versions
 from hf_parcor.functional import vector_norm
 from hf_parcor.indicators import LossOverData, hessian_trace, random_loss_changes
-from hf_parcor.records.stored import replace_text, to_strict_json
 from hf_parcor.reports.tables import markdown_table
 from hf_parcor.statistics import QuantileWithInterval
+from hf_parcor.strict_json import replace_text, to_strict_json
 from hf_parcor.theory import RandomCorruptionRatio, second_order_average_loss_change
 
 END = "<eos>"

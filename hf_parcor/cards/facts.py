@@ -12,11 +12,12 @@ from hf_parcor.records.comparable import check_repetitions
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.records.metric_info import MetricInfo, agreed, info_by_name, read_info
-from hf_parcor.records.stored import StoredRecord, to_plain
+from hf_parcor.records.stored import StoredRecord
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.study import Study
 from hf_parcor.reports.verdict import probe_verdict
 from hf_parcor.statistics import sample_deviation, sample_mean
+from hf_parcor.strict_json import to_plain
 
 FORMAT = 1
 _NOT_FINITE = ("nan", "inf", "-inf")

@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from hf_parcor.cards.facts import ModelFacts
 from hf_parcor.cards.front_matter import RESULTS_FOLDER, RESULTS_PREFIX, eval_result_file, metadata_of
 from hf_parcor.cards.text import CURVES, HEAT_MAP, pictures_of, section_of, updated_card
-from hf_parcor.records.stored import replace_text
 from hf_parcor.reports.markup import text_of
+from hf_parcor.strict_json import replace_text
 
 CARD = "README.md"
 FACTS = "robustness_facts.json"

@@ -13,8 +13,8 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from hf_parcor.cards.facts import CorruptionFacts, ModelFacts
 from hf_parcor.records.curves import plain_name
-from hf_parcor.records.stored import to_plain
 from hf_parcor.reports.markup import printable
+from hf_parcor.strict_json import to_plain
 
 MARK = "parameter_corruption"  # the argument by which our results are known among others
 RESULTS_FOLDER = ".eval_results"

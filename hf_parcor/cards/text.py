@@ -13,13 +13,13 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from hf_parcor.cards.facts import ModelFacts
 from hf_parcor.cards.front_matter import has_run, is_on_the_hub, merged_front_matter
-from hf_parcor.records.comparable import COUNTS
+from hf_parcor.defense_file import COUNTS
 from hf_parcor.records.data import EvaluationData
-from hf_parcor.records.stored import to_plain
 from hf_parcor.reports.markup import code_of, printable, text_of
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.plots import plot_comparison, plot_heat_map, shows_curves
 from hf_parcor.reports.tables import markdown_table
+from hf_parcor.strict_json import to_plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

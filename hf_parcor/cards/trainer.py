@@ -26,7 +26,7 @@ from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.overriding import overriding
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.records.data import EvaluationData, named_on_hub
-from hf_parcor.records.stored import replace_text
+from hf_parcor.strict_json import replace_text
 
 Results: TypeAlias = Mapping[str, EvaluationRecord]
 

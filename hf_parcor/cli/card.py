@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_parcor.cli.parsing import Command, Parser, add_meaning
-from hf_parcor.cli.report import check_trained_alike, defense_beside, load_record
+from hf_parcor.cli.report import check_trained_alike, load_record
 from hf_parcor.cli.terminal import PROBE, ROBUSTNESS, refused
+from hf_parcor.defense_file import defense_beside
 from hf_parcor.errors import InputError
 from hf_parcor.records import EvaluationData, EvaluationRecord, SweepRecord
 from hf_parcor.records.comparable import SEVERAL_TASKS
-from hf_parcor.records.stored import read_strict_json, to_plain
+from hf_parcor.strict_json import read_strict_json, to_plain
 
 if TYPE_CHECKING:
     from hf_parcor.cards import ModelFacts

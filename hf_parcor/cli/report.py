@@ -10,10 +10,9 @@ from typing import Any, TypeAlias
 
 from hf_parcor.cli.parsing import Command, Parser, add_meaning
 from hf_parcor.cli.terminal import PROBE, ROBUSTNESS, refused, show_verdict, tell, write_report, writing
+from hf_parcor.defense_file import DEFENSE_CONFIG_NAME, defense_beside, differences
 from hf_parcor.errors import InputError
 from hf_parcor.records import EvaluationRecord, SweepRecord
-from hf_parcor.records.comparable import DEFENSE_CONFIG_NAME, differences
-from hf_parcor.records.stored import read_strict_json
 from hf_parcor.reports import RobustnessReport
 from hf_parcor.reports.tables import comparison_table
 
@@ -206,23 +205,6 @@ def check_trained_alike(places: Sequence[Path]) -> None:
                 f"different defenses in {first} and {other} ({'; '.join(changes)}); set them side by side with "
                 f"hf-parcor compare {first} {other}"
             )
-
-
-def defense_beside(folder: Path) -> dict[str, Any] | None:
-    """Return what stands beside a model, also a defense of the user's own class; None where it was not defended.
-
-    Raises:
-        InputError: It is no object.
-        OSError: It cannot be read.
-        ValueError: It is no JSON.
-    """
-    path = folder / DEFENSE_CONFIG_NAME
-    if not path.is_file():
-        return None
-    found = read_strict_json(path)
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected settings by name, got {type(found).__name__}; save the model again")
-    return found
 
 
 def _settings_of(defense: dict[str, Any] | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hf_parcor.cli.terminal import check_output_folder, refused, tell
 from hf_parcor.errors import InputError, one_line
 from hf_parcor.hub_data import failures_of_hub
 from hf_parcor.records.metric_info import LM_EVAL
-from hf_parcor.records.stored import read_strict_json
+from hf_parcor.strict_json import read_strict_json
 
 if TYPE_CHECKING:
     from hf_parcor.tasks import Rows

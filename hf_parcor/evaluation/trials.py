@@ -23,7 +23,7 @@ from hf_parcor.evaluation.answers import NOT_FINITE
 from hf_parcor.evaluation.metrics.generation import CUT
 from hf_parcor.injection import CorruptionSize
 from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord
-from hf_parcor.records.stored import replace_text, to_plain
+from hf_parcor.strict_json import replace_text, to_plain
 
 logger = logging.get_logger(__name__)
 

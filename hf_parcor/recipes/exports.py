@@ -24,7 +24,7 @@ import yaml
 from hf_parcor.corruptions import FloatQuantization
 from hf_parcor.recipes.measured import format_of
 from hf_parcor.records.sensitivity import RecipeRecord
-from hf_parcor.records.stored import replace_text
+from hf_parcor.strict_json import replace_text
 
 
 class Exports(NamedTuple):

@@ -1,20 +1,15 @@
-"""Which records may be set side by side, which are repetitions of one another, and how trainings differ."""
+"""Which records may be set side by side, and which are repetitions of one another."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
 
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.evaluation import EvaluationRecord
 
 SEVERAL_TASKS = ("", "text2text-generation")  # what says nothing, or is said of translation and summarization alike
 _FIELDS = ("config", "split", "revision", "rows")
-
-DEFENSE_CONFIG_NAME = "defense_config.json"  # beside the weights: how they were trained
-VERSION = "hf_parcor_version"
-COUNTS = ("defended_steps", "trained_steps")
 
 
 def check_comparable(records: Mapping[str, EvaluationRecord]) -> None:
@@ -85,30 +80,6 @@ def check_repetitions(groups: Mapping[str, Sequence[EvaluationRecord]], model: s
                     f"{of_one[0]:,} weights of {one.model} ({of_one[1]}) and {of_two[0]:,} of {two.model} "
                     f"({of_two[1]}); compare them as models, each under its name"
                 )
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return "name: old -> new" for each setting of two defenses that differs; neither version nor steps are settings.
-
-    Examples:
-        >>> differences({"settings": {"alpha": 0.5}, "layers": None}, {"settings": {"alpha": 0.3}, "layers": None})
-        ['settings.alpha: 0.5 -> 0.3']
-    """
-    before, after = _flat(old), _flat(new)
-    names = [name for name in {**before, **after} if name not in (VERSION, *COUNTS)]
-    absent = object()
-    return [
-        f"{name}: {before.get(name, 'not set')!r} -> {after.get(name, 'not set')!r}"
-        for name in names
-        if before.get(name, absent) != after.get(name, absent)
-    ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _records_of(*names: str) -> str:

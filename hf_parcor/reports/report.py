@@ -8,13 +8,13 @@ from typing import Generic, TypeVar
 
 from hf_parcor.records.evaluation import EvaluationRecord
 from hf_parcor.records.sensitivity import RecipeRecord, SensitivityRecord
-from hf_parcor.records.stored import replace_text, to_strict_json
 from hf_parcor.reports.content import Content, content_of, markdown_page
 from hf_parcor.reports.first_look import FirstLookContent, content_of_first_look, first_look_markdown
 from hf_parcor.reports.html import first_look_page, html_page, recipe_page
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.recipe import RecipeContent, content_of_recipe, recipe_markdown
 from hf_parcor.reports.study import Records, Study
+from hf_parcor.strict_json import replace_text, to_strict_json
 
 _Found = TypeVar("_Found", bound=FirstLookContent | RecipeContent)
 

@@ -1,6 +1,6 @@
 """Defended training with Transformers' Trainers and in Accelerate loops."""
 
-from hf_parcor.records.comparable import DEFENSE_CONFIG_NAME
+from hf_parcor.defense_file import DEFENSE_CONFIG_NAME
 from hf_parcor.training.accelerate import DefendedBackward, DefendedLoss, defended_backward
 from hf_parcor.training.callbacks import CollapseCallback, IdleDefenseCallback, signs_of_collapse
 from hf_parcor.training.checkpoints import checkpoint_to_resume

@@ -15,8 +15,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_parcor.records.comparable import COUNTS, DEFENSE_CONFIG_NAME, VERSION, differences
-from hf_parcor.records.stored import read_strict_json, to_strict_json
+from hf_parcor.defense_file import DEFENSE_CONFIG_NAME, defense_beside, differences, settings_in
+from hf_parcor.strict_json import to_strict_json
 from hf_parcor.training.config import DefenseConfig
 
 logger = logging.get_logger(__name__)
@@ -79,21 +79,20 @@ def warn_of_another_defense(checkpoint: str, config: DefenseConfig | None) -> No
         checkpoint: The checkpoint's folder.
         config: The settings of now, None for the stock training step.
     """
-    path = Path(checkpoint) / DEFENSE_CONFIG_NAME
-    old: Any = {"defense": None}
-    if path.is_file():
-        try:
-            old = read_strict_json(path)
-        except (OSError, ValueError) as error:
-            old = error
-        if not isinstance(old, Mapping):
-            logger.warning_once(f"{path} cannot be compared with the defense of this run: {old}. {_GOES_ON}")
-            return
-    elif config is not None:
+    try:
+        old = defense_beside(Path(checkpoint))
+    except (OSError, ValueError) as error:
         logger.warning_once(
-            f"{checkpoint} has no {DEFENSE_CONFIG_NAME}: it was trained without a defense, and now goes on with "
-            f"{config.defense!r}."
+            f"The {DEFENSE_CONFIG_NAME} of {checkpoint} cannot be compared with the defense of this run: {error}. "
+            f"{_GOES_ON}"
         )
+        return
+    if old is None:
+        if config is not None:
+            logger.warning_once(
+                f"{checkpoint} has no {DEFENSE_CONFIG_NAME}: it was trained without a defense, and now goes on with "
+                f"{config.defense!r}."
+            )
         return
     if config is None:
         changes = differences({"defense": old.get("defense")}, {"defense": None})
@@ -187,7 +186,7 @@ class DefendedSteps:
 
 
 def _settings_in(values: Mapping[str, Any]) -> str:
-    return to_strict_json({name: values[name] for name in sorted(values) if name not in (VERSION, *COUNTS)})
+    return to_strict_json(dict(sorted(settings_in(values).items())))
 
 
 def _object_in(path: Path) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from transformers.utils.hub import cached_file
 
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
+from hf_parcor.defense_file import COUNTS, DEFENSE_CONFIG_NAME, VERSION
 from hf_parcor.defenses import DEFENSES, Defense
-from hf_parcor.records.comparable import COUNTS, DEFENSE_CONFIG_NAME, VERSION
-from hf_parcor.records.stored import read_strict_json, to_plain, to_strict_json
+from hf_parcor.strict_json import read_strict_json, to_plain, to_strict_json
 
 _NOT_FINITE = ("inf", "-inf", "nan")
 

@@ -27,7 +27,7 @@ from hf_parcor.evaluation import (
 )
 from hf_parcor.evaluation.gradients import model_loss
 from hf_parcor.evaluation.identity import settings_of
-from hf_parcor.records.stored import to_plain
+from hf_parcor.strict_json import to_plain
 
 LIMIT, TABLE = 0.5, {"a": 1}
 

@@ -1,0 +1,59 @@
+"""The file beside a model that says how it was defended, for readers that need no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_parcor.errors import InputError
+from hf_parcor.strict_json import read_strict_json
+
+DEFENSE_CONFIG_NAME = "defense_config.json"
+VERSION = "hf_parcor_version"
+COUNTS = ("defended_steps", "trained_steps")
+
+
+def defense_beside(folder: Path) -> dict[str, Any] | None:
+    """Return what stands beside a model, also a defense of the user's own class; None where it was not defended.
+
+    Raises:
+        InputError: It is no object.
+        OSError: It cannot be read.
+        ValueError: It is no JSON.
+    """
+    path = folder / DEFENSE_CONFIG_NAME
+    if not path.is_file():
+        return None
+    found = read_strict_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected settings by name, got {type(found).__name__}; save the model again")
+    return found
+
+
+def settings_in(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a file says of the defense itself: neither the version that wrote it nor how often it ran."""
+    return {name: value for name, value in values.items() if name not in (VERSION, *COUNTS)}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return "name: old -> new" for each setting of two defenses that differs.
+
+    Examples:
+        >>> differences({"settings": {"alpha": 0.5}, "layers": None}, {"settings": {"alpha": 0.3}, "layers": None})
+        ['settings.alpha: 0.5 -> 0.3']
+    """
+    before, after = _flat(settings_in(old)), _flat(settings_in(new))
+    absent = object()
+    return [
+        f"{name}: {before.get(name, 'not set')!r} -> {after.get(name, 'not set')!r}"
+        for name in {**before, **after}
+        if before.get(name, absent) != after.get(name, absent)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat

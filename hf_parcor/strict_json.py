@@ -1,0 +1,83 @@
+"""Plain values as files: JSON that every reader accepts, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+def to_plain(value: Any, otherwise: Callable[[Any], Any] | None = None) -> Any:
+    """Return a value as what strict JSON can hold: infinities and NaN as strings, dataclasses as objects.
+
+    Read the strings "nan", "inf" and "-inf" back with `float`, which knows these words.
+
+    Args:
+        value: Anything.
+        otherwise: What becomes of a value that has no such form; None, the default, leaves it.
+
+    Examples:
+        >>> from hf_parcor import CorruptionConstraint
+        >>> to_plain(CorruptionConstraint(p=math.inf, epsilon=0.1))
+        {'p': 'inf', 'epsilon': 0.1, 'top_n': None}
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Integral):  # NumPy's integers
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name), otherwise) for field in fields(value) if field.init}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(entry, otherwise) for key, entry in value.items()}
+    if isinstance(value, Sequence):
+        return [to_plain(entry, otherwise) for entry in value]
+    return value if otherwise is None else otherwise(value)
+
+
+def to_strict_json(value: Any) -> str:
+    """Return plain values, or dataclasses of them, as standard JSON.
+
+    Raises:
+        TypeError: There is something that JSON has no word for.
+
+    Examples:
+        >>> print(to_strict_json({"p": math.inf}), end="")
+        {
+          "p": "inf"
+        }
+    """
+    return json.dumps(to_plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def read_strict_json(path: str | os.PathLike[str]) -> Any:
+    """Return what a file of standard JSON holds.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not JSON, or has NaN or infinities that are not strings.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f'expected strict JSON, got {constant}; write it as a string, "inf" say')
+
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected JSON, got {error}") from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file such that another process, and an interruption, find either the old text or the new one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", newline="")  # line endings as they are
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
