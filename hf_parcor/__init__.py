@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_parcor.cards.trainer import PublishingMixin
+    from hf_parcor.cards.mixin import PublishingMixin
     from hf_parcor.constraints import CorruptionConstraint
     from hf_parcor.corruptions import (
         BitFlips,
@@ -115,7 +115,7 @@ __all__ = [
 # Where each name is: parts are imported when one of their names is first asked for, so that a command line's help, or
 # a reader of records, does not wait for PyTorch.
 _PARTS = {
-    "cards.trainer": ("PublishingMixin",),
+    "cards.mixin": ("PublishingMixin",),
     "constraints": ("CorruptionConstraint",),
     "corruptions": (
         "BitFlips",

@@ -2,7 +2,7 @@
 
 from transformers import Seq2SeqTrainer, Trainer
 
-from hf_parcor.cards.trainer import PublishingMixin
+from hf_parcor.cards.mixin import PublishingMixin
 from hf_parcor.training.mixin import ParameterDefenseMixin
 
 

@@ -18,14 +18,15 @@ from hf_parcor.evaluation.metrics import (
     SacrebleuScore,
     TrainerMetric,
 )
-from hf_parcor.evaluation.robustness import (
+from hf_parcor.evaluation.mixin import (
     DEFAULT_CORRUPTIONS,
     RobustnessArguments,
     RobustnessMixin,
     measure_robustness,
     robustness_metrics,
 )
-from hf_parcor.evaluation.trials import DEFAULT_TRIALS, CheckpointError
+from hf_parcor.evaluation.resume import CheckpointError
+from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 
 __all__ = [
     "DEFAULT_CORRUPTIONS",

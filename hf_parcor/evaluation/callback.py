@@ -9,7 +9,7 @@ from accelerate.data_loader import IterableDatasetShard
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_parcor.arguments import check_count
-from hf_parcor.evaluation.robustness import (
+from hf_parcor.evaluation.mixin import (
     Corruptions,
     RobustnessMixin,
     by_name,

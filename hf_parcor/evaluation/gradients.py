@@ -19,8 +19,8 @@ from hf_parcor.batches import count_examples, count_labels
 from hf_parcor.distributed.dtensors import local_part, local_parts
 from hf_parcor.distributed.fsdp import class_of, drop_gathered, is_sharded, reducing
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
-from hf_parcor.evaluation.answers import Answer, called, own_batch, problem_of, usual_loss
-from hf_parcor.evaluation.walks import RepeatedBatches
+from hf_parcor.evaluation.outputs import Output, called, own_batch, problem_of, usual_loss
+from hf_parcor.evaluation.repeated_batches import RepeatedBatches
 from hf_parcor.injection import Device, Injection, Pieces, Replacement, corrupted, forget_derived
 from hf_parcor.overriding import overriding
 
@@ -119,16 +119,16 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         ValueError: The model returned no loss, and there are no labels or no logits to make one of.
     """
-    answer = Answer.read(called(model, batch))
-    if answer.loss is not None:
-        return answer.loss
+    output = Output.read(called(model, batch))
+    if output.loss is not None:
+        return output.loss
     labels = batch.get("labels")
-    if answer.logits is None or labels is None:
+    if output.logits is None or labels is None:
         raise ValueError(
             "loss: expected the model to return one, got none; put labels into the batches, or pass loss="
         )
-    problem = problem_of(model, answer.logits, torch.as_tensor(labels))
-    return usual_loss(problem, answer.logits, torch.as_tensor(labels), shifted=shifts_labels(model))
+    problem = problem_of(model, output.logits, torch.as_tensor(labels))
+    return usual_loss(problem, output.logits, torch.as_tensor(labels), shifted=shifts_labels(model))
 
 
 def count_items(batch: Batch, *, shifted: bool = False) -> int:

@@ -25,8 +25,10 @@ from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, corrup
 from hf_parcor.evaluation.identity import identity_of_run
 from hf_parcor.evaluation.memory import check_memory
 from hf_parcor.evaluation.metrics import BatchMetric
+from hf_parcor.evaluation.repeated_batches import RepeatedBatches, check_repeatable
 from hf_parcor.evaluation.replicas import all_batches, check_same_data, check_same_weights
-from hf_parcor.evaluation.together import (
+from hf_parcor.evaluation.resume import append_to_checkpoint, begin_checkpoint
+from hf_parcor.evaluation.shared_passes import (
     Group,
     Job,
     choose_together,
@@ -34,8 +36,7 @@ from hf_parcor.evaluation.together import (
     prefix_of_ascents,
     prefix_of_measurements,
 )
-from hf_parcor.evaluation.trials import Trial, append_to_checkpoint, begin_checkpoint, checked_metrics, record_of
-from hf_parcor.evaluation.walks import RepeatedBatches, check_repeatable
+from hf_parcor.evaluation.trials import Trial, checked_metrics, record_of
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import Device, check_device
 from hf_parcor.model_state import BufferSnapshot, devices_of, evaluation_mode

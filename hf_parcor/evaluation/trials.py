@@ -1,29 +1,21 @@
-"""What single trials found, the record that is made from them, and the file that an interrupted run goes on from.
-
-The file's first line says what is measured; each other line is one finished trial. Lines are only ever appended, so
-that a kill at any moment leaves whole lines and at most a part of a last one, which is dropped and measured again.
-"""
+"""What single trials found, and the record that is made from them."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_parcor.evaluation.answers import NOT_FINITE
 from hf_parcor.evaluation.metrics.generation import CUT
+from hf_parcor.evaluation.outputs import NOT_FINITE
 from hf_parcor.injection import CorruptionSize
 from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord
-from hf_parcor.strict_json import replace_text, to_plain
 
 logger = logging.get_logger(__name__)
 
@@ -151,104 +143,3 @@ def _number(value: object) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         return float(value)
     return float(value) if isinstance(value, Real) else math.nan
-
-
-_FORMAT = 2  # 1 knew a metric by its name alone
-_KIND = "hf_parcor checkpoint"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is of another run, damaged, or none; nothing was measured, and the file is as it was."""
-
-
-def begin_checkpoint(path: Path, run: Mapping[str, Any]) -> dict[int, Trial]:
-    """Return the trials that a checkpoint has, by their number; start one where there is no file.
-
-    Args:
-        path: The file.
-        run: Whatever decides what is measured, as plain values by name. A checkpoint of anything else is refused.
-
-    Raises:
-        OSError: The file cannot be read or written.
-        CheckpointError: It is no checkpoint, one of another run, or damaged. A `ValueError`.
-    """
-    run = json.loads(_line(run))
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, _line({"kind": _KIND, "format": _FORMAT, "run": run}) + "\n")
-        return {}
-    content = path.read_bytes()
-    *lines, torn = content.split(b"\n")
-    _check_run(path, lines[0] if lines else torn, run)
-    trials = dict(_numbered_trial(path, line, at) for at, line in enumerate(lines[1:], start=2))
-    if torn:
-        os.truncate(path, len(content) - len(torn))
-    return trials
-
-
-def append_to_checkpoint(path: Path, trials: Mapping[int, Trial]) -> None:
-    """Add finished trials, by their number, and wait until they are on the disk."""
-    lines = [_line({"number": number, **to_plain(trial)}) + "\n" for number, trial in trials.items()]
-    with path.open("ab") as file:
-        file.write("".join(lines).encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _line(value: Any) -> str:
-    return json.dumps(to_plain(value), allow_nan=False)
-
-
-def _numbered_trial(path: Path, line: bytes, at: int) -> tuple[int, Trial]:
-    try:
-        entry = json.loads(line)
-        size = entry["size"]
-        return int(entry["number"]), Trial(
-            seed=entry["seed"],
-            metrics={name: float(value) for name, value in entry["metrics"].items()},
-            size=None if size is None else CorruptionSize(int(size["changed"]), float(size["norm"])),
-            odd=dict(entry["odd"]),
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: expected a finished trial in line {at}, got {error!r}; the file is damaged: remove it, or that "
-            "line and all that follow"
-        ) from error
-
-
-def _check_run(path: Path, line: bytes, run: Mapping[str, Any]) -> None:
-    remedy = "give another path, or remove the file"
-    try:
-        header = json.loads(line)
-        if header["kind"] != _KIND:
-            raise ValueError(header["kind"])
-        found, version = dict(header["run"]), header["format"]
-    except (KeyError, TypeError, ValueError) as error:
-        shown = line[:40].decode(errors="replace")
-        raise CheckpointError(f"{path}: expected a checkpoint of a measurement, got {shown!r}; {remedy}") from error
-    if version != _FORMAT:
-        raise CheckpointError(
-            f"{path}: expected a checkpoint of format {_FORMAT}, got {version}; go on with the version of hf_parcor "
-            f"that wrote it, {remedy}"
-        )
-    before, now = _flat(found), _flat(run)
-    differing = [name for name in {**now, **before} if before.get(name) != now.get(name)]
-    if differing:
-        details = ", ".join(f"{name} ({_shown(before.get(name))}, now {_shown(now.get(name))})" for name in differing)
-        raise CheckpointError(f"{path}: expected a checkpoint of this run, got one with other {details}; {remedy}")
-
-
-def _flat(run: Mapping[str, Any], within: str = "") -> dict[str, Any]:
-    """Return settings at any depth by names such as "metric.settings.num_beams", to show those that differ."""
-    flat: dict[str, Any] = {}
-    for name, value in run.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{within}{name}.")
-        else:
-            flat[f"{within}{name}"] = value
-    return flat
-
-
-def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else _line(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

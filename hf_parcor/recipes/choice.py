@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hf_parcor.arguments import check_finite, check_positive
-from hf_parcor.records.sensitivity import DIVERGENCE, Choice, RecipeRecord, SensitivityRecord
+from hf_parcor.records.recipe import Choice, RecipeRecord
+from hf_parcor.records.sensitivity import DIVERGENCE, SensitivityRecord
 from hf_parcor.statistics import scipy_module
 
 _LARGEST = 1e4  # what numbers are scaled to, for the solver

@@ -23,7 +23,7 @@ import yaml
 
 from hf_parcor.corruptions import FloatQuantization
 from hf_parcor.recipes.measured import format_of
-from hf_parcor.records.sensitivity import RecipeRecord
+from hf_parcor.records.recipe import RecipeRecord
 from hf_parcor.strict_json import replace_text
 
 

@@ -24,7 +24,8 @@ from hf_parcor.indicators.format_scores import metric_and_batches
 from hf_parcor.injection import Pieces
 from hf_parcor.records.curves import metric_drop
 from hf_parcor.records.evaluation import EvaluationRecord
-from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, PairCost, RecipeRecord, SensitivityRecord
+from hf_parcor.records.recipe import PairCost, RecipeRecord
+from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, SensitivityRecord
 
 
 def format_of(described: Mapping[str, Any]) -> Any:

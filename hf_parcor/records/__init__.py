@@ -5,15 +5,9 @@ from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, Swe
 from hf_parcor.records.flips import FlipRecord
 from hf_parcor.records.indicators import ConstraintIndicators, Estimate, IndicatorRecord
 from hf_parcor.records.metric_info import MetricInfo
+from hf_parcor.records.recipe import Choice, PairCost, RecipeRecord
 from hf_parcor.records.search import SearchRecord, SearchTrial
-from hf_parcor.records.sensitivity import (
-    Choice,
-    FormatScore,
-    PairCost,
-    RecipeRecord,
-    SensitivityRecord,
-    WeightGroup,
-)
+from hf_parcor.records.sensitivity import FormatScore, SensitivityRecord, WeightGroup
 from hf_parcor.records.stored import StoredRecord
 
 __all__ = [

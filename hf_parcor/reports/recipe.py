@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from hf_parcor.records.curves import short
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
-from hf_parcor.records.sensitivity import DIVERGENCE, RecipeRecord, SensitivityRecord
+from hf_parcor.records.recipe import RecipeRecord
+from hf_parcor.records.sensitivity import DIVERGENCE, SensitivityRecord
 from hf_parcor.reports.content import flag_words
 from hf_parcor.reports.markup import text_of
 from hf_parcor.reports.numbers import Numbers

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from hf_parcor.records.evaluation import EvaluationRecord
-from hf_parcor.records.sensitivity import RecipeRecord, SensitivityRecord
+from hf_parcor.records.recipe import RecipeRecord
+from hf_parcor.records.sensitivity import SensitivityRecord
 from hf_parcor.reports.content import Content, content_of, markdown_page
 from hf_parcor.reports.first_look import FirstLookContent, content_of_first_look, first_look_markdown
 from hf_parcor.reports.html import first_look_page, html_page, recipe_page

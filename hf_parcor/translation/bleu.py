@@ -1,4 +1,7 @@
-"""BLEU of texts as people write them, and BLEU of their tokens, which is what the papers report."""
+"""BLEU of texts as people write them, and BLEU of their tokens, which is what the papers report.
+
+`hf_parcor.evaluation.SacrebleuScore` is any one score of sacrebleu, with its own settings.
+"""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from transformers import Trainer, TrainerState
 
 from hf_parcor import GaussianNoise, ParameterDefenseMixin, Quantization, RobustnessCallback
 from hf_parcor.cards import ModelFacts
+from hf_parcor.cards.mixin import MeasuredWeights, PublishingMixin
 from hf_parcor.cards.text import read_card
-from hf_parcor.cards.trainer import MeasuredWeights, PublishingMixin
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 
 pytestmark = [
@@ -88,7 +88,7 @@ class TestCreateModelCard:
         trainer.evaluate_robustness([GaussianNoise(0.5)], trials=1)
         assert trainer.robustness_facts().evaluated_on.split == ""
         said = []
-        monkeypatch.setattr("hf_parcor.cards.trainer.logger.warning", said.append)
+        monkeypatch.setattr("hf_parcor.cards.mixin.logger.warning", said.append)
         trainer.evaluate_robustness([GaussianNoise(0.5)], trials=1, eval_dataset={"one": rows, "two": rows[:4]})
         assert trainer.robustness_facts().evaluated_on.rows == 8
         assert ["eval_one alone" in line for line in said] == [True]

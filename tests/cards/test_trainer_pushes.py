@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from hf_parcor import Quantization, RobustnessCallback
 from hf_parcor.cards import ModelFacts
-from hf_parcor.cards import trainer as publishing
+from hf_parcor.cards import mixin as publishing
 from hf_parcor.cards.text import HEAT_MAP
 
 pytestmark = [

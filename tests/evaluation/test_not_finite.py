@@ -23,7 +23,7 @@ from hf_parcor.evaluation import (
     PredictionMetric,
     TrainerMetric,
 )
-from hf_parcor.evaluation.answers import NOT_FINITE
+from hf_parcor.evaluation.outputs import NOT_FINITE
 
 nan, inf = math.nan, math.inf
 

@@ -24,7 +24,7 @@ from hf_parcor import (
 )
 from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.evaluation import BatchMetric, ClassificationMetric, DatasetGradients
-from hf_parcor.evaluation.together import Group, Job, choose_together, prefix_of_ascents, prefix_of_measurements
+from hf_parcor.evaluation.shared_passes import Group, Job, choose_together, prefix_of_ascents, prefix_of_measurements
 
 MANY = [
     *(GradientCorruption(CorruptionConstraint(epsilon=epsilon)) for epsilon in (0.1, 0.5, 2.0)),

@@ -150,7 +150,7 @@ def test_pushes_are_those_of_the_stock_trainer_with_the_defense_in_every_folder(
 ):
     hubs = []
     empty = SimpleNamespace(siblings=[])
-    monkeypatch.setattr("hf_parcor.cards.trainer.card_on_hub", lambda *args: ("", empty))
+    monkeypatch.setattr("hf_parcor.cards.mixin.card_on_hub", lambda *args: ("", empty))
     for kind, extra in ((Trainer, {}), (ParameterDefenseTrainer, {"defense": K2, "target_modules": ["attention"]})):
         hubs.append(FakeHub())
         monkeypatch.setattr("transformers.trainer.hf_api", lambda: hubs[-1])

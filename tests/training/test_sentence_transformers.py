@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 
 from hf_parcor import SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseMixin
-from hf_parcor.cards.trainer import PublishingMixin
+from hf_parcor.cards.mixin import PublishingMixin
 
 REASON = "an optional dependency of the tests, in the extra dev"
 datasets = pytest.importorskip("datasets", reason=REASON)

@@ -1,6 +1,5 @@
 """Metrics: callables from a model to numbers by name, and those made batch by batch."""
 
-from hf_parcor.evaluation.answers import own_batch, share_not_finite
 from hf_parcor.evaluation.metrics.classification import ClassificationMetric, PredictionMetric
 from hf_parcor.evaluation.metrics.detection import DetectionMetric
 from hf_parcor.evaluation.metrics.divergence import WithDivergence
@@ -10,6 +9,7 @@ from hf_parcor.evaluation.metrics.lm_eval import LmEvalMetric
 from hf_parcor.evaluation.metrics.over_batches import BatchMetric, Identified, Informed, OverBatches
 from hf_parcor.evaluation.metrics.scores import SacrebleuScore
 from hf_parcor.evaluation.metrics.trainer import TrainerMetric
+from hf_parcor.evaluation.outputs import own_batch, share_not_finite
 
 __all__ = [
     "BatchMetric",

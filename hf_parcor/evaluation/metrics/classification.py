@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_parcor.batches import IGNORED_LABEL
-from hf_parcor.evaluation.answers import (
+from hf_parcor.evaluation.metrics.over_batches import OverLabels, OverPairs, Pairs, mean_loss, share, sum_of
+from hf_parcor.evaluation.outputs import (
     NOT_FINITE,
-    Answer,
+    Output,
     Problem,
     aligned,
     chosen_class,
     chosen_labels,
     problem_of,
 )
-from hf_parcor.evaluation.metrics.over_batches import OverLabels, OverPairs, Pairs, mean_loss, share, sum_of
 from hf_parcor.records.metric_info import SHARE, SQUARED_LABEL_UNITS, MetricInfo
 
 
@@ -66,15 +66,15 @@ class ClassificationMetric(OverLabels):
                 predicts.
         """
         labels = self._labels(batch)
-        answer = Answer.of(model, batch)
-        logits = answer.checked_logits()
+        output = Output.of(model, batch)
+        logits = output.checked_logits()
         problem = problem_of(model, logits, labels)
         if problem is Problem.CLASSES:
-            found = self._classes(model, answer, logits, labels, batch)
+            found = self._classes(model, output, logits, labels, batch)
         elif problem is Problem.LABELS:
-            found = _of_labels(answer, logits, labels.to(logits.device))
+            found = _of_labels(output, logits, labels.to(logits.device))
         else:
-            found = _of_numbers(answer, logits, labels.to(logits.device))
+            found = _of_numbers(output, logits, labels.to(logits.device))
         return {"problem": problem.value, **found}
 
     def combine(self, parts: Sequence[Any]) -> dict[str, float]:
@@ -95,7 +95,7 @@ class ClassificationMetric(OverLabels):
         return _errors(parts) if problem is Problem.NUMBERS else super().combine(parts)
 
 
-def _of_labels(answer: Answer, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+def _of_labels(output: Output, logits: Tensor, labels: Tensor) -> dict[str, Any]:
     labels = aligned(labels, logits, "a 0 or 1 for each label of a row")
     if not bool(((labels == 0) | (labels == 1)).all()):
         raise ValueError(
@@ -111,7 +111,7 @@ def _of_labels(answer: Answer, logits: Tensor, labels: Tensor) -> dict[str, Any]
         "found": int((chosen & truth).sum()),
         "chosen": int(chosen.sum()),
         "true": int(truth.sum()),
-        "loss": answer.mean_loss(Problem.LABELS, labels) * labels.numel(),
+        "loss": output.mean_loss(Problem.LABELS, labels) * labels.numel(),
         "labels": labels.numel(),
         "not_finite": int((~finite).sum()),
     }
@@ -128,7 +128,7 @@ def _f1_and_exact_match(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _of_numbers(answer: Answer, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+def _of_numbers(output: Output, logits: Tensor, labels: Tensor) -> dict[str, Any]:
     labels = aligned(labels, logits, "a number for each output")
     if not labels.is_floating_point() and bool((labels == IGNORED_LABEL).any()):
         raise ValueError(
@@ -139,7 +139,7 @@ def _of_numbers(answer: Answer, logits: Tensor, labels: Tensor) -> dict[str, Any
     return {
         "predictions": logits.double().reshape(-1, width).tolist(),
         "references": labels.double().reshape(-1, width).tolist(),
-        "loss": answer.mean_loss(Problem.NUMBERS, labels) * labels.numel(),
+        "loss": output.mean_loss(Problem.NUMBERS, labels) * labels.numel(),
         "labels": labels.numel(),
         "not_finite": int((~logits.isfinite()).sum()),
     }
@@ -202,7 +202,7 @@ class PredictionMetric(OverPairs):
                 predicts, or they are not one class each.
         """
         labels = self._labels(batch)
-        logits = Answer.of(model, batch).checked_logits()
+        logits = Output.of(model, batch).checked_logits()
         problem = problem_of(model, logits, labels)
         if problem is not Problem.CLASSES:
             raise ValueError(

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_parcor.evaluation.answers import Answer, called, own_batch, share_not_finite
 from hf_parcor.evaluation.metrics.over_batches import OverBatches, sum_of
+from hf_parcor.evaluation.outputs import Output, called, own_batch, share_not_finite
 from hf_parcor.records.metric_info import SHARE, MetricInfo
 
 Boxes = Mapping[str, Tensor]
@@ -202,7 +202,7 @@ class DetectionMetric(OverBatches):
         return {
             "found": [_finite(image) for image in self._post_process(output, sizes)],
             "there": [_there(target, size) for target, size in zip(labels, sizes, strict=True)],
-            "loss": Answer.read(output).own_loss() * len(labels),
+            "loss": Output.read(output).own_loss() * len(labels),
             "images": len(labels),
             **_queries(output),
         }

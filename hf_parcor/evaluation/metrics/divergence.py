@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_parcor.batches import IGNORED_LABEL
-from hf_parcor.evaluation.answers import Answer
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.metrics.over_batches import BatchMetric
+from hf_parcor.evaluation.outputs import Output
 from hf_parcor.model_state import devices_of, evaluation_mode
 from hf_parcor.randomness import random_states_kept
 from hf_parcor.records.metric_info import MetricInfo, stated_by
@@ -137,7 +137,7 @@ class WithDivergence:
     def _answered(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, Tensor | None]:
         """Return what the metric finds on a batch, and the logits on the host; None where they are no distribution."""
         seen: list[Tensor | None] = []
-        hook = model.register_forward_hook(lambda _, __, output: seen.append(Answer.read(output).logits))
+        hook = model.register_forward_hook(lambda _, __, output: seen.append(Output.read(output).logits))
         try:
             found = self._metric.of_batch(model, batch)
         finally:

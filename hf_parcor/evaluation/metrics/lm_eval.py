@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_parcor.evaluation.answers import share_not_finite
 from hf_parcor.evaluation.fingerprint import fingerprint
+from hf_parcor.evaluation.outputs import share_not_finite
 from hf_parcor.model_state import devices_of
 from hf_parcor.randomness import random_states_kept, seed_the_cpu
 from hf_parcor.records.metric_info import POINTS, SHARE, MetricInfo

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_parcor.batches import IGNORED_LABEL
-from hf_parcor.evaluation.answers import Answer, Problem, aligned, chosen_class, share_not_finite
 from hf_parcor.evaluation.identity import fixed_attributes
 from hf_parcor.evaluation.metrics.scores import Score, scored
-from hf_parcor.evaluation.walks import check_repeatable
+from hf_parcor.evaluation.outputs import Output, Problem, aligned, chosen_class, share_not_finite
+from hf_parcor.evaluation.repeated_batches import check_repeatable
 from hf_parcor.records.metric_info import MetricInfo, stated_by
 
 
@@ -144,11 +144,11 @@ class OverLabels(OverBatches):
             ValueError: There are no labels, the model returns no logits, or the labels have not the shape of what it
                 predicts.
         """
-        answer = Answer.of(model, batch)
-        return self._classes(model, answer, answer.checked_logits(), self._labels(batch), batch)
+        output = Output.of(model, batch)
+        return self._classes(model, output, output.checked_logits(), self._labels(batch), batch)
 
     def _classes(
-        self, model: nn.Module, answer: Answer, logits: Tensor, labels: Tensor, batch: Mapping[str, Any]
+        self, model: nn.Module, output: Output, logits: Tensor, labels: Tensor, batch: Mapping[str, Any]
     ) -> dict[str, Any]:
         predicted, finite = chosen_class(logits)
         given, shifts = labels, self._shifts(model)
@@ -162,7 +162,7 @@ class OverLabels(OverBatches):
         return {
             "correct": int(((predicted == labels) & finite & counts).sum()),
             # The mean over no label is NaN.
-            "loss": answer.mean_loss(Problem.CLASSES, given, shifted=shifts) * count if count else 0.0,
+            "loss": output.mean_loss(Problem.CLASSES, given, shifted=shifts) * count if count else 0.0,
             "labels": count,
             "not_finite": int((counts & ~finite).sum()),
         }

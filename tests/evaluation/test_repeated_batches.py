@@ -20,7 +20,7 @@ from hf_parcor import (
 )
 from hf_parcor.evaluation import ClassificationMetric, DatasetGradients
 from hf_parcor.evaluation.fingerprint import fingerprint
-from hf_parcor.evaluation.walks import RepeatedBatches, drawn_once
+from hf_parcor.evaluation.repeated_batches import RepeatedBatches, drawn_once
 from hf_parcor.indicators import LossOverData
 
 ROWS = [{"input_ids": torch.arange(row, row + 6) % 19 + 1, "labels": torch.tensor(row % 2)} for row in range(10)]

@@ -17,8 +17,8 @@ from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.evaluation.evaluator import CorruptionEvaluator
 from hf_parcor.evaluation.gradients import model_loss
 from hf_parcor.evaluation.metrics import TrainerMetric
+from hf_parcor.evaluation.repeated_batches import drawn_once
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
-from hf_parcor.evaluation.walks import drawn_once
 from hf_parcor.overriding import counters_kept
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.records.curves import plain_name

@@ -1,4 +1,4 @@
-"""What a model answers to a batch: its loss and its logits, in whatever form it returns them, finite or not."""
+"""What a model returns for a batch: its loss and its logits, in whatever form, finite or not."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def own_batch(batch: Any, model: nn.Module) -> Any:
     return send_to_device(private_copy(batch), input_device(model))
 
 
-class Answer(NamedTuple):
+class Output(NamedTuple):
     """What a model returned, as far as metrics need it.
 
     Attributes:
         loss: Its own loss, a single number; None if it returned none.
         logits: Its logits; None if it returned none.
-        kind: How the output calls itself, for messages.
+        kind: The name of its type, for messages.
     """
 
     loss: Tensor | None
@@ -37,25 +37,25 @@ class Answer(NamedTuple):
     kind: str
 
     @classmethod
-    def of(cls, model: nn.Module, batch: Mapping[str, Any]) -> Answer:
-        """Return what a model answers to its own copy of a batch.
+    def of(cls, model: nn.Module, batch: Mapping[str, Any]) -> Output:
+        """Return what a model returns for its own copy of a batch.
 
         A tuple is read as Transformers makes it: the loss, if there is one, a single number, then the logits.
         """
         return cls.read(called(model, own_batch(batch, model)))
 
     @classmethod
-    def read(cls, output: Any) -> Answer:
-        """Return what an output says: a mapping, an object with attributes, a tuple, or a tensor of bare logits."""
-        kind = type(output).__name__
-        if isinstance(output, Tensor):
-            return cls(None, output, kind)
-        if isinstance(output, tuple) and not hasattr(output, "logits"):
-            tensors = [part for part in output if isinstance(part, Tensor)]
+    def read(cls, returned: Any) -> Output:
+        """Read what a model returned: a mapping, an object with attributes, a tuple, or a tensor of bare logits."""
+        kind = type(returned).__name__
+        if isinstance(returned, Tensor):
+            return cls(None, returned, kind)
+        if isinstance(returned, tuple) and not hasattr(returned, "logits"):
+            tensors = [part for part in returned if isinstance(part, Tensor)]
             has_loss = bool(tensors) and tensors[0].ndim == 0
             return cls(tensors[0] if has_loss else None, next(iter(tensors[has_loss:]), None), kind)
         found = [
-            output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+            returned.get(name) if isinstance(returned, Mapping) else getattr(returned, name, None)
             for name in ("loss", "logits")
         ]
         loss, logits = (value if isinstance(value, Tensor) else None for value in found)

@@ -22,7 +22,8 @@ from hf_parcor import (
     by_kind,
 )
 from hf_parcor.evaluation import ClassificationMetric, fingerprint, measurement, trials
-from hf_parcor.evaluation.trials import Trial, append_to_checkpoint, begin_checkpoint
+from hf_parcor.evaluation.resume import append_to_checkpoint, begin_checkpoint
+from hf_parcor.evaluation.trials import Trial
 from hf_parcor.injection import CorruptionSize
 
 CORRUPTIONS = [

@@ -16,9 +16,9 @@ from transformers.utils import logging
 from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
-from hf_parcor.evaluation.answers import own_batch
 from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model, trainable
 from hf_parcor.evaluation.metrics import BatchMetric
+from hf_parcor.evaluation.outputs import own_batch
 from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.functional.vectors import working_dtype
 from hf_parcor.injection import Device, Pieces, Replacement

@@ -1,0 +1,138 @@
+"""Which format each part of a model gets, and what that is expected to cost: plain data, JSON in and out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from hf_parcor.records.sensitivity import WeightGroup, read_groups, read_numbers
+from hf_parcor.records.stored import StoredRecord
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The format of a group.
+
+    Attributes:
+        format: Its label; None where the group stays as it is.
+        bits: Average bits a weight, with scales.
+    """
+
+    format: str | None
+    bits: float
+
+
+@dataclass(frozen=True)
+class PairCost:
+    """What two groups of a recipe cost together, all other weights as they are, and what they cost apart.
+
+    Attributes:
+        first, second: The groups.
+        metric: Which metric's drop the costs are.
+        together: The cost of both in their formats at once.
+        apart: The sum of what each costs by itself.
+    """
+
+    first: str
+    second: str
+    metric: str
+    together: float
+    apart: float
+
+    @property
+    def interaction(self) -> float:
+        """How much more they cost together: to second order δ₁ᵀHδ₂, with the Hessian's block between them."""
+        return self.together - self.apart
+
+
+@dataclass(frozen=True)
+class RecipeRecord(StoredRecord):
+    """Which format every group gets, and what that is expected to cost.
+
+    Attributes:
+        model: Name or path of the model.
+        groups: The groups by name.
+        formats: As in `SensitivityRecord`.
+        choice: What each group gets, in the same order.
+        budget: What was asked for, by the name of the argument; empty where nothing was chosen.
+        by: The metric or score that was summed.
+        expected: The sum over groups of what each costs by itself: of `by`, and of each metric that was measured.
+        estimated: How many of the chosen cells were not measured, so that `expected` is an estimate there.
+        pairs: Pairs of groups that were measured together, see `measure_pairs`.
+        outside: As in `SensitivityRecord`.
+        notes: What was noticed, in sentences.
+        format: Version of this layout.
+
+    Examples:
+        >>> from hf_parcor.records import Choice, WeightGroup
+        >>> group = WeightGroup({"a.weight": 8}, 32.0)
+        >>> four = {"4-bit quantization": {"corruption": "quantization", "settings": {"bits": 4}}}
+        >>> record = RecipeRecord(
+        ...     "m", {"a": group, "b": group}, four, {"a": Choice("4-bit quantization", 4.0), "b": Choice(None, 32.0)}
+        ... )
+        >>> record.bits, record.spared, RecipeRecord.from_json(record.to_json()) == record
+        (18.0, ['b'], True)
+    """
+
+    model: str
+    groups: Mapping[str, WeightGroup]
+    formats: Mapping[str, Mapping[str, Any]]
+    choice: Mapping[str, Choice]
+    budget: Mapping[str, float] = field(default_factory=dict)
+    by: str = ""
+    expected: Mapping[str, float] = field(default_factory=dict)
+    estimated: int = 0
+    pairs: tuple[PairCost, ...] = ()
+    outside: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    format: int = FORMAT
+    kind: ClassVar[str] = "recipe"
+    remedy: ClassVar[str] = "choose again, or read it with the version of hf_parcor that wrote it"
+
+    @property
+    def bits(self) -> float:
+        """Average bits a weight of all groups."""
+        parameters = sum(group.parameters for group in self.groups.values())
+        return sum(one.bits * self.groups[name].parameters for name, one in self.choice.items()) / parameters
+
+    @property
+    def base(self) -> str | None:
+        """The format that most weights get; of those that are quantized, if any is."""
+        counts: Counter[str] = Counter()
+        for name, one in self.choice.items():
+            if one.format is not None:
+                counts[one.format] += self.groups[name].parameters
+        return counts.most_common(1)[0][0] if counts else None
+
+    @property
+    def exceptions(self) -> list[str]:
+        """The groups that get another format than most weights."""
+        return [name for name, one in self.choice.items() if one.format != self.base]
+
+    @property
+    def spared(self) -> list[str]:
+        """The groups that get more bits than most weights: what to defend, so that they need not be spared."""
+        of_base = max((one.bits for one in self.choice.values() if one.format == self.base), default=0.0)
+        return [name for name in self.exceptions if self.choice[name].bits > of_base]
+
+    def weights(self) -> Iterator[tuple[str, Choice]]:
+        """Yield every weight with the format that it gets."""
+        for name, one in self.choice.items():
+            for weight in self.groups[name].weights:
+                yield weight, one
+
+    @classmethod
+    def _read(cls, data: dict[str, Any]) -> RecipeRecord:
+        data["groups"] = read_groups(data["groups"])
+        data["choice"] = {name: Choice(one["format"], float(one["bits"])) for name, one in data["choice"].items()}
+        data["budget"], data["expected"] = read_numbers(data["budget"]), read_numbers(data["expected"])
+        data["pairs"] = tuple(
+            PairCost(one["first"], one["second"], one["metric"], float(one["together"]), float(one["apart"]))
+            for one in data["pairs"]
+        )
+        data["outside"], data["notes"] = tuple(data["outside"]), tuple(data["notes"])
+        return cls(**data)
