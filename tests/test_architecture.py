@@ -16,7 +16,9 @@ import hf_parcor
 
 PACKAGE = Path(hf_parcor.__file__).parent
 ROOT = PACKAGE.parent
-OPTIONAL = {"datasets", "evaluate", "lm_eval", "matplotlib", "pandas", "peft", "sacrebleu", "sacremoses", "scipy"}
+OPTIONAL = {
+    *("datasets", "evaluate", "lm_eval", "matplotlib", "pandas", "peft", "sacrebleu", "sacremoses", "scipy", "seqeval")
+}
 PUBLIC = [
     "CorruptionConstraint",
     "RandomCorruption",

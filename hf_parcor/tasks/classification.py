@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.utils.data import DataLoader
 
@@ -199,7 +199,7 @@ def _shown(names: Mapping[str, int]) -> str:
 class Classification(Task):
     """A task whose labels are classes of the model."""
 
-    metrics = ("accuracy", "loss")
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
 
     def head_settings(self, parts: Sequence[tuple[Rows, Mapping[str, str]]]) -> dict[str, Any]:
         """Return the classes that the data has."""

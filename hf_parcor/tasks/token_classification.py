@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from torch.utils.data import DataLoader
 from transformers import DataCollatorForTokenClassification
 
 from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.errors import InputError
+from hf_parcor.evaluation import BatchMetric, EntityScore, PredictionMetric
+from hf_parcor.evaluation.metrics.scores import check_tags
 from hf_parcor.tasks.classification import Classification
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Collator, Example, Processed, Role
@@ -22,6 +25,7 @@ class TokenClassification(Classification):
     name = "token-classification"
     heads = ("ForTokenClassification",)
     auto_class = "AutoModelForTokenClassification"
+    metrics = ("accuracy", *EntityScore.names, "loss")
     roles: ClassVar[Mapping[str, Role]] = {
         "words": Role(("tokens", "words", "form")),
         "label": Role(("ner_tags", "labels", "tags", "pos_tags", "upos", "label")),
@@ -47,6 +51,22 @@ class TokenClassification(Classification):
             }
             for index in range(len(words))
         ]
+
+    def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
+        """Return accuracy and loss of tags, the F1 of entities, or a metric of `evaluate`.
+
+        Raises:
+            InputError: The model's classes are no tags of entities, or seqeval is not installed.
+        """
+        if name not in EntityScore.names:
+            return super().metric(name, processed, batches)
+        names = processed.model.config.id2label
+        tags = [names[number] for number in sorted(names)]
+        try:
+            check_tags(tags)
+            return PredictionMetric(batches, EntityScore(), class_names=tags)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"metric {name}: {error}") from error
 
     def collator(self, processed: Processed) -> Collator:
         """Return what pads tokens and labels to the longest of their batch."""

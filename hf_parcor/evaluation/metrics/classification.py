@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.evaluation.metrics.over_batches import OverLabels, OverPairs, Pairs, mean_loss, share, sum_of
+from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.evaluation.outputs import (
     NOT_FINITE,
     Output,
@@ -21,6 +22,8 @@ from hf_parcor.evaluation.outputs import (
     problem_of,
 )
 from hf_parcor.records.metric_info import SHARE, SQUARED_LABEL_UNITS, MetricInfo
+
+_NOT_FINITE_TAG = "B-not-finite"
 
 
 class ClassificationMetric(OverLabels):
@@ -176,6 +179,9 @@ class PredictionMetric(OverPairs):
         batches: Mappings of tensors with `labels`, a list or a `DataLoader`; the label −100 does not count.
         score: Called as `score(predictions=..., references=...)` with lists of whole numbers, returns numbers by
             name: `evaluate.load("f1").compute`, of a name or a local folder, or a function around scikit-learn.
+        class_names: By class, in their order. Then the score gets a list of names for each sentence, as `EntityScore`
+            and the seqeval of `evaluate` take tags. What is not finite is an entity of a type of its own there: the
+            class after the label might continue the right one.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -192,6 +198,17 @@ class PredictionMetric(OverPairs):
         >>> PredictionMetric(batches, right)(Sign(1, 1))
         {'right': 2.0}
     """
+
+    def __init__(
+        self,
+        batches: Iterable[Mapping[str, Any]],
+        score: Score,
+        *,
+        class_names: Sequence[str] | None = None,
+        progress: bool = False,
+    ) -> None:
+        super().__init__(batches, score, progress=progress)
+        self._class_names = None if class_names is None else tuple(class_names)
 
     @torch.no_grad()
     def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Pairs:
@@ -213,4 +230,20 @@ class PredictionMetric(OverPairs):
         labels = aligned(labels.cpu(), predicted, "a class for each")
         predicted = torch.where(finite, predicted, (labels.long() + 1) % logits.shape[-1])
         counts = labels != IGNORED_LABEL
-        return predicted[counts].tolist(), labels[counts].tolist(), {NOT_FINITE: int((counts & ~finite).sum())}
+        odd = {NOT_FINITE: int((counts & ~finite).sum())}
+        names = self._class_names
+        if names is None:
+            return predicted[counts].tolist(), labels[counts].tolist(), odd
+        if labels.ndim != 2 or len(names) != logits.shape[-1]:
+            raise ValueError(
+                f"class_names: expected the names of {logits.shape[-1]} classes, and labels of the words of "
+                f"sentences, got {len(names)} names and labels of shape {tuple(labels.shape)}; name all, or leave "
+                "class_names out"
+            )
+        told = [*names, _NOT_FINITE_TAG]
+
+        def of_sentences(classes: Tensor) -> list[Any]:
+            rows = zip(classes, counts, strict=True)
+            return [[told[one] for one in row[own].tolist()] for row, own in rows if own.any()]
+
+        return of_sentences(torch.where(finite, predicted, len(names))), of_sentences(labels), odd

@@ -248,5 +248,8 @@ class OverPairs(OverBatches):
         if not references:
             raise ValueError("batches: expected labels other than -100, got none; put labels into the batches")
         odd = sum((Counter(counts) for _, _, counts in parts), Counter[str]())
-        shares = {name: count / len(predictions) for name, count in odd.items()}
+        size = sum(
+            len(one) if isinstance(one, list) else 1 for one in predictions
+        )  # a list has the tags of a sentence
+        shares = {name: count / size for name, count in odd.items()}
         return {**scored(self._score, predictions, references), **shares}

@@ -1,14 +1,16 @@
-"""Numbers from predictions and references: what any library computes, and those of sacrebleu."""
+"""Numbers from predictions and references: what any library computes, and those of sacrebleu and seqeval."""
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Protocol
 
-from hf_parcor.records.metric_info import POINTS, MetricInfo, evaluate_module
+from hf_parcor.records.metric_info import POINTS, SHARE, MetricInfo, evaluate_module
 
+_TAG = re.compile(r"[BIELSU]-.")
 _SACREBLEU = {"bleu": "BLEU", "chrf": "CHRF", "ter": "TER"}
 
 
@@ -90,3 +92,68 @@ class SacrebleuScore:
     def notes(self) -> tuple[str, ...]:
         """The signature, known when a corpus was scored: how many references there are is part of it."""
         return (f"sacrebleu signature of {self._kind}: {self._metric.get_signature()}",) if self._scored else ()
+
+
+class EntityScore:
+    """F1, precision and recall of entities by seqeval, and the accuracy of tags.
+
+    An entity counts if its type and all its words are right, as in the evaluation of CoNLL: a wrong tag inside costs
+    the whole of it. Where there is no entity to find, or none was found, what would divide by zero is 0.
+
+    Raises:
+        ImportError: seqeval is not installed.
+
+    Examples:
+        >>> truth = [["B-PER", "I-PER", "O"], ["O", "B-LOC"]]
+        >>> EntityScore()(predictions=[["B-PER", "O", "O"], ["O", "B-LOC"]], references=truth)
+        {'f1': 0.5, 'precision': 0.5, 'recall': 0.5, 'accuracy': 0.8}
+    """
+
+    names = ("f1", "precision", "recall")
+    """What it says of entities."""
+
+    def __init__(self) -> None:
+        try:
+            from seqeval import metrics
+        except ImportError as error:
+            raise ImportError(
+                "EntityScore needs seqeval; install it with: pip install 'hf-parcor[entities]'"
+            ) from error
+        self._metrics = metrics
+
+    def __call__(
+        self, *, predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
+    ) -> dict[str, float]:
+        """Return the scores of tags, a list for each sentence: "O", or "B-", "I-" and the like before a type.
+
+        Raises:
+            ValueError: A tag is none of these.
+        """
+        check_tags({tag for sentence in (*predictions, *references) for tag in sentence})
+        found = {
+            name: float(getattr(self._metrics, f"{name}_score")(references, predictions, zero_division=0))
+            for name in self.names
+        }
+        return {**found, "accuracy": float(self._metrics.accuracy_score(references, predictions))}
+
+    def info_of(self, name: str) -> MetricInfo | None:
+        """Return what the numbers mean: shares, the larger the better."""
+        return MetricInfo(True, SHARE) if name in (*self.names, "accuracy") else None
+
+    def identity(self) -> dict[str, Any]:
+        """Return the version of seqeval."""
+        return {"version": importlib.metadata.version("seqeval")}
+
+
+def check_tags(tags: Iterable[str]) -> None:
+    """Refuse tags that name no entity.
+
+    Raises:
+        ValueError: One is neither "O" nor has a type behind "B-", "I-", "E-", "L-", "S-" or "U-".
+    """
+    other = sorted(tag for tag in tags if tag != "O" and not _TAG.match(tag))
+    if other:
+        raise ValueError(
+            f"tags: expected those of entities, O, B-PER, I-PER and the like, got {other[0]!r}; measure the accuracy "
+            "of other classes"
+        )
