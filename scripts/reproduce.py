@@ -117,8 +117,8 @@ STUDIES: dict[str, dict[str, Study]] = {
     },
     "images": {
         "small": Study(
-            "paper 1 on trained ResNets, 500 images",
-            "reproduce_paper_1 --depths 20 56 --lossless-images 500 --test-images 500 --probe-images 250 --trials 1",
+            "paper 1 on four trained ResNets, 2,000 test images",
+            "reproduce_paper_1 --lossless-images 1000 --test-images 2000 --probe-images 500",
             "paper_1",
             model="--weights",
             seeds=(),
