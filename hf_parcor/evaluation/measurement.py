@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from numbers import Real
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from hf_parcor.evaluation.repeated_batches import RepeatedBatches, check_repeata
 from hf_parcor.evaluation.replicas import all_batches, check_same_data, check_same_weights
 from hf_parcor.evaluation.resume import append_to_checkpoint, begin_checkpoint
 from hf_parcor.evaluation.shared_passes import (
+    RUNS_TO_PLAN,
     Group,
     Job,
     choose_together,
@@ -143,6 +145,10 @@ class Plan:
         """Return the index of the group that a trial corrupts."""
         return (number - 1) // len(self._of_group())
 
+    def trials_of(self, group: int) -> int:
+        """Return how many trials of a group are measured."""
+        return sum(self._times(one) for index, one in enumerate(self.corruptions) if self._has(group, index))
+
     def drawn(self, number: int) -> tuple[Corruption, int]:
         """Return the corruption of a trial, and its seed."""
         of_group = self._of_group()
@@ -187,6 +193,7 @@ def _catalogue_name(corruption: Corruption) -> str:
 # Many that are measured together are parts of one done after each batch: what is left is known from the first.
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 MEMORY = 1 << 30
+_SAVED = 0.5  # of a run that a prefix saves, where groups lie anywhere in a model
 BETWEEN_WRITES = 16  # corruptions that a kill may cost; more would share a prefix run that is a few percent of them
 _Parameters = Mapping[str, nn.Parameter]
 
@@ -294,7 +301,7 @@ class Measurement:
             found = self._processes.gather(found)[0]
             numbered = plan.numbers()
             left = [number for number in numbered if number not in found]
-            ready = self._ready(list(groups.values()), corruptions if left else ())
+            ready = self._ready(list(groups.values()), corruptions if left else (), plan)
             if 0 not in found:  # after the groups, whose making refuses data that will not do
                 found |= _kept(path, {0: Trial.of(seed, self._metrics() if clean is None else checked_metrics(clean))})
             jobs = [Job(ready[plan.group_of(number)], *plan.drawn(number)) for number in left]
@@ -359,7 +366,7 @@ class Measurement:
         if measured_on is not None:
             check_same_data("metric", measured_on.fingerprint(), self._processes)
 
-    def _ready(self, groups: Sequence[_Parameters], corruptions: Sequence[Corruption]) -> list[Group]:
+    def _ready(self, groups: Sequence[_Parameters], corruptions: Sequence[Corruption], plan: Plan) -> list[Group]:
         """Return the groups; what costs a run of the model is done when it is needed.
 
         The gradient is taken with respect to all groups, whatever is left, so that its last bits are the same.
@@ -383,9 +390,9 @@ class Measurement:
                 selection,
                 None if whole is None else whole.of_group(selection),
                 partial(self._prefix_of_ascents, selection) if climbs else _nothing,
-                partial(self._prefix_of_measurements, selection),
+                partial(self._prefix_of_measurements, selection, plan.trials_of(index)),
             )
-            for selection in groups
+            for index, selection in enumerate(groups)
         ]
 
     def _prefix_of_ascents(self, selection: _Parameters) -> PrefixReuse | None:
@@ -393,8 +400,11 @@ class Measurement:
             return None
         return prefix_of_ascents(self._model, selection, self._batches)
 
-    def _prefix_of_measurements(self, selection: _Parameters) -> PrefixReuse | None:
+    def _prefix_of_measurements(self, selection: _Parameters, trials: int) -> PrefixReuse | None:
         if self._by_batch is None or 2 * _size(selection) > self._memory:  # no two are measured together
+            return None
+        batches = length_hint(self._by_batch.batches) / self._processes.count  # 0 where it is not known
+        if 0 < _SAVED * trials * batches <= RUNS_TO_PLAN:  # of all trials, also of those that are done: as if anew
             return None
         prefix = prefix_of_measurements(self._model, self._by_batch, selection)
         # What is measured together must be the same everywhere, also where a rounding decides.

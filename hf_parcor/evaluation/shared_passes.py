@@ -268,6 +268,9 @@ def prefix_of_measurements(model: nn.Module, metric: BatchMetric, parameters: _P
     return _found(plan, "measurement")
 
 
+RUNS_TO_PLAN = 4 + TRIED_PASSES  # of one batch, by `prefix_of_measurements`; a test counts them
+
+
 def _everything_found(model: nn.Module, run: Callable[[], Any]) -> list[Any]:
     """Return what a run returned, and what the model did: what is missing there may be rounded away in a loss."""
     with outputs_of(model) as found:

@@ -13,6 +13,8 @@ from operations import count_operations
 from torch import nn
 from transformers.utils import ModelOutput
 
+import hf_parcor.evaluation.measurement as measurement
+import hf_parcor.evaluation.shared_passes as shared_passes
 from hf_parcor import (
     CorruptionConstraint,
     CorruptionEvaluator,
@@ -96,6 +98,47 @@ def test_lower_layers_run_once_a_batch(evaluate, classifier, batches):
     tried = 6 + 7  # three times with the prefix reused; a run that records ends inside of it
     assert len(computed[1]) == (tried + clean + gradient) + (steps + longest) + (n * len(MANY) + n)
     assert ascents == sum(isinstance(corruption, MultiStepCorruption) for corruption in MANY)
+
+
+def test_a_prefix_is_sought_where_it_takes_less_than_it_saves(classifier, batches, monkeypatch):
+    """Two noises of two layers and the head: on one batch as many runs as without, on 24 of them fewer."""
+    monkeypatch.setattr(measurement, "RUNS_TO_PLAN", shared_passes.RUNS_TO_PLAN)
+    computed = counting(classifier.bert.encoder.layer[0])
+
+    def runs(data, **options):
+        before = len(computed)
+        targets = {"first": ["layer.0"], "second": ["layer.1"], "head": ["classifier"]}
+        probe = LayerProbe(classifier, ClassificationMetric(data), targets=targets, progress=False, **options)
+        probe.evaluate([GaussianNoise(0.1), GaussianNoise(0.2)], trials=1)
+        return len(computed) - before
+
+    assert runs(batches[:1]) == 1 + 3 * 2
+    many = 24 * batches[:1]
+    assert runs(many) < runs(many, reuse_prefix=False) == 24 * (1 + 3 * 2)
+    assert runs(without_length(many)) < 24 * (1 + 3 * 2), "also where it is not known how many there are"
+
+
+def without_length(data):
+    """Return data that can be walked through again, and do not say how many they are."""
+
+    class Walked:
+        def __iter__(self):
+            return iter(data)
+
+    return Walked()
+
+
+def test_what_seeking_a_prefix_takes(classifier, batches):
+    class Counted(ClassificationMetric):
+        calls = 0
+
+        def of_batch(self, model, batch):
+            Counted.calls += 1
+            return super().of_batch(model, batch)
+
+    parameters = select_parameters(classifier, "last-encoder-layer")
+    assert prefix_of_measurements(classifier.eval(), Counted(batches), parameters) is not None
+    assert Counted.calls == shared_passes.RUNS_TO_PLAN
 
 
 @for_each("at_once", [2, 3, 6])
