@@ -107,6 +107,7 @@ def _no_gradient_lost() -> Iterator[None]:
 
 
 Batch = Any
+_Round = tuple[tuple[Batch, float], bool]
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -242,26 +243,50 @@ class DatasetGradients:
         Raises:
             ValueError: The model is sharded.
         """
+        self._check_whole()
+        squares = self._zeros()
+        self._walk_over_data(squares)
+        return self._processes.sum(squares)
+
+    def batch_by_batch(self) -> Iterator[tuple[dict[str, Tensor], float]]:
+        """Yield the gradient of each batch's mean loss, in the dtype of each weight, and its share of all items.
+
+        Of several processes each yields those of its own batches. Nothing is kept: whoever lets go of a gradient
+        before the next one is asked for has one of them in memory.
+
+        Raises:
+            ValueError: The model is sharded.
+        """
+        self._check_whole()
+        for (batch, share), _ in self._shown(self._processes.rounds(self.shares())):
+            yield dict(zip(self._parameters, self._gradient(batch), strict=True)), share
+
+    @property
+    def items(self) -> int:
+        """How many items all data have."""
+        return sum(self._items)
+
+    def _check_whole(self) -> None:
         if self._processes.in_step:
             raise ValueError(
                 "model: expected all weights in every process for squared gradients, got a model that is sharded; "
                 "save it, and measure it as from_pretrained loads it"
             )
-        squares = self._zeros()
-        self._walk_over_data(squares)
-        return self._processes.sum(squares)
 
-    def _walk_over_data(self, squares: Mapping[str, Tensor] | None = None) -> None:
-        overall = self._zeros()
-        walk = tqdm(
-            self._processes.rounds(self.shares()),
+    def _shown(self, rounds: Iterable[_Round]) -> Iterable[_Round]:
+        """Return rounds over the data, with their progress."""
+        return tqdm(
+            rounds,
             desc="gradient over the data",
             total=self._processes.size(sum(items > 0 for items in self._items)),
             leave=False,
             disable=not self._progress,
         )
-        in_step, total = self._processes.in_step, sum(self._items)
-        for (batch, of_batch), counts in walk:
+
+    def _walk_over_data(self, squares: Mapping[str, Tensor] | None = None) -> None:
+        overall = self._zeros()
+        in_step, total = self._processes.in_step, self.items
+        for (batch, of_batch), counts in self._shown(self._processes.rounds(self.shares())):
             share = of_batch if counts else 0.0
             # What all processes differentiate at once is the mean of their losses: the share weighs the loss.
             found = self._gradient(batch, share * self._processes.count if in_step else 1.0)

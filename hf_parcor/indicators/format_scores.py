@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from hf_parcor.arguments import check_count
 from hf_parcor.corruptions import CORRUPTIONS, FloatQuantization, Quantization
-from hf_parcor.distributed.processes import MeasuringProcesses
+from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, model_loss
 from hf_parcor.evaluation.identity import library_versions, model_name, task_of
 from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric
+from hf_parcor.evaluation.memory import free_memory
 from hf_parcor.evaluation.metrics import BatchMetric, WithDivergence
 from hf_parcor.evaluation.metrics.loss import LossMetric
 from hf_parcor.evaluation.reach import Reach
@@ -76,9 +78,13 @@ def sensitivity(
     in units of the loss. Then each group is written in one format after the other, with all other weights as they are,
     the largest Fisher score first, and metrics are measured; so far as `budget` allows. Of a metric that is made of
     batches the divergence is measured too (`WithDivergence`): how far answers are from those of the model as it is.
-    Only matrices are quantized, as tools do it: biases and norms stay. Beside the model lie two sums as large as the
-    groups in float32, three with `probes`, and one batch's gradient. Weights come back to the last bit, also after an
-    exception.
+    Only matrices are quantized, as tools do it: biases and norms stay. Weights come back to the last bit, also after
+    an exception.
+
+    Beside the model lie two sums as large as the groups in float32, three with `probes`, and one batch's gradient.
+    Without `probes`, and where there is but one batch, or an accelerator has less memory free than that, scores are
+    added up batch by batch, and there is the gradient alone, in the dtype of the weights: 2 bytes a weight in place of
+    10. Weights are then rounded to every format once a batch, which may take longer than the pass.
 
     Under `torchrun` batches are spread over all processes, in the pass and in measurements, but for `probes`.
 
@@ -143,9 +149,15 @@ def sensitivity(
     selected, notes = _selected(Reach(model), groups)
     together = {name: weight for group in selected.values() for name, weight in group.items()}
     check_weights(together)
-    cells = list(
-        _scored(model, selected, formats, _Moments.of(model, together, batches, loss, probes, seed, progress))
-    )
+    diagonal = hessian_diagonal(LossOverData(model, together, batches, loss), probes, seed) if probes else None
+    processes = MeasuringProcesses.launched()
+    forget_derived()
+    with evaluation_mode(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+        shown = progress and processes.index == 0
+        source = DatasetGradients(model, together, batches, loss, progress=shown, processes=processes)
+        thrifty = not probes and (len(source) == 1 or any(processes.gather(not _have_room_for_sums(together))))
+        parts = _each_batch(source) if thrifty else [_OverData.of(source, diagonal)]
+        cells = _scored(selected, formats, parts, processes if thrifty else ALONE)
     notes += _unfit(selected, formats, cells)
     promising = sorted(cells, key=lambda cell: -cell.scores[FISHER])[:budget]
     places = {(cell.group, cell.format) for cell in promising}
@@ -325,7 +337,7 @@ def _selected(
     return found, notes
 
 
-class _Moments(NamedTuple):
+class _OverData(NamedTuple):
     """What one pass over the data finds of the weights' gradient, by their names; and the diagonal of the Hessian."""
 
     gradient: Mapping[str, Tensor]
@@ -333,61 +345,112 @@ class _Moments(NamedTuple):
     diagonal: Mapping[str, Tensor] | None
 
     @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        weights: Mapping[str, nn.Parameter],
-        batches: Iterable[Batch],
-        loss: Loss,
-        probes: int,
-        seed: int,
-        progress: bool,
-    ) -> _Moments:
+    def of(cls, source: DatasetGradients, diagonal: Mapping[str, Tensor] | None) -> _OverData:
         """Walk through the data."""
-        processes = MeasuringProcesses.launched()
-        forget_derived()
-        with evaluation_mode(model), torch.random.fork_rng(devices=[]), torch.no_grad():
-            shown = progress and processes.index == 0
-            source = DatasetGradients(model, weights, batches, loss, progress=shown, processes=processes)
-            squares, gradient = source.second_moment(), source.over_data()
-        diagonal = hessian_diagonal(LossOverData(model, weights, batches, loss), probes, seed) if probes else None
+        squares, gradient = source.second_moment(), source.over_data()
         return cls(gradient, squares, diagonal)
+
+    def moments(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the gradient of a weight, and the mean of its square."""
+        return self.gradient[name], self.squares[name]
+
+
+class _OfBatch(NamedTuple):
+    """What one batch adds to that: nothing is made before it is asked for."""
+
+    gradient: Mapping[str, Tensor]
+    share: float
+    items: int
+    diagonal: None = None
+
+    def moments(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return what is added to the gradient of a weight, and to the mean of its square."""
+        gradient = self.gradient[name]
+        added = gradient.to(_wide(gradient)) * self.share
+        return added, added.square().mul_(self.items)  # N (n_b/N)² g², as in `second_moment`
+
+
+def _each_batch(source: DatasetGradients) -> Iterator[_OfBatch]:
+    for gradient, share in source.batch_by_batch():
+        yield _OfBatch(gradient, share, source.items)
+        del gradient  # before the next one
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _have_room_for_sums(weights: Mapping[str, Tensor]) -> bool:
+    """Return whether both sums and a gradient fit beside the weights, so far as it is known what is free."""
+    needed: Counter[torch.device] = Counter()
+    for weight in weights.values():
+        needed[weight.device] += weight.numel() * (2 * _wide(weight).itemsize + weight.itemsize)
+    return all((free := free_memory(device)) is None or size <= free for device, size in needed.items())
 
 
 def _scored(
-    model: nn.Module,
     groups: Mapping[str, Mapping[str, nn.Parameter]],
     formats: Sequence[Format],
-    moments: _Moments,
-) -> Iterator[FormatScore]:
-    """Yield every group in every format that fits it."""
-    for label, weights in groups.items():
-        for one in formats:
-            scores = _scores(one, weights, moments)
-            if scores is not None:
-                bits = sum(one.stored_bits(weight) for weight in weights.values()) / numel(list(weights.values()))
-                yield FormatScore(label, str(one), bits, scores)
+    parts: Iterable[_OverData | _OfBatch],
+    processes: MeasuringProcesses = ALONE,
+) -> list[FormatScore]:
+    """Return every group in every format that fits it.
+
+    Args:
+        groups: The weights of each.
+        formats: What is tried.
+        parts: What scores are made of, which add up over them.
+        processes: Those over which they add up, too.
+    """
+    sums: dict[tuple[str, str], dict[str, float]] = {}
+    for part in parts:
+        for label, weights in groups.items():
+            for one in formats:
+                scores = _scores(one, weights, part)
+                if scores is not None:
+                    _add(sums, (label, str(one)), scores)
+        del part  # before the next one is made
+    whole: dict[tuple[str, str], dict[str, float]] = {}
+    for of_process in processes.gather(sums):
+        for cell, scores in of_process.items():
+            _add(whole, cell, scores)
+    return [
+        FormatScore(
+            label,
+            str(one),
+            sum(one.stored_bits(weight) for weight in weights.values()) / numel(list(weights.values())),
+            dict(whole[label, str(one)]),
+        )
+        for label, weights in groups.items()
+        for one in formats
+        if (label, str(one)) in whole
+    ]
+
+
+def _add(sums: dict[tuple[str, str], dict[str, float]], cell: tuple[str, str], scores: Mapping[str, float]) -> None:
+    before = sums.setdefault(cell, dict.fromkeys(scores, 0.0))
+    for name, value in scores.items():
+        before[name] += value
 
 
 @torch.no_grad()
-def _scores(one: Format, weights: Mapping[str, Tensor], moments: _Moments) -> dict[str, float] | None:
+def _scores(one: Format, weights: Mapping[str, Tensor], part: _OverData | _OfBatch) -> dict[str, float] | None:
     """Return the scores of a group in a format; None where that does not fit."""
     found, curved = {"first_order": 0.0, FISHER: 0.0, "fit": 0.0}, 0.0
     try:
         for name, rounded in one.pieces(weights):
-            wide = moments.gradient[name].dtype
-            error = rounded.to(wide) - weights[name].to(wide)
+            gradient, squares = part.moments(name)
+            error = rounded.to(gradient.dtype) - weights[name].to(gradient.dtype)
+            found["first_order"] += _sum_of_products(gradient, error)
             squared = error.square()
-            squares = moments.squares[name]
-            found["first_order"] += _sum_of_products(moments.gradient[name], error)
             found[FISHER] += _sum_of_products(squares, squared) / 2
-            found["fit"] += float(squares.double().mean() * squared.double().sum()) / 2
-            if moments.diagonal is not None:
-                curved += _sum_of_products(moments.diagonal[name], squared) / 2
-            del rounded, error, squared
+            found["fit"] += float(squares.mean(dtype=torch.float64) * squared.sum(dtype=torch.float64)) / 2
+            if part.diagonal is not None:
+                curved += _sum_of_products(part.diagonal[name], squared) / 2
+            del rounded, error, squared, gradient, squares
     except (ValueError, NotImplementedError):  # of blocks that do not divide a matrix, or that its sharding cuts
         return None
-    return found if moments.diagonal is None else {**found, "second_order": found["first_order"] + curved}
+    return found if part.diagonal is None else {**found, "second_order": found["first_order"] + curved}
 
 
 def _sum_of_products(first: Tensor, second: Tensor) -> float:

@@ -14,6 +14,7 @@ from hf_parcor import FloatQuantization, GaussianNoise, LayerProbe, Quantization
 from hf_parcor.evaluation import ClassificationMetric, model_loss
 from hf_parcor.evaluation.metrics import WithDivergence
 from hf_parcor.functional import random_signs
+from hf_parcor.indicators import format_scores
 
 FORMATS = [Quantization(3, "channel"), Quantization(2), FloatQuantization("fp8_e4m3")]
 PROBES = 3
@@ -47,6 +48,34 @@ def test_scores_and_measured_losses_are_those_of_the_formulas(known) -> None:
         assert record.drop(cell, "loss") == pytest.approx(known.value(whole), rel=1e-10)
         assert cell.bits * 4 == one.stored_bits(before)
     assert torch.equal(known.model.first, before)
+
+
+def test_scores_that_add_up_batch_by_batch_are_those_of_the_sums(known, monkeypatch) -> None:
+    """A format that does not fit is among them."""
+    formats = [*FORMATS, Quantization(4, 32)]
+
+    def scored(free: int | None) -> SensitivityRecord:
+        monkeypatch.setattr(format_scores, "free_memory", lambda device: free)
+        options = {"loss": quadratic_loss, "budget": 0, "progress": False}
+        return sensitivity(known.model, known.batches, formats, {"all": "all"}, **options)
+
+    of_batches, of_sums = scored(0).cells, scored(None).cells
+    assert [cell.format for cell in of_batches] == [str(one) for one in FORMATS]
+    for found, expected in zip(of_batches, of_sums, strict=True):
+        assert found.scores == pytest.approx(expected.scores, rel=1e-12)
+
+
+@for_each(("batches", "of_what_is_needed", "bytes_a_weight"), [(1, 2.0, 2), (3, 0.99, 2), (3, 1.0, 2 + 4 + 4)])
+def test_what_lies_beside_the_weights(batches, of_what_is_needed, bytes_a_weight, peak_memory, monkeypatch) -> None:
+    """One gradient in bfloat16 where there is one batch or too little memory; otherwise both sums in float32 too."""
+    weights = 64 * 32 * 32
+    monkeypatch.setattr(format_scores, "free_memory", lambda device: int(of_what_is_needed * 10 * weights))
+    model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(64))).to(torch.bfloat16)
+    data = list(torch.randn(batches, 1, 32, dtype=torch.bfloat16))
+    options = {"loss": lambda of, x: of(x).square().mean(), "budget": 0, "progress": False}
+    with peak_memory() as watched:
+        sensitivity(model, data, [Quantization(4, "channel")], **options)
+    assert bytes_a_weight - 0.1 <= watched.peak / weights <= bytes_a_weight + 1
 
 
 def test_the_fisher_score_is_that_of_single_items_where_batches_have_one() -> None:
