@@ -205,6 +205,15 @@ STUDIES: dict[str, dict[str, Study]] = {
             side_by_side=False,
         ),
     },
+    "large-decoders": {
+        "small": Study(
+            "what the commands take on a decoder of 1.1 B weights, on a CPU",
+            "large_decoders",
+            "large_decoders",
+            seeds=(),
+            side_by_side=False,
+        ),
+    },
     "theory": {
         "small": Study(
             "random corruptions against Theorem 1",

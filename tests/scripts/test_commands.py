@@ -101,6 +101,7 @@ def test_the_search_shows_its_record():
             "quantization_while_training --arms constant linear --data none --output",
             "quantization_while_training",
         ),
+        ("large_decoders --data none --output", "large_decoders"),
         (f"reproduce_translation --study multi30k {TRANSLATION}", "translation/multi30k"),
         (f"reproduce_translation --study tatoeba --seeds 1 {TRANSLATION}", "translation/tatoeba"),
         (f"reproduce_translation --study multi30k --seeds 1 2 {STARTS}", "translation/starts"),
