@@ -390,6 +390,15 @@ CLAIMS = [
     ),
     *(
         Claim(
+            by,
+            f"{what}: a ResNet-20 on 20 classes of Tiny-ImageNet, from scratch, {arm}, a short training",
+            arms("tiny_imagenet", f"scratch-{name}", "scratch-plain", which),
+        )
+        for by, arm, name in ((PAPER_1, "ACRT in L∞, as there", "acrt-inf"), (PAPER_2, "K = 1", K1))
+        for what, which in (("Harder to break along the gradient", WORST), ("Better without corruption", CLEAN))
+    ),
+    *(
+        Claim(
             PAPER_2,
             f"{what}: Faster R-CNN on blood cells, AP50, a short training",
             arms("detection", K1, "plain", which, metric="map_50"),

@@ -111,7 +111,7 @@ STUDIES: dict[str, dict[str, Study]] = {
         "small": Study(
             "which part of a translation model, which bits",
             "which_bits --system translation",
-            "",
+            "recipe/translation",
             seeds=(1,),
         )
     },
@@ -146,7 +146,7 @@ STUDIES: dict[str, dict[str, Study]] = {
         "small": Study(
             "a ResNet-20 of 20 classes of Tiny-ImageNet, at 32 pixels",
             "reproduce_images --size tiny-imagenet-small",
-            "",
+            "tiny_imagenet",
         ),
         "full": Study("ResNet-34 of the same, at 64 pixels, 200 epochs", "reproduce_images --size tiny-imagenet", ""),
     },

@@ -30,7 +30,7 @@ from hf_parcor import CorruptionEvaluator, LayerProbe
 from hf_parcor.corruptions import Corruption
 from hf_parcor.defenses import ConstrainedDefense
 from hf_parcor.evaluation import GenerationMetric
-from hf_parcor.records import EvaluationRecord, SweepRecord
+from hf_parcor.records import EvaluationRecord, MetricInfo, SweepRecord
 from hf_parcor.reports.plots import line_styles, new_figure
 from hf_parcor.reports.tables import markdown_table
 from hf_parcor.statistics import MeanAndSpread, student_t_test
@@ -210,6 +210,10 @@ class AgainstTexts:
     def notes(self) -> tuple[str, ...]:
         """What the scores say of themselves."""
         return self._scores.notes
+
+    def info_of(self, name: str) -> MetricInfo | None:
+        """Return what the scores state of their numbers."""
+        return self._scores.info_of(name)
 
 
 class Campaign:

@@ -95,6 +95,7 @@ def test_the_search_shows_its_record():
         (f"deploy_sst2 --size full --arms plain multi_step_risk-1 sam-half {CAMPAIGN}", "sst2_first"),
         ("reproduce_parser --data none --output", "parser"),
         ("reproduce_images --arms plain --weights none --data none --output", "images"),
+        ("reproduce_images --size tiny-imagenet-small --arms plain --data none --output", "tiny_imagenet"),
         ("reproduce_language_model --data none --output", "language_model"),
         ("reproduce_detection --data none --output", "detection"),
         (
