@@ -65,7 +65,7 @@ def task_of(model: str, rows: Rows, given: Mapping[str, str], **settings: Any) -
         )
     columns = {task: _columns(task, rows, given) for task in fitting}
     told = [task for task in fitting if _is_told(task, columns[task])]
-    possible = told or [task for task in fitting if columns[task]] or fitting[-1:]
+    possible = told or [task for task in fitting if columns[task]] or fitting
     if len(possible) > 1:
         raise InputError(
             f"task: expected one that {model!r} and the columns {', '.join(rows.columns)} are for, got "

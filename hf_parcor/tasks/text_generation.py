@@ -92,8 +92,6 @@ def _lm_eval(name: str, tokenizer: Any, batch_size: int) -> LmEvalMetric:
                 f"metric: expected settings such as limit=100,num-fewshot=5,include-path=FOLDER, got {word!r}"
                 f"{nearest(key, _SETTINGS)}; write {LM_EVAL}arc_easy:limit=100"
             ) from error
-    if settings.get("limit", 0) >= 1:
-        settings["limit"] = int(settings["limit"])
     try:
         return LmEvalMetric(list(filter(None, tasks.split(","))), tokenizer, batch_size=batch_size, **settings)
     except ValueError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from for_each import for_each
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
@@ -116,6 +117,17 @@ class TestWhatOthersWrote:
         (tmp_path / "README.md").write_bytes("# Größe".encode("latin-1"))
         with pytest.raises(ValueError, match="expected text in UTF-8"):
             write_card(tmp_path, facts)
+
+    @for_each("newline", ["\n", "\r\n"])
+    @for_each("end", range(4))
+    @for_each("text", ["", "# A", "# A\n\nWords."])
+    def test_a_blank_line_stands_before_our_section(self, text, end, newline):
+        written = (text + "\n" * end).replace("\n", newline)
+        before = read_card(updated_card(written, "## Ours", {})).before
+        if newline not in written:
+            newline = "\n"
+        ends = max(end, 2) if written else 0
+        assert before == text.replace("\n", newline) + ends * newline
 
     def test_who_touched_it(self):
         generated = updated_card("# A", "## Ours", {}, generated=True)

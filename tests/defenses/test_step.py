@@ -172,6 +172,40 @@ def test_narrow_weights_tell_how_much_they_swallowed():
     assert all(torch.equal(selected[name], before[name]) for name in selected)
 
 
+@for_each("dtypes", [("bfloat16",), ("float16", "float32"), ("bfloat16", "float64"), ("float32",)])
+@for_each("number", [0, 1])
+def test_gradients_are_float32_at_least_and_what_is_to_be_overwritten_is_not_in_the_update(dtypes, number):
+    selected = {name: nn.Parameter(torch.randn(5, dtype=getattr(torch, name))) for name in dtypes}
+    made = {(index, name): torch.randn_like(p) for name, p in selected.items() for index in range(3)}
+    with DefendedStep(selected, fake_pass(selected, lambda index, name: made[index, name].clone()), 3) as step:
+        for index in range(3):
+            step.backward(lambda loss: loss)
+            if index == number:
+                taken, ours = step.gradients()
+                for name, gradient in taken.items():
+                    assert torch.equal(gradient, made[index, name].to(gradient.dtype))
+                    assert gradient.dtype == torch.promote_types(selected[name].dtype, torch.float32)
+                    if ours:
+                        gradient.fill_(math.nan)
+    assert ours or number == 0
+    for name, p in selected.items():
+        assert torch.equal(p.grad, made[0, name] + made[1, name] + made[2, name])
+
+
+def test_a_rehearsal_is_no_pass_of_the_step():
+    selected, indices, seen = parameters(1), [], []
+
+    def run(objective, index: int) -> Tensor:
+        indices.append(index)
+        return objective(torch.ones(()))
+
+    with DefendedStep(selected, run, 3) as step:
+        step.rehearse(lambda loss: seen.append(loss.item()))
+        assert (seen, step.losses) == ([1.0], [])
+    assert len(indices) == 1
+    assert indices[0] < 0  # which neither counts in a Trainer, nor lets DDP reduce
+
+
 def test_a_loss_of_zero_is_zero_in_the_log():
     selected = parameters(1)
 

@@ -187,6 +187,10 @@ class TestOwnTask:
         for changed in ({"limit": 3}, {"num_fewshot": 1}, {"model_settings": {"max_length": 8}}):
             assert settings_of(metric_of(**changed)) != first, changed
         assert settings_of(metric_of(batch_size=2)) == first  # which changes no number
+        for count in (1, 3):  # of the command line they come as 1.0 and 3.0
+            assert json.dumps(settings_of(metric_of(limit=float(count)))) == json.dumps(
+                settings_of(metric_of(limit=count))
+            )
 
     def test_a_task_that_is_none(self, metric_of):
         with pytest.raises(ValueError, match=r"tasks: expected .*filmz"):

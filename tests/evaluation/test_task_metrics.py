@@ -237,6 +237,8 @@ class TestGeneration:
         if family == "t5":
             for batch in tokens:  # as a collator leaves them for the loss
                 batch["decoder_input_ids"] = batch["decoder_attention_mask"] = torch.ones_like(batch["labels"])
+        for batch in tokens:
+            batch["labels"][0, 3] = tokenizer.eos_token_id  # ends a reference, and is no part of its text
         seen = []
 
         def score(predictions, references):
@@ -249,7 +251,7 @@ class TestGeneration:
         ((predictions, references),) = seen
         assert predictions == self.expected_texts(model, tokenizer, tokens, skip)
         assert references == [
-            " ".join(WORDS[label] for label in row if label != -100)
+            " ".join(WORDS[label] for label in row if label not in (-100, tokenizer.eos_token_id))
             for batch in tokens
             for row in batch["labels"].tolist()
         ]

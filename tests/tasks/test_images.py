@@ -66,6 +66,18 @@ def test_a_model_that_counts_its_classes_otherwise_gets_them_by_name(pack):
     assert rows.part([2, 0], "some").entries.labels.tolist() == [1, 0]
 
 
+@for_each("size", [None, (4, 4), (2, 3)])
+def test_images_come_in_the_size_that_is_asked_for(pack, size):
+    rows = load_rows(pack())
+    found = decoded_images(
+        rows, {"image": "image", "label": "label"}, {name: at for at, name in enumerate(NAMES)}, size
+    )
+    images = [Image.fromarray(one) for one in pixels_of(3)]
+    if size is not None:
+        images = [one.resize(size[::-1], Image.Resampling.BILINEAR) for one in images]
+    assert np.array_equal(found.pixels, np.stack([np.asarray(one) for one in images]))
+
+
 def test_images_without_colour_have_three_equal_channels(pack):
     grey = [Image.fromarray(one[..., 0]) for one in pixels_of(2)]
     clear = Image.fromarray(np.dstack([pixels_of(1)[0], np.full((4, 4), 7, np.uint8)]), "RGBA")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from local_models import write_rows
 
 from hf_parcor.errors import InputError
+from hf_parcor.records.data import EvaluationData
 from hf_parcor.tasks import Rows, load_rows, read_file
 from hf_parcor.tasks.classification import class_numbers, classes_of
 
@@ -52,6 +53,7 @@ BAD = [
     ("a.tsv", b"text\tlabel\na\t1\nb\n", r"a\.tsv: expected 2 cells \(text, label\) in line 3, got 1; mend"),
     ("a.csv", b'text,label\n"a,1\n', "expected comma-separated values in line 2"),
     ("a.json", b'[{"text": ', "expected JSON in line 1, got Expecting value"),
+    ("a.json", b'[{"text": 1},\n{"text": ]', "expected JSON in line 2, got Expecting value"),
     ("a.json", b'"text"', "expected a list of objects in line 1, got str"),
     ("a.jsonl", b'{"text": "a"}\n{"text', "expected a JSON object in line 2, got Unterminated string"),
     ("a.jsonl", b"[1]\n", "expected an object with the columns by name in line 1, got list"),
@@ -109,6 +111,17 @@ def test_bad_files(name, content, says, tmp_path):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=says):
         read_file(tmp_path / name)
+
+
+@given(total=st.integers(1, 5), count=st.none() | st.integers(1, 6))
+def test_the_first_rows(total, count):
+    rows = Rows("rows.tsv", [{"text": number} for number in range(total)], ("text",), data=EvaluationData(split="dev"))
+    first = rows.first(count)
+    assert first.column("text") == list(range(total))[:count]
+    if len(first.entries) == total:
+        assert first == rows  # a record then says that it is the whole split
+    else:
+        assert (first.data.split, first.data.rows) == (f"dev[:{count}]", count)
 
 
 class TestSplitOff:

@@ -11,7 +11,17 @@ import pytest
 import torch
 import transformers
 from for_each import for_each
-from local_models import BERT, LABELS, MANY_LANGUAGES, SAVED, SENTENCES, save_bert, save_tokenizer, write_summaries
+from local_models import (
+    BERT,
+    LABELS,
+    MANY_LANGUAGES,
+    SAVED,
+    SENTENCES,
+    WORDS,
+    save_bert,
+    save_tokenizer,
+    write_summaries,
+)
 
 from hf_parcor.errors import InputError
 from hf_parcor.evaluation import LanguageModelMetric
@@ -182,6 +192,24 @@ def test_windows_over_a_text_file(tmp_path_factory, stride, between):
     assert task.metric("perplexity", processed, batches)(model) == pytest.approx(by_hand(model), rel=1e-5)
 
 
+@for_each(("between", "begins"), [(None, ""), (" ", "Ende ")])
+def test_what_begins_a_text_does_not_begin_every_row(tmp_path_factory, between, begins):
+    """Of a tokenizer that puts a token before each text, as that of Llama does: here it is `Ende`."""
+    from tokenizers import processors
+
+    task, folder = TASKS["text-generation"], tmp_path_factory.mktemp("model")
+    model = task.load_model(SAVED["text-generation"][0](folder))
+    tokenizer = task.load_processor(str(folder))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="Ende $A", special_tokens=[("Ende", WORDS.index("Ende"))]
+    )
+    rows = Rows("rows", [{"text": text} for text in SENTENCES], ("text",))
+    windows = task.examples(rows, {"text": "text"}, Processed(model, tokenizer, Encoding(between_rows=between)))
+    text = begins + (" </s> ".join(SENTENCES) + " </s>" if between is None else between.join(SENTENCES))
+    found = [WORDS[token] for window in windows for token in window["input_ids"]]
+    assert found == [word if word in WORDS else "[UNK]" for word in text.split()]
+
+
 @for_each(("name", "encoding"), [(name, one) for name in TASKS for one in ({"stride": 4}, {"between_rows": "\n"})])
 def test_windows_of_a_task_without(name, encoding):
     processed = Processed(None, None, Encoding(**encoding))
@@ -266,6 +294,8 @@ class TestGuess:
             ("T5ForConditionalGeneration", ("a", "summary"), {"source": "a"}, "summarization"),
             ("T5ForConditionalGeneration", ("a", "b", "c"), {"source": "a", "target": "b"}, ""),
             ("T5ForConditionalGeneration", ("text", "summary", "source", "target"), {}, ""),
+            ("T5ForConditionalGeneration", ("a", "b", "c"), {}, ""),
+            ("BertForSequenceClassification", ("a", "b", "c"), {}, "text-classification"),
             ("MarianMTModel", ("de", "en"), {"source": "de", "target": "en"}, "translation"),
             ("MarianMTModel", ("document", "summary"), {}, "translation"),
             ("MarianMTModel", ("text", "summary"), {"source": "text", "target": "summary"}, "translation"),
@@ -349,6 +379,26 @@ class TestLengths:
         processed = Processed(task.load_model(folder), task.load_processor(folder))
         (example,) = task.examples(rows, task.find_columns(rows, {}), processed)
         assert (len(example["input_ids"]), len(example["labels"])) == (16, 16)
+
+    def test_encoder_and_decoder_that_take_texts_of_different_length(self, tmp_path):
+        torch.manual_seed(0)
+        config = transformers.LEDConfig(**LED)
+        save_tokenizer(tmp_path)
+        task = TASKS["summarization"]
+        processed = Processed(transformers.LEDForConditionalGeneration(config), task.load_processor(str(tmp_path)))
+        processed.processor.model_max_length = 1000
+        rows = Rows("rows", [{"text": "bad " * 40, "summary": "good " * 40}], ("text", "summary"))
+        (example,) = task.examples(rows, task.find_columns(rows, {}), processed)
+        assert (len(example["input_ids"]), len(example["labels"])) == (12, 8)
+        processed.model(**{name: torch.tensor([value]) for name, value in example.items()})
+
+
+LED = {
+    **{"vocab_size": len(WORDS), "d_model": 8, "max_encoder_position_embeddings": 12, "attention_window": 4},
+    **{"max_decoder_position_embeddings": 8, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2},
+    **{f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")},
+    "decoder_start_token_id": 2,
+}
 
 
 class TestLanguages:
@@ -434,6 +484,20 @@ class TestMetricsOfTheLibrary:
     def test_an_unknown_one(self, task, name, tmp_path):
         with pytest.raises(InputError, match=rf"expected one of {', '.join(TASKS[task].metrics)}.* got '{name}'"):
             TASKS[task].metric(name, Processed(None, None), [{"labels": torch.zeros(1)}])
+
+
+@for_each(
+    ("task", "metric", "found", "shown"),
+    [
+        ("summarization", "rouge", {"rouge1": 0.5, "rougeL": 0.4}, "rougeL"),
+        ("summarization", "rouge", {"rouge1": 0.5}, "rouge1"),
+        ("summarization", "mine", {"rougeL": 0.4, "mine": 0.1}, "mine"),
+        ("translation", "chrf", {"predictions_cut": 0.0, "chrf": 30.0}, "chrf"),
+        ("translation", "my/folder", {"mine": 0.1, "predictions_cut": 0.0}, "mine"),
+    ],
+)
+def test_which_number_of_a_metric_is_shown(task, metric, found, shown):
+    assert TASKS[task].shown(metric, found) == shown
 
 
 METRIC = """

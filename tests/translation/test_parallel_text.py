@@ -149,7 +149,7 @@ class TestEncoding:
     def test_a_prefix(self, tokenizer):
         text = from_rows([{"de": "Hund", "en": "dog"}], "de", "en", "a row")
         (row,) = encode(text, tokenizer, tokenizer, 100, prefix="der ").rows
-        assert (row["input_ids"], row["labels"]) == (tokenizer("der Hund")["input_ids"], tokenizer("dog")["input_ids"])
+        assert row == {**tokenizer("der Hund"), "labels": tokenizer("dog")["input_ids"]}
 
     def test_fit_exactly(self, tokenizer):
         text = from_rows([{"de": "Hund Hund", "en": "dog"}], "de", "en", "a row")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -73,6 +74,16 @@ def test_beside_a_model_it_is_still_the_one_that_loads(tokenizer, tiny_model, pa
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded(pairs[0][0])["input_ids"] == tokenizer(pairs[0][0])["input_ids"]
+
+
+def test_subwords_of_a_unigram_vocabulary_stand_in_the_order_of_their_probability(pairs):
+    """Those of one probability stand in the order of the alphabet, and behind the special ones as ever."""
+    texts = [text for pair in pairs for text in pair]
+    swapped = str.maketrans("abcdefghijklmnopqrstuvwxyz", "zyxwvutsrqponmlkjihgfedcba")
+    texts += [text.translate(swapped) for text in texts]  # so that each word has one of the same probability
+    learned = json.loads(train_unigram(texts, 50).backend_tokenizer.to_str())["model"]["vocab"][4:]
+    assert learned == sorted(learned, key=lambda entry: (-entry[1], entry[0]))
+    assert len({score for _, score in learned}) < len(learned)
 
 
 @pytest.mark.slow

@@ -98,7 +98,8 @@ class LmEvalMetric:
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._limit, self._batch_size, self._primary, self._progress = limit, batch_size, primary_metric, progress
+        self._limit = limit if limit is None or limit < 1 else int(limit)  # 5.0 is 5 for lm-eval, and in records
+        self._batch_size, self._primary, self._progress = batch_size, primary_metric, progress
         self._model_settings = dict(model_settings or {})
         self._settings = settings
 
