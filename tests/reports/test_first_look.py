@@ -47,6 +47,7 @@ def record(values, metric="loss", clean=2.0, divergence=None, **settings) -> Sen
             ["the next"],
         ),
         ([1.0, 1.5], {}, ["No part alone is weak", "none of them makes it worse at all"], ["with the worst"]),
+        ([2.0, 1.5], {}, ["No part alone is weak", "none of them makes it worse at all"], ["with the worst"]),
         ([2.1, 2.2, None], {}, ["more; the other one is 0.33, of layers.2"], ["the other 1"]),
         (
             [0.8, 0.7],

@@ -53,6 +53,7 @@ class TestHeatMap:
             **{(2, at): "40.0" for at in range(3)},
         }
         assert {text.get_text() for place, text in cells_of(defended).items() if place[0] == 2} == {"–"}
+        assert {to_rgb(text.get_color()) for text in defended.texts} == {(0, 0, 0)}, "where no colour is, too"
         assert plain.images[0].get_clim() == defended.images[0].get_clim() == pytest.approx((0, 50))
         assert figure.axes[-1].get_ylabel() == "drop of the accuracy (points)"
 

@@ -83,7 +83,7 @@ class Page(html.parser.HTMLParser):
 
 
 def write(report, folder):
-    page = report.to_html(folder / "deep" / "report.html").read_text(encoding="utf-8")
+    page = report.to_html(folder / "very" / "deep" / "report.html").read_text(encoding="utf-8")
     return page, report.to_markdown(folder / "report.md").read_text(encoding="utf-8")
 
 

@@ -168,6 +168,25 @@ class TestData:
             assert low < min(ends) < max(ends) < high
             assert sum(len(line.get_xdata()) for line in axis.lines if line.get_marker() in ("^", "v")) == arrows
 
+    @for_each(
+        ("loss", "scale"), [((1.0, 20.0, 400.0), "log"), ((1.0, 20.0, 39.0), "linear"), ((0.0, 20.0, 40.0), "linear")]
+    )
+    def test_a_metric_over_decades_has_equal_steps_for_equal_ratios(self, loss, scale):
+        noise = [GaussianNoise(0.1), GaussianNoise(0.2)]
+        record = record_of(noise)
+        rows = [
+            replace(row, seeds=(0,), metrics={"loss": (value,)})
+            for row, value in zip(record.corruptions, loss[1:], strict=True)
+        ]
+        clean = replace(record.clean, metrics={"loss": loss[:1]})
+        figure = plot_comparison({"x": replace(record, clean=clean, corruptions=tuple(rows))}, "loss")
+        [axis] = figure.axes
+        rendered(figure)
+        assert axis.get_yscale() == scale
+        places = axis.transAxes.inverted().transform(axis.transData.transform([(0.1, value) for value in loss]))[:, 1]
+        assert places[2] - places[1] == pytest.approx(places[1] - places[0], rel=0.1)
+        assert 0 < places[0] < places[2] < 1
+
     def test_chance(self):
         axis, *others = plot_comparison(RECORDS, chance=0.25).axes
         assert {other.get_ylim() for other in others} == {axis.get_ylim()}

@@ -204,4 +204,5 @@ def test_pairs_are_said_with_what_they_cost_together_and_apart(tmp_path) -> None
         (said,) = [sentence for sentence in made.verdict if "interact" in sentence]
         assert word in said
         assert ("3.0 together and 2.0 apart" in said) == (together == 0.03)
-        assert "Parts that interact" in made.to_markdown(tmp_path / "page.md").read_text()
+        for page in (made.to_markdown(tmp_path / "page.md"), made.to_html(tmp_path / "page.html")):
+            assert "Parts that interact" in page.read_text()

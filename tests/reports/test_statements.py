@@ -241,7 +241,7 @@ SEVERAL = {
     ),
     "no spread to judge the rest by": (
         lambda of: compare({"x": both(of, 0.5, 0.5), "y": both(of, 0.505, 0.1)}),
-        lambda of: compare({"x": two(of, 0.5, 0.5), "y": two(of, 0.505, 0.1)}),
+        lambda of: compare({"x": two(of, 0.5, 0.5), "y": two(of, 0.505, nan)}),
     ),
     "There is no spread to judge that by": (
         lambda of: compare({"x": of({1.0: 0.5}), "y": of({1.0: 0.6})}),
@@ -317,6 +317,14 @@ PICTURES = {
     ),
     "since one strength was measured or nothing changes": (
         lambda of: RobustnessReport(of({1.0: 0.5})),
+        lambda of: RobustnessReport(of({1.0: 0.5, 2.0: 0.4})),
+    ),
+    "Bars are 95 % confidence intervals": (
+        lambda of: RobustnessReport(of({1.0: (0.5, 0.6), 2.0: (0.3, 0.4)}, corruption="random")),
+        lambda of: RobustnessReport(of({1.0: 0.5, 2.0: 0.4}, corruption="random")),
+    ),
+    'class="legend"': (
+        lambda of: compare({"x": of({1.0: 0.5, 2.0: 0.4}), "y": of({1.0: 0.6, 2.0: 0.5})}),
         lambda of: RobustnessReport(of({1.0: 0.5, 2.0: 0.4})),
     ),
     "corruptions, in the order of the table": (

@@ -1,11 +1,13 @@
 """Tables: what stands in the cells is what stands in the records, and they read well as plain text."""
 
+import itertools
 import math
 import re
 from dataclasses import replace
 from textwrap import dedent
 
 import pytest
+from for_each import for_each
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -226,12 +228,15 @@ class TestGroupTable:
             ["b|c", "11.0", "21.0"],
         ]
 
-    @pytest.mark.parametrize("width", [40, 60, 80])
-    def test_no_line_is_longer_than_the_terminal(self, width):
+    @for_each("width", range(36, 81))
+    def test_no_line_is_longer_than_the_terminal_and_none_is_begun_without_need(self, width):
         epsilons = [index / 100 for index in range(1, 20)]
         table = group_table(self.records(["a", "a.long.name.of.it"], epsilons), width=width)
         lines = table.splitlines()
         assert max(map(len, lines)) <= width
+        heads = [line for line in lines if "(%)" in line]
+        for head, following in itertools.pairwise(heads):
+            assert len(head) + len(following.split("|")[2]) + 1 > width, "the next column would have had no room"
         assert [level for line in lines if "(%)" in line for level in re.findall(r"ε=([\d.]+)", line)] == [
             f"{epsilon:g}" for epsilon in epsilons
         ]

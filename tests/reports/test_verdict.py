@@ -421,6 +421,15 @@ class TestComparison:
         assert "+30.0 points; no spread is known" in second
         assert "+0.0 points" in last
 
+    def test_each_comparison_is_better_worse_the_same_or_cannot_be_told(self, record_of):
+        values = (0.8, 0.7, 0.2, 0.5, math.inf, -math.inf, -math.inf, math.nan)
+        models = {
+            "plain": {f"part {place}": record_of({1.0: 0.5}) for place, _ in enumerate(values)},
+            "other": {f"part {place}": record_of({1.0: value}) for place, value in enumerate(values)},
+        }
+        first, *_ = RobustnessReport.compare(models, unit="").verdict
+        assert "better in 2 of 8 comparisons, worse in 1. It cannot be told in 4, " in first
+
     def test_of_a_loss_less_is_better(self, record_of):
         models = {
             "plain": record_of({1.0: 3.0}, 0.5, metric="loss"),
