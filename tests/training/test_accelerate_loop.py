@@ -23,6 +23,7 @@ from hf_parcor import (
     AWP,
     SAM,
     CorruptionConstraint,
+    CorruptionRisk,
     DefendedBackward,
     GradientCorruption,
     GradientPenalty,
@@ -282,6 +283,7 @@ def test_running_statistics_move_once(micro_batches):
         ({"start_epoch": 1.0}, {"epoch": 1.0}, True),
         ({"interval": 3}, {"step": 2}, False),
         ({"interval": 3}, {"step": 3}, True),
+        ({"interval": 3}, {"step": 0}, True),
         ({}, {}, True),
     ],
 )
@@ -301,6 +303,13 @@ def test_start_epoch_and_interval(network, micro_batches, settings, progress, ac
     assert all(torch.equal(gradient, stock[name]) for name, gradient in gradients(network).items()) is not active
     assert (found.risk == found.clean == found.corrupted) is not active
     assert found.defended is active
+
+
+@pytest.mark.parametrize(("epoch", "share"), [(0.5, 0.0), (1.0, 0.25), (1.5, 0.5), (4.0, 1.0)])
+def test_the_strength_grows_with_the_epochs(network, micro_batches, epoch, share):
+    defense = CorruptionRisk(GradientCorruption(SET), ramp_epochs=2, start_epoch=0.5)
+    found = defended_backward(Accelerator(cpu=True), defense, network, loss_of(network, micro_batches[0]), epoch=epoch)
+    assert found.norm.realised == pytest.approx(0.2 * share)
 
 
 @pytest.mark.parametrize("call", [0, 1, 2])
