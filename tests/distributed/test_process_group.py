@@ -7,7 +7,7 @@ import torch
 from torch import distributed
 
 from hf_parcor.distributed import processes as process_group
-from hf_parcor.distributed.processes import TrainingProcesses
+from hf_parcor.distributed.processes import MeasuringProcesses, TrainingProcesses
 
 pytestmark = pytest.mark.slow  # ranks are processes of their own
 
@@ -53,6 +53,33 @@ def test_averages_and_agrees(run_on_ranks):
     for (averages, agreed), calls in run_on_ranks(talk, 2, 7 * 4):
         torch.testing.assert_close([averages, agreed], expected, rtol=0, atol=0)
         assert calls == 2 * [7, 6, 4, 0]  # and as many as fit
+
+
+def exchange():
+    processes = MeasuringProcesses.launched()
+
+    def tensors():
+        return {"real": torch.full((3,), 1.0 + processes.index), "whole": torch.arange(2) * (1 + processes.index)}
+
+    own, here, train = 2**62 - 1 - processes.index, torch.device("cpu"), TrainingProcesses()
+    seeds = [
+        train.seed(own, here, shared=True),
+        train.seed(own, here, shared=False),
+        train.seed(7, here, shared=False),
+    ]
+    return processes, processes.sum(tensors()), processes.hand_round(tensors(), 1), processes.gather(seeds)
+
+
+def test_processes_that_measure_or_train_exchange_tensors_and_seeds(run_on_ranks):
+    for rank, (processes, sums, of_second, seeds) in enumerate(run_on_ranks(exchange, 2)):
+        assert processes == MeasuringProcesses(2, rank)
+        assert {name: value.tolist() for name, value in sums.items()} == {"real": [3.0] * 3, "whole": [0, 3]}
+        assert {name: value.tolist() for name, value in of_second.items()} == {"real": [2.0] * 3, "whole": [0, 2]}
+        shared, own, alike = zip(*seeds, strict=True)
+        assert shared == (2**62 - 1,) * 2
+        for seeds_of_all in (own, alike):
+            assert len(set(seeds_of_all)) == 2
+            assert all(isinstance(seed, int) and 0 <= seed < 2**62 for seed in seeds_of_all)
 
 
 def overflow():
