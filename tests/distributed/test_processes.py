@@ -7,10 +7,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from accelerate.state import AcceleratorState, PartialState
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_parcor.distributed.processes import MeasuringProcesses, ProcessError, check_all_joined
+from hf_parcor.distributed.processes import ALONE, MeasuringProcesses, ProcessError, check_all_joined
 
 
 @given(count=st.integers(1, 5), total=st.integers(0, 12))
@@ -44,6 +45,17 @@ def test_one_process_does_all_of_it(in_step):
     assert alone.gather("said") == ["said"]
     with pytest.raises(OSError, match="the disk is full"), alone.failing_together():
         raise OSError("the disk is full")
+
+
+@pytest.mark.parametrize("size", [None, "1"])
+def test_who_is_alone_leaves_accelerate_as_it_is(monkeypatch, size):
+    """A measurement before `Accelerator(cpu=True)` must not choose its device."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert MeasuringProcesses.launched() == ALONE
+    assert not PartialState._shared_state
 
 
 @pytest.fixture
