@@ -12,7 +12,6 @@ import re
 import struct
 import uuid
 from collections.abc import Iterable, Mapping, Sequence, Set
-from itertools import chain
 from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_parcor.distributed.dtensors import local_part, whole
-from hf_parcor.evaluation.reach import packed_tensors, plain_parts
+from hf_parcor.evaluation.reach import plain_parts
+from hf_parcor.evaluation.weights import bytes_of, weights_of
 
 TOLD_BY_THEIR_TEXT = (
     *(datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo),
@@ -123,11 +123,16 @@ class Fingerprint:
 def fingerprint_of_weights(model: nn.Module, *, gather: bool = True) -> str:
     """Return the SHA-256 of all parameters, buffers and packed weights: names, shapes, dtypes and bytes, in order.
 
-    Of what is offloaded (on the meta device), whose values are not in memory, only names, shapes and dtypes count.
+    It is the same wherever the weights are: those that Accelerate has offloaded, to the CPU or the disk, are read from
+    there, one at a time, and count once where a Transformers model ties them. Of weights on the meta device that no
+    hook of Accelerate has the values of, only names, shapes and dtypes count.
 
     Args:
         model: Any model.
         gather: Gather shards tensor by tensor, for which all processes must call this; else hash this process's.
+
+    Raises:
+        OSError: A file of offloaded weights is gone.
 
     Examples:
         >>> model = nn.Linear(1, 1)
@@ -137,12 +142,13 @@ def fingerprint_of_weights(model: nn.Module, *, gather: bool = True) -> str:
         False
     """
     digest = hashlib.sha256()
-    for name, tensor in chain(model.named_parameters(), model.named_buffers(), packed_tensors(model)):
+    for name, tensor in weights_of(model):
         held = whole(tensor.detach()) if gather else local_part(tensor.detach())
         if _is_dense(held) and not plain_parts(held):  # a class of its own that does not say what it is made of
             digest.update(f"{name} {tuple(held.shape)} {held.dtype};".encode())
         else:
             _update(digest, name, held)
+        del tensor, held  # before the next one is read
     return digest.hexdigest()
 
 
@@ -167,18 +173,9 @@ def _is_dense(tensor: Tensor) -> bool:
 def _update(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
     if _is_dense(tensor):
-        digest.update(_bytes(tensor))
+        digest.update(bytes_of(tensor))
     else:
         _feed_tensor(digest, tensor, [])
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """Return the bytes of a dense tensor, as a buffer."""
-    here = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    flat = here.reshape(-1)
-    if flat.stride(0) != 1:  # of one number or none, as an empty array of NumPy, which is contiguous all the same
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    return flat.view(torch.uint8).numpy().data
 
 
 def _put(digest: hashlib._Hash, tag: str, content: bytes = b"") -> None:
@@ -299,7 +296,7 @@ def _feed_tensor(digest: hashlib._Hash, tensor: Tensor, path: list[int]) -> None
     device = "meta" if tensor.is_meta else ""
     _put(digest, "tensor", f"{tensor.layout} {shape} {tensor.dtype} {device} {len(parts)}".encode())
     if _is_dense(tensor):
-        digest.update(_bytes(tensor))
+        digest.update(bytes_of(tensor))
     for part in parts:
         _feed(digest, part, path)
 

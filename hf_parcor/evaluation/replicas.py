@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from hf_parcor.distributed.fsdp import drop_gathered, is_sharded
 from hf_parcor.distributed.processes import MeasuringProcesses
-from hf_parcor.evaluation.reach import packed_tensors, plain_parts
+from hf_parcor.evaluation.reach import plain_parts
+from hf_parcor.evaluation.weights import weights_of
 
 _PIECE = 2**18  # integers that are hashed at once
 _BASE = 6364136223846793005  # odd: Knuth's multiplier for 64 bits
@@ -94,11 +94,13 @@ def check_same_weights(model: nn.Module, processes: MeasuringProcesses) -> None:
     Raises:
         ValueError: They differ.
     """
-    tensors = chain(model.named_parameters(), model.named_buffers(), packed_tensors(model))
     keys = torch.randint(-(2**63), 2**63 - 1, (_PIECE,), generator=torch.Generator().manual_seed(0))
-    first, *others = processes.gather(
-        {name: _hash_of_bits(tensor, keys) for name, tensor in tensors if not isinstance(tensor, DTensor)}
-    )
+    hashes = {}
+    for name, tensor in weights_of(model):
+        if not isinstance(tensor, DTensor):
+            hashes[name] = _hash_of_bits(tensor, keys)
+        del tensor  # before the next one is read
+    first, *others = processes.gather(hashes)
     for other in others:
         for name in [name for name in {**first, **other} if first.get(name) != other.get(name)]:
             raise ValueError(

@@ -1,0 +1,90 @@
+"""All weights of a model, one after the other: also those that Accelerate has offloaded, as if they were in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_parcor.evaluation.reach import packed_tensors, plain_parts
+
+
+def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and tensors of all parameters, buffers and packed weights, as the model in memory has them.
+
+    What Accelerate has offloaded, to the CPU or the disk, lies on the meta device, and is read from where its hooks
+    keep it when its turn comes: whoever lets go of a weight before the next one is asked for has one of them in
+    memory. Names that a Transformers model ties come once, although offloading unties them. What no hook keeps under
+    its name (of a model that was only built on the meta device) is yielded as it is.
+
+    Args:
+        model: Any model; it is not changed, and nothing is to be written into what is yielded.
+
+    Raises:
+        OSError: A file of offloaded weights is gone.
+
+    Examples:
+        >>> [name for name, _ in weights_of(nn.BatchNorm1d(1))]
+        ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
+    """
+    tied = _tied(model) if any(parameter.is_meta for parameter in model.parameters()) else {}
+    seen = set()
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if name in tied:  # two that were loaded with different values are none
+            mark = tied[name], _mark(_held(model, name, tensor))
+            if mark in seen:
+                continue
+            if mark[1]:
+                seen.add(mark)
+        yield name, _held(model, name, tensor)
+    yield from packed_tensors(model)
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """Return the bytes of a dense tensor, as a buffer."""
+    here = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    flat = here.reshape(-1)
+    if flat.stride(0) != 1:  # of one number or none, as an empty array of NumPy, which is contiguous all the same
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _held(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Return a weight, of one on the meta device what a hook of its module, or of a module around it, keeps for it."""
+    if not tensor.is_meta:
+        return tensor
+    path = name.split(".")
+    for depth in reversed(range(len(path))):
+        hook = getattr(model.get_submodule(".".join(path[:depth])), "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            try:
+                kept = (getattr(each, "weights_map", None) or {})[".".join(path[depth:])]
+            except KeyError:
+                continue
+            if isinstance(kept, Tensor) and kept.shape == tensor.shape:
+                return kept.to(tensor.dtype)  # as the hook does before the module is called
+    return tensor
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Return the names that Transformers ties, each with that of the weight which it is tied to, or which it is."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        for target, source in (getattr(module, "all_tied_weights_keys", None) or {}).items():
+            within = f"{name}." if name else ""
+            found.setdefault(within + target, within + source)
+            found.setdefault(within + source, within + source)
+    return found
+
+
+def _mark(tensor: Tensor) -> str:
+    """Return a hash of a tensor's numbers, "" where they are not in memory."""
+    parts = plain_parts(tensor.detach())
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    for part in parts:
+        digest.update(bytes_of(part))
+    return digest.hexdigest() if parts else ""
