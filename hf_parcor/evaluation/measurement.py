@@ -31,6 +31,7 @@ from hf_parcor.evaluation.replicas import all_batches, check_same_data, check_sa
 from hf_parcor.evaluation.resume import append_to_checkpoint, begin_checkpoint
 from hf_parcor.evaluation.shared_passes import (
     RUNS_TO_PLAN,
+    RUNS_TO_PLAN_ASCENTS,
     Group,
     Job,
     choose_together,
@@ -148,6 +149,14 @@ class Plan:
     def trials_of(self, group: int) -> int:
         """Return how many trials of a group are measured."""
         return sum(self._times(one) for index, one in enumerate(self.corruptions) if self._has(group, index))
+
+    def steps_of(self, group: int, batches: int) -> int:
+        """Return how many steps all ascents of a group take, on so many batches."""
+        return sum(
+            batches if one.steps is None else one.steps
+            for index, one in enumerate(self.corruptions)
+            if type(one) is MultiStepCorruption and self._has(group, index)
+        )
 
     def drawn(self, number: int) -> tuple[Corruption, int]:
         """Return the corruption of a trial, and its seed."""
@@ -384,19 +393,21 @@ class Measurement:
                 saved_on=self._saved_on,
             )
             check_memory(groups, corruptions, self._saved_on)
-        climbs = any(isinstance(corruption, MultiStepCorruption) for corruption in corruptions)
+        batches = 0 if whole is None else len(whole)
         return [
             Group(
                 selection,
                 None if whole is None else whole.of_group(selection),
-                partial(self._prefix_of_ascents, selection) if climbs else _nothing,
+                partial(self._prefix_of_ascents, selection, plan.steps_of(index, batches)),
                 partial(self._prefix_of_measurements, selection, plan.trials_of(index)),
             )
             for index, selection in enumerate(groups)
         ]
 
-    def _prefix_of_ascents(self, selection: _Parameters) -> PrefixReuse | None:
+    def _prefix_of_ascents(self, selection: _Parameters, steps: int) -> PrefixReuse | None:
         if self._by_batch is None or self._batches is None:
+            return None
+        if _SAVED * steps / self._processes.count <= RUNS_TO_PLAN_ASCENTS:  # each process climbs whole ascents
             return None
         return prefix_of_ascents(self._model, selection, self._batches)
 
@@ -466,10 +477,6 @@ class Measurement:
 def _size(selection: _Parameters) -> int:
     """Return how many bytes a corruption of these weights takes as a whole."""
     return 4 * numel(list(selection.values()))
-
-
-def _nothing() -> None:
-    """Return no prefix."""
 
 
 def _kept(path: Path | None, trials: dict[int, Trial]) -> dict[int, Trial]:

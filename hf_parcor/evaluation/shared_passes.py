@@ -137,13 +137,17 @@ def _climb(jobs: Sequence[Job]) -> list[dict[str, Tensor]]:
     sources = [cast(DatasetGradients, job.group.gradients) for job in jobs]
     walk = sources[0]
     walk.restart()
+    alone = len(jobs) == 1  # has nothing to share a prefix with
+
+    def prefix_of(index: int) -> PrefixReuse | None:
+        return None if alone else jobs[index].group.climbing
 
     def gradients_at(climbing: Mapping[int, Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
         batch = walk.next_batch()
-        prefixes = _different(jobs[index].group.climbing for index in climbing)
+        prefixes = _different(map(prefix_of, climbing))
         _record(prefixes, lambda: walk.run(batch))
         for index, corruption in climbing.items():
-            with _replaying(jobs[index].group.climbing):
+            with _replaying(prefix_of(index)):
                 gradient = sources[index].on_batch(batch, corruption)
             yield gradient
             del gradient  # before the next one
@@ -269,6 +273,7 @@ def prefix_of_measurements(model: nn.Module, metric: BatchMetric, parameters: _P
 
 
 RUNS_TO_PLAN = 4 + TRIED_PASSES  # of one batch, by `prefix_of_measurements`; a test counts them
+RUNS_TO_PLAN_ASCENTS = 3 + TRIED_PASSES  # by `prefix_of_ascents`, most of them backward too
 
 
 def _everything_found(model: nn.Module, run: Callable[[], Any]) -> list[Any]:

@@ -14,6 +14,7 @@ from hf_parcor.corruptions import CORRUPTIONS, Corruption
 def prefixes_are_sought_for_little_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let measurements share a prefix also where seeking it takes longer: the data of these tests are a few rows."""
     monkeypatch.setattr(measurement, "RUNS_TO_PLAN", 0)
+    monkeypatch.setattr(measurement, "RUNS_TO_PLAN_ASCENTS", 0)
 
 
 @pytest.fixture(params=list(CORRUPTIONS))

@@ -118,6 +118,29 @@ def test_a_prefix_is_sought_where_it_takes_less_than_it_saves(classifier, batche
     assert runs(without_length(many)) < 24 * (1 + 3 * 2), "also where it is not known how many there are"
 
 
+@for_each(
+    ("rows", "steps", "climbing", "measuring"),
+    [
+        (1, [2], 2, 1),  # of the first layer as many runs as without a prefix
+        (24, [None], 24, 24),  # one alone has nothing to share
+        (24, [2, 2], 2 + 2, 4 + 24),
+        (24, [None, None], 3 + 24, 4 + 24),  # sought in three runs to their end, and run once a batch
+    ],
+)
+def test_ascents_share_a_prefix_where_that_takes_less_than_it_saves(
+    classifier, batches, monkeypatch, rows, steps, climbing, measuring
+):
+    for name in ("RUNS_TO_PLAN", "RUNS_TO_PLAN_ASCENTS"):
+        monkeypatch.setattr(measurement, name, getattr(shared_passes, name))
+    data, computed = rows * batches[:1], counting(classifier.bert.encoder.layer[0])
+    evaluator = CorruptionEvaluator(
+        classifier, ClassificationMetric(data), target_modules="classifier", progress=False
+    )
+    corruptions = [MultiStepCorruption(CorruptionConstraint(epsilon=0.1 + index), k) for index, k in enumerate(steps)]
+    evaluator.evaluate(corruptions)
+    assert len(computed) == rows + climbing + measuring, "for the clean model, the ascents and the measurements"
+
+
 def without_length(data):
     """Return data that can be walked through again, and do not say how many they are."""
 
@@ -139,6 +162,15 @@ def test_what_seeking_a_prefix_takes(classifier, batches):
     parameters = select_parameters(classifier, "last-encoder-layer")
     assert prefix_of_measurements(classifier.eval(), Counted(batches), parameters) is not None
     assert Counted.calls == shared_passes.RUNS_TO_PLAN
+
+
+def test_what_seeking_a_prefix_of_ascents_takes(classifier, batches):
+    runs = []
+    hook = classifier.register_forward_pre_hook(lambda *_: runs.append(1))
+    parameters = select_parameters(classifier, "last-encoder-layer")
+    assert prefix_of_ascents(classifier.eval(), parameters, batches) is not None
+    hook.remove()
+    assert len(runs) == shared_passes.RUNS_TO_PLAN_ASCENTS
 
 
 @for_each("at_once", [2, 3, 6])
