@@ -83,6 +83,7 @@ OFFLOADED = {
 }
 
 
+@pytest.mark.slow
 @for_each("offload", list(OFFLOADED.values()))
 def test_the_fingerprint_is_that_of_the_model_in_memory(folder, offload):
     """Also after a pass, which unties what is offloaded."""
@@ -120,6 +121,7 @@ def test_one_number_in_main_memory_makes_another_fingerprint(folder):
     assert fingerprint_of_weights(model) != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["llama, tied"], indirect=True)
 @for_each("offload", [load, lambda folder: on_disk(folder, ""), lambda folder: on_disk(folder, *HALF)])
 def test_a_head_with_values_of_its_own_counts_though_the_configuration_ties_it(folder, offload):
