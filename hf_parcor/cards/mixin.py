@@ -102,6 +102,7 @@ class CardMixin(RobustnessMixin):
 
     def robustness_was_measured(self, prefix: str, record: EvaluationRecord) -> None:
         """Remember for the card what a `RobustnessCallback` measured."""
+        super().robustness_was_measured(prefix, record)
         self._keep({prefix: record}, instead=False)
 
     def _keep(self, measured: Mapping[str, EvaluationRecord], *, instead: bool) -> None:

@@ -270,6 +270,10 @@ def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingA
     from hf_parcor.programs import save_training
     from hf_parcor.training import checkpoint_to_resume
 
+    config = trainer.defense_config
+    if config is not None:
+        tell(f"defended by {config.defense!r}; --defense none trains without")
+
     class Begun(TrainerCallback):
         yet = False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -200,11 +201,14 @@ class RobustnessMixin(_Base):
     """Gives any Trainer `evaluate_robustness`: put it before the Trainer's class among the bases.
 
     Attributes:
-        robustness_records: What the last `evaluate_robustness` measured, in full, by the prefix of its metrics:
-            "eval", or one for each data set where there are several.
+        robustness_records: What the last `evaluate_robustness`, or a `RobustnessCallback`, measured, in full, by the
+            prefix of its metrics: "eval", or one for each data set where there are several. Empty before.
     """
 
-    robustness_records: dict[str, EvaluationRecord]
+    @cached_property
+    def robustness_records(self) -> dict[str, EvaluationRecord]:
+        """Empty, until something is measured."""
+        return {}
 
     def evaluate_robustness(
         self,
@@ -267,9 +271,10 @@ class RobustnessMixin(_Base):
         return metrics
 
     def robustness_was_measured(self, prefix: str, record: EvaluationRecord) -> None:
-        """Receive the record of a `RobustnessCallback`; a subclass may keep it, this does nothing.
+        """Receive the record of a `RobustnessCallback`, into `robustness_records`; a subclass may do more.
 
         Args:
             prefix: What the names of its metrics begin with.
             record: What was measured.
         """
+        self.robustness_records[prefix] = record

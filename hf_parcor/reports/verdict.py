@@ -378,12 +378,19 @@ def _are_repeated(curves: Iterable[Curve]) -> bool:
     return any(len(point.values) > 1 for curve in curves for point in curve.all_points)
 
 
+_QUANTIZATION = {"quantization": "Quantization", "float_quantization": "FloatQuantization"}
+
+
 def _remedy(records: Sequence[EvaluationRecord]) -> str:
     """Return how to defend what was corrupted; "" where more than `target_modules` chose it."""
     target = records[0].target
     if set(target) != {"target_modules"}:
         return ""
-    return f"ParameterDefenseTrainer(..., target_modules={target['target_modules']!r})"
+    rows, defense = records[0].corruptions, ""
+    if rows and all(row.corruption in _QUANTIZATION for row in rows):  # of which the usual defense moves nothing
+        settings = ", ".join(f"{name}={value!r}" for name, value in rows[0].settings.items())
+        defense = f"defense=CorruptionRisk({_QUANTIZATION[rows[0].corruption]}({settings})), "
+    return f"ParameterDefenseTrainer(..., {defense}target_modules={target['target_modules']!r})"
 
 
 def _moves(study: Study, *, better: bool = False) -> str:

@@ -11,8 +11,8 @@ from for_each import for_each
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_parcor import CorruptionRecord, MetricInfo, Quantization, RobustnessReport, SweepRecord
-from hf_parcor.records import EvaluationData
+from hf_parcor import CorruptionRecord, FloatQuantization, MetricInfo, Quantization, RobustnessReport, SweepRecord
+from hf_parcor.records import EvaluationData, EvaluationRecord
 from hf_parcor.records.metric_info import SHARE
 from hf_parcor.reports.content import heat_map, panels, summary
 from hf_parcor.reports.numbers import Numbers
@@ -35,6 +35,35 @@ def probe_of(record_of):
         }
 
     return build
+
+
+@pytest.mark.parametrize(
+    ("corruptions", "rounds"),
+    [
+        ([("quantization", {"bits": 4})], Quantization(4)),
+        (
+            [("quantization", {"bits": 5, "per": 32}), ("quantization", {"bits": 4, "per": 32})],
+            Quantization(5, per=32),
+        ),
+        ([("float_quantization", {"format": "nf4", "per": 64})], FloatQuantization("nf4", per=64)),
+        ([("gaussian_noise", {"std": 0.1})], None),
+        ([("quantization", {"bits": 4}), ("gaussian_noise", {"std": 0.1})], None),
+    ],
+)
+def test_what_few_bits_break_is_defended_for_them(corruptions, rounds):
+    rows = [CorruptionRecord(name, name, settings, (0,), {"accuracy": (0.2,)}) for name, settings in corruptions]
+    clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,)})
+    groups = {"a": 0.88, "b": 0.87, "c": 0.2}
+    records = {}
+    for group, value in groups.items():
+        measured = tuple(replace(row, metrics={"accuracy": (value,)}) for row in rows)
+        records[group] = EvaluationRecord("m", {"target_modules": [group]}, 1, clean, measured)
+    said = " ".join(RobustnessReport(records).verdict)
+    asked = re.search(
+        r"ParameterDefenseTrainer\(\.\.\., (?:defense=CorruptionRisk\((.*)\), )?target_modules=\['c'\]", said
+    )
+    assert asked
+    assert (asked[1] and eval(asked[1])) == rounds
 
 
 ONCE = {
