@@ -192,7 +192,7 @@ STUDIES: dict[str, dict[str, Study]] = {
             "an earlier start of the defense, on Multi30k",
             "reproduce_translation --study multi30k --tables starts --test-sentences 500",
             "translation/starts",
-            seeds=(1, 2),
+            seeds=(1, 2, 3),
             side_by_side=False,
         ),
     },
