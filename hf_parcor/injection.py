@@ -7,6 +7,7 @@ the float32 weights of a model changed in their last bit.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -213,10 +214,18 @@ class CorruptionNorm:
 
 @dataclass(frozen=True)
 class CorruptionSize:
-    """How many weights a corruption changed, and its realised L2 norm."""
+    """How many weights a corruption changed, and its realised L2 norm.
+
+    Attributes:
+        changed: The weights that differ.
+        norm: L2, of what they really took.
+        asked: L2, of what was to be added to them, where weights are narrower than float32 and the corruption was
+            written with `p=2`, or exists as a whole; else `norm`.
+    """
 
     changed: int
     norm: float
+    asked: float = field(default=math.nan, compare=False)
 
 
 class Injection:
@@ -446,15 +455,20 @@ class Injection:
     def size(self) -> CorruptionSize:
         """Count the weights that differ from the saved ones, and measure by how much; waits for the device."""
         if not self._active:
-            return CorruptionSize(0, 0.0)
+            return CorruptionSize(0, 0.0, 0.0)
         changed, parts = [], []
         for place, weight in enumerate(self._vector):
             part = weight if place in self._saved else weight.new_empty(0)
             count, norm = _change(part, self._saved.get(place, part))
             changed.append(count)
             parts.append(norm)
-        counts, norm = alike(self._vector, changed), vector_norm(alike(self._vector, parts))
-        return CorruptionSize(int(total(counts, _sum)), float(norm))
+        counts, norm = alike(self._vector, changed), float(vector_norm(alike(self._vector, parts)))
+        asked = norm
+        if self._all_narrow and self._asked is not None and (self._asked.kept is not None or self._asked.p == 2):
+            of_narrow = self._asked.norms(2, self._places, self._all_narrow)
+            told = [of_narrow.get(place, part) for place, part in enumerate(parts)]
+            asked = float(vector_norm(alike(self._vector, told)))
+        return CorruptionSize(int(total(counts, _sum)), norm, asked)
 
     @torch.no_grad()
     def restore(self) -> None:

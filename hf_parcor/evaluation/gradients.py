@@ -33,6 +33,7 @@ def corrupted_model(
     parameters: Mapping[str, Tensor],
     corruption: Mapping[str, Tensor] | Pieces,
     saved_on: Device = None,
+    p: float | None = None,
 ) -> Iterator[Injection]:
     """Corrupt some weights of a model inside a `with` block; no weights that were gathered outlive its ends.
 
@@ -40,7 +41,7 @@ def corrupted_model(
     that a metric or a loss calls leaves a damaged model behind. Whoever wants one on disk takes `corrupted`, which
     knows no model. A state dict that is written by other means is not noticed.
     """
-    with corrupted(parameters, corruption, saved_on=saved_on) as injection, _unsaved(model):
+    with corrupted(parameters, corruption, saved_on=saved_on, p=p) as injection, _unsaved(model):
         drop_gathered(model)
         try:
             yield injection

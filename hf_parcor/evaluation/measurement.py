@@ -450,7 +450,7 @@ class Measurement:
         sizes = []
         metrics: list[Mapping[str, object]] = []
         for job, corruption in zip(some, chosen, strict=True):
-            with corrupted_model(self._model, job.group.parameters, corruption, self._saved_on) as injection:
+            with corrupted_model(self._model, job.group.parameters, corruption, self._saved_on, p=2) as injection:
                 sizes.append(injection.size())
                 if together is None:
                     metrics.append(self._metrics())

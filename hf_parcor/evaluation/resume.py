@@ -69,7 +69,7 @@ def _numbered_trial(path: Path, line: bytes, at: int) -> tuple[int, Trial]:
         return int(entry["number"]), Trial(
             seed=entry["seed"],
             metrics={name: float(value) for name, value in entry["metrics"].items()},
-            size=None if size is None else CorruptionSize(int(size["changed"]), float(size["norm"])),
+            size=None if size is None else _size(size),
             odd=dict(entry["odd"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -77,6 +77,11 @@ def _numbered_trial(path: Path, line: bytes, at: int) -> tuple[int, Trial]:
             f"{path}: expected a finished trial in line {at}, got {error!r}; the file is damaged: remove it, or that "
             "line and all that follow"
         ) from error
+
+
+def _size(entry: Mapping[str, Any]) -> CorruptionSize:
+    norm = float(entry["norm"])
+    return CorruptionSize(int(entry["changed"]), norm, float(entry.get("asked", norm)))
 
 
 def _check_run(path: Path, line: bytes, run: Mapping[str, Any]) -> None:
