@@ -462,13 +462,13 @@ class Injection:
             count, norm = _change(part, self._saved.get(place, part))
             changed.append(count)
             parts.append(norm)
-        counts, norm = alike(self._vector, changed), float(vector_norm(alike(self._vector, parts)))
-        asked = norm
+        counts, realised = alike(self._vector, changed), vector_norm(alike(self._vector, parts))
+        asked = realised
         if self._all_narrow and self._asked is not None and (self._asked.kept is not None or self._asked.p == 2):
             of_narrow = self._asked.norms(2, self._places, self._all_narrow)
             told = [of_narrow.get(place, part) for place, part in enumerate(parts)]
-            asked = float(vector_norm(alike(self._vector, told)))
-        return CorruptionSize(int(total(counts, _sum)), norm, asked)
+            asked = vector_norm(alike(self._vector, told))
+        return CorruptionSize(int(total(counts, _sum)), float(realised), float(asked))
 
     @torch.no_grad()
     def restore(self) -> None:
