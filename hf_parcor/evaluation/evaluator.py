@@ -46,6 +46,11 @@ class _Evaluator:
         task: str,
         **settings: Any,
     ) -> None:
+        if not callable(settings["metric"]):
+            raise TypeError(
+                f"metric: expected a function from a model to numbers by name, got {settings['metric']!r}; pass "
+                "ClassificationMetric(batches), say"
+            )
         self._model = measurable_model(model)
         reach = Reach(self._model)
         selections, self._targets = reach.select_groups(targets)
@@ -59,9 +64,10 @@ class _Evaluator:
         self._measurement = Measurement(self._model, **settings)
 
     def _records(
-        self, corruptions: Sequence[Corruption], trials: int, seed: int, checkpoint: str | Path | None
+        self, given: Corruption | Sequence[Corruption], trials: int, seed: int, checkpoint: str | Path | None
     ) -> dict[str, EvaluationRecord]:
         forget_derived()
+        corruptions = [given] if isinstance(given, Corruption) else given
         weights = fingerprint_of_weights(self._model)
         clean, data, found = self._measurement.run(self._groups, corruptions, trials, seed, weights, checkpoint)
         versions, task = library_versions(), self._task or task_of(self._model)
@@ -196,7 +202,7 @@ class CorruptionEvaluator(_Evaluator):
 
     def evaluate(
         self,
-        corruptions: Sequence[Corruption],
+        corruptions: Corruption | Sequence[Corruption],
         trials: int = DEFAULT_TRIALS,
         seed: int = 0,
         *,
@@ -208,7 +214,7 @@ class CorruptionEvaluator(_Evaluator):
         the same noise on every device. Other corruptions have one trial.
 
         Args:
-            corruptions: What to measure; results come in this order.
+            corruptions: What to measure, one or several; results come in this order.
             trials: Trials of each stochastic corruption. Default 3.
             seed: First seed.
             checkpoint: A file for what is finished, written on the way. Called again with it, after a kill at any
@@ -297,6 +303,11 @@ class LayerProbe(_Evaluator):
     ) -> None:
         if targets is None:
             targets = "layers"
+        elif not isinstance(targets, (str, Mapping)):
+            raise TypeError(
+                f"targets: expected the parts by name, or a word such as 'layers', got {targets!r}; pass "
+                "{'attention': ['attention']}, say"
+            )
         self._grouping = targets if isinstance(targets, str) else ""
         super().__init__(
             model,
@@ -317,7 +328,7 @@ class LayerProbe(_Evaluator):
 
     def evaluate(
         self,
-        corruptions: Sequence[Corruption],
+        corruptions: Corruption | Sequence[Corruption],
         trials: int = DEFAULT_TRIALS,
         seed: int = 0,
         *,

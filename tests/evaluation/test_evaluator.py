@@ -440,6 +440,11 @@ class TestFrozenWeights:
         assert self.flags_of(classifier) == frozen
 
 
+def test_one_corruption_is_as_good_as_a_list_of_one(evaluator_of):
+    measure = evaluator_of().evaluate
+    assert measure(Quantization(3)) == measure([Quantization(3)])
+
+
 class TestErrorsBeforeAnythingIsMeasured:
     @pytest.fixture
     def refusing(self, evaluator_of):
@@ -450,6 +455,17 @@ class TestErrorsBeforeAnythingIsMeasured:
             return evaluator_of(metric, **options)
 
         return build
+
+    @pytest.mark.parametrize(
+        ("make", "says"),
+        [
+            (lambda model, metric: CorruptionEvaluator(model, "accuracy"), "metric: expected a function"),
+            (lambda model, metric: LayerProbe(model, metric, targets=["all"]), "targets: expected the parts by name"),
+        ],
+    )
+    def test_what_is_no_metric_and_what_are_no_parts(self, classifier, batches, make, says):
+        with pytest.raises(TypeError, match=says):
+            make(classifier, ClassificationMetric(batches))
 
     @pytest.mark.parametrize("wrong", ["gaussian", None, GaussianNoise])
     def test_what_is_no_corruption(self, refusing, wrong):
