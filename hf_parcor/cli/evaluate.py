@@ -95,7 +95,7 @@ def measure(
     with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoint)):
         saved_on = None if arguments.saved_on is None else find_device(arguments.saved_on, "--saved-on")
         subject = load_subject(arguments, rows, given)
-        with refused(ValueError, TypeError):
+        with refused(ValueError, TypeError, NotImplementedError):
             how = {
                 "progress": not arguments.quiet,
                 "saved_on": saved_on,
@@ -104,6 +104,7 @@ def measure(
                 "batches": subject.batches,
             }
             evaluator = build(subject, how)
+            evaluator.check(applied)
         with refused(CheckpointError, NotEnoughMemoryError):
             record = evaluator.evaluate(applied, arguments.trials, arguments.seed, checkpoint=checkpoint)
     metric = subject.shown(record.clean.metrics)

@@ -21,6 +21,7 @@ from hf_parcor.hub_data import failures_of_hub
 if TYPE_CHECKING:
     from hf_parcor.cli.subject import Subject
     from hf_parcor.corruptions import Corruption
+    from hf_parcor.evaluation import CorruptionEvaluator
     from hf_parcor.tasks import Rows, Task
     from hf_parcor.trainers import ParameterDefenseTrainer
     from hf_parcor.training import ParameterDefenseTrainingArguments
@@ -141,6 +142,8 @@ class Train(Command):
                     processing_class=processor,
                 )
             subject = measured(task, processed, rows, measured_columns, training.eval_batch_size, arguments.metric)
+            with refused(ValueError, NotImplementedError):  # before the training, not after it
+                _evaluator(trainer, subject).check(corruptions)
             with going_on(
                 "with --resume-from-checkpoint true the same command goes on from the last checkpoint, if any"
             ):
@@ -300,6 +303,18 @@ def _raised_by(error: BaseException) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
+def _evaluator(trainer: ParameterDefenseTrainer, subject: Subject) -> CorruptionEvaluator:
+    from hf_parcor.evaluation import CorruptionEvaluator
+
+    return CorruptionEvaluator(
+        subject.model,
+        subject.metric,
+        progress=not trainer.args.disable_tqdm,
+        evaluated_on=subject.data,
+        task=subject.task,
+    )
+
+
 def _measure(
     arguments: argparse.Namespace,
     trainer: ParameterDefenseTrainer,
@@ -307,17 +322,8 @@ def _measure(
     corruptions: Sequence[Corruption],
 ) -> None:
     """Measure the trained model, all processes together, and show the record."""
-    from hf_parcor.evaluation import CorruptionEvaluator
-
     with redirect_stdout(sys.stderr):
-        evaluator = CorruptionEvaluator(
-            subject.model,
-            subject.metric,
-            progress=not trainer.args.disable_tqdm,
-            evaluated_on=subject.data,
-            task=subject.task,
-        )
-        record = evaluator.evaluate(corruptions, arguments.trials, arguments.corruption_seed)
+        record = _evaluator(trainer, subject).evaluate(corruptions, arguments.trials, arguments.corruption_seed)
         trainer.save_metrics("eval", {f"eval_{name}": values[0] for name, values in record.clean.metrics.items()})
     if not trainer.is_world_process_zero():
         return

@@ -97,6 +97,14 @@ class Corruption(ABC):
         """Whether it needs a `GradientSource`; a class may say it once for all, as a class variable."""
         return False
 
+    def check(self, weights: Mapping[str, Tensor]) -> None:  # noqa: B027 (most can be applied to any weight)
+        """Refuse weights that it cannot be applied to, before any is touched; here none is refused.
+
+        Raises:
+            ValueError: There is such a weight.
+            NotImplementedError: There is one by the way in which it is sharded.
+        """
+
     @final
     @torch.no_grad()
     def __call__(

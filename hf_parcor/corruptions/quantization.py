@@ -59,6 +59,7 @@ from hf_parcor.functional.quantization import (
     ROUNDED_TOGETHER,
     Per,
     check_bits,
+    check_blocks,
     check_codes,
     check_float_format,
     check_per,
@@ -128,6 +129,10 @@ class Quantization(Corruption):
         ]
         told = ", ".join(filter(None, details))
         return f"{self.bits}-bit quantization{_blocks(self.per)}" + (f" ({told})" if told else "")
+
+    def check(self, weights: Mapping[str, Tensor]) -> None:
+        """Refuse matrices that have no whole blocks."""
+        _check_blocks(weights, self.per)
 
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
@@ -204,6 +209,11 @@ class FloatQuantization(Corruption):
         assert self.per is not None, "set above"
         return found.title + ("" if found.fixed else _blocks(self.per))
 
+    def check(self, weights: Mapping[str, Tensor]) -> None:
+        """Refuse matrices that have no whole blocks."""
+        assert self.per is not None, "set above"
+        _check_blocks(weights, self.per)
+
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
     ) -> Pieces:
@@ -250,6 +260,12 @@ def _width(weight: Tensor) -> int:
 def _blocks(per: Per) -> str:
     """Return what shares a scale, for a label; nothing for one scale a tensor."""
     return "" if per == "tensor" else " per channel" if per == "channel" else f" per group of {per}"
+
+
+def _check_blocks(weights: Mapping[str, Tensor], per: Per) -> None:
+    if per != "tensor":
+        for name in weights.keys() - set(_vectors(weights)):
+            check_blocks(weights[name], per)
 
 
 def _vectors(weights: Mapping[str, Tensor]) -> Collection[str]:

@@ -63,6 +63,20 @@ class _Evaluator:
         self._evaluated_on, self._task = evaluated_on, task
         self._measurement = Measurement(self._model, **settings)
 
+    def check(self, corruptions: Corruption | Sequence[Corruption]) -> None:
+        """Refuse what `evaluate` would refuse for the weights' sake, and measure nothing.
+
+        Args:
+            corruptions: As in `evaluate`.
+
+        Raises:
+            ValueError: A corruption cannot be applied to a weight, such as groups that do not divide a matrix.
+            NotImplementedError: It cannot be, by the way in which the weight is sharded.
+        """
+        for corruption in [corruptions] if isinstance(corruptions, Corruption) else corruptions:
+            for parameters in self._groups.values():
+                corruption.check(parameters)
+
     def _records(
         self, given: Corruption | Sequence[Corruption], trials: int, seed: int, checkpoint: str | Path | None
     ) -> dict[str, EvaluationRecord]:

@@ -142,6 +142,12 @@ class Plan:
     def _has(self, group: int, corruption: int) -> bool:
         return self.cells is None or (group, corruption) in self.cells
 
+    def check(self, group: int, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Refuse a group that a corruption cannot be applied to."""
+        for index, corruption in enumerate(self.corruptions):
+            if self._has(group, index):
+                corruption.check(parameters)
+
     def group_of(self, number: int) -> int:
         """Return the index of the group that a trial corrupts."""
         return (number - 1) // len(self._of_group())
@@ -281,6 +287,8 @@ class Measurement:
         check_count("trials", trials)
         check_count("seed", seed, minimum=0)
         plan = Plan(tuple(corruptions), trials, seed, len(groups), cells)
+        for group, parameters in enumerate(groups.values()):
+            plan.check(group, parameters)
         path = None if checkpoint is None or self._processes.index else Path(checkpoint)
         self._buffers = BufferSnapshot(self._model.modules())
         with (

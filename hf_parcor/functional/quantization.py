@@ -298,7 +298,7 @@ class _Blocks(NamedTuple):
     def of(cls, tensor: Tensor, per: Per) -> _Blocks | None:
         """Return the blocks; None for tensors that stay as they are: empty ones, and vectors but for one scale."""
         if per != "tensor" and tensor.ndim > 1:
-            _check_blocks(tensor, per)
+            check_blocks(tensor, per)
         if tensor.numel() == 0 or (per != "tensor" and tensor.ndim < 2):
             return None
         here = local_part(tensor)
@@ -326,7 +326,13 @@ class _Blocks(NamedTuple):
         return sharded_as(rows.reshape(local_part(self.tensor).shape), self.tensor)
 
 
-def _check_blocks(tensor: Tensor, per: Per) -> None:
+def check_blocks(tensor: Tensor, per: Per) -> None:
+    """Refuse a matrix that has no whole blocks.
+
+    Raises:
+        ValueError: The size of a group does not divide its last dimension.
+        NotImplementedError: Its shards cut blocks.
+    """
     if isinstance(per, int) and tensor.shape[-1] % per:
         raise ValueError(
             f"per: expected groups that divide the last dimension, got groups of {per} for a tensor of shape "

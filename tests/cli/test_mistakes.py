@@ -70,6 +70,9 @@ PROBE = "probe MODEL --dataset DATA"
 TRAIN = "train MODEL --dataset DATA --output-dir out --use-cpu --report-to none --max-steps 1"
 # A command line, and words that its error has: what is wrong, what was found, and what is nearest to it.
 MISTAKES = [
+    ("evaluate MODEL --dataset DATA --corruptions quantization=4:per=7", "expected groups that divide the last"),
+    ("probe MODEL --dataset DATA --corruptions quantization=4:per=7", "expected groups that divide the last"),
+    ("train MODEL --dataset DATA --use-cpu --output-dir out --corruptions quantization=4:per=7", "groups that divide"),
     # records
     ("report nowhere.json", "nowhere.json"),
     ("report truncated.json", "truncated.json JSON"),
