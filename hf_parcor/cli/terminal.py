@@ -144,10 +144,16 @@ def keep(
 ) -> None:
     """Write a record, and its pages beside it, which differ in the suffix, and say where they are.
 
+    Another record that was there, such as that of a training, is moved aside.
+
     Raises:
         InputError: A file cannot be written.
     """
     with writing():
+        if path.is_file() and path.read_bytes() != record.to_json().encode():
+            before = path.with_suffix(f".before{path.suffix}")
+            path.replace(before)
+            tell(f"{path} was another record; it is {before} now")
         record.save(path)
         pages = write_report(report, [path.with_suffix(suffix) for suffix in (".html", ".md")])
     tell(f"the record is in {path}, its pages are {' and '.join(map(str, pages))}")

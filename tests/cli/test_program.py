@@ -23,9 +23,10 @@ from for_each import for_each
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from hf_parcor import EvaluationRecord, SweepRecord
+from hf_parcor import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.cli.main import build_parser, main
 from hf_parcor.cli.sources import check_sources
+from hf_parcor.cli.terminal import show
 from hf_parcor.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -319,3 +320,14 @@ class TestFlags:
     def test_and_accepted_in_that_of_transformers(self, name):
         for flag in (f"--{name}", f"--{name.replace('-', '_')}"):
             assert getattr(build_parser().parse_args(["train", "m", flag, "0.25"]), name.replace("-", "_")) == 0.25
+
+
+def test_another_record_is_moved_aside_and_the_same_one_is_not(tmp_path, capsys):
+    path = tmp_path / "robustness.json"
+    clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,)})
+    first, second = (EvaluationRecord(name, {}, 1, clean, ()) for name in ("trained", "evaluated"))
+    for record in (first, first, second):
+        show(record, "accuracy", path)
+    assert EvaluationRecord.load(path) == second
+    assert EvaluationRecord.load(tmp_path / "robustness.before.json") == first
+    assert capsys.readouterr().err.count("was another record") == 1
