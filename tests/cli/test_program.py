@@ -325,7 +325,8 @@ class TestFlags:
 def test_another_record_is_moved_aside_and_the_same_one_is_not(tmp_path, capsys):
     path = tmp_path / "robustness.json"
     clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,)})
-    first, second = (EvaluationRecord(name, {}, 1, clean, ()) for name in ("trained", "evaluated"))
+    row = CorruptionRecord("quantization", "4 bits", {"bits": 4}, (0,), {"accuracy": (0.5,)})
+    first, second = (EvaluationRecord(name, {}, 1, clean, (row,)) for name in ("trained", "evaluated"))
     for record in (first, first, second):
         show(record, "accuracy", path)
     assert EvaluationRecord.load(path) == second
