@@ -18,6 +18,8 @@ from hf_parcor.strict_json import replace_text, to_plain
 
 _FORMAT = 2  # 1 knew a metric by its name alone
 _KIND = "hf_parcor checkpoint"
+_LONGEST = 40  # letters of a value that a message shows
+_AROUND = 10  # of them before the first that differs
 
 
 class CheckpointError(ValueError):
@@ -102,7 +104,7 @@ def _check_run(path: Path, line: bytes, run: Mapping[str, Any]) -> None:
     before, now = _flat(found), _flat(run)
     differing = [name for name in {**now, **before} if before.get(name) != now.get(name)]
     if differing:
-        details = ", ".join(f"{name} ({_shown(before.get(name))}, now {_shown(now.get(name))})" for name in differing)
+        details = ", ".join(f"{name} ({_shown(before.get(name), now.get(name))})" for name in differing)
         raise CheckpointError(f"{path}: expected a checkpoint of this run, got one with other {details}; {remedy}")
 
 
@@ -117,6 +119,18 @@ def _flat(run: Mapping[str, Any], within: str = "") -> dict[str, Any]:
     return flat
 
 
-def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else _line(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+def _shown(before: Any, now: Any) -> str:
+    """Return two values, of long ones the first 40 letters from shortly before where they differ.
+
+    Examples:
+        >>> _shown("a", "b")
+        'a, now b'
+        >>> _shown(list(range(20)) + [4], list(range(20)) + [3])
+        '…, 18, 19, 4], now …, 18, 19, 3]'
+    """
+    texts = [value if isinstance(value, str) else _line(value) for value in (before, now)]
+    pairs = zip(*texts, strict=False)
+    alike = next((place for place, (one, other) in enumerate(pairs) if one != other), min(map(len, texts)))
+    start = alike - _AROUND if max(map(len, texts)) > _LONGEST and alike > _AROUND else 0
+    cut = [("…" if start else "") + text[start:] for text in texts]
+    return ", now ".join(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..." for text in cut)
