@@ -83,9 +83,7 @@ STUDIES: dict[str, dict[str, Study]] = {
     },
     "cheaper": {"small": Study("defenses cheaper than a pass", "defend_for_less", "less", model="--model")},
     "probes": {"small": Study("which part of a BERT is weak", "probe_sst2", "probes", model="--model", seeds=(1,))},
-    "flips": {
-        "small": Study("the worst bit flips", "worst_bit_flips", "worst_bit_flips", model="--model", seeds=(1,))
-    },
+    "flips": {"small": Study("the worst bit flips", "worst_bit_flips", "worst_bit_flips", model="--model")},
     "search": {
         "small": Study("which ε", "search_epsilon_sst2", "search_epsilon", model="--model", seeds=(1,)),
     },
