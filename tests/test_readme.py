@@ -273,7 +273,7 @@ def test_flags_of_the_example_exist(page):
 
 def leads_somewhere(page, target):
     path, _, heading = target.partition("#")
-    file = (ROOT / page).parent / path
+    file = (ROOT / page).parent / path if path else ROOT / page
     if target.startswith("http") or not heading:
         return target.startswith("http") or file.exists()
     headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
