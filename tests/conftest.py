@@ -57,6 +57,15 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def prefixes_are_sought_for_little_data():
+    """Let measurements share a prefix also where seeking it takes longer: the data of tests are a few rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RUNS_TO_PLAN", "RUNS_TO_PLAN_ASCENTS"):
+            patch.setattr(f"hf_parcor.evaluation.measurement.{name}", 0)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def unburdened() -> None:
     """Keep the libraries out of the garbage collections: each Trainer begins with one, which took most of its test."""

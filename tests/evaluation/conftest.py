@@ -6,15 +6,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-import hf_parcor.evaluation.measurement as measurement
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
-
-
-@pytest.fixture(autouse=True)
-def prefixes_are_sought_for_little_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let measurements share a prefix also where seeking it takes longer: the data of these tests are a few rows."""
-    monkeypatch.setattr(measurement, "RUNS_TO_PLAN", 0)
-    monkeypatch.setattr(measurement, "RUNS_TO_PLAN_ASCENTS", 0)
 
 
 @pytest.fixture(params=list(CORRUPTIONS))

@@ -86,9 +86,8 @@ def test_refused():
 
 
 @pytest.mark.slow
-def test_a_corrupted_decoder_reuses_the_encoder_with_identical_translations(tiny_model, tokenizer, rows, monkeypatch):
+def test_a_corrupted_decoder_reuses_the_encoder_with_identical_translations(tiny_model, tokenizer, rows):
     """Beam 5 and BLEU, as Table 6 measures: the encoder runs once a batch, and every number is the same."""
-    monkeypatch.setattr("hf_parcor.evaluation.measurement.RUNS_TO_PLAN", 0)  # also for data as little as these
     model = tiny_model().eval()
     with torch.no_grad():
         for parameter in model.parameters():
