@@ -4,7 +4,7 @@ from hf_parcor.defenses.acrt import ACRT
 from hf_parcor.defenses.awp import AWP
 from hf_parcor.defenses.catalogue import DEFENSES
 from hf_parcor.defenses.corruption_risk import CorruptionRisk
-from hf_parcor.defenses.defense import ConstrainedDefense, Defense
+from hf_parcor.defenses.defense import ConstrainedDefense, Defense, check_defense
 from hf_parcor.defenses.gradient_penalty import GradientPenalty
 from hf_parcor.defenses.multi_step_risk import MultiStepRisk
 from hf_parcor.defenses.projected_ascent import ProjectedAscent
@@ -24,4 +24,5 @@ __all__ = [
     "MultiStepRisk",
     "Objective",
     "ProjectedAscent",
+    "check_defense",
 ]

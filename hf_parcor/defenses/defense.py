@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_parcor.arguments import check_count, check_radius, check_real
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
-from hf_parcor.corruptions.corruption import named_pieces
+from hf_parcor.corruptions.corruption import Corruption, named_pieces
 from hf_parcor.defenses.step import DefendedStep
 from hf_parcor.functional.constrained_maximum import (
     constrained_maximum,
@@ -210,3 +210,14 @@ class ConstrainedDefense(Defense):
         else:
             update = constrained_maximum(update, p, radius, top_n)
         return dict(zip(gradients, update, strict=True))
+
+
+def check_defense(given: object) -> None:
+    """Refuse what is no defense.
+
+    Raises:
+        TypeError: It is none; of a corruption the message says which defense is against it.
+    """
+    if not isinstance(given, Defense):
+        advice = f"pass CorruptionRisk({given!r})" if isinstance(given, Corruption) else "pass an object"
+        raise TypeError(f"defense: expected a Defense such as MultiStepRisk(...), got {given!r}; {advice}")

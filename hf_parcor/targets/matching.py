@@ -294,7 +294,7 @@ def _advice(targets: NamedTargets, text: str) -> str:
     """Tell which real names are nearest, compared at the length of `text`, in components."""
     length = text.count(".") + 1
     ends = dict.fromkeys(".".join(name.split(".")[-length:]) for name in targets)
-    nearest = difflib.get_close_matches(text, [*WORDS, *ends], n=3, cutoff=0.6)
+    nearest = difflib.get_close_matches(text, list(dict.fromkeys([*WORDS, *ends])), n=3, cutoff=0.6)
     if nearest:
         return f"use one of the nearest names {quoted(nearest)}"
     tops = dict.fromkeys(name.split(".")[0] for name in targets)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_parcor.arguments import check_count, check_real
 from hf_parcor.batches import first_examples, private_copy
-from hf_parcor.defenses import Defense, Objective
+from hf_parcor.defenses import Defense, Objective, check_defense
 from hf_parcor.distributed.fsdp import drop_gathered, is_sharded
 from hf_parcor.distributed.processes import check_all_joined
 from hf_parcor.injection import CorruptionNorm
@@ -198,8 +198,7 @@ def _check_arguments(accelerator: object, defense: object, model: object, parame
             f"accelerator: expected an Accelerator, got {_kind(accelerator)}; the arguments are accelerator, defense, "
             "model, loss_fn"
         )
-    if not isinstance(defense, Defense):
-        raise TypeError(f"defense: expected a Defense such as MultiStepRisk(...), got {defense!r}; pass an object")
+    check_defense(defense)
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected what accelerator.prepare returned for it, got {_kind(model)}; pass the model"

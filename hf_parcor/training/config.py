@@ -15,7 +15,7 @@ from transformers.utils.hub import cached_file
 
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.defense_file import COUNTS, DEFENSE_CONFIG_NAME, VERSION
-from hf_parcor.defenses import DEFENSES, Defense
+from hf_parcor.defenses import DEFENSES, Defense, check_defense
 from hf_parcor.strict_json import read_strict_json, to_plain, to_strict_json
 
 _NOT_FINITE = ("inf", "-inf", "nan")
@@ -180,10 +180,7 @@ class DefenseConfig:
     trained_steps: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.defense, Defense):
-            raise TypeError(
-                f"defense: expected a Defense such as MultiStepRisk(...), got {self.defense!r}; pass an object"
-            )
+        check_defense(self.defense)
         for name in _TARGETS:
             value = getattr(self, name)
             if isinstance(value, Collection) and not isinstance(value, str):

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from hf_parcor.defenses import Defense
+from hf_parcor.defenses import Defense, check_defense
 from hf_parcor.distributed.fsdp import drop_gathered, is_sharded, renewed
 from hf_parcor.distributed.processes import check_all_joined
 from hf_parcor.overriding import end_overriding
@@ -92,8 +92,8 @@ class ParameterDefenseMixin(_Base):
         reuse_prefix: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        if defense is not None and not isinstance(defense, (Defense, DefenseConfig)):
-            raise TypeError(f"defense: expected a Defense such as MultiStepRisk(...), got {defense!r}; pass an object")
+        if defense is not None and not isinstance(defense, DefenseConfig):
+            check_defense(defense)
         super().__init__(*args, **kwargs)
         check_all_joined(self.accelerator.num_processes)
         targets = {"target_modules": target_modules, "exclude_modules": exclude_modules, "layers": layers}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from hf_parcor import (
     CorruptionConstraint,
     CorruptionRisk,
     DefenseConfig,
+    GaussianNoise,
     GradientCorruption,
     GradientPenalty,
     MultiStepRisk,
@@ -174,6 +176,14 @@ def test_a_broken_file_is_refused_by_name(content, says, tmp_path):
 def test_a_missing_file_is_said_with_what_to_do(tmp_path):
     with pytest.raises(OSError, match=r"expected defense_config.json in .*, got none: .* name the folder"):
         DefenseConfig.from_pretrained(tmp_path)
+
+
+def test_a_corruption_is_no_defense_and_the_message_says_which_is_one():
+    for given in (Quantization(4), GaussianNoise(0.1)):
+        with pytest.raises(TypeError, match="CorruptionRisk") as error:
+            DefenseConfig(given)
+        proposed = re.search(r"pass (.*)", str(error.value))[1]
+        assert eval(proposed) == CorruptionRisk(given)
 
 
 def test_what_is_no_defense_is_refused():
