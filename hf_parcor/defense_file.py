@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_parcor.errors import InputError
-from hf_parcor.strict_json import read_strict_json
+from hf_parcor.strict_json import flattened, read_strict_json
 
 DEFENSE_CONFIG_NAME = "defense_config.json"
 VERSION = "hf_parcor_version"
@@ -43,17 +43,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         >>> differences({"settings": {"alpha": 0.5}, "layers": None}, {"settings": {"alpha": 0.3}, "layers": None})
         ['settings.alpha: 0.5 -> 0.3']
     """
-    before, after = _flat(settings_in(old)), _flat(settings_in(new))
+    before, after = flattened(settings_in(old)), flattened(settings_in(new))
     absent = object()
     return [
         f"{name}: {before.get(name, 'not set')!r} -> {after.get(name, 'not set')!r}"
         for name in {**before, **after}
         if before.get(name, absent) != after.get(name, absent)
     ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat

@@ -212,6 +212,16 @@ class CorruptionNorm:
     realised: Tensor
 
 
+def is_swallowed(asked: float, realised: float) -> bool:
+    """Say whether weights that are too narrow for a corruption took a norm that is not as asked, by over a tenth.
+
+    Examples:
+        >>> is_swallowed(1.0, 0.95), is_swallowed(1.0, 0.8)
+        (False, True)
+    """
+    return abs(realised - asked) > 0.1 * asked
+
+
 @dataclass(frozen=True)
 class CorruptionSize:
     """How many weights a corruption changed, and its realised L2 norm.

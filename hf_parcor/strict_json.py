@@ -73,6 +73,22 @@ def read_strict_json(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"expected JSON, got {error}") from error
 
 
+def flattened(values: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """Return settings at any depth by names such as "metric.settings.num_beams", to show those that differ.
+
+    Examples:
+        >>> flattened({"norm": {"p": 2, "parts": {}}})
+        {'norm.p': 2, 'norm.parts': {}}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flattened(value, f"{within}{name}.")
+        else:
+            flat[f"{within}{name}"] = value
+    return flat
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file such that another process, and an interruption, find either the old text or the new one."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")

@@ -13,7 +13,7 @@ from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.identity import described, library_versions, model_name, norm_of, task_of
-from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric
+from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric, Plan
 from hf_parcor.evaluation.reach import Reach, target_of
 from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
@@ -26,6 +26,10 @@ from hf_parcor.records.metric_info import MetricInfo
 logger = logging.get_logger(__name__)
 
 _ALL = ""  # the name of the only group of an evaluator
+
+
+def _several(corruptions: Corruption | Sequence[Corruption]) -> tuple[Corruption, ...]:
+    return (corruptions,) if isinstance(corruptions, Corruption) else tuple(corruptions)
 
 
 class _Evaluator:
@@ -73,15 +77,13 @@ class _Evaluator:
             ValueError: A corruption cannot be applied to a weight, such as groups that do not divide a matrix.
             NotImplementedError: It cannot be, by the way in which the weight is sharded.
         """
-        for corruption in [corruptions] if isinstance(corruptions, Corruption) else corruptions:
-            for parameters in self._groups.values():
-                corruption.check(parameters)
+        Plan(_several(corruptions), trials=1, seed=0, groups=len(self._groups)).check(self._groups.values())
 
     def _records(
         self, given: Corruption | Sequence[Corruption], trials: int, seed: int, checkpoint: str | Path | None
     ) -> dict[str, EvaluationRecord]:
         forget_derived()
-        corruptions = [given] if isinstance(given, Corruption) else given
+        corruptions = _several(given)
         weights = fingerprint_of_weights(self._model)
         clean, data, found = self._measurement.run(self._groups, corruptions, trials, seed, weights, checkpoint)
         versions, task = library_versions(), self._task or task_of(self._model)

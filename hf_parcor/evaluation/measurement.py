@@ -142,11 +142,12 @@ class Plan:
     def _has(self, group: int, corruption: int) -> bool:
         return self.cells is None or (group, corruption) in self.cells
 
-    def check(self, group: int, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Refuse a group that a corruption cannot be applied to."""
-        for index, corruption in enumerate(self.corruptions):
-            if self._has(group, index):
-                corruption.check(parameters)
+    def check(self, groups: Iterable[Mapping[str, nn.Parameter]]) -> None:
+        """Refuse groups that a corruption of theirs cannot be applied to."""
+        for group, parameters in enumerate(groups):
+            for index, corruption in enumerate(self.corruptions):
+                if self._has(group, index):
+                    corruption.check(parameters)
 
     def group_of(self, number: int) -> int:
         """Return the index of the group that a trial corrupts."""
@@ -287,8 +288,7 @@ class Measurement:
         check_count("trials", trials)
         check_count("seed", seed, minimum=0)
         plan = Plan(tuple(corruptions), trials, seed, len(groups), cells)
-        for group, parameters in enumerate(groups.values()):
-            plan.check(group, parameters)
+        plan.check(groups.values())
         path = None if checkpoint is None or self._processes.index else Path(checkpoint)
         self._buffers = BufferSnapshot(self._model.modules())
         with (

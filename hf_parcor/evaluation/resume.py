@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_parcor.evaluation.trials import Trial
 from hf_parcor.injection import CorruptionSize
-from hf_parcor.strict_json import replace_text, to_plain
+from hf_parcor.strict_json import flattened, replace_text, to_plain
 
 _FORMAT = 2  # 1 knew a metric by its name alone
 _KIND = "hf_parcor checkpoint"
@@ -101,22 +101,11 @@ def _check_run(path: Path, line: bytes, run: Mapping[str, Any]) -> None:
             f"{path}: expected a checkpoint of format {_FORMAT}, got {version}; go on with the version of hf_parcor "
             f"that wrote it, {remedy}"
         )
-    before, now = _flat(found), _flat(run)
+    before, now = flattened(found), flattened(run)
     differing = [name for name in {**now, **before} if before.get(name) != now.get(name)]
     if differing:
         details = ", ".join(f"{name} ({_shown(before.get(name), now.get(name))})" for name in differing)
         raise CheckpointError(f"{path}: expected a checkpoint of this run, got one with other {details}; {remedy}")
-
-
-def _flat(run: Mapping[str, Any], within: str = "") -> dict[str, Any]:
-    """Return settings at any depth by names such as "metric.settings.num_beams", to show those that differ."""
-    flat: dict[str, Any] = {}
-    for name, value in run.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{within}{name}.")
-        else:
-            flat[f"{within}{name}"] = value
-    return flat
 
 
 def _shown(before: Any, now: Any) -> str:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_parcor.evaluation.metrics.generation import CUT
 from hf_parcor.evaluation.outputs import NOT_FINITE
-from hf_parcor.injection import CorruptionSize
+from hf_parcor.injection import CorruptionSize, is_swallowed
 from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord
 
 logger = logging.get_logger(__name__)
@@ -22,7 +22,6 @@ logger = logging.get_logger(__name__)
 DEFAULT_TRIALS = 3
 """Of each stochastic corruption, wherever nothing else is said: the fewest that show how far trials lie apart."""
 
-_SWALLOWED = 0.1  # realised and asked norm differ by more than this: say so
 _OF_THE_CLOCK = (
     *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),  # Trainer.evaluate
     *("total_time_in_seconds", "latency_in_seconds"),  # the evaluators of evaluate
@@ -109,7 +108,7 @@ def record_of(
             f"the weights took a norm of {t.size.norm:.3g} where {t.size.asked:.3g} was asked for with seed {t.seed}; "
             "they are too narrow for it: measure in float32"
             for t in trials
-            if t.size is not None and t.size.changed and abs(t.size.norm - t.size.asked) > _SWALLOWED * t.size.asked
+            if t.size is not None and t.size.changed and is_swallowed(t.size.asked, t.size.norm)
         ),
         *(
             f"{100 * t.not_finite:.3g} % of the predictions were not finite with seed {t.seed}; they count as wrong"

@@ -34,13 +34,13 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     tied = _tied(model) if any(parameter.is_meta for parameter in model.parameters()) else {}
     seen = set()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if name in tied:  # two that were loaded with different values are none
-            mark = tied[name], _mark(_held(model, name, tensor))
-            if mark in seen:
-                continue
+        held = _held(model, name, tensor)
+        mark = (tied[name], _mark(held)) if name in tied else ("", "")  # of two with different values neither is tied
+        if mark not in seen:
             if mark[1]:
                 seen.add(mark)
-        yield name, _held(model, name, tensor)
+            yield name, held
+        del held  # before the next one is read
     yield from packed_tensors(model)
 
 

@@ -21,10 +21,8 @@ from hf_parcor.functional import constrained_maximum_value, max_magnitude, vecto
 from hf_parcor.functional.vectors import numel
 from hf_parcor.indicators.estimators import hessian_trace, random_loss_changes
 from hf_parcor.indicators.loss_over_data import LossOverData
-from hf_parcor.injection import Pieces, corrupted
+from hf_parcor.injection import Pieces, corrupted, is_swallowed
 from hf_parcor.records.indicators import ConstraintIndicators, IndicatorRecord
-
-_SWALLOWED = 0.1  # realised and asked norm differ by more than this: say so
 
 
 def measure_indicators(
@@ -157,7 +155,7 @@ def _swallowed(over_data: LossOverData, corruptions: Sequence[Corruption], seed:
         with corrupted(over_data.parameters, _chosen(corruption, over_data, seed), p=2.0) as injection:
             norm = injection.withdraw(2.0)
         asked, realised = float(norm.asked), float(norm.realised)
-        if abs(realised - asked) > _SWALLOWED * asked:
+        if is_swallowed(asked, realised):
             yield (
                 f"{corruption}: the weights took a norm of {realised:.3g} where {asked:.3g} was asked for; they are "
                 "too narrow for it: measure in float32"

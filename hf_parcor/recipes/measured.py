@@ -185,9 +185,8 @@ def measure_pairs(
     }
     costs = scores.costs(by if any(by in cell.measured for cell in scores.cells) else FISHER)
     sizes = {group: max(0.0, costs[group, cell.format]) for group, cell in cells.items()}
-    finite = [
-        group for group, size in sizes.items() if math.isfinite(size)
-    ]  # what breaks the model adds up to nothing
+    # What breaks the model by itself adds up to nothing.
+    finite = [group for group, size in sizes.items() if math.isfinite(size)]
     promising = sorted(combinations(finite, 2), key=lambda pair: -sizes[pair[0]] * sizes[pair[1]])[:pairs]
     if not promising:
         return replace(chosen, pairs=())

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from hf_parcor.defenses import DefendedStep, Defense
-from hf_parcor.injection import CorruptionNorm
+from hf_parcor.injection import CorruptionNorm, is_swallowed
 
 logger = logging.get_logger(__name__)
 
@@ -82,7 +82,6 @@ class CollapseCallback(TrainerCallback):
 
 
 _MEASURED = 16  # of so many micro-batches, the first one's corruption is measured
-_SWALLOWED = 0.1  # share of the corruption's norm that may be lost to rounding before it is said
 
 
 class StepLog:
@@ -167,7 +166,7 @@ class StepLog:
         if not measured:
             return losses
         asked, realised = asked / measured, realised / measured
-        if abs(realised - asked) > _SWALLOWED * asked and not self._warned:
+        if is_swallowed(asked, realised) and not self._warned:
             self._warned = True
             logger.warning(
                 f"The weights took a corruption of norm {realised:.3g} where {asked:.3g} was asked for: their "

@@ -248,8 +248,7 @@ class OverPairs(OverBatches):
         if not references:
             raise ValueError("batches: expected labels other than -100, got none; put labels into the batches")
         odd = sum((Counter(counts) for _, _, counts in parts), Counter[str]())
-        size = sum(
-            len(one) if isinstance(one, list) else 1 for one in predictions
-        )  # a list has the tags of a sentence
+        # A list has the tags of a sentence.
+        size = sum(len(one) if isinstance(one, list) else 1 for one in predictions)
         shares = {name: count / size for name, count in odd.items()}
         return {**scored(self._score, predictions, references), **shares}

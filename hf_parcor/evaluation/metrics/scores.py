@@ -114,12 +114,12 @@ class EntityScore:
 
     def __init__(self) -> None:
         try:
-            from seqeval import metrics
+            from seqeval.metrics import sequence_labeling
         except ImportError as error:
             raise ImportError(
                 "EntityScore needs seqeval; install it with: pip install 'hf-parcor[entities]'"
             ) from error
-        self._metrics = metrics
+        self._library = sequence_labeling
 
     def __call__(
         self, *, predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
@@ -130,11 +130,11 @@ class EntityScore:
             ValueError: A tag is none of these.
         """
         check_tags({tag for sentence in (*predictions, *references) for tag in sentence})
-        found = {
-            name: float(getattr(self._metrics, f"{name}_score")(references, predictions, zero_division=0))
-            for name in self.names
-        }
-        return {**found, "accuracy": float(self._metrics.accuracy_score(references, predictions))}
+        precision, recall, f1, _ = self._library.precision_recall_fscore_support(
+            references, predictions, average="micro", zero_division=0
+        )
+        found = {"f1": float(f1), "precision": float(precision), "recall": float(recall)}
+        return {**found, "accuracy": float(self._library.accuracy_score(references, predictions))}
 
     def info_of(self, name: str) -> MetricInfo | None:
         """Return what the numbers mean: shares, the larger the better."""
