@@ -82,7 +82,7 @@ def names(tmp_path):
 def test_python_examples_run(page, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for example in fences(PAGES[page], "python"):
-        exec(compile(example, page, "exec"), names)
+        exec(compile(example, page, "exec", dont_inherit=True), names)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def pasted(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.chdir(folder)
         torch.manual_seed(0)
-        exec(compile(script, FIRST, "exec"), names)
+        exec(compile(script, FIRST, "exec", dont_inherit=True), names)
     return folder, printed.getvalue(), after
 
 

@@ -2,7 +2,7 @@
 
 from hf_parcor.corruptions.bit_flips import BitFlips
 from hf_parcor.corruptions.catalogue import CORRUPTIONS, corruptions_of_table_1
-from hf_parcor.corruptions.corruption import Corruption, GradientSource
+from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength
 from hf_parcor.corruptions.drift import ConductanceDrift
 from hf_parcor.corruptions.gradient import GradientCorruption
 from hf_parcor.corruptions.multi_step import MultiStepCorruption
@@ -10,9 +10,11 @@ from hf_parcor.corruptions.noise import GaussianNoise, UniformNoise
 from hf_parcor.corruptions.quantization import FloatQuantization, Quantization
 from hf_parcor.corruptions.random import RandomCorruption
 from hf_parcor.corruptions.worst_bit_flips import WorstBitFlips
+from hf_parcor.injection import Pieces, Replacement
 
 __all__ = [
     "CORRUPTIONS",
+    "RADIUS",
     "BitFlips",
     "ConductanceDrift",
     "Corruption",
@@ -21,8 +23,11 @@ __all__ = [
     "GradientCorruption",
     "GradientSource",
     "MultiStepCorruption",
+    "Pieces",
     "Quantization",
     "RandomCorruption",
+    "Replacement",
+    "Strength",
     "UniformNoise",
     "WorstBitFlips",
     "corruptions_of_table_1",

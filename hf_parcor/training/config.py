@@ -109,6 +109,8 @@ def _dataclass_from_plain(kind: type, value: Any, name: str) -> Any:
 
 def _corruption_from_plain(value: Any, name: str) -> Corruption:
     expected = f"an object with one of {', '.join(CORRUPTIONS)} and its settings"
+    if isinstance(value, dict) and any("." in str(kind) for kind in value):
+        expected += " (a class of your own is not imported from a file: build it from the settings there)"
     _checked(isinstance(value, dict) and len(value) == 1 and set(value) <= set(CORRUPTIONS), value, name, expected)
     ((kind, settings),) = value.items()
     found: Corruption = from_plain(CORRUPTIONS[kind], settings, f"{name}.{kind}")

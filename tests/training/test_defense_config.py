@@ -116,6 +116,16 @@ def test_collections_become_tuples_and_sets_are_put_in_order():
     [
         ({"defense": "multistep"}, "defense: expected one of multi_step_risk, .*, got 'multistep'"),
         ({"defense": "os.system"}, "got 'os.system'; a class of your own is not imported"),
+        (
+            {
+                "defense": "corruption",
+                "settings": {
+                    **DefenseConfig(CorruptionRisk(Quantization(4))).to_dict()["settings"],
+                    "corruption": [{"mine.Stuck": {"rate": 0.1}}],
+                },
+            },
+            "a class of your own is not imported",
+        ),
         ({"defense": None}, "defense: expected a string, got None"),
         ({"defense": "acrt"}, "expected exactly the settings .*alpha, got the unknown steps, .*, no alpha"),
         ({"settings": {"rho": 0.1}}, "got the unknown rho, no start_epoch, .*no constraint"),
