@@ -101,6 +101,74 @@ def _copy_of_object(value: Any, memo: dict[int, Any]) -> Any:
 
 
 IGNORED_LABEL = -100
+_LOADER = "DataLoader(rows, batch_size=32, collate_fn=...), with the collator of your Trainer, say"
+
+
+def check_batch(batch: Any, *, named: bool = True) -> None:
+    """Refuse what is no batch but one example of a data set, encoded or not, or one of the names of a mapping.
+
+    Args:
+        batch: The first that was found among what was passed as batches.
+        named: Whether it has to be a mapping, too.
+
+    Raises:
+        TypeError: It is none, as those of a `TensorDataset` are.
+        ValueError: It is one example, or a name.
+
+    Examples:
+        >>> import torch
+        >>> check_batch({"input_ids": torch.tensor([[3, 4], [5, 6]]), "labels": torch.tensor([0, 1])})
+        >>> check_batch({"input_ids": torch.tensor([3, 4]), "labels": torch.tensor(0)})
+        Traceback (most recent call last):
+        ...
+        ValueError: batches: expected tensors with several examples in each, got one example, with 'labels' of shape
+        (); collate them: DataLoader(rows, batch_size=32, collate_fn=...), with the collator of your Trainer, say
+    """
+    if isinstance(batch, str):
+        raise ValueError(
+            f"batches: expected a list of batches, got a mapping, with {batch!r}; pass [batch] where it is one batch, "
+            "and a loader over one of them where it has the splits of a data set"
+        )
+    if not isinstance(batch, Mapping):
+        if named:
+            raise TypeError(
+                "batches: expected mappings of tensors by the names that the model takes, got "
+                f"{type(batch).__name__}; let the collator return {{'input_ids': ..., 'labels': ...}}, say"
+            )
+        return
+    texts = [name for name, value in batch.items() if isinstance(value, str)]
+    if texts:
+        raise ValueError(
+            f"batches: expected tensors with several examples in each, got one example, with the text {texts[0]!r}; "
+            f"encode the texts by the tokenizer, and collate them: {_LOADER}"
+        )
+    for name, dimensions in _OF_BATCHES.items():
+        shape = _shape(batch[name]) if name in batch else None
+        if shape is not None and len(shape) < dimensions:
+            raise ValueError(
+                "batches: expected tensors with several examples in each, got one example, with "
+                f"{name!r} of shape {shape}; collate them: {_LOADER}"
+            )
+    tokens = batch.get("input_ids")
+    if isinstance(tokens, list):
+        raise ValueError(
+            f"batches: expected tensors, got 'input_ids' as a list of {len(tokens)}; collate them: {_LOADER}"
+        )
+
+
+_OF_BATCHES = {"labels": 1, "input_ids": 2}  # how many dimensions they have at least
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Return the shape of a tensor, an array, a number, or lists of numbers; None of other things."""
+    if isinstance(value, (bool, int, float)):
+        return ()
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return tuple(value.shape)
+    if isinstance(value, list) and value:
+        inner = _shape(value[0])
+        return None if inner is None else (len(value), *inner)
+    return None
 
 
 def count_labels(batch: Mapping[str, Any], *, shifted: bool = False) -> Tensor | None:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_parcor.batches import count_examples, count_labels
+from hf_parcor.batches import check_batch, count_examples, count_labels
 from hf_parcor.distributed.dtensors import local_part, local_parts
 from hf_parcor.distributed.fsdp import class_of, drop_gathered, is_sharded, reducing
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
@@ -196,7 +196,7 @@ class DatasetGradients:
         self._progress = progress
         self._shifted = shifts_labels(model) and loss is model_loss
         with self._batches.unseen():
-            self._items = [count_items(batch, shifted=self._shifted) for batch in self._batches]
+            self._items = [self._count(batch) for batch in self._batches]
         if not sum(self._items):
             raise ValueError(
                 f"batches: expected at least one item with a label, got {len(self._items)} batches without any; "
@@ -205,6 +205,11 @@ class DatasetGradients:
         self._overall: dict[str, Tensor] | None = None
         self._whole: DatasetGradients | None = None
         self._walk: Iterator[Batch] = iter(())
+
+    def _count(self, batch: Batch) -> int:
+        if self._loss is model_loss:  # one of the caller's own may take anything
+            check_batch(batch, named=False)
+        return count_items(batch, shifted=self._shifted)
 
     def __len__(self) -> int:
         """Return the number of batches."""

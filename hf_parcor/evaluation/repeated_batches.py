@@ -22,8 +22,13 @@ def check_repeatable(batches: Iterable[Any], name: str = "batches") -> None:
     """Refuse data that can be walked through only once.
 
     Raises:
+        TypeError: It cannot be walked through at all.
         ValueError: It is an iterator.
     """
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise TypeError(
+            f"{name}: expected a list of batches or a DataLoader, got {type(batches).__name__}; pass one of these"
+        )
     if isinstance(batches, Iterator) and iter(batches) is batches:
         raise ValueError(
             f"{name}: expected a collection that can be walked through again, got the iterator {batches!r}; "

@@ -172,6 +172,7 @@ class DetectionMetric(OverBatches):
         ImportError: Neither pycocotools nor faster-coco-eval is installed.
     """
 
+    _named: ClassVar[bool] = True
     _infos: ClassVar[Mapping[str, MetricInfo]] = {
         **{name: MetricInfo(True, SHARE) for name in _STATISTICS},
         "loss": MetricInfo(False),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_parcor.batches import IGNORED_LABEL
+from hf_parcor.batches import IGNORED_LABEL, check_batch
 from hf_parcor.evaluation.identity import fixed_attributes
 from hf_parcor.evaluation.metrics.scores import Score, scored
 from hf_parcor.evaluation.outputs import Output, Problem, aligned, chosen_class, share_not_finite
@@ -29,15 +29,20 @@ class OverBatches(ABC):
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: There are no batches, or they can be walked through only once.
+        ValueError: There are no batches, they can be walked through only once, or are single examples, such as the
+            rows of a data set.
     """
 
     _infos: ClassVar[Mapping[str, MetricInfo]] = {}
+    _named: ClassVar[bool] = False
+    """Whether a batch has to be a mapping."""
 
     def __init__(self, batches: Iterable[Mapping[str, Any]], *, progress: bool = False) -> None:
         check_repeatable(batches)
-        if not any(True for _ in batches):
+        first = next(iter(batches), None)
+        if first is None:
             raise ValueError("batches: expected at least one batch of data, got none; is the data set empty?")
+        check_batch(first, named=self._named)
         self._batches, self._progress = batches, progress
 
     @property
@@ -132,6 +137,8 @@ class Informed(Protocol):
 class OverLabels(OverBatches):
     """How often the likeliest class is the label, and the mean loss of a label; the label −100 does not count."""
 
+    _named: ClassVar[bool] = True
+
     def _shifts(self, model: nn.Module) -> bool:
         """Return whether a model predicts the label of the next place; here none does."""
         return False
@@ -219,6 +226,8 @@ class OverPairs(OverBatches):
     Raises:
         ValueError: There are no batches, they can be walked through only once, or the score returns no number.
     """
+
+    _named: ClassVar[bool] = True
 
     def __init__(self, batches: Iterable[Mapping[str, Any]], score: Score, *, progress: bool = False) -> None:
         super().__init__(batches, progress=progress)
