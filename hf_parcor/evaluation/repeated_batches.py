@@ -25,7 +25,8 @@ def check_repeatable(batches: Iterable[Any], name: str = "batches") -> None:
         TypeError: It cannot be walked through at all.
         ValueError: It is an iterator.
     """
-    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+    given: object = batches
+    if not isinstance(given, Iterable) and not hasattr(given, "__getitem__"):
         raise TypeError(
             f"{name}: expected a list of batches or a DataLoader, got {type(batches).__name__}; pass one of these"
         )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hf_parcor.arguments import check_finite, check_positive
 from hf_parcor.records.recipe import Choice, RecipeRecord
-from hf_parcor.records.sensitivity import DIVERGENCE, SensitivityRecord
+from hf_parcor.records.sensitivity import DIVERGENCE, FormatScore, SensitivityRecord
 from hf_parcor.statistics import scipy_module
 
+_FLOAT32 = 32.0  # bits a weight
 _LARGEST = 1e4  # what numbers are scaled to, for the solver
 
 
@@ -40,9 +42,10 @@ def recipe(
 
     with c what a group costs by itself (`SensitivityRecord.costs`; a gain, which is chance, counts as no cost), n how
     many weights it has and b its bits a weight, scales included. With `loss` or `drop` it is the other way round: the
-    fewest bits such that costs add up to at most that, and of all with as few bits the one that costs least. The
-    program is solved exactly, by SciPy's `milp`. That costs add up is an assumption: measure what was chosen as a
-    whole (`measure_recipes`).
+    fewest bits such that costs add up to at most that, and of all with as few bits the one that costs least. Where
+    scales alone keep a format out of a budget of bits, the record's notes say so, and the ways out. The program is
+    solved exactly, by SciPy's `milp`. That costs add up is an assumption: measure what was chosen as a whole
+    (`measure_recipes`).
 
     Args:
         scores: What `sensitivity` found.
@@ -86,8 +89,49 @@ def recipe(
     by = _costing(scores, name, by)
     choices = _choices(scores, by, formats, keep)
     problem = _Problem(choices, [scores.groups[group].parameters for group in choices])
-    chosen = problem.cheapest(limit) if name == "bits" else problem.smallest(limit, name)
-    return _record(scores, by, {name: limit}, dict(zip(choices, chosen, strict=True)))
+    notes = _of_scales(scores, formats, limit) if name == "bits" else ()
+    try:
+        chosen = problem.cheapest(limit) if name == "bits" else problem.smallest(limit, name)
+    except BudgetError as error:
+        if notes:
+            raise BudgetError(". ".join([str(error), *notes]).removesuffix("."), error.nearest) from error
+        raise
+    return replace(_record(scores, by, {name: limit}, dict(zip(choices, chosen, strict=True))), notes=notes)
+
+
+def _of_scales(scores: SensitivityRecord, formats: Collection[str] | None, bits: float) -> tuple[str, ...]:
+    """Return a sentence on the format of most bits that would be within a budget, if it were not for its scales."""
+    by_scales: dict[int, list[tuple[float, str, dict[str, FormatScore]]]] = {}
+    for label, described in scores.formats.items():
+        codes = described.get("settings", {}).get("bits")
+        cells = {group: cell for (group, other), cell in scores.by_place.items() if other == label}
+        if codes is None or not cells or (formats is not None and label not in formats):
+            continue
+        sizes = {group: scores.groups[group].parameters for group in cells}
+        stored = math.fsum(cell.bits * sizes[group] for group, cell in cells.items()) / sum(sizes.values())
+        by_scales.setdefault(codes, []).append((stored, label, cells))
+    within = [codes for codes in by_scales if codes <= _at_most(bits)]
+    if not within:
+        return ()
+    codes = max(within)
+    stored, label, cells = min(by_scales[codes], key=lambda one: one[0])
+    if stored <= _at_most(bits):
+        return ()
+    settings = scores.formats[label]["settings"]
+    ways = []
+    if all(scores.groups[group].bits == _FLOAT32 for group in cells):
+        halved = f" ({codes + (stored - codes) / 2:.3g} bits)" if settings.get("symmetric", True) else ""
+        ways.append(f"load the model in bfloat16, whose scales take half{halved}: dtype=, or --dtype bfloat16")
+    if isinstance(settings.get("per"), int):
+        ways.append(
+            f"score {codes} bits with a scale a channel: Quantization({codes}, 'channel'), or "
+            f"--corruptions quantization={codes}:per=channel"
+        )
+    ways.append(f"ask for bits={math.ceil(100 * stored - 1e-9) / 100:g}")
+    return (
+        f"{label} takes {stored:.3g} bits a weight here, {stored - codes:.2g} of them for scales in the dtype of the "
+        f"weights, so it is not within {bits:g} for all parts; if it should be, {'; or '.join(ways)}.",
+    )
 
 
 def front(

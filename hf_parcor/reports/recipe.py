@@ -23,6 +23,7 @@ RECIPE = "recipe"
 _NAMED = 3  # so many parts a sentence names
 _INTERACTS = 0.1  # parts that cost so much of their sum more or less together interact
 _AS_IT_IS = "as it is"
+_ONE_FORMAT = "one format for all"
 
 
 class RecipeContent(NamedTuple):
@@ -222,6 +223,8 @@ def _findings(told: _Told) -> Iterable[Finding]:
             f"One format for all within as many bits is {told.formats[best.label]} ({_bits(best):.2f} bits a weight): "
             f"{told.metric} {told.change(value)}{'' if better else ', so that nothing is gained by the recipe'}.",
         )
+    for note in recipe.notes:
+        yield Finding("", note)
     if recipe.pairs:
         yield Finding("", _interaction(told))
     correlations = {name: value for name, value in told.scores.correlations(_ranked(told)).items() if value == value}
@@ -269,7 +272,13 @@ def _notes(told: _Told, measured: EvaluationRecord | None) -> list[str]:
             if scores.data == measured.data
             else "Chosen on some rows, and measured as a whole on others: these numbers owe nothing to the choice."
         )
-    return [*said, *scores.notes, *told.recipe.notes, *told.info.guesses(told.metric)]
+    if told.recipe.base is not None:
+        said.append(
+            "To apply it with torchao: export_recipe(recipe, folder) writes torchao.json, where torchao has these "
+            "formats, and from_pretrained(model, quantization_config=TorchAoConfig.from_dict(json.load("
+            "open('torchao.json')))) of Transformers reads it."
+        )
+    return [*said, *scores.notes, *told.info.guesses(told.metric)]
 
 
 def _front(told: _Told) -> Panel | None:
@@ -277,7 +286,7 @@ def _front(told: _Told) -> Panel | None:
     lines: dict[str, list[Point]] = {}
     for label, row in told.rows.items():
         by = str(row.settings["by"])
-        name = "one format for all" if label in told.recipe.formats else f"recipes by {by}"
+        name = _ONE_FORMAT if label in told.recipe.formats else f"recipes by {by}"
         bits = round(_bits(row), 2)
         lines.setdefault(name, []).append(Point(bits, short(bits), row.mean(told.metric)))
     if not lines:
@@ -290,9 +299,21 @@ def _front_table(told: _Told, panel: Panel) -> Table:
     rows = [
         (name, point.label, told.numbers.value(point.value))
         for name, line in panel.lines.items()
+        if name != _ONE_FORMAT
         for point in sorted(line.points, key=lambda point: -point.strength)
     ]
-    rows.insert(0, ("as it is", "–", told.numbers.value(told.clean)))
+    uniform = sorted(
+        (row for label, row in told.rows.items() if label in told.recipe.formats), key=lambda r: -_bits(r)
+    )
+    rows += [
+        (
+            f"{_ONE_FORMAT}: {told.formats[row.label]}",
+            short(round(_bits(row), 2)),
+            told.numbers.value(row.mean(told.metric)),
+        )
+        for row in uniform
+    ]
+    rows.insert(0, (_AS_IT_IS, "–", told.numbers.value(told.clean)))
     header = ("chosen", "bits a weight", told.numbers.head(told.metric))
     return Table("Every point of the front, measured as a whole", header, tuple(rows))
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
+import torch
 from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from hf_parcor import RecipeRecord, SensitivityRecord, recipe, uniform_recipe
+from hf_parcor import Quantization, RecipeRecord, SensitivityRecord, recipe, sensitivity, uniform_recipe
+from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.recipes import BudgetError, front
 from hf_parcor.records import FormatScore, WeightGroup
 
@@ -161,3 +165,55 @@ def test_what_is_refused(options, word) -> None:
 def test_a_format_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="eight"):
         uniform_recipe(scores_of(TABLE, [100, 300]), "two")
+
+
+GROUPS_OF_32 = [Quantization(bits, 32) for bits in (8, 4, 3)]
+
+
+def scored(dtype: torch.dtype, formats: list[Quantization]) -> SensitivityRecord:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64)).to(dtype)
+    batches = [torch.randn(3, 64, dtype=dtype)]
+    return sensitivity(
+        model, batches, formats, {"a": "0", "b": "1"}, budget=0, loss=lambda m, x: m(x).square().mean(), progress=False
+    )
+
+
+class TestScalesThatKeepAFormatOutOfABudget:
+    """A budget of 4.5 bits is below 4 bits with a scale in float32 for each 32: 5 bits, by hand."""
+
+    def test_it_is_said_and_each_way_out_is_one(self) -> None:
+        scores = scored(torch.float32, GROUPS_OF_32)
+        (note,) = recipe(scores, bits=4.5).notes
+        assert uniform_recipe(scores, str(GROUPS_OF_32[1])).bits == 4 + 32 / 32
+        assert "5 bits" in note
+        (asked,) = map(float, re.findall(r"ask for bits=([\d.]+)", note))
+        assert asked >= uniform_recipe(scores, str(GROUPS_OF_32[1])).bits
+        assert recipe(scores, bits=asked).notes == ()
+        narrow = scored(torch.bfloat16, GROUPS_OF_32)
+        assert "bfloat16" in note
+        assert uniform_recipe(narrow, str(GROUPS_OF_32[1])).bits == 4.5
+        assert "(4.5 bits)" in note
+        assert recipe(narrow, bits=4.5).notes == ()
+        code = re.search(r"Quantization\(.*?\)", note)[0]
+        channel = eval(code, {"Quantization": Quantization})
+        assert channel.bits == 4
+        assert (*read_corruptions([re.search(r"--corruptions ([\w=:]+)", note)[1]]),) == (channel,)
+        wide = [GROUPS_OF_32[0], channel, GROUPS_OF_32[2]]
+        assert [str(channel) in said for said in recipe(scored(torch.float32, wide), bits=4.5).notes] == [True]
+        assert recipe(scored(torch.float32, wide), bits=4.9).notes == ()
+
+    def test_a_budget_below_all_formats_says_it_too(self) -> None:
+        scores = scored(torch.float32, GROUPS_OF_32)
+        with pytest.raises(BudgetError, match="bfloat16") as caught:
+            recipe(scores, bits=3.5, keep=False)
+        assert caught.value.nearest == 4.0
+        with pytest.raises(BudgetError) as caught:
+            recipe(scores, bits=2.0)
+        assert "bfloat16" not in str(caught.value), "no format has as few"
+
+    def test_nothing_is_said_of_other_budgets_and_formats(self) -> None:
+        scores = scored(torch.float32, GROUPS_OF_32)
+        assert recipe(scores, loss=1.0).notes == ()
+        assert recipe(scores, bits=4.5, formats=[str(GROUPS_OF_32[0]), str(GROUPS_OF_32[2])]).notes == ()
+        assert recipe(scores, bits=9.5).notes == ()

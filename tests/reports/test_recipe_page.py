@@ -7,11 +7,13 @@ import re
 from dataclasses import replace
 
 import pytest
+import transformers
 from browser import WIDTHS, check_it_fits, look
 from for_each import for_each
 
+import hf_parcor
 from hf_parcor import EvaluationRecord, MetricInfo, RecipeReport, SensitivityRecord, recipe
-from hf_parcor.recipes import front
+from hf_parcor.recipes import exports, front
 from hf_parcor.records import CorruptionRecord, FormatScore, PairCost, RecipeRecord, WeightGroup
 
 BITS = {"8-bit quantization": 8, "4-bit quantization": 4, "3-bit quantization": 3}
@@ -94,7 +96,12 @@ def test_tables_have_a_row_for_everything_that_was_measured(tmp_path) -> None:
     page = RecipeReport(scores, chosen, measured_of(recipes)).to_markdown(tmp_path / "recipe.md")
     lines = page.read_text(encoding="utf-8").replace("\\", "").splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
-    drawn = [row for row in rows if row[0] in ("as it is", "one format for all") or row[0].startswith("recipes by ")]
+    uniform = [row for row in rows if row[0].startswith("one format for all")]
+    assert len({name for name, *_ in uniform}) == len(FORMATS)
+    for label, count in BITS.items():
+        (row,) = [row for row in uniform if row[0].endswith(f"{count} bits")]
+        assert float(row[2]) == pytest.approx(90 - 100 * recipes[label].expected["accuracy"], abs=0.06)
+    drawn = [row for row in rows if row[0] == "as it is" or row[0].startswith("recipes by ")] + uniform
     expected = [["–", 90.0], *([f"{one.bits:.3g}", 90 - 100 * one.expected["accuracy"]] for one in recipes.values())]
     assert sorted([bits, pytest.approx(float(value), abs=0.06)] for _, bits, value in drawn if bits != "–") == sorted(
         expected[1:]
@@ -206,3 +213,21 @@ def test_pairs_are_said_with_what_they_cost_together_and_apart(tmp_path) -> None
         assert ("3.0 together and 2.0 apart" in said) == (together == 0.03)
         for page in (made.to_markdown(tmp_path / "page.md"), made.to_html(tmp_path / "page.html")):
             assert "Parts that interact" in page.read_text()
+
+
+def test_the_page_says_how_torchao_gets_it() -> None:
+    """By names that exist: the function, the file that it writes, and the class that reads it."""
+    for drop, applied in ((one_weak_part, True), (lambda weak, bits: 0.1, False)):
+        text = " ".join(report(16.0, drop).notes)
+        assert all(
+            (name in text) == applied for name in ("export_recipe(", "torchao.json", "TorchAoConfig.from_dict(")
+        )
+    assert callable(hf_parcor.export_recipe)
+    assert "torchao.json" in exports._EXPORTS
+    assert callable(transformers.TorchAoConfig.from_dict)
+
+
+def test_what_the_recipe_noticed_is_among_what_is_said_first() -> None:
+    scores = scores_of(one_weak_part)
+    chosen = replace(recipe(scores, bits=4.5), notes=("Scales are not free.",))
+    assert "Scales are not free." in RecipeReport(scores, chosen, None).verdict
