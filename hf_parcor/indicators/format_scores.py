@@ -221,6 +221,7 @@ def sensitivity(
             if (isinstance(module, nn.Linear) or module in linear)
             and not any(one is module.weight for one in together.values())
         ),
+        kinds=_kinds(model, together.values()),
         data=data,
         weights=weights,
         evaluated_on=evaluated_on,
@@ -228,6 +229,17 @@ def sensitivity(
         versions=library_versions(),
         notes=(*notes, *measurement.notes, *(note for row in found.values() for note in row.notes)),
     )
+
+
+def _kinds(model: nn.Module, together: Iterable[nn.Parameter]) -> dict[str, tuple[int, int]]:
+    """Return by the class of what holds matrices how many of these modules have one in a group, and how many are."""
+    within, chosen = {}, set(together)
+    for module in model.modules():
+        matrices = [one for one in module.parameters(recurse=False) if one.ndim >= _FEWEST_DIMENSIONS]
+        if matrices:
+            count, of = within.get(type(module).__name__, (0, 0))
+            within[type(module).__name__] = (count + any(one in chosen for one in matrices), of + 1)
+    return within
 
 
 def _checked_formats(formats: Sequence[Format]) -> list[Format]:

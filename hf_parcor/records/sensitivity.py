@@ -77,6 +77,8 @@ class SensitivityRecord(StoredRecord):
         metric_info: What their numbers mean.
         parameters: How many weights the model has, with those that are in no group.
         outside: The linear modules that are in no group, and so stay as they are.
+        kinds: By the class of what holds matrices: how many of these modules are in a group, and how many there are;
+            empty in records from before it was kept.
         data: SHA-256 of the batches.
         weights: SHA-256 of all parameters and buffers of the model.
         evaluated_on: The data; None where nobody said.
@@ -115,6 +117,7 @@ class SensitivityRecord(StoredRecord):
     metric_info: Mapping[str, MetricInfo] = field(default_factory=dict)
     parameters: int = 0
     outside: tuple[str, ...] = ()
+    kinds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     data: str = ""
     weights: str = ""
     evaluated_on: EvaluationData | None = None
@@ -213,6 +216,7 @@ class SensitivityRecord(StoredRecord):
         data["clean"] = read_numbers(data["clean"])
         data["metric_info"] = read_infos(data["metric_info"])
         data["outside"], data["notes"] = tuple(data["outside"]), tuple(data["notes"])
+        data["kinds"] = {kind: (within, of) for kind, (within, of) in data.get("kinds", {}).items()}
         data["evaluated_on"] = None if data["evaluated_on"] is None else EvaluationData(**data["evaluated_on"])
         return cls(**data)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from hf_parcor.records.metric_info import POINTS, SHARE
@@ -116,6 +116,7 @@ def _findings(told: _Told) -> Iterator[Finding]:
             f"Keep it in more bits than the others.{worth}",
             f"ParameterDefenseTrainer(..., target_modules={spared})",
         )
+    yield Finding("", _what_was_rounded(told))
     known = len(told.measured)
     of_all = f"All {count} parts were measured." if known == count else _of_the_others(told)
     ranks = told.scores.correlations(told.moved) if known > 2 else {}
@@ -124,6 +125,22 @@ def _findings(told: _Told) -> Iterator[Finding]:
     )
     sure = f" The scores order these {known} as {told.moved} does to {shown} (Spearman)." if shown else ""
     yield Finding("", f"{of_all}{sure}")
+
+
+def _what_was_rounded(told: _Told) -> str:
+    """Return what shares a scale, and which modules are in the parts."""
+    (described,) = told.scores.formats.values()
+    settings = described.get("settings")
+    per = settings.get("per", "tensor") if isinstance(settings, Mapping) else "tensor"
+    scales = {"tensor": "one scale for each tensor", "channel": "a scale for each output channel"}
+    counted = [f"{within} of {of} {kind}" for kind, (within, of) in told.scores.kinds.items()]
+    modules = f", in these modules: {', '.join(counted)}" if counted else ""
+    parameters = sum(group.parameters for group in told.scores.groups.values())
+    share = f" of {told.scores.parameters:,}" if told.scores.parameters else ""
+    return (
+        f"{told.format} are with {scales.get(per, f'a scale for each {per} weights')}. The parts have "
+        f"{parameters:,}{share} weights{modules}; all others stay as they are."
+    )
 
 
 def _of_the_others(told: _Told) -> str:

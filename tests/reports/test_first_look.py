@@ -6,9 +6,18 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from for_each import for_each
 
-from hf_parcor import FirstLookReport, MetricInfo, SensitivityRecord
+from hf_parcor import (
+    FirstLookReport,
+    FloatQuantization,
+    MetricInfo,
+    Quantization,
+    SensitivityRecord,
+    sensitivity,
+)
+from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.records import EvaluationData, FormatScore, WeightGroup
 
 FORMAT = {"4-bit quantization": {"corruption": "quantization", "settings": {"bits": 4}}}
@@ -104,3 +113,28 @@ def test_what_is_no_first_look(changed):
     scores = replace(record([2.1, 3.5]), **changed) if changed else record([None, None])
     with pytest.raises(ValueError, match="one format"):
         FirstLookReport(scores)
+
+
+@for_each(
+    "one, scale",
+    [
+        (Quantization(4), "each tensor"),
+        (Quantization(4, "channel", code_range="full"), "each output channel"),
+        (Quantization(4, 4), "each 4 weights"),
+        (FloatQuantization("fp8_e4m3", "channel"), "each output channel"),
+    ],
+)
+@for_each("groups, embeddings", [("layers", 0), (None, 0), ("kinds", 3)])
+def test_what_shares_a_scale_and_which_modules_are_in_it(tiny_bert, one, scale, groups, embeddings) -> None:
+    model = tiny_bert()
+    batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]), "labels": torch.tensor([0, 1])}
+    scores = sensitivity(model, ClassificationMetric([batch]), [one], groups, budget=1, progress=False)
+    scores = SensitivityRecord.from_json(scores.to_json())
+    chosen = {name for group in scores.groups.values() for name in group.weights}
+    for kind in (torch.nn.Linear, torch.nn.Embedding):
+        names = [name for name, module in model.named_modules() if isinstance(module, kind)]
+        within = sum(f"{name}.weight" in chosen for name in names)
+        assert scores.kinds[kind.__name__] == (within, len(names))
+        assert f"{within} of {len(names)} {kind.__name__}" in " ".join(FirstLookReport(scores).verdict)
+    assert scores.kinds["Embedding"][0] == embeddings
+    assert scale in " ".join(FirstLookReport(scores).verdict)
