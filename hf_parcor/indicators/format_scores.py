@@ -233,7 +233,8 @@ def sensitivity(
 
 def _kinds(model: nn.Module, together: Iterable[nn.Parameter]) -> dict[str, tuple[int, int]]:
     """Return by the class of what holds matrices how many of these modules have one in a group, and how many are."""
-    within, chosen = {}, set(together)
+    within: dict[str, tuple[int, int]] = {}
+    chosen = set(together)
     for module in model.modules():
         matrices = [one for one in module.parameters(recurse=False) if one.ndim >= _FEWEST_DIMENSIONS]
         if matrices:
