@@ -136,7 +136,9 @@ def measured(
     """
     examples = task.examples(rows, columns, processed)
     batches = task.batches(examples, processed, batch_size)
-    name = metric or task.metrics[0]
+    name, remark = (metric, "") if metric else task.usual_metric(processed)
+    if remark:
+        tell(remark)
     with refused(ImportError):
         measuring = task.metric(name, processed, batches)
     if isinstance(measuring, LmEvalMetric):

@@ -245,6 +245,10 @@ class Task(ABC):
     def collator(self, processed: Processed) -> Collator:
         """Return what makes a batch of tensors from examples."""
 
+    def usual_metric(self, processed: Processed) -> tuple[str, str]:
+        """Return what is measured where no metric is asked for, and a remark on that for the user, or ""."""
+        return self.metrics[0], ""
+
     @abstractmethod
     def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric | LmEvalMetric:
         """Return what measures a metric over batches.

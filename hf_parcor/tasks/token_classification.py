@@ -52,6 +52,22 @@ class TokenClassification(Classification):
             for index in range(len(words))
         ]
 
+    def usual_metric(self, processed: Processed) -> tuple[str, str]:
+        """Return the F1 of entities where the classes are tags of them and seqeval is installed, else the accuracy."""
+        usual, _ = super().usual_metric(processed)
+        try:
+            check_tags(_tags(processed))
+        except ValueError:
+            return usual, ""
+        try:
+            EntityScore()
+        except ImportError:
+            return usual, (
+                "the classes are tags of entities, and the accuracy of tags is mostly that of O; for the F1 of "
+                "entities: pip install 'hf-parcor[entities]'"
+            )
+        return EntityScore.names[0], "the classes are tags of entities, so F1 is theirs; --metric accuracy is of tags"
+
     def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
         """Return accuracy and loss of tags, the F1 of entities, or a metric of `evaluate`.
 
@@ -60,8 +76,7 @@ class TokenClassification(Classification):
         """
         if name not in EntityScore.names:
             return super().metric(name, processed, batches)
-        names = processed.model.config.id2label
-        tags = [names[number] for number in sorted(names)]
+        tags = _tags(processed)
         try:
             check_tags(tags)
             return PredictionMetric(batches, EntityScore(), class_names=tags)
@@ -71,6 +86,12 @@ class TokenClassification(Classification):
     def collator(self, processed: Processed) -> Collator:
         """Return what pads tokens and labels to the longest of their batch."""
         return DataCollatorForTokenClassification(processed.processor)
+
+
+def _tags(processed: Processed) -> list[str]:
+    """Return the names of the model's classes, in the order of their numbers."""
+    names = processed.model.config.id2label
+    return [names[number] for number in sorted(names)]
 
 
 def _at_first_tokens(words: Sequence[Any], labels: Sequence[int]) -> list[int]:

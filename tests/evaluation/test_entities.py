@@ -1,15 +1,20 @@
 """F1 of entities: against spans found by hand, of whatever sentences and tags, and of a model token by token."""
 
+import json
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from local_models import save_bert
 from transformers import BertForTokenClassification
 
+from hf_parcor.cli.subject import measured
 from hf_parcor.errors import InputError
 from hf_parcor.evaluation import EntityScore, PredictionMetric
 from hf_parcor.evaluation.outputs import NOT_FINITE
-from hf_parcor.tasks import TASKS
+from hf_parcor.tasks import TASKS, Processed, load_rows
 
 TAGS = ("O", "B-X", "I-X", "B-Y", "I-Y")
 
@@ -116,3 +121,38 @@ class TestOnTheCommandLine:
         with pytest.raises(InputError, match="tags: expected those of entities"):
             self.of(model, "f1", batches)
         assert "accuracy" in self.of(model, "accuracy", batches)(model)
+
+    @pytest.mark.parametrize(
+        ("names", "with_seqeval", "metric", "remark"),
+        [
+            (TAGS, True, "f1", "--metric accuracy"),
+            (TAGS, False, "accuracy", "hf-parcor[entities]"),
+            (["NOUN", "VERB", "ADJ"], True, "accuracy", ""),
+            (["NOUN", "VERB", "ADJ"], False, "accuracy", ""),
+            (["O", "B-PER", "X"], True, "accuracy", ""),  # some other scheme
+        ],
+    )
+    @pytest.mark.parametrize("asked", [None, "accuracy"])
+    def test_what_is_shown_of_tags_unless_asked(
+        self, names, with_seqeval, metric, remark, asked, tmp_path, monkeypatch, capsys
+    ):
+        numbers = {name: number for number, name in enumerate(names)}
+        save_bert(
+            tmp_path,
+            BertForTokenClassification,
+            id2label=dict(enumerate(names)),
+            label2id=numbers,
+            num_labels=len(names),
+        )
+        data = tmp_path / "words.jsonl"
+        rows = [{"tokens": ["good", "film"], "ner_tags": [names[0], names[-1]]}] * 3
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        if not with_seqeval:
+            monkeypatch.setitem(sys.modules, "seqeval", None)
+            monkeypatch.setitem(sys.modules, "seqeval.metrics", None)
+        task, loaded = TASKS["token-classification"], load_rows(str(data))
+        processed = Processed(task.load_model(str(tmp_path)), task.load_processor(str(tmp_path)))
+        subject = measured(task, processed, loaded, task.find_columns(loaded, {}), 2, asked)
+        assert subject.shown(subject.metric(subject.model.eval())) == (asked or metric)
+        said = " ".join(line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-parcor:"))
+        assert (remark in said) if remark and not asked else not said
