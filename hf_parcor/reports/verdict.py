@@ -105,7 +105,7 @@ class Finding(NamedTuple):
         headline: A sentence.
         detail: The numbers behind it, in sentences.
         remedy: Python code, or "".
-        clear: Whether it is beyond the spread.
+        clear: Whether it is beyond the spread, and large enough to do something about it.
     """
 
     headline: str
@@ -301,6 +301,22 @@ def _of_groups(
     return _ranked(study, numbers, names, ranked, drops, top, clean, which, unranked, _remedy(groups[top]))
 
 
+def least_worth_defending(
+    records: Iterable[EvaluationRecord], metric: str, numbers: Numbers, clean: float
+) -> tuple[float, str]:
+    """Return from which difference on a part is worth defending, and why, in words.
+
+    Enough trials find any difference. It is the larger of two: 1 % of the metric without corruption, below which no
+    drop counts here either; and where the metric is a share p of n rows its standard error, √(p (1 − p) / n), by which
+    it moves on other rows of the same kind, with nothing corrupted.
+    """
+    of_clean, rows = NEGLIGIBLE * abs(clean), rows_counted(records, metric, numbers)
+    error = math.sqrt(max(0.0, clean * (1 - clean)) / rows) if rows else 0.0
+    if error > of_clean:
+        return error, f"the standard error of {metric} over {rows:,} rows"
+    return of_clean, f"1 % of {metric} without corruption"
+
+
 def _ranked(
     study: Study,
     numbers: Numbers,
@@ -336,6 +352,13 @@ def _ranked(
         by = f", {times(ratio)} times as fragile as the median of the others" if median > limit else ""
         judged = f"no difference between the groups{which} is beyond the {study.spread} ({probability(p_values[top])})"
         return Finding(f"{weakest}{by}; {judged}.", _joined(size, unranked))
+    least, why = least_worth_defending(study.records, study.metric, numbers, clean)
+    enough = f"the {numbers.difference(least)} from which on a part is worth defending ({why})"
+    if drops[top] - median < least:
+        beyond = f"is beyond the {study.spread} ({probability(p_values[top])}), but " if top in p_values else "is "
+        more = numbers.difference(drops[top] - median)
+        said = f"{weakest}, by {more} more than the median of the others; that {beyond}less than {enough}."
+        return Finding(said, _joined(size, unranked))
     others = "gets better" if median < -limit else "loses next to nothing"
     headline = (
         f"{top} is {times(ratio)} times as fragile as the median of the others."
@@ -352,8 +375,12 @@ def _ranked(
             "on it."
         )
         return Finding(headline, _joined(size, single, unranked), remedy)
-    also = [group for group, value in p_values.items() if value < LEVEL and group != top and drops[group] > limit]
-    judged = f"That is beyond the {study.spread} ({probability(p_values[top])})."
+    also = [
+        group
+        for group, value in p_values.items()
+        if value < LEVEL and group != top and drops[group] - others_median(drops, group) >= max(least, limit)
+    ]
+    judged = f"That is beyond the {study.spread} ({probability(p_values[top])}), and more than {enough}."
     more = f"So is the {study.loss} of {_listed(also)}." if also else ""
     return Finding(headline, _joined(size, judged, more, unranked), remedy, clear=True)
 

@@ -153,6 +153,41 @@ class TestRepetitions:
         assert text.endswith(f" Defend it with {REMEDY}")
         assert "If that holds" not in text
 
+    @pytest.mark.parametrize("rows", [None, 100, 872, 20_000, 10**9])
+    @pytest.mark.parametrize("trials", [1, 500])
+    @pytest.mark.parametrize("metric", ["accuracy", "f1"])
+    def test_what_is_worth_defending_is_more_than_chance(self, record_of, rows, trials, metric):
+        """Half a point is beyond the spread of 500 trials: not for its own sake is a part to be defended."""
+        clean, seen = 0.9, set()
+        least = 0.01 * clean
+        if rows and metric == "accuracy":
+            least = max(least, math.sqrt(clean * (1 - clean) / rows))
+        for gap in (0.005, 0.0085, 0.0095, 0.0099, 0.0105, 0.028, 0.032, 0.2):
+            values = {"a": 0.895, "b": 0.896, "c": 0.8955 - gap}
+            spread = [1e-4 * (-1) ** trial for trial in range(trials)]
+            probe = {
+                name: replace(
+                    record_of(
+                        {1.0: [value + one for one in spread]},
+                        clean,
+                        metric=metric,
+                        corruption="random",
+                        target=[name],
+                    ),
+                    evaluated_on=EvaluationData("dev", rows=rows),
+                )
+                for name, value in values.items()
+            }
+            [text] = RobustnessReport(probe, metric, unit=SHARE).verdict
+            assert ("Trainer" in text) == (gap >= least), (gap, text)
+            assert ("Defend it" in text) == (gap >= least and trials > 1)
+            if trials > 1 and "none is fragile" not in text:
+                assert "beyond the spread" in text
+                if "worth defending" in text:
+                    assert Numbers(SHARE).difference(least) in text
+            seen.add("Trainer" in text)
+        assert seen == {True, False}
+
     def test_within_the_spread(self, probe_of):
         groups = {"a": (0.85, 0.85), "b": (0.8, 0.8), "c": (0.4, 0.2)}
         [text] = RobustnessReport(seeds(probe_of, groups, (-0.15, 0.0, 0.15))).verdict
