@@ -15,7 +15,7 @@ from hf_parcor.tasks.image_classification import ImageClassification
 from hf_parcor.tasks.object_detection import ObjectDetection
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.sequence_to_sequence import Summarization, Translation
-from hf_parcor.tasks.task import Task, load_pretrained
+from hf_parcor.tasks.task import ADAPTER_CONFIG, Task, load_pretrained
 from hf_parcor.tasks.text_classification import TextClassification
 from hf_parcor.tasks.text_generation import TextGeneration
 from hf_parcor.tasks.token_classification import TokenClassification
@@ -125,7 +125,7 @@ def architectures_of(model: str, **settings: Any) -> list[str]:
     Raises:
         InputError: There is no such model.
     """
-    adapter = Path(model) / "adapter_config.json"
+    adapter = Path(model) / ADAPTER_CONFIG
     if adapter.is_file():
         return [_HEADS_OF_ADAPTERS.get(json.loads(adapter.read_text(encoding="utf-8")).get("task_type"), "")]
     return list(load_pretrained("model", AutoConfig, model, **settings).architectures or [])

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_parcor.tasks.classification import Classification, class_numbers
 from hf_parcor.tasks.images import LabelledImages, Size, stacked_pixels
 from hf_parcor.tasks.rows import Rows
-from hf_parcor.tasks.task import Collator, Example, Processed, Role, load_pretrained
+from hf_parcor.tasks.task import Collator, Example, Processed, Role, load_processing
 
 
 class ImageClassification(Classification):
@@ -30,7 +30,7 @@ class ImageClassification(Classification):
 
     def load_processor(self, name: str, **settings: Any) -> Any:
         """Return the model's image processor."""
-        return load_pretrained("image processor", transformers.AutoImageProcessor, name, **settings)
+        return load_processing("image processor", transformers.AutoImageProcessor, name, **settings)
 
     def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
         """Return pixels and label of each row."""

@@ -16,7 +16,7 @@ from hf_parcor.errors import InputError, nearest
 from hf_parcor.evaluation import BatchMetric, DetectionMetric
 from hf_parcor.tasks.classification import class_numbers, classes_of
 from hf_parcor.tasks.rows import Rows
-from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task, load_pretrained
+from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task, load_processing
 
 COCO, VOC = "coco", "voc"
 _BOXES = ("bbox", "bboxes", "boxes", "boxes_xyxy", "bbox_xyxy")
@@ -45,7 +45,7 @@ class ObjectDetection(Task):
 
     def load_processor(self, name: str, **settings: Any) -> Any:
         """Return the model's image processor."""
-        return load_pretrained("image processor", transformers.AutoImageProcessor, name, **settings)
+        return load_processing("image processor", transformers.AutoImageProcessor, name, **settings)
 
     def head_settings(self, parts: Sequence[tuple[Rows, Mapping[str, str]]]) -> dict[str, Any]:
         """Return the classes that the data has."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
@@ -15,6 +17,8 @@ from hf_parcor.evaluation import BatchMetric, LmEvalMetric
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tasks.rows import Rows, find_column
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_pretrained(what: str, loader: Any, name: str, **settings: Any) -> Any:
@@ -49,6 +53,31 @@ def load_pretrained(what: str, loader: Any, name: str, **settings: Any) -> Any:
             f"{what}: expected a name on the Hub or a local folder that {loader.__name__} can load, got {name!r} "
             f"({one_line(error)}); {advice}"
         ) from error
+
+
+# How the names of their files begin.
+_OF_PROCESSORS = ("tokenizer", "preprocessor", "processor", "vocab", "merges", "spiece", "sentencepiece", "source.spm")
+
+
+def load_processing(what: str, loader: Any, name: str, **settings: Any) -> Any:
+    """Return what prepares inputs; of a PEFT adapter in a folder without it, that of the model that it belongs to.
+
+    Args:
+        what: As in `load_pretrained`.
+        loader: As in `load_pretrained`.
+        name: As in `load_pretrained`.
+        **settings: As in `load_pretrained`; the revision is the adapter's own.
+
+    Raises:
+        InputError: As in `load_pretrained`.
+    """
+    adapter = Path(name) / ADAPTER_CONFIG
+    if adapter.is_file() and not any(path.name.startswith(_OF_PROCESSORS) for path in adapter.parent.iterdir()):
+        described = json.loads(adapter.read_text(encoding="utf-8"))
+        base = described.get("base_model_name_or_path")
+        if base:
+            name, settings = base, {**settings, "revision": described.get("revision")}
+    return load_pretrained(what, loader, name, **settings)
 
 
 Example = dict[str, Any]
@@ -190,7 +219,7 @@ class Task(ABC):
         Raises:
             InputError: There is none, or it cannot pad.
         """
-        tokenizer = load_pretrained("tokenizer", transformers.AutoTokenizer, name, **settings)
+        tokenizer = load_processing("tokenizer", transformers.AutoTokenizer, name, **settings)
         if self.pads and tokenizer.pad_token is None:
             raise InputError(
                 f"tokenizer: expected one with a padding token, got that of {name!r} without; set its pad_token and "

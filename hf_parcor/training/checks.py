@@ -236,7 +236,8 @@ def check_trained(selected: Mapping[str, nn.Parameter], defense: Defense) -> Non
     if frozen:
         raise ValueError(
             f"target_modules: expected trainable parameters, got {len(frozen)} frozen ones such as {frozen[0]!r}; "
-            "a defense needs their gradient: unfreeze them, or exclude them with exclude_modules"
+            "this defense needs their gradient: unfreeze them, exclude them with exclude_modules, or train what is "
+            "beside them with CorruptionRisk(Quantization(4)), say (--defense corruption), which needs none of theirs"
         )
 
 

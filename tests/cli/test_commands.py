@@ -279,6 +279,33 @@ class TestProbe:
         )
         assert list(SweepRecord.from_json(result.out).records) == ["default"]
 
+    @pytest.mark.filterwarnings("ignore::FutureWarning:peft")
+    @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+    @pytest.mark.parametrize("base", [True, False])
+    def test_an_adapter_without_a_tokenizer_takes_that_of_its_base(
+        self, run, classifier_folder, sentences, tmp_path, base
+    ):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
+        peft.get_peft_model(model_of(classifier_folder), config).save_pretrained(tmp_path / "adapter")
+        command = (
+            "evaluate",
+            tmp_path / "adapter",
+            "--dataset",
+            sentences,
+            "--corruptions",
+            "quantization=4",
+            "--json",
+        )
+        if not base:  # a tokenizer of its own is not passed over, though it be broken
+            (tmp_path / "adapter" / "tokenizer.json").write_text("{}")
+            assert "tokenizer" in (result := run(*command)).err
+            assert result.code != 0
+            return
+        without = EvaluationRecord.from_json(run(*command).out)
+        save_tokenizer(tmp_path / "adapter")
+        assert without.clean.metrics == EvaluationRecord.from_json(run(*command).out).clean.metrics
+
     @pytest.mark.slow
     @pytest.mark.parametrize("task", TASKS)
     def test_every_task(self, run, task, tmp_path):

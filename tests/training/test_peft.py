@@ -14,13 +14,17 @@ from hf_parcor import (
     BitFlips,
     CorruptionConstraint,
     CorruptionEvaluator,
+    CorruptionRisk,
     GaussianNoise,
     GradientCorruption,
     MultiStepCorruption,
     MultiStepRisk,
     ParameterDefenseTrainer,
+    ParameterDefenseTrainingArguments,
+    Quantization,
 )
 from hf_parcor.evaluation import DatasetGradients
+from hf_parcor.training import build_defense
 
 peft = pytest.importorskip("peft", reason="an optional dependency, the extra peft")
 
@@ -191,3 +195,18 @@ def test_adapter_is_saved_and_loaded(lora, rows, batch, train, tiny_bert, tmp_pa
 def test_adapters_that_are_not_trained_are_refused_by_the_trainer(lora, arguments):
     with pytest.raises(ValueError, match=r"expected trainable parameters, got .* frozen ones"):
         ParameterDefenseTrainer(model=lora(), args=arguments(), target_modules=["base_layer"])
+
+
+def test_what_the_refusal_of_a_frozen_base_names_is_not_refused(lora, arguments):
+    """The class and the flag that it names: neither needs a gradient of what is frozen."""
+    with pytest.raises(ValueError, match="frozen") as caught:
+        ParameterDefenseTrainer(model=lora(), args=arguments(), target_modules=["base_layer"])
+    named = re.search(r"CorruptionRisk\(\w+\(\d+\)\)", str(caught.value))[0]
+    defense = eval(named, {"CorruptionRisk": CorruptionRisk, "Quantization": Quantization})
+    trainer = ParameterDefenseTrainer(model=lora(), args=arguments(), defense=defense, target_modules=["base_layer"])
+    assert not any(weight.requires_grad for weight in trainer.defended_parameters().values())
+    flag, word = re.search(r"(--defense) (\w+)", str(caught.value)).groups()
+    (parsed,) = tf.HfArgumentParser(ParameterDefenseTrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", "out", flag, word, "--defense_corruption", "quantization=4"]
+    )
+    assert build_defense(parsed) == defense
