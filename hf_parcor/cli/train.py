@@ -144,6 +144,7 @@ class Train(Command):
             subject = measured(task, processed, rows, measured_columns, training.eval_batch_size, arguments.metric)
             with refused(ValueError, NotImplementedError):  # before the training, not after it
                 _evaluator(trainer, subject).check(corruptions)
+            _announce(arguments, corruptions, len(rows.entries))
             with going_on(
                 "with --resume-from-checkpoint true the same command goes on from the last checkpoint, if any"
             ):
@@ -212,6 +213,18 @@ def _corruptions(arguments: argparse.Namespace, training: ParameterDefenseTraini
     with refused(ValueError, TypeError, NotImplementedError):
         trained_against = getattr(build_defense(training), "corruptions", ())
     return [*found, *(one for one in trained_against if one not in found)]
+
+
+def _announce(arguments: argparse.Namespace, corruptions: Sequence[Corruption], rows: int) -> None:
+    """Say before the training how much is measured after it, which may take as long, and how to have less."""
+    if not corruptions:
+        return
+    trials = sum(arguments.trials if one.stochastic else 1 for one in corruptions)
+    tell(
+        f"after the training the model is measured {1 + trials} times on {rows:,} rows: as it is, and under "
+        f"{len(corruptions)} corruptions with {trials} trials; --skip-corruptions leaves these out, --corruptions "
+        "names fewer, --trials 1 and --limit make it shorter"
+    )
 
 
 def _training_and_validation(arguments: argparse.Namespace) -> tuple[Rows, Rows, dict[str, str]]:

@@ -686,6 +686,39 @@ class TestTrain:
         usual = "--use-cpu --save-strategy no --report-to none --max-steps 1 --disable-tqdm 1 --defense none"
         return run("train", *words, *usual.split(), "--trials", 1)
 
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            "--corruptions gaussian=0.1 quantization=4 --trials 3",
+            "--corruptions gaussian=0.1,0.2 --trials 2 --limit 5",
+            "--corruptions quantization=4 --defense none",
+            pytest.param("--defense none", marks=pytest.mark.slow),
+            "--skip-corruptions",
+            "--corruptions",
+        ],
+    )
+    def test_how_much_is_measured_is_said_before_the_training(
+        self, run, classifier_folder, sentences, tmp_path, flags
+    ):
+        data = ("--train-dataset", sentences, "--dataset", shutil.copy(sentences, tmp_path / "copy.tsv"))
+        usual = "--use-cpu --save-strategy no --report-to none --max-steps 1 --disable-tqdm 1 --output-dir out"
+        if flags == "--corruptions":  # none is no list
+            assert run("train", classifier_folder, *data, *usual.split(), flags).code == 2
+            return
+        result = run("train", classifier_folder, *data, *usual.split(), *flags.split())
+        assert result.code == 0, result.err
+        before = result.err.split("train_runtime")[0]
+        said = re.search(r"measured (\d+) times on (\d+) rows", before)
+        if "skip" in flags:
+            assert said is None
+            return
+        record = EvaluationRecord.load("out/robustness.json")
+        assert tuple(map(int, said.groups())) == (
+            sum(len(row.seeds) for row in record.rows()),
+            record.evaluated_on.rows,
+        )
+        assert all(flag in before for flag in ("--skip-corruptions", "--corruptions", "--trials", "--limit"))
+
     def test_what_it_measures_on_a_file_it_has_not_trained_on(self, run, tmp_path, monkeypatch):
         """A file is both only once: the rows of training and of measuring are the file, and share none."""
         seen = {}
