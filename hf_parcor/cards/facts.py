@@ -103,7 +103,7 @@ class ModelFacts(StoredRecord):
         parameters: Number k of these weights.
         clean: The metrics without corruption.
         corruptions: The metrics under each corruption.
-        data: SHA-256 of the batches that gradients were taken on; "" where none were given.
+        data: Fingerprint of the data that gradients were taken on, as in `EvaluationRecord`; "" where none were given.
         versions: Versions of the libraries.
         command: The command that made the numbers; "" if unknown.
         notes: What was noticed while measuring, in sentences.

@@ -44,7 +44,7 @@ def fingerprint(batches: Iterable[Any]) -> str:
     have no data (on the meta device) their shapes and dtypes.
 
     Batches that are mappings of dense tensors, with the same names in each, have the fingerprint that published
-    records of earlier versions have.
+    records of earlier versions have. Later records have that of the rows, see `data_fingerprint`.
 
     Examples:
         >>> first = fingerprint([{"input_ids": torch.tensor([1, 2])}])
@@ -83,7 +83,7 @@ class Fingerprint:
 
     def marks(self, batch: Any) -> Iterable[tuple[str, bytes]]:
         """Take the next batch in, and yield the name of each entry with a mark of all that came until its end."""
-        dense = _is_mapping_of_dense_tensors(batch)
+        dense = is_mapping_of_dense_tensors(batch)
         names = list(batch) if dense else []
         if self._count == 0 and dense:
             self._names = names
@@ -152,7 +152,7 @@ def fingerprint_of_weights(model: nn.Module, *, gather: bool = True) -> str:
     return digest.hexdigest()
 
 
-def _is_mapping_of_dense_tensors(batch: Any) -> bool:
+def is_mapping_of_dense_tensors(batch: Any) -> bool:
     """Return whether a batch is one whose names, shapes and bytes, one after the other, can be read in one way."""
     return (
         isinstance(batch, Mapping)

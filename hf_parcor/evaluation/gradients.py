@@ -215,9 +215,9 @@ class DatasetGradients:
         """Return the number of batches."""
         return len(self._items)
 
-    def fingerprint(self) -> str:
-        """Return the fingerprint of the batches."""
-        return self._batches.fingerprint()
+    def data(self) -> str:
+        """Return what records keep of the data."""
+        return self._batches.data()
 
     def of_group(self, parameters: Mapping[str, nn.Parameter]) -> DatasetGradients:
         """Return the gradients of some of the parameters alone; that over all data is still computed once for all."""

@@ -273,7 +273,7 @@ class Measurement:
         cells: frozenset[tuple[int, int]] | None = None,
         clean: Mapping[str, float] | None = None,
     ) -> tuple[CorruptionRecord, str, list[tuple[CorruptionRecord, ...]]]:
-        """Return the clean record, the fingerprint of the data, and the records of each selection's corruptions.
+        """Return the clean record, what records keep of the data, and the records of each selection's corruptions.
 
         Args:
             groups: The parameters of each group, by its name.
@@ -298,8 +298,8 @@ class Measurement:
         ):
             self._check_batches(corruptions)
             measured_on = self._walk_twice()
-            data = "" if self._batches is None else self._batches.fingerprint()
-            self._check_replicas(data, measured_on)
+            data, batches = ("", "") if self._batches is None else (self._batches.data(), self._batches.fingerprint())
+            self._check_replicas(batches, measured_on)
             found: dict[int, Trial] = {}  # number 0 is the clean model's
             if checkpoint is not None:
                 run = identity_of_run(
@@ -307,7 +307,7 @@ class Measurement:
                     weights,
                     self._metric,
                     self._loss,
-                    data,
+                    batches,
                     "" if measured_on is None else measured_on.fingerprint(),
                     groups,
                     corruptions,
@@ -374,12 +374,12 @@ class Measurement:
         values = {name: [value for row in rows for value in row.metrics.get(name, ())] for name in names}
         return {name: self._infos.get(name) or info_of(self._metric, name, values[name]) for name in names}
 
-    def _check_replicas(self, data: str, measured_on: RepeatedBatches | None) -> None:
+    def _check_replicas(self, batches: str, measured_on: RepeatedBatches | None) -> None:
         """Refuse what would be silently wrong on several processes."""
         if self._processes.count == 1:
             return
         check_same_weights(self._model, self._processes)
-        check_same_data("batches", data, self._processes)
+        check_same_data("batches", batches, self._processes)
         if measured_on is not None:
             check_same_data("metric", measured_on.fingerprint(), self._processes)
 

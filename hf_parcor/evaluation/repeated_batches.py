@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, Wei
 
 from hf_parcor.evaluation.fingerprint import Fingerprint, fingerprint
 from hf_parcor.evaluation.replicas import all_batches
+from hf_parcor.evaluation.row_fingerprint import RowFingerprint, data_fingerprint
 from hf_parcor.randomness import generator_kept, random_states_kept, seed_the_cpu
 
 _REMEDY = "do not shuffle (shuffle=False), let the collator draw no random numbers, or pass list(loader)"
@@ -69,7 +70,7 @@ class RepeatedBatches:
         self._fixed = type(batches) in (list, tuple)
         self._marks: list[bytes] = []  # of each batch in the first walk
         self._walks = 0
-        self._fingerprint = ""
+        self._fingerprint = self._of_rows = ""
 
     def __iter__(self) -> Iterator[Any]:
         """Walk through the batches.
@@ -108,12 +109,17 @@ class RepeatedBatches:
                 generator.set_state(state)
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the data, after `check`."""
+        """Return the fingerprint of the batches, after `check`."""
         self.check()
         return fingerprint(self._batches) if self._fixed else self._fingerprint
 
+    def data(self) -> str:
+        """Return what records keep of the data, as `data_fingerprint`, after `check`."""
+        self.check()
+        return data_fingerprint(self._batches) if self._fixed else self._of_rows or self._fingerprint
+
     def _compared(self) -> Iterator[Any]:
-        found, count = Fingerprint(), 0
+        found, rows, count = Fingerprint(), RowFingerprint(), 0
         for count, batch in enumerate(self._told(), start=1):
             entries = list(found.marks(batch))
             marks = b"".join(mark[:_MARK] for _, mark in entries)
@@ -123,12 +129,15 @@ class RepeatedBatches:
                 raise self._different(f"got more than the {len(self._marks)} batches of the first walk in the second")
             else:
                 self._marks.append(marks)
+                rows.add(batch)
             yield batch
         if count < len(self._marks):
             raise self._different(
                 f"got {count} batches in the second walk and {len(self._marks)} in the first, as of data that can be "
                 "walked through once"
             )
+        if not self._walks:
+            self._of_rows = rows.text()
         self._walks += 1
         self._fingerprint = found.hexdigest()
 

@@ -122,7 +122,7 @@ def measure_flips_to_break(
         greater_is_better=greater_is_better,
         chance=chance,
         clean=clean[name],
-        data="" if source is None else source.fingerprint(),
+        data="" if source is None else source.data(),
         versions=library_versions(),
         notes=selection.notes,
     )

@@ -90,7 +90,7 @@ def measure_indicators(
     model = whole_model(model)
     selection = Reach(model).select(**target)
     over_data = LossOverData(model, selection.parameters, batches, loss, progress=progress)
-    data = over_data.gradients.fingerprint()
+    data = over_data.gradients.data()
     gradient = list(over_data.gradient().values())
     notes = list(selection.notes)
     if not _is_finite(gradient):

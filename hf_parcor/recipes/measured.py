@@ -15,11 +15,12 @@ from hf_parcor.arguments import check_count
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.corruptions.corruption import GradientSource, Strength
 from hf_parcor.evaluation import CorruptionEvaluator, LayerProbe
-from hf_parcor.evaluation.fingerprint import fingerprint, fingerprint_of_weights
+from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import Metric
 from hf_parcor.evaluation.metrics import BatchMetric, WithDivergence
 from hf_parcor.evaluation.replicas import whole_model
+from hf_parcor.evaluation.row_fingerprint import is_data
 from hf_parcor.indicators.format_scores import metric_and_batches
 from hf_parcor.injection import Pieces
 from hf_parcor.records.curves import metric_drop
@@ -194,7 +195,7 @@ def measure_pairs(
     if scores.weights and fingerprint_of_weights(model) != scores.weights:
         raise ValueError("model: expected the weights that were scored, got others; call sensitivity again")
     metric, batches = metric_and_batches(metric, batches, loss)
-    if scores.data and fingerprint(batches) != scores.data:
+    if scores.data and not is_data(batches, scores.data):
         raise ValueError("metric: expected the data that was scored, got other; give what sensitivity was given")
     if by == DIVERGENCE and isinstance(metric, BatchMetric):
         metric = WithDivergence(metric, model)

@@ -1,6 +1,6 @@
 """What was measured, as files: plain frozen data, JSON in and out. Nothing here needs PyTorch."""
 
-from hf_parcor.records.data import EvaluationData
+from hf_parcor.records.data import OF_ROWS, EvaluationData, same_data
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.records.flips import FlipRecord
 from hf_parcor.records.indicators import ConstraintIndicators, Estimate, IndicatorRecord
@@ -11,6 +11,7 @@ from hf_parcor.records.sensitivity import FormatScore, SensitivityRecord, Weight
 from hf_parcor.records.stored import StoredRecord
 
 __all__ = [
+    "OF_ROWS",
     "Choice",
     "ConstraintIndicators",
     "CorruptionRecord",
@@ -29,4 +30,5 @@ __all__ = [
     "StoredRecord",
     "SweepRecord",
     "WeightGroup",
+    "same_data",
 ]

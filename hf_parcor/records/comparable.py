@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from hf_parcor.records.data import EvaluationData
+from hf_parcor.records.data import EvaluationData, same_data
 from hf_parcor.records.evaluation import EvaluationRecord
 
 SEVERAL_TASKS = ("", "text2text-generation")  # what says nothing, or is said of translation and summarization alike
@@ -106,7 +106,7 @@ def asked_for(record: EvaluationRecord) -> str:
 def data_differ(first: EvaluationRecord, other: EvaluationRecord) -> bool:
     """Return whether two records are known to be of different data."""
     one, two = first.evaluated_on, other.evaluated_on
-    if one is None or two is None or (first.data and first.data == other.data):
+    if one is None or two is None or same_data(first.data, other.data):
         return False
     named = _both_or_neither(one, two) and (one.id or one.name) != (two.id or two.name)
     pairs = [(getattr(one, name), getattr(two, name)) for name in _FIELDS]
@@ -117,7 +117,7 @@ def data_may_differ(first: EvaluationRecord, other: EvaluationRecord) -> bool:
     """Return whether the fingerprints of two records differ, and neither says that the data are the same."""
     named = [record.evaluated_on for record in (first, other)]
     told = named[0] == named[1] and named[0] is not None and named[0].is_known
-    return first.data != other.data and bool(first.data and other.data) and not told
+    return same_data(first.data, other.data) is False and not told
 
 
 def _both_or_neither(one: EvaluationData, two: EvaluationData) -> bool:

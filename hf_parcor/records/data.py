@@ -11,6 +11,21 @@ _SOURCE = re.compile(r"hf://datasets/([^@/]+/[^@/]+)@([0-9a-f]{40})/")
 _SPLIT = re.compile(r"(?P<split>[^\[\]:]*)(?:\[:(?P<limit>\d+)\])?")
 _LOADERS = ("csv", "json", "pandas", "parquet", "text", "generator", "arrow")
 _UNNAMED = "the evaluation data"
+OF_ROWS = "rows:"  # before the fingerprint of rows; that of batches has nothing before it
+
+
+def same_data(one: str, other: str) -> bool | None:
+    """Return whether two fingerprints are of the same data; None where that is not known.
+
+    It is not where there is none, or one is of rows and the other of batches, as in earlier records.
+
+    Examples:
+        >>> same_data("rows:12", "rows:12"), same_data("rows:12", "rows:34"), same_data("rows:12", "56")
+        (True, False, None)
+    """
+    if not one or not other or one.startswith(OF_ROWS) != other.startswith(OF_ROWS):
+        return None
+    return one == other
 
 
 @dataclass(frozen=True)

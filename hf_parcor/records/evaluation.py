@@ -105,7 +105,9 @@ class EvaluationRecord(StoredRecord):
         parameters: Number k of the weights that could be corrupted.
         clean: The metrics without corruption.
         corruptions: One record for each corruption.
-        data: SHA-256 of the batches that gradients were taken on, or "" where no batches were given.
+        data: Fingerprint of the data that gradients were taken on: "rows:" and the SHA-256 of all rows, whatever
+            batches they came in; a SHA-256 alone is that of the batches, where these had no rows that can be told
+            apart, and in earlier records. "" where no batches were given.
         versions: Versions of the libraries.
         notes: What was noticed, in sentences.
         weights_norm: L2 norm of the weights that could be corrupted, the measure of a radius; None in records from
@@ -308,7 +310,7 @@ class SweepRecord(StoredRecord):
 
     @property
     def data(self) -> str:
-        """SHA-256 of the batches that gradients were taken on, or "" where no batches were given."""
+        """Fingerprint of the data that gradients were taken on, as in `EvaluationRecord`."""
         return self._first.data
 
     @property

@@ -27,7 +27,7 @@ class FlipRecord(StoredRecord):
         clean: The metric of the model as it is.
         values: The metric after 0, 1, 2, ... flips; the first is that of the weights as they are stored, rounded to
             integer codes say. NaN where it was not finite.
-        data: SHA-256 of the batches that gradients were taken on; "" if there were none.
+        data: Fingerprint of the data that gradients were taken on, as in `EvaluationRecord`; "" if there were none.
         versions: Versions of the libraries.
         notes: What was noticed, in sentences.
         format: Version of this layout.

@@ -110,7 +110,7 @@ class IndicatorRecord(StoredRecord):
         hessian_trace: tr(H), a sample for each probe.
         indicators: One entry for each constraint.
         seed: First seed of probes and of random corruptions.
-        data: SHA-256 of the batches.
+        data: Fingerprint of the data, as in `EvaluationRecord`.
         versions: Versions of the libraries.
         notes: What was noticed, in sentences.
         format: Version of this layout.

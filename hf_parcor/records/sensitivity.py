@@ -79,7 +79,7 @@ class SensitivityRecord(StoredRecord):
         outside: The linear modules that are in no group, and so stay as they are.
         kinds: By the class of what holds matrices: how many of these modules are in a group, and how many there are;
             empty in records from before it was kept.
-        data: SHA-256 of the batches.
+        data: Fingerprint of the data, as in `EvaluationRecord`.
         weights: SHA-256 of all parameters and buffers of the model.
         evaluated_on: The data; None where nobody said.
         task: The Hub's name of the task.

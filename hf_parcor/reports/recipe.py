@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from hf_parcor.records.curves import short
+from hf_parcor.records.data import same_data
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
 from hf_parcor.records.recipe import RecipeRecord
 from hf_parcor.records.sensitivity import DIVERGENCE, SensitivityRecord
@@ -266,10 +267,10 @@ def _notes(told: _Told, measured: EvaluationRecord | None) -> list[str]:
         )
     if measured is None:
         said.append("The recipe was not measured as a whole: that costs add up is an assumption.")
-    elif scores.data and measured.data:
+    elif (same := same_data(scores.data, measured.data)) is not None:
         said.append(
             "Chosen and measured on the same rows: what was lucky there was chosen, so it is a little too good."
-            if scores.data == measured.data
+            if same
             else "Chosen on some rows, and measured as a whole on others: these numbers owe nothing to the choice."
         )
     if told.recipe.base is not None:

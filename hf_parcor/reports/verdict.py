@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from hf_parcor.records.comparable import data_may_differ
 from hf_parcor.records.curves import metric_drop
+from hf_parcor.records.data import OF_ROWS, same_data
 from hf_parcor.records.evaluation import EvaluationRecord
 from hf_parcor.records.metric_info import POINTS, SHARE
 from hf_parcor.records.sensitivity import SensitivityRecord
@@ -689,18 +690,21 @@ def data_caveat(study: Study) -> list[str]:
     """Return a sentence where the records may be of different data, as far as they say."""
     distinct = {(record.data, record.evaluated_on): record for record in study.records}
     named = {record.evaluated_on for record in distinct.values() if record.data}
-    if any(data_may_differ(*pair) for pair in combinations(distinct.values(), 2)):
+    pairs = list(combinations(distinct.values(), 2))
+    if any(data_may_differ(*pair) for pair in pairs):
         known = all(one is not None and one.is_known for one in named)
         told = "do not name one and the same" if known else "do not all say what they were measured on"
         return [
             f"The records have different data fingerprints, and {told}: they may be of different data, and "
             "their differences may come from that."
         ]
-    if len({record.data for record in study.records if record.data}) > 1:
+    different = [pair for pair in pairs if same_data(*(record.data for record in pair)) is False]
+    if different:
         rows = " and as many rows" if all(one is not None and one.rows is not None for one in named) else ""
+        divided = "their order" if all(one.data.startswith(OF_ROWS) for one, _ in different) else "batches"
         return [
             f"The records have different data fingerprints, though the data have one name{rows}: "
-            "tokenizers, lengths or batches differ, or the contents do."
+            f"tokenizers, lengths or {divided} differ, or the contents do."
         ]
     return []
 

@@ -889,6 +889,24 @@ class TestTrain:
         assert [label.split()[0] for label in labels] == measured
         assert DefenseConfig.from_pretrained("out").defense.corruptions == (Quantization(2), Quantization(3))
 
+    def test_its_record_is_of_the_data_that_evaluate_measures_on(self, run, classifier_folder, sentences):
+        """Whatever their batches: both sort rows by length, and compare has nothing to say of the data."""
+        copied = shutil.copy(sentences, "copy.tsv")
+        trained = self.train(
+            run,
+            *(classifier_folder, "--train-dataset", copied, "--dataset", sentences, "--output-dir", "out"),
+            *("--corruptions", "quantization=4", "--per-device-eval-batch-size", 4),
+        )
+        measured = run(
+            f"evaluate {classifier_folder} --dataset {sentences} --output-dir plain --batch-size 1 "
+            "--corruptions quantization=4"
+        )
+        assert trained.code == measured.code == 0
+        records = [EvaluationRecord.load(f"{folder}/robustness.json") for folder in ("plain", "out")]
+        assert records[0].data == records[1].data
+        assert records[0].weights != records[1].weights
+        assert "data" not in run("compare plain out").out
+
     def test_labels_of_the_model_are_kept(self, run, tmp_path, classifier_folder, sentences):
         run(
             f"train {classifier_folder} --dataset {sentences} --output-dir out --max-steps 1 --use-cpu "

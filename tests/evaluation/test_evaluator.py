@@ -31,6 +31,7 @@ from hf_parcor import (
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
+from hf_parcor.evaluation.row_fingerprint import data_fingerprint
 from hf_parcor.records import EvaluationData
 from hf_parcor.targets import TargetError
 
@@ -224,7 +225,7 @@ class TestRecord:
         assert record.weights == fingerprint_of_weights(classifier)
         assert set(record.versions) == {"hf-parcor", "torch", "transformers", "accelerate"}
         assert torch.__version__.startswith(record.versions["torch"])
-        assert len(record.data) == 64
+        assert record.data == data_fingerprint(batches)
         assert record.clean.seeds == (9,)
         assert (record.clean.changed, record.clean.norm) == (0, 0)
         assert record.clean.metrics == {

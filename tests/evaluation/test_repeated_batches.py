@@ -21,6 +21,7 @@ from hf_parcor import (
 from hf_parcor.evaluation import ClassificationMetric, DatasetGradients
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.repeated_batches import RepeatedBatches, drawn_once
+from hf_parcor.evaluation.row_fingerprint import data_fingerprint
 from hf_parcor.indicators import LossOverData
 
 ROWS = [{"input_ids": torch.arange(row, row + 6) % 19 + 1, "labels": torch.tensor(row % 2)} for row in range(10)]
@@ -151,6 +152,7 @@ def test_no_generator_is_another_afterwards(workers):
     batches = RepeatedBatches(DataLoader(ROWS, 4, generator=own, num_workers=workers))
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), own.get_state()  # noqa: NPY002
     assert batches.fingerprint() == fingerprint(batches_of())
+    assert batches.data() == data_fingerprint(batches_of())
     DatasetGradients(nn.Identity(), {}, batches)
     after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), own.get_state()  # noqa: NPY002
     assert torch.equal(before[0], after[0])
@@ -175,6 +177,7 @@ class TestTheCost:
         batches.check()
         batches.check()
         batches.fingerprint()
+        batches.data()
         assert Counted.read == 20, "two walks, of which the first has the fingerprint"
         fixed = RepeatedBatches([ROWS[0]])
         fixed.check()
@@ -196,4 +199,4 @@ class TestTheCost:
         evaluator = CorruptionEvaluator(classifier, ClassificationMetric(loader), loader, progress=False)
         first = evaluator.evaluate(GRADIENT)
         del rows[5:]
-        assert evaluator.evaluate(GRADIENT).data != first.data == fingerprint(batches_of())
+        assert evaluator.evaluate(GRADIENT).data != first.data == data_fingerprint(batches_of())

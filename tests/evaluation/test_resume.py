@@ -305,7 +305,7 @@ class TestSweepRecord:
         record = sweep()
         path = record.save(tmp_path / "new" / "sweep.json")
         assert SweepRecord.load(path) == record
-        assert (record.trials, record.seed, len(record.weights), len(record.data)) == (2, 0, 64, 64)
+        assert (record.trials, record.seed, len(record.weights), len(record.data)) == (2, 0, 64, 69)
         assert list(record.records) == ["layer-norm", "attention", "embedding", "output", "linear"]
         assert record.model == "BertForSequenceClassification"
         assert record.versions["torch"]

@@ -526,6 +526,10 @@ class TestData:
             (("1", "1"), (None, None), ""),
             (("1", "1"), (DEV, DEV), ""),
             (("1", ""), (None, None), ""),
+            (("rows:1", "rows:2"), (None, None), "may be of different data"),
+            (("rows:1", "rows:2"), (DEV, DEV), "their order differ"),
+            (("rows:1", "rows:1"), (None, None), ""),
+            (("rows:1", "2"), (None, None), ""),  # of which one is of batches: not known
         ],
     )
     def test_of_two_models(self, record_of, tmp_path, data, named, said):
