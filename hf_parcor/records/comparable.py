@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
+from typing import TypeAlias
 
 from hf_parcor.records.data import EvaluationData, same_data
-from hf_parcor.records.evaluation import EvaluationRecord
+from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
 
 SEVERAL_TASKS = ("", "text2text-generation")  # what says nothing, or is said of translation and summarization alike
 _FIELDS = ("config", "split", "revision", "rows")
@@ -51,6 +53,48 @@ def check_comparable(records: Mapping[str, EvaluationRecord]) -> None:
                 f"records: expected all measured on the same data, got {first.evaluated_on} for {name!r} and "
                 f"{second.evaluated_on} for {other!r}; measure them on the same data, or report each by itself"
             )
+
+
+Identity: TypeAlias = tuple[str, str, int]
+
+
+def by_identity(rows: Iterable[CorruptionRecord]) -> dict[Identity, CorruptionRecord]:
+    """Return rows by what makes them rows of one corruption in two records: its name, its label, which of these it is.
+
+    Examples:
+        >>> rows = [CorruptionRecord("quantization", f"{bits}-bit quantization", {}, (0,), {}) for bits in (4, 3, 4)]
+        >>> list(by_identity(rows))[1:]
+        [('quantization', '3-bit quantization', 0), ('quantization', '4-bit quantization', 1)]
+    """
+    found: dict[Identity, CorruptionRecord] = {}
+    seen: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        name = row.corruption, row.label
+        found[*name, seen[name]] = row
+        seen[name] += 1
+    return found
+
+
+def in_one_alone(models: Mapping[str, Iterable[CorruptionRecord]]) -> dict[str, list[str]]:
+    """Return the labels of the corruptions that no other model was measured under, by the name of the model.
+
+    Args:
+        models: Corrupted rows, by the name of the model.
+
+    Raises:
+        ValueError: There are two models or more, and no two have a corruption in common.
+    """
+    found = {name: by_identity(rows) for name, rows in models.items()}
+    counts = Counter(key for keys in found.values() for key in keys)
+    if len(found) > 1 and counts and max(counts.values()) == 1:
+        told = "; ".join(
+            f"{name!r}: {', '.join(label for _, label, _ in keys) or 'none'}" for name, keys in found.items()
+        )
+        raise ValueError(
+            "records: expected corruptions that two of them have, got nothing in common but the clean model "
+            f"({told}); evaluate them under the same"
+        )
+    return {name: [row.label for key, row in rows.items() if counts[key] == 1] for name, rows in found.items()}
 
 
 def check_repetitions(groups: Mapping[str, Sequence[EvaluationRecord]], model: str = "") -> None:

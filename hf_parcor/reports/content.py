@@ -200,7 +200,8 @@ def means(study: Study) -> dict[str, Any]:
                 for name, point in points
             ]
     stated = {"metric": study.metric, "greater_is_better": study.greater_is_better, "unit": study.info.unit}
-    return {**stated, "means": found}
+    alone = {"in_one_alone": {model: labels for model, labels in study.in_one_alone.items() if labels}}
+    return {**stated, **alone, "means": found}
 
 
 def difference_table(study: Study, numbers: Numbers) -> Table:
@@ -444,7 +445,12 @@ def content_of(study: Study, numbers: Numbers, title: str) -> Content:
         title=title,
         metric=study.metric,
         numbers=numbers,
-        findings=[*map(Finding, data_caveat(study) * compared), *verdict(study, numbers), *_guess(study)],
+        findings=[
+            *map(Finding, data_caveat(study) * compared),
+            *verdict(study, numbers),
+            *_alone(study),
+            *_guess(study),
+        ],
         guesses=study.info.guesses(study.metric),
         notes=notes(study),
         heat_maps=[heat_map(study, series, numbers) for series in study.curves],
@@ -458,6 +464,12 @@ def content_of(study: Study, numbers: Numbers, title: str) -> Content:
         measured_on=measured_on(study),
         commands=commands(study),
     )
+
+
+def _alone(study: Study) -> list[Finding]:
+    """Return what was not compared, since one model alone was measured under it, if there is any."""
+    told = [f"{model}: {'; '.join(labels)}" for model, labels in study.in_one_alone.items() if labels]
+    return [Finding("Not compared, since no other model was measured under it:", ". ".join(told))] if told else []
 
 
 def _guess(study: Study) -> list[Finding]:

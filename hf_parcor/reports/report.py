@@ -37,8 +37,8 @@ class RobustnessReport:
         title: The heading. None for the names of metric and models.
 
     Raises:
-        ValueError: There are no records or no corruptions, repetitions are not alike, the metric is missing, or the
-            records state different directions or units of it.
+        ValueError: There are no records or no corruptions, repetitions have none in common, the metric is missing, or
+            the records state different directions or units of it.
         ImportError: Measurements were repeated and SciPy is not installed.
 
     Examples:
@@ -86,7 +86,8 @@ class RobustnessReport:
             title: As in the constructor.
 
         Raises:
-            ValueError: As in the constructor, or there are fewer than two models.
+            ValueError: As in the constructor, or there are fewer than two models, or no two have a corruption in
+                common.
             ImportError: As in the constructor.
         """
         if len(models) < 2:
@@ -113,6 +114,7 @@ class RobustnessReport:
     def to_json(self) -> str:
         """Return metric, verdict, notes and every mean as standard JSON, for programs.
 
+        `in_one_alone` has the labels of what is not compared, since one model alone was measured under it, by model.
         Each of `means` has `model`, `group`, `corruption` ("none" for the clean model), `strength`, `mean`, `interval`
         (of 95 % confidence, null where nothing was repeated) and `values`, one a repetition, in the metric's own
         numbers: shares of 1, not percent. NaN and infinities are strings, as in records.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TypeAlias
 
-from hf_parcor.records.comparable import asked_for, check_comparable, check_repetitions
+from hf_parcor.records.comparable import asked_for, by_identity, check_comparable, check_repetitions, in_one_alone
 from hf_parcor.records.curves import Series, metric_drop
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.records.metric_info import MetricInfo, agreed
@@ -117,6 +117,8 @@ class Study:
         models: The records: by the name of the model, then of the group, one a repetition.
         curves: By the series, then by model and group; those that were not measured are missing.
         groupings: What the groups are, such as "kinds", by the name of the model, where a probe says so.
+        in_one_alone: The labels of what no other model was measured under, by the name of the model; empty for one.
+        left_out: The labels of what not all repetitions of a group have, by the name of the model.
     """
 
     metric: str
@@ -124,6 +126,8 @@ class Study:
     models: Mapping[str, Mapping[str, tuple[EvaluationRecord, ...]]]
     curves: Mapping[Series, Mapping[tuple[str, str], Curve]]
     groupings: Mapping[str, str]
+    in_one_alone: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -143,8 +147,9 @@ class Study:
             unit: Its unit; None for what the records say.
 
         Raises:
-            ValueError: There are no records or no corruptions, repetitions are of different corruptions or groups, a
-                corruption stands in a record twice, the metric is missing, or records state different things of it. Or
+            ValueError: There are no records or no corruptions, repetitions of one model have none in common, or other
+                groups, no two models have a corruption in common, one
+                stands in a record twice, the metric is missing, or records state different things of it. Or
                 records do not belong together: see `check_comparable` and `check_repetitions`; or two models are one
                 and the same record.
         """
@@ -164,7 +169,10 @@ class Study:
                     curves.setdefault(series, {})[name, group] = curve
         if not curves:
             raise ValueError("records: expected at least one with a corruption, got none; evaluate a model first")
-        return cls(metric, info, gathered, curves, {name: _grouping(records) for name, records in models.items()})
+        alone = in_one_alone({name: _measured_under(groups) for name, groups in gathered.items()})
+        left_out = {name: left for name, groups in gathered.items() if (left := _left_out(groups))}
+        groupings = {name: _grouping(records) for name, records in models.items()}
+        return cls(metric, info, gathered, curves, groupings, alone if len(gathered) > 1 else {}, left_out)
 
     @property
     def greater_is_better(self) -> bool:
@@ -270,14 +278,16 @@ def _check(models: Mapping[str, Mapping[str, tuple[EvaluationRecord, ...]]]) -> 
 def _curves(
     group: str, records: tuple[EvaluationRecord, ...], metric: str, greater_is_better: bool
 ) -> dict[Series, Curve]:
-    labels = [row.label for row in records[0].corruptions]
-    if any([row.label for row in record.corruptions] != labels for record in records):
-        raise ValueError(f"records of {group!r}: expected the same corruptions in each; evaluate them alike")
+    shared = _shared(records)
+    if not shared and any(record.corruptions for record in records):
+        raise ValueError(
+            f"records of {group!r}: expected the same corruptions in each, got none that all have; evaluate them alike"
+        )
     cleans = [record.clean for record in records]
     counted_wrong = any(any(row.not_finite) for row in cleans)
     clean = Point(0.0, "no corruption", _values(cleans, metric), counted_wrong)
     points: dict[Series, list[Point]] = {}
-    for place, rows in enumerate(zip(*(record.corruptions for record in records), strict=True)):
+    for place, rows in enumerate(shared):
         series = Series.of(rows[0])
         points.setdefault(series, []).append(_point(series, place, rows, metric, cleans))
     curves = {}
@@ -285,10 +295,35 @@ def _curves(
         ordered = sorted(of_series, key=lambda point: -point.strength if series.strength == "bits" else point.strength)
         if len({point.name for point in ordered}) < len(ordered):
             raise ValueError(
-                f"records of {group!r}: expected each corruption once, got {labels}; leave out the others"
+                f"records of {group!r}: expected each corruption once, got "
+                f"{[row.label for row in records[0].corruptions]}; leave out the others"
             )
         curves[series] = Curve(clean, tuple(ordered), greater_is_better)
     return curves
+
+
+def _shared(records: Sequence[EvaluationRecord]) -> list[tuple[CorruptionRecord, ...]]:
+    """Return the rows of what all of some records were measured under, in the order of the first."""
+    first, *others = (by_identity(record.corruptions) for record in records)
+    return [
+        (row, *(rows[key] for rows in others)) for key, row in first.items() if all(key in rows for rows in others)
+    ]
+
+
+def _measured_under(groups: Mapping[str, Sequence[EvaluationRecord]]) -> list[CorruptionRecord]:
+    """Return one row for each corruption that all repetitions of some group have."""
+    rows = [row for records in groups.values() for row, *_ in _shared(records)]
+    return list({(row.corruption, row.label): row for row in rows}.values())
+
+
+def _left_out(groups: Mapping[str, Sequence[EvaluationRecord]]) -> list[str]:
+    """Return the labels of what not all repetitions of a group have."""
+    found: list[str] = []
+    for records in groups.values():
+        kept = {(row.corruption, row.label) for row, *_ in _shared(records)}
+        rows = (row for record in records for row in record.corruptions)
+        found += [row.label for row in rows if (row.corruption, row.label) not in kept]
+    return list(dict.fromkeys(found))
 
 
 def _point(

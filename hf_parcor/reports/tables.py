@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from hf_parcor.records.comparable import check_comparable
+from hf_parcor.records.comparable import by_identity, check_comparable, in_one_alone
 from hf_parcor.records.curves import Series
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
 from hf_parcor.records.metric_info import agreed
@@ -93,28 +93,36 @@ def comparison_table(
     """Return a Markdown table: a row for each corruption, a column for each record.
 
     A cell is the mean over trials and, where there are several, ± the sample standard deviation. Of two records a last
-    column shows the change.
+    column shows the change. Rows are those that two records have, whatever their order; what only one of several has
+    is left out, see `in_one_alone`, and what one of three lacks is a dash there.
 
     Args:
-        records: Records by the name of their column, all of the same corruptions.
+        records: Records by the name of their column.
         metric: Which metric to show.
         unit: As in `MetricInfo`; numbers are written as `Numbers` does. None, the default, for what the records say.
 
     Raises:
-        ValueError: There are no records, they are not of the same corruptions, they lack the metric, state different
+        ValueError: There are no records, no two have a corruption in common, they lack the metric, state different
             units of it, or are of other data or tasks; see `check_comparable`.
     """
+    if not records:
+        raise ValueError("records: expected one or more, got none; pass what an evaluator returned")
     check_comparable(records)
-    columns = [record.rows() for record in records.values()]
-    labels = [[row.label for row in rows] for rows in columns]
-    if not labels or any(other != labels[0] for other in labels):
-        raise ValueError(
-            "records: expected one or more of the same corruptions in the same order; evaluate them alike"
-        )
+    in_one_alone({name: record.corruptions for name, record in records.items()})
     numbers = _numbers(records, metric, unit)
+    columns = [by_identity(record.corruptions) for record in records.values()]
+    lines: list[tuple[CorruptionRecord | None, ...]] = [tuple(record.clean for record in records.values())]
+    for key in dict.fromkeys(key for column in columns for key in column):
+        line = tuple(column.get(key) for column in columns)
+        if sum(row is not None for row in line) > 1 or len(columns) == 1:
+            lines.append(line)
     rows = [
-        [cells[0].label, *(_cell(cell, metric, numbers) for cell in cells), *_change(cells, metric, numbers)]
-        for cells in zip(*columns, strict=True)
+        [
+            next(row.label for row in line if row is not None),
+            *("–" if row is None else _cell(row, metric, numbers) for row in line),
+            *_change(line, metric, numbers),
+        ]
+        for line in lines
     ]
     return markdown_table([numbers.head(metric), *records, *["change"] * (len(records) == 2)], rows)
 
@@ -174,7 +182,8 @@ def _cell(record: CorruptionRecord, metric: str, numbers: Numbers) -> str:
     return numbers.with_spread(record.mean(metric), record.deviation(metric))
 
 
-def _change(cells: tuple[CorruptionRecord, ...], metric: str, numbers: Numbers) -> list[str]:
-    if len(cells) != 2:
+def _change(line: tuple[CorruptionRecord | None, ...], metric: str, numbers: Numbers) -> list[str]:
+    if len(line) != 2:
         return []
-    return [numbers.plain_difference(cells[-1].mean(metric) - cells[0].mean(metric), sign=True)]
+    first, second = (row.mean(metric) for row in line if row is not None)
+    return [numbers.plain_difference(second - first, sign=True)]

@@ -674,6 +674,9 @@ def notes(study: Study) -> list[str]:
             "vector, so it is more for a group whose weights have a small norm."
         )
     found += [*data_caveat(study)]
+    for model, labels in study.left_out.items():
+        named = f" of {model}" * bool(model)
+        found.append(f"Left out, since not all records{named} have it: {'; '.join(labels)}.")
     noticed = [
         note
         for record in study.records

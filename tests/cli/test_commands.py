@@ -38,6 +38,7 @@ from hf_parcor import (
     ConductanceDrift,
     CorruptionConstraint,
     CorruptionEvaluator,
+    CorruptionRecord,
     DefenseConfig,
     EvaluationRecord,
     FirstLookReport,
@@ -559,6 +560,26 @@ class TestReportAndCompare:
         assert result.code == 0
         assert "| accuracy" not in result.out
         assert result.out.strip()
+
+    def test_compare_what_records_share(self, run):
+        def record(name, corruptions, value):
+            rows = [CorruptionRecord("any", label, {}, (0,), {"accuracy": (value,)}) for label in corruptions]
+            clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,)})
+            EvaluationRecord(name, {}, 1, clean, tuple(rows)).save(f"{name}.json")
+
+        record("plain", ["one", "two", "three"], 0.5)
+        record("other", ["four", "three", "two"], 0.6)
+        record("apart", ["five"], 0.6)
+        printed = run("compare plain.json other.json --pages page.md").out
+        rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")][2:]
+        assert rows == ["no corruption", "two", "three"]
+        for said in (printed, Path("page.md").read_text(), run("compare plain.json other.json --json").out):
+            assert "one" in said
+            assert "four" in said
+        for flags in ("", " --json", " --pages none.md"):
+            result = run(f"compare plain.json apart.json{flags}")
+            assert (result.code, result.out, Path("none.md").exists()) == (2, "", False)
+            assert "in common" in result.err
 
     @pytest.mark.slow
     def test_what_the_metric_means_is_what_the_flags_say(self, run, outputs):

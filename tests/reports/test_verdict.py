@@ -1,5 +1,6 @@
 """The verdict says what the numbers say, and no more."""
 
+import json
 import math
 import re
 import statistics
@@ -507,9 +508,29 @@ class TestComparison:
 
     def test_nothing_in_common(self, record_of):
         models = {"plain": record_of({1.0: 0.5}), "other": record_of({1.0: 0.5}, corruption="random")}
-        assert RobustnessReport.compare(models).verdict == [
-            "other and plain have no corruption of the same group in common."
-        ]
+        with pytest.raises(ValueError, match="got nothing in common but the clean model"):
+            RobustnessReport.compare(models)
+        both = record_of({1.0: 0.5})
+        both = replace(both, corruptions=both.corruptions + models["other"].corruptions)
+        assert "other and plain have no corruption of the same group in common." in (
+            RobustnessReport.compare({**models, "both": both}).verdict
+        )
+
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_what_two_share_is_compared_and_the_rest_named(self, record_of, tmp_path, order):
+        plain, other = record_of({0.1: 0.6, 0.2: 0.5, 0.3: 0.4}), record_of({0.2: 0.7, 0.3: 0.6, 0.4: 0.5})
+        other = replace(other, corruptions=other.corruptions[::order])
+        report = RobustnessReport.compare({"plain": plain, "other": other})
+        alike = RobustnessReport.compare(
+            {"plain": record_of({0.2: 0.5, 0.3: 0.4}), "other": record_of({0.2: 0.7, 0.3: 0.6})}
+        )
+        assert report.verdict[: len(alike.verdict)] == alike.verdict
+        [told] = report.verdict[len(alike.verdict) :]
+        assert [label for label in ("ε=0.1", "ε=0.2", "ε=0.3", "ε=0.4") if label in told] == ["ε=0.1", "ε=0.4"]
+        assert "ε=0.1" in report.to_markdown(tmp_path / "page.md").read_text().partition("- ")[0]
+        alone = json.loads(report.to_json())["in_one_alone"]
+        assert alone == {"plain": ["gradient L2 ε=0.1"], "other": ["gradient L2 ε=0.4"]}
+        assert json.loads(alike.to_json())["in_one_alone"] == {}
 
 
 class TestData:
@@ -627,8 +648,20 @@ class TestErrors:
             RobustnessReport(record_of({1.0: 0.5}), "f1")
 
     def test_repetitions_of_other_corruptions(self, record_of):
-        with pytest.raises(ValueError, match="expected the same corruptions in each; evaluate them alike"):
+        with pytest.raises(ValueError, match="expected the same corruptions in each, got none"):
             RobustnessReport([record_of({1.0: 0.5}), record_of({2.0: 0.5})])
+
+    def test_repetitions_are_taken_in_what_all_have(self, record_of, tmp_path):
+        first, second = record_of({0.1: 0.6, 0.2: 0.5}), record_of({0.2: 0.4, 0.1: 0.3, 0.3: 0.2}, model="second seed")
+        for runs, kept in (([first, second], (0.1, 0.2)), ([second, record_of({0.3: 0.1})], (0.3,))):
+            report = RobustnessReport(runs)
+            found = [mean for mean in json.loads(report.to_json())["means"] if mean["corruption"] != "none"]
+            assert [mean["strength"] for mean in found] == [f"ε={epsilon:g}" for epsilon in kept]
+            for mean, epsilon in zip(found, kept, strict=True):
+                rows = [row for run in runs for row in run.corruptions if row.settings["epsilon"] == epsilon]
+                assert mean["values"] == [row.mean("accuracy") for row in rows]
+            left = {row.label for run in runs for row in run.corruptions if row.settings["epsilon"] not in kept}
+            assert [label for label in left if not any(label in note for note in report.notes)] == []
 
     def test_probes_of_other_groups(self, record_of):
         with pytest.raises(ValueError, match="expected the same groups in each repetition"):
