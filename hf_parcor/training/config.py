@@ -90,6 +90,8 @@ def _member_from_plain(parts: tuple[Any, ...], value: Any, name: str) -> Any:
         if part is not NoneType:
             try:
                 return from_plain(part, value, name)
+            except _OwnClassError:
+                raise
             except ValueError as error:
                 errors.append(str(error))
     raise ValueError("; or ".join(errors))
@@ -107,12 +109,17 @@ def _dataclass_from_plain(kind: type, value: Any, name: str) -> Any:
     return kind(**{key: from_plain(hints[key], entry, f"{name}.{key}") for key, entry in value.items()})
 
 
+class _OwnClassError(ValueError):
+    """A file names a class of the user's own: it is sound, and nothing is imported from it."""
+
+
 def _corruption_from_plain(value: Any, name: str) -> Corruption:
     expected = f"an object with one of {', '.join(CORRUPTIONS)} and its settings"
-    if isinstance(value, dict) and any("." in str(kind) for kind in value):
-        expected += " (a class of your own is not imported from a file: build it from the settings there)"
-    _checked(isinstance(value, dict) and len(value) == 1 and set(value) <= set(CORRUPTIONS), value, name, expected)
+    _checked(isinstance(value, dict) and len(value) == 1, value, name, expected)
     ((kind, settings),) = value.items()
+    if "." in kind:
+        raise _OwnClassError(f"{name}: expected {expected}, got {kind!r}, a class of your own")
+    _checked(kind in CORRUPTIONS, value, name, expected)
     found: Corruption = from_plain(CORRUPTIONS[kind], settings, f"{name}.{kind}")
     return found
 
@@ -226,10 +233,8 @@ class DefenseConfig:
         from_plain(str, values[VERSION], VERSION)
         name = from_plain(str, values["defense"], "defense")
         if name not in DEFENSES:
-            own = "; a class of your own is not imported from a file: build it from the settings there"
-            raise ValueError(
-                f"defense: expected one of {', '.join(DEFENSES)}, got {name!r}{own if '.' in name else ''}"
-            )
+            told = f"defense: expected one of {', '.join(DEFENSES)}, got {name!r}"
+            raise _OwnClassError(f"{told}, a class of your own") if "." in name else ValueError(told)
         return cls(
             from_plain(DEFENSES[name], values["settings"], "settings"),
             **{target: from_plain(kind, values[target], target) for target, kind in _TARGETS.items()},
@@ -268,7 +273,8 @@ class DefenseConfig:
 
         Raises:
             OSError: There is no such file, or the Hub cannot be reached.
-            ValueError: The file is not what `save_pretrained` writes.
+            ValueError: The file is not what `save_pretrained` writes, or the defense or a corruption in it is of a
+                class of the user's own, which is not imported.
         """
         try:
             path = cached_file(
@@ -288,6 +294,11 @@ class DefenseConfig:
             ) from error
         try:
             return cls.from_dict(read_strict_json(str(path)))
+        except _OwnClassError as error:
+            raise ValueError(
+                f"{path}: {error}. Classes are not imported from a file: import it, and build the defense from the "
+                "settings in this one"
+            ) from error
         except (NotImplementedError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: {error}. The file is damaged or of another version of hf_parcor than "

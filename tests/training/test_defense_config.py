@@ -42,6 +42,11 @@ class Own(SAM):
     schedule: object = None
 
 
+@dataclass(frozen=True)
+class OwnNoise(GaussianNoise):
+    """A user's own corruption."""
+
+
 CONFIGS = {
     "every setting": DefenseConfig(
         MultiStepRisk(
@@ -115,17 +120,6 @@ def test_collections_become_tuples_and_sets_are_put_in_order():
     ("change", "says"),
     [
         ({"defense": "multistep"}, "defense: expected one of multi_step_risk, .*, got 'multistep'"),
-        ({"defense": "os.system"}, "got 'os.system'; a class of your own is not imported"),
-        (
-            {
-                "defense": "corruption",
-                "settings": {
-                    **DefenseConfig(CorruptionRisk(Quantization(4))).to_dict()["settings"],
-                    "corruption": [{"mine.Stuck": {"rate": 0.1}}],
-                },
-            },
-            "a class of your own is not imported",
-        ),
         ({"defense": None}, "defense: expected a string, got None"),
         ({"defense": "acrt"}, "expected exactly the settings .*alpha, got the unknown steps, .*, no alpha"),
         ({"settings": {"rho": 0.1}}, "got the unknown rho, no start_epoch, .*no constraint"),
@@ -163,6 +157,26 @@ def test_a_file_that_says_something_else_is_refused_by_name(change, says, tmp_pa
         DefenseConfig.from_pretrained(tmp_path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "install that version, or save the model again" in str(caught.value)
+
+
+@for_each(
+    ("defense", "own"),
+    [
+        (Own(L2), Own),
+        (CorruptionRisk([OwnNoise(0.1)]), OwnNoise),
+        (CorruptionRisk([Quantization(4), OwnNoise(0.1)]), OwnNoise),
+    ],
+)
+def test_a_class_of_the_users_own_is_named_and_no_damage(defense, own, tmp_path):
+    """It is written, so the file is sound; and one letter off in a name of the catalogue is no such class."""
+    path = DefenseConfig(defense).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(f"{own.__module__}.{own.__qualname__}")) as caught:
+        DefenseConfig.from_pretrained(tmp_path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert not re.search("damaged|another version|save the model again", str(caught.value))
+    path.write_text(path.read_text().replace(f"{own.__module__}.{own.__qualname__}", "gausian"))
+    with pytest.raises(ValueError, match="damaged"):
+        DefenseConfig.from_pretrained(tmp_path)
 
 
 @for_each(
