@@ -7,12 +7,12 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -29,6 +29,7 @@ from hf_parcor.cards.text import read_card, with_metadata
 _ATTEMPTS = 4
 _LONGEST_WAIT = 60.0
 _CONFLICT = (409, 412)
+_OFFLINE = "offline mode; unset HF_HUB_OFFLINE"
 _BUSY = (429, 500, 502, 503, 504)
 _WHY = {
     401: "the token is missing, wrong or has expired: run `hf auth login`",
@@ -82,13 +83,13 @@ class Change(NamedTuple):
 
     Attributes:
         update: Returns the card from the card that is there; "" for none.
-        files: What lies beside it.
+        files: Returns what lies beside it; pictures are drawn when the Hub has answered.
         message: Of the commit.
         check: Asks the Hub whether this may be said there, and raises a `ValueError` if not.
     """
 
     update: Callable[[str], str]
-    files: Mapping[str, bytes]
+    files: Callable[[], Mapping[str, bytes]]
     message: str
     check: Callable[[HfApi], None] = lambda api: None
 
@@ -101,6 +102,8 @@ def publish(change: Change, to: Destination) -> Published:
         ValueError: The card that is there cannot be updated.
     """
     api = to.api or HfApi()
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"{to.repo_id}: expected the Hub, got {_OFFLINE}; nothing local was changed")
     attempt = 0
     while True:
         outcome = _attempt(api, change, to)
@@ -121,7 +124,7 @@ def _attempt(api: HfApi, change: Change, to: Destination) -> Published | HubErro
     except LocalTokenNotFoundError as error:
         cause, found = error, "no token; run `hf auth login`, or set HF_TOKEN"
     except OfflineModeIsEnabled as error:
-        cause, found = error, "offline mode; unset HF_HUB_OFFLINE"
+        cause, found = error, _OFFLINE
     except HfHubHTTPError as error:
         cause, found = error, _refused(error)
     except (OSError, HTTP_ERROR) as error:
@@ -167,8 +170,9 @@ def _once(api: HfApi, change: Change, to: Destination) -> Published:
     changed = difference(text, card)
     if to.dry_run:
         return Published("", changed)
-    files = {**change.files, **({CARD: card.encode()} if card != text else {})}
-    old = [path for path in paths_in(info) if change.files and is_ours(path) and path not in files]
+    beside = change.files()
+    files = {**beside, **({CARD: card.encode()} if card != text else {})}
+    old = [path for path in paths_in(info) if beside and is_ours(path) and path not in files]
     operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
         *(CommitOperationAdd(path, content) for path, content in files.items()),
         *(CommitOperationDelete(path) for path in old),
@@ -232,9 +236,9 @@ def push_card(facts: ModelFacts, to: Destination) -> Published:
         ValueError: The card on the Hub cannot be updated; see `updated_card`. Or there is a result for a leaderboard
             that the data set on the Hub does not have.
     """
-    files = files_beside(facts)
+    files = cache(partial(files_beside, facts))
     message = _message(f"Robustness to parameter corruption of {facts.name}")
-    change = Change(lambda text: card_of(facts, files, text), files, message)
+    change = Change(lambda text: card_of(facts, files(), text), files, message)
     if eval_result_file(facts):
         change = change._replace(check=partial(_check_benchmark, facts))
     return publish(change, to)
@@ -288,7 +292,7 @@ def push_results(facts: ModelFacts, to: Destination) -> Published:
         earlier = values_of(read_card(text).front_matter).get("model-index")
         return with_metadata(text, {"model-index": beside_earlier_results(earlier, model_index(facts))})
 
-    return publish(Change(update, {}, _message(f"Results under parameter corruption of {facts.name}")), to)
+    return publish(Change(update, dict, _message(f"Results under parameter corruption of {facts.name}")), to)
 
 
 def _message(text: str) -> str:

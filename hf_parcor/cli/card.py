@@ -69,9 +69,20 @@ class Card(Command):
                 _push(facts, arguments)
 
 
+_SAME = "nothing would change"
+
+
 def _check_flags(arguments: argparse.Namespace) -> None:
     if arguments.push is None and (arguments.create_pr or arguments.results_only or arguments.revision):
         raise InputError("--push: expected a model on the Hub, got none beside flags for it; add --push REPO_ID")
+    if arguments.push is not None:
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE:  # before records are read and pictures drawn
+            raise InputError(
+                f"--push: expected the Hub, to read the card of {arguments.push}, got offline mode; unset "
+                "HF_HUB_OFFLINE, or leave --push out to see what would change in the folder"
+            )
     if arguments.only is not None and not arguments.results_only:
         raise InputError("--only: expected --results-only beside it, got none; add it, or leave --only out")
 
@@ -84,7 +95,7 @@ def _write(facts: ModelFacts, folder: Path, *, dry_run: bool) -> None:
 
     if dry_run:
         before = read_text(folder / CARD)
-        print(difference(before, card_of(facts, files_beside(facts), before)), end="")
+        print(difference(before, card_of(facts, files_beside(facts), before)) or f"{_SAME}\n", end="")
     else:
         print(write_card(folder, facts))
 
@@ -96,7 +107,7 @@ def _push(facts: ModelFacts, arguments: argparse.Namespace) -> None:
     push = push_results if arguments.results_only else push_card
     options = {name: getattr(arguments, name) for name in ("revision", "create_pr", "dry_run")}
     published = push(facts, Destination(arguments.push, **options))
-    print(published.difference if arguments.dry_run else published.url or "nothing has changed")
+    print(published.difference or _SAME if arguments.dry_run else published.url or "nothing has changed")
 
 
 def _folder(arguments: argparse.Namespace) -> Path:

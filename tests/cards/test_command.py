@@ -208,7 +208,9 @@ class TestCard:
         main(["card", str(run_dir)])
         capsys.readouterr()
         assert main(["card", str(run_dir), "--dry-run"]) == 0
-        assert capsys.readouterr().out == "", "what was written is what would be"
+        said = capsys.readouterr().out
+        assert len(said.splitlines()) == 1, "what was written is what would be"
+        assert not said.startswith(("+", "-"))
 
     def test_pushes(self, run_dir, repository, capsys):
         assert main(["card", str(run_dir), "--push", "me/tiny"]) == 0
@@ -220,6 +222,7 @@ class TestCard:
         asked = []
         published = SimpleNamespace(url="there", difference="")
         monkeypatch.setattr("hf_parcor.cards.push_card", lambda facts, to: asked.append((facts.name, to)) or published)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.chdir(run_dir)
         assert main(["card", ".", "--push", "me/tiny", "--revision", "dev", "--create-pr"]) == 0
         assert asked == [("tiny", Destination("me/tiny", revision="dev", create_pr=True))]
@@ -230,6 +233,28 @@ class TestCard:
         assert "+## Robustness to parameter corruption" in capsys.readouterr().out
         assert not any(request.startswith("POST") for request in hub.requests)
         assert not (run_dir / "README.md").exists()
+
+    def test_a_dry_run_of_a_push_that_changes_nothing_says_so(self, run_dir, repository, capsys):
+        assert main(["card", str(run_dir), "--push", "me/tiny"]) == 0
+        capsys.readouterr()
+        assert main(["card", str(run_dir), "--push", "me/tiny", "--dry-run"]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 1
+
+    @pytest.mark.parametrize("flags", [[], ["--dry-run"], ["--results-only"]])
+    def test_offline_is_told_before_anything_is_read_or_drawn(self, run_dir, monkeypatch, capsys, flags):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("hf_parcor.cli.card.facts_of_run", lambda *_: pytest.fail("records were read"))
+        assert main(["card", str(run_dir), "--push", "me/tiny", *flags]) == 2
+        assert "HF_HUB_OFFLINE" in capsys.readouterr().err
+        assert not (run_dir / "README.md").exists()
+
+    def test_pictures_wait_for_the_hub(self, run_dir, monkeypatch, capsys):
+        """Without a connection nothing is drawn first."""
+        monkeypatch.setattr("hf_parcor.cards.hub.files_beside", lambda _: pytest.fail("pictures were drawn"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("hf_parcor.cards.hub.card_on_hub", lambda *_: (_ for _ in ()).throw(ConnectionError()))
+        assert main(["card", str(run_dir), "--push", "me/tiny", "--dry-run"]) == 2
+        assert "ConnectionError" in capsys.readouterr().err
 
     def test_a_pull_request_with_one_result(self, run_dir, repository, capsys):
         words = ["--push", "me/tiny", "--results-only", "--only", "Gaussian σ=0.02", "--create-pr"]
@@ -253,7 +278,8 @@ class TestCard:
             (["RUN", "--push", "me/tiny", "--results-only", "--only", "x"], "take them from the table"),
         ],
     )
-    def test_mistakes(self, words, message, run_dir, capsys):
+    def test_mistakes(self, words, message, run_dir, capsys, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         assert main(["card", *(str(run_dir) if word == "RUN" else word for word in words)]) == MISTAKE
         assert message in capsys.readouterr().err
 
