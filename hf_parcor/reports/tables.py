@@ -33,13 +33,16 @@ class Table(NamedTuple):
     shares: tuple[tuple[float | None, ...], ...] = ()
 
 
-def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]], *, texts: int = 1) -> str:
+def markdown_table(
+    header: Iterable[str], rows: Iterable[Iterable[str]], *, texts: int = 1, longest: int | None = _LONGEST
+) -> str:
     r"""Return a Markdown table of escaped texts, its columns in line: texts at the left, numbers at the right.
 
     Args:
         header: The names of the columns.
         rows: The cells of each line.
         texts: How many columns, from the first on, hold texts.
+        longest: A longer cell runs out of its column, and widens no other; None for columns as wide as their cells.
 
     Examples:
         >>> print(markdown_table(["accuracy (%)", "plain"], [["no corruption", "92.3"], ["a|b", "60.0 ± 1.0"]]))
@@ -49,7 +52,7 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]], *, text
         | a\|b          | 60.0 ± 1.0 |
     """
     lines = [[text_of(cell) for cell in line] for line in (header, *rows)]
-    widths = [_width(column) for column in zip(*lines, strict=True)]
+    widths = [_width(column, longest) for column in zip(*lines, strict=True)]
     marks = [
         f":{'-' * (width - 1)}" if place < texts else f"{'-' * (width - 1)}:" for place, width in enumerate(widths)
     ]
@@ -62,8 +65,8 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]], *, text
     return "\n".join(f"| {line} |" for line in shown)
 
 
-def _width(column: Iterable[str]) -> int:
-    return max([_NARROWEST, *(len(cell) for cell in column if len(cell) <= _LONGEST)])
+def _width(column: Iterable[str], longest: int | None = _LONGEST) -> int:
+    return max([_NARROWEST, *(len(cell) for cell in column if longest is None or len(cell) <= longest)])
 
 
 def search_table(record: SearchRecord) -> str:
@@ -165,13 +168,13 @@ def group_table(
     shown = []
     for (name, _), columns in tables.items():
         header, *lines = zip(*columns, strict=True)
-        shown.append(f"{text_of(name)}\n\n{markdown_table(header, lines)}")
+        shown.append(f"{text_of(name)}\n\n{markdown_table(header, lines, longest=None)}")
     return "\n\n".join(shown)
 
 
 def _room(column: Iterable[str]) -> int:
     """Return how much of a line a column takes, with a bar and two spaces."""
-    return 3 + _width(map(text_of, column))
+    return 3 + _width(map(text_of, column), None)
 
 
 def _numbers(records: Mapping[str, EvaluationRecord], metric: str, unit: str | None) -> Numbers:

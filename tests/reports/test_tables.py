@@ -277,6 +277,11 @@ class TestGroupTable:
             "random, L2",
         ]
 
+    @pytest.mark.parametrize("length", [5, 39, 41, 90])
+    def test_every_line_is_as_long_whatever_the_names(self, length):
+        for table in group_table(self.records(["a", "b" * length], [0.1, 0.2])).split("\n\n")[1::2]:
+            assert len({len(line) for line in table.splitlines()}) == 1
+
     def test_groups_of_different_corruptions(self):
         with pytest.raises(ValueError, match="same corruptions"):
             group_table({**self.records("a", [0.1]), **self.records("b", [0.2])})
