@@ -23,6 +23,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedModel,
     set_seed,
 )
 
@@ -47,6 +48,12 @@ class ModelArguments:
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train LoRA adapters of this rank on all linear layers, and the head. Not set: all weights."
+        },
+    )
 
 
 @dataclass
@@ -87,6 +94,19 @@ def load_data(data: DataArguments, cache_dir: str | None) -> Mapping[str, datase
     return splits
 
 
+def with_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
+    """Return a classifier of which LoRA adapters on all linear layers and the head are trained, and nothing else."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(
+            f"lora_rank: expected PEFT, got {error}; install it: pip install 'hf-parcor[peft]'"
+        ) from error
+    adapters: Any = LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    adapted: PreTrainedModel = get_peft_model(model, adapters)
+    return adapted
+
+
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Return the share of right answers."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
@@ -109,6 +129,8 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(
         model_arguments.model_name_or_path, num_labels=len(labels), **origin
     )
+    if model_arguments.lora_rank is not None:
+        model = with_adapters(model, model_arguments.lora_rank)
 
     max_length = fitting_length(model, tokenizer, 128, data.max_seq_length)
 
@@ -155,6 +177,8 @@ def main() -> None:
             lengths = [len(tokens) for tokens in eval_rows["input_ids"]]
             by_length = eval_rows.select(sorted(range(len(lengths)), key=lengths.__getitem__))
             batches = DataLoader(by_length, batch_size=training.eval_batch_size, collate_fn=collator)
+            if model_arguments.lora_rank is not None:
+                model = model.merge_and_unload().requires_grad_(True)  # what is deployed, and all of it
             evaluator = CorruptionEvaluator(model, ClassificationMetric(batches), progress=not training.disable_tqdm)
             shown = measure_and_save(trainer, evaluator, corruptions, robustness, "accuracy")
             if shown:
