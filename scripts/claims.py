@@ -239,6 +239,22 @@ def worst_flips_are_harmless() -> tuple[bool, str]:
     return holds, f"int8 flips that break it, one number a seed: {seen}"
 
 
+# What is trained, the metric, the second and the third radius, and what may be lost of it.
+USUAL: dict[str, tuple[str, str, tuple[float, float], float, str]] = {
+    "vit": ("a small ViT, fine-tuned", "accuracy", (0.06, 0.24), 2.0, "two points"),
+    "lora": ("LoRA adapters of a small BERT, SST-2", "accuracy", (0.016, 0.064), 2.0, "two points"),
+    "causal-lm": ("a small Llama from scratch, from a third on", "loss", (0.2, 0.8), 0.05, "0.05 nats"),
+    "causal-lm-tuned": ("a small Llama, fine-tuned", "loss", (0.2, 0.8), 0.05, "0.05 nats"),
+    "seq2seq-tuned": ("a small translation model, fine-tuned, BLEU", "bleu", (0.16, 0.64), 2.0, "two points of BLEU"),
+}
+
+
+def usual(case: str, arm: str, rows: Rows, metric: str, margin: float = 0.0) -> Higher:
+    """Return whether an arm of a usual case is better than the plain one, or worse by less than a margin."""
+    pair = ("plain", arm) if metric == "loss" else (arm, "plain")
+    return arms(f"usual_cases/{case}", *pair, rows, margin=margin, metric=metric)
+
+
 PAPER_1, PAPER_2, OURS = "paper 1", "paper 2", "this repository"
 LSTM = "language_model"
 FIRST, FULL, SMALL = "sst2_first", "sst2_full", "sst2"
@@ -481,6 +497,24 @@ CLAIMS = [
             ("with the third", "defends better than from the fifth on", ("start-2", "defended"), WORST),
             ("with the first", "costs BLEU without corruption", ("plain", "start-0"), CLEAN),
         )
+    ),
+    *(
+        Claim(OURS, f"{what}: {case}, ε = {epsilon:g}", evidence)
+        for name, (case, metric, (epsilon, larger), margin, unit) in USUAL.items()
+        for what, epsilon, evidence in (
+            ("Harder to break along the gradient", epsilon, usual(name, "radius-2", WORST, metric)),
+            ("Harder to break along the gradient", larger, usual(name, "radius-3", WORST, metric)),
+            (
+                f"… and costs less than {unit} without corruption",
+                larger,
+                usual(name, "radius-3", CLEAN, metric, margin),
+            ),
+        )
+    ),
+    Claim(
+        OURS,
+        "From nothing on, the defense costs more without corruption than from a third on: a small Llama from scratch",
+        arms("usual_cases/causal-lm", "from-0", "radius-2", CLEAN, metric="loss"),
     ),
     Claim(OURS, "A defense makes the worst bit flips harmless", Seen(worst_flips_are_harmless), "worst_bit_flips"),
     Claim(OURS, "A defended step costs its K + 1 passes: counted", Seen(costs_its_passes), ""),

@@ -176,6 +176,23 @@ STUDIES: dict[str, dict[str, Study]] = {
             arms=("constant", "linear"),
         ),
     },
+    **{
+        f"usual-{case}": {
+            "small": Study(
+                f"with which radius to begin: {says}",
+                f"usual_cases --case {case}",
+                f"usual_cases/{case}",
+                model="--model" if case == "lora" else "",
+            )
+        }
+        for case, says in {
+            "vit": "a ViT, fine-tuned",
+            "lora": "LoRA adapters",
+            "causal-lm": "a decoder from scratch",
+            "causal-lm-tuned": "a decoder, fine-tuned",
+            "seq2seq-tuned": "a translation model, fine-tuned",
+        }.items()
+    },
     "translation": {
         "small": Study(
             "paper 2's Table 6 and Figure 3, on Multi30k",

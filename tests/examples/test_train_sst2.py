@@ -125,6 +125,22 @@ def test_one_json_file(files, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_are_trained_and_all_of_what_they_are_merged_into_is_measured(files, monkeypatch):
+    peft = pytest.importorskip("peft", reason="adapters need the extra 'peft'")
+    path = files / "settings.json"
+    path.write_text(json.dumps({**settings(files), "lora_rank": 2, "corruptions": ["quantization=4", "gradient=0.1"]}))
+    run([str(path)], monkeypatch)
+    base = BertForSequenceClassification.from_pretrained(files / "model")
+    merged = peft.PeftModel.from_pretrained(base, files / "out").merge_and_unload()
+    record = EvaluationRecord.load(files / "out" / "robustness.json")
+    weights = list(merged.parameters())
+    assert record.parameters == sum(weight.numel() for weight in weights)
+    assert record.weights_norm == pytest.approx(sum(float(weight.double().pow(2).sum()) for weight in weights) ** 0.5)
+    assert not record.notes, "nothing was left out"
+
+
+@pytest.mark.slow
 def test_a_data_set_that_is_still_a_script(files, monkeypatch):
     import datasets
 

@@ -7,13 +7,16 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 pytest.importorskip("matplotlib", reason="the figures need the extra 'plots'")
 
-from hf_parcor.records import SearchRecord
+from hf_parcor.records import EvaluationRecord, SearchRecord
 from hf_parcor.reports.tables import search_table
+from scripts.campaigns import mean_and_deviation
+from scripts.claims import CLEAN, USUAL, WORST
 from scripts.peer_trainers import PEERS
 from scripts.reproduce import STUDIES
 
@@ -68,6 +71,35 @@ def test_the_page_shows_the_detectors_table():
     assert set(shown) <= set(kept)
 
 
+def test_the_page_shows_the_usual_cases():
+    """Each number of its table, from the records: clean, and what is gained along the gradient, seed by seed."""
+    shown = PAGE[PAGE.index("## Where to begin") :]
+    for place, (case, (_, metric, radii, *_)) in enumerate(USUAL.items()):
+        sign, scale = (-1, 1) if metric == "loss" else (1, 100 if metric == "accuracy" else 1)
+        digits = 3 if metric == "loss" else 1
+
+        def values(arm, rows, case=case, metric=metric, scale=scale):
+            folder = RESULTS / "usual_cases" / case
+            records = [EvaluationRecord.load(folder / f"{arm}-seed{seed}.json") for seed in (1, 2, 3)]
+            return [scale * fmean(row.mean(metric) for row in record.rows() if rows(row)) for record in records]
+
+        plain = values("plain", WORST)
+        expected = {"plain, no corruption": [mean_and_deviation(values("plain", CLEAN), digits)]}
+        expected |= {
+            "no corruption": [],
+            "gained along the gradient": [],
+            "of the": [f"{radius:g}" for radius in radii],
+        }
+        for arm in ("radius-2", "radius-3"):
+            expected["no corruption"].append(mean_and_deviation(values(arm, CLEAN), digits))
+            gains = [sign * (gain - before) for gain, before in zip(values(arm, WORST), plain, strict=True)]
+            written = ", ".join(f"{gain:.{2 if metric == 'loss' else 1}f}" for gain in gains)
+            expected["gained along the gradient"].append(written.replace("-", "−"))
+        for row, cells in expected.items():
+            lines = [line.split(" | ") for line in shown.splitlines() if line.startswith((f"| {row} ", f"| ε {row} "))]
+            assert [line[1 + place].removesuffix(" |") for line in lines] == cells, (case, row)
+
+
 def test_the_page_shows_what_an_earlier_start_does():
     kept = (RESULTS / "translation" / "starts" / "table.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in kept.splitlines() if "±" in line]
@@ -102,6 +134,10 @@ def test_the_search_shows_its_record():
         (
             "quantization_while_training --arms constant linear --data none --output",
             "quantization_while_training",
+        ),
+        *(
+            (f"usual_cases --case {case} --model none --data none --output", f"usual_cases/{case}")
+            for case in ("vit", "lora", "causal-lm", "causal-lm-tuned", "seq2seq-tuned")
         ),
         ("large_decoders --data none --output", "large_decoders"),
         (f"reproduce_translation --study multi30k {TRANSLATION}", "translation/multi30k"),
