@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -334,7 +335,9 @@ def _measure(
     subject: Subject,
     corruptions: Sequence[Corruption],
 ) -> None:
-    """Measure the trained model, all processes together, and show the record."""
+    """Measure the trained model, all processes together, and show the record, which has the name of its folder."""
+    from hf_parcor.evaluation.identity import folder_name
+
     with redirect_stdout(sys.stderr):
         record = _evaluator(trainer, subject).evaluate(corruptions, arguments.trials, arguments.corruption_seed)
         trainer.save_metrics("eval", {f"eval_{name}": values[0] for name, values in record.clean.metrics.items()})
@@ -346,7 +349,7 @@ def _measure(
     record = record.stating(metric, greater_is_better=greater, unit=arguments.unit)
     of_source = ("revision", "trust_remote_code")  # the model that was trained has none
     told = {flag: value for flag, value in arguments.told.items() if flag not in of_source}
-    record = record.told({**told, **subject.told})
+    record = replace(record, model=folder_name(str(trainer.args.output_dir))).told({**told, **subject.told})
     if corruptions:
         show(record, metric, Path(str(trainer.args.output_dir)) / ROBUSTNESS)
     else:

@@ -72,16 +72,25 @@ _LIBRARIES = ("hf-parcor", "torch", "transformers", "accelerate")
 
 
 def model_name(model: nn.Module) -> str:
-    """Return a model's name on the Hub, the last two parts of its local folder, or the name of its class.
-
-    Records are published: where a folder lies on a machine stays out.
+    """Return a model's name on the Hub, its local folder as `folder_name` has it, or the name of its class.
 
     Examples:
         >>> model_name(nn.Linear(1, 1))
         'Linear'
     """
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or class_of(model).__name__
-    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
+    return folder_name(getattr(getattr(model, "config", None), "_name_or_path", "") or class_of(model).__name__)
+
+
+def folder_name(folder: str) -> str:
+    """Return what records call a model's folder: the last two parts of an absolute path, anything else as it is.
+
+    Records are published: where a folder lies on a machine stays out.
+
+    Examples:
+        >>> folder_name("/home/me/runs/defended"), folder_name("runs/defended")
+        ('runs/defended', 'runs/defended')
+    """
+    return "/".join(Path(folder).parts[-2:]) if Path(folder).is_absolute() else folder
 
 
 def task_of(model: nn.Module) -> str:

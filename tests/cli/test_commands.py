@@ -928,6 +928,22 @@ class TestTrain:
         assert records[0].weights != records[1].weights
         assert "data" not in run("compare plain out").out
 
+    @pytest.mark.parametrize("place", ["runs/out", "{}/runs/out"])
+    def test_its_record_has_the_name_that_evaluate_gives_the_trained_model(
+        self, run, classifier_folder, sentences, place, tmp_path
+    ):
+        """So tables do not call it by what it began with, and the command on a page measures it."""
+        copied, place = shutil.copy(sentences, "copy.tsv"), place.format(tmp_path)
+        words = ("--dataset", sentences, "--corruptions", "quantization=4")
+        trained = self.train(run, classifier_folder, "--train-dataset", copied, "--output-dir", place, *words)
+        measured = run("evaluate", place, "--output-dir", "again", *words)
+        assert trained.code == measured.code == 0
+        records = [EvaluationRecord.load(f"{folder}/robustness.json") for folder in (place, "again")]
+        assert records[0].model == records[1].model
+        assert records[0].weights == records[1].weights
+        assert run("report", place, "--pages", "page.md").code == 0
+        assert "hf-parcor evaluate runs/out " in Path("page.md").read_text(encoding="utf-8")
+
     def test_labels_of_the_model_are_kept(self, run, tmp_path, classifier_folder, sentences):
         run(
             f"train {classifier_folder} --dataset {sentences} --output-dir out --max-steps 1 --use-cpu "
