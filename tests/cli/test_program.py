@@ -43,17 +43,20 @@ def program(*words, launcher=(), **settings):
 
 
 @pytest.mark.slow
-def test_a_reader_that_leaves_is_no_failure(tmp_path, record):
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # what is written comes late, or at once
+def test_a_reader_that_leaves_is_no_failure(tmp_path, record, unbuffered):
     path = record(tmp_path)
     code = "import sys; from hf_parcor.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "compare", f"a={path}", f"b={path}"]
+    environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": unbuffered}
+    read = subprocess.run(command, capture_output=True, env=environment, timeout=300, check=True)
     reading, writing = os.pipe()
-    process = subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    process = subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE, env=environment)
     os.close(reading)  # nobody reads
     os.close(writing)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 141
-    assert err == b""
+    assert read.stderr.startswith(err), "nothing is said that is not said to a reader"
 
 
 @pytest.mark.slow
