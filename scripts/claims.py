@@ -513,6 +513,11 @@ CLAIMS = [
     ),
     Claim(
         OURS,
+        "Half of the loss at 4 bits of what they are merged into holds more at 4 bits: LoRA adapters, SST-2",
+        arms("usual_cases/lora", "base-4-bits", "plain", PER_TENSOR_4),
+    ),
+    Claim(
+        OURS,
         "From nothing on, the defense costs more without corruption than from a third on: a small Llama from scratch",
         arms("usual_cases/causal-lm", "from-0", "radius-2", CLEAN, metric="loss"),
     ),

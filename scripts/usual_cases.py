@@ -90,6 +90,13 @@ def radii(*epsilons: float, late: float | None = None) -> dict[str, Arm]:
     return found
 
 
+BASE_4_BITS = Arm(
+    "half 4 bits of the merged base",
+    [
+        *("--defense", "corruption", "--defense_corruption", "quantization=4", "--defense_clean_weight", "0.5"),
+        *("--defense_target_modules", "base_layer", "--defense_merge_adapters", "true"),
+    ],
+)
 DECODER = (
     "hidden_size=128,intermediate_size=352,num_hidden_layers=2,num_attention_heads=4,num_key_value_heads=4,"
     "tie_word_embeddings=true,max_position_embeddings=64"
@@ -145,7 +152,7 @@ CASES = {
             "num_train_epochs": 1,
             "lora_rank": 8,
         },
-        radii(0.004, 0.016, 0.064),
+        {**radii(0.004, 0.016, 0.064), "base-4-bits": BASE_4_BITS},
         ["gradient=0.05", "gradient=0.1", "gradient=0.2", "gaussian=0.02", "quantization=4"],
         "accuracy",
         100,
@@ -329,7 +336,7 @@ def page(options: argparse.Namespace, records: Mapping[str, Sequence[EvaluationR
     return "\n".join(
         [
             f"# {case.says[0].upper()}{case.says[1:]}\n",
-            f"{over(options.seeds)}. K = 1 in L2.\n",
+            f"{over(options.seeds)}. Each ε is of K = 1 in L2.\n",
             markdown_table(head, rows),
             "",
         ]

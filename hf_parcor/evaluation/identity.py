@@ -87,7 +87,7 @@ def folder_name(folder: str) -> str:
     Records are published: where a folder lies on a machine stays out.
 
     Examples:
-        >>> folder_name("/home/me/runs/defended"), folder_name("runs/defended")
+        >>> folder_name("/data/runs/defended"), folder_name("runs/defended")
         ('runs/defended', 'runs/defended')
     """
     return "/".join(Path(folder).parts[-2:]) if Path(folder).is_absolute() else folder
