@@ -66,7 +66,6 @@ class Case:
         metric: What the rows show.
         scale: What it is multiplied by.
         begins_with: Flags of the example that train what is tuned; none where it begins otherwise.
-        only_tuned: Flags of the tuning alone.
     """
 
     says: str
@@ -77,7 +76,6 @@ class Case:
     metric: str
     scale: float = 1
     begins_with: Mapping[str, Any] = field(default_factory=dict)
-    only_tuned: Mapping[str, Any] = field(default_factory=dict)
 
 
 def radii(*epsilons: float, late: float | None = None) -> dict[str, Arm]:
@@ -102,6 +100,15 @@ DECODER = (
     "tie_word_embeddings=true,max_position_embeddings=64"
 )
 LANGUAGE_MODEL = {"block_size": 64, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 32}
+NEW_DECODER = {
+    **LANGUAGE_MODEL,
+    "model_type": "llama",
+    "config_overrides": DECODER,
+    "train_file": "ptb_lm/ptb.train.txt.gz",
+    "num_train_epochs": 3,
+    "learning_rate": 3e-3,
+    "warmup_steps": 20,
+}
 TRANSLATOR = {
     "source_lang": "de",
     "target_lang": "en",
@@ -161,16 +168,10 @@ CASES = {
         "a small Llama from scratch on 153,600 words of the Penn Treebank, 3 epochs",
         "train_language_model",
         {
-            **LANGUAGE_MODEL,
-            "model_type": "llama",
-            "config_overrides": DECODER,
-            "train_file": "ptb_lm/ptb.train.txt.gz",
+            **NEW_DECODER,
             "validation_file": "ptb_lm/ptb.valid.txt.gz",
             "max_train_tokens": 153_600,
             "max_eval_tokens": 12_800,
-            "num_train_epochs": 3,
-            "learning_rate": 3e-3,
-            "warmup_steps": 20,
         },
         radii(0.05, 0.2, 0.8, late=1.0),
         ["gradient=0.5", "gradient=1", "gradient=2", "gaussian=0.02", "quantization=4"],
@@ -192,16 +193,7 @@ CASES = {
         radii(0.05, 0.2, 0.8),
         ["gradient=0.5", "gradient=1", "gradient=2", "gaussian=0.02", "quantization=4"],
         "loss",
-        begins_with={
-            **LANGUAGE_MODEL,
-            "model_type": "llama",
-            "config_overrides": DECODER,
-            "train_file": "ptb_lm/ptb.train.txt.gz",
-            "max_train_tokens": 460_800,
-            "num_train_epochs": 3,
-            "learning_rate": 3e-3,
-            "warmup_steps": 20,
-        },
+        begins_with={**NEW_DECODER, "max_train_tokens": 460_800},
     ),
     "seq2seq-tuned": Case(
         "a small translation model of Tatoeba, De-En, fine-tuned on 14,500 captions of Multi30k, 2 epochs",
