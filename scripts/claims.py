@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TypeVar
 
+from hf_parcor.defenses import ConstrainedDefense
 from hf_parcor.records import CorruptionRecord, EvaluationRecord, FlipRecord, StoredRecord, SweepRecord
 from hf_parcor.reports.tables import markdown_table
 from hf_parcor.statistics import TTest, holm_correction, student_t_test
@@ -28,6 +29,7 @@ from scripts.campaigns import mean_and_deviation
 from scripts.reproduce import RESULTS, STUDIES, Study
 from scripts.reproduce_language_model import RADII
 from scripts.reproduce_paper_1 import below, lower_is_weaker, means, smaller_by_gradient, weakest, worse_by_gradient
+from scripts.usual_cases import CASES
 
 PAGE = RESULTS / "README.md"
 README = Path(__file__).parents[1] / "README.md"
@@ -239,20 +241,28 @@ def worst_flips_are_harmless() -> tuple[bool, str]:
     return holds, f"int8 flips that break it, one number a seed: {seen}"
 
 
-# What is trained, the metric, the second and the third radius, and what may be lost of it.
-USUAL: dict[str, tuple[str, str, tuple[float, float], float, str]] = {
-    "vit": ("a small ViT, fine-tuned", "accuracy", (0.06, 0.24), 2.0, "two points"),
-    "lora": ("LoRA adapters of a small BERT, SST-2", "accuracy", (0.016, 0.064), 2.0, "two points"),
-    "causal-lm": ("a small Llama from scratch, from a third on", "loss", (0.2, 0.8), 0.05, "0.05 nats"),
-    "causal-lm-tuned": ("a small Llama, fine-tuned", "loss", (0.2, 0.8), 0.05, "0.05 nats"),
-    "seq2seq-tuned": ("a small translation model, fine-tuned, BLEU", "bleu", (0.16, 0.64), 2.0, "two points of BLEU"),
+# What is trained, and what may be lost without corruption.
+USUAL: dict[str, tuple[str, float, str]] = {
+    "vit": ("a small ViT, fine-tuned", 2.0, "two points"),
+    "lora": ("LoRA adapters of a small BERT, SST-2", 2.0, "two points"),
+    "causal-lm": ("a small Llama from scratch, from a third on", 0.05, "0.05 nats"),
+    "causal-lm-tuned": ("a small Llama, fine-tuned", 0.05, "0.05 nats"),
+    "seq2seq-tuned": ("a small translation model, fine-tuned, BLEU", 2.0, "two points of BLEU"),
 }
 
 
-def usual(case: str, arm: str, rows: Rows, metric: str, margin: float = 0.0) -> Higher:
+def usual(case: str, arm: str, rows: Rows, margin: float = 0.0) -> Higher:
     """Return whether an arm of a usual case is better than the plain one, or worse by less than a margin."""
+    metric = CASES[case].metric
     pair = ("plain", arm) if metric == "loss" else (arm, "plain")
     return arms(f"usual_cases/{case}", *pair, rows, margin=margin, metric=metric)
+
+
+def radius_of(case: str, arm: str) -> float:
+    """Return the radius of an arm of a usual case."""
+    defense = CASES[case].arms[arm].defense
+    assert isinstance(defense, ConstrainedDefense)
+    return defense.constraint.epsilon
 
 
 PAPER_1, PAPER_2, OURS = "paper 1", "paper 2", "this repository"
@@ -499,16 +509,12 @@ CLAIMS = [
         )
     ),
     *(
-        Claim(OURS, f"{what}: {case}, ε = {epsilon:g}", evidence)
-        for name, (case, metric, (epsilon, larger), margin, unit) in USUAL.items()
-        for what, epsilon, evidence in (
-            ("Harder to break along the gradient", epsilon, usual(name, "radius-2", WORST, metric)),
-            ("Harder to break along the gradient", larger, usual(name, "radius-3", WORST, metric)),
-            (
-                f"… and costs less than {unit} without corruption",
-                larger,
-                usual(name, "radius-3", CLEAN, metric, margin),
-            ),
+        Claim(OURS, f"{what}: {case}, ε = {radius_of(name, arm):g}", usual(name, arm, rows, lost))
+        for name, (case, margin, unit) in USUAL.items()
+        for what, arm, rows, lost in (
+            ("Harder to break along the gradient", "radius-2", WORST, 0.0),
+            ("Harder to break along the gradient", "radius-3", WORST, 0.0),
+            (f"… and costs less than {unit} without corruption", "radius-3", CLEAN, margin),
         )
     ),
     Claim(

@@ -16,9 +16,10 @@ pytest.importorskip("matplotlib", reason="the figures need the extra 'plots'")
 from hf_parcor.records import EvaluationRecord, SearchRecord
 from hf_parcor.reports.tables import search_table
 from scripts.campaigns import mean_and_deviation
-from scripts.claims import CLEAN, USUAL, WORST
+from scripts.claims import CLEAN, USUAL, WORST, radius_of
 from scripts.peer_trainers import PEERS
 from scripts.reproduce import STUDIES
+from scripts.usual_cases import CASES
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 RESULTS = SCRIPTS / "results"
@@ -74,7 +75,8 @@ def test_the_page_shows_the_detectors_table():
 def test_the_page_shows_the_usual_cases():
     """Each number of its table, from the records: clean, and what is gained along the gradient, seed by seed."""
     shown = PAGE[PAGE.index("## Where to begin") :]
-    for place, (case, (_, metric, radii, *_)) in enumerate(USUAL.items()):
+    for place, case in enumerate(USUAL):
+        metric, radii = CASES[case].metric, [radius_of(case, arm) for arm in ("radius-2", "radius-3")]
         sign, scale = (-1, 1) if metric == "loss" else (1, 100 if metric == "accuracy" else 1)
         digits = 3 if metric == "loss" else 1
 
