@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.utils import logging as logging_of_transformers
 from hf_parcor.corruptions import Corruption
 from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.evaluation import CorruptionEvaluator, RobustnessArguments, RobustnessCallback
+from hf_parcor.evaluation.identity import folder_name
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.reports.tables import comparison_table
 from hf_parcor.training import signs_of_collapse
@@ -112,6 +114,8 @@ def measure_and_save(
 def save_measurement(trainer: Trainer, record: EvaluationRecord, name: str, metric: str) -> str:
     """Save what was measured of a Trainer's model as `robustness.json`, and return what a program prints of it.
 
+    The record gets the name of the output folder: what was measured is the trained model, not what it began as.
+
     Args:
         trainer: Whose output folder the record goes to.
         record: What was measured.
@@ -123,5 +127,7 @@ def save_measurement(trainer: Trainer, record: EvaluationRecord, name: str, metr
     """
     if not trainer.is_world_process_zero():
         return ""
-    path = record.save(Path(str(trainer.args.output_dir)) / "robustness.json")
+    folder = str(trainer.args.output_dir)
+    record = replace(record, model=folder_name(folder))
+    path = record.save(Path(folder) / "robustness.json")
     return f"{comparison_table({name: record}, metric)}\nThe record is in {path}."

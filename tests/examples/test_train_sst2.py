@@ -80,6 +80,7 @@ def check(folder: Path, defended: bool) -> None:
     assert json.loads((out / "train_results.json").read_text())["train_samples"] == 12
     assert json.loads((out / "eval_results.json").read_text())["eval_samples"] == 16
     record = EvaluationRecord.load(out / "robustness.json")
+    assert record.model == f"{folder.name}/out", "the trained model, not the one that it began as"
     assert {row.corruption for row in record.corruptions} >= {"gradient", "multi_step", "quantization", "bit_flips"}
     assert record.clean.mean("accuracy") == json.loads((out / "eval_results.json").read_text())["eval_accuracy"]
 
