@@ -97,17 +97,43 @@ def check_memory(
     Raises:
         NotEnoughMemoryError: A device has less memory free than is needed. A `ValueError`.
     """
-    for device, needed in needed_memory(groups, corruptions, saved_on).items():
-        there = free(device)
-        if there is None or needed <= there:
-            continue
+
+    def way_out(device: torch.device, needed: int) -> str:
         less = needed_memory(groups, corruptions, torch.device("cpu")).get(device, 0)
         elsewhere = f'saved_on="cpu" (then {less / _GIB:.2f} GiB), ' if less < needed else ""
-        raise NotEnoughMemoryError(
-            f"memory: expected at least {needed / _GIB:.2f} GiB free on {device} beside the weights, for the "
-            f"gradients and saved bits of what is corrupted, got {there / _GIB:.2f} GiB; corrupt less at a time "
-            f"(target_modules, or the parts of a LayerProbe), {elsewhere}or offload other modules (device_map)"
+        return (
+            f"corrupt less at a time (target_modules, or the parts of a LayerProbe), {elsewhere}or offload other "
+            "modules (device_map)"
         )
+
+    needed = needed_memory(groups, corruptions, saved_on)
+    check_free(needed, "the gradients and saved bits of what is corrupted", way_out, free)
+
+
+def check_free(
+    needed: Mapping[torch.device, int],
+    purpose: str,
+    way_out: Callable[[torch.device, int], str],
+    free: Callable[[torch.device], int | None] = free_memory,
+) -> None:
+    """Refuse what needs more memory than a device has free, so far as it is known.
+
+    Args:
+        needed: Bytes beside the weights on each device.
+        purpose: What they are for.
+        way_out: Returns what to do, for a device and what is needed there.
+        free: As in `check_memory`.
+
+    Raises:
+        NotEnoughMemoryError: A device has less memory free than is needed. A `ValueError`.
+    """
+    for device, size in needed.items():
+        there = free(device)
+        if there is not None and size > there:
+            raise NotEnoughMemoryError(
+                f"memory: expected at least {size / _GIB:.2f} GiB free on {device} beside the weights, for {purpose}, "
+                f"got {there / _GIB:.2f} GiB; {way_out(device, size)}"
+            )
 
 
 def _wide(weight: Tensor) -> int:

@@ -17,7 +17,7 @@ from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, model_loss
 from hf_parcor.evaluation.identity import library_versions, model_name, task_of
 from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric
-from hf_parcor.evaluation.memory import free_memory
+from hf_parcor.evaluation.memory import check_free, free_memory
 from hf_parcor.evaluation.metrics import BatchMetric, WithDivergence
 from hf_parcor.evaluation.metrics.loss import LossMetric
 from hf_parcor.evaluation.reach import Reach
@@ -84,7 +84,8 @@ def sensitivity(
     Beside the model lie two sums as large as the groups in float32, three with `probes`, and one batch's gradient.
     Without `probes`, and where there is but one batch, or an accelerator has less memory free than that, scores are
     added up batch by batch, and there is the gradient alone, in the dtype of the weights: 2 bytes a weight in place of
-    10. Weights are then rounded to every format once a batch, which may take longer than the pass.
+    10. Weights are then rounded to every format once a batch, which may take longer than the pass. Where there is no
+    room for that either, nothing is begun.
 
     Under `torchrun` batches are spread over all processes, in the pass and in measurements, but for `probes`.
 
@@ -115,7 +116,7 @@ def sensitivity(
 
     Raises:
         ValueError: There are no formats or two alike, a weight is in two groups, no group has a matrix, there are no
-            batches, or as in `CorruptionEvaluator.evaluate`.
+            batches, too little memory is free (`NotEnoughMemoryError`), or as in `CorruptionEvaluator.evaluate`.
         TypeError: A format is none.
 
     Examples:
@@ -155,7 +156,10 @@ def sensitivity(
     with evaluation_mode(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         shown = progress and processes.index == 0
         source = DatasetGradients(model, together, batches, loss, progress=shown, processes=processes)
-        thrifty = not probes and (len(source) == 1 or any(processes.gather(not _have_room_for_sums(together))))
+        little = not _have_room(_needed(together, sums=2))
+        thrifty = not probes and (len(source) == 1 or any(processes.gather(little)))
+        if thrifty:
+            check_free(_needed(together, sums=0), "the gradient of a batch", _score_less, free_memory)
         parts = _each_batch(source) if thrifty else [_OverData.of(source, diagonal)]
         cells = _scored(selected, formats, parts, processes if thrifty else ALONE)
     notes += _unfit(selected, formats, cells)
@@ -393,12 +397,24 @@ def _wide(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _have_room_for_sums(weights: Mapping[str, Tensor]) -> bool:
-    """Return whether both sums and a gradient fit beside the weights, so far as it is known what is free."""
+def _needed(weights: Mapping[str, Tensor], sums: int) -> Counter[torch.device]:
+    """Return how many bytes a gradient takes on each device, and so many sums of its size in float32."""
     needed: Counter[torch.device] = Counter()
     for weight in weights.values():
-        needed[weight.device] += weight.numel() * (2 * _wide(weight).itemsize + weight.itemsize)
+        needed[weight.device] += weight.numel() * (sums * _wide(weight).itemsize + weight.itemsize)
+    return needed
+
+
+def _have_room(needed: Mapping[torch.device, int]) -> bool:
+    """Return whether that is free, so far as it is known."""
     return all((free := free_memory(device)) is None or size <= free for device, size in needed.items())
+
+
+def _score_less(device: torch.device, needed: int) -> str:
+    return (
+        "score fewer groups at a time (groups, or --target-modules), each with a call of its own, or spread the model "
+        "over several devices (device_map)"
+    )
 
 
 def _scored(

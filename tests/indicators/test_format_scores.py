@@ -11,7 +11,7 @@ from indicators.conftest import bert, quadratic_loss
 from torch import nn
 
 from hf_parcor import FloatQuantization, GaussianNoise, LayerProbe, Quantization, SensitivityRecord, sensitivity
-from hf_parcor.evaluation import ClassificationMetric, model_loss
+from hf_parcor.evaluation import ClassificationMetric, NotEnoughMemoryError, model_loss
 from hf_parcor.evaluation.metrics import WithDivergence
 from hf_parcor.functional import random_signs
 from hf_parcor.indicators import format_scores
@@ -59,7 +59,7 @@ def test_scores_that_add_up_batch_by_batch_are_those_of_the_sums(known, monkeypa
         options = {"loss": quadratic_loss, "budget": 0, "progress": False}
         return sensitivity(known.model, known.batches, formats, {"all": "all"}, **options)
 
-    of_batches, of_sums = scored(0).cells, scored(None).cells
+    of_batches, of_sums = scored(32).cells, scored(None).cells  # room for the gradient, in float64, alone
     assert [cell.format for cell in of_batches] == [str(one) for one in FORMATS]
     for found, expected in zip(of_batches, of_sums, strict=True):
         assert found.scores == pytest.approx(expected.scores, rel=1e-12)
@@ -76,6 +76,24 @@ def test_what_lies_beside_the_weights(batches, of_what_is_needed, bytes_a_weight
     with peak_memory() as watched:
         sensitivity(model, data, [Quantization(4, "channel")], **options)
     assert bytes_a_weight - 0.1 <= watched.peak / weights <= bytes_a_weight + 1
+
+
+def test_where_not_even_a_gradient_fits_nothing_is_begun(known, monkeypatch) -> None:
+    asked = []
+
+    def loss(model, batch):
+        asked.append(batch)
+        return quadratic_loss(model, batch)
+
+    def scored(free: int) -> SensitivityRecord:
+        monkeypatch.setattr(format_scores, "free_memory", lambda device: free)
+        return sensitivity(known.model, known.batches, FORMATS, {"all": "all"}, loss=loss, budget=0, progress=False)
+
+    of_a_gradient = 8 * 4  # four weights in float64 are in matrices
+    with pytest.raises(NotEnoughMemoryError, match=r"the gradient of a batch, got .*groups"):
+        scored(of_a_gradient - 1)
+    assert not asked
+    assert scored(of_a_gradient).cells
 
 
 def test_the_fisher_score_is_that_of_single_items_where_batches_have_one() -> None:
