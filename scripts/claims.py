@@ -258,6 +258,12 @@ def usual(case: str, arm: str, rows: Rows, margin: float = 0.0) -> Higher:
     return arms(f"usual_cases/{case}", *pair, rows, margin=margin, metric=metric)
 
 
+def of_last(arm: str, rows: Rows, margin: float = 0.0) -> Higher:
+    """Return whether the last checkpoint of a decoder from scratch loses less than the plain one, or little more."""
+    folder = "quantization_while_training"
+    return arms(folder, "linear", arm, rows, margin=margin, metric="loss", ending="-last")
+
+
 def radius_of(case: str, arm: str) -> float:
     """Return the radius of an arm of a usual case."""
     defense = CASES[case].arms[arm].defense
@@ -526,6 +532,19 @@ CLAIMS = [
         OURS,
         "From nothing on, the defense costs more without corruption than from a third on: a small Llama from scratch",
         arms("usual_cases/causal-lm", "from-0", "radius-2", CLEAN, metric="loss"),
+    ),
+    *(
+        Claim(
+            OURS,
+            f"Half of the loss at {bits} bits loses less at {bits} bits: a small Llama from scratch, last checkpoint",
+            of_last(f"linear-{bits}-bits", labelled(f"{bits}-bit quantization")),
+        )
+        for bits in (4, 3)
+    ),
+    Claim(
+        OURS,
+        "Half of the loss at 3 bits costs less than 0.05 nats without corruption: the same",
+        of_last("linear-3-bits", CLEAN, margin=0.05),
     ),
     Claim(OURS, "A defense makes the worst bit flips harmless", Seen(worst_flips_are_harmless), "worst_bit_flips"),
     Claim(OURS, "A defended step costs its K + 1 passes: counted", Seen(costs_its_passes), ""),

@@ -173,7 +173,6 @@ STUDIES: dict[str, dict[str, Study]] = {
             "a decoder quantized at every checkpoint, and which one to take",
             "quantization_while_training",
             "quantization_while_training",
-            arms=("constant", "linear"),
         ),
     },
     **{

@@ -133,10 +133,7 @@ def test_the_search_shows_its_record():
         ("reproduce_images --size tiny-imagenet-small --arms plain --data none --output", "tiny_imagenet"),
         ("reproduce_language_model --data none --output", "language_model"),
         ("reproduce_detection --data none --output", "detection"),
-        (
-            "quantization_while_training --arms constant linear --data none --output",
-            "quantization_while_training",
-        ),
+        ("quantization_while_training --data none --output", "quantization_while_training"),
         *(
             (f"usual_cases --case {case} --model none --data none --output", f"usual_cases/{case}")
             for case in ("vit", "lora", "causal-lm", "causal-lm-tuned", "seq2seq-tuned")
