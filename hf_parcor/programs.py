@@ -74,7 +74,7 @@ def train_and_save(trainer: Trainer, checkpoint: str | None, robustness: Robustn
         trials, seed = robustness.corruption_trials, robustness.corruption_seed
         trainer.add_callback(RobustnessCallback(trainer, watched, trials=trials, seed=seed))
     metrics = {**trainer.train(resume_from_checkpoint=checkpoint).metrics, **counts}
-    metrics["train_collapsed"] = float(bool(signs_of_collapse(trainer.state.log_history)))
+    metrics["train_collapsed"] = float(bool(signs_of_collapse(trainer.state.log_history, trainer.model)))
     save_training(trainer, metrics)
 
 

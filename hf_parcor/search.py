@@ -254,7 +254,7 @@ def _search(
         with _settings(trainer, with_settings(strength, count), folder / name):
             trainer.train(resume_from_checkpoint=last_checkpoint(folder / name))
             metrics = (evaluate or trainer.evaluate)()
-            collapsed = bool(signs_of_collapse(trainer.state.log_history))
+            collapsed = bool(signs_of_collapse(trainer.state.log_history, trainer.model))
         value = float((compute_objective or default_compute_objective)(metrics))
         trial = SearchTrial(strength, count, value, _numbers(metrics), collapsed)
         record = replace(record, trials=(*record.trials, trial))

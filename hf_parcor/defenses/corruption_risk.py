@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -159,6 +159,15 @@ class CorruptionRisk(Defense):
         return self.clean_weight == 1 or all(one.changes_nothing for one in self.corruptions)
 
     @property
+    def why_stock(self) -> str:
+        """The weight of the clean loss, or the corruptions that change nothing."""
+        return "clean_weight=1" if self.clean_weight == 1 else f"corruption={', '.join(map(str, self.corruptions))}"
+
+    def corrupted_loss(self, losses: Sequence[Tensor]) -> Tensor:
+        """Return the mean over the corruptions."""
+        return torch.stack(list(losses[self.first_pass_is_clean :])).mean(0)
+
+    @property
     def first_pass_is_clean(self) -> bool:
         """Whether there is a pass at the clean weights: it has a weight, or corruptions need its gradient."""
         return self.clean_weight > 0 or self.uses_gradients
@@ -175,7 +184,7 @@ class CorruptionRisk(Defense):
 
         chosen = list(self.corruptions)
         if self.draw_one:
-            chosen = [chosen[int(torch.randint(len(chosen), ()))]]
+            chosen = [chosen[step.draw(len(chosen), shared=self.sync_perturbation)]]
         if self.clean_weight > 0:
             step.backward(clean)
         elif self.uses_gradients:

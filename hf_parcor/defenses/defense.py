@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -94,6 +96,25 @@ class Defense(ABC):
         """Whether these settings minimise the plain loss, so that the stock step does as well."""
 
     @property
+    def why_stock(self) -> str:
+        """Of settings that minimise the plain loss those that make it so, as they were written."""
+        zeros = [
+            name for name, value in self._amounts() if value == 0 and value is not False and name != "start_epoch"
+        ]
+        return " and ".join(f"{name}=0" for name in zeros) or str(self)
+
+    def _amounts(self) -> Iterator[tuple[str, Any]]:
+        return ((setting.name, getattr(self, setting.name)) for setting in fields(self))
+
+    def corrupted_loss(self, losses: Sequence[Tensor]) -> Tensor:
+        """Return what a step's log calls the corrupted loss: that of the last pass, unless a defense says otherwise.
+
+        Args:
+            losses: That of each pass of a step.
+        """
+        return losses[-1]
+
+    @property
     def differentiates_twice(self) -> bool:
         """Whether its objective contains a gradient, so that backward goes through backward."""
         return False
@@ -172,6 +193,10 @@ class ConstrainedDefense(Defense):
     def p(self) -> float:
         """The constraint's p."""
         return self.constraint.p
+
+    def _amounts(self) -> Iterator[tuple[str, Any]]:
+        yield from super()._amounts()
+        yield from ((setting.name, getattr(self.constraint, setting.name)) for setting in fields(self.constraint))
 
     @property
     def is_stock(self) -> bool:

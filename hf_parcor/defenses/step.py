@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_parcor.corruptions import Corruption
 from hf_parcor.defenses.adversarial_inputs import AdversarialInputs
-from hf_parcor.distributed.dtensors import local_part, local_parts
+from hf_parcor.distributed.dtensors import local_part, local_parts, of_first_rank
 from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.functional.vectors import clones, working_copy, working_dtype
 from hf_parcor.injection import CorruptionNorm, Injection, Multiple, Pieces
@@ -297,6 +297,19 @@ class DefendedStep:
         if pieces.replaces and self._merged:
             pieces = Pieces(((name, piece - self._merged.get(name, 0)) for name, piece in pieces), replaces=True)
         self._injection.write(pieces, p)
+
+    def draw(self, count: int, *, shared: bool = False) -> int:
+        """Return a number below `count`, drawn by PyTorch's global generator.
+
+        Args:
+            count: How many there are to choose from.
+            shared: As for `corrupt`.
+        """
+        number = of_first_rank(torch.randint(count, ()), self.parameters.values())
+        if shared and self._processes is not None:
+            number = number.to(self._device)
+            self._processes.agree_([number])
+        return int(number)
 
     @property
     def _device(self) -> torch.device:

@@ -8,7 +8,7 @@ No tensor is gathered but by `whole`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, distributed
@@ -167,15 +167,21 @@ def shared_generator(tensors: Sequence[Tensor], generator: torch.Generator | Non
     One that is given is brought into the state of the first rank's. In place of PyTorch's global one, which dropout
     moves differently on each rank, another is seeded by a number that the first rank draws from it.
     """
+    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+        return generator
+    if generator is None:
+        seed = int(of_first_rank(torch.randint(2**62, ()), tensors))
+        return torch.Generator(local_part(tensors[0]).device).manual_seed(seed)
+    generator.set_state(of_first_rank(generator.get_state(), tensors))
+    return generator
+
+
+def of_first_rank(value: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    """Return a value as the first of the ranks has it which hold parts of the tensors; without shards, as it is."""
     mesh = next((tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)), None)
     if mesh is None:
-        return generator
-    every = tuple((mesh, dimension) for dimension in range(mesh.ndim))
-    if generator is None:
-        seed = int(_gathered(torch.randint(2**62, ()), every)[0])
-        return torch.Generator(local_part(tensors[0]).device).manual_seed(seed)
-    generator.set_state(_gathered(generator.get_state(), every)[0])
-    return generator
+        return value
+    return _gathered(value, tuple((mesh, dimension) for dimension in range(mesh.ndim)))[0]
 
 
 def _own_row(cuts: Cuts) -> int:

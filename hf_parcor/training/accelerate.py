@@ -31,7 +31,7 @@ class DefendedLoss:
     Attributes:
         risk: What was minimised.
         clean: The loss at the first pass.
-        corrupted: The loss at the last pass.
+        corrupted: The loss at the last pass; of `CorruptionRisk` the mean over its corruptions.
         norm: The norm of the last corruption, asked and realised.
         defended: Whether the defense was active; else the three losses are one, and the norm is 0.
     """
@@ -159,7 +159,8 @@ class DefendedBackward:
             drop_gathered(self._whole)
         defended, norm = self._runner.run(passes, self._selected, self._others, self._embedding, epoch=epoch or 0.0)
         assert norm is not None, "it is measured unless told otherwise"
-        return DefendedLoss(defended.risk, defended.losses[0], defended.losses[-1], norm, defended=True)
+        corrupted = defense.corrupted_loss(defended.losses)
+        return DefendedLoss(defended.risk, defended.losses[0], corrupted, norm, defended=True)
 
 
 def defended_backward(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from hf_parcor.defenses import DefendedStep, Defense
+from hf_parcor.distributed.dtensors import local_part
 from hf_parcor.injection import CorruptionNorm, is_swallowed
 
 logger = logging.get_logger(__name__)
@@ -24,12 +24,13 @@ _FALL = 0.97  # a run that learns leaves its last quarter's loss well below this
 _EXPLODED = 4.0  # corrupted loss over clean loss: beyond, the corruption destroys the model at every step
 
 
-def signs_of_collapse(log_history: Sequence[dict[str, Any]]) -> list[str]:
+def signs_of_collapse(log_history: Sequence[dict[str, Any]], model: nn.Module | None = None) -> list[str]:
     """Return what speaks for a collapsed run, in plain sentences; nothing if it looks healthy.
 
-    Looks at the `loss`, `loss_clean` and `loss_corrupted` of a Trainer's `state.log_history`: a loss that is not a
-    number, a clean loss that did not fall from the first entry to the mean of the last quarter, and a corrupted loss
-    of more than four times the clean one in the last quarter.
+    Looks at the weights, and at the `loss`, `loss_clean` and `loss_corrupted` of a Trainer's `state.log_history`:
+    weights or a loss that are not numbers, a clean loss that did not fall from the first entry to the mean of the last
+    quarter, and a corrupted loss of more than four times the clean one in the last quarter. In place of a loss that is
+    no number a Trainer logs 0 (`logging_nan_inf_filter`): of a model that broke nothing but its weights speaks then.
 
     Shares mean something for losses that are zero at best, such as a cross-entropy. Others start at zero, as that of
     a policy gradient, which rises with its KL term, or fall below it, as a likelihood of densities does: of them only
@@ -43,7 +44,15 @@ def signs_of_collapse(log_history: Sequence[dict[str, Any]]) -> list[str]:
         []
         >>> signs_of_collapse([{"loss": 0.09, "loss_clean": -0.02, "loss_corrupted": 0.2}] * 8)
         []
+        >>> model = nn.Linear(1, 1)
+        >>> _ = nn.init.constant_(model.bias, math.nan)
+        >>> signs_of_collapse([], model)
+        ['1 of 2 weights, such as bias, became NaN or infinite']
     """
+    broken = [] if model is None else [name for name, one in model.named_parameters() if not _is_finite(one)]
+    if model is not None and broken:
+        count = sum(1 for _ in model.parameters())
+        return [f"{len(broken)} of {count} weights, such as {broken[0]}, became NaN or infinite"]
     # A loss of exactly zero is what the Trainer logs where every step overflowed, and no defended step counted.
     entries = [entry for entry in log_history if entry.get("loss", 0) != 0 or "loss_clean" in entry]
     if any(not math.isfinite(entry["loss"]) for entry in entries):
@@ -66,6 +75,11 @@ def signs_of_collapse(log_history: Sequence[dict[str, Any]]) -> list[str]:
     return signs
 
 
+def _is_finite(weight: Tensor) -> bool:
+    part = local_part(weight.detach())
+    return not part.is_floating_point() or part.is_meta or bool(part.isfinite().all())
+
+
 class CollapseCallback(TrainerCallback):
     """Warns at the end of training if the run shows signs of collapse."""
 
@@ -73,7 +87,7 @@ class CollapseCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Warn, with what to do."""
-        signs = signs_of_collapse(state.log_history)
+        signs = signs_of_collapse(state.log_history, kwargs.get("model"))
         if signs and state.is_world_process_zero:
             logger.warning(
                 f"This run may have collapsed: {'; '.join(signs)}. Do not report it as a result: lower epsilon (or "
@@ -131,7 +145,8 @@ class StepLog:
 
     def add(self, step: DefendedStep, norm: CorruptionNorm | None, *, ends_step: bool) -> None:
         """Add one micro-batch, with its norm if that was measured; `ends_step` if the optimizer steps after it."""
-        first, last = step.losses[0], step.losses[-1]
+        first = step.losses[0]
+        last = step.losses[-1] if self.defense is None else self.defense.corrupted_loss(step.losses)
         values = [first, last, *((norm.asked, norm.realised) if norm else ())]
         entries = torch.stack([value.float().to(first.device) for value in values])
         finite = entries.isfinite().all()
@@ -198,7 +213,7 @@ class IdleDefenseCallback(TrainerCallback):
         if defense.is_stock:
             self._warn(
                 state,
-                f"The defense does nothing in this run: {_zeros(defense)} is the stock training step. Raise it, or "
+                f"The defense does nothing in this run: {defense.why_stock} is the stock training step. Change it, or "
                 "take the stock Trainer (--defense none).",
             )
             return
@@ -297,7 +312,7 @@ class IdleLoop:
             return
         if defense.is_stock:
             logger.warning_once(
-                f"defended_backward: the defense does nothing, since {_zeros(defense)} is the stock training step."
+                f"defended_backward: the defense does nothing, since {defense.why_stock} is the stock training step."
             )
             return
         self._calls += 1
@@ -311,25 +326,6 @@ class IdleLoop:
     def _say(self) -> None:
         if self.summary:
             logger.warning(self.summary)
-
-
-def _zeros(defense: Defense) -> str:
-    """Return which settings are zero, of a defense that is the stock step because of them.
-
-    Examples:
-        >>> from hf_parcor.defenses import GradientPenalty
-        >>> _zeros(GradientPenalty(weight=0))
-        'weight=0'
-    """
-    constraint = getattr(defense, "constraint", None)
-    settings = {
-        setting.name: getattr(part, setting.name)
-        for part in (defense, constraint)
-        if part is not None
-        for setting in fields(part)
-    }
-    zeros = [name for name, value in settings.items() if value == 0 and value is not False and name != "start_epoch"]
-    return " and ".join(f"{name}=0" for name in zeros) or str(defense)
 
 
 def _length_of(loader: Any) -> int:

@@ -48,8 +48,9 @@ class ParameterDefenseMixin(_Base):
     defense has `sync_perturbation`; gradients are reduced once for all passes of a step.
 
     With the stock `loss`, which is the risk, it logs `loss_clean` (at the first pass), `loss_corrupted` (at the last
-    pass), `sharpness` (their difference) and the norm of the last corruption, asked and realised. What a Trainer
-    counts and averages itself, such as TRL's `num_tokens` and `entropy`, is that of the first pass.
+    pass; of `CorruptionRisk` the mean over its corruptions), `sharpness` (their difference) and the norm of the last
+    corruption, asked and realised. What a Trainer counts and averages itself, such as TRL's `num_tokens` and
+    `entropy`, is that of the first pass.
 
     All else that it overrides calls the stock method, and adds to it: `log` the losses of the passes,
     `floating_point_ops` their operations, `save_model` and `_push_from_checkpoint` the file `defense_config.json`,
@@ -285,7 +286,12 @@ class _TrainerDefense:
         others = trained_beside(selected.values(), passes.model, trainer.optimizer)
         self.runner.reuse_prefix = self.settings.reuses_prefix(trainer.args)
         step, norm = self.runner.run(
-            passes, selected, others, self._input_embedding(), measure_norm=self.log.wants_norm
+            passes,
+            selected,
+            others,
+            self._input_embedding(),
+            epoch=trainer.state.epoch or 0.0,
+            measure_norm=self.log.wants_norm,
         )
         self.cost = self.runner.cost
         self.log.add(step, norm, ends_step=trainer.accelerator.sync_gradients)

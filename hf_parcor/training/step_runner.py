@@ -51,7 +51,7 @@ class StepRunner:
         others: Iterable[nn.Parameter],
         embedding: nn.Module | None = None,
         *,
-        epoch: float = 0.0,
+        epoch: float,
         measure_norm: bool = True,
     ) -> tuple[DefendedStep, CorruptionNorm | None]:
         """Run one micro-batch.
@@ -61,7 +61,7 @@ class StepRunner:
             selected: The defended parameters, by name.
             others: All other parameters that are trained.
             embedding: The model's input embedding, for a defense that perturbs the inputs.
-            epoch: How many epochs are done. Default 0.
+            epoch: How many epochs are done.
             measure_norm: Whether to measure the last corruption, which reads and writes all of it. Default True.
 
         Returns:

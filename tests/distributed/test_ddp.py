@@ -23,6 +23,7 @@ from hf_parcor import (
     ParameterDefenseTrainer,
     Quantization,
 )
+from hf_parcor.defenses import DefendedStep
 from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.prefix import PrefixError
 from hf_parcor.training import shared_prefix
@@ -213,6 +214,9 @@ def every_option():
     for shared in (True, False):
         runs["seed", shared] = TrainingProcesses().seed(moved_apart, here, shared=shared)
     runs["seed", "alike"] = TrainingProcesses().seed(7, here, shared=False)
+    torch.manual_seed(moved_apart)
+    step = DefendedStep({"w": nn.Parameter(torch.ones(1))}, None, 1, [], processes=TrainingProcesses())
+    runs["drawn"] = {shared: [step.draw(1000, shared=shared) for _ in range(8)] for shared in (True, False)}
     return runs
 
 
@@ -257,6 +261,8 @@ def test_random_corruptions_are_shared_or_not_as_asked(options):
     assert first["seed", True] == second["seed", True] == 7
     for key in (False, "alike"):
         assert first["seed", key] != second["seed", key]
+    assert first["drawn"][True] == second["drawn"][True]
+    assert first["drawn"][False] != second["drawn"][False]
 
 
 K2 = MultiStepRisk(L2, steps=2)

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from hf_parcor import CorruptionConstraint, GaussianNoise, RandomCorruption, UniformNoise, WorstBitFlips, corrupted
+from hf_parcor.defenses import DefendedStep
 from hf_parcor.functional import (
     conductance_drift,
     constrained_maximum,
@@ -234,7 +235,14 @@ def draw_and_refuse(mesh, placements):
     return drawn
 
 
+def draw_numbers(mesh, placements):
+    torch.manual_seed(distributed.get_rank())  # as dropout moves generators apart
+    step = DefendedStep({"sharded": distribute_tensor(torch.zeros(8, 3), mesh, placements)}, None, 1, [])
+    return [step.draw(1000) for _ in range(8)]
+
+
 CHECKS = {
+    draw_numbers: ["one dimension", "replicas of shards"],
     compare_functions: list(LAYOUTS),
     displace_and_restore: ["one dimension", "replicas of shards"],
     draw_and_refuse: ["replicas of shards"],
@@ -270,6 +278,13 @@ def test_functions_equal_those_of_one_process(checked, layout):
 def test_injections_equal_those_of_one_process(checked, layout):
     for answers in on_its_ranks(checked, displace_and_restore, layout):
         assert all(here == there > 0 for there, here in answers)
+
+
+@pytest.mark.parametrize("layout", CHECKS[draw_numbers])
+def test_what_is_drawn_for_one_model_is_the_same_on_its_ranks(checked, layout):
+    first, *others = on_its_ranks(checked, draw_numbers, layout)
+    assert len(set(first)) > 1
+    assert all(drawn == first for drawn in others)
 
 
 def test_noise_differs_between_shards_and_not_between_replicas(checked):

@@ -100,6 +100,18 @@ def test_trainer_says_so_at_the_end(tiny_bert, train, caplog):
     assert any("may have collapsed" in record.getMessage() for record in caplog.records)
 
 
+@for_each("options", [{}, {"logging_nan_inf_filter": False}, {"logging_steps": 100}])
+def test_weights_that_broke_are_a_sign_whatever_was_logged(tiny_bert, train, caplog, options):
+    """The Trainer logs a loss of 0 for one that is no number, and a short run logs nothing."""
+    logging.getLogger("transformers").propagate = True
+    broken = {"optim": "sgd", "learning_rate": 1e20, "max_grad_norm": 0.0, "max_steps": 3, **options}
+    with caplog.at_level(logging.WARNING):
+        trainer = train(ParameterDefenseTrainer, tiny_bert(), broken, defense=MultiStepRisk(L2))
+    assert any("may have collapsed" in record.getMessage() for record in caplog.records)
+    (sign,) = signs_of_collapse(trainer.state.log_history, trainer.model)
+    assert "NaN" in sign
+
+
 def watchers(trainer):
     return sum(isinstance(callback, CollapseCallback) for callback in trainer.callback_handler.callbacks)
 

@@ -65,6 +65,34 @@ def test_it_is_quantization_aware_training_to_the_last_bit(tiny_bert, train):
     assert logged["loss"] == pytest.approx(logged["loss_corrupted"], rel=1e-4)
 
 
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_the_strength_grows_with_the_epochs_of_the_trainer(tiny_bert, train, start):
+    """Each step with the share of the epochs done before it, to the last step of the ramp and beyond."""
+    defense = CorruptionRisk(GradientCorruption(CorruptionConstraint(epsilon=0.2)), start_epoch=start, ramp_epochs=1.5)
+    trainer = train(ParameterDefenseTrainer, tiny_bert(), {"num_train_epochs": 3}, defense=defense)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    steps_an_epoch = len(logged) / 3
+    shares = {
+        place: min(1.0, (place / steps_an_epoch - start) / 1.5)
+        for place in range(len(logged))
+        if place / steps_an_epoch >= start
+    }
+    assert {0.0, 1.0} < set(shares.values())
+    norms = {place: entry["corruption_norm"] for place, entry in enumerate(logged) if "corruption_norm" in entry}
+    assert norms == pytest.approx({place: 0.2 * share for place, share in shares.items()}, rel=1e-4)
+
+
+@pytest.mark.parametrize("clean_weight", [0.0, 0.4])
+def test_the_log_of_several_corruptions_is_the_mean_over_them(tiny_bert, train, clean_weight):
+    """So the risk is the weighted mean of what is logged, and the worst direction is seen in it."""
+    corruptions = [GradientCorruption(CorruptionConstraint(epsilon=0.5)), Quantization(3), GaussianNoise(0.1)]
+    defense = CorruptionRisk(corruptions, clean_weight=clean_weight)
+    trainer = train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), STEPS, defense=defense)
+    for entry in trainer.state.log_history[: STEPS["max_steps"]]:
+        risk = clean_weight * entry["loss_clean"] + (1 - clean_weight) * entry["loss_corrupted"]
+        assert entry["loss"] == pytest.approx(risk, rel=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["all", "last-encoder-layer"])
 def test_a_corruption_too_small_to_matter_is_the_stock_step(tiny_bert, train, target):

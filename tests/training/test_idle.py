@@ -16,6 +16,8 @@ from hf_parcor import (
     AWP,
     SAM,
     CorruptionConstraint,
+    CorruptionRisk,
+    GaussianNoise,
     GradientPenalty,
     MultiStepRisk,
     ParameterDefenseTrainer,
@@ -101,6 +103,8 @@ AT_THE_START = {
     "nothing to move": (AWP(L2, steps=0, input_epsilon=0), {}, f"{NOT_STARTED}: steps=0 and input_epsilon=0 is"),
     "no weight": (ACRT(L2, alpha=0), {}, f"{NOT_STARTED}: alpha=0 is"),
     "no penalty": (GradientPenalty(weight=0), {}, f"{NOT_STARTED}: weight=0 is"),
+    "clean weights alone": (CorruptionRisk(GaussianNoise(1), clean_weight=1), {}, f"{NOT_STARTED}: clean_weight=1 is"),
+    "noise of no size": (CorruptionRisk(GaussianNoise(0)), {}, f"{NOT_STARTED}: corruption=Gaussian σ=0 is"),
 }
 AT_THE_END = {
     "stopped before": (late(start_epoch=0.5), {}, {"callbacks": [StopAt(2)]}, NEVER),
