@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
+from for_each import for_each
 from transformers import BartConfig, BartForConditionalGeneration, Trainer
 
-from hf_parcor import ParameterDefenseTrainer
+from hf_parcor import CorruptionConstraint, GaussianNoise, ParameterDefenseTrainer
 from hf_parcor.defenses import DEFENSES
 
 WHOLE_PASSES = {"awp", "gradient_penalty"}  # the inputs differ from pass to pass; there is one pass
@@ -45,6 +48,46 @@ def test_stock_before_the_start_epoch(tiny_bert, train, defense_of, name):
     ours = train(ParameterDefenseTrainer, tiny_bert(), defense=defense_of(name, start_epoch=5.0))
     for first, second in zip(stock.model.parameters(), ours.model.parameters(), strict=True):
         assert torch.equal(first, second)
+
+
+# What each setting is set to in place of its default; of several processes, and of adapters, others tell.
+OTHER = {
+    "constraint": CorruptionConstraint(epsilon=0.3),
+    "start_epoch": 0.5,
+    "interval": 2,
+    "batch_share": 0.5,
+    "steps": 3,
+    "step_size": 0.01,
+    "alpha": 0.2,
+    "per_tensor": True,
+    "random_start": True,
+    "input_steps": 2,
+    "input_epsilon": 0.5,
+    "p": 3.0,
+    "weight": 0.5,
+    "corruption": [GaussianNoise(0.3)],
+    "clean_weight": 0.9,
+    "draw_one": True,
+    "ramp_epochs": 0.5,
+}
+ELSEWHERE = {"sync_perturbation", "merge_adapters"}
+REFUSED = {("awp", "batch_share")}
+
+
+SETTINGS = {(name, field.name) for name, kind in DEFENSES.items() for field in fields(kind)} - REFUSED
+
+
+@for_each(("name", "setting"), sorted(one for one in SETTINGS if one[1] not in ELSEWHERE))
+def test_every_setting_reaches_the_step(tiny_bert, train, defense_of, name, setting):
+    """A run with another value of it ends with other weights."""
+    default = defense_of(name)
+    options = {"max_steps": 3, "optim": "sgd"}
+    first, second = (
+        train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), options, defense=defense)
+        for defense in (default, replace(default, **{setting: OTHER[setting]}))
+    )
+    pairs = zip(first.model.parameters(), second.model.parameters(), strict=True)
+    assert not all(torch.equal(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize("name", DEFENSES)
