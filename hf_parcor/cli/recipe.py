@@ -166,7 +166,7 @@ def scored(
         InputError: A user's mistake.
     """
     from hf_parcor.cli.subject import find_device, load_subject
-    from hf_parcor.evaluation import CheckpointError, NotEnoughMemoryError
+    from hf_parcor.evaluation import CheckpointError, NotEnoughMemoryError, NotFiniteError
     from hf_parcor.indicators import sensitivity
     from hf_parcor.targets import TargetError
 
@@ -180,7 +180,7 @@ def scored(
     }
     with refused(ValueError, TypeError):
         groups = groups_of(subject.model)
-    with refused(CheckpointError, NotEnoughMemoryError, TargetError, TypeError):
+    with refused(CheckpointError, NotEnoughMemoryError, NotFiniteError, TargetError, TypeError):
         scores = sensitivity(
             subject.model,
             subject.metric,

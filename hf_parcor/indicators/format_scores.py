@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, model_
 from hf_parcor.evaluation.identity import library_versions, model_name, task_of
 from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric
 from hf_parcor.evaluation.memory import check_free, free_memory
-from hf_parcor.evaluation.metrics import BatchMetric, WithDivergence
+from hf_parcor.evaluation.metrics import BatchMetric, NotFiniteError, WithDivergence
 from hf_parcor.evaluation.metrics.loss import LossMetric
 from hf_parcor.evaluation.reach import Reach
 from hf_parcor.evaluation.replicas import whole_model
@@ -116,7 +117,8 @@ def sensitivity(
 
     Raises:
         ValueError: There are no formats or two alike, a weight is in two groups, no group has a matrix, there are no
-            batches, too little memory is free (`NotEnoughMemoryError`), or as in `CorruptionEvaluator.evaluate`.
+            batches, too little memory is free (`NotEnoughMemoryError`), the model is NaN as it is (`NotFiniteError`),
+            or as in `CorruptionEvaluator.evaluate`.
         TypeError: A format is none.
 
     Examples:
@@ -162,8 +164,9 @@ def sensitivity(
             check_free(_needed(together, sums=0), "the gradient of a batch", _score_less, free_memory)
         parts = _each_batch(source) if thrifty else [_OverData.of(source, diagonal)]
         cells = _scored(selected, formats, parts, processes if thrifty else ALONE)
+    _check_finite([cell.scores[FISHER] for cell in cells])
     notes += _unfit(selected, formats, cells)
-    promising = sorted(cells, key=lambda cell: -cell.scores[FISHER])[:budget]
+    promising = sorted(cells, key=_least_risky_last)[:budget]
     places = {(cell.group, cell.format) for cell in promising}
     wanted = frozenset(
         (at, index)
@@ -233,6 +236,20 @@ def sensitivity(
         versions=library_versions(),
         notes=(*notes, *measurement.notes, *(note for row in found.values() for note in row.notes)),
     )
+
+
+def _check_finite(scores: Sequence[float]) -> None:
+    if scores and not any(map(math.isfinite, scores)):
+        raise NotFiniteError(
+            "model: expected finite gradients of the loss, got "
+            f"{'NaN' if any(map(math.isnan, scores)) else 'infinity'} in every part, with the weights as they are; "
+            "look for NaN among the weights, or load them in another precision (dtype='float32')"
+        )
+
+
+def _least_risky_last(cell: FormatScore) -> float:
+    score = cell.scores[FISHER]
+    return -math.inf if math.isnan(score) else -score
 
 
 def _kinds(model: nn.Module, together: Iterable[nn.Parameter]) -> dict[str, tuple[int, int]]:

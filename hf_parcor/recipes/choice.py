@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -90,6 +91,7 @@ def recipe(
     choices = _choices(scores, by, formats, keep)
     problem = _Problem(choices, [scores.groups[group].parameters for group in choices])
     notes = _of_scales(scores, formats, limit) if name == "bits" else ()
+    notes += tuple(_of_broken(scores, formats))
     try:
         chosen = problem.cheapest(limit) if name == "bits" else problem.smallest(limit, name)
     except BudgetError as error:
@@ -134,6 +136,23 @@ def _of_scales(scores: SensitivityRecord, formats: Collection[str] | None, bits:
     )
 
 
+def _of_broken(scores: SensitivityRecord, formats: Collection[str] | None) -> Iterator[str]:
+    """Yield a sentence on each format that breaks the model in some parts."""
+    for label in scores.formats:
+        broken = {
+            cell.group: names
+            for cell in scores.cells
+            if cell.format == label and (formats is None or label in formats) and (names := scores.breaks(cell))
+        }
+        if broken:
+            first = next(iter(broken))
+            parts = first if len(broken) == 1 else f"each of {len(broken)} parts such as {first}"
+            yield (
+                f"{label} breaks the model in {parts}, where {' and '.join(broken[first])} came out as "
+                f"{scores.by_place[first, label].measured[broken[first][0]]:g}: it is never chosen there."
+            )
+
+
 def front(
     scores: SensitivityRecord,
     chosen: RecipeRecord,
@@ -164,13 +183,14 @@ def front(
         budget = min(ends) + (max(ends) - min(ends)) * place / max(points - 1, 1)
         try:
             one = recipe(scores, bits=budget, by=chosen.by, formats=formats, keep=keep)
-        except BudgetError:  # a format that does not fit all groups
+        except BudgetError:  # a format that does not fit all groups, or breaks some
             continue
         if all(one.choice != other.choice for other in found.values() if other.budget):
             found[f"{budget:.3g} bits"] = one
     for score in scores.scores:
         if score != chosen.by:
-            found[f"by {score}"] = recipe(scores, bits=chosen.bits, by=score, formats=formats, keep=keep)
+            with suppress(BudgetError):  # a score that is not finite
+                found[f"by {score}"] = recipe(scores, bits=chosen.bits, by=score, formats=formats, keep=keep)
     return found
 
 
@@ -220,7 +240,7 @@ def _costing(scores: SensitivityRecord, budget: str, by: str | None) -> str:
 def _choices(
     scores: SensitivityRecord, by: str, formats: Collection[str] | None, keep: bool
 ) -> dict[str, list[tuple[Choice, float]]]:
-    """Return what each group may get, and its cost; what breaks the model is no choice."""
+    """Return what each group may get, and its cost; what breaks the model is no choice, whatever the costs are."""
     unknown = [label for label in formats or () if label not in scores.formats]
     if unknown:
         raise ValueError(f"formats: expected some of {', '.join(scores.formats)}, got {', '.join(unknown)}")
@@ -230,12 +250,17 @@ def _choices(
         found[group] = [
             (Choice(label, scores.by_place[group, label].bits), max(0.0, costs[group, label]))
             for label in scores.formats
-            if (formats is None or label in formats) and math.isfinite(costs.get((group, label), math.nan))
+            if (formats is None or label in formats)
+            and math.isfinite(costs.get((group, label), math.nan))
+            and not scores.breaks(scores.by_place[group, label])
         ]
         if keep:
             found[group].append((Choice(None, weights.bits), 0.0))
         if not found[group]:
-            raise ValueError(f"formats: expected one that fits {group!r}, got none; pass keep=True, or another format")
+            raise ValueError(
+                f"formats: expected one that fits {group!r} and does not break the model, got none; pass keep=True, "
+                "or another format"
+            )
     return found
 
 

@@ -185,9 +185,11 @@ def measure_pairs(
         group: scores.by_place[group, one.format] for group, one in chosen.choice.items() if one.format is not None
     }
     costs = scores.costs(by if any(by in cell.measured for cell in scores.cells) else FISHER)
-    sizes = {group: max(0.0, costs[group, cell.format]) for group, cell in cells.items()}
     # What breaks the model by itself adds up to nothing.
-    finite = [group for group, size in sizes.items() if math.isfinite(size)]
+    finite = [
+        group for group, cell in cells.items() if math.isfinite(costs[group, cell.format]) and not scores.breaks(cell)
+    ]
+    sizes = {group: max(0.0, costs[group, cells[group].format]) for group in finite}
     promising = sorted(combinations(finite, 2), key=lambda pair: -sizes[pair[0]] * sizes[pair[1]])[:pairs]
     if not promising:
         return replace(chosen, pairs=())

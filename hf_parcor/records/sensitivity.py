@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -158,6 +159,14 @@ class SensitivityRecord(StoredRecord):
         greater = self.info(metric).greater_is_better
         return metric_drop(self.clean[metric], cell.measured[metric], greater_is_better=greater)
 
+    def breaks(self, cell: FormatScore) -> list[str]:
+        """Return the metrics that are not finite in a cell, though they are for the model as it is."""
+        return [
+            name
+            for name, value in cell.measured.items()
+            if math.isfinite(self.clean.get(name, math.nan)) and not math.isfinite(value)
+        ]
+
     def costs(self, by: str) -> dict[tuple[str, str], float]:
         """Return what each cell costs.
 
@@ -165,13 +174,19 @@ class SensitivityRecord(StoredRecord):
         the ratio of drops and scores over what was measured.
 
         Raises:
-            ValueError: There is no such score or metric, or nothing was measured.
+            ValueError: There is no such score or metric, it is not finite for the model as it is, or nothing was
+                measured.
         """
         if by in self.scores:
             return {place: cell.scores[by] for place, cell in self.by_place.items()}
         if by not in self.clean:
             known = ", ".join([*self.clean, *self.scores])
             raise ValueError(f"by: expected one of {known}, got {by!r}; name a metric or a score of the record")
+        if not math.isfinite(self.clean[by]):
+            raise ValueError(
+                f"by: expected a metric that is finite for the model as it is, got {by!r}, which is "
+                f"{self.clean[by]:g}; choose by one of {', '.join(self.scores)}"
+            )
         drops = {place: self.drop(cell, by) for place, cell in self.by_place.items()}
         sure = {place: drop for place, drop in drops.items() if drop is not None}
         if not sure:
@@ -186,7 +201,11 @@ class SensitivityRecord(StoredRecord):
         }
 
     def _ratio(self, drops: Mapping[tuple[str, str], float]) -> float:
-        finite = {place: drop for place, drop in drops.items() if abs(drop) < float("inf")}
+        finite = {
+            place: drop
+            for place, drop in drops.items()
+            if math.isfinite(drop) and math.isfinite(self.by_place[place].scores[FISHER])
+        }
         scored = sum(self.by_place[place].scores[FISHER] for place in finite)
         return max(0.0, sum(finite.values())) / scored if scored else 0.0
 

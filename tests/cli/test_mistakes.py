@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,10 @@ def files(tmp_path, classifier_folder, sentences):
     (tmp_path / "empty").mkdir()
     (folder := tmp_path / "folder").mkdir()
     unlabelled = write_rows(tmp_path / "unlabelled.tsv", ["sentence", "stars"], [(text, 1) for text in SENTENCES])
+    broken = transformers.BertForSequenceClassification.from_pretrained(classifier_folder)
+    broken.classifier.weight.data[0, 0] = torch.nan
+    shutil.copytree(classifier_folder, tmp_path / "broken")
+    broken.save_pretrained(tmp_path / "broken")
     no_labels = write_rows(tmp_path / "test.tsv", ["sentence", "label"], [(text, -1) for text in SENTENCES])
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "broken.yaml").write_text("seed: [1\n")
@@ -53,6 +58,7 @@ def files(tmp_path, classifier_folder, sentences):
     return {
         "MODEL": classifier_folder,
         "DATA": sentences,
+        "BROKEN": str(tmp_path / "broken"),
         "BODY": save_bert(tmp_path / "body", transformers.BertModel),
         "TAGGER": save_bert(tmp_path / "tagger", transformers.BertForTokenClassification),
         "CAUSAL": save_gpt2(tmp_path / "causal"),
@@ -133,6 +139,8 @@ MISTAKES = [
     (f"{PROBE} --recipe drop=0.1 --choose-by fit", "--choose-by: 'fit'"),
     (f"{PROBE} --recipe bits=0.1", "--recipe: 0.1"),
     (f"{PROBE} --recipe bits=4 --corruptions gradient=1", "--corruptions: gradient-based"),
+    ("probe BROKEN --dataset DATA --quick", "model: finite answers NaN batch --dtype float32"),
+    ("probe BROKEN --dataset DATA --recipe bits=8 --cells 0", "model: finite gradients NaN --dtype float32"),
     (f"{PROBE} --quick --recipe bits=4", "--quick: --recipe"),
     (f"{PROBE} --quick --corruptions quantization=4,3", "--corruptions: one --quick 2"),
     (f"{PROBE} --quick --corruptions gradient=1", "--corruptions: gradient-based"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from transformers import (
 )
 
 from hf_parcor import CorruptionEvaluator, GaussianNoise
-from hf_parcor.evaluation import ClassificationMetric, LanguageModelMetric
+from hf_parcor.evaluation import ClassificationMetric, LanguageModelMetric, NotFiniteError
 from hf_parcor.evaluation.metrics import WithDivergence
 from hf_parcor.evaluation.metrics.loss import LossMetric
 
@@ -109,3 +111,37 @@ def test_what_does_not_fit_into_memory_is_said() -> None:
     assert metric.clean is None
     assert metric(model)["divergence"] == 0
     assert not model._forward_hooks
+
+
+class Answering(nn.Module):
+    """Gives the logits that it is told to."""
+
+    logits: torch.Tensor
+
+    def forward(self, **_: object) -> dict[str, torch.Tensor]:
+        return {"logits": self.logits}
+
+
+def test_answers_that_are_not_finite_diverge_and_classes_that_are_ruled_out_do_not() -> None:
+    """0 log 0 is 0: what was impossible costs nothing; NaN, or to rule out what was possible, is not."""
+    model, batch = Answering(), {"input_ids": IDS, "labels": torch.tensor([0, 1])}
+    model.logits = torch.tensor([[0.5, 1.5, -math.inf], [2.0, -1.0, 0.0]])
+    metric = WithDivergence(ClassificationMetric([batch]), model)
+    before = softmax(model.logits.double().numpy(), -1)
+    model.logits = torch.tensor([[0.0, 1.0, 0.5], [2.0, -1.0, 1.0]])
+    after = softmax(model.logits.double().numpy(), -1)
+    assert metric(model)["divergence"] == pytest.approx(rel_entr(before, after).sum(-1).mean(), rel=1e-6)
+    for place, value in ((1, math.nan), (0, math.nan), (0, -math.inf)):
+        model.logits = torch.tensor([[0.5, 1.5, -math.inf], [2.0, -1.0, 0.0]])
+        model.logits[place, 1] = value
+        assert not math.isfinite(metric(model)["divergence"])
+
+
+@for_each("value", [math.nan, math.inf])
+def test_a_model_whose_own_answers_are_not_finite_is_refused(value) -> None:
+    model, batches = Answering(), [{"input_ids": IDS + 0 * at, "labels": torch.tensor([0, 1])} for at in range(2)]
+    model.logits = torch.tensor([[0.5, value], [2.0, -1.0]])
+    with pytest.raises(NotFiniteError, match=r"expected finite answers, got .*batch 1"):
+        WithDivergence(ClassificationMetric(batches), model)
+    ignored = [{**batch, "labels": torch.tensor([-100, 1])} for batch in batches]
+    assert WithDivergence(ClassificationMetric(ignored), model).clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 
 import pytest
@@ -10,8 +11,16 @@ from for_each import for_each
 from indicators.conftest import bert, quadratic_loss
 from torch import nn
 
-from hf_parcor import FloatQuantization, GaussianNoise, LayerProbe, Quantization, SensitivityRecord, sensitivity
-from hf_parcor.evaluation import ClassificationMetric, NotEnoughMemoryError, model_loss
+from hf_parcor import (
+    FloatQuantization,
+    GaussianNoise,
+    LayerProbe,
+    Quantization,
+    SensitivityRecord,
+    recipe,
+    sensitivity,
+)
+from hf_parcor.evaluation import ClassificationMetric, NotEnoughMemoryError, NotFiniteError, model_loss
 from hf_parcor.evaluation.metrics import WithDivergence
 from hf_parcor.functional import random_signs
 from hf_parcor.indicators import format_scores
@@ -220,6 +229,43 @@ def test_what_is_refused(formats, groups, metric, error, word) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     with pytest.raises(error, match=word):
         sensitivity(model, metric, formats, groups, loss=lambda m, x: m(x).sum(), progress=False)
+
+
+@for_each("budget", [0, None])
+def test_a_model_that_is_nan_already_is_refused(budget) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight.data[0, 0] = torch.nan
+    batches = [{"input": torch.ones(1, 2), "labels": torch.tensor([0])}]
+    for data in (batches, ClassificationMetric(batches)):
+        with pytest.raises(NotFiniteError, match=r"model: expected finite .*got NaN"):
+            sensitivity(model, data, FORMATS[:1], budget=budget, loss=cross_entropy, progress=False)
+
+
+def cross_entropy(model, batch) -> torch.Tensor:
+    inputs, labels = batch.values()
+    return nn.functional.cross_entropy(model(inputs), labels)
+
+
+class LogOfFirst(nn.Module):
+    """NaN as soon as the first weight is rounded to fewer bits than it needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 1, bias=False), nn.Linear(1, 2, bias=False)
+        self.first.weight.data = torch.tensor([[1.0, 0.3]])
+        self.second.weight.data = torch.tensor([[1.0], [0.5]])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second((self.first(x) - 1.2).log())
+
+
+def test_a_format_that_makes_every_answer_nan_is_never_for_free() -> None:
+    batches = [{"x": torch.ones(1, 2), "labels": torch.tensor([0])}]
+    formats = [Quantization(8, "channel"), Quantization(2, "channel")]
+    for data in (batches, ClassificationMetric(batches)):
+        scores = sensitivity(LogOfFirst(), data, formats, loss=cross_entropy, progress=False)
+        assert not math.isfinite(scores.by_place["first", str(formats[1])].measured["divergence"])
+        assert recipe(scores, bits=30.0).choice["first"].format != str(formats[1])
 
 
 def test_a_metric_without_a_loss_gets_one() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +108,44 @@ def test_what_breaks_the_model_is_no_choice_and_without_keeping_a_loss_may_be_ou
     kept = recipe(scores, loss=0.05)
     assert kept.choice["part 0"].format is None
     assert kept.spared == ["part 0"]
+
+
+@for_each("keep", [True, False])
+def test_a_part_that_breaks_the_model_is_never_chosen_whatever_it_is_chosen_by(keep) -> None:
+    """An accuracy counts NaN as wrong, and a score may be small: what was measured as NaN is out all the same."""
+    scores = scores_of([[(8.0, 0.1), (4.0, 0.2)]] * 3, [100, 300, 200])
+    cells = tuple(
+        replace(one, scores={"fisher": 1e-9}, measured={"loss": math.nan, "accuracy": 0.5})
+        if (one.group, one.format) == ("part 1", "five")
+        else replace(one, measured={**one.measured, "accuracy": 0.5})
+        for one in scores.cells
+    )
+    scores = replace(scores, cells=cells, clean={"loss": 1.0, "accuracy": 0.5})
+    for by in ("loss", "accuracy", "fisher"):
+        chosen = recipe(scores, bits=6.5, by=by, keep=keep)
+        assert chosen.choice["part 1"].format == "eight"
+        (note,) = chosen.notes
+        assert "five" in note
+        assert "part 1" in note
+        assert recipe(scores, bits=9.0, by=by, formats=["eight"]).notes == ()
+    with pytest.raises(ValueError, match=r"part 1.*keep"):
+        recipe(scores, bits=6.5, formats=["five"], keep=False)
+
+
+def test_scores_that_are_not_finite_leave_the_others_as_they_are() -> None:
+    scores = scores_of([[(8.0, 0.1), (4.0, 0.2)]] * 2, [100, 300])
+    first, *others = scores.cells
+    unknown = replace(others[-1], measured={})
+    scores = replace(scores, cells=(replace(first, scores={"fisher": math.nan}), *others[:-1], unknown))
+    assert scores.costs("loss")["part 1", "five"] == pytest.approx(0.2), "by the ratio of drops and scores, which is 1"
+    assert recipe(scores, bits=4.0, by="loss").bits == 4.0
+    assert front(scores, recipe(scores, bits=4.0, by="loss"))
+
+
+def test_a_metric_that_the_model_as_it_is_has_not_is_no_cost() -> None:
+    scores = replace(scores_of(TABLE, [100, 300]), clean={"loss": math.nan})
+    with pytest.raises(ValueError, match=r"by: expected .*finite.*nan"):
+        recipe(scores, bits=5.0, by="loss")
 
 
 def test_the_front_has_each_format_other_budgets_and_each_score() -> None:

@@ -124,9 +124,10 @@ def test_what_was_not_measured_apart_is_measured_beside_the_pairs(model, batches
 
 def test_what_breaks_the_model_by_itself_is_in_no_pair(model, batches) -> None:
     scores, chosen = scored(model, batches)
-    broken = tuple(replace(cell, measured={"loss": math.inf}) if cell.group == "0" else cell for cell in scores.cells)
-    found = measure_pairs(model, batches, replace(scores, cells=broken), chosen, **GIVEN)
-    assert {pair.first for pair in found.pairs} | {pair.second for pair in found.pairs} == {"1", "2", "3"}
+    for odd in (math.inf, math.nan):
+        broken = tuple(replace(one, measured={"loss": odd}) if one.group == "0" else one for one in scores.cells)
+        found = measure_pairs(model, batches, replace(scores, cells=broken), chosen, **GIVEN)
+        assert {pair.first for pair in found.pairs} | {pair.second for pair in found.pairs} == {"1", "2", "3"}
 
 
 def test_by_the_divergence_a_classifier_without_labels_in_it_is_measured() -> None:

@@ -2,7 +2,7 @@
 
 from hf_parcor.evaluation.metrics.classification import ClassificationMetric, PredictionMetric
 from hf_parcor.evaluation.metrics.detection import DetectionMetric
-from hf_parcor.evaluation.metrics.divergence import WithDivergence
+from hf_parcor.evaluation.metrics.divergence import NotFiniteError, WithDivergence
 from hf_parcor.evaluation.metrics.generation import GenerationMetric
 from hf_parcor.evaluation.metrics.language_model import LanguageModelMetric
 from hf_parcor.evaluation.metrics.lm_eval import LmEvalMetric
@@ -21,6 +21,7 @@ __all__ = [
     "Informed",
     "LanguageModelMetric",
     "LmEvalMetric",
+    "NotFiniteError",
     "OverBatches",
     "PredictionMetric",
     "SacrebleuScore",

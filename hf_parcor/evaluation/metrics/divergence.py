@@ -22,6 +22,10 @@ _INFO = MetricInfo(greater_is_better=False, unit="nats")
 _OTHER_PROBLEMS = ("regression", "multi_label_classification")  # whose logits are no distribution
 
 
+class NotFiniteError(ValueError):
+    """A model answers with NaN or infinities before anything is done to it, so that nothing can be told from it."""
+
+
 class _Part(NamedTuple):
     """What one batch adds: what it adds to the metric, the sum of divergences, and of how many predictions."""
 
@@ -43,11 +47,15 @@ class WithDivergence:
 
     Predictions are rows of logits with two classes or more; where labels or an attention mask have their shape, those
     with a label other than −100, or that are attended to. Of a model without such logits the metric alone is left.
+    D is NaN where answers are, and infinite where they rule out what was possible.
 
     Args:
         metric: `ClassificationMetric`, say.
         model: The model as it is; it is run over all batches, in evaluation mode.
         memory: How many bytes of answers are kept, on the host; batches beyond that do not count, and a note says so.
+
+    Raises:
+        NotFiniteError: The model's own answers are not finite. A `ValueError`.
 
     Examples:
         >>> from hf_parcor.evaluation import ClassificationMetric
@@ -69,16 +77,18 @@ class WithDivergence:
         kept = 0
         parts = []
         with evaluation_mode(model), random_states_kept(devices_of(model)):
-            for batch in metric.batches:
+            for number, batch in enumerate(metric.batches, start=1):
                 found, logits = self._answered(model, batch)
                 if logits is None:
                     parts.append(_Part(found, 0.0, 0))
                     continue
+                counts = _that_count(batch, logits)
+                _check_finite(logits[counts], number)
                 kept += logits.numel() * logits.element_size()
                 if kept > memory:
                     break
                 self._answers[fingerprint([batch])] = logits
-                parts.append(_Part(found, 0.0, int(_that_count(batch, logits).sum())))
+                parts.append(_Part(found, 0.0, int(counts.sum())))
         self._truncated = kept > memory
         self._clean = None if self._truncated else self.combine(parts)
 
@@ -125,8 +135,9 @@ class WithDivergence:
             return _Part(found, 0.0, 0)
         counts = _that_count(batch, logits)
         first, second = (one[counts].double().log_softmax(-1) for one in (before, logits))
-        total = float(nn.functional.kl_div(second, first, reduction="sum", log_target=True))
-        return _Part(found, max(0.0, total), len(first))  # rounding may leave less than nothing
+        terms = (first.exp() * (first - second)).masked_fill(first == -torch.inf, 0.0)  # 0 log 0 is 0
+        total = float(terms.sum().clamp(min=0.0))  # rounding may leave less than nothing; NaN stays NaN
+        return _Part(found, total, len(first))
 
     def combine(self, parts: Sequence[_Part]) -> dict[str, float]:
         """Return the metrics from what all batches add."""
@@ -147,6 +158,16 @@ class WithDivergence:
         if logits is None or other or logits.ndim < 2 or logits.shape[-1] < 2:
             return found, None
         return found, logits.detach().float().cpu()
+
+
+def _check_finite(logits: Tensor, number: int) -> None:
+    """Refuse answers of a model as it is that are no distribution, such as those of weights that are NaN."""
+    if logits.log_softmax(-1).isnan().any():
+        found = "NaN" if logits.isnan().any() else "infinities"
+        raise NotFiniteError(
+            f"model: expected finite answers, got {found} on batch {number} of the data, with the weights as they "
+            "are; look for NaN among the weights, or load them in another precision (dtype='float32')"
+        )
 
 
 def _that_count(batch: Any, logits: Tensor) -> Tensor:
