@@ -91,6 +91,8 @@ def torchao_settings(record: RecipeRecord) -> dict[str, Any]:
         if one.format is not None:
             config = _torchao(one.format, record.formats[one.format])
             by_module |= dict.fromkeys(record.groups[group].modules, config)
+    if not by_module:
+        raise NoSuchFormatError("expected a part that is quantized, got none; lower the budget")
     return {
         "quant_method": "torchao",
         "quant_type": {"default": _ao("FqnToConfig", 1, fqn_to_config=by_module)},

@@ -83,9 +83,11 @@ class MixedQuantization(Corruption):
         return Pieces(self._rounded(weights), replaces=True)
 
     def _rounded(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        for name, one in self.formats:
-            if name in weights:
-                yield from one.pieces({name: weights[name]})
+        named = [(name, one) for name, one in self.formats if name in weights]
+        for name, one in named:
+            yield from one.pieces({name: weights[name]})
+        if not named:  # a corruption has at least one weight, also where all stay as they are
+            yield from weights.items()
 
 
 def measure_recipes(

@@ -208,7 +208,7 @@ def _findings(told: _Told) -> Iterable[Finding]:
         f" (asked for: {budget})." if budget else "."
     )
     together = ""
-    if told.metric in recipe.expected:
+    if told.metric in recipe.expected and recipe.base is not None:
         together = f" Its parts by themselves add up to {told.lost(recipe.expected[told.metric])}"
         together += "." if row is None else f"; together they have {told.change(row.mean(told.metric))}."
     yield Finding("", size + together)

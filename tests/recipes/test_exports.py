@@ -8,6 +8,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hf_parcor import FloatQuantization, ParameterDefenseTrainingArguments, Quantization, RecipeRecord, export_recipe
 from hf_parcor.corruptions import CORRUPTIONS
+from hf_parcor.recipes.exports import _EXPORTS
 from hf_parcor.records import Choice, WeightGroup
 from hf_parcor.training.training_args import build_defense
 
@@ -63,6 +64,12 @@ def test_bitsandbytes_skips_what_has_more_than_4_bits_and_nothing_else(tmp_path)
         converted = [name for name in record.groups if should_convert_module(name, config.llm_int8_skip_modules)]
         assert converted == [name for name, one in record.choice.items() if one.format == str(FOUR)]
         assert not should_convert_module("head", config.llm_int8_skip_modules)
+
+
+def test_a_recipe_that_quantizes_nothing_is_for_no_tool(tmp_path) -> None:
+    found = export_recipe(recipe_of(None, None, None), tmp_path)
+    assert [path.name for path in found.files] == ["recipe.json"]
+    assert {sentence.partition(":")[0] for sentence in found.missing} == set(_EXPORTS)
 
 
 def test_what_is_spared_is_what_to_defend(tmp_path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from hf_parcor import Quantization, RecipeRecord, measure_recipes, recipe, sensitivity, uniform_recipe
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.evaluation.metrics.loss import LossMetric
-from hf_parcor.recipes import measure_pairs
+from hf_parcor.recipes import front, measure_pairs
 
 FORMATS = [Quantization(4, "channel"), Quantization(2, "channel")]
 PARTS = 4
@@ -120,6 +120,24 @@ def test_what_was_not_measured_apart_is_measured_beside_the_pairs(model, batches
         for pair in measure_pairs(model, batches, part, chosen, **GIVEN).pairs:
             assert pair == expected[pair.first, pair.second]
     assert measure_pairs(model, batches, whole, chosen, pairs=0, **GIVEN).pairs == ()
+
+
+def test_a_recipe_that_keeps_everything_is_measured_as_the_model_that_it_is() -> None:
+    """Also where recipes are measured together, behind a beginning that none of them changes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    metric = ClassificationMetric([{"input": torch.randn(4, 4), "labels": torch.tensor([0, 1, 2, 0])}] * 12)
+    before = [weight.clone() for weight in model.parameters()]
+    scores = sensitivity(model, metric, FORMATS, {"a": "2", "b": "4"}, progress=False)
+    chosen = recipe(scores, bits=1e9)
+    assert chosen.base is None
+    measured = measure_recipes(model, metric, front(scores, chosen), progress=False)
+    rows = {row.label: row for row in measured.corruptions}
+    assert rows["recipe"].metrics == measured.clean.metrics
+    assert rows["recipe"].settings["bits"] == chosen.bits
+    assert rows[str(FORMATS[1])].metrics != measured.clean.metrics
+    assert measure_pairs(model, metric, scores, chosen, progress=False).pairs == ()
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
 def test_what_breaks_the_model_by_itself_is_in_no_pair(model, batches) -> None:

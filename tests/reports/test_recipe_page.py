@@ -151,6 +151,14 @@ def test_other_answers(bits, word) -> None:
     assert word in RecipeReport(scores, chosen).answer
 
 
+def test_a_page_of_a_recipe_that_quantizes_nothing_says_nothing_of_its_parts(tmp_path) -> None:
+    made = report(16.0, lambda weak, bits: 0.1)
+    assert made.answer.startswith("Quantize nothing")
+    assert not [sentence for sentence in made.verdict if "add up" in sentence or "To apply" in sentence]
+    assert any("8 bits" in sentence for sentence in made.verdict), "what one format would cost is still told"
+    assert "| as it is " in made.to_markdown(tmp_path / "page.md").read_text(encoding="utf-8")
+
+
 def test_expectations_are_said_to_be_such_and_a_score_that_tells_nothing_has_no_rank() -> None:
     scores = scores_of(one_weak_part)
     alone = RecipeReport(scores, recipe(scores, bits=4.5))
