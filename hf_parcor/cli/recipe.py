@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -136,12 +136,23 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
             exports = export_recipe(chosen, folder)
             report.to_html(folder / PAGE)
             report.to_markdown((folder / PAGE).with_suffix(".md"))
+            _set_aside(folder, exports.missing)
         tell(
             f"the page is {folder / PAGE}; the recipe is in {', '.join(path.name for path in exports.files)} beside it"
         )
         for sentence in exports.missing:
             tell(f"not written: {sentence}")
     show_answer(chosen, report, as_json=arguments.json)
+
+
+def _set_aside(folder: Path, missing: Sequence[str]) -> None:
+    """Rename what another recipe left for tools that this one has no file for."""
+    for sentence in missing:
+        path = folder / sentence.partition(":")[0]
+        if path.is_file():
+            before = path.with_suffix(f".before{path.suffix}")
+            path.replace(before)
+            tell(f"{path} was of another recipe; it is {before} now")
 
 
 def scored(

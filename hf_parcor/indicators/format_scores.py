@@ -187,7 +187,8 @@ def sensitivity(
     )
     weights = fingerprint_of_weights(model)
     of_clean = metric.clean if isinstance(metric, WithDivergence) else None
-    clean, data, rows = measurement.run(selected, formats, 1, 0, weights, checkpoint, wanted, of_clean)
+    kept = checkpoint if budget != 0 else None  # without a divergence it would be that of another run
+    clean, data, rows = measurement.run(selected, formats, 1, 0, weights, kept, wanted, of_clean)
     found = {(group, row.label): row for group, of_group in zip(selected, rows, strict=True) for row in of_group}
     linear = set(linear_modules(model))
     return SensitivityRecord(

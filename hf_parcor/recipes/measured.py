@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from pathlib import Path
@@ -27,6 +28,7 @@ from hf_parcor.records.curves import metric_drop
 from hf_parcor.records.evaluation import EvaluationRecord
 from hf_parcor.records.recipe import PairCost, RecipeRecord
 from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, SensitivityRecord
+from hf_parcor.strict_json import to_strict_json
 
 
 def format_of(described: Mapping[str, Any]) -> Any:
@@ -104,7 +106,8 @@ def measure_recipes(
         model: The model that the recipes are for.
         metric: As in `CorruptionEvaluator`.
         recipes: By the names that rows of the record shall have.
-        checkpoint: As in `CorruptionEvaluator.evaluate`.
+        checkpoint: As in `CorruptionEvaluator.evaluate`; the file's name gets a fingerprint of the recipes, so that
+            those of other budgets are kept beside it.
         **settings: Further ones of `CorruptionEvaluator`.
 
     Raises:
@@ -127,9 +130,20 @@ def measure_recipes(
         raise ValueError("recipes: expected at least one, got none; call recipe(scores, bits=4.5), say")
     weights = list(dict.fromkeys(name for one in recipes.values() for name, _ in one.weights()))
     evaluator = CorruptionEvaluator(model, metric, target_modules=weights, **settings)
-    return evaluator.evaluate(
-        [MixedQuantization.of(one, name) for name, one in recipes.items()], trials=1, checkpoint=checkpoint
-    )
+    mixed = [MixedQuantization.of(one, name) for name, one in recipes.items()]
+    own = _own_checkpoint(checkpoint, weights, mixed)
+    return evaluator.evaluate(mixed, trials=1, checkpoint=own)
+
+
+def _own_checkpoint(
+    checkpoint: str | Path | None, targets: Collection[str] | Mapping[str, Any], mixed: Sequence[MixedQuantization]
+) -> Path | None:
+    """Return the file of these recipes on these weights beside those of others; None for none."""
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    measured = to_strict_json({"targets": targets, "recipes": [one.settings() for one in mixed]})
+    return path.with_name(f"{path.stem}-{hashlib.sha256(measured.encode()).hexdigest()[:12]}{path.suffix}")
 
 
 def measure_pairs(
@@ -159,7 +173,7 @@ def measure_pairs(
         pairs: How many at most.
         batches: What `sensitivity` was given.
         loss: What `sensitivity` was given.
-        checkpoint: As in `CorruptionEvaluator.evaluate`.
+        checkpoint: As in `measure_recipes`.
         **settings: Further ones of `LayerProbe`.
 
     Returns:
@@ -206,16 +220,12 @@ def measure_pairs(
     alone = {group: drop for group, cell in cells.items() if (drop := scores.drop(cell, by)) is not None}
     missing = [group for group in dict.fromkeys(chain(*promising)) if group not in alone]
     measured = [*promising, *((group,) for group in missing)]
-    sweep = LayerProbe(
-        model,
-        metric,
-        batches,
-        loss=loss,
-        targets={
-            " + ".join(some): [name for group in some for name in chosen.groups[group].weights] for some in measured
-        },
-        **settings,
-    ).evaluate([MixedQuantization.of(chosen)], trials=1, checkpoint=checkpoint)
+    targets = {
+        " + ".join(some): [name for group in some for name in chosen.groups[group].weights] for some in measured
+    }
+    mixed = MixedQuantization.of(chosen)
+    probe = LayerProbe(model, metric, batches, loss=loss, targets=targets, **settings)
+    sweep = probe.evaluate([mixed], trials=1, checkpoint=_own_checkpoint(checkpoint, targets, [mixed]))
     greater = scores.info(by).greater_is_better
     drops = {
         some: metric_drop(record.clean.mean(by), record.corruptions[0].mean(by), greater_is_better=greater)

@@ -52,6 +52,7 @@ from hf_parcor import (
     ParameterDefenseTrainingArguments,
     Quantization,
     RecipeRecord,
+    RecipeReport,
     SensitivityRecord,
     SweepRecord,
     by_kind,
@@ -235,6 +236,24 @@ class TestProbe:
         assert {"torchao.json", "bitsandbytes.yaml", "llm_compressor.yaml", "recipe.md"} <= written
         again = run(*command, *formats, "--recipe", budget, "--json")
         assert RecipeRecord.from_json(again.out) == chosen, "and nothing is measured again"
+        wider = f"bits={float(nearest) + 2}"
+        for more in (("--recipe", wider), ("--recipe", budget, "--cells", 8), ("--recipe", wider, "--pairs", 12)):
+            assert run(*command, *formats, *more).code == 0, "another one goes on in the same folder"
+            assert (
+                RecipeReport(
+                    SensitivityRecord.load("plan/sensitivity.json"),
+                    RecipeRecord.load("plan/recipe.json"),
+                    EvaluationRecord.load("plan/recipe_measured.json"),
+                )
+                .to_markdown("page.md")
+                .read_text()
+                == Path("plan/recipe.md").read_text()
+            )
+        assert len(RecipeRecord.load("plan/recipe.json").pairs) == 12
+        as_it_is = run(*command, *formats, "--recipe", "bits=1000")
+        assert as_it_is.out.startswith("Quantize nothing")
+        assert not Path("plan/torchao.json").exists(), "which would be of another recipe"
+        assert json.loads(Path("plan/torchao.before.json").read_text())
 
     @pytest.mark.slow
     def test_a_first_look(self, run, classifier_folder, sentences):

@@ -175,6 +175,9 @@ def test_the_most_promising_cells_are_measured_and_a_killed_run_goes_on(tmp_path
     run(8)
     assert resumed < Killed.calls / 2, "a larger budget goes on from a smaller one"
     assert run(0).costs("fisher")
+    assert run(0, path=path).cells == run(0).cells
+    assert run(0, path=tmp_path / "none.jsonl").cells == run(0).cells
+    assert run(7, path=tmp_path / "none.jsonl").to_json() == whole.to_json()
     with pytest.raises(ValueError, match="budget"):
         run(0).costs("loss")
 

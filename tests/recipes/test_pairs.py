@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
+from for_each import for_each
 from torch import nn
 
 from hf_parcor import Quantization, RecipeRecord, measure_recipes, recipe, sensitivity, uniform_recipe
@@ -138,6 +140,49 @@ def test_a_recipe_that_keeps_everything_is_measured_as_the_model_that_it_is() ->
     assert rows[str(FORMATS[1])].metrics != measured.clean.metrics
     assert measure_pairs(model, metric, scores, chosen, progress=False).pairs == ()
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+class Counted(LossMetric):
+    """Counts its batches, and is killed at one of them."""
+
+    calls, last = 0, 10**9
+
+    def of_batch(self, model, batch):
+        Counted.calls += 1
+        if Counted.calls > Counted.last:
+            raise KeyboardInterrupt
+        return super().of_batch(model, batch)
+
+
+@for_each("of_pairs", [False, True])
+def test_other_recipes_go_on_beside_each_other_in_one_folder_and_after_a_kill(
+    of_pairs, model, batches, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("hf_parcor.evaluation.measurement.BETWEEN_WRITES", 1)
+    scores, chosen = scored(model, batches)
+    other = uniform_recipe(scores, str(FORMATS[1]))
+    fewer, _ = scored(model, batches, budget=2)
+
+    def measure(of, pairs=3, known=scores, last=10**9, path=tmp_path / f"{of_pairs}.jsonl"):
+        Counted.calls, Counted.last = 0, last
+        metric = Counted(batches, half_square)
+        if of_pairs:
+            return measure_pairs(model, metric, known, of, pairs=pairs, checkpoint=path, **GIVEN)
+        return measure_recipes(model, metric, front(known, of), batches=batches, checkpoint=path, progress=False)
+
+    first = measure(chosen)
+    whole = Counted.calls
+    assert whole > len(batches)
+    with suppress(KeyboardInterrupt):
+        measure(other, last=2 * len(batches))
+    again = measure(other)
+    resumed = Counted.calls
+    assert again == measure(other, path=None)
+    assert 0 < resumed < Counted.calls, "what was measured before the kill is not measured again"
+    assert measure(chosen) == first
+    assert not Counted.calls, "nor what was measured before another recipe was"
+    for more in ({"pairs": 5}, {"known": fewer}):
+        assert measure(chosen, **more) == measure(chosen, **more, path=None)
 
 
 def test_what_breaks_the_model_by_itself_is_in_no_pair(model, batches) -> None:
