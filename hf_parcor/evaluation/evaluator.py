@@ -52,8 +52,8 @@ class _Evaluator:
     ) -> None:
         if not callable(settings["metric"]):
             raise TypeError(
-                f"metric: expected a function from a model to numbers by name, got {settings['metric']!r}; pass "
-                "ClassificationMetric(batches), say"
+                "metric: expected a function from a model to numbers by name, got one of type "
+                f"{type(settings['metric']).__name__}; pass ClassificationMetric(batches), say"
             )
         self._model = measurable_model(model)
         reach = Reach(self._model)

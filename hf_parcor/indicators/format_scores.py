@@ -31,7 +31,7 @@ from hf_parcor.injection import Device, check_weights, forget_derived
 from hf_parcor.model_state import evaluation_mode
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.metric_info import MetricInfo, stated_by
-from hf_parcor.records.sensitivity import FISHER, FormatScore, SensitivityRecord, WeightGroup
+from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, FormatScore, SensitivityRecord, WeightGroup
 from hf_parcor.targets import TargetError
 from hf_parcor.targets.kinds import linear_modules
 
@@ -328,9 +328,10 @@ class _WithLoss:
 
 
 def _shown(metric: Metric, names: Sequence[str]) -> str:
-    """Return which number to look at: the metric's primary one, or the first that is no loss."""
+    """Return which number to look at: the metric's primary one, or its first that is no loss, or the loss."""
     primary = getattr(metric, "primary_metric", None)
-    return str(primary) if primary in names else next((name for name in names if name != "loss"), names[0])
+    own = [name for name in names if name != DIVERGENCE]
+    return str(primary) if primary in names else next((name for name in own if name != "loss"), own[0])
 
 
 def _selected(

@@ -94,9 +94,11 @@ class MixedQuantization(Corruption):
 
 def measure_recipes(
     model: nn.Module,
-    metric: Any,
+    metric: Metric | Iterable[Batch],
     recipes: Mapping[str, RecipeRecord],
     *,
+    batches: Iterable[Batch] | None = None,
+    loss: Loss = model_loss,
     checkpoint: str | Path | None = None,
     **settings: Any,
 ) -> EvaluationRecord:
@@ -104,8 +106,10 @@ def measure_recipes(
 
     Args:
         model: The model that the recipes are for.
-        metric: As in `CorruptionEvaluator`.
+        metric: As in `CorruptionEvaluator`; or batches alone, for their mean loss.
         recipes: By the names that rows of the record shall have.
+        batches: As in `CorruptionEvaluator`.
+        loss: As in `CorruptionEvaluator`.
         checkpoint: As in `CorruptionEvaluator.evaluate`; the file's name gets a fingerprint of the recipes, so that
             those of other budgets are kept beside it.
         **settings: Further ones of `CorruptionEvaluator`.
@@ -129,7 +133,9 @@ def measure_recipes(
     if not recipes:
         raise ValueError("recipes: expected at least one, got none; call recipe(scores, bits=4.5), say")
     weights = list(dict.fromkeys(name for one in recipes.values() for name, _ in one.weights()))
-    evaluator = CorruptionEvaluator(model, metric, target_modules=weights, **settings)
+    if not callable(metric):
+        metric, batches = metric_and_batches(metric, batches, loss)
+    evaluator = CorruptionEvaluator(model, metric, batches, loss=loss, target_modules=weights, **settings)
     mixed = [MixedQuantization.of(one, name) for name, one in recipes.items()]
     own = _own_checkpoint(checkpoint, weights, mixed)
     return evaluator.evaluate(mixed, trials=1, checkpoint=own)

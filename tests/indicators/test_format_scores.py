@@ -271,6 +271,16 @@ def test_a_format_that_makes_every_answer_nan_is_never_for_free() -> None:
         assert recipe(scores, bits=30.0).choice["first"].format != str(formats[1])
 
 
+def test_batches_alone_are_for_their_loss_though_recipes_are_chosen_by_the_divergence() -> None:
+    model, batches = bert()
+    scores = sensitivity(model, batches, FORMATS[:2], progress=False)
+    assert set(scores.clean) == {"loss", "divergence"}
+    assert scores.metric == "loss"
+    assert recipe(scores, drop=1.0).by == "loss"
+    assert recipe(scores, bits=20.0).by == "divergence"
+    assert sensitivity(model, ClassificationMetric(batches), FORMATS[:2], progress=False).metric == "accuracy"
+
+
 def test_a_metric_without_a_loss_gets_one() -> None:
     model = nn.Sequential(nn.Linear(2, 1, bias=False))
     record = sensitivity(

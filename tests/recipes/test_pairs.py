@@ -13,7 +13,7 @@ from for_each import for_each
 from torch import nn
 
 from hf_parcor import Quantization, RecipeRecord, measure_recipes, recipe, sensitivity, uniform_recipe
-from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.evaluation import ClassificationMetric, CorruptionEvaluator
 from hf_parcor.evaluation.metrics.loss import LossMetric
 from hf_parcor.recipes import front, measure_pairs
 
@@ -183,6 +183,20 @@ def test_other_recipes_go_on_beside_each_other_in_one_folder_and_after_a_kill(
     assert not Counted.calls, "nor what was measured before another recipe was"
     for more in ({"pairs": 5}, {"known": fewer}):
         assert measure(chosen, **more) == measure(chosen, **more, path=None)
+
+
+def test_whole_recipes_are_measured_on_what_was_scored_on(model, batches) -> None:
+    scores, chosen = scored(model, batches)
+    whole = measure_recipes(model, batches, {"one": chosen}, **GIVEN)
+    expected = measure_recipes(
+        model, LossMetric(batches, half_square), {"one": chosen}, batches=batches, progress=False
+    )
+    assert whole.corruptions[0].metrics == expected.corruptions[0].metrics
+    assert whole.clean.metrics == expected.clean.metrics
+    assert whole.data == scores.data
+    with pytest.raises(TypeError, match="metric") as caught:
+        CorruptionEvaluator(model, batches)
+    assert len(str(caught.value)) < 300, "no tensors of the data"
 
 
 def test_what_breaks_the_model_by_itself_is_in_no_pair(model, batches) -> None:
