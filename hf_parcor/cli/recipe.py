@@ -67,7 +67,10 @@ def add_recipe(parser: Parser) -> None:
         help="estimate the second order too, with N Hessian-vector products; default: 0",
     )
     group.add_argument(
-        "--choose-by", metavar="NAME", help="a metric, first_order, fisher, fit or second_order; default: the loss"
+        "--choose-by",
+        metavar="NAME",
+        help="a metric, first_order, fisher, fit or second_order; default: for bits the divergence of the answers, "
+        "for loss the loss, for drop the metric",
     )
 
 

@@ -265,12 +265,16 @@ def _kinds(model: nn.Module, together: Iterable[nn.Parameter]) -> dict[str, tupl
     return within
 
 
-def _checked_formats(formats: Sequence[Format]) -> list[Format]:
+def _checked_formats(formats: Any) -> list[Format]:
+    if isinstance(formats, str) or not isinstance(formats, Iterable):
+        raise TypeError(
+            f"formats: expected a list of them, got {str(formats)!r}; write [Quantization(4, 'channel')], say"
+        )
     for one in formats:
         if type(one) not in (Quantization, FloatQuantization):
             raise TypeError(
-                f"formats: expected Quantization and FloatQuantization, got {one}; how many bits other corruptions "
-                "take is not known"
+                f"formats: expected Quantization and FloatQuantization, got {str(one)!r}; how many bits other "
+                "corruptions take is not known"
             )
     labels = [str(one) for one in formats]
     if not labels or len(set(labels)) < len(labels):

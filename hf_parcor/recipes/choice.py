@@ -57,7 +57,7 @@ def recipe(
         by: What costs are: a metric or a score by its name. None, the default, for the divergence of the answers where
             it was measured, which chance does not lower, else the loss, else the record's metric, else the Fisher
             score; with `loss` the loss, or else the Fisher score.
-        formats: Labels of the formats to choose from; None, the default, for all.
+        formats: Labels of the formats to choose from, or one alone; None, the default, for all.
         keep: Whether a group may stay as it is, at the bits that it takes now.
 
     Raises:
@@ -87,18 +87,24 @@ def recipe(
         )
     ((name, limit),) = given.items()
     limit = check_positive(name, limit) if name == "bits" else check_finite(name, limit)
+    formats = _labels(formats)
     by = _costing(scores, name, by)
     choices = _choices(scores, by, formats, keep)
     problem = _Problem(choices, [scores.groups[group].parameters for group in choices])
     notes = _of_scales(scores, formats, limit) if name == "bits" else ()
     notes += tuple(_of_broken(scores, formats))
     try:
-        chosen = problem.cheapest(limit) if name == "bits" else problem.smallest(limit, name)
+        chosen = problem.cheapest(limit) if name == "bits" else problem.smallest(limit, name, keep=keep)
     except BudgetError as error:
-        if notes:
+        if notes and (name == "bits" or not keep):
             raise BudgetError(". ".join([str(error), *notes]).removesuffix("."), error.nearest) from error
         raise
     return replace(_record(scores, by, {name: limit}, dict(zip(choices, chosen, strict=True))), notes=notes)
+
+
+def _labels(formats: Collection[str] | None) -> Collection[str] | None:
+    """Return the labels that are meant; one alone is no collection of letters."""
+    return [formats] if isinstance(formats, str) else formats
 
 
 def _of_scales(scores: SensitivityRecord, formats: Collection[str] | None, bits: float) -> tuple[str, ...]:
@@ -173,6 +179,7 @@ def front(
         formats: As in `recipe`.
         keep: As in `recipe`.
     """
+    formats = _labels(formats)
     labels = [label for label in scores.formats if formats is None or label in formats]
     found = {"recipe": chosen}
     for label in labels:
@@ -243,7 +250,10 @@ def _choices(
     """Return what each group may get, and its cost; what breaks the model is no choice, whatever the costs are."""
     unknown = [label for label in formats or () if label not in scores.formats]
     if unknown:
-        raise ValueError(f"formats: expected some of {', '.join(scores.formats)}, got {', '.join(unknown)}")
+        raise ValueError(
+            f"formats: expected some of {', '.join(scores.formats)}, got {', '.join(unknown)}; name labels of the "
+            "record"
+        )
     costs = scores.costs(by)
     found: dict[str, list[tuple[Choice, float]]] = {}
     for group, weights in scores.groups.items():
@@ -291,13 +301,13 @@ class _Problem:
             )
         return self._solved(self._costs, self._bits, bits * self._total)
 
-    def smallest(self, cost: float, name: str) -> list[tuple[Choice, float]]:
+    def smallest(self, cost: float, name: str, *, keep: bool) -> list[tuple[Choice, float]]:
         """Return what takes the fewest bits within a cost, and of these what costs least."""
         least = sum(min(self._of(place, self._costs)) for place in range(len(self._groups)))
         if least > _at_most(cost):
             raise BudgetError(
-                f"{name}: expected {least:.6g} or more, the least that these formats cost, got {cost:g}; raise it, or "
-                "pass keep=True",
+                f"{name}: expected {least:.6g} or more, the least that these formats cost, got {cost:g}; raise it"
+                + ("" if keep else ", or pass keep=True"),
                 least,
             )
         found = self._solved(self._bits, self._costs, cost)

@@ -191,8 +191,8 @@ class SensitivityRecord(StoredRecord):
         sure = {place: drop for place, drop in drops.items() if drop is not None}
         if not sure:
             raise ValueError(
-                f"by: expected a metric that was measured, got {by!r}, which no cell has; call sensitivity with "
-                f"budget=1 or more, or choose by one of {', '.join(self.scores)}"
+                f"by: expected a metric that was measured, got {by!r}, which no cell has; measure some (budget=1 or "
+                f"more), or choose by one of {', '.join(self.scores)}"
             )
         ratio = self._ratio(sure)
         return {

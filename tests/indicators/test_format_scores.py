@@ -222,6 +222,9 @@ def test_a_format_that_does_not_fit_a_part_is_left_out_there_and_said() -> None:
     [
         ([GaussianNoise(0.1)], None, [torch.ones(1, 2)], TypeError, "formats"),
         ([], None, [torch.ones(1, 2)], ValueError, "formats"),
+        (["4-bit quantization"], None, [torch.ones(1, 2)], TypeError, "'4-bit quantization'"),
+        ("4-bit quantization", None, [torch.ones(1, 2)], TypeError, "'4-bit quantization'"),
+        (Quantization(4), None, [torch.ones(1, 2)], TypeError, "list"),
         ([Quantization(4), Quantization(4)], None, [torch.ones(1, 2)], ValueError, "each once"),
         ([Quantization(4)], {"a": "0", "b": ["0", "1"]}, [torch.ones(1, 2)], ValueError, "'a' and 'b'"),
         ([Quantization(4)], {"a": "0.bias"}, [torch.ones(1, 2)], ValueError, "matrix"),

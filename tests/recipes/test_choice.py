@@ -201,6 +201,27 @@ def test_what_is_refused(options, word) -> None:
         recipe(scores_of(TABLE, [100, 300]), **options)
 
 
+def test_one_label_is_one_format() -> None:
+    """Not its letters, nor those formats whose labels are parts of it."""
+    scores = scores_of(TABLE, [100, 300])
+    chosen = recipe(scores, bits=9.0, formats="eight", keep=False)
+    assert chosen == recipe(scores, bits=9.0, formats=["eight"], keep=False)
+    assert list(front(scores, chosen, formats="eight")) == list(front(scores, chosen, formats=["eight"]))
+    with pytest.raises(ValueError, match="got eigh;"):
+        recipe(scores, bits=9.0, formats="eigh")
+
+
+def test_what_may_stay_as_it_is_is_not_advised_to() -> None:
+    scores = scores_of(TABLE, [100, 300])
+    for keep in (True, False):
+        with pytest.raises(BudgetError, match="loss: expected") as caught:
+            recipe(scores, loss=-1.0, keep=keep)
+        assert ("keep=True" in str(caught.value)) == (not keep)
+    with pytest.raises(ValueError, match="budget=1") as error:
+        recipe(replace(scores, cells=tuple(replace(one, measured={}) for one in scores.cells)), drop=1.0)
+    assert "call sensitivity" not in str(error.value), "which a command line cannot"
+
+
 def test_a_format_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="eight"):
         uniform_recipe(scores_of(TABLE, [100, 300]), "two")
