@@ -210,9 +210,9 @@ class FloatQuantization(Corruption):
         return found.title + ("" if found.fixed else _blocks(self.per))
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
-        """Refuse matrices that have no whole blocks."""
+        """Refuse matrices that have no whole blocks; those of NF4 run over the rows, and the last may be short."""
         assert self.per is not None, "set above"
-        _check_blocks(weights, self.per)
+        _check_blocks(weights, "channel" if self.format == "nf4" else self.per)
 
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
