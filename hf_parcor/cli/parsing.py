@@ -568,7 +568,7 @@ def add_corruptions(parser: Parser, default: str) -> None:
     group.add_argument("--norm", type=number, default=2.0, metavar="P", help="order of the radius's norm: 2, inf")
     group.add_argument("--top-n", type=at_least(1), metavar="N", help="corrupt at most N weights")
     group.add_argument(
-        "--trials", type=at_least(1), default=TRIALS, metavar="N", help="of random ones; default: %(default)s"
+        "--trials", type=at_least(1), default=TRIALS, metavar="N", help=f"of random ones; default: {TRIALS}"
     )
     group.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the first trial; default: 0")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hf_parcor.cli.evaluate import asked_for, measure
 from hf_parcor.cli.parsing import (
     STRENGTH_ELSEWHERE,
+    TRIALS,
     Command,
     Parser,
     add_corruptions,
@@ -20,7 +21,7 @@ from hf_parcor.cli.parsing import (
     add_windows,
 )
 from hf_parcor.cli.quick import add_quick, first_look
-from hf_parcor.cli.recipe import add_recipe, choose
+from hf_parcor.cli.recipe import add_recipe, check_flags, choose
 from hf_parcor.cli.terminal import PROBE
 
 if TYPE_CHECKING:
@@ -68,9 +69,13 @@ class Probe(Command):
         add_quick(parser)
         add_recipe(parser)
         add_running(parser)
+        parser.set_defaults(trials=None)  # so that one that was given is told from none
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Measure, and show the record."""
+        check_flags(arguments)
+        if arguments.trials is None:
+            arguments.trials = TRIALS
         own = {name: [name] for name in arguments.target_modules or ()}
         group = arguments.group or (None if own else "layers")
         if arguments.quick:

@@ -49,8 +49,6 @@ def first_look(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -
     Raises:
         InputError: A user's mistake, such as two formats.
     """
-    if arguments.recipe is not None:
-        raise InputError("--quick: expected it alone, got --recipe too; leave one of them out")
     check_sources(arguments)
     data = read_data(arguments)
     folder = output_folder(arguments.output_dir)

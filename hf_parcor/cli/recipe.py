@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -24,7 +25,7 @@ from hf_parcor.cli.terminal import (
     tell,
     writing,
 )
-from hf_parcor.errors import nearest
+from hf_parcor.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from hf_parcor.cli.subject import Subject
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 BUDGETS = ("bits", "loss", "drop")
 SENSITIVITY, MEASURED, PAGE = "sensitivity.json", "recipe_measured.json", "recipe.html"
+_PAIRS = 10
 PAIRS = "recipe_pairs.json"  # of its measurement that goes on; the record is the recipe's
 
 
@@ -55,14 +57,13 @@ def add_recipe(parser: Parser) -> None:
     group.add_argument(
         "--pairs",
         type=at_least(0),
-        default=10,
         metavar="N",
-        help="measure N pairs of parts together in the formats chosen, those that can interact most; default: 10",
+        help="measure N pairs of parts together in the formats chosen, those that can interact most; "
+        f"default: {_PAIRS}",
     )
     group.add_argument(
         "--probes",
         type=at_least(0),
-        default=0,
         metavar="N",
         help="estimate the second order too, with N Hessian-vector products; default: 0",
     )
@@ -86,7 +87,47 @@ def budget(word: str) -> dict[str, float]:
         raise argparse.ArgumentTypeError(
             f"expected {', '.join(f'{one}=N' for one in BUDGETS)}, got {word!r}{nearest(name, BUDGETS)}"
         )
-    return {name: number(value)}
+    limit = number(value)
+    if name == "bits" and not 0 < limit < math.inf:
+        raise argparse.ArgumentTypeError(f"expected bits above 0, got {word!r}; write bits=4.5, say")
+    if not 0 <= limit < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"expected {name} from 0 on, got {word!r}: parts that would cost anything stay as they are at 0"
+        )
+    return {name: limit}
+
+
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Refuse flags that say nothing beside the others.
+
+    Raises:
+        InputError: There is such a flag.
+    """
+    flags = {"--quick": arguments.quick, "--recipe": arguments.recipe is not None}
+    asked = [flag for flag, given in flags.items() if given]
+    if len(asked) > 1:
+        raise InputError("--quick: expected it alone, got --recipe too; leave one of them out")
+    needed = {"pairs": ["--recipe"], "choose_by": ["--recipe"], "cells": list(flags), "probes": list(flags)}
+    for name, of in needed.items():
+        value = getattr(arguments, name)
+        if value is not None and not set(of) & set(asked):
+            raise InputError(
+                f"--{name.replace('_', '-')}: expected it with {' or '.join(of)}, got {value} without; add "
+                f"{'one of them' if len(of) > 1 else 'that'}, or leave it out"
+            )
+    if not asked:
+        return
+    if arguments.trials is not None:
+        raise InputError(
+            f"--trials: expected none with {asked[0]}, whose formats draw nothing at random, got {arguments.trials}; "
+            "leave it out"
+        )
+    if arguments.strengths is not None and arguments.corruptions is None:
+        of_strengths = ",".join(f"{one:g}" for one in arguments.strengths) or "4"
+        raise InputError(
+            f"--strengths: expected --corruptions with it where {asked[0]} is, got none; name formats, such as "
+            f"--corruptions quantization={of_strengths}"
+        )
 
 
 def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> None:
@@ -104,13 +145,21 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
     folder = output_folder(arguments.output_dir)
     from hf_parcor.evaluation import CheckpointError, NotEnoughMemoryError
     from hf_parcor.indicators import FORMATS
-    from hf_parcor.recipes import export_recipe, front, measure_pairs, measure_recipes, recipe
+    from hf_parcor.recipes import check_bits, export_recipe, front, measure_pairs, measure_recipes, recipe
     from hf_parcor.reports import RecipeReport
 
     formats: Any = FORMATS if arguments.corruptions is None else asked_for(arguments)
+
+    def in_reach(known: SensitivityRecord) -> None:
+        if "bits" in arguments.recipe:
+            with refused(ValueError):
+                check_bits(known, arguments.recipe["bits"])
+
     checkpoints = [checkpoint_in(folder, name) for name in (SENSITIVITY, MEASURED, PAIRS)]
     with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoints[0])):
-        subject, how, scores = scored(arguments, (rows, given), groups_of, formats, arguments.cells, checkpoints[0])
+        subject, how, scores = scored(
+            arguments, (rows, given), groups_of, formats, arguments.cells, checkpoints[0], in_reach
+        )
         stated = {"greater_is_better": arguments.greater_is_better, "unit": arguments.unit}
         with refused(ValueError, ImportError):
             chosen = recipe(scores, by=arguments.choose_by, **arguments.recipe)
@@ -122,7 +171,7 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
                 subject.metric,
                 scores,
                 chosen,
-                pairs=arguments.pairs,
+                pairs=_PAIRS if arguments.pairs is None else arguments.pairs,
                 batches=subject.batches,
                 checkpoint=checkpoints[2],
                 **how,
@@ -165,6 +214,7 @@ def scored(
     formats: Any,
     budget: int | None,
     checkpoint: Path | None,
+    check: Callable[[SensitivityRecord], None] | None = None,
 ) -> tuple[Subject, dict[str, Any], SensitivityRecord]:
     """Return what the flags name, how it is measured, and what each format costs each part.
 
@@ -175,13 +225,14 @@ def scored(
         formats: As in `sensitivity`.
         budget: As in `sensitivity`.
         checkpoint: As in `sensitivity`.
+        check: Called with what is going to be scored, before anything is run; None for nothing.
 
     Raises:
         InputError: A user's mistake.
     """
     from hf_parcor.cli.subject import find_device, load_subject
     from hf_parcor.evaluation import CheckpointError, NotEnoughMemoryError, NotFiniteError
-    from hf_parcor.indicators import sensitivity
+    from hf_parcor.indicators import sensitivity, unscored
     from hf_parcor.targets import TargetError
 
     saved_on = None if arguments.saved_on is None else find_device(arguments.saved_on, "--saved-on")
@@ -194,6 +245,10 @@ def scored(
     }
     with refused(ValueError, TypeError):
         groups = groups_of(subject.model)
+    if check is not None:
+        with refused(TargetError, TypeError):
+            known = unscored(subject.model, formats, groups)
+        check(known)
     with refused(CheckpointError, NotEnoughMemoryError, NotFiniteError, TargetError, TypeError):
         scores = sensitivity(
             subject.model,
@@ -202,7 +257,7 @@ def scored(
             groups,
             batches=subject.batches,
             budget=budget,
-            probes=arguments.probes,
+            probes=arguments.probes or 0,
             seed=arguments.seed,
             checkpoint=checkpoint,
             **how,

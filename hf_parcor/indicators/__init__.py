@@ -7,7 +7,7 @@ from hf_parcor.indicators.estimators import (
     random_loss_changes,
 )
 from hf_parcor.indicators.flips import measure_flips_to_break
-from hf_parcor.indicators.format_scores import FORMATS, sensitivity
+from hf_parcor.indicators.format_scores import FORMATS, sensitivity, unscored
 from hf_parcor.indicators.loss_over_data import LossOverData
 from hf_parcor.indicators.measure import measure_indicators
 
@@ -21,4 +21,5 @@ __all__ = [
     "measure_indicators",
     "random_loss_changes",
     "sensitivity",
+    "unscored",
 ]

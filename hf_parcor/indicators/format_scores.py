@@ -193,20 +193,8 @@ def sensitivity(
     linear = set(linear_modules(model))
     return SensitivityRecord(
         model=model_name(model),
-        groups={
-            label: WeightGroup(
-                {name: weight.numel() for name, weight in group.items()},
-                sum(8 * one.dtype.itemsize * one.numel() for one in group.values()) / numel(list(group.values())),
-            )
-            for label, group in selected.items()
-        },
-        formats={
-            str(one): {
-                "corruption": next(name for name, kind in CORRUPTIONS.items() if type(one) is kind),
-                "settings": one.settings(),
-            }
-            for one in formats
-        },
+        groups=_recorded(selected),
+        formats=_described(formats),
         cells=tuple(
             FormatScore(
                 cell.group,
@@ -251,6 +239,77 @@ def _check_finite(scores: Sequence[float]) -> None:
 def _least_risky_last(cell: FormatScore) -> float:
     score = cell.scores[FISHER]
     return -math.inf if math.isnan(score) else -score
+
+
+def unscored(
+    model: nn.Module,
+    formats: Sequence[Format] = FORMATS,
+    groups: Mapping[str, str | Collection[str]] | str | None = None,
+) -> SensitivityRecord:
+    """Return what `sensitivity` would score and how many bits each format takes, without scores: nothing is run.
+
+    Args:
+        model: As in `sensitivity`.
+        formats: As in `sensitivity`.
+        groups: As in `sensitivity`.
+
+    Raises:
+        ValueError: As in `sensitivity`.
+        TypeError: A format is none.
+    """
+    formats = _checked_formats(formats)
+    model = whole_model(model)
+    selected, notes = _selected(Reach(model), groups)
+    cells = [
+        FormatScore(label, str(one), _bits(one, weights), {})
+        for label, weights in selected.items()
+        for one in formats
+        if _fits(one, weights)
+    ]
+    return SensitivityRecord(
+        model_name(model),
+        _recorded(selected),
+        _described(formats),
+        tuple(cells),
+        clean={},
+        metric="",
+        notes=(*notes, *_unfit(selected, formats, cells)),
+    )
+
+
+def _fits(one: Format, weights: Mapping[str, Tensor]) -> bool:
+    try:
+        one.check(weights)
+    except (ValueError, NotImplementedError):  # as where it is scored
+        return False
+    return True
+
+
+def _bits(one: Format, weights: Mapping[str, Tensor]) -> float:
+    """Return how many bits a weight takes in a format, mean over a group."""
+    return sum(one.stored_bits(weight) for weight in weights.values()) / numel(list(weights.values()))
+
+
+def _recorded(selected: Mapping[str, Mapping[str, nn.Parameter]]) -> dict[str, WeightGroup]:
+    """Return groups as records keep them."""
+    return {
+        label: WeightGroup(
+            {name: weight.numel() for name, weight in group.items()},
+            sum(8 * one.dtype.itemsize * one.numel() for one in group.values()) / numel(list(group.values())),
+        )
+        for label, group in selected.items()
+    }
+
+
+def _described(formats: Sequence[Format]) -> dict[str, dict[str, Any]]:
+    """Return formats as records keep them, by their labels."""
+    return {
+        str(one): {
+            "corruption": next(name for name, kind in CORRUPTIONS.items() if type(one) is kind),
+            "settings": one.settings(),
+        }
+        for one in formats
+    }
 
 
 def _kinds(model: nn.Module, together: Iterable[nn.Parameter]) -> dict[str, tuple[int, int]]:
@@ -470,7 +529,7 @@ def _scored(
         FormatScore(
             label,
             str(one),
-            sum(one.stored_bits(weight) for weight in weights.values()) / numel(list(weights.values())),
+            _bits(one, weights),
             dict(whole[label, str(one)]),
         )
         for label, weights in groups.items()

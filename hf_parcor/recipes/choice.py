@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 from hf_parcor.arguments import check_finite, check_positive
@@ -89,17 +90,45 @@ def recipe(
     limit = check_positive(name, limit) if name == "bits" else check_finite(name, limit)
     formats = _labels(formats)
     by = _costing(scores, name, by)
-    choices = _choices(scores, by, formats, keep)
+    choices = _choices(scores, scores.costs(by), formats, keep)
     problem = _Problem(choices, [scores.groups[group].parameters for group in choices])
     notes = _of_scales(scores, formats, limit) if name == "bits" else ()
     notes += tuple(_of_broken(scores, formats))
-    try:
+    with _saying(notes if name == "bits" or not keep else ()):
         chosen = problem.cheapest(limit) if name == "bits" else problem.smallest(limit, name, keep=keep)
-    except BudgetError as error:
-        if notes and (name == "bits" or not keep):
-            raise BudgetError(". ".join([str(error), *notes]).removesuffix("."), error.nearest) from error
-        raise
     return replace(_record(scores, by, {name: limit}, dict(zip(choices, chosen, strict=True))), notes=notes)
+
+
+def check_bits(
+    scores: SensitivityRecord, bits: float, *, formats: Collection[str] | None = None, keep: bool = True
+) -> None:
+    """Refuse a budget of bits that no choice meets, whatever the formats cost.
+
+    Args:
+        scores: Of `unscored`, say: groups and bits alone count.
+        bits: As in `recipe`.
+        formats: As in `recipe`.
+        keep: As in `recipe`.
+
+    Raises:
+        BudgetError: As in `recipe`. A `ValueError`.
+        ValueError: As in `recipe`.
+    """
+    limit, formats = check_positive("bits", bits), _labels(formats)
+    choices = _choices(scores, dict.fromkeys(scores.by_place, 0.0), formats, keep)
+    with _saying(_of_scales(scores, formats, limit)):
+        _Problem(choices, [scores.groups[group].parameters for group in choices]).check_bits(limit)
+
+
+@contextmanager
+def _saying(notes: Collection[str]) -> Iterator[None]:
+    """Let a budget that cannot be met say more."""
+    try:
+        yield
+    except BudgetError as error:
+        if not notes:
+            raise
+        raise BudgetError(". ".join([str(error), *notes]).removesuffix("."), error.nearest) from error
 
 
 def _labels(formats: Collection[str] | None) -> Collection[str] | None:
@@ -245,7 +274,10 @@ def _costing(scores: SensitivityRecord, budget: str, by: str | None) -> str:
 
 
 def _choices(
-    scores: SensitivityRecord, by: str, formats: Collection[str] | None, keep: bool
+    scores: SensitivityRecord,
+    costs: Mapping[tuple[str, str], float],
+    formats: Collection[str] | None,
+    keep: bool,
 ) -> dict[str, list[tuple[Choice, float]]]:
     """Return what each group may get, and its cost; what breaks the model is no choice, whatever the costs are."""
     unknown = [label for label in formats or () if label not in scores.formats]
@@ -254,7 +286,6 @@ def _choices(
             f"formats: expected some of {', '.join(scores.formats)}, got {', '.join(unknown)}; name labels of the "
             "record"
         )
-    costs = scores.costs(by)
     found: dict[str, list[tuple[Choice, float]]] = {}
     for group, weights in scores.groups.items():
         found[group] = [
@@ -289,16 +320,20 @@ class _Problem:
         self._bits = [one.bits * parameters[place] for place, (one, _) in self._flat]
         self._costs = [cost for _, (_, cost) in self._flat]
 
-    def cheapest(self, bits: float) -> list[tuple[Choice, float]]:
-        """Return what costs least within average bits a weight."""
+    def check_bits(self, bits: float) -> None:
+        """Refuse average bits a weight that no choice takes."""
         fewest = sum(min(self._of(place, self._bits)) for place in range(len(self._groups)))
         if fewest > _at_most(bits * self._total):
             nearest = fewest / self._total
             raise BudgetError(
-                f"bits: expected {nearest:.6g} or more, the fewest that these formats take, got {bits:g}; raise it, "
-                "or score smaller formats too (formats=)",
+                f"bits: expected {_from_above(nearest)} or more, the fewest that these formats take, got {bits:g}; "
+                "raise it, or score smaller formats too (formats=)",
                 nearest,
             )
+
+    def cheapest(self, bits: float) -> list[tuple[Choice, float]]:
+        """Return what costs least within average bits a weight."""
+        self.check_bits(bits)
         return self._solved(self._costs, self._bits, bits * self._total)
 
     def smallest(self, cost: float, name: str, *, keep: bool) -> list[tuple[Choice, float]]:
@@ -306,8 +341,8 @@ class _Problem:
         least = sum(min(self._of(place, self._costs)) for place in range(len(self._groups)))
         if least > _at_most(cost):
             raise BudgetError(
-                f"{name}: expected {least:.6g} or more, the least that these formats cost, got {cost:g}; raise it"
-                + ("" if keep else ", or pass keep=True"),
+                f"{name}: expected {_from_above(least)} or more, the least that these formats cost, got {cost:g}; "
+                "raise it" + ("" if keep else ", or pass keep=True"),
                 least,
             )
         found = self._solved(self._bits, self._costs, cost)
@@ -360,6 +395,21 @@ class _Problem:
 def _at_most(limit: float) -> float:
     """Return a limit with room for the rounding of sums."""
     return limit + 1e-9 * abs(limit)
+
+
+def _from_above(number: float) -> str:
+    """Return a number with six digits that count, none below it, so that a budget of what is said is met.
+
+    Examples:
+        >>> _from_above(4.0), _from_above(128 / 17)
+        ('4', '7.52942')
+        >>> _from_above(4.2)
+        '4.2'
+    """
+    if not number:
+        return "0"
+    exact = Decimal(number - 1e-10 * abs(number))  # budgets have more room than that
+    return f"{float(exact.quantize(Decimal(1).scaleb(exact.adjusted() - 5), ROUND_CEILING)):g}"
 
 
 def _record(

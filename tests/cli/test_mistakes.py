@@ -138,9 +138,22 @@ MISTAKES = [
     ("evaluate CAUSAL --dataset TEXT --stride 17", "--stride: 16 17 --max-length"),
     (f"{PROBE} --recipe drop=0.1 --choose-by fit", "--choose-by: 'fit'"),
     (f"{PROBE} --recipe bits=0.1", "--recipe: 0.1"),
+    (f"{PROBE} --recipe bits=0", "--recipe: bits 0"),
+    (f"{PROBE} --recipe bits=nan", "--recipe: bits nan"),
+    (f"{PROBE} --recipe loss=inf", "--recipe: loss inf"),
+    (f"{PROBE} --recipe drop=-0.1", "--recipe: drop -0.1 stay"),
+    (f"{PROBE} --recipe drop=0.1 --cells 0", "--choose-by: accuracy measured --cells 1"),
+    (f"{PROBE} --pairs 3", "--pairs: --recipe 3"),
+    (f"{PROBE} --quick --choose-by fisher", "--choose-by: --recipe fisher"),
+    (f"{PROBE} --choose-by fisher", "--choose-by: --recipe fisher"),
+    (f"{PROBE} --cells 3", "--cells: --recipe --quick 3"),
+    (f"{PROBE} --probes 3", "--probes: --recipe --quick 3"),
+    (f"{PROBE} --recipe bits=8 --trials 3", "--trials: none --recipe 3"),
+    (f"{PROBE} --quick --trials 2", "--trials: none --quick 2"),
+    (f"{PROBE} --recipe bits=8 --strengths 4 3", "--strengths: --corruptions quantization=4,3"),
     (f"{PROBE} --recipe bits=4 --corruptions gradient=1", "--corruptions: gradient-based"),
     ("probe BROKEN --dataset DATA --quick", "model: finite answers NaN batch --dtype float32"),
-    ("probe BROKEN --dataset DATA --recipe bits=8 --cells 0", "model: finite gradients NaN --dtype float32"),
+    ("probe BROKEN --dataset DATA --recipe bits=16 --cells 0", "model: finite gradients NaN --dtype float32"),
     (f"{PROBE} --quick --recipe bits=4", "--quick: --recipe"),
     (f"{PROBE} --quick --corruptions quantization=4,3", "--corruptions: one --quick 2"),
     (f"{PROBE} --quick --corruptions gradient=1", "--corruptions: gradient-based"),
@@ -240,6 +253,20 @@ def test_one_line_and_exit_code_2(run, files, line, says):
     assert result.out == ""
     assert not list(Path().glob("*.partial"))
     assert python_spellings(error, words[0]) == []
+
+
+@pytest.mark.slow
+def test_a_budget_out_of_reach_is_refused_before_anything_is_run(run, files, monkeypatch):
+    """By how many bits the formats take; the nearest one is in reach."""
+    asked = []
+    run_it = torch.nn.Module.__call__
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda *args, **named: asked.append(1) or run_it(*args, **named))
+    words = ("probe", files["MODEL"], "--dataset", files["DATA"], "--corruptions", "quantization=8,4:per=channel")
+    result = run(*words, "--recipe", "bits=1.5")
+    assert (result.code, asked) == (2, [])
+    nearest = re.search(r"--recipe: expected ([\d.]+) or more", result.err)[1]
+    assert run(*words, "--recipe", f"bits={nearest}", "--cells", "0").code == 0
+    assert asked
 
 
 def python_spellings(error, command):

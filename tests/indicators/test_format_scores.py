@@ -23,7 +23,7 @@ from hf_parcor import (
 from hf_parcor.evaluation import ClassificationMetric, NotEnoughMemoryError, NotFiniteError, model_loss
 from hf_parcor.evaluation.metrics import WithDivergence
 from hf_parcor.functional import random_signs
-from hf_parcor.indicators import format_scores
+from hf_parcor.indicators import format_scores, unscored
 
 FORMATS = [Quantization(3, "channel"), Quantization(2), FloatQuantization("fp8_e4m3")]
 PROBES = 3
@@ -282,6 +282,23 @@ def test_batches_alone_are_for_their_loss_though_recipes_are_chosen_by_the_diver
     assert recipe(scores, drop=1.0).by == "loss"
     assert recipe(scores, bits=20.0).by == "divergence"
     assert sensitivity(model, ClassificationMetric(batches), FORMATS[:2], progress=False).metric == "accuracy"
+
+
+def test_what_there_is_to_score_is_known_before_anything_is_run() -> None:
+    model = nn.Sequential(nn.Linear(64, 6), nn.Linear(6, 2)).to(torch.bfloat16)
+    formats = [Quantization(4, 32), Quantization(4, "channel"), FloatQuantization("mxfp4"), FloatQuantization("nf4")]
+    batches = [torch.randn(3, 64, dtype=torch.bfloat16)]
+    loss = {"loss": lambda m, x: m(x).sum()}
+    for groups in (None, {"wide": "0", "narrow": "1"}, {"all": "all"}):
+        expected = sensitivity(model, batches, formats, groups, **loss, budget=0, progress=False)
+        found = unscored(model, formats, groups)
+        assert (found.groups, found.formats) == (expected.groups, expected.formats)
+        assert [(one.group, one.format, one.bits) for one in found.cells] == [
+            (one.group, one.format, one.bits) for one in expected.cells
+        ]
+        assert not any(one.scores or one.measured for one in found.cells)
+        measured = sensitivity(model, batches, formats, groups, **loss, progress=False)
+        assert all(one.measured for one in measured.cells), "what can be rounded can be measured"
 
 
 def test_a_metric_without_a_loss_gets_one() -> None:

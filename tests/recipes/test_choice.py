@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_parcor import Quantization, RecipeRecord, SensitivityRecord, recipe, sensitivity, uniform_recipe
 from hf_parcor.corruptions.catalogue import read_corruptions
-from hf_parcor.recipes import BudgetError, front
+from hf_parcor.recipes import BudgetError, check_bits, front
 from hf_parcor.records import FormatScore, WeightGroup
 
 KEPT = 16.0
@@ -220,6 +220,34 @@ def test_what_may_stay_as_it_is_is_not_advised_to() -> None:
     with pytest.raises(ValueError, match="budget=1") as error:
         recipe(replace(scores, cells=tuple(replace(one, measured={}) for one in scores.cells)), drop=1.0)
     assert "call sensitivity" not in str(error.value), "which a command line cannot"
+
+
+@for_each("keep", [True, False])
+def test_bits_that_no_choice_meets_are_known_without_costs(keep) -> None:
+    scores = scores_of(TABLE, [100, 300])
+    blank = replace(scores, clean={}, cells=tuple(replace(one, scores={}, measured={}) for one in scores.cells))
+    with pytest.raises(BudgetError) as expected:
+        recipe(scores, bits=3.0, keep=keep)
+    with pytest.raises(BudgetError) as found:
+        check_bits(blank, 3.0, keep=keep)
+    assert found.value.nearest == expected.value.nearest
+    check_bits(blank, found.value.nearest, keep=keep)
+    assert recipe(scores, bits=found.value.nearest, keep=keep)
+    with pytest.raises(ValueError, match="bits"):
+        check_bits(blank, 0.0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 10**4), min_size=2, max_size=3), st.floats(1e-9, 1e9))
+def test_the_nearest_budget_that_is_said_is_in_reach(sizes, cost) -> None:
+    """Six digits do: none is below what they stand for."""
+    scores = scores_of([[(8.0, cost), (5.0, cost), (4.1, cost)], *([[(3.3, cost / 3)]] * (len(sizes) - 1))], sizes)
+    for name in ("bits", "loss"):
+        with pytest.raises(BudgetError) as caught:
+            recipe(scores, **{name: 1e-12}, keep=False)
+        said = re.search(r"expected (\S+) or more", str(caught.value))[1]
+        assert float(said) == pytest.approx(caught.value.nearest, rel=1e-5)
+        assert recipe(scores, **{name: float(said)}, keep=False)
 
 
 def test_a_format_that_is_not_there_is_refused() -> None:
