@@ -126,6 +126,11 @@ class _Told:
         """Return what was measured under a name; None for nothing."""
         return None if label is None else self.rows.get(label)
 
+    def bits_of_base(self, group: str) -> float:
+        """Return how many bits a part has in the format of most weights; if it does not fit, the average of all."""
+        cell = self.scores.by_place.get((group, self.recipe.base or ""))
+        return self.recipe.bits if cell is None else cell.bits
+
     def of_base(self) -> float | None:
         """Return the sum of what each part costs in the format of most weights; None where one was not measured."""
         cells = [self.scores.by_place.get((group, self.recipe.base or "")) for group in self.recipe.groups]
@@ -139,16 +144,62 @@ def _answer(told: _Told) -> str:
     recipe = told.recipe
     if recipe.base is None:
         return "Quantize nothing: within this budget every part stays as it is."
-    exceptions = recipe.exceptions
-    spared = f" but {_parts(told, exceptions)}" if exceptions else ""
-    sentence = f"Quantize everything{spared} to {told.formats[recipe.base]}: {told.metric} {_outcome(told)}"
+    exceptions, base = recipe.exceptions, told.formats[recipe.base]
+    if len(exceptions) > _NAMED:
+        sentence, with_all = f"Quantize everything to {base}, but {_kinds_of_exceptions(told)}", f"{base} for all"
+    else:
+        spared = f" but {_parts(told, exceptions)}" if exceptions else ""
+        sentence, with_all = f"Quantize everything{spared} to {base}", "it" if len(exceptions) == 1 else "them"
+    sentence += f": {told.metric} {_outcome(told)}"
     row = told.row(recipe.base)
     expected = told.of_base()
     if exceptions and row is not None:
-        sentence += f"; with {'it' if len(exceptions) == 1 else 'them'} {told.change(row.mean(told.metric))}"
+        sentence += f"; with {with_all} {told.change(row.mean(told.metric))}"
     elif exceptions and expected is not None and not told.rows:
-        sentence += f"; with {'it' if len(exceptions) == 1 else 'them'} {told.lost(expected)}"
+        sentence += f"; with {with_all} {told.lost(expected)}"
     return f"{sentence}."
+
+
+def _kinds_of_exceptions(told: _Told) -> str:
+    """Return how many parts get more bits, fewer, or stay, and names: of those that most weights' format costs most.
+
+    Names of those with fewer bits, which are the ones that save most, come where there are not enough others.
+    """
+    recipe = told.recipe
+    costs = told.scores.costs(recipe.by) if recipe.by in (*told.scores.clean, *told.scores.scores) else {}
+
+    def rank(group: str) -> tuple[bool, float]:
+        saved = told.bits_of_base(group) - recipe.choice[group].bits
+        if recipe.choice[group].format is not None and saved > 0:
+            return True, -saved * recipe.groups[group].parameters
+        cost = costs.get((group, recipe.base or ""), 0.0)
+        return False, -math.inf if math.isnan(cost) else -cost  # NaN is of a model that is destroyed
+
+    first = sorted(recipe.exceptions, key=rank)
+    kinds: dict[str, list[str]] = {"to more bits": [], "to another format": [], "to fewer bits": [], "not at all": []}
+    for group in first:
+        kinds[_kind(told, group)].append(group)
+    said: list[str] = []
+    for kind, groups in kinds.items():
+        if groups:
+            of = "" if said else f" of {len(recipe.choice)} parts"
+            shown = [told.names[group] for group in groups if group in first[:_NAMED]]
+            others = len(groups) - len(shown)
+            if others and shown:
+                shown.append(f"{others} other{'s' if others > 1 else ''}")
+            said.append(f"{len(groups)}{of} {kind}" + (f" ({_listed(shown)})" if shown else ""))
+    return _listed(said)
+
+
+def _kind(told: _Told, group: str) -> str:
+    one, base = told.recipe.choice[group], told.bits_of_base(group)
+    if one.format is None:
+        return "not at all"
+    return "to another format" if one.bits == base else "to more bits" if one.bits > base else "to fewer bits"
+
+
+def _listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _outcome(told: _Told) -> str:
@@ -161,11 +212,8 @@ def _outcome(told: _Told) -> str:
 
 
 def _parts(told: _Told, names: list[str]) -> str:
-    """Return the parts that get another format, and which, or how many there are."""
-    if len(names) > _NAMED:
-        return f"{len(names)} of {len(told.recipe.choice)} parts"
-    described = [f"{name} ({_format(told, told.recipe.choice[name].format)})" for name in names]
-    return described[0] if len(described) == 1 else f"{', '.join(described[:-1])} and {described[-1]}"
+    """Return the parts that get another format, and which."""
+    return _listed([f"{name} ({_format(told, told.recipe.choice[name].format)})" for name in names])
 
 
 def _format(told: _Told, label: str | None) -> str:

@@ -14,7 +14,7 @@ from for_each import for_each
 import hf_parcor
 from hf_parcor import EvaluationRecord, MetricInfo, RecipeReport, SensitivityRecord, recipe
 from hf_parcor.recipes import exports, front
-from hf_parcor.records import CorruptionRecord, FormatScore, PairCost, RecipeRecord, WeightGroup
+from hf_parcor.records import Choice, CorruptionRecord, FormatScore, PairCost, RecipeRecord, WeightGroup
 
 BITS = {"8-bit quantization": 8, "4-bit quantization": 4, "3-bit quantization": 3}
 FORMATS = {label: {"corruption": "quantization", "settings": {"bits": bits}} for label, bits in BITS.items()}
@@ -149,6 +149,40 @@ def test_other_answers(bits, word) -> None:
     scores = scores_of(lambda weak, bits: 0.05 / bits if bits < 8 else 0.02)
     chosen = recipe(scores, bits=bits)
     assert word in RecipeReport(scores, chosen).answer
+
+
+def test_of_many_exceptions_the_answer_names_the_costliest_and_how_many_get_more_fewer_and_as_they_are() -> None:
+    """Counted by hand; those are named that 4 bits would cost most, whatever their order is."""
+    costs = [0.01, 0.09, 0.02, 0.08, 0.03, 0.07, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    scores = scores_of(one_weak_part)
+    names = list(scores.groups)
+    cells = tuple(
+        replace(one, measured={"accuracy": 0.9 - (costs[names.index(one.group)] if one.format[0] == "4" else 0.0)})
+        for one in scores.cells
+    )
+    sizes = {
+        name: replace(group, weights={name: 1000 if at < 8 else 9000})
+        for at, (name, group) in enumerate(scores.groups.items())
+    }
+    scores = replace(scores, groups=sizes, cells=cells, clean={"accuracy": 0.9})
+    labels = ["8"] * 5 + [None] + ["3"] * 2 + ["4"] * 4
+    made = {
+        name: Choice(None if label is None else f"{label}-bit quantization", 16.0 if label is None else float(label))
+        for name, label in zip(names, labels, strict=True)
+    }
+    chosen = replace(recipe(scores, bits=4.5), by="accuracy", choice=made)
+    answer = RecipeReport(scores, chosen).answer
+    name = r"\.\S+_name"
+    assert re.search(rf"but 5 of 12 parts to more bits \(1{name}, 3{name} and 3 others\)", answer)
+    assert re.search(rf", 2 to fewer bits and 1 not at all \(5{name}\): accuracy", answer)
+    assert answer.count("_name") == 3
+    assert "with 4 bits for all −30.0 points" in answer
+    few = replace(chosen, choice={**made, **{name: Choice("4-bit quantization", 4.0) for name in names[:6]}})
+    assert "(3 bits)" in RecipeReport(scores, few).answer
+    fewer = {name: Choice("3-bit quantization", 3.0) for name in names[:5]}
+    rest = {name: Choice("4-bit quantization", 4.0) for name in names[5:]}
+    only = RecipeReport(scores, replace(chosen, choice={**fewer, **rest})).answer
+    assert re.search(r"but 5 of 12 parts to fewer bits \((\S+, ){2}\S+ and 2 others\): ", only)
 
 
 def test_a_page_of_a_recipe_that_quantizes_nothing_says_nothing_of_its_parts(tmp_path) -> None:
