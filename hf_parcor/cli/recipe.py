@@ -194,6 +194,8 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
         )
         for sentence in exports.missing:
             tell(f"not written: {sentence}")
+        for sentence in exports.notes:
+            tell(sentence)
     show_answer(chosen, report, as_json=arguments.json)
 
 

@@ -193,7 +193,7 @@ def sensitivity(
     linear = set(linear_modules(model))
     return SensitivityRecord(
         model=model_name(model),
-        groups=_recorded(selected),
+        groups=_recorded(model, selected),
         formats=_described(formats),
         cells=tuple(
             FormatScore(
@@ -268,7 +268,7 @@ def unscored(
     ]
     return SensitivityRecord(
         model_name(model),
-        _recorded(selected),
+        _recorded(model, selected),
         _described(formats),
         tuple(cells),
         clean={},
@@ -290,12 +290,14 @@ def _bits(one: Format, weights: Mapping[str, Tensor]) -> float:
     return sum(one.stored_bits(weight) for weight in weights.values()) / numel(list(weights.values()))
 
 
-def _recorded(selected: Mapping[str, Mapping[str, nn.Parameter]]) -> dict[str, WeightGroup]:
+def _recorded(model: nn.Module, selected: Mapping[str, Mapping[str, nn.Parameter]]) -> dict[str, WeightGroup]:
     """Return groups as records keep them."""
+    holders = _holders(model, {name: weight for group in selected.values() for name, weight in group.items()})
     return {
         label: WeightGroup(
             {name: weight.numel() for name, weight in group.items()},
             sum(8 * one.dtype.itemsize * one.numel() for one in group.values()) / numel(list(group.values())),
+            {name: holders[name] for name in group},
         )
         for label, group in selected.items()
     }
@@ -310,6 +312,26 @@ def _described(formats: Sequence[Format]) -> dict[str, dict[str, Any]]:
         }
         for one in formats
     }
+
+
+def _holders(model: nn.Module, together: Mapping[str, nn.Parameter]) -> dict[str, dict[str, str]]:
+    """Return by weight the modules that hold it, each with its class: what tools quantize depends on that."""
+    found: dict[str, dict[str, str]] = {name: {} for name in together}
+    names = {weight: name for name, weight in together.items()}
+    for prefix, module in model.named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight in names:
+                place = f"{prefix}.{name}" if prefix else name
+                found[names[weight]][place.removesuffix(".weight")] = _class_name(module)
+    return found
+
+
+def _class_name(module: nn.Module) -> str:
+    kind = type(module)
+    if kind.__module__.startswith("torch.nn."):
+        return kind.__name__  # with those that PyTorch derives: they do not compute as a linear layer does
+    base = next((one.__name__ for one in (nn.Linear, nn.Embedding) if isinstance(module, one)), None)
+    return kind.__name__ if base is None else f"{kind.__name__}({base})"
 
 
 def _kinds(model: nn.Module, together: Iterable[nn.Parameter]) -> dict[str, tuple[int, int]]:

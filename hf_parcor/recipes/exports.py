@@ -8,14 +8,14 @@
 | `llm_compressor.yaml` | llm-compressor's `oneshot(recipe=...)` |
 | `defense.yaml` | `hf-parcor train --config`: the modules to defend, so that they need not be spared |
 
-A tool that lacks a format gets no file, and what is missing is said.
+A tool that lacks a format, or cannot quantize what holds a weight, gets no file, and what is missing is said.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,21 +26,34 @@ from hf_parcor.recipes.measured import format_of
 from hf_parcor.records.recipe import RecipeRecord
 from hf_parcor.strict_json import replace_text
 
+_NAMED = 3  # so many names a sentence has
+_FLOAT32 = 32
+_NVFP4 = str(FloatQuantization("nvfp4"))
+# Modules beside each other, with these names, that llm-compressor gives one scale of the tensor: what vLLM fuses.
+_FUSED = (
+    ("gate_proj", "up_proj"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("w1", "w3"),
+)
+
 
 class Exports(NamedTuple):
     """What `export_recipe` wrote.
 
     Attributes:
         files: Their paths.
-        missing: Sentences on the tools that lack something.
+        missing: Sentences on the files that were not written.
+        notes: Sentences on where a tool makes something else of its file than the recipe says.
     """
 
     files: tuple[Path, ...]
     missing: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 class NoSuchFormatError(ValueError):
-    """A tool cannot hold a format."""
+    """A tool cannot hold a format, or not where a recipe wants it."""
 
 
 def export_recipe(record: RecipeRecord, folder: str | Path) -> Exports:
@@ -61,12 +74,13 @@ def export_recipe(record: RecipeRecord, folder: str | Path) -> Exports:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files, missing = [record.save(folder / "recipe.json")], []
+    files, missing, notes = [record.save(folder / "recipe.json")], [], []
     for name, make in _EXPORTS.items():
         try:
             content = make(record)
         except NoSuchFormatError as error:
             missing.append(f"{name}: {error}")
+            (folder / name).unlink(missing_ok=True)  # that of an earlier recipe
             continue
         path = folder / name
         shown = (
@@ -76,26 +90,77 @@ def export_recipe(record: RecipeRecord, folder: str | Path) -> Exports:
         )
         replace_text(path, shown)
         files.append(path)
-    return Exports(tuple(files), tuple(missing))
+        notes += [f"{name}: {sentence}" for sentence in _NOTES.get(name, _nothing)(record)]
+    return Exports(tuple(files), tuple(missing), tuple(notes))
+
+
+class _Held(NamedTuple):
+    """A weight and what holds it.
+
+    Attributes:
+        format: What it gets; None where it stays as it is.
+        bits: How many one of its group takes as it is.
+        holders: The classes of the modules that hold it, by their names; "" where nobody said.
+    """
+
+    format: str | None
+    bits: float
+    holders: Mapping[str, str]
+
+
+def _held(record: RecipeRecord) -> Iterator[_Held]:
+    for name, one in record.choice.items():
+        group = record.groups[name]
+        for weight in group.weights:
+            yield _Held(one.format, group.bits, group.holders.get(weight) or {weight.removesuffix(".weight"): ""})
+
+
+def _quantized(record: RecipeRecord, tool: str) -> dict[str, str]:
+    """Return the format of each module that is quantized, by all names of tied ones.
+
+    Raises:
+        NoSuchFormatError: One is no linear layer and no embedding, which are what the tool quantizes.
+    """
+    found: dict[str, str] = {}
+    others: dict[str, list[str]] = {}
+    for held in _held(record):
+        if held.format is not None:
+            for module, kind in held.holders.items():
+                found[module] = held.format
+                if kind and kind.rpartition("(")[2].rstrip(")") not in ("Linear", "Embedding"):
+                    others.setdefault(kind, []).append(module)
+    if others:
+        listed = " and ".join(f"{kind} ({_some(modules)})" for kind, modules in others.items())
+        raise NoSuchFormatError(
+            f"expected formats for linear layers and embeddings, of which {tool} quantizes the weights, got some for "
+            f"{listed}; leave these out of the groups"
+        )
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= _NAMED else f"{names[0]} and {len(names) - 1} others"
+
+
+def _nothing(record: RecipeRecord) -> Iterable[str]:
+    return ()
 
 
 def torchao_settings(record: RecipeRecord) -> dict[str, Any]:
     """Return `quantization_config` of a Transformers model: torchao's `FqnToConfig`, one entry a module.
 
     Raises:
-        NoSuchFormatError: torchao rounds none as a format does; see `hf_parcor.corruptions.quantization`. A
-            `ValueError`.
+        NoSuchFormatError: torchao rounds none as a format does, see `hf_parcor.corruptions.quantization`; or what
+            holds a weight is nothing that it quantizes. A `ValueError`.
     """
-    by_module: dict[str, Any] = {}
-    for group, one in record.choice.items():
-        if one.format is not None:
-            config = _torchao(one.format, record.formats[one.format])
-            by_module |= dict.fromkeys(record.groups[group].modules, config)
-    if not by_module:
-        raise NoSuchFormatError("expected a part that is quantized, got none; lower the budget")
+    modules = _quantized(record, "torchao")
+    configs = {label: _torchao(label, record.formats[label]) for label in dict.fromkeys(modules.values())}
+    by_module = {module: configs[label] for module, label in modules.items()}
     return {
         "quant_method": "torchao",
         "quant_type": {"default": _ao("FqnToConfig", 1, fqn_to_config=by_module)},
+        # Unless told Transformers leaves out heads and tied weights, whatever has an entry.
+        "modules_to_not_convert": [],
     }
 
 
@@ -158,19 +223,57 @@ def bitsandbytes_settings(record: RecipeRecord) -> dict[str, Any]:
 
     bitsandbytes has one format a model, so that what the recipe gives 8 bits is skipped as well, and what is in no
     group.
+
+    Raises:
+        NoSuchFormatError: Nothing has 4 bits or fewer that bitsandbytes quantizes. A `ValueError`.
     """
     skipped = list(record.outside)
     quantized: list[str] = []
-    for group, one in record.choice.items():
-        small = one.format is not None and _code_bits(record.formats[one.format]) <= 4
-        (quantized if small else skipped).extend(record.groups[group].modules)
+    for held in _held(record):
+        (quantized if _in_nf4(record, held) else skipped).extend(held.holders)
     if not quantized:
+        left = _left_in_float(record)
+        if left:
+            raise NoSuchFormatError(
+                f"expected a linear layer that shares its weight with no other module in 4 bits or fewer, which "
+                f"bitsandbytes quantizes, got {_some(left)}"
+            )
         raise NoSuchFormatError("expected a part with 4 bits or fewer, got none; lower the budget")
     return {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
         "llm_int8_skip_modules": [_exactly(name, quantized) for name in skipped],
     }
+
+
+def _in_nf4(record: RecipeRecord, held: _Held) -> bool:
+    """Say whether bitsandbytes quantizes a weight: exactly these classes, and no forward pass survives it if tied."""
+    return _is_small(record, held) and len(held.holders) == 1 and {*held.holders.values()} <= {"", "Linear", "Conv1D"}
+
+
+def _is_small(record: RecipeRecord, held: _Held) -> bool:
+    return held.format is not None and _code_bits(record.formats[held.format]) <= 4
+
+
+def _left_in_float(record: RecipeRecord) -> list[str]:
+    """Return the modules that bitsandbytes leaves as they are, though they get 4 bits or fewer, with their classes."""
+    left = [held for held in _held(record) if _is_small(record, held) and not _in_nf4(record, held)]
+    return [f"{' = '.join(held.holders)} ({', '.join(held.holders.values())})" for held in left]
+
+
+def _notes_on_bitsandbytes(record: RecipeRecord) -> Iterator[str]:
+    left = _left_in_float(record)
+    if left:
+        yield f"leaves in float what the recipe gives 4 bits or fewer: {'; '.join(left)}"
+    turned = [
+        name
+        for held in _held(record)
+        if _in_nf4(record, held) and held.format == str(FloatQuantization("nf4"))
+        for name, kind in held.holders.items()
+        if kind == "Conv1D"
+    ]
+    if turned:
+        yield f"takes the blocks of {_some(turned)} along the other dimension than the recipe: measure again"
 
 
 def _code_bits(settings: Mapping[str, Any]) -> int:
@@ -191,41 +294,74 @@ def llm_compressor_settings(record: RecipeRecord) -> dict[str, Any]:
     """Return a recipe of llm-compressor: a group of modules for each format, and what is ignored.
 
     Raises:
-        NoSuchFormatError: llm-compressor has no such format. A `ValueError`.
+        NoSuchFormatError: llm-compressor has no such format, or not for what holds a weight, or not for one alone of
+            the modules that it fuses. A `ValueError`.
     """
-    targets: dict[str, list[str]] = {}
-    ignored = list(record.outside)
-    for group, one in record.choice.items():
-        (ignored if one.format is None else targets.setdefault(one.format, [])).extend(record.groups[group].modules)
-    if not targets:
+    modules = _quantized(record, "llm-compressor")
+    if not modules:
         raise NoSuchFormatError("expected a part that is quantized, got none; lower the budget")
+    for fused in _fused(record, modules):
+        formats = dict.fromkeys(modules.get(module) or "none" for module in fused)
+        if len(formats) > 1:
+            raise NoSuchFormatError(
+                f"expected NVFP4 for all of {', '.join(fused)}, which llm-compressor fuses, or for none, got "
+                f"{', '.join(formats)}; put them into one group"
+            )
+    targets: dict[str, list[str]] = {}
+    for module, label in modules.items():
+        targets.setdefault(label, []).append(module)
+    as_they_are = [module for held in _held(record) if held.format is None for module in held.holders]
     modifier = {
-        "ignore": ignored,
+        "ignore": [*record.outside, *as_they_are],
         "config_groups": {
-            f"group_{place}": {"targets": modules, "weights": _compressed(label, record.formats[label])}
-            for place, (label, modules) in enumerate(targets.items())
+            f"group_{place}": {"targets": names, "weights": _compressed(label, record.formats[label])}
+            for place, (label, names) in enumerate(targets.items())
         },
     }
     return {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
 
 
+def _fused(record: RecipeRecord, modules: Mapping[str, str]) -> Iterator[list[str]]:
+    """Yield the modules of which one has NVFP4 and that llm-compressor gives one scale of the tensor together."""
+    every = {*record.outside, *(module for held in _held(record) for module in held.holders)}
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in modules):
+        for names in _FUSED:
+            fused = [f"{parent}.{name}" if parent else name for name in names]
+            if every.issuperset(fused) and any(modules.get(name) == _NVFP4 for name in fused):
+                yield fused
+
+
+def _notes_on_llm_compressor(record: RecipeRecord) -> Iterator[str]:
+    fused = [*_fused(record, _quantized(record, "llm-compressor"))]
+    if fused:
+        yield (
+            f"has one scale of the whole tensor for {_some([', '.join(names) for names in fused])} together, where "
+            "the recipe has one for each: measure again"
+        )
+    if any(held.format is not None and held.bits < _FLOAT32 for held in _held(record)):
+        yield (
+            "computes in the dtype of the weights: below float32 some codes are the next ones to those of the recipe"
+        )
+
+
 def _compressed(label: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that compressed-tensors calls `QuantizationArgs`."""
     one = format_of(settings)
-    is_float = isinstance(one, FloatQuantization)
-    if one.format == "fp8_e4m3" if is_float else one.zero_point == "integer" and one.bits <= 8:
-        blocks = {"strategy": "group", "group_size": one.per} if isinstance(one.per, int) else {"strategy": one.per}
-        return {
-            "num_bits": 8 if is_float else one.bits,
-            "type": "float" if is_float else "int",
-            "symmetric": is_float or one.symmetric,
-            "dynamic": False,
-            **blocks,
-        }
-    if is_float and one.format == "nvfp4":
-        blocks = {"strategy": "tensor_group", "group_size": 16}
-        return {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False, **blocks}
-    raise NoSuchFormatError(f"expected a format that llm-compressor has, got {label}; try integers or fp8_e4m3")
+    blocks: dict[str, Any] = {"strategy": one.per}
+    if isinstance(one.per, int):
+        blocks = {"strategy": "group", "group_size": one.per}
+    if isinstance(one, FloatQuantization):
+        if one.format == "fp8_e4m3":
+            return {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, **blocks}
+        if one.format == "nvfp4":
+            blocks = {"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+            return {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False, **blocks}
+    elif one.zero_point == "integer" and one.bits <= 8 and (one.code_range == "full" or not one.symmetric):
+        return {"num_bits": one.bits, "type": "int", "symmetric": one.symmetric, "dynamic": False, **blocks}
+    raise NoSuchFormatError(
+        f"expected a format that llm-compressor has, got {label}; score one of them, such as integers with full "
+        "codes, or FP8 E4M3"
+    )
 
 
 def defense_settings(record: RecipeRecord) -> dict[str, Any]:
@@ -259,4 +395,9 @@ _EXPORTS: Mapping[str, Callable[[RecipeRecord], dict[str, Any]]] = {
     "bitsandbytes.yaml": bitsandbytes_settings,
     "llm_compressor.yaml": llm_compressor_settings,
     "defense.yaml": defense_settings,
+}
+
+_NOTES: Mapping[str, Callable[[RecipeRecord], Iterable[str]]] = {
+    "bitsandbytes.yaml": _notes_on_bitsandbytes,
+    "llm_compressor.yaml": _notes_on_llm_compressor,
 }

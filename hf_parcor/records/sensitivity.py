@@ -29,10 +29,14 @@ class WeightGroup:
     Attributes:
         weights: Their names, each with how many entries it has.
         bits: How many bits one of these takes as it is, mean over the group.
+        holders: By weight which modules hold it, several where it is tied, each with its class, such as "Linear"; a
+            class that is derived from a linear layer or an embedding names that too: "Mine(Linear)". Empty in records
+            from before it was kept.
     """
 
     weights: Mapping[str, int]
     bits: float
+    holders: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -242,7 +246,9 @@ class SensitivityRecord(StoredRecord):
 
 def read_groups(data: Mapping[str, Any]) -> dict[str, WeightGroup]:
     """Return groups from plain values."""
-    return {name: WeightGroup(one["weights"], float(one["bits"])) for name, one in data.items()}
+    return {
+        name: WeightGroup(one["weights"], float(one["bits"]), one.get("holders", {})) for name, one in data.items()
+    }
 
 
 def read_numbers(data: Mapping[str, Any]) -> dict[str, float]:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 import yaml
+from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from hf_parcor import FloatQuantization, ParameterDefenseTrainingArguments, Quantization, RecipeRecord, export_recipe
+from hf_parcor import (
+    FloatQuantization,
+    ParameterDefenseTrainingArguments,
+    Quantization,
+    RecipeRecord,
+    export_recipe,
+    sensitivity,
+)
 from hf_parcor.corruptions import CORRUPTIONS
 from hf_parcor.recipes.exports import _EXPORTS
 from hf_parcor.records import Choice, WeightGroup
@@ -86,3 +96,46 @@ def test_a_tool_that_lacks_a_format_gets_no_file_and_it_is_said(tmp_path) -> Non
     assert any("torchao.json" in sentence and "NF4" in sentence for sentence in found.missing)
     found = export_recipe(recipe_of(FOUR, FOUR, FOUR), tmp_path / "alike")
     assert any("defense" in sentence for sentence in found.missing), "nothing is spared"
+
+
+class Mine(nn.Linear):
+    """A linear layer of somebody's own: torchao and llm-compressor take it, bitsandbytes takes no class but two."""
+
+
+class Attention(nn.Module):
+    """What holds a matrix that PyTorch reads past the module which tools would replace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(32, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x, x, x)[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "written"),
+    [
+        (nn.Linear(32, 32), (3, 32), {"torchao.json", "bitsandbytes.yaml", "llm_compressor.yaml"}),
+        (Mine(32, 32), (3, 32), {"torchao.json", "bitsandbytes.yaml", "llm_compressor.yaml"}),
+        (nn.Conv1d(32, 32, 32), (32, 32), set()),
+        (Attention(), (3, 32), set()),
+    ],
+)
+def test_only_tools_that_quantize_what_holds_the_weights_get_a_file(tmp_path, module, shape, written) -> None:
+    model = nn.Sequential(module, nn.Linear(32, 32)) if isinstance(module, nn.Linear) else nn.Sequential(module)
+    scores = sensitivity(
+        model, [torch.randn(shape)], [FOUR], {"all": "all"}, budget=0, loss=lambda m, x: m(x).sum(), progress=False
+    )
+    chosen = RecipeRecord("m", scores.groups, scores.formats, {"all": Choice(str(FOUR), 5.0)}, outside=scores.outside)
+    assert RecipeRecord.from_json(chosen.to_json()) == chosen
+    tools = {"torchao.json", "bitsandbytes.yaml", "llm_compressor.yaml"}
+    for name in tools:
+        (tmp_path / name).write_text("of an earlier recipe")
+    found = export_recipe(chosen, tmp_path)
+    if isinstance(module, Mine):
+        assert any("bitsandbytes.yaml" in note and "Mine(Linear)" in note for note in found.notes), "one of two stays"
+    assert {path.name for path in found.files} & tools == written
+    assert {path.name for path in tmp_path.iterdir()} & tools == written
+    for name in tools - written:
+        assert any(sentence.startswith(name) for sentence in found.missing)
