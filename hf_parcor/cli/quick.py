@@ -35,7 +35,7 @@ def add_quick(parser: Parser) -> None:
         "--quick",
         action="store_true",
         help=f"score all parts in one format by one backward pass over the data, then measure the {MEASURED} weakest; "
-        "--corruptions is the format then; default: quantization=4:per=channel",
+        "--corruptions is the format then; default: quantization=4:per=channel,code-range=full",
     )
 
 

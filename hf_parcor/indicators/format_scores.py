@@ -314,26 +314,6 @@ def _described(formats: Sequence[Format]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _holders(model: nn.Module, together: Mapping[str, nn.Parameter]) -> dict[str, dict[str, str]]:
-    """Return by weight the modules that hold it, each with its class: what tools quantize depends on that."""
-    found: dict[str, dict[str, str]] = {name: {} for name in together}
-    names = {weight: name for name, weight in together.items()}
-    for prefix, module in model.named_modules():
-        for name, weight in module.named_parameters(recurse=False):
-            if weight in names:
-                place = f"{prefix}.{name}" if prefix else name
-                found[names[weight]][place.removesuffix(".weight")] = _class_name(module)
-    return found
-
-
-def _class_name(module: nn.Module) -> str:
-    kind = type(module)
-    if kind.__module__.startswith("torch.nn."):
-        return kind.__name__  # with those that PyTorch derives: they do not compute as a linear layer does
-    base = next((one.__name__ for one in (nn.Linear, nn.Embedding) if isinstance(module, one)), None)
-    return kind.__name__ if base is None else f"{kind.__name__}({base})"
-
-
 def _kinds(model: nn.Module, together: Iterable[nn.Parameter]) -> dict[str, tuple[int, int]]:
     """Return by the class of what holds matrices how many of these modules have one in a group, and how many are."""
     within: dict[str, tuple[int, int]] = {}
@@ -601,3 +581,23 @@ def _unfit(groups: Collection[str], formats: Sequence[Format], cells: Sequence[F
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{len(names)} groups such as {names[0]}"
+
+
+def _holders(model: nn.Module, together: Mapping[str, nn.Parameter]) -> dict[str, dict[str, str]]:
+    """Return by weight the modules that hold it, each with its class: what tools quantize depends on that."""
+    found: dict[str, dict[str, str]] = {name: {} for name in together}
+    names = {weight: name for name, weight in together.items()}
+    for prefix, module in model.named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight in names:
+                place = f"{prefix}.{name}" if prefix else name
+                found[names[weight]][place.removesuffix(".weight")] = _class_name(module)
+    return found
+
+
+def _class_name(module: nn.Module) -> str:
+    kind = type(module)
+    if kind.__module__.startswith("torch.nn."):
+        return kind.__name__  # with those that PyTorch derives: they do not compute as a linear layer does
+    base = next((one.__name__ for one in (nn.Linear, nn.Embedding) if isinstance(module, one)), None)
+    return kind.__name__ if base is None else f"{kind.__name__}({base})"

@@ -161,8 +161,9 @@ def _of_scales(scores: SensitivityRecord, formats: Collection[str] | None, bits:
         ways.append(f"load the model in bfloat16, whose scales take half{halved}: dtype=, or --dtype bfloat16")
     if isinstance(settings.get("per"), int):
         ways.append(
-            f"score {codes} bits with a scale a channel: Quantization({codes}, 'channel'), or "
-            f"--corruptions quantization={codes}:per=channel"
+            f"score {codes} bits with a scale a channel: Quantization({codes}, 'channel', code_range='full', "
+            "arithmetic='weight'), or "
+            f"--corruptions quantization={codes}:per=channel,code-range=full,arithmetic=weight"
         )
     ways.append(f"ask for bits={math.ceil(100 * stored - 1e-9) / 100:g}")
     return (

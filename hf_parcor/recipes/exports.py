@@ -119,7 +119,7 @@ def _quantized(record: RecipeRecord, tool: str) -> dict[str, str]:
     """Return the format of each module that is quantized, by all names of tied ones.
 
     Raises:
-        NoSuchFormatError: One is no linear layer and no embedding, which are what the tool quantizes.
+        NoSuchFormatError: There are none; or one is no linear layer and no embedding, which the tool quantizes.
     """
     found: dict[str, str] = {}
     others: dict[str, list[str]] = {}
@@ -135,6 +135,8 @@ def _quantized(record: RecipeRecord, tool: str) -> dict[str, str]:
             f"expected formats for linear layers and embeddings, of which {tool} quantizes the weights, got some for "
             f"{listed}; leave these out of the groups"
         )
+    if not found:
+        raise NoSuchFormatError("expected a part that is quantized, got none; lower the budget")
     return found
 
 
@@ -298,8 +300,6 @@ def llm_compressor_settings(record: RecipeRecord) -> dict[str, Any]:
             the modules that it fuses. A `ValueError`.
     """
     modules = _quantized(record, "llm-compressor")
-    if not modules:
-        raise NoSuchFormatError("expected a part that is quantized, got none; lower the budget")
     for fused in _fused(record, modules):
         formats = dict.fromkeys(modules.get(module) or "none" for module in fused)
         if len(formats) > 1:

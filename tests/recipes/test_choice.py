@@ -18,6 +18,7 @@ from torch import nn
 from hf_parcor import Quantization, RecipeRecord, SensitivityRecord, recipe, sensitivity, uniform_recipe
 from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.recipes import BudgetError, check_bits, front
+from hf_parcor.recipes.exports import torchao_settings
 from hf_parcor.records import FormatScore, WeightGroup
 
 KEPT = 16.0
@@ -286,7 +287,8 @@ class TestScalesThatKeepAFormatOutOfABudget:
         code = re.search(r"Quantization\(.*?\)", note)[0]
         channel = eval(code, {"Quantization": Quantization})
         assert channel.bits == 4
-        assert (*read_corruptions([re.search(r"--corruptions ([\w=:]+)", note)[1]]),) == (channel,)
+        assert (*read_corruptions([re.search(r"--corruptions ([\w=:,-]+\w)", note)[1]]),) == (channel,)
+        assert torchao_settings(uniform_recipe(scored(torch.float32, [channel]), str(channel))), "torchao has it"
         wide = [GROUPS_OF_32[0], channel, GROUPS_OF_32[2]]
         assert [str(channel) in said for said in recipe(scored(torch.float32, wide), bits=4.5).notes] == [True]
         assert recipe(scored(torch.float32, wide), bits=4.9).notes == ()
