@@ -145,9 +145,9 @@ def main() -> None:
     )
     scores.save(options.output / "sensitivity.json")
     measured.save(options.output / "recipe_measured.json")
-    export_recipe(chosen, options.output)
+    files = [path.name for path in export_recipe(chosen, options.output).files]
     title = f"Which parts of {judged.title} take which bits?"
-    report = RecipeReport(scores, chosen, measured, title=title, metric=judged.shown)
+    report = RecipeReport(scores, chosen, measured, title=title, metric=judged.shown, files=files)
     report.to_html(options.output / "recipe.html")
     report.to_markdown(options.output / "README.md")
     print(*report.verdict, sep="\n")

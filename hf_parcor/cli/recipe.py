@@ -186,6 +186,7 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
             scores.save(folder / SENSITIVITY)
             measured.save(folder / MEASURED)
             exports = export_recipe(chosen, folder)
+            report = RecipeReport(scores, chosen, measured, files=[path.name for path in exports.files])
             report.to_html(folder / PAGE)
             report.to_markdown((folder / PAGE).with_suffix(".md"))
             _set_aside(folder, exports.missing)

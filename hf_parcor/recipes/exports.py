@@ -133,7 +133,7 @@ def _quantized(record: RecipeRecord, tool: str) -> dict[str, str]:
         listed = " and ".join(f"{kind} ({_some(modules)})" for kind, modules in others.items())
         raise NoSuchFormatError(
             f"expected formats for linear layers and embeddings, of which {tool} quantizes the weights, got some for "
-            f"{listed}; leave these out of the groups"
+            f"{listed}; leave these out of the groups, or write what MixedQuantization.of(recipe) gives into the model"
         )
     if not found:
         raise NoSuchFormatError("expected a part that is quantized, got none; lower the budget")

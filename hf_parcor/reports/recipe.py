@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from hf_parcor.records.curves import short
@@ -25,6 +25,14 @@ _NAMED = 3  # so many parts a sentence names
 _INTERACTS = 0.1  # parts that cost so much of their sum more or less together interact
 _AS_IT_IS = "as it is"
 _ONE_FORMAT = "one format for all"
+# By the names of the files that `export_recipe` writes for tools that quantize.
+_READERS = {
+    "torchao.json": "from_pretrained(model, quantization_config=TorchAoConfig.from_dict(json.load(open("
+    "'torchao.json')))) of Transformers has torchao round so",
+    "llm_compressor.yaml": "oneshot(model, recipe='llm_compressor.yaml') of llm-compressor rounds so",
+    "bitsandbytes.yaml": "BitsAndBytesConfig(**yaml.safe_load(open('bitsandbytes.yaml'))) of Transformers has NF4 in "
+    "place of what gets 4 bits or fewer, and the rest as it is, which is another model than was measured",
+}
 
 
 class RecipeContent(NamedTuple):
@@ -226,6 +234,7 @@ def content_of_recipe(
     measured: EvaluationRecord | None,
     title: str | None,
     metric: str | None = None,
+    files: Collection[str] | None = None,
 ) -> RecipeContent:
     """Return what is to be said about a recipe."""
     told = _Told(scores, recipe, measured, metric)
@@ -236,7 +245,7 @@ def content_of_recipe(
         metric=told.metric,
         numbers=told.numbers,
         findings=[Finding(_answer(told)), *_findings(told)],
-        notes=_notes(told, measured),
+        notes=_notes(told, measured, files),
         front=None if panel is None else _front_table(told, panel),
         panels=[] if panel is None else [panel],
         no_curves="",
@@ -296,7 +305,7 @@ def _bits(row: CorruptionRecord) -> float:
     return float(row.settings["bits"])
 
 
-def _notes(told: _Told, measured: EvaluationRecord | None) -> list[str]:
+def _notes(told: _Told, measured: EvaluationRecord | None, files: Collection[str] | None) -> list[str]:
     scores = told.scores
     within = sum(group.parameters for group in scores.groups.values())
     share = f" of {scores.parameters:,}" if scores.parameters else ""
@@ -322,12 +331,21 @@ def _notes(told: _Told, measured: EvaluationRecord | None) -> list[str]:
             else "Chosen on some rows, and measured as a whole on others: these numbers owe nothing to the choice."
         )
     if told.recipe.base is not None:
-        said.append(
-            "To apply it with torchao: export_recipe(recipe, folder) writes torchao.json, where torchao has these "
-            "formats, and from_pretrained(model, quantization_config=TorchAoConfig.from_dict(json.load("
-            "open('torchao.json')))) of Transformers reads it."
-        )
+        said.append(_how_to_apply(files))
     return [*said, *scores.notes, *told.info.guesses(told.metric)]
+
+
+def _how_to_apply(files: Collection[str] | None) -> str:
+    """Return which tool reads which of the files that were written."""
+    if files is None:
+        return (
+            "To apply it: export_recipe(recipe, folder) writes a file for each tool that quantizes and has these "
+            "formats for these parts."
+        )
+    readers = [reader for name, reader in _READERS.items() if name in files]
+    if not readers:
+        return "export_recipe wrote no file for a tool that quantizes: none has these formats for these parts."
+    return f"To apply it: {'; '.join(readers)}."
 
 
 def _front(told: _Told) -> Panel | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -186,6 +186,8 @@ class RecipeReport(_Answer[RecipeContent]):
         title: The heading. None for the names of metric and model.
         metric: The metric to look at: one of `measured`, if that is given, else of the scores. None, the default, for
             the scores' own.
+        files: Names of the files that `export_recipe` wrote: the page says how they are read. None, the default, for
+            none that are known.
 
     Raises:
         ImportError: SciPy is not installed.
@@ -213,8 +215,9 @@ class RecipeReport(_Answer[RecipeContent]):
         *,
         title: str | None = None,
         metric: str | None = None,
+        files: Collection[str] | None = None,
     ) -> None:
-        content = content_of_recipe(scores, recipe, measured, title, metric)
+        content = content_of_recipe(scores, recipe, measured, title, metric, files)
         super().__init__(content, recipe_page, recipe_markdown)
 
 

@@ -257,16 +257,23 @@ def test_pairs_are_said_with_what_they_cost_together_and_apart(tmp_path) -> None
             assert "Parts that interact" in page.read_text()
 
 
-def test_the_page_says_how_torchao_gets_it() -> None:
-    """By names that exist: the function, the file that it writes, and the class that reads it."""
+@pytest.mark.parametrize("written", [None, [], ["torchao.json"], ["bitsandbytes.yaml", "llm_compressor.yaml"]])
+def test_the_page_names_the_files_that_there_are_and_what_reads_them(written) -> None:
+    """By names that exist: the function that writes them, and the classes that read them."""
+    readers = {
+        "torchao.json": "TorchAoConfig",
+        "bitsandbytes.yaml": "BitsAndBytesConfig",
+        "llm_compressor.yaml": "llm-",
+    }
+    assert readers.keys() <= exports._EXPORTS.keys()
+    assert all(hasattr(transformers, name) for name in readers.values() if name.endswith("Config"))
     for drop, applied in ((one_weak_part, True), (lambda weak, bits: 0.1, False)):
-        text = " ".join(report(16.0, drop).notes)
-        assert all(
-            (name in text) == applied for name in ("export_recipe(", "torchao.json", "TorchAoConfig.from_dict(")
-        )
+        scores = scores_of(drop)
+        notes = " ".join(RecipeReport(scores, recipe(scores, bits=16.0), files=written).notes)
+        for file, reader in readers.items():
+            assert (file in notes) == (reader in notes) == (applied and file in (written or [])), file
+        assert ("export_recipe" in notes) == (applied and not written)
     assert callable(hf_parcor.export_recipe)
-    assert "torchao.json" in exports._EXPORTS
-    assert callable(transformers.TorchAoConfig.from_dict)
 
 
 def test_what_the_recipe_noticed_is_among_what_is_said_first() -> None:

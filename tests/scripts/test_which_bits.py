@@ -12,8 +12,9 @@ from torch import nn
 pytest.importorskip("scipy", reason="recipes need the extra 'statistics'")
 pytest.importorskip("matplotlib", reason="the page needs the extra 'plots'")
 
-from hf_parcor import EvaluationRecord, RecipeRecord, RecipeReport, SensitivityRecord
+from hf_parcor import EvaluationRecord, RecipeRecord, RecipeReport, SensitivityRecord, export_recipe
 from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.recipes.exports import _EXPORTS
 from scripts import which_bits
 from scripts.reproduce import RESULTS
 
@@ -61,5 +62,9 @@ def test_a_page_is_that_of_its_records(folder, tmp_path) -> None:
     text = (folder / "README.md").read_text(encoding="utf-8")
     title = text.splitlines()[0].removeprefix("# ")
     metric = next(name for name in ("accuracy", "tokenized_bleu") if name in measured.clean.metrics)
-    report = RecipeReport(scores, RecipeRecord.load(folder / "recipe.json"), measured, title=title, metric=metric)
+    chosen = RecipeRecord.load(folder / "recipe.json")
+    files = {path.name: path.read_bytes() for path in export_recipe(chosen, tmp_path / "files").files}
+    report = RecipeReport(scores, chosen, measured, title=title, metric=metric, files=files)
     assert report.to_markdown(tmp_path / "page.md").read_text(encoding="utf-8") == text
+    of_tools = {path.name: path.read_bytes() for name in _EXPORTS if (path := folder / name).exists()}
+    assert {"recipe.json": (folder / "recipe.json").read_bytes()} | of_tools == files, "and no file of an older recipe"
