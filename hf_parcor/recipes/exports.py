@@ -115,8 +115,13 @@ def _held(record: RecipeRecord) -> Iterator[_Held]:
             yield _Held(one.format, group.bits, group.holders.get(weight) or {weight.removesuffix(".weight"): ""})
 
 
-def _quantized(record: RecipeRecord, tool: str) -> dict[str, str]:
+def _quantized(record: RecipeRecord, tool: str, *, derived: bool) -> dict[str, str]:
     """Return the format of each module that is quantized, by all names of tied ones.
+
+    Args:
+        record: The recipe.
+        tool: What the files are for.
+        derived: Whether it quantizes what is derived from a linear layer or an embedding, too.
 
     Raises:
         NoSuchFormatError: There are none; or one is no linear layer and no embedding, which the tool quantizes.
@@ -127,7 +132,8 @@ def _quantized(record: RecipeRecord, tool: str) -> dict[str, str]:
         if held.format is not None:
             for module, kind in held.holders.items():
                 found[module] = held.format
-                if kind and kind.rpartition("(")[2].rstrip(")") not in ("Linear", "Embedding"):
+                base = kind.rpartition("(")[2].rstrip(")") if derived else kind
+                if base not in ("", "Linear", "Embedding"):
                     others.setdefault(kind, []).append(module)
     if others:
         listed = " and ".join(f"{kind} ({_some(modules)})" for kind, modules in others.items())
@@ -155,14 +161,15 @@ def torchao_settings(record: RecipeRecord) -> dict[str, Any]:
         NoSuchFormatError: torchao rounds none as a format does, see `hf_parcor.corruptions.quantization`; or what
             holds a weight is nothing that it quantizes. A `ValueError`.
     """
-    modules = _quantized(record, "torchao")
+    # Transformers would not initialize what else a derived class holds, such as the scale of Gemma's embeddings.
+    modules = _quantized(record, "torchao", derived=False)
     configs = {label: _torchao(label, record.formats[label]) for label in dict.fromkeys(modules.values())}
     by_module = {module: configs[label] for module, label in modules.items()}
     return {
         "quant_method": "torchao",
         "quant_type": {"default": _ao("FqnToConfig", 1, fqn_to_config=by_module)},
-        # Unless told Transformers leaves out heads and tied weights, whatever has an entry.
-        "modules_to_not_convert": [],
+        # Of parameters: else Transformers leaves out heads and tied weights, and takes biases, whatever has an entry.
+        "modules_to_not_convert": [".bias"],
     }
 
 
@@ -299,7 +306,7 @@ def llm_compressor_settings(record: RecipeRecord) -> dict[str, Any]:
         NoSuchFormatError: llm-compressor has no such format, or not for what holds a weight, or not for one alone of
             the modules that it fuses. A `ValueError`.
     """
-    modules = _quantized(record, "llm-compressor")
+    modules = _quantized(record, "llm-compressor", derived=True)
     for fused in _fused(record, modules):
         formats = dict.fromkeys(modules.get(module) or "none" for module in fused)
         if len(formats) > 1:
@@ -332,7 +339,7 @@ def _fused(record: RecipeRecord, modules: Mapping[str, str]) -> Iterator[list[st
 
 
 def _notes_on_llm_compressor(record: RecipeRecord) -> Iterator[str]:
-    fused = [*_fused(record, _quantized(record, "llm-compressor"))]
+    fused = [*_fused(record, _quantized(record, "llm-compressor", derived=True))]
     if fused:
         yield (
             f"has one scale of the whole tensor for {_some([', '.join(names) for names in fused])} together, where "

@@ -99,7 +99,7 @@ def test_a_tool_that_lacks_a_format_gets_no_file_and_it_is_said(tmp_path) -> Non
 
 
 class Mine(nn.Linear):
-    """A linear layer of somebody's own: torchao and llm-compressor take it, bitsandbytes takes no class but two."""
+    """A linear layer of somebody's own: llm-compressor takes it, the others no class but two."""
 
 
 class Attention(nn.Module):
@@ -117,7 +117,7 @@ class Attention(nn.Module):
     ("module", "shape", "written"),
     [
         (nn.Linear(32, 32), (3, 32), {"torchao.json", "bitsandbytes.yaml", "llm_compressor.yaml"}),
-        (Mine(32, 32), (3, 32), {"torchao.json", "bitsandbytes.yaml", "llm_compressor.yaml"}),
+        (Mine(32, 32), (3, 32), {"bitsandbytes.yaml", "llm_compressor.yaml"}),
         (nn.Conv1d(32, 32, 32), (32, 32), set()),
         (Attention(), (3, 32), set()),
     ],

@@ -44,7 +44,12 @@ def gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, **sizes))
 
 
-MODELS = {"llama": llama, "tied": lambda: llama(tie_word_embeddings=True), "gpt2": gpt2}
+MODELS = {
+    "llama": llama,
+    "biases": lambda: llama(attention_bias=True, mlp_bias=True),
+    "tied": lambda: llama(tie_word_embeddings=True),
+    "gpt2": gpt2,
+}
 
 
 class Case:
@@ -142,6 +147,7 @@ def test_torchao_makes_the_model_of_the_recipe_heads_and_tied_weights_included(t
     cases = [
         Case(tmp_path / "untied", "llama", formats),
         Case(tmp_path / "tied", "tied", formats),
+        Case(tmp_path / "biases", "biases", formats),
         Case(tmp_path / "head", "llama", {"lm_head": FOUR}),
         Case(tmp_path / "words", "gpt2", {"transformer.wte": EIGHT}),
     ]
