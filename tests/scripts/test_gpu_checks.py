@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +69,22 @@ def test_a_wrong_step_fails(monkeypatch, tmp_path):
     """Another radius than the one by hand."""
     monkeypatch.setattr(gpu_checks, "risk", lambda steps: SAM(L2))
     assert not all(row.holds for row in gpu_checks.precision(Setting("cpu", True, str(tmp_path))))
+
+
+@pytest.mark.slow
+def test_ranks_that_die_fail_the_check_and_leave_where_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_checks, "train_on_rank", die_on_rank)
+    monkeypatch.setattr(gpu_checks, "joined_training", lambda *_, **__: [])
+    monkeypatch.setattr(gpu_checks, "ENGINES", {"DDP": {}})
+    (row,) = gpu_checks.two_ranks(Setting("cpu", True, str(tmp_path)))
+    assert not row.holds
+    assert "SIGSEGV" in row.what
+    assert any("die_on_rank" in path.read_text() for path in tmp_path.glob("DDP-*.txt"))
+
+
+def die_on_rank(rank, setting, folder, engine):
+    gpu_checks.watched_rank(setting, engine, rank)
+    os.kill(os.getpid(), signal.SIGSEGV)
 
 
 @pytest.mark.parametrize("page", ["scripts/README.md", "hf_parcor/defenses/README.md"])
