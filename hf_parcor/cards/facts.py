@@ -12,8 +12,11 @@ from hf_parcor.records.comparable import check_repetitions
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.records.metric_info import MetricInfo, agreed, info_by_name, read_info
+from hf_parcor.records.recipe import RecipeRecord
+from hf_parcor.records.sensitivity import SensitivityRecord
 from hf_parcor.records.stored import StoredRecord
 from hf_parcor.reports.numbers import Numbers
+from hf_parcor.reports.recipe import content_of_recipe
 from hf_parcor.reports.study import Study
 from hf_parcor.reports.verdict import probe_verdict
 from hf_parcor.statistics import sample_deviation, sample_mean
@@ -85,6 +88,21 @@ class ProbeFacts:
 
 
 @dataclass(frozen=True)
+class RecipeFacts:
+    """Which parts of the same weights get which bits, as it was chosen from their scores.
+
+    Attributes:
+        record: The record of the recipe.
+        verdict: What its page says first: what to quantize to what, and what the metric loses by it.
+        size: What it says of the bits.
+    """
+
+    record: RecipeRecord
+    verdict: str
+    size: str
+
+
+@dataclass(frozen=True)
 class ModelFacts(StoredRecord):
     """All that the robustness section and the metadata of one model's card are made from.
 
@@ -109,6 +127,7 @@ class ModelFacts(StoredRecord):
         notes: What was noticed while measuring, in sentences.
         weights: SHA-256 of the weights that were measured, one a training; "" where a record does not say.
         probe: What a probe of these weights found; None for none.
+        recipe: Which of their parts may get which bits; None for none.
         benchmark_task: The task of the data set's leaderboard that the result without corruption is for, as in its
             `eval.yaml`; "" if the data set is no registered benchmark, or nobody said.
         format: Version of this layout.
@@ -133,6 +152,7 @@ class ModelFacts(StoredRecord):
     notes: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
     probe: ProbeFacts | None = None
+    recipe: RecipeFacts | None = None
     benchmark_task: str = ""
     format: int = FORMAT
     kind: ClassVar[str] = "model facts"
@@ -144,8 +164,8 @@ class ModelFacts(StoredRecord):
 
     @property
     def disturbed(self) -> bool:
-        """Whether the weights were disturbed at all, by an evaluation or a probe."""
-        return bool(self.corruptions) or self.probe is not None
+        """Whether the weights were disturbed at all, by an evaluation, a probe, or a recipe."""
+        return bool(self.corruptions) or self.probe is not None or self.recipe is not None
 
     def as_record(self) -> EvaluationRecord:
         """Return them as a record whose trials are the repetitions, as plots and tables read it."""
@@ -168,6 +188,7 @@ class ModelFacts(StoredRecord):
         values = (value for row in rows for value in row.metrics[metric].values)
         data["info"] = info_by_name(metric, values) if known is None else read_info(known)
         data["probe"] = None if data.get("probe") is None else _probe(data["probe"])
+        data["recipe"] = None if data.get("recipe") is None else _recipe(data["recipe"])
         return cls(**data)
 
 
@@ -199,6 +220,10 @@ def _row(row: dict[str, Any], clean: dict[str, Any]) -> CorruptionFacts:
 def _probe(probe: dict[str, Any]) -> ProbeFacts:
     record = SweepRecord.from_plain(probe["record"])
     return ProbeFacts(record, float(probe["clean"]), str(probe["verdict"]), tuple(probe["notes"]))
+
+
+def _recipe(found: dict[str, Any]) -> RecipeFacts:
+    return RecipeFacts(RecipeRecord.from_plain(found["record"]), str(found["verdict"]), str(found["size"]))
 
 
 def _floats(values: list[Any]) -> tuple[float, ...]:
@@ -309,12 +334,7 @@ def with_probe(facts: ModelFacts, sweep: SweepRecord) -> ModelFacts:
         ValueError: The probe is of other weights, as far as is known, or lacks the metric of the card.
         ImportError: It has several trials, and SciPy, which judges them, is not installed.
     """
-    if sweep.weights not in facts.weights:
-        known = ", ".join(weights[:_SHOWN] or "unknown" for weights in facts.weights) or "unknown ones"
-        raise ValueError(
-            f"probe: expected one of the weights that were evaluated, {known}, got one of {sweep.weights[:_SHOWN]}; "
-            "evaluate and probe the same model"
-        )
+    _check_weights(facts, "probe", sweep.weights)
     info = sweep.info(facts.metric).stating(**facts.info.stated)
     study = Study.of({"": sweep}, facts.metric, greater_is_better=info.greater_is_better, unit=info.unit)
     first = probe_verdict(study, Numbers(info.unit))[0]
@@ -324,12 +344,49 @@ def with_probe(facts: ModelFacts, sweep: SweepRecord) -> ModelFacts:
     return dataclasses.replace(facts, info=info, probe=probe)
 
 
+def with_recipe(
+    facts: ModelFacts, scores: SensitivityRecord, recipe: RecipeRecord, measured: EvaluationRecord
+) -> ModelFacts:
+    """Return the facts with which parts of the same weights may get which bits, in place of an earlier recipe.
+
+    Args:
+        facts: What else is known of the model.
+        scores: What `sensitivity` found.
+        recipe: What was chosen from it.
+        measured: The record of `measure_recipes`, in which one row is called "recipe".
+
+    Raises:
+        ValueError: The recipe was measured on other weights, as far as is known, or without the metric of the card.
+    """
+    _check_weights(facts, "recipe", measured.weights)
+    if facts.metric not in measured.clean.metrics:
+        known = ", ".join(measured.clean.metrics)
+        raise ValueError(
+            f"recipe: expected one that was measured in {facts.metric}, got one in {known}; pass metric=, or measure "
+            "both in the same"
+        )
+    measured = measured.stating(facts.metric, **facts.info.stated)
+    answer, size, *_ = content_of_recipe(scores, recipe, measured, None, facts.metric).findings
+    return dataclasses.replace(facts, recipe=RecipeFacts(recipe, answer.headline, size.detail))
+
+
+def _check_weights(facts: ModelFacts, name: str, weights: str) -> None:
+    if weights not in facts.weights:
+        known = ", ".join(weights[:_SHOWN] or "unknown" for weights in facts.weights) or "unknown ones"
+        raise ValueError(
+            f"{name}: expected one of the weights that were evaluated, {known}, got one of {weights[:_SHOWN]}; "
+            "take those of the same model"
+        )
+
+
+def without_corruption(record: EvaluationRecord) -> EvaluationRecord:
+    """Return what a record says of the model as it is."""
+    return dataclasses.replace(record, target={}, parameters=0, corruptions=(), notes=(), weights_norm=None)
+
+
 def _without_corruption(sweep: SweepRecord) -> EvaluationRecord:
     """Return what a probe says of the model as it is."""
-    first = next(iter(sweep.records.values()))
-    return dataclasses.replace(
-        first, target={}, parameters=0, corruptions=(), notes=(), weights_norm=None, weights=sweep.weights
-    )
+    return dataclasses.replace(without_corruption(next(iter(sweep.records.values()))), weights=sweep.weights)
 
 
 def _shape(record: EvaluationRecord) -> Any:

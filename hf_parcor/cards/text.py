@@ -237,6 +237,7 @@ def section_of(facts: ModelFacts, *, pictures: Collection[str] = (), training: s
         *map(text_of, facts.info.guesses(facts.metric)),
         *_noticed(facts.notes),
         *_weak_part(facts, pictures),
+        *_bits(facts),
         *_training(facts.defense, training),
         "### How to reproduce",
         *_reproduction(facts),
@@ -309,6 +310,22 @@ def _weak_part(facts: ModelFacts, pictures: Collection[str]) -> Iterator[str]:
     yield text_of(facts.probe.verdict)
     yield from _shown(HEAT_MAP, f"{facts.metric} of {facts.name} with each group of weights corrupted", pictures)
     yield from _noticed(facts.probe.notes)
+
+
+def _bits(facts: ModelFacts) -> Iterator[str]:
+    if facts.recipe is None:
+        return
+    recipe = facts.recipe.record
+    yield "### Which parts take which bits?"
+    yield text_of(facts.recipe.verdict)
+    yield text_of(facts.recipe.size)
+    rows = []
+    for label in (*recipe.formats, None):
+        within = [name for name, one in recipe.choice.items() if one.format == label]
+        if within:
+            weights = sum(recipe.groups[name].parameters for name in within)
+            rows.append((label or "as it is", str(len(within)), f"{weights:,}"))
+    yield markdown_table(("format", "parts", "weights"), rows)
 
 
 def _shown(picture: str, description: str, pictures: Collection[str]) -> Iterator[str]:

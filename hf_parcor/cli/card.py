@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_parcor.cli.parsing import Command, Parser, add_meaning
+from hf_parcor.cli.recipe import MEASURED, RECIPE, SENSITIVITY
 from hf_parcor.cli.report import check_trained_alike, load_record
 from hf_parcor.cli.terminal import PROBE, ROBUSTNESS, refused
 from hf_parcor.defense_file import defense_beside
 from hf_parcor.errors import InputError
-from hf_parcor.records import EvaluationData, EvaluationRecord, SweepRecord
+from hf_parcor.records import EvaluationData, EvaluationRecord, RecipeRecord, SensitivityRecord, SweepRecord
 from hf_parcor.records.comparable import SEVERAL_TASKS
 from hf_parcor.strict_json import read_strict_json, to_plain
 
@@ -135,18 +136,23 @@ def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
         ValueError: As in `facts_of` and `with_probe`.
         ImportError: As in `facts_of`.
     """
-    from hf_parcor.cards import ModelFacts, facts_of, with_probe
+    from hf_parcor.cards import ModelFacts, facts_of, with_probe, with_recipe
+    from hf_parcor.cards.facts import without_corruption
     from hf_parcor.cards.folder import FACTS
 
     last = ModelFacts.load(folder / FACTS) if (folder / FACTS).is_file() else None
     given: dict[str, Any] = {name: value for name in _DESCRIBED if (value := getattr(arguments, name)) is not None}
     sweep = SweepRecord.load(folder / PROBE) if (folder / PROBE).is_file() else None
-    if (folder / ROBUSTNESS).is_file() or arguments.seeds or last is None:
+    plan = _plan(folder)
+    evaluated = (folder / ROBUSTNESS).is_file() or bool(arguments.seeds)
+    if evaluated or last is None:
         described = {} if last is None else {name: getattr(last, name) for name in _DESCRIBED}
         named = {"name": folder.absolute().name, **described, **given}
         measured: SweepRecord | list[EvaluationRecord]
-        if sweep is not None and not (folder / ROBUSTNESS).is_file() and not arguments.seeds:
+        if sweep is not None and not evaluated:
             measured = sweep
+        elif plan is not None and not evaluated:
+            measured = [without_corruption(plan[-1])]
         else:
             places = [folder, *map(Path, arguments.seeds)]
             check_trained_alike(places)
@@ -170,7 +176,19 @@ def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
     if last is not None and facts.evaluated_on != last.evaluated_on and arguments.benchmark_task is None:
         facts = replace(facts, benchmark_task="")  # that of other data
     facts = facts if sweep is None else with_probe(facts, sweep)
+    facts = facts if plan is None else with_recipe(facts, *plan)
     return facts if arguments.only is None else _only(facts, arguments.only)
+
+
+def _plan(folder: Path) -> tuple[SensitivityRecord, RecipeRecord, EvaluationRecord] | None:
+    """Return the records of a recipe that was measured as a whole; None where there is none."""
+    if not (folder / MEASURED).is_file():
+        return None
+    return (
+        SensitivityRecord.load(folder / SENSITIVITY),
+        RecipeRecord.load(folder / RECIPE),
+        EvaluationRecord.load(folder / MEASURED),
+    )
 
 
 def _numbers(facts: ModelFacts) -> Any:

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from hf_parcor.tasks import Rows
 
 BUDGETS = ("bits", "loss", "drop")
-SENSITIVITY, MEASURED, PAGE = "sensitivity.json", "recipe_measured.json", "recipe.html"
+SENSITIVITY, RECIPE, MEASURED = "sensitivity.json", "recipe.json", "recipe_measured.json"
+PAGE = "recipe.html"
 _PAIRS = 10
 PAIRS = "recipe_pairs.json"  # of its measurement that goes on; the record is the recipe's
 

@@ -19,10 +19,13 @@ from hf_parcor import (
     GaussianNoise,
     MetricInfo,
     ParameterDefenseTrainer,
+    RecipeRecord,
+    SensitivityRecord,
     SweepRecord,
 )
 from hf_parcor.cards import EvaluationData, facts_of
 from hf_parcor.cards.text import CURVES, HEAT_MAP
+from hf_parcor.records import Choice, FormatScore, WeightGroup
 
 _PLACE = Path(__file__).with_name("hub_server.py")
 _SPECIFICATION = importlib.util.spec_from_file_location("hub_server", _PLACE)
@@ -91,6 +94,38 @@ def record_of():
 @pytest.fixture
 def probe_of():
     return make_probe
+
+
+def make_recipe(weights=WEIGHTS, metric="accuracy"):
+    """Return scores, a recipe and its measurement: of four parts one stays, and two get 3 bits."""
+    formats = {
+        f"{bits}-bit quantization": {"corruption": "quantization", "settings": {"bits": bits}} for bits in (4, 3)
+    }
+    groups = {f"layer.{place}": WeightGroup({f"layer.{place}.weight": 1000 * place}, 32.0) for place in range(1, 5)}
+    cells = tuple(
+        FormatScore(group, label, float(label[0]), {"fisher": 0.1}, {metric: 0.9 - place / 100})
+        for group in groups
+        for place, label in enumerate(formats)
+    )
+    scores = SensitivityRecord("org/bert", groups, formats, cells, {metric: 0.9}, metric, metric_info=INFOS)
+    chosen = ("4-bit quantization", None, *["3-bit quantization"] * 2)
+    choice = {
+        group: Choice(label, 32.0 if label is None else float(label[0]))
+        for group, label in zip(groups, chosen, strict=True)
+    }
+    recipe = RecipeRecord("org/bert", groups, formats, choice, {"bits": 10.0}, metric, {metric: 0.02})
+    rows = tuple(
+        CorruptionRecord("mixed_quantization", name, {"bits": bits, "by": metric}, (0,), {metric: (value,)})
+        for name, bits, value in (("recipe", recipe.bits, 0.85), ("3-bit quantization", 3.0, 0.6))
+    )
+    clean = CorruptionRecord("none", "no corruption", {}, (0,), {metric: (0.9,)})
+    measured = EvaluationRecord("org/bert", {}, 10_000, clean, rows, weights=weights, metric_info=INFOS)
+    return scores, recipe, measured
+
+
+@pytest.fixture
+def recipe_of():
+    return make_recipe
 
 
 @pytest.fixture

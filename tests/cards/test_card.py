@@ -14,8 +14,8 @@ from for_each import for_each
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from hf_parcor import CorruptionRecord, EvaluationRecord, MetricInfo, RobustnessReport
-from hf_parcor.cards import EvaluationData, ModelFacts, facts_of, with_probe, write_card
+from hf_parcor import CorruptionRecord, EvaluationRecord, MetricInfo, RecipeReport, RobustnessReport
+from hf_parcor.cards import EvaluationData, ModelFacts, facts_of, with_probe, with_recipe, write_card
 from hf_parcor.cards.folder import card_of, is_ours
 from hf_parcor.cards.front_matter import (
     beside_earlier_results,
@@ -472,6 +472,26 @@ class TestProbe:
         assert again.to_json() == facts.to_json()
 
     @pytest.mark.usefixtures("quick_picture")
+    def test_a_recipe_says_what_its_page_says(self, facts_with, probed_record, recipe_of):
+        scores, recipe, measured = recipe_of()
+        facts = with_recipe(facts_with(probed_record), scores, recipe, measured)
+        page = RecipeReport(scores, recipe, measured).verdict
+        assert (facts.recipe.verdict, facts.recipe.size) == tuple(page[:2])
+        assert "−5.0 points" in facts.recipe.verdict
+        card = section_of(facts)
+        assert text_of(facts.recipe.verdict) in card
+        table = re.findall(r"^\| *([^|]+?) *\| +(\d+) \| +([\d,]+) \|$", card, re.MULTILINE)
+        assert table == [
+            ("4-bit quantization", "1", "1,000"),
+            ("3-bit quantization", "2", "7,000"),
+            ("as it is", "1", "2,000"),
+        ]
+        assert ModelFacts.from_json(facts.to_json()).recipe == facts.recipe
+
+    def test_a_recipe_without_the_metric_of_the_card_is_refused(self, facts_with, probed_record, recipe_of):
+        with pytest.raises(ValueError, match="recipe: expected one that was measured in accuracy, got one in loss"):
+            with_recipe(facts_with(probed_record), *recipe_of(metric="loss"))
+
     def test_an_old_heat_map_is_removed(self, facts_with, probed_record, probe_of, tmp_path):
         facts = facts_with(probed_record)
         write_card(tmp_path, with_probe(facts, probe_of()))

@@ -16,6 +16,7 @@ from hf_parcor.cards import Destination, EvaluationData, ModelFacts
 from hf_parcor.cards.folder import FACTS, card_of
 from hf_parcor.cards.text import CURVES, HEAT_MAP
 from hf_parcor.cli.main import MISTAKE, main
+from hf_parcor.reports.markup import text_of
 from hf_parcor.reports.plots import shows_curves
 from hf_parcor.tasks import TASKS
 
@@ -191,6 +192,32 @@ class TestCard:
         assert main(["card", str(run_dir)]) == 0
         assert ModelFacts.load(run_dir / FACTS).corruptions == ()
         assert {path.suffix for path in run_dir.iterdir()} == {".md", ".json", ".png"}
+
+    @pytest.mark.parametrize("beside", [True, False])
+    def test_a_recipe_alone_and_beside_an_evaluation(self, run_dir, probed_record, recipe_of, beside):
+        """It stays on the card when its records are gone, as what the last card said."""
+        (run_dir / "robustness.json").unlink()
+        if beside:
+            probed_record.save(run_dir / "robustness.json")
+        for record, name in zip(recipe_of(), ("sensitivity", "recipe", "recipe_measured"), strict=True):
+            record.save(run_dir / f"{name}.json")
+        assert main(["card", str(run_dir)]) == 0
+        card = (run_dir / "README.md").read_text()
+        assert f"\n\n{text_of(ModelFacts.load(run_dir / FACTS).recipe.verdict)}\n\n" in card
+        assert [row.label for row in ModelFacts.load(run_dir / FACTS).corruptions] == [
+            row.label for row in probed_record.corruptions if beside
+        ]
+        for path in {*run_dir.glob("*.json")} - {run_dir / FACTS}:
+            path.unlink()
+        assert main(["card", str(run_dir)]) == 0
+        assert (run_dir / "README.md").read_text() == card
+
+    def test_a_recipe_of_other_weights_is_refused(self, run_dir, recipe_of, capsys):
+        for record, name in zip(recipe_of(), ("sensitivity", "recipe", "recipe_measured"), strict=True):
+            record.save(run_dir / f"{name}.json")
+        assert main(["card", str(run_dir)]) == MISTAKE
+        assert "recipe: expected one of the weights that were evaluated" in capsys.readouterr().err
+        assert not (run_dir / "README.md").exists()
 
     def test_a_probe_of_other_weights_is_refused(self, run_dir, probe_of, capsys):
         probe_of().save(run_dir / "probe.json")
