@@ -94,7 +94,7 @@ def read_corruptions(
         of_word = list(map(repr, strengths)) if own is None else own
         if not of_word:
             head, colon, settings = word.partition(":")
-            example = f"{head.rstrip('=')}=0.1{colon}{settings}"
+            example = f"{head.rstrip('=')}={_some_strength(name)}{colon}{settings}"
             raise InputError(f"{flag} {word}: expected at least one strength, got none; give {example}, say")
         for strength in of_word:
             chosen = _corruption(name, word, strength, more, norm, top_n, flag)
@@ -104,6 +104,12 @@ def read_corruptions(
     if not found:
         raise InputError(f"{flag}: expected at least one, got none; name one, or leave the flag out")
     return found
+
+
+def _some_strength(name: str) -> str:
+    """Return a strength that a corruption may have: bits or a count, a format, or a radius, a rate or a time."""
+    kind: Any = CORRUPTIONS[name]
+    return {"int": "4", "str": "nf4"}.get(str(fields(kind)[0].type), "0.1")
 
 
 def _parts(word: str, flag: str) -> tuple[str, list[str] | None, dict[str, Any]]:

@@ -50,7 +50,7 @@ class WorstBitFlips(Corruption):
         of: What the weights are stored as: "float32", "bfloat16", "float16"; `Quantization(8)`, or "int8", for the
             two's-complement codes of `round(W/w0)`; None, the default, for their own dtype. With another format than
             that the result is all weights rounded to it, flips included.
-        search: "gradient" (the default) or "data-free", for which integer codes have no sign bit.
+        search: "gradient" (the default) or "data-free", which flips signs, but not those of integer codes.
         candidates: How many tensors are tried by their loss in each round; data-free: are searched. Default 10.
         batches: How many batches, the first ones, gradient and loss are taken on. Default 1, as published; None for
             all.
@@ -85,8 +85,8 @@ class WorstBitFlips(Corruption):
         check_choice("search", self.search, SEARCHES)
         if not self.uses_gradients and self._format is not None and self._format.startswith("int"):
             raise ValueError(
-                f"search: expected 'gradient' for {self.of}, got 'data-free', which flips signs; codes in two's "
-                "complement have no sign bit: take a floating-point format, or the gradient"
+                f"search: expected 'gradient' for {self.of}, got 'data-free', which flips signs; that of a code "
+                "in two's complement changes its size, too: take a floating-point format, or the gradient"
             )
 
     def __str__(self) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_parcor.arguments import check_radius, check_real
-from hf_parcor.corruptions import Corruption, GradientCorruption
+from hf_parcor.corruptions import Corruption, GradientCorruption, MultiStepCorruption
 from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.defenses.defense import Defense
 from hf_parcor.defenses.step import DefendedStep
@@ -25,7 +25,8 @@ class CorruptionRisk(Defense):
 
     The gradient is taken at the corrupted weights and goes to w as it is. For replacements that is the
     straight-through estimator (Bengio et al., 2013): with `Quantization` this is quantization-aware training (Jacob et
-    al., CVPR 2018), with `BitFlips` random bit-error training (Stutz et al., MLSys 2021). With `GaussianNoise` it is
+    al., CVPR 2018), with `BitFlips` random bit-error training (Stutz et al., MLSys 2021; of integer codes: flips of
+    float32 exponents make NaN of all weights within a few steps). With `GaussianNoise` it is
     noise-injection training for analog hardware (Joshi et al., Nature Communications 2020), with a clean weight of ½
     mixed as in random weight perturbation (Li et al., TMLR 2024).
 
@@ -38,7 +39,8 @@ class CorruptionRisk(Defense):
 
     Corruptions that need no gradient need none of the selected parameters, which may be frozen: an adapter is trained
     to survive what becomes of the weights under it, with `target_modules=["base_layer"]`. With `merge_adapters` that
-    is what becomes of the merged weights: `Q(W + BA)` where Q rounds, whose gradient goes to A and B.
+    is what becomes of the merged weights: `Q(W + BA)` where Q rounds, whose gradient goes to A and B. Noise there is
+    that of Flat-LoRA (Li et al., ICML 2025).
 
     Args:
         corruption: One corruption or several; of those that use gradients `GradientCorruption` alone.
@@ -109,9 +111,10 @@ class CorruptionRisk(Defense):
         object.__setattr__(self, "corruption", tuple(given))
         for one in self.corruptions:
             if one.uses_gradients and not isinstance(one, GradientCorruption):
+                other = "MultiStepRisk" if isinstance(one, MultiStepCorruption) else "BitFlips, at random"
                 raise ValueError(
-                    f"corruption: expected corruptions that need no gradient, or GradientCorruption, got {one}; "
-                    "defend against it by MultiStepRisk"
+                    f"corruption: expected corruptions that need no gradient, or GradientCorruption, got {one}; take "
+                    f"{other}"
                 )
         if not 0 <= check_real("clean_weight", self.clean_weight, "0 <= clean_weight <= 1") <= 1:
             raise ValueError(

@@ -504,7 +504,8 @@ def quantize_to_float(tensor: Tensor, format: str, per: Per | None = None) -> Te
     smallest = torch.finfo(torch.float8_e4m3fn).smallest_normal
     own = (_divided(magnitudes, _E2M1_LARGEST) / shared).clamp(smallest, 448.0)
     own = own.to(torch.float8_e4m3fn).to(blocks.wide)
-    return blocks.joined(_e2m1(weights * ((1.0 / shared) / own)) * (shared * own), usable & torch.isfinite(shared))
+    usable &= torch.isfinite(shared) & torch.isfinite(1.0 / shared)  # not of so small a one that its inverse overflows
+    return blocks.joined(_e2m1(weights * ((1.0 / shared) / own)) * (shared * own), usable)
 
 
 def _e2m1(numbers: Tensor) -> Tensor:

@@ -13,16 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_parcor import (
     CorruptionEvaluator,
+    CorruptionRisk,
+    DefendedBackward,
     FloatQuantization,
     Quantization,
     RecipeReport,
     export_recipe,
     measure_recipes,
     recipe,
+    select_parameters,
     sensitivity,
 )
 from hf_parcor.corruptions import Corruption
@@ -174,7 +178,10 @@ def test_bitsandbytes_nf4() -> None:
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """Return a classifier that has learned which of two tokens is the more frequent one, and its test data."""
+    """Return a classifier that has learned which of two tokens is the more frequent one, and its test data.
+
+    It is trained for 4 bits, as those are that are exported.
+    """
     import transformers as tf
 
     torch.manual_seed(0)
@@ -188,8 +195,11 @@ def trained() -> tuple[nn.Module, list[dict[str, Tensor]]]:
         return {"input_ids": tokens, "labels": ((tokens == 1).sum(1) > (tokens == 2).sum(1)).long()}
 
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
-    for _ in range(60):
-        model(**batch(32)).loss.backward()
+    four = CorruptionRisk(Quantization(4, 32, code_range="full", arithmetic="weight"))
+    backward = DefendedBackward(Accelerator(cpu=True), four, model, select_parameters(model, "all-linear"))
+    for _ in range(120):
+        rows = batch(32)
+        backward(lambda rows=rows: model(**rows).loss)
         optimizer.step()
         optimizer.zero_grad()
     return model.eval(), [batch(100) for _ in range(4)]
@@ -262,6 +272,47 @@ def test_what_is_measured_is_what_bitsandbytes_deploys(trained) -> None:
 
     with torch.compiler.set_stance("force_eager"):
         check_end_to_end(*trained, {FloatQuantization("nf4"): export})
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_trained_beside_a_rounded_base_do_beside_a_real_one_what_was_measured(trained) -> None:
+    """The base is NF4 of bitsandbytes; the adapters were trained beside what the library makes of it."""
+    pytest.importorskip("bitsandbytes", reason=WITHOUT.format("bitsandbytes"))
+    pytest.importorskip("torchao.quantization", reason=WITHOUT.format("torchao"))  # which PEFT imports, and warns
+    import bitsandbytes
+
+    peft = pytest.importorskip("peft", reason="an optional dependency, the extra peft")
+    model, batches = copy.deepcopy(trained[0]), trained[1]
+    settings = peft.LoraConfig(r=2, target_modules=["query", "value", "dense"], task_type="SEQ_CLS")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, settings)
+    base = select_parameters(model, ["base_layer.weight"])
+    defense = CorruptionRisk(FloatQuantization("nf4"), clean_weight=0)
+    backward = DefendedBackward(Accelerator(cpu=True), defense, model, base)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], 5e-3)
+    for step in range(8):
+        backward(lambda batch=batches[step % 4]: model(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    metric = ClassificationMetric(batches)
+    evaluator = CorruptionEvaluator(model, metric, target_modules=["base_layer.weight"], progress=False)
+    clean, measured = (row.mean("loss") for row in evaluator.evaluate([FloatQuantization("nf4")]).rows())
+    for name, linear in list(model.named_modules()):
+        if name.endswith("base_layer"):
+            held = bitsandbytes.nn.Linear4bit(
+                linear.in_features,
+                linear.out_features,
+                compute_dtype=torch.float32,
+                compress_statistics=False,
+                quant_type="nf4",
+            )
+            held.load_state_dict(linear.state_dict())
+            model.set_submodule(name, held.to("cpu"))
+    with torch.compiler.set_stance("force_eager"):
+        deployed = metric(model)["loss"]
+    assert deployed == pytest.approx(measured, rel=1e-5)
+    assert abs(measured - clean) > 1e-4 * clean, "rounding the base changes it"
 
 
 def test_stored_bits_are_those_of_what_is_stored() -> None:

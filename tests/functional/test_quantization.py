@@ -314,6 +314,17 @@ def test_float_formats_leave_zeros_and_what_is_not_finite(name: str, dtype: torc
     assert name == "nvfp4" or not same_bits([found[2:]], [weights[2:]])  # whose scale of all blocks is infinite
 
 
+@for_each("name", ["fp8_e4m3", "fp8_e5m2", "mxfp4", "nvfp4", "nf4"])
+@for_each("size", [2e-38, 1e-36, 1e-30, 1e30, 3e38])
+def test_float_formats_of_weights_of_any_size_stay_finite_beside_zeros(name: str, size: float) -> None:
+    weights = torch.zeros(2, 64)
+    weights[0, 0], weights[0, 40] = size, -size / 3
+    found = quantize_to_float(weights, name, "channel" if name.startswith("fp8") else None)
+    assert found.isfinite().all()
+    assert not found[weights == 0].any()
+    assert found.abs().max() <= 1.25 * size, "up to half of a step, of four bits at most"
+
+
 @for_each(
     ("name", "per", "error", "words"),
     [
