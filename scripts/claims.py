@@ -546,6 +546,14 @@ CLAIMS = [
         "Half of the loss at 3 bits costs less than 0.05 nats without corruption: the same",
         of_last("linear-3-bits", CLEAN, margin=0.05),
     ),
+    *(
+        Claim(OURS, f"{says}: SST-2, 2,048 sentences", arms("sst2_deployed", arm, "plain", rows, margin=margin))
+        for says, arm, rows, margin in (
+            ("Half of the loss at 4 bits holds more at 4 bits, one scale a tensor", "half-4-bits", PER_TENSOR_4, 0.0),
+            ("Half of the loss at 4 bits a channel holds more there", "half-4-bits-channel", PER_CHANNEL_4, 0.0),
+            ("… and costs less than half a point without corruption", "half-4-bits-channel", CLEAN, 0.5),
+        )
+    ),
     Claim(OURS, "A defense makes the worst bit flips harmless", Seen(worst_flips_are_harmless), "worst_bit_flips"),
     Claim(OURS, "A defended step costs its K + 1 passes: counted", Seen(costs_its_passes), ""),
     Claim(OURS, "K = 1 costs at most two stock steps on a GPU: one H100", Seen(costs_two_passes_on_a_gpu), "gpu"),

@@ -81,6 +81,14 @@ STUDIES: dict[str, dict[str, Study]] = {
             arms=("plain", "multi_step_risk-1", "sam-half"),
         ),
     },
+    "sst2-deployed": {
+        "small": Study(
+            "for what will happen to the weights, on 2,048 sentences",
+            "deploy_sst2",
+            "sst2_deployed",
+            model="--model",
+        ),
+    },
     "cheaper": {"small": Study("defenses cheaper than a pass", "defend_for_less", "less", model="--model")},
     "probes": {"small": Study("which part of a BERT is weak", "probe_sst2", "probes", model="--model", seeds=(1,))},
     "flips": {"small": Study("the worst bit flips", "worst_bit_flips", "worst_bit_flips", model="--model")},

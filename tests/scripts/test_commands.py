@@ -128,6 +128,7 @@ def test_the_search_shows_its_record():
         (f"worst_bit_flips {CAMPAIGN}", "worst_bit_flips"),
         (f"deploy_sst2 --size full --arms {' '.join(STUDIES['sst2']['full'].arms)} {CAMPAIGN}", "sst2_full"),
         (f"deploy_sst2 --size full --arms plain multi_step_risk-1 sam-half {CAMPAIGN}", "sst2_first"),
+        (f"deploy_sst2 {CAMPAIGN}", "sst2_deployed"),
         ("reproduce_parser --data none --output", "parser"),
         ("reproduce_images --arms plain --weights none --data none --output", "images"),
         ("reproduce_images --size tiny-imagenet-small --arms plain --data none --output", "tiny_imagenet"),
