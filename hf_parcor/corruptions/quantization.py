@@ -46,8 +46,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,6 +72,8 @@ from hf_parcor.functional.quantization import (
 )
 from hf_parcor.functional.vectors import clones, in_turn, one_by_one
 from hf_parcor.injection import Pieces
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -263,9 +266,10 @@ def _blocks(per: Per) -> str:
 
 
 def _check_blocks(weights: Mapping[str, Tensor], per: Per) -> None:
-    if per != "tensor":
-        for name in weights.keys() - set(_vectors(weights)):
-            check_blocks(weights[name], per)
+    stay = weights.keys() if per == "tensor" else _vectors(weights)
+    for name, weight in weights.items():
+        if name not in stay:
+            _naming(name, partial(check_blocks, per=per), weight)
 
 
 def _vectors(weights: Mapping[str, Tensor]) -> Collection[str]:
@@ -289,9 +293,9 @@ def _in_turn(
             yield name, together.pop(name) if name in together else _naming(name, rounded, weight)
 
 
-def _naming(name: str, rounded: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
-    """Return a rounded weight; an error says which one it was."""
+def _naming(name: str, done: Callable[[Tensor], _Found], weight: Tensor) -> _Found:
+    """Return what is done with a weight; an error says which one it was."""
     try:
-        return rounded(weight)
+        return done(weight)
     except (ValueError, NotImplementedError) as error:
         raise type(error)(f"{name}: {error}") from error

@@ -11,7 +11,7 @@ import pytest
 import torch
 from for_each import for_each
 
-from hf_parcor import FloatQuantization, Quantization, corrupted
+from hf_parcor import CorruptionEvaluator, FloatQuantization, Quantization, corrupted
 from hf_parcor.functional import quantize, quantize_to_float
 from hf_parcor.functional.quantization import in_rows
 
@@ -127,6 +127,27 @@ def test_an_error_says_which_weight_it_was() -> None:
     for corruption in (Quantization(4, per=32), FloatQuantization("mxfp4")):
         with pytest.raises(ValueError, match=r"head.weight: per: .*32.*exclude_modules"):
             corruption(weights)
+
+
+@for_each("corruption", TOGETHER)
+def test_an_evaluator_refuses_what_a_call_does_and_in_its_words(corruption) -> None:
+    """Nothing but that: what can be rounded is measured."""
+    for shape in ((3, 7), (4, 16), (2, 3, 32), (33,)):
+        model = torch.nn.Module()
+        model.fits = torch.nn.Parameter(torch.randn(2, 64))
+        model.head = torch.nn.Parameter(torch.randn(shape))
+        evaluator = CorruptionEvaluator(model, lambda model: {"loss": 0.0}, progress=False)
+
+        def said(run, *given) -> str:
+            try:
+                run(*given)
+            except ValueError as error:
+                return str(error)
+            return ""
+
+        words = said(corruption, dict(model.named_parameters()))
+        assert said(evaluator.evaluate, [corruption]) == words
+        assert not words or words.startswith("head: ")
 
 
 def test_shown() -> None:
