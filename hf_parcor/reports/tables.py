@@ -14,6 +14,7 @@ from hf_parcor.reports.markup import text_of
 from hf_parcor.reports.numbers import Numbers
 
 _LONGEST = 40  # a longer cell runs out of its column, and widens no other
+_TERMINAL = 80  # columns
 _NARROWEST = 3  # what the mark of an alignment takes
 
 
@@ -97,7 +98,8 @@ def comparison_table(
 
     A cell is the mean over trials and, where there are several, ± the sample standard deviation. Of two records a last
     column shows the change. Rows are those that two records have, whatever their order; what only one of several has
-    is left out, see `in_one_alone`, and what one of three lacks is a dash there.
+    is left out, see `in_one_alone`, and what one of three lacks is a dash there. A long cell widens its column where
+    the table still fits a terminal of 80 columns, and runs out of it elsewhere.
 
     Args:
         records: Records by the name of their column.
@@ -127,11 +129,17 @@ def comparison_table(
         ]
         for line in lines
     ]
-    return markdown_table([numbers.head(metric), *records, *["change"] * (len(records) == 2)], rows)
+    header = [numbers.head(metric), *records, *["change"] * (len(records) == 2)]
+    wide = markdown_table(header, rows, longest=None)
+    return wide if wide.index("\n") <= _TERMINAL else markdown_table(header, rows)
 
 
 def group_table(
-    records: Mapping[str, EvaluationRecord], metric: str = "accuracy", *, unit: str | None = None, width: int = 80
+    records: Mapping[str, EvaluationRecord],
+    metric: str = "accuracy",
+    *,
+    unit: str | None = None,
+    width: int = _TERMINAL,
 ) -> str:
     """Return Markdown tables of a probe, one for each series of corruptions: a row for each group.
 

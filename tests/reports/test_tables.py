@@ -180,6 +180,18 @@ def test_fits_a_terminal(unit):
     assert max(map(len, lines)) <= 80
 
 
+def test_a_long_label_widens_its_column_where_the_terminal_has_room():
+    """And runs out of it where it has not, so that no other line is broken."""
+    label = str(Quantization(4, 32, symmetric=False))
+    record = record_of(dict.fromkeys(["no corruption", label, str(Quantization(4))], (0.5,)))
+    alone = comparison_table({"a model": record}).splitlines()
+    assert len({len(line) for line in alone}) == 1
+    assert len({line.rindex(" | ") for line in alone}) == 1
+    assert label in " ".join(alone)
+    beside = comparison_table({name * 12: record for name in "abc"}).splitlines()
+    assert len(beside[3]) > 80 >= max(len(line) for line in beside if label not in line)
+
+
 NAMES = ["a", "b", "c", "d"]
 
 
