@@ -10,14 +10,17 @@ linear or convolutional part is scored and measured in every format on some rows
 test images, the validation sentences; so are pairs of parts. Recipes, by each cost that they may be chosen by, are
 judged on other rows: the 1,821 test sentences, 4,000 test images, the BLEU of 500 test translations. Formats have
 one scale a channel: with one for each group of 32 weights the BERT loses little at 3 bits, and there is nothing to
-choose. The budget is what 4 bits take for all parts, scales included, rounded up to a tenth. The output folder gets
-what `hf-parcor probe --recipe` writes. What is finished is kept, so an interrupted run goes on. It runs on a GPU
-where there is one.
+choose. Those of `sst2` are torchao's: where that is installed and `torchao.json` was written, torchao rounds a copy of
+the model by that file, it is judged on the same rows, and `deployed.json` says what came out. The budget is what 4
+bits take for all parts, scales included, rounded up to a tenth. The output folder gets what `hf-parcor probe --recipe`
+writes. What is finished is kept, so an interrupted run goes on. It runs on a GPU where there is one.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,12 +35,16 @@ from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.metrics.loss import LossMetric
 from hf_parcor.recipes import front, measure_pairs, uniform_recipe
 from hf_parcor.records.metric_info import SHARE
+from hf_parcor.strict_json import read_strict_json, to_strict_json
 from hf_parcor.targets.groups import Groups
 from scripts import reproduce_paper_1, reproduce_translation, sst2_runs
 from scripts.campaigns import DEVICE, PLAIN, Run, begin, campaign_parser, note_run
 from scripts.translation_studies import STUDIES
 
-FORMATS = tuple(Quantization(bits, per="channel") for bits in (8, 6, 5, 4, 3))
+FORMATS, TORCHAO = (
+    tuple(Quantization(bits, per="channel", code_range=codes, arithmetic=numbers) for bits in (8, 6, 5, 4, 3))
+    for codes, numbers in (("restricted", "float32"), ("full", "weight"))
+)
 PROBES = 1
 PAIRS = 20
 
@@ -53,6 +60,7 @@ class Judged(NamedTuple):
     shown: str
     groups: Groups | None = None
     beside: Sequence[str] = ("loss",)
+    formats: Sequence[Quantization] = FORMATS
 
 
 def sst2(options: argparse.Namespace) -> Judged:
@@ -70,6 +78,7 @@ def sst2(options: argparse.Namespace) -> Judged:
         ClassificationMetric(test),
         "accuracy",
         beside=("loss", "accuracy"),
+        formats=TORCHAO,
     )
 
 
@@ -112,6 +121,19 @@ def translation(options: argparse.Namespace) -> Judged:
     )
 
 
+def deployed(judged: Judged, folder: Path) -> dict[str, float] | None:
+    """Return the metrics of a copy that torchao rounded by the recipe's file; None without torchao or a file."""
+    path = folder / "torchao.json"
+    if not path.is_file() or importlib.util.find_spec("torchao") is None:
+        return None
+    from torchao.core.config import config_from_dict
+    from torchao.quantization import quantize_
+
+    copied = copy.deepcopy(judged.model)
+    quantize_(copied, config_from_dict(read_strict_json(path)["quant_type"]["default"]), filter_fn=None)
+    return dict(judged.judge(copied))
+
+
 SYSTEMS: dict[str, Callable[[argparse.Namespace], Judged]] = {
     "sst2": sst2,
     "images": images,
@@ -131,10 +153,10 @@ def main() -> None:
     judged = SYSTEMS[options.system](options)
     stated: dict[str, Any] = {"unit": SHARE} if judged.shown == "accuracy" else {}
     kept = judged.folder / "sensitivity.jsonl"
-    scores = sensitivity(judged.model, judged.metric, FORMATS, judged.groups, probes=PROBES, checkpoint=kept)
+    scores = sensitivity(judged.model, judged.metric, judged.formats, judged.groups, probes=PROBES, checkpoint=kept)
     if judged.shown in scores.clean:
         scores = scores.stating(judged.shown, **stated)
-    four = uniform_recipe(scores, str(FORMATS[3])).bits
+    four = uniform_recipe(scores, str(judged.formats[3])).bits
     bits = math.ceil(round(10 * four, 6)) / 10
     chosen = recipe(scores, bits=bits)
     recipes = front(scores, chosen) | {f"by {cost}": recipe(scores, bits=bits, by=cost) for cost in judged.beside}
@@ -146,6 +168,11 @@ def main() -> None:
     scores.save(options.output / "sensitivity.json")
     measured.save(options.output / "recipe_measured.json")
     files = [path.name for path in export_recipe(chosen, options.output).files]
+    found = deployed(judged, options.output)
+    if found is not None:
+        (row,) = (one for one in measured.corruptions if one.label == "recipe")
+        said = {"by": "torchao", "metrics": found, "predicted": {name: row.mean(name) for name in found}}
+        (options.output / "deployed.json").write_text(to_strict_json(said) + "\n", encoding="utf-8")
     title = f"Which parts of {judged.title} take which bits?"
     report = RecipeReport(scores, chosen, measured, title=title, metric=judged.shown, files=files)
     report.to_html(options.output / "recipe.html")
