@@ -155,8 +155,8 @@ class CorruptionEvaluator(_Evaluator):
         layers: As in `select_parameters`.
         reuse_prefix: Whether what does not depend on the targets runs once a batch for all corruptions, where the
             metric is made batch by batch (a `BatchMetric`, such as `ClassificationMetric`). The numbers are the same.
-            To seek it takes seven runs of a batch for each target, and six for the steps of multi-step corruptions: it
-            is not sought where that is more than it saves, as of a few corruptions on one batch.
+            To seek it takes seven runs of a batch, and six for the steps of multi-step corruptions: it is not sought
+            where that is more than it saves, as of a few corruptions on one batch.
         memory: How many bytes the corruptions that are measured, or chosen, together may take. Default 1 GiB.
         metric_info: What the metric's numbers mean, by their names: `{"score": MetricInfo(greater_is_better=False,
             unit="points")}`. None, the default, for what the metric states itself, as our own and those of `evaluate`
@@ -273,7 +273,8 @@ class LayerProbe(_Evaluator):
             patterns or names as in `select_parameters`. `by_layer`, `by_kind`, `by_module` and `by_adapter` make such
             groups; `{**by_kind(model), "all": "all"}` adds the whole model. None, the default, for layers, without
             those that cannot be corrupted, which are noted.
-        reuse_prefix: As in `CorruptionEvaluator`.
+        reuse_prefix: As in `CorruptionEvaluator`; to seek all parts' takes about five runs of a batch, and half a run
+            for each part.
         memory: As in `CorruptionEvaluator`.
         metric_info: As in `CorruptionEvaluator`.
         progress: As in `CorruptionEvaluator`.

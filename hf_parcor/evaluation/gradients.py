@@ -41,7 +41,7 @@ def corrupted_model(
     that a metric or a loss calls leaves a damaged model behind. Whoever wants one on disk takes `corrupted`, which
     knows no model. A state dict that is written by other means is not noticed.
     """
-    with corrupted(parameters, corruption, saved_on=saved_on, p=p) as injection, _unsaved(model):
+    with corrupted(parameters, corruption, saved_on=saved_on, p=p) as injection, unsaved(model):
         drop_gathered(model)
         try:
             yield injection
@@ -50,7 +50,8 @@ def corrupted_model(
 
 
 @contextmanager
-def _unsaved(model: nn.Module) -> Iterator[None]:
+def unsaved(model: nn.Module) -> Iterator[None]:
+    """Let a model and its parts refuse `save_pretrained` inside a `with` block, since weights are corrupted there."""
     with ExitStack() as refusals:
         for module in model.modules():
             if hasattr(type(module), "save_pretrained"):

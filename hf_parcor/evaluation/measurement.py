@@ -38,6 +38,7 @@ from hf_parcor.evaluation.shared_passes import (
     measure_together,
     prefix_of_ascents,
     prefix_of_measurements,
+    prefixes_of_measurements,
 )
 from hf_parcor.evaluation.trials import Trial, checked_metrics, record_of
 from hf_parcor.functional.vectors import numel
@@ -318,11 +319,11 @@ class Measurement:
             found = self._processes.gather(found)[0]
             numbered = plan.numbers()
             left = [number for number in numbered if number not in found]
-            ready = self._ready(list(groups.values()), corruptions if left else (), plan)
+            limit = len(left) if checkpoint is None else BETWEEN_WRITES
+            ready = self._ready(list(groups.values()), corruptions if left else (), plan, left, limit)
             if 0 not in found:  # after the groups, whose making refuses data that will not do
                 found |= _kept(path, {0: Trial.of(seed, self._metrics() if clean is None else checked_metrics(clean))})
             jobs = [Job(ready[plan.group_of(number)], *plan.drawn(number)) for number in left]
-            limit = len(jobs) if checkpoint is None else BETWEEN_WRITES
             numbers = iter(left)
             done = len(numbered) - len(left)
             with tqdm(
@@ -383,7 +384,14 @@ class Measurement:
         if measured_on is not None:
             check_same_data("metric", measured_on.fingerprint(), self._processes)
 
-    def _ready(self, groups: Sequence[_Parameters], corruptions: Sequence[Corruption], plan: Plan) -> list[Group]:
+    def _ready(
+        self,
+        groups: Sequence[_Parameters],
+        corruptions: Sequence[Corruption],
+        plan: Plan,
+        left: Sequence[int],
+        limit: int,
+    ) -> list[Group]:
         """Return the groups; what costs a run of the model is done when it is needed.
 
         The gradient is taken with respect to all groups, whatever is left, so that its last bits are the same.
@@ -402,12 +410,21 @@ class Measurement:
             )
             check_memory(groups, corruptions, self._saved_on)
         batches = 0 if whole is None else len(whole)
+        sought: dict[int, PrefixReuse | None] = {}
+        with_each = self._sought_together(groups, plan, left, limit)
+
+        def prefix_of_measurements_of(index: int) -> PrefixReuse | None:
+            if index not in sought:
+                some = with_each.get(index, [])
+                sought.update(zip(some, self._prefixes_of_measurements(groups, some, plan), strict=True))
+            return sought.get(index)
+
         return [
             Group(
                 selection,
                 None if whole is None else whole.of_group(selection),
                 partial(self._prefix_of_ascents, selection, plan.steps_of(index, batches)),
-                partial(self._prefix_of_measurements, selection, plan.trials_of(index)),
+                partial(prefix_of_measurements_of, index),
             )
             for index, selection in enumerate(groups)
         ]
@@ -419,15 +436,48 @@ class Measurement:
             return None
         return prefix_of_ascents(self._model, selection, self._batches)
 
-    def _prefix_of_measurements(self, selection: _Parameters, trials: int) -> PrefixReuse | None:
-        if self._by_batch is None or 2 * _size(selection) > self._memory:  # no two are measured together
-            return None
+    def _sought_together(
+        self, groups: Sequence[_Parameters], plan: Plan, left: Sequence[int], limit: int
+    ) -> dict[int, list[int]]:
+        """Return, for each group that may share a prefix, those whose prefixes are sought with its own.
+
+        As many as are written down at once, so that a sweep that is killed often gets on.
+        """
+        if self._by_batch is None:
+            return {}
+        together: dict[int, list[int]] = {}
+        some: list[int] = []
+        trials = 0
+        for index in dict.fromkeys(map(plan.group_of, left)):
+            if 2 * _size(groups[index]) > self._memory:  # no two are measured together
+                continue
+            if some and trials + plan.trials_of(index) > limit:
+                some, trials = [], 0
+            trials += plan.trials_of(index)
+            some.append(index)
+            together[index] = some
+        return together
+
+    def _prefixes_of_measurements(
+        self, groups: Sequence[_Parameters], indices: Sequence[int], plan: Plan
+    ) -> list[PrefixReuse | None]:
+        none: list[PrefixReuse | None] = [None] * len(indices)
+        if self._by_batch is None or not indices:
+            return none
+        trials = sum(map(plan.trials_of, indices))  # also those that are done: as if anew
         batches = length_hint(self._by_batch.batches) / self._processes.count  # 0 where it is not known
-        if 0 < _SAVED * trials * batches <= RUNS_TO_PLAN:  # of all trials, also of those that are done: as if anew
-            return None
-        prefix = prefix_of_measurements(self._model, self._by_batch, selection)
+        # For each further part it takes a run that begins behind its prefix.
+        if 0 < _SAVED * trials * batches <= RUNS_TO_PLAN + (1 - _SAVED) * (len(indices) - 1):
+            return none
+        parts = [groups[index] for index in indices]
+        if len(parts) == 1:
+            prefixes = [prefix_of_measurements(self._model, self._by_batch, parts[0])]
+        else:
+            prefixes = prefixes_of_measurements(self._model, self._by_batch, parts, self._memory, self._saved_on)
         # What is measured together must be the same everywhere, also where a rounding decides.
-        return prefix if all(self._processes.gather(prefix is not None)) else None
+        everywhere = self._processes.gather([prefix is not None for prefix in prefixes])
+        agreed = [all(of_part) for of_part in zip(*everywhere, strict=True)]
+        return [prefix if agree else None for prefix, agree in zip(prefixes, agreed, strict=True)]
 
     def _in_turn(self, jobs: Sequence[Job], limit: int) -> Iterator[list[Job]]:
         """Yield what is measured together: alone, or as many as the limit and the memory for corruptions admit."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import length_hint
@@ -16,18 +16,19 @@ from transformers.utils import logging
 from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
-from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model, trainable
+from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model, trainable, unsaved
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.outputs import own_batch
 from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.functional.vectors import working_dtype
-from hf_parcor.injection import Device, Pieces, Replacement
+from hf_parcor.injection import Device, Pieces, Replacement, corrupted, obstacle
 from hf_parcor.model_state import BufferSnapshot
 from hf_parcor.prefix import (
     TRIED_PASSES,
     NothingToReuse,
     PrefixError,
     PrefixReuse,
+    before_calls,
     check_results,
     distance,
     failures_as_prefix_errors,
@@ -35,6 +36,7 @@ from hf_parcor.prefix import (
     outputs_of,
     plan_prefix,
     plan_prefix_of_values,
+    plan_prefixes_of_values,
     recording_together,
 )
 
@@ -260,8 +262,7 @@ def prefix_of_measurements(model: nn.Module, metric: BatchMetric, parameters: _P
     if batch is None:
         return None
 
-    def run() -> list[Any]:
-        return _everything_found(model, lambda: metric.of_batch(model, batch))
+    run = partial(_everything_found, model, partial(metric.of_batch, model, batch))
 
     def plan() -> PrefixReuse:
         prefix, found = plan_prefix_of_values(model, parameters, run)
@@ -270,6 +271,41 @@ def prefix_of_measurements(model: nn.Module, metric: BatchMetric, parameters: _P
         return prefix
 
     return _found(plan, "measurement")
+
+
+def prefixes_of_measurements(
+    model: nn.Module, metric: BatchMetric, parts: Sequence[_Parameters], memory: int, saved_on: Device = None
+) -> list[PrefixReuse | None]:
+    """Return what `prefix_of_measurements` returns for each of several parts, from fewer runs of a batch.
+
+    The runs that watch the model, and see whether it repeats itself, are the same for all parts. For each there is one
+    more, from where its prefix ends.
+
+    Args:
+        model: The model, in evaluation mode.
+        metric: What is measured; its first batch is tried.
+        parts: What is corrupted, each by itself.
+        memory: How many bytes the bits of corrupted weights may take; those of one part are held in any case.
+        saved_on: Where they are kept; None for their own device.
+
+    Returns:
+        None for a part, after saying why, where all of the model must run.
+    """
+    batch = next(iter(all_batches(metric.batches)), None)
+    if batch is None:
+        return [None] * len(parts)
+    run = partial(_everything_found, model, partial(metric.of_batch, model, batch))
+    try:
+        prefixes, errors, found = plan_prefixes_of_values(model, parts, run)
+        with failures_as_prefix_errors():
+            errors += _try_out_together(prefixes, model, run, parts, found, memory, saved_on) if prefixes else []
+    except _UsedEarlyError:  # by which part?
+        return [prefix_of_measurements(model, metric, part) for part in parts]
+    except PrefixError as error:
+        prefixes, errors = {}, [error]
+    for reason in dict.fromkeys(str(error) for error in errors if not isinstance(error, NothingToReuse)):
+        _say("measurement", reason)
+    return [prefixes.get(index) for index in range(len(parts))]
 
 
 RUNS_TO_PLAN = 4 + TRIED_PASSES  # of one batch, by `prefix_of_measurements`; a test counts them
@@ -316,11 +352,154 @@ def _try_out(
         buffers.put_back()
 
 
+class _UsedEarlyError(PrefixError):
+    """Some weights are used before a module that holds them is called."""
+
+
+def _try_out_together(
+    prefixes: dict[int, PrefixReuse],
+    model: nn.Module,
+    run: Callable[[], list[Any]],
+    parts: Sequence[_Parameters],
+    expected: Sequence[Any],
+    memory: int,
+    saved_on: Device,
+) -> list[PrefixError]:
+    """Check what `_try_out` checks, for many parts; those that fail leave the mapping.
+
+    That no prefix depends on the part that it is for shows in a run in which each part has other weights until the
+    first module that holds it is called. That nothing behind a cut depends on more than the prefix hands on shows
+    where all before it is replayed, after a run at other weights has overwritten what modules may have left behind.
+
+    Args:
+        prefixes: By the index of their part, in the order in which the parts come in.
+        model: The model.
+        run: Runs it on one batch.
+        parts: What is corrupted, each by itself.
+        expected: What a run found.
+        memory: As in `prefixes_of_measurements`.
+        saved_on: As there.
+
+    Returns:
+        Why some cannot be reused.
+
+    Raises:
+        PrefixError: None can: two runs differ, or a buffer moves.
+        _UsedEarlyError: A part is used before its start, it is unknown which one.
+    """
+    buffers = BufferSnapshot(model.modules())
+    errors: list[PrefixError] = []
+    try:
+        again = run()
+        if buffers.moved():
+            raise PrefixError("a buffer of the model moves when it is measured")
+        apart = distance(again, expected)
+        check_results("result", 0.0, apart)
+        for some in _disjoint(prefixes, parts, memory):
+            try:
+                with failures_as_prefix_errors(), _other_until_called(model, prefixes, some, saved_on):
+                    found = distance(run(), again)
+                check_results("result", found, apart)
+            except PrefixError as error:
+                raise _UsedEarlyError(str(error)) from error
+        _record(list(prefixes.values()), run)
+        first = next(iter(prefixes))
+        early = _at_most(memory, [*_parameters_of(prefixes[first].prefix), *parts[first].values()])
+        with corrupted_model(model, early, _other_than(early), saved_on):
+            run()
+        # From the last on: what is computed in a trial was not yet computed, at these weights, for those that follow.
+        deepest_first = list(reversed(prefixes))
+        for index in [*deepest_first[:1], *deepest_first]:  # what is wrong from the second replay on
+            if index in prefixes:
+                try:
+                    with failures_as_prefix_errors(), prefixes[index].replaying():
+                        found = distance(run(), again)
+                    check_results("result", found, apart)
+                except PrefixError as error:
+                    errors.append(error)
+                    prefixes.pop(index).forget()
+    finally:
+        _forget(list(prefixes.values()))
+        buffers.put_back()
+    return errors
+
+
+def _parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    return [parameter for module in modules for parameter in module.parameters() if obstacle(parameter) is None]
+
+
+def _at_most(memory: int, weights: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return the first weights, by names made up, as many as the memory for their bits admits, and at least one."""
+    some: dict[str, Tensor] = {}
+    for weight in dict.fromkeys(weights):
+        memory -= weight.nbytes
+        if some and memory < 0:
+            break
+        some[str(len(some))] = weight
+    return some
+
+
+def _other_than(weights: Mapping[str, Tensor]) -> Pieces:
+    """Return 1 − w for each weight w: a normalization behind it takes away neither the sign nor, of zeros, the one."""
+    return Pieces(((name, 1 - weight.detach()) for name, weight in weights.items()), replaces=True)
+
+
+@contextmanager
+def _other_until_called(
+    model: nn.Module,
+    prefixes: Mapping[int, PrefixReuse],
+    some: Iterable[tuple[int, Mapping[str, Tensor]]],
+    saved_on: Device,
+) -> Iterator[None]:
+    """Let parts have other weights inside a `with` block, each until the first of its prefix's starts is called."""
+    with unsaved(model), ExitStack() as corruptions, ExitStack() as hooks:
+        for index, weights in some:
+            corruption = corruptions.enter_context(ExitStack())
+            corruption.enter_context(corrupted(weights, _ones(weights), saved_on=saved_on))
+            for module in prefixes[index].starts:
+                before_calls(hooks, module, partial(_close, corruption))
+        yield
+
+
+def _close(stack: ExitStack, module: nn.Module, arguments: Any) -> None:
+    stack.close()
+
+
+def _ones(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a one for each weight, in no memory."""
+    return {name: torch.ones((), dtype=w.dtype, device=w.device).expand(w.shape) for name, w in weights.items()}
+
+
+def _disjoint(
+    prefixes: Iterable[int], parts: Sequence[_Parameters], memory: int
+) -> Iterator[list[tuple[int, Mapping[str, Tensor]]]]:
+    """Yield as many parts as the memory for their bits admits; a weight of several belongs to the last to come in."""
+    seen: set[int] = set()
+    some: list[tuple[int, Mapping[str, Tensor]]] = []
+    taken = 0
+    for index in reversed(list(prefixes)):
+        weights = {name: weight for name, weight in parts[index].items() if id(weight) not in seen}
+        seen |= {id(weight) for weight in weights.values()}
+        size = sum(weight.nbytes for weight in weights.values())
+        if some and taken + size > memory:
+            yield some
+            some, taken = [], 0
+        if weights:
+            some.append((index, weights))
+            taken += size
+    if some:
+        yield some
+
+
 def _found(plan: Callable[[], PrefixReuse], what: str) -> PrefixReuse | None:
     try:
         return plan()
     except NothingToReuse:
         return None
     except PrefixError as error:
-        logger.warning(f"Every {what} runs all of the model: {error}. The numbers are right; it takes longer.")
+        _say(what, error)
         return None
+
+
+def _say(what: str, reason: object) -> None:
+    logger.warning(f"Every {what} runs all of the model: {reason}. The numbers are right; it takes longer.")

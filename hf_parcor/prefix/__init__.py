@@ -1,6 +1,6 @@
 """The unperturbed prefix of a model's computation: run once, reused by every later pass."""
 
-from hf_parcor.prefix.cut import COMPILED_AS_ONE, NothingToReuse, PrefixError, is_compiled
+from hf_parcor.prefix.cut import COMPILED_AS_ONE, NothingToReuse, PrefixError, before_calls, is_compiled
 from hf_parcor.prefix.plan import (
     TRIED_PASSES,
     check_results,
@@ -11,6 +11,7 @@ from hf_parcor.prefix.plan import (
     outputs_of,
     plan_prefix,
     plan_prefix_of_values,
+    plan_prefixes_of_values,
     try_prefix,
 )
 from hf_parcor.prefix.recomputed import RecomputedPrefix
@@ -23,6 +24,7 @@ __all__ = [
     "PrefixError",
     "PrefixReuse",
     "RecomputedPrefix",
+    "before_calls",
     "check_results",
     "distance",
     "failures_as_prefix_errors",
@@ -32,6 +34,7 @@ __all__ = [
     "outputs_of",
     "plan_prefix",
     "plan_prefix_of_values",
+    "plan_prefixes_of_values",
     "recording_together",
     "try_prefix",
 ]

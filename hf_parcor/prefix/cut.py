@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,13 +112,17 @@ def not_called_again(call: Call, starts: Collection[nn.Module]) -> list[nn.Modul
 
     They may have been called several times before. A generation calls its decoder again for every token.
     """
-    finished = finished_before(call, starts)
-    times = {module: finished.count(module) for module in finished}
-    return [module for module in dict.fromkeys(finished) if _times_called(call, module) == times[module]]
+    times = Counter(finished_before(call, starts))
+    in_all = Counter(in_order(call))
+    return [module for module in times if in_all[module] == times[module]]
 
 
-def _times_called(call: Call, module: nn.Module) -> int:
-    return (call.module is module) + sum(_times_called(other, module) for other in call.inner)
+def in_order(call: Call) -> Iterator[nn.Module]:
+    """Yield the modules of a tree of calls as their calls began, each as often as it was called."""
+    if call.module is not None:
+        yield call.module
+    for other in call.inner:
+        yield from in_order(other)
 
 
 class PrefixError(RuntimeError):
@@ -161,17 +166,40 @@ def find_cut(
         NothingToReuse: All of the model is selected, for which nothing is run; or no module with parameters finishes.
         PrefixError: It is unknown where the selected parameters come in.
     """
+    check_some_is_left(model, selected)
+    calls, result = watch_calls(model, run)
+    return Cut(*cut_in(calls, model, selected, finished), result)
+
+
+def check_some_is_left(model: nn.Module, selected: Mapping[str, Tensor]) -> None:
+    """Refuse a selection of all of a model.
+
+    Raises:
+        NothingToReuse: It is one.
+    """
     identities = {id(parameter) for parameter in selected.values()}
     if all(id(parameter) in identities for parameter in model.parameters()):
         raise NothingToReuse("all of the model is selected")
-    calls, result = watch_calls(model, run)
+
+
+def cut_in(
+    calls: Call,
+    model: nn.Module,
+    selected: Mapping[str, Tensor],
+    finished: Callable[[Call, Collection[nn.Module]], list[nn.Module]],
+) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return the prefix and the starts of a `Cut`, given the calls of a run.
+
+    Raises:
+        PrefixError: As `find_cut` does.
+    """
     starts = _find_starts(model, selected, called_modules(calls))
     prefix = finished(calls, starts)
     if not any(list(module.parameters()) for module in prefix):
         if any(is_compiled(module) and any(module.children()) for module in starts):
             raise PrefixError(COMPILED_AS_ONE)
         raise NothingToReuse("no module with parameters finishes before the first selected one starts")
-    return Cut(prefix, starts, result)
+    return prefix, starts
 
 
 def run_alone(run: Callable[[], Any]) -> Any:

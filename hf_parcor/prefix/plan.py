@@ -14,7 +14,17 @@ from torch.utils._pytree import tree_leaves
 from hf_parcor.distributed.dtensors import local_part
 from hf_parcor.model_state import BufferSnapshot, StepBuffers, devices_of, evaluation_mode, same_numbers
 from hf_parcor.prefix.consumers import Consumers, Place
-from hf_parcor.prefix.cut import PrefixError, find_cut, not_called_again, not_compiled, run_alone
+from hf_parcor.prefix.cut import (
+    PrefixError,
+    check_some_is_left,
+    cut_in,
+    find_cut,
+    in_order,
+    not_called_again,
+    not_compiled,
+    run_alone,
+    watch_calls,
+)
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
 from hf_parcor.randomness import random_states_kept
 
@@ -363,6 +373,46 @@ def plan_prefix_of_values(
     """
     cut = find_cut(model, selected, run, not_called_again)
     return PrefixReuse(cut.prefix, cut.starts), cut.result
+
+
+def plan_prefixes_of_values(
+    model: nn.Module, parts: Sequence[Mapping[str, Tensor]], run: Callable[[], Any]
+) -> tuple[dict[int, PrefixReuse], list[PrefixError], Any]:
+    """Find what `plan_prefix_of_values` finds for each of several selections, from one run for all of them.
+
+    Args:
+        model: Any model.
+        parts: Selections of parameters.
+        run: Runs the model on one batch; not run where nothing can be found.
+
+    Returns:
+        The prefix of each part that has one, by the part's index, in the order in which the parts come in; why others
+        have none; and what the run returned.
+    """
+    found: list[tuple[int, int, PrefixReuse]] = []
+    errors: list[PrefixError] = []
+    whole = set()
+    for index, selected in enumerate(parts):
+        try:
+            check_some_is_left(model, selected)
+        except PrefixError as error:
+            whole.add(index)
+            errors.append(error)
+    if len(whole) == len(parts):
+        return {}, errors, None
+    calls, result = watch_calls(model, run)
+    began: dict[nn.Module, int] = {}
+    for place, module in enumerate(in_order(calls)):
+        began.setdefault(module, place)
+    for index, selected in enumerate(parts):
+        if index not in whole:
+            try:
+                prefix, starts = cut_in(calls, model, selected, not_called_again)
+            except PrefixError as error:
+                errors.append(error)
+            else:
+                found.append((min(began[start] for start in starts), index, PrefixReuse(prefix, starts)))
+    return {index: prefix for _, index, prefix in sorted(found, key=lambda one: one[:2])}, errors, result
 
 
 @contextmanager
