@@ -466,8 +466,9 @@ class Measurement:
             return none
         trials = sum(map(plan.trials_of, indices))  # also those that are done: as if anew
         batches = length_hint(self._by_batch.batches) / self._processes.count  # 0 where it is not known
-        # For each further part it takes a run that begins behind its prefix.
-        if 0 < _SAVED * trials * batches <= RUNS_TO_PLAN + (1 - _SAVED) * (len(indices) - 1):
+        further = len(indices) - 1  # for each, it takes a run that begins behind its prefix
+        saved = _SAVED * (further / len(indices) if further else 1)  # of several in a row, the first saves nothing
+        if 0 < saved * trials * batches <= RUNS_TO_PLAN + (1 - _SAVED) * further:
             return none
         parts = [groups[index] for index in indices]
         if len(parts) == 1:

@@ -408,6 +408,16 @@ def test_a_sweep_of_32_layers_takes_six_tenths_of_the_plain_loop(batches, monkey
     assert sum(map(len, computed)) / 32 - counted == 97 * len(data), "the plain loop's"
 
 
+def test_a_sweep_of_few_layers_on_little_data_takes_no_more_than_the_plain_loop(batches, monkeypatch):
+    monkeypatch.setattr(measurement, "RUNS_TO_PLAN", shared_passes.RUNS_TO_PLAN)
+    for layers in (2, 3, 4, 6, 8):
+        for data in (batches[:1], 2 * batches[:1], 4 * batches[:1]):
+            model = Stack(*(Layer() for _ in range(layers)))
+            computed = [counting(layer) for layer in model.layers]
+            model.sweep(data)
+            assert sum(map(len, computed)) <= layers * len(data) * (1 + 3 * layers), (layers, len(data))
+
+
 @for_each(
     ("wrong", "why"),
     [
