@@ -210,7 +210,8 @@ def _check_arguments(accelerator: object, defense: object, model: object, parame
         asked = repr(parameters) if isinstance(parameters, str) else _kind(parameters)
         raise TypeError(
             f"parameters: expected names and parameters, got {asked}; pass "
-            "select_parameters(accelerator.unwrap_model(model), ...), or nothing for all that are trained"
+            "select_parameters(accelerator.unwrap_model(model), ...), or nothing for all that are trained; a batch "
+            "goes in batch="
         )
     if parameters is not None and not parameters:
         raise ValueError(

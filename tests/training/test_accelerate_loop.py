@@ -351,7 +351,7 @@ class TestErrors:
             (TypeError, r"loss_fn: expected a function .*, got .* float; ", {"loss_fn": 1.0}),
             (TypeError, r"parameters: expected .*, got 'all'; .*select_parameters\(", {"parameters": "all"}),
             (TypeError, r"parameters: expected .*, got .* list; ", {"parameters": ["0"]}),
-            (TypeError, r"parameters: expected .*, got .* dict; ", {"parameters": {"0": torch.ones(2)}}),
+            (TypeError, r"parameters: expected .*, got .* dict; .* batch=$", {"parameters": {"0": torch.ones(2)}}),
             (ValueError, r"parameters: expected at least one, .*; leave it out", {"parameters": {}}),
             (TypeError, r"epoch: expected .* got '1'", {"epoch": "1"}),
             (ValueError, r"epoch: expected .* got -1", {"epoch": -1}),
