@@ -643,14 +643,17 @@ def evaluation_7b(setting: Setting) -> list[Row]:
 
 
 def sweep(setting: Setting) -> list[Row]:
-    """Each layer of a decoder under noise of three strengths, by a probe and by a plain loop."""
+    """Each layer of a decoder under noise of three strengths, by a probe and by a plain loop.
+
+    The data are 16 batches, as of a small validation set. A pass is one of all layers.
+    """
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 32}
     sizes |= {"num_attention_heads": 16, "vocab_size": 32_000}
     with torch.device(setting.device):
         model: Any = LlamaForCausalLM(LlamaConfig(**(TINY if setting.quick else sizes)))
     model.eval()
-    batches = tokens_for(model, 2, 2, 8) if setting.quick else tokens_for(model, 4, 8, 256)
+    batches = tokens_for(model, 2, 2, 8) if setting.quick else tokens_for(model, 16, 4, 256)
     metric, noises = LanguageModelMetric(batches), [GaussianNoise(std) for std in (0.005, 0.01, 0.02)]
     layers = by_layer(model)
 
@@ -666,10 +669,26 @@ def sweep(setting: Setting) -> list[Row]:
         LayerProbe(model, metric, targets=layers, progress=False).evaluate(noises, trials=1)
 
     metric(model)  # warms up
-    loop, probe = seconds(by_loop), seconds(by_probe)
+    computed = 0
+
+    def counted(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal computed
+            computed += 1
+            return forward(*args, **kwargs)
+
+        return call
+
+    for layer in model.model.layers:
+        layer.forward = counted(layer.forward)
+    loop = seconds(by_loop)
+    of_loop, computed = computed, 0
+    probe = seconds(by_probe)
     limit = 0.6 if setting.device == "cuda" and not setting.quick else None
     return [
         Row("layers", len(layers)),
+        Row("plain loop: passes", of_loop / len(model.model.layers)),
+        Row("probe: passes", computed / len(model.model.layers)),
         Row("plain loop: seconds", loop),
         Row("probe: seconds", probe),
         Row("probe over plain loop", probe / loop, limit),
