@@ -1,6 +1,13 @@
 """The unperturbed prefix of a model's computation: run once, reused by every later pass."""
 
-from hf_parcor.prefix.cut import COMPILED_AS_ONE, NothingToReuse, PrefixError, before_calls, is_compiled
+from hf_parcor.prefix.cut import (
+    COMPILED_AS_ONE,
+    NothingToReuse,
+    PrefixError,
+    before_calls,
+    check_some_is_left,
+    is_compiled,
+)
 from hf_parcor.prefix.plan import (
     TRIED_PASSES,
     check_results,
@@ -26,6 +33,7 @@ __all__ = [
     "RecomputedPrefix",
     "before_calls",
     "check_results",
+    "check_some_is_left",
     "distance",
     "failures_as_prefix_errors",
     "find_prefix",

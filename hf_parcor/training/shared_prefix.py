@@ -25,6 +25,7 @@ from hf_parcor.prefix import (
     PrefixError,
     PrefixReuse,
     RecomputedPrefix,
+    check_some_is_left,
     failures_as_prefix_errors,
     find_prefix,
     is_compiled,
@@ -51,7 +52,7 @@ def find_shared_prefix(passes: Passes, selected: Mapping[str, nn.Parameter], dev
     model, defense = passes.model, passes.defense
     alone = wrapped_by(model) or model
     try:
-        _check(defense, model, devices)
+        _check(defense, model, selected, devices)
         passes.prepare()  # before the model is watched: a training step sets its mode
         names = {module: name for name, module in alone.named_modules()}
         with sending_no_buffers(model):
@@ -94,7 +95,7 @@ def _agree(names: Mapping[nn.Module, str], make: Callable[[], _Plan]) -> _Plan:
     return plan
 
 
-def _check(defense: Defense, model: nn.Module, devices: int) -> None:
+def _check(defense: Defense, model: nn.Module, selected: Mapping[str, nn.Parameter], devices: int) -> None:
     if defense.passes == 1:
         raise NothingToReuse("there is one pass")
     if defense.perturbs_inputs:
@@ -108,6 +109,7 @@ def _check(defense: Defense, model: nn.Module, devices: int) -> None:
     alone = wrapped_by(model) or model
     compiled = [module for module in model.modules() if is_compiled(module)]
     if any(alone in module.modules() for module in compiled):
+        check_some_is_left(alone, selected)  # else compiling in parts would not help
         raise PrefixError(COMPILED_AS_ONE)
     if is_sharded(model) and compiled:
         raise PrefixError("the prefix of a model that is sharded and compiled is not reused")

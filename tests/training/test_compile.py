@@ -160,6 +160,15 @@ class TestCompile:
         assert compiled[0] == compiled[1] > 0
         assert any("layer.compile()" in record.message for record in caplog.records)
 
+    def test_a_whole_model_that_is_compiled_as_one_is_trained_without_a_warning(self, tiny_bert, train, caplog):
+        """Nothing could be shared if its layers were compiled each by itself, either."""
+        tf_logging.enable_propagation()
+        model = tiny_bert()
+        model.compile(backend=Counting())
+        trainer = train(ParameterDefenseTrainer, model, ONE_STEP, defense=DEFENDED["multi_step_risk"])
+        assert trainer.shared_prefix is None
+        assert not any("layer.compile()" in record.message for record in caplog.records)
+
     @for_each("backend", [None, "aot_eager"])
     def test_second_derivative_of_a_compiled_backward_is_refused(self, tiny_bert, arguments, backend):
         options = {"torch_compile": True, "torch_compile_backend": backend}
