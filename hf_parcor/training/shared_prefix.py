@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
@@ -67,11 +68,28 @@ def find_shared_prefix(passes: Passes, selected: Mapping[str, nn.Parameter], dev
     except NothingToReuse:
         return None
     except PrefixError as error:
+        hint = _REENTRANT if _has_reentrant_checkpoints(alone) else ""
         logger.warning(
-            f"Every pass runs all of the model: {error}. Training is right, but slower than it could be; "
+            f"Every pass runs all of the model: {error}{hint}. Training is right, but slower than it could be; "
             "reuse_prefix=False silences this."
         )
         return None
+
+
+_REENTRANT = (
+    "; reentrant checkpoints, which compute without a graph what others collect inside of them, such as router "
+    'logits, may be why: pass gradient_checkpointing_kwargs={"use_reentrant": False}'
+)
+
+
+def _has_reentrant_checkpoints(model: nn.Module) -> bool:
+    """Say whether Transformers checkpoints layers of a model in the way that computes them without a graph first."""
+    functions = (
+        getattr(module, "_gradient_checkpointing_func", None)
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    )
+    return any(isinstance(one, partial) and bool(one.keywords.get("use_reentrant")) for one in functions)
 
 
 def _agree(names: Mapping[nn.Module, str], make: Callable[[], _Plan]) -> _Plan:

@@ -139,6 +139,9 @@ def test_says_once_why_a_model_cannot_be_cut(train, caplog):
     said = [record.getMessage() for record in caplog.records if "Every pass runs all of the model" in record.message]
     assert len(said) == 1
     assert "where the prefix is reused" in said[0]
+    assert '{"use_reentrant": False}' in said[0], "the way out, which is one:"
+    once = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    assert train(ParameterDefenseTrainer, model, {"max_steps": 1, **once}, rows=rows, **settings).shared_prefix
     model.gradient_checkpointing_disable()
     assert train(ParameterDefenseTrainer, model, {"max_steps": 1}, rows=rows, **settings).shared_prefix is not None
 
