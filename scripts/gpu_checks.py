@@ -666,7 +666,8 @@ def sweep(setting: Setting) -> list[Row]:
                     metric(model)
 
     def by_probe() -> None:
-        LayerProbe(model, metric, targets=layers, progress=False).evaluate(noises, trials=1)
+        # Memory for what all parts have in common: more recordings of a batch would run its beginning again for each.
+        LayerProbe(model, metric, targets=layers, memory=8 * 2**30, progress=False).evaluate(noises, trials=1)
 
     metric(model)  # warms up
     computed = 0
