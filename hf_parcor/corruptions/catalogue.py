@@ -94,7 +94,7 @@ def read_corruptions(
         of_word = list(map(repr, strengths)) if own is None else own
         if not of_word:
             head, colon, settings = word.partition(":")
-            example = f"{head.rstrip('=')}={_some_strength(name)}{colon}{settings}"
+            example = f"{head.rstrip('=')}={_some_strengths(name)[0]}{colon}{settings}"
             raise InputError(f"{flag} {word}: expected at least one strength, got none; give {example}, say")
         for strength in of_word:
             chosen = _corruption(name, word, strength, more, norm, top_n, flag)
@@ -106,10 +106,10 @@ def read_corruptions(
     return found
 
 
-def _some_strength(name: str) -> str:
-    """Return a strength that a corruption may have: bits or a count, a format, or a radius, a rate or a time."""
+def _some_strengths(name: str) -> tuple[str, str]:
+    """Return strengths that a corruption may have: bits or counts, formats, or radii, rates or times."""
     kind: Any = CORRUPTIONS[name]
-    return {"int": "4", "str": "nf4"}.get(str(fields(kind)[0].type), "0.1")
+    return {"int": ("4", "3"), "str": ("nf4", "mxfp4")}.get(str(fields(kind)[0].type), ("0.1", "0.2"))
 
 
 def _parts(word: str, flag: str) -> tuple[str, list[str] | None, dict[str, Any]]:
@@ -149,7 +149,8 @@ def _corruption(
     if first.type == "int" and isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str) and first.type != "str":
-        raise InputError(f"{flag}: expected strengths as {name}=0.1,0.2, got {word!r}; write numbers with commas")
+        example = f"{name}={','.join(_some_strengths(name))}"
+        raise InputError(f"{flag}: expected strengths as {example}, got {word!r}; write numbers with commas")
     chosen: Corruption
     try:
         if constrained:

@@ -123,11 +123,20 @@ def test_corruptions_from_words():
         assert read_corruptions([word], [8.0, 5.0]) == expected, word
     named = read_corruptions(["random=1", "random=1:norm=inf"], norm=1.0, top_n=3)
     assert named == [RandomCorruption(CorruptionConstraint(p=p, epsilon=1, top_n=3)) for p in (1.0, math.inf)]
-    for name in CORRUPTIONS:
-        with pytest.raises(InputError, match="give ") as refused:
-            read_corruptions([name])
-        assert read_corruptions([str(refused.value).partition("give ")[2].removesuffix(", say")]), name
     assert read_corruptions(["gaussian"], [0.123456789]) == [GaussianNoise(0.123456789)]
+
+
+@for_each("name", CORRUPTIONS)
+def test_what_a_mistake_is_told_to_write_can_be_read(name):
+    """What is a strength of one corruption is none of another."""
+    mistakes = [name, f"{name}="] + [f"{name}=strong"] * (
+        name != "float_quantization"
+    )  # whose message lists the words
+    for mistake in mistakes:
+        with pytest.raises(InputError) as raised:
+            read_corruptions([mistake])
+        (proposed,) = re.findall(rf"(?:give|as) ({name}=\S*\w)[,;] ", str(raised.value))
+        assert {type(found) for found in read_corruptions([proposed])} == {CORRUPTIONS[name]}
 
 
 def gradient(*strengths, **constraint):
