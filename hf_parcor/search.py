@@ -205,7 +205,9 @@ def search_strength(
         raise ValueError(f"defense: expected a CorruptionRisk of one corruption, got {defense}; there is no strength")
     (corruption,) = defense.corruptions
     if corruption.strength is None:
-        raise ValueError(f"defense: expected a corruption whose strength is a number, got {corruption}")
+        raise ValueError(
+            f"defense: expected a corruption whose strength is a number, got {corruption}; compare trainings by hand"
+        )
     (kind, strength), risk = corruption.strength, defense
 
     def with_settings(value: float, steps: int | None) -> CorruptionRisk:

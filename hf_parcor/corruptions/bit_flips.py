@@ -37,6 +37,10 @@ def stored_as(of: str | Quantization | None) -> str | None:
 class BitFlips(Corruption):
     """Bits of the selected weights inverted at random, as a failing memory would.
 
+    One flip of a float's exponent may make a weight of 1e38. A model that is measured answers NaN then, and one that
+    `CorruptionRisk` trains at such flips becomes NaN within steps: train at those of integer codes (`of="int8"`), or
+    at `bits="sign"` or `"mantissa"`, which stay in range.
+
     Args:
         rate: Every bit of the field flips independently with this probability, in [0, 1].
         count: Exactly this many distinct bits flip, over all selected weights. Give one of `rate` and `count`.

@@ -233,7 +233,9 @@ class Corruption(ABC):
             gradient-based L2 ε=0.01 10-bit quantization
         """
         if self.strength is None:
-            raise ValueError(f"{self}: expected a corruption with a strength, to weaken it, got one without")
+            raise ValueError(
+                f"{self}: expected a corruption with a strength, to weaken it, got one without; leave out the ramp"
+            )
         kind, value = self.strength
         return self.with_strength(kind.weakest + share * (value - kind.weakest))
 
@@ -249,7 +251,7 @@ class Corruption(ABC):
             5-bit quantization per group of 32
         """
         if self.strength is None:
-            raise ValueError(f"{self}: expected a corruption with a strength, got one without")
+            raise ValueError(f"{self}: expected a corruption with a strength, got one without; make another one")
         kind, now = self.strength
         new = max(1, round(value)) if isinstance(now, int) else value
         for field in fields(self):

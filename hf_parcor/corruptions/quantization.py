@@ -21,10 +21,11 @@
 | bitsandbytes `Linear4bit`, "nf4", `compress_statistics=False` | `FloatQuantization("nf4")` |
 
 Where they part. torchao's FP8 makes NaN of a block whose scale is 0: a row of zeros, and a small one in float16; here
-it stays. Its 4 bits on CPUs keep scales from 10^-6 on, and in float32 are equal up to a fused multiplication. Weights
-that are not finite stay here, and become anything there. For weights in float32, `arithmetic` changes nothing but
-blocks whose scale is below 2^-23. On CPUs bitsandbytes reads rows that are not whole blocks of 64 back with the scale
-of another block; here each keeps its own.
+it stays. The largest numbers of a dtype may become infinite there, as 65504 of float16 in FP8; here they stay finite,
+and in NVFP4 tensors below 8e-36 stay, of whose zeros torchao makes other numbers. Its 4 bits on CPUs keep scales from
+10^-6 on, and in float32 are equal up to a fused multiplication. Weights that are not finite stay here, and become
+anything there. For weights in float32, `arithmetic` changes nothing but blocks whose scale is below 2^-23. On CPUs
+bitsandbytes reads rows that are not whole blocks of 64 back with the scale of another block; here each keeps its own.
 
 **Which tensors.** Tools quantize the matrices of linear layers, and leave embeddings, norms and biases alone: choose
 `target_modules="all-linear"`, which leaves out the output layer too. Vectors stay, but with one scale a tensor, since
@@ -181,7 +182,8 @@ class Quantization(Corruption):
 class FloatQuantization(Corruption):
     """Every selected matrix rounded to a floating-point format of 8 or 4 bits, with one scale for each block.
 
-    Vectors stay as they are. `hf_parcor.functional.quantize_to_float` has the formulas, and their sources.
+    Vectors stay as they are. `hf_parcor.functional.quantize_to_float` has the formulas, and their sources. A format
+    has no strength that could grow or be searched: ramps and `search_strength` refuse it.
 
     Args:
         format: "fp8_e4m3", "fp8_e5m2", "mxfp4" (blocks of 32), "nvfp4" (of 16) or "nf4" (of 64).

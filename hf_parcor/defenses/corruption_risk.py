@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 
 from hf_parcor.arguments import check_radius, check_real
-from hf_parcor.corruptions import Corruption, GradientCorruption, MultiStepCorruption
+from hf_parcor.corruptions import Corruption, GradientCorruption, MultiStepCorruption, WorstBitFlips
 from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.defenses.defense import Defense
 from hf_parcor.defenses.step import DefendedStep
 from hf_parcor.functional.vectors import clones
+
+# What a corruption that is searched along many gradients is defended against by.
+_INSTEAD: Mapping[type[Corruption], str] = {
+    MultiStepCorruption: "defend against it by MultiStepRisk",
+    WorstBitFlips: "train at random ones, BitFlips(rate=1e-4, of='int8'), or at those of search='data-free'",
+}
 
 
 @dataclass(frozen=True)
@@ -43,13 +49,16 @@ class CorruptionRisk(Defense):
     that of Flat-LoRA (Li et al., ICML 2025).
 
     Args:
-        corruption: One corruption or several; of those that use gradients `GradientCorruption` alone.
+        corruption: One corruption or several; of those that use gradients `GradientCorruption` alone. For
+            several steps there is `MultiStepRisk`, and for the worst bit flips training at random ones of integer
+            codes, or at those of `search="data-free"`.
         clean_weight: c, in [0, 1]. Default ½, which was measured to keep the model without corruption; 0 saves a pass
             and is what quantization-aware and noise-injection training do.
         draw_one: Of several corruptions, take one at each micro-batch, drawn at random, instead of all: the same risk
             on average. Default False.
         ramp_epochs: Over so many epochs from `start_epoch` on, the strength grows from none to all of it, linearly;
-            that of `Quantization` from 16 bits down, one by one. Default 0, all of it at once.
+            that of `Quantization` from 16 bits down, one by one. `FloatQuantization` has none. Default 0, all of it
+            at once.
         merge_adapters: Corrupt the selected weights under LoRA adapters as they will be after `merge_and_unload`.
             Default False: as they are, with the adapters in full precision beside them.
         sync_perturbation: On several processes, one corruption for all, drawn by the first, and along the gradient of
@@ -111,10 +120,9 @@ class CorruptionRisk(Defense):
         object.__setattr__(self, "corruption", tuple(given))
         for one in self.corruptions:
             if one.uses_gradients and not isinstance(one, GradientCorruption):
-                other = "MultiStepRisk" if isinstance(one, MultiStepCorruption) else "BitFlips, at random"
                 raise ValueError(
-                    f"corruption: expected corruptions that need no gradient, or GradientCorruption, got {one}; take "
-                    f"{other}"
+                    "corruption: expected corruptions that need no gradient, or GradientCorruption, got "
+                    f"{one}; {_INSTEAD.get(type(one), 'take one of these')}"
                 )
         if not 0 <= check_real("clean_weight", self.clean_weight, "0 <= clean_weight <= 1") <= 1:
             raise ValueError(

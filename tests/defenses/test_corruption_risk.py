@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,13 +20,16 @@ from hf_parcor import (
     BitFlips,
     CorruptionConstraint,
     CorruptionRisk,
+    FloatQuantization,
     GaussianNoise,
     GradientCorruption,
     MultiStepCorruption,
     Quantization,
     RandomCorruption,
     UniformNoise,
+    WorstBitFlips,
 )
+from hf_parcor.corruptions import Corruption
 from hf_parcor.defenses import DefendedStep
 from hf_parcor.functional.quantization import MOST_BITS
 
@@ -164,6 +169,19 @@ def test_a_ramp_begins_with_none_and_ends_with_all(corruption, expected, epoch, 
         assert torch.equal(one.view(torch.int32), other.view(torch.int32))  # flips make NaN, which equals nothing
 
 
+@dataclass(frozen=True)
+class AlongTheGradient(Corruption):
+    """One of somebody's own, for which no other is known to stand."""
+
+    uses_gradients: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        return "along the gradient"
+
+    def _choose(self, weights, gradients, generator):
+        return gradients.over_data()
+
+
 @for_each(
     ("corruption", "options", "error", "says"),
     [
@@ -171,6 +189,9 @@ def test_a_ramp_begins_with_none_and_ends_with_all(corruption, expected, epoch, 
         (0.1, {}, TypeError, "Corruption objects"),
         ([Quantization(4), "noise"], {}, TypeError, "Corruption objects"),
         (MultiStepCorruption(L2), {}, ValueError, "MultiStepRisk"),
+        (WorstBitFlips(2), {}, ValueError, "BitFlips"),
+        (AlongTheGradient(), {}, ValueError, "^(?!.*(MultiStepRisk|BitFlips)).*along the gradient"),
+        (FloatQuantization("nf4"), {"ramp_epochs": 1}, ValueError, "NF4.*strength.*ramp"),
         (Quantization(4), {"clean_weight": 1.5}, ValueError, "clean_weight"),
         (Quantization(4), {"clean_weight": math.nan}, ValueError, "clean_weight"),
         (Quantization(4), {"ramp_epochs": -1}, ValueError, "ramp_epochs"),
