@@ -321,8 +321,9 @@ class _Blocks(NamedTuple):
         return working_dtype([self.rows])
 
     def joined(self, rounded: Tensor, usable: Tensor) -> Tensor:
-        """Return the tensor of the rounded rows; those whose scale is of no use stay."""
-        rows = torch.where(usable, rounded.to(self.rows.dtype), self.rows)
+        """Return the tensor of the rounded rows, of finite numbers; those whose scale is of no use stay."""
+        largest = torch.finfo(self.rows.dtype).max
+        rows = torch.where(usable, rounded.clamp_(-largest, largest).to(self.rows.dtype), self.rows)
         return sharded_as(rows.reshape(local_part(self.tensor).shape), self.tensor)
 
 
@@ -458,7 +459,8 @@ def quantize_to_float(tensor: Tensor, format: str, per: Per | None = None) -> Te
     FP8: Micikevicius et al. 2022, arXiv:2209.05433. MXFP4: OCP Microscaling Formats 1.0, section 6.3. NVFP4: NVIDIA's
     format of two scales. NF4: Dettmers et al. 2023, arXiv:2305.14314. Ties go to the even mantissa, those of NF4 to
     the lower number; what lies beyond the largest number becomes it. A block of zeros is returned as it is, and so is
-    one with an entry that is not finite, and vectors, which no tool rounds.
+    one with an entry that is not finite or so small that its scale, or one over it, is none of the dtype's numbers,
+    and vectors, which no tool rounds.
 
     Args:
         tensor: Floating point, any shape.
@@ -504,8 +506,9 @@ def quantize_to_float(tensor: Tensor, format: str, per: Per | None = None) -> Te
     smallest = torch.finfo(torch.float8_e4m3fn).smallest_normal
     own = (_divided(magnitudes, _E2M1_LARGEST) / shared).clamp(smallest, 448.0)
     own = own.to(torch.float8_e4m3fn).to(blocks.wide)
-    usable &= torch.isfinite(shared) & torch.isfinite(1.0 / shared)  # not of so small a one that its inverse overflows
-    return blocks.joined(_e2m1(weights * ((1.0 / shared) / own)) * (shared * own), usable)
+    inverse = (1.0 / shared) / own  # infinite for the smallest numbers of a dtype
+    usable = usable & torch.isfinite(shared) & torch.isfinite(inverse)
+    return blocks.joined(_e2m1(weights * inverse) * (shared * own), usable)
 
 
 def _e2m1(numbers: Tensor) -> Tensor:
@@ -527,10 +530,11 @@ def _normal_float(tensor: Tensor, size: int) -> Tensor:
     flat = here.reshape(-1)
     rows = torch.constant_pad_nd(flat, (0, -len(flat) % size)).view(-1, size)
     largest = rows.abs().amax(dim=1, keepdim=True).to(wide)
-    usable = torch.isfinite(largest) & (largest > 0)
+    inverse = 1.0 / largest
+    usable = torch.isfinite(largest) & torch.isfinite(inverse)
     numbers = torch.tensor(_NF4, dtype=torch.float32, device=here.device)
     bounds = (numbers[:-1] + numbers[1:]) / 2
-    places = torch.bucketize(rows.to(wide) * (1.0 / largest), bounds.to(wide))
+    places = torch.bucketize(rows.to(wide) * inverse, bounds.to(wide))
     rounded = (numbers.to(wide)[places] * largest).to(here.dtype)
     chosen = torch.where(usable, rounded, rows).reshape(-1)[: len(flat)]
     return sharded_as(chosen.view(here.shape), tensor)

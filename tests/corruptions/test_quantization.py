@@ -10,6 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from for_each import for_each
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from hf_parcor import CorruptionEvaluator, FloatQuantization, Quantization, corrupted
 from hf_parcor.functional import quantize, quantize_to_float
@@ -101,6 +103,36 @@ def test_rows_of_many_weights_are_rounded_as_each_by_itself(corruption, dtype) -
         assert (one.dtype, one.shape) == (expected[name].dtype, expected[name].shape)
         torch.testing.assert_close(one, expected[name], rtol=0, atol=0, equal_nan=True)
         assert torch.equal(one.signbit(), expected[name].signbit())
+
+
+@st.composite
+def extreme_weights(draw) -> torch.Tensor:
+    """Draw numbers from the smallest subnormal one of a dtype to its largest, among zeros or others of all sizes."""
+    kind = torch.finfo(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])))
+    ends = [0.0, kind.smallest_normal * kind.eps, kind.smallest_normal, kind.max]
+    lowest, highest = math.log2(ends[1]), math.log2(ends[3])
+    sizes = st.sampled_from(ends) | st.floats(lowest, math.nextafter(highest, 0)).map(lambda size: 2.0**size)
+    known = draw(st.lists(st.tuples(sizes, st.sampled_from([-1, 1])), min_size=1, max_size=6))
+    period = draw(st.sampled_from([1, 3, 16, 33, 256]))
+    weights = torch.zeros(256, dtype=torch.float64)
+    places = torch.arange(0, 256, period)
+    numbers = torch.tensor([size * sign for size, sign in known], dtype=torch.float64)
+    weights[places] = numbers[torch.arange(len(places)) % len(numbers)]
+    return weights.view(2, 128).to(getattr(torch, kind.dtype))
+
+
+@pytest.mark.parametrize("corruption", TOGETHER, ids=str)
+@given(weights=extreme_weights())
+@example(weights=torch.tensor([1e-36] + [0.0] * 127).view(1, 128))
+@example(weights=torch.tensor([3e-35] + [1e-45] * 127).view(1, 128))
+@example(weights=torch.tensor([1e-45] + [0.0] * 127).view(1, 128))
+@example(weights=torch.full((1, 128), torch.finfo(torch.float16).max, dtype=torch.float16))
+@settings(max_examples=50, deadline=None)
+def test_extreme_weights_stay_finite_and_zeros_zero(corruption, weights) -> None:
+    found = corruption({"w": weights})["w"]
+    assert found.isfinite().all()
+    if getattr(corruption, "zero_point", "integer") == "integer":
+        assert not found[weights == 0].any()
 
 
 def test_what_is_joined_is_bounded() -> None:
