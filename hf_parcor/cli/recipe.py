@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -190,7 +190,6 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
             report = RecipeReport(scores, chosen, measured, files=[path.name for path in exports.files])
             report.to_html(folder / PAGE)
             report.to_markdown((folder / PAGE).with_suffix(".md"))
-            _set_aside(folder, exports.missing)
         tell(
             f"the page is {folder / PAGE}; the recipe is in {', '.join(path.name for path in exports.files)} beside it"
         )
@@ -199,16 +198,6 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
         for sentence in exports.notes:
             tell(sentence)
     show_answer(chosen, report, as_json=arguments.json)
-
-
-def _set_aside(folder: Path, missing: Sequence[str]) -> None:
-    """Rename what another recipe left for tools that this one has no file for."""
-    for sentence in missing:
-        path = folder / sentence.partition(":")[0]
-        if path.is_file():
-            before = path.with_suffix(f".before{path.suffix}")
-            path.replace(before)
-            tell(f"{path} was of another recipe; it is {before} now")
 
 
 def scored(

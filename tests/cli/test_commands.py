@@ -257,6 +257,7 @@ class TestProbe:
                     SensitivityRecord.load("plan/sensitivity.json"),
                     RecipeRecord.load("plan/recipe.json"),
                     EvaluationRecord.load("plan/recipe_measured.json"),
+                    files=[path.name for path in Path("plan").iterdir()],
                 )
                 .to_markdown("page.md")
                 .read_text()
@@ -266,7 +267,6 @@ class TestProbe:
         as_it_is = run(*command, *formats, "--recipe", "bits=1000")
         assert as_it_is.out.startswith("Quantize nothing")
         assert not Path("plan/torchao.json").exists(), "which would be of another recipe"
-        assert json.loads(Path("plan/torchao.before.json").read_text())
 
     @pytest.mark.slow
     def test_a_first_look(self, run, classifier_folder, sentences):
