@@ -212,7 +212,7 @@ def test_the_recipes_table_is_its_record(place, system) -> None:
         "divergence": "recipe",
         "Fisher": "by fisher",
         "FIT": "by fit",
-        "4 bits for all": "4-bit quantization per channel",
+        "4 bits for all": next(row.label for row in record.corruptions if row.label.startswith("4-bit")),
     }
     names |= {
         "loss": "by loss",
@@ -225,3 +225,8 @@ def test_the_recipes_table_is_its_record(place, system) -> None:
         (cells,) = (cells for name, cells in rows.items() if name.split(",")[0] == words)
         row = measured[label]
         assert cells == [f"{row.settings['bits']:.2f}", f"{100 * row.mean('accuracy'):.1f}"], words
+    if system == "sst2":
+        deployed = json.loads((reproduce.RESULTS / "recipe" / system / "deployed.json").read_text())["metrics"]
+        assert deployed == pytest.approx({name: measured["recipe"].mean(name) for name in deployed}, rel=1e-5)
+        assert f"{100 * deployed['accuracy']:.2f} % of the test sentences right and a loss of" in TABLES
+        assert f"{deployed['loss']:.5f}, to the last digit" in TABLES
