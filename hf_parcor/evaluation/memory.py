@@ -127,13 +127,30 @@ def check_free(
     Raises:
         NotEnoughMemoryError: A device has less memory free than is needed. A `ValueError`.
     """
-    for device, size in needed.items():
-        there = free(device)
-        if there is not None and size > there:
-            raise NotEnoughMemoryError(
-                f"memory: expected at least {size / _GIB:.2f} GiB free on {device} beside the weights, for {purpose}, "
-                f"got {there / _GIB:.2f} GiB; {way_out(device, size)}"
-            )
+    for device, there in too_little(needed, free).items():
+        size = needed[device]
+        raise NotEnoughMemoryError(
+            f"memory: expected at least {size / _GIB:.2f} GiB free on {device} beside the weights, for {purpose}, "
+            f"got {there / _GIB:.2f} GiB; {way_out(device, size)}"
+        )
+
+
+def too_little(
+    needed: Mapping[torch.device, int], free: Callable[[torch.device], int | None] = free_memory
+) -> dict[torch.device, int]:
+    """Return what is free on each device that has less than is needed, so far as it is known.
+
+    Args:
+        needed: Bytes beside the weights on each device.
+        free: As in `check_memory`.
+
+    Examples:
+        >>> device = torch.device("cpu")
+        >>> too_little({device: 4}, lambda device: 3), too_little({device: 4}, lambda device: None)
+        ({device(type='cpu'): 3}, {})
+    """
+    there = {device: free(device) for device in needed}
+    return {device: size for device, size in there.items() if size is not None and size < needed[device]}
 
 
 def _wide(weight: Tensor) -> int:

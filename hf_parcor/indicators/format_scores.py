@@ -18,7 +18,7 @@ from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, model_loss
 from hf_parcor.evaluation.identity import library_versions, model_name, task_of
 from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric
-from hf_parcor.evaluation.memory import check_free, free_memory
+from hf_parcor.evaluation.memory import check_free, free_memory, too_little
 from hf_parcor.evaluation.metrics import BatchMetric, NotFiniteError, WithDivergence
 from hf_parcor.evaluation.metrics.loss import LossMetric
 from hf_parcor.evaluation.reach import Reach
@@ -158,7 +158,7 @@ def sensitivity(
     with evaluation_mode(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         shown = progress and processes.index == 0
         source = DatasetGradients(model, together, batches, loss, progress=shown, processes=processes)
-        little = not _have_room(_needed(together, sums=2))
+        little = bool(too_little(_needed(together, sums=2), free_memory))
         thrifty = not probes and (len(source) == 1 or any(processes.gather(little)))
         if thrifty:
             check_free(_needed(together, sums=0), "the gradient of a batch", _score_less, free_memory)
@@ -487,11 +487,6 @@ def _needed(weights: Mapping[str, Tensor], sums: int) -> Counter[torch.device]:
     for weight in weights.values():
         needed[weight.device] += weight.numel() * (sums * _wide(weight).itemsize + weight.itemsize)
     return needed
-
-
-def _have_room(needed: Mapping[torch.device, int]) -> bool:
-    """Return whether that is free, so far as it is known."""
-    return all((free := free_memory(device)) is None or size <= free for device, size in needed.items())
 
 
 def _score_less(device: torch.device, needed: int) -> str:
