@@ -282,7 +282,8 @@ def facts_of(
     """
     probe = records if isinstance(records, SweepRecord) else None
     if isinstance(records, SweepRecord):
-        records = _without_corruption(records)
+        first = next(iter(records.records.values()))
+        records = dataclasses.replace(without_corruption(first), weights=records.weights)
     found = [records] if isinstance(records, EvaluationRecord) else list(records)
     if not found:
         raise ValueError("records: expected at least one, got none; evaluate a model first")
@@ -382,11 +383,6 @@ def _check_weights(facts: ModelFacts, name: str, weights: str) -> None:
 def without_corruption(record: EvaluationRecord) -> EvaluationRecord:
     """Return what a record says of the model as it is."""
     return dataclasses.replace(record, target={}, parameters=0, corruptions=(), notes=(), weights_norm=None)
-
-
-def _without_corruption(sweep: SweepRecord) -> EvaluationRecord:
-    """Return what a probe says of the model as it is."""
-    return dataclasses.replace(without_corruption(next(iter(sweep.records.values()))), weights=sweep.weights)
 
 
 def _shape(record: EvaluationRecord) -> Any:
