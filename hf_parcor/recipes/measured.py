@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from hf_parcor.arguments import check_count
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.corruptions.corruption import GradientSource, Strength
 from hf_parcor.evaluation import CorruptionEvaluator, LayerProbe
-from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
+from hf_parcor.evaluation.fingerprint import fingerprint, fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import Metric
 from hf_parcor.evaluation.metrics import BatchMetric, WithDivergence
@@ -149,7 +148,7 @@ def _own_checkpoint(
         return None
     path = Path(checkpoint)
     measured = to_strict_json({"targets": targets, "recipes": [one.settings() for one in mixed]})
-    return path.with_name(f"{path.stem}-{hashlib.sha256(measured.encode()).hexdigest()[:12]}{path.suffix}")
+    return path.with_name(f"{path.stem}-{fingerprint([measured])[:12]}{path.suffix}")
 
 
 def measure_pairs(
