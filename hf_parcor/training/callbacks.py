@@ -49,10 +49,10 @@ def signs_of_collapse(log_history: Sequence[dict[str, Any]], model: nn.Module | 
         >>> signs_of_collapse([], model)
         ['1 of 2 weights, such as bias, became NaN or infinite']
     """
-    broken = [] if model is None else [name for name, one in model.named_parameters() if not _is_finite(one)]
-    if model is not None and broken:
-        count = sum(1 for _ in model.parameters())
-        return [f"{len(broken)} of {count} weights, such as {broken[0]}, became NaN or infinite"]
+    weights = {} if model is None else dict(model.named_parameters())
+    broken = [name for name, weight in weights.items() if not _is_finite(weight)]
+    if broken:
+        return [f"{len(broken)} of {len(weights)} weights, such as {broken[0]}, became NaN or infinite"]
     # A loss of exactly zero is what the Trainer logs where every step overflowed, and no defended step counted.
     entries = [entry for entry in log_history if entry.get("loss", 0) != 0 or "loss_clean" in entry]
     if any(not math.isfinite(entry["loss"]) for entry in entries):
