@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -29,7 +29,6 @@ from hf_parcor.cards.text import read_card, with_metadata
 _ATTEMPTS = 4
 _LONGEST_WAIT = 60.0
 _CONFLICT = (409, 412)
-_OFFLINE = "offline mode; unset HF_HUB_OFFLINE"
 _BUSY = (429, 500, 502, 503, 504)
 _WHY = {
     401: "the token is missing, wrong or has expired: run `hf auth login`",
@@ -102,8 +101,6 @@ def publish(change: Change, to: Destination) -> Published:
         ValueError: The card that is there cannot be updated.
     """
     api = to.api or HfApi()
-    if constants.HF_HUB_OFFLINE:
-        raise HubError(f"{to.repo_id}: expected the Hub, got {_OFFLINE}; nothing local was changed")
     attempt = 0
     while True:
         outcome = _attempt(api, change, to)
@@ -124,7 +121,7 @@ def _attempt(api: HfApi, change: Change, to: Destination) -> Published | HubErro
     except LocalTokenNotFoundError as error:
         cause, found = error, "no token; run `hf auth login`, or set HF_TOKEN"
     except OfflineModeIsEnabled as error:
-        cause, found = error, _OFFLINE
+        cause, found = error, "offline mode; unset HF_HUB_OFFLINE"
     except HfHubHTTPError as error:
         cause, found = error, _refused(error)
     except (OSError, HTTP_ERROR) as error:
