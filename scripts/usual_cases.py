@@ -64,7 +64,6 @@ class Case:
         arms: The ways to train, by name; the first is the plain one.
         corruptions: The rows, as words of `--corruptions`.
         metric: What the rows show.
-        scale: What it is multiplied by.
         begins_with: Flags of the example that train what is tuned; none where it begins otherwise.
     """
 
@@ -74,7 +73,6 @@ class Case:
     arms: Mapping[str, Arm]
     corruptions: Sequence[str]
     metric: str
-    scale: float = 1
     begins_with: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -86,6 +84,11 @@ def radii(*epsilons: float, late: float | None = None) -> dict[str, Arm]:
     if late is not None:
         found["from-0"] = defended(epsilons[1])
     return found
+
+
+def corruptions(*epsilons: float) -> list[str]:
+    """Return words for the corruptions along the gradient with these radii, noise, and 4 bits."""
+    return [*(f"gradient={epsilon:g}" for epsilon in epsilons), "gaussian=0.02", "quantization=4"]
 
 
 BASE_4_BITS = Arm(
@@ -133,10 +136,9 @@ CASES = {
             "warmup_steps": 10,
         },
         radii(0.015, 0.06, 0.24),
-        ["gradient=0.05", "gradient=0.1", "gradient=0.2", "gaussian=0.02", "quantization=4"],
+        corruptions(0.05, 0.1, 0.2),
         "accuracy",
-        100,
-        {
+        begins_with={
             **IMAGES,
             "train_file": "cifar10/cifar10_train_jpeg.npz",
             "max_train_samples": 20_000,
@@ -160,9 +162,8 @@ CASES = {
             "lora_rank": 8,
         },
         {**radii(0.004, 0.016, 0.064), "base-4-bits": BASE_4_BITS},
-        ["gradient=0.05", "gradient=0.1", "gradient=0.2", "gaussian=0.02", "quantization=4"],
+        corruptions(0.05, 0.1, 0.2),
         "accuracy",
-        100,
     ),
     "causal-lm": Case(
         "a small Llama from scratch on 153,600 words of the Penn Treebank, 3 epochs",
@@ -174,7 +175,7 @@ CASES = {
             "max_eval_tokens": 12_800,
         },
         radii(0.05, 0.2, 0.8, late=1.0),
-        ["gradient=0.5", "gradient=1", "gradient=2", "gaussian=0.02", "quantization=4"],
+        corruptions(0.5, 1, 2),
         "loss",
     ),
     "causal-lm-tuned": Case(
@@ -191,7 +192,7 @@ CASES = {
             "warmup_steps": 20,
         },
         radii(0.05, 0.2, 0.8),
-        ["gradient=0.5", "gradient=1", "gradient=2", "gaussian=0.02", "quantization=4"],
+        corruptions(0.5, 1, 2),
         "loss",
         begins_with={**NEW_DECODER, "max_train_tokens": 460_800},
     ),
@@ -213,7 +214,7 @@ CASES = {
             "generation_num_beams": 1,
         },
         radii(0.04, 0.16, 0.64),
-        ["gradient=0.5", "gradient=1", "gradient=2", "gaussian=0.02", "quantization=4"],
+        corruptions(0.5, 1, 2),
         "bleu",
         begins_with={
             **TRANSLATOR,
@@ -315,16 +316,16 @@ def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
 def page(options: argparse.Namespace, records: Mapping[str, Sequence[EvaluationRecord]]) -> str:
     """Return the table of a case, a row for each corruption and a column for each arm."""
     case = CASES[options.case]
-    metric, of_loss = case.metric, case.metric == "loss"
+    metric, of_loss, per_cent = case.metric, case.metric == "loss", case.metric == "accuracy"
     better, digits = (Alternative.LESS, 3) if of_loss else (Alternative.GREATER, 1)
     rows = []
     for place, row in enumerate(records["plain"][0].rows()):
         values = {
-            name: [case.scale * record.rows()[place].mean(metric) for record in of_arm]
+            name: [(100 if per_cent else 1) * record.rows()[place].mean(metric) for record in of_arm]
             for name, of_arm in records.items()
         }
         rows.append([row.label, *(marked(of_arm, values["plain"], digits, better) for of_arm in values.values())])
-    head = [f"{metric}{' (%)' if case.scale == 100 else ''}", *(case.arms[name].label for name in records)]
+    head = [f"{metric}{' (%)' if per_cent else ''}", *(case.arms[name].label for name in records)]
     return "\n".join(
         [
             f"# {case.says[0].upper()}{case.says[1:]}\n",
