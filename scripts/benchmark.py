@@ -14,7 +14,7 @@ defended weight and in launches, as where nothing can be asked for its value. On
 
 The peers are driven by hand, without a Trainer: `pytorch_optimizer`'s SAM where it is installed
 (`pip install --no-deps pytorch_optimizer`), a SAM in two steps, and an AWP loop as they are passed around, both
-written here after their papers.
+written here after their papers. LookSAM and SAM along the momentum are Trainers, those of `peer_trainers.py`.
 """
 
 from __future__ import annotations
@@ -60,11 +60,19 @@ from hf_parcor.defenses import Defense
 from hf_parcor.reports.tables import markdown_table
 from hf_parcor.targets.stacks import find_stacks
 from scripts.counting import PeakMemory, kernels_beyond_passes, traffic_beyond_passes
+from scripts.peer_trainers import LookSAMTrainer, MomentumTrainer, PeerTrainer
 from scripts.training_steps import in_bfloat16, pairs_with, quartiles_of_ratios, quiet_arguments, step_of
 
 RADIUS = 0.1
 LIBRARY, TWO_STEPS, LOOP = "pytorch_optimizer's SAM", "SAM in two steps", "AWP loop"
 PEERS = [*([LIBRARY] if find_spec("pytorch_optimizer") else []), TWO_STEPS, LOOP]
+LOOKSAM, LOOKSAM_BETWEEN, MOMENTUM = "LookSAM, one step in five", "LookSAM, steps between", "along the momentum"
+# Each with its Trainer, and the step of a training that it is timed at.
+PEER_STEPS: dict[str, tuple[type[PeerTrainer], int]] = {
+    LOOKSAM: (LookSAMTrainer, 0),
+    LOOKSAM_BETWEEN: (LookSAMTrainer, 1),
+    MOMENTUM: (MomentumTrainer, 1),
+}
 
 
 class Peers:
@@ -164,7 +172,7 @@ OURS: dict[str, tuple[Defense, str]] = {
         for part, share in (("¼", 1 / 4), ("⅛", 1 / 8))
     },
 }
-ARMS = [STOCK, *OURS, *PEERS]
+ARMS = [STOCK, *OURS, *PEERS, *PEER_STEPS]
 
 TINY: dict[str, Any] = {
     "vocab_size": 100,
@@ -266,12 +274,20 @@ class Bench:
             if arm in arms:
                 every[arm] = self.trained(ParameterDefenseTrainer, defense=defense, target_modules=self.targets[part])
         every |= Peers(self.model, self.inputs, self.optimizer).steps()
+        every |= {arm: self.of_peer(kind, at) for arm, (kind, at) in PEER_STEPS.items() if arm in arms}
         self.steps = {arm: step for arm, step in every.items() if arm in {STOCK, *arms}}
 
     def trained(self, kind: type[Trainer], **options: Any) -> Callable[[], None]:
         """Return the step of a Trainer; the optimizer is the same for all."""
-        passes = step_of(kind(model=self.model, args=self.arguments, **options), self.model, self.inputs)
+        return self._updated(step_of(kind(model=self.model, args=self.arguments, **options), self.model, self.inputs))
 
+    def of_peer(self, kind: type[PeerTrainer], at: int) -> Callable[[], None]:
+        """Return what the Trainer of a peer does in each step of this number."""
+        trainer = kind(model=self.model, args=self.arguments, defense=None)
+        trainer.optimizer, trainer.state.global_step = self.optimizer, at
+        return self._updated(step_of(trainer, self.model, self.inputs))
+
+    def _updated(self, passes: Callable[[], object]) -> Callable[[], None]:
         def step() -> None:
             passes()
             self.optimizer.step()

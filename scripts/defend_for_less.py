@@ -17,13 +17,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from hf_parcor import CorruptionConstraint, GradientCorruption
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.reports.plots import new_figure
 from hf_parcor.statistics import MeanAndSpread, student_t_test
+from scripts.benchmark import LOOKSAM, LOOKSAM_BETWEEN, MOMENTUM
 from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, mean_and_deviation, note_run, over_runs, write_table
-from scripts.sst2_runs import evaluator_of, parse_options, train
+from scripts.peer_trainers import EVERY
+from scripts.sst2_runs import evaluator_of, parse_options, peer, train
 
 BENCHMARK = Path(__file__).parent / "results" / "benchmark.json"
 RADII = [0.025, 0.05, 0.1, 0.15, 0.2, 0.3]
@@ -40,15 +43,26 @@ class Cheaper(Arm):
     timed_as: str
     full: str | None = None  # the arm that it approximates
     dropped: bool = False  # after the first seed, with which it gained less than three points
+    share: float | None = None  # of the steps that are timed so; by its defense unless told
+    else_timed_as: str | None = None  # the others; None for stock steps
 
     @property
     def defended_steps(self) -> float:
         """The share of the steps that are defended, in one epoch."""
         defense = self.defense
+        if self.share is not None:
+            return self.share
         return 0.0 if defense is None else (1 - defense.start_epoch) / defense.interval
 
 
+def cheaper_peer(label: str, name: str, epsilon: float, timed_as: str, **more: Any) -> Cheaper:
+    """Return an arm that a Trainer of `peer_trainers.py` trains."""
+    arm = peer(label, name, epsilon)
+    return Cheaper(arm.label, arm.flags, timed_as, SAM, program=arm.program, **more)
+
+
 ONE, SAM = "multi_step_risk-1", "sam-half"
+RADII_OF_PEERS = (("-half", "ε/2", 0.05), ("", "ε", 0.1))
 ARMS = {
     "plain": Cheaper(PLAIN.label, PLAIN.flags, "stock Trainer"),
     ONE: Cheaper("K = 1", ONE_STEP, "whole model, K = 1"),
@@ -70,6 +84,16 @@ ARMS = {
     "sam-eighth": Cheaper("SAM ε, ⅛ of the batch", FULL + EIGHTH, "SAM, ⅛ of the batch", SAM),
     "sam-sixteenth": Cheaper("SAM ε, two examples", FULL + SIXTEENTH, "SAM, ⅛ of the batch", SAM),
     "sam-quarter": Cheaper("SAM ε, ¼ of the batch", FULL + QUARTER, "SAM, ¼ of the batch", SAM, dropped=True),
+    **{
+        f"looksam{ending}": cheaper_peer(
+            f"LookSAM {radius}", "looksam", epsilon, LOOKSAM, share=1 / EVERY, else_timed_as=LOOKSAM_BETWEEN
+        )
+        for ending, radius, epsilon in RADII_OF_PEERS
+    },
+    **{
+        f"momentum{ending}": cheaper_peer(f"along the momentum, {radius}", "momentum", epsilon, MOMENTUM, share=1.0)
+        for ending, radius, epsilon in RADII_OF_PEERS
+    },
 }
 
 
@@ -95,8 +119,9 @@ def area(record: EvaluationRecord) -> float:
 
 def step_cost(arm: Cheaper) -> float:
     """Return the median time of a step over a run, in stock steps of the same round of the benchmark."""
-    times = {row["arm"]: row["time_ratio_median"] for row in json.loads(BENCHMARK.read_text())["rows"]}
-    return 1.0 + arm.defended_steps * (float(times[arm.timed_as]) - 1)
+    times = {row["arm"]: float(row["time_ratio_median"]) for row in json.loads(BENCHMARK.read_text())["rows"]}
+    other = 1.0 if arm.else_timed_as is None else times[arm.else_timed_as]
+    return other + arm.defended_steps * (times[arm.timed_as] - other)
 
 
 def front(records: dict[str, list[EvaluationRecord]]) -> list[dict[str, float | str]]:

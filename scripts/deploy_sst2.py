@@ -6,28 +6,25 @@
 Each arm is trained with each seed, as in `reproduce_sst2.py`, and measured by `examples/train_sst2.py` under what is
 named below. The output folder gets a record for each run and `table.md`: mean ± sample standard deviation over seeds,
 and Student's t of each arm against the plain one. Finished runs are kept, so an interrupted campaign goes on. The full
-size, for a GPU, has more arms and more corruptions: those of paper 2, and what others would train with.
+size, for a GPU, has more arms and more corruptions: those of paper 2, and what others would train with. `--formats`
+measures the same models in more of the formats that people deploy, for `formats.md`.
 """
 
 from __future__ import annotations
 
 import argparse
 
+from hf_parcor.corruptions import read_corruptions
 from hf_parcor.records import EvaluationRecord
 from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, over_runs, tables, write_table
 from scripts.reproduce_sst2 import ARMS as DEFENSES
 from scripts.reproduce_sst2 import measure
-from scripts.sst2_runs import SIZES, above_tables, parse_options
+from scripts.sst2_runs import SIZES, above_tables, campaign_of_sizes, evaluator_of, peer, started, train
 
 
 def risk(clean_weight: float, *words: str) -> list[str]:
     """Return the flags of the risk under corruptions."""
     return ["--defense", "corruption", "--defense_corruption", *words, "--defense_clean_weight", f"{clean_weight:.4g}"]
-
-
-def peer(label: str, name: str) -> Arm:
-    """Return an arm that a Trainer of `peer_trainers.py` trains."""
-    return Arm(label, PLAIN.flags, program=("-m", "scripts.peer_trainers", name))
 
 
 DEPLOYED = {
@@ -52,8 +49,8 @@ MORE = {
     "last_layer": Arm("K = 1, last layer", [*ONE_STEP, "--defense_target_modules", "last-encoder-layer"]),
     "awp-late": Arm("AWP ε/2, late", l2("awp", 0.05, "--defense_start_epoch", "1")),
     "penalty": Arm("gradient penalty", ["--defense", "gradient_penalty", "--defense_weight", "0.05"]),
-    "looksam": peer("LookSAM ε/2", "looksam"),
-    "momentum": peer("along the momentum, ε/2", "momentum"),
+    "looksam": peer("LookSAM ε/2", "looksam", 0.05),
+    "momentum": peer("along the momentum, ε/2", "momentum", 0.05),
 }
 ARMS = DEPLOYED | MORE
 CORRUPTIONS = [
@@ -78,6 +75,15 @@ MORE_CORRUPTIONS = [
     "bit-flips=1e-8,1e-7",
     CORRUPTIONS[-1],
 ]
+# Beside the quantizers above: other numbers of bits, codes with a zero point, other floats.
+FORMATS = [
+    "quantization=8,6,5,4:symmetric=false",
+    "quantization=8,6:per=channel",
+    "quantization=4,3:per=channel,symmetric=false",
+    "quantization=8,6,5:per=32",
+    "quantization=4,3:per=32,symmetric=false",
+    "float-quantization=fp8_e5m2,nvfp4",
+]
 
 
 def measure_all(options: argparse.Namespace, run: Run) -> EvaluationRecord:
@@ -87,15 +93,37 @@ def measure_all(options: argparse.Namespace, run: Run) -> EvaluationRecord:
     )
 
 
+def measure_formats(options: argparse.Namespace, run: Run) -> EvaluationRecord:
+    """Measure one trained model in more formats, unless that record is there already.
+
+    Raises:
+        ValueError: Trained again, it became another model than the one that all else was measured of.
+    """
+    path = options.output / f"{run.file_name}-formats.json"
+    if not path.exists():
+        record = evaluator_of(options, train(options, run)).evaluate(read_corruptions(FORMATS))
+        known = EvaluationRecord.load(options.output / f"{run.file_name}.json").weights
+        if record.weights != known:
+            raise ValueError(
+                f"{run.file_name}: expected the weights {known}, got {record.weights}; begin a new folder"
+            )
+        record.save(path)
+    return EvaluationRecord.load(path)
+
+
 def main() -> None:
     """Run what is missing, and write the table."""
-    options = parse_options(__doc__, ARMS, "runs/deploy")
+    parser = campaign_of_sizes(__doc__, ARMS, "runs/deploy")
+    parser.add_argument("--formats", action="store_true", help="measure more formats, where all else is measured")
+    options = started(parser)
     named = options.arms or (ARMS if options.size is SIZES["full"] else DEPLOYED)
-    records = over_runs(measure_all, "runs", options, {name: ARMS[name] for name in named})
+    arms = {name: ARMS[name] for name in named}
+    records = over_runs(measure_formats if options.formats else measure_all, "runs", options, arms)
     if "plain" not in named or len(options.seeds) < 2:  # nothing to compare with, or no spread
         return
     above = above_tables(options, "the arm is no better than the plain one")
-    write_table(options.output, f"{above}{tables(records, ARMS, costs=True)}")
+    page = "formats.md" if options.formats else "table.md"
+    write_table(options.output, f"{above}{tables(records, ARMS, costs=True)}", page)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ from hf_parcor import ParameterDefenseTrainer, corrupted
 from hf_parcor.functional import inner_product, vector_norm
 from scripts.sst2_runs import run_example_with
 
-RADIUS = 0.05  # that of the arm "SAM ε/2"
 EVERY, ALPHA = 5, 0.7  # LookSAM's k and α, in its paper's words
 
 
 class PeerTrainer(ParameterDefenseTrainer):
     """A Trainer with passes of its own; the defense stays none."""
+
+    radius = 0.05  # that of the arm "SAM ε/2"
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Return what is trained, by name."""
@@ -38,7 +39,7 @@ class PeerTrainer(ParameterDefenseTrainer):
     def passed_at(self, direction: Mapping[str, Tensor], *arguments: Any) -> Tensor:
         """Run the stock step at w + ε d / ‖d‖; the gradient is all that stays of it."""
         weights = self.weights()
-        factor = RADIUS / vector_norm(list(direction.values())).clamp_min(1e-12)
+        factor = self.radius / vector_norm(list(direction.values())).clamp_min(1e-12)
         along = {name: piece * factor for name, piece in direction.items()}
         with corrupted({name: weights[name] for name in along}, along):
             return super().training_step(*arguments)
@@ -50,13 +51,13 @@ class LookSAMTrainer(PeerTrainer):
     After Liu et al., "Towards Efficient and Scalable Sharpness-Aware Minimization" (2022), algorithm 1.
     """
 
-    orthogonal: dict[str, Tensor]
+    orthogonal: dict[str, Tensor] | None = None
 
     def training_step(self, *arguments: Any) -> Tensor:
         """Run one pass, and every fifth time the second one."""
         loss = super().training_step(*arguments)
         clean = {name: gradient.clone() for name, gradient in self.gradients().items()}
-        if self.state.global_step % EVERY == 0:
+        if self.orthogonal is None or self.state.global_step % EVERY == 0:
             for gradient in self.gradients().values():
                 gradient.zero_()
             self.passed_at(clean, *arguments)
@@ -117,7 +118,9 @@ def main() -> None:
     """Run the example with the Trainer of a peer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("--radius", type=float, default=PeerTrainer.radius, help="ε, of those that move the weights")
     options, sys.argv[1:] = parser.parse_known_args()
+    PeerTrainer.radius = options.radius
     run_example_with(PEERS[options.peer])
 
 

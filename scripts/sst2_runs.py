@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from hf_parcor import CorruptionEvaluator
 from hf_parcor.evaluation import ClassificationMetric
-from scripts.campaigns import DEVICE, Arm, Run, begin, campaign_parser, run_example
+from scripts.campaigns import DEVICE, PLAIN, Arm, Run, begin, campaign_parser, run_example
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_sst2.py"
 
@@ -44,14 +44,32 @@ SIZES = {
 }
 
 
-def parse_options(
+def peer(label: str, name: str, radius: float | None = None) -> Arm:
+    """Return an arm that a Trainer of `peer_trainers.py` trains."""
+    how = [] if radius is None else ["--radius", str(radius)]
+    return Arm(label, PLAIN.flags, program=("-m", "scripts.peer_trainers", name, *how))
+
+
+def campaign_of_sizes(
     description: str | None, arms: Mapping[str, Arm], work: str, *, size: str = "small", seeds: int = 3
-) -> argparse.Namespace:
-    """Read the command line of a campaign."""
+) -> argparse.ArgumentParser:
+    """Return the command line of a campaign on SST-2, which may get flags of its own."""
     parser = campaign_parser(description, arms, work, "the SST-2 files", seeds)
     parser.add_argument("--model", required=True, help="a folder or a name on the Hub")
     parser.add_argument("--size", choices=SIZES, default=size, help="; ".join(f"{k}: {v}" for k, v in SIZES.items()))
     parser.add_argument("--train-samples", type=int, help="fewer than the size has")
+    return parser
+
+
+def parse_options(
+    description: str | None, arms: Mapping[str, Arm], work: str, *, size: str = "small", seeds: int = 3
+) -> argparse.Namespace:
+    """Read the command line of a campaign that has no other flags."""
+    return started(campaign_of_sizes(description, arms, work, size=size, seeds=seeds))
+
+
+def started(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line of a campaign on SST-2, and begin it."""
     options = begin(parser)
     options.size = SIZES[options.size]
     if options.train_samples:
