@@ -283,7 +283,8 @@ class Bench:
 
     def of_peer(self, kind: type[PeerTrainer], at: int) -> Callable[[], None]:
         """Return what the Trainer of a peer does in each step of this number."""
-        trainer = kind(model=self.model, args=self.arguments, defense=None)
+        trainer = kind(model=self.model, args=self.arguments)
+        trainer.defense = None
         trainer.optimizer, trainer.state.global_step = self.optimizer, at
         return self._updated(step_of(trainer, self.model, self.inputs))
 
