@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,11 +23,13 @@ from hf_parcor.distributed.dtensors import alike, local_part, local_parts, one_v
 from hf_parcor.functional.vectors import (
     TOGETHER,
     add_multiple_,
-    add_rounded_,
     chunks,
     clones,
+    norms_of_each,
     vector_norm,
     vector_norm_of_unit_scale,
+    widened,
+    write_sums_,
 )
 
 Device = torch.device | str | None
@@ -370,18 +372,25 @@ class Injection:
                 local_parts([self._corruption[name] for name in moved]),
                 local_parts([update[name] for name in moved]),
             )
-            for name, piece in pieces:
-                check_corruption(self._weights, {name: piece})
-                local_part(self._corruption[name]).add_(local_part(piece))
-                del piece
+            for bundle in _bundles(pieces):
+                check_corruption(self._weights, bundle)
+                moving = local_parts([self._corruption[name] for name in bundle])
+                torch._foreach_add_(moving, local_parts(list(bundle.values())))
+                del bundle
             if project is not None:
                 project(list(self._corruption.values()))
             if not direct:
                 self._with_saved(torch._foreach_add_, self._all_exact)
-            for place, corruption in zip(self._all_narrow, self._wide(), strict=True):
-                weight = self._vector[place]
-                before = self._saved[place].to(weight.device)
-                torch.add(corruption, before, out=weight)  # a batched call would make a float32 copy of them all
+            self._write_narrow()
+
+    def _write_narrow(self) -> None:
+        """Write `w + a` into weights that hold a rounded sum, those with bits kept afar one by one."""
+        every = list(zip(self._all_narrow, self._wide(), strict=True))
+        for some in [every] if self._saved_on is None else [[one] for one in every]:
+            weights = [self._vector[place] for place, _ in some]
+            saved = [self._saved[place].to(self._vector[place].device) for place, _ in some]
+            write_sums_(weights, [corruption for _, corruption in some], saved)
+            del saved
 
     @staticmethod
     def _first_of_narrow(weight: Tensor, update: Tensor | None, keep: bool) -> Tensor:
@@ -454,12 +463,11 @@ class Injection:
             return
         exact = [index for index, place in enumerate(places) if place in self._all_exact]
         _foreach(torch._foreach_add_, [weights[index] for index in exact], [pieces[index] for index in exact])
-        for place, weight, piece in zip(places, weights, pieces, strict=True):
-            if place in self._all_narrow:
-                wide = piece.to(torch.float32)
-                add_rounded_(weight, wide)
-                if self._asked is not None:
-                    self._asked.see(place, wide)
+        narrow = [index for index, place in enumerate(places) if place in self._all_narrow]
+        wide = widened([pieces[index] for index in narrow], torch.float32)
+        write_sums_([weights[index] for index in narrow], wide, [weights[index] for index in narrow])
+        if self._asked is not None:
+            self._asked.see([places[index] for index in narrow], wide)
 
     @torch.no_grad()
     def size(self) -> CorruptionSize:
@@ -544,10 +552,10 @@ class _Asked:
     whole: Tensor | None = None
     seen: dict[int, Tensor] = field(default_factory=dict)
 
-    def see(self, place: int, piece: Tensor) -> None:
-        """Measure a piece."""
+    def see(self, places: Sequence[int], pieces: Sequence[Tensor]) -> None:
+        """Measure pieces."""
         if self.kept is None and self.p is not None:
-            self.seen[place] = vector_norm([piece], self.p)
+            self.seen.update(zip(places, norms_of_each(pieces, self.p), strict=True))
 
     def norms(self, p: float, places: Mapping[str, int], narrow: Container[int]) -> dict[int, Tensor]:
         """Return the `L_p` norm of what was to be added to each narrow weight, by its place."""

@@ -11,8 +11,10 @@ from hf_parcor.arguments import check_count, check_radius, known_elsewhere_as
 from hf_parcor.corruptions.multi_step import STEP_SIZE_FACTOR
 from hf_parcor.defenses.projected_ascent import ProjectedAscent
 from hf_parcor.defenses.step import DefendedStep
-from hf_parcor.functional.constrained_maximum import constrained_maximum_
-from hf_parcor.functional.vectors import vector_norm
+from hf_parcor.distributed.dtensors import local_parts
+from hf_parcor.functional.constrained_maximum import constrained_maximum_of_each_
+from hf_parcor.functional.projections import project_each_
+from hf_parcor.functional.vectors import norms_of_each, on_each
 
 
 @known_elsewhere_as(gamma="AWP(CorruptionConstraint(epsilon={}), per_tensor=True)")
@@ -107,7 +109,8 @@ class AWP(ProjectedAscent):
         for _ in range(self._input_passes):
             step.probe(watch_inputs=True)
             step.displace_inputs(STEP_SIZE_FACTOR * self.input_epsilon / self.input_steps, self.input_epsilon)
-        sizes = {name: vector_norm([w.detach()], self.p) for name, w in step.parameters.items() if self.per_tensor}
+        weights = {name: weight.detach() for name, weight in step.parameters.items() if self.per_tensor}
+        sizes = dict(zip(weights, norms_of_each(list(weights.values()), self.p), strict=True))
         if self._weight_passes:
             self.start(step)
         for _ in range(self._weight_passes):
@@ -121,16 +124,16 @@ class AWP(ProjectedAscent):
     def _climb_and_project_each(self, step: DefendedStep, sizes: dict[str, Tensor]) -> None:
         """Take one corruption step, `a_l ← Π(a_l + u_l)`, each tensor in units of its own size."""
         update, _ = step.gradients(self.sync_perturbation)  # of a probe, and so to be overwritten
-        projection = self.projection
-        for name, tensor in update.items():
-            constrained_maximum_([tensor], self.p, self.resolved_step_size, self.constraint.top_n)
-            tensor.mul_(sizes[name])
+        tensors = list(update.values())
+        constrained_maximum_of_each_(tensors, self.p, self.resolved_step_size, self.constraint.top_n)
+        if tensors:
+            torch._foreach_mul_(local_parts(tensors), [sizes[name] for name in update])
 
         def project(corruption: list[Tensor]) -> None:
-            for tensor, size in zip(corruption, sizes.values(), strict=True):
-                tensor.div_(torch.where(size > 0, size, 1.0))
-                if projection is not None:
-                    projection([tensor])
-                tensor.mul_(size)
+            here, of_each = local_parts(corruption), list(sizes.values())
+            torch._foreach_div_(here, on_each(of_each, lambda size: torch.where(size > 0, size, 1.0)))
+            if not self._stays_inside:
+                project_each_(corruption, self.p, self.constraint.epsilon, self.constraint.top_n)
+            torch._foreach_mul_(here, of_each)
 
         step.displace(update, project)

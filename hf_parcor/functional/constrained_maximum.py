@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hf_parcor.arguments import check_norm_order, check_radius, check_top_n
-from hf_parcor.distributed.dtensors import one_vector, sharded_as
+from hf_parcor.distributed.dtensors import local_parts, one_vector, sharded_as
 from hf_parcor.functional.top_n import keep_top_n, keep_top_n_
 from hf_parcor.functional.vectors import (
+    Factor,
     divide_,
     euclidean_norm,
+    euclidean_norms_of_each,
     in_turn,
     max_magnitude,
+    norms_of_each,
+    on_each,
     one_by_one,
+    scale_each_,
     scaled,
     vector_norm,
     vector_norm_of_unit_scale,
+    widened,
     working_copy,
     working_dtype,
 )
@@ -34,6 +41,28 @@ def constrained_maximum_(tensors: list[Tensor], p: float, epsilon: float, top_n:
     if top_n is not None:
         keep_top_n_(vector, top_n)
     _maximum_on_sphere(vector, p, epsilon, overwrite=True)
+
+
+def constrained_maximum_of_each_(tensors: list[Tensor], p: float, epsilon: float, top_n: int | None = None) -> None:
+    """Overwrite each tensor with its own constrained maximum (see `constrained_maximum`), as if it were the vector.
+
+    For p = 2 and ∞ of all entries in batched calls, where launches cost.
+
+    Examples:
+        >>> tensors = [torch.tensor([3.0, 4.0]), torch.tensor([-2.0])]
+        >>> constrained_maximum_of_each_(tensors, p=2, epsilon=1.0)
+        >>> tensors
+        [tensor([0.6000, 0.8000]), tensor([-1.])]
+    """
+    p, epsilon, top_n = _checked(p, epsilon, top_n)
+    if not goes_in_turn(p, top_n) or working_dtype(tensors) != torch.float32:
+        for tensor in tensors:
+            constrained_maximum_([tensor], p, epsilon, top_n)
+        return
+    norms = euclidean_norms_of_each(tensors) if p == 2 else norms_of_each(tensors, p)
+    if math.isinf(p) and tensors:
+        torch._foreach_sign_(local_parts(tensors))
+    scale_each_(tensors, on_each(norms, partial(_factor, p=p, epsilon=epsilon)))
 
 
 def _checked(p: float, epsilon: float, top_n: int | None) -> tuple[float, float, int | None]:
@@ -66,8 +95,13 @@ def _maximum_on_sphere(vector: list[Tensor], p: float, epsilon: float, *, overwr
 def _one_factor(vector: list[Tensor], p: float, epsilon: float) -> Tensor | None:
     """Return what the vector, or the vector of its signs, is multiplied by; None where that is not all."""
     if p == 1 or math.isinf(p):
-        return epsilon * torch.isfinite(max_magnitude(vector)).double()
-    return epsilon_over(euclidean_norm(vector), epsilon) if _takes_one_factor(vector, p) else None
+        return _factor(max_magnitude(vector), math.inf, epsilon)
+    return _factor(euclidean_norm(vector), p, epsilon) if _takes_one_factor(vector, p) else None
+
+
+def _factor(norm: Tensor, p: float, epsilon: float) -> Tensor:
+    """Return what vectors of these norms are multiplied by, or the vectors of their signs for p = ∞."""
+    return epsilon * torch.isfinite(norm).double() if math.isinf(p) else epsilon_over(norm, epsilon)
 
 
 def epsilon_over(norm: Tensor, epsilon: float) -> Tensor:
@@ -75,7 +109,7 @@ def epsilon_over(norm: Tensor, epsilon: float) -> Tensor:
     return torch.where(torch.isfinite(norm) & (norm > 0), epsilon / norm, 0.0)
 
 
-def _multiplied(tensors: list[Tensor], p: float, factor: Tensor, *, overwrite: bool) -> list[Tensor]:
+def _multiplied(tensors: list[Tensor], p: float, factor: Tensor | Factor, *, overwrite: bool) -> list[Tensor]:
     if p == 2:
         return scaled(tensors, factor, overwrite=overwrite)
     if overwrite:
@@ -165,15 +199,16 @@ def constrained_maximum_in_turn(
         return
     vector = one_vector([tensor.detach() for tensor in tensors])
     factor = None if top_n is not None else _one_factor(vector, p, epsilon)
+    known = None if factor is None else Factor(factor)
     dtype = working_dtype(tensors)
     left = iter(()) if factor is not None else one_by_one([constrained_maximum(tensors, p, epsilon, top_n)])
     for places in in_turn(tensors):
-        if factor is None:
+        if known is None:
             yield [next(left) for _ in places]
             continue
-        parts = [vector[place].to(dtype) for place in places]
+        parts = widened([vector[place] for place in places], dtype)
         ours = all(vector[place].dtype != dtype for place in places)
-        parts = _multiplied(parts, p, factor, overwrite=ours)
+        parts = _multiplied(parts, p, known, overwrite=ours)
         some = [sharded_as(part, tensors[place]) for place, part in zip(places, parts, strict=True)]
         del parts
         yield some

@@ -41,7 +41,11 @@ def drawn_gaussian(
     def fill(noise: Tensor, source: torch.Generator | None) -> Tensor:
         return noise.normal_(0.0, 1.0, generator=source)
 
-    return _drawn(tensors, generator, lambda noise, source: _filled(noise, source, fill).mul_(std))
+    def filled(noise: Tensor, source: torch.Generator | None) -> Tensor:
+        normal = _filled(noise, source, fill)
+        return normal if std == 1 else normal.mul_(std)
+
+    return _drawn(tensors, generator, filled)
 
 
 def _filled(noise: Tensor, source: torch.Generator | None, fill: _Fill) -> Tensor:

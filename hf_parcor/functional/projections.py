@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,8 +15,11 @@ from hf_parcor.functional.top_n import keep_top_n_
 from hf_parcor.functional.vectors import (
     divide_,
     euclidean_norm,
+    euclidean_norms_of_each,
     max_magnitude,
     multiply_,
+    on_each,
+    scale_each_,
     scaled,
     vector_norm_of_unit_scale,
     working_copy,
@@ -46,9 +50,34 @@ def project_(tensors: list[Tensor], p: float, epsilon: float, top_n: int | None 
         torch._foreach_clamp_min_(tensors, -epsilon)
         torch._foreach_clamp_max_(tensors, epsilon)
         return
-    norm = euclidean_norm(tensors)
-    # A point inside is multiplied by exactly 1, and keeps its bits.
-    scaled(tensors, torch.where(norm > epsilon, epsilon / norm, 1.0), overwrite=True)
+    scaled(tensors, _factor(euclidean_norm(tensors), epsilon), overwrite=True)
+
+
+def _factor(norm: Tensor, epsilon: float) -> Tensor:
+    """Return what vectors of these norms are multiplied by: those inside by exactly 1, and they keep their bits."""
+    return torch.where(norm > epsilon, epsilon / norm, 1.0)
+
+
+def project_each_(tensors: list[Tensor], p: float, epsilon: float, top_n: int | None = None) -> None:
+    """Overwrite each tensor with its own projection (see `project`), as if it were the vector.
+
+    Of all entries in batched calls, where launches cost.
+
+    Examples:
+        >>> tensors = [torch.tensor([3.0, 4.0]), torch.tensor([-0.5])]
+        >>> project_each_(tensors, p=2, epsilon=1.0)
+        >>> tensors
+        [tensor([0.6000, 0.8000]), tensor([-0.5000])]
+    """
+    if top_n is not None:
+        for tensor in tensors:
+            project_([tensor], p, epsilon, top_n)
+    elif math.isinf(p):
+        project_(tensors, p, epsilon)
+    else:
+        check_projectable(p)
+        epsilon = check_radius("epsilon", epsilon)
+        scale_each_(tensors, on_each(euclidean_norms_of_each(tensors), partial(_factor, epsilon=epsilon)))
 
 
 def project(tensors: Sequence[Tensor], p: float, epsilon: float, top_n: int | None = None) -> list[Tensor]:

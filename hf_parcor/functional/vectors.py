@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_parcor.arguments import check_norm_order
 from hf_parcor.distributed.dtensors import ShardedVector, local_parts, one_vector
@@ -19,6 +20,7 @@ from hf_parcor.distributed.dtensors import ShardedVector, local_parts, one_vecto
 _BITS_OF_DTYPE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _CHUNK = 1 << 20  # entries worked on at a time: less than 100 MiB of scratch, whatever the size of the model
 _ORDINARY_FACTOR = (2.0**-100, 2.0**100)  # float32 holds them, with digits to spare
+_ALONE = 1 << 20  # entries of a tensor that is worth a launch by itself: one that moves 8 MB
 _BLOCK = 1 << 10  # entries that a CPU may sum one after another in float32
 
 
@@ -43,6 +45,16 @@ def _copies(copies: list[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad():
             torch._foreach_copy_(local_parts(copies), local_parts(tensors))
     return copies
+
+
+def widened(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return tensors in this dtype: copies of those of another one, written by one batched call, and the others."""
+    wide = list(tensors)
+    narrow = [place for place, tensor in enumerate(tensors) if tensor.dtype != dtype]
+    given = [tensors[place] for place in narrow]
+    for place, copy in zip(narrow, _copies([torch.empty_like(one, dtype=dtype) for one in given], given), strict=True):
+        wide[place] = copy
+    return wide
 
 
 def numel(tensors: Sequence[Tensor]) -> int:
@@ -81,7 +93,11 @@ def max_magnitude(tensors: Sequence[Tensor]) -> Tensor:
         extremes = [extreme for tensor in filled for extreme in torch.aminmax(tensor)]
         largest: Tensor = _joined(extremes, dtype).abs_().amax()
         return largest
-    return _joined(torch._foreach_norm(filled, math.inf), dtype).amax()
+    of_each_kind = [
+        torch.stack(torch._foreach_norm([filled[place] for place in places], math.inf))
+        for places in _places_by_kind(filled).values()
+    ]
+    return torch.cat([norms.to(of_each_kind[0].device, dtype) for norms in of_each_kind]).amax()
 
 
 def euclidean_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -240,6 +256,74 @@ def vector_norm(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
     return norm.to(working_dtype(tensors))
 
 
+def norms_of_each(tensors: Sequence[Tensor], p: float = 2.0) -> list[Tensor]:
+    """Return `‖v_l‖_p` of each tensor by itself, as `vector_norm` does of all: by batched calls where launches cost.
+
+    Args:
+        tensors: Tensors of any shapes, on any devices; DTensors are whole.
+        p: Order of the norm, `1 ≤ p ≤ ∞`.
+
+    Returns:
+        Zero-dimensional tensors, each on the device of its own, in float32 or, of one in float64, in that.
+
+    Raises:
+        ValueError: `p` is below 1 or NaN.
+
+    Examples:
+        >>> norms_of_each([torch.tensor([3.0, 4.0]), torch.tensor([1.0])])
+        [tensor(5.), tensor(1.)]
+    """
+    p = check_norm_order(p)
+    return _norms_of_each(tensors, p, torch.float32, lambda tensor: vector_norm([tensor], p))
+
+
+def euclidean_norms_of_each(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return `‖v_l‖₂` of each tensor by itself in float64, as `euclidean_norm` does of all."""
+    return _norms_of_each(tensors, 2, torch.float64, lambda tensor: euclidean_norm([tensor]))
+
+
+def _norms_of_each(
+    tensors: Sequence[Tensor], p: float, dtype: torch.dtype, alone: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    norms = list(tensors)
+    for (_, of_tensors), places in _places_by_kind(tensors).items():
+        together = [place for place in places if _is_batched(tensors[place], p) and of_tensors.itemsize <= 4]
+        for place in sorted({*places} - {*together}):
+            norms[place] = alone(tensors[place])
+        if together:
+            alike = [tensors[place] for place in together]
+            found = torch._foreach_norm(alike, p, dtype=None if math.isinf(p) else torch.float64)
+            for place, norm in zip(together, torch.stack(found).to(dtype).unbind(), strict=True):
+                norms[place] = norm
+    return norms
+
+
+def on_each(numbers: Sequence[Tensor], operation: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Return what an operation that goes entry by entry makes of zero-dimensional tensors, those of a device at once.
+
+    Examples:
+        >>> on_each([torch.tensor(1.0), torch.tensor(2.0)], torch.neg)
+        [tensor(-1.), tensor(-2.)]
+    """
+    results = list(numbers)
+    for places in _places_by_kind(numbers).values():
+        found = operation(torch.stack([numbers[place] for place in places])).unbind()
+        for place, result in zip(places, found, strict=True):
+            results[place] = result
+    return results
+
+
+def _is_batched(tensor: Tensor, p: float) -> bool:
+    """Say whether the norm of a tensor is found in one call with others."""
+    plain = _has_launches(tensor.device) and not isinstance(tensor, DTensor)
+    return plain and tensor.numel() > 0 and (p == 2 or math.isinf(p))
+
+
+def _has_launches(device: torch.device) -> bool:
+    """Say whether a call costs something there however little it does, so that it should take many tensors."""
+    return device.type != "cpu"
+
+
 def _norm_by_largest(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return `max_i |v_i| · ‖v / max_i |v_i|‖_p` in float64."""
     largest = max_magnitude(tensors)
@@ -276,12 +360,45 @@ def _sum(values: Sequence[Tensor]) -> Tensor:
 _Batched = Callable[[list[Tensor], Tensor], Sequence[Tensor] | None]
 
 
-def _by_kind(operation: _Batched, tensors: Sequence[Tensor], operand: Tensor) -> list[Tensor]:
+class Factor:
+    """A factor that vectors are scaled by in turn: what is made of it for a device and a dtype is made once.
+
+    Args:
+        value: A zero-dimensional tensor in float64, ≥ 0.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        self._made: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self._root: Tensor | None = None
+
+    def root(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return `√f`."""
+        if self._root is None:
+            self._root = self.value.sqrt()
+        return self._kept("root", self._root, device, dtype)
+
+    def is_used(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return 1, or 0 where f is 0."""
+        return self._kept("is_used", self.value, device, dtype)
+
+    def _kept(self, name: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        key = name, device, dtype
+        if key not in self._made:
+            value = value if name == "root" else value != 0
+            self._made[key] = value.to(device=device, dtype=dtype)
+        return self._made[key]
+
+
+def _by_kind(
+    operation: _Batched, tensors: Sequence[Tensor], operand: Tensor | Callable[[torch.device, torch.dtype], Tensor]
+) -> list[Tensor]:
     """Return the results of a batched operation; of one in place, the tensors."""
     results = list(tensors)
     for (device, dtype), places in _places_by_kind(tensors).items():
         # An operand of another dtype than the tensors would be sent to each of them by a kernel of its own.
-        found = operation([tensors[place] for place in places], operand.to(device=device, dtype=dtype))
+        here = operand.to(device=device, dtype=dtype) if isinstance(operand, Tensor) else operand(device, dtype)
+        found = operation([tensors[place] for place in places], here)
         for place, result in zip(places, found or (), strict=False):
             results[place] = result
     return results
@@ -305,7 +422,7 @@ def divide_(tensors: Sequence[Tensor], divisor: Tensor) -> None:
     _by_kind(torch._foreach_div_, tensors, divisor)
 
 
-def scaled(tensors: list[Tensor], factor: Tensor, *, overwrite: bool = False) -> list[Tensor]:
+def scaled(tensors: list[Tensor], factor: Tensor | Factor, *, overwrite: bool = False) -> list[Tensor]:
     """Return `factor · v`; a factor of 0 gives 0.0 everywhere, NaN and ∞ too.
 
     The factor may be one that float32 cannot hold, as that of a tiny or huge vector: then it is `√factor` twice.
@@ -314,6 +431,7 @@ def scaled(tensors: list[Tensor], factor: Tensor, *, overwrite: bool = False) ->
         tensors: `v`.
         factor: A zero-dimensional tensor in float64, ≥ 0; it stays on its device. Where all is on the CPU it is read,
             since nobody waits there: a factor of 1 costs nothing then, and an ordinary one a single multiplication.
+            A `Factor` where several vectors are scaled by it.
         overwrite: Write over `v`, and return it; else what is returned is new.
 
     Examples:
@@ -322,9 +440,10 @@ def scaled(tensors: list[Tensor], factor: Tensor, *, overwrite: bool = False) ->
         >>> scaled([torch.tensor([1.5, float("nan"), float("inf")])], torch.tensor(0.0))
         [tensor([0., 0., 0.])]
     """
-    if any(tensor.device.type != "cpu" for tensor in [*tensors, factor]):
+    factor = factor if isinstance(factor, Factor) else Factor(factor)
+    if any(tensor.device.type != "cpu" for tensor in [*tensors, factor.value]):
         return _scaled_unread(tensors, factor, overwrite=overwrite)
-    value = float(factor)
+    value = float(factor.value)
     if value == 0:
         if not overwrite:
             return [torch.zeros_like(tensor) for tensor in tensors]
@@ -340,17 +459,54 @@ def scaled(tensors: list[Tensor], factor: Tensor, *, overwrite: bool = False) ->
     return tensors
 
 
-def _scaled_unread(tensors: list[Tensor], factor: Tensor, *, overwrite: bool = False) -> list[Tensor]:
+def _scaled_unread(tensors: list[Tensor], factor: Tensor | Factor, *, overwrite: bool = False) -> list[Tensor]:
     """Do as `scaled` does, by a factor whose value must not be waited for.
 
     `NaN · 0` is NaN. But the bit pattern of a float, read as an integer, times 0 is the pattern of 0.0, and times 1
     itself.
     """
-    root = factor.sqrt()
-    products = _by_kind(torch._foreach_mul_ if overwrite else torch._foreach_mul, tensors, root)
-    multiply_([product.view(_BITS_OF_DTYPE[product.dtype.itemsize]) for product in products], factor != 0)
-    multiply_(products, root)
+    factor = factor if isinstance(factor, Factor) else Factor(factor)
+    products = _by_kind(torch._foreach_mul_ if overwrite else torch._foreach_mul, tensors, factor.root)
+    _by_kind(torch._foreach_mul_, [_bits(product) for product in products], factor.is_used)
+    _by_kind(torch._foreach_mul_, products, factor.root)
     return products
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(_BITS_OF_DTYPE[tensor.dtype.itemsize])
+
+
+def scale_each_(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """Overwrite each tensor with `f_l v_l`, its own factor, as `scaled` does.
+
+    Args:
+        tensors: `v_l`; of DTensors each rank scales its part.
+        factors: Of each a zero-dimensional tensor in float64, ≥ 0, on the device of the tensor.
+
+    Examples:
+        >>> tensors = [torch.tensor([1.0, 2.0]), torch.tensor([float("nan")])]
+        >>> scale_each_(tensors, [torch.tensor(3.0).double(), torch.tensor(0.0).double()])
+        >>> tensors
+        [tensor([3., 6.]), tensor([0.])]
+    """
+    for (device, _), places in _places_by_kind(tensors).items():
+        here = local_parts([tensors[place] for place in places])
+        of_each = [factors[place] for place in places]
+        if _has_launches(device):
+            _scale_each_unread_(here, of_each)
+            continue
+        for tensor, factor in zip(here, of_each, strict=True):
+            scaled([tensor], factor, overwrite=True)
+
+
+def _scale_each_unread_(tensors: list[Tensor], factors: Sequence[Tensor]) -> None:
+    """Do as `scale_each_` does with tensors of one device and dtype, by factors that must not be waited for."""
+    dtype, together = tensors[0].dtype, torch.stack(list(factors))
+    roots = together.sqrt().to(dtype).unbind()
+    used = (together != 0).to(_BITS_OF_DTYPE[dtype.itemsize]).unbind()
+    torch._foreach_mul_(tensors, roots)
+    torch._foreach_mul_([_bits(tensor) for tensor in tensors], used)
+    torch._foreach_mul_(tensors, roots)
 
 
 def add_multiple_(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: Tensor) -> None:
@@ -386,11 +542,12 @@ def add_multiple_(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: T
             _add_multiple_unread_(*pair, factor.to(device))
         elif filled:
             torch._foreach_add_(*pair, alpha=value)
+    known = Factor(factor)
     for some in in_turn([others[place] for place in rest]):
         places = [rest[index] for index in some]
-        parts = scaled(working_copy([others[place] for place in places]), factor, overwrite=True)
-        for place, part in zip(places, parts, strict=True):
-            add_rounded_(tensors[place], part)
+        parts = scaled(working_copy([others[place] for place in places]), known, overwrite=True)
+        weights = [tensors[place] for place in places]
+        write_sums_(weights, parts, weights)
         del parts
 
 
@@ -424,11 +581,43 @@ def _add_multiple_unread_(tensors: list[Tensor], others: list[Tensor], factor: T
     )
 
 
-def add_rounded_(tensor: Tensor, change: Tensor) -> None:
-    """Overwrite `w` with `w + a`, rounded once. A CPU makes float32 copies of operands, a GPU none: in chunks."""
-    narrow = tensor.dtype != change.dtype
-    if narrow and tensor.device.type == "cpu" and tensor.is_contiguous() and change.is_contiguous():
-        for part, of_change in zip(chunks([tensor]), chunks([change]), strict=True):
-            torch.add(of_change, part, out=part)
-    else:
-        torch.add(change, tensor, out=tensor)
+def write_sums_(tensors: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    """Overwrite tensors with `a + b`, computed in the wider dtype and rounded once; b may be what is overwritten.
+
+    A CPU makes wide copies of narrow operands, hence chunks; elsewhere small tensors are widened, added and rounded by
+    three batched calls, and a large one, which is worth a launch, by one that needs no copy.
+
+    Args:
+        tensors: What is written.
+        first: `a`, of the same shapes, in float32 at least.
+        second: `b`, of the same shapes.
+
+    Examples:
+        >>> weights = [torch.tensor([1.0, 2.0], dtype=torch.bfloat16)]
+        >>> write_sums_(weights, [torch.tensor([0.25, 2.0**-20])], weights)
+        >>> weights
+        [tensor([1.2500, 2.0000], dtype=torch.bfloat16)]
+    """
+    small = []
+    for place, (tensor, a, b) in enumerate(zip(tensors, first, second, strict=True)):
+        launched = _has_launches(tensor.device)
+        if launched and tensor.numel() < _ALONE:
+            small.append(place)
+        elif launched or tensor.dtype == a.dtype or not _all_contiguous(tensor, a, b):
+            torch.add(a, b, out=tensor)
+        else:
+            for part, of_a, of_b in zip(chunks([tensor]), chunks([a]), chunks([b]), strict=True):
+                torch.add(of_a, of_b, out=part)
+    _write_small_sums_(*([tensors[place] for place in small] for tensors in (tensors, first, second)))
+
+
+def _all_contiguous(*tensors: Tensor) -> bool:
+    return all(tensor.is_contiguous() for tensor in tensors)
+
+
+def _write_small_sums_(tensors: list[Tensor], first: list[Tensor], second: list[Tensor]) -> None:
+    for places in in_turn(tensors):
+        sums = working_copy([second[place] for place in places])
+        torch._foreach_add_(sums, [first[place] for place in places])
+        torch._foreach_copy_([tensors[place] for place in places], sums)
+        del sums

@@ -172,17 +172,57 @@ ROUNDINGS = [
         (MultiStepRisk(L2, steps=1), 60),
         (MultiStepRisk(L2, steps=2), 100),
         (SAM(L2), 60),
+        (MultiStepRisk(L_INF, steps=1), 60),
+        (AWP(L2, input_epsilon=0, per_tensor=True), 110),
+        (AWP(L_INF, steps=2, input_epsilon=0, per_tensor=True), 110),
         *((CorruptionRisk(rounding), limit) for rounding, limit in ROUNDINGS),
     ],
 )
-def test_launches_do_not_grow_with_the_number_of_tensors(defense, limit):
+@for_each("dtype", [torch.float32, torch.bfloat16])
+def test_launches_do_not_grow_with_the_number_of_tensors(defense, limit, dtype):
     shapes = [(3,), (2, 64)]
     few, many = (
-        traffic_beyond_passes(defense, {str(index): torch.empty(shapes[index % 2]) for index in range(count)}).launches
+        traffic_beyond_passes(
+            defense, {str(index): torch.empty(shapes[index % 2], dtype=dtype) for index in range(count)}
+        ).launches
         for count in (4, 200)
     )
     assert few == many
     assert few.total() <= limit, few
+
+
+def test_a_random_start_takes_one_launch_a_tensor():
+    """Each tensor's entries are drawn by a call of their own, which is what a seed means."""
+    few, many = (
+        traffic_beyond_passes(
+            MultiStepRisk(L2, random_start=True), {str(index): torch.empty(8) for index in range(count)}
+        ).launches
+        for count in (4, 200)
+    )
+    assert many.total() - few.total() == 196
+
+
+BERT_BASE = [
+    *(size for size in (30_522, 512, 2) for size in [768 * size]),
+    *12 * [768 * 768, 768 * 768, 768 * 768, 768 * 768, 768 * 3072, 3072 * 768, 3072, *9 * [768]],
+]
+
+
+@for_each(
+    ("defense", "limit"),
+    [
+        (MultiStepRisk(L2, steps=2), 400),
+        (MultiStepRisk(L2, steps=3), 600),
+        (MultiStepRisk(L_INF, steps=1), 280),
+        (MultiStepRisk(L_INF, steps=2), 400),
+        (AWP(L2, input_epsilon=0, per_tensor=True), 120),
+    ],
+)
+def test_launches_on_a_model_in_bfloat16(defense, limit):
+    """A step that goes through a model in turn takes some for each four million weights, one for a large tensor."""
+    weights = {str(place): torch.empty(size, dtype=torch.bfloat16) for place, size in enumerate(BERT_BASE)}
+    launches = traffic_beyond_passes(defense, weights).launches
+    assert launches.total() <= limit, launches
 
 
 @for_each(("defense", "dtype", "measured", "limit"), FLOOR.values())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from hf_parcor.functional import (
     keep_top_n,
     vector_norm,
 )
+from hf_parcor.functional.constrained_maximum import constrained_maximum_of_each_
 
 NORMS = [1.0, 1.5, 2.0, 4.0, math.inf]
 EPSILON = 0.3
@@ -163,6 +166,17 @@ def test_ties_leave_exactly_n_entries_and_always_the_same(p: float, n: int, same
     assert kept.tolist() == list(range(expected))
     assert same_bits(a, constrained_maximum(v, p, EPSILON, n))
     assert float(vector_norm(a, p)) == pytest.approx(EPSILON, rel=1e-6)
+
+
+@settings(max_examples=75)
+@given(p=st.sampled_from(NORMS), parts=vectors, n=st.none() | st.integers(1, 8), batched=st.booleans())
+def test_of_each_is_that_of_each_by_itself(p: float, parts: list[list[float]], n: int | None, batched: bool) -> None:
+    tensors = tensors_of(parts)
+    with patch.object(sys.modules["hf_parcor.functional.vectors"], "_has_launches", lambda device: batched):
+        constrained_maximum_of_each_(tensors, p, EPSILON, n)
+    for found, part in zip(tensors, tensors_of(parts), strict=True):
+        (expected,) = constrained_maximum([part], p, EPSILON, n)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-45)
 
 
 @settings(max_examples=75)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 from hf_parcor.functional import keep_top_n, project, project_, rescale_to_norm, vector_norm
+from hf_parcor.functional.projections import project_each_
 
 NORMS = [2.0, math.inf]
 
@@ -179,6 +182,22 @@ def test_a_list_is_the_concatenated_vector(p: float, n: int | None) -> None:
     torch.testing.assert_close(torch.cat([part.reshape(-1) for part in pieces]), whole[0], rtol=1e-6, atol=0)
     assert project([], p, 0.5, n) == []
     assert [part.shape for part in project([torch.empty(0)], p, 0.5, n)] == [(0,)]
+
+
+@settings(max_examples=75)
+@given(
+    p=st.sampled_from(NORMS),
+    parts=vectors,
+    n=st.none() | st.integers(1, 8),
+    epsilon=st.floats(1e-3, 300),
+    batched=st.booleans(),
+)
+def test_each_by_itself(p: float, parts: list[list[float]], n: int | None, epsilon: float, batched: bool) -> None:
+    tensors = tensors_of(parts)
+    with patch.object(sys.modules["hf_parcor.functional.vectors"], "_has_launches", lambda device: batched):
+        project_each_(tensors, p, epsilon, n)
+    for found, part in zip(tensors, tensors_of(parts), strict=True):
+        torch.testing.assert_close(found, project([part], p, epsilon, n)[0], rtol=1e-6, atol=1e-45)
 
 
 @for_each("p", NORMS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from functools import partial
 
 import numpy as np
@@ -23,12 +24,17 @@ from hf_parcor.functional.vectors import (
     clones,
     divide_,
     euclidean_norm,
+    euclidean_norms_of_each,
     multiply_,
+    norms_of_each,
     numel,
+    scale_each_,
     scaled,
     vector_norm_of_unit_scale,
+    widened,
     working_copy,
     working_dtype,
+    write_sums_,
 )
 from hf_parcor.injection import Injection, Pieces
 
@@ -210,6 +216,76 @@ class TestEuclideanNorm:
     def test_many_small_entries_count_beside_a_large_one(self) -> None:
         tensors = [torch.full((100_000,), 1e-23), torch.tensor([1e-22])]
         assert float(euclidean_norm(tensors)) == pytest.approx(math.sqrt(1e5 * 1e-46 + 1e-44), rel=1e-6)
+
+
+@pytest.fixture(params=[False, True], ids=["one by one", "batched"])
+def batched(request, monkeypatch) -> bool:
+    """Take the way of a CPU, and that of devices where launches cost."""
+    monkeypatch.setattr(sys.modules["hf_parcor.functional.vectors"], "_has_launches", lambda device: request.param)
+    return request.param
+
+
+class TestEach:
+    """Every tensor by itself, as the functions of one vector do it."""
+
+    @for_each("p", NORMS)
+    def test_norms(self, batched, p: float) -> None:
+        tensors = [
+            torch.randn(3),
+            torch.empty(0),
+            torch.randn(5, 2).to(torch.bfloat16).t(),
+            torch.randn(4).double(),
+            torch.tensor(7.0),
+            torch.tensor([1.0, math.nan]),
+            torch.tensor([3e38, -3e38]),
+        ]
+        for norm, tensor in zip(norms_of_each(tensors, p), tensors, strict=True):
+            assert norm.shape == ()
+            torch.testing.assert_close(norm, vector_norm([tensor], p), rtol=1e-6, atol=0, equal_nan=True)
+        for norm, tensor in zip(euclidean_norms_of_each(tensors), tensors, strict=True):
+            assert norm.dtype == torch.float64
+            torch.testing.assert_close(norm, euclidean_norm([tensor]), rtol=1e-6, atol=0, equal_nan=True)
+        assert norms_of_each([], p) == []
+
+    def test_factors(self, batched, same_bits) -> None:
+        factors = [torch.tensor(factor).double() for factor in (1.0, 0.0, 0.25, 1e44, 1.0, 0.0)]
+        tensors = [
+            torch.tensor(SPECIAL[:6]),
+            torch.tensor(SPECIAL),
+            torch.randn(4, 3).t(),
+            torch.tensor([1e-44]),
+            torch.tensor(SPECIAL[:6], dtype=torch.bfloat16),
+            torch.tensor(SPECIAL, dtype=torch.float64),
+        ]
+        expected = [scaled([tensor.clone()], factor)[0] for tensor, factor in zip(tensors, factors, strict=True)]
+        scale_each_(tensors, factors)
+        assert float(tensors.pop(3)) == pytest.approx(float(expected.pop(3)), rel=1e-6)
+        assert same_bits(tensors[:2] + tensors[3:], expected[:2] + expected[3:])
+        torch.testing.assert_close(tensors[2], expected[2], rtol=1e-6, atol=0)
+        scale_each_([], [])
+
+    @for_each("dtype", DTYPES)
+    def test_sums_are_rounded_once(self, batched, monkeypatch, same_bits, dtype: torch.dtype) -> None:
+        monkeypatch.setattr(sys.modules["hf_parcor.functional.vectors"], "_ALONE", 40)
+        monkeypatch.setattr(sys.modules["hf_parcor.functional.vectors"], "TOGETHER", 12)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        shapes = [(3,), (0,), (6, 7), (2, 5), (), (9,)]
+        weights = [torch.randn(shape).to(dtype) for shape in shapes]
+        weights[3] = weights[3].t()
+        changes = [torch.randn(weight.shape, dtype=wide) / 100 for weight in weights]
+        expected = [(weight.to(wide) + change).to(dtype) for weight, change in zip(weights, changes, strict=True)]
+        elsewhere = [torch.empty_like(weight) for weight in weights]
+        write_sums_(elsewhere, changes, weights)
+        write_sums_(weights, changes, weights)
+        assert same_bits(weights, expected)
+        assert same_bits(elsewhere, expected)
+
+    def test_what_is_wide_stays_itself(self) -> None:
+        given = [torch.randn(2), torch.randn(3).to(torch.bfloat16)]
+        found = widened(given, torch.float32)
+        assert found[0] is given[0]
+        assert torch.equal(found[1], given[1].float())
+        assert found[1].dtype == torch.float32
 
 
 def test_clones_keep_every_bit_and_share_no_memory(same_bits) -> None:
