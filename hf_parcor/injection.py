@@ -21,11 +21,11 @@ from torch.nn.utils import parametrize
 from hf_parcor.arguments import check_norm_order
 from hf_parcor.distributed.dtensors import alike, local_part, local_parts, one_vector, spread_alike, total
 from hf_parcor.functional.vectors import (
-    TOGETHER,
     add_multiple_,
     chunks,
     clones,
     norms_of_each,
+    together_on,
     vector_norm,
     vector_norm_of_unit_scale,
     widened,
@@ -577,8 +577,9 @@ def _bundles(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]
     for name, piece in pairs:
         bundle[name] = piece
         entries += piece.numel() if isinstance(piece, Tensor) else 0
+        enough = isinstance(piece, Tensor) and entries >= together_on(piece.device)
         del piece
-        if entries >= TOGETHER:
+        if enough:
             yield bundle
             bundle, entries = {}, 0
     if bundle:

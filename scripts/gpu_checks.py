@@ -585,9 +585,9 @@ def bf16_weights(setting: Setting) -> list[Row]:
     bench = Bench(model, batch, length, fused=True, arms=BEYOND)
     peaks = {arm: bench.counted(arm)[1] for arm in bench.steps}
     size = sum(p.numel() for p in model.parameters())
-    # The saved bits and the sum of the gradients; copies of the batch, here 40 KB, are 4e-5 of a byte a weight. A
-    # corruption that moves is held in float32 itself.
-    limits = dict(zip(BEYOND, (4.001, 9.1, 4.001), strict=True))
+    # The saved bits and the sum of the gradients; copies of the batch, here 40 KB, are 4e-5 of a byte a weight. With
+    # two steps saved bits and a second gradient, and while a is made the largest tensor, of 66 million, twice.
+    limits = dict(zip(BEYOND, (4.001, 4.6, 4.001), strict=True))
     return [
         Row(
             f"{arm}: bytes a weight beyond stock",

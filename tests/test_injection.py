@@ -382,7 +382,7 @@ class TestPieces:
 
     @pytest.fixture(autouse=True)
     def _one_by_one(self, monkeypatch) -> None:
-        monkeypatch.setattr("hf_parcor.injection.TOGETHER", 1)
+        monkeypatch.setattr("hf_parcor.functional.vectors.TOGETHER", 1)
 
     @for_each("error", [RuntimeError, KeyboardInterrupt])
     @for_each("replaces", [False, True])

@@ -100,6 +100,9 @@ class AWP(ProjectedAscent):
         """Whether neither inputs nor weights move."""
         return self.passes == 1
 
+    def _is_remembered(self, step: DefendedStep) -> bool:
+        return not self.per_tensor and super()._is_remembered(step)
+
     def minimize(self, step: DefendedStep) -> None:
         """Find adversarial inputs, then the corruption on them, and minimise there."""
 

@@ -13,6 +13,7 @@ from hf_parcor.corruptions import Corruption
 from hf_parcor.defenses.adversarial_inputs import AdversarialInputs
 from hf_parcor.distributed.dtensors import local_part, local_parts, of_first_rank
 from hf_parcor.distributed.processes import TrainingProcesses
+from hf_parcor.functional.ascent import RememberedAscent
 from hf_parcor.functional.vectors import clones, working_copy, working_dtype
 from hf_parcor.injection import CorruptionNorm, Injection, Multiple, Pieces
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
@@ -75,6 +76,10 @@ class DefendedStep:
         self._sum: dict[str, Tensor] = {}
         self._fresh: dict[str, Tensor] = {}
         self._fresh_is_sum = False
+        self._ascent: RememberedAscent | None = None
+        self._waiting: list[dict[str, Tensor]] = []
+        self.remembers = False
+        """Whether gradients wait to be summed, as they are, until an ascent along them has ended (see `climb`)."""
         self._risk: list[Tensor] = []
         self.losses: list[Tensor] = []
         """The loss of each pass so far, without weight or penalty, detached."""
@@ -98,16 +103,29 @@ class DefendedStep:
             self._add_to_sum()
 
     def _add_to_sum(self) -> None:
-        self._fresh_is_sum = not self._sum
-        if self._fresh_is_sum:  # no copies: what follows only reads them
-            self._sum = dict(self._fresh)
+        if self.remembers:
+            self._fresh_is_sum = True
+            self._waiting.append(dict(self._fresh))
             return
-        known = [name for name in self._fresh if name in self._sum]
+        self._fresh_is_sum = not self._sum
+        self._add(self._fresh)
+
+    def _add(self, gradients: dict[str, Tensor]) -> None:
+        if not self._sum:  # no copies: what follows only reads them
+            self._sum = dict(gradients)
+            return
+        known = [name for name in gradients if name in self._sum]
         if known:
-            sums, parts = ([held[name] for name in known] for held in (self._sum, self._fresh))
+            sums, parts = ([held[name] for name in known] for held in (self._sum, gradients))
             torch._foreach_add_(local_parts(sums), local_parts(parts))
-        new = [name for name in self._fresh if name not in self._sum]
-        self._sum.update(zip(new, clones([self._fresh[name] for name in new]), strict=True))
+        new = [name for name in gradients if name not in self._sum]
+        self._sum.update(zip(new, clones([gradients[name] for name in new]), strict=True))
+
+    def _end_ascent(self) -> None:
+        """Let go of the ascent, and sum the gradients that it was remembered by, in their order."""
+        self._ascent = None
+        while self._waiting:
+            self._add(self._waiting.pop(0))
 
     def probe(self, watch_inputs: bool = False) -> None:
         """Run the next pass at `w + a_k` for its gradient alone: the update does not get it.
@@ -266,6 +284,29 @@ class DefendedStep:
         else:
             self._injection.displace(update, project, keep=True)
 
+    def climb(self, radius: float, p: float, epsilon: float | None, *, last: bool) -> None:
+        """Take a step along the last pass's gradient, `a ← Π(a + u)`, and write `w + a`; no a is kept.
+
+        `remembers` must be set before the first pass, and nothing else move the weights.
+
+        Args:
+            radius: The norm of u, at most that of S in the first step.
+            p: 2 or ∞.
+            epsilon: The radius of S; None where the steps cannot leave it.
+            last: Whether it is the last step: then what the ascent was remembered by is summed.
+        """
+        if self._ascent is None:
+            self._ascent = RememberedAscent(list(self.parameters), p, epsilon)
+        self._ascent.climb(self.gradients_to_read(), radius)
+        self._injection.write(Pieces(self._ascent.pieces()), p if last else None)
+        if last:
+            self._end_ascent()
+
+    @property
+    def climbs(self) -> int:
+        """How many steps `climb` has taken."""
+        return 0 if self._ascent is None else len(self._ascent)
+
     def corrupt(
         self,
         corruption: Corruption,
@@ -342,6 +383,7 @@ class DefendedStep:
         return taken
 
     def _hand_back(self) -> None:
+        self._end_ascent()
         for name, parameter in self.parameters.items():
             parameter.grad = self._sum.get(name)
         self._sum = {}
@@ -357,7 +399,7 @@ class DefendedStep:
     ) -> None:
         try:
             self._injection.restore()
-            if self._sum and error is not None:
+            if (self._sum or self._waiting) and error is not None:
                 self._hand_back()
         finally:
             if self._inputs is not None:

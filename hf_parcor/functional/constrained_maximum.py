@@ -206,13 +206,38 @@ def constrained_maximum_in_turn(
         if known is None:
             yield [next(left) for _ in places]
             continue
-        parts = widened([vector[place] for place in places], dtype)
-        ours = all(vector[place].dtype != dtype for place in places)
-        parts = _multiplied(parts, p, known, overwrite=ours)
+        parts = maximum_with_factor([vector[place] for place in places], p, known, dtype)
         some = [sharded_as(part, tensors[place]) for place, part in zip(places, parts, strict=True)]
         del parts
         yield some
         del some
+
+
+def factor_of_maximum(tensors: Sequence[Tensor], p: float, epsilon: float) -> Factor:
+    """Return the one number of a whole vector that `maximum_with_factor` needs, for p = 2 and ∞; not of float64."""
+    factor = _one_factor([tensor.detach() for tensor in tensors], p, epsilon)
+    assert factor is not None
+    return Factor(factor)
+
+
+def maximum_with_factor(
+    tensors: Sequence[Tensor], p: float, factor: Factor, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Return new tensors: those of `constrained_maximum` that belong to some tensors of a vector.
+
+    Args:
+        tensors: Some of the vector, only read.
+        p: 2 or ∞.
+        factor: That of the whole vector.
+        dtype: In which they are made.
+
+    Examples:
+        >>> v = [torch.tensor([3.0]), torch.tensor([4.0])]
+        >>> maximum_with_factor(v[1:], 2, factor_of_maximum(v, 2, 1.0))
+        [tensor([0.8000])]
+    """
+    ours = all(tensor.dtype != dtype for tensor in tensors)
+    return _multiplied(widened(tensors, dtype), p, factor, overwrite=ours)
 
 
 def is_multiple(tensors: Sequence[Tensor], p: float, top_n: int | None = None) -> bool:

@@ -50,10 +50,10 @@ def project_(tensors: list[Tensor], p: float, epsilon: float, top_n: int | None 
         torch._foreach_clamp_min_(tensors, -epsilon)
         torch._foreach_clamp_max_(tensors, epsilon)
         return
-    scaled(tensors, _factor(euclidean_norm(tensors), epsilon), overwrite=True)
+    scaled(tensors, factor_of_projection(euclidean_norm(tensors), epsilon), overwrite=True)
 
 
-def _factor(norm: Tensor, epsilon: float) -> Tensor:
+def factor_of_projection(norm: Tensor, epsilon: float) -> Tensor:
     """Return what vectors of these norms are multiplied by: those inside by exactly 1, and they keep their bits."""
     return torch.where(norm > epsilon, epsilon / norm, 1.0)
 
@@ -77,7 +77,7 @@ def project_each_(tensors: list[Tensor], p: float, epsilon: float, top_n: int | 
     else:
         check_projectable(p)
         epsilon = check_radius("epsilon", epsilon)
-        scale_each_(tensors, on_each(euclidean_norms_of_each(tensors), partial(_factor, epsilon=epsilon)))
+        scale_each_(tensors, on_each(euclidean_norms_of_each(tensors), partial(factor_of_projection, epsilon=epsilon)))
 
 
 def project(tensors: Sequence[Tensor], p: float, epsilon: float, top_n: int | None = None) -> list[Tensor]:

@@ -119,10 +119,14 @@ def euclidean_norm(tensors: Sequence[Tensor]) -> Tensor:
     dtype = working_dtype(filled)
     if filled[0].device.type == "cpu":
         norm: Tensor = torch.linalg.vector_norm(_norms_of_parts(filled, 2, dtype), 2)
-        square = float(norm) * float(norm)
-        swallowed = 1e8 * numel(filled) * torch.finfo(dtype).tiny  # squares too small to count add up to 1e-8 of it
-        return norm if swallowed < square < math.inf else _norm_by_largest(filled, 2)
+        return norm if _is_ordinary(norm, numel(filled), dtype) else _norm_by_largest(filled, 2)
     return _norm_by_largest(filled, 2) if dtype == torch.float64 else _norm_in_float64(filled)
+
+
+def _is_ordinary(norm: Tensor, entries: int, dtype: torch.dtype) -> bool:
+    """Say whether a norm shows that the squares it is made of stayed inside the range; on a CPU alone."""
+    square = float(norm) * float(norm)
+    return 1e8 * entries * torch.finfo(dtype).tiny < square < math.inf  # what is too small to count adds up to 1e-8
 
 
 def _norm_in_float64(tensors: Sequence[Tensor]) -> Tensor:
@@ -144,6 +148,34 @@ def euclidean_norm_in_turn(tensors: Iterable[Tensor]) -> Tensor:
         parts.append(_norms_of_parts([tensor], 2, torch.float32 if tensor.device.type == "cpu" else torch.float64))
         del tensor
     norm: Tensor = torch.linalg.vector_norm(_end_to_end(parts), 2)
+    return norm
+
+
+def euclidean_norm_of_bundles(bundles: Callable[[], Iterable[list[Tensor]]]) -> Tensor:
+    """Return `‖v‖₂` in float64 of float32 tensors that come some at a time, to the last bit that of `euclidean_norm`.
+
+    Args:
+        bundles: Makes the tensors; where entries are so small or large that these are looked at again, all at once.
+
+    Examples:
+        >>> round(float(euclidean_norm_of_bundles(lambda: ([torch.full((2,), entry)] for entry in (1.0, 7.0)))), 6)
+        10.0
+    """
+    parts: list[Tensor] = []
+    entries = 0
+    on_cpu = False
+    for some in bundles():
+        entries += numel(some)
+        on_cpu = on_cpu or any(tensor.device.type == "cpu" for tensor in some)
+        filled = [tensor for tensor in some if tensor.numel()]
+        if filled:
+            parts.append(_norms_of_parts(filled, 2, torch.float32 if on_cpu else torch.float64))
+        del some, filled
+    if not parts:
+        return torch.zeros((), dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(_end_to_end(parts), 2)
+    if on_cpu and not _is_ordinary(norm, entries, torch.float32):
+        return euclidean_norm([tensor for some in bundles() for tensor in some])
     return norm
 
 
@@ -180,6 +212,12 @@ def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
 
 
 TOGETHER = 1 << 22  # entries that one batched call takes of a vector in turn: 16 MiB in float32, and a tensor beyond
+_TIMES_WHERE_LAUNCHES_COST = 4
+
+
+def together_on(device: torch.device) -> int:
+    """Return how many entries a batched call takes of a vector in turn: more where a call costs something."""
+    return TOGETHER * (_TIMES_WHERE_LAUNCHES_COST if _has_launches(device) else 1)
 
 
 def one_by_one(tensors: Iterable[list[Tensor]]) -> Iterator[Tensor]:
@@ -203,7 +241,7 @@ def in_turn(tensors: Sequence[Tensor], together: int | None = None) -> Iterator[
     for place, tensor in enumerate(tensors):
         places.append(place)
         entries += tensor.numel()
-        if entries >= (together or TOGETHER):
+        if entries >= (together or together_on(tensor.device)):
             yield places
             places, entries = [], 0
     if places:

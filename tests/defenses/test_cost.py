@@ -170,7 +170,7 @@ ROUNDINGS = [
     ("defense", "limit"),
     [
         (MultiStepRisk(L2, steps=1), 60),
-        (MultiStepRisk(L2, steps=2), 100),
+        (MultiStepRisk(L2, steps=2), 110),
         (SAM(L2), 60),
         (MultiStepRisk(L_INF, steps=1), 60),
         (AWP(L2, input_epsilon=0, per_tensor=True), 110),
@@ -211,15 +211,15 @@ BERT_BASE = [
 @for_each(
     ("defense", "limit"),
     [
-        (MultiStepRisk(L2, steps=2), 400),
-        (MultiStepRisk(L2, steps=3), 600),
-        (MultiStepRisk(L_INF, steps=1), 280),
-        (MultiStepRisk(L_INF, steps=2), 400),
+        (MultiStepRisk(L2, steps=2), 360),
+        (MultiStepRisk(L2, steps=3), 310),
+        (MultiStepRisk(L_INF, steps=1), 130),
+        (MultiStepRisk(L_INF, steps=2), 280),
         (AWP(L2, input_epsilon=0, per_tensor=True), 120),
     ],
 )
 def test_launches_on_a_model_in_bfloat16(defense, limit):
-    """A step that goes through a model in turn takes some for each four million weights, one for a large tensor."""
+    """A step that goes through a model in turn takes some for each 16 million weights, one for a large tensor."""
     weights = {str(place): torch.empty(size, dtype=torch.bfloat16) for place, size in enumerate(BERT_BASE)}
     launches = traffic_beyond_passes(defense, weights).launches
     assert launches.total() <= limit, launches
@@ -252,12 +252,22 @@ def test_bytes_moved_beyond_the_passes(defense, dtype, measured, limit):
 @pytest.mark.slow
 @for_each(
     ("defense", "limit"),
-    [(MultiStepRisk(L2, steps=1), 4), (SAM(L2), 4), (ACRT(L2), 4), (MultiStepRisk(L2, steps=2), 9.1)],
+    [
+        (MultiStepRisk(L2, steps=1), 4),
+        (SAM(L2), 4),
+        (ACRT(L2), 4),
+        (MultiStepRisk(L2, steps=2), 4),
+        (MultiStepRisk(L_INF, steps=2), 4),
+        (AWP(L2, steps=2, input_epsilon=0), 4),
+        (MultiStepRisk(L2, steps=3), 8),
+    ],
 )
-def test_memory_beside_weights_in_bfloat16_and_their_gradient(defense, limit):
-    """Bytes a weight: the saved bits; where a corruption moves, it itself in float32, and the last pass's gradient."""
-    parameters = {str(place): nn.Parameter(torch.randn(1 << 20).to(torch.bfloat16)) for place in range(16)}
-    gradient = torch.randn(1 << 20).to(torch.bfloat16)
+def test_memory_beside_weights_in_bfloat16_and_their_gradient(defense, limit, monkeypatch):
+    """Bytes a weight: the saved bits, and the gradient of one pass more; of three steps a itself in float32."""
+    monkeypatch.setattr(sys.modules["hf_parcor.functional.vectors"], "_CHUNK", 1 << 14)
+    monkeypatch.setattr(sys.modules["hf_parcor.functional.vectors"], "TOGETHER", 1)
+    parameters = {str(place): nn.Parameter(torch.randn(1 << 16).to(torch.bfloat16)) for place in range(256)}
+    gradient = torch.randn(1 << 16).to(torch.bfloat16)
 
     def run_pass(objective, index):
         for parameter in parameters.values():
@@ -273,5 +283,6 @@ def test_memory_beside_weights_in_bfloat16_and_their_gradient(defense, limit):
         norm = step.withdraw(defense.p)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).cumsum(0)
-    assert float(held.max()) / (16 << 20) - 2 <= limit
-    assert float(norm.asked) == pytest.approx(0.1, rel=1e-4)
+    found = float(held.max()) / (16 << 20) - 2
+    assert found <= limit + 0.2, found  # and some tensors
+    assert float(norm.asked) == pytest.approx(defense.constraint.epsilon, rel=1e-4)

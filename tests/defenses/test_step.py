@@ -12,7 +12,7 @@ from for_each import for_each
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_parcor import CorruptionConstraint, MultiStepRisk, injection
+from hf_parcor import AWP, CorruptionConstraint, MultiStepRisk, injection
 from hf_parcor.defenses import DefendedStep
 
 CONSTRAINTS = [CorruptionConstraint(p=2, epsilon=0.1), CorruptionConstraint(p=math.inf, epsilon=1e-3)]
@@ -49,6 +49,60 @@ class Calls(TorchDispatchMode):
         if func.overloadpacket.__name__ not in ("view", "detach", "empty_like", "alias", "_to_copy"):
             self.count[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
+
+
+SHAPES = [(40, 30), (0,), (7,), (2000,), (3, 5)]
+
+
+def defended_in_bfloat16(defense, accumulated: bool, fails_in: int | None = None) -> dict[str, Tensor]:
+    """Return what a step leaves, from gradients that are not in every pass, and what it wrote before each."""
+    torch.manual_seed(1)
+    selected = {str(i): nn.Parameter(torch.randn(shape).to(torch.bfloat16)) for i, shape in enumerate(SHAPES)}
+    if accumulated:
+        for parameter in selected.values():
+            parameter.grad = torch.randn(parameter.shape).to(torch.bfloat16)
+    seen: list[dict[str, Tensor]] = []
+
+    def gradients(index: int, name: str) -> Tensor | None:
+        if index == fails_in and name == "2":
+            raise RuntimeError("fails")
+        shape = selected[name].shape
+        absent = (index, name) in {(0, "3"), (1, "2")}
+        return None if absent else (torch.randn(shape) * 10 ** (int(name) - index)).to(torch.bfloat16)
+
+    found = {}
+    try:
+        with DefendedStep(selected, fake_pass(selected, gradients, seen), defense.passes) as step:
+            defense.minimize(step)
+            found["norm"] = step.withdraw(defense.p).asked
+    except RuntimeError:
+        assert fails_in is not None
+    for name, parameter in selected.items():
+        if parameter.grad is not None:
+            found[f"gradient of {name}"] = parameter.grad
+        found |= {f"{name} in pass {index}": at[name] for index, at in enumerate(seen)}
+    return found
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("fails_in", [None, 1, 2])
+@for_each(
+    "defense",
+    [
+        *(MultiStepRisk(constraint, steps=2) for constraint in CONSTRAINTS),
+        MultiStepRisk(CONSTRAINTS[0], steps=2, step_size=0.02),
+        MultiStepRisk(CorruptionConstraint(p=2, epsilon=1e-25), steps=2),
+        *(AWP(constraint, steps=2, input_epsilon=0) for constraint in CONSTRAINTS),
+    ],
+)
+def test_an_ascent_that_is_remembered_is_the_one_that_is_kept(defense, accumulated, fails_in, monkeypatch):
+    remembered = defended_in_bfloat16(defense, accumulated, fails_in)
+    monkeypatch.setattr(type(defense), "_is_remembered", lambda self, step: False)
+    kept = defended_in_bfloat16(defense, accumulated, fails_in)
+    assert remembered.keys() == kept.keys()
+    torch.testing.assert_close(remembered.pop("norm", None), kept.pop("norm", None), rtol=1e-6, atol=0)
+    for what, tensor in remembered.items():
+        assert torch.equal(tensor, kept[what]), what
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=str)

@@ -51,7 +51,6 @@ def small_scratch(monkeypatch) -> None:
     vectors = sys.modules["hf_parcor.functional.vectors"]
     monkeypatch.setattr(vectors, "_CHUNK", 256)
     monkeypatch.setattr(vectors, "TOGETHER", 1)
-    monkeypatch.setattr("hf_parcor.injection.TOGETHER", 1)
     monkeypatch.setattr(sys.modules["hf_parcor.corruptions.random"], "_LARGE", 0)
 
 
