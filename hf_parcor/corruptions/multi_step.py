@@ -8,11 +8,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_parcor.arguments import check_count, check_radius
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength, named
-from hf_parcor.functional.constrained_maximum import constrained_maximum_in_turn
+from hf_parcor.functional.ascent import RememberedAscent
+from hf_parcor.functional.constrained_maximum import constrained_maximum_in_turn, goes_in_turn
 from hf_parcor.functional.projections import check_projectable, project_
 from hf_parcor.functional.vectors import working_dtype
 
@@ -85,7 +87,7 @@ class MultiStepCorruption(Corruption):
         """
         p, epsilon, top_n = self.constraint.p, self.constraint.epsilon, self.constraint.top_n
         steps = batches if self.steps is None else self.steps
-        step_size = STEP_SIZE_FACTOR * epsilon / steps if self.step_size is None else self.step_size
+        step_size = self.step_size_of(steps)
         dtype = working_dtype(list(weights.values()))
         corruption = [torch.zeros_like(weight, dtype=dtype) for weight in weights.values()]
         for _ in range(steps):
@@ -99,6 +101,23 @@ class MultiStepCorruption(Corruption):
             project_(corruption, p, epsilon, top_n)
         return named(weights, corruption)
 
+    def remembered(self, weights: Mapping[str, Tensor]) -> RememberedAscent | None:
+        """Return an ascent that is remembered by its gradients, where they take less memory than a corruption.
+
+        That is with one or two steps, and weights in 16 bits: it then holds 2 bytes a weight for each step, where
+        `ascent` holds a in float32, 4, and a gradient, 2. None where it would not, or needs all of a at once.
+
+        Args:
+            weights: As for a call.
+        """
+        if self.steps is None or not is_remembered(self.steps, self.constraint, weights.values()):
+            return None
+        return RememberedAscent(list(weights), self.constraint.p, self.constraint.epsilon, first_inside=False)
+
+    def step_size_of(self, steps: int) -> float:
+        """Return α where there are so many steps."""
+        return STEP_SIZE_FACTOR * self.constraint.epsilon / steps if self.step_size is None else self.step_size
+
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
@@ -106,6 +125,15 @@ class MultiStepCorruption(Corruption):
         source = gradients
         ascent = self.ascent(weights, len(source))
         return climb_together([ascent], lambda climbing: map(source.on_next_batch, climbing.values()))[0]
+
+
+def is_remembered(steps: int, constraint: CorruptionConstraint, weights: Iterable[Tensor]) -> bool:
+    """Say whether an ascent is remembered by its gradients: in 16 bits two of them take what one `a` takes in float32.
+
+    Not with `top_n`, which needs all of a at once, and not of shards, whose norms ranks find together.
+    """
+    narrow = all(weight.dtype.itemsize < 4 and not isinstance(weight, DTensor) for weight in weights)
+    return narrow and steps <= 2 and goes_in_turn(constraint.p, constraint.top_n)
 
 
 def climb_together(

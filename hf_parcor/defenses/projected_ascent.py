@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hf_parcor.arguments import check_count, check_radius
-from hf_parcor.corruptions.multi_step import STEP_SIZE_FACTOR
+from hf_parcor.corruptions.multi_step import STEP_SIZE_FACTOR, is_remembered
 from hf_parcor.corruptions.random import RandomCorruption
 from hf_parcor.defenses.defense import ConstrainedDefense
 from hf_parcor.defenses.step import DefendedStep
-from hf_parcor.functional.constrained_maximum import goes_in_turn
 from hf_parcor.functional.projections import check_projectable, project_
 
 _ROUNDING = 1 + 1e-9  # three steps of 0.1 reach 0.3, whatever floats say
@@ -110,13 +108,8 @@ class ProjectedAscent(ConstrainedDefense):
         needs all of a at once, `top_n` and a random start; shards, whose norms ranks must find together; and one
         gradient for several processes.
         """
-        constraint, weights = self.constraint, list(step.parameters.values())
         simple = self.steps == 2 and not self.random_start and not self.sync_perturbation
-        return (
-            simple
-            and goes_in_turn(constraint.p, constraint.top_n)
-            and all(weight.dtype.itemsize < 4 and not isinstance(weight, DTensor) for weight in weights)
-        )
+        return simple and is_remembered(self.steps, self.constraint, step.parameters.values())
 
     def climb_and_project(self, step: DefendedStep) -> None:
         """Take one corruption step along the last pass's gradient: `a ← Π_S(a + u)`."""

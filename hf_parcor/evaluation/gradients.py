@@ -376,7 +376,7 @@ class DatasetGradients:
             batch = next(self._walk)
         return own_batch(batch, self._model)
 
-    def on_batch(self, batch: Batch, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def on_batch(self, batch: Batch, corruption: Mapping[str, Tensor] | Pieces) -> dict[str, Tensor]:
         """Return the gradient of a batch's mean loss at `w + a`, in the dtype of each weight."""
         with corrupted_model(self._model, self._parameters, corruption, self._saved_on):
             return dict(zip(self._parameters, self._gradient(batch), strict=True))

@@ -35,8 +35,9 @@ def needed_memory(
 
     For each weight of two bytes: the gradient over the data is added up in float32 (4) from one of the weights' dtype
     (2), and kept for all closed forms (4) while the saved bits lie beside it (2); an ascent holds `a` in float32 (4),
-    the saved bits (2) and a gradient (2). With `top_n`, or p other than 2 and ∞, a second vector in float32 is made
-    (4). Activations and the graph come on top: how large they are depends on the batches.
+    the saved bits (2) and a gradient (2), but one of one or two steps the saved bits (2) and a gradient for each (2).
+    With `top_n`, or p other than 2 and ∞, a second vector in float32 is made (4). Activations and the graph come on
+    top: how large they are depends on the batches.
 
     Args:
         groups: The weights that are corrupted together, by name.
@@ -73,6 +74,9 @@ def needed_memory(
                 found.append(kept + max(written, second))
             for one in ascents:
                 gradient = count(weights, lambda weight: weight.itemsize)
+                if one.remembered(group) is not None and one.steps is not None:
+                    found.append(kept + one.steps * gradient + written)
+                    continue
                 second = 0 if _in_turn(one) else count(weights, _wide)
                 found.append(kept + count(weights, _wide) + gradient + max(written, second))
         if found:

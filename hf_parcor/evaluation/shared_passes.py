@@ -93,6 +93,10 @@ def choose_together(
         processes: Those that choose together.
         whole: Return each as a mapping, to be written again and again; else those that come as `Pieces` as such.
     """
+    if len(jobs) == 1 and processes.count == 1 and not whole:
+        remembered = _climb_remembered(jobs[0])
+        if remembered is not None:
+            return [remembered]
     ascents = [job for job in jobs if type(job.corruption) is MultiStepCorruption]
     if processes.in_step:
         climbed = iter(_climb(ascents))
@@ -130,6 +134,23 @@ def _handed_round(
             else {name: torch.empty_like(weight, dtype=dtype) for name, weight in weights.items()}
         )
         yield processes.hand_round(ended, owner)
+
+
+@torch.no_grad()
+def _climb_remembered(job: Job) -> Pieces | None:
+    """Climb alone, and return the pieces of where it ends, where the ascent is remembered by its gradients."""
+    corruption = job.corruption
+    if type(corruption) is not MultiStepCorruption or corruption.steps is None:
+        return None
+    ascent = corruption.remembered(job.group.parameters)
+    if ascent is None:
+        return None
+    source = cast(DatasetGradients, job.group.gradients)
+    source.restart()
+    for _ in range(corruption.steps):
+        gradient = source.on_batch(source.next_batch(), Pieces(ascent.pieces()))
+        ascent.climb(gradient, corruption.step_size_of(corruption.steps))
+    return Pieces(ascent.pieces())
 
 
 @torch.no_grad()

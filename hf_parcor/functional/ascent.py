@@ -16,6 +16,8 @@ from hf_parcor.functional.vectors import Factor, euclidean_norm_of_bundles, in_t
 class RememberedAscent:
     """The point `a_k = Π(a_{k−1} + u_k)` with `a_0 = 0`, to the last bit as if it were kept, for p = 2 and ∞.
 
+    (But for the sign of a zero that has moved nowhere.)
+
     `a` needs float32, 4 bytes a weight, where gradients of 16-bit weights have 2. So two steps are remembered in the
     memory of one `a`; what is made of them goes bundle by bundle, and takes the scratch of one of them.
 
@@ -23,28 +25,34 @@ class RememberedAscent:
         names: All parameters, in the order of the vector.
         p: 2 or ∞.
         epsilon: The radius that Π projects onto; None where the steps cannot leave it.
+        first_inside: Whether the first step is known to stay inside, and is not projected.
     """
 
-    def __init__(self, names: list[str], p: float, epsilon: float | None) -> None:
+    def __init__(self, names: list[str], p: float, epsilon: float | None, *, first_inside: bool = True) -> None:
         self._names, self._p, self._epsilon = names, p, epsilon
+        self._projected_from = 1 if first_inside else 0
         self._steps: list[tuple[Mapping[str, Tensor], Factor]] = []
-        self._shrinks: list[Factor] = []  # what Π multiplies by for p = 2, but for the first step
+        self._shrinks: dict[int, Factor] = {}  # what Π multiplies by for p = 2, by the step
 
     def __len__(self) -> int:
         """Return how many steps it has taken."""
         return len(self._steps)
 
     def climb(self, gradients: Mapping[str, Tensor], radius: float) -> None:
-        """Take a step of this length along gradients, which must stay as they are; the first one must stay inside.
+        """Take a step of this length along gradients, which must stay as they are.
 
         Args:
             gradients: By name; a parameter that is absent does not move, though Π may shrink what it has.
             radius: α.
         """
         self._steps.append((gradients, factor_of_maximum(list(gradients.values()), self._p, radius)))
-        if len(self) > 1 and self._epsilon is not None and self._p == 2:
+        index = len(self) - 1
+        if self._is_projected(index) and self._p == 2 and self._epsilon is not None:
             norm = euclidean_norm_of_bundles(lambda: (list(bundle.values()) for bundle in self._bundles()))
-            self._shrinks.append(Factor(factor_of_projection(norm, self._epsilon)))
+            self._shrinks[index] = Factor(factor_of_projection(norm, self._epsilon))
+
+    def _is_projected(self, index: int) -> bool:
+        return self._epsilon is not None and index >= self._projected_from
 
     def pieces(self) -> Iterator[tuple[str, Tensor]]:
         """Yield `a` by name, and hold no tensor while the next bundle is made."""
@@ -71,8 +79,8 @@ class RememberedAscent:
                 torch._foreach_add_([point[name] for name in known], [update[name] for name in known])
             point |= {name: part for name, part in update.items() if name not in point}
             del update
-            if index and index <= len(self._shrinks):
-                scaled(list(point.values()), self._shrinks[index - 1], overwrite=True)
-            elif index and self._epsilon is not None and math.isinf(self._p):
+            if index in self._shrinks:
+                scaled(list(point.values()), self._shrinks[index], overwrite=True)
+            elif math.isinf(self._p) and self._epsilon is not None and self._is_projected(index):
                 project_(list(point.values()), self._p, self._epsilon)
         return {name: point[name] for name in like if name in point}

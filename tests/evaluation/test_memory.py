@@ -39,6 +39,9 @@ LIMITS = {
     "flips": ([BitFlips(rate=1e-3)], 2),
     "gradient, L2": ([GradientCorruption(L2)], 4 + 2),
     "gradient, L_inf": ([GradientCorruption(L_INF)], 4 + 2),
+    "one step, L2": ([MultiStepCorruption(L2, steps=1)], 2 + 2),
+    "one step, L_inf": ([MultiStepCorruption(L_INF, steps=1)], 2 + 2),
+    "two steps, L2": ([MultiStepCorruption(L2, steps=2)], 2 + 2 + 2),
     "multi-step, L2": ([MultiStepCorruption(L2, steps=3)], 4 + 2 + 2),
     "multi-step, L_inf": ([MultiStepCorruption(L_INF, steps=3)], 4 + 2 + 2),
     "gradient and multi-step": ([GradientCorruption(L2), MultiStepCorruption(L2, steps=3)], 4 + 4 + 2 + 2),
@@ -117,6 +120,7 @@ def test_where_saved_bits_are_kept_counts() -> None:
     check_memory([weights], climbs, torch.device("cpu"), free=lambda device: 7000)
     with pytest.raises(NotEnoughMemoryError, match=r"^((?!saved_on).)*$"):  # which would not help
         check_memory([weights], climbs, torch.device("cpu"), free=lambda device: 5000)
+    check_memory([weights], [MultiStepCorruption(L2, steps=1)], free=lambda device: 4000)
     check_memory([weights], [GaussianNoise(0.1)], free=lambda device: 0)
     assert free_memory(torch.device("cpu")) is None
 
@@ -130,6 +134,31 @@ def test_saved_bits_elsewhere_change_no_number(corruption, bits_of) -> None:
     records = [evaluator_of(model, saved_on=device).evaluate([corruption], trials=2) for device in (None, "cpu")]
     assert records[0].corruptions == records[1].corruptions
     assert bits_of(model) == before
+
+
+@for_each("saved_on", [None, "cpu"])
+@for_each("steps", [1, 2])
+@for_each("constraint", [L2, L_INF, CorruptionConstraint(epsilon=1e-25)])
+def test_an_ascent_that_is_remembered_ends_where_one_does_that_is_kept(
+    constraint, steps, saved_on, monkeypatch, bits_of
+) -> None:
+    for step_size in (None, 0.3 * constraint.epsilon):
+        corruption, model = MultiStepCorruption(constraint, steps, step_size), model_of_layers()
+        before, seen = bits_of(model), []
+
+        def metric(model, seen=seen) -> dict[str, float]:
+            seen.append(bits_of(model))
+            return {"score": 1.0}
+
+        evaluator = evaluator_of(model, metric, saved_on=saved_on)
+        evaluator.evaluate([corruption], trials=1)
+        with monkeypatch.context() as patches:
+            patches.setattr(MultiStepCorruption, "remembered", lambda self, weights: None)
+            evaluator.evaluate([corruption], trials=1)
+        clean, remembered, _, alike = seen
+        assert remembered == alike
+        assert (remembered != clean) == (constraint.epsilon > 1e-20)
+        assert bits_of(model) == before
 
 
 @for_each("device", ["meta", "nowhere", 1.5])
