@@ -256,6 +256,7 @@ class Injection:
     a defended step would move 16 bytes a weight less, of 32 with one corruption step and 96 with two. But whoever
     holds the address would go on with the clean weights, and nobody would notice: the flat shards that FSDP2 gathers
     from, captured CUDA graphs, and what a model keeps of its own, such as a view. Of these, addresses cannot be found.
+    (DDP, AdamW, fused too, tied weights and compiled models without CUDA graphs hold parameters, and would not mind.)
 
     After each write, what PyTorch keeps that was computed from the weights before is forgotten (see
     `forget_derived`).

@@ -4,6 +4,7 @@
     python -m scripts.benchmark --shape bert-base --batch 64 --length 512 --bf16 --fused
     python -m scripts.benchmark --shape bert-base --compiled model --mode reduce-overhead
     python -m scripts.benchmark --shape llama-7b --dtype bfloat16 --batch 1 --length 512 --arms "whole model, K = 1"
+    python -m scripts.benchmark --shape llama-0.3b --batch 1 --length 128
 
 Steps of all arms take turns on one model, each just after a stock step that it is compared with, since the speed of a
 machine drifts; medians and quartiles of the ratios are reported, and on the CPU time is that of this process, whatever
@@ -21,7 +22,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
+import re
 import statistics
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
@@ -187,6 +190,36 @@ LLAMA_1B: dict[str, Any] = {
     "num_hidden_layers": 18,
     "num_attention_heads": 32,
 }
+
+
+def llama_of(billions: float) -> LlamaConfig:
+    """Return the Llama nearest to a size, 128 as wide as it is deep, with heads of 128.
+
+    Examples:
+        >>> config = llama_of(6.74)
+        >>> config.hidden_size, config.intermediate_size, config.num_hidden_layers
+        (4096, 11008, 32)
+    """
+    vocabulary = 32_000
+
+    def inner(layers: int) -> int:  # two thirds of 4 widths, in multiples of 256
+        return math.ceil(8 / 3 * 128 * layers / 256) * 256
+
+    def size(layers: int) -> int:
+        width = 128 * layers
+        return layers * (4 * width**2 + 3 * width * inner(layers)) + 2 * vocabulary * width
+
+    layers = min(range(1, 129), key=lambda count: abs(size(count) - 1e9 * billions))
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=128 * layers,
+        intermediate_size=inner(layers),
+        num_hidden_layers=layers,
+        num_attention_heads=layers,
+    )
+
+
+LLAMA_OF_SIZE = re.compile(r"llama-(\d+(?:\.\d+)?)b")
 SHAPES: dict[str, Callable[[], nn.Module]] = {
     "tiny-bert": lambda: BertForSequenceClassification(BertConfig(**TINY)),
     "bert-base": lambda: BertForSequenceClassification(BertConfig()),
@@ -196,6 +229,27 @@ SHAPES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+NAMES_OF_SHAPES = f"{', '.join(SHAPES)}, or llama-SIZEb, in billions"
+
+
+def builder_of(shape: str) -> Callable[[], nn.Module]:
+    """Return what builds a model of a shape.
+
+    Raises:
+        argparse.ArgumentTypeError: There is no such shape.
+    """
+    sized = LLAMA_OF_SIZE.fullmatch(shape)
+    if shape not in SHAPES and sized is None:
+        raise argparse.ArgumentTypeError(f"expected {NAMES_OF_SHAPES}; got {shape!r}")
+    return SHAPES[shape] if sized is None or shape in SHAPES else lambda: LlamaForCausalLM(llama_of(float(sized[1])))
+
+
+def known_shape(name: str) -> str:
+    """Return the name of a shape, or refuse it."""
+    builder_of(name)
+    return name
+
+
 def random_model(shape: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
     """Build a model of one of the shapes with random weights, where it is going to be."""
     torch.manual_seed(0)
@@ -203,7 +257,7 @@ def random_model(shape: str, dtype: torch.dtype = torch.float32, device: str | t
     torch.set_default_dtype(dtype)  # so that 7 B are never there in float32
     try:
         with torch.device(device):
-            return SHAPES[shape]()
+            return builder_of(shape)()
     finally:
         torch.set_default_dtype(before)
 
@@ -378,7 +432,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="a folder or a name on the Hub, for a classifier of two classes")
-    what.add_argument("--shape", choices=SHAPES, help="a model with random weights instead")
+    what.add_argument("--shape", type=known_shape, help=f"a model with random weights instead: {NAMES_OF_SHAPES}")
     parser.add_argument("--output", type=Path, help="where the record goes, JSON")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=32, help="rows a batch")

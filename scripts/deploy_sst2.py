@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 
-from hf_parcor.corruptions import read_corruptions
+from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.records import EvaluationRecord
 from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, over_runs, tables, write_table
 from scripts.reproduce_sst2 import ARMS as DEFENSES

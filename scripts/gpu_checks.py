@@ -68,7 +68,7 @@ from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import LanguageModelMetric, NotEnoughMemoryError
 from hf_parcor.functional import constrained_maximum
 from hf_parcor.functional.vectors import add_multiple_
-from hf_parcor.targets import by_layer
+from hf_parcor.targets import by_layer, by_module
 from scripts.benchmark import PEERS, STOCK, TINY, Bench, random_model
 from scripts.benchmark_distributed import FSDP2, Defended
 from scripts.counting import PeakMemory
@@ -299,9 +299,40 @@ def compiled(setting: Setting) -> list[Row]:
             moved.append([a.detach() - b for a, b in zip(model.parameters(), before, strict=True)])
         found[label] = distance(moved[1], moved[0])
     limit = max(1e-3, 2 * found["stock"])
-    return [
+    rows = [
         Row(f"{backend}, {label}: distance from the plain run", value, None if label == "stock" else limit)
         for label, value in found.items()
+    ]
+    modes = ["default", "reduce-overhead"] if backend == "inductor" else ["default"]
+    return [*rows, *(row for mode in modes for row in compiled_layers(setting, backend, mode, limit))]
+
+
+def compiled_layers(setting: Setting, backend: str, mode: str, limit: float) -> list[Row]:
+    """A prefix of layers that are compiled each by itself: it is shared, and no later step compiles anew."""
+    gradients, again = [], 0
+    for choice in (False, True):
+        torch.compiler.reset()
+        model = bert(setting)
+        for layer in model.get_submodule("bert.encoder.layer").children() if choice else ():
+            layer.compile(**({"mode": mode} if backend == "inductor" else {"backend": backend}))
+        trainer = trainer_of(setting, ParameterDefenseTrainer, model, {}, defense=risk(1), target_modules=LAST)
+        step = step_of(trainer, model, batch_of(rows_for(8, 16), setting.device))
+        for _ in range(3):  # the first tries the prefix out, and CUDA graphs are recorded in the second
+            model.zero_grad()
+            step()
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        model.zero_grad()
+        step()
+        again += torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
+        none = choice and not graphs
+        gradients.append(gradients_of(model))
+    shared = trainer.shared_prefix is not None  # type: ignore[attr-defined]
+    label = f"{backend}, {mode}, each layer by itself"
+    return [
+        Row(f"{label}: no prefix was shared", not shared, 0),
+        Row(f"{label}: nothing was compiled", none, 0),
+        Row(f"{label}: graphs compiled in a later step", again, 0),
+        Row(f"{label}: distance from what is not compiled", distance(*reversed(gradients)), limit),
     ]
 
 
@@ -611,7 +642,9 @@ GIB_AT_MOST: dict[str, tuple[Corruption, float]] = {
     "flips": (BitFlips(rate=1e-6), 30),
     "gradient": (GradientCorruption(L2), REFUSABLE),
     "multi-step": (MultiStepCorruption(L2, steps=1), REFUSABLE),
+    "multi-step, K = 2": (MultiStepCorruption(L2, steps=2), REFUSABLE),
 }
+ON_THE_HOST = "multi-step, K = 3, bits saved on the host"
 
 
 def evaluation_7b(setting: Setting) -> list[Row]:
@@ -621,9 +654,16 @@ def evaluation_7b(setting: Setting) -> list[Row]:
     model.eval()
     weights = sum(p.nbytes for p in model.parameters())
     batches = tokens_for(model, 1, 1, 8 if setting.quick else 512)
-    evaluator = CorruptionEvaluator(model, LanguageModelMetric(batches), progress=False)
-    found = []
-    for label, (corruption, gib) in GIB_AT_MOST.items():
+    started = time.monotonic()
+    parts = len(by_module(model))
+    found = [
+        Row("modules", parts),
+        Row("selecting each module: seconds", time.monotonic() - started, None if setting.quick else 1),
+    ]
+    measured = {**GIB_AT_MOST, ON_THE_HOST: (MultiStepCorruption(L2, steps=3), REFUSABLE)}
+    for label, (corruption, gib) in measured.items():
+        where = "cpu" if label == ON_THE_HOST else None
+        evaluator = CorruptionEvaluator(model, LanguageModelMetric(batches), saved_on=where, progress=False)
         started = time.monotonic()
         if setting.device == "cuda":
             torch.cuda.empty_cache()
@@ -640,6 +680,33 @@ def evaluation_7b(setting: Setting) -> list[Row]:
         found.append(Row(f"{label}: GiB", peak / 2**30, None if setting.quick else gib))
         found.append(Row(f"{label}: seconds", time.monotonic() - started))
     return found
+
+
+def spread(setting: Setting) -> list[Row]:
+    """Parts of a decoder of which Accelerate keeps a layer on the disk, against those of one in one place."""
+    model: Any = random_model("tiny-llama", device=setting.device).eval()
+    batches = tokens_for(model, 2, 2, 8)
+    corruptions = [GaussianNoise(0.1), Quantization(4), GradientCorruption(L2), MultiStepCorruption(L2, steps=2)]
+
+    def losses() -> list[float]:
+        layers = ["model.layers.0", "model.layers.2"]
+        evaluator = CorruptionEvaluator(model, LanguageModelMetric(batches), target_modules=layers, progress=False)
+        return [row.mean("loss") for row in evaluator.evaluate(corruptions, trials=1).rows()]
+
+    expected = losses()
+    whole = [weight.detach().cpu().clone() for weight in select_parameters(model, "model.layers.0").values()]
+    here: Any = 0 if setting.device == "cuda" else "cpu"
+    places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), here)
+    places |= {"model.layers.0": here, "model.layers.1": "disk", "model.layers.2": here}
+    with tempfile.TemporaryDirectory() as folder:
+        accelerate.dispatch_model(model, places, main_device=here, offload_dir=folder)
+        found = losses()
+        after = [weight.detach().cpu() for weight in select_parameters(model, "model.layers.0").values()]
+        off = max(abs(ours / other - 1) for ours, other in zip(found, expected, strict=True))
+    return [
+        Row("losses: largest relative difference", off, 1e-5),
+        Row("bytes that changed", differing_bits(after, whole), 0),
+    ]
 
 
 def sweep(setting: Setting) -> list[Row]:
@@ -708,6 +775,7 @@ CHECKS: dict[str, tuple[Callable[[Setting], list[Row]], float]] = {
     "decoder": (decoder, 80),
     "bf16_weights": (bf16_weights, 45),
     "evaluation_7b": (evaluation_7b, 220),
+    "spread": (spread, 30),
     "sweep": (sweep, 80),
     "two_ranks": (two_ranks, 90),
     "two_processes": (two_processes, 150),

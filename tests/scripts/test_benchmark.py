@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from for_each import for_each
+from transformers import LlamaForCausalLM
 
 from scripts import benchmark
-from scripts.benchmark import ARMS, OURS, STOCK
+from scripts.benchmark import ARMS, OURS, STOCK, llama_of
 
 K1 = "whole model, K = 1"
 BERT = {  # the operations of arms, in stock steps
@@ -17,6 +19,9 @@ BERT = {  # the operations of arms, in stock steps
     "SAM, ⅛ of the batch": 1 + 1 / 8,
     "worst direction and 4 bits": 3,
     "AWP loop": 2,
+    "LookSAM, one step in five": 2,
+    "LookSAM, steps between": 1,
+    "along the momentum": 1,
 }
 
 
@@ -47,8 +52,22 @@ def test_what_is_counted(flags, expected, bytes_of_one_step, tmp_path, capsys):
     assert all(f"| {arm} " in shown for arm in rows)
 
 
+@for_each("billions", [0.1, 0.3, 1, 3, 13, 70])
+def test_a_llama_has_about_its_size(billions):
+    with torch.device("meta"):
+        model = benchmark.builder_of(f"llama-{billions}b")() if billions != 1 else LlamaForCausalLM(llama_of(1))
+    assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(1e9 * billions, rel=0.15)
+
+
 @pytest.mark.parametrize(
-    "flags", [[], ["--shape", "tiny-bert", "--model", "x"], ["--shape", "tiny-bert", "--arms", "no"]]
+    "flags",
+    [
+        [],
+        ["--shape", "tiny-bert", "--model", "x"],
+        ["--shape", "tiny-bert", "--arms", "no"],
+        ["--shape", "llama-3"],
+        ["--shape", "bert"],
+    ],
 )
 def test_wrong_arguments(flags):
     with pytest.raises(SystemExit, match="2"):
