@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from hf_parcor.cli.parsing import (
+    NORM,
     STRENGTH_ELSEWHERE,
     Command,
     Parser,
@@ -21,6 +22,7 @@ from hf_parcor.cli.parsing import (
 )
 from hf_parcor.cli.sources import check_sources, read_data
 from hf_parcor.cli.terminal import ROBUSTNESS, checkpoint_in, going_on, how_to_go_on, output_folder, refused, show
+from hf_parcor.errors import InputError
 
 if TYPE_CHECKING:
     from hf_parcor.cli.subject import Subject
@@ -59,8 +61,10 @@ class Evaluate(Command):
         def corruptions() -> list[Corruption]:
             from hf_parcor.corruptions import corruptions_of_table_1
 
-            by_default = arguments.corruptions is None and arguments.strengths is None
-            return corruptions_of_table_1() if by_default else asked_for(arguments)
+            if arguments.corruptions is not None or arguments.strengths is not None:
+                return asked_for(arguments)
+            check_constraint_flags(arguments, [])
+            return corruptions_of_table_1()
 
         def build(subject: Subject, how: dict[str, Any]) -> CorruptionEvaluator:
             from hf_parcor.evaluation import CorruptionEvaluator
@@ -121,10 +125,30 @@ def asked_for(arguments: argparse.Namespace, strengths: Sequence[float] = ()) ->
         strengths: Without `--strengths`.
 
     Raises:
-        InputError: As `read_corruptions`.
+        InputError: As `read_corruptions`, and as `check_constraint_flags`.
     """
     from hf_parcor.corruptions.catalogue import read_corruptions
 
     words = ["gradient"] if arguments.corruptions is None else arguments.corruptions
     given = strengths if arguments.strengths is None else arguments.strengths
-    return read_corruptions(words, given, arguments.norm, arguments.top_n)
+    found = read_corruptions(words, given, arguments.norm, arguments.top_n)
+    check_constraint_flags(arguments, found)
+    return found
+
+
+def check_constraint_flags(arguments: argparse.Namespace, applied: Sequence[Corruption]) -> None:
+    """Refuse `--norm` and `--top-n` where no corruption that is asked for has a constraint.
+
+    Raises:
+        InputError: There is such a flag.
+    """
+    if any(hasattr(corruption, "constraint") for corruption in applied):
+        return
+    given = {"--norm": None if arguments.norm == NORM else f"{arguments.norm:g}", "--top-n": arguments.top_n}
+    for flag, value in given.items():
+        if value is not None:
+            beside = ", ".join(map(str, applied)) or "the default corruptions, which have their own"
+            raise InputError(
+                f"{flag}: expected --corruptions of a given radius with it, such as gradient=0.1, got {value} beside "
+                f"{beside}; name one, or leave it out"
+            )

@@ -354,6 +354,7 @@ TASKS = (
     "object-detection",
 )
 TRIALS = 3
+NORM = 2.0
 CORRUPTIONS = (
     "random",
     "gradient",
@@ -565,7 +566,7 @@ def add_corruptions(parser: Parser, default: str) -> None:
         "of gaussian, bound of uniform, seconds of drift, bits of quantization, rate of bit-flips, count of "
         "worst-bit-flips",
     )
-    group.add_argument("--norm", type=number, default=2.0, metavar="P", help="order of the radius's norm: 2, inf")
+    group.add_argument("--norm", type=number, default=NORM, metavar="P", help="order of the radius's norm: 2, inf")
     group.add_argument("--top-n", type=at_least(1), metavar="N", help="corrupt at most N weights")
     group.add_argument(
         "--trials", type=at_least(1), default=TRIALS, metavar="N", help=f"of random ones; default: {TRIALS}"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_parcor.cli.evaluate import asked_for
+from hf_parcor.cli.evaluate import asked_for, check_constraint_flags
 from hf_parcor.cli.parsing import Parser, at_least, number
 from hf_parcor.cli.sources import check_sources, read_data
 from hf_parcor.cli.terminal import (
@@ -129,6 +129,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
             f"--strengths: expected --corruptions with it where {asked[0]} is, got none; name formats, such as "
             f"--corruptions quantization={of_strengths}"
         )
+    if arguments.corruptions is None:
+        check_constraint_flags(arguments, [])
 
 
 def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> None:
