@@ -34,9 +34,8 @@ Format = Quantization | FloatQuantization
 
 def llama(**settings: Any) -> nn.Module:
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(vocab_size=64, max_position_embeddings=16, initializer_range=0.2, **sizes, **settings)
-    )
+    every = {"vocab_size": 64, "max_position_embeddings": 16, "initializer_range": 0.2, **sizes, **settings}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**every))
 
 
 def gpt2() -> nn.Module:
@@ -49,6 +48,7 @@ MODELS = {
     "biases": lambda: llama(attention_bias=True, mlp_bias=True),
     "tied": lambda: llama(tie_word_embeddings=True),
     "gpt2": gpt2,
+    "72 words": lambda: llama(vocab_size=72),
 }
 
 
@@ -155,6 +155,14 @@ def test_torchao_makes_the_model_of_the_recipe_heads_and_tied_weights_included(t
     found = read(*(case.by(tool, "torchao.json") for case, tool in asked))
     for (case, _), one in zip(asked, found, strict=True):
         check(case, one)
+
+
+def test_torchao_refuses_nvfp4_of_a_head_with_other_rows_and_that_is_said(tmp_path) -> None:
+    need("torchao")
+    case = Case(tmp_path, "72 words", {"lm_head": NVFP4})
+    [found] = read(case.by("torchao", "torchao.json"))
+    assert "divisible by 16" in found["error"]
+    assert "NVFP4" in case.said("torchao.json")
 
 
 def test_bitsandbytes_quantizes_what_it_can_and_the_others_are_said(tmp_path) -> None:
