@@ -53,6 +53,7 @@ COMMANDS = {
     "--corruptions gaussian=0.01,0",
     PROBE: "probe --group layers --corruptions gaussian=0.01 quantization=4",
     "probe: a first look": "probe --quick",
+    "probe: a recipe": "probe --recipe bits=4.5 --cells 3 --pairs 0",
 }
 INDICATORS = "measure_indicators: one layer"
 PROGRAM = """
@@ -188,7 +189,8 @@ def measured(label: str, options: Namespace) -> dict[str, dict[str, Any]]:
 
 def found_in(folder: Path) -> dict[str, Any]:
     """Return what a record says of the weights, and whether the last corruption, of strength 0, found them back."""
-    (path,) = [path for path in folder.glob("*.json") if path.name in ("robustness.json", "probe.json", "quick.json")]
+    records = ("robustness.json", "probe.json", "quick.json", "sensitivity.json")
+    (path,) = [path for path in folder.glob("*.json") if path.name in records]
     record = json.loads(path.read_text(encoding="utf-8"))
     found = {"fingerprint_of_weights": record["weights"]}
     if path.name == "robustness.json":
