@@ -61,6 +61,7 @@ from hf_parcor import (
     Quantization,
     RandomCorruption,
     UniformNoise,
+    WorstBitFlips,
     corrupted,
     select_parameters,
 )
@@ -68,6 +69,7 @@ from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import LanguageModelMetric, NotEnoughMemoryError
 from hf_parcor.functional import constrained_maximum
 from hf_parcor.functional.vectors import add_multiple_
+from hf_parcor.indicators import sensitivity
 from hf_parcor.targets import by_layer, by_module
 from scripts.benchmark import PEERS, STOCK, TINY, Bench, random_model
 from scripts.benchmark_distributed import FSDP2, Defended
@@ -645,6 +647,8 @@ GIB_AT_MOST: dict[str, tuple[Corruption, float]] = {
     "multi-step, K = 2": (MultiStepCorruption(L2, steps=2), REFUSABLE),
 }
 ON_THE_HOST = "multi-step, K = 3, bits saved on the host"
+FLIP = "a worst bit flip"
+SECONDS_AT_MOST = {FLIP: 120}
 
 
 def evaluation_7b(setting: Setting) -> list[Row]:
@@ -660,7 +664,11 @@ def evaluation_7b(setting: Setting) -> list[Row]:
         Row("modules", parts),
         Row("selecting each module: seconds", time.monotonic() - started, None if setting.quick else 1),
     ]
-    measured = {**GIB_AT_MOST, ON_THE_HOST: (MultiStepCorruption(L2, steps=3), REFUSABLE)}
+    measured = {
+        **GIB_AT_MOST,
+        ON_THE_HOST: (MultiStepCorruption(L2, steps=3), REFUSABLE),
+        FLIP: (WorstBitFlips(1, candidates=5), REFUSABLE),
+    }
     for label, (corruption, gib) in measured.items():
         where = "cpu" if label == ON_THE_HOST else None
         evaluator = CorruptionEvaluator(model, LanguageModelMetric(batches), saved_on=where, progress=False)
@@ -678,8 +686,30 @@ def evaluation_7b(setting: Setting) -> list[Row]:
                 found.append(Row(f"{label}: GiB, refused: {refused}", 0 if gib == REFUSABLE else math.inf, gib))
                 continue
         found.append(Row(f"{label}: GiB", peak / 2**30, None if setting.quick else gib))
-        found.append(Row(f"{label}: seconds", time.monotonic() - started))
+        seconds_at_most = None if setting.quick else SECONDS_AT_MOST.get(label)
+        found.append(Row(f"{label}: seconds", time.monotonic() - started, seconds_at_most))
     return found
+
+
+def scores(setting: Setting) -> list[Row]:
+    """What each of five formats costs each linear layer of a Llama of 1 B bf16 weights, four cells measured."""
+    need_memory(setting, 20)
+    model: Any = random_model("tiny-llama" if setting.quick else "llama-1b", torch.bfloat16, setting.device)
+    batches = tokens_for(model, 1, 1, 8 if setting.quick else 512)
+    size = sum(p.numel() for p in model.parameters())
+    started = time.monotonic()
+    if setting.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with PeakMemory() if setting.device == "cpu" else nullcontext() as memory:
+        record = sensitivity(model, batches, budget=4, progress=False)
+    peak = memory.peak if memory is not None else torch.cuda.max_memory_allocated() - 2 * size
+    measured = sum(bool(cell.measured) for cell in record.cells)
+    return [
+        Row("cells", len(record.cells)),
+        Row("cells measured, away from 4", abs(measured - 4), 0),
+        Row("seconds", time.monotonic() - started, None if setting.quick else 120),
+        Row("bytes a weight beyond the weights", peak / size, None if setting.quick else 6),
+    ]
 
 
 def spread(setting: Setting) -> list[Row]:
@@ -775,6 +805,7 @@ CHECKS: dict[str, tuple[Callable[[Setting], list[Row]], float]] = {
     "decoder": (decoder, 80),
     "bf16_weights": (bf16_weights, 45),
     "evaluation_7b": (evaluation_7b, 220),
+    "scores": (scores, 120),
     "spread": (spread, 30),
     "sweep": (sweep, 80),
     "two_ranks": (two_ranks, 90),

@@ -171,7 +171,8 @@ def measured(label: str, options: Namespace) -> dict[str, dict[str, Any]]:
         return {label: {"command": "measure_indicators(model, batches, ...)", **run(["-c", program], options, name)}}
     command, *flags = COMMANDS[label].split()
     data = ["--dataset", TEXT, "--max-length", str(options.length), "--batch-size", str(options.rows)]
-    words = [command, MODEL, *data, "--trials", "1", *flags, "--output-dir", name]
+    draws = [] if {"--quick", "--recipe"}.intersection(flags) else ["--trials", "1"]
+    words = [command, MODEL, *data, *draws, *flags, "--output-dir", name]
     typed, python = {"command": f"hf-parcor {' '.join(words)}"}, ["-m", "hf_parcor", *words]
     if label != PROBE:
         return {label: {**typed, **run(python, options, name), "found": found_in(options.work / name)}}

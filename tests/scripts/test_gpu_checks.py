@@ -19,7 +19,7 @@ from scripts.gpu_checks import L2, Row, Setting
 
 ROOT = Path(__file__).parents[2]
 IN_FULL = ["precision", "restored", "prefix", "same_as_cpu", "synchronizations", "compiled", "spread", "two_ranks"]
-MEASURED = ["bert_base", "decoder", "bf16_weights", "evaluation_7b", "sweep"]
+MEASURED = ["bert_base", "decoder", "bf16_weights", "evaluation_7b", "scores", "sweep"]
 RUN_HERE = [*IN_FULL, *MEASURED]
 
 
