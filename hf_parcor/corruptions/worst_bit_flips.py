@@ -91,7 +91,8 @@ class WorstBitFlips(Corruption):
 
     def __str__(self) -> str:
         details = [*([] if self.of is None else [str(self.of)]), *([] if self.uses_gradients else [self.search])]
-        return f"{self.count} worst flips" + (f" ({', '.join(details)})" if details else "")
+        flips = "flip" if self.count == 1 else "flips"
+        return f"{self.count} worst {flips}" + (f" ({', '.join(details)})" if details else "")
 
     @property
     def uses_gradients(self) -> bool:
