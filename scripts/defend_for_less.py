@@ -58,7 +58,7 @@ class Cheaper(Arm):
 def cheaper_peer(label: str, name: str, epsilon: float, timed_as: str, **more: Any) -> Cheaper:
     """Return an arm that a Trainer of `peer_trainers.py` trains."""
     arm = peer(label, name, epsilon)
-    return Cheaper(arm.label, arm.flags, timed_as, SAM, program=arm.program, **more)
+    return Cheaper(arm.label, arm.flags, timed_as, program=arm.program, **more)
 
 
 ONE, SAM = "multi_step_risk-1", "sam-half"
@@ -158,9 +158,10 @@ def plot(rows: list[dict[str, float | str]], path: Path) -> None:
     axes = figure.subplots()
     axes.axhline(0, color="0.8", linewidth=1)
     axes.axvline(1.3, color="0.8", linewidth=1, linestyle="--")
+    peers = {arm.label for arm in ARMS.values() if arm.program}
     for row in rows:
         place = (float(row["cost"]), float(row["gain"]))
-        color = "C1" if str(row["arm"]).startswith("SAM") else "C0"
+        color = "C2" if row["arm"] in peers else "C1" if str(row["arm"]).startswith("SAM") else "C0"
         several = "±" in str(row["area"])
         axes.plot(*place, "o", color=color, markerfacecolor=color if several else "none")
         if several:
