@@ -121,6 +121,14 @@ STUDIES: dict[str, dict[str, Study]] = {
             seeds=(1,),
         )
     },
+    "recipe-decoder": {
+        "small": Study(
+            "which part of a pretrained GPT-2, which bits",
+            "which_bits --system decoder",
+            "recipe/decoder",
+            seeds=(1,),
+        )
+    },
     "images": {
         "small": Study(
             "paper 1 on four trained ResNets, 2,000 test images",

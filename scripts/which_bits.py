@@ -3,17 +3,21 @@
     python -m scripts.which_bits --system sst2 --model MODEL --data FOLDER --output scripts/results/recipe/sst2
     python -m scripts.which_bits --system images --model WEIGHTS --data FOLDER --output scripts/results/recipe/images
     python -m scripts.which_bits --system translation --data FOLDER --output scripts/results/recipe/translation
+    python -m scripts.which_bits --system decoder --data WHEEL --output scripts/results/recipe/decoder
 
 `sst2` trains MODEL, a folder or a name on the Hub, on 2,048 sentences, `images` takes `resnet20.safetensors` of a
-folder of trained weights, `translation` trains a small model on Multi30k by `scripts.reproduce_translation`. Every
-linear or convolutional part is scored and measured in every format on some rows: half of the dev sentences, 1,000
-test images, the validation sentences; so are pairs of parts. Recipes, by each cost that they may be chosen by, are
-judged on other rows: the 1,821 test sentences, 4,000 test images, the BLEU of 500 test translations. Formats have
-one scale a channel: with one for each group of 32 weights the BERT loses little at 3 bits, and there is nothing to
-choose. Those of `sst2` are torchao's: where that is installed and `torchao.json` was written, torchao rounds a copy of
-the model by that file, it is judged on the same rows, and `deployed.json` says what came out. The budget is what 4
-bits take for all parts, scales included, rounded up to a tenth. The output folder gets what `hf-parcor probe --recipe`
-writes. What is finished is kept, so an interrupted run goes on. It runs on a GPU where there is one.
+folder of trained weights, `translation` trains a small model on Multi30k by `scripts.reproduce_translation`, `decoder`
+takes the pretrained GPT-2 of the wheel microformer-mgm, unpacked in WHEEL. Every linear or convolutional part is
+scored and measured in every format on some rows: half of the dev sentences, 1,000 test images, the validation
+sentences, 48 sequences; so are pairs of parts. Recipes, by each cost that they may be chosen by, are judged on other
+rows: the 1,821 test sentences, 4,000 test images, the BLEU of 500 test translations, 192 sequences. No data comes with
+the decoder: its sequences are its own samples, on which a loss rises, but for chance, by the divergence from the model
+as it is. Formats have one scale a channel: with one for each group of 32 weights the BERT loses little at 3 bits, and
+there is nothing to choose. Those of `sst2` are torchao's: where that is installed and `torchao.json` was written,
+torchao rounds a copy of the model by that file, it is judged on the same rows, and `deployed.json` says what came out.
+The budget is what 4 bits take for all parts, scales included, rounded up to a tenth. The output folder gets what
+`hf-parcor probe --recipe` writes. What is finished is kept, so an interrupted run goes on. It runs on a GPU where
+there is one.
 """
 
 from __future__ import annotations
@@ -26,12 +30,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
-from transformers import AutoTokenizer
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from hf_parcor import Quantization, RecipeReport, by_module, export_recipe, measure_recipes, recipe, sensitivity
 from hf_parcor.evaluation import ClassificationMetric
-from hf_parcor.evaluation.metrics import BatchMetric
+from hf_parcor.evaluation.metrics import BatchMetric, LanguageModelMetric, WithDivergence
+from hf_parcor.evaluation.metrics.language_model import padded_windows
 from hf_parcor.evaluation.metrics.loss import LossMetric
 from hf_parcor.recipes import front, measure_pairs, uniform_recipe
 from hf_parcor.records.metric_info import SHARE
@@ -47,6 +53,7 @@ FORMATS, TORCHAO = (
 )
 PROBES = 1
 PAIRS = 20
+SCORED, SAMPLES, SAMPLED_AT_ONCE, IN_BATCH = 48, 240, 60, 8
 
 
 class Judged(NamedTuple):
@@ -121,6 +128,59 @@ def translation(options: argparse.Namespace) -> Judged:
     )
 
 
+def samples(model: Any, count: int, seed: int) -> list[list[int]]:
+    """Return sequences of tokens that a decoder draws from its own distribution, each from its start to its end.
+
+    Args:
+        model: The decoder, as Transformers has it, in evaluation mode.
+        count: How many.
+        seed: Of PyTorch's generator.
+    """
+    torch.manual_seed(seed)
+    start, end = model.config.bos_token_id, model.config.eos_token_id
+    found = []
+    for first in range(0, count, SAMPLED_AT_ONCE):
+        prompts = torch.full((min(SAMPLED_AT_ONCE, count - first), 1), start, device=model.device)
+        drawn = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            top_k=0,  # Transformers draws from the 50 likeliest unless told
+            max_length=model.config.n_positions,
+        )
+        # What follows the end pads those that were done before others.
+        found += [row[: row.index(end) + 1] if end in row else row for row in drawn.tolist()]
+    return found
+
+
+def sequence_batches(sequences: Sequence[Sequence[int]]) -> list[dict[str, Tensor]]:
+    """Return batches for a causal model, of sequences that are about as long; every token but the first counts."""
+    ordered = [{"input_ids": one, "labels": one} for one in sorted(sequences, key=len)]
+    batches = (padded_windows(ordered[first : first + IN_BATCH]) for first in range(0, len(ordered), IN_BATCH))
+    return [{name: values.to(DEVICE) for name, values in batch.items()} for batch in batches]
+
+
+def decoder(options: argparse.Namespace) -> Judged:
+    """Return the pretrained GPT-2 of microbiomes, whose sequences are genera from the most to the least abundant."""
+    loaded: nn.Module = GPT2LMHeadModel.from_pretrained(options.data / "mgm" / "resources" / "general_model")
+    model = loaded.to(DEVICE).eval()
+    folder = options.work / "decoder"
+    kept = folder / f"samples-seed{options.seeds[0]}.json"
+    if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(to_strict_json(samples(model, SAMPLES, options.seeds[0])) + "\n", encoding="utf-8")
+    sequences = read_strict_json(kept)
+    judge = LanguageModelMetric(sequence_batches(sequences[SCORED:]))
+    return Judged(
+        "a GPT-2 of microbiomes",
+        folder,
+        model,
+        LanguageModelMetric(sequence_batches(sequences[:SCORED])),
+        WithDivergence(judge, model),
+        "perplexity",
+    )
+
+
 def deployed(judged: Judged, folder: Path) -> dict[str, float] | None:
     """Return the metrics of a copy that torchao rounded by the recipe's file; None without torchao or a file."""
     path = folder / "torchao.json"
@@ -138,7 +198,9 @@ SYSTEMS: dict[str, Callable[[argparse.Namespace], Judged]] = {
     "sst2": sst2,
     "images": images,
     "translation": translation,
+    "decoder": decoder,
 }
+TAKES_MODEL = ("sst2", "images")
 
 
 def main() -> None:
@@ -147,7 +209,7 @@ def main() -> None:
     parser.add_argument("--system", choices=SYSTEMS, required=True)
     parser.add_argument("--model", help="of sst2: a folder or a name on the Hub; of images: the folder with weights")
     options = begin(parser)
-    if options.model is None and options.system != "translation":
+    if options.model is None and options.system in TAKES_MODEL:
         parser.error(f"--model: expected what --system {options.system} starts from, got nothing; see --help")
     options.size = sst2_runs.SIZES["small"]
     judged = SYSTEMS[options.system](options)
