@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.evaluation.fingerprint import fingerprint
+from hf_parcor.evaluation.gradients import shifts_labels
 from hf_parcor.evaluation.metrics.over_batches import BatchMetric
 from hf_parcor.evaluation.outputs import Output
 from hf_parcor.model_state import devices_of, evaluation_mode
@@ -46,7 +48,8 @@ class WithDivergence:
     and an accuracy changes in steps of a row; this does neither, so it tells small harm from none.
 
     Predictions are rows of logits with two classes or more; where labels or an attention mask have their shape, those
-    with a label other than −100, or that are attended to. Of a model without such logits the metric alone is left.
+    with a label other than −100, for a causal language model that of the next place, or that are attended to. Of a
+    model without such logits the metric alone is left.
     D is NaN where answers are, and infinite where they rule out what was possible.
 
     Args:
@@ -82,7 +85,7 @@ class WithDivergence:
                 if logits is None:
                     parts.append(_Part(found, 0.0, 0))
                     continue
-                counts = _that_count(batch, logits)
+                counts = _that_count(batch, logits, shifted=shifts_labels(model))
                 _check_finite(logits[counts], number)
                 kept += logits.numel() * logits.element_size()
                 if kept > memory:
@@ -133,7 +136,7 @@ class WithDivergence:
         before = self._answers.get(fingerprint([batch]))
         if before is None or logits is None or logits.shape != before.shape:
             return _Part(found, 0.0, 0)
-        counts = _that_count(batch, logits)
+        counts = _that_count(batch, logits, shifted=shifts_labels(model))
         first, second = (one[counts].double().log_softmax(-1) for one in (before, logits))
         terms = (first.exp() * (first - second)).masked_fill(first == -torch.inf, 0.0)  # 0 log 0 is 0
         total = float(terms.sum().clamp(min=0.0))  # rounding may leave less than nothing; NaN stays NaN
@@ -170,12 +173,13 @@ def _check_finite(logits: Tensor, number: int) -> None:
         )
 
 
-def _that_count(batch: Any, logits: Tensor) -> Tensor:
-    """Return which predictions count, as a mask."""
+def _that_count(batch: Any, logits: Tensor, *, shifted: bool) -> Tensor:
+    """Return which predictions count, as a mask; where labels are shifted, each is of the place before its label."""
     shape = logits.shape[:-1]
     if isinstance(batch, Mapping):
         for name, absent in (("labels", IGNORED_LABEL), ("attention_mask", 0)):
             values = batch.get(name)
             if isinstance(values, Tensor) and values.shape == shape:
-                return (values != absent).cpu()
+                counts = (values != absent).cpu()
+                return pad(counts[..., 1:], (0, 1)) if shifted and name == "labels" else counts
     return torch.ones(shape, dtype=torch.bool)
