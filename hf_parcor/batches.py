@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -245,34 +245,77 @@ def first_examples(batch: Any, share: float) -> Any:
     """
     if share == 1:
         return batch
+    count, examples = count_first(batch, share)
+    return _take(batch, range(count), examples)
+
+
+def repeat_first_examples(batch: Any, share: float) -> Any:
+    """Return as many examples as a batch has: those of `first_examples`, and in place of all others these again.
+
+    Args:
+        batch: As in `first_examples`.
+        share: As there.
+
+    Raises:
+        ValueError: As there.
+
+    Examples:
+        >>> import torch
+        >>> repeat_first_examples({"labels": torch.tensor([5, 6, 7])}, 0.5)
+        {'labels': tensor([5, 6, 5])}
+    """
+    count, examples = count_first(batch, share)
+    return _take(batch, [place % count for place in range(examples)], examples)
+
+
+def count_first(batch: Any, share: float) -> tuple[int, int]:
+    """Return how many examples `first_examples` takes, and how many the batch has.
+
+    Args:
+        batch: As there.
+        share: As there.
+
+    Raises:
+        ValueError: The batch has no tensor.
+    """
     examples = count_examples(batch)
     if examples is None:
         raise ValueError("batch_share: expected a batch with tensors, got one without; set batch_share to 1")
-    count = math.ceil(share * examples)
+    return math.ceil(share * examples), examples
+
+
+def _take(batch: Any, places: Sequence[int], examples: int) -> Any:
     if _count_listed(batch) is None:
-        return _first(batch, count, examples)
+        return _taken(batch, places, examples)
     return {
-        name: part[:count]
+        name: _chosen(part, places)
         if isinstance(part, (list, tuple)) and len(part) == examples
-        else _first(part, count, examples)
+        else _taken(part, places, examples)
         for name, part in batch.items()
     }
 
 
-def _first(value: Any, count: int, examples: int) -> Any:
+def _chosen(rows: Any, places: Sequence[int]) -> Any:
+    """Return rows of a tensor, a list or a tuple; the first ones as a part of it."""
+    if isinstance(places, range):
+        return rows[: places.stop]
+    return rows[list(places)] if isinstance(rows, Tensor) else type(rows)([rows[place] for place in places])
+
+
+def _taken(value: Any, places: Sequence[int], examples: int) -> Any:
     if isinstance(value, Tensor) and value.dim() > 0:
         if len(value) != examples:
             raise ValueError(
                 f"batch_share: expected tensors with {examples} examples in their first dimension, got one of shape "
                 f"{tuple(value.shape)}; set batch_share to 1 for this model"
             )
-        return value[:count]
+        return _chosen(value, places)
     if isinstance(value, Mapping):
-        return {name: _first(part, count, examples) for name, part in value.items()}
+        return {name: _taken(part, places, examples) for name, part in value.items()}
     if isinstance(value, (list, tuple)) and not any(isinstance(part, Tensor) for part in value):
-        return value[:count] if len(value) == examples else value
+        return _chosen(value, places) if len(value) == examples else value
     if isinstance(value, (list, tuple)):
-        return _like(value, [_first(part, count, examples) for part in value])
+        return _like(value, [_taken(part, places, examples) for part in value])
     return value
 
 

@@ -23,6 +23,7 @@ from hf_parcor.prefix.plan import (
 )
 from hf_parcor.prefix.recomputed import RecomputedPrefix
 from hf_parcor.prefix.reuse import PrefixReuse, recording_together
+from hf_parcor.prefix.rows import find_rows
 
 __all__ = [
     "COMPILED_AS_ONE",
@@ -37,6 +38,7 @@ __all__ = [
     "distance",
     "failures_as_prefix_errors",
     "find_prefix",
+    "find_rows",
     "is_compiled",
     "leaves_of",
     "outputs_of",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,9 +105,17 @@ class Unkept(Tensor):
     @staticmethod
     def of(tensor: Tensor) -> Unkept:
         """Return one of the tensor's shape, dtype, device and strides."""
+        return Unkept._made(tensor, tensor.shape)
+
+    def first(self, dimension: int, size: int) -> Unkept:
+        """Return what stands for the first part along a dimension."""
+        return Unkept._made(self, [size if place == dimension else other for place, other in enumerate(self.shape)])
+
+    @staticmethod
+    def _made(tensor: Tensor, shape: Sequence[int]) -> Unkept:
         made: Unkept = Tensor._make_wrapper_subclass(
             Unkept,
-            tensor.shape,
+            shape,
             strides=tensor.stride(),
             dtype=tensor.dtype,
             device=tensor.device,

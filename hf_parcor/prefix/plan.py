@@ -237,7 +237,7 @@ def find_prefix(
     Raises:
         PrefixError: Nothing finishes before, or it is unknown where the selected parameters come in.
     """
-    with evaluation_mode(model), torch.no_grad(), _undone(model):
+    with evaluation_mode(model), torch.no_grad(), undone(model):
         cut = find_cut(model, selected, lambda: run_alone(run))
     return kind(cut.prefix, cut.starts)
 
@@ -300,25 +300,25 @@ def try_prefix(
             random_states_kept(devices),
             prefix.seen_by(consumers),
         ):
-            run_pass(_finish)
+            run_pass(finish)
         return consumers.unused(found)
 
     def full() -> tuple[list[Any], dict[str, Tensor], list[Tensor]]:
-        with _undone(model):
+        with undone(model):
             for parameter in trained.values():
                 parameter.grad = None
             result = leaves_of(alike(objective_of))
-            return result, _gradients(trained), BufferSnapshot(model.modules()).values
+            return result, gradients_of(trained), BufferSnapshot(model.modules()).values
 
     try:
-        with torch.enable_grad(), _undone(model), prefix.drawing_alike(devices):
+        with torch.enable_grad(), undone(model), prefix.drawing_alike(devices):
             expected, gradients, moved = full()
             for parameter in trained.values():
                 parameter.grad = None
 
             def record() -> None:
                 with buffers.of_pass(-1):
-                    alike(_finish)
+                    alike(finish)
 
             prefix.begin(record)
             if sparing:
@@ -329,11 +329,11 @@ def try_prefix(
                     result = alike(lambda result: prefix.joined(objective_of(result)))
                 distances.append(distance(leaves_of(result), expected))
                 if index == 0:
-                    first = {name: gradient.clone() for name, gradient in _gradients(chosen).items()}
+                    first = {name: gradient.clone() for name, gradient in gradients_of(chosen).items()}
                     tolerance = tolerance_of({part.dtype for part in numbers_of(result)} | prefix.precisions)
                 del result
             prefix.backward()
-            total = _gradients(trained)
+            total = gradients_of(trained)
             off = max(distances), distance(BufferSnapshot(model.modules()).values, moved)
             apart = 0.0, 0.0
             if in_step or any(off):
@@ -431,7 +431,7 @@ def failures_as_prefix_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _undone(model: nn.Module) -> Iterator[None]:
+def undone(model: nn.Module) -> Iterator[None]:
     """Put buffers and generators back after a block."""
     buffers = BufferSnapshot(model.modules())
     try:
@@ -441,11 +441,12 @@ def _undone(model: nn.Module) -> Iterator[None]:
         buffers.put_back()
 
 
-def _finish(result: Any) -> Tensor:
+def finish(result: Any) -> Tensor:
+    """Stand for the objective of a run that ends here, if not before."""
     raise PrefixFinished
 
 
-def _gradients(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gradients_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the gradients that parameters have, of shards those of this process; zero for none."""
     return {
         name: local_part(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)

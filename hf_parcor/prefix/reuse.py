@@ -39,6 +39,9 @@ class PrefixReuse:
 
     Dropout in the prefix keeps one mask in all passes.
 
+    A pass over the first rows of a batch reuses what was recorded for all of them (`of_rows`): it gets their part, and
+    its gradient gathers in their part of the boundary.
+
     Args:
         prefix: Modules whose calls end before the first of `starts` begins.
         starts: The modules where the selected parameters come in.
@@ -55,6 +58,9 @@ class PrefixReuse:
         self._hooks: list[int] = []  # that were there when this was found out
         self.runs_inner_hooks = False
         """Whether a replayed call also runs the forward hooks of modules inside, such as collect router logits."""
+        self.rows: dict[Place, int | None] = {}
+        """For passes over a part of the batch: which dimension of each output has its rows, None if none has."""
+        self._part: tuple[int, int] | None = None
         self._gradients = True
         self._devices: list[torch.device] | None = None
         self._consumers: Consumers | None = None
@@ -167,6 +173,20 @@ class PrefixReuse:
             run()
 
     @contextmanager
+    def of_rows(self, count: int, examples: int) -> Iterator[None]:
+        """Let passes run on the first rows of the batch that was recorded; `find_rows` must have found its rows.
+
+        Args:
+            count: On how many.
+            examples: Of how many.
+        """
+        self._part = None if count == examples else (count, examples)
+        try:
+            yield
+        finally:
+            self._part = None
+
+    @contextmanager
     def sharing(self, last: bool) -> Iterator[None]:
         """Let a pass of the step reuse the prefix.
 
@@ -239,10 +259,11 @@ class PrefixReuse:
         return tree_unflatten(handed_on, structure)
 
     def _replay(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
-        if (module, index) not in self.recorded:
+        inner_calls = self._inner.get((module, index), [])
+        if not all(self._can_hand_on(*call) for call in [(module, index), *inner_calls]):
             return compute()
         self._draw_alike(module, index)
-        for inner, inner_index in self._inner.get((module, index), ()):
+        for inner, inner_index in inner_calls:
             output = self._handed_on(inner, inner_index)
             for key, hook in inner._forward_hooks.items():
                 replaced = (
@@ -253,10 +274,36 @@ class PrefixReuse:
 
     def _handed_on(self, module: nn.Module, index: int) -> Any:
         parts, structure = self.recorded[module, index]
+        if self._part is not None:
+            parts = [self._part_of(part, (module, index, number)) for number, part in enumerate(parts)]
         handed_on = copied(parts)
         if self._consumers is not None:
             self._consumers.hand_on(module, index, handed_on)
         return tree_unflatten(handed_on, structure)
+
+    def _can_hand_on(self, module: nn.Module, index: int) -> bool:
+        """Say whether all that a call returns is known, and of a part of the batch, which part of it that is."""
+        if (module, index) not in self.recorded:
+            return False
+        if self._part is None:
+            return True
+        examples = self._part[1]
+        parts, _ = self.recorded[module, index]
+        places = [((module, index, number), part) for number, part in enumerate(parts) if isinstance(part, Tensor)]
+        dimensions = [(part, self.rows[place]) for place, part in places if place in self.rows]
+        return len(dimensions) == len(places) and all(
+            dimension is None or (dimension < part.dim() and part.shape[dimension] % examples == 0)
+            for part, dimension in dimensions
+        )
+
+    def _part_of(self, part: Any, place: Place) -> Any:
+        """Return what the pass gets of an output that was recorded for the whole batch."""
+        dimension = self.rows.get(place)
+        if self._part is None or dimension is None or not isinstance(part, Tensor):
+            return part
+        count, examples = self._part
+        size = part.shape[dimension] // examples * count
+        return part.first(dimension, size) if isinstance(part, Unkept) else part.narrow(dimension, 0, size)
 
     def _draw_alike(self, module: nn.Module, index: int) -> None:
         if (module, index) in self._drawn:

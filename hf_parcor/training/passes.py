@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from typing import Any, ClassVar
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_parcor.batches import first_examples, items_of_part, private_copy
+from hf_parcor.batches import count_first, first_examples, items_of_part, private_copy, repeat_first_examples
 from hf_parcor.defenses import Defense, Objective
 from hf_parcor.distributed.ddp import unfinished_forward, wrapped_by
 from hf_parcor.distributed.fsdp import is_sharded
@@ -38,6 +38,8 @@ class Passes(ABC):
         model: The model as it was prepared.
     """
 
+    _batches: ClassVar[tuple[str, ...]] = ("_as_given",)  # where copies of the batch are; the last is what passes see
+
     def __init__(self, accelerator: Accelerator, defense: Defense, model: nn.Module) -> None:
         self.accelerator, self.defense, self.model = accelerator, defense, model
         self._prefix: PrefixReuse | None = None
@@ -53,8 +55,12 @@ class Passes(ABC):
 
     def __call__(self, objective: Objective, index: int) -> Tensor:
         """Run a pass, and return the value of its objective, detached."""
+        share = 1.0 if index < 0 else self.defense.share_of_batch(index)
         with self._buffers.of_pass(index):
-            return self._run(objective, index, 1.0 if index < 0 else self.defense.share_of_batch(index))
+            if self._prefix is None or share == 1:
+                return self._run(objective, index, share)
+            with self._prefix.of_rows(*self.rows_of(share)):
+                return self._run(objective, index, share)
 
     def share(self, prefix: PrefixReuse | None) -> None:
         """Let the passes reuse a prefix, after which there is more to be sent backward than the last pass."""
@@ -64,21 +70,45 @@ class Passes(ABC):
 
     def watch(self) -> None:
         """Run to the loss, in the mode that the model is in; the batch must be prepared."""
-        with overriding(self.model, train=lambda mode=True: self.model):
+        with self._mode_kept():
             self._run_forward()
 
-    def trial(self, objective: Callable[[Any], Tensor]) -> list[Any]:
+    def trial(self, objective: Callable[[Any], Tensor], share: float = 1.0) -> list[Any]:
         """Run as a pass does, forward and backward.
 
         Args:
             objective: What goes backward, made from a mapping with the `loss`.
+            share: On which share of the batch.
 
         Returns:
             All that the model returned, and the loss.
         """
         with outputs_of(self.model) as found:
-            value = self._run(lambda loss: objective({"loss": loss}), -1, share=1.0)
+            value = self._run(lambda loss: objective({"loss": loss}), -1, share)
         return [*found, value]
+
+    def trial_as_is(self, objective: Callable[[Any], Tensor], share: float = 1.0) -> list[Any]:
+        """Run a `trial` in the mode that the model is in; the batch must be prepared."""
+        with self._mode_kept():
+            return self.trial(objective, share)
+
+    def trial_of_repeated(self, objective: Callable[[Any], Tensor], share: float) -> list[Any]:
+        """Run a `trial_as_is` on the examples of a share of the batch, so often that they are as many as its own."""
+        held = {name: getattr(self, name) for name in self._batches}
+        try:
+            for name, batch in held.items():
+                setattr(self, name, repeat_first_examples(batch, share))
+            return self.trial_as_is(objective)
+        finally:
+            for name, batch in held.items():
+                setattr(self, name, batch)
+
+    def rows_of(self, share: float) -> tuple[int, int]:
+        """Return how many examples a pass over a share of the batch sees, and how many there are."""
+        return count_first(getattr(self, self._batches[-1]), share)
+
+    def _mode_kept(self) -> AbstractContextManager[object]:
+        return overriding(self.model, train=lambda mode=True: self.model)
 
     def move_buffers(self) -> bool:
         """Run the model forward on the whole batch as it is, where the first pass is not to move the buffers.
@@ -144,6 +174,8 @@ class TrainerPasses(Passes):
         inputs: The batch.
         num_items_in_batch: As `training_step` got it.
     """
+
+    _batches = ("_as_given", "_as_prepared")
 
     def __init__(
         self,

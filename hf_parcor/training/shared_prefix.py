@@ -29,6 +29,7 @@ from hf_parcor.prefix import (
     check_some_is_left,
     failures_as_prefix_errors,
     find_prefix,
+    find_rows,
     is_compiled,
     plan_prefix,
     try_prefix,
@@ -61,10 +62,7 @@ def find_shared_prefix(passes: Passes, selected: Mapping[str, nn.Parameter], dev
                 return plan_prefix_on_shards(
                     alone, selected, passes.watch, passes.trial, lambda make: _agree(names, make), defense.passes
                 )
-            return _agree(
-                names,
-                lambda: plan_prefix(alone, selected, passes.watch, passes.trial, passes=defense.passes, sparing=True),
-            )
+            return _agree(names, lambda: _plan(passes, alone, selected))
     except NothingToReuse:
         return None
     except PrefixError as error:
@@ -74,6 +72,28 @@ def find_shared_prefix(passes: Passes, selected: Mapping[str, nn.Parameter], dev
             "reuse_prefix=False silences this."
         )
         return None
+
+
+def _plan(passes: Passes, model: nn.Module, selected: Mapping[str, nn.Parameter]) -> PrefixReuse:
+    """Return the prefix that the passes of a step share on one process, tried out.
+
+    Raises:
+        PrefixError: They cannot share it.
+    """
+    defense = passes.defense
+    prefix = plan_prefix(model, selected, passes.watch, passes.trial, passes=defense.passes, sparing=True)
+    if defense.splits_batch:
+        share = min(defense.share_of_batch(index) for index in range(defense.passes))
+        with failures_as_prefix_errors():
+            find_rows(
+                prefix,
+                model,
+                *passes.rows_of(share),
+                run_whole=passes.trial_as_is,
+                run_part=partial(passes.trial_as_is, share=share),
+                run_repeated=partial(passes.trial_of_repeated, share=share),
+            )
+    return prefix
 
 
 _REENTRANT = (
@@ -118,10 +138,6 @@ def _check(defense: Defense, model: nn.Module, selected: Mapping[str, nn.Paramet
         raise NothingToReuse("there is one pass")
     if defense.perturbs_inputs:
         raise NothingToReuse("the inputs differ from pass to pass")
-    if defense.splits_batch:
-        # Rounding, batch statistics and routers' losses differ between a batch and its part, and dropout draws others:
-        # no trial could tell a cut that is right from one that is not.
-        raise PrefixError("passes over a part of the batch cannot reuse what was computed for all of it")
     if devices > 1:
         raise PrefixError("the prefix is not reused under DataParallel")
     alone = wrapped_by(model) or model
@@ -129,6 +145,9 @@ def _check(defense: Defense, model: nn.Module, selected: Mapping[str, nn.Paramet
     if any(alone in module.modules() for module in compiled):
         check_some_is_left(alone, selected)  # else compiling in parts would not help
         raise PrefixError(COMPILED_AS_ONE)
+    if is_sharded(model) and defense.splits_batch:
+        # It is recorded in the first pass and computed again in the last, of which one sees a part of the batch.
+        raise PrefixError("the prefix of a model that is sharded is not reused by passes over a part of the batch")
     if is_sharded(model) and compiled:
         raise PrefixError("the prefix of a model that is sharded and compiled is not reused")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hf_parcor import ACRT, SAM, CorruptionConstraint, MultiStepRisk, select_parameters
+from hf_parcor.batches import count_first, first_examples, repeat_first_examples
 from hf_parcor.defenses import DefendedStep
 from hf_parcor.prefix import (
     NothingToReuse,
@@ -23,6 +26,7 @@ from hf_parcor.prefix import (
     PrefixReuse,
     RecomputedPrefix,
     find_prefix,
+    find_rows,
     plan_prefix,
     recording_together,
     try_prefix,
@@ -63,6 +67,9 @@ VIT = {
     "image_size": 8,
     "patch_size": 4,
 }
+
+
+ROWS = 4
 
 
 def classified():
@@ -159,6 +166,14 @@ DEFENSES = [
     (SAM(L2), 2),
     (MultiStepRisk(L2, steps=2, random_start=True), 1),
 ]
+ON_PARTS = [
+    (MultiStepRisk(L2, steps=1, batch_share=0.25), 1),
+    (MultiStepRisk(L2, steps=2, batch_share=0.5), 2),
+    (ACRT(L2, alpha=0.3, batch_share=0.5), 1),
+    (SAM(L2, batch_share=0.25), 2),
+    (SAM(L2, batch_share=0.5), 1),
+    (MultiStepRisk(L2, steps=1, batch_share=0.5, random_start=True), 1),
+]
 
 
 def defended(model, selected, batches, defense, prefix=None):
@@ -168,8 +183,11 @@ def defended(model, selected, batches, defense, prefix=None):
     for batch in batches:
 
         def run_pass(objective, index, batch=batch):
-            loss = objective(model(**batch).loss)
-            loss.backward()
+            share = 1 if index < 0 else defense.share_of_batch(index)
+            count = math.ceil(share * ROWS)
+            with nullcontext() if prefix is None else prefix.of_rows(count, ROWS):
+                loss = objective(model(**first_examples(batch, share)).loss)
+                loss.backward()
             return loss.detach()
 
         with DefendedStep(selected, run_pass, defense.passes, others, prefix=prefix) as step:
@@ -189,6 +207,19 @@ def plan(model, selected, batch):
         return plan_prefix(model, selected, lambda: model(**batch))
     except NothingToReuse:
         return None
+
+
+def find_rows_of(prefix, model, batch, share, trained=None):
+    def run_on(part):
+        def run_pass(objective):
+            result = model(**part)
+            objective(result).backward()
+            return result
+
+        return run_pass
+
+    runs = [run_on(part) for part in (batch, first_examples(batch, share), repeat_first_examples(batch, share))]
+    find_rows(prefix, model, *count_first(batch, share), *runs, trained)
 
 
 def plan_recomputed(model, selected, batch):
@@ -222,6 +253,14 @@ def test_gradients_equal_those_of_full_passes(name, target, bits_of):
         for one in reusing:
             torch.manual_seed(1)
             assert_same(defended(model, selected, batches[:accumulation], defense, one), expected, family.tolerance)
+    if prefix is not None:
+        find_rows_of(prefix, model, batches[0], 0.25)
+        for defense, accumulation in ON_PARTS if name == "bert" else ON_PARTS[1:4:2]:
+            torch.manual_seed(1)
+            expected = defended(model, selected, batches[:accumulation], defense)
+            torch.manual_seed(1)
+            found = defended(model, selected, batches[:accumulation], defense, prefix)
+            assert_same(found, expected, family.tolerance)
     assert bits_of(model) == before
     assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in model.modules())
 
@@ -274,6 +313,10 @@ def test_operations(name, steps):
     ours = count_operations(lambda: defended(model, selected, [batch], MultiStepRisk(L2, steps=steps), prefix))
     assert 0 < suffix < 0.5 * stock
     assert ours == stock + steps * suffix
+    find_rows_of(prefix, model, batch, 0.25)
+    for defense, passes in ((MultiStepRisk(L2, steps=steps, batch_share=0.25), steps), (SAM(L2, batch_share=0.25), 1)):
+        ours = count_operations(lambda defense=defense: defended(model, selected, [batch], defense, prefix))
+        assert ours == stock + passes * suffix / 4
 
 
 class TestWhatIsKept:

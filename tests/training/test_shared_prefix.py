@@ -32,7 +32,13 @@ OPTIONS = {
     "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
 }
-DEFENSES = [MultiStepRisk(L2, steps=2), ACRT(L2), SAM(L2)]
+DEFENSES = {
+    "multi_step_risk": MultiStepRisk(L2, steps=2),
+    "acrt": ACRT(L2),
+    "sam": SAM(L2),
+    "multi_step_risk on a part": MultiStepRisk(L2, steps=2, batch_share=0.5),
+    "sam on a part": SAM(L2, batch_share=0.25),
+}
 
 
 def calls_of(model):
@@ -44,7 +50,7 @@ def calls_of(model):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-@pytest.mark.parametrize("defense", DEFENSES, ids=lambda defense: type(defense).__name__)
+@pytest.mark.parametrize("defense", DEFENSES.values(), ids=list(DEFENSES))
 @pytest.mark.parametrize("name", OPTIONS)
 def test_trains_as_with_full_passes(tiny_bert, train, name, defense, caplog):
     options = {"max_steps": 3, "learning_rate": 1e-3, "optim": "sgd", **OPTIONS[name]}
