@@ -14,11 +14,12 @@ import torch
 import transformers as tf
 from for_each import for_each
 from operations import count_operations
+from prefix_rows import find_rows_of
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hf_parcor import ACRT, SAM, CorruptionConstraint, MultiStepRisk, select_parameters
-from hf_parcor.batches import count_first, first_examples, repeat_first_examples
+from hf_parcor.batches import first_examples
 from hf_parcor.defenses import DefendedStep
 from hf_parcor.prefix import (
     NothingToReuse,
@@ -26,7 +27,6 @@ from hf_parcor.prefix import (
     PrefixReuse,
     RecomputedPrefix,
     find_prefix,
-    find_rows,
     plan_prefix,
     recording_together,
     try_prefix,
@@ -207,19 +207,6 @@ def plan(model, selected, batch):
         return plan_prefix(model, selected, lambda: model(**batch))
     except NothingToReuse:
         return None
-
-
-def find_rows_of(prefix, model, batch, share, trained=None):
-    def run_on(part):
-        def run_pass(objective):
-            result = model(**part)
-            objective(result).backward()
-            return result
-
-        return run_pass
-
-    runs = [run_on(part) for part in (batch, first_examples(batch, share), repeat_first_examples(batch, share))]
-    find_rows(prefix, model, *count_first(batch, share), *runs, trained)
 
 
 def plan_recomputed(model, selected, batch):
@@ -514,7 +501,12 @@ def test_router_losses_that_are_collected_inside_the_prefix(name, checkpointed):
     selected = select_parameters(model, family.last)
     prefix = plan_prefix(model, selected, lambda: model(**batch), sparing=True)
     assert prefix.runs_inner_hooks
-    for defense in (MultiStepRisk(L2, steps=2), SAM(L2)):
+    find_rows_of(prefix, model, batch, 0.5)
+    for defense in (
+        MultiStepRisk(L2, steps=2),
+        SAM(L2),
+        *(kind(L2, batch_share=0.5) for kind in (MultiStepRisk, SAM)),
+    ):
         expected = defended(model, selected, [batch], defense)
         assert_same(defended(model, selected, [batch], defense, prefix), expected, 1e-6)
 
