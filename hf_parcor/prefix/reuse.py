@@ -60,7 +60,6 @@ class PrefixReuse:
         """Whether a replayed call also runs the forward hooks of modules inside, such as collect router logits."""
         self.rows: dict[Place, int | None] = {}
         """For passes over a part of the batch: which dimension of each output has its rows, None if none has."""
-        self._part: tuple[int, int] | None = None
         self._gradients = True
         self._devices: list[torch.device] | None = None
         self._consumers: Consumers | None = None
@@ -68,6 +67,7 @@ class PrefixReuse:
 
     def forget(self) -> None:
         """Free what was recorded."""
+        self._part: tuple[int, int] | None = None  # how many rows the pass sees, and of how many
         self._drawn: dict[tuple[nn.Module, int], RandomStates] = {}
         self._spared: set[Place] = set()
         self._ended: list[list[tuple[nn.Module, int]]] = []  # hooked calls inside of each call that is being recorded
@@ -180,8 +180,8 @@ class PrefixReuse:
             count: On how many.
             examples: Of how many.
         """
-        self._part = None if count == examples else (count, examples)
         try:
+            self._part = None if count == examples else (count, examples)
             yield
         finally:
             self._part = None

@@ -270,6 +270,8 @@ TO_LAST = {"target_modules": LAST, "defense": K2}
 REUSES = {
     "plain": (bert, TO_LAST),
     "sam": (bert, {**TO_LAST, "defense": SAM(L2)}),
+    "a part of the batch": (bert, {**TO_LAST, "defense": MultiStepRisk(L2, steps=2, batch_share=0.5)}),
+    "sam on a part": (bert, {**TO_LAST, "defense": SAM(L2, batch_share=0.5)}),
     "accumulation": (bert, {**TO_LAST, **OPTIONS["accumulation"]}),
     "every parameter used": (bert, {**TO_LAST, **OPTIONS["every parameter used"]}),
     "buckets hold the gradients": (bert, {**TO_LAST, **OPTIONS["buckets hold the gradients"]}),

@@ -202,15 +202,17 @@ class TestSharedPrefix:
         risks = []
         for batch in micro_batches:
             before = len(computed)
-            risks.append(backward(loss_of(model, batch)).risk.item())
+            risks.append(backward(lambda part: cross_entropy(model(part[0]), part[1]), batch).risk.item())
             optimizer.step()
             optimizer.zero_grad()
         return model, risks, len(computed) - before, backward
 
+    @pytest.mark.parametrize("share", [1.0, 0.5])
     @pytest.mark.parametrize(
         "defense", [MultiStepRisk(SET, steps=2), ACRT(SET), SAM(SET)], ids=lambda defense: type(defense).__name__
     )
-    def test_trains_as_without(self, network, micro_batches, defense):
+    def test_trains_as_without(self, network, micro_batches, defense, share):
+        defense = replace(defense, batch_share=share)
         reused, risks, runs, backward = self.run(network, micro_batches, defense, reuse_prefix=True)
         full, expected, whole_runs, other = self.run(network, micro_batches, defense, reuse_prefix=False)
         assert (backward.shared_prefix is None, other.shared_prefix is None) == (False, True)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from for_each import for_each
+from operations import count_operations
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+)
 
 from hf_parcor import (
     ACRT,
@@ -19,6 +31,7 @@ from hf_parcor import (
 from hf_parcor.batches import first_examples, items_of_part
 
 L2 = CorruptionConstraint(epsilon=0.2)
+LAST = "last-encoder-layer"
 FIXED = {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 0.0}
 # Each defense with the weights of its passes in the risk, and the rows of four that each pass sees.
 PARTS = {
@@ -171,11 +184,48 @@ def test_a_training_step_that_prepares_nothing_gets_the_part_too(tiny_bert, trai
         torch.testing.assert_close(ours.model.state_dict()[name], weight, msg=name)
 
 
-def test_a_part_cannot_reuse_the_prefix_of_the_whole(tiny_bert, train, said):
-    defense = MultiStepRisk(L2, batch_share=0.5)
-    trainer = train(ParameterDefenseTrainer, tiny_bert(), defense=defense, target_modules="last-encoder-layer")
-    assert trainer.shared_prefix is None
-    assert len(said("passes over a part of the batch cannot reuse")) == 1
+@pytest.mark.slow
+@for_each("defense", [MultiStepRisk(L2, steps=2, batch_share=0.25), SAM(L2, batch_share=0.25)])
+def test_operations_of_a_part_behind_a_shared_prefix(defense, train):
+    """What is logged is what is computed: the prefix once, on all rows, and the last of three layers on a part."""
+    sizes = {"vocab_size": 30, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    counted, logged = [], []
+    for kind, settings in ((Trainer, {}), (ParameterDefenseTrainer, {"defense": defense, "target_modules": LAST})):
+        model = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=256, num_labels=3))
+        trainer = train(kind, model, {"max_steps": 1}, **settings)
+        logged.append(trainer.state.total_flos)
+        batch = next(iter(trainer.get_train_dataloader()))
+        counted.append(count_operations(partial(trainer.training_step, trainer.model, batch)))
+    assert trainer.shared_prefix is not None
+    # The share of a prefix is that of its parameters, as Transformers estimates: the pooler's see one token alone.
+    assert logged[1] / logged[0] == pytest.approx(counted[1] / counted[0], rel=0.025)
+    assert counted[1] / counted[0] == pytest.approx(1 + (defense.passes - 1) / 3 / 4, rel=0.025)
+
+
+class Centered(nn.Module):
+    """Batch statistics, in a prefix."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, input_ids, labels, **unused):
+        hidden = self.norm(self.first(input_ids.double()))
+        return {"loss": nn.functional.cross_entropy(self.last(hidden), labels)}
+
+
+@for_each("defense", [MultiStepRisk(L2, steps=2, batch_share=0.5), SAM(L2, batch_share=0.5)])
+def test_batch_statistics_in_a_prefix_run_whole_and_it_is_said(defense, train, said):
+    settings, before = {"defense": defense, "target_modules": ["last"]}, len(said("examples of the batch"))
+    found, full = (
+        train(ParameterDefenseTrainer, Centered().double(), {"max_steps": 2}, reuse_prefix=reuse, **settings)
+        for reuse in (True, False)
+    )
+    assert found.shared_prefix is None
+    assert len(said("depends on other examples of the batch")) == before + 1
+    for (name, value), other in zip(found.model.state_dict().items(), full.model.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
 
 
 class TestFirstExamples:

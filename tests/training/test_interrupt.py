@@ -28,26 +28,31 @@ def interruptible():
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("call", [2, 3])
-def test_interrupt_by_signal_in_a_corrupted_pass_and_then_saving(tiny_bert, rows, arguments, tmp_path, call):
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("targets", ["all", "last-encoder-layer"])
+def test_interrupt_by_signal_in_a_corrupted_pass_and_then_saving(
+    tiny_bert, rows, arguments, tmp_path, targets, share, call
+):
     """Ctrl-C and then `save_model()`, which is what people do: what is saved are the weights, not w + a."""
     model, calls = tiny_bert(), []
     before = {name: value.clone() for name, value in model.state_dict().items()}
     corrupted = []
 
     def interrupt(module, args, output):
-        calls.append(1)
-        if len(calls) == call:
-            corrupted.append(any(not torch.equal(value, before[n]) for n, value in model.state_dict().items()))
+        is_corrupted = any(not torch.equal(value, before[n]) for n, value in model.state_dict().items())
+        calls.append(is_corrupted)
+        if sum(calls) == call:
+            corrupted.append(is_corrupted)
             signal.raise_signal(signal.SIGINT)
 
     handle = model.bert.encoder.layer[0].register_forward_hook(interrupt)
-    trainer = ParameterDefenseTrainer(
-        model, arguments(), train_dataset=rows, defense=MultiStepRisk(CorruptionConstraint(epsilon=0.2), steps=2)
-    )
+    defense = MultiStepRisk(CorruptionConstraint(epsilon=0.2), steps=2, batch_share=share)
+    trainer = ParameterDefenseTrainer(model, arguments(), train_dataset=rows, defense=defense, target_modules=targets)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     handle.remove()
+    assert (trainer.shared_prefix is None) == (targets == "all")
     trainer.save_model()
     assert corrupted == [True]
     saved = type(model).from_pretrained(tmp_path).state_dict()
