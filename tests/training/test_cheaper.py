@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
 from for_each import for_each
 from operations import count_operations
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_structure
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -28,7 +30,7 @@ from hf_parcor import (
     ParameterDefenseMixin,
     ParameterDefenseTrainer,
 )
-from hf_parcor.batches import first_examples, items_of_part
+from hf_parcor.batches import count_first, first_examples, items_of_part, repeat_first_examples
 
 L2 = CorruptionConstraint(epsilon=0.2)
 LAST = "last-encoder-layer"
@@ -40,6 +42,19 @@ PARTS = {
     "acrt": (ACRT(L2, alpha=0.3, batch_share=0.25), [0.7, 0.3], [4, 1]),
     "sam": (SAM(L2, batch_share=0.75), [0.0, 1.0], [3, 4]),
 }
+
+
+class Pair(NamedTuple):
+    """Two parts of a batch."""
+
+    first: object
+    second: object
+
+
+def tree_all(holds, *trees):
+    """Say whether all tensors of trees fulfil something, pair by pair, and all other leaves are equal."""
+    pairs = zip(*(tree_leaves(tree) for tree in trees), strict=True)
+    return all(holds(*pair) if isinstance(pair[0], torch.Tensor) else pair[0] == pair[1] for pair in pairs)
 
 
 def tiny_gpt2():
@@ -228,6 +243,14 @@ def test_batch_statistics_in_a_prefix_run_whole_and_it_is_said(defense, train, s
         assert torch.equal(value, other), name
 
 
+def test_on_shards_passes_over_a_part_run_whole(tiny_bert, train, said, monkeypatch):
+    """There the last pass computes the prefix again, and one of the two sees a part."""
+    monkeypatch.setattr("hf_parcor.training.shared_prefix.is_sharded", lambda model: True)
+    settings = {"defense": SAM(L2, batch_share=0.5), "target_modules": LAST}
+    assert train(ParameterDefenseTrainer, tiny_bert(), {"max_steps": 1}, **settings).shared_prefix is None
+    assert len(said("sharded is not reused by passes over a part")) == 1
+
+
 class TestFirstExamples:
     def test_what_is_per_example_is_cut(self):
         batch = {"ids": torch.arange(8).view(4, 2), "texts": list("abcd"), "inner": {"x": (torch.arange(4),)}}
@@ -236,6 +259,33 @@ class TestFirstExamples:
         assert part["texts"] == ["a", "b", "c"]
         assert part["inner"]["x"][0].tolist() == [0, 1, 2]
         assert (part["flag"], float(part["scale"]), part["names"]) == (True, 2.0, ["p", "q"])
+
+    @for_each("share", [0.25, 0.5, 0.75])
+    def test_repeated_they_are_a_batch_of_the_same_kind(self, share):
+        """What stands for an example is that of a first one, wherever it stands; all else is as it was."""
+        rows = torch.arange(4)
+        batch = {
+            "ids": rows.view(4, 1) * 10,
+            "texts": tuple("abcd"),
+            "inner": Pair(rows, [rows + 5]),
+            "names": ["p", "q"],
+            "flag": True,
+        }
+        listed = {"labels": [{"boxes": torch.rand(row, 4)} for row in range(4)], "images": list(torch.rand(4, 2, 2))}
+        for whole in (batch, listed):
+            count, examples = count_first(whole, share)
+            part, found = first_examples(whole, share), repeat_first_examples(whole, share)
+            same_beginning = first_examples(found, share)
+            assert tree_structure(found) == tree_structure(whole)
+            assert (count, examples) == (4 * share, 4)
+            assert tree_all(torch.equal, same_beginning, part)
+        found = repeat_first_examples(batch, share)
+        expected = [place % count for place in range(4)]
+        assert found["ids"].flatten().tolist() == [10 * place for place in expected]
+        assert "".join(found["texts"]) == "".join("abcd"[place] for place in expected)
+        assert found["inner"].second[0].tolist() == [place + 5 for place in expected]
+        found = repeat_first_examples(listed, share)
+        assert [len(row["boxes"]) for row in found["labels"]] == expected
 
     @for_each(("share", "count"), [(1e-9, 1), (0.25, 1), (0.26, 2), (0.999, 4), (1.0, 4)])
     def test_how_many(self, share, count):
