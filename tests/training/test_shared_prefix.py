@@ -267,12 +267,22 @@ class Released:
 
 
 @for_each("reuse", [True, False])
-def test_statistics_move_as_in_the_stock_trainer_on_both_sides_of_the_cut(reuse, rows, train):
+@for_each(
+    ("defense", "early"),
+    [
+        (MultiStepRisk(L2, steps=2), True),
+        (MultiStepRisk(L2, steps=2, batch_share=0.5), False),
+        (SAM(L2, batch_share=0.5), False),
+    ],
+)
+def test_statistics_move_as_in_the_stock_trainer_on_both_sides_of_the_cut(reuse, defense, early, rows, train):
+    """But for a part of the batch, which reuses no prefix with batch statistics."""
+
     class Normed(nn.Module):
         def __init__(self):
             super().__init__()
             torch.manual_seed(0)
-            self.first, self.norm = nn.Linear(8, 4), nn.BatchNorm1d(4)
+            self.first, self.norm = nn.Linear(8, 4), nn.BatchNorm1d(4) if early else nn.Tanh()
             self.last, self.late = nn.Linear(4, 3), nn.BatchNorm1d(3)
 
         def forward(self, input_ids, labels, **unused):
@@ -281,11 +291,11 @@ def test_statistics_move_as_in_the_stock_trainer_on_both_sides_of_the_cut(reuse,
 
     options = {"max_steps": 3, "learning_rate": 0.0}
     stock = train(tf.Trainer, Normed(), options)
-    settings = {"defense": MultiStepRisk(L2, steps=2), "target_modules": ["last"], "reuse_prefix": reuse}
+    settings = {"defense": defense, "target_modules": ["last"], "reuse_prefix": reuse}
     ours = train(ParameterDefenseTrainer, Normed(), options, **settings)
     assert (ours.shared_prefix is not None) == reuse
     expected = dict(stock.model.named_buffers())
-    assert float(expected["norm.num_batches_tracked"]) == 3
+    assert float(expected["late.num_batches_tracked"]) == 3
     for name, buffer in ours.model.named_buffers():
         assert torch.equal(buffer, expected[name]), name
 
