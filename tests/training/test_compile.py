@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from for_each import for_each
@@ -119,7 +121,8 @@ class TestCompile:
             torch.testing.assert_close(weights_of(compiled)[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-    def test_layers_that_are_compiled_each_by_itself_are_skipped(self, tiny_bert, train):
+    @pytest.mark.parametrize("share", [1.0, 0.5])
+    def test_layers_that_are_compiled_each_by_itself_are_skipped(self, tiny_bert, train, share):
         """K + 1 = 3 passes run the last layer; the first runs once a step; the trial of the first step compiles."""
         backend, weights = Counting(), []
         for compiled in (False, True):
@@ -130,7 +133,7 @@ class TestCompile:
                 ParameterDefenseTrainer,
                 model,
                 {**ONE_STEP, "max_steps": 2},
-                defense=DEFENDED["multi_step_risk"],
+                defense=replace(DEFENDED["multi_step_risk"], batch_share=share),
                 target_modules="last-encoder-layer",
                 callbacks=[backend.at_the_end_of_steps()],
             )
