@@ -492,13 +492,17 @@ class Injection:
     @torch.no_grad()
     def restore(self) -> None:
         """Write the saved bits back and free them; nothing to do is fine."""
+        try:
+            self._restore()
+        finally:  # once more, where an interrupt came on the way: else there is nothing to do
+            self._restore()
+
+    def _restore(self) -> None:
         if self._active:
-            try:
-                self._put_back(place for place in self._saved if place in self._all_exact)
-            finally:  # an interrupt between the two must not leave half of the weights corrupted
-                self._put_back(place for place in self._saved if place in self._all_narrow)
-                forget_derived()
-        self._forget()
+            self._put_back(place for place in self._saved if place in self._all_exact)
+            self._put_back(place for place in self._saved if place in self._all_narrow)
+            forget_derived()
+            self._forget()
 
     def _put_back(self, places: Iterable[int]) -> None:
         # The last first: of weights that overlap in memory, the second was saved when the first was written already.

@@ -291,13 +291,22 @@ class TestFailuresWhileWriting:
             raise AssertionError("the body must not run")
         assert bits_of(model) == before
 
-    @for_each("replacing", [False, True])
-    def test_an_interrupt_at_any_line_of_the_write(self, bits_of, replacing: bool) -> None:
+    @for_each(
+        "replacing, inside_of",
+        [
+            *(
+                (replacing, [Injection.displace.__wrapped__, Injection.write.__wrapped__])
+                for replacing in (False, True)
+            ),
+            (False, [Injection._restore, Injection._put_back]),
+        ],
+    )
+    def test_an_interrupt_at_any_line_of_a_write(self, bits_of, replacing: bool, inside_of) -> None:
         model = Weights([torch.float32, torch.bfloat16])
         parameters = model.ordinary()
         corruption = noise(parameters)
         before = bits_of(model)
-        writing = {Injection.displace.__wrapped__.__code__, Injection.write.__wrapped__.__code__}
+        writing = {function.__code__ for function in inside_of}
         interrupted = 0
         for line in range(1, 100):
             lines = 0

@@ -9,7 +9,7 @@ end, as FSDP2 expects.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ from hf_parcor.prefix import (
     plan_prefix,
     try_prefix,
 )
+from hf_parcor.targets.kinds import find_input_embedding
 from hf_parcor.training.passes import Passes
 
 logger = logging.get_logger(__name__)
@@ -143,7 +144,10 @@ def _check(defense: Defense, model: nn.Module, selected: Mapping[str, nn.Paramet
     alone = wrapped_by(model) or model
     compiled = [module for module in model.modules() if is_compiled(module)]
     if any(alone in module.modules() for module in compiled):
-        check_some_is_left(alone, selected)  # else compiling in parts would not help
+        # Where nothing comes before what is defended, compiling in parts would not help.
+        check_some_is_left(alone, selected)
+        with suppress(ValueError):
+            check_some_is_left(find_input_embedding(alone), selected)
         raise PrefixError(COMPILED_AS_ONE)
     if is_sharded(model) and defense.splits_batch:
         # It is recorded in the first pass and computed again in the last, of which one sees a part of the batch.

@@ -106,11 +106,12 @@ class StepRunner:
         if self._known == found:
             return
         check_trained(selected, passes.defense)  # another defense than before may need what is frozen
-        self._known, self._buffers_move, self._suffix_share, self.shared_prefix = found, True, 1.0, None
+        self._known, self._buffers_move, self._suffix_share, self.shared_prefix = None, True, 1.0, None
         if self.reuse_prefix:
             self.shared_prefix = find_shared_prefix(passes, selected, self._devices)
         if self.shared_prefix is not None:
             self._suffix_share = suffix_share(passes.model, self.shared_prefix)
+        self._known = found  # at last: what an interrupt breaks off is found out by the next step
 
 
 def merged_changes(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -163,12 +163,17 @@ class TestCompile:
         assert compiled[0] == compiled[1] > 0
         assert any("layer.compile()" in record.message for record in caplog.records)
 
-    def test_a_whole_model_that_is_compiled_as_one_is_trained_without_a_warning(self, tiny_bert, train, caplog):
+    @pytest.mark.parametrize("target", ["all", ["embeddings"]])
+    def test_where_nothing_comes_before_a_model_compiled_as_one_is_trained_without_a_warning(
+        self, tiny_bert, train, caplog, target
+    ):
         """Nothing could be shared if its layers were compiled each by itself, either."""
         tf_logging.enable_propagation()
         model = tiny_bert()
         model.compile(backend=Counting())
-        trainer = train(ParameterDefenseTrainer, model, ONE_STEP, defense=DEFENDED["multi_step_risk"])
+        trainer = train(
+            ParameterDefenseTrainer, model, ONE_STEP, defense=DEFENDED["multi_step_risk"], target_modules=target
+        )
         assert trainer.shared_prefix is None
         assert not any("layer.compile()" in record.message for record in caplog.records)
 

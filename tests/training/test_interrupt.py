@@ -107,6 +107,25 @@ def test_what_an_interrupt_left_replaced_is_put_back_before_the_next_step(tiny_b
     assert not model.eval().training
 
 
+def test_a_prefix_whose_trial_was_interrupted_is_found_by_the_next_step(tiny_bert, rows, arguments):
+    model = tiny_bert(dropout=0.0)
+    trainer = ParameterDefenseTrainer(
+        model, arguments(), train_dataset=rows, defense=K1, target_modules="last-encoder-layer"
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.current_gradient_accumulation_steps = 1
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.classifier.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.training_step(model, dict(batch))
+    handle.remove()
+    trainer.training_step(model, dict(batch))
+    assert trainer.shared_prefix is not None
+
+
 @for_each("ended", range(4))
 def test_what_is_replaced_thrice_is_as_before_however_many_blocks_ended(ended):
     """What was broken off is put back with one call; an end that comes later changes nothing."""
