@@ -184,9 +184,9 @@ def of_run(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
-def write_table(output: Path, text: str, name: str = "table.md") -> None:
-    """Write a page of tables, and print it."""
-    (output / name).write_text(text, encoding="utf-8")
+def write_table(output: Path, text: str) -> None:
+    """Write `table.md`, and print it."""
+    (output / "table.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -24,9 +23,9 @@ from hf_parcor.records import EvaluationRecord
 from hf_parcor.reports.plots import new_figure
 from hf_parcor.statistics import MeanAndSpread, student_t_test
 from scripts.benchmark import LOOKSAM, LOOKSAM_BETWEEN, MOMENTUM
-from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, mean_and_deviation, note_run, over_runs, write_table
+from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, mean_and_deviation, over_runs, write_table
 from scripts.peer_trainers import EVERY
-from scripts.sst2_runs import evaluator_of, parse_options, peer, train
+from scripts.sst2_runs import measured_under, parse_options, peer
 
 BENCHMARK = Path(__file__).parent / "results" / "benchmark.json"
 RADII = [0.025, 0.05, 0.1, 0.15, 0.2, 0.3]
@@ -99,14 +98,8 @@ ARMS = {
 
 def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
     """Train one model and measure it along the worst direction, unless its record is there already."""
-    path = options.output / f"{run.file_name}.json"
-    if not path.exists():
-        started = time.monotonic()
-        folder = train(options, run)
-        corruptions = [GradientCorruption(CorruptionConstraint(p=2, epsilon=epsilon)) for epsilon in RADII]
-        evaluator_of(options, folder).evaluate(corruptions).save(path)
-        note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
-    return EvaluationRecord.load(path)
+    corruptions = [GradientCorruption(CorruptionConstraint(p=2, epsilon=epsilon)) for epsilon in RADII]
+    return measured_under(options, run, corruptions)
 
 
 def area(record: EvaluationRecord) -> float:

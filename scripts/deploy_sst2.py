@@ -7,7 +7,7 @@ Each arm is trained with each seed, as in `reproduce_sst2.py`, and measured by `
 named below. The output folder gets a record for each run and `table.md`: mean ± sample standard deviation over seeds,
 and Student's t of each arm against the plain one. Finished runs are kept, so an interrupted campaign goes on. The full
 size, for a GPU, has more arms and more corruptions: those of paper 2, and what others would train with. `--formats`
-measures the same models in more of the formats that people deploy, for `formats.md`.
+measures in more of the formats that people deploy instead; models in the `--work` folder are not trained anew.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hf_parcor.records import EvaluationRecord
 from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, over_runs, tables, write_table
 from scripts.reproduce_sst2 import ARMS as DEFENSES
 from scripts.reproduce_sst2 import measure
-from scripts.sst2_runs import SIZES, above_tables, campaign_of_sizes, evaluator_of, peer, started, train
+from scripts.sst2_runs import SIZES, above_tables, campaign_of_sizes, measured_under, peer, started
 
 
 def risk(clean_weight: float, *words: str) -> list[str]:
@@ -94,27 +94,14 @@ def measure_all(options: argparse.Namespace, run: Run) -> EvaluationRecord:
 
 
 def measure_formats(options: argparse.Namespace, run: Run) -> EvaluationRecord:
-    """Measure one trained model in more formats, unless that record is there already.
-
-    Raises:
-        ValueError: Trained again, it became another model than the one that all else was measured of.
-    """
-    path = options.output / f"{run.file_name}-formats.json"
-    if not path.exists():
-        record = evaluator_of(options, train(options, run)).evaluate(read_corruptions(FORMATS))
-        known = EvaluationRecord.load(options.output / f"{run.file_name}.json").weights
-        if record.weights != known:
-            raise ValueError(
-                f"{run.file_name}: expected the weights {known}, got {record.weights}; begin a new folder"
-            )
-        record.save(path)
-    return EvaluationRecord.load(path)
+    """Train one model and measure it in more formats, unless its record is there already."""
+    return measured_under(options, run, read_corruptions(FORMATS))
 
 
 def main() -> None:
     """Run what is missing, and write the table."""
     parser = campaign_of_sizes(__doc__, ARMS, "runs/deploy")
-    parser.add_argument("--formats", action="store_true", help="measure more formats, where all else is measured")
+    parser.add_argument("--formats", action="store_true", help="measure more formats instead; in a folder of its own")
     options = started(parser)
     named = options.arms or (ARMS if options.size is SIZES["full"] else DEPLOYED)
     arms = {name: ARMS[name] for name in named}
@@ -122,8 +109,7 @@ def main() -> None:
     if "plain" not in named or len(options.seeds) < 2:  # nothing to compare with, or no spread
         return
     above = above_tables(options, "the arm is no better than the plain one")
-    page = "formats.md" if options.formats else "table.md"
-    write_table(options.output, f"{above}{tables(records, ARMS, costs=True)}", page)
+    write_table(options.output, f"{above}{tables(records, ARMS, costs=True)}")
 
 
 if __name__ == "__main__":

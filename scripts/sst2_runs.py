@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_parcor import CorruptionEvaluator
+from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import ClassificationMetric
-from scripts.campaigns import DEVICE, PLAIN, Arm, Run, begin, campaign_parser, run_example
+from hf_parcor.records import EvaluationRecord
+from scripts.campaigns import DEVICE, PLAIN, Arm, Run, begin, campaign_parser, note_run, run_example
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_sst2.py"
 
@@ -157,6 +160,16 @@ def evaluator_of(options: argparse.Namespace, folder: Path, **selection: Any) ->
     """Return an evaluator of a trained model on the dev sentences."""
     model, batches = model_and_batches(options, folder)
     return CorruptionEvaluator(model, ClassificationMetric(batches), progress=False, **selection)
+
+
+def measured_under(options: argparse.Namespace, run: Run, corruptions: Sequence[Corruption]) -> EvaluationRecord:
+    """Return the record of a run under corruptions; one that is not there yet is trained, measured, kept and noted."""
+    path: Path = options.output / f"{run.file_name}.json"
+    if not path.exists():
+        started = time.monotonic()
+        evaluator_of(options, train(options, run)).evaluate(corruptions).save(path)
+        note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
+    return EvaluationRecord.load(path)
 
 
 def run_example_with(trainer: Callable[..., Any]) -> None:

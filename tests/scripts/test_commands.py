@@ -109,6 +109,15 @@ def test_the_page_shows_what_an_earlier_start_does():
     assert [row for row in rows if " | ".join(row).replace("- | ", "– | ", 1) not in PAGE] == []
 
 
+def test_more_formats_were_measured_of_the_same_models():
+    """Trained again, they got the very same weights."""
+    paths = sorted((RESULTS / "sst2_formats").glob("*-seed*.json"))
+    assert len(paths) == 18
+    for path in paths:
+        other = EvaluationRecord.load(RESULTS / "sst2_deployed" / path.name)
+        assert EvaluationRecord.load(path).weights == other.weights, path.name
+
+
 def test_the_search_shows_its_record():
     folder = RESULTS / "search_epsilon"
     record = SearchRecord.load(folder / "record.json")
@@ -129,6 +138,7 @@ def test_the_search_shows_its_record():
         (f"deploy_sst2 --size full --arms {' '.join(STUDIES['sst2']['full'].arms)} {CAMPAIGN}", "sst2_full"),
         (f"deploy_sst2 --size full --arms plain multi_step_risk-1 sam-half {CAMPAIGN}", "sst2_first"),
         (f"deploy_sst2 {CAMPAIGN}", "sst2_deployed"),
+        (f"deploy_sst2 --formats --arms {' '.join(STUDIES['sst2-formats']['small'].arms)} {CAMPAIGN}", "sst2_formats"),
         ("reproduce_parser --data none --output", "parser"),
         ("reproduce_images --arms plain --weights none --data none --output", "images"),
         ("reproduce_images --size tiny-imagenet-small --arms plain --data none --output", "tiny_imagenet"),
