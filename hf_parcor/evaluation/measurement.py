@@ -329,9 +329,13 @@ class Measurement:
             with tqdm(
                 total=len(numbered), initial=done, desc="corruptions", bar_format=_BAR, disable=not self._progress
             ) as bar:
+
+                def advance(jobs: float) -> None:  # shares of a job, added up, may be a rounding error more than it
+                    bar.update(min(jobs, len(numbered) - bar.n))
+
                 for some in self._in_turn(jobs, limit):
                     bar.set_postfix_str(str(some[0].corruption))
-                    measured = self._measure(some, bar.update)
+                    measured = self._measure(some, advance)
                     found |= _kept(path, dict(zip(islice(numbers, len(some)), measured, strict=True)))
                     done += len(some)
                     bar.update(done - bar.n)

@@ -337,11 +337,13 @@ class TestRecord:
         class Bar(tqdm):
             def update(self, n=1):
                 steps.append(n)
-                return super().update(n)
+                super().update(n)
+                assert self.n <= self.total  # else tqdm warns
 
         steps = []
         monkeypatch.setattr("hf_parcor.evaluation.measurement.tqdm", Bar)
-        metric, targets = ClassificationMetric(batches), {"head": ["classifier"], "pooler": ["bert.pooler"]}
+        many = (20 * batches)[:11]  # elevenths add up to more than one, as floats
+        metric, targets = ClassificationMetric(many), {"head": ["classifier"], "pooler": ["bert.pooler"]}
         LayerProbe(classifier, metric, targets=targets).evaluate([GaussianNoise(0.1)], trials=2)
         assert sum(steps) == pytest.approx(4)
         assert max(steps) < 2  # else nothing would be known of what is left before half of it is done
