@@ -152,17 +152,14 @@ def test_torchao_makes_the_model_of_the_recipe_heads_and_tied_weights_included(t
         Case(tmp_path / "words", "gpt2", {"transformer.wte": EIGHT}),
     ]
     asked = [(case, tool) for case in cases for tool in ("torchao", "torchao, from_pretrained")]
-    found = read(*(case.by(tool, "torchao.json") for case, tool in asked))
+    refused = Case(tmp_path / "72 rows", "72 words", {"lm_head": NVFP4})
+    *found, of_refused = read(
+        *(case.by(tool, "torchao.json") for case, tool in asked), refused.by("torchao", "torchao.json")
+    )
     for (case, _), one in zip(asked, found, strict=True):
         check(case, one)
-
-
-def test_torchao_refuses_nvfp4_of_a_head_with_other_rows_and_that_is_said(tmp_path) -> None:
-    need("torchao")
-    case = Case(tmp_path, "72 words", {"lm_head": NVFP4})
-    [found] = read(case.by("torchao", "torchao.json"))
-    assert "divisible by 16" in found["error"]
-    assert "NVFP4" in case.said("torchao.json")
+    assert "divisible by 16" in of_refused["error"]
+    assert "NVFP4" in refused.said("torchao.json")
 
 
 def test_bitsandbytes_quantizes_what_it_can_and_the_others_are_said(tmp_path) -> None:
