@@ -118,6 +118,10 @@ def check_flags(arguments: argparse.Namespace) -> None:
             )
     if not asked:
         return
+    if arguments.choose_by == "second_order" and not arguments.probes:
+        raise InputError(
+            "--choose-by: expected --probes with second_order, which they estimate, got none; add --probes 1, say"
+        )
     if arguments.trials is not None:
         raise InputError(
             f"--trials: expected none with {asked[0]}, whose formats draw nothing at random, got {arguments.trials}; "

@@ -142,6 +142,7 @@ MISTAKES = [
     (f"{PROBE} --recipe bits=nan", "--recipe: bits nan"),
     (f"{PROBE} --recipe loss=inf", "--recipe: loss inf"),
     (f"{PROBE} --recipe drop=-0.1", "--recipe: drop -0.1 stay"),
+    (f"{PROBE} --recipe bits=8 --choose-by second_order", "--choose-by: --probes second_order"),
     (f"{PROBE} --recipe drop=0.1 --cells 0", "--choose-by: accuracy measured --cells 1"),
     (f"{PROBE} --pairs 3", "--pairs: --recipe 3"),
     (f"{PROBE} --quick --choose-by fisher", "--choose-by: --recipe fisher"),
