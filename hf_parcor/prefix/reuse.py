@@ -301,9 +301,7 @@ class PrefixReuse:
         dimension = self.rows.get(place)
         if self._part is None or dimension is None or not isinstance(part, Tensor):
             return part
-        count, examples = self._part
-        size = part.shape[dimension] // examples * count
-        return part.first(dimension, size) if isinstance(part, Unkept) else part.narrow(dimension, 0, size)
+        return first_rows(part, dimension, *self._part)
 
     def _draw_alike(self, module: nn.Module, index: int) -> None:
         if (module, index) in self._drawn:
@@ -376,3 +374,22 @@ def _substitute_forward(stack: ExitStack, module: nn.Module, substitute: Substit
     else:
         stack.callback(attributes.pop, name, None)
     attributes[name] = substituted
+
+
+def first_rows(part: Tensor, dimension: int | None, count: int, examples: int) -> Tensor:
+    """Return the part of a tensor that belongs to the first examples of a batch.
+
+    Args:
+        part: Of the whole batch.
+        dimension: Which has the rows, or several for each example; None if none has, and all of it is returned.
+        count: How many examples.
+        examples: Of how many.
+
+    Examples:
+        >>> first_rows(torch.arange(6), 0, count=1, examples=3)
+        tensor([0, 1])
+    """
+    if dimension is None:
+        return part
+    size = part.shape[dimension] // examples * count
+    return part.first(dimension, size) if isinstance(part, Unkept) else part.narrow(dimension, 0, size)

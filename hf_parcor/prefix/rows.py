@@ -23,7 +23,7 @@ from hf_parcor.prefix.plan import (
     tolerance_of,
     undone,
 )
-from hf_parcor.prefix.reuse import PrefixReuse
+from hf_parcor.prefix.reuse import PrefixReuse, first_rows
 
 _NARROW = 1e-3  # a tolerance above it is that of half precision, in which rounding hides what other rows do
 
@@ -103,7 +103,7 @@ def find_rows(
 
     def first(found: Mapping[Place, Any]) -> list[Any]:
         return [
-            _first(part, prefix.rows[place], count, examples)
+            first_rows(part, prefix.rows[place], count, examples)
             for place, part in found.items()
             if place in prefix.rows and type(part) is not Unkept
         ]
@@ -175,7 +175,3 @@ def _dimension(whole: Any, part: Any, count: int, examples: int) -> int | None:
         f"what the prefix hands on is of shape {tuple(whole.shape)} for the {examples} examples of a batch, and "
         f"{tuple(part.shape)} for {count} of them, which is no part of it"
     )
-
-
-def _first(part: Any, dimension: int | None, count: int, examples: int) -> Any:
-    return part if dimension is None else part.narrow(dimension, 0, part.shape[dimension] // examples * count)

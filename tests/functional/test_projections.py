@@ -23,6 +23,13 @@ NORMS = [2.0, math.inf]
 entries = st.floats(-100, 100, width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-38])
 vectors = st.lists(st.lists(entries, max_size=5), min_size=1, max_size=4).filter(lambda parts: any(parts))
 
+PROBLEMS = {
+    "p": st.sampled_from(NORMS),
+    "parts": vectors,
+    "n": st.none() | st.integers(1, 8),
+    "epsilon": st.floats(1e-3, 300),
+}
+
 
 def tensors_of(parts: list[list[float]]) -> list[torch.Tensor]:
     return [torch.tensor(part) for part in parts]
@@ -65,10 +72,7 @@ def test_as_near_as_a_solver_gets_over_every_support(p: float, n: int, epsilon: 
 
 @settings(max_examples=75)
 @given(
-    p=st.sampled_from(NORMS),
-    parts=vectors,
-    n=st.none() | st.integers(1, 8),
-    epsilon=st.floats(1e-3, 300),
+    **PROBLEMS,
     seed=st.integers(0, 2**32 - 1),
 )
 def test_no_point_of_the_constraint_is_nearer(
@@ -119,7 +123,7 @@ def test_outside_is_clipped_for_infinity() -> None:
 
 
 @settings(max_examples=150)
-@given(p=st.sampled_from(NORMS), parts=vectors, n=st.none() | st.integers(1, 8), epsilon=st.floats(1e-3, 300))
+@given(**PROBLEMS)
 def test_idempotent(p: float, parts: list[list[float]], n: int | None, epsilon: float) -> None:
     once = project(tensors_of(parts), p, epsilon, n)
     twice = project(once, p, epsilon, n)
@@ -186,10 +190,7 @@ def test_a_list_is_the_concatenated_vector(p: float, n: int | None) -> None:
 
 @settings(max_examples=75)
 @given(
-    p=st.sampled_from(NORMS),
-    parts=vectors,
-    n=st.none() | st.integers(1, 8),
-    epsilon=st.floats(1e-3, 300),
+    **PROBLEMS,
     batched=st.booleans(),
 )
 def test_each_by_itself(p: float, parts: list[list[float]], n: int | None, epsilon: float, batched: bool) -> None:
