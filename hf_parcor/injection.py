@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from hf_parcor.arguments import check_norm_order
+from hf_parcor.devices import host_of, in_float64
 from hf_parcor.distributed.dtensors import alike, local_part, local_parts, one_vector, spread_alike, total
 from hf_parcor.functional.vectors import (
     add_multiple_,
@@ -607,7 +608,8 @@ def _change(weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         then = kept.to(now.device)
         same = (now == then) | (now.isnan() & then.isnan())
         counts.append((~same).sum())
-        norms.append(vector_norm([(now.double() - then).masked_fill_(same, 0)]))
+        host = host_of(now.device)
+        norms.append(vector_norm([(in_float64(now) - then.to(host)).masked_fill_(same.to(host), 0)]))
     return torch.stack(counts).sum(), vector_norm([torch.stack(norms)])
 
 

@@ -20,6 +20,7 @@ from torch.autograd.function import BackwardCFunction
 from hf_parcor.defenses.step import DefendedStep
 from hf_parcor.functional.vectors import vector_norm
 from hf_parcor.injection import Injection
+from hf_parcor.randomness import random_states_kept
 
 _Node: TypeAlias = Any  # of autograd's graph, which has no type of its own
 _Vector: TypeAlias = "list[Tensor]"
@@ -195,9 +196,7 @@ def _missed_share(step: DefendedStep, moved: set[int] | None) -> float | None:
 
 
 def _rehearse(step: DefendedStep, see: Any) -> None:
-    devices = {parameter.device for parameter in step.parameters.values() if parameter.device.type != "cpu"}
-    kind = next((device.type for device in devices), "cuda")
-    with torch.random.fork_rng([device.index for device in devices], device_type=kind):
+    with random_states_kept(parameter.device for parameter in step.parameters.values()):
         step.rehearse(see)
 
 

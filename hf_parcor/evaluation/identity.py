@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_parcor.corruptions import Corruption
+from hf_parcor.devices import in_float64
 from hf_parcor.distributed.fsdp import class_of
 from hf_parcor.evaluation.fingerprint import TOLD_BY_THEIR_TEXT, fingerprint, fingerprint_of_weights
 from hf_parcor.functional.vectors import chunks, vector_norm
@@ -145,7 +146,7 @@ def norm_of(weights: Iterable[Tensor]) -> float:
         >>> norm_of([Tensor([3.0]), Tensor([[4.0]])])
         5.0
     """
-    norms = [vector_norm([part.double()]).item() for weight in weights for part in _parts(weight.detach())]
+    norms = [vector_norm([in_float64(part)]).item() for weight in weights for part in _parts(weight.detach())]
     return float(f"{math.hypot(*norms):.6g}")
 
 

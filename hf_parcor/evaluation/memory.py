@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_parcor.corruptions import Corruption, MultiStepCorruption
+from hf_parcor.devices import free_memory
 from hf_parcor.distributed.dtensors import local_part
 from hf_parcor.functional.constrained_maximum import goes_in_turn
 
@@ -16,14 +17,6 @@ _GIB = 2**30
 
 class NotEnoughMemoryError(ValueError):
     """A device has less free memory than a measurement needs at least; nothing was measured."""
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Return how many bytes are free on a device, those that PyTorch holds for later included; None if unknown."""
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def needed_memory(

@@ -94,7 +94,8 @@ def check_same_weights(model: nn.Module, processes: MeasuringProcesses) -> None:
     Raises:
         ValueError: They differ.
     """
-    keys = torch.randint(-(2**63), 2**63 - 1, (_PIECE,), generator=torch.Generator().manual_seed(0))
+    source = torch.Generator().manual_seed(0)
+    keys = torch.randint(-(2**63), 2**63 - 1, (_PIECE,), generator=source, device=source.device)
     hashes = {}
     for name, tensor in weights_of(model):
         if not isinstance(tensor, DTensor):

@@ -182,7 +182,7 @@ def _ends(counted: Tensor) -> Spans:
     length = counted.size(1)
     if not counted.numel():
         return [(0, 0)] * len(counted)
-    places = torch.arange(length)
+    places = torch.arange(length, device=counted.device)
     first = torch.where(counted, places, length).amin(dim=1)
     end = torch.where(counted, places + 1, 0).amax(dim=1)
     return [(min(one, other), other) for one, other in zip(first.tolist(), end.tolist(), strict=True)]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_parcor.arguments import check_count, check_real
+from hf_parcor.devices import has_float64
 from hf_parcor.distributed.dtensors import cut_as, local_part, sharded_as, shared_generator
 from hf_parcor.functional.stored_numbers import FLOATS, MANTISSA_BITS, StoredNumbers, check_format, integer_width
 
@@ -195,11 +196,7 @@ def flipped_in_turn(
         for tensor, bits in zip(tensors, fields, strict=True)
     ]
     total = sum(sizes)
-    if count is None:
-        device = None if generator is None else generator.device
-        trials = torch.tensor(float(total), dtype=torch.float64, device=device)
-        probability = torch.tensor(rate, dtype=torch.float64, device=device)
-        count = int(torch.binomial(trials, probability, generator=generator))
+    count = _drawn_count(total, rate, generator) if count is None else count
     if count > total:
         raise ValueError(f"count: expected at most {total} bits (all that were selected), got {count}; pass fewer")
     positions = sample_positions(total, count, generator)
@@ -209,3 +206,15 @@ def flipped_in_turn(
     for tensor, bits, start, (first, end) in zip(tensors, fields, starts[:-1], pairwise(firsts), strict=True):
         here = positions[first:end].to(local_part(tensor).device) - start
         yield flip_bits(tensor, here // len(bits), here % len(bits) + bits.start, of)
+
+
+def _drawn_count(bits: int, rate: float | None, generator: torch.Generator | None) -> int:
+    """Return how many of some bits flip, each with a probability."""
+    device = torch.device("cpu") if generator is None else generator.device
+    if not has_float64(device):  # a generator of the CPU goes on from it
+        seed = int(torch.randint(2**62, (), generator=generator, device=device))
+        generator = torch.Generator().manual_seed(seed)
+        device = generator.device
+    trials = torch.tensor(float(bits), dtype=torch.float64, device=device)
+    probability = torch.tensor(rate, dtype=torch.float64, device=device)
+    return int(torch.binomial(trials, probability, generator=generator))

@@ -59,7 +59,7 @@ def _filled(noise: Tensor, source: torch.Generator | None, fill: _Fill) -> Tenso
         return fill(noise, source)
     source = source or torch.default_generator
     *blocks, last = noise.view(-1).tensor_split(list(range(_BLOCK, noise.numel() - _BLOCK + 1, _BLOCK)))
-    passed_over = torch.empty(_BLOCK // 2, dtype=torch.int64)
+    passed_over = torch.empty(_BLOCK // 2, dtype=torch.int64, device=noise.device)
     with ThreadPoolExecutor(threads) as pool:
         filled = []
         for block in blocks:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_parcor.arguments import check_choice, check_count, check_flag
+from hf_parcor.devices import in_float64
 from hf_parcor.distributed.dtensors import ShardedVector, has_whole_rows, local_part, one_vector, sharded_as
 from hf_parcor.functional.vectors import in_turn, working_dtype
 
@@ -176,7 +177,7 @@ def _rounded_in_rows(tensors: list[Tensor], bits: int) -> list[Tensor]:
         counts = [math.ceil(tensor.numel() / _ROW) for tensor in tensors]
         rows, places = _as_rows(tensors, _ROW)
         # Pinned, so that the device gets these few numbers without being waited for.
-        repeats = torch.tensor(counts, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        repeats = torch.tensor(counts, device="cpu", pin_memory=device.type == "cuda").to(device, non_blocking=True)
         scales = scales.index_select(1, torch.repeat_interleave(repeats, output_size=len(rows)))
     step, usable, divisor, last = scales.unsqueeze(2).unbind()
     rounded = (rows / divisor).round_().mul_(step).clamp_(-last, last).to(dtype)
@@ -400,8 +401,8 @@ def _between_extremes(blocks: _Blocks, bits: int, dtype: torch.dtype, smallest: 
     middle = 2 ** (bits - 1)  # the number that is kept beside the scale is that of the code in the middle
     kept = blocks.low.to(dtype) + scale * middle
     codes = torch.round((blocks.rows.to(dtype) - (kept - scale * middle)) / scale).clamp(0, 2**bits - 1)
-    values = (codes - middle).double() * scale.double() + kept.double()
-    return values.to(blocks.wide), torch.isfinite(scale)
+    values = in_float64(codes - middle) * in_float64(scale) + in_float64(kept)
+    return values.to(blocks.wide).to(scale.device), torch.isfinite(scale)
 
 
 class FloatFormat(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_parcor.arguments import check_norm_order
+from hf_parcor.devices import has_float64, host_of, in_float64
 from hf_parcor.distributed.dtensors import ShardedVector, local_parts, one_vector
 
 _BITS_OF_DTYPE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -86,7 +87,7 @@ def max_magnitude(tensors: Sequence[Tensor]) -> Tensor:
     dtype = working_dtype(tensors)
     filled = [tensor for tensor in tensors if tensor.numel()]
     if not filled:
-        return torch.zeros((), dtype=dtype)
+        return torch.zeros((), dtype=dtype, device="cpu")
     if filled[0].device.type == "cpu":
         # The max-norm is not vectorised on CPUs: aminmax was 15 times faster on 23 million entries, and there
         # are no kernel launches to save by batching.
@@ -97,14 +98,16 @@ def max_magnitude(tensors: Sequence[Tensor]) -> Tensor:
         torch.stack(torch._foreach_norm([filled[place] for place in places], math.inf))
         for places in _places_by_kind(filled).values()
     ]
-    return torch.cat([norms.to(of_each_kind[0].device, dtype) for norms in of_each_kind]).amax()
+    host = host_of(of_each_kind[0].device)
+    return torch.cat([norms.to(host, dtype) for norms in of_each_kind]).amax()
 
 
 def euclidean_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return `‖v‖₂` in float64, of entries of any size, and in one read of those of ordinary size.
 
-    A GPU adds up the squares in float64, where those of float32 keep their digits. A CPU adds them up in float32, and
-    looks again, at `v / max_i |v_i|`, where the result shows that some may have left its range.
+    A GPU adds up the squares in float64, where those of float32 keep their digits. A CPU, and a device that has no
+    float64, adds them up in float32, and looks again, at `v / max_i |v_i|`, where the result shows that some may have
+    left its range.
 
     Examples:
         >>> euclidean_norm([torch.tensor([3e38]), torch.tensor([3e38])])
@@ -115,16 +118,16 @@ def euclidean_norm(tensors: Sequence[Tensor]) -> Tensor:
         return _norm_by_largest([tensors.gather(euclidean_norm)], 2)
     filled = [tensor for tensor in tensors if tensor.numel()]
     if not filled:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     dtype = working_dtype(filled)
-    if filled[0].device.type == "cpu":
+    if _adds_in_float32(filled[0].device):
         norm: Tensor = torch.linalg.vector_norm(_norms_of_parts(filled, 2, dtype), 2)
         return norm if _is_ordinary(norm, numel(filled), dtype) else _norm_by_largest(filled, 2)
     return _norm_by_largest(filled, 2) if dtype == torch.float64 else _norm_in_float64(filled)
 
 
 def _is_ordinary(norm: Tensor, entries: int, dtype: torch.dtype) -> bool:
-    """Say whether a norm shows that the squares it is made of stayed inside the range; on a CPU alone."""
+    """Say whether a norm, which lies on the CPU, shows that the squares it is made of stayed inside the range."""
     square = float(norm) * float(norm)
     return 1e8 * entries * torch.finfo(dtype).tiny < square < math.inf  # what is too small to count adds up to 1e-8
 
@@ -145,7 +148,8 @@ def euclidean_norm_in_turn(tensors: Iterable[Tensor]) -> Tensor:
     """
     parts: list[Tensor] = []
     for tensor in tensors:
-        parts.append(_norms_of_parts([tensor], 2, torch.float32 if tensor.device.type == "cpu" else torch.float64))
+        dtype = torch.float32 if _adds_in_float32(tensor.device) else torch.float64
+        parts.append(_norms_of_parts([tensor], 2, dtype))
         del tensor
     norm: Tensor = torch.linalg.vector_norm(_end_to_end(parts), 2)
     return norm
@@ -163,18 +167,18 @@ def euclidean_norm_of_bundles(bundles: Callable[[], Iterable[list[Tensor]]]) -> 
     """
     parts: list[Tensor] = []
     entries = 0
-    on_cpu = False
+    in_float32 = False
     for some in bundles():
         entries += numel(some)
-        on_cpu = on_cpu or any(tensor.device.type == "cpu" for tensor in some)
+        in_float32 = in_float32 or any(_adds_in_float32(tensor.device) for tensor in some)
         filled = [tensor for tensor in some if tensor.numel()]
         if filled:
-            parts.append(_norms_of_parts(filled, 2, torch.float32 if on_cpu else torch.float64))
+            parts.append(_norms_of_parts(filled, 2, torch.float32 if in_float32 else torch.float64))
         del some, filled
     if not parts:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     norm: Tensor = torch.linalg.vector_norm(_end_to_end(parts), 2)
-    if on_cpu and not _is_ordinary(norm, entries, torch.float32):
+    if in_float32 and not _is_ordinary(norm, entries, torch.float32):
         return euclidean_norm([tensor for some in bundles() for tensor in some])
     return norm
 
@@ -187,7 +191,7 @@ def vector_norm_of_unit_scale(tensors: Sequence[Tensor], p: float) -> Tensor:
     dtype = working_dtype(tensors)
     filled = [tensor for tensor in tensors if tensor.numel()]
     if not filled:
-        return torch.zeros((), dtype=dtype)
+        return torch.zeros((), dtype=dtype, device="cpu")
     if math.isinf(p):
         return max_magnitude(filled)
     norm: Tensor = torch.linalg.vector_norm(_norms_of_parts(filled, p, dtype), p)
@@ -195,11 +199,11 @@ def vector_norm_of_unit_scale(tensors: Sequence[Tensor], p: float) -> Tensor:
 
 
 def _norms_of_parts(tensors: Sequence[Tensor], p: float, dtype: torch.dtype) -> Tensor:
-    """Return norms, in float64, whose norm is that of the tensors: of short blocks on a CPU, else of each tensor."""
+    """Return norms, in float64, whose norm is that of the tensors: of each, or of short blocks added in float32."""
     parts: list[Tensor] = []
     for (device, _), places in _places_by_kind(tensors).items():
         alike = [tensors[place] for place in places]
-        if device.type == "cpu":
+        if _adds_in_float32(device):
             parts += [_block_norms(tensor, p, dtype) for tensor in alike]
         else:
             parts.append(torch.stack(torch._foreach_norm(alike, p, dtype=dtype)))
@@ -207,8 +211,13 @@ def _norms_of_parts(tensors: Sequence[Tensor], p: float, dtype: torch.dtype) -> 
 
 
 def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
-    device = parts[0].device
-    return torch.cat([part.to(device) for part in parts]).double()
+    host = host_of(parts[0].device)
+    return torch.cat([part.to(host) for part in parts]).double()
+
+
+def _adds_in_float32(device: torch.device) -> bool:
+    """Say whether squares are added up in float32: where float64 takes longer, or is not to be had."""
+    return device.type == "cpu" or not has_float64(device)
 
 
 TOGETHER = 1 << 22  # entries that one batched call takes of a vector in turn: 16 MiB in float32, and a tensor beyond
@@ -324,10 +333,10 @@ def _norms_of_each(
     tensors: Sequence[Tensor], p: float, dtype: torch.dtype, alone: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
     norms = list(tensors)
-    for (_, of_tensors), places in _places_by_kind(tensors).items():
+    for (device, of_tensors), places in _places_by_kind(tensors).items():
         together = [place for place in places if _is_batched(tensors[place], p) and of_tensors.itemsize <= 4]
         for place in sorted({*places} - {*together}):
-            norms[place] = alone(tensors[place])
+            norms[place] = alone(tensors[place]).to(host_of(device))  # of an empty one it was on the CPU
         if together:
             alike = [tensors[place] for place in together]
             found = torch._foreach_norm(alike, p, dtype=None if math.isinf(p) else torch.float64)
@@ -353,7 +362,7 @@ def on_each(numbers: Sequence[Tensor], operation: Callable[[Tensor], Tensor]) ->
 
 def _is_batched(tensor: Tensor, p: float) -> bool:
     """Say whether the norm of a tensor is found in one call with others."""
-    plain = _has_launches(tensor.device) and not isinstance(tensor, DTensor)
+    plain = not _adds_in_float32(tensor.device) and not isinstance(tensor, DTensor)
     return plain and tensor.numel() > 0 and (p == 2 or math.isinf(p))
 
 
@@ -373,8 +382,8 @@ def _norm_by_largest(tensors: Sequence[Tensor], p: float) -> Tensor:
         for chunk in chunks([tensor.contiguous()])
     ]
     if not parts:
-        return largest.double()
-    return largest.double() * vector_norm_of_unit_scale([_joined(parts, torch.float64)], p)
+        return in_float64(largest)
+    return in_float64(largest) * vector_norm_of_unit_scale([_joined(parts, torch.float64)], p)
 
 
 def inner_product(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
@@ -385,10 +394,10 @@ def inner_product(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
         tensor(11., dtype=torch.float64)
     """
     first, second = one_vector(first), one_vector(second)
-    products = [torch.dot(a.reshape(-1).double(), b.reshape(-1).double()) for a, b in zip(first, second, strict=True)]
+    products = [torch.dot(*(in_float64(one.reshape(-1)) for one in pair)) for pair in zip(first, second, strict=True)]
     if isinstance(first, ShardedVector):
         return first.replaced(products).total(_sum)
-    return _sum(products) if products else torch.zeros((), dtype=torch.float64)
+    return _sum(products) if products else torch.zeros((), dtype=torch.float64, device="cpu")
 
 
 def _sum(values: Sequence[Tensor]) -> Tensor:
@@ -519,7 +528,7 @@ def scale_each_(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
 
     Args:
         tensors: `v_l`; of DTensors each rank scales its part.
-        factors: Of each a zero-dimensional tensor in float64, ≥ 0, on the device of the tensor.
+        factors: Of each a zero-dimensional tensor in float64, ≥ 0, on the device of the tensor, if that has float64.
 
     Examples:
         >>> tensors = [torch.tensor([1.0, 2.0]), torch.tensor([float("nan")])]
@@ -539,9 +548,9 @@ def scale_each_(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
 
 def _scale_each_unread_(tensors: list[Tensor], factors: Sequence[Tensor]) -> None:
     """Do as `scale_each_` does with tensors of one device and dtype, by factors that must not be waited for."""
-    dtype, together = tensors[0].dtype, torch.stack(list(factors))
-    roots = together.sqrt().to(dtype).unbind()
-    used = (together != 0).to(_BITS_OF_DTYPE[dtype.itemsize]).unbind()
+    device, dtype, together = tensors[0].device, tensors[0].dtype, torch.stack(list(factors))
+    roots = together.sqrt().to(device, dtype).unbind()
+    used = (together != 0).to(device, _BITS_OF_DTYPE[dtype.itemsize]).unbind()
     torch._foreach_mul_(tensors, roots)
     torch._foreach_mul_([_bits(tensor) for tensor in tensors], used)
     torch._foreach_mul_(tensors, roots)
@@ -556,7 +565,7 @@ def add_multiple_(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: T
     Args:
         tensors: `w`.
         others: `v`, of the shapes of w; only read.
-        factor: A zero-dimensional tensor in float64, ≥ 0. On CUDA it stays on its device, on a CPU it is read.
+        factor: A zero-dimensional tensor in float64, ≥ 0. On CUDA it stays on its device; one on a CPU is read.
 
     Examples:
         >>> weights = [torch.tensor([1.0, 2.0])]
@@ -571,7 +580,7 @@ def add_multiple_(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: T
     rest: list[int] = []
     for (device, dtype), places in _places_by_kind(tensors).items():
         unread = device.type in ("cuda", "meta") and dtype != torch.float64
-        at_once = unread or (device.type == "cpu" and ordinary and dtype.itemsize >= 4)  # else f is rounded to 16 bits
+        at_once = unread or (ordinary and dtype.itemsize >= 4)  # in 16 bits f would be rounded to them
         alike = [place for place in places if at_once and _alike(tensors[place], others[place])]
         rest += sorted({*places} - {*alike})
         filled = [place for place in alike if tensors[place].numel()]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_parcor.devices import host_of
 from hf_parcor.functional.stored_numbers import MANTISSA_BITS, StoredNumbers
 from hf_parcor.functional.vectors import chunks
 
@@ -76,6 +77,7 @@ def worst_flip(
         BitFlip(gain=128.0, element=0, position=7)
     """
     check_whole([tensor])
+    tensor, gradient = (one.to(host_of(tensor.device)) for one in (tensor, gradient))
     stored = StoredNumbers.of(tensor, of)
     if stored is None or not tensor.numel():
         return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from hf_parcor.devices import in_float64
 from hf_parcor.distributed.dtensors import local_part
 from hf_parcor.model_state import BufferSnapshot, StepBuffers, devices_of, evaluation_mode, same_numbers
 from hf_parcor.prefix.consumers import Consumers, Place
@@ -81,7 +82,7 @@ def objective_of(result: Any) -> Tensor:
     loss = result.get("loss") if isinstance(result, Mapping) else None
     if isinstance(loss, Tensor) and loss.requires_grad:
         return loss.mean()
-    parts = (part.double().square().mean() for part in numbers_of(result) if part.requires_grad)
+    parts = (in_float64(part).square().mean() for part in numbers_of(result) if part.requires_grad)
     objective = sum(parts, torch.zeros(()))
     if not isinstance(objective, Tensor) or not objective.requires_grad:
         raise PrefixError("the model returns no number that has a gradient")
@@ -107,7 +108,7 @@ def distance(found: Sequence[Any], expected: Sequence[Any]) -> float:
 @torch.no_grad()
 def _distance(found: Any, expected: Any) -> float:
     if isinstance(found, float) and isinstance(expected, float):
-        found, expected = torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
+        found, expected = (torch.tensor(one, dtype=torch.float64, device="cpu") for one in (found, expected))
     if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
         plain = isinstance(expected, (bool, int, str, type(None)))
         return math.inf if plain and found != expected else 0.0  # of other objects nothing is known

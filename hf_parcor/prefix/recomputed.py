@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from hf_parcor.devices import accelerators_in_use
 from hf_parcor.prefix.cut import before_calls
 from hf_parcor.prefix.reuse import PrefixReuse, Substitute, copied
 from hf_parcor.randomness import RandomStates, random_states_kept
@@ -79,7 +80,7 @@ class RecomputedPrefix(PrefixReuse):
     def _record(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
         if self._finished:
             return compute()
-        generators = RandomStates(random_devices())
+        generators = RandomStates(accelerators_in_use())
         result = super()._record(module, index, compute)
         self._generators[module, index] = generators
         self.outputs.clear()  # and with them the graph
@@ -88,7 +89,7 @@ class RecomputedPrefix(PrefixReuse):
     def _compute_again(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
         if (module, index) not in self.recorded:
             return compute()
-        with random_states_kept(random_devices()):
+        with random_states_kept(accelerators_in_use()):
             self._generators[module, index].put_back()
             parts, structure = tree_flatten(compute())
         self._draw_alike(module, index)
@@ -110,12 +111,6 @@ class _TakeAlong(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return gradient, None, *context.gradients
-
-
-def random_devices() -> list[torch.device]:
-    """Return the GPU whose random numbers this process draws, if there is one."""
-    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return [torch.device("cuda", torch.cuda.current_device())] if initialized else []
 
 
 def _substitute_call(stack: ExitStack, module: nn.Module, substitute: Substitute) -> None:

@@ -48,7 +48,7 @@ class TokenBatchSampler(Sampler[list[int]]):
                 f"{lengths[longest]:,} tokens; leave out what is longer, or raise the bound"
             )
         self._seed, self._epoch = seed, 0
-        ties = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+        ties = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
         order = sorted(ties, key=lengths.__getitem__)
         self._batches = _even(_filled(order, lengths, max_tokens), processes)
 
@@ -66,7 +66,7 @@ class TokenBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self._seed + 1_000_003 * (self._epoch + 1))
-        for index in torch.randperm(len(self._batches), generator=generator).tolist():
+        for index in torch.randperm(len(self._batches), generator=generator, device="cpu").tolist():
             yield list(self._batches[index])
 
 

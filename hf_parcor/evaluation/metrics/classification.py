@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_parcor.batches import IGNORED_LABEL
+from hf_parcor.devices import in_float64
 from hf_parcor.evaluation.metrics.over_batches import OverLabels, OverPairs, Pairs, mean_loss, share, sum_of
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.evaluation.outputs import (
@@ -140,8 +141,8 @@ def _of_numbers(output: Output, logits: Tensor, labels: Tensor) -> dict[str, Any
         )
     width = logits.shape[-1] if logits.ndim > 1 else 1
     return {
-        "predictions": logits.double().reshape(-1, width).tolist(),
-        "references": labels.double().reshape(-1, width).tolist(),
+        "predictions": in_float64(logits).reshape(-1, width).tolist(),
+        "references": in_float64(labels).reshape(-1, width).tolist(),
         "loss": output.mean_loss(Problem.NUMBERS, labels) * labels.numel(),
         "labels": labels.numel(),
         "not_finite": int((~logits.isfinite()).sum()),

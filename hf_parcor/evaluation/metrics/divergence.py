@@ -182,4 +182,4 @@ def _that_count(batch: Any, logits: Tensor, *, shifted: bool) -> Tensor:
             if isinstance(values, Tensor) and values.shape == shape:
                 counts = (values != absent).cpu()
                 return pad(counts[..., 1:], (0, 1)) if shifted and name == "labels" else counts
-    return torch.ones(shape, dtype=torch.bool)
+    return torch.ones(shape, dtype=torch.bool, device=logits.device)
