@@ -1,0 +1,335 @@
+// A device for tests: its memory is the host's and its kernels are the CPU's, but to PyTorch it is not the CPU.
+//
+// Operations that mix its tensors with the CPU's are refused, as on a GPU, and so are generators of the CPU. Whenever the
+// host asks for a value, a GPU would be waited for: that is counted. It can be told to refuse float64, as Apple's GPUs do.
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/Functions.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <ATen/native/Resize.h>
+#include <ATen/native/TensorShape.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <c10/core/impl/alloc_cpu.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace {
+
+constexpr auto kAnother = c10::DeviceType::PrivateUse1;
+const c10::Device another(kAnother, 0);
+bool has_float64 = true;
+int64_t readings = 0;  // how often the host has asked for a value since the last time it was told
+
+struct Memory final : c10::Allocator {
+  c10::DataPtr allocate(size_t size) override {
+    void* data = size ? c10::alloc_cpu(size) : nullptr;
+    return {data, data, &c10::free_cpu, another};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &c10::free_cpu; }
+  void copy_data(void* to, const void* from, std::size_t size) const override { default_copy_data(to, from, size); }
+};
+Memory memory;
+REGISTER_ALLOCATOR(kAnother, &memory);
+
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return kAnother; }
+  c10::Device exchangeDevice(c10::Device) const override { return another; }
+  c10::Device getDevice() const override { return another; }
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::Stream getStream(c10::Device device) const override { return c10::Stream(c10::Stream::DEFAULT, device); }
+  c10::Stream getNewStream(c10::Device device, int) const override { return getStream(device); }
+  c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+};
+C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
+
+struct Generator final : at::CPUGeneratorImpl {
+  Generator() : at::CPUGeneratorImpl(c10::default_rng_seed_val) {
+    device_ = another;
+    key_set_ = c10::DispatchKeySet(c10::DispatchKey::PrivateUse1);
+  }
+};
+
+const at::Generator& default_generator() {
+  static const at::Generator generator = at::make_generator<Generator>();
+  return generator;
+}
+
+struct Hooks final : at::PrivateUse1HooksInterface {
+  Hooks() { at::RegisterPrivateUse1HooksInterface(this); }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override { return default_generator(); }
+  at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::make_generator<Generator>(); }
+  at::Device getDeviceFromPtr(void*) const override { return another; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  c10::DeviceIndex deviceCount() const override { return 1; }
+  c10::DeviceIndex getCurrentDevice() const override { return 0; }
+  bool isPinnedPtr(const void*) const override { return false; }
+  void init() const override {}
+  void resizePrivateUse1Bytes(const c10::Storage& storage, size_t size) const override {
+    auto* held = storage.unsafeGetStorageImpl();
+    auto data = memory.allocate(size);
+    if (held->data() != nullptr) std::memcpy(data.get(), held->data(), std::min(size, held->nbytes()));
+    held->set_data_ptr_noswap(std::move(data));
+    held->set_nbytes(size);
+  }
+};
+Hooks hooks;
+
+void check_dtype(std::optional<at::ScalarType> dtype) {
+  TORCH_CHECK_TYPE(has_float64 || c10::dtype_or_default(dtype) != at::kDouble, "another device: it has no float64");
+}
+
+at::Tensor empty(c10::SymIntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+                 std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  check_dtype(dtype);
+  return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &memory,
+                                   c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), c10::dtype_or_default(dtype),
+                                   format);
+}
+
+at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<at::ScalarType> dtype,
+                         std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
+  check_dtype(dtype);
+  return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &memory,
+                                           c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
+                                           c10::dtype_or_default(dtype));
+}
+
+// The same memory, as a tensor of the CPU.
+at::Tensor on_host(const at::Tensor& tensor) {
+  if (tensor.device().type() != kAnother) return tensor;
+  const auto options = tensor.options().device(at::kCPU);
+  if (!tensor.numel()) return at::empty_strided(tensor.sizes(), tensor.strides(), options);
+  return at::from_blob(tensor.mutable_data_ptr(), tensor.sizes(), tensor.strides(), [tensor](void*) {}, options);
+}
+
+at::Tensor from_host(const at::Tensor& host) {
+  if (!host.defined() || host.device().type() != at::kCPU) return host;
+  auto made = at::empty_strided(host.sizes(), host.strides(), host.options().device(another));
+  if (host.numel()) on_host(made).copy_(host);
+  return made;
+}
+
+const at::Tensor& resize(const at::Tensor& self, c10::SymIntArrayRef size, std::optional<at::MemoryFormat>) {
+  self.unsafeGetTensorImpl()->set_sizes_contiguous(C10_AS_INTARRAYREF_SLOW(size));
+  const size_t bytes = (self.storage_offset() + self.numel()) * self.itemsize();
+  if (self.storage().nbytes() < bytes) hooks.resizePrivateUse1Bytes(self.storage(), bytes);
+  return self;
+}
+
+at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
+  readings += to.device().type() == at::kCPU;
+  on_host(to).copy_(on_host(from));
+  return to;
+}
+
+at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
+  if (to.sizes() != from.sizes()) to.resize_(from.sizes());
+  return copy_from(from, to, false);
+}
+
+at::Scalar local_scalar_dense(const at::Tensor& tensor) {
+  ++readings;
+  return on_host(tensor).item();
+}
+
+at::Tensor& set_storage(at::Tensor& self, at::Storage source, c10::SymInt offset, c10::SymIntArrayRef size,
+                        c10::SymIntArrayRef stride) {
+  auto* impl = self.unsafeGetTensorImpl();
+  impl->set_storage_keep_dtype(std::move(source));
+  impl->set_storage_offset(offset.expect_int());
+  if (stride.size() == size.size()) {
+    impl->set_sizes_and_strides(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride));
+  } else {
+    impl->set_sizes_contiguous(C10_AS_INTARRAYREF_SLOW(size));
+  }
+  return self;
+}
+
+at::Tensor& set_whole_storage(at::Tensor& self, at::Storage source) {
+  const c10::SymInt count = static_cast<int64_t>(source.nbytes() / self.itemsize());
+  return set_storage(self, std::move(source), 0, {count}, {c10::SymInt(1)});
+}
+
+at::Tensor& set_tensor(at::Tensor& self, const at::Tensor& source) {
+  return set_storage(self, source.storage(), source.sym_storage_offset(), source.sym_sizes(), source.sym_strides());
+}
+
+at::Tensor as_strided(const at::Tensor& self, c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
+                      std::optional<c10::SymInt> offset) {
+  const auto start = offset ? std::optional<int64_t>(offset->expect_int()) : std::nullopt;
+  return at::native::as_strided_tensorimpl(self, C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), start);
+}
+
+at::Tensor reshape_alias(const at::Tensor& self, c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
+  return as_strided(self, size, stride, std::nullopt);
+}
+
+at::Tensor view(const at::Tensor& self, c10::SymIntArrayRef size) {
+  return at::native::view(self, C10_AS_INTARRAYREF_SLOW(size));
+}
+
+at::Tensor unfold(const at::Tensor& self, int64_t dimension, int64_t size, int64_t step) {
+  return at::native::unfold(self, dimension, size, step);
+}
+
+// Runs every other operation on the CPU, on the same memory.
+class OnTheCpu {
+ public:
+  OnTheCpu(const c10::OperatorHandle& op, torch::jit::Stack* stack)
+      : op_(op), stack_(stack), name_(op.schema().name()), first_(stack->size() - op.schema().arguments().size()) {}
+
+  void run() {
+    const std::vector<c10::IValue> given(stack_->begin() + first_, stack_->end());
+    for (size_t place = 0; place < given.size(); ++place) translate(op_.schema().arguments()[place], given[place]);
+    TORCH_CHECK(!(ours_ && hosts_), name_, ": expected tensors on one device, got ", seen_);
+    draw_and_call();
+    for (auto& [host, tensor] : written_) {
+      if (host.numel() && host.data_ptr() == tensor.data_ptr()) continue;
+      if (host.sizes() != tensor.sizes()) resize(tensor, host.sym_sizes(), std::nullopt);
+      if (host.numel()) on_host(tensor).copy_(host);
+    }
+    for (size_t place = 0; place < op_.schema().returns().size(); ++place) give_back(place, given);
+  }
+
+ private:
+  void look(const at::Tensor& tensor) {
+    if (!tensor.defined()) return;
+    ours_ |= tensor.device().type() == kAnother;
+    hosts_ |= tensor.device().type() == at::kCPU && tensor.dim() > 0;  // a number of the CPU goes anywhere
+    seen_ += tensor.device().str() + c10::str(tensor.sizes()) + " ";
+  }
+
+  at::Tensor host(const at::Tensor& tensor) {
+    if (!tensor.defined() || tensor.device().type() != kAnother) return tensor;
+    auto alias = on_host(tensor);
+    written_.emplace_back(alias, tensor);
+    return alias;
+  }
+
+  void translate(const c10::Argument& argument, const c10::IValue& given) {
+    auto& value = (*stack_)[first_ + (&argument - op_.schema().arguments().data())];
+    const bool out = argument.kwarg_only() && argument.alias_info() != nullptr && argument.alias_info()->isWrite();
+    if (given.isTensor() && out && given.toTensor().device().type() == kAnother) {
+      ours_ = true;  // of any size: it is resized
+      written_.emplace_back(at::empty({0}, given.toTensor().options().device(at::kCPU)), given.toTensor());
+      value = written_.back().first;
+    } else if (given.isTensor()) {
+      look(given.toTensor());
+      value = host(given.toTensor());
+    } else if (given.isTensorList()) {
+      std::vector<at::Tensor> all;
+      for (const auto& tensor : given.toTensorVector()) {
+        look(tensor);
+        all.push_back(host(tensor));
+      }
+      value = all;
+    } else if (given.isOptionalTensorList()) {  // indices, which may lie on the CPU
+      c10::List<std::optional<at::Tensor>> all;
+      for (const auto& tensor : given.toOptionalTensorVector()) {
+        all.push_back(tensor ? std::optional<at::Tensor>(host(*tensor)) : std::nullopt);
+      }
+      value = all;
+    } else if (given.isDevice()) {
+      ours_ |= given.toDevice().type() == kAnother;
+      value = at::Device(at::kCPU);
+    } else if (given.isGenerator() && given.toGenerator().defined()) {
+      generator_ = given.toGenerator();
+      TORCH_CHECK(generator_.device() == another, name_, ": expected a generator of this device, got one of the CPU");
+      value = at::make_generator<at::CPUGeneratorImpl>();
+      value.toGenerator().set_state(generator_.get_state());
+      drawn_from_ = value.toGenerator();
+    }
+  }
+
+  // What draws without a generator draws from this device's own, not from the CPU's.
+  void draw_and_call() {
+    const auto cpu = c10::DispatchKeySet(c10::DispatchKey::CPU);
+    if (generator_.defined() || !op_.hasTag(at::Tag::nondeterministic_seeded)) {
+      op_.redispatchBoxed(cpu, stack_);
+      if (generator_.defined()) generator_.set_state(drawn_from_.get_state());
+      return;
+    }
+    at::Generator own = default_generator(), of_cpu = at::detail::getDefaultCPUGenerator();
+    const auto kept = of_cpu.get_state();
+    of_cpu.set_state(own.get_state());
+    op_.redispatchBoxed(cpu, stack_);
+    own.set_state(of_cpu.get_state());
+    of_cpu.set_state(kept);
+  }
+
+  void give_back(size_t place, const std::vector<c10::IValue>& given) {
+    const auto& schema = op_.schema();
+    auto& value = (*stack_)[stack_->size() - schema.returns().size() + place];
+    const auto* alias = schema.returns()[place].alias_info();
+    if (alias != nullptr && alias->isWrite()) {
+      for (size_t argument = 0; argument < given.size(); ++argument) {
+        const auto* other = schema.arguments()[argument].alias_info();
+        if (other != nullptr && *other == *alias) value = given[argument];
+      }
+    } else if (ours_ && value.isTensor()) {
+      value = from_host(value.toTensor());
+    } else if (ours_ && value.isTensorList()) {
+      std::vector<at::Tensor> all;
+      for (const auto& tensor : value.toTensorVector()) all.push_back(from_host(tensor));
+      value = all;
+    }
+  }
+
+  const c10::OperatorHandle& op_;
+  torch::jit::Stack* stack_;
+  const std::string name_;
+  const size_t first_;
+  bool ours_ = false, hosts_ = false;
+  std::string seen_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> written_;
+  at::Generator generator_, drawn_from_;
+};
+
+void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) { OnTheCpu(op, stack).run(); }
+
+int64_t take_readings() { return std::exchange(readings, 0); }
+void allow_float64(bool allowed) { has_float64 = allowed; }
+at::Tensor get_state() { return default_generator().get_state(); }
+void set_state(const at::Tensor& state) { at::Generator(default_generator()).set_state(state); }
+void seed(int64_t value) { at::Generator(default_generator()).set_current_seed(value); }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+  m.impl("empty.memory_format", empty);
+  m.impl("empty_strided", empty_strided);
+  m.impl("as_strided", as_strided);
+  m.impl("view", view);
+  m.impl("_reshape_alias", reshape_alias);
+  m.impl("unfold", unfold);
+  m.impl("resize_", resize);
+  m.impl("set_.source_Storage_storage_offset", set_storage);
+  m.impl("set_.source_Storage", set_whole_storage);
+  m.impl("set_.source_Tensor", set_tensor);
+  m.impl("_copy_from", copy_from);
+  m.impl("_copy_from_and_resize", copy_from_and_resize);
+  m.impl("_local_scalar_dense", local_scalar_dense);
+}
+
+TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_the_cpu>()); }
+
+TORCH_LIBRARY(another, m) {
+  m.def("take_readings() -> int", take_readings);
+  m.def("allow_float64(bool allowed) -> ()", allow_float64);
+  m.def("get_state() -> Tensor", get_state);
+  m.def("set_state(Tensor state) -> ()", set_state);
+  m.def("seed(int value) -> ()", seed);
+}
