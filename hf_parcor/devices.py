@@ -1,4 +1,4 @@
-"""What devices can do: whether they compute in float64, how much memory is free, which one a process computes on."""
+"""What devices can do: whether they have float64 and launches, how much memory is free, which one a process uses."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ def has_float64(device: torch.device) -> bool:
     if device.type == "xpu":
         return bool(torch.xpu.get_device_properties(device).has_fp64)
     return device.type != "mps"
+
+
+def has_launches(device: torch.device) -> bool:
+    """Say whether a call costs something there however little it does, so that it should take many tensors.
+
+    Examples:
+        >>> has_launches(torch.device("cpu")), has_launches(torch.device("cuda"))
+        (False, True)
+    """
+    return device.type != "cpu"
 
 
 def host_of(device: torch.device) -> torch.device:

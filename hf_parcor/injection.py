@@ -21,17 +21,8 @@ from torch.nn.utils import parametrize
 from hf_parcor.arguments import check_norm_order
 from hf_parcor.devices import host_of, in_float64
 from hf_parcor.distributed.dtensors import alike, local_part, local_parts, one_vector, spread_alike, total
-from hf_parcor.functional.vectors import (
-    add_multiple_,
-    chunks,
-    clones,
-    norms_of_each,
-    together_on,
-    vector_norm,
-    vector_norm_of_unit_scale,
-    widened,
-    write_sums_,
-)
+from hf_parcor.functional.norms import norms_of_each, vector_norm, vector_norm_of_unit_scale
+from hf_parcor.functional.vectors import add_multiple_, chunks, clones, together_on, widened, write_sums_
 
 Device = torch.device | str | None
 """A device, or None for that of the weights."""

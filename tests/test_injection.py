@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_parcor import GaussianNoise, corrupted
 from hf_parcor.functional import project_
-from hf_parcor.functional.vectors import vector_norm
+from hf_parcor.functional.norms import vector_norm
 from hf_parcor.injection import Injection, Multiple, Pieces, Replacement
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -14,7 +14,8 @@ from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength, named, named_pieces
 from hf_parcor.functional.constrained_maximum import constrained_maximum_, epsilon_over
 from hf_parcor.functional.noise import drawn_gaussian, gaussian_noise
-from hf_parcor.functional.vectors import euclidean_norm_in_turn, numel, scaled
+from hf_parcor.functional.norms import euclidean_norm_in_turn
+from hf_parcor.functional.vectors import numel, scaled
 from hf_parcor.injection import Pieces
 
 

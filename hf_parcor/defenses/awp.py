@@ -13,8 +13,9 @@ from hf_parcor.defenses.projected_ascent import ProjectedAscent
 from hf_parcor.defenses.step import DefendedStep
 from hf_parcor.distributed.dtensors import local_parts
 from hf_parcor.functional.constrained_maximum import constrained_maximum_of_each_
+from hf_parcor.functional.norms import norms_of_each
 from hf_parcor.functional.projections import project_each_
-from hf_parcor.functional.vectors import norms_of_each, on_each
+from hf_parcor.functional.vectors import on_each
 
 
 @known_elsewhere_as(gamma="AWP(CorruptionConstraint(epsilon={}), per_tensor=True)")

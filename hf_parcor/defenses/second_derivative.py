@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from hf_parcor.defenses.step import DefendedStep
-from hf_parcor.functional.vectors import vector_norm
+from hf_parcor.functional.norms import vector_norm
 from hf_parcor.injection import Injection
 from hf_parcor.randomness import random_states_kept
 

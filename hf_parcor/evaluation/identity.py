@@ -22,7 +22,8 @@ from hf_parcor.corruptions import Corruption
 from hf_parcor.devices import in_float64
 from hf_parcor.distributed.fsdp import class_of
 from hf_parcor.evaluation.fingerprint import TOLD_BY_THEIR_TEXT, fingerprint, fingerprint_of_weights
-from hf_parcor.functional.vectors import chunks, vector_norm
+from hf_parcor.functional.norms import vector_norm
+from hf_parcor.functional.vectors import chunks
 from hf_parcor.strict_json import to_strict_json
 
 _CALLED = ("__call__", "of_batch", "combine", "forward")

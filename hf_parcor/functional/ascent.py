@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_parcor.functional.constrained_maximum import factor_of_maximum, maximum_with_factor
+from hf_parcor.functional.norms import euclidean_norm_of_bundles
 from hf_parcor.functional.projections import factor_of_projection, project_
-from hf_parcor.functional.vectors import Factor, euclidean_norm_of_bundles, in_turn, scaled
+from hf_parcor.functional.vectors import Factor, in_turn, scaled
 
 
 class RememberedAscent:

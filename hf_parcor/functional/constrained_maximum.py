@@ -11,21 +11,23 @@ from torch import Tensor
 
 from hf_parcor.arguments import check_norm_order, check_radius, check_top_n
 from hf_parcor.distributed.dtensors import local_parts, one_vector, sharded_as
+from hf_parcor.functional.norms import (
+    euclidean_norm,
+    euclidean_norms_of_each,
+    max_magnitude,
+    norms_of_each,
+    vector_norm,
+    vector_norm_of_unit_scale,
+)
 from hf_parcor.functional.top_n import keep_top_n, keep_top_n_
 from hf_parcor.functional.vectors import (
     Factor,
     divide_,
-    euclidean_norm,
-    euclidean_norms_of_each,
     in_turn,
-    max_magnitude,
-    norms_of_each,
     on_each,
     one_by_one,
     scale_each_,
     scaled,
-    vector_norm,
-    vector_norm_of_unit_scale,
     widened,
     working_copy,
     working_dtype,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hf_parcor.arguments import check_choice, check_radius
 from hf_parcor.distributed.dtensors import cut_as, has_whole_rows, local_part, sharded_as, shared_generator
-from hf_parcor.functional.vectors import max_magnitude, working_dtype
+from hf_parcor.functional.norms import max_magnitude
+from hf_parcor.functional.vectors import working_dtype
 
 _BLOCK = 1 << 20  # entries that a thread draws; a multiple of 16
 REFERENCES = ("tensor", "channel", "weight")

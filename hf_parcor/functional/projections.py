@@ -11,19 +11,14 @@ from torch import Tensor
 
 from hf_parcor.arguments import check_norm_order, check_radius, check_top_n
 from hf_parcor.distributed.dtensors import one_vector
-from hf_parcor.functional.top_n import keep_top_n_
-from hf_parcor.functional.vectors import (
-    divide_,
+from hf_parcor.functional.norms import (
     euclidean_norm,
     euclidean_norms_of_each,
     max_magnitude,
-    multiply_,
-    on_each,
-    scale_each_,
-    scaled,
     vector_norm_of_unit_scale,
-    working_copy,
 )
+from hf_parcor.functional.top_n import keep_top_n_
+from hf_parcor.functional.vectors import divide_, multiply_, on_each, scale_each_, scaled, working_copy
 
 
 def check_projectable(p: float) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_parcor.distributed.dtensors import local_part, sharded_as
+from hf_parcor.functional.norms import max_magnitude
 from hf_parcor.functional.quantization import check_bits, restricted_scale
-from hf_parcor.functional.vectors import max_magnitude
 
 MANTISSA_BITS: Mapping[torch.dtype, int] = MappingProxyType(
     {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ import torch
 from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launches import launches
 
 from hf_parcor.functional import (
     constrained_maximum,
@@ -172,7 +171,7 @@ def test_ties_leave_exactly_n_entries_and_always_the_same(p: float, n: int, same
 @given(p=st.sampled_from(NORMS), parts=vectors, n=st.none() | st.integers(1, 8), batched=st.booleans())
 def test_of_each_is_that_of_each_by_itself(p: float, parts: list[list[float]], n: int | None, batched: bool) -> None:
     tensors = tensors_of(parts)
-    with patch.object(sys.modules["hf_parcor.functional.vectors"], "_has_launches", lambda device: batched):
+    with launches(batched):
         constrained_maximum_of_each_(tensors, p, EPSILON, n)
     for found, part in zip(tensors, tensors_of(parts), strict=True):
         (expected,) = constrained_maximum([part], p, EPSILON, n)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ import torch
 from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launches import launches
 from scipy import optimize
 
 from hf_parcor.functional import keep_top_n, project, project_, rescale_to_norm, vector_norm
@@ -195,7 +194,7 @@ def test_a_list_is_the_concatenated_vector(p: float, n: int | None) -> None:
 )
 def test_each_by_itself(p: float, parts: list[list[float]], n: int | None, epsilon: float, batched: bool) -> None:
     tensors = tensors_of(parts)
-    with patch.object(sys.modules["hf_parcor.functional.vectors"], "_has_launches", lambda device: batched):
+    with launches(batched):
         project_each_(tensors, p, epsilon, n)
     for found, part in zip(tensors, tensors_of(parts), strict=True):
         torch.testing.assert_close(found, project([part], p, epsilon, n)[0], rtol=1e-6, atol=1e-45)
