@@ -20,7 +20,15 @@ from torch.nn.utils import parametrize
 
 from hf_parcor.arguments import check_norm_order
 from hf_parcor.devices import host_of, in_float64
-from hf_parcor.distributed.dtensors import alike, local_part, local_parts, one_vector, spread_alike, total
+from hf_parcor.distributed.dtensors import (
+    alike,
+    has_shards,
+    local_part,
+    local_parts,
+    one_vector,
+    spread_alike,
+    total,
+)
 from hf_parcor.functional.norms import norms_of_each, vector_norm, vector_norm_of_unit_scale
 from hf_parcor.functional.vectors import add_multiple_, chunks, clones, together_on, widened, write_sums_
 
@@ -73,20 +81,31 @@ def check_weights(weights: Mapping[str, Tensor]) -> None:
     check_mapping("weights", weights, "select_parameters(model, ...) returns one")
     if not weights:
         raise ValueError("weights: expected at least one tensor, got none; select parameters first")
-    names: dict[int, str] = {}
+    first_of_kind: dict[object, str] = {}
     for name, weight in weights.items():
-        found = obstacle(weight)
+        first_of_kind.setdefault(
+            (type(weight), weight.dtype, weight.layout, weight.device, weight.is_inference()), name
+        )
+    for name in first_of_kind.values():
+        found = obstacle(weights[name])
         if found is not None:
             raise TypeError(
                 f"{name}: expected a floating-point weight of 16 bits or more in plain memory, got one that is "
                 f"{found}; leave it out of the selection, or load the model without quantization and offloading"
             )
-        address = local_part(weight).data_ptr()  # 0 for tensors without memory of their own
-        if address and names.setdefault(address, name) != name:
+    names: dict[int, str] = {}
+    for name, address in zip(weights, addresses_of(list(weights.values())), strict=True):
+        if address and address in names:
             raise ValueError(
                 f"{name}: expected every weight under one name, got that of {names[address]} again; "
                 "tied weights are one weight: leave one of the names out"
             )
+        names[address] = name
+
+
+def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Return where tensors begin in memory; 0 for those without memory of their own."""
+    return [tensor.data_ptr() for tensor in local_parts(tensors)]
 
 
 def check_mapping(what: str, given: object, advice: str) -> None:
@@ -98,6 +117,7 @@ def check_mapping(what: str, given: object, advice: str) -> None:
 def check_corruption(weights: Mapping[str, Tensor], corruption: Mapping[str, Tensor]) -> None:
     """Refuse names and shapes that do not belong to the weights."""
     check_mapping("corruption", corruption, "call a corruption on the parameters to get one")
+    sharded = has_shards(weights.values()) or has_shards(corruption.values())
     for name, change in corruption.items():
         if name not in weights:
             near = difflib.get_close_matches(name, weights, n=3) or list(weights)[:3]
@@ -112,7 +132,7 @@ def check_corruption(weights: Mapping[str, Tensor], corruption: Mapping[str, Ten
                 f"{name}: expected a corruption of shape {tuple(weights[name].shape)}, got {tuple(change.shape)}; "
                 "make it from the weights that it is for"
             )
-        if not spread_alike(change, weights[name]):
+        if sharded and not spread_alike(change, weights[name]):
             raise ValueError(
                 f"{name}: expected a corruption that is sharded over the ranks as its weight is, got another layout; "
                 "make it from the weights that it is for"
@@ -267,11 +287,12 @@ class Injection:
         check_weights(weights)
         self._weights = {name: weight.detach() for name, weight in weights.items()}
         self._saved_on = check_device("saved_on", saved_on)
-        names = sorted(self._weights, key=lambda name: _is_narrow(self._weights[name]))  # stable: exact ones first
-        self._places = {name: place for place, name in enumerate(names)}
+        narrow = [name for name, weight in self._weights.items() if weight.dtype.itemsize < 4]
+        names = [name for name in self._weights if name not in set(narrow)] if narrow else list(self._weights)
+        self._all_exact, self._all_narrow = range(len(names)), range(len(names), len(self._weights))
+        names += narrow
+        self._places = dict(zip(names, range(len(names)), strict=True))
         self._vector = one_vector([self._weights[name] for name in names])
-        exact = sum(not _is_narrow(weight) for weight in self._weights.values())
-        self._all_exact, self._all_narrow = range(exact), range(exact, len(names))
         self._forget()
 
     def _forget(self) -> None:
@@ -418,7 +439,7 @@ class Injection:
         multiple = corruption if isinstance(corruption, Multiple) else None
         corruption = corruption.direction if isinstance(corruption, Multiple) else corruption
         if not isinstance(corruption, Pieces):
-            check_corruption(self._weights, corruption)
+            check_corruption(self._weights, corruption)  # all of it, before any is written
         if self._corruption:
             raise RuntimeError("write: expected weights not displaced before, got displaced ones; restore() first")
         pairs = corruption if isinstance(corruption, Pieces) else corruption.items()
@@ -430,6 +451,8 @@ class Injection:
         with self._writing():
             earlier = set(self._saved)
             for bundle in _bundles(pairs) if multiple is None else [dict(pairs)]:
+                if isinstance(corruption, Pieces):
+                    check_corruption(self._weights, bundle)
                 self._write_together(bundle, replaces, None if multiple is None else multiple.factor)
                 earlier.difference_update(self._places[name] for name in bundle)
                 del bundle
@@ -438,16 +461,15 @@ class Injection:
                 del self._saved[place]
 
     def _write_together(self, bundle: dict[str, Tensor], replaces: bool, factor: Tensor | None) -> None:
-        check_corruption(self._weights, bundle)
         places = [self._places[name] for name in bundle]
         self._put_back(places)
         self._save(place for place in places if place in self._all_exact)
         self._save(place for place in places if place in self._all_narrow)
-        pieces = [
-            local_part(piece.detach()).to(self._vector[place].device)
-            for place, piece in zip(places, bundle.values(), strict=True)
-        ]
         weights = [self._vector[place] for place in places]
+        pieces = [
+            piece if piece.device == weight.device and not piece.requires_grad else piece.detach().to(weight.device)
+            for piece, weight in zip(local_parts(list(bundle.values())), weights, strict=True)
+        ]
         if replaces:
             _foreach(torch._foreach_copy_, weights, pieces)
             return

@@ -96,7 +96,7 @@ def test_every_pass_computes_as_the_first_and_buffers_move_once(move, subtests):
             model.register_forward_pre_hook(lambda model, _: model.last.move(model.last))
             whole = Sends(model) if sends else model
             recorded = []
-            buffers = StepBuffers(whole, lambda recorded=recorded: recorded, model if sends else None)
+            buffers = StepBuffers(list(whole.modules()), lambda recorded=recorded: recorded, model if sends else None)
             assert not buffers.moved()
             if moving:
                 with buffers.moving():

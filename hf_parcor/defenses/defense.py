@@ -219,7 +219,7 @@ class ConstrainedDefense(Defense):
                 wider tensor to hold it.
         """
         weights = list(step.parameters.values())
-        exact = all(weight.dtype.itemsize >= 4 for weight in weights)
+        exact = all(dtype.itemsize >= 4 for dtype in {weight.dtype for weight in weights})
         if (exact or once) and is_multiple(weights, self.constraint.p, self.constraint.top_n):
             direction = step.gradients_to_read(self.sync_perturbation)
             return Multiple(direction, *maximum_as_multiple(list(direction.values()), radius))

@@ -15,7 +15,7 @@ from hf_parcor.distributed.dtensors import local_part, local_parts, of_first_ran
 from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.functional.ascent import RememberedAscent
 from hf_parcor.functional.vectors import clones, working_copy, working_dtype
-from hf_parcor.injection import CorruptionNorm, Injection, Multiple, Pieces
+from hf_parcor.injection import CorruptionNorm, Injection, Multiple, Pieces, addresses_of
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
 
 Objective = Callable[[Tensor], Tensor]
@@ -373,13 +373,17 @@ class DefendedStep:
     def _take_gradients(self) -> dict[str, Tensor]:
         """Return the gradients, each in memory of its own: they are going to be overwritten one by one."""
         taken = {}
-        seen = {_address(other.grad) for other in self._others if other.grad is not None}
         for name, parameter in self.parameters.items():
-            gradient, parameter.grad = parameter.grad, None
+            gradient = parameter.grad
             if gradient is not None:
-                address = _address(gradient)
-                taken[name] = gradient.clone() if address in seen else gradient
-                seen.add(address)
+                taken[name], parameter.grad = gradient, None
+        if not taken:
+            return taken
+        seen = set(addresses_of([other.grad for other in self._others if other.grad is not None]))
+        for name, address in zip(taken, addresses_of(list(taken.values())), strict=True):
+            if address and address in seen:
+                taken[name] = taken[name].clone()
+            seen.add(address)
         return taken
 
     def _hand_back(self) -> None:
@@ -436,7 +440,3 @@ class _AtCleanWeights:
 
 
 _ANOTHER_PLACE = "expected a corruption along the gradient at the clean weights, got one that asks for others"
-
-
-def _address(tensor: Tensor) -> int:
-    return local_part(tensor).data_ptr() or id(tensor)

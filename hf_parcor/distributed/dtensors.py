@@ -29,7 +29,12 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return what this rank holds of each tensor."""
-    return [local_part(tensor) for tensor in tensors]
+    return [local_part(tensor) for tensor in tensors] if has_shards(tensors) else list(tensors)
+
+
+def has_shards(tensors: Iterable[Tensor]) -> bool:
+    """Say whether any tensor is a `DTensor`: most are of one or two classes."""
+    return any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
 
 
 def cuts_of(tensor: Tensor) -> Cuts:
@@ -111,7 +116,7 @@ def one_vector(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors as the list that functions of one vector work on: in the same memory, and aware of ranks."""
     if isinstance(tensors, ShardedVector):
         return tensors
-    if any(isinstance(tensor, DTensor) for tensor in tensors):
+    if has_shards(tensors):
         return ShardedVector(tensors)
     return tensors if isinstance(tensors, list) else list(tensors)
 

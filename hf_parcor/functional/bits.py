@@ -212,7 +212,7 @@ def _drawn_count(bits: int, rate: float | None, generator: torch.Generator | Non
     """Return how many of some bits flip, each with a probability."""
     device = torch.device("cpu") if generator is None else generator.device
     if not has_float64(device):  # a generator of the CPU goes on from it
-        seed = int(torch.randint(2**62, (), generator=generator, device=device))
+        seed = int(torch.randint(2**31, (), generator=generator, device=device))
         generator = torch.Generator().manual_seed(seed)
         device = generator.device
     trials = torch.tensor(float(bits), dtype=torch.float64, device=device)

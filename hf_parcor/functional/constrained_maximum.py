@@ -270,7 +270,7 @@ def maximum_as_multiple(tensors: Sequence[Tensor], epsilon: float) -> tuple[Tens
         >>> round(float(factor), 6), round(float(norm), 6)
         (0.1, 0.5)
     """
-    length = euclidean_norm([tensor.detach() for tensor in tensors])
+    length = euclidean_norm([tensor.detach() if tensor.requires_grad else tensor for tensor in tensors])
     factor = epsilon_over(length, check_radius("epsilon", epsilon))
     return factor, torch.where(factor > 0, factor * length, 0.0)
 

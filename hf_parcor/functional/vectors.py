@@ -23,7 +23,7 @@ _ALONE = 1 << 20  # entries of a tensor that is worth a launch by itself: one th
 
 def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """Return the dtype that norms are computed in: float64 if any tensor has it, else float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return torch.float64 if torch.float64 in {tensor.dtype for tensor in tensors} else torch.float32
 
 
 def working_copy(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -166,9 +166,12 @@ def _by_kind(
 
 def places_by_kind(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
     """Return the places of the tensors of each device and dtype: a batched call takes those of one."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(place)
+    found = [(tensor.device, tensor.dtype) for tensor in tensors]
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {kind: [] for kind in found}
+    if len(kinds) == 1:
+        return {found[0]: list(range(len(found)))}
+    for place, kind in enumerate(found):
+        kinds[kind].append(place)
     return kinds
 
 
@@ -294,8 +297,9 @@ def add_multiple_(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: T
     for (device, dtype), places in places_by_kind(tensors).items():
         unread = device.type in ("cuda", "meta") and dtype != torch.float64
         at_once = unread or (ordinary and dtype.itemsize >= 4)  # in 16 bits f would be rounded to them
-        alike = [place for place in places if at_once and _alike(tensors[place], others[place])]
-        rest += sorted({*places} - {*alike})
+        alike = [place for place in places if _alike(tensors[place], others[place])] if at_once else []
+        if len(alike) < len(places):
+            rest += sorted({*places} - {*alike})
         filled = [place for place in alike if tensors[place].numel()]
         pair = [tensors[place] for place in filled], [others[place] for place in filled]
         if filled and unread:

@@ -280,7 +280,7 @@ def try_prefix(
     if trained is None:
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.grad for name, parameter in trained.items()}
-    buffers = StepBuffers(model, prefix.replayed)
+    buffers = StepBuffers(list(model.modules()), prefix.replayed)
     devices = devices_of(model)
     identities = {id(parameter) for parameter in selected.values()}  # names may be those of another wrapper
     chosen = {name: parameter for name, parameter in trained.items() if id(parameter) in identities}

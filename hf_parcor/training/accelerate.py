@@ -101,7 +101,7 @@ class DefendedBackward:
             drop_gathered(self._whole)
         self._selected = _selected(self._whole, parameters)
         check_trained(self._selected, defense)
-        self._others = trained_beside(self._selected.values(), model, None)
+        self._others = trained_beside(self._selected.values(), model.modules(), None)
         self._embedding = find_input_embedding(self._whole) if defense.perturbs_inputs else None
         self._runner = StepRunner(reuse_prefix=reuse_prefix)
 

@@ -242,7 +242,7 @@ def check_trained(selected: Mapping[str, nn.Parameter], defense: Defense) -> Non
 
 
 def trained_beside(
-    selected: Iterable[nn.Parameter], model: nn.Module, optimizer: Optimizer | None
+    selected: Iterable[nn.Parameter], modules: Iterable[nn.Module], optimizer: Optimizer | None
 ) -> list[nn.Parameter]:
     """Return all other trainable parameters, each once: the model's, and those that only the optimizer holds.
 
@@ -251,13 +251,14 @@ def trained_beside(
     Examples:
         >>> model, head = nn.Linear(2, 2), nn.Linear(2, 1, bias=False)
         >>> optimizer = Optimizer([*model.parameters(), *head.parameters()], defaults={})
-        >>> others = trained_beside([model.weight], model, optimizer)
+        >>> others = trained_beside([model.weight], model.modules(), optimizer)
         >>> [other is known for other, known in zip(others, (model.bias, head.weight))]
         [True, True]
     """
     groups = [] if optimizer is None else optimizer.param_groups
-    known = chain(model.parameters(), *(group["params"] for group in groups))
-    trained = {id(parameter): parameter for parameter in known if parameter.requires_grad}
+    held = (module._parameters.values() for module in modules)  # read at once: model.parameters() walks again
+    known = chain(*held, *(group["params"] for group in groups))
+    trained = {id(parameter): parameter for parameter in known if parameter is not None and parameter.requires_grad}
     for parameter in selected:
         trained.pop(id(parameter), None)
     return list(trained.values())

@@ -283,7 +283,7 @@ class _TrainerDefense:
         if is_sharded(passes.model):
             drop_gathered(passes.model)
         selected = self.parameters()
-        others = trained_beside(selected.values(), passes.model, trainer.optimizer)
+        others = trained_beside(selected.values(), passes.modules, trainer.optimizer)
         self.runner.reuse_prefix = self.settings.reuses_prefix(trainer.args)
         step, norm = self.runner.run(
             passes,

@@ -15,7 +15,7 @@ from hf_parcor.batches import count_first, first_examples, items_of_part, privat
 from hf_parcor.defenses import Defense, Objective
 from hf_parcor.distributed.ddp import unfinished_forward, wrapped_by
 from hf_parcor.distributed.fsdp import is_sharded
-from hf_parcor.model_state import StepBuffers, devices_of
+from hf_parcor.model_state import StepBuffers, devices_of, modules_of, train_again
 from hf_parcor.overriding import counters_kept, overriding
 from hf_parcor.prefix import PrefixReuse, outputs_of
 from hf_parcor.randomness import random_states_kept
@@ -36,6 +36,9 @@ class Passes(ABC):
         accelerator: That of the loop.
         defense: It says how many passes there are, and which share of the batch each sees.
         model: The model as it was prepared.
+
+    Attributes:
+        modules: All of the model's.
     """
 
     _batches: ClassVar[tuple[str, ...]] = ("_as_given",)  # where copies of the batch are; the last is what passes see
@@ -43,7 +46,8 @@ class Passes(ABC):
     def __init__(self, accelerator: Accelerator, defense: Defense, model: nn.Module) -> None:
         self.accelerator, self.defense, self.model = accelerator, defense, model
         self._prefix: PrefixReuse | None = None
-        self._buffers = StepBuffers(model, wrapped=wrapped_by(model))
+        self.modules = modules_of(model)
+        self._buffers = StepBuffers(self.modules, wrapped=wrapped_by(model))
 
     @abstractmethod
     def prepare(self) -> None:
@@ -66,7 +70,7 @@ class Passes(ABC):
         """Let the passes reuse a prefix, after which there is more to be sent backward than the last pass."""
         if prefix is not None:
             self._prefix = prefix
-            self._buffers = StepBuffers(self.model, prefix.replayed, wrapped_by(self.model))
+            self._buffers = StepBuffers(self.modules, prefix.replayed, wrapped_by(self.model))
 
     def watch(self) -> None:
         """Run to the loss, in the mode that the model is in; the batch must be prepared."""
@@ -195,6 +199,7 @@ class TrainerPasses(Passes):
         self._inputs: Any = inputs
         self._as_given: Any = private_copy(inputs)
         self._given = self._prepares_nothing = False
+        self._trains = False
         self._prepared: list[Any] = []
         self._as_prepared: Any = None
 
@@ -245,10 +250,14 @@ class TrainerPasses(Passes):
             stack.enter_context(overriding(trainer, compute_loss=compute_objective, _prepare_inputs=prepare))
             if index != self._counting:
                 stack.enter_context(counters_kept(trainer))
+            train = train_again(self.modules) if self._trains else None
+            if train is not None:
+                stack.enter_context(overriding(self.model, train=train))
             items = items_of_part(self._items, self._as_given, share, self._shifted)
             given = self._give()
             if self._prepares_nothing and share < 1:
                 given = first_examples(given, share)
+            self._trains = True  # from here on: the step puts the model into training before all else
             return self._stock_step(self.model, given, items)
 
     def _give(self) -> Any:
