@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,21 +30,22 @@ def modules_of(*models: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
-def train_again(modules: Sequence[nn.Module]) -> Callable[..., nn.Module] | None:
-    """Return what `modules[0].train` does, without its walk; None where a module has a `train` of its own.
+def trains_already(modules: Iterable[nn.Module], known: Collection[Callable[..., object]] = ()) -> bool:
+    """Say whether `train` would change nothing in any of these modules.
 
     Args:
-        modules: All modules of a model, itself first.
+        modules: All modules of a model.
+        known: Methods `train` that do nothing beside `nn.Module.train` where the mode is the same as before; a module
+            with another one may do anything.
+
+    Examples:
+        >>> trains_already([nn.ReLU().train()]), trains_already([nn.ReLU().eval()])
+        (True, False)
     """
-    if any(type(module).train is not nn.Module.train or "train" in module.__dict__ for module in modules):
-        return None
-
-    def train(mode: bool = True) -> nn.Module:
-        for module in modules:
-            module.__dict__["training"] = mode
-        return modules[0]
-
-    return train
+    plain = {nn.Module.train, *known}
+    return all(
+        module.training and type(module).train in plain and "train" not in module.__dict__ for module in modules
+    )
 
 
 class BufferSnapshot:

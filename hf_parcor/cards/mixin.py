@@ -230,13 +230,14 @@ class PublishingMixin(CardMixin):
     ) -> Any:
         """Push as the Trainer does; a card that a person changed on the Hub is taken over first."""
         there: list[str] = []
+        given = {} if private is None else {"private": private}  # Transformers knows it since 5.23
         if self.is_world_process_zero():
             token = token if token is not None else self.args.hub_token
             if getattr(self, "hub_model_id", None) is None:
-                self.init_hf_repo(token=token, private=private)
+                self.init_hf_repo(token=token, **given)
             self._finish_current_push()
             there = self._take_card_of_hub(HfApi(token=token), revision or self.args.hub_revision)
-        pushed = super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        pushed = super().push_to_hub(commit_message, blocking, token, revision, **given, **kwargs)
         self._remove_old_results(HfApi(token=token), revision or self.args.hub_revision, there)
         return pushed
 

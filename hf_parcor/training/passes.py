@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from hf_parcor.batches import count_first, first_examples, items_of_part, private_copy, repeat_first_examples
 from hf_parcor.defenses import Defense, Objective
 from hf_parcor.distributed.ddp import unfinished_forward, wrapped_by
 from hf_parcor.distributed.fsdp import is_sharded
-from hf_parcor.model_state import StepBuffers, devices_of, modules_of, train_again
+from hf_parcor.model_state import StepBuffers, devices_of, modules_of, trains_already
 from hf_parcor.overriding import counters_kept, overriding
 from hf_parcor.prefix import PrefixReuse, outputs_of
 from hf_parcor.randomness import random_states_kept
@@ -250,9 +250,8 @@ class TrainerPasses(Passes):
             stack.enter_context(overriding(trainer, compute_loss=compute_objective, _prepare_inputs=prepare))
             if index != self._counting:
                 stack.enter_context(counters_kept(trainer))
-            train = train_again(self.modules) if self._trains else None
-            if train is not None:
-                stack.enter_context(overriding(self.model, train=train))
+            if self._trains and trains_already(self.modules, [PreTrainedModel.train]):  # a walk that finds nothing
+                stack.enter_context(self._mode_kept())
             items = items_of_part(self._items, self._as_given, share, self._shifted)
             given = self._give()
             if self._prepares_nothing and share < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import types
 
 import pytest
 from card_text import OURS, read
@@ -39,6 +40,31 @@ def warnings():
     publishing.logger.addHandler(handler := _Keep(messages))
     yield messages
     publishing.logger.removeHandler(handler)
+
+
+class StockTrainer:
+    """A stand-in for the Trainer of Transformers before 5.23, whose pushes know no `private`."""
+
+    args = types.SimpleNamespace(hub_token=None, hub_revision=None)
+    hub_model_id = push_in_progress = None
+
+    def is_world_process_zero(self):
+        return True
+
+    def init_hf_repo(self, token=None):
+        self.hub_model_id = "me/tiny"
+
+    def push_to_hub(self, commit_message, blocking, token, revision, **kwargs):
+        return kwargs
+
+
+def test_what_is_not_given_is_not_handed_on(monkeypatch):
+    class Publishing(publishing.PublishingMixin, StockTrainer):
+        pass
+
+    for name in ("_finish_current_push", "_take_card_of_hub", "_remove_old_results"):
+        monkeypatch.setattr(Publishing, name, lambda *_: [], raising=False)
+    assert Publishing().push_to_hub(tags=["a"]) == {"tags": ["a"]}
 
 
 class TestPushToHub:
