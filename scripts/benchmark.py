@@ -5,11 +5,13 @@
     python -m scripts.benchmark --shape bert-base --compiled model --mode reduce-overhead
     python -m scripts.benchmark --shape llama-7b --dtype bfloat16 --batch 1 --length 512 --arms "whole model, K = 1"
     python -m scripts.benchmark --shape llama-0.3b --batch 1 --length 128
+    python -m scripts.benchmark --shape narrow-bert --batch 2 --length 8 --bf16 --fused
 
 Steps of all arms take turns on one model, each just after a stock step that it is compared with, since the speed of a
 machine drifts; medians and quartiles of the ratios are reported, and on the CPU time is that of this process, whatever
 else the machine did. The row of the stock step itself shows how far two of them differ. All else is counted, and
-does not depend on how busy the machine is: operations of a step by PyTorch; its peak memory, on the CPU of the tensors
+does not depend on how busy the machine is: operations of a step by PyTorch; functions that it calls, which a GPU with
+little to compute waits for; its peak memory, on the CPU of the tensors
 that it makes, on a GPU of the allocator; and what it does in weight space beside its passes, in bytes for each
 defended weight and in launches, as where nothing can be asked for its value. On a GPU kernels are counted too.
 
@@ -62,7 +64,7 @@ from hf_parcor import (
 from hf_parcor.defenses import Defense
 from hf_parcor.reports.tables import markdown_table
 from hf_parcor.targets.stacks import find_stacks
-from scripts.counting import PeakMemory, kernels_beyond_passes, traffic_beyond_passes
+from scripts.counting import PeakMemory, calls_of, kernels_beyond_passes, traffic_beyond_passes
 from scripts.peer_trainers import LookSAMTrainer, MomentumTrainer, PeerTrainer
 from scripts.training_steps import in_bfloat16, pairs_with, quartiles_of_ratios, quiet_arguments, step_of
 
@@ -219,10 +221,12 @@ def llama_of(billions: float) -> LlamaConfig:
     )
 
 
+NARROW: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
 LLAMA_OF_SIZE = re.compile(r"llama-(\d+(?:\.\d+)?)b")
 SHAPES: dict[str, Callable[[], nn.Module]] = {
     "tiny-bert": lambda: BertForSequenceClassification(BertConfig(**TINY)),
     "bert-base": lambda: BertForSequenceClassification(BertConfig()),
+    "narrow-bert": lambda: BertForSequenceClassification(BertConfig(**NARROW)),  # its time is the host's
     "tiny-llama": lambda: LlamaForCausalLM(LlamaConfig(**TINY)),
     "llama-1b": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA_1B)),  # 1.04 B parameters
     "llama-7b": lambda: LlamaForCausalLM(LlamaConfig()),  # 6.74 B
@@ -268,6 +272,7 @@ class Cost:
 
     arm: str
     operations_ratio: float
+    calls_ratio: float
     time_ratio_median: float
     time_ratio_quartiles: tuple[float, float]
     seconds_median: float
@@ -350,12 +355,13 @@ class Bench:
 
         return step
 
-    def counted(self, arm: str) -> tuple[int, int]:
-        """Return the operations of one step, and the most bytes that it takes beside what was there before it.
+    def counted(self, arm: str) -> tuple[int, int, int]:
+        """Return a step's operations, its function calls, and the most bytes that it takes beside what was there.
 
         One step comes first, which may look around.
         """
         self.steps[arm]()
+        calls = calls_of(self.steps[arm])
         before = 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -365,7 +371,7 @@ class Bench:
             self.steps[arm]()
         # As on a CPU: without what PyTorch's allocator leaves over, up to 1 MiB a tensor.
         peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before if memory is None else memory.peak
-        return int(counter.get_total_flops()), peak
+        return int(counter.get_total_flops()), calls, peak
 
     def beyond_passes(self, arm: str) -> tuple[float, int, int | None] | tuple[None, None, None]:
         """Return bytes for each defended weight, launches, and on a GPU kernels, in weight space alone."""
@@ -387,12 +393,14 @@ class Bench:
         found = []
         for arm in self.steps:
             low, middle, high = quartiles_of_ratios(times[arm])
-            ratio, memory = counted[arm][0] / counted[STOCK][0], counted[arm][1] - counted[STOCK][1]
+            ratio, calls = (counted[arm][which] / counted[STOCK][which] for which in (0, 1))
+            memory = counted[arm][2] - counted[STOCK][2]
             moved, launches, kernels = self.beyond_passes(arm)
             found.append(
                 Cost(
                     arm,
                     operations_ratio=round(ratio, 3),
+                    calls_ratio=round(calls, 3),
                     time_ratio_median=round(middle, 3),
                     time_ratio_quartiles=(round(low, 3), round(high, 3)),
                     seconds_median=round(statistics.median(ours for ours, _ in times[arm]), 4),
@@ -408,7 +416,8 @@ class Bench:
 def table(costs: list[Cost]) -> str:
     """Return costs as Markdown."""
     on_gpu = any(cost.kernels_beyond_passes is not None for cost in costs)
-    header = ["step", "operations", "time, median (quartiles)", "seconds", "memory, MiB", "bytes a weight", "launches"]
+    times = ["time, median (quartiles)", "seconds"]
+    header = ["step", "operations", "calls", *times, "memory, MiB", "bytes a weight", "launches"]
     rows = []
     for cost in costs:
         low, high = cost.time_ratio_quartiles
@@ -416,6 +425,7 @@ def table(costs: list[Cost]) -> str:
             [
                 cost.arm,
                 f"{cost.operations_ratio:.2f}",
+                f"{cost.calls_ratio:.2f}",
                 f"{cost.time_ratio_median:.2f} ({low:.2f}–{high:.2f})",
                 f"{cost.seconds_median:.3g}",
                 f"{cost.peak_memory_mib_over_stock:+d}",

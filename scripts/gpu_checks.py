@@ -574,6 +574,7 @@ def costs(setting: Setting, shape: str, batch: int, length: int, rounds: int, li
             Row(f"{label}, {arm}: ratio to stock, median", cost.time_ratio_median, limits.get(arm) if timed else None),
             Row(f"{label}, {arm}: ratio to stock, third quartile", high),
             Row(f"{label}, {arm}: memory over stock, MiB", cost.peak_memory_mib_over_stock),
+            Row(f"{label}, {arm}: function calls over stock", cost.calls_ratio),
         ]
         if moved is not None and cost.launches_beyond_passes is not None:
             rows.append(Row(f"{label}, {arm}: bytes a defended weight beyond its passes", moved))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import cProfile
-import pstats
-
 import pytest
 import transformers as tf
 
 from hf_parcor import SAM, CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
+from scripts.counting import calls_of
 from scripts.training_steps import step_of
 
 L2 = CorruptionConstraint(epsilon=0.01)
@@ -25,14 +23,6 @@ ARMS = {  # how many stock steps they may cost: 2 or 3 passes, and norms, which 
 def model():
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return tf.BertForSequenceClassification(tf.BertConfig(**ENCODER, num_hidden_layers=12, **still))
-
-
-def calls_of(step) -> int:
-    profile = cProfile.Profile()
-    profile.enable()
-    step()
-    profile.disable()
-    return pstats.Stats(profile).total_calls
 
 
 @pytest.mark.slow
