@@ -10,6 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback
 
+from hf_parcor.overriding import overriding
+
 
 class TokenBatchSampler(Sampler[list[int]]):
     """Batches of sentences of like length, each of at most so many tokens with padding, in a new order each epoch.
@@ -146,7 +148,9 @@ class TokenBatchesMixin(_Base):
             pin_memory=stock.dataloader_pin_memory,
             persistent_workers=stock.dataloader_persistent_workers,
         )
-        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        # Each process gets as many. Accelerate before 1.14 would make sure of it by a size, which these have not.
+        with overriding(self.accelerator.dataloader_config, even_batches=False):
+            prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 
 
