@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer
 
 from hf_parcor.batches import count_first, first_examples, items_of_part, private_copy, repeat_first_examples
@@ -19,6 +20,8 @@ from hf_parcor.model_state import StepBuffers, devices_of, modules_of, trains_al
 from hf_parcor.overriding import counters_kept, overriding
 from hf_parcor.prefix import PrefixReuse, outputs_of
 from hf_parcor.randomness import random_states_kept
+
+_PLAIN = (PreTrainedModel.train, DistributedDataParallel.train)
 
 
 class Ended(BaseException):
@@ -250,7 +253,7 @@ class TrainerPasses(Passes):
             stack.enter_context(overriding(trainer, compute_loss=compute_objective, _prepare_inputs=prepare))
             if index != self._counting:
                 stack.enter_context(counters_kept(trainer))
-            if self._trains and trains_already(self.modules, [PreTrainedModel.train]):  # a walk that finds nothing
+            if self._trains and trains_already(self.modules, _PLAIN):  # a walk that finds nothing
                 stack.enter_context(self._mode_kept())
             items = items_of_part(self._items, self._as_given, share, self._shifted)
             given = self._give()
