@@ -13,7 +13,7 @@ _SMALL = 1 << 16  # entries; statistics, counters and averages are smaller, pack
 
 
 def modules_of(*models: nn.Module) -> list[nn.Module]:
-    """Return `model.modules()`, of several each once, in a fraction of its time: a small step takes as long as walks.
+    """Return `model.modules()`, of several models each once, in a fraction of the time.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.ReLU()))
@@ -30,22 +30,36 @@ def modules_of(*models: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
-def trains_already(modules: Iterable[nn.Module], known: Collection[Callable[..., object]] = ()) -> bool:
-    """Say whether `train` would change nothing in any of these modules.
+def train_without_walk(
+    modules: Sequence[nn.Module], known: Collection[Callable[..., object]] = ()
+) -> Callable[..., nn.Module] | None:
+    """Return a method `train` for `modules[0]` that does nothing where all train already, and else what its own does.
 
     Args:
-        modules: All modules of a model.
-        known: Methods `train` that do nothing beside `nn.Module.train` where the mode is the same as before; a module
-            with another one may do anything.
+        modules: All modules of a model, itself first.
+        known: Methods `train` that do nothing beside `nn.Module.train` where the mode is the same as before.
+
+    Returns:
+        The method; None where a module has another one, which may do anything.
 
     Examples:
-        >>> trains_already([nn.ReLU().train()]), trains_already([nn.ReLU().eval()])
-        (True, False)
+        >>> model = nn.Sequential(nn.ReLU())
+        >>> train = train_without_walk(modules_of(model))
+        >>> train() is model, train(False).training, train().training
+        (True, False, True)
     """
-    plain = {nn.Module.train, *known}
-    return all(
-        module.training and type(module).train in plain and "train" not in module.__dict__ for module in modules
-    )
+    model, plain = modules[0], {nn.Module.train, *known}
+    if any(type(module).train not in plain or "train" in module.__dict__ for module in modules):
+        return None
+    own = type(model).train
+
+    def train(mode: bool = True) -> nn.Module:
+        if mode is True and all(module.training for module in modules):
+            return model
+        found: nn.Module = own(model, mode)
+        return found
+
+    return train
 
 
 class BufferSnapshot:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_parcor.devices import in_float64
 from hf_parcor.distributed.dtensors import local_part
-from hf_parcor.model_state import BufferSnapshot, StepBuffers, devices_of, evaluation_mode, same_numbers
+from hf_parcor.model_state import BufferSnapshot, StepBuffers, devices_of, evaluation_mode, modules_of, same_numbers
 from hf_parcor.prefix.consumers import Consumers, Place
 from hf_parcor.prefix.cut import (
     PrefixError,
@@ -280,7 +280,7 @@ def try_prefix(
     if trained is None:
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.grad for name, parameter in trained.items()}
-    buffers = StepBuffers(list(model.modules()), prefix.replayed)
+    buffers = StepBuffers(modules_of(model), prefix.replayed)
     devices = devices_of(model)
     identities = {id(parameter) for parameter in selected.values()}  # names may be those of another wrapper
     chosen = {name: parameter for name, parameter in trained.items() if id(parameter) in identities}

@@ -16,7 +16,7 @@ from hf_parcor.batches import count_first, first_examples, items_of_part, privat
 from hf_parcor.defenses import Defense, Objective
 from hf_parcor.distributed.ddp import unfinished_forward, wrapped_by
 from hf_parcor.distributed.fsdp import is_sharded
-from hf_parcor.model_state import StepBuffers, devices_of, modules_of, trains_already
+from hf_parcor.model_state import StepBuffers, devices_of, modules_of, train_without_walk
 from hf_parcor.overriding import counters_kept, overriding
 from hf_parcor.prefix import PrefixReuse, outputs_of
 from hf_parcor.randomness import random_states_kept
@@ -202,7 +202,6 @@ class TrainerPasses(Passes):
         self._inputs: Any = inputs
         self._as_given: Any = private_copy(inputs)
         self._given = self._prepares_nothing = False
-        self._trains = False
         self._prepared: list[Any] = []
         self._as_prepared: Any = None
 
@@ -253,13 +252,13 @@ class TrainerPasses(Passes):
             stack.enter_context(overriding(trainer, compute_loss=compute_objective, _prepare_inputs=prepare))
             if index != self._counting:
                 stack.enter_context(counters_kept(trainer))
-            if self._trains and trains_already(self.modules, _PLAIN):  # a walk that finds nothing
-                stack.enter_context(self._mode_kept())
+            train = train_without_walk(self.modules, _PLAIN)
+            if train is not None:
+                stack.enter_context(overriding(self.model, train=train))
             items = items_of_part(self._items, self._as_given, share, self._shifted)
             given = self._give()
             if self._prepares_nothing and share < 1:
                 given = first_examples(given, share)
-            self._trains = True  # from here on: the step puts the model into training before all else
             return self._stock_step(self.model, given, items)
 
     def _give(self) -> Any:

@@ -312,3 +312,21 @@ def test_a_training_step_without_compute_loss_is_refused(tiny_bert, train):
         train(defended(Bypassing), model, defense=MultiStepRisk(L2, steps=1))
     for weight, before in zip(model.parameters(), tiny_bert().parameters(), strict=True):
         assert torch.equal(weight, before)
+
+
+def test_a_loss_that_is_found_in_evaluation_mode_is_found_there_in_every_pass(tiny_bert, train):
+    """As of who compares with the answers without dropout: the mode is the loss's own matter, pass by pass."""
+    modes = []
+
+    class Comparing(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            model.eval()
+            modes.append([module.training for module in model.modules()])
+            model.train()
+            modes.append([module.training for module in model.modules()])
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    train(defended(Comparing), tiny_bert(), {"max_steps": 2}, defense=MultiStepRisk(L2, steps=1))
+    assert len(modes) >= 8
+    assert not any(map(any, modes[::2]))
+    assert all(map(all, modes[1::2]))
