@@ -1,4 +1,4 @@
-"""What devices can do: whether they have float64 and launches, how much memory is free, which one a process uses."""
+"""What devices can do: whether they have float64 and launches; and which one a process uses."""
 
 from __future__ import annotations
 
@@ -48,15 +48,6 @@ def in_float64(tensor: Tensor) -> Tensor:
         tensor([0.5000], dtype=torch.float64)
     """
     return tensor.to(host_of(tensor.device)).double()  # in this order: no device is asked for what it has not
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Return how many bytes are free on a device, those that PyTorch holds for later included; None if unknown."""
-    memory = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
-    if memory is None or not hasattr(memory, "mem_get_info"):
-        return None
-    free, _ = memory.mem_get_info(device)
-    return int(free + memory.memory_reserved(device) - memory.memory_allocated(device))
 
 
 def accelerators_in_use() -> list[torch.device]:

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from hf_parcor.arguments import check_norm_order
 from hf_parcor.devices import host_of, in_float64
 from hf_parcor.distributed.dtensors import (
+    addresses_of,
     alike,
     has_shards,
     local_part,
@@ -101,11 +102,6 @@ def check_weights(weights: Mapping[str, Tensor]) -> None:
                 "tied weights are one weight: leave one of the names out"
             )
         names[address] = name
-
-
-def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
-    """Return where tensors begin in memory; 0 for those without memory of their own."""
-    return [tensor.data_ptr() for tensor in local_parts(tensors)]
 
 
 def check_mapping(what: str, given: object, advice: str) -> None:
@@ -287,10 +283,12 @@ class Injection:
         check_weights(weights)
         self._weights = {name: weight.detach() for name, weight in weights.items()}
         self._saved_on = check_device("saved_on", saved_on)
-        narrow = [name for name, weight in self._weights.items() if weight.dtype.itemsize < 4]
-        names = [name for name in self._weights if name not in set(narrow)] if narrow else list(self._weights)
-        self._all_exact, self._all_narrow = range(len(names)), range(len(names), len(self._weights))
-        names += narrow
+        exact: list[str] = []
+        narrow: list[str] = []
+        for name, weight in weights.items():
+            (narrow if weight.dtype.itemsize < 4 else exact).append(name)
+        names = exact + narrow
+        self._all_exact, self._all_narrow = range(len(exact)), range(len(exact), len(names))
         self._places = dict(zip(names, range(len(names)), strict=True))
         self._vector = one_vector([self._weights[name] for name in names])
         self._forget()
@@ -371,10 +369,10 @@ class Injection:
             moved = list(update)
             if first:
                 self._corruption = {
-                    name: self._first_of_narrow(weight, update.get(name), keep) if _is_narrow(weight) else weight
+                    name: self._first_of_narrow(weight, update.get(name), keep) if self._is_narrow(name) else weight
                     for name, weight in self._weights.items()
                 }
-                moved = [name for name in update if not _is_narrow(self._weights[name])]
+                moved = [name for name in update if not self._is_narrow(name)]
             direct = first and project is None  # w + u, with no need of a by itself
             # Else weights of full precision hold a itself while it moves: no second buffer.
             if not first:
@@ -405,6 +403,9 @@ class Injection:
             saved = [self._saved[place].to(self._vector[place].device) for place, _ in some]
             write_sums_(weights, [corruption for _, corruption in some], saved)
             del saved
+
+    def _is_narrow(self, name: str) -> bool:
+        return self._places[name] in self._all_narrow
 
     @staticmethod
     def _first_of_narrow(weight: Tensor, update: Tensor | None, keep: bool) -> Tensor:
@@ -608,10 +609,6 @@ def _bundles(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]
 def _copy_on(device: torch.device, weight: Tensor) -> Tensor:
     pinned = device.type == "cpu" and weight.device.type == "cuda"  # from where it comes back at the speed of the bus
     return torch.empty_like(weight, device=device, pin_memory=pinned).copy_(weight)
-
-
-def _is_narrow(weight: Tensor) -> bool:
-    return weight.dtype.itemsize < 4
 
 
 def _change(weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,12 +35,11 @@ def train_without_walk(
 ) -> Callable[..., nn.Module] | None:
     """Return a method `train` for `modules[0]` that does nothing where all train already, and else what its own does.
 
+    None where a module has a `train` of its own, which may do anything.
+
     Args:
         modules: All modules of a model, itself first.
         known: Methods `train` that do nothing beside `nn.Module.train` where the mode is the same as before.
-
-    Returns:
-        The method; None where a module has another one, which may do anything.
 
     Examples:
         >>> model = nn.Sequential(nn.ReLU())
@@ -51,13 +50,12 @@ def train_without_walk(
     model, plain = modules[0], {nn.Module.train, *known}
     if any(type(module).train not in plain or "train" in module.__dict__ for module in modules):
         return None
-    own = type(model).train
+    own: Callable[..., nn.Module] = type(model).train
 
     def train(mode: bool = True) -> nn.Module:
         if mode is True and all(module.training for module in modules):
             return model
-        found: nn.Module = own(model, mode)
-        return found
+        return own(model, mode)
 
     return train
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from hf_parcor.corruptions import Corruption
 from hf_parcor.defenses.adversarial_inputs import AdversarialInputs
-from hf_parcor.distributed.dtensors import local_part, local_parts, of_first_rank
+from hf_parcor.distributed.dtensors import addresses_of, local_part, local_parts, of_first_rank
 from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.functional.ascent import RememberedAscent
 from hf_parcor.functional.vectors import clones, working_copy, working_dtype
-from hf_parcor.injection import CorruptionNorm, Injection, Multiple, Pieces, addresses_of
+from hf_parcor.injection import CorruptionNorm, Injection, Multiple, Pieces
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
 
 Objective = Callable[[Tensor], Tensor]

@@ -32,6 +32,11 @@ def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [local_part(tensor) for tensor in tensors] if has_shards(tensors) else list(tensors)
 
 
+def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Return where what this rank holds of each tensor begins in memory; 0 for those without memory of their own."""
+    return [tensor.data_ptr() for tensor in local_parts(tensors)]
+
+
 def has_shards(tensors: Iterable[Tensor]) -> bool:
     """Say whether any tensor is a `DTensor`: most are of one or two classes."""
     return any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hf_parcor.corruptions import Corruption, MultiStepCorruption
-from hf_parcor.devices import free_memory
 from hf_parcor.distributed.dtensors import local_part
 from hf_parcor.functional.constrained_maximum import goes_in_turn
 
@@ -17,6 +16,15 @@ _GIB = 2**30
 
 class NotEnoughMemoryError(ValueError):
     """A device has less free memory than a measurement needs at least; nothing was measured."""
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return how many bytes are free on a device, those that PyTorch holds for later included; None if unknown."""
+    memory = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
+    if memory is None or not hasattr(memory, "mem_get_info"):
+        return None
+    free, _ = memory.mem_get_info(device)
+    return int(free + memory.memory_reserved(device) - memory.memory_allocated(device))
 
 
 def needed_memory(

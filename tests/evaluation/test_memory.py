@@ -23,9 +23,8 @@ from hf_parcor import (
     RandomCorruption,
     UniformNoise,
 )
-from hf_parcor.devices import free_memory
 from hf_parcor.evaluation import NotEnoughMemoryError
-from hf_parcor.evaluation.memory import check_memory, needed_memory
+from hf_parcor.evaluation.memory import check_memory, free_memory, needed_memory
 
 WIDTH, LAYERS = 32, 32  # one of 32 tensors: the largest one of a Llama is less of it
 L2, L_INF = CorruptionConstraint(epsilon=0.1), CorruptionConstraint(p=math.inf, epsilon=1e-3)
