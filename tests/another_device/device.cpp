@@ -6,6 +6,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/Resize.h>
@@ -50,6 +51,17 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getNewStream(c10::Device device, int) const override { return getStream(device); }
   c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+
+  // Work is done when the call that asks for it returns: nothing is to be waited for.
+  void record(void**, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void destroyEvent(void*, c10::DeviceIndex) const noexcept override {}
+  void synchronizeEvent(void*) const override {}
+  bool queryStream(const c10::Stream&) const override { return true; }
+  void synchronizeStream(const c10::Stream&) const override {}
+  void synchronizeDevice(c10::DeviceIndex) const override {}
+  void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
@@ -75,7 +87,8 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool isAvailable() const override { return true; }
   c10::DeviceIndex deviceCount() const override { return 1; }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
-  bool isPinnedPtr(const void*) const override { return false; }
+  bool isPinnedPtr(const void*) const override { return true; }  // all memory is the host's
+  c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
   void init() const override {}
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t size) const override {
     auto* held = storage.unsafeGetStorageImpl();
@@ -204,6 +217,15 @@ class OnTheCpu {
     for (size_t place = 0; place < op_.schema().returns().size(); ++place) give_back(place, given);
   }
 
+  // A collective writes into the tensors that it was given, perhaps later: nothing is to be moved back.
+  void start() {
+    for (size_t place = 0; place < op_.schema().arguments().size(); ++place) {
+      translate(op_.schema().arguments()[place], (*stack_)[first_ + place]);
+    }
+    TORCH_CHECK(!(ours_ && hosts_), name_, ": expected tensors on one device, got ", seen_);
+    op_.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack_);
+  }
+
  private:
   void look(const at::Tensor& tensor) {
     if (!tensor.defined()) return;
@@ -219,7 +241,7 @@ class OnTheCpu {
     return alias;
   }
 
-  void translate(const c10::Argument& argument, const c10::IValue& given) {
+  void translate(const c10::Argument& argument, const c10::IValue given) {
     auto& value = (*stack_)[first_ + (&argument - op_.schema().arguments().data())];
     const bool out = argument.kwarg_only() && argument.alias_info() != nullptr && argument.alias_info()->isWrite();
     if (given.isTensor() && out && given.toTensor().device().type() == kAnother) {
@@ -234,6 +256,17 @@ class OnTheCpu {
       for (const auto& tensor : given.toTensorVector()) {
         look(tensor);
         all.push_back(host(tensor));
+      }
+      value = all;
+    } else if (given.isList() && *given.toList().elementType() == *c10::ListType::ofTensors()) {
+      c10::List<c10::List<at::Tensor>> all;
+      for (const c10::List<at::Tensor> some : given.to<c10::List<c10::List<at::Tensor>>>()) {
+        c10::List<at::Tensor> hosts;
+        for (const at::Tensor tensor : some) {
+          look(tensor);
+          hosts.push_back(host(tensor));
+        }
+        all.push_back(hosts);
       }
       value = all;
     } else if (given.isOptionalTensorList()) {  // indices, which may lie on the CPU
@@ -299,6 +332,7 @@ class OnTheCpu {
 };
 
 void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) { OnTheCpu(op, stack).run(); }
+void over_the_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) { OnTheCpu(op, stack).start(); }
 
 int64_t take_readings() { return std::exchange(readings, 0); }
 void allow_float64(bool allowed) { has_float64 = allowed; }
@@ -325,6 +359,28 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_the_cpu>()); }
+
+// As a GPU's: what multiplies matrices takes the narrow numbers, what sums takes the wide ones.
+TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
+
+TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
+  KERNEL_PRIVATEUSEONE(linear, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(matmul, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(scaled_dot_product_attention, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(layer_norm, fp32)
+  KERNEL_PRIVATEUSEONE(cross_entropy_loss, fp32)
+}
+
+// What processes say to one another, over the host's memory: gloo does so.
+TORCH_LIBRARY_IMPL(c10d, PrivateUse1, m) {
+  for (const char* name :
+       {"allreduce_", "allreduce_coalesced_", "allgather_", "_allgather_base_", "allgather_coalesced_",
+        "allgather_into_tensor_coalesced_", "broadcast_", "reduce_", "reduce_scatter_", "_reduce_scatter_base_",
+        "reduce_scatter_tensor_coalesced_", "gather_", "scatter_", "alltoall_", "alltoall_base_", "barrier", "send",
+        "recv_"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&over_the_host>());
+  }
+}
 
 TORCH_LIBRARY(another, m) {
   m.def("take_readings() -> int", take_readings);

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.cpp_extension import include_paths, library_paths
 
 SOURCE = Path(__file__).with_name("device.cpp")
@@ -24,7 +27,7 @@ def library() -> Path:
     path = Path(sys.prefix) / "another_device" / f"{key}.so"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
+        unfinished = path.with_suffix(f".{os.getpid()}")  # others may compile it, too
         folders = [*(f"-I{one}" for one in include_paths()), *(f"-L{one}" for one in library_paths())]
         command = [str(COMPILER), "-shared", "-fPIC", "-std=c++20", "-O1", "-w", *folders, str(SOURCE)]
         subprocess.run([*command, "-o", str(unfinished), "-ltorch_cpu", "-lc10"], check=True)
@@ -36,12 +39,25 @@ class _Device(ModuleType):
     """What PyTorch asks of `torch.another`, as of `torch.cuda`."""
 
     _initialized = True
+    Stream, Event, device = torch.Stream, torch.Event, nullcontext
 
     def __getattr__(self, name: str) -> Any:
         answers = {"device_count": 1, "current_device": 0, "is_available": True, "is_initialized": True}
         if name in answers:
             return lambda: answers[name]
         raise AttributeError(name)
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def current_stream(self, device: object = None) -> torch.Stream:
+        return torch.accelerator.current_stream()
+
+    def stream(self, stream: torch.Stream) -> torch.Stream:
+        return stream
+
+    def set_device(self, device: object) -> None:
+        """There is one alone."""
 
     def manual_seed_all(self, seed: int) -> None:
         torch.ops.another.seed(seed)
@@ -65,3 +81,14 @@ def register() -> torch.device:
     torch._register_device_module(NAME, _Device(f"torch.{NAME}"))
     torch.utils.generate_methods_for_privateuse1_backend()
     return torch.device(NAME, 0)
+
+
+def rank_device() -> torch.device:
+    """Return where the tensors of this process belong: on what its ranks were started for, or on the CPU."""
+    return torch.device(os.environ.get("ACCELERATE_TORCH_DEVICE", "cpu"))
+
+
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model, which takes tied weights apart on a device that is not PyTorch's own."""
+    model.to(device).tie_weights()
+    return model

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from another_device.device import register
+from another_device.device import placed, register
 from local_models import save_bert, save_t5, write_sentences
 from torch import Tensor, nn
 
@@ -63,12 +63,6 @@ def bert(device: torch.device, **settings: Any) -> nn.Module:
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
     config = transformers.BertConfig(**{**TINY, **WIDE, **still, **settings})
     return transformers.BertForSequenceClassification(config).to(device)
-
-
-def placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a model, which takes tied weights apart on a device that is not PyTorch's own."""
-    model.to(device).tie_weights()
-    return model
 
 
 def gpt2(device: torch.device) -> nn.Module:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from another_device.device import COMPILER, NAME, library
 from torch import distributed
 
 RANK_PROGRAM = Path(__file__).with_name("rank_program.py")
@@ -27,19 +28,21 @@ class RankError(AssertionError):
 
 @pytest.fixture(scope="session")
 def run_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
-    """Return `run_on_ranks(function, world_size, *arguments, timeout=300)`: what the function returned on each rank.
+    """Return `run_on_ranks(function, world_size, *arguments, device="cpu", timeout=300)`: what each rank returned.
 
     The function stands at the top level of a test module, which each rank imports anew; fixtures and conftest are not
-    there. It finds a gloo process group of `world_size` ranks, one thread and seed 0. Arguments and results are
-    pickled: plain values and tensors. Ranks are forked from a process that has imported the libraries, once for all
-    tests, so that a call costs little more than its function.
+    there. It finds a gloo process group of `world_size` ranks, one thread and seed 0, and Accelerate on the device.
+    Arguments and results are pickled: plain values and tensors, which come back on the CPU. Ranks are forked from a
+    process that has imported the libraries, once for all tests, so that a call costs little more than its function.
     """
     if not USABLE or "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("expected gloo and a platform that forks")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers.trainer", "transformers.models.bert.modeling_bert"])
 
-    def run(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 300.0) -> list[Any]:
+    def run(
+        function: Callable[..., Any], world_size: int, *arguments: Any, device: str = "cpu", timeout: float = 300.0
+    ) -> list[Any]:
         folder, port = tmp_path_factory.mktemp("ranks"), _free_port()
         processes = []
         for rank in range(world_size):
@@ -49,6 +52,7 @@ def run_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list
                 "arguments": pickle.dumps(arguments),
                 "folder": str(folder),
                 "rank": rank,
+                "device": device,
                 "world_size": world_size,
                 "port": port,
             }
@@ -66,6 +70,23 @@ def run_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list
         return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world_size)]
 
     return run
+
+
+ON_DEVICES = [
+    "cpu",
+    pytest.param(
+        NAME,
+        marks=[pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is installed")],
+    ),
+]
+
+
+@pytest.fixture(scope="session", params=ON_DEVICES)
+def device_of_ranks(request: pytest.FixtureRequest) -> str:
+    """Return where ranks have their tensors: on the CPU, and on a device that is not the CPU, as GPUs are not."""
+    if request.param == NAME:
+        library()  # once, and not in each rank
+    return str(request.param)
 
 
 def _free_port() -> int:

@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 
-def run_rank(file, function, arguments, folder, rank, world_size, port):
+def run_rank(file, function, arguments, folder, rank, device, world_size, port):
     output = os.open(Path(folder) / f"{rank}.output", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -25,10 +25,17 @@ def run_rank(file, function, arguments, folder, rank, world_size, port):
     import torch
     import transformers
     from torch import distributed
+    from torch.utils._pytree import tree_map
 
     torch.set_num_threads(1)
     transformers.set_seed(0)
     distributed.init_process_group("gloo", timeout=timedelta(seconds=300))
+    if device != "cpu":
+        from accelerate import PartialState
+        from another_device.device import register
+
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(register())
+        PartialState(cpu=True)  # processes as those of CPUs are: Accelerate knows no such device
     name = Path(file).stem
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
@@ -36,6 +43,7 @@ def run_rank(file, function, arguments, folder, rank, world_size, port):
     spec.loader.exec_module(module)
     gc.freeze()  # the Trainer collects garbage whenever it starts: not among the libraries
     result = getattr(module, function)(*pickle.loads(arguments))
+    result = tree_map(lambda one: one.cpu() if isinstance(one, torch.Tensor) else one, result)
     distributed.barrier()
     distributed.destroy_process_group()
     (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(result))

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 import transformers as tf
+from another_device.device import placed, rank_device
 from torch import distributed, nn
 
 from hf_parcor import (
@@ -49,7 +50,7 @@ def bert(dtype=torch.float64, layers=2):
         num_labels=3,
         initializer_range=0.3,
     )
-    return tf.BertForSequenceClassification(config).to(dtype)
+    return tf.BertForSequenceClassification(config).to(rank_device(), dtype)
 
 
 def gpt2(dtype=torch.float64, layers=2):
@@ -66,7 +67,7 @@ def gpt2(dtype=torch.float64, layers=2):
         attn_pdrop=0.0,
         initializer_range=0.3,
     )
-    return tf.GPT2LMHeadModel(config).to(dtype)
+    return placed(tf.GPT2LMHeadModel(config).to(dtype), rank_device())
 
 
 class Normed(nn.Module):
@@ -77,7 +78,7 @@ class Normed(nn.Module):
         torch.manual_seed(0)
         self.body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU())
         self.head = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
-        self.double()
+        self.to(rank_device(), torch.float64)
 
     def forward(self, x, labels):
         logits = self.head(self.body(x))
@@ -221,8 +222,8 @@ def every_option():
 
 
 @pytest.fixture(scope="module")
-def options(run_on_ranks):
-    return run_on_ranks(every_option, 2)
+def options(run_on_ranks, device_of_ranks):
+    return run_on_ranks(every_option, 2, device=device_of_ranks)
 
 
 @pytest.fixture(scope="module")
@@ -300,8 +301,8 @@ def every_reuse():
 
 
 @pytest.fixture(scope="module")
-def reuses(run_on_ranks):
-    return run_on_ranks(every_reuse, 2)
+def reuses(run_on_ranks, device_of_ranks):
+    return run_on_ranks(every_reuse, 2, device=device_of_ranks)
 
 
 @pytest.mark.slow
@@ -361,8 +362,9 @@ def reseed(model):
 
 
 @pytest.fixture(scope="module")
-def shared(run_on_ranks):
-    return run_on_ranks(every_shared, 2, 2), run_on_ranks(every_shared, 1, 1)[0]
+def shared(run_on_ranks, device_of_ranks):
+    two, (one,) = (run_on_ranks(every_shared, ranks, ranks, device=device_of_ranks) for ranks in (2, 1))
+    return two, one
 
 
 @pytest.mark.slow
@@ -386,9 +388,9 @@ def bytes_of_a_shared_corruption():
 
 
 @pytest.fixture(scope="module")
-def others(run_on_ranks):
+def others(run_on_ranks, device_of_ranks):
     """Return a function that takes what a function found on each rank; all of them run in one start of ranks."""
-    ranks = run_on_ranks(every_other, 2)
+    ranks = run_on_ranks(every_other, 2, device=device_of_ranks)
     return lambda function: [rank[function.__name__] for rank in ranks]
 
 
@@ -406,7 +408,7 @@ class Sometimes(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.always, self.sometimes, self.never = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
-        self.double()
+        self.to(rank_device(), torch.float64)
         self.calls, self.used_in = 0, used_in
 
     def forward(self, x, labels):

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from another_device.device import rank_device
 from local_models import SENTENCES, save_gpt2
 from operations import count_operations
 from torch import distributed, nn
@@ -78,15 +79,15 @@ def model() -> nn.Module:
         max_position_embeddings=16,
         initializer_range=0.5,
     )
-    return tf.BertForSequenceClassification(config)
+    return tf.BertForSequenceClassification(config).to(rank_device())
 
 
 def batches(sizes: Sequence[int] = SIZES) -> list[dict[str, torch.Tensor]]:
     draw = torch.Generator().manual_seed(2)
     return [
         {
-            "input_ids": torch.randint(1, 20, (size, 6), generator=draw),
-            "labels": torch.randint(0, 2, (size,), generator=draw),
+            "input_ids": torch.randint(1, 20, (size, 6), generator=draw).to(rank_device()),
+            "labels": torch.randint(0, 2, (size,), generator=draw).to(rank_device()),
         }
         for size in sizes
     ]
@@ -103,7 +104,7 @@ def rows() -> list[dict[str, torch.Tensor]]:
 def bits(network: nn.Module) -> str:
     drop_gathered(network)
     held = [local_part(tensor) for tensor in network.parameters()]
-    parts = [tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in held]
+    parts = [tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().tobytes() for tensor in held]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -160,7 +161,7 @@ def one_record(build: Callable[[], nn.Module] = model) -> dict[str, list[str]]:
 def sharded(replicas: int = 1, **settings: Any) -> Any:
     """Return the model with its layers and the rest sharded over all ranks by FSDP2."""
     shape = (distributed.get_world_size(),) if replicas == 1 else (replicas, distributed.get_world_size() // replicas)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
+    mesh = init_device_mesh(rank_device().type, shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
     network = model()
     for layer in network.get_submodule("bert.encoder.layer").children():
         fully_shard(layer, mesh=mesh, **settings)
@@ -207,26 +208,26 @@ def records_on_four_ranks() -> dict[str, dict[str, list[str]]]:
 
 
 @pytest.fixture(scope="module")
-def alone(run_on_ranks):
-    (records,) = run_on_ranks(all_records, 1)
-    return records
+def alone(run_on_ranks, device_of_ranks):
+    (found,) = run_on_ranks(on_one_rank, 1, device=device_of_ranks)
+    return found
 
 
 @pytest.fixture(scope="module")
-def two_ranks(run_on_ranks, tmp_path_factory):
+def two_ranks(run_on_ranks, device_of_ranks, tmp_path_factory):
     """Return a function that takes what a function found on each rank; all of them run in one start of ranks."""
-    ranks = run_on_ranks(on_two_ranks, 2, str(tmp_path_factory.mktemp("checkpoints")))
+    ranks = run_on_ranks(on_two_ranks, 2, str(tmp_path_factory.mktemp("checkpoints")), device=device_of_ranks)
     return lambda function: [rank[function.__name__] for rank in ranks]
 
 
 @pytest.mark.slow
 def test_two_ranks_have_the_records_of_one_process(two_ranks, alone):
-    check_records(two_ranks(records_on_two_ranks), alone)
+    check_records(two_ranks(records_on_two_ranks), alone["all_records"])
 
 
 @pytest.mark.slow
-def test_four_ranks_have_the_records_of_one_process(run_on_ranks, alone):
-    check_records(run_on_ranks(records_on_four_ranks, 4), alone)
+def test_four_ranks_have_the_records_of_one_process(run_on_ranks, device_of_ranks, alone):
+    check_records(run_on_ranks(records_on_four_ranks, 4, device=device_of_ranks), alone["all_records"])
 
 
 def check_records(ranks: Sequence[dict[str, dict[str, list[str]]]], alone: dict[str, list[str]]) -> None:
@@ -243,10 +244,9 @@ def share_of_work() -> int:
 
 
 @pytest.mark.slow
-def test_every_rank_computes_its_share(two_ranks):
+def test_every_rank_computes_its_share(two_ranks, alone):
     """The work is: 4 batches for the clean model, the gradient and 6 measurements; and two ascents of 4 steps."""
-    computed, alone = two_ranks(share_of_work), share_of_work()
-    assert computed == [alone / 2] * 2
+    assert two_ranks(share_of_work) == [alone["share_of_work"] / 2] * 2
 
 
 GRADIENT = ("gradient",)
@@ -305,7 +305,7 @@ def what_users_pass(folder: str) -> dict[str, Any]:
 def test_what_users_pass(two_ranks, alone):
     ranks = two_ranks(what_users_pass)
     assert ranks[0] == ranks[1]
-    expected = EvaluationRecord.from_json(alone["all weights"][0])
+    expected = EvaluationRecord.from_json(alone["all_records"]["all weights"][0])
     of_trainer = EvaluationRecord.from_json(ranks[0].pop("Trainer.evaluate"))
     for record in ranks[0].values():
         check_equal(expected, EvaluationRecord.from_json(record))
@@ -428,7 +428,7 @@ def test_a_metric_that_does_not_gather(two_ranks):
 
 
 def split_weights() -> None:
-    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    mesh = init_device_mesh(rank_device().type, (1, 2), mesh_dim_names=("data", "tensor"))
     left_out, again = model(), model()
     fully_shard(left_out, ignored_params={left_out.get_parameter("classifier.bias")})
     parallelize_module(again.get_submodule("classifier"), mesh["tensor"], ColwiseParallel())
@@ -452,6 +452,10 @@ def test_weights_split_in_other_ways_are_refused(two_ranks):
 
 def test_gradients_that_are_there_are_kept(two_ranks):
     assert two_ranks(gradients_are_kept) == [None, None]
+
+
+def on_one_rank() -> dict[str, Any]:
+    return {check.__name__: check() for check in (all_records, share_of_work)}
 
 
 def on_two_ranks(folder: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig, PartialState
 from accelerate.utils import DistributedType
+from another_device.device import rank_device
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -61,7 +62,7 @@ def tiny_bert():
         attention_probs_dropout_prob=0.0,
         num_labels=3,
     )
-    return BertForSequenceClassification(config)
+    return BertForSequenceClassification(config).to(rank_device())
 
 
 def rows():
@@ -92,7 +93,7 @@ class OnShards:
             if self.replicas > 1:
                 ranks = distributed.get_world_size()
                 state.parallelism_config = ParallelismConfig(self.replicas, ranks // self.replicas)
-                state.device_mesh = state.parallelism_config.get_device_mesh("cpu")
+                state.device_mesh = state.parallelism_config.get_device_mesh(rank_device().type)
             self.is_fsdp_enabled = True
 
 
@@ -224,9 +225,10 @@ def on_two_ranks(folder):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(run_on_ranks, tmp_path_factory):
+def two_ranks(run_on_ranks, device_of_ranks, tmp_path_factory):
     """Return the runs, the run that was stopped, and the spoiled steps, each as both ranks found it."""
-    return list(zip(*run_on_ranks(on_two_ranks, 2, str(tmp_path_factory.mktemp("runs"))), strict=True))
+    folder = str(tmp_path_factory.mktemp("runs"))
+    return list(zip(*run_on_ranks(on_two_ranks, 2, folder, device=device_of_ranks), strict=True))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from another_device.device import rank_device
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,10 +52,11 @@ def sharded_bert(way):
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model = BertForSequenceClassification(config).to(torch.float32 if way == "bfloat16" else torch.float64)
+    dtype = torch.float32 if way == "bfloat16" else torch.float64
+    model = BertForSequenceClassification(config).to(rank_device(), dtype)
     settings = {"reshard_after_forward": way is not False}
     if way == "replicas":
-        settings["mesh"] = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+        settings["mesh"] = init_device_mesh(rank_device().type, (2, 1), mesh_dim_names=("replicas", "shards"))
     if way == "bfloat16":
         settings["mp_policy"] = HALF
     for layer in model.bert.encoder.layer:
@@ -96,7 +98,10 @@ def gradients_of(model, selected, batches, defense, prefix):
 
 def on_ranks():
     torch.manual_seed(torch.distributed.get_rank())
-    batches = [{"input_ids": torch.randint(20, (3, 6)), "labels": torch.randint(2, (3,))} for _ in range(3)]
+    here = rank_device()
+    batches = [
+        {"input_ids": torch.randint(20, (3, 6)).to(here), "labels": torch.randint(2, (3,)).to(here)} for _ in range(3)
+    ]
     answers = []
     for targets, defense, accumulation, way in RUNS:
         model = sharded_bert(way).eval()
@@ -141,8 +146,8 @@ def after_a_trial_that_breaks_off(batches):
 
 
 @pytest.mark.slow
-def test_gradients_are_those_of_full_passes_and_the_prefix_is_not_gathered_in_each(run_on_ranks):
-    for rank, (said, after, fresh) in run_on_ranks(on_ranks, 2):
+def test_gradients_are_those_of_full_passes_and_the_prefix_is_not_gathered_in_each(run_on_ranks, device_of_ranks):
+    for rank, (said, after, fresh) in run_on_ranks(on_ranks, 2, device=device_of_ranks):
         assert "IndexError" in said
         torch.testing.assert_close(after, fresh, rtol=0, atol=0)
         assert [layers for layers, _, _ in rank] == [

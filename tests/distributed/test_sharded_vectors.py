@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from another_device.device import rank_device
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -49,8 +50,8 @@ LAYOUTS = {  # how many ranks, the mesh, and what each of its dimensions does
 def vectors():
     """Return vectors by name: ordinary, with ties everywhere, out of range for squares, zero, not finite."""
     generator = torch.Generator().manual_seed(3)
-    ordinary = [torch.randn(shape, generator=generator) for shape in SHAPES]
-    tied = [torch.randint(-2, 3, shape, generator=generator).float() for shape in SHAPES]
+    ordinary = [torch.randn(shape, generator=generator).to(rank_device()) for shape in SHAPES]
+    tied = [torch.randint(-2, 3, shape, generator=generator).float().to(rank_device()) for shape in SHAPES]
     with_nan, with_infinity = ([part.clone() for part in ordinary] for _ in range(2))
     with_nan[0][7, 1], with_infinity[1][0, 0] = math.nan, -math.inf
     return {
@@ -203,8 +204,8 @@ def displace_and_restore(mesh, placements):
 def draw_and_refuse(mesh, placements):
     torch.manual_seed(distributed.get_rank())  # ranks may be out of step
     weights = {
-        "sharded": distribute_tensor(torch.zeros(2000, 3), mesh, placements),
-        "whole": torch.zeros(1000),
+        "sharded": distribute_tensor(torch.zeros(2000, 3, device=rank_device()), mesh, placements),
+        "whole": torch.zeros(1000, device=rank_device()),
     }
     drawn = {}
     for corruption in (GaussianNoise(0.1), UniformNoise(0.1), RandomCorruption(CorruptionConstraint(epsilon=0.1))):
@@ -214,22 +215,22 @@ def draw_and_refuse(mesh, placements):
             assert all(torch.equal(whole(noise[name]), whole(weight)) for name, weight in weights.items())
         assert not any(whole(weight).any() for weight in weights.values())
     with pytest.raises(ValueError, match="sharded over the ranks as its weight is"):
-        Injection(weights).displace({"sharded": torch.zeros(2000, 3)})
+        Injection(weights).displace({"sharded": torch.zeros(2000, 3, device=rank_device())})
     with pytest.raises(TypeError, match="expected a tensor that is sharded or replicated"):
-        max_magnitude([DTensor.from_local(torch.ones(2), mesh, [Partial()] * mesh.ndim)])
-    columns = distribute_tensor(torch.randn(4, 64), mesh, [Shard(1)] * mesh.ndim)
+        max_magnitude([DTensor.from_local(torch.ones(2, device=rank_device()), mesh, [Partial()] * mesh.ndim)])
+    columns = distribute_tensor(torch.randn(4, 64, device=rank_device()), mesh, [Shard(1)] * mesh.ndim)
     for cut in (
         lambda: quantize(columns, 4, "channel"),
         lambda: quantize(columns, 4, 4),
         lambda: quantize_to_float(columns, "nvfp4"),
         lambda: quantize_to_float(columns, "nf4"),
-        lambda: quantize_to_float(distribute_tensor(torch.randn(8, 8), mesh, placements), "nf4"),
+        lambda: quantize_to_float(distribute_tensor(torch.randn(8, 8, device=rank_device()), mesh, placements), "nf4"),
         lambda: relative(torch.zeros_like(columns), columns, "channel"),
     ):
         with pytest.raises(NotImplementedError, match="shard"):
             cut()
     for held in ("nvfp4", "mxfp4", "nf4"):
-        weights = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
+        weights = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)).to(rank_device())
         found = quantize_to_float(distribute_tensor(weights, mesh, placements), held)
         assert torch.equal(whole(found), quantize_to_float(weights, held))
     return drawn
@@ -237,7 +238,8 @@ def draw_and_refuse(mesh, placements):
 
 def draw_numbers(mesh, placements):
     torch.manual_seed(distributed.get_rank())  # as dropout moves generators apart
-    step = DefendedStep({"sharded": distribute_tensor(torch.zeros(8, 3), mesh, placements)}, None, 1, [])
+    weights = {"sharded": distribute_tensor(torch.zeros(8, 3, device=rank_device()), mesh, placements)}
+    step = DefendedStep(weights, None, 1, [])
     return [step.draw(1000) for _ in range(8)]
 
 
@@ -252,7 +254,7 @@ CHECKS = {
 def every_check():
     found = {}
     for layout, (ranks, shape, placements) in LAYOUTS.items():
-        mesh = DeviceMesh("cpu", torch.arange(ranks).reshape(shape))
+        mesh = DeviceMesh(rank_device().type, torch.arange(ranks).reshape(shape))
         for check, layouts in CHECKS.items():
             if layout in layouts and distributed.get_rank() < ranks:
                 found[check.__name__, layout] = check(mesh, placements)
@@ -260,8 +262,8 @@ def every_check():
 
 
 @pytest.fixture(scope="module")
-def checked(run_on_ranks):
-    return run_on_ranks(every_check, 4)
+def checked(run_on_ranks, device_of_ranks):
+    return run_on_ranks(every_check, 4, device=device_of_ranks)
 
 
 def on_its_ranks(checked, check, layout):
