@@ -144,9 +144,13 @@ def spread_alike(first: Tensor, second: Tensor) -> bool:
 
 
 def sharded_as(part: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor whose part on this rank is `part`, sharded as `like` is."""
+    """Return the tensor whose part on this rank is `part`, sharded as `like` is; the part stays where it lies."""
     if not isinstance(like, DTensor):
         return part
+    if part.device.type != like.device_mesh.device_type:  # offloaded: `from_local` would bring it to where ranks meet
+        made = torch.empty_like(like, dtype=part.dtype)
+        local_part(made).data = part
+        return made
     return DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
@@ -156,7 +160,8 @@ def cut_as(tensor: Tensor, like: Tensor) -> Tensor:
     """Return a tensor that every rank has whole, spread as `like` is: each keeps its part, and nothing travels."""
     if not isinstance(like, DTensor):
         return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    cut = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return sharded_as(local_part(cut).to(local_part(like).device), like)
 
 
 def has_whole_rows(tensor: Tensor) -> bool:

@@ -21,7 +21,7 @@ from local_models import SENTENCES, save_gpt2
 from operations import count_operations
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -200,7 +200,12 @@ class InterruptedLater(ClassificationMetric):
 
 
 def records_on_two_ranks(folder: str) -> dict[str, dict[str, list[str]]]:
-    return {"": all_records(), "sharded": all_records(sharded), "interrupted": interrupted_and_resumed(folder)}
+    return {
+        "": all_records(),
+        "sharded": all_records(sharded),
+        "offloaded": one_record(partial(sharded, offload_policy=CPUOffloadPolicy(pin_memory=False))),
+        "interrupted": interrupted_and_resumed(folder),
+    }
 
 
 def records_on_four_ranks() -> dict[str, dict[str, list[str]]]:
@@ -251,7 +256,13 @@ def test_every_rank_computes_its_share(two_ranks, alone):
 
 GRADIENT = ("gradient",)
 ON_SHARDS = ("gradient", "random", "multi-step")  # their norms are summed shard by shard
-ROUNDED_ON = {"": GRADIENT, "sharded": ON_SHARDS, "replicas": ON_SHARDS, "interrupted": ON_SHARDS}
+ROUNDED_ON = {
+    "": GRADIENT,
+    "sharded": ON_SHARDS,
+    "replicas": ON_SHARDS,
+    "offloaded": ON_SHARDS,
+    "interrupted": ON_SHARDS,
+}
 
 
 def without_gradient(record: EvaluationRecord) -> int:

@@ -198,6 +198,7 @@ RUNS = [
     ("part", {}, {"max_steps": 4}),
     ("part", {"activation_checkpointing": True}, {"max_steps": 2}),
 ]
+OFFLOADED = [(name, {"cpu_offload": True}, {"max_steps": 2}) for name in DEFENSES]
 REPLICATED = [
     ("top n", {}, {"gradient_accumulation_steps": 2, "max_steps": 2}),
     ("part", {}, {"max_steps": 2}),
@@ -239,6 +240,14 @@ def test_two_ranks_equal_one_process(two_ranks, tmp_path):
 @pytest.mark.slow
 def test_four_ranks_with_replicas_equal_one_process(run_on_ranks, tmp_path):
     check_equal(run_on_ranks(train_on_ranks, 4, str(tmp_path), REPLICATED, 2), REPLICATED, tmp_path)
+
+
+@pytest.mark.slow
+def test_weights_that_are_offloaded_equal_those_of_one_process(run_on_ranks, device_of_ranks, tmp_path):
+    """Weights, gradients and corruptions lie on the CPU, and ranks meet elsewhere."""
+    if device_of_ranks == "cpu":
+        pytest.skip("FSDP2 offloads from an accelerator")
+    check_equal(run_on_ranks(train_on_ranks, 2, str(tmp_path), OFFLOADED, device=device_of_ranks), OFFLOADED, tmp_path)
 
 
 def check_equal(found, runs, tmp_path):
