@@ -270,31 +270,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def input_device(model: nn.Module) -> torch.device:
-    """Return the device that batches are sent to: where the model's input embedding is, or else its first weights.
-
-    Of a model that Accelerate has spread (`device_map`), where it says that the model takes its inputs: weights that
-    it has offloaded lie on the meta device between two passes.
-
-    Examples:
-        >>> input_device(nn.Linear(1, 1))
-        device(type='cpu')
-    """
-    hook = getattr(model, "_hf_hook", None)
-    for each in getattr(hook, "hooks", [hook]):
-        execution = getattr(each, "execution_device", None)
-        if execution is not None:
-            return torch.device("cuda", execution) if isinstance(execution, int) else torch.device(execution)
-    find = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = None if find is None else find()
-    except NotImplementedError:  # how Transformers says that a model has none
-        embedding = None
-    first = list(embedding.parameters()) if isinstance(embedding, nn.Module) else []
-    devices = dict.fromkeys(parameter.device for parameter in [*first, *model.parameters()])
-    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
-
-
 def devices_of(model: nn.Module) -> list[torch.device]:
     """Return the devices that a model's parameters lie on."""
     return list(dict.fromkeys(parameter.device for parameter in model.parameters()))

@@ -453,7 +453,7 @@ def add_loading(parser: Parser) -> None:
         type=device_map,
         metavar="MAP",
         help=f"instead of --device: {', '.join(DEVICE_MAPS)}; or devices (0, cuda:1, cpu, disk) by module, as a JSON "
-        "object or a file of it. What it offloads, to the CPU beside an accelerator or to the disk, is not corrupted",
+        "object or a file of it. What it offloads is not corrupted: on the disk, or by gradients",
     )
     group.add_argument(
         "--offload-folder",

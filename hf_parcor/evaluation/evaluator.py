@@ -14,7 +14,7 @@ from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
 from hf_parcor.evaluation.identity import described, library_versions, model_name, norm_of, task_of
 from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric, Plan
-from hf_parcor.evaluation.reach import Reach, target_of
+from hf_parcor.evaluation.reach import Reach, Selection, target_of
 from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 from hf_parcor.functional.vectors import numel
@@ -56,16 +56,28 @@ class _Evaluator:
                 f"{type(settings['metric']).__name__}; pass ClassificationMetric(batches), say"
             )
         self._model = measurable_model(model)
-        reach = Reach(self._model)
-        selections, self._targets = reach.select_groups(targets)
-        if not selections:
-            raise ValueError("targets: expected at least one, got none; name the modules to corrupt")
-        self._out_of_reach = {label: selection.notes for label, selection in selections.items()}
-        self._groups = {label: selection.parameters for label, selection in selections.items()}
-        for parameters in self._groups.values():
-            check_weights(parameters)
+        self._targets = targets
+        self._without_gradients = self._select(gradients=False)
         self._evaluated_on, self._task = evaluated_on, task
         self._measurement = Measurement(self._model, **settings)
+
+    def _select(self, *, gradients: bool) -> tuple[dict[str, Selection], Mapping[str, Mapping[str, Any]]]:
+        selections, targets = Reach(self._model, gradients=gradients).select_groups(self._targets)
+        if not selections:
+            raise ValueError("targets: expected at least one, got none; name the modules to corrupt")
+        for selection in selections.values():
+            check_weights(selection.parameters)
+        return selections, targets
+
+    def _selected(
+        self, corruptions: Iterable[Corruption]
+    ) -> tuple[dict[str, Selection], Mapping[str, Mapping[str, Any]]]:
+        """Return the groups by name, and their targets: all corruptions of one call are of the same weights."""
+        selections, targets = self._without_gradients
+        needed = any(getattr(corruption, "uses_gradients", False) for corruption in corruptions)
+        if needed and any(selection.is_elsewhere for selection in selections.values()):
+            return self._select(gradients=True)
+        return selections, targets
 
     def check(self, corruptions: Corruption | Sequence[Corruption]) -> None:
         """Refuse what `evaluate` would refuse for the weights' sake, and measure nothing.
@@ -77,7 +89,10 @@ class _Evaluator:
             ValueError: A corruption cannot be applied to a weight, such as groups that do not divide a matrix.
             NotImplementedError: It cannot be, by the way in which the weight is sharded.
         """
-        Plan(_several(corruptions), trials=1, seed=0, groups=len(self._groups)).check(self._groups.values())
+        several = _several(corruptions)
+        selections, _ = self._selected(several)
+        plan = Plan(several, trials=1, seed=0, groups=len(selections))
+        plan.check(selection.parameters for selection in selections.values())
 
     def _records(
         self, given: Corruption | Sequence[Corruption], trials: int, seed: int, checkpoint: str | Path | None
@@ -85,26 +100,28 @@ class _Evaluator:
         forget_derived()
         corruptions = _several(given)
         weights = fingerprint_of_weights(self._model)
-        clean, data, found = self._measurement.run(self._groups, corruptions, trials, seed, weights, checkpoint)
+        selections, targets = self._selected(corruptions)
+        groups = {label: selection.parameters for label, selection in selections.items()}
+        clean, data, found = self._measurement.run(groups, corruptions, trials, seed, weights, checkpoint)
         versions, task = library_versions(), self._task or task_of(self._model)
         infos = self._measurement.infos([clean, *(row for rows in found for row in rows)])
         return {
             label: EvaluationRecord(
                 model=model_name(self._model),
-                target={key: described(value) for key, value in self._targets[label].items() if value is not None},
-                parameters=numel(list(parameters.values())),
+                target={key: described(value) for key, value in targets[label].items() if value is not None},
+                parameters=numel(list(selection.parameters.values())),
                 clean=clean,
                 corruptions=rows,
                 data=data,
                 versions=versions,
-                notes=(*self._out_of_reach[label], *self._measurement.notes),
-                weights_norm=norm_of(parameters.values()),
+                notes=(*selection.notes, *self._measurement.notes),
+                weights_norm=norm_of(selection.parameters.values()),
                 weights=weights,
                 metric_info=infos,
                 evaluated_on=self._evaluated_on,
                 task=task,
             )
-            for (label, parameters), rows in zip(self._groups.items(), found, strict=True)
+            for (label, selection), rows in zip(selections.items(), found, strict=True)
         }
 
 
@@ -148,8 +165,9 @@ class CorruptionEvaluator(_Evaluator):
             parameters that can be trained (all, if none can), as in the Trainer: fixed tables such as sinusoidal
             positions are no result of training. Of a PEFT model these are the adapters alone, which the record notes:
             name "all" for the weights under them too.
-            Weights that cannot be corrupted (quantized, packed or offloaded ones, see `Reach`) are left as they are,
-            counted, logged as a warning and noted in the record.
+            Weights that cannot be corrupted (quantized or packed ones, offloaded ones that lie on the disk or where a
+            corruption needs gradients, see `Reach`) are left as they are, counted, logged as a warning and noted in
+            the record.
         exclude_modules: As in `select_parameters`.
         module_types: As in `select_parameters`.
         layers: As in `select_parameters`.

@@ -452,8 +452,11 @@ class Measurement:
         together: dict[int, list[int]] = {}
         some: list[int] = []
         trials = 0
+        own = set(self._model.parameters())
         for index in dict.fromkeys(map(plan.group_of, left)):
             if 2 * _size(groups[index]) > self._memory:  # no two are measured together
+                continue
+            if not own.issuperset(groups[index].values()):  # offloaded: no telling when it is used
                 continue
             if some and trials + plan.trials_of(index) > limit:
                 some, trials = [], 0

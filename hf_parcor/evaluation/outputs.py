@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from hf_parcor.batches import IGNORED_LABEL, private_copy
-from hf_parcor.model_state import input_device
+from hf_parcor.evaluation.device_map import input_device
 
 
 def own_batch(batch: Any, model: nn.Module) -> Any:

@@ -1,4 +1,4 @@
-"""Which weights of a target can be corrupted, and how many cannot: quantized, packed, offloaded ones.
+"""Which weights of a target can be corrupted, and how many cannot: quantized, packed, most offloaded ones.
 
 A corruption is written into plain floating-point memory. Weights that lie elsewhere are weights all the same, so they
 are found, counted and said, and never left out in silence: a model that is measured with a fifth of its weights
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
 
+from hf_parcor.evaluation.device_map import kept_in_memory
 from hf_parcor.injection import obstacle
 from hf_parcor.targets import GROUPINGS, Selector, TargetError, sinusoidal_tables
 
 logger = logging.get_logger(__name__)
 
+_IN_MEMORY = "offloaded to main memory, which noise, quantization and flips reach, and no corruption along a gradient"
 _PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -32,10 +34,12 @@ class Selection:
     Attributes:
         parameters: Its parameters that can be corrupted, by name, in the order of the model.
         notes: A sentence on those that cannot, if there are any.
+        is_elsewhere: Whether some are offloaded: not the model's own, but what its hooks copy from.
     """
 
     parameters: dict[str, nn.Parameter]
     notes: tuple[str, ...] = ()
+    is_elsewhere: bool = False
 
 
 class OutOfReachError(TargetError):
@@ -63,22 +67,29 @@ class Reach:
     """The weights of a model, those among them that are no parameters, and which of all can be corrupted.
 
     Out of reach are parameters that are no floating-point numbers of 16 bits or more (bitsandbytes, fp8), those of a
-    class of their own (torchao and others), those on the meta device (what Accelerate offloads to CPU or disk), and
-    weights that are no parameters: packed ones (`torch.ao.quantization`), and buffers of small integers in modules
-    without a floating-point weight (GPTQ, AWQ).
+    class of their own (torchao and others), those on the meta device (what Accelerate offloads; what it keeps in main
+    memory has no gradient, but can be written there), and weights that are no parameters: packed ones
+    (`torch.ao.quantization`), and buffers of small integers in modules without a floating-point weight (GPTQ, AWQ).
 
     Args:
         model: Any model; it is not changed.
+        gradients: Whether corruptions may need gradients. Default True; if not, offloaded weights that lie in main
+            memory are in reach as well, and are selected as parameters in that memory (see `kept_in_memory`).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, gradients: bool = True) -> None:
         self._unreachable: dict[Tensor, tuple[str, int, str]] = {}  # why, how many weights, the module's name
+        in_memory = kept_in_memory(model)
+        self._elsewhere = {} if gradients else in_memory
         hidden = {module: list(_hidden_weights(module)) for module in model.modules()}
         self.model = _view(model, hidden) if any(hidden.values()) else model
         """The model or, where weights are no parameters, a view of it in which they stand as parameters."""
         self._selector = Selector(self.model)
         for name, module in self.model.named_modules():
-            found = [(part, why) for part in module.parameters(recurse=False) if (why := _why(part)) is not None]
+            here = [part for part in module.parameters(recurse=False) if part not in self._elsewhere]
+            found = [
+                (part, why) for part in here if (why := _IN_MEMORY if part in in_memory else _why(part)) is not None
+            ]
             for parameter, why in found:
                 self._unreachable.setdefault(parameter, (why, _count(module, parameter, [p for p, _ in found]), name))
 
@@ -100,7 +111,7 @@ class Reach:
         chosen = self._selector.select_trainable(target_modules, **selection)
         notes = self._left_frozen(chosen, selection) if target_modules is None else ()
         if not self._unreachable:
-            return Selection(chosen, notes)
+            return self._selection(chosen, notes)
         if target_modules is None and not self._has_frozen():
             everything = self._selector.select("all", **selection)
             chosen = {
@@ -114,12 +125,21 @@ class Reach:
             asked = "all weights" if target_modules is None else repr(target_modules)
             raise OutOfReachError(asked, self._described(outside))
         if not outside:
-            return Selection(inside, notes)
+            return self._selection(inside, notes)
         within = sum(parameter.numel() for parameter in inside.values())
         count = sum(self._unreachable[parameter][1] for parameter in outside)
         note = f"corrupted {within:,} of {within + count:,} weights: {self._described(outside)}"
         logger.warning_once(f"target_modules: {note}; what is measured holds for the others alone.")
-        return Selection(inside, (note, *notes))
+        return self._selection(inside, (note, *notes))
+
+    def _selection(self, chosen: dict[str, nn.Parameter], notes: tuple[str, ...]) -> Selection:
+        """Select offloaded parameters as those that they are copied from, each once."""
+        if not any(parameter in self._elsewhere for parameter in chosen.values()):
+            return Selection(chosen, notes)
+        names: dict[nn.Parameter, str] = {}
+        for name, parameter in chosen.items():
+            names.setdefault(self._elsewhere.get(parameter, parameter), name)
+        return Selection({name: parameter for parameter, name in names.items()}, notes, is_elsewhere=True)
 
     def select_groups(
         self, targets: Mapping[str, Mapping[str, Any]] | str
@@ -157,7 +177,7 @@ class Reach:
             )
         for sentence in left_out:
             logger.warning(f"{sentence}.")
-        noted = {label: Selection(one.parameters, (*one.notes, *left_out)) for label, one in found.items()}
+        noted = {label: replace(one, notes=(*one.notes, *left_out)) for label, one in found.items()}
         return noted, grouped
 
     def _left_frozen(self, chosen: Mapping[str, nn.Parameter], selection: Mapping[str, Any]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_parcor.evaluation.device_map import kept_of, ties_of
 from hf_parcor.evaluation.reach import packed_tensors, plain_parts
 
 
@@ -31,7 +32,7 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         >>> [name for name, _ in weights_of(nn.BatchNorm1d(1))]
         ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
     """
-    tied = _tied(model) if any(parameter.is_meta for parameter in model.parameters()) else {}
+    tied = ties_of(model) if any(parameter.is_meta for parameter in model.parameters()) else {}
     seen = set()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         held = _held(model, name, tensor)
@@ -54,31 +55,8 @@ def bytes_of(tensor: Tensor) -> Any:
 
 
 def _held(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Return a weight, of one on the meta device what a hook of its module, or of a module around it, keeps for it."""
-    if not tensor.is_meta:
-        return tensor
-    path = name.split(".")
-    for depth in reversed(range(len(path))):
-        hook = getattr(model.get_submodule(".".join(path[:depth])), "_hf_hook", None)
-        for each in getattr(hook, "hooks", [hook]):
-            try:
-                kept = (getattr(each, "weights_map", None) or {})[".".join(path[depth:])]
-            except KeyError:
-                continue
-            if isinstance(kept, Tensor) and kept.shape == tensor.shape:
-                return kept.to(tensor.dtype)  # as the hook does before the module is called
-    return tensor
-
-
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Return the names that Transformers ties, each with that of the weight which it is tied to, or which it is."""
-    found: dict[str, str] = {}
-    for name, module in model.named_modules():
-        for target, source in (getattr(module, "all_tied_weights_keys", None) or {}).items():
-            within = f"{name}." if name else ""
-            found.setdefault(within + target, within + source)
-            found.setdefault(within + source, within + source)
-    return found
+    kept = kept_of(model, name, tensor) if tensor.is_meta else None
+    return tensor if kept is None else kept.to(tensor.dtype)  # as the hook does before the module is called
 
 
 def _mark(tensor: Tensor) -> str:

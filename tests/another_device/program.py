@@ -14,6 +14,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import peft
 import torch
 import transformers
 from accelerate.state import AcceleratorState
@@ -345,6 +347,61 @@ def bfloat16(device: torch.device) -> Found:
     return {"losses": torch.tensor(values, dtype=torch.bfloat16), **dict(model.named_parameters())}
 
 
+def offloaded(device: torch.device) -> Found:
+    """All weights lie in main memory, whence a hook copies them to the device, layer by layer."""
+    model, data = bert(CPU), batches(device)
+    if device != CPU:
+        accelerate.cpu_offload(model, execution_device=device)
+    arms = [
+        *FORMATS,
+        GaussianNoise(0.1),
+        RandomCorruption(L2),
+        BitFlips(count=9),
+        WorstBitFlips(2, search="data-free"),
+    ]
+    probe = LayerProbe(model, ClassificationMetric(data), data, **QUIET).evaluate(arms[:2], 2)
+    whole = CorruptionEvaluator(model, ClassificationMetric(data), data, **QUIET).evaluate(arms, 2)
+    return {"whole": told(whole), "parts": told(probe)}
+
+
+def under_autocast(device: torch.device) -> Found:
+    arms = {
+        "K = 2": {"defense": MultiStepRisk(L2, steps=2)},
+        "last layer": {"defense": MultiStepRisk(L2, steps=2), "target_modules": "last-encoder-layer"},
+        "4 bits": {"defense": CorruptionRisk(Quantization(4))},
+    }
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    try:
+        found = {name: trained(bert, device, **options) for name, options in arms.items()}
+    finally:
+        del os.environ["ACCELERATE_MIXED_PRECISION"]
+    return {
+        name: {part: weight.to(torch.bfloat16) for part, weight in result.items() if part != "logged"}
+        for name, result in found.items()
+    }
+
+
+def resumed(device: torch.device) -> Found:
+    """A run that is stopped after its first step goes on to the same weights, noise and all."""
+    ended = []
+    for first in (None, "checkpoint-1"):
+        model = bert(device)
+        run = trainer(model, device, labelled(), defense=CorruptionRisk(GaussianNoise(0.05)))
+        run.args.save_strategy, run.args.save_steps, run.args.output_dir = "steps", 1, str(Path(FOLDER) / device.type)
+        run.train(resume_from_checkpoint=first and str(Path(run.args.output_dir) / first))
+        ended.append(dict(model.named_parameters()))
+    check_same(*ended)
+    return ended[0]
+
+
+def adapters(device: torch.device) -> Found:
+    """Adapters that learn to survive what happens to the frozen weights under them."""
+    settings = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "init_lora_weights": False}
+    model = peft.get_peft_model(bert(CPU), peft.LoraConfig(**settings)).to(device)
+    trainer(model, device, labelled(), defense=CorruptionRisk(Quantization(4)), target_modules="all").train()
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
 def of_defense(name: str) -> Callable[[torch.device], Found]:
     return lambda device: trained(bert, device, defense=defense(name))
 
@@ -362,6 +419,10 @@ CHECKS: dict[str, Callable[[torch.device], Found]] = {
     "bits saved on the host": kept_on_the_host,
     "commands": commands,
     "generated texts": generated,
+    "weights offloaded to the host": offloaded,
+    "autocast": under_autocast,
+    "a run that is resumed": resumed,
+    "adapters": adapters,
     "a probe": probed,
     "indicators": indicated,
     "a recipe": prescribed,

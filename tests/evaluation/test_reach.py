@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -33,15 +34,16 @@ from hf_parcor import (
     sensitivity,
 )
 from hf_parcor.evaluation import LanguageModelMetric
+from hf_parcor.evaluation.device_map import input_device
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.reach import OutOfReachError, Reach
 from hf_parcor.indicators import measure_indicators
 from hf_parcor.injection import Injection
-from hf_parcor.model_state import input_device
 from hf_parcor.targets import TargetError, by_kind
 
 ALONG_GRADIENT = GradientCorruption(CorruptionConstraint(epsilon=1.0))
 CORRUPTIONS = [GaussianNoise(0.5), BitFlips(count=5, bits="sign"), ALONG_GRADIENT]
+FOLDER = tempfile.TemporaryDirectory()
 SIZE = 16 * 64 + 64 + 64 * 2 + 2  # of both linear layers
 REST = 20 * 16 + 2 * 64  # of the embedding and the normalization
 
@@ -131,7 +133,7 @@ def wrapped(layer: nn.Linear) -> nn.Module:
 def offloaded() -> Model:
     model = build()
     for index in (1, 4):
-        accelerate.cpu_offload(model[index], execution_device="cpu")
+        accelerate.disk_offload(model[index], tempfile.mkdtemp(dir=FOLDER.name), execution_device="cpu")
     return model
 
 
