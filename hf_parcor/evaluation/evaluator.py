@@ -80,12 +80,19 @@ class _Evaluator:
         Plan(_several(corruptions), trials=1, seed=0, groups=len(self._groups)).check(self._groups.values())
 
     def _records(
-        self, given: Corruption | Sequence[Corruption], trials: int, seed: int, checkpoint: str | Path | None
+        self,
+        given: Corruption | Sequence[Corruption],
+        trials: int,
+        seed: int,
+        checkpoint: str | Path | None,
+        known: Mapping[str, float] | None = None,
     ) -> dict[str, EvaluationRecord]:
         forget_derived()
         corruptions = _several(given)
         weights = fingerprint_of_weights(self._model)
-        clean, data, found = self._measurement.run(self._groups, corruptions, trials, seed, weights, checkpoint)
+        clean, data, found = self._measurement.run(
+            self._groups, corruptions, trials, seed, weights, checkpoint, clean=known
+        )
         versions, task = library_versions(), self._task or task_of(self._model)
         infos = self._measurement.infos([clean, *(row for rows in found for row in rows)])
         return {
@@ -350,6 +357,7 @@ class LayerProbe(_Evaluator):
         seed: int = 0,
         *,
         checkpoint: str | Path | None = None,
+        clean: Mapping[str, float] | None = None,
     ) -> SweepRecord:
         """Measure the clean model, then the model under each corruption of each part.
 
@@ -358,6 +366,8 @@ class LayerProbe(_Evaluator):
             trials: Trials of each stochastic corruption. Default 3.
             seed: First seed.
             checkpoint: As in `CorruptionEvaluator.evaluate`: a sweep that was killed goes on from this file.
+            clean: What the metric finds on the model as it is, where that is known, as of a `WithDivergence` that was
+                just made; None, the default, to measure it.
 
         Returns:
             The records of all parts, by their names.
@@ -367,5 +377,5 @@ class LayerProbe(_Evaluator):
             TypeError: As in `CorruptionEvaluator.evaluate`.
             OSError: The checkpoint cannot be read or written.
         """
-        records = self._records(corruptions, trials, seed, checkpoint)
+        records = self._records(corruptions, trials, seed, checkpoint, clean)
         return SweepRecord(records, next(iter(records.values())).weights, trials, seed, self._grouping)
