@@ -111,10 +111,20 @@ def measure_and_save(
     return save_measurement(trainer, record, name, metric)
 
 
+def of_trained(trainer: Trainer, record: EvaluationRecord) -> EvaluationRecord:
+    """Return what was measured of a Trainer's model, named by the output folder where it was trained.
+
+    A model is named by what it was loaded from, and after a training that is what it began as.
+    """
+    if not trainer.state.global_step:
+        return record
+    return replace(record, model=folder_name(str(trainer.args.output_dir)))
+
+
 def save_measurement(trainer: Trainer, record: EvaluationRecord, name: str, metric: str) -> str:
     """Save what was measured of a Trainer's model as `robustness.json`, and return what a program prints of it.
 
-    The record gets the name of the output folder: what was measured is the trained model, not what it began as.
+    The record is named as by `of_trained`.
 
     Args:
         trainer: Whose output folder the record goes to.
@@ -127,7 +137,6 @@ def save_measurement(trainer: Trainer, record: EvaluationRecord, name: str, metr
     """
     if not trainer.is_world_process_zero():
         return ""
-    folder = str(trainer.args.output_dir)
-    record = replace(record, model=folder_name(folder))
-    path = record.save(Path(folder) / "robustness.json")
+    record = of_trained(trainer, record)
+    path = record.save(Path(str(trainer.args.output_dir)) / "robustness.json")
     return f"{comparison_table({name: record}, metric)}\nThe record is in {path}."

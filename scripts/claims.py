@@ -666,12 +666,13 @@ def page() -> str:
     for by in (PAPER_1, PAPER_2, OURS):
         lines = [row.cells() for row in found if row.claim.by == by]
         parts += [f"## Of {by}", markdown_table(header, lines, texts=4)]
-    return "\n\n".join([*parts, "## How the records were made", "\n".join(commands(found))]) + "\n"
+    return "\n\n".join([*parts, "## How the records were made", "\n".join(commands())]) + "\n"
 
 
-def commands(found: Iterable[Row]) -> Iterator[str]:
-    """Return a line for each folder of records: the command that makes it, and where its table is discussed."""
-    for folder in sorted({row.claim.campaign for row in found if row.claim.campaign}):
+def commands() -> Iterator[str]:
+    """Return a line for each folder of records, and each by itself: the command that makes it, or where to look."""
+    paths = (path.relative_to(RESULTS) for path in RESULTS.rglob("*.json"))
+    for folder in sorted({str(path if len(path.parts) == 1 else path.parent) for path in paths}):
         known = study_of(folder)
         if known is None:
             yield f"- [{folder}]({folder}): see [the table of experiments](../README.md)"

@@ -16,7 +16,7 @@ from hf_parcor.records.recipe import RecipeRecord
 from hf_parcor.records.sensitivity import SensitivityRecord
 from hf_parcor.records.stored import StoredRecord
 from hf_parcor.reports.numbers import Numbers
-from hf_parcor.reports.recipe import content_of_recipe
+from hf_parcor.reports.recipe import recipe_in_short
 from hf_parcor.reports.study import Study
 from hf_parcor.reports.verdict import probe_verdict
 from hf_parcor.statistics import sample_deviation, sample_mean
@@ -367,8 +367,8 @@ def with_recipe(
             "both in the same"
         )
     measured = measured.stating(facts.metric, **facts.info.stated)
-    answer, size, *_ = content_of_recipe(scores, recipe, measured, None, facts.metric).findings
-    return dataclasses.replace(facts, recipe=RecipeFacts(recipe, answer.headline, size.detail))
+    verdict, size = recipe_in_short(scores, recipe, measured, facts.metric)
+    return dataclasses.replace(facts, recipe=RecipeFacts(recipe, verdict, size))
 
 
 def _check_weights(facts: ModelFacts, name: str, weights: str) -> None:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 
@@ -93,6 +92,20 @@ class Change(NamedTuple):
     check: Callable[[HfApi], None] = lambda api: None
 
 
+def check_online(repo_id: str) -> None:
+    """Refuse offline mode, before anything is read or drawn for the Hub.
+
+    Raises:
+        HubError: Nothing may be asked of the Hub.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise _refusal(repo_id, "offline mode; unset HF_HUB_OFFLINE")
+
+
+def _refusal(repo_id: str, found: str) -> HubError:
+    return HubError(f"{repo_id}: expected the Hub to take the change, got {found}; nothing local was changed")
+
+
 def publish(change: Change, to: Destination) -> Published:
     """Make a change, unless somebody else changed the repository in between: then read it again, a few times.
 
@@ -100,6 +113,7 @@ def publish(change: Change, to: Destination) -> Published:
         HubError: The Hub cannot be reached or refuses.
         ValueError: The card that is there cannot be updated.
     """
+    check_online(to.repo_id)
     api = to.api or HfApi()
     attempt = 0
     while True:
@@ -120,8 +134,6 @@ def _attempt(api: HfApi, change: Change, to: Destination) -> Published | HubErro
         return _once(api, change, to)
     except LocalTokenNotFoundError as error:
         cause, found = error, "no token; run `hf auth login`, or set HF_TOKEN"
-    except OfflineModeIsEnabled as error:
-        cause, found = error, "offline mode; unset HF_HUB_OFFLINE"
     except HfHubHTTPError as error:
         cause, found = error, _refused(error)
     except (OSError, HTTP_ERROR) as error:
@@ -132,7 +144,7 @@ def _attempt(api: HfApi, change: Change, to: Destination) -> Published | HubErro
         if error.__cause__ is None:
             raise
         cause, found = error, f"{type(error.__cause__).__name__} in the middle of an upload; try again"
-    outcome = HubError(f"{to.repo_id}: expected the Hub to take the change, got {found}; nothing local was changed")
+    outcome = _refusal(to.repo_id, found)
     outcome.__cause__ = cause
     return outcome
 

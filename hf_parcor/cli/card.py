@@ -77,13 +77,10 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     if arguments.push is None and (arguments.create_pr or arguments.results_only or arguments.revision):
         raise InputError("--push: expected a model on the Hub, got none beside flags for it; add --push REPO_ID")
     if arguments.push is not None:
-        from huggingface_hub import constants
+        from hf_parcor.cards.hub import check_online
 
-        if constants.HF_HUB_OFFLINE:  # before records are read and pictures drawn
-            raise InputError(
-                f"--push: expected the Hub, to read the card of {arguments.push}, got offline mode; unset "
-                "HF_HUB_OFFLINE, or leave --push out to see what would change in the folder"
-            )
+        with refused(OSError):
+            check_online(arguments.push)
     if arguments.only is not None and not arguments.results_only:
         raise InputError("--only: expected --results-only beside it, got none; add it, or leave --only out")
 

@@ -36,6 +36,7 @@ BUDGETS = ("bits", "loss", "drop")
 SENSITIVITY, RECIPE, MEASURED = "sensitivity.json", "recipe.json", "recipe_measured.json"
 PAGE = "recipe.html"
 _PAIRS = 10
+SCORES = ("first_order", "fisher", "fit", "second_order")  # those of `sensitivity`, which would load PyTorch
 PAIRS = "recipe_pairs.json"  # of its measurement that goes on; the record is the recipe's
 
 
@@ -71,7 +72,7 @@ def add_recipe(parser: Parser) -> None:
     group.add_argument(
         "--choose-by",
         metavar="NAME",
-        help="a metric, first_order, fisher, fit or second_order; default: for bits the divergence of the answers, "
+        help=f"a metric, {', '.join(SCORES[:-1])} or {SCORES[-1]}; default: for bits the divergence of the answers, "
         "for loss the loss, for drop the metric",
     )
 
@@ -118,10 +119,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
             )
     if not asked:
         return
-    if arguments.choose_by == "second_order" and not arguments.probes:
-        raise InputError(
-            "--choose-by: expected --probes with second_order, which they estimate, got none; add --probes 1, say"
-        )
+    if arguments.recipe is not None:
+        _check_costs(arguments)
     if arguments.trials is not None:
         raise InputError(
             f"--trials: expected none with {asked[0]}, whose formats draw nothing at random, got {arguments.trials}; "
@@ -135,6 +134,57 @@ def check_flags(arguments: argparse.Namespace) -> None:
         )
     if arguments.corruptions is None:
         check_constraint_flags(arguments, [])
+
+
+def _check_costs(arguments: argparse.Namespace) -> None:
+    """Refuse a recipe by costs that will not be known.
+
+    Raises:
+        InputError: It is such a one.
+    """
+    by, drop = arguments.choose_by, "drop" in arguments.recipe
+    if drop and by in SCORES:
+        raise InputError(
+            f"--choose-by: expected a metric with --recipe drop=N, got the score {by!r}; name a metric, or give loss=N"
+        )
+    if by == "second_order" and not arguments.probes:
+        raise InputError(
+            "--choose-by: expected --probes with second_order, which they estimate, got none; add --probes 1, say"
+        )
+    if arguments.cells == 0 and (drop or by not in (None, *SCORES)):
+        asked = "--recipe drop=N" if by is None else f"--choose-by {by}"
+        raise InputError(
+            f"--cells: expected 1 or more with {asked}, which is of what was measured, got 0; measure some, or choose "
+            f"by one of {', '.join(SCORES[:-1])}, with bits=N or loss=N"
+        )
+
+
+def _check_name(by: str | None, subject: Subject) -> None:
+    """Refuse to choose by a metric that is not found on the first batch, before all of them are walked through.
+
+    Raises:
+        InputError: There is no such metric.
+    """
+    import torch
+
+    from hf_parcor.evaluation import BatchMetric
+    from hf_parcor.records.sensitivity import DIVERGENCE
+
+    metric = subject.metric
+    if by in (None, DIVERGENCE, *SCORES) or not isinstance(metric, BatchMetric):
+        return
+    with torch.random.fork_rng(devices=[]):
+        part = metric.of_batch(subject.model, next(iter(metric.batches)))
+    try:
+        found = metric.combine([part])
+    except (ValueError, ArithmeticError):  # of a score that has to see more than this batch
+        return
+    if by not in found:
+        known = [*found, DIVERGENCE, *SCORES]
+        raise InputError(
+            f"--choose-by: expected one of {', '.join(known)}, got {by!r}{nearest(by, known)}; name a metric that is "
+            "measured, or a score"
+        )
 
 
 def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> None:
@@ -157,10 +207,11 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
 
     formats: Any = FORMATS if arguments.corruptions is None else asked_for(arguments)
 
-    def in_reach(known: SensitivityRecord) -> None:
+    def in_reach(subject: Subject, known: SensitivityRecord) -> None:
         if "bits" in arguments.recipe:
             with refused(ValueError):
                 check_bits(known, arguments.recipe["bits"])
+        _check_name(arguments.choose_by, subject)
 
     checkpoints = [checkpoint_in(folder, name) for name in (SENSITIVITY, MEASURED, PAIRS)]
     with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoints[0])):
@@ -213,7 +264,7 @@ def scored(
     formats: Any,
     budget: int | None,
     checkpoint: Path | None,
-    check: Callable[[SensitivityRecord], None] | None = None,
+    check: Callable[[Subject, SensitivityRecord], None] | None = None,
 ) -> tuple[Subject, dict[str, Any], SensitivityRecord]:
     """Return what the flags name, how it is measured, and what each format costs each part.
 
@@ -224,7 +275,7 @@ def scored(
         formats: As in `sensitivity`.
         budget: As in `sensitivity`.
         checkpoint: As in `sensitivity`.
-        check: Called with what is going to be scored, before anything is run; None for nothing.
+        check: Called with what the flags name and what is going to be scored, before that is done; None for nothing.
 
     Raises:
         InputError: A user's mistake.
@@ -247,7 +298,7 @@ def scored(
     if check is not None:
         with refused(TargetError, TypeError):
             known = unscored(subject.model, formats, groups)
-        check(known)
+        check(subject, known)
     with refused(CheckpointError, NotEnoughMemoryError, NotFiniteError, TargetError, TypeError):
         scores = sensitivity(
             subject.model,

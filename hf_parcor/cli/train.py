@@ -7,7 +7,6 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -336,7 +335,7 @@ def _measure(
     corruptions: Sequence[Corruption],
 ) -> None:
     """Measure the trained model, all processes together, and show the record, which has the name of its folder."""
-    from hf_parcor.evaluation.identity import folder_name
+    from hf_parcor.programs import of_trained
 
     with redirect_stdout(sys.stderr):
         record = _evaluator(trainer, subject).evaluate(corruptions, arguments.trials, arguments.corruption_seed)
@@ -349,7 +348,7 @@ def _measure(
     record = record.stating(metric, greater_is_better=greater, unit=arguments.unit)
     of_source = ("revision", "trust_remote_code")  # the model that was trained has none
     told = {flag: value for flag, value in arguments.told.items() if flag not in of_source}
-    record = replace(record, model=folder_name(str(trainer.args.output_dir))).told({**told, **subject.told})
+    record = of_trained(trainer, record).told({**told, **subject.told})
     if corruptions:
         show(record, metric, Path(str(trainer.args.output_dir)) / ROBUSTNESS)
     else:

@@ -95,14 +95,19 @@ class _Evaluator:
         plan.check(selection.parameters for selection in selections.values())
 
     def _records(
-        self, given: Corruption | Sequence[Corruption], trials: int, seed: int, checkpoint: str | Path | None
+        self,
+        given: Corruption | Sequence[Corruption],
+        trials: int,
+        seed: int,
+        checkpoint: str | Path | None,
+        known: Mapping[str, float] | None = None,
     ) -> dict[str, EvaluationRecord]:
         forget_derived()
         corruptions = _several(given)
         weights = fingerprint_of_weights(self._model)
         selections, targets = self._selected(corruptions)
         groups = {label: selection.parameters for label, selection in selections.items()}
-        clean, data, found = self._measurement.run(groups, corruptions, trials, seed, weights, checkpoint)
+        clean, data, found = self._measurement.run(groups, corruptions, trials, seed, weights, checkpoint, clean=known)
         versions, task = library_versions(), self._task or task_of(self._model)
         infos = self._measurement.infos([clean, *(row for rows in found for row in rows)])
         return {
@@ -368,6 +373,7 @@ class LayerProbe(_Evaluator):
         seed: int = 0,
         *,
         checkpoint: str | Path | None = None,
+        clean: Mapping[str, float] | None = None,
     ) -> SweepRecord:
         """Measure the clean model, then the model under each corruption of each part.
 
@@ -376,6 +382,8 @@ class LayerProbe(_Evaluator):
             trials: Trials of each stochastic corruption. Default 3.
             seed: First seed.
             checkpoint: As in `CorruptionEvaluator.evaluate`: a sweep that was killed goes on from this file.
+            clean: What the metric finds on the model as it is, where that is known, as of a `WithDivergence` that was
+                just made; None, the default, to measure it.
 
         Returns:
             The records of all parts, by their names.
@@ -385,5 +393,5 @@ class LayerProbe(_Evaluator):
             TypeError: As in `CorruptionEvaluator.evaluate`.
             OSError: The checkpoint cannot be read or written.
         """
-        records = self._records(corruptions, trials, seed, checkpoint)
+        records = self._records(corruptions, trials, seed, checkpoint, clean)
         return SweepRecord(records, next(iter(records.values())).weights, trials, seed, self._grouping)

@@ -222,13 +222,12 @@ def scaled(tensors: list[Tensor], factor: Tensor | Factor, *, overwrite: bool = 
     return tensors
 
 
-def _scaled_unread(tensors: list[Tensor], factor: Tensor | Factor, *, overwrite: bool = False) -> list[Tensor]:
+def _scaled_unread(tensors: list[Tensor], factor: Factor, *, overwrite: bool) -> list[Tensor]:
     """Do as `scaled` does, by a factor whose value must not be waited for.
 
     `NaN · 0` is NaN. But the bit pattern of a float, read as an integer, times 0 is the pattern of 0.0, and times 1
     itself.
     """
-    factor = factor if isinstance(factor, Factor) else Factor(factor)
     products = _by_kind(torch._foreach_mul_ if overwrite else torch._foreach_mul, tensors, factor.root)
     _by_kind(torch._foreach_mul_, [_bits(product) for product in products], factor.is_used)
     _by_kind(torch._foreach_mul_, products, factor.root)

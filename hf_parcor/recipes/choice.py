@@ -423,7 +423,7 @@ def _record(
         costs = scores.costs(name)
         sums[name] = math.fsum(costs[cell.group, cell.format] for cell in cells)
     reference = by if by in scores.clean else scores.metric
-    return RecipeRecord(
+    record = RecipeRecord(
         model=scores.model,
         groups=scores.groups,
         formats=scores.formats,
@@ -434,3 +434,5 @@ def _record(
         estimated=sum(reference not in cell.measured for cell in cells),
         outside=scores.outside,
     )
+    of_base = {cell.group: cell.bits for cell in scores.cells if cell.format == record.base}
+    return replace(record, bits_of_base=of_base)

@@ -230,7 +230,9 @@ def measure_pairs(
     }
     mixed = MixedQuantization.of(chosen)
     probe = LayerProbe(model, metric, batches, loss=loss, targets=targets, **settings)
-    sweep = probe.evaluate([mixed], trials=1, checkpoint=_own_checkpoint(checkpoint, targets, [mixed]))
+    own = _own_checkpoint(checkpoint, targets, [mixed])
+    clean = metric.clean if isinstance(metric, WithDivergence) else None
+    sweep = probe.evaluate([mixed], trials=1, checkpoint=own, clean=clean)
     greater = scores.info(by).greater_is_better
     drops = {
         some: metric_drop(record.clean.mean(by), record.corruptions[0].mean(by), greater_is_better=greater)

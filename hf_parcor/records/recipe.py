@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ class RecipeRecord(StoredRecord):
         pairs: Pairs of groups that were measured together, see `measure_pairs`.
         outside: As in `SensitivityRecord`.
         notes: What was noticed, in sentences.
+        bits_of_base: How many bits a weight each group would take in the format of most weights, if that fits it;
+            empty in records from before it was kept.
         format: Version of this layout.
 
     Examples:
@@ -89,6 +92,7 @@ class RecipeRecord(StoredRecord):
     pairs: tuple[PairCost, ...] = ()
     outside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    bits_of_base: Mapping[str, float] = field(default_factory=dict)
     format: int = FORMAT
     kind: ClassVar[str] = "recipe"
     remedy: ClassVar[str] = "choose again, or read it with the version of hf_parcor that wrote it"
@@ -115,9 +119,13 @@ class RecipeRecord(StoredRecord):
 
     @property
     def spared(self) -> list[str]:
-        """The groups that get more bits than most weights: what to defend, so that they need not be spared."""
-        of_base = max((one.bits for one in self.choice.values() if one.format == self.base), default=0.0)
-        return [name for name in self.exceptions if self.choice[name].bits > of_base]
+        """The groups that the format of most weights fits, and that get more bits than it would give them.
+
+        They are what to defend, so that they need not be spared.
+        """
+        most = max((one.bits for one in self.choice.values() if one.format == self.base), default=0.0)
+        known = self.bits_of_base or dict.fromkeys(self.choice, most)
+        return [name for name in self.exceptions if self.choice[name].bits > known.get(name, math.inf)]
 
     def weights(self) -> Iterator[tuple[str, Choice]]:
         """Yield every weight with the format that it gets."""
@@ -129,7 +137,8 @@ class RecipeRecord(StoredRecord):
     def _read(cls, data: dict[str, Any]) -> RecipeRecord:
         data["groups"] = read_groups(data["groups"])
         data["choice"] = {name: Choice(one["format"], float(one["bits"])) for name, one in data["choice"].items()}
-        data["budget"], data["expected"] = read_numbers(data["budget"]), read_numbers(data["expected"])
+        for name in ("budget", "expected", "bits_of_base"):
+            data[name] = read_numbers(data.get(name, {}))
         data["pairs"] = tuple(
             PairCost(one["first"], one["second"], one["metric"], float(one["together"]), float(one["apart"]))
             for one in data["pairs"]

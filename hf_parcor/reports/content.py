@@ -11,20 +11,14 @@ from typing import Any, NamedTuple
 from hf_parcor.records.curves import Series, area_under_curve, epsilon_at_half, short
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
 from hf_parcor.reports import plots
+from hf_parcor.reports.caveats import data_caveat, notes
+from hf_parcor.reports.comparison import comparison_verdict, differences
 from hf_parcor.reports.markup import code_of, printable, text_of
 from hf_parcor.reports.numbers import Numbers, probability, times
 from hf_parcor.reports.plots import Line, Panel
 from hf_parcor.reports.study import Curve, Point, Study, common_strengths
 from hf_parcor.reports.tables import Table, markdown_table
-from hf_parcor.reports.verdict import (
-    Finding,
-    comparison_verdict,
-    data_caveat,
-    differences,
-    fragility,
-    notes,
-    probe_verdict,
-)
+from hf_parcor.reports.verdict import Finding, fragility, probe_verdict
 from hf_parcor.statistics import sample_mean
 
 _LINES = 6  # as many lines as one tells apart in a small panel

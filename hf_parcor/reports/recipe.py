@@ -258,7 +258,16 @@ def content_of_recipe(
     )
 
 
-def _findings(told: _Told) -> Iterable[Finding]:
+def recipe_in_short(
+    scores: SensitivityRecord, recipe: RecipeRecord, measured: EvaluationRecord, metric: str
+) -> tuple[str, str]:
+    """Return what the page says first: what to quantize to what and what that costs, and how many bits it takes."""
+    told = _Told(scores, recipe, measured, metric)
+    return _answer(told), _size(told)
+
+
+def _size(told: _Told) -> str:
+    """Return how many bits the recipe takes, and whether costs add up."""
     recipe, row = told.recipe, told.row(RECIPE)
     budget = ", ".join(f"{name} {short(value)}" for name, value in recipe.budget.items())
     size = f"It takes {recipe.bits:.2f} bits a weight, scales included" + (
@@ -268,7 +277,12 @@ def _findings(told: _Told) -> Iterable[Finding]:
     if told.metric in recipe.expected and recipe.base is not None:
         together = f" Its parts by themselves add up to {told.lost(recipe.expected[told.metric])}"
         together += "." if row is None else f"; together they have {told.change(row.mean(told.metric))}."
-    yield Finding("", size + together)
+    return size + together
+
+
+def _findings(told: _Told) -> Iterable[Finding]:
+    recipe, row = told.recipe, told.row(RECIPE)
+    yield Finding("", _size(told))
     fitting = [
         one for label, one in told.rows.items() if label in recipe.formats and _bits(one) <= recipe.bits * (1 + 1e-9)
     ]

@@ -162,15 +162,19 @@ class Study:
             for record in records
         ]
         info = agreed(infos, metric)
+        shared = {
+            name: {group: _shared(records) for group, records in groups.items()} for name, groups in gathered.items()
+        }
         curves: dict[Series, dict[tuple[str, str], Curve]] = {}
         for name, groups in gathered.items():
             for group, records in groups.items():
-                for series, curve in _curves(group, records, metric, info.greater_is_better).items():
+                found = _curves(group, records, shared[name][group], metric, info.greater_is_better)
+                for series, curve in found.items():
                     curves.setdefault(series, {})[name, group] = curve
         if not curves:
             raise ValueError("records: expected at least one with a corruption, got none; evaluate a model first")
-        alone = in_one_alone({name: _measured_under(groups) for name, groups in gathered.items()})
-        left_out = {name: left for name, groups in gathered.items() if (left := _left_out(groups))}
+        alone = in_one_alone({name: _measured_under(rows.values()) for name, rows in shared.items()})
+        left_out = {name: left for name, groups in gathered.items() if (left := _left_out(groups, shared[name]))}
         groupings = {name: _grouping(records) for name, records in models.items()}
         return cls(metric, info, gathered, curves, groupings, alone if len(gathered) > 1 else {}, left_out)
 
@@ -275,10 +279,12 @@ def _check(models: Mapping[str, Mapping[str, tuple[EvaluationRecord, ...]]]) -> 
             )
 
 
+_Shared: TypeAlias = list[tuple[CorruptionRecord, ...]]
+
+
 def _curves(
-    group: str, records: tuple[EvaluationRecord, ...], metric: str, greater_is_better: bool
+    group: str, records: tuple[EvaluationRecord, ...], shared: _Shared, metric: str, greater_is_better: bool
 ) -> dict[Series, Curve]:
-    shared = _shared(records)
     if not shared and any(record.corruptions for record in records):
         raise ValueError(
             f"records of {group!r}: expected the same corruptions in each, got none that all have; evaluate them alike"
@@ -302,7 +308,7 @@ def _curves(
     return curves
 
 
-def _shared(records: Sequence[EvaluationRecord]) -> list[tuple[CorruptionRecord, ...]]:
+def _shared(records: Sequence[EvaluationRecord]) -> _Shared:
     """Return the rows of what all of some records were measured under, in the order of the first."""
     first, *others = (by_identity(record.corruptions) for record in records)
     return [
@@ -310,17 +316,16 @@ def _shared(records: Sequence[EvaluationRecord]) -> list[tuple[CorruptionRecord,
     ]
 
 
-def _measured_under(groups: Mapping[str, Sequence[EvaluationRecord]]) -> list[CorruptionRecord]:
+def _measured_under(groups: Iterable[_Shared]) -> list[CorruptionRecord]:
     """Return one row for each corruption that all repetitions of some group have."""
-    rows = [row for records in groups.values() for row, *_ in _shared(records)]
-    return list({(row.corruption, row.label): row for row in rows}.values())
+    return list({(row.corruption, row.label): row for shared in groups for row, *_ in shared}.values())
 
 
-def _left_out(groups: Mapping[str, Sequence[EvaluationRecord]]) -> list[str]:
+def _left_out(groups: Mapping[str, Sequence[EvaluationRecord]], shared: Mapping[str, _Shared]) -> list[str]:
     """Return the labels of what not all repetitions of a group have."""
     found: list[str] = []
-    for records in groups.values():
-        kept = {(row.corruption, row.label) for row, *_ in _shared(records)}
+    for group, records in groups.items():
+        kept = {(row.corruption, row.label) for row, *_ in shared[group]}
         rows = (row for record in records for row in record.corruptions)
         found += [row.label for row in rows if (row.corruption, row.label) not in kept]
     return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""Verdicts in plain words made from the numbers: on one model, on several, and what to know before relying on them."""
+"""Verdicts in plain words made from the numbers: on one model, and on its groups."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ import math
 import re
 import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import NamedTuple, TypeVar
 
-from hf_parcor.records.comparable import data_may_differ
-from hf_parcor.records.curves import metric_drop
-from hf_parcor.records.data import OF_ROWS, same_data
 from hf_parcor.records.evaluation import EvaluationRecord
 from hf_parcor.records.metric_info import POINTS, SHARE
 from hf_parcor.records.sensitivity import SensitivityRecord
@@ -136,10 +131,10 @@ def probe_verdict(study: Study, numbers: Numbers) -> list[Finding]:
         finding = _of_one_group(study, numbers, curves) if of_one else _of_groups(study, numbers, curves, groups)
         findings.append(finding._replace(headline=f"{series.name}: {finding.headline}"))
     findings.sort(key=lambda finding: (not finding.clear, not finding.remedy))
-    return _with_one_row([*_worst_of_all(study, numbers), *findings], study, numbers)
+    return with_one_row([*_worst_of_all(study, numbers), *findings], study, numbers)
 
 
-def _with_one_row(findings: list[Finding], study: Study, numbers: Numbers) -> list[Finding]:
+def with_one_row(findings: list[Finding], study: Study, numbers: Numbers) -> list[Finding]:
     """Return findings of which the first says what one row of the data is worth, where that is known."""
     worth = one_row(study.records, study.metric, numbers)
     if not worth or not findings:
@@ -399,10 +394,11 @@ def _beyond_the_others(repeated: Mapping[str, tuple[float, ...]]) -> dict[str, f
 
 def _in_the_mean(curves: Iterable[Curve]) -> str:
     """Return that single repetitions may say otherwise, where there are several."""
-    return " in the mean over repetitions" if _are_repeated(curves) else ""
+    return " in the mean over repetitions" if are_repeated(curves) else ""
 
 
-def _are_repeated(curves: Iterable[Curve]) -> bool:
+def are_repeated(curves: Iterable[Curve]) -> bool:
+    """Return whether some point was measured several times."""
     return any(len(point.values) > 1 for curve in curves for point in curve.all_points)
 
 
@@ -450,289 +446,3 @@ def _joined(*sentences: str) -> str:
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_NAMED])
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
-
-
-_MODELS_NAMED = 6  # as many differences a verdict names
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A model against the first one.
-
-    Attributes:
-        model: Its name.
-        group: What was corrupted.
-        what: The corruptions, or "no corruption".
-        first: The metric of the first model in each repetition.
-        second: That of this model.
-        gain: How much better this model is; NaN where that cannot be told.
-        p_value: Welch's, two-sided, with Holm's correction; None where there is no spread to judge by.
-        broken: Other metrics that are not finite where this one is: it may come from what is no answer.
-        family: What a reader calls such corruptions.
-    """
-
-    model: str
-    group: str
-    what: str
-    first: tuple[float, ...]
-    second: tuple[float, ...]
-    gain: float
-    p_value: float | None = None
-    broken: tuple[str, ...] = ()
-    family: str = ""
-
-    @property
-    def clear(self) -> bool:
-        """Whether it is beyond the spread."""
-        return self.p_value is not None and self.p_value < LEVEL
-
-
-def differences(study: Study, *, by_strength: bool) -> list[Difference]:
-    """Return all differences to the first model, corrected for as many tests as there are.
-
-    Args:
-        study: Several models.
-        by_strength: Whether each strength stands alone, or a series is one number: the mean over the strengths.
-    """
-    baseline, *others = study.models
-    found = []
-    for model in others:
-        seen = False
-        for series, curves in study.curves.items():
-            for group in study.groups:
-                if (baseline, group) not in curves or (model, group) not in curves:
-                    continue
-                first, second = curves[baseline, group], curves[model, group]
-                if not seen:
-                    found.append(
-                        _difference(study, model, "", "no corruption", first.clean.values, second.clean.values)
-                    )
-                    seen = True
-                names = common_strengths([first, second])
-                for chosen in [[name] for name in names] if by_strength else [names] * bool(names):
-                    what = f"{series.name}, {', '.join(chosen)}"
-                    levels = first.levels(chosen), second.levels(chosen)
-                    points = [point for curve in (first, second) for point in curve.points if point.name in chosen]
-                    broken = dict.fromkeys(name for point in points if not point.reliable for name in point.broken)
-                    family = FAMILIES.get(series.corruption, f"under {series.name}")
-                    found.append(_difference(study, model, group, what, *levels, tuple(broken), family))
-    pairs = {index: (one.first, one.second) for index, one in enumerate(found) if not one.broken}
-    p_values = adjusted_p_values(pairs, Alternative.TWO_SIDED)
-    return [replace(one, p_value=p_values.get(index)) for index, one in enumerate(found)]
-
-
-def comparison_verdict(study: Study, numbers: Numbers) -> list[Finding]:
-    """Return the findings on each model against the first: the count, what is beyond the spread, the price."""
-    baseline = next(iter(study.models))
-    of_all = differences(study, by_strength=False)
-    findings = []
-    for model in list(study.models)[1:]:
-        of_model = [one for one in of_all if one.model == model]
-        if len(of_model) < 2:
-            findings.append(Finding(f"{model} and {baseline} have no corruption of the same group in common."))
-            continue
-        clean, *corrupted = of_model
-        several = len(study.groups) > 1
-        counted = _count(study, corrupted)
-        averages = _averages(study, numbers, clean, corrupted)
-        findings.append(Finding(f"{model} against {baseline}: {averages}", counted[0].upper() + counted[1:]))
-        clear = sorted((one for one in corrupted if one.clear), key=lambda one: -abs(one.gain))
-        named = clear[:_MODELS_NAMED] or _largest(corrupted)
-        named += [one for one in corrupted if not math.isfinite(one.gain)][:_MODELS_NAMED]
-        findings += [Finding("", _sentence(one, numbers, study.metric, several=several)) for one in named]
-        findings.append(Finding("", _sentence(clean, numbers, study.metric, several=False)))
-    return _with_one_row(findings, study, numbers)
-
-
-FAMILIES = {  # what a reader calls the corruptions of the catalogue; others go by their own title
-    "gradient": "in the worst direction",
-    "multi_step": "in the worst direction",
-    "random": "under noise",
-    "gaussian": "under noise",
-    "uniform": "under noise",
-    "quantization": "when quantized",
-    "float_quantization": "when quantized",
-    "bit_flips": "with flipped bits",
-    "worst_bit_flips": "with flipped bits",
-}
-
-
-def _averages(study: Study, numbers: Numbers, clean: Difference, corrupted: Sequence[Difference]) -> str:
-    """Return how the metric differs on average over each family of corruptions, and without corruption."""
-    changes: dict[str, list[float]] = {family: [] for family in FAMILIES.values()}
-    for one in corrupted:
-        if math.isfinite(one.gain):
-            changes.setdefault(one.family, []).append(sample_mean(one.second) - sample_mean(one.first))
-    told = [
-        f"{numbers.difference(sample_mean(found), sign=True)} {family}" for family, found in changes.items() if found
-    ]
-    without = sample_mean(clean.second) - sample_mean(clean.first)
-    if math.isfinite(without):
-        told.append(f"{numbers.difference(without, sign=True)} without corruption")
-    if not told:
-        return f"{study.metric} is not a finite number."
-    less = "" if study.greater_is_better else " (less is better)"
-    return f"{study.metric}{less}, on average, {', '.join(told)}."
-
-
-def _count(study: Study, corrupted: list[Difference]) -> str:
-    total = f"{len(corrupted)} comparison" + "s" * (len(corrupted) != 1)
-    tested = [one for one in corrupted if one.p_value is not None]
-    better = sum(0 < one.gain < math.inf for one in corrupted)
-    worse = sum(-math.inf < one.gain < 0 for one in corrupted)
-    unknown = sum(not math.isfinite(one.gain) for one in corrupted)
-    untold = f" It cannot be told in {unknown}, where not all is finite." if unknown else ""
-    if unknown == len(corrupted):
-        return f"it cannot be told in any of {total}, since not all is finite."
-    if not tested:
-        return (
-            f"its mean is better in {better} of {total}, worse in {worse}.{untold} There is no spread to judge that "
-            "by: repeat training with other seeds before you conclude."
-        )
-    better = sum(one.clear and one.gain > 0 for one in corrupted)
-    worse = sum(one.clear and one.gain < 0 for one in corrupted)
-    all_judged = len(tested) == len(corrupted)
-    if len(tested) + unknown < len(corrupted):
-        untold += " There is no spread to judge the rest by."
-    if not better and not worse:
-        among = total if all_judged else f"{len(tested)} of {total}"
-        return f"no difference is beyond the {study.spread} in {among}.{untold}"
-    others = "; no such difference in the others" if all_judged and better + worse < len(corrupted) else ""
-    return f"better beyond the {study.spread} in {better} of {total}, worse in {worse}{others}.{untold}"
-
-
-def _largest(corrupted: list[Difference]) -> list[Difference]:
-    """Return the largest difference, as an example of what was seen."""
-    finite = [one for one in corrupted if math.isfinite(one.gain) and one.gain != 0]
-    return [max(finite, key=lambda one: abs(one.gain))] if finite else []
-
-
-def _sentence(one: Difference, numbers: Numbers, metric: str, *, several: bool) -> str:
-    where = f"{one.what}, {one.group} corrupted" if several else one.what
-    if one.broken:
-        return f"{where}: {' or '.join(one.broken)} is not a finite number, so {metric} says nothing."
-    if not math.isfinite(one.gain):
-        values = f"{numbers.with_unit(sample_mean(one.second))} instead of {numbers.with_unit(sample_mean(one.first))}"
-        return f"{where}: {metric} is not a finite number, so there is no difference to tell ({values})."
-    verdict = (
-        "no spread is known"
-        if one.p_value is None
-        else f"{'' if one.clear else 'not '}beyond the spread, {probability(one.p_value)}"
-    )
-    first, second = sample_mean(one.first), sample_mean(one.second)
-    change = numbers.difference(second - first, sign=True)
-    return (
-        f"{where}: {metric} {numbers.with_unit(second)} instead of {numbers.with_unit(first)} ({change}; {verdict})."
-    )
-
-
-def _difference(
-    study: Study,
-    model: str,
-    group: str,
-    what: str,
-    first: tuple[float, ...],
-    second: tuple[float, ...],
-    broken: tuple[str, ...] = (),
-    family: str = "",
-) -> Difference:
-    gain = metric_drop(sample_mean(second), sample_mean(first), greater_is_better=study.greater_is_better)
-    told = math.nan if broken else gain
-    return Difference(model, group, what, first, second, told, broken=broken, family=family)
-
-
-_QUOTED = 8  # as many notes of records a report repeats
-
-
-def notes(study: Study) -> list[str]:
-    """Return sentences on what the records were made of: repetitions, data, sizes, and what was noticed on the way."""
-    found = [_repetitions(study), *study.info.guesses(study.metric)]
-    if len(study.models) > 1 and any(one.p_value is not None for one in differences(study, by_strength=True)):
-        found.append(
-            "Differences are judged by Welch's t-test, two-sided, at 5 %, p-values corrected by Holm's method: in the "
-            "verdict for all models, groups and kinds of corruption, in the table for all of its rows."
-        )
-    if len(study.models) == 1 and len(study.groups) > 1:
-        judged = (
-            " It is judged by Welch's t-test, one-sided, at 5 %, p-values corrected by Holm's method for the number "
-            "of groups, for each kind of corruption by itself."
-        )
-        found.append(
-            f"Fragility is the mean {study.loss} over the strengths that all groups have, over the median of that of "
-            f"the other groups.{judged * any(_are_repeated(curves.values()) for curves in study.curves.values())}"
-        )
-    sizes = {records[0].parameters for groups in study.models.values() for records in groups.values()}
-    if len(sizes) > 1:
-        strengths: dict[tuple[str, str], list[str]] = {}
-        for series, curves in study.curves.items():
-            for key, curve in curves.items():
-                strengths.setdefault(key, []).extend(f"{series.name}, {point.name}" for point in curve.points)
-        alike = len(set(map(frozenset, strengths.values()))) == 1
-        begin = "Every group was corrupted with the same strengths, though their" if alike else "The groups'"
-        found.append(
-            f"{begin} sizes differ: {min(sizes):,} to {max(sizes):,} weights. A radius bounds a group as one "
-            "vector, so it is more for a group whose weights have a small norm."
-        )
-    found += [*data_caveat(study)]
-    for model, labels in study.left_out.items():
-        named = f" of {model}" * bool(model)
-        found.append(f"Left out, since not all records{named} have it: {'; '.join(labels)}.")
-    noticed = [
-        note
-        for record in study.records
-        for note in (*record.notes, *(f"{row.label}: {note}" for row in record.rows() for note in row.notes))
-    ]
-    distinct = list(dict.fromkeys(noticed))
-    found += [f"Noticed while measuring: {note}" for note in distinct[:_QUOTED]]
-    if len(distinct) > _QUOTED:
-        found.append(f"Noticed while measuring: {len(distinct) - _QUOTED} more notes, in the records.")
-    return found
-
-
-def data_caveat(study: Study) -> list[str]:
-    """Return a sentence where the records may be of different data, as far as they say."""
-    distinct = {(record.data, record.evaluated_on): record for record in study.records}
-    named = {record.evaluated_on for record in distinct.values() if record.data}
-    pairs = list(combinations(distinct.values(), 2))
-    if any(data_may_differ(*pair) for pair in pairs):
-        known = all(one is not None and one.is_known for one in named)
-        told = "do not name one and the same" if known else "do not all say what they were measured on"
-        return [
-            f"The records have different data fingerprints, and {told}: they may be of different data, and "
-            "their differences may come from that."
-        ]
-    different = [pair for pair in pairs if same_data(*(record.data for record in pair)) is False]
-    if different:
-        rows = " and as many rows" if all(one is not None and one.rows is not None for one in named) else ""
-        divided = "their order" if all(one.data.startswith(OF_ROWS) for one, _ in different) else "batches"
-        return [
-            f"The records have different data fingerprints, though the data have one name{rows}: "
-            f"tokenizers, lengths or {divided} differ, or the contents do."
-        ]
-    return []
-
-
-def _repetitions(study: Study) -> str:
-    counts = {len(records) for groups in study.models.values() for records in groups.values()}
-    if max(counts) > 1:
-        shown = str(*counts) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-        single = ", and those of a single one are repetitions themselves, one by one" if study.mixes_trials else ""
-        return (
-            f"Repetitions are {shown} records, taken for trainings of one model with different seeds"
-            f"{_of_models(study)}; trials within a record count as their mean{single}."
-        )
-    if any(len(row.seeds) > 1 for record in study.records for row in record.rows()):
-        return (
-            "Repetitions are the trials of random corruptions of the same trained weights: the spread says nothing "
-            "about training again with another seed."
-        )
-    return "Everything was measured once, so nothing is known of the spread."
-
-
-def _of_models(study: Study) -> str:
-    """Return what such models are called, where they have several names: the reader can tell whether they are one."""
-    of_groups = [records for groups in study.models.values() for records in groups.values()]
-    names = list(dict.fromkeys(record.model for records in of_groups for record in records))
-    if all(len({record.model for record in records}) == 1 for records in of_groups):
-        return ""
-    return f": {', '.join(names[:_QUOTED])}{' and others' * (len(names) > _QUOTED)}"

@@ -103,7 +103,7 @@ def make_recipe(weights=WEIGHTS, metric="accuracy"):
     }
     groups = {f"layer.{place}": WeightGroup({f"layer.{place}.weight": 1000 * place}, 32.0) for place in range(1, 5)}
     cells = tuple(
-        FormatScore(group, label, float(label[0]), {"fisher": 0.1}, {metric: 0.9 - place / 100})
+        FormatScore(group, label, float(label[0]), {"fisher": (1 + place) / 10}, {metric: 0.9 - place / 100})
         for group in groups
         for place, label in enumerate(formats)
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -487,6 +488,14 @@ class TestProbe:
             ("as it is", "1", "2,000"),
         ]
         assert ModelFacts.from_json(facts.to_json()).recipe == facts.recipe
+
+    def test_a_recipe_needs_no_library_that_its_page_needs(self, facts_with, probed_record, recipe_of, monkeypatch):
+        pytest.importorskip("scipy")
+        expected = with_recipe(facts_with(probed_record), *recipe_of()).recipe
+        monkeypatch.setitem(sys.modules, "scipy", None)
+        with pytest.raises(ImportError, match="SciPy"):
+            RecipeReport(*recipe_of())
+        assert with_recipe(facts_with(probed_record), *recipe_of()).recipe == expected
 
     def test_a_recipe_without_the_metric_of_the_card_is_refused(self, facts_with, probed_record, recipe_of):
         with pytest.raises(ValueError, match="recipe: expected one that was measured in accuracy, got one in loss"):

@@ -11,7 +11,7 @@ import yaml
 from for_each import for_each
 from hub_server import TOKEN, Failure, Repository
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from hf_parcor.cards import Destination, HubError, push_card, push_results, write_card
 from hf_parcor.cards.hub import difference
@@ -215,13 +215,20 @@ class TestFailures:
         [
             (json.JSONDecodeError("no value", "<html>", 0), "no JSON from"),
             (LocalTokenNotFoundError("none"), "hf auth login"),
-            (OfflineModeIsEnabled("offline"), "unset HF_HUB_OFFLINE"),
         ],
     )
     def test_what_the_client_raises_is_said_with_what_to_do(self, api, facts, monkeypatch, error, says):
         monkeypatch.setattr(api, "model_info", Mock(side_effect=error))
         with pytest.raises(HubError, match=says):
             push_card(facts, Destination("me/tiny", api=api))
+
+    @for_each("push", [push_card, push_results])
+    def test_offline_nothing_is_asked_for_or_drawn(self, hub, api, facts, monkeypatch, push):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("hf_parcor.cards.hub.files_beside", lambda _: pytest.fail("pictures were drawn"))
+        with pytest.raises(HubError, match=r"me/tiny: .*unset HF_HUB_OFFLINE"):
+            push(facts, Destination("me/tiny", api=api))
+        assert hub.waited == []
 
     def test_a_mistake_of_ours_is_none_of_the_hub(self, api, facts, monkeypatch):
         monkeypatch.setattr(api, "model_info", Mock(side_effect=RuntimeError("a bug")))

@@ -18,6 +18,7 @@ from hf_parcor import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.cli import main
 from hf_parcor.cli.main import build_parser
 from hf_parcor.cli.probe import Probe
+from hf_parcor.cli.recipe import SCORES
 from hf_parcor.cli.train import check_numbers
 from hf_parcor.training import ParameterDefenseTrainingArguments
 
@@ -143,7 +144,8 @@ MISTAKES = [
     (f"{PROBE} --recipe loss=inf", "--recipe: loss inf"),
     (f"{PROBE} --recipe drop=-0.1", "--recipe: drop -0.1 stay"),
     (f"{PROBE} --recipe bits=8 --choose-by second_order", "--choose-by: --probes second_order"),
-    (f"{PROBE} --recipe drop=0.1 --cells 0", "--choose-by: accuracy measured --cells 1"),
+    (f"{PROBE} --recipe drop=0.1 --cells 0", "--cells: --recipe drop 1 0"),
+    (f"{PROBE} --recipe bits=8 --choose-by accuracy --cells 0", "--cells: --choose-by accuracy 1 0"),
     (f"{PROBE} --pairs 3", "--pairs: --recipe 3"),
     (f"{PROBE} --quick --choose-by fisher", "--choose-by: --recipe fisher"),
     (f"{PROBE} --choose-by fisher", "--choose-by: --recipe fisher"),
@@ -273,6 +275,23 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_run(run, files, mon
     nearest = re.search(r"--recipe: expected ([\d.]+) or more", result.err)[1]
     assert run(*words, "--recipe", f"bits={nearest}", "--cells", "0").code == 0
     assert asked
+
+
+@pytest.mark.slow
+def test_a_recipe_by_a_metric_that_is_none_is_refused_on_the_first_batch(run, files, monkeypatch):
+    """Not after hours of measurements; what it says is known can be chosen by."""
+    asked = []
+    model = transformers.BertForSequenceClassification
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *args, **named: asked.append(1) or forward(*args, **named))
+    words = ("probe", files["MODEL"], "--dataset", files["DATA"], "--batch-size", "1", "--quiet", "--probes", "1")
+    words = (*words, "--corruptions", "quantization=8:per=channel", "--recipe", "bits=32", "--choose-by")
+    result = run(*words, "acuracy")
+    assert (result.code, asked) == (2, [1])
+    assert "(did you mean accuracy?)" in result.err
+    known = re.search(r"--choose-by: expected one of (.*), got 'acuracy'", result.err)[1].split(", ")
+    assert {"loss", *SCORES} < set(known)
+    assert [name for name in known if run(*words, name).code != 0] == []
 
 
 def python_spellings(error, command):

@@ -112,6 +112,7 @@ def test_log_perplexity_is_that_of_a_loop_and_of_the_saved_folder(settings, tmp_
     )
     evaluated = EvaluationRecord.load(again / "robustness.json")
     assert evaluated.weights == record.weights  # with no state in it
+    assert evaluated.model == record.model == f"{tmp_path.name}/{out.name}", "where it was trained, not measured"
     assert [row.mean("loss") for row in evaluated.rows()] == [found, losses[0]]
     logs = json.loads((out / "trainer_state.json").read_text())["log_history"]
     assert all("loss_corrupted" in entry for entry in logs if "loss" in entry)

@@ -22,6 +22,7 @@ from hf_parcor.functional.norms import (
     norms_of_each,
 )
 from hf_parcor.functional.vectors import (
+    Factor,
     _add_multiple_unread_,
     _scaled_unread,
     add_multiple_,
@@ -45,7 +46,12 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SPECIAL = (0.0, -0.0, 1.5, -1e-7, math.inf, -math.inf, math.nan, -math.nan)
 
 
-SCALED = [scaled, _scaled_unread]  # the latter as where values must not be waited for
+def scaled_unread(tensors, factor, *, overwrite: bool = False) -> list[torch.Tensor]:
+    """Scale as where values must not be waited for."""
+    return _scaled_unread(tensors, Factor(factor), overwrite=overwrite)
+
+
+SCALED = [scaled, scaled_unread]
 
 
 class TestScaled:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
+from for_each import for_each
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -15,6 +19,7 @@ from hf_parcor import (
     Quantization,
     RecipeRecord,
     export_recipe,
+    recipe,
     sensitivity,
 )
 from hf_parcor.corruptions import CORRUPTIONS
@@ -88,6 +93,38 @@ def test_what_is_spared_is_what_to_defend(tmp_path) -> None:
     arguments = ParameterDefenseTrainingArguments(str(tmp_path), **flags)
     assert arguments.defense_target_modules == ["layers.1.fc1"]
     assert build_defense(arguments).corruptions == (FOUR,)
+
+
+@for_each("wide, narrow", [(512, 16), (64, 32), (512, 48), (48, 64)])
+def test_what_is_spared_takes_more_bits_than_the_base_would_take_in_the_same_weights(wide, narrow, tmp_path) -> None:
+    """A format takes other bits in a wide matrix than in a narrow one, and 48 columns are no groups of 32."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(size, 8) for size in (wide, narrow) for name in (f"a{size}", f"b{size}")})
+    tried = [Quantization(4, "channel"), Quantization(5, "channel"), Quantization(6, 32)]
+    batches = [{name: torch.randn(4, one.in_features) for name, one in model.items()}]
+
+    def loss(model, batch):
+        return sum(one(batch[name]).square().mean() for name, one in model.items())
+
+    scores = sensitivity(model, batches, tried, loss=loss, budget=0, progress=False)
+    found = set()
+    for labels in itertools.product([None, *scores.formats], repeat=len(model)):
+        choice = dict(zip(scores.groups, labels, strict=True))
+        # What costs nothing is chosen where there is no loss to spend.
+        costs = [{"fisher": float(choice[cell.group] != cell.format)} for cell in scores.cells]
+        cells = tuple(replace(cell, scores=cost) for cell, cost in zip(scores.cells, costs, strict=True))
+        chosen = recipe(replace(scores, cells=cells), loss=0.0, by="fisher")
+        for base in (one for one in tried if str(one) == chosen.base):
+            expected = [
+                name
+                for name, one in chosen.choice.items()
+                if one.format != chosen.base
+                and (base.per == "channel" or model[name].in_features % base.per == 0)
+                and one.bits > base.stored_bits(model[name].weight) / model[name].weight.numel()
+            ]
+            assert RecipeRecord.from_json(chosen.to_json()).spared == expected
+            found.update(expected)
+    assert found == set(model)
 
 
 def test_a_tool_that_lacks_a_format_gets_no_file_and_it_is_said(tmp_path) -> None:

@@ -213,7 +213,11 @@ def test_by_the_divergence_a_classifier_without_labels_in_it_is_measured() -> No
     data = [{"input": torch.randn(4, 4), "labels": torch.tensor([0, 1, 2, 0])}]
     metric = ClassificationMetric(data)
     scores = sensitivity(model, metric, FORMATS, {"a": "0", "b": "2"}, progress=False)
+    runs = []
+    counting = model.register_forward_hook(lambda *_: runs.append(1))
     found = measure_pairs(model, metric, scores, uniform_recipe(scores, str(FORMATS[1])), progress=False)
+    counting.remove()
+    assert len(runs) == 2, "as it is, and with both parts rounded"
     (pair,) = found.pairs
     rounded = [FORMATS[1]({"w": model[at].weight.detach()})["w"] for at in (0, 2)]
     before = model(data[0]["input"]).log_softmax(-1)

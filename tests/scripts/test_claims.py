@@ -74,6 +74,14 @@ def test_pages_are_those_of_the_records(path: Path) -> None:
     assert text == (claims.page() if path == claims.PAGE else claims.with_first_table(text))
 
 
+def test_the_page_names_every_record_and_nothing_else() -> None:
+    folder = claims.PAGE.parent
+    named = {folder / link for link in re.findall(r"^- \[.*?\]\((.*?)\):", claims.PAGE.read_text(), re.MULTILINE)}
+    records = list(folder.rglob("*.json"))
+    assert [str(path) for path in records if not named & {path, path.parent}] == []
+    assert {path for path in named if not path.exists()} == set()
+
+
 def test_the_first_table_is_between_its_marks() -> None:
     start, end = claims.FIRST_TABLE
     text = f"above\n{start}old\n{end}below\n"
