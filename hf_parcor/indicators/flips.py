@@ -94,7 +94,7 @@ def measure_flips_to_break(
     corruption = WorstBitFlips(most, of, search, candidates, search_batches)
     target = target_of(target_modules, exclude_modules, module_types, layers)
     model = whole_model(model)
-    selection = Reach(model).select(**target)
+    selection = Reach(model, gradients=corruption.uses_gradients).select(**target)
     if batches is None and isinstance(metric, BatchMetric):
         batches = metric.batches
     source = None

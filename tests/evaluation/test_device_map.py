@@ -21,6 +21,7 @@ from hf_parcor import (
     Quantization,
     RandomCorruption,
     WorstBitFlips,
+    measure_flips_to_break,
 )
 from hf_parcor.evaluation import LanguageModelMetric
 from hf_parcor.evaluation.device_map import kept_in_memory
@@ -102,7 +103,12 @@ def test_the_records_are_those_of_the_model_in_memory(model, batches, offload) -
         assert len({row.mean("loss") for row in record.rows()}) > 6, "they do something"
         return [record.to_json(), sweep.to_json()]
 
+    def flips(network: tf.PreTrainedModel) -> str:
+        metric, options = LanguageModelMetric(batches), {"search": "data-free", "most": 2, "progress": False}
+        return measure_flips_to_break(network, metric, **options).to_json()
+
     assert measured(away) == measured(model)
+    assert flips(away) == flips(model)
     assert all(torch.equal(one, other) for one, other in zip(bits_of(away), before, strict=True))
 
 
