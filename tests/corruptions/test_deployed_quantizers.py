@@ -50,6 +50,8 @@ def _beside_the_environment() -> Iterator[None]:
     there = {path.name for path in FOLDER.glob("*")}
     for name in [name for name in sys.modules if name.partition(".")[0] in there]:
         del sys.modules[name]
+    for remembered in vars(sys.modules.get("peft.import_utils", object)).values():
+        getattr(remembered, "cache_clear", list)()
 
 
 def hard_weights(dtype: torch.dtype) -> Tensor:
