@@ -98,7 +98,7 @@ class GradientPenalty(Defense):
 
         def penalized(loss: Tensor) -> Tensor:
             gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-            norms = [torch.linalg.vector_norm(part, order) for part in gradient if part is not None]
+            norms = [torch.linalg.vector_norm(part, order).to(loss.device) for part in gradient if part is not None]
             if not norms and loss.is_leaf:
                 raise RuntimeError(
                     "GradientPenalty: expected a loss with a graph, got one that runs a backward of its own, as "

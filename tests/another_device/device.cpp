@@ -1,7 +1,8 @@
-// A device for tests: its memory is the host's and its kernels are the CPU's, but to PyTorch it is not the CPU.
+// Two devices for tests: their memory is the host's and their kernels are the CPU's, but to PyTorch they are not the CPU.
 //
-// Operations that mix its tensors with the CPU's are refused, as on a GPU, and so are generators of the CPU. Whenever the
-// host asks for a value, a GPU would be waited for: that is counted. It can be told to refuse float64, as Apple's GPUs do.
+// Operations that mix their tensors with the CPU's or with each other's are refused, as on GPUs, and so are generators of
+// the CPU. Whenever the host asks for a value, a GPU would be waited for: that is counted. They can be told to refuse
+// float64, as Apple's GPUs do.
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -12,6 +13,7 @@
 #include <ATen/native/Resize.h>
 #include <ATen/native/TensorShape.h>
 #include <c10/core/Allocator.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <torch/library.h>
@@ -26,14 +28,17 @@
 namespace {
 
 constexpr auto kAnother = c10::DeviceType::PrivateUse1;
-const c10::Device another(kAnother, 0);
+constexpr c10::DeviceIndex kDevices = 2;
+thread_local c10::DeviceIndex current = 0;
+c10::Device here() { return c10::Device(kAnother, current); }
+c10::Device indexed(c10::Device device) { return device.has_index() ? device : here(); }
 bool has_float64 = true;
 int64_t readings = 0;  // how often the host has asked for a value since the last time it was told
 
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t size) override {
     void* data = size ? c10::alloc_cpu(size) : nullptr;
-    return {data, data, &c10::free_cpu, another};
+    return {data, data, &c10::free_cpu, here()};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &c10::free_cpu; }
   void copy_data(void* to, const void* from, std::size_t size) const override { default_copy_data(to, from, size); }
@@ -43,14 +48,16 @@ REGISTER_ALLOCATOR(kAnother, &memory);
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return kAnother; }
-  c10::Device exchangeDevice(c10::Device) const override { return another; }
-  c10::Device getDevice() const override { return another; }
-  void setDevice(c10::Device) const override {}
-  void uncheckedSetDevice(c10::Device) const noexcept override {}
-  c10::Stream getStream(c10::Device device) const override { return c10::Stream(c10::Stream::DEFAULT, device); }
+  c10::Device exchangeDevice(c10::Device device) const override {
+    return c10::Device(kAnother, std::exchange(current, indexed(device).index()));
+  }
+  c10::Device getDevice() const override { return here(); }
+  void setDevice(c10::Device device) const override { exchangeDevice(device); }
+  void uncheckedSetDevice(c10::Device device) const noexcept override { exchangeDevice(device); }
+  c10::Stream getStream(c10::Device device) const override { return c10::Stream(c10::Stream::DEFAULT, indexed(device)); }
   c10::Stream getNewStream(c10::Device device, int) const override { return getStream(device); }
   c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
-  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  c10::DeviceIndex deviceCount() const noexcept override { return kDevices; }
 
   // Work is done when the call that asks for it returns: nothing is to be waited for.
   void record(void**, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {}
@@ -66,27 +73,32 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
 struct Generator final : at::CPUGeneratorImpl {
-  Generator() : at::CPUGeneratorImpl(c10::default_rng_seed_val) {
-    device_ = another;
+  explicit Generator(c10::DeviceIndex index) : at::CPUGeneratorImpl(c10::default_rng_seed_val) {
+    device_ = c10::Device(kAnother, index);
     key_set_ = c10::DispatchKeySet(c10::DispatchKey::PrivateUse1);
   }
 };
 
-const at::Generator& default_generator() {
-  static const at::Generator generator = at::make_generator<Generator>();
-  return generator;
+const at::Generator& default_generator(c10::DeviceIndex index) {
+  static const at::Generator generators[kDevices] = {at::make_generator<Generator>(0), at::make_generator<Generator>(1)};
+  return generators[index < 0 ? current : index];
 }
 
 struct Hooks final : at::PrivateUse1HooksInterface {
   Hooks() { at::RegisterPrivateUse1HooksInterface(this); }
-  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override { return default_generator(); }
-  at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::make_generator<Generator>(); }
-  at::Device getDeviceFromPtr(void*) const override { return another; }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex index) const override { return default_generator(index); }
+  at::Generator getNewGenerator(c10::DeviceIndex index) const override {
+    return at::make_generator<Generator>(index < 0 ? current : index);
+  }
+  at::Device getDeviceFromPtr(void*) const override { return here(); }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
-  c10::DeviceIndex deviceCount() const override { return 1; }
-  c10::DeviceIndex getCurrentDevice() const override { return 0; }
+  c10::DeviceIndex deviceCount() const override { return kDevices; }
+  c10::DeviceIndex getCurrentDevice() const override { return current; }
+  void setCurrentDevice(c10::DeviceIndex index) const override { current = index; }
+  c10::DeviceIndex exchangeDevice(c10::DeviceIndex index) const override { return std::exchange(current, index); }
+  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex index) const override { return exchangeDevice(index); }
   bool isPinnedPtr(const void*) const override { return true; }  // all memory is the host's
   c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
   void init() const override {}
@@ -105,16 +117,18 @@ void check_dtype(std::optional<at::ScalarType> dtype) {
 }
 
 at::Tensor empty(c10::SymIntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                 std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+                 std::optional<at::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
   check_dtype(dtype);
+  const c10::DeviceGuard guard(indexed(device.value_or(here())));
   return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &memory,
                                    c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), c10::dtype_or_default(dtype),
                                    format);
 }
 
 at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<at::ScalarType> dtype,
-                         std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
+                         std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
   check_dtype(dtype);
+  const c10::DeviceGuard guard(indexed(device.value_or(here())));
   return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &memory,
                                            c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
                                            c10::dtype_or_default(dtype));
@@ -128,9 +142,9 @@ at::Tensor on_host(const at::Tensor& tensor) {
   return at::from_blob(tensor.mutable_data_ptr(), tensor.sizes(), tensor.strides(), [tensor](void*) {}, options);
 }
 
-at::Tensor from_host(const at::Tensor& host) {
+at::Tensor from_host(const at::Tensor& host, c10::Device device) {
   if (!host.defined() || host.device().type() != at::kCPU) return host;
-  auto made = at::empty_strided(host.sizes(), host.strides(), host.options().device(another));
+  auto made = at::empty_strided(host.sizes(), host.strides(), host.options().device(device));
   if (host.numel()) on_host(made).copy_(host);
   return made;
 }
@@ -207,7 +221,7 @@ class OnTheCpu {
   void run() {
     const std::vector<c10::IValue> given(stack_->begin() + first_, stack_->end());
     for (size_t place = 0; place < given.size(); ++place) translate(op_.schema().arguments()[place], given[place]);
-    TORCH_CHECK(!(ours_ && hosts_), name_, ": expected tensors on one device, got ", seen_);
+    check_devices();
     draw_and_call();
     for (auto& [host, tensor] : written_) {
       if (host.numel() && host.data_ptr() == tensor.data_ptr()) continue;
@@ -222,14 +236,24 @@ class OnTheCpu {
     for (size_t place = 0; place < op_.schema().arguments().size(); ++place) {
       translate(op_.schema().arguments()[place], (*stack_)[first_ + place]);
     }
-    TORCH_CHECK(!(ours_ && hosts_), name_, ": expected tensors on one device, got ", seen_);
+    check_devices();
     op_.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack_);
   }
 
  private:
+  void check_devices() const {
+    TORCH_CHECK(!mixed_ && !(ours_ && hosts_), name_, ": expected tensors on one device, got ", seen_);
+  }
+
+  void take(c10::Device device) {
+    if (device.type() != kAnother) return;
+    mixed_ |= ours_ && *ours_ != indexed(device);
+    ours_ = indexed(device);
+  }
+
   void look(const at::Tensor& tensor) {
     if (!tensor.defined()) return;
-    ours_ |= tensor.device().type() == kAnother;
+    take(tensor.device());
     hosts_ |= tensor.device().type() == at::kCPU && tensor.dim() > 0;  // a number of the CPU goes anywhere
     seen_ += tensor.device().str() + c10::str(tensor.sizes()) + " ";
   }
@@ -245,7 +269,7 @@ class OnTheCpu {
     auto& value = (*stack_)[first_ + (&argument - op_.schema().arguments().data())];
     const bool out = argument.kwarg_only() && argument.alias_info() != nullptr && argument.alias_info()->isWrite();
     if (given.isTensor() && out && given.toTensor().device().type() == kAnother) {
-      ours_ = true;  // of any size: it is resized
+      take(given.toTensor().device());  // of any size: it is resized
       written_.emplace_back(at::empty({0}, given.toTensor().options().device(at::kCPU)), given.toTensor());
       value = written_.back().first;
     } else if (given.isTensor()) {
@@ -276,11 +300,12 @@ class OnTheCpu {
       }
       value = all;
     } else if (given.isDevice()) {
-      ours_ |= given.toDevice().type() == kAnother;
+      take(given.toDevice());
       value = at::Device(at::kCPU);
     } else if (given.isGenerator() && given.toGenerator().defined()) {
       generator_ = given.toGenerator();
-      TORCH_CHECK(generator_.device() == another, name_, ": expected a generator of this device, got one of the CPU");
+      TORCH_CHECK(generator_.device().type() == kAnother, name_, ": expected a generator of this device, got the CPU's");
+      take(generator_.device());
       value = at::make_generator<at::CPUGeneratorImpl>();
       value.toGenerator().set_state(generator_.get_state());
       drawn_from_ = value.toGenerator();
@@ -295,7 +320,7 @@ class OnTheCpu {
       if (generator_.defined()) generator_.set_state(drawn_from_.get_state());
       return;
     }
-    at::Generator own = default_generator(), of_cpu = at::detail::getDefaultCPUGenerator();
+    at::Generator own = default_generator(ours_ ? ours_->index() : current), of_cpu = at::detail::getDefaultCPUGenerator();
     const auto kept = of_cpu.get_state();
     of_cpu.set_state(own.get_state());
     op_.redispatchBoxed(cpu, stack_);
@@ -313,10 +338,10 @@ class OnTheCpu {
         if (other != nullptr && *other == *alias) value = given[argument];
       }
     } else if (ours_ && value.isTensor()) {
-      value = from_host(value.toTensor());
+      value = from_host(value.toTensor(), *ours_);
     } else if (ours_ && value.isTensorList()) {
       std::vector<at::Tensor> all;
-      for (const auto& tensor : value.toTensorVector()) all.push_back(from_host(tensor));
+      for (const auto& tensor : value.toTensorVector()) all.push_back(from_host(tensor, *ours_));
       value = all;
     }
   }
@@ -325,7 +350,8 @@ class OnTheCpu {
   torch::jit::Stack* stack_;
   const std::string name_;
   const size_t first_;
-  bool ours_ = false, hosts_ = false;
+  std::optional<c10::Device> ours_;
+  bool mixed_ = false, hosts_ = false;
   std::string seen_;
   std::vector<std::pair<at::Tensor, at::Tensor>> written_;
   at::Generator generator_, drawn_from_;
@@ -336,9 +362,13 @@ void over_the_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) { On
 
 int64_t take_readings() { return std::exchange(readings, 0); }
 void allow_float64(bool allowed) { has_float64 = allowed; }
-at::Tensor get_state() { return default_generator().get_state(); }
-void set_state(const at::Tensor& state) { at::Generator(default_generator()).set_state(state); }
-void seed(int64_t value) { at::Generator(default_generator()).set_current_seed(value); }
+at::Tensor get_state(int64_t index) { return default_generator(index).get_state(); }
+void set_state(const at::Tensor& state, int64_t index) { at::Generator(default_generator(index)).set_state(state); }
+void seed(int64_t value) {
+  for (c10::DeviceIndex index = 0; index < kDevices; ++index) {
+    at::Generator(default_generator(index)).set_current_seed(value);
+  }
+}
 
 }  // namespace
 
@@ -385,7 +415,7 @@ TORCH_LIBRARY_IMPL(c10d, PrivateUse1, m) {
 TORCH_LIBRARY(another, m) {
   m.def("take_readings() -> int", take_readings);
   m.def("allow_float64(bool allowed) -> ()", allow_float64);
-  m.def("get_state() -> Tensor", get_state);
-  m.def("set_state(Tensor state) -> ()", set_state);
+  m.def("get_state(int index) -> Tensor", get_state);
+  m.def("set_state(Tensor state, int index) -> ()", set_state);
   m.def("seed(int value) -> ()", seed);
 }

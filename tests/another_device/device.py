@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,14 +35,22 @@ def library() -> Path:
     return path
 
 
+def _index(device: Any) -> int:
+    """Return the number of a device, or -1 for the current one."""
+    if device is None or isinstance(device, int):
+        return -1 if device is None else device
+    index = torch.device(device).index
+    return -1 if index is None else index
+
+
 class _Device(ModuleType):
     """What PyTorch asks of `torch.another`, as of `torch.cuda`."""
 
     _initialized = True
-    Stream, Event, device = torch.Stream, torch.Event, nullcontext
+    Stream, Event = torch.Stream, torch.Event
 
     def __getattr__(self, name: str) -> Any:
-        answers = {"device_count": 1, "current_device": 0, "is_available": True, "is_initialized": True}
+        answers = {"device_count": 2, "is_available": True, "is_initialized": True}
         if name in answers:
             return lambda: answers[name]
         raise AttributeError(name)
@@ -56,8 +64,15 @@ class _Device(ModuleType):
     def stream(self, stream: torch.Stream) -> torch.Stream:
         return stream
 
+    def current_device(self) -> int:
+        return torch.accelerator.current_device_index()
+
+    def device(self, device: object) -> AbstractContextManager[object]:
+        index = _index(device)
+        return nullcontext() if index < 0 else torch.accelerator.device_index(index)
+
     def set_device(self, device: object) -> None:
-        """There is one alone."""
+        torch.accelerator.set_device_index(_index(device))
 
     def manual_seed_all(self, seed: int) -> None:
         torch.ops.another.seed(seed)
@@ -65,10 +80,10 @@ class _Device(ModuleType):
     manual_seed = manual_seed_all
 
     def get_rng_state(self, device: object = None) -> torch.Tensor:
-        return torch.ops.another.get_state()
+        return torch.ops.another.get_state(_index(device))
 
     def set_rng_state(self, state: torch.Tensor, device: object = None) -> None:
-        torch.ops.another.set_state(state)
+        torch.ops.another.set_state(state, _index(device))
 
     def _is_in_bad_fork(self) -> bool:
         return False

@@ -48,6 +48,7 @@ from hf_parcor import (
 )
 from hf_parcor import devices as devices_of_the_library
 from hf_parcor.cli import main as main_of_the_library
+from hf_parcor.cli.subject import find_device
 from hf_parcor.defenses import DEFENSES
 from hf_parcor.evaluation.metrics import ClassificationMetric, GenerationMetric
 from scripts.training_steps import quiet_arguments, step_of
@@ -57,6 +58,7 @@ L2 = CorruptionConstraint(epsilon=0.5)
 TINY = {"vocab_size": 30, "num_attention_heads": 2, "num_hidden_layers": 3, "max_position_embeddings": 16}
 WIDE = {"hidden_size": 32, "intermediate_size": 64}
 QUIET = {"progress": False}
+SPREAD: list[bool] = []  # whether BERT lies on both devices
 Found = Mapping[str, Any]
 
 
@@ -64,7 +66,13 @@ def bert(device: torch.device, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
     config = transformers.BertConfig(**{**TINY, **WIDE, **still, **settings})
-    return transformers.BertForSequenceClassification(config).to(device)
+    model = transformers.BertForSequenceClassification(config)
+    if device == CPU or not SPREAD:
+        return model.to(device)
+    other = torch.device(device.type, 1)
+    layers = {f"bert.encoder.layer.{index}": (other, device)[index % 2] for index in range(config.num_hidden_layers)}
+    places = {"bert.embeddings": device, **layers, "bert.pooler": other, "classifier": device}
+    return accelerate.dispatch_model(model, places, main_device=device)
 
 
 def gpt2(device: torch.device) -> nn.Module:
@@ -129,7 +137,7 @@ def trained(build: Callable[..., nn.Module], device: torch.device, **options: An
     rows = labelled() if build is bert else [{"input_ids": row, "labels": row} for row in tokens(8)]
     run = trainer(model, device, rows, **options)
     run.train()
-    assert all(weight.device == device for weight in model.parameters())
+    assert all(weight.device.type == device.type for weight in model.parameters())
     logged = [
         {name: log[name] for name in ("loss", "corruption_norm") if name in log} for log in run.state.log_history
     ]
@@ -292,7 +300,8 @@ def by_default(device: torch.device) -> Found:
 
 
 def commands(device: torch.device) -> Found:
-    """The command line, told of a device by its bare name."""
+    """The command line, told of a device by its bare name; it would take the accelerator by itself."""
+    assert find_device(None) == torch.device("another", 0)
     model, data = save_bert(Path(FOLDER) / "bert"), write_sentences(Path(FOLDER) / "data.tsv")
     found = {}
     for line in ("evaluate --trials 1", "probe --strengths 0.5", "probe --quick", "probe --recipe bits=14 --cells 3"):
@@ -473,6 +482,16 @@ def check_same(ours: Any, expected: Any, where: str = "") -> None:
 
 
 @contextmanager
+def spread() -> Iterator[None]:
+    """Let layers of BERT lie on two devices in turn, as a `device_map` spreads a model that one cannot hold."""
+    SPREAD.append(True)
+    try:
+        yield
+    finally:
+        SPREAD.clear()
+
+
+@contextmanager
 def without_float64() -> Iterator[None]:
     """Let the device refuse float64, and the library know it, as it knows it of Apple's."""
     own = devices_of_the_library.has_float64
@@ -514,6 +533,8 @@ def main() -> None:
         with_it = problem(check, another, expected)
         with without_float64():
             found[name] = {"as a GPU": with_it, "without float64": problem(check, another, expected)}
+        with spread():
+            found[name]["on two devices"] = problem(check, another, expected)
     Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -31,7 +31,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
     return json.loads(found.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("kind", ["as a GPU", "without float64"])
+@pytest.mark.parametrize("kind", ["as a GPU", "without float64", "on two devices"])
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_numbers_are_those_of_the_cpu(check, kind, problems):
     assert problems[check][kind] == ""
