@@ -447,7 +447,9 @@ def add_loading(parser: Parser) -> None:
         help="of the weights, which are corrupted in it; default: %(default)s, the one that the model's configuration "
         "names, or else its files",
     )
-    group.add_argument("--device", metavar="NAME", help="cpu, cuda, ...; default: cuda where there is one")
+    group.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, mps, ...; default: the accelerator where there is one"
+    )
     group.add_argument(
         "--device-map",
         type=device_map,

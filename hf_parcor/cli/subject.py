@@ -176,16 +176,18 @@ def prepared(arguments: argparse.Namespace, task: Task, model: Any, processor: A
 
 
 def find_device(name: str | int | None, flag: str = "--device") -> Any:
-    """Return a device that can hold tensors; of several processes each gets its own.
+    """Return a device that can hold tensors: that of the name, or by default the accelerator, or else the CPU.
+
+    Of several processes each gets an accelerator of its own.
 
     Raises:
         InputError: There is no such device.
     """
     import torch
 
-    of_process = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    by_default = "cpu" if kind is None else f"{kind.type}:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        by_default = of_process if torch.cuda.is_available() else "cpu"
         device = torch.device(by_default if name is None else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
