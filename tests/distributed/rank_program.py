@@ -34,7 +34,9 @@ def run_rank(file, function, arguments, folder, rank, device, world_size, port):
         from accelerate import PartialState
         from another_device.device import register
 
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(register())
+        own = torch.device(register().type, rank % torch.accelerator.device_count())
+        torch.accelerator.set_device_index(own)
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(own)
         PartialState(cpu=True)  # processes as those of CPUs are: Accelerate knows no such device
     name = Path(file).stem
     spec = importlib.util.spec_from_file_location(name, file)
