@@ -491,7 +491,11 @@ def whole_on_cpu(weight: Tensor) -> Tensor:
     return torch.cat([torch.from_numpy(part) for part in parts]).view(weight.shape)
 
 
-ENGINES: dict[str, dict[str, Any]] = {"DDP": {}, "FSDP2": FSDP2}
+ENGINES: dict[str, dict[str, Any]] = {
+    "DDP": {},
+    "FSDP2": FSDP2,
+    "FSDP2, offloaded": {**FSDP2, "fsdp_config": {**FSDP2["fsdp_config"], "cpu_offload": True}},
+}
 
 
 def watched_rank(setting: Setting, engine: str, rank: int) -> None:
@@ -520,6 +524,8 @@ def two_ranks(setting: Setting) -> list[Row]:
     alone, found = joined_training(setting, ParameterDefenseTrainer, 8), []
     with tempfile.TemporaryDirectory() as folder:
         for engine in ENGINES:
+            if setting.device == "cpu" and "offloaded" in engine:  # from an accelerator
+                continue
             try:
                 spawn(train_on_rank, args=(setting, folder, engine), nprocs=2)  # type: ignore[no-untyped-call]
             except ProcessExitedException as died:
@@ -714,30 +720,35 @@ def scores(setting: Setting) -> list[Row]:
 
 
 def spread(setting: Setting) -> list[Row]:
-    """Parts of a decoder of which Accelerate keeps a layer on the disk, against those of one in one place."""
+    """A decoder of which Accelerate keeps a layer in main memory and one on the disk, against one in one place."""
     model: Any = random_model("tiny-llama", device=setting.device).eval()
     batches = tokens_for(model, 2, 2, 8)
-    corruptions = [GaussianNoise(0.1), Quantization(4), GradientCorruption(L2), MultiStepCorruption(L2, steps=2)]
+    without_gradients = [GaussianNoise(0.1), Quantization(4)]
+    every = [*without_gradients, GradientCorruption(L2), MultiStepCorruption(L2, steps=2)]
 
-    def losses() -> list[float]:
-        layers = ["model.layers.0", "model.layers.2"]
-        evaluator = CorruptionEvaluator(model, LanguageModelMetric(batches), target_modules=layers, progress=False)
+    def losses(layers: list[int], corruptions: list[Corruption]) -> list[float]:
+        names = [f"model.layers.{index}" for index in layers]
+        evaluator = CorruptionEvaluator(model, LanguageModelMetric(batches), target_modules=names, progress=False)
         return [row.mean("loss") for row in evaluator.evaluate(corruptions, trials=1).rows()]
 
-    expected = losses()
+    def measured() -> tuple[list[float], list[float]]:
+        return losses([0], every), losses([0, 2], without_gradients)
+
+    expected = measured()
     whole = [weight.detach().cpu().clone() for weight in select_parameters(model, "model.layers.0").values()]
     here: Any = 0 if setting.device == "cuda" else "cpu"
     places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), here)
-    places |= {"model.layers.0": here, "model.layers.1": "disk", "model.layers.2": here}
+    places |= {f"model.layers.{index}": place for index, place in enumerate((here, "disk", here))}
     with tempfile.TemporaryDirectory() as folder:
         accelerate.dispatch_model(model, places, main_device=here, offload_dir=folder)
-        found = losses()
+        accelerate.cpu_offload(model.model.layers[2], execution_device=here)
+        found = measured()
         after = [weight.detach().cpu() for weight in select_parameters(model, "model.layers.0").values()]
-        off = max(abs(ours / other - 1) for ours, other in zip(found, expected, strict=True))
-    return [
-        Row("losses: largest relative difference", off, 1e-5),
-        Row("bytes that changed", differing_bits(after, whole), 0),
-    ]
+    rows = [Row("bytes that changed", differing_bits(after, whole), 0)]
+    for where, *pair in zip(("on the device", "in main memory"), found, expected, strict=True):
+        off = max(abs(ours / other - 1) for ours, other in zip(*pair, strict=True))
+        rows.append(Row(f"losses, {where}: largest relative difference", off, 1e-5))
+    return rows
 
 
 def sweep(setting: Setting) -> list[Row]:
