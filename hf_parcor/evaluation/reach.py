@@ -81,17 +81,21 @@ class Reach:
         self._unreachable: dict[Tensor, tuple[str, int, str]] = {}  # why, how many weights, the module's name
         in_memory = kept_in_memory(model)
         self._elsewhere = {} if gradients else in_memory
+
+        def why(parameter: nn.Parameter) -> str | None:
+            if parameter in in_memory:
+                return _IN_MEMORY if gradients else None
+            return _why(parameter)
+
         hidden = {module: list(_hidden_weights(module)) for module in model.modules()}
         self.model = _view(model, hidden) if any(hidden.values()) else model
         """The model or, where weights are no parameters, a view of it in which they stand as parameters."""
         self._selector = Selector(self.model)
         for name, module in self.model.named_modules():
-            here = [part for part in module.parameters(recurse=False) if part not in self._elsewhere]
-            found = [
-                (part, why) for part in here if (why := _IN_MEMORY if part in in_memory else _why(part)) is not None
-            ]
-            for parameter, why in found:
-                self._unreachable.setdefault(parameter, (why, _count(module, parameter, [p for p, _ in found]), name))
+            found = [(part, reason) for part in module.parameters(recurse=False) if (reason := why(part)) is not None]
+            for parameter, reason in found:
+                count = _count(module, parameter, [part for part, _ in found])
+                self._unreachable.setdefault(parameter, (reason, count, name))
 
     def select(self, target_modules: Any = None, **selection: Any) -> Selection:
         """Select parameters as `select_trainable` does, without those that are out of reach; these are counted.
