@@ -45,6 +45,8 @@ atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=Tru
 hypothesis.settings.register_profile("any machine", deadline=None)  # no test depends on how busy it is
 hypothesis.settings.load_profile("any machine")
 
+torch.sparse.check_sparse_tensor_invariants.enable()  # PyTorch 2.11 warns where nobody has said whether
+
 Batch = dict[str, torch.Tensor]
 SIZES = (4, 4, 2)  # the last batch is smaller, as it is in most data sets
 TINY = {

@@ -179,7 +179,7 @@ def without_optional_libraries():
     program = f"""
 import importlib, sys
 
-blocked = {OPTIONAL!r}
+blocked = {OPTIONAL | {"sklearn"}!r}  # needs SciPy; Transformers before 5.21 imports it
 
 class Without:
     def __init__(self, finder):

@@ -276,7 +276,7 @@ def test_memory_beside_weights_in_bfloat16_and_their_gradient(defense, limit, mo
 
     activities = [torch.profiler.ProfilerActivity.CPU]
     with (
-        torch.profiler.profile(profile_memory=True, activities=activities) as profile,
+        torch.profiler.profile(profile_memory=True, activities=activities, acc_events=True) as profile,
         DefendedStep(parameters, run_pass, defense.passes) as step,
     ):
         defense.minimize(step)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from another_device.device import rank_device
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -36,6 +36,7 @@ RUNS = [
     ("last-encoder-layer", MultiStepRisk(L2, steps=2), 3, "replicas"),
     ("last-encoder-layer", MultiStepRisk(L2, steps=2), 1, "bfloat16"),
 ]
+CAN_RESET = hasattr(FSDPModule, "reset_iter_state")  # since PyTorch 2.13
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
@@ -122,7 +123,10 @@ def on_ranks():
 
 
 def after_a_trial_that_breaks_off(batches):
-    """Let a model find in its last layer that the first one did not run; return what was said, and gradients."""
+    """Let a model find in its last layer that the first one did not run.
+
+    Returns what was said, and gradients of later passes if FSDP2 can run any.
+    """
     model, ran = sharded_bert(True).eval(), []
 
     def check(module, arguments):
@@ -138,8 +142,10 @@ def after_a_trial_that_breaks_off(batches):
         return result
 
     run = partial(model, **batches[0])
-    with pytest.raises(PrefixError) as said:
+    with pytest.raises(PrefixError if CAN_RESET else RuntimeError) as said:
         plan_prefix_on_shards(model, selected, run, one_pass, lambda make: make(), defense.passes)
+    if not CAN_RESET:
+        return str(said.value), None, None
     fresh = sharded_bert(True).eval()
     full = gradients_of(fresh, select_parameters(fresh, "last-encoder-layer"), batches, defense, None)
     return str(said.value), gradients_of(model, selected, batches, defense, None)[0], full[0]
@@ -149,6 +155,7 @@ def after_a_trial_that_breaks_off(batches):
 def test_gradients_are_those_of_full_passes_and_the_prefix_is_not_gathered_in_each(run_on_ranks, device_of_ranks):
     for rank, (said, after, fresh) in run_on_ranks(on_ranks, 2, device=device_of_ranks):
         assert "IndexError" in said
+        assert CAN_RESET or "reuse_prefix=False" in said, "the way out"
         torch.testing.assert_close(after, fresh, rtol=0, atol=0)
         assert [layers for layers, _, _ in rank] == [
             LAYERS if targets == ["classifier"] else 3 for targets, *_ in RUNS

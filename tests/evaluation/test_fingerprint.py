@@ -193,8 +193,8 @@ def test_every_value_has_a_fingerprint_of_its_own(depth):
         ({"x": nn.Parameter(ONE)}, {"x": ONE}),
         ({"x": np.ones((2, 3)).T, "y": 1}, {"x": np.ones((3, 2)), "y": 1}),
         (
-            torch.sparse_coo_tensor([[0, 0]], [1.0, 2.0], (2,), check_invariants=True),
-            torch.sparse_coo_tensor([[0]], [3.0], (2,), check_invariants=True),
+            torch.sparse_coo_tensor([[0, 0]], [1.0, 2.0], (2,)),
+            torch.sparse_coo_tensor([[0]], [3.0], (2,)),
         ),
     ],
 )

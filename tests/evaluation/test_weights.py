@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import accelerate
 import pytest
 import torch
-from accelerate.utils import OffloadedWeightsLoader
+from accelerate.utils import OffloadedWeightsLoader, compare_versions
 from for_each import for_each
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -47,8 +47,15 @@ def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
 
 
+def skip_unless_all_may_lie_on_the_disk():
+    if compare_versions("accelerate", "<", "1.15"):
+        pytest.skip("Accelerate before 1.15 leaves a part of each model in memory")
+
+
 def on_disk(folder, *parts):
     """Load a decoder with some of its parts on the disk; "" for all of it."""
+    if "" in parts:
+        skip_unless_all_may_lie_on_the_disk()
     whole = load(folder)
     layers = [f"{name}.{index}" for name in ("model.layers", "transformer.h") for index in range(4)]
     others = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
@@ -63,6 +70,7 @@ HALF = [f"{name}.{index}" for name in ("model.layers", "transformer.h") for inde
 
 def dispatched(folder):
     """Let Accelerate write what it offloads, embeddings and head too, into files of its own."""
+    skip_unless_all_may_lie_on_the_disk()
     places = {name: "disk" for name, _ in load(folder).named_children()}
     return accelerate.dispatch_model(load(folder), places, main_device="cpu", offload_dir=folder.parent / "files")
 

@@ -37,8 +37,15 @@ def cached_ranking(model):
     return losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=2)
 
 
+class SquaredError(torch.nn.Module):
+    """Of outputs in float64 and scores in float32, for which that of PyTorch 2.11 has no gradient."""
+
+    def forward(self, outputs, scores):
+        return (outputs - scores).square().mean()
+
+
 def cosine(model):
-    return losses.CosineSimilarityLoss(model)
+    return losses.CosineSimilarityLoss(model, SquaredError())
 
 
 def softmax(model):
@@ -52,7 +59,7 @@ class TwoParts(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.first, self.second = model, ranking(model), losses.CosineSimilarityLoss(model)
+        self.model, self.first, self.second = model, ranking(model), cosine(model)
 
     def forward(self, features, labels):
         score = torch.ones(len(features[0]["input_ids"]), device=self.model.device)

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import transformers as tf
+from accelerate.utils import compare_versions
 from for_each import for_each
 from operations import count_operations
 from torch import nn
@@ -121,6 +122,10 @@ def test_nothing_is_tried_where_all_is_defended_or_nothing_is_active(tiny_bert, 
         assert len(calls["0"]) == (2 if not settings else 1)
 
 
+@pytest.mark.skipif(
+    compare_versions("transformers", "<", "5.23"),
+    reason="Transformers before 5.23 checkpoints the hooks of a layer too: there the prefix is reused",
+)
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 def test_says_once_why_a_model_cannot_be_cut(train, caplog):
     """Router logits that a reentrant checkpoint computes without a graph, say; without checkpoints they are reused."""

@@ -178,7 +178,7 @@ def test_gradient_of_fine_tuning_is_that_of_the_risk(fine_tune, longhand, loss_t
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False) if adapters else None
     options = {
         "loss_type": loss_type,
-        "activation_checkpointing": checkpointing,
+        "gradient_checkpointing": checkpointing,
         "max_steps": 1,
         "max_grad_norm": 0.0,
         "learning_rate": 0.0,
@@ -352,7 +352,7 @@ def test_fused_head_has_no_second_derivative(fine_tune, checkpointing):
             trl.SFTConfig,
             SFT_ROWS,
             model,
-            {"activation_checkpointing": checkpointing},
+            {"gradient_checkpointing": checkpointing},
             defense=GradientPenalty(weight=0.1),
         )
     for weight, before in zip(model.parameters(), tiny_llama().parameters(), strict=True):
