@@ -48,6 +48,8 @@ COMMANDS = {
     "evaluate: along the gradient, one layer": f"evaluate {ONE_LAYER} --corruptions gradient=0.1 gaussian=0",
     "evaluate: along the gradient": "evaluate --corruptions gradient=0.1 gaussian=0",
     "evaluate: a worst bit flip": "evaluate --corruptions worst-bit-flips=1 gaussian=0",
+    "evaluate: three worst bit flips, found without data": "evaluate --corruptions "
+    "worst-bit-flips=3:search=data-free gaussian=0",
     "evaluate: noise, a map by itself": "evaluate --device-map auto --corruptions gaussian=0.01,0",
     "evaluate: noise, half on the disk": f"evaluate --device-map {MAP} --offload-folder {OFFLOADED} "
     "--corruptions gaussian=0.01,0",

@@ -125,7 +125,8 @@ class Corruption(ABC):
             TypeError: A weight is not floating point.
         """
         chosen = self._checked(weights, gradients, generator)
-        return chosen.whole() if isinstance(chosen, Pieces) else chosen
+        found = chosen.whole() if isinstance(chosen, Pieces) else chosen
+        return found if list(found) == list(weights) else _completed(found, weights)
 
     @final
     @torch.no_grad()
@@ -138,7 +139,7 @@ class Corruption(ABC):
         """Choose the same corruption tensor by tensor, for `corrupted` or `Injection.write`.
 
         A piece is made when it is asked for, from that weight alone; gradients are found, and norms of the whole
-        vector, before the first one.
+        vector, before the first one. There may be none of a weight that stays as it is.
 
         Args:
             weights: As for a call.
@@ -179,7 +180,7 @@ class Corruption(ABC):
     ) -> Mapping[str, Tensor] | Pieces:
         """Return the corruption, a new mapping or, where each tensor can be made by itself, `Pieces`.
 
-        The contract is already checked.
+        The contract is already checked. Weights that stay as they are may be left out.
         """
 
     def settings(self) -> dict[str, Any]:
@@ -287,3 +288,14 @@ def named_pieces(names: Iterable[str], tensors: Iterator[Tensor]) -> Iterator[tu
     """Yield tensors by name, one after the other; unlike `zip`, hold none while the next is made."""
     for name in names:
         yield name, next(tensors)
+
+
+def _completed(found: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a corruption of all weights from one of some: the others stay as they are."""
+    if not isinstance(found, Replacement):
+        return {name: found[name] if name in found else torch.zeros_like(one) for name, one in weights.items()}
+    values = Replacement()
+    for name, weight in weights.items():
+        kept = found.get(name)
+        values[name] = weight.detach().clone(memory_format=torch.contiguous_format) if kept is None else kept
+    return values

@@ -107,9 +107,10 @@ class WorstBitFlips(Corruption):
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
     ) -> Replacement:
         *_, values = self.walk(weights, gradients)
-        untouched = ((name, weight) for name, weight in weights.items() if name not in values)
-        copies = {name: weight.detach().clone(memory_format=torch.contiguous_format) for name, weight in untouched}
-        return Replacement({name: values[name] if name in values else copies[name] for name in weights})
+        if not values:  # nothing can be flipped: a weight as it is
+            name, weight = next(iter(weights.items()))
+            values[name] = weight.detach().clone(memory_format=torch.contiguous_format)
+        return values  # what holds no flip is not copied, and not saved either
 
     @torch.no_grad()
     def walk(self, weights: Mapping[str, Tensor], gradients: GradientSource | None = None) -> Iterator[Replacement]:

@@ -114,9 +114,15 @@ def choose_together(
         chosen = choose(job.group.parameters, job.group.gradients, generator)
         if job.corruption.rounding_decides and processes.count > 1:  # all take what the first one found
             found = chosen.whole() if isinstance(chosen, Pieces) else chosen
-            chosen = Replacement(processes.hand_round(found, 0))
+            chosen = Replacement(processes.hand_round(_of_first(found, job.group.parameters, processes), 0))
         corruptions.append(chosen)
     return corruptions
+
+
+def _of_first(found: Mapping[str, Tensor], weights: _Parameters, processes: MeasuringProcesses) -> dict[str, Tensor]:
+    """Return tensors for all that the first process found: each process may have chosen other weights."""
+    names = processes.gather(list(found))[0]
+    return {name: found[name] if name in found else torch.empty_like(weights[name]) for name in names}
 
 
 def _handed_round(

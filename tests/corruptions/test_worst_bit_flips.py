@@ -106,6 +106,9 @@ def test_the_loss_of_each_round_is_the_best_single_flip_from_there(of: str | Non
 def test_so_many_bits_differ(of: str | None, count: int, weights, logistic) -> None:
     found = WorstBitFlips(count, of=of)(weights, logistic(weights))
     assert differing_bits(weights, found, of) == count
+    if of is None:  # what holds no flip is never made, nor saved where it would be written
+        pieces = WorstBitFlips(count).pieces(weights, logistic(weights)).whole()
+        assert pieces.keys() == {name for name, weight in weights.items() if not torch.equal(found[name], weight)}
 
 
 @for_each("of", ["int8", "int4"])
