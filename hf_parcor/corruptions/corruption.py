@@ -126,7 +126,8 @@ class Corruption(ABC):
         """
         chosen = self._checked(weights, gradients, generator)
         found = chosen.whole() if isinstance(chosen, Pieces) else chosen
-        return found if list(found) == list(weights) else _completed(found, weights)
+        incomplete = found.keys() <= weights.keys() and list(found) != list(weights)  # other names the write refuses
+        return _completed(found, weights) if incomplete else found
 
     @final
     @torch.no_grad()

@@ -347,3 +347,23 @@ def test_a_direction_that_is_drawn_twice_is_the_one_that_is_held(dtype, peak_mem
     after = seeded()
     corruption(weights, generator=after)
     assert torch.equal(generator.get_state(), after.get_state())
+
+
+@dataclass(frozen=True)
+class OfOne(Corruption):
+    """Moves one weight, of a name that there may not be."""
+
+    name: str
+
+    def _choose(self, weights, gradients, generator):
+        return {self.name: torch.ones(2)}
+
+
+def test_what_a_corruption_leaves_out_stays_and_what_is_not_there_is_refused() -> None:
+    weights = {"first": torch.zeros(2), "second": torch.zeros(2)}
+    assert {name: float(moved.sum()) for name, moved in OfOne("second")(weights).items()} == {"first": 0, "second": 2}
+    with (
+        pytest.raises(ValueError, match="got 'secnod'; the nearest are second"),
+        corrupted(weights, OfOne("secnod")(weights)),
+    ):
+        raise AssertionError("the body must not run")
