@@ -194,7 +194,7 @@ class Pieces:
             del pair
 
     def whole(self) -> dict[str, Tensor]:
-        """Return all that is left, as the mapping that a corruption returns when it is called."""
+        """Return all that is left, as one mapping."""
         return Replacement(self) if self.replaces else dict(self)
 
 

@@ -110,11 +110,12 @@ def choose_together(
         generator = torch.Generator().manual_seed(job.seed)
         if job.group.gradients is not None:
             job.group.gradients.restart()
-        choose = job.corruption if whole else job.corruption.pieces
-        chosen = choose(job.group.parameters, job.group.gradients, generator)
+        chosen: Any = job.corruption.pieces(job.group.parameters, job.group.gradients, generator)
         if job.corruption.rounding_decides and processes.count > 1:  # all take what the first one found
-            found = chosen.whole() if isinstance(chosen, Pieces) else chosen
-            chosen = Replacement(processes.hand_round(_of_first(found, job.group.parameters, processes), 0))
+            found = _of_first(chosen.whole(), job.group.parameters, processes)
+            chosen = Replacement(processes.hand_round(found, 0))
+        elif whole:
+            chosen = chosen.whole()
         corruptions.append(chosen)
     return corruptions
 

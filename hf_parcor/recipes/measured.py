@@ -55,7 +55,7 @@ class MixedQuantization(Corruption):
         >>> from hf_parcor import Quantization
         >>> mixed = MixedQuantization("mine", 2.0, (("a", Quantization(2)),))
         >>> mixed({"a": torch.tensor([1.0, 0.2]), "b": torch.tensor([0.5, 0.2])})
-        {'a': tensor([1., 0.])}
+        {'a': tensor([1., 0.]), 'b': tensor([0.5000, 0.2000])}
     """
 
     name: str
