@@ -40,7 +40,8 @@ MODEL, TEXT, MAP, OFFLOADED = "decoder", "text.txt", "map.json", "offloaded"
 AS_IT_IS, KILLED, WENT_ON = "evaluate: the model as it is", "probe: each layer, killed", "probe: each layer, went on"
 PROBE = "probe: each layer, noise and 4 bits"
 ONE_LAYER = "--target-modules last-decoder-layer"
-# What follows `hf-parcor`; strength 0 comes last, and finds what no corruption does where weights came back.
+# What follows `hf-parcor`; strength 0 comes last, and finds what no corruption does where weights came back. Not after
+# flips that are found without data: they save next to nothing, and strength 0 saves all that it is told to corrupt.
 COMMANDS = {
     AS_IT_IS: "evaluate --target-modules model.norm --corruptions gaussian=0",  # 2,048 weights
     "evaluate: noise": "evaluate --corruptions gaussian=0.01,0",
@@ -48,8 +49,8 @@ COMMANDS = {
     "evaluate: along the gradient, one layer": f"evaluate {ONE_LAYER} --corruptions gradient=0.1 gaussian=0",
     "evaluate: along the gradient": "evaluate --corruptions gradient=0.1 gaussian=0",
     "evaluate: a worst bit flip": "evaluate --corruptions worst-bit-flips=1 gaussian=0",
-    "evaluate: three worst bit flips, found without data": "evaluate --corruptions "
-    "worst-bit-flips=3:search=data-free gaussian=0",
+    "evaluate: a worst bit flip, one layer": f"evaluate {ONE_LAYER} --corruptions worst-bit-flips=1 gaussian=0",
+    "evaluate: three worst bit flips, found without data": "evaluate --corruptions worst-bit-flips=3:search=data-free",
     "evaluate: noise, a map by itself": "evaluate --device-map auto --corruptions gaussian=0.01,0",
     "evaluate: noise, half on the disk": f"evaluate --device-map {MAP} --offload-folder {OFFLOADED} "
     "--corruptions gaussian=0.01,0",
@@ -198,7 +199,8 @@ def found_in(folder: Path) -> dict[str, Any]:
     found = {"fingerprint_of_weights": record["weights"]}
     if path.name == "robustness.json":
         last = record["corruptions"][-1]
-        found["came_back"] = last["metrics"] == record["clean"]["metrics"] and last["settings"]["std"] == 0
+        if last["settings"].get("std") == 0:
+            found["came_back"] = last["metrics"] == record["clean"]["metrics"]
         found["corrupted_weights"] = record["parameters"]
     return found
 
