@@ -640,18 +640,22 @@ def probability(p: float) -> str:
 
 ABOVE = """# What is claimed, and what the records say
 
-Written by `python -m scripts.claims` from the records in the folders beside this page; a test writes it again.
+`python -m scripts.claims` writes this page from the records in the folders beside it, and a test compares.
 {claims} claims: {counts}.
 
-A comparison is one number for each seed, the mean of the metric over the corruptions that are named, n runs on each
-side; brackets are the 95 % interval of the difference of means. p is that of Student's one-sided t-test with pooled
-variance, as in paper 2, Appendix C; beside it corrected by Holm's method for all tests on the records of its campaign,
-and for all {tested} tests of this page. **Confirmed** is a p below {level:g}, corrected for its campaign; ‡ marks
-what is not, corrected for the page. † marks p < {level:g} by itself: a hint, no more. One family a campaign was
-chosen when the page had {chosen} tests, all of them seen: corrected for the page, what one campaign shows would fade
-as others are added.
-Not confirmed is not refuted: with three seeds only large effects show. Where a claim allows a loss ("less than half
-a point"), that margin is what is tested. What was computed or counted once has no p."""
+How to read a row:
+
+- Each seed gives one number, the mean of the metric over the corruptions that the claim names; n is the number of runs
+  on each side. The brackets are the 95 % interval of the difference of the means.
+- p is that of Student's one-sided t-test with pooled variance, as in paper 2, Appendix C. The next columns correct it
+  by Holm's method: for all tests on the records of the same campaign, and for all {tested} tests of this page.
+- **Confirmed** means p below {level:g} after the correction for its campaign. With ‡ it is not below {level:g} after
+  the correction for the whole page. † marks p < {level:g} before any correction: a hint, no more.
+- Not confirmed is not refuted: with three seeds only large effects show. Where a claim allows a loss ("less than half
+  a point"), the test is about that margin. What was computed or counted once has no p.
+
+Campaigns were chosen as the families when the page had {chosen} tests, and all of them had been seen. If the whole
+page were the family, what one campaign shows would fade as other campaigns are added."""
 
 
 def page() -> str:

@@ -36,11 +36,13 @@ DEFAULT = "multi_step_risk-1"  # the arm of the campaign with the default defens
 HARDEST = "gradient-based L2 ε=0.1"
 HEAD = """# Models that you can train
 
-A card for each model that a command of ours makes, written by `python -m scripts.model_cards` from the records in
-`scripts/results`; nothing here is edited by hand, and a test compares. A card tells of as many models as it has seeds;
-the values of each are in `robustness_facts.json` beside it. The weights are not published: the command on a card makes
-them, from [all-MiniLM-L6-v2](https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2), a BERT of 6 layers. What
-other ways to train came to stands in [tables](../scripts/README.md). [A card in a browser](pages/wide.png).
+Each card describes a model that one of our commands trains. `python -m scripts.model_cards` writes the cards from the
+records in `scripts/results`. Do not edit them by hand: a test compares them. A card covers as many models as it has
+seeds, and `robustness_facts.json` beside it has the values of each.
+
+The weights are not published. To make them, run the command on the card; it starts from
+[all-MiniLM-L6-v2](https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2), a BERT of 6 layers. For other ways
+to train, see the [tables](../scripts/README.md). This is [a card in a browser](pages/wide.png).
 """
 
 
