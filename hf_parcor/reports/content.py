@@ -111,7 +111,7 @@ def heat_map(study: Study, series: Series, numbers: Numbers) -> Table:
         means = {point.name: point.mean for point in curve.points}
         cells = [numbers.value(means[name]) if name in means else "–" for name in columns]
         rows.append((row_name(study, model, names[group]), numbers.value(curve.clean.mean), *cells))
-        shares.append((0.0, *(_share(drops[model, group].get(name), largest) for name in columns)))
+        shares.append((0.0, *(share_of_largest(drops[model, group].get(name), largest) for name in columns)))
     axis = f", by {series.unit}" if series.strength is not None and series.unit else ""
     caption = f"{_metric(study, numbers)} under {series.name}{axis}{_shared(study)}"
     header = (_row_header(study), "clean", *columns.values())
@@ -374,7 +374,8 @@ def _strongest(study: Study, numbers: Numbers) -> str:
     )
 
 
-def _share(drop: float | None, largest: float) -> float | None:
+def share_of_largest(drop: float | None, largest: float) -> float | None:
+    """Return how much of the largest drop a cell of a heat map has; None for a cell without."""
     if drop is None or math.isnan(drop):
         return None
     return min(max(drop / largest, 0.0), 1.0) if largest > 0 else 0.0

@@ -12,7 +12,7 @@ from hf_parcor.records.data import same_data
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
 from hf_parcor.records.recipe import RecipeRecord
 from hf_parcor.records.sensitivity import DIVERGENCE, SensitivityRecord
-from hf_parcor.reports.content import flag_words
+from hf_parcor.reports.content import flag_words, share_of_largest
 from hf_parcor.reports.markup import text_of
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.plots import Line, Panel, Point, short_names
@@ -417,7 +417,7 @@ def _heat_map(told: _Told, largest: float) -> Table:
             drop = drops.get((group, label))
             mark = " ✓" if label == one.format else ""
             cells.append(("–" if drop is None else told.cost(told.of_parts, drop)) + mark)
-            of_row.append(None if drop is None or math.isnan(drop) else _share(drop, largest))
+            of_row.append(share_of_largest(drop, largest))
         rows.append((told.names[group], *cells))
         shares.append(tuple(of_row))
     return Table(
@@ -426,10 +426,6 @@ def _heat_map(told: _Told, largest: float) -> Table:
         tuple(rows),
         tuple(shares),
     )
-
-
-def _share(drop: float, largest: float) -> float:
-    return min(max(drop / largest, 0.0), 1.0) if largest > 0 else 0.0
 
 
 def _strongest(told: _Told, largest: float) -> str:
