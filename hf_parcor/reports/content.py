@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hf_parcor.records.curves import Series, area_under_curve, epsilon_at_half, short
@@ -483,16 +483,24 @@ def markdown_page(content: Content) -> str:
             parts.append(f"{finding.advice} {code_of(finding.remedy)}")
             shown.add(finding.remedy)
     parts.append("\n".join(f"- {text_of(note)}" for note in content.notes))
-    parts += _section("Metric by strength", content.heat_maps)
-    parts += _section("Table", [*content.summaries, content.values])
+    parts += ["## Metric by strength", *tables_as_markdown(content.heat_maps)]
+    parts += ["## Table", *tables_as_markdown([*content.summaries, content.values])]
     parts.append(f"## {content.settings.caption}")
     parts += [code_of(command) for command in content.commands]
     parts.append(markdown_table(content.settings.header, content.settings.rows))
     return "\n\n".join(parts) + "\n"
 
 
-def _section(title: str, tables: Iterable[Table]) -> list[str]:
-    parts = [f"## {title}"]
+def answer_as_markdown(title: str, findings: Sequence[Finding], notes: Iterable[str]) -> list[str]:
+    """Return how a page begins that leads with one answer: its title, the answer, what is behind it, and the notes."""
+    first, *others = findings
+    said = [f"# {text_of(title)}", f"**{text_of(first.text)}**", *(text_of(one.text) for one in others)]
+    return [*said, "\n".join(f"- {text_of(note)}" for note in notes)]
+
+
+def tables_as_markdown(tables: Iterable[Table]) -> list[str]:
+    """Return each table below its caption."""
+    parts = []
     for table in tables:
         parts += [f"{text_of(table.caption)}:", markdown_table(table.header, table.rows)]
     return parts

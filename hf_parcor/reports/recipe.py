@@ -12,11 +12,10 @@ from hf_parcor.records.data import same_data
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
 from hf_parcor.records.recipe import RecipeRecord
 from hf_parcor.records.sensitivity import DIVERGENCE, SensitivityRecord
-from hf_parcor.reports.content import flag_words, share_of_largest
-from hf_parcor.reports.markup import text_of
+from hf_parcor.reports.content import answer_as_markdown, flag_words, share_of_largest, tables_as_markdown
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.plots import Line, Panel, Point, short_names
-from hf_parcor.reports.tables import Table, markdown_table
+from hf_parcor.reports.tables import Table
 from hf_parcor.reports.verdict import Finding, rows_counted
 
 RECIPE = "recipe"
@@ -513,9 +512,7 @@ def _settings(told: _Told, measured: EvaluationRecord | None) -> Table:
 
 def recipe_markdown(content: RecipeContent) -> str:
     """Return the page as GitHub's Markdown, each name escaped."""
-    first, *others = content.findings
-    parts = [f"# {text_of(content.title)}", f"**{text_of(first.text)}**", *(text_of(one.text) for one in others)]
-    parts.append("\n".join(f"- {text_of(note)}" for note in content.notes))
+    parts = answer_as_markdown(content.title, content.findings, content.notes)
     tables = {
         "Front": content.front,
         "Heat map": content.heat_map,
@@ -526,5 +523,5 @@ def recipe_markdown(content: RecipeContent) -> str:
     }
     for title, table in tables.items():
         if table is not None:
-            parts += [f"## {title}", f"{text_of(table.caption)}:", markdown_table(table.header, table.rows)]
+            parts += [f"## {title}", *tables_as_markdown([table])]
     return "\n\n".join(parts) + "\n"
