@@ -113,7 +113,7 @@ def heat_map(study: Study, series: Series, numbers: Numbers) -> Table:
         rows.append((row_name(study, model, names[group]), numbers.value(curve.clean.mean), *cells))
         shares.append((0.0, *(share_of_largest(drops[model, group].get(name), largest) for name in columns)))
     axis = f", by {series.unit}" if series.strength is not None and series.unit else ""
-    caption = f"{_metric(study, numbers)} under {series.name}{axis}{_shared(study)}"
+    caption = f"{numbers.head(study.metric)} under {series.name}{axis}{_shared(study)}"
     header = (_row_header(study), "clean", *columns.values())
     return Table(caption, header, tuple(rows), tuple(shares))
 
@@ -169,7 +169,7 @@ def all_values(study: Study, numbers: Numbers) -> Table:
                 rows.append(_value_row(name, "", curve.clean, numbers))
                 seen.add(name)
             rows += [_value_row(name, series.name, point, numbers) for point in curve.points]
-    header = (_row_header(study), "corruption", _metric(study, numbers), "repetitions")
+    header = (_row_header(study), "corruption", numbers.head(study.metric), "repetitions")
     points = [point for curves in study.curves.values() for curve in curves.values() for point in curve.all_points]
     repeated = any(point.interval for point in points)
     caption = "Every mean" + ", with its 95 % confidence interval in brackets" * repeated
@@ -218,7 +218,7 @@ def difference_table(study: Study, numbers: Numbers) -> Table:
             )
         )
     header = ("corruption", "model", baseline, "model's", "change", "p")
-    return Table(f"{_metric(study, numbers)} against {baseline}", header, tuple(rows))
+    return Table(f"{numbers.head(study.metric)} against {baseline}", header, tuple(rows))
 
 
 _IN_A_COMMAND = ("task", "targets", "seeds of trials", "corruptions")
@@ -395,10 +395,6 @@ def _row_header(study: Study) -> str:
     return "group" if len(study.groups) > 1 else "model"
 
 
-def _metric(study: Study, numbers: Numbers) -> str:
-    return numbers.head(study.metric)
-
-
 def _seeds(rows: Iterable[CorruptionRecord]) -> str:
     seeds = sorted({seed for row in rows for seed in row.seeds})
     return ", ".join(map(str, seeds))
@@ -434,8 +430,9 @@ def content_of(study: Study, numbers: Numbers, title: str) -> Content:
     compared = len(study.models) > 1
     verdict = comparison_verdict if compared else probe_verdict
     summaries = [summary(study, series, numbers) for series in study.curves]
-    drawn = [panel for panel in panels(study) if panel.shows_a_curve(numbers)]
-    rest = dict.fromkeys(panel.title for panel in panels(study) if panel not in drawn)
+    possible = panels(study)
+    drawn = [panel for panel in possible if panel.shows_a_curve(numbers)]
+    rest = dict.fromkeys(panel.title for panel in possible if panel not in drawn)
     return Content(
         title=title,
         metric=study.metric,
