@@ -42,7 +42,7 @@ def notes(study: Study) -> list[str]:
             f"{begin} sizes differ: {min(sizes):,} to {max(sizes):,} weights. A radius bounds a group as one "
             "vector, so it is more for a group whose weights have a small norm."
         )
-    found += [*data_caveat(study)]
+    found += data_caveat(study)
     for model, labels in study.left_out.items():
         named = f" of {model}" * bool(model)
         found.append(f"Left out, since not all records{named} have it: {'; '.join(labels)}.")

@@ -43,10 +43,7 @@ def adjusted_p_values(
     return dict(zip(found, holm_correction(list(found.values())), strict=True))
 
 
-Group = TypeVar("Group", bound=Hashable)
-
-
-def fragility(drops: Mapping[Group, float]) -> dict[Group, float]:
+def fragility(drops: Mapping[Key, float]) -> dict[Key, float]:
     """Return how many times as much each group loses as the median of the other groups.
 
     ::
@@ -73,7 +70,7 @@ def fragility(drops: Mapping[Group, float]) -> dict[Group, float]:
     return {group: _ratio(drop, others_median(drops, group)) for group, drop in drops.items()}
 
 
-def others_median(drops: Mapping[Group, float], group: Group) -> float:
+def others_median(drops: Mapping[Key, float], group: Key) -> float:
     """Return the median over all groups but one.
 
     Examples:
