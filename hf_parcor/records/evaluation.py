@@ -149,7 +149,6 @@ class EvaluationRecord(StoredRecord):
     flags: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
     kind: ClassVar[str] = "record"
-    remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
 
     @classmethod
     def _read(cls, data: dict[str, Any]) -> EvaluationRecord:
@@ -285,7 +284,6 @@ class SweepRecord(StoredRecord):
     grouping: str = ""
     format: int = SWEEP_FORMAT
     kind: ClassVar[str] = "sweep record"
-    remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
 
     def __post_init__(self) -> None:
         if not self.records:
