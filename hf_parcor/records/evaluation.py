@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -213,6 +213,21 @@ class EvaluationRecord(StoredRecord):
                         "seed": seed,
                         "value": value,
                     }
+
+
+def all_notes(record: EvaluationRecord) -> list[str]:
+    """Return the notes of a record, and those of its rows, each behind the label of its row."""
+    return [*record.notes, *(f"{row.label}: {note}" for row in record.rows() for note in row.notes)]
+
+
+def values_of_repetitions(rows: Sequence[CorruptionRecord], metric: str) -> tuple[float, ...]:
+    """Return one value a record, or, of a single record, one a trial.
+
+    Raises:
+        ValueError: One lacks the metric.
+    """
+    means = tuple(row.mean(metric) for row in rows)  # says what is missing
+    return means if len(rows) > 1 else rows[0].metrics[metric]
 
 
 def data_frame(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
