@@ -15,6 +15,7 @@ from hf_parcor.records.evaluation import (
     EvaluationRecord,
     SweepRecord,
     all_notes,
+    read_settings,
     values_of_repetitions,
 )
 from hf_parcor.records.metric_info import MetricInfo, agreed, info_by_name, read_info
@@ -29,7 +30,6 @@ from hf_parcor.statistics import sample_deviation, sample_mean
 from hf_parcor.strict_json import to_plain
 
 FORMAT = 1
-_NOT_FINITE = ("nan", "inf", "-inf")
 Repetitions = Literal["trials", "trainings"]
 
 
@@ -219,8 +219,7 @@ def _row(row: dict[str, Any], clean: dict[str, Any]) -> CorruptionFacts:
             same = math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-12)
             if not same and not (math.isnan(found) and math.isnan(expected)):
                 raise ValueError(f"{row['label']}: expected {number} {expected} of the values of {name}, got {found}")
-    settings = {name: float(value) if value in _NOT_FINITE else value for name, value in row["settings"].items()}
-    return CorruptionFacts(row["corruption"], row["label"], settings, metrics)
+    return CorruptionFacts(row["corruption"], row["label"], read_settings(row["settings"]), metrics)
 
 
 def _probe(probe: dict[str, Any]) -> ProbeFacts:

@@ -243,15 +243,17 @@ def data_frame(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
+def read_settings(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings from plain values, where infinities are strings."""
+    return {name: float(value) if value in ("nan", "inf", "-inf") else value for name, value in data.items()}
+
+
 def _corruption_record(data: dict[str, Any]) -> CorruptionRecord:
-    settings = {
-        name: float(value) if value in ("nan", "inf", "-inf") else value for name, value in data["settings"].items()
-    }
     metrics = {name: tuple(float(value) for value in values) for name, values in data["metrics"].items()}
     return CorruptionRecord(
         corruption=data["corruption"],
         label=data["label"],
-        settings=settings,
+        settings=read_settings(data["settings"]),
         seeds=tuple(data["seeds"]),
         metrics=metrics,
         changed=float(data["changed"]),
