@@ -130,10 +130,6 @@ class Plan:
                     f"corruptions: expected Corruption objects, got {corruption!r}; pass GaussianNoise(0.01), say"
                 )
 
-    def __len__(self) -> int:
-        """Return how many trials are measured."""
-        return len(self.numbers())
-
     def numbers(self) -> list[int]:
         """Return the numbers of the trials that are measured."""
         indices = [index for index, one in enumerate(self.corruptions) for _ in range(self._times(one))]
