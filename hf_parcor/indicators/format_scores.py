@@ -19,7 +19,7 @@ from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, model_loss
 from hf_parcor.evaluation.identity import library_versions, model_name, task_of
 from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric
-from hf_parcor.evaluation.memory import check_free, free_memory, too_little
+from hf_parcor.evaluation.memory import check_free, too_little
 from hf_parcor.evaluation.metrics import BatchMetric, NotFiniteError, WithDivergence
 from hf_parcor.evaluation.metrics.loss import LossMetric
 from hf_parcor.evaluation.reach import Reach
@@ -159,10 +159,10 @@ def sensitivity(
     with evaluation_mode(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         shown = progress and processes.index == 0
         source = DatasetGradients(model, together, batches, loss, progress=shown, processes=processes)
-        little = bool(too_little(_needed(together, sums=2), free_memory))
+        little = bool(too_little(_needed(together, sums=2)))
         thrifty = not probes and (len(source) == 1 or any(processes.gather(little)))
         if thrifty:
-            check_free(_needed(together, sums=0), "the gradient of a batch", _score_less, free_memory)
+            check_free(_needed(together, sums=0), "the gradient of a batch", _score_less)
         parts = _each_batch(source) if thrifty else [_OverData.of(source, diagonal)]
         cells = _scored(selected, formats, parts, processes if thrifty else ALONE)
     _check_finite([cell.scores[FISHER] for cell in cells])
