@@ -21,6 +21,7 @@ from hf_parcor.distributed.fsdp import class_of, drop_gathered, is_sharded, redu
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
 from hf_parcor.evaluation.outputs import Output, called, own_batch, problem_of, usual_loss
 from hf_parcor.evaluation.repeated_batches import RepeatedBatches
+from hf_parcor.functional.vectors import working_dtype
 from hf_parcor.injection import Device, Injection, Pieces, Replacement, corrupted, forget_derived
 from hf_parcor.overriding import overriding
 
@@ -308,7 +309,8 @@ class DatasetGradients:
 
     def _zeros(self) -> dict[str, Tensor]:
         return {
-            name: torch.zeros_like(parameter, dtype=_wide(parameter)) for name, parameter in self._parameters.items()
+            name: torch.zeros_like(parameter, dtype=working_dtype([parameter]))
+            for name, parameter in self._parameters.items()
         }
 
     def shares(self, most: int | None = None) -> Iterator[tuple[Batch, float]]:
@@ -467,7 +469,3 @@ def shifts_labels(model: nn.Module) -> bool:
     causal = class_of(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     shifts = causal if loss_type is None else LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
     return shifts and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
