@@ -383,11 +383,6 @@ class DatasetGradients:
         with corrupted_model(self._model, self._parameters, corruption, self._saved_on):
             return dict(zip(self._parameters, self._gradient(batch), strict=True))
 
-    def run(self, batch: Batch) -> None:
-        """Compute the loss of a batch, for those who watch the model."""
-        with torch.no_grad():
-            self.loss_on(batch)
-
     def restart(self) -> None:
         """Let the next batch be the first."""
         self._walk = iter(())
