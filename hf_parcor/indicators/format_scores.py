@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from hf_parcor.evaluation.metrics.loss import LossMetric
 from hf_parcor.evaluation.reach import Reach
 from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.functional import inner_product
-from hf_parcor.functional.vectors import numel
+from hf_parcor.functional.vectors import numel, working_dtype
 from hf_parcor.indicators.estimators import hessian_diagonal
 from hf_parcor.indicators.loss_over_data import LossOverData
 from hf_parcor.injection import Device, check_weights, forget_derived
@@ -191,23 +192,13 @@ def sensitivity(
     kept = checkpoint if budget != 0 else None  # without a divergence it would be that of another run
     clean, data, rows = measurement.run(selected, formats, 1, 0, weights, kept, wanted, of_clean)
     found = {(group, row.label): row for group, of_group in zip(selected, rows, strict=True) for row in of_group}
+    measured = {place: {name: row.mean(name) for name in row.metrics} for place, row in found.items()}
     linear = set(linear_modules(model))
     return SensitivityRecord(
         model=model_name(model),
         groups=_recorded(model, selected),
         formats=_described(formats),
-        cells=tuple(
-            FormatScore(
-                cell.group,
-                cell.format,
-                cell.bits,
-                cell.scores,
-                {name: row.mean(name) for name in row.metrics}
-                if (row := found.get((cell.group, cell.format)))
-                else {},
-            )
-            for cell in cells
-        ),
+        cells=tuple(replace(cell, measured=measured.get((cell.group, cell.format), {})) for cell in cells),
         clean={name: clean.mean(name) for name in clean.metrics},
         metric=_shown(metric, list(clean.metrics)),
         metric_info=measurement.infos([clean, *found.values()]),
@@ -468,7 +459,7 @@ class _OfBatch(NamedTuple):
     def moments(self, name: str) -> tuple[Tensor, Tensor]:
         """Return what is added to the gradient of a weight, and to the mean of its square."""
         gradient = self.gradient[name]
-        added = gradient.to(_wide(gradient)) * self.share
+        added = gradient.to(working_dtype([gradient])) * self.share
         return added, added.square().mul_(self.items)  # N (n_b/N)² g², as in `second_moment`
 
 
@@ -478,15 +469,11 @@ def _each_batch(source: DatasetGradients) -> Iterator[_OfBatch]:
         del gradient  # before the next one
 
 
-def _wide(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
 def _needed(weights: Mapping[str, Tensor], sums: int) -> Counter[torch.device]:
     """Return how many bytes a gradient takes on each device, and so many sums of its size in float32."""
     needed: Counter[torch.device] = Counter()
     for weight in weights.values():
-        needed[weight.device] += weight.numel() * (sums * _wide(weight).itemsize + weight.itemsize)
+        needed[weight.device] += weight.numel() * (sums * working_dtype([weight]).itemsize + weight.itemsize)
     return needed
 
 
@@ -501,7 +488,7 @@ def _scored(
     groups: Mapping[str, Mapping[str, nn.Parameter]],
     formats: Sequence[Format],
     parts: Iterable[_OverData | _OfBatch],
-    processes: MeasuringProcesses = ALONE,
+    processes: MeasuringProcesses,
 ) -> list[FormatScore]:
     """Return every group in every format that fits it.
 
@@ -524,12 +511,7 @@ def _scored(
         for cell, scores in of_process.items():
             _add(whole, cell, scores)
     return [
-        FormatScore(
-            label,
-            str(one),
-            _bits(one, weights),
-            dict(whole[label, str(one)]),
-        )
+        FormatScore(label, str(one), _bits(one, weights), whole[label, str(one)])
         for label, weights in groups.items()
         for one in formats
         if (label, str(one)) in whole
