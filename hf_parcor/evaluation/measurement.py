@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from hf_parcor.arguments import check_count
-from hf_parcor.corruptions import CORRUPTIONS, Corruption, MultiStepCorruption
+from hf_parcor.corruptions import Corruption, MultiStepCorruption
+from hf_parcor.corruptions.catalogue import catalogue_name
 from hf_parcor.distributed.fsdp import is_sharded
 from hf_parcor.distributed.processes import MeasuringProcesses
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, corrupted_model
@@ -173,7 +174,7 @@ class Plan:
         return [
             tuple(
                 record_of(
-                    _catalogue_name(corruption),
+                    catalogue_name(corruption) or type(corruption).__name__,
                     str(corruption),
                     corruption.settings(),
                     list(islice(in_order, self._times(corruption))),
@@ -194,13 +195,6 @@ class Plan:
             for corruption in self.corruptions
             for trial in range(self._times(corruption))
         ]
-
-
-def _catalogue_name(corruption: Corruption) -> str:
-    for name, kind in CORRUPTIONS.items():
-        if type(corruption) is kind:
-            return name
-    return type(corruption).__name__
 
 
 # Many that are measured together are parts of one done after each batch: what is left is known from the first.

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_parcor.arguments import check_count
-from hf_parcor.corruptions import CORRUPTIONS, FloatQuantization, Quantization
+from hf_parcor.corruptions import FloatQuantization, Quantization
+from hf_parcor.corruptions.catalogue import catalogue_name
 from hf_parcor.devices import host_of
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
@@ -297,13 +298,7 @@ def _recorded(model: nn.Module, selected: Mapping[str, Mapping[str, nn.Parameter
 
 def _described(formats: Sequence[Format]) -> dict[str, dict[str, Any]]:
     """Return formats as records keep them, by their labels."""
-    return {
-        str(one): {
-            "corruption": next(name for name, kind in CORRUPTIONS.items() if type(one) is kind),
-            "settings": one.settings(),
-        }
-        for one in formats
-    }
+    return {str(one): {"corruption": catalogue_name(one), "settings": one.settings()} for one in formats}
 
 
 def _kinds(model: nn.Module, together: Iterable[nn.Parameter]) -> dict[str, tuple[int, int]]:
