@@ -318,18 +318,19 @@ def _checked_formats(formats: Any) -> list[Format]:
         raise TypeError(
             f"formats: expected a list of them, got {str(formats)!r}; write [Quantization(4, 'channel')], say"
         )
-    for one in formats:
+    found = list(formats)
+    for one in found:
         if type(one) not in (Quantization, FloatQuantization):
             raise TypeError(
                 f"formats: expected Quantization and FloatQuantization, got {str(one)!r}; how many bits other "
                 "corruptions take is not known"
             )
-    labels = [str(one) for one in formats]
+    labels = [str(one) for one in found]
     if not labels or len(set(labels)) < len(labels):
         raise ValueError(
             f"formats: expected one or more, each once, got {', '.join(labels) or 'none'}; name each format once"
         )
-    return list(formats)
+    return found
 
 
 def metric_and_batches(metric: Any, batches: Iterable[Batch] | None, loss: Loss) -> tuple[Metric, Iterable[Batch]]:

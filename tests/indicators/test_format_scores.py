@@ -303,6 +303,11 @@ def test_what_there_is_to_score_is_known_before_anything_is_run() -> None:
         assert all(one.measured for one in measured.cells), "what can be rounded can be measured"
 
 
+def test_formats_may_be_any_iterable_of_them() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    assert unscored(model, iter(FORMATS), {"all": "all"}) == unscored(model, FORMATS, {"all": "all"})
+
+
 def test_a_metric_without_a_loss_gets_one() -> None:
     model = nn.Sequential(nn.Linear(2, 1, bias=False))
     record = sensitivity(
