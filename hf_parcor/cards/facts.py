@@ -10,7 +10,14 @@ from typing import Any, ClassVar, Literal
 
 from hf_parcor.records.comparable import check_repetitions
 from hf_parcor.records.data import EvaluationData
-from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord
+from hf_parcor.records.evaluation import (
+    CorruptionRecord,
+    EvaluationRecord,
+    SweepRecord,
+    all_notes,
+    read_settings,
+    values_of_repetitions,
+)
 from hf_parcor.records.metric_info import MetricInfo, agreed, info_by_name, read_info
 from hf_parcor.records.recipe import RecipeRecord
 from hf_parcor.records.sensitivity import SensitivityRecord
@@ -23,7 +30,6 @@ from hf_parcor.statistics import sample_deviation, sample_mean
 from hf_parcor.strict_json import to_plain
 
 FORMAT = 1
-_NOT_FINITE = ("nan", "inf", "-inf")
 Repetitions = Literal["trials", "trainings"]
 
 
@@ -213,8 +219,7 @@ def _row(row: dict[str, Any], clean: dict[str, Any]) -> CorruptionFacts:
             same = math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-12)
             if not same and not (math.isnan(found) and math.isnan(expected)):
                 raise ValueError(f"{row['label']}: expected {number} {expected} of the values of {name}, got {found}")
-    settings = {name: float(value) if value in _NOT_FINITE else value for name, value in row["settings"].items()}
-    return CorruptionFacts(row["corruption"], row["label"], settings, metrics)
+    return CorruptionFacts(row["corruption"], row["label"], read_settings(row["settings"]), metrics)
 
 
 def _probe(probe: dict[str, Any]) -> ProbeFacts:
@@ -298,7 +303,7 @@ def facts_of(
     names = [name for name in first.clean.metrics if all(name in row.metrics for row in first.corruptions)]
     chosen = _chosen(names, metric, first)
     info = agreed([one.info(chosen).stating(greater_is_better=greater_is_better, unit=unit) for one in found], chosen)
-    clean = {name: _values([record.clean for record in found], name) for name in names}
+    clean = {name: values_of_repetitions([record.clean for record in found], name) for name in names}
     rows = [_facts(rows, clean) for rows in zip(*(record.rows() for record in found), strict=True)]
     facts = ModelFacts(
         name=name or first.model.rpartition("/")[2],
@@ -318,7 +323,7 @@ def facts_of(
         versions=first.versions,
         command=command,
         benchmark_task=benchmark_task,
-        notes=tuple(dict.fromkeys(note for record in found for note in _notes(record))),
+        notes=tuple(dict.fromkeys(note for record in found for note in all_notes(record))),
         weights=tuple(record.weights for record in found) if any(record.weights for record in found) else (),
     )
     return facts if probe is None else with_probe(facts, probe)
@@ -340,7 +345,7 @@ def with_probe(facts: ModelFacts, sweep: SweepRecord) -> ModelFacts:
     study = Study.of({"": sweep}, facts.metric, greater_is_better=info.greater_is_better, unit=info.unit)
     first = probe_verdict(study, Numbers(info.unit))[0]
     verdict = " ".join(filter(None, [first.headline, first.detail]))
-    noticed = tuple(f"{group}: {note}" for group, record in sweep.records.items() for note in _notes(record))
+    noticed = tuple(f"{group}: {note}" for group, record in sweep.records.items() for note in all_notes(record))
     probe = ProbeFacts(sweep, sweep.clean.mean(facts.metric), verdict, noticed)
     return dataclasses.replace(facts, info=info, probe=probe)
 
@@ -402,14 +407,5 @@ def _chosen(metrics: Sequence[str], metric: str | None, record: EvaluationRecord
 
 
 def _facts(rows: Sequence[CorruptionRecord], clean: Mapping[str, tuple[float, ...]]) -> CorruptionFacts:
-    metrics = {name: metric_facts(_values(rows, name), clean[name]) for name in clean}
+    metrics = {name: metric_facts(values_of_repetitions(rows, name), clean[name]) for name in clean}
     return CorruptionFacts(rows[0].corruption, rows[0].label, rows[0].settings, metrics)
-
-
-def _values(rows: Sequence[CorruptionRecord], metric: str) -> tuple[float, ...]:
-    """Return one value a record, or, of a single record, one a trial."""
-    return tuple(row.mean(metric) for row in rows) if len(rows) > 1 else rows[0].metrics[metric]
-
-
-def _notes(record: EvaluationRecord) -> list[str]:
-    return [*record.notes, *(f"{row.label}: {note}" for row in record.rows() for note in row.notes)]

@@ -160,7 +160,7 @@ class CardMixin(RobustnessMixin):
         facts = self.robustness_facts(*(value if isinstance(value, str) else "" for value in names.values()))
         self._write_card(text, facts, training=training, generated=generated)
 
-    def _write_card(self, text: str, facts: ModelFacts | None, *, training: str = "", generated: bool = False) -> None:
+    def _write_card(self, text: str, facts: ModelFacts | None, *, training: str = "", generated: bool) -> None:
         """Write a card into the Trainer's folder, with what lies beside it, in place of what lay there of ours."""
         folder = folder_of(self.args)
         if facts is None:

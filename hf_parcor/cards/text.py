@@ -242,7 +242,7 @@ def section_of(facts: ModelFacts, *, pictures: Collection[str] = (), training: s
         "### How to reproduce",
         *_reproduction(facts),
         "### Limits",
-        _bullets("", _LIMITS),
+        _bullets(_LIMITS),
         _CITATION,
     ]
     return "\n\n".join(parts)
@@ -260,7 +260,7 @@ def unmeasured_section(defense: Mapping[str, Any] | None, *, training: str = "")
 
 def _introduction(facts: ModelFacts) -> Iterator[str]:
     moves = "fall" if facts.info.greater_is_better else "rise"
-    metric, name = code_of(facts.metric), _linked(facts.name, link=False)
+    metric, name = code_of(facts.metric), text_of(facts.name)
     if facts.disturbed:
         yield (
             f"How far does {metric} of {name} {moves} when its weights are disturbed? It was measured with hf_parcor "
@@ -373,7 +373,7 @@ def _reproduction(facts: ModelFacts) -> Iterator[str]:
         *(("corrupted: " + name, _plain(value)) for name, value in facts.target.items()),
         *facts.versions.items(),
     ]
-    yield _bullets("", (f"{name}: {value}" for name, value in rows))
+    yield _bullets(f"{name}: {value}" for name, value in rows)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -398,17 +398,17 @@ def _data(data: EvaluationData) -> str:
     return f"{text_of(data.name)}{where}" + (f", {', '.join(parts)}" if parts else "")
 
 
-def _linked(name: str, folder: str = "", *, link: bool = True) -> str:
-    if link and is_on_the_hub(name):
+def _linked(name: str, folder: str = "") -> str:
+    if is_on_the_hub(name):
         return f"[{text_of(name)}](https://huggingface.co/{folder}{name})"
     return text_of(name)
 
 
 def _noticed(notes: Sequence[str]) -> Iterator[str]:
     if notes:
-        yield _bullets("Noticed while measuring:", notes)
+        yield "Noticed while measuring:"
+        yield _bullets(notes)
 
 
-def _bullets(head: str, sentences: Iterable[str]) -> str:
-    lines = "\n".join(f"- {text_of(sentence)}" for sentence in sentences)
-    return f"{head}\n\n{lines}" if head else lines
+def _bullets(sentences: Iterable[str]) -> str:
+    return "\n".join(f"- {text_of(sentence)}" for sentence in sentences)

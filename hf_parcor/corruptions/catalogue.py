@@ -37,6 +37,16 @@ CORRUPTIONS: Mapping[str, type[Corruption]] = MappingProxyType(
 )
 
 
+def catalogue_name(corruption: Corruption) -> str | None:
+    """Return the name of a corruption in the catalogue; None for one of another class, also if derived.
+
+    Examples:
+        >>> catalogue_name(GaussianNoise(0.02))
+        'gaussian'
+    """
+    return next((name for name, kind in CORRUPTIONS.items() if type(corruption) is kind), None)
+
+
 def corruptions_of_table_1() -> list[Corruption]:
     """Return the kinds of corruption of paper 2, Table 1, and bit flips, at strengths that break a small BERT.
 

@@ -98,7 +98,7 @@ def kept_in_memory(model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     for name, tied_to in ties_of(model).items():
         together.setdefault(tied_to, []).append(name)
     for names in together.values():
-        places = {_address(memory[name]) if name in memory else None for name in names if name in parameters}
+        places = {_address(memory.get(name)) for name in names if name in parameters}
         if len(places) > 1:
             memory.update(dict.fromkeys(names))
     found: dict[nn.Parameter, nn.Parameter] = {}

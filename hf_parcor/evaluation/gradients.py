@@ -21,6 +21,7 @@ from hf_parcor.distributed.fsdp import class_of, drop_gathered, is_sharded, redu
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
 from hf_parcor.evaluation.outputs import Output, called, own_batch, problem_of, usual_loss
 from hf_parcor.evaluation.repeated_batches import RepeatedBatches
+from hf_parcor.functional.vectors import working_dtype
 from hf_parcor.injection import Device, Injection, Pieces, Replacement, corrupted, forget_derived
 from hf_parcor.overriding import overriding
 
@@ -308,7 +309,8 @@ class DatasetGradients:
 
     def _zeros(self) -> dict[str, Tensor]:
         return {
-            name: torch.zeros_like(parameter, dtype=_wide(parameter)) for name, parameter in self._parameters.items()
+            name: torch.zeros_like(parameter, dtype=working_dtype([parameter]))
+            for name, parameter in self._parameters.items()
         }
 
     def shares(self, most: int | None = None) -> Iterator[tuple[Batch, float]]:
@@ -380,11 +382,6 @@ class DatasetGradients:
         """Return the gradient of a batch's mean loss at `w + a`, in the dtype of each weight."""
         with corrupted_model(self._model, self._parameters, corruption, self._saved_on):
             return dict(zip(self._parameters, self._gradient(batch), strict=True))
-
-    def run(self, batch: Batch) -> None:
-        """Compute the loss of a batch, for those who watch the model."""
-        with torch.no_grad():
-            self.loss_on(batch)
 
     def restart(self) -> None:
         """Let the next batch be the first."""
@@ -467,7 +464,3 @@ def shifts_labels(model: nn.Module) -> bool:
     causal = class_of(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     shifts = causal if loss_type is None else LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
     return shifts and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

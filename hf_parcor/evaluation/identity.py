@@ -24,6 +24,7 @@ from hf_parcor.distributed.fsdp import class_of
 from hf_parcor.evaluation.fingerprint import TOLD_BY_THEIR_TEXT, fingerprint, fingerprint_of_weights
 from hf_parcor.functional.norms import vector_norm
 from hf_parcor.functional.vectors import chunks
+from hf_parcor.records.metric_info import is_of_evaluate
 from hf_parcor.strict_json import to_strict_json
 
 _CALLED = ("__call__", "of_batch", "combine", "forward")
@@ -318,7 +319,7 @@ def _entries(value: Mapping[Any, Any], path: tuple[int, ...], *, attributes: boo
 def _of_object(value: Any, path: tuple[int, ...], *, attributes: bool) -> Any:
     if _is_tokenizer(value):
         return {"class": _name(value), "vocabulary": fingerprint([sorted(value.get_vocab().items())])}
-    if _is_of_evaluate(value):  # has a seed of its own that no number depends on, and where it keeps files
+    if is_of_evaluate(value):  # has a seed of its own that no number depends on, and where it keeps files
         return {
             "class": _name(value),
             "metric": getattr(value, "name", ""),
@@ -429,10 +430,6 @@ def _is_versioned(value: Any) -> bool:
 
 def _is_tokenizer(value: Any) -> bool:
     return callable(getattr(value, "get_vocab", None)) and callable(getattr(value, "decode", None))
-
-
-def _is_of_evaluate(value: Any) -> bool:
-    return any(kind.__module__.partition(".")[0] == "evaluate" for kind in type(value).__mro__)
 
 
 def _generation(model: nn.Module) -> Any:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from functools import cached_property, partial
+from itertools import islice, product
 from numbers import Real
 from operator import length_hint
 from pathlib import Path
@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from hf_parcor.arguments import check_count
-from hf_parcor.corruptions import CORRUPTIONS, Corruption, MultiStepCorruption
+from hf_parcor.corruptions import Corruption, MultiStepCorruption
+from hf_parcor.corruptions.catalogue import catalogue_name
 from hf_parcor.distributed.fsdp import is_sharded
 from hf_parcor.distributed.processes import MeasuringProcesses
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, corrupted_model
@@ -130,15 +131,16 @@ class Plan:
                     f"corruptions: expected Corruption objects, got {corruption!r}; pass GaussianNoise(0.01), say"
                 )
 
-    def __len__(self) -> int:
-        """Return how many trials are measured."""
-        return len(self.numbers())
-
-    def numbers(self) -> list[int]:
-        """Return the numbers of the trials that are measured."""
-        indices = [index for index, one in enumerate(self.corruptions) for _ in range(self._times(one))]
-        places = [(group, index) for group in range(self.groups) for index in indices]
-        return [number for number, place in enumerate(places, start=1) if self._has(*place)]
+    @cached_property
+    def draws(self) -> dict[int, tuple[int, Corruption, int]]:
+        """The trials that are measured, by their numbers: the index of the group, the corruption, and the seed."""
+        of_group = [
+            (index, one, self.seed + trial)
+            for index, one in enumerate(self.corruptions)
+            for trial in range(self._times(one))
+        ]
+        every = enumerate(product(range(self.groups), of_group), start=1)
+        return {number: (group, one, seed) for number, (group, (index, one, seed)) in every if self._has(group, index)}
 
     def _has(self, group: int, corruption: int) -> bool:
         return self.cells is None or (group, corruption) in self.cells
@@ -149,10 +151,6 @@ class Plan:
             for index, corruption in enumerate(self.corruptions):
                 if self._has(group, index):
                     corruption.check(parameters)
-
-    def group_of(self, number: int) -> int:
-        """Return the index of the group that a trial corrupts."""
-        return (number - 1) // len(self._of_group())
 
     def trials_of(self, group: int) -> int:
         """Return how many trials of a group are measured."""
@@ -166,18 +164,13 @@ class Plan:
             if type(one) is MultiStepCorruption and self._has(group, index)
         )
 
-    def drawn(self, number: int) -> tuple[Corruption, int]:
-        """Return the corruption of a trial, and its seed."""
-        of_group = self._of_group()
-        return of_group[(number - 1) % len(of_group)]
-
     def records(self, found: Mapping[int, Trial]) -> list[tuple[CorruptionRecord, ...]]:
         """Return the records of each group, from all trials by their number."""
-        in_order = (found[number] for number in self.numbers())
+        in_order = (found[number] for number in self.draws)
         return [
             tuple(
                 record_of(
-                    _catalogue_name(corruption),
+                    catalogue_name(corruption) or type(corruption).__name__,
                     str(corruption),
                     corruption.settings(),
                     list(islice(in_order, self._times(corruption))),
@@ -191,20 +184,6 @@ class Plan:
 
     def _times(self, corruption: Corruption) -> int:
         return self.trials if corruption.stochastic else 1
-
-    def _of_group(self) -> list[tuple[Corruption, int]]:
-        return [
-            (corruption, self.seed + trial)
-            for corruption in self.corruptions
-            for trial in range(self._times(corruption))
-        ]
-
-
-def _catalogue_name(corruption: Corruption) -> str:
-    for name, kind in CORRUPTIONS.items():
-        if type(corruption) is kind:
-            return name
-    return type(corruption).__name__
 
 
 # Many that are measured together are parts of one done after each batch: what is left is known from the first.
@@ -317,21 +296,22 @@ class Measurement:
                 )
                 found = {} if path is None else begin_checkpoint(path, run)
             found = self._processes.gather(found)[0]
-            numbered = plan.numbers()
-            left = [number for number in numbered if number not in found]
+            left = [number for number in plan.draws if number not in found]
             limit = len(left) if checkpoint is None else BETWEEN_WRITES
             ready = self._ready(list(groups.values()), corruptions if left else (), plan, left, limit)
             if 0 not in found:  # after the groups, whose making refuses data that will not do
                 found |= _kept(path, {0: Trial.of(seed, self._metrics() if clean is None else checked_metrics(clean))})
-            jobs = [Job(ready[plan.group_of(number)], *plan.drawn(number)) for number in left]
+            draws = (plan.draws[number] for number in left)
+            jobs = [Job(ready[group], corruption, own_seed) for group, corruption, own_seed in draws]
             numbers = iter(left)
-            done = len(numbered) - len(left)
+            total = len(plan.draws)
+            done = total - len(left)
             with tqdm(
-                total=len(numbered), initial=done, desc="corruptions", bar_format=_BAR, disable=not self._progress
+                total=total, initial=done, desc="corruptions", bar_format=_BAR, disable=not self._progress
             ) as bar:
 
                 def advance(jobs: float) -> None:  # shares of a job, added up, may be a rounding error more than it
-                    bar.update(min(jobs, len(numbered) - bar.n))
+                    bar.update(min(jobs, total - bar.n))
 
                 for some in self._in_turn(jobs, limit):
                     bar.set_postfix_str(str(some[0].corruption))
@@ -453,7 +433,7 @@ class Measurement:
         some: list[int] = []
         trials = 0
         own = set(self._model.parameters())
-        for index in dict.fromkeys(map(plan.group_of, left)):
+        for index in dict.fromkeys(plan.draws[number][0] for number in left):
             if 2 * _size(groups[index]) > self._memory:  # no two are measured together
                 continue
             if not own.issuperset(groups[index].values()):  # offloaded: no telling when it is used

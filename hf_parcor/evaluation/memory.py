@@ -57,29 +57,18 @@ def needed_memory(
     everything = {id(weight): weight for group in groups for weight in group.values()}.values()
     needed: dict[torch.device, int] = {}
     for device in dict.fromkeys(weight.device for weight in everything):
-        away = saved_on is not None and saved_on != device
-
-        def count(weights: Iterable[Tensor], of_one: Callable[[Tensor], int], device: torch.device = device) -> int:
-            return sum(local_part(weight).numel() * of_one(weight) for weight in weights if weight.device == device)
-
-        def saved(weight: Tensor, away: bool = away) -> int:
-            return 0 if away else weight.itemsize
-
-        kept = count(everything, _wide) if closed else 0
-        found = [kept + count(everything, lambda weight: weight.itemsize)] if closed else []
+        narrow, wide = _sizes(everything, device)
+        kept = wide if closed else 0
+        found = [kept + narrow] if closed else []
         for group in groups:
-            weights = group.values()
-            written = count(weights, saved)
-            for one in closed:
-                second = 0 if _in_turn(one) else count(weights, _wide)
-                found.append(kept + max(written, second))
+            gradient, vector = _sizes(group.values(), device)
+            written = gradient if saved_on in (None, device) else 0
+            found += [kept + max(written, 0 if _in_turn(one) else vector) for one in closed]
             for one in ascents:
-                gradient = count(weights, lambda weight: weight.itemsize)
                 if one.remembered(group) is not None and one.steps is not None:
                     found.append(kept + one.steps * gradient + written)
                     continue
-                second = 0 if _in_turn(one) else count(weights, _wide)
-                found.append(kept + count(weights, _wide) + gradient + max(written, second))
+                found.append(kept + vector + gradient + max(written, 0 if _in_turn(one) else vector))
         if found:
             needed[device] = max(found)
     return needed
@@ -89,7 +78,6 @@ def check_memory(
     groups: Sequence[Mapping[str, Tensor]],
     corruptions: Sequence[Corruption],
     saved_on: torch.device | None = None,
-    free: Callable[[torch.device], int | None] = free_memory,
 ) -> None:
     """Refuse a measurement that cannot succeed; where it is not known how much memory is free, nothing is refused.
 
@@ -97,7 +85,6 @@ def check_memory(
         groups: As in `needed_memory`.
         corruptions: As in `needed_memory`.
         saved_on: As in `needed_memory`.
-        free: Returns the free bytes of a device, or None.
 
     Raises:
         NotEnoughMemoryError: A device has less memory free than is needed. A `ValueError`.
@@ -112,14 +99,13 @@ def check_memory(
         )
 
     needed = needed_memory(groups, corruptions, saved_on)
-    check_free(needed, "the gradients and saved bits of what is corrupted", way_out, free)
+    check_free(needed, "the gradients and saved bits of what is corrupted", way_out)
 
 
 def check_free(
     needed: Mapping[torch.device, int],
     purpose: str,
     way_out: Callable[[torch.device, int], str],
-    free: Callable[[torch.device], int | None] = free_memory,
 ) -> None:
     """Refuse what needs more memory than a device has free, so far as it is known.
 
@@ -127,12 +113,11 @@ def check_free(
         needed: Bytes beside the weights on each device.
         purpose: What they are for.
         way_out: Returns what to do, for a device and what is needed there.
-        free: As in `check_memory`.
 
     Raises:
         NotEnoughMemoryError: A device has less memory free than is needed. A `ValueError`.
     """
-    for device, there in too_little(needed, free).items():
+    for device, there in too_little(needed).items():
         size = needed[device]
         raise NotEnoughMemoryError(
             f"memory: expected at least {size / _GIB:.2f} GiB free on {device} beside the weights, for {purpose}, "
@@ -140,26 +125,16 @@ def check_free(
         )
 
 
-def too_little(
-    needed: Mapping[torch.device, int], free: Callable[[torch.device], int | None] = free_memory
-) -> dict[torch.device, int]:
-    """Return what is free on each device that has less than is needed, so far as it is known.
-
-    Args:
-        needed: Bytes beside the weights on each device.
-        free: As in `check_memory`.
-
-    Examples:
-        >>> device = torch.device("cpu")
-        >>> too_little({device: 4}, lambda device: 3), too_little({device: 4}, lambda device: None)
-        ({device(type='cpu'): 3}, {})
-    """
-    there = {device: free(device) for device in needed}
+def too_little(needed: Mapping[torch.device, int]) -> dict[torch.device, int]:
+    """Return what is free on each device that has less than is needed, so far as it is known."""
+    there = {device: free_memory(device) for device in needed}
     return {device: size for device, size in there.items() if size is not None and size < needed[device]}
 
 
-def _wide(weight: Tensor) -> int:
-    return max(4, weight.itemsize)
+def _sizes(weights: Iterable[Tensor], device: torch.device) -> tuple[int, int]:
+    """Return how many bytes the weights on a device take as they are, and in float32 at least."""
+    here = [(local_part(weight).numel(), weight.itemsize) for weight in weights if weight.device == device]
+    return sum(count * size for count, size in here), sum(count * max(4, size) for count, size in here)
 
 
 def _in_turn(corruption: Corruption) -> bool:

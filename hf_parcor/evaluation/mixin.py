@@ -17,7 +17,7 @@ from hf_parcor.corruptions import Corruption, GaussianNoise, GradientCorruption,
 from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.evaluation.evaluator import CorruptionEvaluator
 from hf_parcor.evaluation.gradients import model_loss
-from hf_parcor.evaluation.metrics import TrainerMetric
+from hf_parcor.evaluation.metrics.trainer import TrainerMetric, evaluated_data
 from hf_parcor.evaluation.repeated_batches import drawn_once
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 from hf_parcor.overriding import counters_kept
@@ -118,15 +118,9 @@ def measure_robustness(
         target_modules=target_modules,
         metric_info=metric_info,
         progress=not trainer.args.disable_tqdm,
-        evaluated_on=evaluation_data_of(_dataset(trainer, eval_dataset)),
+        evaluated_on=evaluation_data_of(evaluated_data(trainer, eval_dataset)),
     )
     return evaluator.evaluate(corruptions, trials, seed)
-
-
-def _dataset(trainer: Trainer, asked: Any) -> Any:
-    """Return the data set that a Trainer means: its own, one of its own by name, or the one that is passed."""
-    own: Any = trainer.eval_dataset
-    return own if asked is None else own[asked] if isinstance(asked, str) else asked
 
 
 def _loss_of(trainer: Trainer) -> Any:

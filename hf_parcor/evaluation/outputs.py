@@ -238,7 +238,6 @@ def problem_of(model: nn.Module, logits: Tensor, labels: Tensor) -> Problem:
         ValueError: The configuration names no such type.
 
     Examples:
-        >>> import torch
         >>> problem_of(nn.Identity(), torch.zeros(4, 3), torch.ones(4, dtype=torch.long))
         <Problem.CLASSES: 'single_label_classification'>
         >>> problem_of(nn.Identity(), torch.zeros(4, 1), torch.ones(4))

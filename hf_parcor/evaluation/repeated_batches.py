@@ -156,13 +156,7 @@ class RepeatedBatches:
     def _told(self) -> Iterator[Any]:
         """Yield the batches, and explain an error that a second walk raises."""
         try:
-            walk = iter(self._batches)
-            while True:
-                try:
-                    batch = next(walk)
-                except StopIteration:
-                    return
-                yield batch
+            yield from self._batches
         except Exception as error:
             if not self._walks:
                 raise

@@ -40,6 +40,12 @@ from hf_parcor.prefix import (
     recording_together,
 )
 
+logger = logging.get_logger(__name__)
+
+_Parameters = Mapping[str, nn.Parameter]
+RUNS_TO_PLAN = 4 + TRIED_PASSES  # of one batch, by `prefix_of_measurements`; a test counts them
+RUNS_TO_PLAN_ASCENTS = 3 + TRIED_PASSES  # by `prefix_of_ascents`, most of them backward too
+
 
 @dataclass(frozen=True)
 class Group:
@@ -55,7 +61,7 @@ class Group:
         seek_measuring: Seeks that of measurements.
     """
 
-    parameters: Mapping[str, nn.Parameter]
+    parameters: _Parameters
     gradients: DatasetGradients | None
     seek_climbing: Callable[[], PrefixReuse | None]
     seek_measuring: Callable[[], PrefixReuse | None]
@@ -175,7 +181,7 @@ def _climb(jobs: Sequence[Job]) -> list[dict[str, Tensor]]:
     def gradients_at(climbing: Mapping[int, Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
         batch = walk.next_batch()
         prefixes = _different(map(prefix_of, climbing))
-        _record(prefixes, lambda: walk.run(batch))
+        _record(prefixes, lambda: walk.loss_on(batch))
         for index, corruption in climbing.items():
             with _replaying(prefix_of(index)):
                 gradient = sources[index].on_batch(batch, corruption)
@@ -246,11 +252,6 @@ def _record(prefixes: Sequence[PrefixReuse], run: Callable[[], Any]) -> None:
 def _forget(prefixes: Sequence[PrefixReuse]) -> None:
     for prefix in prefixes:
         prefix.forget()
-
-
-logger = logging.get_logger(__name__)
-
-_Parameters = Mapping[str, nn.Parameter]
 
 
 def prefix_of_ascents(model: nn.Module, parameters: _Parameters, batches: Iterable[Any]) -> PrefixReuse | None:
@@ -334,10 +335,6 @@ def prefixes_of_measurements(
     for reason in dict.fromkeys(str(error) for error in errors if not isinstance(error, NothingToReuse)):
         _say("measurement", reason)
     return [prefixes.get(index) for index in range(len(parts))]
-
-
-RUNS_TO_PLAN = 4 + TRIED_PASSES  # of one batch, by `prefix_of_measurements`; a test counts them
-RUNS_TO_PLAN_ASCENTS = 3 + TRIED_PASSES  # by `prefix_of_ascents`, most of them backward too
 
 
 def _everything_found(model: nn.Module, run: Callable[[], Any]) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,20 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from hf_parcor.arguments import check_count
-from hf_parcor.corruptions import CORRUPTIONS, FloatQuantization, Quantization
+from hf_parcor.corruptions import FloatQuantization, Quantization
+from hf_parcor.corruptions.catalogue import catalogue_name
 from hf_parcor.devices import host_of
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, model_loss
 from hf_parcor.evaluation.identity import library_versions, model_name, task_of
 from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric
-from hf_parcor.evaluation.memory import check_free, free_memory, too_little
+from hf_parcor.evaluation.memory import check_free, too_little
 from hf_parcor.evaluation.metrics import BatchMetric, NotFiniteError, WithDivergence
 from hf_parcor.evaluation.metrics.loss import LossMetric
 from hf_parcor.evaluation.reach import Reach
 from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.functional import inner_product
-from hf_parcor.functional.vectors import numel
+from hf_parcor.functional.vectors import numel, working_dtype
 from hf_parcor.indicators.estimators import hessian_diagonal
 from hf_parcor.indicators.loss_over_data import LossOverData
 from hf_parcor.injection import Device, check_weights, forget_derived
@@ -159,10 +161,10 @@ def sensitivity(
     with evaluation_mode(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         shown = progress and processes.index == 0
         source = DatasetGradients(model, together, batches, loss, progress=shown, processes=processes)
-        little = bool(too_little(_needed(together, sums=2), free_memory))
+        little = bool(too_little(_needed(together, sums=2)))
         thrifty = not probes and (len(source) == 1 or any(processes.gather(little)))
         if thrifty:
-            check_free(_needed(together, sums=0), "the gradient of a batch", _score_less, free_memory)
+            check_free(_needed(together, sums=0), "the gradient of a batch", _score_less)
         parts = _each_batch(source) if thrifty else [_OverData.of(source, diagonal)]
         cells = _scored(selected, formats, parts, processes if thrifty else ALONE)
     _check_finite([cell.scores[FISHER] for cell in cells])
@@ -191,23 +193,13 @@ def sensitivity(
     kept = checkpoint if budget != 0 else None  # without a divergence it would be that of another run
     clean, data, rows = measurement.run(selected, formats, 1, 0, weights, kept, wanted, of_clean)
     found = {(group, row.label): row for group, of_group in zip(selected, rows, strict=True) for row in of_group}
+    measured = {place: {name: row.mean(name) for name in row.metrics} for place, row in found.items()}
     linear = set(linear_modules(model))
     return SensitivityRecord(
         model=model_name(model),
         groups=_recorded(model, selected),
         formats=_described(formats),
-        cells=tuple(
-            FormatScore(
-                cell.group,
-                cell.format,
-                cell.bits,
-                cell.scores,
-                {name: row.mean(name) for name in row.metrics}
-                if (row := found.get((cell.group, cell.format)))
-                else {},
-            )
-            for cell in cells
-        ),
+        cells=tuple(replace(cell, measured=measured.get((cell.group, cell.format), {})) for cell in cells),
         clean={name: clean.mean(name) for name in clean.metrics},
         metric=_shown(metric, list(clean.metrics)),
         metric_info=measurement.infos([clean, *found.values()]),
@@ -306,13 +298,7 @@ def _recorded(model: nn.Module, selected: Mapping[str, Mapping[str, nn.Parameter
 
 def _described(formats: Sequence[Format]) -> dict[str, dict[str, Any]]:
     """Return formats as records keep them, by their labels."""
-    return {
-        str(one): {
-            "corruption": next(name for name, kind in CORRUPTIONS.items() if type(one) is kind),
-            "settings": one.settings(),
-        }
-        for one in formats
-    }
+    return {str(one): {"corruption": catalogue_name(one), "settings": one.settings()} for one in formats}
 
 
 def _kinds(model: nn.Module, together: Iterable[nn.Parameter]) -> dict[str, tuple[int, int]]:
@@ -332,18 +318,19 @@ def _checked_formats(formats: Any) -> list[Format]:
         raise TypeError(
             f"formats: expected a list of them, got {str(formats)!r}; write [Quantization(4, 'channel')], say"
         )
-    for one in formats:
+    found = list(formats)
+    for one in found:
         if type(one) not in (Quantization, FloatQuantization):
             raise TypeError(
                 f"formats: expected Quantization and FloatQuantization, got {str(one)!r}; how many bits other "
                 "corruptions take is not known"
             )
-    labels = [str(one) for one in formats]
+    labels = [str(one) for one in found]
     if not labels or len(set(labels)) < len(labels):
         raise ValueError(
             f"formats: expected one or more, each once, got {', '.join(labels) or 'none'}; name each format once"
         )
-    return list(formats)
+    return found
 
 
 def metric_and_batches(metric: Any, batches: Iterable[Batch] | None, loss: Loss) -> tuple[Metric, Iterable[Batch]]:
@@ -468,7 +455,7 @@ class _OfBatch(NamedTuple):
     def moments(self, name: str) -> tuple[Tensor, Tensor]:
         """Return what is added to the gradient of a weight, and to the mean of its square."""
         gradient = self.gradient[name]
-        added = gradient.to(_wide(gradient)) * self.share
+        added = gradient.to(working_dtype([gradient])) * self.share
         return added, added.square().mul_(self.items)  # N (n_b/N)² g², as in `second_moment`
 
 
@@ -478,15 +465,11 @@ def _each_batch(source: DatasetGradients) -> Iterator[_OfBatch]:
         del gradient  # before the next one
 
 
-def _wide(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
 def _needed(weights: Mapping[str, Tensor], sums: int) -> Counter[torch.device]:
     """Return how many bytes a gradient takes on each device, and so many sums of its size in float32."""
     needed: Counter[torch.device] = Counter()
     for weight in weights.values():
-        needed[weight.device] += weight.numel() * (sums * _wide(weight).itemsize + weight.itemsize)
+        needed[weight.device] += weight.numel() * (sums * working_dtype([weight]).itemsize + weight.itemsize)
     return needed
 
 
@@ -501,7 +484,7 @@ def _scored(
     groups: Mapping[str, Mapping[str, nn.Parameter]],
     formats: Sequence[Format],
     parts: Iterable[_OverData | _OfBatch],
-    processes: MeasuringProcesses = ALONE,
+    processes: MeasuringProcesses,
 ) -> list[FormatScore]:
     """Return every group in every format that fits it.
 
@@ -524,12 +507,7 @@ def _scored(
         for cell, scores in of_process.items():
             _add(whole, cell, scores)
     return [
-        FormatScore(
-            label,
-            str(one),
-            _bits(one, weights),
-            dict(whole[label, str(one)]),
-        )
+        FormatScore(label, str(one), _bits(one, weights), whole[label, str(one)])
         for label, weights in groups.items()
         for one in formats
         if (label, str(one)) in whole

@@ -96,7 +96,8 @@ def recipe(
     notes += tuple(_of_broken(scores, formats))
     with _saying(notes if name == "bits" or not keep else ()):
         chosen = problem.cheapest(limit) if name == "bits" else problem.smallest(limit, name, keep=keep)
-    return replace(_record(scores, by, {name: limit}, dict(zip(choices, chosen, strict=True))), notes=notes)
+    choice = {group: one for group, (one, _) in zip(choices, chosen, strict=True)}
+    return replace(_record(scores, by, {name: limit}, choice), notes=notes)
 
 
 def check_bits(
@@ -251,8 +252,7 @@ def uniform_recipe(scores: SensitivityRecord, label: str) -> RecipeRecord:
         group: Choice(None, scores.groups[group].bits) if cell is None else Choice(label, cell.bits)
         for group, cell in fits.items()
     }
-    by = _costing(scores, "bits", None)
-    return _record(scores, by, {}, {group: (one, 0.0) for group, one in chosen.items()})
+    return _record(scores, _costing(scores, "bits", None), {}, chosen)
 
 
 def measured_metrics(scores: SensitivityRecord) -> list[str]:
@@ -414,9 +414,8 @@ def _from_above(number: float) -> str:
 
 
 def _record(
-    scores: SensitivityRecord, by: str, budget: Mapping[str, float], chosen: Mapping[str, tuple[Choice, float]]
+    scores: SensitivityRecord, by: str, budget: Mapping[str, float], choice: Mapping[str, Choice]
 ) -> RecipeRecord:
-    choice = {group: one for group, (one, _) in chosen.items()}
     cells = [scores.by_place[group, one.format] for group, one in choice.items() if one.format is not None]
     sums = {}
     for name in dict.fromkeys([by, *measured_metrics(scores)]):

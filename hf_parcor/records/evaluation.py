@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -149,7 +149,6 @@ class EvaluationRecord(StoredRecord):
     flags: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
     kind: ClassVar[str] = "record"
-    remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
 
     @classmethod
     def _read(cls, data: dict[str, Any]) -> EvaluationRecord:
@@ -216,6 +215,21 @@ class EvaluationRecord(StoredRecord):
                     }
 
 
+def all_notes(record: EvaluationRecord) -> list[str]:
+    """Return the notes of a record, and those of its rows, each behind the label of its row."""
+    return [*record.notes, *(f"{row.label}: {note}" for row in record.rows() for note in row.notes)]
+
+
+def values_of_repetitions(rows: Sequence[CorruptionRecord], metric: str) -> tuple[float, ...]:
+    """Return one value a record, or, of a single record, one a trial.
+
+    Raises:
+        ValueError: One lacks the metric.
+    """
+    means = tuple(row.mean(metric) for row in rows)  # says what is missing
+    return means if len(rows) > 1 else rows[0].metrics[metric]
+
+
 def data_frame(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
     """Return a table of rows.
 
@@ -229,15 +243,17 @@ def data_frame(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
+def read_settings(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings from plain values, where infinities are strings."""
+    return {name: float(value) if value in ("nan", "inf", "-inf") else value for name, value in data.items()}
+
+
 def _corruption_record(data: dict[str, Any]) -> CorruptionRecord:
-    settings = {
-        name: float(value) if value in ("nan", "inf", "-inf") else value for name, value in data["settings"].items()
-    }
     metrics = {name: tuple(float(value) for value in values) for name, values in data["metrics"].items()}
     return CorruptionRecord(
         corruption=data["corruption"],
         label=data["label"],
-        settings=settings,
+        settings=read_settings(data["settings"]),
         seeds=tuple(data["seeds"]),
         metrics=metrics,
         changed=float(data["changed"]),
@@ -285,7 +301,6 @@ class SweepRecord(StoredRecord):
     grouping: str = ""
     format: int = SWEEP_FORMAT
     kind: ClassVar[str] = "sweep record"
-    remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
 
     def __post_init__(self) -> None:
         if not self.records:

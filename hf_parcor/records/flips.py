@@ -54,7 +54,6 @@ class FlipRecord(StoredRecord):
     notes: tuple[str, ...] = ()
     format: int = FORMAT
     kind: ClassVar[str] = "flip record"
-    remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
 
     @property
     def threshold(self) -> float:

@@ -144,7 +144,6 @@ class IndicatorRecord(StoredRecord):
     notes: tuple[str, ...] = ()
     format: int = FORMAT
     kind: ClassVar[str] = "indicator record"
-    remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
 
     @classmethod
     def _read(cls, data: dict[str, Any]) -> IndicatorRecord:

@@ -303,8 +303,12 @@ _MODULES = {
 def evaluate_module(metric: Any) -> str:
     """Return the name of the metric of `evaluate` that this is, or whose `compute` it is; "" for anything else."""
     owner = getattr(metric, "__self__", metric)
-    is_module = any(kind.__module__.partition(".")[0] == "evaluate" for kind in type(owner).__mro__)
-    return str(getattr(owner, "name", "") or "") if is_module else ""
+    return str(getattr(owner, "name", "") or "") if is_of_evaluate(owner) else ""
+
+
+def is_of_evaluate(value: Any) -> bool:
+    """Return whether the class of an object is one of the library `evaluate`, or derived from one."""
+    return any(kind.__module__.partition(".")[0] == "evaluate" for kind in type(value).__mro__)
 
 
 def _of_evaluate(metric: Any, name: str) -> MetricInfo | None:

@@ -132,7 +132,6 @@ class SensitivityRecord(StoredRecord):
     flags: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
     kind: ClassVar[str] = "sensitivity record"
-    remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
 
     @property
     def scores(self) -> list[str]:

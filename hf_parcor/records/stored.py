@@ -23,7 +23,7 @@ class StoredRecord(ABC):
     """
 
     kind: ClassVar[str]
-    remedy: ClassVar[str]
+    remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
     format: int
 
     @classmethod

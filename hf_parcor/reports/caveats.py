@@ -6,6 +6,7 @@ from itertools import combinations
 
 from hf_parcor.records.comparable import data_may_differ
 from hf_parcor.records.data import OF_ROWS, same_data
+from hf_parcor.records.evaluation import all_notes
 from hf_parcor.reports.comparison import differences
 from hf_parcor.reports.study import Study
 from hf_parcor.reports.verdict import are_repeated
@@ -42,16 +43,11 @@ def notes(study: Study) -> list[str]:
             f"{begin} sizes differ: {min(sizes):,} to {max(sizes):,} weights. A radius bounds a group as one "
             "vector, so it is more for a group whose weights have a small norm."
         )
-    found += [*data_caveat(study)]
+    found += data_caveat(study)
     for model, labels in study.left_out.items():
         named = f" of {model}" * bool(model)
         found.append(f"Left out, since not all records{named} have it: {'; '.join(labels)}.")
-    noticed = [
-        note
-        for record in study.records
-        for note in (*record.notes, *(f"{row.label}: {note}" for row in record.rows() for note in row.notes))
-    ]
-    distinct = list(dict.fromkeys(noticed))
+    distinct = list(dict.fromkeys(note for record in study.records for note in all_notes(record)))
     found += [f"Noticed while measuring: {note}" for note in distinct[:_QUOTED]]
     if len(distinct) > _QUOTED:
         found.append(f"Noticed while measuring: {len(distinct) - _QUOTED} more notes, in the records.")

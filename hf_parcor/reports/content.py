@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hf_parcor.records.curves import Series, area_under_curve, epsilon_at_half, short
@@ -111,9 +111,9 @@ def heat_map(study: Study, series: Series, numbers: Numbers) -> Table:
         means = {point.name: point.mean for point in curve.points}
         cells = [numbers.value(means[name]) if name in means else "–" for name in columns]
         rows.append((row_name(study, model, names[group]), numbers.value(curve.clean.mean), *cells))
-        shares.append((0.0, *(_share(drops[model, group].get(name), largest) for name in columns)))
+        shares.append((0.0, *(share_of_largest(drops[model, group].get(name), largest) for name in columns)))
     axis = f", by {series.unit}" if series.strength is not None and series.unit else ""
-    caption = f"{_metric(study, numbers)} under {series.name}{axis}{_shared(study)}"
+    caption = f"{numbers.head(study.metric)} under {series.name}{axis}{_shared(study)}"
     header = (_row_header(study), "clean", *columns.values())
     return Table(caption, header, tuple(rows), tuple(shares))
 
@@ -169,7 +169,7 @@ def all_values(study: Study, numbers: Numbers) -> Table:
                 rows.append(_value_row(name, "", curve.clean, numbers))
                 seen.add(name)
             rows += [_value_row(name, series.name, point, numbers) for point in curve.points]
-    header = (_row_header(study), "corruption", _metric(study, numbers), "repetitions")
+    header = (_row_header(study), "corruption", numbers.head(study.metric), "repetitions")
     points = [point for curves in study.curves.values() for curve in curves.values() for point in curve.all_points]
     repeated = any(point.interval for point in points)
     caption = "Every mean" + ", with its 95 % confidence interval in brackets" * repeated
@@ -218,7 +218,7 @@ def difference_table(study: Study, numbers: Numbers) -> Table:
             )
         )
     header = ("corruption", "model", baseline, "model's", "change", "p")
-    return Table(f"{_metric(study, numbers)} against {baseline}", header, tuple(rows))
+    return Table(f"{numbers.head(study.metric)} against {baseline}", header, tuple(rows))
 
 
 _IN_A_COMMAND = ("task", "targets", "seeds of trials", "corruptions")
@@ -374,7 +374,8 @@ def _strongest(study: Study, numbers: Numbers) -> str:
     )
 
 
-def _share(drop: float | None, largest: float) -> float | None:
+def share_of_largest(drop: float | None, largest: float) -> float | None:
+    """Return how much of the largest drop a cell of a heat map has; None for a cell without."""
     if drop is None or math.isnan(drop):
         return None
     return min(max(drop / largest, 0.0), 1.0) if largest > 0 else 0.0
@@ -392,10 +393,6 @@ def _value_row(name: str, title: str, point: Point, numbers: Numbers) -> tuple[s
 
 def _row_header(study: Study) -> str:
     return "group" if len(study.groups) > 1 else "model"
-
-
-def _metric(study: Study, numbers: Numbers) -> str:
-    return numbers.head(study.metric)
 
 
 def _seeds(rows: Iterable[CorruptionRecord]) -> str:
@@ -433,8 +430,9 @@ def content_of(study: Study, numbers: Numbers, title: str) -> Content:
     compared = len(study.models) > 1
     verdict = comparison_verdict if compared else probe_verdict
     summaries = [summary(study, series, numbers) for series in study.curves]
-    drawn = [panel for panel in panels(study) if panel.shows_a_curve(numbers)]
-    rest = dict.fromkeys(panel.title for panel in panels(study) if panel not in drawn)
+    possible = panels(study)
+    drawn = [panel for panel in possible if panel.shows_a_curve(numbers)]
+    rest = dict.fromkeys(panel.title for panel in possible if panel not in drawn)
     return Content(
         title=title,
         metric=study.metric,
@@ -482,16 +480,24 @@ def markdown_page(content: Content) -> str:
             parts.append(f"{finding.advice} {code_of(finding.remedy)}")
             shown.add(finding.remedy)
     parts.append("\n".join(f"- {text_of(note)}" for note in content.notes))
-    parts += _section("Metric by strength", content.heat_maps)
-    parts += _section("Table", [*content.summaries, content.values])
+    parts += ["## Metric by strength", *tables_as_markdown(content.heat_maps)]
+    parts += ["## Table", *tables_as_markdown([*content.summaries, content.values])]
     parts.append(f"## {content.settings.caption}")
     parts += [code_of(command) for command in content.commands]
     parts.append(markdown_table(content.settings.header, content.settings.rows))
     return "\n\n".join(parts) + "\n"
 
 
-def _section(title: str, tables: Iterable[Table]) -> list[str]:
-    parts = [f"## {title}"]
+def answer_as_markdown(title: str, findings: Sequence[Finding], notes: Iterable[str]) -> list[str]:
+    """Return how a page begins that leads with one answer: its title, the answer, what is behind it, and the notes."""
+    first, *others = findings
+    said = [f"# {text_of(title)}", f"**{text_of(first.text)}**", *(text_of(one.text) for one in others)]
+    return [*said, "\n".join(f"- {text_of(note)}" for note in notes)]
+
+
+def tables_as_markdown(tables: Iterable[Table]) -> list[str]:
+    """Return each table below its caption."""
+    parts = []
     for table in tables:
         parts += [f"{text_of(table.caption)}:", markdown_table(table.header, table.rows)]
     return parts

@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 from hf_parcor.records.metric_info import POINTS, SHARE
 from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, FormatScore, SensitivityRecord
-from hf_parcor.reports.content import flag_words
-from hf_parcor.reports.markup import text_of
+from hf_parcor.reports.content import answer_as_markdown, flag_words, tables_as_markdown
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.plots import short_names
 from hf_parcor.reports.recipe import short_formats
-from hf_parcor.reports.tables import Table, markdown_table
+from hf_parcor.reports.tables import Table
 from hf_parcor.reports.verdict import NEGLIGIBLE, Finding, one_row
 
 
@@ -192,8 +191,5 @@ def _parts(told: _Told) -> Table:
 
 def first_look_markdown(content: FirstLookContent) -> str:
     """Return the page as GitHub's Markdown, each name escaped."""
-    first, *others = content.findings
-    parts = [f"# {text_of(content.title)}", f"**{text_of(first.text)}**", *(text_of(one.text) for one in others)]
-    parts.append("\n".join(f"- {text_of(note)}" for note in content.notes))
-    parts += [f"{text_of(content.parts.caption)}:", markdown_table(content.parts.header, content.parts.rows)]
-    return "\n\n".join(parts) + "\n"
+    head = answer_as_markdown(content.title, content.findings, content.notes)
+    return "\n\n".join([*head, *tables_as_markdown([content.parts])]) + "\n"

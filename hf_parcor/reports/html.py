@@ -72,16 +72,13 @@ def html_page(content: Content) -> str:
     It is built as a tree and escaped when the tree is written, so that a name is text wherever it stands.
     """
     main = _main(content.title, content.findings, content.notes, content.measured_on)
-    maps = [_table(table, "heat") for table in content.heat_maps]
-    main.append(
-        _section("Heat map", [element("p", content.strongest, class_="soft"), element("div", *maps, class_="maps")])
-    )
-    main.append(_section("Curves", list(_curves(content))))
-    main.append(_section("Table", [_table(table) for table in content.summaries]))
-    full = element("details", element("summary", content.values.caption), _table(content.values))
-    main.append(full)
+    maps = element("div", *(_table(table, "heat") for table in content.heat_maps), class_="maps")
+    main.append(_section("Heat map", element("p", content.strongest, class_="soft"), maps))
+    main.append(_section("Curves", *_curves(content)))
+    main.append(_section("Table", *map(_table, content.summaries)))
+    main.append(_folded(content.values))
     lines = [element("pre", element("code", command)) for command in content.commands]
-    main.append(_section(content.settings.caption, [*lines, _table(content.settings, "text")]))
+    main.append(_section(content.settings.caption, *lines, _table(content.settings, "text")))
     return _written(content.title, main)
 
 
@@ -89,22 +86,21 @@ def recipe_page(content: RecipeContent) -> str:
     """Return the page of a recipe: the answer, the front of metric against bits, the heat map, and what it is from."""
     main = _main(content.title, content.findings, content.notes)
     if content.front is not None:
-        numbers = element("details", element("summary", content.front.caption), _table(content.front))
-        main.append(_section(f"{content.metric} against bits", [*_curves(content), numbers]))
-    heat = [element("p", content.strongest, class_="soft"), _table(content.heat_map, "heat")]
-    main.append(_section("Heat map", heat))
-    main.append(_section("What each part gets", [_table(content.choice)]))
+        main.append(_section(f"{content.metric} against bits", *_curves(content), _folded(content.front)))
+    heat_map = _table(content.heat_map, "heat")
+    main.append(_section("Heat map", element("p", content.strongest, class_="soft"), heat_map))
+    main.append(_section("What each part gets", _table(content.choice)))
     if content.pairs is not None:
-        main.append(_section("Parts that interact", [_table(content.pairs)]))
-    main.append(_section("Which cheap score tells", [_table(content.scores)]))
-    main.append(_section(content.settings.caption, [_table(content.settings, "text")]))
+        main.append(_section("Parts that interact", _table(content.pairs)))
+    main.append(_section("Which cheap score tells", _table(content.scores)))
+    main.append(_section(content.settings.caption, _table(content.settings, "text")))
     return _written(content.title, main)
 
 
 def first_look_page(content: FirstLookContent) -> str:
     """Return the page of a first look: the answer, and every part with its scores."""
     main = _main(content.title, content.findings, content.notes)
-    main.append(_section("Parts", [_table(content.parts)]))
+    main.append(_section("Parts", _table(content.parts)))
     return _written(content.title, main)
 
 
@@ -156,7 +152,7 @@ def _is_wide(table: Table) -> bool:
     return sum(widths) > _PHONE
 
 
-def _section(title: str, children: list[Element]) -> Element:
+def _section(title: str, *children: Element) -> Element:
     return element("section", element("h2", title), *children)
 
 
@@ -178,6 +174,11 @@ def _table(table: Table, kind: str = "") -> Element:
         return box
     hint = [element("span", " (scroll sideways)", class_="hint")] if wide else []
     return element("figure", element("figcaption", table.caption, *hint, class_="soft"), box)
+
+
+def _folded(table: Table) -> Element:
+    """Return a table that is shown when the reader asks for it."""
+    return element("details", element("summary", table.caption), _table(table))
 
 
 def _cell(text: str, share: float | None) -> Element:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hf_parcor.records.metric_info import POINTS, SHARE, shown_unit
+from hf_parcor.records.evaluation import EvaluationRecord
+from hf_parcor.records.metric_info import POINTS, SHARE, agreed, shown_unit
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,15 @@ class Numbers:
             ('80.0 ± 1.1', '80.0')
         """
         return self.value(mean) if math.isnan(deviation) else f"{self.value(mean)} ± {self.value(deviation)}"
+
+
+def numbers_of(records: Iterable[EvaluationRecord], metric: str, unit: str | None = None) -> Numbers:
+    """Return how values of a metric of several records are written; None for the unit that these say.
+
+    Raises:
+        ValueError: A record lacks the metric, or they state different things of it.
+    """
+    return Numbers(agreed([record.info(metric).stating(unit=unit) for record in records], metric).unit)
 
 
 def times(ratio: float) -> str:

@@ -15,7 +15,7 @@ from hf_parcor.records.curves import Series, metric_drop, short
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.records.metric_info import agreed, shown_unit
 from hf_parcor.records.search import SearchRecord
-from hf_parcor.reports.numbers import Numbers
+from hf_parcor.reports.numbers import Numbers, numbers_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -180,8 +180,7 @@ def _panels(records: Mapping[str, EvaluationRecord], metric: str) -> tuple[list[
             for name, rows in of_series.items()
         }
         panels.append(Panel(series.title, series.unit, series.strength, lines))
-    info = agreed([record.info(metric) for record in records.values()], metric)
-    return panels, Numbers(info.unit)
+    return panels, numbers_of(records.values(), metric)
 
 
 def _of_series(record: EvaluationRecord, series: Series) -> list[CorruptionRecord]:
@@ -470,7 +469,7 @@ def plot_directions(records: Mapping[str, EvaluationRecord], metric: str = "accu
     columns = min(_COLUMNS, len(panels))
     figure, grid = _grid(len(panels), columns, (3.4, 2.6))
     shown: dict[str, ErrorbarContainer] = {}
-    numbers = Numbers(agreed([one.info(metric) for one in records.values()], metric).unit)
+    numbers = numbers_of(records.values(), metric)
     heights = _heights(panels, numbers)
     for axis, panel in zip(grid, panels, strict=True):
         shown |= dict(zip(panel.lines, _draw(axis, panel, heights, styles), strict=True))

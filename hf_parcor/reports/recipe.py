@@ -12,11 +12,10 @@ from hf_parcor.records.data import same_data
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
 from hf_parcor.records.recipe import RecipeRecord
 from hf_parcor.records.sensitivity import DIVERGENCE, SensitivityRecord
-from hf_parcor.reports.content import flag_words
-from hf_parcor.reports.markup import text_of
+from hf_parcor.reports.content import answer_as_markdown, flag_words, share_of_largest, tables_as_markdown
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.plots import Line, Panel, Point, short_names
-from hf_parcor.reports.tables import Table, markdown_table
+from hf_parcor.reports.tables import Table
 from hf_parcor.reports.verdict import Finding, rows_counted
 
 RECIPE = "recipe"
@@ -417,7 +416,7 @@ def _heat_map(told: _Told, largest: float) -> Table:
             drop = drops.get((group, label))
             mark = " ✓" if label == one.format else ""
             cells.append(("–" if drop is None else told.cost(told.of_parts, drop)) + mark)
-            of_row.append(None if drop is None or math.isnan(drop) else _share(drop, largest))
+            of_row.append(share_of_largest(drop, largest))
         rows.append((told.names[group], *cells))
         shares.append(tuple(of_row))
     return Table(
@@ -426,10 +425,6 @@ def _heat_map(told: _Told, largest: float) -> Table:
         tuple(rows),
         tuple(shares),
     )
-
-
-def _share(drop: float, largest: float) -> float:
-    return min(max(drop / largest, 0.0), 1.0) if largest > 0 else 0.0
 
 
 def _strongest(told: _Told, largest: float) -> str:
@@ -517,9 +512,7 @@ def _settings(told: _Told, measured: EvaluationRecord | None) -> Table:
 
 def recipe_markdown(content: RecipeContent) -> str:
     """Return the page as GitHub's Markdown, each name escaped."""
-    first, *others = content.findings
-    parts = [f"# {text_of(content.title)}", f"**{text_of(first.text)}**", *(text_of(one.text) for one in others)]
-    parts.append("\n".join(f"- {text_of(note)}" for note in content.notes))
+    parts = answer_as_markdown(content.title, content.findings, content.notes)
     tables = {
         "Front": content.front,
         "Heat map": content.heat_map,
@@ -530,5 +523,5 @@ def recipe_markdown(content: RecipeContent) -> str:
     }
     for title, table in tables.items():
         if table is not None:
-            parts += [f"## {title}", f"{text_of(table.caption)}:", markdown_table(table.header, table.rows)]
+            parts += [f"## {title}", *tables_as_markdown([table])]
     return "\n\n".join(parts) + "\n"

@@ -17,10 +17,46 @@ from hf_parcor.reports.recipe import RecipeContent, content_of_recipe, recipe_ma
 from hf_parcor.reports.study import Records, Study
 from hf_parcor.strict_json import replace_text, to_strict_json
 
-_Found = TypeVar("_Found", bound=FirstLookContent | RecipeContent)
+_Found = TypeVar("_Found", bound=Content | FirstLookContent | RecipeContent)
 
 
-class RobustnessReport:
+class _Report(Generic[_Found]):
+    """A verdict in plain words, and the pages that it leads.
+
+    Args:
+        content: What is to be said.
+        html: Returns its page.
+        markdown: Returns the same in Markdown.
+    """
+
+    def __init__(self, content: _Found, html: Callable[[_Found], str], markdown: Callable[[_Found], str]) -> None:
+        self._content, self._html, self._markdown = content, html, markdown
+
+    @property
+    def verdict(self) -> list[str]:
+        """The findings in plain words, each with its remedy; last, where that was guessed, what better means."""
+        return [finding.text for finding in self._content.findings]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know before relying on the numbers, as the pages say it."""
+        return list(self._content.notes)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page, with its folder, and return the path.
+
+        It opens without a network, has no script, reads well on a phone and in the dark, and its colours and markers
+        can be told apart by colour-blind readers. Where Matplotlib is not installed there are no curves, and the page
+        says so; all numbers stand in its tables.
+        """
+        return _write(path, self._html(self._content))
+
+    def to_markdown(self, path: str | Path) -> Path:
+        """Write the same in Markdown, tables in place of pictures, and return the path."""
+        return _write(path, self._markdown(self._content))
+
+
+class RobustnessReport(_Report[Content]):
     """Says in plain words, from records alone, how fragile a model is and which part of it is.
 
     It computes no model. SciPy is needed where measurements were repeated, for confidence intervals and tests, and
@@ -64,7 +100,7 @@ class RobustnessReport:
         unit: str | None = None,
         title: str | None = None,
     ) -> None:
-        self._content = _content({"": records}, metric, greater_is_better, unit, title)
+        super().__init__(_content({"": records}, metric, greater_is_better, unit, title), html_page, markdown_page)
 
     @classmethod
     def compare(
@@ -93,23 +129,13 @@ class RobustnessReport:
         if len(models) < 2:
             raise ValueError(f"models: expected two or more to compare, got {len(models)}; use RobustnessReport(...)")
         report = cls.__new__(cls)
-        report._content = _content(models, metric, greater_is_better, unit, title)
+        _Report.__init__(report, _content(models, metric, greater_is_better, unit, title), html_page, markdown_page)
         return report
-
-    @property
-    def verdict(self) -> list[str]:
-        """The findings in plain words, each with its remedy; last, where that was guessed, what better means."""
-        return [finding.text for finding in self._content.findings]
 
     @property
     def guesses(self) -> tuple[str, ...]:
         """What nobody stated of the metric, its direction or its unit, and so was guessed; the notes have it too."""
         return self._content.guesses
-
-    @property
-    def notes(self) -> list[str]:
-        """What a reader must know before relying on the numbers, as the pages say it."""
-        return list(self._content.notes)
 
     def to_json(self) -> str:
         """Return metric, verdict, notes and every mean as standard JSON, for programs.
@@ -123,54 +149,14 @@ class RobustnessReport:
         found = plain.pop("means")
         return to_strict_json({**plain, "verdict": self.verdict, "notes": self.notes, "means": found})
 
-    def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained page, with its folder, and return the path.
 
-        It opens without a network, has no script, reads well on a phone and in the dark, and its colours and markers
-        can be told apart by colour-blind readers. Where Matplotlib is not installed there are no curves, and the page
-        says so; all numbers stand in its tables.
-        """
-        return _write(path, html_page(self._content))
-
-    def to_markdown(self, path: str | Path) -> Path:
-        """Write the same in Markdown, tables in place of pictures, and return the path."""
-        return _write(path, markdown_page(self._content))
-
-
-class _Answer(Generic[_Found]):
-    """A report that leads with one answer.
-
-    Args:
-        content: What is to be said.
-        html: Returns its page.
-        markdown: Returns the same in Markdown.
-    """
-
-    def __init__(self, content: _Found, html: Callable[[_Found], str], markdown: Callable[[_Found], str]) -> None:
-        self._content, self._html, self._markdown = content, html, markdown
+class _Answer(_Report[_Found]):
+    """A report that leads with one answer."""
 
     @property
     def answer(self) -> str:
         """What was found, what it costs, and what to do."""
         return self._content.findings[0].text
-
-    @property
-    def verdict(self) -> list[str]:
-        """The answer, the numbers behind it, and how sure it is."""
-        return [finding.text for finding in self._content.findings]
-
-    @property
-    def notes(self) -> list[str]:
-        """What a reader must know before relying on the numbers."""
-        return list(self._content.notes)
-
-    def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained page, as `RobustnessReport.to_html`."""
-        return _write(path, self._html(self._content))
-
-    def to_markdown(self, path: str | Path) -> Path:
-        """Write the same in Markdown, tables in place of pictures, and return the path."""
-        return _write(path, self._markdown(self._content))
 
 
 class RecipeReport(_Answer[RecipeContent]):

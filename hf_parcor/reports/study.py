@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from hf_parcor.records.comparable import asked_for, by_identity, check_comparable, check_repetitions, in_one_alone
 from hf_parcor.records.curves import Series, metric_drop
-from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord
+from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord, values_of_repetitions
 from hf_parcor.records.metric_info import MetricInfo, agreed
 from hf_parcor.statistics import MeanAndSpread, sample_mean
 
@@ -291,7 +291,7 @@ def _curves(
         )
     cleans = [record.clean for record in records]
     counted_wrong = any(any(row.not_finite) for row in cleans)
-    clean = Point(0.0, "no corruption", _values(cleans, metric), counted_wrong)
+    clean = Point(0.0, "no corruption", values_of_repetitions(cleans, metric), counted_wrong)
     points: dict[Series, list[Point]] = {}
     for place, rows in enumerate(shared):
         series = Series.of(rows[0])
@@ -338,13 +338,12 @@ def _point(
     metric: str,
     cleans: Sequence[CorruptionRecord],
 ) -> Point:
-    values = _values(rows, metric)
     strength = place if series.strength is None else rows[0].settings[series.strength]
     broken = [name for row, clean in zip(rows, cleans, strict=True) for name in _broken(row, clean, metric)]
     return Point(
         strength=float(strength),
         name=series.level(rows[0]),
-        values=values,
+        values=values_of_repetitions(rows, metric),
         counted_wrong=any(any(row.not_finite) for row in rows),
         broken=tuple(dict.fromkeys(broken)),
     )
@@ -359,9 +358,3 @@ def _broken(row: CorruptionRecord, clean: CorruptionRecord, metric: str) -> list
         and not all(map(math.isfinite, values))
         and all(map(math.isfinite, clean.metrics.get(name, (math.nan,))))
     ]
-
-
-def _values(rows: Sequence[CorruptionRecord], metric: str) -> tuple[float, ...]:
-    """Return one value a record, or, of a single record, one a trial."""
-    means = tuple(row.mean(metric) for row in rows)  # says what is missing
-    return means if len(rows) > 1 else rows[0].metrics[metric]

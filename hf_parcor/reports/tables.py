@@ -8,10 +8,9 @@ from typing import NamedTuple
 from hf_parcor.records.comparable import by_identity, check_comparable, in_one_alone
 from hf_parcor.records.curves import Series
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
-from hf_parcor.records.metric_info import agreed
 from hf_parcor.records.search import SearchRecord
 from hf_parcor.reports.markup import text_of
-from hf_parcor.reports.numbers import Numbers
+from hf_parcor.reports.numbers import Numbers, numbers_of
 
 _LONGEST = 40  # a longer cell runs out of its column, and widens no other
 _TERMINAL = 80  # columns
@@ -66,7 +65,7 @@ def markdown_table(
     return "\n".join(f"| {line} |" for line in shown)
 
 
-def _width(column: Iterable[str], longest: int | None = _LONGEST) -> int:
+def _width(column: Iterable[str], longest: int | None) -> int:
     return max([_NARROWEST, *(len(cell) for cell in column if longest is None or len(cell) <= longest)])
 
 
@@ -114,7 +113,7 @@ def comparison_table(
         raise ValueError("records: expected one or more, got none; pass what an evaluator returned")
     check_comparable(records)
     in_one_alone({name: record.corruptions for name, record in records.items()})
-    numbers = _numbers(records, metric, unit)
+    numbers = numbers_of(records.values(), metric, unit)
     columns = [by_identity(record.corruptions) for record in records.values()]
     lines: list[tuple[CorruptionRecord | None, ...]] = [tuple(record.clean for record in records.values())]
     for key in dict.fromkeys(key for column in columns for key in column):
@@ -159,7 +158,7 @@ def group_table(
         raise ValueError(
             "records: expected one or more of the same corruptions in the same order; probe the groups alike"
         )
-    numbers = _numbers(records, metric, unit)
+    numbers = numbers_of(records.values(), metric, unit)
     first = next(iter(records.values()))
     names = [numbers.head(metric), "no corruption", *records]
     room_left = width - 1 - _room(names)
@@ -183,10 +182,6 @@ def group_table(
 def _room(column: Iterable[str]) -> int:
     """Return how much of a line a column takes, with a bar and two spaces."""
     return 3 + _width(map(text_of, column), None)
-
-
-def _numbers(records: Mapping[str, EvaluationRecord], metric: str, unit: str | None) -> Numbers:
-    return Numbers(agreed([record.info(metric).stating(unit=unit) for record in records.values()], metric).unit)
 
 
 def _cell(record: CorruptionRecord, metric: str, numbers: Numbers) -> str:

@@ -43,10 +43,7 @@ def adjusted_p_values(
     return dict(zip(found, holm_correction(list(found.values())), strict=True))
 
 
-Group = TypeVar("Group", bound=Hashable)
-
-
-def fragility(drops: Mapping[Group, float]) -> dict[Group, float]:
+def fragility(drops: Mapping[Key, float]) -> dict[Key, float]:
     """Return how many times as much each group loses as the median of the other groups.
 
     ::
@@ -73,7 +70,7 @@ def fragility(drops: Mapping[Group, float]) -> dict[Group, float]:
     return {group: _ratio(drop, others_median(drops, group)) for group, drop in drops.items()}
 
 
-def others_median(drops: Mapping[Group, float], group: Group) -> float:
+def others_median(drops: Mapping[Key, float], group: Key) -> float:
     """Return the median over all groups but one.
 
     Examples:
@@ -294,7 +291,8 @@ def _of_groups(
             finding = Finding(f"{text}: none is fragile {_over(names)}.")
         return finding._replace(detail=_joined(improved, unranked))
     ranked = {group: repeated[group] for group in drops}
-    return _ranked(study, numbers, names, ranked, drops, top, clean, which, unranked, _remedy(groups[top]))
+    finding = _ranked(study, numbers, names, ranked, drops, top, clean, which, _remedy(groups[top]))
+    return finding._replace(detail=_joined(finding.detail, unranked))
 
 
 def least_worth_defending(
@@ -322,7 +320,6 @@ def _ranked(
     top: str,
     clean: float,
     which: str,
-    unranked: str,
     remedy: str,
 ) -> Finding:
     p_values = _beyond_the_others(repeated)
@@ -336,25 +333,25 @@ def _ranked(
         return Finding(
             f"no group{which} makes {study.metric} worse by more than 1 % {_over(names)}, though one does at one of "
             "these.",
-            _joined(size, unranked),
+            size,
         )
     weakest = f"{top} is the weakest{which}"
     if top not in p_values and ratio < STANDS_OUT:
         rounded = math.floor(10 * ratio) / 10  # never up to what would stand out
         rule = f"measured once, a group stands out from {STANDS_OUT:g} times on"
         said = f"{weakest}, {times(rounded)} times as fragile as the median of the others; {rule}."
-        return Finding(said, _joined(size, unranked))
+        return Finding(said, size)
     if top in p_values and p_values[top] >= LEVEL:
         by = f", {times(ratio)} times as fragile as the median of the others" if median > limit else ""
         judged = f"no difference between the groups{which} is beyond the {study.spread} ({probability(p_values[top])})"
-        return Finding(f"{weakest}{by}; {judged}.", _joined(size, unranked))
+        return Finding(f"{weakest}{by}; {judged}.", size)
     least, why = least_worth_defending(study.records, study.metric, numbers, clean)
     enough = f"the {numbers.difference(least)} from which on a part is worth defending ({why})"
     if drops[top] - median < least:
         beyond = f"is beyond the {study.spread} ({probability(p_values[top])}), but " if top in p_values else "is "
         more = numbers.difference(drops[top] - median)
         said = f"{weakest}, by {more} more than the median of the others; that {beyond}less than {enough}."
-        return Finding(said, _joined(size, unranked))
+        return Finding(said, size)
     others = "gets better" if median < -limit else "loses next to nothing"
     headline = (
         f"{top} is {times(ratio)} times as fragile as the median of the others."
@@ -370,7 +367,7 @@ def _ranked(
             f"There is no spread to judge that by, since {why}: repeat it with models of other seeds before you rely "
             "on it."
         )
-        return Finding(headline, _joined(size, single, unranked), remedy)
+        return Finding(headline, _joined(size, single), remedy)
     also = [
         group
         for group, value in p_values.items()
@@ -378,7 +375,7 @@ def _ranked(
     ]
     judged = f"That is beyond the {study.spread} ({probability(p_values[top])}), and more than {enough}."
     more = f"So is the {study.loss} of {_listed(also)}." if also else ""
-    return Finding(headline, _joined(size, judged, more, unranked), remedy, clear=True)
+    return Finding(headline, _joined(size, judged, more), remedy, clear=True)
 
 
 def _beyond_the_others(repeated: Mapping[str, tuple[float, ...]]) -> dict[str, float]:

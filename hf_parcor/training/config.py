@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from transformers.utils.hub import cached_file
 
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
+from hf_parcor.corruptions.catalogue import catalogue_name
 from hf_parcor.defense_file import COUNTS, DEFENSE_CONFIG_NAME, VERSION
 from hf_parcor.defenses import DEFENSES, Defense, check_defense
 from hf_parcor.strict_json import read_strict_json, to_plain, to_strict_json
@@ -131,8 +132,7 @@ def _settings_of(defense: Defense) -> dict[str, Any]:
 
 def _named(value: Any) -> Any:
     if isinstance(value, Corruption):
-        known = (name for name, kind in CORRUPTIONS.items() if kind is type(value))
-        return {next(known, _import_path(type(value))): to_plain(value, otherwise=repr)}
+        return {catalogue_name(value) or _import_path(type(value)): to_plain(value, otherwise=repr)}
     if isinstance(value, (list, tuple)):
         return [_named(entry) for entry in value]
     return to_plain(value, otherwise=repr)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from functools import partial
 
 import pytest
 import torch
 from for_each import for_each
 from torch import nn
 
-import hf_parcor.evaluation.measurement as measurement
 from hf_parcor import (
     BitFlips,
     CorruptionConstraint,
@@ -95,7 +93,7 @@ def test_too_little_memory_is_said_before_anything_is_measured(corruption, monke
     needed = needed_memory([dict(model.named_parameters())], [corruption]).get(torch.device("cpu"), 0)
 
     def evaluate(free: int | None) -> None:
-        monkeypatch.setattr(measurement, "check_memory", partial(check_memory, free=lambda device: free))
+        monkeypatch.setattr("hf_parcor.evaluation.memory.free_memory", lambda device: free)
         evaluator_of(model, metric=lambda model: asked.append(model) or {"score": 1.0}).evaluate(
             [corruption], trials=1
         )
@@ -110,18 +108,22 @@ def test_too_little_memory_is_said_before_anything_is_measured(corruption, monke
     assert len(asked) == 4
 
 
-def test_where_saved_bits_are_kept_counts() -> None:
+def test_where_saved_bits_are_kept_counts(monkeypatch) -> None:
+    def check(free: int, *what) -> None:
+        monkeypatch.setattr("hf_parcor.evaluation.memory.free_memory", lambda device: free)
+        check_memory([weights], *what)
+
     weights = {"w": torch.empty(1000, dtype=torch.bfloat16, device="meta")}  # stands for an accelerator
     climbs = [MultiStepCorruption(L2)]
     here, there = (needed_memory([weights], climbs, device) for device in (None, torch.device("cpu")))
     assert (here, there) == ({torch.device("meta"): 8000}, {torch.device("meta"): 6000})
     with pytest.raises(NotEnoughMemoryError, match='saved_on="cpu"'):
-        check_memory([weights], climbs, free=lambda device: 7000)
-    check_memory([weights], climbs, torch.device("cpu"), free=lambda device: 7000)
+        check(7000, climbs)
+    check(7000, climbs, torch.device("cpu"))
     with pytest.raises(NotEnoughMemoryError, match=r"^((?!saved_on).)*$"):  # which would not help
-        check_memory([weights], climbs, torch.device("cpu"), free=lambda device: 5000)
-    check_memory([weights], [MultiStepCorruption(L2, steps=1)], free=lambda device: 4000)
-    check_memory([weights], [GaussianNoise(0.1)], free=lambda device: 0)
+        check(5000, climbs, torch.device("cpu"))
+    check(4000, [MultiStepCorruption(L2, steps=1)])
+    check(0, [GaussianNoise(0.1)])
     assert free_memory(torch.device("cpu")) is None
 
 

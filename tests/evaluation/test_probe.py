@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
@@ -243,11 +242,6 @@ class TestBadInput:
     def test_model_without_stacks(self):
         with pytest.raises(ValueError, match="expected a model with stacks of blocks, got Linear without any"):
             LayerProbe(nn.Linear(2, 2), lambda model: {"x": 0.0})
-
-    def test_missing_batches(self, six_layers):
-        probe = LayerProbe(six_layers, lambda model: {"x": math.pi}, progress=False)
-        with pytest.raises(ValueError, match="batches: expected data for gradient-based"):
-            probe.evaluate(CORRUPTIONS)
 
 
 class TestMemory:

@@ -23,7 +23,7 @@ from hf_parcor import (
 from hf_parcor.evaluation import ClassificationMetric, NotEnoughMemoryError, NotFiniteError, model_loss
 from hf_parcor.evaluation.metrics import WithDivergence
 from hf_parcor.functional import random_signs
-from hf_parcor.indicators import format_scores, unscored
+from hf_parcor.indicators import unscored
 
 FORMATS = [Quantization(3, "channel"), Quantization(2), FloatQuantization("fp8_e4m3")]
 PROBES = 3
@@ -64,7 +64,7 @@ def test_scores_that_add_up_batch_by_batch_are_those_of_the_sums(known, monkeypa
     formats = [*FORMATS, Quantization(4, 32)]
 
     def scored(free: int | None) -> SensitivityRecord:
-        monkeypatch.setattr(format_scores, "free_memory", lambda device: free)
+        monkeypatch.setattr("hf_parcor.evaluation.memory.free_memory", lambda device: free)
         options = {"loss": quadratic_loss, "budget": 0, "progress": False}
         return sensitivity(known.model, known.batches, formats, {"all": "all"}, **options)
 
@@ -78,7 +78,9 @@ def test_scores_that_add_up_batch_by_batch_are_those_of_the_sums(known, monkeypa
 def test_what_lies_beside_the_weights(batches, of_what_is_needed, bytes_a_weight, peak_memory, monkeypatch) -> None:
     """One gradient in bfloat16 where there is one batch or too little memory; otherwise both sums in float32 too."""
     weights = 64 * 32 * 32
-    monkeypatch.setattr(format_scores, "free_memory", lambda device: int(of_what_is_needed * 10 * weights))
+    monkeypatch.setattr(
+        "hf_parcor.evaluation.memory.free_memory", lambda device: int(of_what_is_needed * 10 * weights)
+    )
     model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(64))).to(torch.bfloat16)
     data = list(torch.randn(batches, 1, 32, dtype=torch.bfloat16))
     options = {"loss": lambda of, x: of(x).square().mean(), "budget": 0, "progress": False}
@@ -95,7 +97,7 @@ def test_where_not_even_a_gradient_fits_nothing_is_begun(known, monkeypatch) -> 
         return quadratic_loss(model, batch)
 
     def scored(free: int) -> SensitivityRecord:
-        monkeypatch.setattr(format_scores, "free_memory", lambda device: free)
+        monkeypatch.setattr("hf_parcor.evaluation.memory.free_memory", lambda device: free)
         return sensitivity(known.model, known.batches, FORMATS, {"all": "all"}, loss=loss, budget=0, progress=False)
 
     of_a_gradient = 8 * 4  # four weights in float64 are in matrices
@@ -299,6 +301,11 @@ def test_what_there_is_to_score_is_known_before_anything_is_run() -> None:
         assert not any(one.scores or one.measured for one in found.cells)
         measured = sensitivity(model, batches, formats, groups, **loss, progress=False)
         assert all(one.measured for one in measured.cells), "what can be rounded can be measured"
+
+
+def test_formats_may_be_any_iterable_of_them() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    assert unscored(model, iter(FORMATS), {"all": "all"}) == unscored(model, FORMATS, {"all": "all"})
 
 
 def test_a_metric_without_a_loss_gets_one() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.devices import in_float64
-from hf_parcor.evaluation.metrics.over_batches import OverLabels, OverPairs, Pairs, mean_loss, share, sum_of
+from hf_parcor.evaluation.metrics.over_batches import OverLabels, OverPairs, Pairs, mean_loss, not_finite, sum_of
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.evaluation.outputs import (
     NOT_FINITE,
@@ -122,13 +122,13 @@ def _of_labels(output: Output, logits: Tensor, labels: Tensor) -> dict[str, Any]
 
 
 def _f1_and_exact_match(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    not_finite = share(sum_of(parts, "not_finite"), parts)
+    odd = not_finite(parts)  # says if no label counts
     either = sum_of(parts, "chosen") + sum_of(parts, "true")
     return {
         "accuracy": sum_of(parts, "exact") / sum_of(parts, "rows"),
         "f1": 2 * sum_of(parts, "found") / either if either else 0.0,
         **mean_loss(parts),
-        **not_finite,
+        **odd,
     }
 
 
@@ -150,7 +150,7 @@ def _of_numbers(output: Output, logits: Tensor, labels: Tensor) -> dict[str, Any
 
 
 def _errors(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    not_finite = share(sum_of(parts, "not_finite"), parts)
+    odd = not_finite(parts)  # says if no label counts
     predictions, references = (
         np.array([row for part in parts for row in part[name]]) for name in ("predictions", "references")
     )
@@ -159,7 +159,7 @@ def _errors(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             "mse": float(np.square(predictions - references).mean()),
             "pearson": float(np.mean(_correlations(predictions, references))),
             **mean_loss(parts),
-            **not_finite,
+            **odd,
         }
 
 

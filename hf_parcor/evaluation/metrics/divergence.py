@@ -13,7 +13,7 @@ from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.gradients import shifts_labels
 from hf_parcor.evaluation.metrics.over_batches import BatchMetric
-from hf_parcor.evaluation.outputs import Output
+from hf_parcor.evaluation.outputs import Output, Problem
 from hf_parcor.model_state import devices_of, evaluation_mode
 from hf_parcor.randomness import random_states_kept
 from hf_parcor.records.metric_info import MetricInfo, stated_by
@@ -21,7 +21,7 @@ from hf_parcor.records.sensitivity import DIVERGENCE
 
 _MEMORY = 2**30  # bytes of answers that are kept
 _INFO = MetricInfo(greater_is_better=False, unit="nats")
-_OTHER_PROBLEMS = ("regression", "multi_label_classification")  # whose logits are no distribution
+_OTHER_PROBLEMS = (Problem.NUMBERS.value, Problem.LABELS.value)  # whose logits are no distribution
 
 
 class NotFiniteError(ValueError):

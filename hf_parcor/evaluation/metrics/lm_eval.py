@@ -178,7 +178,9 @@ class LmEvalMetric:
             TypeError: The model has no configuration, as those of Transformers have.
             ValueError: No task found a number.
         """
-        library, wrapper = _library(), _wrapper()
+        library = _library()
+        from lm_eval.models.huggingface import HFLM
+
         config: Any = getattr(model, "config", None)
         if config is None:
             raise TypeError(f"model: expected one of Transformers, got {type(model).__name__} without a configuration")
@@ -191,7 +193,7 @@ class LmEvalMetric:
             seed_the_cpu(_SEED)
             for task in self._tasks.values():
                 task.set_fewshot_seed(seed=_SEED)
-            language_model = wrapper(
+            language_model = HFLM(
                 pretrained=model, tokenizer=self._tokenizer, batch_size=self._batch_size, **self._model_settings
             )
             found = library.evaluate(
@@ -301,9 +303,3 @@ def _library() -> Any:
             "'hf-parcor[lm-eval]'"
         ) from error
     return lm_eval
-
-
-def _wrapper() -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    return HFLM

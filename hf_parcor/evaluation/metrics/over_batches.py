@@ -180,8 +180,8 @@ class OverLabels(OverBatches):
         Raises:
             ValueError: No label counts.
         """
-        correct, not_finite = sum_of(parts, "correct"), sum_of(parts, "not_finite")
-        return {"accuracy": correct / label_count(parts), **mean_loss(parts), **share(not_finite, parts)}
+        accuracy = sum_of(parts, "correct") / label_count(parts)
+        return {"accuracy": accuracy, **mean_loss(parts), **not_finite(parts)}
 
 
 def sum_of(parts: Sequence[Mapping[str, Any]], name: str) -> Any:
@@ -206,9 +206,9 @@ def mean_loss(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {"loss": sum_of(parts, "loss") / label_count(parts)}
 
 
-def share(count: int, parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return which share of the labels that is, as a metric names what was not finite."""
-    return share_not_finite(count, label_count(parts))
+def not_finite(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return for which share of the labels the prediction was not finite, by its name; nothing where all were."""
+    return share_not_finite(sum_of(parts, "not_finite"), label_count(parts))
 
 
 # Predictions, references, and how many predictions are odd: not finite, say.

@@ -76,9 +76,7 @@ class TrainerMetric:
 
     def _fingerprint(self) -> Any:
         """Return the fingerprint of each data set, as one walk finds it that begins with fixed random numbers."""
-        data: Any = self._trainer.eval_dataset if self._eval_dataset is None else self._eval_dataset
-        if isinstance(data, str):
-            data = self._trainer.eval_dataset[data]  # type: ignore[index]
+        data = evaluated_data(self._trainer, self._eval_dataset)
         sets = data if isinstance(data, dict) else {"": data}
         with random_states_kept([self._trainer.args.device]):
             seed_the_cpu(0)
@@ -110,6 +108,12 @@ class TrainerMetric:
                 "give the Trainer compute_metrics="
             )
         return metrics
+
+
+def evaluated_data(trainer: Trainer, asked: Any) -> Any:
+    """Return the data that a Trainer evaluates: its own, one of its own by name, or what is passed."""
+    own: Any = trainer.eval_dataset
+    return own if asked is None else own[asked] if isinstance(asked, str) else asked
 
 
 def _tells_of_the_run(name: str) -> bool:
