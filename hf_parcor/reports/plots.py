@@ -627,7 +627,7 @@ def short_names(groups: Sequence[str]) -> list[str]:
     """
     paths = [group.split(".") for group in groups]
     shared = 0
-    while all(len(path) > shared + 2 and path[: shared + 1] == paths[0][: shared + 1] for path in paths):
+    while paths and all(len(path) > shared + 2 and path[: shared + 1] == paths[0][: shared + 1] for path in paths):
         shared += 1
     return [".".join(path[shared:]) for path in paths]
 
