@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -129,8 +130,9 @@ def output_layers(model: nn.Module) -> list[nn.Module]:
     """Return the output layer of the Transformers model in `model`: language modelling head, or the head for the task.
 
     A model without output embeddings has its head outside `base_model`: the last module there that has parameters
-    (so DistilBERT's `pre_classifier` is no output layer), whatever its name. One without a base model, as of images
-    and captions, has the output embeddings of the models in it. A plain module has no known output layer.
+    (so DistilBERT's `pre_classifier` is no output layer), whatever its name, and those of its shape beside it. One
+    without a base model, as of images and captions, has the output embeddings of the models in it. A plain module has
+    no known output layer.
 
     Examples:
         >>> output_layers(nn.Linear(2, 2))
@@ -148,8 +150,12 @@ def _output_layers(model: PreTrainedModel) -> list[nn.Module]:
         heads = [child for name, child in model.named_children() if name in _HEAD_NAMES][:1]
         inner = (below for child in model.children() for below in _outermost_pretrained(child))
         return heads or [layer for one in inner for layer in [_output_embeddings(one)] if layer is not None]
-    heads = [child for child in model.children() if child is not base and has_parameters(child)][-1:]
-    return [head for head in heads if not find_stacks(head)]
+    heads = [child for child in model.children() if child is not base and has_parameters(child)]
+    return [head for head in heads if _shapes(head) == _shapes(heads[-1]) and not find_stacks(head)]
+
+
+def _shapes(module: nn.Module) -> list[torch.Size]:
+    return [parameter.shape for parameter in module.parameters()]
 
 
 def _output_embeddings(model: PreTrainedModel) -> nn.Module | None:

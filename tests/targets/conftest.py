@@ -143,6 +143,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "clip": lambda: tf.CLIPModel(
         tf.CLIPConfig(text_config=CLIP, vision_config={**VIT, "projection_dim": 8}, projection_dim=8)
     ),
+    "deit-taught": lambda: tf.DeiTForImageClassificationWithTeacher(tf.DeiTConfig(**VIT, num_labels=3)),
     "blip": lambda: tf.BlipForConditionalGeneration(
         tf.BlipConfig(text_config={**CAPTION, "encoder_hidden_size": 8}, vision_config=VIT, projection_dim=8)
     ),

@@ -152,6 +152,7 @@ def test_embedding_of_misleading_names(wrap) -> None:
         ("mixtral", ["lm_head"]),
         ("jamba", ["lm_head"]),
         ("blip", ["text_decoder.cls.predictions.decoder"]),
+        ("deit-taught", ["cls_classifier", "distillation_classifier"]),
         ("bert-base", []),
         ("clip", []),
         ("image-text", []),
