@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hf_parcor.arguments import check_count
 from hf_parcor.corruptions import CORRUPTIONS, FloatQuantization, Quantization
@@ -99,7 +100,8 @@ def sensitivity(
         groups: What gets one format together, by the name that it shall have: as the targets of a `LayerProbe`, from
             `by_module`, `by_layer` or `by_kind`, say; or "layers", "kinds", "modules" or "adapters", without those
             that cannot be written into, which are noted, and with a weight that layers share in the first of them.
-            None, the default, for each linear module by itself, without output layers, which tools leave out too.
+            None, the default, for each linear module by itself, without output layers, which tools leave out too,
+            and without the one of `nn.MultiheadAttention`, which they cannot quantize.
         batches: Data for the pass; None, the default, for those of the metric if it is a `BatchMetric`.
         budget: How many cells are measured; None, the default, for all, 0 for none. A larger one goes on from the
             checkpoint of a smaller one.
@@ -409,8 +411,20 @@ def _selected(
     if groups is None:
         selection = reach.select("all-linear")
         notes += selection.notes
+        past = {
+            module.weight: name
+            for name, module in reach.model.named_modules()
+            if isinstance(module, NonDynamicallyQuantizableLinear)
+        }
+        left_out = [past[weight] for weight in selection.parameters.values() if weight in past]
+        if left_out:
+            more = f" and {len(left_out) - 1} more" if left_out[1:] else ""
+            notes.append(
+                f"{left_out[0]}{more} stay as they are: PyTorch's attention reads their weights past the module that "
+                "a tool would replace"
+            )
         for name, weight in selection.parameters.items():
-            if weight.ndim >= _FEWEST_DIMENSIONS:
+            if weight.ndim >= _FEWEST_DIMENSIONS and weight not in past:
                 found.setdefault(name.rpartition(".")[0] or name, {})[name] = weight
     else:
         seen: dict[nn.Parameter, str] = {}
