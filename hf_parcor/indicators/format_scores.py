@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hf_parcor.arguments import check_count
 from hf_parcor.corruptions import FloatQuantization, Quantization
@@ -100,8 +101,9 @@ def sensitivity(
             groups of 32 in a matrix of 48 columns, is left out there, and noted.
         groups: What gets one format together, by the name that it shall have: as the targets of a `LayerProbe`, from
             `by_module`, `by_layer` or `by_kind`, say; or "layers", "kinds", "modules" or "adapters", without those
-            that cannot be written into, which are noted. None, the default, for each linear module by itself, without
-            output layers, which tools leave out too.
+            that cannot be written into, which are noted, and with a weight that layers share in the first of them.
+            None, the default, for each linear module by itself, without output layers, which tools leave out too,
+            and without the one of `nn.MultiheadAttention`, which they cannot quantize.
         batches: Data for the pass; None, the default, for those of the metric if it is a `BatchMetric`.
         budget: How many cells are measured; None, the default, for all, 0 for none. A larger one goes on from the
             checkpoint of a smaller one.
@@ -396,8 +398,20 @@ def _selected(
     if groups is None:
         selection = reach.select("all-linear")
         notes += selection.notes
+        past = {
+            module.weight: name
+            for name, module in reach.model.named_modules()
+            if isinstance(module, NonDynamicallyQuantizableLinear)
+        }
+        left_out = [past[weight] for weight in selection.parameters.values() if weight in past]
+        if left_out:
+            more = f" and {len(left_out) - 1} more" if left_out[1:] else ""
+            notes.append(
+                f"{left_out[0]}{more} stay as they are: PyTorch's attention reads their weights past the module that "
+                "a tool would replace"
+            )
         for name, weight in selection.parameters.items():
-            if weight.ndim >= _FEWEST_DIMENSIONS:
+            if weight.ndim >= _FEWEST_DIMENSIONS and weight not in past:
                 found.setdefault(name.rpartition(".")[0] or name, {})[name] = weight
     else:
         seen: dict[nn.Parameter, str] = {}
@@ -408,16 +422,20 @@ def _selected(
         for label, selection in selections.items():
             notes += [sentence for sentence in selection.notes if sentence not in notes]
             matrices = {n: one for n, one in selection.parameters.items() if one.ndim >= _FEWEST_DIMENSIONS}
-            for name, weight in matrices.items():
-                if weight in seen:
-                    raise TargetError(
-                        f"groups: expected every weight in one group, got {name} in {seen[weight]!r} and {label!r}; "
-                        "group by_module, by_layer or by_kind"
-                    )
-                seen[weight] = label
+            shared = [name for name, weight in matrices.items() if weight in seen]
+            if shared and not isinstance(groups, str):
+                raise TargetError(
+                    f"groups: expected every weight in one group, got {shared[0]} in {seen[matrices[shared[0]]]!r} "
+                    f"and {label!r}; group by_module or by_kind"
+                )
+            if shared:  # layers may, as those of Zamba
+                more = f" and {len(shared) - 1} more" if shared[1:] else ""
+                notes.append(f"{label} shares {shared[0]}{more} with an earlier group, and is without them")
+            matrices = {name: weight for name, weight in matrices.items() if weight not in seen}
+            seen |= dict.fromkeys(matrices.values(), label)
             if matrices:
                 found[label] = matrices
-            else:
+            elif not shared:
                 without.append(label)
         if without:
             notes.append(f"{_some(without)} have no matrices, and stay as they are")

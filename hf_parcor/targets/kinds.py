@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +20,8 @@ from hf_parcor.targets.stacks import find_stacks, has_parameters
 
 _LAYER_NORM_NAME = re.compile(r"(Layer|RMS|Rms)Norm")
 _NORMALIZATION_NAME = re.compile(r"Norm(?!ed|al(?!iz))")  # not NormedEmbedding, not a normal distribution
+_ATTENTION_NAME = re.compile(r"Attention|MLA$")  # multi-head latent attention
+_FEED_FORWARD_NAME = re.compile(r"(MLP|FeedForward|FFN)$")
 _EMBEDDING_NAME = re.compile(r"Embed(ding|der)?s?(\d[dD])?$")
 _HEAD_NAMES = ("score", "classifier")
 
@@ -53,10 +56,10 @@ def is_normalization(module: nn.Module) -> bool:
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the attention modules: `nn.MultiheadAttention` and modules with `Attention` in their class name.
+    """Return the attention modules: `nn.MultiheadAttention` and modules with `Attention` or `MLA` in their class name.
 
     A module that holds a stack of blocks is not attention, whatever its name, nor is a block of a stack that has
-    attention inside.
+    attention inside. Others may hold what is none: see `feed_forward_modules`.
 
     Examples:
         >>> layer = nn.TransformerEncoderLayer(d_model=4, nhead=1, dim_feedforward=4, batch_first=True)
@@ -67,7 +70,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     is_model = _model_test(model)
 
     def is_called_attention(module: nn.Module) -> bool:
-        return "Attention" in type(module).__name__ and not is_model(module)
+        return _ATTENTION_NAME.search(type(module).__name__) is not None and not is_model(module)
 
     def is_attention(module: nn.Module) -> bool:
         if isinstance(module, nn.MultiheadAttention):
@@ -76,6 +79,17 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
         return is_called_attention(module) and not (module in blocks and any(map(is_called_attention, inner)))
 
     return [module for module in model.modules() if is_attention(module)]
+
+
+def feed_forward_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return what is called an MLP or a feed-forward network in modules, as beside the attention in a pooling head.
+
+    Examples:
+        >>> feed_forward_modules([nn.TransformerEncoderLayer(d_model=4, nhead=1, dim_feedforward=4)])
+        []
+    """
+    inside = (below for module in modules for below in module.modules())
+    return [module for module in inside if _FEED_FORWARD_NAME.search(type(module).__name__)]
 
 
 def embedding_modules(model: nn.Module) -> list[nn.Module]:
@@ -116,26 +130,38 @@ def output_layers(model: nn.Module) -> list[nn.Module]:
     """Return the output layer of the Transformers model in `model`: language modelling head, or the head for the task.
 
     A model without output embeddings has its head outside `base_model`: the last module there that has parameters
-    (so DistilBERT's `pre_classifier` is no output layer), whatever its name. A plain module has no known output
-    layer.
+    (so DistilBERT's `pre_classifier` is no output layer), whatever its name, and those of its shape beside it. One
+    without a base model, as of images and captions, has the output embeddings of the models in it. A plain module has
+    no known output layer.
 
     Examples:
         >>> output_layers(nn.Linear(2, 2))
         []
     """
-    return [layer for whole in _outermost_pretrained(model) for layer in [_output_layer(whole)] if layer is not None]
+    return [layer for whole in _outermost_pretrained(model) for layer in _output_layers(whole)]
 
 
-def _output_layer(model: PreTrainedModel) -> nn.Module | None:
-    get_output_embeddings: Callable[[], object] = model.get_output_embeddings
-    output_embeddings = get_output_embeddings()
-    if isinstance(output_embeddings, nn.Module):
-        return output_embeddings
+def _output_layers(model: PreTrainedModel) -> list[nn.Module]:
+    output_embeddings = _output_embeddings(model)
+    if output_embeddings is not None:
+        return [output_embeddings]
     base = model.base_model
     if base is model:  # a base model has no head; a few classifiers are their own base
-        return next((child for name, child in model.named_children() if name in _HEAD_NAMES), None)
+        heads = [child for name, child in model.named_children() if name in _HEAD_NAMES][:1]
+        inner = (below for child in model.children() for below in _outermost_pretrained(child))
+        return heads or [layer for one in inner for layer in [_output_embeddings(one)] if layer is not None]
     heads = [child for child in model.children() if child is not base and has_parameters(child)]
-    return heads[-1] if heads and not find_stacks(heads[-1]) else None
+    return [head for head in heads if _shapes(head) == _shapes(heads[-1]) and not find_stacks(head)]
+
+
+def _shapes(module: nn.Module) -> list[torch.Size]:
+    return [parameter.shape for parameter in module.parameters()]
+
+
+def _output_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    get_output_embeddings: Callable[[], object] = model.get_output_embeddings
+    found = get_output_embeddings()
+    return found if isinstance(found, nn.Module) else None
 
 
 def _outermost_pretrained(module: nn.Module) -> list[PreTrainedModel]:

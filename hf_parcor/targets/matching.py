@@ -12,6 +12,7 @@ from torch import nn
 from hf_parcor.targets.kinds import (
     attention_modules,
     embedding_modules,
+    feed_forward_modules,
     is_layer_norm,
     is_normalization,
     linear_modules,
@@ -106,7 +107,8 @@ def _layer_norm(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _attention(model: nn.Module) -> set[nn.Parameter]:
-    return parameters_below(attention_modules(model)) - _normalization(model)
+    modules = attention_modules(model)
+    return parameters_below(modules) - parameters_below(feed_forward_modules(modules)) - _normalization(model)
 
 
 def _embedding(model: nn.Module) -> set[nn.Parameter]:
@@ -155,7 +157,7 @@ WORDS: dict[str, Word] = {
     "all-linear": Word(_all_linear, "nn.Linear or Conv1D modules besides the output layer", _name_classes),
     "layer-norm": Word(_layer_norm, "LayerNorm or RMSNorm modules with parameters", _name_normalizations),
     "attention": Word(
-        _attention, "modules with Attention in their class name, or nn.MultiheadAttention", _name_classes
+        _attention, "modules with Attention or MLA in their class name, or nn.MultiheadAttention", _name_classes
     ),
     "embedding": Word(_embedding, "nn.Embedding, or modules with Embedding in their class name", _name_classes),
     "last-decoder-layer": Word(_last_layer("decoder"), "a stack of decoder blocks", _name_stacks),

@@ -138,7 +138,7 @@ def select_parameters(
     | `"all"` | every parameter |
     | `"all-linear"` | `nn.Linear` and Transformers' `Conv1D`, except the output layer |
     | `"layer-norm"` | LayerNorm and RMSNorm of every library |
-    | `"attention"` | attention modules, without the normalization layers in them |
+    | `"attention"` | attention modules, without the normalization layers and MLPs in them |
     | `"embedding"` | embeddings of tokens, positions, patches, without the normalization layers in them |
     | `"last-decoder-layer"` | the last block of the decoder (of each, in a model with several) |
     | `"last-encoder-layer"` | the last block of the encoder (of each, in a model with several) |

@@ -5,7 +5,8 @@ the textbook case:
 
 - Hybrid models alternate two kinds of block (attention and state space, self- and cross-attention). So one
   *family* means that the block classes have a common ancestor of their own below `nn.Module`, not that they are
-  the same class.
+  the same class; or that all are written in the file of the Transformers model around them (MobileViT's convolutions
+  and transformers).
 - A list of bare layers (one embedding or one output head per codebook, the convolutions of a feature pyramid, each in
   an `nn.Sequential` of its own) is not a stack of blocks. It counts only in a model that has nothing else, such as a
   plain list of linear layers.
@@ -34,9 +35,10 @@ __all__ = ["Role", "Stack", "find_stacks", "has_parameters"]
 Role = Literal["encoder", "decoder", "other"]
 BlockList: TypeAlias = nn.ModuleList | nn.Sequential
 
-# Words in the components of a name: `decode_head`, `pos_conv_embed`, `encoder_input_proj`, `deepstack_merger_list`.
+# Words in the components of a name: `decode_head`, `pos_conv_embed`, `encoder_input_proj`, `deepstack_merger_list`,
+# `speech_decoder_postnet`.
 _OF_A_HEAD = re.compile(r"(?:^|[._])(?:heads?|neck)(?:[._]|$)")
-_OF_INPUT_OR_OUTPUT = re.compile(r"(?:^|[._])(?:embed|proj|merger|pooler|bias)")
+_OF_INPUT_OR_OUTPUT = re.compile(r"(?:^|[._])(?:embed|proj|merger|pooler|bias|prenet|postnet)")
 _NUMBER = re.compile(r"\d+")
 
 
@@ -112,8 +114,8 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     The role of a stack is, in this order:
 
     1. other, when its name says that it belongs to a head or a neck, or, below the Transformers model around it, to
-       an embedding, a projection, a merger, a pooler or a bias: what these are made of are no layers (unless a model
-       has nothing else);
+       an embedding, a projection, a merger, a pooler, a bias, a prenet or a postnet: what these are made of are no
+       layers (unless a model has nothing else);
     2. decoder, when the configuration of the model around it says `is_decoder` (a BERT that generates keeps the
        path `bert.encoder.layer`, and is a decoder all the same);
     3. other, when its name says nothing below that model, and another stack there says that it has the role of 6: the
@@ -164,7 +166,11 @@ def _search(
     seen.add(module)
     if isinstance(module, PreTrainedModel):
         owner, model = name, module
-    if isinstance(module, kind) and _is_family(list(module)) and (kind is nn.ModuleList or _is_composite(module, all)):
+    if (
+        isinstance(module, kind)
+        and (_is_family(list(module)) or _is_written_beside(list(module), model))
+        and (kind is nn.ModuleList or _is_composite(module, all))
+    ):
         yield _Found({name: module}, owner, model)
         return
     for child_name, child in module.named_children():
@@ -185,13 +191,22 @@ def _in_stages(found: Iterable[_Found]) -> list[_Found]:
     return [one for one in joined.values() if len(one.blocks) > 1]
 
 
-def _is_family(blocks: Sequence[nn.Module]) -> bool:
-    if len(blocks) == 0 or not all(map(has_parameters, blocks)):
-        return False
-    if any(isinstance(block, PreTrainedModel) for block in blocks):  # an ensemble is no stack
+def _is_family(blocks: Sequence[nn.Module | None]) -> bool:
+    if not _are_blocks(blocks):
         return False
     common = set.intersection(*(set(type(block).__mro__) for block in blocks))
     return any(issubclass(ancestor, nn.Module) and ancestor is not nn.Module for ancestor in common)
+
+
+def _is_written_beside(blocks: Sequence[nn.Module | None], model: PreTrainedModel | None) -> bool:
+    return _are_blocks(blocks) and {type(block).__module__ for block in blocks} == {type(model).__module__}
+
+
+def _are_blocks(blocks: Sequence[nn.Module | None]) -> bool:
+    """Tell whether all of a list has parameters, and is no whole model: an ensemble is no stack."""
+    return len(blocks) > 0 and all(
+        block is not None and has_parameters(block) and not isinstance(block, PreTrainedModel) for block in blocks
+    )
 
 
 def _is_composite(blocks: Iterable[nn.Module], of_blocks: Callable[[Iterable[bool]], bool] = any) -> bool:

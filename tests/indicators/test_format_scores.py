@@ -24,6 +24,7 @@ from hf_parcor.evaluation import ClassificationMetric, NotEnoughMemoryError, Not
 from hf_parcor.evaluation.metrics import WithDivergence
 from hf_parcor.functional import random_signs
 from hf_parcor.indicators import unscored
+from hf_parcor.targets import TargetError, by_layer
 
 FORMATS = [Quantization(3, "channel"), Quantization(2), FloatQuantization("fp8_e4m3")]
 PROBES = 3
@@ -322,3 +323,17 @@ def test_a_metric_without_a_loss_gets_one() -> None:
     assert record.metric == "score"
     assert record.clean["loss"] == pytest.approx(float(model[0].weight.detach().square().mean()))
     assert set(record.cells[0].measured) == {"score", "loss"}
+
+
+def test_weights_that_layers_share_are_of_the_first() -> None:
+    """Zamba's layers share a whole transformer: its weights get one format."""
+    shared = nn.Linear(2, 2, bias=False)
+    model = nn.ModuleList([nn.ModuleDict({"own": nn.Linear(2, 2), "shared": shared}) for _ in range(2)])
+    model.append(nn.ModuleDict({"shared": shared}))
+    record = unscored(model, [Quantization(2)], "layers")
+    weights = {label: list(group.weights) for label, group in record.groups.items()}
+    assert weights == {"0": ["0.own.weight", "0.shared.weight"], "1": ["1.own.weight"]}
+    assert [note.split()[0] for note in record.notes if "0.shared.weight" in note] == ["1", "2"]
+    assert len(record.notes) == 2, "none of them has no matrices"
+    with pytest.raises(TargetError, match="expected every weight in one group"):
+        unscored(model, [Quantization(2)], by_layer(model))

@@ -176,3 +176,17 @@ def test_only_tools_that_quantize_what_holds_the_weights_get_a_file(tmp_path, mo
     assert {path.name for path in tmp_path.iterdir()} & tools == written
     for name in tools - written:
         assert any(sentence.startswith(name) for sentence in found.missing)
+
+
+def test_what_no_tool_quantizes_is_in_no_group_unless_named(tmp_path) -> None:
+    """As the attention of SigLIP's head, for which no recipe of PaliGemma was for torchao or llm-compressor."""
+    model = nn.Sequential(Attention(), nn.Linear(32, 32))
+    scores = sensitivity(
+        model, [torch.randn(3, 32)], [FOUR], budget=0, loss=lambda m, x: m(x).square().mean(), progress=False
+    )
+    assert list(scores.groups) == ["1"]
+    assert [note for note in scores.notes if "0.inner.out_proj" in note]
+    found = export_recipe(recipe(scores, bits=5.5, keep=False), tmp_path)
+    assert {"torchao.json", "bitsandbytes.yaml", "llm_compressor.yaml"} <= {path.name for path in found.files}
+    left = yaml.safe_load((tmp_path / "llm_compressor.yaml").read_text())["quant_stage"]["quant_modifiers"]
+    assert left["QuantizationModifier"]["ignore"] == ["0.inner.out_proj"]

@@ -63,6 +63,7 @@ VIT = {
     "patch_size": 4,
 }
 CLIP = {**ENCODER, "bos_token_id": 1, "eos_token_id": 2, "projection_dim": 8}
+CAPTION = {**ENCODER, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
 WAV2VEC2 = {
     **ENCODER,
     "conv_dim": [8, 8],
@@ -141,6 +142,10 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     ),
     "clip": lambda: tf.CLIPModel(
         tf.CLIPConfig(text_config=CLIP, vision_config={**VIT, "projection_dim": 8}, projection_dim=8)
+    ),
+    "deit-taught": lambda: tf.DeiTForImageClassificationWithTeacher(tf.DeiTConfig(**VIT, num_labels=3)),
+    "blip": lambda: tf.BlipForConditionalGeneration(
+        tf.BlipConfig(text_config={**CAPTION, "encoder_hidden_size": 8}, vision_config=VIT, projection_dim=8)
     ),
     "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=2)),
     "jamba": lambda: tf.JambaForCausalLM(tf.JambaConfig(**JAMBA)),

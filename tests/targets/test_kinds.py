@@ -37,12 +37,38 @@ class GlobalAttentionLayer(nn.Module):
         self.out = nn.Linear(2, 2, bias=False)
 
 
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(2, 2)
+
+
+class LatentMLA(nn.Module):
+    """Multi-head latent attention, as LongCat calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Linear(2, 2, bias=False)
+
+
+class AttentionPoolingHead(nn.Module):
+    """Attention and what follows it, in no stack: SigLIP's head, and the layer that Zamba's blocks share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.ones(2))
+        self.attention = LatentMLA()
+        self.mlp = MLP()
+
+
 class AttentionModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(3, 2)
         self.layers = nn.ModuleList([AttentionBlock(), AttentionBlock()])
         self.extra = GlobalAttentionLayer()
+        self.latent = LatentMLA()
+        self.head = AttentionPoolingHead()
 
 
 class ScaledRMSNorm(nn.Module):
@@ -91,6 +117,7 @@ def test_attention_of_misleading_names() -> None:
         *("layers.0.mixer.query.weight", "layers.0.mixer.table.weight"),
         *("layers.1.mixer.query.weight", "layers.1.mixer.table.weight"),
         *("extra.inner.query.weight", "extra.inner.table.weight", "extra.out.weight"),
+        *("latent.down.weight", "head.probe", "head.attention.down.weight"),
     ]
 
 
@@ -124,6 +151,8 @@ def test_embedding_of_misleading_names(wrap) -> None:
         ("musicgen-decoder", ["lm_heads"]),
         ("mixtral", ["lm_head"]),
         ("jamba", ["lm_head"]),
+        ("blip", ["text_decoder.cls.predictions.decoder"]),
+        ("deit-taught", ["cls_classifier", "distillation_classifier"]),
         ("bert-base", []),
         ("clip", []),
         ("image-text", []),

@@ -106,6 +106,7 @@ def test_blocks_of_one_family_are_a_stack_and_unrelated_modules_are_not() -> Non
 
 def test_list_with_a_module_without_parameters_is_no_stack() -> None:
     assert described(nn.ModuleList([nn.ReLU(), nn.Linear(2, 2)])) == []
+    assert described(nn.ModuleList([nn.Linear(2, 2), None])) == []  # as Informer's convolutions between layers end
     assert described(nn.ModuleList()) == []
 
 
@@ -233,6 +234,8 @@ LAST_LAYERS: dict[str, tuple[list[str], list[str]]] = {
     "DepthAnything/DepthEstimation": (["backbone.encoder.layer.11"], []),
     "ZoeDepth/DepthEstimation": (["backbone.beit.layers.23"], []),
     "GLPN/DepthEstimation": (["glpn.encoder.block.3"], ["decoder.stages.3"]),
+    "MobileViT/ImageClassification": (["mobilevit.encoder.layer.4"], []),  # layers of two families
+    "SwiftFormer/ImageClassification": (["swiftformer.encoder.network.6"], []),
     "PoolFormer/ImageClassification": (["poolformer.encoder.block.3"], []),
     "Pvt/ImageClassification": (["pvt.encoder.block.3"], []),
     "ViTMAE/PreTraining": (["vit.layers.11"], ["decoder.decoder_layers.7"]),
@@ -306,7 +309,9 @@ def test_a_head_adds_no_layer(kind: str, base: str) -> None:
         assert whole
 
 
-@for_each("part", ["decode_head", "auxiliary_head.0", "neck", "heads", "bbox_embed", "input_proj"])
+@for_each(
+    "part", ["decode_head", "auxiliary_head.0", "neck", "heads", "bbox_embed", "input_proj", "prenet", "postnet"]
+)
 def test_lists_in_a_part_beside_the_encoder_are_no_layers(part: str) -> None:
     model: nn.Module = nn.ModuleDict({"stages": blocks()})
     inner = blocks()
