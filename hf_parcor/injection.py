@@ -266,6 +266,10 @@ class Injection:
     from, captured CUDA graphs, and what a model keeps of its own, such as a view. Of these, addresses cannot be found.
     (DDP, AdamW, fused too, tied weights and compiled models without CUDA graphs hold parameters, and would not mind.)
 
+    A model may give a parameter other memory all the same: the routers of Switch Transformers in bfloat16 cast
+    themselves to float32 when they are first called. What is there at the first write is corrupted, and what is there
+    at the end gets the saved bits as well, in its own dtype.
+
     After each write, what PyTorch keeps that was computed from the weights before is forgotten (see
     `forget_derived`).
 
@@ -281,8 +285,15 @@ class Injection:
 
     def __init__(self, weights: Mapping[str, Tensor], *, saved_on: Device = None) -> None:
         check_weights(weights)
-        self._weights = {name: weight.detach() for name, weight in weights.items()}
+        self._given = dict(weights)
         self._saved_on = check_device("saved_on", saved_on)
+        self._take_memory()
+        self._forget()
+
+    def _take_memory(self) -> None:
+        """Find out where the weights are."""
+        weights = self._given
+        self._weights = {name: weight.detach() for name, weight in weights.items()}
         exact: list[str] = []
         narrow: list[str] = []
         for name, weight in weights.items():
@@ -291,7 +302,20 @@ class Injection:
         self._all_exact, self._all_narrow = range(len(exact)), range(len(exact), len(names))
         self._places = dict(zip(names, range(len(names)), strict=True))
         self._vector = one_vector([self._weights[name] for name in names])
-        self._forget()
+        self._now = [weights[name] for name in names]
+
+    def _moved(self, places: Iterable[int]) -> list[int]:
+        """Return which weights have other memory by now than is written."""
+        return [
+            place
+            for place in places
+            if not isinstance(self._now[place], DTensor)
+            and self._now[place].data_ptr() != self._vector[place].data_ptr()
+        ]
+
+    def _follow(self) -> None:
+        if not self._active and self._moved(range(len(self._vector))):
+            self._take_memory()
 
     def _forget(self) -> None:
         self._active = False
@@ -350,6 +374,7 @@ class Injection:
             RuntimeError: The weights were written by `write`, and not restored since.
             TypeError: A `Multiple` of narrow weights, which hold no `a` to be moved later.
         """
+        self._follow()
         factor: Tensor | None = None
         if isinstance(update, Multiple):
             factor, update = update.factor, update.direction
@@ -436,6 +461,7 @@ class Injection:
                 then; of pieces, what was is put back.
             RuntimeError: The weights were displaced, and not restored since.
         """
+        self._follow()
         p = None if p is None else check_norm_order(p)
         multiple = corruption if isinstance(corruption, Multiple) else None
         corruption = corruption.direction if isinstance(corruption, Multiple) else corruption
@@ -525,6 +551,8 @@ class Injection:
         _foreach(
             torch._foreach_copy_, [self._vector[place] for place in saved], [self._saved[place] for place in saved]
         )
+        for place in self._moved(saved):
+            self._now[place].copy_(self._saved[place])
 
     @torch.no_grad()
     def withdraw(self, p: float) -> CorruptionNorm:

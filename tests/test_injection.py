@@ -209,6 +209,29 @@ class TestEveryBitIsBack:
                 parameter.data.fill_(7)
         assert bits_of(model) == before
 
+    @for_each("cast", [torch.float32, torch.float64, torch.float16])
+    def test_also_where_the_model_has_moved_its_weights(self, model: Weights, cast) -> None:
+        """As a router of Switch Transformers, which casts itself: it is as if nothing had been corrupted."""
+        expected = {name: weight.detach().to(cast, copy=True) for name, weight in model.named_parameters()}
+        with corrupted(model.ordinary(), noise(model.ordinary())) as injection:
+            model.to(cast)
+            assert not torch.equal(model.get_parameter(next(iter(model.ordinary()))), next(iter(expected.values())))
+            injection.write({})
+            torch.testing.assert_close(dict(model.named_parameters()), expected, rtol=0, atol=0, equal_nan=True)
+            injection.write(noise(model.ordinary()))
+        torch.testing.assert_close(dict(model.named_parameters()), expected, rtol=0, atol=0, equal_nan=True)
+
+    def test_weights_that_moved_before_the_first_write_are_corrupted_where_they_are(self, model: Weights) -> None:
+        injection = Injection(model.ordinary())
+        model.to(torch.float64)
+        before = {name: weight.detach().clone() for name, weight in model.ordinary().items()}
+        change = {name: torch.randn_like(weight) for name, weight in before.items()}
+        injection.displace(change)
+        for name, weight in model.ordinary().items():
+            assert torch.equal(weight, before[name] + change[name])
+        injection.restore()
+        torch.testing.assert_close(dict(model.ordinary()), before, rtol=0, atol=0)
+
     def test_a_thousand_times(self, bits_of) -> None:
         model = Weights([torch.float32, torch.bfloat16])
         parameters = dict(model.named_parameters())
