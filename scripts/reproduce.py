@@ -81,6 +81,16 @@ STUDIES: dict[str, dict[str, Study]] = {
             arms=("plain", "multi_step_risk-1", "sam-half"),
         ),
     },
+    "sst2-alone": {
+        "full": Study(
+            "all of the loss at corrupted weights, on all 67,349 sentences",
+            "deploy_sst2 --size full",
+            "sst2_alone",
+            model="--model",
+            arms=("4-bits", "noise"),
+            seeds=(0,),
+        ),
+    },
     "sst2-deployed": {
         "small": Study(
             "for what will happen to the weights, on 2,048 sentences",
