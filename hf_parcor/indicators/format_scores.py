@@ -170,7 +170,7 @@ def sensitivity(
         parts = _each_batch(source) if thrifty else [_OverData.of(source, diagonal)]
         cells = _scored(selected, formats, parts, processes if thrifty else ALONE)
     _check_finite([cell.scores[FISHER] for cell in cells])
-    notes += _unfit(selected, formats, cells)
+    notes += [*_unfit(selected, formats, cells), *_unreached(cells)]
     promising = sorted(cells, key=_least_risky_last)[:budget]
     places = {(cell.group, cell.format) for cell in promising}
     wanted = frozenset(
@@ -572,6 +572,19 @@ def _unfit(groups: Collection[str], formats: Sequence[Format], cells: Sequence[F
         without = [group for group in groups if (group, label) not in fit]
         if without:
             yield f"{label} does not fit {_some(without)}, whose rows are no whole number of blocks"
+
+
+def _unreached(cells: Sequence[FormatScore]) -> Iterator[str]:
+    """Yield a sentence on the groups whose gradients are all zero, which scores cannot tell from those without any."""
+    reached = {cell.group: False for cell in cells}
+    for cell in cells:
+        reached[cell.group] |= cell.scores["fit"] != 0  # NaN is a gradient
+    without = [group for group, found in reached.items() if not found]
+    if without:
+        yield (
+            f"no gradient reached {_some(without)}: the model does not use them, or something behind them passes none "
+            "back; what is measured of them tells, and scores of 0 do not"
+        )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -337,3 +337,23 @@ def test_weights_that_layers_share_are_of_the_first() -> None:
     assert len(record.notes) == 2, "none of them has no matrices"
     with pytest.raises(TargetError, match="expected every weight in one group"):
         unscored(model, [Quantization(2)], by_layer(model))
+
+
+def test_parts_that_no_gradient_reaches_are_said() -> None:
+    """One that is behind a detach is as silent as one that is not used; only a measurement tells them apart."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cut, self.unused, self.last = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return self.last(self.cut(rows).detach())
+
+    record = sensitivity(
+        Model(), [torch.randn(5, 4)], [Quantization(2)], loss=lambda model, x: model(x).square().mean(), progress=False
+    )
+    (said,) = [note for note in record.notes if "gradient" in note]
+    assert [name in said for name in ("cut", "unused", "last")] == [True, True, False]
+    changes = {cell.group: cell.measured["loss"] != record.clean["loss"] for cell in record.cells}
+    assert changes == {"cut": True, "unused": False, "last": True}
