@@ -212,7 +212,7 @@ def _gathered(value: Tensor, cuts: Cuts) -> Tensor:
     for mesh, dimension in reversed(cuts):
         here = rows.to(mesh.device_type).reshape(1, -1)  # weights may be offloaded from where their ranks meet
         there = here.new_empty((mesh.size(dimension), here.shape[1]))
-        distributed.all_gather_into_tensor(there, here, group=mesh.get_group(dimension))
+        distributed.all_gather(list(there), here[0], group=mesh.get_group(dimension))
         rows = there
     return rows.to(value.device).reshape(-1, *value.shape)
 
