@@ -221,6 +221,16 @@ class TestEveryBitIsBack:
             injection.write(noise(model.ordinary()))
         torch.testing.assert_close(dict(model.named_parameters()), expected, rtol=0, atol=0, equal_nan=True)
 
+    @for_each("cast", [torch.float64, torch.float16])
+    def test_also_where_they_moved_between_two_steps(self, model: Weights, cast) -> None:
+        expected = {name: weight.detach().to(cast, copy=True) for name, weight in model.named_parameters()}
+        injection = Injection(dict(reversed(model.ordinary().items())))  # those of narrow dtypes first
+        injection.displace(noise(model.ordinary()))
+        model.to(cast)
+        injection.displace(noise(model.ordinary()))
+        injection.restore()
+        torch.testing.assert_close(dict(model.named_parameters()), expected, rtol=0, atol=0, equal_nan=True)
+
     def test_weights_that_moved_before_the_first_write_are_corrupted_where_they_are(self, model: Weights) -> None:
         injection = Injection(model.ordinary())
         model.to(torch.float64)
