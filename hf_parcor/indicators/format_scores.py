@@ -393,55 +393,69 @@ def _selected(
     reach: Reach, groups: Mapping[str, str | Collection[str]] | str | None
 ) -> tuple[dict[str, dict[str, nn.Parameter]], list[str]]:
     """Return the matrices of each group by their names, and sentences on what is left out."""
-    found: dict[str, dict[str, nn.Parameter]] = {}
-    notes: list[str] = []
-    if groups is None:
-        selection = reach.select("all-linear")
-        notes += selection.notes
-        past = {
-            module.weight: name
-            for name, module in reach.model.named_modules()
-            if isinstance(module, NonDynamicallyQuantizableLinear)
-        }
-        left_out = [past[weight] for weight in selection.parameters.values() if weight in past]
-        if left_out:
-            more = f" and {len(left_out) - 1} more" if left_out[1:] else ""
-            notes.append(
-                f"{left_out[0]}{more} stay as they are: PyTorch's attention reads their weights past the module that "
-                "a tool would replace"
-            )
-        for name, weight in selection.parameters.items():
-            if weight.ndim >= _FEWEST_DIMENSIONS and weight not in past:
-                found.setdefault(name.rpartition(".")[0] or name, {})[name] = weight
-    else:
-        seen: dict[nn.Parameter, str] = {}
-        without = []
-        selections, _ = reach.select_groups(
-            groups if isinstance(groups, str) else {name: {"target_modules": one} for name, one in groups.items()}
-        )
-        for label, selection in selections.items():
-            notes += [sentence for sentence in selection.notes if sentence not in notes]
-            matrices = {n: one for n, one in selection.parameters.items() if one.ndim >= _FEWEST_DIMENSIONS}
-            shared = [name for name, weight in matrices.items() if weight in seen]
-            if shared and not isinstance(groups, str):
-                raise TargetError(
-                    f"groups: expected every weight in one group, got {shared[0]} in {seen[matrices[shared[0]]]!r} "
-                    f"and {label!r}; group by_module or by_kind"
-                )
-            if shared:  # layers may, as those of Zamba
-                more = f" and {len(shared) - 1} more" if shared[1:] else ""
-                notes.append(f"{label} shares {shared[0]}{more} with an earlier group, and is without them")
-            matrices = {name: weight for name, weight in matrices.items() if weight not in seen}
-            seen |= dict.fromkeys(matrices.values(), label)
-            if matrices:
-                found[label] = matrices
-            elif not shared:
-                without.append(label)
-        if without:
-            notes.append(f"{_some(without)} have no matrices, and stay as they are")
+    found, notes = _each_linear(reach) if groups is None else _of_groups(reach, groups)
     if not found:
         raise TargetError("groups: expected at least one with a matrix, got none; name linear modules")
     return found, notes
+
+
+def _each_linear(reach: Reach) -> tuple[dict[str, dict[str, nn.Parameter]], list[str]]:
+    """Return the matrix of each linear module that a tool can replace."""
+    selection = reach.select("all-linear")
+    past = {
+        module.weight: name
+        for name, module in reach.model.named_modules()
+        if isinstance(module, NonDynamicallyQuantizableLinear)
+    }
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    for name, weight in _matrices(selection.parameters).items():
+        if weight not in past:
+            found.setdefault(name.rpartition(".")[0] or name, {})[name] = weight
+    notes = list(selection.notes)
+    left_out = [past[weight] for weight in selection.parameters.values() if weight in past]
+    if left_out:
+        notes.append(
+            f"{_some(left_out, 'modules')} stay as they are: PyTorch's attention reads their weights past the module "
+            "that a tool would replace"
+        )
+    return found, notes
+
+
+def _of_groups(
+    reach: Reach, groups: Mapping[str, str | Collection[str]] | str
+) -> tuple[dict[str, dict[str, nn.Parameter]], list[str]]:
+    """Return the matrices of each group that is named, or of each layer, kind, module or adapter."""
+    selections, _ = reach.select_groups(
+        groups if isinstance(groups, str) else {name: {"target_modules": one} for name, one in groups.items()}
+    )
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    notes: list[str] = []
+    without: list[str] = []
+    seen: dict[nn.Parameter, str] = {}
+    for label, selection in selections.items():
+        notes += [sentence for sentence in selection.notes if sentence not in notes]
+        matrices = _matrices(selection.parameters)
+        shared = [name for name, weight in matrices.items() if weight in seen]
+        if shared and not isinstance(groups, str):
+            raise TargetError(
+                f"groups: expected every weight in one group, got {shared[0]} in {seen[matrices[shared[0]]]!r} "
+                f"and {label!r}; group by_module or by_kind"
+            )
+        if shared:  # layers may, as those of Zamba
+            notes.append(f"{label} shares {_some(shared, 'weights')} with an earlier group, and is without them")
+        own = {name: weight for name, weight in matrices.items() if weight not in seen}
+        seen |= dict.fromkeys(own.values(), label)
+        if own:
+            found[label] = own
+        elif not shared:
+            without.append(label)
+    if without:
+        notes.append(f"{_some(without)} have no matrices, and stay as they are")
+    return found, notes
+
+
+def _matrices(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {name: one for name, one in parameters.items() if one.ndim >= _FEWEST_DIMENSIONS}
 
 
 class _OverData(NamedTuple):
@@ -587,8 +601,8 @@ def _unreached(cells: Sequence[FormatScore]) -> Iterator[str]:
         )
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= 3 else f"{len(names)} groups such as {names[0]}"
+def _some(names: Sequence[str], what: str = "groups") -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} {what} such as {names[0]}"
 
 
 def _holders(model: nn.Module, together: Mapping[str, nn.Parameter]) -> dict[str, dict[str, str]]:
