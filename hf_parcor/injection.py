@@ -285,14 +285,12 @@ class Injection:
 
     def __init__(self, weights: Mapping[str, Tensor], *, saved_on: Device = None) -> None:
         check_weights(weights)
-        self._given = dict(weights)
         self._saved_on = check_device("saved_on", saved_on)
-        self._take_memory()
+        self._take_memory(weights)
         self._forget()
 
-    def _take_memory(self) -> None:
+    def _take_memory(self, weights: Mapping[str, Tensor]) -> None:
         """Find out where the weights are."""
-        weights = self._given
         self._weights = {name: weight.detach() for name, weight in weights.items()}
         exact: list[str] = []
         narrow: list[str] = []
@@ -302,7 +300,7 @@ class Injection:
         self._all_exact, self._all_narrow = range(len(exact)), range(len(exact), len(names))
         self._places = dict(zip(names, range(len(names)), strict=True))
         self._vector = one_vector([self._weights[name] for name in names])
-        self._now = [weights[name] for name in names]
+        self._now = [weights[name] for name in names]  # the tensors themselves, whatever memory they have
 
     def _moved(self, places: Iterable[int]) -> list[int]:
         """Return which weights have other memory by now than is written."""
@@ -315,7 +313,7 @@ class Injection:
 
     def _follow(self) -> None:
         if not self._active and self._moved(range(len(self._vector))):
-            self._take_memory()
+            self._take_memory({name: self._now[place] for name, place in self._places.items()})
 
     def _forget(self) -> None:
         self._active = False

@@ -107,9 +107,6 @@ class WorstBitFlips(Corruption):
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
     ) -> Replacement:
         *_, values = self.walk(weights, gradients)
-        if not values:  # nothing can be flipped: a weight as it is
-            name, weight = next(iter(weights.items()))
-            values[name] = weight.detach().clone(memory_format=torch.contiguous_format)
         return values  # what holds no flip is not copied, and not saved either
 
     @torch.no_grad()

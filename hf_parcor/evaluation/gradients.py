@@ -6,7 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -38,11 +38,13 @@ def corrupted_model(
 ) -> Iterator[Injection]:
     """Corrupt some weights of a model inside a `with` block; no weights that were gathered outlive its ends.
 
+    Unlike `corrupted`, it takes a corruption that names no weight: one that leaves all of them as they are.
+
     Inside, the model and its parts refuse `save_pretrained`, and so `push_to_hub` and `Trainer.save_model`: nothing
     that a metric or a loss calls leaves a damaged model behind. Whoever wants one on disk takes `corrupted`, which
     knows no model. A state dict that is written by other means is not noticed.
     """
-    with corrupted(parameters, corruption, saved_on=saved_on, p=p) as injection, unsaved(model):
+    with corrupted(parameters, corruption or Pieces(()), saved_on=saved_on, p=p) as injection, unsaved(model):
         drop_gathered(model)
         try:
             yield injection
@@ -352,7 +354,7 @@ class DatasetGradients:
     def gradient_at(self, values: Mapping[str, Tensor], batches: int | None = None) -> dict[str, Tensor]:
         """Return the gradient of the mean loss over the first batches with new values of some parameters."""
         overall: list[Tensor] = []
-        with self._holding(values):
+        with corrupted_model(self._model, self._parameters, Replacement(values)):
             for batch, share in self.shares(batches):
                 found = self._gradient(batch, share)
                 if overall:
@@ -363,12 +365,9 @@ class DatasetGradients:
     @torch.no_grad()
     def loss_at(self, values: Mapping[str, Tensor], batches: int | None = None) -> float:
         """Return the mean loss over the first batches with new values of some parameters."""
-        with self._holding(values):
+        with corrupted_model(self._model, self._parameters, Replacement(values)):
             losses = [share * self.loss_on(batch) for batch, share in self.shares(batches)]
         return float(torch.stack(losses).sum())
-
-    def _holding(self, values: Mapping[str, Tensor]) -> AbstractContextManager[object]:
-        return corrupted_model(self._model, self._parameters, Replacement(values)) if values else nullcontext()
 
     def next_batch(self) -> Batch:
         """Return the next batch, on the device that the model takes it on; after the last comes the first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from pathlib import Path
@@ -81,14 +81,8 @@ class MixedQuantization(Corruption):
         return {"name": self.name, "bits": self.bits, "by": self.by, "formats": formats}
 
     def _choose(self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: Any) -> Pieces:
-        return Pieces(self._rounded(weights), replaces=True)
-
-    def _rounded(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        named = [(name, one) for name, one in self.formats if name in weights]
-        for name, one in named:
-            yield from one.pieces({name: weights[name]})
-        if not named:  # a corruption has at least one weight, also where all stay as they are
-            yield from weights.items()
+        rounded = (one.pieces({name: weights[name]}) for name, one in self.formats if name in weights)
+        return Pieces(chain.from_iterable(rounded), replaces=True)
 
 
 def measure_recipes(
