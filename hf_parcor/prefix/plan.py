@@ -37,6 +37,9 @@ _REPEATABLE = 1e-3  # two full runs that differ by more draw random numbers, or 
 _OF_RUNS = 4.0  # how much farther apart than two full runs a full one and one with the prefix reused may be
 
 
+_CACHES = {"past_key_values", "cache"}  # as models call it before Transformers 5.24, and since
+
+
 def tolerance_of(precisions: Iterable[torch.dtype]) -> float:
     """Return the tolerance of the least precise of what was computed."""
     return max((_TOLERANCES.get(precision, 0.0) for precision in precisions), default=0.0)
@@ -69,7 +72,7 @@ def numbers_of(result: Any) -> list[Tensor]:
 
 def _leaves(result: Any) -> list[Any]:
     if isinstance(result, Mapping):
-        result = {name: value for name, value in result.items() if name != "past_key_values"}
+        result = {name: value for name, value in result.items() if name not in _CACHES}
     return tree_leaves(result)
 
 

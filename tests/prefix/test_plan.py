@@ -82,6 +82,7 @@ W = torch.tensor([1.0, 3.0], requires_grad=True)
         ({"loss": torch.tensor(7.0), "logits": 2 * W}, 20.0),
         ((W, 3 * W.double(), torch.tensor([5.0]), torch.tensor([5]), "a"), 50.0),
         ({"logits": W, "past_key_values": 9 * W}, 5.0),
+        ({"logits": W, "cache": 9 * W}, 5.0),
     ],
 )
 def test_gradients_are_those_of_the_loss_or_of_mean_squares(result, value):
@@ -141,9 +142,10 @@ def test_how_far_apart_they_may_be(found, of_full_runs, says):
             check_results("loss", found, of_full_runs)
 
 
-def test_keys_and_values_for_a_generation_are_no_result_and_results_hold_no_graph():
+@for_each("name", ["past_key_values", "cache"])
+def test_keys_and_values_for_a_generation_are_no_result_and_results_hold_no_graph(name):
     weight = torch.ones(2, requires_grad=True)
-    (found,) = leaves_of({"logits": 2 * weight, "past_key_values": object()})
+    (found,) = leaves_of({"logits": 2 * weight, name: object()})
     assert found.tolist() == [2, 2]
     assert not found.requires_grad
 
