@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +24,7 @@ from hf_parcor.records import EvaluationRecord
 from hf_parcor.records.curves import plain_name
 from hf_parcor.records.data import evaluation_data_of
 from hf_parcor.records.metric_info import MetricInfo
+from hf_parcor.statistics import sample_mean
 
 DEFAULT_CORRUPTIONS: tuple[Corruption, ...] = (
     GradientCorruption(CorruptionConstraint(p=2.0, epsilon=0.1)),
@@ -181,7 +181,7 @@ def robustness_metrics(record: EvaluationRecord, names: Sequence[str], prefix: s
     for metric in record.clean.metrics:
         values = {name: row.mean(metric) for name, row in zip(names, record.corruptions, strict=True)}
         metrics |= {f"{prefix}_robustness_{name}_{metric}": value for name, value in values.items()}
-        metrics[f"{prefix}_robustness_{metric}"] = statistics.fmean(values.values())
+        metrics[f"{prefix}_robustness_{metric}"] = sample_mean(list(values.values()))
     return metrics
 
 

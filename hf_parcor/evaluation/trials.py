@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -16,6 +15,7 @@ from hf_parcor.evaluation.metrics.generation import CUT
 from hf_parcor.evaluation.outputs import NOT_FINITE
 from hf_parcor.injection import CorruptionSize, is_swallowed
 from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord
+from hf_parcor.statistics import sample_mean
 
 logger = logging.get_logger(__name__)
 
@@ -137,8 +137,8 @@ def record_of(
         settings=dict(settings),
         seeds=tuple(trial.seed for trial in trials),
         metrics=metrics,
-        changed=statistics.fmean(size.changed for size in sizes) if sizes else 0.0,
-        norm=statistics.fmean(size.norm for size in sizes) if sizes else 0.0,
+        changed=sample_mean([size.changed for size in sizes]) if sizes else 0.0,
+        norm=sample_mean([size.norm for size in sizes]) if sizes else 0.0,
         notes=notes,
         not_finite=tuple(trial.not_finite for trial in trials) if any(t.not_finite for t in trials) else (),
         kind=kind,

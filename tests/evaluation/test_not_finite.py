@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
-from hf_parcor import CorruptionEvaluator, EvaluationRecord, GaussianNoise, LayerProbe, RobustnessReport
+from hf_parcor import CorruptionEvaluator, EvaluationRecord, GaussianNoise, LayerProbe, RobustnessReport, UniformNoise
 from hf_parcor.evaluation import (
     ClassificationMetric,
     GenerationMetric,
     LanguageModelMetric,
     PredictionMetric,
     TrainerMetric,
+    robustness_metrics,
 )
 from hf_parcor.evaluation.outputs import NOT_FINITE
 
@@ -267,6 +268,21 @@ class TestRecordsAndVerdicts:
         assert EvaluationRecord.from_json(record.to_json()).to_json() == record.to_json()
         resumed = evaluator.evaluate([GaussianNoise(1e39)], trials=2, checkpoint=tmp_path / "trials")
         assert resumed.to_json() == record.to_json()
+
+    def test_the_mean_size_of_corruptions_that_only_just_fit(self):
+        weight = nn.Linear(1, 1, bias=False).double()
+        evaluator = CorruptionEvaluator(weight, lambda model: {"loss": 1.0}, progress=False)
+        (row,) = evaluator.evaluate(UniformNoise(1.7e308), trials=8).corruptions
+        assert 4e307 < row.norm < 1.7e308, "their sum is beyond the largest float"
+
+    @for_each(
+        ("values", "mean"), [((1e308, 1.5e308), 1.25e308), ((inf, 0.0), inf), ((inf, -inf), nan), ((nan, 1.0), nan)]
+    )
+    def test_a_training_that_broke_goes_on(self, record_with, values, mean):
+        broken = [record_with({"accuracy": 0.9, "loss": value}) for value in values]
+        record = replace(broken[0], corruptions=tuple(row for one in broken for row in one.corruptions))
+        metrics = robustness_metrics(record, ["first", "second"])
+        assert metrics["eval_robustness_loss"] == pytest.approx(mean, nan_ok=True)
 
     def test_some_predictions_though_the_accuracy_holds(self, record_with, verdict):
         record = record_with({"accuracy": 0.899}, not_finite=(0.01,))

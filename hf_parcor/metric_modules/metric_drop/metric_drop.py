@@ -9,6 +9,7 @@ import evaluate
 
 from hf_parcor.metric_modules import information
 from hf_parcor.records.curves import metric_drop
+from hf_parcor.statistics import sample_mean
 
 _DESCRIPTION = "How much worse a metric is under parameter corruption, mean over trials."
 _INPUTS = """
@@ -34,5 +35,4 @@ class MetricDrop(evaluate.Metric):  # type: ignore[misc] # the library has no ty
         drops = [
             metric_drop(*pair, greater_is_better=greater_is_better) for pair in zip(clean, corrupted, strict=True)
         ]
-        # Not statistics.fmean, which raises where ∞ and −∞ meet.
-        return {"metric_drop": sum(drop / len(drops) for drop in drops)}
+        return {"metric_drop": sample_mean(drops)}
