@@ -97,7 +97,7 @@ class DefendedStep:
             self._hand_back()
         self._risk.append(self._run(objective))
         if last and self._prefix is not None:
-            self._prefix.backward(() if self._reduction is None else (self._reduction(),))
+            self._prefix.backward(self._reduction)
         if not last:
             self._fresh = self._take_gradients()
             self._add_to_sum()

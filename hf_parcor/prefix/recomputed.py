@@ -66,7 +66,7 @@ class RecomputedPrefix(PrefixReuse):
         joined: Tensor = _TakeAlong.apply(objective, self._gathered, *self.outputs)  # type: ignore[no-untyped-call]
         return joined
 
-    def backward(self, along: object = ()) -> None:
+    def backward(self, prepare: object = None) -> None:
         """Free what was recorded: the last pass has sent it backward."""
         self.forget()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -61,6 +61,7 @@ class PrefixReuse:
         self.rows: dict[Place, int | None] = {}
         """For passes over a part of the batch: which dimension of each output has its rows, None if none has."""
         self._gradients = True
+        self._checkpointed: bool | None = None
         self._devices: list[torch.device] | None = None
         self._consumers: Consumers | None = None
         self.forget()
@@ -200,17 +201,26 @@ class PrefixReuse:
         """Return the scalar whose backward ends a pass: here its objective."""
         return objective
 
-    def backward(self, along: Sequence[Tensor] = ()) -> None:
+    def backward(self, prepare: Callable[[], Tensor] | None = None) -> None:
         """Send the gradients that gathered at the boundary through the prefix, and free it.
 
         Args:
-            along: Scalars to be sent backward in the same run, for what waits for all gradients of it.
+            prepare: Returns a scalar to be sent backward in the same run, for what waits for all gradients of it. With
+                reentrant checkpoints it is called, and sent, after that run: they run backward by themselves, and what
+                waits would take a gradient for final more than once.
         """
         reached = [i for i, leaf in enumerate(self.boundary) if leaf.grad is not None]
-        ends = [*(self.outputs[i] for i in reached), *along]
+        ends = [self.outputs[i] for i in reached]
+        gradients: list[Tensor | None] = [self.boundary[i].grad for i in reached]
+        if prepare is not None and self._checkpointed is None:
+            self._checkpointed = _has_reentrant_checkpoints(ends)
+        if prepare is not None and not self._checkpointed:
+            ends, gradients, prepare = [*ends, prepare()], [*gradients, None], None
         if ends:
-            torch.autograd.backward(ends, [*(self.boundary[i].grad for i in reached), *([None] * len(along))])
+            torch.autograd.backward(ends, gradients)
         self.forget()
+        if prepare is not None:
+            torch.autograd.backward(prepare())
 
     @contextmanager
     def _substituted(self, substitute: Substitute) -> Iterator[None]:
@@ -374,6 +384,20 @@ def _substitute_forward(stack: ExitStack, module: nn.Module, substitute: Substit
     else:
         stack.callback(attributes.pop, name, None)
     attributes[name] = substituted
+
+
+def _has_reentrant_checkpoints(ends: Iterable[Tensor]) -> bool:
+    """Say whether a graph has nodes that compute a part of it anew and run its backward by themselves."""
+    waiting, seen = [end.grad_fn for end in ends], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if "Checkpoint" in node.name():
+            return True
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+    return False
 
 
 def first_rows(part: Tensor, dimension: int | None, count: int, examples: int) -> Tensor:

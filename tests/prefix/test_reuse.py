@@ -17,6 +17,7 @@ from operations import count_operations
 from prefix_rows import find_rows_of
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import checkpoint
 
 from hf_parcor import ACRT, SAM, CorruptionConstraint, MultiStepRisk, select_parameters
 from hf_parcor.batches import first_examples
@@ -601,23 +602,37 @@ def two_layers():
 
 
 @for_each("frozen", [False, True])
-def test_what_waits_goes_backward_with_the_prefix_which_is_free_then(frozen):
+@for_each("reentrant", [False, True])
+def test_what_waits_goes_backward_with_the_prefix_which_is_free_then(frozen, reentrant):
+    """With reentrant checkpoints after it: they run backward by themselves, before what waits begins to."""
     model, x, prefix = two_layers()
+    x.requires_grad_()  # a reentrant checkpoint needs an input that does
     model[:2].requires_grad_(not frozen)
-    other = torch.ones(2, requires_grad=True)
     expected = torch.autograd.grad(model(x).sum(), [p for p in model.parameters() if p.requires_grad])
-    for along in ((), ((2 * other).sum(), (3 * other).sum())):
+    if reentrant:
+        layer, forward = model[1], model[1].forward
+        layer.forward = lambda hidden: checkpoint(forward, hidden, use_reentrant=True)
+    other = torch.ones(2, requires_grad=True)
+
+    def prepare():
+        prepared.append(x.grad is not None)
+        return (5 * other).sum()
+
+    for waits in (None, prepare):
+        prepared: list[bool] = []
         model.zero_grad()
+        x.grad = None
         with prefix.recording():
             model(x)
         with prefix.replaying():
             model(x).sum().backward()
-        prefix.backward(along)
+        prefix.backward(waits)
         found = [p.grad for p in model.parameters() if p.requires_grad]
         for gradient, right in zip(found, expected, strict=True):
             torch.testing.assert_close(gradient, right)
         assert prefix.recorded == {}
         assert prefix.outputs == prefix.boundary == []
+        assert prepared == ([] if waits is None else [reentrant])
     assert other.grad.tolist() == [5, 5]
 
 
