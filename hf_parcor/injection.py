@@ -704,7 +704,10 @@ def corrupted(
             raise ValueError("corruption: expected at least one tensor, got none; corrupt at least one parameter")
     injection = Injection(touched, saved_on=saved_on)
     try:
-        injection.write(corruption, p)
-        yield injection
-    finally:
+        try:
+            injection.write(corruption, p)
+            yield injection
+        finally:
+            injection.restore()
+    finally:  # once more, where an interrupt came just before
         injection.restore()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import Tensor
+from torch import Tensor, nn
 
+_LEFT: WeakKeyDictionary[nn.Module, list[Callable[[], object]]] = WeakKeyDictionary()
 _OVERRIDDEN = "_overridden_by_hf_parcor"
 _NONE = object()
 _NO_COUNTER = object()
@@ -54,6 +57,43 @@ def end_overriding(instance: object) -> None:
     attributes = vars(instance)
     for before in reversed(attributes.get(_OVERRIDDEN, ())):
         _put_back(attributes, before)
+
+
+def undo_at_end(block: ExitStack, module: nn.Module, undo: Callable[..., object], *arguments: Any) -> None:
+    """Undo what is going to be done to a module when a block ends, or `undoing_left` if an interrupt prevents that.
+
+    Python may raise `KeyboardInterrupt` just where a block ends, and then nothing of it is ended.
+
+    Args:
+        block: At its end it is undone.
+        module: What is going to be changed, after this call.
+        undo: Called with `arguments`, with no effect if there is nothing to undo.
+        *arguments: For `undo`.
+    """
+    entry = partial(undo, *arguments)
+    _LEFT.setdefault(module, []).append(entry)
+    block.callback(_end, module, entry)
+
+
+def _end(module: nn.Module, entry: Callable[[], object]) -> None:
+    entry()
+    left = [other for other in _LEFT.get(module, ()) if other is not entry]
+    if left:
+        _LEFT[module] = left
+    else:
+        _LEFT.pop(module, None)
+
+
+@contextmanager
+def undoing_left(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Undo, if a block fails, all that others inside of it have done to these modules and did not undo."""
+    try:
+        yield
+    except BaseException:
+        for module in modules if _LEFT else ():
+            for undo in reversed(_LEFT.pop(module, [])):
+                undo()
+        raise
 
 
 def _put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:

@@ -366,6 +366,14 @@ class DefendedStep:
             raise ValueError("displace_inputs: expected a probe before that watched the inputs, got none")
         self._inputs.displace(step_size, epsilon)
 
+    def restore(self) -> None:
+        """Restore the weights and the inputs; nothing to do is fine."""
+        try:
+            self._injection.restore()
+        finally:
+            if self._inputs is not None:
+                self._inputs.withdraw()
+
     def withdraw(self, p: float) -> CorruptionNorm:
         """Restore the weights, and return the norm of the corruption that they last held."""
         return self._injection.withdraw(p)
@@ -402,12 +410,10 @@ class DefendedStep:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            self._injection.restore()
+            self.restore()
             if (self._sum or self._waiting) and error is not None:
                 self._hand_back()
         finally:
-            if self._inputs is not None:
-                self._inputs.withdraw()
             if self._prefix is not None:
                 self._prefix.forget()
 

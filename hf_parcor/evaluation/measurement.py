@@ -45,6 +45,7 @@ from hf_parcor.evaluation.trials import Trial, checked_metrics, record_of
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import Device, check_device
 from hf_parcor.model_state import BufferSnapshot, devices_of, evaluation_mode
+from hf_parcor.overriding import undoing_left
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.randomness import random_states_kept
 from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord
@@ -272,6 +273,7 @@ class Measurement:
         path = None if checkpoint is None or self._processes.index else Path(checkpoint)
         self._buffers = BufferSnapshot(self._model.modules())
         with (
+            undoing_left(self._model.modules()),
             self._processes.failing_together(),
             evaluation_mode(self._model),
             torch.random.fork_rng(devices=[]),

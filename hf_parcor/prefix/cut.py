@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_parcor.overriding import undo_at_end
+
 
 def is_compiled(module: nn.Module) -> bool:
     """Say whether calls of a module run code that was compiled from all of it, which no module inside may leave."""
@@ -42,7 +44,8 @@ def not_compiled(model: nn.Module) -> AbstractContextManager[object]:
 def before_calls(hooks: ExitStack, module: nn.Module, begin: Callable[[nn.Module, Any], None]) -> None:
     """Let a function run before each call of a module, before its hooks; outside of what is compiled."""
     if module._compiled_call_impl is None:
-        hooks.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
+        undo_at_end(hooks, module, unhook, module._forward_pre_hooks, begin)
+        module.register_forward_pre_hook(begin, prepend=True)
         return
     attributes, compiled = module.__dict__, module._compiled_call_impl
 
@@ -50,8 +53,14 @@ def before_calls(hooks: ExitStack, module: nn.Module, begin: Callable[[nn.Module
         begin(module, args)
         return compiled(*args, **kwargs)
 
-    hooks.callback(attributes.__setitem__, "_compiled_call_impl", compiled)
+    undo_at_end(hooks, module, attributes.__setitem__, "_compiled_call_impl", compiled)
     attributes["_compiled_call_impl"] = called
+
+
+def unhook(hooks: dict[int, Callable[..., Any]], function: Callable[..., Any]) -> None:
+    """Remove a function from the hooks of a module; do nothing if it is none of them."""
+    for key in [key for key, hook in hooks.items() if hook is function]:
+        del hooks[key]
 
 
 @dataclass
@@ -79,8 +88,10 @@ def watch_calls(model: nn.Module, run: Callable[[], Any]) -> tuple[Call, Any]:
         hooks.enter_context(not_compiled(model))
         for module in not_inside_compiled(model):
             # The first hook to begin and the last to end, so that other hooks of a module belong to its call.
-            hooks.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
-            hooks.callback(module.register_forward_hook(end).remove)
+            undo_at_end(hooks, module, unhook, module._forward_pre_hooks, begin)
+            undo_at_end(hooks, module, unhook, module._forward_hooks, end)
+            module.register_forward_pre_hook(begin, prepend=True)
+            module.register_forward_hook(end)
         result = run()
     return root, result
 

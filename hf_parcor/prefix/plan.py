@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from hf_parcor.devices import in_float64
 from hf_parcor.distributed.dtensors import local_part
 from hf_parcor.model_state import BufferSnapshot, StepBuffers, devices_of, evaluation_mode, modules_of, same_numbers
+from hf_parcor.overriding import undo_at_end
 from hf_parcor.prefix.consumers import Consumers, Place
 from hf_parcor.prefix.cut import (
     PrefixError,
@@ -24,6 +25,7 @@ from hf_parcor.prefix.cut import (
     not_called_again,
     not_compiled,
     run_alone,
+    unhook,
     watch_calls,
 )
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
@@ -58,11 +60,10 @@ def outputs_of(model: nn.Module) -> Iterator[list[Any]]:
     def keep(module: nn.Module, arguments: Any, output: Any) -> None:
         found.extend(leaves_of(output))
 
-    hook = model.register_forward_hook(keep)
-    try:
+    with ExitStack() as hooks:
+        undo_at_end(hooks, model, unhook, model._forward_hooks, keep)
+        model.register_forward_hook(keep)
         yield found
-    finally:
-        hook.remove()
 
 
 def numbers_of(result: Any) -> list[Tensor]:

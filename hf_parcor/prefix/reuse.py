@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from hf_parcor.overriding import undo_at_end
 from hf_parcor.prefix.consumers import Consumers, Place, Unkept
 from hf_parcor.prefix.cut import before_calls, not_inside_compiled
 from hf_parcor.randomness import RandomStates
@@ -378,11 +379,10 @@ def _substitute_forward(stack: ExitStack, module: nn.Module, substitute: Substit
         calls += 1
         return substitute(module, calls - 1, lambda: forward(*args, **kwargs))
 
-    # Built-in methods put it back, and are registered first: no line is left at which an interrupt could prevent it.
     if name in attributes:
-        stack.callback(attributes.__setitem__, name, attributes[name])
+        undo_at_end(stack, module, attributes.__setitem__, name, attributes[name])
     else:
-        stack.callback(attributes.pop, name, None)
+        undo_at_end(stack, module, attributes.pop, name, None)
     attributes[name] = substituted
 
 

@@ -13,6 +13,7 @@ from hf_parcor.distributed.ddp import reduction_of
 from hf_parcor.distributed.fsdp import is_sharded, on_shards
 from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.injection import CorruptionNorm
+from hf_parcor.overriding import undoing_left
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.targets import TargetError
 from hf_parcor.training.checks import check_trained, refuse_updates_inside_backward
@@ -72,33 +73,35 @@ class StepRunner:
             TargetError: Adapters are to be merged, and there are none. A `ValueError`.
             NotImplementedError: They cannot be.
         """
-        defense, model, others = passes.defense, passes.model, list(others)
-        refuse_updates_inside_backward([*selected.values(), *others])
-        self._find_out(passes, selected)
-        passes.share(self.shared_prefix)
-        self.cost = 1 + (defense.cost - 1) * self._suffix_share
-        if self.shared_prefix is not None:  # a forward pass more of it than in a stock step costs a third of it
-            self.cost += (self.shared_prefix.forwards - 1) * (1 - self._suffix_share) / 3
-        if not defense.first_pass_is_stock and self._buffers_move:
-            self._buffers_move = passes.move_buffers()
-            self.cost += self._buffers_move / 3
-        sharded = is_sharded(model)
-        with DefendedStep(
-            selected,
-            on_shards(passes, model) if sharded else passes,
-            defense.passes,
-            others,
-            embedding=embedding,
-            prefix=self.shared_prefix,
-            reduction=reduction_of(model),
-            # Gradients of shards are means over all processes already.
-            processes=TrainingProcesses() if passes.accelerator.num_processes > 1 and not sharded else None,
-            epoch=epoch,
-            merged=merged_changes(model, selected) if defense.merges_adapters else None,
-        ) as step:
-            defense.minimize(step)
-            norm = step.withdraw(defense.p) if measure_norm else None
-        return step, norm
+        with undoing_left(passes.modules):
+            defense, model, others = passes.defense, passes.model, list(others)
+            refuse_updates_inside_backward([*selected.values(), *others])
+            self._find_out(passes, selected)
+            passes.share(self.shared_prefix)
+            self.cost = 1 + (defense.cost - 1) * self._suffix_share
+            if self.shared_prefix is not None:  # a forward pass more of it than in a stock step costs a third of it
+                self.cost += (self.shared_prefix.forwards - 1) * (1 - self._suffix_share) / 3
+            if not defense.first_pass_is_stock and self._buffers_move:
+                self._buffers_move = passes.move_buffers()
+                self.cost += self._buffers_move / 3
+            sharded = is_sharded(model)
+            with DefendedStep(
+                selected,
+                on_shards(passes, model) if sharded else passes,
+                defense.passes,
+                others,
+                embedding=embedding,
+                prefix=self.shared_prefix,
+                reduction=reduction_of(model),
+                # Gradients of shards are means over all processes already.
+                processes=TrainingProcesses() if passes.accelerator.num_processes > 1 and not sharded else None,
+                epoch=epoch,
+                merged=merged_changes(model, selected) if defense.merges_adapters else None,
+            ) as step:
+                defense.minimize(step)
+                norm = step.withdraw(defense.p) if measure_norm else None
+                step.restore()  # in the block: an interrupt may come just where it ends, and then nothing ends it
+            return step, norm
 
     def _find_out(self, passes: Passes, selected: Mapping[str, nn.Parameter]) -> None:
         # Ids stay theirs: the prefix holds the model's modules.

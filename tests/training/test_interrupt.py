@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import signal
 import sys
@@ -14,7 +15,7 @@ from for_each import for_each
 
 import hf_parcor
 from hf_parcor import CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
-from hf_parcor.overriding import end_overriding, overriding
+from hf_parcor.overriding import end_overriding, overriding, undo_at_end, undoing_left
 
 K1 = MultiStepRisk(CorruptionConstraint(epsilon=0.2), steps=1)
 
@@ -61,19 +62,19 @@ def test_interrupt_by_signal_in_a_corrupted_pass_and_then_saving(
 
 @pytest.mark.slow
 def test_interrupt_at_any_line_leaves_the_weights(tiny_bert, rows, arguments):
-    """Ctrl-C can come between any two lines; here at each 53rd line of ours in a defended step."""
+    """Ctrl-C can come between any two lines; here at each 53rd line of ours, or of what ends our blocks, in a step."""
     model = tiny_bert(dropout=0.0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     settings = {"defense": K1, "target_modules": ["classifier"]}
     trainer = ParameterDefenseTrainer(model, arguments(), train_dataset=rows, **settings)
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.current_gradient_accumulation_steps = 1  # as the loop sets it
-    package, tried = str(Path(hf_parcor.__file__).parent), 0
+    files, tried = (str(Path(hf_parcor.__file__).parent), contextlib.__file__), 0
     for at in itertools.count(1, 53):
         lines = itertools.count(1)
 
         def trace(frame, event, argument, at=at, lines=lines):
-            if not frame.f_code.co_filename.startswith(package):
+            if not frame.f_code.co_filename.startswith(files):
                 return None
             if event == "line" and next(lines) == at:
                 sys.settrace(None)
@@ -89,7 +90,31 @@ def test_interrupt_at_any_line_leaves_the_weights(tiny_bert, rows, arguments):
         finally:
             sys.settrace(None)
         torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+        for module in model.modules():
+            assert not [*module._forward_pre_hooks, *module._forward_hooks], "of a block that did not end"
+            assert "forward" not in vars(module)
     assert tried > 20
+
+
+def test_what_a_block_did_to_a_module_and_could_not_undo():
+    """As where an interrupt comes just where the block ends; what another one has undone itself is left alone."""
+    layer = torch.nn.Linear(2, 2)
+
+    def interrupted():
+        with contextlib.ExitStack() as ended:
+            undo_at_end(ended, layer, vars(layer).pop, "extra_repr", None)
+            layer.extra_repr = lambda: "ours"
+        assert "extra_repr" not in vars(layer)
+        layer.extra_repr = lambda: "theirs"
+        for wrapper in ("first", "second"):
+            undo_at_end(contextlib.ExitStack(), layer, vars(layer).__setitem__, "forward", layer.forward)
+            layer.forward = lambda wrapper=wrapper: wrapper
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), undoing_left(layer.modules()):
+        interrupted()
+    assert layer.extra_repr() == "theirs"
+    assert layer.forward(torch.zeros(2)).tolist() == layer.bias.tolist()
 
 
 def test_what_an_interrupt_left_replaced_is_put_back_before_the_next_step(tiny_bert, rows, arguments):
