@@ -36,9 +36,9 @@ Role = Literal["encoder", "decoder", "other"]
 BlockList: TypeAlias = nn.ModuleList | nn.Sequential
 
 # Words in the components of a name: `decode_head`, `pos_conv_embed`, `encoder_input_proj`, `deepstack_merger_list`,
-# `speech_decoder_postnet`.
+# `speech_decoder_postnet`, `subsampling.conv_layers`.
 _OF_A_HEAD = re.compile(r"(?:^|[._])(?:heads?|neck)(?:[._]|$)")
-_OF_INPUT_OR_OUTPUT = re.compile(r"(?:^|[._])(?:embed|proj|merger|pooler|bias|prenet|postnet)")
+_OF_INPUT_OR_OUTPUT = re.compile(r"(?:^|[._])(?:embed|proj|merger|pooler|bias|prenet|postnet|subsampl)")
 _NUMBER = re.compile(r"\d+")
 
 
@@ -114,8 +114,8 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     The role of a stack is, in this order:
 
     1. other, when its name says that it belongs to a head or a neck, or, below the Transformers model around it, to
-       an embedding, a projection, a merger, a pooler, a bias, a prenet or a postnet: what these are made of are no
-       layers (unless a model has nothing else);
+       an embedding, a projection, a merger, a pooler, a bias, a prenet, a postnet or a subsampling: what these are
+       made of are no layers (unless a model has nothing else);
     2. decoder, when the configuration of the model around it says `is_decoder` (a BERT that generates keeps the
        path `bert.encoder.layer`, and is a decoder all the same);
     3. other, when its name says nothing below that model, and another stack there says that it has the role of 6: the
