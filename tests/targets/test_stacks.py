@@ -259,6 +259,14 @@ LAST_LAYERS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "Udop/ConditionalGeneration": (["encoder.block.23"], ["decoder.block.23"]),
     "Electra/MaskedLM": (["electra.encoder.layer.11"], []),
+    "Florence2/ConditionalGeneration": (
+        ["model.vision_tower.blocks.3", "model.language_model.encoder.layers.11"],
+        ["model.language_model.decoder.layers.11"],
+    ),
+    "VibeVoiceAsr/ConditionalGeneration": (
+        ["model.acoustic_tokenizer_encoder.conv_layers.5", "model.semantic_tokenizer_encoder.conv_layers.5"],
+        ["model.language_model.layers.31"],
+    ),
     "OmniASR/ConditionalGeneration": (["model.audio_tower.layers.23"], ["model.language_model.layers.11"]),
     "Whisper/ConditionalGeneration": (["model.encoder.layers.3"], ["model.decoder.layers.3"]),
     "OPT/CausalLM": ([], ["model.decoder.layers.11"]),
