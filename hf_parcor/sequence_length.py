@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from hf_parcor.errors import InputError
 
 _OF_EACH_SIDE = {False: "max_encoder_position_embeddings", True: "max_decoder_position_embeddings"}
 _UNBOUNDED = 10**9  # tokenizers say 10^30 where they know no length
+_NO_TOKENS = ("pixel_values", "pixel_values_videos", "flattened_patches", "input_features", "input_values")
 _DEFAULT = 20  # `max_length` of Transformers where nothing is set; its Seq2SeqTrainer writes it into configurations
 
 
@@ -33,11 +34,7 @@ def positions(model: Any, *, decoder: bool = False) -> int | None:
         >>> positions(RobertaModel(RobertaConfig(**sizes, max_position_embeddings=514)))
         512
     """
-    rows = [
-        len(module.weight) - _rows_before(module)
-        for name, module in _side(model, decoder).named_modules()
-        if _is_table(name.rpartition(".")[2], module)
-    ]
+    rows = [len(table.weight) - _rows_before(table) for table in _tables(_side(model, decoder))]
     return min(rows, default=None)
 
 
@@ -174,6 +171,16 @@ def _side(model: Any, decoder: bool) -> nn.Module:
         side = model.get_decoder() if decoder else model.get_encoder()
     found: nn.Module = side
     return found
+
+
+def _tables(module: nn.Module, of_tokens: bool = True) -> Iterator[Any]:
+    """Yield the tables of positions, but for those of models inside that take images or sound."""
+    for name, inner in module.named_children():
+        takes = getattr(inner, "main_input_name", None)
+        takes_tokens = of_tokens if takes is None else takes not in _NO_TOKENS
+        if takes_tokens and _is_table(name, inner):
+            yield inner
+        yield from _tables(inner, takes_tokens)
 
 
 def _is_table(name: str, module: nn.Module) -> bool:

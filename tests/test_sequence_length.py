@@ -26,6 +26,7 @@ BEFORE = {
     "bert": 0, "roberta": 2, "xlm-roberta": 2, "camembert": 2, "mpnet": 2, "data2vec-text": 2, "ibert": 2,
     "longformer": 2, "esm": 2, "distilbert": 0, "albert": 0, "electra": 0, "nystromformer": 0, "gpt2": 0,
     "gpt_neo": 0, "opt": 0, "bart": 0, "mbart": 0, "plbart": 0, "marian": 0, "pegasus": 0, "blenderbot": 0,
+    "git": 0,  # beside a table for the parts of an image, which is shorter
     "llama": None, "t5": None, "m2m_100": None, "xlnet": None, "bloom": None,
 }  # fmt: skip
 WITH_DECODER = ("bart", "mbart", "plbart", "marian", "pegasus", "blenderbot", "t5", "m2m_100")
@@ -40,6 +41,8 @@ def tiny(kind, **changes):
         known |= {"attention_types": [[["global"], 1]], "num_layers": 1}
     if kind == "esm":
         known |= {"mask_token_id": 3}
+    if kind == "git":
+        known |= {"vision_config": {**SIZES, "image_size": 8, "patch_size": 4}}
     known = {name: value for name, value in known.items() if getattr(usual, name, -1) != -1}
     return transformers.AutoModel.from_config(config(**{**known, **changes})).eval()
 

@@ -25,6 +25,7 @@ from hf_parcor.injection import Device, Pieces, Replacement, corrupted, obstacle
 from hf_parcor.model_state import BufferSnapshot
 from hf_parcor.prefix import (
     TRIED_PASSES,
+    CalledAgain,
     NothingToReuse,
     PrefixError,
     PrefixReuse,
@@ -224,8 +225,8 @@ def measure_together(
         found = []
         for job, corruption in zip(jobs, chosen, strict=True):
             injected = corrupted_model(model, job.group.parameters, corruption, saved_on)
-            with injected, _replaying(job.group.measuring):
-                found.append(metric.of_batch(model, batch))
+            with injected:
+                found.append(_measured(job.group.measuring, partial(metric.of_batch, model, batch)))
         _forget(prefixes)
         if rounds:
             advance(len(jobs) / rounds)
@@ -237,6 +238,14 @@ def measure_together(
 
 def _different(prefixes: Iterable[PrefixReuse | None]) -> list[PrefixReuse]:
     return list(dict.fromkeys(prefix for prefix in prefixes if prefix is not None))
+
+
+def _measured(prefix: PrefixReuse | None, run: Callable[[], Any]) -> Any:
+    try:
+        with _replaying(prefix):
+            return run()
+    except CalledAgain:
+        return run()
 
 
 def _replaying(prefix: PrefixReuse | None) -> AbstractContextManager[None]:

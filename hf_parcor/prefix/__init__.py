@@ -2,6 +2,7 @@
 
 from hf_parcor.prefix.cut import (
     COMPILED_AS_ONE,
+    CalledAgain,
     NothingToReuse,
     PrefixError,
     before_calls,
@@ -28,6 +29,7 @@ from hf_parcor.prefix.rows import find_rows
 __all__ = [
     "COMPILED_AS_ONE",
     "TRIED_PASSES",
+    "CalledAgain",
     "NothingToReuse",
     "PrefixError",
     "PrefixReuse",

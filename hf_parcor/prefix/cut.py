@@ -144,6 +144,10 @@ class NothingToReuse(PrefixError):  # noqa: N818, no mistake of anybody's
     """The selected parameters come in at the very start."""
 
 
+class CalledAgain(PrefixError):  # noqa: N818, as above
+    """A run calls a module of the prefix that it was to call no more."""
+
+
 COMPILED_AS_ONE = (
     "the defended parameters lie in what is compiled as one with what comes before them; compile the layers, each by "
     "itself, with layer.compile() or Accelerate's use_regional_compilation"

@@ -377,7 +377,7 @@ def plan_prefix_of_values(
         PrefixError: Nothing finishes before, or it is unknown where the selected parameters come in.
     """
     cut = find_cut(model, selected, run, not_called_again)
-    return PrefixReuse(cut.prefix, cut.starts), cut.result
+    return PrefixReuse(cut.prefix, cut.starts, again=False), cut.result
 
 
 def plan_prefixes_of_values(
@@ -416,7 +416,7 @@ def plan_prefixes_of_values(
             except PrefixError as error:
                 errors.append(error)
             else:
-                found.append((min(began[start] for start in starts), index, PrefixReuse(prefix, starts)))
+                found.append((min(began[start] for start in starts), index, PrefixReuse(prefix, starts, again=False)))
     return {index: prefix for _, index, prefix in sorted(found, key=lambda one: one[:2])}, errors, result
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_parcor.overriding import undo_at_end
 from hf_parcor.prefix.consumers import Consumers, Place, Unkept
-from hf_parcor.prefix.cut import before_calls, not_inside_compiled
+from hf_parcor.prefix.cut import CalledAgain, before_calls, not_inside_compiled
 from hf_parcor.randomness import RandomStates
 
 _REPLAYABLE = (Tensor, bool, int, float, str, type(None))
@@ -46,12 +46,16 @@ class PrefixReuse:
     Args:
         prefix: Modules whose calls end before the first of `starts` begins.
         starts: The modules where the selected parameters come in.
+        again: Whether the rest of a run may call modules of the prefix again, and they compute then. False where they
+            may have kept something for that, such as keys and values, which a replayed call does not: `CalledAgain`
+            is raised then, as by a generation that ended at the first token when it was recorded, and goes on now.
     """
 
     forwards = 1
     """How often a step computes the prefix forward."""
 
-    def __init__(self, prefix: Sequence[nn.Module], starts: Sequence[nn.Module]) -> None:
+    def __init__(self, prefix: Sequence[nn.Module], starts: Sequence[nn.Module], *, again: bool = True) -> None:
+        self._again = again
         self.prefix = list(dict.fromkeys(prefix))
         self.starts = list(dict.fromkeys(starts))
         self.unused: set[Place] = set()
@@ -76,6 +80,8 @@ class PrefixReuse:
         self._inner: dict[tuple[nn.Module, int], list[tuple[nn.Module, int]]] = {}
         self.recorded: dict[tuple[nn.Module, int], tuple[list[Any], Any]] = {}
         """What each call of a module of the prefix hands on."""
+        self.calls: dict[nn.Module, int] = {}
+        """How often each module of the prefix was called when it was recorded."""
         self.outputs: list[Tensor] = []
         """What the modules of the prefix returned, with its graph."""
         self.boundary: list[Tensor] = []
@@ -231,6 +237,7 @@ class PrefixReuse:
             yield
 
     def _record(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
+        self.calls[module] = index + 1
         self._ended.append([])
         output = compute()
         inner = self._ended.pop()
@@ -270,6 +277,8 @@ class PrefixReuse:
         return tree_unflatten(handed_on, structure)
 
     def _replay(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
+        if not self._again and index >= self.calls.get(module, 0):
+            raise CalledAgain(f"{type(module).__name__} is called again, for which it may have kept something")
         inner_calls = self._inner.get((module, index), [])
         if not all(self._can_hand_on(*call) for call in [(module, index), *inner_calls]):
             return compute()
@@ -329,7 +338,7 @@ def recording_together(prefixes: Sequence[PrefixReuse]) -> Iterator[None]:
         ended = waiting.pop(index, None)
         if ended is not None:
             # Not what is recorded later: a module of this prefix may be called again behind its end.
-            ended.recorded = dict(everything.recorded)
+            ended.recorded, ended.calls = dict(everything.recorded), dict(everything.calls)
         if not waiting:
             raise PrefixFinished
 

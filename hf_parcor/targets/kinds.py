@@ -16,13 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_parcor.targets.stacks import find_stacks, has_parameters
+from hf_parcor.targets.stacks import EMBEDDING_NAME, find_stacks, has_parameters
 
 _LAYER_NORM_NAME = re.compile(r"(Layer|RMS|Rms)Norm")
 _NORMALIZATION_NAME = re.compile(r"Norm(?!ed|al(?!iz))")  # not NormedEmbedding, not a normal distribution
 _ATTENTION_NAME = re.compile(r"Attention|MLA$")  # multi-head latent attention
 _FEED_FORWARD_NAME = re.compile(r"(MLP|FeedForward|FFN)$")
-_EMBEDDING_NAME = re.compile(r"Embed(ding|der)?s?(\d[dD])?$")
 _HEAD_NAMES = ("score", "classifier")
 
 
@@ -107,7 +106,7 @@ def embedding_modules(model: nn.Module) -> list[nn.Module]:
     def is_embedding(module: nn.Module) -> bool:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             return True
-        return _EMBEDDING_NAME.search(type(module).__name__) is not None and not is_model(module)
+        return EMBEDDING_NAME.search(type(module).__name__) is not None and not is_model(module)
 
     return [module for module in model.modules() if module not in inside_attention and is_embedding(module)]
 

@@ -30,16 +30,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-__all__ = ["Role", "Stack", "find_stacks", "has_parameters"]
+__all__ = ["EMBEDDING_NAME", "Role", "Stack", "find_stacks", "has_parameters"]
 
 Role = Literal["encoder", "decoder", "other"]
 BlockList: TypeAlias = nn.ModuleList | nn.Sequential
 
 # Words in the components of a name: `decode_head`, `pos_conv_embed`, `encoder_input_proj`, `deepstack_merger_list`,
-# `speech_decoder_postnet`.
+# `speech_decoder_postnet`, `subsampling.conv_layers`.
 _OF_A_HEAD = re.compile(r"(?:^|[._])(?:heads?|neck)(?:[._]|$)")
-_OF_INPUT_OR_OUTPUT = re.compile(r"(?:^|[._])(?:embed|proj|merger|pooler|bias|prenet|postnet)")
+_OF_INPUT_OR_OUTPUT = re.compile(r"(?:^|[._])(?:embed|proj|merger|pooler|bias|prenet|postnet|stem|subsampl)")
 _NUMBER = re.compile(r"\d+")
+EMBEDDING_NAME = re.compile(r"Embed(ding|der)?s?(\d[dD])?$")
+"""What the names of the classes of embeddings end with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +116,8 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     The role of a stack is, in this order:
 
     1. other, when its name says that it belongs to a head or a neck, or, below the Transformers model around it, to
-       an embedding, a projection, a merger, a pooler, a bias, a prenet or a postnet: what these are made of are no
-       layers (unless a model has nothing else);
+       an embedding (or the class of its blocks does), a projection, a merger, a pooler, a bias, a prenet, a postnet, a
+       stem or a subsampling: what these are made of are no layers (unless a model has nothing else);
     2. decoder, when the configuration of the model around it says `is_decoder` (a BERT that generates keeps the
        path `bert.encoder.layer`, and is a decoder all the same);
     3. other, when its name says nothing below that model, and another stack there says that it has the role of 6: the
@@ -238,8 +240,9 @@ def _role(one: _Found, found: Collection[_Found]) -> Role:
 
 
 def _is_beside(one: _Found) -> bool:
-    """Tell whether the name says that this is no layer of an encoder or decoder."""
-    return bool(_OF_A_HEAD.search(one.name) or _OF_INPUT_OR_OUTPUT.search(_below(one.name, one.owner)))
+    """Tell whether the name, or that of the blocks' class, says that this is no layer of an encoder or decoder."""
+    named = _OF_A_HEAD.search(one.name) or _OF_INPUT_OR_OUTPUT.search(_below(one.name, one.owner))
+    return bool(named) or all(EMBEDDING_NAME.search(type(block).__name__) for block in one.blocks)
 
 
 def _is_in_head(one: _Found, found: Collection[_Found]) -> bool:

@@ -257,15 +257,15 @@ class IdleDefenseCallback(TrainerCallback):
             self._warn(
                 state,
                 f"The defense did nothing in this run: none of the {selected} defended parameters, such as {idle[0]}, "
-                "ever had a gradient, so nothing was corrupted. The model's forward does not use them: choose other "
-                "target_modules.",
+                "ever had a gradient, so nothing was corrupted. The model does not use them, or something behind them "
+                "passes none back: choose other target_modules.",
             )
         elif idle and self._log.chosen:  # all that can be trained is no choice: many models have an unused pooler
             self._warn(
                 state,
                 f"{len(idle)} of the {selected} defended parameters, such as {idle[0]}, never had a gradient in this "
-                "run and were not corrupted: the model's forward did not use them. Leave them out of target_modules, "
-                "or do not report them as defended.",
+                "run and were not corrupted: the model did not use them, or something behind them passed none back. "
+                "Leave them out of target_modules, or do not report them as defended.",
             )
 
     def _warn(self, state: TrainerState, text: str) -> None:

@@ -128,6 +128,29 @@ def test_a_probe_of_decoder_layers_equals_single_evaluators(model, batches):
 
 
 @pytest.mark.slow
+def test_a_decoder_that_goes_on_where_the_clean_one_ends_at_once(model, batches):
+    """Its lower layer is called once by the clean one, and has nothing of the first token where that is replayed."""
+    for parameter in model.parameters():  # weights of the usual size hardly notice what came before
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    batch = {name: rows[:1] for name, rows in batches[0].items()}
+    (first,) = Translations([batch], max_new_tokens=1).of_batch(model, batch)
+    metric = Translations([batch], max_new_tokens=8, eos_token_id=first[-1])
+    noises = [GaussianNoise(std) for std in (0.1, 0.3, 1.0)]
+
+    def measured(reuse):
+        settings = {"reuse_prefix": reuse, "progress": False}
+        evaluator = CorruptionEvaluator(model, metric, target_modules="last-decoder-layer", **settings)
+        probe = LayerProbe(model, metric, targets={"last": "last-decoder-layer"}, **settings)
+        return [evaluator.evaluate(noises, trials=5), probe.evaluate(noises, trials=5).records["last"]]
+
+    expected, _ = measured(reuse=False)
+    assert len({value for row in expected.rows() for value in row.metrics["checksum"]}) > 3, "some go on"
+    for found in measured(reuse=True):
+        assert_same(found, expected)
+
+
+@pytest.mark.slow
 def test_a_corrupted_encoder_is_not_reused(model, batches):
     encoder = computed(model.get_encoder())
     evaluator = CorruptionEvaluator(model, Translations(batches), target_modules="last-encoder-layer", progress=False)
