@@ -13,17 +13,17 @@ from hf_parcor.arguments import check_norm_order, check_radius, check_top_n, kno
 class CorruptionConstraint:
     r"""The set of allowed corruptions `S = {a : ‖a‖_p ≤ ε, ‖a‖₀ ≤ n}` of the selected parameters.
 
-    The parameters are ONE vector of length k, not a vector per tensor: ε bounds the corruption of all of them
-    together. Who comes from sharpness-aware minimisation knows ε as *rho*.
+    All selected parameters are one vector of length k: ε bounds the corruption of all of them together, not of each
+    tensor. Sharpness-aware minimisation calls ε *rho*.
 
     Args:
-        p: Order of the norm, `1 ≤ p ≤ ∞`; `float("inf")` bounds every weight by itself. Default 2.
+        p: Order of the norm, `1 ≤ p ≤ ∞`. Default 2. `float("inf")` bounds each weight by itself.
         epsilon: Radius ε ≥ 0, in the units of the weights. 0 allows no corruption.
-        top_n: The largest number n of corrupted entries; None, the default, for no limit.
+        top_n: The largest number n of corrupted entries. Default None: no limit.
 
     Raises:
-        ValueError: `p < 1`, `epsilon < 0` or infinite, `top_n < 1`, or NaN.
-        TypeError: One of them is not a number of its kind.
+        ValueError: `p < 1`, `epsilon < 0` or infinite, `top_n < 1`, or a NaN.
+        TypeError: `p` or `epsilon` is not a number, or `top_n` is not a whole number.
 
     Examples:
         >>> CorruptionConstraint(epsilon=0.1)

@@ -666,24 +666,23 @@ def corrupted(
     saved_on: Device = None,
     p: float | None = None,
 ) -> Iterator[Injection]:
-    """Corrupt weights inside a `with` block; after it, and after any exception in it, every bit is back.
+    """Corrupt weights inside a `with` block; their exact bits are restored after it, also after an exception.
 
     Args:
         parameters: Weights by name, as `select_parameters` returns them.
-        corruption: What to add to them, by name (names that are absent stay as they are), or a `Replacement` with
-            new values; or `Pieces` of either, as `Corruption.pieces` returns them, which are written one after the
-            other. It is computed in float32 and rounded once to the weight's own precision.
-        saved_on: Where the weights' bits are kept in the meantime, such as "cpu"; None, the default, for each
-            weight's own device.
-        p: As in `Injection.write`: of pieces, the order of the norm that `withdraw` will be asked for.
+        corruption: Tensors to add to the weights, by name (a weight without a tensor stays as it is), or a
+            `Replacement` with new values. `Pieces` of either, as `Corruption.pieces` returns them, are written one
+            after the other. Sums are computed in float32, and rounded once to the weight's own precision.
+        saved_on: The device that keeps the weights' bits in the meantime, such as "cpu". Default: each weight's own.
+        p: With `Pieces`, the order of the norm that `withdraw` will be asked for; see `Injection.write`.
 
     Yields:
-        The injection, whose `withdraw(p)` ends the corruption early and tells its realised norm.
+        The injection. Its `withdraw(p)` ends the corruption early, and returns the norm as asked for and as realised.
 
     Raises:
-        ValueError: A name or a shape does not belong to the parameters, no name is given, or one weight stands under
-            two names; nothing is written then.
-        TypeError: A named weight is not floating point, or something is no tensor; nothing is written then.
+        ValueError: A name or a shape does not belong to the parameters, no name is given, or a weight has two names.
+            Nothing is written then.
+        TypeError: A named weight is not floating point, or a value is not a tensor. Nothing is written then.
 
     Examples:
         >>> import torch

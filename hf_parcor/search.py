@@ -90,36 +90,37 @@ def search_epsilon(
     evaluate: Callable[[], dict[str, float]] | None = None,
     path: str | Path | None = None,
 ) -> SearchRecord:
-    """Search the ε (and K) with which training ends best, by golden section on log ε.
+    """Search the ε (and K) that give the best result of training, by golden section on log ε.
 
-    Both papers report that the result first rises and then falls with ε and with K (paper 2, section 5.1). So for each
-    K of `steps`, from the smallest on, ε is searched; when a K's best is worse than that of the one before, the search
-    ends. Each point is one training from `model_init`, in a folder of its own under `args.output_dir`.
+    Each point is one training from `model_init`, in its own folder under `args.output_dir`. A record is written after
+    each training. To continue an interrupted search, call it again: it goes on where it stopped, even in the middle of
+    a training that saved checkpoints. With a larger `n_trials` it goes further.
 
-    A record is written after each training. Called again, the search goes on where it was interrupted, also in the
-    middle of a training if that saved checkpoints; with a larger `n_trials` it goes further.
+    Both papers report that the result first rises and then falls with ε and with K (paper 2, section 5.1). So ε is
+    searched for each K in `steps`, starting with the smallest. The search ends when the best result for a K is worse
+    than that for the K before.
 
     Args:
-        trainer: A defended Trainer with `model_init` and a defense that has a constraint. It ends with the model of
-            the last training, and its own defense.
+        trainer: A defended Trainer with `model_init` and a defense that has a constraint. Afterwards it holds the
+            model of the last training, and its own defense again.
         low: Smallest ε, above 0.
         high: Largest ε.
         direction: "maximize" for an accuracy, "minimize" for a loss.
-        steps: The numbers K to try; None, the default, for that of the defense.
+        steps: The numbers K to try. None, the default, takes that of the defense.
         n_trials: Trainings for each K, at least 2. Default 6, which leaves 0.15 of the range on the log scale.
-        compute_objective: From metrics to the objective, as in `Trainer.hyperparameter_search`. Default: the
+        compute_objective: Function from metrics to the objective, as in `Trainer.hyperparameter_search`. Default: the
             evaluation loss if it is the only metric, else the sum of all others.
-        evaluate: What is measured after each training. Default `trainer.evaluate`; a function that calls a
-            `CorruptionEvaluator` searches the ε that is best under corruption.
-        path: Where the record is kept. Default `epsilon_search.json` in `args.output_dir`.
+        evaluate: Measures the metrics after each training. Default `trainer.evaluate`. To search the ε that is best
+            under corruption, pass a function that calls a `CorruptionEvaluator`.
+        path: File of the record. Default `epsilon_search.json` in `args.output_dir`.
 
     Returns:
-        The record; `record.best` is the best trial, `hf_parcor.reports.tables.search_table` and
-        `hf_parcor.reports.plots.plot_search` draw it.
+        The record. `record.best` is the best trial; `hf_parcor.reports.tables.search_table` and
+        `hf_parcor.reports.plots.plot_search` show the record.
 
     Raises:
-        ValueError: No `model_init`, a defense without constraint or with a fixed step size, an empty range, or a
-            record of another search at `path`.
+        ValueError: There is no `model_init`; the defense has no constraint, or a fixed step size; the range is empty;
+            or the file at `path` is the record of another search.
 
     Examples:
         >>> import tempfile
@@ -159,10 +160,10 @@ def search_strength(
     evaluate: Callable[[], dict[str, float]] | None = None,
     path: str | Path | None = None,
 ) -> SearchRecord:
-    """Search the strength of the corruption of a `CorruptionRisk` with which training ends best, as `search_epsilon`.
+    """Search the strength of a `CorruptionRisk`'s corruption that gives the best result, as `search_epsilon` does.
 
-    That is σ of `GaussianNoise`, the number of bits of `Quantization`, and so on. Where a whole number comes again,
-    its training is not run twice.
+    The strength is σ of `GaussianNoise`, the number of bits of `Quantization`, and so on. If a whole number comes
+    again, its training is not repeated.
 
     Args:
         trainer: A defended Trainer with `model_init` and a `CorruptionRisk` of one corruption.
@@ -171,12 +172,12 @@ def search_strength(
         direction: As in `search_epsilon`.
         n_trials: As in `search_epsilon`.
         compute_objective: As in `search_epsilon`.
-        evaluate: As in `search_epsilon`: what a `CorruptionEvaluator` finds, say.
+        evaluate: As in `search_epsilon`.
         path: As in `search_epsilon`. Default `strength_search.json` in `args.output_dir`.
 
     Raises:
-        ValueError: No `model_init`, no `CorruptionRisk` of one corruption with a strength, an empty range, or a record
-            of another search at `path`.
+        ValueError: There is no `model_init`; the defense is not a `CorruptionRisk` of one corruption with a strength;
+            the range is empty; or the file at `path` is the record of another search.
 
     Examples:
         >>> import tempfile

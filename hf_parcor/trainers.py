@@ -7,9 +7,9 @@ from hf_parcor.training.mixin import ParameterDefenseMixin
 
 
 class ParameterDefenseTrainer(ParameterDefenseMixin, PublishingMixin, Trainer):
-    """A `transformers.Trainer` that defends parameters, measures robustness, and writes it on the model card.
+    """A `transformers.Trainer` that defends parameters, measures robustness, and writes the result on the model card.
 
-    The three parts are `ParameterDefenseMixin`, `RobustnessMixin` and `PublishingMixin`.
+    It combines `ParameterDefenseMixin`, which says what arguments it takes, `RobustnessMixin` and `PublishingMixin`.
 
     Examples:
         >>> import tempfile
@@ -35,7 +35,7 @@ class ParameterDefenseTrainer(ParameterDefenseMixin, PublishingMixin, Trainer):
 
 
 class Seq2SeqParameterDefenseTrainer(ParameterDefenseMixin, PublishingMixin, Seq2SeqTrainer):
-    """A `transformers.Seq2SeqTrainer` that does what `ParameterDefenseTrainer` does.
+    """A `transformers.Seq2SeqTrainer` with the additions of `ParameterDefenseTrainer`.
 
     Examples:
         >>> import tempfile

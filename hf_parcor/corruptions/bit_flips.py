@@ -35,24 +35,24 @@ def stored_as(of: str | Quantization | None) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class BitFlips(Corruption):
-    """Bits of the selected weights inverted at random, as a failing memory would.
+    """Inverts bits of the selected weights at random, as a failing memory would.
 
-    One flip of a float's exponent may make a weight of 1e38. A model that is measured answers NaN then, and one that
-    `CorruptionRisk` trains at such flips becomes NaN within steps: train at those of integer codes (`of="int8"`), or
-    at `bits="sign"` or `"mantissa"`, which stay in range.
+    To train with `CorruptionRisk`, flip bits of integer codes (`of="int8"`), or set `bits` to "sign" or "mantissa":
+    these flips stay in range. A flip of a float's exponent can make a weight of 1e38. Then a model that is measured
+    returns NaN, and a model that is trained becomes NaN within a few steps.
 
     Args:
-        rate: Every bit of the field flips independently with this probability, in [0, 1].
-        count: Exactly this many distinct bits flip, over all selected weights. Give one of `rate` and `count`.
-        bits: Which field may flip: "any" (the default), "sign", "exponent" or "mantissa".
-        of: What the weights are stored as: "float32", "bfloat16", "float16"; `Quantization(8)`, or "int8", for the
-            two's-complement codes of `round(W/w0)`, whose sign is the top bit, without exponent and mantissa;
-            None, the default, for their own dtype. With another format than that the result is all weights rounded to
-            it, flips included.
+        rate: Each bit of the field flips independently with this probability, in [0, 1].
+        count: Exactly this many distinct bits flip, over all selected weights. Give either `rate` or `count`.
+        bits: The field whose bits may flip: "any" (the default), "sign", "exponent" or "mantissa".
+        of: What the weights are stored as: "float32", "bfloat16", "float16", or `Quantization(8)` (also "int8") for
+            the two's-complement codes of `round(W/w0)`, whose sign is the top bit, without exponent and mantissa.
+            Default: the weights' own dtype. With any other format the result is all weights rounded to it, with the
+            flips.
 
     Raises:
-        ValueError: Both or none of `rate` and `count`, a rate outside [0, 1], a count below 1, an unknown format, or a
-            field that it does not have.
+        ValueError: Both or none of `rate` and `count` are given; `rate` is outside [0, 1]; `count` is below 1; or the
+            format is unknown, or has no such field.
 
     Examples:
         >>> flip = BitFlips(count=1, bits="sign")

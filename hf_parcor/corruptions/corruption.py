@@ -76,15 +76,15 @@ OPTION = {"told": "where it is not the default"}
 class Corruption(ABC):
     """A rule that chooses a corruption of weights.
 
-    Calling it checks what goes in, and returns the corruption by name: what to add to the weights or, as a
-    `Replacement`, what to write over them. `pieces` gives the same one tensor after the other, so that a large model
-    can be corrupted with no second one beside it. Subclasses are frozen dataclasses of settings that fill `_choose`.
+    Calling it checks the arguments, and returns the corruption by name: tensors to add to the weights, or a
+    `Replacement` with their new values. `pieces` returns them one after the other, so that a large model can be
+    corrupted without a second copy of it. Subclasses are frozen dataclasses of settings that define `_choose`.
 
     Attributes:
         title: Its kind, for the titles of plots and tables.
-        strengths: What says how strong it is; where there are several, the one whose setting is given.
+        strengths: The settings that say how strong it is. If there are several, the one that is given counts.
         rounding_decides: Whether the last bits of a loss may decide what is chosen, so that processes must agree.
-        stochastic: Whether another seed gives another corruption, so that trials say something.
+        stochastic: Whether another seed gives another corruption, so that several trials make sense.
     """
 
     title: ClassVar[str] = ""
@@ -94,15 +94,15 @@ class Corruption(ABC):
 
     @property
     def uses_gradients(self) -> bool:
-        """Whether it needs a `GradientSource`; a class may say it once for all, as a class variable."""
+        """Whether it needs a `GradientSource`. Subclasses may set it as a class variable."""
         return False
 
     def check(self, weights: Mapping[str, Tensor]) -> None:  # noqa: B027 (most can be applied to any weight)
-        """Refuse weights that it cannot be applied to, before any is touched; here none is refused.
+        """Raise an error, before any weight is written, if it cannot be applied to these. By default it always can.
 
         Raises:
-            ValueError: There is such a weight.
-            NotImplementedError: There is one by the way in which it is sharded.
+            ValueError: It cannot be applied to a weight.
+            NotImplementedError: It cannot be applied to a weight because of its sharding.
         """
 
     @final
@@ -116,9 +116,9 @@ class Corruption(ABC):
         """Choose the corruption of `weights`.
 
         Args:
-            weights: Floating-point tensors by name, seen as ONE vector; they are only read.
-            gradients: Needed where `uses_gradients` says so.
-            generator: Source of randomness where `stochastic` says so; None for PyTorch's global one.
+            weights: Floating-point tensors by name, which form one vector. They are only read.
+            gradients: Needed if `uses_gradients` is True.
+            generator: Source of randomness if `stochastic` is True. None takes PyTorch's global generator.
 
         Raises:
             ValueError: There are no weights, or gradients are needed and missing.
@@ -139,13 +139,13 @@ class Corruption(ABC):
     ) -> Pieces:
         """Choose the same corruption tensor by tensor, for `corrupted` or `Injection.write`.
 
-        A piece is made when it is asked for, from that weight alone; gradients are found, and norms of the whole
-        vector, before the first one. There may be none of a weight that stays as it is.
+        Each piece is computed when it is asked for, from its weight alone. Gradients, and norms of the whole vector,
+        are computed before the first piece. A weight that stays as it is may have no piece.
 
         Args:
             weights: As for a call.
             gradients: As for a call.
-            generator: As for a call; it is used until the last piece has come.
+            generator: As for a call. It is used until the last piece is computed.
 
         Raises:
             ValueError: As for a call.
@@ -185,9 +185,9 @@ class Corruption(ABC):
         """
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings as plain values, for records; a constraint's fields stand beside the others.
+        """Return the settings as plain values, for records, with the fields of a constraint among them.
 
-        Those marked as `OPTION` are left out where they have their default.
+        Settings marked as `OPTION` are left out if they have their default.
 
         Examples:
             >>> from hf_parcor import CorruptionConstraint, GradientCorruption
@@ -205,14 +205,14 @@ class Corruption(ABC):
 
     @property
     def strength(self) -> tuple[Strength, float] | None:
-        """What says how strong it is, and the number; None where nothing does."""
+        """The setting that says how strong it is, with its value; None if there is no such setting."""
         settings = self.settings()
         given = ((strength, settings.get(strength.setting)) for strength in self.strengths)
         return next(((strength, value) for strength, value in given if value is not None), None)
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether its strength is none at all, so that every weight stays as it is."""
+        """Whether its strength is zero, so that every weight stays as it is."""
         known = self.strength
         return known is not None and known[1] == known[0].weakest == 0
 
@@ -220,10 +220,10 @@ class Corruption(ABC):
         """Return the corruption at a share of its strength, for a ramp in training.
 
         Args:
-            share: Between 0, where it corrupts nothing, and 1. What is counted is rounded, and at least 1.
+            share: From 0 (the weakest) to 1. A strength that is a whole number is rounded, and at least 1.
 
         Raises:
-            ValueError: It has no strength that could be less.
+            ValueError: It has no strength.
 
         Examples:
             >>> from hf_parcor import CorruptionConstraint, GaussianNoise, GradientCorruption, Quantization
@@ -242,10 +242,10 @@ class Corruption(ABC):
         return self.with_strength(kind.weakest + share * (value - kind.weakest))
 
     def with_strength(self, value: float) -> Self:
-        """Return the same corruption at another strength; what is counted is rounded, and at least 1.
+        """Return the same corruption at another strength. A whole number is rounded, and at least 1.
 
         Raises:
-            ValueError: It has no strength, or cannot have this one.
+            ValueError: It has no strength, or does not allow this one.
 
         Examples:
             >>> from hf_parcor import Quantization
@@ -266,7 +266,7 @@ class Corruption(ABC):
 
     @classmethod
     def kind(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what plots and tables say of corruptions with these settings, for a `CorruptionKind`.
+        """Return the words for corruptions with these settings in plots and tables, for a `CorruptionKind`.
 
         Examples:
             >>> from hf_parcor import GaussianNoise

@@ -17,20 +17,20 @@ from hf_parcor.injection import Pieces
 
 @dataclass(frozen=True)
 class ConductanceDrift(Corruption):
-    """Every selected weight decayed by a power of time: `w_i ((t + t_0) / t_0)^(−ν_i)`, `ν_i = |N(nu_mean, nu_std²)|`.
+    """Decays each selected weight by a power of time: `w_i ((t + t_0) / t_0)^(−ν_i)`, `ν_i = |N(nu_mean, nu_std²)|`.
 
-    A weight is a conductance, or the difference of two of which one is zero; conductances of phase-change memory drift
-    as `g(t) = g(t_0) (t / t_0)^(−ν)`, each with its own exponent. Times are those of aihwkit's `PCMLikeNoiseModel`,
-    which fits exponents to conductances (Nandakumar et al., ICECS 2019, IEEE document 8964852): the defaults are
-    its mean and deviation at the largest conductance; at small ones it has up to 0.1 and 0.045. Programming and read
-    noise are not in it (`GaussianNoise` relative to the tensor is near them), nor is global drift compensation, which
-    multiplies all weights of a tile by one number.
+    A weight stands for a conductance, or for the difference of two conductances, one of which is zero. Conductances of
+    phase-change memory drift as `g(t) = g(t_0) (t / t_0)^(−ν)`, each with its own exponent. Times are measured as in
+    aihwkit's `PCMLikeNoiseModel`, which fits the exponents to the conductances (Nandakumar et al., ICECS 2019, IEEE
+    document 8964852). The defaults are its mean and deviation at the largest conductance; at small conductances it has
+    up to 0.1 and 0.045. Not included are programming and read noise (`GaussianNoise` relative to the tensor is close
+    to them), and global drift compensation, which multiplies all weights of a tile by one number.
 
     Args:
-        seconds: t ≥ 0, since the end of programming.
-        nu_mean: Mean of the exponent, at least 0.
-        nu_std: Its standard deviation from device to device, at least 0.
-        t_0: When the conductance was first read, in seconds from programming, > 0.
+        seconds: Time t ≥ 0 since the end of programming, in seconds.
+        nu_mean: Mean of the exponent, ≥ 0.
+        nu_std: Standard deviation of the exponent from device to device, ≥ 0.
+        t_0: Time of the first read of the conductance, in seconds after programming, > 0.
 
     Raises:
         ValueError: A number is out of its range.

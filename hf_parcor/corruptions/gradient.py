@@ -18,15 +18,15 @@ from hf_parcor.injection import Pieces
 
 @dataclass(frozen=True)
 class GradientCorruption(Corruption):
-    """The worst corruption to first order: `argmax_{a ∈ S} aᵀg`, g the gradient of the mean loss over the data.
+    """The worst corruption to first order: `argmax_{a ∈ S} aᵀg`, with the gradient g of the mean loss over the data.
 
-    Paper 1, Definition 4, Eq. 10. Sharpness-aware minimisation calls it the *ascent step*.
+    See paper 1, Definition 4, Eq. 10. Sharpness-aware minimisation calls it the *ascent step*.
 
     Args:
         constraint: The set S.
 
     Raises:
-        TypeError: The constraint is none.
+        TypeError: `constraint` is not a `CorruptionConstraint`.
 
     Examples:
         >>> from hf_parcor import CorruptionConstraint, CorruptionEvaluator

@@ -28,19 +28,19 @@ STEP_SIZE_FACTOR = 1.5  # α = 1.5 ε/K lets K steps reach the boundary; the pap
 class MultiStepCorruption(Corruption):
     """The worst corruption by projected gradient ascent, one batch a step: `a_k = Π_S(a_{k−1} + u_k)`, `a_0 = 0`.
 
-    Paper 2, Eq. 13–19. `u_k` is the constrained maximum on the gradient at `w + a_{k−1}` with radius α and at most n
-    non-zero entries. (Eq. 16 prints no n. But every entry of a dense step for p = ∞ has the size α, and which n of
-    them the projection keeps would be decided by position, not by the gradient.)
+    See paper 2, Eq. 13–19. `u_k` is the constrained maximum on the gradient at `w + a_{k−1}`, with radius α and at
+    most n non-zero entries. Eq. 16 prints no n, but without it every entry of a step for p = ∞ has the size α, and the
+    projection would choose n of them by position, not by the gradient.
 
     Args:
         constraint: The set S; p is 2 or ∞, for which the projection has a closed form.
-        steps: K; None, the default, for one pass over the data, `K = ⌈|D|/|B|⌉`.
-        step_size: α in units of the weights; None, the default, for `1.5 ε/K`.
+        steps: K ≥ 1. Default: one pass over the data, `K = ⌈|D|/|B|⌉`.
+        step_size: α in units of the weights. Default `1.5 ε/K`.
 
     Raises:
         NotImplementedError: p is neither 2 nor ∞.
         ValueError: `steps < 1` or `step_size < 0`.
-        TypeError: The constraint is none.
+        TypeError: `constraint` is not a `CorruptionConstraint`.
 
     Examples:
         >>> from hf_parcor import CorruptionConstraint, CorruptionEvaluator
@@ -77,13 +77,13 @@ class MultiStepCorruption(Corruption):
         return f"multi-step {self.constraint}" + ("" if self.steps is None else f" K={self.steps}")
 
     def ascent(self, weights: Mapping[str, Tensor], batches: int) -> Ascent:
-        """Yield each `a_k` at which it wants the gradient of a batch, take that, and return the last one.
+        """Yield each `a_k` that needs a gradient, receive the gradient of a batch there, and return the last `a_k`.
 
-        So that several ascents can walk through the data together.
+        With this several ascents can go through the data together.
 
         Args:
             weights: As for a call.
-            batches: `⌈|D|/|B|⌉`, the number of steps where none is set.
+            batches: `⌈|D|/|B|⌉`, the number of steps if `steps` is None.
         """
         p, epsilon, top_n = self.constraint.p, self.constraint.epsilon, self.constraint.top_n
         steps = batches if self.steps is None else self.steps
@@ -102,10 +102,10 @@ class MultiStepCorruption(Corruption):
         return named(weights, corruption)
 
     def remembered(self, weights: Mapping[str, Tensor]) -> RememberedAscent | None:
-        """Return an ascent that is remembered by its gradients, where they take less memory than a corruption.
+        """Return an ascent that keeps its gradients instead of a, if they take less memory; else None.
 
-        That is with one or two steps, and weights in 16 bits: it then holds 2 bytes a weight for each step, where
-        `ascent` holds a in float32, 4, and a gradient, 2. None where it would not, or needs all of a at once.
+        This is so with one or two steps and weights in 16 bits. It then holds 2 bytes a weight for each step, whereas
+        `ascent` holds a in float32 (4 bytes) and a gradient (2). None also if all of a is needed at once.
 
         Args:
             weights: As for a call.
@@ -115,7 +115,7 @@ class MultiStepCorruption(Corruption):
         return RememberedAscent(list(weights), self.constraint.p, self.constraint.epsilon, first_inside=False)
 
     def step_size_of(self, steps: int) -> float:
-        """Return α where there are so many steps."""
+        """Return α for this number of steps."""
         return STEP_SIZE_FACTOR * self.constraint.epsilon / steps if self.step_size is None else self.step_size
 
     def _choose(

@@ -19,20 +19,20 @@ from hf_parcor.injection import Pieces
 class GaussianNoise(Corruption):
     """Independent noise `a_i ~ N(0, σ²)` on every selected weight, in units of the weights or relative to them.
 
-    Analog hardware maps the largest weight of a tile to its largest conductance, so that its noise, of programming and
-    of reading, is relative to that. aihwkit (Rasch et al. 2021, arXiv:2104.02184) calls this `AddNormal`, by channels
-    `AddNormalPerChannel`, and noise in proportion to each weight `MultNormal`. Noise-aware training for phase-change
-    memory draws the first (Joshi et al. 2020, arXiv:1906.03138).
+    Analog hardware maps the largest weight of a tile to its largest conductance, so its programming and read noise is
+    relative to that weight. In aihwkit (Rasch et al. 2021, arXiv:2104.02184) noise relative to the tensor is
+    `AddNormal`, relative to channels `AddNormalPerChannel`, and relative to each weight `MultNormal`. Noise-aware
+    training for phase-change memory draws the first (Joshi et al. 2020, arXiv:1906.03138).
 
     Args:
         std: σ ≥ 0, in units of the weights, or of what the noise is relative to.
-        relative_to: "tensor" or "channel" (one index of the first dimension; an entry of a vector) for `σ` times the
-            largest |w| there; "weight" for multiplicative noise, `w_i (1 + σ n_i)`, which is the log-normal
-            `w_i exp(σ n_i)` to first order. None for noise that does not depend on the weights.
+        relative_to: "tensor" or "channel" multiply σ by the largest |w| there; a channel is one index of the first
+            dimension, in a vector one entry. "weight" gives multiplicative noise `w_i (1 + σ n_i)`, which is the
+            log-normal `w_i exp(σ n_i)` to first order. None (the default) does not depend on the weights.
 
     Raises:
-        ValueError: `std` is negative, infinite or NaN; `relative_to` is unknown.
-        NotImplementedError: When it is applied, to a weight whose channels are cut by its sharding.
+        ValueError: `std` is negative, infinite or NaN, or `relative_to` is unknown.
+        NotImplementedError: It is applied to a weight whose channels are split by sharding.
 
     Examples:
         >>> print(GaussianNoise(0.02))
@@ -76,8 +76,8 @@ class UniformNoise(Corruption):
         relative_to: "tensor", "channel", "weight" or None, as in `GaussianNoise`.
 
     Raises:
-        ValueError: `bound` is negative, infinite or NaN; `relative_to` is unknown.
-        NotImplementedError: When it is applied, to a weight whose channels are cut by its sharding.
+        ValueError: `bound` is negative, infinite or NaN, or `relative_to` is unknown.
+        NotImplementedError: It is applied to a weight whose channels are split by sharding.
 
     Examples:
         >>> print(UniformNoise(0.05))

@@ -1,8 +1,8 @@
-"""Weight quantization: as in paper 2 (Eq. A.1), and as the quantizers that people deploy round.
+"""Weight quantization as in paper 2 (Eq. A.1), and as the quantizers that people deploy round.
 
 **Which object is which**, to the last bit. A test compares each line with the library (torchao 0.18, bitsandbytes
-0.50), for weights in float32, bfloat16, and float16 where it takes them. With `b` bits, groups of `g`, `deployed` for
-`code_range="full", arithmetic="weight"`:
+0.50), for weights in float32, in bfloat16, and in float16 if the library takes them. Here `b` is the number of bits,
+`g` the size of a group, and `deployed` stands for `code_range="full", arithmetic="weight"`:
 
 | deployed | here |
 |:--|:--|
@@ -20,26 +20,27 @@
 | `MXTensor.to_mx(w, torch.float4_e2m1fn_x2, 32)` | `FloatQuantization("mxfp4")` |
 | bitsandbytes `Linear4bit`, "nf4", `compress_statistics=False` | `FloatQuantization("nf4")` |
 
-Where they part. torchao's FP8 makes NaN of a block whose scale is 0: a row of zeros, and a small one in float16; here
-it stays. The largest numbers of a dtype may become infinite there, as 65504 of float16 in FP8; here they stay finite,
-and in NVFP4 tensors below 8e-36 stay, of whose zeros torchao makes other numbers. Its 4 bits on CPUs keep scales from
-10^-6 on, and in float32 are equal up to a fused multiplication. Weights that are not finite stay here, and become
-anything there. For weights in float32, `arithmetic` changes nothing but blocks whose scale is below 2^-23. On CPUs
-bitsandbytes reads rows that are not whole blocks of 64 back with the scale of another block; here each keeps its own.
+**Where they differ.** torchao's FP8 turns a block whose scale is 0 into NaN, such as a row of zeros, or of small
+numbers in float16; here it stays. In torchao the largest numbers of a dtype may become infinite, such as 65504 of
+float16 in FP8; here they stay finite. In NVFP4, tensors below 8e-36 stay here; torchao turns their zeros into other
+numbers. Its 4 bits for CPUs keep scales at 10^-6 or more, and in float32 are equal up to a fused multiplication.
+Weights that are not finite stay here; there they become anything. For weights in float32, `arithmetic` matters
+only in blocks whose scale is below 2^-23. On CPUs bitsandbytes reads rows that are not whole blocks of 64 back with
+the scale of another block; here each block keeps its own.
 
-**Which tensors.** Tools quantize the matrices of linear layers, and leave embeddings, norms and biases alone: choose
-`target_modules="all-linear"`, which leaves out the output layer too. Vectors stay, but with one scale a tensor, since
-Eq. A.1 is of every tensor: take `FloatQuantization` or another `per`, or name the weights alone. Channels are the
-first dimension, which in Transformers' `Conv1D` (GPT-2) and in stacked experts are not the outputs.
+**Which tensors.** Tools quantize the matrices of linear layers, and leave embeddings, norms and biases as they are.
+Choose `target_modules="all-linear"`, which leaves out the output layer too. With one scale a tensor, vectors are
+rounded too, since Eq. A.1 holds for every tensor. To leave them, take `FloatQuantization` or another `per`, or name
+only the weights. Channels are the first dimension, not the outputs in `Conv1D` (GPT-2) and in stacked experts.
 
-**From here to other tools.** GGUF: `Q8_0` is near `Quantization(8, 32)`, `Q4_0` near `Quantization(4, 32)` and `Q4_1`
-near `Quantization(4, 32, symmetric=False, zero_point="float")`, but their scales are float16, and those of `Q4_0` have
-the sign of the largest weight; the `K` formats quantize their scales too. AWQ and GPTQ usually write what
-`Quantization(4, 128, symmetric=False)` can hold, but move the weights with the help of data before they round, or
-while they do: what is measured here is plain rounding, which they should beat. Of any tool: write the weights as it
-dequantizes them into the model (a Transformers model reads a GGUF file so), and measure that model without corruption.
-Not tried: GGUF, AWQ, GPTQ, HQQ, quantized activations, quantized scales (NF4 with `compress_statistics`), 1 bit,
-scales in another dtype than the weights (`scale_dtype`), and what needs a GPU (`Int4WeightOnlyConfig`).
+**Other tools.** GGUF: `Q8_0` is near `Quantization(8, 32)`, `Q4_0` near `Quantization(4, 32)`, and `Q4_1` near
+`Quantization(4, 32, symmetric=False, zero_point="float")`. But their scales are float16, and those of `Q4_0` have the
+sign of the largest weight; the `K` formats quantize their scales too. AWQ and GPTQ usually write what
+`Quantization(4, 128, symmetric=False)` can hold, but use data to move the weights before or while they round; here
+rounding is plain, which they should beat. To measure the result of any tool, load its dequantized weights into the
+model (a Transformers model reads a GGUF file so), and measure that model without corruption. Not tried: GGUF, AWQ,
+GPTQ, HQQ, quantized activations, quantized scales (NF4 with `compress_statistics`), 1 bit, scales in another dtype
+than the weights (`scale_dtype`), and what needs a GPU (`Int4WeightOnlyConfig`).
 """
 
 from __future__ import annotations
@@ -79,26 +80,26 @@ _Found = TypeVar("_Found")
 
 @dataclass(frozen=True)
 class Quantization(Corruption):
-    """Every selected tensor rounded to n-bit integers with one scale for each block: `round(W/s) s`.
+    """Rounds each selected tensor to n-bit integers, with one scale for each block: `round(W/s) s`.
 
-    By default the signed integers of paper 2, with one scale a tensor. The module's text, `hf_parcor.corruptions.
-    quantization`, says which settings are which quantizer of torchao.
+    The default is the signed integers of paper 2, with one scale for each tensor. The docstring of the module,
+    `hf_parcor.corruptions.quantization`, lists which settings are which quantizer of torchao.
 
     Args:
-        bits: n, in 2..16.
-        per: What shares a scale: the "tensor"; a "channel", one index of the first dimension; or a group of so many
-            consecutive entries of the last dimension. Vectors have no channels and no groups: they stay.
-        symmetric: Whether zero has the code zero; else every block has a zero point.
-        code_range: Of symmetric ones: "restricted" to ±(2^(n−1) − 1); "full", which has −2^(n−1) too and clips the
-            largest positive weight; "unclipped", with the same codes and a scale that clips nothing.
-        zero_point: Of asymmetric ones: "integer", so that zero stays zero, or "float".
-        arithmetic: "float32", or "weight" for that of the weights' dtype, as some quantizers compute.
+        bits: n, from 2 to 16.
+        per: What shares a scale: "tensor" (the default); "channel", one index of the first dimension; or the size of a
+            group of consecutive entries of the last dimension. With these two, vectors stay as they are.
+        symmetric: Whether zero has the code zero. Default True. If False, each block has a zero point.
+        code_range: For symmetric codes: "restricted" (the default) to ±(2^(n−1) − 1); "full", which also has −2^(n−1)
+            and clips the largest positive weight; or "unclipped", with the same codes and a scale that clips nothing.
+        zero_point: For asymmetric codes: "integer" (the default), so that zero stays zero, or "float".
+        arithmetic: "float32" (the default), or "weight" to compute in the weights' dtype, as some quantizers do.
 
     Raises:
-        TypeError: `bits` or `per` is no whole number.
-        ValueError: `bits` outside 2..16, or settings that are unknown or do not go together. When it is applied:
-            groups that do not divide the last dimension of a weight.
-        NotImplementedError: When it is applied, to a weight whose channels or groups are cut by its sharding.
+        TypeError: `bits` or `per` is not a whole number.
+        ValueError: `bits` is outside 2..16; settings are unknown, or do not go together; or it is applied to a weight
+            whose last dimension is not a multiple of the group.
+        NotImplementedError: It is applied to a weight whose channels or groups are split by sharding.
 
     Examples:
         >>> Quantization(2)({"w": torch.tensor([-1.0, 0.2, 0.6])})
@@ -135,7 +136,7 @@ class Quantization(Corruption):
         return f"{self.bits}-bit quantization{_blocks(self.per)}" + (f" ({told})" if told else "")
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
-        """Refuse matrices that have no whole blocks."""
+        """Raise an error for matrices that do not consist of whole blocks."""
         _check_blocks(weights, self.per)
 
     def _choose(
@@ -162,10 +163,10 @@ class Quantization(Corruption):
         )
 
     def stored_bits(self, weight: Tensor) -> int:
-        """Return how many bits a weight takes: its codes, a scale in its own dtype for each block, and zero points.
+        """Return the number of bits of a weight: its codes, a scale in its own dtype for each block, and zero points.
 
-        Integer zero points take a byte, as torchao keeps them, float ones as much as a scale. Vectors that stay take
-        what they take now.
+        An integer zero point takes a byte, as in torchao; a float zero point takes as much as a scale. Vectors that
+        stay as they are take what they take now.
 
         Examples:
             >>> Quantization(4, per=32).stored_bits(torch.zeros(2, 64)) / 128
@@ -180,20 +181,20 @@ class Quantization(Corruption):
 
 @dataclass(frozen=True)
 class FloatQuantization(Corruption):
-    """Every selected matrix rounded to a floating-point format of 8 or 4 bits, with one scale for each block.
+    """Rounds each selected matrix to a floating-point format of 8 or 4 bits, with one scale for each block.
 
-    Vectors stay as they are. `hf_parcor.functional.quantize_to_float` has the formulas, and their sources. A format
-    has no strength that could grow or be searched: ramps and `search_strength` refuse it.
+    Vectors stay as they are. The formulas and their sources are in `hf_parcor.functional.quantize_to_float`. A format
+    has no strength that could grow or be searched, so `ramp_epochs` and `search_strength` refuse it.
 
     Args:
         format: "fp8_e4m3", "fp8_e5m2", "mxfp4" (blocks of 32), "nvfp4" (of 16) or "nf4" (of 64).
-        per: What shares a scale in FP8: the "tensor" by default, a "channel", or a group of so many consecutive
-            entries. The other formats say it themselves.
+        per: What shares a scale in FP8: "tensor" (the default), "channel", or the size of a group of consecutive
+            entries. The other formats have fixed blocks.
 
     Raises:
-        ValueError: A format that is unknown, or a `per` that it does not allow. When it is applied: blocks that do not
-            divide the last dimension of a weight.
-        NotImplementedError: When it is applied, to a weight whose blocks are cut by its sharding.
+        ValueError: The format is unknown, or does not allow this `per`; or it is applied to a weight whose last
+            dimension is not a multiple of the block.
+        NotImplementedError: It is applied to a weight whose blocks are split by sharding.
 
     Examples:
         >>> print(FloatQuantization("mxfp4"), FloatQuantization("fp8_e4m3", "channel"), sep=", ")
@@ -215,7 +216,7 @@ class FloatQuantization(Corruption):
         return found.title + ("" if found.fixed else _blocks(self.per))
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
-        """Refuse matrices that have no whole blocks; those of NF4 run over the rows, and the last may be short."""
+        """Raise an error for matrices that do not consist of whole blocks; NF4 allows a short last block."""
         assert self.per is not None, "set above"
         _check_blocks(weights, "channel" if self.format == "nf4" else self.per)
 
@@ -233,9 +234,9 @@ class FloatQuantization(Corruption):
         return None if shared else row_width(weight, self.per, flat=self.format == "nf4")
 
     def stored_bits(self, weight: Tensor) -> int:
-        """Return how many bits a weight takes: its codes, and a scale for each block.
+        """Return the number of bits of a weight: its codes, and a scale for each block.
 
-        Scales are float32, and in blocks of MXFP4 and NVFP4 one byte. Vectors take what they take now.
+        A scale is float32; that of a block of MXFP4 or NVFP4 takes one byte. Vectors take what they take now.
 
         Examples:
             >>> FloatQuantization("mxfp4").stored_bits(torch.zeros(2, 64)) / 128

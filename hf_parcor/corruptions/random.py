@@ -23,14 +23,15 @@ from hf_parcor.injection import Pieces
 class RandomCorruption(Corruption):
     """The worst corruption along a random direction: `argmax_{a ∈ S} aᵀr`, `r ~ N(0, I)` (paper 1, Eq. 5).
 
-    On the boundary of the constraint; for p = 2 without `top_n` uniform on the sphere of radius ε. Then the direction
-    of a large model is drawn twice and never held as a whole; otherwise it is, in float32.
+    It lies on the boundary of S; for p = 2 without `top_n` it is uniform on the sphere of radius ε. With a
+    generator, the direction of a large model is then drawn twice, and never held as a whole. In all other cases it is,
+    in float32.
 
     Args:
         constraint: The set S.
 
     Raises:
-        TypeError: The constraint is none.
+        TypeError: `constraint` is not a `CorruptionConstraint`.
 
     Examples:
         >>> from hf_parcor import CorruptionConstraint

@@ -24,39 +24,39 @@ _Flips = dict[str, dict[int, int]]  # of each tensor, by its entry's index, a ma
 
 @dataclass(frozen=True)
 class WorstBitFlips(Corruption):
-    """The few bits whose flips break a model, as an attacker would choose them.
+    """Flips the few bits that break a model, as an attacker would choose them.
 
-    `search="gradient"` is the progressive bit search of Rakin et al. (Bit-Flip Attack, ICCV 2019), on the bits of
-    floats too, as Levy et al. (Impactful Bit-Flip Search, 2024) do. One bit a round, until `count` are flipped: the
-    gradient g at the weights as flipped so far ranks the bits of each tensor by `g·Δw`, see `worst_flip`; of the
-    `candidates` tensors that gain most the best bit of each is tried, and that with the largest loss is kept. No bit
-    is flipped twice. Only flips to finite numbers are candidates. A loss that is not finite counts as the largest one,
-    for what is not finite is never a right answer; nothing can be ranked there, so the flips after it are those of the
-    largest `g·Δw` at the last gradient. Where the first gradient is not finite, nothing is flipped.
+    `search="gradient"` is the progressive bit search of Rakin et al. (Bit-Flip Attack, ICCV 2019), also on the bits of
+    floats, as in Levy et al. (Impactful Bit-Flip Search, 2024). Each round flips one bit, until `count` are flipped.
+    The gradient g at the weights as flipped so far ranks the bits of each tensor by `g·Δw` (see `worst_flip`). Then
+    the best bit of each of the `candidates` tensors with the largest gain is tried, and the one with the largest loss
+    is kept. Only flips to finite numbers are candidates, and no bit is flipped twice. The flips of a smaller `count`
+    are the first ones of a larger `count`. A loss that is not finite counts as the largest, because such a model gives
+    no right answers. Losses cannot rank flips after that, so the next ones are those with the largest `g·Δw` at the
+    last gradient. If the first gradient is not finite, nothing is flipped.
 
-    `search="data-free"` follows the pass-free attack of Galil et al. (Deep Neural Lesion, arXiv 2502.07408, 2025): the
-    signs of the weights of largest magnitude in the first matrices, at most one a kernel (a row of a matrix, a filter
-    of a pair of channels). The first matrices are `candidates` of them, in the order of the selection, or more where
-    they have less than `count` kernels; vectors come after all matrices. In a table of embeddings a flip shows only
-    where its row is looked up: select `"all-linear"` to leave these out.
+    `search="data-free"` follows the pass-free attack of Galil et al. (Deep Neural Lesion, arXiv 2502.07408, 2025). It
+    flips the signs of the weights of largest magnitude in the first `candidates` matrices, in the order of the
+    selection, at most one for each kernel (a row of a matrix, or the filter of a pair of channels). It takes more
+    matrices if these have fewer than `count` kernels, and vectors after all matrices. Select `"all-linear"` to leave
+    out tables of embeddings, where a flip matters only when its row is looked up.
 
-    Costs, for each flip: a gradient and `candidates` losses on `batches` batches, and a look at all selected weights;
-    data-free: one look. Memory: that gradient, the tensors that hold flips twice (the new values and, meanwhile, the
-    saved bits; with another format `of` these are all), and one tensor more. Along gradients the flips of a smaller
-    count are the first of a larger one.
+    Each flip by the gradient costs a gradient and `candidates` losses on `batches` batches, and a look at all selected
+    weights; the data-free search costs one look in all. Memory holds the gradient, two copies of each tensor that has
+    flips (new values and saved bits), and one more tensor. With another format in `of`, all tensors have copies.
 
     Args:
-        count: How many bits flip, over all selected weights.
-        of: What the weights are stored as: "float32", "bfloat16", "float16"; `Quantization(8)`, or "int8", for the
-            two's-complement codes of `round(W/w0)`; None, the default, for their own dtype. With another format than
-            that the result is all weights rounded to it, flips included.
-        search: "gradient" (the default) or "data-free", which flips signs, but not those of integer codes.
-        candidates: How many tensors are tried by their loss in each round; data-free: are searched. Default 10.
-        batches: How many batches, the first ones, gradient and loss are taken on. Default 1, as published; None for
-            all.
+        count: Number of bits that flip, over all selected weights.
+        of: What the weights are stored as: "float32", "bfloat16", "float16", or `Quantization(8)` (also "int8") for
+            the two's-complement codes of `round(W/w0)`. Default: the weights' own dtype. With any other format the
+            result is all weights rounded to it, with the flips.
+        search: "gradient" (the default), or "data-free", which flips signs, but not those of integer codes.
+        candidates: Number of tensors whose best flip is tried by its loss in each round; for the data-free search, of
+            matrices that are searched. Default 10.
+        batches: Number of batches, the first ones, for gradient and loss. Default 1, as published; None for all.
 
     Raises:
-        ValueError: A number below 1, an unknown format or search, or data-free flips of integer codes.
+        ValueError: A number is below 1, the format or search is unknown, or integer codes are searched data-free.
 
     Examples:
         >>> weights = {"first": torch.tensor([[0.5, -3.0], [2.0, 1.0]]), "second": torch.tensor([[0.1, 0.2]])}
@@ -96,7 +96,7 @@ class WorstBitFlips(Corruption):
 
     @property
     def uses_gradients(self) -> bool:
-        """Whether it needs a `GradientSource`: the data-free search needs nothing."""
+        """Whether it needs a `GradientSource`, which the data-free search does not."""
         return self.search == "gradient"
 
     @property
@@ -111,16 +111,16 @@ class WorstBitFlips(Corruption):
 
     @torch.no_grad()
     def walk(self, weights: Mapping[str, Tensor], gradients: GradientSource | None = None) -> Iterator[Replacement]:
-        """Yield the new values after no flip, after the first, and so on to the last: of the weights that changed.
+        """Yield the new values of the changed weights before the first flip, and after each flip.
 
-        So that something can be measured on the way. It is one and the same object, which changes.
+        With this the model can be measured after each flip. Each time the same object is yielded, with new content.
 
         Args:
             weights: As for a call.
             gradients: As for a call.
 
         Raises:
-            ValueError: There are fewer weights, or kernels, than flips, or a dtype cannot hold the format.
+            ValueError: There are fewer weights or kernels than flips, or a dtype cannot hold the format.
             NotImplementedError: Weights are sharded over ranks.
         """
         check_whole(list(weights.values()))

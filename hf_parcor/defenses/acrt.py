@@ -13,22 +13,22 @@ from hf_parcor.defenses.step import DefendedStep
 
 @dataclass(frozen=True)
 class ACRT(ConstrainedDefense):
-    r"""Minimise the clean loss and the loss under the worst corruption to first order, mixed.
+    r"""Minimises a mixture of the clean loss and the loss under the corruption that is worst to first order.
 
     .. math:: (1 - \alpha) L(w, \theta; B) + \alpha L(w + \hat a, \theta; B), \quad \hat a = \arg\max_{a \in S} a^T g
 
-    g is the gradient at w on this batch; no gradient flows through `â`. Two passes.
+    g is the gradient at w on this batch; no gradient flows through `â`. It takes two passes.
 
     Args:
         constraint: The set S; any p.
         alpha: Weight α of the corrupted loss, in [0, 1]; 0 is the stock step, 1 is `SAM`. Default 0.5.
-        batch_share: Of the batch, the corrupted pass sees this share; with α = 1 as in `SAM`. Default 1.
-        sync_perturbation: On several processes, one corruption for the batches of all. Default False.
-        start_epoch: Until this epoch training is the stock one. Default 0.
-        interval: Defend every so many optimizer steps. Default 1.
+        batch_share: The share of the batch that the corrupted pass sees; with α = 1 as in `SAM`. Default 1.
+        sync_perturbation: Whether all processes use one corruption, for the joined batch. Default False.
+        start_epoch: Take stock steps until this epoch. Default 0.
+        interval: Defend every `interval`-th optimizer step. Default 1.
 
     Raises:
-        ValueError: `alpha` outside [0, 1].
+        ValueError: `alpha` is outside [0, 1].
 
     Examples:
         >>> from hf_parcor import CorruptionConstraint
@@ -46,12 +46,12 @@ class ACRT(ConstrainedDefense):
 
     @property
     def passes(self) -> int:
-        """Two, or one where the corrupted loss has no weight."""
+        """2, or 1 if the corrupted loss has no weight."""
         return 2 if self.alpha > 0 else 1
 
     @property
     def whole_pass(self) -> int:
-        """The clean pass, or the corrupted one where it alone makes the update."""
+        """0, the clean pass; with α = 1 it is 1, the corrupted pass."""
         return 0 if self.alpha < 1 else 1
 
     def minimize(self, step: DefendedStep) -> None:

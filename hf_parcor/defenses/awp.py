@@ -21,31 +21,31 @@ from hf_parcor.functional.vectors import on_each
 @known_elsewhere_as(gamma="AWP(CorruptionConstraint(epsilon={}), per_tensor=True)")
 @dataclass(frozen=True)
 class AWP(ProjectedAscent):
-    r"""Minimise the loss on adversarial inputs at corrupted weights, and nothing else.
+    r"""Minimises only the loss on adversarial inputs at corrupted weights.
 
     .. math:: L(w + a, \theta; B'), \quad B' = B + \delta
 
-    First the inputs: δ moves what the input embedding returns, by projected gradient ascent at the clean weights, each
-    example inside its own L2 ball, `‖δ_i‖_2 ≤ ε_B`. Then the weights: a is found on B' in K steps. Both are constants,
-    no gradient flows through them. `input_steps + K + 1` passes; only the last one makes the update.
+    First δ, which is added to the output of the input embedding, is found by projected gradient ascent at the clean
+    weights, for each example inside its own L2 ball, `‖δ_i‖_2 ≤ ε_B`. Then a is found on B' in K steps. Both are
+    constants: no gradient flows through them. It takes `input_steps + K + 1` passes; only the last makes the update.
 
     Args:
-        constraint: The set S of corruptions a; p is 2 or ∞, or any p where the steps cannot leave S.
-        steps: K ≥ 0. Default 1, as the original; paper 2 takes 2 or 3.
-        step_size: α in units of the weights; None, the default, for `1.5 ε/K`.
-        random_start: Start from a random `a_0` with `‖a_0‖_p = ε` instead of 0. Default False.
-        per_tensor: Each tensor by itself, with the radius relative to it, `‖a_l‖_p ≤ ε ‖w_l‖_p`, as in the original,
-            where ε is called gamma; α is relative, and n counts in each tensor, too. Default False: one vector.
-        input_epsilon: ε_B ≥ 0, in units of the embedding's output; 0 leaves the inputs as they are. Default 0.1.
-        input_steps: Steps of size `1.5 ε_B / input_steps`, ≥ 0. Default 1.
-        sync_perturbation: On several processes, one corruption for the batches of all. Default False.
-        start_epoch: Until this epoch training is the stock one. Default 0.
-        interval: Defend every so many optimizer steps. Default 1.
+        constraint: The set S of corruptions a; p is 2 or ∞. Any p is allowed if the steps cannot leave S.
+        steps: K ≥ 0. Default 1, as in the original; paper 2 takes 2 or 3.
+        step_size: α in units of the weights. Default `1.5 ε/K`.
+        random_start: Whether to start from a random `a_0` with `‖a_0‖_p = ε` instead of 0. Default False.
+        per_tensor: Whether each tensor has its own radius, `‖a_l‖_p ≤ ε ‖w_l‖_p`, as in the original, which calls ε
+            gamma. α is then relative too, and n holds for each tensor. Default False: all are one vector.
+        input_epsilon: ε_B ≥ 0, in units of the embedding's output. Default 0.1; 0 leaves the inputs as they are.
+        input_steps: Number of steps, each of size `1.5 ε_B / input_steps`, that find δ; ≥ 0. Default 1.
+        sync_perturbation: Whether all processes use one corruption, for the joined batch. Default False.
+        start_epoch: Take stock steps until this epoch. Default 0.
+        interval: Defend every `interval`-th optimizer step. Default 1.
 
     Raises:
-        NotImplementedError: p is neither 2 nor ∞, and the steps may leave the ball.
-        ValueError: A number of steps, `step_size` or `input_epsilon` is negative; `per_tensor` with `random_start`; or
-            a `batch_share`: the adversarial inputs are those of the whole batch.
+        NotImplementedError: p is neither 2 nor ∞, and the steps may leave S.
+        ValueError: A number of steps, `step_size` or `input_epsilon` is negative; `per_tensor` is combined with
+            `random_start`; or `batch_share` is not 1, because the adversarial inputs are those of the whole batch.
 
     Examples:
         >>> from hf_parcor import CorruptionConstraint
@@ -75,17 +75,17 @@ class AWP(ProjectedAscent):
 
     @property
     def perturbs_inputs(self) -> bool:
-        """Whether any δ but zero is allowed, and found."""
+        """Whether the settings allow adversarial inputs, and take a step to find them."""
         return self.input_epsilon > 0 and self.input_steps > 0
 
     @property
     def first_pass_is_stock(self) -> bool:
-        """Whether it is one that looks for inputs, or the weights start clean."""
+        """Whether the first pass looks for adversarial inputs, or else starts at the clean weights."""
         return self.perturbs_inputs or super().first_pass_is_stock
 
     @property
     def passes(self) -> int:
-        """`input_steps + K + 1`, without those of a radius zero."""
+        """`input_steps + K + 1`, without the steps whose radius or size is 0."""
         return self._input_passes + self._weight_passes + 1
 
     @property
@@ -105,7 +105,7 @@ class AWP(ProjectedAscent):
         return not self.per_tensor and super()._is_remembered(step)
 
     def minimize(self, step: DefendedStep) -> None:
-        """Find adversarial inputs, then the corruption on them, and minimise there."""
+        """Find adversarial inputs, find the corruption on them, and minimise the loss there."""
 
         def plain(loss: Tensor) -> Tensor:
             return loss

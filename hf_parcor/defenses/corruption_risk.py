@@ -25,51 +25,50 @@ _INSTEAD: Mapping[type[Corruption], str] = {
 
 @dataclass(frozen=True)
 class CorruptionRisk(Defense):
-    r"""Minimise the loss at the clean weights and at corrupted ones, with the corruptions that evaluators measure.
+    r"""Minimises a mixture of the clean loss and the loss under any corruptions that an evaluator can measure.
 
     .. math:: c \, L(w, \theta; B) + \frac{1 - c}{m} \sum_{j=1}^{m} L(w \oplus \text{corruption}_j, \theta; B)
 
-    The gradient is taken at the corrupted weights and goes to w as it is. For replacements that is the
-    straight-through estimator (Bengio et al., 2013): with `Quantization` this is quantization-aware training (Jacob et
-    al., CVPR 2018), with `BitFlips` random bit-error training (Stutz et al., MLSys 2021; of integer codes: flips of
-    float32 exponents make NaN of all weights within a few steps). With `GaussianNoise` it is
-    noise-injection training for analog hardware (Joshi et al., Nature Communications 2020), with a clean weight of ½
-    mixed as in random weight perturbation (Li et al., TMLR 2024).
+    The gradient is taken at the corrupted weights and applied to w unchanged. For corruptions that replace weights,
+    this is the straight-through estimator (Bengio et al., 2013). With `Quantization` it is quantization-aware training
+    (Jacob et al., CVPR 2018). With `BitFlips` it is random bit-error training (Stutz et al., MLSys 2021); flip bits of
+    integer codes, because flips of float32 exponents make all weights NaN within a few steps. With `GaussianNoise` it
+    is noise-injection training for analog hardware (Joshi et al., Nature Communications 2020); a `clean_weight` of ½
+    mixes the losses as in random weight perturbation (Li et al., TMLR 2024).
 
-    What is random is drawn anew for each micro-batch, on the device of the weights, with a seed from PyTorch's global
-    generator of the CPU, which checkpoints keep.
+    A `GradientCorruption` is chosen on this batch's gradient at w, so that
+    `CorruptionRisk(GradientCorruption(S), clean_weight=1 - alpha)` has the risk of `ACRT`. One model can be trained
+    for the worst direction and for 4 bits at once, in three passes, because both share the clean pass.
 
-    A `GradientCorruption` among them is chosen on this batch's gradient at w, as in `ACRT`, whose risk is that of
-    `CorruptionRisk(GradientCorruption(S), clean_weight=1 - alpha)`. So one model can be trained for the worst
-    direction and for 4 bits at once, in three passes: the clean one serves both.
+    Corruptions that need no gradient can be applied to frozen parameters. So an adapter can be trained to withstand
+    corruptions of the weights under it, with `target_modules=["base_layer"]`. With `merge_adapters`, the merged
+    weights are corrupted: a quantization Q gives `Q(W + BA)`, and the gradient goes to A and B. With noise this is
+    Flat-LoRA (Li et al., ICML 2025).
 
-    Corruptions that need no gradient need none of the selected parameters, which may be frozen: an adapter is trained
-    to survive what becomes of the weights under it, with `target_modules=["base_layer"]`. With `merge_adapters` that
-    is what becomes of the merged weights: `Q(W + BA)` where Q rounds, whose gradient goes to A and B. Noise there is
-    that of Flat-LoRA (Li et al., ICML 2025).
+    Random corruptions are drawn anew for each micro-batch, on the device of the weights, with a seed from PyTorch's
+    global CPU generator, which checkpoints keep.
 
     Args:
-        corruption: One corruption or several; of those that use gradients `GradientCorruption` alone. For
-            several steps there is `MultiStepRisk`, and for the worst bit flips training at random ones of integer
-            codes, or at those of `search="data-free"`.
-        clean_weight: c, in [0, 1]. Default ½, which was measured to keep the model without corruption; 0 saves a pass
-            and is what quantization-aware and noise-injection training do.
-        draw_one: Of several corruptions, take one at each micro-batch, drawn at random, instead of all: the same risk
-            on average. Default False.
-        ramp_epochs: Over so many epochs from `start_epoch` on, the strength grows from none to all of it, linearly;
-            that of `Quantization` from 16 bits down, one by one. `FloatQuantization` has none. Default 0, all of it
-            at once.
-        merge_adapters: Corrupt the selected weights under LoRA adapters as they will be after `merge_and_unload`.
-            Default False: as they are, with the adapters in full precision beside them.
-        sync_perturbation: On several processes, one corruption for all, drawn by the first, and along the gradient of
-            the batches of all. Default False: each process has its own. Shards of one model always have one.
-        start_epoch: Until this epoch training is the stock one. Default 0.
-        interval: Defend every so many optimizer steps. Default 1.
+        corruption: One or several; of those that use gradients, only `GradientCorruption`. For several steps there is
+            `MultiStepRisk`. For the worst bit flips, take random flips of integer codes, or `search="data-free"`.
+        clean_weight: c, in [0, 1]. Default ½, which was measured to keep the quality without corruption. 0 saves a
+            pass, as quantization-aware and noise-injection training do.
+        draw_one: Whether each micro-batch takes one corruption at random, the same risk on average. Default False.
+        ramp_epochs: Number of epochs, from `start_epoch` on, in which the strength grows linearly from none to its
+            full value; for `Quantization` from 16 bits down, one by one. `FloatQuantization` has no strength.
+            Default 0: full strength at once.
+        merge_adapters: Whether to corrupt the selected weights under LoRA adapters as they will be after
+            `merge_and_unload`. Default False: as they are, with the adapters beside them in full precision.
+        sync_perturbation: Whether several processes use one corruption: the first process draws it, and a
+            `GradientCorruption` follows the gradient over the batches of all. Default False: each process has its own.
+            Processes that hold shards of one model always use one.
+        start_epoch: Take stock steps until this epoch. Default 0.
+        interval: Defend every `interval`-th optimizer step. Default 1.
 
     Raises:
-        TypeError: Something is no corruption.
-        ValueError: There is none; `clean_weight` outside [0, 1]; a corruption needs more than the gradient at w; or
-            one has no strength to ramp up.
+        TypeError: Something in `corruption` is not a `Corruption`.
+        ValueError: There is no corruption; `clean_weight` is outside [0, 1]; a corruption needs more than the gradient
+            at w; or a corruption has no strength that `ramp_epochs` could increase.
 
     Examples:
         >>> from hf_parcor import CorruptionConstraint, GaussianNoise, Quantization
@@ -134,22 +133,22 @@ class CorruptionRisk(Defense):
 
     @property
     def corruptions(self) -> tuple[Corruption, ...]:
-        """The corruptions, also where there is one."""
+        """The corruptions as a tuple, also if there is only one."""
         return self.corruption if isinstance(self.corruption, tuple) else ()
 
     @property
     def uses_gradients(self) -> bool:
-        """Whether a corruption is chosen along the gradient."""
+        """Whether any corruption is chosen along the gradient."""
         return any(one.uses_gradients for one in self.corruptions)
 
     @property
     def merges_adapters(self) -> bool:
-        """As `merge_adapters`."""
+        """The setting `merge_adapters`."""
         return self.merge_adapters
 
     @property
     def passes(self) -> int:
-        """One for each corruption, or for the one that is drawn, and one at the clean weights if that is needed."""
+        """One for each corruption, or for the one that is drawn, and one at the clean weights if necessary."""
         return self.first_pass_is_clean + self._corrupted_passes
 
     @property
@@ -160,27 +159,27 @@ class CorruptionRisk(Defense):
 
     @property
     def p(self) -> float:
-        """That of the constraint, if all corruptions have one with the same; else 2."""
+        """The p of the corruptions' constraints if all of them have the same, else 2."""
         orders = {getattr(getattr(one, "constraint", None), "p", 2.0) for one in self.corruptions}
         return orders.pop() if len(orders) == 1 else 2.0
 
     @property
     def is_stock(self) -> bool:
-        """Whether the clean loss has all of the weight, or no corruption any strength."""
+        """Whether `clean_weight` is 1, or no corruption changes anything."""
         return self.clean_weight == 1 or all(one.changes_nothing for one in self.corruptions)
 
     @property
     def why_stock(self) -> str:
-        """The weight of the clean loss, or the corruptions that change nothing."""
+        """As text, the weight of the clean loss if that is 1, else the corruptions."""
         return "clean_weight=1" if self.clean_weight == 1 else f"corruption={', '.join(map(str, self.corruptions))}"
 
     def corrupted_loss(self, losses: Sequence[Tensor]) -> Tensor:
-        """Return the mean over the corruptions."""
+        """Return the mean loss over the corruptions."""
         return torch.stack(list(losses[self.first_pass_is_clean :])).mean(0)
 
     @property
     def first_pass_is_clean(self) -> bool:
-        """Whether there is a pass at the clean weights: it has a weight, or corruptions need its gradient."""
+        """Whether there is a pass at the clean weights, because its loss has a weight or its gradient is needed."""
         return self.clean_weight > 0 or self.uses_gradients
 
     def minimize(self, step: DefendedStep) -> None:

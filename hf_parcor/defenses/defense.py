@@ -30,10 +30,10 @@ class Defense(ABC):
     """A risk under corruption of the selected parameters, and how its gradient is found.
 
     Args:
-        start_epoch: Until this epoch (a fraction is fine) training is the stock one: early on, corruption harms
+        start_epoch: Take stock steps until this epoch, which may be a fraction: early in training, corruption harms
             learning. Default 0.
-        interval: Defend every so many optimizer steps, and take the stock step at the others: an approximation that
-            costs less. Default 1, all of them.
+        interval: Defend every `interval`-th optimizer step, and take the stock step at the others, an approximation
+            that costs less. Default 1: defend every step.
 
     Raises:
         ValueError: `start_epoch` is negative, infinite or NaN, or `interval < 1`.
@@ -53,11 +53,11 @@ class Defense(ABC):
     @property
     @abstractmethod
     def passes(self) -> int:
-        """How many forward and backward passes one micro-batch takes."""
+        """Number of forward and backward passes for one micro-batch."""
 
     @property
     def cost(self) -> float:
-        """The operations of one micro-batch, in those of a stock step; the number of passes unless they differ."""
+        """Operations of one micro-batch, in stock steps: the number of passes unless passes differ in cost."""
         return self.passes
 
     @property
@@ -67,12 +67,12 @@ class Defense(ABC):
 
     @property
     def perturbs_inputs(self) -> bool:
-        """Whether the step moves the inputs too, for which the model must have an input embedding."""
+        """Whether the step perturbs the inputs too. The model must then have an input embedding."""
         return False
 
     @property
     def uses_gradients(self) -> bool:
-        """Whether corruptions are found along gradients of the selected parameters, which then must not be frozen."""
+        """Whether corruptions follow gradients of the selected parameters, which then must not be frozen."""
         return True
 
     @property
@@ -93,11 +93,11 @@ class Defense(ABC):
     @property
     @abstractmethod
     def is_stock(self) -> bool:
-        """Whether these settings minimise the plain loss, so that the stock step does as well."""
+        """Whether these settings minimise the plain loss, so that the stock step is taken instead."""
 
     @property
     def why_stock(self) -> str:
-        """Of settings that minimise the plain loss those that make it so, as they were written."""
+        """If `is_stock`: the settings that make it so, as text."""
         zeros = [
             name for name, value in self._amounts() if value == 0 and value is not False and name != "start_epoch"
         ]
@@ -107,10 +107,10 @@ class Defense(ABC):
         return ((setting.name, getattr(self, setting.name)) for setting in fields(self))
 
     def corrupted_loss(self, losses: Sequence[Tensor]) -> Tensor:
-        """Return what a step's log calls the corrupted loss: that of the last pass, unless a defense says otherwise.
+        """Return what is logged as the corrupted loss: by default the loss of the last pass.
 
         Args:
-            losses: That of each pass of a step.
+            losses: The loss of each pass of a step.
         """
         return losses[-1]
 
@@ -124,16 +124,16 @@ class Defense(ABC):
         """Run the passes of one micro-batch, so that `.grad` becomes the gradient of the risk."""
 
     def share_of_batch(self, index: int) -> float:
-        """Return which share of the batch's examples pass `index` runs on."""
+        """Return the share of the batch's examples that pass `index` runs on."""
         return 1.0
 
     @property
     def splits_batch(self) -> bool:
-        """Whether any pass sees a part of the batch only; never where the stock step is taken."""
+        """Whether any pass sees only a part of the batch; False if `is_stock`."""
         return not self.is_stock and any(self.share_of_batch(index) != 1 for index in range(self.passes))
 
     def is_active(self, epoch: float, step: int = 0) -> bool:
-        """Say whether this optimizer step, at this epoch, differs from the stock step at all."""
+        """Return whether this optimizer step, at this epoch, is defended."""
         return not self.is_stock and epoch >= self.start_epoch and step % self.interval == 0
 
 
@@ -143,18 +143,18 @@ class ConstrainedDefense(Defense):
 
     Args:
         constraint: The set S of corruptions that the training defends against.
-        batch_share: Which share of the batch's examples, the first ones, the passes see that a stock step does not
-            have, in (0, 1]: an approximation that computes less. That saves time on a CPU; on a GPU, where a small
-            pass is bound by launches, little or none but with large batches. Default 1, the whole batch.
-        sync_perturbation: On several processes, find one corruption on the batches of all of them: their gradients are
-            averaged before each climb, and the run is that of one process on the joined batch. Default False: each
-            process corrupts its weights for its own batch (*m-sharpness*), which costs no communication.
+        batch_share: The share of the batch, in (0, 1], that the passes see which a stock step does not have: its first
+            examples. This approximation saves time on a CPU. On a GPU, where launches bound a small pass, it saves
+            little or no time unless batches are large. Default 1, the whole batch.
+        sync_perturbation: Whether several processes find one corruption on the batches of all. Gradients are then
+            averaged before each corruption step, and the run is that of one process on the joined batch. Default
+            False: each process corrupts its weights for its own batch (*m-sharpness*), without communication.
         start_epoch: As in `Defense`.
         interval: As in `Defense`.
 
     Raises:
-        TypeError: The constraint is none.
-        ValueError: `batch_share` outside (0, 1].
+        TypeError: `constraint` is not a `CorruptionConstraint`.
+        ValueError: `batch_share` is outside (0, 1].
     """
 
     constraint: CorruptionConstraint
@@ -177,7 +177,7 @@ class ConstrainedDefense(Defense):
 
     @property
     def whole_pass(self) -> int:
-        """The index of the pass that sees the whole batch even where `batch_share` is below 1."""
+        """The index of the pass that always sees the whole batch, whatever `batch_share` is."""
         return 0
 
     def share_of_batch(self, index: int) -> float:
@@ -186,12 +186,12 @@ class ConstrainedDefense(Defense):
 
     @property
     def cost(self) -> float:
-        """One stock step, and `batch_share` of one for each further pass."""
+        """Operations of one micro-batch, in stock steps: 1, and `batch_share` for each further pass."""
         return 1 + (self.passes - 1) * self.batch_share
 
     @property
     def p(self) -> float:
-        """The constraint's p."""
+        """The p of the constraint."""
         return self.constraint.p
 
     def _amounts(self) -> Iterator[tuple[str, Any]]:
@@ -200,7 +200,7 @@ class ConstrainedDefense(Defense):
 
     @property
     def is_stock(self) -> bool:
-        """Whether no corruption is allowed, or none is made."""
+        """Whether the constraint allows no corruption, or no pass makes one."""
         return self.passes == 1 or self.constraint.epsilon == 0
 
     def climb(self, step: DefendedStep) -> None:
@@ -210,12 +210,12 @@ class ConstrainedDefense(Defense):
     def update(
         self, step: DefendedStep, radius: float, *, once: bool = False
     ) -> dict[str, Tensor] | Pieces | Multiple:
-        """Return the constrained maximum of this radius on the last pass's gradient; of narrow weights, in pieces.
+        """Return the constrained maximum on the last pass's gradient, as a `Multiple` or `Pieces` to save memory.
 
         Args:
             step: The step.
-            radius: What takes the place of ε.
-            once: Whether the corruption is moved this once, from zero. Weights narrower than float32 then need no
+            radius: The radius, in place of ε.
+            once: Whether the corruption is moved only once, from zero. Weights narrower than float32 then need no
                 wider tensor to hold it.
         """
         weights = list(step.parameters.values())

@@ -27,17 +27,17 @@ from hf_parcor.functional.constrained_maximum import dual_order
 
 @dataclass(frozen=True)
 class GradientPenalty(Defense):
-    r"""Minimise the loss and the norm of its gradient with respect to the selected parameters, by double backward.
+    r"""Minimises the loss plus the norm of its gradient with respect to the selected parameters, by double backward.
 
     .. math:: L(w, \theta; B) + \lambda \|g\|_{p/(p-1)}, \quad g = \partial L / \partial w
 
-    To first order this is the direct form: `max_{‖a‖_p ≤ ε} L(w + a) ≈ L(w) + ε ‖g‖_{p/(p−1)}`, so λ = αε.
+    To first order this is `ACRT` with λ = αε, because `max_{‖a‖_p ≤ ε} L(w + a) ≈ L(w) + ε ‖g‖_{p/(p−1)}`.
 
     Args:
-        p: Order of the norm of the corruption that it stands for; the penalty has the dual order `p/(p−1)`. Default 2.
+        p: Order of the norm of the corruption; the penalty has the dual order `p/(p−1)`. Default 2.
         weight: λ ≥ 0, in units of the weights; 0 is the stock step.
-        start_epoch: Until this epoch training is the stock one. Default 0.
-        interval: Defend every so many optimizer steps. Default 1.
+        start_epoch: Take stock steps until this epoch. Default 0.
+        interval: Defend every `interval`-th optimizer step. Default 1.
 
     Raises:
         ValueError: `p < 1` or `weight < 0`, or NaN.
@@ -58,12 +58,12 @@ class GradientPenalty(Defense):
 
     @property
     def passes(self) -> int:
-        """One, with a second backward through it."""
+        """1, with a second backward through it."""
         return 1
 
     @property
     def cost(self) -> float:
-        """Three stock steps where all parameters are selected, less for a part of the model."""
+        """3 stock steps, which a defense of all parameters costs; that of a part of the model costs less."""
         return 3.0
 
     @property
@@ -73,7 +73,7 @@ class GradientPenalty(Defense):
 
     @property
     def differentiates_twice(self) -> bool:
-        """Always: the norm of the gradient is part of the objective."""
+        """Always True, because the norm of the gradient is part of the objective."""
         return True
 
     @cached_property
@@ -83,13 +83,12 @@ class GradientPenalty(Defense):
     def minimize(self, step: DefendedStep) -> None:
         """Run one pass whose objective contains its own gradient.
 
-        The first time that it meets a model it tries the second derivative out, if the loss goes through functions
-        that are none of PyTorch's own.
+        In a model's first step the second derivative is tried, if the loss goes through functions of other libraries.
 
         Raises:
-            RuntimeError: The loss has no graph to differentiate twice, or has no right second derivative: it goes
-                through reentrant checkpoints, or through a fused function that computes its gradient in forward. Each
-                `.grad` has what it had before.
+            RuntimeError: The loss has no graph to differentiate twice, or its second derivative is wrong, because it
+                goes through reentrant checkpoints, or through a fused function that computes its gradient in forward.
+                Each `.grad` is left as it was before.
         """
         parameters = list(step.parameters.values())
         order = dual_order(self.p)

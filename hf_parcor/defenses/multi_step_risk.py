@@ -12,27 +12,27 @@ from hf_parcor.defenses.step import DefendedStep
 
 @dataclass(frozen=True)
 class MultiStepRisk(ProjectedAscent):
-    r"""Minimise the mean loss over a walk of growing corruptions of this batch.
+    r"""Minimises the mean loss over the steps of projected gradient ascent to a corruption on this batch.
 
     .. math:: \frac{1}{K+1} \sum_{k=0}^{K} L((w + a_k, \theta); B), \quad a_0 = 0, \; a_k = \Pi_S(a_{k-1} + u_k)
 
-    `u_k` is the constrained maximum of radius α on the gradient at `w + a_{k−1}`; the a_k are constants, no gradient
-    flows through them. K + 1 passes in all. Paper 2, Algorithm 1 and Eq. 24. For K = 1 this is `ACRT` with α = 1/2.
+    `u_k` is the constrained maximum of radius α on the gradient at `w + a_{k−1}`. The a_k are constants: no gradient
+    flows through them. It takes K + 1 passes (paper 2, Algorithm 1, Eq. 24). For K = 1 this is `ACRT` with α = 1/2.
 
     Args:
-        constraint: The set S; p is 2 or ∞, or any p where K steps of a given `step_size` cannot leave S.
-        steps: K ≥ 0; 0 is the stock step. Default 1, which costs two stock steps and was measured to help; the papers
+        constraint: The set S; p is 2 or ∞. Any p is allowed if K steps of a given `step_size` cannot leave S.
+        steps: K ≥ 0; 0 is the stock step. Default 1, which costs two stock steps and was measured to help. The papers
             found 2 best on translation.
-        step_size: α in units of the weights; None, the default, for `1.5 ε/K` (printed `1.5 ε/k` in the paper).
-        random_start: Start from a random `a_0` with `‖a_0‖_p = ε` instead of 0. Default False, which was better in
-            paper 2, Table 2. Drawn from PyTorch's global generator.
-        batch_share: The corrupted passes see this share of the batch. Default 1.
-        sync_perturbation: On several processes, one corruption for the batches of all. Default False.
-        start_epoch: Until this epoch training is the stock one. Default 0.
-        interval: Defend every so many optimizer steps. Default 1.
+        step_size: α in units of the weights. Default `1.5 ε/K` (printed `1.5 ε/k` in the paper).
+        random_start: Whether to start from a random `a_0` with `‖a_0‖_p = ε` instead of 0, drawn from PyTorch's global
+            generator. Default False, which was better in paper 2, Table 2.
+        batch_share: The share of the batch that all passes after the first see. Default 1.
+        sync_perturbation: Whether all processes use one corruption, for the joined batch. Default False.
+        start_epoch: Take stock steps until this epoch. Default 0.
+        interval: Defend every `interval`-th optimizer step. Default 1.
 
     Raises:
-        NotImplementedError: p is neither 2 nor ∞, and the steps may leave the ball.
+        NotImplementedError: p is neither 2 nor ∞, and the steps may leave S.
         ValueError: `steps < 0` or `step_size < 0`.
 
     Examples:

@@ -25,17 +25,17 @@ class ProjectedAscent(ConstrainedDefense):
     .. math:: a_k = \Pi_S(a_{k-1} + u_k), \quad u_k = \arg\max_{\|u\|_p \le \alpha, \|u\|_0 \le n} u^T g_{k-1}
 
     Args:
-        constraint: The set S; p is 2 or ∞, or any p where the steps together cannot leave S.
+        constraint: The set S; p is 2 or ∞. Any p is allowed if the steps together cannot leave S.
         steps: K ≥ 0, the number of corruption steps. Default 1.
-        step_size: α in units of the weights; None, the default, for `1.5 ε/K` (printed `1.5 ε/k` in the paper).
-        random_start: Start from a random `a_0` with `‖a_0‖_p = ε` instead of 0. Drawn from PyTorch's global generator.
+        step_size: α in units of the weights. Default `1.5 ε/K` (printed `1.5 ε/k` in the paper).
+        random_start: Whether `a_0` is random, with `‖a_0‖_p = ε`, drawn from PyTorch's global generator.
         batch_share: As in `ConstrainedDefense`.
         sync_perturbation: As in `ConstrainedDefense`.
         start_epoch: As in `Defense`.
         interval: As in `Defense`.
 
     Raises:
-        NotImplementedError: p is neither 2 nor ∞, and K steps of size α may leave the ball.
+        NotImplementedError: p is neither 2 nor ∞, and K steps of size α may leave S.
         ValueError: `steps < 0` or `step_size < 0`.
     """
 
@@ -57,12 +57,12 @@ class ProjectedAscent(ConstrainedDefense):
 
     @property
     def first_pass_is_clean(self) -> bool:
-        """Whether it starts at the clean weights."""
+        """Whether the first pass is at the clean weights."""
         return not self.random_start
 
     @property
     def is_stock(self) -> bool:
-        """Whether no corruption is allowed, or none is made: no step, or steps of size 0 from 0."""
+        """Whether the constraint allows no corruption, or none is made: no step, or steps of size 0 from 0."""
         return super().is_stock or not self._moves
 
     @property
@@ -76,7 +76,7 @@ class ProjectedAscent(ConstrainedDefense):
 
     @property
     def projection(self) -> Callable[[list[Tensor]], None] | None:
-        """`Π_S`, which overwrites the tensors of a; None where the steps cannot leave S."""
+        """`Π_S`, which overwrites the tensors of a; None if the steps cannot leave S."""
         p, epsilon, top_n = self.constraint.p, self.constraint.epsilon, self.constraint.top_n
         return None if self._stays_inside else partial(project_, p=p, epsilon=epsilon, top_n=top_n)
 
@@ -87,7 +87,7 @@ class ProjectedAscent(ConstrainedDefense):
         return self.steps * self.step_size <= self.constraint.epsilon * _ROUNDING
 
     def start(self, step: DefendedStep) -> None:
-        """Write `a_0`: zero, which is nothing to write, or random."""
+        """Write `a_0`, if it is random; nothing is written for zero."""
         step.remembers = self._is_remembered(step)
         if self.random_start:
             start = RandomCorruption(self.constraint)(step.parameters)

@@ -14,19 +14,19 @@ from hf_parcor.defenses.step import DefendedStep
 @known_elsewhere_as(rho="SAM(CorruptionConstraint(epsilon={}))")
 @dataclass(frozen=True)
 class SAM(ConstrainedDefense):
-    r"""Minimise the loss under the worst corruption to first order, and nothing else.
+    r"""Minimises only the loss under the corruption that is worst to first order.
 
     .. math:: L(w + \hat a, \theta; B), \quad \hat a = \arg\max_{a \in S} a^T g
 
-    g is the gradient at w on this batch. Two passes; the first one's gradient only makes `â`. The original is p = 2 on
-    all parameters, where ε is called rho; p = ∞ and a start epoch are those of paper 2.
+    g is the gradient at w on this batch. Of its two passes the first only serves to find `â`. The original has p = 2
+    on all parameters, and calls ε rho; paper 2 adds p = ∞ and a start epoch.
 
     Args:
         constraint: The set S; any p.
-        batch_share: Find `â` on this share of the batch. Default 1.
-        sync_perturbation: On several processes, one corruption for the batches of all. Default False.
-        start_epoch: Until this epoch training is the stock one. Default 0.
-        interval: Defend every so many optimizer steps. Default 1.
+        batch_share: The share of the batch on which `â` is found. Default 1.
+        sync_perturbation: Whether all processes use one corruption, for the joined batch. Default False.
+        start_epoch: Take stock steps until this epoch. Default 0.
+        interval: Defend every `interval`-th optimizer step. Default 1.
 
     Examples:
         >>> from hf_parcor import CorruptionConstraint
@@ -37,7 +37,7 @@ class SAM(ConstrainedDefense):
 
     @property
     def whole_pass(self) -> int:
-        """The corrupted pass: it alone makes the update."""
+        """1, the corrupted pass, which alone makes the update."""
         return 1
 
     @property

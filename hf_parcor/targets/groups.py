@@ -31,7 +31,7 @@ _KINDS: Mapping[str, Callable[[nn.Module], set[nn.Parameter]]] = {
 
 
 def by_layer(model: nn.Module) -> Groups:
-    """Group parameters by layer: each block of each stack of the model, by its full name.
+    """Group parameters by layer: one group for each block of each stack of the model, under its full name.
 
     Raises:
         TargetError: The model has no stack. A `ValueError`.
@@ -54,8 +54,8 @@ def by_layer(model: nn.Module) -> Groups:
 def by_kind(model: nn.Module) -> Groups:
     """Group parameters by the kind of their module; each parameter is in one group.
 
-    The kinds are layer-norm, other normalization, attention (without what normalizes in it), embedding, output (if it
-    is not tied to the embedding), linear (outside of all these), convolution, and other. Empty groups are left out.
+    The kinds are layer-norm, other normalization, attention (without the normalization in it), embedding, output (if
+    it is not tied to the embedding), linear (outside of all these), convolution, and other. Empty groups are left out.
 
     Raises:
         TargetError: The model has no parameters. A `ValueError`.
@@ -75,7 +75,7 @@ def by_kind(model: nn.Module) -> Groups:
 
 
 def by_module(model: nn.Module) -> Groups:
-    """Group parameters by the module that holds them itself; each parameter is in one group, a tied one once.
+    """Group parameters by the module that directly holds them; each parameter, also a tied one, is in one group.
 
     Raises:
         TargetError: The model has no parameters. A `ValueError`.
@@ -95,7 +95,7 @@ def by_module(model: nn.Module) -> Groups:
 
 
 def by_adapter(model: nn.Module) -> Groups:
-    """Group the parameters that PEFT has added by the name of their adapter; also modules saved with it.
+    """Group the parameters that PEFT has added by the name of their adapter, with the modules saved with it.
 
     Raises:
         TargetError: The model has no adapter with parameters. A `ValueError`.

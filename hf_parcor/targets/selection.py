@@ -129,9 +129,9 @@ def select_parameters(
     module_types: ModuleTypes | None = None,
     layers: int | Iterable[int] | None = None,
 ) -> dict[str, nn.Parameter]:
-    r"""Select the parameters of a model that are corrupted.
+    r"""Select parameters of a model, to corrupt or to defend them.
 
-    Names work as in PEFT, and words stand for what the papers probe:
+    Names are matched as in PEFT. These words stand for the parts that the papers probe:
 
     | word | selects |
     |---|---|
@@ -143,30 +143,30 @@ def select_parameters(
     | `"last-decoder-layer"` | the last block of the decoder (of each, in a model with several) |
     | `"last-encoder-layer"` | the last block of the encoder (of each, in a model with several) |
 
-    A match on the name of a module selects all parameters below that module; the names of parameters match too.
-    Whatever is named must exist: a name or word that finds nothing is an error, also in a list and also in
-    `exclude_modules`.
+    If the name of a module matches, all parameters below that module are selected. Names of parameters match too.
+    Each name or word must find something, also in a list and in `exclude_modules`; otherwise it is an error.
 
     Args:
-        model: Any module. Stacks of layers, attention and so on are found by structure and class, not by path. A
-            model that PEFT, DDP or the like has wrapped has the longer names that `model.named_parameters()`
-            shows.
+        model: Any module. Stacks of layers, attention and so on are found by structure and class, not by path. If
+            PEFT, DDP or the like has wrapped the model, names are the longer ones of `model.named_parameters()`.
         target_modules: A string is one of the words above, or else a regular expression for the *full* name. A
-            list has words, exact names, dotted suffixes (`"query"`, `"attention.output.dense"`, `"bias"`), and
-            regular expressions for the full name, in this order, and selects their union. What follows a flag of a
-            command line is a list. A word wins over a module of that name: write `r".*\.attention"` for the modules.
-        exclude_modules: What to take away, in the same forms.
-        module_types: A class, the name of a class, or several. Keeps parameters that belong directly to such a
-            module (not to a module below it).
-        layers: The number of a block or several, negative ones from the end. Keeps parameters inside these blocks,
-            of each encoder and decoder that is long enough; of other stacks only in a model with neither.
+            list selects the union of its entries. Each entry is tried as a word, an exact name, a dotted suffix
+            (`"query"`, `"attention.output.dense"`, `"bias"`), and a regular expression for the full name, in this
+            order. What follows a flag of a command line is a list. A word takes precedence over a module of that name:
+            write `r".*\.attention"` for the modules.
+        exclude_modules: What to leave out, in the same forms.
+        module_types: A class, the name of a class, or several. Keeps only parameters that belong directly to such a
+            module, not to a module below it.
+        layers: The number of a block, or several; negative numbers count from the end. Keeps only parameters inside
+            these blocks of each encoder and decoder that is long enough. Other stacks count only if the model has
+            neither encoder nor decoder.
 
     Returns:
-        Names and parameters, in the names and the order of `model.named_parameters()`: a tied weight comes once,
-        under its first name, also when another of its names was matched. Frozen parameters are not left out.
+        Parameters by name, with the names and in the order of `model.named_parameters()`. A tied weight comes once,
+        under its first name, even if another of its names matched. Frozen parameters are included.
 
     Raises:
-        TargetError: Something finds nothing, or nothing is left. A `ValueError`.
+        TargetError: A name, word, class or number finds nothing, or nothing is left. A `ValueError`.
         TypeError: An argument is of the wrong type.
 
     Examples:

@@ -26,14 +26,14 @@ from hf_parcor.training.step_runner import StepRunner
 
 @dataclass(frozen=True)
 class DefendedLoss:
-    """What one defended micro-batch found; all tensors are detached, and reading them waits for the device.
+    """The losses of one defended micro-batch. All tensors are detached; reading them waits for the device.
 
     Attributes:
         risk: What was minimised.
-        clean: The loss at the first pass.
-        corrupted: The loss at the last pass; of `CorruptionRisk` the mean over its corruptions.
-        norm: The norm of the last corruption, asked and realised.
-        defended: Whether the defense was active; else the three losses are one, and the norm is 0.
+        clean: The loss of the first pass.
+        corrupted: The loss of the last pass; for `CorruptionRisk` the mean over its corruptions.
+        norm: The norm of the last corruption, as asked for and as realised.
+        defended: Whether the defense was active. If not, the three losses are equal, and the norm is 0.
     """
 
     risk: Tensor
@@ -44,32 +44,32 @@ class DefendedLoss:
 
 
 class DefendedBackward:
-    """Stands for `accelerator.backward(loss)`, with the defense's risk in place of the loss.
+    """Replaces `accelerator.backward(loss)` in a training loop, with the defense's risk in place of the loss.
 
-    Made once before the loop, it remembers what its first step finds out: which part of the model the passes of a step
-    can share; see `PrefixReuse`.
+    Create it once, before the loop, because its first step finds out which part of the model all passes can share (see
+    `PrefixReuse`).
 
-    `loss_fn` and `accelerator.backward` run once for each pass, at corrupted weights. Then the weights have their
-    exact bits back, also after an exception, and each `.grad` holds what it held before plus the gradient of the risk;
-    the optimizer steps as always. It works inside of `accelerator.accumulate(model)`, under mixed precision, and under
-    DDP, where only the last pass reduces gradients and each process corrupts along the gradient of its own batch, or
-    with `sync_perturbation` along that of all. Under FSDP2 every pass reduces gradients, and all processes corrupt
-    along that of all. Buffers, such as BatchNorm's running statistics, move as in one step at the clean weights.
+    `loss_fn` and `accelerator.backward` run once for each pass, at corrupted weights. Afterwards the weights have
+    their exact bits again, also after an exception, and the gradient of the risk has been added to each `.grad`. The
+    optimizer steps as always. Buffers, such as BatchNorm's running statistics, change as in one step at the clean
+    weights. It works inside `accelerator.accumulate(model)` and with mixed precision. Under DDP only the last pass
+    reduces gradients, and each process corrupts along the gradient of its own batch, or with `sync_perturbation` along
+    that of all batches. Under FSDP2 every pass reduces gradients, and all corrupt along the gradient of all batches.
 
     Args:
-        accelerator: That of the loop.
+        accelerator: The loop's Accelerator.
         defense: What is minimised.
-        model: As `accelerator.prepare` returned it. It has all parameters that are trained.
+        model: As `accelerator.prepare` returned it. It must hold all parameters that are trained.
         parameters: What is defended, as `select_parameters(accelerator.unwrap_model(model), ...)` returns it; None for
             all trainable parameters.
-        reuse_prefix: Whether what is computed before the first defended parameter is run once for all passes of a
-            step. Default True. A model that cannot be cut is run whole in each pass, and a warning says why.
+        reuse_prefix: Whether what is computed before the first defended parameter runs only once for all passes of a
+            step. Default True. If the model cannot be cut there, each pass runs all of it, and a warning says why.
 
     Raises:
-        ValueError: `parameters` is empty, a parameter is frozen or not of this model, or an engine runs the model that
-            the step would be silently wrong with, such as DeepSpeed, Megatron-LM and FSDP1.
+        ValueError: `parameters` is empty; a parameter is not of this model, or is frozen while its gradient is needed;
+            or the step would be silently wrong under the engine, such as DeepSpeed, Megatron-LM and FSDP1.
         TypeError: An argument is of the wrong type, such as the name of a target instead of parameters.
-        ProcessError: Several processes were launched and did not join each other. A `RuntimeError`.
+        ProcessError: Several processes were launched but did not join each other. A `RuntimeError`.
 
     Examples:
         >>> from hf_parcor import ACRT, CorruptionConstraint
@@ -107,7 +107,7 @@ class DefendedBackward:
 
     @property
     def shared_prefix(self) -> PrefixReuse | None:
-        """What the passes of a step share; None before the first defended step, or where each runs all."""
+        """What the passes of a step share; None before the first defended step, or if each pass runs all."""
         return self._runner.shared_prefix
 
     def __call__(
@@ -121,22 +121,22 @@ class DefendedBackward:
         """Run one micro-batch.
 
         Args:
-            loss_fn: `loss_fn()` computes the mean loss of this micro-batch, such as `lambda: model(**batch).loss`. It
-                must be the same function of the weights at each call, but for dropout.
-            batch: What `loss_fn` is called with, where it takes the batch: `lambda batch: model(**batch).loss`, say.
-                Each pass gets containers and tensors of its own, or the part that a `batch_share` asks for.
-            epoch: How many epochs are done, a fraction is fine; for a defense with a `start_epoch`.
-            step: How many optimizer steps are done; for a defense with an `interval`.
+            loss_fn: Computes the mean loss of this micro-batch, for example `lambda: model(**batch).loss`. Except for
+                dropout, it must be the same function of the weights at each call.
+            batch: The argument of `loss_fn`, if it takes the batch, as in `lambda batch: model(**batch).loss`. Each
+                pass gets its own containers and tensors, or the part that `batch_share` asks for.
+            epoch: Number of epochs done, also a fraction. Needed for a `start_epoch` or `ramp_epochs` of the defense.
+            step: Number of optimizer steps done. Needed for an `interval` of the defense.
 
         Returns:
-            The risk and the losses, not divided by the accumulation steps. Where the defense is not active (before its
-            start epoch, say) all of them are the plain loss, and `defended` is False. A loop that ends without having
-            been defended once says so in a warning, when its Accelerator goes.
+            The risk and the losses, not divided by the accumulation steps. If the defense is not active (for example
+            before its start epoch), all are the plain loss, and `defended` is False. If no step of a loop was
+            defended, a warning follows when its Accelerator is deleted.
 
         Raises:
-            ValueError: `epoch` or `step` is missing or negative, the defense sees parts of the batch and there is no
-                `batch`, or a hook takes a gradient inside `backward`.
-            TypeError: `loss_fn` is a loss instead of a function, or returned no scalar tensor.
+            ValueError: `epoch` or `step` is missing or negative; `batch` is missing although the defense has a
+                `batch_share`; or a hook takes a gradient inside `backward`.
+            TypeError: `loss_fn` is a loss instead of a function, or does not return a scalar tensor.
         """
         defense = self._defense
         if not callable(loss_fn):
@@ -174,9 +174,10 @@ def defended_backward(
     epoch: float | None = None,
     step: int | None = None,
 ) -> DefendedLoss:
-    """Run one defended micro-batch: its passes, after which each `.grad` holds the gradient of the risk as well.
+    """Run one defended micro-batch: all its passes, which add the gradient of the risk to each `.grad`.
 
-    Arguments, return value and errors are those of `DefendedBackward`, which also finds out what passes can share.
+    Arguments, return value and errors are those of `DefendedBackward`, which also finds out what passes can share;
+    here each pass runs the whole model.
 
     Examples:
         >>> from hf_parcor import SAM, CorruptionConstraint

@@ -159,17 +159,16 @@ class DefenseConfig:
 
     Args:
         defense: The defense.
-        target_modules: As in `select_parameters`; None for all trainable parameters. Collections become tuples, sets
-            in order.
+        target_modules: As in `select_parameters`; None for all trainable parameters. A set is stored in sorted order.
         exclude_modules: As in `select_parameters`.
         layers: As in `select_parameters`.
-        defended_steps: How many optimizer steps of the weights beside it were defended so, 0 if it never ran; None if
-            that is not known. As the next, it is no part of what two of these are compared by.
-        trained_steps: Of how many steps.
+        defended_steps: Number of optimizer steps in which this defense trained the weights beside the file; 0 if it
+            never ran, None if unknown. Comparisons ignore it.
+        trained_steps: Number of all optimizer steps of these weights; None if unknown. Comparisons ignore it.
 
     Raises:
         TypeError: `defense` is not a `Defense`.
-        ValueError: A number of steps is no whole number, or more were defended than there were.
+        ValueError: A number of steps is not a whole number ≥ 0, or `defended_steps` is larger than `trained_steps`.
 
     Examples:
         >>> import tempfile
@@ -207,7 +206,7 @@ class DefenseConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values, with the version of hf_parcor.
 
-        A defense of the catalogue stands under its name there, another class under its import path.
+        A defense of the catalogue is named as there, any other class by its import path.
         """
         kind = type(self.defense)
         return {
@@ -220,12 +219,13 @@ class DefenseConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DefenseConfig:
-        """Read what `to_dict` wrote, strictly: nothing but counts may be missing, nothing unknown or of another type.
+        """Read what `to_dict` returned. Only the numbers of steps may be missing.
 
         Raises:
-            ValueError: Something is, or a setting is out of its range, or the defense is not in the catalogue.
-            TypeError: A setting is of another type than the defense takes.
-            NotImplementedError: The defense does not take these settings together.
+            ValueError: A value is missing, unknown or of the wrong type; a setting is out of its range; or the defense
+                is not in the catalogue.
+            TypeError: The defense does not take a setting of this type.
+            NotImplementedError: The defense does not support this combination of settings.
         """
         if not isinstance(values, Mapping) or set(values) - set(COUNTS) != set(_KEYS):
             got = list(values) if isinstance(values, Mapping) else type(values).__name__
@@ -242,7 +242,7 @@ class DefenseConfig:
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `defense_config.json` into a folder, which is made if need be, and return the file's path."""
+        """Write `defense_config.json` into a folder, which is created if necessary, and return the file's path."""
         path = Path(folder) / DEFENSE_CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(to_strict_json(self.to_dict()), encoding="utf-8")
@@ -265,16 +265,16 @@ class DefenseConfig:
         Args:
             folder_or_repo_id: The folder of a model or a checkpoint, or a model's name on the Hub.
             revision: Branch, tag or commit on the Hub; None for main.
-            token: For private models; None for the one that `hf auth login` stored.
+            token: For private models; None for the token that `hf auth login` stored.
             cache_dir: Where downloads are kept.
-            force_download: Download again what the cache has.
+            force_download: Download the file even if it is in the cache.
             local_files_only: Only look into the cache.
-            subfolder: Where the file lies in the folder or repository.
+            subfolder: The folder of the file inside the folder or repository.
 
         Raises:
             OSError: There is no such file, or the Hub cannot be reached.
-            ValueError: The file is not what `save_pretrained` writes, or the defense or a corruption in it is of a
-                class of the user's own, which is not imported.
+            ValueError: The file is not one that `save_pretrained` writes, or it names a class of your own as defense
+                or corruption: such classes are not imported.
         """
         try:
             path = cached_file(

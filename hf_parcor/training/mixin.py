@@ -37,45 +37,46 @@ else:
 
 
 class ParameterDefenseMixin(_Base):
-    """Makes any Trainer defend its parameters: put it before the Trainer's class among the bases.
+    """Makes any Trainer defend its parameters. Put it before the Trainer's class among the bases.
 
-    `training_step` runs the stock step once for each pass of the defense, at corrupted weights, with the loss that
-    `compute_loss` returns weighted. Accumulation, label smoothing, mixed precision, clipping and other people's
-    Trainers keep working, since nothing of them is written again, and a subclass may override what it likes. Where the
-    defense does nothing (`steps=0`, `epsilon=0`, before its start epoch) the step is the stock one, bit for bit.
+    `training_step` runs the Trainer's own step, the stock step, once for each pass of the defense, at corrupted
+    weights, with a factor on the loss of `compute_loss`. Accumulation, label smoothing, mixed precision, clipping and
+    Trainers of other libraries keep working, because none of their code is replaced, and a subclass may override any
+    method. If the defense does nothing (`epsilon=0`, `steps=0`, before its start epoch), the step is the stock step,
+    bit for bit.
 
-    On several processes (DDP) each corrupts its weights for its own batch, or all of them for the joined batch if the
-    defense has `sync_perturbation`; gradients are reduced once for all passes of a step.
+    On several processes (DDP), each corrupts its weights for its own batch; with `sync_perturbation` all use one
+    corruption, for the joined batch. Gradients are reduced once for all passes of a step.
 
-    With the stock `loss`, which is the risk, it logs `loss_clean` (at the first pass), `loss_corrupted` (at the last
-    pass; of `CorruptionRisk` the mean over its corruptions), `sharpness` (their difference) and the norm of the last
-    corruption, asked and realised. What a Trainer counts and averages itself, such as TRL's `num_tokens` and
-    `entropy`, is that of the first pass.
+    Beside the stock `loss`, which is the risk, it logs `loss_clean` (first pass), `loss_corrupted` (last pass; for
+    `CorruptionRisk` the mean over its corruptions), `sharpness` (their difference), and the norm of the last
+    corruption as asked for (`corruption_norm_asked`) and as realised (`corruption_norm`). What a Trainer counts and
+    averages itself, such as TRL's `num_tokens` and `entropy`, is that of the first pass.
 
-    All else that it overrides calls the stock method, and adds to it: `log` the losses of the passes,
-    `floating_point_ops` their operations, `save_model` and `_push_from_checkpoint` the file `defense_config.json`,
-    `_inner_training_loop` and `_load_best_model` what that file says of the weights that a run begins or ends with.
+    The other methods that it overrides call the stock method and add to it: `log` the losses of the passes,
+    `floating_point_ops` their operations, and `save_model` and `_push_from_checkpoint` the file `defense_config.json`.
+    `_inner_training_loop` and `_load_best_model` read from it how the weights were trained.
 
     Args:
         *args: For the Trainer.
-        defense: What a step minimises. None reads it from `args` if these have the `--defense_*` flags, else takes
-            `DEFAULT_DEFENSE`. A `DefenseConfig`, of `DefenseConfig.from_pretrained` say, gives the targets as well.
-        target_modules: Which modules to defend, as in `select_parameters`. None reads it from `args`, else takes all
+        defense: What a step minimises. A `DefenseConfig`, for example from `DefenseConfig.from_pretrained`, also
+            gives the targets. None takes the `--defense_*` flags of `args`, or `DEFAULT_DEFENSE` without them.
+        target_modules: Which modules to defend, as in `select_parameters`. None takes the flag of `args`, or all
             trainable parameters.
-        exclude_modules: Which of these not to defend, as in `select_parameters`. None reads it from `args`.
-        layers: Which layers alone, as in `select_parameters`. None reads it from `args`.
-        reuse_prefix: Whether what is computed before the first defended parameter is run once for all passes of a
-            step; see `PrefixReuse`. None reads it from `args`, else True. A model that cannot be cut is run whole in
-            each pass, and a warning says why.
+        exclude_modules: Which of these not to defend, as in `select_parameters`. None takes the flag of `args`.
+        layers: Defend only these layers, as in `select_parameters`. None takes the flag of `args`.
+        reuse_prefix: Whether what is computed before the first defended parameter runs only once for all passes of a
+            step; see `PrefixReuse`. None takes the flag of `args`, or True. If the model cannot be cut, each pass runs
+            it whole, and a warning says why.
         **kwargs: For the Trainer.
 
     Raises:
-        ValueError: A flag in `args`, or a `DefenseConfig`, says something else than the argument beside it; the
-            targets match nothing or a frozen parameter; the optimizer updates inside `backward`; or the defense
-            perturbs the inputs, and the model has no input embedding or is split over devices by DataParallel; or it
-            differentiates twice, and `torch_compile` or reentrant checkpointing cannot; or `ddp_static_graph`.
+        ValueError: A flag in `args`, or a `DefenseConfig`, contradicts an argument; the targets match nothing, or a
+            frozen parameter whose gradient is needed; the optimizer updates inside `backward`; the step would be wrong
+            under the engine, such as DeepSpeed, or `ddp_static_graph`; the defense perturbs inputs without an input
+            embedding or under DataParallel; or it differentiates twice with `torch_compile` or reentrant checkpoints.
         TypeError: `defense` is neither a `Defense` nor a `DefenseConfig`.
-        ProcessError: Several processes were launched and did not join each other. A `RuntimeError`.
+        ProcessError: Several processes were launched but did not join each other. A `RuntimeError`.
 
     Examples:
         >>> from transformers import Trainer
@@ -102,7 +103,7 @@ class ParameterDefenseMixin(_Base):
 
     @property
     def defense(self) -> Defense | None:
-        """What a step minimises; None for the stock step. Another one counts from the next step on."""
+        """What a step minimises; None for the stock step. Assigning another one takes effect at the next step."""
         return self._parameter_defense.defense
 
     @defense.setter
@@ -111,7 +112,7 @@ class ParameterDefenseMixin(_Base):
 
     @property
     def defense_config(self) -> DefenseConfig | None:
-        """The defense and its targets, and how many steps of the model it has defended; None for the stock step."""
+        """The defense, its targets, and how many steps of the model it has defended; None for the stock step."""
         return self._parameter_defense.config
 
     @property
@@ -124,7 +125,7 @@ class ParameterDefenseMixin(_Base):
 
     @property
     def shared_prefix(self) -> PrefixReuse | None:
-        """What the passes of a step share; None before the first defended step, or where each runs all."""
+        """What the passes of a step share; None before the first defended step, or if each pass runs all."""
         return self._parameter_defense.runner.shared_prefix
 
     def defended_parameters(self) -> dict[str, nn.Parameter]:
@@ -157,7 +158,7 @@ class ParameterDefenseMixin(_Base):
         return int(super().floating_point_ops(inputs) * self._parameter_defense.cost)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, beside the training loss, what the defense knows for free."""
+        """Log the losses of the passes and the norm of the corruption beside the training loss."""
         if "loss" in logs:
             logs = {**logs, **self._parameter_defense.log.read(self.accelerator)}
         super().log(logs, *args, **kwargs)

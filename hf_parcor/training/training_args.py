@@ -65,8 +65,8 @@ def _with_a_flag_for_each_setting(kind: type[_Kind]) -> type[_Kind]:
 class DefenseArguments:
     """The defense as flags, mixed into the arguments classes of both Trainers.
 
-    Beside those below there is a flag `--defense_X` for each setting X of each defense in the catalogue, with the
-    default that it has there; that of a constraint's p is `--defense_norm`.
+    In addition to the fields below there is a flag `--defense_X` for each setting X of each defense in the catalogue,
+    with the default of that setting. The flag for p of the constraint is `--defense_norm`.
     """
 
     defense: str = field(
@@ -96,7 +96,7 @@ class DefenseArguments:
 
 @dataclass
 class ParameterDefenseTrainingArguments(DefenseArguments, TrainingArguments):
-    """`transformers.TrainingArguments` and the defense as flags.
+    """`transformers.TrainingArguments` with a flag `--defense_X` for each setting X of a defense.
 
     Examples:
         >>> arguments = ParameterDefenseTrainingArguments("out", defense="sam", defense_epsilon=0.05)
@@ -107,7 +107,7 @@ class ParameterDefenseTrainingArguments(DefenseArguments, TrainingArguments):
 
 @dataclass
 class Seq2SeqParameterDefenseTrainingArguments(DefenseArguments, Seq2SeqTrainingArguments):
-    """`transformers.Seq2SeqTrainingArguments` and the defense as flags.
+    """`transformers.Seq2SeqTrainingArguments` with the flags of `ParameterDefenseTrainingArguments`.
 
     Examples:
         >>> arguments = Seq2SeqParameterDefenseTrainingArguments(
