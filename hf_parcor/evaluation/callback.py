@@ -21,7 +21,7 @@ from hf_parcor.records.metric_info import MetricInfo, checked_infos
 
 
 class RobustnessCallback(TrainerCallback):
-    """Measures corruptions after each evaluation of a Trainer, and adds `eval_robustness_*` to its metrics.
+    """Measures robustness after each evaluation of a Trainer, and adds `eval_robustness_*` to its metrics.
 
     `metric_for_best_model="eval_robustness_accuracy"`, `load_best_model_at_end`, `EarlyStoppingCallback` and a
     hyperparameter search can then use these metrics. Their names are those of `RobustnessMixin.evaluate_robustness`.
