@@ -166,16 +166,16 @@ def info_by_name(name: str, values: Iterable[float]) -> MetricInfo:
 
 
 def info_of(metric: Any, name: str, values: Iterable[float]) -> MetricInfo:
-    """Return what the numbers mean that a metric returns by a name: what it states, else what the name says.
+    """Return what a metric's numbers of a name mean: what the metric states, else what the name says.
 
-    A metric states it by a method `info_of(name)`, which returns a `MetricInfo` or None; or by attributes
-    `greater_is_better`, and `unit` if there is one, which are those of the number that `primary_metric` names. The
-    `compute` of a metric of `evaluate` is known.
+    A metric states it with a method `info_of(name)`, which returns a `MetricInfo` or None; or, for the number that its
+    attribute `primary_metric` names, with attributes `greater_is_better` and, if there is one, `unit`. The `compute`
+    of a metric of `evaluate` is known.
 
     Args:
-        metric: What measured.
-        name: Which of its numbers.
-        values: What it found.
+        metric: The metric.
+        name: The name of one of its numbers.
+        values: The measured values.
     """
     stated = stated_by(metric, name)
     by_name = info_by_name(name, values)

@@ -68,16 +68,16 @@ def average_precision(found: Sequence[Boxes], there: Sequence[Boxes]) -> dict[st
     """Return COCO's average precision and recall of boxes, by pycocotools or else faster-coco-eval.
 
     - `map`: the mean over classes and over overlaps (IoU) 0.50, 0.55, ..., 0.95 of the average precision, which is the
-      mean precision at 101 recalls; `map_50` and `map_75` at one overlap. `map_50` is what is called AP50 or, after
-      the VOC challenge, mAP alone.
+      mean precision at 101 recalls; `map_50` and `map_75` at one overlap. `map_50` is also called AP50 or, after the
+      VOC challenge, simply mAP.
     - `mar_100`: the mean over classes and overlaps of the largest recall.
 
-    The 100 boxes of an image with the largest scores count. A class that is nowhere to be found does not count,
-    whatever is predicted of it. Boxes with `iscrowd` neither help nor harm.
+    Only the 100 boxes of an image with the largest scores count. A class that no image shows is ignored, whatever is
+    predicted. Boxes with `iscrowd` neither help nor harm.
 
     Args:
-        found: Predictions of each image.
-        there: What each shows; an image may be without boxes.
+        found: The predicted boxes of each image.
+        there: The true boxes of each image; an image may have none.
 
     Raises:
         ValueError: There is no box on any image.
