@@ -38,11 +38,11 @@ class MetricFacts:
     """One metric over repetitions.
 
     Attributes:
-        values: One a repetition; NaN is kept.
-        n: How many there are.
+        values: The value of each repetition; NaN is kept.
+        n: The number of values.
         mean: Their mean.
-        deviation: Their sample standard deviation (n − 1); NaN for a single one, and beside NaN or ∞.
-        change: The mean, less the mean without corruption.
+        deviation: Their sample standard deviation (n − 1); NaN for a single value, or if one is NaN or ∞.
+        change: The mean minus the mean without corruption.
     """
 
     values: tuple[float, ...]
@@ -69,7 +69,7 @@ class CorruptionFacts:
     metrics: Mapping[str, MetricFacts]
 
     def as_record(self) -> CorruptionRecord:
-        """Return it as a record whose trials are the repetitions, as plots and tables read it."""
+        """Return a record whose trials are the repetitions, for plots and tables."""
         first = next(iter(self.metrics.values()), None)
         seeds = tuple(range(0 if first is None else first.n))
         metrics = {name: entry.values for name, entry in self.metrics.items()}
@@ -83,8 +83,8 @@ class ProbeFacts:
     Attributes:
         record: The record of the probe.
         clean: The metric that the card shows, without corruption, on the data of the probe.
-        verdict: What a report says of it first, in its words.
-        notes: What was noticed while measuring, in sentences.
+        verdict: The first finding of its report, in words.
+        notes: Remarks on the measurement, in sentences.
     """
 
     record: SweepRecord
@@ -95,12 +95,12 @@ class ProbeFacts:
 
 @dataclass(frozen=True)
 class RecipeFacts:
-    """Which parts of the same weights get which bits, as it was chosen from their scores.
+    """Which parts of the same weights get which bits, as chosen from their scores.
 
     Attributes:
         record: The record of the recipe.
-        verdict: What its page says first: what to quantize to what, and what the metric loses by it.
-        size: What it says of the bits.
+        verdict: The first finding of its page: what to quantize to which format, and what the metric loses.
+        size: What its page says about the bits.
     """
 
     record: RecipeRecord
@@ -110,32 +110,32 @@ class RecipeFacts:
 
 @dataclass(frozen=True)
 class ModelFacts(StoredRecord):
-    """All that the robustness section and the metadata of one model's card are made from.
+    """The facts that the robustness section and the metadata of a model's card are made from.
 
     Attributes:
         name: Name of the model.
         base_model: Name on the Hub of the model that it was trained from; "" if unknown.
-        datasets: Names on the Hub of the data that it was trained on.
+        datasets: Names on the Hub of its training data.
         task: The Hub's name of the task, such as "text-classification"; "" if unknown.
         evaluated_on: The data of the metrics.
         metric: The metric that the card shows.
-        info: What its numbers mean; a guess in facts from before it was kept.
-        defense: The defense that it was trained with, as in `defense_config.json`; None for none. One whose
-            `defended_steps` are 0 was set and never ran, and the card does not claim it.
-        repetitions: What n counts: random trials of one model, or models trained with other seeds.
-        target: Which weights were corrupted, as it was asked for.
+        info: What its numbers mean; a guess in older facts.
+        defense: The defense that it was trained with, as in `defense_config.json`; None for none. If its
+            `defended_steps` are 0, it never ran, and the card does not claim it.
+        repetitions: What n counts: random trials of one model, or models trained with different seeds.
+        target: Which weights were corrupted, as requested.
         parameters: Number k of these weights.
         clean: The metrics without corruption.
         corruptions: The metrics under each corruption.
-        data: Fingerprint of the data that gradients were taken on, as in `EvaluationRecord`; "" where none were given.
+        data: Fingerprint of the data that gradients were taken on, as in `EvaluationRecord`; "" if there were none.
         versions: Versions of the libraries.
         command: The command that made the numbers; "" if unknown.
-        notes: What was noticed while measuring, in sentences.
-        weights: SHA-256 of the weights that were measured, one a training; "" where a record does not say.
+        notes: Remarks on the measurement, in sentences.
+        weights: SHA-256 of the measured weights, one for each training; "" if a record does not state it.
         probe: What a probe of these weights found; None for none.
-        recipe: Which of their parts may get which bits; None for none.
+        recipe: Which parts of these weights may get which bits; None for none.
         benchmark_task: The task of the data set's leaderboard that the result without corruption is for, as in its
-            `eval.yaml`; "" if the data set is no registered benchmark, or nobody said.
+            `eval.yaml`; "" if the data set is not a registered benchmark, or the task is not stated.
         format: Version of this layout.
     """
 
@@ -165,16 +165,16 @@ class ModelFacts(StoredRecord):
     remedy: ClassVar[str] = "make them again from the records"
 
     def rows(self) -> list[CorruptionFacts]:
-        """Return the clean metrics, and then those under each corruption."""
+        """Return the clean metrics, followed by those under each corruption."""
         return [self.clean, *self.corruptions]
 
     @property
     def disturbed(self) -> bool:
-        """Whether the weights were disturbed at all, by an evaluation, a probe, or a recipe."""
+        """Whether the weights were changed at all, by an evaluation, a probe or a recipe."""
         return bool(self.corruptions) or self.probe is not None or self.recipe is not None
 
     def as_record(self) -> EvaluationRecord:
-        """Return them as a record whose trials are the repetitions, as plots and tables read it."""
+        """Return a record whose trials are the repetitions, for plots and tables."""
         clean, *rows = (row.as_record() for row in self.rows())
         info = {self.metric: self.info}
         return EvaluationRecord(self.name, self.target, self.parameters, clean, tuple(rows), metric_info=info)
@@ -253,30 +253,29 @@ def facts_of(
     command: str = "",
     benchmark_task: str = "",
 ) -> ModelFacts:
-    """Return what a card says of a model.
+    """Return what a card says about a model.
 
     Args:
-        records: The record of an evaluator, whose trials are the repetitions; or a list of records, one a seed of
-            training: then trials within a record count as their mean. Or the record of a probe, for a model of which
-            nothing else is known.
-        name: Name of the model; "" for that in the record.
+        records: The record of an evaluator, whose trials are the repetitions; a list of records, one for each seed of
+            training, in which trials are averaged; or the record of a probe, if the model was not evaluated otherwise.
+        name: Name of the model. By default, that in the record.
         base_model: As in `ModelFacts`.
         datasets: As in `ModelFacts`.
-        task: As in `ModelFacts`; "" for that in the record.
-        evaluated_on: The data of the metrics; None for what the record says.
-        metric: The metric that the card shows; None for "accuracy", or else for the first of which more is better, one
-            of which that is known before one of which it is a guess.
-        greater_is_better: Whether a large one is good; None for what the records say, or a guess that the card calls
-            one.
-        unit: As in `MetricInfo`; None as for `greater_is_better`.
+        task: As in `ModelFacts`. By default, that in the record.
+        evaluated_on: The data of the metrics. By default, those in the record.
+        metric: The metric that the card shows. By default, "accuracy", or else the first whose large values are good,
+            preferably one for which this is not a guess.
+        greater_is_better: Whether a large metric is good. By default, what the records say, or a guess that the card
+            marks as one.
+        unit: As in `MetricInfo`. By default, as for `greater_is_better`.
         defense: As in `ModelFacts`: what `DefenseConfig.to_dict` returns.
         command: As in `ModelFacts`.
         benchmark_task: As in `ModelFacts`.
 
     Raises:
-        ValueError: There are no records, or they are not of the same corruptions, targets and metrics, or lack the
-            metric, or are no repetitions; see `check_repetitions`.
-        ImportError: A probe has several trials, and SciPy, which judges them, is not installed.
+        ValueError: There are no records; they differ in corruptions, targets or metrics; they lack the metric; or they
+            are not repetitions (see `check_repetitions`).
+        ImportError: A probe has several trials, and SciPy, which is needed to judge them, is not installed.
 
     Examples:
         >>> clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,)})
@@ -330,15 +329,15 @@ def facts_of(
 
 
 def with_probe(facts: ModelFacts, sweep: SweepRecord) -> ModelFacts:
-    """Return the facts with what a probe of the same weights found, in place of an earlier probe.
+    """Return the facts with the results of a probe of the same weights, which replace an earlier probe.
 
     Args:
-        facts: What else is known of the model.
+        facts: The facts so far.
         sweep: The record of the probe.
 
     Raises:
         ValueError: The probe is of other weights, as far as is known, or lacks the metric of the card.
-        ImportError: It has several trials, and SciPy, which judges them, is not installed.
+        ImportError: It has several trials, and SciPy, which is needed to judge them, is not installed.
     """
     _check_weights(facts, "probe", sweep.weights)
     info = sweep.info(facts.metric).stating(**facts.info.stated)
@@ -353,13 +352,13 @@ def with_probe(facts: ModelFacts, sweep: SweepRecord) -> ModelFacts:
 def with_recipe(
     facts: ModelFacts, scores: SensitivityRecord, recipe: RecipeRecord, measured: EvaluationRecord
 ) -> ModelFacts:
-    """Return the facts with which parts of the same weights may get which bits, in place of an earlier recipe.
+    """Return the facts with a recipe for the same weights, which replaces an earlier recipe.
 
     Args:
-        facts: What else is known of the model.
-        scores: What `sensitivity` found.
-        recipe: What was chosen from it.
-        measured: The record of `measure_recipes`, in which one row is called "recipe".
+        facts: The facts so far.
+        scores: What `sensitivity` returned.
+        recipe: The recipe that was chosen from `scores`.
+        measured: The record of `measure_recipes`, in which one row is named "recipe".
 
     Raises:
         ValueError: The recipe was measured on other weights, as far as is known, or without the metric of the card.

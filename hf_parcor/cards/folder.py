@@ -83,10 +83,10 @@ def write_files(folder: Path, card: str, files: Mapping[str, bytes]) -> Path:
 
 
 def write_card(folder: str | Path, facts: ModelFacts) -> Path:
-    """Make or update the card in a folder, with what lies beside it, and return its path.
+    """Create or update the card in a folder, with the files beside it, and return its path.
 
     Raises:
-        ValueError: The card that is there is not UTF-8, or as in `updated_card`. Nothing was written.
+        ValueError: The existing card is not UTF-8, or as in `updated_card`. Nothing was written.
     """
     files = files_beside(facts)
     card = card_of(facts, files, read_text(Path(folder) / CARD))

@@ -42,19 +42,19 @@ HTTP_ERROR: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if ki
 
 
 class HubError(OSError):
-    """The Hub cannot be reached, or refuses. Nothing local was changed, and the same call may be made again."""
+    """The Hub cannot be reached, or refuses. Nothing local was changed; the same call can be repeated."""
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where on the Hub something goes, and how.
+    """Where and how to push to the Hub.
 
     Attributes:
-        repo_id: The model; it is made if need be, but not for a pull request.
+        repo_id: The model. It is created if needed, but not for a pull request.
         revision: The branch; None for main.
         create_pr: Whether to open a pull request instead, for the models of others.
-        dry_run: Whether to send nothing, and only return the difference.
-        api: The client, which knows the token; None for one with that of `hf auth login`, or `HF_TOKEN`.
+        dry_run: Whether to send nothing and only return the difference.
+        api: The client, with its token. By default, one with the token of `hf auth login` or `HF_TOKEN`.
     """
 
     repo_id: str
@@ -65,11 +65,11 @@ class Destination:
 
 
 class Published(NamedTuple):
-    """What became of a push.
+    """The result of a push.
 
     Attributes:
-        url: Of the commit or the pull request; "" for a dry run, and where all of it is there already.
-        difference: The card before and after, as a unified diff; "" where it stays.
+        url: The URL of the commit or the pull request; "" for a dry run, or if the Hub already has everything.
+        difference: The change of the card, as a unified diff; "" if it is unchanged.
     """
 
     url: str
@@ -235,14 +235,14 @@ _BENCHMARK = "eval.yaml"  # at the root of a data set that is a registered bench
 
 
 def push_card(facts: ModelFacts, to: Destination) -> Published:
-    """Make or update the card of a model on the Hub, with the facts, the results and the pictures beside it.
+    """Create or update the card of a model on the Hub, with the facts, the results and the pictures beside it.
 
-    The card there keeps what others wrote. It is committed only if nobody changed the repository in between; if
-    somebody did, it is read and updated again. If the Hub asks to wait, that is done, a few times.
+    What others wrote on the card is kept. If somebody changed the repository in between, the card is read and updated
+    again. If the Hub asks to wait, the push is repeated a few times.
 
     Raises:
         HubError: The Hub cannot be reached or refuses. Nothing local was changed: call again.
-        ValueError: The card on the Hub cannot be updated; see `updated_card`. Or there is a result for a leaderboard
+        ValueError: The card on the Hub cannot be updated (see `updated_card`), or there is a result for a leaderboard
             that the data set on the Hub does not have.
     """
     files = cache(partial(files_beside, facts))
@@ -284,12 +284,12 @@ def _check_benchmark(facts: ModelFacts, api: HfApi) -> None:
 
 
 def push_results(facts: ModelFacts, to: Destination) -> Published:
-    """Add results alone to the `model-index` of a card on the Hub, as `evaluate.push_to_hub` does with one.
+    """Add only results to the `model-index` of a card on the Hub, as `evaluate.push_to_hub` does with one.
 
-    Of our earlier results only those of the same corruptions are replaced. The text and all other metadata stay.
+    Of our earlier results only those of the same corruptions are replaced. The text and all other metadata are kept.
 
     Args:
-        facts: Where the results come from; leave corruptions out to push few.
+        facts: The source of the results; leave out corruptions to push fewer.
         to: As in `push_card`.
 
     Raises:

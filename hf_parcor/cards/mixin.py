@@ -37,10 +37,10 @@ class _Measured(NamedTuple):
 
 
 class MeasuredWeights:
-    """The results of the step that was measured last, and of the best step: `load_best_model_at_end` goes back to it.
+    """The results of the last measured step, and of the best step, which `load_best_model_at_end` returns to.
 
-    All others are forgotten, so that a long training keeps two. Results belong to weights, and to no step: those of a
-    step count only where the weights are the same.
+    All others are dropped, so that a long training keeps two. Results belong to weights, not to steps: those of a step
+    count only if the weights are the same.
     """
 
     def __init__(self) -> None:
@@ -50,10 +50,10 @@ class MeasuredWeights:
         """Keep results.
 
         Args:
-            state: The step they are of, and the best one until then.
+            state: The Trainer's state, with the current step and the best one so far.
             weights: Fingerprint of the weights.
             results: Records by the prefix of their metrics.
-            instead: Whether they take the place of what is known of the same weights; else they are put beside it.
+            instead: Whether they replace the known results of the same weights; otherwise they are added.
         """
         last = self._by_step.pop(state.global_step, None)
         known = {} if instead or last is None or last.weights != weights else last.results
@@ -61,7 +61,7 @@ class MeasuredWeights:
         self._by_step[state.global_step] = _Measured(weights, {**known, **results, **known})
 
     def of(self, weights: str) -> Results:
-        """Return what was measured of weights, the last that is kept; nothing if they were not measured."""
+        """Return the last results kept for these weights; empty if they were not measured."""
         found = [one.results for one in self._by_step.values() if one.weights == weights]
         return found[-1] if found else {}
 
@@ -74,15 +74,15 @@ _TRAINING = re.compile(r"^## Training (?:procedure|Details)$.*?(?=^## |\Z)", re.
 class CardMixin(RobustnessMixin):
     """Gives any Trainer a card with the last robustness evaluation; put it before the Trainer's class.
 
-    `create_model_card` is that of the Trainer, and then:
+    `create_model_card` extends that of the Trainer:
 
-    - Where there is no card, the Trainer's own is written, with our section at its end. As long as nobody touches it,
-      the Trainer writes it anew each time.
-    - A card that is there, a person's, PEFT's, or that of the Hub, is kept byte for byte. Our section gets the part on
-      training that the Trainer would have written; its metadata are added where they are missing.
-    - What `evaluate_robustness` or a `RobustnessCallback` measured is said only of the weights that it measured, also
-      of those that `load_best_model_at_end` brought back; after more training the card says that it is not known.
-      What `evaluate_robustness` measured of the same weights goes before.
+    - If there is no card, the Trainer's own is written, with our section at its end. As long as nobody edits it, it is
+      written anew each time.
+    - An existing card (a person's, PEFT's, or that of the Hub) is kept byte for byte. Our section gets the part on
+      training that the Trainer would have written; missing metadata are added.
+    - Results of `evaluate_robustness` or a `RobustnessCallback` are shown only for the measured weights, also if
+      `load_best_model_at_end` restored them. After further training the card says that robustness is unknown. For the
+      same weights, results of `evaluate_robustness` take precedence.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -95,13 +95,13 @@ class CardMixin(RobustnessMixin):
         return None
 
     def evaluate_robustness(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `RobustnessMixin.evaluate_robustness`; the card remembers of which weights this was."""
+        """Evaluate as `RobustnessMixin.evaluate_robustness` does, and keep the results for the card."""
         metrics = super().evaluate_robustness(*args, **kwargs)
         self._keep(self.robustness_records, instead=True)
         return metrics
 
     def robustness_was_measured(self, prefix: str, record: EvaluationRecord) -> None:
-        """Remember for the card what a `RobustnessCallback` measured."""
+        """Keep the record of a `RobustnessCallback` for the card."""
         super().robustness_was_measured(prefix, record)
         self._keep({prefix: record}, instead=False)
 
@@ -110,11 +110,11 @@ class CardMixin(RobustnessMixin):
             self._measured.keep(self.state, _weights_here(self.model), measured, instead=instead)
 
     def robustness_facts(self, model_name: str = "", dataset: str = "") -> ModelFacts | None:
-        """Return what the card says of the weights as they are; None if they were not measured.
+        """Return what the card says about the current weights; None if they were not measured.
 
         Args:
-            model_name: Name of the model; "" for that of the output folder.
-            dataset: Name on the Hub of the evaluation data; "" for what the data set says of itself.
+            model_name: Name of the model. By default, the name of the output folder.
+            dataset: Name on the Hub of the evaluation data. By default, the name that the data set states.
         """
         if self.model is None:
             return None
@@ -134,10 +134,10 @@ class CardMixin(RobustnessMixin):
         )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the Trainer's card, or update the one that is there, with the last robustness evaluation.
+        """Write the Trainer's card, or update the existing one, with the last robustness evaluation.
 
         Raises:
-            ValueError: The card that is there cannot be updated; see `updated_card`. Nothing was written.
+            ValueError: The existing card cannot be updated; see `updated_card`. Nothing was written.
         """
         if not self.is_world_process_zero():
             return
@@ -205,12 +205,12 @@ def _training_part(written: str) -> str:
 class PublishingMixin(CardMixin):
     """Gives any Trainer a card with the last robustness evaluation, here and on the Hub; put it before its class.
 
-    Before each push, also those that `hub_strategy` asks for while the model trains, a card that a person changed on
-    the Hub is taken over. Where a person changed the card here, too, that one is pushed, and a warning says where the
-    other one is. A push while the model trains makes no card where there is none, as with the Trainer; one that is
-    there says what is known of the weights that are pushed.
+    Before each push, including those that `hub_strategy` makes during training, a card that a person changed on the
+    Hub is copied here. If a person changed the local card too, the local card is pushed, and a warning says where to
+    find the other one. As with the Trainer, a push during training creates no card; an existing card is updated with
+    what is known about the pushed weights.
 
-    It takes `evaluate_robustness` along, and is one of the bases of `ParameterDefenseTrainer`.
+    The mixin includes `evaluate_robustness`, and is one of the bases of `ParameterDefenseTrainer`.
 
     Examples:
         >>> from transformers import Trainer
@@ -228,7 +228,7 @@ class PublishingMixin(CardMixin):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Push as the Trainer does; a card that a person changed on the Hub is taken over first."""
+        """Push as the Trainer does, but first copy here a card that a person changed on the Hub."""
         there: list[str] = []
         given = {} if private is None else {"private": private}  # Transformers knows it since 5.23
         if self.is_world_process_zero():

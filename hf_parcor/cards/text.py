@@ -98,18 +98,18 @@ def read_card(text: str) -> Card:
 
 
 def updated_card(text: str, section: str, metadata: Mapping[str, Any], *, generated: bool = False) -> str:
-    r"""Return a card that has our section and metadata; what others wrote survives byte for byte.
+    r"""Return a card that has our section and metadata; what others wrote is kept byte for byte.
 
-    Our section takes the place of our old one, or comes last. Metadata are merged as `merged_front_matter` says.
+    Our section replaces our old one, or comes last. Metadata are merged as in `merged_front_matter`.
 
     Args:
-        text: The card as it is; "" for none.
+        text: The current card; "" for none.
         section: Our section.
         metadata: Our front matter.
-        generated: Whether a Trainer wrote the rest of the text, and may write it anew.
+        generated: Whether a Trainer wrote the rest of the text, and may write it again.
 
     Raises:
-        ValueError: The front matter is no YAML mapping, or our marks do not come as one pair.
+        ValueError: The front matter is not a YAML mapping, or our marks are not one pair.
 
     Examples:
         >>> card = read_card(updated_card("# Mine, no newline", "## Ours", {"tags": ["robust"]}))

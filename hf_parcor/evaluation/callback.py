@@ -21,28 +21,29 @@ from hf_parcor.records.metric_info import MetricInfo, checked_infos
 
 
 class RobustnessCallback(TrainerCallback):
-    """Evaluates corruptions after each evaluation of a Trainer, and adds `eval_robustness_*` to its metrics.
+    """Measures robustness after each evaluation of a Trainer, and adds `eval_robustness_*` to its metrics.
 
-    So `metric_for_best_model="eval_robustness_accuracy"`, `load_best_model_at_end`, `EarlyStoppingCallback` and a
-    hyperparameter search can go by them. They are named as by `RobustnessMixin.evaluate_robustness`. When the Trainer
-    evaluates, `eval_strategy` and `eval_steps` say. The run itself is, bit for bit, the one without the callback.
+    `metric_for_best_model="eval_robustness_accuracy"`, `load_best_model_at_end`, `EarlyStoppingCallback` and a
+    hyperparameter search can then use these metrics. Their names are those of `RobustnessMixin.evaluate_robustness`.
+    `eval_strategy` and `eval_steps` decide when the Trainer evaluates. The training is bit for bit the one without the
+    callback.
 
-    Works with any Trainer; the card of a `ParameterDefenseTrainer` shows what was measured of its weights. When
-    training begins it takes the first place among the callbacks, since others look at what it adds.
+    It works with any Trainer. The card of a `ParameterDefenseTrainer` shows what was measured on its weights. When
+    training begins, the callback moves to the first place among the callbacks, because others read what it adds.
 
     Args:
         trainer: The Trainer that the callback is added to: `trainer.add_callback(RobustnessCallback(trainer, ...))`.
-        corruptions: What to measure, in a sequence, or by names of your own.
-        trials: Trials of each stochastic corruption. Default 3; 1 costs less, and its curve wavers more.
+        corruptions: What to measure: a sequence, or a mapping from names of your own.
+        trials: Trials of each stochastic corruption. Default 3. One trial costs less, but its curve is noisier.
         seed: First seed, the same at each evaluation.
-        every_n_steps: None, the default, for every evaluation. A number: at these steps only, and the Trainer
-            evaluates there, also if `eval_strategy` does not ask for it.
+        every_n_steps: If given, measure at multiples of this number of steps only, and let the Trainer evaluate there
+            even if `eval_strategy` does not ask for it. By default, measure at every evaluation.
         target_modules: Which modules are corrupted, as in `CorruptionEvaluator`.
         metric_info: As in `RobustnessMixin.evaluate_robustness`.
 
     Raises:
-        ValueError: There is no corruption, two have the same name, or a number is not positive.
-        TypeError: Something that is no `Corruption`, or no `MetricInfo`.
+        ValueError: There is no corruption, two have the same name, or a number is too small.
+        TypeError: Something is not a `Corruption`, or not a `MetricInfo`.
 
     Examples:
         >>> import tempfile
@@ -83,7 +84,7 @@ class RobustnessCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go before the callbacks that look at metrics."""
+        """Move to the front of the callbacks, because others read metrics."""
         callbacks = self._trainer.callback_handler.callbacks
         if self in callbacks:
             callbacks.remove(self)
@@ -92,7 +93,7 @@ class RobustnessCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Ask for an evaluation where one is due."""
+        """Ask for an evaluation if one is due."""
         if self._every is not None and state.global_step % self._every == 0:
             control.should_evaluate = True
         return control
@@ -106,7 +107,7 @@ class RobustnessCallback(TrainerCallback):
         eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Measure on the data that the Trainer just evaluated, log, and add to its metrics."""
+        """Measure on the data that the Trainer just evaluated, log the results, and add them to its metrics."""
         if metrics is None or (self._every is not None and state.global_step % self._every != 0):
             return
         prefix = next(name.removesuffix("_runtime") for name in reversed(metrics) if name.endswith("_runtime"))

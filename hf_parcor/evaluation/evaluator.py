@@ -80,14 +80,14 @@ class _Evaluator:
         return selections, targets
 
     def check(self, corruptions: Corruption | Sequence[Corruption]) -> None:
-        """Refuse what `evaluate` would refuse for the weights' sake, and measure nothing.
+        """Check that corruptions can be applied to the weights, without measuring anything.
 
         Args:
             corruptions: As in `evaluate`.
 
         Raises:
-            ValueError: A corruption cannot be applied to a weight, such as groups that do not divide a matrix.
-            NotImplementedError: It cannot be, by the way in which the weight is sharded.
+            ValueError: A corruption cannot be applied to a weight, for example because groups do not divide a matrix.
+            NotImplementedError: A corruption cannot be applied to a weight because of how it is sharded.
         """
         several = _several(corruptions)
         selections, _ = self._selected(several)
@@ -131,69 +131,69 @@ class _Evaluator:
 
 
 class CorruptionEvaluator(_Evaluator):
-    """Measures a model with its weights as they are and under corruptions, and gives every bit back.
+    """Measures a model as it is and under corruptions of its weights, and restores every bit.
 
-    The model is never copied. It is measured in evaluation mode, and its training flags are put back; so is the state
-    of PyTorch's global generator on the CPU.
+    The model is never copied. It is measured in evaluation mode. Its training flags and the state of PyTorch's global
+    CPU generator are restored afterwards.
 
-    Under `torchrun` or `accelerate launch` all processes measure together (let all of them call `evaluate`, and one
-    save), and each returns the record of one process:
-    to the last bit on the same kind of device and number of threads, but for what follows from the gradient over the
-    data, which is summed in another order (to rounding, and a weight whose gradient is nothing but rounding, such as
-    a bias of attention keys, may count as changed in one and not in the other). Each process measures every n-th
-    batch, and what they counted is gathered batch by batch; the gradient over the data is reduced once; multi-step
-    ascents are spread as a whole.
-    Data is spread, and not corruptions, since there are more batches than corruptions, a prefix is shared by all
-    corruptions of a batch, and a metric that itself gathers over processes, as `Trainer.evaluate` does, needs all of
-    them at the same corruption. If one process fails, all raise, unless they wait inside of such a metric.
+    Under `torchrun` or `accelerate launch` all processes measure together: call `evaluate` in all of them, and save
+    the record in one. Each process returns the record of a single process, bit for bit on the same kind of device and
+    number of threads. Only results that depend on the gradient over the data differ by rounding, because the gradient
+    is summed in another order. A weight whose gradient is only rounding error, such as a bias of attention keys, may
+    therefore count as changed in one record and not in the other. With a `BatchMetric`, each process measures every
+    n-th batch, and the results are gathered batch by batch. The gradient over the data is reduced once. Each
+    multi-step ascent runs as a whole on one process. A metric that gathers over processes itself, such as
+    `Trainer.evaluate`, is called by all processes at the same corruption. If one process fails, all of them raise,
+    except those that wait inside such a metric.
 
-    Where FSDP2 shards the model, weights are corrupted on the shards, and every pass is one of all processes: one
+    If FSDP2 shards the model, weights are corrupted on the shards, and all processes take part in every pass: one
     without a batch in the last round runs a batch that another counts, all climb every multi-step ascent on the same
-    batches, and no prefix is reused. Noise, bit flips and quantization are those of one process to the last bit (what
-    is random is drawn for one whole tensor at a time); the others to rounding, since their norms are summed shard by
-    shard. If a process fails inside a pass, the others wait until their group's timeout. For FSDP2 `generate` is no
-    pass: call PyTorch's `register_fsdp_forward_method(model, "generate")`, and generate with `synced_gpus=True`.
+    batches, and no prefix is reused. Noise, bit flips and quantization equal those of a single process bit for bit,
+    because random numbers are drawn for one whole tensor at a time. Other corruptions are equal up to rounding,
+    because their norms are summed shard by shard. If a process fails inside a pass, the others wait for the timeout
+    of their group. FSDP2 does not treat `generate` as a forward pass: call PyTorch's
+    `register_fsdp_forward_method(model, "generate")`, and generate with `synced_gpus=True`.
 
     Args:
-        model: Any PyTorch model; with several processes, each has all of it, bare or under DDP, or FSDP2 shards it.
-        metric: `metric(model)` returns numbers by name; a lambda around `Trainer.evaluate`, around a pipeline or an
-            evaluator of `evaluate` will do. What tells how long it took is left out. With several processes all of
-            them call it at the same time, and what the first got is kept; a `BatchMetric` is spread, and needs the
-            same batches in each of them. What it says of itself in `notes` goes into the record.
-        batches: Data for the corruptions that need gradients, a list or a `DataLoader` that does not shuffle. None,
-            the default, for those of the metric if it is a `BatchMetric`, else for none. They, and those of a metric,
-            have to be the same in every walk: unless they are a list, they are walked through twice before anything is
-            measured. With several processes each has all of it: the evaluator spreads the batches itself, also those
-            of a loader that Accelerate prepared.
-        loss: `loss(model, batch)` returns the mean loss of a batch; the default takes the model's own.
-        target_modules: Which modules may be corrupted, as in `select_parameters`. None, the default, for all
-            parameters that can be trained (all, if none can), as in the Trainer: fixed tables such as sinusoidal
-            positions are no result of training. Of a PEFT model these are the adapters alone, which the record notes:
-            name "all" for the weights under them too.
-            Weights that cannot be corrupted (quantized or packed ones, offloaded ones that lie on the disk or where a
-            corruption needs gradients, see `Reach`) are left as they are, counted, logged as a warning and noted in
-            the record.
+        model: Any PyTorch model. With several processes, each holds all of it, bare or under DDP, or FSDP2 shards it.
+        metric: `metric(model)` returns numbers by name, for example a lambda around `Trainer.evaluate`, a pipeline, or
+            an evaluator of `evaluate`. Numbers that are times or speeds are dropped. With several processes, all of
+            them call it at the same time, and the numbers of the first are kept; the batches of a `BatchMetric` are
+            spread over the processes, and must be the same in each. Its `notes`, if it has any, go into the record.
+        batches: Data for the corruptions that need gradients: a list, or a `DataLoader` that does not shuffle. By
+            default, those of the metric if it is a `BatchMetric`, otherwise none. Every walk through these batches,
+            and through those of a metric, must give the same data: unless they are a list, they are walked through
+            twice before anything is measured. With several processes, pass all batches to each: the evaluator spreads
+            them itself, also those of a loader that Accelerate prepared.
+        loss: `loss(model, batch)` returns the mean loss of a batch. By default, the model's own loss.
+        target_modules: Which modules may be corrupted, as in `select_parameters`. By default, all parameters that can
+            be trained (all, if none can), as in the Trainer: fixed tables such as sinusoidal positions are not a
+            result of training. In a PEFT model these are only the adapters, which the record notes; pass "all" to
+            include the weights under them.
+            Weights that cannot be corrupted stay as they are, and are counted, logged as a warning and noted in the
+            record: quantized or packed weights, weights offloaded to the disk, and, if a corruption needs gradients,
+            all offloaded weights (see `Reach`).
         exclude_modules: As in `select_parameters`.
         module_types: As in `select_parameters`.
         layers: As in `select_parameters`.
-        reuse_prefix: Whether what does not depend on the targets runs once a batch for all corruptions, where the
-            metric is made batch by batch (a `BatchMetric`, such as `ClassificationMetric`). The numbers are the same.
-            To seek it takes seven runs of a batch, and six for the steps of multi-step corruptions: it is not sought
-            where that is more than it saves, as of a few corruptions on one batch.
+        reuse_prefix: Whether to run the part of the model that does not depend on the targets once a batch for all
+            corruptions. This needs a `BatchMetric`, such as `ClassificationMetric`. The numbers are the same. Finding
+            this part takes seven runs of a batch, and six more for the steps of multi-step corruptions. It is not
+            attempted if it would save less than that, for example for a few corruptions on one batch.
         memory: How many bytes the corruptions that are measured, or chosen, together may take. Default 1 GiB.
         metric_info: What the metric's numbers mean, by their names: `{"score": MetricInfo(greater_is_better=False,
-            unit="points")}`. None, the default, for what the metric states itself, as our own and those of `evaluate`
-            do (see `hf_parcor.records.metric_info.info_of`); what nobody states is guessed from the names, and called
-            a guess.
+            unit="points")}`. By default, what the metric states itself, as our metrics and those of `evaluate` do (see
+            `hf_parcor.records.metric_info.info_of`). What is not stated is guessed from the names, and marked as a
+            guess.
         progress: Whether to show a progress bar. Default True.
-        saved_on: Where the bits of corrupted weights are kept while they are corrupted: "cpu" (in pinned memory
-            where there is CUDA) leaves the accelerator to the model. None, the default, for each weight's own device.
-        evaluated_on: What the data of the metric are called, for the record; None if they have no name.
-        task: The Hub's name of the task, for the record; "" for the one that the model's class is for.
+        saved_on: Where the original bits of corrupted weights are kept meanwhile. "cpu" (pinned memory if there is
+            CUDA) leaves the accelerator's memory to the model. By default, each weight's own device.
+        evaluated_on: The name of the metric's data, for the record. None if they have no name.
+        task: The Hub's name of the task, for the record. By default, the task of the model's class.
 
     Raises:
-        ValueError: The targets match nothing, or nothing that can be corrupted, or the batches can be walked through
-            only once. Or FSDP1 or tensor parallelism has split the weights.
+        ValueError: The targets match nothing, or nothing that can be corrupted; the batches can be walked through only
+            once; or FSDP1 or tensor parallelism has split the weights.
 
     Examples:
         >>> from hf_parcor import Quantization
@@ -249,55 +249,56 @@ class CorruptionEvaluator(_Evaluator):
     ) -> EvaluationRecord:
         """Measure the clean model, then the model under each corruption.
 
-        Trial t of a stochastic corruption draws from a generator seeded `seed + t`, on the CPU, so that a seed means
-        the same noise on every device. Other corruptions have one trial.
+        Trial t of a stochastic corruption draws from a CPU generator seeded `seed + t`, so that a seed gives the same
+        noise on every device. Other corruptions have one trial.
 
         Args:
-            corruptions: What to measure, one or several; results come in this order.
+            corruptions: One or several corruptions. Results come in this order.
             trials: Trials of each stochastic corruption. Default 3.
             seed: First seed.
-            checkpoint: A file for what is finished, written on the way. Called again with it, after a kill at any
-                moment, the measurement goes on, and the record is that of one without interruption, to the last bit on
-                the same machine; a metric that draws random numbers itself has to care for that. The settings of
-                metric and loss count, also those that a function closes over; what they reach otherwise, such as a
-                file, an `identity` method says (see `Identified`). Every 16 corruptions are written at once. None,
-                the default, for no file.
+            checkpoint: A file that finished results are written to during the measurement. After an interruption at
+                any moment, the same call goes on from this file, and the record equals that of an uninterrupted
+                measurement, bit for bit on the same machine; a metric that draws random numbers itself has to ensure
+                that. A checkpoint belongs to the settings of metric and loss, including the variables that a function
+                closes over. If the numbers depend on anything else, such as a file, name it in an `identity` method
+                (see `Identified`). Up to 16 corruptions are written at once. By default, no file.
 
         Returns:
-            The record. A metric that is NaN or no number is kept as NaN, noted in the record, and logged as a warning;
-            a corruption that changed no weight is noted too, such as one along a gradient that was not finite.
+            The record. A metric that is NaN or not a number is kept as NaN, noted in the record, and logged as a
+            warning. A corruption that changed no weight is noted too, for example if its gradient was not finite.
 
         Raises:
-            ValueError: A corruption needs gradients and there are no batches or an empty data set, or quantized
-                layers pass none back; or weights or data differ between processes, or data from walk to walk; before
-                any weight is touched. Or the checkpoint is of another run, or none, or damaged. Or an accelerator has
-                less memory free than gradients and saved bits need (`NotEnoughMemoryError`), which says the way out.
+            ValueError: A corruption needs gradients, but there are no batches, the data set is empty, or quantized
+                layers pass no gradient back; weights or data differ between processes, or data between walks (all
+                before any weight is touched); the checkpoint is damaged, of another run, or not a checkpoint; or an
+                accelerator has less free memory than gradients and saved bits need (`NotEnoughMemoryError`, whose
+                message says what to do).
             OSError: The checkpoint cannot be read or written.
-            TypeError: Something that is no `Corruption`, or a metric that returns no mapping.
+            TypeError: Something is not a `Corruption`, or the metric does not return a mapping.
             ProcessError: Another process failed.
         """
         return self._records(corruptions, trials, seed, checkpoint)[_ALL]
 
 
 class LayerProbe(_Evaluator):
-    """Measures a model with one part after the other corrupted: layers, kinds of modules, or named targets.
+    """Measures a model with one part corrupted at a time: layers, kinds of modules, or named targets.
 
-    Paper 1, Figures 3 to 5. What can be shared is: the clean measurement; one gradient over the data for the closed-
-    form corruptions of all parts; one walk through the data for all multi-step corruptions; and, with a metric made
-    batch by batch, what does not depend on a part runs once a batch for all corruptions of all parts. The records are
-    those of a `CorruptionEvaluator` for each part, also with several processes.
+    Paper 1, Figures 3 to 5. The records equal those of a `CorruptionEvaluator` for each part, also with several
+    processes, but parts share work: the clean measurement; one gradient over the data for the closed-form corruptions
+    of all parts; one walk through the data for all multi-step corruptions; and, with a `BatchMetric`, one run a batch
+    of what does not depend on a part, for all corruptions of all parts.
 
     Args:
         model: Any Transformers model.
         metric: As in `CorruptionEvaluator`.
         batches: As in `CorruptionEvaluator`.
         loss: As in `CorruptionEvaluator`.
-        targets: "layers", "kinds", "modules" or "adapters"; or what to corrupt, by the name that it shall have: words,
-            patterns or names as in `select_parameters`. `by_layer`, `by_kind`, `by_module` and `by_adapter` make such
-            groups; `{**by_kind(model), "all": "all"}` adds the whole model. None, the default, for layers, without
-            those that cannot be corrupted, which are noted.
-        reuse_prefix: As in `CorruptionEvaluator`; to seek all parts' takes about five runs of a batch, and half a run
-            for each part.
+        targets: "layers", "kinds", "modules" or "adapters", without the parts that cannot be corrupted, which are
+            noted; or a mapping from names of your choice to words, patterns or names as in `select_parameters`.
+            `by_layer`, `by_kind`, `by_module` and `by_adapter` make such mappings; `{**by_kind(model), "all": "all"}`
+            adds the whole model. Default "layers".
+        reuse_prefix: As in `CorruptionEvaluator`. Finding what all parts share takes about five runs of a batch, plus
+            half a run for each part.
         memory: As in `CorruptionEvaluator`.
         metric_info: As in `CorruptionEvaluator`.
         progress: As in `CorruptionEvaluator`.
@@ -306,8 +307,8 @@ class LayerProbe(_Evaluator):
         task: As in `CorruptionEvaluator`.
 
     Raises:
-        ValueError: A target matches nothing, or nothing that can be corrupted, there is no target, or the batches can
-            be walked through only once.
+        ValueError: There is no target, one matches nothing, or nothing that can be corrupted, or the batches can be
+            walked through only once.
 
     Examples:
         >>> from hf_parcor import Quantization
@@ -378,12 +379,12 @@ class LayerProbe(_Evaluator):
         """Measure the clean model, then the model under each corruption of each part.
 
         Args:
-            corruptions: What to measure; a constraint bounds the vector of one part.
+            corruptions: One or several corruptions. A constraint bounds the vector of one part.
             trials: Trials of each stochastic corruption. Default 3.
             seed: First seed.
-            checkpoint: As in `CorruptionEvaluator.evaluate`: a sweep that was killed goes on from this file.
-            clean: What the metric finds on the model as it is, where that is known, as of a `WithDivergence` that was
-                just made; None, the default, to measure it.
+            checkpoint: As in `CorruptionEvaluator.evaluate`: an interrupted sweep goes on from this file.
+            clean: The metric's numbers on the model as it is, if they are known, for example from a `WithDivergence`
+                that was just made. By default, they are measured.
 
         Returns:
             The records of all parts, by their names.

@@ -117,13 +117,13 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean loss that a Transformers model computes itself when its batch has labels.
+    """Return the mean loss that a Transformers model computes itself if its batch has labels.
 
-    Of a model that returns logits alone, bare or by name, it is the one that models of Transformers have for such
-    labels, as `ClassificationMetric` takes it.
+    If a model returns only logits, bare or by name, this is the usual loss of Transformers for such labels, as in
+    `ClassificationMetric`.
 
     Raises:
-        ValueError: The model returned no loss, and there are no labels or no logits to make one of.
+        ValueError: The model returned no loss, and there are no labels or no logits to compute one from.
     """
     output = Output.read(called(model, batch))
     if output.loss is not None:
@@ -163,22 +163,22 @@ def count_items(batch: Batch, *, shifted: bool = False) -> int:
 class DatasetGradients:
     """Gradients of a model's loss with respect to selected parameters; a `GradientSource`.
 
-    `.grad` is not touched, and a frozen parameter has a gradient like any other: it is frozen again after each. The
-    gradient over all data is computed once and kept: it serves every closed-form corruption of these weights.
+    `.grad` is not touched. Frozen parameters get gradients too, and are frozen again afterwards. The gradient over all
+    data is computed once and kept: it serves every closed-form corruption of these weights.
 
     Args:
-        model: In the mode that it is to be measured in; it is not changed.
+        model: The model, in the mode to measure it in; the mode is not changed.
         parameters: The selected parameters by name.
-        batches: The same in every walk, such as a list or a `DataLoader` that does not shuffle. Other than a list they
-            are walked through twice before, and compared.
+        batches: The same in every walk, such as a list or a `DataLoader` that does not shuffle. Unless they are a
+            list, they are first walked through twice and compared.
         loss: `loss(model, batch)` returns the mean loss over a batch.
         progress: Whether to show a progress bar.
-        processes: Those that compute the gradient over all data together, each on every n-th batch; all of them then
-            ask for it. None of them waits for another in anything else. Default: this process alone.
+        processes: The processes that compute the gradient over all data together, each on every n-th batch. All of
+            them must ask for it; otherwise they do not wait for each other. Default: this process alone.
         saved_on: Where the bits of corrupted weights are kept; None for their own device.
 
     Raises:
-        ValueError: There are no items, or the batches can be walked through only once, or differ from walk to walk.
+        ValueError: There are no items, or the batches can be walked through only once, or differ between walks.
     """
 
     def __init__(
@@ -224,13 +224,13 @@ class DatasetGradients:
         return self._batches.data()
 
     def of_group(self, parameters: Mapping[str, nn.Parameter]) -> DatasetGradients:
-        """Return the gradients of some of the parameters alone; that over all data is still computed once for all."""
+        """Return gradients of only some parameters; the one over all data is still computed once for all of them."""
         part = copy.copy(self)
         part._parameters, part._whole = parameters, self
         return part
 
     def over_data(self) -> dict[str, Tensor]:
-        """Return the gradient of the mean loss over all data, each item counted once; in float32 at least."""
+        """Return the gradient of the mean loss over all data, each item counted once, in at least float32."""
         if self._whole is not None:
             overall = self._whole.over_data()
             return {name: overall[name] for name in self._parameters}
@@ -240,15 +240,15 @@ class DatasetGradients:
         return self._overall
 
     def second_moment(self) -> dict[str, Tensor]:
-        """Return the mean over all items of the squared gradient, entry by entry; in float32 at least.
+        """Return the mean over all items of the squared gradient, entry by entry, in at least float32.
 
         ::
 
             Σ_b n_b/N · n_b g_b²,    g_b the gradient of the mean loss of a batch of n_b items
 
-        It is the diagonal of the empirical Fisher matrix, exactly where every batch has one item; where gradients of
-        items are independent and of mean zero, larger batches have the same expectation. One walk finds it and the
-        gradient over all data: of each batch nothing is kept but the two running sums.
+        If every batch has one item, it is exactly the diagonal of the empirical Fisher matrix. Larger batches have the
+        same expectation if gradients of items are independent and have mean zero. One walk computes it and the
+        gradient over all data; only the two running sums are kept.
 
         Raises:
             ValueError: The model is sharded.
@@ -261,8 +261,8 @@ class DatasetGradients:
     def batch_by_batch(self) -> Iterator[tuple[dict[str, Tensor], float]]:
         """Yield the gradient of each batch's mean loss, in the dtype of each weight, and its share of all items.
 
-        Of several processes each yields those of its own batches. Nothing is kept: whoever lets go of a gradient
-        before the next one is asked for has one of them in memory.
+        With several processes, each yields the gradients of its own batches. Nothing is kept here: release each
+        gradient before you ask for the next, and only one is in memory.
 
         Raises:
             ValueError: The model is sharded.
@@ -273,7 +273,7 @@ class DatasetGradients:
 
     @property
     def items(self) -> int:
-        """How many items all data have."""
+        """The number of items of all data."""
         return sum(self._items)
 
     def _check_whole(self) -> None:
@@ -316,15 +316,15 @@ class DatasetGradients:
         }
 
     def shares(self, most: int | None = None) -> Iterator[tuple[Batch, float]]:
-        """Yield each batch that has items, and its share of all items: with it batch means add up to the overall one.
+        """Yield each batch that has items, and its share of all items: weights that make batch means the overall mean.
 
-        The mean over no item is NaN, so batches without any are left out.
+        Batches without items are left out, because their mean is NaN.
 
         Args:
-            most: How many batches at most, the first ones; shares are of their items. None for all.
+            most: Only the first so many batches; shares are of their items. None for all.
 
         Raises:
-            ValueError: The batches have other items than when they were counted.
+            ValueError: The number of items has changed since they were counted.
         """
         counted = [items for items in self._items if items][:most]
         total, found, left = sum(counted), 0, len(counted)
@@ -343,7 +343,7 @@ class DatasetGradients:
             )
 
     def loss_on(self, batch: Batch) -> Tensor:
-        """Return the mean loss of a batch at the weights as they are."""
+        """Return the mean loss of a batch at the current weights."""
         return self._loss(self._model, own_batch(batch, self._model))
 
     def on_next_batch(self, corruption: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -383,7 +383,7 @@ class DatasetGradients:
             return dict(zip(self._parameters, self._gradient(batch), strict=True))
 
     def restart(self) -> None:
-        """Let the next batch be the first."""
+        """Start again from the first batch."""
         self._walk = iter(())
 
     def _gradient(self, batch: Batch, weight: float = 1.0) -> list[Tensor]:

@@ -15,7 +15,7 @@ _GIB = 2**30
 
 
 class NotEnoughMemoryError(ValueError):
-    """A device has less free memory than a measurement needs at least; nothing was measured."""
+    """A device has less free memory than a measurement needs; nothing was measured."""
 
 
 def free_memory(device: torch.device) -> int | None:

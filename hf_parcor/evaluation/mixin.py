@@ -35,7 +35,7 @@ DEFAULT_CORRUPTIONS: tuple[Corruption, ...] = (
 
 @dataclass
 class RobustnessArguments:
-    """How a program measures robustness, as flags: for `transformers.HfArgumentParser`.
+    """Flags of how a program measures robustness, for `transformers.HfArgumentParser`.
 
     Examples:
         >>> from transformers import HfArgumentParser
@@ -65,10 +65,10 @@ class RobustnessArguments:
     skip_corruptions: bool = field(default=False, metadata={"help": "Measure the clean model only."})
 
     def read(self, default: Sequence[Corruption] = DEFAULT_CORRUPTIONS) -> list[Corruption]:
-        """Return what the words name, or the default without words.
+        """Return the corruptions that the flags name, or the default if there are none.
 
         Raises:
-            InputError: As `read_corruptions`.
+            InputError: As in `read_corruptions`.
         """
         return list(default) if self.corruptions is None else read_corruptions(self.corruptions)
 
@@ -84,23 +84,24 @@ def measure_robustness(
     target_modules: str | Collection[str] | None = None,
     metric_info: Mapping[str, MetricInfo] | None = None,
 ) -> EvaluationRecord:
-    """Measure a Trainer's model with its weights as they are, and under each corruption.
+    """Measure a Trainer's model as it is and under each corruption.
 
-    The Trainer's own `evaluate` runs each time, in silence; see `TrainerMetric`. Nothing of the Trainer, its model or
-    the random numbers is different afterwards. On several processes all of them call it.
+    Each measurement runs the Trainer's own `evaluate`, without logging or callbacks; see `TrainerMetric`. The Trainer,
+    its model and the random generators are unchanged afterwards. With several processes, call it in all of them.
 
     Args:
         trainer: Any `transformers.Trainer`.
-        corruptions: What to measure. Those that need gradients climb along the Trainer's loss over the evaluation
-            data. If its collator draws random numbers, such as masks, what it draws first is kept in memory for them.
+        corruptions: What to measure. Corruptions that need gradients climb along the Trainer's loss over the
+            evaluation data. If the collator draws random numbers, for example for masks, they use the batches that it
+            drew first, which are kept in memory.
         trials: Trials of each stochastic corruption. Default 3.
         seed: First seed.
-        eval_dataset: One data set, or the name of one of the Trainer's; None for the Trainer's own.
+        eval_dataset: One data set, or the name of one of the Trainer's. By default, the Trainer's own.
         metric_key_prefix: As in `Trainer.evaluate`.
-        target_modules: Which modules are corrupted, as in `CorruptionEvaluator`: None for what is trained, of a PEFT
-            model its adapters alone, and "all" for all weights.
-        metric_info: What the metrics' numbers mean, as in `CorruptionEvaluator`, by their names without prefix. None
-            for what `greater_is_better` says of `metric_for_best_model`, and the names of the others.
+        target_modules: Which modules are corrupted, as in `CorruptionEvaluator`. By default, what is trained: only the
+            adapters of a PEFT model. "all" for all weights.
+        metric_info: What the metrics' numbers mean, as in `CorruptionEvaluator`, by their names without prefix. By
+            default, what `greater_is_better` says of `metric_for_best_model`, and what the names of the others say.
 
     Raises:
         ValueError: The Trainer has no evaluation data, or as in `CorruptionEvaluator`.
@@ -146,7 +147,7 @@ def by_name(corruptions: Corruptions) -> dict[str, Corruption]:
 
     Raises:
         ValueError: There is none, or two have the same name.
-        TypeError: Something that is no `Corruption`.
+        TypeError: Something is not a `Corruption`.
     """
     named = list(
         corruptions.items()
@@ -166,12 +167,12 @@ def by_name(corruptions: Corruptions) -> dict[str, Corruption]:
 
 
 def robustness_metrics(record: EvaluationRecord, names: Sequence[str], prefix: str = "eval") -> dict[str, float]:
-    """Return a record as flat numbers, means over trials, as a Trainer logs them.
+    """Return the means over trials of a record as a flat dictionary, as a Trainer logs them.
 
     Args:
         record: What was measured.
-        names: One for each corruption of the record.
-        prefix: What all names of metrics begin with.
+        names: A name for each corruption of the record.
+        prefix: The prefix of all keys.
 
     Returns:
         `{prefix}_robustness_{name}_{metric}` for each corruption, and `{prefix}_robustness_{metric}`, the mean over
@@ -195,13 +196,13 @@ class RobustnessMixin(_Base):
     """Gives any Trainer `evaluate_robustness`: put it before the Trainer's class among the bases.
 
     Attributes:
-        robustness_records: What the last `evaluate_robustness`, or a `RobustnessCallback`, measured, in full, by the
-            prefix of its metrics: "eval", or one for each data set where there are several. Empty before.
+        robustness_records: The full records of the last `evaluate_robustness` or `RobustnessCallback`, by the prefix
+            of their metrics: "eval", or one prefix for each data set if there are several. Empty before.
     """
 
     @cached_property
     def robustness_records(self) -> dict[str, EvaluationRecord]:
-        """Empty, until something is measured."""
+        """The records by prefix; empty until something is measured."""
         return {}
 
     def evaluate_robustness(
@@ -215,24 +216,26 @@ class RobustnessMixin(_Base):
         target_modules: str | Collection[str] | None = None,
         metric_info: Mapping[str, MetricInfo] | None = None,
     ) -> dict[str, float]:
-        """Evaluate the model as `evaluate` does, with its weights as they are and under corruptions, and log it.
+        """Evaluate the model as `evaluate` does, as it is and under corruptions, and log the metrics.
 
         Args:
-            corruptions: What to measure, in a sequence, or by names of your own. None for `DEFAULT_CORRUPTIONS`:
-                ε = 0.1 along the gradient (L2), noise of σ = 0.02, and 4 bits. What breaks a model depends on it.
+            corruptions: What to measure: a sequence, or a mapping from names of your own. By default,
+                `DEFAULT_CORRUPTIONS`: ε = 0.1 along the gradient (L2), noise of σ = 0.02, and 4-bit quantization.
+                Which strength breaks a model depends on the model.
             trials: Trials of each stochastic corruption. Default 3.
             seed: First seed.
-            eval_dataset: As in `evaluate`; where it is a dictionary, each data set is evaluated by itself.
+            eval_dataset: As in `evaluate`. If it is a dictionary, each data set is evaluated separately.
             metric_key_prefix: As in `evaluate`.
-            target_modules: Which modules are corrupted, as in `CorruptionEvaluator`. None for all parameters that can
-                be trained, also if fewer are defended.
-            metric_info: What the metrics' numbers mean, as in `CorruptionEvaluator`, by their names without prefix.
-                None for what `greater_is_better` says of `metric_for_best_model`, and the names of the others.
+            target_modules: Which modules are corrupted, as in `CorruptionEvaluator`. By default, all parameters that
+                can be trained, even if fewer are defended.
+            metric_info: What the metrics' numbers mean, as in `CorruptionEvaluator`, by their names without prefix. By
+                default, what `greater_is_better` says of `metric_for_best_model`, and what the names of the others
+                say.
 
         Returns:
-            Means over trials: `eval_{metric}` of the weights as they are; `eval_robustness_{corruption}_{metric}`, the
-            corruption's name being its label in plain letters; and `eval_robustness_{metric}`, the mean over all
-            corruptions. All trials are in `robustness_records`.
+            Means over trials: `eval_{metric}` of the uncorrupted model; `eval_robustness_{corruption}_{metric}` for
+            each corruption, named by your name or its label in plain letters; and `eval_robustness_{metric}`, the mean
+            over all corruptions. All trials are in `robustness_records`.
 
         Raises:
             ValueError: Two corruptions have the same name, or as in `CorruptionEvaluator`.
@@ -265,10 +268,10 @@ class RobustnessMixin(_Base):
         return metrics
 
     def robustness_was_measured(self, prefix: str, record: EvaluationRecord) -> None:
-        """Receive the record of a `RobustnessCallback`, into `robustness_records`; a subclass may do more.
+        """Store the record of a `RobustnessCallback` in `robustness_records`; a subclass may do more.
 
         Args:
-            prefix: What the names of its metrics begin with.
+            prefix: The prefix of its metrics.
             record: What was measured.
         """
         self.robustness_records[prefix] = record

@@ -64,17 +64,18 @@ def target_of(target_modules: Any, exclude_modules: Any, module_types: Any, laye
 
 
 class Reach:
-    """The weights of a model, those among them that are no parameters, and which of all can be corrupted.
+    """The weights of a model, including those that are not parameters, and which of them can be corrupted.
 
-    Out of reach are parameters that are no floating-point numbers of 16 bits or more (bitsandbytes, fp8), those of a
-    class of their own (torchao and others), those on the meta device (what Accelerate offloads; what it keeps in main
-    memory has no gradient, but can be written there), and weights that are no parameters: packed ones
-    (`torch.ao.quantization`), and buffers of small integers in modules without a floating-point weight (GPTQ, AWQ).
+    These weights cannot be corrupted: parameters that are not floating-point numbers of 16 bits or more (bitsandbytes,
+    fp8), parameters of a class of their own (torchao and others), parameters on the meta device (offloaded by
+    Accelerate; what it keeps in main memory has no gradient, but can be written there), and weights that are not
+    parameters: packed ones (`torch.ao.quantization`), and buffers of small integers in modules without a
+    floating-point weight (GPTQ, AWQ).
 
     Args:
         model: Any model; it is not changed.
-        gradients: Whether corruptions may need gradients. Default True; if not, offloaded weights that lie in main
-            memory are in reach as well, and are selected as parameters in that memory (see `kept_in_memory`).
+        gradients: Whether corruptions may need gradients. Default True. If False, weights offloaded to main memory can
+            be corrupted too, and are selected as parameters in that memory (see `kept_in_memory`).
     """
 
     def __init__(self, model: nn.Module, *, gradients: bool = True) -> None:

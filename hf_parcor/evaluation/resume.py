@@ -23,7 +23,7 @@ _AROUND = 10  # of them before the first that differs
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is of another run, damaged, or none; nothing was measured, and the file is as it was."""
+    """A file is a checkpoint of another run, damaged, or not a checkpoint; nothing was measured or written."""
 
 
 def begin_checkpoint(path: Path, run: Mapping[str, Any]) -> dict[int, Trial]:

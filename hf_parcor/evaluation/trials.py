@@ -20,7 +20,7 @@ from hf_parcor.statistics import sample_mean
 logger = logging.get_logger(__name__)
 
 DEFAULT_TRIALS = 3
-"""Of each stochastic corruption, wherever nothing else is said: the fewest that show how far trials lie apart."""
+"""The default number of trials of each stochastic corruption: the fewest that show how much trials vary."""
 
 _OF_THE_CLOCK = (
     *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),  # Trainer.evaluate

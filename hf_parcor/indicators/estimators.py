@@ -26,15 +26,15 @@ def hessian_trace(loss: LossOverData, probes: int = 16, seed: int = 0) -> Estima
         tr(H) = E[vᵀ H v],    v_i = ±1 with probability ½ each
 
     H v is the gradient of gᵀv, by double backward. Each batch's graph is built once for all probes, and freed before
-    the next; a probe is drawn again for each batch, so memory holds one of them. The error falls with the number of
-    probes, `√(2 Σ_{i≠j} H_ij² / probes)`: a diagonal H is exact with one.
+    the next batch. A probe is drawn again for each batch, so memory holds only one. The error falls with the number of
+    probes, `√(2 Σ_{i≠j} H_ij² / probes)`: for a diagonal H one probe is exact.
 
-    Fused attention kernels have no second derivative: PyTorch's plain one runs meanwhile. An own kernel that a model
-    brings along (flash-attention, cuDNN's recurrent layers) has to be turned off, or its error is raised.
+    Fused attention kernels have no second derivative, so PyTorch's plain kernel is used meanwhile. Turn off other
+    kernels of the model that have none (flash-attention, cuDNN's recurrent layers); otherwise their error is raised.
 
     Args:
         loss: The loss over data.
-        probes: How many v; 0 for none.
+        probes: The number of probes v; 0 for none.
         seed: Probe j draws from a CPU generator seeded `seed + j`, so that a seed means the same on every device.
 
     Returns:
@@ -70,11 +70,12 @@ def hessian_diagonal(loss: LossOverData, probes: int = 16, seed: int = 0) -> dic
 
         H_ii = E[v_i (H v)_i],    v_i = ±1 with probability ½ each
 
-    The sum of its entries is `hessian_trace` of the same probes and seed; so are costs, errors and limits.
+    The sum of its entries is the mean of `hessian_trace` with the same probes and seed. Cost, errors and limits are
+    the same too.
 
     Args:
         loss: The loss over data.
-        probes: How many v, one or more.
+        probes: The number of probes v, one or more.
         seed: As in `hessian_trace`.
 
     Raises:
@@ -128,7 +129,7 @@ def _product(
 
 @dataclass(frozen=True)
 class RandomLossChanges:
-    """What random corruptions ã of one constraint did to a loss.
+    """How random corruptions ã of one constraint changed a loss.
 
     Attributes:
         changes: L(w + ã) − L(w) of each draw.
@@ -142,9 +143,9 @@ class RandomLossChanges:
 
     @property
     def beyond_first_order(self) -> Estimate:
-        """Δ_ave: the changes less their first-order part, whose mean is known to be zero.
+        """Δ_ave: the changes minus their first-order part, whose mean is zero.
 
-        ã and −ã are equally likely, so E[ãᵀg] = 0: taking ãᵀg away keeps the mean, and removes most of the spread.
+        ã and −ã are equally likely, so E[ãᵀg] = 0: subtracting ãᵀg keeps the mean and removes most of the spread.
         """
         pairs = zip(self.changes.values, self.first_order.values, strict=True)
         return Estimate(tuple(change - part for change, part in pairs))
@@ -153,17 +154,17 @@ class RandomLossChanges:
 def random_loss_changes(
     loss: LossOverData, constraint: CorruptionConstraint, draws: int = 16, seed: int = 0
 ) -> RandomLossChanges:
-    """Corrupt at random, again and again, and measure the loss over the data each time.
+    """Measure the loss over the data under several random corruptions.
 
     Args:
         loss: The loss over data.
-        constraint: The set S that `RandomCorruption` draws from the boundary of.
-        draws: How many corruptions; each costs a forward pass over the data.
-        seed: Draw t comes from a CPU generator seeded `seed + t`, as trial t of a `CorruptionEvaluator`.
+        constraint: The set S; `RandomCorruption` draws from its boundary.
+        draws: The number of corruptions; each costs a forward pass over the data.
+        seed: Draw t comes from a CPU generator seeded `seed + t`, like trial t of a `CorruptionEvaluator`.
 
     Raises:
         ValueError: `draws < 1`.
-        TypeError: The constraint is none.
+        TypeError: `constraint` is not a `CorruptionConstraint`.
     """
     check_count("draws", draws)
     corruption = RandomCorruption(constraint)

@@ -44,41 +44,41 @@ def measure_flips_to_break(
     layers: int | Iterable[int] | None = None,
     progress: bool = True,
 ) -> FlipRecord:
-    """Flip the worst bits one after the other, see `WorstBitFlips`, until half of the metric above chance is gone.
+    """Flip the worst bits (`WorstBitFlips`) one after the other until half of the metric above chance is gone.
 
     ::
 
         min {n : m(n) <= chance + (m_clean − chance)/2},    or, of a loss,    min {n : m(n) >= 2 m_clean}
 
-    where m(n) is the metric after n flips; a metric that is not finite is broken. Chance is what guessing reaches: 0.5
-    for two classes that are equally frequent. With the default, 0, it is half of the clean metric, as in
-    `epsilon_at_half`; of two classes a broken model may never come so low.
+    where m(n) is the metric after n flips; a metric that is not finite counts as broken. Set `chance` to what guessing
+    reaches, for example 0.5 for two equally frequent classes. With the default, 0, the threshold is half of the clean
+    metric, as in `epsilon_at_half`, and with two classes a broken model may never fall that low.
 
-    Costs, for each flip, what `WorstBitFlips` does and one run of the metric. The search is greedy: an attacker may
-    need fewer. The model comes back as it was, to the last bit, also after an exception.
+    Each flip costs one step of `WorstBitFlips` and one run of the metric. The search is greedy: an attacker may need
+    fewer flips. The model is restored to the last bit, also after an exception.
 
     Args:
-        model: Any PyTorch model; bare or under DistributedDataParallel.
+        model: Any PyTorch model, bare or under DistributedDataParallel.
         metric: `metric(model)` returns numbers by name.
-        batches: Data for the search along gradients; None, the default, for those of the metric, if it has any.
+        batches: Data for the search along gradients. By default, those of the metric, if it has any.
         of: As in `WorstBitFlips`.
         search: As in `WorstBitFlips`.
         candidates: As in `WorstBitFlips`.
-        search_batches: `batches` in `WorstBitFlips`: how many of them the search looks at.
+        search_batches: How many batches the search uses; `batches` in `WorstBitFlips`.
         most: After how many flips to give up.
-        chance: What guessing reaches.
-        metric_name: Which of the metric's numbers; None for its primary one, else the first.
-        greater_is_better: Whether a large metric is good; None for what the metric states, or its name says.
-        loss: `loss(model, batch)` returns the mean loss of a batch; the default takes the model's own.
-        target_modules: As in `CorruptionEvaluator`: None, the default, for all parameters that can be trained.
+        chance: The metric that guessing reaches.
+        metric_name: Which of the metric's numbers to use. By default, its primary one, or else the first.
+        greater_is_better: Whether a large metric is good. By default, what the metric states, or its name says.
+        loss: `loss(model, batch)` returns the mean loss of a batch. By default, the model's own loss.
+        target_modules: As in `CorruptionEvaluator`. By default, all parameters that can be trained.
         exclude_modules: As in `select_parameters`.
         module_types: As in `select_parameters`.
         layers: As in `select_parameters`.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: As for `WorstBitFlips`; the search needs batches and there are none, the metric has no number of
-            that name, or the clean metric is no better than chance.
+        ValueError: As in `WorstBitFlips`; the search needs batches and there are none; the metric has no number of
+            that name; or the clean metric is no better than chance.
 
     Examples:
         >>> import torch

@@ -46,7 +46,7 @@ FORMATS: tuple[Format, ...] = (
     FloatQuantization("fp8_e4m3", "channel"),
     *(Quantization(bits, 32, code_range="full", arithmetic="weight") for bits in (6, 4, 3)),
 )
-"""What `sensitivity` tries unless told: 8 bits and FP8 per channel; 6, 4 and 3 bits per group of 32, as in torchao."""
+"""The default of `sensitivity`: 8 bits and FP8 per channel; 6, 4 and 3 bits per group of 32, as in torchao."""
 
 _FEWEST_DIMENSIONS = 2  # vectors stay as they are in every tool
 
@@ -72,59 +72,58 @@ def sensitivity(
 ) -> SensitivityRecord:
     """Score every group of weights in every format, and measure the most promising ones.
 
-    With δ = Q(w) − w, g the gradient of the mean loss and F the mean over items of the squared gradient, all from one
-    backward pass over the data, the scores are::
+    Let δ = Q(w) − w, g be the gradient of the mean loss, and F the mean over items of the squared gradient. One
+    backward pass over the data gives the scores, in units of the loss::
 
         first_order     gᵀδ
         fisher          ½ Σ_i F_i δ_i²                          as NVIDIA's AutoQuantize weighs errors
         fit             ½ Σ_tensors mean(F) ‖δ‖²                as in FIT, one weight a tensor
         second_order    gᵀδ + ½ Σ_i H_ii δ_i²                   with `probes`, by Hutchinson's diagonal
 
-    in units of the loss. Then each group is written in one format after the other, with all other weights as they are,
-    the largest Fisher score first, and metrics are measured; so far as `budget` allows. Of a metric that is made of
-    batches the divergence is measured too (`WithDivergence`): how far answers are from those of the model as it is.
-    Only matrices are quantized, as tools do it: biases and norms stay. Weights come back to the last bit, also after
-    an exception.
+    Then metrics are measured with one group at a time in one format, and all other weights unchanged. `budget` limits
+    this to the cells with the largest Fisher scores. With a `BatchMetric`, the divergence is measured too
+    (`WithDivergence`): how far the model's answers are from those of the unchanged model. Only matrices are quantized,
+    as tools do it: biases and norms stay. The weights are restored to the last bit, also after an exception.
 
-    Beside the model lie two sums as large as the groups in float32, three with `probes`, and one batch's gradient.
-    Without `probes`, and where there is but one batch, or an accelerator has less memory free than that, scores are
-    added up batch by batch, and there is the gradient alone, in the dtype of the weights: 2 bytes a weight in place of
-    10. Weights are then rounded to every format once a batch, which may take longer than the pass. Where there is no
-    room for that either, nothing is begun.
+    Memory beside the model: two float32 sums as large as the groups (three with `probes`), and the gradient of one
+    batch. Without `probes`, if there is only one batch or an accelerator has less free memory than that, scores are
+    added up batch by batch. Then only the gradient is held, in the dtype of the weights: 2 bytes for each 16-bit
+    weight instead of 10. The weights are rounded to every format once a batch, which may take longer than the pass. If
+    there is no memory for that either, an error is raised before the pass.
 
-    Under `torchrun` batches are spread over all processes, in the pass and in measurements, but for `probes`.
+    Under `torchrun` batches are spread over all processes in the pass and in measurements, but not for `probes`.
 
     Args:
-        model: Any PyTorch model; bare or under DistributedDataParallel.
+        model: Any PyTorch model, bare or under DistributedDataParallel.
         metric: `metric(model)` returns numbers by name; or batches alone, for their mean loss.
-        formats: `Quantization` and `FloatQuantization`; the default is `FORMATS`. One that does not fit a group, as
-            groups of 32 in a matrix of 48 columns, is left out there, and noted.
-        groups: What gets one format together, by the name that it shall have: as the targets of a `LayerProbe`, from
-            `by_module`, `by_layer` or `by_kind`, say; or "layers", "kinds", "modules" or "adapters", without those
-            that cannot be written into, which are noted, and with a weight that layers share in the first of them.
-            None, the default, for each linear module by itself, without output layers, which tools leave out too,
-            and without the one of `nn.MultiheadAttention`, which they cannot quantize.
-        batches: Data for the pass; None, the default, for those of the metric if it is a `BatchMetric`.
-        budget: How many cells are measured; None, the default, for all, 0 for none. A larger one goes on from the
-            checkpoint of a smaller one.
-        probes: Hessian-vector products for the second order; 0, the default, for none.
+        formats: `Quantization` and `FloatQuantization` objects. Default `FORMATS`. A format that does not fit a group,
+            for example groups of 32 in a matrix of 48 columns, is left out there, and noted.
+        groups: Which weights get one format together: a mapping from names to targets, as for a `LayerProbe`, for
+            example from `by_module`, `by_layer` or `by_kind`; or "layers", "kinds", "modules" or "adapters", without
+            the groups that cannot be corrupted, which are noted, and with a weight that several groups share in the
+            first of them. By default, each linear module is a group, without output layers, which tools leave out
+            too, and without the output projection of `nn.MultiheadAttention`, which tools cannot quantize.
+        batches: Data for the pass. By default, those of the metric if it is a `BatchMetric`.
+        budget: How many cells are measured: all by default, none for 0. A larger budget goes on from the checkpoint of
+            a smaller one.
+        probes: Hessian-vector products for the second order. Default 0, for none.
         seed: First seed of the probes.
-        loss: `loss(model, batch)` returns the mean loss of a batch. It is measured too, as "loss", beside a metric
-            that is made of no batches and has none.
+        loss: `loss(model, batch)` returns the mean loss of a batch. If the metric is not a `BatchMetric` and has no
+            "loss", this one is measured too, as "loss".
         memory: As in `CorruptionEvaluator`.
         metric_info: As in `CorruptionEvaluator`.
         progress: Whether to show progress bars.
         saved_on: As in `CorruptionEvaluator`.
         evaluated_on: As in `CorruptionEvaluator`.
         task: As in `CorruptionEvaluator`.
-        checkpoint: As in `CorruptionEvaluator.evaluate`: after a kill the measured cells are there; the pass is
+        checkpoint: As in `CorruptionEvaluator.evaluate`. After an interruption, measured cells are kept; the pass is
             repeated.
 
     Raises:
-        ValueError: There are no formats or two alike, a weight is in two groups, no group has a matrix, there are no
-            batches, too little memory is free (`NotEnoughMemoryError`), the model is NaN as it is (`NotFiniteError`),
-            or as in `CorruptionEvaluator.evaluate`.
-        TypeError: A format is none.
+        ValueError: There are no formats, or two are the same; a weight is in two groups; no group has a matrix; there
+            are no batches; too little memory is free (`NotEnoughMemoryError`); the unchanged model gives NaN or
+            infinities (`NotFiniteError`); or as in `CorruptionEvaluator.evaluate`.
+        TypeError: Something is not a `Quantization` or `FloatQuantization`.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
@@ -241,7 +240,7 @@ def unscored(
     formats: Sequence[Format] = FORMATS,
     groups: Mapping[str, str | Collection[str]] | str | None = None,
 ) -> SensitivityRecord:
-    """Return what `sensitivity` would score and how many bits each format takes, without scores: nothing is run.
+    """Return the groups and formats of `sensitivity` and their bits, without scores: the model is not run.
 
     Args:
         model: As in `sensitivity`.
@@ -250,7 +249,7 @@ def unscored(
 
     Raises:
         ValueError: As in `sensitivity`.
-        TypeError: A format is none.
+        TypeError: As in `sensitivity`.
     """
     formats = _checked_formats(formats)
     model = whole_model(model)

@@ -18,23 +18,23 @@ from hf_parcor.model_state import evaluation_mode
 class LossOverData:
     """The mean loss over data as a function of the selected parameters: its value, its changes, its gradient.
 
-    Every item of the data counts once, whatever the batches. The model is in evaluation mode while it is measured,
-    so without dropout; its training flags, its weights, every `.grad`, and PyTorch's global generator on the CPU are
-    afterwards as they were. The gradient is computed once and kept: after weights have changed, make a new object.
+    Every item of the data counts once, however the data are batched. The model is measured in evaluation mode, so
+    without dropout. Its training flags, its weights, every `.grad`, and PyTorch's global CPU generator are restored
+    afterwards. The gradient is computed once and kept: make a new object after the weights have changed.
 
-    Under `torchrun` or `accelerate launch` each process computes all of it.
+    Under `torchrun` or `accelerate launch` each process computes everything.
 
     Args:
-        model: Any PyTorch model; bare or under DistributedDataParallel.
+        model: Any PyTorch model, bare or under DistributedDataParallel.
         parameters: Parameters by name, as `select_parameters` returns them, seen as ONE vector of length k.
-        batches: A list, or a `DataLoader` that does not shuffle; other than a list, they are walked through twice
-            before, and compared.
-        loss: `loss(model, batch)` returns the mean loss of a batch; the default takes the model's own.
+        batches: A list, or a `DataLoader` that does not shuffle. Unless they are a list, they are first walked through
+            twice and compared.
+        loss: `loss(model, batch)` returns the mean loss of a batch. By default, the model's own loss.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: There are no parameters or no items, the batches can be walked through only once or differ from
-            walk to walk, or FSDP or tensor parallelism has split the weights.
+        ValueError: There are no parameters or no items; the batches can be walked through only once, or differ between
+            walks; or FSDP or tensor parallelism has split the weights.
         TypeError: A parameter is not floating point.
 
     Examples:
@@ -69,7 +69,7 @@ class LossOverData:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Keep the model in evaluation mode inside a `with` block, and the global generator as it was before it."""
+        """Put the model into evaluation mode inside a `with` block; restore it and the global generator after it."""
         forget_derived()
         with evaluation_mode(self.model), torch.random.fork_rng(devices=[]):
             yield
@@ -94,9 +94,9 @@ class LossOverData:
             return self._mean() - before
 
     def resolution(self) -> float:
-        """Return what changes of the loss have to exceed to be told from rounding: the loss times its dtype's epsilon.
+        """Return the smallest loss change that rounding cannot explain: the loss times its dtype's epsilon.
 
-        It is a lower limit. Many models compute their loss in float32 also where their weights are float64.
+        It is a lower limit. Many models compute their loss in float32 even if their weights are float64.
         """
         return abs(self.value()) * self._precision
 

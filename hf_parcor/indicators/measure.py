@@ -43,29 +43,29 @@ def measure_indicators(
 ) -> IndicatorRecord:
     """Measure the largest and the average loss change, Δ_max and Δ_ave, on each constraint.
 
-    Costs, in passes over the data: a forward and a backward for the gradient, one for the trace and, for each probe,
-    about two more backwards; and, for each constraint, `draws + 2` forwards and the multi-step ascent. The
-    model comes back as it was, to the last bit, also after an exception.
+    The cost in passes over the data is a forward and a backward for the gradient; a forward and a backward for the
+    trace, plus about two backwards for each probe; and for each constraint `draws + 2` forwards and the multi-step
+    ascent. The model is restored to the last bit, also after an exception.
 
     Args:
-        model: Any PyTorch model; bare or under DistributedDataParallel.
+        model: Any PyTorch model, bare or under DistributedDataParallel.
         batches: A list, or a `DataLoader` that does not shuffle.
         constraints: The sets S.
-        loss: `loss(model, batch)` returns the mean loss of a batch; the default takes the model's own.
-        target_modules: As in `CorruptionEvaluator`: None, the default, for all parameters that can be trained.
+        loss: `loss(model, batch)` returns the mean loss of a batch. By default, the model's own loss.
+        target_modules: As in `CorruptionEvaluator`. By default, all parameters that can be trained.
         exclude_modules: As in `select_parameters`.
         module_types: As in `select_parameters`.
         layers: As in `select_parameters`.
-        steps: K of the multi-step corruption; None for one pass over the data.
-        probes: Hessian-vector products for the trace; 0 for none, where a model has no second derivative.
+        steps: K of the multi-step corruption. By default, one pass over the data.
+        probes: Hessian-vector products for the trace. Pass 0 if the model has no second derivative.
         draws: Random corruptions for each constraint.
-        seed: First seed, of probes as of random corruptions.
+        seed: First seed of both probes and random corruptions.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: Targets match nothing, or nothing that can be corrupted, there are no items, the batches can be
-            walked through only once or differ from walk to walk, or a count is too small.
-        TypeError: A constraint is none.
+        ValueError: Targets match nothing, or nothing that can be corrupted; there are no items; the batches can be
+            walked through only once, or differ between walks; or a count is too small.
+        TypeError: Something is not a `CorruptionConstraint`.
 
     Examples:
         >>> model = nn.Linear(4, 1, bias=False)

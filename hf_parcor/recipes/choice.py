@@ -19,7 +19,7 @@ _LARGEST = 1e4  # what numbers are scaled to, for the solver
 
 
 class BudgetError(ValueError):
-    """No choice of formats meets a budget; `nearest` is the nearest budget that one meets."""
+    """No choice of formats meets a budget; `nearest` is the nearest budget that can be met."""
 
     def __init__(self, message: str, nearest: float) -> None:
         super().__init__(message)
@@ -36,35 +36,34 @@ def recipe(
     formats: Collection[str] | None = None,
     keep: bool = True,
 ) -> RecipeRecord:
-    """Choose a format for every group under a budget, such that what the groups cost adds up to the least.
+    """Choose a format for every group under a budget, so that the sum of their costs is smallest.
 
     ::
 
         min Σ_g c(g, f_g)    such that    Σ_g n_g b(g, f_g) <= bits Σ_g n_g
 
-    with c what a group costs by itself (`SensitivityRecord.costs`; a gain, which is chance, counts as no cost), n how
-    many weights it has and b its bits a weight, scales included. With `loss` or `drop` it is the other way round: the
-    fewest bits such that costs add up to at most that, and of all with as few bits the one that costs least. Where
-    scales alone keep a format out of a budget of bits, the record's notes say so, and the ways out. The program is
-    solved exactly, by SciPy's `milp`. That costs add up is an assumption: measure what was chosen as a whole
-    (`measure_recipes`).
+    where c is the cost of a group by itself (`SensitivityRecord.costs`; a gain is chance and counts as no cost), n its
+    number of weights, and b its bits a weight, scales included. With `loss` or `drop`, the recipe with the fewest bits
+    whose costs add up to at most that is chosen, and among equally small ones the cheapest. That costs add up is an
+    assumption: measure the chosen recipe as a whole (`measure_recipes`). If only its scales keep a format out of a
+    budget of bits, the record's notes say so, and what to do. The program is solved exactly, by SciPy's `milp`.
 
     Args:
         scores: What `sensitivity` found.
-        bits: Average bits a weight at most, of all groups together.
+        bits: The most bits a weight, on average over all groups.
         loss: How much the mean loss may rise, in its own units.
-        drop: How much worse the metric may be, in its own units: 0.01 of an accuracy is a point. It is that of `by`,
-            or the record's own.
-        by: What costs are: a metric or a score by its name. None, the default, for the divergence of the answers where
-            it was measured, which chance does not lower, else the loss, else the record's metric, else the Fisher
-            score; with `loss` the loss, or else the Fisher score.
-        formats: Labels of the formats to choose from, or one alone; None, the default, for all.
-        keep: Whether a group may stay as it is, at the bits that it takes now.
+        drop: How much worse the metric `by`, or the record's own, may be, in its own units: 0.01 of an accuracy is one
+            point.
+        by: The metric or score, by its name, that costs are measured in. By default, the divergence of the answers,
+            which chance does not lower, if it was measured; else the loss, else the record's metric, else the Fisher
+            score. With `loss`, the loss, else the Fisher score. With `drop`, the record's metric.
+        formats: Labels of the formats to choose from, or a single label. By default, all.
+        keep: Whether a group may stay as it is, with its current bits.
 
     Raises:
-        BudgetError: No choice meets the budget; it says the nearest that one meets. A `ValueError`.
-        ValueError: None or more than one of `bits`, `loss` and `drop` is given, or something is unknown or was not
-            measured, or a group can neither be quantized nor stay.
+        BudgetError: No choice meets the budget; the message gives the nearest budget that can be met. A `ValueError`.
+        ValueError: Not exactly one of `bits`, `loss` and `drop` is given; something is unknown or was not measured; or
+            a group can neither be quantized nor stay as it is.
         ImportError: SciPy is not installed.
 
     Examples:
@@ -103,10 +102,10 @@ def recipe(
 def check_bits(
     scores: SensitivityRecord, bits: float, *, formats: Collection[str] | None = None, keep: bool = True
 ) -> None:
-    """Refuse a budget of bits that no choice meets, whatever the formats cost.
+    """Check that a budget of bits can be met, whatever the formats cost.
 
     Args:
-        scores: Of `unscored`, say: groups and bits alone count.
+        scores: A record, for example from `unscored`; only groups and bits are used.
         bits: As in `recipe`.
         formats: As in `recipe`.
         keep: As in `recipe`.
@@ -198,15 +197,16 @@ def front(
     formats: Collection[str] | None = None,
     keep: bool = True,
 ) -> dict[str, RecipeRecord]:
-    """Return what a recipe is to be measured beside, by name.
+    """Return a recipe and those to compare it with, by name.
 
-    That is the recipe itself; one format for all, for each format; what would be chosen in the same way at other
-    budgets, evenly from the smallest format to the largest; and at the same budget by each score alone.
+    These are the recipe itself; one format for all groups, for each format; the recipes chosen in the same way at
+    other budgets, evenly spaced from the smallest format to the largest; and those chosen at the same bits by each
+    score.
 
     Args:
-        scores: What the recipe was chosen from.
+        scores: The record that the recipe was chosen from.
         chosen: The recipe.
-        points: How many other budgets.
+        points: The number of other budgets.
         formats: As in `recipe`.
         keep: As in `recipe`.
     """
@@ -236,7 +236,7 @@ def uniform_recipe(scores: SensitivityRecord, label: str) -> RecipeRecord:
     """Return the recipe with one format for all groups that it fits; the others stay as they are.
 
     Raises:
-        ValueError: There is no such format, or it fits none.
+        ValueError: There is no such format, or it fits no group.
 
     Examples:
         >>> from hf_parcor.records import FormatScore, WeightGroup

@@ -8,7 +8,8 @@
 | `llm_compressor.yaml` | llm-compressor's `oneshot(recipe=...)` |
 | `defense.yaml` | `hf-parcor train --config`: the modules to defend, so that they need not be spared |
 
-A tool that lacks a format, or cannot quantize what holds a weight, gets no file, and what is missing is said.
+If a tool lacks a format, or cannot quantize a module that holds a weight, its file is not written, and the reason is
+returned.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class Exports(NamedTuple):
     """What `export_recipe` wrote.
 
     Attributes:
-        files: Their paths.
-        missing: Sentences on the files that were not written.
-        notes: Sentences on where a tool makes something else of its file than the recipe says.
+        files: The paths of the files.
+        missing: A sentence on each file that was not written.
+        notes: Sentences on where a tool deviates from the recipe.
     """
 
     files: tuple[Path, ...]
@@ -57,7 +58,9 @@ class NoSuchFormatError(ValueError):
 
 
 def export_recipe(record: RecipeRecord, folder: str | Path) -> Exports:
-    """Write a recipe for every tool that can hold it, with the folder, and say which cannot.
+    """Write a recipe into a folder, as a file for each tool that supports it, and say which tools do not.
+
+    The folder is created if it does not exist.
 
     Raises:
         OSError: A file cannot be written.

@@ -42,13 +42,13 @@ def format_of(described: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class MixedQuantization(Corruption):
-    """Every weight that a recipe names rounded to its own format; others stay as they are.
+    """Every weight that a recipe names, rounded to its own format; the others stay as they are.
 
     Args:
-        name: What tables call it.
+        name: Its name in tables.
         bits: Average bits a weight.
         formats: The format of each weight, by the weight's name.
-        by: What the formats were chosen by; "" where nothing was chosen.
+        by: The metric or score that the formats were chosen by; "" if nothing was chosen.
 
     Examples:
         >>> import torch
@@ -67,7 +67,7 @@ class MixedQuantization(Corruption):
 
     @classmethod
     def of(cls, recipe: RecipeRecord, name: str = "recipe") -> MixedQuantization:
-        """Return the corruption that a recipe stands for."""
+        """Return the corruption that applies a recipe."""
         made = {label: format_of(one) for label, one in recipe.formats.items() if one}
         chosen = tuple((weight, made[one.format]) for weight, one in recipe.weights() if one.format is not None)
         return cls(name, recipe.bits, chosen, recipe.by if recipe.budget else "")
@@ -76,7 +76,7 @@ class MixedQuantization(Corruption):
         return self.name
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings; formats by the names of the weights, as labels."""
+        """Return the settings, with the label of each weight's format by the weight's name."""
         formats = {name: str(one) for name, one in self.formats}
         return {"name": self.name, "bits": self.bits, "by": self.by, "formats": formats}
 
@@ -95,17 +95,17 @@ def measure_recipes(
     checkpoint: str | Path | None = None,
     **settings: Any,
 ) -> EvaluationRecord:
-    """Measure a model with the weights that each recipe gives it, all groups together.
+    """Measure a model with all groups quantized together as each recipe says.
 
     Args:
         model: The model that the recipes are for.
         metric: As in `CorruptionEvaluator`; or batches alone, for their mean loss.
-        recipes: By the names that rows of the record shall have.
+        recipes: The recipes, by the names that the rows of the record will have.
         batches: As in `CorruptionEvaluator`.
         loss: As in `CorruptionEvaluator`.
-        checkpoint: As in `CorruptionEvaluator.evaluate`; the file's name gets a fingerprint of the recipes, so that
-            those of other budgets are kept beside it.
-        **settings: Further ones of `CorruptionEvaluator`.
+        checkpoint: As in `CorruptionEvaluator.evaluate`. A fingerprint of the recipes is added to the file's name, so
+            that recipes of other budgets have files of their own.
+        **settings: Other arguments of `CorruptionEvaluator`.
 
     Raises:
         ValueError: There are no recipes, or they name weights that the model does not have.
@@ -157,26 +157,27 @@ def measure_pairs(
     checkpoint: str | Path | None = None,
     **settings: Any,
 ) -> RecipeRecord:
-    """Measure which pairs of a recipe's groups interact: what two cost together beside what they cost apart.
+    """Measure which pairs of a recipe's groups interact, that is, cost more or less together than apart.
 
-    The difference is c(g, h) − c(g) − c(h), to second order δ_gᵀHδ_h. Where the curvature is that of a divergence,
-    which has no negative direction, that is at most 2 √(c(g) c(h)) either way: pairs with the largest such bound are
-    measured first. Costs are drops of the metric that the recipe was chosen by; of the divergence, or else the
-    record's metric, where it was chosen by a score. A group that breaks the model by itself is in no pair.
+    The interaction is c(g, h) − c(g) − c(h), to second order δ_gᵀHδ_h. If the curvature is that of a divergence,
+    which has no negative direction, its magnitude is at most 2 √(c(g) c(h)); the pairs with the largest bound are
+    measured. Costs are drops of the metric that the recipe was chosen by. If it was chosen by a score, they are drops
+    of the divergence, or else of the record's metric. A group that breaks the model by itself is in no pair.
 
     Args:
         model: The model that was scored, with the same weights.
-        metric: What `sensitivity` was given.
-        scores: What it returned.
-        chosen: What was chosen from that.
-        pairs: How many at most.
-        batches: What `sensitivity` was given.
-        loss: What `sensitivity` was given.
+        metric: As passed to `sensitivity`.
+        scores: What `sensitivity` returned.
+        chosen: The recipe that was chosen from `scores`.
+        pairs: The largest number of pairs.
+        batches: As passed to `sensitivity`.
+        loss: As passed to `sensitivity`.
         checkpoint: As in `measure_recipes`.
-        **settings: Further ones of `LayerProbe`.
+        **settings: Other arguments of `LayerProbe`.
 
     Returns:
-        The recipe with its `pairs`, the strongest interaction first. Groups that were not measured alone are now.
+        The recipe with its `pairs`, the strongest interaction first. Groups that had not been measured alone are
+        measured too.
 
     Raises:
         ValueError: Weights or data are not those that were scored.

@@ -126,7 +126,7 @@ def _detail(name: str, value: object) -> str:
 def metric_drop(clean: float, corrupted: float, *, greater_is_better: bool = True) -> float:
     """Return how much worse the metric is under corruption: clean − corrupted, or corrupted − clean for a loss.
 
-    It is negative where corruption made the metric better, and NaN where either is.
+    It is negative if corruption made the metric better, and NaN if either number is.
 
     Args:
         clean: The metric without corruption.
@@ -178,7 +178,7 @@ def area_under_curve(epsilons: Sequence[float], values: Sequence[float], *, clea
 def epsilon_at_half(
     epsilons: Sequence[float], values: Sequence[float], *, clean: float, greater_is_better: bool = True
 ) -> float:
-    """Return the smallest ε at which half of the clean metric is lost; of a loss, at which it has doubled.
+    """Return the smallest ε at which half of the clean metric is lost; for a loss, at which it has doubled.
 
     ::
 
@@ -191,8 +191,8 @@ def epsilon_at_half(
         greater_is_better: As in `metric_drop`.
 
     Returns:
-        ∞ where no measured ε is enough; NaN where that cannot be said: the clean metric is not positive, or NaN is
-        met before.
+        ∞ if no measured ε is enough. NaN if that is unknown, because the clean metric is not positive or a NaN comes
+        first.
 
     Raises:
         ValueError: As in `area_under_curve`.

@@ -15,9 +15,9 @@ OF_ROWS = "rows:"  # before the fingerprint of rows; that of batches has nothing
 
 
 def same_data(one: str, other: str) -> bool | None:
-    """Return whether two fingerprints are of the same data; None where that is not known.
+    """Return whether two fingerprints are of the same data; None if that is unknown.
 
-    It is not where there is none, or one is of rows and the other of batches, as in earlier records.
+    It is unknown if one is missing, or if one is of rows and the other of batches, as in older records.
 
     Examples:
         >>> same_data("rows:12", "rows:12"), same_data("rows:12", "rows:34"), same_data("rows:12", "56")
@@ -30,15 +30,15 @@ def same_data(one: str, other: str) -> bool | None:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The data that a model was evaluated on; only the first is needed.
+    """The data that a model was evaluated on; only `name` is needed.
 
     Attributes:
-        name: Its name for readers: that of the data set, or of the file, without its folder.
-        id: Its name on the Hub; "" where it is not there.
-        config: The name of the configuration; "" for the only one.
-        split: Such as "validation", or "validation[:100]" for its first rows; "" if unknown, or the whole of a file.
+        name: The name for readers: that of the data set, or of the file without its folder.
+        id: The name on the Hub; "" if it is not there.
+        config: The name of the configuration; "" if there is only one.
+        split: For example "validation", or "validation[:100]" for its first rows; "" if unknown, or for a whole file.
         revision: The commit on the Hub; "" if unknown.
-        rows: How many rows were measured on; None if unknown.
+        rows: The number of rows that were measured; None if unknown.
     """
 
     name: str = _UNNAMED
@@ -60,7 +60,7 @@ class EvaluationData:
 
     @property
     def flags(self) -> dict[str, str]:
-        """The data as the command line names them; empty where it cannot: for rows that were drawn, or unnamed data.
+        """The flags of the command line for these data; empty if it cannot name them: drawn rows, or unnamed data.
 
         Examples:
             >>> EvaluationData("reviews", id="org/reviews", split="test[:100]").flags
@@ -75,7 +75,7 @@ class EvaluationData:
 
     @property
     def is_known(self) -> bool:
-        """Whether anything tells it from other data."""
+        """Whether anything is known that distinguishes these data from others."""
         return self != EvaluationData()
 
 

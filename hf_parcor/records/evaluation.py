@@ -19,13 +19,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class CorruptionKind:
-    """What plots and tables say of a kind of corruption; see `Corruption.kind`.
+    """How plots and tables show a kind of corruption; see `Corruption.kind`.
 
     Attributes:
         title: Its name.
-        strength: The setting that says how strong it is; None where none does.
-        unit: What an axis of strengths is called.
-        shown: One strength in a table, with `{}` for the number.
+        strength: The setting that says how strong it is; None if there is none.
+        unit: The label of an axis of strengths.
+        shown: The format of a strength in a table, with `{}` for the number.
     """
 
     title: str
@@ -36,20 +36,20 @@ class CorruptionKind:
 
 @dataclass(frozen=True)
 class CorruptionRecord:
-    """What one corruption did to every metric.
+    """The metrics under one corruption, in each trial.
 
     Attributes:
         corruption: Its name in the catalogue, or "none".
         label: Its name for tables and plots.
         settings: Its settings as plain values.
-        seeds: One a trial.
+        seeds: The seed of each trial.
         metrics: The value of each metric in each trial, in the order of `seeds`; NaN is kept.
-        changed: How many weights differed from the clean ones, mean over trials.
-        norm: Realised L2 norm of the corruption, mean over trials; infinite or NaN where a weight became so.
-        notes: What was noticed, in sentences.
-        not_finite: Which share of the predictions was not finite, and so counted as wrong, in each trial; empty where
-            all were finite, where the metric does not say it, and in records from before it was kept.
-        kind: What plots and tables say of its kind; None without corruption, and in records from before it was kept.
+        changed: The number of weights that differed from the clean ones, mean over trials.
+        norm: Realised L2 norm of the corruption, mean over trials; infinite or NaN if a weight became so.
+        notes: Remarks in sentences.
+        not_finite: In each trial, the share of predictions that were not finite and so counted as wrong. Empty if all
+            were finite, if the metric does not report it, and in older records.
+        kind: How plots and tables show its kind; None without corruption, and in older records.
 
     Examples:
         >>> record = CorruptionRecord(
@@ -79,7 +79,7 @@ class CorruptionRecord:
         return sample_mean(self._values(metric))
 
     def deviation(self, metric: str) -> float:
-        """Return the sample standard deviation over trials (n − 1); NaN for a single trial, and beside NaN or ∞.
+        """Return the sample standard deviation over trials (n − 1); NaN for one trial, or if a value is NaN or ∞.
 
         Raises:
             ValueError: There is no such metric.
@@ -101,24 +101,23 @@ class EvaluationRecord(StoredRecord):
 
     Attributes:
         model: Name or path of the model.
-        target: What was corrupted, as it was asked for.
-        parameters: Number k of the weights that could be corrupted.
+        target: What was corrupted, as requested.
+        parameters: Number k of weights that could be corrupted.
         clean: The metrics without corruption.
         corruptions: One record for each corruption.
-        data: Fingerprint of the data that gradients were taken on: "rows:" and the SHA-256 of all rows, whatever
-            batches they came in; a SHA-256 alone is that of the batches, where these had no rows that can be told
-            apart, and in earlier records. "" where no batches were given.
+        data: Fingerprint of the data that gradients were taken on: "rows:" and the SHA-256 of all rows, however they
+            were batched. A SHA-256 alone is that of the batches, if their rows cannot be told apart, and in older
+            records. "" if no batches were given.
         versions: Versions of the libraries.
-        notes: What was noticed, in sentences.
-        weights_norm: L2 norm of the weights that could be corrupted, the measure of a radius; None in records from
-            before it was kept.
-        weights: SHA-256 of all parameters and buffers of the model; "" in records from before it was kept.
-        metric_info: What the numbers of each metric mean, as it stated, or as was guessed; empty in records from
-            before it was kept: read it by `info`.
-        evaluated_on: The data of the metrics; None where nobody said, and in records from before it was kept.
-        task: The Hub's name of the task, such as "text-classification"; "" as before.
-        flags: What else `hf-parcor` was told, by the names of its flags: how model and data were loaded. Empty where
-            nothing was, or where it was not the command that measured.
+        notes: Remarks in sentences.
+        weights_norm: L2 norm of the weights that could be corrupted, to compare a radius with; None in older records.
+        weights: SHA-256 of all parameters and buffers of the model; "" in older records.
+        metric_info: What the numbers of each metric mean, as stated or guessed; empty in older records. Read it with
+            `info`.
+        evaluated_on: The data of the metrics; None if not stated, and in older records.
+        task: The Hub's name of the task, such as "text-classification"; "" if not stated, and in older records.
+        flags: Other flags of the command `hf-parcor`, by name: how model and data were loaded. Empty if there were
+            none, or if another program measured.
         format: Version of this layout.
 
     Examples:
@@ -163,7 +162,7 @@ class EvaluationRecord(StoredRecord):
         return cls(**data)
 
     def info(self, metric: str) -> MetricInfo:
-        """Return what the numbers of a metric mean: as the record says, or a guess from the name, which says so.
+        """Return what the numbers of a metric mean: as the record states, or a guess from the name, marked as one.
 
         Raises:
             ValueError: There is no such metric.
@@ -175,7 +174,7 @@ class EvaluationRecord(StoredRecord):
     def stating(
         self, metric: str, *, greater_is_better: bool | None = None, unit: str | None = None
     ) -> EvaluationRecord:
-        """Return the record with what somebody states of a metric; None leaves it as it is.
+        """Return the record with the meaning of a metric as you state it; None leaves a value unchanged.
 
         Raises:
             ValueError: There is no such metric.
@@ -188,7 +187,7 @@ class EvaluationRecord(StoredRecord):
         return replace(self, flags=flags)
 
     def rows(self) -> list[CorruptionRecord]:
-        """Return the clean record and then all others."""
+        """Return the clean record, followed by all others."""
         return [self.clean, *self.corruptions]
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -200,7 +199,7 @@ class EvaluationRecord(StoredRecord):
         return data_frame(self.plain_rows())
 
     def plain_rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the columns of `to_pandas`, a row for each corruption, metric and trial."""
+        """Yield the rows of `to_pandas`: one for each corruption, metric and trial."""
         for row in self.rows():
             for metric, values in row.metrics.items():
                 for seed, value in zip(row.seeds, values, strict=True):
@@ -270,16 +269,16 @@ _SHARED = ("model", "clean", "data", "versions", "metric_info", "evaluated_on", 
 
 @dataclass(frozen=True)
 class SweepRecord(StoredRecord):
-    """What a `LayerProbe` found: each group of weights corrupted by itself.
+    """What a `LayerProbe` measured: each group of weights corrupted by itself.
 
     Attributes:
-        records: The record of each group, by its name. Model, data, task, versions, clean metrics and what these mean
-            are the same.
+        records: The record of each group, by its name. All of them have the same model, data, task, versions, clean
+            metrics and meaning of these.
         weights: SHA-256 of all parameters and buffers of the model.
         trials: Trials of each stochastic corruption.
         seed: First seed.
-        grouping: What the groups are, as on the command line: "layers", "kinds", "modules" or "adapters"; "" for some
-            of one's own.
+        grouping: The kind of groups, as on the command line: "layers", "kinds", "modules" or "adapters"; "" for
+            groups of your own.
         format: Version of this layout.
 
     Raises:
@@ -334,11 +333,11 @@ class SweepRecord(StoredRecord):
         return self._first.versions
 
     def info(self, metric: str) -> MetricInfo:
-        """Return what the numbers of a metric mean, as `EvaluationRecord.info`."""
+        """Return what the numbers of a metric mean, as in `EvaluationRecord.info`."""
         return agreed([record.info(metric) for record in self.records.values()], metric)
 
     def stating(self, metric: str, *, greater_is_better: bool | None = None, unit: str | None = None) -> SweepRecord:
-        """Return the record with what somebody states of a metric, as `EvaluationRecord.stating`."""
+        """Return the record with the meaning of a metric as you state it, as in `EvaluationRecord.stating`."""
         stated = {
             label: record.stating(metric, greater_is_better=greater_is_better, unit=unit)
             for label, record in self.records.items()
@@ -346,17 +345,17 @@ class SweepRecord(StoredRecord):
         return replace(self, records=stated)
 
     def told(self, flags: Mapping[str, Any]) -> SweepRecord:
-        """Return the record with these `flags` in that of each group."""
+        """Return the record with these `flags` in the record of each group."""
         return replace(self, records={label: record.told(flags) for label, record in self.records.items()})
 
     @property
     def evaluated_on(self) -> EvaluationData | None:
-        """The data of the metrics; None where nobody said."""
+        """The data of the metrics; None if not stated."""
         return self._first.evaluated_on
 
     @property
     def task(self) -> str:
-        """The Hub's name of the task; "" where nobody said."""
+        """The Hub's name of the task; "" if not stated."""
         return self._first.task
 
     @property
@@ -364,7 +363,7 @@ class SweepRecord(StoredRecord):
         return next(iter(self.records.values()))
 
     def rows(self) -> list[tuple[str, CorruptionRecord]]:
-        """Return each group with each of its corruptions; the clean metrics, which they share, are not among them."""
+        """Return pairs of a group and one of its corruptions; the clean metrics, which all share, are left out."""
         return [(label, row) for label, record in self.records.items() for row in record.corruptions]
 
     def to_pandas(self) -> pandas.DataFrame:

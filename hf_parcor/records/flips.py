@@ -14,22 +14,22 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class FlipRecord(StoredRecord):
-    """A metric after no bit flip, after the worst one, after two, and so on, until half of it is gone.
+    """A metric after 0, 1, 2, ... of the worst bit flips, until half of it is gone.
 
     Attributes:
         model: Name or path of the model.
-        target: What may be corrupted, as it was asked for.
-        parameters: Their number k.
-        settings: Those of the `WorstBitFlips`; its count is how many flips there were to be at most.
+        target: What may be corrupted, as requested.
+        parameters: Number k of weights that may be corrupted.
+        settings: The settings of the `WorstBitFlips`; its count is the largest number of flips.
         metric: The name of the metric.
-        greater_is_better: Whether a large one is good.
-        chance: What guessing reaches.
-        clean: The metric of the model as it is.
-        values: The metric after 0, 1, 2, ... flips; the first is that of the weights as they are stored, rounded to
-            integer codes say. NaN where it was not finite.
+        greater_is_better: Whether a large metric is good.
+        chance: The metric that guessing reaches.
+        clean: The metric of the uncorrupted model.
+        values: The metric after 0, 1, 2, ... flips; NaN where it was not finite. The first is measured with the
+            weights as they are stored, for example rounded to integer codes.
         data: Fingerprint of the data that gradients were taken on, as in `EvaluationRecord`; "" if there were none.
         versions: Versions of the libraries.
-        notes: What was noticed, in sentences.
+        notes: Remarks in sentences.
         format: Version of this layout.
 
     Examples:
@@ -57,18 +57,18 @@ class FlipRecord(StoredRecord):
 
     @property
     def threshold(self) -> float:
-        """Where half of the metric is gone: midway between clean and chance; of a loss, twice the clean one."""
+        """Where half of the metric is gone: midway between clean and chance; for a loss, twice the clean loss."""
         return self.chance + (self.clean - self.chance) / 2 if self.greater_is_better else 2 * self.clean
 
     @property
     def is_sound(self) -> bool:
-        """Whether the clean metric is finite, and there is something to lose: above chance; of a loss, above 0."""
+        """Whether the clean metric is finite and there is something to lose: above chance; for a loss, above 0."""
         least = self.chance if self.greater_is_better else 0.0
         return math.isfinite(self.clean) and math.isfinite(self.chance) and self.clean > least
 
     @property
     def flips(self) -> int | None:
-        """The smallest number of flips after which half of the metric is gone; None where all were not enough."""
+        """The smallest number of flips after which half of the metric is gone; None if all were not enough."""
         for count, value in enumerate(self.values):
             within = value > self.threshold if self.greater_is_better else value < self.threshold
             if not within:  # NaN too
@@ -76,7 +76,7 @@ class FlipRecord(StoredRecord):
         return None
 
     def after_another(self, value: float) -> FlipRecord:
-        """Return the record with the metric after one flip more."""
+        """Return the record extended by the metric after one more flip."""
         return replace(self, values=(*self.values, value))
 
     @classmethod

@@ -14,7 +14,7 @@ from hf_parcor.statistics import MeanAndSpread, sample_deviation, sample_mean
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean of independent samples, and how far it may be off.
+    """The mean of independent samples, and its uncertainty.
 
     Attributes:
         values: The samples; NaN is kept.
@@ -29,17 +29,17 @@ class Estimate:
 
     @property
     def mean(self) -> float:
-        """The mean; NaN without samples, or beside NaN."""
+        """The mean; NaN without samples, or if one is NaN."""
         return sample_mean(self.values)
 
     @property
     def standard_deviation(self) -> float:
-        """Sample standard deviation of the values (n − 1); NaN for fewer than two, and beside NaN or ∞."""
+        """Sample standard deviation of the values (n − 1); NaN for fewer than two, or if one is NaN or ∞."""
         return sample_deviation(self.values)
 
     @property
     def standard_error(self) -> float:
-        """Standard deviation of the mean, s/√n; NaN where there is no s."""
+        """Standard deviation of the mean, s/√n; NaN if s is."""
         return self.standard_deviation / math.sqrt(max(len(self.values), 1))
 
     def confidence_interval(self, level: float = 0.95) -> tuple[float, float]:
@@ -61,17 +61,16 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class ConstraintIndicators:
-    """Both indicators on one constraint S, in units of the loss; each in several ways.
+    """Several estimates of both indicators on one constraint S, in units of the loss.
 
     Attributes:
         constraint: The set S.
         first_order: Δ_max to first order, ε ‖top_n(g)‖_{p/(p−1)}.
         gradient_based: Loss change under the gradient-based corruption, a lower bound of Δ_max.
-        multi_step: Loss change under the multi-step corruption, a lower bound of Δ_max; None where p has none.
+        multi_step: Loss change under the multi-step corruption, a lower bound of Δ_max; None unless p is 2 or ∞.
         second_order: Δ_ave to second order, tr(H) E‖ã‖₂²/2k, which is tr(H) ε²/2k for p = 2; a sample for each probe.
-        monte_carlo: Δ_ave as it was measured, a sample for each random corruption ã: its loss change less ãᵀg, whose
-            mean is zero.
-        random: The same loss changes as they are: what a random corruption does, and how much that varies.
+        monte_carlo: Δ_ave as measured: for each random corruption ã, its loss change minus ãᵀg, whose mean is zero.
+        random: The same loss changes without subtracting ãᵀg: the effect of a random corruption, and its spread.
     """
 
     constraint: CorruptionConstraint
@@ -84,15 +83,15 @@ class ConstraintIndicators:
 
     @property
     def lower_bound(self) -> float:
-        """The largest loss change that was found in S: Δ_max is at least this, or 0, that of no corruption."""
+        """The largest loss change found in S, at least 0 (no corruption): a lower bound of Δ_max."""
         found = [self.gradient_based, *([] if self.multi_step is None else [self.multi_step]), *self.random.values]
         return max(0.0, *found)
 
     @property
     def linearity(self) -> float:
-        """Loss change under the gradient-based corruption over its first-order estimate: 1 where ε is small enough.
+        """Loss change under the gradient-based corruption divided by its first-order estimate: 1 for small enough ε.
 
-        Far from 1 the loss is curved or saturated within S, and the first order says little about Δ_max.
+        If it is far from 1, the loss is curved or saturated within S, and the first order says little about Δ_max.
         """
         return self.gradient_based / self.first_order if self.first_order else float("nan")
 
@@ -103,8 +102,8 @@ class IndicatorRecord(StoredRecord):
 
     Attributes:
         model: Name or path of the model.
-        target: What may be corrupted, as it was asked for.
-        parameters: Their number k.
+        target: What may be corrupted, as requested.
+        parameters: Number k of weights that may be corrupted.
         loss: The mean loss over the data, L(w).
         gradient_norm: G = ‖g‖₂ of its gradient.
         hessian_trace: tr(H), a sample for each probe.
@@ -112,7 +111,7 @@ class IndicatorRecord(StoredRecord):
         seed: First seed of probes and of random corruptions.
         data: Fingerprint of the data, as in `EvaluationRecord`.
         versions: Versions of the libraries.
-        notes: What was noticed, in sentences.
+        notes: Remarks in sentences.
         format: Version of this layout.
 
     Examples:

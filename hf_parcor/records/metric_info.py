@@ -17,9 +17,9 @@ NATS = "nats"
 LABEL_UNITS = "label units"
 """The unit of what is predicted, such as a mean absolute error."""
 SQUARED_LABEL_UNITS = "squared label units"
-"""The square of it, such as a mean squared error."""
+"""The squared unit of what is predicted, such as a mean squared error."""
 LM_EVAL = "lm-eval="
-"""How a metric is called that is tasks of lm-eval, before their names."""
+"""The prefix of a metric that stands for tasks of lm-eval."""
 
 _DIRECTION, _UNIT = "greater_is_better", "unit"
 
@@ -30,12 +30,12 @@ class MetricInfo:
 
     Args:
         greater_is_better: Whether a large number is good.
-        unit: "share" (of 1, shown in percent), "points" (of 100), or any other word, which is shown after a number:
-            "nats", "label units". Default "" for none, or one that nobody stated.
-        guessed: Which of the two, by their names, nobody stated.
+        unit: "share" (of 1, shown in percent), "points" (of 100), or any other word, which is shown after a number,
+            such as "nats" or "label units". Default "", if there is no unit or it is not stated.
+        guessed: The names of those of the two arguments above that are guesses.
 
     Raises:
-        TypeError: An argument is of another type.
+        TypeError: An argument has the wrong type.
 
     Examples:
         >>> MetricInfo(greater_is_better=False, unit="label units")
@@ -53,7 +53,7 @@ class MetricInfo:
                 raise TypeError(f"{name}: expected a {kind.__name__}, got {value!r}; see MetricInfo")
 
     def stating(self, *, greater_is_better: bool | None = None, unit: str | None = None) -> MetricInfo:
-        """Return this with what somebody states in place of what was known or guessed; None leaves it as it is.
+        """Return a copy with stated values in place of known or guessed ones; None leaves a value unchanged.
 
         Examples:
             >>> info_by_name("score", [0.5]).stating(unit="points")
@@ -65,7 +65,7 @@ class MetricInfo:
 
     @property
     def stated(self) -> dict[str, Any]:
-        """What somebody stated, by name, as `stating` takes it.
+        """The values that were stated, by name, as `stating` takes them.
 
         Examples:
             >>> info_by_name("accuracy", [0.5]).stated
@@ -76,11 +76,11 @@ class MetricInfo:
 
     @property
     def direction_guessed(self) -> bool:
-        """Whether nobody stated if a large number is good, and the name does not say it either."""
+        """Whether the direction is a guess: it was not stated, and the name does not say it either."""
         return _DIRECTION in self.guessed
 
     def guesses(self, metric: str) -> tuple[str, ...]:
-        """Return what is a guess here, in sentences.
+        """Return a sentence on each guess.
 
         Examples:
             >>> MetricInfo(True).guesses("bleu"), len(info_by_name("score", [0.5]).guesses("score"))
@@ -166,16 +166,16 @@ def info_by_name(name: str, values: Iterable[float]) -> MetricInfo:
 
 
 def info_of(metric: Any, name: str, values: Iterable[float]) -> MetricInfo:
-    """Return what the numbers mean that a metric returns by a name: what it states, else what the name says.
+    """Return what a metric's numbers of a name mean: what the metric states, else what the name says.
 
-    A metric states it by a method `info_of(name)`, which returns a `MetricInfo` or None; or by attributes
-    `greater_is_better`, and `unit` if there is one, which are those of the number that `primary_metric` names. The
-    `compute` of a metric of `evaluate` is known.
+    A metric states it with a method `info_of(name)`, which returns a `MetricInfo` or None; or, for the number that its
+    attribute `primary_metric` names, with attributes `greater_is_better` and, if there is one, `unit`. The `compute`
+    of a metric of `evaluate` is known.
 
     Args:
-        metric: What measured.
-        name: Which of its numbers.
-        values: What it found.
+        metric: The metric.
+        name: The name of one of its numbers.
+        values: The measured values.
     """
     stated = stated_by(metric, name)
     by_name = info_by_name(name, values)

@@ -19,7 +19,7 @@ class Choice:
     """The format of a group.
 
     Attributes:
-        format: Its label; None where the group stays as it is.
+        format: Its label; None if the group stays as it is.
         bits: Average bits a weight, with scales.
     """
 
@@ -29,13 +29,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class PairCost:
-    """What two groups of a recipe cost together, all other weights as they are, and what they cost apart.
+    """The cost of two groups of a recipe together, with all other weights unchanged, and apart.
 
     Attributes:
         first, second: The groups.
-        metric: Which metric's drop the costs are.
-        together: The cost of both in their formats at once.
-        apart: The sum of what each costs by itself.
+        metric: The metric whose drop is the cost.
+        together: The cost of both groups in their formats at once.
+        apart: The sum of the costs of each group by itself.
     """
 
     first: str
@@ -46,28 +46,28 @@ class PairCost:
 
     @property
     def interaction(self) -> float:
-        """How much more they cost together: to second order δ₁ᵀHδ₂, with the Hessian's block between them."""
+        """The cost together minus the cost apart: to second order δ₁ᵀHδ₂, with the Hessian's block between them."""
         return self.together - self.apart
 
 
 @dataclass(frozen=True)
 class RecipeRecord(StoredRecord):
-    """Which format every group gets, and what that is expected to cost.
+    """The format of every group, and what that is expected to cost.
 
     Attributes:
         model: Name or path of the model.
         groups: The groups by name.
         formats: As in `SensitivityRecord`.
-        choice: What each group gets, in the same order.
-        budget: What was asked for, by the name of the argument; empty where nothing was chosen.
-        by: The metric or score that was summed.
-        expected: The sum over groups of what each costs by itself: of `by`, and of each metric that was measured.
-        estimated: How many of the chosen cells were not measured, so that `expected` is an estimate there.
-        pairs: Pairs of groups that were measured together, see `measure_pairs`.
+        choice: The format of each group, in the same order.
+        budget: The requested budget, by the name of the argument; empty if nothing was chosen.
+        by: The metric or score that costs were measured in.
+        expected: The sum of the costs of each group by itself, for `by` and for each measured metric.
+        estimated: How many of the chosen cells were not measured, so that `expected` estimates their costs.
+        pairs: Pairs of groups that were measured together; see `measure_pairs`.
         outside: As in `SensitivityRecord`.
-        notes: What was noticed, in sentences.
-        bits_of_base: How many bits a weight each group would take in the format of most weights, if that fits it;
-            empty in records from before it was kept.
+        notes: Remarks in sentences.
+        bits_of_base: The bits a weight that each group would take in the format of most weights, if that fits it;
+            empty in older records.
         format: Version of this layout.
 
     Examples:
@@ -99,13 +99,13 @@ class RecipeRecord(StoredRecord):
 
     @property
     def bits(self) -> float:
-        """Average bits a weight of all groups."""
+        """Average bits a weight over all groups."""
         parameters = sum(group.parameters for group in self.groups.values())
         return sum(one.bits * self.groups[name].parameters for name, one in self.choice.items()) / parameters
 
     @property
     def base(self) -> str | None:
-        """The format that most weights get; of those that are quantized, if any is."""
+        """The format that most of the quantized weights get; None if none is quantized."""
         counts: Counter[str] = Counter()
         for name, one in self.choice.items():
             if one.format is not None:
@@ -114,21 +114,21 @@ class RecipeRecord(StoredRecord):
 
     @property
     def exceptions(self) -> list[str]:
-        """The groups that get another format than most weights."""
+        """The groups whose format is not `base`."""
         return [name for name, one in self.choice.items() if one.format != self.base]
 
     @property
     def spared(self) -> list[str]:
-        """The groups that the format of most weights fits, and that get more bits than it would give them.
+        """The groups that `base` fits, but that get more bits than it would give them.
 
-        They are what to defend, so that they need not be spared.
+        Defend these groups, so that they need not be spared.
         """
         most = max((one.bits for one in self.choice.values() if one.format == self.base), default=0.0)
         known = self.bits_of_base or dict.fromkeys(self.choice, most)
         return [name for name in self.exceptions if self.choice[name].bits > known.get(name, math.inf)]
 
     def weights(self) -> Iterator[tuple[str, Choice]]:
-        """Yield every weight with the format that it gets."""
+        """Yield every weight with its format."""
         for name, one in self.choice.items():
             for weight in self.groups[name].weights:
                 yield weight, one

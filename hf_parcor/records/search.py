@@ -19,10 +19,10 @@ class SearchTrial:
     """One training of a search.
 
     Attributes:
-        strength: What was searched: the radius ε of the constraint, or the strength of a corruption.
-        steps: The corruption steps K; None for a defense that has none to choose.
-        objective: What is maximised or minimised; NaN where training diverged.
-        metrics: All metrics that the objective was made from.
+        strength: The value that was searched: the radius ε of the constraint, or the strength of a corruption.
+        steps: The corruption steps K; None if the defense has no steps to choose.
+        objective: The value that is maximised or minimised; NaN if training diverged.
+        metrics: All metrics that the objective was computed from.
         collapsed: Whether the run shows signs of collapse.
     """
 
@@ -38,12 +38,12 @@ class SearchRecord(StoredRecord):
     """All trainings of a search so far.
 
     Attributes:
-        defense: Name of the defense and its settings but those that are searched.
+        defense: Name of the defense, and its settings except those that are searched.
         low: Lower end of the range of strengths.
-        high: Upper end.
-        direction: Whether the objective is to be large or small.
-        trials: One a training, in their order.
-        setting: Which setting is the strength. Default "epsilon".
+        high: Upper end of the range of strengths.
+        direction: "maximize" or "minimize" the objective.
+        trials: One trial for each training, in their order.
+        setting: The setting that is searched as the strength. Default "epsilon".
         format: Version of this layout.
 
     Examples:
@@ -66,18 +66,18 @@ class SearchRecord(StoredRecord):
 
     @property
     def symbol(self) -> str:
-        """What the strength is called in tables and plots."""
+        """The name of the strength in tables and plots."""
         return "ε" if self.setting == "epsilon" else self.setting
 
     def score(self, trial: SearchTrial) -> float:
-        """Return the objective with the sign that makes larger better; NaN is worst."""
+        """Return the objective, with its sign changed if small is good; NaN is worst."""
         if math.isnan(trial.objective):
             return -math.inf
         return trial.objective if self.direction == "maximize" else -trial.objective
 
     @property
     def best(self) -> SearchTrial:
-        """The best trial; of equal ones the first.
+        """The best trial; the first of equal ones.
 
         Raises:
             ValueError: There is no trial yet.
@@ -87,13 +87,13 @@ class SearchRecord(StoredRecord):
         return max(self.trials, key=self.score)
 
     def curve(self, steps: int | None) -> list[SearchTrial]:
-        """Return the trials of one K in the order of their strengths."""
+        """Return the trials of one K, sorted by strength."""
         return sorted((trial for trial in self.trials if trial.steps == steps), key=lambda trial: trial.strength)
 
     def is_unimodal(self, steps: int | None) -> bool:
-        """Say whether the objective of one K first rises with the strength and then falls, as both papers report of ε.
+        """Return whether the objective of one K first rises with the strength and then falls, as both papers report.
 
-        If not, the search may have missed the best one: the differences are noise, or the range is too wide.
+        If not, the search may have missed the best strength: the differences are noise, or the range is too wide.
         """
         scores = [self.score(trial) for trial in self.curve(steps)]
         signs = [after > before for before, after in pairwise(scores) if after != before]

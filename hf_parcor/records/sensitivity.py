@@ -16,10 +16,10 @@ from hf_parcor.statistics import rank_correlation
 
 FORMAT = 1
 FISHER = "fisher"
-"""The score that stands in for what was not measured."""
+"""The score that estimates what was not measured."""
 
 DIVERGENCE = "divergence"
-"""The metric that recipes are chosen by: how far the answers are from those of the model as it is."""
+"""The metric that recipes are chosen by: how far the answers are from those of the unchanged model."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class WeightGroup:
     """Weights that get one format together.
 
     Attributes:
-        weights: Their names, each with how many entries it has.
-        bits: How many bits one of these takes as it is, mean over the group.
-        holders: By weight which modules hold it, several where it is tied, each with its class, such as "Linear"; a
-            class that is derived from a linear layer or an embedding names that too: "Mine(Linear)". Empty in records
-            from before it was kept.
+        weights: Their names, each with its number of entries.
+        bits: Current bits of an entry, mean over the group.
+        holders: For each weight, the modules that hold it (several if it is tied), each with its class, such as
+            "Linear". A class derived from a linear layer or an embedding names its base too: "Mine(Linear)". Empty in
+            older records.
     """
 
     weights: Mapping[str, int]
@@ -40,25 +40,25 @@ class WeightGroup:
 
     @property
     def parameters(self) -> int:
-        """How many entries they have together."""
+        """The number of entries of all weights."""
         return sum(self.weights.values())
 
     @property
     def modules(self) -> list[str]:
-        """The modules that hold them, as tools name them; a weight that is none's `weight` stands for itself."""
+        """The names of the modules that hold them, without `.weight`; a weight of another name stands for itself."""
         return list(dict.fromkeys(name.removesuffix(".weight") for name in self.weights))
 
 
 @dataclass(frozen=True)
 class FormatScore:
-    """One group in one format, all other weights as they are.
+    """One group in one format, with all other weights unchanged.
 
     Attributes:
         group: The group.
         format: The format.
         bits: Average bits a weight, with scales as they are stored.
-        scores: Estimates of the change of the loss, by their names, some of which have a sign; see `sensitivity`.
-        measured: Metrics by name; empty where nothing was measured.
+        scores: Estimates of the change of the loss, by name; some can be negative. See `sensitivity`.
+        measured: Metrics by name; empty if nothing was measured.
     """
 
     group: str
@@ -70,26 +70,26 @@ class FormatScore:
 
 @dataclass(frozen=True)
 class SensitivityRecord(StoredRecord):
-    """What `sensitivity` found: every group of weights in every format, estimated, and measured as far as asked for.
+    """What `sensitivity` found: estimates for every group of weights in every format, and measurements of some.
 
     Attributes:
         model: Name or path of the model.
         groups: The groups by name; no weight is in two.
-        formats: By their labels, the name in the catalogue of corruptions and the settings.
+        formats: For each format, by its label: its name in the catalogue of corruptions, and its settings.
         cells: Each group in each format that fits it.
-        clean: The metrics of the model as it is.
-        metric: Which of them is the one to look at.
-        metric_info: What their numbers mean.
-        parameters: How many weights the model has, with those that are in no group.
+        clean: The metrics of the unchanged model.
+        metric: The metric to look at.
+        metric_info: What the numbers of the metrics mean.
+        parameters: Number of weights of the model, including those in no group.
         outside: The linear modules that are in no group, and so stay as they are.
-        kinds: By the class of what holds matrices: how many of these modules are in a group, and how many there are;
-            empty in records from before it was kept.
+        kinds: For each class of modules that hold matrices: how many are in a group, and how many there are; empty in
+            older records.
         data: Fingerprint of the data, as in `EvaluationRecord`.
         weights: SHA-256 of all parameters and buffers of the model.
-        evaluated_on: The data; None where nobody said.
+        evaluated_on: The data; None if not stated.
         task: The Hub's name of the task.
         versions: Versions of the libraries.
-        notes: What was noticed, in sentences.
+        notes: Remarks in sentences.
         flags: As in `EvaluationRecord`.
         format: Version of this layout.
 
@@ -144,26 +144,26 @@ class SensitivityRecord(StoredRecord):
         return {(cell.group, cell.format): cell for cell in self.cells}
 
     def info(self, metric: str) -> MetricInfo:
-        """Return what the numbers of a metric mean, as `EvaluationRecord.info`."""
+        """Return what the numbers of a metric mean, as in `EvaluationRecord.info`."""
         values = [cell.measured[metric] for cell in self.cells if metric in cell.measured]
         return self.metric_info.get(metric) or info_by_name(metric, values)
 
     def stating(
         self, metric: str, *, greater_is_better: bool | None = None, unit: str | None = None
     ) -> SensitivityRecord:
-        """Return the record with a metric to look at, and what somebody states of it; None leaves it as it is."""
+        """Return the record with another metric to look at, and its meaning as you state it; None changes nothing."""
         info = self.info(metric).stating(greater_is_better=greater_is_better, unit=unit)
         return replace(self, metric=metric, metric_info={**self.metric_info, metric: info})
 
     def drop(self, cell: FormatScore, metric: str) -> float | None:
-        """Return how much worse a metric is in a cell, as `metric_drop`; None where it was not measured."""
+        """Return how much worse a metric is in a cell (see `metric_drop`); None if it was not measured."""
         if metric not in cell.measured:
             return None
         greater = self.info(metric).greater_is_better
         return metric_drop(self.clean[metric], cell.measured[metric], greater_is_better=greater)
 
     def breaks(self, cell: FormatScore) -> list[str]:
-        """Return the metrics that are not finite in a cell, though they are for the model as it is."""
+        """Return the metrics that are finite for the unchanged model, but not in a cell."""
         return [
             name
             for name, value in cell.measured.items()
@@ -171,13 +171,16 @@ class SensitivityRecord(StoredRecord):
         ]
 
     def costs(self, by: str) -> dict[tuple[str, str], float]:
-        """Return what each cell costs.
+        """Return the cost of each cell, by group and format.
 
-        Of a score it is the score. Of a metric it is the measured drop; where that is missing, the Fisher score times
-        the ratio of drops and scores over what was measured.
+        For a score, the cost is the score. For a metric, it is the measured drop; if that is missing, it is the Fisher
+        score times the ratio of drops to scores over all measured cells.
+
+        Args:
+            by: A score or a metric.
 
         Raises:
-            ValueError: There is no such score or metric, it is not finite for the model as it is, or nothing was
+            ValueError: There is no such score or metric, it is not finite for the unchanged model, or nothing was
                 measured.
         """
         if by in self.scores:

@@ -14,12 +14,12 @@ _Record = TypeVar("_Record", bound="StoredRecord")
 
 
 class StoredRecord(ABC):
-    """A frozen dataclass of results that is written as strict JSON, and refuses what another kind has written.
+    """A frozen dataclass of results that is stored as strict JSON; reading a record of another kind is an error.
 
     Attributes:
-        kind: What messages call it.
-        remedy: What to do if a file holds none.
-        format: Version of the layout; subclasses make it a field.
+        kind: Its name in messages.
+        remedy: What to do if a file does not hold one.
+        format: Version of the layout; a field in subclasses.
     """
 
     kind: ClassVar[str]
@@ -32,15 +32,15 @@ class StoredRecord(ABC):
         """Return the record from plain values of the right format; whatever is wrong with them may raise."""
 
     def to_json(self) -> str:
-        """Return the record as standard JSON; NaN and infinities become the strings "nan", "inf" and "-inf"."""
+        """Return the record as standard JSON, with NaN and infinities as the strings "nan", "inf" and "-inf"."""
         return to_strict_json(self)
 
     @classmethod
     def from_json(cls: type[_Record], text: str) -> _Record:
-        """Read what `to_json` wrote.
+        """Read what `to_json` returned.
 
         Raises:
-            ValueError: The text is no such record, or one of another format.
+            ValueError: The text is not a record of this kind and format.
         """
         try:
             data: Any = json.loads(text)
@@ -53,7 +53,7 @@ class StoredRecord(ABC):
         """Read plain values, as JSON holds them.
 
         Raises:
-            ValueError: They are no such record, or one of another format.
+            ValueError: They are not a record of this kind and format.
         """
         if not _has_fields_of(data, cls):
             other = next((one.kind for one in StoredRecord.__subclasses__() if _has_fields_of(data, one)), None)
@@ -72,7 +72,10 @@ class StoredRecord(ABC):
             ) from error
 
     def save(self, path: str | Path) -> Path:
-        """Write the JSON to a file, with its folder, and return the path; an interruption leaves the old file."""
+        """Write the record to a JSON file and return the path; the folder is created if needed.
+
+        An interruption leaves the old file.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, self.to_json())
@@ -84,7 +87,7 @@ class StoredRecord(ABC):
 
         Raises:
             OSError: The file cannot be read.
-            ValueError: It holds no such record.
+            ValueError: It does not hold such a record.
         """
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))

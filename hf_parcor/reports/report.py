@@ -34,47 +34,46 @@ class _Report(Generic[_Found]):
 
     @property
     def verdict(self) -> list[str]:
-        """The findings in plain words, each with its remedy; last, where that was guessed, what better means."""
+        """The findings in plain words, each with its remedy; the last says if the metric's direction is a guess."""
         return [finding.text for finding in self._content.findings]
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know before relying on the numbers, as the pages say it."""
+        """What to know before relying on the numbers, as the pages say it."""
         return list(self._content.notes)
 
     def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained page, with its folder, and return the path.
+        """Write one self-contained HTML page and return its path; the folder is created if needed.
 
-        It opens without a network, has no script, reads well on a phone and in the dark, and its colours and markers
-        can be told apart by colour-blind readers. Where Matplotlib is not installed there are no curves, and the page
-        says so; all numbers stand in its tables.
+        The page needs no network and no script, supports phones and dark mode, and colour-blind readers can tell its
+        colours and markers apart. Without Matplotlib it has no curves, and says so; all numbers are in its tables.
         """
         return _write(path, self._html(self._content))
 
     def to_markdown(self, path: str | Path) -> Path:
-        """Write the same in Markdown, tables in place of pictures, and return the path."""
+        """Write the report in Markdown, with tables instead of pictures, and return its path."""
         return _write(path, self._markdown(self._content))
 
 
 class RobustnessReport(_Report[Content]):
-    """Says in plain words, from records alone, how fragile a model is and which part of it is.
+    """Reports in plain words, from records alone, how fragile a model is and which of its parts is weakest.
 
-    It computes no model. SciPy is needed where measurements were repeated, for confidence intervals and tests, and
-    Matplotlib for the curves of the HTML page; nothing else is.
+    The model is not run. If measurements were repeated, SciPy is needed for confidence intervals and tests. Matplotlib
+    is needed for the curves of the HTML page.
 
     Args:
-        records: The record of an evaluator, or of a probe; a list of either, one a seed; records, or lists of them, by
-            the name of their group.
-        metric: Which metric to report.
-        greater_is_better: Whether a large metric is good. None, the default, for what the records say; where they do
-            not, it is guessed, and called a guess.
-        unit: As in `MetricInfo`: "share" of 1, shown in percent, "points" of 100, or any other word, "" for none.
-            None, the default, for what the records say, or a guess.
-        title: The heading. None for the names of metric and models.
+        records: The record of an evaluator or of a probe; a list of either, one for each seed; or a mapping from the
+            names of groups to records or lists of them.
+        metric: The metric to report.
+        greater_is_better: Whether a large metric is good. By default, what the records say, or else a guess that is
+            marked as one.
+        unit: As in `MetricInfo`: "share" (of 1, shown in percent), "points" (of 100), any other word, or "" for none.
+            By default, what the records say, or else a guess.
+        title: The heading. By default, it names the metric and the models.
 
     Raises:
-        ValueError: There are no records or no corruptions, repetitions have none in common, the metric is missing, or
-            the records state different directions or units of it.
+        ValueError: There are no records or no corruptions, repetitions have no corruption in common, the metric is
+            missing, or the records state different directions or units of it.
         ImportError: Measurements were repeated and SciPy is not installed.
 
     Examples:
@@ -112,10 +111,10 @@ class RobustnessReport(_Report[Content]):
         unit: str | None = None,
         title: str | None = None,
     ) -> RobustnessReport:
-        """Return a report on models side by side, each against the first: plain against defended.
+        """Return a report that compares models with the first one, for example defended models with a plain one.
 
         Args:
-            models: What the constructor takes, by the name of the model; two or more, the baseline first.
+            models: Records as in the constructor, by the name of the model; two or more, the baseline first.
             metric: As in the constructor.
             greater_is_better: As in the constructor.
             unit: As in the constructor.
@@ -134,16 +133,17 @@ class RobustnessReport(_Report[Content]):
 
     @property
     def guesses(self) -> tuple[str, ...]:
-        """What nobody stated of the metric, its direction or its unit, and so was guessed; the notes have it too."""
+        """A sentence on each guess about the metric, its direction or its unit; the notes contain them too."""
         return self._content.guesses
 
     def to_json(self) -> str:
         """Return metric, verdict, notes and every mean as standard JSON, for programs.
 
-        `in_one_alone` has the labels of what is not compared, since one model alone was measured under it, by model.
-        Each of `means` has `model`, `group`, `corruption` ("none" for the clean model), `strength`, `mean`, `interval`
-        (of 95 % confidence, null where nothing was repeated) and `values`, one a repetition, in the metric's own
-        numbers: shares of 1, not percent. NaN and infinities are strings, as in records.
+        `in_one_alone` has, for each model, the labels of corruptions that no other model was measured under, and that
+        are therefore not compared. Each entry of `means` has `model`, `group`, `corruption` ("none" for the clean
+        model), `strength`, `mean`, `interval` (95 % confidence; null if nothing was repeated) and `values`, one for
+        each repetition. Numbers are the metric's own: shares of 1, not percent. NaN and infinities are strings, as in
+        records.
         """
         plain = dict(self._content.plain)
         found = plain.pop("means")
@@ -155,25 +155,23 @@ class _Answer(_Report[_Found]):
 
     @property
     def answer(self) -> str:
-        """What was found, what it costs, and what to do."""
+        """The finding, its cost, and what to do, in plain words."""
         return self._content.findings[0].text
 
 
 class RecipeReport(_Answer[RecipeContent]):
-    """Says in one sentence which formats to take, and shows the metric against bits, from records alone.
+    """Reports in one sentence which formats to use, and plots the metric against bits, from records alone.
 
     SciPy is needed for rank correlations, and Matplotlib for the plot of the HTML page.
 
     Args:
-        scores: What `sensitivity` found; `stating` says which metric is looked at.
-        recipe: What was chosen from it.
-        measured: The record of `measure_recipes`, in which the recipe is called "recipe", and a format for all by the
-            format's label; None for expectations alone.
-        title: The heading. None for the names of metric and model.
-        metric: The metric to look at: one of `measured`, if that is given, else of the scores. None, the default, for
-            the scores' own.
-        files: Names of the files that `export_recipe` wrote: the page says how they are read. None, the default, for
-            none that are known.
+        scores: What `sensitivity` returned; choose the metric to look at with its `stating`.
+        recipe: The recipe that was chosen from `scores`.
+        measured: The record of `measure_recipes`, in which the recipe is named "recipe", and a recipe of one format
+            for all by the format's label. If None, only expectations are shown.
+        title: The heading. By default, it names the metric and the model.
+        metric: The metric to look at: one of `measured` if given, else of `scores`. By default, that of `scores`.
+        files: Names of the files that `export_recipe` wrote; the page says how to read them. By default, none.
 
     Raises:
         ImportError: SciPy is not installed.
@@ -208,17 +206,17 @@ class RecipeReport(_Answer[RecipeContent]):
 
 
 class FirstLookReport(_Answer[FirstLookContent]):
-    """Says which part of a model is the weakest in one format, from one backward pass and a few measurements.
+    """Reports which part of a model is weakest in one format, from one backward pass and a few measurements.
 
     SciPy is needed for rank correlations.
 
     Args:
-        scores: What `sensitivity` found with one format, and a `budget` of 1 or more; `stating` says which metric is
-            looked at.
-        title: The heading. None for the model and the format.
+        scores: What `sensitivity` returned with one format and a `budget` of 1 or more; choose the metric to look at
+            with its `stating`.
+        title: The heading. By default, it names the model and the format.
 
     Raises:
-        ValueError: There are more formats, or nothing was measured.
+        ValueError: There is more than one format, or nothing was measured.
         ImportError: SciPy is not installed.
 
     Examples:

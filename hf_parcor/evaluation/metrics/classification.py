@@ -28,29 +28,29 @@ _NOT_FINITE_TAG = "B-not-finite"
 
 
 class ClassificationMetric(OverLabels):
-    """Accuracy in [0, 1] and mean loss of a classifier, of sequences, tokens or images, over batches with labels.
+    """Accuracy in [0, 1] and mean loss of a classifier of sequences, tokens or images, over batches with labels.
 
-    What the labels are is what `config.problem_type` says, or what Transformers infers where it says nothing:
+    The kind of labels is what `config.problem_type` says, or else what Transformers infers:
 
-    - one class each: `accuracy` and `loss`, means over all labels; the label −100 does not count.
-    - any number of classes each, as 0 and 1: `accuracy`, the share of rows whose labels are all right, `f1` over all
-      single labels (micro), 0 where there is nothing to find, and `loss`. A label is chosen where its logit is > 0.
-    - numbers: `mse`, `pearson` (of several outputs, the mean over them; NaN where nothing varies) and `loss`.
+    - one class each: `accuracy` and `loss`, means over all labels; the label −100 is ignored.
+    - any number of classes each, as 0 and 1: `accuracy`, the share of rows whose labels are all right; `f1` over all
+      single labels (micro), 0 if there is nothing to find; and `loss`. A label is chosen if its logit is > 0.
+    - numbers: `mse`, `pearson` (the mean over several outputs; NaN if nothing varies) and `loss`.
 
-    The loss is the model's own. Of a model that returns logits alone, bare or by name, and may not even take labels,
-    it is the one that models of Transformers have for such labels (`usual_loss`).
+    The loss is the model's own. If a model returns only logits, bare or by name, it is the usual loss of Transformers
+    for such labels (`usual_loss`); such a model need not take labels.
 
-    What is not finite is never a right answer: a class counts only if no logit of its row is NaN and the largest is
-    finite, a label only if its logit is neither NaN nor +∞. Where any prediction is not, the share of these is
+    A prediction that is not finite is never right: a class counts only if no logit of its row is NaN and the largest
+    is finite, a label only if its logit is neither NaN nor +∞. If there are other predictions, their share is
     `predictions_not_finite`.
 
     Args:
-        batches: Mappings of tensors with `labels`, a list or a `DataLoader`. A label has the shape of its prediction,
-            (B,) say; (B, 1) is the same.
+        batches: Mappings of tensors with `labels`, as a list or a `DataLoader`. Labels have the shape of the
+            predictions, for example (B,); (B, 1) is the same.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: There are no batches, they can be walked through only once, or no label counts.
+        ValueError: There are no batches, they can be walked through only once, or all labels are ignored.
     """
 
     _infos: ClassVar[Mapping[str, MetricInfo]] = {
@@ -63,11 +63,11 @@ class ClassificationMetric(OverLabels):
 
     @torch.no_grad()
     def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
-        """Return the sums over the labels of one batch; of numbers, the numbers.
+        """Return the sums over the labels of one batch; for numbers, the numbers themselves.
 
         Raises:
-            ValueError: There are no labels, the model returns no logits, or the labels have not the shape of what it
-                predicts.
+            ValueError: There are no labels, the model returns no logits, or the shape of the labels is not that of the
+                predictions.
         """
         labels = self._labels(batch)
         output = Output.of(model, batch)
@@ -82,10 +82,10 @@ class ClassificationMetric(OverLabels):
         return {"problem": problem.value, **found}
 
     def combine(self, parts: Sequence[Any]) -> dict[str, float]:
-        """Return the metrics from what was found on all batches, and the share that was not finite if there is one.
+        """Return the metrics from the results of all batches, and the share that was not finite, if there is one.
 
         Raises:
-            ValueError: No label counts, or batches have labels of different kinds.
+            ValueError: All labels are ignored, or batches have labels of different kinds.
         """
         problems = dict.fromkeys(part["problem"] for part in parts)
         if len(problems) > 1:
@@ -170,19 +170,20 @@ def _correlations(one: Any, other: Any) -> Any:
 
 
 class PredictionMetric(OverPairs):
-    """Predicted classes of all batches, of sequences, tokens or images, scored at once.
+    """A score of the predicted classes of sequences, tokens or images, over all batches together.
 
-    Scores of libraries know no prediction that is none. Where it is not finite, as `ClassificationMetric` has it, the
-    score gets a class that is wrong, the one after the label, so that it is never right and no score meets a class
-    that it does not know; the share of these is `predictions_not_finite`.
+    Scores of libraries expect a class for each prediction. For a prediction that is not finite, as defined in
+    `ClassificationMetric`, the score gets the class after the label, which is wrong and known to the score. The share
+    of these predictions is `predictions_not_finite`.
 
     Args:
-        batches: Mappings of tensors with `labels`, a list or a `DataLoader`; the label −100 does not count.
-        score: Called as `score(predictions=..., references=...)` with lists of whole numbers, returns numbers by
-            name: `evaluate.load("f1").compute`, of a name or a local folder, or a function around scikit-learn.
-        class_names: By class, in their order. Then the score gets a list of names for each sentence, as `EntityScore`
-            and the seqeval of `evaluate` take tags. What is not finite is an entity of a type of its own there: the
-            class after the label might continue the right one.
+        batches: Mappings of tensors with `labels`, as a list or a `DataLoader`; the label −100 is ignored.
+        score: Called as `score(predictions=..., references=...)` with lists of whole numbers; returns numbers by name.
+            For example `evaluate.load("f1").compute`, by name or from a local folder, or a function around
+            scikit-learn.
+        class_names: The names of the classes, in order. If given, the score gets a list of names for each sentence, as
+            `EntityScore` and the seqeval of `evaluate` take tags. A prediction that is not finite becomes an entity of
+            a type of its own, because the class after the label might continue the right entity.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -213,11 +214,11 @@ class PredictionMetric(OverPairs):
 
     @torch.no_grad()
     def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Pairs:
-        """Return predicted classes and labels of one batch, where the labels count, and how many were not finite.
+        """Return predicted classes and labels of one batch without −100, and how many were not finite.
 
         Raises:
-            ValueError: There are no labels, the model returns no logits, the labels have not the shape of what it
-                predicts, or they are not one class each.
+            ValueError: There are no labels, the model returns no logits, the shape of the labels is not that of the
+                predictions, or they are not one class each.
         """
         labels = self._labels(batch)
         logits = Output.of(model, batch).checked_logits()

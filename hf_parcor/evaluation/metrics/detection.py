@@ -68,16 +68,16 @@ def average_precision(found: Sequence[Boxes], there: Sequence[Boxes]) -> dict[st
     """Return COCO's average precision and recall of boxes, by pycocotools or else faster-coco-eval.
 
     - `map`: the mean over classes and over overlaps (IoU) 0.50, 0.55, ..., 0.95 of the average precision, which is the
-      mean precision at 101 recalls; `map_50` and `map_75` at one overlap. `map_50` is what is called AP50 or, after
-      the VOC challenge, mAP alone.
+      mean precision at 101 recalls; `map_50` and `map_75` at one overlap. `map_50` is also called AP50 or, after the
+      VOC challenge, simply mAP.
     - `mar_100`: the mean over classes and overlaps of the largest recall.
 
-    The 100 boxes of an image with the largest scores count. A class that is nowhere to be found does not count,
-    whatever is predicted of it. Boxes with `iscrowd` neither help nor harm.
+    Only the 100 boxes of an image with the largest scores count. A class that no image shows is ignored, whatever is
+    predicted. Boxes with `iscrowd` neither help nor harm.
 
     Args:
-        found: Predictions of each image.
-        there: What each shows; an image may be without boxes.
+        found: The predicted boxes of each image.
+        there: The true boxes of each image; an image may have none.
 
     Raises:
         ValueError: There is no box on any image.
@@ -152,18 +152,18 @@ def _array(values: Any) -> Any:
 class DetectionMetric(OverBatches):
     """Average precision of a detector's boxes, and its mean loss over images.
 
-    `map`, `map_50`, `map_75` and `mar_100` are COCO's, as `average_precision` says, and `loss` is the model's own, in
-    evaluation mode. A box that is not finite, or whose score is not, is none; where an output has `pred_boxes`, the
-    share of queries with such a box or such logits is `predictions_not_finite`, if there is any (−∞ rules a class
-    out).
+    `map`, `map_50`, `map_75` and `mar_100` are COCO's (see `average_precision`), and `loss` is the model's own, in
+    evaluation mode. A box is dropped if it or its score is not finite. If the output has `pred_boxes`, the share of
+    queries whose box or logits are not finite is `predictions_not_finite`, if there are any; a logit of −∞ is allowed,
+    because it rules a class out.
 
     Args:
         batches: Mappings with `pixel_values` and `labels`, as image processors of DETR make them: for each image a
-            mapping with `class_labels` (n,) and `boxes` (n, 4), center and size as shares of the image's; where there
-            are, `orig_size` and `iscrowd` are used.
-        post_process: From the output and the sizes of the images to the boxes of each, in pixels: `scores`, `labels`
-            and `boxes` with corners. Most image processors have it as `post_process_object_detection`. Default:
-            `most_likely_boxes`, that of DETR and YOLOS.
+            mapping with `class_labels` (n,) and `boxes` (n, 4), center and size as shares of the image's size;
+            `orig_size` and `iscrowd` are used if present.
+        post_process: A function from the output and the sizes of the images to the boxes of each image, in pixels:
+            `scores`, `labels` and `boxes` with corners. Most image processors have it as
+            `post_process_object_detection`. Default `most_likely_boxes`, for DETR and YOLOS.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -191,10 +191,10 @@ class DetectionMetric(OverBatches):
 
     @torch.no_grad()
     def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
-        """Return the boxes of one batch's images, found and there, and the sum of the loss over the images.
+        """Return the predicted and the true boxes of one batch's images, and the sum of the loss over the images.
 
         Raises:
-            ValueError: There are no labels, or they are no list of mappings with `class_labels` and `boxes`, or the
+            ValueError: There are no labels, they are not a list of mappings with `class_labels` and `boxes`, or the
                 model returns no loss.
         """
         labels = targets_of(batch)

@@ -25,7 +25,7 @@ _OTHER_PROBLEMS = (Problem.NUMBERS.value, Problem.LABELS.value)  # whose logits 
 
 
 class NotFiniteError(ValueError):
-    """A model answers with NaN or infinities before anything is done to it, so that nothing can be told from it."""
+    """The unchanged model already answers with NaN or infinities, so that nothing can be measured."""
 
 
 class _Part(NamedTuple):
@@ -37,25 +37,26 @@ class _Part(NamedTuple):
 
 
 class WithDivergence:
-    r"""A metric that is made batch by batch, and how far the answers are from those of the model as it was.
+    r"""A `BatchMetric`, and how far the model's answers are from those of the model as it was.
 
     ::
 
         D = mean over predictions of KL(p₀ ‖ p) = Σ_c p₀(c) (log p₀(c) − log p(c)),    p = softmax(logits)
 
-    with p₀ of the model when this was made. It is never below 0, and 0 for the same answers; to second order it is
-    ½ δᵀFδ with the Fisher information F of the model's own answers. A loss may fall by chance where weights change,
-    and an accuracy changes in steps of a row; this does neither, so it tells small harm from none.
+    where p₀ are the answers of the model when this object was made. D is never below 0, and is 0 for the same answers;
+    to second order it is ½ δᵀFδ with the Fisher information F of the model's own answers. D tells small harm from
+    none: unlike a loss it does not fall by chance when weights change, and unlike an accuracy it does not change in
+    steps of a row.
 
-    Predictions are rows of logits with two classes or more; where labels or an attention mask have their shape, those
-    with a label other than −100, for a causal language model that of the next place, or that are attended to. Of a
-    model without such logits the metric alone is left.
-    D is NaN where answers are, and infinite where they rule out what was possible.
+    Predictions are rows of logits with two or more classes. If labels or an attention mask have their shape, only
+    predictions with a label other than −100 (of the next token, for a causal language model), or that are attended to,
+    count. For a model without such logits, only the metric is returned. D is NaN if answers are NaN, and infinite if
+    they rule out what was possible before.
 
     Args:
-        metric: `ClassificationMetric`, say.
-        model: The model as it is; it is run over all batches, in evaluation mode.
-        memory: How many bytes of answers are kept, on the host; batches beyond that do not count, and a note says so.
+        metric: For example a `ClassificationMetric`.
+        model: The unchanged model. It is run over all batches, in evaluation mode.
+        memory: How many bytes of answers are kept in main memory. Batches beyond that are ignored, and a note says so.
 
     Raises:
         NotFiniteError: The model's own answers are not finite. A `ValueError`.
@@ -97,7 +98,7 @@ class WithDivergence:
 
     @property
     def clean(self) -> dict[str, float] | None:
-        """The metrics of the model as it was, found on the way; None where not all answers are kept."""
+        """The metrics of the model as it was, measured when answers were kept; None if not all were kept."""
         return None if self._clean is None else dict(self._clean)
 
     @property
@@ -112,18 +113,18 @@ class WithDivergence:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the metric says of itself, and where not all answers could be kept."""
+        """The notes of the metric, and one if not all answers could be kept."""
         said = tuple(getattr(self._metric, "notes", ()))
         if not self._truncated:
             return said
         return (*said, f"The divergence is that of the first {len(self._answers)} batches, as many as were kept.")
 
     def identity(self) -> Mapping[str, Any]:
-        """Return what is called; the answers follow from weights and data."""
+        """Return the metric; the answers follow from weights and data."""
         return {"metric": self._metric, DIVERGENCE: True}
 
     def info_of(self, name: str) -> MetricInfo | None:
-        """Return what the metric says, or that a divergence is to be small."""
+        """Return what the metric states; of the divergence, that small is good."""
         return _INFO if name == DIVERGENCE else stated_by(self._metric, name)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:

@@ -21,34 +21,33 @@ _FOR_THE_LOSS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 _NO_TEXT = "\ufffd"  # not "", which some scores cannot divide by, and which an empty reference equals
 
 CUT = "predictions_cut"
-"""The share of texts that did not end within the length: among the numbers of a metric where there was any."""
+"""The share of texts that did not end within the length; a metric returns it if there were any."""
 
 
 class GenerationMetric(OverPairs):
-    r"""Generated texts of all batches, scored at once: translations, summaries, answers.
+    r"""A score of generated texts, such as translations, summaries or answers, over all batches together.
 
-    Made batch by batch, so that the encoder runs once a batch for all corruptions of the decoder. Of a model without
-    an encoder, what it generates after the input counts (pad inputs on the left).
+    The texts are generated batch by batch, so that the encoder runs once a batch for all corruptions of the decoder.
+    For a model without an encoder, only what follows the input counts (pad inputs on the left).
 
-    Where the scores of a token are not finite (one is NaN or +∞, or none is left), the text is the replacement
-    character "\ufffd", which is never right, instead of what would follow; the share of these texts is
-    `predictions_not_finite`.
+    If the scores of a token are not finite (one is NaN or +∞, or all are −∞), the text is replaced by the character
+    "\ufffd", which is never right. The share of these texts is `predictions_not_finite`.
 
-    How long texts may become is set by `max_new_tokens` or `max_length`, among the settings or in the model's
-    generation configuration; where neither is, by the data: a fifth and ten tokens more than the longest reference.
-    The share of texts that did not end within it is `predictions_cut`.
+    `max_new_tokens` or `max_length`, among the settings or in the model's generation configuration, limits the length.
+    If neither is set, the limit is the longest reference plus a fifth and ten tokens. The share of texts that did not
+    end within the limit is `predictions_cut`.
 
     Args:
-        tokenizer: Decodes what is generated, and the labels.
+        tokenizer: Decodes the generated texts and the labels.
         batches: Mappings of tensors that `generate` takes, with the reference as `labels`, −100 for padding.
-        score: Called as `score(predictions=..., references=...)` with lists of texts, returns a number or numbers by
-            name: `SacrebleuScore("bleu")`, `evaluate.load("rouge").compute`, or a function of your own.
+        score: Called as `score(predictions=..., references=...)` with lists of texts; returns a number or numbers by
+            name. For example `SacrebleuScore("bleu")`, `evaluate.load("rouge").compute`, or your own function.
         progress: Whether to show a progress bar.
-        **settings: For `generate`. Without sampling, unless `do_sample=True` is among them.
+        **settings: Arguments of `generate`. There is no sampling unless `do_sample=True` is given.
 
     Raises:
         ValueError: There are no batches, they can be walked through only once, or the score returns no number; or,
-            when it is called, a model of many languages is not told which one to generate (`set_languages`).
+            when called, a multilingual model is not told which language to generate (`set_languages`).
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class GenerationMetric(OverPairs):
         """Return the generated texts of one batch, its references, and how many texts were not finite or cut.
 
         Raises:
-            ValueError: There are no labels, not as many texts as references, or no language to translate into.
+            ValueError: There are no labels, not as many texts as references, or no target language.
         """
         labels = self._labels(batch)
         inputs = {name: value for name, value in batch.items() if name not in _FOR_THE_LOSS}

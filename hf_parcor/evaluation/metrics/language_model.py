@@ -19,18 +19,18 @@ from hf_parcor.records.metric_info import NATS, SHARE, MetricInfo
 
 
 class LanguageModelMetric(OverLabels):
-    """Mean loss of a token, its exponential, and how often the likeliest token is the right one.
+    """Mean loss of a token, perplexity (its exponential), and the accuracy of the likeliest token.
 
-    For causal models the prediction at a place is that of the next token, and the first of a row counts for
-    nothing; masked and encoder-decoder models predict the label at its own place. All tokens of all batches count
-    alike, but for those with the label −100. What is not finite is never right, as in `ClassificationMetric`.
+    A causal model predicts the next token at each position, so the first token of a row is ignored. Masked and
+    encoder-decoder models predict the label at its own position. All tokens of all batches count equally, except those
+    with the label −100. A prediction that is not finite is never right, as in `ClassificationMetric`.
 
     Args:
-        batches: Mappings of tensors with `labels`, a list or a `DataLoader`.
+        batches: Mappings of tensors with `labels`, as a list or a `DataLoader`.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: There are no batches, they can be walked through only once, or no label counts.
+        ValueError: There are no batches, they can be walked through only once, or all labels are ignored.
     """
 
     _infos: ClassVar[Mapping[str, MetricInfo]] = {
@@ -52,15 +52,15 @@ class LanguageModelMetric(OverLabels):
     ) -> LanguageModelMetric:
         """Return the metric of one running text, for a causal model: perplexity with a sliding window.
 
-        The text becomes tokens as a whole, with the special tokens that the tokenizer puts around a text; see
-        `sliding_windows` for what is counted.
+        The text is tokenized as a whole, with the special tokens that the tokenizer puts around a text. See
+        `sliding_windows` for which tokens count.
 
         Args:
-            text: Such as the content of a file.
-            tokenizer: The model's.
-            length: Tokens of a window, the context; at most as many as the model has positions for.
+            text: The text, for example the content of a file.
+            tokenizer: The model's tokenizer.
+            length: Tokens of a window, the context; at most as many as the model has positions.
             stride: As in `sliding_windows`.
-            batch_size: Windows a batch; it changes no number.
+            batch_size: Windows a batch. It does not change the numbers.
             progress: Whether to show a progress bar.
 
         Raises:
@@ -78,10 +78,12 @@ class LanguageModelMetric(OverLabels):
         return shifts_labels(model)
 
     def combine(self, parts: Sequence[Any]) -> dict[str, float]:
-        """Return `loss`, `perplexity` and `accuracy` from the sums of all batches; else as `ClassificationMetric`.
+        """Return `loss`, `perplexity` and `accuracy` from the sums of all batches.
+
+        If predictions were not finite, their share is returned too, as in `ClassificationMetric`.
 
         Raises:
-            ValueError: No label counts.
+            ValueError: All labels are ignored.
         """
         means = super().combine(parts)
         loss, accuracy = means.pop("loss"), means.pop("accuracy")
@@ -89,20 +91,21 @@ class LanguageModelMetric(OverLabels):
 
 
 def sliding_windows(tokens: Sequence[int], length: int, stride: int | None = None) -> list[dict[str, list[int]]]:
-    """Return windows over a text, `input_ids` and `labels`, in which each token counts once.
+    """Return windows over a text, with `input_ids` and `labels`, in which each token counts once.
 
-    A window begins every `stride` tokens, and of each count the tokens that no window before it has: in all but the
-    first the last `stride`, each with `length − stride` tokens of context or more. A smaller stride gives more context
-    and costs `length / stride` times the passes. The first token has nothing to be predicted from; where windows do
-    not overlap that holds for the first of each.
+    A window begins every `stride` tokens. In each window, the tokens that no earlier window has count: after the
+    first window, the last `stride` tokens, each with at least `length − stride` tokens of context. A smaller stride
+    gives more context, and costs `length / stride` times the passes. The first token of the text is not predicted; if
+    windows do not overlap, nor is the first token of each window.
 
     Args:
         tokens: The whole text.
         length: Tokens of a window; the last may have fewer.
-        stride: From 1 to `length`; None, the default, for `length`: windows that do not overlap.
+        stride: From 1 to `length`. Default `length`, for windows that do not overlap.
 
     Raises:
-        ValueError: A number is no count, or the stride exceeds the length, so that tokens would be left out.
+        ValueError: A number is not a positive count, or the stride exceeds the length, so that tokens would be left
+            out.
 
     Examples:
         >>> for window in sliding_windows([1, 2, 3, 4, 5], 3, stride=1):

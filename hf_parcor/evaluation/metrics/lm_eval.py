@@ -33,35 +33,35 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class LmEvalMetric:
-    """The numbers of tasks of lm-eval: ARC, HellaSwag, MMLU, LAMBADA, GSM8K, or one's own in a YAML file.
+    """The numbers of tasks of lm-eval: ARC, HellaSwag, MMLU, LAMBADA, GSM8K, or your own in a YAML file.
 
-    Tasks are loaded once. Each measurement wraps the model in lm-eval's `HFLM` and calls `lm_eval.evaluate`, which is
-    what `lm_eval.simple_evaluate` calls, without its search for all tasks and its report on the machine. Numbers are
-    called `task/metric`, with `,filter` behind where a task filters its answers in more ways than one.
+    Tasks are loaded once. Each measurement wraps the model in lm-eval's `HFLM` and calls `lm_eval.evaluate`, as
+    `lm_eval.simple_evaluate` does, but without its search for all tasks and its report on the machine. Numbers are
+    named `task/metric`, or `task/metric,filter` for a filter other than lm-eval's default.
 
-    An answer whose likelihoods are NaN or infinite is wrong, where lm-eval takes the first choice; which share of the
-    documents that is, is `predictions_not_finite`. That holds for likelihoods, not for texts that are generated.
+    An answer whose likelihoods are NaN or infinite counts as wrong, where lm-eval would take the first choice. The
+    share of these documents is `predictions_not_finite`. This holds for likelihoods, not for generated texts.
 
-    It has no batches with a loss: corruptions along a gradient need `batches=`, given to `CorruptionEvaluator`,
-    `LayerProbe` or `sensitivity`. That gradient is the one of the model's loss on these batches and not of the task,
-    so that what was found to be worst for the one is measured by the other. Take text like that of the task.
+    The metric has no batches with a loss: for corruptions along a gradient, pass `batches=` to `CorruptionEvaluator`,
+    `LayerProbe` or `sensitivity`. Use text similar to that of the task, because the gradient is that of the model's
+    loss on these batches, not of the task: the corruption is the worst for the loss, and is measured by the task.
 
     Args:
-        tasks: Names of tasks, groups or tags, tasks as lm-eval configures them, or `Task` objects; one, or several.
-        tokenizer: The model's; it is copied, since lm-eval gives it a padding token.
-        limit: Documents of each task, the first ones; a share of them below 1. None, the default, for all.
-        num_fewshot: Examples in a prompt; None, the default, for as many as each task says. They are the same for
-            every corruption.
+        tasks: Names of tasks, groups or tags, tasks as lm-eval configures them, or `Task` objects; one or several.
+        tokenizer: The model's tokenizer. It is copied, because lm-eval gives it a padding token.
+        limit: The number of documents of each task, from its first; a share of them if below 1. By default, all.
+        num_fewshot: Examples in a prompt. By default, as many as each task says. They are the same for every
+            corruption.
         batch_size: Default 1; "auto" tries what fits.
-        primary_metric: The number to look at; None, the default, for the first that the first task lists.
-        include_path: A folder with tasks of one's own, which alone are known then; None, the default, for lm-eval's.
-        model_settings: Further arguments of `HFLM`, such as `max_length` and `add_bos_token`.
+        primary_metric: The number to look at. By default, the first that the first task lists.
+        include_path: A folder with your own tasks; those of lm-eval are then unknown. By default, those of lm-eval.
+        model_settings: Other arguments of `HFLM`, such as `max_length` and `add_bos_token`.
         progress: Whether lm-eval shows its progress bars.
-        **settings: Further arguments of `lm_eval.evaluate`, such as `apply_chat_template` and `system_instruction`.
+        **settings: Other arguments of `lm_eval.evaluate`, such as `apply_chat_template` and `system_instruction`.
 
     Raises:
         ImportError: lm-eval is not installed.
-        ValueError: There are no tasks, or none of a name.
+        ValueError: There are no tasks, or a name is unknown.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class LmEvalMetric:
 
     @property
     def tasks(self) -> list[str]:
-        """The names of all tasks, those of groups and tags too."""
+        """The names of all tasks, including those in groups and tags."""
         return list(self._tasks)
 
     @property
@@ -124,12 +124,12 @@ class LmEvalMetric:
 
     @property
     def greater_is_better(self) -> bool | None:
-        """Whether a large `primary_metric` is good; None where the task does not say."""
+        """Whether a large `primary_metric` is good; None if the task does not say."""
         info = self.info_of(self.primary_metric)
         return None if info is None else info.greater_is_better
 
     def info_of(self, name: str) -> MetricInfo | None:
-        """Return what a task says of its number; None if that is nothing."""
+        """Return what a task states about its number; None if nothing."""
         of_task, _, metric = name.rpartition("/")
         metric = metric.partition(",")[0]
         groups: Mapping[str, Any] = self._loaded.get("groups") or {}
@@ -142,7 +142,7 @@ class LmEvalMetric:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The version of lm-eval and of each task, and how many documents and examples there are, for the record."""
+        """The versions of lm-eval and of each task, and the numbers of documents and examples, for the record."""
         limit = "all documents" if self._limit is None else f"at most {self._limit:g} documents of each"
         if self._limit is not None and self._limit < 1:
             limit = f"{self._limit:.0%} of the documents of each"
@@ -153,7 +153,7 @@ class LmEvalMetric:
         return (f"lm-eval {_version()}, {limit}: {tasks}.",)
 
     def identity(self) -> dict[str, Any]:
-        """Return the tasks with their documents, and all settings but those of the machine."""
+        """Return the tasks with their documents, and all settings except those of the machine."""
         return {
             "lm_eval": _version(),
             "tasks": {name: fingerprint([str(sorted(_plain(task)))]) for name, task in self._tasks.items()},
@@ -172,11 +172,11 @@ class LmEvalMetric:
         return (str(document) for document in islice(task.eval_docs, count))
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Return the numbers of all tasks, and of groups, by `task/metric`.
+        """Return the numbers of all tasks and groups, by `task/metric`.
 
         Raises:
-            TypeError: The model has no configuration, as those of Transformers have.
-            ValueError: No task found a number.
+            TypeError: The model has no configuration, so it is not one of Transformers.
+            ValueError: No task returned a number.
         """
         library = _library()
         from lm_eval.models.huggingface import HFLM

@@ -20,17 +20,17 @@ from hf_parcor.records.metric_info import MetricInfo, stated_by
 
 
 class OverBatches(ABC):
-    """A `BatchMetric` over data that can be walked through again and again.
+    """A `BatchMetric` over data that can be walked through repeatedly.
 
-    The model is measured in the mode that it is in; `CorruptionEvaluator` puts it into evaluation mode.
+    The model is measured in its current mode; `CorruptionEvaluator` puts it into evaluation mode.
 
     Args:
-        batches: Mappings of tensors, a list or a `DataLoader`.
+        batches: Mappings of tensors, as a list or a `DataLoader`.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: There are no batches, they can be walked through only once, or are single examples, such as the
-            rows of a data set.
+        ValueError: There are no batches, they can be walked through only once, or they are single examples, such as
+            the rows of a data set.
     """
 
     _infos: ClassVar[Mapping[str, MetricInfo]] = {}
@@ -51,12 +51,12 @@ class OverBatches(ABC):
         return self._batches
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the numbers beside data and class: all attributes that are set once."""
+        """Return what determines the numbers besides data and class: all attributes that are set only once."""
         apart = ("_batches", "_progress")
         return {name.lstrip("_"): value for name, value in fixed_attributes(self).items() if name not in apart}
 
     def info_of(self, name: str) -> MetricInfo | None:
-        """Return what the numbers of this name mean; None for one that this metric does not know."""
+        """Return what the numbers of this name mean; None for an unknown name."""
         return self._infos.get(name)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
@@ -86,10 +86,10 @@ class OverBatches(ABC):
 
 @runtime_checkable
 class BatchMetric(Protocol):
-    """A metric that is made from what it finds on single batches, so that many models can be measured on each.
+    """A metric that is computed batch by batch, and combined from the results of all batches.
 
-    `CorruptionEvaluator` runs what does not depend on the corrupted weights once a batch for all corruptions, and
-    several processes each take every n-th batch; what a batch adds is pickled then.
+    This lets `CorruptionEvaluator` run what does not depend on the corrupted weights once a batch for all corruptions,
+    and give each of n processes every n-th batch. The result of a batch must then be picklable.
     """
 
     @property
@@ -112,13 +112,13 @@ class BatchMetric(Protocol):
 
 @runtime_checkable
 class Identified(Protocol):
-    """A metric, a loss or a score that says what decides its numbers, beside the data of a `BatchMetric`.
+    """A metric, a loss or a score that says what determines its numbers, besides the data of a `BatchMetric`.
 
-    A checkpoint goes on only where that is the same. Without this method, public attributes and code count.
+    A checkpoint goes on only if that is the same. Without this method, public attributes and code are compared.
     """
 
     def identity(self) -> Mapping[str, Any]:
-        """Return the settings by name: plain values, and what is called, such as a score or a tokenizer."""
+        """Return the settings by name: plain values, and objects that are called, such as a score or a tokenizer."""
         ...
 
 
@@ -126,16 +126,16 @@ class Identified(Protocol):
 class Informed(Protocol):
     """A metric or a score that says what its numbers mean.
 
-    In place of the method, attributes `primary_metric`, `greater_is_better` and `unit` say it of one number.
+    Instead of the method, attributes `primary_metric`, `greater_is_better` and `unit` can describe a single number.
     """
 
     def info_of(self, name: str) -> MetricInfo | None:
-        """Return what the numbers of this name mean; None if that is not known."""
+        """Return what the numbers of this name mean; None if unknown."""
         ...
 
 
 class OverLabels(OverBatches):
-    """How often the likeliest class is the label, and the mean loss of a label; the label −100 does not count."""
+    """The share of labels that are the likeliest class, and the mean loss of a label; the label −100 is ignored."""
 
     _named: ClassVar[bool] = True
 
@@ -148,8 +148,8 @@ class OverLabels(OverBatches):
         """Return the sums over the labels of one batch.
 
         Raises:
-            ValueError: There are no labels, the model returns no logits, or the labels have not the shape of what it
-                predicts.
+            ValueError: There are no labels, the model returns no logits, or the shape of the labels is not that of the
+                predictions.
         """
         output = Output.of(model, batch)
         return self._classes(model, output, output.checked_logits(), self._labels(batch), batch)
@@ -175,10 +175,10 @@ class OverLabels(OverBatches):
         }
 
     def combine(self, parts: Sequence[Any]) -> dict[str, float]:
-        """Return `accuracy` and `loss` from the sums of all batches, and the share that was not finite if any was.
+        """Return `accuracy` and `loss` from the sums of all batches, and the share that was not finite, if any was.
 
         Raises:
-            ValueError: No label counts.
+            ValueError: All labels are −100, or there are none.
         """
         accuracy = sum_of(parts, "correct") / label_count(parts)
         return {"accuracy": accuracy, **mean_loss(parts), **not_finite(parts)}
@@ -216,11 +216,11 @@ Pairs = tuple[list[Any], list[Any], Mapping[str, int]]
 
 
 class OverPairs(OverBatches):
-    """A score of what a model predicts beside what is right, over all batches together.
+    """A score of a model's predictions compared with references, over all batches together.
 
     Args:
-        batches: Mappings of tensors with `labels`, a list or a `DataLoader`.
-        score: Called as `score(predictions=..., references=...)` with lists, returns a number or numbers by name.
+        batches: Mappings of tensors with `labels`, as a list or a `DataLoader`.
+        score: Called as `score(predictions=..., references=...)` with lists; returns a number or numbers by name.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -235,11 +235,11 @@ class OverPairs(OverBatches):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the score says of itself, such as a signature, for the record."""
+        """The notes of the score, such as a signature, for the record."""
         return tuple(getattr(self._score, "notes", ()))
 
     def info_of(self, name: str) -> MetricInfo | None:
-        """Return what the score states of its numbers of this name; None if that is nothing."""
+        """Return what the score states about its numbers of this name; None if nothing."""
         return stated_by(self._score, name)
 
     @abstractmethod
@@ -247,10 +247,10 @@ class OverPairs(OverBatches):
         """Return predictions and references of one batch, and how many of the predictions are odd, by name."""
 
     def combine(self, parts: Sequence[Pairs]) -> dict[str, float]:
-        """Return the score of all batches, and the share of each kind of odd predictions that there is.
+        """Return the score of all batches, and the share of each kind of odd predictions.
 
         Raises:
-            ValueError: No label counts, or the score returns no number.
+            ValueError: There are no labels other than −100, or the score returns no number.
         """
         predictions = [prediction for part, _, _ in parts for prediction in part]
         references = [reference for _, part, _ in parts for reference in part]

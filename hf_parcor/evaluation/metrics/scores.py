@@ -47,7 +47,8 @@ class SacrebleuScore:
 
     Args:
         kind: "bleu", "chrf" or "ter".
-        **settings: As for sacrebleu's own class: `lowercase=True`, `tokenize="zh"`, or `word_order=2` for chrF++.
+        **settings: Arguments of sacrebleu's own class, such as `lowercase=True`, `tokenize="zh"`, or `word_order=2`
+            for chrF++.
 
     Raises:
         ValueError: There is no such kind.
@@ -81,24 +82,24 @@ class SacrebleuScore:
         return {self._kind: score}
 
     def info_of(self, name: str) -> MetricInfo | None:
-        """Return what the number means: points of 100, of TER the fewer the better."""
+        """Return what the number means: points of 100; small is good for TER, large for the others."""
         return MetricInfo(self._kind != "ter", POINTS) if name == self._kind else None
 
     def identity(self) -> dict[str, Any]:
-        """Return kind, settings and version, of which the signature is made."""
+        """Return kind, settings and version, which determine the signature."""
         return {"kind": self._kind, "settings": self._settings, "version": self._version}
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The signature, known when a corpus was scored: how many references there are is part of it."""
+        """The signature, once a corpus was scored: it contains the number of references."""
         return (f"sacrebleu signature of {self._kind}: {self._metric.get_signature()}",) if self._scored else ()
 
 
 class EntityScore:
     """F1, precision and recall of entities by seqeval, and the accuracy of tags.
 
-    An entity counts if its type and all its words are right, as in the evaluation of CoNLL: a wrong tag inside costs
-    the whole of it. Where there is no entity to find, or none was found, what would divide by zero is 0.
+    An entity is right if its type and all its words are, as in the evaluation of CoNLL: one wrong tag makes the whole
+    entity wrong. If there is no entity to find, or none was found, a score that would divide by zero is 0.
 
     Raises:
         ImportError: seqeval is not installed.
@@ -110,7 +111,7 @@ class EntityScore:
     """
 
     names = ("f1", "precision", "recall")
-    """What it says of entities."""
+    """The scores of entities."""
 
     def __init__(self) -> None:
         try:
@@ -124,7 +125,7 @@ class EntityScore:
     def __call__(
         self, *, predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
     ) -> dict[str, float]:
-        """Return the scores of tags, a list for each sentence: "O", or "B-", "I-" and the like before a type.
+        """Return the scores of tags, one list a sentence. Tags are "O", or a type after "B-", "I-" and the like.
 
         Raises:
             ValueError: A tag is none of these.
@@ -137,7 +138,7 @@ class EntityScore:
         return {**found, "accuracy": float(self._library.accuracy_score(references, predictions))}
 
     def info_of(self, name: str) -> MetricInfo | None:
-        """Return what the numbers mean: shares, the larger the better."""
+        """Return what the numbers mean: shares; large is good."""
         return MetricInfo(True, SHARE) if name in (*self.names, "accuracy") else None
 
     def identity(self) -> dict[str, Any]:

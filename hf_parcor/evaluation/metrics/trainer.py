@@ -30,16 +30,16 @@ _PARTS = ("data_collator", "compute_metrics", "compute_loss_func", "preprocess_l
 
 
 class TrainerMetric:
-    """The numbers of `Trainer.evaluate`, without the prefix, and without what tells how long it took.
+    """The numbers of `Trainer.evaluate`, without the prefix, and without times and speeds.
 
     The Trainer's own `evaluate` runs, with its data loader, collator, `compute_metrics` and generation settings, and
-    with what a subclass overrides. It runs in silence: no callback is called, nothing is logged, and the Trainer's
-    state is as it was. Each call begins with the same random numbers, so that a collator that masks at random does the
-    same for every corruption; those of the caller are put back.
+    with the overrides of a subclass. No callback is called, nothing is logged, and the Trainer's state is restored.
+    Each call begins with the same random numbers, so that a collator that masks at random does the same for every
+    corruption; the caller's random generators are restored.
 
     Args:
         trainer: Any `transformers.Trainer`.
-        eval_dataset: As in `Trainer.evaluate`; None for the Trainer's own.
+        eval_dataset: As in `Trainer.evaluate`. By default, the Trainer's own.
         metric_key_prefix: As in `Trainer.evaluate`.
     """
 
@@ -47,11 +47,10 @@ class TrainerMetric:
         self._trainer, self._eval_dataset, self._prefix = trainer, eval_dataset, metric_key_prefix
 
     def info_of(self, name: str) -> MetricInfo | None:
-        """Return what the Trainer's arguments and its `compute_metrics` state of a number; None if that is nothing.
+        """Return what the Trainer's arguments and its `compute_metrics` state about a number; None if nothing.
 
-        `greater_is_better` is that of `metric_for_best_model`, also where that is of corrupted weights. Without it
-        Transformers writes down that all but a loss is to be large: where a name says that it is an error, that is
-        not taken for a statement.
+        `greater_is_better` applies to `metric_for_best_model`, also if that is measured on corrupted weights. If it is
+        not set, Transformers sets it to True for everything but a loss; this is ignored for a name of an error.
         """
         if name == "loss":
             return MetricInfo(False)
@@ -65,7 +64,7 @@ class TrainerMetric:
         return MetricInfo(greater) if stated is None else stated.stating(greater_is_better=greater)
 
     def identity(self) -> dict[str, Any]:
-        """Return the Trainer's class, what it evaluates with, and the fingerprint of its evaluation data."""
+        """Return the Trainer's class, its settings of an evaluation, and the fingerprint of its evaluation data."""
         trainer = self._trainer
         return {
             "trainer": type(trainer),
@@ -86,7 +85,7 @@ class TrainerMetric:
         """Return `loss` and what `compute_metrics` returns.
 
         Raises:
-            ValueError: The model is not the Trainer's, or its evaluation found no number.
+            ValueError: The model is not the Trainer's, or its evaluation returned no number.
         """
         trainer, prefix = self._trainer, f"{self._prefix}_"
         own = trainer.model
