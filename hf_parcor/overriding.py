@@ -1,4 +1,4 @@
-"""Replace methods and attributes of one object for the length of a block, or the numbers that it counts."""
+"""Replace methods and attributes of one object, or the numbers that it counts, for a block; undo what it leaves."""
 
 from __future__ import annotations
 
