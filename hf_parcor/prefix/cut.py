@@ -44,8 +44,7 @@ def not_compiled(model: nn.Module) -> AbstractContextManager[object]:
 def before_calls(hooks: ExitStack, module: nn.Module, begin: Callable[[nn.Module, Any], None]) -> None:
     """Let a function run before each call of a module, before its hooks; outside of what is compiled."""
     if module._compiled_call_impl is None:
-        undo_at_end(hooks, module, unhook, module._forward_pre_hooks, begin)
-        module.register_forward_pre_hook(begin, prepend=True)
+        _hook_before(hooks, module, begin)
         return
     attributes, compiled = module.__dict__, module._compiled_call_impl
 
@@ -57,8 +56,18 @@ def before_calls(hooks: ExitStack, module: nn.Module, begin: Callable[[nn.Module
     attributes["_compiled_call_impl"] = called
 
 
-def unhook(hooks: dict[int, Callable[..., Any]], function: Callable[..., Any]) -> None:
-    """Remove a function from the hooks of a module; do nothing if it is none of them."""
+def hook_after(block: ExitStack, module: nn.Module, function: Callable[[nn.Module, Any, Any], None]) -> None:
+    """Let a function run after each call of a module, after its hooks, until a block ends."""
+    undo_at_end(block, module, _unhook, module._forward_hooks, function)
+    module.register_forward_hook(function)
+
+
+def _hook_before(block: ExitStack, module: nn.Module, function: Callable[[nn.Module, Any], None]) -> None:
+    undo_at_end(block, module, _unhook, module._forward_pre_hooks, function)
+    module.register_forward_pre_hook(function, prepend=True)
+
+
+def _unhook(hooks: dict[int, Callable[..., Any]], function: Callable[..., Any]) -> None:
     for key in [key for key, hook in hooks.items() if hook is function]:
         del hooks[key]
 
@@ -88,10 +97,8 @@ def watch_calls(model: nn.Module, run: Callable[[], Any]) -> tuple[Call, Any]:
         hooks.enter_context(not_compiled(model))
         for module in not_inside_compiled(model):
             # The first hook to begin and the last to end, so that other hooks of a module belong to its call.
-            undo_at_end(hooks, module, unhook, module._forward_pre_hooks, begin)
-            undo_at_end(hooks, module, unhook, module._forward_hooks, end)
-            module.register_forward_pre_hook(begin, prepend=True)
-            module.register_forward_hook(end)
+            _hook_before(hooks, module, begin)
+            hook_after(hooks, module, end)
         result = run()
     return root, result
 

@@ -14,18 +14,17 @@ from torch.utils._pytree import tree_leaves
 from hf_parcor.devices import in_float64
 from hf_parcor.distributed.dtensors import local_part
 from hf_parcor.model_state import BufferSnapshot, StepBuffers, devices_of, evaluation_mode, modules_of, same_numbers
-from hf_parcor.overriding import undo_at_end
 from hf_parcor.prefix.consumers import Consumers, Place
 from hf_parcor.prefix.cut import (
     PrefixError,
     check_some_is_left,
     cut_in,
     find_cut,
+    hook_after,
     in_order,
     not_called_again,
     not_compiled,
     run_alone,
-    unhook,
     watch_calls,
 )
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
@@ -61,8 +60,7 @@ def outputs_of(model: nn.Module) -> Iterator[list[Any]]:
         found.extend(leaves_of(output))
 
     with ExitStack() as hooks:
-        undo_at_end(hooks, model, unhook, model._forward_hooks, keep)
-        model.register_forward_hook(keep)
+        hook_after(hooks, model, keep)
         yield found
 
 
