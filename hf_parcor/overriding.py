@@ -1,27 +1,92 @@
-"""Replace methods and attributes of one object, or the numbers that it counts, for a block; undo what it leaves."""
+"""Replace attributes of an object, or the numbers that it counts, until a block ends, however it ends."""
 
 from __future__ import annotations
 
 import copy
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import Tensor
 
-_LEFT: WeakKeyDictionary[nn.Module, list[Callable[[], object]]] = WeakKeyDictionary()
-_OVERRIDDEN = "_overridden_by_hf_parcor"
-_NONE = object()
 _NO_COUNTER = object()
 _DATA = ("train_dataset", "eval_dataset")  # a list of numbers may be either
 
 
+class _Begun(threading.local):
+    """What a thread has to undo, in the order in which it was begun."""
+
+    def __init__(self) -> None:
+        self.undos: list[Callable[[], object]] = []
+
+
+_BEGUN = _Begun()
+
+
+def undo_at_end(block: ExitStack, undo: Callable[..., object], *arguments: Any) -> None:
+    """Undo what is going to be done when a block ends, or `undoing_left` if an interrupt prevents that.
+
+    Python may raise `KeyboardInterrupt` just where a block ends, and then nothing of it is ended.
+
+    Args:
+        block: At its end it is undone.
+        undo: Called with `arguments`, with no effect if there is nothing to undo.
+        *arguments: For `undo`.
+    """
+    entry, begun = partial(undo, *arguments), _BEGUN.undos
+    begun.append(entry)
+    block.callback(_end, begun, entry)
+
+
+def _end(begun: list[Callable[[], object]], entry: Callable[[], object]) -> None:
+    place = next((place for place in reversed(range(len(begun))) if begun[place] is entry), None)
+    if place is not None:  # else `undoing_left` has undone it, and others may have begun since
+        entry()
+        del begun[place]
+
+
 @contextmanager
-def overriding(instance: object, **methods: Any) -> Iterator[None]:
-    """Replace attributes of an object inside a block, methods too, even where a subclass overrides them.
+def undoing_left() -> Iterator[None]:
+    """Undo, if a block fails, all that was begun inside of it and has not ended.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> trainer = SimpleNamespace(compute_loss=lambda: 1.0)
+        >>> try:
+        ...     with undoing_left():
+        ...         override(ExitStack(), trainer, "compute_loss", lambda: 0.5)
+        ...         raise KeyboardInterrupt
+        ... except KeyboardInterrupt:
+        ...     trainer.compute_loss()
+        1.0
+    """
+    begun = _BEGUN.undos
+    before = len(begun)
+    try:
+        yield
+    except BaseException:
+        while len(begun) > before:
+            begun[-1]()
+            del begun[-1]
+        raise
+
+
+def override(block: ExitStack, instance: object, name: str, value: Any) -> None:
+    """Replace an attribute of an object until a block ends; a method too, even where a subclass overrides it."""
+    attributes = vars(instance)
+    if name in attributes:
+        undo_at_end(block, attributes.__setitem__, name, attributes[name])
+    else:
+        undo_at_end(block, attributes.pop, name, None)
+    attributes[name] = value
+
+
+@contextmanager
+def overriding(instance: object, **attributes: Any) -> Iterator[None]:
+    """Replace attributes of an object inside a block, as `override` does.
 
     Examples:
         >>> from types import SimpleNamespace
@@ -32,84 +97,10 @@ def overriding(instance: object, **methods: Any) -> Iterator[None]:
         >>> trainer.compute_loss()
         1.0
     """
-    attributes = vars(instance)
-    before = {name: attributes.get(name, _NONE) for name in methods}
-    attributes[_OVERRIDDEN] = (*attributes.get(_OVERRIDDEN, ()), before)
-    try:
-        attributes.update(methods)
+    with ExitStack() as block:
+        for name, value in attributes.items():
+            override(block, instance, name, value)
         yield
-    finally:
-        _put_back(attributes, before)
-
-
-def end_overriding(instance: object) -> None:
-    """Restore what is still replaced after an interrupt.
-
-    Examples:
-        >>> from types import SimpleNamespace
-        >>> trainer = SimpleNamespace(compute_loss=lambda: 1.0)
-        >>> broken_off = overriding(trainer, compute_loss=lambda: 0.5)
-        >>> broken_off.__enter__()
-        >>> end_overriding(trainer)
-        >>> trainer.compute_loss()
-        1.0
-    """
-    attributes = vars(instance)
-    for before in reversed(attributes.get(_OVERRIDDEN, ())):
-        _put_back(attributes, before)
-
-
-def undo_at_end(block: ExitStack, module: nn.Module, undo: Callable[..., object], *arguments: Any) -> None:
-    """Undo what is going to be done to a module when a block ends, or `undoing_left` if an interrupt prevents that.
-
-    Python may raise `KeyboardInterrupt` just where a block ends, and then nothing of it is ended.
-
-    Args:
-        block: At its end it is undone.
-        module: What is going to be changed, after this call.
-        undo: Called with `arguments`, with no effect if there is nothing to undo.
-        *arguments: For `undo`.
-    """
-    entry = partial(undo, *arguments)
-    _LEFT.setdefault(module, []).append(entry)
-    block.callback(_end, module, entry)
-
-
-def _end(module: nn.Module, entry: Callable[[], object]) -> None:
-    entry()
-    left = [other for other in _LEFT.get(module, ()) if other is not entry]
-    if left:
-        _LEFT[module] = left
-    else:
-        _LEFT.pop(module, None)
-
-
-@contextmanager
-def undoing_left(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Undo, if a block fails, all that others inside of it have done to these modules and did not undo."""
-    try:
-        yield
-    except BaseException:
-        for module in modules if _LEFT else ():
-            for undo in reversed(_LEFT.pop(module, [])):
-                undo()
-        raise
-
-
-def _put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
-    overridden = attributes.get(_OVERRIDDEN, ())
-    if not any(one is before for one in overridden):
-        return  # it was ended from outside, and others may have begun since
-    for name, value in before.items():
-        if value is _NONE:
-            attributes.pop(name, None)
-        else:
-            attributes[name] = value
-    left = tuple(one for one in overridden if one is not before)
-    if left:
-        attributes[_OVERRIDDEN] = left
-    else:
-        attributes.pop(_OVERRIDDEN, None)
 
 
 @contextmanager
@@ -130,20 +121,20 @@ def counters_kept(trainer: object) -> Iterator[None]:
         (20, {'train': {'entropy': [2.9]}})
     """
     attributes = vars(trainer)
-    known = set(attributes)
     seen: dict[int, Any] = {}
     copies = {name: _copy_of_counter(value, seen) for name, value in attributes.items() if name not in _DATA}
-    counters = {name: attributes[name] for name, kept in copies.items() if kept is not _NO_COUNTER}
-    try:
-        for name in counters:
-            setattr(trainer, name, copies[name])
+    with ExitStack() as block:
+        undo_at_end(block, _forget_counters_beyond, attributes, set(attributes))
+        for name, kept in copies.items():
+            if kept is not _NO_COUNTER:
+                override(block, trainer, name, kept)
         yield
-    finally:
-        for name, value in counters.items():
-            setattr(trainer, name, value)
-        new = [name for name in attributes if name not in known]
-        for name in [name for name in new if _copy_of_counter(attributes[name], {}) is not _NO_COUNTER]:
-            delattr(trainer, name)  # begun in this pass
+
+
+def _forget_counters_beyond(attributes: dict[str, Any], known: set[str]) -> None:
+    for name in [name for name in attributes if name not in known]:
+        if _copy_of_counter(attributes[name], {}) is not _NO_COUNTER:
+            del attributes[name]  # begun in this pass
 
 
 def _copy_of_counter(value: Any, seen: dict[int, Any]) -> Any:

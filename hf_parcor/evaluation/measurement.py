@@ -273,7 +273,7 @@ class Measurement:
         path = None if checkpoint is None or self._processes.index else Path(checkpoint)
         self._buffers = BufferSnapshot(self._model.modules())
         with (
-            undoing_left(self._model.modules()),
+            undoing_left(),
             self._processes.failing_together(),
             evaluation_mode(self._model),
             torch.random.fork_rng(devices=[]),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_parcor.overriding import undo_at_end
+from hf_parcor.overriding import override, undo_at_end
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -46,24 +46,23 @@ def before_calls(hooks: ExitStack, module: nn.Module, begin: Callable[[nn.Module
     if module._compiled_call_impl is None:
         _hook_before(hooks, module, begin)
         return
-    attributes, compiled = module.__dict__, module._compiled_call_impl
+    compiled = module._compiled_call_impl
 
     def called(*args: Any, **kwargs: Any) -> Any:
         begin(module, args)
         return compiled(*args, **kwargs)
 
-    undo_at_end(hooks, module, attributes.__setitem__, "_compiled_call_impl", compiled)
-    attributes["_compiled_call_impl"] = called
+    override(hooks, module, "_compiled_call_impl", called)
 
 
 def hook_after(block: ExitStack, module: nn.Module, function: Callable[[nn.Module, Any, Any], None]) -> None:
     """Let a function run after each call of a module, after its hooks, until a block ends."""
-    undo_at_end(block, module, _unhook, module._forward_hooks, function)
+    undo_at_end(block, _unhook, module._forward_hooks, function)
     module.register_forward_hook(function)
 
 
 def _hook_before(block: ExitStack, module: nn.Module, function: Callable[[nn.Module, Any], None]) -> None:
-    undo_at_end(block, module, _unhook, module._forward_pre_hooks, function)
+    undo_at_end(block, _unhook, module._forward_pre_hooks, function)
     module.register_forward_pre_hook(function, prepend=True)
 
 

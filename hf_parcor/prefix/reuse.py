@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hf_parcor.overriding import undo_at_end
+from hf_parcor.overriding import override
 from hf_parcor.prefix.consumers import Consumers, Place, Unkept
 from hf_parcor.prefix.cut import CalledAgain, before_calls, not_inside_compiled
 from hf_parcor.randomness import RandomStates
@@ -381,18 +381,14 @@ def _substitute_forward(stack: ExitStack, module: nn.Module, substitute: Substit
     Of a module that is compiled with its hooks, it takes the place of the whole call: the compiler sees none of it.
     """
     name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
-    attributes, forward, calls = module.__dict__, getattr(module, name), 0
+    forward, calls = getattr(module, name), 0
 
     def substituted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         return substitute(module, calls - 1, lambda: forward(*args, **kwargs))
 
-    if name in attributes:
-        undo_at_end(stack, module, attributes.__setitem__, name, attributes[name])
-    else:
-        undo_at_end(stack, module, attributes.pop, name, None)
-    attributes[name] = substituted
+    override(stack, module, name, substituted)
 
 
 def _has_reentrant_checkpoints(ends: Iterable[Tensor]) -> bool:

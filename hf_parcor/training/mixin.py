@@ -13,7 +13,6 @@ from transformers.utils import logging
 from hf_parcor.defenses import Defense, check_defense
 from hf_parcor.distributed.fsdp import drop_gathered, is_sharded, renewed
 from hf_parcor.distributed.processes import check_all_joined
-from hf_parcor.overriding import end_overriding
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.targets import find_input_embedding, select_trainable
 from hf_parcor.training.callbacks import CollapseCallback, IdleDefenseCallback, StepLog
@@ -140,8 +139,6 @@ class ParameterDefenseMixin(_Base):
         Returns:
             The risk, detached and scaled for accumulation as the stock step scales its loss.
         """
-        for interrupted in (self, model):
-            end_overriding(interrupted)
         defense = self.defense
         if defense is None or not defense.is_active(self.state.epoch or 0.0, self.state.global_step):
             self._parameter_defense.count_stock_step()

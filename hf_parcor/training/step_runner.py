@@ -73,7 +73,7 @@ class StepRunner:
             TargetError: Adapters are to be merged, and there are none. A `ValueError`.
             NotImplementedError: They cannot be.
         """
-        with undoing_left(passes.modules):
+        with undoing_left():
             defense, model, others = passes.defense, passes.model, list(others)
             refuse_updates_inside_backward([*selected.values(), *others])
             self._find_out(passes, selected)

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from for_each import for_each
 
 import hf_parcor
 from hf_parcor import CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
-from hf_parcor.overriding import end_overriding, overriding, undo_at_end, undoing_left
+from hf_parcor.overriding import override, overriding, undoing_left
 
 K1 = MultiStepRisk(CorruptionConstraint(epsilon=0.2), steps=1)
 
@@ -92,44 +93,55 @@ def test_interrupt_at_any_line_leaves_the_weights(tiny_bert, rows, arguments):
         torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
         for module in model.modules():
             assert not [*module._forward_pre_hooks, *module._forward_hooks], "of a block that did not end"
-            assert "forward" not in vars(module)
+            assert not {"forward", "train", "save_pretrained"} & set(vars(module))
+        assert not {"compute_loss", "_prepare_inputs"} & set(vars(trainer))
     assert tried > 20
 
 
-def test_what_a_block_did_to_a_module_and_could_not_undo():
+def test_what_a_block_did_and_could_not_undo():
     """As where an interrupt comes just where the block ends; what another one has undone itself is left alone."""
     layer = torch.nn.Linear(2, 2)
+    theirs = contextlib.ExitStack()
+    override(theirs, layer, "__repr__", lambda: "begun before")
 
     def interrupted():
         with contextlib.ExitStack() as ended:
-            undo_at_end(ended, layer, vars(layer).pop, "extra_repr", None)
-            layer.extra_repr = lambda: "ours"
+            override(ended, layer, "extra_repr", lambda: "ours")
         assert "extra_repr" not in vars(layer)
         layer.extra_repr = lambda: "theirs"
         for wrapper in ("first", "second"):
-            undo_at_end(contextlib.ExitStack(), layer, vars(layer).__setitem__, "forward", layer.forward)
-            layer.forward = lambda wrapper=wrapper: wrapper
+            override(contextlib.ExitStack(), layer, "forward", lambda wrapper=wrapper: wrapper)
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), undoing_left(layer.modules()):
+    with pytest.raises(KeyboardInterrupt), undoing_left():
         interrupted()
     assert layer.extra_repr() == "theirs"
     assert layer.forward(torch.zeros(2)).tolist() == layer.bias.tolist()
+    assert "__repr__" in vars(layer)
+    theirs.close()
+    assert "__repr__" not in vars(layer)
 
 
-def test_what_an_interrupt_left_replaced_is_put_back_before_the_next_step(tiny_bert, rows, arguments):
-    """As where it comes before the first line of a block that would have put it back."""
-    model = tiny_bert(dropout=0.0)
-    trainer = ParameterDefenseTrainer(model, arguments(), train_dataset=rows, defense=K1)
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.current_gradient_accumulation_steps = 1
-    expected = trainer.training_step(model, dict(batch))
-    broken_off = overriding(trainer, compute_loss=lambda *_, **__: model.classifier.bias.sum() * 0)
-    broken_off.__enter__()
-    of_model = overriding(model, eval=lambda: None)
-    of_model.__enter__()
-    assert torch.equal(trainer.training_step(model, dict(batch)), expected)
-    assert not model.eval().training
+def test_what_another_thread_has_begun_is_left_alone():
+    """Two Trainers may run side by side, and one of them may fail."""
+    layer, began, failed = torch.nn.Linear(2, 2), threading.Event(), threading.Event()
+
+    def other():
+        with overriding(layer, forward=lambda: "theirs"):
+            began.set()
+            failed.wait(60)
+            found.append(layer.forward())
+
+    found = []
+    thread = threading.Thread(target=other)
+    with contextlib.suppress(KeyboardInterrupt), undoing_left():
+        thread.start()
+        began.wait(60)
+        raise KeyboardInterrupt
+    failed.set()
+    thread.join()
+    assert found == ["theirs"]
+    assert "forward" not in vars(layer)
 
 
 def test_a_prefix_whose_trial_was_interrupted_is_found_by_the_next_step(tiny_bert, rows, arguments):
@@ -153,15 +165,16 @@ def test_a_prefix_whose_trial_was_interrupted_is_found_by_the_next_step(tiny_ber
 
 @for_each("ended", range(4))
 def test_what_is_replaced_thrice_is_as_before_however_many_blocks_ended(ended):
-    """What was broken off is put back with one call; an end that comes later changes nothing."""
+    """What was broken off is put back where the outer block fails; an end that comes later changes nothing."""
     trainer = SimpleNamespace(loss=0)
     blocks = [overriding(trainer, loss=1), overriding(trainer, loss=2, more=3), overriding(trainer, other=4)]
-    for block in blocks:
-        block.__enter__()
-    assert (trainer.loss, trainer.more, trainer.other) == (2, 3, 4)
-    for block in reversed(blocks[3 - ended :]):
-        block.__exit__(None, None, None)
-    end_overriding(trainer)
+    with contextlib.suppress(KeyboardInterrupt), undoing_left():
+        for block in blocks:
+            block.__enter__()
+        assert (trainer.loss, trainer.more, trainer.other) == (2, 3, 4)
+        for block in reversed(blocks[3 - ended :]):
+            block.__exit__(None, None, None)
+        raise KeyboardInterrupt
     assert vars(trainer) == {"loss": 0}
     for block in blocks[: 3 - ended]:
         block.__exit__(None, None, None)
