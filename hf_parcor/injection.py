@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -32,6 +32,7 @@ from hf_parcor.distributed.dtensors import (
 )
 from hf_parcor.functional.norms import norms_of_each, vector_norm, vector_norm_of_unit_scale
 from hf_parcor.functional.vectors import add_multiple_, chunks, clones, together_on, widened, write_sums_
+from hf_parcor.overriding import undo_at_end
 
 Device = torch.device | str | None
 """A device, or None for that of the weights."""
@@ -703,10 +704,9 @@ def corrupted(
             raise ValueError("corruption: expected at least one tensor, got none; corrupt at least one parameter")
     injection = Injection(touched, saved_on=saved_on)
     try:
-        try:
+        with ExitStack() as block:
+            undo_at_end(block, injection.restore)
             injection.write(corruption, p)
             yield injection
-        finally:
-            injection.restore()
     finally:  # once more, where an interrupt came just before
         injection.restore()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hf_parcor.overriding import undo_at_end
 
 _SMALL = 1 << 16  # entries; statistics, counters and averages are smaller, packed weights and queues are larger
 
@@ -262,12 +264,15 @@ class StepBuffers:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and every module's own training flag back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with ExitStack() as block:
+        undo_at_end(block, _set_flags, flags)
+        model.eval()
         yield
-    finally:
-        for module, training in flags:
-            module.training = training
+
+
+def _set_flags(flags: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, training in flags:
+        module.training = training
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _NO_COUNTER = object()
@@ -38,19 +39,33 @@ def undo_at_end(block: ExitStack, undo: Callable[..., object], *arguments: Any) 
     """
     entry, begun = partial(undo, *arguments), _BEGUN.undos
     begun.append(entry)
-    block.callback(_end, begun, entry)
+    block.push(partial(_end, begun, entry))
 
 
-def _end(begun: list[Callable[[], object]], entry: Callable[[], object]) -> None:
+def _end(
+    begun: list[Callable[[], object]], entry: Callable[[], object], kind: type[BaseException] | None, *_: object
+) -> None:
     place = next((place for place in reversed(range(len(begun))) if begun[place] is entry), None)
-    if place is not None:  # else `undoing_left` has undone it, and others may have begun since
+    if place is None:
+        return  # `undoing_left` has undone it, and others may have begun since
+    if kind is None or issubclass(kind, GeneratorExit):  # the latter at any time: a block is thrown away
         entry()
         del begun[place]
+    else:
+        _undo_from(begun, place)  # what is left of the blocks inside goes first
+
+
+def _undo_from(begun: list[Callable[[], object]], place: int) -> None:
+    while len(begun) > place:
+        begun[-1]()
+        del begun[-1]
 
 
 @contextmanager
 def undoing_left() -> Iterator[None]:
-    """Undo, if a block fails, all that was begun inside of it and has not ended.
+    """Undo, if a block or a decorated function fails, all that was begun inside of it and has not ended.
+
+    Whether gradients are computed is as before, too.
 
     Examples:
         >>> from types import SimpleNamespace
@@ -63,14 +78,13 @@ def undoing_left() -> Iterator[None]:
         ...     trainer.compute_loss()
         1.0
     """
-    begun = _BEGUN.undos
+    begun, gradients = _BEGUN.undos, torch.is_grad_enabled()
     before = len(begun)
     try:
         yield
     except BaseException:
-        while len(begun) > before:
-            begun[-1]()
-            del begun[-1]
+        torch.set_grad_enabled(gradients)
+        _undo_from(begun, before)
         raise
 
 

@@ -243,6 +243,7 @@ class Measurement:
         self._processes = MeasuringProcesses.launched(in_step=sharded)
         self._progress = progress and self._processes.index == 0
 
+    @undoing_left()
     def run(
         self,
         groups: Mapping[str, _Parameters],
@@ -273,7 +274,6 @@ class Measurement:
         path = None if checkpoint is None or self._processes.index else Path(checkpoint)
         self._buffers = BufferSnapshot(self._model.modules())
         with (
-            undoing_left(),
             self._processes.failing_together(),
             evaluation_mode(self._model),
             torch.random.fork_rng(devices=[]),

@@ -19,11 +19,13 @@ from hf_parcor.evaluation.trials import checked_metrics
 from hf_parcor.functional.vectors import numel
 from hf_parcor.indicators.loss_over_data import LossOverData
 from hf_parcor.model_state import evaluation_mode
+from hf_parcor.overriding import undoing_left
 from hf_parcor.randomness import random_states_kept
 from hf_parcor.records.flips import FlipRecord
 from hf_parcor.records.metric_info import info_of
 
 
+@undoing_left()
 def measure_flips_to_break(
     model: nn.Module,
     metric: Callable[[nn.Module], Mapping[str, float]],

@@ -33,6 +33,7 @@ from hf_parcor.indicators.estimators import hessian_diagonal
 from hf_parcor.indicators.loss_over_data import LossOverData
 from hf_parcor.injection import Device, check_weights, forget_derived
 from hf_parcor.model_state import evaluation_mode
+from hf_parcor.overriding import undoing_left
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.metric_info import MetricInfo, stated_by
 from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, FormatScore, SensitivityRecord, WeightGroup
@@ -51,6 +52,7 @@ FORMATS: tuple[Format, ...] = (
 _FEWEST_DIMENSIONS = 2  # vectors stay as they are in every tool
 
 
+@undoing_left()
 def sensitivity(
     model: nn.Module,
     metric: Metric | Iterable[Batch],

@@ -22,9 +22,11 @@ from hf_parcor.functional.vectors import numel
 from hf_parcor.indicators.estimators import hessian_trace, random_loss_changes
 from hf_parcor.indicators.loss_over_data import LossOverData
 from hf_parcor.injection import Pieces, corrupted, is_swallowed
+from hf_parcor.overriding import undoing_left
 from hf_parcor.records.indicators import ConstraintIndicators, IndicatorRecord
 
 
+@undoing_left()
 def measure_indicators(
     model: nn.Module,
     batches: Iterable[Batch],

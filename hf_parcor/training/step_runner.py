@@ -45,6 +45,7 @@ class StepRunner:
         self._buffers_move = True  # until one step has shown that they do not
         self._suffix_share = 1.0  # of what a pass computes, where later passes share the rest
 
+    @undoing_left()
     def run(
         self,
         passes: Passes,
@@ -73,35 +74,34 @@ class StepRunner:
             TargetError: Adapters are to be merged, and there are none. A `ValueError`.
             NotImplementedError: They cannot be.
         """
-        with undoing_left():
-            defense, model, others = passes.defense, passes.model, list(others)
-            refuse_updates_inside_backward([*selected.values(), *others])
-            self._find_out(passes, selected)
-            passes.share(self.shared_prefix)
-            self.cost = 1 + (defense.cost - 1) * self._suffix_share
-            if self.shared_prefix is not None:  # a forward pass more of it than in a stock step costs a third of it
-                self.cost += (self.shared_prefix.forwards - 1) * (1 - self._suffix_share) / 3
-            if not defense.first_pass_is_stock and self._buffers_move:
-                self._buffers_move = passes.move_buffers()
-                self.cost += self._buffers_move / 3
-            sharded = is_sharded(model)
-            with DefendedStep(
-                selected,
-                on_shards(passes, model) if sharded else passes,
-                defense.passes,
-                others,
-                embedding=embedding,
-                prefix=self.shared_prefix,
-                reduction=reduction_of(model),
-                # Gradients of shards are means over all processes already.
-                processes=TrainingProcesses() if passes.accelerator.num_processes > 1 and not sharded else None,
-                epoch=epoch,
-                merged=merged_changes(model, selected) if defense.merges_adapters else None,
-            ) as step:
-                defense.minimize(step)
-                norm = step.withdraw(defense.p) if measure_norm else None
-                step.restore()  # in the block: an interrupt may come just where it ends, and then nothing ends it
-            return step, norm
+        defense, model, others = passes.defense, passes.model, list(others)
+        refuse_updates_inside_backward([*selected.values(), *others])
+        self._find_out(passes, selected)
+        passes.share(self.shared_prefix)
+        self.cost = 1 + (defense.cost - 1) * self._suffix_share
+        if self.shared_prefix is not None:  # a forward pass more of it than in a stock step costs a third of it
+            self.cost += (self.shared_prefix.forwards - 1) * (1 - self._suffix_share) / 3
+        if not defense.first_pass_is_stock and self._buffers_move:
+            self._buffers_move = passes.move_buffers()
+            self.cost += self._buffers_move / 3
+        sharded = is_sharded(model)
+        with DefendedStep(
+            selected,
+            on_shards(passes, model) if sharded else passes,
+            defense.passes,
+            others,
+            embedding=embedding,
+            prefix=self.shared_prefix,
+            reduction=reduction_of(model),
+            # Gradients of shards are means over all processes already.
+            processes=TrainingProcesses() if passes.accelerator.num_processes > 1 and not sharded else None,
+            epoch=epoch,
+            merged=merged_changes(model, selected) if defense.merges_adapters else None,
+        ) as step:
+            defense.minimize(step)
+            norm = step.withdraw(defense.p) if measure_norm else None
+            step.restore()  # in the block: an interrupt may come just where it ends, and then nothing ends it
+        return step, norm
 
     def _find_out(self, passes: Passes, selected: Mapping[str, nn.Parameter]) -> None:
         # Ids stay theirs: the prefix holds the model's modules.
