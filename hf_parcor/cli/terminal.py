@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ from hf_parcor.reports.tables import comparison_table, group_table
 
 PROBE = "probe.json"
 ROBUSTNESS = "robustness.json"
-_WIDTH = 80
 
 
 def speaks() -> bool:
@@ -28,11 +26,6 @@ def tell(text: str) -> None:
     """Write a line about the work, not a result."""
     if speaks():
         print(f"hf-parcor: {text}", file=sys.stderr)
-
-
-def wrapped(text: str) -> str:
-    """Return text in lines for a terminal of 80 columns; names and paths are not cut."""
-    return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
@@ -168,8 +161,7 @@ def table_of(record: EvaluationRecord | SweepRecord, metric: str) -> str:
 
 def show_verdict(report: RobustnessReport) -> None:
     """Print the findings of a report, and say what was guessed of the metric."""
-    for finding in report.verdict:
-        print(f"\n{wrapped(finding)}")
+    print(f"\n{report}")
     for guess in report.guesses:
         if guess not in report.verdict:
             tell(guess)
@@ -182,8 +174,7 @@ def show_answer(
     if as_json:
         print(record.to_json(), end="")
         return
-    for sentence in report.verdict:
-        print(f"{wrapped(sentence)}\n")
+    print(f"{report}\n")
 
 
 def write_report(report: RobustnessReport | FirstLookReport, paths: Iterable[Path]) -> list[Path]:

@@ -104,6 +104,12 @@ def first_look_page(content: FirstLookContent) -> str:
     return _written(content.title, main)
 
 
+def framed(page: str) -> str:
+    """Return an element of HTML that shows a page inside another one, such as a notebook; no style goes in or out."""
+    frame = Element("iframe", srcdoc=page, style="width: 100%; height: 40rem; border: 0; resize: vertical")
+    return tostring(frame, encoding="unicode", method="html")
+
+
 def _main(title: str, findings: Sequence[Finding], notes: Sequence[str], measured_on: str = "") -> Element:
     below = [element("p", measured_on, class_="soft")] if measured_on else []
     return element("main", element("h1", printable(title)), *below, _verdict(findings, notes))

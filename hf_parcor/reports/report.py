@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import Generic, TypeVar
 
 from hf_parcor.records.evaluation import EvaluationRecord
@@ -11,7 +12,7 @@ from hf_parcor.records.recipe import RecipeRecord
 from hf_parcor.records.sensitivity import SensitivityRecord
 from hf_parcor.reports.content import Content, content_of, markdown_page
 from hf_parcor.reports.first_look import FirstLookContent, content_of_first_look, first_look_markdown
-from hf_parcor.reports.html import first_look_page, html_page, recipe_page
+from hf_parcor.reports.html import first_look_page, framed, html_page, recipe_page
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.recipe import RecipeContent, content_of_recipe, recipe_markdown
 from hf_parcor.reports.study import Records, Study
@@ -31,6 +32,13 @@ class _Report(Generic[_Found]):
 
     def __init__(self, content: _Found, html: Callable[[_Found], str], markdown: Callable[[_Found], str]) -> None:
         self._content, self._html, self._markdown = content, html, markdown
+
+    def __str__(self) -> str:
+        fill = TextWrapper(80, break_long_words=False, break_on_hyphens=False).fill  # names and paths are not cut
+        return "\n\n".join(map(fill, self.verdict))
+
+    def _repr_html_(self) -> str:
+        return framed(self._html(self._content))
 
     @property
     def verdict(self) -> list[str]:
@@ -58,8 +66,9 @@ class _Report(Generic[_Found]):
 class RobustnessReport(_Report[Content]):
     """Reports in plain words, from records alone, how fragile a model is and which of its parts is weakest.
 
-    The model is not run. If measurements were repeated, SciPy is needed for confidence intervals and tests. Matplotlib
-    is needed for the curves of the HTML page.
+    `print(report)` shows the verdict, and a notebook shows the page where a cell ends with the report. The model is
+    not run. If measurements were repeated, SciPy is needed for confidence intervals and tests. Matplotlib is needed
+    for the curves of the HTML page.
 
     Args:
         records: The record of an evaluator or of a probe; a list of either, one for each seed; or a mapping from the

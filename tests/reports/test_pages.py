@@ -226,6 +226,8 @@ def test_nothing_breaks_out(tmp_path_factory, record_of, group, model, metric, k
             not line.startswith(("#", "    ", "```", "<")) or re.match("##? ", line) for line in markdown.splitlines()
         )
         assert sum(line.startswith("#") for line in markdown.splitlines()) == 5
+        assert ("srcdoc", text) in Page(report._repr_html_()).attributes, "what a notebook shows is the page"
+        assert "".join(str(report).split()) == "".join("".join(report.verdict).split())
 
 
 @pytest.mark.parametrize("text", [*NASTY, r"$\frac$", "a\0b\ud800"])
