@@ -400,7 +400,8 @@ def _between_extremes(blocks: _Blocks, bits: int, dtype: torch.dtype, smallest: 
     scale = _divided(blocks.high - blocks.low, 2**bits - 1).clamp(min=smallest).to(dtype)
     middle = 2 ** (bits - 1)  # the number that is kept beside the scale is that of the code in the middle
     kept = blocks.low.to(dtype) + scale * middle
-    codes = torch.round((blocks.rows.to(dtype) - (kept - scale * middle)) / scale).clamp(0, 2**bits - 1)
+    last = min(2**bits - 1, torch.finfo(dtype).max)  # float16 ends before 65535
+    codes = torch.round((blocks.rows.to(dtype) - (kept - scale * middle)) / scale).clamp(0, last)
     values = in_float64(codes - middle) * in_float64(scale) + in_float64(kept)
     return values.to(blocks.wide).to(scale.device), torch.isfinite(scale)
 
