@@ -191,14 +191,19 @@ def flipped_in_turn(
     rate, count = check_amount(rate, count)
     generator = shared_generator(tensors, generator)
     fields = [field_bits(of or tensor.dtype, field) for tensor in tensors]
+    coded = [StoredNumbers.has_bits(tensor, of) for tensor in tensors]
     sizes = [
-        tensor.numel() * len(bits) if StoredNumbers.has_bits(tensor, of) else 0
-        for tensor, bits in zip(tensors, fields, strict=True)
+        tensor.numel() * len(bits) if has_bits else 0
+        for tensor, bits, has_bits in zip(tensors, fields, coded, strict=True)
     ]
     total = sum(sizes)
     count = _drawn_count(total, rate, generator) if count is None else count
     if count > total:
-        raise ValueError(f"count: expected at most {total} bits (all that were selected), got {count}; pass fewer")
+        without = "" if all(coded) else f"; tensors of zeros, and what is not finite, have no {of} codes"
+        raise ValueError(
+            f"count: expected at most {total} bits (all that were selected{without}), got {count}; pass fewer"
+            + ("" if total else ", or select other weights")
+        )
     positions = sample_positions(total, count, generator)
     starts = list(accumulate(sizes, initial=0))
     # The positions are in order: the first of each tensor is found by bisection, and no tensor looks at another's.

@@ -128,7 +128,7 @@ class StoredNumbers:
         if self.step is None:
             return bits.view(self.dtype)
         top = 1 << (self.width - 1)
-        largest = torch.finfo(self.dtype).max
+        largest = torch.finfo(self.like.dtype).max
         return (((bits ^ top) - top).to(self.dtype) * self.step).clamp(-largest, largest)
 
     def tensor(self, bits: Tensor) -> Tensor:

@@ -337,6 +337,21 @@ class TestRandomFlips:
         with pytest.raises(error, match=message):
             flip_random_bits([torch.ones(2)], **amount)
 
+    @for_each("bad", [0.0, math.nan, math.inf])
+    def test_what_has_no_codes_has_no_bits_to_flip(self, bad: float) -> None:
+        tensors = [torch.full((2,), bad), torch.ones(1)]
+        assert float(flip_random_bits(tensors, count=8, of="int8")[1]) == pytest.approx(-128 / 127)  # 127 is 0111 1111
+        with pytest.raises(ValueError, match=r"at most 8 bits .*no int8 codes\), got 9"):
+            flip_random_bits(tensors, count=9, of="int8")
+
+    @for_each("dtype", DTYPES)
+    @for_each("of", ["int2", "int4", "int8", "int16"])
+    def test_flipped_codes_of_the_largest_numbers_stay_finite(self, dtype: torch.dtype, of: str) -> None:
+        largest = torch.finfo(dtype).max
+        flipped = flip_random_bits([torch.tensor([largest, -largest, 0.0], dtype=dtype)], "sign", rate=1.0, of=of)
+        assert float(flipped[0][2]) == -largest  # the code below the last level
+        assert torch.isfinite(flipped[0]).all()
+
     def test_integers_are_refused(self) -> None:
         with pytest.raises(TypeError, match=r"got torch.int64"):
             flip_random_bits([torch.ones(2), torch.ones(2, dtype=torch.int64)], count=1)
