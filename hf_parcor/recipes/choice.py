@@ -7,15 +7,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from decimal import ROUND_CEILING, Decimal
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hf_parcor.arguments import check_finite, check_positive
 from hf_parcor.records.recipe import Choice, RecipeRecord
 from hf_parcor.records.sensitivity import DIVERGENCE, FormatScore, SensitivityRecord
 from hf_parcor.statistics import scipy_module
 
+if TYPE_CHECKING:
+    import numpy as np
+
 _FLOAT32 = 32.0  # bits a weight
 _LARGEST = 1e4  # what numbers are scaled to, for the solver
+_SEEN = 100  # so many times a solution the largest number may be, and the solver sees a 10^-8 of the solution
 
 
 class BudgetError(ValueError):
@@ -227,7 +231,7 @@ def front(
             found[f"{budget:.3g} bits"] = one
     for score in scores.scores:
         if score != chosen.by:
-            with suppress(BudgetError):  # a score that is not finite
+            with suppress(ValueError):  # a score that is not finite leaves too little to choose from
                 found[f"by {score}"] = recipe(scores, bits=chosen.bits, by=score, formats=formats, keep=keep)
     return found
 
@@ -256,8 +260,9 @@ def uniform_recipe(scores: SensitivityRecord, label: str) -> RecipeRecord:
 
 
 def measured_metrics(scores: SensitivityRecord) -> list[str]:
-    """Return the metrics that at least one cell has."""
-    return list(dict.fromkeys(name for cell in scores.cells for name in cell.measured if name in scores.clean))
+    """Return the metrics that at least one cell has, and that are finite for the unchanged model."""
+    found = dict.fromkeys(name for cell in scores.cells for name in cell.measured)
+    return [name for name in found if math.isfinite(scores.clean.get(name, math.nan))]
 
 
 def _costing(scores: SensitivityRecord, budget: str, by: str | None) -> str:
@@ -362,35 +367,66 @@ class _Problem:
         """Return the choice of the least objective that takes no more than the limit.
 
         The solver's tolerances are absolute, about 1e-6: numbers are scaled to a largest of 10,000, and a solution
-        that the exact sums refuse is cut off.
+        that the exact sums refuse is cut off. What can be in no solution is left out, so that a part that costs far
+        more than all others does not make their differences too small to see.
         """
         import numpy as np
 
-        optimize = scipy_module("optimize", "choosing formats")
-        aims, sizes = np.asarray(objective, float), np.asarray(taken, float)
-        places = np.asarray([place for place, _ in self._flat])
-        one_each = (places[None, :] == np.arange(len(self._groups))[:, None]).astype(float)
-        unit = (np.abs(sizes).max() or 1.0) / _LARGEST
-        rows: list[Any] = [
-            optimize.LinearConstraint(one_each, 1, 1),
-            optimize.LinearConstraint(sizes[None, :] / unit, -np.inf, _at_most(limit) / unit),
-        ]
+        limit, at_most = _at_most(limit), _at_most(at_most)
+        aims, _ = self._above_least(objective)
+        sizes, least = self._above_least(taken)
+        room = limit - least
+        refused: list[list[int]] = []
+        possible = np.flatnonzero(sizes <= room)
         while True:
-            result = optimize.milp(
-                _LARGEST * aims / (np.abs(aims).max() or 1.0),
-                integrality=np.ones(len(aims)),
-                bounds=optimize.Bounds(0, 1),
-                constraints=rows,
-                options={"mip_rel_gap": 0.0},
-            )
-            if result.x is None:
-                raise RuntimeError(f"milp: expected a solution, got none: {result.message}")
-            chosen = [int(index) for index in np.flatnonzero(result.x > 0.5)]
-            if math.fsum(sizes[chosen]) <= _at_most(limit) and math.fsum(aims[chosen]) <= _at_most(at_most):
-                return [self._flat[index][1] for index in chosen]
-            refused = np.zeros(len(aims))
-            refused[chosen] = 1
-            rows.append(optimize.LinearConstraint(refused[None, :], -np.inf, len(self._groups) - 1))
+            chosen = self._solution(possible, aims, sizes, room, refused)
+            if (
+                math.fsum(taken[one] for one in chosen) > limit
+                or math.fsum(objective[one] for one in chosen) > at_most
+            ):
+                refused.append(chosen)
+                continue
+            found = math.fsum(aims[chosen])
+            if not found or aims[possible].max() <= _SEEN * found:
+                return [self._flat[one][1] for one in chosen]
+            possible = possible[aims[possible] <= found]  # any other aims at more by itself
+
+    def _above_least(self, numbers: Sequence[float]) -> tuple[np.ndarray, float]:
+        """Return how much larger each number is than the least one of its group, and the sum of the least ones."""
+        import numpy as np
+
+        least = [min(self._of(place, numbers)) for place in range(len(self._groups))]
+        places = [place for place, _ in self._flat]
+        return np.asarray(numbers, float) - np.asarray(least, float)[places], math.fsum(least)
+
+    def _solution(
+        self, possible: np.ndarray, aims: np.ndarray, sizes: np.ndarray, room: float, refused: Sequence[Sequence[int]]
+    ) -> list[int]:
+        """Return the places of what the solver chooses of those that are possible, one a group."""
+        import numpy as np
+
+        optimize = scipy_module("optimize", "choosing formats")
+        places = np.asarray([place for place, _ in self._flat])[possible]
+        one_each = (places[None, :] == np.arange(len(self._groups))[:, None]).astype(float)
+        unit = (sizes[possible].max() or 1.0) / _LARGEST
+        rows = [
+            optimize.LinearConstraint(one_each, 1, 1),
+            optimize.LinearConstraint(sizes[None, possible] / unit, -np.inf, room / unit),
+            *(
+                optimize.LinearConstraint(np.isin(possible, one)[None, :].astype(float), -np.inf, len(one) - 1)
+                for one in refused
+            ),
+        ]
+        result = optimize.milp(
+            _LARGEST * aims[possible] / (aims[possible].max() or 1.0),
+            integrality=np.ones(len(possible)),
+            bounds=optimize.Bounds(0, 1),
+            constraints=rows,
+            options={"mip_rel_gap": 0.0},
+        )
+        if result.x is None:
+            raise RuntimeError(f"milp: expected a solution, got none: {result.message}")
+        return [int(one) for one in possible[result.x > 0.5]]
 
 
 def _at_most(limit: float) -> float:
@@ -420,7 +456,9 @@ def _record(
     sums = {}
     for name in dict.fromkeys([by, *measured_metrics(scores)]):
         costs = scores.costs(name)
-        sums[name] = math.fsum(costs[cell.group, cell.format] for cell in cells)
+        of_cells = [costs[cell.group, cell.format] for cell in cells]
+        # A uniform recipe may add up infinities of both signs, which fsum refuses.
+        sums[name] = math.fsum(of_cells) if all(map(math.isfinite, of_cells)) else sum(of_cells)
     reference = by if by in scores.clean else scores.metric
     record = RecipeRecord(
         model=scores.model,

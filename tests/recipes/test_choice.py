@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy
 import torch
 from for_each import for_each
 from hypothesis import given, settings
@@ -97,6 +98,25 @@ def test_no_choice_is_better(table, bits, loss, unit) -> None:
     assert chosen.bits == pytest.approx(min(size for size, cost in choices if cost <= loss * room), rel=1e-6)
 
 
+@for_each("order", [*itertools.permutations([1e-4, 2e-4, 3e-4])])
+@for_each("broken", [1.0, 1e6, 1e9, 1e15])
+def test_a_part_that_costs_far_more_than_all_others_does_not_hide_their_differences(order, broken) -> None:
+    scores = scores_of([[(4.0, broken)], *([(4.0, cost)] for cost in order)], [100] * 4)
+    for bits, expected in ((7.0, 6e-4), (10.0, 3e-4), (13.0, 1e-4)):  # of four parts, so many may stay: 1, 2, 3
+        assert cost_of(recipe(scores, bits=bits), scores) == pytest.approx(expected)
+    within = recipe(scores, loss=3.5e-4)
+    assert within.bits == 10.0
+    assert cost_of(within, scores) == pytest.approx(3e-4)
+
+
+def test_a_small_loss_beside_a_large_one_is_kept_without_trying_every_choice(monkeypatch) -> None:
+    solved, milp = [], scipy.optimize.milp
+    monkeypatch.setattr(scipy.optimize, "milp", lambda *given, **more: solved.append(1) or milp(*given, **more))
+    scores = scores_of([[(4.0, 1e9)], *[[(4.0, 0.005)]] * 6], [100] * 7)
+    assert [one.format for one in recipe(scores, loss=0.011).choice.values()].count("eight") == 2
+    assert len(solved) <= 4
+
+
 TABLE = [[(8.0, 0.1), (5.0, 0.2), (4.0, 0.9)], [(8.0, 0.0), (5.0, math.nan), (4.0, 0.3)]]
 
 
@@ -147,6 +167,36 @@ def test_a_metric_that_the_model_as_it_is_has_not_is_no_cost() -> None:
     scores = replace(scores_of(TABLE, [100, 300]), clean={"loss": math.nan})
     with pytest.raises(ValueError, match=r"by: expected .*finite.*nan"):
         recipe(scores, bits=5.0, by="loss")
+
+
+@for_each("without", [math.nan, math.inf, -math.inf])
+@for_each("budget", [{"bits": 6.0}, {"loss": 0.25}, {"drop": 0.25}])
+def test_a_metric_that_the_model_as_it_is_has_not_leaves_the_others_to_choose_by(without, budget) -> None:
+    scores = scores_of(TABLE, [100, 300])
+    cells = tuple(replace(one, measured={**one.measured, "f1": without}) for one in scores.cells)
+    beside = replace(scores, cells=cells, clean={"f1": without, **scores.clean})
+    assert recipe(beside, **budget) == recipe(scores, **budget)
+    assert front(beside, recipe(beside, **budget)).keys() == front(scores, recipe(scores, **budget)).keys()
+
+
+@for_each("keep", [True, False])
+def test_the_front_leaves_out_a_score_that_a_part_has_not(keep) -> None:
+    scores = scores_of([[(8.0, 0.1), (4.0, 0.2)]] * 2, [100, 300])
+    cells = tuple(
+        replace(one, scores={**one.scores, "second_order": math.nan if one.group == "part 1" else 0.1})
+        for one in scores.cells
+    )
+    scores = replace(scores, cells=cells)
+    found = front(scores, recipe(scores, bits=5.0, keep=keep), keep=keep)
+    assert "by fisher" in found
+    assert "by second_order" not in found
+
+
+def test_one_format_that_breaks_parts_in_both_directions_is_in_the_front() -> None:
+    scores = scores_of([[(8.0, 0.1), (4.0, math.inf)], [(8.0, 0.1), (4.0, -math.inf)]], [100, 300])
+    found = front(scores, recipe(scores, bits=8.0))
+    assert math.isnan(found["five"].expected["loss"])
+    assert found["eight"].expected["loss"] == pytest.approx(0.2)
 
 
 def test_the_front_has_each_format_other_budgets_and_each_score() -> None:
