@@ -122,9 +122,9 @@ def sensitivity(
             repeated.
 
     Raises:
-        ValueError: There are no formats, or two are the same; a weight is in two groups; no group has a matrix; there
-            are no batches; too little memory is free (`NotEnoughMemoryError`); the unchanged model gives NaN or
-            infinities (`NotFiniteError`); or as in `CorruptionEvaluator.evaluate`.
+        ValueError: There are no formats, or two are the same, or none fits a group; a weight is in two groups; no
+            group has a matrix; there are no batches; too little memory is free (`NotEnoughMemoryError`); the unchanged
+            model gives NaN or infinities (`NotFiniteError`); or as in `CorruptionEvaluator.evaluate`.
         TypeError: Something is not a `Quantization` or `FloatQuantization`.
 
     Examples:
@@ -155,7 +155,7 @@ def sensitivity(
     metric, batches = metric_and_batches(metric, batches, loss)
     if budget != 0 and isinstance(metric, BatchMetric):
         metric = WithDivergence(metric, model)
-    selected, notes = _selected(Reach(model), groups)
+    selected, notes = _selected(Reach(model), formats, groups)
     together = {name: weight for group in selected.values() for name, weight in group.items()}
     check_weights(together)
     diagonal = hessian_diagonal(LossOverData(model, together, batches, loss), probes, seed) if probes else None
@@ -255,7 +255,7 @@ def unscored(
     """
     formats = _checked_formats(formats)
     model = whole_model(model)
-    selected, notes = _selected(Reach(model), groups)
+    selected, notes = _selected(Reach(model), formats, groups)
     cells = [
         FormatScore(label, str(one), _bits(one, weights), {})
         for label, weights in selected.items()
@@ -391,12 +391,17 @@ def _shown(metric: Metric, names: Sequence[str]) -> str:
 
 
 def _selected(
-    reach: Reach, groups: Mapping[str, str | Collection[str]] | str | None
+    reach: Reach, formats: Sequence[Format], groups: Mapping[str, str | Collection[str]] | str | None
 ) -> tuple[dict[str, dict[str, nn.Parameter]], list[str]]:
     """Return the matrices of each group by their names, and sentences on what is left out."""
     found, notes = _each_linear(reach) if groups is None else _of_groups(reach, groups)
     if not found:
         raise TargetError("groups: expected at least one with a matrix, got none; name linear modules")
+    if not any(_fits(one, weights) for weights in found.values() for one in formats):
+        raise TargetError(
+            f"formats: expected one that fits a group, got {', '.join(map(str, formats))}, whose blocks divide the "
+            "rows of none; take a scale a channel, as Quantization(4, 'channel') has"
+        )
     return found, notes
 
 
@@ -456,7 +461,7 @@ def _of_groups(
 
 
 def _matrices(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    return {name: one for name, one in parameters.items() if one.ndim >= _FEWEST_DIMENSIONS}
+    return {name: one for name, one in parameters.items() if one.ndim >= _FEWEST_DIMENSIONS and one.numel()}
 
 
 class _OverData(NamedTuple):

@@ -220,6 +220,13 @@ def test_a_format_that_does_not_fit_a_part_is_left_out_there_and_said() -> None:
     assert any("narrow" in note for note in record.notes)
 
 
+def empty(inputs: int, outputs: int) -> nn.Linear:
+    """Return a layer without weights; `nn.Linear` would warn."""
+    layer = nn.Linear(1, 1)
+    layer.weight = nn.Parameter(torch.empty(outputs, inputs))
+    return layer
+
+
 @for_each(
     "formats, groups, metric, error, word",
     [
@@ -231,11 +238,13 @@ def test_a_format_that_does_not_fit_a_part_is_left_out_there_and_said() -> None:
         ([Quantization(4), Quantization(4)], None, [torch.ones(1, 2)], ValueError, "each once"),
         ([Quantization(4)], {"a": "0", "b": ["0", "1"]}, [torch.ones(1, 2)], ValueError, "'a' and 'b'"),
         ([Quantization(4)], {"a": "0.bias"}, [torch.ones(1, 2)], ValueError, "matrix"),
+        ([Quantization(4)], {"a": "2"}, [torch.ones(1, 2)], ValueError, "matrix"),
+        ([Quantization(4, 32), FloatQuantization("mxfp4")], None, [torch.ones(1, 2)], ValueError, "fits a group"),
         ([Quantization(4)], {"a": "0"}, lambda model: {"accuracy": 1.0}, ValueError, "batches"),
     ],
 )
 def test_what_is_refused(formats, groups, metric, error, word) -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1), empty(1, 0))
     with pytest.raises(error, match=word):
         sensitivity(model, metric, formats, groups, loss=lambda m, x: m(x).sum(), progress=False)
 
@@ -302,6 +311,16 @@ def test_what_there_is_to_score_is_known_before_anything_is_run() -> None:
         assert not any(one.scores or one.measured for one in found.cells)
         measured = sensitivity(model, batches, formats, groups, **loss, progress=False)
         assert all(one.measured for one in measured.cells), "what can be rounded can be measured"
+
+
+@for_each("groups", [None, {"all": "all"}, "kinds", "modules"])
+def test_a_matrix_without_entries_is_no_part_and_changes_no_score(groups) -> None:
+    plain = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    beside = nn.Sequential(*plain, empty(0, 2), empty(2, 0))
+    options = {"loss": lambda m, x: (m[1](m[0](x)) ** 2).mean(), "progress": False}
+    found, expected = (sensitivity(m, [torch.ones(2, 4)], FORMATS[:2], groups, **options) for m in (beside, plain))
+    assert found.cells == expected.cells
+    assert found.groups == expected.groups
 
 
 def test_formats_may_be_any_iterable_of_them() -> None:
