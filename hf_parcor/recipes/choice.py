@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from decimal import ROUND_CEILING, Decimal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_parcor.arguments import check_finite, check_positive
@@ -417,16 +420,36 @@ class _Problem:
                 for one in refused
             ),
         ]
-        result = optimize.milp(
-            _LARGEST * aims[possible] / (aims[possible].max() or 1.0),
-            integrality=np.ones(len(possible)),
-            bounds=optimize.Bounds(0, 1),
-            constraints=rows,
-            options={"mip_rel_gap": 0.0},
-        )
+        with _unheard():
+            result = optimize.milp(
+                _LARGEST * aims[possible] / (aims[possible].max() or 1.0),
+                integrality=np.ones(len(possible)),
+                bounds=optimize.Bounds(0, 1),
+                constraints=rows,
+                options={"mip_rel_gap": 0.0},
+            )
         if result.x is None:
             raise RuntimeError(f"milp: expected a solution, got none: {result.message}")
         return [int(one) for one in possible[result.x > 0.5]]
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Lose what compiled code prints: HiGHS at times has a line for the standard output, which may be for JSON."""
+    try:
+        printed, kept = ctypes.CDLL(None), os.dup(1)
+    except (OSError, TypeError):  # there is no such output, or, on Windows, no such library
+        yield
+        return
+    try:
+        printed.fflush(None)
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        printed.fflush(None)  # what is printed is in a buffer of C's own
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _at_most(limit: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import re
@@ -115,6 +116,17 @@ def test_a_small_loss_beside_a_large_one_is_kept_without_trying_every_choice(mon
     scores = scores_of([[(4.0, 1e9)], *[[(4.0, 0.005)]] * 6], [100] * 7)
     assert [one.format for one in recipe(scores, loss=0.011).choice.values()].count("eight") == 2
     assert len(solved) <= 4
+
+
+def test_what_the_solver_prints_is_not_in_the_output_of_a_program(monkeypatch, capfd) -> None:
+    """HiGHS prints a line of its own where it corrects a solution, as of recipes for two hundred parts."""
+    libc, milp = ctypes.CDLL(None), scipy.optimize.milp
+    monkeypatch.setattr(scipy.optimize, "milp", lambda *given, **more: (libc.puts(b"solver"), milp(*given, **more))[1])
+    libc.puts(b"before")
+    recipe(scores_of([[(8.0, 0.1), (4.0, 0.2)]] * 2, [100, 300]), bits=5.0)
+    libc.puts(b"after")
+    libc.fflush(None)
+    assert capfd.readouterr().out == "before\nafter\n"
 
 
 TABLE = [[(8.0, 0.1), (5.0, 0.2), (4.0, 0.9)], [(8.0, 0.0), (5.0, math.nan), (4.0, 0.3)]]
