@@ -17,6 +17,19 @@ from statistics import fmean, mean, stdev
 from types import ModuleType
 
 
+def exact_sum(values: Sequence[float]) -> float:
+    """Return the sum, rounded once; where `math.fsum` refuses it, beyond the largest float or ∞ − ∞, as Python adds.
+
+    Examples:
+        >>> exact_sum([0.1] * 10), exact_sum([1e308, 1e308]), exact_sum([math.inf, -math.inf])
+        (1.0, inf, nan)
+    """
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return sum(values)
+
+
 def sample_mean(values: Sequence[float]) -> float:
     """Return the mean, also of runs that broke: NaN without values, beside NaN, and where ∞ and −∞ meet.
 

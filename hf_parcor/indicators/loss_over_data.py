@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -13,6 +12,7 @@ from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, corrup
 from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.injection import Pieces, check_weights, forget_derived
 from hf_parcor.model_state import evaluation_mode
+from hf_parcor.statistics import exact_sum
 
 
 class LossOverData:
@@ -113,4 +113,4 @@ class LossOverData:
                 loss = self.gradients.loss_on(batch)
                 self._precision = torch.finfo(loss.dtype).eps
                 parts.append(share * float(loss))
-        return math.fsum(parts)
+        return exact_sum(parts)

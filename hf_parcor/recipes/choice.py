@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hf_parcor.arguments import check_finite, check_positive
 from hf_parcor.records.recipe import Choice, RecipeRecord
 from hf_parcor.records.sensitivity import DIVERGENCE, FormatScore, SensitivityRecord
-from hf_parcor.statistics import scipy_module
+from hf_parcor.statistics import exact_sum, scipy_module
 
 if TYPE_CHECKING:
     import numpy as np
@@ -479,9 +479,7 @@ def _record(
     sums = {}
     for name in dict.fromkeys([by, *measured_metrics(scores)]):
         costs = scores.costs(name)
-        of_cells = [costs[cell.group, cell.format] for cell in cells]
-        # A uniform recipe may add up infinities of both signs, which fsum refuses.
-        sums[name] = math.fsum(of_cells) if all(map(math.isfinite, of_cells)) else sum(of_cells)
+        sums[name] = exact_sum([costs[cell.group, cell.format] for cell in cells])
     reference = by if by in scores.clean else scores.metric
     record = RecipeRecord(
         model=scores.model,

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord
+from hf_parcor.statistics import exact_sum
 
 _LETTERS = {"ε": "epsilon ", "σ": "sigma ", "∞": "inf"}
 _PHRASES = {  # of settings; others are "name = value"
@@ -172,7 +173,7 @@ def area_under_curve(epsilons: Sequence[float], values: Sequence[float], *, clea
         (right / largest - left / largest) * (before / 2 + after / 2)
         for (left, before), (right, after) in pairwise(points)
     ]
-    return math.fsum(parts) if all(map(math.isfinite, parts)) else sum(parts)  # fsum raises where ∞ and −∞ meet
+    return exact_sum(parts)
 
 
 def epsilon_at_half(

@@ -17,6 +17,7 @@ from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.plots import Line, Panel, Point, short_names
 from hf_parcor.reports.tables import Table
 from hf_parcor.reports.verdict import Finding, rows_counted
+from hf_parcor.statistics import exact_sum
 
 RECIPE = "recipe"
 """The row of a measured record that is the recipe itself."""
@@ -143,7 +144,7 @@ class _Told:
         cells = [self.scores.by_place.get((group, self.recipe.base or "")) for group in self.recipe.groups]
         drops = [None if cell is None else self.scores.drop(cell, self.metric) for cell in cells]
         known = [drop for drop in drops if drop is not None]
-        return math.fsum(known) if known and len(known) == len(drops) else None
+        return exact_sum(known) if known and len(known) == len(drops) else None
 
 
 def _answer(told: _Told) -> str:
