@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -45,8 +45,10 @@ def undo_at_end(block: ExitStack, undo: Callable[..., object], *arguments: Any) 
 def _end(
     begun: list[Callable[[], object]], entry: Callable[[], object], kind: type[BaseException] | None, *_: object
 ) -> None:
-    place = next((place for place in reversed(range(len(begun))) if begun[place] is entry), None)
-    if place is None:
+    for place in reversed(range(len(begun))):
+        if begun[place] is entry:
+            break
+    else:
         return  # `undoing_left` has undone it, and others may have begun since
     if kind is None or issubclass(kind, GeneratorExit):  # the latter at any time: a block is thrown away
         entry()
@@ -72,7 +74,7 @@ def undoing_left() -> Iterator[None]:
         >>> trainer = SimpleNamespace(compute_loss=lambda: 1.0)
         >>> try:
         ...     with undoing_left():
-        ...         override(ExitStack(), trainer, "compute_loss", lambda: 0.5)
+        ...         override(ExitStack(), trainer, compute_loss=lambda: 0.5)
         ...         raise KeyboardInterrupt
         ... except KeyboardInterrupt:
         ...     trainer.compute_loss()
@@ -88,18 +90,22 @@ def undoing_left() -> Iterator[None]:
         raise
 
 
-def override(block: ExitStack, instance: object, name: str, value: Any) -> None:
-    """Replace an attribute of an object until a block ends; a method too, even where a subclass overrides it."""
+def override(block: ExitStack, instance: object, **replacing: Any) -> None:
+    """Replace attributes of an object until a block ends; methods too, even where a subclass overrides them."""
     attributes = vars(instance)
-    if name in attributes:
-        undo_at_end(block, attributes.__setitem__, name, attributes[name])
-    else:
-        undo_at_end(block, attributes.pop, name, None)
-    attributes[name] = value
+    kept = {name: attributes[name] for name in replacing if name in attributes}
+    undo_at_end(block, _put_back, attributes, kept, replacing.keys() - kept.keys())
+    attributes.update(replacing)
+
+
+def _put_back(attributes: dict[str, Any], kept: dict[str, Any], absent: Iterable[str]) -> None:
+    attributes.update(kept)
+    for name in absent:
+        attributes.pop(name, None)
 
 
 @contextmanager
-def overriding(instance: object, **attributes: Any) -> Iterator[None]:
+def overriding(instance: object, **replacing: Any) -> Iterator[None]:
     """Replace attributes of an object inside a block, as `override` does.
 
     Examples:
@@ -112,8 +118,7 @@ def overriding(instance: object, **attributes: Any) -> Iterator[None]:
         1.0
     """
     with ExitStack() as block:
-        for name, value in attributes.items():
-            override(block, instance, name, value)
+        override(block, instance, **replacing)
         yield
 
 
@@ -139,9 +144,7 @@ def counters_kept(trainer: object) -> Iterator[None]:
     copies = {name: _copy_of_counter(value, seen) for name, value in attributes.items() if name not in _DATA}
     with ExitStack() as block:
         undo_at_end(block, _forget_counters_beyond, attributes, set(attributes))
-        for name, kept in copies.items():
-            if kept is not _NO_COUNTER:
-                override(block, trainer, name, kept)
+        override(block, trainer, **{name: kept for name, kept in copies.items() if kept is not _NO_COUNTER})
         yield
 
 

@@ -52,7 +52,7 @@ def before_calls(hooks: ExitStack, module: nn.Module, begin: Callable[[nn.Module
         begin(module, args)
         return compiled(*args, **kwargs)
 
-    override(hooks, module, "_compiled_call_impl", called)
+    override(hooks, module, _compiled_call_impl=called)
 
 
 def hook_after(block: ExitStack, module: nn.Module, function: Callable[[nn.Module, Any, Any], None]) -> None:

@@ -388,7 +388,7 @@ def _substitute_forward(stack: ExitStack, module: nn.Module, substitute: Substit
         calls += 1
         return substitute(module, calls - 1, lambda: forward(*args, **kwargs))
 
-    override(stack, module, name, substituted)
+    override(stack, module, **{name: substituted})
 
 
 def _has_reentrant_checkpoints(ends: Iterable[Tensor]) -> bool:

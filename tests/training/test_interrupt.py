@@ -80,15 +80,15 @@ def test_what_a_block_did_and_could_not_undo():
     """As where an interrupt comes just where the block ends; what another one has undone itself is left alone."""
     layer = torch.nn.Linear(2, 2)
     theirs = contextlib.ExitStack()
-    override(theirs, layer, "__repr__", lambda: "begun before")
+    override(theirs, layer, __repr__=lambda: "begun before")
 
     def interrupted():
         with contextlib.ExitStack() as ended:
-            override(ended, layer, "extra_repr", lambda: "ours")
+            override(ended, layer, extra_repr=lambda: "ours")
         assert "extra_repr" not in vars(layer)
         layer.extra_repr = lambda: "theirs"
         for wrapper in ("first", "second"):
-            override(contextlib.ExitStack(), layer, "forward", lambda wrapper=wrapper: wrapper)
+            override(contextlib.ExitStack(), layer, forward=lambda wrapper=wrapper: wrapper)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), undoing_left():
