@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_parcor.arguments import check_count, check_radius, check_real
+from hf_parcor.arguments import check_count, check_not_negative, check_real
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.corruptions.corruption import Corruption, named_pieces
 from hf_parcor.defenses.step import DefendedStep
@@ -47,7 +47,7 @@ class Defense(ABC):
     )
 
     def __post_init__(self) -> None:
-        check_radius("start_epoch", self.start_epoch)
+        check_not_negative("start_epoch", self.start_epoch, "pass 0 to defend from the first step")
         check_count("interval", self.interval)
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_parcor.arguments import check_norm_order, check_radius
+from hf_parcor.arguments import check_norm_order, check_not_negative
 from hf_parcor.defenses.defense import Defense
 from hf_parcor.defenses.second_derivative import (
     TriedModel,
@@ -54,7 +54,7 @@ class GradientPenalty(Defense):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_norm_order(self.p)
-        check_radius("weight", self.weight)
+        check_not_negative("weight", self.weight, "pass 0 for no penalty")
 
     @property
     def passes(self) -> int:
