@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_parcor.cli.parsing import (
     NORM,
+    OF_SUBJECT,
     STRENGTH_ELSEWHERE,
     Command,
     Parser,
@@ -41,6 +42,7 @@ class Evaluate(Command):
         "      --corruptions gradient=0.1,0.2 quantization=4"
     )
 
+    spellings = OF_SUBJECT
     other_names = STRENGTH_ELSEWHERE
 
     def add_arguments(self, parser: Parser) -> None:

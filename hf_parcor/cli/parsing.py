@@ -391,6 +391,12 @@ _TOLD = (
 )
 
 
+# For Command.spellings of those that have these flags.
+OF_SUBJECT: Mapping[str, str] = MappingProxyType(
+    {"source_language": "--source-lang", "target_language": "--target-lang"}
+)
+
+
 def add_subject(parser: Parser) -> None:
     """Add what says which model is measured, on which data."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model on the Hub, or a local folder")

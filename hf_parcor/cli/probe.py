@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_parcor.cli.evaluate import asked_for, measure
 from hf_parcor.cli.parsing import (
+    OF_SUBJECT,
     STRENGTH_ELSEWHERE,
     TRIALS,
     Command,
@@ -45,6 +46,7 @@ class Probe(Command):
 
     spellings: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
+            **OF_SUBJECT,
             **{f"by_{one.removesuffix('s')}": f"--group {one}" for one in GROUPS},
             **{"bits": "--recipe", "by": "--choose-by", "formats": "--corruptions", "budget": "--cells"},
         }

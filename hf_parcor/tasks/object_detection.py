@@ -42,6 +42,7 @@ class ObjectDetection(Task):
         "label": Role((*(f"{_OBJECTS}.{name}" for name in _CLASSES), _OBJECTS, *_CLASSES)),
     }
     metrics = ("map", "map_50", "map_75", "mar_100", "loss")
+    takes = frozenset({"box_format"})
 
     def load_processor(self, name: str, **settings: Any) -> Any:
         """Return the model's image processor."""

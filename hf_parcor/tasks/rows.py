@@ -104,6 +104,33 @@ class Rows:
             )
         return values
 
+    def texts(self, name: str) -> list[str]:
+        """Return all values of a column as texts.
+
+        Raises:
+            InputError: A row lacks it, or has something else.
+        """
+        return [self.text(value, name, row) for row, value in enumerate(self.column(name), start=1)]
+
+    def text(self, value: Any, column: str, row: int) -> str:
+        """Return a text; of a number as it is written, since tables make numbers of what looks like one.
+
+        Args:
+            value: Of a row, or one of several there.
+            column: Its column, for the message.
+            row: Its row, from 1 on.
+
+        Raises:
+            InputError: It is something else, which Python would write in its own way.
+        """
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value  # no NaN
+        if not isinstance(value, str) and not is_number:
+            raise InputError(
+                f"{self.source}: expected a text in column {column!r}, got {type(value).__name__} in row {row}; name "
+                "another column, or mend the data"
+            )
+        return str(value)
+
     def image(self, column: str, index: int) -> Any:
         """Return an image of a row in RGB, as `PIL.Image`; it is opened when it is needed.
 

@@ -12,7 +12,7 @@ from hf_parcor.evaluation import BatchMetric, GenerationMetric, SacrebleuScore
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.languages import set_languages
 from hf_parcor.tasks.rows import Rows
-from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task, library_score
+from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task, check_tokens, library_score
 
 _MAX_LENGTH = 512
 _OF_SACREBLEU = ("bleu", "chrf", "ter")
@@ -24,15 +24,18 @@ class SequenceToSequence(Task):
     heads: ClassVar[tuple[str, ...]] = ("ForConditionalGeneration", "ForSeq2SeqLM")
     auto_class = "AutoModelForSeq2SeqLM"
     metrics = _OF_SACREBLEU
+    takes = frozenset({"max_length", "prefix", "source_language", "target_language"})
 
-    def _set_languages(self, processed: Processed) -> None:
+    def prepare(self, processed: Processed) -> None:
+        """Set the languages that are asked for."""
+        super().prepare(processed)
         encoding = processed.encoding
         set_languages(processed.model, processed.processor, encoding.source_language, encoding.target_language)
 
     def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
         """Return the tokens of each source, with those of its target as labels."""
-        sources = [processed.encoding.prefix + str(text) for text in rows.column(columns["source"])]
-        targets = [str(text) for text in rows.column(columns["target"])]
+        sources = [processed.encoding.prefix + text for text in rows.texts(columns["source"])]
+        targets = rows.texts(columns["target"])
         tokenizer = processed.processor
         encoded = {
             **tokenizer(sources, truncation=True, max_length=processed.length(_MAX_LENGTH)),
@@ -40,6 +43,7 @@ class SequenceToSequence(Task):
                 text_target=targets, truncation=True, max_length=processed.length(_MAX_LENGTH, decoder=True)
             )["input_ids"],
         }
+        check_tokens(rows, columns["source"], encoded["input_ids"])
         return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
     def collator(self, processed: Processed) -> Collator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -156,7 +156,7 @@ class Task(ABC):
         roles: What columns are for, by role.
         metrics: The names of the metrics that it knows itself, the usual one first.
         pads: Whether its batches are padded with a token of the tokenizer.
-        has_windows: Whether its texts are one running text, which windows slide over.
+        takes: The fields of `Encoding` that it reads; others are refused.
     """
 
     name: ClassVar[str]
@@ -165,7 +165,7 @@ class Task(ABC):
     roles: ClassVar[Mapping[str, Role]]
     metrics: ClassVar[tuple[str, ...]]
     pads: ClassVar[bool] = True
-    has_windows: ClassVar[bool] = False
+    takes: ClassVar[frozenset[str]] = frozenset()
 
     def has_head(self, architectures: Sequence[str]) -> bool:
         """Return whether a model of these architectures has the task's head."""
@@ -194,7 +194,12 @@ class Task(ABC):
                 f"{rows.source}: expected a column with the {missing[0]} for {self.name}, got the columns "
                 f"{', '.join(rows.columns)}; name it with --column {missing[0]}=NAME"
             )
-        return {role: column for role, column in found.items() if column is not None}
+        given_columns = set(given.values())  # no second text that is the text, where somebody says which that is
+        return {
+            role: column
+            for role, column in found.items()
+            if column is not None and (role in given or self.roles[role].required or column not in given_columns)
+        }
 
     def load_model(self, name: str, **settings: Any) -> Any:
         """Return a model for this task.
@@ -231,25 +236,16 @@ class Task(ABC):
         """Set model and tokenizer to what is asked for, before texts are encoded.
 
         Raises:
-            InputError: Languages or windows are named that the task does not have, or languages are missing where the
-                model has many.
+            InputError: Something is asked for that the task has no use for, or languages are missing where the model
+                has many.
         """
-        encoding = processed.encoding
-        if not self.has_windows and (encoding.stride is not None or encoding.between_rows is not None):
-            raise InputError(
-                f"stride: expected none for {self.name}, whose rows stand by themselves, got one; leave out --stride "
-                "and --between-rows"
-            )
-        self._set_languages(processed)
-
-    def _set_languages(self, processed: Processed) -> None:
-        """Set the languages that are asked for; by default a task has none."""
-        encoding = processed.encoding
-        if encoding.source_language is not None or encoding.target_language is not None:
-            raise InputError(
-                f"languages: expected none for {self.name}, got "
-                f"{encoding.source_language or encoding.target_language!r}; leave out --source-lang and --target-lang"
-            )
+        for entry in fields(Encoding):
+            asked = getattr(processed.encoding, entry.name)
+            if asked != entry.default and entry.name not in self.takes:
+                raise InputError(
+                    f"{entry.name}: expected none for {self.name}, which has no use for it, got {asked!r}; leave "
+                    "it out"
+                )
 
     def head_settings(self, parts: Sequence[tuple[Rows, Mapping[str, str]]]) -> dict[str, Any]:
         """Return what a model that is to be trained has to know of its head; by default nothing.
@@ -292,10 +288,10 @@ class Task(ABC):
 
     def batches(self, examples: Sequence[Example], processed: Processed, size: int) -> DataLoader[Any]:
         """Return batches; texts of like length share one, for less padding."""
-        order: Sequence[int] = range(len(examples))
+        ordered: Any = examples
         if "input_ids" in examples[0]:
-            order = sorted(order, key=lambda index: len(examples[index]["input_ids"]))
-        ordered: Any = _InOrder(examples, order)
+            order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
+            ordered = _InOrder(examples, order)
         return DataLoader(ordered, batch_size=size, collate_fn=self.collator(processed))
 
 
@@ -309,6 +305,20 @@ class _InOrder:
 
     def __getitem__(self, index: int) -> Example:
         return self.examples[self.order[index]]
+
+
+def check_tokens(rows: Rows, column: str, encoded: Sequence[Sequence[int]]) -> None:
+    """Refuse texts without a token: there is nothing to compute on but the padding of their batch.
+
+    Raises:
+        InputError: There is one.
+    """
+    for row, tokens in enumerate(encoded, start=1):
+        if not tokens:
+            raise InputError(
+                f"{rows.source}: expected a token or more in each text of column {column!r}, got none in row {row}; "
+                "leave such rows out"
+            )
 
 
 def library_score(name: str, known: Sequence[str]) -> Score:

@@ -9,7 +9,7 @@ from transformers import DataCollatorWithPadding
 
 from hf_parcor.tasks.classification import Classification
 from hf_parcor.tasks.rows import Rows
-from hf_parcor.tasks.task import Collator, Example, Processed, Role
+from hf_parcor.tasks.task import Collator, Example, Processed, Role, check_tokens
 
 _MAX_LENGTH = 128
 
@@ -20,6 +20,7 @@ class TextClassification(Classification):
     name = "text-classification"
     heads = ("ForSequenceClassification",)
     auto_class = "AutoModelForSequenceClassification"
+    takes = frozenset({"max_length", "prefix"})
     roles: ClassVar[Mapping[str, Role]] = {
         "text": Role(("sentence", "text", "sentence1", "premise", "question1", "question", "review", "content")),
         "second_text": Role(("sentence2", "hypothesis", "question2", "answer", "text_pair"), required=False),
@@ -29,11 +30,12 @@ class TextClassification(Classification):
     def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
         """Return tokens and label of each row."""
         labels = self._labels(rows, columns, processed)
-        texts = [processed.encoding.prefix + str(text) for text in rows.column(columns["text"])]
+        texts = [processed.encoding.prefix + text for text in rows.texts(columns["text"])]
         pairs = [texts]
         if "second_text" in columns:
-            pairs.append([str(text) for text in rows.column(columns["second_text"])])
+            pairs.append(rows.texts(columns["second_text"]))
         encoded = processed.processor(*pairs, truncation=True, max_length=processed.length(_MAX_LENGTH))
+        check_tokens(rows, columns["text"], encoded["input_ids"])
         names = list(encoded)
         return [
             {**dict(zip(names, values, strict=True)), "labels": label}

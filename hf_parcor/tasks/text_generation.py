@@ -31,12 +31,12 @@ class TextGeneration(Task):
     auto_class = "AutoModelForCausalLM"
     roles: ClassVar[Mapping[str, Role]] = {"text": Role(("text", "sentence", "content", "document"))}
     pads = False
-    has_windows = True
+    takes = frozenset({"max_length", "prefix", "stride", "between_rows"})
     metrics = ("perplexity", "loss", "accuracy")
 
     def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
         """Return windows over the joined text."""
-        texts = [processed.encoding.prefix + str(text) for text in rows.column(columns["text"])]
+        texts = [processed.encoding.prefix + text for text in rows.texts(columns["text"])]
         tokens = self._tokens(texts, processed)
         length, stride = processed.length(_MAX_LENGTH), processed.encoding.stride
         if stride is not None and stride > length:

@@ -14,7 +14,7 @@ from hf_parcor.evaluation import BatchMetric, EntityScore, PredictionMetric
 from hf_parcor.evaluation.metrics.scores import check_tags
 from hf_parcor.tasks.classification import Classification
 from hf_parcor.tasks.rows import Rows
-from hf_parcor.tasks.task import Collator, Example, Processed, Role
+from hf_parcor.tasks.task import Collator, Example, Processed, Role, check_tokens
 
 _MAX_LENGTH = 256
 
@@ -25,6 +25,7 @@ class TokenClassification(Classification):
     name = "token-classification"
     heads = ("ForTokenClassification",)
     auto_class = "AutoModelForTokenClassification"
+    takes = frozenset({"max_length"})
     metrics = ("accuracy", *EntityScore.names, "loss")
     roles: ClassVar[Mapping[str, Role]] = {
         "words": Role(("tokens", "words", "form")),
@@ -42,8 +43,12 @@ class TokenClassification(Classification):
                     f"{of_words!r} and {of_labels!r} in row {row}; name other columns, or convert the data to JSON"
                 )
         encoded = processed.processor(
-            words, is_split_into_words=True, truncation=True, max_length=processed.length(_MAX_LENGTH)
+            [[rows.text(word, columns["words"], row) for word in of_row] for row, of_row in enumerate(words, start=1)],
+            is_split_into_words=True,
+            truncation=True,
+            max_length=processed.length(_MAX_LENGTH),
         )
+        check_tokens(rows, columns["words"], encoded["input_ids"])
         return [
             {
                 **{name: values[index] for name, values in encoded.items()},

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 
 from hf_parcor.errors import InputError
 from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, load_rows
-from hf_parcor.tasks.object_detection import detection_metric
 
 pytest.importorskip("PIL")
 TASK = TASKS["object-detection"]
@@ -91,8 +90,11 @@ def test_an_image_without_boxes(folder):
 
 def test_data_without_any_box_are_not_measured_on(folder):
     examples = examples_of(rows_of(folder, {"objects": {"bbox": [], "category": []}}))
-    with pytest.raises(InputError, match="a box on one image at least, got none on 1"):
-        detection_metric(None, DataLoader(examples))
+    processed = Processed(SimpleNamespace(forward=lambda pixel_values: None), None)
+    of_task = TASK.batches(examples, processed, 1)
+    for batches in (DataLoader(examples), of_task):
+        with pytest.raises(InputError, match="a box on one image at least, got none on 1"):
+            TASK.metric("map", processed, batches)
 
 
 def test_a_class_that_never_occurs_is_learned_where_the_data_name_it(folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -210,14 +210,69 @@ def test_what_begins_a_text_does_not_begin_every_row(tmp_path_factory, between, 
     assert found == [word if word in WORDS else "[UNK]" for word in text.split()]
 
 
-@for_each(("name", "encoding"), [(name, one) for name in TASKS for one in ({"stride": 4}, {"between_rows": "\n"})])
-def test_windows_of_a_task_without(name, encoding):
-    processed = Processed(None, None, Encoding(**encoding))
-    if TASKS[name].has_windows:
-        TASKS[name].prepare(processed)
-    else:
-        with pytest.raises(InputError, match="stride: expected none"):
-            TASKS[name].prepare(processed)
+ASKED = {
+    **{"max_length": 4, "prefix": "a ", "source_language": "de", "target_language": "en", "box_format": "voc"},
+    **{"stride": 4, "between_rows": "\n"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_what_a_task_does_not_read_is_refused(name, tmp_path):
+    """Nothing that is asked for does nothing."""
+    read = set()
+
+    class Watched(Encoding):
+        def __getattribute__(self, field):
+            read.update({field} & set(ASKED))
+            return super().__getattribute__(field)
+
+    task, (save, write, file) = TASKS[name], SAVED[name]
+    rows, folder = load_rows(write(tmp_path / file)), save(tmp_path / "model")
+    columns = task.find_columns(rows, {})
+    processed = Processed(task.load_model(folder), task.load_processor(folder), Watched())
+    examples = task.examples(rows, columns, processed)
+    task.metric(task.metrics[0], processed, task.batches(examples, processed, 2))
+    if name in ("summarization", "translation"):
+        read |= {"source_language", "target_language"}  # which tokenizer and model are told, see TestLanguages
+    assert set(ASKED) == {field.name for field in fields(Encoding)}
+    for field in set(ASKED) - read:
+        with pytest.raises(InputError, match=f"{field}: expected none for {name}, .*got"):
+            task.prepare(replace(processed, encoding=Encoding(**{field: ASKED[field]})))
+    for field in read - {"source_language", "target_language"}:
+        task.prepare(replace(processed, encoding=Encoding(**{field: ASKED[field]})))
+
+
+NO_TEXT = [["a", "b"], {"de": "a"}, True, math.nan]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if "image" not in task.roles])
+def test_what_is_no_text_or_has_no_token(name, tmp_path):
+    """Lists are not measured as Python writes them, and no model gets a row without tokens, or padding alone."""
+    task, (save, write, file) = TASKS[name], SAVED[name]
+    rows, folder = load_rows(write(tmp_path / file)), save(tmp_path / "model")
+    columns = task.find_columns(rows, {})
+    processed = Processed(task.load_model(folder), task.load_processor(folder))
+
+    def with_second(role, value):
+        column, (first, second, *rest) = columns[role], rows.entries
+        value = [value, *second[column][1:]] if role == "words" else value
+        return replace(rows, entries=[first, {**second, column: value}, *rest])
+
+    for role in set(columns) - {"label"}:
+        for value in NO_TEXT:
+            with pytest.raises(InputError, match=rf"{columns[role]!r}.*got \w+ in row 2; name"):
+                task.examples(with_second(role, value), columns, processed)
+        as_number, as_text = (task.examples(with_second(role, value), columns, processed) for value in (7, "7"))
+        assert as_number == as_text
+    if name != "text-generation":  # whose rows are one text
+        role = next(iter(columns))
+        empty = with_second(role, "")
+        if role == "words":
+            empty.entries[1].update({columns[role]: [], columns["label"]: []})
+        with pytest.raises(InputError, match=rf"a token .*{columns[role]!r}.*got none in row 2; leave"):
+            task.examples(empty, columns, processed)
 
 
 def test_images_whose_files_are_named_by_numbers(tmp_path):
@@ -248,6 +303,18 @@ class TestColumns:
                 {"text": "premise", "second_text": "hypothesis", "label": "label"},
             ),
             ("text-classification", ("a", "sentence", "label"), {"text": "a"}, {"text": "a", "label": "label"}),
+            (
+                "text-classification",
+                ("context", "answer", "label"),
+                {"text": "answer"},
+                {"text": "answer", "label": "label"},
+            ),
+            (
+                "object-detection",
+                ("image", "objects"),
+                {"boxes": "objects"},
+                {"image": "image", "boxes": "objects", "label": "objects"},
+            ),
             ("translation", ("translation.de", "translation.en", "id"), {}, {"source": 0, "target": 1}),
             ("translation", ("de", "en"), {"source": "en", "target": "de"}, {"source": "en", "target": "de"}),
             ("translation", ("target", "source"), {}, {"source": "source", "target": "target"}),
@@ -415,11 +482,6 @@ class TestLanguages:
         (example,) = task.examples(rows, task.find_columns(rows, {}), named)
         texts = [bare.processor.convert_ids_to_tokens(example[side]) for side in ("input_ids", "labels")]
         assert [text[0] for text in texts] == ["de_DE", "en_XX"]
-
-    @for_each("name", [name for name in TASKS if name not in ("translation", "summarization")])
-    def test_of_tasks_that_have_none(self, name):
-        with pytest.raises(InputError, match=f"expected none for {name}, got 'de'"):
-            TASKS[name].prepare(Processed(None, None, Encoding(None, "", None, "de")))
 
 
 class TestFirstTokens:
