@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _ADAPTER = "adapter_config.json"
 _CONFIGURATIONS = ("config.json", _ADAPTER)
 _MODEL, _DATASET = "model", "dataset"
-_CALLED = {_MODEL: "model", _DATASET: "--dataset"}
+_CALLED = {_MODEL: "model", _DATASET: "--dataset", "train_dataset": "--train-dataset"}
 
 
 def check_sources(arguments: argparse.Namespace) -> None:
@@ -38,17 +38,22 @@ def check_sources(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: There is no such model, or there are no such data.
     """
-    for name, called in _CALLED.items():
+    for name in (_MODEL, _DATASET):
         if not getattr(arguments, name):
-            raise InputError(f"{called}: expected one, got none; name a local one, or one on the Hub")
+            raise InputError(f"{_CALLED[name]}: expected one, got none; name a local one, or one on the Hub")
     pairs(arguments.column or [], "--column")
     _check_windows(arguments)
     _check_lm_eval(arguments)
     _check_loading(arguments)
     _check_model(arguments.model, arguments.revision)
-    for source in (arguments.dataset, getattr(arguments, "train_dataset", None)):
-        if source is not None:
-            _check_data(source)
+    sources = {name: source for name in (_DATASET, "train_dataset") if (source := getattr(arguments, name, None))}
+    for name, source in sources.items():
+        _check_data(source, _CALLED[name])
+    if arguments.dataset_config is not None and all(map(_is_file, sources.values())):
+        raise InputError(
+            "--dataset-config: expected a data set on the Hub, or a folder, with it, got "
+            f"{arguments.dataset_config!r} beside --dataset {arguments.dataset}; leave it out: a file has none"
+        )
 
 
 def read_data(arguments: argparse.Namespace) -> tuple[Rows, dict[str, str]]:
@@ -138,7 +143,7 @@ def _check_loading(arguments: argparse.Namespace) -> None:
 def _check_model(name: str, revision: str) -> None:
     folder = Path(name)
     if not folder.exists():
-        _check_on_hub(_MODEL, name, revision)
+        _check_on_hub(_MODEL, name, revision, _CALLED[_MODEL])
         return
     if not any((folder / file).is_file() for file in _CONFIGURATIONS):
         raise InputError(
@@ -154,23 +159,30 @@ def _check_model(name: str, revision: str) -> None:
             _check_model(belongs_to, found.get("revision") or "main")
 
 
-def _check_data(source: str) -> None:
+def _check_data(source: str, called: str) -> None:
     from hf_parcor.tasks import data_suffix, is_image_pack
 
     if Path(source).exists() or is_image_pack(source):  # which may be a pattern
         return
     if data_suffix(source):
-        raise InputError(f"--dataset: expected a file, found none at {source}; check its name")
-    _check_on_hub(_DATASET, source, None)
+        raise InputError(f"{called}: expected a file, found none at {source}; check its name")
+    _check_on_hub(_DATASET, source, None, called)
 
 
-def _check_on_hub(kind: str, name: str, revision: str | None) -> None:
+def _is_file(source: str) -> bool:
+    from hf_parcor.tasks import is_image_pack
+
+    return Path(source).is_file() or is_image_pack(source)
+
+
+def _check_on_hub(kind: str, name: str, revision: str | None, called: str) -> None:
     """Refuse what is neither on the Hub nor was downloaded before.
 
     Args:
         kind: Of repository: model, or dataset.
         name: What may be the name of one.
         revision: Branch, tag or commit; None for the main branch.
+        called: What messages call it.
 
     Raises:
         InputError: It is no name, or there is no such thing, or it cannot be reached.
@@ -196,7 +208,7 @@ def _check_on_hub(kind: str, name: str, revision: str | None) -> None:
             return
     local = "folder" if kind == _MODEL else "folder or file"
     raise InputError(
-        f"{_CALLED[kind]}: expected a local {local} or a name on the Hub, got {name!r} ({one_line(found)}); check "
+        f"{called}: expected a local {local} or a name on the Hub, got {name!r} ({one_line(found)}); check "
         "name, revision and network"
     ) from found
 

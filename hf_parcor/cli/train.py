@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_parcor.arguments import check_count, check_not_negative, check_positive
-from hf_parcor.cli.parsing import TRIALS, Command, Parser, add_subject, at_least, corruption, share
+from hf_parcor.cli.parsing import OF_SUBJECT, TRIALS, Command, Parser, add_subject, at_least, corruption, share
 from hf_parcor.cli.sources import check_sources, read_data, rows_of
 from hf_parcor.cli.terminal import ROBUSTNESS, check_output_folder, going_on, refused, show, table_of, tell
 from hf_parcor.errors import InputError, one_line
@@ -38,12 +38,18 @@ class Train(Command):
         "      --num-train-epochs 1 --defense-epsilon 0.1"
     )
 
-    spellings: ClassVar[Mapping[str, str]] = MappingProxyType({"p": "--defense-norm"})
+    spellings: ClassVar[Mapping[str, str]] = MappingProxyType({**OF_SUBJECT, "p": "--defense-norm"})
     other_names: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
             **dict.fromkeys(
                 ("rho", "epsilon", "defense-rho", "sam-rho"), "the radius is called epsilon here: --defense-epsilon"
             ),
+            "lr": "it is --learning-rate",
+            "epochs": "it is --num-train-epochs",
+            "batch-size": "it is --per-device-train-batch-size, and --per-device-eval-batch-size where it is measured",
+            "device": "it is on the accelerator where there is one; --use-cpu true for none",
+            "json": f"the record is in {ROBUSTNESS} of --output-dir",
+            "quiet": "it is --disable-tqdm true",
             "dtype": "precision is the Trainer's: --bf16, --fp16",
             **dict.fromkeys(("device-map", "offload-folder"), "what is offloaded cannot be defended: leave it out"),
             **dict.fromkeys(("gamma", "awp-gamma"), "it is --defense-epsilon with --defense-per-tensor true"),
@@ -108,6 +114,8 @@ class Train(Command):
             check_sources(arguments)
         if not arguments.output_dir:
             raise InputError("--output-dir: expected a folder for what is trained, got none; name one")
+        if arguments.skip_corruptions and arguments.corruptions is not None:
+            raise InputError("--skip-corruptions: expected none beside --corruptions, got both; leave one of them out")
         with refused(ValueError):
             check_numbers(arguments)
         from dataclasses import fields
@@ -133,7 +141,7 @@ class Train(Command):
             processor = task.load_processor(arguments.model, **origin_of(arguments))
             processed = prepared(arguments, task, model, processor)
             examples: Any = task.examples(train_rows, columns, processed)
-            with refused(ValueError, TypeError, *failures_of_hub()):
+            with refused(ValueError, TypeError, *failures_of_hub()), _beginning():
                 trainer = ParameterDefenseTrainer(
                     model=model,
                     args=training,
@@ -166,6 +174,9 @@ _LEAST_WHOLE: Mapping[str, int] = MappingProxyType(
 )
 _NOT_NEGATIVE = ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm")
 _POSITIVE = ("num_train_epochs", "save_steps")
+_WHILE_TRAINING: Mapping[str, Any] = MappingProxyType(
+    {"eval_on_start": False, "eval_strategy": "no", "load_best_model_at_end": False}
+)
 _BELOW_1 = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 
 
@@ -191,8 +202,17 @@ def check_numbers(arguments: Any) -> None:
     if arguments.max_steps != -1 and arguments.max_steps < 1:
         got = f"got {arguments.max_steps}; leave it out to train for num_train_epochs"
         raise ValueError(f"max_steps: expected 1 or more, or -1 for no limit, {got}")
-    if arguments.eval_on_start:
-        raise ValueError("eval_on_start: expected False, since the model is measured when trained; leave it out")
+    for name, unmeasured in _WHILE_TRAINING.items():
+        if getattr(arguments, name) not in (unmeasured, None):
+            raise ValueError(
+                f"{name}: expected {unmeasured}, since the model is measured when trained, not before, got "
+                f"{getattr(arguments, name)}; leave it out"
+            )
+    if arguments.save_strategy == "best":
+        raise ValueError(
+            "save_strategy: expected steps, epoch or no, since the model is measured when trained, not before, got "
+            "best; name one of these, or leave it out"
+        )
 
 
 def _corruptions(arguments: argparse.Namespace, training: ParameterDefenseTrainingArguments) -> list[Corruption]:
@@ -298,13 +318,20 @@ def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingA
 
     begun = Begun()
     trainer.add_callback(begun)
-    try:
+    with _beginning(lambda: begun.yet):
         metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training)).metrics
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        if begun.yet or isinstance(error, InputError) or _raised_by(error) not in _ELSEWHERE:
+    save_training(trainer, metrics)
+
+
+@contextmanager
+def _beginning(begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Let what other libraries refuse before the first step be a user's mistake, of a flag of theirs."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
+        if begun() or isinstance(error, InputError) or _raised_by(error) not in _ELSEWHERE:
             raise
         raise InputError(f"training cannot begin ({one_line(error)}); check the flags of the Trainer") from error
-    save_training(trainer, metrics)
 
 
 _ELSEWHERE = ("accelerate", "torch", "transformers")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from local_models import SENTENCES, save_bert, save_gpt2, write_rows, write_texts
+from local_models import SENTENCES, save_bert, save_gpt2, write_rows, write_tags, write_texts
 
 from hf_parcor import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.cli import main
@@ -64,6 +64,7 @@ def files(tmp_path, classifier_folder, sentences):
         "TAGGER": save_bert(tmp_path / "tagger", transformers.BertForTokenClassification),
         "CAUSAL": save_gpt2(tmp_path / "causal"),
         "TEXT": write_texts(tmp_path / "text.tsv"),
+        "TAGS": write_tags(tmp_path / "tags.jsonl"),
         "UNLABELLED": unlabelled,
         "NOLABELS": no_labels,
         "ONEROW": write_rows(tmp_path / "one.tsv", ["sentence", "label"], [("good", "POSITIVE")]),
@@ -112,6 +113,9 @@ MISTAKES = [
     (f"{PROBE} --column label=stars", "sentence 'stars' label"),
     (f"{PROBE} --column lable=label", "--column: second_text 'lable' (did mean label?)"),
     (f"{PROBE} --column label", "--column: NAME=VALUE 'label'"),
+    (f"{PROBE} --dataset-config sst2", "--dataset-config: 'sst2' --dataset"),
+    (f"{TRAIN} --train-dataset DATA --dataset-config sst2", "--dataset-config: 'sst2' --dataset"),
+    (f"{TRAIN} --train-dataset nowhere.tsv", "--train-dataset: nowhere.tsv"),
     # corruptions
     (f"{PROBE} --strengths", "gradient: strength none"),
     (f"{PROBE} --strengths -0.1", "--corruptions gradient: epsilon:"),
@@ -133,7 +137,11 @@ MISTAKES = [
     (f"{PROBE} --epsilon 0.1", "--strengths"),
     (f"{PROBE} --max-length 5000", "--max-length: 16"),
     (f"{PROBE} --saved-on meta", "--saved-on: meta"),
-    (f"{PROBE} --stride 4", "--stride: text-classification --between-rows"),
+    (f"{PROBE} --stride 4", "--stride: text-classification 4 leave"),
+    (f"{PROBE} --between-rows newline", "--between-rows: text-classification leave"),
+    (f"{PROBE} --target-lang de", "--target-lang: text-classification 'de' leave"),
+    (f"{PROBE} --box-format voc", "--box-format: text-classification 'voc' leave"),
+    ("probe TAGGER --dataset TAGS --prefix x", "--prefix: token-classification 'x' leave"),
     (f"{PROBE} --task translation --between-rows newline", "--between-rows: translation text-generation"),
     (f"{PROBE} --stride 9 --max-length 8", "--stride: 8 --max-length 9"),
     ("evaluate CAUSAL --dataset TEXT --stride 17", "--stride: 16 17 --max-length"),
@@ -237,12 +245,23 @@ MISTAKES = [
     (f"{TRAIN} --max-steps 0", "--max-steps: 1 0"),
     (f"{TRAIN} --adam-beta2 1", "--adam-beta2: 1"),
     (f"{TRAIN} --eval-on-start", "--eval-on-start:"),
+    (f"{TRAIN} --eval-strategy epoch", "--eval-strategy: no epoch leave"),
+    (f"{TRAIN} --load-best-model-at-end", "--load-best-model-at-end: False True leave"),
+    (f"{TRAIN} --save-strategy best", "--save-strategy: best leave"),
+    (f"{TRAIN} --corruptions quantization=4 --skip-corruptions", "--skip-corruptions: none --corruptions"),
+    (f"{TRAIN} --batch-size 4", "--per-device-train-batch-size"),
+    (f"{TRAIN} --lr 0.1", "--learning-rate"),
+    (f"{TRAIN} --epochs 1", "--num-train-epochs"),
+    (f"{TRAIN} --device cpu", "--use-cpu"),
+    (f"{TRAIN} --json", "robustness.json"),
+    (f"{TRAIN} --quiet", "--disable-tqdm"),
     (f"{TRAIN} --accelerator-config nowhere.json", "nowhere.json"),
     # what other libraries refuse when they get ready to train
     (f"{TRAIN} --resume-from-checkpoint nowhere", "train nowhere"),
     (f"{TRAIN} --optim-args word", "train ValueError"),
     (f'{TRAIN} --lr-scheduler-type cosine --lr-scheduler-kwargs {{"cycles":1}}', "train 'cycles'"),
     (f"{TRAIN} --use-liger-kernel", "train liger-kernel"),
+    (f"{TRAIN} --report-to swanlab", "train swanlab"),
 ]
 
 
