@@ -76,7 +76,7 @@ def read_card(text: str) -> Card:
         >>> read_card("---\nlicense: mit\n---\n# Mine\n").before
         '# Mine\n'
     """
-    newline = "\r\n" if "\r\n" in text else "\r" if "\r" in text and "\n" not in text else "\n"
+    newline = "\r\n" if "\r" in text else "\n"  # the Hub does not find the end of metadata where \r stands alone
     mark = _BYTE_ORDER_MARK if text.startswith(_BYTE_ORDER_MARK) else ""
     match = REGEX_YAML_BLOCK.search(text[len(mark) :])
     if match is None:
