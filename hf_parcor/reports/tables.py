@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -60,13 +61,32 @@ def markdown_table(
     for line in (lines[0], marks, *lines[1:]):
         cells = enumerate(zip(line, widths, strict=True))
         shown.append(
-            " | ".join(cell.ljust(width) if place < texts else cell.rjust(width) for place, (cell, width) in cells)
+            " | ".join(
+                cell + _spaces(cell, width) if place < texts else _spaces(cell, width) + cell
+                for place, (cell, width) in cells
+            )
         )
     return "\n".join(f"| {line} |" for line in shown)
 
 
 def _width(column: Iterable[str], longest: int | None) -> int:
-    return max([_NARROWEST, *(len(cell) for cell in column if longest is None or len(cell) <= longest)])
+    widths = map(_places, column)
+    return max([_NARROWEST, *(width for width in widths if longest is None or width <= longest)])
+
+
+def _spaces(cell: str, width: int) -> str:
+    return " " * (width - _places(cell))
+
+
+def _places(text: str) -> int:
+    r"""Return how many places of a terminal a text takes: two a wide letter, none a mark above or below one.
+
+    Examples:
+        >>> _places("bert"), _places("模型"), _places("cafe\u0301")
+        (4, 4, 4)
+    """
+    marks = sum(unicodedata.category(letter) in ("Mn", "Me") for letter in text)
+    return len(text) - marks + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
 
 
 def search_table(record: SearchRecord) -> str:
@@ -130,7 +150,7 @@ def comparison_table(
     ]
     header = [numbers.head(metric), *records, *["change"] * (len(records) == 2)]
     wide = markdown_table(header, rows, longest=None)
-    return wide if wide.index("\n") <= _TERMINAL else markdown_table(header, rows)
+    return wide if _places(wide.partition("\n")[0]) <= _TERMINAL else markdown_table(header, rows)
 
 
 def group_table(

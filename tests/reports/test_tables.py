@@ -5,6 +5,8 @@ import math
 import re
 from dataclasses import replace
 from textwrap import dedent
+from unicodedata import category
+from unicodedata import east_asian_width as width
 
 import pytest
 from for_each import for_each
@@ -144,10 +146,24 @@ def test_what_is_not_finite():
 def test_any_text_stays_in_its_cell_and_columns_are_in_line(lines):
     table = markdown_table(lines[0], lines[1:])
     assert cells_of(table) == [[printable(cell) for cell in line] for line in lines]
-    if all(len(text_of(cell)) <= 40 for line in lines for cell in line):
+    cells = [text_of(cell) for line in lines for cell in line]
+    of_one_place = all(width(letter) not in "WF" and category(letter) not in ("Mn", "Me") for letter in "".join(cells))
+    if of_one_place and all(len(cell) <= 40 for cell in cells):
         bars = [[at.start() for at in re.finditer(r"(?<!\\)(?:\\\\)*\|", line)] for line in table.splitlines()]
         assert len({len(line) for line in table.splitlines()}) == 1
         assert len(bars) == len(lines) + 1
+
+
+@for_each(
+    ("name", "columns"), [("模型", 4), ("한국어", 6), ("😀", 2), ("cafe\u0301", 4), ("❤\ufe0f", 1), ("ｗｉｄｅ", 8)]
+)
+def test_columns_are_in_line_where_letters_take_two_places_or_none(name, columns):
+    """As terminals show them: a name takes as much room as so many plain letters."""
+    table, plain = (markdown_table(["model", "n"], [[one, "1"], ["bert-base", "2"]]) for one in (name, "x" * columns))
+    assert table.replace(name, "x" * columns) == plain
+    records = [{one * 40: record_of({"no corruption": (0.5,), "4 bits": (0.25,)})} for one in (name, "x" * columns)]
+    of_name, of_plain = map(comparison_table, records)
+    assert of_name.replace(name, "x" * columns) == of_plain
 
 
 @pytest.mark.parametrize("word", ["layer_norm", "_a_", "a__b", "x_", "é_ü", "a_*_b", "_", "2_3"])
