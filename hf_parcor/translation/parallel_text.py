@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,8 +195,15 @@ def read_rows(path: str | Path, source: str, target: str) -> ParallelText:
 def _lines(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise ValueError(f"{path}: expected a file, found none; check the name")
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        yield from decoded_lines(file, str(path))
+    if path.suffix != ".gz":
+        with path.open("rb") as file:
+            yield from decoded_lines(file, str(path))
+        return
+    try:
+        with gzip.open(path, "rb") as file:
+            yield from decoded_lines(file, str(path))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: expected a file that gzip can read, got {error}; restore it") from error
 
 
 def decoded_lines(lines: Iterable[bytes], place: str) -> Iterator[str]:
@@ -223,9 +231,10 @@ def _table(path: Path, source: str, target: str) -> Iterator[tuple[int, str, str
     lines = _lines(path)
     columns = next(lines, "").split("\t")
     for column in (source, target):
-        if column not in columns:
+        if columns.count(column) != 1:
             raise ValueError(
-                f"{path}, line 1: expected a column {column!r}, found {', '.join(columns)}; name two of these"
+                f"{path}, line 1: expected a column {column!r} once, found {', '.join(columns)}; name two of these, "
+                "or rename one"
             )
     places = columns.index(source), columns.index(target)
     for number, line in enumerate(lines, start=2):

@@ -95,8 +95,13 @@ def test_bad_pairs_of_files(tmp_path, case):
 
 
 BAD_ROWS = {
-    "no such column": ("a.tsv", "de\tfr\neins\tun\n", r"a\.tsv, line 1: expected a column 'en', found de, fr"),
+    "no such column": ("a.tsv", "de\tfr\neins\tun\n", r"a\.tsv, line 1: expected a column 'en' once, found de, fr"),
     "a cell too many": ("a.tsv", "de\ten\neins\tone\nzwei\ttwo\tdeux\n", r"a\.tsv, line 3: expected 2 columns, got 3"),
+    "two columns of one name": (
+        "a.tsv",
+        "de\ten\ten\neins\tone\tun\n",
+        r"a\.tsv, line 1: .* 'en' once, found de, en, en",
+    ),
     "an empty table": ("a.tsv", "", r"a\.tsv, line 1: expected a column 'de'"),
     "a table of a header": ("a.tsv", "de\ten\n", r"a\.tsv: expected at least one pair"),
     "wrong encoding": ("a.tsv", "de\ten\nfünf\tfive\n".encode("latin-1"), r"a\.tsv, line 2: expected UTF-8"),
@@ -107,6 +112,15 @@ BAD_ROWS = {
     "no texts": ("a.jsonl", "[1]\n", r"a\.jsonl, row 1: expected texts by language, got 1"),
     "another kind": ("a.xml", "<a/>", r"a\.xml: expected a \.tsv, \.json or \.jsonl file, also \.gz, got '\.xml'"),
 }
+
+
+@for_each("content", [b"de\ten\neins\tone\n", gzip.compress(b"de\ten\neins\tone\n" * 99)[:40]])
+def test_what_gzip_cannot_read(tmp_path, content):
+    path = tmp_path / "a.tsv.gz"
+    path.write_bytes(content)
+    for read in (lambda: read_rows(path, "de", "en"), lambda: read_parallel_files(path, path)):
+        with pytest.raises(ValueError, match=r"a\.tsv\.gz: expected a file that gzip can read, got .*; restore it"):
+            read()
 
 
 @for_each("case", BAD_ROWS)
