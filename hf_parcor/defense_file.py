@@ -18,14 +18,16 @@ def defense_beside(folder: Path) -> dict[str, Any] | None:
     """Return what stands beside a model, also a defense of the user's own class; None where it was not defended.
 
     Raises:
-        InputError: It is no object.
+        InputError: It is no JSON, or no object.
         OSError: It cannot be read.
-        ValueError: It is no JSON.
     """
     path = folder / DEFENSE_CONFIG_NAME
     if not path.is_file():
         return None
-    found = read_strict_json(path)
+    try:
+        found = read_strict_json(path)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; save the model again") from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected settings by name, got {type(found).__name__}; save the model again")
     return found

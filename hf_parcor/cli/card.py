@@ -136,6 +136,7 @@ def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
     from hf_parcor.cards import ModelFacts, facts_of, with_probe, with_recipe
     from hf_parcor.cards.facts import without_corruption
     from hf_parcor.cards.folder import FACTS
+    from hf_parcor.cards.front_matter import eval_result_file
 
     last = ModelFacts.load(folder / FACTS) if (folder / FACTS).is_file() else None
     given: dict[str, Any] = {name: value for name in _DESCRIBED if (value := getattr(arguments, name)) is not None}
@@ -174,6 +175,13 @@ def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
         facts = replace(facts, benchmark_task="")  # that of other data
     facts = facts if sweep is None else with_probe(facts, sweep)
     facts = facts if plan is None else with_recipe(facts, *plan)
+    if arguments.benchmark_task and not eval_result_file(facts):
+        raise InputError(
+            "--benchmark-task: expected a result on a whole split of a data set on the Hub, of one model, got one on "
+            f"{facts.evaluated_on.id or facts.evaluated_on.name or 'unknown data'} "
+            f"({facts.evaluated_on.split or 'no split'}); say with --evaluated-on and --split what it was measured on, "
+            "or leave it out"
+        )
     return facts if arguments.only is None else _only(facts, arguments.only)
 
 

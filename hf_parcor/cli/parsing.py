@@ -193,7 +193,8 @@ def _settings_in(path: str) -> Mapping[Any, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        found, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise InputError(f"expected a YAML file that can be read, got {error.strerror}; check its name") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -201,6 +202,10 @@ def _settings_in(path: str) -> Mapping[Any, Any]:
         raise InputError(f"expected YAML, got {problem}; mend the file") from error
     if not isinstance(found, Mapping):
         raise InputError(f"expected flags by name, got {found!r}; write 'seed: 1', say")
+    names = [name.value for name, _ in node.value]
+    for name in names:
+        if names.count(name) > 1:  # of which PyYAML takes the last
+            raise InputError(f"expected {name} once, got it {names.count(name)} times; keep one of them")
     return found
 
 

@@ -152,8 +152,10 @@ def _check_model(name: str, revision: str) -> None:
         )
     adapter = folder / _ADAPTER
     if adapter.is_file():
-        with refused(OSError, ValueError):
+        try:
             found = read_strict_json(adapter)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{adapter}: {error}; save the adapter again") from error
         belongs_to = found.get("base_model_name_or_path") if isinstance(found, dict) else None
         if belongs_to:
             _check_model(belongs_to, found.get("revision") or "main")

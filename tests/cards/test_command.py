@@ -54,6 +54,10 @@ class TestCard:
         for words in (("--benchmark-task", "stars", "--split", "test"), ()):  # then it is remembered
             assert main(["card", str(run_dir), *words]) == 0
             assert (run_dir / ".eval_results" / "hf_parcor-org_reviews.yaml").is_file()
+        for words in (("--evaluated-on", "reviews of mine"), ("--split", "test[:2]")):  # of these there is none
+            told = ["card", str(run_dir), "--benchmark-task", "stars", *words]
+            assert main(told) == MISTAKE
+            assert "--benchmark-task: expected a result on a whole split" in capsys.readouterr().err
         assert main(["card", str(run_dir), "--evaluated-on", "org/others"]) == 0
         assert not list((run_dir / ".eval_results").iterdir()), "it was the task of other data"
 

@@ -55,7 +55,13 @@ def files(tmp_path, classifier_folder, sentences):
     (tmp_path / "flag.yaml").write_text("json: 1\n")
     (tmp_path / "word.yaml").write_text("split: no\n")  # which YAML takes for false
     (tmp_path / "none.yaml").write_text("strengths: []\n")
+    (tmp_path / "twice.yaml").write_text("seed: 1\nlimit: 2\nseed: 2\n")
     (tmp_path / "other.jsonl").write_text('{"kind": "other"}\n')
+    for name in ("broken-defense", "broken-adapter"):
+        (tmp_path / name).mkdir()
+        record.save(tmp_path / name / "robustness.json")
+        (tmp_path / name / "adapter_config.json").write_text("{}" if name == "broken-defense" else "{")
+        (tmp_path / name / "defense_config.json").write_text("{")
     return {
         "MODEL": classifier_folder,
         "DATA": sentences,
@@ -98,7 +104,11 @@ MISTAKES = [
     ("compare record.json", "models: two 1 report"),
     ("compare a=record.json a=sweep.json", "models: 'a' twice"),
     ("report record.json record.json", "seeds twice"),
+    ("report broken-defense broken-defense", "broken-defense/defense_config.json: JSON"),
+    ("card broken-defense", "broken-defense/defense_config.json: JSON"),
+    ("card record.json", "RUN_DIR: record.json"),
     # models
+    ("probe broken-adapter --dataset DATA", "broken-adapter/adapter_config.json: JSON"),
     ("probe BODY --dataset DATA", "model: head text-classification"),
     ("probe TAGGER --task text-classification --dataset DATA", "model: head text-classification"),
     ("probe nobody/nothing --dataset DATA", "model: nobody/nothing"),
@@ -211,6 +221,7 @@ MISTAKES = [
     (f"{PROBE} --config list.yaml", "--config: list.yaml [1]"),
     (f"{PROBE} --config broken.yaml", "--config: broken.yaml YAML"),
     (f"{PROBE} --config typo.yaml", "--config: typo.yaml 'strength' (did mean strengths?)"),
+    (f"{PROBE} --config twice.yaml", "--config: twice.yaml seed once"),
     (f"{PROBE} --config type.yaml", "--config: type.yaml --trials: 'many'"),
     (f"{PROBE} --config choice.yaml", "--config: choice.yaml --group: 'layer' (did mean layers?)"),
     (f"{PROBE} --config flag.yaml", "--config: flag.yaml json 1"),

@@ -76,7 +76,7 @@ def _of_another_version(checkpoint):
         (_other_defense, {"defense": "none"}, ["was trained with another defense: defense: 'sam' -> None. The run"]),
         (_none, {}, [f"has no {DEFENSE_CONFIG_NAME}: it was trained without a defense, and now goes on with Multi"]),
         (_none, {"defense": "none"}, []),
-        (_broken, {}, ["cannot be compared with the defense of this run: expected JSON, got Expecting"]),
+        (_broken, {}, [f"{DEFENSE_CONFIG_NAME}: expected JSON, got Expecting"]),
         (_of_ones_own, {}, ["defense: 'mine.Own' -> 'multi_step_risk'. The run goes on"]),
         (_of_another_version, {}, []),
     ],
