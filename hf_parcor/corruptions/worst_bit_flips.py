@@ -99,6 +99,14 @@ class WorstBitFlips(Corruption):
         """Whether it needs a `GradientSource`, which the data-free search does not."""
         return self.search == "gradient"
 
+    def check(self, weights: Mapping[str, Tensor]) -> None:
+        """Raise an error for fewer weights (of the data-free search: kernels) than flips, and for sharded ones."""
+        check_whole(list(weights.values()))
+        one, count_of = ("weight", torch.numel) if self.uses_gradients else ("kernel", kernels_of)
+        most = sum(map(count_of, weights.values()))
+        if self.count > most:
+            raise ValueError(f"count: expected at most {most}, one for each {one}, got {self.count}; pass fewer")
+
     @property
     def _format(self) -> str | None:
         return stored_as(self.of)
@@ -123,10 +131,7 @@ class WorstBitFlips(Corruption):
             ValueError: There are fewer weights or kernels than flips, or a dtype cannot hold the format.
             NotImplementedError: Weights are sharded over ranks.
         """
-        check_whole(list(weights.values()))
-        most = sum(weight.numel() for weight in weights.values())
-        if self.count > most:
-            raise ValueError(f"count: expected at most {most}, one for each weight, got {self.count}; pass fewer")
+        self.check(weights)
         values = Replacement()
         if self._format is not None:
             values.update({name: self._flipped(weight, {}) for name, weight in weights.items()})

@@ -227,6 +227,10 @@ def test_bad_settings_are_refused_at_once(settings: dict, error: type[Exception]
 def test_more_flips_than_weights(weights, logistic) -> None:
     with pytest.raises(ValueError, match="at most 34"):
         WorstBitFlips(35)(weights, logistic(weights))
+    for search, most in (("gradient", 34), ("data-free", 16)):  # known before anything is measured
+        WorstBitFlips(most, search=search).check(weights)
+        with pytest.raises(ValueError, match=f"at most {most}"):
+            WorstBitFlips(most + 1, search=search).check(weights)
 
 
 class TestOfAModel:
