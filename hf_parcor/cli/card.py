@@ -179,8 +179,8 @@ def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
         raise InputError(
             "--benchmark-task: expected a result on a whole split of a data set on the Hub, of one model, got one on "
             f"{facts.evaluated_on.id or facts.evaluated_on.name or 'unknown data'} "
-            f"({facts.evaluated_on.split or 'no split'}); say with --evaluated-on and --split what it was measured on, "
-            "or leave it out"
+            f"({facts.evaluated_on.split or 'no split'}); say what it was measured on with --evaluated-on and "
+            "--split, or leave it out"
         )
     return facts if arguments.only is None else _only(facts, arguments.only)
 

@@ -134,6 +134,11 @@ def asked_for(arguments: argparse.Namespace, strengths: Sequence[float] = ()) ->
     words = ["gradient"] if arguments.corruptions is None else arguments.corruptions
     given = strengths if arguments.strengths is None else arguments.strengths
     found = read_corruptions(words, given, arguments.norm, arguments.top_n)
+    if arguments.strengths and all("=" in word.partition(":")[0] for word in words):
+        raise InputError(
+            f"--strengths: expected one of --corruptions without strengths of its own, got {' '.join(words)!r} beside "
+            f"{' '.join(f'{one:g}' for one in arguments.strengths)}; leave one of them out"
+        )
     check_constraint_flags(arguments, found)
     return found
 

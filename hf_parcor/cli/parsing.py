@@ -296,8 +296,11 @@ def number(word: str) -> float:
         raise argparse.ArgumentTypeError(f"expected a number, got {word!r}") from error
 
 
-def at_least(smallest: int) -> Callable[[str], int]:
-    """Return what reads whole numbers from the smallest on.
+LARGEST_SEED = 2**32 - 1  # that NumPy takes
+
+
+def at_least(smallest: int, largest: int | None = None) -> Callable[[str], int]:
+    """Return what reads whole numbers from the smallest on, up to the largest if there is one.
 
     Examples:
         >>> at_least(1)("12")
@@ -311,6 +314,8 @@ def at_least(smallest: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"expected a whole number, got {word!r}") from error
         if value < smallest:
             raise argparse.ArgumentTypeError(f"expected a whole number from {smallest} on, got {word}")
+        if largest is not None and value > largest:
+            raise argparse.ArgumentTypeError(f"expected a whole number up to {largest}, got {word}")
         return value
 
     return whole
@@ -584,7 +589,9 @@ def add_corruptions(parser: Parser, default: str) -> None:
     group.add_argument(
         "--trials", type=at_least(1), default=TRIALS, metavar="N", help=f"of random ones; default: {TRIALS}"
     )
-    group.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the first trial; default: 0")
+    group.add_argument(
+        "--seed", type=at_least(0, LARGEST_SEED), default=0, metavar="N", help="of the first trial; default: 0"
+    )
 
 
 def add_running(parser: Parser) -> None:

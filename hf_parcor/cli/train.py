@@ -12,7 +12,17 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_parcor.arguments import check_count, check_not_negative, check_positive
-from hf_parcor.cli.parsing import OF_SUBJECT, TRIALS, Command, Parser, add_subject, at_least, corruption, share
+from hf_parcor.cli.parsing import (
+    LARGEST_SEED,
+    OF_SUBJECT,
+    TRIALS,
+    Command,
+    Parser,
+    add_subject,
+    at_least,
+    corruption,
+    share,
+)
 from hf_parcor.cli.sources import check_sources, read_data, rows_of
 from hf_parcor.cli.terminal import ROBUSTNESS, check_output_folder, going_on, refused, show, table_of, tell
 from hf_parcor.errors import InputError, one_line
@@ -82,7 +92,9 @@ class Train(Command):
             "default: those of paper 2, Table 1, and those that it was trained against",
         )
         group.add_argument("--trials", type=at_least(1), default=TRIALS, metavar="N", help="of random corruptions")
-        group.add_argument("--corruption-seed", type=at_least(0), default=0, metavar="N", help="default: 0")
+        group.add_argument(
+            "--corruption-seed", type=at_least(0, LARGEST_SEED), default=0, metavar="N", help="default: 0"
+        )
         group.add_argument("--skip-corruptions", action="store_true", help="measure the clean model only")
         group.add_argument("--help-all", action="store_true", help="show all flags of the Trainer and the defense")
         parser.epilog = (
@@ -192,6 +204,10 @@ def check_numbers(arguments: Any) -> None:
     for name, least in _LEAST_WHOLE.items():
         if getattr(arguments, name) is not None:
             check_count(name, getattr(arguments, name), least)
+    for name in ("seed", "data_seed"):
+        if (getattr(arguments, name) or 0) > LARGEST_SEED:
+            got = f"got {getattr(arguments, name)}; pass a smaller one"
+            raise ValueError(f"{name}: expected {LARGEST_SEED} at most, {got}")
     for name in _NOT_NEGATIVE:
         check_not_negative(name, getattr(arguments, name), "pass 0 or more")
     for name in _POSITIVE:
