@@ -85,13 +85,30 @@ def load_data(data: DataArguments, cache_dir: str | None) -> Mapping[str, datase
     given = {"train": data.train_file, "validation": data.validation_file}
     files = {split: path for split, path in given.items() if path is not None}
     if files:
-        return {split: datasets.Dataset.from_list(read_file(path)) for split, path in files.items()}
+        rows = {split: read_file(path) for split, path in files.items()}
+        for split, found in rows.items():
+            if not found:
+                raise ValueError(f"{files[split]}: expected at least one row, got none; name another file")
+        return {split: datasets.Dataset.from_list(found) for split, found in rows.items()}
     if data.dataset_name is None:
         raise ValueError("expected --dataset_name, or --train_file or --validation_file, got none; name the data")
     splits: Mapping[str, datasets.Dataset] = load_hub_data(
         data.dataset_name, data.dataset_config_name, revision=data.dataset_revision, cache_dir=cache_dir
     )
     return splits
+
+
+def find_labels(rows: datasets.Dataset, data: DataArguments) -> list[Any]:
+    """Return the labels of the classes, without -1, which stands for one that is held back."""
+    for name in ("text_column_name", "label_column_name"):
+        if getattr(data, name) not in rows.column_names:
+            raise ValueError(
+                f"{name}: expected one of {', '.join(rows.column_names)}, got {getattr(data, name)!r}; name the column"
+            )
+    labels = sorted(set(rows[data.label_column_name]) - {-1})
+    if len(labels) < 2:
+        raise ValueError(f"labels: expected two classes or more, got {len(labels)}; name other data")
+    return labels
 
 
 def with_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
@@ -125,7 +142,7 @@ def main() -> None:
     splits = load_data(data, model_arguments.cache_dir)
     origin = {"cache_dir": model_arguments.cache_dir, "revision": model_arguments.model_revision}
     tokenizer = AutoTokenizer.from_pretrained(model_arguments.model_name_or_path, **origin)
-    labels = sorted(set(splits["train" if "train" in splits else "validation"][data.label_column_name]) - {-1})
+    labels = find_labels(splits["train" if "train" in splits else "validation"], data)
     model = AutoModelForSequenceClassification.from_pretrained(
         model_arguments.model_name_or_path, num_labels=len(labels), **origin
     )
@@ -144,6 +161,12 @@ def main() -> None:
         rows = splits[split].shuffle(seed=training.seed) if shuffle else splits[split]
         if most is not None:
             rows = rows.select(range(min(most, len(rows))))
+        unknown = set(rows[data.label_column_name]) - set(labels)
+        if unknown:
+            raise ValueError(
+                f"{split}: expected labels out of {', '.join(map(str, labels))}, got {', '.join(map(str, unknown))}; "
+                "name data with the labels of the training"
+            )
         return rows.map(
             tokenize,
             batched=True,

@@ -75,10 +75,12 @@ def fitting_length(
         decoder: Of a model with encoder and decoder, whether that of the decoder is asked for.
 
     Raises:
-        InputError: It exceeds the model's tables of positions.
+        InputError: It is none, or exceeds the model's tables of positions.
     """
     if asked is None:
         return min(default, longest_sequence(model, tokenizer, decoder=decoder) or default)
+    if asked < 1:
+        raise InputError(f"max_length: expected 1 token or more, got {asked}; ask for more")
     most = positions(model, decoder=decoder)
     if most is not None and asked > most:
         raise InputError(

@@ -165,10 +165,20 @@ def test_a_data_set_that_is_still_a_script(files, monkeypatch):
         ({"train_file": "nowhere.tsv"}, "nowhere.tsv: expected a file, found none"),
         ({"defense_target_modules": ["last-decoder-layer"]}, "last-decoder-layer"),
         ({"defense_epsilon": -0.1}, "epsilon: expected"),
+        ({"text_column_name": "text"}, "text_column_name: expected one of sentence, label, got 'text'"),
+        ({"label_column_name": "stars"}, "label_column_name: expected one of sentence, label, got 'stars'"),
+        ({"train_file": "one.tsv"}, "labels: expected two classes or more, got 1"),
+        ({"train_file": "empty.tsv"}, "expected at least one row, got none"),
+        ({"validation_file": "third.tsv"}, "validation: expected labels out of 0, 1, got 2"),
+        ({"train_file": "held-back.tsv"}, "train: expected labels out of 0, 1, got -1"),
+        ({"max_seq_length": 0}, "max_length: expected 1 token or more, got 0"),
     ],
 )
 def test_bad_input(files, monkeypatch, change, says):
     path = files / "settings.json"
+    monkeypatch.chdir(files)
+    for name, labels in {"one": [1, 1], "empty": [], "third": [0, 2], "held-back": [0, 1, -1]}.items():
+        Path(f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(f"good\t{label}\n" for label in labels))
     path.write_text(json.dumps({**settings(files), **change}))
     with pytest.raises(ValueError, match=says):
         run([str(path)], monkeypatch)
