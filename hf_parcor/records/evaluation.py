@@ -249,6 +249,9 @@ def read_settings(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _corruption_record(data: dict[str, Any]) -> CorruptionRecord:
     metrics = {name: tuple(float(value) for value in values) for name, values in data["metrics"].items()}
+    kind = None if data.get("kind") is None else CorruptionKind(**data["kind"])
+    if kind is not None and kind.strength is not None and kind.strength not in data["settings"]:
+        raise ValueError(f"expected the strength {kind.strength!r} in the settings, got {data['settings']}")
     return CorruptionRecord(
         corruption=data["corruption"],
         label=data["label"],
@@ -259,7 +262,7 @@ def _corruption_record(data: dict[str, Any]) -> CorruptionRecord:
         norm=float(data["norm"]),
         notes=tuple(data["notes"]),
         not_finite=tuple(float(share) for share in data.get("not_finite", ())),
-        kind=None if data.get("kind") is None else CorruptionKind(**data["kind"]),
+        kind=kind,
     )
 
 

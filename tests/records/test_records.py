@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hf_parcor import CorruptionEvaluator, CorruptionRecord, EvaluationRecord, GradientCorruption, MetricInfo
 from hf_parcor.corruptions import CORRUPTIONS
 from hf_parcor.records import EvaluationData, StoredRecord
+from hf_parcor.records.evaluation import CorruptionKind
 
 FLOATS = st.floats(allow_nan=True, allow_infinity=True)
 NAMES = st.text(min_size=1, max_size=8)
@@ -174,6 +175,40 @@ class TestJson:
         data = {**json.loads(record.to_json()), "clean": value}
         with pytest.raises(ValueError, match="damaged"):
             EvaluationRecord.from_json(json.dumps(data))
+
+    def test_any_value_of_another_type_is_found_when_it_is_read(self, record):
+        """Not when a page is half drawn; of settings of others any plain value may be right."""
+
+        def places(value, path=()):
+            if isinstance(value, (dict, list)):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                for key, entry in items:
+                    if key not in ("settings", "target", "flags"):
+                        yield from places(entry, (*path, key))
+            else:
+                yield path
+
+        described = CorruptionKind("Gaussian noise", "std", "σ", "σ={}")
+        rows = tuple(replace(row, kind=described, settings={"std": 0.1}) for row in record.corruptions)
+        whole = replace(record, corruptions=rows, evaluated_on=EvaluationData("dev.tsv"), task="t", weights_norm=1.0)
+        found = list(places(json.loads(whole.to_json())))
+        assert {path[-1] for path in found} >= {"label", "model", "parameters", "title", "name", "task"}
+        for path in found:
+            for other in ([[]], {"a": 1}):
+                data = inner = json.loads(whole.to_json())
+                for key in path[:-1]:
+                    inner = inner[key]
+                inner[path[-1]] = other
+                with pytest.raises(ValueError, match="expected"):
+                    EvaluationRecord.from_plain(data)
+        data = json.loads(whole.to_json())
+        data["corruptions"][0]["settings"] = {}
+        with pytest.raises(ValueError, match="'std'"):
+            EvaluationRecord.from_plain(data)
+        data = json.loads(whole.to_json())
+        data["clean"]["norm"] = 10**400
+        with pytest.raises(ValueError, match="too large"):
+            EvaluationRecord.from_plain(data)
 
     def test_a_record_of_another_kind_is_called_what_it_is(self):
         kinds = StoredRecord.__subclasses__()
