@@ -65,9 +65,7 @@ def _undo_from(begun: list[Callable[[], object]], place: int) -> None:
 
 @contextmanager
 def undoing_left() -> Iterator[None]:
-    """Undo, if a block or a decorated function fails, all that was begun inside of it and has not ended.
-
-    Whether gradients are computed is as before, too.
+    """Undo, if a block or a decorated function fails, what was begun inside and has not ended, the gradient mode too.
 
     Examples:
         >>> from types import SimpleNamespace
