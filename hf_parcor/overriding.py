@@ -49,7 +49,7 @@ def _end(
         if begun[place] is entry:
             break
     else:
-        return  # `undoing_left` has undone it, and others may have begun since
+        return  # it was undone as what was left, and others may have begun since
     if kind is None or issubclass(kind, GeneratorExit):  # the latter at any time: a block is thrown away
         entry()
         del begun[place]

@@ -23,7 +23,7 @@ from hf_parcor.evaluation.outputs import Output, called, own_batch, problem_of, 
 from hf_parcor.evaluation.repeated_batches import RepeatedBatches
 from hf_parcor.functional.vectors import working_dtype
 from hf_parcor.injection import Device, Injection, Pieces, Replacement, corrupted, forget_derived
-from hf_parcor.overriding import overriding
+from hf_parcor.overriding import override
 
 _LOST = "an autograd kernel was not registered"
 
@@ -58,7 +58,7 @@ def unsaved(model: nn.Module) -> Iterator[None]:
     with ExitStack() as refusals:
         for module in model.modules():
             if hasattr(type(module), "save_pretrained"):
-                refusals.enter_context(overriding(module, save_pretrained=_refuse_to_save))
+                override(refusals, module, save_pretrained=_refuse_to_save)
         yield
 
 

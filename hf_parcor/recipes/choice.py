@@ -326,6 +326,7 @@ class _Problem:
         self._groups = list(choices.values())
         self._total = sum(parameters)
         self._flat = [(place, one) for place, group in enumerate(self._groups) for one in group]
+        self._places = [place for place, _ in self._flat]
         self._bits = [one.bits * parameters[place] for place, (one, _) in self._flat]
         self._costs = [cost for _, (_, cost) in self._flat]
 
@@ -398,9 +399,9 @@ class _Problem:
         """Return how much larger each number is than the least one of its group, and the sum of the least ones."""
         import numpy as np
 
-        least = [min(self._of(place, numbers)) for place in range(len(self._groups))]
-        places = [place for place, _ in self._flat]
-        return np.asarray(numbers, float) - np.asarray(least, float)[places], math.fsum(least)
+        least = np.full(len(self._groups), np.inf)
+        np.minimum.at(least, self._places, numbers)
+        return np.asarray(numbers, float) - least[self._places], math.fsum(least)
 
     def _solution(
         self, possible: np.ndarray, aims: np.ndarray, sizes: np.ndarray, room: float, refused: Sequence[Sequence[int]]
@@ -409,7 +410,7 @@ class _Problem:
         import numpy as np
 
         optimize = scipy_module("optimize", "choosing formats")
-        places = np.asarray([place for place, _ in self._flat])[possible]
+        places = np.asarray(self._places)[possible]
         one_each = (places[None, :] == np.arange(len(self._groups))[:, None]).astype(float)
         unit = (sizes[possible].max() or 1.0) / _LARGEST
         rows = [

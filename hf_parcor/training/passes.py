@@ -17,7 +17,7 @@ from hf_parcor.defenses import Defense, Objective
 from hf_parcor.distributed.ddp import unfinished_forward, wrapped_by
 from hf_parcor.distributed.fsdp import is_sharded
 from hf_parcor.model_state import StepBuffers, devices_of, modules_of, train_without_walk
-from hf_parcor.overriding import counters_kept, overriding
+from hf_parcor.overriding import counters_kept, override, overriding
 from hf_parcor.prefix import PrefixReuse, outputs_of
 from hf_parcor.randomness import random_states_kept
 
@@ -249,12 +249,12 @@ class TrainerPasses(Passes):
 
         with ExitStack() as stack:
             stack.enter_context(self._reducing_at_the_end(index))
-            stack.enter_context(overriding(trainer, compute_loss=compute_objective, _prepare_inputs=prepare))
+            override(stack, trainer, compute_loss=compute_objective, _prepare_inputs=prepare)
             if index != self._counting:
                 stack.enter_context(counters_kept(trainer))
             train = train_without_walk(self.modules, _PLAIN)
             if train is not None:
-                stack.enter_context(overriding(self.model, train=train))
+                override(stack, self.model, train=train)
             items = items_of_part(self._items, self._as_given, share, self._shifted)
             given = self._give()
             if self._prepares_nothing and share < 1:

@@ -195,12 +195,8 @@ def read_rows(path: str | Path, source: str, target: str) -> ParallelText:
 def _lines(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise ValueError(f"{path}: expected a file, found none; check the name")
-    if path.suffix != ".gz":
-        with path.open("rb") as file:
-            yield from decoded_lines(file, str(path))
-        return
     try:
-        with gzip.open(path, "rb") as file:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             yield from decoded_lines(file, str(path))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: expected a file that gzip can read, got {error}; restore it") from error
