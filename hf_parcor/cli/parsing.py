@@ -338,18 +338,19 @@ def pairs(words: Iterable[str], flag: str) -> dict[str, str]:
     """Return what words such as `text=review` say.
 
     Raises:
-        InputError: A word has no name or no value.
+        InputError: A word has no name or no value, or a name has two values.
 
     Examples:
         >>> pairs(["text=review"], "--column")
         {'text': 'review'}
     """
-    found = {}
+    found: dict[str, str] = {}
     for word in words:
         name, _, value = word.partition("=")
         if not name or not value:
             raise InputError(f"{flag}: expected NAME=VALUE, got {word!r}; write both, with = between them")
-        found[name] = value
+        if found.setdefault(name, value) != value:
+            raise InputError(f"{flag}: expected one value of {name}, got {found[name]!r} and {value!r}; leave one out")
     return found
 
 

@@ -250,12 +250,13 @@ def read_settings(data: Mapping[str, Any]) -> dict[str, Any]:
 def _corruption_record(data: dict[str, Any]) -> CorruptionRecord:
     metrics = {name: tuple(float(value) for value in values) for name, values in data["metrics"].items()}
     kind = None if data.get("kind") is None else CorruptionKind(**data["kind"])
-    if kind is not None and kind.strength is not None and kind.strength not in data["settings"]:
-        raise ValueError(f"expected the strength {kind.strength!r} in the settings, got {data['settings']}")
+    settings = read_settings(data["settings"])
+    if kind is not None and kind.strength is not None and not isinstance(settings.get(kind.strength), (int, float)):
+        raise ValueError(f"expected the strength {kind.strength!r} as a number in the settings, got {settings}")
     return CorruptionRecord(
         corruption=data["corruption"],
         label=data["label"],
-        settings=read_settings(data["settings"]),
+        settings=settings,
         seeds=tuple(data["seeds"]),
         metrics=metrics,
         changed=float(data["changed"]),

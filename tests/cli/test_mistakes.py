@@ -123,6 +123,7 @@ MISTAKES = [
     (f"{PROBE} --column label=stars", "sentence 'stars' label"),
     (f"{PROBE} --column lable=label", "--column: second_text 'lable' (did mean label?)"),
     (f"{PROBE} --column label", "--column: NAME=VALUE 'label'"),
+    (f"{PROBE} --column label=label --column label=sentence", "--column: one label 'sentence'"),
     (f"{PROBE} --dataset-config sst2", "--dataset-config: 'sst2' --dataset"),
     (f"{TRAIN} --train-dataset DATA --dataset-config sst2", "--dataset-config: 'sst2' --dataset"),
     (f"{TRAIN} --train-dataset nowhere.tsv", "--train-dataset: nowhere.tsv"),

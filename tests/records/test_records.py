@@ -202,9 +202,10 @@ class TestJson:
                 with pytest.raises(ValueError, match="expected"):
                     EvaluationRecord.from_plain(data)
         data = json.loads(whole.to_json())
-        data["corruptions"][0]["settings"] = {}
-        with pytest.raises(ValueError, match="'std'"):
-            EvaluationRecord.from_plain(data)
+        for settings in ({}, {"std": {"is": 0.1}}, {"std": "wide"}, {"std": None}):
+            data["corruptions"][0]["settings"] = settings
+            with pytest.raises(ValueError, match="'std'"):
+                EvaluationRecord.from_plain(data)
         data = json.loads(whole.to_json())
         data["clean"]["norm"] = 10**400
         with pytest.raises(ValueError, match="too large"):
