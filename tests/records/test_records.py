@@ -202,8 +202,8 @@ class TestJson:
                 with pytest.raises(ValueError, match="expected"):
                     EvaluationRecord.from_plain(data)
         data = json.loads(whole.to_json())
-        for settings in ({}, {"std": {"is": 0.1}}, {"std": "wide"}, {"std": None}):
-            data["corruptions"][0]["settings"] = settings
+        for damage in ({}, {"std": {"is": 0.1}}, {"std": "wide"}, {"std": None}):
+            data["corruptions"][0]["settings"] = damage
             with pytest.raises(ValueError, match="'std'"):
                 EvaluationRecord.from_plain(data)
         data = json.loads(whole.to_json())
