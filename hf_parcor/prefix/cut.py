@@ -214,7 +214,10 @@ def cut_in(
     Raises:
         PrefixError: As `find_cut` does.
     """
-    starts = _find_starts(model, selected, called_modules(calls))
+    called = called_modules(calls)
+    if not called:
+        raise PrefixError("the run on the first batch calls no module of the model")
+    starts = _find_starts(model, selected, called)
     prefix = finished(calls, starts)
     if not any(list(module.parameters()) for module in prefix):
         if any(is_compiled(module) and any(module.children()) for module in starts):

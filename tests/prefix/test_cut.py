@@ -196,6 +196,8 @@ def test_where_no_module_is_called_around_a_selected_parameter():
     model = nn.ModuleDict({"used": pair(), "unused": linear()})
     with pytest.raises(PrefixError, match=r"^unused holds .* no module around it is called"):
         cut_of(model, "unused", lambda: model["used"](X))
+    with pytest.raises(PrefixError, match="the run on the first batch calls no module"):
+        cut_of(model, "unused", lambda: X)
 
 
 def test_what_hooks_call_belongs_to_the_call_that_they_hang_on():
