@@ -79,9 +79,9 @@ class AWP(ProjectedAscent):
         return self.input_epsilon > 0 and self.input_steps > 0
 
     @property
-    def first_pass_is_stock(self) -> bool:
+    def first_pass_is_clean(self) -> bool:
         """Whether the first pass looks for adversarial inputs, or else starts at the clean weights."""
-        return self.perturbs_inputs or super().first_pass_is_stock
+        return self.perturbs_inputs or super().first_pass_is_clean
 
     @property
     def passes(self) -> int:

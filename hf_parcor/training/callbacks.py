@@ -106,7 +106,7 @@ class StepLog:
     from there: to measure it moves 16 bytes a weight, beside the 32 of a step with one corruption step.
 
     Attributes:
-        defense: What this run defends with; None before the first.
+        defense: What this run defends with, of late; None before the first.
         chosen: Whether somebody chose what is defended.
         defended_steps: Optimizer steps of this run that were defended.
         selected: How many parameters are defended; 0 before the first defended step.
@@ -143,10 +143,18 @@ class StepLog:
         self._batches = 0
         self._steps = 0
 
-    def add(self, step: DefendedStep, norm: CorruptionNorm | None, *, ends_step: bool) -> None:
-        """Add one micro-batch, with its norm if that was measured; `ends_step` if the optimizer steps after it."""
-        first = step.losses[0]
-        last = step.losses[-1] if self.defense is None else self.defense.corrupted_loss(step.losses)
+    def add(self, step: DefendedStep, defense: Defense, norm: CorruptionNorm | None, *, ends_step: bool) -> None:
+        """Add one micro-batch.
+
+        Args:
+            step: What it ran.
+            defense: What it was defended with, which may be another than when the run began.
+            norm: Its corruption's, if that was measured.
+            ends_step: Whether the optimizer steps after it.
+        """
+        if defense is not self.defense:
+            self.defense, self._idle = defense, None
+        first, last = step.losses[0], defense.corrupted_loss(step.losses)
         values = [first, last, *((norm.asked, norm.realised) if norm else ())]
         entries = torch.stack([value.float().to(first.device) for value in values])
         finite = entries.isfinite().all()
@@ -158,8 +166,8 @@ class StepLog:
         self._steps += ends_step
         self.defended_steps += ends_step
         if self._idle is None:
-            corrupted_anyway = self.defense is not None and not self.defense.uses_gradients
-            self._idle, self.selected = {} if corrupted_anyway else dict(step.parameters), len(step.parameters)
+            self._idle = dict(step.parameters) if defense.uses_gradients else {}
+            self.selected = len(step.parameters)
         if self._idle:  # a few, after the first micro-batch
             self._idle = {name: parameter for name, parameter in self._idle.items() if parameter.grad is None}
 

@@ -107,7 +107,7 @@ class ParameterDefenseMixin(_Base):
 
     @defense.setter
     def defense(self, defense: Defense | None) -> None:
-        self._parameter_defense.defense = defense
+        self._parameter_defense.change(defense)
 
     @property
     def defense_config(self) -> DefenseConfig | None:
@@ -219,6 +219,13 @@ class _TrainerDefense:
                 self._input_embedding()
             self._watch(self.defense)
 
+    def change(self, defense: Defense | None) -> None:
+        """Take another defense from the next step on."""
+        if defense is not None:
+            check_defense(defense)
+            refuse_what_cannot_work(self._trainer, defense)
+        self.defense = defense
+
     def _watch(self, defense: Defense) -> None:
         """Add the callbacks of a defended run, once in a Trainer's life: what was removed stays removed."""
         callbacks: list[TrainerCallback] = [IdleDefenseCallback(self.log)]
@@ -292,7 +299,7 @@ class _TrainerDefense:
             measure_norm=self.log.wants_norm,
         )
         self.cost = self.runner.cost
-        self.log.add(step, norm, ends_step=trainer.accelerator.sync_gradients)
+        self.log.add(step, passes.defense, norm, ends_step=trainer.accelerator.sync_gradients)
         # Where nothing had a gradient, nothing was corrupted.
         corrupted = len(self.log.without_gradient) < self.log.selected
         self._count(self._uncounted_config() if corrupted else None)

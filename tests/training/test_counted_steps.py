@@ -6,10 +6,19 @@ import json
 from dataclasses import replace
 
 import pytest
+from for_each import for_each
 from torch import nn
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
-from hf_parcor import SAM, CorruptionConstraint, DefenseConfig, MultiStepRisk, ParameterDefenseTrainer
+from hf_parcor import (
+    SAM,
+    CorruptionConstraint,
+    CorruptionRisk,
+    DefenseConfig,
+    GaussianNoise,
+    MultiStepRisk,
+    ParameterDefenseTrainer,
+)
 from hf_parcor.cards.front_matter import unmeasured_metadata
 from hf_parcor.cards.text import unmeasured_section
 from hf_parcor.training import DEFENSE_CONFIG_NAME
@@ -20,8 +29,10 @@ SAVED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
 @pytest.fixture
 def build(tiny_bert, arguments, rows):
-    def make(defense=ONE, model=None, kind=ParameterDefenseTrainer, **options):
-        extra = {"defense": defense} if kind is ParameterDefenseTrainer else {}
+    def make(defense=ONE, model=None, kind=ParameterDefenseTrainer, target_modules=None, callbacks=(), **options):
+        extra = {"callbacks": list(callbacks)}
+        if kind is ParameterDefenseTrainer:
+            extra |= {"defense": defense, "target_modules": target_modules}
         return kind(
             model or tiny_bert(), arguments(**{**SAVED, **options}), train_dataset=rows, eval_dataset=rows[:4], **extra
         )
@@ -119,6 +130,35 @@ def test_steps_of_another_defense_are_not_claimed_for_this_one(build, tmp_path, 
     again = build(ONE)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert counts(again.defense_config) == (4, 6)
+
+
+@for_each("before", [None, ONE, replace(ONE, steps=0)])
+def test_a_defense_that_is_set_before_the_first_step_is_logged_and_counted_as_from_the_start(build, before):
+    """Of a frozen head, which only a corruption that needs no gradient defends; with a last pass at other noise."""
+    noise = CorruptionRisk([GaussianNoise(1e-4), GaussianNoise(3.0)])
+
+    class Sets(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            model.classifier.requires_grad_(False)
+            trainer.defense = noise
+
+    found = []
+    for begun_with in (noise, before):
+        trainer = build(begun_with or ONE, logging_steps=6, target_modules=["classifier"], callbacks=[Sets])
+        trainer.defense = begun_with
+        trainer.train()
+        logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        found.append((counts(trainer.defense_config), logged["loss_corrupted"], logged.keys()))
+    assert found[0] == found[1]
+    assert found[0][0] == (6, 6)
+
+
+@for_each("wrong", [GaussianNoise(0.1), "sam", 0.1])
+def test_only_a_defense_can_be_set(build, wrong):
+    trainer = build()
+    with pytest.raises(TypeError, match="defense: expected"):
+        trainer.defense = wrong
+    assert trainer.defense == ONE
 
 
 def test_steps_of_the_stock_trainer_are_not_claimed(build, tmp_path):
