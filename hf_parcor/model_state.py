@@ -182,12 +182,6 @@ class StepBuffers:
         self._modules, self._replayed, self._wrapped = modules, replayed, wrapped
         self._ends: tuple[BufferSnapshot, BufferSnapshot] | None = None  # before any pass, after all of them
 
-    @contextmanager
-    def moving(self) -> Iterator[None]:
-        """Let the buffers move inside the block, and in no pass after it."""
-        with self._settling():
-            yield
-
     def moved(self) -> bool:
         """Say whether any buffer moved in `moving`; waits for the device."""
         return self._ends is not None and self._ends[0].moved()
@@ -203,7 +197,7 @@ class StepBuffers:
             with self._recording():
                 yield
         elif self._ends is None:
-            with self._settling():
+            with self.moving():
                 yield
         else:
             before, after = self._ends
@@ -230,8 +224,8 @@ class StepBuffers:
             after.put_back()
 
     @contextmanager
-    def _settling(self) -> Iterator[None]:
-        """Record the buffers at the end of the block as those that the step is to leave."""
+    def moving(self) -> Iterator[None]:
+        """Let the buffers move inside the block, to what the step is to leave, and in no pass after it."""
         recorded = self._of_replayed()
         with self._beginning() as before:
             yield

@@ -89,11 +89,17 @@ def flattened(values: Mapping[str, Any], within: str = "") -> dict[str, Any]:
     return flat
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file such that another process, and an interruption, find either the old text or the new one."""
+def replace_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a file such that another process, and an interruption, find either the old text or the new one.
+
+    Returns:
+        Its path; the folder is created if needed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8", newline="")  # line endings as they are
-        partial.replace(path)
+        return partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

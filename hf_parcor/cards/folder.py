@@ -73,13 +73,11 @@ def write_files(folder: Path, card: str, files: Mapping[str, bytes]) -> Path:
         name = old.relative_to(folder).as_posix()
         if is_ours(name) and name not in files:
             old.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         path = folder / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    replace_text(folder / CARD, card)
-    return folder / CARD
+    return replace_text(folder / CARD, card)
 
 
 def write_card(folder: str | Path, facts: ModelFacts) -> Path:

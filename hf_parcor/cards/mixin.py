@@ -285,7 +285,6 @@ class PublishingMixin(CardMixin):
         if not there or there == here:
             return paths_in(info)
         if not here or read_card(here).is_untouched:
-            path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(path, there)
         elif _around(read_card(there)) != _around(read_card(here)) and not read_card(there).is_untouched:
             logger.warning(

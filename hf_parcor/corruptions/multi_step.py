@@ -153,9 +153,8 @@ def climb_together(
         found = iter(gradients_at(dict(climbing)))
         for index in list(climbing):
             try:
-                climbing[index] = ascents[index].send(
-                    next(found)
-                )  # held by nobody else, and not while the next is made
+                # None, where there is none, fails; held by nobody else, and not while the next is made.
+                climbing[index] = ascents[index].send(next(found, None))  # type: ignore[arg-type]
             except StopIteration as end:
                 del climbing[index]
                 ends[index] = end.value

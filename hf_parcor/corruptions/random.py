@@ -14,7 +14,7 @@ from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength, named, named_pieces
 from hf_parcor.functional.constrained_maximum import constrained_maximum_, epsilon_over
 from hf_parcor.functional.noise import drawn_gaussian, gaussian_noise
-from hf_parcor.functional.norms import euclidean_norm_in_turn
+from hf_parcor.functional.norms import euclidean_norm_of_bundles
 from hf_parcor.functional.vectors import numel, scaled
 from hf_parcor.injection import Pieces
 
@@ -78,9 +78,18 @@ def _is_large(tensors: Sequence[Tensor]) -> bool:
 def _drawn_twice(tensors: Sequence[Tensor], epsilon: float, generator: torch.Generator) -> Iterator[Tensor]:
     """Yield `ε r/‖r‖₂` tensor by tensor: the first draw finds the norm, and the second is the same one again."""
     state = generator.get_state()
-    factor = epsilon_over(euclidean_norm_in_turn(drawn_gaussian(tensors, 1.0, generator)), epsilon)
-    generator.set_state(state)
-    for part in drawn_gaussian(tensors, 1.0, generator):
+
+    def drawn() -> Iterator[Tensor]:
+        generator.set_state(state)
+        return drawn_gaussian(tensors, 1.0, generator)
+
+    def bundles() -> Iterator[list[Tensor]]:
+        for part in drawn():
+            yield [part]
+            del part  # before the next one is drawn
+
+    factor = epsilon_over(euclidean_norm_of_bundles(bundles), epsilon)
+    for part in drawn():
         scaled([part], factor, overwrite=True)
         yield part
         del part

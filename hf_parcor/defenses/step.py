@@ -379,11 +379,20 @@ class DefendedStep:
         return self._injection.withdraw(p)
 
     def _take_gradients(self) -> dict[str, Tensor]:
-        """Return the gradients, each in memory of its own: they are going to be overwritten one by one."""
+        """Return the gradients, each in memory of its own: they are going to be overwritten one by one.
+
+        Raises:
+            NotImplementedError: One is sparse.
+        """
         taken = {}
         for name, parameter in self.parameters.items():
             gradient = parameter.grad
             if gradient is not None:
+                if gradient.layout is not torch.strided:
+                    raise NotImplementedError(
+                        f"{name}: expected a dense gradient of what is defended, got {gradient.layout}; build the "
+                        "embedding with sparse=False, or name it in exclude_modules"
+                    )
                 taken[name], parameter.grad = gradient, None
         if not taken:
             return taken

@@ -33,8 +33,8 @@ def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
-    """Return where what this rank holds of each tensor begins in memory; 0 for those without memory of their own."""
-    return [tensor.data_ptr() for tensor in local_parts(tensors)]
+    """Return where what this rank holds of each tensor begins in memory; 0 for sparse ones and those without."""
+    return [part.data_ptr() if part.layout is torch.strided else 0 for part in local_parts(tensors)]
 
 
 def has_shards(tensors: Iterable[Tensor]) -> bool:

@@ -39,7 +39,6 @@ def begin_checkpoint(path: Path, run: Mapping[str, Any]) -> dict[int, Trial]:
     """
     run = json.loads(_line(run))
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, _line({"kind": _KIND, "format": _FORMAT, "run": run}) + "\n")
         return {}
     content = path.read_bytes()

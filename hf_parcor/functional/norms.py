@@ -89,26 +89,10 @@ def _norm_in_float64(tensors: Sequence[Tensor]) -> Tensor:
     return norm
 
 
-def euclidean_norm_in_turn(tensors: Iterable[Tensor]) -> Tensor:
-    """Return `‖v‖₂` in float64, of float32 tensors that come one after the other, entries of ordinary size.
-
-    To the last bit that of `euclidean_norm`.
-
-    Examples:
-        >>> round(float(euclidean_norm_in_turn(torch.full((2,), float(entry)) for entry in (1, 7))), 6)
-        10.0
-    """
-    parts: list[Tensor] = []
-    for tensor in tensors:
-        dtype = torch.float32 if _adds_in_float32(tensor.device) else torch.float64
-        parts.append(_norms_of_parts([tensor], 2, dtype))
-        del tensor
-    norm: Tensor = torch.linalg.vector_norm(_end_to_end(parts), 2)
-    return norm
-
-
 def euclidean_norm_of_bundles(bundles: Callable[[], Iterable[list[Tensor]]]) -> Tensor:
-    """Return `‖v‖₂` in float64 of float32 tensors that come some at a time, to the last bit that of `euclidean_norm`.
+    """Return `‖v‖₂` in float64 of float32 tensors that come some at a time.
+
+    Of tensors on one device it is that of `euclidean_norm`, to the last bit.
 
     Args:
         bundles: Makes the tensors; where entries are so small or large that these are looked at again, all at once.

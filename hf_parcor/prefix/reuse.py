@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hf_parcor.overriding import override
+from hf_parcor.overriding import override, overriding
 from hf_parcor.prefix.consumers import Consumers, Place, Unkept
 from hf_parcor.prefix.cut import CalledAgain, before_calls, not_inside_compiled
 from hf_parcor.randomness import RandomStates
@@ -101,12 +101,8 @@ class PrefixReuse:
     @contextmanager
     def seen_by(self, consumers: Consumers) -> Iterator[None]:
         """Let it see which outputs a pass consumes that replays all of them."""
-        self._consumers = consumers
-        try:
-            with consumers:
-                yield
-        finally:
-            self._consumers = None
+        with overriding(self, _consumers=consumers), consumers:
+            yield
 
     def spare(self, unused: set[Place]) -> None:
         """Keep these outputs no longer, neither of what was recorded nor of what will be."""
@@ -135,11 +131,8 @@ class PrefixReuse:
         Args:
             devices: The accelerators that the model computes on.
         """
-        self._devices = list(devices)
-        try:
+        with overriding(self, _devices=list(devices)):
             yield
-        finally:
-            self._devices = None
 
     @contextmanager
     def recording(self, gradients: bool = True) -> Iterator[None]:
@@ -188,11 +181,8 @@ class PrefixReuse:
             count: On how many.
             examples: Of how many.
         """
-        try:
-            self._part = None if count == examples else (count, examples)
+        with overriding(self, _part=None if count == examples else (count, examples)):
             yield
-        finally:
-            self._part = None
 
     @contextmanager
     def sharing(self, last: bool) -> Iterator[None]:

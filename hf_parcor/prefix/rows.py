@@ -36,7 +36,6 @@ def find_rows(
     run_whole: RunPass,
     run_part: RunPass,
     run_repeated: RunPass,
-    trained: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Find the batch's rows in what a prefix keeps, and try out that a pass over the first of them gets its part.
 
@@ -46,7 +45,7 @@ def find_rows(
     rows must not depend on the others, as it does under batch statistics: but for rounding, in half precision to the
     last bit.
 
-    Costs a step over the part, one more with the prefix over all rows, and up to four runs of the prefix more.
+    Costs a step over the part, one more with the prefix over all rows, and up to six runs of the prefix more.
     Gradients, buffers and generators are as before. `prefix.rows` is set.
 
     Args:
@@ -58,15 +57,13 @@ def find_rows(
         run_part: The same on its first rows.
         run_repeated: The same on as many rows as the batch has, of which the first `count` are those of the batch, and
             all others these again.
-        trained: The parameters whose gradients are compared; None for all trainable ones.
 
     Raises:
         PrefixError: Passes over a part cannot reuse it.
     """
     if count == examples:
         raise PrefixError(f"the part of the first batch is all of it ({examples} examples), which shows no rows")
-    if trained is None:
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.grad for name, parameter in trained.items()}
     precisions: set[torch.dtype] = set()
     prefix.rows = {}

@@ -81,10 +81,7 @@ class StoredRecord(ABC):
 
         An interruption leaves the old file.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, self.to_json())
-        return path
+        return replace_text(path, self.to_json())
 
     @classmethod
     def load(cls: type[_Record], path: str | Path) -> _Record:

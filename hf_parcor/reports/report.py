@@ -56,11 +56,11 @@ class _Report(Generic[_Found]):
         The page needs no network and no script, supports phones and dark mode, and colour-blind readers can tell its
         colours and markers apart. Without Matplotlib it has no curves, and says so; all numbers are in its tables.
         """
-        return _write(path, self._html(self._content))
+        return replace_text(path, self._html(self._content))
 
     def to_markdown(self, path: str | Path) -> Path:
         """Write the report in Markdown, with tables instead of pictures, and return its path."""
-        return _write(path, self._markdown(self._content))
+        return replace_text(path, self._markdown(self._content))
 
 
 class RobustnessReport(_Report[Content]):
@@ -258,10 +258,3 @@ def _content(
         named = " and ".join(models) if len(models) > 1 else ", ".join(dict.fromkeys(r.model for r in study.records))
         title = f"How robust are the weights of {named}? {metric} under corruption"
     return content_of(study, Numbers(study.info.unit), title)
-
-
-def _write(path: str | Path, text: str) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, text)
-    return path

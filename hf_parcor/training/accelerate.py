@@ -149,14 +149,16 @@ class DefendedBackward:
                 "batch: expected the batch for a defense with batch_share below 1, got None; call "
                 "backward(loss_fn, batch) with a loss_fn that takes it, or set batch_share to 1"
             )
-        passes = _LoopPasses(self._accelerator, defense, self._model, loss_fn, batch)
         active = _is_active(defense, epoch, step)
         IdleLoop.of(self._accelerator).count(defense, active=active, epoch=epoch)
         if not active:
-            loss = passes.stock()
+            loss = _checked(loss_fn() if batch is None else loss_fn(batch))
+            self._accelerator.backward(loss)
+            loss = loss.detach()
             return DefendedLoss(loss, loss, loss, CorruptionNorm(torch.zeros(()), torch.zeros(())), defended=False)
         if is_sharded(self._whole):
             drop_gathered(self._whole)
+        passes = _LoopPasses(self._accelerator, defense, self._model, loss_fn, batch)
         defended, norm = self._runner.run(passes, self._selected, self._others, self._embedding, epoch=epoch or 0.0)
         assert norm is not None, "it is measured unless told otherwise"
         corrupted = defense.corrupted_loss(defended.losses)
@@ -269,28 +271,22 @@ class _LoopPasses(Passes):
         batch: Any,
     ) -> None:
         super().__init__(accelerator, defense, model)
-        self._loss_fn, self._batch = loss_fn, batch
+        self._loss_fn = loss_fn
         self._as_given = private_copy(batch)
 
     def prepare(self) -> None:
         """Do nothing: the loop has prepared the batch."""
 
-    def stock(self) -> Tensor:
-        """Run the stock step."""
-        loss = self._loss(self._batch)
-        self.accelerator.backward(loss)
-        return loss.detach()
-
     def _run(self, objective: Objective, index: int, share: float) -> Tensor:
         with self._reducing_at_the_end(index):
-            batch = None if self._batch is None else private_copy(first_examples(self._as_given, share))
-            value = scaled(self.accelerator, objective, self._loss(batch))
+            batch = () if self._as_given is None else (private_copy(first_examples(self._as_given, share)),)
+            value = scaled(self.accelerator, objective, _checked(self._loss_fn(*batch)))
             self.accelerator.backward(value)
         return value.detach()
 
-    def _loss(self, batch: Any) -> Tensor:
-        loss = self._loss_fn() if self._batch is None else self._loss_fn(batch)
-        if not isinstance(loss, Tensor) or loss.ndim:
-            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(f"loss_fn: expected a scalar tensor, got {found}; return the mean loss of the batch")
-        return loss
+
+def _checked(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.ndim:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss_fn: expected a scalar tensor, got {found}; return the mean loss of the batch")
+    return loss

@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_parcor.defense_file import DEFENSE_CONFIG_NAME, defense_beside, differences, settings_in
-from hf_parcor.strict_json import to_strict_json
+from hf_parcor.strict_json import replace_text, to_strict_json
 from hf_parcor.training.config import DefenseConfig
 
 logger = logging.get_logger(__name__)
@@ -58,8 +58,7 @@ def save_defense(folder: str | Path, config: DefenseConfig | None, origin: Mappi
     """
     path = Path(folder) / DEFENSE_CONFIG_NAME
     if origin is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_strict_json(origin), encoding="utf-8")
+        replace_text(path, to_strict_json(origin))
     elif config is not None:
         config.save_pretrained(folder)
     elif path.exists():
@@ -134,7 +133,7 @@ class DefendedSteps:
         self._origin = None  # the weights are no longer those that it was written for
         self._trained = None if self._trained is None else self._trained + 1
         if config is not None:
-            settings = self._settings_of(config)
+            settings = self._key_of(config)
             before = self._defended.get(settings, 0)
             self._defended[settings] = None if before is None else before + 1
 
@@ -142,9 +141,7 @@ class DefendedSteps:
         """Return a defense with what is known of a model's weights."""
         if model is not None:
             self._follow(model)
-        return replace(
-            config, defended_steps=self._defended.get(self._settings_of(config), 0), trained_steps=self._trained
-        )
+        return replace(config, defended_steps=self._defended.get(self._key_of(config), 0), trained_steps=self._trained)
 
     def origin(self, model: nn.Module | None) -> Mapping[str, Any] | None:
         """Return what the `defense_config.json` of a model's weights says, until they are trained further."""
@@ -165,7 +162,7 @@ class DefendedSteps:
             defended = _count(values.get("defended_steps"))
             if None not in (defended, self._trained) and defended > self._trained:  # type: ignore[operator]
                 defended = self._trained = None  # somebody wrote into it
-            self._defended = {_settings_in(values): defended}
+            self._defended = {_key_in(values): defended}
 
     def _follow(self, model: nn.Module) -> None:
         if self._model is not None and self._model() is model:
@@ -177,15 +174,16 @@ class DefendedSteps:
         if folder and Path(folder).is_dir() and not hasattr(model, "peft_config"):
             self.take_from(folder, model)
 
-    def _settings_of(self, config: DefenseConfig) -> str:
+    def _key_of(self, config: DefenseConfig) -> str:
         # Kept, since a step must not pay for writing settings down.
         last = self._last
         if last is None or last[0].defense is not config.defense or last[0] != config:
-            last = self._last = (config, _settings_in(config.to_dict()))
+            last = self._last = (config, _key_in(config.to_dict()))
         return last[1]
 
 
-def _settings_in(values: Mapping[str, Any]) -> str:
+def _key_in(values: Mapping[str, Any]) -> str:
+    """Return the settings of a defense as one string, by which its steps are counted."""
     return to_strict_json(dict(sorted(settings_in(values).items())))
 
 

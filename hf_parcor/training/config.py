@@ -17,7 +17,7 @@ from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.corruptions.catalogue import catalogue_name
 from hf_parcor.defense_file import COUNTS, DEFENSE_CONFIG_NAME, VERSION
 from hf_parcor.defenses import DEFENSES, Defense, check_defense
-from hf_parcor.strict_json import read_strict_json, to_plain, to_strict_json
+from hf_parcor.strict_json import read_strict_json, replace_text, to_plain, to_strict_json
 
 _NOT_FINITE = ("inf", "-inf", "nan")
 
@@ -243,10 +243,7 @@ class DefenseConfig:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write `defense_config.json` into a folder, which is created if necessary, and return the file's path."""
-        path = Path(folder) / DEFENSE_CONFIG_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_strict_json(self.to_dict()), encoding="utf-8")
-        return path
+        return replace_text(Path(folder) / DEFENSE_CONFIG_NAME, to_strict_json(self.to_dict()))
 
     @classmethod
     def from_pretrained(

@@ -206,10 +206,11 @@ class _TrainerDefense:
         arguments = self._trainer.args
         self.defense = self.settings.defense(arguments)
         self._selection = self.settings.selection(arguments)
-        self._check_settings()
+        self._begin_anew()
         self.settings.accept(arguments)
 
-    def _check_settings(self) -> None:
+    def _begin_anew(self) -> None:
+        """Forget what was selected and shared, and check the settings again: both may have changed."""
         self._selected: tuple[nn.Module, bool, dict[str, nn.Parameter]] | None = None
         self.runner = StepRunner(devices=self._trainer.args.n_gpu)
         if self.defense is not None:
@@ -242,7 +243,7 @@ class _TrainerDefense:
         if self.settings.changed(self._trainer.args):
             self._take_settings()
         else:
-            self._check_settings()
+            self._begin_anew()
         if isinstance(checkpoint, str):
             warn_of_another_defense(checkpoint, self._uncounted_config())
             if self._trainer.model is not None:

@@ -101,14 +101,9 @@ class Passes(ABC):
 
     def trial_of_repeated(self, objective: Callable[[Any], Tensor], share: float) -> list[Any]:
         """Run a `trial_as_is` on the examples of a share of the batch, so often that they are as many as its own."""
-        held = {name: getattr(self, name) for name in self._batches}
-        try:
-            for name, batch in held.items():
-                setattr(self, name, repeat_first_examples(batch, share))
+        repeated = {name: repeat_first_examples(getattr(self, name), share) for name in self._batches}
+        with overriding(self, **repeated):
             return self.trial_as_is(objective)
-        finally:
-            for name, batch in held.items():
-                setattr(self, name, batch)
 
     def rows_of(self, share: float) -> tuple[int, int]:
         """Return how many examples a pass over a share of the batch sees, and how many there are."""

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from hf_parcor.defenses import Defense
 from hf_parcor.distributed.ddp import sending_no_buffers, wrapped_by
-from hf_parcor.distributed.fsdp import is_sharded, reducing
+from hf_parcor.distributed.fsdp import is_sharded, on_shards
 from hf_parcor.prefix import (
     COMPILED_AS_ONE,
     NothingToReuse,
@@ -191,24 +191,16 @@ def plan_prefix_on_shards(
             of it; others can, and it is a `PrefixError`.
     """
 
-    def watched() -> Any:
-        with reducing(model):
-            return run()
-
-    def reduced(objective: Callable[[Any], Tensor]) -> Any:
-        with reducing(model):
-            return run_pass(objective)
-
     def found() -> RecomputedPrefix:
         with _brought_to_an_end(model):
-            return find_prefix(model, selected, watched, RecomputedPrefix)
+            return find_prefix(model, selected, on_shards(run, model), RecomputedPrefix)
 
     # All must cut alike before they try: each pass waits for what the others gather.
     prefix = agree(found)
 
     def tried() -> RecomputedPrefix:
         with _brought_to_an_end(model), failures_as_prefix_errors():
-            try_prefix(prefix, model, selected, reduced, passes=passes, in_step=True)
+            try_prefix(prefix, model, selected, on_shards(run_pass, model), passes=passes, in_step=True)
         return prefix
 
     return agree(tried)

@@ -118,6 +118,30 @@ def test_a_part_of_the_parameters(network, micro_batches):
     torch.testing.assert_close(found, gradients(network), **EXACT)
 
 
+@pytest.mark.parametrize("defense", [MultiStepRisk(SET), ACRT(SET), SAM(SET)], ids=str)
+def test_a_sparse_gradient_beside_what_is_defended_and_of_it(defense, bits_of):
+    words = torch.tensor([[0, 3], [1, 3]])
+
+    def model(sparse):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(5, 3, sparse=sparse), nn.Flatten(), nn.Linear(6, 2)).double()
+
+    def run(network, target):
+        selected = select_parameters(network, [target])
+        defended_backward(Accelerator(cpu=True), defense, network, lambda: network(words).square().mean(), selected)
+
+    network, dense = model(True), model(False)
+    run(network, "2")
+    run(dense, "2")
+    assert network[0].weight.grad.is_sparse
+    for found, expected in zip(network.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(found.grad.to_dense(), expected.grad, **EXACT)
+    before = bits_of(network)
+    with pytest.raises(NotImplementedError, match="dense"):
+        run(network, "0")
+    assert bits_of(network) == before
+
+
 def test_a_penalty(network, micro_batches):
     parameters, (batch, *_) = list(network.parameters()), micro_batches
     found = defended_backward(Accelerator(cpu=True), GradientPenalty(weight=0.3), network, loss_of(network, batch))
