@@ -36,7 +36,6 @@ from hf_parcor.prefix import (
     leaves_of,
     outputs_of,
     plan_prefix,
-    plan_prefix_of_values,
     plan_prefixes_of_values,
     recording_together,
 )
@@ -303,10 +302,12 @@ def prefix_of_measurements(model: nn.Module, metric: BatchMetric, parameters: _P
     run = partial(_everything_found, model, partial(metric.of_batch, model, batch))
 
     def plan() -> PrefixReuse:
-        prefix, found = plan_prefix_of_values(model, parameters, run)
+        prefixes, errors, found = plan_prefixes_of_values(model, [parameters], run)
+        if errors:
+            raise errors[0]
         with failures_as_prefix_errors():
-            _try_out(prefix, model, run, parameters, found)
-        return prefix
+            _try_out(prefixes[0], model, run, parameters, found)
+        return prefixes[0]
 
     return _found(plan, "measurement")
 

@@ -18,7 +18,6 @@ from hf_parcor.prefix.plan import (
     leaves_of,
     outputs_of,
     plan_prefix,
-    plan_prefix_of_values,
     plan_prefixes_of_values,
     try_prefix,
 )
@@ -45,7 +44,6 @@ __all__ = [
     "leaves_of",
     "outputs_of",
     "plan_prefix",
-    "plan_prefix_of_values",
     "plan_prefixes_of_values",
     "recording_together",
     "try_prefix",

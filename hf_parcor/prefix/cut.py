@@ -160,38 +160,6 @@ COMPILED_AS_ONE = (
 )
 
 
-@dataclass(frozen=True)
-class Cut:
-    """The modules of a prefix, those where the selected parameters come in, and what the watched run returned."""
-
-    prefix: list[nn.Module]
-    starts: list[nn.Module]
-    result: Any
-
-
-def find_cut(
-    model: nn.Module,
-    selected: Mapping[str, Tensor],
-    run: Callable[[], Any],
-    finished: Callable[[Call, Collection[nn.Module]], list[nn.Module]] = finished_before,
-) -> Cut:
-    """Run a model once, and find the modules that finish before the first selected parameter is used.
-
-    Args:
-        model: Any model.
-        selected: The parameters that other runs corrupt.
-        run: Runs the model on one batch, and returns what it returned.
-        finished: Which modules those are, given the calls of the run and where the selected parameters come in.
-
-    Raises:
-        NothingToReuse: All of the model is selected, for which nothing is run; or no module with parameters finishes.
-        PrefixError: It is unknown where the selected parameters come in.
-    """
-    check_some_is_left(model, selected)
-    calls, result = watch_calls(model, run)
-    return Cut(*cut_in(calls, model, selected, finished), result)
-
-
 def check_some_is_left(model: nn.Module, selected: Mapping[str, Tensor]) -> None:
     """Refuse a selection of all of a model.
 
@@ -209,10 +177,17 @@ def cut_in(
     selected: Mapping[str, Tensor],
     finished: Callable[[Call, Collection[nn.Module]], list[nn.Module]],
 ) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Return the prefix and the starts of a `Cut`, given the calls of a run.
+    """Return the modules that finish before the selected parameters come in, and those where these do.
+
+    Args:
+        calls: Those of a run of the model on one batch.
+        model: The model.
+        selected: The parameters that other runs corrupt.
+        finished: Which modules finish, given the calls and where the selected parameters come in.
 
     Raises:
-        PrefixError: As `find_cut` does.
+        NothingToReuse: No module with parameters finishes before.
+        PrefixError: It is unknown where the selected parameters come in.
     """
     called = called_modules(calls)
     if not called:

@@ -19,7 +19,7 @@ from hf_parcor.prefix.cut import (
     PrefixError,
     check_some_is_left,
     cut_in,
-    find_cut,
+    finished_before,
     hook_after,
     in_order,
     not_called_again,
@@ -240,9 +240,10 @@ def find_prefix(
     Raises:
         PrefixError: Nothing finishes before, or it is unknown where the selected parameters come in.
     """
+    check_some_is_left(model, selected)
     with evaluation_mode(model), torch.no_grad(), undone(model):
-        cut = find_cut(model, selected, lambda: run_alone(run))
-    return kind(cut.prefix, cut.starts)
+        calls, _ = watch_calls(model, lambda: run_alone(run))
+        return kind(*cut_in(calls, model, selected, finished_before))
 
 
 def try_prefix(
@@ -357,31 +358,14 @@ def try_prefix(
         raise PrefixError(f"{differing} is used before the module that holds it is called")
 
 
-def plan_prefix_of_values(
-    model: nn.Module, selected: Mapping[str, Tensor], run: Callable[[], Any]
-) -> tuple[PrefixReuse, Any]:
-    """Find the modules that finish before the first selected parameter is used, and are not called again.
-
-    For runs without gradients, such as a generation, which calls its encoder once and its decoder for every token: a
-    module that is called again may have left something behind, such as keys and values. Not tried out; what the run
-    returned is returned beside it, to compare with.
-
-    Args:
-        model: Any model.
-        selected: The parameters that other runs corrupt.
-        run: Runs the model on one batch.
-
-    Raises:
-        PrefixError: Nothing finishes before, or it is unknown where the selected parameters come in.
-    """
-    cut = find_cut(model, selected, run, not_called_again)
-    return PrefixReuse(cut.prefix, cut.starts, again=False), cut.result
-
-
 def plan_prefixes_of_values(
     model: nn.Module, parts: Sequence[Mapping[str, Tensor]], run: Callable[[], Any]
 ) -> tuple[dict[int, PrefixReuse], list[PrefixError], Any]:
-    """Find what `plan_prefix_of_values` finds for each of several selections, from one run for all of them.
+    """Find for each of several selections the modules that finish before it is used, and are not called again.
+
+    For runs without gradients, such as a generation, which calls its encoder once and its decoder for every token: a
+    module that is called again may have left something behind, such as keys and values. One run serves all selections.
+    The prefixes are not tried out; what the run returned is returned beside them, to compare with.
 
     Args:
         model: Any model.

@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_parcor.prefix import NothingToReuse, PrefixError, plan_prefix_of_values
-from hf_parcor.prefix.cut import before_calls, find_cut, not_called_again, watch_calls
+from hf_parcor.prefix import NothingToReuse, PrefixError, PrefixReuse, find_prefix, plan_prefixes_of_values
+from hf_parcor.prefix.cut import before_calls, watch_calls
 
 X = torch.ones(1, 2)
 
@@ -79,8 +79,8 @@ CUTS = {
 }  # fmt: skip
 
 
-def cut_of(model, where, run=None, **options):
-    return find_cut(model, {"w": model.get_submodule(where).weight}, run or (lambda: model.eval()(X)), **options)
+def cut_of(model, where, run=None):
+    return find_prefix(model, {"w": model.get_submodule(where).weight}, run or (lambda: model(X)), PrefixReuse)
 
 
 @for_each("name", CUTS)
@@ -171,9 +171,8 @@ def test_what_is_called_again_is_no_prefix_of_a_generation():
 
     model = Model()
     assert cut_of(model, "head").prefix == [model.encoder, model.decoder]
-    assert cut_of(model, "head", finished=not_called_again).prefix == [model.encoder]
-    prefix, result = plan_prefix_of_values(model, {"w": model.head.weight}, lambda: model(X))
-    assert prefix.prefix == [model.encoder]
+    prefixes, errors, result = plan_prefixes_of_values(model, [{"w": model.head.weight}], lambda: model(X))
+    assert (prefixes[0].prefix, errors) == ([model.encoder], [])
     assert torch.equal(result, model(X))
 
 
@@ -189,7 +188,7 @@ def test_nothing_to_reuse(model, where):
 def test_all_of_a_model_is_not_even_run():
     model = linear()
     with pytest.raises(NothingToReuse, match="all of the model"):
-        find_cut(model, dict(model.named_parameters()), lambda: pytest.fail("it was run"))
+        find_prefix(model, dict(model.named_parameters()), lambda: pytest.fail("it was run"), PrefixReuse)
 
 
 def test_where_no_module_is_called_around_a_selected_parameter():
