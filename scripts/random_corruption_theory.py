@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor, nn
@@ -36,7 +37,6 @@ from hf_parcor.evaluation.identity import library_versions
 from hf_parcor.functional import vector_norm
 from hf_parcor.indicators import LossOverData, hessian_trace, random_loss_changes
 from hf_parcor.reports.tables import markdown_table
-from hf_parcor.statistics import QuantileWithInterval
 from hf_parcor.strict_json import replace_text, to_strict_json
 from hf_parcor.theory import RandomCorruptionRatio, second_order_average_loss_change
 
@@ -201,17 +201,16 @@ def quantiles(magnitudes: Tensor, largest: float, ratio: RandomCorruptionRatio) 
         largest: εG, the largest of first order.
         ratio: What share of it random corruptions reach.
     """
-    found = [QuantileWithInterval.from_values(magnitudes.tolist(), p) for p in PROBABILITIES]
-    return [
-        {
-            "p": one.p,
-            "empirical": one.value,
-            "low": one.low,
-            "high": one.high,
-            "theoretical": largest * ratio.quantile(one.p),
-        }
-        for one in found
-    ]
+    found = magnitudes.tolist()
+    rows = []
+    for p in PROBABILITIES:
+        value = float(np.quantile(found, p))
+        ends = stats.quantile_test(found, q=value, p=p).confidence_interval(0.95)
+        # With too few values an end is the sample's own, and the level is not reached.
+        low, high = np.where(np.isnan(ends), (min(found), max(found)), ends).tolist()
+        theory = largest * ratio.quantile(p)
+        rows.append({"p": p, "empirical": value, "low": low, "high": high, "theoretical": theory})
+    return rows
 
 
 TITLE = "# Random corruptions of a language model against Theorem 1 (paper 1, Table 3)"

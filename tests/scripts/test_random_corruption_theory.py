@@ -85,6 +85,8 @@ def test_quantiles_with_their_intervals():
         assert row["low"] < row["empirical"] < row["high"]
         assert row["low"] < row["theoretical"] < row["high"]
         assert row["high"] - row["low"] < 0.2
+    few = script.quantiles(magnitudes[:20], 1.0, RandomCorruptionRatio(100))
+    assert [row["high"] for row in few] == [magnitudes[:20].max().item()] * 3
 
 
 def test_a_folder_without_the_text(tmp_path):
