@@ -62,8 +62,7 @@ def obstacle(weight: Tensor) -> str | None:
         >>> obstacle(torch.ones(2)), obstacle(torch.ones(2, dtype=torch.int8)), obstacle(torch.ones(2, device="meta"))
         (None, 'int8', 'on the meta device, as what is offloaded')
     """
-    if isinstance(weight, DTensor):
-        weight = local_part(weight)
+    weight = local_part(weight)
     kind = type(weight)
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # which says itself what a write or a view means
         return f"of the class {kind.__name__}, no plain numbers"

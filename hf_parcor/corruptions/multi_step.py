@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hf_parcor.arguments import check_count, check_radius
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength, named
+from hf_parcor.distributed.dtensors import has_shards
 from hf_parcor.functional.ascent import RememberedAscent
 from hf_parcor.functional.constrained_maximum import constrained_maximum_in_turn, goes_in_turn
 from hf_parcor.functional.projections import check_projectable, project_
@@ -132,7 +132,8 @@ def is_remembered(steps: int, constraint: CorruptionConstraint, weights: Iterabl
 
     Not with `top_n`, which needs all of a at once, and not of shards, whose norms ranks find together.
     """
-    narrow = all(weight.dtype.itemsize < 4 and not isinstance(weight, DTensor) for weight in weights)
+    weights = list(weights)
+    narrow = all(weight.dtype.itemsize < 4 for weight in weights) and not has_shards(weights)
     return narrow and steps <= 2 and goes_in_turn(constraint.p, constraint.top_n)
 
 

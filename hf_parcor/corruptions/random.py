@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength, named, named_pieces
+from hf_parcor.distributed.dtensors import has_shards
 from hf_parcor.functional.constrained_maximum import constrained_maximum_, epsilon_over
 from hf_parcor.functional.noise import drawn_gaussian, gaussian_noise
 from hf_parcor.functional.norms import euclidean_norm_of_bundles
@@ -71,7 +71,7 @@ _LARGE = 1 << 24  # entries, 64 MiB in float32
 
 def _is_large(tensors: Sequence[Tensor]) -> bool:
     """Say whether the whole direction takes memory that is worth a second draw; shards are held by many."""
-    plain = all(tensor.dtype.itemsize <= 4 and not isinstance(tensor, DTensor) for tensor in tensors)
+    plain = all(tensor.dtype.itemsize <= 4 for tensor in tensors) and not has_shards(tensors)
     return plain and numel(tensors) > _LARGE
 
 

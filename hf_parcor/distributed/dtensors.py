@@ -1,9 +1,9 @@
 """A vector whose tensors are spread over processes: the parts that are here, and what all ranks must agree on.
 
-This is the one place that knows of ranks. Functions work on the local parts, as on any list of tensors; where a number
-is of the whole vector (a maximum, a norm, a count), each rank finds that of its parts, and these few numbers travel.
-What is random is drawn for a whole tensor on each rank, one tensor after the other, and cut: as one process draws it.
-No tensor is gathered but by `whole`.
+What computes with weights knows of ranks by this alone. Functions work on the local parts, as on any list of tensors;
+where a number is of the whole vector (a maximum, a norm, a count), each rank finds that of its parts, and these few
+numbers travel. What is random is drawn for a whole tensor on each rank, one tensor after the other, and cut: as one
+process draws it. No tensor is gathered but by `whole`.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def shared_generator(tensors: Sequence[Tensor], generator: torch.Generator | Non
     One that is given is brought into the state of the first rank's. In place of PyTorch's global one, which dropout
     moves differently on each rank, another is seeded by a number that the first rank draws from it.
     """
-    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+    if not has_shards(tensors):
         return generator
     if generator is None:
         seed = int(of_first_rank(torch.randint(2**62, ()), tensors))

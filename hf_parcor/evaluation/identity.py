@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hf_parcor.corruptions import Corruption
 from hf_parcor.devices import in_float64
+from hf_parcor.distributed.dtensors import has_shards
 from hf_parcor.distributed.fsdp import class_of
 from hf_parcor.evaluation.fingerprint import TOLD_BY_THEIR_TEXT, fingerprint, fingerprint_of_weights
 from hf_parcor.functional.norms import vector_norm
@@ -154,7 +154,7 @@ def norm_of(weights: Iterable[Tensor]) -> float:
 
 def _parts(weight: Tensor) -> Iterable[Tensor]:
     """Return chunks of a weight; all of one whose parts lie on several processes, or far apart."""
-    return [weight] if isinstance(weight, DTensor) or not weight.is_contiguous() else chunks([weight])
+    return [weight] if has_shards([weight]) or not weight.is_contiguous() else chunks([weight])
 
 
 def described(value: Any) -> Any:

@@ -7,11 +7,10 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hf_parcor.arguments import check_count, check_real
 from hf_parcor.devices import has_float64
-from hf_parcor.distributed.dtensors import cut_as, local_part, sharded_as, shared_generator
+from hf_parcor.distributed.dtensors import cut_as, has_shards, local_part, sharded_as, shared_generator
 from hf_parcor.functional.stored_numbers import FLOATS, MANTISSA_BITS, StoredNumbers, check_format, integer_width
 
 FIELDS = ("any", "sign", "exponent", "mantissa")
@@ -113,7 +112,7 @@ def flip_bits(tensor: Tensor, elements: Tensor, positions: Tensor, of: str | Non
     masks = torch.zeros(len(touched), dtype=torch.int64, device=flat.device)
     # Distinct bits of one entry add up to their union; int64 arithmetic wraps to the sign bit of narrower integers.
     masks.index_add_(0, slot, torch.ones_like(pairs) << pairs % width)
-    if isinstance(tensor, DTensor):
+    if has_shards([tensor]):
         everywhere = flat.new_zeros(tensor.shape)
         everywhere.view(-1)[touched] = masks.to(flat.dtype)
         flat ^= local_part(cut_as(everywhere, tensor)).reshape(-1).to(flat.device)

@@ -37,14 +37,19 @@ def drawn_gaussian(
     tensors: Sequence[Tensor], std: float, generator: torch.Generator | None = None
 ) -> Iterator[Tensor]:
     """Yield what `gaussian_noise` returns, each tensor drawn when it is asked for; the first call draws none."""
-    std = check_radius("std", std)
 
     def fill(noise: Tensor, source: torch.Generator | None) -> Tensor:
         return noise.normal_(0.0, 1.0, generator=source)
 
+    return _scaled(tensors, generator, fill, check_radius("std", std))
+
+
+def _scaled(
+    tensors: Sequence[Tensor], generator: torch.Generator | None, fill: _Fill, scale: float
+) -> Iterator[Tensor]:
     def filled(noise: Tensor, source: torch.Generator | None) -> Tensor:
-        normal = _filled(noise, source, fill)
-        return normal if std == 1 else normal.mul_(std)
+        drawn = _filled(noise, source, fill)
+        return drawn if scale == 1 else drawn.mul_(scale)
 
     return _drawn(tensors, generator, filled)
 
@@ -83,12 +88,11 @@ def drawn_uniform(
     tensors: Sequence[Tensor], bound: float, generator: torch.Generator | None = None
 ) -> Iterator[Tensor]:
     """Yield what `uniform_noise` returns, each tensor drawn when it is asked for."""
-    bound = check_radius("bound", bound)
 
     def fill(noise: Tensor, source: torch.Generator | None) -> Tensor:
         return noise.uniform_(-1.0, 1.0, generator=source)
 
-    return _drawn(tensors, generator, lambda noise, source: _filled(noise, source, fill).mul_(bound))
+    return _scaled(tensors, generator, fill, check_radius("bound", bound))
 
 
 def gaussian_noise(tensors: Sequence[Tensor], std: float, generator: torch.Generator | None = None) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_parcor.distributed.dtensors import local_part, sharded_as
 from hf_parcor.functional.norms import max_magnitude
 from hf_parcor.functional.quantization import check_bits, restricted_scale
+from hf_parcor.functional.vectors import INTEGER_OF_SIZE
 
 MANTISSA_BITS: Mapping[torch.dtype, int] = MappingProxyType(
     {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
@@ -20,7 +21,6 @@ MANTISSA_BITS: Mapping[torch.dtype, int] = MappingProxyType(
 FLOATS: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 )
-_INTEGER_OF_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _INTEGER = re.compile(r"int(\d+)")
 
 
@@ -110,7 +110,7 @@ class StoredNumbers:
                 raise ValueError(
                     f"of: expected a format whose numbers {tensor.dtype} holds, got {of}; load the weights in float32"
                 )
-            bits = here.to(dtype).contiguous().view(-1).view(_INTEGER_OF_SIZE[dtype.itemsize])
+            bits = here.to(dtype).contiguous().view(-1).view(INTEGER_OF_SIZE[dtype.itemsize])
             return cls(bits, dtype.itemsize * 8, tensor, None, dtype)
         step = _step(tensor, width) if tensor.numel() else None
         if step is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_parcor.arguments import check_count
 from hf_parcor.distributed.dtensors import ShardedVector, one_vector, total
-from hf_parcor.functional.vectors import numel, working_dtype
+from hf_parcor.functional.vectors import INTEGER_OF_SIZE, numel, working_dtype
 
 _DIGIT_BITS = 16
 _DIGITS = 1 << _DIGIT_BITS
@@ -53,7 +53,7 @@ def _joined(run: list[Tensor]) -> Tensor:
 
 def _bits(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the bit patterns as integers: without the sign, IEEE magnitudes sort as their bit patterns do."""
-    return values.to(dtype).view(torch.int64 if dtype == torch.float64 else torch.int32)
+    return values.to(dtype).view(INTEGER_OF_SIZE[dtype.itemsize])
 
 
 def _magnitudes(dtype: torch.dtype) -> int:
@@ -67,7 +67,7 @@ def _threshold(tensors: Sequence[Tensor], n: int, dtype: torch.dtype, device: to
     Radix selection: a histogram of the leading 16 bits finds the digit in which the n-th largest lies, the next
     histogram looks only at entries with that digit, and so on to the last bit.
     """
-    known = torch.zeros((), dtype=torch.int64 if dtype == torch.float64 else torch.int32, device=device)
+    known = torch.zeros((), dtype=INTEGER_OF_SIZE[dtype.itemsize], device=device)
     remaining = torch.full((), n, dtype=torch.int64, device=device)
     for shift in range(dtype.itemsize * 8 - _DIGIT_BITS, -1, -_DIGIT_BITS):
         counts = total(tensors, partial(_histogram, dtype=dtype, shift=shift, known=known)).flip(0)

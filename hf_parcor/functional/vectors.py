@@ -15,7 +15,8 @@ from torch import Tensor
 from hf_parcor.devices import has_launches
 from hf_parcor.distributed.dtensors import ShardedVector, local_parts
 
-_BITS_OF_DTYPE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+INTEGER_OF_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+"""The dtype that holds the bit patterns of one of so many bytes."""
 _CHUNK = 1 << 20  # entries worked on at a time: less than 100 MiB of scratch, whatever the size of the model
 _ORDINARY_FACTOR = (2.0**-100, 2.0**100)  # float32 holds them, with digits to spare
 _ALONE = 1 << 20  # entries of a tensor that is worth a launch by itself: one that moves 8 MB
@@ -235,7 +236,7 @@ def _scaled_unread(tensors: list[Tensor], factor: Factor, *, overwrite: bool) ->
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view(_BITS_OF_DTYPE[tensor.dtype.itemsize])
+    return tensor.view(INTEGER_OF_SIZE[tensor.dtype.itemsize])
 
 
 def scale_each_(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
@@ -265,7 +266,7 @@ def _scale_each_unread_(tensors: list[Tensor], factors: Sequence[Tensor]) -> Non
     """Do as `scale_each_` does with tensors of one device and dtype, by factors that must not be waited for."""
     device, dtype, together = tensors[0].device, tensors[0].dtype, torch.stack(list(factors))
     roots = together.sqrt().to(device, dtype).unbind()
-    used = (together != 0).to(device, _BITS_OF_DTYPE[dtype.itemsize]).unbind()
+    used = (together != 0).to(device, INTEGER_OF_SIZE[dtype.itemsize]).unbind()
     torch._foreach_mul_(tensors, roots)
     torch._foreach_mul_([_bits(tensor) for tensor in tensors], used)
     torch._foreach_mul_(tensors, roots)

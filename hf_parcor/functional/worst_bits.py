@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hf_parcor.devices import host_of
+from hf_parcor.distributed.dtensors import has_shards
 from hf_parcor.functional.stored_numbers import MANTISSA_BITS, StoredNumbers
 from hf_parcor.functional.vectors import chunks
 
@@ -37,7 +37,7 @@ def check_whole(tensors: Sequence[Tensor]) -> None:
     Raises:
         NotImplementedError: One is.
     """
-    if any(isinstance(tensor, DTensor) for tensor in tensors):
+    if has_shards(tensors):
         raise NotImplementedError(
             "worst bit flips: expected whole weights, got some that are sharded over ranks; measure them in one "
             "process, or take BitFlips, which works on shards"
