@@ -38,7 +38,6 @@ from hf_parcor.evaluation.shared_passes import (
     choose_together,
     measure_together,
     prefix_of_ascents,
-    prefix_of_measurements,
     prefixes_of_measurements,
 )
 from hf_parcor.evaluation.trials import Trial, checked_metrics, record_of
@@ -460,10 +459,7 @@ class Measurement:
         if 0 < saved * trials * batches <= RUNS_TO_PLAN + (1 - _SAVED) * further:
             return none
         parts = [groups[index] for index in indices]
-        if len(parts) == 1:
-            prefixes = [prefix_of_measurements(self._model, self._by_batch, parts[0])]
-        else:
-            prefixes = prefixes_of_measurements(self._model, self._by_batch, parts, self._memory, self._saved_on)
+        prefixes = prefixes_of_measurements(self._model, self._by_batch, parts, self._memory, self._saved_on)
         # What is measured together must be the same everywhere, also where a rounding decides.
         everywhere = self._processes.gather([prefix is not None for prefix in prefixes])
         agreed = [all(of_part) for of_part in zip(*everywhere, strict=True)]

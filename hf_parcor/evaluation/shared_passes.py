@@ -43,7 +43,7 @@ from hf_parcor.prefix import (
 logger = logging.get_logger(__name__)
 
 _Parameters = Mapping[str, nn.Parameter]
-RUNS_TO_PLAN = 4 + TRIED_PASSES  # of one batch, by `prefix_of_measurements`; a test counts them
+RUNS_TO_PLAN = 4 + TRIED_PASSES  # of one batch, for one part, by `prefixes_of_measurements`; a test counts them
 RUNS_TO_PLAN_ASCENTS = 3 + TRIED_PASSES  # by `prefix_of_ascents`, most of them backward too
 
 
@@ -284,38 +284,10 @@ def prefix_of_ascents(model: nn.Module, parameters: _Parameters, batches: Iterab
     return _found(plan, "ascent")
 
 
-def prefix_of_measurements(model: nn.Module, metric: BatchMetric, parameters: _Parameters) -> PrefixReuse | None:
-    """Return what does not depend on these parameters when a batch is measured, a generation say.
-
-    Args:
-        model: The model, in evaluation mode.
-        metric: What is measured; its first batch is tried.
-        parameters: What is corrupted.
-
-    Returns:
-        None, after saying why, where all of the model must run.
-    """
-    batch = next(iter(all_batches(metric.batches)), None)
-    if batch is None:
-        return None
-
-    run = partial(_everything_found, model, partial(metric.of_batch, model, batch))
-
-    def plan() -> PrefixReuse:
-        prefixes, errors, found = plan_prefixes_of_values(model, [parameters], run)
-        if errors:
-            raise errors[0]
-        with failures_as_prefix_errors():
-            _try_out(prefixes[0], model, run, parameters, found)
-        return prefixes[0]
-
-    return _found(plan, "measurement")
-
-
 def prefixes_of_measurements(
     model: nn.Module, metric: BatchMetric, parts: Sequence[_Parameters], memory: int, saved_on: Device = None
 ) -> list[PrefixReuse | None]:
-    """Return what `prefix_of_measurements` returns for each of several parts, from fewer runs of a batch.
+    """Return what does not depend on each of some parts when a batch is measured, a generation say.
 
     The runs that watch the model, and see whether it repeats itself, are the same for all parts. For each there is one
     more, from where its prefix ends.
@@ -337,10 +309,10 @@ def prefixes_of_measurements(
     try:
         prefixes, errors, found = plan_prefixes_of_values(model, parts, run)
         with failures_as_prefix_errors():
-            errors += _try_out_together(prefixes, model, run, parts, found, memory, saved_on) if prefixes else []
-    except _UsedEarlyError:  # by which part?
-        return [prefix_of_measurements(model, metric, part) for part in parts]
+            errors += _try_out(prefixes, model, run, parts, found, memory, saved_on) if prefixes else []
     except PrefixError as error:
+        if isinstance(error, _UsedEarlyError) and len(parts) > 1:  # by which part?
+            return [one for part in parts for one in prefixes_of_measurements(model, metric, [part], memory, saved_on)]
         prefixes, errors = {}, [error]
     for reason in dict.fromkeys(str(error) for error in errors if not isinstance(error, NothingToReuse)):
         _say("measurement", reason)
@@ -354,44 +326,11 @@ def _everything_found(model: nn.Module, run: Callable[[], Any]) -> list[Any]:
     return [*found, *leaves_of(result)]
 
 
-def _try_out(
-    prefix: PrefixReuse,
-    model: nn.Module,
-    run: Callable[[], list[Any]],
-    parameters: _Parameters,
-    expected: Sequence[Any],
-) -> None:
-    """Check that runs with the prefix reused find what full ones find, at other weights too, and leave nothing behind.
-
-    Raises:
-        PrefixError: They do not, or they change by themselves: they draw random numbers, or a buffer moves.
-    """
-    buffers = BufferSnapshot(model.modules())
-    other = {name: torch.ones_like(parameter) for name, parameter in parameters.items()}
-    try:
-        again = run()
-        if buffers.moved():
-            raise PrefixError("a buffer of the model moves when it is measured")
-        with corrupted_model(model, parameters, other):
-            expected_at_other = run()
-        with prefix.recording(gradients=False):
-            run()
-        with prefix.replaying():
-            found = [distance(run(), again)]
-        for _ in range(1, TRIED_PASSES):
-            with corrupted_model(model, parameters, other), prefix.replaying():
-                found.append(distance(run(), expected_at_other))
-        check_results("result", max(found), distance(again, expected))
-    finally:
-        prefix.forget()
-        buffers.put_back()
-
-
 class _UsedEarlyError(PrefixError):
     """Some weights are used before a module that holds them is called."""
 
 
-def _try_out_together(
+def _try_out(
     prefixes: dict[int, PrefixReuse],
     model: nn.Module,
     run: Callable[[], list[Any]],
@@ -400,7 +339,7 @@ def _try_out_together(
     memory: int,
     saved_on: Device,
 ) -> list[PrefixError]:
-    """Check what `_try_out` checks, for many parts; those that fail leave the mapping.
+    """Check that runs which reuse a prefix find what full ones find; prefixes that fail leave the mapping.
 
     That no prefix depends on the part that it is for shows in a run in which each part has other weights until the
     first module that holds it is called. That nothing behind a cut depends on more than the prefix hands on shows

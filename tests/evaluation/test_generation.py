@@ -110,7 +110,7 @@ def test_the_encoder_runs_once_a_batch(model, batches):
     corruptions = [GaussianNoise(std) for std in (0.1, 0.2, 0.3, 0.4)]
     evaluator = CorruptionEvaluator(model, Translations(batches), target_modules="last-decoder-layer", progress=False)
     evaluator.evaluate(corruptions, trials=3)
-    tried, clean = 4, len(batches)  # watched, run again, at other weights, recorded
+    tried, clean = 5, len(batches)  # watched, run again, twice at other weights, recorded
     assert len(encoder) == tried + clean + len(batches)
 
 

@@ -79,11 +79,12 @@ def test_a_part_is_made_ready_when_its_turn_comes(classifier, batches, tmp_path,
     monkeypatch.setattr(measurement, "BETWEEN_WRITES", 3)
     path, sought = tmp_path / "sweep.jsonl", []
 
-    def seek(model, *arguments):
+    def seek(model, metric, parts, *limits):
         finished = len(path.read_text().splitlines()) - 2  # but for the head and the clean model
-        sought.append((next(iter(arguments[-1])), finished))
+        sought.append((next(iter(parts[0])), finished))
+        return [None] * len(parts)
 
-    monkeypatch.setattr(measurement, "prefix_of_measurements", seek)
+    monkeypatch.setattr(measurement, "prefixes_of_measurements", seek)
     targets = {name: [name] for name in ("bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1")}
     probe = LayerProbe(classifier, ClassificationMetric(batches), batches, targets=targets, progress=False)
     noise = [GaussianNoise(std) for std in (0.1, 0.2, 0.3)]

@@ -26,7 +26,7 @@ from hf_parcor import (
 )
 from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.evaluation import BatchMetric, ClassificationMetric, DatasetGradients
-from hf_parcor.evaluation.shared_passes import Group, Job, choose_together, prefix_of_ascents, prefix_of_measurements
+from hf_parcor.evaluation.shared_passes import Group, Job, choose_together, prefix_of_ascents, prefixes_of_measurements
 
 MANY = [
     *(GradientCorruption(CorruptionConstraint(epsilon=epsilon)) for epsilon in (0.1, 0.5, 2.0)),
@@ -92,7 +92,7 @@ def test_lower_layers_run_once_a_batch(evaluate, classifier, batches):
     evaluate(MANY)
     longest = 7
     clean, gradient = n, n
-    for_ascents, for_measurements = 3, 4  # watched, run in full, recorded; the same, and at other weights
+    for_ascents, for_measurements = 3, 5  # watched, run in full, recorded; the same, and twice at other weights
     assert len(computed[0]) == for_ascents + for_measurements + clean + gradient + longest + n
     steps = n + n + longest  # of the three ascents
     tried = 6 + 7  # three times with the prefix reused; a run that records ends inside of it
@@ -123,8 +123,8 @@ def test_a_prefix_is_sought_where_it_takes_less_than_it_saves(classifier, batche
     [
         (1, [2], 2, 1),  # of the first layer as many runs as without a prefix
         (24, [None], 24, 24),  # one alone has nothing to share
-        (24, [2, 2], 2 + 2, 4 + 24),
-        (24, [None, None], 3 + 24, 4 + 24),  # sought in three runs to their end, and run once a batch
+        (24, [2, 2], 2 + 2, 5 + 24),
+        (24, [None, None], 3 + 24, 5 + 24),  # sought in three runs to their end, and run once a batch
     ],
 )
 def test_ascents_share_a_prefix_where_that_takes_less_than_it_saves(
@@ -160,7 +160,7 @@ def test_what_seeking_a_prefix_takes(classifier, batches):
             return super().of_batch(model, batch)
 
     parameters = select_parameters(classifier, "last-encoder-layer")
-    assert prefix_of_measurements(classifier.eval(), Counted(batches), parameters) is not None
+    assert prefixes_of_measurements(classifier.eval(), Counted(batches), [parameters], 1 << 30) != [None]
     assert Counted.calls == shared_passes.RUNS_TO_PLAN
 
 
@@ -178,7 +178,7 @@ def test_as_many_share_a_run_as_the_memory_admits(evaluate, classifier, batches,
     size = 4 * sum(parameter.numel() for parameter in select_parameters(classifier, "last-encoder-layer").values())
     computed = counting(classifier.bert.embeddings)
     evaluate([GaussianNoise(std) for std in (0.1, 0.2, 0.3)], memory=at_once * size)
-    tried, trials, n = 4, 6, len(batches)
+    tried, trials, n = 5, 6, len(batches)
     assert len(computed) == tried + n + n * trials // at_once
 
 
@@ -286,7 +286,7 @@ def test_a_prefix_that_was_tried_out_holds_nothing(classifier, batches, bits_of)
     classifier.eval()
     before, parameters = bits_of(classifier), select_parameters(classifier, "last-encoder-layer")
     for prefix in (
-        prefix_of_measurements(classifier, ClassificationMetric(batches), parameters),
+        *prefixes_of_measurements(classifier, ClassificationMetric(batches), [parameters], 1 << 30),
         prefix_of_ascents(classifier, parameters, batches),
     ):
         assert classifier.bert.encoder.layer[0] in prefix.prefix

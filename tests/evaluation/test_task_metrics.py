@@ -358,7 +358,7 @@ class TestGeneration:
         CorruptionEvaluator(translator, metric, target_modules="last-decoder-layer", progress=False).evaluate(
             [GaussianNoise(std) for std in (0.1, 0.2, 0.3)], trials=3
         )
-        tried, clean, corrupted = 4, 2, 2  # watched, run again, at other weights, recorded
+        tried, clean, corrupted = 5, 2, 2  # watched, run again, twice at other weights, recorded
         assert len(calls) == tried + clean + corrupted
 
     @pytest.mark.parametrize("found", [None, {}, {"of_each": [1.0]}, "good"], ids=str)
