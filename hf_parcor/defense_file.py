@@ -33,6 +33,16 @@ def defense_beside(folder: Path) -> dict[str, Any] | None:
     return found
 
 
+def has_run(defense: Mapping[str, Any] | None) -> bool:
+    """Say whether a defense is known to have run: a file from before steps were counted is taken at its word.
+
+    Examples:
+        >>> has_run(None), has_run({"defense": "sam", "defended_steps": 0}), has_run({"defense": "sam"})
+        (False, False, True)
+    """
+    return defense is not None and defense.get("defended_steps") != 0
+
+
 def settings_in(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a file says of the defense itself: neither the version that wrote it nor how often it ran."""
     return {name: value for name, value in values.items() if name not in (VERSION, *COUNTS)}

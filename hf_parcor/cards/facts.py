@@ -336,7 +336,7 @@ def with_probe(facts: ModelFacts, sweep: SweepRecord) -> ModelFacts:
         sweep: The record of the probe.
 
     Raises:
-        ValueError: The probe is of other weights, as far as is known, or lacks the metric of the card.
+        ValueError: The probe is of other weights, or says nothing of its weights, or lacks the metric of the card.
         ImportError: It has several trials, and SciPy, which is needed to judge them, is not installed.
     """
     _check_weights(facts, "probe", sweep.weights)
@@ -361,7 +361,7 @@ def with_recipe(
         measured: The record of `measure_recipes`, in which one row is named "recipe".
 
     Raises:
-        ValueError: The recipe was measured on other weights, as far as is known, or without the metric of the card.
+        ValueError: The recipe was measured on other weights, or on unknown ones, or without the metric of the card.
     """
     _check_weights(facts, "recipe", measured.weights)
     if facts.metric not in measured.clean.metrics:

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from hf_parcor.cards.facts import CorruptionFacts, ModelFacts
+from hf_parcor.defense_file import has_run
 from hf_parcor.records.curves import plain_name
 from hf_parcor.reports.markup import printable
 from hf_parcor.strict_json import to_plain
@@ -50,16 +51,6 @@ def metadata_of(facts: ModelFacts) -> dict[str, Any]:
 def unmeasured_metadata(defense: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the front matter for a model whose robustness nobody has measured: old results of ours give way."""
     return {"library_name": "transformers", "tags": _tags(defense), "model-index": []}
-
-
-def has_run(defense: Mapping[str, Any] | None) -> bool:
-    """Say whether a defense is known to have run: a file from before steps were counted is taken at its word.
-
-    Examples:
-        >>> has_run(None), has_run({"defense": "sam", "defended_steps": 0}), has_run({"defense": "sam"})
-        (False, False, True)
-    """
-    return defense is not None and defense.get("defended_steps") != 0
 
 
 def _tags(defense: Mapping[str, Any] | None) -> list[str]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from hf_parcor.cards.facts import ModelFacts
-from hf_parcor.cards.front_matter import has_run, is_on_the_hub, merged_front_matter
-from hf_parcor.defense_file import COUNTS
+from hf_parcor.cards.front_matter import is_on_the_hub, merged_front_matter
+from hf_parcor.defense_file import COUNTS, has_run
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.reports.markup import code_of, printable, text_of
 from hf_parcor.reports.numbers import Numbers

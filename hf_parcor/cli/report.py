@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from hf_parcor.cli.parsing import Command, Parser, add_meaning
 from hf_parcor.cli.terminal import PROBE, ROBUSTNESS, refused, show_verdict, tell, write_report, writing
-from hf_parcor.defense_file import DEFENSE_CONFIG_NAME, defense_beside, differences
+from hf_parcor.defense_file import DEFENSE_CONFIG_NAME, defense_beside, differences, has_run
 from hf_parcor.errors import InputError
 from hf_parcor.records import EvaluationRecord, SweepRecord
 from hf_parcor.reports import RobustnessReport
@@ -209,7 +209,7 @@ def check_trained_alike(places: Sequence[Path]) -> None:
 
 def _settings_of(defense: dict[str, Any] | None) -> dict[str, Any]:
     """Return the settings of a defense that ran."""
-    return {"defense": None} if defense is None or defense.get("defended_steps") == 0 else defense
+    return dict(defense) if defense is not None and has_run(defense) else {"defense": None}
 
 
 def metric_of(records: Records) -> str:

@@ -81,8 +81,7 @@ def _numbered_trial(path: Path, line: bytes, at: int) -> tuple[int, Trial]:
 
 
 def _size(entry: Mapping[str, Any]) -> CorruptionSize:
-    norm = float(entry["norm"])
-    return CorruptionSize(int(entry["changed"]), norm, float(entry.get("asked", norm)))
+    return CorruptionSize(int(entry["changed"]), float(entry["norm"]), float(entry["asked"]))
 
 
 def _check_run(path: Path, line: bytes, run: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from hf_parcor.arguments import check_finite, check_positive
 from hf_parcor.records.recipe import Choice, RecipeRecord
-from hf_parcor.records.sensitivity import DIVERGENCE, FormatScore, SensitivityRecord
+from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, FormatScore, SensitivityRecord
 from hf_parcor.statistics import exact_sum, scipy_module
 
 if TYPE_CHECKING:
@@ -106,24 +106,21 @@ def recipe(
     return replace(_record(scores, by, {name: limit}, choice), notes=notes)
 
 
-def check_bits(
-    scores: SensitivityRecord, bits: float, *, formats: Collection[str] | None = None, keep: bool = True
-) -> None:
+def check_bits(scores: SensitivityRecord, bits: float, *, keep: bool = True) -> None:
     """Check that a budget of bits can be met, whatever the formats cost.
 
     Args:
         scores: A record, for example from `unscored`; only groups and bits are used.
         bits: As in `recipe`.
-        formats: As in `recipe`.
         keep: As in `recipe`.
 
     Raises:
         BudgetError: As in `recipe`. A `ValueError`.
         ValueError: As in `recipe`.
     """
-    limit, formats = check_positive("bits", bits), _labels(formats)
-    choices = _choices(scores, dict.fromkeys(scores.by_place, 0.0), formats, keep)
-    with _saying(_of_scales(scores, formats, limit)):
+    limit = check_positive("bits", bits)
+    choices = _choices(scores, dict.fromkeys(scores.by_place, 0.0), None, keep)
+    with _saying(_of_scales(scores, None, limit)):
         _Problem(choices, [scores.groups[group].parameters for group in choices]).check_bits(limit)
 
 
@@ -276,7 +273,7 @@ def _costing(scores: SensitivityRecord, budget: str, by: str | None) -> str:
         known = (DIVERGENCE,) * (budget == "bits") + ("loss", "eval_loss")
         by = next((name for name in known if name in measured), None)
     if by is None:
-        by = scores.metric if budget == "bits" and scores.metric in measured else "fisher"
+        by = scores.metric if budget == "bits" and scores.metric in measured else FISHER
     if budget == "drop" and by in scores.scores:
         raise ValueError(f"by: expected a metric for drop=, got the score {by!r}; give a budget of loss= by scores")
     return by

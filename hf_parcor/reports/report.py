@@ -26,12 +26,13 @@ class _Report(Generic[_Found]):
 
     Args:
         content: What is to be said.
-        html: Returns its page.
-        markdown: Returns the same in Markdown.
     """
 
-    def __init__(self, content: _Found, html: Callable[[_Found], str], markdown: Callable[[_Found], str]) -> None:
-        self._content, self._html, self._markdown = content, html, markdown
+    _html: Callable[[_Found], str]
+    _markdown: Callable[[_Found], str]
+
+    def __init__(self, content: _Found) -> None:
+        self._content = content
 
     def __str__(self) -> str:
         fill = TextWrapper(80, break_long_words=False, break_on_hyphens=False).fill  # names and paths are not cut
@@ -99,6 +100,8 @@ class RobustnessReport(_Report[Content]):
         rely on it. If that holds, defend it with ParameterDefenseTrainer(..., target_modules=['c'])
     """
 
+    _html, _markdown = staticmethod(html_page), staticmethod(markdown_page)
+
     def __init__(
         self,
         records: Records,
@@ -108,7 +111,7 @@ class RobustnessReport(_Report[Content]):
         unit: str | None = None,
         title: str | None = None,
     ) -> None:
-        super().__init__(_content({"": records}, metric, greater_is_better, unit, title), html_page, markdown_page)
+        super().__init__(_content({"": records}, metric, greater_is_better, unit, title))
 
     @classmethod
     def compare(
@@ -137,7 +140,7 @@ class RobustnessReport(_Report[Content]):
         if len(models) < 2:
             raise ValueError(f"models: expected two or more to compare, got {len(models)}; use RobustnessReport(...)")
         report = cls.__new__(cls)
-        _Report.__init__(report, _content(models, metric, greater_is_better, unit, title), html_page, markdown_page)
+        _Report.__init__(report, _content(models, metric, greater_is_better, unit, title))
         return report
 
     @property
@@ -200,6 +203,8 @@ class RecipeReport(_Answer[RecipeContent]):
         Quantize everything but b (as it is) to 4 bits: accuracy −1.0 points are expected; with it −31.0 points.
     """
 
+    _html, _markdown = staticmethod(recipe_page), staticmethod(recipe_markdown)
+
     def __init__(
         self,
         scores: SensitivityRecord,
@@ -211,7 +216,7 @@ class RecipeReport(_Answer[RecipeContent]):
         files: Collection[str] | None = None,
     ) -> None:
         content = content_of_recipe(scores, recipe, measured, title, metric, files)
-        super().__init__(content, recipe_page, recipe_markdown)
+        super().__init__(content)
 
 
 class FirstLookReport(_Answer[FirstLookContent]):
@@ -242,8 +247,10 @@ class FirstLookReport(_Answer[FirstLookContent]):
         If that holds, defend it with ParameterDefenseTrainer(..., target_modules=['b'])
     """
 
+    _html, _markdown = staticmethod(first_look_page), staticmethod(first_look_markdown)
+
     def __init__(self, scores: SensitivityRecord, *, title: str | None = None) -> None:
-        super().__init__(content_of_first_look(scores, title), first_look_page, first_look_markdown)
+        super().__init__(content_of_first_look(scores, title))
 
 
 def _content(

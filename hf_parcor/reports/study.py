@@ -147,11 +147,10 @@ class Study:
             unit: Its unit; None for what the records say.
 
         Raises:
-            ValueError: There are no records or no corruptions, repetitions of one model have none in common, or other
-                groups, no two models have a corruption in common, one
-                stands in a record twice, the metric is missing, or records state different things of it. Or
-                records do not belong together: see `check_comparable` and `check_repetitions`; or two models are one
-                and the same record.
+            ValueError: There are no records or no corruptions; repetitions of one model have no corruption in common,
+                or other groups; no two models have a corruption in common; one stands in a record twice; the metric
+                is missing, or records state different things of it; records do not belong together (see
+                `check_comparable` and `check_repetitions`); or two models are one and the same record.
         """
         gathered = {name: _groups(records) for name, records in models.items()}
         _check(gathered)

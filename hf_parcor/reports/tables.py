@@ -157,7 +157,6 @@ def group_table(
     records: Mapping[str, EvaluationRecord],
     metric: str = "accuracy",
     *,
-    unit: str | None = None,
     width: int = _TERMINAL,
 ) -> str:
     """Return Markdown tables of a probe, one for each series of corruptions: a row for each group.
@@ -167,7 +166,6 @@ def group_table(
     Args:
         records: Records of the same corruptions, by the name of the group.
         metric: Which metric to show.
-        unit: As in `comparison_table`.
         width: How wide a table may be; where a column more would be too much, another table begins below.
 
     Raises:
@@ -178,7 +176,7 @@ def group_table(
         raise ValueError(
             "records: expected one or more of the same corruptions in the same order; probe the groups alike"
         )
-    numbers = numbers_of(records.values(), metric, unit)
+    numbers = numbers_of(records.values(), metric, None)
     first = next(iter(records.values()))
     names = [numbers.head(metric), "no corruption", *records]
     room_left = width - 1 - _room(names)

@@ -122,12 +122,6 @@ class LmEvalMetric:
         filters = [one.name for one in getattr(task, "_filters", ())] or [_DEFAULT_FILTER]
         return _named(name, f"{next(iter(task.higher_is_better()))},{filters[0]}")
 
-    @property
-    def greater_is_better(self) -> bool | None:
-        """Whether a large `primary_metric` is good; None if the task does not say."""
-        info = self.info_of(self.primary_metric)
-        return None if info is None else info.greater_is_better
-
     def info_of(self, name: str) -> MetricInfo | None:
         """Return what a task states about its number; None if nothing."""
         of_task, _, metric = name.rpartition("/")

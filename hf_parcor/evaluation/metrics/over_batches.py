@@ -1,4 +1,4 @@
-"""Metrics that are made batch by batch: what all of them share, those over labels, and those over pairs of texts."""
+"""Metrics that are made batch by batch: what all of them share, those over labels, and those over pairs."""
 
 from __future__ import annotations
 
