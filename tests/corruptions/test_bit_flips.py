@@ -8,7 +8,7 @@ import pytest
 import torch
 from for_each import for_each
 
-from hf_parcor import BitFlips, corrupted
+from hf_parcor import BitFlips, Quantization, corrupted
 from hf_parcor.functional import flip_random_bits
 
 
@@ -73,6 +73,7 @@ def test_more_than_there_are(bits: str, available: int, weights) -> None:
         ({"count": 0}, ValueError, r"count: expected a whole number >= 1, got 0"),
         ({"count": 1.5}, TypeError, r"count: .* got 1.5"),
         ({"count": 1, "bits": "fraction"}, ValueError, r"bits: expected one of any, sign, exponent, mantissa, got"),
+        ({"count": 1, "of": Quantization(8, "channel")}, ValueError, r"of: expected one scale a tensor"),
     ],
 )
 def test_bad_settings_are_refused_at_once(settings: dict, error: type[Exception], message: str) -> None:

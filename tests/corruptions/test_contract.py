@@ -359,6 +359,11 @@ class OfOne(Corruption):
         return {self.name: torch.ones(2)}
 
 
+def test_a_corruption_without_a_strength_has_no_other() -> None:
+    with pytest.raises(ValueError, match="MXFP4: expected a corruption with a strength"):
+        FloatQuantization("mxfp4").with_strength(0.5)
+
+
 def test_what_a_corruption_leaves_out_stays_and_what_is_not_there_is_refused() -> None:
     weights = {"first": torch.zeros(2), "second": torch.zeros(2)}
     assert {name: float(moved.sum()) for name, moved in OfOne("second")(weights).items()} == {"first": 0, "second": 2}

@@ -231,6 +231,8 @@ def test_more_flips_than_weights(weights, logistic) -> None:
         WorstBitFlips(most, search=search).check(weights)
         with pytest.raises(ValueError, match=f"at most {most}"):
             WorstBitFlips(most + 1, search=search).check(weights)
+    with pytest.raises(ValueError, match="at most 16"):
+        WorstBitFlips(17, search="data-free")(weights)
 
 
 class TestOfAModel:

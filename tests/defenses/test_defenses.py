@@ -348,6 +348,12 @@ def test_a_penalty_that_rewards_is_refused(weight):
         GradientPenalty(weight=weight)
 
 
+@for_each("alpha", [-0.1, 1.1, math.nan])
+def test_a_weight_of_the_corrupted_loss_that_is_no_share_is_refused(alpha):
+    with pytest.raises(ValueError, match="alpha: expected 0 <= alpha <= 1"):
+        ACRT(L2, alpha=alpha)
+
+
 def test_adversarial_inputs_are_those_of_the_whole_batch():
     with pytest.raises(ValueError, match="batch_share: expected 1 with AWP"):
         AWP(L2, batch_share=0.5)

@@ -194,6 +194,8 @@ def test_whole_recipes_are_measured_on_what_was_scored_on(model, batches) -> Non
     assert whole.corruptions[0].metrics == expected.corruptions[0].metrics
     assert whole.clean.metrics == expected.clean.metrics
     assert whole.data == scores.data
+    with pytest.raises(ValueError, match="recipes: expected at least one"):
+        measure_recipes(model, batches, {}, **GIVEN)
     with pytest.raises(TypeError, match="metric") as caught:
         CorruptionEvaluator(model, batches)
     assert len(str(caught.value)) < 300, "no tensors of the data"
