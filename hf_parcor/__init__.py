@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from hf_parcor.cards.mixin import PublishingMixin
     from hf_parcor.constraints import CorruptionConstraint
     from hf_parcor.corruptions import (
@@ -181,9 +182,12 @@ _HOMES = {name: part for part, names in _PARTS.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return import_module(f"{__name__}.{name}")
-    if name not in _HOMES:
+    if name == "__version__":
+        found: Any = import_module(f"{__name__}.defense_file").installed_version()
+    elif name in _HOMES:
+        found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = found
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,14 @@ from hf_parcor.strict_json import flattened, read_strict_json
 DEFENSE_CONFIG_NAME = "defense_config.json"
 VERSION = "hf_parcor_version"
 COUNTS = ("defended_steps", "trained_steps")
+
+
+def installed_version() -> str:
+    """Return the version of hf_parcor, which is `hf_parcor.__version__`, too."""
+    try:
+        return importlib.metadata.version("hf-parcor")
+    except importlib.metadata.PackageNotFoundError:  # run from a folder of source code
+        return "not installed as a package"
 
 
 def defense_beside(folder: Path) -> dict[str, Any] | None:

@@ -317,11 +317,13 @@ class TestPublicNames:
     @pytest.mark.slow
     def test_the_top_imports_nothing_until_it_is_asked(self):
         program = """
+import importlib.metadata
 import sys
 
 import hf_parcor
 
 assert not [name for name in sys.modules if name.startswith(("hf_parcor.", "torch"))]
+assert hf_parcor.__version__ == importlib.metadata.version("hf-parcor")
 assert hf_parcor.CorruptionConstraint(epsilon=1).epsilon == 1
 assert hf_parcor.records.EvaluationRecord is hf_parcor.EvaluationRecord
 assert set(hf_parcor.__all__) <= set(dir(hf_parcor))

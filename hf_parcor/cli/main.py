@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import os
 import sys
@@ -16,6 +15,7 @@ from hf_parcor.cli.probe import Probe
 from hf_parcor.cli.report import Compare, Report
 from hf_parcor.cli.terminal import Interrupted
 from hf_parcor.cli.train import Train
+from hf_parcor.defense_file import installed_version
 from hf_parcor.errors import InputError
 
 # A new sub-command is a module with a `Command`, and a line here.
@@ -74,7 +74,7 @@ def build_parser(*, checking: bool = False) -> Parser:
         epilog="hf-parcor COMMAND --help says more. Exit codes: 0 all is well, 1 a bug of ours\n"
         "(with a traceback), 2 a mistake in what was asked for, 130 interrupted.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {installed_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
     for name, command in COMMANDS.items():
         added = commands.add_parser(
@@ -101,10 +101,3 @@ def _run(words: Sequence[str]) -> None:
         arguments.run(arguments)
     except InputError as error:
         raise InputError(in_flags(str(error), arguments.flags)) from error
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("hf-parcor")
-    except importlib.metadata.PackageNotFoundError:
-        return "from a folder of source code"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -15,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.corruptions.catalogue import catalogue_name
-from hf_parcor.defense_file import COUNTS, DEFENSE_CONFIG_NAME, VERSION
+from hf_parcor.defense_file import COUNTS, DEFENSE_CONFIG_NAME, VERSION, installed_version
 from hf_parcor.defenses import DEFENSES, Defense, check_defense
 from hf_parcor.strict_json import read_strict_json, replace_text, to_plain, to_strict_json
 
@@ -214,7 +213,7 @@ class DefenseConfig:
             "settings": _settings_of(self.defense),
             **{name: to_plain(getattr(self, name), otherwise=repr) for name in _TARGETS},
             **{name: count for name in COUNTS if (count := getattr(self, name)) is not None},
-            VERSION: _installed_version(),
+            VERSION: installed_version(),
         }
 
     @classmethod
@@ -299,12 +298,5 @@ class DefenseConfig:
         except (NotImplementedError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: {error}. The file is damaged or of another version of hf_parcor than "
-                f"{_installed_version()}: install that version, or save the model again"
+                f"{installed_version()}: install that version, or save the model again"
             ) from error
-
-
-def _installed_version() -> str:
-    try:
-        return importlib.metadata.version("hf-parcor")
-    except importlib.metadata.PackageNotFoundError:  # run from a folder of source code
-        return "not installed as a package"

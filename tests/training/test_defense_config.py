@@ -12,6 +12,7 @@ import pytest
 from for_each import for_each
 from transformers import Trainer
 
+import hf_parcor
 from hf_parcor import (
     ACRT,
     SAM,
@@ -106,7 +107,7 @@ def test_the_file_word_for_word(tmp_path):
         "target_modules": "attention",
         "exclude_modules": ["a"],
         "layers": -1,
-        "hf_parcor_version": defense_config._installed_version(),
+        "hf_parcor_version": hf_parcor.__version__,
     }
 
 
