@@ -102,14 +102,7 @@ def measure(
         saved_on = None if arguments.saved_on is None else find_device(arguments.saved_on, "--saved-on")
         subject = load_subject(arguments, rows, given)
         with refused(ValueError, TypeError, NotImplementedError):
-            how = {
-                "progress": not arguments.quiet,
-                "saved_on": saved_on,
-                "evaluated_on": subject.data,
-                "task": subject.task,
-                "batches": subject.batches,
-            }
-            evaluator = build(subject, how)
+            evaluator = build(subject, subject.settings(progress=not arguments.quiet, saved_on=saved_on))
             evaluator.check(applied)
         with refused(CheckpointError, NotEnoughMemoryError):
             record = evaluator.evaluate(applied, arguments.trials, arguments.seed, checkpoint=checkpoint)

@@ -230,7 +230,6 @@ def choose(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -> No
                 scores,
                 chosen,
                 pairs=_PAIRS if arguments.pairs is None else arguments.pairs,
-                batches=subject.batches,
                 checkpoint=checkpoints[2],
                 **how,
             )
@@ -287,12 +286,7 @@ def scored(
 
     saved_on = None if arguments.saved_on is None else find_device(arguments.saved_on, "--saved-on")
     subject = load_subject(arguments, *data)
-    how: dict[str, Any] = {
-        "progress": not arguments.quiet,
-        "saved_on": saved_on,
-        "evaluated_on": subject.data,
-        "task": subject.task,
-    }
+    how = subject.settings(progress=not arguments.quiet, saved_on=saved_on)
     with refused(ValueError, TypeError):
         groups = groups_of(subject.model)
     if check is not None:
@@ -305,7 +299,6 @@ def scored(
             subject.metric,
             formats,
             groups,
-            batches=subject.batches,
             budget=budget,
             probes=arguments.probes or 0,
             seed=arguments.seed,

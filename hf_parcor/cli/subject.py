@@ -40,6 +40,21 @@ class Subject:
     task: str
     told: Mapping[str, Any] = field(default_factory=dict)
 
+    def settings(self, *, progress: bool, saved_on: Any = None) -> dict[str, Any]:
+        """Return what all that measures the subject takes beside model and metric, by name.
+
+        Args:
+            progress: Whether to show progress.
+            saved_on: Where the bits of corrupted weights are kept; None for their own device.
+        """
+        return {
+            "progress": progress,
+            "saved_on": saved_on,
+            "evaluated_on": self.data,
+            "task": self.task,
+            "batches": self.batches,
+        }
+
 
 def load_subject(arguments: argparse.Namespace, rows: Rows, given: Mapping[str, str]) -> Subject:
     """Return what the flags of `add_subject`, `add_loading` and `add_running` name.

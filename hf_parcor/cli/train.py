@@ -363,11 +363,7 @@ def _evaluator(trainer: ParameterDefenseTrainer, subject: Subject) -> Corruption
     from hf_parcor.evaluation import CorruptionEvaluator
 
     return CorruptionEvaluator(
-        subject.model,
-        subject.metric,
-        progress=not trainer.args.disable_tqdm,
-        evaluated_on=subject.data,
-        task=subject.task,
+        subject.model, subject.metric, **subject.settings(progress=not trainer.args.disable_tqdm)
     )
 
 
@@ -378,10 +374,12 @@ def _measure(
     corruptions: Sequence[Corruption],
 ) -> None:
     """Measure the trained model, all processes together, and show the record, which has the name of its folder."""
+    from hf_parcor.evaluation import NotEnoughMemoryError
     from hf_parcor.programs import of_trained
 
     with redirect_stdout(sys.stderr):
-        record = _evaluator(trainer, subject).evaluate(corruptions, arguments.trials, arguments.corruption_seed)
+        with refused(NotEnoughMemoryError):
+            record = _evaluator(trainer, subject).evaluate(corruptions, arguments.trials, arguments.corruption_seed)
         trainer.save_metrics("eval", {f"eval_{name}": values[0] for name, values in record.clean.metrics.items()})
     if not trainer.is_world_process_zero():
         return

@@ -181,6 +181,19 @@ class TestOwnTask:
             assert main([*words[:-1], f"{wrong}include-path={films}"]) == 2, wrong
         assert main([*words[:-1], "lm-eval=films", "--task", "translation"]) == 2
 
+    def test_what_is_trained_is_measured_on_them(self, model, tokenizer, films, tmp_path):
+        model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        (tmp_path / "text.txt").write_text("the good film\nbad plot a\n")
+        words = ["train", str(tmp_path / "model"), "--dataset", str(tmp_path / "text.txt"), "--train-dataset"]
+        words += [str(tmp_path / "text.txt"), "--validation-split", "0.5", "--max-steps", "1", "--use-cpu", "true"]
+        words += ["--corruptions", "gradient=3", "--disable-tqdm", "true", "--report-to", "none", "--output-dir"]
+        assert main([*words, str(tmp_path / "out"), "--metric", f"lm-eval=films:limit=5,include-path={films}"]) == 0
+        trained = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        record = EvaluationRecord.load(tmp_path / "out" / "robustness.json")
+        assert {name: one for name, (one,) in record.clean.metrics.items()} == by_hand(trained, tokenizer, ROWS[:5])
+        assert [row.corruption for row in record.corruptions] == ["gradient"]
+
     def test_what_decides_the_numbers(self, metric_of):
         first = settings_of(metric_of())
         assert settings_of(metric_of()) == first
