@@ -37,8 +37,9 @@ def needed_memory(
     For each weight of two bytes: the gradient over the data is added up in float32 (4) from one of the weights' dtype
     (2), and kept for all closed forms (4) while the saved bits lie beside it (2); an ascent holds `a` in float32 (4),
     the saved bits (2) and a gradient (2), but one of one or two steps the saved bits (2) and a gradient for each (2).
-    With `top_n`, or p other than 2 and ∞, a second vector in float32 is made (4). Activations and the graph come on
-    top: how large they are depends on the batches.
+    With `top_n`, or p other than 2 and ∞, a second vector in float32 is made (4). What has no constraint, such as the
+    worst bit flips, takes gradients of its own (2). Activations and the graph come on top: how large they are depends
+    on the batches.
 
     Args:
         groups: The weights that are corrupted together, by name.
@@ -53,7 +54,8 @@ def needed_memory(
     """
     climbing = [one for one in corruptions if one.uses_gradients]
     ascents = [one for one in climbing if isinstance(one, MultiStepCorruption)]
-    closed = [one for one in climbing if not isinstance(one, MultiStepCorruption)]
+    constrained = [one for one in climbing if hasattr(one, "constraint")]
+    closed = [one for one in constrained if not isinstance(one, MultiStepCorruption)]
     everything = {id(weight): weight for group in groups for weight in group.values()}.values()
     needed: dict[torch.device, int] = {}
     for device in dict.fromkeys(weight.device for weight in everything):
@@ -63,6 +65,7 @@ def needed_memory(
         for group in groups:
             gradient, vector = _sizes(group.values(), device)
             written = gradient if saved_on in (None, device) else 0
+            found += [kept + gradient] if climbing else []
             found += [kept + max(written, 0 if _in_turn(one) else vector) for one in closed]
             for one in ascents:
                 if one.remembered(group) is not None and one.steps is not None:

@@ -20,6 +20,7 @@ from hf_parcor import (
     Quantization,
     RandomCorruption,
     UniformNoise,
+    WorstBitFlips,
 )
 from hf_parcor.evaluation import NotEnoughMemoryError
 from hf_parcor.evaluation.memory import check_memory, free_memory, needed_memory
@@ -42,6 +43,8 @@ LIMITS = {
     "two steps, L2": ([MultiStepCorruption(L2, steps=2)], 2 + 2 + 2),
     "multi-step, L2": ([MultiStepCorruption(L2, steps=3)], 4 + 2 + 2),
     "multi-step, L_inf": ([MultiStepCorruption(L_INF, steps=3)], 4 + 2 + 2),
+    "worst flips": ([WorstBitFlips(2)], 2),
+    "gradient and worst flips": ([GradientCorruption(L2), WorstBitFlips(2)], 4 + 2),
     "gradient and multi-step": ([GradientCorruption(L2), MultiStepCorruption(L2, steps=3)], 4 + 4 + 2 + 2),
 }
 
