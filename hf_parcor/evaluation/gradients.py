@@ -354,7 +354,7 @@ class DatasetGradients:
     def gradient_at(self, values: Mapping[str, Tensor], batches: int | None = None) -> dict[str, Tensor]:
         """Return the gradient of the mean loss over the first batches with new values of some parameters."""
         overall: list[Tensor] = []
-        with corrupted_model(self._model, self._parameters, Replacement(values)):
+        with corrupted_model(self._model, self._parameters, Replacement(values), self._saved_on):
             for batch, share in self.shares(batches):
                 found = self._gradient(batch, share)
                 if overall:
@@ -365,7 +365,7 @@ class DatasetGradients:
     @torch.no_grad()
     def loss_at(self, values: Mapping[str, Tensor], batches: int | None = None) -> float:
         """Return the mean loss over the first batches with new values of some parameters."""
-        with corrupted_model(self._model, self._parameters, Replacement(values)):
+        with corrupted_model(self._model, self._parameters, Replacement(values), self._saved_on):
             losses = [share * self.loss_on(batch) for batch, share in self.shares(batches)]
         return float(torch.stack(losses).sum())
 

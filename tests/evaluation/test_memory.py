@@ -141,6 +141,20 @@ def test_saved_bits_elsewhere_change_no_number(corruption, bits_of) -> None:
     assert bits_of(model) == before
 
 
+@for_each("corruption", [one for corruptions, _ in LIMITS.values() for one in corruptions])
+def test_all_bits_are_saved_there(corruption, monkeypatch) -> None:
+    gradients = sys.modules["hf_parcor.evaluation.gradients"]
+    corrupted, found = gradients.corrupted, []
+
+    def seen(*arguments, saved_on=None, **settings):
+        found.append(saved_on)
+        return corrupted(*arguments, saved_on=saved_on, **settings)
+
+    monkeypatch.setattr(gradients, "corrupted", seen)
+    evaluator_of(model_of_layers(), saved_on="cpu").evaluate([corruption], trials=1)
+    assert set(found) == {torch.device("cpu")}, str(corruption)
+
+
 @for_each("saved_on", [None, "cpu"])
 @for_each("steps", [1, 2])
 @for_each("constraint", [L2, L_INF, CorruptionConstraint(epsilon=1e-25)])
