@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from hf_parcor.cli.sources import windows_of
@@ -28,8 +29,9 @@ class Subject:
         shown: Returns which of the numbers that the metric found is to be reported.
         data: What records call the data.
         task: The Hub's name of the task.
-        told: Flags that a record has to name: those that say how it was loaded, and, where metric and data are called
-            otherwise, as of lm-eval, whose gradients are of other data, these.
+        told: Flags that a record has to name: those that say how it was loaded; the metric, where its numbers may be
+            called otherwise (of a local folder the end of its path); and of lm-eval, whose gradients are of other
+            data, these.
     """
 
     model: Any
@@ -168,7 +170,8 @@ def measured(
             task.name,
             {**rows.data.flags, "metric": name},
         )
-    return Subject(processed.model, measuring, None, lambda found: task.shown(name, found), rows.data, task.name)
+    own = {} if name in task.metrics else {"metric": Path(name).name if Path(name).exists() else name}
+    return Subject(processed.model, measuring, None, lambda found: task.shown(name, found), rows.data, task.name, own)
 
 
 def prepared(arguments: argparse.Namespace, task: Task, model: Any, processor: Any) -> Processed:

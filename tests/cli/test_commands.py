@@ -426,6 +426,39 @@ class TestEvaluate:
         assert result.out.startswith("| loss ")
         assert "the record is in out/robustness.json, its pages are out/robustness.html and" in result.err
 
+    @pytest.mark.slow  # loading evaluate takes seconds
+    def test_the_page_names_the_metric_whatever_its_numbers_are_called(
+        self, run, classifier_folder, sentences, tmp_path, monkeypatch
+    ):
+        pytest.importorskip("evaluate")
+        (tmp_path / "share_of_right").mkdir()
+        (tmp_path / "share_of_right" / "share_of_right.py").write_text(_OWN_METRIC)
+        monkeypatch.chdir(tmp_path)
+        words = [classifier_folder, "--dataset", sentences, "--corruptions", "quantization=2", "--output-dir", "out"]
+        assert run("evaluate", *words, "--metric", tmp_path / "share_of_right").code == 0
+        record = EvaluationRecord.load("out/robustness.json")
+        assert list(record.clean.metrics) == ["right"]
+        _, *again = shlex.split(re.search("`(hf-parcor .*)`", Path("out/robustness.md").read_text())[1])
+        assert again[again.index("--metric") + 1] == "share_of_right"
+        again[again.index("--dataset") + 1] = str(sentences)
+        again[1] = str(classifier_folder)
+        assert EvaluationRecord.from_json(run(*again, "--json").out).corruptions == record.corruptions
+
+
+_OWN_METRIC = """
+import datasets
+import evaluate
+
+
+class ShareOfRight(evaluate.Metric):
+    def _info(self):
+        whole = datasets.Value("int32")
+        features = datasets.Features({"predictions": whole, "references": whole})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"right": sum(map(int.__eq__, predictions, references)) / len(references)}
+"""
 
 ON_THE_DISK = {
     **dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu"),
