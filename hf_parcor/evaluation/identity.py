@@ -459,4 +459,4 @@ def _is_autocast(kind: str) -> bool:
 
 def _name(value: Any) -> str:
     named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
+    return f"{getattr(named, '__module__', None)}.{named.__qualname__}"  # methods of built-in classes have no module

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,9 @@ class BleuScores:
             self._scores["bleu"] = ("detokenised", BLEU(), detokenize or _unchanged)
         of_tokens = BLEU(tokenize="none", lowercase=lowercase, force=True)
         self._scores["tokenized_bleu"] = ("of tokens", of_tokens, tokenize or _unchanged)
+        functions = {"tokenize": tokenize, "detokenize": detokenize}
+        version = importlib.metadata.version("sacrebleu")
+        self._settings = {**functions, "lowercase": lowercase, "version": version}
         self._scored = False
 
     def __call__(self, *, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -75,6 +79,10 @@ class BleuScores:
     def info_of(self, name: str) -> MetricInfo | None:
         """Return what the numbers of this name mean: points of 100."""
         return MetricInfo(True, POINTS) if name in self._scores else None
+
+    def identity(self) -> dict[str, Any]:
+        """Return both functions, the case and sacrebleu's version, which determine the scores."""
+        return self._settings
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from hf_parcor.evaluation import (
 from hf_parcor.evaluation.gradients import model_loss
 from hf_parcor.evaluation.identity import settings_of
 from hf_parcor.strict_json import to_plain
+from hf_parcor.translation import BleuScores, tokenize_13a
 
 LIMIT, TABLE = 0.5, {"a": 1}
 
@@ -157,6 +158,12 @@ ROWS = {
         lambda: SacrebleuScore("chrf"),
         lambda: SacrebleuScore("chrf", word_order=2),
         lambda: SacrebleuScore("bleu", lowercase=True),
+        lambda: BleuScores(),
+        lambda: BleuScores(lowercase=True),
+        lambda: BleuScores(tokenize=str.lower),
+        lambda: BleuScores(tokenize=str.upper),
+        lambda: BleuScores(detokenize=str.lower),
+        lambda: BleuScores(tokenize=tokenize_13a, lowercase=True),
     ],
     "classes": [
         lambda: ClassificationMetric(BATCHES),
@@ -195,6 +202,7 @@ ROWS = {
         lambda: other_score,
         lambda: model_loss,
         lambda: len,
+        lambda: str.lower,
         lambda: cached,
         lambda: functools.partial(score, references=[1]),
         lambda: functools.partial(score, references=[2]),
