@@ -18,7 +18,7 @@ from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
 from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model, trainable, unsaved
 from hf_parcor.evaluation.metrics import BatchMetric
-from hf_parcor.evaluation.outputs import own_batch
+from hf_parcor.evaluation.outputs import called, own_batch
 from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.functional.vectors import working_dtype
 from hf_parcor.injection import Device, Pieces, Replacement, corrupted, obstacle
@@ -279,7 +279,7 @@ def prefix_of_ascents(model: nn.Module, parameters: _Parameters, batches: Iterab
 
     def plan() -> PrefixReuse:
         with trainable(parameters.values()):
-            return plan_prefix(model, parameters, lambda: model(**own_batch(batch, model)), trained=parameters)
+            return plan_prefix(model, parameters, lambda: called(model, own_batch(batch, model)), trained=parameters)
 
     return _found(plan, "ascent")
 

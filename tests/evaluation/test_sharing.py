@@ -294,6 +294,20 @@ def test_a_prefix_that_was_tried_out_holds_nothing(classifier, batches, bits_of)
     assert bits_of(classifier) == before
 
 
+def test_ascents_of_a_model_without_labels_have_a_prefix(batches):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 2)
+
+        def forward(self, input_ids):
+            return ModelOutput(logits=self.last(self.first(input_ids.float())))
+
+    model = Model().eval()
+    prefix = prefix_of_ascents(model, select_parameters(model, "last"), batches)
+    assert model.first in prefix.prefix
+
+
 class Counting(nn.Linear):
     """Counts its calls, which changes what it returns, or in a buffer what somebody else may read."""
 
