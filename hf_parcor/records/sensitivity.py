@@ -144,7 +144,14 @@ class SensitivityRecord(StoredRecord):
         return {(cell.group, cell.format): cell for cell in self.cells}
 
     def info(self, metric: str) -> MetricInfo:
-        """Return what the numbers of a metric mean, as in `EvaluationRecord.info`."""
+        """Return what the numbers of a metric mean, as in `EvaluationRecord.info`.
+
+        Raises:
+            ValueError: There is no such metric.
+        """
+        if metric not in self.clean:
+            known = ", ".join(self.clean)
+            raise ValueError(f"metric: expected one of {known}, got {metric!r}; name a metric of the record")
         values = [cell.measured[metric] for cell in self.cells if metric in cell.measured]
         return self.metric_info.get(metric) or info_by_name(metric, values)
 

@@ -12,7 +12,15 @@ import torch
 from for_each import for_each
 from torch import nn
 
-from hf_parcor import CorruptionEvaluator, EvaluationRecord, GaussianNoise, LayerProbe, MetricInfo, SweepRecord
+from hf_parcor import (
+    CorruptionEvaluator,
+    EvaluationRecord,
+    GaussianNoise,
+    LayerProbe,
+    MetricInfo,
+    SensitivityRecord,
+    SweepRecord,
+)
 from hf_parcor.evaluation import ClassificationMetric, LanguageModelMetric, PredictionMetric, SacrebleuScore
 from hf_parcor.records.metric_info import (
     LABEL_UNITS,
@@ -241,6 +249,14 @@ class TestRecordsOfBefore:
         assert EvaluationRecord.from_json(stated.to_json()) == stated
         with pytest.raises(ValueError, match="got 'f1'"):
             old.info("f1")
+
+
+def test_a_metric_that_scores_lack_is_refused():
+    scores = SensitivityRecord("m", {}, {}, (), {"loss": 1.0}, "loss")
+    assert not scores.info("loss").greater_is_better
+    for refusing in (scores.info, scores.stating):
+        with pytest.raises(ValueError, match="expected one of loss, got 'f1'"):
+            refusing("f1")
 
 
 class TestAgreement:
