@@ -104,6 +104,14 @@ class BufferSnapshot:
                 buffers[name] = buffer
         _copy(self.values, self._kept)
 
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Put the buffers back after a block: some models count and average in evaluation too."""
+        try:
+            yield
+        finally:
+            self.put_back()
+
     def sees_a_write(self, buffer: Tensor) -> bool:
         """Say whether a buffer is another one now, or was written to in a way that its version counter shows."""
         return self._versions.get(id(buffer)) != _version_of(buffer)

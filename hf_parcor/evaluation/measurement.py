@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice, product
@@ -489,7 +488,7 @@ class Measurement:
     def _measure(self, some: Sequence[Job], advance: Callable[[float], object]) -> list[Trial]:
         # One alone has nothing to share a prefix with, and is written once: tensor by tensor.
         together = self._by_batch if len(some) > 1 and some[0].group.measuring is not None else None
-        with self._undone():
+        with self._buffers.undone():
             chosen = choose_together(some, self._processes, whole=together is not None)
         sizes = []
         metrics: list[Mapping[str, object]] = []
@@ -506,16 +505,8 @@ class Measurement:
 
     def _metrics(self) -> Mapping[str, object]:
         # A metric may leave the model in training mode.
-        with evaluation_mode(self._model), self._undone(), random_states_kept(devices_of(self._model)):
+        with evaluation_mode(self._model), self._buffers.undone(), random_states_kept(devices_of(self._model)):
             return measure(self._model, self._metric, self._processes)
-
-    @contextmanager
-    def _undone(self) -> Iterator[None]:
-        """Put buffers back after a block: some models count and average in evaluation too."""
-        try:
-            yield
-        finally:
-            self._buffers.put_back()
 
 
 def _size(selection: _Parameters) -> int:

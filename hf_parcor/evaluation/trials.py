@@ -48,7 +48,7 @@ class Trial:
     @classmethod
     def of(cls, seed: int, metrics: Mapping[str, object], size: CorruptionSize | None = None) -> Trial:
         """Return the trial in which a metric returned this."""
-        numbers = {str(key): _number(value) for key, value in metrics.items()}
+        numbers = {str(key): number_of(value) for key, value in metrics.items()}
         odd = {str(key): repr(value) for key, value in metrics.items() if not math.isfinite(numbers[str(key)])}
         for name in (NOT_FINITE, CUT):
             share = numbers.pop(name, 0.0)  # no metric: most trials have none
@@ -145,7 +145,8 @@ def record_of(
     )
 
 
-def _number(value: object) -> float:
+def number_of(value: object) -> float:
+    """Return what a metric returned as a number; NaN where it is none."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return float(value)
     return float(value) if isinstance(value, Real) else math.nan

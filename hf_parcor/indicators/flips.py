@@ -15,10 +15,10 @@ from hf_parcor.evaluation.identity import described, library_versions, model_nam
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.reach import Reach, target_of
 from hf_parcor.evaluation.replicas import whole_model
-from hf_parcor.evaluation.trials import checked_metrics
+from hf_parcor.evaluation.trials import checked_metrics, number_of
 from hf_parcor.functional.vectors import numel
 from hf_parcor.indicators.loss_over_data import LossOverData
-from hf_parcor.model_state import evaluation_mode
+from hf_parcor.model_state import BufferSnapshot, devices_of, evaluation_mode
 from hf_parcor.overriding import undoing_left
 from hf_parcor.randomness import random_states_kept
 from hf_parcor.records.flips import FlipRecord
@@ -105,9 +105,11 @@ def measure_flips_to_break(
             raise ValueError(f"batches: expected data for {corruption}, got None; pass batches=, such as a DataLoader")
         source = LossOverData(model, selection.parameters, batches, loss).gradients
 
+    buffers = BufferSnapshot(model.modules())
+
     def measured() -> Mapping[str, float]:
-        with evaluation_mode(model), random_states_kept([]):
-            return {name: float(value) for name, value in checked_metrics(metric(model)).items()}  # type: ignore[arg-type]
+        with evaluation_mode(model), buffers.undone(), random_states_kept(devices_of(model)):
+            return {name: number_of(value) for name, value in checked_metrics(metric(model)).items()}
 
     clean = measured()
     name = metric_name or getattr(metric, "primary_metric", None) or next(iter(clean))
@@ -135,9 +137,12 @@ def measure_flips_to_break(
         )
     with (
         evaluation_mode(model),
+        buffers.undone(),
+        random_states_kept(devices_of(model)),
         tqdm(total=most, desc=f"worst flips until {name} {record.threshold:.3g}", disable=not progress) as bar,
     ):
         for values in corruption.walk(selection.parameters, source):
+            buffers.put_back()  # the search runs the model, too
             if values:
                 with corrupted_model(model, selection.parameters, values):
                     found = measured()[name]

@@ -32,7 +32,7 @@ from hf_parcor.functional.vectors import numel, working_dtype
 from hf_parcor.indicators.estimators import hessian_diagonal
 from hf_parcor.indicators.loss_over_data import LossOverData
 from hf_parcor.injection import Device, check_weights, forget_derived
-from hf_parcor.model_state import evaluation_mode
+from hf_parcor.model_state import BufferSnapshot, evaluation_mode
 from hf_parcor.overriding import undoing_left
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.metric_info import MetricInfo, stated_by
@@ -161,7 +161,8 @@ def sensitivity(
     diagonal = hessian_diagonal(LossOverData(model, together, batches, loss), probes, seed) if probes else None
     processes = MeasuringProcesses.launched()
     forget_derived()
-    with evaluation_mode(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+    buffers = BufferSnapshot(model.modules())
+    with evaluation_mode(model), buffers.undone(), torch.random.fork_rng(devices=[]), torch.no_grad():
         shown = progress and processes.index == 0
         source = DatasetGradients(model, together, batches, loss, progress=shown, processes=processes)
         little = bool(too_little(_needed(together, sums=2)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, corrupted_model, model_loss
 from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.injection import Pieces, check_weights, forget_derived
-from hf_parcor.model_state import evaluation_mode
+from hf_parcor.model_state import BufferSnapshot, evaluation_mode
 from hf_parcor.statistics import exact_sum
 
 
@@ -19,8 +19,8 @@ class LossOverData:
     """The mean loss over data as a function of the selected parameters: its value, its changes, its gradient.
 
     Every item of the data counts once, however the data are batched. The model is measured in evaluation mode, so
-    without dropout. Its training flags, its weights, every `.grad`, and PyTorch's global CPU generator are restored
-    afterwards. The gradient is computed once and kept: make a new object after the weights have changed.
+    without dropout. Its training flags, its weights and buffers, every `.grad`, and PyTorch's global CPU generator are
+    restored afterwards. The gradient is computed once and kept: make a new object after the weights have changed.
 
     Under `torchrun` or `accelerate launch` each process computes everything.
 
@@ -71,7 +71,8 @@ class LossOverData:
     def measuring(self) -> Iterator[None]:
         """Put the model into evaluation mode inside a `with` block; restore it and the global generator after it."""
         forget_derived()
-        with evaluation_mode(self.model), torch.random.fork_rng(devices=[]):
+        buffers = BufferSnapshot(self.model.modules())
+        with evaluation_mode(self.model), buffers.undone(), torch.random.fork_rng(devices=[]):
             yield
 
     def value(self) -> float:

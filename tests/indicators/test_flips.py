@@ -80,6 +80,40 @@ def test_what_cannot_be_measured_is_refused(settings: dict, word: str, classifie
         measure_flips_to_break(classifier, lambda model: {"accuracy": 1.0}, progress=False, **settings)
 
 
+class Counting(nn.Module):
+    """Counts its runs in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.runs += 1
+        return self.linear(x)
+
+
+@for_each("search", ["gradient", "data-free"])
+def test_all_is_measured_from_one_state_and_what_is_no_number_is_none(search: str, bits_of) -> None:
+    model, x = Counting(), torch.ones(2, 4)
+    found: list[tuple[float, float]] = []
+
+    def metric(model: nn.Module) -> dict[str, object]:
+        model(x)
+        found.append((model.runs.item(), torch.rand(()).item()))
+        return {"accuracy": 1.0, "text": "no number"}
+
+    before, state = bits_of(model), torch.get_rng_state()
+    record = measure_flips_to_break(
+        model, metric, [x], search=search, loss=lambda model, x: model(x).square().mean(), most=2, progress=False
+    )
+    assert record.values == (1.0,) * 3
+    assert len(found) == 3
+    assert len(set(found)) == 1
+    assert bits_of(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_giving_up(classifier) -> None:
     record = measure_flips_to_break(
         classifier, lambda model: {"accuracy": 1.0}, search="data-free", most=3, progress=False

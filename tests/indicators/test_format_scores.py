@@ -296,6 +296,21 @@ def test_batches_alone_are_for_their_loss_though_recipes_are_chosen_by_the_diver
     assert sensitivity(model, ClassificationMetric(batches), FORMATS[:2], progress=False).metric == "accuracy"
 
 
+def test_a_model_that_counts_its_runs_is_left_as_it_was(bits_of) -> None:
+    class Counting(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.runs += 1
+            return super().forward(x)
+
+    model = Counting(4, 2)
+    model.register_buffer("runs", torch.zeros(()))
+    before = bits_of(model)
+    settings = {"loss": lambda model, x: model(x).square().mean(), "progress": False}
+    for probes in (0, 1):
+        sensitivity(model, [torch.ones(2, 4)], [Quantization(4, "channel")], probes=probes, **settings)
+        assert bits_of(model) == before, probes
+
+
 def test_what_there_is_to_score_is_known_before_anything_is_run() -> None:
     model = nn.Sequential(nn.Linear(64, 6), nn.Linear(6, 2)).to(torch.bfloat16)
     formats = [Quantization(4, 32), Quantization(4, "channel"), FloatQuantization("mxfp4"), FloatQuantization("nf4")]
