@@ -153,11 +153,11 @@ def sensitivity(
     formats = _checked_formats(formats)
     model = whole_model(model)
     metric, batches = metric_and_batches(metric, batches, loss)
-    if budget != 0 and isinstance(metric, BatchMetric):
-        metric = WithDivergence(metric, model)
     selected, notes = _selected(Reach(model), formats, groups)
     together = {name: weight for group in selected.values() for name, weight in group.items()}
     check_weights(together)
+    if budget != 0 and isinstance(metric, BatchMetric):
+        metric = WithDivergence(metric, model)
     diagonal = hessian_diagonal(LossOverData(model, together, batches, loss), probes, seed) if probes else None
     processes = MeasuringProcesses.launched()
     forget_derived()

@@ -244,9 +244,11 @@ def empty(inputs: int, outputs: int) -> nn.Linear:
     ],
 )
 def test_what_is_refused(formats, groups, metric, error, word) -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1), empty(1, 0))
+    model, runs = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1), empty(1, 0)), []
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
     with pytest.raises(error, match=word):
         sensitivity(model, metric, formats, groups, loss=lambda m, x: m(x).sum(), progress=False)
+    assert not runs
 
 
 @for_each("budget", [0, None])
