@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +36,19 @@ def check_repeatable(batches: Iterable[Any], name: str = "batches") -> None:
             f"{name}: expected a collection that can be walked through again, got the iterator {batches!r}; "
             "pass a list or a DataLoader"
         )
+
+
+@contextmanager
+def unseen(batches: Iterable[Any]) -> Iterator[None]:
+    """Restore, after a `with` block, the generators that walks draw from: the global ones and the loader's own."""
+    generator: Any = getattr(batches, "generator", None)
+    state = generator.get_state() if isinstance(generator, torch.Generator) else None
+    try:
+        with random_states_kept():
+            yield
+    finally:
+        if state is not None:
+            generator.set_state(state)
 
 
 class RepeatedBatches:
@@ -96,17 +109,9 @@ class RepeatedBatches:
                 for _ in self:
                     pass
 
-    @contextmanager
-    def unseen(self) -> Iterator[None]:
+    def unseen(self) -> AbstractContextManager[None]:
         """Restore, after a `with` block, the generators that walks draw from: the global ones and the loader's own."""
-        generator: Any = getattr(self._batches, "generator", None)
-        state = generator.get_state() if isinstance(generator, torch.Generator) else None
-        try:
-            with random_states_kept():
-                yield
-        finally:
-            if state is not None:
-                generator.set_state(state)
+        return unseen(self._batches)
 
     def fingerprint(self) -> str:
         """Return the fingerprint of the batches, after `check`."""

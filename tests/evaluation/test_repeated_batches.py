@@ -18,7 +18,7 @@ from hf_parcor import (
     LayerProbe,
     measure_indicators,
 )
-from hf_parcor.evaluation import ClassificationMetric, DatasetGradients
+from hf_parcor.evaluation import ClassificationMetric, DatasetGradients, GenerationMetric
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.repeated_batches import RepeatedBatches, drawn_once
 from hf_parcor.evaluation.row_fingerprint import data_fingerprint
@@ -158,6 +158,17 @@ def test_no_generator_is_another_afterwards(workers):
     assert torch.equal(before[0], after[0])
     assert before[1:3] == after[1:3]
     assert torch.equal(before[3], after[3])
+
+
+@pytest.mark.parametrize("owned", [False, True])
+def test_making_a_metric_moves_no_generator(owned):
+    own = torch.Generator().manual_seed(3)
+    loader = DataLoader(ROWS, 4, collate_fn=collated, generator=own if owned else None)
+    before = torch.get_rng_state(), own.get_state()
+    ClassificationMetric(loader)
+    GenerationMetric(None, loader, len)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert torch.equal(before[1], own.get_state())
 
 
 class TestTheCost:

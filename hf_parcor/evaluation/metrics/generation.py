@@ -13,6 +13,7 @@ from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.evaluation.metrics.over_batches import OverPairs, Pairs
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.evaluation.outputs import NOT_FINITE, own_batch
+from hf_parcor.evaluation.repeated_batches import unseen
 from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.languages import check_target_language
 from hf_parcor.sequence_length import asked_length, generated_length, generation_settings, unfinished
@@ -101,7 +102,8 @@ class GenerationMetric(OverPairs):
 
     def _longest_reference(self) -> int:
         """Return how many tokens the longest reference of all processes has."""
-        labels = [torch.as_tensor(batch["labels"]) for batch in all_batches(self._batches) if "labels" in batch]
+        with unseen(self._batches):
+            labels = [torch.as_tensor(batch["labels"]) for batch in all_batches(self._batches) if "labels" in batch]
         return max((int((rows != IGNORED_LABEL).sum(-1).max()) for rows in labels), default=0)
 
     def _texts(self, rows: Iterable[Tensor]) -> list[str]:

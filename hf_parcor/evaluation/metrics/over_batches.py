@@ -15,7 +15,7 @@ from hf_parcor.batches import IGNORED_LABEL, check_batch
 from hf_parcor.evaluation.identity import fixed_attributes
 from hf_parcor.evaluation.metrics.scores import Score, scored
 from hf_parcor.evaluation.outputs import Output, Problem, aligned, chosen_class, share_not_finite
-from hf_parcor.evaluation.repeated_batches import check_repeatable
+from hf_parcor.evaluation.repeated_batches import check_repeatable, unseen
 from hf_parcor.records.metric_info import MetricInfo, stated_by
 
 
@@ -39,7 +39,8 @@ class OverBatches(ABC):
 
     def __init__(self, batches: Iterable[Mapping[str, Any]], *, progress: bool = False) -> None:
         check_repeatable(batches)
-        first = next(iter(batches), None)
+        with unseen(batches):
+            first = next(iter(batches), None)
         if first is None:
             raise ValueError("batches: expected at least one batch of data, got none; is the data set empty?")
         check_batch(first, named=self._named)
