@@ -55,7 +55,8 @@ def first_look(arguments: argparse.Namespace, groups_of: Callable[[Any], Any]) -
     from hf_parcor.corruptions import Quantization
     from hf_parcor.reports import FirstLookReport
 
-    formats: Any = asked_for(arguments) if arguments.corruptions else [Quantization(4, "channel", code_range="full")]
+    usual = [Quantization(4, "channel", code_range="full")]
+    formats: Any = usual if arguments.corruptions is None else asked_for(arguments)
     if len(formats) != 1:
         raise InputError(
             f"--corruptions: expected one format with --quick, got {len(formats)}; name one, or ask for a --recipe"

@@ -183,6 +183,7 @@ MISTAKES = [
     ("probe BROKEN --dataset DATA --recipe bits=16 --cells 0", "model: finite gradients NaN --dtype float32"),
     (f"{PROBE} --quick --recipe bits=4", "--quick: --recipe"),
     (f"{PROBE} --quick --corruptions quantization=4,3", "--corruptions: one --quick 2"),
+    (f"{PROBE} --quick --corruptions", "--corruptions: at least one none"),
     (f"{PROBE} --quick --corruptions gradient=1", "--corruptions: gradient-based"),
     (f"{PROBE} --quick --corruptions quantization=4:per=32", "--corruptions: group of 32 fits"),
     (f"{PROBE} --trials 0", "--trials: 1 0"),
