@@ -25,6 +25,7 @@ import yaml
 from hf_parcor.corruptions import FloatQuantization
 from hf_parcor.recipes.measured import format_of
 from hf_parcor.records.recipe import RecipeRecord
+from hf_parcor.records.words import corruption_words
 from hf_parcor.strict_json import replace_text
 
 _NAMED = 3  # so many names a sentence has
@@ -389,20 +390,12 @@ def defense_settings(record: RecipeRecord) -> dict[str, Any]:
     if not modules:
         raise NoSuchFormatError("expected parts that the recipe spares, got none: there is nothing to defend")
     assert record.base is not None, "something is spared from it"
+    base = record.formats[record.base]
     return {
         "defense": "corruption",
-        "defense_corruption": [_word(record.formats[record.base])],
+        "defense_corruption": corruption_words([(base["corruption"], base["settings"])]),
         "defense_target_modules": modules,
     }
-
-
-def _word(settings: Mapping[str, Any]) -> str:
-    """Return a format as command lines write it."""
-    one = dict(settings["settings"])
-    strength = one.pop("bits") if "bits" in one else one.pop("format")
-    plain = {name: str(value).lower() if isinstance(value, bool) else value for name, value in one.items()}
-    details = ",".join(f"{name.replace('_', '-')}={value}" for name, value in plain.items() if value is not None)
-    return f"{settings['corruption'].replace('_', '-')}={strength}" + (f":{details}" if details else "")
 
 
 _EXPORTS: Mapping[str, Callable[[RecipeRecord], dict[str, Any]]] = {

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from hf_parcor.records.curves import Series, area_under_curve, epsilon_at_half, short
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
+from hf_parcor.records.words import corruption_words, strength_of
 from hf_parcor.reports import plots
 from hf_parcor.reports.caveats import data_caveat, notes
 from hf_parcor.reports.comparison import comparison_verdict, differences
@@ -279,7 +280,7 @@ def commands(study: Study) -> list[str]:
 def _command(study: Study, groups: Mapping[str, EvaluationRecord], grouping: str) -> str:
     """Return the command line that measures a model's groups, which a grouping may have made; "" if there is none."""
     first = next(iter(groups.values()))
-    words = corruption_words(first)
+    words = _words(first)
     data = {} if first.evaluated_on is None else first.evaluated_on.flags
     targets = [dict(record.target) for record in groups.values()]
     probed = len(groups) > 1 or bool(grouping)
@@ -323,27 +324,13 @@ def flag_words(flags: Mapping[str, Any]) -> list[str]:
 _REPEATED = ("column",)
 
 
-def corruption_words(record: EvaluationRecord) -> list[str]:
-    """Return the corruptions of a record as words of `--corruptions`; none where one of them is in no catalogue.
-
-    There the radius of the constraint is the strength, or else the first setting.
-    """
-    found: dict[tuple[str, str], list[str]] = {}
+def _words(record: EvaluationRecord) -> list[str]:
+    """Return the corruptions of a record as words of `--corruptions`; none where one of them is in no catalogue."""
     for row in record.corruptions:
-        first = next(iter(row.settings), None)
-        strength = "epsilon" if "epsilon" in row.settings else first
+        strength = strength_of(row.settings)
         if row.kind is None or strength is None or Series.of(row).strength not in (None, strength):
             return []
-        others = {name: value for name, value in row.settings.items() if name != strength and value is not None}
-        norm = {"norm": order} if (order := others.pop("p", 2.0)) != 2.0 else {}
-        said = [f"{name.replace('_', '-')}={_word(value)}" for name, value in {**norm, **others}.items()]
-        key = row.corruption.replace("_", "-"), ",".join(said)
-        found.setdefault(key, []).append(_word(row.settings[strength]))
-    return [f"{name}={','.join(strengths)}{f':{said}' * bool(said)}" for (name, said), strengths in found.items()]
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value}"
+    return corruption_words((row.corruption, row.settings) for row in record.corruptions)
 
 
 def _ordered(study: Study, series: Series) -> dict[tuple[str, str], Curve]:
