@@ -110,6 +110,16 @@ def begin(parser: ArgumentParser) -> Namespace:
     return options
 
 
+def of_study(work: Path, *parts: str | int | None) -> Path:
+    """Return the folder for the models of one study among those that a folder of work has.
+
+    Args:
+        work: The folder for all of them.
+        *parts: What tells studies apart, in so far as their models differ; None for what was not changed.
+    """
+    return work / "-".join(str(part) for part in parts if part is not None)
+
+
 def run_example(
     program: Sequence[str | Path], settings: Mapping[str, Any], *flags: str, threads: int | None = None
 ) -> None:

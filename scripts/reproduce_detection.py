@@ -29,6 +29,7 @@ from scripts.campaigns import (
     mean_and_deviation,
     measured_once,
     of_run,
+    of_study,
     over_runs,
     run_example,
     write_table,
@@ -85,7 +86,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--train-samples", type=int, help="only the first so many images")
     parser.add_argument("--test-samples", type=int, help="only the first so many images")
     options = begin(parser)
-    options.work = options.work / options.size
+    options.work = of_study(options.work, options.size, options.train_samples)
     return options
 
 

@@ -39,6 +39,7 @@ from scripts.campaigns import (
     marked,
     measured_once,
     of_run,
+    of_study,
     over,
     over_runs,
     run_example,
@@ -302,7 +303,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, help="layers of the ResNet; *small: 20, others: 34")
     parser.add_argument("--weights", type=Path, help="the folder with trained weights; needed where they are tuned")
     options = begin(parser)
-    options.work /= options.size
+    options.work = of_study(options.work, options.size, options.depth)
     size = SIZES[options.size]
     options.depth = options.depth or size.depth
     unknown = [name for name in options.arms or () if name not in size.images.arms]

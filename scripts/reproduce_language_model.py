@@ -30,6 +30,7 @@ from scripts.campaigns import (
     mean_and_deviation,
     measured_once,
     of_run,
+    of_study,
     over,
     over_runs,
     run_example,
@@ -113,7 +114,7 @@ def parse_options() -> argparse.Namespace:
     parser = campaign_parser(__doc__, ARMS, "runs/language_model", "the Penn Treebank's files")
     parser.add_argument("--size", choices=SIZES, default="small", help="small: minutes on two cores; full: for a GPU")
     options = begin(parser)
-    options.work /= options.size
+    options.work = of_study(options.work, options.size)
     return options
 
 

@@ -26,6 +26,7 @@ from scripts.campaigns import (
     mean_and_deviation,
     measured_once,
     of_run,
+    of_study,
     over_runs,
     over_seeds,
     run_example,
@@ -72,7 +73,9 @@ def parse_options() -> argparse.Namespace:
     parser = campaign_parser(__doc__, ARMS, "runs/parser", "the CoNLL-U files")
     parser.add_argument("--train-sentences", type=int, default=2000)
     parser.add_argument("--dev-sentences", type=int, default=300)
-    return begin(parser)
+    options = begin(parser)
+    options.work = of_study(options.work, options.train_sentences)
+    return options
 
 
 def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:

@@ -45,7 +45,7 @@ from hf_parcor.translation import (
     read_rows,
     tokenize_13a,
 )
-from scripts.campaigns import DEVICE, Run, mean_and_deviation, note_run, run_example
+from scripts.campaigns import DEVICE, Run, mean_and_deviation, note_run, of_study, run_example
 from scripts.translation_studies import STUDIES, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_6, Study
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_translation.py"
@@ -439,6 +439,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(PAPERS), help="only these, in this order")
     parser.add_argument("--test-sentences", type=int, help="measure on the first so many")
     options = parser.parse_args()
+    options.work = of_study(options.work, options.study)
     options.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     campaign = Campaign(options)

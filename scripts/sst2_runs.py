@@ -19,7 +19,7 @@ from hf_parcor import CorruptionEvaluator
 from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.records import EvaluationRecord
-from scripts.campaigns import DEVICE, PLAIN, Arm, Run, begin, campaign_parser, note_run, run_example
+from scripts.campaigns import DEVICE, PLAIN, Arm, Run, begin, campaign_parser, note_run, of_study, run_example
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_sst2.py"
 
@@ -74,6 +74,7 @@ def parse_options(
 def started(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Read the command line of a campaign on SST-2, and begin it."""
     options = begin(parser)
+    options.work = of_study(options.work, options.size, options.train_samples)
     options.size = SIZES[options.size]
     if options.train_samples:
         options.size = replace(options.size, train_samples=options.train_samples)

@@ -44,7 +44,7 @@ from hf_parcor.records.metric_info import SHARE
 from hf_parcor.strict_json import read_strict_json, to_strict_json
 from hf_parcor.targets.groups import Groups
 from scripts import reproduce_paper_1, reproduce_translation, sst2_runs
-from scripts.campaigns import DEVICE, PLAIN, Run, begin, campaign_parser, note_run
+from scripts.campaigns import DEVICE, PLAIN, Run, begin, campaign_parser, note_run, of_study
 from scripts.translation_studies import STUDIES
 
 FORMATS, TORCHAO = (
@@ -209,6 +209,7 @@ def main() -> None:
     parser.add_argument("--system", choices=SYSTEMS, required=True)
     parser.add_argument("--model", help="of sst2: a folder or a name on the Hub; of images: the folder with weights")
     options = begin(parser)
+    options.work = of_study(options.work, options.system)
     if options.model is None and options.system in TAKES_MODEL:
         parser.error(f"--model: expected what --system {options.system} starts from, got nothing; see --help")
     options.size = sst2_runs.SIZES["small"]

@@ -35,7 +35,7 @@ def small(options) -> which_bits.Judged:
 def test_a_recipe_is_chosen_on_some_rows_and_judged_on_others(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(which_bits.SYSTEMS, "images", small)
     folders = ["--data", tmp_path, "--output", tmp_path / "out", "--work", tmp_path / "work", "--model", "none"]
-    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "images").mkdir(parents=True)
     monkeypatch.setattr(sys, "argv", ["x", "--system", "images", *map(str, folders)])
     which_bits.main()
     answer = capsys.readouterr().out.splitlines()[0]

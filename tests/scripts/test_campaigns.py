@@ -1,0 +1,72 @@
+"""What campaigns share: where models are trained and measured, shown by the programs that they would start."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from for_each import for_each
+
+pytest.importorskip("matplotlib", reason="figures need the extra 'plots'")
+pytest.importorskip("sacrebleu", reason="BLEU needs the extra 'translation'")
+
+from scripts import campaigns
+
+
+@pytest.fixture
+def trained_in(monkeypatch, tmp_path):
+    """Return the folders in which a command would train its plain models, in its default folder of work."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # this process has its own
+
+    def of(line: str) -> set[Path]:
+        folders = set()
+
+        def started(command, **_):
+            folders.add(Path(command[command.index("--output_dir") + 1]))
+            raise InterruptedError("not trained here")
+
+        monkeypatch.setattr(campaigns.subprocess, "run", started)
+        name, *arguments = line.split()
+        monkeypatch.setattr(sys, "argv", [name, *arguments, "--data", "data", "--output", str(tmp_path / "records")])
+        with pytest.raises((InterruptedError, RuntimeError), match="not trained here"):
+            importlib.import_module(f"scripts.{name}").main()
+        return folders
+
+    return of
+
+
+SST2 = "reproduce_sst2 --model M --seeds 1 --arms plain"
+IMAGES = "reproduce_images --size full --seeds 1 --arms plain"
+CELLS = "reproduce_detection --seeds 1 --arms plain"
+BITS = "which_bits --model M --seeds 1 --system"
+
+
+@for_each(
+    ("first", "second"),
+    [
+        (SST2, f"{SST2} --size sentences"),
+        (SST2, f"{SST2} --train-samples 64"),
+        (f"{BITS} sst2", f"{BITS} translation"),
+        (IMAGES, f"{IMAGES} --depth 101"),
+        (CELLS, f"{CELLS} --size full"),
+        (CELLS, f"{CELLS} --train-samples 8"),
+        ("reproduce_parser --arms plain", "reproduce_parser --arms plain --train-sentences 12544"),
+        ("reproduce_translation --study multi30k --tables 2", "reproduce_translation --study tatoeba --tables 2"),
+        ("usual_cases --case causal-lm --arms plain", "usual_cases --case seq2seq-tuned --arms plain"),
+    ],
+)
+def test_models_of_two_studies_are_trained_in_two_folders(first, second, trained_in):
+    """Else the second would find the models of the first, and record them as its own."""
+    one, other = trained_in(first), trained_in(second)
+    assert one
+    assert other
+    assert not one & other
+
+
+@for_each("other", ["worst_bit_flips", "defend_for_less"])
+def test_a_model_that_two_campaigns_have_is_trained_once(other, trained_in):
+    assert trained_in(SST2) == trained_in(f"{other} --model M --seeds 1 --arms plain")
