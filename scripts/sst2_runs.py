@@ -81,20 +81,21 @@ def started(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def train(options: argparse.Namespace, run: Run, *more: str) -> Path:
+def train(options: argparse.Namespace, run: Run, *measuring: str) -> Path:
     """Train one model, unless it is there already, and return its folder.
 
     Args:
         options: Those of a campaign.
         run: What is trained.
-        *more: Flags for this run alone.
+        *measuring: Flags by which the example measures the model, too; also one that is there already.
     """
     folder: Path = options.work / run.file_name
-    if (folder / "train_results.json").exists():
+    trained = (folder / "train_results.json").exists()
+    if trained and not measuring:
         return folder
     size: Size = options.size
     fixed = {
-        "model_name_or_path": options.model,
+        **({"model_name_or_path": folder} if trained else {"model_name_or_path": options.model, "do_train": True}),
         "train_file": str(options.data / size.train_file),
         "validation_file": str(options.data / "dev.tsv.gz"),
         "max_train_samples": size.train_samples,
@@ -110,7 +111,7 @@ def train(options: argparse.Namespace, run: Run, *more: str) -> Path:
         **({"tf32": True} if DEVICE.type == "cuda" else {}),
     }
     program = run.arm.program or [EXAMPLE]
-    run_example(program, fixed, "--do_train", *run.arm.flags, *more, threads=options.threads)
+    run_example(program, fixed, *run.arm.flags, *measuring, threads=options.threads)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from for_each import for_each
 pytest.importorskip("matplotlib", reason="figures need the extra 'plots'")
 pytest.importorskip("sacrebleu", reason="BLEU needs the extra 'translation'")
 
-from scripts import campaigns
+from hf_parcor import EvaluationRecord
+from scripts import campaigns, reproduce
+
+RESULTS_OF_TRAINING = {"train_collapsed": 0, "train_runtime": 1.0, "train_samples": 1}
 
 
 @pytest.fixture
@@ -70,3 +74,31 @@ def test_models_of_two_studies_are_trained_in_two_folders(first, second, trained
 @for_each("other", ["worst_bit_flips", "defend_for_less"])
 def test_a_model_that_two_campaigns_have_is_trained_once(other, trained_in):
     assert trained_in(SST2) == trained_in(f"{other} --model M --seeds 1 --arms plain")
+
+
+@for_each("name", ["reproduce_sst2", "deploy_sst2"])
+def test_a_model_that_was_trained_and_not_measured_is_measured(name, monkeypatch, tmp_path):
+    """A campaign may be killed between the two, and another one only trains."""
+    script = importlib.import_module(f"scripts.{name}")
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    started = []
+    kept = reproduce.RESULTS / "sst2" / "plain-seed1.json"
+
+    def run(command, **_):
+        folder = Path(command[command.index("--output_dir") + 1])
+        started.append({"--do_train", "--do_eval"} & set(command))
+        if "--do_train" in command:
+            folder.mkdir(parents=True)
+            (folder / "train_results.json").write_text(json.dumps(RESULTS_OF_TRAINING))
+            raise InterruptedError("killed")
+        assert command[command.index("--model_name_or_path") + 1] == str(folder)
+        (folder / "robustness.json").write_bytes(kept.read_bytes())
+
+    monkeypatch.setattr(campaigns.subprocess, "run", run)
+    folders = ["--data", "data", "--output", tmp_path / name, "--work", tmp_path / f"{name}-work"]
+    monkeypatch.setattr(sys, "argv", [name, "--model", "M", "--seeds", "1", "--arms", "plain", *map(str, folders)])
+    with pytest.raises(RuntimeError, match="killed"):
+        script.main()
+    script.main()
+    assert started == [{"--do_train", "--do_eval"}, {"--do_eval"}]
+    assert EvaluationRecord.load(tmp_path / name / "plain-seed1.json") == EvaluationRecord.load(kept)
