@@ -20,8 +20,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from statistics import fmean
+from types import ModuleType
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -180,6 +182,7 @@ STUDIES: dict[str, dict[str, Study]] = {
             "a ResNet-20 of 20 classes of Tiny-ImageNet, at 32 pixels",
             "reproduce_images --size tiny-imagenet-small",
             "tiny_imagenet",
+            arms=("plain", "acrt-inf", "multi_step_risk-1"),
         ),
         "full": Study("ResNet-34 of the same, at 64 pixels, 200 epochs", "reproduce_images --size tiny-imagenet", ""),
     },
@@ -285,6 +288,22 @@ def seconds_of(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return {arm: fmean(values) for arm, values in found.items()}
 
 
+def seconds_of_arms(seconds: Mapping[str, float], arms: Sequence[str]) -> dict[str, float]:
+    """Return how long each of these arms took with one seed, from every start that its runs were trained from.
+
+    Args:
+        seconds: What a run took, by its name: an arm's, behind the start's where there are several.
+        arms: All that the campaign has; the longest name counts where several fit, and runs of others do not.
+    """
+    found: dict[str, float] = {}
+    for name, taken in seconds.items():
+        fitting = [arm for arm in arms if f"-{name}".endswith(f"-{arm}")]
+        if fitting:
+            arm = max(fitting, key=len)
+            found[arm] = found.get(arm, 0.0) + taken
+    return found
+
+
 def plan(
     seconds: Mapping[str, float], arms: Sequence[str], seeds: int, jobs: int, hours: float
 ) -> tuple[list[str], dict[str, str]]:
@@ -320,6 +339,11 @@ def runs_of(study: Study) -> dict[str, dict[str, Any]]:
     path = RESULTS / study.records / "runs.json"
     found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if study.records and path.exists() else {}
     return found
+
+
+def arms_of(module: ModuleType) -> list[str]:
+    """Return the arms of a campaign; none where it does not list them."""
+    return list(getattr(module, "ARMS", ()))
 
 
 def listing() -> str:
@@ -373,10 +397,12 @@ def run(parser: argparse.ArgumentParser, study: Study, options: argparse.Namespa
     seeds, arms = options.seeds or list(study.seeds), list(study.arms)
     if options.hours is not None:
         timed = runs_of(study)
-        if not timed or not study.side_by_side:
+        if not seconds_of(timed) or not study.side_by_side:
             parser.error("--hours: expected a study whose runs were timed, arm by arm, got one without; leave it out")
-        wanted = arms or list(seconds_of(timed))
-        arms, others = plan(seconds_of(timed), wanted, len(seeds), options.jobs, options.hours)
+        known = arms_of(import_module(study.words()[1]))
+        wanted = arms or known or list(seconds_of(timed))
+        seconds = seconds_of_arms(seconds_of(timed), [*wanted, *known])
+        arms, others = plan(seconds, wanted, len(seeds), options.jobs, options.hours)
         machines = ", ".join(sorted({one["machine"] for one in timed.values()}))
         print(f"By what runs took on {machines}, {options.jobs} side by side:")
         print(

@@ -94,17 +94,24 @@ STUDIES = [(name, size, study) for name, sizes in reproduce.STUDIES.items() for 
 def test_studies_are_campaigns_and_their_records() -> None:
     for name, size, study in STUDIES:
         module = importlib.import_module(f"scripts.{study.words()[1].removeprefix('scripts.')}")
-        assert set(study.arms) <= set(getattr(module, "ARMS", ())), (name, size)
+        assert set(study.arms) <= {*reproduce.arms_of(module), *getattr(module, "TINY", ())}, (name, size)
         folder = reproduce.RESULTS / study.records
         assert folder.is_dir(), (name, size)
         seeds = {int(seed) for path in folder.glob("*.json") for seed in re.findall(r"-seed(\d+)", path.name)}
         assert not study.records or not seeds or seeds == set(study.seeds), (name, size)
 
 
-@for_each("name, size", [(name, size) for name, size, _ in STUDIES])
-def test_a_study_is_read_by_its_campaign(name, size, monkeypatch, capsys) -> None:
+TIMED = [
+    (name, size, ["--hours", "1000"])
+    for name, size, study in STUDIES
+    if study.side_by_side and reproduce.seconds_of(reproduce.runs_of(study))
+]
+
+
+@for_each("name, size, more", [*((name, size, []) for name, size, _ in STUDIES), *TIMED])
+def test_a_study_is_read_by_its_campaign(name, size, more, monkeypatch, capsys) -> None:
     """What would run is a command line that the campaign's own parser takes, up to where it would begin to work."""
-    monkeypatch.setattr(sys, "argv", ["x", name, "--size", size, "--model", "M", "--data", "D", "--dry-run"])
+    monkeypatch.setattr(sys, "argv", ["x", name, "--size", size, "--model", "M", "--data", "D", "--dry-run", *more])
     with pytest.raises(SystemExit, match="0"):
         reproduce.main()
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python -m")]
@@ -123,6 +130,7 @@ def test_a_study_is_read_by_its_campaign(name, size, monkeypatch, capsys) -> Non
         (["sst2"], "--data and --model"),
         (["parser"], "--data"),
         (["theory", "--data", "D", "--hours", "1", "--dry-run"], "--hours"),
+        (["detection", "--data", "D", "--hours", "1", "--dry-run"], "runs were timed"),
         (["sst2", "--model", "M", "--data", "D", "--hours", "0.001", "--dry-run"], "nothing fits"),
     ],
 )
@@ -131,6 +139,23 @@ def test_what_cannot_run_is_said_before(words, what, monkeypatch, capsys) -> Non
     with pytest.raises(SystemExit, match="2"):
         reproduce.main()
     assert what in capsys.readouterr().err
+
+
+def test_an_arm_takes_what_all_its_runs_of_a_seed_take_and_is_told_if_it_was_never_timed(monkeypatch, capsys) -> None:
+    runs = {
+        "tuned-half": 1.0,
+        "scratch-half": 2.0,
+        "tuned-sam-half": 4.0,
+        "scratch-sam-half": 8.0,
+        "an-older-one": 9.0,
+    }
+    assert reproduce.seconds_of_arms(runs, ["half", "sam-half", "new"]) == {"half": 3.0, "sam-half": 12.0}
+    monkeypatch.setattr(
+        sys, "argv", ["x", "sst2-deployed", "--model", "M", "--data", "D", "--hours", "1000", "--dry-run"]
+    )
+    with pytest.raises(SystemExit, match="0"):
+        reproduce.main()
+    assert "left out: torchao (never timed)" in capsys.readouterr().out
 
 
 def test_hours_never_hold_more_than_fits() -> None:
