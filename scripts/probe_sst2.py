@@ -15,6 +15,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from hf_parcor.records.curves import Series, epsilon_at_half
 from hf_parcor.records.metric_info import SHARE
 from hf_parcor.reports.plots import plot_heat_map
 from hf_parcor.reports.tables import markdown_table
-from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, note_run
+from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, note_run, over_runs
 from scripts.sst2_runs import model_and_batches, parse_options, train
 
 COMMAND = "python -m scripts.probe_sst2 --model MODEL --data FOLDER --output scripts/results/probes"
@@ -70,7 +71,7 @@ def probe(options: argparse.Namespace, run: Run, grouping: str) -> SweepRecord:
         note_run(options.output, options.work, run, options.threads, epochs=options.size.epochs, command=COMMAND)
         model, batches = model_and_batches(options, folder)
         targets = GROUPINGS[grouping](model)
-        layer_probe = LayerProbe(model, ClassificationMetric(batches), targets=targets)
+        layer_probe = LayerProbe(model, ClassificationMetric(batches), targets=targets, progress=False)
         layer_probe.evaluate(corruptions_of(grouping), trials=1, checkpoint=folder / f"{grouping}.jsonl").save(path)
     return SweepRecord.load(path)
 
@@ -314,12 +315,9 @@ def radii_table(sweeps: Mapping[str, SweepRecord]) -> str:
 def main() -> None:
     """Train, probe and draw what is missing."""
     options = parse_options(__doc__, ARMS, "runs/probe_sst2", size="sentences", seeds=1)
+    arms = {name: ARMS[name] for name in options.arms or ARMS}
     sweeps = {
-        grouping: {
-            name: [probe(options, Run(name, ARMS[name], seed), grouping) for seed in options.seeds]
-            for name in options.arms or ARMS
-        }
-        for grouping in GROUPINGS
+        grouping: over_runs(partial(probe, grouping=grouping), grouping, options, arms) for grouping in GROUPINGS
     }
     if options.arms:
         return

@@ -114,7 +114,14 @@ STUDIES: dict[str, dict[str, Study]] = {
     "probes": {"small": Study("which part of a BERT is weak", "probe_sst2", "probes", model="--model", seeds=(1,))},
     "flips": {"small": Study("the worst bit flips", "worst_bit_flips", "worst_bit_flips", model="--model")},
     "search": {
-        "small": Study("which ε", "search_epsilon_sst2", "search_epsilon", model="--model", seeds=(1,)),
+        "small": Study(
+            "which ε",
+            "search_epsilon_sst2",
+            "search_epsilon",
+            model="--model",
+            seeds=(1,),
+            side_by_side=False,
+        ),
     },
     "recipe": {
         "small": Study(
@@ -123,6 +130,7 @@ STUDIES: dict[str, dict[str, Study]] = {
             "recipe/sst2",
             model="--model",
             seeds=(1,),
+            side_by_side=False,
         )
     },
     "recipe-images": {
@@ -132,6 +140,7 @@ STUDIES: dict[str, dict[str, Study]] = {
             "recipe/images",
             model="--model",
             seeds=(),
+            side_by_side=False,
         )
     },
     "recipe-translation": {
@@ -140,6 +149,7 @@ STUDIES: dict[str, dict[str, Study]] = {
             "which_bits --system translation",
             "recipe/translation",
             seeds=(1,),
+            side_by_side=False,
         )
     },
     "recipe-decoder": {
@@ -148,6 +158,7 @@ STUDIES: dict[str, dict[str, Study]] = {
             "which_bits --system decoder",
             "recipe/decoder",
             seeds=(1,),
+            side_by_side=False,
         )
     },
     "images": {

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from hf_parcor import BitFlips, CorruptionEvaluator, FlipRecord, ParameterDefenseTrainer, measure_flips_to_break
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.records import EvaluationRecord
-from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, mean_and_deviation, note_run, write_table
+from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, mean_and_deviation, note_run, over_runs, write_table
 from scripts.deploy_sst2 import risk
 from scripts.sst2_runs import batch_of, model_and_batches, parse_options, read_sentences, run_example_with, train
 
@@ -127,7 +127,7 @@ def main() -> None:
     """Run what is missing, and write the table."""
     options = parse_options(__doc__, ARMS, "runs/sst2")
     arms = {name: ARMS[name] for name in options.arms or ARMS}
-    records = {name: [measure(options, Run(name, arm, seed)) for seed in options.seeds] for name, arm in arms.items()}
+    records = over_runs(measure, "runs", options, arms)
     if options.arms:
         return
     text = (

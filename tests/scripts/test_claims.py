@@ -95,6 +95,7 @@ def test_studies_are_campaigns_and_their_records() -> None:
     for name, size, study in STUDIES:
         module = importlib.import_module(f"scripts.{study.words()[1].removeprefix('scripts.')}")
         assert set(study.arms) <= {*reproduce.arms_of(module), *getattr(module, "TINY", ())}, (name, size)
+        assert study.side_by_side == hasattr(module, "over_runs"), (name, size)
         folder = reproduce.RESULTS / study.records
         assert folder.is_dir(), (name, size)
         seeds = {int(seed) for path in folder.glob("*.json") for seed in re.findall(r"-seed(\d+)", path.name)}
