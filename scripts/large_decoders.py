@@ -1,6 +1,6 @@
 """What the commands take on a large decoder: seconds and memory, each in a process of its own, as a user types them.
 
-    python -m scripts.large_decoders --data FOLDER --output scripts/results/large_decoders
+    python -m scripts.large_decoders --data FOLDER --output scripts/results/large_decoders --rows 2
 
 A Llama with random bfloat16 weights, by default of TinyLlama's 1.1 billion, is saved with a tokenizer of the words of
 Penn Treebank, and measured on a few windows of its text: what it costs, and nothing of how accurate it is. Memory is

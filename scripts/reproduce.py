@@ -271,7 +271,7 @@ STUDIES: dict[str, dict[str, Study]] = {
     "large-decoders": {
         "small": Study(
             "what the commands take on a decoder of 1.1 B weights, on a CPU",
-            "large_decoders",
+            "large_decoders --rows 2",
             "large_decoders",
             seeds=(),
             side_by_side=False,
