@@ -1,6 +1,6 @@
 """Paper 1, Table 3, on a small language model: how much do random corruptions change the loss, and does theory say so?
 
-    python -m scripts.random_corruption_theory --data FOLDER
+    python -m scripts.random_corruption_theory --data FOLDER --output OUT
 
 FOLDER holds `ptb.train.txt` and `ptb.valid.txt` (or `.gz`), a sentence a line. A GPT-2 of two layers learns it word by
 word; over fixed validation text the gradient g of the mean loss is taken in float64, with G = ‖g‖₂. Then
@@ -283,7 +283,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, str]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with ptb.train.txt and ptb.valid.txt, or .gz of them")
-    add("--output", type=Path, default=Path("scripts/results/random_corruption"), help="folder for what is found")
+    add("--output", type=Path, required=True, help="folder for what is found")
     add("--words", type=int, default=10_000, help="size of the vocabulary")
     add("--layers", type=int, default=2, help="layers of the model")
     add("--width", type=int, default=64, help="its hidden size")
@@ -299,7 +299,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, str]:
     add("--seed", type=int, default=0)
     add("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(arguments)
-    command = "python -m scripts.random_corruption_theory --data FOLDER"
+    command = "python -m scripts.random_corruption_theory --data FOLDER --output OUT"
     for name, value in vars(options).items():
         if name not in ("data", "output", "quiet") and value != parser.get_default(name):
             values = value if isinstance(value, list) else [value]

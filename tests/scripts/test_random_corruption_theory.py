@@ -93,3 +93,9 @@ def test_a_folder_without_the_text(tmp_path):
     with pytest.raises(SystemExit, match=r"--data: expected ptb.train.txt or ptb.train.txt.gz"):
         script.main(["--data", str(tmp_path), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_no_record_is_replaced_unless_told(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        script.parse(["--data", "FOLDER"])
+    assert "--output" in capsys.readouterr().err
