@@ -23,6 +23,7 @@ from transformers import HfArgumentParser
 from hf_parcor.defenses import Defense
 from hf_parcor.records import CorruptionRecord, EvaluationRecord
 from hf_parcor.statistics import Alternative, MeanAndSpread, student_t_test
+from hf_parcor.strict_json import replace_text
 from hf_parcor.training import DefenseArguments, build_defense
 
 
@@ -101,9 +102,8 @@ def campaign_parser(
 
 
 def begin(parser: ArgumentParser) -> Namespace:
-    """Read the command line, make the folder of records, and share the cores among jobs."""
+    """Read the command line, and share the cores among jobs."""
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
     # One thread each: a process that waits for its other thread gains nothing from a busy core.
     options.threads = max(1, (os.cpu_count() or 1) // options.jobs)
     torch.set_num_threads(options.threads)
@@ -163,7 +163,7 @@ def note_run(output: Path, work: Path, run: Run, threads: int, **details: Any) -
             "flags": [*run.arm.program, *run.arm.flags],
             **details,
         }
-        path.write_text(json.dumps(runs, indent=2, sort_keys=True) + "\n")
+        replace_text(path, json.dumps(runs, indent=2, sort_keys=True) + "\n")
 
 
 def measured_once(options: Namespace, run: Run, example: Callable[[Path], object]) -> EvaluationRecord:
@@ -196,7 +196,7 @@ def of_run(run: Run, folder: Path) -> dict[str, Any]:
 
 def write_table(output: Path, text: str) -> None:
     """Write `table.md`, and print it."""
-    (output / "table.md").write_text(text, encoding="utf-8")
+    replace_text(output / "table.md", text)
     print(text)
 
 

@@ -102,3 +102,17 @@ def test_a_model_that_was_trained_and_not_measured_is_measured(name, monkeypatch
     script.main()
     assert started == [{"--do_train", "--do_eval"}, {"--do_eval"}]
     assert EvaluationRecord.load(tmp_path / name / "plain-seed1.json") == EvaluationRecord.load(kept)
+
+
+@for_each(
+    "line",
+    ["which_bits --system images", "reproduce_images --size small", "usual_cases --case lora", f"{SST2} --jobs x"],
+)
+def test_what_is_refused_leaves_no_folder(line, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    name, *arguments = line.split()
+    monkeypatch.setattr(sys, "argv", [name, *arguments, "--data", "data", "--output", "records"])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(f"scripts.{name}").main()
+    assert not [*tmp_path.iterdir()]
