@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from modeling_faster_rcnn import FasterRCNNConfig
 from torch.utils.data import DataLoader
 from transformers import (
@@ -34,7 +33,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_parcor import CorruptionEvaluator, ParameterDefenseTrainer, ParameterDefenseTrainingArguments
 from hf_parcor.corruptions import corruptions_of_table_1
+from hf_parcor.distributed.processes import MeasuringProcesses
 from hf_parcor.evaluation import RobustnessArguments
+from hf_parcor.evaluation.measurement import measure
 from hf_parcor.programs import measure_and_save, read_arguments, train_and_save
 from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, load_rows
 from hf_parcor.tasks.object_detection import detection_metric
@@ -134,12 +135,11 @@ class DetectionTrainer(ParameterDefenseTrainer):
         model: Any = self.model
         model.eval()
         metric = detection_metric(self.processing_class, dataloader)
-        parts = [metric.of_batch(model, batch) for batch in dataloader]
-        if self.args.world_size > 1:
-            parts = gather_object(parts)
-        found = metric.combine(parts)
+        # Each image once: Accelerate's shares are filled up. In step: DETR's loss exchanges how many boxes there are.
+        found = measure(model, metric, MeasuringProcesses.launched(in_step=True))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        return EvalLoopOutput(None, None, metrics, sum(part["images"] for part in parts))  # type: ignore[arg-type]
+        images: Any = dataloader.dataset
+        return EvalLoopOutput(None, None, metrics, len(images))  # type: ignore[arg-type]
 
 
 def load_splits(data: DataArguments) -> dict[str, Rows]:
