@@ -33,10 +33,12 @@ from hf_parcor.evaluation import ClassificationMetric, RobustnessArguments
 from hf_parcor.hub_data import load_hub_data
 from hf_parcor.programs import measure_and_save, read_arguments, train_and_save
 from hf_parcor.sequence_length import fitting_length
-from hf_parcor.tasks import read_file
+from hf_parcor.tasks import TASKS, Rows, read_file
+from hf_parcor.tasks.classification import class_numbers
 from hf_parcor.training import checkpoint_to_resume
 
 logger = logging.getLogger(__name__)
+TASK = TASKS["text-classification"]
 
 
 @dataclass
@@ -70,7 +72,9 @@ class DataArguments:
     )
     validation_file: str | None = field(default=None, metadata={"help": "A local file to measure on."})
     text_column_name: str = field(default="sentence", metadata={"help": "The column with the text."})
-    label_column_name: str = field(default="label", metadata={"help": "The column with the label, a whole number."})
+    label_column_name: str = field(
+        default="label", metadata={"help": "The column with the label: a number or a name."}
+    )
     max_seq_length: int | None = field(
         default=None,
         metadata={"help": "Longer texts are cut to this many tokens. Not set: 128, or what the model takes."},
@@ -98,17 +102,23 @@ def load_data(data: DataArguments, cache_dir: str | None) -> Mapping[str, datase
     return splits
 
 
-def find_labels(rows: datasets.Dataset, data: DataArguments) -> list[Any]:
-    """Return the labels of the classes, without -1, which stands for one that is held back."""
+def labelled_rows(split: str, rows: datasets.Dataset, data: DataArguments) -> Rows:
+    """Return rows as tasks take them, with the names of their classes, if they have some."""
     for name in ("text_column_name", "label_column_name"):
         if getattr(data, name) not in rows.column_names:
             raise ValueError(
                 f"{name}: expected one of {', '.join(rows.column_names)}, got {getattr(data, name)!r}; name the column"
             )
-    labels = sorted(set(rows[data.label_column_name]) - {-1})
-    if len(labels) < 2:
-        raise ValueError(f"labels: expected two classes or more, got {len(labels)}; name other data")
-    return labels
+    names = getattr(rows.features[data.label_column_name], "names", None)
+    return Rows(split, rows, tuple(rows.column_names), {data.label_column_name: names} if names else {})
+
+
+def new_head(rows: Rows, label_column: str) -> dict[str, Any]:
+    """Return what a model that is to learn these classes gets."""
+    head = TASK.head_settings([(rows, {"label": label_column})])
+    if head["num_labels"] < 2:
+        raise ValueError(f"labels: expected two classes or more, got {head['num_labels']}; name other data")
+    return head
 
 
 def with_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
@@ -142,18 +152,24 @@ def main() -> None:
     splits = load_data(data, model_arguments.cache_dir)
     origin = {"cache_dir": model_arguments.cache_dir, "revision": model_arguments.model_revision}
     tokenizer = AutoTokenizer.from_pretrained(model_arguments.model_name_or_path, **origin)
-    labels = find_labels(splits["train" if "train" in splits else "validation"], data)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        model_arguments.model_name_or_path, num_labels=len(labels), **origin
-    )
+    asked = {"train": training.do_train, "validation": training.do_eval}
+    labelled = {
+        split: labelled_rows(split, splits[split], data)
+        for split, needed in asked.items()
+        if needed and split in splits
+    }
+    # A model that is measured only keeps the classes that it knows.
+    learns = training.do_train and "train" in labelled
+    head = new_head(labelled["train"], data.label_column_name) if learns else {}
+    model = AutoModelForSequenceClassification.from_pretrained(model_arguments.model_name_or_path, **head, **origin)
     if model_arguments.lora_rank is not None:
         model = with_adapters(model, model_arguments.lora_rank)
 
     max_length = fitting_length(model, tokenizer, 128, data.max_seq_length)
 
-    def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
+    def tokenize(rows: dict[str, list[Any]], numbers: Mapping[Any, int]) -> dict[str, Any]:
         encoded = tokenizer(rows[data.text_column_name], truncation=True, max_length=max_length)
-        return {**encoded, "labels": [labels.index(label) for label in rows[data.label_column_name]]}
+        return {**encoded, "labels": [numbers[label] for label in rows[data.label_column_name]]}
 
     def prepare(split: str, most: int | None, shuffle: bool) -> datasets.Dataset:
         if split not in splits:
@@ -161,15 +177,11 @@ def main() -> None:
         rows = splits[split].shuffle(seed=training.seed) if shuffle else splits[split]
         if most is not None:
             rows = rows.select(range(min(most, len(rows))))
-        unknown = set(rows[data.label_column_name]) - set(labels)
-        if unknown:
-            raise ValueError(
-                f"{split}: expected labels out of {', '.join(map(str, labels))}, got {', '.join(map(str, unknown))}; "
-                "name data with the labels of the training"
-            )
+        found = class_numbers(labelled_rows(split, rows, data), data.label_column_name, model.config.label2id)
         return rows.map(
             tokenize,
             batched=True,
+            fn_kwargs={"numbers": dict(zip(rows[data.label_column_name], found, strict=True))},
             remove_columns=rows.column_names,
             load_from_cache_file=not data.overwrite_cache,
             desc=f"tokenising {split}",

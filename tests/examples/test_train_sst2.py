@@ -158,6 +158,32 @@ def test_a_data_set_that_is_still_a_script(files, monkeypatch):
     assert json.loads((files / "out" / "eval_results.json").read_text())["eval_samples"] == len(ROWS)
 
 
+@pytest.mark.slow
+def test_a_finished_model_is_measured_by_its_own_numbers_of_the_classes(files, monkeypatch):
+    """The same model with its classes the other way round finds the same."""
+    model = BertForSequenceClassification.from_pretrained(files / "model")
+    torch.nn.init.normal_(model.classifier.weight)
+    losses = []
+    for order in (["bad", "good"], ["good", "bad"]):
+        model.config.id2label = dict(enumerate(order))
+        model.config.label2id = {name: number for number, name in enumerate(order)}
+        model.save_pretrained(files / "model")
+        text = "sentence\tlabel\n" + "".join(f"{sentence}\t{('bad', 'good')[label]}\n" for sentence, label in ROWS)
+        (files / "dev.tsv").write_text(text)
+        given = {"do_train": False, "train_file": None, "validation_file": str(files / "dev.tsv")}
+        path = files / "settings.json"
+        path.write_text(json.dumps({**settings(files), **given, "corruptions": ["quantization=8"]}))
+        run([str(path)], monkeypatch)
+        record = EvaluationRecord.load(files / "out" / "robustness.json")
+        losses.append(record.clean.mean("loss"))
+        found = json.loads((files / "out" / "eval_results.json").read_text())["eval_loss"]
+        assert found == pytest.approx(losses[-1], rel=1e-4)
+        with torch.no_grad():
+            for parameter in model.classifier.parameters():
+                parameter.copy_(parameter.flip(0))
+    assert losses[0] == pytest.approx(losses[1])
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -169,8 +195,8 @@ def test_a_data_set_that_is_still_a_script(files, monkeypatch):
         ({"label_column_name": "stars"}, "label_column_name: expected one of sentence, label, got 'stars'"),
         ({"train_file": "one.tsv"}, "labels: expected two classes or more, got 1"),
         ({"train_file": "empty.tsv"}, "expected at least one row, got none"),
-        ({"validation_file": "third.tsv"}, "validation: expected labels out of 0, 1, got 2"),
-        ({"train_file": "held-back.tsv"}, "train: expected labels out of 0, 1, got -1"),
+        ({"validation_file": "third.tsv"}, r"validation: expected a label of the model \(0 = 0, 1 = 1\), got 2"),
+        ({"train_file": "held-back.tsv"}, "train: expected labels from 0 on, got -1"),
         ({"max_seq_length": 0}, "max_length: expected 1 token or more, got 0"),
     ],
 )
