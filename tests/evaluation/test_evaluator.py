@@ -29,13 +29,14 @@ from hf_parcor import (
     select_parameters,
 )
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
-from hf_parcor.evaluation import ClassificationMetric
+from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.row_fingerprint import data_fingerprint
 from hf_parcor.records import EvaluationData
 from hf_parcor.targets import TargetError
 
-KINDS = len(CORRUPTIONS)
+# The clean model, then every trial of each kind.
+MEASUREMENTS = 1 + sum(DEFAULT_TRIALS if kind.stochastic else 1 for kind in CORRUPTIONS.values())
 NORM = CorruptionConstraint(epsilon=0.5)
 
 
@@ -86,11 +87,11 @@ class TestEveryBitComesBack:
         assert bits_of(classifier) == before
         assert seen[0] == before, "the clean model is measured first"
         assert before not in seen[1:], "then the corrupted one"
-        assert len(seen) == 1 + (3 if corruption.stochastic else 1)
+        assert len(seen) == 1 + (DEFAULT_TRIALS if corruption.stochastic else 1)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-    @pytest.mark.parametrize("call", range(1 + 4 * 3 + 3))
+    @pytest.mark.parametrize("call", range(MEASUREMENTS))
     def test_when_the_metric_raises(self, evaluator_of, one_of_each, bits_of, call, error, tiny_bert):
         model = tiny_bert(num_hidden_layers=1).train()
         before, calls = bits_of(model), []
