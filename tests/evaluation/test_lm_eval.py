@@ -33,7 +33,6 @@ from hf_parcor.evaluation import LmEvalMetric
 from hf_parcor.evaluation.identity import settings_of
 
 FOLDER = Path(sys.prefix) / "lm-eval"
-WITHOUT = "lm-eval is not installed; `bash scripts/test.sh` puts it into .venv/lm-eval"
 ROWS = [
     {"question": question, "choices": ["film", "plot a", "bad good film"], "gold": index % 3}
     for index, question in enumerate(["the good", "a bad", "good", "the", "bad bad a", "film the a", "plot", "a good"])

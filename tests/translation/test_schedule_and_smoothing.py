@@ -1,4 +1,4 @@
-"""The schedule and the label smoothing of Transformers against fairseq's formulas, and smoothing under the defense."""
+"""The schedule of Transformers against fairseq's formula, and label smoothing under the defense."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from for_each import for_each
 from torch.nn import functional
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, get_scheduler
-from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_parcor import CorruptionConstraint, MultiStepRisk, Seq2SeqParameterDefenseTrainer
 from hf_parcor.translation import TokenBatchesMixin
@@ -30,18 +29,6 @@ def test_inverse_square_root(warmup):
     for step in (0, 1, warmup // 2, warmup - 1, warmup, warmup + 1, 4 * warmup, 25 * warmup + 3):
         expected = peak * step / warmup if step < warmup else peak * math.sqrt(warmup / step)
         assert peak * schedule.lr_lambdas[0](step) == pytest.approx(expected, rel=1e-12)
-
-
-def test_fairseq_spreads_over_one_word_less():
-    """fairseq's ε is ε V/(V−1) here: it leaves out the right word when it spreads ε."""
-    words, labels = 12, torch.tensor([[3, 5, -100]])
-    logits = torch.randn(1, 3, words, dtype=torch.float64)
-    logarithms = functional.log_softmax(logits, -1)
-    each = SMOOTHING / (words - 1)
-    right = logarithms[0, [0, 1], labels[0, :2]].sum()
-    fairseq = -((1 - SMOOTHING - each) * right + each * logarithms[0, :2].sum()) / 2
-    ours = LabelSmoother(epsilon=SMOOTHING * words / (words - 1))({"logits": logits}, labels)
-    assert float(ours) == pytest.approx(float(fairseq), rel=1e-6)
 
 
 def smoothed(logits, labels, items):
