@@ -238,6 +238,15 @@ class TestTable3OfPaper1:
         for p, alpha in THEORETICAL.items():
             assert round(0.044 * ratio.quantile(p), 6) == pytest.approx(alpha)
 
+    def test_theoretical_row_tells_between_which_numbers_of_parameters_there_are(self):
+        def reproduced(k):
+            ratio = RandomCorruptionRatio(k)
+            return all(round(0.044 * ratio.quantile(p), 6) == pytest.approx(alpha) for p, alpha in THEORETICAL.items())
+
+        assert [k for k in range(23_000_000, 25_000_000, 100_000) if reproduced(k)] == [
+            *range(23_500_000, 24_300_000, 100_000)
+        ]
+
     def test_empirical_row_is_wider_than_the_first_order_explains(self):
         for p in THEORETICAL:
             expected = 0.044 * RandomCorruptionRatio(24_221_600).quantile(p)
