@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs everything into .venv, then runs the linter, the type checker and all tests; other words go to pytest.
 # With --fast first: no type checker, and only tests that are not marked slow (those that start ranks or programs, or took
-# more than about half a second when they were measured). That is the loop while writing code: a minute and a half on two idle cores.
+# more than 0.3 s of a core). That is the loop while writing code: a minute and a half on two idle cores.
 source "$(dirname "${BASH_SOURCE[0]}")/set_up.sh" dev
 export OMP_NUM_THREADS=1  # two test workers share two cores
 fast=()
