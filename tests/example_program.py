@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import runpy
 import sys
@@ -15,11 +15,7 @@ import pytest
 def run_example(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the `main` of a script with these arguments."""
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, script.stem, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    module.main()
+    importlib.import_module(script.stem).main()
 
 
 def run_here(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,18 +119,12 @@ def mean_of(name: str, groups: list[tuple[int, ...]]) -> list[torch.Tensor]:
 
 
 def example() -> float:
-    import importlib.util
     from argparse import Namespace
-    from pathlib import Path
 
-    script = Path(__file__).parents[2] / "examples" / "accelerate_loop.py"
-    spec = importlib.util.spec_from_file_location("accelerate_loop", script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    import accelerate_loop
+
     settings = {"epsilon": 0.1, "steps": 1, "epochs": 3, "lr": 0.01, "seed": 0, "cpu": True}
-    return float(module.train(Namespace(gradient_accumulation_steps=1, **settings)))
+    return float(accelerate_loop.train(Namespace(gradient_accumulation_steps=1, **settings)))
 
 
 def every_loop() -> dict[str, Any]:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from argparse import Namespace
-from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "accelerate_loop.py"
+import accelerate_loop
+
 SETTINGS = {"epsilon": 0.1, "steps": 1, "epochs": 3, "lr": 0.01, "seed": 0, "cpu": True}
 
 
 def trained(accumulation: int) -> float:
-    spec = importlib.util.spec_from_file_location("accelerate_loop", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return float(module.train(Namespace(gradient_accumulation_steps=accumulation, **SETTINGS)))
+    return float(accelerate_loop.train(Namespace(gradient_accumulation_steps=accumulation, **SETTINGS)))
 
 
 def test_it_learns(capsys):

@@ -41,9 +41,8 @@ pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
 @pytest.fixture
-def modeling(monkeypatch):
+def modeling():
     """The module of the model, imported as the examples do."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
     import modeling_small_resnet
 
     return modeling_small_resnet
@@ -246,7 +245,6 @@ def settings(folder: Path) -> dict[str, object]:
 
 
 def run(folder: Path, monkeypatch, **given) -> Path:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
     whole = {name: value for name, value in {**settings(folder), **given}.items() if value is not None}
     path = folder / "settings.json"
     path.write_text(json.dumps(whole))
@@ -305,15 +303,11 @@ def test_what_is_resumed_sees_the_same_images(files, monkeypatch):
 
 class TestBatches:
     @pytest.fixture
-    def batches(self, modeling, monkeypatch):
+    def batches(self):
         """The class of the example's data set."""
-        import importlib.util
+        import train_image_classifier
 
-        spec = importlib.util.spec_from_file_location("train_image_classifier", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        return module.ImageBatches
+        return train_image_classifier.ImageBatches
 
     images = LabelledImages(np.random.default_rng(0).integers(1, 256, (9, 4, 5, 3), np.uint8), np.arange(9))
 

@@ -204,5 +204,6 @@ def test_bad_input(settings, tmp_path, monkeypatch, change, says):
 
 def test_without_trl_it_says_what_to_install(settings, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, SCRIPT.stem, raising=False)  # imported anew
     with pytest.raises(ImportError, match=r"pip install 'hf-parcor\[trl\]'"):
         run(tmp_path, monkeypatch, settings)
