@@ -112,7 +112,7 @@ def epsilon_over(norm: Tensor, epsilon: float) -> Tensor:
 
 
 def _multiplied(tensors: list[Tensor], p: float, factor: Tensor | Factor, *, overwrite: bool) -> list[Tensor]:
-    if p == 2:
+    if p == 2 or not tensors:  # a bundle that has no gradient in this step
         return scaled(tensors, factor, overwrite=overwrite)
     if overwrite:
         torch._foreach_sign_(tensors)
@@ -197,8 +197,6 @@ def constrained_maximum_in_turn(
         [[tensor([0.6000]), tensor([0.8000])]]
     """
     p, epsilon, top_n = _checked(p, epsilon, top_n)
-    if not tensors:
-        return
     vector = one_vector([tensor.detach() for tensor in tensors])
     factor = None if top_n is not None else _one_factor(vector, p, epsilon)
     known = None if factor is None else Factor(factor)

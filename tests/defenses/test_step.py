@@ -197,6 +197,33 @@ def test_gradient_in_only_some_passes():
     assert all(torch.equal(selected[name], before[name]) for name in selected)
 
 
+@for_each("dtype", [torch.bfloat16, torch.float32])
+@for_each(
+    "defense",
+    [
+        *(MultiStepRisk(constraint, steps=2) for constraint in CONSTRAINTS),
+        AWP(CONSTRAINTS[0], steps=2, per_tensor=True, input_epsilon=0),
+        MultiStepRisk(CorruptionConstraint(p=2, epsilon=0.1, top_n=5), steps=2),
+    ],
+)
+@pytest.mark.parametrize("without", [{0}, {1}, {0, 1}])
+def test_a_pass_without_any_gradient_is_one_of_zeros(defense, dtype, without):
+    """A layer that is dropped, or an expert that no token is sent to, may be all that is selected."""
+
+    def found(absent):
+        selected, seen = parameters(2, dtype=dtype), []
+        run = fake_pass(
+            selected, lambda index, name: absent(name) if index in without else torch.ones(1000).to(dtype), seen
+        )
+        with DefendedStep(selected, run, defense.passes) as step:
+            defense.minimize(step)
+        return seen
+
+    zeros = torch.zeros(1000, dtype=dtype)
+    for expected, at in zip(found(lambda name: zeros.clone()), found(lambda name: None), strict=True):
+        assert all(torch.equal(expected[name], at[name]) for name in at)
+
+
 @for_each("error", [RuntimeError, KeyboardInterrupt, MemoryError])
 @for_each("fails_in", [0, 1, 2])
 def test_weights_come_back_after_an_exception(error, fails_in):
