@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -72,14 +72,9 @@ def measure(model: nn.Module, metric: Metric, processes: MeasuringProcesses) -> 
     if processes.count > 1 and isinstance(maybe, BatchMetric):
         found = processes.each(partial(maybe.of_batch, model), all_batches(maybe.batches))
         return checked_metrics(maybe.combine(found))
-    metrics = checked_metrics(metric(model))
-    of_processes = processes.gather({name: _plain(value) for name, value in metrics.items()})
+    of_processes = processes.gather(checked_metrics(metric(model)))
     _warn_of_differences(of_processes)
     return of_processes[0]
-
-
-def _plain(value: object) -> object:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _warn_of_differences(found: Sequence[Mapping[str, object]]) -> None:

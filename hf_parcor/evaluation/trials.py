@@ -78,18 +78,22 @@ def is_of_the_clock(name: str) -> bool:
 
 
 def checked_metrics(metrics: object) -> Mapping[str, object]:
-    """Return what a metric found, without what tells how long it took.
+    """Return what a metric found, tensors of one entry as numbers, without what tells how long it took.
 
     Raises:
         TypeError: It is no mapping, or one without anything that was found.
     """
     found = metrics if isinstance(metrics, Mapping) else {}
-    found = {name: value for name, value in found.items() if not is_of_the_clock(name)}
+    found = {name: _plain(value) for name, value in found.items() if not is_of_the_clock(name)}
     if not found:
         raise TypeError(
             f"metric: expected numbers by name, such as {{'accuracy': 0.9}}, got {metrics!r}; return a dict"
         )
     return found
+
+
+def _plain(value: object) -> object:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def record_of(
@@ -147,6 +151,4 @@ def record_of(
 
 def number_of(value: object) -> float:
     """Return what a metric returned as a number; NaN where it is none."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return float(value)
     return float(value) if isinstance(value, Real) else math.nan

@@ -491,3 +491,16 @@ def test_a_metric_of_no_batch_says_what_it_likes(classifier):
 def test_a_metric_of_single_batches_is_one_by_its_methods(batches):
     assert isinstance(ClassificationMetric(batches), BatchMetric)
     assert not isinstance(lambda model: {}, BatchMetric)
+
+
+def test_tensors_are_the_numbers_that_they_hold_however_they_are_measured(evaluate, batches):
+    class OfTensors(ClassificationMetric):
+        def combine(self, parts):
+            return {"batches": torch.tensor([len(parts)]), "nothing": torch.tensor(math.nan)}
+
+    corruptions = [GaussianNoise(0.1), GaussianNoise(0.2)]
+    shared, one_by_one = (
+        evaluate(corruptions, metric=OfTensors(batches), reuse_prefix=reuse) for reuse in (True, False)
+    )
+    assert shared.to_json() == one_by_one.to_json()
+    assert shared.clean.metrics["batches"] == (float(len(batches)),)
