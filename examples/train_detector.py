@@ -135,8 +135,7 @@ class DetectionTrainer(ParameterDefenseTrainer):
         model: Any = self.model
         model.eval()
         metric = detection_metric(self.processing_class, dataloader)
-        # Each image once: Accelerate's shares are filled up. In step: DETR's loss exchanges how many boxes there are.
-        found = measure(model, metric, MeasuringProcesses.launched(in_step=True))
+        found = measure(model, metric, MeasuringProcesses.launched())  # each image once
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         images: Any = dataloader.dataset
         return EvalLoopOutput(None, None, metrics, len(images))  # type: ignore[arg-type]

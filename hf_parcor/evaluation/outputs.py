@@ -8,11 +8,13 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import DistributedType, PartialState
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from hf_parcor.batches import IGNORED_LABEL, private_copy
 from hf_parcor.evaluation.device_map import input_device
+from hf_parcor.overriding import overriding
 
 
 def own_batch(batch: Any, model: nn.Module) -> Any:
@@ -113,6 +115,9 @@ class Output(NamedTuple):
 def called(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """Return what a model returns for a batch, without the labels where its `forward` has no place for them.
 
+    Accelerate tells the model of no other process: each is at another batch, or has none. Detectors of Transformers
+    would divide their loss by the mean number of boxes over all processes, and wait for them.
+
     Examples:
         >>> called(nn.Linear(2, 1), {"input": torch.ones(3, 2), "labels": torch.zeros(3)}).shape
         torch.Size([3, 1])
@@ -121,7 +126,11 @@ def called(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         taken = inspect.signature(model.forward).parameters
         if "labels" not in taken and all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
             batch = {name: value for name, value in batch.items() if name != "labels"}
-    return model(**batch)
+    state: dict[str, Any] = PartialState._shared_state
+    if state.get("num_processes", 1) == 1:
+        return model(**batch)
+    with overriding(PartialState(), num_processes=1, distributed_type=DistributedType.NO):
+        return model(**batch)
 
 
 def usual_loss(problem: Problem, logits: Tensor, labels: Tensor, *, shifted: bool = False) -> Tensor:
