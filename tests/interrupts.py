@@ -10,16 +10,23 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import hf_parcor
 
+MAY_BE_IGNORED = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+"""An interrupt that comes while Python throws a block of an earlier call away is printed, and nothing ends."""
+
 _OURS = (str(Path(hf_parcor.__file__).parent), contextlib.__file__)  # contextlib ends our blocks
 
 
 def interrupted_at_lines(run: Callable[[], object], every: int) -> Iterator[int]:
-    """Call a function again and again, each time interrupted some lines of ours later, and yield after each."""
+    """Call a function again and again, each time interrupted some lines of ours later, and yield after each.
+
+    A test that uses it has the mark `MAY_BE_IGNORED`.
+    """
     for at in itertools.count(1, every):
         lines = itertools.count(1)
 
