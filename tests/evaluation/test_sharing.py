@@ -373,11 +373,14 @@ def test_a_weight_that_is_used_before_its_module_is_called(batches):
 class Layer(nn.Linear):
     """One of a stack, which may look at others or at what they left behind, as some of real models do."""
 
-    def __init__(self, peeks=None, remembers=None):
+    def __init__(self, peeks=None, remembers=None, counts=False):
         super().__init__(6, 6)
-        self.peeks, self.remembers, self.stack, self.left = peeks, remembers, [], None
+        self.peeks, self.remembers, self.counts, self.stack, self.left = peeks, remembers, counts, [], None
+        self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x):
+        if self.counts:
+            self.seen += 1
         x = x + super().forward(x).tanh()
         self.left = x
         if self.peeks is not None:
@@ -433,17 +436,19 @@ def test_a_sweep_of_few_layers_on_little_data_takes_no_more_than_the_plain_loop(
 
 
 @for_each(
-    ("wrong", "why"),
+    ("layer", "wrong", "why"),
     [
-        ({"peeks": 2}, "the result differs"),  # the second layer at the weights of the third
-        ({"remembers": 0}, "the result differs"),  # at what is old where the first is replayed
+        (1, {"peeks": 2}, "the result differs"),  # the second layer at the weights of the third
+        (1, {"remembers": 0}, "the result differs"),  # at what is old where the first is replayed
+        (3, {"remembers": 0}, "the result differs"),  # and of no layer the prefix is longer
+        (1, {"counts": True}, "a buffer of the model moves"),
     ],
 )
-def test_a_wrong_cut_of_a_sweep_is_noticed(batches, caplog, bits_of, wrong, why):
+def test_a_wrong_cut_of_a_sweep_is_noticed(batches, caplog, bits_of, layer, wrong, why):
     """By the trial alone: with a cut that is wrong, measured values would be."""
     transformers.utils.logging.enable_propagation()
     caplog.clear()
-    model = Stack(Layer(), Layer(**wrong), Layer(), Layer())
+    model = Stack(*(Layer(**(wrong if index == layer else {})) for index in range(4)))
     before, reused = bits_of(model), model.sweep(batches)
     assert f"Every measurement runs all of the model: {why}" in caplog.text
     assert reused == model.sweep(batches, reuse_prefix=False)
