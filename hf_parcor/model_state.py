@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_parcor.overriding import undo_at_end
+from hf_parcor.randomness import random_states_kept
 
 _SMALL = 1 << 16  # entries; statistics, counters and averages are smaller, packed weights and queues are larger
 
@@ -280,3 +281,10 @@ def _set_flags(flags: Iterable[tuple[nn.Module, bool]]) -> None:
 def devices_of(model: nn.Module) -> list[torch.device]:
     """Return the devices that a model's parameters lie on."""
     return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
+
+
+@contextmanager
+def undone(model: nn.Module) -> Iterator[None]:
+    """Put a model's buffers and the generators back after a block."""
+    with BufferSnapshot(model.modules()).undone(), random_states_kept(devices_of(model)):
+        yield

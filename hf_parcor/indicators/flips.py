@@ -18,7 +18,7 @@ from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.evaluation.trials import checked_metrics, number_of
 from hf_parcor.functional.vectors import numel
 from hf_parcor.indicators.loss_over_data import LossOverData
-from hf_parcor.model_state import BufferSnapshot, devices_of, evaluation_mode
+from hf_parcor.model_state import BufferSnapshot, devices_of, evaluation_mode, undone
 from hf_parcor.overriding import undoing_left
 from hf_parcor.randomness import random_states_kept
 from hf_parcor.records.flips import FlipRecord
@@ -137,8 +137,7 @@ def measure_flips_to_break(
         )
     with (
         evaluation_mode(model),
-        buffers.undone(),
-        random_states_kept(devices_of(model)),
+        undone(model),
         tqdm(total=most, desc=f"worst flips until {name} {record.threshold:.3g}", disable=not progress) as bar,
     ):
         for values in corruption.walk(selection.parameters, source):

@@ -161,8 +161,8 @@ def sensitivity(
     diagonal = hessian_diagonal(LossOverData(model, together, batches, loss), probes, seed) if probes else None
     processes = MeasuringProcesses.launched()
     forget_derived()
-    buffers = BufferSnapshot(model.modules())
-    with evaluation_mode(model), buffers.undone(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    buffers = BufferSnapshot(model.modules()).undone()
+    with evaluation_mode(model), buffers, torch.random.fork_rng(devices=[]), torch.no_grad():
         shown = progress and processes.index == 0
         source = DatasetGradients(model, together, batches, loss, progress=shown, processes=processes)
         little = bool(too_little(_needed(together, sums=2)))

@@ -71,8 +71,8 @@ class LossOverData:
     def measuring(self) -> Iterator[None]:
         """Put the model into evaluation mode inside a `with` block; restore it and the global generator after it."""
         forget_derived()
-        buffers = BufferSnapshot(self.model.modules())
-        with evaluation_mode(self.model), buffers.undone(), torch.random.fork_rng(devices=[]):
+        buffers = BufferSnapshot(self.model.modules()).undone()
+        with evaluation_mode(self.model), buffers, torch.random.fork_rng(devices=[]):
             yield
 
     def value(self) -> float:

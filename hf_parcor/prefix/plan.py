@@ -13,7 +13,15 @@ from torch.utils._pytree import tree_leaves
 
 from hf_parcor.devices import in_float64
 from hf_parcor.distributed.dtensors import local_part
-from hf_parcor.model_state import BufferSnapshot, StepBuffers, devices_of, evaluation_mode, modules_of, same_numbers
+from hf_parcor.model_state import (
+    BufferSnapshot,
+    StepBuffers,
+    devices_of,
+    evaluation_mode,
+    modules_of,
+    same_numbers,
+    undone,
+)
 from hf_parcor.prefix.consumers import Consumers, Place
 from hf_parcor.prefix.cut import (
     PrefixError,
@@ -415,17 +423,6 @@ def failures_as_prefix_errors() -> Iterator[None]:
         raise
     except Exception as error:
         raise PrefixError(f"to try it out failed with {type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def undone(model: nn.Module) -> Iterator[None]:
-    """Put buffers and generators back after a block."""
-    buffers = BufferSnapshot(model.modules())
-    try:
-        with random_states_kept(devices_of(model)):
-            yield
-    finally:
-        buffers.put_back()
 
 
 def finish(result: Any) -> Tensor:

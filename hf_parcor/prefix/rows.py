@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_parcor.model_state import evaluation_mode
+from hf_parcor.model_state import evaluation_mode, undone
 from hf_parcor.prefix.consumers import Place, Unkept
 from hf_parcor.prefix.cut import PrefixError
 from hf_parcor.prefix.plan import (
@@ -21,7 +21,6 @@ from hf_parcor.prefix.plan import (
     numbers_of,
     objective_of,
     tolerance_of,
-    undone,
 )
 from hf_parcor.prefix.reuse import PrefixReuse, first_rows
 

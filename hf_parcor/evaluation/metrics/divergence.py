@@ -14,8 +14,7 @@ from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.gradients import shifts_labels
 from hf_parcor.evaluation.metrics.over_batches import BatchMetric
 from hf_parcor.evaluation.outputs import Output, Problem
-from hf_parcor.model_state import BufferSnapshot, devices_of, evaluation_mode
-from hf_parcor.randomness import random_states_kept
+from hf_parcor.model_state import evaluation_mode, undone
 from hf_parcor.records.metric_info import MetricInfo, stated_by
 from hf_parcor.records.sensitivity import DIVERGENCE
 
@@ -80,8 +79,7 @@ class WithDivergence:
         self._answers: dict[str, Tensor] = {}
         kept = 0
         parts = []
-        buffers = BufferSnapshot(model.modules())
-        with evaluation_mode(model), buffers.undone(), random_states_kept(devices_of(model)):
+        with evaluation_mode(model), undone(model):
             for number, batch in enumerate(metric.batches, start=1):
                 found, logits = self._answered(model, batch)
                 if logits is None:
