@@ -277,11 +277,14 @@ def prefix_of_ascents(model: nn.Module, parameters: _Parameters, batches: Iterab
     if not isinstance(batch, Mapping):
         return None
 
-    def plan() -> PrefixReuse:
+    try:
         with trainable(parameters.values()):
             return plan_prefix(model, parameters, lambda: called(model, own_batch(batch, model)), trained=parameters)
-
-    return _found(plan, "ascent")
+    except NothingToReuse:
+        pass
+    except PrefixError as error:
+        _say("ascent", error)
+    return None
 
 
 def prefixes_of_measurements(
@@ -463,16 +466,6 @@ def _disjoint(
             taken += size
     if some:
         yield some
-
-
-def _found(plan: Callable[[], PrefixReuse], what: str) -> PrefixReuse | None:
-    try:
-        return plan()
-    except NothingToReuse:
-        return None
-    except PrefixError as error:
-        _say(what, error)
-        return None
 
 
 def _say(what: str, reason: object) -> None:
