@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from hf_parcor.errors import InputError
 from hf_parcor.strict_json import flattened, read_strict_json
@@ -42,7 +42,7 @@ def defense_beside(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def has_run(defense: Mapping[str, Any] | None) -> bool:
+def has_run(defense: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
     """Say whether a defense is known to have run: a file from before steps were counted is taken at its word.
 
     Examples:

@@ -335,7 +335,7 @@ def _shown(picture: str, description: str, pictures: Collection[str]) -> Iterato
 
 def _training(defense: Mapping[str, Any] | None, training: str) -> Iterator[str]:
     yield "### Defense"
-    if defense is None or not has_run(defense):
+    if not has_run(defense):
         yield f"The weights were not defended in training, {_none_of(defense or {})}."
     else:
         name = code_of(str(defense.get("defense")))

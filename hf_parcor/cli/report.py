@@ -209,7 +209,7 @@ def check_trained_alike(places: Sequence[Path]) -> None:
 
 def _settings_of(defense: dict[str, Any] | None) -> dict[str, Any]:
     """Return the settings of a defense that ran."""
-    return dict(defense) if defense is not None and has_run(defense) else {"defense": None}
+    return dict(defense) if has_run(defense) else {"defense": None}
 
 
 def metric_of(records: Records) -> str:

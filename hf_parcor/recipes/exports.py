@@ -24,8 +24,8 @@ import yaml
 
 from hf_parcor.corruptions import FloatQuantization
 from hf_parcor.recipes.measured import format_of
+from hf_parcor.records.evaluation import corruption_words
 from hf_parcor.records.recipe import RecipeRecord
-from hf_parcor.records.words import corruption_words
 from hf_parcor.strict_json import replace_text
 
 _NAMED = 3  # so many names a sentence has

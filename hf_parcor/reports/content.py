@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hf_parcor.records.curves import Series, area_under_curve, epsilon_at_half, short
-from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
-from hf_parcor.records.words import corruption_words, strength_of
+from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, corruption_words, strength_of
 from hf_parcor.reports import plots
 from hf_parcor.reports.caveats import data_caveat, notes
 from hf_parcor.reports.comparison import comparison_verdict, differences

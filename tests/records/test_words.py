@@ -6,7 +6,7 @@ import json
 
 from hf_parcor.corruptions import CORRUPTIONS
 from hf_parcor.corruptions.catalogue import catalogue_name, corruptions_of_table_1, read_corruptions
-from hf_parcor.records.words import corruption_words
+from hf_parcor.records.evaluation import corruption_words
 from hf_parcor.strict_json import to_plain
 
 WORDS = [
