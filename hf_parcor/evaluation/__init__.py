@@ -3,7 +3,8 @@
 from hf_parcor.distributed.processes import ProcessError
 from hf_parcor.evaluation.callback import RobustnessCallback
 from hf_parcor.evaluation.evaluator import CorruptionEvaluator, LayerProbe
-from hf_parcor.evaluation.gradients import DatasetGradients, model_loss
+from hf_parcor.evaluation.gradients import DatasetGradients
+from hf_parcor.evaluation.losses import model_loss
 from hf_parcor.evaluation.memory import NotEnoughMemoryError
 from hf_parcor.evaluation.metrics import (
     BatchMetric,

@@ -11,9 +11,9 @@ from transformers.utils import logging
 
 from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
-from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
-from hf_parcor.evaluation.identity import described, library_versions, model_name, norm_of, task_of
+from hf_parcor.evaluation.losses import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric, Plan
+from hf_parcor.evaluation.provenance import described, library_versions, model_name, norm_of, task_of
 from hf_parcor.evaluation.reach import Reach, Selection, target_of
 from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS

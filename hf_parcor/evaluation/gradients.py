@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_parcor.batches import check_batch, count_examples, count_labels
+from hf_parcor.batches import check_batch
 from hf_parcor.distributed.dtensors import local_part, local_parts
-from hf_parcor.distributed.fsdp import class_of, drop_gathered, is_sharded, reducing
+from hf_parcor.distributed.fsdp import drop_gathered, is_sharded, reducing
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
-from hf_parcor.evaluation.outputs import Output, called, own_batch, problem_of, usual_loss
+from hf_parcor.evaluation.losses import Batch, Loss, count_items, model_loss, shifts_labels
+from hf_parcor.evaluation.outputs import own_batch
 from hf_parcor.evaluation.repeated_batches import RepeatedBatches
 from hf_parcor.functional.vectors import working_dtype
 from hf_parcor.injection import Device, Injection, Pieces, Replacement, corrupted, forget_derived
@@ -111,53 +110,7 @@ def _no_gradient_lost() -> Iterator[None]:
             ) from error
 
 
-Batch = Any
 _Round = tuple[tuple[Batch, float], bool]
-Loss = Callable[[nn.Module, Batch], Tensor]
-
-
-def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean loss that a Transformers model computes itself if its batch has labels.
-
-    If a model returns only logits, bare or by name, this is the usual loss of Transformers for such labels, as in
-    `ClassificationMetric`.
-
-    Raises:
-        ValueError: The model returned no loss, and there are no labels or no logits to compute one from.
-    """
-    output = Output.read(called(model, batch))
-    if output.loss is not None:
-        return output.loss
-    labels = batch.get("labels")
-    if output.logits is None or labels is None:
-        raise ValueError(
-            "loss: expected the model to return one, got none; put labels into the batches, or pass loss="
-        )
-    problem = problem_of(model, output.logits, torch.as_tensor(labels))
-    return usual_loss(problem, output.logits, torch.as_tensor(labels), shifted=shifts_labels(model))
-
-
-def count_items(batch: Batch, *, shifted: bool = False) -> int:
-    """Return how many items a batch's mean loss is over: labels that count, else its examples.
-
-    Args:
-        batch: A mapping of tensors, and of lists with an entry for each example, a sequence of tensors, or one tensor.
-        shifted: Whether the loss leaves out the first label of every row, as that of a causal language model does.
-
-    Raises:
-        ValueError: The batch has no tensor.
-    """
-    named = batch if isinstance(batch, Mapping) else {}
-    labels = count_labels(named, shifted=shifted)
-    if labels is not None:
-        return int(labels)
-    examples = count_examples(batch)
-    if examples is not None:
-        return examples
-    raise ValueError(
-        f"batches: expected tensors in every batch, got {type(batch).__name__} without any; "
-        "collate the data into tensors, with a DataLoader say"
-    )
 
 
 class DatasetGradients:
@@ -454,12 +407,3 @@ def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-
-
-def shifts_labels(model: nn.Module) -> bool:
-    """Return whether a model's own loss predicts the next token, so that first labels do not count."""
-    model = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
-    loss_type = getattr(model, "loss_type", None)
-    causal = class_of(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    shifts = causal if loss_type is None else LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
-    return shifts and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)

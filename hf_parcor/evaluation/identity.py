@@ -6,10 +6,7 @@ import dis
 import enum
 import functools
 import hashlib
-import importlib.metadata
-import math
-from collections.abc import Iterable, Mapping, Sequence, Set
-from pathlib import Path
+from collections.abc import Mapping, Sequence, Set
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -18,12 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_parcor.corruptions import Corruption
-from hf_parcor.devices import in_float64
-from hf_parcor.distributed.dtensors import has_shards
 from hf_parcor.distributed.fsdp import class_of
 from hf_parcor.evaluation.fingerprint import TOLD_BY_THEIR_TEXT, fingerprint, fingerprint_of_weights
-from hf_parcor.functional.norms import vector_norm
-from hf_parcor.functional.vectors import chunks
+from hf_parcor.evaluation.provenance import library_versions
 from hf_parcor.records.metric_info import is_of_evaluate
 from hf_parcor.strict_json import to_strict_json
 
@@ -69,119 +63,6 @@ def _written_by_calls(kind: type) -> set[str]:
                 written |= {str(one.argval) for one in dis.get_instructions(code) if one.opname == "STORE_ATTR"}
                 left.extend(code.co_names)
     return written
-
-
-_LIBRARIES = ("hf-parcor", "torch", "transformers", "accelerate")
-
-
-def model_name(model: nn.Module) -> str:
-    """Return a model's name on the Hub, its local folder as `folder_name` has it, or the name of its class.
-
-    Examples:
-        >>> model_name(nn.Linear(1, 1))
-        'Linear'
-    """
-    return folder_name(getattr(getattr(model, "config", None), "_name_or_path", "") or class_of(model).__name__)
-
-
-def folder_name(folder: str) -> str:
-    """Return what records call a model's folder: the last two parts of an absolute path, anything else as it is.
-
-    Records are published: where a folder lies on a machine stays out.
-
-    Examples:
-        >>> folder_name("/data/runs/defended"), folder_name("runs/defended")
-        ('runs/defended', 'runs/defended')
-    """
-    return "/".join(Path(folder).parts[-2:]) if Path(folder).is_absolute() else folder
-
-
-def task_of(model: nn.Module) -> str:
-    """Return the Hub's name of the task that the model's class is for, also under an adapter; "" if unknown.
-
-    Examples:
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> sizes = dict(hidden_size=2, num_hidden_layers=1, num_attention_heads=1, intermediate_size=2, vocab_size=2)
-        >>> task_of(BertForSequenceClassification(BertConfig(**sizes)))
-        'text-classification'
-    """
-    unwrapped: Any = getattr(model, "get_base_model", None)
-    return task_of_class(class_of(model if unwrapped is None else unwrapped()).__name__)
-
-
-def task_of_class(name: str) -> str:
-    """Return the Hub's name of the task that a class of Transformers is for; "" if unknown.
-
-    One that generates texts from texts is for several tasks, unless it is a translation model: the Hub calls that
-    "text2text-generation". So it does a BART, which can also fill masks.
-
-    Args:
-        name: Of the class, or what it ends with, such as "ForTokenClassification". A class that Transformers does not
-            have, since a model brings it, is for what its name ends with.
-
-    Examples:
-        >>> task_of_class("MarianMTModel"), task_of_class("BartForConditionalGeneration"), task_of_class("ForCausalLM")
-        ('translation', 'text2text-generation', 'text-generation')
-        >>> task_of_class("FasterRCNNForObjectDetection")
-        'object-detection'
-    """
-    from transformers.modelcard import TASK_MAPPING
-
-    if name.endswith("MTModel"):
-        return "translation"
-    mapping: Mapping[str, Any] = TASK_MAPPING
-    known = {
-        task: [one for entry in classes.values() for one in ((entry,) if isinstance(entry, str) else entry)]
-        for task, classes in mapping.items()
-    }
-    found = [task for task, names in known.items() if name in names]
-    head = name[name.rfind("For") :] if "For" in name else ""
-    if not found and head:
-        found = [task for task, names in known.items() if any(one.endswith(head) for one in names)]
-    return "text2text-generation" if "text2text-generation" in found else next(iter(found), "")
-
-
-def norm_of(weights: Iterable[Tensor]) -> float:
-    """Return the L2 norm of all weights as one vector, to six digits: the same however many processes summed it.
-
-    Examples:
-        >>> norm_of([Tensor([3.0]), Tensor([[4.0]])])
-        5.0
-    """
-    norms = [vector_norm([in_float64(part)]).item() for weight in weights for part in _parts(weight.detach())]
-    return float(f"{math.hypot(*norms):.6g}")
-
-
-def _parts(weight: Tensor) -> Iterable[Tensor]:
-    """Return chunks of a weight; all of one whose parts lie on several processes, or far apart."""
-    return [weight] if has_shards([weight]) or not weight.is_contiguous() else chunks([weight])
-
-
-def described(value: Any) -> Any:
-    """Return an argument as plain values: classes by their names, collections as lists, sets in order.
-
-    Examples:
-        >>> described((nn.Linear, "LayerNorm"))
-        ['Linear', 'LayerNorm']
-    """
-    if isinstance(value, type):
-        return value.__name__
-    if isinstance(value, (str, int)):
-        return value
-    entries = [described(entry) for entry in value]
-    return sorted(entries) if isinstance(value, (set, frozenset)) else entries
-
-
-def library_versions() -> dict[str, str]:
-    """Return the installed versions of the libraries that numbers depend on."""
-    return {library: _version(library) for library in _LIBRARIES}
-
-
-def _version(library: str) -> str:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed as a package"
 
 
 # Where a model lies, and what a first loss writes there: not what the model computes.

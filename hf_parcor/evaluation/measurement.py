@@ -22,8 +22,9 @@ from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.corruptions.catalogue import catalogue_name
 from hf_parcor.distributed.fsdp import is_sharded
 from hf_parcor.distributed.processes import MeasuringProcesses
-from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, corrupted_model
+from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model
 from hf_parcor.evaluation.identity import identity_of_run
+from hf_parcor.evaluation.losses import Batch, Loss
 from hf_parcor.evaluation.memory import check_memory
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.repeated_batches import RepeatedBatches, check_repeatable

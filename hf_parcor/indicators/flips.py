@@ -10,9 +10,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_parcor.corruptions import Quantization, WorstBitFlips
-from hf_parcor.evaluation.gradients import Batch, Loss, corrupted_model, model_loss
-from hf_parcor.evaluation.identity import described, library_versions, model_name
+from hf_parcor.evaluation.gradients import corrupted_model
+from hf_parcor.evaluation.losses import Batch, Loss, model_loss
 from hf_parcor.evaluation.metrics import BatchMetric
+from hf_parcor.evaluation.provenance import described, library_versions, model_name
 from hf_parcor.evaluation.reach import Reach, target_of
 from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.evaluation.trials import checked_metrics, number_of

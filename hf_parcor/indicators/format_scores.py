@@ -19,12 +19,13 @@ from hf_parcor.corruptions.catalogue import catalogue_name
 from hf_parcor.devices import host_of
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
-from hf_parcor.evaluation.gradients import Batch, DatasetGradients, Loss, model_loss
-from hf_parcor.evaluation.identity import library_versions, model_name, task_of
+from hf_parcor.evaluation.gradients import DatasetGradients
+from hf_parcor.evaluation.losses import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric
 from hf_parcor.evaluation.memory import check_free, too_little
 from hf_parcor.evaluation.metrics import BatchMetric, NotFiniteError, WithDivergence
 from hf_parcor.evaluation.metrics.loss import LossMetric
+from hf_parcor.evaluation.provenance import library_versions, model_name, task_of
 from hf_parcor.evaluation.reach import Reach
 from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.functional import inner_product

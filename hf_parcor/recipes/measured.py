@@ -16,7 +16,7 @@ from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.corruptions.corruption import GradientSource, Strength
 from hf_parcor.evaluation import CorruptionEvaluator, LayerProbe
 from hf_parcor.evaluation.fingerprint import fingerprint, fingerprint_of_weights
-from hf_parcor.evaluation.gradients import Batch, Loss, model_loss
+from hf_parcor.evaluation.losses import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import Metric
 from hf_parcor.evaluation.metrics import BatchMetric, WithDivergence
 from hf_parcor.evaluation.replicas import whole_model

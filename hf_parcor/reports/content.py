@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hf_parcor.records.curves import Series, area_under_curve, epsilon_at_half, short
-from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, corruption_words, strength_of
+from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
 from hf_parcor.reports import plots
 from hf_parcor.reports.caveats import data_caveat, notes
+from hf_parcor.reports.command_line import commands
 from hf_parcor.reports.comparison import comparison_verdict, differences
 from hf_parcor.reports.markup import code_of, printable, text_of
 from hf_parcor.reports.numbers import Numbers, probability, times
 from hf_parcor.reports.plots import Line, Panel
 from hf_parcor.reports.study import Curve, Point, Study, common_strengths
-from hf_parcor.reports.tables import Table, markdown_table
+from hf_parcor.reports.tables import Table, markdown_table, short_names
 from hf_parcor.reports.verdict import Finding, fragility, probe_verdict
 from hf_parcor.statistics import sample_mean
 
@@ -81,7 +80,7 @@ def row_name(study: Study, model: str, group: str) -> str:
 
 def _short(study: Study) -> dict[str, str]:
     """Return what groups are called where room is scarce: without the modules that all of them are in."""
-    return dict(zip(study.groups, plots.short_names(study.groups), strict=True))
+    return dict(zip(study.groups, short_names(study.groups), strict=True))
 
 
 def _shared(study: Study) -> str:
@@ -260,76 +259,6 @@ def measured_on(study: Study) -> str:
     named = _distinct(str(record.evaluated_on) for record in study.records if record.evaluated_on)
     tasks = _distinct(record.task for record in study.records if record.task)
     return f"Measured on {named}{f', {tasks}' * bool(tasks)}." if named else ""
-
-
-def commands(study: Study) -> list[str]:
-    """Return the command lines that measure the same, one a record; none where a record was made in another way.
-
-    Models and data are named as the records name them, which of a local one is the end of its path alone.
-    """
-    found = []
-    for model, groups in study.models.items():
-        measured = [len(records) for records in groups.values()]
-        for place in range(max(measured)):
-            of_seed = {group: records[place] for group, records in groups.items() if place < len(records)}
-            found.append(_command(study, of_seed, study.groupings[model]) if len(of_seed) == len(groups) else "")
-    return [] if "" in found else list(dict.fromkeys(found))
-
-
-def _command(study: Study, groups: Mapping[str, EvaluationRecord], grouping: str) -> str:
-    """Return the command line that measures a model's groups, which a grouping may have made; "" if there is none."""
-    first = next(iter(groups.values()))
-    words = _words(first)
-    data = {} if first.evaluated_on is None else first.evaluated_on.flags
-    targets = [dict(record.target) for record in groups.values()]
-    probed = len(groups) > 1 or bool(grouping)
-    own = [target == {"target_modules": [group]} for group, target in zip(groups, targets, strict=True)]
-    if not (data or "dataset" in first.flags) or not words or (probed and not grouping and not all(own)):
-        return ""
-    if not probed and not set(targets[0]) <= {"target_modules", "exclude_modules"}:
-        return ""
-    named: Mapping[str, Any] = {"target_modules": list(groups)} if probed else targets[0]
-    seeds = [seed for row in first.corruptions for seed in row.seeds]
-    flags: dict[str, Any] = {**({} if "dataset" in first.flags else data), "task": first.task}
-    flags |= {"group": grouping} if grouping else named
-    flags |= {"corruptions": words, "trials": max(len(row.seeds) for row in first.corruptions), "seed": min(seeds)}
-    flags |= {"metric": study.metric, **first.flags}
-    return shlex.join(["hf-parcor", "probe" if probed else "evaluate", first.model, *flag_words(flags)])
-
-
-def flag_words(flags: Mapping[str, Any]) -> list[str]:
-    """Return flags by name as words of a command line, without those that are empty.
-
-    Examples:
-        >>> flag_words({"dtype": "bfloat16", "device_map": {"lm_head": "cpu"}, "greater_is_better": False})
-        ['--dtype', 'bfloat16', '--device-map', '{"lm_head": "cpu"}', '--no-greater-is-better']
-        >>> flag_words({"target_modules": ["key", "query"], "column": ["text=review", "label=stars"], "task": ""})
-        ['--target-modules', 'key', 'query', '--column', 'text=review', '--column', 'label=stars']
-    """
-    words: list[str] = []
-    for name, value in flags.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        elif isinstance(value, Mapping):
-            words += [flag, json.dumps(value)]
-        elif name in _REPEATED:
-            words += [word for entry in value for word in (flag, entry)]
-        elif value not in (None, "", []):
-            words += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    return words
-
-
-_REPEATED = ("column",)
-
-
-def _words(record: EvaluationRecord) -> list[str]:
-    """Return the corruptions of a record as words of `--corruptions`; none where one of them is in no catalogue."""
-    for row in record.corruptions:
-        strength = strength_of(row.settings)
-        if row.kind is None or strength is None or Series.of(row).strength not in (None, strength):
-            return []
-    return corruption_words((row.corruption, row.settings) for row in record.corruptions)
 
 
 def _ordered(study: Study, series: Series) -> dict[tuple[str, str], Curve]:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from hf_parcor.records.metric_info import POINTS, SHARE
 from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, FormatScore, SensitivityRecord
-from hf_parcor.reports.content import answer_as_markdown, flag_words, tables_as_markdown
+from hf_parcor.reports.command_line import flag_words
+from hf_parcor.reports.content import answer_as_markdown, tables_as_markdown
 from hf_parcor.reports.numbers import Numbers
-from hf_parcor.reports.plots import short_names
 from hf_parcor.reports.recipe import short_formats
-from hf_parcor.reports.tables import Table
+from hf_parcor.reports.tables import Table, short_names
 from hf_parcor.reports.verdict import NEGLIGIBLE, Finding, one_row
 
 

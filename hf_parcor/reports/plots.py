@@ -16,6 +16,7 @@ from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, Swe
 from hf_parcor.records.metric_info import agreed, shown_unit
 from hf_parcor.records.search import SearchRecord
 from hf_parcor.reports.numbers import Numbers, numbers_of
+from hf_parcor.reports.tables import short_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -614,22 +615,6 @@ def _draw_map(
     axis.set_yticks(range(len(groups)), short_names(groups), parse_math=False)
     axis.tick_params(length=0)
     return image
-
-
-def short_names(groups: Sequence[str]) -> list[str]:
-    """Return names without the modules that all of them are in, but for the last.
-
-    Examples:
-        >>> short_names(["bert.encoder.layer.0", "bert.encoder.layer.10"])
-        ['layer.0', 'layer.10']
-        >>> short_names(["attention", "linear"])
-        ['attention', 'linear']
-    """
-    paths = [group.split(".") for group in groups]
-    shared = 0
-    while paths and all(len(path) > shared + 2 and path[: shared + 1] == paths[0][: shared + 1] for path in paths):
-        shared += 1
-    return [".".join(path[shared:]) for path in paths]
 
 
 def plot_search(record: SearchRecord, objective: str = "objective") -> Figure:

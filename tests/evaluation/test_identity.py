@@ -25,8 +25,8 @@ from hf_parcor.evaluation import (
     SacrebleuScore,
     TrainerMetric,
 )
-from hf_parcor.evaluation.gradients import model_loss
 from hf_parcor.evaluation.identity import settings_of
+from hf_parcor.evaluation.losses import model_loss
 from hf_parcor.strict_json import to_plain
 from hf_parcor.translation import BleuScores, tokenize_13a
 

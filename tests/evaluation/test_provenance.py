@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hf_parcor.evaluation.fingerprint import fingerprint
-from hf_parcor.evaluation.identity import described, model_name
+from hf_parcor.evaluation.provenance import described, model_name
 
 
 class TestFingerprint:

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from hf_parcor import CorruptionConstraint, IndicatorRecord, measure_indicators
-from hf_parcor.evaluation.gradients import Loss, model_loss
+from hf_parcor.evaluation.losses import Loss, model_loss
 from hf_parcor.indicators import LossOverData
 
 

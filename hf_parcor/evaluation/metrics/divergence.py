@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.evaluation.fingerprint import fingerprint
-from hf_parcor.evaluation.gradients import shifts_labels
+from hf_parcor.evaluation.losses import shifts_labels
 from hf_parcor.evaluation.metrics.over_batches import BatchMetric
 from hf_parcor.evaluation.outputs import Output, Problem
 from hf_parcor.model_state import evaluation_mode, undone

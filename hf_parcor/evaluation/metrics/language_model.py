@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_parcor.arguments import check_count
 from hf_parcor.batches import IGNORED_LABEL
-from hf_parcor.evaluation.gradients import shifts_labels
+from hf_parcor.evaluation.losses import shifts_labels
 from hf_parcor.evaluation.metrics.over_batches import OverLabels
 from hf_parcor.records.metric_info import NATS, SHARE, MetricInfo
 

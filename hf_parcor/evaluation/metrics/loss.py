@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from hf_parcor.evaluation.gradients import Batch, Loss, count_items, model_loss, shifts_labels
+from hf_parcor.evaluation.losses import Batch, Loss, count_items, model_loss, shifts_labels
 from hf_parcor.evaluation.metrics.over_batches import OverBatches
 from hf_parcor.evaluation.outputs import own_batch
 from hf_parcor.records.metric_info import MetricInfo
