@@ -236,7 +236,8 @@ class FloatQuantization(Corruption):
     def stored_bits(self, weight: Tensor) -> int:
         """Return the number of bits of a weight: its codes, and a scale for each block.
 
-        A scale is float32; that of a block of MXFP4 or NVFP4 takes one byte. Vectors take what they take now.
+        A scale is float32; that of a block of MXFP4 or NVFP4 takes one byte, and NVFP4 has one of float32 for the
+        whole tensor beside them. Vectors take what they take now.
 
         Examples:
             >>> FloatQuantization("mxfp4").stored_bits(torch.zeros(2, 64)) / 128
@@ -247,7 +248,8 @@ class FloatQuantization(Corruption):
             return _width(weight) * weight.numel()
         blocks = _block_count(weight, self.per) or 0
         bits, of_scale = (8, 32) if not FLOAT_FORMATS[self.format].fixed else (4, 32 if self.format == "nf4" else 8)
-        return bits * weight.numel() + of_scale * blocks
+        of_tensor = 32 if self.format == "nvfp4" and blocks else 0
+        return bits * weight.numel() + of_scale * blocks + of_tensor
 
 
 def _block_count(weight: Tensor, per: Per) -> int | None:

@@ -336,6 +336,18 @@ def test_stored_bits_are_those_of_what_is_stored() -> None:
             assert one.stored_bits(plain_weights(dtype)) == codes + beside, (one, dtype)
 
 
+def test_stored_bits_of_nvfp4_are_those_of_torchao() -> None:
+    pytest.importorskip("torchao", reason=WITHOUT.format("torchao"))
+    from torchao.prototype.mx_formats.inference_workflow import NVFP4WeightOnlyConfig
+
+    weights = torch.randn(128, 64)  # torchao pads the scales of other shapes to tiles of 128 rows and 4 blocks
+    held = exported(weights, NVFP4WeightOnlyConfig())[0].weight
+    parts = (held.qdata, held.scale, held.per_tensor_scale)
+    assert FloatQuantization("nvfp4").stored_bits(weights) == sum(
+        8 * part.element_size() * part.numel() for part in parts
+    )
+
+
 def test_stored_bits_of_nf4_are_those_of_bitsandbytes() -> None:
     pytest.importorskip("bitsandbytes", reason=WITHOUT.format("bitsandbytes"))
     from bitsandbytes.functional import quantize_4bit
