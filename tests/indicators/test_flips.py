@@ -47,6 +47,15 @@ def test_is_the_first_count_that_breaks_it(of: str | None, learned, bits_of) -> 
     assert FlipRecord.from_json(record.to_json()) == record
 
 
+@for_each("progress", [True, False])
+def test_progress_counts_flips(progress, learned, capsys) -> None:
+    model, metric = learned
+    record = measure_flips_to_break(model, metric, target_modules="classifier", most=9, chance=0.5, progress=progress)
+    shown = capsys.readouterr().err
+    assert (f" {len(record.values) - 1}/9 " in shown.rpartition("\r")[2]) == progress
+    assert (shown == "") != progress
+
+
 @for_each(
     ("values", "greater", "chance", "flips"),
     [

@@ -251,6 +251,43 @@ def test_what_is_refused(formats, groups, metric, error, word) -> None:
     assert not runs
 
 
+@for_each("name", ["seed", "probes", "budget"])
+def test_numbers_below_zero_are_refused(name) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected a whole number >= 0, got -1"):
+        sensitivity(nn.Linear(2, 2), [torch.ones(1, 2)], [Quantization(4)], loss=refuse_to_run, **{name: -1})
+
+
+def refuse_to_run(model, batch):
+    raise AssertionError("it has begun")
+
+
+@for_each("progress", [True, False])
+def test_progress(progress, capsys) -> None:
+    model, batches = bert()
+    sensitivity(model, ClassificationMetric(batches), FORMATS[:1], budget=1, progress=progress)
+    shown = capsys.readouterr().err
+    assert ("gradient over the data" in shown) == progress
+    assert (shown == "") != progress
+
+
+def test_a_part_whose_score_is_not_a_number_is_measured_first() -> None:
+    """Its gradient is NaN, as of a square root at 0: what it costs is not known at all."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain, self.odd = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.plain(x).sum() + (0 * self.odd(x)).sqrt().sum()
+
+    scores = sensitivity(
+        Root(), [torch.ones(1, 2)], [Quantization(4)], budget=1, loss=lambda m, x: m(x), progress=False
+    )
+    assert {cell.group: math.isnan(cell.scores["fisher"]) for cell in scores.cells} == {"plain": False, "odd": True}
+    assert [cell.group for cell in scores.cells if cell.measured] == ["odd"]
+
+
 @for_each("budget", [0, None])
 def test_a_model_that_is_nan_already_is_refused(budget) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))

@@ -54,6 +54,16 @@ class TestKnownHessian:
         )
         assert hessian_trace(loss, probes=2).values == (0.0, 0.0)
 
+    def test_they_add_none_to_that_of_others(self):
+        model = nn.ModuleDict({name: nn.Linear(1, 1, bias=False) for name in ("curved", "linear", "unused")})
+        loss = LossOverData(
+            model,
+            dict(model.named_parameters()),
+            [torch.tensor([[3.0]])],
+            lambda m, x: (m["curved"](x).square() + m["linear"](x)).sum(),
+        )
+        assert hessian_trace(loss, probes=2).values == (18.0, 18.0)
+
     def test_no_probes(self, known):
         assert hessian_trace(known.loss, probes=0).values == ()
         with pytest.raises(ValueError, match="probes: expected a whole number >= 0, got -1"):

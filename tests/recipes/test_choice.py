@@ -154,6 +154,9 @@ def test_a_part_that_breaks_the_model_is_never_chosen_whatever_it_is_chosen_by(k
         for one in scores.cells
     )
     scores = replace(scores, cells=cells, clean={"loss": 1.0, "accuracy": 0.5})
+    everywhere = [replace(one, measured={"loss": math.nan}) if one.format == "five" else one for one in cells]
+    (note,) = recipe(replace(scores, cells=tuple(everywhere)), bits=8.0, by="loss").notes
+    assert "3 parts" in note
     for by in ("loss", "accuracy", "fisher"):
         chosen = recipe(scores, bits=6.5, by=by, keep=keep)
         assert chosen.choice["part 1"].format == "eight"
@@ -222,6 +225,27 @@ def test_the_front_has_each_format_other_budgets_and_each_score() -> None:
     assert RecipeRecord.from_json(chosen.to_json()) == chosen
 
 
+@for_each("formats", [None, ["eight", "five"], "eight"])
+def test_other_budgets_are_in_the_front_once_a_choice(formats) -> None:
+    scores = scores_of([[(8.0, 0.1), (5.0, 0.2), (4.0, 0.9)], [(8.0, 0.3), (5.0, 0.9), None]], [100, 300])
+    chosen = recipe(scores, bits=8.0, formats=formats)
+    found = front(scores, chosen, points=9, formats=formats)
+    alone = [uniform_recipe(scores, label) for label in LABELS if formats is None or label in formats]
+    assert [one for one in found.values() if not one.budget] == alone
+    ends = [one.bits for one in (chosen, *alone)][1:]
+    others = [recipe(scores, bits=bits, formats=formats) for bits in np.linspace(min(ends), max(ends), 9)]
+    budgets = [one.choice for name, one in found.items() if name.endswith("bits") or name == "recipe"]
+    assert all(one.choice in budgets for one in others)
+    assert len({tuple(choice.items()) for choice in budgets}) == len(budgets)
+
+
+def test_the_front_of_formats_that_fit_nothing_is_the_recipe_alone() -> None:
+    scores = replace(scores_of([[None, (5.0, 0.2)]], [100]), formats={"eight": {}})
+    chosen = recipe(scores, bits=16.0, formats=["eight"])
+    assert front(scores, chosen, formats=["eight"])["recipe"] == chosen
+    assert not any(name.endswith("bits") for name in front(scores, chosen, formats=["eight"]))
+
+
 @for_each("points", [1, 2, 5])
 def test_other_budgets_lie_evenly_between_the_formats(points, monkeypatch) -> None:
     scores, asked = scores_of([[(8.0, 0.1), (5.0, 0.2), (3.0, 0.9)]] * 2, [100, 300]), []
@@ -235,17 +259,26 @@ def test_other_budgets_lie_evenly_between_the_formats(points, monkeypatch) -> No
 
 
 def test_what_was_not_measured_is_estimated_in_the_units_of_the_metric() -> None:
-    groups = {name: WeightGroup({name: 10}, KEPT) for name in "abc"}
+    groups = {name: WeightGroup({name: 10}, KEPT) for name in "abcd"}
     cells = (
         FormatScore("a", "four", 4.0, {"fisher": 1.0}, {"accuracy": 0.7}),
         FormatScore("b", "four", 4.0, {"fisher": 3.0}, {"accuracy": 0.3}),
         FormatScore("c", "four", 4.0, {"fisher": 0.5}),
+        FormatScore("d", "four", 4.0, {"fisher": 0.0}, {"accuracy": 0.9}),
     )
     scores = SensitivityRecord("m", groups, {"four": {}}, cells, {"accuracy": 0.9}, "accuracy")
-    assert scores.costs("accuracy") == pytest.approx({("a", "four"): 0.2, ("b", "four"): 0.6, ("c", "four"): 0.1})
+    assert scores.costs("accuracy") == pytest.approx(
+        {
+            ("a", "four"): 0.2,
+            ("b", "four"): 0.6,
+            ("c", "four"): 0.1,
+            ("d", "four"): 0.0,
+        }
+    )
     chosen = recipe(scores, drop=0.31)
-    assert [name for name, one in chosen.choice.items() if one.format] == ["a", "c"]
+    assert [name for name, one in chosen.choice.items() if one.format] == ["a", "c", "d"]
     assert chosen.estimated == 1
+    assert recipe(scores, bits=4.0, by="fisher").estimated == 1, "a score is for what the record's own metric misses"
 
 
 @for_each(
@@ -360,6 +393,9 @@ class TestScalesThatKeepAFormatOutOfABudget:
         with pytest.raises(BudgetError, match="bfloat16") as caught:
             recipe(scores, bits=3.5, keep=False)
         assert caught.value.nearest == 4.0
+        for keep in (True, False):
+            with pytest.raises(BudgetError, match="bfloat16"):
+                recipe(scores, bits=4.5, formats=[str(GROUPS_OF_32[1])], keep=keep)
         with pytest.raises(BudgetError) as caught:
             recipe(scores, bits=2.0)
         assert "bfloat16" not in str(caught.value), "no format has as few"

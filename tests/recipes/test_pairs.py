@@ -89,6 +89,18 @@ def test_an_interaction_is_the_block_of_the_hessian_between_two_parts(model, bat
     assert sizes == sorted(sizes, reverse=True)
 
 
+@for_each("known", ["divergence", "loss"])
+def test_pairs_of_a_recipe_that_a_score_chose_are_measured_by_the_divergence_or_else_by_the_metric(
+    known, model, batches
+) -> None:
+    scores, chosen = scored(model, batches)
+    if known == "loss":
+        scores = replace(scores, clean={"loss": scores.clean["loss"]})
+    by_score = measure_pairs(model, batches, scores, replace(chosen, by="fisher"), **GIVEN)
+    assert by_score.pairs == measure_pairs(model, batches, scores, replace(chosen, by=known), **GIVEN).pairs
+    assert {pair.metric for pair in by_score.pairs} == {known}
+
+
 def test_parts_and_pairs_add_up_to_the_whole_of_a_quadratic(model, batches) -> None:
     scores, _ = scored(model, batches)
     chosen = replace(uniform_recipe(scores, str(FORMATS[1])), by="loss")
@@ -104,7 +116,7 @@ def test_the_pairs_that_can_interact_most_come_first(model, batches) -> None:
     scores, chosen = scored(model, batches)
     costs = {group: scores.costs("loss")[group, one.format] for group, one in chosen.choice.items()}
     bounds = {pair: costs[pair[0]] * costs[pair[1]] for pair in combinations(costs, 2)}
-    for count in (1, 3):
+    for count in range(1, len(bounds) + 1):
         found = measure_pairs(model, batches, scores, chosen, pairs=count, **GIVEN)
         measured = {(pair.first, pair.second) for pair in found.pairs}
         assert measured == set(sorted(bounds, key=lambda pair: -bounds[pair])[:count])
