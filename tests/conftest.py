@@ -38,6 +38,7 @@ from hf_parcor import (
     WorstBitFlips,
 )
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
+from hf_parcor.evaluation import prefixes
 from scripts.counting import PeakMemory
 
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
@@ -57,15 +58,24 @@ TINY = {
     "intermediate_size": 16,
     "max_position_embeddings": 16,
 }
+# As they are before a test module that ranks read sets them to 0.
+RUNS_TO_PLAN = {name: getattr(prefixes, name) for name in ("RUNS_TO_PLAN", "RUNS_TO_PLAN_ASCENTS")}
 
 
 @pytest.fixture(autouse=True, scope="session")
 def prefixes_are_sought_for_little_data():
     """Let measurements share a prefix also where seeking it takes longer: the data of tests are a few rows."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("RUNS_TO_PLAN", "RUNS_TO_PLAN_ASCENTS"):
-            patch.setattr(f"hf_parcor.evaluation.measurement.{name}", 0)
+        for name in RUNS_TO_PLAN:
+            patch.setattr(prefixes, name, 0)
         yield
+
+
+@pytest.fixture
+def prefixes_are_sought_where_it_pays(monkeypatch):
+    """Let measurements share a prefix where seeking it takes less than it saves, as they do outside of tests."""
+    for name, runs in RUNS_TO_PLAN.items():
+        monkeypatch.setattr(prefixes, name, runs)
 
 
 @pytest.fixture(autouse=True, scope="module")

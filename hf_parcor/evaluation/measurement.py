@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice, product
 from numbers import Real
-from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +26,16 @@ from hf_parcor.evaluation.identity import identity_of_run
 from hf_parcor.evaluation.losses import Batch, Loss
 from hf_parcor.evaluation.memory import check_memory
 from hf_parcor.evaluation.metrics import BatchMetric
+from hf_parcor.evaluation.prefixes import PrefixSearch
 from hf_parcor.evaluation.repeated_batches import RepeatedBatches, check_repeatable
 from hf_parcor.evaluation.replicas import all_batches, check_same_data, check_same_weights
 from hf_parcor.evaluation.resume import append_to_checkpoint, begin_checkpoint
-from hf_parcor.evaluation.shared_passes import (
-    RUNS_TO_PLAN,
-    RUNS_TO_PLAN_ASCENTS,
-    Group,
-    Job,
-    choose_together,
-    measure_together,
-    prefix_of_ascents,
-    prefixes_of_measurements,
-)
+from hf_parcor.evaluation.shared_passes import Group, Job, choose_together, measure_together
 from hf_parcor.evaluation.trials import Trial, checked_metrics, record_of
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import Device, check_device
 from hf_parcor.model_state import BufferSnapshot, devices_of, evaluation_mode
 from hf_parcor.overriding import undoing_left
-from hf_parcor.prefix import PrefixReuse
 from hf_parcor.randomness import random_states_kept
 from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord
 from hf_parcor.records.metric_info import MetricInfo, checked_infos, info_of
@@ -184,7 +174,6 @@ class Plan:
 # Many that are measured together are parts of one done after each batch: what is left is known from the first.
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 MEMORY = 1 << 30
-_SAVED = 0.5  # of a run that a prefix saves, where groups lie anywhere in a model
 BETWEEN_WRITES = 16  # corruptions that a kill may cost; more would share a prefix run that is a few percent of them
 _Parameters = Mapping[str, nn.Parameter]
 
@@ -389,76 +378,27 @@ class Measurement:
                 saved_on=self._saved_on,
             )
             check_memory(groups, corruptions, self._saved_on)
-        batches = 0 if whole is None else len(whole)
-        sought: dict[int, PrefixReuse | None] = {}
-        with_each = self._sought_together(groups, plan, left, limit)
-
-        def prefix_of_measurements_of(index: int) -> PrefixReuse | None:
-            if index not in sought:
-                some = with_each.get(index, [])
-                sought.update(zip(some, self._prefixes_of_measurements(groups, some, plan), strict=True))
-            return sought.get(index)
-
-        return [
-            Group(
-                selection,
-                None if whole is None else whole.of_group(selection),
-                partial(self._prefix_of_ascents, selection, plan.steps_of(index, batches)),
-                partial(prefix_of_measurements_of, index),
+        every, batches = range(len(groups)), 0 if whole is None else len(whole)
+        prefixes: PrefixSearch | None = None
+        if self._by_batch is not None:
+            waiting = dict.fromkeys(plan.draws[number][0] for number in left)
+            prefixes = PrefixSearch(
+                self._model,
+                self._by_batch,
+                self._batches or (),
+                groups,
+                trials=[plan.trials_of(index) for index in every],
+                steps=[plan.steps_of(index, batches) for index in every],
+                shared=[index for index in waiting if 2 * _size(groups[index]) <= self._memory],  # two at a time
+                limit=limit,  # as many as are written down at once, so that a sweep that is killed often gets on
+                memory=self._memory,
+                processes=self._processes,
+                saved_on=self._saved_on,
             )
+        return [
+            Group(selection, None if whole is None else whole.of_group(selection), prefixes, index)
             for index, selection in enumerate(groups)
         ]
-
-    def _prefix_of_ascents(self, selection: _Parameters, steps: int) -> PrefixReuse | None:
-        if self._by_batch is None or self._batches is None:
-            return None
-        if _SAVED * steps / self._processes.count <= RUNS_TO_PLAN_ASCENTS:  # each process climbs whole ascents
-            return None
-        return prefix_of_ascents(self._model, selection, self._batches)
-
-    def _sought_together(
-        self, groups: Sequence[_Parameters], plan: Plan, left: Sequence[int], limit: int
-    ) -> dict[int, list[int]]:
-        """Return, for each group that may share a prefix, those whose prefixes are sought with its own.
-
-        As many as are written down at once, so that a sweep that is killed often gets on.
-        """
-        if self._by_batch is None:
-            return {}
-        together: dict[int, list[int]] = {}
-        some: list[int] = []
-        trials = 0
-        own = set(self._model.parameters())
-        for index in dict.fromkeys(plan.draws[number][0] for number in left):
-            if 2 * _size(groups[index]) > self._memory:  # no two are measured together
-                continue
-            if not own.issuperset(groups[index].values()):  # offloaded: no telling when it is used
-                continue
-            if some and trials + plan.trials_of(index) > limit:
-                some, trials = [], 0
-            trials += plan.trials_of(index)
-            some.append(index)
-            together[index] = some
-        return together
-
-    def _prefixes_of_measurements(
-        self, groups: Sequence[_Parameters], indices: Sequence[int], plan: Plan
-    ) -> list[PrefixReuse | None]:
-        none: list[PrefixReuse | None] = [None] * len(indices)
-        if self._by_batch is None or not indices:
-            return none
-        trials = sum(map(plan.trials_of, indices))  # also those that are done: as if anew
-        batches = length_hint(self._by_batch.batches) / self._processes.count  # 0 where it is not known
-        further = len(indices) - 1  # for each, it takes a run that begins behind its prefix
-        saved = _SAVED * (further / len(indices) if further else 1)  # of several in a row, the first saves nothing
-        if 0 < saved * trials * batches <= RUNS_TO_PLAN + (1 - _SAVED) * further:
-            return none
-        parts = [groups[index] for index in indices]
-        prefixes = prefixes_of_measurements(self._model, self._by_batch, parts, self._memory, self._saved_on)
-        # What is measured together must be the same everywhere, also where a rounding decides.
-        everywhere = self._processes.gather([prefix is not None for prefix in prefixes])
-        agreed = [all(of_part) for of_part in zip(*everywhere, strict=True)]
-        return [prefix if agree else None for prefix, agree in zip(prefixes, agreed, strict=True)]
 
     def _in_turn(self, jobs: Sequence[Job], limit: int) -> Iterator[list[Job]]:
         """Yield what is measured together: alone, or as many as the limit and the memory for corruptions admit."""

@@ -3,78 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from operator import length_hint
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
-from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model, trainable, unsaved
+from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model
 from hf_parcor.evaluation.metrics import BatchMetric
-from hf_parcor.evaluation.outputs import called, own_batch
+from hf_parcor.evaluation.prefixes import PrefixSearch
 from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.functional.vectors import working_dtype
-from hf_parcor.injection import Device, Pieces, Replacement, corrupted, obstacle
-from hf_parcor.model_state import BufferSnapshot
-from hf_parcor.prefix import (
-    TRIED_PASSES,
-    CalledAgain,
-    NothingToReuse,
-    PrefixError,
-    PrefixReuse,
-    before_calls,
-    check_results,
-    distance,
-    failures_as_prefix_errors,
-    leaves_of,
-    outputs_of,
-    plan_prefix,
-    plan_prefixes_of_values,
-    recording_together,
-)
-
-logger = logging.get_logger(__name__)
+from hf_parcor.injection import Device, Pieces, Replacement
+from hf_parcor.prefix import CalledAgain, PrefixReuse, recording_together
 
 _Parameters = Mapping[str, nn.Parameter]
-RUNS_TO_PLAN = 4 + TRIED_PASSES  # of one batch, for one part, by `prefixes_of_measurements`; a test counts them
-RUNS_TO_PLAN_ASCENTS = 3 + TRIED_PASSES  # by `prefix_of_ascents`, most of them backward too
 
 
 @dataclass(frozen=True)
 class Group:
     """Parameters that are corrupted together, their gradients, and what does not depend on them.
 
-    A measurement may run the model in another way than an ascent does, so each has its own prefix. It is sought, which
-    takes a few runs of the model, when it is first asked for: a sweep that is killed often still gets on.
-
     Args:
         parameters: By their names.
         gradients: Theirs; None if no corruption needs them.
-        seek_climbing: Seeks the prefix of ascents.
-        seek_measuring: Seeks that of measurements.
+        prefixes: Seeks those of all groups; None if all of the model is to run.
+        index: Which of these groups it is.
     """
 
     parameters: _Parameters
     gradients: DatasetGradients | None
-    seek_climbing: Callable[[], PrefixReuse | None]
-    seek_measuring: Callable[[], PrefixReuse | None]
+    prefixes: PrefixSearch | None
+    index: int
 
-    @cached_property
+    @property
     def climbing(self) -> PrefixReuse | None:
-        """The prefix of the runs of an ascent: what is computed before these parameters are used."""
-        return self.seek_climbing()
+        """The prefix of the runs of an ascent."""
+        return None if self.prefixes is None else self.prefixes.of_ascents(self.index)
 
-    @cached_property
+    @property
     def measuring(self) -> PrefixReuse | None:
-        """The prefix of the runs of a measurement, as `climbing`; with several processes, all must ask for it."""
-        return self.seek_measuring()
+        """The prefix of the runs of a measurement; with several processes, all must ask for it."""
+        return None if self.prefixes is None else self.prefixes.of_measurements(self.index)
 
 
 @dataclass(frozen=True)
@@ -260,213 +236,3 @@ def _record(prefixes: Sequence[PrefixReuse], run: Callable[[], Any]) -> None:
 def _forget(prefixes: Sequence[PrefixReuse]) -> None:
     for prefix in prefixes:
         prefix.forget()
-
-
-def prefix_of_ascents(model: nn.Module, parameters: _Parameters, batches: Iterable[Any]) -> PrefixReuse | None:
-    """Return what does not depend on these parameters when the model's loss and its gradient are computed.
-
-    Args:
-        model: The model, in evaluation mode.
-        parameters: What is corrupted.
-        batches: Mappings that the model takes as keyword arguments; the first is tried.
-
-    Returns:
-        None, after saying why, where all of the model must run.
-    """
-    batch = next(iter(batches), None)
-    if not isinstance(batch, Mapping):
-        return None
-
-    try:
-        with trainable(parameters.values()):
-            return plan_prefix(model, parameters, lambda: called(model, own_batch(batch, model)), trained=parameters)
-    except NothingToReuse:
-        pass
-    except PrefixError as error:
-        _say("ascent", error)
-    return None
-
-
-def prefixes_of_measurements(
-    model: nn.Module, metric: BatchMetric, parts: Sequence[_Parameters], memory: int, saved_on: Device = None
-) -> list[PrefixReuse | None]:
-    """Return what does not depend on each of some parts when a batch is measured, a generation say.
-
-    The runs that watch the model, and see whether it repeats itself, are the same for all parts. For each there is one
-    more, from where its prefix ends.
-
-    Args:
-        model: The model, in evaluation mode.
-        metric: What is measured; its first batch is tried.
-        parts: What is corrupted, each by itself.
-        memory: How many bytes the bits of corrupted weights may take; those of one part are held in any case.
-        saved_on: Where they are kept; None for their own device.
-
-    Returns:
-        None for a part, after saying why, where all of the model must run.
-    """
-    batch = next(iter(all_batches(metric.batches)), None)
-    if batch is None:
-        return [None] * len(parts)
-    run = partial(_everything_found, model, partial(metric.of_batch, model, batch))
-    try:
-        prefixes, errors, found = plan_prefixes_of_values(model, parts, run)
-        with failures_as_prefix_errors():
-            errors += _try_out(prefixes, model, run, parts, found, memory, saved_on) if prefixes else []
-    except PrefixError as error:
-        if isinstance(error, _UsedEarlyError) and len(parts) > 1:  # by which part?
-            return [one for part in parts for one in prefixes_of_measurements(model, metric, [part], memory, saved_on)]
-        prefixes, errors = {}, [error]
-    for reason in dict.fromkeys(str(error) for error in errors if not isinstance(error, NothingToReuse)):
-        _say("measurement", reason)
-    return [prefixes.get(index) for index in range(len(parts))]
-
-
-def _everything_found(model: nn.Module, run: Callable[[], Any]) -> list[Any]:
-    """Return what a run returned, and what the model did: what is missing there may be rounded away in a loss."""
-    with outputs_of(model) as found:
-        result = run()
-    return [*found, *leaves_of(result)]
-
-
-class _UsedEarlyError(PrefixError):
-    """Some weights are used before a module that holds them is called."""
-
-
-def _try_out(
-    prefixes: dict[int, PrefixReuse],
-    model: nn.Module,
-    run: Callable[[], list[Any]],
-    parts: Sequence[_Parameters],
-    expected: Sequence[Any],
-    memory: int,
-    saved_on: Device,
-) -> list[PrefixError]:
-    """Check that runs which reuse a prefix find what full ones find; prefixes that fail leave the mapping.
-
-    That no prefix depends on the part that it is for shows in a run in which each part has other weights until the
-    first module that holds it is called. That nothing behind a cut depends on more than the prefix hands on shows
-    where all before it is replayed, after a run at other weights has overwritten what modules may have left behind.
-
-    Args:
-        prefixes: By the index of their part, in the order in which the parts come in.
-        model: The model.
-        run: Runs it on one batch.
-        parts: What is corrupted, each by itself.
-        expected: What a run found.
-        memory: As in `prefixes_of_measurements`.
-        saved_on: As there.
-
-    Returns:
-        Why some cannot be reused.
-
-    Raises:
-        PrefixError: None can: two runs differ, or a buffer moves.
-        _UsedEarlyError: A part is used before its start, it is unknown which one.
-    """
-    buffers = BufferSnapshot(model.modules())
-    errors: list[PrefixError] = []
-    try:
-        again = run()
-        if buffers.moved():
-            raise PrefixError("a buffer of the model moves when it is measured")
-        apart = distance(again, expected)
-        check_results("result", 0.0, apart)
-        for some in _disjoint(prefixes, parts, memory):
-            try:
-                with failures_as_prefix_errors(), _other_until_called(model, prefixes, some, saved_on):
-                    found = distance(run(), again)
-                check_results("result", found, apart)
-            except PrefixError as error:
-                raise _UsedEarlyError(str(error)) from error
-        _record(list(prefixes.values()), run)
-        first = next(iter(prefixes))
-        early = _at_most(memory, [*_parameters_of(prefixes[first].prefix), *parts[first].values()])
-        with corrupted_model(model, early, _other_than(early), saved_on):
-            run()
-        # From the last on: what is computed in a trial was not yet computed, at these weights, for those that follow.
-        deepest_first = list(reversed(prefixes))
-        for index in [*deepest_first[:1], *deepest_first]:  # what is wrong from the second replay on
-            if index in prefixes:
-                try:
-                    with failures_as_prefix_errors(), prefixes[index].replaying():
-                        found = distance(run(), again)
-                    check_results("result", found, apart)
-                except PrefixError as error:
-                    errors.append(error)
-                    prefixes.pop(index).forget()
-    finally:
-        _forget(list(prefixes.values()))
-        buffers.put_back()
-    return errors
-
-
-def _parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    return [parameter for module in modules for parameter in module.parameters() if obstacle(parameter) is None]
-
-
-def _at_most(memory: int, weights: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Return the first weights, by names made up, as many as the memory for their bits admits, and at least one."""
-    some: dict[str, Tensor] = {}
-    for weight in dict.fromkeys(weights):
-        memory -= weight.nbytes
-        if some and memory < 0:
-            break
-        some[str(len(some))] = weight
-    return some
-
-
-def _other_than(weights: Mapping[str, Tensor]) -> Pieces:
-    """Return 1 − w for each weight w: a normalization behind it takes away neither the sign nor, of zeros, the one."""
-    return Pieces(((name, 1 - weight.detach()) for name, weight in weights.items()), replaces=True)
-
-
-@contextmanager
-def _other_until_called(
-    model: nn.Module,
-    prefixes: Mapping[int, PrefixReuse],
-    some: Iterable[tuple[int, Mapping[str, Tensor]]],
-    saved_on: Device,
-) -> Iterator[None]:
-    """Let parts have other weights inside a `with` block, each until the first of its prefix's starts is called."""
-    with unsaved(model), ExitStack() as corruptions, ExitStack() as hooks:
-        for index, weights in some:
-            corruption = corruptions.enter_context(ExitStack())
-            corruption.enter_context(corrupted(weights, _ones(weights), saved_on=saved_on))
-            for module in prefixes[index].starts:
-                before_calls(hooks, module, partial(_close, corruption))
-        yield
-
-
-def _close(stack: ExitStack, module: nn.Module, arguments: Any) -> None:
-    stack.close()
-
-
-def _ones(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a one for each weight, in no memory."""
-    return {name: torch.ones((), dtype=w.dtype, device=w.device).expand(w.shape) for name, w in weights.items()}
-
-
-def _disjoint(
-    prefixes: Iterable[int], parts: Sequence[_Parameters], memory: int
-) -> Iterator[list[tuple[int, Mapping[str, Tensor]]]]:
-    """Yield as many parts as the memory for their bits admits; a weight of several belongs to the last to come in."""
-    seen: set[int] = set()
-    some: list[tuple[int, Mapping[str, Tensor]]] = []
-    taken = 0
-    for index in reversed(list(prefixes)):
-        weights = {name: weight for name, weight in parts[index].items() if id(weight) not in seen}
-        seen |= {id(weight) for weight in weights.values()}
-        size = sum(weight.nbytes for weight in weights.values())
-        if some and taken + size > memory:
-            yield some
-            some, taken = [], 0
-        if weights:
-            some.append((index, weights))
-            taken += size
-    if some:
-        yield some
-
-
-def _say(what: str, reason: object) -> None:
-    logger.warning(f"Every {what} runs all of the model: {reason}. The numbers are right; it takes longer.")

@@ -367,7 +367,7 @@ def try_prefix(
 
 
 def plan_prefixes_of_values(
-    model: nn.Module, parts: Sequence[Mapping[str, Tensor]], run: Callable[[], Any]
+    model: nn.Module, parts: Mapping[int, Mapping[str, Tensor]], run: Callable[[], Any]
 ) -> tuple[dict[int, PrefixReuse], list[PrefixError], Any]:
     """Find for each of several selections the modules that finish before it is used, and are not called again.
 
@@ -377,17 +377,17 @@ def plan_prefixes_of_values(
 
     Args:
         model: Any model.
-        parts: Selections of parameters.
+        parts: Selections of parameters, by any numbers.
         run: Runs the model on one batch; not run where nothing can be found.
 
     Returns:
-        The prefix of each part that has one, by the part's index, in the order in which the parts come in; why others
+        The prefix of each part that has one, by the part's number, in the order in which the parts come in; why others
         have none; and what the run returned.
     """
     found: list[tuple[int, int, PrefixReuse]] = []
     errors: list[PrefixError] = []
     whole = set()
-    for index, selected in enumerate(parts):
+    for index, selected in parts.items():
         try:
             check_some_is_left(model, selected)
         except PrefixError as error:
@@ -399,7 +399,7 @@ def plan_prefixes_of_values(
     began: dict[nn.Module, int] = {}
     for place, module in enumerate(in_order(calls)):
         began.setdefault(module, place)
-    for index, selected in enumerate(parts):
+    for index, selected in parts.items():
         if index not in whole:
             try:
                 prefix, starts = cut_in(calls, model, selected, not_called_again)

@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-import hf_parcor.evaluation.measurement as measurement
+import hf_parcor.evaluation.prefixes as prefixes
 from hf_parcor import (
     BitFlips,
     CorruptionConstraint,
@@ -108,7 +108,7 @@ def bits(network: nn.Module) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-measurement.RUNS_TO_PLAN = measurement.RUNS_TO_PLAN_ASCENTS = 0  # as in `conftest.py`, which ranks do not read
+prefixes.RUNS_TO_PLAN = prefixes.RUNS_TO_PLAN_ASCENTS = 0  # as in `conftest.py`, which ranks do not read
 
 
 def evaluated(network: nn.Module, data: Any, corruptions: Sequence[Any], **options: Any) -> str:

@@ -21,7 +21,7 @@ from hf_parcor import (
     SweepRecord,
     by_kind,
 )
-from hf_parcor.evaluation import ClassificationMetric, fingerprint, measurement, trials
+from hf_parcor.evaluation import ClassificationMetric, fingerprint, measurement, prefixes, trials
 from hf_parcor.evaluation.resume import append_to_checkpoint, begin_checkpoint
 from hf_parcor.evaluation.trials import Trial
 from hf_parcor.injection import CorruptionSize
@@ -79,12 +79,12 @@ def test_a_part_is_made_ready_when_its_turn_comes(classifier, batches, tmp_path,
     monkeypatch.setattr(measurement, "BETWEEN_WRITES", 3)
     path, sought = tmp_path / "sweep.jsonl", []
 
-    def seek(model, metric, parts, *limits):
+    def seek(model, parts, run):
         finished = len(path.read_text().splitlines()) - 2  # but for the head and the clean model
-        sought.append((next(iter(parts[0])), finished))
-        return [None] * len(parts)
+        sought.append((next(iter(parts.popitem()[1])), finished))
+        return {}, [], None
 
-    monkeypatch.setattr(measurement, "prefixes_of_measurements", seek)
+    monkeypatch.setattr(prefixes, "plan_prefixes_of_values", seek)
     targets = {name: [name] for name in ("bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1")}
     probe = LayerProbe(classifier, ClassificationMetric(batches), batches, targets=targets, progress=False)
     noise = [GaussianNoise(std) for std in (0.1, 0.2, 0.3)]

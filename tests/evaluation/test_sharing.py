@@ -13,8 +13,7 @@ from operations import count_operations
 from torch import nn
 from transformers.utils import ModelOutput
 
-import hf_parcor.evaluation.measurement as measurement
-import hf_parcor.evaluation.shared_passes as shared_passes
+import hf_parcor.evaluation.prefixes as prefixes
 from hf_parcor import (
     CorruptionConstraint,
     CorruptionEvaluator,
@@ -26,7 +25,8 @@ from hf_parcor import (
 )
 from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.evaluation import BatchMetric, ClassificationMetric, DatasetGradients
-from hf_parcor.evaluation.shared_passes import Group, Job, choose_together, prefix_of_ascents, prefixes_of_measurements
+from hf_parcor.evaluation.prefixes import PrefixSearch
+from hf_parcor.evaluation.shared_passes import Group, Job, choose_together
 
 MANY = [
     *(GradientCorruption(CorruptionConstraint(epsilon=epsilon)) for epsilon in (0.1, 0.5, 2.0)),
@@ -100,9 +100,9 @@ def test_lower_layers_run_once_a_batch(evaluate, classifier, batches):
     assert ascents == sum(isinstance(corruption, MultiStepCorruption) for corruption in MANY)
 
 
-def test_a_prefix_is_sought_where_it_takes_less_than_it_saves(classifier, batches, monkeypatch):
+@pytest.mark.usefixtures("prefixes_are_sought_where_it_pays")
+def test_a_prefix_is_sought_where_it_takes_less_than_it_saves(classifier, batches):
     """Two noises of two layers and the head: on one batch as many runs as without, on 24 of them fewer."""
-    monkeypatch.setattr(measurement, "RUNS_TO_PLAN", shared_passes.RUNS_TO_PLAN)
     computed = counting(classifier.bert.encoder.layer[0])
 
     def runs(data, **options):
@@ -118,6 +118,7 @@ def test_a_prefix_is_sought_where_it_takes_less_than_it_saves(classifier, batche
     assert runs(without_length(many)) < 24 * (1 + 3 * 2), "also where it is not known how many there are"
 
 
+@pytest.mark.usefixtures("prefixes_are_sought_where_it_pays")
 @for_each(
     ("rows", "steps", "climbing", "measuring"),
     [
@@ -128,10 +129,8 @@ def test_a_prefix_is_sought_where_it_takes_less_than_it_saves(classifier, batche
     ],
 )
 def test_ascents_share_a_prefix_where_that_takes_less_than_it_saves(
-    classifier, batches, monkeypatch, rows, steps, climbing, measuring
+    classifier, batches, rows, steps, climbing, measuring
 ):
-    for name in ("RUNS_TO_PLAN", "RUNS_TO_PLAN_ASCENTS"):
-        monkeypatch.setattr(measurement, name, getattr(shared_passes, name))
     data, computed = rows * batches[:1], counting(classifier.bert.encoder.layer[0])
     evaluator = CorruptionEvaluator(
         classifier, ClassificationMetric(data), target_modules="classifier", progress=False
@@ -151,26 +150,22 @@ def without_length(data):
     return Walked()
 
 
-def test_what_seeking_a_prefix_takes(classifier, batches):
-    class Counted(ClassificationMetric):
-        calls = 0
-
-        def of_batch(self, model, batch):
-            Counted.calls += 1
-            return super().of_batch(model, batch)
-
-    parameters = select_parameters(classifier, "last-encoder-layer")
-    assert prefixes_of_measurements(classifier.eval(), Counted(batches), [parameters], 1 << 30) != [None]
-    assert Counted.calls == shared_passes.RUNS_TO_PLAN
+def search_of(model, selection, batches):
+    """Return what seeks the prefixes of one selection of a model, whose runs are many."""
+    many = {"trials": [1000], "steps": [1000], "shared": [0], "limit": 1000, "memory": 1 << 30}
+    groups = [select_parameters(model, selection)]
+    return PrefixSearch(model.eval(), ClassificationMetric(batches), batches, groups, **many)
 
 
-def test_what_seeking_a_prefix_of_ascents_takes(classifier, batches):
-    runs = []
-    hook = classifier.register_forward_pre_hook(lambda *_: runs.append(1))
-    parameters = select_parameters(classifier, "last-encoder-layer")
-    assert prefix_of_ascents(classifier.eval(), parameters, batches) is not None
+@pytest.mark.usefixtures("prefixes_are_sought_where_it_pays")
+@for_each(("seek", "runs"), [("of_measurements", "RUNS_TO_PLAN"), ("of_ascents", "RUNS_TO_PLAN_ASCENTS")])
+def test_what_seeking_a_prefix_takes(classifier, batches, seek, runs):
+    counted = []
+    hook = classifier.register_forward_pre_hook(lambda *_: counted.append(1))
+    found = getattr(search_of(classifier, "last-encoder-layer", batches), seek)
+    assert found(0) is found(0) is not None
     hook.remove()
-    assert len(runs) == shared_passes.RUNS_TO_PLAN_ASCENTS
+    assert len(counted) == getattr(prefixes, runs)
 
 
 @for_each("at_once", [2, 3, 6])
@@ -252,7 +247,7 @@ def test_every_ascent_begins_at_the_first_batch(classifier, batches, whole):
     classifier.eval()
     parameters = select_parameters(classifier, "last-encoder-layer")
     gradients = DatasetGradients(classifier, parameters, batches)
-    group = Group(parameters, gradients, lambda: None, lambda: None)
+    group = Group(parameters, gradients, None, 0)
     settings = {"constraint": CorruptionConstraint(epsilon=0.5), "steps": 2}
     assert len(batches) % 2 == 1  # else every ascent of two steps ends with a round
     ((first,), *others) = (
@@ -283,12 +278,8 @@ def test_every_bit_comes_back_when_the_metric_raises(evaluate, classifier, batch
 
 
 def test_a_prefix_that_was_tried_out_holds_nothing(classifier, batches, bits_of):
-    classifier.eval()
-    before, parameters = bits_of(classifier), select_parameters(classifier, "last-encoder-layer")
-    for prefix in (
-        *prefixes_of_measurements(classifier, ClassificationMetric(batches), [parameters], 1 << 30),
-        prefix_of_ascents(classifier, parameters, batches),
-    ):
+    before, search = bits_of(classifier), search_of(classifier, "last-encoder-layer", batches)
+    for prefix in (search.of_measurements(0), search.of_ascents(0)):
         assert classifier.bert.encoder.layer[0] in prefix.prefix
         assert prefix.recorded == {}
     assert bits_of(classifier) == before
@@ -303,9 +294,8 @@ def test_ascents_of_a_model_without_labels_have_a_prefix(batches):
         def forward(self, input_ids):
             return ModelOutput(logits=self.last(self.first(input_ids.float())))
 
-    model = Model().eval()
-    prefix = prefix_of_ascents(model, select_parameters(model, "last"), batches)
-    assert model.first in prefix.prefix
+    model = Model()
+    assert model.first in search_of(model, "last", batches).of_ascents(0).prefix
 
 
 class Counting(nn.Linear):
@@ -409,13 +399,13 @@ class Stack(nn.Module):
         return [one.to_json() for one in record.records.values()]
 
 
-def test_a_sweep_of_32_layers_takes_six_tenths_of_the_plain_loop(batches, monkeypatch):
+@pytest.mark.usefixtures("prefixes_are_sought_where_it_pays")
+def test_a_sweep_of_32_layers_takes_six_tenths_of_the_plain_loop(batches):
     """Three corruptions on four batches: sought for all layers together, from what one run shows, and tried once each.
 
     Were prefixes known for nothing, it would be half: a run of the clean model, a run that records, and 3 × 16.5 runs
     from a layer on, of 97 runs.
     """
-    monkeypatch.setattr(measurement, "RUNS_TO_PLAN", shared_passes.RUNS_TO_PLAN)
     model, data = Stack(*(Layer() for _ in range(32))), 4 * batches[:1]
     computed = [counting(layer) for layer in model.layers]
     reused = model.sweep(data)
@@ -425,8 +415,8 @@ def test_a_sweep_of_32_layers_takes_six_tenths_of_the_plain_loop(batches, monkey
     assert sum(map(len, computed)) / 32 - counted == 97 * len(data), "the plain loop's"
 
 
-def test_a_sweep_of_few_layers_on_little_data_takes_no_more_than_the_plain_loop(batches, monkeypatch):
-    monkeypatch.setattr(measurement, "RUNS_TO_PLAN", shared_passes.RUNS_TO_PLAN)
+@pytest.mark.usefixtures("prefixes_are_sought_where_it_pays")
+def test_a_sweep_of_few_layers_on_little_data_takes_no_more_than_the_plain_loop(batches):
     for layers in (2, 3, 4, 6, 8):
         for data in (batches[:1], 2 * batches[:1], 4 * batches[:1]):
             model = Stack(*(Layer() for _ in range(layers)))
