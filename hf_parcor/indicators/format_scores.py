@@ -458,7 +458,7 @@ def _of_groups(
         elif not shared:
             without.append(label)
     if without:
-        notes.append(f"{_some(without)} have no matrices, and stay as they are")
+        notes.append(f"groups without matrices stay as they are: {_some(without)}")
     return found, notes
 
 

@@ -377,6 +377,22 @@ def test_a_matrix_without_entries_is_no_part_and_changes_no_score(groups) -> Non
     assert found.groups == expected.groups
 
 
+def test_what_holds_each_matrix_and_which_groups_have_none_is_said() -> None:
+    model = nn.Sequential(nn.ModuleDict({"fc": nn.Linear(2, 2), "norm": nn.LayerNorm(2)}), nn.Linear(2, 1))
+    model[0].forward = lambda x: model[0]["norm"](model[0]["fc"](x))
+    groups = {"matrix": "0.fc", "vectors": "0.norm"}
+    record = sensitivity(
+        model, [torch.ones(3, 2)], FORMATS[:1], groups, budget=0, loss=lambda m, x: m(x).sum(), progress=False
+    )
+    assert {name: dict(group.holders) for name, group in record.groups.items()} == {
+        "matrix": {"0.fc.weight": {"0.fc": "Linear"}}
+    }
+    assert record.kinds == {"Linear": (1, 2)}
+    assert record.outside == ("1",)
+    (note,) = record.notes
+    assert "vectors" in note
+
+
 def test_formats_may_be_any_iterable_of_them() -> None:
     model = nn.Linear(2, 2, bias=False)
     assert unscored(model, iter(FORMATS), {"all": "all"}) == unscored(model, FORMATS, {"all": "all"})
@@ -394,6 +410,7 @@ def test_a_metric_without_a_loss_gets_one() -> None:
         progress=False,
     )
     assert record.metric == "score"
+    assert (record.info("score").greater_is_better, record.info("loss").greater_is_better) == (True, False)
     assert record.clean["loss"] == pytest.approx(float(model[0].weight.detach().square().mean()))
     assert set(record.cells[0].measured) == {"score", "loss"}
 
