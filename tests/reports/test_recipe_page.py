@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import transformers
@@ -61,6 +63,12 @@ def report(bits: float = 4.5, drop=one_weak_part, **options) -> RecipeReport:
     return RecipeReport(scores, chosen, measured_of(front(scores, chosen), **options))
 
 
+def rows_of(page: Path) -> list[list[str]]:
+    """Return the cells of all tables of a page in Markdown."""
+    lines = page.read_text(encoding="utf-8").replace("\\", "").splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+
+
 def test_the_answer_names_what_is_spared_and_what_either_way_costs() -> None:
     answer = report().answer
     assert f"but {WEAK} (8 bits) to 4 bits" in answer
@@ -93,9 +101,7 @@ def test_tables_have_a_row_for_everything_that_was_measured(tmp_path) -> None:
     scores = scores_of(one_weak_part)
     chosen = recipe(scores, bits=4.5)
     recipes = front(scores, chosen)
-    page = RecipeReport(scores, chosen, measured_of(recipes)).to_markdown(tmp_path / "recipe.md")
-    lines = page.read_text(encoding="utf-8").replace("\\", "").splitlines()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    rows = rows_of(RecipeReport(scores, chosen, measured_of(recipes)).to_markdown(tmp_path / "recipe.md"))
     uniform = [row for row in rows if row[0].startswith("one format for all")]
     assert len({name for name, *_ in uniform}) == len(FORMATS)
     for label, count in BITS.items():
@@ -111,6 +117,68 @@ def test_tables_have_a_row_for_everything_that_was_measured(tmp_path) -> None:
         (row,) = [row for row in rows if row[0] == score]
         found = float(row[1].replace("−", "-"))
         assert found == pytest.approx(scores.correlations("loss")[score], abs=0.006)
+
+
+def test_the_front_begins_with_the_model_as_it_is_and_ends_with_one_format_for_all(tmp_path) -> None:
+    rows = rows_of(report().to_markdown(tmp_path / "page.md"))
+    first = next(place for place, row in enumerate(rows) if row[0] == "chosen") + 2
+    kinds = [row[0].partition(":")[0] for row in rows[first:] if len(row) == 3]
+    kinds = kinds[: max(place for place, kind in enumerate(kinds) if kind == "one format for all") + 1]
+    assert [kind for kind, _ in itertools.groupby(kinds)] == [
+        "as it is",
+        "recipes by loss",
+        "recipes by first_order",
+        "recipes by fisher",
+        "one format for all",
+    ]
+
+
+@for_each("metric", ["accuracy", "loss"])
+def test_scores_are_ranked_by_the_loss_and_by_what_the_page_is_about(metric, tmp_path) -> None:
+    scores = scores_of(one_weak_part)
+    scores = replace(scores, clean={**scores.clean, "f1": 0.9})
+    page = RecipeReport(scores, recipe(scores, bits=4.5), metric=metric).to_markdown(tmp_path / "page.md")
+    (head,) = [row for row in rows_of(page) if row[0] == "score"]
+    ranked = [cell.rpartition(" ")[2] for cell in head if cell.startswith("rank correlation")]
+    assert ranked == list(dict.fromkeys(["loss", metric]))
+
+
+def test_settings_are_those_of_the_records(tmp_path) -> None:
+    scores = replace(scores_of(one_weak_part), weights="w" * 8, data="d" * 8, task="text-classification")
+    chosen = recipe(scores, bits=4.5)
+    for told, known in ((scores, True), (replace(scores, weights="", data="", task=""), False)):
+        found = dict(
+            row for row in rows_of(RecipeReport(told, chosen).to_markdown(tmp_path / "a.md")) if len(row) == 2
+        )
+        for name, value in (("weights", "w" * 8), ("data", "d" * 8), ("task", "text-classification")):
+            (shown,) = [cell for key, cell in found.items() if key.split(" (")[0] == name]
+            assert (shown == value) == known, name
+        assert found["budget"] == "bits = 4.5"
+        assert found["chosen by"] == chosen.by
+
+
+@for_each("without", [["recipe"], BITS, ["recipe", *BITS]])
+def test_a_page_of_what_was_measured_in_part(without, tmp_path) -> None:
+    scores = scores_of(one_weak_part)
+    chosen = recipe(scores, bits=4.5)
+    measured = measured_of(front(scores, chosen))
+    left = tuple(row for row in measured.corruptions if row.label not in without)
+    made = RecipeReport(scores, chosen, replace(measured, corruptions=left))
+    compared = [said for said in made.verdict if said.startswith("One format for all")]
+    assert not compared, "of the recipe with one format"
+    rows = rows_of(made.to_markdown(tmp_path / "page.md"))
+    assert sum(row[0].endswith("a_module_with_a_long_name") for row in rows) == 2 * len(chosen.groups)
+
+
+@for_each(
+    "lost, strongest",
+    [((0.2, 0.01), "20.0"), ((-0.05, 0.01), "1.0"), ((math.inf, 0.004), "0.4"), ((-0.05, -0.001), "")],
+)
+def test_the_strongest_colour_is_of_the_largest_drop_that_is_one(lost, strongest, tmp_path) -> None:
+    page = report(drop=lambda weak, bits: lost[0] if weak else lost[1]).to_html(tmp_path / "page.html").read_text()
+    said = re.search(r"the strongest is ([\d.]+) points", page)
+    assert (said[1] if said else "") == strongest
+    assert ("No cell has a colour" in page) == (not strongest)
 
 
 def test_one_format_that_takes_just_as_many_bits_is_within_them() -> None:
