@@ -4,7 +4,9 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,9 +14,20 @@ from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_parcor import CorruptionEvaluator, CorruptionRecord, EvaluationRecord, GradientCorruption, MetricInfo
+from hf_parcor import (
+    CorruptionConstraint,
+    CorruptionEvaluator,
+    CorruptionRecord,
+    EvaluationRecord,
+    FlipRecord,
+    GradientCorruption,
+    IndicatorRecord,
+    MetricInfo,
+    RecipeRecord,
+    SensitivityRecord,
+)
 from hf_parcor.corruptions import CORRUPTIONS
-from hf_parcor.records import EvaluationData, StoredRecord
+from hf_parcor.records import ConstraintIndicators, EvaluationData, SearchRecord, StoredRecord
 from hf_parcor.records.evaluation import CorruptionKind
 
 FLOATS = st.floats(allow_nan=True, allow_infinity=True)
@@ -54,6 +67,36 @@ RECORDS = st.builds(
     | st.builds(EvaluationData, st.text(), st.text(), split=st.text(), rows=st.none() | st.integers(0)),
     task=st.text(),
     format=st.just(1),
+)
+
+
+ANYTHING = st.dictionaries(NAMES, PLAIN, max_size=3)
+# Of all mappings the one that JSON is read as.
+st.register_type_strategy(Mapping, lambda kind: st.dictionaries(*map(st.from_type, get_args(kind)), max_size=2))
+CONSTRAINTS = st.builds(
+    CorruptionConstraint,
+    p=st.sampled_from([1.0, 2.0, math.inf]),
+    epsilon=st.floats(1e-6, 1e6),
+    top_n=st.none() | st.integers(1, 9),
+)
+
+
+def stored(kind: type[StoredRecord], **parts: st.SearchStrategy):
+    """Return records of a kind, with anything that their fields may hold: types tell what that is, or parts."""
+    own = {"settings": ANYTHING, "target": ANYTHING, "formats": st.dictionaries(NAMES, ANYTHING, max_size=2)} | parts
+    others = [one.name for one in fields(kind) if one.name not in {"format", "flags"}]
+    return st.builds(kind, **{name: own.get(name, ...) for name in others})
+
+
+OTHER_RECORDS = st.one_of(
+    stored(SensitivityRecord),
+    stored(RecipeRecord),
+    stored(FlipRecord),
+    stored(SearchRecord),
+    stored(
+        IndicatorRecord,
+        indicators=st.lists(st.builds(ConstraintIndicators, constraint=CONSTRAINTS), max_size=2).map(tuple),
+    ),
 )
 
 
@@ -112,13 +155,13 @@ class TestJson:
         assert same(EvaluationRecord.from_json(record.to_json()), record)
 
     @pytest.mark.slow
-    @settings(max_examples=150)
-    @given(RECORDS)
+    @settings(max_examples=300)
+    @given(RECORDS | OTHER_RECORDS)
     def test_round_trip(self, record):
-        text = record.to_json()
+        kind, text = type(record), record.to_json()
         json.loads(text, parse_constant=refuse)
-        assert same(EvaluationRecord.from_json(text), record)
-        assert EvaluationRecord.from_json(text).to_json() == text
+        assert same(kind.from_json(text), record)
+        assert kind.from_json(text).to_json() == text
 
     def test_equality_without_nan(self, record):
         record = replace(record, corruptions=record.corruptions[1:])
