@@ -27,10 +27,11 @@ from hf_parcor import (
     SensitivityRecord,
 )
 from hf_parcor.corruptions import CORRUPTIONS
-from hf_parcor.records import ConstraintIndicators, EvaluationData, SearchRecord, StoredRecord
+from hf_parcor.records import ConstraintIndicators, EvaluationData, SearchRecord, SearchTrial, StoredRecord
 from hf_parcor.records.evaluation import CorruptionKind
 
 FLOATS = st.floats(allow_nan=True, allow_infinity=True)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
 NAMES = st.text(min_size=1, max_size=8)
 PLAIN = st.none() | st.booleans() | st.integers() | FLOATS | st.sampled_from(["any", "exponent", "", "ε|∞"])
 
@@ -70,7 +71,7 @@ RECORDS = st.builds(
 )
 
 
-ANYTHING = st.dictionaries(NAMES, PLAIN, max_size=3)
+SETTINGS = st.dictionaries(NAMES, st.none() | st.booleans() | st.integers() | FINITE | st.text(), max_size=3)
 # Of all mappings the one that JSON is read as.
 st.register_type_strategy(Mapping, lambda kind: st.dictionaries(*map(st.from_type, get_args(kind)), max_size=2))
 CONSTRAINTS = st.builds(
@@ -83,7 +84,7 @@ CONSTRAINTS = st.builds(
 
 def stored(kind: type[StoredRecord], **parts: st.SearchStrategy):
     """Return records of a kind, with anything that their fields may hold: types tell what that is, or parts."""
-    own = {"settings": ANYTHING, "target": ANYTHING, "formats": st.dictionaries(NAMES, ANYTHING, max_size=2)} | parts
+    own = {"settings": SETTINGS, "target": SETTINGS, "formats": st.dictionaries(NAMES, SETTINGS, max_size=2)} | parts
     others = [one.name for one in fields(kind) if one.name not in {"format", "flags"}]
     return st.builds(kind, **{name: own.get(name, ...) for name in others})
 
@@ -92,7 +93,12 @@ OTHER_RECORDS = st.one_of(
     stored(SensitivityRecord),
     stored(RecipeRecord),
     stored(FlipRecord),
-    stored(SearchRecord),
+    stored(
+        SearchRecord,
+        low=FINITE,
+        high=FINITE,
+        trials=st.lists(st.builds(SearchTrial, FINITE, metrics=..., collapsed=...), max_size=2).map(tuple),
+    ),
     stored(
         IndicatorRecord,
         indicators=st.lists(st.builds(ConstraintIndicators, constraint=CONSTRAINTS), max_size=2).map(tuple),
