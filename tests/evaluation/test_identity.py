@@ -94,9 +94,16 @@ def counting():
 
 
 def of_globals(limit):
-    names = {"LIMIT": limit, "helper": lambda: limit}
-    source = "def metric(model): return {'x': helper() if LIMIT else TABLE}"
-    exec(source, names)
+    names = {"LIMIT": limit}
+    exec("def metric(model): return {'x': LIMIT or TABLE}", names)
+    return names["metric"]
+
+
+def calling(answer, *, of_module="theirs"):
+    """Return a function that calls another one, of the same module unless told."""
+    names: dict[str, object] = {"__name__": "theirs"}
+    exec(f"def other(): return {answer}\ndef metric(model): return {{'x': other()}}", names)
+    names["other"].__module__ = of_module
     return names["metric"]
 
 
@@ -216,6 +223,8 @@ ROWS = {
         lambda: with_default(2),
         lambda: of_globals(1),
         lambda: of_globals(2),
+        lambda: calling(1),
+        lambda: calling(2),
         lambda: written("def metric(model): return {'x': 1}"),
         lambda: written("def metric(model): return {'x': 2}"),
         lambda: written("def metric(model): return {'x': 'a' in {'a', 'b', 'c'}}"),
@@ -251,6 +260,12 @@ def test_settings_decide(row):
 )
 def test_what_does_not_decide(one, other):
     assert settings_of(written(one)) == settings_of(written(other))
+
+
+def test_functions_of_another_module_are_known_by_the_call_alone():
+    """A library's own, which may change with its version and nothing else."""
+    one, other = (settings_of(calling(answer, of_module="a_library")) for answer in (1, 2))
+    assert one == other
 
 
 def test_what_is_shown_meanwhile_does_not_decide(batches):

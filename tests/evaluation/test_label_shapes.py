@@ -286,6 +286,16 @@ class TestOutputs:
         own, bare = (model_loss(one, batches[0]) for one in (model, Bare()))
         assert torch.allclose(own, bare)
 
+    def test_so_is_that_of_a_language_model_which_predicts_the_next_token(self):
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=12, n_embd=8, n_layer=1, n_head=2, n_positions=8)).eval()
+        tokens = torch.randint(0, 12, (2, 6))
+        batch = {"input_ids": tokens, "labels": tokens.masked_fill(tokens == 3, -100)}
+        expected, metric = model_loss(model, batch), LanguageModelMetric([batch])
+        of_model, inner = metric(model), model.forward
+        model.forward = lambda input_ids: inner(input_ids).logits
+        assert torch.allclose(model_loss(model, batch), expected)
+        assert metric(model) == pytest.approx(of_model)
+
     @for_each(
         "form",
         [
