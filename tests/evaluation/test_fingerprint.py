@@ -74,6 +74,13 @@ def by_channel(scale):
     return torch.quantize_per_channel(ONE[None].T, torch.tensor([scale, 1.0]), torch.tensor([0, 0]), 0, torch.qint8)
 
 
+def looped(*, inner: bool):
+    """Return a list of one list that holds itself, or the outer one."""
+    outer: list[object] = [[]]
+    outer[0].append(outer[0] if inner else outer)
+    return outer
+
+
 # All are different from each other, and each is the same when it is made again.
 VALUES = {
     "none": lambda: None,
@@ -103,6 +110,10 @@ VALUES = {
     "mapping of text": lambda: {"1": 1},
     "order": lambda: {"x": 1, "y": 2},
     "other order": lambda: {"y": 2, "x": 1},
+    "an empty one beside it": lambda: [{"x": 1, "y": 2}, {}],
+    "one each": lambda: [{"x": 1}, {"y": 2}],
+    "holds itself": lambda: [looped(inner=True)],
+    "holds what it is in": lambda: [looped(inner=False)],
     "set": lambda: {"b", "a"},
     "no set": lambda: set(),
     "named": lambda: Named(1, 2),
@@ -127,8 +138,10 @@ VALUES = {
     "class": lambda: Pair,
     "function": lambda: fingerprint,
     "image": lambda: Image([[1]]),
+    "other image": lambda: Image([[2]]),
     "palette": lambda: Image([[1]], "P"),
     "array": lambda: np.array([1.0, 2.0]),
+    "other array": lambda: np.array([1.0, 3.0]),
     "float32": lambda: np.array([1, 2], dtype=np.float32),
     "other bytes": lambda: np.array([1, 2], dtype=">f4"),
     "scalar": lambda: np.float64(1),
