@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -47,6 +48,8 @@ def record(values, metric="loss", clean=2.0, divergence=None, **settings) -> Sen
     [
         ([2.1, 3.5, 2.2, None, None], {}, ["layers.1 is the weakest of 5", "+1.5", "layers.2, by +0.2"], ["No part"]),
         ([2.1, 3.5, 2.2, None, None], {}, ["Measured were the 3", "0.33", "0.25, of layers.3"], ["All"]),
+        ([2.1, 3.5, 2.2, None, None], {}, ["the largest of the other 2 is", "fisher −0.50 (Spearman)"], ["one is"]),
+        ([2.1, 3.5], {"parameters": 9000}, ["have 2,000 of 9,000 weights"], []),
         ([2.1, 3.5], {}, ["layers.1 is the weakest of 2", "All 2 parts"], ["Spearman"]),
         ([2.001, 1.5, 2.0], {}, ["No part alone is weak", "layers.0, it changes by +0.001"], ["target_modules"]),
         (  # answers move most where the loss happens to fall
@@ -92,6 +95,18 @@ def test_the_answer(values, settings, words, absent, tmp_path_factory):
     markdown = report.to_markdown(folder / "look.md").read_text()
     html = report.to_html(folder / "look.html").read_text()
     assert html.count("<tr>") == markdown.count("| layers.") + 1 == len(values) + 1
+    places = [int(place) for place in re.findall(r"^\| layers\.(\d)", markdown, re.MULTILINE)]
+    measured = sum(value is not None for value in values)
+    assert sorted(places[:measured]) == list(range(measured))
+    assert places[measured:] == list(range(measured, len(values))), "the others by their scores"
+
+
+@for_each("held, modules", [(1, ["layers.0"]), (3, ["a.0", "a.1", "a.2"]), (4, ["layers.0"])])
+def test_the_few_modules_of_the_weakest_part_are_what_to_defend(held, modules):
+    scores = record([3.5, 2.1])
+    names = ["layers.0.weight"] if held == 1 else [f"a.{place}.weight" for place in range(held)]
+    groups = {**scores.groups, "layers.0": WeightGroup(dict.fromkeys(names, 10), 16.0)}
+    assert f"target_modules={modules!r}" in " ".join(FirstLookReport(replace(scores, groups=groups)).verdict)
 
 
 @for_each("rows", [None, 40])
