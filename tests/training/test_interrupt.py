@@ -101,6 +101,15 @@ def test_what_a_block_did_and_could_not_undo():
     assert "__repr__" not in vars(layer)
 
 
+@for_each("before", [True, False])
+def test_the_gradient_mode_is_what_it_was(before):
+    with torch.set_grad_enabled(before):
+        with contextlib.suppress(KeyboardInterrupt), undoing_left():
+            torch.set_grad_enabled(not before)  # as where the end of `no_grad` was interrupted
+            raise KeyboardInterrupt
+        assert torch.is_grad_enabled() == before
+
+
 def test_what_is_left_inside_is_undone_before_what_is_around_it():
     """Two blocks keep the mode and the weights, and only the outer one ends: it has what was before both."""
     layer = torch.nn.Linear(2, 2)
