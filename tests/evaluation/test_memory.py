@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,6 +129,28 @@ def test_where_saved_bits_are_kept_counts(monkeypatch) -> None:
     check(4000, [MultiStepCorruption(L2, steps=1)])
     check(0, [GaussianNoise(0.1)])
     assert free_memory(torch.device("cpu")) is None
+
+
+def test_of_several_groups_a_gradient_is_added_up_for_all_together() -> None:
+    """But what an ascent holds is that of one of them."""
+    halves = [{name: torch.empty(500, dtype=torch.bfloat16)} for name in "ab"]
+    (whole,) = needed_memory([halves[0] | halves[1]], [GradientCorruption(L2)]).values()
+    assert [*needed_memory(halves, [GradientCorruption(L2)]).values()] == [whole]
+    (of_one,) = needed_memory(halves[:1], [MultiStepCorruption(L2)]).values()
+    assert [*needed_memory(halves, [MultiStepCorruption(L2)]).values()] == [of_one]
+
+
+def test_what_pytorch_holds_for_later_is_free(monkeypatch) -> None:
+    module = SimpleNamespace(
+        mem_get_info=lambda device: (100, 1000),
+        memory_reserved=lambda device: 60,
+        memory_allocated=lambda device: 20,
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    assert free_memory(torch.device("cuda")) == 100 + 60 - 20
+    assert free_memory(torch.device("meta")) is None
+    del module.mem_get_info
+    assert free_memory(torch.device("cuda")) is None, "a kind of device that does not say"
 
 
 @for_each(

@@ -135,6 +135,39 @@ def test_a_tool_that_lacks_a_format_gets_no_file_and_it_is_said(tmp_path) -> Non
     assert any("defense" in sentence for sentence in found.missing), "nothing is spared"
 
 
+NF4, NVFP4 = FloatQuantization("nf4"), FloatQuantization("nvfp4")
+
+
+@for_each(
+    "formats, kind, bits, notes",
+    [
+        ((FOUR, EIGHT, None), "Linear", 32.0, set()),
+        ((FOUR, EIGHT, None), "Linear", 16.0, {("llm_compressor.yaml", "dtype of the weights")}),
+        ((NVFP4, NVFP4, None), "Linear", 32.0, {("torchao.json", "multiple of 16")}),
+        ((NF4, FOUR, None), "Linear", 16.0, set()),
+        ((NF4, None, None), "Conv1D", 16.0, {("bitsandbytes.yaml", "other dimension")}),
+        ((FOUR, None, None), "Conv1D", 16.0, set()),
+        ((FOUR, EIGHT, None), "Embedding", 32.0, set()),
+    ],
+)
+def test_what_a_tool_does_otherwise_than_the_recipe_is_noted(formats, kind, bits, notes, tmp_path_factory) -> None:
+    """Only of files that are written."""
+    record = recipe_of(*formats)
+    groups = {
+        name: replace(group, bits=bits, holders={f"{name}.weight": {name: kind}})
+        for name, group in record.groups.items()
+    }
+    found = export_recipe(replace(record, groups=groups), tmp_path_factory.mktemp("plan"))
+    known = {("torchao.json", "multiple of 16"), ("bitsandbytes.yaml", "other dimension")}
+    known |= {("llm_compressor.yaml", "dtype of the weights"), ("bitsandbytes.yaml", "leaves in float")}
+    said = {(file, words) for file, words in known for note in found.notes if note.startswith(file) and words in note}
+    assert said == notes
+    assert len(found.notes) == len(notes)
+    reasons = [reason for reason in found.missing if reason.startswith("bitsandbytes")]
+    if kind == "Embedding":
+        assert "fc1 (Embedding)" in reasons[0]
+
+
 class Mine(nn.Linear):
     """A linear layer of somebody's own: llm-compressor takes it, the others no class but two."""
 
