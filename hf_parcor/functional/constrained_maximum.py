@@ -84,11 +84,12 @@ def _maximum_on_sphere(vector: list[Tensor], p: float, epsilon: float, *, overwr
         return _multiplied(vector, p, factor, overwrite=overwrite)
     largest = max_magnitude(vector)
     divide_(vector, torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0))
-    if p != 2:
-        signs = torch._foreach_sign(vector)
-        torch._foreach_abs_(vector)
-        torch._foreach_pow_(vector, 1 / (p - 1))
-        torch._foreach_mul_(vector, signs)
+    for places in in_turn(vector) if p != 2 else ():  # so that their signs take no memory worth mentioning
+        some = [vector[place] for place in places]
+        signs = torch._foreach_sign(some)
+        torch._foreach_abs_(some)
+        torch._foreach_pow_(some, 1 / (p - 1))
+        torch._foreach_mul_(some, signs)
     norm = vector_norm_of_unit_scale(vector, p).double()
     usable = torch.isfinite(largest) & (norm > 0)
     return scaled(vector, torch.where(usable, epsilon / norm, 0.0), overwrite=True)

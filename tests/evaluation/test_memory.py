@@ -39,6 +39,7 @@ LIMITS = {
     "flips": ([BitFlips(rate=1e-3)], 2),
     "gradient, L2": ([GradientCorruption(L2)], 4 + 2),
     "gradient, L_inf": ([GradientCorruption(L_INF)], 4 + 2),
+    "gradient, L3": ([GradientCorruption(P3)], 4 + 4),
     "one step, L2": ([MultiStepCorruption(L2, steps=1)], 2 + 2),
     "one step, L_inf": ([MultiStepCorruption(L_INF, steps=1)], 2 + 2),
     "two steps, L2": ([MultiStepCorruption(L2, steps=2)], 2 + 2 + 2),

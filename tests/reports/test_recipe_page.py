@@ -133,6 +133,21 @@ def test_the_front_begins_with_the_model_as_it_is_and_ends_with_one_format_for_a
     ]
 
 
+def test_what_was_chosen_has_a_mark_and_what_gains_a_sign(tmp_path) -> None:
+    scores = scores_of(lambda weak, bits: {8: 0.0, 4: 0.002, 3: 0.004}[bits])
+    chosen = recipe(scores, bits=5.0)
+    rows = rows_of(RecipeReport(scores, chosen).to_markdown(tmp_path / "page.md"))
+    head = next(row for row in rows if row[0] == "part")
+    marked = {row[0]: head[place] for row in rows for place, cell in enumerate(row) if cell.endswith("✓")}
+    assert marked == {
+        name.removeprefix("model.decoder.layers."): f"{BITS[one.format]} bits" for name, one in chosen.choice.items()
+    }
+    assert "accuracy −" in RecipeReport(scores, chosen).answer
+    better = report(drop=lambda weak, bits: -0.002)
+    assert "accuracy +2.4 points" in better.answer, "12 parts gain 0.2 points each"
+    assert "add up to +2.4 points; together they have +2.4 points" in " ".join(better.verdict)
+
+
 @for_each("metric", ["accuracy", "loss"])
 def test_scores_are_ranked_by_the_loss_and_by_what_the_page_is_about(metric, tmp_path) -> None:
     scores = scores_of(one_weak_part)
