@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
+from longhand import longhand
 from torch import distributed, nn
 from torch.nn.functional import cross_entropy
 
@@ -92,25 +92,10 @@ def loop(name: str) -> tuple[list[torch.Tensor], int]:
 
 
 def alone(name: str, ranks: tuple[int, ...], micro_batch: int) -> list[torch.Tensor]:
-    """The gradient of the risk on the joined batch of some ranks, by autograd at copies of the weights."""
-    base = network()
+    """The gradient of the risk on the joined batch of some ranks."""
     inputs, labels = (torch.cat(parts) for parts in zip(*(batch(index, micro_batch) for index in ranks), strict=True))
-    weights = [parameter.detach() for parameter in base.parameters()]
-    names = [key for key, _ in base.named_parameters()]
-    corruption, at_passes = [torch.zeros_like(weight) for weight in weights], []
-    passes, radius = (2, 0.2) if name == "SAM" else (3, 0.15)
-    for _ in range(passes):
-        values = [(weight + part).requires_grad_() for weight, part in zip(weights, corruption, strict=True)]
-        output = torch.func.functional_call(base, dict(zip(names, values, strict=True)), inputs)
-        parts = torch.autograd.grad(cross_entropy(output, labels), values)
-        at_passes.append(parts)
-        length = math.sqrt(sum(float(part.square().sum()) for part in parts))
-        corruption = [a + radius * part / length for a, part in zip(corruption, parts, strict=True)]
-        size = math.sqrt(sum(float(part.square().sum()) for part in corruption))
-        corruption = [part * min(1.0, 0.2 / size) for part in corruption]
-    if name == "SAM":
-        return list(at_passes[1])
-    return [sum(parts) / 3 for parts in zip(*at_passes, strict=True)]
+    weights = [0, 1] if name == "SAM" else [1 / 3] * 3
+    return list(longhand(network(), lambda call: cross_entropy(call(inputs), labels), weights).values())
 
 
 def mean_of(name: str, groups: list[tuple[int, ...]]) -> list[torch.Tensor]:

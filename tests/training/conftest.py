@@ -112,37 +112,3 @@ class KeepGradients(TrainerCallback):
 @pytest.fixture
 def keep_gradients():
     return KeepGradients()
-
-
-@pytest.fixture
-def longhand():
-    """Return the gradient of a risk under L2 corruption by autograd at copies of the weights: no code of ours.
-
-    `loss_of(call)` computes the loss, `call` being the model at the corrupted weights. The gradient of the loss at
-    pass k has `weights[k]`; with two passes the corruption is the closed form, with more it takes steps of
-    1.5 epsilon / K and is scaled back into the ball. It is of the `selected` names; None for all that are trained.
-    """
-
-    def gradient(model, loss_of, weights, epsilon=0.2, selected=None):
-        base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        a = {name: torch.zeros_like(base[name]) for name in (trained if selected is None else selected)}
-        total = {name: torch.zeros_like(base[name]) for name in trained}
-        steps = len(weights) - 1
-        for weight in weights:
-            values = {name: value + a.get(name, 0) for name, value in base.items()}
-            wanted = [values[name].requires_grad_() for name in trained]
-            loss = loss_of(
-                lambda *given, values=values, **inputs: torch.func.functional_call(model, values, given, kwargs=inputs)
-            )
-            found = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
-            parts = dict(zip(trained, found, strict=True))
-            total = {name: total[name] + weight * parts[name] for name in trained}
-            norm = torch.sqrt(sum(parts[name].double().square().sum() for name in a))
-            if norm > 0 and steps:
-                a = {name: a[name] + 1.5 * epsilon / steps * parts[name] / norm for name in a}
-                size = torch.sqrt(sum(part.double().square().sum() for part in a.values()))
-                a = {name: part * min(1.0, epsilon / float(size)) for name, part in a.items()}
-        return total
-
-    return gradient

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from longhand import longhand
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer
 
@@ -66,7 +67,7 @@ def distance(first, second):
     [(name, *split) for name in DEFENDED for split in SPLITS if split == (4, 2) or "K=2" in name],
 )
 def test_every_split_is_the_mean_of_the_risk_of_each_micro_batch(
-    tiny_bert, rows, gradient_of_one_step, longhand, name, size, accumulation
+    tiny_bert, rows, gradient_of_one_step, name, size, accumulation
 ):
     defense, weights = DEFENDED[name]
     reference = tiny_bert(dropout=0.0).double()
@@ -152,7 +153,7 @@ def unequal_rows():
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("size", [1, 3])
 def test_causal_models_divide_by_the_labels_of_all_micro_batches(
-    unequal_rows, gradient_of_one_step, train, longhand, kind, size
+    unequal_rows, gradient_of_one_step, train, kind, size
 ):
     """`num_items_in_batch` reaches each pass; a micro-batch without a label adds nothing, and no NaN."""
     defense, weights = DEFENDED["multi_step_risk, K=2"]
@@ -186,7 +187,7 @@ class TakesNoNumberOfItems(nn.Module):
         return {"loss": None if labels is None else nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def test_last_step_of_an_epoch_with_fewer_micro_batches(rows, train, keep_gradients, longhand):
+def test_last_step_of_an_epoch_with_fewer_micro_batches(rows, train, keep_gradients):
     """12 rows in micro-batches of 4, two a step: the second step has one micro-batch, and is divided by one."""
     defense, weights = DEFENDED["multi_step_risk, K=2"]
     options = {**NO_CLIPPING, "gradient_accumulation_steps": 2}

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from for_each import for_each
+from longhand import longhand
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from hf_parcor import SAM, CorruptionConstraint, MultiStepRisk, ParameterDefenseMixin
 from hf_parcor.overriding import counters_kept
@@ -23,21 +24,8 @@ def defended(trainer_class):
     return type("Defended", (ParameterDefenseMixin, trainer_class), {})
 
 
-class KeepGradients(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.kept = [parameter.grad.clone() for parameter in model.parameters()]
-
-
 def stacked(rows):
     return {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}
-
-
-def climb(weights, gradient):
-    """Write w + ε g/‖g‖."""
-    norm = torch.sqrt(sum(part.square().sum() for part in gradient))
-    with torch.no_grad():
-        for weight, part in zip(weights, gradient, strict=True):
-            weight.add_(EPSILON * part / norm)
 
 
 class Counting(Trainer):
@@ -242,24 +230,22 @@ def regularized(trainer_class, *, calls_super):
 
 @pytest.mark.parametrize("calls_super", [True, False])
 @pytest.mark.parametrize("mixin", ["outermost", "inside"])
-def test_the_whole_loss_is_weighted_whoever_computes_it(tiny_bert, rows, train, calls_super, mixin):
+def test_the_whole_loss_is_weighted_whoever_computes_it(tiny_bert, rows, train, keep_gradients, calls_super, mixin):
     """K = 1: the risk's gradient is the mean of those at w and at w + ε g/‖g‖, of the regularizer too."""
     if mixin == "outermost":
         trainer_class = defended(regularized(Trainer, calls_super=calls_super))
     else:
         trainer_class = regularized(defended(Trainer), calls_super=calls_super)
-    model, reference, keep = tiny_bert(dropout=0.0).double(), tiny_bert(dropout=0.0).double(), KeepGradients()
-    train(trainer_class, model, ONE_STEP, rows=rows[:4], callbacks=[keep], defense=MultiStepRisk(L2, steps=1))
-    weights = list(reference.parameters())
+    model, reference = tiny_bert(dropout=0.0).double(), tiny_bert(dropout=0.0).double()
+    defense = MultiStepRisk(L2, steps=1)
+    train(trainer_class, model, ONE_STEP, rows=rows[:4], callbacks=[keep_gradients], defense=defense)
 
-    def gradient():
-        outputs = reference(**stacked(rows[:4]))
-        return torch.autograd.grad(outputs.loss + 0.1 * outputs.logits.square().sum(), weights)
+    def loss_of(call):
+        outputs = call(**stacked(rows[:4]))
+        return outputs.loss + 0.1 * outputs.logits.square().sum()
 
-    clean = gradient()
-    climb(weights, clean)
-    for actual, first, second in zip(keep.kept, clean, gradient(), strict=True):
-        torch.testing.assert_close(actual, (first + second) / 2, rtol=1e-9, atol=1e-12)
+    expected = longhand(reference, loss_of, [0.5, 0.5], EPSILON)
+    torch.testing.assert_close(keep_gradients.kept[0], expected, rtol=1e-9, atol=1e-12)
 
 
 class WithHead(Trainer):
@@ -293,10 +279,15 @@ def test_a_probe_leaves_no_gradient_in_parameters_outside_the_model(tiny_bert, r
 
     def gradient(parameters):
         loss = nn.functional.cross_entropy(trainer.head(reference(**batch).logits), labels)
-        return torch.autograd.grad(loss, list(parameters))
+        return torch.autograd.grad(loss, parameters)
 
-    climb(reference.parameters(), gradient(reference.parameters()))
-    for actual, wanted in zip(kept.values(), gradient(trainer.head.parameters()), strict=True):
+    weights = list(reference.parameters())
+    clean = gradient(weights)
+    norm = torch.sqrt(sum(part.square().sum() for part in clean))
+    with torch.no_grad():
+        for weight, part in zip(weights, clean, strict=True):
+            weight.add_(EPSILON * part / norm)
+    for actual, wanted in zip(kept.values(), gradient(list(trainer.head.parameters())), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from longhand import longhand
 from torch import nn
 from transformers import Trainer
 
@@ -12,7 +13,7 @@ from hf_parcor import CorruptionConstraint, MultiStepRisk, ParameterDefenseTrain
 L2 = CorruptionConstraint(epsilon=0.2)
 
 
-def longhand_under_autocast(longhand, model, rows, steps):
+def longhand_under_autocast(model, rows, steps):
     inputs = {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}
     labels = inputs.pop("labels")
 
@@ -26,7 +27,7 @@ def longhand_under_autocast(longhand, model, rows, steps):
 
 class TestBFloat16:
     @pytest.mark.parametrize("accumulation", [1, 2])
-    def test_autocast(self, tiny_bert, rows, train, keep_gradients, longhand, accumulation):
+    def test_autocast(self, tiny_bert, rows, train, keep_gradients, accumulation):
         """The weights stay in float32, the corruption has the norm asked for, and each pass sees corrupted weights."""
         options = {"bf16": True, "max_steps": 1, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
         options["gradient_accumulation_steps"] = accumulation
@@ -41,7 +42,7 @@ class TestBFloat16:
         assert log["corruption_norm"] == pytest.approx(0.2, rel=1e-3)
         assert log["corruption_norm_asked"] == pytest.approx(0.2, rel=1e-3)
         reference = tiny_bert(dropout=0.0)
-        parts = [longhand_under_autocast(longhand, reference, rows[4 * i : 4 * i + 4], 2) for i in range(accumulation)]
+        parts = [longhand_under_autocast(reference, rows[4 * i : 4 * i + 4], 2) for i in range(accumulation)]
         # BERT does not divide by the number of micro-batches, in stock training neither.
         expected = {name: sum(part[name] for part in parts) for name in kept}
         apart = sum((kept[name] - expected[name]).square().sum() for name in kept)

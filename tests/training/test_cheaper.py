@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from for_each import for_each
+from longhand import longhand
 from operations import count_operations
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_structure
@@ -93,9 +94,7 @@ def summed_loss(logits, labels):
 @pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("family", MODELS)
-def test_a_part_of_the_batch_keeps_the_scale_of_the_loss(
-    sentences, train, keep_gradients, longhand, name, accumulation, family
-):
+def test_a_part_of_the_batch_keeps_the_scale_of_the_loss(sentences, train, keep_gradients, name, accumulation, family):
     """The model divides by the labels of the whole step; a part stands for its batch, whatever labels it has."""
     defense, weights, seen = PARTS[name]
     build, first = MODELS[family]

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from longhand import longhand
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -53,9 +54,7 @@ def batch_of(rows):
         (2, 3, "last-encoder-layer", 0.1),
     ],
 )
-def test_gradient_of_the_optimizer_is_that_of_the_risk(
-    tiny_bert, rows, train, longhand, steps, accumulation, target, smoothing
-):
+def test_gradient_of_the_optimizer_is_that_of_the_risk(tiny_bert, rows, train, steps, accumulation, target, smoothing):
     """Each micro-batch climbs along its own gradient, whatever was accumulated before."""
     model = tiny_bert(dropout=0.0).double()
     keep = KeepGradients()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers as tf
+from longhand import longhand_passes
 from torch import nn
 
 from hf_parcor import CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
@@ -173,25 +174,16 @@ class Passes(tf.TrainerCallback):
         self.gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def longhand_gradients(model, forwards):
-    """The gradient of each pass of paper 2, Eq. 24, for L2, without the parameters that took no part in it."""
-    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    a = {name: torch.zeros_like(base[name]) for name in trained}
-    passes = []
-    for inputs, generator in forwards:
+def replayed(family, forwards):
+    """The gradient of each pass of paper 2, Eq. 24, at the inputs and with the random numbers that it had."""
+    kept = iter(forwards)
+
+    def loss_of(call):
+        inputs, generator = next(kept)
         torch.set_rng_state(generator)
-        values = {name: (value + a.get(name, 0)).requires_grad_(name in a) for name, value in base.items()}
-        loss = torch.func.functional_call(model, values, kwargs=inputs).loss
-        parts = torch.autograd.grad(loss, [values[name] for name in trained], allow_unused=True)
-        gradient = {name: part for name, part in zip(trained, parts, strict=True) if part is not None}
-        passes.append(gradient)
-        norm = torch.sqrt(sum(part.square().sum() for part in gradient.values()))
-        for name, part in gradient.items():
-            a[name] = a[name] + 1.5 * EPSILON / STEPS * part / norm
-        size = torch.sqrt(sum(part.square().sum() for part in a.values()))
-        a = {name: part * min(1.0, EPSILON / float(size)) for name, part in a.items()}
-    return passes
+        return call(**inputs).loss
+
+    return longhand_passes(family.build().train(), loss_of, len(forwards) - 1, EPSILON)
 
 
 def one_step(family, train, trainer_class=ParameterDefenseTrainer, **options):
@@ -215,8 +207,7 @@ def test_gradient_is_that_of_the_risk(name, train):
     """Dropout is on: the reference replays the random numbers of each pass."""
     family = FAMILIES[name]
     trainer, passes = one_step(family, train, defense=DEFENSE)
-    reference = family.build()
-    expected = longhand_gradients(reference.train(), passes.forwards)
+    expected = replayed(family, passes.forwards)
     assert len(expected) == STEPS + 1
     assert passes.gradient.keys() == {key for part in expected for key in part}
     scale = max(float(value.abs().max()) for value in passes.gradient.values())
@@ -229,7 +220,7 @@ def test_gradient_is_that_of_the_risk(name, train):
             atol=family.rtol * scale,
             msg=lambda text, key=key: f"{key}: {text}",
         )
-    for (key, weight), before in zip(trainer.model.named_parameters(), reference.parameters(), strict=True):
+    for (key, weight), before in zip(trainer.model.named_parameters(), family.build().parameters(), strict=True):
         assert torch.equal(weight, before), key
 
 
@@ -237,7 +228,7 @@ def test_gradient_is_that_of_the_risk(name, train):
 def test_layers_may_take_part_in_some_passes_only(name, train):
     """What the table is there for: some layer must have a gradient in one pass and none in another."""
     _, passes = one_step(FAMILIES[name], train, defense=DEFENSE)
-    expected = longhand_gradients(FAMILIES[name].build().train(), passes.forwards)
+    expected = replayed(FAMILIES[name], passes.forwards)
     count = {key: sum(key in part for part in expected) for key in passes.gradient}
     assert {key for key, passes_of_key in count.items() if passes_of_key <= STEPS and ".layers." in key}
     assert {key for key, passes_of_key in count.items() if passes_of_key == STEPS + 1}
@@ -247,7 +238,7 @@ def test_layers_may_take_part_in_some_passes_only(name, train):
 def test_experts_may_take_part_in_some_passes_only(name, train):
     """All experts of a layer are one tensor: an expert without a token has a gradient of zero, not none."""
     _, passes = one_step(FAMILIES[name], train, defense=DEFENSE)
-    expected = longhand_gradients(FAMILIES[name].build().train(), passes.forwards)
+    expected = replayed(FAMILIES[name], passes.forwards)
     keys = [key for key in passes.gradient if key.endswith("experts.down_proj")]
     busy = torch.stack([torch.stack([part[key].flatten(1).any(1) for key in keys]) for part in expected]).sum(0)
     assert ((busy > 0) & (busy <= STEPS)).any()

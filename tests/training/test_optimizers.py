@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from for_each import for_each
+from longhand import longhand
 from transformers import Trainer
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -59,7 +60,7 @@ def test_every_optimizer_has_a_row():
 
 
 @pytest.mark.parametrize("optim", RUNS)
-def test_one_step_is_the_optimizer_on_the_gradient_of_the_risk(tiny_bert, rows, train, arguments, longhand, optim):
+def test_one_step_is_the_optimizer_on_the_gradient_of_the_risk(tiny_bert, rows, train, arguments, optim):
     options = {"optim": optim, "max_steps": 1, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
     options["weight_decay"] = 0.1
     model, reference = tiny_bert(dropout=0.0).double(), tiny_bert(dropout=0.0).double()

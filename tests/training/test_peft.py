@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import transformers as tf
+from longhand import longhand
 from torch import nn
 
 from hf_parcor import (
@@ -81,7 +82,7 @@ class KeepGradients(tf.TrainerCallback):
     ],
     ids=["adapters", "adapters and head", "regex", "B alone", "saved head", "layer", "DoRA"],
 )
-def test_gradient_of_the_adapters_is_that_of_the_risk(lora, rows, batch, train, longhand, targets, settings, defended):
+def test_gradient_of_the_adapters_is_that_of_the_risk(lora, rows, batch, train, targets, settings, defended):
     reference, model, keep = lora(**settings), lora(**settings), KeepGradients()
     trained = [name for name, parameter in reference.named_parameters() if parameter.requires_grad]
     selected = [name for name in trained if re.search(defended, name)]

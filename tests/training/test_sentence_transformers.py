@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
+from longhand import longhand
 
 from hf_parcor import SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseMixin
 from hf_parcor.cards.mixin import PublishingMixin
@@ -163,7 +164,7 @@ class Keep(tf.TrainerCallback):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradient_is_that_of_the_risk(name, arguments, encoder, longhand):
+def test_gradient_is_that_of_the_risk(name, arguments, encoder):
     """Of the model and of the loss; the corruption is of the model alone."""
     (build, rows), keep = LOSSES[name], Keep()
     model = encoder(torch.float64)

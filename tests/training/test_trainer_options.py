@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from longhand import longhand
 from transformers import Trainer
 
 from hf_parcor import ACRT, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
@@ -38,7 +39,7 @@ def losses_of(trainer):
 
 class TestClipping:
     @pytest.fixture
-    def step(self, tiny_bert, rows, train, keep_gradients, longhand):
+    def step(self, tiny_bert, rows, train, keep_gradients):
         """Take one step of two micro-batches; returns the Trainer, its gradient, and the longhand one."""
 
         def run(max_grad_norm):

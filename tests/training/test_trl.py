@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
+from longhand import longhand
 from torch import nn
 
 from hf_parcor import (
@@ -172,7 +173,7 @@ class Passes(tf.TrainerCallback):
     [("nll", False, True), ("nll", True, True), ("nll", True, False), ("dft", False, False)],
     ids=["recomputed", "LoRA, recomputed", "LoRA, stored", "DFT, stored"],
 )
-def test_gradient_of_fine_tuning_is_that_of_the_risk(fine_tune, longhand, loss_type, adapters, checkpointing):
+def test_gradient_of_fine_tuning_is_that_of_the_risk(fine_tune, loss_type, adapters, checkpointing):
     """Activations are recomputed in backward by TRL's default: at the corrupted weights, or the gradient is wrong."""
     keep, model = Passes(), tiny_llama(torch.float64)
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False) if adapters else None

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from for_each import for_each
+from longhand import longhand
 from torch.nn import functional
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, get_scheduler
 
@@ -40,25 +41,16 @@ def smoothed(logits, labels, items):
 
 
 def risk_gradient(model, batches, selected, items, steps):
-    """The gradient of the mean of the smoothed losses at w + a_k, a_k from this micro-batch alone: longhand, L2."""
-    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    total = {name: torch.zeros_like(value) for name, value in base.items()}
+    """The gradient of the mean of the smoothed losses at w + a_k, a_k from this micro-batch alone."""
+    parts = []
     for batch in batches:
-        labels = batch["labels"]
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        a = {name: torch.zeros_like(base[name]) for name in selected}
-        for _ in range(steps + 1):
-            values = {name: (value + a.get(name, 0)).requires_grad_() for name, value in base.items()}
-            logits = torch.func.functional_call(model, values, kwargs=inputs).logits
-            loss = smoothed(logits, labels, items)
-            parts = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
-            found = {n: torch.zeros_like(base[n]) if g is None else g for n, g in zip(values, parts, strict=True)}
-            total = {name: total[name] + found[name] / (steps + 1) for name in total}
-            norm = math.sqrt(sum(float(found[name].square().sum()) for name in selected))
-            a = {name: a[name] + 1.5 * EPSILON / steps * found[name] / norm for name in selected}
-            size = math.sqrt(sum(float(part.square().sum()) for part in a.values()))
-            a = {name: part * min(1.0, EPSILON / size) for name, part in a.items()}
-    return total
+
+        def loss_of(call, inputs=inputs, labels=batch["labels"]):
+            return smoothed(call(**inputs).logits, labels, items)
+
+        parts.append(longhand(model, loss_of, [1 / (steps + 1)] * (steps + 1), EPSILON, selected))
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
 
 
 class Keeping(Trainer):
