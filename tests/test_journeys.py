@@ -18,6 +18,7 @@ import torch
 import yaml
 from example_program import run_example
 from local_models import save_bert, write_rows
+from trainings import QUIET, accuracy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_parcor import (
@@ -168,8 +169,7 @@ def test_a_trainer_user(folder):
     model, tokenizer = classifier("model")
     arguments = TrainingArguments(
         **{"output_dir": "run", "num_train_epochs": 8, "learning_rate": 0.02, "per_device_train_batch_size": 8},
-        **{"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_strategy": "no"},
-        dataloader_pin_memory=False,
+        **QUIET,
     )
     trainer = ParameterDefenseTrainer(
         model=model,
@@ -177,7 +177,7 @@ def test_a_trainer_user(folder):
         train_dataset=encoded(tokenizer, SENTENCES),
         eval_dataset=encoded(tokenizer, DEV),
         processing_class=tokenizer,
-        compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
+        compute_metrics=accuracy,
         defense=MultiStepRisk(CorruptionConstraint(epsilon=0.05), start_epoch=2),
         target_modules="last-encoder-layer",
     )

@@ -18,6 +18,7 @@ import torch
 from iwslt_distribution import distribution, tar
 from local_models import save_bert, write_sentences
 from torch.utils.data import DataLoader
+from trainings import QUIET
 from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser, TrainingArguments
 
 import hf_parcor
@@ -58,14 +59,7 @@ def taken_for_granted(tmp_path):
         "eval_dataset": rows,
         "train_loader": DataLoader(rows, batch_size=2),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.0),
-        "training_args": TrainingArguments(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=2,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        ),
+        "training_args": TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=2, **QUIET),
         "batches": [
             {"input_ids": torch.stack([row["input_ids"] for row in rows]), "labels": torch.tensor([0, 1] * 4)}
         ],

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from trainings import QUIET
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 from hf_parcor import (
@@ -40,10 +41,8 @@ def make_trainer(tmp_path):
 
     def make(defense=None, **options):
         defense = defense or MultiStepRisk(L2, steps=1)
-        settings = {"save_strategy": "no", "max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path), dataloader_pin_memory=False, logging_steps=1, **{**settings, **options}
-        )
+        settings = {**QUIET, "max_steps": 2, "logging_steps": 1, **options}
+        arguments = TrainingArguments(output_dir=str(tmp_path), **settings)
         return ParameterDefenseTrainer(
             model_init=model_init, args=arguments, train_dataset=rows, eval_dataset=rows, defense=defense
         )

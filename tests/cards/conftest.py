@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import HfApi
+from trainings import QUIET, accuracy
 from transformers import TrainingArguments
 
 from hf_parcor import (
@@ -176,10 +177,6 @@ def api(hub):
     return HfApi(endpoint=hub.endpoint, token=hub_server.TOKEN)
 
 
-def accuracy(prediction):
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
 @pytest.fixture
 def model(tiny_bert):
     torch.manual_seed(0)
@@ -192,15 +189,11 @@ def make(tmp_path, model, labelled_rows):
 
     def build(kind=ParameterDefenseTrainer, trained=model, **options):
         defaults = {
+            **QUIET,
             "output_dir": str(tmp_path / "tiny"),
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "save_strategy": "no",
             "eval_strategy": "epoch",
             "logging_steps": 1,
             "max_steps": 3,
-            "dataloader_pin_memory": False,
         }
         arguments = TrainingArguments(**{**defaults, **options})
         return kind(trained, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=accuracy)

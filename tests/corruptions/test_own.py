@@ -11,6 +11,7 @@ import pytest
 import torch
 from for_each import for_each
 from torch import nn
+from trainings import QUIET
 from transformers import TrainingArguments
 
 import hf_parcor.corruptions
@@ -109,10 +110,7 @@ def test_training_against_it_takes_the_gradient_where_it_is_written(tiny_bert, t
         optim="sgd",
         max_grad_norm=0.0,
         per_device_train_batch_size=4,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+        **QUIET,
     )
     rows = [{"input_ids": [1, 2, 3], "labels": label} for label in (0, 1, 1, 1)]
     defense = CorruptionRisk(StuckAtZero(1.0), clean_weight=0)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from differential.hostile import CASES, PopsWhatIsNested, boxed, detector
 from for_each import for_each
 from torch import nn
+from trainings import QUIET, losses_of
 from transformers.loss.loss_for_object_detection import HungarianMatcher
 
 from hf_parcor import (
@@ -76,17 +77,13 @@ def in_double():
 def trainer_of(name, defense=None, **settings):
     case = CASES[name]
     options = {
+        **QUIET,
         "output_dir": "unused",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
         "logging_steps": 1,
         "max_steps": 3,
         "optim": "sgd",
         "learning_rate": 0.1,
         "per_device_train_batch_size": 4,
-        "dataloader_pin_memory": False,
         **case.options,
     }
     kind = case.trainer if defense is None else case.defended()
@@ -129,10 +126,6 @@ def trained(trainer):
     return trainer
 
 
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 def leaves(batch):
     if isinstance(batch, dict):
         return [(f"{name}.{inner}", leaf) for name, part in batch.items() for inner, leaf in leaves(part)]
@@ -165,7 +158,7 @@ class TestTraining:
     @for_each("defense", ["multi-step", "random start"])
     def test_a_defense_that_does_nothing_trains_as_the_stock_trainer(self, name, defense):
         stock, ours = stock_run(name), trained(trainer_of(name, DEFENSES[defense]))
-        assert losses(ours) == pytest.approx(losses(stock), abs=1e-6)
+        assert losses_of(ours) == pytest.approx(losses_of(stock), abs=1e-6)
         assert_same_model(ours.model, stock.model, near(name), buffers_close=True)
 
     @pytest.mark.slow
@@ -191,7 +184,7 @@ class TestTraining:
             trained(trainer_of(name, defense, target_modules=case.head, reuse_prefix=reuse)) for reuse in (True, False)
         )
         assert (reused.shared_prefix is not None) == case.reused
-        assert losses(reused) == pytest.approx(losses(full), rel=1e-12)
+        assert losses_of(reused) == pytest.approx(losses_of(full), rel=1e-12)
         # A part that computes in float32 rounds sums in another order to its own digits.
         summed = {"rtol": 1e-10, "atol": 1e-12 if case.close < 1e-6 else 1e-8}
         for (key, one), other in zip(reused.model.named_parameters(), full.model.parameters(), strict=True):

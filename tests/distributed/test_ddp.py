@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 from another_device.device import placed, rank_device
 from torch import distributed, nn
+from trainings import IN_ORDER, QUIET, KeepGradients, logs_of
 
 from hf_parcor import (
     ACRT,
@@ -101,11 +102,12 @@ def rows_of(model):
     return rows
 
 
-class Watch(tf.TrainerCallback):
-    """Counts what DDP reduces, and keeps the gradients that the optimizer is about to use."""
+class Watch(KeepGradients):
+    """Counts what DDP reduces, beside the gradients."""
 
     def __init__(self):
-        self.reduced, self.gradients, self.trainer = [], [], None
+        super().__init__()
+        self.reduced, self.trainer = [], None
 
     def on_train_begin(self, args, state, control, **kwargs):
         wrapped = self.trainer.model_wrapped
@@ -117,10 +119,6 @@ class Watch(tf.TrainerCallback):
         sent = distributed.all_reduce(bucket.buffer() / distributed.get_world_size(), async_op=True)
         return sent.get_future().then(lambda future: future.value()[0])
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        named = model.named_parameters()
-        self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
-
 
 def train(build, kind=ParameterDefenseTrainer, ddp=None, prepare=None, batch=2, **settings):
     """Train on the rows in their order, and return what is to be compared."""
@@ -130,7 +128,7 @@ def train(build, kind=ParameterDefenseTrainer, ddp=None, prepare=None, batch=2, 
         "learning_rate": 0.05,
         "optim": "sgd",
         "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
+        **IN_ORDER,
         "per_device_train_batch_size": batch,
         "ddp_bucket_cap_mb": 0.004,  # several buckets
         "logging_steps": 1,
@@ -150,12 +148,7 @@ def train(build, kind=ParameterDefenseTrainer, ddp=None, prepare=None, batch=2, 
     with tempfile.TemporaryDirectory() as folder:
         arguments = tf.TrainingArguments(
             output_dir=folder,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            save_strategy="no",
-            train_sampling_strategy="sequential",
-            dataloader_pin_memory=False,
+            **QUIET,
             **options,
         )
         trainer = Wrapping(model, arguments, train_dataset=rows_of(model), callbacks=[watch], **settings)
@@ -166,10 +159,10 @@ def train(build, kind=ParameterDefenseTrainer, ddp=None, prepare=None, batch=2, 
     return {
         "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
         "buffers": {name: b.clone() for name, b in model.named_buffers()},
-        "gradients": watch.gradients,
+        "gradients": watch.kept,
         "reduced": watch.reduced,
         "reuses": getattr(trainer, "shared_prefix", None) is not None,
-        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "logs": logs_of(trainer),
     }
 
 

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from trainings import QUIET, accuracy
 
 import hf_parcor.evaluation.prefixes as prefixes
 from hf_parcor import (
@@ -295,14 +296,12 @@ def what_users_pass(folder: str) -> dict[str, Any]:
     both = [*ROUNDED, *EXACT]
     prepared = Accelerator(cpu=True).prepare_data_loader(loader)
     assert sum(len(batch["labels"]) for batch in prepared) > 18 / distributed.get_world_size(), "some count twice"
-    arguments = tf.TrainingArguments(
-        output_dir=folder, per_device_eval_batch_size=4, use_cpu=True, report_to="none", disable_tqdm=True
-    )
+    arguments = tf.TrainingArguments(output_dir=folder, per_device_eval_batch_size=4, **QUIET)
     trainer = tf.Trainer(
         model=network,
         args=arguments,
         eval_dataset=rows(),
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        compute_metrics=accuracy,
     )
     return {
         "a loader": evaluated(network, loader, both),

@@ -15,6 +15,7 @@ from another_device.device import rank_device
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from trainings import QUIET
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
 
 from hf_parcor import (
@@ -116,16 +117,12 @@ class KeepGathered(TrainerCallback):
 
 def arguments(folder, world_size, **options):
     defaults = {
+        **QUIET,
         "output_dir": folder,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
         "logging_steps": 1,
         "per_device_train_batch_size": 4 // world_size,
         "max_steps": 10,
         "learning_rate": 1e-2,
-        "dataloader_pin_memory": False,
         "train_sampling_strategy": "sequential",
         "average_tokens_across_devices": False,
         "optim": "sgd",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from trainings import QUIET
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_parcor.translation import TokenBatchesMixin
@@ -11,7 +12,7 @@ from hf_parcor.translation import TokenBatchesMixin
 pytestmark = pytest.mark.slow  # ranks are processes of their own
 
 BOUND, COUNT = 40, 25
-SETTINGS = {"num_train_epochs": 3, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_steps": 1}
+SETTINGS = {**QUIET, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1}
 
 
 class Recording(TokenBatchesMixin, Trainer):
@@ -48,7 +49,7 @@ def trained(folder, stop=None, resume=None):
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     model = BertForSequenceClassification(BertConfig(vocab_size=9, max_position_embeddings=16, **shape))
     rows = [{"number": n, "input_ids": [1 + n % 5] * (1 + n % 9), "labels": [0]} for n in range(COUNT)]
-    arguments = TrainingArguments(folder, save_strategy="steps", remove_unused_columns=False, **SETTINGS)
+    arguments = TrainingArguments(folder, remove_unused_columns=False, **SETTINGS)
     trainer = Recording(model=model, args=arguments, train_dataset=rows, data_collator=collate, max_tokens=BOUND)
     if stop is not None:
         trainer.add_callback(Stop(stop))

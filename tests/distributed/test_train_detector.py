@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from local_models import save_yolos, write_objects
+from trainings import QUIET
 
 pytestmark = [
     pytest.mark.slow,  # ranks are processes of their own
@@ -35,12 +36,7 @@ def evaluated(folder: str) -> list[dict[str, float]]:
     rows = load_rows(str(Path(folder) / "rows.jsonl")).first(3)
     examples, collator = TASK.examples(rows, TASK.find_columns(rows, {}), processed), TASK.collator(processed)
     arguments = ParameterDefenseTrainingArguments(
-        output_dir=folder,
-        per_device_eval_batch_size=1,
-        remove_unused_columns=False,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
+        output_dir=folder, per_device_eval_batch_size=1, remove_unused_columns=False, **QUIET
     )
     trainer = DetectionTrainer(
         model=model, args=arguments, eval_dataset=examples, processing_class=processor, data_collator=collator

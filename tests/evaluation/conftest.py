@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from trainings import QUIET, accuracy
 from transformers import Trainer, TrainingArguments
 
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
@@ -33,23 +34,15 @@ def make(rows, tmp_path, model):
     def build(kind: type[Trainer] = Trainer, *, trained=model, **options):
         own = {name: options.pop(name) for name in ("callbacks", "defense", "compute_loss_func") if name in options}
         defaults = {
+            **QUIET,
             "output_dir": str(tmp_path / "out"),
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "save_strategy": "no",
             "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 5,
             "max_steps": 4,
             "learning_rate": 1e-2,
-            "dataloader_pin_memory": False,
         }
         data = {"train_dataset": rows, "eval_dataset": options.pop("eval_dataset", rows)}
         arguments = TrainingArguments(**{**defaults, **options})
         return kind(model=trained, args=arguments, compute_metrics=accuracy, **data, **own)
 
     return build
-
-
-def accuracy(prediction):
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}

@@ -14,6 +14,7 @@ import torch
 from for_each import for_each
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from trainings import QUIET
 from transformers import (
     Seq2SeqTrainingArguments,
     T5Config,
@@ -359,13 +360,7 @@ def test_texts_generated_by_a_seq2seq_trainer(tmp_path):
     inputs = torch.randint(2, 20, (4, 5))
     rows = [{"input_ids": row, "labels": row} for row in inputs]
     arguments = Seq2SeqTrainingArguments(
-        output_dir=str(tmp_path),
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        predict_with_generate=True,
-        generation_max_length=4,
+        output_dir=str(tmp_path), **QUIET, predict_with_generate=True, generation_max_length=4
     )
     trainer = Seq2SeqParameterDefenseTrainer(
         T5ForConditionalGeneration(config),

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from for_each import for_each
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from trainings import QUIET
 from transformers import TrainingArguments
 
 from hf_parcor import (
@@ -146,7 +147,7 @@ def test_a_step_of_the_trainer(tiny_bert, batches, tmp_path, target) -> None:
     def run(*, keeps: bool) -> list[Tensor]:
         torch.manual_seed(0)
         model = tiny_bert(initializer_range=0.5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+        arguments = TrainingArguments(str(tmp_path), **QUIET)
         trainer = ParameterDefenseTrainer(
             model=model, args=arguments, defense=DEFENSES["multi_step_risk"], target_modules=target
         )

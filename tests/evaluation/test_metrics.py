@@ -7,6 +7,7 @@ import transformers
 from for_each import for_each
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from trainings import QUIET, accuracy
 
 from hf_parcor import CorruptionEvaluator, GaussianNoise, Quantization
 from hf_parcor.evaluation import ClassificationMetric
@@ -92,15 +93,9 @@ class TestOtherLibraries:
         ]
         trainer = transformers.Trainer(
             model=classifier,
-            args=transformers.TrainingArguments(
-                output_dir=str(tmp_path),
-                per_device_eval_batch_size=4,
-                use_cpu=True,
-                report_to="none",
-                disable_tqdm=True,
-            ),
+            args=transformers.TrainingArguments(output_dir=str(tmp_path), per_device_eval_batch_size=4, **QUIET),
             eval_dataset=rows,
-            compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+            compute_metrics=accuracy,
         )
         before = bits_of(classifier)
         corruptions = [GaussianNoise(0.3), Quantization(2)]

@@ -13,6 +13,7 @@ from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from trainings import QUIET
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
 from hf_parcor import CorruptionEvaluator, EvaluationRecord, GaussianNoise, LayerProbe, RobustnessReport, UniformNoise
@@ -305,7 +306,7 @@ class TestRecordsAndVerdicts:
         ]
         trainer = Trainer(
             model=model,
-            args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True),
+            args=TrainingArguments(output_dir=str(tmp_path), **QUIET),
             eval_dataset=rows,
             compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
         )

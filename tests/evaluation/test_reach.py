@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import send_to_device
 from for_each import for_each
 from torch import Tensor, nn
+from trainings import QUIET, losses_of
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from transformers.utils import logging
 
@@ -447,9 +448,7 @@ def test_a_defense_of_adapters_on_such_weights_trains_as_on_plain_ones(kind, tmp
     def trained(prepare: Callable[[nn.Module], nn.Module]) -> tuple[list[float], list[Tensor]]:
         model = HOSTILE[kind][0]().requires_grad_(False)
         model[1] = Adapted(prepare(model[1]).requires_grad_(False))
-        arguments = TrainingArguments(
-            str(tmp_path), use_cpu=True, report_to="none", logging_steps=1, num_train_epochs=1, save_strategy="no"
-        )
+        arguments = TrainingArguments(str(tmp_path), logging_steps=1, num_train_epochs=1, **QUIET)
         rows = [{"input_ids": torch.arange(start, start + 6) % 20, "labels": start % 2} for start in range(24)]
         trainer = ParameterDefenseTrainer(
             model=model,
@@ -458,8 +457,7 @@ def test_a_defense_of_adapters_on_such_weights_trains_as_on_plain_ones(kind, tmp
             defense=MultiStepRisk(CorruptionConstraint(epsilon=0.5), steps=2),
         )
         trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        return losses, [model[1].down.detach(), model[1].up.detach()]
+        return losses_of(trainer), [model[1].down.detach(), model[1].up.detach()]
 
     losses, adapters = trained(lambda layer: layer)
     expected_losses, expected_adapters = trained(plain)

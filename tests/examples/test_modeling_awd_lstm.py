@@ -9,6 +9,7 @@ import torch
 from for_each import for_each
 from modeling_awd_lstm import AwdLstmConfig, AwdLstmForCausalLM
 from torch.nn import functional
+from trainings import IN_ORDER, QUIET
 from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
 from hf_parcor import (
@@ -255,14 +256,9 @@ def steps_of(tmp_path, model, trainer_class=Trainer, learning_rate=0.1, **option
         learning_rate=learning_rate,
         lr_scheduler_type="constant",
         optim="sgd",
-        max_grad_norm=0,
-        train_sampling_strategy="sequential",
+        **IN_ORDER,
         logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+        **QUIET,
     )
     set_seed(0)
     trainer = trainer_class(

@@ -14,6 +14,7 @@ from example_program import run_example
 from for_each import for_each
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from trainings import QUIET
 from transformers import Trainer, TrainingArguments
 
 from hf_parcor import (
@@ -138,17 +139,13 @@ def train(model, folder, defense=None, steps=1, **options):
     """Train on the same batches, as stock or defended, and return the model."""
     arguments = TrainingArguments(
         output_dir=str(folder),
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
+        **QUIET,
         per_device_train_batch_size=6,
         max_steps=steps,
         learning_rate=0.1,
         lr_scheduler_type="constant",
         optim="sgd",
         train_sampling_strategy="sequential",
-        dataloader_pin_memory=False,
         **options,
     )
     whole = batch_of(12)

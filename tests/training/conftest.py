@@ -7,7 +7,8 @@ from dataclasses import fields
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from trainings import QUIET, KeepGradients
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from hf_parcor import CorruptionConstraint, CorruptionRisk, GaussianNoise, GradientCorruption
 from hf_parcor.defenses import DEFENSES
@@ -43,16 +44,12 @@ def rows(labelled_rows):
 def arguments(tmp_path):
     def build(kind=TrainingArguments, **options):
         defaults = {
+            **QUIET,
             "output_dir": str(tmp_path),
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "save_strategy": "no",
             "logging_steps": 1,
             "per_device_train_batch_size": 4,
             "num_train_epochs": 1,
             "learning_rate": 1e-2,
-            "dataloader_pin_memory": False,
         }
         return kind(**{**defaults, **options})
 
@@ -96,17 +93,6 @@ def defense_of():
 def said(caplog):
     """Return a function that finds the warnings so far that hold a phrase."""
     return lambda phrase: [record.getMessage() for record in caplog.records if phrase in record.getMessage()]
-
-
-class KeepGradients(TrainerCallback):
-    """Keeps the gradients that the optimizer is about to use, one dictionary for each of its steps."""
-
-    def __init__(self):
-        self.kept = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        named = model.named_parameters()
-        self.kept.append({name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None})
 
 
 @pytest.fixture

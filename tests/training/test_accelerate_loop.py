@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from longhand import longhand
 from torch import nn
 from torch.nn.functional import cross_entropy
+from trainings import IN_ORDER, stacked
 
 from hf_parcor import (
     ACRT,
@@ -149,11 +150,11 @@ def test_a_loop_is_the_trainer(name, defense_of, tiny_bert, train, rows, keep_gr
     settings = {"corruption": [GradientCorruption(SET), Quantization(4)]} if name == "corruption" else {}
     defense, model = defense_of(name, **settings), tiny_bert(dropout=0.0)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    options = {"max_steps": 1, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+    options = {"max_steps": 1, **IN_ORDER}
     train(ParameterDefenseTrainer, model, options, defense=defense, callbacks=[keep_gradients])
     model.load_state_dict(state)
     model.zero_grad()
-    batch = {key: torch.stack([torch.as_tensor(row[key]) for row in rows[:4]]) for key in rows[0]}
+    batch = stacked(rows[:4])
     defended_backward(Accelerator(cpu=True), defense, model, lambda: model(**batch).loss)
     torch.testing.assert_close(gradients(model), keep_gradients.kept[0], rtol=1e-5, atol=1e-7)
 
@@ -166,11 +167,11 @@ def test_a_part_of_the_batch_is_the_trainer_too(name, defense_of, tiny_bert, tra
     defense = replace(defense_of(name), batch_share=0.5)
     model = tiny_bert(dropout=0.0)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    options = {"max_steps": 1, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+    options = {"max_steps": 1, **IN_ORDER}
     train(ParameterDefenseTrainer, model, options, defense=defense, callbacks=[keep_gradients])
     model.load_state_dict(state)
     model.zero_grad()
-    batch = {key: torch.stack([torch.as_tensor(row[key]) for row in rows[:4]]) for key in rows[0]}
+    batch = stacked(rows[:4])
     sizes = []
 
     def loss_fn(batch):

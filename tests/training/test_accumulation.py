@@ -6,12 +6,12 @@ import pytest
 import torch
 from longhand import longhand
 from torch import nn
+from trainings import UNMOVED, logs_of, stacked
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer
 
 from hf_parcor import ACRT, SAM, CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
 
 L2 = CorruptionConstraint(epsilon=0.2)
-NO_CLIPPING = {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 0.0}
 SPLITS = [(8, 1), (4, 2), (1, 8)]  # batch size x accumulation steps: the same 8 rows
 # Each defense with the weights of its passes in the risk.
 DEFENDED = {
@@ -27,17 +27,13 @@ def mean_over_the_step(outputs, labels, num_items_in_batch=None):
     return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
-def stacked(rows):
-    return {key: torch.as_tensor([torch.as_tensor(row[key]).tolist() for row in rows]) for key in rows[0]}
-
-
 @pytest.fixture
 def gradient_of_one_step(train, keep_gradients):
     """Return the gradient that the optimizer gets after the given rows, in micro-batches of `size`."""
 
     def run(model, rows, size, defense, **extra):
         options = {
-            **NO_CLIPPING,
+            **UNMOVED,
             "per_device_train_batch_size": size,
             "gradient_accumulation_steps": len(rows) // size,
         }
@@ -190,7 +186,7 @@ class TakesNoNumberOfItems(nn.Module):
 def test_last_step_of_an_epoch_with_fewer_micro_batches(rows, train, keep_gradients):
     """12 rows in micro-batches of 4, two a step: the second step has one micro-batch, and is divided by one."""
     defense, weights = DEFENDED["multi_step_risk, K=2"]
-    options = {**NO_CLIPPING, "gradient_accumulation_steps": 2}
+    options = {**UNMOVED, "gradient_accumulation_steps": 2}
     trainer = train(
         ParameterDefenseTrainer,
         TakesNoNumberOfItems(),
@@ -207,7 +203,7 @@ def test_last_step_of_an_epoch_with_fewer_micro_batches(rows, train, keep_gradie
     assert_same(first, {name: (parts[0][name] + parts[1][name]) / 2 for name in first})
     assert_same(second, parts[2])
     stock = train(Trainer, TakesNoNumberOfItems(), options, rows=rows[:12])
-    ours, plain = ([entry for entry in t.state.log_history if "loss" in entry] for t in (trainer, stock))
+    ours, plain = logs_of(trainer), logs_of(stock)
     assert [entry["loss_clean"] for entry in ours] == pytest.approx([entry["loss"] for entry in plain])
 
 
@@ -216,5 +212,5 @@ def test_clean_loss_of_a_classifier_that_ignores_the_number_of_items_is_the_stoc
     options = {"gradient_accumulation_steps": 2, "learning_rate": 0.0}
     stock = train(Trainer, tiny_bert(dropout=0.0), options)
     ours = train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), options, defense=MultiStepRisk(L2, steps=1))
-    logs, plain = ([entry for entry in t.state.log_history if "loss" in entry] for t in (ours, stock))
+    logs, plain = logs_of(ours), logs_of(stock)
     assert [entry["loss_clean"] for entry in logs] == pytest.approx([entry["loss"] for entry in plain], rel=1e-6)

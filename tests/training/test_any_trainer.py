@@ -10,6 +10,7 @@ import torch
 from for_each import for_each
 from longhand import longhand
 from torch import nn
+from trainings import UNMOVED, stacked
 from transformers import Trainer
 
 from hf_parcor import SAM, CorruptionConstraint, MultiStepRisk, ParameterDefenseMixin
@@ -17,15 +18,11 @@ from hf_parcor.overriding import counters_kept
 
 EPSILON = 0.2
 L2 = CorruptionConstraint(epsilon=EPSILON)
-ONE_STEP = {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "max_steps": 1, "learning_rate": 0.0}
+ONE_STEP = {**UNMOVED, "max_steps": 1}
 
 
 def defended(trainer_class):
     return type("Defended", (ParameterDefenseMixin, trainer_class), {})
-
-
-def stacked(rows):
-    return {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}
 
 
 class Counting(Trainer):

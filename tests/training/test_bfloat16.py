@@ -6,6 +6,7 @@ import pytest
 import torch
 from longhand import longhand
 from torch import nn
+from trainings import IN_ORDER, stacked
 from transformers import Trainer
 
 from hf_parcor import CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
@@ -14,7 +15,7 @@ L2 = CorruptionConstraint(epsilon=0.2)
 
 
 def longhand_under_autocast(model, rows, steps):
-    inputs = {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}
+    inputs = stacked(rows)
     labels = inputs.pop("labels")
 
     def loss_of(call):
@@ -29,8 +30,7 @@ class TestBFloat16:
     @pytest.mark.parametrize("accumulation", [1, 2])
     def test_autocast(self, tiny_bert, rows, train, keep_gradients, accumulation):
         """The weights stay in float32, the corruption has the norm asked for, and each pass sees corrupted weights."""
-        options = {"bf16": True, "max_steps": 1, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
-        options["gradient_accumulation_steps"] = accumulation
+        options = {"bf16": True, "max_steps": 1, "gradient_accumulation_steps": accumulation, **IN_ORDER}
         stock = train(Trainer, tiny_bert(dropout=0.0), options)
         model = tiny_bert(dropout=0.0)
         ours = train(

@@ -12,6 +12,7 @@ from longhand import longhand
 from operations import count_operations
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_structure
+from trainings import UNMOVED, logs_of, stacked
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -35,7 +36,6 @@ from hf_parcor.batches import count_first, first_examples, items_of_part, repeat
 
 L2 = CorruptionConstraint(epsilon=0.2)
 LAST = "last-encoder-layer"
-FIXED = {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 0.0}
 # Each defense with the weights of its passes in the risk, and the rows of four that each pass sees.
 PARTS = {
     "multi_step_risk, K=1": (MultiStepRisk(L2, steps=1, batch_share=0.5), [1 / 2] * 2, [4, 2]),
@@ -101,9 +101,7 @@ def test_a_part_of_the_batch_keeps_the_scale_of_the_loss(sentences, train, keep_
     torch.manual_seed(0)
     model = build().double()
     rows = sentences[: 4 * accumulation]
-    batches = [
-        {key: torch.stack([row[key] for row in rows[i : i + 4]]) for key in rows[0]} for i in range(0, len(rows), 4)
-    ]
+    batches = [stacked(rows[i : i + 4]) for i in range(0, len(rows), 4)]
     items = sum((batch["labels"][:, first:] != -100).sum() for batch in batches)
     expected = {key: torch.zeros_like(value) for key, value in model.named_parameters()}
     for batch in batches:
@@ -117,7 +115,7 @@ def test_a_part_of_the_batch_keeps_the_scale_of_the_loss(sentences, train, keep_
 
         for key, part in longhand(model, loss_of, weights).items():
             expected[key] += part
-    options = {**FIXED, "gradient_accumulation_steps": accumulation}
+    options = {**UNMOVED, "gradient_accumulation_steps": accumulation}
     trainer = train(ParameterDefenseTrainer, model, options, rows=rows, defense=defense, callbacks=[keep_gradients])
     (kept,) = keep_gradients.kept
     for key, gradient in kept.items():
@@ -149,7 +147,7 @@ def test_every_third_step_is_defended_and_the_others_are_stock(tiny_bert, train,
         ParameterDefenseTrainer, model, options, defense=MultiStepRisk(L2, steps=2, interval=3), callbacks=[passes]
     )
     assert passes.counts == [accumulation * count for count in (3, 1, 1, 3, 1, 1)]
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logs = logs_of(trainer)
     assert ["sharpness" in entry for entry in logs] == [True, False, False] * 2
     stock = train(Trainer, tiny_bert(), options)
     assert trainer.state.total_flos == pytest.approx(stock.state.total_flos * 10 / 6)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from for_each import for_each
 from torch import nn
+from trainings import losses_of, weights_of
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging as tf_logging
 
@@ -20,14 +21,6 @@ DEFENDED = {
 ONE_STEP = {"max_steps": 1, "train_sampling_strategy": "sequential", "optim": "sgd"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-
-
-def weights_of(model):
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def losses_of(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 class Normalized(nn.Module):

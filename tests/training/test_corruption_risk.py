@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from trainings import logs_of
 from transformers import Trainer, get_scheduler
 
 from hf_parcor import (
@@ -60,7 +61,7 @@ def test_it_is_quantization_aware_training_to_the_last_bit(tiny_bert, train):
         optimizer.zero_grad()
     for (name, found), expected in zip(ours.model.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(found, expected), name
-    (logged, *_) = [entry for entry in ours.state.log_history if "loss" in entry]
+    (logged, *_) = logs_of(ours)
     assert "loss_clean" not in logged  # no pass is at the clean weights
     assert logged["loss"] == pytest.approx(logged["loss_corrupted"], rel=1e-4)
 
@@ -70,7 +71,7 @@ def test_the_strength_grows_with_the_epochs_of_the_trainer(tiny_bert, train, sta
     """Each step with the share of the epochs done before it, to the last step of the ramp and beyond."""
     defense = CorruptionRisk(GradientCorruption(CorruptionConstraint(epsilon=0.2)), start_epoch=start, ramp_epochs=1.5)
     trainer = train(ParameterDefenseTrainer, tiny_bert(), {"num_train_epochs": 3}, defense=defense)
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logged = logs_of(trainer)
     steps_an_epoch = len(logged) / 3
     shares = {
         place: min(1.0, (place / steps_an_epoch - start) / 1.5)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from longhand import longhand
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from trainings import IN_ORDER, logs_of, stacked
+from transformers import Trainer
 
 from hf_parcor import (
     CorruptionConstraint,
@@ -20,24 +21,6 @@ from hf_parcor import (
 from hf_parcor.training import DEFAULT_DEFENSE
 
 L2 = CorruptionConstraint(epsilon=0.2)
-
-
-class KeepGradients(TrainerCallback):
-    """Keeps the gradient that the optimizer is about to use."""
-
-    def __init__(self):
-        self.kept = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.kept.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-
-
-def batch_of(rows):
-    return {
-        "input_ids": torch.stack([row["input_ids"] for row in rows]),
-        "attention_mask": torch.stack([row["attention_mask"] for row in rows]),
-        "labels": torch.tensor([row["labels"] for row in rows]),
-    }
 
 
 @pytest.mark.slow
@@ -54,15 +37,16 @@ def batch_of(rows):
         (2, 3, "last-encoder-layer", 0.1),
     ],
 )
-def test_gradient_of_the_optimizer_is_that_of_the_risk(tiny_bert, rows, train, steps, accumulation, target, smoothing):
+def test_gradient_of_the_optimizer_is_that_of_the_risk(
+    tiny_bert, rows, train, keep_gradients, steps, accumulation, target, smoothing
+):
     """Each micro-batch climbs along its own gradient, whatever was accumulated before."""
     model = tiny_bert(dropout=0.0).double()
-    keep = KeepGradients()
     used, accumulated = rows[: 4 * accumulation], []
     reference = tiny_bert(dropout=0.0).double()
     selected = [n for n, _ in reference.named_parameters() if target == "all" or ".layer.1." in n]
     for i in range(accumulation):
-        batch = batch_of(used[4 * i : 4 * i + 4])
+        batch = stacked(used[4 * i : 4 * i + 4])
         labels = batch.pop("labels")
 
         def loss_of(call, batch=batch, labels=labels):
@@ -74,18 +58,17 @@ def test_gradient_of_the_optimizer_is_that_of_the_risk(tiny_bert, rows, train, s
         model,
         {
             "gradient_accumulation_steps": accumulation,
-            "max_grad_norm": 0.0,
-            "train_sampling_strategy": "sequential",
+            **IN_ORDER,
             "label_smoothing_factor": smoothing,
         },
         rows=used,
-        callbacks=[keep],
+        callbacks=[keep_gradients],
         defense=MultiStepRisk(L2, steps=steps),
         target_modules=target,
         # BERT takes **kwargs, and so is believed to divide by num_items_in_batch itself, which it does not do.
         compute_loss_func=None if smoothing else _mean_over_the_step(accumulation),
     )
-    (kept,) = keep.kept
+    (kept,) = keep_gradients.kept
     tolerance = {"rtol": 1e-5, "atol": 1e-9} if smoothing else {"rtol": 1e-9, "atol": 1e-13}
     for name, gradient in kept.items():
         expected = sum(part[name] for part in accumulated) / accumulation
@@ -101,7 +84,7 @@ def _mean_over_the_step(accumulation):
 
 def test_logs_what_is_known_for_free(tiny_bert, train):
     trainer = train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), defense=MultiStepRisk(L2, steps=2))
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logs = logs_of(trainer)
     assert len(logs) == 6
     for entry in logs:
         assert entry["loss_clean"] < entry["loss"] < entry["loss_corrupted"]
@@ -114,7 +97,7 @@ def test_log_over_several_micro_batches_is_the_mean_over_steps(tiny_bert, train)
     """One step, K = 1: the risk is the mean of both losses, also where a step has several micro-batches."""
     options = {"gradient_accumulation_steps": 3, "logging_steps": 2}
     trainer = train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), options, defense=MultiStepRisk(L2, steps=1))
-    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    (entry,) = logs_of(trainer)
     assert entry["loss"] == pytest.approx((entry["loss_clean"] + entry["loss_corrupted"]) / 2, rel=1e-3)
 
 
@@ -187,7 +170,7 @@ def test_bf16_weights_that_swallow_the_corruption_are_reported_once(tiny_bert, t
     said = [record for record in caplog.records if "swallows" in record.getMessage()]
     assert len(said) == 1
     assert len(said) == 1
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logs = logs_of(trainer)
     assert logs[0]["corruption_norm"] < 0.9e-5
     assert logs[0]["corruption_norm_asked"] == pytest.approx(1e-5, rel=1e-2)
 

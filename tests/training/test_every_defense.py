@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from for_each import for_each
+from trainings import logs_of
 from transformers import BartConfig, BartForConditionalGeneration, Trainer
 
 from hf_parcor import CorruptionConstraint, GaussianNoise, ParameterDefenseTrainer
@@ -30,7 +31,7 @@ def test_trains_and_logs(tiny_bert, train, defense_of, name, target):
     options = {"gradient_accumulation_steps": 2, "num_train_epochs": 6}
     stock = train(Trainer, tiny_bert(dropout=0.0), options)
     ours = train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), options, defense=defense, target_modules=target)
-    plain, logs = ([entry for entry in t.state.log_history if "loss" in entry] for t in (stock, ours))
+    plain, logs = logs_of(stock), logs_of(ours)
     assert len(logs) == len(plain) == ours.state.global_step
     # Before the first update both see the same weights, and the log of the clean loss must agree.
     assert logs[0]["loss_clean"] == pytest.approx(plain[0]["loss"], rel=1e-5)
@@ -100,7 +101,7 @@ def test_layers_that_take_no_part_are_not_corrupted(train, defense_of, name):
     trainer = train(
         ParameterDefenseTrainer, model, rows=rows, defense=defense_of(name), target_modules="last-decoder-layer"
     )
-    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    (entry,) = logs_of(trainer)
     if name != "corruption":  # which needs no gradient to round weights that nothing reads
         assert entry["corruption_norm"] == 0
     assert entry["loss"] == pytest.approx(entry["loss_clean"], rel=0.1)

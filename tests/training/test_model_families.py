@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from longhand import longhand_passes
 from torch import nn
+from trainings import UNMOVED, KeepGradients
 
 from hf_parcor import CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
 
@@ -159,19 +160,16 @@ FAMILIES = {
 }
 
 
-class Passes(tf.TrainerCallback):
-    """Keeps the inputs and the random generator's state of every forward, and the gradient of the optimizer."""
+class Passes(KeepGradients):
+    """Keeps the inputs and the random generator's state of every forward, beside the gradients."""
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self.forwards: list[tuple[dict[str, object], torch.Tensor]] = []
-        self.gradient: dict[str, torch.Tensor] = {}
         model.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def _keep(self, module, args, kwargs):
         self.forwards.append((dict(kwargs), torch.get_rng_state()))
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def replayed(family, forwards):
@@ -187,16 +185,9 @@ def replayed(family, forwards):
 
 
 def one_step(family, train, trainer_class=ParameterDefenseTrainer, **options):
-    """Run one step with a learning rate of zero: what changes is changed by the step itself."""
     model, batch = family.build(), family.data(6)
     passes = Passes(model)
-    settings = {
-        "max_steps": 1,
-        "per_device_train_batch_size": 6,
-        "max_grad_norm": 0.0,
-        "learning_rate": 0.0,
-        "train_sampling_strategy": "sequential",
-    }
+    settings = {**UNMOVED, "max_steps": 1, "per_device_train_batch_size": 6}
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     return train(trainer_class, model, settings, rows=rows, callbacks=[passes], **options), passes
 
@@ -209,9 +200,9 @@ def test_gradient_is_that_of_the_risk(name, train):
     trainer, passes = one_step(family, train, defense=DEFENSE)
     expected = replayed(family, passes.forwards)
     assert len(expected) == STEPS + 1
-    assert passes.gradient.keys() == {key for part in expected for key in part}
-    scale = max(float(value.abs().max()) for value in passes.gradient.values())
-    for key, gradient in passes.gradient.items():
+    assert passes.kept[0].keys() == {key for part in expected for key in part}
+    scale = max(float(value.abs().max()) for value in passes.kept[0].values())
+    for key, gradient in passes.kept[0].items():
         total = sum(part[key] for part in expected if key in part) / (STEPS + 1)
         torch.testing.assert_close(
             gradient,
@@ -229,7 +220,7 @@ def test_layers_may_take_part_in_some_passes_only(name, train):
     """What the table is there for: some layer must have a gradient in one pass and none in another."""
     _, passes = one_step(FAMILIES[name], train, defense=DEFENSE)
     expected = replayed(FAMILIES[name], passes.forwards)
-    count = {key: sum(key in part for part in expected) for key in passes.gradient}
+    count = {key: sum(key in part for part in expected) for key in passes.kept[0]}
     assert {key for key, passes_of_key in count.items() if passes_of_key <= STEPS and ".layers." in key}
     assert {key for key, passes_of_key in count.items() if passes_of_key == STEPS + 1}
 
@@ -239,7 +230,7 @@ def test_experts_may_take_part_in_some_passes_only(name, train):
     """All experts of a layer are one tensor: an expert without a token has a gradient of zero, not none."""
     _, passes = one_step(FAMILIES[name], train, defense=DEFENSE)
     expected = replayed(FAMILIES[name], passes.forwards)
-    keys = [key for key in passes.gradient if key.endswith("experts.down_proj")]
+    keys = [key for key in passes.kept[0] if key.endswith("experts.down_proj")]
     busy = torch.stack([torch.stack([part[key].flatten(1).any(1) for key in keys]) for part in expected]).sum(0)
     assert ((busy > 0) & (busy <= STEPS)).any()
 
@@ -268,6 +259,6 @@ def test_experts_in_one_grouped_multiplication(train):
     for kernel in ("eager", "grouped_mm"):
         config = tf.MixtralConfig(**DECODER, **{**EXPERTS, "experts_implementation": kernel}, num_local_experts=4)
         family = Family(tf.MixtralForCausalLM, config, written, dtype=torch.float32)
-        gradients.append(one_step(family, train, defense=DEFENSE)[1].gradient)
+        gradients.append(one_step(family, train, defense=DEFENSE)[1].kept[0])
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-3, atol=1e-5)

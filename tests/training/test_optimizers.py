@@ -8,6 +8,7 @@ import pytest
 import torch
 from for_each import for_each
 from longhand import longhand
+from trainings import IN_ORDER, stacked
 from transformers import Trainer
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -61,11 +62,10 @@ def test_every_optimizer_has_a_row():
 
 @pytest.mark.parametrize("optim", RUNS)
 def test_one_step_is_the_optimizer_on_the_gradient_of_the_risk(tiny_bert, rows, train, arguments, optim):
-    options = {"optim": optim, "max_steps": 1, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
-    options["weight_decay"] = 0.1
+    options = {"optim": optim, "max_steps": 1, "weight_decay": 0.1, **IN_ORDER}
     model, reference = tiny_bert(dropout=0.0).double(), tiny_bert(dropout=0.0).double()
     before = {name: value.detach().clone() for name, value in reference.named_parameters()}
-    inputs = {key: torch.stack([torch.as_tensor(row[key]) for row in rows[:4]]) for key in rows[0]}
+    inputs = stacked(rows[:4])
     gradient = longhand(reference, lambda call: call(**inputs).loss, [0.5, 0.5])
     by_hand = Trainer(model=reference, args=arguments(**options)).create_optimizer()
     for name, parameter in reference.named_parameters():

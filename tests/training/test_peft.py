@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from longhand import longhand
 from torch import nn
+from trainings import IN_ORDER, logs_of, stacked
 
 from hf_parcor import (
     BitFlips,
@@ -60,12 +61,7 @@ def lora(tiny_bert):
 
 @pytest.fixture
 def batch(rows):
-    return {key: torch.stack([torch.as_tensor(row[key]) for row in rows[:8]]) for key in rows[0]}
-
-
-class KeepGradients(tf.TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.kept = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return stacked(rows[:8])
 
 
 @pytest.mark.slow
@@ -82,17 +78,19 @@ class KeepGradients(tf.TrainerCallback):
     ],
     ids=["adapters", "adapters and head", "regex", "B alone", "saved head", "layer", "DoRA"],
 )
-def test_gradient_of_the_adapters_is_that_of_the_risk(lora, rows, batch, train, targets, settings, defended):
-    reference, model, keep = lora(**settings), lora(**settings), KeepGradients()
+def test_gradient_of_the_adapters_is_that_of_the_risk(
+    lora, rows, batch, train, keep_gradients, targets, settings, defended
+):
+    reference, model = lora(**settings), lora(**settings)
     trained = [name for name, parameter in reference.named_parameters() if parameter.requires_grad]
     selected = [name for name in trained if re.search(defended, name)]
-    options = {"per_device_train_batch_size": 8, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+    options = {"per_device_train_batch_size": 8, **IN_ORDER}
     trainer = train(
         ParameterDefenseTrainer,
         model,
         options,
         rows=rows[:8],
-        callbacks=[keep],
+        callbacks=[keep_gradients],
         defense=DEFENSE,
         target_modules=targets,
     )
@@ -102,8 +100,9 @@ def test_gradient_of_the_adapters_is_that_of_the_risk(lora, rows, batch, train, 
         return nn.functional.cross_entropy(call(input_ids=batch["input_ids"]).logits, batch["labels"])
 
     expected = longhand(reference, loss_of, [1 / (STEPS + 1)] * (STEPS + 1), EPSILON, selected)
-    assert keep.kept.keys() == expected.keys()
-    for name, gradient in keep.kept.items():
+    (kept,) = keep_gradients.kept
+    assert kept.keys() == expected.keys()
+    for name, gradient in kept.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-13)
     for (name, weight), before in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert torch.equal(weight, before) == (name not in trained), name
@@ -172,7 +171,7 @@ def test_merged_model_is_the_adapted_one_and_can_be_measured_and_defended(lora, 
     merged.requires_grad_(True)  # PEFT leaves frozen what it froze
     trainer = train(ParameterDefenseTrainer, merged, rows=rows, defense=DEFENSE)
     assert len(trainer.defended_parameters()) == len(before)
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logs = logs_of(trainer)
     assert all(entry["loss_corrupted"] > entry["loss_clean"] for entry in logs)
     assert not torch.equal(
         merged.bert.embeddings.word_embeddings.weight, before["bert.embeddings.word_embeddings.weight"]

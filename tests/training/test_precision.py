@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
+from trainings import logs_of, weights_of
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from hf_parcor import ACRT, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
@@ -53,10 +54,6 @@ def fp16(scaled, monkeypatch):
     return scaled
 
 
-def weights_of(model):
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
 def assert_same_weights(first, second):
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -73,7 +70,7 @@ class TestScaledLoss:
         ours = train(scaled, tiny_bert(), options, defense=DEFENDED[name])
         assert ours.accelerator.scaler.get_scale() == SCALE
         assert_same_weights(weights_of(plain.model), weights_of(ours.model))
-        losses, expected = ([e for e in t.state.log_history if "loss" in e] for t in (ours, plain))
+        losses, expected = logs_of(ours), logs_of(plain)
         for key in ("loss", "loss_clean", "loss_corrupted", "corruption_norm", "grad_norm"):
             assert [entry[key] for entry in losses] == [entry[key] for entry in expected]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as tf
 from longhand import longhand
+from trainings import logs_of
 
 from hf_parcor import SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseMixin
 from hf_parcor.cards.mixin import PublishingMixin
@@ -129,10 +130,6 @@ def train_encoder(arguments, encoder):
         return trainer
 
     return run
-
-
-def logs_of(trainer):
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from accelerate.utils import compare_versions
 from for_each import for_each
 from operations import count_operations
 from torch import nn
+from trainings import QUIET
 
 from hf_parcor import (
     ACRT,
@@ -165,7 +166,7 @@ def test_operations_of_the_last_of_six_layers(tmp_path):
     )
     model = tf.BertForSequenceClassification(config)
     batch = {"input_ids": torch.randint(100, (1, 64)), "labels": torch.tensor([1])}
-    arguments = tf.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    arguments = tf.TrainingArguments(output_dir=str(tmp_path), **QUIET)
     counted = []
     for trainer in (
         tf.Trainer(model, arguments),

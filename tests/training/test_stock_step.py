@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from trainings import logs_of, losses_of
 from transformers import Trainer
 
 from hf_parcor import (
@@ -44,14 +45,14 @@ def test_start_epoch_begins_in_the_middle(tiny_bert, train):
     options = {"num_train_epochs": 2}
     stock = train(Trainer, tiny_bert(), options)
     ours = train(ParameterDefenseTrainer, tiny_bert(), options, defense=MultiStepRisk(L2, steps=1, start_epoch=1.0))
-    logs = [entry for entry in ours.state.log_history if "loss" in entry]
-    plain = [entry for entry in stock.state.log_history if "loss" in entry]
+    logs = logs_of(ours)
+    plain = logs_of(stock)
     assert [entry["loss"] for entry in logs[:6]] == [entry["loss"] for entry in plain[:6]]
     assert ["loss_corrupted" in entry for entry in logs] == [False] * 6 + [True] * 6
 
 
 def _assert_same_run(stock: Trainer, ours: Trainer) -> None:
-    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (stock, ours)]
+    losses = [losses_of(trainer) for trainer in (stock, ours)]
     assert losses[0]
     assert losses[0] == losses[1]
     assert stock.state.total_flos == ours.state.total_flos

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from longhand import longhand
+from trainings import logs_of, losses_of, stacked, weights_of
 from transformers import Trainer
 
 from hf_parcor import ACRT, SAM, CorruptionConstraint, GradientPenalty, MultiStepRisk, ParameterDefenseTrainer
@@ -24,17 +25,9 @@ ONE_STEP = {"max_steps": 1, "train_sampling_strategy": "sequential", "optim": "s
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
 
 
-def weights_of(model):
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
 def assert_same_weights(first, second):
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-
-
-def losses_of(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 class TestClipping:
@@ -57,7 +50,7 @@ class TestClipping:
             parts = []
             for start in (0, 4):
                 used = rows[start : start + 4]
-                inputs = {key: torch.stack([torch.as_tensor(row[key]) for row in used]) for key in used[0]}
+                inputs = stacked(used)
                 parts.append(longhand(reference, lambda call, i=inputs: call(**i).loss, [1 / 3, 1 / 3, 1 / 3]))
             # BERT does not divide by the number of micro-batches, in stock training neither.
             expected = {name: parts[0][name] + parts[1][name] for name in parts[0]}
@@ -170,7 +163,7 @@ def test_batch_size_found_after_running_out_of_memory(tiny_bert, train, rows, at
     )
     assert found.state.train_batch_size == 7
     assert_same_weights(weights_of(plain.model), weights_of(found.model))
-    logs, expected = ([e for e in t.state.log_history if "loss" in e] for t in (found, plain))
+    logs, expected = logs_of(found), logs_of(plain)
     for key in ("loss", "loss_clean", "loss_corrupted", "corruption_norm"):
         assert [entry[key] for entry in logs] == [entry[key] for entry in expected]
 

@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 from longhand import longhand
 from torch import nn
+from trainings import UNMOVED, KeepGradients, logs_of
 
 from hf_parcor import (
     SAM,
@@ -120,10 +121,6 @@ def fine_tune(arguments, tokenizer):
     return run
 
 
-def logs_of(trainer):
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
 @pytest.mark.parametrize("name", TRAINERS)
 def test_without_steps_it_is_the_stock_trainer_bit_for_bit(name, fine_tune):
     stock_class, defended_class, config, rows, _ = TRAINERS[name]
@@ -150,11 +147,12 @@ def test_its_own_metrics_are_those_of_the_first_pass(name, defense, fine_tune):
         assert ours["loss_corrupted"] > ours["loss_clean"]
 
 
-class Passes(tf.TrainerCallback):
-    """Keeps the batch of every forward that trains, and the gradient of the optimizer."""
+class Passes(KeepGradients):
+    """Keeps the batch of every forward that trains, beside the gradients."""
 
     def __init__(self):
-        self.batches, self.gradient = [], {}
+        super().__init__()
+        self.batches = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         model.register_forward_pre_hook(self._keep, with_kwargs=True)
@@ -162,9 +160,6 @@ class Passes(tf.TrainerCallback):
     def _keep(self, module, args, kwargs):
         if module.training and torch.is_grad_enabled():
             self.batches.append(dict(kwargs))
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.slow
@@ -181,9 +176,7 @@ def test_gradient_of_fine_tuning_is_that_of_the_risk(fine_tune, loss_type, adapt
         "loss_type": loss_type,
         "gradient_checkpointing": checkpointing,
         "max_steps": 1,
-        "max_grad_norm": 0.0,
-        "learning_rate": 0.0,
-        "train_sampling_strategy": "sequential",
+        **UNMOVED,
     }
     trainer = fine_tune(
         DefendedSFTTrainer,
@@ -211,9 +204,9 @@ def test_gradient_of_fine_tuning_is_that_of_the_risk(fine_tune, loss_type, adapt
         return each.sum() / (labels != -100).sum()
 
     expected = longhand(reference, loss_of, [1 / (STEPS + 1)] * (STEPS + 1), EPSILON)
-    assert keep.gradient.keys() == expected.keys() == trainer.defended_parameters().keys()
+    assert keep.kept[0].keys() == expected.keys() == trainer.defended_parameters().keys()
     scale = max(float(value.abs().max()) for value in expected.values())
-    for name, gradient in keep.gradient.items():
+    for name, gradient in keep.kept[0].items():
         torch.testing.assert_close(gradient, expected[name], rtol=EXACT_TO_FLOAT32, atol=EXACT_TO_FLOAT32 * scale)
 
 
@@ -245,7 +238,7 @@ def offloading(monkeypatch):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_laws_of_a_step_under_its_options(name, fine_tune, offloading, caplog):
     """ε to 0 is the stock step; a shared prefix changes nothing; no weight is another after a step that moves none."""
-    options = {"max_steps": 1, "max_grad_norm": 0.0, "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
+    options = {"max_steps": 1, **UNMOVED}
 
     def gradient_of(trainer_class, **extra):
         keep, model = Passes(), tiny_llama()
@@ -254,7 +247,7 @@ def test_laws_of_a_step_under_its_options(name, fine_tune, offloading, caplog):
         )
         for (key, weight), before in zip(model.named_parameters(), tiny_llama().parameters(), strict=True):
             assert torch.equal(weight, before), key
-        return keep.gradient, trainer.shared_prefix is not None if extra else False
+        return keep.kept[0], trainer.shared_prefix is not None if extra else False
 
     stock, _ = gradient_of(trl.SFTTrainer)
     small, _ = gradient_of(DefendedSFTTrainer, defense=MultiStepRisk(CorruptionConstraint(epsilon=1e-9), steps=1))

@@ -9,6 +9,7 @@ import torch
 from for_each import for_each
 from longhand import longhand
 from torch.nn import functional
+from trainings import QUIET, KeepGradients
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, get_scheduler
 
 from hf_parcor import CorruptionConstraint, MultiStepRisk, Seq2SeqParameterDefenseTrainer
@@ -54,17 +55,15 @@ def risk_gradient(model, batches, selected, items, steps):
 
 
 class Keeping(Trainer):
-    """Keeps the batches of an optimizer step, and its gradients."""
+    """Keeps the batches of an optimizer step."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.batches, self.gradients = [], None
+        self.batches = []
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.batches.append({name: value.clone() for name, value in inputs.items()})
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        return loss
+        return super().training_step(model, inputs, num_items_in_batch)
 
 
 @pytest.mark.slow
@@ -75,13 +74,14 @@ def test_smoothed_risk_against_longhand(tiny_model, tokenizer, rows, tmp_path, t
     before = {name: value.clone() for name, value in model.state_dict().items()}
     arguments = Seq2SeqTrainingArguments(
         str(tmp_path), max_steps=1, gradient_accumulation_steps=2, label_smoothing_factor=SMOOTHING,
-        max_grad_norm=0.0, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
-        dataloader_pin_memory=False,
+        max_grad_norm=0.0, **QUIET,
     )  # fmt: skip
+    keep = KeepGradients()
     trainer = Keeping(
         model=model, args=arguments, train_dataset=rows[:12], max_tokens=40,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         defense=MultiStepRisk(CorruptionConstraint(epsilon=EPSILON), steps=steps), target_modules=target,
+        callbacks=[keep],
     )  # fmt: skip
     trainer.train()
     assert (trainer.shared_prefix is not None) == (target is not None)
@@ -92,5 +92,5 @@ def test_smoothed_risk_against_longhand(tiny_model, tokenizer, rows, tmp_path, t
     model.train()
     selected = [name for name in trainer.defended_parameters() if "embed_positions" not in name]
     expected = risk_gradient(model, trainer.batches, selected, sum(tokens), steps)
-    for name, gradient in trainer.gradients.items():
+    for name, gradient in keep.kept[0].items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from for_each import for_each
+from trainings import QUIET
 from transformers import DataCollatorForSeq2Seq, TrainerCallback
 
 from hf_parcor import (
@@ -45,8 +46,7 @@ def run(tiny_model, tokenizer, rows, tmp_path):
     def train(folder, *, resume=None, stop=None, target=None, defense=None, **options):
         arguments = Seq2SeqParameterDefenseTrainingArguments(
             str(tmp_path / folder), num_train_epochs=3, learning_rate=0.01, label_smoothing_factor=0.1,
-            lr_scheduler_type="inverse_sqrt", warmup_steps=3, use_cpu=True, report_to="none", disable_tqdm=True,
-            dataloader_pin_memory=False, logging_steps=1, seed=3, **{"save_strategy": "no", **options},
+            lr_scheduler_type="inverse_sqrt", warmup_steps=3, logging_steps=1, seed=3, **{**QUIET, **options},
         )  # fmt: skip
         model = tiny_model()
         trainer = Recording(
@@ -136,7 +136,7 @@ def test_a_sentence_longer_than_the_bound(tiny_model, tokenizer, rows, tmp_path)
     model = tiny_model()
     trainer = Recording(
         model=model,
-        args=Seq2SeqParameterDefenseTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+        args=Seq2SeqParameterDefenseTrainingArguments(str(tmp_path), **QUIET),
         train_dataset=rows,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         max_tokens=4,
