@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+from trainings import QUIET
+
+# A run in short, every step of it logged.
+TRAINS_AND_MEASURES = {**QUIET, "do_train": True, "do_eval": True, "logging_steps": 1}
 
 
 def run_example(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the `main` of a script with these arguments."""
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
     importlib.import_module(script.stem).main()
+
+
+def run_with(script: Path, settings: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run a script with the settings of a file; return the folder of its output."""
+    output = Path(settings["output_dir"])
+    path = output.with_suffix(".json")
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    run_example(script, [str(path)], monkeypatch)
+    return output
 
 
 def run_here(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

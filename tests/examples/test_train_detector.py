@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from example_program import run_example
+from example_program import TRAINS_AND_MEASURES, run_with
 from local_models import write_objects
 
 from hf_parcor.records import EvaluationRecord
@@ -41,28 +41,21 @@ def run(tmp_path, monkeypatch):
 
     def of(**given):
         settings = {
+            **TRAINS_AND_MEASURES,
             "train_file": data,
             "validation_file": data,
             "model_type": "yolos",
             "config_overrides": json.dumps(TINY),
             "image_size": 12,
             "output_dir": str(tmp_path / "out"),
-            "do_train": True,
-            "do_eval": True,
             "num_train_epochs": 2,
             "per_device_train_batch_size": 2,
-            "logging_steps": 1,
             "eval_strategy": "epoch",
             "save_strategy": "epoch",
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
             "corruptions": ["gradient=0.1", "quantization=4"],
             **given,
         }
-        (tmp_path / "settings.json").write_text(json.dumps(settings))
-        run_example(SCRIPT, [str(tmp_path / "settings.json")], monkeypatch)
-        return tmp_path / "out"
+        return run_with(SCRIPT, settings, monkeypatch)
 
     return of
 
@@ -82,7 +75,7 @@ def test_a_detector_is_trained_defended_measured_and_resumed(run, capsys):
     assert json.loads((again / "trainer_state.json").read_text())["global_step"] == 6
     # A saved model keeps its classes when it is only measured.
     kept = {"model_name_or_path": str(out), "do_train": False, "output_dir": str(out / "measured")}
-    assert (run(**kept, skip_corruptions=True) / "measured" / "eval_results.json").exists()
+    assert (run(**kept, skip_corruptions=True) / "eval_results.json").exists()
 
 
 def test_mirrored_images_have_mirrored_boxes():

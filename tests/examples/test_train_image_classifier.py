@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from example_program import run_example
+from example_program import TRAINS_AND_MEASURES, run_with
 from for_each import for_each
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -219,12 +219,11 @@ def files(tmp_path):
 
 def settings(folder: Path) -> dict[str, object]:
     return {
+        **TRAINS_AND_MEASURES,
         "resnet_depth": 8,
         "train_file": str(folder / "a.npz"),
         "validation_file": str(folder / "a.npz"),
         "output_dir": str(folder / "out"),
-        "do_train": True,
-        "do_eval": True,
         "max_train_samples": 16,
         "crop_padding": 1,
         "num_train_epochs": 4,
@@ -232,21 +231,12 @@ def settings(folder: Path) -> dict[str, object]:
         "learning_rate": 0.05,
         "optim": "sgd",
         "optim_args": "momentum=0.9",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "corruptions": ["gradient=0.1", "quantization=4"],
     }
 
 
 def run(folder: Path, monkeypatch, **given) -> Path:
-    whole = {name: value for name, value in {**settings(folder), **given}.items() if value is not None}
-    path = folder / "settings.json"
-    path.write_text(json.dumps(whole))
-    run_example(SCRIPT, [str(path)], monkeypatch)
-    return Path(str(whole["output_dir"]))
+    return run_with(SCRIPT, {**settings(folder), **given}, monkeypatch)
 
 
 @pytest.mark.slow

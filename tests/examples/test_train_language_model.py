@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from example_program import run_example
+from example_program import TRAINS_AND_MEASURES, run_with
 from for_each import for_each
 from local_models import save_gpt2
 from torch.utils.data import DataLoader
@@ -45,32 +45,19 @@ def settings(tmp_path):
     (tmp_path / "train.txt.gz").write_bytes(gzip.compress("\n".join(lines_of(0, 30)).encode()))
     (tmp_path / "valid.txt").write_text("\n".join([*lines_of(1, 8), "never seen"]))
     return {
+        **TRAINS_AND_MEASURES,
         "train_file": str(tmp_path / "train.txt.gz"),
         "validation_file": str(tmp_path / "valid.txt"),
         "config_overrides": TINY_LSTM,
         "output_dir": str(tmp_path / "out"),
-        "do_train": True,
-        "do_eval": True,
         "block_size": 7,
         "per_device_train_batch_size": 3,
         "per_device_eval_batch_size": 2,
         "num_train_epochs": 2,
         "learning_rate": 0.05,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "corruption_trials": 1,
         "corruptions": ["gradient=0.5", "quantization=3", "multi-step=0.5"],
     }
-
-
-def run(tmp_path, monkeypatch, given) -> Path:
-    path = tmp_path / "settings.json"
-    path.write_text(json.dumps(given))
-    run_example(SCRIPT, [str(path)], monkeypatch)
-    return Path(given["output_dir"])
 
 
 def ten_lines(model, tokens, pieces, end) -> float:
@@ -89,7 +76,7 @@ def ten_lines(model, tokens, pieces, end) -> float:
 
 @pytest.mark.slow
 def test_log_perplexity_is_that_of_a_loop_and_of_the_saved_folder(settings, tmp_path, monkeypatch, capsys):
-    out = run(tmp_path, monkeypatch, settings)
+    out = run_with(SCRIPT, settings, monkeypatch)
     assert "gradient-based" in capsys.readouterr().out
     found = json.loads((out / "eval_results.json").read_text())["eval_loss"]
     assert (out / "modeling_awd_lstm.py").exists()
@@ -107,8 +94,8 @@ def test_log_perplexity_is_that_of_a_loop_and_of_the_saved_folder(settings, tmp_
     assert losses[0] > found
     assert losses[2] > found
     again = {**settings, "model_name_or_path": str(out), "config_overrides": None, "do_train": False}
-    again = run(
-        tmp_path, monkeypatch, {**again, "output_dir": str(tmp_path / "again"), "corruptions": ["gradient=0.5"]}
+    again = run_with(
+        SCRIPT, {**again, "output_dir": str(tmp_path / "again"), "corruptions": ["gradient=0.5"]}, monkeypatch
     )
     evaluated = EvaluationRecord.load(again / "robustness.json")
     assert evaluated.weights == record.weights  # with no state in it
@@ -125,7 +112,7 @@ def test_training_reads_the_text_in_its_order(settings, tmp_path, monkeypatch):
     still = f"{TINY_LSTM},{fixed},embedding_dropout=0,input_dropout=0,hidden_dropout=0"
     given = {**settings, "config_overrides": still, "learning_rate": 0.0, "num_train_epochs": 1, "block_size": 4}
     given |= {"validation_file": settings["train_file"], "per_device_eval_batch_size": 3, "skip_corruptions": True}
-    out = run(tmp_path, monkeypatch, {**given, "defense": "none"})
+    out = run_with(SCRIPT, {**given, "defense": "none"}, monkeypatch)
     logs = json.loads((out / "trainer_state.json").read_text())["log_history"]
     lines = gzip.decompress(Path(settings["train_file"]).read_bytes()).decode().splitlines()
     count = sum(len(line.split()) + 1 for line in lines)
@@ -140,19 +127,19 @@ def test_training_reads_the_text_in_its_order(settings, tmp_path, monkeypatch):
 def test_a_run_that_goes_on_in_the_middle_of_an_epoch_is_the_whole_run(settings, tmp_path, monkeypatch, given):
     """With all its dropout, and under the defense."""
     given = {**settings, **given, "skip_corruptions": True, "save_strategy": "steps", "save_steps": 1}
-    whole = run(tmp_path, monkeypatch, given)
+    whole = run_with(SCRIPT, given, monkeypatch)
     state = json.loads((whole / "trainer_state.json").read_text())
     part = tmp_path / "part"
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(whole / "checkpoint-2", part / "checkpoint-2")
     assert state["global_step"] / 2 > 2
-    run(tmp_path, monkeypatch, {**given, "output_dir": str(part), "resume_from_checkpoint": "true"})
+    run_with(SCRIPT, {**given, "output_dir": str(part), "resume_from_checkpoint": "true"}, monkeypatch)
     for name in ("model.safetensors", "eval_results.json"):
         assert (part / name).read_bytes() == (whole / name).read_bytes(), name
     (part / "checkpoint-2" / "training_state_0.pt").unlink()
     again = {**given, "output_dir": str(part), "resume_from_checkpoint": str(part / "checkpoint-2")}
     with pytest.raises(ValueError, match="expected the state of the text"):
-        run(tmp_path, monkeypatch, again)
+        run_with(SCRIPT, again, monkeypatch)
 
 
 @pytest.mark.slow
@@ -172,7 +159,7 @@ def test_any_causal_language_model(settings, tmp_path, monkeypatch, given):
     if "model_name_or_path" in given:
         given = {**given, "model_name_or_path": save_gpt2(tmp_path / "saved")}
     given = {**settings, **given, "num_train_epochs": 1, "defense_epsilon": 0.01}
-    out = run(tmp_path, monkeypatch, given)
+    out = run_with(SCRIPT, given, monkeypatch)
     found = json.loads((out / "eval_results.json").read_text())
     record = EvaluationRecord.load(out / "robustness.json")
     assert record.clean.mean("loss") == found["eval_loss"]
@@ -243,7 +230,7 @@ def test_bad_input(settings, tmp_path, monkeypatch, change, says):
     save_gpt2(tmp_path / "saved")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=says):
-        run(tmp_path, monkeypatch, {**settings, **change})
+        run_with(SCRIPT, {**settings, **change}, monkeypatch)
     assert not (tmp_path / "out" / "robustness.json").exists()
 
 

@@ -14,7 +14,7 @@ import modeling_transition_parser
 import pytest
 import torch
 from accelerate import Accelerator
-from example_program import run_example
+from example_program import TRAINS_AND_MEASURES, run_with
 from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -408,27 +408,19 @@ def files(tmp_path):
 
 def run(folder, monkeypatch, **more):
     given = {
+        **TRAINS_AND_MEASURES,
         "train_file": str(folder / "train.conllu"),
         "validation_file": str(folder / "dev.conllu.gz"),
         "output_dir": str(folder / "out"),
-        "do_train": True,
-        "do_eval": True,
         "embedding_size": 4,
         "hidden_size": 8,
         "per_device_train_batch_size": 32,
         "num_train_epochs": 2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "corruptions": ["gradient=0.1:norm=inf,top_n=5", "gaussian=0.1"],
         "corruption_trials": 2,
         **more,
     }
-    path = folder / "settings.json"
-    path.write_text(json.dumps(given))
-    run_example(SCRIPT, [str(path)], monkeypatch)
-    return folder / "out"
+    return run_with(SCRIPT, given, monkeypatch)
 
 
 def result(out, name):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from example_program import run_example
+from example_program import TRAINS_AND_MEASURES, run_with
 from for_each import for_each
 from local_models import SENTENCES, TINY, save_gpt2, save_tokenizer
 from torch import nn
@@ -57,31 +57,18 @@ def settings(tmp_path, model):
     (tmp_path / "train.txt").write_text("\n".join([*SENTENCES, "", *SENTENCES]), encoding="utf-8")
     (tmp_path / "dev.txt").write_text("\n".join(SENTENCES), encoding="utf-8")
     return {
+        **TRAINS_AND_MEASURES,
         "model_name_or_path": model,
         "train_file": str(tmp_path / "train.txt"),
         "validation_file": str(tmp_path / "dev.txt"),
         "output_dir": str(tmp_path / "out"),
-        "do_train": True,
-        "do_eval": True,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 6,
         "num_train_epochs": 1,
         "learning_rate": 0.02,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
         "bf16": False,
-        "disable_tqdm": True,
         "corruptions": ["gradient=2", "quantization=2"],
     }
-
-
-def run(tmp_path, monkeypatch, given) -> Path:
-    path = tmp_path / "settings.json"
-    path.write_text(json.dumps(given), encoding="utf-8")
-    run_example(SCRIPT, [str(path)], monkeypatch)
-    return Path(given["output_dir"])
 
 
 def logs_of(out: Path) -> list[dict]:
@@ -102,7 +89,7 @@ def loss_of_token(model, tokenizer) -> float:
 
 @pytest.mark.slow
 def test_what_is_measured_is_what_the_saved_model_does(settings, tmp_path, monkeypatch, capsys):
-    out = run(tmp_path, monkeypatch, settings)
+    out = run_with(SCRIPT, settings, monkeypatch)
     assert "2-bit quantization" in capsys.readouterr().out
     assert all(entry["loss_corrupted"] > entry["loss_clean"] for entry in logs_of(out))
     assert json.loads((out / "train_results.json").read_text())["train_samples"] == 2 * len(SENTENCES), "no empty line"
@@ -123,10 +110,10 @@ def test_what_is_measured_is_what_the_saved_model_does(settings, tmp_path, monke
 @pytest.mark.slow
 def test_a_run_that_goes_on_is_the_whole_run(settings, tmp_path, monkeypatch):
     given = {**settings, **ADAPTERS, "do_eval": False, "save_strategy": "steps", "save_steps": 1}
-    whole = run(tmp_path, monkeypatch, given)
+    whole = run_with(SCRIPT, given, monkeypatch)
     part = tmp_path / "part"
     shutil.copytree(whole / "checkpoint-2", part / "checkpoint-2")
-    run(tmp_path, monkeypatch, {**given, "output_dir": str(part), "resume_from_checkpoint": "true"})
+    run_with(SCRIPT, {**given, "output_dir": str(part), "resume_from_checkpoint": "true"}, monkeypatch)
     assert len(logs_of(whole)) == 3
     name = "adapter_model.safetensors"
     assert (part / name).read_bytes() == (whole / name).read_bytes() != (part / "checkpoint-2" / name).read_bytes()
@@ -138,7 +125,7 @@ def test_a_run_that_goes_on_is_the_whole_run(settings, tmp_path, monkeypatch):
     [{}, {**FOUR_BITS, "defense_target_modules": ["base_layer"], "defense_merge_adapters": True}],
 )
 def test_adapters_learn_and_the_model_under_them_stays(settings, tmp_path, monkeypatch, model, given):
-    out = run(tmp_path, monkeypatch, {**settings, **ADAPTERS, **given, "corruption_target_modules": ["base_layer"]})
+    out = run_with(SCRIPT, {**settings, **ADAPTERS, **given, "corruption_target_modules": ["base_layer"]}, monkeypatch)
     base, tokenizer = loaded(model)
     adapted = peft.PeftModel.from_pretrained(base, out).eval()
     record = EvaluationRecord.load(out / "robustness.json")
@@ -150,7 +137,7 @@ def test_adapters_learn_and_the_model_under_them_stays(settings, tmp_path, monke
     assert not (out / "model.safetensors").exists()
     # What was saved is measured again, from its folder.
     again = {**settings, "model_name_or_path": str(out), "output_dir": str(tmp_path / "again"), "do_train": False}
-    results = run(tmp_path, monkeypatch, {**again, "skip_corruptions": True}) / "eval_results.json"
+    results = run_with(SCRIPT, {**again, "skip_corruptions": True}, monkeypatch) / "eval_results.json"
     assert json.loads(results.read_text())["eval_loss"] == pytest.approx(record.clean.mean("loss"), rel=1e-5)
 
 
@@ -174,7 +161,7 @@ def test_which_tokens_are_trained_on(settings, tmp_path, monkeypatch, rows, give
     (tmp_path / "template.jinja").write_text(TEMPLATE, encoding="utf-8")
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    out = run(tmp_path, monkeypatch, {**settings, **given, "train_file": "rows.jsonl", "do_eval": False})
+    out = run_with(SCRIPT, {**settings, **given, "train_file": "rows.jsonl", "do_eval": False}, monkeypatch)
     model, tokenizer = loaded(settings["model_name_or_path"])
     ids = torch.tensor([tokenizer.convert_tokens_to_ids(text.split())])
     with torch.no_grad():
@@ -198,7 +185,7 @@ def test_bad_input(settings, tmp_path, monkeypatch, change, says):
     save_gpt2(tmp_path / "gpt2")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=says):
-        run(tmp_path, monkeypatch, {**settings, **change})
+        run_with(SCRIPT, {**settings, **change}, monkeypatch)
     assert not (tmp_path / "out" / "robustness.json").exists()
 
 
@@ -206,4 +193,4 @@ def test_without_trl_it_says_what_to_install(settings, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.delitem(sys.modules, SCRIPT.stem, raising=False)  # imported anew
     with pytest.raises(ImportError, match=r"pip install 'hf-parcor\[trl\]'"):
-        run(tmp_path, monkeypatch, settings)
+        run_with(SCRIPT, settings, monkeypatch)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from example_program import run_example
+from example_program import TRAINS_AND_MEASURES, run_example, run_with
 from local_hub import local_hub
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
@@ -48,28 +48,19 @@ def files(tmp_path):
 
 def settings(folder: Path) -> dict[str, object]:
     return {
+        **TRAINS_AND_MEASURES,
         "model_name_or_path": str(folder / "model"),
         "train_file": str(folder / "train.tsv.gz"),
         "validation_file": str(folder / "dev.tsv.gz"),
         "cache_dir": str(folder / "cache"),
         "output_dir": str(folder / "out"),
-        "do_train": True,
-        "do_eval": True,
         "max_train_samples": 12,
         "num_train_epochs": 4,
         "per_device_train_batch_size": 4,
         "learning_rate": 0.02,
         "logging_steps": 2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "corruption_trials": 2,
     }
-
-
-def run(arguments: list[str], monkeypatch) -> None:
-    run_example(SCRIPT, arguments, monkeypatch)
 
 
 def check(folder: Path, defended: bool) -> None:
@@ -90,7 +81,7 @@ def test_flags(files, monkeypatch, capsys):
     flags = []
     for name, value in settings(files).items():
         flags += [f"--{name}", str(value)]
-    run([*flags, "--defense_target_modules", "last-encoder-layer"], monkeypatch)
+    run_example(SCRIPT, [*flags, "--defense_target_modules", "last-encoder-layer"], monkeypatch)
     check(files, defended=True)
     assert "| gradient-based L2 ε=0.1" in capsys.readouterr().out
 
@@ -100,9 +91,7 @@ def test_the_corruptions_that_are_named_are_trained_against_and_measured(files, 
     words = ["quantization=4,3", "gradient=0.1"]
     given = {"defense": "corruption", "defense_corruption": words, "corruptions": words}
     given |= {"watched_corruptions": ["quantization=4"], "eval_strategy": "epoch"}
-    path = files / "settings.json"
-    path.write_text(json.dumps({**settings(files), **given}))
-    run([str(path)], monkeypatch)
+    run_with(SCRIPT, {**settings(files), **given}, monkeypatch)
     record = EvaluationRecord.load(files / "out" / "robustness.json")
     assert [row.label for row in record.corruptions] == [
         "4-bit quantization",
@@ -119,9 +108,7 @@ def test_the_corruptions_that_are_named_are_trained_against_and_measured(files, 
 
 @pytest.mark.slow
 def test_one_json_file(files, monkeypatch):
-    path = files / "settings.json"
-    path.write_text(json.dumps({**settings(files), "defense": "none"}))
-    run([str(path)], monkeypatch)
+    run_with(SCRIPT, {**settings(files), "defense": "none"}, monkeypatch)
     check(files, defended=False)
 
 
@@ -129,9 +116,9 @@ def test_one_json_file(files, monkeypatch):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_are_trained_and_all_of_what_they_are_merged_into_is_measured(files, monkeypatch):
     peft = pytest.importorskip("peft", reason="adapters need the extra 'peft'")
-    path = files / "settings.json"
-    path.write_text(json.dumps({**settings(files), "lora_rank": 2, "corruptions": ["quantization=4", "gradient=0.1"]}))
-    run([str(path)], monkeypatch)
+    run_with(
+        SCRIPT, {**settings(files), "lora_rank": 2, "corruptions": ["quantization=4", "gradient=0.1"]}, monkeypatch
+    )
     base = BertForSequenceClassification.from_pretrained(files / "model")
     merged = peft.PeftModel.from_pretrained(base, files / "out").merge_and_unload()
     record = EvaluationRecord.load(files / "out" / "robustness.json")
@@ -150,11 +137,9 @@ def test_a_data_set_that_is_still_a_script(files, monkeypatch):
     datasets.Dataset.from_list(rows).to_parquet(packed)
     copy = {f"default/{split}/0000.parquet": packed.getvalue() for split in ("train", "validation")}
     given = {"train_file": None, "validation_file": None, "dataset_name": "STT/two", "skip_corruptions": True}
-    path = files / "settings.json"
-    path.write_text(json.dumps({**settings(files), **given, "defense": "none"}))
     repositories = {"STT/two": {"main": {"two.py": b""}, "refs/convert/parquet": copy}}
     with local_hub(repositories, monkeypatch, files):
-        run([str(path)], monkeypatch)
+        run_with(SCRIPT, {**settings(files), **given, "defense": "none"}, monkeypatch)
     assert json.loads((files / "out" / "eval_results.json").read_text())["eval_samples"] == len(ROWS)
 
 
@@ -171,9 +156,7 @@ def test_a_finished_model_is_measured_by_its_own_numbers_of_the_classes(files, m
         text = "sentence\tlabel\n" + "".join(f"{sentence}\t{('bad', 'good')[label]}\n" for sentence, label in ROWS)
         (files / "dev.tsv").write_text(text)
         given = {"do_train": False, "train_file": None, "validation_file": str(files / "dev.tsv")}
-        path = files / "settings.json"
-        path.write_text(json.dumps({**settings(files), **given, "corruptions": ["quantization=8"]}))
-        run([str(path)], monkeypatch)
+        run_with(SCRIPT, {**settings(files), **given, "corruptions": ["quantization=8"]}, monkeypatch)
         record = EvaluationRecord.load(files / "out" / "robustness.json")
         losses.append(record.clean.mean("loss"))
         found = json.loads((files / "out" / "eval_results.json").read_text())["eval_loss"]
@@ -201,11 +184,9 @@ def test_a_finished_model_is_measured_by_its_own_numbers_of_the_classes(files, m
     ],
 )
 def test_bad_input(files, monkeypatch, change, says):
-    path = files / "settings.json"
     monkeypatch.chdir(files)
     for name, labels in {"one": [1, 1], "empty": [], "third": [0, 2], "held-back": [0, 1, -1]}.items():
         Path(f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(f"good\t{label}\n" for label in labels))
-    path.write_text(json.dumps({**settings(files), **change}))
     with pytest.raises(ValueError, match=says):
-        run([str(path)], monkeypatch)
+        run_with(SCRIPT, {**settings(files), **change}, monkeypatch)
     assert not (files / "out" / "robustness.json").exists()

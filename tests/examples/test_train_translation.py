@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from example_program import run_example
+from example_program import TRAINS_AND_MEASURES, run_example, run_with
 from iwslt_distribution import distribution, tar, zipped
 from local_hub import local_hub
 from local_models import MANY_LANGUAGES, save_t5, write_pairs
@@ -48,26 +48,19 @@ def files(tmp_path):
 
 def settings(folder: Path, **changes: object) -> dict[str, object]:
     return {
+        **TRAINS_AND_MEASURES,
         **{f"{split}_{side}_file": str(folder / f"{split}.{language}.gz")
            for split in ("train", "validation", "test") for side, language in SIDES.items()},
-        "output_dir": str(folder / "out"), "do_train": True, "do_eval": True, "do_predict": True,
+        "output_dir": str(folder / "out"), "do_predict": True,
         "vocabulary_size": 40, "config_overrides": OVERRIDES, "max_tokens": 100, "max_length": 40,
         "num_train_epochs": 3, "learning_rate": 0.01, "lr_scheduler_type": "inverse_sqrt", "warmup_steps": 2,
         "label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2, "save_strategy": "epoch",
-        "generation_max_length": 8, "logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True,
-        "defense_norm": float("inf"), "defense_epsilon": 0.001, **changes,
+        "generation_max_length": 8, "defense_norm": float("inf"), "defense_epsilon": 0.001, **changes,
     }  # fmt: skip
 
 
-def run(monkeypatch, arguments: list[str]) -> None:
-    run_example(SCRIPT, arguments, monkeypatch)
-
-
-def run_with(monkeypatch, folder: Path, **changes: object) -> Path:
-    path = folder / "settings.json"
-    path.write_text(json.dumps(settings(folder, **changes)))
-    run(monkeypatch, [str(path)])
-    return folder / "out"
+def run(monkeypatch, folder: Path, **changes: object) -> Path:
+    return run_with(SCRIPT, settings(folder, **changes), monkeypatch)
 
 
 def logged(out: Path) -> list[dict[str, float]]:
@@ -77,7 +70,7 @@ def logged(out: Path) -> list[dict[str, float]]:
 def test_flags_last_decoder_layer_and_average(files, monkeypatch, capsys):
     flags = [part for name, value in settings(files).items() for part in (f"--{name}", str(value))]
     defense = ["--defense_target_modules", "last-decoder-layer", "--defense_start_epoch", "1"]
-    run(monkeypatch, [*flags, *defense, "--average_checkpoints", "2"])
+    run_example(SCRIPT, [*flags, *defense, "--average_checkpoints", "2"], monkeypatch)
     out = files / "out"
     defended = ["loss_corrupted" in entry for entry in logged(out)]
     assert defended == [index >= len(defended) // 3 for index in range(len(defended))]
@@ -97,7 +90,7 @@ def test_flags_last_decoder_layer_and_average(files, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_two_vocabularies_and_a_table(files, monkeypatch):
-    out = run_with(
+    out = run(
         monkeypatch,
         files,
         train_file=str(files / "train.tsv"),
@@ -124,7 +117,7 @@ def test_two_vocabularies_and_a_table(files, monkeypatch):
     assert not any("loss_corrupted" in entry for entry in logged(out))
 
     tuned = files / "tuned"
-    run_with(monkeypatch, files, **pretrained(out), output_dir=str(tuned), do_eval=False, max_train_samples=9)
+    run(monkeypatch, files, **pretrained(out), output_dir=str(tuned), do_eval=False, max_train_samples=9)
     assert json.loads((tuned / "train_results.json").read_text())["train_samples"] == 9
     assert all("loss_corrupted" in entry for entry in logged(tuned))
     assert len(AutoTokenizer.from_pretrained(tuned / "target_tokenizer")) == 35
@@ -144,7 +137,7 @@ class TestGeneratedLength:
             (files / f"long.{language}").write_text("\n".join(lines))
         long = {f"validation_{side}_file": str(files / f"long.{tongue}") for side, tongue in SIDES.items()}
         changes = {"generation_max_length": None, "max_length": None, "do_predict": False, "num_train_epochs": 1}
-        out = run_with(monkeypatch, files, **long, **changes)
+        out = run(monkeypatch, files, **long, **changes)
         tokenizer = AutoTokenizer.from_pretrained(out)
         longest = max(len(tokenizer(line)["input_ids"]) for line in lines)
         assert longest > 21
@@ -154,7 +147,7 @@ class TestGeneratedLength:
         assert model.generation_config.max_length == expected, "who loads the model generates as long texts"
 
     def test_how_many_translations_hit_it_is_said(self, files, monkeypatch, caplog):
-        out = run_with(monkeypatch, files, generation_max_length=7, generation_num_beams=2, do_eval=False)
+        out = run(monkeypatch, files, generation_max_length=7, generation_num_beams=2, do_eval=False)
         model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
         lines = gzip.decompress((files / "test.de.gz").read_bytes()).decode().splitlines()
         cut = []
@@ -184,7 +177,7 @@ class TestPretrainedModels:
         with_prefix.write_text("\n".join([header, *(f"good {line}" for line in lines)]))
         losses = []
         for table, prefix in ((data, "good "), (str(with_prefix), ""), (data, "")):
-            out = run_with(monkeypatch, files, **self.of_pairs(model, table, source_prefix=prefix))
+            out = run(monkeypatch, files, **self.of_pairs(model, table, source_prefix=prefix))
             losses.append([json.loads((out / f"{split}_results.json").read_text())[f"{split}_loss"]
                            for split in ("train", "eval", "test")])  # fmt: skip
         assert losses[0] == losses[1] != losses[2]
@@ -196,8 +189,8 @@ class TestPretrainedModels:
         codes = {"source_code": "eng_Latn", "target_code": "deu_Latn"} if kind == "nllb" else {}
         if codes:
             with pytest.raises(ValueError, match="source language: expected one of the model's 4"):
-                run_with(monkeypatch, files, **self.of_pairs(model, data))
-        out = run_with(monkeypatch, files, **self.of_pairs(model, data, max_length=20, **codes))
+                run(monkeypatch, files, **self.of_pairs(model, data))
+        out = run(monkeypatch, files, **self.of_pairs(model, data, max_length=20, **codes))
         tokenizer = AutoTokenizer.from_pretrained(out)
         names = [codes.get("source_code", "en_XX"), codes.get("target_code", "de_DE")]
         assert [tokenizer.src_lang, tokenizer.tgt_lang] == names
@@ -208,7 +201,7 @@ class TestPretrainedModels:
     def test_a_model_without_languages_is_given_none(self, files, monkeypatch):
         model, data = save_t5(files / "model"), write_pairs(files / "pairs.tsv")
         with pytest.raises(ValueError, match="expected a tokenizer that has some"):
-            run_with(monkeypatch, files, **self.of_pairs(model, data, target_code="deu_Latn"))
+            run(monkeypatch, files, **self.of_pairs(model, data, target_code="deu_Latn"))
 
 
 def empty(folder: Path) -> dict[str, object]:
@@ -246,7 +239,7 @@ def empty(folder: Path) -> dict[str, object]:
 )
 def test_bad_input(files, monkeypatch, change, says):
     with pytest.raises(ValueError, match=says):
-        run_with(monkeypatch, files, **change(files))
+        run(monkeypatch, files, **change(files))
     assert not (files / "out" / "train_results.json").exists()
 
 
@@ -273,7 +266,7 @@ def test_the_documented_command(monkeypatch, tmp_path, caplog):
     monkeypatch.chdir(tmp_path)
     flags = documented_flags()
     assert flags[flags.index("--iwslt") + 1] == "de-en.tgz"
-    run(monkeypatch, [*flags, *SMALL])
+    run_example(SCRIPT, [*flags, *SMALL], monkeypatch)
     for split, count in {"train": 46, "eval": 2, "test": 10}.items():
         results = json.loads((tmp_path / "out" / f"{split}_results.json").read_text())
         assert results[f"{split}_samples"] == count
@@ -306,7 +299,7 @@ def test_text_of_the_hub(case, monkeypatch, tmp_path):
     with local_hub({"TED/talks": {"main": beside, "refs/convert/parquet": copy}}, monkeypatch, tmp_path):
         flags = ["--output_dir", str(tmp_path / "out"), "--do_train", "--do_eval", "--do_predict", *HUB_FLAGS[case]]
         with pytest.raises(Reached):
-            run(monkeypatch, [*flags, *SMALL, "--vocabulary_size", "18"])
+            run_example(SCRIPT, [*flags, *SMALL, "--vocabulary_size", "18"], monkeypatch)
 
 
 class Reached(Exception):  # noqa: N818
