@@ -20,6 +20,7 @@ os.environ["HF_MODULES_CACHE"] = os.environ["HF_METRICS_CACHE"] = tempfile.mkdte
 
 import hypothesis
 import pytest
+import tiny
 import torch
 import transformers
 from torch import nn
@@ -50,14 +51,6 @@ torch.sparse.check_sparse_tensor_invariants.enable()  # PyTorch 2.11 warns where
 
 Batch = dict[str, torch.Tensor]
 SIZES = (4, 4, 2)  # the last batch is smaller, as it is in most data sets
-TINY = {
-    "vocab_size": 20,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 16,
-}
 # As they are before a test module that ranks read sets them to 0.
 RUNS_TO_PLAN = {name: getattr(prefixes, name) for name in ("RUNS_TO_PLAN", "RUNS_TO_PLAN_ASCENTS")}
 
@@ -96,7 +89,7 @@ def tiny_bert() -> Callable[..., nn.Module]:
     """Return a builder of BERT classifiers with 2 layers of width 8; keyword arguments go to the configuration."""
 
     def build(kind: type[nn.Module] = transformers.BertForSequenceClassification, **settings: Any) -> nn.Module:
-        return kind(transformers.BertConfig(**{**TINY, **settings}))
+        return kind(transformers.BertConfig(**{**tiny.encoder(), **settings}))
 
     return build
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 
 WORDS = ["[PAD]", "[UNK]", "</s>", "good", "bad", "film", "plot", "the", "a", "gut", "Film", "Ende"]
-TINY = {"vocab_size": len(WORDS), "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
-BERT = {**TINY, "intermediate_size": 16, "max_position_embeddings": 16, "initializer_range": 0.5}
+BERT = {**tiny.encoder(len(WORDS)), "initializer_range": 0.5}
 SENTENCES = ["the good film", 'a "bad" plot', "good good", "bad bad film a plot", "the film", "a good plot the"]
 LABELS = {"NEGATIVE": 0, "POSITIVE": 1}
 NAMED = {"label2id": LABELS, "id2label": {number: name for name, number in LABELS.items()}}
@@ -43,9 +43,7 @@ def save_bert(
 
 def save_gpt2(folder: Path) -> str:
     torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=len(WORDS), n_embd=8, n_layer=2, n_head=2, n_positions=16, eos_token_id=2, bos_token_id=2
-    )
+    config = transformers.GPT2Config(**{**tiny.gpt2(len(WORDS)), "bos_token_id": 2})
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     save_tokenizer(folder)
     return str(folder)
@@ -53,8 +51,8 @@ def save_gpt2(folder: Path) -> str:
 
 def save_llama(folder: Path, **settings: Any) -> str:
     torch.manual_seed(0)
-    sizes = {**TINY, "num_hidden_layers": 3, "intermediate_size": 16, "max_position_embeddings": 16, "eos_token_id": 2}
-    config = transformers.LlamaConfig(**{**sizes, "initializer_range": 0.5, **settings})
+    sizes = {**tiny.encoder(len(WORDS), layers=3), "eos_token_id": 2, "initializer_range": 0.5}
+    config = transformers.LlamaConfig(**{**sizes, **settings})
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder)
     return str(folder)
@@ -62,18 +60,7 @@ def save_llama(folder: Path, **settings: Any) -> str:
 
 def save_t5(folder: Path) -> str:
     torch.manual_seed(0)
-    config = transformers.T5Config(
-        vocab_size=len(WORDS),
-        d_model=8,
-        d_kv=4,
-        d_ff=16,
-        num_layers=2,
-        num_heads=2,
-        eos_token_id=2,
-        pad_token_id=0,
-        decoder_start_token_id=0,
-        initializer_factor=5.0,
-    )
+    config = transformers.T5Config(**tiny.t5(len(WORDS)), eos_token_id=2, initializer_factor=5.0)
     transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
     save_tokenizer(folder)
     return str(folder)
@@ -123,8 +110,7 @@ MANY_LANGUAGES: dict[str, Callable[[Path], str]] = {"mbart": save_mbart, "mbart5
 
 def save_vit(folder: Path) -> str:
     torch.manual_seed(0)
-    size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    config = transformers.ViTConfig(**size, **NAMED, image_size=8, patch_size=4)
+    config = transformers.ViTConfig(**tiny.images(), **NAMED)
     transformers.ViTForImageClassification(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(
         json.dumps({"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}})
@@ -134,8 +120,7 @@ def save_vit(folder: Path) -> str:
 
 def save_yolos(folder: Path) -> str:
     torch.manual_seed(0)
-    size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    config = transformers.YolosConfig(**size, **NAMED, image_size=[8, 8], patch_size=4, num_detection_tokens=6)
+    config = transformers.YolosConfig(**{**tiny.images(), "image_size": [8, 8]}, **NAMED, num_detection_tokens=6)
     transformers.YolosForObjectDetection(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(
         json.dumps({"image_processor_type": "YolosImageProcessor", "size": {"height": 8, "width": 8}})

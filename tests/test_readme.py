@@ -14,6 +14,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from iwslt_distribution import distribution, tar
 from local_models import save_bert, write_sentences
@@ -48,7 +49,7 @@ def taken_for_granted(tmp_path):
     """What the examples take for granted: a model, its data, its arguments; and an archive of IWSLT."""
     (tmp_path / "de-en.tgz").write_bytes(tar(distribution()))
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    config = BertConfig(**tiny.encoder())
     model, defended_model = (BertForSequenceClassification(config) for _ in range(2))
     rows = [{"input_ids": torch.randint(20, (6,)), "labels": i % 2} for i in range(8)]
     return {

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from trainings import QUIET
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
@@ -30,9 +31,7 @@ L2 = CorruptionConstraint(epsilon=0.1)
 
 
 def model_init():
-    return BertForSequenceClassification(
-        BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    )
+    return BertForSequenceClassification(BertConfig(**tiny.encoder(layers=1)))
 
 
 @pytest.fixture

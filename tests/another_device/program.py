@@ -16,6 +16,7 @@ from typing import Any
 
 import accelerate
 import peft
+import tiny
 import torch
 import transformers
 from accelerate.state import AcceleratorState
@@ -64,8 +65,7 @@ Found = Mapping[str, Any]
 
 def bert(device: torch.device, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
-    config = transformers.BertConfig(**{**TINY, **WIDE, **still, **settings})
+    config = transformers.BertConfig(**{**TINY, **WIDE, **tiny.STILL, "initializer_range": 0.3, **settings})
     model = transformers.BertForSequenceClassification(config)
     if device == CPU or not SPREAD:
         return model.to(device)
@@ -77,26 +77,13 @@ def bert(device: torch.device, **settings: Any) -> nn.Module:
 
 def gpt2(device: torch.device) -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=30,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        n_positions=16,
-        bos_token_id=1,
-        eos_token_id=2,
-        resid_pdrop=0,
-        embd_pdrop=0,
-        attn_pdrop=0,
-    )
+    config = transformers.GPT2Config(**tiny.gpt2(30, 16), **tiny.STILL_GPT2)
     return placed(transformers.GPT2LMHeadModel(config), device)
 
 
 def t5(device: torch.device) -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.T5Config(
-        vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0, dropout_rate=0
-    )
+    config = transformers.T5Config(**tiny.t5(30, 16, inner=24), dropout_rate=0)
     return placed(transformers.T5ForConditionalGeneration(config), device)
 
 

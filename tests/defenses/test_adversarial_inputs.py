@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from for_each import for_each
 from hypothesis import given, settings
@@ -57,39 +58,25 @@ class TwoTowers(nn.Module):
         return SimpleNamespace(loss=(logits[0] - logits[1]).square().mean())
 
 
-SMALL = {"vocab_size": 20, "d_model": 8, "decoder_start_token_id": 0, "pad_token_id": 0}
 # A family: its model, a batch, and how often a pass calls the input embedding.
 FAMILIES = {
     "bert": (
-        lambda: BertForSequenceClassification(
-            BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-        ),
+        lambda: BertForSequenceClassification(BertConfig(**tiny.encoder(layers=1))),
         text(class_labels),
         1,
     ),
     "gpt2": (
-        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8)),
+        lambda: GPT2LMHeadModel(GPT2Config(**tiny.gpt2(layers=1))),
         text(lambda: torch.randint(3, 20, (4, 6))),
         1,
     ),
     "t5": (
-        lambda: T5ForConditionalGeneration(T5Config(**SMALL, d_ff=8, d_kv=4, num_layers=1, num_heads=2)),
+        lambda: T5ForConditionalGeneration(T5Config(**tiny.t5(layers=1))),
         text(token_labels),
         1,
     ),
     "bart": (
-        lambda: BartForConditionalGeneration(
-            BartConfig(
-                **SMALL,
-                encoder_layers=1,
-                decoder_layers=1,
-                encoder_attention_heads=2,
-                decoder_attention_heads=2,
-                encoder_ffn_dim=8,
-                decoder_ffn_dim=8,
-                max_position_embeddings=8,
-            )
-        ),
+        lambda: BartForConditionalGeneration(BartConfig(**tiny.seq2seq(layers=1))),
         text(token_labels),
         1,
     ),
@@ -99,16 +86,7 @@ FAMILIES = {
         2,
     ),
     "vit": (
-        lambda: ViTForImageClassification(
-            ViTConfig(
-                image_size=8,
-                patch_size=4,
-                hidden_size=8,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                intermediate_size=8,
-            )
-        ),
+        lambda: ViTForImageClassification(ViTConfig(**tiny.images(layers=1))),
         lambda: {"pixel_values": torch.randn(4, 3, 8, 8), "labels": class_labels()},
         1,
     ),

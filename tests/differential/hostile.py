@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import tiny
 import torch
 import transformers as tf
 from torch import nn
@@ -203,18 +204,7 @@ def observed():
 
 
 def bert(**options):
-    config = tf.BertConfig(
-        vocab_size=WORDS,
-        hidden_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=12,
-        max_position_embeddings=16,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=CLASSES,
-        **options,
-    )
+    config = tf.BertConfig(**tiny.encoder(WORDS, WIDTH, inner=12), **tiny.STILL, num_labels=CLASSES, **options)
     return tf.BertForSequenceClassification(config)
 
 

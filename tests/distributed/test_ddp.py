@@ -7,6 +7,7 @@ import tempfile
 from functools import partial
 
 import pytest
+import tiny
 import torch
 import transformers as tf
 from another_device.device import placed, rank_device
@@ -39,35 +40,15 @@ ROWS = 48
 
 def bert(dtype=torch.float64, layers=2):
     torch.manual_seed(0)
-    config = tf.BertConfig(
-        hidden_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=24,
-        vocab_size=30,
-        max_position_embeddings=16,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=3,
-        initializer_range=0.3,
-    )
+    sizes = tiny.encoder(30, 16, layers, inner=24)
+    config = tf.BertConfig(**sizes, **tiny.STILL, num_labels=3, initializer_range=0.3)
     return tf.BertForSequenceClassification(config).to(rank_device(), dtype)
 
 
 def gpt2(dtype=torch.float64, layers=2):
     """The head is tied to the embeddings: one weight at both ends of the model."""
     torch.manual_seed(0)
-    config = tf.GPT2Config(
-        n_embd=16,
-        n_layer=layers,
-        n_head=2,
-        vocab_size=30,
-        n_positions=16,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        initializer_range=0.3,
-    )
+    config = tf.GPT2Config(**tiny.gpt2(30, 16, layers), **tiny.STILL_GPT2, initializer_range=0.3)
     return placed(tf.GPT2LMHeadModel(config).to(dtype), rank_device())
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers as tf
 from another_device.device import rank_device
@@ -71,15 +72,7 @@ SIZES = (4, 4, 4, 4, 2)  # ranks have different numbers of batches, and batches 
 
 def model() -> nn.Module:
     torch.manual_seed(1)
-    config = tf.BertConfig(
-        vocab_size=20,
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=16,
-        initializer_range=0.5,
-    )
+    config = tf.BertConfig(**tiny.encoder(), initializer_range=0.5)
     return tf.BertForSequenceClassification(config).to(rank_device())
 
 

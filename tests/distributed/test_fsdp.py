@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import transformers as tf
 from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig, PartialState
@@ -59,8 +60,7 @@ def tiny_bert():
         num_attention_heads=2,
         intermediate_size=21,
         max_position_embeddings=9,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        **tiny.STILL,
         num_labels=3,
     )
     return BertForSequenceClassification(config).to(rank_device())

@@ -6,6 +6,7 @@ from collections import Counter
 from functools import partial
 
 import pytest
+import tiny
 import torch
 from another_device.device import rank_device
 from torch.distributed.device_mesh import init_device_mesh
@@ -43,16 +44,7 @@ HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float
 def sharded_bert(way):
     """Shard a model: whether weights are freed after forward, or over one rank of two replicas, or for bfloat16."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=20,
-        hidden_size=8,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        intermediate_size=13,
-        max_position_embeddings=8,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    config = BertConfig(**tiny.encoder(layers=LAYERS, inner=13), **tiny.STILL)
     dtype = torch.float32 if way == "bfloat16" else torch.float64
     model = BertForSequenceClassification(config).to(rank_device(), dtype)
     settings = {"reshard_after_forward": way is not False}

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from for_each import for_each
 from scipy.special import rel_entr, softmax
@@ -23,7 +24,7 @@ from hf_parcor.evaluation import ClassificationMetric, LanguageModelMetric, NotF
 from hf_parcor.evaluation.metrics import WithDivergence
 from hf_parcor.evaluation.metrics.loss import LossMetric
 
-SHAPE = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+SHAPE = tiny.encoder()
 IDS = torch.arange(12).reshape(2, 6) % 20
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
 
@@ -38,7 +39,7 @@ def tagger():
 
 
 def language_model():
-    config = GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=8)
+    config = GPT2Config(**tiny.gpt2())
     answers = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 1, 1, 0, 0, 0]])  # after prompts, which do not count
     return GPT2LMHeadModel(config), LanguageModelMetric, {"labels": IDS.masked_fill(answers == 0, -100)}
 

@@ -10,6 +10,7 @@ import statistics
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from for_each import for_each
 from torch import nn
@@ -356,7 +357,7 @@ class TestErrors:
 
 def test_texts_generated_by_a_seq2seq_trainer(tmp_path):
     """The numbers are those that `evaluate` finds in what is generated at these weights."""
-    config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    config = T5Config(**tiny.t5(layers=1))
     inputs = torch.randint(2, 20, (4, 5))
     rows = [{"input_ids": row, "labels": row} for row in inputs]
     arguments = Seq2SeqTrainingArguments(

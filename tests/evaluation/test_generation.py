@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from for_each import for_each
 from transformers import MarianConfig, MarianMTModel, T5Config, T5ForConditionalGeneration
@@ -16,14 +17,10 @@ from hf_parcor import (
     MultiStepCorruption,
 )
 
-SHARED = {"vocab_size": 24, "d_model": 16, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-ATTENTION = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-SIZES = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, **ATTENTION}
+ENDS = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1, "forced_eos_token_id": None}
 FAMILIES = {
-    "marian": lambda: MarianMTModel(MarianConfig(**SHARED, **SIZES, forced_eos_token_id=None)),
-    "t5": lambda: T5ForConditionalGeneration(
-        T5Config(**SHARED, d_kv=8, d_ff=16, num_layers=2, num_decoder_layers=2, num_heads=2)
-    ),
+    "marian": lambda: MarianMTModel(MarianConfig(**{**tiny.seq2seq(24, 16), **ENDS})),
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**tiny.t5(24, 16), eos_token_id=1)),
 }
 CORRUPTIONS = [
     *(GaussianNoise(std) for std in (0.3, 1.0)),

@@ -4,6 +4,7 @@ import math
 import warnings
 
 import pytest
+import tiny
 import torch
 import transformers
 from for_each import for_each
@@ -51,7 +52,7 @@ class TestOverData:
         assert not torch.allclose(gradient["classifier.bias"], torch.stack(per_batch).mean(0)), "the data is too easy"
 
     def test_of_a_users_loss_first_labels_count_too(self):
-        config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8)
+        config = transformers.GPT2Config(**tiny.gpt2(layers=1))
         model = transformers.GPT2LMHeadModel(config).double().eval()
         inputs = [torch.randint(1, 20, shape) for shape in ((2, 5), (3, 2))]
 
@@ -75,18 +76,11 @@ class TestOverData:
 
     @for_each("family", ["GPT2", "Llama"])
     def test_a_causal_language_model_does_not_predict_first_tokens(self, family):
-        tokens = {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2}
-        model = {
-            "GPT2": lambda: transformers.GPT2LMHeadModel(
-                transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=16, **tokens)
-            ),
-            "Llama": lambda: transformers.LlamaForCausalLM(
-                transformers.LlamaConfig(
-                    hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, **tokens
-                )
-            ),
-        }[family]()
-        model.eval()
+        config = {
+            "GPT2": transformers.GPT2Config(**tiny.gpt2(layers=1)),
+            "Llama": transformers.LlamaConfig(**tiny.decoder(layers=1)),
+        }[family]
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
         texts = [torch.randint(3, 20, (3, 9)), torch.randint(3, 20, (2, 2))]
         predictions = torch.cat([model(text).logits[:, :-1].reshape(-1, 20) for text in texts])
         expected = longhand(model, cross_entropy(predictions, torch.cat([text[:, 1:].reshape(-1) for text in texts])))
@@ -94,9 +88,7 @@ class TestOverData:
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
     def test_sequence_to_sequence_labels_are_not_shifted(self):
-        sizes = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
-        config = transformers.T5Config(**sizes, decoder_start_token_id=0)
-        model = transformers.T5ForConditionalGeneration(config).eval()
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**tiny.t5(layers=1))).eval()
         pairs = [
             (torch.randint(3, 20, (size, 3)), torch.randint(3, 20, (size, length)))
             for size, length in ((3, 5), (2, 1))

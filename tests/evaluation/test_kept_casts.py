@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from accelerate import Accelerator
 from for_each import for_each
@@ -146,7 +147,7 @@ def test_a_defended_step_of_a_loop(tiny_bert, batches, defense, seen_before) -> 
 def test_a_step_of_the_trainer(tiny_bert, batches, tmp_path, target) -> None:
     def run(*, keeps: bool) -> list[Tensor]:
         torch.manual_seed(0)
-        model = tiny_bert(initializer_range=0.5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        model = tiny_bert(initializer_range=0.5, **tiny.STILL)
         arguments = TrainingArguments(str(tmp_path), **QUIET)
         trainer = ParameterDefenseTrainer(
             model=model, args=arguments, defense=DEFENSES["multi_step_risk"], target_modules=target

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
+import tiny
 import torch
 from for_each import for_each
 from torch import nn
@@ -179,7 +180,7 @@ class TestShapes:
         assert ClassificationMetric([column])(model) == ClassificationMetric([plain])(model)
 
     def test_labels_that_are_shifted_already(self):
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=12, n_embd=8, n_layer=1, n_head=2, n_positions=8)).eval()
+        model = GPT2LMHeadModel(GPT2Config(**tiny.gpt2(12, layers=1))).eval()
         tokens = torch.randint(0, 12, (2, 6))
         shifted = nn.functional.pad(tokens, (0, 1), value=-100)[:, 1:]
         plain = {"input_ids": tokens, "labels": tokens}

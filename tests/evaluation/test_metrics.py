@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 from for_each import for_each
@@ -21,8 +22,7 @@ class TestLossMetric:
     def test_against_all_labels_at_once(self, own):
         """The model's own loss is of the next token, so that the first label counts for nothing; ours is of each."""
         torch.manual_seed(0)
-        sizes = {"vocab_size": 20, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**tiny.gpt2(layers=1))).eval()
         ids = torch.randint(0, 20, (5, 6))
         labels = ids.clone()
         labels[0, 2:] = labels[1, 5:] = labels[4] = -100

@@ -7,6 +7,7 @@ import re
 import warnings
 
 import pytest
+import tiny
 import torch
 import transformers as tf
 
@@ -27,33 +28,21 @@ TEXT = {"input_ids": lambda size: torch.randint(3, 20, (size, 6))}
 IMAGE = {"pixel_values": lambda size: torch.randn(size, 3, 8, 8, dtype=torch.float64)}
 CLASS = {"labels": lambda size: torch.randint(0, 2, (size,))}
 TOKENS = {"labels": lambda size: torch.where(torch.rand(size, 5) < 0.8, torch.randint(3, 20, (size, 5)), -100)}
-SMALL = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 ROWS = {
-    "BERT": (tf.BertForSequenceClassification, tf.BertConfig(**SMALL), TEXT | CLASS),
+    "BERT": (tf.BertForSequenceClassification, tf.BertConfig(**tiny.encoder()), TEXT | CLASS),
     "T5": (
         tf.T5ForConditionalGeneration,
-        tf.T5Config(
-            vocab_size=20,
-            d_model=8,
-            d_kv=4,
-            d_ff=16,
-            num_layers=2,
-            num_heads=2,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-        ),
+        tf.T5Config(**tiny.t5()),
         TEXT | TOKENS,
     ),
     "GPT-2": (
         tf.GPT2LMHeadModel,
-        tf.GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=8),
+        tf.GPT2Config(**tiny.gpt2()),
         {"input_ids": lambda size: torch.randint(3, 20, (size, 5))} | TOKENS,
     ),
     "ViT": (
         tf.ViTForImageClassification,
-        tf.ViTConfig(
-            **{name: value for name, value in SMALL.items() if name != "vocab_size"}, image_size=8, patch_size=4
-        ),
+        tf.ViTConfig(**tiny.images()),
         IMAGE | CLASS,
     ),
 }

@@ -9,6 +9,7 @@ from functools import cache, partial
 
 import peft
 import pytest
+import tiny
 import torch
 import transformers as tf
 from for_each import for_each
@@ -94,18 +95,7 @@ def test_records_are_those_of_single_evaluators(
 
 
 def test_each_block_is_a_target_by_default(batches):
-    config = tf.BartConfig(
-        vocab_size=20,
-        d_model=8,
-        encoder_layers=2,
-        decoder_layers=3,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=8,
-        decoder_ffn_dim=8,
-        num_labels=2,
-        eos_token_id=2,
-    )
+    config = tf.BartConfig(**{**tiny.seq2seq(), "decoder_layers": 3}, num_labels=2)
     model = tf.BartForSequenceClassification(config)
     for batch in batches:
         batch["input_ids"][:, -1] = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import tiny
 import torch
 from accelerate.data_loader import prepare_data_loader
 from for_each import for_each
@@ -37,26 +38,8 @@ from hf_parcor.evaluation import (
 WORDS = ["<pad>", "</s>", "<unk>", *(f"w{index}" for index in range(3, 24))]
 SHARED = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
 GPT2 = GPT2Config(vocab_size=24, n_embd=8, n_layer=2, n_head=2, n_positions=32, initializer_range=0.5, **SHARED)
-LLAMA = LlamaConfig(
-    vocab_size=24,
-    hidden_size=8,
-    intermediate_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    initializer_range=0.5,
-    **SHARED,
-)
-T5 = T5Config(
-    vocab_size=24,
-    d_model=16,
-    d_kv=8,
-    d_ff=16,
-    num_layers=2,
-    num_heads=2,
-    decoder_start_token_id=0,
-    pad_token_id=0,
-    eos_token_id=1,
-)
+LLAMA = LlamaConfig(**{**tiny.decoder(24, inner=8), **SHARED}, initializer_range=0.5)
+T5 = T5Config(**tiny.t5(24, 16), eos_token_id=1)
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from example_program import TRAINS_AND_MEASURES, run_with
 from for_each import for_each
-from local_models import SENTENCES, TINY, save_gpt2, save_tokenizer
+from local_models import SENTENCES, WORDS, save_gpt2, save_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -42,7 +43,7 @@ def model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
-    config = LlamaConfig(**TINY, **ends, intermediate_size=16, max_position_embeddings=16, initializer_range=0.5)
+    config = LlamaConfig(**tiny.encoder(len(WORDS)), **ends, initializer_range=0.5)
     LlamaForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder)
     return str(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import pytest
+import tiny
 import torch
 import transformers
 from torch import Tensor, nn
@@ -66,7 +67,6 @@ def known() -> Known:
     )
 
 
-DECODER = {"vocab_size": 12, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = (3, 2)
 
 
@@ -75,29 +75,24 @@ def texts() -> list[Tensor]:
 
 
 def bert() -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    sizes = {"vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 8}
-    model = transformers.BertForSequenceClassification(
-        transformers.BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=8)
-    )
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**tiny.encoder(12, inner=8)))
     return model, [{"input_ids": text, "labels": text[:, 0] % 2} for text in texts()]
 
 
 def t5() -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    sizes = {"vocab_size": 12, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**tiny.t5(12, layers=1, inner=8)))
     return model, [{"input_ids": text, "labels": text[:, :3].contiguous()} for text in texts()]
 
 
 def gpt2() -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    config = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, n_positions=8, **DECODER)
-    return transformers.GPT2LMHeadModel(config), [{"input_ids": text, "labels": text} for text in texts()]
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**tiny.gpt2(12)))
+    return model, [{"input_ids": text, "labels": text} for text in texts()]
 
 
 def vit() -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=4, patch_size=2))
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**tiny.images(layers=1, inner=8)))
     return model, [
-        {"pixel_values": torch.randn(size, 3, 4, 4).double(), "labels": torch.arange(size) % 2} for size in SIZES
+        {"pixel_values": torch.randn(size, 3, 8, 8).double(), "labels": torch.arange(size) % 2} for size in SIZES
     ]
 
 

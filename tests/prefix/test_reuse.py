@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers as tf
 from for_each import for_each
@@ -37,37 +38,7 @@ from hf_parcor.prefix.reuse import copied
 
 L2 = CorruptionConstraint(epsilon=0.3)
 LAYERS = 3
-ENCODER = {
-    "vocab_size": 20,
-    "hidden_size": 8,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 2,
-    "intermediate_size": 12,
-    "max_position_embeddings": 16,
-}
-SEQ2SEQ = {
-    "vocab_size": 20,
-    "d_model": 8,
-    "encoder_layers": LAYERS,
-    "decoder_layers": LAYERS,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 12,
-    "decoder_ffn_dim": 12,
-    "max_position_embeddings": 16,
-    "pad_token_id": 0,
-    "decoder_start_token_id": 1,
-}
-T5 = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": LAYERS, "num_heads": 2}
-GPT2 = {"vocab_size": 20, "n_embd": 8, "n_layer": LAYERS, "n_head": 2, "n_positions": 16}
-VIT = {
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
+ENCODER, GPT2, VIT = tiny.encoder(layers=LAYERS), tiny.gpt2(layers=LAYERS), tiny.images(layers=LAYERS)
 
 
 ROWS = 4
@@ -123,7 +94,7 @@ FAMILIES = {
     ),
     "t5": Family(
         tf.T5ForConditionalGeneration,
-        tf.T5Config(**T5, decoder_start_token_id=0, pad_token_id=0),
+        tf.T5Config(**tiny.t5(layers=LAYERS)),
         translated,
         "last-decoder-layer",
         ["decoder.final_layer_norm"],
@@ -131,7 +102,7 @@ FAMILIES = {
     ),
     "marian": Family(
         tf.MarianMTModel,
-        tf.MarianConfig(**SEQ2SEQ),
+        tf.MarianConfig(**tiny.seq2seq(layers=LAYERS)),
         translated,
         "last-decoder-layer",
         ["decoder.layers.2.final_layer_norm"],
@@ -312,7 +283,7 @@ class TestWhatIsKept:
 
     def six_layers(self):
         torch.manual_seed(0)
-        model = tf.BertForSequenceClassification(tf.BertConfig(**ENCODER | {"num_hidden_layers": 6}))
+        model = tf.BertForSequenceClassification(tf.BertConfig(**tiny.encoder(layers=6)))
         return model.eval(), {"input_ids": torch.randint(3, 20, (4, 16)), "labels": torch.tensor([0, 1, 1, 0])}
 
     def beside_the_graph(self, model, batch, **options):

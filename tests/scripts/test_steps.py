@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -39,9 +40,7 @@ def test_quartiles_are_of_ratios_within_a_pair():
 
 def bert():
     torch.manual_seed(0)
-    sizes = {"vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = BertForSequenceClassification(BertConfig(**sizes, **quiet, intermediate_size=8)).double()
+    model = BertForSequenceClassification(BertConfig(**tiny.encoder(12, layers=1), **tiny.STILL)).double()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter)  # not zero, of which the AWP loop would take no notice

@@ -6,62 +6,13 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
+import tiny
 import transformers as tf
 from torch import nn
 
-ENCODER = {
-    "vocab_size": 20,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 16,
-}
-SEQ2SEQ = {
-    "vocab_size": 20,
-    "d_model": 8,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 16,
-    "decoder_ffn_dim": 16,
-    "max_position_embeddings": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 1,
-    "forced_eos_token_id": 2,
-}
-DECODER = {
-    "vocab_size": 20,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+ENCODER, DECODER, SEQ2SEQ = tiny.encoder(), tiny.decoder(), tiny.seq2seq()
 DISTILBERT = {"vocab_size": 20, "dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 16, "max_position_embeddings": 16}
-T5 = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2}
-GPT2 = {
-    "vocab_size": 20,
-    "n_embd": 8,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_positions": 16,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-VIT = {
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
+T5, GPT2, VIT = tiny.t5(), tiny.gpt2(), tiny.images()
 CLIP = {**ENCODER, "bos_token_id": 1, "eos_token_id": 2, "projection_dim": 8}
 CAPTION = {**ENCODER, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
 WAV2VEC2 = {

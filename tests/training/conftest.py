@@ -6,6 +6,7 @@ import warnings
 from dataclasses import fields
 
 import pytest
+import tiny
 import torch
 from trainings import QUIET, KeepGradients
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
@@ -19,12 +20,7 @@ def tiny_bert():
     def build(dropout: float = 0.1, **options):
         torch.manual_seed(0)
         config = BertConfig(
-            vocab_size=30,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=24,
-            max_position_embeddings=16,
+            **tiny.encoder(30, 16, inner=24),
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
             num_labels=3,

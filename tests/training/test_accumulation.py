@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from longhand import longhand
 from torch import nn
@@ -125,11 +126,8 @@ class TestEqualAndUnequalSplits:
 def causal_model(kind):
     torch.manual_seed(0)
     if kind == "gpt2":
-        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
-        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=30, bos_token_id=1, eos_token_id=2, **sizes, **dropout))
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=30, max_position_embeddings=16, **sizes))
+        return GPT2LMHeadModel(GPT2Config(**tiny.gpt2(30, 16), **tiny.STILL_GPT2))
+    return LlamaForCausalLM(LlamaConfig(**tiny.decoder(30, 16, inner=24)))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 import pytest
+import tiny
 import torch
 from for_each import for_each
 from longhand import longhand
@@ -59,14 +60,11 @@ def tree_all(holds, *trees):
 
 
 def tiny_gpt2():
-    sizes = {"vocab_size": 20, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **dropout))
+    return GPT2LMHeadModel(GPT2Config(**tiny.gpt2(), **tiny.STILL_GPT2))
 
 
 def tiny_llama():
-    sizes = {"vocab_size": 20, "max_position_embeddings": 8, "hidden_size": 8, "intermediate_size": 8}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=2))
+    return LlamaForCausalLM(LlamaConfig(**tiny.decoder()))
 
 
 # Each model with the first label that Transformers counts: a next token has none at the start, which it does not know
@@ -200,10 +198,10 @@ def test_a_training_step_that_prepares_nothing_gets_the_part_too(tiny_bert, trai
 @for_each("defense", [MultiStepRisk(L2, steps=2, batch_share=0.25), SAM(L2, batch_share=0.25)])
 def test_operations_of_a_part_behind_a_shared_prefix(defense, train):
     """What is logged is what is computed: the prefix once, on all rows, and the last of three layers on a part."""
-    sizes = {"vocab_size": 30, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes = tiny.encoder(30, 64, layers=3, inner=256)
     counted, logged = [], []
     for kind, settings in ((Trainer, {}), (ParameterDefenseTrainer, {"defense": defense, "target_modules": LAST})):
-        model = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=256, num_labels=3))
+        model = BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
         trainer = train(kind, model, {"max_steps": 1}, **settings)
         logged.append(trainer.state.total_flos)
         batch = next(iter(trainer.get_train_dataloader()))

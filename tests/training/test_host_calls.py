@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import transformers as tf
 
 from hf_parcor import SAM, CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
@@ -21,8 +22,7 @@ ARMS = {  # how many stock steps they may cost: 2 or 3 passes, and norms, which 
 
 @pytest.fixture
 def model():
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return tf.BertForSequenceClassification(tf.BertConfig(**ENCODER, num_hidden_layers=12, **still))
+    return tf.BertForSequenceClassification(tf.BertConfig(**ENCODER, num_hidden_layers=12, **tiny.STILL))
 
 
 @pytest.mark.slow

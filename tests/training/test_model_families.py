@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+import tiny
 import torch
 import transformers as tf
 from longhand import longhand_passes
@@ -15,50 +16,10 @@ from hf_parcor import CorruptionConstraint, MultiStepRisk, ParameterDefenseTrain
 
 EPSILON, STEPS = 0.5, 2
 DEFENSE = MultiStepRisk(CorruptionConstraint(epsilon=EPSILON), steps=STEPS)
-ENCODER = {
-    "vocab_size": 30,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 16,
-}
-DECODER = {
-    "vocab_size": 30,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+ENCODER, DECODER = tiny.encoder(30, 16, inner=24), tiny.decoder(30, 16, inner=24)
+SEQ2SEQ = tiny.seq2seq(30, 16, layers=3, inner=24)
 EXPERTS = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "experts_implementation": "eager"}
-SEQ2SEQ = {
-    "vocab_size": 30,
-    "d_model": 16,
-    "encoder_layers": 3,
-    "decoder_layers": 3,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "max_position_embeddings": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 1,
-    "forced_eos_token_id": 2,
-}
 IMAGE = {"num_channels": 3, "num_labels": 3}
-VIT = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
 WAV2VEC2 = {
     **ENCODER,
     "conv_dim": [8, 8],
@@ -68,8 +29,6 @@ WAV2VEC2 = {
     "num_conv_pos_embedding_groups": 2,
     "classifier_proj_size": 8,
 }
-GPT2 = {"vocab_size": 30, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
-T5 = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
 
 
 def classified(size: int) -> dict[str, torch.Tensor]:
@@ -119,14 +78,12 @@ FAMILIES = {
         tf.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 2], layer_type="basic", **IMAGE),
         seen,
     ),
-    "vit": Family(tf.ViTForImageClassification, tf.ViTConfig(**VIT, **IMAGE), seen),
+    "vit": Family(tf.ViTForImageClassification, tf.ViTConfig(**tiny.images(16, inner=24), **IMAGE), seen),
     "albert": Family(
         tf.AlbertForSequenceClassification, tf.AlbertConfig(**ENCODER, embedding_size=8, num_labels=3), classified
     ),
-    "gpt2": Family(tf.GPT2LMHeadModel, tf.GPT2Config(**GPT2), written, rtol=IN_FLOAT32),
-    "t5": Family(
-        tf.T5ForConditionalGeneration, tf.T5Config(**T5, decoder_start_token_id=0), translated, rtol=IN_FLOAT32
-    ),
+    "gpt2": Family(tf.GPT2LMHeadModel, tf.GPT2Config(**tiny.gpt2(30, 16)), written, rtol=IN_FLOAT32),
+    "t5": Family(tf.T5ForConditionalGeneration, tf.T5Config(**tiny.t5(30, 16, inner=24)), translated, rtol=IN_FLOAT32),
     "bart": Family(tf.BartForConditionalGeneration, tf.BartConfig(**SEQ2SEQ), translated),
     "bart-layerdrop": Family(
         tf.BartForConditionalGeneration,

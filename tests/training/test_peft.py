@@ -6,6 +6,7 @@ import math
 import re
 
 import pytest
+import tiny
 import torch
 import transformers as tf
 from longhand import longhand
@@ -144,7 +145,7 @@ def test_evaluator_corrupts_the_frozen_model_under_the_adapters(lora, batch, bit
 
 def test_gradient_of_a_wrapped_causal_model_is_that_of_the_model():
     """B = 0: both compute the same. Batches differ in length, so each must count the labels that its loss counts."""
-    gpt2 = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=30, n_embd=16, n_layer=1, n_head=2, n_positions=16)).eval()
+    gpt2 = tf.GPT2LMHeadModel(tf.GPT2Config(**tiny.gpt2(30, 16, layers=1))).eval()
     texts = [torch.randint(3, 30, (3, 9)), torch.randint(3, 30, (2, 2))]
     batches = [{"input_ids": text, "labels": text} for text in texts]
     expected = DatasetGradients(gpt2, {"w": gpt2.transformer.wpe.weight}, batches).over_data()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -178,9 +179,8 @@ class TestFloat16:
 def penalty_gradient(train, trainer_class, scale=None):
     """Return the gradient of a penalized loss over 2048 tokens, without the scale, and the log."""
     torch.manual_seed(0)
-    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     sizes = {"vocab_size": 2000, "n_embd": 16, "n_layer": 1, "n_head": 1, "n_positions": 256}
-    model = GPT2LMHeadModel(GPT2Config(bos_token_id=1, eos_token_id=2, **sizes, **dropout))
+    model = GPT2LMHeadModel(GPT2Config(bos_token_id=1, eos_token_id=2, **sizes, **tiny.STILL_GPT2))
     tokens = torch.randint(2000, (8, 256))
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     gradients = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 import transformers as tf
 from longhand import longhand
@@ -89,17 +90,7 @@ def saved(tmp_path_factory):
     raw = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     tf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(path)
-    config = tf.BertConfig(
-        vocab_size=30,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=16,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.3,
-    )
+    config = tf.BertConfig(**tiny.encoder(30, 16, inner=24), **tiny.STILL, initializer_range=0.3)
     tf.set_seed(0)
     tf.BertModel(config).save_pretrained(path)
     return path

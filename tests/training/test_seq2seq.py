@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, Seq2SeqTrainer, T5Config, T5ForConditionalGeneration
 
@@ -15,23 +16,11 @@ from hf_parcor import (
 
 
 def tiny_bart():
-    return BartForConditionalGeneration(
-        BartConfig(
-            vocab_size=30, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32,
-            pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
-            dropout=0.0,
-        )
-    )  # fmt: skip
+    return BartForConditionalGeneration(BartConfig(**tiny.seq2seq(30, 16, inner=24), dropout=0.0))
 
 
 def tiny_t5():
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
-            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0,
-        )
-    )  # fmt: skip
+    return T5ForConditionalGeneration(T5Config(**tiny.t5(30, 16, inner=24), dropout_rate=0.0))
 
 
 def tokens(prediction):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+import tiny
 import torch
 import transformers as tf
 from accelerate.utils import compare_versions
@@ -130,17 +131,8 @@ def test_nothing_is_tried_where_all_is_defended_or_nothing_is_active(tiny_bert, 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 def test_says_once_why_a_model_cannot_be_cut(train, caplog):
     """Router logits that a reentrant checkpoint computes without a graph, say; without checkpoints they are reused."""
-    config = tf.MixtralConfig(
-        vocab_size=30,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=24,
-        num_local_experts=3,
-        output_router_logits=True,
-        experts_implementation="eager",
-    )
+    routing = {"num_local_experts": 3, "output_router_logits": True, "experts_implementation": "eager"}
+    config = tf.MixtralConfig(**tiny.decoder(30, 16, inner=24), **routing)
     model = tf.MixtralForCausalLM(config)
     rows = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)} for _ in range(8)]
     tf.utils.logging.enable_propagation()
@@ -198,8 +190,7 @@ def test_the_operations_that_are_logged_are_those_that_are_computed(kind, settin
         return None if kind is None else kind(there.prefix, there.starts)
 
     monkeypatch.setattr("hf_parcor.training.step_runner.find_shared_prefix", found)
-    sizes = {"vocab_size": 30, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = tf.BertConfig(**sizes, intermediate_size=256, num_labels=3)
+    config = tf.BertConfig(**tiny.encoder(30, 64, layers=3, inner=256), num_labels=3)
     counted, logged = [], []
 
     def count(model, *_):

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 import transformers as tf
 from longhand import longhand
@@ -85,20 +86,8 @@ def tokenizer():
 
 def tiny_llama(dtype=torch.float32, seed=0, kind=tf.LlamaForCausalLM, **settings):
     tf.set_seed(seed)
-    config = tf.LlamaConfig(
-        vocab_size=30,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=2,
-        initializer_range=0.3,
-        **settings,
-    )
-    return kind(config).to(dtype)
+    sizes = {**tiny.decoder(30, 16, inner=24), "bos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 2048}
+    return kind(tf.LlamaConfig(**sizes, initializer_range=0.3, **settings)).to(dtype)
 
 
 @pytest.fixture
