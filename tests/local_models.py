@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,20 @@ LABELS = {"NEGATIVE": 0, "POSITIVE": 1}
 NAMED = {"label2id": LABELS, "id2label": {number: name for name, number in LABELS.items()}}
 
 
-def save_tokenizer(folder: Path) -> None:
+def word_tokenizer(
+    words: Sequence[str], unk_token: str = "[UNK]", punctuation: bool = True, **settings: Any
+) -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer of whole words, which sets punctuation apart from them or leaves it with them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="</s>", model_max_length=16
-    )
-    tokenizer.save_pretrained(folder)
+    raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=unk_token))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace() if punctuation else pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token=unk_token, **settings)
+
+
+def save_tokenizer(folder: Path) -> None:
+    ends = {"pad_token": "[PAD]", "eos_token": "</s>"}
+    word_tokenizer(WORDS, punctuation=False, **ends, model_max_length=16).save_pretrained(folder)
 
 
 def save_bert(

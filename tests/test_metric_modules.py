@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from for_each import for_each
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, TextClassificationPipeline
+from local_models import word_tokenizer
+from transformers import TextClassificationPipeline
 
 from hf_parcor import CorruptionEvaluator, GaussianNoise
 from hf_parcor.evaluation import PredictionMetric
@@ -65,9 +65,7 @@ class TestTheirs:
         # it is imported: who came earlier has another.
         monkeypatch.setattr(base().transformers, "TFPreTrainedModel", type(None), raising=False)
         datasets = pytest.importorskip("datasets")
-        words = Tokenizer(models.WordLevel({"[UNK]": 0, "good": 1, "bad": 2, "film": 3}, unk_token="[UNK]"))
-        words.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+        tokenizer = word_tokenizer(["[UNK]", "good", "bad", "film"])
         classify = TextClassificationPipeline(
             model=classifier, tokenizer=tokenizer, task="text-classification", device="cpu"
         )

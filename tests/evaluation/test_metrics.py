@@ -6,7 +6,7 @@ import tiny
 import torch
 import transformers
 from for_each import for_each
-from tokenizers import Tokenizer, models, pre_tokenizers
+from local_models import word_tokenizer
 from torch import nn
 from trainings import QUIET, accuracy
 
@@ -110,12 +110,9 @@ class TestOtherLibraries:
         assert len({values for row in record.rows() for values in row.metrics["eval_loss"]}) == 5
 
     def test_a_pipeline(self, classifier):
-        words = {"[UNK]": 0, "good": 1, "bad": 2, "film": 3}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         classify = transformers.TextClassificationPipeline(
             model=classifier,
-            tokenizer=transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]"),
+            tokenizer=word_tokenizer(["[UNK]", "good", "bad", "film"]),
             device="cpu",
         )
         texts = ["good film", "bad film"]

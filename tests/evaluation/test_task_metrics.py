@@ -9,7 +9,7 @@ import tiny
 import torch
 from accelerate.data_loader import prepare_data_loader
 from for_each import for_each
-from tokenizers import Tokenizer, models, pre_tokenizers
+from local_models import word_tokenizer
 from torch.utils.data import DataLoader
 from transformers import (
     BertForMaskedLM,
@@ -18,7 +18,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -56,9 +55,7 @@ def tokens():
 
 @pytest.fixture
 def tokenizer():
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    return word_tokenizer(WORDS, "<unk>", pad_token="<pad>", eos_token="</s>")
 
 
 def token_by_token(model, batches, shift):

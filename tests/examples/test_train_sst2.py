@@ -11,7 +11,8 @@ import pytest
 import torch
 from example_program import TRAINS_AND_MEASURES, run_example, run_with
 from local_hub import local_hub
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from local_models import word_tokenizer
+from transformers import BertConfig, BertForSequenceClassification
 
 from hf_parcor import EvaluationRecord
 
@@ -28,13 +29,7 @@ pytestmark = [
 
 @pytest.fixture
 def files(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        tmp_path / "model"
-    )
+    word_tokenizer(WORDS, pad_token="[PAD]").save_pretrained(tmp_path / "model")
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 import transformers as tf
+from local_models import word_tokenizer
 from longhand import longhand
 from trainings import logs_of
 
@@ -83,13 +84,9 @@ LOSSES = {  # each with data for it
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     path = str(tmp_path_factory.mktemp("encoder"))
-    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz"])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(path)
+    words = ["[PAD]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz"]
+    word_tokenizer(words, pad_token="[PAD]").save_pretrained(path)
     config = tf.BertConfig(**tiny.encoder(30, 16, inner=24), **tiny.STILL, initializer_range=0.3)
     tf.set_seed(0)
     tf.BertModel(config).save_pretrained(path)

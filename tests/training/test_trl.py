@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers as tf
+from local_models import word_tokenizer
 from longhand import longhand
 from torch import nn
 from trainings import UNMOVED, KeepGradients, logs_of
@@ -76,12 +77,8 @@ TRAINERS = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *"abcdefghijklmnopqrstuvwxyz"])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return tf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
+    words = ["[PAD]", "[UNK]", "[EOS]", *"abcdefghijklmnopqrstuvwxyz"]
+    return word_tokenizer(words, pad_token="[PAD]", eos_token="[EOS]")
 
 
 def tiny_llama(dtype=torch.float32, seed=0, kind=tf.LlamaForCausalLM, **settings):
