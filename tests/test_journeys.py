@@ -33,10 +33,7 @@ from hf_parcor import (
 from hf_parcor.cli import main
 
 ROOT = Path(__file__).parents[1]
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 THINGS = ("film", "plot", "Film", "Ende")
 SENTENCES = [

@@ -97,7 +97,6 @@ def pasted(tmp_path_factory):
     return folder, printed.getvalue(), after
 
 
-@pytest.mark.filterwarnings("ignore:'pin_memory'")  # of PyTorch, on a machine without a GPU
 class TestTheFirstPageAsOneScript:
     """Its Python, pasted together and run once; what it says is computed again with PyTorch alone."""
 

@@ -18,7 +18,6 @@ from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.usefixtures("quick_picture"),
 ]
 

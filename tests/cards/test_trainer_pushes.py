@@ -22,7 +22,6 @@ from hf_parcor.cards.text import HEAT_MAP
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.usefixtures("quick_picture"),
 ]
 

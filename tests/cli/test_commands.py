@@ -70,10 +70,7 @@ from hf_parcor.records import EvaluationData
 from hf_parcor.tasks import TASKS
 from hf_parcor.tasks.text_generation import TextGeneration
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def batches_by_hand(folder, size):
@@ -300,7 +297,6 @@ class TestProbe:
         assert list(SweepRecord.from_json(result.out).records) == [*expected, "all"]
 
     @pytest.mark.filterwarnings("ignore::FutureWarning:peft")
-    @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
     def test_adapters(self, run, classifier_folder, sentences, tmp_path):
         peft = pytest.importorskip("peft")
         config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
@@ -313,7 +309,6 @@ class TestProbe:
         assert list(SweepRecord.from_json(result.out).records) == ["default"]
 
     @pytest.mark.filterwarnings("ignore::FutureWarning:peft")
-    @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
     @pytest.mark.parametrize("base", [True, False])
     def test_an_adapter_without_a_tokenizer_takes_that_of_its_base(
         self, run, classifier_folder, sentences, tmp_path, base

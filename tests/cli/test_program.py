@@ -279,7 +279,6 @@ class TestSettingsFile:
         )
         assert found | {"config": None, "run": None} == expected | {"run": None}
 
-    @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
     def test_flags_of_training(self, run, classifier_folder, sentences):
         settings = {
             **{"model": classifier_folder, "dataset": sentences, "output_dir": "out", "use_cpu": True, "max_steps": 2},

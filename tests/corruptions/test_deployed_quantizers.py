@@ -276,7 +276,6 @@ def test_what_is_measured_is_what_bitsandbytes_deploys(trained) -> None:
         check_end_to_end(*trained, {FloatQuantization("nf4"): export})
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_trained_beside_a_rounded_base_do_beside_a_real_one_what_was_measured(trained) -> None:
     """The base is NF4 of bitsandbytes; the adapters were trained beside what the library makes of it."""
     pytest.importorskip("bitsandbytes", reason=WITHOUT.format("bitsandbytes"))

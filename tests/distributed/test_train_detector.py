@@ -8,10 +8,7 @@ import pytest
 from local_models import save_yolos, write_objects
 from trainings import QUIET
 
-pytestmark = [
-    pytest.mark.slow,  # ranks are processes of their own
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
-]
+pytestmark = pytest.mark.slow  # ranks are processes of their own
 
 
 def evaluated(folder: str) -> list[dict[str, float]]:

@@ -29,7 +29,6 @@ TINY = {
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 

@@ -29,10 +29,7 @@ WORDS = ["a", "b", "c", "d", "e", "f", "<unk>", "N"]
 WATCHED = {"watched_corruptions": ["quantization=4"]}
 TINY_LSTM = "hidden_size=6,embedding_size=4,num_hidden_layers=2"
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def lines_of(seed: int, count: int) -> list[str]:

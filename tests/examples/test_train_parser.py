@@ -427,7 +427,6 @@ def result(out, name):
     return json.loads((out / f"{name}_results.json").read_text())
 
 
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 class TestProgram:
     @pytest.mark.slow
     def test_it_trains_measures_goes_on_and_makes_a_card(self, files, monkeypatch, capsys):

@@ -29,12 +29,7 @@ TEMPLATE = (
     "{% endgeneration %}{% else %}{{ message.content }} film {% endif %}{% endfor %}"
 )
 
-pytestmark = [
-    # TRL sets the flag under its old name, and asks Transformers for the old attribute
-    pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(scope="module")

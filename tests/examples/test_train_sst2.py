@@ -21,10 +21,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "train_sst2.py"
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "plot", "the", "a"]
 ROWS = [("the good film", 1), ('a "bad" plot', 0), ("good good", 1), ("bad bad film", 0)] * 4
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture
@@ -108,7 +105,6 @@ def test_one_json_file(files, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_are_trained_and_all_of_what_they_are_merged_into_is_measured(files, monkeypatch):
     peft = pytest.importorskip("peft", reason="adapters need the extra 'peft'")
     run_with(

@@ -29,8 +29,6 @@ OVERRIDES = (
     "encoder_layers=1,decoder_layers=2,d_model=16,encoder_ffn_dim=16,decoder_ffn_dim=16,max_position_embeddings=64"
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
-
 
 @pytest.fixture
 def files(tmp_path):

@@ -59,7 +59,6 @@ def test_arms_differ_in_one_thing_each():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_campaign(tmp_path, monkeypatch, capsys):
     draw = random.Random(0)

@@ -78,7 +78,6 @@ def save_pack(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_campaign(tmp_path, monkeypatch, capsys):
     for name in script.CIFAR_10.files:

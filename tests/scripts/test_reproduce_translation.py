@@ -119,7 +119,6 @@ def campaign(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 def test_table_6_and_figure_3(campaign, monkeypatch):
     output, work = campaign.options.output, campaign.options.work
     starts = [line.split("|")[1:-1] for line in script.starts(campaign).splitlines()]

@@ -22,7 +22,6 @@ def test_the_page_has_a_row_for_each_way():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @for_each(
     ("index", "least"),
     [

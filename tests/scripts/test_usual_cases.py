@@ -42,7 +42,6 @@ def test_what_adapters_begin_with_is_asked_for(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_campaign(tmp_path, monkeypatch, capsys):
     draw = random.Random(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 
 import pytest
 import torch
@@ -128,11 +127,9 @@ class TestAdapters:
     @pytest.fixture
     def adapted(self, fresh_model_of):
         peft = pytest.importorskip("peft")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            config = peft.LoraConfig(r=1, target_modules=["query", "word_embeddings"], task_type="SEQ_CLS")
-            model = peft.get_peft_model(fresh_model_of("bert"), config)
-            model.add_adapter("french", peft.LoraConfig(r=2, target_modules=["value"]))
+        config = peft.LoraConfig(r=1, target_modules=["query", "word_embeddings"], task_type="SEQ_CLS")
+        model = peft.get_peft_model(fresh_model_of("bert"), config)
+        model.add_adapter("french", peft.LoraConfig(r=2, target_modules=["value"]))
         return model
 
     def test_each_adapter(self, adapted):

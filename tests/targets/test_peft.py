@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 
 import pytest
 from for_each import for_each
@@ -17,10 +16,7 @@ from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 
 
 def with_lora(model: nn.Module, **settings: object) -> nn.Module:
-    with warnings.catch_warnings():
-        # PEFT asks Transformers for an attribute under its old name
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return peft.get_peft_model(model, peft.LoraConfig(r=1, **settings))
+    return peft.get_peft_model(model, peft.LoraConfig(r=1, **settings))
 
 
 def below(model: nn.Module, modules: list[str]) -> list[str]:

@@ -18,7 +18,6 @@ from hf_parcor import (
     select_parameters,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 STEPS = {"max_steps": 6, "learning_rate": 1e-2}
 
 

@@ -31,7 +31,6 @@ from hf_parcor.training import build_defense
 
 peft = pytest.importorskip("peft", reason="an optional dependency, the extra peft")
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 EPSILON, STEPS = 0.3, 2
 DEFENSE = MultiStepRisk(CorruptionConstraint(epsilon=EPSILON), steps=STEPS)
 L2 = CorruptionConstraint(epsilon=0.5)

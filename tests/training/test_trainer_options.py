@@ -22,8 +22,6 @@ DEFENDED = {
 REFUSED = ("gradient_penalty", True)  # reentrant checkpoints have no second derivative
 ONE_STEP = {"max_steps": 1, "train_sampling_strategy": "sequential", "optim": "sgd"}
 
-pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
-
 
 def assert_same_weights(first, second):
     for name, value in first.items():

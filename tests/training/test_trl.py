@@ -33,7 +33,6 @@ peft = pytest.importorskip("peft", reason=REASON)
 trl = pytest.importorskip("trl", reason=REASON)
 
 # TRL sets the flag under its old name, and asks Transformers for the old attribute
-pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing:FutureWarning")
 EPSILON, STEPS = 0.3, 2
 L2 = CorruptionConstraint(epsilon=EPSILON)
 DEFENSE = MultiStepRisk(L2, steps=STEPS)
