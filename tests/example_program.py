@@ -34,6 +34,12 @@ def run_with(script: Path, settings: Mapping[str, Any], monkeypatch: pytest.Monk
     return output
 
 
+def steps_logged(output: Path) -> list[dict[str, float]]:
+    """Return what a run logged of its steps."""
+    state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
 def run_here(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the programs that a module of scripts would start run in this process, which has imported everything."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from example_program import TRAINS_AND_MEASURES, run_with
+from example_program import TRAINS_AND_MEASURES, run_with, steps_logged
 from local_models import write_objects
 
 from hf_parcor.records import EvaluationRecord
@@ -61,7 +61,7 @@ def run(tmp_path, monkeypatch):
 
 def test_a_detector_is_trained_defended_measured_and_resumed(run, capsys):
     out = run()
-    log = [entry for entry in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+    log = steps_logged(out)
     assert len(log) == 4
     assert all("loss_corrupted" in entry for entry in log)
     found = json.loads((out / "eval_results.json").read_text())

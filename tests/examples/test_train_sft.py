@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from example_program import TRAINS_AND_MEASURES, run_with
+from example_program import TRAINS_AND_MEASURES, run_with, steps_logged
 from for_each import for_each
 from local_models import SENTENCES, WORDS, save_gpt2, save_tokenizer
 from torch import nn
@@ -67,11 +67,6 @@ def settings(tmp_path, model):
     }
 
 
-def logs_of(out: Path) -> list[dict]:
-    logs = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return [entry for entry in logs if "loss" in entry]
-
-
 def loss_of_token(model, tokenizer) -> float:
     """The mean loss of a token over the sentences, each with the end after it, by itself."""
     losses = []
@@ -87,7 +82,7 @@ def loss_of_token(model, tokenizer) -> float:
 def test_what_is_measured_is_what_the_saved_model_does(settings, tmp_path, monkeypatch, capsys):
     out = run_with(SCRIPT, settings, monkeypatch)
     assert "2-bit quantization" in capsys.readouterr().out
-    assert all(entry["loss_corrupted"] > entry["loss_clean"] for entry in logs_of(out))
+    assert all(entry["loss_corrupted"] > entry["loss_clean"] for entry in steps_logged(out))
     assert json.loads((out / "train_results.json").read_text())["train_samples"] == 2 * len(SENTENCES), "no empty line"
     record = EvaluationRecord.load(out / "robustness.json")
     model, tokenizer = loaded(out)
@@ -110,7 +105,7 @@ def test_a_run_that_goes_on_is_the_whole_run(settings, tmp_path, monkeypatch):
     part = tmp_path / "part"
     shutil.copytree(whole / "checkpoint-2", part / "checkpoint-2")
     run_with(SCRIPT, {**given, "output_dir": str(part), "resume_from_checkpoint": "true"}, monkeypatch)
-    assert len(logs_of(whole)) == 3
+    assert len(steps_logged(whole)) == 3
     name = "adapter_model.safetensors"
     assert (part / name).read_bytes() == (whole / name).read_bytes() != (part / "checkpoint-2" / name).read_bytes()
 
@@ -162,7 +157,7 @@ def test_which_tokens_are_trained_on(settings, tmp_path, monkeypatch, rows, give
     ids = torch.tensor([tokenizer.convert_tokens_to_ids(text.split())])
     with torch.no_grad():
         losses = nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
-    assert logs_of(out)[0]["loss_clean"] == pytest.approx(float(losses[-counted:].mean()), rel=1e-5)
+    assert steps_logged(out)[0]["loss_clean"] == pytest.approx(float(losses[-counted:].mean()), rel=1e-5)
 
 
 @pytest.mark.slow

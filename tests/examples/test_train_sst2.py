@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from example_program import TRAINS_AND_MEASURES, run_example, run_with
+from example_program import TRAINS_AND_MEASURES, run_example, run_with, steps_logged
 from local_hub import local_hub
 from local_models import word_tokenizer
 from transformers import BertConfig, BertForSequenceClassification
@@ -57,7 +57,7 @@ def settings(folder: Path) -> dict[str, object]:
 
 def check(folder: Path, defended: bool) -> None:
     out = folder / "out"
-    log = [entry for entry in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+    log = steps_logged(out)
     assert len(log) == 6
     assert all(("loss_corrupted" in entry) == defended for entry in log)
     assert json.loads((out / "train_results.json").read_text())["train_samples"] == 12

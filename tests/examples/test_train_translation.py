@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from example_program import TRAINS_AND_MEASURES, run_example, run_with
+from example_program import TRAINS_AND_MEASURES, run_example, run_with, steps_logged
 from iwslt_distribution import distribution, tar, zipped
 from local_hub import local_hub
 from local_models import MANY_LANGUAGES, save_t5, write_pairs
@@ -61,16 +61,12 @@ def run(monkeypatch, folder: Path, **changes: object) -> Path:
     return run_with(SCRIPT, settings(folder, **changes), monkeypatch)
 
 
-def logged(out: Path) -> list[dict[str, float]]:
-    return [entry for entry in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
-
-
 def test_flags_last_decoder_layer_and_average(files, monkeypatch, capsys):
     flags = [part for name, value in settings(files).items() for part in (f"--{name}", str(value))]
     defense = ["--defense_target_modules", "last-decoder-layer", "--defense_start_epoch", "1"]
     run_example(SCRIPT, [*flags, *defense, "--average_checkpoints", "2"], monkeypatch)
     out = files / "out"
-    defended = ["loss_corrupted" in entry for entry in logged(out)]
+    defended = ["loss_corrupted" in entry for entry in steps_logged(out)]
     assert defended == [index >= len(defended) // 3 for index in range(len(defended))]
     saved = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-2:]
     one, two, mean = (load_file(folder / "model.safetensors") for folder in (*saved, out))
@@ -112,14 +108,14 @@ def test_two_vocabularies_and_a_table(files, monkeypatch):
     assert len(AutoTokenizer.from_pretrained(out / "target_tokenizer")) == 35
     model = AutoModelForSeq2SeqLM.from_pretrained(out)
     assert (model.config.vocab_size, model.config.decoder_vocab_size) == (30, 35)
-    assert not any("loss_corrupted" in entry for entry in logged(out))
+    assert not any("loss_corrupted" in entry for entry in steps_logged(out))
 
     tuned = files / "tuned"
     run(monkeypatch, files, **pretrained(out), output_dir=str(tuned), do_eval=False, max_train_samples=9)
     assert json.loads((tuned / "train_results.json").read_text())["train_samples"] == 9
-    assert all("loss_corrupted" in entry for entry in logged(tuned))
+    assert all("loss_corrupted" in entry for entry in steps_logged(tuned))
     assert len(AutoTokenizer.from_pretrained(tuned / "target_tokenizer")) == 35
-    assert logged(tuned)[0]["loss_clean"] < logged(out)[0]["loss"], "it goes on from what was learned"
+    assert steps_logged(tuned)[0]["loss_clean"] < steps_logged(out)[0]["loss"], "it goes on from what was learned"
 
 
 def pretrained(folder: Path | str) -> dict[str, object]:
