@@ -341,6 +341,8 @@ def main() -> None:
     arguments = parser.parse_args()
     modules: dict[Path, set[int]] = {}
     for name, _, line in (one.partition(":") for one in arguments.modules):
+        if not Path(name).is_file():
+            parser.error(f"FILE: expected a module's path, got {name!r}, which is no file; see `ls hf_parcor`")
         modules.setdefault(Path(name).resolve(), set()).update([int(line)] if line else [])
     chosen = [] if arguments.slow else ["-m", "not slow"]
     how = ["-q", "--capture=sys", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
