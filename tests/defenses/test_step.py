@@ -337,8 +337,10 @@ class TestGradientsOfOthers:
             assert torch.equal(parameter, bits[name])
             torch.testing.assert_close(parameter.grad, finished[name], rtol=1e-12, atol=0)
 
+    @for_each("p", [2, math.inf])
+    @for_each("steps", [1, 2, 3])
     @for_each("with_another", [False, True])
-    def test_gradients_in_one_place_are_scaled_once(self, with_another):
+    def test_gradients_in_one_place_are_scaled_once(self, with_another, steps, p):
         """Two parameters whose sum is used have one gradient, and a function may bring it as one tensor."""
         found = []
         for shared in (True, False):
@@ -355,9 +357,9 @@ class TestGradientsOfOthers:
                     parameter.grad = held if parameter.grad is None else parameter.grad + gradient
                 return loss.detach()
 
-            with DefendedStep(selected, run_pass, 2, others) as step:
-                MultiStepRisk(CorruptionConstraint(epsilon=0.5), steps=1).minimize(step)
-                norm = step.withdraw(2.0)
+            with DefendedStep(selected, run_pass, steps + 1, others) as step:
+                MultiStepRisk(CorruptionConstraint(p=p, epsilon=0.5), steps=steps).minimize(step)
+                norm = step.withdraw(p)
             found.append([norm.realised, *(parameter.grad for parameter in parameters.values())])
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
