@@ -16,8 +16,8 @@ def for_each(names: str | Sequence[str], values: Iterable[Any]) -> Callable[[Tes
     """Run a test for every row of a table, and name each row that fails.
 
     It is written as `pytest.mark.parametrize` is, tables multiply as there, and all is collected as one test: for rows
-    that take milliseconds. Every row begins with the same seeds. Fixtures are set up once, and must not keep what a
-    row did.
+    that take milliseconds. Every row begins with the same seeds, and what it patches with `monkeypatch` ends with it.
+    Other fixtures are set up once, and must not keep what a row did.
     """
     columns = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
     table = [dict(zip(columns, (row,) if len(columns) == 1 else row, strict=True)) for row in values]
@@ -30,8 +30,9 @@ def for_each(names: str | Sequence[str], values: Iterable[Any]) -> Callable[[Tes
         def run(*args: Any, subtests: pytest.Subtests, **fixtures: Any) -> None:
             for row in rows:
                 transformers.set_seed(0)
-                with subtests.test(**row):
-                    test(*args, **fixtures, **row)
+                with subtests.test(**row), pytest.MonkeyPatch.context() as patches:
+                    own = {"monkeypatch": patches} if "monkeypatch" in fixtures else {}
+                    test(*args, **{**fixtures, **own}, **row)
 
         left = [parameter for name, parameter in inspect.signature(test).parameters.items() if name not in rows[0]]
         subtests = inspect.Parameter("subtests", inspect.Parameter.KEYWORD_ONLY)

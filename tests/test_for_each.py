@@ -41,6 +41,20 @@ def test_tables_multiply_each_row_is_reported_and_begins_with_the_same_seed():
     assert len(set(drawn)) == 1
 
 
+def test_a_patch_is_that_of_its_row(monkeypatch):
+    found = []
+
+    @for_each("a", [1, 2])
+    def test(monkeypatch, a):
+        found.append(Reports.__doc__)
+        monkeypatch.setattr(Reports, "__doc__", a)
+        assert Reports.__doc__ == a
+
+    before = Reports.__doc__
+    test(monkeypatch=monkeypatch, subtests=Reports())
+    assert found == [before, before]
+
+
 def test_marks_stay_and_an_empty_table_is_refused():
     @for_each("a", [1])
     @pytest.mark.slow

@@ -198,6 +198,9 @@ ROWS = {
             MultiStepRisk(L2, steps=2, step_size=0.05),
             MultiStepRisk(CorruptionConstraint(p=2, epsilon=0.3, top_n=9), steps=3),
             MultiStepRisk(CorruptionConstraint(p=math.inf, epsilon=0.1, top_n=4), steps=2),
+            # Within the radius, and beyond n entries.
+            *(MultiStepRisk(CorruptionConstraint(epsilon=6.0, top_n=3), steps=n, step_size=2.0) for n in (2, 3)),
+            MultiStepRisk(L2, steps=2, step_size=0.9),
             MultiStepRisk(L2, steps=2, random_start=True),
             MultiStepRisk(MAX, steps=1, random_start=True),
             MultiStepRisk(L3, steps=2, step_size=0.1),

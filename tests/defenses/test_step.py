@@ -91,6 +91,7 @@ def defended_in_bfloat16(defense, accumulated: bool, fails_in: int | None = None
     [
         *(MultiStepRisk(constraint, steps=2) for constraint in CONSTRAINTS),
         MultiStepRisk(CONSTRAINTS[0], steps=2, step_size=0.02),
+        *(MultiStepRisk(constraint, steps=2, step_size=3 * constraint.epsilon) for constraint in CONSTRAINTS),
         MultiStepRisk(CorruptionConstraint(p=2, epsilon=1e-25), steps=2),
         *(AWP(constraint, steps=2, input_epsilon=0) for constraint in CONSTRAINTS),
     ],
@@ -100,7 +101,8 @@ def test_an_ascent_that_is_remembered_is_the_one_that_is_kept(defense, accumulat
     monkeypatch.setattr(type(defense), "_is_remembered", lambda self, step: False)
     kept = defended_in_bfloat16(defense, accumulated, fails_in)
     assert remembered.keys() == kept.keys()
-    torch.testing.assert_close(remembered.pop("norm", None), kept.pop("norm", None), rtol=1e-6, atol=0)
+    # Squares of what is far below any weight may underflow in the norm of a kept ascent, which is one fast pass.
+    torch.testing.assert_close(remembered.pop("norm", None), kept.pop("norm", None), rtol=1e-6, atol=1e-20)
     for what, tensor in remembered.items():
         assert torch.equal(tensor, kept[what]), what
 
