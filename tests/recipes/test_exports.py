@@ -131,6 +131,8 @@ def test_a_tool_that_lacks_a_format_gets_no_file_and_it_is_said(tmp_path) -> Non
     found = export_recipe(recipe_of(FloatQuantization("nf4"), FOUR, FOUR), tmp_path)
     assert not (tmp_path / "torchao.json").exists()
     assert any("torchao.json" in sentence and "NF4" in sentence for sentence in found.missing)
+    five = export_recipe(recipe_of(Quantization(5, "channel"), None, None), tmp_path / "five")
+    assert any("bitsandbytes.yaml" in sentence for sentence in five.missing), "it has 4 bits, or 8 and more"
     found = export_recipe(recipe_of(FOUR, FOUR, FOUR), tmp_path / "alike")
     assert any("defense" in sentence for sentence in found.missing), "nothing is spared"
 
