@@ -16,8 +16,8 @@ def for_each(names: str | Sequence[str], values: Iterable[Any]) -> Callable[[Tes
     """Run a test for every row of a table, and name each row that fails.
 
     It is written as `pytest.mark.parametrize` is, tables multiply as there, and all is collected as one test: for rows
-    that take milliseconds. Every row begins with the same seeds, and what it patches with `monkeypatch` ends with it.
-    Other fixtures are set up once, and must not keep what a row did.
+    that take milliseconds. Every row begins with the same seeds, an empty `tmp_path` and nothing in `caplog`, and what
+    it patches with `monkeypatch` ends with it. Other fixtures are set up once, and must not keep what a row did.
     """
     columns = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
     table = [dict(zip(columns, (row,) if len(columns) == 1 else row, strict=True)) for row in values]
@@ -28,11 +28,10 @@ def for_each(names: str | Sequence[str], values: Iterable[Any]) -> Callable[[Tes
         rows = [{**row, **inner} for row in table for inner in below]
 
         def run(*args: Any, subtests: pytest.Subtests, **fixtures: Any) -> None:
-            for row in rows:
+            for place, row in enumerate(rows):
                 transformers.set_seed(0)
                 with subtests.test(**row), pytest.MonkeyPatch.context() as patches:
-                    own = {"monkeypatch": patches} if "monkeypatch" in fixtures else {}
-                    test(*args, **{**fixtures, **own}, **row)
+                    test(*args, **_of_row(place, fixtures, patches), **row)
 
         left = [parameter for name, parameter in inspect.signature(test).parameters.items() if name not in rows[0]]
         subtests = inspect.Parameter("subtests", inspect.Parameter.KEYWORD_ONLY)
@@ -43,3 +42,16 @@ def for_each(names: str | Sequence[str], values: Iterable[Any]) -> Callable[[Tes
         return run
 
     return decorate
+
+
+def _of_row(place: int, fixtures: dict[str, Any], patches: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return the fixtures, such that those of pytest keep nothing of an earlier row."""
+    own: dict[str, Any] = {}
+    if "monkeypatch" in fixtures:
+        own["monkeypatch"] = patches
+    if "tmp_path" in fixtures:
+        own["tmp_path"] = fixtures["tmp_path"] / f"row-{place}"
+        own["tmp_path"].mkdir()
+    if "caplog" in fixtures:
+        fixtures["caplog"].clear()
+    return {**fixtures, **own}

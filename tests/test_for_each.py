@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from contextlib import contextmanager
 
 import pytest
@@ -39,6 +40,19 @@ def test_tables_multiply_each_row_is_reported_and_begins_with_the_same_seed():
     assert reports.ran == [{"a": a, "b": b, "c": c} for a in (1, 2, 3) for b, c in ((1, 2), (3, 4))]
     assert reports.failed == [{"a": 1, "b": 3, "c": 4}, {"a": 3, "b": 1, "c": 2}]
     assert len(set(drawn)) == 1
+
+
+def test_a_folder_and_a_log_are_those_of_their_row(tmp_path, caplog):
+    found = []
+
+    @for_each("a", [1, 2])
+    def test(tmp_path, caplog, a):
+        found.append([*tmp_path.iterdir(), *caplog.messages])
+        (tmp_path / "file").touch()
+        logging.getLogger("ours").warning("row %s", a)
+
+    test(tmp_path=tmp_path, caplog=caplog, subtests=Reports())
+    assert found == [[], []]
 
 
 def test_a_patch_is_that_of_its_row(monkeypatch):

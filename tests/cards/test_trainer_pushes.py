@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from card_text import OURS, read
@@ -128,11 +129,12 @@ class TestPushToHub:
     @for_each(
         ("there", "warned"), [("Words there.", True), ("Words here.", False), ("More information needed", False)]
     )
-    def test_changed_on_both_sides(self, pushed, trained, tmp_path, warnings, there, warned):
+    def test_changed_on_both_sides(self, pushed, trained, warnings, there, warned):
         """A warning says where the words of a person are that are not pushed, and only then."""
-        text = read(tmp_path / "tiny")
+        folder = Path(trained.args.output_dir)
+        text = read(folder)
         here = text.replace("More information needed", "Words here.", 1)
-        (tmp_path / "tiny" / "README.md").write_bytes(here.encode())
+        (folder / "README.md").write_bytes(here.encode())
         theirs = text.replace("More information needed", there, 1).replace(OURS, f"{OURS}, earlier", 1)
         head = pushed.commit({**pushed.files, "README.md": theirs.encode()})
         trained.push_to_hub()

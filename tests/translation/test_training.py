@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from for_each import for_each
@@ -119,12 +121,12 @@ def plain(run):
 
 @pytest.mark.slow
 @for_each("target", [None, "last-decoder-layer"])
-def test_arms_share_the_epochs_before_the_defense_starts(run, plain, target, tmp_path):
+def test_arms_share_the_epochs_before_the_defense_starts(run, plain, target):
     """From the plain run's checkpoint at the start epoch, or from the beginning: the same bits."""
     constraint = CorruptionConstraint(p=float("inf"), epsilon=0.002)
     defense = MultiStepRisk(constraint, steps=1, start_epoch=2)
     whole = run("whole", defense=defense, target=target)
-    start = tmp_path / "plain" / f"checkpoint-{plain.state.max_steps * 2 // 3}"
+    start = Path(plain.args.output_dir) / f"checkpoint-{plain.state.max_steps * 2 // 3}"
     shared = run("shared", defense=defense, target=target, resume=str(start))
     assert len(shared.seen) == len(plain.seen) // 3
     assert_same_bits(shared, whole)
