@@ -215,6 +215,11 @@ class FloatQuantization(Corruption):
         assert self.per is not None, "set above"
         return found.title + ("" if found.fixed else _blocks(self.per))
 
+    @property
+    def bits(self) -> int:
+        """The number of bits of a code, without scales."""
+        return FLOAT_FORMATS[self.format].bits
+
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Raise an error for matrices that do not consist of whole blocks; NF4 allows a short last block."""
         assert self.per is not None, "set above"
@@ -230,8 +235,9 @@ class FloatQuantization(Corruption):
 
     def _row_width(self, weight: Tensor) -> int | None:
         assert self.per is not None, "set above"
-        shared = self.format == "nvfp4"  # a second scale, that of the tensor
-        return None if shared else row_width(weight, self.per, flat=self.format == "nf4")
+        if FLOAT_FORMATS[self.format].bits_of_tensor:
+            return None
+        return row_width(weight, self.per, flat=self.format == "nf4")
 
     def stored_bits(self, weight: Tensor) -> int:
         """Return the number of bits of a weight: its codes, and a scale for each block.
@@ -246,10 +252,11 @@ class FloatQuantization(Corruption):
         assert self.per is not None, "set above"
         if weight.ndim < 2:
             return _width(weight) * weight.numel()
-        blocks = _block_count(weight, self.per) or 0
-        bits, of_scale = (8, 32) if not FLOAT_FORMATS[self.format].fixed else (4, 32 if self.format == "nf4" else 8)
-        of_tensor = 32 if self.format == "nvfp4" and blocks else 0
-        return bits * weight.numel() + of_scale * blocks + of_tensor
+        blocks = _block_count(weight, self.per)
+        if blocks is None:  # without entries
+            return 0
+        found = FLOAT_FORMATS[self.format]
+        return self.bits * weight.numel() + found.bits_of_scale * blocks + found.bits_of_tensor
 
 
 def _block_count(weight: Tensor, per: Per) -> int | None:

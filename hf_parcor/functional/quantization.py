@@ -413,19 +413,25 @@ class FloatFormat(NamedTuple):
         per: What shares a scale, where nobody says.
         fixed: Whether the format says it.
         title: How it is written.
+        bits: Of a code.
+        bits_of_scale: As it is stored.
+        bits_of_tensor: Those of a second scale, that of the whole tensor; 0 where there is none.
     """
 
     per: Per
     fixed: bool
     title: str
+    bits: int
+    bits_of_scale: int
+    bits_of_tensor: int = 0
 
 
 FLOAT_FORMATS = {
-    "fp8_e4m3": FloatFormat("tensor", False, "FP8 E4M3"),
-    "fp8_e5m2": FloatFormat("tensor", False, "FP8 E5M2"),
-    "mxfp4": FloatFormat(32, True, "MXFP4"),
-    "nvfp4": FloatFormat(16, True, "NVFP4"),
-    "nf4": FloatFormat(64, True, "NF4"),
+    "fp8_e4m3": FloatFormat("tensor", False, "FP8 E4M3", 8, 32),
+    "fp8_e5m2": FloatFormat("tensor", False, "FP8 E5M2", 8, 32),
+    "mxfp4": FloatFormat(32, True, "MXFP4", 4, 8),
+    "nvfp4": FloatFormat(16, True, "NVFP4", 4, 8, 32),
+    "nf4": FloatFormat(64, True, "NF4", 4, 32),
 }
 _FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 _E2M1_LARGEST = 6.0

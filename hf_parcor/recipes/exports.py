@@ -270,7 +270,7 @@ def _in_nf4(record: RecipeRecord, held: _Held) -> bool:
 
 
 def _is_small(record: RecipeRecord, held: _Held) -> bool:
-    return held.format is not None and _code_bits(record.formats[held.format]) <= 4
+    return held.format is not None and format_of(record.formats[held.format]).bits <= 4
 
 
 def _left_in_float(record: RecipeRecord) -> list[str]:
@@ -292,14 +292,6 @@ def _notes_on_bitsandbytes(record: RecipeRecord) -> Iterator[str]:
     ]
     if turned:
         yield f"takes the blocks of {_some(turned)} along the other dimension than the recipe: measure again"
-
-
-def _code_bits(settings: Mapping[str, Any]) -> int:
-    """Return how many bits a code has, without scales."""
-    one = format_of(settings)
-    if isinstance(one, FloatQuantization):
-        return 8 if one.format.startswith("fp8") else 4
-    return int(one.bits)
 
 
 def _exactly(name: str, others: list[str]) -> str:

@@ -35,7 +35,7 @@ def panels(study: Study) -> list[Panel]:
             of_group = {group: curve for (_, group), curve in curves.items()}
             shown = dict(sorted(of_group.items(), key=lambda item: -_loss(item[1]))[:_LINES])
             many = f", the {_LINES} of {len(of_group)} groups with the largest mean {study.loss}"
-            names = _short(study)
+            names = short_names(study.groups)
             named = {names[group]: curve for group, curve in shown.items()}
             found.append(_panel(series.name + many * (len(of_group) > _LINES), series, named))
             continue
@@ -78,14 +78,9 @@ def row_name(study: Study, model: str, group: str) -> str:
     return model if len(study.groups) == 1 else f"{group}: {model}"
 
 
-def _short(study: Study) -> dict[str, str]:
-    """Return what groups are called where room is scarce: without the modules that all of them are in."""
-    return dict(zip(study.groups, short_names(study.groups), strict=True))
-
-
 def _shared(study: Study) -> str:
-    """Return what `_short` leaves out, in words for a caption; "" for nothing."""
-    group, shown = next(iter(_short(study).items()))
+    """Return what short names leave out, in words for a caption; "" for nothing."""
+    group, shown = next(iter(short_names(study.groups).items()))
     left_out = group.removesuffix(shown)
     return f"; each group is in {left_out.removesuffix('.')}" if left_out and len(study.groups) > 1 else ""
 
@@ -104,7 +99,7 @@ def heat_map(study: Study, series: Series, numbers: Numbers) -> Table:
         key: {point.name: sample_mean(curve.drops([point.name])) for point in curve.points}
         for key, curve in curves.items()
     }
-    largest, names = largest_drop(study), _short(study)
+    largest, names = largest_drop(study), short_names(study.groups)
     rows, shares = [], []
     for (model, group), curve in curves.items():
         means = {point.name: point.mean for point in curve.points}
@@ -129,7 +124,7 @@ def summary(study: Study, series: Series, numbers: Numbers) -> Table:
     )
     norms = {key: _weights_norm(study.models[key[0]][key[1]]) for key in curves}
     known = not any(map(math.isnan, norms.values()))
-    rows, names_of = [], _short(study)
+    rows, names_of = [], short_names(study.groups)
     for (model, group), curve in curves.items():
         key = model, group
         parameters = study.models[model][group][0].parameters

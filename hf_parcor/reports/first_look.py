@@ -51,7 +51,7 @@ class _Told:
         # An accuracy changes in steps of a row: which of two is weaker, answers that move tell better.
         by = self.moved if self.numbers.unit in (SHARE, POINTS) else self.metric
         self.measured = sorted(measured, key=lambda cell: (self.is_negligible(cell), -_finite(self.drop(cell, by))))
-        self.names = dict(zip(scores.groups, short_names(list(scores.groups)), strict=True))
+        self.names = short_names(scores.groups)
 
     def drop(self, cell: FormatScore, metric: str) -> float:
         """Return how much worse a metric is, of a part that was measured."""

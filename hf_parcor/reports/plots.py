@@ -612,7 +612,7 @@ def _draw_map(
             text = numbers.value(shown[place]) if place in shown else "–"
             axis.text(x, y, text, color="white" if dark else "black", fontsize="small", ha="center", va="center")
     axis.set_xticks(range(len(columns)), list(columns.values()), parse_math=False)
-    axis.set_yticks(range(len(groups)), short_names(groups), parse_math=False)
+    axis.set_yticks(range(len(groups)), list(short_names(groups).values()), parse_math=False)
     axis.tick_params(length=0)
     return image
 

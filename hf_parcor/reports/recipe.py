@@ -107,7 +107,7 @@ class _Told:
         self.of_parts = DIVERGENCE if by_divergence else self.metric if self.metric in scores.clean else scores.metric
         self.numbers_of_parts = Numbers(scores.info(self.of_parts).unit)
         self.formats = short_formats(recipe.formats)
-        self.names = dict(zip(recipe.choice, short_names(list(recipe.choice)), strict=True))
+        self.names = short_names(recipe.choice)
 
     def change(self, value: float) -> str:
         """Return the change of the metric, with its sign and unit."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from hf_parcor.records.comparable import by_identity, check_comparable, in_one_alone
@@ -69,20 +69,20 @@ def markdown_table(
     return "\n".join(f"| {line} |" for line in shown)
 
 
-def short_names(groups: Sequence[str]) -> list[str]:
-    """Return names without the modules that all of them are in, but for the last.
+def short_names(groups: Iterable[str]) -> dict[str, str]:
+    """Return for each name what is left of it without the modules that all of them are in, but for the last.
 
     Examples:
         >>> short_names(["bert.encoder.layer.0", "bert.encoder.layer.10"])
-        ['layer.0', 'layer.10']
+        {'bert.encoder.layer.0': 'layer.0', 'bert.encoder.layer.10': 'layer.10'}
         >>> short_names(["attention", "linear"])
-        ['attention', 'linear']
+        {'attention': 'attention', 'linear': 'linear'}
     """
     paths = [group.split(".") for group in groups]
     shared = 0
     while paths and all(len(path) > shared + 2 and path[: shared + 1] == paths[0][: shared + 1] for path in paths):
         shared += 1
-    return [".".join(path[shared:]) for path in paths]
+    return {".".join(path): ".".join(path[shared:]) for path in paths}
 
 
 def _width(column: Iterable[str], longest: int | None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -70,33 +69,6 @@ def test_along_the_gradient_it_is_acrt_and_sam(constraint, alpha):
     for other in (theirs, sam) if alpha == 1 else (theirs,):
         for first, second in zip(ours.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(first.grad, second.grad)  # w + a is rounded once or twice
-
-
-@for_each("order", [order for count in (1, 2, 3) for order in itertools.permutations(range(3), count)])
-@for_each("clean_weight", [0.0, 0.4])
-def test_the_update_is_the_weighted_mean_over_the_corruptions_in_any_order(order, clean_weight):
-    """Each along the gradient at the clean weights, wherever the sum of the passes is made meanwhile."""
-    model = network()
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    def gradient_at(values):
-        leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
-        loss = cross_entropy(torch.func.functional_call(model, leaves, INPUTS), LABELS)
-        return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-
-    clean = gradient_at(weights)
-    norm = torch.cat([part.flatten() for part in clean.values()]).norm()
-    corrupted = [
-        {name: weight + 0.3 * clean[name] / norm for name, weight in weights.items()},
-        {name: weight + 0.05 * clean[name].sign() for name, weight in weights.items()},
-        {name: Quantization(3)({name: weight})[name] for name, weight in weights.items()},
-    ]
-    found = [gradient_at(values) for values in corrupted]
-    corruptions = [GradientCorruption(L2), GradientCorruption(MAX), Quantization(3)]
-    step_of(CorruptionRisk([corruptions[place] for place in order], clean_weight=clean_weight), model)
-    for name, parameter in model.named_parameters():
-        mean = torch.stack([found[place][name] for place in order]).mean(0)
-        torch.testing.assert_close(parameter.grad, clean_weight * clean[name] + (1 - clean_weight) * mean)
 
 
 @for_each("constraints, p", [([L2], 2.0), ([MAX], math.inf), ([MAX, MAX], math.inf), ([L2, MAX], 2.0), ([], 2.0)])

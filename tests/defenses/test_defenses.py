@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -241,6 +242,15 @@ ROWS = {
             CorruptionRisk([GaussianNoise(0.3), Quantization(2)], draw_one=True),
             CorruptionRisk([Quantization(3), GradientCorruption(MAX), GradientCorruption(SPARSE)], clean_weight=0.2),
             CorruptionRisk([GradientCorruption(L3), GaussianNoise(0.2)], clean_weight=0),
+            # What goes along the gradient does not find the sum of the passes in its place, whatever comes first.
+            *(
+                CorruptionRisk(order, clean_weight=clean_weight)
+                for count in (1, 2, 3)
+                for order in itertools.permutations(
+                    [GradientCorruption(L2), GradientCorruption(MAX), Quantization(3)], count
+                )
+                for clean_weight in (0.0, 0.4)
+            ),
         ],
         corruption_risk,
     ),
