@@ -75,13 +75,13 @@ class Run:
 
 
 def campaign_parser(
-    description: str | None, arms: Iterable[str], work: str, data: str, seeds: int = 3
+    description: str | None, arms: Iterable[str] | None, work: str, data: str, seeds: int = 3
 ) -> ArgumentParser:
     """Return the command line of a campaign, as far as all have it.
 
     Args:
         description: The docstring of the script.
-        arms: The names of its arms.
+        arms: The names of its arms; None for a single one, with a single seed.
         work: The folder for models and logs, unless told.
         data: What the folder with data holds.
         seeds: How many, unless told.
@@ -90,6 +90,10 @@ def campaign_parser(
     parser.add_argument("--data", type=Path, required=True, help=f"the folder with {data}")
     parser.add_argument("--output", type=Path, required=True, help="the folder for records and the table")
     parser.add_argument("--work", type=Path, default=Path(work), help="the folder for models and logs")
+    if arms is None:
+        parser.add_argument("--seeds", type=int, nargs=1, default=[1], metavar="SEED", help="default: 1")
+        parser.set_defaults(jobs=1)
+        return parser
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 1 + seeds)))
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument(
@@ -110,14 +114,15 @@ def begin(parser: ArgumentParser) -> Namespace:
     return options
 
 
-def of_study(work: Path, *parts: str | int | None) -> Path:
+def of_study(work: Path, *parts: str | int | Path | None) -> Path:
     """Return the folder for the models of one study among those that a folder of work has.
 
     Args:
         work: The folder for all of them.
-        *parts: What tells studies apart, in so far as their models differ; None for what was not changed.
+        *parts: What tells studies apart, in so far as their models differ, and what these began with; None for what
+            was not changed.
     """
-    return work / "-".join(str(part) for part in parts if part is not None)
+    return work / "-".join(str(part).strip("/").replace("/", "-") for part in parts if part is not None)
 
 
 def run_example(

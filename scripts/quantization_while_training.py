@@ -140,7 +140,8 @@ def metric_of(label: str) -> str:
 
 
 def train(options: argparse.Namespace, run: Run, folder: Path) -> Curve:
-    """Train, keep all checkpoints, the best one in 4 bits in the folder itself, and return what they lose."""
+    """Return what all checkpoints lose, trained unless they were; the best one in 4 bits is in the folder itself."""
+    state = folder / "trainer_state.json"  # what a training leaves last
     settings = {
         **SETTINGS,
         "train_file": options.data / "ptb.train.txt.gz",
@@ -155,12 +156,14 @@ def train(options: argparse.Namespace, run: Run, folder: Path) -> Curve:
         "logging_steps": 20,
     }
     flags = ["--do_train", "--do_eval", "--skip_corruptions", *run.arm.flags, "--watched_corruptions", *FORMATS]
-    run_example([EXAMPLE], settings, *flags, threads=options.threads)
-    return Curve.from_log(json.loads((folder / "trainer_state.json").read_text())["log_history"])
+    if not state.exists():
+        run_example([EXAMPLE], settings, *flags, threads=options.threads)
+    return Curve.from_log(json.loads(state.read_text())["log_history"])
 
 
 def judge(options: argparse.Namespace, run: Run, checkpoint: Path) -> EvaluationRecord:
-    """Measure a checkpoint on the test text, in float and in each format."""
+    """Return what a checkpoint does on the test text, in float and in each format, measured unless it was."""
+    record = checkpoint / "test" / "robustness.json"
     settings = {
         "model_name_or_path": checkpoint,
         "validation_file": options.data / "ptb.test.txt.gz",
@@ -168,8 +171,9 @@ def judge(options: argparse.Namespace, run: Run, checkpoint: Path) -> Evaluation
         **{name: SETTINGS[name] for name in ("block_size", "per_device_eval_batch_size")},
         **of_run(run, checkpoint / "test"),
     }
-    run_example([EXAMPLE], settings, "--do_eval", "--corruptions", *FORMATS, threads=options.threads)
-    return EvaluationRecord.load(checkpoint / "test" / "robustness.json")
+    if not record.exists():
+        run_example([EXAMPLE], settings, "--do_eval", "--corruptions", *FORMATS, threads=options.threads)
+    return EvaluationRecord.load(record)
 
 
 def measure(options: argparse.Namespace, run: Run) -> Watched:

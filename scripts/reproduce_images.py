@@ -303,7 +303,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, help="layers of the ResNet; *small: 20, others: 34")
     parser.add_argument("--weights", type=Path, help="the folder with trained weights; needed where they are tuned")
     options = begin(parser)
-    options.work = of_study(options.work, options.size, options.depth)
+    options.work = of_study(options.work, options.size, options.depth, options.weights)
     size = SIZES[options.size]
     options.depth = options.depth or size.depth
     unknown = [name for name in options.arms or () if name not in size.images.arms]

@@ -34,7 +34,7 @@ from hf_parcor import (
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.reports.plots import plot_search
 from hf_parcor.reports.tables import search_table
-from scripts.campaigns import ONE_STEP, Arm, write_table
+from scripts.campaigns import write_table
 from scripts.sst2_runs import parse_options, read_sentences, sentence_batches
 
 LOW, HIGH, TRAININGS = 0.01, 1.0, 6
@@ -43,7 +43,7 @@ RADII = (0.05, 0.1, 0.2)
 
 def main() -> None:
     """Search, and write down."""
-    options = parse_options(__doc__, {"multi_step_risk-1": Arm("K = 1", ONE_STEP)}, "runs/search_epsilon", seeds=1)
+    options = parse_options(__doc__, None, "runs/search_epsilon")
     (seed,) = options.seeds
     size = options.size
     tokenizer = AutoTokenizer.from_pretrained(options.model)

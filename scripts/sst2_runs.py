@@ -54,7 +54,7 @@ def peer(label: str, name: str, radius: float | None = None) -> Arm:
 
 
 def campaign_of_sizes(
-    description: str | None, arms: Mapping[str, Arm], work: str, *, size: str = "small", seeds: int = 3
+    description: str | None, arms: Mapping[str, Arm] | None, work: str, *, size: str = "small", seeds: int = 3
 ) -> argparse.ArgumentParser:
     """Return the command line of a campaign on SST-2, which may get flags of its own."""
     parser = campaign_parser(description, arms, work, "the SST-2 files", seeds)
@@ -65,7 +65,7 @@ def campaign_of_sizes(
 
 
 def parse_options(
-    description: str | None, arms: Mapping[str, Arm], work: str, *, size: str = "small", seeds: int = 3
+    description: str | None, arms: Mapping[str, Arm] | None, work: str, *, size: str = "small", seeds: int = 3
 ) -> argparse.Namespace:
     """Read the command line of a campaign that has no other flags."""
     return started(campaign_of_sizes(description, arms, work, size=size, seeds=seeds))
@@ -74,7 +74,7 @@ def parse_options(
 def started(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Read the command line of a campaign on SST-2, and begin it."""
     options = begin(parser)
-    options.work = of_study(options.work, options.size, options.train_samples)
+    options.work = of_study(options.work, options.size, options.train_samples, options.model)
     options.size = SIZES[options.size]
     if options.train_samples:
         options.size = replace(options.size, train_samples=options.train_samples)

@@ -241,7 +241,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--case", choices=CASES, required=True)
     parser.add_argument("--model", help="of lora: a folder or a name on the Hub")
     options = begin(parser)
-    options.work = of_study(options.work, options.case)
+    options.work = of_study(options.work, options.case, options.model)
     options.tunes = threading.Lock()
     if options.case == "lora" and options.model is None:
         parser.error("--model: expected what --case lora begins with, got nothing; see --help")

@@ -205,11 +205,11 @@ TAKES_MODEL = ("sst2", "images")
 
 def main() -> None:
     """Train, score, choose, measure and write down."""
-    parser = campaign_parser(__doc__, ("plain",), "runs/which_bits", "the system's files", seeds=1)
+    parser = campaign_parser(__doc__, None, "runs/which_bits", "the system's files")
     parser.add_argument("--system", choices=SYSTEMS, required=True)
     parser.add_argument("--model", help="of sst2: a folder or a name on the Hub; of images: the folder with weights")
     options = begin(parser)
-    options.work = of_study(options.work, options.system)
+    options.work = of_study(options.work, options.system, options.model)
     if options.model is None and options.system in TAKES_MODEL:
         parser.error(f"--model: expected what --system {options.system} starts from, got nothing; see --help")
     options.size = sst2_runs.SIZES["small"]

@@ -54,6 +54,7 @@ BITS = "which_bits --model M --seeds 1 --system"
     [
         (SST2, f"{SST2} --size sentences"),
         (SST2, f"{SST2} --train-samples 64"),
+        (SST2, SST2.replace("--model M", "--model N")),
         (f"{BITS} sst2", f"{BITS} translation"),
         (IMAGES, f"{IMAGES} --depth 101"),
         (CELLS, f"{CELLS} --size full"),
@@ -61,6 +62,7 @@ BITS = "which_bits --model M --seeds 1 --system"
         ("reproduce_parser --arms plain", "reproduce_parser --arms plain --train-sentences 12544"),
         ("reproduce_translation --study multi30k --tables 2", "reproduce_translation --study tatoeba --tables 2"),
         ("usual_cases --case causal-lm --arms plain", "usual_cases --case seq2seq-tuned --arms plain"),
+        ("usual_cases --case lora --model M --arms plain", "usual_cases --case lora --model of/M --arms plain"),
     ],
 )
 def test_models_of_two_studies_are_trained_in_two_folders(first, second, trained_in):
@@ -106,7 +108,14 @@ def test_a_model_that_was_trained_and_not_measured_is_measured(name, monkeypatch
 
 @for_each(
     "line",
-    ["which_bits --system images", "reproduce_images --size small", "usual_cases --case lora", f"{SST2} --jobs x"],
+    [
+        "which_bits --system images",
+        "which_bits --system sst2 --model M --jobs 2",
+        "search_epsilon_sst2 --model M --seeds 1 2",
+        "reproduce_images --size small",
+        "usual_cases --case lora",
+        f"{SST2} --jobs x",
+    ],
 )
 def test_what_is_refused_leaves_no_folder(line, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

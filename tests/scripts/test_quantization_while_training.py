@@ -104,6 +104,8 @@ def test_a_campaign(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "run_example", lambda *_, **__: pytest.fail("trained again"))
     assert run() == run("--arms", "constant") == table
     (output / "linear-4-bits-seed1-curve.json").unlink()
+    assert run() == table, "killed while it was judged"
+    (output / "linear-4-bits-seed1-curve.json").unlink()
     label = script.ARMS["linear-4-bits"].label
     assert label in table
     assert label not in run("--arms", "constant"), "an arm that is not finished is left out"
