@@ -235,9 +235,7 @@ def main() -> None:
         trainer.save_metrics("eval", metrics)
         if not robustness.skip_corruptions:  # all processes measure together
             evaluator = CorruptionEvaluator(model, metric, progress=not training.disable_tqdm)
-            shown = measure_and_save(trainer, evaluator, corruptions, robustness, "map_50", "map_50")
-            if shown:
-                print(shown)
+            measure_and_save(trainer, evaluator, corruptions, robustness, "map_50", "map_50")
 
 
 if __name__ == "__main__":

@@ -295,9 +295,7 @@ def main() -> None:
         if not robustness.skip_corruptions:  # all processes measure together
             batches = DataLoader(eval_rows, batch_size=training.eval_batch_size, collate_fn=whole_batch)
             evaluator = CorruptionEvaluator(model, ClassificationMetric(batches), progress=not training.disable_tqdm)
-            shown = measure_and_save(trainer, evaluator, corruptions, robustness, "accuracy")
-            if shown:
-                print(shown)
+            measure_and_save(trainer, evaluator, corruptions, robustness, "accuracy")
 
 
 def _takes_bytes(model: Any) -> bool:

@@ -463,9 +463,7 @@ def main() -> None:
                 with_states(model, batches) if carries else None,
                 progress=not training.disable_tqdm,
             )
-            shown = measure_and_save(trainer, evaluator, corruptions, robustness, "model", "loss")
-            if shown:
-                print(shown)
+            measure_and_save(trainer, evaluator, corruptions, robustness, "model", "loss")
 
 
 if __name__ == "__main__":

@@ -378,9 +378,7 @@ def main() -> None:
                 evaluated_on=EvaluationData(splits["validation"][0], rows=len(eval_trees)),
                 task="token-classification",
             )
-            shown = measure_and_save(trainer, evaluator, corruptions, robustness, "UAS", "uas")
-            if shown:
-                print(shown)
+            measure_and_save(trainer, evaluator, corruptions, robustness, "UAS", "uas")
 
 
 if __name__ == "__main__":

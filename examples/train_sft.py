@@ -185,9 +185,7 @@ def main() -> None:
                 seed=robustness.corruption_seed,
                 target_modules=data.corruption_target_modules,
             )
-            shown = save_measurement(trainer, trainer.robustness_records["eval"], "model", "loss")
-            if shown:
-                print(shown)
+            save_measurement(trainer, trainer.robustness_records["eval"], "model", "loss")
     if training.push_to_hub:
         trainer.push_to_hub()
     else:

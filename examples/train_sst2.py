@@ -215,9 +215,7 @@ def main() -> None:
             if model_arguments.lora_rank is not None:
                 model = model.merge_and_unload().requires_grad_(True)  # what is deployed, and all of it
             evaluator = CorruptionEvaluator(model, ClassificationMetric(batches), progress=not training.disable_tqdm)
-            shown = measure_and_save(trainer, evaluator, corruptions, robustness, "accuracy")
-            if shown:
-                print(shown)
+            measure_and_save(trainer, evaluator, corruptions, robustness, "accuracy")
 
 
 if __name__ == "__main__":

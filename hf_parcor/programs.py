@@ -93,8 +93,8 @@ def measure_and_save(
     robustness: RobustnessArguments,
     name: str,
     metric: str = "accuracy",
-) -> str:
-    """Measure a trained model under corruptions, all processes together; save `robustness.json`, and return its table.
+) -> None:
+    """Measure a trained model under corruptions, all processes together; save `robustness.json`, and print its table.
 
     Args:
         trainer: Whose output folder the record goes to.
@@ -103,12 +103,9 @@ def measure_and_save(
         robustness: Trials and their seed.
         name: What the table calls the column.
         metric: What the table shows.
-
-    Returns:
-        As `save_measurement`.
     """
     record = evaluator.evaluate(corruptions, robustness.corruption_trials, robustness.corruption_seed)
-    return save_measurement(trainer, record, name, metric)
+    save_measurement(trainer, record, name, metric)
 
 
 def of_trained(trainer: Trainer, record: EvaluationRecord) -> EvaluationRecord:
@@ -121,22 +118,18 @@ def of_trained(trainer: Trainer, record: EvaluationRecord) -> EvaluationRecord:
     return replace(record, model=folder_name(str(trainer.args.output_dir)))
 
 
-def save_measurement(trainer: Trainer, record: EvaluationRecord, name: str, metric: str) -> str:
-    """Save what was measured of a Trainer's model as `robustness.json`, and return what a program prints of it.
+def save_measurement(trainer: Trainer, record: EvaluationRecord, name: str, metric: str) -> None:
+    """Save what was measured of a Trainer's model as `robustness.json`, and print its table and where the record is.
 
-    The record is named as by `of_trained`.
+    The first process alone does. The record is named as by `of_trained`.
 
     Args:
         trainer: Whose output folder the record goes to.
         record: What was measured.
         name: What the table calls the column.
         metric: What the table shows.
-
-    Returns:
-        The table, and where the record is; "" on processes other than the first.
     """
-    if not trainer.is_world_process_zero():
-        return ""
-    record = of_trained(trainer, record)
-    path = record.save(Path(str(trainer.args.output_dir)) / "robustness.json")
-    return f"{comparison_table({name: record}, metric)}\nThe record is in {path}."
+    if trainer.is_world_process_zero():
+        record = of_trained(trainer, record)
+        path = record.save(Path(str(trainer.args.output_dir)) / "robustness.json")
+        print(f"{comparison_table({name: record}, metric)}\nThe record is in {path}.")
