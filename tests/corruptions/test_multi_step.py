@@ -46,6 +46,12 @@ def flat(tensors) -> np.ndarray:
     return torch.cat([tensor.detach().double().reshape(-1) for tensor in tensors.values()]).numpy()
 
 
+@pytest.fixture(autouse=True)
+def bundles(monkeypatch) -> None:
+    """Let tensors of 24, 4 and 6 entries be taken in two bundles."""
+    monkeypatch.setattr("hf_parcor.functional.vectors.TOGETHER", 10)
+
+
 @pytest.fixture
 def precise(weights) -> dict[str, torch.Tensor]:
     return {name: weight.detach().double() for name, weight in weights.items()}
