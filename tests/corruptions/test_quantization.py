@@ -47,6 +47,20 @@ def test_bad_widths_are_refused_at_once(bits, error: type[Exception]) -> None:
         Quantization(bits)
 
 
+@for_each(
+    ("settings", "expected"),
+    [
+        ({"symmetric": "yes"}, "symmetric: expected True or False"),
+        ({"symmetric": False, "code_range": "full"}, "code_range: expected none where codes are asymmetric"),
+        ({"zero_point": "float"}, "zero_point: expected none where codes are symmetric"),
+        *(({name: "half"}, f"{name}: expected .* got 'half'") for name in ("code_range", "zero_point", "arithmetic")),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_at_once(settings, expected: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=expected):
+        Quantization(4, **settings)
+
+
 SETTINGS = [
     {},
     {"per": "channel"},
@@ -163,12 +177,14 @@ def test_an_error_says_which_weight_it_was() -> None:
 
 @for_each("corruption", TOGETHER)
 def test_an_evaluator_refuses_what_a_call_does_and_in_its_words(corruption) -> None:
-    """Nothing but that: what can be rounded is measured."""
+    """Nothing but that, and before anything is measured: what can be rounded is."""
+    measured = []
     for shape in ((3, 7), (4, 16), (2, 3, 32), (33,)):
+        measured.clear()
         model = torch.nn.Module()
         model.fits = torch.nn.Parameter(torch.randn(2, 64))
         model.head = torch.nn.Parameter(torch.randn(shape))
-        evaluator = CorruptionEvaluator(model, lambda model: {"loss": 0.0}, progress=False)
+        evaluator = CorruptionEvaluator(model, lambda model: measured.append(0) or {"loss": 0.0}, progress=False)
 
         def said(run, *given) -> str:
             try:
@@ -180,6 +196,7 @@ def test_an_evaluator_refuses_what_a_call_does_and_in_its_words(corruption) -> N
         words = said(corruption, dict(model.named_parameters()))
         assert said(evaluator.evaluate, [corruption]) == words
         assert not words or words.startswith("head: ")
+        assert len(measured) == (0 if words else 2)
 
 
 def test_shown() -> None:
