@@ -64,10 +64,12 @@ class Card(Command):
         with refused(OSError, ValueError, ImportError):
             facts = facts_of_run(arguments, folder)
         with refused(OSError, ValueError):
+            # First: where the Hub refuses, nothing here is changed.
+            pushed = None if arguments.push is None else _push(facts, arguments)
             if arguments.push is None or not (arguments.dry_run or arguments.results_only):
                 _write(facts, folder, dry_run=arguments.dry_run)
-            if arguments.push is not None:
-                _push(facts, arguments)
+            if pushed is not None:
+                print(pushed)
 
 
 _SAME = "nothing would change"
@@ -98,14 +100,14 @@ def _write(facts: ModelFacts, folder: Path, *, dry_run: bool) -> None:
         print(write_card(folder, facts))
 
 
-def _push(facts: ModelFacts, arguments: argparse.Namespace) -> None:
-    """Push the card, or results alone, and print where it is, or what would change."""
+def _push(facts: ModelFacts, arguments: argparse.Namespace) -> str:
+    """Push the card, or results alone, and return where it is, or what would change."""
     from hf_parcor.cards import Destination, push_card, push_results
 
     push = push_results if arguments.results_only else push_card
     options = {name: getattr(arguments, name) for name in ("revision", "create_pr", "dry_run")}
     published = push(facts, Destination(arguments.push, **options))
-    print(published.difference or _SAME if arguments.dry_run else published.url or "nothing has changed")
+    return published.difference or _SAME if arguments.dry_run else published.url or "nothing has changed"
 
 
 def _folder(arguments: argparse.Namespace) -> Path:

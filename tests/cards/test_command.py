@@ -320,6 +320,7 @@ class TestCard:
         said = capsys.readouterr()
         assert "status 401" in said.err
         assert "hf_expired_token" not in said.err + said.out
+        assert not (run_dir / "README.md").exists(), "nothing local was changed, it says"
 
 
 class TestCardsOfOurCampaigns:
