@@ -157,7 +157,7 @@ class CorruptionEvaluator(_Evaluator):
     Args:
         model: Any PyTorch model. With several processes, each holds all of it, bare or under DDP, or FSDP2 shards it.
         metric: `metric(model)` returns numbers by name, for example a lambda around `Trainer.evaluate`, a pipeline, or
-            an evaluator of `evaluate`. Numbers that are times or speeds are dropped. With several processes, all of
+            an evaluator of `evaluate`. Times, speeds and the epoch are dropped. With several processes, all of
             them call it at the same time, and the numbers of the first are kept; the batches of a `BatchMetric` are
             spread over the processes, and must be the same in each. Its `notes`, if it has any, go into the record.
         batches: Data for the corruptions that need gradients: a list, or a `DataLoader` that does not shuffle. By
@@ -289,7 +289,7 @@ class LayerProbe(_Evaluator):
     of what does not depend on a part, for all corruptions of all parts.
 
     Args:
-        model: Any Transformers model.
+        model: As in `CorruptionEvaluator`.
         metric: As in `CorruptionEvaluator`.
         batches: As in `CorruptionEvaluator`.
         loss: As in `CorruptionEvaluator`.

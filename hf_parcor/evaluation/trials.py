@@ -26,6 +26,7 @@ _OF_THE_CLOCK = (
     *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),  # Trainer.evaluate
     *("total_time_in_seconds", "latency_in_seconds"),  # the evaluators of evaluate
 )
+_OF_THE_TRAINING = "epoch"  # where it is, which Trainer.evaluate logs beside what it finds
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ class Trial:
 
 
 def is_of_the_clock(name: str) -> bool:
-    """Return whether a metric is a time or a speed, as `Trainer.evaluate` and evaluators of `evaluate` name them.
+    """Return whether a metric is a time, a speed or the epoch, as `Trainer.evaluate` and others name them.
 
     Examples:
-        >>> [name for name in ("eval_loss", "eval_runtime", "eval_samples_per_second") if is_of_the_clock(name)]
-        ['eval_runtime', 'eval_samples_per_second']
+        >>> [name for name in ("eval_loss", "eval_runtime", "epoch") if is_of_the_clock(name)]
+        ['eval_runtime', 'epoch']
     """
-    return name.endswith(_OF_THE_CLOCK)
+    return name == _OF_THE_TRAINING or name.endswith(_OF_THE_CLOCK)
 
 
 def checked_metrics(metrics: object) -> Mapping[str, object]:

@@ -107,6 +107,7 @@ class TestOtherLibraries:
             assert row.metrics["eval_accuracy"] == pytest.approx(expected.metrics["accuracy"])
             assert row.metrics["eval_loss"] == pytest.approx(expected.metrics["loss"], rel=1e-4)
             assert row.notes == ()
+            assert sorted(row.metrics) == ["eval_accuracy", "eval_loss"], "neither times nor where the training is"
         assert len({values for row in record.rows() for values in row.metrics["eval_loss"]}) == 5
 
     def test_a_pipeline(self, classifier):
