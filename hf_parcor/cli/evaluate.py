@@ -51,9 +51,9 @@ class Evaluate(Command):
         add_windows(parser)
         add_loading(parser)
         group = parser.add_argument_group("modules")
-        add_target_modules(group, "only these; default: all that are trained, of a PEFT model its adapters; all: all")
+        add_target_modules(group, "only these (by default those that are trained, of a PEFT model its adapters)")
         group.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="but not these, named in the same way")
-        add_corruptions(parser, "those of paper 2, Table 1")
+        add_corruptions(parser, "the kinds of paper 2, Table 1, and bit flips")
         add_running(parser)
 
     def run(self, arguments: argparse.Namespace) -> None:

@@ -521,15 +521,15 @@ def add_windows(parser: Parser) -> None:
         "--stride",
         type=at_least(1),
         metavar="N",
-        help="one begins every N tokens, and what no window before it has counts, with the rest as context; default: "
-        "--max-length, no overlap",
+        help="a window begins every N tokens; the tokens that no earlier window had count, the others are their "
+        "context; default: --max-length, no overlap",
     )
     group.add_argument(
         "--between-rows",
         choices=list(BETWEEN_ROWS),
         default="end-of-text",
-        help="of a file .txt rows are lines; newline makes them one text again, blank-line is what is done to "
-        "WikiText; default: %(default)s, the token",
+        help="the rows of a .txt are its lines; newline makes them one text again, blank-line is usual for WikiText; "
+        "default: %(default)s, a token",
     )
 
 
@@ -553,8 +553,8 @@ def add_target_modules(group: argparse._ArgumentGroup, meaning: str) -> None:
         "--target-modules",
         nargs="+",
         metavar="NAME",
-        help=f"{meaning}: last-encoder-layer, attention, layer-norm, ..., names of modules or their last parts, or "
-        "regular expressions for the full name",
+        help=f"{meaning}: all, last-encoder-layer, attention, layer-norm, ..., names of modules or their last parts, "
+        "or regular expressions for the full name",
     )
 
 

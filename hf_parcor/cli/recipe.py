@@ -54,7 +54,10 @@ def add_recipe(parser: Parser) -> None:
         "per channel; 6, 4 and 3 bits per group of 32",
     )
     group.add_argument(
-        "--cells", type=at_least(0), metavar="N", help="measure N parts in a format, those most at risk; default: all"
+        "--cells",
+        type=at_least(0),
+        metavar="N",
+        help="measure N cells (a part in a format), those most at risk by the scores; default: all, with --quick 5",
     )
     group.add_argument(
         "--pairs",
