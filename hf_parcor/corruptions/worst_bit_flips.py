@@ -153,6 +153,7 @@ class WorstBitFlips(Corruption):
         finite = True
         for _ in range(self.count):
             if finite:
+                gradient = {}  # before the next one is found
                 gradient = gradients.gradient_at(values, self.batches)
             found = {
                 name: worst_flip(weight, gradient[name], self._format, flips[name]) for name, weight in weights.items()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_parcor.corruptions import Corruption, MultiStepCorruption
+from hf_parcor.corruptions import Corruption, MultiStepCorruption, WorstBitFlips
 from hf_parcor.distributed.dtensors import local_part
 from hf_parcor.functional.constrained_maximum import goes_in_turn
 
@@ -38,7 +38,8 @@ def needed_memory(
     (2), and kept for all closed forms (4) while the saved bits lie beside it (2); an ascent holds `a` in float32 (4),
     the saved bits (2) and a gradient (2), but one of one or two steps the saved bits (2) and a gradient for each (2).
     With `top_n`, or p other than 2 and ∞, a second vector in float32 is made (4). What has no constraint, such as the
-    worst bit flips, takes gradients of its own (2). Activations and the graph come on top: how large they are depends
+    worst bit flips, takes gradients of its own (2), and in another format than that of the weights all new values (2)
+    and saved bits (2). Activations and the graph come on top: how large they are depends
     on the batches.
 
     Args:
@@ -66,6 +67,8 @@ def needed_memory(
             gradient, vector = _sizes(group.values(), device)
             written = gradient if saved_on in (None, device) else 0
             found += [kept + gradient] if climbing else []
+            rounded = any(isinstance(one, WorstBitFlips) and one.of is not None for one in climbing)
+            found += [kept + 2 * gradient + written] if rounded else []
             found += [kept + max(written, 0 if _in_turn(one) else vector) for one in closed]
             for one in ascents:
                 if one.remembered(group) is not None and one.steps is not None:

@@ -46,6 +46,7 @@ LIMITS = {
     "multi-step, L2": ([MultiStepCorruption(L2, steps=3)], 4 + 2 + 2),
     "multi-step, L_inf": ([MultiStepCorruption(L_INF, steps=3)], 4 + 2 + 2),
     "worst flips": ([WorstBitFlips(2)], 2),
+    "worst flips of integer codes": ([WorstBitFlips(2, of="int8")], 2 + 2 + 2),
     "gradient and worst flips": ([GradientCorruption(L2), WorstBitFlips(2)], 4 + 2),
     "gradient and multi-step": ([GradientCorruption(L2), MultiStepCorruption(L2, steps=3)], 4 + 4 + 2 + 2),
 }
