@@ -89,7 +89,7 @@ class Train(Command):
             type=corruption,
             metavar="NAME",
             help="what the model is measured under, with strengths, as in evaluate: gradient=0.1,0.2 quantization=4; "
-            "default: the kinds of paper 2, Table 1, bit flips, and those that it was trained against",
+            "default: the kinds of paper 2, Table 1, bit flips, and those of --defense corruption",
         )
         group.add_argument("--trials", type=at_least(1), default=TRIALS, metavar="N", help="of random corruptions")
         group.add_argument(
