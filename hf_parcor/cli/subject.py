@@ -77,6 +77,7 @@ def load_subject(arguments: argparse.Namespace, rows: Rows, given: Mapping[str, 
     with warnings.catch_warnings():  # refused below
         warnings.filterwarnings("ignore", ".*device_map keys do not match")
         model = task.load_model(arguments.model, **origin, **_loading_of(arguments))
+    model.config._name_or_path = arguments.model  # of an adapter, Transformers keeps the name of its base
     if device is None:
         _check_map(arguments.device_map, model)
     else:

@@ -68,11 +68,11 @@ class Trial:
         return float(self.odd.get(CUT, 0.0))
 
 
-def is_of_the_clock(name: str) -> bool:
+def is_beside_the_point(name: str) -> bool:
     """Return whether a metric is a time, a speed or the epoch, as `Trainer.evaluate` and others name them.
 
     Examples:
-        >>> [name for name in ("eval_loss", "eval_runtime", "epoch") if is_of_the_clock(name)]
+        >>> [name for name in ("eval_loss", "eval_runtime", "epoch") if is_beside_the_point(name)]
         ['eval_runtime', 'epoch']
     """
     return name == _OF_THE_TRAINING or name.endswith(_OF_THE_CLOCK)
@@ -85,7 +85,7 @@ def checked_metrics(metrics: object) -> Mapping[str, object]:
         TypeError: It is no mapping, or one without anything that was found.
     """
     found = metrics if isinstance(metrics, Mapping) else {}
-    found = {name: _plain(value) for name, value in found.items() if not is_of_the_clock(name)}
+    found = {name: _plain(value) for name, value in found.items() if not is_beside_the_point(name)}
     if not found:
         raise TypeError(
             f"metric: expected numbers by name, such as {{'accuracy': 0.9}}, got {metrics!r}; return a dict"

@@ -260,6 +260,10 @@ class TestFacts:
         with pytest.raises(ValueError, match="the same corruptions"):
             facts_of([record_of(), record_of(label="other")])
 
+    def test_records_of_the_same_weights_are_no_seeds(self, record_of):
+        with pytest.raises(ValueError, match="got one twice"):
+            facts_of([replace(record_of(), weights="0" * 64)] * 2)
+
     def test_no_records(self):
         with pytest.raises(ValueError, match="at least one"):
             facts_of([])

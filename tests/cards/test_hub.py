@@ -170,7 +170,10 @@ TRANSIENT = {
     "connection cut at the storage": Failure("PUT /storage"),
 }
 PERMANENT = {
-    "expired token": (Failure("GET /api/models", 401, message="Invalid credentials"), "status 401.*hf auth login"),
+    "expired token": (
+        Failure("GET /api/models", 401, message="Invalid credentials"),
+        r"status 401 \(Invalid credentials\); .*hf auth login",
+    ),
     "expired on the way": (Failure(COMMIT, 401, message="Invalid credentials"), "status 401.*hf auth login"),
     "no right to write": (Failure(COMMIT, 403, message="Forbidden"), "status 403.*create_pr"),
     "rate limit for long": (Failure(COMMIT, 429, times=9), "status 429.*some minutes"),

@@ -96,6 +96,17 @@ class TestCreateModelCard:
         watched.evaluate(rows)
         assert watched.robustness_facts().evaluated_on.split == "test"
 
+    @pytest.mark.parametrize("origin", ["org/bert", "a-folder", "", None])
+    def test_the_model_that_it_was_made_from_is_named_if_it_has_a_name_on_the_hub(
+        self, trained, tmp_path, monkeypatch, origin
+    ):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "a-folder").mkdir()
+        trained.model.config._name_or_path = str(tmp_path) if origin is None else origin
+        trained.create_model_card()
+        assert trained.robustness_facts().base_model == (origin if origin == "org/bert" else "")
+        assert ModelCard(read(tmp_path / "tiny")).data.base_model == (origin if origin == "org/bert" else None)
+
     def test_without_a_defense(self, make, tmp_path):
         trainer = make()
         trainer.defense = None

@@ -306,7 +306,8 @@ class TestProbe:
             *("probe", tmp_path / "adapter", "--dataset", sentences, "--group", "adapters", "--json"),
             *("--corruptions", "gaussian=1", "--trials", 1),
         )
-        assert list(SweepRecord.from_json(result.out).records) == ["default"]
+        (record,) = SweepRecord.from_json(result.out).records.items()
+        assert (record[0], record[1].model) == ("default", f"{tmp_path.name}/adapter"), "it is not its base"
 
     @pytest.mark.filterwarnings("ignore::FutureWarning:peft")
     @pytest.mark.parametrize("base", [True, False])

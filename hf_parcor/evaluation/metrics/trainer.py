@@ -14,7 +14,7 @@ from transformers.trainer_utils import TrainerMemoryTracker
 
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.replicas import measurable_model
-from hf_parcor.evaluation.trials import is_of_the_clock
+from hf_parcor.evaluation.trials import is_beside_the_point
 from hf_parcor.randomness import generator_kept, random_states_kept, seed_the_cpu
 from hf_parcor.records.metric_info import MetricInfo, direction_by_name, stated_by
 
@@ -117,7 +117,7 @@ def evaluated_data(trainer: Trainer, asked: Any) -> Any:
 
 def _tells_of_the_run(name: str) -> bool:
     """Return whether a number is none of the model's: how long it took, or how much was trained before."""
-    return is_of_the_clock(name) or name.endswith(_OF_THE_TRAINING)
+    return is_beside_the_point(name) or name.endswith(_OF_THE_TRAINING)
 
 
 def _is_of(best: str, name: str) -> bool:
