@@ -49,8 +49,7 @@ class RememberedAscent:
         self._steps.append((gradients, factor_of_maximum(list(gradients.values()), self._p, radius)))
         index = len(self) - 1
         if self._is_projected(index) and self._p == 2 and self._epsilon is not None:
-            norm = euclidean_norm_of_bundles(lambda: (list(bundle.values()) for bundle in self._bundles()))
-            self._shrinks[index] = Factor(factor_of_projection(norm, self._epsilon))
+            self._shrinks[index] = Factor(factor_of_projection(euclidean_norm_of_bundles(self._lists), self._epsilon))
 
     def _is_projected(self, index: int) -> bool:
         return self._epsilon is not None and index >= self._projected_from
@@ -61,6 +60,11 @@ class RememberedAscent:
             for name in list(bundle):
                 yield name, bundle.pop(name)
             del bundle
+
+    def _lists(self) -> Iterator[list[Tensor]]:
+        for bundle in self._bundles():
+            yield list(bundle.values())
+            del bundle  # before the next one is made
 
     def _bundles(self) -> Iterator[dict[str, Tensor]]:
         like = {name: gradient for gradients, _ in self._steps for name, gradient in gradients.items()}

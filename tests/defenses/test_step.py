@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_parcor import AWP, CorruptionConstraint, MultiStepRisk, injection
 from hf_parcor.defenses import DefendedStep
+from hf_parcor.functional import vectors
 
 CONSTRAINTS = [CorruptionConstraint(p=2, epsilon=0.1), CorruptionConstraint(p=math.inf, epsilon=1e-3)]
 
@@ -148,6 +149,19 @@ def test_extra_memory_is_at_most_twice_the_selected_parameters(constraint, steps
     stock = size  # the stock step, too, makes one gradient for each parameter
     assert memory.peak - stock <= 2.02 * size
     assert between <= (0 if accumulated else size) + 1000  # .grad alone is left between steps
+
+
+@for_each("constraint", CONSTRAINTS)
+def test_two_steps_in_16_bits_hold_twice_the_weights_and_two_blocks_of_scratch(constraint, peak_memory, monkeypatch):
+    """Saved bits and one gradient more than a stock step has, and in float32 what is written and what is made next."""
+    monkeypatch.setattr(vectors, "TOGETHER", 1)  # a block is a tensor
+    count, entries = 8, 10_000
+    selected = parameters(count, entries, dtype=torch.bfloat16)
+    run = fake_pass(selected, lambda index, name: torch.randn_like(selected[name]))
+    gc.collect()
+    with peak_memory() as memory, DefendedStep(selected, run, passes=3) as step:
+        MultiStepRisk(constraint, steps=2).minimize(step)
+    assert memory.peak <= count * entries * (2 + 4) + 2 * 4 * entries + 1000
 
 
 @for_each("bad", [math.nan, math.inf, -math.inf])
