@@ -173,7 +173,7 @@ class Corruption(ABC):
                 f"gradients: expected a GradientSource for {type(self).__name__}, got None; "
                 "pass one, or give the evaluator batches of data"
             )
-        return self._choose(weights, gradients, generator)
+        return self._choose(weights, gradients if self.uses_gradients else None, generator)
 
     @abstractmethod
     def _choose(

@@ -16,9 +16,11 @@ from transformers import TrainingArguments
 
 import hf_parcor.corruptions
 from hf_parcor import (
+    CorruptionConstraint,
     CorruptionEvaluator,
     CorruptionRisk,
     EvaluationRecord,
+    GradientCorruption,
     ParameterDefenseTrainer,
     RobustnessReport,
     corrupted,
@@ -119,3 +121,23 @@ def test_training_against_it_takes_the_gradient_where_it_is_written(tiny_bert, t
     torch.testing.assert_close(model.classifier.bias.detach(), moved)
     for name, weight in model.named_parameters():
         assert name == "classifier.bias" or torch.equal(weight, before[name]), name
+
+
+@dataclass(frozen=True)
+class AlongTheGradientIfThereIsOne(Corruption):
+    """It did not ask for a gradient, and so there is none: not in an evaluation that has data, nor in training."""
+
+    def _choose(self, weights, gradients, generator):
+        assert gradients is None
+        return {name: torch.zeros_like(weight) for name, weight in weights.items()}
+
+
+def test_a_gradient_that_was_not_asked_for_is_none_in_an_evaluation_and_in_training(tiny_bert, tmp_path):
+    model, corruption = tiny_bert(), AlongTheGradientIfThereIsOne()
+    batch = {"input_ids": torch.randint(20, (6, 4)), "labels": torch.tensor([0, 1] * 3)}
+    CorruptionEvaluator(model, ClassificationMetric([batch]), [batch], progress=False).evaluate([corruption])
+    rows = [{"input_ids": [1, 2, 3], "labels": 0}]
+    arguments = TrainingArguments(tmp_path, max_steps=1, **QUIET)
+    beside = CorruptionRisk([GradientCorruption(CorruptionConstraint(epsilon=0.1)), corruption])
+    for defense in (CorruptionRisk(corruption), beside):
+        ParameterDefenseTrainer(model=model, args=arguments, train_dataset=rows, defense=defense).train()
