@@ -1,6 +1,6 @@
 """The LSTM language model of Merity, Keskar and Socher (2017), which paper 1 corrupts, as a model of Transformers.
 
-Tied embedding and softmax, any number of LSTM layers, and four kinds of dropout: of whole words (embedding dropout),
+Tied embedding and softmax, any number of LSTM layers, and three kinds of dropout: of whole words (embedding dropout),
 of the same entries at every place of a text (variational or "locked" dropout), and of entries of the hidden-to-hidden
 matrices (weight drop).
 

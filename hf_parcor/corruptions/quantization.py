@@ -193,7 +193,7 @@ class FloatQuantization(Corruption):
 
     Raises:
         ValueError: The format is unknown, or does not allow this `per`; or it is applied to a weight whose last
-            dimension is not a multiple of the block.
+            dimension is not a multiple of the block (that of NF4 may be of any size).
         NotImplementedError: It is applied to a weight whose blocks are split by sharding.
 
     Examples:

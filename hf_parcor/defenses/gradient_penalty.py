@@ -35,7 +35,7 @@ class GradientPenalty(Defense):
 
     Args:
         p: Order of the norm of the corruption; the penalty has the dual order `p/(p−1)`. Default 2.
-        weight: λ ≥ 0, in units of the weights; 0 is the stock step.
+        weight: λ ≥ 0, in units of the weights; 0 is the stock step. Default 0.05.
         start_epoch: Take stock steps until this epoch. Default 0.
         interval: Defend every `interval`-th optimizer step. Default 1.
 

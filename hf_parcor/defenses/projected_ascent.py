@@ -20,7 +20,7 @@ _ROUNDING = 1 + 1e-9  # three steps of 0.1 reach 0.3, whatever floats say
 
 @dataclass(frozen=True)
 class ProjectedAscent(ConstrainedDefense):
-    r"""A defense against corruptions found by projected gradient ascent on this batch (paper 2, Eq. 22).
+    r"""A defense against corruptions found by projected gradient ascent on this batch (paper 2, Eq. 13).
 
     .. math:: a_k = \Pi_S(a_{k-1} + u_k), \quad u_k = \arg\max_{\|u\|_p \le \alpha, \|u\|_0 \le n} u^T g_{k-1}
 
