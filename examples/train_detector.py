@@ -132,6 +132,7 @@ class DetectionTrainer(ParameterDefenseTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Return average precision and loss; no predictions."""
+        self.callback_handler.eval_dataloader = dataloader  # as in the stock loop: callbacks measure on the same data
         model: Any = self.model
         model.eval()
         metric = detection_metric(self.processing_class, dataloader)

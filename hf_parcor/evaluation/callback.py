@@ -28,8 +28,9 @@ class RobustnessCallback(TrainerCallback):
     `eval_strategy` and `eval_steps` decide when the Trainer evaluates. The training is bit for bit the one without the
     callback.
 
-    It works with any Trainer. The card of a `ParameterDefenseTrainer` shows what was measured on its weights. When
-    training begins, the callback moves to the first place among the callbacks, because others read what it adds.
+    It works with any Trainer that tells its callbacks what it evaluates, as the stock `evaluation_loop` does. The card
+    of a `ParameterDefenseTrainer` shows what was measured on its weights. When training begins, the callback moves to
+    the first place among the callbacks, because others read what it adds.
 
     Args:
         trainer: The Trainer that the callback is added to: `trainer.add_callback(RobustnessCallback(trainer, ...))`.
@@ -107,9 +108,18 @@ class RobustnessCallback(TrainerCallback):
         eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Measure on the data that the Trainer just evaluated, log the results, and add them to its metrics."""
+        """Measure on the data that the Trainer just evaluated, log the results, and add them to its metrics.
+
+        Raises:
+            ValueError: The Trainer does not say what it evaluated.
+        """
         if metrics is None or (self._every is not None and state.global_step % self._every != 0):
             return
+        if eval_dataloader is None:
+            raise ValueError(
+                "eval_dataloader: expected what was evaluated, got None; where a Trainer has an evaluation_loop of "
+                "its own, begin that with self.callback_handler.eval_dataloader = dataloader, as the stock one does"
+            )
         prefix = next(name.removesuffix("_runtime") for name in reversed(metrics) if name.endswith("_runtime"))
         record = measure_robustness(
             self._trainer,

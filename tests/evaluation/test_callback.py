@@ -110,6 +110,22 @@ def test_when(make, options, every, clean, robust):
     assert list(logged(trainer, KEY)) == robust
 
 
+class Silent(Trainer):
+    """Evaluates by itself, and tells no callback on what."""
+
+    def evaluation_loop(self, *args, **kwargs):
+        found = super().evaluation_loop(*args, **kwargs)
+        self.callback_handler.eval_dataloader = None
+        return found
+
+
+def test_a_trainer_that_does_not_say_what_it_evaluates_is_told_how(make):
+    trainer = make(Silent)
+    trainer.add_callback(RobustnessCallback(trainer, CORRUPTIONS))
+    with pytest.raises(ValueError, match=r"self\.callback_handler\.eval_dataloader = dataloader"):
+        trainer.evaluate()
+
+
 def test_evaluate_returns_it_for_each_data_set(make, rows):
     trainer = make(Trainer, eval_dataset={"first": rows[:6], "last": rows[6:]})
     trainer.add_callback(RobustnessCallback(trainer, CORRUPTIONS))

@@ -60,7 +60,8 @@ def run(tmp_path, monkeypatch):
 
 
 def test_a_detector_is_trained_defended_measured_and_resumed(run, capsys):
-    out = run()
+    chosen = {"metric_for_best_model": "eval_robustness_4_bit_quantization_loss", "load_best_model_at_end": True}
+    out = run(watched_corruptions=["quantization=4"], greater_is_better=False, **chosen)
     log = steps_logged(out)
     assert len(log) == 4
     assert all("loss_corrupted" in entry for entry in log)
@@ -69,6 +70,8 @@ def test_a_detector_is_trained_defended_measured_and_resumed(run, capsys):
     assert record.clean.mean("map_50") == found["eval_map_50"]
     assert record.clean.mean("loss") == pytest.approx(found["eval_loss"])
     assert [row.label for row in record.corruptions] == ["gradient-based L2 ε=0.1", "4-bit quantization"]
+    best = json.loads((out / "trainer_state.json").read_text())["best_metric"]
+    assert best == pytest.approx(record.corruptions[1].mean("loss")), "what was watched is what is measured at the end"
     assert "| gradient-based L2 ε=0.1" in capsys.readouterr().out
     again = run(num_train_epochs=3)
     assert json.loads((again / "trainer_state.json").read_text())["global_step"] == 6
