@@ -141,6 +141,11 @@ class CorruptionRisk(Defense):
         """Whether any corruption is chosen along the gradient."""
         return any(one.uses_gradients for one in self.corruptions)
 
+    def check(self, weights: Mapping[str, Tensor]) -> None:
+        """Let each corruption check the weights."""
+        for one in self.corruptions:
+            one.check(weights)
+
     @property
     def merges_adapters(self) -> bool:
         """The setting `merge_adapters`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -118,6 +118,14 @@ class Defense(ABC):
     def differentiates_twice(self) -> bool:
         """Whether its objective contains a gradient, so that backward goes through backward."""
         return False
+
+    def check(self, weights: Mapping[str, Tensor]) -> None:  # noqa: B027 (most can defend any weight)
+        """Raise an error, before any weight is written, if it cannot defend these. By default it always can.
+
+        Raises:
+            ValueError: It cannot defend a weight.
+            NotImplementedError: It cannot defend a weight because of its sharding.
+        """
 
     @abstractmethod
     def minimize(self, step: DefendedStep) -> None:

@@ -66,8 +66,9 @@ class DefendedBackward:
             step. Default True. If the model cannot be cut there, each pass runs all of it, and a warning says why.
 
     Raises:
-        ValueError: `parameters` is empty; a parameter is not of this model, or is frozen while its gradient is needed;
-            or the step would be silently wrong under the engine, such as DeepSpeed, Megatron-LM and FSDP1.
+        ValueError: `parameters` is empty; a parameter is not of this model, is frozen while its gradient is needed, or
+            is one that a corruption refuses; or the step would be silently wrong under the engine, such as DeepSpeed,
+            Megatron-LM and FSDP1.
         TypeError: An argument is of the wrong type, such as the name of a target instead of parameters.
         ProcessError: Several processes were launched but did not join each other. A `RuntimeError`.
 

@@ -228,8 +228,10 @@ def check_trained(selected: Mapping[str, nn.Parameter], defense: Defense) -> Non
     """Check the selected parameters, all of which must be trainable if the defense climbs along their gradients.
 
     Raises:
-        ValueError: A parameter is frozen.
+        ValueError: A parameter is frozen, or is not for this defense.
+        NotImplementedError: A parameter is sharded in a way that is not for this defense.
     """
+    defense.check(selected)
     if not defense.uses_gradients:
         return
     frozen = [name for name, parameter in selected.items() if not parameter.requires_grad]

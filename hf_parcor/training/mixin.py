@@ -70,10 +70,11 @@ class ParameterDefenseMixin(_Base):
         **kwargs: For the Trainer.
 
     Raises:
-        ValueError: A flag in `args`, or a `DefenseConfig`, contradicts an argument; the targets match nothing, or a
-            frozen parameter whose gradient is needed; the optimizer updates inside `backward`; the step would be wrong
-            under the engine, such as DeepSpeed, or `ddp_static_graph`; the defense perturbs inputs without an input
-            embedding or under DataParallel; or it differentiates twice with `torch_compile` or reentrant checkpoints.
+        ValueError: A flag in `args`, or a `DefenseConfig`, contradicts an argument; the targets match nothing, a
+            frozen parameter whose gradient is needed, or one that a corruption refuses; the optimizer updates inside
+            `backward`; the step would be wrong under the engine, such as DeepSpeed, or `ddp_static_graph`; the defense
+            perturbs inputs without an input embedding or under DataParallel; or it differentiates twice with
+            `torch_compile` or reentrant checkpoints.
         TypeError: `defense` is neither a `Defense` nor a `DefenseConfig`.
         ProcessError: Several processes were launched but did not join each other. A `RuntimeError`.
 

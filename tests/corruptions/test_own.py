@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from for_each import for_each
 from torch import nn
 from trainings import QUIET
@@ -19,9 +20,11 @@ from hf_parcor import (
     CorruptionConstraint,
     CorruptionEvaluator,
     CorruptionRisk,
+    DefendedBackward,
     EvaluationRecord,
     GradientCorruption,
     ParameterDefenseTrainer,
+    Quantization,
     RobustnessReport,
     corrupted,
 )
@@ -141,3 +144,31 @@ def test_a_gradient_that_was_not_asked_for_is_none_in_an_evaluation_and_in_train
     beside = CorruptionRisk([GradientCorruption(CorruptionConstraint(epsilon=0.1)), corruption])
     for defense in (CorruptionRisk(corruption), beside):
         ParameterDefenseTrainer(model=model, args=arguments, train_dataset=rows, defense=defense).train()
+
+
+@dataclass(frozen=True)
+class ForMatricesAlone(Corruption):
+    """It refuses vectors, and would not notice one where it is chosen."""
+
+    def check(self, weights):
+        for name, weight in weights.items():
+            if weight.ndim < 2:
+                raise ValueError(f"{name}: expected a matrix, got a vector; leave it out")
+
+    def _choose(self, weights, gradients, generator):
+        return {name: torch.zeros_like(weight) for name, weight in weights.items()}
+
+
+def test_weights_that_it_refuses_are_refused_before_anything_is_measured_or_trained(tiny_bert, tmp_path):
+    model, corruption = tiny_bert(), ForMatricesAlone()
+    batch = {"input_ids": torch.randint(20, (6, 4)), "labels": torch.tensor([0, 1] * 3)}
+    defense, arguments = CorruptionRisk([Quantization(4), corruption]), TrainingArguments(tmp_path, **QUIET)
+    starts = (
+        lambda: CorruptionEvaluator(model, ClassificationMetric([batch]), progress=False).evaluate([corruption]),
+        lambda: ParameterDefenseTrainer(model=model, args=arguments, defense=defense),
+        lambda: DefendedBackward(Accelerator(cpu=True), defense, model),
+    )
+    for start in starts:
+        with pytest.raises(ValueError, match="expected a matrix"):
+            start()
+    ParameterDefenseTrainer(model=model, args=arguments, defense=defense, target_modules=[r".*\.query\.weight"])
