@@ -48,7 +48,7 @@ def catalogue_name(corruption: Corruption) -> str | None:
 
 
 def corruptions_of_table_1() -> list[Corruption]:
-    """Return the kinds of corruption of paper 2, Table 1, and bit flips, at strengths that break a small BERT.
+    """Return the kinds of corruption of paper 2, Table 1, a random one and bit flips, at strengths for a small BERT.
 
     Examples:
         >>> print(*corruptions_of_table_1()[:2], sep=", ")
