@@ -120,12 +120,7 @@ class Defense(ABC):
         return False
 
     def check(self, weights: Mapping[str, Tensor]) -> None:  # noqa: B027 (most can defend any weight)
-        """Raise an error, before any weight is written, if it cannot defend these. By default it always can.
-
-        Raises:
-            ValueError: It cannot defend a weight.
-            NotImplementedError: It cannot defend a weight because of its sharding.
-        """
+        """Raise an error before any weight is written, as `Corruption.check`, if it cannot defend these."""
 
     @abstractmethod
     def minimize(self, step: DefendedStep) -> None:
