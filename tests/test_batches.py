@@ -1,8 +1,10 @@
 """A copy of a batch shares nothing with it that can be written into."""
 
+import math
 import threading
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from dataclasses import dataclass
+from fractions import Fraction
 from types import MappingProxyType
 
 import numpy as np
@@ -230,6 +232,13 @@ class TestAShareOfABatch:
         assert torch.equal(found["nested"]["pair"].second, rows[:count] + 1)
         assert torch.equal(found["nested"]["list"][0], rows[:count])
         assert found["settings"] == batch["settings"], "what is not per example stays"
+
+    def test_rounding_adds_no_example(self):
+        for examples in range(1, 65):
+            batch = torch.zeros(examples)
+            for share in {Fraction(part, whole) for whole in (*range(1, 65), 100) for part in range(1, whole + 1)}:
+                assert len(first_examples(batch, float(share))) == math.ceil(share * examples)
+        assert len(first_examples(torch.zeros(3), 1e-300)) == 1
 
     def test_all_of_it_is_the_batch_itself(self):
         batch = {"rows": tensor()}
