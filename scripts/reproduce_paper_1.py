@@ -311,9 +311,8 @@ def claims(records: Mapping[str, EvaluationRecord], probes: Mapping[str, Mapping
         ],
         [
             "Corruption-resistant training helps (Table 2).",
-            "see there",
-            "It needs training: of [a ResNet-20 on CIFAR-10](../images/table.md), and on 20 classes of "
-            "[Tiny-ImageNet](../tiny_imagenet/table.md).",
+            "elsewhere",
+            "It needs training; see below.",
         ],
     ]
     return markdown_table(["paper 1", "here", "what is seen"], rows)
@@ -348,6 +347,9 @@ An accuracy of 0 stands for weights so large that no logit is finite, which is n
 Kinds, stages and blocks are compared by their mean accuracy over all ε of their heat map, on {probed:,} test images.
 
 {claims}
+
+Training against it: [a ResNet-20 on CIFAR-10](../images/table.md), and on [20 classes of
+Tiny-ImageNet](../tiny_imagenet/table.md).
 
 More than in the paper is lost at the same ε for n = 100: a hundred weights are a larger share of a small network.
 

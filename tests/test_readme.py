@@ -288,6 +288,7 @@ def test_links_lead_somewhere():
     links = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^)\s]+)\)", text)]
     assert len(links) > 50
     assert [link for link in links if not leads_somewhere(*link)] == []
+    assert [page for page, text in PAGES.items() if r"\](" in text] == [], "a link in a table of escaped texts is none"
 
 
 def test_paths_and_names_exist():
