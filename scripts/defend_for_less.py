@@ -3,10 +3,10 @@
     python -m scripts.defend_for_less --model MODEL --data FOLDER --output scripts/results/less
 
 Each arm is trained with each seed (those that gained next to nothing only with the first), and its accuracy measured
-along the worst direction (gradient-based, L2) at seven radii. What an arm gains is the area between its curve and the
-plain one, as a mean over 0 <= ε <= 0.3, in points; what it costs is the time of a step, from the record of
-`benchmark.py`. The output folder gets a record for each run, `table.md` and `front.png`. Finished runs are kept, so an
-interrupted campaign goes on.
+without corruption and along the worst direction (gradient-based, L2) at six radii. What an arm gains is the area
+between its curve and the plain one, as a mean over 0 <= ε <= 0.3, in points; what it costs is the time of a step, from
+the record of `benchmark.py`. The output folder gets a record for each run, `table.md` and `front.png`. Finished runs
+are kept, so an interrupted campaign goes on.
 """
 
 from __future__ import annotations
