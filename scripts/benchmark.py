@@ -444,7 +444,7 @@ def main(arguments: list[str] | None = None) -> None:
     what.add_argument("--model", help="a folder or a name on the Hub, for a classifier of two classes")
     what.add_argument("--shape", type=known_shape, help=f"a model with random weights instead: {NAMES_OF_SHAPES}")
     parser.add_argument("--output", type=Path, help="where the record goes, JSON")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="at least 2, for quartiles; default: %(default)s")
     parser.add_argument("--batch", type=int, default=32, help="rows a batch")
     parser.add_argument("--length", type=int, default=64, help="tokens a row")
     parser.add_argument("--bf16", action="store_true", help="compute in bf16 autocast")
@@ -454,6 +454,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mode", choices=["default", "reduce-overhead"], default="default", help="of torch.compile")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=f"some of {ARMS}")
     options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error(f"--rounds: expected at least 2, which have quartiles, got {options.rounds}")
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, options.dtype)
     if options.shape:
         model = random_model(options.shape, dtype, device)
