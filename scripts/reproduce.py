@@ -56,10 +56,19 @@ class Study:
         name, *flags = self.command.split()
         return ["-m", f"scripts.{name}", *flags]
 
-    def line(self, *more: str) -> str:
-        """Return the command with placeholders, to be read."""
-        words = ["python", *self.words(), *([self.model, "MODEL"] if self.model else []), "--data", "FOLDER"]
-        return " ".join([*words, *(["--arms", *self.arms] if self.arms else []), *more])
+    def call(self, model: str, data: str, arms: Sequence[str], seeds: Sequence[int]) -> list[str]:
+        """Return what Python runs, with what it is given."""
+        return [
+            *self.words(),
+            *([self.model, model] if self.model else []),
+            *("--data", data),
+            *(["--arms", *arms] if arms else []),
+            *(["--seeds", *map(str, seeds)] if seeds else []),
+        ]
+
+    def line(self) -> str:
+        """Return the command that made the records, with placeholders, to be read."""
+        return " ".join(["python", *self.call("MODEL", "FOLDER", self.arms, self.seeds)])
 
 
 DEPLOYED = ("plain", "half-4-bits", "worst-and-4-bits", "half-4-bits-channel", "torchao")
@@ -423,10 +432,8 @@ def run(parser: argparse.ArgumentParser, study: Study, options: argparse.Namespa
         )
         if not arms:
             parser.error(f"--hours: expected more, got {options.hours:g}: nothing fits")
-    words = [*study.words(), *([study.model, options.model] if study.model else [])]
-    words += ["--data", str(options.data), "--output", str(output)]
-    words += [*(["--arms", *arms] if arms else []), *(["--jobs", str(options.jobs)] if study.side_by_side else [])]
-    words += ["--seeds", *map(str, seeds)] if seeds else []
+    words = [*study.call(options.model, str(options.data), arms, seeds), "--output", str(output)]
+    words += ["--jobs", str(options.jobs)] if study.side_by_side else []
     print(f"python {' '.join(words)}", flush=True)
     if options.dry_run:
         return 0

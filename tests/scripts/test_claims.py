@@ -117,6 +117,9 @@ def test_a_study_is_read_by_its_campaign(name, size, more, monkeypatch, capsys) 
         reproduce.main()
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python -m")]
     _, _, module, *arguments = shlex.split(line)
+    if not more:
+        shown = reproduce.STUDIES[name][size].line()
+        assert line.startswith(f"{shown.replace('MODEL', 'M').replace('FOLDER', 'D')} "), "what pages say that runs"
     monkeypatch.setattr(sys, "argv", [module, *arguments, "--no-such-flag"])
     with pytest.raises(SystemExit, match="2"):
         importlib.import_module(module).main()
