@@ -37,7 +37,6 @@ ARMS = {
         *("--defense", "multi_step_risk", "--defense_epsilon", "0.1", "--defense_steps", "1"),
         *("--defense_start_epoch", "0.25"),
     ],
-    # Of 4 bits, 3 bits, and both in turn, this gained most at what it trains for, on seeds 1 and 2.
     "3-bits": [
         *("--defense", "corruption", "--defense_corruption", "quantization=3:per=channel"),
         *("--defense_clean_weight", "0.5", "--defense_start_epoch", "0.25"),
