@@ -424,7 +424,8 @@ class Measurement:
     def _measure(self, some: Sequence[Job], advance: Callable[[float], object]) -> list[Trial]:
         # One alone has nothing to share a prefix with, and is written once: tensor by tensor.
         together = self._by_batch if len(some) > 1 and some[0].group.measuring is not None else None
-        with self._buffers.undone():
+        # A walk of a `DataLoader` draws a number: the metric begins with the same ones whatever was walked through.
+        with self._buffers.undone(), random_states_kept(devices_of(self._model)):
             chosen = choose_together(some, self._processes, whole=together is not None)
         sizes = []
         metrics: list[Mapping[str, object]] = []

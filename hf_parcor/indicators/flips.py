@@ -21,7 +21,7 @@ from hf_parcor.functional.vectors import numel
 from hf_parcor.indicators.loss_over_data import LossOverData
 from hf_parcor.model_state import BufferSnapshot, devices_of, evaluation_mode, undone
 from hf_parcor.overriding import undoing_left
-from hf_parcor.randomness import random_states_kept
+from hf_parcor.randomness import RandomStates, random_states_kept
 from hf_parcor.records.flips import FlipRecord
 from hf_parcor.records.metric_info import info_of
 
@@ -106,10 +106,11 @@ def measure_flips_to_break(
             raise ValueError(f"batches: expected data for {corruption}, got None; pass batches=, such as a DataLoader")
         source = LossOverData(model, selection.parameters, batches, loss).gradients
 
-    buffers = BufferSnapshot(model.modules())
+    buffers, random_states = BufferSnapshot(model.modules()), RandomStates(devices_of(model))
 
     def measured() -> Mapping[str, float]:
         with evaluation_mode(model), buffers.undone(), random_states_kept(devices_of(model)):
+            random_states.put_back()  # the search may have drawn numbers
             return {name: number_of(value) for name, value in checked_metrics(metric(model)).items()}
 
     clean = measured()

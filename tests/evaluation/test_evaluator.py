@@ -204,6 +204,13 @@ class TestSeeds:
         evaluator.evaluate(list(one_of_each.values()))
         assert torch.equal(torch.get_rng_state(), state)
 
+    def test_a_metric_that_draws_begins_with_the_same_numbers_each_time(self, classifier, one_of_each, batches):
+        rows = [{name: values[0] for name, values in batch.items()} for batch in batches]
+        loader = DataLoader(rows)  # draws from the global generator whenever gradients walk through it
+        drawing = CorruptionEvaluator(classifier, lambda _: {"x": float(torch.rand(()))}, loader, progress=False)
+        record = drawing.evaluate(list(one_of_each.values()))
+        assert {value for row in record.rows() for value in row.metrics["x"]} == {record.clean.mean("x")}
+
     def test_only_stochastic_corruptions_have_several_trials(self, evaluator_of, corruption):
         [row] = evaluator_of().evaluate([corruption], trials=2, seed=5).corruptions
         assert row.seeds == ((5, 6) if corruption.stochastic else (5,))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from for_each import for_each
 from torch import nn
+from torch.utils.data import DataLoader
 
 from hf_parcor import FlipRecord, WorstBitFlips, corrupted, measure_flips_to_break, select_parameters
 from hf_parcor.evaluation import ClassificationMetric, DatasetGradients
@@ -113,8 +114,9 @@ def test_all_is_measured_from_one_state_and_what_is_no_number_is_none(search: st
         return {"accuracy": 1.0, "text": "no number"}
 
     before, state = bits_of(model), torch.get_rng_state()
+    loader = DataLoader(x, batch_size=2)  # draws a number whenever the search walks through it
     record = measure_flips_to_break(
-        model, metric, [x], search=search, loss=lambda model, x: model(x).square().mean(), most=2, progress=False
+        model, metric, loader, search=search, loss=lambda model, x: model(x).square().mean(), most=2, progress=False
     )
     assert record.values == (1.0,) * 3
     assert len(found) == 3
