@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -176,11 +177,15 @@ def robustness_metrics(record: EvaluationRecord, names: Sequence[str], prefix: s
 
     Returns:
         `{prefix}_robustness_{name}_{metric}` for each corruption, and `{prefix}_robustness_{metric}`, the mean over
-        all corruptions.
+        all corruptions, for each metric of the clean model; NaN if it was not returned under a corruption, as the F1
+        of a class that is not predicted any more.
     """
     metrics: dict[str, float] = {}
     for metric in record.clean.metrics:
-        values = {name: row.mean(metric) for name, row in zip(names, record.corruptions, strict=True)}
+        values = {
+            name: row.mean(metric) if metric in row.metrics else math.nan
+            for name, row in zip(names, record.corruptions, strict=True)
+        }
         metrics |= {f"{prefix}_robustness_{name}_{metric}": value for name, value in values.items()}
         metrics[f"{prefix}_robustness_{metric}"] = sample_mean(list(values.values()))
     return metrics

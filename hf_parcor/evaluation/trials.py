@@ -127,7 +127,7 @@ def record_of(
             if t.cut and t.size is None  # a corrupted model may well run on
         ),
         *(
-            f"{key} was {trial.odd.get(key)} with seed {trial.seed}"
+            f"{key} was {trial.odd.get(key, 'missing')} with seed {trial.seed}"
             for key, values in metrics.items()
             for trial, value in zip(trials, values, strict=True)
             if not math.isfinite(value)

@@ -194,6 +194,19 @@ class TestNumbers:
         expected = statistics.fmean(metrics[f"eval_robustness_{name}_loss"] for name in several)
         assert metrics["eval_robustness_loss"] == pytest.approx(expected)
 
+    def test_a_metric_that_a_corrupted_model_does_not_have_is_unknown(self, trainer):
+        calls = []
+
+        def found(_):
+            calls.append(None)
+            return {"f1": 0.5, "f1_of_rare": 0.25} if len(calls) == 1 else {"f1": 0.5}  # as seqeval's of each type
+
+        trainer.compute_metrics = found
+        metrics = trainer.evaluate_robustness({"a": BITS})
+        assert (metrics["eval_f1_of_rare"], metrics["eval_robustness_a_f1"]) == (0.25, 0.5)
+        assert math.isnan(metrics["eval_robustness_a_f1_of_rare"])
+        assert math.isnan(metrics["eval_robustness_f1_of_rare"])
+
     def test_the_records_are_those_of_the_last_call(self, trainer):
         for prefix in ("eval", "test"):
             trainer.evaluate_robustness([BITS], metric_key_prefix=prefix)

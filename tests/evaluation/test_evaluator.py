@@ -406,7 +406,7 @@ class TestMetricValues:
         values = iter([{"a": 1.0}, {"a": 1.0}, {"b": 3.0}])
         [row] = evaluator_of(lambda _: next(values)).evaluate([GaussianNoise(0.1)], trials=2).corruptions
         assert {name: str(numbers) for name, numbers in row.metrics.items()} == {"a": "(1.0, nan)", "b": "(nan, 3.0)"}
-        assert row.notes == ("a was None with seed 1", "b was None with seed 0")
+        assert row.notes == ("a was missing with seed 1", "b was missing with seed 0")
 
     @pytest.mark.parametrize("value", [0.5, None, {}, [("accuracy", 0.5)]])
     def test_a_metric_must_return_a_mapping(self, evaluator_of, value, monkeypatch):
