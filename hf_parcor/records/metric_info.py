@@ -115,12 +115,13 @@ def shown_unit(unit: str) -> tuple[int, str]:
 _GREATER = {
     *("accuracy", "acc", "f1", "precision", "recall", "auc", "auroc", "bleu", "chrf", "meteor", "pearson", "pearsonr"),
     *("spearman", "spearmanr", "mcc", "r2", "iou", "ndcg", "mrr", "map", "rouge1", "rouge2", "rougel", "rougelsum"),
-    *("exact_match", "matthews_correlation", "log_likelihood", "r_squared", "win_rate"),
+    *("exact_match", "matthews_correlation", "r_squared", "win_rate"),
 }
 _SMALLER = {
     *("loss", "perplexity", "ppl", "ter", "wer", "cer", "mse", "rmse", "mae", "mape", "smape", "mase", "nll", "ece"),
     *("error", "errors", "fid", "not_finite", "brier_score", "error_rate", "cross_entropy", "edit_distance"),
 }
+_NEGATED = {"neg", "negative"}
 _SHARES = {"accuracy", "acc", "f1", "precision", "recall"}
 _AVERAGES = {"macro", "micro", "weighted"}
 
@@ -131,12 +132,14 @@ def direction_by_name(name: str) -> bool | None:
     Examples:
         >>> [direction_by_name(name) for name in ("eval_macro_f1", "val/loss", "wer", "score")]
         [True, False, False, None]
-        >>> direction_by_name("neg_mean_squared_error"), direction_by_name("f1_macro")
-        (True, True)
+        >>> direction_by_name("neg_mean_squared_error"), direction_by_name("negative_log_likelihood")
+        (True, False)
     """
     words = _words(name)
+    if _ends_with(words, {"log_likelihood"}):
+        return _NEGATED.isdisjoint(words)
     if _ends_with(words, _SMALLER):
-        return words[0] == "neg"  # scikit-learn's name for an error with its sign changed
+        return "neg" in words  # scikit-learn's name for an error with its sign changed
     return True if _ends_with(words, _GREATER) else None
 
 

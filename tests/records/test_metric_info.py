@@ -153,7 +153,9 @@ class TestOfEvaluate:
         *[(name, True) for name in ("accuracy", "eval_f1", "f1_macro", "top_5_accuracy", "rougeL", "val/bleu", "r2")],
         *[(name, False) for name in ("loss", "eval_mse", "wer", "cer", "perplexity", "train_loss", "accuracy_loss")],
         *[(name, False) for name in ("mean_squared_error", "error_rate", "ter", "mae", "eval_rmse")],
-        ("neg_mean_squared_error", True),
+        *[(name, True) for name in ("neg_mean_squared_error", "eval_neg_mean_squared_error", "val/neg_rmse")],
+        *[(name, True) for name in ("eval_log_likelihood", "negative_f1", "negative_recall")],  # of that class
+        *[(name, False) for name in ("negative_log_likelihood", "eval_neg_log_likelihood", "nll")],
         *[(name, None) for name in ("score", "character", "x", "lossless", "", "distance")],
     ],
 )
