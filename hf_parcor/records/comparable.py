@@ -17,7 +17,8 @@ _FIELDS = ("config", "split", "revision", "rows")
 def check_comparable(records: Mapping[str, EvaluationRecord]) -> None:
     """Refuse records of different tasks, or of data that are known to be different: that would look like robustness.
 
-    Data with the same fingerprint are the same, whatever they are called. What a record does not say is no difference.
+    Data with the same fingerprint and as many rows are the same, whatever they are called: the fingerprint is that of
+    the data of gradients, which metrics may be of others than. What a record does not say is no difference.
 
     Args:
         records: By the names that the message shall have.
@@ -150,7 +151,9 @@ def asked_for(record: EvaluationRecord) -> str:
 def data_differ(first: EvaluationRecord, other: EvaluationRecord) -> bool:
     """Return whether two records are known to be of different data."""
     one, two = first.evaluated_on, other.evaluated_on
-    if one is None or two is None or same_data(first.data, other.data):
+    if one is None or two is None:
+        return False
+    if same_data(first.data, other.data) and (one.rows == two.rows or None in (one.rows, two.rows)):
         return False
     named = _both_or_neither(one, two) and (one.id or one.name) != (two.id or two.name)
     pairs = [(getattr(one, name), getattr(two, name)) for name in _FIELDS]

@@ -73,6 +73,12 @@ def test_the_same_batches_are_the_same_data_whatever_they_are_called():
     check_comparable({"a": record(evaluated_on=FILE, data="12"), "b": record(evaluated_on=other, data="12")})
 
 
+def test_the_same_batches_for_gradients_do_not_make_other_rows_the_same():
+    more = replace(FILE, rows=256)
+    with pytest.raises(ValueError, match=r"120 rows for 'a' and dev\.tsv, 256 rows for 'b'"):
+        check_comparable({"a": record(evaluated_on=FILE, data="12"), "b": record(evaluated_on=more, data="12")})
+
+
 def test_other_tasks_are_refused():
     tasks = "translation", "summarization", "text2text-generation", ""
     for name in tasks:
