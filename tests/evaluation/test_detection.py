@@ -103,9 +103,18 @@ class TestWhatIsOdd:
         assert set(average_precision([NOTHING], [there]).values()) == {0.0}
 
     def test_nothing_is_there(self):
-        found, _ = image(0)
-        with pytest.raises(ValueError, match="expected boxes on one image at least, got none"):
-            average_precision([found], [NOTHING])
+        found, there = image(6)
+        crowds = {**there, "iscrowd": torch.ones(6)}
+        for nothing in (NOTHING, crowds):
+            with pytest.raises(ValueError, match="expected boxes on one image at least, got none"):
+                average_precision([found], [nothing])
+
+    def test_of_each_class_only_the_hundred_likeliest_boxes_count(self):
+        corners = torch.tensor([[10.0 * place, 0.0, 10.0 * place + 8, 8.0] for place in range(150)])
+        for classes, recall in ((1, 100 / 150), (2, 1.0)):
+            there = {"boxes": corners, "labels": torch.arange(150) % classes}
+            found = {**there, "scores": torch.linspace(1.0, 0.5, 150)}
+            assert average_precision([found], [there])["mar_100"] == pytest.approx(recall, abs=0.01)
 
     def test_a_class_that_never_occurs_does_not_count(self):
         found, there = image(6)

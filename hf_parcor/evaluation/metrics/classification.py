@@ -35,7 +35,8 @@ class ClassificationMetric(OverLabels):
     - one class each: `accuracy` and `loss`, means over all labels; the label −100 is ignored.
     - any number of classes each, as 0 and 1: `accuracy`, the share of rows whose labels are all right; `f1` over all
       single labels (micro), 0 if there is nothing to find; and `loss`. A label is chosen if its logit is > 0.
-    - numbers: `mse`, `pearson` (the mean over several outputs; NaN if nothing varies) and `loss`.
+    - numbers: `mse`, `pearson` (the mean over several outputs; NaN if one of them, or its labels, do not vary) and
+      `loss`.
 
     The loss is the model's own. If a model returns only logits, bare or by name, it is the usual loss of Transformers
     for such labels (`usual_loss`); such a model need not take labels.
@@ -165,8 +166,10 @@ def _errors(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _correlations(one: Any, other: Any) -> Any:
     """Return Pearson's correlation of each column; NaN where one does not vary."""
+    varies = (one != one[0]).any(0) & (other != other[0]).any(0)  # the mean of equal numbers may round to another one
     one, other = (values - values.mean(0) for values in (one, other))
-    return (one * other).sum(0) / np.sqrt(np.square(one).sum(0)) / np.sqrt(np.square(other).sum(0))
+    found = (one * other).sum(0) / np.sqrt(np.square(one).sum(0)) / np.sqrt(np.square(other).sum(0))
+    return np.where(varies, found, np.nan)
 
 
 class PredictionMetric(OverPairs):

@@ -72,15 +72,15 @@ def average_precision(found: Sequence[Boxes], there: Sequence[Boxes]) -> dict[st
       VOC challenge, simply mAP.
     - `mar_100`: the mean over classes and overlaps of the largest recall.
 
-    Only the 100 boxes of an image with the largest scores count. A class that no image shows is ignored, whatever is
-    predicted. Boxes with `iscrowd` neither help nor harm.
+    Of each class only the 100 boxes of an image with the largest scores count. A class that no image shows is ignored,
+    whatever is predicted. Boxes with `iscrowd` neither help nor harm.
 
     Args:
         found: The predicted boxes of each image.
         there: The true boxes of each image; an image may have none.
 
     Raises:
-        ValueError: There is no box on any image.
+        ValueError: There is no box on any image, but for those with `iscrowd`.
         ImportError: Neither library is installed.
 
     Examples:
@@ -90,7 +90,7 @@ def average_precision(found: Sequence[Boxes], there: Sequence[Boxes]) -> dict[st
         {'map': 0.5, 'map_50': 1.0, 'map_75': 0.0, 'mar_100': 0.5}
     """
     data_set, evaluation = _coco()
-    if not sum(len(image["labels"]) for image in there):
+    if not any((_crowd(image) == 0).any() for image in there):
         raise ValueError(
             "labels: expected boxes on one image at least, got none; without any, no detection can be right: choose "
             "data with boxes"
@@ -122,7 +122,7 @@ def _as_coco(data_set: Any, images: Sequence[Boxes], classes: Sequence[int]) -> 
     for index, image in enumerate(images):
         corners, labels = _array(image["boxes"]).reshape(-1, 4), _array(image["labels"])
         scores = _array(image["scores"]) if "scores" in image else None
-        crowd = _array(image["iscrowd"]) if "iscrowd" in image else np.zeros(len(labels))
+        crowd = _crowd(image)
         for place, (xmin, ymin, xmax, ymax) in enumerate(corners.astype(float).tolist()):
             annotation = {
                 "id": len(annotations) + 1,  # 0 stands for no match
@@ -145,6 +145,10 @@ def _as_coco(data_set: Any, images: Sequence[Boxes], classes: Sequence[int]) -> 
     return coco
 
 
+def _crowd(image: Boxes) -> Any:
+    return _array(image["iscrowd"]) if "iscrowd" in image else np.zeros(len(image["labels"]))
+
+
 def _array(values: Any) -> Any:
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
@@ -153,9 +157,9 @@ class DetectionMetric(OverBatches):
     """Average precision of a detector's boxes, and its mean loss over images.
 
     `map`, `map_50`, `map_75` and `mar_100` are COCO's (see `average_precision`), and `loss` is the model's own, in
-    evaluation mode. A box is dropped if it or its score is not finite. If the output has `pred_boxes`, the share of
-    queries whose box or logits are not finite is `predictions_not_finite`, if there are any; a logit of −∞ is allowed,
-    because it rules a class out.
+    evaluation mode. A box is dropped if it or its score is not finite, or if its score is 0. If the output has
+    `pred_boxes`, the share of queries whose box or logits are not finite is `predictions_not_finite`, if there are
+    any; a logit of −∞ is allowed, because it rules a class out.
 
     Args:
         batches: Mappings with `pixel_values` and `labels`, as image processors of DETR make them: for each image a
@@ -212,7 +216,7 @@ class DetectionMetric(OverBatches):
         """Return the metrics over all images.
 
         Raises:
-            ValueError: No image has a box.
+            ValueError: No image has a box, but for crowds.
         """
         found, there = ([image for part in parts for image in part[name]] for name in ("found", "there"))
         return {
