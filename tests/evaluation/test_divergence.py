@@ -110,11 +110,16 @@ def test_what_does_not_fit_into_memory_is_said() -> None:
     model, kind, labels = classifier()
     model.eval()
     batches = [{"input_ids": (IDS + index) % 20, **labels} for index in range(3)]
-    metric = WithDivergence(kind(batches), model, memory=2 * 2 * 4 * 2)
-    assert "first 2 batches" in metric.notes[-1]
-    assert metric.clean is None
-    assert metric(model)["divergence"] == 0
+    of_one = 2 * 2 * 4
+    for data in (batches, [batches[0], batches[0], batches[1]]):
+        metric = WithDivergence(kind(data), model, memory=of_one * 2)
+        assert "first 2 batches" in metric.notes[-1]
+        assert metric.clean is None
+        assert metric(model)["divergence"] == 0
     assert not model._forward_hooks
+    none = WithDivergence(kind(batches), model, memory=of_one - 1)
+    assert "There is no divergence" in none.notes[-1]
+    assert "divergence" not in none(model)
 
 
 class Answering(nn.Module):
@@ -139,6 +144,14 @@ def test_answers_that_are_not_finite_diverge_and_classes_that_are_ruled_out_do_n
         model.logits = torch.tensor([[0.5, 1.5, -math.inf], [2.0, -1.0, 0.0]])
         model.logits[place, 1] = value
         assert not math.isfinite(metric(model)["divergence"])
+
+
+def test_what_was_as_good_as_impossible_costs_nothing_either() -> None:
+    model, batch = Answering(), {"input_ids": IDS[:1], "labels": torch.tensor([0])}
+    model.logits = torch.tensor([[0.0, -2000.0]])
+    metric = WithDivergence(ClassificationMetric([batch]), model)
+    model.logits = torch.tensor([[0.0, -math.inf]])
+    assert metric(model)["divergence"] == 0
 
 
 @for_each("value", [math.nan, math.inf])

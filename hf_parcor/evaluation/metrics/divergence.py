@@ -54,8 +54,9 @@ class WithDivergence:
 
     Args:
         metric: For example a `ClassificationMetric`.
-        model: The unchanged model. It is run over all batches, in evaluation mode.
-        memory: How many bytes of answers are kept in main memory. Batches beyond that are ignored, and a note says so.
+        model: The unchanged model. It is run over all batches whose answers are kept, in evaluation mode.
+        memory: How many bytes of answers are kept in main memory. The divergence ignores batches beyond that, and a
+            note says so; the metric is over all.
 
     Raises:
         NotFiniteError: The model's own answers are not finite. A `ValueError`.
@@ -77,6 +78,7 @@ class WithDivergence:
     def __init__(self, metric: BatchMetric, model: nn.Module, *, memory: int = _MEMORY) -> None:
         self._metric = metric
         self._answers: dict[str, Tensor] = {}
+        self._known = 0
         kept = 0
         parts = []
         with evaluation_mode(model), undone(model):
@@ -91,6 +93,7 @@ class WithDivergence:
                 if kept > memory:
                     break
                 self._answers[fingerprint([batch])] = logits
+                self._known = number
                 parts.append(_Part(found, 0.0, int(counts.sum())))
         self._truncated = kept > memory
         self._clean = None if self._truncated else self.combine(parts)
@@ -116,7 +119,10 @@ class WithDivergence:
         said = tuple(getattr(self._metric, "notes", ()))
         if not self._truncated:
             return said
-        return (*said, f"The divergence is that of the first {len(self._answers)} batches, as many as were kept.")
+        if not self._known:
+            return (*said, "There is no divergence: the answers on one batch take more memory than is given.")
+        first = "batch" if self._known == 1 else f"{self._known} batches"
+        return (*said, f"The divergence is that of the first {first}, whose answers were kept.")
 
     def identity(self) -> Mapping[str, Any]:
         """Return the metric; the answers follow from weights and data."""
@@ -138,7 +144,8 @@ class WithDivergence:
             return _Part(found, 0.0, 0)
         counts = _that_count(batch, logits, shifted=shifts_labels(model))
         first, second = (one[counts].double().log_softmax(-1) for one in (before, logits))
-        terms = (first.exp() * (first - second)).masked_fill(first == -torch.inf, 0.0)  # 0 log 0 is 0
+        chance = first.exp()
+        terms = (chance * (first - second)).masked_fill(chance == 0, 0.0)  # 0 log 0 is 0
         total = float(terms.sum().clamp(min=0.0))  # rounding may leave less than nothing; NaN stays NaN
         return _Part(found, total, len(first))
 
