@@ -46,8 +46,9 @@ def measure_indicators(
     """Measure the largest and the average loss change, Δ_max and Δ_ave, on each constraint.
 
     The cost in passes over the data is a forward for the loss; a forward and a backward for the gradient; a forward
-    and a backward for the trace, plus about two backwards for each probe; and for each constraint `draws + 2` forwards
-    and the multi-step ascent. The model is restored to the last bit, also after an exception.
+    and a backward for the trace, plus about two backwards for each probe; and for each constraint `draws + 1`
+    forwards, and where p is 2 or ∞ one more and the multi-step ascent. The model is restored to the last bit, also
+    after an exception.
 
     Args:
         model: Any PyTorch model, bare or under DistributedDataParallel.

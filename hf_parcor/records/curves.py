@@ -192,8 +192,8 @@ def epsilon_at_half(
         greater_is_better: As in `metric_drop`.
 
     Returns:
-        ∞ if no measured ε is enough. NaN if that is unknown, because the clean metric is not positive or a NaN comes
-        first.
+        ∞ if no measured ε is enough. NaN if that is unknown, because the clean metric is not positive and finite, or a
+        NaN comes first.
 
     Raises:
         ValueError: As in `area_under_curve`.

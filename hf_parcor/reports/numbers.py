@@ -103,10 +103,10 @@ def times(ratio: float) -> str:
     """Return a ratio, rounded as far as one would say it.
 
     Examples:
-        >>> times(2.345), times(26.7)
-        ('2.3', '27')
+        >>> times(2.345), times(26.7), times(99.7)
+        ('2.3', '27', '100')
     """
-    return f"{ratio:.2g}" if ratio < 100 else f"{ratio:,.0f}"
+    return f"{ratio:.2g}" if ratio < 99.5 else f"{ratio:,.0f}"
 
 
 def probability(value: float) -> str:

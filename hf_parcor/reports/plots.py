@@ -117,7 +117,8 @@ def plot_comparison(
     """Draw the metric against the strength of each kind of corruption, a panel a kind, a line a record.
 
     Points are means over trials, bars sample standard deviations, dashed lines the metric without corruption. In
-    every panel the corruption grows to the right. A kind of which one strength was measured, or under which no record
+    every panel with a scale of strengths the corruption grows to the right; others are in the order of the records. A
+    kind of which one strength was measured, or under which no record
     changes, has no panel, unless there are no others; tables show all.
 
     Args:
@@ -503,8 +504,9 @@ def plot_heat_map(
     """Draw the metric of each group at each strength, a row of panels a kind of corruption, a column a model.
 
     The darker a cell, the more of the metric without corruption is lost; the scale is the same in all panels. Numbers
-    are means over trials. In every panel the corruption grows to the right. A kind of corruption under which no group
-    of any model changes has no panels, unless there are no others.
+    are means over trials. In every panel with strengths the corruption grows to the right; others are in the order of
+    the records. A kind of corruption under which no group of any model changes has no panels, unless there are no
+    others.
 
     Args:
         sweeps: Records of probes by the name of their model.
@@ -575,7 +577,7 @@ def _changes(panel: Series, sweeps: Iterable[SweepRecord], metric: str, numbers:
 
 
 def _map_columns(panel: Series, sweeps: Mapping[str, SweepRecord]) -> dict[str, str]:
-    """Return what stands below each column, by the label of its corruption, the weakest first."""
+    """Return what stands below each column, by the label of its corruption; where strengths are, the weakest first."""
     rows = {row.label: row for sweep in sweeps.values() for _, row in sweep.rows() if Series.of(row) == panel}
     if panel.strength is None:
         return {label: label for label in rows}

@@ -39,8 +39,8 @@ class LmEvalMetric:
     `lm_eval.simple_evaluate` does, but without its search for all tasks and its report on the machine. Numbers are
     named `task/metric`, or `task/metric,filter` for a filter other than lm-eval's default.
 
-    An answer whose likelihoods are NaN or infinite counts as wrong, where lm-eval would take the first choice. The
-    share of these documents is `predictions_not_finite`. This holds for likelihoods, not for generated texts.
+    An answer counts as wrong if a likelihood is NaN or +∞, or if all are −∞; lm-eval would take the first choice then.
+    The share of these documents is `predictions_not_finite`. This holds for likelihoods, not for generated texts.
 
     The metric has no batches with a loss: for corruptions along a gradient, pass `batches=` to `CorruptionEvaluator`,
     `LayerProbe` or `sensitivity`. Use text similar to that of the task, because the gradient is that of the model's
