@@ -280,9 +280,7 @@ def _draw(
             axis.axhline(clean, color=color, linestyle="--", linewidth=1, alpha=0.7)
     labels = {point.strength: point.label for line in panel.lines.values() for point in line.points}
     if panel.strength is None:
-        turned = any(len(label) > _NUMBERED for label in labels.values())
-        options: dict[str, Any] = {"rotation": 20, "horizontalalignment": "right"} if turned else {}
-        axis.set_xticks(list(labels), list(labels.values()), parse_math=False, **options)
+        axis.set_xticks(list(labels), list(labels.values()), parse_math=False, **_turned(labels.values()))
     elif labels:
         _set_strength_axis(axis, panel.strength, sorted(labels))
     axis.margins(x=0.12)
@@ -291,6 +289,12 @@ def _draw(
         axis.set_title(textwrap.fill(panel.title, _TITLE_WIDTH), fontsize="medium", parse_math=False)
     axis.grid(alpha=0.25)
     return lines
+
+
+def _turned(labels: Iterable[str]) -> dict[str, Any]:
+    """Return how labels below an axis are turned so that they do not run into each other."""
+    turned = any(len(label) > _NUMBERED for label in labels)
+    return {"rotation": 20, "horizontalalignment": "right"} if turned else {}
 
 
 def _set_strength_axis(axis: Axes, strength: str, strengths: Sequence[float]) -> None:
@@ -613,7 +617,8 @@ def _draw_map(
             dark = losses.get(place, 0.0) > _DARK * largest
             text = numbers.value(shown[place]) if place in shown else "–"
             axis.text(x, y, text, color="white" if dark else "black", fontsize="small", ha="center", va="center")
-    axis.set_xticks(range(len(columns)), list(columns.values()), parse_math=False)
+    turned = _turned(columns) if panel.strength is None else {}
+    axis.set_xticks(range(len(columns)), list(columns.values()), parse_math=False, **turned)
     axis.set_yticks(range(len(groups)), list(short_names(groups).values()), parse_math=False)
     axis.tick_params(length=0)
     return image

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
-from hf_parcor import CorruptionRecord, EvaluationRecord, MetricInfo, SweepRecord
+from hf_parcor import CorruptionRecord, EvaluationRecord, FloatQuantization, MetricInfo, SweepRecord
 from hf_parcor.reports.plots import plot_directions, plot_heat_map
 
 LAYERS = ("bert.encoder.layer.0", "bert.encoder.layer.1", "bert.encoder.layer.10")
@@ -99,6 +99,18 @@ class TestHeatMap:
         assert titles == ["gradient-based, L2", "quantization", "mine"]
         assert [tick.get_text() for tick in figure.axes[1].get_xticklabels()] == ["8", "4", "2"]
         assert figure._suptitle.get_text() == "Of all kinds"
+
+    def test_names_of_formats_do_not_run_into_each_other(self):
+        formats = [(FloatQuantization("nf4", 64), 0.8), (FloatQuantization("fp8_e4m3", "channel"), 0.7)]
+        rows = tuple(
+            replace(row("float_quantization", one.settings(), value), label=str(one)) for one, value in formats
+        )
+        probe = SweepRecord({"a": EvaluationRecord("m", {}, 1, record({}).clean, rows)}, "", 2, 0)
+        figure = plot_heat_map({"": probe})
+        FigureCanvasAgg(figure).draw()
+        labels = figure.axes[0].get_xticklabels()
+        assert [label.get_text() for label in labels] == [str(one) for one, _ in formats]
+        assert all(label.get_rotation() and label.get_ha() == "right" for label in labels)
 
     def test_a_kind_under_which_nothing_changes_has_no_panels(self):
         first = record({0.1: 0.8})
