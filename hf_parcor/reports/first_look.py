@@ -14,7 +14,7 @@ from hf_parcor.reports.content import answer_as_markdown, tables_as_markdown
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.recipe import short_formats
 from hf_parcor.reports.tables import Table, short_names
-from hf_parcor.reports.verdict import NEGLIGIBLE, Finding, one_row
+from hf_parcor.reports.verdict import NEGLIGIBLE, Finding, one_row, remedy
 
 
 class FirstLookContent(NamedTuple):
@@ -108,12 +108,13 @@ def _findings(told: _Told) -> Iterator[Finding]:
         if others and told.is_negligible(others[0]):
             seconds = "; no other that was measured makes it worse by 1 %"
         modules = told.scores.groups[weakest.group].modules
-        spared = repr(modules) if len(modules) <= 3 else repr([weakest.group])
+        spared = modules if len(modules) <= 3 else [weakest.group]
+        (described,) = told.scores.formats.values()
         yield Finding(
             f"{name} is the weakest of {count} parts in {told.format}: by itself it changes {metric} from {clean} by "
             f"{told.change(weakest)}{seconds}.",
             f"Keep it in more bits than the others.{worth}",
-            f"ParameterDefenseTrainer(..., target_modules={spared})",
+            remedy(spared, described.get("corruption", ""), described.get("settings", {})),
         )
     yield Finding("", _what_was_rounded(told))
     known = len(told.measured)

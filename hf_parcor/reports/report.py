@@ -244,7 +244,8 @@ class FirstLookReport(_Answer[FirstLookContent]):
         >>> print(FirstLookReport(SensitivityRecord("m", groups, four, tuple(cells), {"loss": 2.0}, "loss")).answer)
         b is the weakest of 3 parts in 4 bits: by itself it changes loss from 2 by +0.5; the next, c, by +0.1.
         Keep it in more bits than the others.
-        If that holds, defend it with ParameterDefenseTrainer(..., target_modules=['b'])
+        If that holds, defend it with
+        ParameterDefenseTrainer(..., defense=CorruptionRisk(Quantization(bits=4)), target_modules=['b'])
     """
 
     _html, _markdown = staticmethod(first_look_page), staticmethod(first_look_markdown)

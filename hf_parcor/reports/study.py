@@ -118,7 +118,8 @@ class Study:
         curves: By the series, then by model and group; those that were not measured are missing.
         groupings: What the groups are, such as "kinds", by the name of the model, where a probe says so.
         in_one_alone: The labels of what no other model was measured under, by the name of the model; empty for one.
-        left_out: The labels of what not all repetitions of a group have, by the name of the model.
+        left_out: The labels of what not all repetitions of a group have, by the name of the model; where other groups
+            have it, with the names of those that do not.
     """
 
     metric: str
@@ -321,13 +322,16 @@ def _measured_under(groups: Iterable[_Shared]) -> list[CorruptionRecord]:
 
 
 def _left_out(groups: Mapping[str, Sequence[EvaluationRecord]], shared: Mapping[str, _Shared]) -> list[str]:
-    """Return the labels of what not all repetitions of a group have."""
-    found: list[str] = []
+    """Return the labels of what not all repetitions of a group have, with the groups if others have it."""
+    without: dict[str, list[str]] = {}
+    kept: set[str] = set()
     for group, records in groups.items():
-        kept = {(row.corruption, row.label) for row, *_ in shared[group]}
+        common = {(row.corruption, row.label) for row, *_ in shared[group]}
         rows = (row for record in records for row in record.corruptions)
-        found += [row.label for row in rows if (row.corruption, row.label) not in kept]
-    return list(dict.fromkeys(found))
+        for label in dict.fromkeys(row.label for row in rows if (row.corruption, row.label) not in common):
+            without.setdefault(label, []).append(group)
+        kept |= {label for _, label in common}
+    return [f"{label} with {', '.join(some)} corrupted" if label in kept else label for label, some in without.items()]
 
 
 def _point(

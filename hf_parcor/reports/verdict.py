@@ -6,8 +6,9 @@ import math
 import re
 import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from hf_parcor.records.curves import Series
 from hf_parcor.records.evaluation import EvaluationRecord
 from hf_parcor.records.metric_info import POINTS, SHARE
 from hf_parcor.records.sensitivity import SensitivityRecord
@@ -125,7 +126,9 @@ def probe_verdict(study: Study, numbers: Numbers) -> list[Finding]:
     for series, by_key in study.curves.items():
         curves = {group: curve for (_, group), curve in by_key.items()}
         of_one = len(curves) == 1
-        finding = _of_one_group(study, numbers, curves) if of_one else _of_groups(study, numbers, curves, groups)
+        finding = (
+            _of_one_group(study, numbers, curves) if of_one else _of_groups(study, numbers, curves, groups, series)
+        )
         findings.append(finding._replace(headline=f"{series.name}: {finding.headline}"))
     findings.sort(key=lambda finding: (not finding.clear, not finding.remedy))
     return with_one_row([*_worst_of_all(study, numbers), *findings], study, numbers)
@@ -249,6 +252,7 @@ def _of_groups(
     numbers: Numbers,
     curves: Mapping[str, Curve],
     groups: Mapping[str, tuple[EvaluationRecord, ...]],
+    series: Series,
 ) -> Finding:
     names = common_strengths(curves.values())
     if not names:
@@ -291,7 +295,7 @@ def _of_groups(
             finding = Finding(f"{text}: none is fragile {_over(names)}.")
         return finding._replace(detail=_joined(improved, unranked))
     ranked = {group: repeated[group] for group in drops}
-    finding = _ranked(study, numbers, names, ranked, drops, top, clean, which, _remedy(groups[top]))
+    finding = _ranked(study, numbers, names, ranked, drops, top, clean, which, _remedy(groups[top], series))
     return finding._replace(detail=_joined(finding.detail, unranked))
 
 
@@ -402,16 +406,28 @@ def are_repeated(curves: Iterable[Curve]) -> bool:
 _QUANTIZATION = {"quantization": "Quantization", "float_quantization": "FloatQuantization"}
 
 
-def _remedy(records: Sequence[EvaluationRecord]) -> str:
+def _remedy(records: Sequence[EvaluationRecord], series: Series) -> str:
     """Return how to defend what was corrupted; "" where more than `target_modules` chose it."""
     target = records[0].target
     if set(target) != {"target_modules"}:
         return ""
-    rows, defense = records[0].corruptions, ""
-    if rows and all(row.corruption in _QUANTIZATION for row in rows):  # of which the usual defense moves nothing
-        settings = ", ".join(f"{name}={value!r}" for name, value in rows[0].settings.items())
-        defense = f"defense=CorruptionRisk({_QUANTIZATION[rows[0].corruption]}({settings})), "
-    return f"ParameterDefenseTrainer(..., {defense}target_modules={target['target_modules']!r})"
+    row = next(row for row in records[0].corruptions if Series.of(row) == series)
+    return remedy(target["target_modules"], row.corruption, row.settings)
+
+
+def remedy(target_modules: object, corruption: str, settings: Mapping[str, Any]) -> str:
+    """Return the Trainer that defends modules against a corruption; of rounding the usual defense moves nothing.
+
+    Examples:
+        >>> remedy(["a"], "quantization", {"bits": 4})
+        "ParameterDefenseTrainer(..., defense=CorruptionRisk(Quantization(bits=4)), target_modules=['a'])"
+        >>> remedy(["a"], "gradient", {"p": 2.0, "epsilon": 0.1})
+        "ParameterDefenseTrainer(..., target_modules=['a'])"
+    """
+    given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    rounds = _QUANTIZATION.get(corruption)
+    defense = f"defense=CorruptionRisk({rounds}({given})), " if rounds else ""
+    return f"ParameterDefenseTrainer(..., {defense}target_modules={target_modules!r})"
 
 
 def _moves(study: Study, *, better: bool = False) -> str:

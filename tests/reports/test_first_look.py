@@ -68,7 +68,8 @@ def record(values, metric="loss", clean=2.0, divergence=None, **settings) -> Sen
             [],
         ),
         ([3.0, 2.5], {"evaluated_on": EvaluationData("dev", rows=40)}, [], ["One of 40 rows"]),
-        ([3.0], {}, ["layers.0 is the weakest of 1", "target_modules=['layers.0']"], ["the next"]),
+        ([3.0], {}, ["layers.0 is the weakest of 1", "CorruptionRisk(Quantization(bits=4))"], ["the next"]),
+        ([3.0], {}, ["target_modules=['layers.0']"], []),
         ([2.0, math.nan, 3.0], {}, ["layers.1 is the weakest of 3", "nan"], []),
         ([2.0, math.inf, 3.0], {}, ["layers.1 is the weakest of 3", "∞"], []),
         (

@@ -48,7 +48,7 @@ def probe_of(record_of):
         ),
         ([("float_quantization", {"format": "nf4", "per": 64})], FloatQuantization("nf4", per=64)),
         ([("gaussian_noise", {"std": 0.1})], None),
-        ([("quantization", {"bits": 4}), ("gaussian_noise", {"std": 0.1})], None),
+        ([("quantization", {"bits": 4}), ("gaussian_noise", {"std": 0.1})], [Quantization(4), None]),
     ],
 )
 def test_what_few_bits_break_is_defended_for_them(corruptions, rounds):
@@ -60,11 +60,10 @@ def test_what_few_bits_break_is_defended_for_them(corruptions, rounds):
         measured = tuple(replace(row, metrics={"accuracy": (value,)}) for row in rows)
         records[group] = EvaluationRecord("m", {"target_modules": [group]}, 1, clean, measured)
     said = " ".join(RobustnessReport(records).verdict)
-    asked = re.search(
-        r"ParameterDefenseTrainer\(\.\.\., (?:defense=CorruptionRisk\((.*)\), )?target_modules=\['c'\]", said
+    asked = re.findall(
+        r"ParameterDefenseTrainer\(\.\.\., (?:defense=CorruptionRisk\((.*?)\), )?target_modules=\['c'\]", said
     )
-    assert asked
-    assert (asked[1] and eval(asked[1])) == rounds
+    assert [eval(one) if one else None for one in asked] == (rounds if isinstance(rounds, list) else [rounds])
 
 
 ONCE = {
@@ -733,3 +732,15 @@ class TestTheFirstSentence:
             first, *others = report.verdict
             assert (worth in first) if worth else "rows" not in first
             assert not any("rows" in text for text in others)
+
+
+def test_what_repetitions_lack_is_said_of_the_group_that_lacks_it(record_of):
+    def probe(value, lacking):
+        return {
+            group: record_of({e: value for e in (0.1, 0.2) if e != lacking.get(group)}, target=[group])
+            for group in ("a", "b")
+        }
+
+    for lacking, said in (({"b": 0.2}, "ε=0.2 with b corrupted."), ({"a": 0.2, "b": 0.2}, "ε=0.2.")):
+        [note] = [note for note in RobustnessReport([probe(0.8, {}), probe(0.7, lacking)]).notes if "Left" in note]
+        assert note == f"Left out, since not all records have it: gradient L2 {said}"
