@@ -111,7 +111,7 @@ class RobustnessCallback(TrainerCallback):
         """Measure on the data that the Trainer just evaluated, log the results, and add them to its metrics.
 
         Raises:
-            ValueError: The Trainer does not say what it evaluated.
+            ValueError: The Trainer does not say what it evaluated, or for how long, which tells the prefix of metrics.
         """
         if metrics is None or (self._every is not None and state.global_step % self._every != 0):
             return
@@ -120,7 +120,13 @@ class RobustnessCallback(TrainerCallback):
                 "eval_dataloader: expected what was evaluated, got None; where a Trainer has an evaluation_loop of "
                 "its own, begin that with self.callback_handler.eval_dataloader = dataloader, as the stock one does"
             )
-        prefix = next(name.removesuffix("_runtime") for name in reversed(metrics) if name.endswith("_runtime"))
+        prefixes = [name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")]
+        if not prefixes:
+            raise ValueError(
+                f"metrics: expected a time such as eval_runtime, which names their prefix, got {', '.join(metrics)}; "
+                "where a Trainer has an evaluate of its own, let it add speed_metrics, as the stock one does"
+            )
+        prefix = prefixes[-1]
         record = measure_robustness(
             self._trainer,
             list(self._corruptions.values()),

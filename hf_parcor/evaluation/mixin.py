@@ -105,12 +105,18 @@ def measure_robustness(
             default, what `greater_is_better` says of `metric_for_best_model`, and what the names of the others say.
 
     Raises:
-        ValueError: The Trainer has no evaluation data, or as in `CorruptionEvaluator`.
+        ValueError: The Trainer has no evaluation data, or several data sets, or as in `CorruptionEvaluator`.
         TypeError: As in `CorruptionEvaluator`.
     """
     model = trainer.model
     if model is None:
         raise ValueError("model: expected a Trainer with a model, got None; pass model=, or train first")
+    data = evaluated_data(trainer, eval_dataset)
+    if isinstance(data, dict):
+        raise ValueError(
+            f"eval_dataset: expected one data set, got {', '.join(map(str, data))}; name one of them, or call "
+            "evaluate_robustness of a RobustnessMixin, which evaluates each"
+        )
     needs_gradients = any(getattr(corruption, "uses_gradients", False) for corruption in corruptions)
     evaluator = CorruptionEvaluator(
         model,
@@ -120,7 +126,7 @@ def measure_robustness(
         target_modules=target_modules,
         metric_info=metric_info,
         progress=not trainer.args.disable_tqdm,
-        evaluated_on=evaluation_data_of(evaluated_data(trainer, eval_dataset)),
+        evaluated_on=evaluation_data_of(data),
     )
     return evaluator.evaluate(corruptions, trials, seed)
 

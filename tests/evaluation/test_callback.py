@@ -126,6 +126,15 @@ def test_a_trainer_that_does_not_say_what_it_evaluates_is_told_how(make):
         trainer.evaluate()
 
 
+def test_metrics_without_the_time_that_names_their_prefix_are_refused(make):
+    trainer = make()
+    callback = RobustnessCallback(trainer, [GaussianNoise(0.1)])
+    with pytest.raises(ValueError, match=r"expected a time such as eval_runtime, .* got eval_loss"):
+        callback.on_evaluate(
+            trainer.args, trainer.state, trainer.control, {"eval_loss": 1.0}, trainer.get_eval_dataloader()
+        )
+
+
 def test_evaluate_returns_it_for_each_data_set(make, rows):
     trainer = make(Trainer, eval_dataset={"first": rows[:6], "last": rows[6:]})
     trainer.add_callback(RobustnessCallback(trainer, CORRUPTIONS))

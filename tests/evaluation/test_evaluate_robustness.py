@@ -281,12 +281,14 @@ class TestTrainerMetric:
             "name": "x",
             "matrix": [[1, 2]],
             "count": 3,
+            "mean_num_tokens": 5,
+            "num_tokens": 100,  # as TRL's Trainers count what they were trained on
         }
         metric, before = TrainerMetric(trainer), torch.get_rng_state()
         found = metric(trainer.model)
         assert torch.equal(torch.get_rng_state(), before)
         assert found == metric(trainer.model)
-        assert found.keys() == {"loss", "drawn", "count"}
+        assert found.keys() == {"loss", "drawn", "count", "mean_num_tokens"}
 
     def test_memory_is_no_metric_and_is_tracked_on(self, make):
         pytest.importorskip("psutil")
@@ -360,6 +362,13 @@ class TestErrors:
         trainer.model = None
         with pytest.raises(ValueError, match="model: expected a Trainer with a model"):
             trainer.evaluate_robustness([NOISE])
+
+    def test_several_data_sets_are_not_one(self, make, rows):
+        trainer = make(eval_dataset={"first": rows[:6], "last": rows[6:]})
+        with pytest.raises(ValueError, match="expected one data set, got first, last; name one of them"):
+            measure_robustness(trainer, [NOISE])
+        record = measure_robustness(trainer, [NOISE], eval_dataset="last")
+        assert record.evaluated_on.rows == len(rows) - 6
 
     def test_nothing_to_measure(self, make, rows):
         unlabelled = [{"input_ids": row["input_ids"]} for row in rows]

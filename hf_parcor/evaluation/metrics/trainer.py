@@ -99,7 +99,7 @@ class TrainerMetric:
         metrics = {
             name.removeprefix(prefix): float(value)
             for name, value in found.items()
-            if name.startswith(prefix) and isinstance(value, Real) and not _tells_of_the_run(name)
+            if name.startswith(prefix) and isinstance(value, Real) and not _tells_of_the_run(name.removeprefix(prefix))
         }
         if not metrics:
             raise ValueError(
@@ -117,7 +117,7 @@ def evaluated_data(trainer: Trainer, asked: Any) -> Any:
 
 def _tells_of_the_run(name: str) -> bool:
     """Return whether a number is none of the model's: how long it took, or how much was trained before."""
-    return is_beside_the_point(name) or name.endswith(_OF_THE_TRAINING)
+    return is_beside_the_point(name) or name == _OF_THE_TRAINING
 
 
 def _is_of(best: str, name: str) -> bool:
