@@ -51,7 +51,7 @@ thead th { vertical-align: bottom; white-space: normal; text-align: center; }
 .heat tr > :last-child { position: sticky; right: 0; background-color: var(--paper); }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1.25rem; }
 figure { margin: 0; min-width: 0; }
-figure > svg { width: 100%; max-width: 30rem; height: auto; display: block; fill: currentColor; }
+figure > svg { width: 100%; max-width: 30rem; height: auto; display: block; fill: currentColor; overflow: visible; }
 svg * { stroke-linejoin: round; font-family: system-ui, sans-serif; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding: 0; margin: .25rem 0; }
 .legend li { font-size: .85rem; display: flex; align-items: center; gap: .35rem; min-width: 0; }
