@@ -17,8 +17,8 @@ _FIELDS = ("config", "split", "revision", "rows")
 def check_comparable(records: Mapping[str, EvaluationRecord]) -> None:
     """Refuse records of different tasks, or of data that are known to be different: that would look like robustness.
 
-    Data with the same fingerprint and as many rows are the same, whatever they are called: the fingerprint is that of
-    the data of gradients, which metrics may be of others than. What a record does not say is no difference.
+    Data with the same fingerprint and as many rows are the same, whatever they are called. (The fingerprint is that of
+    the data of gradients; the metric may be of other rows.) What a record does not say is no difference.
 
     Args:
         records: By the names that the message shall have.
