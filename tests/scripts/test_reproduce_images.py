@@ -111,13 +111,14 @@ def test_a_campaign(tmp_path, monkeypatch, capsys):
     runs = {f"{start}-{arm}-seed{seed}" for start in ("tuned", "scratch") for arm in arms for seed in (1, 2)}
     assert set(json.loads((output / "runs.json").read_text())) == runs
     before = load_file(tmp_path / "resnet8.safetensors")
+    (trained,) = work.iterdir()
     for name in runs:
         record = EvaluationRecord.load(output / f"{name}.json")
         assert [row.corruption for row in record.rows()] == ["none", "gradient", "quantization"]
-        after = load_file(work / "small" / name / "model.safetensors")
+        after = load_file(trained / name / "model.safetensors")
         same = [bool((after[key] == before[key]).all()) for key in before if key.endswith("weight")]
         assert all(same) == name.startswith("tuned"), "a rate of 0 keeps the weights that a tuned one begins with"
-    defended = json.loads((work / "small" / "scratch-awp-late-seed1" / "defense_config.json").read_text())
+    defended = json.loads((trained / "scratch-awp-late-seed1" / "defense_config.json").read_text())
     assert (defended["defense"], defended["settings"]["start_epoch"]) == ("awp", 1)
     rows = [line for line in table.splitlines() if "L2 ε=0.1" in line]
     assert len(rows) == 2
