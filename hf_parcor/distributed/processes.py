@@ -149,7 +149,7 @@ class MeasuringProcesses:
         return self._exchanged(tensors, partial(reduce, reduction="sum"))
 
     def hand_round(self, tensors: Mapping[str, Tensor], owner: int) -> dict[str, Tensor]:
-        """Overwrite tensors with those of one process, and return them.
+        """Return the tensors of one process; those that others hand in may be overwritten.
 
         Raises:
             ProcessError: Another process failed.
@@ -160,8 +160,8 @@ class MeasuringProcesses:
         if self.count == 1:
             return dict(tensors)
         self.gather(None)
-        device = PartialState().device
-        return {name: exchange(tensor.to(device)).to(tensor.device) for name, tensor in tensors.items()}
+        device = PartialState().device  # contiguous there: bytes travel in the order in which they lie
+        return {name: exchange(one.to(device).contiguous()).to(one.device) for name, one in tensors.items()}
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:

@@ -59,7 +59,12 @@ def exchange():
     processes = MeasuringProcesses.launched()
 
     def tensors():
-        return {"real": torch.full((3,), 1.0 + processes.index), "whole": torch.arange(2) * (1 + processes.index)}
+        table = torch.arange(6.0).view(2, 3) * (1 + processes.index)
+        return {
+            "real": torch.full((3,), 1.0 + processes.index),
+            "whole": torch.arange(2) * (1 + processes.index),
+            "table": table if processes.index else table.t().contiguous().t(),  # as if one were channels_last
+        }
 
     own, here, train = 2**62 - 1 - processes.index, torch.device("cpu"), TrainingProcesses()
     seeds = [
@@ -73,8 +78,14 @@ def exchange():
 def test_processes_that_measure_or_train_exchange_tensors_and_seeds(run_on_ranks):
     for rank, (processes, sums, of_second, seeds) in enumerate(run_on_ranks(exchange, 2)):
         assert processes == MeasuringProcesses(2, rank)
-        assert {name: value.tolist() for name, value in sums.items()} == {"real": [3.0] * 3, "whole": [0, 3]}
-        assert {name: value.tolist() for name, value in of_second.items()} == {"real": [2.0] * 3, "whole": [0, 2]}
+        assert {name: value.tolist() for name, value in sums.items()} == {
+            **{"real": [3.0] * 3, "whole": [0, 3]},
+            "table": [[0.0, 3.0, 6.0], [9.0, 12.0, 15.0]],
+        }
+        assert {name: value.tolist() for name, value in of_second.items()} == {
+            **{"real": [2.0] * 3, "whole": [0, 2]},
+            "table": [[0.0, 2.0, 4.0], [6.0, 8.0, 10.0]],
+        }
         shared, own, alike = zip(*seeds, strict=True)
         assert shared == (2**62 - 1,) * 2
         for seeds_of_all in (own, alike):
