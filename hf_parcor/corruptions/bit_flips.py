@@ -82,6 +82,11 @@ class BitFlips(Corruption):
         object.__setattr__(self, "of", stored_as(self.of))
         field_bits(stored_as(self.of) or torch.float32, self.bits)
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether no bit flips, and no weight is rounded to another format."""
+        return super().changes_nothing and self.of is None
+
     def __str__(self) -> str:
         amount = f"rate={self.rate:g}" if self.rate is not None else f"count={self.count}"
         return f"bit flips {amount} ({self.bits}{'' if self.of is None else f', {self.of}'})"

@@ -372,3 +372,24 @@ def test_what_a_corruption_leaves_out_stays_and_what_is_not_there_is_refused() -
         corrupted(weights, OfOne("secnod")(weights)),
     ):
         raise AssertionError("the body must not run")
+
+
+@pytest.mark.parametrize(
+    ("corruption", "nothing"),
+    [
+        (RandomCorruption(CorruptionConstraint(epsilon=0.0)), True),
+        (GaussianNoise(0.0, relative_to="tensor"), True),
+        (UniformNoise(0.0), True),
+        (ConductanceDrift(0.0), True),
+        (BitFlips(rate=0.0), True),
+        (BitFlips(rate=0.0, of="int8"), False),
+        (BitFlips(rate=0.0, of="bfloat16"), False),
+        (Quantization(16), False),
+    ],
+    ids=str,
+)
+def test_what_says_that_it_changes_nothing_leaves_every_weight(corruption: Corruption, nothing: bool) -> None:
+    weights = {"w": torch.randn(20, 3)}
+    before = weights["w"].clone()
+    with corrupted(weights, corruption(weights)):
+        assert corruption.changes_nothing is torch.equal(weights["w"], before) is nothing
