@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_parcor.arguments import check_count, check_real
 from hf_parcor.devices import has_float64
 from hf_parcor.distributed.dtensors import cut_as, has_shards, local_part, sharded_as, shared_generator
-from hf_parcor.functional.stored_numbers import FLOATS, MANTISSA_BITS, StoredNumbers, check_format, integer_width
+from hf_parcor.functional.stored_numbers import FLOATS, StoredNumbers, check_format, integer_width, mantissa_bits
 
 FIELDS = ("any", "sign", "exponent", "mantissa")
 
@@ -44,10 +44,7 @@ def field_bits(dtype: torch.dtype | str, field: str = "any") -> range:
                 raise ValueError(f"bits: expected any or sign, got {field!r}; {name} has no such part")
             return range(width) if field == "any" else range(width - 1, width)
         dtype = FLOATS[str(name)]
-    if dtype not in MANTISSA_BITS:
-        known = ", ".join(str(name).removeprefix("torch.") for name in MANTISSA_BITS)
-        raise TypeError(f"dtype: expected one of {known}, got {dtype}; select floating-point parameters only")
-    mantissa, width = MANTISSA_BITS[dtype], dtype.itemsize * 8
+    mantissa, width = mantissa_bits(dtype), dtype.itemsize * 8
     positions = {
         "any": range(width),
         "sign": range(width - 1, width),

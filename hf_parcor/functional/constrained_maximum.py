@@ -304,9 +304,7 @@ def constrained_maximum_value(tensors: Sequence[Tensor], p: float, epsilon: floa
         >>> constrained_maximum_value([torch.tensor([3.0, -4.0])], p=2, epsilon=0.1)
         tensor(0.5000)
     """
-    p = check_norm_order(p)
-    epsilon = check_radius("epsilon", epsilon)
-    top_n = check_top_n(top_n)
+    p, epsilon, top_n = check_norm_order(p), check_radius("epsilon", epsilon), check_top_n(top_n)
     dual = dual_order(p)
     kept = tensors if top_n is None else keep_top_n(tensors, top_n)
     return epsilon * vector_norm(kept, dual)

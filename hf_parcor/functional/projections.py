@@ -32,9 +32,7 @@ def check_projectable(p: float) -> None:
 
 def project_(tensors: list[Tensor], p: float, epsilon: float, top_n: int | None = None) -> None:
     """Overwrite `tensors` with their projection (see `project`)."""
-    p = check_norm_order(p)
-    epsilon = check_radius("epsilon", epsilon)
-    top_n = check_top_n(top_n)
+    p, epsilon, top_n = check_norm_order(p), check_radius("epsilon", epsilon), check_top_n(top_n)
     check_projectable(p)
     if not tensors:
         return

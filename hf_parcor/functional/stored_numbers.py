@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,13 +13,17 @@ from hf_parcor.functional.norms import max_magnitude
 from hf_parcor.functional.quantization import check_bits, restricted_scale
 from hf_parcor.functional.vectors import INTEGER_OF_SIZE
 
-MANTISSA_BITS: Mapping[torch.dtype, int] = MappingProxyType(
-    {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
-)
-FLOATS: Mapping[str, torch.dtype] = MappingProxyType(
-    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-)
+MANTISSA_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _INTEGER = re.compile(r"int(\d+)")
+
+
+def mantissa_bits(dtype: torch.dtype) -> int:
+    """Return the bits of a float's mantissa; refuse, with a `TypeError`, what is no IEEE float of 16 to 64 bits."""
+    if dtype not in MANTISSA_BITS:
+        known = ", ".join(str(name).removeprefix("torch.") for name in MANTISSA_BITS)
+        raise TypeError(f"dtype: expected one of {known}, got {dtype}; select floating-point parameters only")
+    return MANTISSA_BITS[dtype]
 
 
 def check_format(of: object) -> str | None:
@@ -79,6 +81,7 @@ class StoredNumbers:
     @staticmethod
     def has_bits(tensor: Tensor, of: str | None) -> bool:
         """Return whether a tensor has patterns: there are no integer codes of zeros, nor of what is not finite."""
+        mantissa_bits(tensor.dtype)  # there are no patterns of others
         width = integer_width(of)
         return width is None or (tensor.numel() > 0 and _step(tensor, width) is not None)
 
@@ -94,19 +97,18 @@ class StoredNumbers:
             None for integer codes of a tensor without a step.
 
         Raises:
+            TypeError: The tensor is not of float16, bfloat16, float32 or float64.
             ValueError: There is no such format, or the tensor's dtype cannot hold its numbers.
 
         Examples:
             >>> StoredNumbers.of(torch.tensor([-1.0, 0.25, 1.0]), "int3").bits  # codes -3, 1, 3
             tensor([5, 1, 3], dtype=torch.int32)
         """
-        here = local_part(tensor).detach()
+        here, mantissa = local_part(tensor).detach(), mantissa_bits(tensor.dtype)
         width = integer_width(check_format(of))
         if width is None:
             dtype = tensor.dtype if of is None else FLOATS[of]
-            if MANTISSA_BITS[dtype] > MANTISSA_BITS[tensor.dtype] or (
-                torch.finfo(dtype).max > torch.finfo(tensor.dtype).max
-            ):
+            if MANTISSA_BITS[dtype] > mantissa or (torch.finfo(dtype).max > torch.finfo(tensor.dtype).max):
                 raise ValueError(
                     f"of: expected a format whose numbers {tensor.dtype} holds, got {of}; load the weights in float32"
                 )

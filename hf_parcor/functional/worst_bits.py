@@ -68,6 +68,7 @@ def worst_flip(
 
     Raises:
         NotImplementedError: The tensor is sharded.
+        TypeError: As for `flip_bits`.
         ValueError: As for `flip_bits`.
 
     Examples:

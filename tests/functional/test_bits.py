@@ -352,6 +352,11 @@ class TestRandomFlips:
         assert float(flipped[0][2]) == -largest  # the code below the last level
         assert torch.isfinite(flipped[0]).all()
 
-    def test_integers_are_refused(self) -> None:
-        with pytest.raises(TypeError, match=r"got torch.int64"):
-            flip_random_bits([torch.ones(2), torch.ones(2, dtype=torch.int64)], count=1)
+    @for_each("of", [None, "float16", "int8"])
+    @for_each("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn])
+    def test_other_dtypes_are_refused_whatever_they_are_said_to_be_stored_as(self, dtype, of: str | None) -> None:
+        tensor = torch.ones(2).to(dtype)
+        with pytest.raises(TypeError, match=f"dtype: expected .* got {dtype}"):
+            flip_random_bits([torch.ones(2), tensor], count=1, of=of)
+        with pytest.raises(TypeError, match=f"dtype: expected .* got {dtype}"):
+            flip_bits(tensor, torch.tensor([0]), torch.tensor([0]), of)
