@@ -368,7 +368,7 @@ class Injection:
             keep: Whether the tensors of `u` may be kept, and overwritten later: nobody else needs them.
 
         Raises:
-            ValueError: A name or a shape does not belong to the weights; nothing is written then.
+            ValueError: A name or a shape does not belong to the weights; nothing is written then, or it is restored.
             RuntimeError: The weights were written by `write`, and not restored since.
             TypeError: A `Multiple` of narrow weights, which hold no `a` to be moved later.
         """
@@ -525,7 +525,7 @@ class Injection:
         if self._all_narrow and self._asked is not None and (self._asked.kept is not None or self._asked.p == 2):
             of_narrow = self._asked.norms(2, self._places, self._all_narrow)
             told = [of_narrow.get(place, part) for place, part in enumerate(parts)]
-            asked = vector_norm(alike(self._vector, told))
+            asked = vector_norm(alike(self._vector, told)) if self._asked.whole is None else self._asked.whole
         return CorruptionSize(int(total(counts, _sum)), float(realised), float(asked))
 
     @torch.no_grad()

@@ -838,7 +838,8 @@ class TestAMultiple:
         for name, weight in weights.items():
             change = (1 if method == "write" else 2) * 0.25 * multiple.direction[name].to(wide(weight).dtype)
             torch.testing.assert_close(weight.detach(), sum_of(before[name], change))
-        norm = injection.withdraw(2)
+        size, norm = injection.size(), injection.withdraw(2)
+        assert size.asked == pytest.approx(float(norm.asked), rel=1e-4)
         assert float(norm.asked) == pytest.approx(float(multiple.norm) * (1 if method == "write" else 2), rel=1e-4)
         assert float(norm.realised) == pytest.approx(float(norm.asked), rel=1e-2)
         assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
@@ -856,6 +857,16 @@ class TestAMultiple:
         with pytest.raises(ValueError, match="selected"):
             injection.write(Multiple({"no": torch.ones(1)}, nothing.factor, nothing.norm))
         injection.restore()
+
+    def test_of_what_narrow_weights_swallow_both_methods_say_what_was_asked_for(self) -> None:
+        weights = {"w": nn.Parameter(torch.ones(30).bfloat16())}
+        multiple = self.multiple_of(weights, 1e-5)
+        injection = Injection(weights)
+        injection.write(multiple, p=2)
+        size, norm = injection.size(), injection.withdraw(2)
+        assert (size.changed, size.norm) == (0, float(norm.realised)) == (0, 0.0)
+        assert size.asked == pytest.approx(float(norm.asked), rel=1e-6)
+        assert size.asked == pytest.approx(float(multiple.norm), rel=1e-6)
 
     def test_of_narrow_weights_only_the_norm_that_is_known_can_be_asked_for(self) -> None:
         weights = {"w": nn.Parameter(torch.randn(30).bfloat16())}
