@@ -79,7 +79,7 @@ class MultiStepCorruption(Corruption):
     def ascent(self, weights: Mapping[str, Tensor], batches: int) -> Ascent:
         """Yield each `a_k` that needs a gradient, receive the gradient of a batch there, and return the last `a_k`.
 
-        With this several ascents can go through the data together.
+        With this several ascents can go through the data together. Each step overwrites the tensors of the last `a_k`.
 
         Args:
             weights: As for a call.

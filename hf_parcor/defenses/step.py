@@ -30,7 +30,7 @@ class DefendedStep:
 
     The gradient of pass k serves twice: it is summed into the update and it makes `a_{k+1}`. It is the gradient of
     THIS micro-batch: what `.grad` accumulated before is set aside, and put back for the last pass, or when one fails:
-    then `.grad` holds what it held before plus the gradients of the passes that were finished.
+    then `.grad` holds what it held before plus the gradients of finished passes, and perhaps parts of the failed one.
 
     Args:
         parameters: The selected parameters, `w`, by name.

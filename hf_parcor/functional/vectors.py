@@ -275,8 +275,8 @@ def _scale_each_unread_(tensors: list[Tensor], factors: Sequence[Tensor]) -> Non
 def add_multiple_(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: Tensor) -> None:
     """Overwrite `w` with `w + f·v`; with `f = 0` it stays, whatever v holds, NaN too.
 
-    Each sum is computed in float32 at least and rounded to the dtype of w. Where w and v are alike, nothing is made
-    beside, and w is read and written once. On CUDA a factor beyond float32 is the largest that it holds.
+    Each sum is computed in float32 at least and rounded to the dtype of w. Nothing is made beside where w and v are
+    alike, on CUDA in 32 bits or less, elsewhere in no less. On CUDA a factor beyond float32 is the largest it holds.
 
     Args:
         tensors: `w`.

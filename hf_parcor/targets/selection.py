@@ -288,7 +288,7 @@ def select_trainable(
     """Select parameters as `select_parameters` does; where no target is named, without the frozen ones.
 
     Models hold fixed tables, such as sinusoidal positions, and adapters freeze the model around them: neither is a
-    result of training. What is named is taken as it is. A model without any trainable parameter is taken whole.
+    result of training. What is named is taken as it is. Where all that is left is frozen, it is taken all the same.
 
     Args:
         model: The model.
