@@ -295,7 +295,7 @@ def _of_groups(
             finding = Finding(f"{text}: none is fragile {_over(names)}.")
         return finding._replace(detail=_joined(improved, unranked))
     ranked = {group: repeated[group] for group in drops}
-    finding = _ranked(study, numbers, names, ranked, drops, top, clean, which, _remedy(groups[top], series))
+    finding = _ranked(study, numbers, names, ranked, drops, top, clean, which, _remedy(groups[top][0], series, study))
     return finding._replace(detail=_joined(finding.detail, unranked))
 
 
@@ -406,13 +406,13 @@ def are_repeated(curves: Iterable[Curve]) -> bool:
 _QUANTIZATION = {"quantization": "Quantization", "float_quantization": "FloatQuantization"}
 
 
-def _remedy(records: Sequence[EvaluationRecord], series: Series) -> str:
-    """Return how to defend what was corrupted; "" where more than `target_modules` chose it."""
-    target = records[0].target
-    if set(target) != {"target_modules"}:
+def _remedy(record: EvaluationRecord, series: Series, study: Study) -> str:
+    """Return how to defend what was corrupted, at the worst strength; "" where more than `target_modules` chose it."""
+    if set(record.target) != {"target_modules"}:
         return ""
-    row = next(row for row in records[0].corruptions if Series.of(row) == series)
-    return remedy(target["target_modules"], row.corruption, row.settings)
+    rows = [row for row in record.corruptions if Series.of(row) == series]
+    worst = (min if study.greater_is_better else max)(rows, key=lambda row: row.mean(study.metric))
+    return remedy(record.target["target_modules"], worst.corruption, worst.settings)
 
 
 def remedy(target_modules: object, corruption: str, settings: Mapping[str, Any]) -> str:

@@ -44,7 +44,7 @@ def probe_of(record_of):
         ([("quantization", {"bits": 4})], Quantization(4)),
         (
             [("quantization", {"bits": 5, "per": 32}), ("quantization", {"bits": 4, "per": 32})],
-            Quantization(5, per=32),
+            Quantization(4, per=32),
         ),
         ([("float_quantization", {"format": "nf4", "per": 64})], FloatQuantization("nf4", per=64)),
         ([("gaussian_noise", {"std": 0.1})], None),
@@ -57,7 +57,7 @@ def test_what_few_bits_break_is_defended_for_them(corruptions, rounds):
     groups = {"a": 0.88, "b": 0.87, "c": 0.2}
     records = {}
     for group, value in groups.items():
-        measured = tuple(replace(row, metrics={"accuracy": (value,)}) for row in rows)
+        measured = tuple(replace(row, metrics={"accuracy": (value - place / 100,)}) for place, row in enumerate(rows))
         records[group] = EvaluationRecord("m", {"target_modules": [group]}, 1, clean, measured)
     said = " ".join(RobustnessReport(records).verdict)
     asked = re.findall(
