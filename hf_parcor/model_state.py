@@ -81,13 +81,10 @@ class BufferSnapshot:
     def __init__(
         self, modules: Iterable[nn.Module], large: Callable[[Tensor], bool] = Tensor.is_floating_point
     ) -> None:
-        self._places = [
-            (module._buffers, name, buffer)
-            for module in dict.fromkeys(modules)
-            if module._buffers
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
+        held = [module._buffers for module in dict.fromkeys(modules) if module._buffers]
+        found = [(buffers, name, buffer) for buffers in held for name, buffer in buffers.items()]
+        self._places = [(buffers, name, buffer) for buffers, name, buffer in found if buffer is not None]
+        self._absent = [(buffers, name) for buffers, name, buffer in found if buffer is None]
         self._versions = {id(buffer): _version_of(buffer) for _, _, buffer in self._places}
         known = {id(buffer): buffer for _, _, buffer in self._places if _is_plain(buffer)}
         kept = [buffer for buffer in known.values() if buffer.numel() <= _SMALL or large(buffer)]
@@ -99,10 +96,12 @@ class BufferSnapshot:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Give every buffer its tensor and its bits back."""
+        """Give every buffer its tensor and its bits back; one that was None, as what is computed once is, is None."""
         for buffers, name, buffer in self._places:
             if buffers.get(name) is not buffer:
                 buffers[name] = buffer
+        for buffers, name in self._absent:
+            buffers[name] = None
         _copy(self.values, self._kept)
 
     @contextmanager

@@ -9,6 +9,7 @@ import torch
 from for_each import for_each
 from torch import nn
 
+from hf_parcor import CorruptionEvaluator, Quantization
 from hf_parcor.model_state import BufferSnapshot, StepBuffers
 
 
@@ -116,3 +117,26 @@ def test_every_pass_computes_as_the_first_and_buffers_move_once(move, subtests):
             assert set(map(float, model.first.seen)) == {begin}
             assert set(map(float, model.last.seen)) == {begin + 1}
             assert [float(buffer) for buffer in model.buffers()] == [begin + 1, begin + 2]
+
+
+class Folds(nn.Module):
+    """Computes something of its weights once, and keeps it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[3.0, 4.0]]))
+        self.register_buffer("doubled", None, persistent=False)
+
+    def forward(self, x):
+        if self.doubled is None:
+            self.doubled = 2 * self.weight.detach()
+        return x @ self.doubled.T
+
+
+def test_what_is_computed_once_is_computed_anew_under_each_corruption():
+    model = Folds()
+    evaluator = CorruptionEvaluator(model, lambda model: {"sum": float(model(torch.ones(1, 2)).sum())}, progress=False)
+    record = evaluator.evaluate([Quantization(bits) for bits in (2, 8)])
+    expected = [(Quantization(bits)({"w": model.weight})["w"]).sum() * 2 for bits in (2, 8)]
+    assert [row.mean("sum") for row in record.rows()] == pytest.approx([14.0, *map(float, expected)])
+    assert model.doubled is None
