@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from hf_parcor.evaluation.losses import shifts_labels
 from hf_parcor.evaluation.metrics.over_batches import BatchMetric
 from hf_parcor.evaluation.outputs import Output, Problem
 from hf_parcor.model_state import evaluation_mode, undone
+from hf_parcor.prefix.cut import hook_after
 from hf_parcor.records.metric_info import MetricInfo, stated_by
 from hf_parcor.records.sensitivity import DIVERGENCE
 
@@ -158,11 +160,9 @@ class WithDivergence:
     def _answered(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, Tensor | None]:
         """Return what the metric finds on a batch, and the logits on the host; None where they are no distribution."""
         seen: list[Tensor | None] = []
-        hook = model.register_forward_hook(lambda _, __, output: seen.append(Output.read(output).logits))
-        try:
+        with ExitStack() as hooks:
+            hook_after(hooks, model, lambda _, __, output: seen.append(Output.read(output).logits))
             found = self._metric.of_batch(model, batch)
-        finally:
-            hook.remove()
         logits = seen[0] if len(seen) == 1 else None  # a generated text takes many calls, and other ones each time
         other = getattr(getattr(model, "config", None), "problem_type", None) in _OTHER_PROBLEMS
         if logits is None or other or logits.ndim < 2 or logits.shape[-1] < 2:
