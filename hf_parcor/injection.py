@@ -461,31 +461,35 @@ class Injection:
         """
         self._follow()
         p = None if p is None else check_norm_order(p)
-        multiple = corruption if isinstance(corruption, Multiple) else None
-        corruption = corruption.direction if isinstance(corruption, Multiple) else corruption
-        if not isinstance(corruption, Pieces):
-            check_corruption(self._weights, corruption)  # all of it, before any is written
+        bundles: Iterable[Mapping[str, Tensor]]
+        factor = None
+        if isinstance(corruption, Pieces):
+            replaces, asked = corruption.replaces, _Asked(p, None)
+            bundles = map(self._checked, _bundles(corruption))
+        elif isinstance(corruption, Multiple):
+            replaces, asked, factor = False, _Asked(p, None, corruption.norm), corruption.factor
+            bundles = [self._checked(corruption.direction)]
+        else:
+            replaces, asked = isinstance(corruption, Replacement), _Asked(p, corruption)
+            bundles = _bundles(self._checked(corruption).items())  # all of it, before any is written
         if self._corruption:
             raise RuntimeError("write: expected weights not displaced before, got displaced ones; restore() first")
-        pairs = corruption if isinstance(corruption, Pieces) else corruption.items()
-        replaces = corruption.replaces if isinstance(corruption, Pieces) else isinstance(corruption, Replacement)
-        if multiple is not None:
-            self._asked = _Asked(p, None, multiple.norm)
-        else:
-            self._asked = None if replaces else _Asked(p, None if isinstance(corruption, Pieces) else corruption)
+        self._asked = None if replaces else asked
         with self._writing():
             earlier = set(self._saved)
-            for bundle in _bundles(pairs) if multiple is None else [dict(pairs)]:
-                if isinstance(corruption, Pieces):
-                    check_corruption(self._weights, bundle)
-                self._write_together(bundle, replaces, None if multiple is None else multiple.factor)
+            for bundle in bundles:
+                self._write_together(bundle, replaces, factor)
                 earlier.difference_update(self._places[name] for name in bundle)
                 del bundle
             self._put_back(earlier)
             for place in earlier:
                 del self._saved[place]
 
-    def _write_together(self, bundle: dict[str, Tensor], replaces: bool, factor: Tensor | None) -> None:
+    def _checked(self, corruption: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        check_corruption(self._weights, corruption)
+        return corruption
+
+    def _write_together(self, bundle: Mapping[str, Tensor], replaces: bool, factor: Tensor | None) -> None:
         places = [self._places[name] for name in bundle]
         self._put_back(places)
         self._save(place for place in places if place in self._all_exact)

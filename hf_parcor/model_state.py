@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_parcor.overriding import undo_at_end
+from hf_parcor.overriding import hook_before, undo_at_end
 from hf_parcor.randomness import random_states_kept
 
 _SMALL = 1 << 16  # entries; statistics, counters and averages are smaller, packed weights and queues are larger
@@ -244,19 +244,15 @@ class StepBuffers:
     def _beginning(self) -> Iterator[list[BufferSnapshot]]:
         """Record the buffers as a run begins: under a wrapper such as DDP, after it has sent them to all processes."""
         before = [BufferSnapshot(self._modules)]
-        if self._wrapped is None:
-            yield before
-            return
+        with ExitStack() as until_begun:
 
-        def begin(module: nn.Module, arguments: Any) -> None:
-            hook.remove()
-            before[0] = BufferSnapshot(self._modules)
+            def begin(module: nn.Module, arguments: Any) -> None:
+                until_begun.close()
+                before[0] = BufferSnapshot(self._modules)
 
-        hook = self._wrapped.register_forward_pre_hook(begin, prepend=True)
-        try:
+            if self._wrapped is not None:
+                hook_before(until_begun, self._wrapped, begin)
             yield before
-        finally:
-            hook.remove()
 
     def _of_replayed(self) -> BufferSnapshot:
         return BufferSnapshot(modules_of(*self._replayed()))

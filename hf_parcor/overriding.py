@@ -1,4 +1,4 @@
-"""Replace attributes of an object, or the numbers that it counts, until a block ends, however it ends."""
+"""Replace attributes, set hooks, or let a Trainer count in vain, until a block ends, however it ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _NO_COUNTER = object()
 _DATA = ("train_dataset", "eval_dataset")  # a list of numbers may be either
@@ -118,6 +118,30 @@ def overriding(instance: object, **replacing: Any) -> Iterator[None]:
     with ExitStack() as block:
         override(block, instance, **replacing)
         yield
+
+
+def hook_after(block: ExitStack, module: nn.Module, function: Callable[[nn.Module, Any, Any], Any]) -> None:
+    """Let a function run after each call of a module, after its hooks, until a block ends."""
+    undo_at_end(block, _unhook, module, "_forward_hooks", function)
+    module.register_forward_hook(function)
+
+
+def hook_before(block: ExitStack, module: nn.Module, function: Callable[[nn.Module, Any], Any]) -> None:
+    """Let a function run before each call of a module, before its hooks, until a block ends."""
+    undo_at_end(block, _unhook, module, "_forward_pre_hooks", function)
+    module.register_forward_pre_hook(function, prepend=True)
+
+
+def hook_gradient(block: ExitStack, tensor: Tensor, function: Callable[[Tensor], Any]) -> None:
+    """Let a function run with each gradient of a tensor, after its hooks, until a block ends."""
+    undo_at_end(block, _unhook, tensor, "_backward_hooks", function)
+    tensor.register_hook(function)  # type: ignore[no-untyped-call]
+
+
+def _unhook(owner: nn.Module | Tensor, where: str, function: Callable[..., Any]) -> None:
+    hooks = getattr(owner, where) or {}
+    for key in [key for key, hook in hooks.items() if hook is function]:
+        del hooks[key]
 
 
 @contextmanager

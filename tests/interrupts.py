@@ -53,8 +53,9 @@ def interrupted_at_lines(run: Callable[[], object], every: int) -> Iterator[int]
 def state_of(model: nn.Module) -> list[object]:
     """Return all that a step or a measurement replaces for a while, to be compared."""
     weights = [(name, value.numpy().tobytes()) for name, value in model.state_dict().items()]
+    trained = [(parameter.requires_grad, len(parameter._backward_hooks or ())) for parameter in model.parameters()]
     modules = [
         (name, module.training, sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
         for name, module in model.named_modules()
     ]
-    return [torch.is_grad_enabled(), [parameter.requires_grad for parameter in model.parameters()], modules, weights]
+    return [torch.is_grad_enabled(), trained, modules, weights]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_parcor.arguments import check_radius
+from hf_parcor.overriding import hook_after
 
 
 def ascend_per_example(perturbation: Tensor, gradient: Tensor, step_size: float, epsilon: float) -> Tensor:
@@ -60,8 +62,9 @@ class AdversarialInputs:
     def __init__(self, embedding: nn.Module) -> None:
         self._perturbations: list[Tensor] = []
         self._calls = 0
+        self._hooked = ExitStack()
         # Compiled code would freeze the count of calls.
-        self._hook = embedding.register_forward_hook(torch.compiler.disable(self._add))  # type: ignore[no-untyped-call]
+        hook_after(self._hooked, embedding, torch.compiler.disable(self._add))  # type: ignore[no-untyped-call]
 
     def _add(self, module: nn.Module, arguments: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
@@ -98,4 +101,4 @@ class AdversarialInputs:
 
     def withdraw(self) -> None:
         """Remove the hook."""
-        self._hook.remove()
+        self._hooked.close()

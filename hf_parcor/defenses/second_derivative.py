@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -20,6 +20,7 @@ from torch.autograd.function import BackwardCFunction
 from hf_parcor.defenses.step import DefendedStep
 from hf_parcor.functional.norms import vector_norm
 from hf_parcor.injection import Injection
+from hf_parcor.overriding import hook_gradient
 from hf_parcor.randomness import random_states_kept
 
 _Node: TypeAlias = Any  # of autograd's graph, which has no type of its own
@@ -115,15 +116,10 @@ def refusing_hidden_gradients(
                 "(gradient_checkpointing_kwargs), or choose another defense"
             )
 
-    handles = [
-        parameter.register_hook(partial(arrived, place))  # type: ignore[no-untyped-call]
-        for place, parameter in enumerate(parameters)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for place, parameter in enumerate(parameters):
+            hook_gradient(hooks, parameter, partial(arrived, place))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def check_second_derivative(step: DefendedStep, functions: Sequence[_Node]) -> None:

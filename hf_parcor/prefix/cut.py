@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_parcor.overriding import override, undo_at_end
+from hf_parcor.overriding import hook_after, hook_before, override
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -44,7 +44,7 @@ def not_compiled(model: nn.Module) -> AbstractContextManager[object]:
 def before_calls(hooks: ExitStack, module: nn.Module, begin: Callable[[nn.Module, Any], None]) -> None:
     """Let a function run before each call of a module, before its hooks; outside of what is compiled."""
     if module._compiled_call_impl is None:
-        _hook_before(hooks, module, begin)
+        hook_before(hooks, module, begin)
         return
     compiled = module._compiled_call_impl
 
@@ -53,22 +53,6 @@ def before_calls(hooks: ExitStack, module: nn.Module, begin: Callable[[nn.Module
         return compiled(*args, **kwargs)
 
     override(hooks, module, _compiled_call_impl=called)
-
-
-def hook_after(block: ExitStack, module: nn.Module, function: Callable[[nn.Module, Any, Any], None]) -> None:
-    """Let a function run after each call of a module, after its hooks, until a block ends."""
-    undo_at_end(block, _unhook, module._forward_hooks, function)
-    module.register_forward_hook(function)
-
-
-def _hook_before(block: ExitStack, module: nn.Module, function: Callable[[nn.Module, Any], None]) -> None:
-    undo_at_end(block, _unhook, module._forward_pre_hooks, function)
-    module.register_forward_pre_hook(function, prepend=True)
-
-
-def _unhook(hooks: dict[int, Callable[..., Any]], function: Callable[..., Any]) -> None:
-    for key in [key for key, hook in hooks.items() if hook is function]:
-        del hooks[key]
 
 
 @dataclass
@@ -96,7 +80,7 @@ def watch_calls(model: nn.Module, run: Callable[[], Any]) -> tuple[Call, Any]:
         hooks.enter_context(not_compiled(model))
         for module in not_inside_compiled(model):
             # The first hook to begin and the last to end, so that other hooks of a module belong to its call.
-            _hook_before(hooks, module, begin)
+            hook_before(hooks, module, begin)
             hook_after(hooks, module, end)
         result = run()
     return root, result

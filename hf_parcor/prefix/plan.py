@@ -22,13 +22,13 @@ from hf_parcor.model_state import (
     same_numbers,
     undone,
 )
+from hf_parcor.overriding import hook_after
 from hf_parcor.prefix.consumers import Consumers, Place
 from hf_parcor.prefix.cut import (
     PrefixError,
     check_some_is_left,
     cut_in,
     finished_before,
-    hook_after,
     in_order,
     not_called_again,
     not_compiled,

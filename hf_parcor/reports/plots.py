@@ -118,8 +118,8 @@ def plot_comparison(
 
     Points are means over trials, bars sample standard deviations, dashed lines the metric without corruption. In
     every panel with a scale of strengths the corruption grows to the right; others are in the order of the records. A
-    kind of which one strength was measured, or under which no record
-    changes, has no panel, unless there are no others; tables show all.
+    kind of which one strength was measured, or under which no record changes, has no panel, unless there are no
+    others; tables show all.
 
     Args:
         records: Records by the name of their line.

@@ -29,9 +29,8 @@ def read_file(path: str | Path) -> list[Row]:
     """Return the rows of a file, by the names of their columns.
 
     Columns of CSV and TSV files that hold whole numbers alone become numbers, if `str` gives every cell back as it
-    was; 007 remains a text. What is nested in JSON objects gets
-    names with dots: `{"translation": {"de": "Hallo"}}` is a column `translation.de`. Lines of a .txt file are the
-    column `text`.
+    was; 007 remains a text. What is nested in JSON objects gets names with dots: `{"translation": {"de": "Hallo"}}`
+    is a column `translation.de`. Lines of a .txt file are the column `text`.
 
     Raises:
         InputError: There is no such file, it cannot be read, or it is not what its name says.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import threading
 from types import SimpleNamespace
@@ -13,7 +14,10 @@ from for_each import for_each
 from interrupts import MAY_BE_IGNORED, interrupted_at_lines, state_of
 
 from hf_parcor import CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer, corrupted
-from hf_parcor.model_state import evaluation_mode
+from hf_parcor.defenses import AWP, GradientPenalty
+from hf_parcor.evaluation.metrics import WithDivergence
+from hf_parcor.evaluation.metrics.loss import LossMetric
+from hf_parcor.model_state import StepBuffers, evaluation_mode, modules_of
 from hf_parcor.overriding import override, overriding, undoing_left
 
 K1 = MultiStepRisk(CorruptionConstraint(epsilon=0.2), steps=1)
@@ -75,6 +79,86 @@ def test_interrupt_at_any_line_leaves_the_model_as_it_was(tiny_bert, rows, argum
         assert not {"compute_loss", "_prepare_inputs"} & set(vars(trainer)), at
         tried += 1
     assert tried > 20
+
+
+class Same(torch.autograd.Function):
+    """A function of somebody's own, whose gradients a penalty checks by hooks on the weights."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class OwnLoss(ParameterDefenseTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return Same.apply(super().compute_loss(*args, **kwargs))
+
+
+def _step_of(make):
+    def prepare(model, rows, arguments):
+        trainer = OwnLoss(model, arguments(), train_dataset=rows, defense=make(), target_modules="last-encoder-layer")
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.current_gradient_accumulation_steps = 1
+        return lambda: trainer.training_step(model, dict(batch))
+
+    return prepare
+
+
+@undoing_left()
+def _buffers_of_a_wrapped_model(model):
+    with StepBuffers(modules_of(model), wrapped=model).moving():
+        model(**model.dummy_inputs)
+
+
+@undoing_left()
+def _divergence(model):
+    WithDivergence(LossMetric([model.dummy_inputs], lambda model, batch: model(**batch).logits.sum()), model)
+
+
+HOOKED = {
+    "prefix": _step_of(lambda: K1),
+    "adversarial inputs": _step_of(lambda: AWP(CorruptionConstraint(epsilon=0.2))),
+    "gradient penalty": _step_of(GradientPenalty),
+    "buffers under a wrapper": lambda model, rows, arguments: lambda: _buffers_of_a_wrapped_model(model),
+    "divergence": lambda model, rows, arguments: lambda: _divergence(model),
+}
+
+
+@for_each("name", HOOKED)
+def test_an_interrupt_just_after_a_hook_was_set_leaves_none(name, tiny_bert, rows, arguments, monkeypatch):
+    """Each hook in turn: before the next instruction, which says how it is removed."""
+    model = tiny_bert(dropout=0.0)
+    model.train()
+    hooks, before = itertools.count(1), state_of(model)
+    interrupted = 0
+
+    def interrupting(register):
+        def registering(*args, **kwargs):
+            handle = register(*args, **kwargs)
+            if next(hooks) == interrupted:
+                raise KeyboardInterrupt
+            return handle
+
+        return registering
+
+    for owner, method in [
+        (torch.nn.Module, "register_forward_hook"),
+        (torch.nn.Module, "register_forward_pre_hook"),
+        (torch.Tensor, "register_hook"),
+    ]:
+        monkeypatch.setattr(owner, method, interrupting(getattr(owner, method)))
+    HOOKED[name](model, rows, arguments)()
+    in_all = next(hooks) - 1
+    assert in_all
+    for interrupted in range(1, in_all + 1, 1 + in_all // 20):
+        hooks = itertools.count(1)
+        with pytest.raises(KeyboardInterrupt):
+            HOOKED[name](model, rows, arguments)()
+        assert state_of(model) == before, interrupted
 
 
 def test_what_a_block_did_and_could_not_undo():

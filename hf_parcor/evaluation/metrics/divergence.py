@@ -16,7 +16,7 @@ from hf_parcor.evaluation.losses import shifts_labels
 from hf_parcor.evaluation.metrics.over_batches import BatchMetric
 from hf_parcor.evaluation.outputs import Output, Problem
 from hf_parcor.model_state import evaluation_mode, undone
-from hf_parcor.prefix.cut import hook_after
+from hf_parcor.overriding import hook_after
 from hf_parcor.records.metric_info import MetricInfo, stated_by
 from hf_parcor.records.sensitivity import DIVERGENCE
 
