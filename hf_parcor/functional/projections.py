@@ -22,8 +22,8 @@ from hf_parcor.functional.vectors import divide_, multiply_, on_each, scale_each
 
 
 def check_projectable(p: float) -> None:
-    """Refuse the norms whose Euclidean projection has no closed form here."""
-    if p != 2 and not math.isinf(p):
+    """Refuse the norms whose Euclidean projection has no closed form here, and what is the order of none."""
+    if check_norm_order(p) != 2 and not math.isinf(p):
         raise NotImplementedError(
             f"projection onto an L_p ball: expected p = 2 or p = inf, got p = {p:g}; the paper gives no closed form "
             "for other p (Proposition 3): use one of these two, or a single-step corruption, which needs none"
@@ -32,8 +32,8 @@ def check_projectable(p: float) -> None:
 
 def project_(tensors: list[Tensor], p: float, epsilon: float, top_n: int | None = None) -> None:
     """Overwrite `tensors` with their projection (see `project`)."""
-    p, epsilon, top_n = check_norm_order(p), check_radius("epsilon", epsilon), check_top_n(top_n)
     check_projectable(p)
+    epsilon, top_n = check_radius("epsilon", epsilon), check_top_n(top_n)
     if not tensors:
         return
     tensors = one_vector(tensors)

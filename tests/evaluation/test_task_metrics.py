@@ -133,7 +133,7 @@ class TestLanguageModels:
         [
             ({"length": 4, "stride": 5}, "stride: expected at most 4"),
             ({"length": 4, "stride": 0}, "stride"),
-            ({"length": 0}, "length"),
+            ({"length": 1}, "length: expected a whole number >= 2"),
             ({"length": 4, "batch_size": 0}, "batch_size"),
             ({"length": 4, "count": 1}, "two tokens"),
         ],

@@ -252,9 +252,10 @@ def test_other_norms_are_refused(p: float, same_bits) -> None:
 def test_bad_numbers_are_refused_before_anything_changes(p, epsilon, n, error, message, same_bits) -> None:
     x = [torch.randn(3)]
     before = [x[0].clone()]
-    with pytest.raises(error, match=message):
-        project_(x, p, epsilon, n)
-    assert same_bits(x, before)
+    for write in (project_, project_each_):
+        with pytest.raises(error, match=message):
+            write(x, p, epsilon, n)
+        assert same_bits(x, before), write
 
 
 class TestRescaling:

@@ -100,12 +100,12 @@ def sliding_windows(tokens: Sequence[int], length: int, stride: int | None = Non
 
     Args:
         tokens: The whole text.
-        length: Tokens of a window; the last may have fewer.
+        length: Tokens of a window, at least 2; the last may have fewer.
         stride: From 1 to `length`. Default `length`, for windows that do not overlap.
 
     Raises:
-        ValueError: A number is not a positive count, or the stride exceeds the length, so that tokens would be left
-            out.
+        ValueError: The length is not a count of at least 2, or the stride none from 1 to the length, so that tokens
+            would be left out.
 
     Examples:
         >>> for window in sliding_windows([1, 2, 3, 4, 5], 3, stride=1):
@@ -114,7 +114,7 @@ def sliding_windows(tokens: Sequence[int], length: int, stride: int | None = Non
         {'input_ids': [2, 3, 4], 'labels': [-100, -100, 4]}
         {'input_ids': [3, 4, 5], 'labels': [-100, -100, 5]}
     """
-    check_count("length", length)
+    check_count("length", length, minimum=2)  # one token alone predicts nothing
     stride = length if stride is None else stride
     check_count("stride", stride)
     if stride > length:
