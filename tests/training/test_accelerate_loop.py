@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from longhand import longhand
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -53,9 +53,13 @@ WEIGHTS = {  # of the losses at each pass, whose gradients add up
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
-    from accelerate.state import AcceleratorState, GradientState
-
+    """Let a test make the Accelerator that it asks for, whatever another made before."""
+    _forget_state()
     yield
+    _forget_state()
+
+
+def _forget_state():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
