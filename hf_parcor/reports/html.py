@@ -9,7 +9,7 @@ from xml.etree.ElementTree import Element, fromstring, tostring
 
 from hf_parcor.reports.content import Content
 from hf_parcor.reports.first_look import FirstLookContent
-from hf_parcor.reports.markup import element, printable
+from hf_parcor.reports.markup import breakable, element, printable
 from hf_parcor.reports.plots import Panel, line_signs, panel_as_svg
 from hf_parcor.reports.recipe import RecipeContent
 from hf_parcor.reports.tables import Table
@@ -39,7 +39,7 @@ pre { background: var(--box); padding: .5rem .75rem; margin: .5rem 0; white-spac
 code { font-family: ui-monospace, monospace; font-size: .9em; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .3rem .55rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
-th:first-child { text-align: left; white-space: normal; max-width: 14rem; overflow-wrap: break-word; }
+th:first-child { text-align: left; white-space: normal; max-width: 24rem; overflow-wrap: break-word; }
 tr > th:first-child { position: sticky; left: 0; background: var(--paper); }
 thead th { vertical-align: bottom; white-space: normal; text-align: center; }
 .maps { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; }
@@ -49,7 +49,9 @@ thead th { vertical-align: bottom; white-space: normal; text-align: center; }
 .heat td { --mark: rgb(0 114 178 / calc(var(--share, 0) * 60%)); }
 .heat td { background: linear-gradient(var(--mark), var(--mark)) var(--paper); }
 .heat tr > :last-child { position: sticky; right: 0; background-color: var(--paper); }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1.25rem; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 0 1.25rem; }
+.panels > figure { display: grid; grid-row: span 3; grid-template-rows: subgrid; margin-bottom: 1.25rem; }
+.panels figcaption { align-self: end; }
 figure { margin: 0; min-width: 0; }
 figure > svg { width: 100%; max-width: 30rem; height: auto; display: block; fill: currentColor; overflow: visible; }
 svg * { stroke-linejoin: round; font-family: system-ui, sans-serif; }
@@ -86,7 +88,7 @@ def recipe_page(content: RecipeContent) -> str:
     """Return the page of a recipe: the answer, the front of metric against bits, the heat map, and what it is from."""
     main = _main(content.title, content.findings, content.notes)
     if content.front is not None:
-        main.append(_section(f"{content.metric} against bits", *_curves(content), _folded(content.front)))
+        main.append(_section("What fewer bits cost", *_curves(content), _folded(content.front)))
     heat_map = _table(content.heat_map, "heat")
     main.append(_section("Heat map", element("p", content.strongest, class_="soft"), heat_map))
     main.append(_section("What each part gets", _table(content.choice)))
@@ -133,14 +135,14 @@ def _verdict(findings: Sequence[Finding], notes: Sequence[str]) -> Element:
     shown = set()
     for finding in findings:
         section.extend(
-            element("p", text, class_=kind)
+            element("p", *breakable(text), class_=kind)
             for text, kind in ((finding.headline, "headline"), (finding.detail, "detail"))
             if text
         )
         if finding.remedy and finding.remedy not in shown:
             section.append(element("p", f"{finding.advice} ", element("code", finding.remedy)))
             shown.add(finding.remedy)
-    listed = element("ul", *[element("li", note) for note in notes], class_="soft")
+    listed = element("ul", *[element("li", *breakable(note)) for note in notes], class_="soft")
     return element("div", section, listed)
 
 
@@ -167,7 +169,7 @@ def _table(table: Table, kind: str = "") -> Element:
     body = element("tbody")
     for place, row in enumerate(table.rows):
         name, *cells = row
-        line = element("tr", element("th", name, scope="row"))
+        line = element("tr", element("th", *breakable(name), scope="row"))
         for column, cell in enumerate(cells):
             line.append(_cell(cell, table.shares[place][column] if table.shares else None))
         body.append(line)

@@ -7,6 +7,7 @@ from xml.etree.ElementTree import Element
 
 # Between letters and digits an underscore is one, and stays readable in a terminal.
 _PUNCTUATION = re.compile(r"([\\`*{}\[\]<>#|!~&$]|(?<![^\W_])_|_(?![^\W_]))")
+_DOT = re.compile(r"(?<=\w)(?<!\d)(?=\.\w)|(?<=\d)(?=\.[^\W\d])")  # not that of a decimal number
 
 
 def printable(text: str) -> str:
@@ -42,6 +43,17 @@ def element(tag: str, *children: Element | str, **attributes: str) -> Element:
         else:
             made.text = (made.text or "") + _replaced(child)
     return made
+
+
+def breakable(text: str) -> list[Element | str]:
+    r"""Return text that may go on in the next line before a dot inside a name; who copies it gets no break.
+
+    Examples:
+        >>> [part if isinstance(part, str) else part.tag for part in breakable("layer.0.attention takes 4.5 bits.")]
+        ['layer', 'wbr', '.0', 'wbr', '.attention takes 4.5 bits.']
+    """
+    first, *others = _DOT.split(text)
+    return [first, *(part for other in others for part in (Element("wbr"), other))]
 
 
 def text_of(text: str) -> str:

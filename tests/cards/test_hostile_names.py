@@ -245,7 +245,7 @@ _KNOWN = {
     *("html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "h3", "section", "p", "code", "ul", "li"),
     *("div", "table", "caption", "thead", "tbody", "tr", "th", "td", "details", "summary", "figure", "figcaption"),
     *("svg", "g", "path", "line", "circle", "rect", "text", "polyline", "polygon", "span", "strong", "tspan", "desc"),
-    *("defs", "use", "clippath"),
+    *("defs", "use", "clippath", "wbr"),
 }
 
 
