@@ -44,6 +44,7 @@ tr > th:first-child { position: sticky; left: 0; background: var(--paper); }
 thead th { vertical-align: bottom; white-space: normal; text-align: center; }
 .maps { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; }
 .maps figure { max-width: 100%; }
+.maps figcaption { max-width: 22rem; }
 .text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .heat td { text-align: center; border: 1px solid var(--paper); }
 .heat td { --mark: rgb(0 114 178 / calc(var(--share, 0) * 60%)); }
