@@ -129,7 +129,7 @@ def merged_changes(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str
         NotImplementedError: An adapter is no plain LoRA (with DoRA the change is not all that is merged), or a weight
             is sharded.
     """
-    layers: dict[int, Any] = {id(layer.get_base_layer().weight): layer for layer in _lora_layers(model)}
+    layers: dict[int, Any] = {id(_adapted(layer)): layer for layer in _lora_layers(model)}
     found = {name: layers[id(weight)] for name, weight in selected.items() if id(weight) in layers}
     if not found:
         raise TargetError(
@@ -143,11 +143,16 @@ def merged_changes(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str
                 f"merge_adapters: expected plain LoRA on weights that lie whole on each process, got {name!r} with a "
                 "variant such as DoRA, or sharded; corrupt the weights alone: leave merge_adapters out"
             )
-        active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+        active = [adapter for adapter in layer.active_adapters if adapter in layer.scaling]
         if active and not (layer.merged or layer.disable_adapters):
             with torch.no_grad():
                 changes[name] = torch.stack([layer.get_delta_weight(adapter) for adapter in active]).sum(0)
     return changes
+
+
+def _adapted(layer: Any) -> Tensor | None:
+    """Return the weight that a layer with LoRA adds to, which of experts has a name of its own."""
+    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
 
 
 def _lora_layers(model: nn.Module) -> list[Any]:

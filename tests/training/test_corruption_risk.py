@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
+from accelerate import Accelerator
 from torch import nn
 from trainings import logs_of
-from transformers import Trainer, get_scheduler
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, get_scheduler
 
 from hf_parcor import (
     CorruptionConstraint,
     CorruptionRisk,
+    DefendedBackward,
     GaussianNoise,
     GradientCorruption,
     ParameterDefenseTrainer,
@@ -205,6 +208,36 @@ def test_adapters_learn_for_what_they_will_be_merged_into(tiny_bert, train):
         assert torch.equal(
             ours.model.get_parameter(f"{layer}.base_layer.weight"), before[f"{layer}.base_layer.weight"]
         )
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapted"),
+    [
+        ("bert", {"target_modules": ["query"]}),
+        ("bert", {"target_modules": ["word_embeddings"]}),
+        ("mixtral", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+    ],
+)
+def test_what_is_corrupted_is_what_merging_makes(tiny_bert, kind, adapted):
+    peft = pytest.importorskip("peft", reason="an optional dependency, the extra peft")
+    words = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    if kind == "bert":
+        model, batch = tiny_bert(dropout=0.0), {"input_ids": words, "labels": torch.tensor([0, 2])}
+    else:
+        torch.manual_seed(0)
+        experts = {"num_local_experts": 2, "experts_implementation": "eager"}  # others know no float64
+        model = MixtralForCausalLM(MixtralConfig(**tiny.decoder(), **experts))
+        batch = {"input_ids": words, "labels": words}
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False, **adapted)).double()
+    weights = {name: one for name, one in select_parameters(model, ["base_layer"]).items() if "lora_" not in name}
+    defense = CorruptionRisk(Quantization(3), clean_weight=0, merge_adapters=True)
+    risk = DefendedBackward(Accelerator(cpu=True), defense, model, weights)(lambda: model(**batch).loss).risk
+
+    model.merge_adapter()
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.copy_(Quantization(3)({"w": weight})["w"])
+    torch.testing.assert_close(risk, model(**batch).loss.detach())
 
 
 @pytest.mark.parametrize(
