@@ -15,7 +15,7 @@ def relative_error_exponent(p: float) -> float:
         g(p) = max{(p − 4)/2p, (1 − p)/p} = max{1/2 − 2/p, 1/p − 1},    1 <= p <= ∞
 
     The two branches meet at p = 2, where g is smallest: g(1) = 0, g(2) = −1/2, g(4) = 0, g(∞) = 1/2. So between
-    p = 1 and p = 4 the estimate gets better with more corrupted parameters, and above p = 4 worse.
+    p = 1 and p = 4 the bound gets better the more of the k parameters may be corrupted, and above p = 4 worse.
 
     Source: paper 1, Eq. 12 and 52; paper 2, Eq. 12 and D.32.
 

@@ -2,7 +2,7 @@
 
 import math
 
-from hf_parcor.arguments import check_count, check_norm_order, check_not_negative, check_positive
+from hf_parcor.arguments import check_count, check_norm_order, check_not_negative, check_positive, check_real
 
 
 def norm_ratio(p: float, number_of_parameters: int) -> float:
@@ -113,6 +113,6 @@ def generalization_remainder(complexity: float, number_of_examples: int, failure
     """
     check_not_negative("complexity", complexity)
     examples = check_count("number_of_examples", number_of_examples, minimum=2)
-    if not 0 < failure_probability < 1:
+    if not 0 < check_real("failure_probability", failure_probability, "0 < failure_probability < 1") < 1:
         raise ValueError(f"expected 0 < failure_probability < 1, got {failure_probability}; 0.05 is usual")
     return math.sqrt((complexity + math.log(examples / failure_probability)) / (2 * (examples - 1)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from numbers import Real
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from hf_parcor.arguments import check_count
 from hf_parcor.statistics import scipy_module
@@ -229,8 +230,8 @@ def _square(values: Any) -> Any:
 
 
 def _evaluate(function: Callable[[Any], Any], x: Numbers) -> Numbers:
-    """Apply a function of arrays; a number gives a `float`, everything else a float64 array."""
+    """Apply a function of arrays; a number, also one of NumPy's, gives a `float`, all else a float64 array."""
     import numpy as np
 
     values = function(np.asarray(x, dtype=np.float64))
-    return float(values) if isinstance(x, int | float) else np.asarray(values)
+    return cast("Numbers", float(values) if isinstance(x, Real) else np.asarray(values))

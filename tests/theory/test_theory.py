@@ -160,12 +160,13 @@ class TestRandomCorruptionRatio:
     def test_outside_the_support_and_at_its_ends(self):
         ratio = RandomCorruptionRatio(10)
         assert [ratio.density(x) for x in (-0.1, 1.0, 1.1)] == [0, 0, 0]
+        assert ratio.density(0.0) == pytest.approx(float(self.printed_density(0.0, 10)))
         assert [ratio.log_density(x) for x in (-0.1, 1.0, 1.1)] == [-math.inf] * 3
         assert [ratio.cdf(x) for x in (-1.0, 0.0, 1.0, 2.0)] == [0, 0, 1, 1]
         assert [ratio.survival(x) for x in (-1.0, 0.0, 1.0, 2.0)] == [1, 1, 0, 0]
         assert [ratio.signed_cdf(x) for x in (-2.0, -1.0, 0.0, 1.0, 2.0)] == [0, 0, 0.5, 1, 1]
         assert [ratio.quantile(p) for p in (0.0, 1.0)] == [0, 1]
-        assert RandomCorruptionRatio(2).density(1.0) == math.inf
+        assert [RandomCorruptionRatio(2).density(x) for x in (1.0, 1.1)] == [math.inf, 0]
         assert math.isnan(ratio.cdf(math.nan))
         assert math.isnan(ratio.density(math.nan))
 
@@ -188,7 +189,8 @@ class TestRandomCorruptionRatio:
             "signed_cdf",
         )
         for method in (getattr(ratio, name) for name in names):
-            assert type(method(0.3)) is float
+            for number in (0.3, 1, np.float64(0.3), np.float32(0.3), np.int64(1)):
+                assert type(method(number)) is float
             values = method(grid)
             assert values.shape == grid.shape
             assert values[1, 0] == method(0.3)
@@ -277,6 +279,9 @@ class TestIndicators:
 
     def test_negative_curvature_lowers_the_average(self):
         assert second_order_average_loss_change(1.0, -8.0, 4) == -1.0
+
+    def test_one_parameter_moves_by_epsilon_either_way(self):
+        assert second_order_average_loss_change(0.5, 8.0, 1) == 0.5 * 8 * 0.5**2
 
     @for_each(
         "call",
@@ -442,6 +447,7 @@ class TestGeneralization:
 
     def test_remainder(self):
         assert generalization_remainder(10.0, 101, 0.05) == pytest.approx(math.sqrt((10 + math.log(101 / 0.05)) / 200))
+        assert generalization_remainder(0.0, 2, 0.5) == pytest.approx(math.sqrt(math.log(4) / 2))
 
     @for_each(
         "call",
@@ -454,9 +460,11 @@ class TestGeneralization:
             lambda: generalization_remainder(-1.0, 10, 0.05),
             lambda: generalization_remainder(1.0, 1, 0.05),
             lambda: generalization_remainder(1.0, 10, 0.0),
+            lambda: generalization_remainder(1.0, 10, 1.0),
             lambda: generalization_remainder(1.0, 10, 5),
+            lambda: generalization_remainder(1.0, 10, "0.05"),
         ],
     )
     def test_arguments_are_checked(self, call):
-        with pytest.raises(ValueError, match=r"expected .*, got"):
+        with pytest.raises((ValueError, TypeError), match=r"expected .*, got"):
             call()
