@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_parcor.arguments import check_count, check_not_negative, check_real
+from hf_parcor.arguments import check_count, check_flag, check_not_negative, check_real
 from hf_parcor.constraints import CorruptionConstraint, check_constraint
 from hf_parcor.corruptions.corruption import Corruption, named_pieces
 from hf_parcor.defenses.step import DefendedStep
@@ -37,6 +37,7 @@ class Defense(ABC):
 
     Raises:
         ValueError: `start_epoch` is negative, infinite or NaN, or `interval < 1`.
+        TypeError: A setting that is on or off is neither True nor False, such as the word "false".
     """
 
     start_epoch: float = field(
@@ -49,6 +50,9 @@ class Defense(ABC):
     def __post_init__(self) -> None:
         check_not_negative("start_epoch", self.start_epoch, "pass 0 to defend from the first step")
         check_count("interval", self.interval)
+        for setting in fields(self):
+            if isinstance(setting.default, bool):
+                check_flag(setting.name, getattr(self, setting.name))
 
     @property
     @abstractmethod

@@ -75,7 +75,7 @@ class ParameterDefenseMixin(_Base):
             `backward`; the step would be wrong under the engine, such as DeepSpeed, or `ddp_static_graph`; the defense
             perturbs inputs without an input embedding or under DataParallel; or it differentiates twice with
             `torch_compile` or reentrant checkpoints.
-        TypeError: `defense` is neither a `Defense` nor a `DefenseConfig`.
+        TypeError: `defense` is neither a `Defense` nor a `DefenseConfig`, or a setting is of another type.
         ProcessError: Several processes were launched but did not join each other. A `RuntimeError`.
 
     Examples:
@@ -201,11 +201,11 @@ class _TrainerDefense:
         self.steps = DefendedSteps()
         self.cost = 1.0
         self._watched: set[type[TrainerCallback]] = set()
+        self.defense = settings.defense(trainer.args)
         self._take_settings()
 
     def _take_settings(self) -> None:
         arguments = self._trainer.args
-        self.defense = self.settings.defense(arguments)
         self._selection = self.settings.selection(arguments)
         self._begin_anew()
         self.settings.accept(arguments)
@@ -241,7 +241,10 @@ class _TrainerDefense:
 
     def begin_run(self, checkpoint: str | bool | None) -> None:
         """Read flags that changed, and go on from a checkpoint."""
-        if self.settings.changed(self._trainer.args):
+        changed = self.settings.changed(self._trainer.args)
+        if "defense" in changed:  # else the one that was assigned of late stays
+            self.defense = self.settings.defense(self._trainer.args)
+        if changed:
             self._take_settings()
         else:
             self._begin_anew()

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from hf_parcor.arguments import check_flag
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.defenses import DEFENSES, Defense, MultiStepRisk
 from hf_parcor.training.config import DefenseConfig
@@ -125,6 +126,8 @@ def build_defense(arguments: DefenseArguments) -> Defense | None:
 
     Raises:
         ValueError: An unknown defense, a setting out of range, or a flag that the chosen defense does not know.
+        TypeError: A setting of another type, as a file may have it: "1e-3" in quotes is no number, "false" no flag.
+        NotImplementedError: The defense does not support this combination of settings.
     """
     if arguments.defense == NO_DEFENSE:
         return None
@@ -148,7 +151,8 @@ def build_defense(arguments: DefenseArguments) -> Defense | None:
                     f"--{_flag_of(setting)}: expected it with --defense {arguments.defense}, got none; "
                     f"{setting.metadata['help']}"
                 )
-            values[setting.name] = setting.metadata["from_flag"](values[setting.name])
+            words = values[setting.name]  # of a file, one may stand alone
+            values[setting.name] = setting.metadata["from_flag"]([words] if isinstance(words, str) else words)
     if "constraint" in (setting.name for setting in fields(chosen)):
         parts = {part.name: values.pop(part.name) for part in fields(CorruptionConstraint)}
         values["constraint"] = CorruptionConstraint(**parts)
@@ -170,6 +174,7 @@ class DefenseSettings:
 
     Raises:
         ValueError: A flag is set, and says something else than the argument; or targets beside a `DefenseConfig` do.
+        TypeError: `reuse_prefix` is neither True nor False.
     """
 
     def __init__(
@@ -181,6 +186,7 @@ class DefenseSettings:
     ) -> None:
         passed = {"defense": defense, **targets, "reuse_prefix": reuse_prefix}
         self._passed = {name: value for name, value in passed.items() if value is not None}
+        self.reuses_prefix(arguments)
         if isinstance(defense, DefenseConfig):
             said = {name: getattr(defense, name) for name in targets}
             for name, value in targets.items():
@@ -225,11 +231,16 @@ class DefenseSettings:
         return {name: self._passed.get(name, value) for name, value in targets.items()}
 
     def reuses_prefix(self, arguments: TrainingArguments) -> bool:
-        """Say whether the passes of a step may share the unperturbed prefix."""
-        return bool(self._passed.get("reuse_prefix", getattr(arguments, "defense_reuse_prefix", True)))
+        """Say whether the passes of a step may share the unperturbed prefix.
 
-    def changed(self, arguments: TrainingArguments) -> bool:
-        """Say whether a flag changed since the settings were last accepted.
+        Raises:
+            TypeError: It is neither True nor False.
+        """
+        asked = self._passed.get("reuse_prefix", getattr(arguments, "defense_reuse_prefix", True))
+        return check_flag("reuse_prefix", asked)
+
+    def changed(self, arguments: TrainingArguments) -> set[str]:
+        """Return the arguments of the Trainer whose flags changed since the settings were last accepted.
 
         Raises:
             ValueError: One did that is not read, because the Trainer was given the argument that it stands for.
@@ -243,7 +254,7 @@ class DefenseSettings:
                     f"{name}: expected the flag unchanged, since the Trainer was given {argument}=, got {now[name]!r} "
                     f"after {self._seen.get(name)!r}; build the Trainer without {argument}=, then the flag counts"
                 )
-        return bool(names)
+        return {_argument_of(name) for name in names}
 
     def accept(self, arguments: TrainingArguments) -> None:
         """Remember the flags, after what they say was found to work."""

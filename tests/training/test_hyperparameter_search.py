@@ -127,8 +127,10 @@ def test_flag_changed_by_hand_counts_from_the_next_run(build):
     assert trainer.defense.constraint.epsilon == 0.3
     assert len(trainer.defended_parameters()) < everything
     trainer.defense = SAM(CorruptionConstraint(epsilon=0.1))
+    trainer.args.defense_target_modules = ["bias"]
     trainer.train()
     assert trainer.defense == SAM(CorruptionConstraint(epsilon=0.1))
+    assert all(name.endswith("bias") for name in trainer.defended_parameters())
 
 
 def test_parameters_frozen_after_construction_are_left_alone(rows, arguments, tiny_bert):

@@ -203,6 +203,7 @@ def test_none_is_the_stock_step(tmp_path):
             {"defense": "corruption", "defense_corruption": ["quantization=4,5", "gaussian=0.02"]},
             CorruptionRisk([Quantization(4), Quantization(5), GaussianNoise(0.02)]),
         ),
+        ({"defense": "corruption", "defense_corruption": "quantization=4"}, CorruptionRisk(Quantization(4))),
         (
             {
                 "defense": "corruption",
@@ -236,10 +237,14 @@ def test_flags_of_the_other_defenses(settings, expected, tmp_path):
         ({"defense_norm": 0.5}, "p: expected 1 <= p <= inf"),
         ({"defense_top_n": 0}, "top_n: expected a whole number >= 1"),
         ({"defense_steps": -1}, "steps: expected a whole number >= 0"),
+        ({"defense_epsilon": "1e-3"}, "epsilon: expected 0 <= epsilon < inf, got '1e-3' of type str"),
+        ({"defense_random_start": "false"}, "random_start: expected True or False, got 'false'"),
+        ({"defense": "sam", "defense_sync_perturbation": "no"}, "sync_perturbation: expected True or False, got 'no'"),
+        ({"defense_reuse_prefix": "false"}, "reuse_prefix: expected True or False, got 'false'"),
     ],
 )
 def test_bad_flags_are_refused_at_construction(settings, says, tiny_bert, arguments):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((ValueError, TypeError), match=says):
         ParameterDefenseTrainer(model=tiny_bert(), args=arguments(ParameterDefenseTrainingArguments, **settings))
 
 
