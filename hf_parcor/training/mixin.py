@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -239,7 +240,7 @@ class _TrainerDefense:
                 if not any(isinstance(known, type(callback)) for known in self._trainer.callback_handler.callbacks):
                     self._trainer.add_callback(callback)
 
-    def begin_run(self, checkpoint: str | bool | None) -> None:
+    def begin_run(self, checkpoint: str | os.PathLike[str] | bool | None) -> None:
         """Read flags that changed, and go on from a checkpoint."""
         changed = self.settings.changed(self._trainer.args)
         if "defense" in changed:  # else the one that was assigned of late stays
@@ -248,7 +249,8 @@ class _TrainerDefense:
             self._take_settings()
         else:
             self._begin_anew()
-        if isinstance(checkpoint, str):
+        if isinstance(checkpoint, (str, os.PathLike)):
+            checkpoint = os.fspath(checkpoint)
             warn_of_another_defense(checkpoint, self._uncounted_config())
             if self._trainer.model is not None:
                 self.steps.take_from(checkpoint, self._trainer.model)

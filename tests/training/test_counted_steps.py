@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from for_each import for_each
@@ -88,9 +89,9 @@ def test_a_resumed_run_counts_as_the_one_that_was_not_interrupted(build, tmp_pat
     defense = replace(ONE, interval=3)
     build(defense).train()
     assert [in_file(tmp_path / f"checkpoint-{step}") for step in (2, 4, 6)] == [(1, 2), (2, 4), (2, 6)]
-    for step in (2, 4, 6):
+    for step, path in ((2, str), (4, Path), (6, str)):
         again = build(defense)
-        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        again.train(resume_from_checkpoint=path(tmp_path / f"checkpoint-{step}"))
         assert counts(again.defense_config) == (2, 6)
 
 
