@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from transformers.utils.hub import cached_file
 
@@ -25,7 +25,7 @@ def from_plain(kind: Any, value: Any, name: str) -> Any:
     """Return what `to_plain` wrote as a value of the type `kind`, a dataclass by its type hints.
 
     Args:
-        kind: A dataclass, a plain type, or a union, list, tuple or `Literal` of them.
+        kind: A dataclass, a plain type, or a union, list or tuple of them.
         value: The plain value.
         name: How errors call it.
 
@@ -54,8 +54,6 @@ def from_plain(kind: Any, value: Any, name: str) -> Any:
         entries = _checked(isinstance(value, list), value, name, "a list")
         make = tuple if origin is Collection else origin
         return make(from_plain(parts[0], entry, f"{name}[{index}]") for index, entry in enumerate(entries))
-    if origin is Literal:
-        return _checked(value in parts, value, name, f"one of {', '.join(map(repr, parts))}")
     if kind not in _PLAIN:
         raise TypeError(f"{name}: expected a plain type, a dataclass or a union, list or tuple of them, got {kind}")
     expected, fits = _PLAIN[kind]

@@ -203,6 +203,15 @@ class TestALoadedModel:
         again.train()
         assert counts(again.defense_config) == (5, 5)
 
+    def test_under_adapters_says_nothing_of_them(self, build, tmp_path):
+        peft = pytest.importorskip("peft", reason="an optional dependency, the extra peft")
+        build(max_steps=2).train()
+        base = load(tmp_path / "checkpoint-2")
+        adapted = build(model=peft.get_peft_model(base, peft.LoraConfig(target_modules=["query"])), max_steps=1)
+        assert counts(adapted.defense_config) == (0, 0)
+        adapted.train()
+        assert counts(adapted.defense_config) == (1, 1)
+
 
 def load(folder):
     return BertForSequenceClassification.from_pretrained(folder)

@@ -216,6 +216,12 @@ def test_what_is_no_defense_is_refused():
         DefenseConfig("sam")
 
 
+@for_each("counts", [{"defended_steps": -1}, {"defended_steps": True}, {"trained_steps": 1.5}])
+def test_a_number_of_steps_is_a_whole_number(counts):
+    with pytest.raises(ValueError, match=rf"{next(iter(counts))}: expected a whole number >= 0"):
+        DefenseConfig(SAM(CorruptionConstraint(epsilon=0.1)), **counts)
+
+
 @for_each("schedule", [math.sin, {"warm": (1, math.inf)}, {3}])
 def test_a_defense_of_ones_own_is_written_and_not_imported(schedule, tmp_path):
     """Saving must not end a training run; importing what a file names must not happen."""
