@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from trainings import UNMOVED, logs_of
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from hf_parcor import CorruptionConstraint, DefenseConfig, MultiStepRisk, ParameterDefenseTrainer
@@ -182,3 +183,20 @@ def test_the_corruption_is_measured_where_a_log_wants_it(tiny_bert, train, monke
     assert len(calls) == measured
     assert len(logs) == 18 // logging_steps
     assert all(entry["corruption_norm"] == pytest.approx(K2.constraint.epsilon, rel=1e-3) for entry in logs)
+
+
+@pytest.mark.parametrize("without", [0, 1, 2])
+def test_what_is_not_finite_is_left_out_of_the_means(tiny_bert, train, without):
+    """As the stock Trainer leaves it out of its own loss; whichever micro-batch of a log it is."""
+
+    class Overflows(ParameterDefenseTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss + math.inf if self.state.global_step == without else loss  # its gradient stays finite
+
+    options = {**UNMOVED, "max_steps": 3}
+    each = logs_of(train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), options, defense=K2))
+    (mean,) = logs_of(train(Overflows, tiny_bert(dropout=0.0), {**options, "logging_steps": 3}, defense=K2))
+    del each[without]
+    for name in ("loss_clean", "loss_corrupted", "sharpness"):
+        assert mean[name] == pytest.approx(sum(entry[name] for entry in each) / 2, rel=1e-5), name
