@@ -102,7 +102,6 @@ class DefendedBackward:
             drop_gathered(self._whole)
         self._selected = _selected(self._whole, parameters)
         check_trained(self._selected, defense)
-        self._others = trained_beside(self._selected.values(), model.modules(), None)
         self._embedding = find_input_embedding(self._whole) if defense.perturbs_inputs else None
         self._runner = StepRunner(reuse_prefix=reuse_prefix)
 
@@ -160,7 +159,8 @@ class DefendedBackward:
         if is_sharded(self._whole):
             drop_gathered(self._whole)
         passes = _LoopPasses(self._accelerator, defense, self._model, loss_fn, batch)
-        defended, norm = self._runner.run(passes, self._selected, self._others, self._embedding, epoch=epoch or 0.0)
+        others = trained_beside(self._selected.values(), passes.modules, None)  # a loop may unfreeze more and more
+        defended, norm = self._runner.run(passes, self._selected, others, self._embedding, epoch=epoch or 0.0)
         assert norm is not None, "it is measured unless told otherwise"
         corrupted = defense.corrupted_loss(defended.losses)
         return DefendedLoss(defended.risk, defended.losses[0], corrupted, norm, defended=True)

@@ -76,7 +76,8 @@ class ParameterDefenseMixin(_Base):
             `backward`; the step would be wrong under the engine, such as DeepSpeed, or `ddp_static_graph`; the defense
             perturbs inputs without an input embedding or under DataParallel; or it differentiates twice with
             `torch_compile` or reentrant checkpoints.
-        TypeError: `defense` is neither a `Defense` nor a `DefenseConfig`, or a setting is of another type.
+        TypeError: `defense` is neither a `Defense` nor a `DefenseConfig`, a setting is of another type, or, when a
+            class is made, the Trainer's class stands before the mixin.
         ProcessError: Several processes were launched but did not join each other. A `RuntimeError`.
 
     Examples:
@@ -84,6 +85,15 @@ class ParameterDefenseMixin(_Base):
         >>> class ParameterDefenseTrainer(ParameterDefenseMixin, Trainer):
         ...     pass
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        bases = cls.__mro__
+        if Trainer in bases and bases.index(Trainer) < bases.index(ParameterDefenseMixin):
+            raise TypeError(
+                f"{cls.__name__}: expected ParameterDefenseMixin before the Trainer among the bases, got it behind, "
+                f"where nothing would be defended; write class {cls.__name__}(ParameterDefenseMixin, ...)"
+            )
 
     def __init__(
         self,

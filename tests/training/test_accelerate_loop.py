@@ -206,6 +206,23 @@ def test_parameters_are_selected_once(network, micro_batches, monkeypatch):
     assert len(selections) == 2
 
 
+@pytest.mark.parametrize("reuse_prefix", [True, False])
+@pytest.mark.parametrize("defense", [pair[0] for pair in WEIGHTS.values()], ids=list(WEIGHTS))
+def test_what_is_unfrozen_between_two_steps_is_trained_like_the_rest(network, micro_batches, defense, reuse_prefix):
+    """As in gradual unfreezing: not defended, and with the gradient of the risk alone."""
+    found = []
+    for trained_at_first in (True, False):
+        model = copy.deepcopy(network)
+        model[0].requires_grad_(trained_at_first)
+        defended = select_parameters(model, ["2"])
+        backward = DefendedBackward(Accelerator(cpu=True), defense, model, defended, reuse_prefix=reuse_prefix)
+        model[0].requires_grad_(True)
+        for batch in micro_batches[:2]:
+            backward(loss_of(model, batch))
+        found.append(gradients(model))
+    torch.testing.assert_close(*found, **EXACT)
+
+
 class TestSharedPrefix:
     """A `DefendedBackward` computes once what the passes of a step share, and finds what one without finds."""
 

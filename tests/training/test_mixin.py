@@ -42,6 +42,12 @@ def test_it_is_a_base_of_nothing_that_measures_or_publishes():
     assert hasattr(ParameterDefenseTrainer, "evaluate_robustness")
 
 
+@pytest.mark.parametrize("kind", [tf.Trainer, tf.Seq2SeqTrainer])
+def test_behind_the_trainer_it_would_do_nothing_and_is_refused(kind):
+    with pytest.raises(TypeError, match=r"Wrong: expected .* before the Trainer .*Wrong\(ParameterDefenseMixin"):
+        type("Wrong", (kind, ParameterDefenseMixin), {})
+
+
 def test_a_trainer_gets_one_attribute(tiny_bert, arguments):
     class Defended(ParameterDefenseMixin, tf.Trainer):
         pass
