@@ -33,7 +33,11 @@ class CorruptionConstraint:
     """
 
     p: float = field(
-        default=2.0, metadata={"help": "order p of the corruption constraint's norm: 2, or inf", "flag": "norm"}
+        default=2.0,
+        metadata={
+            "help": "order p of the corruption constraint's norm, from 1 to inf; 2 or inf where steps may leave it",
+            "flag": "norm",
+        },
     )
     epsilon: float = field(
         metadata={"help": "radius of the corruption constraint, in units of the weights (SAM: rho); 0 for none"}
