@@ -155,7 +155,8 @@ class DefendedBackward:
             loss = _checked(loss_fn() if batch is None else loss_fn(batch))
             self._accelerator.backward(loss)
             loss = loss.detach()
-            return DefendedLoss(loss, loss, loss, CorruptionNorm(torch.zeros(()), torch.zeros(())), defended=False)
+            none = torch.zeros((), device=loss.device)
+            return DefendedLoss(loss, loss, loss, CorruptionNorm(none, none), defended=False)
         if is_sharded(self._whole):
             drop_gathered(self._whole)
         passes = _LoopPasses(self._accelerator, defense, self._model, loss_fn, batch)

@@ -31,6 +31,7 @@ from hf_parcor import (
     CorruptionConstraint,
     CorruptionEvaluator,
     CorruptionRisk,
+    DefendedBackward,
     FloatQuantization,
     GaussianNoise,
     GradientCorruption,
@@ -398,6 +399,21 @@ def adapters(device: torch.device) -> Found:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
+def looped(device: torch.device) -> Found:
+    """A loop of one's own, before and after its defense starts."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    model = bert(device)
+    backward = DefendedBackward(accelerate.Accelerator(), MultiStepRisk(L2, start_epoch=1), model)
+    found = {}
+    for epoch, batch in enumerate(batches(device)[:2]):
+        loss = backward(lambda batch: model(**batch).loss, batch, epoch=epoch)
+        numbers = [loss.risk, loss.clean, loss.corrupted, *vars(loss.norm).values()]
+        assert loss.defended or len({number.device for number in numbers}) == 1
+        found[f"epoch {epoch}"] = [float(number) for number in numbers]
+    return {**found, **{name: 0.05 * weight.grad for name, weight in model.named_parameters()}}
+
+
 def of_defense(name: str) -> Callable[[torch.device], Found]:
     return lambda device: trained(bert, device, defense=defense(name))
 
@@ -419,6 +435,7 @@ CHECKS: dict[str, Callable[[torch.device], Found]] = {
     "autocast": under_autocast,
     "a run that is resumed": resumed,
     "adapters": adapters,
+    "a loop": looped,
     "a probe": probed,
     "indicators": indicated,
     "a recipe": prescribed,
