@@ -342,10 +342,12 @@ def test_start_epoch_and_interval(network, micro_batches, settings, progress, ac
     assert found.defended is active
 
 
-@pytest.mark.parametrize(("epoch", "share"), [(0.5, 0.0), (1.0, 0.25), (1.5, 0.5), (4.0, 1.0)])
-def test_the_strength_grows_with_the_epochs(network, micro_batches, epoch, share):
-    defense = CorruptionRisk(GradientCorruption(SET), ramp_epochs=2, start_epoch=0.5)
-    found = defended_backward(Accelerator(cpu=True), defense, network, loss_of(network, micro_batches[0]), epoch=epoch)
+@pytest.mark.parametrize(("epoch", "share"), [(0.0, 0.0), (0.5, 0.25), (1.0, 0.5), (3.5, 1.0)])
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_the_strength_grows_with_the_epochs(network, micro_batches, epoch, share, start):
+    defense = CorruptionRisk(GradientCorruption(SET), ramp_epochs=2, start_epoch=start)
+    loss_fn = loss_of(network, micro_batches[0])
+    found = defended_backward(Accelerator(cpu=True), defense, network, loss_fn, epoch=start + epoch)
     assert found.norm.realised == pytest.approx(0.2 * share)
 
 

@@ -162,6 +162,14 @@ def test_only_a_defense_can_be_set(build, wrong):
     assert trainer.defense == ONE
 
 
+def test_a_defense_that_the_settings_refuse_cannot_be_set(build):
+    stock = replace(ONE, steps=0)
+    trainer = build(stock, optim="lomo")
+    with pytest.raises(ValueError, match="optim: expected an optimizer that updates after backward"):
+        trainer.defense = ONE
+    assert trainer.defense == stock
+
+
 def test_steps_of_the_stock_trainer_are_not_claimed(build, tmp_path):
     build(kind=Trainer, max_steps=2).train()
     again = build()
