@@ -305,11 +305,10 @@ def try_prefix(
         with (
             suppress(PrefixFinished),
             torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda held: held),  # no backward follows
-            buffers.of_pass(-1),
+            undone(model),
             outputs_of(model) as found,
             prefix.replaying(),
             not_compiled(model),
-            random_states_kept(devices),
             prefix.seen_by(consumers),
         ):
             run_pass(finish)

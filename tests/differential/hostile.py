@@ -113,6 +113,17 @@ class Unwraps(Body):
         return super().hidden(input_ids).hidden
 
 
+class NormsTwice(Body):
+    """One batch normalisation before what is defended, and behind it."""
+
+    def __init__(self):
+        super().__init__(nn.BatchNorm1d(WIDTH))
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, input_ids, labels=None):
+        return self.answer(self.body(self.head(self.hidden(input_ids)))[:, :CLASSES], labels)
+
+
 class LeavesAMask(nn.Module):
     """Leaves something in an attribute, which outer code takes and clears: side losses of MoE and VAE layers."""
 
@@ -399,6 +410,7 @@ CASES = {
     "a queue of features": Case(lambda: Queue(plain().body)),
     "batch normalisation": Case(lambda: Body(normed(nn.BatchNorm1d(WIDTH)))),
     "batch normalisation by hand": Case(lambda: Body(normed(ByHand()))),
+    "batch normalisation before and behind": Case(NormsTwice, reused=False),
     "normalised inside of what cannot be recorded": Case(lambda: Unwraps(RepliesWithAnObject())),
     "spectral norm": Case(lambda: Body(spectral())),
     "spectral norm by a hook": Case(lambda: Body(spectral_by_hook())),
