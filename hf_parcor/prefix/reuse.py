@@ -23,6 +23,9 @@ class PrefixFinished(BaseException):
     """Ends a run that only records the prefix."""
 
 
+Rows = int | torch.Size | None
+"""Which dimension of a tensor has the batch's rows; if none has, its shape when that was found out; None of others."""
+
 Substitute = Callable[[nn.Module, int, Callable[[], Any]], Any]
 """Returns what a call of a module is to return: given the module, the number of the call and what would compute it."""
 
@@ -63,8 +66,8 @@ class PrefixReuse:
         self._hooks: list[int] = []  # that were there when this was found out
         self.runs_inner_hooks = False
         """Whether a replayed call also runs the forward hooks of modules inside, such as collect router logits."""
-        self.rows: dict[Place, int | None] = {}
-        """For passes over a part of the batch: which dimension of each output has its rows, None if none has."""
+        self.rows: dict[Place, Rows] = {}
+        """For passes over a part of the batch: where each output has its rows."""
         self._gradients = True
         self._checkpointed: bool | None = None
         self._devices: list[torch.device] | None = None
@@ -300,18 +303,11 @@ class PrefixReuse:
         examples = self._part[1]
         parts, _ = self.recorded[module, index]
         places = [((module, index, number), part) for number, part in enumerate(parts) if isinstance(part, Tensor)]
-        dimensions = [(part, self.rows[place]) for place, part in places if place in self.rows]
-        return len(dimensions) == len(places) and all(
-            dimension is None or (dimension < part.dim() and part.shape[dimension] % examples == 0)
-            for part, dimension in dimensions
-        )
+        return all(_has_rows(part, self.rows.get(place), examples) for place, part in places)
 
     def _part_of(self, part: Any, place: Place) -> Any:
         """Return what the pass gets of an output that was recorded for the whole batch."""
-        dimension = self.rows.get(place)
-        if self._part is None or dimension is None or not isinstance(part, Tensor):
-            return part
-        return first_rows(part, dimension, *self._part)
+        return part if self._part is None else first_rows(part, self.rows.get(place), *self._part)
 
     def _draw_alike(self, module: nn.Module, index: int) -> None:
         if (module, index) in self._drawn:
@@ -395,12 +391,22 @@ def _has_reentrant_checkpoints(ends: Iterable[Tensor]) -> bool:
     return False
 
 
-def first_rows(part: Tensor, dimension: int | None, count: int, examples: int) -> Tensor:
+def _has_rows(part: Tensor, rows: Rows, examples: int) -> bool:
+    """Say whether a tensor has the rows of a batch where one of another batch had them."""
+    if isinstance(rows, int):
+        return rows < part.dim() and part.shape[rows] % examples == 0
+    if rows is None or len(rows) != part.dim():
+        return False
+    # What had one entry for all examples, as a mask of a batch without padding, may have one for each now.
+    return all(size == 1 for size, before in zip(part.shape, rows, strict=True) if before == 1)
+
+
+def first_rows(part: Any, rows: Rows, count: int, examples: int) -> Any:
     """Return the part of a tensor that belongs to the first examples of a batch.
 
     Args:
         part: Of the whole batch.
-        dimension: Which has the rows, or several for each example; None if none has, and all of it is returned.
+        rows: The dimension that has them, or several for each example; else all of it is returned.
         count: How many examples.
         examples: Of how many.
 
@@ -408,7 +414,7 @@ def first_rows(part: Tensor, dimension: int | None, count: int, examples: int) -
         >>> first_rows(torch.arange(6), 0, count=1, examples=3)
         tensor([0, 1])
     """
-    if dimension is None:
+    if not isinstance(rows, int):
         return part
-    size = part.shape[dimension] // examples * count
-    return part.first(dimension, size) if isinstance(part, Unkept) else part.narrow(dimension, 0, size)
+    size = part.shape[rows] // examples * count
+    return part.first(rows, size) if isinstance(part, Unkept) else part.narrow(rows, 0, size)

@@ -22,7 +22,7 @@ from hf_parcor.prefix.plan import (
     objective_of,
     tolerance_of,
 )
-from hf_parcor.prefix.reuse import PrefixReuse, first_rows
+from hf_parcor.prefix.reuse import PrefixReuse, Rows, first_rows
 
 _NARROW = 1e-3  # a tolerance above it is that of half precision, in which rounding hides what other rows do
 
@@ -110,7 +110,7 @@ def find_rows(
                 whole, part = kept(run_whole), kept(run_part)
                 if whole.keys() != part.keys():
                     raise PrefixError("a part of the batch runs other modules of the prefix")
-                prefix.rows = {place: _dimension(whole[place], part[place], count, examples) for place in whole}
+                prefix.rows = {place: _rows_of(whole[place], part[place], count, examples) for place in whole}
                 off = distance(first(whole), [one for one in part.values() if type(one) is not Unkept])
                 expected, gradients = full()
                 found, reused = reusing()
@@ -125,7 +125,7 @@ def find_rows(
 
             whole, part, repeated = kept(run_whole), kept(run_part), kept(run_repeated)
             for place in whole.keys() & part.keys():
-                if place not in prefix.rows or prefix.rows[place] != _dimension(
+                if place not in prefix.rows or prefix.rows[place] != _rows_of(
                     whole[place], part[place], count, examples
                 ):
                     raise PrefixError("the prefix hands on other tensors in training than in evaluation")
@@ -151,8 +151,8 @@ def _check(off: float, limit: float, what: str) -> None:
         raise PrefixError(f"{what} (by {off:.2g})")
 
 
-def _dimension(whole: Any, part: Any, count: int, examples: int) -> int | None:
-    """Return the dimension of a tensor that has the rows of the batch, or several for each; None if none has.
+def _rows_of(whole: Any, part: Any, count: int, examples: int) -> Rows:
+    """Return the dimension of a tensor that has the rows of the batch, or several for each; its shape if none has.
 
     Raises:
         PrefixError: It cannot be told.
@@ -160,7 +160,7 @@ def _dimension(whole: Any, part: Any, count: int, examples: int) -> int | None:
     if not isinstance(whole, Tensor) or not isinstance(part, Tensor):
         return None
     if whole.shape == part.shape:
-        return None
+        return whole.shape
     sizes = enumerate(zip(whole.shape, part.shape, strict=False))
     differing = [place for place, (of_whole, of_part) in sizes if of_whole != of_part]
     if whole.dim() == part.dim() and len(differing) == 1:

@@ -226,6 +226,32 @@ def test_what_a_trial_did_not_see_is_computed():
         assert float(model(x[:3])["loss"].detach()) == pytest.approx(expected, rel=1e-12)
 
 
+@for_each("shape", [(1, WORDS, WIDTH), (WORDS, WIDTH), (), None])
+def test_what_was_of_no_example_when_it_was_tried_and_is_now(shape):
+    """As a mask, of which a batch without padding needs none, or one for all examples."""
+
+    def shifted(between, x):
+        if not hasattr(between, "shift"):
+            return x, None if shape is None else x.new_ones(shape)
+        return x, between.shift[: len(x)].expand_as(x) if between.shift.dim() == 3 else between.shift
+
+    class Shifted(Model):
+        def forward(self, x):
+            hidden, shift = self.between(self.first(x))
+            return {"loss": self.last(hidden if shift is None else hidden + shift).tanh().square().mean()}
+
+    model, x = Shifted(shifted), batch_of(2)["x"]
+    prefix = prefix_of(model)
+    find_rows_of(prefix, model, {"x": x}, 0.5)
+    for later in (torch.rand(2, 1, 1), torch.rand(())):
+        model.between.shift = later.double()
+        with prefix.recording():
+            model(x)
+        with prefix.of_rows(1, 2), prefix.replaying():
+            found = float(model(x[:1])["loss"].detach())
+        assert found == pytest.approx(float(model(x[:1])["loss"].detach()), rel=1e-12)
+
+
 def test_what_is_not_kept_has_the_shape_of_its_part():
     class Looks(nn.Module):
         def __init__(self):
