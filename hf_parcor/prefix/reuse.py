@@ -41,7 +41,8 @@ class PrefixReuse:
     .. math:: \sum_k \frac{\partial L_k}{\partial b} \frac{\partial b}{\partial \theta}
         = \Big(\sum_k \frac{\partial L_k}{\partial b}\Big) \frac{\partial b}{\partial \theta}
 
-    Dropout in the prefix keeps one mask in all passes.
+    Dropout in the prefix keeps one mask in all passes. A module of the prefix runs its hooks in each pass, and with
+    hooks of gradients it is computed in each. Hooks of modules inside of it run when it is computed.
 
     A pass over the first rows of a batch reuses what was recorded for all of them (`of_rows`): it gets their part, and
     its gradient gathers in their part of the boundary.
@@ -64,6 +65,7 @@ class PrefixReuse:
         self.unused: set[Place] = set()
         """The outputs that are not kept, since nothing outside of the prefix consumes them."""
         self._hooks: list[int] = []  # that were there when this was found out
+        self._inner_hooks: set[int] = set()
         self.runs_inner_hooks = False
         """Whether a replayed call also runs the forward hooks of modules inside, such as collect router logits."""
         self.rows: dict[Place, Rows] = {}
@@ -110,6 +112,7 @@ class PrefixReuse:
     def spare(self, unused: set[Place]) -> None:
         """Keep these outputs no longer, neither of what was recorded nor of what will be."""
         self.unused, self._hooks = unused, self._hooks_now()
+        self._inner_hooks = {key for module in self.hooked_inside() for key in module._forward_hooks}
         spared = set()
         for (module, index), (kept, _) in self.recorded.items():
             for number, part in enumerate(kept):
@@ -122,10 +125,11 @@ class PrefixReuse:
         )
 
     def _hooks_now(self) -> list[int]:
-        """Return the keys of all hooks that see what modules of the prefix take and return."""
+        """Return the keys of all hooks that see what modules of the prefix take and return, or its gradients."""
         of_modules = [hooks for module in self.prefix for hooks in (module._forward_pre_hooks, module._forward_hooks)]
         of_all = [nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks]
-        return [key for hooks in [*of_modules, *of_all] for key in hooks]
+        of_gradients = [hooks for module in self.prefix for hooks in _backward_hooks(module)]
+        return [key for hooks in [*of_modules, *of_all, *of_gradients] for key in hooks]
 
     @contextmanager
     def drawing_alike(self, devices: Sequence[torch.device]) -> Iterator[None]:
@@ -234,7 +238,8 @@ class PrefixReuse:
         self._ended.append([])
         output = compute()
         inner = self._ended.pop()
-        handed_on = self._kept(module, index, output)
+        # Hooks of gradients hang on a graph from what a call takes to what it returns: with some, it is computed anew.
+        handed_on = output if any(_backward_hooks(module)) else self._kept(module, index, output)
         if (module, index) in self.recorded:
             self._inner[module, index] = inner
             if self._devices is not None:
@@ -279,6 +284,8 @@ class PrefixReuse:
         for inner, inner_index in inner_calls:
             output = self._handed_on(inner, inner_index)
             for key, hook in inner._forward_hooks.items():
+                if key not in self._inner_hooks:
+                    continue  # it came later, and may look at arguments, of which there are none
                 replaced = (
                     hook(inner, (), {}, output) if key in inner._forward_hooks_with_kwargs else hook(inner, (), output)
                 )
@@ -334,6 +341,11 @@ def recording_together(prefixes: Sequence[PrefixReuse]) -> Iterator[None]:
             for module in prefix.starts:
                 before_calls(hooks, module, partial(finish, index))
         yield
+
+
+def _backward_hooks(module: nn.Module) -> list[dict[int, Any]]:
+    of_all = [nn.modules.module._global_backward_pre_hooks, nn.modules.module._global_backward_hooks]
+    return [module._backward_pre_hooks, module._backward_hooks, *of_all]
 
 
 def _precisions(parts: Sequence[Any]) -> set[torch.dtype]:

@@ -541,6 +541,19 @@ def test_it_says_why_the_plain_way_failed_if_running_hooks_inside_fails_too():
     assert "only a call" not in str(failure.value)
 
 
+def test_a_hook_inside_that_comes_later_is_not_run_without_arguments():
+    """As one of a profiler or a logger."""
+    model, x, seen = Collects().double(), torch.randn(3, 4).double(), []
+    prefix = plan_prefix(model, {"weight": model.last.weight}, lambda: model(x), sparing=True)
+    model.block[0].register_forward_hook(lambda module, arguments, output: seen.append(arguments[0]))
+    expected = model(x)["loss"]
+    with prefix.recording():
+        model(x)
+    with prefix.replaying():
+        assert torch.equal(model(x)["loss"], expected)
+    assert all(torch.equal(*pair) for pair in zip(seen[:2], seen[2:], strict=True))  # of the run that records
+
+
 def test_hooks_inside_that_nobody_needs_do_not_run():
     model, x, ran = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4)), torch.randn(3, 4), []
     prefix = plan_prefix(model, {"w": model[1].weight}, lambda: {"loss": model(x).square().mean()})
@@ -759,6 +772,25 @@ def test_what_is_consumed(name, kind):
     assert consumers.unused(result) == (set() if consumed or kind is Own else {(module, 3, 1)})
 
 
+def last_of(model):
+    return {"weight": model.last.weight, "bias": model.last.bias}
+
+
+def of_a_step(model, x, prefix):
+    """Return the gradients of a step of three passes."""
+    model.zero_grad()
+
+    def run_pass(objective, index):
+        loss = objective(model(x))
+        loss.backward()
+        return loss.detach()
+
+    others = [*model.first.parameters(), *model.middle.parameters()]
+    with DefendedStep(last_of(model), run_pass, 3, others, prefix=prefix) as step:
+        MultiStepRisk(L2, steps=2).minimize(step)
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
 def test_work_in_place_does_not_reach_later_passes():
     """Both the glue behind a module and the suffix may overwrite what they were handed."""
 
@@ -772,27 +804,55 @@ def test_work_in_place_does_not_reach_later_passes():
             hidden += 1
             hidden = self.middle(hidden)
             hidden *= 2
-            return {"loss": self.last(hidden).tanh().square().mean()}
+            return self.last(hidden).tanh().square().mean()
 
     model, x = InPlace(), torch.randn(3, 4).double()
-    selected = {"weight": model.last.weight, "bias": model.last.bias}
-    prefix = plan_prefix(model, selected, lambda: model(x))
+    prefix = plan_prefix(model, last_of(model), lambda: {"loss": model(x)})
     assert prefix.prefix == [model.first, model.middle]
+    assert_same(of_a_step(model, x, prefix), of_a_step(model, x, None), 1e-12)
 
-    def run(prefix):
-        model.zero_grad()
 
-        def run_pass(objective, index):
-            loss = objective(model(x)["loss"])
-            loss.backward()
-            return loss.detach()
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = (nn.Linear(4, 4).double() for _ in range(3))
 
-        others = [*model.first.parameters(), *model.middle.parameters()]
-        with DefendedStep(selected, run_pass, 3, others, prefix=prefix) as step:
-            MultiStepRisk(L2, steps=2).minimize(step)
-        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    def forward(self, x):
+        return self.last(self.middle(self.first(x).tanh())).tanh().square().mean()
 
-    assert_same(run(prefix), run(None), 1e-12)
+
+@for_each("later", [False, True])
+@for_each("names", [["middle"], ["first", "middle"], None])
+@for_each("of", ["full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_that_see_gradients_run_in_every_pass_and_may_change_them(of, names, later):
+    model, x, calls, hooks = Layers(), torch.randn(3, 4).double().requires_grad_(), [], []
+
+    def doubles(module, *gradients):
+        calls.append(module)
+        return tuple(2 * gradient for gradient in gradients[0])
+
+    def hook():
+        everywhere = getattr(nn.modules.module, f"register_module_{of}")
+        some = [getattr(model, name) for name in names or ()]
+        hooks.extend(getattr(module, f"register_{of}")(doubles) for module in some)
+        hooks.extend([] if names else [everywhere(doubles)])
+
+    try:
+        if not later:
+            hook()
+        prefix = plan_prefix(model, last_of(model), lambda: {"loss": model(x)}, sparing=True)
+        if later:
+            hook()
+        found = []
+        for one in (prefix, None):
+            calls.clear()
+            found.append((of_a_step(model, x, one), calls.copy()))
+        (gradients, called), (expected, called_as_ever) = found
+        assert_same(gradients, expected, 1e-12)
+        assert called == called_as_ever
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 @for_each("share", [1.0, 0.5])
