@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_parcor.devices import accelerators_in_use
+from hf_parcor.overriding import undo_at_end
 from hf_parcor.prefix.cut import before_calls
 from hf_parcor.prefix.reuse import PrefixReuse, Substitute, copied
 from hf_parcor.randomness import RandomStates, random_states_kept
@@ -126,6 +127,5 @@ def _substitute_call(stack: ExitStack, module: nn.Module, substitute: Substitute
         calls += 1
         return substitute(module, calls - 1, lambda: kind.__call__(module, *args, **kwargs))
 
-    # A built-in method puts it back, and is registered first: no interrupt can prevent it.
-    stack.callback(object.__setattr__, module, "__class__", kind)
+    undo_at_end(stack, object.__setattr__, module, "__class__", kind)
     object.__setattr__(module, "__class__", type(kind.__name__, (kind,), {"__call__": called}))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from for_each import for_each
+from interrupts import MAY_BE_IGNORED, interrupted_at_lines
 from torch import nn
 
 from hf_parcor import ACRT, SAM, CorruptionConstraint, MultiStepRisk
 from hf_parcor.defenses import DefendedStep
+from hf_parcor.overriding import undoing_left
 from hf_parcor.prefix import (
     PrefixError,
     PrefixReuse,
@@ -143,6 +145,17 @@ def test_an_interrupt_leaves_no_trace(index):
         defended(model, prefix, MultiStepRisk(L2, steps=3), fail_at=index)
     assert {type(layer) for layer in model.layers} == {Layer}
     assert prefix.outputs == prefix.boundary == []
+
+
+@MAY_BE_IGNORED
+@pytest.mark.slow
+def test_an_interrupt_at_any_line_leaves_every_module_of_its_class():
+    """Also just where a block ends, of which nothing is ended then."""
+    model = Net(layers=1)
+    prefix = RecomputedPrefix([model.shared, *model.layers], [model.last])
+    step = undoing_left()(lambda: defended(model, prefix, MultiStepRisk(L2, steps=1)))
+    for at in interrupted_at_lines(step, every=3):
+        assert [type(module) for module in (model.shared, *model.layers)] == [nn.Dropout, Layer], at
 
 
 class Early(nn.Module):
