@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 Place = tuple[nn.Module, int, int]
@@ -50,6 +50,11 @@ class Consumers(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._chance |= self._drawn != _state_of_others()
+
+    def leave(self) -> None:
+        """End the block, if it has not ended."""
+        if self in _get_current_dispatch_mode_stack():
+            self.__exit__(None, None, None)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -22,7 +22,7 @@ from hf_parcor.model_state import (
     same_numbers,
     undone,
 )
-from hf_parcor.overriding import hook_after
+from hf_parcor.overriding import hook_after, undo_at_end
 from hf_parcor.prefix.consumers import Consumers, Place
 from hf_parcor.prefix.cut import (
     PrefixError,
@@ -304,7 +304,7 @@ def try_prefix(
         consumers = Consumers()
         with (
             suppress(PrefixFinished),
-            torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda held: held),  # no backward follows
+            saving_nothing(),
             undone(model),
             outputs_of(model) as found,
             prefix.replaying(),
@@ -363,6 +363,19 @@ def try_prefix(
     differing = differing_gradient(first, {name: gradients[name] for name in first}, 1, tolerance)
     if differing is not None:  # a part of it comes through the prefix
         raise PrefixError(f"{differing} is used before the module that holds it is called")
+
+
+@contextmanager
+def saving_nothing() -> Iterator[None]:
+    """Let autograd save nothing inside a block after which no backward follows."""
+    dropping = [True]
+    with ExitStack() as block:
+        undo_at_end(block, dropping.clear)  # hooks that an interrupt leaves behind change nothing
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: None if dropping else tensor, lambda held: held
+        )
+        block.enter_context(hooks)
+        yield
 
 
 def plan_prefixes_of_values(

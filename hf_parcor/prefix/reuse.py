@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hf_parcor.overriding import override, overriding
+from hf_parcor.overriding import override, overriding, undo_at_end
 from hf_parcor.prefix.consumers import Consumers, Place, Unkept
 from hf_parcor.prefix.cut import CalledAgain, before_calls, not_inside_compiled
 from hf_parcor.randomness import RandomStates
@@ -106,7 +106,9 @@ class PrefixReuse:
     @contextmanager
     def seen_by(self, consumers: Consumers) -> Iterator[None]:
         """Let it see which outputs a pass consumes that replays all of them."""
-        with overriding(self, _consumers=consumers), consumers:
+        with overriding(self, _consumers=consumers), ExitStack() as block:
+            undo_at_end(block, consumers.leave)
+            block.enter_context(consumers)
             yield
 
     def spare(self, unused: set[Place]) -> None:

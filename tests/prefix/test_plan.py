@@ -9,9 +9,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from for_each import for_each
+from interrupts import MAY_BE_IGNORED, interrupted_at_lines
 from torch import nn
 
 from hf_parcor.model_state import BufferSnapshot
+from hf_parcor.overriding import undoing_left
 from hf_parcor.prefix import (
     PrefixError,
     PrefixReuse,
@@ -23,7 +25,7 @@ from hf_parcor.prefix import (
     plan_prefix,
     try_prefix,
 )
-from hf_parcor.prefix.plan import differing_gradient, objective_of
+from hf_parcor.prefix.plan import differing_gradient, objective_of, saving_nothing
 
 G = {"large": torch.tensor([100.0, 1.0]), "small": torch.tensor([1e-3])}
 
@@ -304,3 +306,18 @@ class TestWhatCannotBeCut:
         weight = {"w": model[2].weight}
         plan_prefix(model, weight, lambda: {"loss": model(torch.ones(1, 2)).sum()}, trained=weight)
         assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@MAY_BE_IGNORED
+def test_an_interrupt_leaves_nothing_that_drops_what_autograd_saves():
+    weight = torch.tensor(3.0, requires_grad=True)
+
+    @undoing_left()
+    def run():
+        with saving_nothing():
+            weight.square()
+
+    for at in interrupted_at_lines(run, every=1):
+        assert torch.autograd.grad(weight.square(), weight)[0] == 6, at
+        while torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            torch._C._autograd._pop_saved_tensors_default_hooks()

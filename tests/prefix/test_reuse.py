@@ -14,6 +14,7 @@ import tiny
 import torch
 import transformers as tf
 from for_each import for_each
+from interrupts import MAY_BE_IGNORED, interrupted_at_lines
 from operations import count_operations
 from prefix_rows import find_rows_of
 from torch import nn
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_parcor import ACRT, SAM, CorruptionConstraint, MultiStepRisk, select_parameters
 from hf_parcor.batches import first_examples
 from hf_parcor.defenses import DefendedStep
+from hf_parcor.overriding import undoing_left
 from hf_parcor.prefix import (
     NothingToReuse,
     PrefixError,
@@ -770,6 +772,20 @@ def test_what_is_consumed(name, kind):
         result = None if returned is None else returned(handed)
     del handed
     assert consumers.unused(result) == (set() if consumed or kind is Own else {(module, 3, 1)})
+
+
+@MAY_BE_IGNORED
+def test_an_interrupt_leaves_no_mode_that_watches_operations():
+    prefix = PrefixReuse([], [])
+
+    @undoing_left()
+    def watched():
+        with prefix.seen_by(Consumers()):
+            torch.ones(1)
+
+    for at in interrupted_at_lines(watched, every=1):
+        assert not _get_current_dispatch_mode_stack(), at
+        assert prefix._consumers is None
 
 
 def last_of(model):
