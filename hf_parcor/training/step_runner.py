@@ -24,8 +24,8 @@ from hf_parcor.training.shared_prefix import find_shared_prefix, suffix_share
 class StepRunner:
     """Runs the defended steps of one loop, and remembers what the first of them found out.
 
-    That is which part of the model the passes can share, and whether any buffer moves; another model, other parameters
-    or another defense are found out anew.
+    That is which part of the model the passes can share, and whether any buffer moves. It is found out anew for
+    another model, other parameters, another defense, and when modules changed their mode.
 
     Args:
         reuse_prefix: Whether what is computed before the first defended parameter is run once for all passes of a
@@ -42,6 +42,7 @@ class StepRunner:
         self.shared_prefix: PrefixReuse | None = None
         self.cost = 1.0
         self._known: tuple[object, ...] | None = None
+        self._training: list[bool] = []  # which modules were, when that was found out
         self._buffers_move = True  # until one step has shown that they do not
         self._suffix_share = 1.0  # of what a pass computes, where later passes share the rest
 
@@ -106,7 +107,7 @@ class StepRunner:
     def _find_out(self, passes: Passes, selected: Mapping[str, nn.Parameter]) -> None:
         # Ids stay theirs: the prefix holds the model's modules.
         found = (self.reuse_prefix, passes.defense, id(passes.model), *map(id, selected.values()))
-        if self._known == found:
+        if self._known == found and not self._in_another_mode(passes):
             return
         check_trained(selected, passes.defense)  # another defense than before may need what is frozen
         self._known, self._buffers_move, self._suffix_share, self.shared_prefix = None, True, 1.0, None
@@ -114,7 +115,15 @@ class StepRunner:
             self.shared_prefix = find_shared_prefix(passes, selected, self._devices)
         if self.shared_prefix is not None:
             self._suffix_share = suffix_share(passes.model, self.shared_prefix)
+        self._training = [module.training for module in passes.modules]
         self._known = found  # at last: what an interrupt breaks off is found out by the next step
+
+    def _in_another_mode(self, passes: Passes) -> bool:
+        """Say whether modules changed their mode since, such as norms that were frozen, if anything depends on it."""
+        if self.shared_prefix is None and passes.defense.first_pass_is_stock:
+            return False
+        passes.prepare()  # a training step sets the mode
+        return self._training != [module.training for module in passes.modules]
 
 
 def merged_changes(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str, Tensor]:

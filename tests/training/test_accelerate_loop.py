@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from for_each import for_each
 from longhand import longhand
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -255,6 +256,23 @@ class TestSharedPrefix:
         assert risks == pytest.approx(expected, rel=1e-12)
         for one, another in zip(reused.parameters(), full.parameters(), strict=True):
             torch.testing.assert_close(one, another, **EXACT)
+
+    @for_each(("target", "options"), [("2", {"batch_share": 0.6}), ("0", {"random_start": True})])
+    def test_a_norm_that_was_frozen(self, micro_batches, target, options):
+        """What the first step found out does not hold once its statistics are those of the batch, and move."""
+        found = []
+        for modes in ([True], [False, True]):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)).double()
+            defense = MultiStepRisk(SET, steps=1, **options)
+            backward = DefendedBackward(Accelerator(cpu=True), defense, model, select_parameters(model, [target]))
+            for training in modes:
+                model.train(training).zero_grad()
+                for batch in micro_batches:
+                    torch.manual_seed(1)
+                    backward(lambda part: cross_entropy(model(part[0]), part[1]), batch)  # noqa: B023
+            found.append((gradients(model), dict(model.named_buffers())))
+        torch.testing.assert_close(*found, **EXACT)
 
     def test_a_loop_that_writes_into_its_batch_gives_each_pass_its_own(self, network, micro_batches):
         """In-place work on the batch, and labels that are popped, reach no other pass."""
