@@ -291,6 +291,7 @@ def try_prefix(
     if trained is None:
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.grad for name, parameter in trained.items()}
+    clean = BufferSnapshot(model.modules())
     buffers = StepBuffers(modules_of(model), prefix.replayed)
     devices = devices_of(model)
     identities = {id(parameter) for parameter in selected.values()}  # names may be those of another wrapper
@@ -316,13 +317,14 @@ def try_prefix(
 
     def full() -> tuple[list[Any], dict[str, Tensor], list[Tensor]]:
         with undone(model):
+            clean.put_back()  # after the passes they have moved
             for parameter in trained.values():
                 parameter.grad = None
             result = leaves_of(alike(objective_of))
             return result, gradients_of(trained), BufferSnapshot(model.modules()).values
 
     try:
-        with torch.enable_grad(), undone(model), prefix.drawing_alike(devices):
+        with torch.enable_grad(), clean.undone(), random_states_kept(devices), prefix.drawing_alike(devices):
             expected, gradients, moved = full()
             for parameter in trained.values():
                 parameter.grad = None

@@ -152,6 +152,21 @@ def test_keys_and_values_for_a_generation_are_no_result_and_results_hold_no_grap
     assert not found.requires_grad
 
 
+@for_each("kind", [PrefixReuse, RecomputedPrefix])
+def test_statistics_that_move_are_no_difference_of_two_full_runs(kind, bits_of):
+    """Which are compared under FSDP2 always, and else where a device computes in no fixed order."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.randn(6, 4)
+    before = bits_of(model)
+
+    def run_pass(objective):
+        result = {"loss": model(x)[:, 0].sigmoid().mean()}
+        objective(result).backward()
+        return result
+
+    try_prefix(kind([model[0], model[1]], [model[2]]), model, {"w": model[2].weight}, run_pass, in_step=True)
+    assert bits_of(model) == before
+
+
 class TestWhatCannotBeCut:
     def test_a_selected_parameter_that_is_used_before_its_module_is_called(self):
         class Shy(nn.Module):
