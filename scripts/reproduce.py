@@ -122,6 +122,15 @@ STUDIES: dict[str, dict[str, Study]] = {
     "cheaper": {"small": Study("defenses cheaper than a pass", "defend_for_less", "less", model="--model")},
     "probes": {"small": Study("which part of a BERT is weak", "probe_sst2", "probes", model="--model", seeds=(1,))},
     "flips": {"small": Study("the worst bit flips", "worst_bit_flips", "worst_bit_flips", model="--model")},
+    "radius": {
+        "small": Study(
+            "what a growing ε does without corruption",
+            "radius_sst2",
+            "radius",
+            model="--model",
+            seeds=(1, 2, 3, 4, 5),
+        )
+    },
     "search": {
         "small": Study(
             "which ε",

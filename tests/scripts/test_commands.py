@@ -134,6 +134,7 @@ def test_the_search_shows_its_record():
     [
         (f"reproduce_sst2 {CAMPAIGN}", "sst2"),
         (f"defend_for_less {CAMPAIGN}", "less"),
+        (f"radius_sst2 {CAMPAIGN}", "radius"),
         (f"worst_bit_flips {CAMPAIGN}", "worst_bit_flips"),
         (f"deploy_sst2 --size full --arms {' '.join(STUDIES['sst2']['full'].arms)} {CAMPAIGN}", "sst2_full"),
         (f"deploy_sst2 --size full --arms plain multi_step_risk-1 sam-half {CAMPAIGN}", "sst2_first"),
