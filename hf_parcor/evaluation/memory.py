@@ -39,8 +39,8 @@ def needed_memory(
     the saved bits (2) and a gradient (2), but one of one or two steps the saved bits (2) and a gradient for each (2).
     With `top_n`, or p other than 2 and ∞, a second vector in float32 is made (4). What has no constraint, such as the
     worst bit flips, takes gradients of its own (2), and in another format than that of the weights all new values (2)
-    and saved bits (2). Activations and the graph come on top: how large they are depends on the
-    batches.
+    and saved bits (2). Activations and the graph come on top: how large they are depends on
+    the batches.
 
     Args:
         groups: The weights that are corrupted together, by name.

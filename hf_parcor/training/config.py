@@ -165,7 +165,8 @@ class DefenseConfig:
 
     Raises:
         TypeError: `defense` is not a `Defense`.
-        ValueError: A number of steps is not a whole number ≥ 0, or `defended_steps` is larger than `trained_steps`.
+        ValueError: A target is of another type, a number of steps is not a whole number ≥ 0, or `defended_steps` is
+            larger than `trained_steps`.
 
     Examples:
         >>> import tempfile
@@ -186,11 +187,11 @@ class DefenseConfig:
 
     def __post_init__(self) -> None:
         check_defense(self.defense)
-        for name in _TARGETS:
+        for name, kind in _TARGETS.items():
             value = getattr(self, name)
             if isinstance(value, Collection) and not isinstance(value, str):
-                in_order = sorted(value) if isinstance(value, (set, frozenset)) else value
-                object.__setattr__(self, name, tuple(in_order))
+                value = tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
+            object.__setattr__(self, name, from_plain(kind, to_plain(value), name))  # as the file will be read
         for name in COUNTS:
             count = getattr(self, name)
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
@@ -209,7 +210,7 @@ class DefenseConfig:
         return {
             "defense": next((name for name, entry in DEFENSES.items() if entry is kind), _import_path(kind)),
             "settings": _settings_of(self.defense),
-            **{name: to_plain(getattr(self, name), otherwise=repr) for name in _TARGETS},
+            **{name: to_plain(getattr(self, name)) for name in _TARGETS},
             **{name: count for name in COUNTS if (count := getattr(self, name)) is not None},
             VERSION: installed_version(),
         }

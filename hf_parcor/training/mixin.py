@@ -237,6 +237,8 @@ class _TrainerDefense:
         if defense is not None:
             check_defense(defense)
             refuse_what_cannot_work(self._trainer, defense)
+            if self._trainer.model is not None:
+                check_trained(self.parameters(), defense)
         self.defense = defense
 
     def _watch(self, defense: Defense) -> None:

@@ -186,7 +186,7 @@ class DefenseSettings:
     ) -> None:
         passed = {"defense": defense, **targets, "reuse_prefix": reuse_prefix}
         self._passed = {name: value for name, value in passed.items() if value is not None}
-        self.reuses_prefix(arguments)
+        self.reuses_prefix(arguments)  # raises if it is no flag
         if isinstance(defense, DefenseConfig):
             said = {name: getattr(defense, name) for name in targets}
             for name, value in targets.items():

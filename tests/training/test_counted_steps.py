@@ -170,6 +170,16 @@ def test_a_defense_that_the_settings_refuse_cannot_be_set(build):
     assert trainer.defense == stock
 
 
+def test_a_defense_that_the_defended_weights_refuse_cannot_be_set(build):
+    """Noise needs no gradient of them, the worst direction does."""
+    noise = CorruptionRisk(GaussianNoise(0.1))
+    trainer = build(noise)
+    trainer.model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"expected trainable parameters, got .* frozen ones"):
+        trainer.defense = ONE
+    assert trainer.defense == noise
+
+
 def test_steps_of_the_stock_trainer_are_not_claimed(build, tmp_path):
     build(kind=Trainer, max_steps=2).train()
     again = build()

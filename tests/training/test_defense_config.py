@@ -222,6 +222,20 @@ def test_a_number_of_steps_is_a_whole_number(counts):
         DefenseConfig(SAM(CorruptionConstraint(epsilon=0.1)), **counts)
 
 
+@for_each(
+    ("target", "says"),
+    [
+        ({"layers": True}, "layers: expected a whole number, got True"),
+        ({"layers": [0, 1.0]}, r"layers\[1\]: expected a whole number, got 1.0"),
+        ({"target_modules": 5}, "target_modules: expected a string, got 5"),
+        ({"exclude_modules": ["a", None]}, r"exclude_modules\[1\]: expected a string, got None"),
+    ],
+)
+def test_targets_that_could_not_be_read_back_are_refused(target, says):
+    with pytest.raises(ValueError, match=says):
+        DefenseConfig(SAM(L2), **target)
+
+
 @for_each("schedule", [math.sin, {"warm": (1, math.inf)}, {3}])
 def test_a_defense_of_ones_own_is_written_and_not_imported(schedule, tmp_path):
     """Saving must not end a training run; importing what a file names must not happen."""
