@@ -39,6 +39,7 @@ class RobustnessCallback(TrainerCallback):
         seed: First seed, the same at each evaluation.
         every_n_steps: If given, measure at multiples of this number of steps only, and let the Trainer evaluate there
             even if `eval_strategy` does not ask for it. By default, measure at every evaluation.
+        gradient_dataset: As in `RobustnessMixin.evaluate_robustness`.
         target_modules: Which modules are corrupted, as in `CorruptionEvaluator`.
         metric_info: As in `RobustnessMixin.evaluate_robustness`.
 
@@ -71,6 +72,7 @@ class RobustnessCallback(TrainerCallback):
         trials: int = DEFAULT_TRIALS,
         seed: int = 0,
         every_n_steps: int | None = None,
+        gradient_dataset: Any = None,
         target_modules: str | Collection[str] | None = None,
         metric_info: Mapping[str, MetricInfo] | None = None,
     ) -> None:
@@ -80,6 +82,7 @@ class RobustnessCallback(TrainerCallback):
             check_count("every_n_steps", every_n_steps)
         self._trainer, self._corruptions = trainer, by_name(corruptions)
         self._trials, self._seed, self._every = trials, seed, every_n_steps
+        self._gradient_dataset = gradient_dataset
         self._target, self._infos = target_modules, checked_infos(metric_info)
 
     def on_train_begin(
@@ -133,6 +136,7 @@ class RobustnessCallback(TrainerCallback):
             trials=self._trials,
             seed=self._seed,
             eval_dataset=_all_data(eval_dataloader.dataset),
+            gradient_dataset=self._gradient_dataset,
             metric_key_prefix=prefix,
             target_modules=self._target,
             metric_info=self._infos,

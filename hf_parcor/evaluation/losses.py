@@ -33,7 +33,8 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     labels = batch.get("labels")
     if output.logits is None or labels is None:
         raise ValueError(
-            "loss: expected the model to return one, got none; put labels into the batches, or pass loss="
+            "loss: expected the model to return one, got none; put labels into the batches, or pass loss=; a "
+            "Trainer takes other data for its gradients, with labels, as gradient_dataset="
         )
     problem = problem_of(model, output.logits, torch.as_tensor(labels))
     return usual_loss(problem, output.logits, torch.as_tensor(labels), shifted=shifts_labels(model))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,9 @@ DEFAULT_CORRUPTIONS: tuple[Corruption, ...] = (
     GaussianNoise(0.02),
     Quantization(4),
 )
+
+
+_OTHER_DATA = "Gradients are those of the loss over other data than what was evaluated."
 
 
 @dataclass
@@ -81,6 +84,7 @@ def measure_robustness(
     trials: int = DEFAULT_TRIALS,
     seed: int = 0,
     eval_dataset: Any = None,
+    gradient_dataset: Any = None,
     metric_key_prefix: str = "eval",
     target_modules: str | Collection[str] | None = None,
     metric_info: Mapping[str, MetricInfo] | None = None,
@@ -92,12 +96,14 @@ def measure_robustness(
 
     Args:
         trainer: Any `transformers.Trainer`.
-        corruptions: What to measure. Corruptions that need gradients climb along the Trainer's loss over the
-            evaluation data. If the collator draws random numbers, for example for masks, they use the batches that it
-            drew first, which are kept in memory.
+        corruptions: What to measure. If the collator draws random numbers, for example for masks, corruptions that
+            need gradients use the batches that it drew first, which are kept in memory.
         trials: Trials of each stochastic corruption. Default 3.
         seed: First seed.
         eval_dataset: One data set, or the name of one of the Trainer's. By default, the Trainer's own.
+        gradient_dataset: Data for corruptions that need gradients, which climb along the Trainer's loss over it. By
+            default, what is evaluated. Pass rows with labels if that has none, as in question answering, where answers
+            are compared as texts. The record notes it.
         metric_key_prefix: As in `Trainer.evaluate`.
         target_modules: Which modules are corrupted, as in `CorruptionEvaluator`. By default, what is trained: only the
             adapters of a PEFT model. "all" for all weights.
@@ -112,23 +118,28 @@ def measure_robustness(
     if model is None:
         raise ValueError("model: expected a Trainer with a model, got None; pass model=, or train first")
     data = evaluated_data(trainer, eval_dataset)
-    if isinstance(data, dict):
-        raise ValueError(
-            f"eval_dataset: expected one data set, got {', '.join(map(str, data))}; name one of them, or call "
-            "evaluate_robustness of a RobustnessMixin, which evaluates each"
-        )
+    for name, given in {"eval_dataset": data, "gradient_dataset": gradient_dataset}.items():
+        if isinstance(given, dict):
+            raise ValueError(
+                f"{name}: expected one data set, got {', '.join(map(str, given))}; name one of them, or call "
+                "evaluate_robustness of a RobustnessMixin, which evaluates each"
+            )
     needs_gradients = any(getattr(corruption, "uses_gradients", False) for corruption in corruptions)
+    for_gradients = eval_dataset if gradient_dataset is None else gradient_dataset
     evaluator = CorruptionEvaluator(
         model,
         TrainerMetric(trainer, eval_dataset, metric_key_prefix=metric_key_prefix),
-        drawn_once(trainer.get_eval_dataloader(eval_dataset)) if needs_gradients else None,
+        drawn_once(trainer.get_eval_dataloader(for_gradients)) if needs_gradients else None,
         loss=_loss_of(trainer),
         target_modules=target_modules,
         metric_info=metric_info,
         progress=not trainer.args.disable_tqdm,
         evaluated_on=evaluation_data_of(data),
     )
-    return evaluator.evaluate(corruptions, trials, seed)
+    record = evaluator.evaluate(corruptions, trials, seed)
+    if needs_gradients and evaluated_data(trainer, for_gradients) is not data:
+        record = replace(record, notes=(*record.notes, _OTHER_DATA))
+    return record
 
 
 def _loss_of(trainer: Trainer) -> Any:
@@ -223,6 +234,7 @@ class RobustnessMixin(_Base):
         trials: int = DEFAULT_TRIALS,
         seed: int = 0,
         eval_dataset: Any = None,
+        gradient_dataset: Any = None,
         metric_key_prefix: str = "eval",
         target_modules: str | Collection[str] | None = None,
         metric_info: Mapping[str, MetricInfo] | None = None,
@@ -236,6 +248,8 @@ class RobustnessMixin(_Base):
             trials: Trials of each stochastic corruption. Default 3.
             seed: First seed.
             eval_dataset: As in `evaluate`. If it is a dictionary, each data set is evaluated separately.
+            gradient_dataset: Data for corruptions that need gradients, as in `measure_robustness`. By default, what is
+                evaluated.
             metric_key_prefix: As in `evaluate`.
             target_modules: Which modules are corrupted, as in `CorruptionEvaluator`. By default, all parameters that
                 can be trained, even if fewer are defended.
@@ -268,6 +282,7 @@ class RobustnessMixin(_Base):
                 trials=trials,
                 seed=seed,
                 eval_dataset=part,
+                gradient_dataset=gradient_dataset,
                 metric_key_prefix=prefix,
                 target_modules=target_modules,
                 metric_info=metric_info,

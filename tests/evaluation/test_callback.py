@@ -153,12 +153,14 @@ def test_its_settings_are_those_of_the_measurement(make, rows):
     trainer.compute_metrics = lambda prediction: {
         name: float(prediction.predictions.max()) for name in ("distance", "kernel_runtime")
     }
-    settings, measured = {"trials": 2, "seed": 5, "target_modules": ["classifier"]}, []
+    settings: dict = {"trials": 2, "seed": 5, "gradient_dataset": rows[6:], "target_modules": ["classifier"]}
+    corruptions = {**CORRUPTIONS, "worst": GradientCorruption(CorruptionConstraint(epsilon=0.1))}
+    measured: list = []
     trainer.robustness_was_measured = lambda *found: measured.append(found)
-    trainer.add_callback(RobustnessCallback(trainer, CORRUPTIONS, **settings))
+    trainer.add_callback(RobustnessCallback(trainer, corruptions, **settings))
     metrics = trainer.evaluate()
     record = measure_robustness(
-        trainer, list(CORRUPTIONS.values()), eval_dataset="first", metric_key_prefix="eval_first", **settings
+        trainer, list(corruptions.values()), eval_dataset="first", metric_key_prefix="eval_first", **settings
     )
     assert record.metric_info["distance"] == MetricInfo(False)
     ((prefix, found),) = measured

@@ -178,6 +178,51 @@ class TestNumbers:
             epsilon * norm, rel=0.02
         )
 
+    def test_gradients_of_other_data_than_what_is_evaluated(self, make, rows):
+        """Two data sets whose worst directions differ, against ten lines; the record says so, where it matters."""
+        trainer = make(RobustTrainer, eval_dataset=rows[:6])
+        worst = GradientCorruption(CorruptionConstraint(epsilon=0.3))
+
+        def along(data):
+            def change(model):
+                with torch.enable_grad():
+                    logits = model(torch.stack([row["input_ids"] for row in data])).logits
+                    labels = torch.tensor([row["labels"] for row in data])
+                    gradients = torch.autograd.grad(
+                        torch.nn.functional.cross_entropy(logits, labels), list(model.parameters())
+                    )
+                norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+                for weight, gradient in zip(model.parameters(), gradients, strict=True):
+                    weight += 0.3 * gradient / norm
+
+            return change
+
+        found = []
+        for other in (rows[6:], None, trainer.eval_dataset):
+            trainer.evaluate_robustness([worst, BITS], gradient_dataset=other)
+            record = trainer.robustness_records["eval"]
+            found.append([record.corruptions[0].mean(name) for name in ("accuracy", "loss")])
+            assert found[-1] == pytest.approx(by_hand(trainer.model, rows[:6], along(other or rows[:6])), rel=1e-3)
+            assert record.evaluated_on.rows == 6
+            assert any("other data" in note for note in record.notes) == (other is not None and other[0] is rows[6])
+        assert found[0][1] < found[1][1] == found[2][1]
+        trainer.evaluate_robustness([BITS], gradient_dataset=rows[6:])
+        assert not any("other data" in note for note in trainer.robustness_records["eval"].notes)
+
+    def test_what_is_evaluated_has_no_labels(self, make, rows):
+        """As in question answering, where a Trainer's own `evaluate` compares texts."""
+
+        class Comparing(RobustTrainer):
+            def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+                found = self.predict(eval_dataset or self.eval_dataset).predictions
+                return {f"{metric_key_prefix}_score": float(found.max()), f"{metric_key_prefix}_runtime": 1.0}
+
+        trainer = make(Comparing, eval_dataset=[{"input_ids": row["input_ids"]} for row in rows])
+        with pytest.raises(ValueError, match="with labels, as gradient_dataset="):
+            trainer.evaluate_robustness()
+        metrics = trainer.evaluate_robustness(gradient_dataset=rows)
+        assert len({metrics["eval_score"], metrics["eval_robustness_gradient_based_l2_epsilon_0.1_score"]}) == 2
+
     def test_the_record_says_on_how_many_rows_and_what_gradients_were_taken_on(self, make, rows):
         trainer = make(eval_dataset={"first": rows[:6], "last": rows[6:11]})
         for asked, count in (("first", 6), ("last", 5), (rows[:3], 3)):
@@ -369,6 +414,8 @@ class TestErrors:
             measure_robustness(trainer, [NOISE])
         record = measure_robustness(trainer, [NOISE], eval_dataset="last")
         assert record.evaluated_on.rows == len(rows) - 6
+        with pytest.raises(ValueError, match="gradient_dataset: expected one data set, got first, last"):
+            measure_robustness(trainer, [NOISE], eval_dataset="last", gradient_dataset=trainer.eval_dataset)
 
     def test_nothing_to_measure(self, make, rows):
         unlabelled = [{"input_ids": row["input_ids"]} for row in rows]
