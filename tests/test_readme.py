@@ -235,6 +235,43 @@ def test_the_command_of_the_first_page(tmp_path, monkeypatch, capsys):
     }
 
 
+SCRIPT = """
+from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser
+from transformers import Trainer, TrainingArguments
+
+class ComparingTrainer(Trainer):
+    def evaluate(self, *args, **kwargs):
+        return {"eval_score": float(self.predict(self.eval_dataset).predictions.max())}
+
+(arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(flags)
+rows = [{"input_ids": [i, 1 + i, 2], "labels": i % 2} for i in range(8)]
+torch.manual_seed(0)
+model = BertForSequenceClassification(BertConfig(**shape))
+trainer = ComparingTrainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+trainer.train()
+"""
+
+
+def test_the_two_imports_are_all_that_changes(tmp_path):
+    """A script that extends the Trainer's class and reads flags; ε = 1e-9 is the stock training."""
+    (lines,) = fences(PAGES[FIRST], "diff")
+    before, after = (re.search(rf"^{re.escape(sign)}(.*)$", lines, flags=re.MULTILINE)[1] for sign in "-+")
+    assert before in SCRIPT
+    flags = ["--output_dir", str(tmp_path), "--max_steps", "4", "--seed", "1", "--use_cpu", "--report_to", "none"]
+    flags += ["--optim", "sgd", "--learning_rate", "0.1", "--disable_tqdm", "true", "--save_strategy", "no"]
+
+    def weights(script, *more):
+        names = {"torch": torch, "shape": {**tiny.encoder(), **tiny.STILL}, "flags": [*flags, *more]}
+        exec(compile(script, FIRST, "exec", dont_inherit=True), names)
+        assert names["trainer"].evaluate()
+        return torch.cat([weight.detach().flatten() for weight in names["model"].parameters()])
+
+    stock = weights(SCRIPT)
+    swapped = SCRIPT.replace(before, after)
+    torch.testing.assert_close(weights(swapped, "--defense_epsilon", "1e-9"), stock, rtol=0, atol=1e-6)
+    assert not torch.allclose(weights(swapped, "--defense_epsilon", "1"), stock, atol=1e-3)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_name_scripts_that_exist(page):
     scripts = re.findall(r"\b(?:bash|python) ((?:scripts|examples)/[^\s`]+)", PAGES[page])
