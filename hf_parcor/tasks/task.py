@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -235,6 +236,9 @@ class Task(ABC):
     def prepare(self, processed: Processed) -> None:
         """Set model and tokenizer to what is asked for, before texts are encoded.
 
+        A tokenizer returns what the model takes, as a Trainer would leave it: that of a BERT with a BART, which many
+        Chinese models have, returns `token_type_ids`, and `generate` refuses them.
+
         Raises:
             InputError: Something is asked for that the task has no use for, or languages are missing where the model
                 has many.
@@ -246,6 +250,11 @@ class Task(ABC):
                     f"{entry.name}: expected none for {self.name}, which has no use for it, got {asked!r}; leave "
                     "it out"
                 )
+        model, tokenizer = processed.model, processed.processor
+        own = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
+        taken = inspect.signature(own.forward).parameters
+        if isinstance(tokenizer, transformers.PreTrainedTokenizerBase) and "input_ids" in taken:
+            tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in taken]
 
     def head_settings(self, parts: Sequence[tuple[Rows, Mapping[str, str]]]) -> dict[str, Any]:
         """Return what a model that is to be trained has to know of its head; by default nothing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from dataclasses import fields, replace
@@ -208,6 +209,26 @@ def test_what_begins_a_text_does_not_begin_every_row(tmp_path_factory, between, 
     text = begins + (" </s> ".join(SENTENCES) + " </s>" if between is None else between.join(SENTENCES))
     found = [WORDS[token] for window in windows for token in window["input_ids"]]
     assert found == [word if word in WORDS else "[UNK]" for word in text.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if "image" not in task.roles])
+def test_a_tokenizer_that_returns_more_than_the_model_takes(name, tmp_path):
+    """As that of a BERT with a BART or a T5, which many Chinese ones have; BERT itself does take all of it."""
+    task, (save, write, file) = TASKS[name], SAVED[name]
+    rows, folder = load_rows(write(tmp_path / file)), save(tmp_path / "model")
+    found = []
+    for more in ([], ["token_type_ids"]):
+        model, tokenizer = task.load_model(folder).eval(), task.load_processor(folder)
+        tokenizer.model_input_names = [*tokenizer.model_input_names, *more]
+        processed = Processed(model, tokenizer, Encoding())
+        task.prepare(processed)
+        examples = task.examples(rows, task.find_columns(rows, {}), processed)
+        taken = {*inspect.signature(model.forward).parameters}
+        assert {name for example in examples for name in example} <= taken
+        assert ("token_type_ids" in examples[0]) == bool(more and name.endswith("classification"))
+        found.append(task.metric(task.metrics[0], processed, task.batches(examples, processed, 4))(model))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 ASKED = {
