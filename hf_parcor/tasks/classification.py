@@ -214,7 +214,12 @@ class Classification(Task):
         return PredictionMetric(batches, library_score(name, self.metrics))
 
     @staticmethod
-    def _labels(rows: Rows, columns: Mapping[str, str], processed: Processed) -> list[Any]:
+    def _labels(rows: Rows, columns: Mapping[str, str], processed: Processed, *, of_words: bool = False) -> list[Any]:
+        """Return the number of each row's class, or of words a list of them.
+
+        Raises:
+            InputError: The model is no classifier, does not know a label, or a row has not one label.
+        """
         config = processed.model.config
         problem = getattr(config, "problem_type", None)
         if problem is None and len(config.label2id) == 1:  # as Transformers infers it
@@ -224,4 +229,11 @@ class Classification(Task):
                 f"model: expected a classifier of one class for each label, got one for {problem}; measure it from "
                 "Python: ClassificationMetric knows its scores"
             )
-        return class_numbers(rows, columns["label"], config.label2id)
+        labels = class_numbers(rows, columns["label"], config.label2id)
+        for row, label in enumerate(labels, start=1):
+            if not of_words and isinstance(label, list) and len(label) != 1:
+                raise InputError(
+                    f"{rows.source}: expected one label in each row, got {len(label)} in column {columns['label']!r}, "
+                    f"row {row}; name another column, or leave such rows out"
+                )
+        return labels

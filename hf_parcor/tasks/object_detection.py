@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -111,7 +111,7 @@ def _objects(rows: Rows, columns: Mapping[str, str]) -> Rows:
             "boxes": _part(rows, columns["boxes"], _BOXES, row, entry),
             "label": _part(rows, columns["label"], _CLASSES, row, entry),
         }
-        for row, entry in enumerate(_without_images(rows, columns), start=1)
+        for row, entry in enumerate(rows.parts(columns["boxes"], columns["label"]), start=1)
     ]
     for row, entry in enumerate(found, start=1):
         if len(entry["boxes"]) != len(entry["label"]):
@@ -123,14 +123,6 @@ def _objects(rows: Rows, columns: Mapping[str, str]) -> Rows:
     return replace(
         rows, entries=found, columns=("boxes", "label"), class_names={} if names is None else {"label": names}
     )
-
-
-def _without_images(rows: Rows, columns: Mapping[str, str]) -> Iterator[Mapping[str, Any]]:
-    """Return the rows; of a data set without the images, which would be opened."""
-    entries: Any = rows.entries
-    if hasattr(entries, "select_columns"):
-        entries = entries.select_columns(list(dict.fromkeys([columns["boxes"], columns["label"]])))
-    return iter(entries)
 
 
 def _part(rows: Rows, column: str, names: Sequence[str], row: int, entry: Mapping[str, Any]) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -90,13 +90,20 @@ class Rows:
         before = f"{self.data.split}, " if self.data.split else ""
         return self.part(of_both[0], f"{before}without {said}"), self.part(of_both[1], f"{before}held out: {said}")
 
+    def parts(self, *names: str) -> Iterator[Mapping[str, Any]]:
+        """Return the rows one by one; of a data set with these columns alone, since it would open the images too."""
+        entries: Any = self.entries
+        if hasattr(entries, "select_columns"):
+            entries = entries.select_columns(list(dict.fromkeys(names)))
+        return iter(entries)
+
     def column(self, name: str) -> list[Any]:
         """Return all values of a column.
 
         Raises:
             InputError: A row lacks it.
         """
-        values = [row.get(name) for row in self.entries]
+        values = [row.get(name) for row in self.parts(name)]
         if None in values:
             raise InputError(
                 f"{self.source}: expected a value of {name!r} in each row, got none in row {values.index(None) + 1}; "

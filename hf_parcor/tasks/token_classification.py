@@ -34,7 +34,7 @@ class TokenClassification(Classification):
 
     def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
         """Return tokens of each row, with the label of a word at its first token."""
-        labels = self._labels(rows, columns, processed)
+        labels = self._labels(rows, columns, processed, of_words=True)
         words = rows.column(columns["words"])
         for row, (of_words, of_labels) in enumerate(zip(words, labels, strict=True), start=1):
             if not isinstance(of_words, list) or not isinstance(of_labels, list) or len(of_words) != len(of_labels):

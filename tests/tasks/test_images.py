@@ -11,7 +11,7 @@ from for_each import for_each
 from PIL import Image
 
 from hf_parcor.errors import InputError
-from hf_parcor.tasks import ImageClassification, decoded_images, load_rows, read_images
+from hf_parcor.tasks import ImageClassification, Rows, decoded_images, load_rows, read_images
 
 NAMES = ("cat", "dog", "bird")
 
@@ -182,3 +182,12 @@ def test_an_image_file_that_does_not_decode_says_which_row(tmp_path):
     rows = load_rows(str(tmp_path / "rows.json"))
     with pytest.raises(InputError, match=r"expected an image.* in row 1, got '0.png'"):
         decoded_images(rows, {"image": "image", "label": "label"}, {"zero": 0})
+
+
+def test_labels_are_read_without_their_images(tmp_path):
+    """A data set opens the image of a row that is asked for as a whole."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    cells = {"image": [{"path": None, "bytes": b"no image"}] * 2, "label": [1, 0]}
+    found = datasets.Dataset.from_dict(cells, features=features)
+    assert Rows("rows", found, ("image", "label")).column("label") == [1, 0]

@@ -569,6 +569,23 @@ class TestMetricsOfTheLibrary:
             TASKS[task].metric(name, Processed(None, None), [{"labels": torch.zeros(1)}])
 
 
+@for_each("task", ["text-classification", "image-classification"])
+@for_each("second", [[0, 1], []])
+def test_a_row_with_other_than_one_label(task, second, tmp_path):
+    """As many labels as classes would be taken for a 0 or 1 for each of them."""
+    pytest.importorskip("PIL")
+    save, write, file = SAVED[task]
+    rows, folder = load_rows(write(tmp_path / file)), save(tmp_path / "model")
+    columns = TASKS[task].find_columns(rows, {})
+    processed = Processed(TASKS[task].load_model(folder), TASKS[task].load_processor(folder))
+    first, other, *_ = rows.entries
+    rows = replace(rows, entries=[{**first, "label": [1]}, {**other, "label": second}])
+    with pytest.raises(InputError, match=f"expected one label in each row, got {len(second)} in .*'label', row 2;"):
+        TASKS[task].examples(rows, columns, processed)
+    (example,) = TASKS[task].examples(rows.first(1), columns, processed)
+    assert example["labels"] == [1]
+
+
 @for_each(
     ("task", "metric", "found", "shown"),
     [
