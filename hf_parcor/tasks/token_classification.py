@@ -42,8 +42,12 @@ class TokenClassification(Classification):
                     f"{rows.source}: expected a list of words and one of as many labels in each row, got "
                     f"{of_words!r} and {of_labels!r} in row {row}; name other columns, or convert the data to JSON"
                 )
+        texts = [
+            [rows.text(word, columns["words"], row) for word in of_row] for row, of_row in enumerate(words, start=1)
+        ]
+        between = " " if _needs_space(processed.processor) else ""
         encoded = processed.processor(
-            [[rows.text(word, columns["words"], row) for word in of_row] for row, of_row in enumerate(words, start=1)],
+            [[*of_row[:1], *(between + word for word in of_row[1:])] for of_row in texts],
             is_split_into_words=True,
             truncation=True,
             max_length=processed.length(_MAX_LENGTH),
@@ -91,6 +95,19 @@ class TokenClassification(Classification):
     def collator(self, processed: Processed) -> Collator:
         """Return what pads tokens and labels to the longest of their batch."""
         return DataCollatorForTokenClassification(processed.processor)
+
+
+def _needs_space(tokenizer: Any) -> bool:
+    """Return whether a word is a part of the one before without a space, as to byte-level tokenizers such as GPT-2's.
+
+    They were trained on texts, and so were the models; Transformers 5 no longer says so of words. Where a tokenizer
+    puts the space before each word by itself (`add_prefix_space`), or has a token for it, words stay as they are.
+    """
+    apart, spaced = (
+        tokenizer(words, is_split_into_words=True, add_special_tokens=False)["input_ids"]
+        for words in (["a", "a"], ["a", " a"])
+    )
+    return len(apart) == len(spaced) and apart != spaced == tokenizer("a a", add_special_tokens=False)["input_ids"]
 
 
 def _tags(processed: Processed) -> list[str]:

@@ -520,6 +520,33 @@ class TestFirstTokens:
         assert example["input_ids"] == [1, 2, 2]
         assert example["labels"] == [1, -100, 0]
 
+    @for_each("kind", ["bytes", "bytes after a space", "subwords", "letters"])
+    def test_words_have_the_tokens_that_they_have_in_their_text(self, kind, tmp_path):
+        """Byte-level tokenizers, such as RoBERTa's, tell words from parts of words by the space before."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        raw = Tokenizer(models.BPE(unk_token="[UNK]"))
+        raw.pre_tokenizer, raw.decoder = {
+            "bytes": (pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()),
+            "bytes after a space": (pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()),
+            "subwords": (pre_tokenizers.Metaspace(), decoders.Metaspace()),
+            "letters": (pre_tokenizers.Whitespace(), decoders.BPEDecoder()),
+        }[kind]
+        special = ["[PAD]", "[UNK]"]
+        raw.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=40, special_tokens=special))
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]")
+        task = TASKS["token-classification"]
+        folder = save_bert(tmp_path, transformers.BertForTokenClassification, vocab_size=len(tokenizer))
+        rows = Rows(
+            "rows",
+            [{"tokens": text.split(), "tags": [0] * len(text.split())} for text in SENTENCES],
+            ("tokens", "tags"),
+        )
+        found = task.examples(rows, task.find_columns(rows, {}), Processed(task.load_model(folder), tokenizer))
+        for text, example in zip(SENTENCES, found, strict=True):
+            assert example["input_ids"] == tokenizer(text)["input_ids"]
+            assert example["labels"].count(0) == len(text.split())
+
     @pytest.mark.parametrize("words", [["good"], "good bad"])
     def test_words_without_labels(self, words, tmp_path):
         task = TASKS["token-classification"]
