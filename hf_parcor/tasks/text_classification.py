@@ -27,6 +27,11 @@ class TextClassification(Classification):
         "label": Role(("label", "labels", "class", "target")),
     }
 
+    def prepare(self, processed: Processed) -> None:
+        """Name the model the token of its padding: a decoder looks for the last token that is another."""
+        super().prepare(processed)
+        processed.model.config.get_text_config().pad_token_id = processed.processor.pad_token_id
+
     def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
         """Return tokens and label of each row."""
         labels = self._labels(rows, columns, processed)

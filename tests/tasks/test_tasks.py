@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import transformers
 from for_each import for_each
@@ -16,6 +17,7 @@ from local_models import (
     BERT,
     LABELS,
     MANY_LANGUAGES,
+    NAMED,
     SAVED,
     SENTENCES,
     WORDS,
@@ -594,6 +596,23 @@ class TestMetricsOfTheLibrary:
     def test_an_unknown_one(self, task, name, tmp_path):
         with pytest.raises(InputError, match=rf"expected one of {', '.join(TASKS[task].metrics)}.* got '{name}'"):
             TASKS[task].metric(name, Processed(None, None), [{"labels": torch.zeros(1)}])
+
+
+@for_each("padding", [None, 0, 5])
+def test_a_decoder_that_names_another_padding_than_its_tokenizer(padding, tmp_path):
+    """It looks for the last token that is none; of what others have saved, configurations often name none."""
+    rows = load_rows(SAVED["text-classification"][1](tmp_path / "rows.tsv"))
+    config = transformers.GPT2Config(**{**tiny.gpt2(len(WORDS)), "initializer_range": 0.5}, **NAMED)
+    model = transformers.GPT2ForSequenceClassification(config).eval()
+    config.pad_token_id = padding
+    save_tokenizer(tmp_path)
+    task = TASKS["text-classification"]
+    processed = Processed(model, task.load_processor(str(tmp_path)))
+    task.prepare(processed)
+    examples = task.examples(rows, task.find_columns(rows, {}), processed)
+    found = task.metric("accuracy", processed, task.batches(examples, processed, len(examples)))(model)
+    with torch.no_grad():
+        assert found == pytest.approx(of_sequences(model, processed.processor, rows.entries), rel=1e-5)
 
 
 @for_each("task", ["text-classification", "image-classification"])
