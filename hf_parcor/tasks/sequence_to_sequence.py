@@ -37,13 +37,12 @@ class SequenceToSequence(Task):
         sources = [processed.encoding.prefix + text for text in rows.texts(columns["source"])]
         targets = rows.texts(columns["target"])
         tokenizer = processed.processor
-        encoded = {
-            **tokenizer(sources, truncation=True, max_length=processed.length(_MAX_LENGTH)),
-            "labels": tokenizer(
-                text_target=targets, truncation=True, max_length=processed.length(_MAX_LENGTH, decoder=True)
-            )["input_ids"],
-        }
-        check_tokens(rows, columns["source"], encoded["input_ids"])
+        of_sources, of_targets = (processed.length(_MAX_LENGTH, decoder=decoder) for decoder in (False, True))
+        inputs = tokenizer(sources, truncation=True, max_length=of_sources)
+        labels = tokenizer(text_target=targets, truncation=True, max_length=of_targets)
+        check_tokens(rows, columns["source"], inputs, of_sources)
+        check_tokens(rows, columns["target"], labels, of_targets, of_inputs=False)
+        encoded = {**inputs, "labels": labels["input_ids"]}
         return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
     def collator(self, processed: Processed) -> Collator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -18,6 +19,8 @@ from hf_parcor.evaluation import BatchMetric, LmEvalMetric
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.sequence_length import fitting_length
 from hf_parcor.tasks.rows import Rows, find_column
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -316,13 +319,26 @@ class _InOrder:
         return self.examples[self.order[index]]
 
 
-def check_tokens(rows: Rows, column: str, encoded: Sequence[Sequence[int]]) -> None:
-    """Refuse texts without a token: there is nothing to compute on but the padding of their batch.
+def check_tokens(rows: Rows, column: str, encoded: Any, length: int, *, of_inputs: bool = True) -> None:
+    """Refuse texts without a token, and say how many were cut.
+
+    Args:
+        rows: The data.
+        column: Where the texts are.
+        encoded: What the tokenizer returned.
+        length: How many tokens a text may have.
+        of_inputs: Whether they are the model's inputs: it would have nothing to compute on but padding.
 
     Raises:
-        InputError: There is one.
+        InputError: There is a text without a token.
     """
-    for row, tokens in enumerate(encoded, start=1):
+    cut = sum(bool(text.overflowing) for text in encoded.encodings or ())
+    if cut:
+        logger.warning(
+            f"{rows.source}: {cut:,} of {len(encoded.encodings):,} texts of column {column!r} have more than "
+            f"{length:,} tokens and are cut; another max_length cuts others."
+        )
+    for row, tokens in enumerate(encoded["input_ids"] if of_inputs else (), start=1):
         if not tokens:
             raise InputError(
                 f"{rows.source}: expected a token or more in each text of column {column!r}, got none in row {row}; "

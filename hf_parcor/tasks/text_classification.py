@@ -39,8 +39,9 @@ class TextClassification(Classification):
         pairs = [texts]
         if "second_text" in columns:
             pairs.append(rows.texts(columns["second_text"]))
-        encoded = processed.processor(*pairs, truncation=True, max_length=processed.length(_MAX_LENGTH))
-        check_tokens(rows, columns["text"], encoded["input_ids"])
+        length = processed.length(_MAX_LENGTH)
+        encoded = processed.processor(*pairs, truncation=True, max_length=length)
+        check_tokens(rows, columns["text"], encoded, length)
         names = list(encoded)
         return [
             {**dict(zip(names, values, strict=True)), "labels": label}

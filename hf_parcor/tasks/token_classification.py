@@ -45,14 +45,15 @@ class TokenClassification(Classification):
         texts = [
             [rows.text(word, columns["words"], row) for word in of_row] for row, of_row in enumerate(words, start=1)
         ]
+        length = processed.length(_MAX_LENGTH)
         between = " " if _needs_space(processed.processor) else ""
         encoded = processed.processor(
             [[*of_row[:1], *(between + word for word in of_row[1:])] for of_row in texts],
             is_split_into_words=True,
             truncation=True,
-            max_length=processed.length(_MAX_LENGTH),
+            max_length=length,
         )
-        check_tokens(rows, columns["words"], encoded["input_ids"])
+        check_tokens(rows, columns["words"], encoded, length)
         return [
             {
                 **{name: values[index] for name, values in encoded.items()},

@@ -157,19 +157,24 @@ def test_the_metric_is_that_of_a_loop_over_rows(name, tmp_path):
     assert task.shown(task.metrics[0], found) == task.metrics[0]
 
 
-@for_each("name", ["text-classification", "token-classification", "summarization"])
-def test_long_texts_are_cut_to_what_the_model_takes(name, tmp_path_factory):
+@for_each("name", ["text-classification", "token-classification", "summarization", "translation"])
+def test_long_texts_are_cut_to_what_the_model_takes(name, tmp_path_factory, caplog):
     folder = tmp_path_factory.mktemp("long")
-    task, length = TASKS[name], 4
+    task, length = TASKS[name], 2
     save_model, write_data, file = SAVED[name]
     rows, model_folder = load_rows(write_data(folder / file)), save_model(folder / "model")
     processed = Processed(
         task.load_model(model_folder), task.load_processor(model_folder), Encoding(max_length=length)
     )
-    cut, whole = (
-        task.examples(rows, task.find_columns(rows, {}), replace(processed, encoding=Encoding(max_length=most)))
-        for most in (length, None)
-    )
+    columns = task.find_columns(rows, {})
+    whole = task.examples(rows, columns, replace(processed, encoding=Encoding()))
+    assert not caplog.records
+    cut = task.examples(rows, columns, processed)
+    said = caplog.text
+    for role in columns.keys() - {"label"}:
+        count = sum(len(one["labels" if role == "target" else "input_ids"]) > length for one in whole)
+        told = f"{count} of {len(whole)} texts of column {columns[role]!r} have more than {length} tokens and are cut"
+        assert (told in said) == (count > 0), said
     for one, other in zip(cut, whole, strict=True):
         for key in one.keys() & {"input_ids", "labels"}:
             if isinstance(other[key], list):
