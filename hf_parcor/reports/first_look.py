@@ -14,7 +14,7 @@ from hf_parcor.reports.content import answer_as_markdown, tables_as_markdown
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.recipe import short_formats
 from hf_parcor.reports.tables import Table, short_names
-from hf_parcor.reports.verdict import NEGLIGIBLE, Finding, one_row, remedy
+from hf_parcor.reports.verdict import NEGLIGIBLE, Finding, nothing_to_lose, one_row, remedy
 
 
 class FirstLookContent(NamedTuple):
@@ -64,7 +64,7 @@ class _Told:
 
     def is_negligible(self, cell: FormatScore) -> bool:
         """Return whether the metric is worse by less than a hundredth of its clean value."""
-        return _finite(self.drop(cell, self.metric)) < NEGLIGIBLE * abs(self.clean)
+        return _finite(self.drop(cell, self.metric)) <= NEGLIGIBLE * abs(self.clean)
 
 
 def _finite(drop: float) -> float:
@@ -92,7 +92,10 @@ def _findings(told: _Told) -> Iterator[Finding]:
     name, metric, count = told.names[weakest.group], told.metric, len(told.scores.groups)
     clean = told.numbers.with_unit(told.clean)
     worth = f" {one_row([told.scores], metric, told.numbers)}".rstrip()
-    if told.is_negligible(weakest):
+    nothing = nothing_to_lose(metric, told.scores.info(metric), [told.clean])
+    if nothing:
+        yield Finding(nothing)
+    elif told.is_negligible(weakest):
         worst = max(told.measured, key=lambda cell: _finite(told.drop(cell, metric)))
         with_worst = "none of them makes it worse at all"
         if _finite(told.drop(worst, metric)) > 0:
@@ -132,7 +135,7 @@ def _what_was_rounded(told: _Told) -> str:
     (described,) = told.scores.formats.values()
     settings = described.get("settings")
     per = settings.get("per", "tensor") if isinstance(settings, Mapping) else "tensor"
-    scales = {"tensor": "one scale for each tensor", "channel": "a scale for each output channel"}
+    scales = {"tensor": "one scale for each tensor", "channel": "a scale for each channel"}
     counted = [f"{within} of {of} {kind}" for kind, (within, of) in told.scores.kinds.items()]
     modules = f", in these modules: {', '.join(counted)}" if counted else ""
     parameters = sum(group.parameters for group in told.scores.groups.values())

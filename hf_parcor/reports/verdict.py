@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from hf_parcor.records.curves import Series
 from hf_parcor.records.evaluation import EvaluationRecord
-from hf_parcor.records.metric_info import POINTS, SHARE
+from hf_parcor.records.metric_info import POINTS, SHARE, MetricInfo
 from hf_parcor.records.sensitivity import SensitivityRecord
 from hf_parcor.reports.numbers import Numbers, probability, times
 from hf_parcor.reports.study import Curve, Point, Study, common_strengths
@@ -191,14 +191,22 @@ def _worst_of_all(study: Study, numbers: Numbers) -> list[Finding]:
     ]
 
 
-def _nothing_to_lose(study: Study, curves: Mapping[str, Curve]) -> str:
-    """Return why these curves say nothing, or ""."""
-    clean = [curve.clean.mean for curve in curves.values()]
+def nothing_to_lose(metric: str, info: MetricInfo, clean: Sequence[float]) -> str:
+    """Return why nothing can be said of a metric with these values without corruption, or "".
+
+    Examples:
+        >>> nothing_to_lose("bleu", MetricInfo(True, "points"), [0.0])
+        'bleu is not above 0 without corruption: there is nothing to lose.'
+    """
     if not all(map(math.isfinite, clean)):
-        return f"{study.metric} is not a finite number without corruption, so a drop cannot be told."
-    if study.greater_is_better and study.info.unit in (SHARE, POINTS) and min(clean) <= 0:  # others go below 0
-        return f"{study.metric} is not above 0 without corruption: there is nothing to lose."
+        return f"{metric} is not a finite number without corruption, so a drop cannot be told."
+    if info.greater_is_better and info.unit in (SHARE, POINTS) and min(clean) <= 0:  # others go below 0
+        return f"{metric} is not above 0 without corruption: there is nothing to lose."
     return ""
+
+
+def _nothing_to_lose(study: Study, curves: Mapping[str, Curve]) -> str:
+    return nothing_to_lose(study.metric, study.info, [curve.clean.mean for curve in curves.values()])
 
 
 def _of_one_group(study: Study, numbers: Numbers, curves: Mapping[str, Curve]) -> Finding:

@@ -67,6 +67,14 @@ def record(values, metric="loss", clean=2.0, divergence=None, **settings) -> Sen
             ["One of 40 rows is 2.5 points."],
             [],
         ),
+        (
+            [0.0, 0.0],
+            {"metric": "accuracy", "clean": 0.0},
+            ["accuracy is not above 0 without", "nothing to lose"],
+            ["weakest", "target_modules", "No part"],
+        ),
+        ([0.0, 0.0], {"clean": 0.0}, ["No part alone is weak", "none of them makes it worse at all"], ["weakest"]),
+        ([0.5, 0.0], {"clean": 0.0}, ["layers.0 is the weakest of 2", "no other that was measured"], ["No part"]),
         ([3.0, 2.5], {"evaluated_on": EvaluationData("dev", rows=40)}, [], ["One of 40 rows"]),
         ([3.0], {}, ["layers.0 is the weakest of 1", "CorruptionRisk(Quantization(bits=4))"], ["the next"]),
         ([3.0], {}, ["target_modules=['layers.0']"], []),
@@ -135,9 +143,9 @@ def test_what_is_no_first_look(changed):
     "one, scale",
     [
         (Quantization(4), "each tensor"),
-        (Quantization(4, "channel", code_range="full"), "each output channel"),
+        (Quantization(4, "channel", code_range="full"), "each channel"),
         (Quantization(4, 4), "each 4 weights"),
-        (FloatQuantization("fp8_e4m3", "channel"), "each output channel"),
+        (FloatQuantization("fp8_e4m3", "channel"), "each channel"),
     ],
 )
 @for_each("groups, embeddings", [("layers", 0), (None, 0), ("kinds", 3)])
