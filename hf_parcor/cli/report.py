@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from hf_parcor.cli.parsing import Command, Parser, add_meaning
-from hf_parcor.cli.terminal import PROBE, ROBUSTNESS, refused, show_verdict, tell, write_report, writing
+from hf_parcor.cli.terminal import PAGES, PROBE, ROBUSTNESS, refused, show_verdict, tell, write_report, writing
 from hf_parcor.defense_file import DEFENSE_CONFIG_NAME, defense_beside, differences, has_run
 from hf_parcor.errors import InputError
 from hf_parcor.records import EvaluationRecord, SweepRecord
 from hf_parcor.reports import RobustnessReport
 from hf_parcor.reports.tables import comparison_table
 
-_FORMATS = (".html", ".md")
 _OF_A_MODEL = ("config.json", "adapter_config.json", DEFENSE_CONFIG_NAME)
 Records: TypeAlias = list[EvaluationRecord] | list[SweepRecord]
 
@@ -86,8 +85,8 @@ def checked_pages(arguments: argparse.Namespace) -> list[Path]:
     """
     pages = [Path(name) for name in arguments.pages]
     for page in pages:
-        if page.suffix not in _FORMATS:
-            raise InputError(f"--pages: expected files that end in {' or '.join(_FORMATS)}, got {page}; rename it")
+        if page.suffix not in PAGES:
+            raise InputError(f"--pages: expected files that end in {' or '.join(PAGES)}, got {page}; rename it")
     return pages
 
 

@@ -15,6 +15,7 @@ from hf_parcor.reports.tables import comparison_table, group_table
 
 PROBE = "probe.json"
 ROBUSTNESS = "robustness.json"
+PAGES = (".html", ".md")
 
 
 def speaks() -> bool:
@@ -144,12 +145,21 @@ def keep(
     """
     with writing():
         if path.is_file() and path.read_bytes() != record.to_json().encode():
-            before = path.with_suffix(f".before{path.suffix}")
-            path.replace(before)
-            tell(f"{path} was another record; it is {before} now")
+            set_aside(path)
         record.save(path)
-        pages = write_report(report, [path.with_suffix(suffix) for suffix in (".html", ".md")])
+        pages = write_report(report, [path.with_suffix(suffix) for suffix in PAGES])
     tell(f"the record is in {path}, its pages are {' and '.join(map(str, pages))}")
+
+
+def set_aside(path: Path) -> None:
+    """Move a record aside that is there, such as that of other weights, and its pages."""
+    if not path.is_file():
+        return
+    before = path.with_suffix(f".before{path.suffix}")
+    for suffix in (path.suffix, *PAGES):
+        if path.with_suffix(suffix).is_file():
+            path.with_suffix(suffix).replace(before.with_suffix(suffix))
+    tell(f"{path} was another record; it is {before} now")
 
 
 def table_of(record: EvaluationRecord | SweepRecord, metric: str) -> str:

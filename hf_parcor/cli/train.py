@@ -24,7 +24,17 @@ from hf_parcor.cli.parsing import (
     share,
 )
 from hf_parcor.cli.sources import check_sources, read_data, rows_of
-from hf_parcor.cli.terminal import ROBUSTNESS, check_output_folder, going_on, refused, show, table_of, tell
+from hf_parcor.cli.terminal import (
+    PROBE,
+    ROBUSTNESS,
+    check_output_folder,
+    going_on,
+    refused,
+    set_aside,
+    show,
+    table_of,
+    tell,
+)
 from hf_parcor.errors import InputError, one_line
 from hf_parcor.hub_data import failures_of_hub
 
@@ -338,6 +348,9 @@ def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingA
     trainer.add_callback(begun)
     with _beginning(lambda: begun.yet):
         metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training)).metrics
+    if trainer.is_world_process_zero():
+        for name in (ROBUSTNESS, PROBE):  # of the weights that are replaced now
+            set_aside(Path(str(training.output_dir)) / name)
     save_training(trainer, metrics)
 
 

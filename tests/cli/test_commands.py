@@ -765,6 +765,25 @@ class TestTrain:
         assert "loss_corrupted" in result.err
         assert "loss_corrupted" in Path("out/trainer_state.json").read_text()
 
+    @for_each("measured", [True, False])
+    def test_records_of_the_weights_before_are_no_records_of_those_that_were_trained(
+        self, run, classifier_folder, sentences, measured
+    ):
+        """They lie where the new model goes: a card would say what another model lost."""
+        again = "--corruptions gaussian=0.1" if measured else "--skip-corruptions"
+        corrupted = "--corruptions gaussian=0.1 --trials 1 --quiet"
+        for command in ("evaluate", "probe"):
+            flags = f"--dataset {sentences} --output-dir out {corrupted}"
+            assert run(f"{command} {classifier_folder} {flags}").code == 0
+        old = [Path("out", name).read_bytes() for name in ("robustness.json", "probe.json")]
+        assert (
+            self.train(run, classifier_folder, "--dataset", sentences, "--output-dir", "out", *again.split()).code == 0
+        )
+        assert [Path("out", name).read_bytes() for name in ("robustness.before.json", "probe.before.json")] == old
+        assert Path("out/robustness.json").exists() == measured
+        assert not Path("out/probe.json").exists()
+        assert run("card out --dry-run").code == (0 if measured else 2)
+
     def train(self, run, *words):
         usual = "--use-cpu --save-strategy no --report-to none --max-steps 1 --disable-tqdm 1 --defense none"
         return run("train", *words, *usual.split(), "--trials", 1)
