@@ -73,6 +73,22 @@ class ObjectDetection(Task):
         """Return what makes pixels and targets of images and their boxes, by the model's image processor."""
         return DetectionCollator(processed.processor, processed.model)
 
+    def batches(self, examples: Sequence[Example], processed: Processed, size: int) -> DataLoader[Any]:
+        """Return batches; where images are padded, of images of one size.
+
+        Processors of DETR and its like make boxes shares of the padded image, and the models find shares of their own.
+        """
+        if not getattr(processed.processor, "do_pad", True):
+            return super().batches(examples, processed, size)
+        images: Any = examples
+        of_sizes: dict[tuple[int, int], list[int]] = {}
+        for index in range(len(images)):
+            of_sizes.setdefault(images.size(index), []).append(index)
+        chosen = [
+            of_size[start : start + size] for of_size in of_sizes.values() for start in range(0, len(of_size), size)
+        ]
+        return DataLoader(images, batch_sampler=chosen, collate_fn=self.collator(processed))
+
     def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
         """Return average precision, recall and loss."""
         if name not in self.metrics:
@@ -173,6 +189,10 @@ class AnnotatedImages:
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return width and height of an image."""
+        return self.rows.image_size(self.column, index)
 
     def __getitem__(self, index: int) -> Example:
         image = self.rows.image(self.column, index)

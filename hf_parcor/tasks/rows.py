@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,20 @@ class Rows:
         Raises:
             InputError: It cannot be read.
         """
+        with self._opened(column, index) as image:
+            return image.convert("RGB")
+
+    def image_size(self, column: str, index: int) -> tuple[int, int]:
+        """Return width and height of an image of a row, as `image` finds it; its pixels are not decoded.
+
+        Raises:
+            InputError: As for `image`.
+        """
+        with self._opened(column, index) as image:
+            return int(image.width), int(image.height)
+
+    @contextmanager
+    def _opened(self, column: str, index: int) -> Iterator[Any]:
         from PIL import Image
 
         image = self.entries[index][column]
@@ -159,8 +174,9 @@ class Rows:
                 image = Path(self.source).parent / str(image)
             if isinstance(image, (Path, io.BytesIO)):
                 with Image.open(image) as opened:
-                    return opened.convert("RGB")
-            return image.convert("RGB")
+                    yield opened
+            else:
+                yield image
         except (OSError, AttributeError, ValueError, SyntaxError) as error:  # the last is what PIL raises of a PNG
             shown = repr(image.name) if isinstance(image, Path) else type(image).__name__
             raise InputError(

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from for_each import for_each
 from local_models import SAVED, write_images
 from torch.utils.data import DataLoader
@@ -86,6 +88,36 @@ def test_a_data_set_of_the_hub(folder):
 def test_an_image_without_boxes(folder):
     (example,) = examples_of(rows_of(folder, {"objects": {"bbox": [], "category": []}}))
     assert example["annotations"] == []
+
+
+@for_each("kind", ["YolosImageProcessor", "DetrImageProcessor", "RTDetrImageProcessor"])
+@for_each("size", [1, 4])
+def test_the_true_boxes_are_those_of_the_data_whatever_shares_a_batch(kind, size, tmp_path):
+    """Processors that pad images make boxes shares of what is padded, and a model's are shares of its image."""
+    from PIL import Image
+
+    boxes = [[[2, 3, 10, 8], [0, 0, 4, 20]], [[5, 20, 10, 15]], [], [[20, 5, 20, 10]], [[0, 0, 30, 30]]]
+    for place, shape in enumerate([(40, 20), (20, 40), (40, 20), (40, 20), (30, 30)]):
+        Image.new("RGB", shape).save(tmp_path / f"{place}.png")
+    entries = [
+        {"image": f"{place}.png", "bbox": of_image, "label": [0] * len(of_image)}
+        for place, of_image in enumerate(boxes)
+    ]
+    examples = examples_of(Rows(str(tmp_path / "rows.jsonl"), entries, ("image", "bbox", "label")))
+    shape = {"size": {"shortest_edge": 32, "longest_edge": 64}} if kind[0] in "YD" else {}
+    model = SimpleNamespace(forward=lambda pixel_values: None)
+    processed = Processed(model, getattr(transformers, kind)(**shape))
+    found = {}
+    for batch in TASK.batches(examples, processed, size):
+        assert len(batch["labels"]) == len(batch["pixel_values"]) <= size
+        for target in batch["labels"]:
+            height, width = target["orig_size"].tolist()
+            pixels = target["boxes"].double() * torch.tensor([width, height, width, height])
+            pixels[:, :2] -= pixels[:, 2:] / 2
+            found[int(target["image_id"])] = pixels.tolist()
+    assert [found[place] for place in range(len(boxes))] == [
+        [pytest.approx(box, abs=1e-4) for box in of_image] for of_image in boxes
+    ]
 
 
 def test_data_without_any_box_are_not_measured_on(folder):
