@@ -132,13 +132,15 @@ class DetectionTrainer(ParameterDefenseTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Return average precision and loss; no predictions."""
-        self.callback_handler.eval_dataloader = dataloader  # as in the stock loop: callbacks measure on the same data
         model: Any = self.model
         model.eval()
-        metric = detection_metric(self.processing_class, dataloader)
+        images: Any = dataloader.dataset
+        processed, workers = Processed(model, self.processing_class), self.args.dataloader_num_workers
+        batches = TASK.batches(images, processed, self.args.eval_batch_size, workers)
+        self.callback_handler.eval_dataloader = batches  # as in the stock loop: callbacks measure on the same data
+        metric = detection_metric(self.processing_class, batches)
         found = measure(model, metric, MeasuringProcesses.launched())  # each image once
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        images: Any = dataloader.dataset
         return EvalLoopOutput(None, None, metrics, len(images))  # type: ignore[arg-type]
 
 
@@ -211,12 +213,8 @@ def main() -> None:
     collator = TASK.collator(processed)
     metric = None
     if eval_examples is not None:  # before minutes of training, since it may lack a library
-        batches = DataLoader(
-            eval_examples,
-            batch_size=training.eval_batch_size,
-            collate_fn=collator,
-            num_workers=training.dataloader_num_workers,
-        )
+        workers = training.dataloader_num_workers
+        batches = TASK.batches(eval_examples, processed, training.eval_batch_size, workers)
         metric = detection_metric(processor, batches)
     trainer = DetectionTrainer(
         model=model,

@@ -73,13 +73,15 @@ class ObjectDetection(Task):
         """Return what makes pixels and targets of images and their boxes, by the model's image processor."""
         return DetectionCollator(processed.processor, processed.model)
 
-    def batches(self, examples: Sequence[Example], processed: Processed, size: int) -> DataLoader[Any]:
+    def batches(
+        self, examples: Sequence[Example], processed: Processed, size: int, workers: int = 0
+    ) -> DataLoader[Any]:
         """Return batches; where images are padded, of images of one size.
 
         Processors of DETR and its like make boxes shares of the padded image, and the models find shares of their own.
         """
         if not getattr(processed.processor, "do_pad", True):
-            return super().batches(examples, processed, size)
+            return super().batches(examples, processed, size, workers)
         images: Any = examples
         of_sizes: dict[tuple[int, int], list[int]] = {}
         for index in range(len(images)):
@@ -87,7 +89,7 @@ class ObjectDetection(Task):
         chosen = [
             of_size[start : start + size] for of_size in of_sizes.values() for start in range(0, len(of_size), size)
         ]
-        return DataLoader(images, batch_sampler=chosen, collate_fn=self.collator(processed))
+        return DataLoader(images, batch_sampler=chosen, collate_fn=self.collator(processed), num_workers=workers)
 
     def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
         """Return average precision, recall and loss."""

@@ -298,13 +298,22 @@ class Task(ABC):
         """Return which of the numbers that a metric found is to be reported."""
         return metric if metric in found else next(iter(found))
 
-    def batches(self, examples: Sequence[Example], processed: Processed, size: int) -> DataLoader[Any]:
-        """Return batches; texts of like length share one, for less padding."""
+    def batches(
+        self, examples: Sequence[Example], processed: Processed, size: int, workers: int = 0
+    ) -> DataLoader[Any]:
+        """Return batches; texts of like length share one, for less padding.
+
+        Args:
+            examples: What `examples` returned.
+            processed: The model.
+            size: The most examples of a batch.
+            workers: How many processes make batches; 0 for this one.
+        """
         ordered: Any = examples
         if "input_ids" in examples[0]:
             order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
             ordered = _InOrder(examples, order)
-        return DataLoader(ordered, batch_size=size, collate_fn=self.collator(processed))
+        return DataLoader(ordered, batch_size=size, collate_fn=self.collator(processed), num_workers=workers)
 
 
 @dataclass(frozen=True)
