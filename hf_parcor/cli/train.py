@@ -157,6 +157,7 @@ class Train(Command):
             set_seed(training.seed)
             train_rows, rows, given = _training_and_validation(arguments)
             task, columns = find_task(arguments, train_rows.first(arguments.train_limit), given)
+            training.remove_unused_columns = training.remove_unused_columns and task.examples_are_inputs
             measured_columns = task.find_columns(rows, given)
             model = _model(task, arguments, [(train_rows, columns), (rows, measured_columns)])
             train_rows, rows = train_rows.first(arguments.train_limit), rows.first(arguments.limit)

@@ -43,6 +43,7 @@ class ObjectDetection(Task):
     }
     metrics = ("map", "map_50", "map_75", "mar_100", "loss")
     takes = frozenset({"box_format"})
+    examples_are_inputs = False
 
     def load_processor(self, name: str, **settings: Any) -> Any:
         """Return the model's image processor."""

@@ -161,6 +161,7 @@ class Task(ABC):
         metrics: The names of the metrics that it knows itself, the usual one first.
         pads: Whether its batches are padded with a token of the tokenizer.
         takes: The fields of `Encoding` that it reads; others are refused.
+        examples_are_inputs: Whether examples have what the model takes, by name: a Trainer may leave out what it does not.
     """
 
     name: ClassVar[str]
@@ -170,6 +171,7 @@ class Task(ABC):
     metrics: ClassVar[tuple[str, ...]]
     pads: ClassVar[bool] = True
     takes: ClassVar[frozenset[str]] = frozenset()
+    examples_are_inputs: ClassVar[bool] = True
 
     def has_head(self, architectures: Sequence[str]) -> bool:
         """Return whether a model of these architectures has the task's head."""
