@@ -161,7 +161,7 @@ class Task(ABC):
         metrics: The names of the metrics that it knows itself, the usual one first.
         pads: Whether its batches are padded with a token of the tokenizer.
         takes: The fields of `Encoding` that it reads; others are refused.
-        examples_are_inputs: Whether examples have what the model takes, by name: a Trainer may leave out what it does not.
+        examples_are_inputs: Whether examples have what the model takes, by name: a Trainer drops all else.
     """
 
     name: ClassVar[str]
