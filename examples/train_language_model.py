@@ -64,7 +64,7 @@ from hf_parcor.hub_data import load_hub_data
 from hf_parcor.programs import measure_and_save, read_arguments, train_and_save
 from hf_parcor.records.metric_info import MetricInfo
 from hf_parcor.sequence_length import fitting_length
-from hf_parcor.tasks import read_file
+from hf_parcor.tasks import Rows, read_file
 from hf_parcor.training import checkpoint_to_resume
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def load_lines(data: DataArguments, splits: Iterable[str], cache_dir: str | None
             raise ValueError(
                 f"{split}: expected a column {column!r}, got {', '.join(rows[0])}; name it with --text_column_name"
             )
-        lines[split] = [str(row[column]) for row in rows]
+        lines[split] = Rows(split, rows, (column,)).texts(column)
     return lines
 
 

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 WEIGHTS = "model.safetensors"
-_FOR_GOING_ON = re.compile(r"(optimizer|scheduler|scaler|rng_state|trainer_state|training_args|pytorch_model).*")
+_FOR_GOING_ON = r"optimizer|scheduler|scaler|rng_state|trainer_state|training_args|pytorch_model"
+_MEASURED = r"robustness|probe|quick|recipe|sensitivity|README"  # of the weights of one checkpoint
+_OF_ONE = re.compile(rf"({_FOR_GOING_ON}|{_MEASURED}).*")
 
 
 def last_checkpoints(folder: str | Path, count: int) -> list[Path]:
@@ -69,6 +71,8 @@ def average_weights(checkpoints: Sequence[str | Path]) -> dict[str, Tensor]:
 def average_checkpoints(checkpoints: Sequence[str | Path], output: str | Path) -> Path:
     """Write the mean of checkpoints as a model folder, with configuration and tokenizer of the last one.
 
+    What was measured of the last one, and its card, are not of the mean, and are left behind.
+
     Args:
         checkpoints: Folders with a `model.safetensors` each.
         output: The folder to write.
@@ -86,7 +90,7 @@ def average_checkpoints(checkpoints: Sequence[str | Path], output: str | Path) -
     weights = average_weights(checkpoints)
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(Path(checkpoints[-1]).iterdir()):
-        if path.name != WEIGHTS and path.is_file() and not _FOR_GOING_ON.fullmatch(path.name):
+        if path.name != WEIGHTS and path.is_file() and not _OF_ONE.fullmatch(path.name):
             shutil.copy2(path, folder / path.name)
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS, {"format": "pt"})
     return folder

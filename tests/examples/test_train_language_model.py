@@ -219,11 +219,13 @@ def test_gradients_are_those_of_the_carried_state():
         ({"config_overrides": "weight_drop=1.0"}, "weight_drop: expected a rate"),
         ({"model_name_or_path": "saved"}, "expected a new model"),
         ({"train_file": "empty.txt"}, "expected lines with words"),
+        ({"train_file": "null.jsonl"}, "expected a value of 'text' in each row, got none in row 2"),
         (WATCHED, "expected evaluations in training"),
     ],
 )
 def test_bad_input(settings, tmp_path, monkeypatch, change, says):
     (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "null.jsonl").write_text('{"text": "a film"}\n{"text": null}\n')
     save_gpt2(tmp_path / "saved")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=says):

@@ -31,6 +31,8 @@ def checkpoints(tiny_model, tokenizer, tmp_path):
         tokenizer.save_pretrained(folder)
         for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "trainer_state.json", "training_args.bin"):
             (folder / name).write_bytes(b"of the run")
+        for name in ("robustness.json", "robustness_facts.json", "probe.html", "README.md"):
+            (folder / name).write_bytes(b"what these weights alone were measured to lose")
         folders.append(folder)
     (tmp_path / "run" / "checkpoint-best").mkdir()
     return folders
