@@ -320,7 +320,11 @@ def _model(task: Task, arguments: argparse.Namespace, parts: Sequence[tuple[Rows
     origin = origin_of(arguments)
     has_head = task.has_head(architectures_of(arguments.model, **origin))
     settings = {} if has_head else task.head_settings(parts)
-    return task.load_model(arguments.model, **origin, **settings)
+    model = task.load_model(arguments.model, **origin, **settings)
+    if hasattr(model, "peft_config"):
+        with refused(ValueError):  # of a version of PEFT that Transformers would refuse when the adapter is saved
+            model.active_adapters()
+    return model
 
 
 def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingArguments) -> None:

@@ -323,9 +323,13 @@ def _generation(model: nn.Module) -> Any:
 
 
 def _adapters(model: nn.Module) -> Any:
-    """Return which adapters are active: the weights of all are there whichever is."""
-    active: Any = getattr(model, "active_adapters", None) if hasattr(model, "peft_config") else None
-    return _described(active() if callable(active) else active)
+    """Return which adapters are active: the weights of all are there whichever is.
+
+    Those of the layers: Transformers' model says it by a method, which refuses versions of PEFT.
+    """
+    adapted = model.modules() if hasattr(model, "peft_config") else ()
+    said = (getattr(module, "active_adapters", None) for module in adapted)
+    return _described(next((one for one in said if one is not None and not callable(one)), None))
 
 
 def _precision(model: nn.Module) -> dict[str, str]:

@@ -304,8 +304,9 @@ class TestProbe:
         save_tokenizer(tmp_path / "adapter")
         result = run(
             *("probe", tmp_path / "adapter", "--dataset", sentences, "--group", "adapters", "--json"),
-            *("--corruptions", "gaussian=1", "--trials", 1),
+            *("--corruptions", "gaussian=1", "--trials", 1, "--output-dir", "out"),
         )
+        assert result.code == 0, result.err
         (record,) = SweepRecord.from_json(result.out).records.items()
         assert (record[0], record[1].model) == ("default", f"{tmp_path.name}/adapter"), "it is not its base"
 
@@ -783,6 +784,15 @@ class TestTrain:
         assert Path("out/robustness.json").exists() == measured
         assert not Path("out/probe.json").exists()
         assert run("card out --dry-run").code == (0 if measured else 2)
+
+    @pytest.mark.filterwarnings("ignore::FutureWarning:peft")
+    def test_an_adapter_that_could_not_be_saved_is_not_trained(self, run, classifier_folder, sentences):
+        """Transformers saves adapters of some versions of PEFT alone, and loads those of others too."""
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+        peft.get_peft_model(model_of(classifier_folder), config).save_pretrained("adapter")
+        result = self.train(run, "adapter", "--dataset", sentences, "--output-dir", "out", "--skip-corruptions")
+        assert (result.code, "train_runtime" in result.err) in ((0, True), (2, False)), result.err
 
     def train(self, run, *words):
         usual = "--use-cpu --save-strategy no --report-to none --max-steps 1 --disable-tqdm 1 --defense none"
