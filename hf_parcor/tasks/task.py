@@ -208,7 +208,7 @@ class Task(ABC):
         }
 
     def load_model(self, name: str, **settings: Any) -> Any:
-        """Return a model for this task.
+        """Return a model for this task; of an adapter, what was trained can be trained on.
 
         Args:
             name: A name on the Hub, or a local folder.
@@ -217,8 +217,12 @@ class Task(ABC):
         Raises:
             InputError: There is no such model, or it cannot have such a head.
         """
-        loader = getattr(transformers, self.auto_class)
-        return load_pretrained("model", loader, name, **settings)
+        model = load_pretrained("model", getattr(transformers, self.auto_class), name, **settings)
+        for module in model.modules() if hasattr(model, "peft_config") else ():
+            active = getattr(module, "active_adapters", None)
+            if isinstance(active, list):  # of a layer; it is loaded frozen
+                module.set_adapter(active)
+        return model
 
     def load_processor(self, name: str, **settings: Any) -> Any:
         """Return the model's tokenizer, or what its inputs need otherwise.
