@@ -288,13 +288,13 @@ def _training_and_validation(arguments: argparse.Namespace) -> tuple[Rows, Rows,
     same_source = one.samefile(other) if one.exists() and other.exists() else arguments.dataset == source
     splits = (arguments.split, arguments.train_split)
     if not same_source or (splits[0] != splits[1] and not one.is_file()):
-        within = len({split.partition("[")[0] for split in splits}) == 1 and not all("[" in split for split in splits)
-        if same_source and within:
+        training = rows_of(arguments, source, arguments.train_split)
+        if same_source and _share_rows(splits, rows.entries):
             raise InputError(
                 f"--split: expected rows that are not trained on, got {splits[0]} beside --train-split {splits[1]}; "
                 "name slices that do not overlap, such as train[:90%] and train[90%:]"
             )
-        return rows_of(arguments, source, arguments.train_split), rows, given
+        return training, rows, given
     training, held_out = rows.split_off(arguments.validation_split, arguments.split_seed)
     count, limit = len(held_out.entries), arguments.limit
     which = "" if limit is None or limit >= count else f"the first {limit:,} of them "
@@ -304,6 +304,23 @@ def _training_and_validation(arguments: argparse.Namespace) -> tuple[Rows, Rows,
         "with --train-dataset"
     )
     return training, held_out, given
+
+
+def _share_rows(splits: tuple[str, str], entries: Any) -> bool:
+    """Return whether two splits, or slices of splits, of a data set have rows in common.
+
+    Slices of a split whose length the data set does not say are taken to have none.
+    """
+    known = getattr(getattr(entries, "info", None), "splits", None)
+    if known:
+        from datasets import ReadInstruction
+
+        lengths = {name: split.num_examples for name, split in known.items()}
+        first, second = (ReadInstruction.from_spec(split).to_absolute(lengths) for split in splits)
+        pairs = [(one, other) for one in first for other in second if one.splitname == other.splitname]
+        return any(max(one.from_, other.from_) < min(one.to, other.to) for one, other in pairs)
+    sliced, others = ({part.partition("[")[0].strip(): "[" in part for part in split.split("+")} for split in splits)
+    return any(not (sliced[name] and others[name]) for name in sliced.keys() & others.keys())
 
 
 def _model(task: Task, arguments: argparse.Namespace, parts: Sequence[tuple[Rows, dict[str, str]]]) -> Any:

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+from collections import UserList
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -914,17 +915,31 @@ class TestTrain:
             (("org/a", None), ("train[:9%]", "train"), "refused"),
             (("org/a", None), ("train", "train[9%:]"), "refused"),
             (("org/a", None), ("train", "train"), "held out"),
+            (("org/a", None), ("validation", "train+validation"), "refused"),
+            (("org/a", None), ("validation", "train+test"), "others"),
+            (("org/a", None), ("train[:10%]", "train[5%:]"), "refused"),
+            (("org/a", None), ("train[:10%]", "test+train[10%:]"), "others"),
+            (("org/a", None), ("train[-2:]", "train[:19]"), "refused"),
+            (("org/a", None), ("train[-2:]", "train[:18]"), "others"),
         ],
     )
-    def test_which_rows_of_the_hub_are_trained_on(self, sources, splits, found):
-        """No row is measured that was trained on, unless slices say so themselves."""
+    @for_each("known", [True, False])
+    def test_which_rows_of_the_hub_are_trained_on(self, sources, splits, found, known):
+        """No row is measured that was trained on, unless slices of a split of unknown length say so themselves."""
+        pytest.importorskip("datasets")
+        sliced = all("[" in split for split in splits)
+        if not known and sliced and found == "refused":
+            found = "others"
         given = SimpleNamespace(
             **dict(zip(("dataset", "train_dataset"), sources, strict=True)),
             **dict(zip(("split", "train_split"), splits, strict=True)),
             **{"validation_split": 0.1, "split_seed": 5, "limit": None},
         )
         held_out = SimpleNamespace(entries=[1])
-        rows = SimpleNamespace(entries=[1, 2], split_off=lambda *asked: (asked, held_out))
+        lengths = {name: SimpleNamespace(num_examples=20) for name in ("train", "validation", "test")}
+        rows = SimpleNamespace(entries=UserList([1, 2]), split_off=lambda *asked: (asked, held_out))
+        if known:
+            rows.entries.info = SimpleNamespace(splits=lengths)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("hf_parcor.cli.train.read_data", lambda arguments: (rows, {"text": "a"}))
             patch.setattr("hf_parcor.cli.train.rows_of", lambda arguments, source, split: (source, split))
