@@ -90,7 +90,14 @@ def flattened(values: Mapping[str, Any], within: str = "") -> dict[str, Any]:
 
 
 def replace_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a file such that another process, and an interruption, find either the old text or the new one.
+    """Write a text into a file as `replace_bytes` does, its line endings as they are."""
+    return replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
+    """Write a file such that another process, and an interruption, find either the old content or the new one.
+
+    A link is replaced, and what it leads to is left alone: downloads of the Hub are links to files of its cache.
 
     Returns:
         Its path; the folder is created if needed.
@@ -99,7 +106,7 @@ def replace_text(path: str | os.PathLike[str], text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8", newline="")  # line endings as they are
+        partial.write_bytes(content)
         return partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from hf_parcor.cards.facts import ModelFacts
 from hf_parcor.cards.front_matter import RESULTS_FOLDER, RESULTS_PREFIX, eval_result_file, metadata_of
 from hf_parcor.cards.text import CURVES, HEAT_MAP, pictures_of, section_of, updated_card
 from hf_parcor.reports.markup import text_of
-from hf_parcor.strict_json import replace_text
+from hf_parcor.strict_json import replace_bytes, replace_text
 
 CARD = "README.md"
 FACTS = "robustness_facts.json"
@@ -74,9 +74,7 @@ def write_files(folder: Path, card: str, files: Mapping[str, bytes]) -> Path:
         if is_ours(name) and name not in files:
             old.unlink(missing_ok=True)
     for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        replace_bytes(folder / name, content)
     return replace_text(folder / CARD, card)
 
 

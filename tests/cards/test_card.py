@@ -365,6 +365,17 @@ class TestWholeCard:
             "robustness_facts.json",
         ]
 
+    def test_the_folder_of_a_download_leaves_the_cache_as_it_is(self, facts, tmp_path, quick_picture):
+        """What the Hub's client downloads are links to files that it knows by what is in them."""
+        (folder := tmp_path / "snapshot").mkdir()
+        names = ("README.md", "robustness_facts.json", "robustness.png")
+        for name in names:
+            (tmp_path / name).write_text("# in the cache")
+            (folder / name).symlink_to(tmp_path / name)
+        write_card(folder, facts)
+        assert {(tmp_path / name).read_text() for name in names} == {"# in the cache"}
+        assert not any((folder / name).is_symlink() for name in names)
+
     def test_the_picture_is_one_where_there_is_a_curve(self, facts_with, record_of):
         [(name, content)] = pictures_of(facts_with(with_a_curve(record_of()))).items()
         assert name == CURVES
