@@ -276,7 +276,8 @@ def _size(told: _Told) -> str:
     )
     together = ""
     if told.metric in recipe.expected and recipe.base is not None:
-        together = f" Its parts by themselves add up to {told.lost(recipe.expected[told.metric])}"
+        guessed = f", {recipe.estimated} of {len(recipe.choice)} estimated," if recipe.estimated else ""
+        together = f" Its parts by themselves add up{guessed} to {told.lost(recipe.expected[told.metric])}"
         together += "." if row is None else f"; together they have {told.change(row.mean(told.metric))}."
     return size + together
 

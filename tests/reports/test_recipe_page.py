@@ -202,11 +202,17 @@ def test_one_format_that_takes_just_as_many_bits_is_within_them() -> None:
 
 def test_whether_all_cells_were_measured_is_said() -> None:
     scores = scores_of(one_weak_part)
-    first, *others = scores.cells
-    for cells, count in ((scores.cells, 36), ((replace(first, measured={}), *others), 35)):
-        notes = RecipeReport(some := replace(scores, cells=cells), recipe(some, bits=4.5)).notes
-        (said,) = [note for note in notes if f"{count} of 36" in note]
+    first = scores.cells[0]
+    base = recipe(scores, bits=4.5).choice[first.group].format
+    for label, count, estimated in ((None, 36, 0), ("8-bit quantization", 35, 0), (base, 35, 1)):
+        cells = [
+            replace(cell, measured={}) if (cell.group, cell.format) == (first.group, label) else cell
+            for cell in scores.cells
+        ]
+        made = RecipeReport(some := replace(scores, cells=tuple(cells)), recipe(some, bits=4.5))
+        (said,) = [note for note in made.notes if f"{count} of 36" in note]
         assert ("estimated" in said) == (count < 36)
+        assert (f"add up, {estimated} of 12 estimated, to" in " ".join(made.verdict)) == (estimated > 0)
 
 
 @for_each("rows, word", [("these", "same rows"), ("others", "owe nothing to the choice")])
