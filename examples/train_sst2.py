@@ -33,7 +33,7 @@ from hf_parcor.evaluation import ClassificationMetric, RobustnessArguments
 from hf_parcor.hub_data import load_hub_data
 from hf_parcor.programs import measure_and_save, read_arguments, train_and_save
 from hf_parcor.sequence_length import fitting_length
-from hf_parcor.tasks import TASKS, Rows, read_file
+from hf_parcor.tasks import TASKS, Processed, Rows, read_file
 from hf_parcor.tasks.classification import class_numbers
 from hf_parcor.training import checkpoint_to_resume
 
@@ -162,6 +162,7 @@ def main() -> None:
     learns = training.do_train and "train" in labelled
     head = new_head(labelled["train"], data.label_column_name) if learns else {}
     model = AutoModelForSequenceClassification.from_pretrained(model_arguments.model_name_or_path, **head, **origin)
+    TASK.prepare(Processed(model, tokenizer))
     if model_arguments.lora_rank is not None:
         model = with_adapters(model, model_arguments.lora_rank)
 

@@ -8,11 +8,12 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from example_program import TRAINS_AND_MEASURES, run_example, run_with, steps_logged
 from local_hub import local_hub
 from local_models import word_tokenizer
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from hf_parcor import EvaluationRecord
 
@@ -181,3 +182,14 @@ def test_bad_input(files, monkeypatch, change, says):
     with pytest.raises(ValueError, match=says):
         run_with(SCRIPT, {**settings(files), **change}, monkeypatch)
     assert not (files / "out" / "robustness.json").exists()
+
+
+def test_a_decoder_whose_configuration_names_no_padding_is_measured(files, monkeypatch):
+    torch.manual_seed(0)
+    GPT2ForSequenceClassification(GPT2Config(**tiny.gpt2(len(WORDS)))).save_pretrained(files / "model")
+    given = {"train_file": None, "do_train": False, "skip_corruptions": True, "per_device_eval_batch_size": 16}
+    out = run_with(SCRIPT, {**settings(files), **given}, monkeypatch)
+    found = json.loads((out / "eval_results.json").read_text())["eval_loss"]
+    given |= {"per_device_eval_batch_size": 1, "output_dir": str(files / "again")}
+    again = run_with(SCRIPT, {**settings(files), **given}, monkeypatch)
+    assert json.loads((again / "eval_results.json").read_text())["eval_loss"] == pytest.approx(found, rel=1e-5)
