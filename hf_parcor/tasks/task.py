@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from hf_parcor.errors import InputError, nearest, one_line
 from hf_parcor.evaluation import BatchMetric, LmEvalMetric
 from hf_parcor.evaluation.metrics.scores import Score
-from hf_parcor.sequence_length import fitting_length
+from hf_parcor.sequence_length import fitting_length, positions
 from hf_parcor.tasks.rows import Rows, find_column
 
 logger = logging.getLogger(__name__)
@@ -264,6 +264,8 @@ class Task(ABC):
         taken = inspect.signature(own.forward).parameters
         if isinstance(tokenizer, transformers.PreTrainedTokenizerBase) and "input_ids" in taken:
             tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in taken]
+        if self.pads and getattr(tokenizer, "padding_side", "right") != "right" and positions(model):
+            tokenizer.padding_side = "right"  # positions that are looked up begin with padding otherwise
 
     def head_settings(self, parts: Sequence[tuple[Rows, Mapping[str, str]]]) -> dict[str, Any]:
         """Return what a model that is to be trained has to know of its head; by default nothing.
