@@ -46,9 +46,9 @@ class TokenClassification(Classification):
             [rows.text(word, columns["words"], row) for word in of_row] for row, of_row in enumerate(words, start=1)
         ]
         length = processed.length(_MAX_LENGTH)
-        between = " " if _needs_space(processed.processor) else ""
+        before = {number: " " * _needs_space(processed.processor, "1" if number else "a") for number in (False, True)}
         encoded = processed.processor(
-            [[*of_row[:1], *(between + word for word in of_row[1:])] for of_row in texts],
+            [[*of_row[:1], *(before[word[:1].isnumeric()] + word for word in of_row[1:])] for of_row in texts],
             is_split_into_words=True,
             truncation=True,
             max_length=length,
@@ -98,7 +98,7 @@ class TokenClassification(Classification):
         return DataCollatorForTokenClassification(processed.processor)
 
 
-def _needs_space(tokenizer: Any) -> bool:
+def _needs_space(tokenizer: Any, word: str) -> bool:
     """Return whether a word is a part of the one before without a space, as to byte-level tokenizers such as GPT-2's.
 
     They were trained on texts, and so were the models; Transformers 5 no longer says so of words. Where a tokenizer
@@ -106,9 +106,10 @@ def _needs_space(tokenizer: Any) -> bool:
     """
     apart, spaced = (
         tokenizer(words, is_split_into_words=True, add_special_tokens=False)["input_ids"]
-        for words in (["a", "a"], ["a", " a"])
+        for words in (["a", word], ["a", f" {word}"])
     )
-    return len(apart) == len(spaced) and apart != spaced == tokenizer("a a", add_special_tokens=False)["input_ids"]
+    of_text = tokenizer(f"a {word}", add_special_tokens=False)["input_ids"]
+    return len(apart) == len(spaced) and apart != spaced == of_text
 
 
 def _tags(processed: Processed) -> list[str]:
