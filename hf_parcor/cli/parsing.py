@@ -366,6 +366,7 @@ TASKS = (
 )
 TRIALS = 3
 NORM = 2.0
+SPLIT, TRAIN_SPLIT = "validation", "train"
 CORRUPTIONS = (
     "random",
     "gradient",
@@ -422,7 +423,7 @@ def add_subject(parser: Parser) -> None:
         ".png",
     )
     group.add_argument("--dataset-config", metavar="NAME", help="the data set's configuration")
-    group.add_argument("--split", default="validation", metavar="NAME", help="default: %(default)s; a file has none")
+    group.add_argument("--split", default=SPLIT, metavar="NAME", help="default: %(default)s; a file has none")
     group.add_argument(
         "--column",
         action="append",

@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_parcor.cli.parsing import BETWEEN_ROWS, WINDOWED, pairs
+from hf_parcor.cli.parsing import BETWEEN_ROWS, SPLIT, TRAIN_SPLIT, WINDOWED, pairs
 from hf_parcor.cli.terminal import check_output_folder, refused, tell
 from hf_parcor.errors import InputError, one_line
 from hf_parcor.hub_data import failures_of_hub
@@ -54,6 +54,14 @@ def check_sources(arguments: argparse.Namespace) -> None:
             "--dataset-config: expected a data set on the Hub, or a folder, with it, got "
             f"{arguments.dataset_config!r} beside --dataset {arguments.dataset}; leave it out: a file has none"
         )
+    trained_on = list(sources)[-1]
+    for name, split, default in ((_DATASET, "split", SPLIT), (trained_on, "train_split", TRAIN_SPLIT)):
+        asked, source = getattr(arguments, split, default), sources[name]
+        if asked != default and _is_file(source):
+            raise InputError(
+                f"--{split.replace('_', '-')}: expected a data set on the Hub, or a folder, with it, got {asked!r} "
+                f"beside {_CALLED[name]} {source}; leave it out: a file has none"
+            )
 
 
 def read_data(arguments: argparse.Namespace) -> tuple[Rows, dict[str, str]]:

@@ -15,6 +15,7 @@ from hf_parcor.arguments import check_count, check_not_negative, check_positive
 from hf_parcor.cli.parsing import (
     LARGEST_SEED,
     OF_SUBJECT,
+    TRAIN_SPLIT,
     TRIALS,
     Command,
     Parser,
@@ -91,7 +92,7 @@ class Train(Command):
             "at random, and measure on it; default: %(default)s",
         )
         group.add_argument("--split-seed", type=at_least(0), default=0, metavar="N", help="of that draw; default: 0")
-        group.add_argument("--train-split", default="train", metavar="NAME", help="default: %(default)s")
+        group.add_argument("--train-split", default=TRAIN_SPLIT, metavar="NAME", help="default: %(default)s")
         group.add_argument("--train-limit", type=at_least(1), metavar="N", help="train on the first N rows only")
         group.add_argument(
             "--corruptions",

@@ -126,6 +126,9 @@ MISTAKES = [
     (f"{PROBE} --column label=label --column label=sentence", "--column: one label 'sentence'"),
     (f"{PROBE} --dataset-config sst2", "--dataset-config: 'sst2' --dataset"),
     (f"{TRAIN} --train-dataset DATA --dataset-config sst2", "--dataset-config: 'sst2' --dataset"),
+    (f"{PROBE} --split test", "--split: 'test' --dataset"),
+    (f"{TRAIN} --train-split train[:9]", "--train-split: 'train[:9]' --dataset"),
+    (f"{TRAIN} --train-dataset DATA --train-split train[:9]", "--train-split: 'train[:9]' --train-dataset"),
     (f"{TRAIN} --train-dataset nowhere.tsv", "--train-dataset: nowhere.tsv"),
     # corruptions
     (f"{PROBE} --strengths", "gradient: strength none"),
