@@ -130,7 +130,7 @@ def _objects(rows: Rows, columns: Mapping[str, str]) -> Rows:
             "boxes": _part(rows, columns["boxes"], _BOXES, row, entry),
             "label": _part(rows, columns["label"], _CLASSES, row, entry),
         }
-        for row, entry in enumerate(rows.parts(columns["boxes"], columns["label"]), start=1)
+        for row, entry in enumerate(rows.with_columns(columns["boxes"], columns["label"]), start=1)
     ]
     for row, entry in enumerate(found, start=1):
         if len(entry["boxes"]) != len(entry["label"]):

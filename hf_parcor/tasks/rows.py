@@ -91,7 +91,7 @@ class Rows:
         before = f"{self.data.split}, " if self.data.split else ""
         return self.part(of_both[0], f"{before}without {said}"), self.part(of_both[1], f"{before}held out: {said}")
 
-    def parts(self, *names: str) -> Iterator[Mapping[str, Any]]:
+    def with_columns(self, *names: str) -> Iterator[Mapping[str, Any]]:
         """Return the rows one by one; of a data set with these columns alone, since it would open the images too."""
         entries: Any = self.entries
         if hasattr(entries, "select_columns"):
@@ -104,7 +104,7 @@ class Rows:
         Raises:
             InputError: A row lacks it.
         """
-        values = [row.get(name) for row in self.parts(name)]
+        values = [row.get(name) for row in self.with_columns(name)]
         if None in values:
             raise InputError(
                 f"{self.source}: expected a value of {name!r} in each row, got none in row {values.index(None) + 1}; "
