@@ -113,10 +113,13 @@ def probability(value: float) -> str:
     """Return a p-value as a sentence says it.
 
     Examples:
-        >>> probability(0.0312), probability(1e-9)
-        ('p = 0.031', 'p < 0.001')
+        >>> probability(0.0312), probability(1e-9), probability(0.0496)
+        ('p = 0.031', 'p < 0.001', 'p = 0.0496')
     """
-    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+    said = f"{value:.2g}"
+    if said == "0.05":  # on which side of the usual level
+        said = f"{value:.3g}"
+    return "p < 0.001" if value < 0.001 else f"p = {said}"
 
 
 def _shown(value: float, style: str) -> str:
