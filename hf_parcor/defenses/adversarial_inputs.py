@@ -62,6 +62,7 @@ class AdversarialInputs:
     def __init__(self, embedding: nn.Module) -> None:
         self._perturbations: list[Tensor] = []
         self._calls = 0
+        self._forward_ended = False
         self._hooked = ExitStack()
         # Compiled code would freeze the count of calls.
         hook_after(self._hooked, embedding, torch.compiler.disable(self._add))  # type: ignore[no-untyped-call]
@@ -72,12 +73,22 @@ class AdversarialInputs:
                 f"input embedding: expected a module that returns a tensor, got {type(output).__name__} from "
                 f"{type(module).__name__}; set input_epsilon=0"
             )
+        if self._forward_ended:
+            raise RuntimeError(
+                "adversarial inputs: expected an input embedding that runs in forward alone, got one that backward "
+                "runs again, inside a checkpoint or for a cached loss; leave it out of the checkpoint, or set "
+                "input_epsilon=0"
+            )
         if self._calls == len(self._perturbations):
             wide = torch.promote_types(output.dtype, torch.float32)
             self._perturbations.append(torch.zeros_like(output, dtype=wide, requires_grad=True))
         perturbation = self._perturbations[self._calls]
         self._calls += 1
         return output + perturbation.to(output.dtype)
+
+    def end_forward(self) -> None:
+        """Refuse calls until the pass ends: which perturbation one in backward had before, nobody knows."""
+        self._forward_ended = True
 
     def end_pass(self) -> None:
         """Reset the count of the embedding's calls, for the next pass.
@@ -90,7 +101,7 @@ class AdversarialInputs:
                 "adversarial inputs: expected the model to call its input embedding, got a pass that did not (inputs "
                 "given as inputs_embeds, or a compiled model that does not see the hook); set input_epsilon=0"
             )
-        self._calls = 0
+        self._calls, self._forward_ended = 0, False
 
     def displace(self, step_size: float, epsilon: float) -> None:
         """Move every δ one step of this size along its gradient, and project it: `δ_i ← Π(δ_i + u_i)`."""

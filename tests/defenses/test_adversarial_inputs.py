@@ -12,6 +12,7 @@ from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -177,6 +178,31 @@ class TestBadInput:
         batch = {"inputs_embeds": torch.randn(4, 6, 8), "labels": torch.randint(2, (4,))}
         with pytest.raises(RuntimeError, match="expected the model to call its input embedding"):
             defend(model, batch, AWP(CorruptionConstraint(epsilon=0.1)), [])
+
+    @for_each("use_reentrant", [False, True])
+    def test_embedding_that_runs_again_in_backward(self, use_reentrant):
+        """As inside a checkpoint, or where a loss is cached: it would get other perturbations there, of zeros."""
+        build, make_batch, _ = FAMILIES["bert"]
+        model = build()
+
+        class Checkpointed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner, self.get_input_embeddings = model, model.get_input_embeddings
+
+            def forward(self, input_ids, labels):
+                differentiated = torch.ones((), requires_grad=True)  # or a reentrant one finds no gradient at all
+                return SimpleNamespace(
+                    loss=checkpoint(
+                        lambda ids, _: self.inner(input_ids=ids, labels=labels).loss,
+                        input_ids,
+                        differentiated,
+                        use_reentrant=use_reentrant,
+                    )
+                )
+
+        with pytest.raises(RuntimeError, match="expected an input embedding that runs in forward alone"):
+            defend(Checkpointed(), make_batch(), AWP(CorruptionConstraint(epsilon=0.1)), [])
 
     @for_each(
         "model",
