@@ -72,9 +72,18 @@ def obstacle(weight: Tensor) -> str | None:
         return str(weight.dtype).removeprefix("torch.")
     if weight.layout != torch.strided:
         return f"{str(weight.layout).removeprefix('torch.')} tensors"
+    if _is_expanded(weight):
+        return "expanded, several entries in one place"
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         return "made in inference mode, which forbids writes outside of it"
     return None
+
+
+def _is_expanded(weight: Tensor) -> bool:
+    """Say whether entries share memory, which PyTorch refuses to write to."""
+    if weight.layout != torch.strided or weight.is_contiguous():
+        return False
+    return not all(step or size == 1 for step, size in zip(weight.stride(), weight.shape, strict=True))
 
 
 def check_weights(weights: Mapping[str, Tensor]) -> None:
@@ -84,9 +93,8 @@ def check_weights(weights: Mapping[str, Tensor]) -> None:
         raise ValueError("weights: expected at least one tensor, got none; select parameters first")
     first_of_kind: dict[object, str] = {}
     for name, weight in weights.items():
-        first_of_kind.setdefault(
-            (type(weight), weight.dtype, weight.layout, weight.device, weight.is_inference()), name
-        )
+        memory = weight.dtype, weight.layout, weight.device, weight.is_inference(), _is_expanded(weight)
+        first_of_kind.setdefault((type(weight), memory), name)
     for name in first_of_kind.values():
         found = obstacle(weights[name])
         if found is not None:

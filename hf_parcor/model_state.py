@@ -148,9 +148,14 @@ def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
 
 
 def _is_plain(buffer: Tensor) -> bool:
-    """Say whether a buffer's values can be copied: what is packed or made of other tensors is no running state."""
+    """Say whether a buffer's values can be copied: what is packed or made of other tensors is no running state.
+
+    Nor is what is expanded, so that entries share memory: nothing can be written there.
+    """
     own_class = type(buffer).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return buffer.layout is torch.strided and not (buffer.is_meta or buffer.is_quantized or own_class)
+    if buffer.layout is not torch.strided or buffer.is_meta or buffer.is_quantized or own_class:
+        return False
+    return all(step or size == 1 for step, size in zip(buffer.stride(), buffer.shape, strict=True))
 
 
 def _version_of(buffer: Tensor) -> int:

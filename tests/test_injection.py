@@ -781,6 +781,14 @@ class TestRefusals:
             pass  # what is not touched may be anything
         parameters.pop("layer.0.weight")  # it was written, and restored
 
+    def test_weights_whose_entries_share_memory(self, parameters) -> None:
+        """None can be written by itself; and where a write fails in the middle, so does putting the bits back."""
+        weights = {**parameters, "row": torch.ones(1, 3).expand(1, 3), "rows": torch.ones(1, 3).expand(2, 3)}
+        message = r"rows: expected a floating-point weight .* is expanded, several entries in one place; leave it out"
+        for write in (lambda: Injection(weights), lambda: GaussianNoise(0.1).pieces(weights)):
+            with pytest.raises(TypeError, match=message):
+                write()
+
     def test_no_weights(self) -> None:
         with pytest.raises(ValueError, match=r"weights: expected at least one tensor, got none"):
             Injection({})

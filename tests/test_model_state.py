@@ -65,6 +65,17 @@ def test_buffers_that_begin_at_one_place_in_memory():
     assert torch.equal(table, torch.arange(6.0).view(3, 2))
 
 
+def test_buffers_whose_entries_share_memory_are_left_alone_and_do_not_keep_the_others():
+    module = nn.Module()
+    module.register_buffer("expanded", torch.ones(1).expand(4))
+    module.register_buffer("calls", torch.zeros(3))
+    snapshot = BufferSnapshot([module])
+    module.calls.add_(1)
+    assert snapshot.moved()
+    snapshot.put_back()
+    assert not module.calls.any()
+
+
 class Pair(nn.Module):
     def __init__(self, move):
         super().__init__()
