@@ -88,7 +88,7 @@ def undoing_left() -> Iterator[None]:
         raise
 
 
-def override(block: ExitStack, instance: object, **replacing: Any) -> None:
+def override(block: ExitStack, instance: object, /, **replacing: Any) -> None:
     """Replace attributes of an object until a block ends; methods too, even where a subclass overrides them."""
     attributes = vars(instance)
     kept = {name: attributes[name] for name in replacing if name in attributes}
@@ -103,7 +103,7 @@ def _put_back(attributes: dict[str, Any], kept: dict[str, Any], absent: Iterable
 
 
 @contextmanager
-def overriding(instance: object, **replacing: Any) -> Iterator[None]:
+def overriding(instance: object, /, **replacing: Any) -> Iterator[None]:
     """Replace attributes of an object inside a block, as `override` does.
 
     Examples:

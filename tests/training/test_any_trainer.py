@@ -130,14 +130,16 @@ def test_what_is_written_into_a_copied_book_stays_in_the_copy():
     def build():
         return {"train": defaultdict(list, loss=[1.0], n=deque([1], maxlen=2)), "seen": [torch.tensor(1.0), [2]]}
 
-    trainer = SimpleNamespace(metrics=build())
+    trainer = SimpleNamespace(metrics=build(), block=1, instance=2, name=3)  # any names
     with counters_kept(trainer):
+        trainer.block += 1
         trainer.metrics["train"]["new"].append(1.0)
         trainer.metrics["train"]["n"].extend([2, 3])
         assert list(trainer.metrics["train"]["n"]) == [2, 3]
         trainer.metrics["seen"][0] += 1
         trainer.metrics["seen"][1][0] = 7
     assert trainer.metrics == build()
+    assert trainer.block == 1
 
 
 def masking(trainer_class):
