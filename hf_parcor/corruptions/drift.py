@@ -57,7 +57,8 @@ class ConductanceDrift(Corruption):
         object.__setattr__(self, "t_0", check_positive("t_0", self.t_0))
 
     def __str__(self) -> str:
-        return f"drift t={self.seconds:g} s (ν={self.nu_mean:g}±{self.nu_std:g})"
+        first_read = "" if self.t_0 == ConductanceDrift.t_0 else f", t₀={self.t_0:g} s"
+        return f"drift t={self.seconds:g} s (ν={self.nu_mean:g}±{self.nu_std:g}{first_read})"
 
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None

@@ -74,7 +74,8 @@ class MultiStepCorruption(Corruption):
             object.__setattr__(self, "step_size", check_radius("step_size", self.step_size))
 
     def __str__(self) -> str:
-        return f"multi-step {self.constraint}" + ("" if self.steps is None else f" K={self.steps}")
+        steps = "" if self.steps is None else f" K={self.steps}"
+        return f"multi-step {self.constraint}{steps}" + ("" if self.step_size is None else f" α={self.step_size:g}")
 
     def ascent(self, weights: Mapping[str, Tensor], batches: int) -> Ascent:
         """Yield each `a_k` that needs a gradient, receive the gradient of a batch there, and return the last `a_k`.

@@ -91,6 +91,8 @@ class WorstBitFlips(Corruption):
 
     def __str__(self) -> str:
         details = [*([] if self.of is None else [str(self.of)]), *([] if self.uses_gradients else [self.search])]
+        if self.batches != WorstBitFlips.batches:
+            details.append("all batches" if self.batches is None else f"{self.batches} batches")
         flips = "flip" if self.count == 1 else "flips"
         return f"{self.count} worst {flips}" + (f" ({', '.join(details)})" if details else "")
 

@@ -264,6 +264,29 @@ def test_it_is_shown_on_one_short_line(corruption: Corruption) -> None:
     assert "object at" not in text
 
 
+# Of each setting another value than its default: rows of two records are the same corruption if their labels are.
+ANOTHER = {
+    **{"constraint": CorruptionConstraint(p=4, epsilon=0.25, top_n=3), "steps": 2, "step_size": 0.01, "count": 3},
+    **{"std": 0.5, "bound": 0.25, "relative_to": "tensor", "seconds": 7, "nu_mean": 0.5, "nu_std": 0.5, "t_0": 5},
+    **{"bits": 8, "per": "channel", "symmetric": False, "code_range": "full", "arithmetic": "weight"},
+    **{"format": "fp8_e4m3", "of": "float16", "search": "data-free", "batches": None},
+}
+UNTOLD = {"candidates", "zero_point", "rate"}  # how long it searches; what only goes with other settings
+
+
+def test_settings_that_differ_are_told_apart(corruption: Corruption) -> None:
+    if isinstance(corruption, MultiStepCorruption):
+        corruption = MultiStepCorruption(CorruptionConstraint(epsilon=0.5))
+    for field in dataclasses.fields(corruption):
+        if field.name not in UNTOLD:
+            value = "sign" if isinstance(corruption, BitFlips) and field.name == "bits" else ANOTHER[field.name]
+            if field.name == "constraint" and isinstance(corruption, MultiStepCorruption):
+                value = dataclasses.replace(value, p=math.inf)
+            text = str(dataclasses.replace(corruption, **{field.name: value}))
+            assert text != str(corruption), field.name
+            assert len(text) <= 60
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_injected_and_withdrawn_to_the_last_bit(case: Case, choose, weights, dtype: torch.dtype, bits_of) -> None:
     model = torch.nn.Module()
