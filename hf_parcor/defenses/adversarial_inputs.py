@@ -53,7 +53,7 @@ class AdversarialInputs:
     """The perturbations δ of one micro-batch, added by a hook to each output of the input embedding.
 
     A model may call its input embedding several times in a pass (two texts that are compared): each call has a δ of
-    its own. They are zero until the first `displace`.
+    its own, but for those without gradients. They are zero until the first `displace`.
 
     Args:
         embedding: The module whose output, `[batch, ...]`, is perturbed.
@@ -73,6 +73,8 @@ class AdversarialInputs:
                 f"input embedding: expected a module that returns a tensor, got {type(output).__name__} from "
                 f"{type(module).__name__}; set input_epsilon=0"
             )
+        if not torch.is_grad_enabled():  # as a batch is generated: it has no direction
+            return output
         if self._forward_ended:
             raise RuntimeError(
                 "adversarial inputs: expected an input embedding that runs in forward alone, got one that backward "

@@ -143,6 +143,27 @@ def test_inputs_climb_along_their_own_gradient():
     torch.testing.assert_close(perturbation, expected)
 
 
+@for_each("family", ["bert", "gpt2"])
+def test_what_runs_without_gradients_is_not_perturbed(family):
+    """As Trainers generate while they prepare the batch, in the first pass alone."""
+    build, make_batch, _ = FAMILIES[family]
+    model, batch, defense = build().eval(), make_batch(), AWP(CorruptionConstraint(epsilon=0.01), input_epsilon=0.3)
+    expected, _ = defend(model, batch, defense, [])
+    forward, calls = model.forward, []
+
+    def generate_first(**inputs):
+        calls.append(inputs)
+        if len(calls) == 1:
+            with torch.no_grad():
+                forward(input_ids=inputs["input_ids"][:, :1])
+        return forward(**inputs)
+
+    model.forward = generate_first
+    found, _ = defend(model, batch, defense, [])
+    assert len(calls) == defense.passes
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_hook_is_gone_and_weights_are_back_after_an_exception(bits_of):
     build, make_batch, _ = FAMILIES["bert"]
     model, batch = build(), make_batch()
