@@ -335,7 +335,7 @@ class DefendedStep:
             generator = torch.Generator(self._device).manual_seed(seed)
         weights: dict[str, Tensor] = dict(self.parameters)
         for name, change in self._merged.items():
-            weights[name] = weights[name].detach().to(working_dtype([weights[name]])) + change
+            weights[name] = (weights[name].detach() + change).to(weights[name].dtype)  # as it will be stored
         pieces = corruption.pieces(weights, _AtCleanWeights(self.parameters, gradients or {}), generator)
         if pieces.replaces and self._merged:
             pieces = Pieces(((name, piece - self._merged.get(name, 0)) for name, piece in pieces), replaces=True)

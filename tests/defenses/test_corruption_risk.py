@@ -104,6 +104,25 @@ def test_each_corruption_is_of_the_clean_weights_and_all_bits_come_back():
         assert not torch.equal(noisy[name], rounded[name])
 
 
+@for_each("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@for_each(
+    "corruption",
+    [Quantization(4, 8, code_range="full", arithmetic="weight"), Quantization(3), BitFlips(count=9, bits="mantissa")],
+)
+def test_merged_weights_are_corrupted_in_the_dtype_that_they_will_have(corruption, dtype):
+    """As PEFT merges: the sum is rounded to the dtype of the base weight, and what is deployed is made from that."""
+    weight, change = nn.Parameter(torch.randn(4, 8).to(dtype), requires_grad=False), 0.1 * torch.randn(4, 8)
+    merged = {"w": weight.detach().clone()}
+    merged["w"] += change
+    torch.manual_seed(5)
+    expected = corruption(merged, generator=torch.Generator().manual_seed(int(torch.randint(2**62, ()))))["w"]
+    step = DefendedStep({"w": weight}, lambda objective, index: objective(torch.ones(())), 1, merged={"w": change})
+    with step:
+        torch.manual_seed(5)
+        step.corrupt(corruption)
+        assert torch.equal(weight, (expected.float() - change).to(dtype))
+
+
 @given(count=st.integers(1, 4), clean_weight=st.sampled_from([0.0, 0.3, 1.0]), draw_one=st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_passes_are_counted(count, clean_weight, draw_one):
