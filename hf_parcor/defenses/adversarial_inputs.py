@@ -62,7 +62,6 @@ class AdversarialInputs:
     def __init__(self, embedding: nn.Module) -> None:
         self._perturbations: list[Tensor] = []
         self._calls = 0
-        self._forward_ended = False
         self._hooked = ExitStack()
         # Compiled code would freeze the count of calls.
         hook_after(self._hooked, embedding, torch.compiler.disable(self._add))  # type: ignore[no-untyped-call]
@@ -75,7 +74,7 @@ class AdversarialInputs:
             )
         if not torch.is_grad_enabled():  # as a batch is generated: it has no direction
             return output
-        if self._forward_ended:
+        if torch._C._current_graph_task_id() != -1:  # which call of the forward pass it repeats, nobody knows
             raise RuntimeError(
                 "adversarial inputs: expected an input embedding that runs in forward alone, got one that backward "
                 "runs again, inside a checkpoint or for a cached loss; leave it out of the checkpoint, or set "
@@ -88,10 +87,6 @@ class AdversarialInputs:
         self._calls += 1
         return output + perturbation.to(output.dtype)
 
-    def end_forward(self) -> None:
-        """Refuse calls until the pass ends: which perturbation one in backward had before, nobody knows."""
-        self._forward_ended = True
-
     def end_pass(self) -> None:
         """Reset the count of the embedding's calls, for the next pass.
 
@@ -103,7 +98,7 @@ class AdversarialInputs:
                 "adversarial inputs: expected the model to call its input embedding, got a pass that did not (inputs "
                 "given as inputs_embeds, or a compiled model that does not see the hook); set input_epsilon=0"
             )
-        self._calls, self._forward_ended = 0, False
+        self._calls = 0
 
     def displace(self, step_size: float, epsilon: float) -> None:
         """Move every δ one step of this size along its gradient, and project it: `δ_i ← Π(δ_i + u_i)`."""

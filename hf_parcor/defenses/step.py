@@ -172,8 +172,6 @@ class DefendedStep:
         ratio: list[Tensor] = []
 
         def seen(loss: Tensor) -> Tensor:
-            if self._inputs is not None:
-                self._inputs.end_forward()
             value = objective(loss)
             ratio.append(torch.where(value.detach() == 0, 1.0, loss.detach() / value.detach()))
             return value if self._prefix is None else self._prefix.joined(value)
