@@ -74,9 +74,11 @@ _REPEATED = ("column",)
 
 
 def _words(record: EvaluationRecord) -> list[str]:
-    """Return the corruptions of a record as words of `--corruptions`; none where one of them is in no catalogue."""
+    """Return the corruptions of a record as words of `--corruptions`; none where one of them has no words."""
     for row in record.corruptions:
         strength = strength_of(row.settings)
         if row.kind is None or strength is None or Series.of(row).strength not in (None, strength):
+            return []
+        if row.settings.get("batches", 1) is None:  # a search on all of them, which no word says
             return []
     return corruption_words((row.corruption, row.settings) for row in record.corruptions)

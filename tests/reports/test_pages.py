@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_parcor import BitFlips, CorruptionRecord, EvaluationRecord, RobustnessReport, SweepRecord
+from hf_parcor import BitFlips, CorruptionRecord, EvaluationRecord, RobustnessReport, SweepRecord, WorstBitFlips
 from hf_parcor.cli.main import build_parser
 from hf_parcor.corruptions import CORRUPTIONS, corruptions_of_table_1
 from hf_parcor.corruptions.catalogue import read_corruptions
@@ -454,18 +454,20 @@ def test_the_command_measures_the_same(targets, grouping, tmp_path):
     assert getattr(found, "group", None) == (grouping or None)
     assert sorted(map(str, read_corruptions(found.corruptions))) == sorted(map(str, CORRUPTIONS_OF_WORDS))
     held_out = replace(data, split="held out: 4 of 40 rows")
-    count = BitFlips(count=3)
-    counted = replace(
-        rows[0],
-        corruption="bit_flips",
-        settings=count.settings(),
-        kind=CorruptionKind(**BitFlips.kind(count.settings())),
-    )
+    beyond_words = [
+        replace(
+            rows[0],
+            corruption=names[type(one)],
+            settings=one.settings(),
+            kind=CorruptionKind(**type(one).kind(one.settings())),
+        )
+        for one in (BitFlips(count=3), WorstBitFlips(3, batches=None))
+    ]
     unnamed_ones = (
         {"evaluated_on": None},
         {"target": {"layers": [1]}},
         {"evaluated_on": held_out},
-        {"corruptions": (counted,)},
+        *({"corruptions": (row,)} for row in beyond_words),
     )
     for unnamed in unnamed_ones:
         other = {group: replace(record, **unnamed) for group, record in probe.items()}
