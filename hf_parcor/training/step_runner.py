@@ -134,16 +134,25 @@ def merged_changes(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str
         selected: Weights by name; those without an active adapter, or with one that is merged already, have no change.
 
     Raises:
-        TargetError: None of them has an adapter. A `ValueError`.
+        TargetError: None of them has an adapter, or some are of one, which merging takes away. A `ValueError`.
         NotImplementedError: An adapter is no plain LoRA (with DoRA the change is not all that is merged), or a weight
             is sharded.
     """
-    layers: dict[int, Any] = {id(_adapted(layer)): layer for layer in _lora_layers(model)}
+    every = _lora_layers(model)
+    layers: dict[int, Any] = {id(_adapted(layer)): layer for layer in every}
     found = {name: layers[id(weight)] for name, weight in selected.items() if id(weight) in layers}
     if not found:
         raise TargetError(
             f"merge_adapters: expected weights under LoRA adapters, got none among {len(selected)} such as "
             f"{next(iter(selected))!r}; name them with target_modules=['base_layer'], or leave merge_adapters out"
+        )
+    bases = {id(weight) for layer in every for weight in layer.get_base_layer().parameters()}
+    added = {id(weight) for layer in every for weight in layer.parameters()} - bases
+    vanishing = [name for name, weight in selected.items() if id(weight) in added]
+    if vanishing:
+        raise TargetError(
+            f"merge_adapters: expected weights that are there when adapters are merged, got {len(vanishing)} of "
+            f"adapters such as {vanishing[0]!r}; leave them out with exclude_modules=[r'.*\\.lora_.*'], or name others"
         )
     changes = {}
     for name, layer in found.items():

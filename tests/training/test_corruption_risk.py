@@ -246,6 +246,7 @@ def test_what_is_corrupted_is_what_merging_makes(tiny_bert, kind, adapted):
         ({"use_dora": True}, ["base_layer"], NotImplementedError),
         ({}, ["lora_A"], ValueError),
         ({}, None, ValueError),
+        ({}, "all-linear", ValueError),  # adapters are linear layers too, which merging takes away
     ],
 )
 def test_what_cannot_be_merged_is_refused(tiny_bert, train, settings, target, error):
