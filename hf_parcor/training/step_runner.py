@@ -135,8 +135,8 @@ def merged_changes(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str
 
     Raises:
         TargetError: None of them has an adapter, or some are of one, which merging takes away. A `ValueError`.
-        NotImplementedError: An adapter is no plain LoRA (with DoRA the change is not all that is merged), or a weight
-            is sharded.
+        NotImplementedError: An adapter is no plain LoRA (with DoRA the change is not all that is merged), or it
+            changes a selected bias too, or a weight is sharded.
     """
     every = _lora_layers(model)
     layers: dict[int, Any] = {id(_adapted(layer)): layer for layer in every}
@@ -162,6 +162,12 @@ def merged_changes(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str
                 "variant such as DoRA, or sharded; corrupt the weights alone: leave merge_adapters out"
             )
         active = [adapter for adapter in layer.active_adapters if adapter in layer.scaling]
+        bias = getattr(layer.get_base_layer(), "bias", None)
+        if any(layer.lora_bias.get(adapter) for adapter in active) and any(one is bias for one in selected.values()):
+            raise NotImplementedError(
+                f"merge_adapters: expected LoRA without biases of its own, got some beside {name!r} with the bias; "
+                "name the weights alone: target_modules=['base_layer.weight']"
+            )
         if active and not (layer.merged or layer.disable_adapters):
             with torch.no_grad():
                 changes[name] = torch.stack([layer.get_delta_weight(adapter) for adapter in active]).sum(0)

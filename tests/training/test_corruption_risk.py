@@ -244,6 +244,7 @@ def test_what_is_corrupted_is_what_merging_makes(tiny_bert, kind, adapted):
     ("settings", "target", "error"),
     [
         ({"use_dora": True}, ["base_layer"], NotImplementedError),
+        ({"lora_bias": True}, ["base_layer"], NotImplementedError),  # which moves the bias beside the weight
         ({}, ["lora_A"], ValueError),
         ({}, None, ValueError),
         ({}, "all-linear", ValueError),  # adapters are linear layers too, which merging takes away
