@@ -61,7 +61,8 @@ def task_of(model: str, rows: Rows, given: Mapping[str, str], **settings: Any) -
     if not fitting:
         raise InputError(
             f"model: expected one with a head for {', '.join(TASKS)}, got {model!r} with "
-            f"{', '.join(architectures) or 'no architecture in its configuration'}; fine-tune it, or say --task"
+            f"{', '.join(architectures) or 'no architecture in its configuration'}; fine-tune it, say "
+            "--task, or measure it from Python: CorruptionEvaluator takes any model and any metric"
         )
     columns = {task: _columns(task, rows, given) for task in fitting}
     told = [task for task in fitting if _is_told(task, columns[task])]
