@@ -23,13 +23,20 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def as_written(model: nn.Module) -> nn.Module:
+    """Return the model that `torch.compile` has wrapped, whose names and class are its own; others as they are."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
+
+
 def class_of(model: nn.Module) -> type[nn.Module]:
-    """Return the class of a model; FSDP2 puts one of its own before it.
+    """Return the class of a model; FSDP2 puts one of its own before it, and `torch.compile` a module around it.
 
     Examples:
         >>> class_of(nn.Linear(1, 1))
         <class 'torch.nn.modules.linear.Linear'>
     """
+    model = as_written(model)
     kind = type(model)
     if not is_sharded(model):
         return kind

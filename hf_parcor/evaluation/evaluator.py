@@ -156,6 +156,7 @@ class CorruptionEvaluator(_Evaluator):
 
     Args:
         model: Any PyTorch model. With several processes, each holds all of it, bare or under DDP, or FSDP2 shards it.
+            Of what `torch.compile` returns, the model inside is measured; `model.compile()` keeps it compiled.
         metric: `metric(model)` returns numbers by name, for example a lambda around `Trainer.evaluate`, a pipeline, or
             an evaluator of `evaluate`. Times, speeds and the epoch are dropped. With several processes, all of
             them call it at the same time, and the numbers of the first are kept; the batches of a `BatchMetric` are

@@ -17,6 +17,14 @@ from hf_parcor.evaluation.outputs import Output, called, problem_of, usual_loss
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
 
+# Causal models of Transformers whose own loss compares each place with the label of that place.
+_UNSHIFTED = {
+    *("BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM", "BlenderbotSmallForCausalLM"),
+    *("CpmAntForCausalLM", "MarianForCausalLM", "MBartForCausalLM", "MvpForCausalLM", "PegasusForCausalLM"),
+    *("PLBartForCausalLM", "ProphetNetForCausalLM", "TrOCRForCausalLM", "WhisperForCausalLM"),
+    *("MusicgenForCausalLM", "MusicgenMelodyForCausalLM", "XLMWithLMHeadModel", "XLNetLMHeadModel"),
+}
+
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean loss that a Transformers model computes itself if its batch has labels.
@@ -66,7 +74,10 @@ def count_items(batch: Batch, *, shifted: bool = False) -> int:
 def shifts_labels(model: nn.Module) -> bool:
     """Return whether a model's own loss predicts the next token, so that first labels do not count."""
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
+    kind = class_of(model)
+    if any(base.__name__ in _UNSHIFTED for base in kind.__mro__):
+        return False
     loss_type = getattr(model, "loss_type", None)
-    causal = class_of(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    causal = kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     shifts = causal if loss_type is None else LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
     return shifts and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)

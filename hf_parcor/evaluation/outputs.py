@@ -13,6 +13,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from hf_parcor.batches import IGNORED_LABEL, private_copy
+from hf_parcor.distributed.fsdp import as_written
 from hf_parcor.evaluation.device_map import input_device
 from hf_parcor.overriding import overriding
 
@@ -123,7 +124,7 @@ def called(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         torch.Size([3, 1])
     """
     if "labels" in batch:
-        taken = inspect.signature(model.forward).parameters
+        taken = inspect.signature(as_written(model).forward).parameters
         if "labels" not in taken and all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
             batch = {name: value for name, value in batch.items() if name != "labels"}
     state: dict[str, Any] = PartialState._shared_state

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from hf_parcor.distributed.fsdp import drop_gathered, is_sharded
+from hf_parcor.distributed.fsdp import as_written, drop_gathered, is_sharded
 from hf_parcor.distributed.processes import MeasuringProcesses
 from hf_parcor.evaluation.reach import plain_parts
 from hf_parcor.evaluation.weights import weights_of
@@ -28,6 +28,7 @@ def measurable_model(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: FSDP1 or tensor parallelism has split the weights, or FSDP2 has left some of them out.
     """
+    model = as_written(model)
     if not is_sharded(model):
         return whole_model(model)
     drop_gathered(model)
@@ -36,7 +37,10 @@ def measurable_model(model: nn.Module) -> nn.Module:
 
 
 def whole_model(model: nn.Module) -> nn.Module:
-    """Return the model inside of DistributedDataParallel, whose passes would wait for each other; others as they are.
+    """Return the model inside of wrappers that give its weights other names; others as they are.
+
+    The passes of DistributedDataParallel would wait for each other, and a prefix cannot be cut out of what
+    `torch.compile` has made one piece of.
 
     Raises:
         ValueError: The weights are split.
@@ -46,10 +50,8 @@ def whole_model(model: nn.Module) -> nn.Module:
             "model: expected all weights in every process (evaluators take FSDP2's shards too), got weights that FSDP "
             "or tensor parallelism has split; save the model, and evaluate it as from_pretrained loads it"
         )
-    if isinstance(model, DistributedDataParallel):
-        inner: nn.Module = model.module
-        return inner
-    return model
+    model = as_written(model)
+    return as_written(model.module) if isinstance(model, DistributedDataParallel) else model
 
 
 def _check_shards(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import scipy.stats
 import sklearn.metrics
 import tiny
 import torch
+import transformers
 from for_each import for_each
 from torch import nn
 from transformers import (
@@ -19,6 +21,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_parcor import CorruptionEvaluator, GaussianNoise
 from hf_parcor.evaluation import (
@@ -28,6 +31,7 @@ from hf_parcor.evaluation import (
     PredictionMetric,
     model_loss,
 )
+from hf_parcor.evaluation.losses import _UNSHIFTED
 
 SPLITS = [(10,), (4, 4, 2), (1,) * 10]
 
@@ -200,6 +204,44 @@ class TestShapes:
             float(nn.functional.cross_entropy(logits[counts], shifted[counts])), rel=1e-5
         )
 
+    @for_each(
+        ("family", "sizes"),
+        [
+            *((family, tiny.seq2seq(12)) for family in ("Bart", "Marian", "MBart", "Pegasus", "PLBart", "Blenderbot")),
+            ("TrOCR", {**tiny.seq2seq(12), "is_decoder": True}),
+            ("XLNet", {"vocab_size": 12, "d_model": 8, "n_layer": 1, "n_head": 2, "d_inner": 16}),
+            ("XLM", {"vocab_size": 12, "emb_dim": 8, "n_layers": 1, "n_heads": 2}),
+            ("Llama", tiny.decoder(12)),
+        ],
+    )
+    def test_labels_of_the_places_that_the_own_loss_is_taken_of(self, family, sizes):
+        """Some decoders of Transformers take labels that are shifted already, under the name of others."""
+        config = getattr(transformers, f"{family}Config")(**sizes)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        tokens = torch.randint(3, 12, (3, 6))
+        labels = tokens.clone()
+        labels[0, 1:3] = labels[1, 4:] = -100
+        with torch.no_grad():
+            output = model(input_ids=tokens, labels=labels)
+        shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        (given,) = (
+            one
+            for one in (labels, shifted)
+            if torch.allclose(output.loss, nn.functional.cross_entropy(output.logits.mT, one), atol=1e-6)
+        )
+        counts = given != -100
+        right = (output.logits.argmax(-1) == given)[counts].double().mean()
+        for rows in ([slice(3)], [slice(1), slice(1, 3)]):
+            found = LanguageModelMetric([{"input_ids": tokens[some], "labels": labels[some]} for some in rows])(model)
+            assert found["loss"] == pytest.approx(float(output.loss), rel=1e-5)
+            assert found["accuracy"] == pytest.approx(float(right))
+
+    def test_which_causal_models_do_not_shift(self):
+        """Those that do call what Transformers shifts with; no other model has come that does not."""
+        classes = [getattr(transformers, name) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()]
+        without = {kind.__name__ for kind in classes if "self.loss_function(" not in inspect.getsource(kind.forward)}
+        assert {name for name in without if "Assistant" not in name} == _UNSHIFTED  # assistants have no loss
+
     def test_texts_are_as_many_as_references(self):
         model = GPT2LMHeadModel(GPT2Config(vocab_size=12, n_embd=8, n_layer=1, n_head=2, n_positions=32)).eval()
         batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.ones(2, 3, dtype=torch.long)}
@@ -299,6 +341,24 @@ class TestOutputs:
         model.forward = lambda input_ids: inner(input_ids).logits
         assert torch.allclose(model_loss(model, batch), expected)
         assert metric(model) == pytest.approx(of_model)
+
+    def test_of_a_model_that_is_compiled(self, tiny_bert, inputs):
+        """Its class is another one, and its `forward` takes anything."""
+        tokens = torch.randint(0, 12, (2, 6))
+        gpt2 = GPT2LMHeadModel(GPT2Config(**tiny.gpt2(12, layers=1))).eval()
+        bare = nn.Linear(3, 2)
+        rows = {"input": torch.randn(4, 3), "labels": torch.tensor([0, 1, 1, 0])}
+        for model, metric in (
+            (gpt2, LanguageModelMetric([{"input_ids": tokens, "labels": tokens}])),
+            (bare, ClassificationMetric([rows])),
+        ):
+            compiled = torch.compile(model, backend="eager")
+            assert metric(compiled) == pytest.approx(metric(model))
+            records = [
+                CorruptionEvaluator(one, metric, progress=False).evaluate([GaussianNoise(0.1)], trials=1)
+                for one in (model, compiled)
+            ]
+            assert records[0].to_json() == records[1].to_json()
 
     @for_each(
         "form",

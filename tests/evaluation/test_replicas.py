@@ -143,6 +143,10 @@ def test_a_model_inside_of_a_wrapper(monkeypatch):
     nn.Module.__init__(wrapper)
     wrapper.module = model
     assert measurable_model(wrapper) is measurable_model(model) is model
+    for one in (model, wrapper):
+        assert measurable_model(torch.compile(one, backend="eager")) is model
+    wrapper.module = torch.compile(model, backend="eager")
+    assert measurable_model(wrapper) is model
     monkeypatch.setattr("hf_parcor.evaluation.replicas.model_has_dtensor", lambda model: True)
     with pytest.raises(ValueError, match="model: expected all weights in every process"):
         measurable_model(model)
