@@ -17,6 +17,8 @@ from transformers import (
     BertForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
 )
 
 from hf_parcor import CorruptionEvaluator, GaussianNoise
@@ -44,6 +46,14 @@ def language_model():
     return GPT2LMHeadModel(config), LanguageModelMetric, {"labels": IDS.masked_fill(answers == 0, -100)}
 
 
+def segmenter():
+    """The classes of each pixel lie along the second dimension."""
+    sizes = {"num_encoder_blocks": 1, "depths": [1], "sr_ratios": [1], "num_attention_heads": [1], "mlp_ratios": [2]}
+    shape = {"hidden_sizes": [8], "patch_sizes": [3], "strides": [2], "decoder_hidden_size": 8, "num_labels": 3}
+    model = SegformerForSemanticSegmentation(SegformerConfig(**sizes, **shape))
+    return model, LossMetric, {"pixel_values": torch.randn(2, 3, 8, 8), "labels": torch.randint(0, 3, (2, 8, 8))}
+
+
 def unlabelled():
     def squares(batches):
         return LossMetric(batches, lambda model, batch: model(**batch).logits.square().mean())
@@ -51,24 +61,27 @@ def unlabelled():
     return BertForTokenClassification(BertConfig(**SHAPE)), squares, {}
 
 
-@for_each("make", [classifier, tagger, language_model, unlabelled])
+@for_each("make", [classifier, tagger, language_model, segmenter, unlabelled])
 def test_it_is_the_relative_entropy_of_what_counts(make) -> None:
     model, kind, labels = make()
     model.eval()
-    batch = {"input_ids": IDS, "attention_mask": MASK, **labels}
+    batch = labels if make is segmenter else {"input_ids": IDS, "attention_mask": MASK, **labels}
+    classes = 1 if make is segmenter else -1
     metric = WithDivergence(kind([batch, batch]), model)
     with torch.no_grad():
-        before = softmax(model(**batch).logits.double().numpy(), -1)
+        before = softmax(model(**batch).logits.double().numpy(), classes)
         assert metric(model) == metric.clean
         assert metric.clean["divergence"] == 0
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight), alpha=0.3)
-        after = softmax(model(**batch).logits.double().numpy(), -1)
+        after = softmax(model(**batch).logits.double().numpy(), classes)
     of_tokens = batch.get("labels", MASK.masked_fill(MASK == 0, -100))
     counts = (of_tokens != -100).numpy() if of_tokens.ndim > 1 else np.ones(2, bool)
+    if make is segmenter:  # labels of pixels, predictions of a quarter as many
+        counts = np.ones((2, 4, 4), bool)
     if make is language_model:
         counts = np.array([[False, False, False, True, True, False], [True, True, False, False, False, False]])
-    assert metric(model)["divergence"] == pytest.approx(rel_entr(before, after).sum(-1)[counts].mean(), rel=1e-5)
+    assert metric(model)["divergence"] == pytest.approx(rel_entr(before, after).sum(classes)[counts].mean(), rel=1e-5)
     assert {name: value for name, value in metric(model).items() if name != "divergence"} == kind([batch] * 2)(model)
 
 
@@ -95,9 +108,10 @@ def test_a_prefix_that_is_reused_gives_the_same() -> None:
 def test_logits_that_are_no_distribution_are_left_alone(problem, labels) -> None:
     config = BertConfig(**SHAPE, problem_type=problem, num_labels=2 if labels.ndim == 2 else 1)
     model = BertForSequenceClassification(config).eval()
-    assert "divergence" not in WithDivergence(ClassificationMetric([{"input_ids": IDS, "labels": labels}]), model)(
-        model
-    )
+    batch = {"input_ids": IDS, "labels": labels}
+    assert "divergence" not in WithDivergence(ClassificationMetric([batch]), model)(model)
+    bare, batch = nn.Linear(3, labels.reshape(2, -1).shape[1]), {"input": torch.randn(2, 3), "labels": labels}
+    assert "divergence" not in WithDivergence(ClassificationMetric([batch]), bare)(bare)
 
 
 def test_any_loss_over_any_batches_goes_through() -> None:

@@ -22,7 +22,8 @@ from hf_parcor.records.sensitivity import DIVERGENCE
 
 _MEMORY = 2**30  # bytes of answers that are kept
 _INFO = MetricInfo(greater_is_better=False, unit="nats")
-_OTHER_PROBLEMS = (Problem.NUMBERS.value, Problem.LABELS.value)  # whose logits are no distribution
+_OTHER_PROBLEMS = {Problem.NUMBERS.value, Problem.LABELS.value}  # whose logits are no distribution
+_OF_MAPS = 4  # dimensions: classes of the pixels of images, before their height and width
 
 
 class NotFiniteError(ValueError):
@@ -49,10 +50,10 @@ class WithDivergence:
     none: unlike a loss it does not fall by chance when weights change, and unlike an accuracy it does not change in
     steps of a row.
 
-    Predictions are rows of logits with two or more classes. If labels or an attention mask have their shape, only
-    predictions with a label other than −100 (of the next token, for a causal language model), or that are attended to,
-    count. For a model without such logits, only the metric is returned. D is NaN if answers are NaN, and infinite if
-    they rule out what was possible before.
+    Predictions are rows of logits with two or more classes, or the pixels of a segmentation (B, C, H, W). If labels or
+    an attention mask have their shape, only predictions with a label other than −100 (of the next token, for a causal
+    language model), or that are attended to, count. For a model without such logits, only the metric is returned. D is
+    NaN if answers are NaN, and infinite if they rule out what was possible before.
 
     Args:
         metric: For example a `ClassificationMetric`.
@@ -164,8 +165,13 @@ class WithDivergence:
             hook_after(hooks, model, lambda _, __, output: seen.append(Output.read(output).logits))
             found = self._metric.of_batch(model, batch)
         logits = seen[0] if len(seen) == 1 else None  # a generated text takes many calls, and other ones each time
-        other = getattr(getattr(model, "config", None), "problem_type", None) in _OTHER_PROBLEMS
-        if logits is None or other or logits.ndim < 2 or logits.shape[-1] < 2:
+        said = getattr(getattr(model, "config", None), "problem_type", None)
+        inferred = found.get("problem") if isinstance(found, Mapping) else None
+        if logits is None or {said, inferred} & _OTHER_PROBLEMS or logits.ndim < 2:
+            return found, None
+        if logits.ndim == _OF_MAPS:
+            logits = logits.movedim(1, -1)
+        if logits.shape[-1] < 2:
             return found, None
         return found, logits.detach().float().cpu()
 
