@@ -57,7 +57,7 @@ class _Evaluator:
             )
         self._model = measurable_model(model)
         self._targets = targets
-        self._without_gradients = self._select(gradients=False)
+        self._select(gradients=False)  # refuses what cannot be corrupted, before anything is measured
         self._evaluated_on, self._task = evaluated_on, task
         self._measurement = Measurement(self._model, **settings)
 
@@ -72,8 +72,11 @@ class _Evaluator:
     def _selected(
         self, corruptions: Iterable[Corruption]
     ) -> tuple[dict[str, Selection], Mapping[str, Mapping[str, Any]]]:
-        """Return the groups by name, and their targets: all corruptions of one call are of the same weights."""
-        selections, targets = self._without_gradients
+        """Return the groups by name, and their targets: all corruptions of one call are of the same weights.
+
+        Before each call anew: between two of them a model may get other parameters, or train another adapter.
+        """
+        selections, targets = self._select(gradients=False)
         needed = any(getattr(corruption, "uses_gradients", False) for corruption in corruptions)
         if needed and any(selection.is_elsewhere for selection in selections.values()):
             return self._select(gradients=True)

@@ -181,7 +181,7 @@ class Reach:
                 "or bfloat16, without quantization and offloading"
             )
         for sentence in left_out:
-            logger.warning(f"{sentence}.")
+            logger.warning_once(f"{sentence}.")
         noted = {label: replace(one, notes=(*one.notes, *left_out)) for label, one in found.items()}
         return noted, grouped
 

@@ -287,6 +287,18 @@ class TestRecord:
         assert types.target["module_types"] == "LayerNorm"
         assert types.parameters == 5 * 2 * 8
 
+    def test_the_weights_are_those_that_the_model_has_when_it_is_called(self, classifier, evaluator_of):
+        """Loading may give a model other parameters, and what is trained may change."""
+        seen = []
+        evaluator = evaluator_of(watching(seen, weights_of))
+        evaluator.evaluate([Quantization(2)])
+        classifier.load_state_dict({k: v.clone() for k, v in classifier.state_dict().items()}, assign=True)
+        evaluator.evaluate([Quantization(2)])
+        assert [torch.equal(one, seen[0]) for one in seen] == [True, False, True, False]
+        classifier.bert.requires_grad_(False)
+        record = evaluator.evaluate([Quantization(2)])
+        assert record.parameters == sum(one.numel() for one in classifier.classifier.parameters())
+
     def test_size_of_the_corruption(self, classifier, evaluator_of):
         k = sum(parameter.numel() for parameter in classifier.parameters())
         ball, sparse, _ = (
