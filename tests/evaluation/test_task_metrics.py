@@ -22,6 +22,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from hf_parcor import CorruptionEvaluator, GaussianNoise
@@ -236,6 +238,23 @@ class TestGeneration:
             for row in batch["labels"].tolist()
         ]
         assert any(predictions)
+
+    def test_what_generates_without_what_it_began_with(self, tokenizer):
+        """Whisper returns the tokens that are new; what another encoder-decoder returns begins with its start."""
+        sizes = {**tiny.seq2seq(24), "init_std": 1.0, "num_mel_bins": 8, "max_source_positions": 30}
+        config = WhisperConfig(**sizes, max_target_positions=40, suppress_tokens=None, begin_suppress_tokens=None)
+        model = WhisperForConditionalGeneration(config).eval()
+        sounds, seen = torch.randn(2, 8, 60), []
+
+        def score(predictions, references):
+            seen.append(predictions)
+            return 1.0
+
+        batch = {"input_features": sounds, "labels": torch.randint(3, 24, (2, 5))}
+        GenerationMetric(tokenizer, [batch], score, max_new_tokens=6)(model)
+        expected = model.generate(sounds, max_new_tokens=6, do_sample=False)
+        assert seen == [[tokenizer.decode(row, skip_special_tokens=True) for row in expected]]
+        assert all(len(text.split()) > 4 for text in seen[0])
 
     def test_samples_and_rules_tokens_out_only_as_it_is_asked_to(self, translator, tokenizer, tokens):
         class Always(LogitsProcessor):

@@ -86,12 +86,12 @@ class GenerationMetric(OverPairs):
             settings["logits_processor"] = LogitsProcessorList([*(settings.get("logits_processor") or ()), seen])
         tokens = generating.generate(**own_batch(inputs, model), **settings)
         tokens = getattr(tokens, "sequences", tokens)  # return_dict_in_generate
-        tokens = tokens[:, start:]
         if len(tokens) != len(labels):
             raise ValueError(
                 f"settings: expected one generated text for each of {len(labels)} references, got {len(tokens)}; "
                 "leave out num_return_sequences"
             )
+        tokens = tokens[:, seen.begun_with(tokens, start) :]
         lost = seen.rows(len(labels))
         texts = [_NO_TEXT if gone else text for text, gone in zip(self._texts(tokens), lost, strict=True)]
         cut = sum(
@@ -111,7 +111,7 @@ class GenerationMetric(OverPairs):
 
 
 class _NotFinite(LogitsProcessor):
-    """Notes which rows have had scores from which no token can be chosen, and lets their generation go on.
+    """Notes what texts begin with, and which have had scores from which no token can be chosen; these go on.
 
     Sampling would raise there, and the likeliest token would be that of the first NaN.
 
@@ -125,21 +125,28 @@ class _NotFinite(LogitsProcessor):
         self.watches = isinstance(inner, GenerationMixin)
         ends = next(iter(generation_settings(model, settings, "eos_token_id")), None)
         self._ends = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
-        self._start: int | None = None
+        self._begin: Tensor | None = None
         self._lost: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the scores, all alike in rows where no token can be chosen."""
-        if self._start is None:
-            self._start = input_ids.shape[1]
+        if self._begin is None:
+            self._begin = input_ids.clone()
         finite = torch.isfinite(scores.amax(-1))
         # What follows the end of a text is not read.
-        ended = torch.isin(input_ids[:, self._start :], input_ids.new_tensor(self._ends)).any(-1)
+        ended = torch.isin(input_ids[:, self._begin.shape[1] :], input_ids.new_tensor(self._ends)).any(-1)
         lost = ~finite & ~ended
         if self._lost is not None:  # where rows have left, it is not known whose the others are
             lost |= self._lost if len(self._lost) == len(lost) else self._lost.any()
         self._lost = lost
         return torch.where(finite[:, None], scores, torch.zeros_like(scores))
+
+    def begun_with(self, tokens: Tensor, usual: int) -> int:
+        """Return how many tokens of each text are what it began with: none where they are left out, as by Whisper."""
+        if self._begin is None or len(self._begin) % len(tokens):
+            return usual
+        count, beams = self._begin.shape[1], len(self._begin) // len(tokens)
+        return count if torch.equal(tokens[:, :count], self._begin[::beams].to(tokens.device)) else 0
 
     def rows(self, count: int) -> list[bool]:
         """Return for each of so many texts whether it was lost, in one of its beams at least."""
