@@ -28,6 +28,7 @@ from hf_parcor.records.evaluation import EvaluationRecord
 from hf_parcor.records.recipe import PairCost, RecipeRecord
 from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, SensitivityRecord
 from hf_parcor.strict_json import to_strict_json
+from hf_parcor.targets import Targets
 
 
 def format_of(described: Mapping[str, Any]) -> Any:
@@ -125,7 +126,8 @@ def measure_recipes(
     """
     if not recipes:
         raise ValueError("recipes: expected at least one, got none; call recipe(scores, bits=4.5), say")
-    weights = list(dict.fromkeys(name for one in recipes.values() for name, _ in one.weights()))
+    names = dict.fromkeys(name for one in recipes.values() for name, _ in one.weights())
+    weights = Targets(whole_model(model)).named(names)
     if not callable(metric):
         metric, batches = metric_and_batches(metric, batches, loss)
     evaluator = CorruptionEvaluator(model, metric, batches, loss=loss, target_modules=weights, **settings)
@@ -135,7 +137,9 @@ def measure_recipes(
 
 
 def _own_checkpoint(
-    checkpoint: str | Path | None, targets: Collection[str] | Mapping[str, Any], mixed: Sequence[MixedQuantization]
+    checkpoint: str | Path | None,
+    targets: str | Collection[str] | Mapping[str, Any],
+    mixed: Sequence[MixedQuantization],
 ) -> Path | None:
     """Return the file of these recipes on these weights beside those of others; None for none."""
     if checkpoint is None:
@@ -220,8 +224,10 @@ def measure_pairs(
     alone = {group: drop for group, cell in cells.items() if (drop := scores.drop(cell, by)) is not None}
     missing = [group for group in dict.fromkeys(chain(*promising)) if group not in alone]
     measured = [*promising, *((group,) for group in missing)]
+    every = Targets(model)
     targets = {
-        " + ".join(some): [name for group in some for name in chosen.groups[group].weights] for some in measured
+        " + ".join(some): every.named(name for group in some for name in chosen.groups[group].weights)
+        for some in measured
     }
     mixed = MixedQuantization.of(chosen)
     probe = LayerProbe(model, metric, batches, loss=loss, targets=targets, **settings)

@@ -1,6 +1,6 @@
 """Which parameters are corrupted: by name as in PEFT, by kind of module, by position, or by a word."""
 
-from hf_parcor.targets.groups import GROUPINGS, Groups, by_adapter, by_kind, by_layer, by_module
+from hf_parcor.targets.groups import GROUPINGS, Groups, Targets, by_adapter, by_kind, by_layer, by_module
 from hf_parcor.targets.kinds import find_input_embedding
 from hf_parcor.targets.matching import WORDS, TargetError
 from hf_parcor.targets.selection import Selector, select_parameters, select_trainable, sinusoidal_tables
@@ -13,6 +13,7 @@ __all__ = [
     "Selector",
     "Stack",
     "TargetError",
+    "Targets",
     "by_adapter",
     "by_kind",
     "by_layer",

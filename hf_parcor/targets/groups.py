@@ -12,7 +12,7 @@ from hf_parcor.targets.matching import WORDS, TargetError, parameters_by_module
 from hf_parcor.targets.selection import Selector
 from hf_parcor.targets.stacks import find_stacks
 
-__all__ = ["GROUPINGS", "Groups", "by_adapter", "by_kind", "by_layer", "by_module"]
+__all__ = ["GROUPINGS", "Groups", "Targets", "by_adapter", "by_kind", "by_layer", "by_module"]
 
 Groups = dict[str, "str | list[str]"]
 """Targets, as `select_parameters` takes them, by a name for tables and plots."""
@@ -47,7 +47,7 @@ def by_layer(model: nn.Module) -> Groups:
             f"targets: expected a model with stacks of blocks, got {type(model).__name__} without any; group by_kind "
             "or by_module, or name the targets"
         )
-    targets = _Targets(model)
+    targets = Targets(model)
     return {name: targets.of(set(block.parameters())) for stack in stacks for name, block in stack.blocks.items()}
 
 
@@ -64,7 +64,7 @@ def by_kind(model: nn.Module) -> Groups:
         >>> by_kind(nn.Sequential(nn.Embedding(3, 2), nn.LayerNorm(2), nn.Linear(2, 2)))
         {'layer-norm': ['1'], 'embedding': ['0'], 'linear': ['2']}
     """
-    left, targets = _all_parameters(model), _Targets(model)
+    left, targets = _all_parameters(model), Targets(model)
     groups: Groups = {}
     for kind, select in _KINDS.items():
         found = select(model) & left
@@ -84,7 +84,7 @@ def by_module(model: nn.Module) -> Groups:
         >>> by_module(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
         {'0': ['0'], '2': ['2']}
     """
-    left, targets = _all_parameters(model), _Targets(model)
+    left, targets = _all_parameters(model), Targets(model)
     groups: Groups = {}
     for name, module in model.named_modules():
         found = left.intersection(module.parameters(recurse=False))
@@ -113,7 +113,7 @@ def by_adapter(model: nn.Module) -> Groups:
             for name in found.keys() & set(module.keys()):
                 entry = module[name]
                 found[name].update(entry.parameters() if isinstance(entry, nn.Module) else [entry])
-    targets = _Targets(model)
+    targets = Targets(model)
     groups: Groups = {name: targets.of(parameters) for name, parameters in found.items() if parameters}
     if not groups:
         raise TargetError(
@@ -146,18 +146,36 @@ def _all_parameters(model: nn.Module) -> set[nn.Parameter]:
     return parameters
 
 
-class _Targets:
+class Targets:
     """Finds targets of sets of parameters; the model is walked through once."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._selector = model, Selector(model)
+        self._named = dict(model.named_parameters(remove_duplicate=False))
         self._below = {module: set(below) for module, below in parameters_by_module(model).items()}
 
     def of(self, parameters: Set[nn.Parameter]) -> str | list[str]:
         """Return what selects these and no others: few names or, where one ends another one, an expression."""
         if parameters == self._below[self._model]:
             return "all"
-        names = list(self._names(self._model, "", parameters, set()))
+        return self._only(list(self._names(self._model, "", parameters, set())), parameters)
+
+    def named(self, names: Iterable[str]) -> str | list[str]:
+        """Return what selects the parameters with these full names and no others, as `of` does.
+
+        Raises:
+            TargetError: The model has no parameter of a name. A `ValueError`.
+        """
+        names = list(names)
+        unknown = next((name for name in names if name not in self._named), None)
+        if unknown is not None:
+            raise TargetError(
+                f'expected full names of parameters in target_modules, got "{unknown}", which '
+                f"{type(self._model).__name__} does not have, see model.named_parameters()"
+            )
+        return self._only(names, {self._named[name] for name in names})
+
+    def _only(self, names: list[str], parameters: Set[nn.Parameter]) -> str | list[str]:
         if set(self._selector.select(names).values()) == parameters and WORDS.keys().isdisjoint(names):
             return names
         return _expression(names)

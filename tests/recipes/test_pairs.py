@@ -16,6 +16,7 @@ from hf_parcor import Quantization, RecipeRecord, measure_recipes, recipe, sensi
 from hf_parcor.evaluation import ClassificationMetric, CorruptionEvaluator
 from hf_parcor.evaluation.metrics.loss import LossMetric
 from hf_parcor.recipes import front, measure_pairs
+from hf_parcor.targets import TargetError
 
 FORMATS = [Quantization(4, "channel"), Quantization(2, "channel")]
 PARTS = 4
@@ -87,6 +88,43 @@ def test_an_interaction_is_the_block_of_the_hessian_between_two_parts(model, bat
         assert pair.interaction == pytest.approx(expected, rel=1e-6, abs=1e-12)
     sizes = [abs(pair.interaction) for pair in found.pairs]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_weights_whose_names_are_the_ends_of_other_names_are_measured_alone(batches) -> None:
+    """As a list of targets, the name of the first would stand for the second, too."""
+
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.out = (nn.Linear(3, size, bias=False) for size in (3, 2))
+            self.inner = nn.ModuleDict({"fc": nn.Linear(3, 3, bias=False)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.inner["fc"](self.fc(x)))
+
+    model = Nested().double()
+    scores = sensitivity(model, batches, FORMATS[1:], "modules", **GIVEN)
+    chosen = replace(uniform_recipe(scores, str(FORMATS[1])), by="loss")
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(*groups: str) -> float:
+        own = {f"{group}.weight": weights[f"{group}.weight"] for group in groups}
+        rounded = FORMATS[1](own) if own else {}
+        given = [torch.func.functional_call(model, {**weights, **rounded}, batch["x"]) for batch in batches]
+        return sum(float((y - batch["y"]).square().mean() / 2) for y, batch in zip(given, batches, strict=True)) / 3
+
+    for pair in measure_pairs(model, batches, scores, chosen, **GIVEN).pairs:
+        assert pair.together == pytest.approx(loss(pair.first, pair.second) - loss(), rel=1e-9)
+    alone = replace(
+        chosen,
+        groups={"fc": chosen.groups["fc"]},
+        choice={"fc": chosen.choice["fc"]},
+    )
+    measured = measure_recipes(model, batches, {"fc": alone}, **GIVEN)
+    assert measured.corruptions[0].mean("loss") == pytest.approx(loss("fc"), rel=1e-9)
+    assert measured.parameters == 9
+    with pytest.raises(TargetError, match=r'got "fc\.weight", which .* does not have'):
+        measure_recipes(nn.Sequential(model), batches, {"fc": alone}, **GIVEN)
 
 
 @for_each("known", ["divergence", "loss"])
