@@ -379,6 +379,7 @@ def defense_settings(record: RecipeRecord) -> dict[str, Any]:
         NoSuchFormatError: Nothing is spared.
     """
     modules = [module for group in record.spared for module in record.groups[group].modules]
+    every = [*record.outside, *(module for group in record.groups.values() for module in group.modules)]
     if not modules:
         raise NoSuchFormatError("expected parts that the recipe spares, got none: there is nothing to defend")
     assert record.base is not None, "something is spared from it"
@@ -386,7 +387,11 @@ def defense_settings(record: RecipeRecord) -> dict[str, Any]:
     return {
         "defense": "corruption",
         "defense_corruption": corruption_words([(base["corruption"], base["settings"])]),
-        "defense_target_modules": modules,
+        # A name stands for all that ends with it, an expression for what it matches in full.
+        "defense_target_modules": [
+            f"(?:{re.escape(name)})" if any(other.endswith(f".{name}") for other in every) else name
+            for name in modules
+        ],
     }
 
 

@@ -20,6 +20,7 @@ from hf_parcor import (
     RecipeRecord,
     export_recipe,
     recipe,
+    select_parameters,
     sensitivity,
 )
 from hf_parcor.corruptions import CORRUPTIONS
@@ -93,6 +94,21 @@ def test_what_is_spared_is_what_to_defend(tmp_path) -> None:
     arguments = ParameterDefenseTrainingArguments(str(tmp_path), **flags)
     assert arguments.defense_target_modules == ["layers.1.fc1"]
     assert build_defense(arguments).corruptions == (FOUR,)
+
+
+def test_what_ends_other_names_is_defended_alone(tmp_path) -> None:
+    """As a name, the first would stand for all three."""
+    model = nn.Module()
+    for name in ("fc1", "layers.1.fc1", "layers.10.fc1", "fc10"):
+        inner = model
+        *parents, last = name.split(".")
+        for parent in parents:
+            inner.add_module(parent, getattr(inner, parent, nn.Module()))
+            inner = getattr(inner, parent)
+        inner.add_module(last, nn.Linear(8, 8, bias=False))
+    export_recipe(recipe_of(EIGHT, FOUR, FOUR), tmp_path)
+    flags = yaml.safe_load((tmp_path / "defense.yaml").read_text())
+    assert list(select_parameters(model, flags["defense_target_modules"])) == ["fc1.weight"]
 
 
 @for_each("wide, narrow", [(512, 16), (64, 32), (512, 48), (48, 64)])
