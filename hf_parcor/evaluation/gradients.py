@@ -169,8 +169,8 @@ class DatasetGradients:
         return count_items(batch, shifted=self._shifted)
 
     def __len__(self) -> int:
-        """Return the number of batches."""
-        return len(self._items)
+        """Return the number of batches that have items."""
+        return sum(items > 0 for items in self._items)
 
     def data(self) -> str:
         """Return what records keep of the data."""
@@ -241,7 +241,7 @@ class DatasetGradients:
         return tqdm(
             rounds,
             desc="gradient over the data",
-            total=self._processes.size(sum(items > 0 for items in self._items)),
+            total=self._processes.size(len(self)),
             leave=False,
             disable=not self._progress,
         )
@@ -323,10 +323,10 @@ class DatasetGradients:
         return float(torch.stack(losses).sum())
 
     def next_batch(self) -> Batch:
-        """Return the next batch, on the device that the model takes it on; after the last comes the first."""
+        """Return the next batch with items, on the device that the model takes it on; after the last, the first."""
         batch = next(self._walk, None)
         if batch is None:
-            self._walk = iter(self._batches)
+            self._walk = (batch for batch, _ in self.shares())
             batch = next(self._walk)
         return own_batch(batch, self._model)
 

@@ -264,6 +264,12 @@ class TestTheWalk:
         evaluator = CorruptionEvaluator(classifier, lambda _: {"x": 0.0}, batches, loss=loss, progress=False)
         record = evaluator.evaluate([corruption, corruption])
         assert walk == expected * 2
+        without = {"input_ids": batches[0]["input_ids"] + 1, "labels": torch.full_like(batches[0]["labels"], -100)}
+        batches[1:1] = batches[:0] = batches[len(batches) :] = [without]
+        walk.clear()
+        evaluator.evaluate([corruption])
+        told_apart = [index for index, batch in enumerate(batches) if batch is not without]
+        assert [told_apart.index(index) for index in walk] == expected, "what has no labels takes no step"
         assert record.corruptions[0] == record.corruptions[1]
 
     def test_projected_gradient_ascent_longhand(self, classifier, batches):
