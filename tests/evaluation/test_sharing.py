@@ -488,6 +488,26 @@ def test_a_metric_of_single_batches_is_one_by_its_methods(batches):
     assert not isinstance(lambda model: {}, BatchMetric)
 
 
+def test_numbers_are_changed_where_they_are_combined(classifier, batches):
+    """Several corruptions are measured batch by batch, and one or none by a call of the metric."""
+
+    with pytest.raises(TypeError, match="change the numbers in combine"):
+        type("Percent", (ClassificationMetric,), {"__call__": lambda self, model: {}})
+
+    class Percent(ClassificationMetric):
+        def combine(self, parts):
+            return {name: 100 * value for name, value in super().combine(parts).items()}
+
+    plain, changed = (
+        CorruptionEvaluator(classifier, one(batches), target_modules=["classifier"], progress=False).evaluate(
+            [GaussianNoise(0.1), GaussianNoise(0.5)], trials=2
+        )
+        for one in (ClassificationMetric, Percent)
+    )
+    for one, other in zip(plain.rows(), changed.rows(), strict=True):
+        assert other.mean("accuracy") == pytest.approx(100 * one.mean("accuracy"))
+
+
 def test_tensors_are_the_numbers_that_they_hold_however_they_are_measured(evaluate, batches):
     class OfTensors(ClassificationMetric):
         def combine(self, parts):

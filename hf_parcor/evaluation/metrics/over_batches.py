@@ -37,6 +37,19 @@ class OverBatches(ABC):
     _named: ClassVar[bool] = False
     """Whether a batch has to be a mapping."""
 
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """Refuse a class whose numbers would depend on how many corruptions are measured at once.
+
+        Raises:
+            TypeError: It has a `__call__` of its own.
+        """
+        super().__init_subclass__(**settings)
+        if "__call__" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__}: expected of_batch or combine of its own, got __call__, which is not called where "
+                "several corruptions are measured on each batch; change the numbers in combine"
+            )
+
     def __init__(self, batches: Iterable[Mapping[str, Any]], *, progress: bool = False) -> None:
         check_repeatable(batches)
         with unseen(batches):
