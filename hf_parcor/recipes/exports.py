@@ -30,6 +30,7 @@ from hf_parcor.strict_json import replace_text
 
 _NAMED = 3  # so many names a sentence has
 _FLOAT32 = 32
+_ADAPTED = re.compile(r"^base_model\.model\.|\.base_layer$")
 _NVFP4 = str(FloatQuantization("nvfp4"))
 # Modules beside each other, with these names, that llm-compressor gives one scale of the tensor: what vLLM fuses.
 _FUSED = (
@@ -113,10 +114,22 @@ class _Held(NamedTuple):
 
 
 def _held(record: RecipeRecord) -> Iterator[_Held]:
+    """Yield all weights.
+
+    Raises:
+        NoSuchFormatError: PEFT has given one another name than the model has when it is loaded.
+    """
     for name, one in record.choice.items():
         group = record.groups[name]
         for weight in group.weights:
-            yield _Held(one.format, group.bits, group.holders.get(weight) or {weight.removesuffix(".weight"): ""})
+            holders = group.holders.get(weight) or {weight.removesuffix(".weight"): ""}
+            adapted = next(filter(_ADAPTED.search, holders), None)
+            if adapted is not None:
+                raise NoSuchFormatError(
+                    f"expected modules of a model as from_pretrained loads it, got {adapted} under an adapter; merge "
+                    "the adapter (merge_and_unload), and score again"
+                )
+            yield _Held(one.format, group.bits, holders)
 
 
 def _quantized(record: RecipeRecord, tool: str, *, derived: bool) -> dict[str, str]:

@@ -96,6 +96,15 @@ def test_what_is_spared_is_what_to_defend(tmp_path) -> None:
     assert build_defense(arguments).corruptions == (FOUR,)
 
 
+@for_each("name", ["base_model.model.layers.1.fc1", "layers.1.fc1.base_layer"])
+def test_under_an_adapter_no_tool_would_find_what_a_recipe_names(name, tmp_path) -> None:
+    """A tool is given a model as it is loaded, where none of these names is, and would quantize what is spared."""
+    found = export_recipe(recipe_of(FOUR, EIGHT, FOUR, names=("fc1", name, "layers.10.fc1")), tmp_path)
+    assert [path.name for path in found.files] == ["recipe.json", "defense.yaml"]
+    assert len(found.missing) == 3
+    assert all(f"got {name} under an adapter" in sentence for sentence in found.missing)
+
+
 def test_what_ends_other_names_is_defended_alone(tmp_path) -> None:
     """As a name, the first would stand for all three."""
     model = nn.Module()
