@@ -221,7 +221,11 @@ def sensitivity(
         evaluated_on=evaluated_on,
         task=task or task_of(model),
         versions=library_versions(),
-        notes=(*notes, *measurement.notes, *(note for row in found.values() for note in row.notes)),
+        notes=(
+            *notes,
+            *measurement.notes,
+            *(f"{group} in {label}: {note}" for (group, label), row in found.items() for note in row.notes),
+        ),
     )
 
 
@@ -597,15 +601,15 @@ def _unfit(groups: Collection[str], formats: Sequence[Format], cells: Sequence[F
 
 
 def _unreached(cells: Sequence[FormatScore]) -> Iterator[str]:
-    """Yield a sentence on the groups whose gradients are all zero, which scores cannot tell from those without any."""
+    """Yield a sentence on the groups whose scores are all zero: of a gradient of zero, or of none, or of no error."""
     reached = {cell.group: False for cell in cells}
     for cell in cells:
         reached[cell.group] |= cell.scores["fit"] != 0  # NaN is a gradient
     without = [group for group, found in reached.items() if not found]
     if without:
         yield (
-            f"no gradient reached {_some(without)}: the model does not use them, or something behind them passes none "
-            "back; what is measured of them tells, and scores of 0 do not"
+            f"all scores are 0 of {_some(without)}: no format changes them, the model does not use them, or something "
+            "behind them passes no gradient back; what is measured of them tells, and scores of 0 do not"
         )
 
 
