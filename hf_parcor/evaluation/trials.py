@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
 from transformers.utils import logging
 
 from hf_parcor.evaluation.metrics.generation import CUT
+from hf_parcor.evaluation.metrics.scores import without_shape
 from hf_parcor.evaluation.outputs import NOT_FINITE
 from hf_parcor.injection import CorruptionSize, is_swallowed
 from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord
@@ -79,22 +79,18 @@ def is_beside_the_point(name: str) -> bool:
 
 
 def checked_metrics(metrics: object) -> Mapping[str, object]:
-    """Return what a metric found, tensors of one entry as numbers, without what tells how long it took.
+    """Return what a metric found, tensors and arrays of one entry as numbers, without what tells how long it took.
 
     Raises:
         TypeError: It is no mapping, or one without anything that was found.
     """
     found = metrics if isinstance(metrics, Mapping) else {}
-    found = {name: _plain(value) for name, value in found.items() if not is_beside_the_point(name)}
+    found = {name: without_shape(value) for name, value in found.items() if not is_beside_the_point(name)}
     if not found:
         raise TypeError(
             f"metric: expected numbers by name, such as {{'accuracy': 0.9}}, got {metrics!r}; return a dict"
         )
     return found
-
-
-def _plain(value: object) -> object:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def record_of(

@@ -4,9 +4,11 @@ import copy
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from for_each import for_each
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -29,7 +31,7 @@ from hf_parcor import (
     select_parameters,
 )
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
-from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric
+from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric, PredictionMetric
 from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.row_fingerprint import data_fingerprint
 from hf_parcor.records import EvaluationData
@@ -410,9 +412,17 @@ class TestMetricValues:
         assert record.clean.metrics == {"perplexity": (math.inf,)}
         assert record.clean.notes == ("perplexity was inf with seed 0",)
 
-    @pytest.mark.parametrize("value", [1, True, torch.tensor(1.0), torch.tensor([1.0], dtype=torch.bfloat16)])
-    def test_numbers_of_all_kinds(self, evaluator_of, value):
+    @for_each(
+        "value",
+        [
+            *(1, True, torch.tensor(1.0), torch.tensor([1.0], dtype=torch.bfloat16)),
+            *(np.float32(1), np.int64(1), np.bool_(True), np.array(1.0), np.array([1])),
+        ],
+    )
+    def test_numbers_of_all_kinds(self, evaluator_of, batches, value):
         assert evaluator_of(lambda _: {"x": value}).evaluate([]).clean.metrics == {"x": (1.0,)}
+        of_classes = PredictionMetric(batches, lambda predictions, references: {"y": 0.0, "x": value})
+        assert evaluator_of(of_classes).evaluate([]).clean.metrics == {"y": (0.0,), "x": (1.0,)}
 
     def test_a_metric_that_comes_and_goes(self, evaluator_of):
         values = iter([{"a": 1.0}, {"a": 1.0}, {"b": 3.0}])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
 
 from hf_parcor.records.metric_info import POINTS, SHARE, MetricInfo, evaluate_module
 
@@ -36,10 +40,25 @@ def scored(score: Score, predictions: list[Any], references: list[Any]) -> dict[
     """
     found: Any = score(predictions=predictions, references=references)
     named = found if isinstance(found, Mapping) else {evaluate_module(score) or "score": found}
-    numbers = {name: float(value) for name, value in named.items() if isinstance(value, Real)}
+    plain = {name: without_shape(value) for name, value in named.items()}
+    numbers = {name: float(value) for name, value in plain.items() if isinstance(value, Real)}
     if not numbers:
         raise ValueError(f"score: expected a number, or numbers by name, got {found!r}; return {{'bleu': 31.4}}, say")
     return numbers
+
+
+def without_shape(value: object) -> object:
+    """Return a tensor or an array of one entry as its number, all else as it is.
+
+    Examples:
+        >>> import torch
+        >>> without_shape(torch.tensor([0.5])), without_shape(np.array(0.5)), without_shape([0.5])
+        (0.5, 0.5, [0.5])
+    """
+    if isinstance(value, (Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
+        number: object = value.item()
+        return number
+    return value
 
 
 class SacrebleuScore:
