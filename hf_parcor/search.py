@@ -315,7 +315,10 @@ def _begin(path: Path, new: SearchRecord) -> SearchRecord:
             f"{path}: expected a record of this search, got one of {old.defense} for {old.setting} from {old.low:g} "
             f"to {old.high:g}, to {old.direction}; give another path, or remove it"
         )
-    logger.info(f"Search: {len(old.trials)} trainings are in {path} already")
+    logger.warning(
+        f"Search: it goes on after the {len(old.trials)} trainings in {path}; remove that to begin anew, where the "
+        "Trainer's arguments or data have changed since."
+    )
     return old
 
 
