@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
@@ -24,13 +25,21 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def as_written(model: nn.Module) -> nn.Module:
-    """Return the model that `torch.compile` has wrapped, whose names and class are its own; others as they are."""
-    inner: nn.Module = getattr(model, "_orig_mod", model)
-    return inner
+    """Return the model inside of wrappers, whose names and class are its own; one without as it is.
+
+    These are DataParallel, DistributedDataParallel, and what `torch.compile` returns.
+
+    Examples:
+        >>> as_written(nn.DataParallel(nn.Linear(1, 1)))
+        Linear(in_features=1, out_features=1, bias=True)
+    """
+    wraps = isinstance(model, (nn.DataParallel, DistributedDataParallel))
+    inner: Any = model.module if wraps else getattr(model, "_orig_mod", model)
+    return model if inner is model else as_written(inner)
 
 
 def class_of(model: nn.Module) -> type[nn.Module]:
-    """Return the class of a model; FSDP2 puts one of its own before it, and `torch.compile` a module around it.
+    """Return the class of a model; FSDP2 puts one of its own before it, and wrappers a module around it.
 
     Examples:
         >>> class_of(nn.Linear(1, 1))

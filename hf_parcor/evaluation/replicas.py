@@ -10,7 +10,6 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from accelerate.utils import model_has_dtensor
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from hf_parcor.distributed.fsdp import as_written, drop_gathered, is_sharded
@@ -37,10 +36,10 @@ def measurable_model(model: nn.Module) -> nn.Module:
 
 
 def whole_model(model: nn.Module) -> nn.Module:
-    """Return the model inside of wrappers that give its weights other names; others as they are.
+    """Return what `as_written` does.
 
-    The passes of DistributedDataParallel would wait for each other, and a prefix cannot be cut out of what
-    `torch.compile` has made one piece of.
+    The passes of DistributedDataParallel would wait for each other, DataParallel returns a loss for each GPU, and a
+    prefix cannot be cut out of what `torch.compile` has made one piece of.
 
     Raises:
         ValueError: The weights are split.
@@ -50,8 +49,7 @@ def whole_model(model: nn.Module) -> nn.Module:
             "model: expected all weights in every process (evaluators take FSDP2's shards too), got weights that FSDP "
             "or tensor parallelism has split; save the model, and evaluate it as from_pretrained loads it"
         )
-    model = as_written(model)
-    return as_written(model.module) if isinstance(model, DistributedDataParallel) else model
+    return as_written(model)
 
 
 def _check_shards(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -342,7 +343,8 @@ class TestOutputs:
         assert torch.allclose(model_loss(model, batch), expected)
         assert metric(model) == pytest.approx(of_model)
 
-    def test_of_a_model_that_is_compiled(self, tiny_bert, inputs):
+    @for_each("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel])
+    def test_of_a_model_inside_of_another_module(self, wrap):
         """Its class is another one, and its `forward` takes anything."""
         tokens = torch.randint(0, 12, (2, 6))
         gpt2 = GPT2LMHeadModel(GPT2Config(**tiny.gpt2(12, layers=1))).eval()
@@ -352,11 +354,11 @@ class TestOutputs:
             (gpt2, LanguageModelMetric([{"input_ids": tokens, "labels": tokens}])),
             (bare, ClassificationMetric([rows])),
         ):
-            compiled = torch.compile(model, backend="eager")
-            assert metric(compiled) == pytest.approx(metric(model))
+            wrapped = wrap(model)
+            assert metric(wrapped) == pytest.approx(metric(model))
             records = [
                 CorruptionEvaluator(one, metric, progress=False).evaluate([GaussianNoise(0.1)], trials=1)
-                for one in (model, compiled)
+                for one in (model, wrapped)
             ]
             assert records[0].to_json() == records[1].to_json()
 

@@ -143,7 +143,8 @@ def test_a_model_inside_of_a_wrapper(monkeypatch):
     nn.Module.__init__(wrapper)
     wrapper.module = model
     assert measurable_model(wrapper) is measurable_model(model) is model
-    for one in (model, wrapper):
+    for one in (model, wrapper, nn.DataParallel(model)):
+        assert measurable_model(one) is model
         assert measurable_model(torch.compile(one, backend="eager")) is model
     wrapper.module = torch.compile(model, backend="eager")
     assert measurable_model(wrapper) is model
