@@ -11,7 +11,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_parcor.batches import count_examples, count_labels
-from hf_parcor.distributed.fsdp import class_of
+from hf_parcor.distributed.fsdp import as_written, class_of
 from hf_parcor.evaluation.outputs import Output, called, problem_of, usual_loss
 
 Batch = Any
@@ -73,6 +73,7 @@ def count_items(batch: Batch, *, shifted: bool = False) -> int:
 
 def shifts_labels(model: nn.Module) -> bool:
     """Return whether a model's own loss predicts the next token, so that first labels do not count."""
+    model = as_written(model)
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
     kind = class_of(model)
     if any(base.__name__ in _UNSHIFTED for base in kind.__mro__):

@@ -253,7 +253,7 @@ def problem_of(model: nn.Module, logits: Tensor, labels: Tensor) -> Problem:
         >>> problem_of(nn.Identity(), torch.zeros(4, 1), torch.ones(4))
         <Problem.NUMBERS: 'regression'>
     """
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(as_written(model), "config", None)
     named = getattr(config, "problem_type", None)
     if named is not None:
         try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import peft
 import pytest
 import scipy.stats
 import sklearn.metrics
@@ -344,15 +346,19 @@ class TestOutputs:
         assert metric(model) == pytest.approx(of_model)
 
     @for_each("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel])
-    def test_of_a_model_inside_of_another_module(self, wrap):
+    def test_of_a_model_inside_of_another_module(self, tiny_bert, wrap):
         """Its class is another one, and its `forward` takes anything."""
         tokens = torch.randint(0, 12, (2, 6))
         gpt2 = GPT2LMHeadModel(GPT2Config(**tiny.gpt2(12, layers=1))).eval()
-        bare = nn.Linear(3, 2)
+        lora = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+        adapted = peft.get_peft_model(copy.deepcopy(gpt2), lora).eval()
+        numbers = tiny_bert(num_labels=2, problem_type="regression").eval()
         rows = {"input": torch.randn(4, 3), "labels": torch.tensor([0, 1, 1, 0])}
         for model, metric in (
             (gpt2, LanguageModelMetric([{"input_ids": tokens, "labels": tokens}])),
-            (bare, ClassificationMetric([rows])),
+            (adapted, LanguageModelMetric([{"input_ids": tokens, "labels": tokens}])),
+            (numbers, ClassificationMetric([{"input_ids": tokens, "labels": torch.eye(2)}])),
+            (nn.Linear(3, 2), ClassificationMetric([rows])),
         ):
             wrapped = wrap(model)
             assert metric(wrapped) == pytest.approx(metric(model))

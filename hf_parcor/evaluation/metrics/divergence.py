@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from hf_parcor.batches import IGNORED_LABEL
+from hf_parcor.distributed.fsdp import as_written
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.losses import shifts_labels
 from hf_parcor.evaluation.metrics.over_batches import BatchMetric
@@ -165,7 +166,7 @@ class WithDivergence:
             hook_after(hooks, model, lambda _, __, output: seen.append(Output.read(output).logits))
             found = self._metric.of_batch(model, batch)
         logits = seen[0] if len(seen) == 1 else None  # a generated text takes many calls, and other ones each time
-        said = getattr(getattr(model, "config", None), "problem_type", None)
+        said = getattr(getattr(as_written(model), "config", None), "problem_type", None)
         inferred = found.get("problem") if isinstance(found, Mapping) else None
         if logits is None or {said, inferred} & _OTHER_PROBLEMS or logits.ndim < 2:
             return found, None
