@@ -26,6 +26,7 @@ from hf_parcor.corruptions import FloatQuantization
 from hf_parcor.recipes.measured import format_of
 from hf_parcor.records.evaluation import corruption_words
 from hf_parcor.records.recipe import RecipeRecord
+from hf_parcor.records.sensitivity import targets_of
 from hf_parcor.strict_json import replace_text
 
 _NAMED = 3  # so many names a sentence has
@@ -392,7 +393,6 @@ def defense_settings(record: RecipeRecord) -> dict[str, Any]:
         NoSuchFormatError: Nothing is spared.
     """
     modules = [module for group in record.spared for module in record.groups[group].modules]
-    every = [*record.outside, *(module for group in record.groups.values() for module in group.modules)]
     if not modules:
         raise NoSuchFormatError("expected parts that the recipe spares, got none: there is nothing to defend")
     assert record.base is not None, "something is spared from it"
@@ -400,11 +400,7 @@ def defense_settings(record: RecipeRecord) -> dict[str, Any]:
     return {
         "defense": "corruption",
         "defense_corruption": corruption_words([(base["corruption"], base["settings"])]),
-        # A name stands for all that ends with it, an expression for what it matches in full.
-        "defense_target_modules": [
-            f"(?:{re.escape(name)})" if any(other.endswith(f".{name}") for other in every) else name
-            for name in modules
-        ],
+        "defense_target_modules": targets_of(modules, record.groups, record.outside),
     }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -47,6 +48,27 @@ class WeightGroup:
     def modules(self) -> list[str]:
         """The names of the modules that hold them, without `.weight`; a weight of another name stands for itself."""
         return list(dict.fromkeys(name.removesuffix(".weight") for name in self.weights))
+
+
+def targets_of(modules: Iterable[str], groups: Mapping[str, WeightGroup], outside: Iterable[str]) -> list[str]:
+    r"""Return what selects these modules and no others as `target_modules`.
+
+    That is their names or, since a name stands for all that ends with it, expressions, which match names in full.
+
+    Args:
+        modules: Names of modules, or of what holds several.
+        groups: The record's groups.
+        outside: Its modules in no group.
+
+    Examples:
+        >>> groups = {"first": WeightGroup({"fc.weight": 4}, 32), "second": WeightGroup({"inner.fc.weight": 4}, 32)}
+        >>> targets_of(["fc", "inner.fc"], groups, ())
+        ['(?:fc)', 'inner.fc']
+    """
+    every = [*outside, *(module for group in groups.values() for module in group.modules)]
+    return [
+        f"(?:{re.escape(name)})" if any(f".{name}." in f"{other}." for other in every) else name for name in modules
+    ]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from hf_parcor.records.metric_info import POINTS, SHARE
-from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, FormatScore, SensitivityRecord
+from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, FormatScore, SensitivityRecord, targets_of
 from hf_parcor.reports.command_line import flag_words
 from hf_parcor.reports.content import answer_as_markdown, tables_as_markdown
 from hf_parcor.reports.numbers import Numbers
@@ -111,7 +111,8 @@ def _findings(told: _Told) -> Iterator[Finding]:
         if others and told.is_negligible(others[0]):
             seconds = "; no other that was measured makes it worse by 1 %"
         modules = told.scores.groups[weakest.group].modules
-        spared = modules if len(modules) <= 3 else [weakest.group]
+        few = modules if len(modules) <= 3 else [weakest.group]
+        spared = targets_of(few, told.scores.groups, told.scores.outside)
         (described,) = told.scores.formats.values()
         yield Finding(
             f"{name} is the weakest of {count} parts in {told.format}: by itself it changes {metric} from {clean} by "

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from for_each import for_each
+from torch import nn
 
 from hf_parcor import (
     FirstLookReport,
@@ -16,6 +17,7 @@ from hf_parcor import (
     MetricInfo,
     Quantization,
     SensitivityRecord,
+    select_parameters,
     sensitivity,
 )
 from hf_parcor.evaluation import ClassificationMetric
@@ -116,6 +118,14 @@ def test_the_few_modules_of_the_weakest_part_are_what_to_defend(held, modules):
     names = ["layers.0.weight"] if held == 1 else [f"a.{place}.weight" for place in range(held)]
     groups = {**scores.groups, "layers.0": WeightGroup(dict.fromkeys(names, 10), 16.0)}
     assert f"target_modules={modules!r}" in " ".join(FirstLookReport(replace(scores, groups=groups)).verdict)
+
+
+def test_a_name_that_ends_another_one_does_not_take_that_too():
+    scores = replace(record([3.5, 2.1]), outside=("inner.layers.0",))
+    selected = re.search(r"target_modules=(\[.*?\])\)", " ".join(FirstLookReport(scores).verdict))[1]
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(1, 1)])})
+    model["inner"] = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(1, 1)])})
+    assert list(select_parameters(model, eval(selected))) == ["layers.0.weight", "layers.0.bias"]
 
 
 @for_each("rows", [None, 40])
