@@ -123,6 +123,12 @@ class Flipped:
 class DetectionTrainer(ParameterDefenseTrainer):
     """Measures boxes: they are of other numbers on each image, where the stock loop would join tensors."""
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Return the batches that the task is measured on; gradients are taken on them, too."""
+        images: Any = super().get_eval_dataloader(eval_dataset).dataset
+        processed = Processed(self.model, self.processing_class)
+        return TASK.batches(images, processed, self.args.eval_batch_size, self.args.dataloader_num_workers)
+
     def evaluation_loop(
         self,
         dataloader: DataLoader[Any],
@@ -132,15 +138,13 @@ class DetectionTrainer(ParameterDefenseTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Return average precision and loss; no predictions."""
+        self.callback_handler.eval_dataloader = dataloader  # as in the stock loop: callbacks measure on the same data
         model: Any = self.model
         model.eval()
-        images: Any = dataloader.dataset
-        processed, workers = Processed(model, self.processing_class), self.args.dataloader_num_workers
-        batches = TASK.batches(images, processed, self.args.eval_batch_size, workers)
-        self.callback_handler.eval_dataloader = batches  # as in the stock loop: callbacks measure on the same data
-        metric = detection_metric(self.processing_class, batches)
+        metric = detection_metric(self.processing_class, dataloader)
         found = measure(model, metric, MeasuringProcesses.launched())  # each image once
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        images: Any = dataloader.dataset
         return EvalLoopOutput(None, None, metrics, len(images))  # type: ignore[arg-type]
 
 

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from example_program import TRAINS_AND_MEASURES, run_with, steps_logged
-from local_models import write_objects
+from local_models import save_yolos, write_objects
+from trainings import QUIET
+from transformers import TrainingArguments
 
 from hf_parcor.records import EvaluationRecord
+from hf_parcor.tasks import Processed, load_rows
 
 pytest.importorskip("PIL", reason="the examples need the extra 'examples'")
 pytest.importorskip("pycocotools", reason="average precision needs the extra 'detection'")
@@ -97,6 +100,29 @@ def test_mirrored_images_have_mirrored_boxes():
         assert set(inside.getdata()) == {(255, 0, 0)}
         assert example["image"].getcolors()[0][0] == 12
     assert seen == {1, 8}
+
+
+def test_gradients_too_are_of_batches_of_images_of_one_size(tmp_path):
+    """Their loss would have other true boxes than what is evaluated."""
+    from PIL import Image
+    from train_detector import TASK, DetectionTrainer
+
+    rows, folder = load_rows(write_objects(tmp_path / "rows.jsonl")), save_yolos(tmp_path / "model")
+    Image.open(tmp_path / "0.png").transpose(Image.Transpose.ROTATE_90).save(tmp_path / "0.png")
+    model, processor = TASK.load_model(folder), TASK.load_processor(folder)
+    processed = Processed(model, processor)
+    trainer = DetectionTrainer(
+        model=model,
+        args=TrainingArguments(str(tmp_path), per_device_eval_batch_size=4, remove_unused_columns=False, **QUIET),
+        eval_dataset=TASK.examples(rows, TASK.find_columns(rows, {}), processed),
+        processing_class=processor,
+        data_collator=TASK.collator(processed),
+    )
+    batches = [
+        {tuple(one["orig_size"].tolist()) for one in batch["labels"]} for batch in trainer.get_eval_dataloader()
+    ]
+    assert batches == [{(12, 10)}, {(10, 12)}]
+    assert trainer.evaluate()["eval_map"] >= 0
 
 
 def test_faster_r_cnn_without_torchvision(run):
