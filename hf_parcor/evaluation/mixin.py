@@ -118,12 +118,15 @@ def measure_robustness(
     if model is None:
         raise ValueError("model: expected a Trainer with a model, got None; pass model=, or train first")
     data = evaluated_data(trainer, eval_dataset)
-    for name, given in {"eval_dataset": data, "gradient_dataset": gradient_dataset}.items():
-        if isinstance(given, dict):
-            raise ValueError(
-                f"{name}: expected one data set, got {', '.join(map(str, given))}; name one of them, or call "
-                "evaluate_robustness of a RobustnessMixin, which evaluates each"
-            )
+    if isinstance(data, dict):
+        raise ValueError(
+            f"eval_dataset: expected one data set, got {', '.join(map(str, data))}; name one of them, or call "
+            "evaluate_robustness of a RobustnessMixin, which evaluates each"
+        )
+    if isinstance(gradient_dataset, dict):
+        raise ValueError(
+            f"gradient_dataset: expected one data set, got {', '.join(map(str, gradient_dataset))}; name one of them"
+        )
     needs_gradients = any(getattr(corruption, "uses_gradients", False) for corruption in corruptions)
     for_gradients = eval_dataset if gradient_dataset is None else gradient_dataset
     evaluator = CorruptionEvaluator(
