@@ -49,18 +49,16 @@ def check_sources(arguments: argparse.Namespace) -> None:
     sources = {name: source for name in (_DATASET, "train_dataset") if (source := getattr(arguments, name, None))}
     for name, source in sources.items():
         _check_data(source, _CALLED[name])
-    if arguments.dataset_config is not None and all(map(_is_file, sources.values())):
-        raise InputError(
-            "--dataset-config: expected a data set on the Hub, or a folder, with it, got "
-            f"{arguments.dataset_config!r} beside --dataset {arguments.dataset}; leave it out: a file has none"
-        )
-    trained_on = list(sources)[-1]
-    for name, split, default in ((_DATASET, "split", SPLIT), (trained_on, "train_split", TRAIN_SPLIT)):
-        asked, source = getattr(arguments, split, default), sources[name]
-        if asked != default and _is_file(source):
+    for setting, default, read_by in (
+        ("dataset_config", None, list(sources)),
+        ("split", SPLIT, [_DATASET]),
+        ("train_split", TRAIN_SPLIT, list(sources)[-1:]),
+    ):
+        asked = getattr(arguments, setting, default)
+        if asked != default and all(_is_file(sources[name]) for name in read_by):
             raise InputError(
-                f"--{split.replace('_', '-')}: expected a data set on the Hub, or a folder, with it, got {asked!r} "
-                f"beside {_CALLED[name]} {source}; leave it out: a file has none"
+                f"--{setting.replace('_', '-')}: expected a data set on the Hub, or a folder, with it, got {asked!r} "
+                f"beside {_CALLED[read_by[0]]} {sources[read_by[0]]}; leave it out: a file has none"
             )
 
 

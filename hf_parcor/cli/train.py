@@ -289,7 +289,7 @@ def _training_and_validation(arguments: argparse.Namespace) -> tuple[Rows, Rows,
     same_source = one.samefile(other) if one.exists() and other.exists() else arguments.dataset == source
     splits = (arguments.split, arguments.train_split)
     if not same_source or (splits[0] != splits[1] and not one.is_file()):
-        training = rows_of(arguments, source, arguments.train_split)
+        training = rows_of(arguments, source, arguments.train_split)  # first: it says which splits there are
         if same_source and _share_rows(splits, rows.entries):
             raise InputError(
                 f"--split: expected rows that are not trained on, got {splits[0]} beside --train-split {splits[1]}; "

@@ -76,11 +76,8 @@ class _Evaluator:
 
         Before each call anew: between two of them a model may get other parameters, or train another adapter.
         """
-        selections, targets = self._select(gradients=False)
         needed = any(getattr(corruption, "uses_gradients", False) for corruption in corruptions)
-        if needed and any(selection.is_elsewhere for selection in selections.values()):
-            return self._select(gradients=True)
-        return selections, targets
+        return self._select(gradients=needed)
 
     def check(self, corruptions: Corruption | Sequence[Corruption]) -> None:
         """Check that corruptions can be applied to the weights, without measuring anything.

@@ -12,7 +12,7 @@ from hf_parcor.evaluation import BatchMetric, GenerationMetric, SacrebleuScore
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.languages import set_languages
 from hf_parcor.tasks.rows import Rows
-from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task, check_tokens, library_score
+from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task, check_tokens, library_score, say_what_is_cut
 
 _MAX_LENGTH = 512
 _OF_SACREBLEU = ("bleu", "chrf", "ter")
@@ -40,8 +40,9 @@ class SequenceToSequence(Task):
         of_sources, of_targets = (processed.length(_MAX_LENGTH, decoder=decoder) for decoder in (False, True))
         inputs = tokenizer(sources, truncation=True, max_length=of_sources)
         labels = tokenizer(text_target=targets, truncation=True, max_length=of_targets)
-        check_tokens(rows, columns["source"], inputs, of_sources)
-        check_tokens(rows, columns["target"], labels, of_targets, of_inputs=False)
+        say_what_is_cut(rows, columns["source"], inputs, of_sources)
+        say_what_is_cut(rows, columns["target"], labels, of_targets)
+        check_tokens(rows, columns["source"], inputs["input_ids"])
         encoded = {**inputs, "labels": labels["input_ids"]}
         return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 

@@ -336,26 +336,23 @@ class _InOrder:
         return self.examples[self.order[index]]
 
 
-def check_tokens(rows: Rows, column: str, encoded: Any, length: int, *, of_inputs: bool = True) -> None:
-    """Refuse texts without a token, and say how many were cut.
-
-    Args:
-        rows: The data.
-        column: Where the texts are.
-        encoded: What the tokenizer returned.
-        length: How many tokens a text may have.
-        of_inputs: Whether they are the model's inputs: it would have nothing to compute on but padding.
-
-    Raises:
-        InputError: There is a text without a token.
-    """
+def say_what_is_cut(rows: Rows, column: str, encoded: Any, length: int) -> None:
+    """Say how many texts of a column had more tokens than this length, if a tokenizer cut any."""
     cut = sum(bool(text.overflowing) for text in encoded.encodings or ())
     if cut:
         logger.warning(
             f"{rows.source}: {cut:,} of {len(encoded.encodings):,} texts of column {column!r} have more than "
             f"{length:,} tokens and are cut; another max_length cuts others."
         )
-    for row, tokens in enumerate(encoded["input_ids"] if of_inputs else (), start=1):
+
+
+def check_tokens(rows: Rows, column: str, encoded: Sequence[Sequence[int]]) -> None:
+    """Refuse texts without a token: there is nothing to compute on but the padding of their batch.
+
+    Raises:
+        InputError: There is one.
+    """
+    for row, tokens in enumerate(encoded, start=1):
         if not tokens:
             raise InputError(
                 f"{rows.source}: expected a token or more in each text of column {column!r}, got none in row {row}; "

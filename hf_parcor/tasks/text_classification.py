@@ -9,7 +9,7 @@ from transformers import DataCollatorWithPadding
 
 from hf_parcor.tasks.classification import Classification
 from hf_parcor.tasks.rows import Rows
-from hf_parcor.tasks.task import Collator, Example, Processed, Role, check_tokens
+from hf_parcor.tasks.task import Collator, Example, Processed, Role, check_tokens, say_what_is_cut
 
 _MAX_LENGTH = 128
 
@@ -41,7 +41,8 @@ class TextClassification(Classification):
             pairs.append(rows.texts(columns["second_text"]))
         length = processed.length(_MAX_LENGTH)
         encoded = processed.processor(*pairs, truncation=True, max_length=length)
-        check_tokens(rows, columns["text"], encoded, length)
+        say_what_is_cut(rows, columns["text"], encoded, length)
+        check_tokens(rows, columns["text"], encoded["input_ids"])
         names = list(encoded)
         return [
             {**dict(zip(names, values, strict=True)), "labels": label}

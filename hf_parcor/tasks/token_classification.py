@@ -14,7 +14,7 @@ from hf_parcor.evaluation import BatchMetric, EntityScore, PredictionMetric
 from hf_parcor.evaluation.metrics.scores import check_tags
 from hf_parcor.tasks.classification import Classification
 from hf_parcor.tasks.rows import Rows
-from hf_parcor.tasks.task import Collator, Example, Processed, Role, check_tokens
+from hf_parcor.tasks.task import Collator, Example, Processed, Role, check_tokens, say_what_is_cut
 
 _MAX_LENGTH = 256
 
@@ -53,7 +53,8 @@ class TokenClassification(Classification):
             truncation=True,
             max_length=length,
         )
-        check_tokens(rows, columns["words"], encoded, length)
+        say_what_is_cut(rows, columns["words"], encoded, length)
+        check_tokens(rows, columns["words"], encoded["input_ids"])
         return [
             {
                 **{name: values[index] for name, values in encoded.items()},
