@@ -64,6 +64,7 @@ WORST = of("gradient", "multi_step")
 NOISE = of("gaussian", "uniform")
 FEW_BITS = labelled("6-bit quantization", "5-bit quantization", "4-bit quantization")
 PER_TENSOR_4, PER_CHANNEL_4 = labelled("4-bit quantization"), labelled("4-bit quantization per channel")
+FLIPS_3 = labelled("3 worst flips (int8, 5 candidates)")
 
 
 @dataclass(frozen=True)
@@ -488,7 +489,7 @@ CLAIMS = [
             "harder to break in the worst direction": arms(FULL, BOTH, "plain", WORST),
             "holds more at 4 bits, one scale a tensor": arms(FULL, BOTH, "plain", PER_TENSOR_4),
             "… and under random noise": arms(FULL, BOTH, "plain", NOISE),
-            "… and after the three worst flips of int8": arms(FULL, BOTH, "plain", labelled("3 worst flips (int8)")),
+            "… and after the three worst flips of int8": arms(FULL, BOTH, "plain", FLIPS_3),
         }.items()
     ),
     Claim(

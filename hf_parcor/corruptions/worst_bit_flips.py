@@ -91,6 +91,8 @@ class WorstBitFlips(Corruption):
 
     def __str__(self) -> str:
         details = [*([] if self.of is None else [str(self.of)]), *([] if self.uses_gradients else [self.search])]
+        if self.candidates != WorstBitFlips.candidates:
+            details.append("1 candidate" if self.candidates == 1 else f"{self.candidates} candidates")
         if self.batches != WorstBitFlips.batches:
             details.append("all batches" if self.batches is None else f"{self.batches} batches")
         flips = "flip" if self.count == 1 else "flips"

@@ -269,9 +269,9 @@ ANOTHER = {
     **{"constraint": CorruptionConstraint(p=4, epsilon=0.25, top_n=3), "steps": 2, "step_size": 0.01, "count": 3},
     **{"std": 0.5, "bound": 0.25, "relative_to": "tensor", "seconds": 7, "nu_mean": 0.5, "nu_std": 0.5, "t_0": 5},
     **{"bits": 8, "per": "channel", "symmetric": False, "code_range": "full", "arithmetic": "weight"},
-    **{"format": "fp8_e4m3", "of": "float16", "search": "data-free", "batches": None},
+    **{"format": "fp8_e4m3", "of": "float16", "search": "data-free", "candidates": 3, "batches": None},
 }
-UNTOLD = {"candidates", "zero_point", "rate"}  # how long it searches; what only goes with other settings
+UNTOLD = {"zero_point", "rate"}  # these only go with other settings
 
 
 def test_settings_that_differ_are_told_apart(corruption: Corruption) -> None:

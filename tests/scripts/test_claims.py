@@ -204,13 +204,14 @@ def numbers_of_the_first_page() -> list[str]:
     bits = difference("multi_step_risk-1", "plain", "6-bit quantization")
     gpu = claims.costs_two_passes_on_a_gpu()[1]
     long, short = (re.search(rf"{shape}: ([\d.]+)", gpu)[1] for shape in ("64 × 512", "32 × 128"))
+    flips = "3 worst flips (int8, 5 candidates)"
     return [
         f"keeps {min(worst):.1f} to {max(worst):.1f} points more",
         f"gains {noise.mean_difference:.1f} (t = {noise.t:.0f}), at 6 bits {bits:.1f}",
         f"holds {mean('half-4-bits', '4-bit quantization')} there, where plain training holds "
         f"{mean('plain', '4-bit quantization')}",
-        f"keeps {mean('worst-and-4-bits', '3 worst flips (int8)')} after the three worst bit flips of int8 codes, "
-        f"where plain keeps {mean('plain', '3 worst flips (int8)')}",
+        f"keeps {mean('worst-and-4-bits', flips)} after the three worst bit flips of int8 codes, "
+        f"where plain keeps {mean('plain', flips)}",
         f"K = 1 takes {time_of('whole model, K = 1')} stock steps on a CPU, {long} (batches of 64 × 512 tokens) to "
         f"{short} (32 × 128) on an H100; the last of six layers {time_of('last layer, K = 1')}",
     ]
