@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,8 +74,7 @@ def count_items(batch: Batch, *, shifted: bool = False) -> int:
 
 def shifts_labels(model: nn.Module) -> bool:
     """Return whether a model's own loss predicts the next token, so that first labels do not count."""
-    model = as_written(model)
-    model = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
+    model = _base_model(model)
     kind = class_of(model)
     if any(base.__name__ in _UNSHIFTED for base in kind.__mro__):
         return False
@@ -82,3 +82,19 @@ def shifts_labels(model: nn.Module) -> bool:
     causal = kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     shifts = causal if loss_type is None else LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
     return shifts and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def without_router_loss(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a batch with which a mixture of experts returns the loss of the labels alone.
+
+    Its own loss may have that of its routers added, which says how evenly the experts are used.
+    """
+    taken = inspect.signature(_base_model(model).forward).parameters
+    return {**batch, "output_router_logits": False} if "output_router_logits" in taken else batch
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    """Return the model inside of wrappers, PEFT's too."""
+    model = as_written(model)
+    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    return base

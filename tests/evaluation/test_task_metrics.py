@@ -18,6 +18,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -40,6 +42,8 @@ WORDS = ["<pad>", "</s>", "<unk>", *(f"w{index}" for index in range(3, 24))]
 SHARED = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
 GPT2 = GPT2Config(vocab_size=24, n_embd=8, n_layer=2, n_head=2, n_positions=32, initializer_range=0.5, **SHARED)
 LLAMA = LlamaConfig(**{**tiny.decoder(24, inner=8), **SHARED}, initializer_range=0.5)
+ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "experts_implementation": "eager"}
+MIXTRAL = MixtralConfig(**{**tiny.decoder(24, inner=8), **SHARED}, **ROUTED, num_local_experts=2)
 T5 = T5Config(**tiny.t5(24, 16), eos_token_id=1)
 
 
@@ -74,6 +78,11 @@ def token_by_token(model, batches, shift):
     return sum(losses) / len(losses), sum(right) / len(right)
 
 
+def adapted(model):
+    peft = pytest.importorskip("peft", reason="an optional dependency, the extra peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
 class TestLanguageModels:
     @pytest.mark.parametrize(
         ("build", "shift"),
@@ -82,8 +91,10 @@ class TestLanguageModels:
             (lambda tiny_bert: LlamaForCausalLM(LLAMA), 1),
             (lambda tiny_bert: tiny_bert(BertForMaskedLM, vocab_size=24, initializer_range=0.5), 0),
             (lambda tiny_bert: T5ForConditionalGeneration(T5), 0),
+            (lambda tiny_bert: MixtralForCausalLM(MIXTRAL), 1),
+            (lambda tiny_bert: adapted(MixtralForCausalLM(MIXTRAL)), 1),
         ],
-        ids=["gpt2", "llama", "masked bert", "t5"],
+        ids=["gpt2", "llama", "masked bert", "t5", "mixtral", "adapted mixtral"],
     )
     def test_token_by_token(self, tiny_bert, tokens, build, shift):
         model = build(tiny_bert).eval()

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_parcor.arguments import check_count
 from hf_parcor.batches import IGNORED_LABEL
-from hf_parcor.evaluation.losses import shifts_labels
+from hf_parcor.evaluation.losses import shifts_labels, without_router_loss
 from hf_parcor.evaluation.metrics.over_batches import OverLabels
 from hf_parcor.records.metric_info import NATS, SHARE, MetricInfo
 
@@ -72,6 +72,14 @@ class LanguageModelMetric(OverLabels):
             raise ValueError("text: expected two tokens or more, got fewer; name another text")
         batches = [padded_windows(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size)]
         return cls(batches, progress=progress)
+
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        """Return the sums over the labels of one batch; the loss of routers does not count.
+
+        Raises:
+            ValueError: As in `OverLabels`.
+        """
+        return super().of_batch(model, without_router_loss(model, batch))
 
     def _shifts(self, model: nn.Module) -> bool:
         """Return whether a model predicts the label of the next place, as causal ones do."""
