@@ -17,7 +17,7 @@ from hf_parcor.batches import check_batch
 from hf_parcor.distributed.dtensors import local_part, local_parts
 from hf_parcor.distributed.fsdp import drop_gathered, is_sharded, reducing
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
-from hf_parcor.evaluation.losses import Batch, Loss, count_items, model_loss, shifts_labels
+from hf_parcor.evaluation.losses import Batch, Loss, item_counter, model_loss
 from hf_parcor.evaluation.outputs import own_batch
 from hf_parcor.evaluation.repeated_batches import RepeatedBatches
 from hf_parcor.functional.vectors import working_dtype
@@ -151,7 +151,7 @@ class DatasetGradients:
         self._processes = processes
         self._model, self._parameters, self._loss = model, parameters, loss
         self._progress = progress
-        self._shifted = shifts_labels(model) and loss is model_loss
+        self._count_items = item_counter(model, loss)
         with self._batches.unseen():
             self._items = [self._count(batch) for batch in self._batches]
         if not sum(self._items):
@@ -166,7 +166,7 @@ class DatasetGradients:
     def _count(self, batch: Batch) -> int:
         if self._loss is model_loss:  # one of the caller's own may take anything
             check_batch(batch, named=False)
-        return count_items(batch, shifted=self._shifted)
+        return self._count_items(batch)
 
     def __len__(self) -> int:
         """Return the number of batches that have items."""
@@ -282,7 +282,7 @@ class DatasetGradients:
         counted = [items for items in self._items if items][:most]
         total, found, left = sum(counted), 0, len(counted)
         for batch in self._batches:
-            items = count_items(batch, shifted=self._shifted)  # of this very batch, whatever an earlier walk counted
+            items = self._count_items(batch)  # of this very batch, whatever an earlier walk counted
             if most is not None and items and not left:
                 break
             found += items

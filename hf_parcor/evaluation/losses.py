@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,14 +32,14 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean loss that a Transformers model computes itself if its batch has labels.
 
     If a model returns only logits, bare or by name, this is the usual loss of Transformers for such labels, as in
-    `ClassificationMetric`.
+    `ClassificationMetric`. Of a CTC model that sums its loss over the rows, it is the mean over them.
 
     Raises:
         ValueError: The model returned no loss, and there are no labels or no logits to compute one from.
     """
     output = Output.read(called(model, batch))
     if output.loss is not None:
-        return output.loss
+        return output.loss / count_items(batch, of_rows=True) if _sums_over_rows(model) else output.loss
     labels = batch.get("labels")
     if output.logits is None or labels is None:
         raise ValueError(
@@ -49,17 +50,24 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     return usual_loss(problem, output.logits, torch.as_tensor(labels), shifted=shifts_labels(model))
 
 
-def count_items(batch: Batch, *, shifted: bool = False) -> int:
+def item_counter(model: nn.Module, loss: Loss) -> Callable[[Batch], int]:
+    """Return the function that counts how many items of a batch a mean loss is over."""
+    own = loss is model_loss
+    return partial(count_items, shifted=own and shifts_labels(model), of_rows=own and _is_ctc(model))
+
+
+def count_items(batch: Batch, *, shifted: bool = False, of_rows: bool = False) -> int:
     """Return how many items a batch's mean loss is over: labels that count, else its examples.
 
     Args:
         batch: A mapping of tensors, and of lists with an entry for each example, a sequence of tensors, or one tensor.
         shifted: Whether the loss leaves out the first label of every row, as that of a causal language model does.
+        of_rows: Whether each example has one loss, whatever its labels, as in CTC.
 
     Raises:
         ValueError: The batch has no tensor.
     """
-    named = batch if isinstance(batch, Mapping) else {}
+    named = batch if isinstance(batch, Mapping) and not of_rows else {}
     labels = count_labels(named, shifted=shifted)
     if labels is not None:
         return int(labels)
@@ -91,6 +99,15 @@ def without_router_loss(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[s
     """
     taken = inspect.signature(_base_model(model).forward).parameters
     return {**batch, "output_router_logits": False} if "output_router_logits" in taken else batch
+
+
+def _is_ctc(model: nn.Module) -> bool:
+    return any(base.__name__.endswith("ForCTC") for base in class_of(_base_model(model)).__mro__)
+
+
+def _sums_over_rows(model: nn.Module) -> bool:
+    config = getattr(_base_model(model), "config", None)
+    return _is_ctc(model) and getattr(config, "ctc_loss_reduction", None) == "sum"
 
 
 def _base_model(model: nn.Module) -> nn.Module:

@@ -34,7 +34,9 @@ from hf_parcor.evaluation import (
     PredictionMetric,
     model_loss,
 )
+from hf_parcor.evaluation.gradients import DatasetGradients
 from hf_parcor.evaluation.losses import _UNSHIFTED
+from hf_parcor.evaluation.metrics.loss import LossMetric
 
 SPLITS = [(10,), (4, 4, 2), (1,) * 10]
 
@@ -238,6 +240,29 @@ class TestShapes:
             found = LanguageModelMetric([{"input_ids": tokens[some], "labels": labels[some]} for some in rows])(model)
             assert found["loss"] == pytest.approx(float(output.loss), rel=1e-5)
             assert found["accuracy"] == pytest.approx(float(right))
+
+    @for_each("reduction", ["sum", "mean"])
+    def test_speech_counts_by_the_row_however_it_is_batched(self, reduction):
+        """CTC has one loss a row, of which Transformers takes the sum by default, or a mean."""
+        sizes = {"conv_dim": [8], "conv_kernel": [3], "conv_stride": [2], "num_conv_pos_embeddings": 4}
+        config = transformers.Wav2Vec2Config(
+            **{**tiny.encoder(12), **sizes}, num_conv_pos_embedding_groups=2, ctc_loss_reduction=reduction
+        )
+        model = transformers.Wav2Vec2ForCTC(config).eval()
+        data = {"input_values": torch.randn(10, 100), "labels": torch.randint(1, 12, (10, 6))}
+        lengths = torch.tensor([6, 1, 2, 3, 6, 4, 1, 1, 5, 2])
+        data["labels"][torch.arange(6) >= lengths[:, None]] = -100
+        chances = model(data["input_values"]).logits.log_softmax(-1).transpose(0, 1)
+        frames = torch.full((10,), len(chances))
+        of_rows = nn.functional.ctc_loss(chances, data["labels"].clamp(0), frames, lengths, reduction="none")
+        mean = (of_rows / lengths if reduction == "mean" else of_rows).mean()
+        weights = dict(model.lm_head.named_parameters())
+        expected = torch.autograd.grad(mean, list(weights.values()))
+        for sizes in SPLITS:
+            batches = split(data, sizes)
+            assert LossMetric(batches)(model)["loss"] == pytest.approx(float(mean.detach()), rel=1e-5)
+            found = DatasetGradients(model, weights, batches).over_data()
+            torch.testing.assert_close(list(found.values()), list(expected), rtol=1e-4, atol=1e-6)
 
     def test_which_causal_models_do_not_shift(self):
         """Those that do call what Transformers shifts with; no other model has come that does not."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from hf_parcor.evaluation.losses import Batch, Loss, count_items, model_loss, shifts_labels
+from hf_parcor.evaluation.losses import Batch, Loss, item_counter, model_loss
 from hf_parcor.evaluation.metrics.over_batches import OverBatches
 from hf_parcor.evaluation.outputs import own_batch
 from hf_parcor.records.metric_info import MetricInfo
@@ -42,7 +42,7 @@ class LossMetric(OverBatches):
     @torch.no_grad()
     def of_batch(self, model: nn.Module, batch: Batch) -> tuple[float, int]:
         """Return the sum of the loss over one batch, and how many items it has."""
-        items = count_items(batch, shifted=self._loss is model_loss and shifts_labels(model))
+        items = item_counter(model, self._loss)(batch)
         if not items:  # the mean over none is NaN
             return 0.0, 0
         return items * float(self._loss(model, own_batch(batch, model))), items
