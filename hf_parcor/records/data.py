@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 _SOURCE = re.compile(r"hf://datasets/([^@/]+/[^@/]+)@([0-9a-f]{40})/")
-_SPLIT = re.compile(r"(?P<split>[^\[\]:]*)(?:\[:(?P<limit>\d+)\])?")
+_SLICE = r"[^\[\]():+]+(?:\[[^\[\]]*\](?:\(\w+\))?)?"
+_SPLIT = re.compile(rf"(?:{_SLICE}(?:\+{_SLICE})*)?")  # as the library `datasets` reads it
+_FIRST = re.compile(r"(?:\((?P<several>.+)\)|(?P<one>[^+]*))\[:(?P<limit>\d+)\]")
 _LOADERS = ("csv", "json", "pandas", "parquet", "text", "generator", "arrow")
 _UNNAMED = "the evaluation data"
 OF_ROWS = "rows:"  # before the fingerprint of rows; that of batches has nothing before it
@@ -36,7 +38,8 @@ class EvaluationData:
         name: The name for readers: that of the data set, or of the file without its folder.
         id: The name on the Hub; "" if it is not there.
         config: The name of the configuration; "" if there is only one.
-        split: For example "validation", or "validation[:100]" for its first rows; "" if unknown, or for a whole file.
+        split: For example "validation", or "validation[:100]" for its first rows, "(train+test)[:100]" for those of
+            both together; "" if unknown, or for a whole file.
         revision: The commit on the Hub; "" if unknown.
         rows: The number of rows that were measured; None if unknown.
     """
@@ -66,11 +69,12 @@ class EvaluationData:
             >>> EvaluationData("reviews", id="org/reviews", split="test[:100]").flags
             {'dataset': 'org/reviews', 'split': 'test', 'limit': '100'}
         """
-        split = _SPLIT.fullmatch(self.split)
+        first = _FIRST.fullmatch(self.split)
+        split, limit = (first["several"] or first["one"], first["limit"]) if first else (self.split, "")
         source = self.id or self.name
-        if split is None or source == _UNNAMED:
+        if not _SPLIT.fullmatch(split) or source == _UNNAMED:
             return {}
-        found = {"dataset": source, "dataset_config": self.config, **split.groupdict()}
+        found = {"dataset": source, "dataset_config": self.config, "split": split, "limit": limit}
         return {flag: value for flag, value in found.items() if value}
 
     @property

@@ -57,7 +57,8 @@ class Rows:
         """Return the first rows, as many as there are up to a number; None for all."""
         if count is None or count >= len(self.entries):
             return self
-        return self.part(range(count), f"{self.data.split}[:{count}]")
+        split = self.data.split
+        return self.part(range(count), f"({split})[:{count}]" if "+" in split else f"{split}[:{count}]")
 
     def split_off(self, share: float, seed: int) -> tuple[Rows, Rows]:
         """Split off a random part: return the rows without it, and the part, both in their order.

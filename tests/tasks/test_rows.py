@@ -124,6 +124,24 @@ def test_the_first_rows(total, count):
         assert (first.data.split, first.data.rows) == (f"dev[:{count}]", count)
 
 
+@for_each(
+    ("split", "count", "flags"),
+    [
+        *(("", 3, {"limit": "3"}), ("dev", None, {"split": "dev"}), ("dev", 3, {"split": "dev", "limit": "3"})),
+        ("train+test", 3, {"split": "train+test", "limit": "3"}),
+        ("train+test[:5]", None, {"split": "train+test[:5]"}),  # all of the one, and five rows of the other
+        ("train+test[:5]", 3, {"split": "train+test[:5]", "limit": "3"}),
+        ("train[:5]+test", None, {"split": "train[:5]+test"}),
+        ("train[2:8]", None, {"split": "train[2:8]"}),
+        ("train[:50%]", 3, {"split": "train[:50%]", "limit": "3"}),
+        ("train[:34%](pct1_dropremainder)", 3, {"split": "train[:34%](pct1_dropremainder)", "limit": "3"}),
+    ],
+)
+def test_flags_name_the_rows_again(split, count, flags):
+    rows = Rows("org/reviews", list(range(9)), ("text",), data=EvaluationData("org/reviews", split=split))
+    assert rows.first(count).data.flags == {"dataset": "org/reviews", **flags}
+
+
 class TestSplitOff:
     @given(total=st.integers(2, 40), share=st.floats(0.001, 0.999), seed=st.integers(0, 5))
     def test_each_row_is_in_one_of_both_in_its_order(self, total, share, seed):
