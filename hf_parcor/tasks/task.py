@@ -222,6 +222,11 @@ class Task(ABC):
             active = getattr(module, "active_adapters", None)
             if isinstance(active, list):  # of a layer; it is loaded frozen
                 module.set_adapter(active)
+                bias = getattr(getattr(module, "base_layer", None), "bias", None)
+                if bias is not None and any(
+                    getattr(model.peft_config[one], "bias", "none") != "none" for one in active
+                ):
+                    bias.requires_grad_(True)
         return model
 
     def load_processor(self, name: str, **settings: Any) -> Any:

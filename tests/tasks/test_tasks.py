@@ -627,7 +627,9 @@ class TestMetricsOfTheLibrary:
     ("name", "kind", "settings"),
     [
         ("text-classification", "SEQ_CLS", {"target_modules": ["query"]}),
+        ("text-classification", "SEQ_CLS", {"target_modules": ["query"], "bias": "lora_only"}),
         ("text-generation", "CAUSAL_LM", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+        ("text-generation", "CAUSAL_LM", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
         (
             "text-generation",
             "CAUSAL_LM",
