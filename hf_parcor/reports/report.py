@@ -133,8 +133,8 @@ class RobustnessReport(_Report[Content]):
             title: As in the constructor.
 
         Raises:
-            ValueError: As in the constructor, or there are fewer than two models, or no two have a corruption in
-                common.
+            ValueError: As in the constructor, or there are fewer than two models, or no two have corrupted
+                weights, or a corruption, in common.
             ImportError: As in the constructor.
         """
         if len(models) < 2:

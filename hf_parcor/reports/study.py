@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import chain, combinations
 from typing import TypeAlias
 
 from hf_parcor.records.comparable import asked_for, by_identity, check_comparable, check_repetitions, in_one_alone
@@ -149,8 +150,8 @@ class Study:
 
         Raises:
             ValueError: There are no records or no corruptions; repetitions of one model have no corruption in common,
-                or other groups; no two models have a corruption in common; one stands in a record twice; the metric
-                is missing, or records state different things of it; records do not belong together (see
+                or other groups; no two models have a group, or a corruption, in common; one stands in a record twice;
+                the metric is missing, or records state different things of it; records do not belong together (see
                 `check_comparable` and `check_repetitions`); or two models are one and the same record.
         """
         gathered = {name: _groups(records) for name, records in models.items()}
@@ -173,6 +174,7 @@ class Study:
                     curves.setdefault(series, {})[name, group] = curve
         if not curves:
             raise ValueError("records: expected at least one with a corruption, got none; evaluate a model first")
+        _check_groups(gathered)
         alone = in_one_alone({name: _measured_under(rows.values()) for name, rows in shared.items()})
         left_out = {name: left for name, groups in gathered.items() if (left := _left_out(groups, shared[name]))}
         groupings = {name: _grouping(records) for name, records in models.items()}
@@ -277,6 +279,18 @@ def _check(models: Mapping[str, Mapping[str, tuple[EvaluationRecord, ...]]]) -> 
                 f"models: expected a record of its own for each, got the same for {name!r} and {other!r}; name each "
                 "record once"
             )
+
+
+def _check_groups(models: Mapping[str, Collection[str]]) -> None:
+    """Refuse models of which no two had the same corrupted: none can be compared with another."""
+    if len(models) > 1 and max(Counter(chain(*models.values())).values()) == 1:
+        told = "; ".join(
+            f"{name!r}: {', '.join(list(groups)[:3])}{', ...' * (len(groups) > 3)}" for name, groups in models.items()
+        )
+        raise ValueError(
+            f"records: expected weights that were corrupted in two of them, got none in common ({told}); corrupt the "
+            "same in each, or report each by itself"
+        )
 
 
 _Shared: TypeAlias = list[tuple[CorruptionRecord, ...]]
