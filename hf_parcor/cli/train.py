@@ -165,6 +165,7 @@ class Train(Command):
             processor = task.load_processor(arguments.model, **origin_of(arguments))
             processed = prepared(arguments, task, model, processor)
             examples: Any = task.examples(train_rows, columns, processed)
+            _check_full_batch(training, len(examples))
             with refused(ValueError, TypeError, *failures_of_hub()), _beginning():
                 trainer = ParameterDefenseTrainer(
                     model=model,
@@ -240,6 +241,20 @@ def check_numbers(arguments: Any) -> None:
         raise ValueError(
             "save_strategy: expected steps, epoch or no, since the model is measured when trained, not before, got "
             "best; name one of these, or leave it out"
+        )
+
+
+def _check_full_batch(training: ParameterDefenseTrainingArguments, rows: int) -> None:
+    """Refuse a training without a step: no batch is full, and others are dropped.
+
+    Raises:
+        InputError: It is one.
+    """
+    needed = training.train_batch_size * training.world_size
+    if training.dataloader_drop_last and rows < needed:
+        raise InputError(
+            f"--dataloader-drop-last: expected a full batch to train on, of {needed:,} rows, got {rows:,}; lower "
+            "--per-device-train-batch-size, or leave it out"
         )
 
 

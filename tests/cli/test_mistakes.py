@@ -281,6 +281,7 @@ MISTAKES = [
     (f"{TRAIN} --accelerator-config nowhere.json", "nowhere.json"),
     # what other libraries refuse when they get ready to train
     (f"{TRAIN} --resume-from-checkpoint nowhere", "train nowhere"),
+    (f"{TRAIN} --dataloader-drop-last --per-device-train-batch-size 99", "--dataloader-drop-last: 99 rows, got"),
     (f"{TRAIN} --optim-args word", "train ValueError"),
     (f'{TRAIN} --lr-scheduler-type cosine --lr-scheduler-kwargs {{"cycles":1}}', "train 'cycles'"),
     (f"{TRAIN} --use-liger-kernel", "train liger-kernel"),
