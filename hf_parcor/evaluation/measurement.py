@@ -435,7 +435,10 @@ class Measurement:
                 if together is None:
                     metrics.append(self._metrics())
         if together is not None:
-            measured = measure_together(self._model, together, some, chosen, self._processes, self._saved_on, advance)
+            with random_states_kept(devices_of(self._model)):
+                measured = measure_together(
+                    self._model, together, some, chosen, self._processes, self._saved_on, advance
+                )
             metrics = [checked_metrics(found) for found in measured]
         seeds = [job.seed for job in some]
         return [Trial.of(*of_trial) for of_trial in zip(seeds, metrics, sizes, strict=True)]

@@ -18,7 +18,7 @@ from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.outputs import called, own_batch
 from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.injection import Device, Pieces, corrupted, obstacle
-from hf_parcor.model_state import BufferSnapshot
+from hf_parcor.model_state import BufferSnapshot, devices_of
 from hf_parcor.prefix import (
     TRIED_PASSES,
     NothingToReuse,
@@ -34,6 +34,7 @@ from hf_parcor.prefix import (
     plan_prefixes_of_values,
     recording_together,
 )
+from hf_parcor.randomness import random_states_kept
 
 logger = logging.get_logger(__name__)
 
@@ -105,7 +106,8 @@ class PrefixSearch:
         """Return what does not depend on a group when a batch is measured, a generation say; all processes ask."""
         if index in self._together and index not in self._of_measurements:
             some = self._together[index]
-            found = self._seek_of_measurements(some) if self._pays(some) else {}
+            with random_states_kept(devices_of(self._model)):
+                found = self._seek_of_measurements(some) if self._pays(some) else {}
             # What is measured together must be the same everywhere, also where a rounding decides.
             agreed = set.intersection(*self._processes.gather(set(found)))
             self._of_measurements |= {one: found[one] if one in agreed else None for one in some}
@@ -156,7 +158,7 @@ class PrefixSearch:
 
     def _everything_found(self, batch: Any) -> list[Any]:
         """Return what the metric found and what the model did: what is missing there may be rounded away in a loss."""
-        with outputs_of(self._model) as found:
+        with random_states_kept(devices_of(self._model)), outputs_of(self._model) as found:
             result = self._metric.of_batch(self._model, batch)
         return [*found, *leaves_of(result)]
 

@@ -21,7 +21,9 @@ from hf_parcor.evaluation.prefixes import PrefixSearch
 from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.functional.vectors import working_dtype
 from hf_parcor.injection import Device, Pieces, Replacement
+from hf_parcor.model_state import devices_of
 from hf_parcor.prefix import CalledAgain, PrefixReuse, recording_together
+from hf_parcor.randomness import RandomStates
 
 _Parameters = Mapping[str, nn.Parameter]
 
@@ -194,14 +196,20 @@ def measure_together(
     """
     rounds = processes.size(length_hint(metric.batches))
     prefixes = _different(job.group.measuring for job in jobs)
+    devices = devices_of(model)
+    left_off: dict[int, RandomStates] = {}  # each draws as if it were alone
 
     def of_jobs(batch: Mapping[str, Any]) -> list[Any]:
+        now = RandomStates(devices)
         _record(prefixes, partial(metric.of_batch, model, batch))
         found = []
-        for job, corruption in zip(jobs, chosen, strict=True):
+        for place, (job, corruption) in enumerate(zip(jobs, chosen, strict=True)):
             injected = corrupted_model(model, job.group.parameters, corruption, saved_on)
+            run = partial(_drawing_from, left_off.get(place, now), partial(metric.of_batch, model, batch))
             with injected:
-                found.append(_measured(job.group.measuring, partial(metric.of_batch, model, batch)))
+                found.append(_measured(job.group.measuring, run))
+            left_off[place] = RandomStates(devices)
+        now.put_back()
         _forget(prefixes)
         if rounds:
             advance(len(jobs) / rounds)
@@ -213,6 +221,11 @@ def measure_together(
 
 def _different(prefixes: Iterable[PrefixReuse | None]) -> list[PrefixReuse]:
     return list(dict.fromkeys(prefix for prefix in prefixes if prefix is not None))
+
+
+def _drawing_from(states: RandomStates, run: Callable[[], Any]) -> Any:
+    states.put_back()
+    return run()
 
 
 def _measured(prefix: PrefixReuse | None, run: Callable[[], Any]) -> Any:

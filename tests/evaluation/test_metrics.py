@@ -68,6 +68,20 @@ class TestClassificationMetric:
         expected = {"accuracy": pytest.approx(np.mean(right)), "loss": pytest.approx(np.mean(losses), rel=1e-5)}
         assert ClassificationMetric(batches)(model) == expected
 
+    def test_batches_are_walked_through_once(self, classifier, batches):
+        """Each walk of a loader has workers of its own, and draws a number."""
+        walks = []
+
+        class Walked(list):
+            def __iter__(self):
+                walks.append(1)
+                return super().__iter__()
+
+        metric = ClassificationMetric(Walked(batches))
+        walks.clear()
+        metric(classifier)
+        assert len(walks) == 1
+
     def test_no_graph_is_built(self, classifier, batches):
         enabled = []
         classifier.register_forward_hook(lambda *_: enabled.append(torch.is_grad_enabled()))

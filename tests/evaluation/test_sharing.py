@@ -11,6 +11,7 @@ import transformers
 from for_each import for_each
 from operations import count_operations
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers.utils import ModelOutput
 
 import hf_parcor.evaluation.prefixes as prefixes
@@ -71,6 +72,22 @@ def test_frozen_weights_too(evaluate, classifier, one_of_each):
     corruptions = list(one_of_each.values())
     assert evaluate(corruptions) == evaluate(corruptions, reuse_prefix=False)
     assert not any(parameter.requires_grad for parameter in classifier.parameters())
+
+
+class Sampled(ClassificationMetric):
+    """Its numbers are also of what is drawn on each batch, as where texts are sampled, more or less often."""
+
+    def of_batch(self, model, batch):
+        """Return the sums of a batch, and a draw."""
+        found = super().of_batch(model, batch)
+        draws = torch.rand(1 + found["correct"]).sum() + torch.rand((), device=model.device).cpu()
+        return {**found, "loss": found["loss"] + draws.item()}
+
+
+def test_what_a_metric_draws_does_not_depend_on_what_is_measured_beside(evaluate, batches, one_of_each):
+    corruptions, metric = [*one_of_each.values(), *MANY], Sampled(DataLoader(batches, batch_size=None))
+    alone = evaluate(corruptions, metric=metric, reuse_prefix=False)
+    assert evaluate(corruptions, metric=metric) == alone
 
 
 def counting(module):

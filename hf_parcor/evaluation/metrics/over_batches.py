@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from operator import length_hint
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -75,7 +76,14 @@ class OverBatches(ABC):
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return the metrics over all batches."""
-        walk = tqdm(self._batches, desc="metric", leave=False, disable=not self._progress)
+        # Of what is no iterator, a bar begins a walk more: workers of a loader, and a number that it draws.
+        walk = tqdm(
+            iter(self._batches),
+            desc="metric",
+            total=length_hint(self._batches) or None,
+            leave=False,
+            disable=not self._progress,
+        )
         return self.combine([self.of_batch(model, batch) for batch in walk])
 
     @staticmethod
