@@ -15,10 +15,10 @@ VERSION = "hf_parcor_version"
 COUNTS = ("defended_steps", "trained_steps")
 
 
-def installed_version() -> str:
-    """Return the version of hf_parcor, which is `hf_parcor.__version__`, too."""
+def installed_version(library: str = "hf-parcor") -> str:
+    """Return the version of a library; of hf_parcor by default, which is `hf_parcor.__version__`, too."""
     try:
-        return importlib.metadata.version("hf-parcor")
+        return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:  # run from a folder of source code
         return "not installed as a package"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_parcor.defense_file import installed_version
 from hf_parcor.devices import in_float64
 from hf_parcor.distributed.dtensors import has_shards
 from hf_parcor.distributed.fsdp import class_of
@@ -119,11 +119,4 @@ def described(value: Any) -> Any:
 
 def library_versions() -> dict[str, str]:
     """Return the installed versions of the libraries that numbers depend on."""
-    return {library: _version(library) for library in _LIBRARIES}
-
-
-def _version(library: str) -> str:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed as a package"
+    return {library: installed_version(library) for library in _LIBRARIES}
