@@ -42,7 +42,7 @@ class StepRunner:
         self.shared_prefix: PrefixReuse | None = None
         self.cost = 1.0
         self._known: tuple[object, ...] | None = None
-        self._training: list[bool] = []  # which modules were, when that was found out
+        self._modes: list[object] = []  # those of all modules when that was found out
         self._buffers_move = True  # until one step has shown that they do not
         self._suffix_share = 1.0  # of what a pass computes, where later passes share the rest
 
@@ -115,7 +115,7 @@ class StepRunner:
             self.shared_prefix = find_shared_prefix(passes, selected, self._devices)
         if self.shared_prefix is not None:
             self._suffix_share = suffix_share(passes.model, self.shared_prefix)
-        self._training = [module.training for module in passes.modules]
+        self._modes = _modes(passes)
         self._known = found  # at last: what an interrupt breaks off is found out by the next step
 
     def _in_another_mode(self, passes: Passes) -> bool:
@@ -123,7 +123,12 @@ class StepRunner:
         if self.shared_prefix is None and passes.defense.first_pass_is_stock:
             return False
         passes.prepare()  # a training step sets the mode
-        return self._training != [module.training for module in passes.modules]
+        return self._modes != _modes(passes)
+
+
+def _modes(passes: Passes) -> list[object]:
+    """Return which modules train, and which are checkpointed: no prefix ends inside of such a one."""
+    return [(module.training, vars(module).get("gradient_checkpointing")) for module in passes.modules]
 
 
 def merged_changes(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -311,6 +311,30 @@ def test_frozen_prefix(tiny_bert, train):
         assert now.grad is None
 
 
+class CheckpointsLater(tf.TrainerCallback):
+    """Checkpoints layers from the second step on, and no longer from the third."""
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        """Turn it on, or off."""
+        if state.global_step == 1:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if state.global_step == 2:
+            model.gradient_checkpointing_disable()
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+def test_layers_that_are_checkpointed_later_are_cut_elsewhere(tiny_bert, train):
+    settings = {"defense": MultiStepRisk(L2, steps=2), "target_modules": ["layer.1.output"]}
+    settings |= {"callbacks": [CheckpointsLater()]}
+    reused, full = (
+        train(ParameterDefenseTrainer, tiny_bert(dropout=0.0), {"max_steps": 3}, reuse_prefix=reuse, **settings)
+        for reuse in (True, False)
+    )
+    assert reused.shared_prefix is not None
+    for (key, first), second in zip(reused.model.named_parameters(), full.model.parameters(), strict=True):
+        torch.testing.assert_close(first, second, msg=key)
+
+
 def test_autocast(tiny_bert, train):
     options = {"max_steps": 3, "learning_rate": 1e-2, "optim": "sgd", "bf16": True}
     settings = {"defense": MultiStepRisk(L2, steps=2), "target_modules": LAST}
