@@ -33,7 +33,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -282,6 +282,14 @@ class Cost:
     kernels_beyond_passes: int | None
 
 
+class Counted(NamedTuple):
+    """A step's operations, its function calls, and the most bytes that it takes beside what was there."""
+
+    operations: int
+    calls: int
+    peak: int
+
+
 class Bench:
     """One model with one batch, and an optimizer step for each arm.
 
@@ -355,11 +363,8 @@ class Bench:
 
         return step
 
-    def counted(self, arm: str) -> tuple[int, int, int]:
-        """Return a step's operations, its function calls, and the most bytes that it takes beside what was there.
-
-        One step comes first, which may look around.
-        """
+    def counted(self, arm: str) -> Counted:
+        """Count a step; one comes first, which may look around."""
         self.steps[arm]()
         calls = calls_of(self.steps[arm])
         before = 0
@@ -371,7 +376,7 @@ class Bench:
             self.steps[arm]()
         # As on a CPU: without what PyTorch's allocator leaves over, up to 1 MiB a tensor.
         peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before if memory is None else memory.peak
-        return int(counter.get_total_flops()), calls, peak
+        return Counted(int(counter.get_total_flops()), calls, peak)
 
     def beyond_passes(self, arm: str) -> tuple[float, int, int | None] | tuple[None, None, None]:
         """Return bytes for each defended weight, launches, and on a GPU kernels, in weight space alone."""
@@ -389,22 +394,22 @@ class Bench:
     def costs(self, rounds: int) -> list[Cost]:
         """Count and time the steps of all arms."""
         counted = {arm: self.counted(arm) for arm in tqdm(self.steps, desc="counting", disable=None)}
+        stock = counted[STOCK]
         times = pairs_with(self.steps[STOCK], self.steps, tqdm(range(rounds), desc="rounds", disable=None))
         found = []
         for arm in self.steps:
             low, middle, high = quartiles_of_ratios(times[arm])
-            ratio, calls = (counted[arm][which] / counted[STOCK][which] for which in (0, 1))
-            memory = counted[arm][2] - counted[STOCK][2]
+            of_arm = counted[arm]
             moved, launches, kernels = self.beyond_passes(arm)
             found.append(
                 Cost(
                     arm,
-                    operations_ratio=round(ratio, 3),
-                    calls_ratio=round(calls, 3),
+                    operations_ratio=round(of_arm.operations / stock.operations, 3),
+                    calls_ratio=round(of_arm.calls / stock.calls, 3),
                     time_ratio_median=round(middle, 3),
                     time_ratio_quartiles=(round(low, 3), round(high, 3)),
                     seconds_median=round(statistics.median(ours for ours, _ in times[arm]), 4),
-                    peak_memory_mib_over_stock=round(memory / 2**20),
+                    peak_memory_mib_over_stock=round((of_arm.peak - stock.peak) / 2**20),
                     bytes_per_defended_weight=None if moved is None else round(moved, 1),
                     launches_beyond_passes=launches,
                     kernels_beyond_passes=kernels,

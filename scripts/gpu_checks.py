@@ -623,7 +623,7 @@ def bf16_weights(setting: Setting) -> list[Row]:
     shape, batch, length = ("tiny-llama", 2, 8) if setting.quick else ("llama-1b", 2, 512)
     model = random_model(shape, torch.bfloat16, setting.device)
     bench = Bench(model, batch, length, fused=True, arms=BEYOND)
-    peaks = {arm: bench.counted(arm)[1] for arm in bench.steps}
+    peaks = {arm: bench.counted(arm).peak for arm in bench.steps}
     size = sum(p.numel() for p in model.parameters())
     # The saved bits and the sum of the gradients; copies of the batch, here 40 KB, are 4e-5 of a byte a weight. With
     # two steps saved bits and a second gradient, and while a is made the largest tensor, of 66 million, twice.

@@ -71,6 +71,12 @@ def test_a_wrong_step_fails(monkeypatch, tmp_path):
     assert not all(row.holds for row in gpu_checks.precision(Setting("cpu", True, str(tmp_path))))
 
 
+def test_memory_of_bf16_weights_is_counted(tmp_path):
+    """Saved bits and the sum of the gradients take 2 bytes of each weight, each."""
+    rows = gpu_checks.bf16_weights(Setting("cpu", True, str(tmp_path)))
+    assert all(row.value >= 4 for row in rows)
+
+
 @pytest.mark.slow
 def test_ranks_that_die_fail_the_check_and_leave_where_they_were(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_checks, "train_on_rank", die_on_rank)
