@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from hf_parcor import CorruptionEvaluator
 from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.records import EvaluationRecord
-from scripts.campaigns import DEVICE, PLAIN, Arm, Run, begin, campaign_parser, note_run, of_study, run_example
+from scripts.campaigns import DEVICE, PLAIN, Arm, Run, begin, campaign_parser, measured_once, of_study, run_example
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_sst2.py"
 
@@ -166,12 +165,11 @@ def evaluator_of(options: argparse.Namespace, folder: Path, **selection: Any) ->
 
 def measured_under(options: argparse.Namespace, run: Run, corruptions: Sequence[Corruption]) -> EvaluationRecord:
     """Return the record of a run under corruptions; one that is not there yet is trained, measured, kept and noted."""
-    path: Path = options.output / f"{run.file_name}.json"
-    if not path.exists():
-        started = time.monotonic()
-        evaluator_of(options, train(options, run)).evaluate(corruptions).save(path)
-        note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
-    return EvaluationRecord.load(path)
+
+    def example(folder: Path) -> None:
+        evaluator_of(options, train(options, run)).evaluate(corruptions).save(folder / "robustness.json")
+
+    return measured_once(options, run, example)
 
 
 def run_example_with(trainer: Callable[..., Any]) -> None:
