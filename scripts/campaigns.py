@@ -53,6 +53,11 @@ def l2(defense: str, epsilon: float, *more: str) -> list[str]:
     return ["--defense", defense, "--defense_norm", "2", "--defense_epsilon", str(epsilon), *more]
 
 
+def risk(clean_weight: float, *words: str) -> list[str]:
+    """Return the flags of the risk under corruptions."""
+    return ["--defense", "corruption", "--defense_corruption", *words, "--defense_clean_weight", f"{clean_weight:.4g}"]
+
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where trained models are measured."""
 

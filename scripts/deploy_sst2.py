@@ -17,16 +17,10 @@ import argparse
 
 from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.records import EvaluationRecord
-from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, over_runs, tables, write_table
+from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, over_runs, risk, tables, write_table
 from scripts.reproduce_sst2 import ARMS as DEFENSES
 from scripts.reproduce_sst2 import measure
 from scripts.sst2_runs import SIZES, above_tables, campaign_of_sizes, measured_under, peer, started
-
-
-def risk(clean_weight: float, *words: str) -> list[str]:
-    """Return the flags of the risk under corruptions."""
-    return ["--defense", "corruption", "--defense_corruption", *words, "--defense_clean_weight", f"{clean_weight:.4g}"]
-
 
 DEPLOYED = {
     "plain": PLAIN,

@@ -43,6 +43,7 @@ from scripts.campaigns import (
     note_run,
     of_run,
     over_runs,
+    risk,
     run_example,
     write_table,
 )
@@ -51,17 +52,11 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "train_language_model.py"
 CONSTANT, LINEAR = (["--lr_scheduler_type", name] for name in ("constant_with_warmup", "linear"))
 
 
-def risk(bits: int) -> list[str]:
-    """Return the flags of the risk that is half that of the float weights and half that of weights of so many bits."""
-    words = f"quantization={bits}"
-    return ["--defense", "corruption", "--defense_corruption", words, "--defense_clean_weight", "0.5", *LINEAR]
-
-
 ARMS = {
     "constant": Arm("constant rate", ["--defense", "none", *CONSTANT]),
     "linear": Arm("rate falls to 0", ["--defense", "none", *LINEAR]),
-    "linear-4-bits": Arm("rate falls to 0, half 4 bits", risk(4)),
-    "linear-3-bits": Arm("rate falls to 0, half 3 bits", risk(3)),
+    "linear-4-bits": Arm("rate falls to 0, half 4 bits", [*risk(0.5, "quantization=4"), *LINEAR]),
+    "linear-3-bits": Arm("rate falls to 0, half 3 bits", [*risk(0.5, "quantization=3"), *LINEAR]),
 }
 SETTINGS: Mapping[str, object] = {
     "model_type": "llama",

@@ -40,6 +40,7 @@ from scripts.campaigns import (
     of_study,
     over,
     over_runs,
+    risk,
     run_example,
     write_table,
 )
@@ -94,10 +95,7 @@ def corruptions(*epsilons: float) -> list[str]:
 
 BASE_4_BITS = Arm(
     "half 4 bits of the merged base",
-    [
-        *("--defense", "corruption", "--defense_corruption", "quantization=4", "--defense_clean_weight", "0.5"),
-        *("--defense_target_modules", "base_layer", "--defense_merge_adapters", "true"),
-    ],
+    [*risk(0.5, "quantization=4"), "--defense_target_modules", "base_layer", "--defense_merge_adapters", "true"],
 )
 DECODER = (
     "hidden_size=128,intermediate_size=352,num_hidden_layers=2,num_attention_heads=4,num_key_value_heads=4,"

@@ -27,8 +27,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from hf_parcor import BitFlips, CorruptionEvaluator, FlipRecord, ParameterDefenseTrainer, measure_flips_to_break
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.records import EvaluationRecord
-from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, mean_and_deviation, note_run, over_runs, write_table
-from scripts.deploy_sst2 import risk
+from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, mean_and_deviation, note_run, over_runs, risk, write_table
 from scripts.sst2_runs import batch_of, model_and_batches, parse_options, read_sentences, run_example_with, train
 
 CLIP = 0.5  # ten standard deviations of a typical matrix, whose largest entries reach 8
