@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, combinations
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from hf_parcor.records.comparable import asked_for, by_identity, check_comparable, check_repetitions, in_one_alone
 from hf_parcor.records.curves import Series, metric_drop
@@ -231,30 +231,28 @@ def common_strengths(curves: Iterable[Curve]) -> list[str]:
 
 def _grouping(records: Records) -> str:
     """Return what the groups of all these probes are; "" where they do not say, or differ."""
-    probes = records if isinstance(records, Sequence) else [records]
-    found = {probe.grouping if isinstance(probe, SweepRecord) else "" for probe in probes}
+    found = {probe.grouping if isinstance(probe, SweepRecord) else "" for probe in _listed(records)}
     return found.pop() if len(found) == 1 else ""
 
 
+def _listed(records: Any) -> Sequence[Any]:
+    return records if isinstance(records, Sequence) else [records]
+
+
 def _groups(records: Records) -> dict[str, tuple[EvaluationRecord, ...]]:
-    if isinstance(records, SweepRecord):
-        return _groups(records.records)
-    if isinstance(records, EvaluationRecord):
-        return {asked_for(records): (records,)}
-    if isinstance(records, Mapping):
-        groups = {
-            label: (entry,) if isinstance(entry, EvaluationRecord) else tuple(entry)
-            for label, entry in records.items()
-        }
-    elif records and isinstance(records[0], (Mapping, SweepRecord)):
-        mappings = [entry.records if isinstance(entry, SweepRecord) else entry for entry in records]
-        probes = [dict(probe) for probe in mappings if isinstance(probe, Mapping)]
-        if len(probes) != len(records) or any(probe.keys() != probes[0].keys() for probe in probes):
+    given: Any = records  # checked below
+    if not isinstance(given, Mapping):
+        alone = next((asked_for(one) for one in _listed(given) if isinstance(one, EvaluationRecord)), "")
+        probes = [
+            one.records if isinstance(one, SweepRecord) else one if isinstance(one, Mapping) else {alone: one}
+            for one in _listed(given)
+        ]
+        if any(probe.keys() != probes[0].keys() for probe in probes):
             raise ValueError("records: expected the same groups in each repetition; probe the models alike")
-        groups = {label: tuple(probe[label] for probe in probes) for label in probes[0]}
-    else:
-        flat = tuple(record for record in records if isinstance(record, EvaluationRecord))
-        groups = {asked_for(flat[0]): flat} if len(flat) == len(records) > 0 else {"": ()}
+        given = {label: [probe[label] for probe in probes] for label in (probes[0] if probes else ())}
+    groups = {
+        label: (entry,) if isinstance(entry, EvaluationRecord) else tuple(entry) for label, entry in given.items()
+    }
     if not groups or not all(
         entry and all(isinstance(record, EvaluationRecord) for record in entry) for entry in groups.values()
     ):
