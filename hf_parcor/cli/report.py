@@ -231,16 +231,12 @@ def load_record(path: Path) -> EvaluationRecord | SweepRecord:
             )
         path = inside[0]
     try:
-        text = path.read_bytes().decode("utf-8")
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"{path}: expected a record that can be read, got {error.strerror}; check its name"
         ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected a record in UTF-8, got {error}; measure again") from error
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError:
+    except ValueError:
         found = None  # what is wrong with it is said below
     kind: type[EvaluationRecord] | type[SweepRecord] = (
         SweepRecord if isinstance(found, dict) and "records" in found else EvaluationRecord
