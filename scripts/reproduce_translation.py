@@ -21,7 +21,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
@@ -30,7 +30,7 @@ from hf_parcor import CorruptionEvaluator, LayerProbe
 from hf_parcor.corruptions import Corruption
 from hf_parcor.defenses import ConstrainedDefense
 from hf_parcor.evaluation import GenerationMetric
-from hf_parcor.records import EvaluationRecord, MetricInfo, SweepRecord
+from hf_parcor.records import EvaluationRecord, MetricInfo, StoredRecord, SweepRecord
 from hf_parcor.reports.plots import line_styles, new_figure
 from hf_parcor.reports.tables import markdown_table
 from hf_parcor.statistics import MeanAndSpread, student_t_test
@@ -52,6 +52,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "train_translation.py"
 SPLITS = ("train", "validation", "test")
 BATCH = 32 if DEVICE.type == "cpu" else 128
 BEAMS = 5
+_Record = TypeVar("_Record", bound=StoredRecord)
 
 
 def file_of(folder: Path, stem: str, language: str) -> Path:
@@ -175,26 +176,6 @@ class Measured:
         batches = [dict(collate([rows[index] for index in order[s : s + BATCH]])) for s in starts]
         return batches, [text.targets[index] for index in order]
 
-    def corrupted(self, path: Path, corruptions: Sequence[Corruption], target: str | None = None) -> EvaluationRecord:
-        """Measure the model, or what is missing, under corruptions of all of it or of a part."""
-        if not path.exists():
-            evaluator = CorruptionEvaluator(
-                self.model, self.metric, self.batches, target_modules=target, progress=False
-            )
-            unfinished = path.with_suffix(".jsonl")
-            evaluator.evaluate(corruptions, trials=1, checkpoint=unfinished).save(path)
-            unfinished.unlink(missing_ok=True)
-        return EvaluationRecord.load(path)
-
-    def layer_by_layer(self, path: Path, corruption: Corruption) -> SweepRecord:
-        """Measure the model, or what is missing, with one layer after the other corrupted."""
-        if not path.exists():
-            unfinished = path.with_suffix(".jsonl")
-            probe = LayerProbe(self.model, self.metric, self.batches, progress=False)
-            probe.evaluate([corruption], checkpoint=unfinished).save(path)
-            unfinished.unlink(missing_ok=True)
-        return SweepRecord.load(path)
-
 
 class AgainstTexts:
     """A score against these texts, in the order of the batches, instead of what labels decode to."""
@@ -233,31 +214,40 @@ class Campaign:
         run = Run(name, self.study.arms[name], seed)
         return Measured(self.options, self.study, train(self.options, self.study, run))
 
-    def _path(self, name: str, seed: int, part: str) -> Path:
-        path: Path = self.options.output / f"{name}-seed{seed}-{part}.json"
-        return path
+    def _kept(
+        self, kind: type[_Record], name: str, part: str, measure: Callable[[Measured, Path], _Record]
+    ) -> list[_Record]:
+        """Return the records of an arm, one a seed, made now, or what is missing, if they are not there."""
+        found = []
+        for seed in self.options.seeds:
+            path = self.options.output / f"{name}-seed{seed}-{part}.json"
+            if not path.exists():
+                unfinished = path.with_suffix(".jsonl")
+                measure(self._measured(name, seed), unfinished).save(path)
+                unfinished.unlink(missing_ok=True)
+            found.append(kind.load(path))
+        return found
 
     def records(
         self, name: str, part: str, corruptions: Sequence[Corruption], target: str | None = None
     ) -> list[EvaluationRecord]:
-        """Return the records of an arm, one a seed, made now if they are not there."""
-        found = []
-        for seed in self.options.seeds:
-            path = self._path(name, seed, part)
-            if not path.exists():
-                self._measured(name, seed).corrupted(path, corruptions, target)
-            found.append(EvaluationRecord.load(path))
-        return found
+        """Return the records of an arm under corruptions of all of the model or of a part, one a seed."""
+
+        def measure(one: Measured, unfinished: Path) -> EvaluationRecord:
+            how: dict[str, Any] = {"target_modules": target, "progress": False}
+            evaluator = CorruptionEvaluator(one.model, one.metric, one.batches, **how)
+            return evaluator.evaluate(corruptions, trials=1, checkpoint=unfinished)
+
+        return self._kept(EvaluationRecord, name, part, measure)
 
     def sweeps(self, name: str) -> list[SweepRecord]:
         """Return the sweeps through the layers of an arm, one a seed."""
-        found = []
-        for seed in self.options.seeds:
-            path = self._path(name, seed, "layers")
-            if not path.exists():
-                self._measured(name, seed).layer_by_layer(path, self.study.layers)
-            found.append(SweepRecord.load(path))
-        return found
+
+        def measure(one: Measured, unfinished: Path) -> SweepRecord:
+            probe = LayerProbe(one.model, one.metric, one.batches, progress=False)
+            return probe.evaluate([self.study.layers], checkpoint=unfinished)
+
+        return self._kept(SweepRecord, name, "layers", measure)
 
     def plain_loss(self, epoch: int) -> str:
         """Return the loss of the plain trainings in the epoch before this one; "-" before the first."""
