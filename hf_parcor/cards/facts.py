@@ -18,7 +18,7 @@ from hf_parcor.records.evaluation import (
     read_settings,
     values_of_repetitions,
 )
-from hf_parcor.records.metric_info import MetricInfo, agreed, info_by_name, read_info
+from hf_parcor.records.metric_info import MetricInfo, agreed, read_info
 from hf_parcor.records.recipe import RecipeRecord
 from hf_parcor.records.sensitivity import SensitivityRecord
 from hf_parcor.records.stored import StoredRecord
@@ -119,7 +119,7 @@ class ModelFacts(StoredRecord):
         task: The Hub's name of the task, such as "text-classification"; "" if unknown.
         evaluated_on: The data of the metrics.
         metric: The metric that the card shows.
-        info: What its numbers mean; a guess in older facts.
+        info: What its numbers mean.
         defense: The defense that it was trained with, as in `defense_config.json`; None for none. If its
             `defended_steps` are 0, it never ran, and the card does not claim it.
         repetitions: What n counts: random trials of one model, or models trained with different seeds.
@@ -187,12 +187,7 @@ class ModelFacts(StoredRecord):
         data["evaluated_on"] = EvaluationData(**data["evaluated_on"])
         for name in ("datasets", "notes", "weights"):
             data[name] = tuple(data.get(name, ()))
-        data.pop("percent", None)  # the guess of before
-        known = data.get("info")
-        metric = data["metric"]
-        rows = (data["clean"], *data["corruptions"])
-        values = (value for row in rows for value in row.metrics[metric].values)
-        data["info"] = info_by_name(metric, values) if known is None else read_info(known)
+        data["info"] = read_info(data["info"])
         data["probe"] = None if data.get("probe") is None else _probe(data["probe"])
         data["recipe"] = None if data.get("recipe") is None else _recipe(data["recipe"])
         return cls(**data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -426,13 +425,6 @@ class TestMetric:
         with pytest.raises(ValueError, match="one unit"):
             facts_of([record_of(), other])
         assert facts_of([record_of(), other], unit="share").info.unit == "share"
-
-    def test_facts_of_before_are_read_and_guess(self, facts):
-        plain = json.loads(facts.to_json())
-        del plain["info"]
-        old = ModelFacts.from_plain({**plain, "percent": True})
-        assert old.info == MetricInfo(True, "share", ("unit",))
-        assert replace(old, info=facts.info).to_json() == facts.to_json()
 
     def test_a_probe_speaks_in_the_direction_of_the_metric(self, facts_with, probed_record, probe_of):
         better = facts_with(replace(probed_record, metric_info={"accuracy": MetricInfo(False, "share")}))
