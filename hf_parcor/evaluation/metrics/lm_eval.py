@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.outputs import share_not_finite
 from hf_parcor.model_state import devices_of
+from hf_parcor.overriding import override
 from hf_parcor.randomness import random_states_kept, seed_the_cpu
 from hf_parcor.records.metric_info import POINTS, SHARE, MetricInfo
 
@@ -245,14 +246,11 @@ class _Guard:
 @contextmanager
 def _guarded(tasks: Collection[Any]) -> Iterator[list[_Guard]]:
     """Put a guard into each task, and take it out again."""
-    guards = [_Guard(task) for task in tasks]
-    try:
+    with contextlib.ExitStack() as block:
+        guards = [_Guard(task) for task in tasks]
         for task, guard in zip(tasks, guards, strict=True):
-            task.process_results = guard
+            override(block, task, process_results=guard)
         yield guards
-    finally:
-        for task in tasks:
-            vars(task).pop("process_results", None)
 
 
 def _likelihood(result: Any) -> float | None:

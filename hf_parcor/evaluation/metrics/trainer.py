@@ -15,6 +15,7 @@ from transformers.trainer_utils import TrainerMemoryTracker
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.replicas import measurable_model
 from hf_parcor.evaluation.trials import is_beside_the_point
+from hf_parcor.overriding import overriding
 from hf_parcor.randomness import generator_kept, random_states_kept, seed_the_cpu
 from hf_parcor.records.metric_info import MetricInfo, direction_by_name, stated_by
 
@@ -134,15 +135,9 @@ def _items(data: Any) -> Iterable[Any]:
 @contextmanager
 def _in_silence(trainer: Trainer) -> Iterator[None]:
     """Hide a Trainer's callbacks, and let it write into copies of its state."""
-    names = ("callback_handler", "state", "control", "_memory_tracker")
-    kept = {name: getattr(trainer, name) for name in names}
-    for name in names[:3]:
-        setattr(trainer, name, copy.copy(kept[name]))
-    trainer.callback_handler.callbacks = []
-    trainer.state.log_history = list(trainer.state.log_history)
-    trainer._memory_tracker = TrainerMemoryTracker(skip_memory_metrics=True)  # type: ignore[no-untyped-call]
-    try:
+    copies = {name: copy.copy(getattr(trainer, name)) for name in ("callback_handler", "state", "control")}
+    copies["callback_handler"].callbacks = []
+    copies["state"].log_history = list(trainer.state.log_history)
+    no_tracker = TrainerMemoryTracker(skip_memory_metrics=True)  # type: ignore[no-untyped-call]
+    with overriding(trainer, **copies, _memory_tracker=no_tracker):
         yield
-    finally:
-        for name, value in kept.items():
-            setattr(trainer, name, value)
