@@ -131,10 +131,6 @@ class _Told:
         unit = "thousandths of a nat" if metric == DIVERGENCE else Numbers(info.unit).unit_of_differences
         return f"{word} of {metric}" + (f" in {unit}" if unit else "")
 
-    def row(self, label: str | None) -> CorruptionRecord | None:
-        """Return what was measured under a name; None for nothing."""
-        return None if label is None else self.rows.get(label)
-
     def bits_of_base(self, group: str) -> float:
         """Return how many bits a part has in the format of most weights; if it does not fit, the average of all."""
         cell = self.scores.by_place.get((group, self.recipe.base or ""))
@@ -160,7 +156,7 @@ def _answer(told: _Told) -> str:
         spared = f" but {_parts(told, exceptions)}" if exceptions else ""
         sentence, with_all = f"Quantize everything{spared} to {base}", "it" if len(exceptions) == 1 else "them"
     sentence += f": {told.metric} {_outcome(told)}"
-    row = told.row(recipe.base)
+    row = told.rows.get(recipe.base)
     expected = told.of_base()
     if exceptions and row is not None:
         sentence += f"; with {with_all} {told.change(row.mean(told.metric))}"
@@ -212,7 +208,7 @@ def _listed(words: list[str]) -> str:
 
 
 def _outcome(told: _Told) -> str:
-    row = told.row(RECIPE)
+    row = told.rows.get(RECIPE)
     if row is not None:
         return told.change(row.mean(told.metric))
     if told.metric in told.recipe.expected:
@@ -269,7 +265,7 @@ def recipe_in_short(
 
 def _size(told: _Told) -> str:
     """Return how many bits the recipe takes, and whether costs add up."""
-    recipe, row = told.recipe, told.row(RECIPE)
+    recipe, row = told.recipe, told.rows.get(RECIPE)
     budget = ", ".join(f"{name} {short(value)}" for name, value in recipe.budget.items())
     size = f"It takes {recipe.bits:.2f} bits a weight, scales included" + (
         f" (asked for: {budget})." if budget else "."
@@ -283,7 +279,7 @@ def _size(told: _Told) -> str:
 
 
 def _findings(told: _Told) -> Iterable[Finding]:
-    recipe, row = told.recipe, told.row(RECIPE)
+    recipe, row = told.recipe, told.rows.get(RECIPE)
     yield Finding("", _size(told))
     fitting = [
         one for label, one in told.rows.items() if label in recipe.formats and _bits(one) <= recipe.bits * (1 + 1e-9)
