@@ -28,6 +28,7 @@ from hf_parcor.cli.main import build_parser, main
 from hf_parcor.cli.sources import check_sources
 from hf_parcor.cli.terminal import show
 from hf_parcor.errors import InputError
+from hf_parcor.records.evaluation import CorruptionKind
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
@@ -200,15 +201,12 @@ def test_what_was_downloaded_is_used_where_the_hub_is_not_reached(
 
 @pytest.fixture
 def record():
-    from hf_parcor import CorruptionRecord
-
     def save(folder):
-        def row(epsilon):
-            settings = {"p": 2.0, "epsilon": float(epsilon), "top_n": None}
-            return CorruptionRecord("gradient", f"gradient L2 ε={epsilon}", settings, (0,), {"accuracy": (0.5,)})
-
+        kind = CorruptionKind("gradient-based", "epsilon", "radius ε", "ε={}")  # without, its reader loads PyTorch
+        settings = {"p": 2.0, "epsilon": 1.0, "top_n": None}
         clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,)})
-        return EvaluationRecord("m", {}, 1, clean, (row(1),)).save(folder / "r.json")
+        row = CorruptionRecord("gradient", "gradient L2 ε=1", settings, (0,), {"accuracy": (0.5,)}, kind=kind)
+        return EvaluationRecord("m", {}, 1, clean, (row,)).save(folder / "r.json")
 
     return save
 
