@@ -65,16 +65,12 @@ def _walk(
         for file in sorted(entry for entry in path.rglob("*") if entry.is_file()):
             if wanted(file.name):
                 yield file.name, PackedFile(str(file), file.read_bytes())
-            elif _is_archive(file.name) and archive_wanted(file.name):
+            elif file.name.endswith(ARCHIVES) and archive_wanted(file.name):
                 with file.open("rb") as stream:
                     yield from _unpack(str(file), stream, wanted, archive_wanted)
     else:
         with path.open("rb") as stream:
             yield from _unpack(str(path), stream, wanted, archive_wanted)
-
-
-def _is_archive(name: str) -> bool:
-    return name.endswith(ARCHIVES)
 
 
 def _unpack(
@@ -84,7 +80,7 @@ def _unpack(
     try:
         for member, read in _members(place, stream):
             name = PurePosixPath(member).name
-            if wanted(name) or (_is_archive(name) and archive_wanted(name)):
+            if wanted(name) or (name.endswith(ARCHIVES) and archive_wanted(name)):
                 kept.append((name, PackedFile(f"{place}:{member}", read())))
     except _DAMAGED as error:
         raise ValueError(

@@ -117,12 +117,9 @@ def from_rows(rows: Iterable[Mapping[str, Any]], source: str, target: str, origi
         >>> from_rows([{"translation": {"de": "ein Hund", "en": "a dog"}}], "de", "en", "a data set").targets
         ['a dog']
     """
-
-    def pairs() -> Iterator[tuple[int, str, str]]:
-        for place, row in enumerate(rows, start=1):
-            yield place, *pair_of_row(row, source, target, f"{origin}, row {place}")
-
-    return pair_up(pairs(), origin)
+    numbered = enumerate(rows, start=1)
+    pairs = ((place, *pair_of_row(row, source, target, f"{origin}, row {place}")) for place, row in numbered)
+    return pair_up(pairs, origin)
 
 
 def pair_of_row(row: Any, source: str, target: str, place: str) -> tuple[str, str]:
