@@ -23,7 +23,6 @@ written here after their papers. LookSAM and SAM along the momentum are Trainers
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import re
@@ -63,6 +62,7 @@ from hf_parcor import (
 )
 from hf_parcor.defenses import Defense
 from hf_parcor.reports.tables import markdown_table
+from hf_parcor.strict_json import replace_text, to_strict_json
 from hf_parcor.targets.stacks import find_stacks
 from scripts.counting import PeakMemory, calls_of, kernels_beyond_passes, traffic_beyond_passes
 from scripts.peer_trainers import LookSAMTrainer, MomentumTrainer, PeerTrainer
@@ -485,8 +485,7 @@ def main(arguments: list[str] | None = None) -> None:
         "rows": [asdict(cost) for cost in costs],
     }
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        replace_text(options.output, to_strict_json(record))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, Trainer, TrainerCallback
 
 from hf_parcor import CorruptionConstraint, MultiStepRisk, ParameterDefenseMixin
+from hf_parcor.strict_json import replace_text, to_strict_json
 from scripts.training_steps import quiet_arguments
 
 
@@ -487,8 +488,7 @@ def main() -> None:
         "on_paper": {"cluster": asdict(cluster), "tokens": options.tokens, "rows": rows},
     }
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        replace_text(options.output, to_strict_json(record))
 
 
 if __name__ == "__main__":
