@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import start_processes
 
 from hf_parcor import SAM
 from scripts import gpu_checks
 from scripts.gpu_checks import L2, Row, Setting
 
 ROOT = Path(__file__).parents[2]
-IN_FULL = ["precision", "restored", "prefix", "same_as_cpu", "synchronizations", "compiled", "spread", "two_ranks"]
+IN_FULL = ["precision", "restored", "prefix", "same_as_cpu", "synchronizations", "compiled", "spread"]
 MEASURED = ["bert_base", "decoder", "bf16_weights", "evaluation_7b", "scores", "sweep"]
 RUN_HERE = [*IN_FULL, *MEASURED]
 
 
 @pytest.mark.slow
 def test_every_check_that_a_cpu_can_run_holds(tmp_path):
-    """All but two processes, which test_benchmark_distributed.py has."""
-    assert {*RUN_HERE, "two_processes"} == set(gpu_checks.CHECKS)
+    """All but two ranks, below, and two processes, which test_benchmark_distributed.py has."""
+    assert {*RUN_HERE, "two_ranks", "two_processes"} == set(gpu_checks.CHECKS)
     command = [sys.executable, "-m", "scripts.gpu_checks", "--device", "cpu", "--quick"]
     done = subprocess.run(
         [*command, "--output", str(tmp_path), "--only", *RUN_HERE],
@@ -39,6 +42,20 @@ def test_every_check_that_a_cpu_can_run_holds(tmp_path):
     checks = json.loads((tmp_path / "checks.json").read_text())["checks"]
     assert {name for name, found in checks.items() if found["status"] == "skipped"} == {"synchronizations"}
     assert (tmp_path / "summary.txt").read_text() == done.stdout
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch):
+    """Let ranks be forked from a process that has imported the libraries: each that is spawned imports them anew."""
+    multiprocessing.set_forkserver_preload(["transformers.trainer", "hf_parcor.trainers"])
+    monkeypatch.setattr(gpu_checks, "spawn", partial(start_processes, start_method="forkserver"))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_process_does(tmp_path, forked_ranks):
+    rows = gpu_checks.two_ranks(Setting("cpu", True, str(tmp_path)))
+    assert len(rows) == 4
+    assert all(row.holds for row in rows)
 
 
 def test_the_checks_end_before_the_shell_ends_them():
@@ -78,7 +95,7 @@ def test_memory_of_bf16_weights_is_counted(tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_that_die_fail_the_check_and_leave_where_they_were(tmp_path, monkeypatch):
+def test_ranks_that_die_fail_the_check_and_leave_where_they_were(tmp_path, monkeypatch, forked_ranks):
     monkeypatch.setattr(gpu_checks, "train_on_rank", die_on_rank)
     monkeypatch.setattr(gpu_checks, "joined_training", lambda *_, **__: [])
     monkeypatch.setattr(gpu_checks, "ENGINES", {"DDP": {}})
