@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_parcor.batches import count_examples, count_labels
 from hf_parcor.distributed.fsdp import as_written, class_of
-from hf_parcor.evaluation.outputs import Output, called, problem_of, usual_loss
+from hf_parcor.evaluation.outputs import Output, called, inside_adapters, problem_of, usual_loss
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -82,7 +82,7 @@ def count_items(batch: Batch, *, shifted: bool = False, of_rows: bool = False) -
 
 def shifts_labels(model: nn.Module) -> bool:
     """Return whether a model's own loss predicts the next token, so that first labels do not count."""
-    model = _base_model(model)
+    model = inside_adapters(as_written(model))
     kind = class_of(model)
     if any(base.__name__ in _UNSHIFTED for base in kind.__mro__):
         return False
@@ -97,21 +97,14 @@ def without_router_loss(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[s
 
     Its own loss may have that of its routers added, which says how evenly the experts are used.
     """
-    taken = inspect.signature(_base_model(model).forward).parameters
+    taken = inspect.signature(inside_adapters(as_written(model)).forward).parameters
     return {**batch, "output_router_logits": False} if "output_router_logits" in taken else batch
 
 
 def _is_ctc(model: nn.Module) -> bool:
-    return any(base.__name__.endswith("ForCTC") for base in class_of(_base_model(model)).__mro__)
+    return any(base.__name__.endswith("ForCTC") for base in class_of(inside_adapters(as_written(model))).__mro__)
 
 
 def _sums_over_rows(model: nn.Module) -> bool:
-    config = getattr(_base_model(model), "config", None)
+    config = getattr(inside_adapters(as_written(model)), "config", None)
     return _is_ctc(model) and getattr(config, "ctc_loss_reduction", None) == "sum"
-
-
-def _base_model(model: nn.Module) -> nn.Module:
-    """Return the model inside of wrappers, PEFT's too."""
-    model = as_written(model)
-    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
-    return base

@@ -113,6 +113,12 @@ class Output(NamedTuple):
         return self.logits
 
 
+def inside_adapters(model: nn.Module) -> nn.Module:
+    """Return the model that PEFT wraps; one without adapters as it is."""
+    inner: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    return inner
+
+
 def called(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """Return what a model returns for a batch, without the labels where its `forward` has no place for them.
 

@@ -13,6 +13,7 @@ from hf_parcor.defense_file import installed_version
 from hf_parcor.devices import in_float64
 from hf_parcor.distributed.dtensors import has_shards
 from hf_parcor.distributed.fsdp import class_of
+from hf_parcor.evaluation.outputs import inside_adapters
 from hf_parcor.functional.norms import vector_norm
 from hf_parcor.functional.vectors import chunks
 
@@ -50,8 +51,7 @@ def task_of(model: nn.Module) -> str:
         >>> task_of(BertForSequenceClassification(BertConfig(**sizes)))
         'text-classification'
     """
-    unwrapped: Any = getattr(model, "get_base_model", None)
-    return task_of_class(class_of(model if unwrapped is None else unwrapped()).__name__)
+    return task_of_class(class_of(inside_adapters(model)).__name__)
 
 
 def task_of_class(name: str) -> str:

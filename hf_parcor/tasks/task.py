@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from hf_parcor.errors import InputError, nearest, one_line
 from hf_parcor.evaluation import BatchMetric, LmEvalMetric
 from hf_parcor.evaluation.metrics.scores import Score
+from hf_parcor.evaluation.outputs import inside_adapters
 from hf_parcor.sequence_length import fitting_length, positions
 from hf_parcor.tasks.rows import Rows, find_column
 
@@ -265,8 +266,7 @@ class Task(ABC):
                     "it out"
                 )
         model, tokenizer = processed.model, processed.processor
-        own = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
-        taken = inspect.signature(own.forward).parameters
+        taken = inspect.signature(inside_adapters(model).forward).parameters
         if isinstance(tokenizer, transformers.PreTrainedTokenizerBase) and "input_ids" in taken:
             tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in taken]
         if self.pads and getattr(tokenizer, "padding_side", "right") != "right" and positions(model):

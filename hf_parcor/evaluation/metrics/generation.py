@@ -12,7 +12,7 @@ from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, 
 from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.evaluation.metrics.over_batches import OverPairs, Pairs
 from hf_parcor.evaluation.metrics.scores import Score
-from hf_parcor.evaluation.outputs import NOT_FINITE, own_batch
+from hf_parcor.evaluation.outputs import NOT_FINITE, inside_adapters, own_batch
 from hf_parcor.evaluation.repeated_batches import unseen
 from hf_parcor.evaluation.replicas import all_batches
 from hf_parcor.languages import check_target_language
@@ -121,8 +121,7 @@ class _NotFinite(LogitsProcessor):
     """
 
     def __init__(self, model: Any, settings: Mapping[str, Any]) -> None:
-        inner = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
-        self.watches = isinstance(inner, GenerationMixin)
+        self.watches = isinstance(inside_adapters(model), GenerationMixin)
         ends = next(iter(generation_settings(model, settings, "eos_token_id")), None)
         self._ends = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
         self._begin: Tensor | None = None
