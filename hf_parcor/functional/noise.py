@@ -37,11 +37,8 @@ def drawn_gaussian(
     tensors: Sequence[Tensor], std: float, generator: torch.Generator | None = None
 ) -> Iterator[Tensor]:
     """Yield what `gaussian_noise` returns, each tensor drawn when it is asked for; the first call draws none."""
-
-    def fill(noise: Tensor, source: torch.Generator | None) -> Tensor:
-        return noise.normal_(0.0, 1.0, generator=source)
-
-    return _scaled(tensors, generator, fill, check_radius("std", std))
+    scale = check_radius("std", std)
+    return _scaled(tensors, generator, lambda noise, source: noise.normal_(0.0, 1.0, generator=source), scale)
 
 
 def _scaled(
@@ -88,11 +85,8 @@ def drawn_uniform(
     tensors: Sequence[Tensor], bound: float, generator: torch.Generator | None = None
 ) -> Iterator[Tensor]:
     """Yield what `uniform_noise` returns, each tensor drawn when it is asked for."""
-
-    def fill(noise: Tensor, source: torch.Generator | None) -> Tensor:
-        return noise.uniform_(-1.0, 1.0, generator=source)
-
-    return _scaled(tensors, generator, fill, check_radius("bound", bound))
+    scale = check_radius("bound", bound)
+    return _scaled(tensors, generator, lambda noise, source: noise.uniform_(-1.0, 1.0, generator=source), scale)
 
 
 def gaussian_noise(tensors: Sequence[Tensor], std: float, generator: torch.Generator | None = None) -> list[Tensor]:
