@@ -64,7 +64,8 @@ class Probe(Command):
             "--group",
             choices=GROUPS,
             metavar="GROUP",
-            help=f"{', '.join(GROUPS)}; default: layers, and with --recipe each linear module",
+            help=f"{', '.join(GROUPS)}; default: layers (embeddings and heads are in none), and with --recipe each "
+            "linear module",
         )
         add_target_modules(group, "parts of your own, each probed by itself")
         add_corruptions(parser, f"gradient, at {' '.join(map(str, _STRENGTHS))}")

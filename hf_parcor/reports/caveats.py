@@ -27,9 +27,10 @@ def notes(study: Study) -> list[str]:
             " It is judged by Welch's t-test, one-sided, at 5 %, p-values corrected by Holm's method for the number "
             "of groups, for each kind of corruption by itself."
         )
+        repeated = any(are_repeated(curves.values()) for curves in study.curves.values())
         found.append(
             f"Fragility is the mean {study.loss} over the strengths that all groups have, over the median of that of "
-            f"the other groups.{judged * any(are_repeated(curves.values()) for curves in study.curves.values())}"
+            f"the other groups, if these lose more than 1 %.{judged * repeated}"
         )
     sizes = {records[0].parameters for groups in study.models.values() for records in groups.values()}
     if len(sizes) > 1:

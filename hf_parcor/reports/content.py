@@ -17,7 +17,7 @@ from hf_parcor.reports.numbers import Numbers, probability, times
 from hf_parcor.reports.plots import Line, Panel
 from hf_parcor.reports.study import Curve, Point, Study, common_strengths
 from hf_parcor.reports.tables import Table, markdown_table, short_names
-from hf_parcor.reports.verdict import Finding, fragility, probe_verdict
+from hf_parcor.reports.verdict import NEGLIGIBLE, Finding, fragility, others_median, probe_verdict
 from hf_parcor.statistics import sample_mean
 
 _LINES = 6  # as many lines as one tells apart in a small panel
@@ -131,8 +131,9 @@ def summary(study: Study, series: Series, numbers: Numbers) -> Table:
         row = [row_name(study, model, names_of[group]), f"{parameters:,}", *[f"{norms[key]:.3g}"] * known]
         row.append(numbers.difference(drops[key]))
         if ratios:
-            ratio = ratios.get(key, math.nan)
-            row.append(times(ratio) if math.isfinite(ratio) else "–")
+            limit = NEGLIGIBLE * abs(curve.clean.mean)
+            said = finite.get(key, -1.0) >= 0 and others_median(finite, key) > limit
+            row.append(times(ratios[key]) if said else "–")
         if from_zero:
             points = [point.strength for point in curve.points], [point.mean for point in curve.points]
             half = epsilon_at_half(*points, clean=curve.clean.mean, greater_is_better=study.greater_is_better)

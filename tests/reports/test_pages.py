@@ -208,6 +208,17 @@ def test_a_broken_group_has_no_fragility_and_spoils_no_other(record_of, tmp_path
     assert [row[3].strip() for row in tables_of(markdown)[1][2:]] == ["0.25", "–", "4"]
 
 
+def test_a_group_that_gains_has_no_fragility_and_none_is_measured_against_next_to_nothing(record_of, tmp_path):
+    """The verdict gives no ratio there either: −0.5 points over 0.1 are not a fragility of −5."""
+
+    def column(**values):
+        probe = {name: record_of({1.0: value}, 0.9) for name, value in values.items()}
+        return [row[3].strip() for row in tables_of(write(RobustnessReport(probe), tmp_path)[1])[1][2:]]
+
+    assert column(a=0.5, b=0.899, c=0.899, d=0.905) == ["–"] * 4
+    assert column(a=0.5, b=0.7, c=0.7, d=0.91) == ["2", "1", "1", "–"]
+
+
 @pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @example(*["a|b\n# c\n---"] * 4, [0.5, math.nan])
