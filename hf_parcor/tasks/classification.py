@@ -73,7 +73,7 @@ def class_numbers(rows: Rows, column: str, label_numbers: Mapping[str, int]) -> 
     values = rows.column(column)
     return [
         [number(label, row) for label in value] if isinstance(value, (list, tuple)) else number(value, row)
-        for row, value in enumerate(values, start=1)
+        for row, value in rows.numbered(values)
     ]
 
 
@@ -94,7 +94,7 @@ def classes_of(columns: Sequence[tuple[Rows, str]]) -> list[str]:
         return list(rows.class_names[column])
     names: set[str] = set()
     for rows, column in columns:
-        for row, label in _labels(rows.column(column)):
+        for row, label in _labels(rows, column):
             text = _text(rows, column, label, row)
             if text is None:
                 raise InputError(
@@ -169,8 +169,8 @@ def _grouped(pairs: Iterable[tuple[str, int]]) -> dict[str, list[int]]:
     return grouped
 
 
-def _labels(values: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    for row, value in enumerate(values, start=1):
+def _labels(rows: Rows, column: str) -> Iterator[tuple[int, Any]]:
+    for row, value in rows.numbered(rows.column(column)):
         for label in value if isinstance(value, (list, tuple)) else [value]:
             yield row, label
 
@@ -230,7 +230,7 @@ class Classification(Task):
                 "Python: ClassificationMetric knows its scores"
             )
         labels = class_numbers(rows, columns["label"], config.label2id)
-        for row, label in enumerate(labels, start=1):
+        for row, label in rows.numbered(labels):
             if not of_words and isinstance(label, list) and len(label) != 1:
                 raise InputError(
                     f"{rows.source}: expected one label in each row, got {len(label)} in column {columns['label']!r}, "

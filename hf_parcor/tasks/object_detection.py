@@ -64,7 +64,7 @@ class ObjectDetection(Task):
             raise InputError(f"box_format: expected {COCO} or {VOC}, got {form!r}; name one of them")
         boxes = [
             [_checked(box, form, rows.source, row) for box in of_image]
-            for row, of_image in enumerate(objects.column("boxes"), start=1)
+            for row, of_image in objects.numbered(objects.column("boxes"))
         ]
         images: Any = AnnotatedImages(rows, columns["image"], boxes, labels)
         found: Sequence[Example] = images
@@ -130,9 +130,9 @@ def _objects(rows: Rows, columns: Mapping[str, str]) -> Rows:
             "boxes": _part(rows, columns["boxes"], _BOXES, row, entry),
             "label": _part(rows, columns["label"], _CLASSES, row, entry),
         }
-        for row, entry in enumerate(rows.with_columns(columns["boxes"], columns["label"]), start=1)
+        for row, entry in rows.numbered(rows.with_columns(columns["boxes"], columns["label"]))
     ]
-    for row, entry in enumerate(found, start=1):
+    for row, entry in rows.numbered(found):
         if len(entry["boxes"]) != len(entry["label"]):
             raise InputError(
                 f"{rows.source}: expected as many classes as boxes, got {len(entry['label'])} and "
@@ -203,8 +203,8 @@ class AnnotatedImages:
             if x >= image.width or y >= image.height or x + width <= 0 or y + height <= 0:
                 raise InputError(
                     f"{self.rows.source}: expected a box on the image of {image.width} x {image.height} pixels, got "
-                    f"(x, y, width, height) = {(x, y, width, height)} in row {index + 1}; boxes are in pixels of "
-                    "this very image: mend the data"
+                    f"(x, y, width, height) = {(x, y, width, height)} in row {self.rows.number(index)}; boxes "
+                    "are in pixels of this very image: mend the data"
                 )
         annotations = [
             {"bbox": list(box), "category_id": label, "area": box[2] * box[3], "iscrowd": 0}

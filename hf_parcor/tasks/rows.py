@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hf_parcor.errors import InputError, nearest, one_line
 from hf_parcor.hub_data import load_hub_data
 from hf_parcor.records.data import EvaluationData, evaluation_data_of
 from hf_parcor.tasks.files import data_suffix, read_file
 from hf_parcor.tasks.images import is_image_pack, read_image_rows
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Rows:
         columns: The names of the columns.
         class_names: For columns with numbers that stand for names: the names, in order.
         data: What records call them.
+        numbers: Of the rows in the source, from 1 on, which messages name; empty where none is left out.
 
     Raises:
         InputError: There is no row.
@@ -37,6 +40,7 @@ class Rows:
     columns: tuple[str, ...]
     class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     data: EvaluationData = field(default_factory=EvaluationData)
+    numbers: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if not len(self.entries):
@@ -51,7 +55,16 @@ class Rows:
         """
         entries: Any = self.entries
         chosen = [entries[index] for index in indices] if isinstance(entries, list) else entries.select(indices)
-        return replace(self, entries=chosen, data=replace(self.data, split=split, rows=len(indices)))
+        data = replace(self.data, split=split, rows=len(indices))
+        return replace(self, entries=chosen, data=data, numbers=[self.number(index) for index in indices])
+
+    def number(self, index: int) -> int:
+        """Return the number in the source, from 1 on, of a row of these, from 0 on."""
+        return self.numbers[index] if self.numbers else index + 1
+
+    def numbered(self, values: Iterable[_Value]) -> Iterator[tuple[int, _Value]]:
+        """Return the values of the rows, each with its row's number in the source."""
+        return ((self.number(index), value) for index, value in enumerate(values))
 
     def first(self, count: int | None) -> Rows:
         """Return the first rows, as many as there are up to a number; None for all."""
@@ -108,8 +121,8 @@ class Rows:
         values = [row.get(name) for row in self.with_columns(name)]
         if None in values:
             raise InputError(
-                f"{self.source}: expected a value of {name!r} in each row, got none in row {values.index(None) + 1}; "
-                "mend the data, or name another column or split"
+                f"{self.source}: expected a value of {name!r} in each row, got none in row "
+                f"{self.number(values.index(None))}; mend the data, or name another column or split"
             )
         return values
 
@@ -119,7 +132,7 @@ class Rows:
         Raises:
             InputError: A row lacks it, or has something else.
         """
-        return [self.text(value, name, row) for row, value in enumerate(self.column(name), start=1)]
+        return [self.text(value, name, row) for row, value in self.numbered(self.column(name))]
 
     def text(self, value: Any, column: str, row: int) -> str:
         """Return a text; of a number as it is written, since tables make numbers of what looks like one.
@@ -127,7 +140,7 @@ class Rows:
         Args:
             value: Of a row, or one of several there.
             column: Its column, for the message.
-            row: Its row, from 1 on.
+            row: The number of its row.
 
         Raises:
             InputError: It is something else, which Python would write in its own way.
@@ -181,7 +194,7 @@ class Rows:
         except (OSError, AttributeError, ValueError, SyntaxError) as error:  # the last is what PIL raises of a PNG
             shown = repr(image.name) if isinstance(image, Path) else type(image).__name__
             raise InputError(
-                f"{self.source}: expected an image, or the file of one, in row {index + 1}, got {shown} "
+                f"{self.source}: expected an image, or the file of one, in row {self.number(index)}, got {shown} "
                 f"({one_line(error)}); mend the data: paths are relative to the data file"
             ) from error
 

@@ -357,7 +357,7 @@ def check_tokens(rows: Rows, column: str, encoded: Sequence[Sequence[int]]) -> N
     Raises:
         InputError: There is one.
     """
-    for row, tokens in enumerate(encoded, start=1):
+    for row, tokens in rows.numbered(encoded):
         if not tokens:
             raise InputError(
                 f"{rows.source}: expected a token or more in each text of column {column!r}, got none in row {row}; "

@@ -36,15 +36,13 @@ class TokenClassification(Classification):
         """Return tokens of each row, with the label of a word at its first token."""
         labels = self._labels(rows, columns, processed, of_words=True)
         words = rows.column(columns["words"])
-        for row, (of_words, of_labels) in enumerate(zip(words, labels, strict=True), start=1):
+        for row, (of_words, of_labels) in rows.numbered(zip(words, labels, strict=True)):
             if not isinstance(of_words, list) or not isinstance(of_labels, list) or len(of_words) != len(of_labels):
                 raise InputError(
                     f"{rows.source}: expected a list of words and one of as many labels in each row, got "
                     f"{of_words!r} and {of_labels!r} in row {row}; name other columns, or convert the data to JSON"
                 )
-        texts = [
-            [rows.text(word, columns["words"], row) for word in of_row] for row, of_row in enumerate(words, start=1)
-        ]
+        texts = [[rows.text(word, columns["words"], row) for word in of_row] for row, of_row in rows.numbered(words)]
         length = processed.length(_MAX_LENGTH)
         before = {number: " " * _needs_space(processed.processor, "1" if number else "a") for number in (False, True)}
         encoded = processed.processor(

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,18 @@ class TestSplitOff:
         assert abs(len(both[1]) - total * share) <= 1
         assert held_out.data.rows == len(both[1])
         assert rows.split_off(share, seed)[1].data == held_out.data != training.data
+
+    @given(total=st.integers(3, 40), seed=st.integers(0, 5), inside=st.booleans(), data=st.data())
+    def test_a_row_is_called_by_its_number_in_the_file(self, total, seed, inside, data):
+        bad = data.draw(st.integers(0, total - 1))
+        entries = [{"label": "god" if number == bad else "good", "text": str(number)} for number in range(total)]
+        part = Rows("rows.tsv", entries, ("label", "text")).split_off(0.5, seed)[inside]
+        part = part.first(len(part.entries) - 1) if len(part.entries) > 1 else part
+        if bad in map(int, part.texts("text")):
+            with pytest.raises(InputError, match=rf"got 'god' in column 'label', row {bad + 1} \("):
+                class_numbers(part, "label", {"bad": 0, "good": 1})
+            with pytest.raises(InputError, match=rf"in row {bad + 1};"):
+                replace(part, entries=[row if row["label"] == "good" else {} for row in part.entries]).column("label")
 
 
 class TestLoadRows:
