@@ -227,7 +227,8 @@ def load_record(path: Path) -> EvaluationRecord | SweepRecord:
         inside = [path / name for name in (ROBUSTNESS, PROBE) if (path / name).is_file()]
         if not inside:
             raise InputError(
-                f"{path}: expected a folder with {ROBUSTNESS} or {PROBE}, got neither; name the file of the record"
+                f"{path}: expected a folder with {ROBUSTNESS} or {PROBE}, got neither; measure first, with "
+                f"hf-parcor evaluate MODEL --output-dir {path}, or name the file of the record"
             )
         path = inside[0]
     try:

@@ -353,6 +353,8 @@ def _model(task: Task, arguments: argparse.Namespace, parts: Sequence[tuple[Rows
     origin = origin_of(arguments)
     has_head = task.has_head(architectures_of(arguments.model, **origin))
     settings = {} if has_head else task.head_settings(parts)
+    if names := list(settings.get("id2label", {}).values()):  # a mistyped label is a class, too
+        tell(f"the new head has {len(names):,} classes: {', '.join(names[:20])}{', …' * (len(names) > 20)}")
     model = task.load_model(arguments.model, **origin, **settings)
     if hasattr(model, "peft_config"):
         with refused(ValueError):  # of a version of PEFT that Transformers would refuse when the adapter is saved

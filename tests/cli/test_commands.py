@@ -759,6 +759,7 @@ class TestTrain:
         assert result.code == 0
         model = model_of(tmp_path / "out")
         assert model.config.label2id == {"0": 0, "1": 1}
+        assert "the new head has 2 classes: 0, 1\n" in result.err, "a label that is mistyped would be one more"
         record = EvaluationRecord.load("out/robustness.json")
         batches = batches_by_hand(tmp_path / "out", 8)
         assert ClassificationMetric(batches)(model.eval())["accuracy"] == record.clean.mean("accuracy") == 1.0

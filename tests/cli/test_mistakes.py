@@ -94,7 +94,7 @@ MISTAKES = [
     ("report damaged.json", "damaged.json corruptions"),
     ("report later.json", "later.json format 2"),
     ("report binary.json", "binary.json UTF-8"),
-    ("report empty", "empty robustness.json probe.json"),
+    ("report empty", "empty robustness.json probe.json evaluate --output-dir"),
     ("report record.json sweep.json", "record.json sweep.json both"),
     ("compare a=record.json b=sweep.json", "record.json sweep.json both"),
     ("report", "records: none"),
