@@ -34,7 +34,7 @@ class RobustnessCallback(TrainerCallback):
 
     Args:
         trainer: The Trainer that the callback is added to: `trainer.add_callback(RobustnessCallback(trainer, ...))`.
-        corruptions: What to measure: a sequence, or a mapping from names of your own.
+        corruptions: What to measure: one, a sequence, or a mapping from names of your own.
         trials: Trials of each stochastic corruption. Default 3. One trial costs less, but its curve is noisier.
         seed: First seed, the same at each evaluation.
         every_n_steps: If given, measure at multiples of this number of steps only, and let the Trainer evaluate there

@@ -28,7 +28,8 @@ logger = logging.get_logger(__name__)
 _ALL = ""  # the name of the only group of an evaluator
 
 
-def _several(corruptions: Corruption | Sequence[Corruption]) -> tuple[Corruption, ...]:
+def several(corruptions: Corruption | Sequence[Corruption]) -> tuple[Corruption, ...]:
+    """Return corruptions; one alone is a list of one."""
     return (corruptions,) if isinstance(corruptions, Corruption) else tuple(corruptions)
 
 
@@ -50,6 +51,8 @@ class _Evaluator:
         task: str,
         **settings: Any,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a module, got {model!r}; load it, with from_pretrained, say")
         if not callable(settings["metric"]):
             raise TypeError(
                 "metric: expected a function from a model to numbers by name, got one of type "
@@ -89,9 +92,9 @@ class _Evaluator:
             ValueError: A corruption cannot be applied to a weight, for example because groups do not divide a matrix.
             NotImplementedError: A corruption cannot be applied to a weight because of how it is sharded.
         """
-        several = _several(corruptions)
-        selections, _ = self._selected(several)
-        plan = Plan(several, trials=1, seed=0, groups=len(selections))
+        given = several(corruptions)
+        selections, _ = self._selected(given)
+        plan = Plan(given, trials=1, seed=0, groups=len(selections))
         plan.check(selection.parameters for selection in selections.values())
 
     def _records(
@@ -103,7 +106,7 @@ class _Evaluator:
         known: Mapping[str, float] | None = None,
     ) -> dict[str, EvaluationRecord]:
         forget_derived()
-        corruptions = _several(given)
+        corruptions = several(given)
         weights = fingerprint_of_weights(self._model)
         selections, targets = self._selected(corruptions)
         groups = {label: selection.parameters for label, selection in selections.items()}

@@ -15,7 +15,7 @@ from transformers import Trainer
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions import Corruption, GaussianNoise, GradientCorruption, Quantization
 from hf_parcor.corruptions.catalogue import read_corruptions
-from hf_parcor.evaluation.evaluator import CorruptionEvaluator
+from hf_parcor.evaluation.evaluator import CorruptionEvaluator, several
 from hf_parcor.evaluation.losses import model_loss
 from hf_parcor.evaluation.metrics.trainer import TrainerMetric, evaluated_data
 from hf_parcor.evaluation.repeated_batches import drawn_once
@@ -160,7 +160,7 @@ def _loss_of(trainer: Trainer) -> Any:
     return loss
 
 
-Corruptions = Sequence[Corruption] | Mapping[str, Corruption]
+Corruptions = Corruption | Sequence[Corruption] | Mapping[str, Corruption]
 
 
 def by_name(corruptions: Corruptions) -> dict[str, Corruption]:
@@ -173,7 +173,7 @@ def by_name(corruptions: Corruptions) -> dict[str, Corruption]:
     named = list(
         corruptions.items()
         if isinstance(corruptions, Mapping)
-        else ((plain_name(str(corruption)), corruption) for corruption in corruptions)
+        else ((plain_name(str(corruption)), corruption) for corruption in several(corruptions))
     )
     if not named:
         raise ValueError("corruptions: expected at least one, got none; pass [GaussianNoise(0.02)], say")
@@ -245,7 +245,7 @@ class RobustnessMixin(_Base):
         """Evaluate the model as `evaluate` does, as it is and under corruptions, and log the metrics.
 
         Args:
-            corruptions: What to measure: a sequence, or a mapping from names of your own. By default,
+            corruptions: What to measure: one, a sequence, or a mapping from names of your own. By default,
                 `DEFAULT_CORRUPTIONS`: ε = 0.1 along the gradient (L2), noise of σ = 0.02, and 4-bit quantization.
                 Which strength breaks a model depends on the model.
             trials: Trials of each stochastic corruption. Default 3.

@@ -30,7 +30,7 @@ from hf_parcor.records.indicators import ConstraintIndicators, IndicatorRecord
 def measure_indicators(
     model: nn.Module,
     batches: Iterable[Batch],
-    constraints: Sequence[CorruptionConstraint],
+    constraints: CorruptionConstraint | Sequence[CorruptionConstraint],
     *,
     loss: Loss = model_loss,
     target_modules: str | Collection[str] | None = None,
@@ -53,7 +53,7 @@ def measure_indicators(
     Args:
         model: Any PyTorch model, bare or under DistributedDataParallel.
         batches: A list, or a `DataLoader` that does not shuffle.
-        constraints: The sets S.
+        constraints: The sets S, or one.
         loss: `loss(model, batch)` returns the mean loss of a batch. By default, the model's own loss.
         target_modules: As in `CorruptionEvaluator`. By default, all parameters that can be trained.
         exclude_modules: As in `select_parameters`.
@@ -88,6 +88,7 @@ def measure_indicators(
     """
     for name, count, minimum in (("seed", seed, 0), ("probes", probes, 0), ("draws", draws, 1)):
         check_count(name, count, minimum)
+    constraints = [constraints] if isinstance(constraints, CorruptionConstraint) else constraints
     corruptions = [(RandomCorruption(constraint), *_adversarial(constraint, steps)) for constraint in constraints]
     target = target_of(target_modules, exclude_modules, module_types, layers)
     model = whole_model(model)

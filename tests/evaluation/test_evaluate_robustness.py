@@ -386,6 +386,11 @@ def test_flags_without_a_word_are_not_the_default():
     assert RobustnessArguments().read([BITS]) == [BITS]
 
 
+def test_a_corruption_alone_is_a_list_of_one(trainer):
+    """As for an evaluator; the callback reads them alike."""
+    assert trainer.evaluate_robustness(BITS) == trainer.evaluate_robustness([BITS])
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("corruptions", "error", "says"),

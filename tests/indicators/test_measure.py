@@ -44,6 +44,14 @@ def test_a_constraint_beside_others_is_measured_as_alone(known):
     assert list(together.indicators) == [record.indicators[0] for record in alone]
 
 
+def test_a_constraint_alone_is_a_list_of_one():
+    settings = {"loss": lambda model, rows: model(rows).sum(), "draws": 1, "progress": False}
+    one = CorruptionConstraint(epsilon=0.1)
+    model = nn.Linear(2, 1)
+    found = [measure_indicators(model, [torch.ones(2, 2)], given, **settings) for given in (one, [one])]
+    assert found[0].indicators == found[1].indicators
+
+
 def test_estimates_of_no_draw_are_refused(known):
     with pytest.raises(ValueError, match="draws: expected a whole number >= 1, got 0"):
         random_loss_changes(known.loss, CONSTRAINTS[0], draws=0)
