@@ -493,7 +493,7 @@ class TestErrorsBeforeAnythingIsMeasured:
         ("make", "says"),
         [
             (lambda model, metric: CorruptionEvaluator(model, "accuracy"), "metric: expected a function"),
-            (lambda model, metric: CorruptionEvaluator("my-model", metric), "model: expected a module, got 'my-model'"),
+            (lambda model, metric: CorruptionEvaluator("bert", metric), "model: expected a module, got 'bert'"),
             (lambda model, metric: LayerProbe(model, metric, targets=["all"]), "targets: expected the parts by name"),
         ],
     )
