@@ -14,6 +14,7 @@ from hf_parcor.defense_file import DEFENSE_CONFIG_NAME, defense_beside, differen
 from hf_parcor.errors import InputError
 from hf_parcor.records import EvaluationRecord, SweepRecord
 from hf_parcor.reports import RobustnessReport
+from hf_parcor.reports.study import usual_metric
 from hf_parcor.reports.tables import comparison_table
 
 _OF_A_MODEL = ("config.json", "adapter_config.json", DEFENSE_CONFIG_NAME)
@@ -46,7 +47,7 @@ class Report(Command):
         with refused(ValueError, ImportError):
             report = RobustnessReport(
                 records,
-                arguments.metric or metric_of(records),
+                arguments.metric,
                 greater_is_better=arguments.greater_is_better,
                 unit=arguments.unit,
                 title=arguments.title,
@@ -113,7 +114,7 @@ class Compare(Command):
                 f"models: expected two or more to compare, got {len(named)}; name another, or use hf-parcor report"
             )
         models = load_records(named)
-        metric = arguments.metric or next((metric_of(records) for records in models.values()), "")
+        metric = arguments.metric or usual_metric(next(iter(models.values())))
         with refused(ValueError, ImportError):
             report = RobustnessReport.compare(
                 models,
@@ -209,12 +210,6 @@ def check_trained_alike(places: Sequence[Path]) -> None:
 def _settings_of(defense: dict[str, Any] | None) -> dict[str, Any]:
     """Return the settings of a defense that ran."""
     return dict(defense) if has_run(defense) else {"defense": None}
-
-
-def metric_of(records: Records) -> str:
-    """Return the metric to report where none is named: accuracy, or the first that there is."""
-    metrics = records[0].clean.metrics
-    return "accuracy" if "accuracy" in metrics else next(iter(metrics))
 
 
 def load_record(path: Path) -> EvaluationRecord | SweepRecord:

@@ -74,7 +74,7 @@ class RobustnessReport(_Report[Content]):
     Args:
         records: The record of an evaluator or of a probe; a list of either, one for each seed; or a mapping from the
             names of groups to records or lists of them.
-        metric: The metric to report.
+        metric: The metric to report. By default, accuracy, or else the first that was measured.
         greater_is_better: Whether a large metric is good. By default, what the records say, or else a guess that is
             marked as one.
         unit: As in `MetricInfo`: "share" (of 1, shown in percent), "points" (of 100), any other word, or "" for none.
@@ -105,7 +105,7 @@ class RobustnessReport(_Report[Content]):
     def __init__(
         self,
         records: Records,
-        metric: str = "accuracy",
+        metric: str | None = None,
         *,
         greater_is_better: bool | None = None,
         unit: str | None = None,
@@ -117,7 +117,7 @@ class RobustnessReport(_Report[Content]):
     def compare(
         cls,
         models: Mapping[str, Records],
-        metric: str = "accuracy",
+        metric: str | None = None,
         *,
         greater_is_better: bool | None = None,
         unit: str | None = None,
@@ -256,7 +256,7 @@ class FirstLookReport(_Answer[FirstLookContent]):
 
 def _content(
     models: Mapping[str, Records],
-    metric: str,
+    metric: str | None,
     greater_is_better: bool | None,
     unit: str | None,
     title: str | None,
@@ -264,5 +264,5 @@ def _content(
     study = Study.of(models, metric, greater_is_better=greater_is_better, unit=unit)
     if title is None:
         named = " and ".join(models) if len(models) > 1 else ", ".join(dict.fromkeys(r.model for r in study.records))
-        title = f"How robust are the weights of {named}? {metric} under corruption"
+        title = f"How robust are the weights of {named}? {study.metric} under corruption"
     return content_of(study, Numbers(study.info.unit), title)

@@ -135,7 +135,7 @@ class Study:
     def of(
         cls,
         models: Mapping[str, Records],
-        metric: str,
+        metric: str | None = None,
         *,
         greater_is_better: bool | None = None,
         unit: str | None = None,
@@ -144,7 +144,7 @@ class Study:
 
         Args:
             models: Records by the name of the model.
-            metric: What was measured.
+            metric: What was measured; None for accuracy, or else the first metric that there is.
             greater_is_better: Whether a large metric is good; None for what the records say.
             unit: Its unit; None for what the records say.
 
@@ -156,12 +156,9 @@ class Study:
         """
         gathered = {name: _groups(records) for name, records in models.items()}
         _check(gathered)
-        infos = [
-            record.info(metric).stating(greater_is_better=greater_is_better, unit=unit)
-            for groups in gathered.values()
-            for records in groups.values()
-            for record in records
-        ]
+        every = [record for groups in gathered.values() for records in groups.values() for record in records]
+        metric = usual_metric(every) if metric is None else metric
+        infos = [record.info(metric).stating(greater_is_better=greater_is_better, unit=unit) for record in every]
         info = agreed(infos, metric)
         shared = {
             name: {group: _shared(records) for group, records in groups.items()} for name, groups in gathered.items()
@@ -262,6 +259,12 @@ def _groups(records: Records) -> dict[str, tuple[EvaluationRecord, ...]]:
             "returned"
         )
     return groups
+
+
+def usual_metric(records: Iterable[EvaluationRecord | SweepRecord]) -> str:
+    """Return the metric to report where none is named: accuracy, or the first that there is."""
+    measured = next(iter(records)).clean.metrics
+    return "accuracy" if "accuracy" in measured else next(iter(measured), "")
 
 
 def _check(models: Mapping[str, Mapping[str, tuple[EvaluationRecord, ...]]]) -> None:

@@ -190,6 +190,21 @@ def test_the_summary_has_the_measures(record_of, tmp_path):
     ]
 
 
+def test_without_a_name_accuracy_is_reported_or_the_first_metric_that_was_measured(record_of):
+    """As on the command line: a perplexity or a score of one's own needs no name."""
+    of_text, of_classes = record_of({1.0: 9.0}, 8.0, metric="perplexity"), record_of({1.0: 0.5})
+    both = replace(of_text, clean=replace(of_text.clean, metrics={"loss": (2.0,), "accuracy": (0.9,)}))
+    rows = tuple(replace(row, metrics={"loss": (3.0,), "accuracy": (0.5,)}) for row in of_text.corruptions)
+    for record, metric in (
+        (of_text, "perplexity"),
+        (of_classes, "accuracy"),
+        (replace(both, corruptions=rows), "accuracy"),
+    ):
+        assert RobustnessReport(record).to_json() == RobustnessReport(record, metric).to_json()
+        models = {"a": record, "b": replace(record, model="b")}
+        assert RobustnessReport.compare(models).to_json() == RobustnessReport.compare(models, metric).to_json()
+
+
 def test_norms_of_weights_stand_beside_their_number(record_of, tmp_path):
     probe = {
         name: replace(record_of({1.0: 0.8}), weights_norm=norm)
