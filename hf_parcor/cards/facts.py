@@ -391,10 +391,7 @@ def _shape(record: EvaluationRecord) -> Any:
 
 
 def _chosen(metrics: Sequence[str], metric: str | None, record: EvaluationRecord) -> str:
-    if metric is None:
-        good = [name for name in metrics if record.info(name).greater_is_better]
-        good.sort(key=lambda name: record.info(name).direction_guessed)
-        metric = "accuracy" if "accuracy" in metrics else next(iter([*good, *metrics]), "")
+    metric = record.usual_metric(metrics) if metric is None else metric
     if metric not in metrics:
         raise ValueError(f"metric: expected one of {', '.join(metrics) or 'no metrics'}, got {metric!r}; pass metric=")
     return metric

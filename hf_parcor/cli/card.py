@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_parcor.cli.parsing import Command, Parser, add_meaning
+from hf_parcor.cli.parsing import USUAL_METRIC, Command, Parser, add_meaning
 from hf_parcor.cli.recipe import MEASURED, RECIPE, SENSITIVITY
 from hf_parcor.cli.report import check_trained_alike, load_record
 from hf_parcor.cli.terminal import PROBE, ROBUSTNESS, refused
@@ -46,7 +46,7 @@ class Card(Command):
             metavar="ID",
             help="the data set is a registered benchmark, and the clean result is for this task of its eval.yaml",
         )
-        group.add_argument("--metric", metavar="NAME", help="what the card shows; default: accuracy, or the first")
+        group.add_argument("--metric", metavar="NAME", help=f"what the card shows; {USUAL_METRIC}")
         add_meaning(group)
         group.add_argument("--command", metavar="TEXT", help="what made the numbers; it is published")
         group = parser.add_argument_group("the Hub; the token is that of `hf auth login`, or HF_TOKEN")

@@ -365,6 +365,7 @@ TASKS = (
     "object-detection",
 )
 TRIALS = 3
+USUAL_METRIC = "default: perplexity of a text, accuracy, or the first whose large values are good"
 NORM = 2.0
 SPLIT, TRAIN_SPLIT = "validation", "train"
 CORRUPTIONS = (

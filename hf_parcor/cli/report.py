@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hf_parcor.cli.parsing import Command, Parser, add_meaning
+from hf_parcor.cli.parsing import USUAL_METRIC, Command, Parser, add_meaning
 from hf_parcor.cli.terminal import PAGES, PROBE, ROBUSTNESS, refused, show_verdict, tell, write_report, writing
 from hf_parcor.defense_file import DEFENSE_CONFIG_NAME, defense_beside, differences, has_run
 from hf_parcor.errors import InputError
 from hf_parcor.records import EvaluationRecord, SweepRecord
 from hf_parcor.reports import RobustnessReport
-from hf_parcor.reports.study import usual_metric
 from hf_parcor.reports.tables import comparison_table
 
 _OF_A_MODEL = ("config.json", "adapter_config.json", DEFENSE_CONFIG_NAME)
@@ -72,7 +71,7 @@ def _show(report: RobustnessReport, pages: Sequence[Path], arguments: argparse.N
 def add_pages(parser: Parser) -> None:
     """Add what says which pages are written, what is on them, and how the verdict is printed."""
     parser.add_argument("--pages", nargs="+", default=[], metavar="FILE", help="pages to write: .html, .md")
-    parser.add_argument("--metric", metavar="NAME", help="which metric to report; default: accuracy, or the first")
+    parser.add_argument("--metric", metavar="NAME", help=f"which metric to report; {USUAL_METRIC}")
     add_meaning(parser)
     parser.add_argument("--title", metavar="TEXT", help="the heading")
     parser.add_argument("--json", action="store_true", help="print verdict and means as JSON, and nothing else")
@@ -114,18 +113,20 @@ class Compare(Command):
                 f"models: expected two or more to compare, got {len(named)}; name another, or use hf-parcor report"
             )
         models = load_records(named)
-        metric = arguments.metric or usual_metric(next(iter(models.values())))
         with refused(ValueError, ImportError):
             report = RobustnessReport.compare(
                 models,
-                metric,
+                arguments.metric,
                 greater_is_better=arguments.greater_is_better,
                 unit=arguments.unit,
                 title=arguments.title,
             )
             firsts = {name: records[0] for name, records in models.items() if len(records) == 1}
             single = {name: record for name, record in firsts.items() if isinstance(record, EvaluationRecord)}
-            table = comparison_table(single, metric, unit=arguments.unit) if len(single) == len(models) else ""
+            table = ""
+            if len(single) == len(models):
+                metric = arguments.metric or next(iter(single.values())).usual_metric()
+                table = comparison_table(single, metric, unit=arguments.unit)
         _show(report, pages, arguments, table)
 
 

@@ -171,6 +171,21 @@ class EvaluationRecord(StoredRecord):
         values = (value for row in self.rows() for value in row.metrics.get(metric, ()))
         return self.metric_info.get(metric) or info_by_name(metric, values)
 
+    def usual_metric(self, among: Sequence[str] | None = None) -> str:
+        """Return the metric to show where none is named, "" where there is none.
+
+        It is the perplexity of a text, or else accuracy, or else the first whose large values are good, what is stated
+        before what is guessed, or else the first.
+
+        Args:
+            among: Metrics to choose from. By default, all.
+        """
+        names = list(self.clean.metrics) if among is None else among
+        usual = ["perplexity"] * (self.task == "text-generation") + ["accuracy"]
+        good = [name for name in names if self.info(name).greater_is_better]
+        good.sort(key=lambda name: self.info(name).direction_guessed)
+        return next((name for name in (*usual, *good, *names) if name in names), "")
+
     def stating(
         self, metric: str, *, greater_is_better: bool | None = None, unit: str | None = None
     ) -> EvaluationRecord:

@@ -74,7 +74,7 @@ class RobustnessReport(_Report[Content]):
     Args:
         records: The record of an evaluator or of a probe; a list of either, one for each seed; or a mapping from the
             names of groups to records or lists of them.
-        metric: The metric to report. By default, accuracy, or else the first that was measured.
+        metric: The metric to report. By default, the `usual_metric` of the first record.
         greater_is_better: Whether a large metric is good. By default, what the records say, or else a guess that is
             marked as one.
         unit: As in `MetricInfo`: "share" (of 1, shown in percent), "points" (of 100), any other word, or "" for none.

@@ -144,7 +144,7 @@ class Study:
 
         Args:
             models: Records by the name of the model.
-            metric: What was measured; None for accuracy, or else the first metric that there is.
+            metric: What was measured; None for the `usual_metric` of the first record.
             greater_is_better: Whether a large metric is good; None for what the records say.
             unit: Its unit; None for what the records say.
 
@@ -157,7 +157,7 @@ class Study:
         gathered = {name: _groups(records) for name, records in models.items()}
         _check(gathered)
         every = [record for groups in gathered.values() for records in groups.values() for record in records]
-        metric = usual_metric(every) if metric is None else metric
+        metric = every[0].usual_metric() if metric is None else metric
         infos = [record.info(metric).stating(greater_is_better=greater_is_better, unit=unit) for record in every]
         info = agreed(infos, metric)
         shared = {
@@ -259,12 +259,6 @@ def _groups(records: Records) -> dict[str, tuple[EvaluationRecord, ...]]:
             "returned"
         )
     return groups
-
-
-def usual_metric(records: Iterable[EvaluationRecord | SweepRecord]) -> str:
-    """Return the metric to report where none is named: accuracy, or the first that there is."""
-    measured = next(iter(records)).clean.metrics
-    return "accuracy" if "accuracy" in measured else next(iter(measured), "")
 
 
 def _check(models: Mapping[str, Mapping[str, tuple[EvaluationRecord, ...]]]) -> None:

@@ -15,10 +15,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_parcor import BitFlips, CorruptionRecord, EvaluationRecord, RobustnessReport, SweepRecord, WorstBitFlips
+from hf_parcor.cards import facts_of
 from hf_parcor.cli.main import build_parser
 from hf_parcor.corruptions import CORRUPTIONS, corruptions_of_table_1
 from hf_parcor.corruptions.catalogue import read_corruptions
-from hf_parcor.records import EvaluationData
+from hf_parcor.records import EvaluationData, MetricInfo
 from hf_parcor.records.evaluation import CorruptionKind
 from hf_parcor.reports import html as page_of_html
 from hf_parcor.reports.markup import code_of, printable
@@ -190,19 +191,26 @@ def test_the_summary_has_the_measures(record_of, tmp_path):
     ]
 
 
-def test_without_a_name_accuracy_is_reported_or_the_first_metric_that_was_measured(record_of):
-    """As on the command line: a perplexity or a score of one's own needs no name."""
-    of_text, of_classes = record_of({1.0: 9.0}, 8.0, metric="perplexity"), record_of({1.0: 0.5})
-    both = replace(of_text, clean=replace(of_text.clean, metrics={"loss": (2.0,), "accuracy": (0.9,)}))
-    rows = tuple(replace(row, metrics={"loss": (3.0,), "accuracy": (0.5,)}) for row in of_text.corruptions)
-    for record, metric in (
-        (of_text, "perplexity"),
-        (of_classes, "accuracy"),
-        (replace(both, corruptions=rows), "accuracy"),
-    ):
-        assert RobustnessReport(record).to_json() == RobustnessReport(record, metric).to_json()
-        models = {"a": record, "b": replace(record, model="b")}
-        assert RobustnessReport.compare(models).to_json() == RobustnessReport.compare(models, metric).to_json()
+@pytest.mark.parametrize(
+    ("task", "names", "shown"),
+    [
+        ("", ["perplexity"], "perplexity"),
+        ("", ["loss", "accuracy"], "accuracy"),
+        ("text-generation", ["loss", "perplexity", "accuracy"], "perplexity"),
+        ("translation", ["loss", "bleu"], "bleu"),
+        ("", ["distance", "loss"], "distance"),
+    ],
+)
+def test_without_a_name_card_and_report_show_the_same_metric(record_of, task, names, shown):
+    """A score of one's own needs no name, and of a text it is perplexity, as `evaluate` shows."""
+    values = dict.fromkeys(names, (0.5,))
+    record = replace(record_of({1.0: 0.5}), task=task, metric_info={"distance": MetricInfo(greater_is_better=False)})
+    rows = tuple(replace(row, metrics=values) for row in record.corruptions)
+    record = replace(record, clean=replace(record.clean, metrics=values), corruptions=rows)
+    assert RobustnessReport(record).to_json() == RobustnessReport(record, shown).to_json()
+    models = {"a": record, "b": replace(record, model="b")}
+    assert RobustnessReport.compare(models).to_json() == RobustnessReport.compare(models, shown).to_json()
+    assert facts_of(record, name="a").metric == shown
 
 
 def test_norms_of_weights_stand_beside_their_number(record_of, tmp_path):
