@@ -331,8 +331,8 @@ def _checked_formats(formats: Any) -> list[Format]:
     for one in found:
         if type(one) not in (Quantization, FloatQuantization):
             raise TypeError(
-                f"formats: expected Quantization and FloatQuantization, got {str(one)!r}; how many bits other "
-                "corruptions take is not known"
+                f"formats: expected Quantization and FloatQuantization, got {str(one)!r}; choose among these: "
+                "how many bits other corruptions take is not known"
             )
     labels = [str(one) for one in found]
     if not labels or len(set(labels)) < len(labels):

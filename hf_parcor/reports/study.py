@@ -271,8 +271,8 @@ def _check(models: Mapping[str, Mapping[str, tuple[EvaluationRecord, ...]]]) -> 
         alike = name != other and group == of_other and first.weights == second.weights != ""
         if alike and first.to_json() == second.to_json():
             raise ValueError(
-                f"models: expected a record of its own for each, got the same for {name!r} and {other!r}; name each "
-                "record once"
+                f"models: expected a record of its own for each, got the same for {name!r} and {other!r}, of the "
+                "same weights; name one of them"
             )
 
 
