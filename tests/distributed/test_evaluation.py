@@ -128,16 +128,21 @@ def all_records(build: Callable[[], nn.Module] = model) -> dict[str, list[str]]:
     found = {
         "all weights": [evaluated(network, data, both, memory=1)],
         "a part, prefix shared": [evaluated(network, data, both, **last)],
+        "each block": probed(network, data, [*ROUNDED[:1], *EXACT[:3], *EXACT[-2:]]),
+    }
+    if build is model:  # no rank sees which bit of its shards is the worst
+        worst = [WorstBitFlips(count, of="int8") for count in (1, 2, 3, 4)]
+        found["worst flips"] = [evaluated(network, data, [*worst, Quantization(3)])]
+    if rank_device().type != "cpu":  # where tensors are does not change who computes what
+        return found
+    found |= {
         "frozen": [evaluated(build().requires_grad_(False), data, both, **last)],
         "nothing that needs a gradient": [evaluated(network, data, EXACT[-4:])],
         "one batch": [evaluated(network, batches((3,)), both)],
         "a batch without labels": [evaluated(network, [*data[:2], unlabeled(data[2]), *data[3:]], both)],
         "any metric": [evaluated(network, data, both, metric=lambda m: {"loss": float(m(**data[0]).loss.detach())})],
-        "each block": probed(network, data, [*ROUNDED[:1], *EXACT[:3], *EXACT[-2:]]),
     }
-    if build is model:  # no prefix is shared on shards, and no rank sees which bit is the worst
-        worst = [WorstBitFlips(count, of="int8") for count in (1, 2, 3, 4)]
-        found["worst flips"] = [evaluated(network, data, [*worst, Quantization(3)])]
+    if build is model:  # no prefix is shared on shards
         found["a part, whole passes"] = [evaluated(network, data, both, reuse_prefix=False, **last)]
         found["order of batches"] = [evaluated(network, data, EXACT, metric=InOrder(data))]
     assert bits(network) == before
