@@ -121,6 +121,10 @@ class InOrder(ClassificationMetric):
         return {"loss": sum(index * part["loss"] for index, part in enumerate(parts))}
 
 
+def loss_of_the_first_batch(network: nn.Module) -> dict[str, float]:
+    return {"loss": float(network(**batches()[0]).loss.detach())}
+
+
 def all_records(build: Callable[[], nn.Module] = model) -> dict[str, list[str]]:
     """Return what must be the same for every number of processes, and for a model that is sharded over them."""
     network, data, both = build(), batches(), [*ROUNDED, *EXACT]
@@ -133,16 +137,16 @@ def all_records(build: Callable[[], nn.Module] = model) -> dict[str, list[str]]:
     if build is model:  # no rank sees which bit of its shards is the worst
         worst = [WorstBitFlips(count, of="int8") for count in (1, 2, 3, 4)]
         found["worst flips"] = [evaluated(network, data, [*worst, Quantization(3)])]
-    if rank_device().type != "cpu":  # where tensors are does not change who computes what
-        return found
-    found |= {
-        "frozen": [evaluated(build().requires_grad_(False), data, both, **last)],
-        "nothing that needs a gradient": [evaluated(network, data, EXACT[-4:])],
-        "one batch": [evaluated(network, batches((3,)), both)],
-        "a batch without labels": [evaluated(network, [*data[:2], unlabeled(data[2]), *data[3:]], both)],
-        "any metric": [evaluated(network, data, both, metric=lambda m: {"loss": float(m(**data[0]).loss.detach())})],
-    }
-    if build is model:  # no prefix is shared on shards
+    on_cpu = rank_device().type == "cpu"  # where tensors are does not change who computes what
+    if on_cpu:
+        found |= {
+            "frozen": [evaluated(build().requires_grad_(False), data, both, **last)],
+            "nothing that needs a gradient": [evaluated(network, data, EXACT[-4:])],
+            "one batch": [evaluated(network, batches((3,)), both)],
+            "a batch without labels": [evaluated(network, [*data[:2], unlabeled(data[2]), *data[3:]], both)],
+            "any metric": [evaluated(network, data, both, metric=loss_of_the_first_batch)],
+        }
+    if on_cpu and build is model:  # no prefix is shared on shards
         found["a part, whole passes"] = [evaluated(network, data, both, reuse_prefix=False, **last)]
         found["order of batches"] = [evaluated(network, data, EXACT, metric=InOrder(data))]
     assert bits(network) == before
