@@ -258,8 +258,7 @@ def facts_of(
         datasets: As in `ModelFacts`.
         task: As in `ModelFacts`. By default, that in the record.
         evaluated_on: The data of the metrics. By default, those in the record.
-        metric: The metric that the card shows. By default, "accuracy", or else the first whose large values are good,
-            preferably one for which this is not a guess.
+        metric: The metric that the card shows. By default, the `usual_metric` of the record.
         greater_is_better: Whether a large metric is good. By default, what the records say, or a guess that the card
             marks as one.
         unit: As in `MetricInfo`. By default, as for `greater_is_better`.
