@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -82,6 +82,16 @@ def unburdened() -> None:
 def seeded() -> None:
     """Seed every generator that transformers knows, so that no test depends on the order of tests."""
     transformers.set_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads() -> Iterator[None]:
+    """Let no test leave PyTorch with more threads: two workers with two each made all later tests ten times slower."""
+    threads = torch.get_num_threads()
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    assert left == threads, f"the test began with {threads} threads and left {left}"
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from for_each import for_each
 
 pytest.importorskip("matplotlib", reason="figures need the extra 'plots'")
@@ -24,7 +23,6 @@ RESULTS_OF_TRAINING = {"train_collapsed": 0, "train_runtime": 1.0, "train_sample
 def trained_in(monkeypatch, tmp_path):
     """Return the folders in which a command would train its plain models, in its default folder of work."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # this process has its own
 
     def of(line: str) -> set[Path]:
         folders = set()
@@ -82,7 +80,6 @@ def test_a_model_that_two_campaigns_have_is_trained_once(other, trained_in):
 def test_a_model_that_was_trained_and_not_measured_is_measured(name, monkeypatch, tmp_path):
     """A campaign may be killed between the two, and another one only trains."""
     script = importlib.import_module(f"scripts.{name}")
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     started = []
     kept = reproduce.RESULTS / "sst2" / "plain-seed1.json"
 
@@ -119,7 +116,6 @@ def test_a_model_that_was_trained_and_not_measured_is_measured(name, monkeypatch
 )
 def test_what_is_refused_leaves_no_folder(line, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     name, *arguments = line.split()
     monkeypatch.setattr(sys, "argv", [name, *arguments, "--data", "data", "--output", "records"])
     with pytest.raises(SystemExit, match="2"):

@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 from example_program import run_here
 from for_each import for_each
 from safetensors.torch import load_file
@@ -66,7 +65,6 @@ def test_a_campaign(tmp_path, monkeypatch, capsys):
         lines = (" ".join(draw.choices("abcdefgh", k=6)) for _ in range(count))
         (tmp_path / f"ptb.{split}.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     run_here(campaigns, monkeypatch)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # this process has its own
     sizes = "hidden_size=32,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2"
     tiny = {"config_overrides": sizes, "block_size": 7, "learning_rate": 0.02, "warmup_steps": 0}
     quick = {"max_train_tokens": 400, "num_train_epochs": 2, "use_cpu": True, "disable_tqdm": True}

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from example_program import run_here
 from for_each import for_each
 from modeling_small_resnet import SmallResNetConfig, SmallResNetForImageClassification
@@ -85,7 +84,6 @@ def test_a_campaign(tmp_path, monkeypatch, capsys):
     model = SmallResNetForImageClassification(SmallResNetConfig(depth=8, num_labels=2))
     save_file(model.state_dict(), tmp_path / "resnet8.safetensors")
     run_here(campaigns, monkeypatch)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # this process has its own
     small = script.SIZES["small"]
     quick = {"max_train_samples": 16, "num_train_epochs": 2, "warmup_steps": 0, "use_cpu": True, "disable_tqdm": True}
     starts = {name: replace(start, settings={**start.settings, **quick}) for name, start in small.starts.items()}

@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 from example_program import run_here
 from for_each import for_each
 
@@ -49,7 +48,6 @@ def test_a_campaign(tmp_path, monkeypatch, capsys):
         lines = (" ".join(draw.choices("abcdefgh", k=6)) for _ in range(60))
         (tmp_path / f"{name}.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     run_here(campaigns, monkeypatch)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # this process has its own
     sizes = "hidden_size=32,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2"
     quick = {"block_size": 7, "num_train_epochs": 2, "learning_rate": 0.02, "use_cpu": True, "disable_tqdm": True}
     case = replace(
