@@ -82,7 +82,7 @@ def count_items(batch: Batch, *, shifted: bool = False, of_rows: bool = False) -
 
 def shifts_labels(model: nn.Module) -> bool:
     """Return whether a model's own loss predicts the next token, so that first labels do not count."""
-    model = inside_adapters(as_written(model))
+    model = _inside(model)
     kind = class_of(model)
     if any(base.__name__ in _UNSHIFTED for base in kind.__mro__):
         return False
@@ -97,14 +97,18 @@ def without_router_loss(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[s
 
     Its own loss may have that of its routers added, which says how evenly the experts are used.
     """
-    taken = inspect.signature(inside_adapters(as_written(model)).forward).parameters
+    taken = inspect.signature(_inside(model).forward).parameters
     return {**batch, "output_router_logits": False} if "output_router_logits" in taken else batch
 
 
+def _inside(model: nn.Module) -> nn.Module:
+    return inside_adapters(as_written(model))
+
+
 def _is_ctc(model: nn.Module) -> bool:
-    return any(base.__name__.endswith("ForCTC") for base in class_of(inside_adapters(as_written(model))).__mro__)
+    return any(base.__name__.endswith("ForCTC") for base in class_of(_inside(model)).__mro__)
 
 
 def _sums_over_rows(model: nn.Module) -> bool:
-    config = getattr(inside_adapters(as_written(model)), "config", None)
+    config = getattr(_inside(model), "config", None)
     return _is_ctc(model) and getattr(config, "ctc_loss_reduction", None) == "sum"

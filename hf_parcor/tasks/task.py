@@ -219,15 +219,8 @@ class Task(ABC):
             InputError: There is no such model, or it cannot have such a head.
         """
         model = load_pretrained("model", getattr(transformers, self.auto_class), name, **settings)
-        for module in model.modules() if hasattr(model, "peft_config") else ():
-            active = getattr(module, "active_adapters", None)
-            if isinstance(active, list):  # of a layer; it is loaded frozen
-                module.set_adapter(active)
-                bias = getattr(getattr(module, "base_layer", None), "bias", None)
-                if bias is not None and any(
-                    getattr(model.peft_config[one], "bias", "none") != "none" for one in active
-                ):
-                    bias.requires_grad_(True)
+        if hasattr(model, "peft_config"):
+            _unfreeze_adapters(model)
         return model
 
     def load_processor(self, name: str, **settings: Any) -> Any:
@@ -327,6 +320,19 @@ class Task(ABC):
             order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
             ordered = _InOrder(examples, order)
         return DataLoader(ordered, batch_size=size, collate_fn=self.collator(processed), num_workers=workers)
+
+
+def _unfreeze_adapters(model: Any) -> None:
+    """Let what was trained of adapters be trained on: PEFT loads them frozen."""
+    with_biases = {name for name, config in model.peft_config.items() if getattr(config, "bias", "none") != "none"}
+    for module in model.modules():
+        active = getattr(module, "active_adapters", None)
+        if not isinstance(active, list):  # of a layer
+            continue
+        module.set_adapter(active)
+        bias = getattr(getattr(module, "base_layer", None), "bias", None)
+        if bias is not None and not with_biases.isdisjoint(active):
+            bias.requires_grad_(True)
 
 
 @dataclass(frozen=True)
