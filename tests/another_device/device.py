@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -96,6 +97,11 @@ def register() -> torch.device:
     torch._register_device_module(NAME, _Device(f"torch.{NAME}"))
     torch.utils.generate_methods_for_privateuse1_backend()
     return torch.device(NAME, 0)
+
+
+def cases_here(cases: Sequence[Any], elsewhere: Sequence[Any]) -> Sequence[Any]:
+    """Return what ranks try: on the CPU everything, elsewhere the cases in which it may matter where tensors are."""
+    return cases if rank_device().type == "cpu" else elsewhere
 
 
 def rank_device() -> torch.device:
