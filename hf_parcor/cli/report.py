@@ -125,8 +125,7 @@ class Compare(Command):
             single = {name: record for name, record in firsts.items() if isinstance(record, EvaluationRecord)}
             table = ""
             if len(single) == len(models):
-                metric = arguments.metric or next(iter(single.values())).usual_metric()
-                table = comparison_table(single, metric, unit=arguments.unit)
+                table = comparison_table(single, arguments.metric, unit=arguments.unit)
         _show(report, pages, arguments, table)
 
 

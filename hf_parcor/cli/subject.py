@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,8 @@ def load_subject(arguments: argparse.Namespace, rows: Rows, given: Mapping[str, 
     task, columns = find_task(arguments, rows, given)
     origin = origin_of(arguments)
     check_head(task, arguments.model, **origin)
-    with warnings.catch_warnings():  # refused below
-        warnings.filterwarnings("ignore", ".*device_map keys do not match")
+    with warnings.catch_warnings(), _no_bar_of_loading() if arguments.quiet else nullcontext():
+        warnings.filterwarnings("ignore", ".*device_map keys do not match")  # refused below
         model = task.load_model(arguments.model, **origin, **_loading_of(arguments))
     model.config._name_or_path = arguments.model  # of an adapter, Transformers keeps the name of its base
     if device is None:
@@ -86,6 +87,20 @@ def load_subject(arguments: argparse.Namespace, rows: Rows, given: Mapping[str, 
     processed = prepared(arguments, task, model, processor)
     subject = measured(task, processed, rows, columns, arguments.batch_size, arguments.metric)
     return replace(subject, told={**arguments.told, **subject.told})
+
+
+@contextmanager
+def _no_bar_of_loading() -> Iterator[None]:
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def origin_of(arguments: argparse.Namespace) -> dict[str, Any]:

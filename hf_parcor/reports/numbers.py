@@ -99,6 +99,11 @@ def numbers_of(records: Iterable[EvaluationRecord], metric: str, unit: str | Non
     return Numbers(agreed([record.info(metric).stating(unit=unit) for record in records], metric).unit)
 
 
+def metric_of(records: Iterable[EvaluationRecord], metric: str | None) -> str:
+    """Return the metric to show of one or more records: the one asked for, or the `usual_metric` of the first."""
+    return next(iter(records)).usual_metric() if metric is None else metric
+
+
 def times(ratio: float) -> str:
     """Return a ratio, rounded as far as one would say it.
 

@@ -15,7 +15,7 @@ from hf_parcor.records.curves import Series, metric_drop, short
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.records.metric_info import agreed, shown_unit
 from hf_parcor.records.search import SearchRecord
-from hf_parcor.reports.numbers import Numbers, numbers_of
+from hf_parcor.reports.numbers import Numbers, metric_of, numbers_of
 from hf_parcor.reports.tables import short_names
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ _NUMBERED = 3  # so many letters of a label have room without turning it
 
 
 def plot_comparison(
-    records: Mapping[str, EvaluationRecord], metric: str = "accuracy", title: str = "", chance: float | None = None
+    records: Mapping[str, EvaluationRecord], metric: str | None = None, title: str = "", chance: float | None = None
 ) -> Figure:
     """Draw the metric against the strength of each kind of corruption, a panel a kind, a line a record.
 
@@ -123,7 +123,7 @@ def plot_comparison(
 
     Args:
         records: Records by the name of their line.
-        metric: Which metric to show.
+        metric: Which metric to show. By default, the `usual_metric` of the first record.
         title: Above all panels.
         chance: The metric of a guess, drawn as a dotted line; None for no line.
 
@@ -147,7 +147,7 @@ def plot_comparison(
         lines = _draw(axis, panel, heights)
         if chance is not None:
             axis.axhline(chance, color="grey", linestyle=":", linewidth=1)
-    _set_heights(grid, heights, numbers, metric)
+    _set_heights(grid, heights, numbers, metric_of(records.values(), metric))
     reference = [("no corruption", Line2D([], [], color="grey", linestyle="--", linewidth=1))]
     if chance is not None:
         reference.append(("chance", Line2D([], [], color="grey", linestyle=":", linewidth=1)))
@@ -166,14 +166,14 @@ def shows_curves(record: EvaluationRecord, metric: str) -> bool:
     return any(panel.shows_a_curve(numbers) for panel in panels)
 
 
-def _panels(records: Mapping[str, EvaluationRecord], metric: str) -> tuple[list[Panel], Numbers]:
+def _panels(records: Mapping[str, EvaluationRecord], metric: str | None) -> tuple[list[Panel], Numbers]:
     """Return a panel for each kind of corruption, with a line for each record, and how numbers are written."""
     kinds = list(dict.fromkeys(Series.of(row) for record in records.values() for row in record.corruptions))
     if not kinds:
         raise ValueError(
             f"records: expected at least one with a corruption, got {len(records)} without any; evaluate a model first"
         )
-    panels = []
+    panels, metric = [], metric_of(records.values(), metric)
     for series in kinds:
         of_series = {name: _of_series(record, series) for name, record in records.items()}
         labels = list(dict.fromkeys(row.label for rows in of_series.values() for row in rows))
@@ -442,14 +442,14 @@ _DIRECTIONS = ("gradient", "multi_step", "random")
 _COLUMNS = 3
 
 
-def plot_directions(records: Mapping[str, EvaluationRecord], metric: str = "accuracy") -> Figure:
+def plot_directions(records: Mapping[str, EvaluationRecord], metric: str | None = None) -> Figure:
     """Draw the metric against ε in the directions that were measured, a panel a model, as paper 1, Figure 3.
 
     Points are means over trials, bars sample standard deviations, the dashed line is the metric without corruption.
 
     Args:
         records: Records by the name of their panel.
-        metric: Which metric to show.
+        metric: Which metric to show. By default, the `usual_metric` of the first record.
 
     Returns:
         A figure; `figure.savefig("directions.png")` writes it.
@@ -467,7 +467,7 @@ def plot_directions(records: Mapping[str, EvaluationRecord], metric: str = "accu
         )
     kinds_of_all = dict.fromkeys(series.name for kinds in directions.values() for series in kinds)
     styles = dict(zip(kinds_of_all, line_styles(), strict=False))
-    panels = []
+    panels, metric = [], metric_of(records.values(), metric)
     for name, kinds in directions.items():
         clean = records[name].clean.mean(metric)
         lines = {one.name: _line(rows, clean, metric, _strength_of(one, ())) for one, rows in kinds.items()}
@@ -499,7 +499,7 @@ _DARK = 0.5  # from this share of the largest drop on, white text is easier to r
 
 def plot_heat_map(
     sweeps: Mapping[str, SweepRecord],
-    metric: str = "accuracy",
+    metric: str | None = None,
     *,
     greater_is_better: bool | None = None,
     unit: str | None = None,
@@ -514,7 +514,7 @@ def plot_heat_map(
 
     Args:
         sweeps: Records of probes by the name of their model.
-        metric: Which metric to show.
+        metric: Which metric to show. By default, the `usual_metric` of the first record.
         greater_is_better: Whether a large metric is good; None, the default, for what the records say.
         unit: As in `MetricInfo`; None, the default, for what the records say. Shares are shown in percent.
         title: Above all panels.
@@ -532,6 +532,7 @@ def plot_heat_map(
         raise ValueError(
             f"sweeps: expected at least one with a corruption, got {len(sweeps)} without any; probe a model first"
         )
+    metric = metric_of((record for sweep in sweeps.values() for record in sweep.records.values()), metric)
     infos = [sweep.info(metric).stating(greater_is_better=greater_is_better, unit=unit) for sweep in sweeps.values()]
     info = agreed(infos, metric)
     numbers = Numbers(info.unit)

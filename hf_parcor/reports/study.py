@@ -13,6 +13,7 @@ from hf_parcor.records.comparable import asked_for, by_identity, check_comparabl
 from hf_parcor.records.curves import Series, metric_drop
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord, values_of_repetitions
 from hf_parcor.records.metric_info import MetricInfo, agreed
+from hf_parcor.reports.numbers import metric_of
 from hf_parcor.statistics import MeanAndSpread, sample_mean
 
 Records: TypeAlias = (
@@ -157,7 +158,7 @@ class Study:
         gathered = {name: _groups(records) for name, records in models.items()}
         _check(gathered)
         every = [record for groups in gathered.values() for records in groups.values() for record in records]
-        metric = every[0].usual_metric() if metric is None else metric
+        metric = metric_of(every, metric)
         infos = [record.info(metric).stating(greater_is_better=greater_is_better, unit=unit) for record in every]
         info = agreed(infos, metric)
         shared = {

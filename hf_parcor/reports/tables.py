@@ -11,7 +11,7 @@ from hf_parcor.records.curves import Series
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
 from hf_parcor.records.search import SearchRecord
 from hf_parcor.reports.markup import text_of
-from hf_parcor.reports.numbers import Numbers, numbers_of
+from hf_parcor.reports.numbers import Numbers, metric_of, numbers_of
 
 _LONGEST = 40  # a longer cell runs out of its column, and widens no other
 _TERMINAL = 80  # columns
@@ -127,7 +127,7 @@ def search_table(record: SearchRecord) -> str:
 
 
 def comparison_table(
-    records: Mapping[str, EvaluationRecord], metric: str = "accuracy", *, unit: str | None = None
+    records: Mapping[str, EvaluationRecord], metric: str | None = None, *, unit: str | None = None
 ) -> str:
     """Return a Markdown table: a row for each corruption, a column for each record.
 
@@ -138,7 +138,7 @@ def comparison_table(
 
     Args:
         records: Records by the name of their column.
-        metric: Which metric to show.
+        metric: Which metric to show. By default, the `usual_metric` of the first record.
         unit: As in `MetricInfo`; numbers are written as `Numbers` does. None, the default, for what the records say.
 
     Raises:
@@ -149,6 +149,7 @@ def comparison_table(
         raise ValueError("records: expected one or more, got none; pass what an evaluator returned")
     check_comparable(records)
     in_one_alone({name: record.corruptions for name, record in records.items()})
+    metric = metric_of(records.values(), metric)
     numbers = numbers_of(records.values(), metric, unit)
     columns = [by_identity(record.corruptions) for record in records.values()]
     lines: list[tuple[CorruptionRecord | None, ...]] = [tuple(record.clean for record in records.values())]
@@ -171,7 +172,7 @@ def comparison_table(
 
 def group_table(
     records: Mapping[str, EvaluationRecord],
-    metric: str = "accuracy",
+    metric: str | None = None,
     *,
     width: int = _TERMINAL,
 ) -> str:
@@ -181,7 +182,7 @@ def group_table(
 
     Args:
         records: Records of the same corruptions, by the name of the group.
-        metric: Which metric to show.
+        metric: Which metric to show. By default, the `usual_metric` of the first record.
         width: How wide a table may be; where a column more would be too much, another table begins below.
 
     Raises:
@@ -192,6 +193,7 @@ def group_table(
         raise ValueError(
             "records: expected one or more of the same corruptions in the same order; probe the groups alike"
         )
+    metric = metric_of(records.values(), metric)
     numbers = numbers_of(records.values(), metric, None)
     first = next(iter(records.values()))
     names = [numbers.head(metric), "no corruption", *records]

@@ -284,6 +284,12 @@ class TestProbe:
         again = run(*command, "--group", "modules", "--json")
         assert SensitivityRecord.from_json(again.out) == scores
 
+    def test_quiet_shows_no_bar(self, run, classifier_folder, sentences):
+        line = ("evaluate", classifier_folder, "--dataset", sentences, "--corruptions", "quantization=3", "--limit", 2)
+        assert "Loading" in run(*line).err
+        assert "Loading" not in run(*line, "--quiet").err
+        assert "Loading" in run(*line).err, "of this call alone"
+
     @pytest.mark.slow
     @pytest.mark.parametrize("group", [*GROUPS[:3]])
     def test_every_group(self, run, classifier_folder, sentences, group):

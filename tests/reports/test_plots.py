@@ -23,11 +23,12 @@ from hf_parcor import (
     MultiStepCorruption,
     Quantization,
     RandomCorruption,
+    SweepRecord,
     UniformNoise,
     WorstBitFlips,
 )
 from hf_parcor.corruptions import CORRUPTIONS
-from hf_parcor.reports.plots import plot_comparison, shows_curves
+from hf_parcor.reports.plots import plot_comparison, plot_directions, plot_heat_map, shows_curves
 
 NAMES = {kind: name for name, kind in CORRUPTIONS.items()}
 EVERY_KIND = [
@@ -405,3 +406,19 @@ class TestErrors:
             ImportError, match=r"plots need matplotlib; install it with: pip install 'hf-parcor\[plots\]'"
         ):
             plot_comparison(RECORDS)
+
+
+def test_the_metric_is_the_usual_one_where_none_is_named():
+    of_loss = {
+        "m": replace(
+            RECORDS["plain"],
+            clean=replace(RECORDS["plain"].clean, metrics={"loss": (9.0,)}),
+            corruptions=tuple(
+                replace(row, metrics={"loss": row.metrics["loss"]}) for row in RECORDS["plain"].corruptions
+            ),
+        )
+    }
+    sweep = {"m": SweepRecord(of_loss, "", 2, 0)}
+    for figure in (plot_comparison(of_loss), plot_directions(of_loss)):
+        assert "loss" in {axis.get_ylabel() for axis in figure.axes}
+    assert "loss" in plot_heat_map(sweep).axes[-1].get_ylabel()

@@ -109,6 +109,16 @@ def test_a_metric_that_is_no_share():
     ]
 
 
+def test_a_metric_is_chosen_where_none_is_named():
+    rows = {"no corruption": (20.0,), "Gaussian σ=0.1": (25.0,)}
+    text = replace(record_of(rows, "loss"), task="text-generation")
+    both = [replace(row, metrics={**row.metrics, "perplexity": row.metrics["loss"]}) for row in text.rows()]
+    text = replace(text, clean=both[0], corruptions=tuple(both[1:]))
+    assert comparison_table({"m": text}) == comparison_table({"m": text}, "perplexity")
+    assert group_table({"m": text}) == group_table({"m": text}, "perplexity")
+    assert comparison_table({"m": record_of(rows, "x")}) == comparison_table({"m": record_of(rows, "x")}, "x")
+
+
 @pytest.mark.parametrize(
     ("unit", "head", "cell"),
     [
