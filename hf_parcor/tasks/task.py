@@ -197,9 +197,11 @@ class Task(ABC):
         found = {role: find_column(rows, role, entry.names, given) for role, entry in self.roles.items()}
         missing = [role for role, column in found.items() if column is None and self.roles[role].required]
         if missing:
+            expected = "a column" if len(missing) == 1 else "columns"
+            flags = " ".join(f"--column {role}=NAME" for role in missing)
             raise InputError(
-                f"{rows.source}: expected a column with the {missing[0]} for {self.name}, got the columns "
-                f"{', '.join(rows.columns)}; name it with --column {missing[0]}=NAME"
+                f"{rows.source}: expected {expected} with the {' and the '.join(missing)} for {self.name}, got the "
+                f"columns {', '.join(rows.columns)}; say which with {flags}"
             )
         given_columns = set(given.values())  # no second text that is the text, where somebody says which that is
         return {

@@ -372,6 +372,11 @@ class TestColumns:
         with pytest.raises(InputError, match=says):
             TASKS["text-classification"].find_columns(self.rows("sentence", "stars"), given)
 
+    def test_all_that_are_missing_are_named_at_once(self):
+        says = "expected columns with the source and the target .* --column source=NAME --column target=NAME"
+        with pytest.raises(InputError, match=says):
+            TASKS["translation"].find_columns(self.rows("first", "second", "id"), {})
+
     def test_two_columns_that_differ_in_case(self):
         rows = self.rows("sentence", "Label", "label")
         task = TASKS["text-classification"]
