@@ -3,7 +3,9 @@
 # With --fast first: no type checker, and only tests that are not marked slow (those that start ranks or programs, or took
 # more than 0.3 s of a core). That is the loop while writing code: a minute and a half on two idle cores.
 source "$(dirname "${BASH_SOURCE[0]}")/set_up.sh" dev
-export OMP_NUM_THREADS=1  # two test workers share two cores
+export OMP_NUM_THREADS=1  # each test worker has a core
+workers=$(getconf _NPROCESSORS_ONLN)
+workers=$((workers < 2 ? 2 : workers > 8 ? 8 : workers))  # which grow to 1.3 GB each
 fast=()
 if [ "${1:-}" = --fast ]; then
     shift
@@ -21,7 +23,7 @@ fi
 # What a file sets up, ranks say, is set up once. Files come in their order, which ends with small ones: the default, most
 # tests first, would leave the slowest for the end, and a worker idle.
 status=0
-.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${fast[@]+"${fast[@]}"} "$@" || status=$?
+.venv/bin/python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder ${fast[@]+"${fast[@]}"} "$@" || status=$?
 [ -z "$checker" ] || wait "$checker" || status=1
 cat "$types"
 exit "$status"
