@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -80,10 +81,25 @@ class RobustnessCallback(TrainerCallback):
         check_count("seed", seed, minimum=0)
         if every_n_steps is not None:
             check_count("every_n_steps", every_n_steps)
-        self._trainer, self._corruptions = trainer, by_name(corruptions)
+        # It keeps its callbacks: strongly, the cycle would hold the model until the next garbage collection.
+        self._trainer_reference = weakref.ref(trainer)
+        self._corruptions = by_name(corruptions)
         self._trials, self._seed, self._every = trials, seed, every_n_steps
         self._gradient_dataset = gradient_dataset
         self._target, self._infos = target_modules, checked_infos(metric_info)
+
+    @property
+    def _trainer(self) -> Trainer:
+        trainer = self._trainer_reference()
+        if trainer is None:
+            raise ReferenceError("trainer: expected the one that this callback was made for, got none; keep it")
+        return trainer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_trainer_reference": self._trainer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= {**state, "_trainer_reference": weakref.ref(state["_trainer_reference"])}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

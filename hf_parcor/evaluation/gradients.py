@@ -269,7 +269,7 @@ class DatasetGradients:
         }
 
     def shares(self, most: int | None = None) -> Iterator[tuple[Batch, float]]:
-        """Yield each batch that has items, and its share of all items: weights that make batch means the overall mean.
+        """Return each batch with items, and its share of all items: weights that make batch means the overall mean.
 
         Batches without items are left out, because their mean is NaN.
 
@@ -279,21 +279,7 @@ class DatasetGradients:
         Raises:
             ValueError: The number of items has changed since they were counted.
         """
-        counted = [items for items in self._items if items][:most]
-        total, found, left = sum(counted), 0, len(counted)
-        for batch in self._batches:
-            items = self._count_items(batch)  # of this very batch, whatever an earlier walk counted
-            if most is not None and items and not left:
-                break
-            found += items
-            left -= items > 0
-            if items:
-                yield batch, items / total
-        if found != total:
-            raise ValueError(
-                f"batches: expected the {total} items that there were before, got {found}; do not change the batches "
-                "while they are measured on"
-            )
+        return _shares(self._batches, self._count_items, self._items, most)
 
     def loss_on(self, batch: Batch) -> Tensor:
         """Return the mean loss of a batch at the current weights."""
@@ -349,6 +335,27 @@ class DatasetGradients:
             for part, parameter in zip(gradient, parameters, strict=True)
         ]
         return private([part.detach() for part in found], [*self._model.parameters(), *self._model.buffers(), batch])
+
+
+def _shares(
+    batches: Iterable[Batch], count: Callable[[Batch], int], before: Sequence[int], most: int | None
+) -> Iterator[tuple[Batch, float]]:
+    # Not a method: whoever keeps a walk of its own would keep itself, and the model, until a garbage collection.
+    counted = [items for items in before if items][:most]
+    total, found, left = sum(counted), 0, len(counted)
+    for batch in batches:
+        items = count(batch)  # of this very batch, whatever an earlier walk counted
+        if most is not None and items and not left:
+            break
+        found += items
+        left -= items > 0
+        if items:
+            yield batch, items / total
+    if found != total:
+        raise ValueError(
+            f"batches: expected the {total} items that there were before, got {found}; do not change the batches "
+            "while they are measured on"
+        )
 
 
 def private(tensors: Iterable[Tensor], others: Any = ()) -> list[Tensor]:

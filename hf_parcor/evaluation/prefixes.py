@@ -122,8 +122,10 @@ class PrefixSearch:
         try:
             with trainable(group.values()):
                 return plan_prefix(model, group, lambda: called(model, own_batch(batch, model)), trained=group)
+        except NothingToReuse:
+            pass
         except PrefixError as error:
-            _say("ascent", [error])
+            _say("ascent", [str(error)])
         return None
 
     def _pays(self, some: Sequence[int]) -> bool:
@@ -146,14 +148,14 @@ class PrefixSearch:
         groups = {index: self._groups[index] for index in some}
         run = partial(self._everything_found, batch)
         try:
-            prefixes, errors, found = plan_prefixes_of_values(self._model, groups, run)
+            prefixes, reasons, found = plan_prefixes_of_values(self._model, groups, run)
             with failures_as_prefix_errors():
-                errors += self._try_out(prefixes, run, found) if prefixes else []
+                reasons += self._try_out(prefixes, run, found) if prefixes else []
         except PrefixError as error:
             if isinstance(error, _UsedEarlyError) and len(some) > 1:  # which group?
                 return {key: one for index in some for key, one in self._seek_of_measurements([index]).items()}
-            prefixes, errors = {}, [error]
-        _say("measurement", errors)
+            prefixes, reasons = {}, [str(error)]
+        _say("measurement", reasons)
         return prefixes
 
     def _everything_found(self, batch: Any) -> list[Any]:
@@ -164,7 +166,7 @@ class PrefixSearch:
 
     def _try_out(
         self, prefixes: dict[int, PrefixReuse], run: Callable[[], list[Any]], expected: Sequence[Any]
-    ) -> list[PrefixError]:
+    ) -> list[str]:
         """Check that runs which reuse a prefix find what full ones find; prefixes that fail leave the mapping.
 
         That no prefix depends on the group that it is for shows in a run in which each group has other weights until
@@ -185,7 +187,7 @@ class PrefixSearch:
             _UsedEarlyError: A group is used before its start, it is unknown which one.
         """
         buffers = BufferSnapshot(self._model.modules())
-        errors: list[PrefixError] = []
+        reasons: list[str] = []
         try:
             again = run()
             if buffers.moved():
@@ -213,13 +215,13 @@ class PrefixSearch:
                             found = distance(run(), again)
                         check_results("result", found, apart)
                     except PrefixError as error:
-                        errors.append(error)
+                        reasons.append(str(error))
                         prefixes.pop(index).forget()
         finally:
             for prefix in prefixes.values():
                 prefix.forget()
             buffers.put_back()
-        return errors
+        return reasons
 
     def _disjoint(self, prefixes: dict[int, PrefixReuse]) -> Iterator[list[tuple[PrefixReuse, _Parameters]]]:
         """Yield as many as the memory for their bits admits; a weight of several belongs to the last to come in."""
@@ -281,6 +283,6 @@ def _close(stack: ExitStack, module: nn.Module, arguments: Any) -> None:
     stack.close()
 
 
-def _say(what: str, errors: Iterable[PrefixError]) -> None:
-    for reason in dict.fromkeys(str(error) for error in errors if not isinstance(error, NothingToReuse)):
+def _say(what: str, reasons: Iterable[str]) -> None:
+    for reason in dict.fromkeys(reasons):
         logger.warning(f"Every {what} runs all of the model: {reason}. The numbers are right; it takes longer.")

@@ -25,6 +25,7 @@ from hf_parcor.model_state import (
 from hf_parcor.overriding import hook_after, undo_at_end
 from hf_parcor.prefix.consumers import Consumers, Place
 from hf_parcor.prefix.cut import (
+    NothingToReuse,
     PrefixError,
     check_some_is_left,
     cut_in,
@@ -229,7 +230,10 @@ def plan_prefix(
             return prefix
         except PrefixError as error:
             errors[inner_hooks] = error
-    raise errors[False]
+    try:
+        raise errors[False]
+    finally:
+        errors.clear()  # whose traceback holds this frame, and with it the model, until a garbage collection
 
 
 def find_prefix(
@@ -382,7 +386,7 @@ def saving_nothing() -> Iterator[None]:
 
 def plan_prefixes_of_values(
     model: nn.Module, parts: Mapping[int, Mapping[str, Tensor]], run: Callable[[], Any]
-) -> tuple[dict[int, PrefixReuse], list[PrefixError], Any]:
+) -> tuple[dict[int, PrefixReuse], list[str], Any]:
     """Find for each of several selections the modules that finish before it is used, and are not called again.
 
     For runs without gradients, such as a generation, which calls its encoder once and its decoder for every token: a
@@ -396,19 +400,18 @@ def plan_prefixes_of_values(
 
     Returns:
         The prefix of each part that has one, by the part's number, in the order in which the parts come in; why others
-        have none; and what the run returned.
+        have none, but for those before which nothing finishes; and what the run returned.
     """
     found: list[tuple[int, int, PrefixReuse]] = []
-    errors: list[PrefixError] = []
+    reasons: list[str] = []  # not errors, whose tracebacks would hold the model
     whole = set()
     for index, selected in parts.items():
         try:
             check_some_is_left(model, selected)
-        except PrefixError as error:
+        except NothingToReuse:
             whole.add(index)
-            errors.append(error)
     if len(whole) == len(parts):
-        return {}, errors, None
+        return {}, reasons, None
     calls, result = watch_calls(model, run)
     began: dict[nn.Module, int] = {}
     for place, module in enumerate(in_order(calls)):
@@ -417,11 +420,13 @@ def plan_prefixes_of_values(
         if index not in whole:
             try:
                 prefix, starts = cut_in(calls, model, selected, not_called_again)
+            except NothingToReuse:
+                pass
             except PrefixError as error:
-                errors.append(error)
+                reasons.append(str(error))
             else:
                 found.append((min(began[start] for start in starts), index, PrefixReuse(prefix, starts, again=False)))
-    return {index: prefix for _, index, prefix in sorted(found, key=lambda one: one[:2])}, errors, result
+    return {index: prefix for _, index, prefix in sorted(found, key=lambda one: one[:2])}, reasons, result
 
 
 @contextmanager

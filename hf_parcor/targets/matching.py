@@ -181,16 +181,16 @@ def parameters_by_module(model: nn.Module) -> dict[nn.Module, Set[nn.Parameter]]
         [2, 2, 0]
     """
     found: dict[nn.Module, dict[nn.Parameter, None]] = {}
-
-    def walk(module: nn.Module) -> dict[nn.Parameter, None]:
-        if module not in found:
-            found[module] = below = dict.fromkeys(module.parameters(recurse=False))
-            for child in module.children():
-                below.update(walk(child))
-        return found[module]
-
-    walk(model)
+    _walk(model, found)
     return {module: below.keys() for module, below in found.items()}
+
+
+def _walk(module: nn.Module, found: dict[nn.Module, dict[nn.Parameter, None]]) -> dict[nn.Parameter, None]:
+    if module not in found:
+        found[module] = below = dict.fromkeys(module.parameters(recurse=False))
+        for child in module.children():
+            below.update(_walk(child, found))
+    return found[module]
 
 
 def named_targets(model: nn.Module) -> NamedTargets:

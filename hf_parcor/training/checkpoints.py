@@ -116,6 +116,10 @@ class DefendedSteps:
         self._model: weakref.ref[nn.Module] | None = None
         self._forget()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A Trainer is pickled for Ray's hyperparameter search; a weak reference cannot be, and its model is another.
+        return {**vars(self), "_model": None}
+
     def _forget(self) -> None:
         self._origin: Mapping[str, Any] | None = None
         self._trained: int | None = 0

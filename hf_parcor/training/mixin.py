@@ -110,7 +110,8 @@ class ParameterDefenseMixin(_Base):
         super().__init__(*args, **kwargs)
         check_all_joined(self.accelerator.num_processes)
         targets = {"target_modules": target_modules, "exclude_modules": exclude_modules, "layers": layers}
-        self._parameter_defense = _TrainerDefense(self, DefenseSettings(self.args, defense, targets, reuse_prefix))
+        self._parameter_defense = _TrainerDefense(DefenseSettings(self.args, defense, targets, reuse_prefix))
+        self._parameter_defense.begin(self)
 
     @property
     def defense(self) -> Defense | None:
@@ -119,12 +120,12 @@ class ParameterDefenseMixin(_Base):
 
     @defense.setter
     def defense(self, defense: Defense | None) -> None:
-        self._parameter_defense.change(defense)
+        self._parameter_defense.change(self, defense)
 
     @property
     def defense_config(self) -> DefenseConfig | None:
         """The defense, its targets, and how many steps of the model it has defended; None for the stock step."""
-        return self._parameter_defense.config
+        return self._parameter_defense.config(self.model)
 
     @property
     def _defense_values(self) -> dict[str, Any] | None:
@@ -141,7 +142,7 @@ class ParameterDefenseMixin(_Base):
 
     def defended_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the defense corrupts, by name."""
-        return self._parameter_defense.parameters()
+        return self._parameter_defense.parameters(self.model)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
@@ -153,14 +154,14 @@ class ParameterDefenseMixin(_Base):
         """
         defense = self.defense
         if defense is None or not defense.is_active(self.state.epoch or 0.0, self.state.global_step):
-            self._parameter_defense.count_stock_step()
+            self._parameter_defense.count_stock_step(self)
             return super().training_step(model, inputs, num_items_in_batch)
         # A schedule-free optimizer moves the weights when it enters training: not between two passes.
         enter_training = getattr(self.optimizer, "train", None)
         if callable(enter_training):
             enter_training()
         passes = TrainerPasses(self, super().training_step, defense, model, inputs, num_items_in_batch)
-        return self._parameter_defense.run(passes)
+        return self._parameter_defense.run(self, passes)
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         """Count the operations of all passes of the last step."""
@@ -174,13 +175,13 @@ class ParameterDefenseMixin(_Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and beside it the defense as `defense_config.json`."""
-        self._parameter_defense.save(output_dir)  # first, since the stock method may also push
+        self._parameter_defense.save(self, output_dir)  # first, since the stock method may also push
         super().save_model(output_dir, _internal_call)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The stock method copies only the files that it knows into the folder that it pushes.
         if self.args.hub_strategy != HubStrategy.END:
-            self._parameter_defense.save(None)
+            self._parameter_defense.save(self, None)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_best_model(self) -> None:
@@ -190,12 +191,14 @@ class ParameterDefenseMixin(_Base):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Every start of a run comes here; a hyperparameter search has set flags by now, and others froze parameters.
-        self._parameter_defense.begin_run(kwargs.get("resume_from_checkpoint"))
+        self._parameter_defense.begin_run(self, kwargs.get("resume_from_checkpoint"))
         return super()._inner_training_loop(*args, **kwargs)
 
 
 class _TrainerDefense:
     """All that the mixin keeps in a Trainer, under one name.
+
+    It does not keep the Trainer: that cycle would hold a model, and its memory, until the next garbage collection.
 
     Attributes:
         settings: Where the defense comes from.
@@ -206,42 +209,44 @@ class _TrainerDefense:
         cost: What the last step cost, in stock steps.
     """
 
-    def __init__(self, trainer: Trainer, settings: DefenseSettings) -> None:
-        self._trainer, self.settings = trainer, settings
+    def __init__(self, settings: DefenseSettings) -> None:
+        self.settings = settings
         self.log = StepLog()
         self.steps = DefendedSteps()
         self.cost = 1.0
         self._watched: set[type[TrainerCallback]] = set()
-        self.defense = settings.defense(trainer.args)
-        self._take_settings()
 
-    def _take_settings(self) -> None:
-        arguments = self._trainer.args
-        self._selection = self.settings.selection(arguments)
-        self._begin_anew()
-        self.settings.accept(arguments)
+    def begin(self, trainer: Trainer) -> None:
+        """Read the settings and check them."""
+        self.defense = self.settings.defense(trainer.args)
+        self._take_settings(trainer)
 
-    def _begin_anew(self) -> None:
+    def _take_settings(self, trainer: Trainer) -> None:
+        self._selection = self.settings.selection(trainer.args)
+        self._begin_anew(trainer)
+        self.settings.accept(trainer.args)
+
+    def _begin_anew(self, trainer: Trainer) -> None:
         """Forget what was selected and shared, and check the settings again: both may have changed."""
         self._selected: tuple[nn.Module, bool, dict[str, nn.Parameter]] | None = None
-        self.runner = StepRunner(devices=self._trainer.args.n_gpu)
+        self.runner = StepRunner(devices=trainer.args.n_gpu)
         if self.defense is not None:
-            refuse_what_cannot_work(self._trainer, self.defense)
-            if self._trainer.model is not None:
-                self.parameters()
-                self._input_embedding()
-            self._watch(self.defense)
+            refuse_what_cannot_work(trainer, self.defense)
+            if trainer.model is not None:
+                self.parameters(trainer.model)
+                self._input_embedding(trainer.model)
+            self._watch(trainer, self.defense)
 
-    def change(self, defense: Defense | None) -> None:
+    def change(self, trainer: Trainer, defense: Defense | None) -> None:
         """Take another defense from the next step on."""
         if defense is not None:
             check_defense(defense)
-            refuse_what_cannot_work(self._trainer, defense)
-            if self._trainer.model is not None:
-                check_trained(self.parameters(), defense)
+            refuse_what_cannot_work(trainer, defense)
+            if trainer.model is not None:
+                check_trained(self.parameters(trainer.model), defense)
         self.defense = defense
 
-    def _watch(self, defense: Defense) -> None:
+    def _watch(self, trainer: Trainer, defense: Defense) -> None:
         """Add the callbacks of a defended run, once in a Trainer's life: what was removed stays removed."""
         callbacks: list[TrainerCallback] = [IdleDefenseCallback(self.log)]
         if not defense.is_stock:
@@ -249,38 +254,36 @@ class _TrainerDefense:
         for callback in callbacks:
             if type(callback) not in self._watched:
                 self._watched.add(type(callback))
-                if not any(isinstance(known, type(callback)) for known in self._trainer.callback_handler.callbacks):
-                    self._trainer.add_callback(callback)
+                if not any(isinstance(known, type(callback)) for known in trainer.callback_handler.callbacks):
+                    trainer.add_callback(callback)
 
-    def begin_run(self, checkpoint: str | os.PathLike[str] | bool | None) -> None:
+    def begin_run(self, trainer: Trainer, checkpoint: str | os.PathLike[str] | bool | None) -> None:
         """Read flags that changed, and go on from a checkpoint."""
-        changed = self.settings.changed(self._trainer.args)
+        changed = self.settings.changed(trainer.args)
         if "defense" in changed:  # else the one that was assigned of late stays
-            self.defense = self.settings.defense(self._trainer.args)
+            self.defense = self.settings.defense(trainer.args)
         if changed:
-            self._take_settings()
+            self._take_settings(trainer)
         else:
-            self._begin_anew()
+            self._begin_anew(trainer)
         if isinstance(checkpoint, (str, os.PathLike)):
             checkpoint = os.fspath(checkpoint)
             warn_of_another_defense(checkpoint, self._uncounted_config())
-            if self._trainer.model is not None:
-                self.steps.take_from(checkpoint, self._trainer.model)
+            if trainer.model is not None:
+                self.steps.take_from(checkpoint, trainer.model)
         chosen = any(target is not None for target in self._selection.values())
         self.log.begin(self.defense, chosen=chosen)
 
-    @property
-    def config(self) -> DefenseConfig | None:
-        """The defense and its targets, and how many steps of the model it has defended; None for the stock step."""
+    def config(self, model: nn.Module | None) -> DefenseConfig | None:
+        """Return the defense, its targets, and how many steps of a model it has defended; None for the stock step."""
         config = self._uncounted_config()
-        return None if config is None else self.steps.counted(self._trainer.model, config)
+        return None if config is None else self.steps.counted(model, config)
 
     def _uncounted_config(self) -> DefenseConfig | None:
         return None if self.defense is None else DefenseConfig(self.defense, **self._selection)
 
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def parameters(self, model: nn.Module | None) -> dict[str, nn.Parameter]:
         """Return the parameters that the defense corrupts, by name."""
-        model = self._trainer.model
         if model is None:
             raise ValueError("model: expected a model, got None; pass model= or model_init=")
         sharded = is_sharded(model)
@@ -296,24 +299,23 @@ class _TrainerDefense:
             self._selected = (model, sharded, renewed(self._selected[2], model))
         return self._selected[2]
 
-    def _input_embedding(self) -> nn.Module | None:
-        if self.defense is None or self._trainer.model is None or not self.defense.perturbs_inputs:
+    def _input_embedding(self, model: nn.Module | None) -> nn.Module | None:
+        if self.defense is None or model is None or not self.defense.perturbs_inputs:
             return None
-        return find_input_embedding(self._trainer.model)
+        return find_input_embedding(model)
 
-    def run(self, passes: TrainerPasses) -> Tensor:
+    def run(self, trainer: Trainer, passes: TrainerPasses) -> Tensor:
         """Run one defended micro-batch, and return the risk."""
-        trainer = self._trainer
         if is_sharded(passes.model):
             drop_gathered(passes.model)
-        selected = self.parameters()
+        selected = self.parameters(trainer.model)
         others = trained_beside(selected.values(), passes.modules, trainer.optimizer)
         self.runner.reuse_prefix = self.settings.reuses_prefix(trainer.args)
         step, norm = self.runner.run(
             passes,
             selected,
             others,
-            self._input_embedding(),
+            self._input_embedding(trainer.model),
             epoch=trainer.state.epoch or 0.0,
             measure_norm=self.log.wants_norm,
         )
@@ -321,20 +323,20 @@ class _TrainerDefense:
         self.log.add(step, passes.defense, norm, ends_step=trainer.accelerator.sync_gradients)
         # Where nothing had a gradient, nothing was corrupted.
         corrupted = len(self.log.without_gradient) < self.log.selected
-        self._count(self._uncounted_config() if corrupted else None)
+        self._count(trainer, self._uncounted_config() if corrupted else None)
         return step.risk
 
-    def count_stock_step(self) -> None:
+    def count_stock_step(self, trainer: Trainer) -> None:
         """Count a micro-batch that is not defended."""
         self.cost = 1.0
-        self._count(None)
+        self._count(trainer, None)
 
-    def _count(self, config: DefenseConfig | None) -> None:
-        if self._trainer.accelerator.sync_gradients and self._trainer.model is not None:
-            self.steps.add(self._trainer.model, config)
+    def _count(self, trainer: Trainer, config: DefenseConfig | None) -> None:
+        if trainer.accelerator.sync_gradients and trainer.model is not None:
+            self.steps.add(trainer.model, config)
 
-    def save(self, folder: str | None) -> None:
+    def save(self, trainer: Trainer, folder: str | None) -> None:
         """Save the defense beside a model."""
-        arguments = self._trainer.args
-        if arguments.should_save:
-            save_defense(folder or arguments.output_dir or ".", self.config, self.steps.origin(self._trainer.model))
+        if trainer.args.should_save:
+            folder, origin = folder or trainer.args.output_dir or ".", self.steps.origin(trainer.model)
+            save_defense(folder, self.config(trainer.model), origin)

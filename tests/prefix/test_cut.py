@@ -171,8 +171,8 @@ def test_what_is_called_again_is_no_prefix_of_a_generation():
 
     model = Model()
     assert cut_of(model, "head").prefix == [model.encoder, model.decoder]
-    prefixes, errors, result = plan_prefixes_of_values(model, {0: {"w": model.head.weight}}, lambda: model(X))
-    assert (prefixes[0].prefix, errors) == ([model.encoder], [])
+    prefixes, reasons, result = plan_prefixes_of_values(model, {0: {"w": model.head.weight}}, lambda: model(X))
+    assert (prefixes[0].prefix, reasons) == ([model.encoder], [])
     assert torch.equal(result, model(X))
 
 
