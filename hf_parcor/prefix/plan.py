@@ -216,24 +216,26 @@ def plan_prefix(
     run_pass = run_pass or run_and_back
     ways = [(inner_hooks, spares) for inner_hooks in (False, True) for spares in (True, False)]
     errors: dict[bool, PrefixError] = {}
-    for inner_hooks, spares in ways if sparing else [(False, False)]:
-        if inner_hooks and not prefix.hooked_inside():
-            break
-        before = errors.get(inner_hooks)
-        if before is not None and not prefix.unused and before.__cause__ is None:
-            continue  # it was not for what was not kept
-        prefix.runs_inner_hooks = inner_hooks
-        prefix.spare(set())
-        try:
-            with failures_as_prefix_errors():
-                try_prefix(prefix, model, selected, run_pass, trained, passes, sparing=spares)
-            return prefix
-        except PrefixError as error:
-            errors[inner_hooks] = error
+    differed: set[bool] = set()  # rather than failed
     try:
+        for inner_hooks, spares in ways if sparing else [(False, False)]:
+            if inner_hooks and not prefix.hooked_inside():
+                break
+            if inner_hooks in differed and not prefix.unused:
+                continue  # it was not for what was not kept
+            prefix.runs_inner_hooks = inner_hooks
+            prefix.spare(set())
+            try:
+                with failures_as_prefix_errors():
+                    try_prefix(prefix, model, selected, run_pass, trained, passes, sparing=spares)
+                return prefix
+            except PrefixError as error:
+                errors[inner_hooks] = error
+                if error.__cause__ is None:
+                    differed.add(inner_hooks)
         raise errors[False]
     finally:
-        errors.clear()  # whose traceback holds this frame, and with it the model, until a garbage collection
+        errors.clear()  # their tracebacks hold this frame, and it the model, until a garbage collection
 
 
 def find_prefix(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
-from contextlib import nullcontext
+import weakref
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -216,14 +218,7 @@ class TestWhatCannotBeCut:
         assert model.first.forward == model.remember
 
     def test_a_buffer_elsewhere_that_the_prefix_writes(self):
-        class Writes(nn.Linear):
-            def forward(self, x):
-                self.others[0].seen += 1
-                return super().forward(x)
-
-        model, x = nn.Sequential(Writes(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
-        model[1].register_buffer("seen", torch.zeros(()))
-        model[0].others = [model[1]]
+        model, x = that_cannot_be_cut(), torch.randn(2, 4)
         with pytest.raises(PrefixError, match="state that the model keeps in buffers differs"):
             plan_prefix(model, {"w": model[1].weight}, lambda: {"loss": model(x).square().mean()})
 
@@ -324,6 +319,54 @@ class TestWhatCannotBeCut:
 
 
 @MAY_BE_IGNORED
+class Writes(nn.Linear):
+    """Writes into a buffer behind it, so that it cannot be replayed."""
+
+    def forward(self, x):
+        self.others[0].seen += 1
+        return super().forward(x)
+
+
+def that_cannot_be_cut():
+    model = nn.Sequential(Writes(4, 4), nn.Linear(4, 4))
+    model[1].register_buffer("seen", torch.zeros(()))
+    model[0].others = [model[1]]
+    return model
+
+
+class ByTurns(nn.Sequential):
+    """Uses in every second pass what the first layer returned first: that is to be kept, which a second trial does."""
+
+    passes = 0
+
+    def forward(self, x):
+        self.passes += 1
+        first = self[0](x)
+        second = self[0](first)
+        return self[1](second + 0 * first if self.passes % 2 else second)
+
+
+@for_each("make", [that_cannot_be_cut, lambda: ByTurns(nn.Linear(4, 4), nn.Linear(4, 4))])
+@for_each("sparing", [False, True])
+def test_a_model_is_freed_after_ways_that_failed(make, sparing):
+    """Errors that are kept hold, by their tracebacks, the frame that keeps them."""
+
+    def seek(model):
+        x = torch.randn(2, 4)
+        with suppress(PrefixError):
+            plan_prefix(model, {"w": model[1].weight}, lambda: {"loss": model(x).square().mean()}, sparing=sparing)
+
+    model = make()
+    kept = weakref.ref(model)
+    gc.disable()
+    try:
+        seek(model)
+        del model
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
 def test_an_interrupt_leaves_nothing_that_drops_what_autograd_saves():
     weight = torch.tensor(3.0, requires_grad=True)
 
