@@ -233,6 +233,7 @@ class TestAShareOfABatch:
         assert torch.equal(found["nested"]["list"][0], rows[:count])
         assert found["settings"] == batch["settings"], "what is not per example stays"
 
+    @pytest.mark.slow
     def test_rounding_adds_no_example(self):
         for examples in range(1, 65):
             batch = torch.zeros(examples)

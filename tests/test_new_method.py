@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import hf_parcor
 
 PACKAGE = Path(hf_parcor.__file__).parent
@@ -111,6 +113,7 @@ print("kept")
 """
 
 
+@pytest.mark.slow
 def test_it_is_kept(tmp_path):
     package = tmp_path / "hf_parcor"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))

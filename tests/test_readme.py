@@ -97,6 +97,7 @@ def pasted(tmp_path_factory):
     return folder, printed.getvalue(), after
 
 
+@pytest.mark.slow
 class TestTheFirstPageAsOneScript:
     """Its Python, pasted together and run once; what it says is computed again with PyTorch alone."""
 
@@ -114,7 +115,6 @@ class TestTheFirstPageAsOneScript:
 
         return model, accuracy
 
-    @pytest.mark.slow
     def test_each_section_is_one_example(self, pasted):
         assert len(pasted[2]) == 6, "ten lines, and two more of training, two of probing, one of publishing"
 
@@ -144,7 +144,6 @@ class TestTheFirstPageAsOneScript:
         assert {label: rows[label] for label in by_hand} == pytest.approx(by_hand)
         assert all(f"{label:30} {value:.3f}" in printed.splitlines() for label, value in rows.items())
 
-    @pytest.mark.slow
     def test_numbers_and_verdict_of_a_probe(self, pasted):
         folder, printed, after = pasted
         state, batches = after[4], after[4]["batches"]

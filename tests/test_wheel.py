@@ -51,6 +51,7 @@ def test_it_holds_the_package_with_its_data_and_nothing_else(wheel):
     assert held == wanted | {"hf_parcor/py.typed"}
 
 
+@pytest.mark.slow
 def test_it_asks_for_no_extra(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith("/METADATA")]

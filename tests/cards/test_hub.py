@@ -201,6 +201,7 @@ class TestFailures:
         if "Retry-After" in failure.headers:
             assert any(3 <= seconds <= 4 for seconds in hub.waited)
 
+    @pytest.mark.slow
     @for_each(
         ("headers", "waited"),
         [({}, [1.0, 2.0, 4.0]), ({"Retry-After": "5"}, [5.0] * 3), ({"Retry-After": "600"}, [60.0] * 3)],

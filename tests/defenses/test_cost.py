@@ -166,6 +166,7 @@ ROUNDINGS = [
 ]
 
 
+@pytest.mark.slow
 @for_each(
     ("defense", "limit"),
     [
@@ -208,6 +209,7 @@ BERT_BASE = [
 ]
 
 
+@pytest.mark.slow
 @for_each(
     ("defense", "limit"),
     [

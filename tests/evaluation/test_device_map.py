@@ -104,6 +104,7 @@ def in_memory(model, batches) -> list[str]:
     return measured(copy.deepcopy(model), batches)
 
 
+@pytest.mark.slow
 @for_each("offload", list(OFFLOADED.values()))
 def test_the_records_are_those_of_the_model_in_memory(model, batches, in_memory, offload) -> None:
     away = offload(copy.deepcopy(model))

@@ -264,6 +264,7 @@ class TestShapes:
             found = DatasetGradients(model, weights, batches).over_data()
             torch.testing.assert_close(list(found.values()), list(expected), rtol=1e-4, atol=1e-6)
 
+    @pytest.mark.slow
     def test_which_causal_models_do_not_shift(self):
         """Those that do call what Transformers shifts with; no other model has come that does not."""
         classes = [getattr(transformers, name) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()]
@@ -370,6 +371,7 @@ class TestOutputs:
         assert torch.allclose(model_loss(model, batch), expected)
         assert metric(model) == pytest.approx(of_model)
 
+    @pytest.mark.slow
     @for_each("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel])
     def test_of_a_model_inside_of_another_module(self, tiny_bert, wrap):
         """Its class is another one, and its `forward` takes anything."""

@@ -166,6 +166,7 @@ def test_saved_bits_elsewhere_change_no_number(corruption, bits_of) -> None:
     assert bits_of(model) == before
 
 
+@pytest.mark.slow
 @for_each("corruption", [one for corruptions, _ in LIMITS.values() for one in corruptions])
 def test_all_bits_are_saved_there(corruption, monkeypatch) -> None:
     gradients = sys.modules["hf_parcor.evaluation.gradients"]
@@ -180,6 +181,7 @@ def test_all_bits_are_saved_there(corruption, monkeypatch) -> None:
     assert set(found) == {torch.device("cpu")}, str(corruption)
 
 
+@pytest.mark.slow
 @for_each("saved_on", [None, "cpu"])
 @for_each("steps", [1, 2])
 @for_each("constraint", [L2, L_INF, CorruptionConstraint(epsilon=1e-25)])

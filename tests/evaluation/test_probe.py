@@ -185,6 +185,7 @@ def test_a_sweep_says_how_it_was_measured(six_layers):
     assert sweep.records["head"].corruptions[0].seeds == (5, 6)
 
 
+@pytest.mark.slow
 @for_each("word", [*GROUPINGS, None])
 def test_a_word_is_its_grouping(word, six_layers):
     """The record keeps it, also where it was saved, so that a page can name the command that measures the same."""

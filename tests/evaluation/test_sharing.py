@@ -84,6 +84,7 @@ class Sampled(ClassificationMetric):
         return {**found, "loss": found["loss"] + draws.item()}
 
 
+@pytest.mark.slow
 def test_what_a_metric_draws_does_not_depend_on_what_is_measured_beside(evaluate, batches, one_of_each):
     corruptions, metric = [*one_of_each.values(), *MANY], Sampled(DataLoader(batches, batch_size=None))
     alone = evaluate(corruptions, metric=metric, reuse_prefix=False)
@@ -117,6 +118,7 @@ def test_lower_layers_run_once_a_batch(evaluate, classifier, batches):
     assert ascents == sum(isinstance(corruption, MultiStepCorruption) for corruption in MANY)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefixes_are_sought_where_it_pays")
 def test_a_prefix_is_sought_where_it_takes_less_than_it_saves(classifier, batches):
     """Two noises of two layers and the head: on one batch as many runs as without, on 24 of them fewer."""
@@ -135,6 +137,7 @@ def test_a_prefix_is_sought_where_it_takes_less_than_it_saves(classifier, batche
     assert runs(without_length(many)) < 24 * (1 + 3 * 2), "also where it is not known how many there are"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefixes_are_sought_where_it_pays")
 @for_each(
     ("rows", "steps", "climbing", "measuring"),
@@ -416,6 +419,7 @@ class Stack(nn.Module):
         return [one.to_json() for one in record.records.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefixes_are_sought_where_it_pays")
 def test_a_sweep_of_32_layers_takes_six_tenths_of_the_plain_loop(batches):
     """Three corruptions on four batches: sought for all layers together, from what one run shows, and tried once each.
@@ -432,6 +436,7 @@ def test_a_sweep_of_32_layers_takes_six_tenths_of_the_plain_loop(batches):
     assert sum(map(len, computed)) / 32 - counted == 97 * len(data), "the plain loop's"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefixes_are_sought_where_it_pays")
 def test_a_sweep_of_few_layers_on_little_data_takes_no_more_than_the_plain_loop(batches):
     for layers in (2, 3, 4, 6, 8):

@@ -77,6 +77,7 @@ class TestModel:
             by_bytes, by_floats = (model(pixels).logits for pixels in (batch["pixel_values"], floats))
         torch.testing.assert_close(by_bytes, by_floats)
 
+    @pytest.mark.slow
     def test_a_folder_carries_its_code(self, tiny, tmp_path):
         """Another process, which cannot import the file, measures the same."""
         model = tiny(image_mean=[0.5, 0.4, 0.3]).eval()

@@ -152,6 +152,7 @@ def projective_heads(draw, longest=40):
 
 
 class TestTransitions:
+    @pytest.mark.slow
     @given(st.lists(projective_heads(), min_size=1, max_size=4))
     @settings(max_examples=25, deadline=None)
     def test_the_oracle_makes_projective_trees_again(self, batch):
@@ -274,6 +275,7 @@ class TestParsing:
         with pytest.raises(ValueError, match="punctuation"):
             AttachmentScore(list(sentence_batches(model, [comma], 2)))(model)
 
+    @pytest.mark.slow
     @for_each("target", [None, "word_embeddings", "hidden", "transitions"])
     def test_corrupted_and_back(self, target):
         """What is shared between corruptions changes no number, and every bit comes back."""

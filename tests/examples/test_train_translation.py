@@ -140,6 +140,7 @@ class TestGeneratedLength:
         expected = 1 + min(longest + longest // 5 + 10, 64)
         assert model.generation_config.max_length == expected, "who loads the model generates as long texts"
 
+    @pytest.mark.slow
     def test_how_many_translations_hit_it_is_said(self, files, monkeypatch, caplog):
         out = run(monkeypatch, files, generation_max_length=7, generation_num_beams=2, do_eval=False)
         model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)

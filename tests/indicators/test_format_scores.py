@@ -75,6 +75,7 @@ def test_scores_that_add_up_batch_by_batch_are_those_of_the_sums(known, monkeypa
         assert found.scores == pytest.approx(expected.scores, rel=1e-12)
 
 
+@pytest.mark.slow
 @for_each(("batches", "of_what_is_needed", "bytes_a_weight"), [(1, 2.0, 2), (3, 0.99, 2), (3, 1.0, 2 + 4 + 4)])
 def test_what_lies_beside_the_weights(batches, of_what_is_needed, bytes_a_weight, peak_memory, monkeypatch) -> None:
     """One gradient in bfloat16 where there is one batch or too little memory; otherwise both sums in float32 too."""
@@ -147,6 +148,7 @@ class Killed(ClassificationMetric):
         return super().of_batch(model, batch)
 
 
+@pytest.mark.slow
 def test_the_most_promising_cells_are_measured_and_a_killed_run_goes_on(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("hf_parcor.evaluation.measurement.BETWEEN_WRITES", 2)
     model, batches = bert()

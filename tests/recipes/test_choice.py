@@ -99,6 +99,7 @@ def test_no_choice_is_better(table, bits, loss, unit) -> None:
     assert chosen.bits == pytest.approx(min(size for size, cost in choices if cost <= loss * room), rel=1e-6)
 
 
+@pytest.mark.slow
 @for_each("order", [*itertools.permutations([1e-4, 2e-4, 3e-4])])
 @for_each("broken", [1.0, 1e6, 1e9, 1e15])
 def test_a_part_that_costs_far_more_than_all_others_does_not_hide_their_differences(order, broken) -> None:
@@ -184,6 +185,7 @@ def test_a_metric_that_the_model_as_it_is_has_not_is_no_cost() -> None:
         recipe(scores, bits=5.0, by="loss")
 
 
+@pytest.mark.slow
 @for_each("without", [math.nan, math.inf, -math.inf])
 @for_each("budget", [{"bits": 6.0}, {"loss": 0.25}, {"drop": 0.25}])
 def test_a_metric_that_the_model_as_it_is_has_not_leaves_the_others_to_choose_by(without, budget) -> None:

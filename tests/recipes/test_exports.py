@@ -120,6 +120,7 @@ def test_what_ends_other_names_is_defended_alone(tmp_path) -> None:
     assert list(select_parameters(model, flags["defense_target_modules"])) == ["fc1.weight"]
 
 
+@pytest.mark.slow
 @for_each("wide, narrow", [(512, 16), (64, 32), (512, 48), (48, 64)])
 def test_what_is_spared_takes_more_bits_than_the_base_would_take_in_the_same_weights(wide, narrow, tmp_path) -> None:
     """A format takes other bits in a wide matrix than in a narrow one, and 48 columns are no groups of 32."""

@@ -204,6 +204,7 @@ class Counted(LossMetric):
         return super().of_batch(model, batch)
 
 
+@pytest.mark.slow
 @for_each("of_pairs", [False, True])
 def test_other_recipes_go_on_beside_each_other_in_one_folder_and_after_a_kill(
     of_pairs, model, batches, tmp_path, monkeypatch

@@ -446,6 +446,7 @@ CORRUPTIONS_OF_WORDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("targets", "grouping"),
     [

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import pytest
 from for_each import for_each
 
 from hf_parcor import RobustnessReport
@@ -335,6 +336,7 @@ PICTURES = {
 SIDES = (("x", 0.5), ("y", 0.8))
 
 
+@pytest.mark.slow
 @for_each("words", [*ONE_MODEL, *SEVERAL, *PICTURES])
 def test_is_said_where_it_holds_and_nowhere_else(record_of, tmp_path, words):
     def said(of_records):

@@ -39,6 +39,7 @@ def by_hand(runs) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Precision loss occurred:RuntimeWarning")  # models that learned nothing are alike
 def test_comparisons_are_scipys() -> None:
     ours, theirs = [], []

@@ -88,6 +88,7 @@ def test_a_wrong_step_fails(monkeypatch, tmp_path):
     assert not all(row.holds for row in gpu_checks.precision(Setting("cpu", True, str(tmp_path))))
 
 
+@pytest.mark.slow
 def test_memory_of_bf16_weights_is_counted(tmp_path):
     """Saved bits and the sum of the gradients take 2 bytes of each weight, each."""
     rows = gpu_checks.bf16_weights(Setting("cpu", True, str(tmp_path)))

@@ -66,6 +66,7 @@ def small_decoder() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(**sizes, **ids, initializer_range=0.4)).to(which_bits.DEVICE).eval()
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_from_all_that_the_decoder_says() -> None:
     """On its own samples a model's mean loss is its entropy, but for chance; were some left out it would be less."""
     model = small_decoder()

@@ -113,6 +113,7 @@ class TestCompile:
         for name, value in weights_of(plain).items():
             torch.testing.assert_close(weights_of(compiled)[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
     @pytest.mark.parametrize("share", [1.0, 0.5])
     def test_layers_that_are_compiled_each_by_itself_are_skipped(self, tiny_bert, train, share):
@@ -156,6 +157,7 @@ class TestCompile:
         assert compiled[0] == compiled[1] > 0
         assert any("layer.compile()" in record.message for record in caplog.records)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("target", ["all", ["embeddings"]])
     def test_where_nothing_comes_before_a_model_compiled_as_one_is_trained_without_a_warning(
         self, tiny_bert, train, caplog, target

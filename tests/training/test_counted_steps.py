@@ -133,6 +133,7 @@ def test_steps_of_another_defense_are_not_claimed_for_this_one(build, tmp_path, 
     assert counts(again.defense_config) == (4, 6)
 
 
+@pytest.mark.slow
 @for_each("before", [None, ONE, replace(ONE, steps=0)])
 def test_a_defense_that_is_set_before_the_first_step_is_logged_and_counted_as_from_the_start(build, before):
     """Of a frozen head, which only a corruption that needs no gradient defends; with a last pass at other noise."""

@@ -75,6 +75,7 @@ ELSEWHERE = {"sync_perturbation", "merge_adapters"}
 REFUSED = {("awp", "batch_share")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEFENSES)
 def test_every_setting_reaches_the_step(tiny_bert, train, defense_of, name):
     """A run with another value of it ends with other weights, and one with the same values with the same."""
