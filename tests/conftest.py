@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,6 +93,22 @@ def as_many_threads() -> Iterator[None]:
     left = torch.get_num_threads()
     torch.set_num_threads(threads)
     assert left == threads, f"the test began with {threads} threads and left {left}"
+
+
+@pytest.fixture
+def freed() -> Iterator[Callable[..., bool]]:
+    """Return a function that makes a model, uses it, and says whether it is freed without a garbage collection."""
+
+    def of(make: Callable[[], nn.Module], use: Callable[[nn.Module], object]) -> bool:
+        model = make()
+        kept = weakref.ref(model)
+        use(model)
+        del model
+        return kept() is None
+
+    gc.disable()
+    yield of
+    gc.enable()
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import pickle
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,19 +11,16 @@ import pytest
 import torch
 import transformers
 from for_each import for_each
-from trainings import QUIET
+from trainings import QUIET, defense_named
 
 from hf_parcor import (
     CorruptionConstraint,
     CorruptionEvaluator,
-    CorruptionRisk,
     DefendedBackward,
     GaussianNoise,
-    GradientCorruption,
     LayerProbe,
     MultiStepRisk,
     ParameterDefenseTrainer,
-    Quantization,
     RobustnessCallback,
     measure_flips_to_break,
     measure_indicators,
@@ -88,34 +83,11 @@ MEASURED: dict[str, Use] = {
 }
 
 
-def defense(name: str) -> Any:
-    kind = DEFENSES[name]
-    if kind is CorruptionRisk:
-        return CorruptionRisk([Quantization(4), GradientCorruption(L2)])
-    return kind(constraint=L2) if "constraint" in kind.__dataclass_fields__ else kind()
-
-
 TRAINED = {
     **{name: {} for name in DEFENSES},
     "multi_step_risk of a part": {"target_modules": "last-encoder-layer"},
     "awp of a part": {"target_modules": ["classifier"]},
 }
-
-
-@pytest.fixture
-def freed() -> Any:
-    """Return a function that uses a model of its own, and says whether it is freed without a garbage collection."""
-
-    def of(make: Callable[[], Any], use: Callable[[Any], object]) -> bool:
-        model = make()
-        kept = weakref.ref(model)
-        use(model)
-        del model
-        return kept() is None
-
-    gc.disable()
-    yield of
-    gc.enable()
 
 
 @pytest.mark.slow
@@ -144,7 +116,7 @@ def test_a_model_that_the_stock_trainer_trained(freed, tiny_bert, labelled_rows,
 @for_each("name", list(TRAINED))
 def test_a_model_that_was_trained(name, freed, tiny_bert, labelled_rows, tmp_path):
     def use(model: Any) -> None:
-        given = {"defense": defense(name.partition(" ")[0]), **TRAINED[name]}
+        given = {"defense": defense_named(name.partition(" ")[0], L2), **TRAINED[name]}
         trainer = trainer_of(model, labelled_rows, tmp_path, **given)
         trainer.add_callback(RobustnessCallback(trainer, [GaussianNoise(0.1)], trials=1))
         trainer.train()

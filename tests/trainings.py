@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback
 
+from hf_parcor import CorruptionConstraint, CorruptionRisk, GradientCorruption, Quantization
+from hf_parcor.defenses import DEFENSES, Defense
+
 # On the CPU, and neither printed, sent nor saved.
 QUIET = {
     "report_to": "none",
@@ -31,6 +34,14 @@ class KeepGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         self.kept.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def defense_named(name: str, constraint: CorruptionConstraint) -> Defense:
+    """Return a defense of the catalogue, with a constraint if it has one."""
+    kind = DEFENSES[name]
+    if kind is CorruptionRisk:
+        return CorruptionRisk([Quantization(4), GradientCorruption(constraint)])
+    return kind(constraint=constraint) if "constraint" in kind.__dataclass_fields__ else kind()
 
 
 def stacked(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

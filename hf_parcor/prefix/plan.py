@@ -216,12 +216,11 @@ def plan_prefix(
     run_pass = run_pass or run_and_back
     ways = [(inner_hooks, spares) for inner_hooks in (False, True) for spares in (True, False)]
     errors: dict[bool, PrefixError] = {}
-    differed: set[bool] = set()  # rather than failed
     try:
         for inner_hooks, spares in ways if sparing else [(False, False)]:
             if inner_hooks and not prefix.hooked_inside():
                 break
-            if inner_hooks in differed and not prefix.unused:
+            if inner_hooks in errors and not prefix.unused and errors[inner_hooks].__cause__ is None:
                 continue  # it was not for what was not kept
             prefix.runs_inner_hooks = inner_hooks
             prefix.spare(set())
@@ -231,8 +230,6 @@ def plan_prefix(
                 return prefix
             except PrefixError as error:
                 errors[inner_hooks] = error
-                if error.__cause__ is None:
-                    differed.add(inner_hooks)
         raise errors[False]
     finally:
         errors.clear()  # their tracebacks hold this frame, and it the model, until a garbage collection

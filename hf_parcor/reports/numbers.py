@@ -100,8 +100,8 @@ def numbers_of(records: Iterable[EvaluationRecord], metric: str, unit: str | Non
 
 
 def metric_of(records: Iterable[EvaluationRecord], metric: str | None) -> str:
-    """Return the metric to show of one or more records: the one asked for, or the `usual_metric` of the first."""
-    return next(iter(records)).usual_metric() if metric is None else metric
+    """Return the metric to show: the one asked for, or the `usual_metric` of the first record, or else ""."""
+    return next((record.usual_metric() for record in records), "") if metric is None else metric
 
 
 def times(ratio: float) -> str:

@@ -138,6 +138,7 @@ def plot_comparison(
     from matplotlib.lines import Line2D
 
     check_comparable(records)
+    metric = metric_of(records.values(), metric)
     panels, numbers = _panels(records, metric)
     panels = [panel for panel in panels if panel.shows_a_curve(numbers)] or panels
     columns = _curve_columns(len(panels))
@@ -147,7 +148,7 @@ def plot_comparison(
         lines = _draw(axis, panel, heights)
         if chance is not None:
             axis.axhline(chance, color="grey", linestyle=":", linewidth=1)
-    _set_heights(grid, heights, numbers, metric_of(records.values(), metric))
+    _set_heights(grid, heights, numbers, metric)
     reference = [("no corruption", Line2D([], [], color="grey", linestyle="--", linewidth=1))]
     if chance is not None:
         reference.append(("chance", Line2D([], [], color="grey", linestyle=":", linewidth=1)))
@@ -166,14 +167,14 @@ def shows_curves(record: EvaluationRecord, metric: str) -> bool:
     return any(panel.shows_a_curve(numbers) for panel in panels)
 
 
-def _panels(records: Mapping[str, EvaluationRecord], metric: str | None) -> tuple[list[Panel], Numbers]:
+def _panels(records: Mapping[str, EvaluationRecord], metric: str) -> tuple[list[Panel], Numbers]:
     """Return a panel for each kind of corruption, with a line for each record, and how numbers are written."""
     kinds = list(dict.fromkeys(Series.of(row) for record in records.values() for row in record.corruptions))
     if not kinds:
         raise ValueError(
             f"records: expected at least one with a corruption, got {len(records)} without any; evaluate a model first"
         )
-    panels, metric = [], metric_of(records.values(), metric)
+    panels = []
     for series in kinds:
         of_series = {name: _of_series(record, series) for name, record in records.items()}
         labels = list(dict.fromkeys(row.label for rows in of_series.values() for row in rows))

@@ -110,8 +110,7 @@ class ParameterDefenseMixin(_Base):
         super().__init__(*args, **kwargs)
         check_all_joined(self.accelerator.num_processes)
         targets = {"target_modules": target_modules, "exclude_modules": exclude_modules, "layers": layers}
-        self._parameter_defense = _TrainerDefense(DefenseSettings(self.args, defense, targets, reuse_prefix))
-        self._parameter_defense.begin(self)
+        self._parameter_defense = _TrainerDefense(self, DefenseSettings(self.args, defense, targets, reuse_prefix))
 
     @property
     def defense(self) -> Defense | None:
@@ -209,16 +208,13 @@ class _TrainerDefense:
         cost: What the last step cost, in stock steps.
     """
 
-    def __init__(self, settings: DefenseSettings) -> None:
+    def __init__(self, trainer: Trainer, settings: DefenseSettings) -> None:
         self.settings = settings
         self.log = StepLog()
         self.steps = DefendedSteps()
         self.cost = 1.0
         self._watched: set[type[TrainerCallback]] = set()
-
-    def begin(self, trainer: Trainer) -> None:
-        """Read the settings and check them."""
-        self.defense = self.settings.defense(trainer.args)
+        self.defense = settings.defense(trainer.args)
         self._take_settings(trainer)
 
     def _take_settings(self, trainer: Trainer) -> None:

@@ -99,9 +99,14 @@ def register() -> torch.device:
     return torch.device(NAME, 0)
 
 
-def cases_here(cases: Sequence[Any], elsewhere: Sequence[Any]) -> Sequence[Any]:
+def cases_on(device: str, cases: Sequence[Any], elsewhere: Sequence[Any]) -> Sequence[Any]:
     """Return what ranks try: on the CPU everything, elsewhere the cases in which it may matter where tensors are."""
-    return cases if rank_device().type == "cpu" else elsewhere
+    return cases if device == "cpu" else elsewhere
+
+
+def cases_here(cases: Sequence[Any], elsewhere: Sequence[Any]) -> Sequence[Any]:
+    """Return what the ranks of this process try, as `cases_on` its device."""
+    return cases_on(rank_device().type, cases, elsewhere)
 
 
 def rank_device() -> torch.device:

@@ -23,6 +23,7 @@ from accelerate.state import AcceleratorState
 from another_device.device import placed, register
 from local_models import save_bert, save_t5, write_sentences
 from torch import Tensor, nn
+from trainings import defense_named
 
 import hf_parcor
 from hf_parcor import (
@@ -130,13 +131,6 @@ def trained(build: Callable[..., nn.Module], device: torch.device, **options: An
         {name: log[name] for name in ("loss", "corruption_norm") if name in log} for log in run.state.log_history
     ]
     return {**dict(model.named_parameters()), "logged": logged}
-
-
-def defense(name: str) -> Any:
-    kind = DEFENSES[name]
-    if kind is CorruptionRisk:
-        return CorruptionRisk([Quantization(4), GradientCorruption(L2)])
-    return kind(constraint=L2) if "constraint" in kind.__dataclass_fields__ else kind()
 
 
 def other_constraints(device: torch.device) -> Found:
@@ -415,7 +409,7 @@ def looped(device: torch.device) -> Found:
 
 
 def of_defense(name: str) -> Callable[[torch.device], Found]:
-    return lambda device: trained(bert, device, defense=defense(name))
+    return lambda device: trained(bert, device, defense=defense_named(name, L2))
 
 
 CHECKS: dict[str, Callable[[torch.device], Found]] = {
@@ -442,12 +436,10 @@ CHECKS: dict[str, Callable[[torch.device], Found]] = {
     "PyTorch's default device": by_default,
     "bfloat16": bfloat16,
 }
-OF_BERT = [  # which `spread` lays on two devices; others make models of their own
-    *(f"{name} of BERT" for name in DEFENSES),
-    *("other constraints", "reused prefixes", "exact bits after an error", "what the host asks for"),
-    *("an evaluation", "bits saved on the host", "autocast", "a run that is resumed", "a loop", "a probe"),
-    *("indicators", "a recipe", "PyTorch's default device", "bfloat16"),
-]
+NOT_SPREAD = {  # models of their own, which `spread` does not lay on two devices
+    *("tied weights", "seq2seq", "corruptions", "commands", "generated texts", "weights offloaded to the host"),
+    "adapters",
+}
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -543,7 +535,7 @@ def main() -> None:
         with_it = problem(check, another, expected)
         with without_float64():
             found[name] = {"as a GPU": with_it, "without float64": problem(check, another, expected)}
-        if name in OF_BERT:
+        if name not in NOT_SPREAD:
             with spread():
                 found[name]["on two devices"] = problem(check, another, expected)
     Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")

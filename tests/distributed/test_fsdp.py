@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig, PartialState
 from accelerate.utils import DistributedType
-from another_device.device import cases_here, rank_device
+from another_device.device import cases_here, cases_on, rank_device
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -237,7 +237,7 @@ def two_ranks(run_on_ranks, device_of_ranks, tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_process(two_ranks, device_of_ranks, tmp_path):
-    check_equal(two_ranks[0], RUNS if device_of_ranks == "cpu" else SOME_RUNS, tmp_path)
+    check_equal(two_ranks[0], cases_on(device_of_ranks, RUNS, SOME_RUNS), tmp_path)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from another_device.device import cases_here, rank_device
+from another_device.device import cases_here, cases_on, rank_device
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -146,7 +146,7 @@ def after_a_trial_that_breaks_off(batches):
 
 @pytest.mark.slow
 def test_gradients_are_those_of_full_passes_and_the_prefix_is_not_gathered_in_each(run_on_ranks, device_of_ranks):
-    runs = RUNS if device_of_ranks == "cpu" else SOME_RUNS
+    runs = cases_on(device_of_ranks, RUNS, SOME_RUNS)
     for rank, (said, after, fresh) in run_on_ranks(on_ranks, 2, device=device_of_ranks):
         assert "IndexError" in said
         assert CAN_RESET or "reuse_prefix=False" in said, "the way out"
