@@ -156,6 +156,19 @@ def write_tags(path: Path) -> str:
     return write_rows(path, ["tokens", "ner_tags"], rows)
 
 
+def write_questions(path: Path) -> str:
+    """Write questions as SQuAD has them: with two right answers, one, or none; texts of one window and of several."""
+    context = "the good film a bad plot the a film a good good plot bad film the a plot bad good the film"  # 22 words
+    rows = [
+        ("the plot", context, ["bad plot", "plot"], [16, 20]),
+        ("good film a bad", "the film", [], []),
+        ("a", context, ["good good plot bad"], [38]),
+        ("film", "a bad film the", ["film"], [6]),
+    ]
+    entries = [(question, text, {"text": answers, "answer_start": begins}) for question, text, answers, begins in rows]
+    return write_rows(path, ["question", "context", "answers"], entries)
+
+
 def write_texts(path: Path) -> str:
     return write_rows(path, ["text"], [(text,) for text in SENTENCES])
 
@@ -196,6 +209,11 @@ SAVED: dict[str, tuple[Callable[[Path], str], Callable[[Path], str], str]] = {
     "token-classification": (
         lambda folder: save_bert(folder, transformers.BertForTokenClassification),
         write_tags,
+        "rows.jsonl",
+    ),
+    "question-answering": (
+        lambda folder: save_bert(folder, transformers.BertForQuestionAnswering),
+        write_questions,
         "rows.jsonl",
     ),
     "text-generation": (save_gpt2, write_texts, "rows.csv"),

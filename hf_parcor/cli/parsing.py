@@ -358,6 +358,7 @@ def pairs(words: Iterable[str], flag: str) -> dict[str, str]:
 TASKS = (
     "text-classification",
     "token-classification",
+    "question-answering",
     "text-generation",
     "summarization",
     "translation",

@@ -18,6 +18,8 @@ from hf_parcor.evaluation.metrics import (
     LmEvalMetric,
     NotFiniteError,
     PredictionMetric,
+    Question,
+    QuestionAnsweringMetric,
     SacrebleuScore,
     TrainerMetric,
 )
@@ -51,6 +53,8 @@ __all__ = [
     "NotFiniteError",
     "PredictionMetric",
     "ProcessError",
+    "Question",
+    "QuestionAnsweringMetric",
     "RobustnessArguments",
     "RobustnessCallback",
     "RobustnessMixin",

@@ -18,12 +18,22 @@ from hf_parcor.evaluation.device_map import input_device
 from hf_parcor.overriding import overriding
 
 
+class ForMetrics:
+    """What stands beside the inputs of a batch for a metric to read: its subclasses, listed one a row."""
+
+
 def own_batch(batch: Any, model: nn.Module) -> Any:
-    """Return a batch on the model's device that this run of the model may write into.
+    """Return a batch on the model's device that this run of the model may write into, without what is `ForMetrics`.
 
     It is copied before it moves: a `BatchEncoding` moves in place.
     """
+    if isinstance(batch, Mapping) and any(map(_is_for_metrics, batch.values())):
+        batch = {name: value for name, value in batch.items() if not _is_for_metrics(value)}
     return send_to_device(private_copy(batch), input_device(model))
+
+
+def _is_for_metrics(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], ForMetrics)
 
 
 class Output(NamedTuple):

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from hf_parcor.errors import InputError, nearest
 from hf_parcor.tasks.image_classification import ImageClassification
 from hf_parcor.tasks.object_detection import ObjectDetection
+from hf_parcor.tasks.question_answering import QuestionAnswering
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.sequence_to_sequence import Summarization, Translation
 from hf_parcor.tasks.task import ADAPTER_CONFIG, Task, load_pretrained
@@ -26,6 +27,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         for task in (
             TextClassification(),
             TokenClassification(),
+            QuestionAnswering(),
             TextGeneration(),
             Summarization(),
             Translation(),
@@ -39,6 +41,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 _HEADS_OF_ADAPTERS = {
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
     "CAUSAL_LM": "ForCausalLM",
     "SEQ_2_SEQ_LM": "ForConditionalGeneration",
 }

@@ -7,6 +7,7 @@ from hf_parcor.evaluation.metrics.generation import GenerationMetric
 from hf_parcor.evaluation.metrics.language_model import LanguageModelMetric
 from hf_parcor.evaluation.metrics.lm_eval import LmEvalMetric
 from hf_parcor.evaluation.metrics.over_batches import BatchMetric, Identified, Informed, OverBatches
+from hf_parcor.evaluation.metrics.question_answering import Question, QuestionAnsweringMetric
 from hf_parcor.evaluation.metrics.scores import EntityScore, SacrebleuScore
 from hf_parcor.evaluation.metrics.trainer import TrainerMetric
 from hf_parcor.evaluation.outputs import own_batch, share_not_finite
@@ -24,6 +25,8 @@ __all__ = [
     "NotFiniteError",
     "OverBatches",
     "PredictionMetric",
+    "Question",
+    "QuestionAnsweringMetric",
     "SacrebleuScore",
     "TrainerMetric",
     "WithDivergence",

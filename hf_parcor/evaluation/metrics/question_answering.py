@@ -1,0 +1,216 @@
+"""Answers that a model marks in a text, compared with those of people: exact match and F1, as SQuAD counts them."""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from hf_parcor.arguments import check_count
+from hf_parcor.evaluation.metrics.over_batches import OverBatches, sum_of
+from hf_parcor.evaluation.outputs import ForMetrics, Output, called, own_batch, share_not_finite
+from hf_parcor.records.metric_info import SHARE, MetricInfo
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def answer_scores(found: str, answers: Sequence[str]) -> tuple[float, float]:
+    """Return whether an answer is right, 1 or 0, and the F1 of its words: of the right answer that it is nearest to.
+
+    As in the evaluation of SQuAD (Rajpurkar et al., 2016; 2018), case, punctuation and the articles a, an, the do not
+    count. With c words in common, F1 is 2c / (words found + words of the right answer). Where there is no answer, ""
+    alone is right.
+
+    Args:
+        found: The answer; "" for none.
+        answers: Right answers; none where there is no answer.
+
+    Examples:
+        >>> answer_scores("The Black Sea.", ["black sea", "sea"])
+        (1.0, 1.0)
+        >>> answer_scores("the Black Sea coast", ["black sea", "sea"])
+        (0.0, 0.8)
+        >>> answer_scores("", []), answer_scores("sea", [])
+        ((1.0, 1.0), (0.0, 0.0))
+    """
+    words = _words(found)
+    pairs = [(words, _words(answer)) for answer in answers or [""]]
+    return float(any(one == other for one, other in pairs)), max(_f1(one, other) for one, other in pairs)
+
+
+def _words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split()
+
+
+def _f1(found: list[str], right: list[str]) -> float:
+    if not found or not right:
+        return float(found == right)
+    return 2 * (Counter(found) & Counter(right)).total() / (len(found) + len(right))
+
+
+@dataclass(frozen=True, eq=False)
+class Question(ForMetrics):
+    """What is asked of a window over a text, and how what a model marks there is read.
+
+    Attributes:
+        number: Of the question; all windows over its text have the same.
+        context: The text.
+        spans: (T, 2): the characters of the text that each token of the window stands for, its begin and its end;
+            (0, 0) for the token that is marked where there is no answer, and (−1, −1) for all others: those of the
+            question, say. Tokens behind these are padding.
+        answers: The right answers; none if the text has none.
+    """
+
+    number: int
+    context: str
+    spans: Tensor
+    answers: tuple[str, ...]
+
+
+class _Marked(NamedTuple):
+    """The likeliest answer in one window.
+
+    Attributes:
+        number: Of the question.
+        answers: Its right answers.
+        text: The likeliest answer.
+        score: Of it: the sum of two logits.
+        score_of_none: That there is no answer here.
+    """
+
+    number: int
+    answers: tuple[str, ...]
+    text: str
+    score: float
+    score_of_none: float
+
+
+class QuestionAnsweringMetric(OverBatches):
+    r"""Exact match and F1 of the answers that a model marks in texts, and its mean loss over windows.
+
+    Of all spans of up to `longest_answer` tokens of the text, the answer is the one with the largest
+    `start\_logit_i + end\_logit_j`; of several windows over a text, that in the window where this is largest. If some
+    of the questions have no answer, a question is said to have none if `start\_logit_c + end\_logit_c`, of the token
+    c that is marked then, is larger in all windows.
+
+    `exact_match` and `f1` are means over questions (see `answer_scores`), and `loss` is the model's own, which for
+    windows without the answer is that of marking c. Padding counts as tokens in it, as in training, so that it depends
+    on which windows share a batch. If a logit that decides is not finite, the answer is wrong; the
+    share of these questions is `predictions_not_finite`, if there are any.
+
+    Args:
+        batches: Mappings of what the model takes, with `start_positions` and `end_positions`, and as `questions` a
+            list with a `Question` for each row, which no model is given.
+        longest_answer: In tokens.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: There are no batches, or they can be walked through only once.
+    """
+
+    _named: ClassVar[bool] = True
+    _infos: ClassVar[Mapping[str, MetricInfo]] = {
+        "f1": MetricInfo(True, SHARE),
+        "exact_match": MetricInfo(True, SHARE),
+        "loss": MetricInfo(False),
+    }
+
+    def __init__(
+        self, batches: Iterable[Mapping[str, Any]], *, longest_answer: int = 30, progress: bool = False
+    ) -> None:
+        check_count("longest_answer", longest_answer, minimum=1)
+        super().__init__(batches, progress=progress)
+        self._longest = longest_answer
+
+    @torch.no_grad()
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        """Return the likeliest answer in each window of one batch, and the sum of the loss over them.
+
+        Raises:
+            ValueError: There are no questions, or the model returns no loss or other logits.
+        """
+        questions = batch.get("questions")
+        if not isinstance(questions, (list, tuple)) or not all(isinstance(one, Question) for one in questions):
+            raise ValueError(
+                "questions: expected a list with a Question for each row of a batch, got "
+                f"{'none' if questions is None else type(questions).__name__}; let the collator add it"
+            )
+        returned = called(model, own_batch(batch, model))
+        marked = self._marked(*_logits(returned, len(questions)), questions)
+        return {"marked": marked, "loss": Output.read(returned).own_loss() * len(questions), "windows": len(questions)}
+
+    def _marked(self, starts: Tensor, ends: Tensor, questions: Sequence[Question]) -> list[_Marked]:
+        """Return the likeliest answer in each window, from logits of shape (B, T)."""
+        spans = pad_sequence([one.spans for one in questions], batch_first=True, padding_value=-1).to(starts.device)
+        padding = starts.shape[1] - spans.shape[1]
+        spans = nn.functional.pad(spans, (0, 0, 0, padding), value=-1)
+        of_text, is_none = spans[..., 1] > spans[..., 0], (spans == 0).all(-1)
+        none = torch.where(is_none, starts + ends, -math.inf).amax(-1)
+        starts, ends = (torch.where(of_text, logits, -math.inf) for logits in (starts, ends))
+        later = nn.functional.pad(ends, (0, self._longest - 1), value=-math.inf).unfold(1, self._longest, 1)
+        scores, places = (starts[..., None] + later).flatten(1).max(-1)  # NaN if there is one
+        found = zip(questions, scores.tolist(), places.tolist(), none.tolist(), strict=True)
+        return [
+            _Marked(one.number, one.answers, _text(one, *divmod(place, self._longest)), score, of_none)
+            for one, score, place, of_none in found
+        ]
+
+    def combine(self, parts: Sequence[Any]) -> dict[str, float]:
+        """Return the metrics over all questions."""
+        of_questions: dict[int, list[_Marked]] = {}
+        for marked in (one for part in parts for one in part["marked"]):
+            of_questions.setdefault(marked.number, []).append(marked)
+        some_without = any(not windows[0].answers for windows in of_questions.values())
+        answers = [(_answer(windows, some_without), windows[0].answers) for windows in of_questions.values()]
+        scores = [(0.0, 0.0) if found is None else answer_scores(found, right) for found, right in answers]
+        exact_match, f1 = (sum(of_all) / len(scores) for of_all in zip(*scores, strict=True))
+        return {
+            "f1": f1,
+            "exact_match": exact_match,
+            "loss": sum_of(parts, "loss") / sum_of(parts, "windows"),
+            **share_not_finite(sum(found is None for found, _ in answers), len(answers)),
+        }
+
+
+def _logits(returned: Any, rows: int) -> tuple[Tensor, Tensor]:
+    """Return the scores of each token to be the first of the answer, and the last."""
+    found = [
+        returned.get(name) if isinstance(returned, Mapping) else getattr(returned, name, None)
+        for name in ("start_logits", "end_logits")
+    ]
+    starts, ends = (logits.float() if isinstance(logits, Tensor) else None for logits in found)
+    if starts is None or ends is None or starts.dim() != 2 or len(starts) != rows or ends.shape != starts.shape:
+        shapes = [tuple(logits.shape) if isinstance(logits, Tensor) else logits for logits in found]
+        raise ValueError(
+            f"logits: expected start_logits and end_logits with a score for each token of {rows} rows, got {shapes} "
+            f"from a {type(returned).__name__}; use a model that AutoModelForQuestionAnswering loads"
+        )
+    return starts, ends
+
+
+def _text(question: Question, first: int, more: int) -> str:
+    """Return the characters from a token until so many tokens later; "" where these are not tokens of the text."""
+    begin, end = (question.spans[first, 0], question.spans[min(first + more, len(question.spans) - 1), 1])
+    return question.context[int(begin) : int(end)]
+
+
+def _answer(windows: Sequence[_Marked], may_be_none: bool) -> str | None:
+    """Return the likeliest answer of all windows, "" for none; None where logits that decide are not finite."""
+    best = max(windows, key=lambda window: window.score)
+    if not all(math.isfinite(window.score) for window in windows):
+        return None
+    if not may_be_none:
+        return best.text
+    none = min(window.score_of_none for window in windows)
+    if any(math.isnan(window.score_of_none) or window.score_of_none == math.inf for window in windows):
+        return None
+    return "" if none > best.score else best.text
