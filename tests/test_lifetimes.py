@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -13,6 +15,7 @@ import transformers
 from for_each import for_each
 from trainings import QUIET, defense_named
 
+import hf_parcor
 from hf_parcor import (
     CorruptionConstraint,
     CorruptionEvaluator,
@@ -125,6 +128,36 @@ def test_a_model_that_was_trained(name, freed, tiny_bert, labelled_rows, tmp_pat
         trainer.create_model_card()
 
     assert freed(lambda: tiny_bert(num_labels=3, vocab_size=30), use)
+
+
+def caught_in_the_middle(source: str) -> list[int]:
+    """Return the lines where a `@contextmanager` catches what its block raised, raises no more of it, and keeps it."""
+    return [
+        handler.lineno
+        for function in ast.walk(ast.parse(source))
+        if isinstance(function, ast.FunctionDef) and any("contextm" in ast.unparse(d) for d in function.decorator_list)
+        for block in ast.walk(function)
+        if isinstance(block, ast.Try) and any(isinstance(part, ast.Yield) for part in ast.walk(block))
+        for handler in block.handlers
+        if ast.unparse(handler.body[-1]) != "raise" and "traceback" not in ast.unparse(handler)
+    ]
+
+
+HOLDS_NO_MODEL = {"cli", "tasks", "recipes"}
+
+
+def test_no_exception_ends_where_it_is_held():
+    """From Python 3.12 on it would be kept, with the model in its frames; 3.11 would not show it."""
+    folder = Path(hf_parcor.__file__).parent
+    found = [
+        f"{path.relative_to(folder)}:{line}"
+        for path in sorted(folder.rglob("*.py"))
+        if path.relative_to(folder).parts[0] not in HOLDS_NO_MODEL
+        for line in caught_in_the_middle(path.read_text())
+    ]
+    assert not found
+    example = "@contextmanager\ndef swallowing():\n    try:\n        yield\n    except ValueError:\n        pass\n"
+    assert caught_in_the_middle(example) == [5]
 
 
 def test_a_trainer_is_copied_with_its_defense(tiny_bert, labelled_rows, tmp_path):

@@ -107,7 +107,7 @@ def _no_gradient_lost() -> Iterator[None]:
                 f"gradients: expected a loss that can be differentiated, got one through {str(error).split(':')[0]}"
                 "'s operations, which pass no gradient back; select parameters behind the quantized layers, take "
                 "corruptions without gradients (noise, flips), or load the model without quantization"
-            ) from error
+            ) from error.with_traceback(None)  # which holds the model, see `FailuresAsPrefixErrors`
 
 
 _Round = tuple[tuple[Batch, float], bool]

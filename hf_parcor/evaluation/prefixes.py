@@ -21,13 +21,13 @@ from hf_parcor.injection import Device, Pieces, corrupted, obstacle
 from hf_parcor.model_state import BufferSnapshot, devices_of
 from hf_parcor.prefix import (
     TRIED_PASSES,
+    FailuresAsPrefixErrors,
     NothingToReuse,
     PrefixError,
     PrefixReuse,
     before_calls,
     check_results,
     distance,
-    failures_as_prefix_errors,
     leaves_of,
     outputs_of,
     plan_prefix,
@@ -149,7 +149,7 @@ class PrefixSearch:
         run = partial(self._everything_found, batch)
         try:
             prefixes, reasons, found = plan_prefixes_of_values(self._model, groups, run)
-            with failures_as_prefix_errors():
+            with FailuresAsPrefixErrors():
                 reasons += self._try_out(prefixes, run, found) if prefixes else []
         except PrefixError as error:
             if isinstance(error, _UsedEarlyError) and len(some) > 1:  # which group?
@@ -196,7 +196,7 @@ class PrefixSearch:
             check_results("result", 0.0, apart)
             for some in self._disjoint(prefixes):
                 try:
-                    with failures_as_prefix_errors(), self._other_until_called(some):
+                    with FailuresAsPrefixErrors(), self._other_until_called(some):
                         found = distance(run(), again)
                     check_results("result", found, apart)
                 except PrefixError as error:
@@ -211,7 +211,7 @@ class PrefixSearch:
             for index in [*deepest_first[:1], *deepest_first]:  # what is wrong from the second replay on
                 if index in prefixes:
                     try:
-                        with failures_as_prefix_errors(), prefixes[index].replaying():
+                        with FailuresAsPrefixErrors(), prefixes[index].replaying():
                             found = distance(run(), again)
                         check_results("result", found, apart)
                     except PrefixError as error:

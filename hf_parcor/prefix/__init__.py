@@ -11,9 +11,9 @@ from hf_parcor.prefix.cut import (
 )
 from hf_parcor.prefix.plan import (
     TRIED_PASSES,
+    FailuresAsPrefixErrors,
     check_results,
     distance,
-    failures_as_prefix_errors,
     find_prefix,
     leaves_of,
     outputs_of,
@@ -29,6 +29,7 @@ __all__ = [
     "COMPILED_AS_ONE",
     "TRIED_PASSES",
     "CalledAgain",
+    "FailuresAsPrefixErrors",
     "NothingToReuse",
     "PrefixError",
     "PrefixReuse",
@@ -37,7 +38,6 @@ __all__ = [
     "check_results",
     "check_some_is_left",
     "distance",
-    "failures_as_prefix_errors",
     "find_prefix",
     "find_rows",
     "is_compiled",

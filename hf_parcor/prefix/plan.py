@@ -225,7 +225,7 @@ def plan_prefix(
             prefix.runs_inner_hooks = inner_hooks
             prefix.spare(set())
             try:
-                with failures_as_prefix_errors():
+                with FailuresAsPrefixErrors():
                     try_prefix(prefix, model, selected, run_pass, trained, passes, sparing=spares)
                 return prefix
             except PrefixError as error:
@@ -428,19 +428,20 @@ def plan_prefixes_of_values(
     return {index: prefix for _, index, prefix in sorted(found, key=lambda one: one[:2])}, reasons, result
 
 
-@contextmanager
-def failures_as_prefix_errors() -> Iterator[None]:
-    """Turn any exception of a trial into a `PrefixError`, after which the prefix is not used.
+class FailuresAsPrefixErrors:
+    """Turns any exception of a trial into a `PrefixError`, after which the prefix is not used.
 
-    Raises:
-        PrefixError: Something failed.
+    From Python 3.12 on, an exception that ends in a `@contextmanager` is held by a frame that it holds itself, and the
+    model with it, until a garbage collection. Here it is not.
     """
-    try:
-        yield
-    except PrefixError:
-        raise
-    except Exception as error:
-        raise PrefixError(f"to try it out failed with {type(error).__name__}: {error}") from error
+
+    def __enter__(self) -> None:
+        """Begin the trial."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Raise a `PrefixError` if something else failed."""
+        if isinstance(error, Exception) and not isinstance(error, PrefixError):
+            raise PrefixError(f"to try it out failed with {type(error).__name__}: {error}") from error
 
 
 def finish(result: Any) -> Tensor:

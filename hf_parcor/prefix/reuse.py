@@ -165,8 +165,8 @@ class PrefixReuse:
                 for module in self.starts:
                     before_calls(hooks, module, finish)
                 yield
-        except PrefixFinished:
-            pass
+        except PrefixFinished as finished:
+            finished.__traceback__ = None  # which holds the model; from Python 3.12 on, a frame that it holds holds it
         except BaseException:
             self.forget()
             raise

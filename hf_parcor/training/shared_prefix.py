@@ -22,12 +22,12 @@ from hf_parcor.distributed.ddp import sending_no_buffers, wrapped_by
 from hf_parcor.distributed.fsdp import is_sharded, on_shards
 from hf_parcor.prefix import (
     COMPILED_AS_ONE,
+    FailuresAsPrefixErrors,
     NothingToReuse,
     PrefixError,
     PrefixReuse,
     RecomputedPrefix,
     check_some_is_left,
-    failures_as_prefix_errors,
     find_prefix,
     find_rows,
     is_compiled,
@@ -85,7 +85,7 @@ def _plan(passes: Passes, model: nn.Module, selected: Mapping[str, nn.Parameter]
     prefix = plan_prefix(model, selected, passes.watch, passes.trial, passes=defense.passes, sparing=True)
     if defense.splits_batch:
         share = min(defense.share_of_batch(index) for index in range(defense.passes))
-        with failures_as_prefix_errors():
+        with FailuresAsPrefixErrors():
             find_rows(
                 prefix,
                 model,
@@ -199,7 +199,7 @@ def plan_prefix_on_shards(
     prefix = agree(found)
 
     def tried() -> RecomputedPrefix:
-        with _brought_to_an_end(model), failures_as_prefix_errors():
+        with _brought_to_an_end(model), FailuresAsPrefixErrors():
             try_prefix(prefix, model, selected, on_shards(run_pass, model), passes=passes, in_step=True)
         return prefix
 
