@@ -283,12 +283,13 @@ def _announce(arguments: argparse.Namespace, corruptions: Sequence[Corruption], 
     if not corruptions:
         return
     trials = sum(arguments.trials if one.stochastic else 1 for one in corruptions)
-    counts = {"corruption": len(corruptions), "trial": trials}
-    told = " with ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items())
+    count = len(corruptions)
+    in_all = f", {trials} trials in all" if trials > count else ""
+    shorter = "--trials 1 and --limit make" if trials > count else "--limit makes"
     tell(
         f"after the training the model is measured {1 + trials} times on {rows:,} rows: as it is, and under "
-        f"{told}; --skip-corruptions leaves these out, --corruptions names fewer, --trials 1 and --limit make it "
-        "shorter"
+        f"{count} corruption{'s' * (count > 1)}{in_all}; --skip-corruptions leaves these out, --corruptions names "
+        f"fewer, {shorter} it shorter"
     )
 
 

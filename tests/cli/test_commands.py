@@ -837,7 +837,8 @@ class TestTrain:
             sum(len(row.seeds) for row in record.rows()),
             record.evaluated_on.rows,
         )
-        assert all(flag in before for flag in ("--skip-corruptions", "--corruptions", "--trials", "--limit"))
+        assert all(flag in before for flag in ("--skip-corruptions", "--corruptions", "--limit"))
+        assert ("--trials 1" in before) == any(len(row.seeds) > 1 for row in record.rows())
 
     def test_what_it_measures_on_a_file_it_has_not_trained_on(self, run, tmp_path, monkeypatch):
         """A file is both only once: the rows of training and of measuring are the file, and share none."""
