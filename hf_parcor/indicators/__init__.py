@@ -7,8 +7,9 @@ from hf_parcor.indicators.estimators import (
     random_loss_changes,
 )
 from hf_parcor.indicators.flips import measure_flips_to_break
-from hf_parcor.indicators.format_scores import FORMATS, sensitivity, unscored
+from hf_parcor.indicators.format_sensitivity import sensitivity, unscored
 from hf_parcor.indicators.loss_over_data import LossOverData
+from hf_parcor.indicators.matrix_groups import FORMATS
 from hf_parcor.indicators.measure import measure_indicators
 
 __all__ = [

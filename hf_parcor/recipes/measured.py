@@ -21,7 +21,7 @@ from hf_parcor.evaluation.measurement import Metric
 from hf_parcor.evaluation.metrics import BatchMetric, WithDivergence
 from hf_parcor.evaluation.replicas import whole_model
 from hf_parcor.evaluation.row_fingerprint import is_data
-from hf_parcor.indicators.format_scores import metric_and_batches
+from hf_parcor.indicators.format_sensitivity import metric_and_batches
 from hf_parcor.injection import Pieces
 from hf_parcor.records.curves import metric_drop
 from hf_parcor.records.evaluation import EvaluationRecord
