@@ -145,19 +145,28 @@ def batch_of(rows=4, width=8, numbers=None, answers=("b c",)):
 def test_logits_that_decide_have_to_be_finite(bad, which, place, answers, share):
     """Those of the text; that of the token for none where some question has no answer."""
     model, batch = bert(), batch_of(answers=answers, numbers=[0, 0, 1, 1])
-    usual = QuestionAnsweringMetric([batch])(model)
     forward = model.forward
 
-    def broken(**inputs):
+    def right(**inputs):
         output = forward(**inputs)
+        for name, at in (("start_logits", 3), ("end_logits", 4)):
+            output[name].zero_()[:, at if answers else 0] = 1
+        return output
+
+    def broken(**inputs):
+        output = right(**inputs)
         output[which][1, place] = bad
         return output
 
+    model.forward = right
+    usual = QuestionAnsweringMetric([batch])(model)
+    assert usual["f1"] == usual["exact_match"] == 1
     model.forward = broken
     found = QuestionAnsweringMetric([batch])(model)
     assert found.get("predictions_not_finite", 0.0) == share
     assert set(found) - {"predictions_not_finite"} == set(usual)
     assert share or found == usual
+    assert found["exact_match"] == found["f1"] == 1 - share
 
 
 def test_a_logit_of_minus_infinity_rules_a_token_out():

@@ -157,6 +157,12 @@ def test_padding_changes_no_answer(name):
     together, alone = (TASK.batches(examples, processed, size) for size in (len(examples), 1))
     (batch,) = together
     assert batch["input_ids"].shape[1] > min(len(example["input_ids"]) for example in examples)
+    for side in ("start_positions", "end_positions"):
+        marked = {
+            one["questions"].number: one["input_ids"][one[side]] for one in examples if one[side] != place_of_none(one)
+        }
+        for question, tokens, place in zip(batch["questions"], batch["input_ids"], batch[side], strict=True):
+            assert place == place_of_none({"questions": question}) or tokens[place] == marked[question.number]
     assert TASK.metric("f1", processed, together)(Oracle())["exact_match"] == 1
     assert TASK.metric("f1", processed, alone)(Oracle())["exact_match"] == 1
     without = TASK.collator(processed)([{k: v for k, v in one.items() if k != "questions"} for one in examples])
@@ -210,6 +216,12 @@ def test_tables_have_one_answer_a_row(file, tmp_path):
         read = load_rows(write_rows(tmp_path / file, header, rows))
         examples = TASK.examples(read, TASK.find_columns(read, {}), processed_by(word_pieces()))
         assert [example["questions"].answers for example in examples] == answers
+
+
+def test_a_question_may_leave_room_for_one_token():
+    examples = TASK.examples(rows_of(("a " * 20, "b c d", ["c"], [2])), COLUMNS, processed_by(word_pieces()))
+    assert [len(example["input_ids"]) for example in examples] == [24] * 3
+    assert [example["start_positions"] for example in examples] == [0, 22, 0]
 
 
 def test_answers_that_are_off_are_looked_for(caplog):

@@ -52,8 +52,8 @@ def _words(text: str) -> list[str]:
 
 
 def _f1(found: list[str], right: list[str]) -> float:
-    if not found or not right:
-        return float(found == right)
+    if not found and not right:
+        return 1.0
     return 2 * (Counter(found) & Counter(right)).total() / (len(found) + len(right))
 
 
@@ -82,14 +82,14 @@ class _Marked(NamedTuple):
     Attributes:
         number: Of the question.
         answers: Its right answers.
-        text: The likeliest answer.
+        text: The likeliest answer; None if the logits do not tell.
         score: Of it: the sum of two logits.
         score_of_none: That there is no answer here.
     """
 
     number: int
     answers: tuple[str, ...]
-    text: str
+    text: str | None
     score: float
     score_of_none: float
 
@@ -160,7 +160,13 @@ class QuestionAnsweringMetric(OverBatches):
         scores, places = (starts[..., None] + later).flatten(1).max(-1)  # NaN if there is one
         found = zip(questions, scores.tolist(), places.tolist(), none.tolist(), strict=True)
         return [
-            _Marked(one.number, one.answers, _text(one, *divmod(place, self._longest)), score, of_none)
+            _Marked(
+                one.number,
+                one.answers,
+                _text(one, *divmod(place, self._longest)) if math.isfinite(score) else None,
+                score,
+                of_none,
+            )
             for one, score, place, of_none in found
         ]
 
@@ -198,19 +204,19 @@ def _logits(returned: Any, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _text(question: Question, first: int, more: int) -> str:
-    """Return the characters from a token until so many tokens later; "" where these are not tokens of the text."""
-    begin, end = (question.spans[first, 0], question.spans[min(first + more, len(question.spans) - 1), 1])
-    return question.context[int(begin) : int(end)]
+    """Return the characters from a token until so many tokens later."""
+    spans = question.spans.tolist()
+    return question.context[spans[first][0] : spans[first + more][1]]
 
 
 def _answer(windows: Sequence[_Marked], may_be_none: bool) -> str | None:
     """Return the likeliest answer of all windows, "" for none; None where logits that decide are not finite."""
-    best = max(windows, key=lambda window: window.score)
-    if not all(math.isfinite(window.score) for window in windows):
+    if any(window.text is None for window in windows):
         return None
+    best = max(windows, key=lambda window: window.score)
     if not may_be_none:
         return best.text
-    none = min(window.score_of_none for window in windows)
-    if any(math.isnan(window.score_of_none) or window.score_of_none == math.inf for window in windows):
+    of_none = [window.score_of_none for window in windows]
+    if any(math.isnan(score) or score == math.inf for score in of_none):
         return None
-    return "" if none > best.score else best.text
+    return "" if min(of_none) > best.score else best.text
