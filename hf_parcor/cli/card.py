@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_parcor.cli.parsing import USUAL_METRIC, Command, Parser, add_meaning
+from hf_parcor.cli.flags import USUAL_METRIC, add_meaning
+from hf_parcor.cli.parsing import Command, Parser
 from hf_parcor.cli.recipe import MEASURED, RECIPE, SENSITIVITY
 from hf_parcor.cli.report import check_trained_alike, load_record
 from hf_parcor.cli.terminal import PROBE, ROBUSTNESS, refused

@@ -8,12 +8,10 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from hf_parcor.cli.parsing import (
+from hf_parcor.cli.flags import (
     NORM,
     OF_SUBJECT,
     STRENGTH_ELSEWHERE,
-    Command,
-    Parser,
     add_corruptions,
     add_loading,
     add_running,
@@ -21,6 +19,7 @@ from hf_parcor.cli.parsing import (
     add_target_modules,
     add_windows,
 )
+from hf_parcor.cli.parsing import Command, Parser
 from hf_parcor.cli.sources import check_sources, read_data
 from hf_parcor.cli.terminal import ROBUSTNESS, checkpoint_in, going_on, how_to_go_on, output_folder, refused, show
 from hf_parcor.errors import InputError

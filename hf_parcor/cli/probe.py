@@ -8,12 +8,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_parcor.cli.evaluate import asked_for, measure
-from hf_parcor.cli.parsing import (
+from hf_parcor.cli.flags import (
     OF_SUBJECT,
     STRENGTH_ELSEWHERE,
     TRIALS,
-    Command,
-    Parser,
     add_corruptions,
     add_loading,
     add_running,
@@ -21,6 +19,7 @@ from hf_parcor.cli.parsing import (
     add_target_modules,
     add_windows,
 )
+from hf_parcor.cli.parsing import Command, Parser
 from hf_parcor.cli.quick import add_quick, first_look
 from hf_parcor.cli.recipe import add_recipe, check_flags, choose
 from hf_parcor.cli.terminal import PROBE

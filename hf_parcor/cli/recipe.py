@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_parcor.cli.evaluate import asked_for, check_constraint_flags
-from hf_parcor.cli.parsing import Parser, at_least, number
+from hf_parcor.cli.flags import at_least, number
+from hf_parcor.cli.parsing import Parser
 from hf_parcor.cli.sources import check_sources, read_data
 from hf_parcor.cli.terminal import (
     checkpoint_in,

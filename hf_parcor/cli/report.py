@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hf_parcor.cli.parsing import USUAL_METRIC, Command, Parser, add_meaning
+from hf_parcor.cli.flags import USUAL_METRIC, add_meaning
+from hf_parcor.cli.parsing import Command, Parser
 from hf_parcor.cli.terminal import PAGES, PROBE, ROBUSTNESS, refused, show_verdict, tell, write_report, writing
 from hf_parcor.defense_file import DEFENSE_CONFIG_NAME, defense_beside, differences, has_run
 from hf_parcor.errors import InputError

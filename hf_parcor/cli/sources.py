@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_parcor.cli.parsing import BETWEEN_ROWS, SPLIT, TRAIN_SPLIT, WINDOWED, pairs
+from hf_parcor.cli.flags import BETWEEN_ROWS, SPLIT, TRAIN_SPLIT, WINDOWED, pairs
 from hf_parcor.cli.terminal import check_output_folder, refused, tell
 from hf_parcor.errors import InputError, one_line
 from hf_parcor.hub_data import failures_of_hub

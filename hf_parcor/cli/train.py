@@ -12,18 +12,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_parcor.arguments import check_count, check_not_negative, check_positive
-from hf_parcor.cli.parsing import (
-    LARGEST_SEED,
-    OF_SUBJECT,
-    TRAIN_SPLIT,
-    TRIALS,
-    Command,
-    Parser,
-    add_subject,
-    at_least,
-    corruption,
-    share,
-)
+from hf_parcor.cli.flags import LARGEST_SEED, OF_SUBJECT, TRAIN_SPLIT, TRIALS, add_subject, at_least, corruption, share
+from hf_parcor.cli.parsing import Command, Parser
 from hf_parcor.cli.sources import check_sources, read_data, rows_of
 from hf_parcor.cli.terminal import (
     PROBE,

@@ -59,7 +59,7 @@ from hf_parcor import (
     by_kind,
     select_parameters,
 )
-from hf_parcor.cli import parsing as options
+from hf_parcor.cli import flags as shared_flags
 from hf_parcor.cli.main import COMMANDS
 from hf_parcor.cli.probe import GROUPS
 from hf_parcor.cli.train import _training_and_validation
@@ -93,10 +93,10 @@ def model_of(folder):
 
 @pytest.mark.slow
 def test_names_that_help_shows_are_those_of_the_catalogues():
-    assert tuple(TASKS) == options.TASKS
-    assert [name for name, task in TASKS.items() if "stride" in task.takes] == [options.WINDOWED]
-    assert options.TRIALS == DEFAULT_TRIALS
-    assert tuple(name.replace("_", "-") for name in CORRUPTIONS) == options.CORRUPTIONS
+    assert tuple(TASKS) == shared_flags.TASKS
+    assert [name for name, task in TASKS.items() if "stride" in task.takes] == [shared_flags.WINDOWED]
+    assert shared_flags.TRIALS == DEFAULT_TRIALS
+    assert tuple(name.replace("_", "-") for name in CORRUPTIONS) == shared_flags.CORRUPTIONS
 
 
 def test_corruptions_from_words():
