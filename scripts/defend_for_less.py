@@ -20,7 +20,7 @@ from typing import Any
 
 from hf_parcor import CorruptionConstraint, GradientCorruption
 from hf_parcor.records import EvaluationRecord
-from hf_parcor.reports.plots import new_figure
+from hf_parcor.reports.panels import new_figure
 from hf_parcor.statistics import MeanAndSpread, student_t_test
 from scripts.benchmark import LOOKSAM, LOOKSAM_BETWEEN, MOMENTUM
 from scripts.campaigns import ONE_STEP, PLAIN, Arm, Run, l2, mean_and_deviation, over_runs, write_table

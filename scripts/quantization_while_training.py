@@ -31,7 +31,7 @@ from statistics import fmean
 from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.records.curves import plain_name
-from hf_parcor.reports.plots import new_figure
+from hf_parcor.reports.panels import new_figure
 from hf_parcor.reports.tables import markdown_table
 from scripts.campaigns import (
     Arm,

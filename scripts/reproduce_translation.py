@@ -31,7 +31,7 @@ from hf_parcor.corruptions import Corruption
 from hf_parcor.defenses import ConstrainedDefense
 from hf_parcor.evaluation import GenerationMetric
 from hf_parcor.records import EvaluationRecord, MetricInfo, StoredRecord, SweepRecord
-from hf_parcor.reports.plots import line_styles, new_figure
+from hf_parcor.reports.panels import line_styles, new_figure
 from hf_parcor.reports.tables import markdown_table
 from hf_parcor.statistics import MeanAndSpread, student_t_test
 from hf_parcor.translation import (

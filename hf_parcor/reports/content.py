@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from hf_parcor.records.curves import Series, area_under_curve, epsilon_at_half, short
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
-from hf_parcor.reports import plots
 from hf_parcor.reports.caveats import data_caveat, notes
 from hf_parcor.reports.command_line import commands
 from hf_parcor.reports.comparison import comparison_verdict, differences
 from hf_parcor.reports.markup import code_of, printable, text_of
 from hf_parcor.reports.numbers import Numbers, probability, times
-from hf_parcor.reports.plots import Line, Panel
+from hf_parcor.reports.panels import Line, Panel
+from hf_parcor.reports.panels import Point as PanelPoint
 from hf_parcor.reports.study import Curve, Point, Study, common_strengths
 from hf_parcor.reports.tables import Table, markdown_table, short_names
 from hf_parcor.reports.verdict import NEGLIGIBLE, Finding, fragility, others_median, probe_verdict
@@ -56,7 +56,7 @@ def _panel(title: str, series: Series, curves: Mapping[str, Curve]) -> Panel:
         points = []
         for point in curve.points:
             place = point.strength if series.strength else float(places.index(point.strength) + 1)
-            points.append(plots.Point(place, short(place), point.mean, *(point.interval or (math.nan, math.nan))))
+            points.append(PanelPoint(place, short(place), point.mean, *(point.interval or (math.nan, math.nan))))
         lines[name] = Line(curve.clean.mean, tuple(points))
     axis = printable(series.unit) or "corruptions, in the order of the table"
     return Panel(title, axis, series.strength, lines)

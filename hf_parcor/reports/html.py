@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element, fromstring, tostring
 from hf_parcor.reports.content import Content
 from hf_parcor.reports.first_look import FirstLookContent
 from hf_parcor.reports.markup import breakable, element, printable
-from hf_parcor.reports.plots import Panel, line_signs, panel_as_svg
+from hf_parcor.reports.panels import Panel, line_signs, panel_as_svg
 from hf_parcor.reports.recipe import RecipeContent
 from hf_parcor.reports.tables import Table
 from hf_parcor.reports.verdict import Finding

@@ -15,7 +15,7 @@ from hf_parcor.records.sensitivity import DIVERGENCE, SensitivityRecord
 from hf_parcor.reports.command_line import flag_words
 from hf_parcor.reports.content import answer_as_markdown, share_of_largest, tables_as_markdown
 from hf_parcor.reports.numbers import Numbers
-from hf_parcor.reports.plots import Line, Panel, Point
+from hf_parcor.reports.panels import Line, Panel, Point
 from hf_parcor.reports.tables import Table, short_names
 from hf_parcor.reports.verdict import Finding, rows_counted
 from hf_parcor.statistics import exact_sum
