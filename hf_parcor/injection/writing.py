@@ -6,7 +6,6 @@ the float32 weights of a model changed in their last bit.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,189 +20,17 @@ from torch.nn.utils import parametrize
 from hf_parcor.arguments import check_norm_order
 from hf_parcor.devices import host_of, in_float64
 from hf_parcor.distributed.dtensors import (
-    addresses_of,
     alike,
-    has_shards,
     local_part,
     local_parts,
     one_vector,
-    spread_alike,
     total,
 )
 from hf_parcor.functional.norms import norms_of_each, vector_norm, vector_norm_of_unit_scale
-from hf_parcor.functional.vectors import add_multiple_, chunks, clones, together_on, widened, write_sums_
+from hf_parcor.functional.vectors import add_multiple_, chunks, clones, widened, write_sums_
+from hf_parcor.injection.corruptible import Device, check_corruption, check_device, check_mapping, check_weights
+from hf_parcor.injection.forms import Multiple, Pieces, Replacement, in_bundles
 from hf_parcor.overriding import undo_at_end
-
-Device = torch.device | str | None
-"""A device, or None for that of the weights."""
-
-
-def check_device(what: str, device: Device) -> torch.device | None:
-    """Return a device that can hold numbers, or None.
-
-    Raises:
-        ValueError: There is no device of this name, or it holds none.
-    """
-    if device is None:
-        return None
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f'{what}: expected the name of a device, got {device!r}; pass for example "cpu"') from error
-    if found.type == "meta":
-        raise ValueError(f'{what}: expected a device that holds numbers, got meta; pass for example "cpu"')
-    return found
-
-
-def obstacle(weight: Tensor) -> str | None:
-    """Return why a tensor's numbers cannot be corrupted, to be read after "is" or "are"; None where they can.
-
-    Examples:
-        >>> obstacle(torch.ones(2)), obstacle(torch.ones(2, dtype=torch.int8)), obstacle(torch.ones(2, device="meta"))
-        (None, 'int8', 'on the meta device, as what is offloaded')
-    """
-    weight = local_part(weight)
-    kind = type(weight)
-    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # which says itself what a write or a view means
-        return f"of the class {kind.__name__}, no plain numbers"
-    if weight.is_meta:
-        return "on the meta device, as what is offloaded"
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        return str(weight.dtype).removeprefix("torch.")
-    if weight.layout != torch.strided:
-        return f"{str(weight.layout).removeprefix('torch.')} tensors"
-    if _is_expanded(weight):
-        return "expanded, several entries in one place"
-    if weight.is_inference() and not torch.is_inference_mode_enabled():
-        return "made in inference mode, which forbids writes outside of it"
-    return None
-
-
-def _is_expanded(weight: Tensor) -> bool:
-    """Say whether entries share memory, which PyTorch refuses to write to."""
-    if weight.layout != torch.strided or weight.is_contiguous():
-        return False
-    return not all(step or size == 1 for step, size in zip(weight.stride(), weight.shape, strict=True))
-
-
-def check_weights(weights: Mapping[str, Tensor]) -> None:
-    """Refuse an empty selection, weights that cannot be corrupted, and weights that stand under two names."""
-    check_mapping("weights", weights, "select_parameters(model, ...) returns one")
-    if not weights:
-        raise ValueError("weights: expected at least one tensor, got none; select parameters first")
-    first_of_kind: dict[object, str] = {}
-    for name, weight in weights.items():
-        memory = weight.dtype, weight.layout, weight.device, weight.is_inference(), _is_expanded(weight)
-        first_of_kind.setdefault((type(weight), memory), name)
-    for name in first_of_kind.values():
-        found = obstacle(weights[name])
-        if found is not None:
-            raise TypeError(
-                f"{name}: expected a floating-point weight of 16 bits or more in plain memory, got one that is "
-                f"{found}; leave it out of the selection, or load the model without quantization and offloading"
-            )
-    names: dict[int, str] = {}
-    for name, address in zip(weights, addresses_of(list(weights.values())), strict=True):
-        if address and address in names:
-            raise ValueError(
-                f"{name}: expected every weight under one name, got that of {names[address]} again; "
-                "tied weights are one weight: leave one of the names out"
-            )
-        names[address] = name
-
-
-def check_mapping(what: str, given: object, advice: str) -> None:
-    """Refuse what is no mapping."""
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{what}: expected tensors by name, got {type(given).__name__}; {advice}")
-
-
-def check_corruption(weights: Mapping[str, Tensor], corruption: Mapping[str, Tensor]) -> None:
-    """Refuse names and shapes that do not belong to the weights."""
-    check_mapping("corruption", corruption, "call a corruption on the parameters to get one")
-    sharded = has_shards(weights.values()) or has_shards(corruption.values())
-    for name, change in corruption.items():
-        if name not in weights:
-            near = difflib.get_close_matches(name, weights, n=3) or list(weights)[:3]
-            raise ValueError(
-                f"corruption: expected names of the {len(weights)} selected parameters, got {name!r}; "
-                f"the nearest are {', '.join(near)}"
-            )
-        if not isinstance(change, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(change).__name__}; pass torch.as_tensor(...)")
-        if change.shape != weights[name].shape:
-            raise ValueError(
-                f"{name}: expected a corruption of shape {tuple(weights[name].shape)}, got {tuple(change.shape)}; "
-                "make it from the weights that it is for"
-            )
-        if sharded and not spread_alike(change, weights[name]):
-            raise ValueError(
-                f"{name}: expected a corruption that is sharded over the ranks as its weight is, got another layout; "
-                "make it from the weights that it is for"
-            )
-
-
-class Replacement(dict[str, Tensor]):
-    """New values of weights, by name, where a difference would not do.
-
-    Quantized weights and flipped bits are values: where an exponent bit flips, `w + (w' − w)` is not `w'` in floating
-    point, and `w'` may be ∞ or NaN. Any other mapping of names to tensors is a corruption `a` to be added.
-    """
-
-
-@dataclass(frozen=True)
-class Multiple:
-    """A corruption `a = f v` that nobody needs by itself: it is made while it is added, in no memory of its own.
-
-    Attributes:
-        direction: `v` by name, which is only read.
-        factor: `f ≥ 0`, a zero-dimensional tensor in float64; with 0 nothing is added, whatever `v` holds.
-        norm: The norm of `a`, of the order that `Injection.write` is told.
-    """
-
-    direction: Mapping[str, Tensor]
-    factor: Tensor
-    norm: Tensor
-
-
-class Pieces:
-    """A corruption that comes one tensor after the other: each is made when it is asked for, and only once.
-
-    Nobody here holds a tensor while the next one is made, so that a corruption of a whole model takes no more memory
-    than its largest tensor. A piece may depend on its own weight, but on no other one: that may be written already.
-
-    Args:
-        pairs: Names and tensors; each name at most once.
-        replaces: Whether they are new values of the weights, as in a `Replacement`, and not to be added to them.
-
-    Examples:
-        >>> pieces = Pieces((name, torch.ones(2)) for name in ("a", "b"))
-        >>> [name for name, tensor in pieces], pieces.whole()
-        (['a', 'b'], {})
-    """
-
-    def __init__(self, pairs: Iterable[tuple[str, Tensor]], *, replaces: bool = False) -> None:
-        self._pairs = iter(pairs)
-        self.replaces = replaces
-
-    @classmethod
-    def consuming(cls, tensors: dict[str, Tensor]) -> Pieces:
-        """Return the tensors of a corruption that exists as a whole; each leaves the dictionary as it is asked for."""
-        return cls(((name, tensors.pop(name)) for name in list(tensors)), replaces=isinstance(tensors, Replacement))
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what is left, under `torch.no_grad()`."""
-        while True:
-            with torch.no_grad():
-                pair = next(self._pairs, None)
-            if pair is None:
-                return
-            yield pair
-            del pair
-
-    def whole(self) -> dict[str, Tensor]:
-        """Return all that is left, as one mapping."""
-        return Replacement(self) if self.replaces else dict(self)
 
 
 def forget_derived() -> None:
@@ -415,7 +242,7 @@ class Injection:
                 local_parts([self._corruption[name] for name in moved]),
                 local_parts([update[name] for name in moved]),
             )
-            for bundle in _bundles(pieces):
+            for bundle in in_bundles(pieces):
                 check_corruption(self._weights, bundle)
                 moving = local_parts([self._corruption[name] for name in bundle])
                 torch._foreach_add_(moving, local_parts(list(bundle.values())))
@@ -473,13 +300,13 @@ class Injection:
         factor = None
         if isinstance(corruption, Pieces):
             replaces, asked = corruption.replaces, _Asked(p, None)
-            bundles = map(self._checked, _bundles(corruption))
+            bundles = map(self._checked, in_bundles(corruption))
         elif isinstance(corruption, Multiple):
             replaces, asked, factor = False, _Asked(p, None, corruption.norm), corruption.factor
             bundles = [self._checked(corruption.direction)]
         else:
             replaces, asked = isinstance(corruption, Replacement), _Asked(p, corruption)
-            bundles = _bundles(self._checked(corruption).items())  # all of it, before any is written
+            bundles = in_bundles(self._checked(corruption).items())  # all of it, before any is written
         if self._corruption:
             raise RuntimeError("write: expected weights not displaced before, got displaced ones; restore() first")
         self._asked = None if replaces else asked
@@ -626,22 +453,6 @@ class _Asked:
                 f"pass p={p:g} to write"
             )
         return self.seen
-
-
-def _bundles(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Yield tensors by name, small ones together, and hold none while the next is made."""
-    bundle: dict[str, Tensor] = {}
-    entries = 0
-    for name, piece in pairs:
-        bundle[name] = piece
-        entries += piece.numel() if isinstance(piece, Tensor) else 0
-        enough = isinstance(piece, Tensor) and entries >= together_on(piece.device)
-        del piece
-        if enough:
-            yield bundle
-            bundle, entries = {}, 0
-    if bundle:
-        yield bundle
 
 
 def _copy_on(device: torch.device, weight: Tensor) -> Tensor:

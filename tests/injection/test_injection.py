@@ -397,7 +397,7 @@ class TestFailuresWhileWriting:
         def fails(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr("hf_parcor.injection.vector_norm_of_unit_scale", fails)
+        monkeypatch.setattr("hf_parcor.injection.writing.vector_norm_of_unit_scale", fails)
         with pytest.raises(error):
             injection.withdraw(2)
         assert bits_of(model) == before
@@ -408,7 +408,7 @@ class TestFailuresWhileWriting:
         def fails(_: object) -> None:
             raise error
 
-        monkeypatch.setattr("hf_parcor.injection.clones", fails)
+        monkeypatch.setattr("hf_parcor.injection.writing.clones", fails)
         with pytest.raises(error), corrupted(dict(model.named_parameters()), noise(dict(model.named_parameters()))):
             raise AssertionError("the body must not run")
         assert bits_of(model) == before
