@@ -210,6 +210,13 @@ print(*sys.modules)
     return training, everything
 
 
+def lines_behind_imports(path):
+    """What is moved into a file of its own is no more than before."""
+    nodes = tree_of(path).body
+    imports = [node.end_lineno for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return path.read_text(encoding="utf-8").count("\n") - max(imports, default=0)
+
+
 class TestWhatIsLoaded:
     """Reading records waits for no engine, and training for no reader."""
 
@@ -224,8 +231,8 @@ class TestWhatIsLoaded:
         found = {name for name in training if name.startswith("hf_parcor.")}
         readers = {"records", "reports", "cards", "cli", "evaluation", "indicators", "tasks", "translation"}
         assert {part_of(name) for name in found}.isdisjoint(readers | {"trainers"})
-        lines = sum(SOURCES[name].read_text(encoding="utf-8").count("\n") for name in found)
-        assert lines <= 14_900, "training has come to load more; is all of it needed to train?"
+        lines = sum(lines_behind_imports(SOURCES[name]) for name in found)
+        assert lines <= 13_550, "training has come to load more; is all of it needed to train?"
 
     def test_by_the_command_line_where_nothing_is_measured(self, tmp_path):
         program = f"""

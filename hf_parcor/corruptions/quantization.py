@@ -56,22 +56,9 @@ import torch
 from torch import Tensor
 
 from hf_parcor.corruptions.corruption import OPTION, Corruption, GradientSource, Strength, named, named_pieces
-from hf_parcor.functional.quantization import (
-    FLOAT_FORMATS,
-    MOST_BITS,
-    ROUNDED_TOGETHER,
-    Per,
-    check_bits,
-    check_blocks,
-    check_codes,
-    check_float_format,
-    check_per,
-    in_rows,
-    quantize,
-    quantize_in_turn,
-    quantize_to_float,
-    row_width,
-)
+from hf_parcor.functional.blocks import ROUNDED_TOGETHER, Per, check_blocks, check_per, in_rows, row_width
+from hf_parcor.functional.float_formats import FLOAT_FORMATS, check_float_format, quantize_to_float
+from hf_parcor.functional.quantization import MOST_BITS, check_bits, check_codes, quantize, quantize_in_turn
 from hf_parcor.functional.vectors import clones, in_turn, one_by_one
 from hf_parcor.injection import Pieces
 

@@ -6,10 +6,11 @@ from hf_parcor.functional.constrained_maximum import (
     constrained_maximum_,
     constrained_maximum_value,
 )
+from hf_parcor.functional.float_formats import quantize_to_float
 from hf_parcor.functional.noise import conductance_drift, gaussian_noise, random_signs, relative, uniform_noise
 from hf_parcor.functional.norms import inner_product, max_magnitude, vector_norm
 from hf_parcor.functional.projections import project, project_, rescale_to_norm
-from hf_parcor.functional.quantization import quantize, quantize_to_float
+from hf_parcor.functional.quantization import quantize
 from hf_parcor.functional.top_n import keep_top_n, keep_top_n_
 from hf_parcor.functional.worst_bits import BitFlip, largest_of_kernels, worst_flip
 

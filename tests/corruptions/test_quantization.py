@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hf_parcor import CorruptionEvaluator, FloatQuantization, Quantization, corrupted
 from hf_parcor.functional import quantize, quantize_to_float
-from hf_parcor.functional.quantization import in_rows
+from hf_parcor.functional.blocks import in_rows
 
 
 @for_each("bits", [2, 4, 8, 16])
@@ -161,8 +161,8 @@ def test_what_is_joined_is_bounded() -> None:
         return part
 
     with ExitStack() as limits:
-        for place in ("corruptions", "functional"):
-            limits.enter_context(patch.object(sys.modules[f"hf_parcor.{place}.quantization"], "ROUNDED_TOGETHER", 100))
+        for place in ("corruptions.quantization", "functional.blocks"):
+            limits.enter_context(patch.object(sys.modules[f"hf_parcor.{place}"], "ROUNDED_TOGETHER", 100))
         names = [name for name, _ in module._in_turn(weights, (), lambda weight: 10, rounded)]
     assert names == list(weights)
     assert seen == [1 + 4 + 3, 10, 9 + 9, 9, 40, 2 + 2 + 5]
