@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -27,9 +27,16 @@ def own_batch(batch: Any, model: nn.Module) -> Any:
 
     It is copied before it moves: a `BatchEncoding` moves in place.
     """
-    if isinstance(batch, Mapping) and any(map(_is_for_metrics, batch.values())):
-        batch = {name: value for name, value in batch.items() if not _is_for_metrics(value)}
+    beside = for_metrics(batch)
+    if beside:
+        batch = {name: value for name, value in batch.items() if name not in beside}
     return send_to_device(private_copy(batch), input_device(model))
+
+
+def for_metrics(batch: Any) -> dict[str, Sequence[ForMetrics]]:
+    """Return what stands in a batch for metrics alone, by name."""
+    entries = batch.items() if isinstance(batch, Mapping) else ()
+    return {name: value for name, value in entries if _is_for_metrics(value)}
 
 
 def _is_for_metrics(value: Any) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.evaluation.fingerprint import fingerprint, is_mapping_of_dense_tensors
+from hf_parcor.evaluation.outputs import ForMetrics, for_metrics
 from hf_parcor.evaluation.weights import bytes_of
 from hf_parcor.records import OF_ROWS
 
@@ -28,8 +29,8 @@ def data_fingerprint(batches: Iterable[Any]) -> str:
     is padding is known by `attention_mask` and `decoder_attention_mask`, and of labels by −100; where a batch has
     neither, all in it is content.
 
-    Rows can be told apart where every batch is a mapping of dense tensors with one first dimension, and none is
-    packed: `position_ids` that begin again within a row say that it is several.
+    Rows can be told apart where every batch is a mapping of dense tensors with one first dimension, beside lists of as
+    many `ForMetrics`, and none is packed: `position_ids` that begin again within a row say that it is several.
 
     Args:
         batches: Such as a list, or a `DataLoader` that does not shuffle; it is walked through twice at most.
@@ -78,7 +79,8 @@ class RowFingerprint:
 
     def add(self, batch: Any) -> None:
         """Take the next batch in."""
-        tensors = _by_row(batch) if self._told_apart else None
+        beside = for_metrics(batch)
+        tensors = _by_row(batch, beside) if self._told_apart else None
         if tensors is None:
             self._told_apart = False
             return
@@ -98,18 +100,27 @@ class RowFingerprint:
                 offset = 0 if offsets is None else offsets[row]
                 self._digest.update(f"{name} {tuple(content.shape)} {content.dtype} {offset};".encode())
                 self._digest.update(bytes_of(content))
+            for name in sorted(beside):
+                self._digest.update(f"{name} {fingerprint([beside[name][row]])};".encode())
 
     def text(self) -> str:
         """Return the SHA-256 of all rows until now, marked as one of rows; "" where they cannot be told apart."""
         return f"{OF_ROWS}{self._digest.hexdigest()}" if self._told_apart else ""
 
 
-def _by_row(batch: Any) -> dict[str, Tensor] | None:
-    """Return the tensors of a batch by name, in alphabetical order; None where they have no common first dimension."""
-    if not is_mapping_of_dense_tensors(batch):
+def _by_row(batch: Any, beside: Mapping[str, Sequence[ForMetrics]]) -> dict[str, Tensor] | None:
+    """Return the tensors of a batch by name, in alphabetical order; None where they have no common first dimension.
+
+    Args:
+        batch: Of any kind.
+        beside: What it has for metrics, which has to have as many entries.
+    """
+    inputs = {name: batch[name] for name in batch if name not in beside} if beside else batch
+    if not is_mapping_of_dense_tensors(inputs):
         return None
-    tensors = {name: batch[name].detach().cpu() for name in sorted(batch)}
+    tensors = {name: inputs[name].detach().cpu() for name in sorted(inputs)}
     counts = {len(tensor) if tensor.dim() else None for tensor in tensors.values()}
+    counts |= set(map(len, beside.values()))
     return tensors if len(counts) == 1 and None not in counts else None
 
 

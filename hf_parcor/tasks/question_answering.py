@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -149,13 +148,8 @@ class QuestionAnsweringCollator:
         for name in _POSITIONS:
             batch[name] = torch.tensor([one[name] + more for one, more in zip(examples, before, strict=True)])
         if "questions" in examples[0]:
-            batch["questions"] = [_later(one["questions"], more) for one, more in zip(examples, before, strict=True)]
+            batch["questions"] = [example["questions"] for example in examples]
         return batch
-
-
-def _later(question: Question, tokens: int) -> Question:
-    """Return a question whose window begins so many tokens later."""
-    return replace(question, spans=torch.nn.functional.pad(question.spans, (0, 0, tokens, 0), value=-1))
 
 
 def _answers(rows: Rows, columns: Mapping[str, str], contexts: Sequence[str]) -> list[tuple[Answer, ...]]:

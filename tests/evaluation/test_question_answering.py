@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import string
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,8 @@ from torch import nn
 from hf_parcor import CorruptionConstraint, CorruptionEvaluator, GaussianNoise, GradientCorruption
 from hf_parcor.evaluation import Question, QuestionAnsweringMetric
 from hf_parcor.evaluation.metrics.question_answering import answer_scores
+from hf_parcor.evaluation.row_fingerprint import data_fingerprint
+from hf_parcor.records import OF_ROWS
 
 WORDS = ["the", "a", "sea", "Black", "sea.", "coast", "an", "(Black)", "there"]
 TEXTS = st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)
@@ -204,6 +207,18 @@ def test_no_model_is_given_the_questions(monkeypatch):
     assert all("questions" in batch for batch in batches)
 
 
+def test_a_record_tells_what_was_asked():
+    """And what was right: the fingerprint of data counts it, row by row."""
+    batch = batch_of()
+    (first, *others), kept = batch["questions"], data_fingerprint([batch])
+    halves = [{name: value[part] for name, value in batch.items()} for part in (slice(1), slice(1, 4))]
+    assert data_fingerprint(halves) == kept
+    assert kept.startswith(OF_ROWS)
+    for change in ({"number": 7}, {"context": "a b c d f"}, {"answers": ("d",)}, {"spans": first.spans + 1}):
+        assert data_fingerprint([{**batch, "questions": [replace(first, **change), *others]}]) != kept
+    assert not data_fingerprint([{**batch, "questions": others}]).startswith(OF_ROWS)  # whose are they?
+
+
 def test_bad_input():
     batch = batch_of()
     with pytest.raises(ValueError, match="longest_answer: expected"):
@@ -213,6 +228,8 @@ def test_bad_input():
         other |= {} if questions is None else {"questions": questions}
         with pytest.raises((ValueError, TypeError), match=f"questions: expected .* got {got}|one example"):
             QuestionAnsweringMetric([other])(bert())
+    with pytest.raises(ValueError, match=r"questions: expected spans of up to 8 tokens, .* got 10 with the padding"):
+        QuestionAnsweringMetric([{**batch, "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]] * 4)}])(bert())
     with pytest.raises(ValueError, match="loss: expected"):
         QuestionAnsweringMetric([{name: batch[name] for name in ("input_ids", "questions")}])(bert())
     classifier = transformers.BertForSequenceClassification(transformers.BertConfig(**tiny.encoder(12)))

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from hf_parcor.arguments import check_count
 from hf_parcor.evaluation.metrics.over_batches import OverBatches, sum_of
@@ -66,7 +65,7 @@ class Question(ForMetrics):
         context: The text.
         spans: (T, 2): the characters of the text that each token of the window stands for, its begin and its end;
             (0, 0) for the token that is marked where there is no answer, and (−1, −1) for all others: those of the
-            question, say. Tokens behind these are padding.
+            question, say. Padding, before or behind these tokens, has none.
         answers: The right answers; none if the text has none.
     """
 
@@ -145,29 +144,29 @@ class QuestionAnsweringMetric(OverBatches):
                 f"{'none' if questions is None else type(questions).__name__}; let the collator add it"
             )
         returned = called(model, own_batch(batch, model))
-        marked = self._marked(*_logits(returned, len(questions)), questions)
+        starts, ends = _logits(returned, len(questions))
+        spans = _padded(questions, batch.get("attention_mask"), starts.shape[1])
+        marked = self._marked(starts, ends, spans, questions)
         return {"marked": marked, "loss": Output.read(returned).own_loss() * len(questions), "windows": len(questions)}
 
-    def _marked(self, starts: Tensor, ends: Tensor, questions: Sequence[Question]) -> list[_Marked]:
-        """Return the likeliest answer in each window, from logits of shape (B, T)."""
-        spans = pad_sequence([one.spans for one in questions], batch_first=True, padding_value=-1).to(starts.device)
-        padding = starts.shape[1] - spans.shape[1]
-        spans = nn.functional.pad(spans, (0, 0, 0, padding), value=-1)
-        of_text, is_none = spans[..., 1] > spans[..., 0], (spans == 0).all(-1)
+    def _marked(self, starts: Tensor, ends: Tensor, spans: Tensor, questions: Sequence[Question]) -> list[_Marked]:
+        """Return the likeliest answer in each window, from logits (B, T) and the characters of tokens (B, T, 2)."""
+        here = spans.to(starts.device)
+        of_text, is_none = here[..., 1] > here[..., 0], (here == 0).all(-1)
         none = torch.where(is_none, starts + ends, -math.inf).amax(-1)
         starts, ends = (torch.where(of_text, logits, -math.inf) for logits in (starts, ends))
         later = nn.functional.pad(ends, (0, self._longest - 1), value=-math.inf).unfold(1, self._longest, 1)
         scores, places = (starts[..., None] + later).flatten(1).max(-1)  # NaN if there is one
-        found = zip(questions, scores.tolist(), places.tolist(), none.tolist(), strict=True)
+        found = zip(questions, spans, scores.tolist(), places.tolist(), none.tolist(), strict=True)
         return [
             _Marked(
                 one.number,
                 one.answers,
-                _text(one, *divmod(place, self._longest)) if math.isfinite(score) else None,
+                _text(one.context, of_row, *divmod(place, self._longest)) if math.isfinite(score) else None,
                 score,
                 of_none,
             )
-            for one, score, place, of_none in found
+            for one, of_row, score, place, of_none in found
         ]
 
     def combine(self, parts: Sequence[Any]) -> dict[str, float]:
@@ -203,10 +202,28 @@ def _logits(returned: Any, rows: int) -> tuple[Tensor, Tensor]:
     return starts, ends
 
 
-def _text(question: Question, first: int, more: int) -> str:
+def _padded(questions: Sequence[Question], mask: Tensor | None, width: int) -> Tensor:
+    """Return the characters of each token of a batch, (B, T, 2); (−1, −1) where it is padding, at either side.
+
+    Raises:
+        ValueError: A window has more tokens than the batch.
+    """
+    begins = [0] * len(questions)
+    if mask is not None and mask.dim() == 2:
+        begins = (mask != 0).int().argmax(1).tolist()
+    behind = [width - begin - len(one.spans) for one, begin in zip(questions, begins, strict=True)]
+    if min(behind) < 0:
+        raise ValueError(
+            f"questions: expected spans of up to {width} tokens, as the batch has, got {width - min(behind)} with the "
+            "padding before them; make them of the window's own tokens"
+        )
+    padding = zip(questions, begins, behind, strict=True)
+    return torch.stack([nn.functional.pad(one.spans, (0, 0, *around), value=-1) for one, *around in padding])
+
+
+def _text(context: str, spans: Tensor, first: int, more: int) -> str:
     """Return the characters from a token until so many tokens later."""
-    spans = question.spans.tolist()
-    return question.context[spans[first][0] : spans[first + more][1]]
+    return context[int(spans[first, 0]) : int(spans[first + more, 1])]
 
 
 def _answer(windows: Sequence[_Marked], may_be_none: bool) -> str | None:
