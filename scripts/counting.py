@@ -20,9 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_parcor import injection
 from hf_parcor.defenses import DefendedStep, Defense
 from hf_parcor.defenses.step import Objective
+from hf_parcor.injection import corruptible
 
 
 @torch.library.impl("aten::_fused_sgd_.tensor_lr", "Meta")
@@ -154,7 +154,7 @@ def traffic_beyond_passes(defense: Defense, weights: Mapping[str, Tensor]) -> Tr
     """
     sizes = {name: nn.Parameter(torch.empty_like(weight, device="meta")) for name, weight in weights.items()}
     traffic = Traffic()
-    with patch.object(injection, "obstacle", return_value=None), traffic:  # the meta device is one
+    with patch.object(corruptible, "obstacle", return_value=None), traffic:  # the meta device is one
         step_without_passes(defense, sizes)
     return traffic
 

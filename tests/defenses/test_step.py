@@ -12,7 +12,7 @@ from for_each import for_each
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_parcor import AWP, CorruptionConstraint, MultiStepRisk, injection
+from hf_parcor import AWP, CorruptionConstraint, MultiStepRisk
 from hf_parcor.defenses import DefendedStep
 from hf_parcor.functional import vectors
 
@@ -112,7 +112,8 @@ def test_an_ascent_that_is_remembered_is_the_one_that_is_kept(defense, accumulat
 @pytest.mark.parametrize("steps", [1, 3])
 def test_nothing_waits_for_the_device_and_calls_do_not_grow_with_the_parameters(constraint, steps, monkeypatch):
     """Tensors on the meta device have no values: reading one (`.item()`, a branch) would raise."""
-    monkeypatch.setattr(injection, "check_weights", lambda weights: None)  # which refuses them: nothing is corrupted
+    # Which refuses them: nothing is corrupted.
+    monkeypatch.setattr("hf_parcor.injection.writing.check_weights", lambda weights: None)
     counts = []
     for count in (5, 50):
         selected = {name: nn.Parameter(p.to("meta")) for name, p in parameters(count).items()}

@@ -271,9 +271,8 @@ def test_a_vector_may_be_spread_over_devices(function) -> None:
 
 @for_each("saved_on", [None, "cpu"])
 def test_and_be_corrupted_there(saved_on, monkeypatch) -> None:
-    monkeypatch.setattr(
-        "hf_parcor.injection.writing.check_weights", lambda weights: None
-    )  # which refuses what has no memory
+    # Which refuses what has no memory.
+    monkeypatch.setattr("hf_parcor.injection.writing.check_weights", lambda weights: None)
     monkeypatch.setattr(Injection, "_moved", lambda injection, places: [])  # which looks where that is
     with FakeTensorMode():
         weights = {
