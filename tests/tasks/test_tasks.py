@@ -31,7 +31,17 @@ from hf_parcor.evaluation import LanguageModelMetric
 from hf_parcor.evaluation.fingerprint import fingerprint
 from hf_parcor.evaluation.metrics.detection import average_precision
 from hf_parcor.evaluation.outputs import ForMetrics
-from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, check_head, load_rows, task_named, task_of
+from hf_parcor.tasks import (
+    TASKS,
+    Encoding,
+    Processed,
+    Rows,
+    architectures_of,
+    check_head,
+    load_rows,
+    task_named,
+    task_of,
+)
 
 torch.manual_seed(0)
 
@@ -683,6 +693,8 @@ class TestMetricsOfTheLibrary:
     [
         ("text-classification", "SEQ_CLS", {"target_modules": ["query"]}),
         ("text-classification", "SEQ_CLS", {"target_modules": ["query"], "bias": "lora_only"}),
+        ("token-classification", "TOKEN_CLS", {"target_modules": ["query"]}),
+        ("question-answering", "QUESTION_ANS", {"target_modules": ["query"]}),
         ("text-generation", "CAUSAL_LM", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
         ("text-generation", "CAUSAL_LM", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
         (
@@ -702,6 +714,7 @@ def test_of_an_adapter_what_was_trained_is_trainable(name, kind, settings, tmp_p
     loaded = task.load_model(str(tmp_path / "adapter"))
     found = {name: weight.numel() for name, weight in loaded.named_parameters() if weight.requires_grad}
     assert found == {name.removeprefix("base_model.model."): count for name, count in trained.items()}
+    assert task.has_head(architectures_of(str(tmp_path / "adapter")))
 
 
 @for_each("padding", [None, 0, 5])
