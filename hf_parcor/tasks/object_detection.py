@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import transformers
 from torch.utils.data import DataLoader
 
-from hf_parcor.errors import InputError, nearest
+from hf_parcor.errors import InputError
 from hf_parcor.evaluation import BatchMetric, DetectionMetric
 from hf_parcor.tasks.classification import class_numbers, classes_of
 from hf_parcor.tasks.rows import Rows
@@ -94,11 +94,7 @@ class ObjectDetection(Task):
 
     def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
         """Return average precision, recall and loss."""
-        if name not in self.metrics:
-            raise InputError(
-                f"metric: expected one of {', '.join(self.metrics)} for {self.name}, got {name!r}"
-                f"{nearest(name, self.metrics)}; name one of them"
-            )
+        self.check_metric(name)
         return detection_metric(processed.processor, batches)
 
 

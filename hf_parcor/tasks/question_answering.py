@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
-from hf_parcor.errors import InputError, nearest
+from hf_parcor.errors import InputError
 from hf_parcor.evaluation import BatchMetric, Question, QuestionAnsweringMetric
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task, check_tokens
@@ -80,34 +80,19 @@ class QuestionAnswering(Task):
         of_overlap: dict[int, list[int]] = {}
         for index, room in enumerate(_rooms(rows, columns["question"], questions, tokenizer, length)):
             of_overlap.setdefault(min(_OVERLAP, room // 2), []).append(index)
-        order = ("context", "question") if tokenizer.padding_side == "left" else ("question", "context")
-        texts = {"context": contexts, "question": questions}
         windows: list[tuple[int, Example]] = []
         for overlap, indices in of_overlap.items():
-            encoded = tokenizer(
-                *([texts[name][index] for index in indices] for name in order),
-                truncation="only_first" if order[0] == "context" else "only_second",
-                max_length=length,
-                stride=overlap,
-                return_overflowing_tokens=True,
-                return_offsets_mapping=True,
-            )
-            sources, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
-            for place, source in enumerate(sources):
+            asked, read = ([texts[index] for index in indices] for texts in (questions, contexts))
+            for source, inputs, spans in _windows(asked, read, tokenizer, length, overlap):
                 index = indices[source]
-                inputs = {name: values[place] for name, values in encoded.items()}
-                of_context = [part == order.index("context") for part in encoded.sequence_ids(place)]
-                spans = _spans(offsets[place], of_context, _token_of_none(inputs["input_ids"], of_context, tokenizer))
                 if not (spans[:, 1] > spans[:, 0]).any():
                     raise InputError(
                         f"{rows.source}: expected a token or more in each text of column {columns['context']!r}, got "
                         f"none in row {rows.number(index)}; leave such rows out"
                     )
-                begin, end = _positions(spans, next(iter(answers[index]), None))
+                positions = zip(_POSITIONS, _positions(spans, next(iter(answers[index]), None)), strict=True)
                 question = Question(index, contexts[index], spans, tuple(text for text, _ in answers[index]))
-                windows.append(
-                    (index, {**inputs, "start_positions": begin, "end_positions": end, "questions": question})
-                )
+                windows.append((index, {**inputs, **dict(positions), "questions": question}))
         return [example for _, example in sorted(windows, key=lambda window: window[0])]
 
     def collator(self, processed: Processed) -> Collator:
@@ -120,11 +105,7 @@ class QuestionAnswering(Task):
         Raises:
             InputError: There is no such metric.
         """
-        if name not in self.metrics:
-            raise InputError(
-                f"metric: expected one of {', '.join(self.metrics)} for {self.name}, got {name!r}"
-                f"{nearest(name, self.metrics)}; name one of them"
-            )
+        self.check_metric(name)
         return QuestionAnsweringMetric(batches)
 
 
@@ -231,6 +212,35 @@ def _rooms(rows: Rows, column: str, questions: Sequence[str], tokenizer: Any, le
                 f"{len(tokens):,} tokens of column {column!r} in row {row}; raise --max-length, or leave such rows out"
             )
         yield room
+
+
+def _windows(
+    questions: Sequence[str], contexts: Sequence[str], tokenizer: Any, length: int, overlap: int
+) -> Iterator[tuple[int, Example, torch.Tensor]]:
+    """Yield the windows over texts: the index of the text, what the model takes, and the characters of its tokens.
+
+    Args:
+        questions: What is asked of each text.
+        contexts: The texts.
+        tokenizer: Puts the question before the text, or behind it where it pads at the left.
+        length: How many tokens a window has at most.
+        overlap: How many tokens of a text two windows share.
+    """
+    at_left = tokenizer.padding_side == "left"
+    encoded = tokenizer(
+        *((contexts, questions) if at_left else (questions, contexts)),
+        truncation="only_first" if at_left else "only_second",
+        max_length=length,
+        stride=overlap,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    sources, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
+    for place, source in enumerate(sources):
+        inputs = {name: values[place] for name, values in encoded.items()}
+        of_context = [part == (0 if at_left else 1) for part in encoded.sequence_ids(place)]
+        none = _token_of_none(inputs["input_ids"], of_context, tokenizer)
+        yield source, inputs, _spans(offsets[place], of_context, none)
 
 
 def _token_of_none(tokens: Sequence[int], of_context: Sequence[bool], tokenizer: Any) -> int:

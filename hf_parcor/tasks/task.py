@@ -302,6 +302,22 @@ class Task(ABC):
             InputError: There is no such metric.
         """
 
+    def check_metric(self, name: str, *others: str) -> None:
+        """Refuse a metric that is none of the task's own.
+
+        Args:
+            name: The metric.
+            *others: What the message names beside them.
+
+        Raises:
+            InputError: It is none.
+        """
+        if name not in self.metrics:
+            raise InputError(
+                f"metric: expected one of {', '.join([*self.metrics, *others])} for {self.name}, got {name!r}"
+                f"{nearest(name, self.metrics)}; name one of them"
+            )
+
     def shown(self, metric: str, found: Mapping[str, Any]) -> str:
         """Return which of the numbers that a metric found is to be reported."""
         return metric if metric in found else next(iter(found))

@@ -67,11 +67,7 @@ class TextGeneration(Task):
         """Return perplexity, loss and accuracy; or tasks of lm-eval, which are not measured on the batches."""
         if name.startswith(LM_EVAL):
             return _lm_eval(name, processed.processor, batches.batch_size or 1)
-        if name not in self.metrics:
-            raise InputError(
-                f"metric: expected one of {', '.join(self.metrics)}, {LM_EVAL}TASK for {self.name}, got {name!r}"
-                f"{nearest(name, self.metrics)}; name one of them"
-            )
+        self.check_metric(name, f"{LM_EVAL}TASK")
         return LanguageModelMetric(batches)
 
 
