@@ -46,6 +46,13 @@ def save_bert(
     return str(folder)
 
 
+def save_masked_bert(folder: Path) -> str:
+    save_bert(folder, transformers.BertForMaskedLM, vocab_size=len(WORDS) + 1)
+    names = {"pad_token": "[PAD]", "mask_token": "[MASK]", "model_max_length": 16}
+    word_tokenizer([*WORDS, "[MASK]"], punctuation=False, **names).save_pretrained(folder)
+    return str(folder)
+
+
 def save_gpt2(folder: Path) -> str:
     torch.manual_seed(0)
     config = transformers.GPT2Config(**{**tiny.gpt2(len(WORDS)), "bos_token_id": 2})
@@ -216,6 +223,7 @@ SAVED: dict[str, tuple[Callable[[Path], str], Callable[[Path], str], str]] = {
         write_questions,
         "rows.jsonl",
     ),
+    "fill-mask": (save_masked_bert, write_texts, "rows.csv"),
     "text-generation": (save_gpt2, write_texts, "rows.csv"),
     "summarization": (save_t5, write_summaries, "rows.csv"),
     "translation": (save_t5, write_pairs, "rows.tsv"),

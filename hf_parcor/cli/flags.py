@@ -91,6 +91,7 @@ TASKS = (
     "text-classification",
     "token-classification",
     "question-answering",
+    "fill-mask",
     "text-generation",
     "summarization",
     "translation",

@@ -161,7 +161,7 @@ class Train(Command):
                     model=model,
                     args=training,
                     train_dataset=examples,
-                    data_collator=task.collator(processed),
+                    data_collator=task.training_collator(processed),
                     processing_class=processor,
                 )
             subject = measured(task, processed, rows, measured_columns, training.eval_batch_size, arguments.metric)

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from hf_parcor.errors import InputError, nearest
+from hf_parcor.tasks.fill_mask import FillMask
 from hf_parcor.tasks.image_classification import ImageClassification
 from hf_parcor.tasks.object_detection import ObjectDetection
 from hf_parcor.tasks.question_answering import QuestionAnswering
@@ -28,6 +29,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             TextClassification(),
             TokenClassification(),
             QuestionAnswering(),
+            FillMask(),
             TextGeneration(),
             Summarization(),
             Translation(),

@@ -290,6 +290,10 @@ class Task(ABC):
     def collator(self, processed: Processed) -> Collator:
         """Return what makes a batch of tensors from examples."""
 
+    def training_collator(self, processed: Processed) -> Collator:
+        """Return what makes a batch to train on; by default the same."""
+        return self.collator(processed)
+
     def usual_metric(self, processed: Processed) -> tuple[str, str]:
         """Return what is measured where no metric is asked for, and a remark on that for the user, or ""."""
         return self.metrics[0], ""

@@ -12,6 +12,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from letter_tokenizers import bytes_of_text, unigrams_at_left, word_pieces
 from local_models import save_bert, write_questions, write_rows
 from torch import nn
 
@@ -39,50 +40,6 @@ class Oracle(nn.Module):
             for positions in (start_positions, end_positions)
         )
         return SimpleNamespace(loss=self.weight.sum(), start_logits=starts, end_logits=ends)
-
-
-def word_pieces():
-    """As of BERT: [CLS] question [SEP] text [SEP], in lower case, parts of words, padding at the right."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-
-    letters = "abcdefghij"
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters), "ab", "##cd", "."]
-    raw = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    raw.normalizer, raw.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **names)
-
-
-def bytes_of_text():
-    """As of GPT-2: bytes, with the space before a word in it, and nothing around; padding at the right."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {piece: number for number, piece in enumerate(["<pad>", *alphabet, "Ġa", "ab", "bc"])}
-    raw = Tokenizer(models.BPE(vocabulary, [("Ġ", "a"), ("a", "b"), ("b", "c")]))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    raw.post_processor = processors.ByteLevel(trim_offsets=True)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>")
-
-
-def unigrams_at_left():
-    """As of XLNet: text <sep> question <sep> <cls>, spaces as a part of words, padding at the left."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    special = ["<pad>", "<unk>", "<sep>", "<cls>"]
-    pieces = [(piece, 0.0) for piece in special] + [
-        (piece, -1.0) for piece in ["▁", *"abcdefghijAB.\n", "▁a", "ab", "cde"]
-    ]
-    raw = Tokenizer(models.Unigram(pieces, unk_id=1))
-    raw.pre_tokenizer = pre_tokenizers.Metaspace()
-    raw.post_processor = processors.TemplateProcessing(
-        single="$A:0 <sep>:0 <cls>:2",
-        pair="$A:0 <sep>:0 $B:1 <sep>:1 <cls>:2",
-        special_tokens=[("<sep>", 2), ("<cls>", 3)],
-    )
-    names = {"pad_token": "<pad>", "unk_token": "<unk>", "sep_token": "<sep>", "cls_token": "<cls>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, padding_side="left", **names)
 
 
 TOKENIZERS = {"word pieces": word_pieces(), "bytes": bytes_of_text(), "unigrams": unigrams_at_left()}

@@ -108,6 +108,20 @@ def f1_of(found, right):
     return 2 * precision * recall / (precision + recall) if common else 0.0
 
 
+def of_masks(model, tokenizer, rows):
+    """What is hidden is drawn for each row alone, see `test_fill_mask.py`; a token is a word, and none is around."""
+    hide = TASKS["fill-mask"].collator(Processed(model, tokenizer))
+    losses, right = [], []
+    for row in rows:
+        hidden = hide([{"input_ids": tokenizer.convert_tokens_to_ids(row["text"].split())}])
+        logits, labels = model(hidden["input_ids"]).logits[0].log_softmax(-1), hidden["labels"][0].tolist()
+        places = [place for place, label in enumerate(labels) if label != -100]
+        losses += [-logits[place, labels[place]].item() for place in places]
+        right += [int(logits[place].argmax()) == labels[place] for place in places]
+    loss = sum(losses) / len(losses)
+    return {"loss": loss, "perplexity": math.exp(loss), "accuracy": sum(right) / len(right)}
+
+
 def of_text(model, tokenizer, rows):
     tokens = [token for row in rows for token in [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]]
     losses, right = [], []
@@ -177,6 +191,7 @@ BY_HAND = {
     "text-classification": of_sequences,
     "token-classification": of_words,
     "question-answering": of_questions,
+    "fill-mask": of_masks,
     "text-generation": of_text,
     "summarization": of_summaries,
     "translation": of_translations,
@@ -361,7 +376,7 @@ def test_what_is_no_text_or_has_no_token(name, tmp_path):
                 task.examples(with_second(role, value), columns, processed)
         as_number, as_text = (task.examples(with_second(role, value), columns, processed) for value in (7, "7"))
         assert fingerprint(as_number) == fingerprint(as_text)
-    if name != "text-generation":  # whose rows are one text
+    if name not in ("text-generation", "fill-mask"):  # whose rows are one text, or left out
         role = next(iter(columns))
         empty = with_second(role, "")
         if role == "words":
