@@ -131,6 +131,7 @@ def test_rows_without_a_token_are_left_out(tmp_path):
 def test_bad_input(tmp_path):
     with pytest.raises(InputError, match=r"max_length: expected more than the 2 special tokens around a text, got 2"):
         windows_of("word pieces", "a", length=2)
+    assert [len(window["input_ids"]) for window in windows_of("word pieces", "a b", length=3)] == [3, 3]
     folder = save_bert(tmp_path / "without", transformers.BertForMaskedLM)
     with pytest.raises(InputError, match=r"tokenizer: expected one with a mask token, got that of .* without"):
         TASK.load_processor(folder)
