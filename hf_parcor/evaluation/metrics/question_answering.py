@@ -103,8 +103,8 @@ class QuestionAnsweringMetric(OverBatches):
 
     `exact_match` and `f1` are means over questions (see `answer_scores`), and `loss` is the model's own, which for
     windows without the answer is that of marking c. Padding counts as tokens in it, as in training, so that it depends
-    on which windows share a batch. If a logit that decides is not finite, the answer is wrong; the
-    share of these questions is `predictions_not_finite`, if there are any.
+    on which windows share a batch. If a logit that decides is not finite, the answer is wrong; the share of these
+    questions is `predictions_not_finite`, if there are any.
 
     Args:
         batches: Mappings of what the model takes, with `start_positions` and `end_positions`, and as `questions` a
@@ -126,7 +126,7 @@ class QuestionAnsweringMetric(OverBatches):
     def __init__(
         self, batches: Iterable[Mapping[str, Any]], *, longest_answer: int = 30, progress: bool = False
     ) -> None:
-        check_count("longest_answer", longest_answer, minimum=1)
+        check_count("longest_answer", longest_answer)
         super().__init__(batches, progress=progress)
         self._longest = longest_answer
 
