@@ -25,7 +25,8 @@ def number(word: str) -> float:
     try:
         return float(word)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a number, got {word!r}") from error
+        apart = f"; write several apart: {' '.join(word.split(','))}" if "," in word else ""
+        raise argparse.ArgumentTypeError(f"expected a number, got {word!r}{apart}") from error
 
 
 LARGEST_SEED = 2**32 - 1  # that NumPy takes

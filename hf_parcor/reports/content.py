@@ -17,7 +17,7 @@ from hf_parcor.reports.panels import Line, Panel
 from hf_parcor.reports.panels import Point as PanelPoint
 from hf_parcor.reports.study import Curve, Point, Study, common_strengths
 from hf_parcor.reports.tables import Table, markdown_table, short_names
-from hf_parcor.reports.verdict import NEGLIGIBLE, Finding, fragility, others_median, probe_verdict
+from hf_parcor.reports.verdict import Finding, fragility, negligible, others_median, probe_verdict
 from hf_parcor.statistics import sample_mean
 
 _LINES = 6  # as many lines as one tells apart in a small panel
@@ -131,7 +131,7 @@ def summary(study: Study, series: Series, numbers: Numbers) -> Table:
         row = [row_name(study, model, names_of[group]), f"{parameters:,}", *[f"{norms[key]:.3g}"] * known]
         row.append(numbers.difference(drops[key]))
         if ratios:
-            limit = NEGLIGIBLE * abs(curve.clean.mean)
+            limit = negligible(curve.clean.mean)
             said = finite.get(key, -1.0) >= 0 and others_median(finite, key) > limit
             row.append(times(ratios[key]) if said else "–")
         if from_zero:

@@ -14,7 +14,7 @@ from hf_parcor.reports.content import answer_as_markdown, tables_as_markdown
 from hf_parcor.reports.numbers import Numbers
 from hf_parcor.reports.recipe import short_formats
 from hf_parcor.reports.tables import Table, short_names
-from hf_parcor.reports.verdict import NEGLIGIBLE, Finding, nothing_to_lose, one_row, remedy
+from hf_parcor.reports.verdict import Finding, negligible, nothing_to_lose, one_row, remedy
 
 
 class FirstLookContent(NamedTuple):
@@ -64,7 +64,7 @@ class _Told:
 
     def is_negligible(self, cell: FormatScore) -> bool:
         """Return whether the metric is worse by less than a hundredth of its clean value."""
-        return _finite(self.drop(cell, self.metric)) <= NEGLIGIBLE * abs(self.clean)
+        return _finite(self.drop(cell, self.metric)) <= negligible(self.clean)
 
 
 def _finite(drop: float) -> float:

@@ -81,13 +81,17 @@ def others_median(drops: Mapping[Key, float], group: Key) -> float:
     return statistics.median(drop for other, drop in drops.items() if other != group)
 
 
+def negligible(clean: float) -> float:
+    """Return up to which drop a metric of this value without corruption has lost nothing: 1 % of it."""
+    return 0.01 * abs(clean)
+
+
 def _ratio(drop: float, median: float) -> float:
     if median > 0:
         return drop / median
     return math.inf if drop > 0 else math.nan
 
 
-NEGLIGIBLE = 0.01  # a drop of this share of the clean metric is none
 STANDS_OUT = 2.0  # the fragility from which on a single measurement is worth a word
 _NAMED = 5  # as many groups a sentence names
 
@@ -173,7 +177,7 @@ def _worst_of_all(study: Study, numbers: Numbers) -> list[Finding]:
     if len(groups) > 1 or len(curves) < 2 or not all_finite or _nothing_to_lose(study, {"": points[0][1]}):
         return []
     series, curve, worst = max(points, key=lambda one: sample_mean(one[1].drops([one[2].name])))
-    limit = NEGLIGIBLE * abs(curve.clean.mean)
+    limit = negligible(curve.clean.mean)
     if sample_mean(curve.drops([worst.name])) <= limit:
         return []
     held = [
@@ -228,7 +232,7 @@ def _of_one_group(study: Study, numbers: Numbers, curves: Mapping[str, Curve]) -
     clean = numbers.with_unit(curve.clean.mean)
     counted = [point.name for point in curve.points if point.counted_wrong]
     lost = f"Not all predictions are finite at {_listed(counted)}; these count as wrong." if counted else ""
-    limit = NEGLIGIBLE * abs(curve.clean.mean)
+    limit = negligible(curve.clean.mean)
     mean = _in_the_mean([curve])
     gain = f"from {clean} to {numbers.with_unit(best.mean)} at {best.name}"
     if drops[worst.name] > limit:
@@ -287,7 +291,7 @@ def _of_groups(
     top = max(drops, key=lambda group: drops[group])
     clean = curves[top].clean.mean
     which = "" if len(drops) == len(curves) else " that can be ranked"  # what is broken may be the worst
-    limit = NEGLIGIBLE * abs(clean)
+    limit = negligible(clean)
     at_each = {group: [sample_mean(curves[group].drops([name])) for name in names] for group in drops}
     better = [group for group, found in at_each.items() if min(found) < -limit]
     improved = f"{study.metric} gets better by more than that with {_listed(better)} corrupted." if better else ""
@@ -316,7 +320,7 @@ def least_worth_defending(
     drop counts here either; and where the metric is a share p of n rows its standard error, √(p (1 − p) / n), by which
     it moves on other rows of the same kind, with nothing corrupted.
     """
-    of_clean, rows = NEGLIGIBLE * abs(clean), rows_counted(records, metric, numbers)
+    of_clean, rows = negligible(clean), rows_counted(records, metric, numbers)
     error = math.sqrt(max(0.0, clean * (1 - clean)) / rows) if rows else 0.0
     if error > of_clean:
         return error, f"the standard error of {metric} over {rows:,} rows"
@@ -336,7 +340,7 @@ def _ranked(
 ) -> Finding:
     p_values = _beyond_the_others(repeated)
     ratio, median = fragility(drops)[top], others_median(drops, top)
-    limit = NEGLIGIBLE * abs(clean)
+    limit = negligible(clean)
     size = (
         f"With {top} corrupted, {study.metric} {_moved(study, numbers, drops[top])} {_over(names)}; with the others, "
         f"at the median, it {_moved(study, numbers, median)}."

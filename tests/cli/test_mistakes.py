@@ -132,6 +132,7 @@ MISTAKES = [
     (f"{TRAIN} --train-dataset nowhere.tsv", "--train-dataset: nowhere.tsv"),
     # corruptions
     (f"{PROBE} --strengths", "gradient: strength none"),
+    (f"{PROBE} --strengths 0.1,0.2", "write several apart: 0.1 0.2;"),
     (f"{PROBE} --strengths -0.1", "--corruptions gradient: epsilon:"),
     (f"{PROBE} --strengths small", "--strengths: number 'small'"),
     (f"{PROBE} --strengths nan", "epsilon:"),
