@@ -27,16 +27,15 @@ def own_batch(batch: Any, model: nn.Module) -> Any:
 
     It is copied before it moves: a `BatchEncoding` moves in place.
     """
-    beside = for_metrics(batch)
-    if beside:
-        batch = {name: value for name, value in batch.items() if name not in beside}
-    return send_to_device(private_copy(batch), input_device(model))
+    inputs, _ = inputs_and_rest(batch)
+    return send_to_device(private_copy(inputs), input_device(model))
 
 
-def for_metrics(batch: Any) -> dict[str, Sequence[ForMetrics]]:
-    """Return what stands in a batch for metrics alone, by name."""
+def inputs_and_rest(batch: Any) -> tuple[Any, dict[str, Sequence[ForMetrics]]]:
+    """Return what a model takes of a batch, and by name what stands in it for metrics alone."""
     entries = batch.items() if isinstance(batch, Mapping) else ()
-    return {name: value for name, value in entries if _is_for_metrics(value)}
+    rest = {name: value for name, value in entries if _is_for_metrics(value)}
+    return {name: value for name, value in entries if name not in rest} if rest else batch, rest
 
 
 def _is_for_metrics(value: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.evaluation.fingerprint import fingerprint, is_mapping_of_dense_tensors
-from hf_parcor.evaluation.outputs import ForMetrics, for_metrics
+from hf_parcor.evaluation.outputs import ForMetrics, inputs_and_rest
 from hf_parcor.evaluation.weights import bytes_of
 from hf_parcor.records import OF_ROWS
 
@@ -79,8 +79,8 @@ class RowFingerprint:
 
     def add(self, batch: Any) -> None:
         """Take the next batch in."""
-        beside = for_metrics(batch)
-        tensors = _by_row(batch, beside) if self._told_apart else None
+        inputs, beside = inputs_and_rest(batch)
+        tensors = _by_row(inputs, beside) if self._told_apart else None
         if tensors is None:
             self._told_apart = False
             return
@@ -108,14 +108,13 @@ class RowFingerprint:
         return f"{OF_ROWS}{self._digest.hexdigest()}" if self._told_apart else ""
 
 
-def _by_row(batch: Any, beside: Mapping[str, Sequence[ForMetrics]]) -> dict[str, Tensor] | None:
+def _by_row(inputs: Any, beside: Mapping[str, Sequence[ForMetrics]]) -> dict[str, Tensor] | None:
     """Return the tensors of a batch by name, in alphabetical order; None where they have no common first dimension.
 
     Args:
-        batch: Of any kind.
-        beside: What it has for metrics, which has to have as many entries.
+        inputs: What a model takes.
+        beside: What metrics read, which has to have as many entries.
     """
-    inputs = {name: batch[name] for name in batch if name not in beside} if beside else batch
     if not is_mapping_of_dense_tensors(inputs):
         return None
     tensors = {name: inputs[name].detach().cpu() for name in sorted(inputs)}
