@@ -60,10 +60,11 @@ class FillMask(Task):
         tokenizer, length = processed.processor, processed.length(_MAX_LENGTH)
         texts = rows.texts(columns["text"])
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        longest = max(range(len(texts)), key=lambda index: len(encoded[index]))
-        if not encoded[longest]:
+        with_tokens = [index for index, tokens in enumerate(encoded) if tokens]
+        if not with_tokens:
             raise InputError(f"{rows.source}: expected a token of text or more, got none; name other data")
-        before, behind = _around(tokenizer, texts[longest], encoded[longest])
+        shortest = min(with_tokens, key=lambda index: len(encoded[index]))
+        before, behind = _around(tokenizer, texts[shortest], encoded[shortest])
         room = length - len(before) - len(behind)
         if room < 1:
             raise InputError(
@@ -142,7 +143,16 @@ class FixedMasks:
 
 
 def _around(tokenizer: Any, text: str, tokens: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return the special tokens before and behind a text that has these tokens."""
+    """Return the special tokens before and behind a text that has these tokens.
+
+    Raises:
+        InputError: The tokens are others where special ones are around them.
+    """
     whole, count = list(tokenizer(text, verbose=False)["input_ids"]), len(tokens)
-    begin = next(place for place in range(len(whole)) if whole[place : place + count] == list(tokens))
-    return whole[:begin], whole[begin + count :]
+    for begin in range(len(whole)):
+        if whole[begin : begin + count] == list(tokens):
+            return whole[:begin], whole[begin + count :]
+    raise InputError(
+        f"tokenizer: expected one that puts special tokens around a text, got {type(tokenizer).__name__}, which makes "
+        f"{whole} of {text!r}, and {list(tokens)} without them; measure with batches and a LanguageModelMetric"
+    )

@@ -17,7 +17,7 @@ from hf_parcor.errors import InputError
 from hf_parcor.evaluation.row_fingerprint import data_fingerprint
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, load_rows
-from hf_parcor.tasks.fill_mask import FixedMasks
+from hf_parcor.tasks.fill_mask import FixedMasks, _around
 
 TASK = TASKS["fill-mask"]
 TOKENIZERS = {"word pieces": word_pieces(), "bytes": bytes_of_text(), "unigrams": unigrams_at_left()}
@@ -132,6 +132,10 @@ def test_bad_input(tmp_path):
     with pytest.raises(InputError, match=r"max_length: expected more than the 2 special tokens around a text, got 2"):
         windows_of("word pieces", "a", length=2)
     assert [len(window["input_ids"]) for window in windows_of("word pieces", "a b", length=3)] == [3, 3]
+    with pytest.raises(
+        InputError, match=r"around a text, got function, which makes \[2, 5, 3\] of 'a', and \[4\] without"
+    ):
+        _around(lambda text, verbose: {"input_ids": [2, 5, 3]}, "a", [4])
     folder = save_bert(tmp_path / "without", transformers.BertForMaskedLM)
     with pytest.raises(InputError, match=r"tokenizer: expected one with a mask token, got that of .* without"):
         TASK.load_processor(folder)
