@@ -135,7 +135,8 @@ def caught_in_the_middle(source: str) -> list[int]:
     return [
         handler.lineno
         for function in ast.walk(ast.parse(source))
-        if isinstance(function, ast.FunctionDef) and any("contextm" in ast.unparse(d) for d in function.decorator_list)
+        if isinstance(function, ast.FunctionDef)
+        if any("contextmanager" in ast.unparse(one) for one in function.decorator_list)
         for block in ast.walk(function)
         if isinstance(block, ast.Try) and any(isinstance(part, ast.Yield) for part in ast.walk(block))
         for handler in block.handlers
