@@ -26,8 +26,8 @@ class FillMask(Task):
 
     Each row is cut into windows of the longest length, with the special tokens around each; rows without a token are
     left out. Of a window's tokens 15 % are chosen, one at least: of these, 80 % are masked, 10 % are replaced by any
-    other and 10 % stay. A window that is measured hides the same tokens in every walk, see `FixedMasks`; in training
-    they are drawn anew in each epoch.
+    other and 10 % stay. What is measured hides the same tokens in every walk, see `hide`; in training they are drawn
+    anew in each epoch.
     """
 
     name = "fill-mask"
@@ -78,8 +78,15 @@ class FillMask(Task):
         ]
 
     def collator(self, processed: Processed) -> Collator:
-        """Return what hides the same tokens of a window wherever it stands."""
-        return FixedMasks(processed.processor)
+        """Return what pads windows, and labels where something is hidden, to the longest of their batch."""
+        return DataCollatorForTokenClassification(processed.processor)
+
+    def batches(
+        self, examples: Sequence[Example], processed: Processed, size: int, workers: int = 0
+    ) -> DataLoader[Any]:
+        """Return batches of windows in which tokens are hidden: once, for all walks through them."""
+        hidden = [hide(example["input_ids"], processed.processor) for example in examples]
+        return super().batches(hidden, processed, size, workers)
 
     def training_collator(self, processed: Processed) -> Collator:
         """Return what hides other tokens each time."""
@@ -101,45 +108,37 @@ class FillMask(Task):
         return LanguageModelMetric(batches)
 
 
-class FixedMasks:
-    """Makes a batch of windows in which tokens are hidden, by a draw that depends on the window's tokens alone.
+def hide(tokens: Sequence[int], tokenizer: Any) -> Example:
+    """Return a window in which tokens are hidden, by a draw that depends on the window's tokens alone.
 
-    So it is the same in every walk through the data, in batches of any size, in every process, and for every model
-    with this tokenizer. Special tokens are not hidden.
+    So it is the same in batches of any size, in every process, and for every model with this tokenizer. Special tokens
+    are not hidden.
 
     Args:
-        tokenizer: Has a mask token, and pads.
+        tokens: The window.
+        tokenizer: Has a mask token.
+
+    Returns:
+        `input_ids`, and `labels`, −100 where nothing is hidden.
 
     Examples:
         >>> from transformers import BertTokenizer
         >>> words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "film"]
         >>> tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
-        >>> batch = FixedMasks(tokenizer)([{"input_ids": [2, 5, 6, 7, 3]}])
-        >>> int((batch["labels"] != -100).sum())
+        >>> sum(label != -100 for label in hide([2, 5, 6, 7, 3], tokenizer)["labels"])
         1
     """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._pad = DataCollatorForTokenClassification(tokenizer)
-
-    def __call__(self, examples: Sequence[Example]) -> Mapping[str, Any]:
-        """Return `input_ids`, `attention_mask` and `labels`, −100 where nothing is hidden."""
-        batch: Mapping[str, Any] = self._pad([self._hidden(example["input_ids"]) for example in examples])
-        return batch
-
-    def _hidden(self, tokens: Sequence[int]) -> Example:
-        drawn = torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, tokens)).encode()))
-        special = self._tokenizer.get_special_tokens_mask(list(tokens), already_has_special_tokens=True)
-        ids, free = torch.tensor(tokens), torch.tensor(special) == 0
-        chances = torch.rand(len(ids), generator=drawn).masked_fill_(~free, 1.0)
-        chosen = free & ((chances < _CHOSEN) | (chances == chances.min()))
-        labels = ids.masked_fill(~chosen, IGNORED_LABEL)
-        fates = torch.rand(len(ids), generator=drawn)
-        others = torch.randint(len(self._tokenizer), (len(ids),), generator=drawn)
-        ids = torch.where(chosen & (fates < _MASKED), self._tokenizer.mask_token_id, ids)
-        ids = torch.where(chosen & (fates >= 1 - _REPLACED), others, ids)
-        return {"input_ids": ids.tolist(), "labels": labels.tolist()}
+    drawn = torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, tokens)).encode()))
+    special = tokenizer.get_special_tokens_mask(list(tokens), already_has_special_tokens=True)
+    ids, free = torch.tensor(tokens), torch.tensor(special) == 0
+    chances = torch.rand(len(ids), generator=drawn).masked_fill_(~free, 1.0)
+    chosen = free & ((chances < _CHOSEN) | (chances == chances.min()))
+    labels = ids.masked_fill(~chosen, IGNORED_LABEL)
+    fates = torch.rand(len(ids), generator=drawn)
+    others = torch.randint(len(tokenizer), (len(ids),), generator=drawn)
+    ids = torch.where(chosen & (fates < _MASKED), tokenizer.mask_token_id, ids)
+    ids = torch.where(chosen & (fates >= 1 - _REPLACED), others, ids)
+    return {"input_ids": ids.tolist(), "labels": labels.tolist()}
 
 
 def _around(tokenizer: Any, text: str, tokens: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -17,7 +17,7 @@ from hf_parcor.errors import InputError
 from hf_parcor.evaluation.row_fingerprint import data_fingerprint
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, load_rows
-from hf_parcor.tasks.fill_mask import FixedMasks, _around
+from hf_parcor.tasks.fill_mask import _around, hide
 
 TASK = TASKS["fill-mask"]
 TOKENIZERS = {"word pieces": word_pieces(), "bytes": bytes_of_text(), "unigrams": unigrams_at_left()}
@@ -74,7 +74,8 @@ def test_what_is_hidden_depends_on_the_window_alone(name):
         assert all((batch["labels"][batch["attention_mask"] == 0] == IGNORED).all() for batch in batches)
     assert kept[1] == kept[2] == kept[3] == kept[50]
     state = torch.random.get_rng_state()
-    FixedMasks(processed.processor)(windows)
+    for window in windows:
+        hide(window["input_ids"], processed.processor)
     assert torch.equal(state, torch.random.get_rng_state()), "draws of others stay as they are"
 
 
@@ -87,9 +88,10 @@ def test_as_many_are_hidden_as_by_bert_and_in_the_same_ways():
     tokenizer = TOKENIZERS["word pieces"]
     drawn = torch.Generator().manual_seed(0)
     rows = [[2, *torch.randint(4, 20, (98,), generator=drawn).tolist(), 3] for _ in range(400)]
-    batch = FixedMasks(tokenizer)([{"input_ids": row} for row in rows])
-    before, after, hidden = torch.tensor(rows), batch["input_ids"], batch["labels"] != IGNORED
-    assert torch.equal(batch["labels"][hidden], before[hidden])
+    windows = [hide(row, tokenizer) for row in rows]
+    after, labels = (torch.tensor([window[name] for window in windows]) for name in ("input_ids", "labels"))
+    before, hidden = torch.tensor(rows), labels != IGNORED
+    assert torch.equal(labels[hidden], before[hidden])
     assert torch.equal(after[~hidden], before[~hidden])
     assert not hidden[:, [0, -1]].any()
     assert far_from(0.15, int(hidden.sum()), 98 * 400) < 4
@@ -103,9 +105,7 @@ def test_as_many_are_hidden_as_by_bert_and_in_the_same_ways():
 
 def test_a_window_of_one_token_hides_it():
     for token in range(4, 20):
-        assert FixedMasks(TOKENIZERS["word pieces"])([{"input_ids": [2, token, 3]}])["labels"].tolist() == [
-            [IGNORED, token, IGNORED]
-        ]
+        assert hide([2, token, 3], TOKENIZERS["word pieces"])["labels"] == [IGNORED, token, IGNORED]
 
 
 def test_in_training_others_are_hidden_each_time():

@@ -42,6 +42,7 @@ from hf_parcor.tasks import (
     task_named,
     task_of,
 )
+from hf_parcor.tasks.fill_mask import hide
 
 torch.manual_seed(0)
 
@@ -110,11 +111,10 @@ def f1_of(found, right):
 
 def of_masks(model, tokenizer, rows):
     """What is hidden is drawn for each row alone, see `test_fill_mask.py`; a token is a word, and none is around."""
-    hide = TASKS["fill-mask"].collator(Processed(model, tokenizer))
     losses, right = [], []
     for row in rows:
-        hidden = hide([{"input_ids": tokenizer.convert_tokens_to_ids(row["text"].split())}])
-        logits, labels = model(hidden["input_ids"]).logits[0].log_softmax(-1), hidden["labels"][0].tolist()
+        hidden = hide(tokenizer.convert_tokens_to_ids(row["text"].split()), tokenizer)
+        logits, labels = model(torch.tensor([hidden["input_ids"]])).logits[0].log_softmax(-1), hidden["labels"]
         places = [place for place, label in enumerate(labels) if label != -100]
         losses += [-logits[place, labels[place]].item() for place in places]
         right += [int(logits[place].argmax()) == labels[place] for place in places]
