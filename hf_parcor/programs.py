@@ -15,7 +15,7 @@ from transformers.utils import logging as logging_of_transformers
 from hf_parcor.corruptions import Corruption
 from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.evaluation import CorruptionEvaluator, RobustnessArguments, RobustnessCallback
-from hf_parcor.evaluation.provenance import folder_name
+from hf_parcor.evaluation.identity.provenance import folder_name
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.reports.tables import comparison_table
 from hf_parcor.training import signs_of_collapse

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_parcor import CorruptionConstraint, GradientCorruption
-from hf_parcor.evaluation.provenance import library_versions
+from hf_parcor.evaluation.identity.provenance import library_versions
 from hf_parcor.functional import vector_norm
 from hf_parcor.indicators import LossOverData, hessian_trace, random_loss_changes
 from hf_parcor.reports.tables import markdown_table

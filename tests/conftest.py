@@ -40,7 +40,7 @@ from hf_parcor import (
     WorstBitFlips,
 )
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
-from hf_parcor.evaluation import prefixes
+from hf_parcor.evaluation.passes import prefixes
 from scripts.counting import PeakMemory
 
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)

@@ -22,7 +22,7 @@ from hf_parcor.cards.hub import HTTP_ERROR, card_on_hub, paths_in
 from hf_parcor.cards.text import Card, read_card, unmeasured_section, updated_card, with_metadata
 from hf_parcor.distributed.fsdp import drop_gathered
 from hf_parcor.evaluation import RobustnessMixin
-from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
+from hf_parcor.evaluation.identity.fingerprint import fingerprint_of_weights
 from hf_parcor.overriding import overriding
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.records.data import EvaluationData, named_on_hub

@@ -224,7 +224,7 @@ def _described(arguments: argparse.Namespace, data: EvaluationData) -> Evaluatio
 
 def _task_of_head(folder: Path) -> str:
     """Return the task that the model in a folder has a head for; "" where it does not say."""
-    from hf_parcor.evaluation.provenance import task_of_class
+    from hf_parcor.evaluation.identity.provenance import task_of_class
 
     try:
         found = read_strict_json(folder / "config.json")

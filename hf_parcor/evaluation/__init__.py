@@ -3,9 +3,7 @@
 from hf_parcor.distributed.processes import ProcessError
 from hf_parcor.evaluation.callback import RobustnessCallback
 from hf_parcor.evaluation.evaluator import CorruptionEvaluator, LayerProbe
-from hf_parcor.evaluation.gradients import DatasetGradients
 from hf_parcor.evaluation.losses import model_loss
-from hf_parcor.evaluation.memory import NotEnoughMemoryError
 from hf_parcor.evaluation.metrics import (
     BatchMetric,
     ClassificationMetric,
@@ -30,6 +28,8 @@ from hf_parcor.evaluation.mixin import (
     measure_robustness,
     robustness_metrics,
 )
+from hf_parcor.evaluation.passes.gradients import DatasetGradients
+from hf_parcor.evaluation.placement.memory import NotEnoughMemoryError
 from hf_parcor.evaluation.resume import CheckpointError
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 

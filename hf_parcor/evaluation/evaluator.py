@@ -10,12 +10,12 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_parcor.corruptions import Corruption
-from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
+from hf_parcor.evaluation.identity.fingerprint import fingerprint_of_weights
+from hf_parcor.evaluation.identity.provenance import described, library_versions, model_name, norm_of, task_of
 from hf_parcor.evaluation.losses import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric, Plan
-from hf_parcor.evaluation.provenance import described, library_versions, model_name, norm_of, task_of
-from hf_parcor.evaluation.reach import Reach, Selection, target_of
-from hf_parcor.evaluation.replicas import measurable_model
+from hf_parcor.evaluation.placement.reach import Reach, Selection, target_of
+from hf_parcor.evaluation.placement.replicas import measurable_model
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import Device, check_weights, forget_derived

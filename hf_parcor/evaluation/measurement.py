@@ -21,16 +21,16 @@ from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.corruptions.catalogue import catalogue_name
 from hf_parcor.distributed.fsdp import is_sharded
 from hf_parcor.distributed.processes import MeasuringProcesses
-from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model
-from hf_parcor.evaluation.identity import identity_of_run
+from hf_parcor.evaluation.identity.repeated_batches import RepeatedBatches, check_repeatable
+from hf_parcor.evaluation.identity.run import identity_of_run
 from hf_parcor.evaluation.losses import Batch, Loss
-from hf_parcor.evaluation.memory import check_memory
 from hf_parcor.evaluation.metrics import BatchMetric
-from hf_parcor.evaluation.prefixes import PrefixSearch
-from hf_parcor.evaluation.repeated_batches import RepeatedBatches, check_repeatable
-from hf_parcor.evaluation.replicas import all_batches, check_same_data, check_same_weights
+from hf_parcor.evaluation.passes.gradients import DatasetGradients, corrupted_model
+from hf_parcor.evaluation.passes.prefixes import PrefixSearch
+from hf_parcor.evaluation.passes.together import Group, Job, choose_together, measure_together
+from hf_parcor.evaluation.placement.memory import check_memory
+from hf_parcor.evaluation.placement.replicas import all_batches, check_same_data, check_same_weights
 from hf_parcor.evaluation.resume import append_to_checkpoint, begin_checkpoint
-from hf_parcor.evaluation.shared_passes import Group, Job, choose_together, measure_together
 from hf_parcor.evaluation.trials import Trial, checked_metrics, record_of
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import Device, check_device

@@ -16,9 +16,9 @@ from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions import Corruption, GaussianNoise, GradientCorruption, Quantization
 from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.evaluation.evaluator import CorruptionEvaluator, several
+from hf_parcor.evaluation.identity.repeated_batches import drawn_once
 from hf_parcor.evaluation.losses import model_loss
 from hf_parcor.evaluation.metrics.trainer import TrainerMetric, evaluated_data
-from hf_parcor.evaluation.repeated_batches import drawn_once
 from hf_parcor.evaluation.trials import DEFAULT_TRIALS
 from hf_parcor.overriding import counters_kept
 from hf_parcor.records import EvaluationRecord

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_parcor.batches import IGNORED_LABEL, private_copy
 from hf_parcor.distributed.fsdp import as_written
-from hf_parcor.evaluation.device_map import input_device
+from hf_parcor.evaluation.placement.device_map import input_device
 from hf_parcor.overriding import overriding
 
 

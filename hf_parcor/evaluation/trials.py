@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from hf_parcor.evaluation.metrics.generation import CUT
 from hf_parcor.evaluation.metrics.scores import without_shape
+from hf_parcor.evaluation.metrics.trainer import is_beside_the_point
 from hf_parcor.evaluation.outputs import NOT_FINITE
 from hf_parcor.injection import CorruptionSize, is_swallowed
 from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord
@@ -21,12 +22,6 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_TRIALS = 3
 """The default number of trials of each stochastic corruption: the fewest that show how much trials vary."""
-
-_OF_THE_CLOCK = (
-    *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),  # Trainer.evaluate
-    *("total_time_in_seconds", "latency_in_seconds"),  # the evaluators of evaluate
-)
-_OF_THE_TRAINING = "epoch"  # where it is, which Trainer.evaluate logs beside what it finds
 
 
 @dataclass(frozen=True)
@@ -66,16 +61,6 @@ class Trial:
     def cut(self) -> float:
         """Which share of the generated texts did not end within the length."""
         return float(self.odd.get(CUT, 0.0))
-
-
-def is_beside_the_point(name: str) -> bool:
-    """Return whether a metric is a time, a speed or the epoch, as `Trainer.evaluate` and others name them.
-
-    Examples:
-        >>> [name for name in ("eval_loss", "eval_runtime", "epoch") if is_beside_the_point(name)]
-        ['eval_runtime', 'epoch']
-    """
-    return name == _OF_THE_TRAINING or name.endswith(_OF_THE_CLOCK)
 
 
 def checked_metrics(metrics: object) -> Mapping[str, object]:

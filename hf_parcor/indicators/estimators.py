@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_parcor.arguments import check_count
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions import RandomCorruption
-from hf_parcor.evaluation.gradients import trainable
 from hf_parcor.evaluation.losses import Batch
+from hf_parcor.evaluation.passes.gradients import trainable
 from hf_parcor.functional import inner_product, random_signs, vector_norm
 from hf_parcor.indicators.loss_over_data import LossOverData
 from hf_parcor.records.indicators import Estimate

@@ -10,12 +10,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_parcor.corruptions import Quantization, WorstBitFlips
-from hf_parcor.evaluation.gradients import corrupted_model
+from hf_parcor.evaluation.identity.provenance import described, library_versions, model_name
 from hf_parcor.evaluation.losses import Batch, Loss, model_loss
 from hf_parcor.evaluation.metrics import BatchMetric
-from hf_parcor.evaluation.provenance import described, library_versions, model_name
-from hf_parcor.evaluation.reach import Reach, target_of
-from hf_parcor.evaluation.replicas import whole_model
+from hf_parcor.evaluation.passes.gradients import corrupted_model
+from hf_parcor.evaluation.placement.reach import Reach, target_of
+from hf_parcor.evaluation.placement.replicas import whole_model
 from hf_parcor.evaluation.trials import checked_metrics, number_of
 from hf_parcor.functional.vectors import numel
 from hf_parcor.indicators.loss_over_data import LossOverData

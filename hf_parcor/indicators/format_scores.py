@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_parcor.devices import host_of
 from hf_parcor.distributed.processes import MeasuringProcesses
-from hf_parcor.evaluation.gradients import DatasetGradients
+from hf_parcor.evaluation.passes.gradients import DatasetGradients
 from hf_parcor.functional import inner_product
 from hf_parcor.functional.vectors import working_dtype
 from hf_parcor.indicators.matrix_groups import Format, mean_bits

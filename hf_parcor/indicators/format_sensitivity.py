@@ -14,16 +14,16 @@ from torch import nn
 from hf_parcor.arguments import check_count
 from hf_parcor.corruptions.catalogue import catalogue_name
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
-from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
-from hf_parcor.evaluation.gradients import DatasetGradients
+from hf_parcor.evaluation.identity.fingerprint import fingerprint_of_weights
+from hf_parcor.evaluation.identity.provenance import library_versions, model_name, task_of
 from hf_parcor.evaluation.losses import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric
-from hf_parcor.evaluation.memory import check_free, too_little
 from hf_parcor.evaluation.metrics import BatchMetric, NotFiniteError, WithDivergence
 from hf_parcor.evaluation.metrics.loss import LossMetric
-from hf_parcor.evaluation.provenance import library_versions, model_name, task_of
-from hf_parcor.evaluation.reach import Reach
-from hf_parcor.evaluation.replicas import whole_model
+from hf_parcor.evaluation.passes.gradients import DatasetGradients
+from hf_parcor.evaluation.placement.memory import check_free, too_little
+from hf_parcor.evaluation.placement.reach import Reach
+from hf_parcor.evaluation.placement.replicas import whole_model
 from hf_parcor.functional.vectors import numel
 from hf_parcor.indicators.estimators import hessian_diagonal
 from hf_parcor.indicators.format_scores import GradientOverData, each_batch, needed_memory, score_groups

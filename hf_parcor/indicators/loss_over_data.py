@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model
 from hf_parcor.evaluation.losses import Batch, Loss, model_loss
-from hf_parcor.evaluation.replicas import whole_model
+from hf_parcor.evaluation.passes.gradients import DatasetGradients, corrupted_model
+from hf_parcor.evaluation.placement.replicas import whole_model
 from hf_parcor.injection import Pieces, check_weights, forget_derived
 from hf_parcor.model_state import BufferSnapshot, evaluation_mode
 from hf_parcor.statistics import exact_sum

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hf_parcor.corruptions import FloatQuantization, Quantization
-from hf_parcor.evaluation.reach import Reach
+from hf_parcor.evaluation.placement.reach import Reach
 from hf_parcor.functional.vectors import numel
 from hf_parcor.targets import TargetError
 

@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 from hf_parcor.arguments import check_count
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions import Corruption, GradientCorruption, MultiStepCorruption, RandomCorruption
+from hf_parcor.evaluation.identity.provenance import described, library_versions, model_name
 from hf_parcor.evaluation.losses import Batch, Loss, model_loss
-from hf_parcor.evaluation.provenance import described, library_versions, model_name
-from hf_parcor.evaluation.reach import Reach, target_of
-from hf_parcor.evaluation.replicas import whole_model
+from hf_parcor.evaluation.placement.reach import Reach, target_of
+from hf_parcor.evaluation.placement.replicas import whole_model
 from hf_parcor.functional import constrained_maximum_value, max_magnitude, vector_norm
 from hf_parcor.functional.vectors import numel
 from hf_parcor.indicators.estimators import hessian_trace, random_loss_changes

@@ -15,12 +15,12 @@ from hf_parcor.arguments import check_count
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.corruptions.corruption import GradientSource, Strength
 from hf_parcor.evaluation import CorruptionEvaluator, LayerProbe
-from hf_parcor.evaluation.fingerprint import fingerprint, fingerprint_of_weights
+from hf_parcor.evaluation.identity.fingerprint import fingerprint, fingerprint_of_weights
+from hf_parcor.evaluation.identity.row_fingerprint import is_data
 from hf_parcor.evaluation.losses import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import Metric
 from hf_parcor.evaluation.metrics import BatchMetric, WithDivergence
-from hf_parcor.evaluation.replicas import whole_model
-from hf_parcor.evaluation.row_fingerprint import is_data
+from hf_parcor.evaluation.placement.replicas import whole_model
 from hf_parcor.indicators.format_sensitivity import metric_and_batches
 from hf_parcor.injection import Pieces
 from hf_parcor.records.curves import metric_drop

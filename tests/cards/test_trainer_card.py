@@ -14,7 +14,7 @@ from hf_parcor import GaussianNoise, ParameterDefenseMixin, Quantization, Robust
 from hf_parcor.cards import ModelFacts
 from hf_parcor.cards.mixin import MeasuredWeights, PublishingMixin
 from hf_parcor.cards.text import read_card
-from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
+from hf_parcor.evaluation.identity.fingerprint import fingerprint_of_weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from trainings import QUIET, accuracy
 
-import hf_parcor.evaluation.prefixes as prefixes
+import hf_parcor.evaluation.passes.prefixes as prefixes
 from hf_parcor import (
     BitFlips,
     CorruptionConstraint,

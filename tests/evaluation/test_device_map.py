@@ -24,8 +24,8 @@ from hf_parcor import (
     measure_flips_to_break,
 )
 from hf_parcor.evaluation import LanguageModelMetric
-from hf_parcor.evaluation.device_map import kept_in_memory
-from hf_parcor.evaluation.reach import OutOfReachError
+from hf_parcor.evaluation.placement.device_map import kept_in_memory
+from hf_parcor.evaluation.placement.reach import OutOfReachError
 
 L2 = CorruptionConstraint(epsilon=0.5)
 WITHOUT_GRADIENTS = [

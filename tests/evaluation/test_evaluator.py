@@ -32,8 +32,8 @@ from hf_parcor import (
 )
 from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric, PredictionMetric
-from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
-from hf_parcor.evaluation.row_fingerprint import data_fingerprint
+from hf_parcor.evaluation.identity.fingerprint import fingerprint_of_weights
+from hf_parcor.evaluation.identity.row_fingerprint import data_fingerprint
 from hf_parcor.records import EvaluationData
 from hf_parcor.targets import TargetError
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import BatchEncoding
 
-from hf_parcor.evaluation.fingerprint import Fingerprint, fingerprint, fingerprint_of_weights
+from hf_parcor.evaluation.identity.fingerprint import Fingerprint, fingerprint, fingerprint_of_weights
 
 
 class Color(enum.Enum):

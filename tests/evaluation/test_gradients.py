@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hf_parcor import CorruptionConstraint, CorruptionEvaluator, GradientCorruption, MultiStepCorruption, Quantization
 from hf_parcor.evaluation import ClassificationMetric, DatasetGradients
-from hf_parcor.evaluation.gradients import private
 from hf_parcor.evaluation.losses import count_items, model_loss
+from hf_parcor.evaluation.passes.gradients import private
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 CLOSED_FORM = [

@@ -25,7 +25,7 @@ from hf_parcor.evaluation import (
     SacrebleuScore,
     TrainerMetric,
 )
-from hf_parcor.evaluation.identity import settings_of
+from hf_parcor.evaluation.identity.settings import settings_of
 from hf_parcor.evaluation.losses import model_loss
 from hf_parcor.strict_json import to_plain
 from hf_parcor.translation import BleuScores, tokenize_13a
@@ -335,7 +335,7 @@ def test_an_identity_that_is_none():
 
 PROGRAM = """
 import json
-from hf_parcor.evaluation.identity import settings_of
+from hf_parcor.evaluation.identity.settings import settings_of
 
 LABELS = frozenset({"a", "b", "c", "d"})
 

@@ -34,9 +34,9 @@ from hf_parcor.evaluation import (
     PredictionMetric,
     model_loss,
 )
-from hf_parcor.evaluation.gradients import DatasetGradients
 from hf_parcor.evaluation.losses import _UNSHIFTED
 from hf_parcor.evaluation.metrics.loss import LossMetric
+from hf_parcor.evaluation.passes.gradients import DatasetGradients
 
 SPLITS = [(10,), (4, 4, 2), (1,) * 10]
 

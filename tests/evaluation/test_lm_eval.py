@@ -30,7 +30,7 @@ from hf_parcor import (
 from hf_parcor.cli import main
 from hf_parcor.cli.main import build_parser
 from hf_parcor.evaluation import LmEvalMetric
-from hf_parcor.evaluation.identity import settings_of
+from hf_parcor.evaluation.identity.settings import settings_of
 
 FOLDER = Path(sys.prefix) / "lm-eval"
 ROWS = [

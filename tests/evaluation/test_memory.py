@@ -24,7 +24,7 @@ from hf_parcor import (
     WorstBitFlips,
 )
 from hf_parcor.evaluation import NotEnoughMemoryError
-from hf_parcor.evaluation.memory import check_memory, free_memory, needed_memory
+from hf_parcor.evaluation.placement.memory import check_memory, free_memory, needed_memory
 
 WIDTH, LAYERS = 32, 32  # one of 32 tensors: the largest one of a Llama is less of it
 L2, L_INF = CorruptionConstraint(epsilon=0.1), CorruptionConstraint(p=math.inf, epsilon=1e-3)
@@ -99,7 +99,7 @@ def test_too_little_memory_is_said_before_anything_is_measured(corruption, monke
     needed = needed_memory([dict(model.named_parameters())], [corruption]).get(torch.device("cpu"), 0)
 
     def evaluate(free: int | None) -> None:
-        monkeypatch.setattr("hf_parcor.evaluation.memory.free_memory", lambda device: free)
+        monkeypatch.setattr("hf_parcor.evaluation.placement.memory.free_memory", lambda device: free)
         evaluator_of(model, metric=lambda model: asked.append(model) or {"score": 1.0}).evaluate(
             [corruption], trials=1
         )
@@ -116,7 +116,7 @@ def test_too_little_memory_is_said_before_anything_is_measured(corruption, monke
 
 def test_where_saved_bits_are_kept_counts(monkeypatch) -> None:
     def check(free: int, *what) -> None:
-        monkeypatch.setattr("hf_parcor.evaluation.memory.free_memory", lambda device: free)
+        monkeypatch.setattr("hf_parcor.evaluation.placement.memory.free_memory", lambda device: free)
         check_memory([weights], *what)
 
     weights = {"w": torch.empty(1000, dtype=torch.bfloat16, device="meta")}  # stands for an accelerator
@@ -169,7 +169,7 @@ def test_saved_bits_elsewhere_change_no_number(corruption, bits_of) -> None:
 @pytest.mark.slow
 @for_each("corruption", [one for corruptions, _ in LIMITS.values() for one in corruptions])
 def test_all_bits_are_saved_there(corruption, monkeypatch) -> None:
-    gradients = sys.modules["hf_parcor.evaluation.gradients"]
+    gradients = sys.modules["hf_parcor.evaluation.passes.gradients"]
     corrupted, found = gradients.corrupted, []
 
     def seen(*arguments, saved_on=None, **settings):

@@ -6,8 +6,8 @@ from for_each import for_each
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hf_parcor.evaluation.fingerprint import fingerprint
-from hf_parcor.evaluation.provenance import described, model_name
+from hf_parcor.evaluation.identity.fingerprint import fingerprint
+from hf_parcor.evaluation.identity.provenance import described, model_name
 
 
 class TestFingerprint:

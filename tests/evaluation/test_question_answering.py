@@ -18,8 +18,8 @@ from torch import nn
 
 from hf_parcor import CorruptionConstraint, CorruptionEvaluator, GaussianNoise, GradientCorruption
 from hf_parcor.evaluation import Question, QuestionAnsweringMetric
+from hf_parcor.evaluation.identity.row_fingerprint import data_fingerprint
 from hf_parcor.evaluation.metrics.question_answering import answer_scores
-from hf_parcor.evaluation.row_fingerprint import data_fingerprint
 from hf_parcor.records import OF_ROWS
 
 WORDS = ["the", "a", "sea", "Black", "sea.", "coast", "an", "(Black)", "there"]

@@ -35,9 +35,9 @@ from hf_parcor import (
     sensitivity,
 )
 from hf_parcor.evaluation import LanguageModelMetric
-from hf_parcor.evaluation.device_map import input_device
-from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
-from hf_parcor.evaluation.reach import OutOfReachError, Reach
+from hf_parcor.evaluation.identity.fingerprint import fingerprint_of_weights
+from hf_parcor.evaluation.placement.device_map import input_device
+from hf_parcor.evaluation.placement.reach import OutOfReachError, Reach
 from hf_parcor.indicators import measure_indicators
 from hf_parcor.injection import Injection
 from hf_parcor.targets import TargetError, by_kind

@@ -19,9 +19,9 @@ from hf_parcor import (
     measure_indicators,
 )
 from hf_parcor.evaluation import ClassificationMetric, DatasetGradients, GenerationMetric
-from hf_parcor.evaluation.fingerprint import fingerprint
-from hf_parcor.evaluation.repeated_batches import RepeatedBatches, drawn_once
-from hf_parcor.evaluation.row_fingerprint import data_fingerprint
+from hf_parcor.evaluation.identity.fingerprint import fingerprint
+from hf_parcor.evaluation.identity.repeated_batches import RepeatedBatches, drawn_once
+from hf_parcor.evaluation.identity.row_fingerprint import data_fingerprint
 from hf_parcor.indicators import LossOverData
 
 ROWS = [{"input_ids": torch.arange(row, row + 6) % 19 + 1, "labels": torch.tensor(row % 2)} for row in range(10)]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from hf_parcor.evaluation.replicas import all_batches, check_same_data, check_same_weights, measurable_model
+from hf_parcor.evaluation.placement.replicas import all_batches, check_same_data, check_same_weights, measurable_model
 
 
 def build():
@@ -148,6 +148,6 @@ def test_a_model_inside_of_a_wrapper(monkeypatch):
         assert measurable_model(torch.compile(one, backend="eager")) is model
     wrapper.module = torch.compile(model, backend="eager")
     assert measurable_model(wrapper) is model
-    monkeypatch.setattr("hf_parcor.evaluation.replicas.model_has_dtensor", lambda model: True)
+    monkeypatch.setattr("hf_parcor.evaluation.placement.replicas.model_has_dtensor", lambda model: True)
     with pytest.raises(ValueError, match="model: expected all weights in every process"):
         measurable_model(model)

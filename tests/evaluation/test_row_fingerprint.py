@@ -9,8 +9,8 @@ import pytest
 import torch
 from for_each import for_each
 
-from hf_parcor.evaluation.fingerprint import fingerprint
-from hf_parcor.evaluation.row_fingerprint import data_fingerprint, is_data
+from hf_parcor.evaluation.identity.fingerprint import fingerprint
+from hf_parcor.evaluation.identity.row_fingerprint import data_fingerprint, is_data
 from hf_parcor.records import OF_ROWS
 
 PAD = 7  # a token like others, so that nothing but a mask tells it apart

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.utils import ModelOutput
 
-import hf_parcor.evaluation.prefixes as prefixes
+import hf_parcor.evaluation.passes.prefixes as prefixes
 from hf_parcor import (
     CorruptionConstraint,
     CorruptionEvaluator,
@@ -26,8 +26,8 @@ from hf_parcor import (
 )
 from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.evaluation import BatchMetric, ClassificationMetric, DatasetGradients
-from hf_parcor.evaluation.prefixes import PrefixSearch
-from hf_parcor.evaluation.shared_passes import Group, Job, choose_together
+from hf_parcor.evaluation.passes.prefixes import PrefixSearch
+from hf_parcor.evaluation.passes.together import Group, Job, choose_together
 
 MANY = [
     *(GradientCorruption(CorruptionConstraint(epsilon=epsilon)) for epsilon in (0.1, 0.5, 2.0)),

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from hf_parcor import CorruptionEvaluator, GaussianNoise
 from hf_parcor.evaluation import LanguageModelMetric
-from hf_parcor.evaluation.fingerprint import fingerprint_of_weights
-from hf_parcor.evaluation.replicas import check_same_weights
-from hf_parcor.evaluation.weights import weights_of
+from hf_parcor.evaluation.identity.fingerprint import fingerprint_of_weights
+from hf_parcor.evaluation.placement.replicas import check_same_weights
+from hf_parcor.evaluation.placement.weights import weights_of
 
 TOKENS = torch.tensor([[1, 5, 2, 7]])
 SIZES = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}

@@ -65,7 +65,7 @@ def test_scores_that_add_up_batch_by_batch_are_those_of_the_sums(known, monkeypa
     formats = [*FORMATS, Quantization(4, 32)]
 
     def scored(free: int | None) -> SensitivityRecord:
-        monkeypatch.setattr("hf_parcor.evaluation.memory.free_memory", lambda device: free)
+        monkeypatch.setattr("hf_parcor.evaluation.placement.memory.free_memory", lambda device: free)
         options = {"loss": quadratic_loss, "budget": 0, "progress": False}
         return sensitivity(known.model, known.batches, formats, {"all": "all"}, **options)
 
@@ -81,7 +81,7 @@ def test_what_lies_beside_the_weights(batches, of_what_is_needed, bytes_a_weight
     """One gradient in bfloat16 where there is one batch or too little memory; otherwise both sums in float32 too."""
     weights = 64 * 32 * 32
     monkeypatch.setattr(
-        "hf_parcor.evaluation.memory.free_memory", lambda device: int(of_what_is_needed * 10 * weights)
+        "hf_parcor.evaluation.placement.memory.free_memory", lambda device: int(of_what_is_needed * 10 * weights)
     )
     model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(64))).to(torch.bfloat16)
     data = list(torch.randn(batches, 1, 32, dtype=torch.bfloat16))
@@ -99,7 +99,7 @@ def test_where_not_even_a_gradient_fits_nothing_is_begun(known, monkeypatch) -> 
         return quadratic_loss(model, batch)
 
     def scored(free: int) -> SensitivityRecord:
-        monkeypatch.setattr("hf_parcor.evaluation.memory.free_memory", lambda device: free)
+        monkeypatch.setattr("hf_parcor.evaluation.placement.memory.free_memory", lambda device: free)
         return sensitivity(known.model, known.batches, FORMATS, {"all": "all"}, loss=loss, budget=0, progress=False)
 
     of_a_gradient = 8 * 4  # four weights in float64 are in matrices

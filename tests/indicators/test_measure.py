@@ -315,6 +315,6 @@ class TestErrors:
             LossOverData(known.model, parameters, known.batches)
 
     def test_weights_that_are_sharded(self, known, monkeypatch):
-        monkeypatch.setattr("hf_parcor.evaluation.replicas.model_has_dtensor", lambda model: True)
+        monkeypatch.setattr("hf_parcor.evaluation.placement.replicas.model_has_dtensor", lambda model: True)
         with pytest.raises(ValueError, match="got weights that FSDP or tensor parallelism has split"):
             known.measure(CONSTRAINTS[4])

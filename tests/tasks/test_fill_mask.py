@@ -14,7 +14,7 @@ from local_models import save_bert, save_masked_bert, write_rows
 
 from hf_parcor.cli import main
 from hf_parcor.errors import InputError
-from hf_parcor.evaluation.row_fingerprint import data_fingerprint
+from hf_parcor.evaluation.identity.row_fingerprint import data_fingerprint
 from hf_parcor.records import EvaluationRecord
 from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, load_rows
 from hf_parcor.tasks.fill_mask import _around, hide

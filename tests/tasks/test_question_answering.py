@@ -17,7 +17,7 @@ from local_models import save_bert, write_questions, write_rows
 from torch import nn
 
 from hf_parcor.errors import InputError
-from hf_parcor.evaluation.row_fingerprint import data_fingerprint
+from hf_parcor.evaluation.identity.row_fingerprint import data_fingerprint
 from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, load_rows
 
 TASK = TASKS["question-answering"]

@@ -28,7 +28,7 @@ from local_models import (
 
 from hf_parcor.errors import InputError
 from hf_parcor.evaluation import LanguageModelMetric
-from hf_parcor.evaluation.fingerprint import fingerprint
+from hf_parcor.evaluation.identity.fingerprint import fingerprint
 from hf_parcor.evaluation.metrics.detection import average_precision
 from hf_parcor.evaluation.outputs import ForMetrics
 from hf_parcor.tasks import (

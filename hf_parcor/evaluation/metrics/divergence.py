@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.distributed.fsdp import as_written
-from hf_parcor.evaluation.fingerprint import fingerprint
+from hf_parcor.evaluation.identity.fingerprint import fingerprint
 from hf_parcor.evaluation.losses import shifts_labels
 from hf_parcor.evaluation.metrics.over_batches import BatchMetric
 from hf_parcor.evaluation.outputs import Output, Problem

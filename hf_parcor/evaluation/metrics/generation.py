@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from hf_parcor.batches import IGNORED_LABEL
+from hf_parcor.evaluation.identity.repeated_batches import unseen
 from hf_parcor.evaluation.metrics.over_batches import OverPairs, Pairs
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.evaluation.outputs import NOT_FINITE, inside_adapters, own_batch
-from hf_parcor.evaluation.repeated_batches import unseen
-from hf_parcor.evaluation.replicas import all_batches
+from hf_parcor.evaluation.placement.replicas import all_batches
 from hf_parcor.languages import check_target_language
 from hf_parcor.sequence_length import asked_length, generated_length, generation_settings, unfinished
 

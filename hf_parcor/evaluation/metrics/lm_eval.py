@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_parcor.evaluation.fingerprint import fingerprint
+from hf_parcor.evaluation.identity.fingerprint import fingerprint
 from hf_parcor.evaluation.outputs import share_not_finite
 from hf_parcor.model_state import devices_of
 from hf_parcor.overriding import override

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_parcor.batches import IGNORED_LABEL, check_batch
-from hf_parcor.evaluation.identity import fixed_attributes
+from hf_parcor.evaluation.identity.repeated_batches import check_repeatable, unseen
+from hf_parcor.evaluation.identity.settings import fixed_attributes
 from hf_parcor.evaluation.metrics.scores import Score, scored
 from hf_parcor.evaluation.outputs import Output, Problem, aligned, chosen_class, share_not_finite
-from hf_parcor.evaluation.repeated_batches import check_repeatable, unseen
 from hf_parcor.records.metric_info import MetricInfo, stated_by
 
 

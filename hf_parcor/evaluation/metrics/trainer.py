@@ -12,9 +12,8 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainerMemoryTracker
 
-from hf_parcor.evaluation.fingerprint import fingerprint
-from hf_parcor.evaluation.replicas import measurable_model
-from hf_parcor.evaluation.trials import is_beside_the_point
+from hf_parcor.evaluation.identity.fingerprint import fingerprint
+from hf_parcor.evaluation.placement.replicas import measurable_model
 from hf_parcor.overriding import overriding
 from hf_parcor.randomness import generator_kept, random_states_kept, seed_the_cpu
 from hf_parcor.records.metric_info import MetricInfo, direction_by_name, stated_by
@@ -26,7 +25,12 @@ _ARGUMENTS = (
     *("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "past_index"),
     *("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config"),
 )
-_OF_THE_TRAINING = "num_tokens"  # of TRL's Trainers, beside what they evaluate: the tokens that were trained on
+_OF_THE_CLOCK = (
+    *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),  # Trainer.evaluate
+    *("total_time_in_seconds", "latency_in_seconds"),  # the evaluators of evaluate
+)
+_REACHED = "epoch"  # where a training is, which Trainer.evaluate logs beside what it finds
+_TRAINED_ON = "num_tokens"  # which TRL's Trainers log so
 _PARTS = ("data_collator", "compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics", "processing_class")
 
 
@@ -116,9 +120,19 @@ def evaluated_data(trainer: Trainer, asked: Any) -> Any:
     return own if asked is None else own[asked] if isinstance(asked, str) else asked
 
 
+def is_beside_the_point(name: str) -> bool:
+    """Return whether a metric is a time, a speed or the epoch, as `Trainer.evaluate` and others name them.
+
+    Examples:
+        >>> [name for name in ("eval_loss", "eval_runtime", "epoch") if is_beside_the_point(name)]
+        ['eval_runtime', 'epoch']
+    """
+    return name == _REACHED or name.endswith(_OF_THE_CLOCK)
+
+
 def _tells_of_the_run(name: str) -> bool:
     """Return whether a number is none of the model's: how long it took, or how much was trained before."""
-    return is_beside_the_point(name) or name == _OF_THE_TRAINING
+    return is_beside_the_point(name) or name == _TRAINED_ON
 
 
 def _is_of(best: str, name: str) -> bool:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from hf_parcor.corruptions import Corruption, MultiStepCorruption
 from hf_parcor.corruptions.multi_step import climb_together
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
-from hf_parcor.evaluation.gradients import DatasetGradients, corrupted_model
 from hf_parcor.evaluation.metrics import BatchMetric
-from hf_parcor.evaluation.prefixes import PrefixSearch
-from hf_parcor.evaluation.replicas import all_batches
+from hf_parcor.evaluation.passes.gradients import DatasetGradients, corrupted_model
+from hf_parcor.evaluation.passes.prefixes import PrefixSearch
+from hf_parcor.evaluation.placement.replicas import all_batches
 from hf_parcor.functional.vectors import working_dtype
 from hf_parcor.injection import Device, Pieces, Replacement
 from hf_parcor.model_state import devices_of

@@ -10,9 +10,9 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from hf_parcor.evaluation.fingerprint import Fingerprint, fingerprint
-from hf_parcor.evaluation.replicas import all_batches
-from hf_parcor.evaluation.row_fingerprint import RowFingerprint, data_fingerprint
+from hf_parcor.evaluation.identity.fingerprint import Fingerprint, fingerprint
+from hf_parcor.evaluation.identity.row_fingerprint import RowFingerprint, data_fingerprint
+from hf_parcor.evaluation.placement.replicas import all_batches
 from hf_parcor.randomness import generator_kept, random_states_kept, seed_the_cpu
 
 _REMEDY = "do not shuffle (shuffle=False), let the collator draw no random numbers, or pass list(loader)"

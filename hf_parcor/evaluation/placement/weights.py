@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_parcor.evaluation.device_map import kept_of, ties_of
-from hf_parcor.evaluation.reach import packed_tensors, plain_parts
+from hf_parcor.evaluation.placement.device_map import kept_of, ties_of
+from hf_parcor.evaluation.placement.reach import packed_tensors, plain_parts
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

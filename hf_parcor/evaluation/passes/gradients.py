@@ -17,9 +17,9 @@ from hf_parcor.batches import check_batch
 from hf_parcor.distributed.dtensors import local_part, local_parts
 from hf_parcor.distributed.fsdp import drop_gathered, is_sharded, reducing
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
+from hf_parcor.evaluation.identity.repeated_batches import RepeatedBatches
 from hf_parcor.evaluation.losses import Batch, Loss, item_counter, model_loss
 from hf_parcor.evaluation.outputs import own_batch
-from hf_parcor.evaluation.repeated_batches import RepeatedBatches
 from hf_parcor.functional.vectors import working_dtype
 from hf_parcor.injection import Device, Injection, Pieces, Replacement, corrupted, forget_derived
 from hf_parcor.overriding import override

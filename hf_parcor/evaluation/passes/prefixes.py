@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
-from hf_parcor.evaluation.gradients import corrupted_model, trainable, unsaved
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.outputs import called, own_batch
-from hf_parcor.evaluation.replicas import all_batches
+from hf_parcor.evaluation.passes.gradients import corrupted_model, trainable, unsaved
+from hf_parcor.evaluation.placement.replicas import all_batches
 from hf_parcor.injection import Device, Pieces, corrupted, obstacle
 from hf_parcor.model_state import BufferSnapshot, devices_of
 from hf_parcor.prefix import (

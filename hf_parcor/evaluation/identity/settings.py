@@ -1,25 +1,19 @@
-"""What decides the numbers of a run: two runs alike in all of it measure the same."""
+"""What decides what a metric, a loss or a score computes, as plain values: settings, code, and what these reach."""
 
 from __future__ import annotations
 
 import dis
 import enum
 import functools
-import hashlib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from hf_parcor.corruptions import Corruption
-from hf_parcor.distributed.fsdp import class_of
-from hf_parcor.evaluation.fingerprint import TOLD_BY_THEIR_TEXT, fingerprint, fingerprint_of_weights
-from hf_parcor.evaluation.provenance import library_versions
+from hf_parcor.evaluation.identity.fingerprint import TOLD_BY_THEIR_TEXT, fingerprint, fingerprint_of_weights
 from hf_parcor.records.metric_info import is_of_evaluate
-from hf_parcor.strict_json import to_strict_json
 
 _CALLED = ("__call__", "of_batch", "combine", "forward")
 
@@ -65,64 +59,8 @@ def _written_by_calls(kind: type) -> set[str]:
     return written
 
 
-# Where a model lies, and what a first loss writes there: not what the model computes.
-_PASSING = ("_name_or_path", "transformers_version", "problem_type")
 _VERSIONED = ("hf_parcor", "torch", "transformers", "accelerate", "builtins", "abc", "typing", "collections")
 _LONG = 200  # characters, or entries; of what is longer the fingerprint says it
-
-
-def identity_of_run(
-    model: nn.Module,
-    weights: str,
-    metric: Any,
-    loss: Any,
-    data: str,
-    metric_data: str,
-    selections: Mapping[str, Mapping[str, nn.Parameter]],
-    corruptions: Sequence[Corruption],
-    trials: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Return what decides the numbers of a run, as plain values by name.
-
-    Of metric and loss count what `settings_of` sees: settings, code, plain values. What they reach otherwise, a file
-    or a server, is theirs to say in `identity`. Kind of device and autocast count, since other kernels in another
-    precision find other numbers, and a record has room for one of them. Left out is what moves numbers by rounding
-    alone: how many threads and processes there are, which attention kernel or matrix product runs, and the name of the
-    machine.
-
-    Args:
-        model: The model.
-        weights: Fingerprint of its weights, with their dtypes.
-        metric: The metric.
-        loss: The loss.
-        data: Fingerprint of the batches that gradients are taken on.
-        metric_data: Fingerprint of the batches of a `BatchMetric`.
-        selections: The parameters of each part, by its name.
-        corruptions: What is measured.
-        trials: Trials of each stochastic corruption.
-        seed: First seed.
-    """
-    configuration: Any = getattr(model, "config", None)
-    settings = configuration.to_dict() if hasattr(configuration, "to_dict") else {}
-    plain = {name: str(value) for name, value in settings.items() if name not in _PASSING}
-    return {
-        "model": class_of(model).__name__,
-        "configuration": hashlib.sha256(to_strict_json(plain).encode()).hexdigest(),
-        "generation": _generation(model),
-        "adapters": _adapters(model),
-        "weights": weights,
-        "data": data,
-        "metric": settings_of(metric),
-        "metric_data": metric_data,
-        "loss": settings_of(loss),
-        "targets": {label: list(selection) for label, selection in selections.items()},
-        "corruptions": [{"corruption": _name(one), **one.settings()} for one in corruptions],
-        "trials": trials,
-        "seed": seed,
-        **_precision(model),
-        "versions": library_versions(),
-    }
 
 
 def settings_of(value: Any) -> Any:
@@ -141,6 +79,12 @@ def settings_of(value: Any) -> Any:
     return _described(value, attributes=True)
 
 
+def name_of(value: Any) -> str:
+    """Return the module and the name of a class or a function; of anything else, those of its class."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{getattr(named, '__module__', None)}.{named.__qualname__}"  # methods of built-in classes have no module
+
+
 def _described(value: Any, path: tuple[int, ...] = (), *, attributes: bool = False) -> Any:
     """Return a value as plain ones.
 
@@ -150,7 +94,7 @@ def _described(value: Any, path: tuple[int, ...] = (), *, attributes: bool = Fal
         attributes: Whether the attributes of an object count; else it is known by its class.
     """
     if isinstance(value, (complex, enum.Enum, *TOLD_BY_THEIR_TEXT)):
-        return f"{_name(type(value))} {value}"
+        return f"{name_of(type(value))} {value}"
     if value is None or (isinstance(value, (bool, int, float)) and not isinstance(value, np.generic)):
         return value
     if isinstance(value, str):
@@ -158,16 +102,16 @@ def _described(value: Any, path: tuple[int, ...] = (), *, attributes: bool = Fal
     if isinstance(value, (Tensor, np.ndarray, np.generic, bytes)):
         return f"{type(value).__name__} {fingerprint([value])}"
     if id(value) in path:
-        return _name(value)
+        return name_of(value)
     within = (*path, id(value))
     if callable(getattr(value, "identity", None)) and not isinstance(value, type):
         said = value.identity()
         if not isinstance(said, Mapping):
             raise TypeError(
-                f"metric: expected identity() of {_name(value)} to return settings by name, got {said!r}; "
+                f"metric: expected identity() of {name_of(value)} to return settings by name, got {said!r}; "
                 "return a dict, an empty one if there are none"
             )
-        return {"class": _name(value), **_code_of_class(value), **_entries(said, within, attributes=True)}
+        return {"class": name_of(value), **_code_of_class(value), **_entries(said, within, attributes=True)}
     if isinstance(value, functools.partial):
         return {
             "name": "functools.partial",
@@ -181,7 +125,7 @@ def _described(value: Any, path: tuple[int, ...] = (), *, attributes: bool = Fal
     if isinstance(value, FunctionType):
         return _of_function(value, within)
     if isinstance(value, (type, BuiltinFunctionType)):
-        return {"name": _name(value)}
+        return {"name": name_of(value)}
     if isinstance(value, Mapping):
         plain = _entries(value, within, attributes=attributes)
         return plain if len(plain) <= _LONG else f"mapping {fingerprint([plain])}"
@@ -199,26 +143,26 @@ def _entries(value: Mapping[Any, Any], path: tuple[int, ...], *, attributes: boo
 
 def _of_object(value: Any, path: tuple[int, ...], *, attributes: bool) -> Any:
     if _is_tokenizer(value):
-        return {"class": _name(value), "vocabulary": fingerprint([sorted(value.get_vocab().items())])}
+        return {"class": name_of(value), "vocabulary": fingerprint([sorted(value.get_vocab().items())])}
     if is_of_evaluate(value):  # has a seed of its own that no number depends on, and where it keeps files
         return {
-            "class": _name(value),
+            "class": name_of(value),
             "metric": getattr(value, "name", ""),
             "configuration": getattr(value, "config_name", None),
             **_code_of_class(value),
         }
     wrapped = getattr(value, "__wrapped__", None)  # of a function in a cache
     if wrapped is not None:
-        return {"class": _name(type(value)), "of": _described(wrapped, path, attributes=attributes)}
+        return {"class": name_of(type(value)), "of": _described(wrapped, path, attributes=attributes)}
     if not attributes:
-        return {"class": _name(value)}
+        return {"class": name_of(value)}
     found = {
         name: _described(entry, path)
         for name, entry in fixed_attributes(value).items()
         if not name.startswith("_") and not (isinstance(value, nn.Module) and name == "training")
     }
     weights = {"state": fingerprint_of_weights(value)} if isinstance(value, nn.Module) else {}
-    return {"class": _name(value), **_code_of_class(value), **weights, **found}
+    return {"class": name_of(value), **_code_of_class(value), **weights, **found}
 
 
 def _of_function(function: FunctionType, path: tuple[int, ...]) -> dict[str, Any]:
@@ -244,7 +188,7 @@ def _of_function(function: FunctionType, path: tuple[int, ...]) -> dict[str, Any
         parts = {"closure": closure}
     else:
         parts["bytecode"] = _code(code)
-    return {"name": _name(function), **{name: _described(part, path) for name, part in parts.items() if part}}
+    return {"name": name_of(function), **{name: _described(part, path) for name, part in parts.items() if part}}
 
 
 def _content(cell: Any) -> Any:
@@ -289,7 +233,7 @@ def _executed(one: dis.Instruction) -> list[Any]:
 def _code_of_class(value: Any) -> dict[str, str]:
     """Return the code of what a class defines and inherits, but for libraries whose versions count."""
     codes = {
-        f"{_name(kind)}.{name}": _code(function.__code__)
+        f"{name_of(kind)}.{name}": _code(function.__code__)
         for kind in type(value).__mro__
         if not _is_versioned(kind)
         for name, entry in vars(kind).items()
@@ -311,37 +255,3 @@ def _is_versioned(value: Any) -> bool:
 
 def _is_tokenizer(value: Any) -> bool:
     return callable(getattr(value, "get_vocab", None)) and callable(getattr(value, "decode", None))
-
-
-def _generation(model: nn.Module) -> Any:
-    """Return the settings that `generate` takes from the model."""
-    configuration: Any = getattr(model, "generation_config", None)
-    if not hasattr(configuration, "to_diff_dict"):
-        return {}
-    settings = configuration.to_diff_dict()
-    return {name: _described(value) for name, value in settings.items() if name not in _PASSING}
-
-
-def _adapters(model: nn.Module) -> Any:
-    """Return which adapters are active: the weights of all are there whichever is.
-
-    Those of the layers: Transformers' model says it by a method, which refuses versions of PEFT.
-    """
-    adapted = model.modules() if hasattr(model, "peft_config") else ()
-    said = (getattr(module, "active_adapters", None) for module in adapted)
-    return _described(next((one for one in said if one is not None and not callable(one)), None))
-
-
-def _precision(model: nn.Module) -> dict[str, str]:
-    devices = sorted({parameter.device.type for parameter in model.parameters()})
-    autocast = [str(torch.get_autocast_dtype(kind)) for kind in devices if _is_autocast(kind)]
-    return {"device": " ".join(devices), "autocast": " ".join(autocast)}
-
-
-def _is_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-def _name(value: Any) -> str:
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{getattr(named, '__module__', None)}.{named.__qualname__}"  # methods of built-in classes have no module

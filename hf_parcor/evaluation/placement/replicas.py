@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from hf_parcor.distributed.fsdp import as_written, drop_gathered, is_sharded
 from hf_parcor.distributed.processes import MeasuringProcesses
-from hf_parcor.evaluation.reach import plain_parts
-from hf_parcor.evaluation.weights import weights_of
+from hf_parcor.evaluation.placement.reach import plain_parts
+from hf_parcor.evaluation.placement.weights import weights_of
 
 _PIECE = 2**18  # integers that are hashed at once
 _BASE = 6364136223846793005  # odd: Knuth's multiplier for 64 bits

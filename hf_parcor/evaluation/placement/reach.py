@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
 
-from hf_parcor.evaluation.device_map import kept_in_memory
+from hf_parcor.evaluation.placement.device_map import kept_in_memory
 from hf_parcor.injection import obstacle
 from hf_parcor.targets import GROUPINGS, Selector, TargetError, sinusoidal_tables
 

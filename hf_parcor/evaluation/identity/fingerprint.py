@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_parcor.distributed.dtensors import local_part, whole
-from hf_parcor.evaluation.reach import plain_parts
-from hf_parcor.evaluation.weights import bytes_of, weights_of
+from hf_parcor.evaluation.placement.reach import plain_parts
+from hf_parcor.evaluation.placement.weights import bytes_of, weights_of
 
 TOLD_BY_THEIR_TEXT = (
     *(datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo),

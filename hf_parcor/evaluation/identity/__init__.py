@@ -1,0 +1,1 @@
+"""Which run this is: of which data, weights, settings and code, as values that a file can hold."""
