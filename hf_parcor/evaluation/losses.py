@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_parcor.batches import count_examples, count_labels
+from hf_parcor.batches import IGNORED_LABEL, count_examples, count_labels
 from hf_parcor.distributed.fsdp import as_written, class_of
 from hf_parcor.evaluation.outputs import Output, called, inside_adapters, problem_of, usual_loss
 
@@ -26,6 +27,9 @@ _UNSHIFTED = {
     *("PLBartForCausalLM", "ProphetNetForCausalLM", "TrOCRForCausalLM", "WhisperForCausalLM"),
     *("MusicgenForCausalLM", "MusicgenMelodyForCausalLM", "XLMWithLMHeadModel", "XLNetLMHeadModel"),
 }
+
+# What PEFT learns as vectors before each row, which have a prediction each; a prefix of keys and values has none.
+_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT")
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -46,14 +50,15 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
             "loss: expected the model to return one, got none; put labels into the batches, or pass loss=; a "
             "Trainer takes other data for its gradients, with labels, as gradient_dataset="
         )
-    problem = problem_of(model, output.logits, torch.as_tensor(labels))
-    return usual_loss(problem, output.logits, torch.as_tensor(labels), shifted=shifts_labels(model))
+    labels = with_prompt(model, torch.as_tensor(labels))
+    return usual_loss(problem_of(model, output.logits, labels), output.logits, labels, shifted=shifts_labels(model))
 
 
 def item_counter(model: nn.Module, loss: Loss) -> Callable[[Batch], int]:
     """Return the function that counts how many items of a batch a mean loss is over."""
     own = loss is model_loss
-    return partial(count_items, shifted=own and shifts_labels(model), of_rows=own and _is_ctc(model))
+    shifted = own and shifts_labels(model) and not _vectors_of_prompt(model)  # the last of these predicts the first
+    return partial(count_items, shifted=shifted, of_rows=own and _is_ctc(model))
 
 
 def count_items(batch: Batch, *, shifted: bool = False, of_rows: bool = False) -> int:
@@ -90,6 +95,22 @@ def shifts_labels(model: nn.Module) -> bool:
     causal = kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     shifts = causal if loss_type is None else LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
     return shifts and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def with_prompt(model: nn.Module, labels: Tensor) -> Tensor:
+    """Return labels with −100 before each row for each vector that PEFT has learned to put there.
+
+    The model predicts at these places too, and takes its loss of such labels. Without a prompt they stay as they are.
+    """
+    vectors = _vectors_of_prompt(model)
+    return pad(labels, (vectors, 0), value=IGNORED_LABEL) if vectors else labels
+
+
+def _vectors_of_prompt(model: nn.Module) -> int:
+    """Return how many learned vectors stand before a row's labels: of a causal model, others encode them."""
+    settings: Any = getattr(as_written(model), "active_peft_config", None)
+    causal = getattr(settings, "task_type", None) == "CAUSAL_LM"
+    return int(settings.num_virtual_tokens) if causal and settings.peft_type in _PROMPTS else 0
 
 
 def without_router_loss(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -35,6 +35,7 @@ from hf_parcor.evaluation import (
     model_loss,
 )
 from hf_parcor.evaluation.losses import _UNSHIFTED
+from hf_parcor.evaluation.metrics.divergence import WithDivergence
 from hf_parcor.evaluation.metrics.loss import LossMetric
 from hf_parcor.evaluation.passes.gradients import DatasetGradients
 
@@ -430,3 +431,46 @@ class TestOutputs:
         batch = {"input_ids": inputs, "labels": torch.zeros(10, dtype=torch.long)}
         with pytest.raises(ValueError, match="use a model with a head for the task"):
             ClassificationMetric([batch])(tiny_bert(Loose).eval())
+
+
+# PEFT's kind, its task, and where a row's first prediction stands that counts, with its label, after three vectors.
+PROMPTS = {
+    "prompt tuning": (peft.PromptTuningConfig, "CAUSAL_LM", 2, 0),
+    "p-tuning": (peft.PromptEncoderConfig, "CAUSAL_LM", 2, 0),
+    "prefix tuning": (peft.PrefixTuningConfig, "CAUSAL_LM", 0, 1),
+    "in an encoder": (peft.PromptTuningConfig, "SEQ_2_SEQ_LM", 0, 0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT passes them
+@for_each("name", PROMPTS)
+def test_learned_prompts_count_for_nothing_and_the_last_of_them_predicts(name, inputs):
+    """Vectors before a row make predictions of their own, and give the first label of a causal row one."""
+    kind, task, place, first = PROMPTS[name]
+    if task == "CAUSAL_LM":
+        model = GPT2LMHeadModel(GPT2Config(**tiny.gpt2(20, 8), initializer_range=0.5))
+    else:
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**tiny.t5(20, 8)))
+    model = peft.get_peft_model(model, kind(task_type=task, num_virtual_tokens=3)).eval()
+    labels = torch.where(torch.rand(inputs.shape) < 0.3, -100, inputs)
+    losses, right = [], []
+    for ids, wanted in zip(inputs, labels, strict=True):
+        logits = model(input_ids=ids[None], labels=wanted[None]).logits[0]
+        for at, label in enumerate(wanted[first:].tolist(), start=place):
+            if label != -100:
+                losses.append(-logits[at].log_softmax(-1)[label])
+                right.append(int(logits[at].argmax()) == label)
+    loss = torch.stack(losses).mean()
+    trained = {key: weight for key, weight in model.named_parameters() if weight.requires_grad}
+    expected = torch.autograd.grad(loss, list(trained.values()))
+    for sizes in SPLITS:
+        batches = split({"input_ids": inputs, "labels": labels}, sizes)
+        found = LanguageModelMetric(batches)(model)
+        assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert found["accuracy"] == pytest.approx(float(np.mean(right)))
+        assert LossMetric(batches)(model)["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        gradient = DatasetGradients(model, trained, batches).over_data()
+        for key, value in zip(trained, expected, strict=True):
+            torch.testing.assert_close(gradient[key], value, rtol=1e-4, atol=1e-7)
+    part = WithDivergence(LanguageModelMetric(batches), model).of_batch(model, batches[0])
+    assert part.predictions == int((batches[0]["labels"][:, first:] != -100).sum())

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.distributed.fsdp import as_written
 from hf_parcor.evaluation.identity.fingerprint import fingerprint
-from hf_parcor.evaluation.losses import shifts_labels
+from hf_parcor.evaluation.losses import shifts_labels, with_prompt
 from hf_parcor.evaluation.metrics.over_batches import BatchMetric
 from hf_parcor.evaluation.outputs import Output, Problem
 from hf_parcor.model_state import evaluation_mode, undone
@@ -91,7 +91,7 @@ class WithDivergence:
                 if logits is None:
                     parts.append(_Part(found, 0.0, 0))
                     continue
-                counts = _that_count(batch, logits, shifted=shifts_labels(model))
+                counts = _that_count(model, batch, logits)
                 _check_finite(logits[counts], number)
                 kept += logits.numel() * logits.element_size()
                 if kept > memory:
@@ -146,7 +146,7 @@ class WithDivergence:
         before = self._answers.get(fingerprint([batch]))
         if before is None or logits is None or logits.shape != before.shape:
             return _Part(found, 0.0, 0)
-        counts = _that_count(batch, logits, shifted=shifts_labels(model))
+        counts = _that_count(model, batch, logits)
         first, second = (one[counts].double().log_softmax(-1) for one in (before, logits))
         chance = first.exp()
         terms = (chance * (first - second)).masked_fill(chance == 0, 0.0)  # 0 log 0 is 0
@@ -187,13 +187,15 @@ def _check_finite(logits: Tensor, number: int) -> None:
         )
 
 
-def _that_count(batch: Any, logits: Tensor, *, shifted: bool) -> Tensor:
+def _that_count(model: nn.Module, batch: Any, logits: Tensor) -> Tensor:
     """Return which predictions count, as a mask; where labels are shifted, each is of the place before its label."""
     shape = logits.shape[:-1]
     if isinstance(batch, Mapping):
         for name, absent in (("labels", IGNORED_LABEL), ("attention_mask", 0)):
             values = batch.get(name)
+            if name == "labels" and isinstance(values, Tensor):
+                values = with_prompt(model, values)
             if isinstance(values, Tensor) and values.shape == shape:
                 counts = (values != absent).cpu()
-                return pad(counts[..., 1:], (0, 1)) if shifted and name == "labels" else counts
+                return pad(counts[..., 1:], (0, 1)) if name == "labels" and shifts_labels(model) else counts
     return torch.ones(shape, dtype=torch.bool, device=logits.device)

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from hf_parcor.batches import IGNORED_LABEL, check_batch
 from hf_parcor.evaluation.identity.repeated_batches import check_repeatable, unseen
 from hf_parcor.evaluation.identity.settings import fixed_attributes
+from hf_parcor.evaluation.losses import with_prompt
 from hf_parcor.evaluation.metrics.scores import Score, scored
 from hf_parcor.evaluation.outputs import Output, Problem, aligned, chosen_class, share_not_finite
 from hf_parcor.records.metric_info import MetricInfo, stated_by
@@ -180,7 +181,7 @@ class OverLabels(OverBatches):
         self, model: nn.Module, output: Output, logits: Tensor, labels: Tensor, batch: Mapping[str, Any]
     ) -> dict[str, Any]:
         predicted, finite = chosen_class(logits)
-        given, shifts = labels, self._shifts(model)
+        given, shifts = with_prompt(model, labels), self._shifts(model)
         if shifts and "shift_labels" in batch:  # shifted already, and what the loss is taken of
             shifts, given = False, torch.as_tensor(batch["shift_labels"])
         labels = aligned(given.to(logits.device), predicted, "a class for each")
