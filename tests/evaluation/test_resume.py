@@ -21,7 +21,9 @@ from hf_parcor import (
     SweepRecord,
     by_kind,
 )
-from hf_parcor.evaluation import ClassificationMetric, fingerprint, measurement, prefixes, trials
+from hf_parcor.evaluation import ClassificationMetric, measurement, trials
+from hf_parcor.evaluation.identity import fingerprint
+from hf_parcor.evaluation.passes import prefixes
 from hf_parcor.evaluation.resume import append_to_checkpoint, begin_checkpoint
 from hf_parcor.evaluation.trials import Trial
 from hf_parcor.injection import CorruptionSize
