@@ -178,7 +178,7 @@ class TestRefused:
         assert not re.search(r"\w{41}", str(refused.value).partition("got")[2]), "no digest at length"
 
     def test_another_version(self, sweep, path, monkeypatch):
-        monkeypatch.setattr("hf_parcor.evaluation.identity.library_versions", lambda: {"torch": "0"})
+        monkeypatch.setattr("hf_parcor.evaluation.identity.run.library_versions", lambda: {"torch": "0"})
         with pytest.raises(ValueError, match="got one with other versions"):
             sweep(path, corruptions=CORRUPTIONS[2:])
 
@@ -212,7 +212,8 @@ from pathlib import Path
 import torch, transformers as tf
 from tqdm import tqdm
 from hf_parcor import CorruptionConstraint, GaussianNoise, GradientCorruption, LayerProbe, MultiStepCorruption, by_kind
-from hf_parcor.evaluation import ClassificationMetric, fingerprint, measurement
+from hf_parcor.evaluation import ClassificationMetric, measurement
+from hf_parcor.evaluation.identity import fingerprint
 
 tqdm.monitor_interval = 0
 tqdm.set_lock(threading.RLock())  # by default all processes share one, which a killed child may hold for ever
