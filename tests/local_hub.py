@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class LocalHub(ThreadingHTTPServer):
-    """Data sets as `{name: {revision: {path: bytes}}}`."""
+    """Data sets as `{name: {revision: {path: bytes}}}`, and models under `models/name`."""
 
     daemon_threads = True
 
@@ -53,11 +53,14 @@ class _Answer(BaseHTTPRequestHandler):
     def answer(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
-        kind, *parts = parts[1:] if parts[0] == "api" else parts
-        if kind != "datasets" or len(parts) < 2:
+        if parts[0] != "api":
+            parts = ["api", *([] if parts[0] == "datasets" else ["models"]), *parts]
+        kind, *parts = parts[1:]
+        if kind not in ("datasets", "models") or len(parts) < 2:
             self.say({}, 404)
             return
         name, (what, *parts) = "/".join(parts[:2]), parts[2:] or ["revision", "main"]
+        name = name if kind == "datasets" else f"{kind}/{name}"
         found = self.server.files(name, parts[0] if parts else "main")
         if isinstance(found, str):
             self.say({"error": found}, 404, {"X-Error-Code": found})

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from transformers import AutoConfig
 
 from hf_parcor.errors import InputError, nearest
+from hf_parcor.tasks.adapters import Adapter
 from hf_parcor.tasks.fill_mask import FillMask
 from hf_parcor.tasks.image_classification import ImageClassification
 from hf_parcor.tasks.object_detection import ObjectDetection
 from hf_parcor.tasks.question_answering import QuestionAnswering
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.sequence_to_sequence import Summarization, Translation
-from hf_parcor.tasks.task import ADAPTER_CONFIG, Task, load_pretrained
+from hf_parcor.tasks.task import Task, load_pretrained
 from hf_parcor.tasks.text_classification import TextClassification
 from hf_parcor.tasks.text_generation import TextGeneration
 from hf_parcor.tasks.token_classification import TokenClassification
@@ -38,15 +37,6 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         )
     }
 )
-
-# What PEFT calls the tasks of its adapters, and how the names of their models end.
-_HEADS_OF_ADAPTERS = {
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-    "CAUSAL_LM": "ForCausalLM",
-    "SEQ_2_SEQ_LM": "ForConditionalGeneration",
-}
 
 
 def task_of(model: str, rows: Rows, given: Mapping[str, str], **settings: Any) -> Task:
@@ -126,12 +116,14 @@ def check_head(task: Task, model: str, **settings: Any) -> None:
 
 
 def architectures_of(model: str, **settings: Any) -> list[str]:
-    """Return the classes that a model was saved as; of a PEFT adapter, what the model it belongs to ends in.
+    """Return the classes that a model was saved as; of a PEFT adapter, what that of its model ends in.
 
     Raises:
         InputError: There is no such model.
     """
-    adapter = Path(model) / ADAPTER_CONFIG
-    if adapter.is_file():
-        return [_HEADS_OF_ADAPTERS.get(json.loads(adapter.read_text(encoding="utf-8")).get("task_type"), "")]
+    adapter = Adapter.found(model, settings.get("revision"))
+    if adapter is not None and adapter.head:
+        return [adapter.head]
+    if adapter is not None and adapter.base[0]:
+        model, settings = adapter.base[0], {**settings, "revision": adapter.base[1]}
     return list(load_pretrained("model", AutoConfig, model, **settings).architectures or [])

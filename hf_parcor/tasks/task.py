@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
@@ -19,11 +17,10 @@ from hf_parcor.evaluation import BatchMetric, LmEvalMetric
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.evaluation.outputs import inside_adapters
 from hf_parcor.sequence_length import fitting_length, positions
+from hf_parcor.tasks.adapters import Adapter, LoaderOfAdapter
 from hf_parcor.tasks.rows import Rows, find_column
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_pretrained(what: str, loader: Any, name: str, **settings: Any) -> Any:
@@ -60,12 +57,8 @@ def load_pretrained(what: str, loader: Any, name: str, **settings: Any) -> Any:
         ) from error
 
 
-# How the names of their files begin.
-_OF_PROCESSORS = ("tokenizer", "preprocessor", "processor", "vocab", "merges", "spiece", "sentencepiece", "source.spm")
-
-
 def load_processing(what: str, loader: Any, name: str, **settings: Any) -> Any:
-    """Return what prepares inputs; of a PEFT adapter in a folder without it, that of the model that it belongs to.
+    """Return what prepares inputs; of a PEFT adapter that was saved without, that of the model that it belongs to.
 
     Args:
         what: As in `load_pretrained`.
@@ -76,12 +69,11 @@ def load_processing(what: str, loader: Any, name: str, **settings: Any) -> Any:
     Raises:
         InputError: As in `load_pretrained`.
     """
-    adapter = Path(name) / ADAPTER_CONFIG
-    if adapter.is_file() and not any(path.name.startswith(_OF_PROCESSORS) for path in adapter.parent.iterdir()):
-        described = json.loads(adapter.read_text(encoding="utf-8"))
-        base = described.get("base_model_name_or_path")
+    adapter = Adapter.found(name, settings.get("revision"))
+    if adapter is not None and not adapter.has_processor:
+        base, revision = adapter.base
         if base:
-            name, settings = base, {**settings, "revision": described.get("revision")}
+            name, settings = base, {**settings, "revision": revision}
     return load_pretrained(what, loader, name, **settings)
 
 
@@ -220,10 +212,11 @@ class Task(ABC):
         Raises:
             InputError: There is no such model, or it cannot have such a head.
         """
-        model = load_pretrained("model", getattr(transformers, self.auto_class), name, **settings)
-        if hasattr(model, "peft_config"):
-            _unfreeze_adapters(model)
-        return model
+        loader = getattr(transformers, self.auto_class)
+        adapter = Adapter.found(name, settings.get("revision"))
+        if adapter is not None:
+            loader = LoaderOfAdapter(loader, adapter)
+        return load_pretrained("model", loader, name, **settings)
 
     def load_processor(self, name: str, **settings: Any) -> Any:
         """Return the model's tokenizer, or what its inputs need otherwise.
@@ -342,19 +335,6 @@ class Task(ABC):
             order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
             ordered = _InOrder(examples, order)
         return DataLoader(ordered, batch_size=size, collate_fn=self.collator(processed), num_workers=workers)
-
-
-def _unfreeze_adapters(model: Any) -> None:
-    """Let what was trained of adapters be trained on: PEFT loads them frozen."""
-    with_biases = {name for name, config in model.peft_config.items() if getattr(config, "bias", "none") != "none"}
-    for module in model.modules():
-        active = getattr(module, "active_adapters", None)
-        if not isinstance(active, list):  # of a layer
-            continue
-        module.set_adapter(active)
-        bias = getattr(getattr(module, "base_layer", None), "bias", None)
-        if bias is not None and not with_biases.isdisjoint(active):
-            bias.requires_grad_(True)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,6 @@ from hf_parcor.tasks import (
     Encoding,
     Processed,
     Rows,
-    architectures_of,
     check_head,
     load_rows,
     task_named,
@@ -700,36 +699,6 @@ class TestMetricsOfTheLibrary:
     def test_an_unknown_one(self, task, name, tmp_path):
         with pytest.raises(InputError, match=rf"expected one of {', '.join(TASKS[task].metrics)}.* got '{name}'"):
             TASKS[task].metric(name, Processed(None, None), [{"labels": torch.zeros(1)}])
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning:peft")
-@for_each(
-    ("name", "kind", "settings"),
-    [
-        ("text-classification", "SEQ_CLS", {"target_modules": ["query"]}),
-        ("text-classification", "SEQ_CLS", {"target_modules": ["query"], "bias": "lora_only"}),
-        ("token-classification", "TOKEN_CLS", {"target_modules": ["query"]}),
-        ("question-answering", "QUESTION_ANS", {"target_modules": ["query"]}),
-        ("text-generation", "CAUSAL_LM", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
-        ("text-generation", "CAUSAL_LM", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
-        (
-            "text-generation",
-            "CAUSAL_LM",
-            {"target_modules": ["c_fc"], "fan_in_fan_out": True, "modules_to_save": ["ln_f"]},
-        ),
-    ],
-)
-def test_of_an_adapter_what_was_trained_is_trainable(name, kind, settings, tmp_path):
-    """Transformers loads it frozen, but for the modules that were saved with it; and what is trained is corrupted."""
-    peft = pytest.importorskip("peft")
-    task, base = TASKS[name], SAVED[name][0](tmp_path / "base")
-    adapted = peft.get_peft_model(task.load_model(base), peft.LoraConfig(r=2, task_type=kind, **settings))
-    trained = {name: weight.numel() for name, weight in adapted.named_parameters() if weight.requires_grad}
-    adapted.save_pretrained(tmp_path / "adapter")
-    loaded = task.load_model(str(tmp_path / "adapter"))
-    found = {name: weight.numel() for name, weight in loaded.named_parameters() if weight.requires_grad}
-    assert found == {name.removeprefix("base_model.model."): count for name, count in trained.items()}
-    assert task.has_head(architectures_of(str(tmp_path / "adapter")))
 
 
 @for_each("padding", [None, 0, 5])
