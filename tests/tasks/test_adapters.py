@@ -79,14 +79,15 @@ def test_it_is_the_model_that_was_saved_and_what_was_trained_is_trainable(kind, 
     assert task.has_head(architectures_of(str(tmp_path / "adapter")))
 
 
-@for_each("classes", [2, 4])
-def test_a_head_that_the_model_has_not(classes, tmp_path):
+@for_each(("named", "classes"), [("SEQ_CLS", 2), ("SEQ_CLS", 4), (None, 4)])
+def test_a_head_that_the_model_has_not(named, classes, tmp_path):
     """Its classes are counted in what was saved: the configuration is that of a model without them."""
     task = TASKS["text-classification"]
     transformers.BertForPreTraining(transformers.BertConfig(**tiny.encoder())).save_pretrained(tmp_path / "base")
     model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=classes)
-    model = adapted(model, peft.LoraConfig(task_type="SEQ_CLS", **QUERY))
+    model = adapted(model, peft.LoraConfig(task_type=named, modules_to_save=["classifier"], **QUERY))
     model.save_pretrained(tmp_path / "adapter")
+    assert task.has_head(architectures_of(str(tmp_path / "adapter")))
     loaded = task.load_model(str(tmp_path / "adapter"))
     assert loaded.config.num_labels == classes
     torch.testing.assert_close(logits_of(loaded), logits_of(model))
