@@ -51,6 +51,10 @@ class DefendedDPOTrainer(ParameterDefenseMixin, trl.DPOTrainer):
     pass
 
 
+class DefendedKTOTrainer(ParameterDefenseMixin, trl.KTOTrainer):
+    pass
+
+
 class DefendedRewardTrainer(ParameterDefenseMixin, trl.RewardTrainer):
     pass
 
@@ -61,9 +65,15 @@ DPO_ROWS = {
     "chosen": ["x y", "z", "a b c", "d e", "f g", "h"],
     "rejected": ["q r s", "t u", "v", "w", "x y z", "a"],
 }
+KTO_ROWS = {
+    "prompt": DPO_ROWS["prompt"],
+    "completion": DPO_ROWS["chosen"],
+    "label": [True, False, True, False, True, False],
+}
 TRAINERS = {
     "sft": (trl.SFTTrainer, DefendedSFTTrainer, trl.SFTConfig, SFT_ROWS, ["entropy", "mean_token_accuracy"]),
     "dpo": (trl.DPOTrainer, DefendedDPOTrainer, trl.DPOConfig, DPO_ROWS, ["rewards/margins", "logps/chosen"]),
+    "kto": (trl.KTOTrainer, DefendedKTOTrainer, trl.KTOConfig, KTO_ROWS, ["logps/chosen", "logps/rejected"]),
     "reward": (
         trl.RewardTrainer,
         DefendedRewardTrainer,
@@ -89,7 +99,7 @@ def tiny_llama(dtype=torch.float32, seed=0, kind=tf.LlamaForCausalLM, **settings
 @pytest.fixture
 def fine_tune(arguments, tokenizer):
     def run(trainer_class, config, rows, model=None, options=None, **extra):
-        if issubclass(trainer_class, trl.DPOTrainer):
+        if issubclass(trainer_class, (trl.DPOTrainer, trl.KTOTrainer)):
             extra["ref_model"] = tiny_llama(seed=1)
         if model is None and issubclass(trainer_class, trl.RewardTrainer):
             model = tiny_llama(kind=tf.LlamaForSequenceClassification, num_labels=1)
