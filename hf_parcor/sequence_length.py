@@ -56,6 +56,7 @@ def longest_sequence(model: Any, tokenizer: Any = None, *, decoder: bool = False
         positions(model, decoder=decoder),
         getattr(config, _OF_EACH_SIDE[decoder], None),
         getattr(config, "max_position_embeddings", None),
+        getattr(getattr(config, "text_config", None), "max_position_embeddings", None),  # of one that takes images too
         getattr(tokenizer, "model_max_length", None),
     )
     return min((int(length) for length in said if length is not None and 0 < length < _UNBOUNDED), default=None)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from transformers import AutoConfig
-
 from hf_parcor.errors import InputError, nearest
 from hf_parcor.tasks.adapters import Adapter
 from hf_parcor.tasks.fill_mask import FillMask
@@ -16,7 +14,7 @@ from hf_parcor.tasks.object_detection import ObjectDetection
 from hf_parcor.tasks.question_answering import QuestionAnswering
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.sequence_to_sequence import Summarization, Translation
-from hf_parcor.tasks.task import Task, load_pretrained
+from hf_parcor.tasks.task import Task, load_configuration
 from hf_parcor.tasks.text_classification import TextClassification
 from hf_parcor.tasks.text_generation import TextGeneration
 from hf_parcor.tasks.token_classification import TokenClassification
@@ -124,6 +122,4 @@ def architectures_of(model: str, **settings: Any) -> list[str]:
     adapter = Adapter.found(model, settings.get("revision"))
     if adapter is not None and adapter.head:
         return [adapter.head]
-    if adapter is not None and adapter.base[0]:
-        model, settings = adapter.base[0], {**settings, "revision": adapter.base[1]}
-    return list(load_pretrained("model", AutoConfig, model, **settings).architectures or [])
+    return list(load_configuration(model, **settings).architectures or [])

@@ -13,6 +13,7 @@ from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.languages import set_languages
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task, check_tokens, library_score, say_what_is_cut
+from hf_parcor.tasks.text_generation import decoders
 
 _MAX_LENGTH = 512
 _OF_SACREBLEU = ("bleu", "chrf", "ter")
@@ -25,6 +26,10 @@ class SequenceToSequence(Task):
     auto_class = "AutoModelForSeq2SeqLM"
     metrics = _OF_SACREBLEU
     takes = frozenset({"max_length", "prefix", "source_language", "target_language"})
+
+    def has_head(self, architectures: Sequence[str]) -> bool:
+        """Return whether a model of these architectures has an encoder too: decoders beside images are named alike."""
+        return super().has_head([name for name in architectures if name not in decoders()])
 
     def prepare(self, processed: Processed) -> None:
         """Set the languages that are asked for."""

@@ -22,6 +22,8 @@ from hf_parcor.tasks.rows import Rows, find_column
 
 logger = logging.getLogger(__name__)
 
+_OF_ORIGIN = ("revision", "trust_remote_code")
+
 
 def load_pretrained(what: str, loader: Any, name: str, **settings: Any) -> Any:
     """Return `loader.from_pretrained(name, **settings)`.
@@ -75,6 +77,25 @@ def load_processing(what: str, loader: Any, name: str, **settings: Any) -> Any:
         if base:
             name, settings = base, {**settings, "revision": revision}
     return load_pretrained(what, loader, name, **settings)
+
+
+def load_configuration(name: str, revision: str | None = None, *, trust_remote_code: bool | None = None) -> Any:
+    """Return the configuration of a model; of a PEFT adapter, that of the model that it belongs to.
+
+    Args:
+        name: As in `load_pretrained`.
+        revision: Its branch, tag or commit on the Hub.
+        trust_remote_code: Whether the model may bring code.
+
+    Raises:
+        InputError: As in `load_pretrained`.
+    """
+    adapter = Adapter.found(name, revision)
+    if adapter is not None and adapter.base[0]:
+        name, revision = adapter.base[0], adapter.base[1]
+    return load_pretrained(
+        "model", transformers.AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code
+    )
 
 
 Example = dict[str, Any]
@@ -212,11 +233,20 @@ class Task(ABC):
         Raises:
             InputError: There is no such model, or it cannot have such a head.
         """
-        loader = getattr(transformers, self.auto_class)
+        loader = self.loader(name, **{key: settings[key] for key in _OF_ORIGIN if key in settings})
         adapter = Adapter.found(name, settings.get("revision"))
         if adapter is not None:
             loader = LoaderOfAdapter(loader, adapter)
         return load_pretrained("model", loader, name, **settings)
+
+    def loader(self, name: str, **origin: Any) -> Any:
+        """Return the class of Transformers that loads a model with the task's head.
+
+        Args:
+            name: As for `load_model`.
+            **origin: As for `load_configuration`.
+        """
+        return getattr(transformers, self.auto_class)
 
     def load_processor(self, name: str, **settings: Any) -> Any:
         """Return the model's tokenizer, or what its inputs need otherwise.

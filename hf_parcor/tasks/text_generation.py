@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 from torch.utils.data import DataLoader
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+)
+from transformers.models.auto import modeling_auto
 
 from hf_parcor.errors import InputError, nearest
 from hf_parcor.evaluation import BatchMetric, LanguageModelMetric, LmEvalMetric
 from hf_parcor.evaluation.metrics.language_model import padded_windows, sliding_windows
 from hf_parcor.records.metric_info import LM_EVAL
 from hf_parcor.tasks.rows import Rows
-from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task
+from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task, load_configuration
 
 _MAX_LENGTH = 512
 _SETTINGS: Mapping[str, Callable[[str], Any]] = {"limit": float, "num-fewshot": int, "include-path": str}
 
 
+@cache
+def decoders() -> frozenset[str]:
+    """Return the classes of Transformers that go on with a text: causal ones, and those that take images beside it.
+
+    The latter are named as encoder-decoders are, and those that read a text with an encoder are not among them.
+    """
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    multimodal = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()
+    with_encoder = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+    named_alike = {name for name in multimodal if name.endswith("ForConditionalGeneration")}
+    return frozenset({*causal, *named_alike} - set(with_encoder))
+
+
 class TextGeneration(Task):
-    """The next token of a text: loss, perplexity, accuracy.
+    """The next token of a text: loss, perplexity, accuracy; also of decoders that take images beside it.
 
     The texts of all rows are joined, with the end-of-text token of the tokenizer after each, if it has one, and cut
     into windows of the longest length, which overlap where a stride says so: see `sliding_windows`. Where the encoding
@@ -33,6 +54,26 @@ class TextGeneration(Task):
     pads = False
     takes = frozenset({"max_length", "prefix", "stride", "between_rows"})
     metrics = ("perplexity", "loss", "accuracy")
+
+    def has_head(self, architectures: Sequence[str]) -> bool:
+        """Return whether a model of these architectures is a decoder."""
+        return super().has_head(architectures) or not decoders().isdisjoint(architectures)
+
+    def loader(self, name: str, **origin: Any) -> Any:
+        """Return the class of Transformers for causal models, or that for what takes images too.
+
+        Raises:
+            InputError: There is no such model, or it reads images with an encoder, such as Pix2Struct, and no text.
+        """
+        config = load_configuration(name, **origin)
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+            return AutoModelForCausalLM
+        if getattr(config, "is_encoder_decoder", False):
+            raise InputError(
+                f"model: expected a decoder, which goes on with a text, got {name!r} with a {type(config).__name__}, "
+                "an encoder; measure it from Python: CorruptionEvaluator takes any model and any metric"
+            )
+        return AutoModelForMultimodalLM
 
     def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
         """Return windows over the joined text."""

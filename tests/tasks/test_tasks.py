@@ -236,6 +236,49 @@ def test_the_metric_is_that_of_a_loop_over_rows(name, padding, tmp_path):
     assert task.shown(task.metrics[0], found) == task.metrics[0]
 
 
+def beside_images(kind, config, **settings):
+    """Return a decoder that takes images too, and reads texts of 16 tokens."""
+    text = {**tiny.decoder(len(WORDS)), "head_dim": 4, "max_position_embeddings": 16, "initializer_range": 0.5}
+    vision = {**tiny.images(), "intermediate_size": 16, "num_attention_heads": 2}
+    return kind(config(text_config={**text, **settings}, vision_config=vision, image_token_index=len(WORDS) - 1))
+
+
+BESIDE_IMAGES = {
+    "Gemma 3": (transformers.Gemma3ForConditionalGeneration, transformers.Gemma3Config),
+    "LLaVA": (transformers.LlavaForConditionalGeneration, transformers.LlavaConfig),
+    "Mistral 3": (transformers.Mistral3ForConditionalGeneration, transformers.Mistral3Config),
+}
+
+
+@for_each("name", BESIDE_IMAGES)
+def test_a_decoder_that_takes_images_too_is_measured_on_texts(name, tmp_path):
+    """Its class is named as one that reads texts with an encoder, and Transformers loads it by another one."""
+    task, save_data = TASKS["text-generation"], SAVED["text-generation"][1]
+    rows = load_rows(save_data(tmp_path / SAVED["text-generation"][2]))
+    beside_images(*BESIDE_IMAGES[name]).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    folder = str(tmp_path / "model")
+    assert task_of(folder, rows, {}) is task
+    check_head(task, folder)
+    with pytest.raises(InputError, match="a head for summarization"):
+        check_head(TASKS["summarization"], folder)
+    model = task.load_model(folder).eval()
+    assert isinstance(model, BESIDE_IMAGES[name][0])
+    processed = Processed(model, task.load_processor(folder), Encoding())
+    batches = task.batches(task.examples(rows, task.find_columns(rows, {}), processed), processed, 2)
+    found = task.metric("perplexity", processed, batches)(model)
+    assert found == pytest.approx(of_text(model, processed.processor, rows.entries), rel=1e-5)
+
+
+def test_what_reads_images_with_an_encoder_is_no_decoder(tmp_path):
+    sizes = {**tiny.t5(len(WORDS)), "hidden_size": 8, "num_hidden_layers": 1}
+    transformers.Pix2StructConfig(
+        text_config=sizes, architectures=["Pix2StructForConditionalGeneration"]
+    ).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"expected a decoder.* with a Pix2StructConfig"):
+        TASKS["text-generation"].load_model(str(tmp_path))
+
+
 @for_each("name", ["text-classification", "token-classification", "summarization", "translation"])
 def test_long_texts_are_cut_to_what_the_model_takes(name, tmp_path_factory, caplog):
     folder = tmp_path_factory.mktemp("long")
