@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
+from jinja2 import TemplateError
 from torch.utils.data import DataLoader
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -15,7 +16,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from hf_parcor.errors import InputError, nearest
+from hf_parcor.errors import InputError, nearest, one_line
 from hf_parcor.evaluation import BatchMetric, LanguageModelMetric, LmEvalMetric
 from hf_parcor.evaluation.metrics.language_model import padded_windows, sliding_windows
 from hf_parcor.records.metric_info import LM_EVAL
@@ -44,13 +45,14 @@ class TextGeneration(Task):
 
     The texts of all rows are joined, with the end-of-text token of the tokenizer after each, if it has one, and cut
     into windows of the longest length, which overlap where a stride says so: see `sliding_windows`. Where the encoding
-    says what stands between rows, they are one running text, encoded as a whole, as it is done to WikiText.
+    says what stands between rows, they are one running text, encoded as a whole, as it is done to WikiText. Chats are
+    written by the tokenizer's template, and end as it ends them; all that is said in them counts.
     """
 
     name = "text-generation"
     heads = ("ForCausalLM", "LMHeadModel")
     auto_class = "AutoModelForCausalLM"
-    roles: ClassVar[Mapping[str, Role]] = {"text": Role(("text", "sentence", "content", "document"))}
+    roles: ClassVar[Mapping[str, Role]] = {"text": Role(("text", "sentence", "content", "document", "messages"))}
     pads = False
     takes = frozenset({"max_length", "prefix", "stride", "between_rows"})
     metrics = ("perplexity", "loss", "accuracy")
@@ -77,8 +79,7 @@ class TextGeneration(Task):
 
     def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
         """Return windows over the joined text."""
-        texts = [processed.encoding.prefix + text for text in rows.texts(columns["text"])]
-        tokens = self._tokens(texts, processed)
+        tokens = self._tokens(rows, columns["text"], processed)
         length, stride = processed.length(_MAX_LENGTH), processed.encoding.stride
         if stride is not None and stride > length:
             raise InputError(
@@ -91,12 +92,15 @@ class TextGeneration(Task):
         return windows
 
     @staticmethod
-    def _tokens(texts: Sequence[str], processed: Processed) -> list[int]:
+    def _tokens(rows: Rows, column: str, processed: Processed) -> list[int]:
         """Return the tokens of all rows as one text."""
         tokenizer, between = processed.processor, processed.encoding.between_rows
+        chats = isinstance(next(rows.with_columns(column)).get(column), list)
+        written = _chats(rows, column, tokenizer) if chats else rows.texts(column)
+        texts = [processed.encoding.prefix + text for text in written]
         if between is not None:
             return list(tokenizer(between.join(texts), verbose=False)["input_ids"])
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        end = [] if chats or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [token for of_text in encoded for token in [*of_text, *end]]
 
@@ -110,6 +114,29 @@ class TextGeneration(Task):
             return _lm_eval(name, processed.processor, batches.batch_size or 1)
         self.check_metric(name, f"{LM_EVAL}TASK")
         return LanguageModelMetric(batches)
+
+
+def _chats(rows: Rows, column: str, tokenizer: Any) -> list[str]:
+    """Return chats, lists of messages with `role` and `content`, as the tokenizer writes them.
+
+    Raises:
+        InputError: The tokenizer has no template for chats, or none for one of these.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"tokenizer: expected one with a template for the chats in column {column!r}, got none; set its "
+            "chat_template, or name a column with texts"
+        )
+    written = []
+    for row, chat in rows.numbered(rows.column(column)):
+        try:
+            written.append(tokenizer.apply_chat_template(chat, tokenize=False))
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise InputError(
+                f"{rows.source}: expected a chat that the tokenizer's template can write, messages with role and "
+                f"content, got one in row {row} that it cannot ({one_line(error)}); mend the data"
+            ) from error
+    return written
 
 
 def _lm_eval(name: str, tokenizer: Any, batch_size: int) -> LmEvalMetric:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import math
 from dataclasses import fields, replace
@@ -268,6 +269,25 @@ def test_a_decoder_that_takes_images_too_is_measured_on_texts(name, tmp_path):
     batches = task.batches(task.examples(rows, task.find_columns(rows, {}), processed), processed, 2)
     found = task.metric("perplexity", processed, batches)(model)
     assert found == pytest.approx(of_text(model, processed.processor, rows.entries), rel=1e-5)
+
+
+def test_chats_are_what_the_template_of_the_tokenizer_makes_of_them(tmp_path):
+    """It says where a chat ends: no token comes behind that."""
+    task, folder = TASKS["text-generation"], SAVED["text-generation"][0](tmp_path / "model")
+    said = [[("user", first), ("assistant", second)] for first, second in itertools.pairwise(SENTENCES)]
+    chats = [[{"role": role, "content": text} for role, text in chat] for chat in said]
+    rows = Rows("chats.jsonl", [{"messages": chat} for chat in chats], ("messages",))
+    processed = Processed(task.load_model(folder), task.load_processor(folder), Encoding())
+    columns = task.find_columns(rows, {})
+    with pytest.raises(InputError, match=r"expected one with a template for the chats in column 'messages', got none"):
+        task.examples(rows, columns, processed)
+    processed.processor.chat_template = "{% for m in messages %}{{ m['content'] }} {{ eos_token }} {% endfor %}"
+    expected = [one for chat in chats for one in processed.processor.apply_chat_template(chat)["input_ids"]]
+    windows = task.examples(rows, columns, processed)
+    assert [token for window in windows for token in window["input_ids"]] == expected
+    broken = replace(rows, entries=[*rows.entries, {"messages": [3]}])
+    with pytest.raises(InputError, match=rf"got one in row {len(chats) + 1} that it cannot"):
+        task.examples(broken, columns, processed)
 
 
 def test_what_reads_images_with_an_encoder_is_no_decoder(tmp_path):
