@@ -281,12 +281,15 @@ def test_chats_are_what_the_template_of_the_tokenizer_makes_of_them(tmp_path):
     columns = task.find_columns(rows, {})
     with pytest.raises(InputError, match=r"expected one with a template for the chats in column 'messages', got none"):
         task.examples(rows, columns, processed)
-    processed.processor.chat_template = "{% for m in messages %}{{ m['content'] }} {{ eos_token }} {% endfor %}"
+    refusing = "{% if m['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    processed.processor.chat_template = (
+        f"{{% for m in messages %}}{refusing}{{{{ m['content'] }}}} {{{{ eos_token }}}} {{% endfor %}}"
+    )
     expected = [one for chat in chats for one in processed.processor.apply_chat_template(chat)["input_ids"]]
     windows = task.examples(rows, columns, processed)
     assert [token for window in windows for token in window["input_ids"]] == expected
-    broken = replace(rows, entries=[*rows.entries, {"messages": [3]}])
-    with pytest.raises(InputError, match=rf"got one in row {len(chats) + 1} that it cannot"):
+    broken = replace(rows, entries=[*rows.entries, {"messages": [{"role": "system", "content": "good"}]}])
+    with pytest.raises(InputError, match=rf"got one in row {len(chats) + 1} that it cannot \(.*no system here\)"):
         task.examples(broken, columns, processed)
 
 
