@@ -43,7 +43,13 @@ from hf_parcor.model_state import BufferSnapshot, evaluation_mode
 from hf_parcor.overriding import undoing_left
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.metric_info import MetricInfo, stated_by
-from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, FormatScore, SensitivityRecord, WeightGroup
+from hf_parcor.records.sensitivity import (
+    DIVERGENCE,
+    FISHER,
+    FormatScore,
+    SensitivityRecord,
+    WeightGroup,
+)
 from hf_parcor.targets.kinds import linear_modules
 
 
@@ -81,6 +87,9 @@ def sensitivity(
     this to the cells with the largest Fisher scores. With a `BatchMetric`, the divergence is measured too
     (`WithDivergence`): how far the model's answers are from those of the unchanged model. Only matrices are quantized,
     as tools do it: biases and norms stay. The weights are restored to the last bit, also after an exception.
+
+    Groups that the data do not use, such as the layers for images where the data are texts, are left out of the
+    record, and so stay as they are in every recipe: nothing is found out about them. `unused` names them.
 
     Memory beside the model: two float32 sums as large as the groups (three with `probes`), and the gradient of one
     batch. Without `probes`, if there is only one batch or an accelerator has less free memory than that, scores are
@@ -167,8 +176,9 @@ def sensitivity(
             check_free(needed_memory(together, sums=0), "the gradient of a batch", _score_less)
         parts = each_batch(source) if thrifty else [GradientOverData.of(source, diagonal)]
         cells = score_groups(selected, formats, parts, processes if thrifty else ALONE)
+        reached = set().union(*processes.gather(source.reached))
     _check_finite([cell.scores[FISHER] for cell in cells])
-    notes += [*_unfit(selected, formats, cells), *_unreached(cells)]
+    notes += _unfit(selected, formats, cells)
     promising = sorted(cells, key=_least_risky_last)[:budget]
     places = {(cell.group, cell.format) for cell in promising}
     wanted = frozenset(
@@ -194,13 +204,18 @@ def sensitivity(
     clean, data, rows = measurement.run(selected, formats, 1, 0, weights, kept, wanted, of_clean)
     found = {(group, row.label): row for group, of_group in zip(selected, rows, strict=True) for row in of_group}
     measured = {place: {name: row.mean(name) for name in row.metrics} for place, row in found.items()}
+    cells = [replace(cell, measured=measured.get((cell.group, cell.format), {})) for cell in cells]
+    of_clean = {name: clean.mean(name) for name in clean.metrics}
+    unused = _unused(selected, reached, cells, of_clean)
+    selected = {label: group for label, group in selected.items() if label not in unused}
+    together = {name: weight for group in selected.values() for name, weight in group.items()}
     linear = set(linear_modules(model))
     return SensitivityRecord(
         model=model_name(model),
         groups=_recorded(model, selected),
         formats=_described(formats),
-        cells=tuple(replace(cell, measured=measured.get((cell.group, cell.format), {})) for cell in cells),
-        clean={name: clean.mean(name) for name in clean.metrics},
+        cells=tuple(cell for cell in cells if cell.group not in unused),
+        clean=of_clean,
         metric=_shown(metric, list(clean.metrics)),
         metric_info=measurement.infos([clean, *found.values()]),
         parameters=numel(list(model.parameters())),
@@ -210,6 +225,7 @@ def sensitivity(
             if (isinstance(module, nn.Linear) or module in linear)
             and not any(one is module.weight for one in together.values())
         ),
+        unused=unused,
         kinds=_kinds(model, together.values()),
         data=data,
         weights=weights,
@@ -218,6 +234,7 @@ def sensitivity(
         versions=library_versions(),
         notes=(
             *notes,
+            *_without_scores([cell for cell in cells if cell.group not in unused]),
             *measurement.notes,
             *(f"{group} in {label}: {note}" for (group, label), row in found.items() for note in row.notes),
         ),
@@ -374,15 +391,31 @@ def _unfit(groups: Collection[str], formats: Sequence[Format], cells: Sequence[F
             yield f"{label} does not fit {some_of(without)}, whose rows are no whole number of blocks"
 
 
-def _unreached(cells: Sequence[FormatScore]) -> Iterator[str]:
+def _unused(
+    groups: Mapping[str, Collection[str]],
+    reached: Collection[str],
+    cells: Sequence[FormatScore],
+    clean: Mapping[str, float],
+) -> tuple[str, ...]:
+    """Return the groups that the loss does not depend on, and that change nothing which was measured.
+
+    The loss may not depend on what it is detached from, which a measurement tells; where nothing was measured, nothing
+    is known. If the loss depends on nothing at all, that says nothing of a group.
+    """
+    changing = {cell.group for cell in cells if any(clean.get(name) != value for name, value in cell.measured.items())}
+    unused = [label for label, names in groups.items() if label not in changing and not {*names} & {*reached}]
+    return tuple(unused) if len(unused) < len(groups) else ()
+
+
+def _without_scores(cells: Sequence[FormatScore]) -> Iterator[str]:
     """Yield a sentence on the groups whose scores are all zero: of a gradient of zero, or of none, or of no error."""
-    reached = {cell.group: False for cell in cells}
+    scored = {cell.group: False for cell in cells}
     for cell in cells:
-        reached[cell.group] |= cell.scores["fit"] != 0  # NaN is a gradient
-    without = [group for group, found in reached.items() if not found]
+        scored[cell.group] |= cell.scores["fit"] != 0  # NaN is a gradient
+    without = [group for group, found in scored.items() if not found]
     if without:
         yield (
-            f"all scores are 0 of {some_of(without)}: no format changes them, the model does not use them, or "
+            f"all scores are 0 of {some_of(without)}: no format changes them, the loss has no slope there, or "
             "something behind them passes no gradient back; what is measured of them tells, and scores of 0 do not"
         )
 

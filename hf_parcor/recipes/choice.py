@@ -100,6 +100,8 @@ def recipe(
     problem = _Problem(choices, [scores.groups[group].parameters for group in choices])
     notes = _of_scales(scores, formats, limit) if name == "bits" else ()
     notes += tuple(_of_broken(scores, formats))
+    if scores.unused:
+        notes += (scores.said_of_unused,)
     with _saying(notes if name == "bits" or not keep else ()):
         chosen = problem.cheapest(limit) if name == "bits" else problem.smallest(limit, name, keep=keep)
     choice = {group: one for group, (one, _) in zip(choices, chosen, strict=True)}

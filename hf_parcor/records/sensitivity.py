@@ -16,6 +16,7 @@ from hf_parcor.records.stored import StoredRecord
 from hf_parcor.statistics import rank_correlation
 
 FORMAT = 1
+_FEW = 3  # names in a sentence
 FISHER = "fisher"
 """The score that estimates what was not measured."""
 
@@ -104,6 +105,8 @@ class SensitivityRecord(StoredRecord):
         metric_info: What the numbers of the metrics mean.
         parameters: Number of weights of the model, including those in no group.
         outside: The linear modules that are in no group, and so stay as they are.
+        unused: Groups that are left out, since the data do not use them: the loss does not depend on them, and nothing
+            that was measured changes with them.
         kinds: For each class of modules that hold matrices: how many are in a group, and how many there are; empty in
             older records.
         data: Fingerprint of the data, as in `EvaluationRecord`.
@@ -144,6 +147,7 @@ class SensitivityRecord(StoredRecord):
     metric_info: Mapping[str, MetricInfo] = field(default_factory=dict)
     parameters: int = 0
     outside: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     kinds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     data: str = ""
     weights: str = ""
@@ -154,6 +158,18 @@ class SensitivityRecord(StoredRecord):
     flags: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
     kind: ClassVar[str] = "sensitivity record"
+
+    @property
+    def said_of_unused(self) -> str:
+        """A sentence on the groups that the data do not use; "" where there are none."""
+        if not self.unused:
+            return ""
+        many = len(self.unused) > _FEW
+        few = f"{len(self.unused)} parts such as {self.unused[0]}" if many else ", ".join(self.unused)
+        return (
+            f"These data do not use {few}: what rounding costs there was not found out, and it stays as it is. Other "
+            "data may use it."
+        )
 
     @property
     def scores(self) -> list[str]:
@@ -269,7 +285,8 @@ class SensitivityRecord(StoredRecord):
         )
         data["clean"] = read_numbers(data["clean"])
         data["metric_info"] = read_infos(data["metric_info"])
-        data["outside"], data["notes"] = tuple(data["outside"]), tuple(data["notes"])
+        for name in ("outside", "unused", "notes"):
+            data[name] = tuple(data.get(name, ()))
         data["kinds"] = {kind: (within, of) for kind, (within, of) in data.get("kinds", {}).items()}
         data["evaluated_on"] = None if data["evaluated_on"] is None else EvaluationData(**data["evaluated_on"])
         return cls(**data)

@@ -143,7 +143,7 @@ def _what_was_rounded(told: _Told) -> str:
     share = f" of {told.scores.parameters:,}" if told.scores.parameters else ""
     return (
         f"{told.format} are with {scales.get(per, f'a scale for each {per} weights')}. The parts have "
-        f"{parameters:,}{share} weights{modules}; all others stay as they are."
+        f"{parameters:,}{share} weights{modules}; all others stay as they are. {told.scores.said_of_unused}".rstrip()
     )
 
 

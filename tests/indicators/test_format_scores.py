@@ -431,21 +431,42 @@ def test_weights_that_layers_share_are_of_the_first() -> None:
         unscored(model, [Quantization(2)], by_layer(model))
 
 
-def test_parts_that_no_gradient_reaches_are_said() -> None:
+class Cut(nn.Module):
+    """One layer is used but no gradient reaches it, one is not used, and one never changes: it is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut, self.unused, self.zero, self.last = (nn.Linear(4, 4) for _ in range(4))
+        nn.init.zeros_(self.zero.weight)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.last(self.zero(rows) + self.cut(rows).detach())
+
+
+@for_each(
+    ("budget", "unused", "without_scores"), [(None, ["unused"], ["cut", "zero"]), (0, ["cut", "unused"], ["zero"])]
+)
+def test_what_the_data_do_not_use_is_left_out_and_stays_in_every_recipe(budget, unused, without_scores) -> None:
     """One that is behind a detach is as silent as one that is not used; only a measurement tells them apart."""
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.cut, self.unused, self.last = (nn.Linear(4, 4) for _ in range(3))
-
-        def forward(self, rows: torch.Tensor) -> torch.Tensor:
-            return self.last(self.cut(rows).detach())
-
-    record = sensitivity(
-        Model(), [torch.randn(5, 4)], [Quantization(2)], loss=lambda model, x: model(x).square().mean(), progress=False
-    )
+    options = {"loss": lambda model, x: model(x).square().mean(), "budget": budget, "progress": False}
+    record = sensitivity(Cut(), [torch.randn(5, 4)], [Quantization(2)], **options)
+    assert list(record.unused) == unused
+    assert list(record.outside) == unused
+    assert list(record.groups) == [name for name in ("cut", "unused", "zero", "last") if name not in unused]
+    assert {cell.group for cell in record.cells} == record.groups.keys()
+    assert record.kinds == {"Linear": (4 - len(unused), 4)}
     (said,) = [note for note in record.notes if "gradient" in note]
-    assert [name in said for name in ("cut", "unused", "last")] == [True, True, False]
-    changes = {cell.group: cell.measured["loss"] != record.clean["loss"] for cell in record.cells}
-    assert changes == {"cut": True, "unused": False, "last": True}
+    assert [name in said for name in ("cut", "zero", "last")] == [
+        name in without_scores for name in ("cut", "zero", "last")
+    ]
+    chosen = recipe(record, bits=3)
+    assert {*chosen.choice} == record.groups.keys()
+    assert any(f"do not use {', '.join(unused)}:" in note for note in chosen.notes)
+    assert SensitivityRecord.from_json(record.to_json()) == record
+
+
+def test_of_a_loss_that_depends_on_nothing_no_part_is_left_out() -> None:
+    batches, options = [torch.randn(5, 4)], {"budget": 0, "progress": False}
+    record = sensitivity(Cut(), batches, [Quantization(2)], loss=lambda model, x: x.mean().requires_grad_(), **options)
+    assert not record.unused
+    assert len(record.groups) == 4

@@ -130,6 +130,9 @@ class DatasetGradients:
             them must ask for it; otherwise they do not wait for each other. Default: this process alone.
         saved_on: Where the bits of corrupted weights are kept; None for their own device.
 
+    Attributes:
+        reached: The names of the parameters that a loss depended on which was differentiated, by this process.
+
     Raises:
         ValueError: There are no items, or the batches can be walked through only once, or differ between walks.
     """
@@ -159,6 +162,7 @@ class DatasetGradients:
                 f"batches: expected at least one item with a label, got {len(self._items)} batches without any; "
                 "is the data set empty?"
             )
+        self.reached: set[str] = set()
         self._overall: dict[str, Tensor] | None = None
         self._whole: DatasetGradients | None = None
         self._walk: Iterator[Batch] = iter(())
@@ -330,6 +334,7 @@ class DatasetGradients:
 
         with torch.enable_grad(), trainable(parameters):
             gradient = gradients(self._model, parameters, lambda: self.loss_on(batch) * weight)
+        self.reached.update(name for name, part in zip(self._parameters, gradient, strict=True) if part is not None)
         found = [
             torch.zeros_like(parameter) if part is None else part
             for part, parameter in zip(gradient, parameters, strict=True)
