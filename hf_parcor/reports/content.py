@@ -117,7 +117,11 @@ def summary(study: Study, series: Series, numbers: Numbers) -> Table:
     curves = _ordered(study, series)
     names = common_strengths(curves.values())
     drops = {key: sample_mean(curve.drops(names)) if names else math.nan for key, curve in curves.items()}
-    finite = {key: drop for key, drop in drops.items() if math.isfinite(drop) and curves[key].reliable(names)}
+    finite = {
+        key: drop
+        for key, drop in drops.items()
+        if math.isfinite(drop) and curves[key].reliable(names) and key not in study.unmoved
+    }
     ratios = fragility(finite) if len(study.models) == 1 and len(finite) > 1 else {}
     from_zero = series.strength not in (None, "bits") and all(
         point.strength > 0 for curve in curves.values() for point in curve.points

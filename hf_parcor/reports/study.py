@@ -6,13 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, combinations
 from typing import Any, TypeAlias
 
 from hf_parcor.records.comparable import asked_for, by_identity, check_comparable, check_repetitions, in_one_alone
 from hf_parcor.records.curves import Series, metric_drop
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord, values_of_repetitions
-from hf_parcor.records.metric_info import MetricInfo, agreed
+from hf_parcor.records.metric_info import POINTS, SHARE, MetricInfo, agreed
 from hf_parcor.reports.numbers import metric_of
 from hf_parcor.statistics import MeanAndSpread, sample_mean
 
@@ -193,6 +194,23 @@ class Study:
         """All groups of all models, in their order."""
         return list(dict.fromkeys(group for groups in self.models.values() for group in groups))
 
+    @cached_property
+    def unmoved(self) -> frozenset[tuple[str, str]]:
+        """The groups, by model, whose corruption moves nothing, where that of other groups does.
+
+        The data do not use them, as texts do not use a decoder's layers for images. A share of rows stays as it is
+        where answers move a little, so there must be another metric, such as the loss, and no metric may have moved,
+        under any corruption and in any repetition.
+        """
+        unmoved = {
+            (name, group)
+            for name, groups in self.models.items()
+            for group, records in groups.items()
+            if all(map(_moves_nothing, records))
+        }
+        every = {(name, group) for name, groups in self.models.items() for group in groups}
+        return frozenset(unmoved if unmoved != every else ())
+
     @property
     def spread(self) -> str:
         """What differs between repetitions, in words."""
@@ -235,6 +253,13 @@ def _grouping(records: Records) -> str:
 
 def _listed(records: Any) -> Sequence[Any]:
     return records if isinstance(records, Sequence) else [records]
+
+
+def _moves_nothing(record: EvaluationRecord) -> bool:
+    clean = record.clean.metrics
+    return any(record.info(name).unit not in (SHARE, POINTS) for name in clean) and all(
+        {*row.metrics.get(name, ())} == {*values} for row in record.corruptions for name, values in clean.items()
+    )
 
 
 def _groups(records: Records) -> dict[str, tuple[EvaluationRecord, ...]]:

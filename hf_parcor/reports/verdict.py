@@ -124,17 +124,27 @@ class Finding(NamedTuple):
 
 
 def probe_verdict(study: Study, numbers: Numbers) -> list[Finding]:
-    """Return a finding for each series of corruptions, those beyond the spread first."""
+    """Return a finding for each series of corruptions, those beyond the spread first; then on what moves nothing."""
     [groups] = study.models.values()
     findings = []
     for series, by_key in study.curves.items():
-        curves = {group: curve for (_, group), curve in by_key.items()}
+        curves = {group: curve for (model, group), curve in by_key.items() if (model, group) not in study.unmoved}
+        if not curves:
+            continue
         of_one = len(curves) == 1
         finding = (
             _of_one_group(study, numbers, curves) if of_one else _of_groups(study, numbers, curves, groups, series)
         )
         findings.append(finding._replace(headline=f"{series.name}: {finding.headline}"))
     findings.sort(key=lambda finding: (not finding.clear, not finding.remedy))
+    if study.unmoved:
+        unmoved = [group for group in groups if any(group == of_model for _, of_model in study.unmoved)]
+        findings.append(
+            Finding(
+                f"No metric moves at all with {_listed(unmoved)} corrupted, as with what the data do not use.",
+                "What that costs on other data is not known, and it is not compared with the others.",
+            )
+        )
     return with_one_row([*_worst_of_all(study, numbers), *findings], study, numbers)
 
 

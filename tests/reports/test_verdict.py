@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import scipy.stats
 from for_each import for_each
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hf_parcor import CorruptionRecord, FloatQuantization, MetricInfo, Quantization, RobustnessReport, SweepRecord
@@ -256,6 +256,7 @@ class TestDirection:
         )
     )
     def test_of_groups_each_statement_is_what_the_numbers_say(self, record_of, groups):
+        assume(groups.count((CLEAN, CLEAN)) in (0, len(groups)))  # what moves nothing is not compared
         probe = {
             name: states(
                 record_of({1.0: first, 2.0: second}, CLEAN, metric="score", target=[name]), greater_is_better=True
@@ -745,3 +746,39 @@ def test_what_repetitions_lack_is_said_of_the_group_that_lacks_it(record_of):
     for lacking, said in (({"b": 0.2}, "ε=0.2 with b corrupted."), ({"a": 0.2, "b": 0.2}, "ε=0.2.")):
         [note] = [note for note in RobustnessReport([probe(0.8, {}), probe(0.7, lacking)]).notes if "Left" in note]
         assert note == f"Left out, since not all records have it: gradient L2 {said}"
+
+
+MOVED = {"a": (1.0, 1.1), "b": (1.1, 1.2), "c": (1.6, 1.8)}
+
+
+class TestWhatTheDataDoNotUse:
+    def test_the_others_are_compared_as_if_it_were_not_there(self, probe_of):
+        """Most groups may be such: layers for images, of a decoder that reads texts. Their median would be 0."""
+        alone = RobustnessReport(probe_of(MOVED, metric="loss")).verdict
+        unused = {f"image.{index}": (0.9, 0.9) for index in range(5)}
+        records = probe_of({**unused, **MOVED}, metric="loss")
+        *said, last = RobustnessReport(records).verdict
+        assert said == alone
+        assert "c is 4 times as fragile" in said[0]
+        assert last.startswith("No metric moves at all with image.0, image.1, image.2, image.3, image.4 corrupted")
+        study = Study.of({"bert": records})
+        of_some = Study.of({"bert": probe_of(MOVED, metric="loss")})
+        (series,) = study.curves
+        table, expected = (summary(one, series, Numbers(one.info.unit)) for one in (study, of_some))
+        place = table.header.index("fragility")
+        assert {row[0]: row[place] for row in table.rows} == {
+            **dict.fromkeys(unused, "–"),
+            **{row[0]: row[place] for row in expected.rows},
+        }
+
+    @for_each(
+        ("groups", "metric"),
+        [
+            ({"a": (0.9, 0.9), "b": (0.9, 0.9)}, "loss"),  # a corruption that is too weak
+            ({"a": (0.9, 0.9), **MOVED}, "accuracy"),  # answers may move, and no row change
+            ({"a": (0.9, 0.91), **MOVED}, "loss"),
+        ],
+    )
+    def test_what_may_be_used(self, probe_of, groups, metric):
+        study = Study.of({"bert": probe_of(groups, metric=metric)})
+        assert not study.unmoved
