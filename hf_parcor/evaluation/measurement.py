@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice, product
+from itertools import chain, islice, product
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from hf_parcor.evaluation.passes.together import Group, Job, choose_together, me
 from hf_parcor.evaluation.placement.memory import check_memory
 from hf_parcor.evaluation.placement.replicas import all_batches, check_same_data, check_same_weights
 from hf_parcor.evaluation.resume import append_to_checkpoint, begin_checkpoint
-from hf_parcor.evaluation.trials import Trial, checked_metrics, record_of
+from hf_parcor.evaluation.trials import Trial, checked_metrics, record_of, warn_of_notes
 from hf_parcor.functional.vectors import numel
 from hf_parcor.injection import Device, check_device
 from hf_parcor.model_state import BufferSnapshot, devices_of, evaluation_mode
@@ -305,7 +305,9 @@ class Measurement:
                     done += len(some)
                     bar.update(done - bar.n)
         of_clean = record_of("none", "no corruption", {}, [found[0]])
-        return of_clean, data, plan.records(found)
+        of_groups = plan.records(found)
+        warn_of_notes([of_clean, *chain(*of_groups)])
+        return of_clean, data, of_groups
 
     def _check_batches(self, corruptions: Sequence[Corruption]) -> None:
         needing = [corruption for corruption in corruptions if corruption.uses_gradients]

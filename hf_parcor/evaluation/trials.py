@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -85,7 +86,7 @@ def record_of(
     trials: Sequence[Trial],
     kind: CorruptionKind | None = None,
 ) -> CorruptionRecord:
-    """Return the record of one corruption's trials; what is odd about them is noted, and logged as a warning."""
+    """Return the record of one corruption's trials; what is odd about them is noted."""
     keys = dict.fromkeys(key for trial in trials for key in trial.metrics)
     metrics = {key: tuple(trial.metrics.get(key, math.nan) for trial in trials) for key in keys}
     notes = (
@@ -114,8 +115,6 @@ def record_of(
             if not math.isfinite(value)
         ),
     )
-    for note in notes:
-        logger.warning(f"{label}: {note}; it is kept in the record.")
     sizes = [trial.size for trial in trials if trial.size is not None]
     return CorruptionRecord(
         corruption=corruption,
@@ -129,6 +128,13 @@ def record_of(
         not_finite=tuple(trial.not_finite for trial in trials) if any(t.not_finite for t in trials) else (),
         kind=kind,
     )
+
+
+def warn_of_notes(records: Iterable[CorruptionRecord]) -> None:
+    """Log what is noted in records: once where it is the same of several groups, and of how many."""
+    for said, count in Counter(f"{record.label}: {note}" for record in records for note in record.notes).items():
+        of_several = f", in {count} groups" if count > 1 else ""
+        logger.warning(f"{said}{of_several}; it is kept in the record.")
 
 
 def number_of(value: object) -> float:

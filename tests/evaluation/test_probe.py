@@ -275,3 +275,27 @@ class TestMemory:
     def test_corruptions_that_are_measured_together_take_what_they_may(self, peak_of):
         (alone, size), (together, _) = peak_of(radii=2), peak_of(radii=2, memory=1 << 30)
         assert together > alone + size
+
+
+def test_what_is_noted_of_many_groups_is_logged_once(caplog):
+    """A message does not name the group, so that one for each of them would say the same."""
+
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.others = nn.Linear(2, 2), nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+        def forward(self, x):
+            return self.used(x)
+
+    record = LayerProbe(
+        Unused(),
+        lambda model: {"loss": float(model(torch.ones(1, 2)).detach().sum())},
+        [torch.ones(1, 2)],
+        targets={name: name for name in ("used", "others.0", "others.1", "others.2")},
+        loss=lambda model, x: model(x).sum(),
+        progress=False,
+    ).evaluate([GradientCorruption(CorruptionConstraint(epsilon=0.1))])
+    assert [len(one.corruptions[0].notes) for one in record.records.values()] == [0, 1, 1, 1]
+    (said,) = [one.getMessage() for one in caplog.records if "no weight changed" in one.getMessage()]
+    assert "with seed 0, in 3 groups; it is kept" in said
