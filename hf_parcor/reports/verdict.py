@@ -139,12 +139,12 @@ def probe_verdict(study: Study, numbers: Numbers) -> list[Finding]:
     findings.sort(key=lambda finding: (not finding.clear, not finding.remedy))
     if study.unmoved:
         unmoved = [group for group in groups if any(group == of_model for _, of_model in study.unmoved)]
-        findings.append(
-            Finding(
-                f"No metric moves at all with {_listed(unmoved)} corrupted, as with what the data do not use.",
-                "What that costs on other data is not known, and it is not compared with the others.",
-            )
+        few = _listed(unmoved) if len(unmoved) <= _NAMED else f"any of {len(unmoved)} groups such as {unmoved[0]}"
+        said = (
+            f"No metric moves at all with {few} corrupted, as with what the data do not use. What that costs on other "
+            "data is not known, and it is not compared with the others."
         )
+        findings.append(Finding("", said))
     return with_one_row([*_worst_of_all(study, numbers), *findings], study, numbers)
 
 
