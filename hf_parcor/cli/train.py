@@ -338,8 +338,6 @@ def _model(task: Task, arguments: argparse.Namespace, parts: Sequence[tuple[Rows
         arguments: The flags.
         parts: The rows to train and to measure on, each with its columns: the head knows the classes of both.
     """
-    from transformers import PreTrainedModel
-
     from hf_parcor.cli.subject import origin_of
     from hf_parcor.tasks import architectures_of
 
@@ -348,11 +346,7 @@ def _model(task: Task, arguments: argparse.Namespace, parts: Sequence[tuple[Rows
     settings = {} if has_head else task.head_settings(parts)
     if names := list(settings.get("id2label", {}).values()):  # a mistyped label is a class, too
         tell(f"the new head has {len(names):,} classes: {', '.join(names[:20])}{', …' * (len(names) > 20)}")
-    model = task.load_model(arguments.model, **origin, **settings)
-    if isinstance(model, PreTrainedModel) and hasattr(model, "peft_config"):
-        with refused(ValueError):  # of a version of PEFT that Transformers would refuse when the adapter is saved
-            model.active_adapters()
-    return model
+    return task.load_model(arguments.model, to_train=True, **origin, **settings)
 
 
 def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingArguments) -> None:

@@ -131,16 +131,19 @@ class LoaderOfAdapter:
     Args:
         loader: The class of Transformers for the model.
         adapter: The adapter.
+        around: Whether PEFT puts it around the model, which then can save it; Transformers, which puts it into the
+            model, saves those of some versions of PEFT alone. It is so where Transformers cannot load the adapter.
     """
 
-    def __init__(self, loader: Any, adapter: Adapter) -> None:
+    def __init__(self, loader: Any, adapter: Adapter, *, around: bool = False) -> None:
         self._loader, self._adapter, self.__name__ = loader, adapter, loader.__name__
+        self._is_around = around
 
     def from_pretrained(self, name: str, **settings: Any) -> Any:
         """Return the model; the settings are for it, but for the revision of the adapter."""
         adapter, settings = self._adapter, {**settings, "revision": self._adapter.base[1]}
         settings = {**adapter.head_settings(self._loader, **settings), **settings}
-        if adapter.lies_around:
+        if self._is_around or adapter.lies_around:
             model = self._around(**settings)
         else:
             model = self._loader.from_pretrained(name, **settings, adapter_kwargs={"revision": adapter.revision})

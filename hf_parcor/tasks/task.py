@@ -223,11 +223,12 @@ class Task(ABC):
             if column is not None and (role in given or self.roles[role].required or column not in given_columns)
         }
 
-    def load_model(self, name: str, **settings: Any) -> Any:
+    def load_model(self, name: str, *, to_train: bool = False, **settings: Any) -> Any:
         """Return a model for this task; of an adapter, what was trained can be trained on.
 
         Args:
             name: A name on the Hub, or a local folder.
+            to_train: Whether it is to be trained and saved: an adapter is then around it, as PEFT has it.
             **settings: For `from_pretrained`, such as `revision` and `trust_remote_code`.
 
         Raises:
@@ -236,7 +237,7 @@ class Task(ABC):
         loader = self.loader(name, **{key: settings[key] for key in _OF_ORIGIN if key in settings})
         adapter = Adapter.found(name, settings.get("revision"))
         if adapter is not None:
-            loader = LoaderOfAdapter(loader, adapter)
+            loader = LoaderOfAdapter(loader, adapter, around=to_train)
         return load_pretrained("model", loader, name, **settings)
 
     def loader(self, name: str, **origin: Any) -> Any:
