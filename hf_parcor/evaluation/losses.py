@@ -107,7 +107,7 @@ def with_prompt(model: nn.Module, labels: Tensor) -> Tensor:
 
 
 def _vectors_of_prompt(model: nn.Module) -> int:
-    """Return how many learned vectors stand before a row's labels: of a causal model, others encode them."""
+    """Return how many learned vectors stand before a row's labels; where the model is not causal, none do."""
     settings: Any = getattr(as_written(model), "active_peft_config", None)
     causal = getattr(settings, "task_type", None) == "CAUSAL_LM"
     return int(settings.num_virtual_tokens) if causal and settings.peft_type in _PROMPTS else 0

@@ -43,13 +43,7 @@ from hf_parcor.model_state import BufferSnapshot, evaluation_mode
 from hf_parcor.overriding import undoing_left
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.metric_info import MetricInfo, stated_by
-from hf_parcor.records.sensitivity import (
-    DIVERGENCE,
-    FISHER,
-    FormatScore,
-    SensitivityRecord,
-    WeightGroup,
-)
+from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, FormatScore, SensitivityRecord, WeightGroup
 from hf_parcor.targets.kinds import linear_modules
 
 
@@ -205,8 +199,8 @@ def sensitivity(
     found = {(group, row.label): row for group, of_group in zip(selected, rows, strict=True) for row in of_group}
     measured = {place: {name: row.mean(name) for name in row.metrics} for place, row in found.items()}
     cells = [replace(cell, measured=measured.get((cell.group, cell.format), {})) for cell in cells]
-    of_clean = {name: clean.mean(name) for name in clean.metrics}
-    unused = _unused(selected, reached, cells, of_clean)
+    unchanged = {name: clean.mean(name) for name in clean.metrics}
+    unused = _unused(selected, reached, cells, unchanged)
     selected = {label: group for label, group in selected.items() if label not in unused}
     together = {name: weight for group in selected.values() for name, weight in group.items()}
     linear = set(linear_modules(model))
@@ -215,7 +209,7 @@ def sensitivity(
         groups=_recorded(model, selected),
         formats=_described(formats),
         cells=tuple(cell for cell in cells if cell.group not in unused),
-        clean=of_clean,
+        clean=unchanged,
         metric=_shown(metric, list(clean.metrics)),
         metric_info=measurement.infos([clean, *found.values()]),
         parameters=numel(list(model.parameters())),

@@ -8,12 +8,7 @@ from typing import Any, ClassVar
 
 from jinja2 import TemplateError
 from torch.utils.data import DataLoader
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM
 from transformers.models.auto import modeling_auto
 
 from hf_parcor.errors import InputError, nearest, one_line
@@ -69,7 +64,7 @@ class TextGeneration(Task):
         """
         config = load_configuration(name, **origin)
         if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
-            return AutoModelForCausalLM
+            return super().loader(name, **origin)
         if getattr(config, "is_encoder_decoder", False):
             raise InputError(
                 f"model: expected a decoder, which goes on with a text, got {name!r} with a {type(config).__name__}, "
