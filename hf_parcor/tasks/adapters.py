@@ -81,10 +81,9 @@ class Adapter:
         return any(self._file(file) is not None for file in _OF_PROCESSORS)
 
     def _file(self, name: str) -> str | None:
-        """Return where a file of the adapter lies, downloaded if need be; None if there is none."""
-        found: str | None = cached_file(
-            self.name, name, revision=self.revision, _raise_exceptions_for_missing_entries=False
-        )
+        """Return where a file of the adapter lies, downloaded if need be; None if none is within reach."""
+        none = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        found: str | None = cached_file(self.name, name, revision=self.revision, **none)
         return found
 
     def head_settings(self, loader: Any, **settings: Any) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -115,12 +116,14 @@ def files_of(folder):
 
 
 @for_each("branch", ["main", "later"])
-def test_one_that_lies_on_the_hub(branch, on_the_hub):
-    """Its model is found there too, at a branch of its own, and its tokenizer is that of the model."""
+def test_one_that_lies_on_the_hub(branch, on_the_hub, monkeypatch):
+    """Its model is found there too, at a branch of its own, and its tokenizer is the model's; offline as well."""
     task = TASKS["text-generation"]
-    assert task.has_head(architectures_of("me/adapter", revision=branch))
-    torch.testing.assert_close(logits_of(task.load_model("me/adapter", revision=branch)), on_the_hub[branch])
-    assert task.load_processor("me/adapter", revision=branch)("a b")["input_ids"]
+    for offline in (False, True):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        assert task.has_head(architectures_of("me/adapter", revision=branch))
+        torch.testing.assert_close(logits_of(task.load_model("me/adapter", revision=branch)), on_the_hub[branch])
+        assert task.load_processor("me/adapter", revision=branch)("a b")["input_ids"]
 
 
 def test_a_name_that_is_nothing_on_the_hub(on_the_hub):
