@@ -345,7 +345,10 @@ def _model(task: Task, arguments: argparse.Namespace, parts: Sequence[tuple[Rows
     has_head = task.has_head(architectures_of(arguments.model, **origin))
     settings = {} if has_head else task.head_settings(parts)
     if names := list(settings.get("id2label", {}).values()):  # a mistyped label is a class, too
-        tell(f"the new head has {len(names):,} classes: {', '.join(names[:20])}{', …' * (len(names) > 20)}")
+        several = ", of which a row may have any number" if "problem_type" in settings else ""
+        tell(f"the new head has {len(names):,} classes{several}: {', '.join(names[:20])}{', …' * (len(names) > 20)}")
+    elif "problem_type" in settings:
+        tell("the labels are numbers, some with fractions: the new head predicts one (regression)")
     return task.load_model(arguments.model, to_train=True, **origin, **settings)
 
 

@@ -1,7 +1,8 @@
-"""What classifiers of sequences, tokens and images share: labels as the numbers of classes, and their metrics."""
+"""What classifiers of sequences, tokens and images share: labels as the model takes them, and their metrics."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -196,44 +197,128 @@ def _shown(names: Mapping[str, int]) -> str:
     return ", ".join(shown) + ("…" if len(names) > 8 else "")
 
 
-class Classification(Task):
-    """A task whose labels are classes of the model."""
+# What models are for, as their `problem_type` says it; and what is measured of each, the usual number first.
+_ONE_CLASS, _SEVERAL_CLASSES, _NUMBERS = "single_label_classification", "multi_label_classification", "regression"
+_METRICS = {
+    _ONE_CLASS: ("accuracy", "loss"),
+    _SEVERAL_CLASSES: ("f1", "accuracy", "loss"),
+    _NUMBERS: ("pearson", "mse", "loss"),
+}
 
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
+
+class Classification(Task):
+    """A task whose labels are classes of the model: one a row, or any number of them; or numbers, of a regression.
+
+    Attributes:
+        of_words: Whether a row has a class for each of its words.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = _METRICS[_ONE_CLASS]
+    of_words: ClassVar[bool] = False
 
     def head_settings(self, parts: Sequence[tuple[Rows, Mapping[str, str]]]) -> dict[str, Any]:
-        """Return the classes that the data has."""
-        names = classes_of([(rows, columns["label"]) for rows, columns in parts])
+        """Return the classes that the data has; where labels are numbers with fractions, that it is a regression."""
+        columns = [(rows, columns["label"]) for rows, columns in parts]
+        problem = _ONE_CLASS if self.of_words else _problem_of_data(columns)
+        if problem == _NUMBERS:
+            return {"num_labels": 1, "problem_type": problem}
+        names = classes_of(columns)
         numbers = {name: number for number, name in enumerate(names)}
-        return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": numbers}
+        said = {} if problem == _ONE_CLASS else {"problem_type": problem}
+        return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": numbers, **said}
+
+    def usual_metric(self, processed: Processed) -> tuple[str, str]:
+        """Return the accuracy; the F1 where a row has any number of classes, and of numbers Pearson's correlation."""
+        return _METRICS[_problem_of_model(processed.model.config)][0], ""
 
     def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
-        """Return accuracy and loss, or a metric of `evaluate`."""
-        if name in self.metrics:
-            return ClassificationMetric(batches)
-        return PredictionMetric(batches, library_score(name, self.metrics))
-
-    @staticmethod
-    def _labels(rows: Rows, columns: Mapping[str, str], processed: Processed, *, of_words: bool = False) -> list[Any]:
-        """Return the number of each row's class, or of words a list of them.
+        """Return the task's own metrics, or, where a row has one class, a metric of `evaluate`.
 
         Raises:
-            InputError: The model is no classifier, does not know a label, or a row has not one label.
+            InputError: There is no such metric for this kind of labels.
         """
-        config = processed.model.config
-        problem = getattr(config, "problem_type", None)
-        if problem is None and len(config.label2id) == 1:  # as Transformers infers it
-            problem = "regression"
-        if problem not in (None, "single_label_classification"):
+        problem = _problem_of_model(processed.model.config)
+        own = _METRICS[problem]
+        if name in own:
+            return ClassificationMetric(batches)
+        if problem != _ONE_CLASS:
             raise InputError(
-                f"model: expected a classifier of one class for each label, got one for {problem}; measure it from "
+                f"metric: expected one of {', '.join(own)} for a model of {problem}, got {name!r}"
+                f"{nearest(name, own)}; name one of them"
+            )
+        return PredictionMetric(batches, library_score(name, self.metrics))
+
+    def _labels(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> list[Any]:
+        """Return the number of each row's class, or of words a list of them; 0 and 1 for each class; or numbers.
+
+        Raises:
+            InputError: The model is of another kind, or does not know a label, or a row has not as many as it takes.
+        """
+        config, column = processed.model.config, columns["label"]
+        problem = _problem_of_model(config)
+        if self.of_words and problem != _ONE_CLASS:
+            raise InputError(
+                f"model: expected a classifier of one class for each word, got one for {problem}; measure it from "
                 "Python: ClassificationMetric knows its scores"
             )
-        labels = class_numbers(rows, columns["label"], config.label2id)
+        if problem == _NUMBERS:
+            return _numbers(rows, column, len(config.label2id))
+        labels = class_numbers(rows, column, config.label2id)
+        if problem == _SEVERAL_CLASSES:
+            chosen = [{*label} if isinstance(label, list) else {label} for label in labels]
+            return [[float(number in found) for number in range(len(config.label2id))] for found in chosen]
         for row, label in rows.numbered(labels):
-            if not of_words and isinstance(label, list) and len(label) != 1:
+            if not self.of_words and isinstance(label, list) and len(label) != 1:
                 raise InputError(
-                    f"{rows.source}: expected one label in each row, got {len(label)} in column {columns['label']!r}, "
-                    f"row {row}; name another column, or leave such rows out"
+                    f"{rows.source}: expected one label in each row, got {len(label)} in column {column!r}, row "
+                    f"{row}; name another column, or leave such rows out"
                 )
         return labels
+
+
+def _problem_of_model(config: Any) -> str:
+    """Return what a model is for, as it says or as Transformers infers it."""
+    problem = getattr(config, "problem_type", None)
+    return problem or (_NUMBERS if len(config.label2id) == 1 else _ONE_CLASS)
+
+
+def _problem_of_data(columns: Sequence[tuple[Rows, str]]) -> str:
+    """Return what a new head is for: numbers if some have a fraction, several classes if some rows have not one."""
+    values = [value for rows, column in columns for value in rows.column(column)]
+    if any(isinstance(value, (list, tuple)) and len(value) != 1 for value in values):
+        return _SEVERAL_CLASSES
+    numbers = [_number(value) for value in values]
+    fractions = [number for number in numbers if number is not None and number % 1]
+    return _NUMBERS if fractions and None not in numbers else _ONE_CLASS
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number that a label is, or is written as; None if it is none."""
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        (value,) = value
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _numbers(rows: Rows, column: str, count: int) -> list[Any]:
+    """Return the numbers of a column: of each row one, or a list of so many.
+
+    Raises:
+        InputError: A row has something else.
+    """
+    found = []
+    for row, value in rows.numbered(rows.column(column)):
+        several = [_number(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+        if len(several) != count or None in several:
+            wanted = "a number" if count == 1 else f"{count} numbers"
+            raise InputError(
+                f"{rows.source}: expected {wanted} in each row, for a model of {_NUMBERS}, got {value!r} in column "
+                f"{column!r}, row {row}; name another column, or mend the data"
+            )
+        found.append(several[0] if count == 1 else several)
+    return found

@@ -26,6 +26,7 @@ class TokenClassification(Classification):
     heads = ("ForTokenClassification",)
     auto_class = "AutoModelForTokenClassification"
     takes = frozenset({"max_length"})
+    of_words = True
     metrics = ("accuracy", *EntityScore.names, "loss")
     roles: ClassVar[Mapping[str, Role]] = {
         "words": Role(("tokens", "words", "form")),
@@ -34,7 +35,7 @@ class TokenClassification(Classification):
 
     def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
         """Return tokens of each row, with the label of a word at its first token."""
-        labels = self._labels(rows, columns, processed, of_words=True)
+        labels = self._labels(rows, columns, processed)
         words = rows.column(columns["words"])
         for row, (of_words, of_labels) in rows.numbered(zip(words, labels, strict=True)):
             if not isinstance(of_words, list) or not isinstance(of_labels, list) or len(of_words) != len(of_labels):
