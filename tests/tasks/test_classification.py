@@ -70,6 +70,13 @@ def test_numbers(labels, tmp_path):
     assert found["mse"] == pytest.approx(((predicted - truth) ** 2).mean(), rel=1e-5)
 
 
+def test_several_numbers(tmp_path):
+    processed = processed_of(tmp_path, num_labels=2, problem_type="regression")
+    truth = [[0.5, 1], [2, -1], [-1.25, 0], [3, 4]]
+    _, found, logits = measured(processed, rows_of(truth))
+    assert found["mse"] == pytest.approx((logits - torch.tensor(truth)).square().mean().item(), rel=1e-5)
+
+
 @for_each(
     ("settings", "labels", "said"),
     [
@@ -115,6 +122,7 @@ def test_words_have_one_class_each(tmp_path):
         (["0", "1.0"], None, 2),
         ([0.5, 1, 2], "regression", 1),
         (["3.8", "5.0"], "regression", 1),
+        ([[0.5], ["1"]], "regression", 1),
         (["3.8", "good"], None, 2),
         ([[0], [1]], None, 2),
         ([[0], [1, 2]], "multi_label_classification", 3),
