@@ -236,10 +236,13 @@ def check_trained(selected: Mapping[str, nn.Parameter], defense: Defense) -> Non
         return
     frozen = [name for name, parameter in selected.items() if not parameter.requires_grad]
     if frozen:
+        adapted = any(".lora_A." in name for name in selected)
+        adapters = "name the adapters alone (target_modules=['lora_A', 'lora_B'], with layers= those of some layers), "
         raise ValueError(
             f"target_modules: expected trainable parameters, got {len(frozen)} frozen ones such as {frozen[0]!r}; "
-            "this defense needs their gradient: unfreeze them, exclude them with exclude_modules, or train what is "
-            "beside them with CorruptionRisk(Quantization(4)), say (--defense corruption), which needs none of theirs"
+            f"this defense needs their gradient: {adapters if adapted else ''}unfreeze them, exclude them with "
+            "exclude_modules, or train what is beside them with CorruptionRisk(Quantization(4)), say (--defense "
+            "corruption), which needs none of theirs"
         )
 
 

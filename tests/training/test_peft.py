@@ -197,6 +197,17 @@ def test_adapters_that_are_not_trained_are_refused_by_the_trainer(lora, argument
         ParameterDefenseTrainer(model=lora(), args=arguments(), target_modules=["base_layer"])
 
 
+def test_the_adapters_of_a_layer_are_named_as_the_refusal_of_all_of_it_says(lora, arguments):
+    with pytest.raises(ValueError, match="frozen") as caught:
+        ParameterDefenseTrainer(model=lora(), args=arguments(), target_modules="last-encoder-layer")
+    named = eval(re.search(r"target_modules=(\[.*?\])", str(caught.value))[1])
+    trainer = ParameterDefenseTrainer(model=lora(), args=arguments(), target_modules=named)
+    assert all("lora_" in name for name in trainer.defended_parameters())
+    with pytest.raises(ValueError, match="frozen") as caught:
+        ParameterDefenseTrainer(model=lora(), args=arguments(), target_modules=["base_layer"])
+    assert "lora_A" not in str(caught.value).partition("need")[2]
+
+
 def test_what_the_refusal_of_a_frozen_base_names_is_not_refused(lora, arguments):
     """The class and the flag that it names: neither needs a gradient of what is frozen."""
     with pytest.raises(ValueError, match="frozen") as caught:
