@@ -13,9 +13,11 @@ from typing import Any, TypeAlias
 from hf_parcor.records.comparable import asked_for, by_identity, check_comparable, check_repetitions, in_one_alone
 from hf_parcor.records.curves import Series, metric_drop
 from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord, SweepRecord, values_of_repetitions
-from hf_parcor.records.metric_info import POINTS, SHARE, MetricInfo, agreed
+from hf_parcor.records.metric_info import MetricInfo, agreed
 from hf_parcor.reports.numbers import metric_of
 from hf_parcor.statistics import MeanAndSpread, sample_mean
+
+_MOVES_WITH_ANSWERS = ("loss", "perplexity", "mse")  # however little these change
 
 Records: TypeAlias = (
     EvaluationRecord
@@ -199,8 +201,8 @@ class Study:
         """The groups, by model, whose corruption moves nothing, where that of other groups does.
 
         The data do not use them, as texts do not use a decoder's layers for images. A share of rows stays as it is
-        where answers move a little, so there must be another metric, such as the loss, and no metric may have moved,
-        under any corruption and in any repetition.
+        where answers move a little, so a loss must have been measured beside it, and no metric may have moved, under
+        any corruption and in any repetition.
         """
         unmoved = {
             (name, group)
@@ -257,7 +259,7 @@ def _listed(records: Any) -> Sequence[Any]:
 
 def _moves_nothing(record: EvaluationRecord) -> bool:
     clean = record.clean.metrics
-    return any(record.info(name).unit not in (SHARE, POINTS) for name in clean) and all(
+    return any(name.split("_")[-1] in _MOVES_WITH_ANSWERS for name in clean) and all(
         {*row.metrics.get(name, ())} == {*values} for row in record.corruptions for name, values in clean.items()
     )
 
