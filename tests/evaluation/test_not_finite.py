@@ -323,7 +323,7 @@ class TestRecordsAndVerdicts:
         text = verdict(
             {
                 "a": record_with({"accuracy": 0.9, "loss": nan}),
-                "b": record_with({"accuracy": 0.9}),
+                "b": record_with({"accuracy": 0.9, "loss": 0.31}),
                 "c": record_with({"accuracy": 0.895}, not_finite=(0.001,)),
             }
         )
