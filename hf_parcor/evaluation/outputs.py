@@ -256,6 +256,22 @@ class Problem(Enum):
     NUMBERS = "regression"
 
 
+def stated_problem(config: Any) -> Problem | None:
+    """Return what a configuration's `problem_type` says; None if it says nothing.
+
+    Raises:
+        ValueError: It names no such type.
+    """
+    named = getattr(config, "problem_type", None)
+    try:
+        return None if named is None else Problem(named)
+    except ValueError:
+        raise ValueError(
+            f"config.problem_type: expected one of {', '.join(one.value for one in Problem)}, got {named!r}; set "
+            "that of the model"
+        ) from None
+
+
 def problem_of(model: nn.Module, logits: Tensor, labels: Tensor) -> Problem:
     """Return what a model's labels are: what its `config.problem_type` says, else what Transformers infers.
 
@@ -275,16 +291,9 @@ def problem_of(model: nn.Module, logits: Tensor, labels: Tensor) -> Problem:
         >>> problem_of(nn.Identity(), torch.zeros(4, 1), torch.ones(4))
         <Problem.NUMBERS: 'regression'>
     """
-    config: Any = getattr(as_written(model), "config", None)
-    named = getattr(config, "problem_type", None)
-    if named is not None:
-        try:
-            return Problem(named)
-        except ValueError:
-            raise ValueError(
-                f"config.problem_type: expected one of {', '.join(one.value for one in Problem)}, got {named!r}; set "
-                "that of the model"
-            ) from None
+    stated = stated_problem(getattr(as_written(model), "config", None))
+    if stated is not None:
+        return stated
     one_output = logits.shape[-1] == 1 or (logits.ndim == labels.ndim == 1)
     if one_output:
         return Problem.NUMBERS

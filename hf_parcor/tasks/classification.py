@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from hf_parcor.errors import InputError, nearest
 from hf_parcor.evaluation import BatchMetric, ClassificationMetric, PredictionMetric
+from hf_parcor.evaluation.outputs import Problem, stated_problem
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Processed, Task, library_score
 
@@ -172,8 +173,13 @@ def _grouped(pairs: Iterable[tuple[str, int]]) -> dict[str, list[int]]:
 
 def _labels(rows: Rows, column: str) -> Iterator[tuple[int, Any]]:
     for row, value in rows.numbered(rows.column(column)):
-        for label in value if isinstance(value, (list, tuple)) else [value]:
+        for label in _of_row(value):
             yield row, label
+
+
+def _of_row(value: Any) -> Sequence[Any]:
+    """Return the labels of a row, which may have one without a list."""
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _text(rows: Rows, column: str, label: Any, row: int) -> str | None:
@@ -197,12 +203,11 @@ def _shown(names: Mapping[str, int]) -> str:
     return ", ".join(shown) + ("…" if len(names) > 8 else "")
 
 
-# What models are for, as their `problem_type` says it; and what is measured of each, the usual number first.
-_ONE_CLASS, _SEVERAL_CLASSES, _NUMBERS = "single_label_classification", "multi_label_classification", "regression"
+# What is measured of each kind of labels, the usual number first.
 _METRICS = {
-    _ONE_CLASS: ("accuracy", "loss"),
-    _SEVERAL_CLASSES: ("f1", "accuracy", "loss"),
-    _NUMBERS: ("pearson", "mse", "loss"),
+    Problem.CLASSES: ("accuracy", "loss"),
+    Problem.LABELS: ("f1", "accuracy", "loss"),
+    Problem.NUMBERS: ("pearson", "mse", "loss"),
 }
 
 
@@ -213,18 +218,18 @@ class Classification(Task):
         of_words: Whether a row has a class for each of its words.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = _METRICS[_ONE_CLASS]
+    metrics: ClassVar[tuple[str, ...]] = _METRICS[Problem.CLASSES]
     of_words: ClassVar[bool] = False
 
     def head_settings(self, parts: Sequence[tuple[Rows, Mapping[str, str]]]) -> dict[str, Any]:
         """Return the classes that the data has; where labels are numbers with fractions, that it is a regression."""
         columns = [(rows, columns["label"]) for rows, columns in parts]
-        problem = _ONE_CLASS if self.of_words else _problem_of_data(columns)
-        if problem == _NUMBERS:
-            return {"num_labels": 1, "problem_type": problem}
+        problem = Problem.CLASSES if self.of_words else _problem_of_data(columns)
+        if problem is Problem.NUMBERS:
+            return {"num_labels": 1, "problem_type": problem.value}
         names = classes_of(columns)
         numbers = {name: number for number, name in enumerate(names)}
-        said = {} if problem == _ONE_CLASS else {"problem_type": problem}
+        said = {} if problem is Problem.CLASSES else {"problem_type": problem.value}
         return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": numbers, **said}
 
     def usual_metric(self, processed: Processed) -> tuple[str, str]:
@@ -241,9 +246,9 @@ class Classification(Task):
         own = _METRICS[problem]
         if name in own:
             return ClassificationMetric(batches)
-        if problem != _ONE_CLASS:
+        if problem is not Problem.CLASSES:
             raise InputError(
-                f"metric: expected one of {', '.join(own)} for a model of {problem}, got {name!r}"
+                f"metric: expected one of {', '.join(own)} for a model of {problem.value}, got {name!r}"
                 f"{nearest(name, own)}; name one of them"
             )
         return PredictionMetric(batches, library_score(name, self.metrics))
@@ -256,15 +261,15 @@ class Classification(Task):
         """
         config, column = processed.model.config, columns["label"]
         problem = _problem_of_model(config)
-        if self.of_words and problem != _ONE_CLASS:
+        if self.of_words and problem is not Problem.CLASSES:
             raise InputError(
-                f"model: expected a classifier of one class for each word, got one for {problem}; measure it from "
-                "Python: ClassificationMetric knows its scores"
+                f"model: expected a classifier of one class for each word, got one for {problem.value}; measure it "
+                "from Python: ClassificationMetric knows its scores"
             )
-        if problem == _NUMBERS:
+        if problem is Problem.NUMBERS:
             return _numbers(rows, column, len(config.label2id))
         labels = class_numbers(rows, column, config.label2id)
-        if problem == _SEVERAL_CLASSES:
+        if problem is Problem.LABELS:
             chosen = [{*label} if isinstance(label, list) else {label} for label in labels]
             return [[float(number in found) for number in range(len(config.label2id))] for found in chosen]
         for row, label in rows.numbered(labels):
@@ -276,26 +281,31 @@ class Classification(Task):
         return labels
 
 
-def _problem_of_model(config: Any) -> str:
-    """Return what a model is for, as it says or as Transformers infers it."""
-    problem = getattr(config, "problem_type", None)
-    return problem or (_NUMBERS if len(config.label2id) == 1 else _ONE_CLASS)
+def _problem_of_model(config: Any) -> Problem:
+    """Return what a model is for, as it says or as Transformers infers it.
+
+    Raises:
+        InputError: It says what Transformers does not know.
+    """
+    try:
+        stated = stated_problem(config)
+    except ValueError as error:
+        raise InputError(f"model: {error}") from error
+    return stated or (Problem.NUMBERS if len(config.label2id) == 1 else Problem.CLASSES)
 
 
-def _problem_of_data(columns: Sequence[tuple[Rows, str]]) -> str:
+def _problem_of_data(columns: Sequence[tuple[Rows, str]]) -> Problem:
     """Return what a new head is for: numbers if some have a fraction, several classes if some rows have not one."""
-    values = [value for rows, column in columns for value in rows.column(column)]
-    if any(isinstance(value, (list, tuple)) and len(value) != 1 for value in values):
-        return _SEVERAL_CLASSES
-    numbers = [_number(value) for value in values]
+    of_rows = [_of_row(value) for rows, column in columns for value in rows.column(column)]
+    if any(len(labels) != 1 for labels in of_rows):
+        return Problem.LABELS
+    numbers = [_number(label) for (label,) in of_rows]
     fractions = [number for number in numbers if number is not None and number % 1]
-    return _NUMBERS if fractions and None not in numbers else _ONE_CLASS
+    return Problem.NUMBERS if fractions and None not in numbers else Problem.CLASSES
 
 
 def _number(value: Any) -> float | None:
     """Return a finite number that a label is, or is written as; None if it is none."""
-    if isinstance(value, (list, tuple)) and len(value) == 1:
-        (value,) = value
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return None
     try:
@@ -313,12 +323,12 @@ def _numbers(rows: Rows, column: str, count: int) -> list[Any]:
     """
     found = []
     for row, value in rows.numbered(rows.column(column)):
-        several = [_number(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+        several = [_number(label) for label in _of_row(value)]
         if len(several) != count or None in several:
             wanted = "a number" if count == 1 else f"{count} numbers"
             raise InputError(
-                f"{rows.source}: expected {wanted} in each row, for a model of {_NUMBERS}, got {value!r} in column "
-                f"{column!r}, row {row}; name another column, or mend the data"
+                f"{rows.source}: expected {wanted} in each row, for a model of {Problem.NUMBERS.value}, got {value!r} "
+                f"in column {column!r}, row {row}; name another column, or mend the data"
             )
         found.append(several[0] if count == 1 else several)
     return found

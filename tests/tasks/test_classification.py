@@ -98,6 +98,13 @@ def test_labels_that_the_model_does_not_take(settings, labels, said, tmp_path):
         TASK.examples(rows, TASK.find_columns(rows, {}), processed_of(tmp_path, **settings))
 
 
+def test_a_kind_that_nobody_knows(tmp_path):
+    processed = processed_of(tmp_path)
+    processed.model.config.problem_type = "ranking"
+    with pytest.raises(InputError, match=r"problem_type: expected one of .*, got 'ranking'"):
+        TASK.usual_metric(processed)
+
+
 @for_each(("settings", "own"), [(SEVERAL, "f1, accuracy, loss"), ({"num_labels": 1}, "pearson, mse, loss")])
 def test_a_metric_of_another_kind_of_labels(settings, own, tmp_path):
     with pytest.raises(InputError, match=f"metric: expected one of {own} for a model of .*, got 'matthews'"):
