@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,13 @@ from hf_parcor.indicators.matrix_groups import (
     fits,
     matrix_groups,
     mean_bits,
-    some_of,
 )
 from hf_parcor.injection import Device, check_weights, forget_derived
 from hf_parcor.model_state import BufferSnapshot, evaluation_mode
 from hf_parcor.overriding import undoing_left
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.records.metric_info import MetricInfo, stated_by
-from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, FormatScore, SensitivityRecord, WeightGroup
+from hf_parcor.records.sensitivity import DIVERGENCE, FISHER, FormatScore, SensitivityRecord, WeightGroup, some_of
 from hf_parcor.targets.kinds import linear_modules
 
 
@@ -387,7 +386,7 @@ def _unfit(groups: Collection[str], formats: Sequence[Format], cells: Sequence[F
 
 def _unused(
     groups: Mapping[str, Collection[str]],
-    reached: Collection[str],
+    reached: Set[str],
     cells: Sequence[FormatScore],
     clean: Mapping[str, float],
 ) -> tuple[str, ...]:
@@ -397,7 +396,7 @@ def _unused(
     is known. If the loss depends on nothing at all, that says nothing of a group.
     """
     changing = {cell.group for cell in cells if any(clean.get(name) != value for name, value in cell.measured.items())}
-    unused = [label for label, names in groups.items() if label not in changing and not {*names} & {*reached}]
+    unused = [label for label, names in groups.items() if label not in changing and reached.isdisjoint(names)]
     return tuple(unused) if len(unused) < len(groups) else ()
 
 

@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from hf_parcor.corruptions import FloatQuantization, Quantization
 from hf_parcor.evaluation.placement.reach import Reach
 from hf_parcor.functional.vectors import numel
+from hf_parcor.records.sensitivity import some_of
 from hf_parcor.targets import TargetError
 
 Format = Quantization | FloatQuantization
@@ -147,13 +148,3 @@ def _of_groups(
 
 def _matrices(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     return {name: one for name, one in parameters.items() if one.ndim >= FEWEST_DIMENSIONS and one.numel()}
-
-
-def some_of(names: Sequence[str], what: str = "groups") -> str:
-    """Return names for a sentence: up to three, or how many there are and the first.
-
-    Examples:
-        >>> some_of(["a", "b"]), some_of(["a", "b", "c", "d"])
-        ('a, b', '4 groups such as a')
-    """
-    return ", ".join(names) if len(names) <= 3 else f"{len(names)} {what} such as {names[0]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -16,7 +16,6 @@ from hf_parcor.records.stored import StoredRecord
 from hf_parcor.statistics import rank_correlation
 
 FORMAT = 1
-_FEW = 3  # names in a sentence
 FISHER = "fisher"
 """The score that estimates what was not measured."""
 
@@ -49,6 +48,16 @@ class WeightGroup:
     def modules(self) -> list[str]:
         """The names of the modules that hold them, without `.weight`; a weight of another name stands for itself."""
         return list(dict.fromkeys(name.removesuffix(".weight") for name in self.weights))
+
+
+def some_of(names: Sequence[str], what: str = "groups") -> str:
+    """Return names for a sentence: up to three, or how many there are and the first.
+
+    Examples:
+        >>> some_of(["a", "b"]), some_of(["a", "b", "c", "d"])
+        ('a, b', '4 groups such as a')
+    """
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} {what} such as {names[0]}"
 
 
 def targets_of(modules: Iterable[str], groups: Mapping[str, WeightGroup], outside: Iterable[str]) -> list[str]:
@@ -164,11 +173,9 @@ class SensitivityRecord(StoredRecord):
         """A sentence on the groups that the data do not use; "" where there are none."""
         if not self.unused:
             return ""
-        many = len(self.unused) > _FEW
-        few = f"{len(self.unused)} parts such as {self.unused[0]}" if many else ", ".join(self.unused)
         return (
-            f"These data do not use {few}: what rounding costs there was not found out, and it stays as it is. Other "
-            "data may use it."
+            f"These data do not use {some_of(self.unused, 'parts')}: what rounding costs there was not found out, and "
+            "it stays as it is. Other data may use it."
         )
 
     @property

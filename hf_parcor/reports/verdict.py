@@ -125,10 +125,10 @@ class Finding(NamedTuple):
 
 def probe_verdict(study: Study, numbers: Numbers) -> list[Finding]:
     """Return a finding for each series of corruptions, those beyond the spread first; then on what moves nothing."""
-    [groups] = study.models.values()
+    [(model, groups)] = study.models.items()
     findings = []
     for series, by_key in study.curves.items():
-        curves = {group: curve for (model, group), curve in by_key.items() if (model, group) not in study.unmoved}
+        curves = {key[1]: curve for key, curve in by_key.items() if key not in study.unmoved}
         if not curves:
             continue
         of_one = len(curves) == 1
@@ -138,7 +138,7 @@ def probe_verdict(study: Study, numbers: Numbers) -> list[Finding]:
         findings.append(finding._replace(headline=f"{series.name}: {finding.headline}"))
     findings.sort(key=lambda finding: (not finding.clear, not finding.remedy))
     if study.unmoved:
-        unmoved = [group for group in groups if any(group == of_model for _, of_model in study.unmoved)]
+        unmoved = [group for group in groups if (model, group) in study.unmoved]
         few = _listed(unmoved) if len(unmoved) <= _NAMED else f"any of {len(unmoved)} groups such as {unmoved[0]}"
         said = (
             f"No metric moves at all with {few} corrupted, as with what the data do not use. What that costs on other "

@@ -111,12 +111,6 @@ class Adapter:
                     return {"num_labels": count}
         return {}
 
-    @property
-    def lies_around(self) -> bool:
-        """Whether it is no part of layers, but stands before texts or between layers: Transformers loads none."""
-        kind = self.described()
-        return bool(kind.is_prompt_learning or kind.is_adaption_prompt)
-
     def described(self) -> Any:
         """Return the settings as PEFT reads them."""
         from peft import PeftConfig
@@ -142,22 +136,22 @@ class LoaderOfAdapter:
         """Return the model; the settings are for it, but for the revision of the adapter."""
         adapter, settings = self._adapter, {**settings, "revision": self._adapter.base[1]}
         settings = {**adapter.head_settings(self._loader, **settings), **settings}
-        if self._is_around or adapter.lies_around:
-            model = self._around(**settings)
+        kind = adapter.described()
+        # Of those that stand before texts or between layers, Transformers loads none.
+        if self._is_around or kind.is_prompt_learning or kind.is_adaption_prompt:
+            # Prompts stay trainable, and PEFT refuses to be asked for it.
+            model = self._around(is_trainable=not kind.is_prompt_learning, **settings)
         else:
             model = self._loader.from_pretrained(name, **settings, adapter_kwargs={"revision": adapter.revision})
         _unfreeze(model)
         return model
 
-    def _around(self, **settings: Any) -> Any:
+    def _around(self, *, is_trainable: bool, **settings: Any) -> Any:
         from peft import PeftModel
 
-        model = self._loader.from_pretrained(self._adapter.base[0], **settings)
-        # Prompts stay trainable, and PEFT refuses to be asked for it.
-        frozen = not self._adapter.described().is_prompt_learning
-        return PeftModel.from_pretrained(
-            model, self._adapter.name, revision=self._adapter.revision, is_trainable=frozen
-        )
+        adapter = self._adapter
+        model = self._loader.from_pretrained(adapter.base[0], **settings)
+        return PeftModel.from_pretrained(model, adapter.name, revision=adapter.revision, is_trainable=is_trainable)
 
 
 def _unfreeze(model: Any) -> None:

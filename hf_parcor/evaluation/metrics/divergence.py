@@ -191,11 +191,10 @@ def _that_count(model: nn.Module, batch: Any, logits: Tensor) -> Tensor:
     """Return which predictions count, as a mask; where labels are shifted, each is of the place before its label."""
     shape = logits.shape[:-1]
     if isinstance(batch, Mapping):
-        for name, absent in (("labels", IGNORED_LABEL), ("attention_mask", 0)):
-            values = batch.get(name)
-            if name == "labels" and isinstance(values, Tensor):
-                values = with_prompt(model, values)
-            if isinstance(values, Tensor) and values.shape == shape:
-                counts = (values != absent).cpu()
-                return pad(counts[..., 1:], (0, 1)) if name == "labels" and shifts_labels(model) else counts
+        labels, mask = batch.get("labels"), batch.get("attention_mask")
+        if isinstance(labels, Tensor) and (labels := with_prompt(model, labels)).shape == shape:
+            counts = (labels != IGNORED_LABEL).cpu()
+            return pad(counts[..., 1:], (0, 1)) if shifts_labels(model) else counts
+        if isinstance(mask, Tensor) and mask.shape == shape:
+            return (mask != 0).cpu()
     return torch.ones(shape, dtype=torch.bool, device=logits.device)
