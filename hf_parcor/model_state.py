@@ -1,4 +1,4 @@
-"""The state of a model beside its weights: its buffers, which the passes of a step move once, and its mode."""
+"""The state of a model beside its weights: buffers, which the passes of a step move once, mode, and notes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_parcor.overriding import hook_before, undo_at_end
+from hf_parcor.overriding import hook_before, override, undo_at_end
 from hf_parcor.randomness import random_states_kept
 
 _SMALL = 1 << 16  # entries; statistics, counters and averages are smaller, packed weights and queues are larger
@@ -281,6 +281,23 @@ def _set_flags(flags: Iterable[tuple[nn.Module, bool]]) -> None:
 def devices_of(model: nn.Module) -> list[torch.device]:
     """Return the devices that a model's parameters lie on."""
     return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
+
+
+@contextmanager
+def card_notes_kept(model: nn.Module) -> Iterator[None]:
+    """Let what the evaluators of sentence-transformers find in a block stay out of the model's card.
+
+    They note it in the model's `model_card_data`, of which its README is made when it is saved next.
+    """
+    with ExitStack() as block:
+        for module in model.modules():
+            data = getattr(module, "model_card_data", None)
+            noted = vars(data) if data is not None else {}
+            if "eval_results_dict" in noted:
+                override(block, data, eval_results_dict=dict(noted["eval_results_dict"]))
+            if "training_logs" in noted:
+                override(block, data, training_logs=[dict(row) for row in noted["training_logs"]])
+        yield
 
 
 @contextmanager

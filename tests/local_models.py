@@ -46,6 +46,17 @@ def save_bert(
     return str(folder)
 
 
+def save_sentence_encoder(folder: Path, **settings: Any) -> str:
+    """Save a BERT whose mean is the embedding of a text, as sentence-transformers does."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    inner = save_bert(folder / "inner", transformers.BertModel, **settings)
+    model = SentenceTransformer(modules=[Transformer(inner), Pooling(BERT["hidden_size"])], device="cpu")
+    model.save_pretrained(str(folder / "encoder"))
+    return str(folder / "encoder")
+
+
 def save_masked_bert(folder: Path) -> str:
     save_bert(folder, transformers.BertForMaskedLM, vocab_size=len(WORDS) + 1)
     names = {"pad_token": "[PAD]", "mask_token": "[MASK]", "model_max_length": 16}

@@ -14,6 +14,7 @@ from transformers.trainer_utils import TrainerMemoryTracker
 
 from hf_parcor.evaluation.identity.fingerprint import fingerprint
 from hf_parcor.evaluation.placement.replicas import measurable_model
+from hf_parcor.model_state import card_notes_kept
 from hf_parcor.overriding import overriding
 from hf_parcor.randomness import generator_kept, random_states_kept, seed_the_cpu
 from hf_parcor.records.metric_info import MetricInfo, direction_by_name, stated_by
@@ -38,7 +39,8 @@ class TrainerMetric:
     """The numbers of `Trainer.evaluate`, without the prefix, and without times and speeds.
 
     The Trainer's own `evaluate` runs, with its data loader, collator, `compute_metrics` and generation settings, and
-    with the overrides of a subclass. No callback is called, nothing is logged, and the Trainer's state is restored.
+    with the overrides of a subclass. No callback is called, nothing is logged or written, by an `evaluator` of
+    sentence-transformers neither, and the Trainer's state is restored.
     Each call begins with the same random numbers, so that a collator that masks at random does the same for every
     corruption; the caller's random generators are restored.
 
@@ -99,7 +101,11 @@ class TrainerMetric:
                 f"model: expected the one that the Trainer evaluates, got another {type(model).__name__}; "
                 "pass trainer.model to the evaluator"
             )
-        with _in_silence(trainer), random_states_kept([trainer.args.device]), generator_kept(trainer.data_collator):
+        with (
+            _in_silence(trainer, model),
+            random_states_kept([trainer.args.device]),
+            generator_kept(trainer.data_collator),
+        ):
             found: dict[str, Any] = trainer.evaluate(self._eval_dataset, metric_key_prefix=self._prefix)
         metrics = {
             name.removeprefix(prefix): float(value)
@@ -147,11 +153,20 @@ def _items(data: Any) -> Iterable[Any]:
 
 
 @contextmanager
-def _in_silence(trainer: Trainer) -> Iterator[None]:
-    """Hide a Trainer's callbacks, and let it write into copies of its state."""
-    copies = {name: copy.copy(getattr(trainer, name)) for name in ("callback_handler", "state", "control")}
+def _in_silence(trainer: Trainer, model: nn.Module) -> Iterator[None]:
+    """Hide a Trainer's callbacks, and let it write into copies of its state, and no table of an evaluator's."""
+    copies: dict[str, Any] = {
+        name: copy.copy(getattr(trainer, name)) for name in ("callback_handler", "state", "control")
+    }
     copies["callback_handler"].callbacks = []
     copies["state"].log_history = list(trainer.state.log_history)
     no_tracker = TrainerMemoryTracker(skip_memory_metrics=True)  # type: ignore[no-untyped-call]
-    with overriding(trainer, **copies, _memory_tracker=no_tracker):
+    evaluator = getattr(trainer, "evaluator", None)
+    if callable(evaluator):
+
+        def without_table(model: Any, output_path: str | None = None, **reached: Any) -> Any:
+            return evaluator(model, **reached)
+
+        copies["evaluator"] = without_table
+    with overriding(trainer, **copies, _memory_tracker=no_tracker), card_notes_kept(model):
         yield

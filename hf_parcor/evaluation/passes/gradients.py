@@ -22,6 +22,7 @@ from hf_parcor.evaluation.losses import Batch, Loss, item_counter, model_loss
 from hf_parcor.evaluation.outputs import own_batch
 from hf_parcor.functional.vectors import working_dtype
 from hf_parcor.injection import Device, Injection, Pieces, Replacement, corrupted, forget_derived
+from hf_parcor.model_state import card_notes_kept
 from hf_parcor.overriding import override
 
 _LOST = "an autograd kernel was not registered"
@@ -40,10 +41,10 @@ def corrupted_model(
     Unlike `corrupted`, it takes a corruption that names no weight: one that leaves all of them as they are.
 
     Inside, the model and its parts refuse `save_pretrained`, and so `push_to_hub` and `Trainer.save_model`: nothing
-    that a metric or a loss calls leaves a damaged model behind. Whoever wants one on disk takes `corrupted`, which
-    knows no model. A state dict that is written by other means is not noticed.
+    that a metric or a loss calls leaves a damaged model behind, nor its numbers on a card. Whoever wants one on disk
+    takes `corrupted`, which knows no model. A state dict that is written by other means is not noticed.
     """
-    with corrupted(parameters, corruption or Pieces(()), saved_on=saved_on, p=p) as injection, unsaved(model):
+    with corrupted(parameters, corruption or Pieces(()), saved_on=saved_on, p=p) as injection, unpublished(model):
         drop_gathered(model)
         try:
             yield injection
@@ -52,9 +53,12 @@ def corrupted_model(
 
 
 @contextmanager
-def unsaved(model: nn.Module) -> Iterator[None]:
-    """Let a model and its parts refuse `save_pretrained` inside a `with` block, since weights are corrupted there."""
-    with ExitStack() as refusals:
+def unpublished(model: nn.Module) -> Iterator[None]:
+    """Let a model and its parts refuse `save_pretrained` inside a `with` block, since weights are corrupted there.
+
+    What is noted for its card there is forgotten.
+    """
+    with card_notes_kept(model), ExitStack() as refusals:
         for module in model.modules():
             if hasattr(type(module), "save_pretrained"):
                 override(refusals, module, save_pretrained=_refuse_to_save)

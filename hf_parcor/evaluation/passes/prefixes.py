@@ -15,7 +15,7 @@ from transformers.utils import logging
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.outputs import called, own_batch
-from hf_parcor.evaluation.passes.gradients import corrupted_model, trainable, unsaved
+from hf_parcor.evaluation.passes.gradients import corrupted_model, trainable, unpublished
 from hf_parcor.evaluation.placement.replicas import all_batches
 from hf_parcor.injection import Device, Pieces, corrupted, obstacle
 from hf_parcor.model_state import BufferSnapshot, devices_of
@@ -244,7 +244,7 @@ class PrefixSearch:
     @contextmanager
     def _other_until_called(self, some: Iterable[tuple[PrefixReuse, _Parameters]]) -> Iterator[None]:
         """Let groups have other weights inside a block, each until the first of its prefix's starts is called."""
-        with unsaved(self._model), ExitStack() as corruptions, ExitStack() as hooks:
+        with unpublished(self._model), ExitStack() as corruptions, ExitStack() as hooks:
             for prefix, weights in some:
                 corruption = corruptions.enter_context(ExitStack())
                 corruption.enter_context(corrupted(weights, _ones(weights), saved_on=self._saved_on))
