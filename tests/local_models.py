@@ -48,6 +48,7 @@ def save_bert(
 
 def save_sentence_encoder(folder: Path, **settings: Any) -> str:
     """Save a BERT whose mean is the embedding of a text, as sentence-transformers does."""
+    pytest.importorskip("sentence_transformers", reason="models of texts need the extra 'embeddings'")
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
@@ -195,6 +196,11 @@ def write_pairs(path: Path) -> str:
     return write_rows(path, ["en", "de"], [(text, "gut Film Ende") for text in SENTENCES])
 
 
+def write_alike(path: Path) -> str:
+    rows = [("the film", "a film"), ("the film", "film film"), ("bad plot", "a bad plot"), ("good good", "a film")]
+    return write_rows(path, ["anchor", "positive"], rows)
+
+
 def write_summaries(path: Path) -> str:
     return write_rows(path, ["document", "summary"], [(text, text.split()[-1]) for text in SENTENCES])
 
@@ -240,4 +246,5 @@ SAVED: dict[str, tuple[Callable[[Path], str], Callable[[Path], str], str]] = {
     "translation": (save_t5, write_pairs, "rows.tsv"),
     "image-classification": (save_vit, write_images, "rows.csv"),
     "object-detection": (save_yolos, write_objects, "rows.jsonl"),
+    "sentence-similarity": (save_sentence_encoder, write_alike, "rows.csv"),
 }

@@ -98,6 +98,7 @@ TASKS = (
     "translation",
     "image-classification",
     "object-detection",
+    "sentence-similarity",
 )
 TRIALS = 3
 USUAL_METRIC = "default: perplexity of a text, accuracy, or the first whose large values are good"
@@ -158,7 +159,7 @@ def add_subject(parser: Parser) -> None:
         action="append",
         metavar="ROLE=NAME",
         help="what a column is for, if its name is not well known: text, second_text, words, image, boxes, label, "
-        "source, target",
+        "source, target, negative, score",
     )
     group.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N rows")
     group.add_argument("--max-length", type=at_least(2), metavar="N", help="cut texts to N tokens, generated ones too")

@@ -169,7 +169,7 @@ def measured(
     """
     examples = task.examples(rows, columns, processed)
     batches = task.batches(examples, processed, batch_size)
-    name, remark = (metric, "") if metric else task.usual_metric(processed)
+    name, remark = (metric, "") if metric else task.usual_metric(processed, batches)
     if remark:
         tell(remark)
     with refused(ImportError):

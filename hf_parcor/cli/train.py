@@ -148,6 +148,11 @@ class Train(Command):
             set_seed(training.seed)
             train_rows, rows, given = _training_and_validation(arguments)
             task, columns = find_task(arguments, train_rows.first(arguments.train_limit), given)
+            if task.trained_by:
+                raise InputError(
+                    f"--task: expected one that the Trainer of Transformers trains, got {task.name}; defend it in a "
+                    f"program: class Defended(ParameterDefenseMixin, {task.trained_by}), as the guide to training says"
+                )
             training.remove_unused_columns = training.remove_unused_columns and task.examples_are_inputs
             measured_columns = task.find_columns(rows, given)
             model = _model(task, arguments, [(train_rows, columns), (rows, measured_columns)])

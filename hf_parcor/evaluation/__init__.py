@@ -2,12 +2,14 @@
 
 from hf_parcor.distributed.processes import ProcessError
 from hf_parcor.evaluation.callback import RobustnessCallback
+from hf_parcor.evaluation.embeddings import embedding_loss
 from hf_parcor.evaluation.evaluator import CorruptionEvaluator, LayerProbe
 from hf_parcor.evaluation.losses import model_loss
 from hf_parcor.evaluation.metrics import (
     BatchMetric,
     ClassificationMetric,
     DetectionMetric,
+    EmbeddingMetric,
     EntityScore,
     GenerationMetric,
     Identified,
@@ -42,6 +44,7 @@ __all__ = [
     "CorruptionEvaluator",
     "DatasetGradients",
     "DetectionMetric",
+    "EmbeddingMetric",
     "EntityScore",
     "GenerationMetric",
     "Identified",
@@ -60,6 +63,7 @@ __all__ = [
     "RobustnessMixin",
     "SacrebleuScore",
     "TrainerMetric",
+    "embedding_loss",
     "measure_robustness",
     "model_loss",
     "robustness_metrics",

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_parcor.batches import IGNORED_LABEL, count_examples, count_labels
 from hf_parcor.distributed.fsdp import as_written, class_of
+from hf_parcor.evaluation.embeddings import embedding_loss, has_columns_of_texts
 from hf_parcor.evaluation.outputs import Output, called, inside_adapters, problem_of, usual_loss
 
 Batch = Any
@@ -36,11 +37,14 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean loss that a Transformers model computes itself if its batch has labels.
 
     If a model returns only logits, bare or by name, this is the usual loss of Transformers for such labels, as in
-    `ClassificationMetric`. Of a CTC model that sums its loss over the rows, it is the mean over them.
+    `ClassificationMetric`. Of a CTC model that sums its loss over the rows, it is the mean over them. Of batches that
+    are for an `EmbeddingMetric`, it is the `embedding_loss`.
 
     Raises:
         ValueError: The model returned no loss, and there are no labels or no logits to compute one from.
     """
+    if has_columns_of_texts(batch):
+        return embedding_loss(model, batch)
     output = Output.read(called(model, batch))
     if output.loss is not None:
         return output.loss / count_items(batch, of_rows=True) if _sums_over_rows(model) else output.loss

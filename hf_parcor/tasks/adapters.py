@@ -29,6 +29,19 @@ _HEADS = {
 _OF_PROCESSORS = ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json")
 
 
+def file_of(name: str, file: str, revision: str | None = None) -> str | None:
+    """Return where a file of a model or an adapter lies, downloaded if need be; None if none is within reach.
+
+    Args:
+        name: A name on the Hub, or a local folder.
+        file: The file.
+        revision: A branch, tag or commit on the Hub.
+    """
+    none = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found: str | None = cached_file(name, file, revision=revision, **none)
+    return found
+
+
 @dataclass(frozen=True)
 class Adapter:
     """An adapter as it was saved, without its weights.
@@ -78,13 +91,7 @@ class Adapter:
     @property
     def has_processor(self) -> bool:
         """Whether a tokenizer or an image processor was saved beside it."""
-        return any(self._file(file) is not None for file in _OF_PROCESSORS)
-
-    def _file(self, name: str) -> str | None:
-        """Return where a file of the adapter lies, downloaded if need be; None if none is within reach."""
-        none = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        found: str | None = cached_file(self.name, name, revision=self.revision, **none)
-        return found
+        return any(file_of(self.name, file, self.revision) is not None for file in _OF_PROCESSORS)
 
     def head_settings(self, loader: Any, **settings: Any) -> dict[str, int]:
         """Return `num_labels` if a head was saved with the adapter that has more or fewer classes than the model's.
@@ -95,7 +102,8 @@ class Adapter:
             loader: The class of Transformers for the model.
             **settings: For `from_pretrained` of the model.
         """
-        weights = self._file("adapter_model.safetensors") if self.settings.get("modules_to_save") else None
+        saved_too, file = self.settings.get("modules_to_save"), "adapter_model.safetensors"
+        weights = file_of(self.name, file, self.revision) if saved_too else None
         name, revision = self.base
         if weights is None or name is None:
             return {}

@@ -13,6 +13,7 @@ from hf_parcor.tasks.image_classification import ImageClassification
 from hf_parcor.tasks.object_detection import ObjectDetection
 from hf_parcor.tasks.question_answering import QuestionAnswering
 from hf_parcor.tasks.rows import Rows
+from hf_parcor.tasks.sentence_similarity import SENTENCE_TRANSFORMER, SentenceSimilarity, is_sentence_transformer
 from hf_parcor.tasks.sequence_to_sequence import Summarization, Translation
 from hf_parcor.tasks.task import Task, load_configuration
 from hf_parcor.tasks.text_classification import TextClassification
@@ -32,6 +33,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             Translation(),
             ImageClassification(),
             ObjectDetection(),
+            SentenceSimilarity(),
         )
     }
 )
@@ -116,10 +118,14 @@ def check_head(task: Task, model: str, **settings: Any) -> None:
 def architectures_of(model: str, **settings: Any) -> list[str]:
     """Return the classes that a model was saved as; of a PEFT adapter, what that of its model ends in.
 
+    One of sentence-transformers is of its class, and of that which it has of Transformers.
+
     Raises:
         InputError: There is no such model.
     """
-    adapter = Adapter.found(model, settings.get("revision"))
+    revision = settings.get("revision")
+    embeds = [SENTENCE_TRANSFORMER] if is_sentence_transformer(model, revision) else []
+    adapter = Adapter.found(model, revision)
     if adapter is not None and adapter.head:
-        return [adapter.head]
-    return list(load_configuration(model, **settings).architectures or [])
+        return [adapter.head, *embeds]
+    return [*(load_configuration(model, **settings).architectures or []), *embeds]

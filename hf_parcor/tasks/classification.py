@@ -232,7 +232,7 @@ class Classification(Task):
         said = {} if problem is Problem.CLASSES else {"problem_type": problem.value}
         return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": numbers, **said}
 
-    def usual_metric(self, processed: Processed) -> tuple[str, str]:
+    def usual_metric(self, processed: Processed, batches: DataLoader[Any]) -> tuple[str, str]:
         """Return the accuracy; the F1 where a row has any number of classes, and of numbers Pearson's correlation."""
         return _METRICS[_problem_of_model(processed.model.config)][0], ""
 
@@ -267,7 +267,7 @@ class Classification(Task):
                 "from Python: ClassificationMetric knows its scores"
             )
         if problem is Problem.NUMBERS:
-            return _numbers(rows, column, len(config.label2id))
+            return numbers_of(rows, column, f"for a model of {problem.value}", len(config.label2id))
         labels = class_numbers(rows, column, config.label2id)
         if problem is Problem.LABELS:
             chosen = [{*label} if isinstance(label, list) else {label} for label in labels]
@@ -315,8 +315,14 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _numbers(rows: Rows, column: str, count: int) -> list[Any]:
+def numbers_of(rows: Rows, column: str, purpose: str, count: int = 1) -> list[Any]:
     """Return the numbers of a column: of each row one, or a list of so many.
+
+    Args:
+        rows: The data.
+        column: The column.
+        purpose: What the numbers are for, for the message.
+        count: How many there are in a row.
 
     Raises:
         InputError: A row has something else.
@@ -327,8 +333,8 @@ def _numbers(rows: Rows, column: str, count: int) -> list[Any]:
         if len(several) != count or None in several:
             wanted = "a number" if count == 1 else f"{count} numbers"
             raise InputError(
-                f"{rows.source}: expected {wanted} in each row, for a model of {Problem.NUMBERS.value}, got {value!r} "
-                f"in column {column!r}, row {row}; name another column, or mend the data"
+                f"{rows.source}: expected {wanted} in each row, {purpose}, got {value!r} in column {column!r}, row "
+                f"{row}; name another column, or mend the data"
             )
         found.append(several[0] if count == 1 else several)
     return found

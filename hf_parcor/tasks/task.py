@@ -176,6 +176,7 @@ class Task(ABC):
         pads: Whether its batches are padded with a token of the tokenizer.
         takes: The fields of `Encoding` that it reads; others are refused.
         examples_are_inputs: Whether examples have what the model takes, by name: a Trainer drops all else.
+        trained_by: The Trainer that trains such models, where that of Transformers cannot; else "".
     """
 
     name: ClassVar[str]
@@ -186,6 +187,7 @@ class Task(ABC):
     pads: ClassVar[bool] = True
     takes: ClassVar[frozenset[str]] = frozenset()
     examples_are_inputs: ClassVar[bool] = True
+    trained_by: ClassVar[str] = ""
 
     def has_head(self, architectures: Sequence[str]) -> bool:
         """Return whether a model of these architectures has the task's head."""
@@ -318,7 +320,7 @@ class Task(ABC):
         """Return what makes a batch to train on; by default the same."""
         return self.collator(processed)
 
-    def usual_metric(self, processed: Processed) -> tuple[str, str]:
+    def usual_metric(self, processed: Processed, batches: DataLoader[Any]) -> tuple[str, str]:
         """Return what is measured where no metric is asked for, and a remark on that for the user, or ""."""
         return self.metrics[0], ""
 

@@ -62,9 +62,9 @@ class TokenClassification(Classification):
             for index in range(len(words))
         ]
 
-    def usual_metric(self, processed: Processed) -> tuple[str, str]:
+    def usual_metric(self, processed: Processed, batches: DataLoader[Any]) -> tuple[str, str]:
         """Return the F1 of entities where the classes are tags of them and seqeval is installed, else the accuracy."""
-        usual, _ = super().usual_metric(processed)
+        usual, _ = super().usual_metric(processed, batches)
         try:
             check_tags(_tags(processed))
         except ValueError:

@@ -967,7 +967,9 @@ class TestTrain:
         assert measured is (held_out if found == "held out" else rows)
         assert trained == ((0.1, 5) if found == "held out" else (sources[1] or "org/a", splits[1]))
 
-    @pytest.mark.parametrize("task", [name for name in TASKS if name != "text-classification"])
+    @pytest.mark.parametrize(
+        "task", [name for name, task in TASKS.items() if name != "text-classification" and not task.trained_by]
+    )
     def test_other_tasks(self, run, task, tmp_path):
         pytest.importorskip("sacrebleu")
         pytest.importorskip("PIL")
@@ -981,6 +983,15 @@ class TestTrain:
         assert result.code == 0
         assert f"| {TASKS[task].metrics[0]}" in result.out
         assert Path("out/model.safetensors").is_file()
+
+    @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.trained_by])
+    def test_models_that_another_trainer_trains(self, run, task, tmp_path):
+        save_model, write_data, file = SAVED[task]
+        folder, data = save_model(tmp_path / "model"), write_data(tmp_path / file)
+        result = run("train", folder, "--dataset", data, "--output-dir", "out")
+        assert result.code == 2
+        assert f"class Defended(ParameterDefenseMixin, {TASKS[task].trained_by})" in result.err
+        assert not Path("out").exists()
 
     @pytest.mark.parametrize(
         ("flags", "greater"),

@@ -33,7 +33,7 @@ def measured(processed, rows, metric=None):
     """Return what the task measures, and the logits of each row alone."""
     examples = TASK.examples(rows, TASK.find_columns(rows, {}), processed)
     batches = TASK.batches(examples, processed, 3)
-    usual, _ = TASK.usual_metric(processed)
+    usual, _ = TASK.usual_metric(processed, batches)
     found = TASK.metric(metric or usual, processed, batches)(processed.model)
     assert TASK.shown(usual, found) == usual
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_a_kind_that_nobody_knows(tmp_path):
     processed = processed_of(tmp_path)
     processed.model.config.problem_type = "ranking"
     with pytest.raises(InputError, match=r"problem_type: expected one of .*, got 'ranking'"):
-        TASK.usual_metric(processed)
+        TASK.usual_metric(processed, [])
 
 
 @for_each(("settings", "own"), [(SEVERAL, "f1, accuracy, loss"), ({"num_labels": 1}, "pearson, mse, loss")])

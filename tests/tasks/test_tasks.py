@@ -188,6 +188,30 @@ def of_objects(model, processor, rows, folder):
     return {**average_precision(found, there), "loss": output.loss.item()}
 
 
+def of_searches(model, _, rows):
+    texts = [row[name] for name in ("anchor", "positive") for row in rows]
+    unit = torch.nn.functional.normalize(model.encode(texts, convert_to_tensor=True), dim=-1)
+    embeddings = dict(zip(texts, unit, strict=True))
+    right = {row["anchor"]: set() for row in rows}
+    for row in rows:
+        right[row["anchor"]].add(row["positive"])
+    gains, first, reciprocals, losses = [], [], [], []
+    for query, wanted in right.items():
+        documents = {row["positive"] for row in rows}
+        ranked = sorted(documents, key=lambda text: -float(embeddings[query] @ embeddings[text]))
+        places = [place for place, text in enumerate(ranked) if text in wanted]
+        best = sum(1 / math.log2(place + 2) for place in range(len(wanted)))
+        gains.append(sum(1 / math.log2(place + 2) for place in places) / best)
+        first.append(float(places[0] == 0))
+        reciprocals.append(1 / (places[0] + 1))
+    for row in rows:  # all four share a batch
+        wrong = [other["positive"] for other in rows if other["positive"] not in right[row["anchor"]]]
+        among = torch.stack([embeddings[text] for text in (row["positive"], *wrong)])
+        losses.append(-(20 * among @ embeddings[row["anchor"]]).log_softmax(-1)[0].item())
+    means = [sum(values) / len(values) for values in (gains, first, reciprocals, losses)]
+    return dict(zip(("ndcg@10", "accuracy@1", "mrr@10", "loss"), means, strict=True))
+
+
 BY_HAND = {
     "text-classification": of_sequences,
     "token-classification": of_words,
@@ -198,7 +222,12 @@ BY_HAND = {
     "translation": of_translations,
     "image-classification": of_images,
     "object-detection": of_objects,
+    "sentence-similarity": of_searches,
 }
+
+
+# Images have none, and a model of sentence-transformers has its own.
+WITH_TOKENIZER = [name for name, task in TASKS.items() if "image" not in task.roles and name != "sentence-similarity"]
 
 
 def test_every_task_has_a_row():
@@ -209,7 +238,7 @@ def test_every_task_has_a_row():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "padding"),
-    [*((name, None) for name in TASKS), *((name, "left") for name in TASKS if "image" not in TASKS[name].roles)],
+    [*((name, None) for name in TASKS), *((name, "left") for name in WITH_TOKENIZER)],
 )
 def test_the_metric_is_that_of_a_loop_over_rows(name, padding, tmp_path):
     """Also with a tokenizer that was saved to pad at the left, as for generation, where positions begin."""
@@ -365,7 +394,7 @@ def test_what_begins_a_text_does_not_begin_every_row(tmp_path_factory, between, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if "image" not in task.roles])
+@pytest.mark.parametrize("name", WITH_TOKENIZER)
 def test_a_tokenizer_that_returns_more_than_the_model_takes(name, tmp_path):
     """As that of a BERT with a BART or a T5, which many Chinese ones have; BERT itself does take all of it."""
     task, (save, write, file) = TASKS[name], SAVED[name]

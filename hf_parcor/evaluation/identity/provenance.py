@@ -74,6 +74,8 @@ def task_of_class(name: str) -> str:
 
     if name.endswith("MTModel"):
         return "translation"
+    if name == "SentenceTransformer":
+        return "sentence-similarity"
     mapping: Mapping[str, Any] = TASK_MAPPING
     known = {
         task: [one for entry in classes.values() for one in ((entry,) if isinstance(entry, str) else entry)]

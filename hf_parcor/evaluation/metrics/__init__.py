@@ -3,6 +3,7 @@
 from hf_parcor.evaluation.metrics.classification import ClassificationMetric, PredictionMetric
 from hf_parcor.evaluation.metrics.detection import DetectionMetric
 from hf_parcor.evaluation.metrics.divergence import NotFiniteError, WithDivergence
+from hf_parcor.evaluation.metrics.embedding import EmbeddingMetric
 from hf_parcor.evaluation.metrics.generation import GenerationMetric
 from hf_parcor.evaluation.metrics.language_model import LanguageModelMetric
 from hf_parcor.evaluation.metrics.lm_eval import LmEvalMetric
@@ -16,6 +17,7 @@ __all__ = [
     "BatchMetric",
     "ClassificationMetric",
     "DetectionMetric",
+    "EmbeddingMetric",
     "EntityScore",
     "GenerationMetric",
     "Identified",

@@ -158,14 +158,14 @@ def _errors(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     with np.errstate(all="ignore"):  # NaN and infinities are what was found
         return {
             "mse": float(np.square(predictions - references).mean()),
-            "pearson": float(np.mean(_correlations(predictions, references))),
+            "pearson": float(np.mean(correlations(predictions, references))),
             **mean_loss(parts),
             **odd,
         }
 
 
-def _correlations(one: Any, other: Any) -> Any:
-    """Return Pearson's correlation of each column; NaN where one does not vary."""
+def correlations(one: Any, other: Any) -> Any:
+    """Return Pearson's correlation of each column of two arrays, (rows, columns); NaN where one does not vary."""
     varies = (one != one[0]).any(0) & (other != other[0]).any(0)  # the mean of equal numbers may round to another one
     one, other = (values - values.mean(0) for values in (one, other))
     found = (one * other).sum(0) / np.sqrt(np.square(one).sum(0)) / np.sqrt(np.square(other).sum(0))

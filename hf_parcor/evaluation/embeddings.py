@@ -1,0 +1,108 @@
+"""Embeddings of texts: how alike two are, and the loss of a batch of texts that belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_parcor.distributed.fsdp import as_written
+
+Embed = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+
+_COSINE = "cosine"
+_DISTANCES = {"euclidean": 2.0, "manhattan": 1.0}  # the negative of which is the similarity
+_SCALE = 20.0  # of cosines in both losses, as sentence-transformers has it
+
+
+def sentence_embedding(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Return what a model of sentence-transformers finds for a batch of texts: (B, width)."""
+    embedding: Tensor = model(inputs)["sentence_embedding"]
+    return embedding
+
+
+def embedding_loss(model: nn.Module, batch: Mapping[str, Any], embed: Embed = sentence_embedding) -> Tensor:
+    r"""Return how badly embeddings tell which texts of a batch belong together.
+
+    With the similarity s of two texts, times 20 if it is a cosine:
+
+    - if there are `labels` y, CoSENT (Huang et al., 2024): `log(1 + Σ exp(s_k − s_i))` over all rows i, k with
+      `y_i > y_k`;
+    - otherwise the mean over rows of `−log softmax` of the row's document among all documents of the batch (InfoNCE;
+      van den Oord et al., 2018). Left out are other documents that are right for the same query, and the query itself.
+
+    These are `CoSENTLoss` and `MultipleNegativesRankingLoss` of sentence-transformers, which leaves nothing out.
+
+    Args:
+        model: What embeds.
+        batch: As `EmbeddingMetric` has them, on the model's device.
+        embed: As for `EmbeddingMetric`.
+    """
+    return Embeddings.of(model, batch, embed).loss(torch.as_tensor(batch["ids"]), batch.get("labels"))
+
+
+def has_columns_of_texts(batch: Any) -> bool:
+    """Return whether a batch is one of an `EmbeddingMetric`, and its loss `embedding_loss`."""
+    return isinstance(batch, Mapping) and isinstance(batch.get("columns"), Mapping) and "ids" in batch
+
+
+def similarities(kind: str, some: Tensor, others: Tensor) -> Tensor:
+    """Return the similarity of each of some embeddings, (M, width), to each of others, (N, width), as (M, N).
+
+    Args:
+        kind: What a similarity is: "euclidean" or "manhattan", the distance with a minus, or else the dot product.
+        some: Embeddings.
+        others: Embeddings.
+    """
+    if kind in _DISTANCES:
+        return -torch.cdist(some, others, p=_DISTANCES[kind])
+    return some @ others.T
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The embeddings of all texts of a batch.
+
+    Attributes:
+        kind: What a similarity is: the model's `similarity_fn_name`, or else "cosine".
+        vectors: (C, B, width), in float32 at least; of length 1 where cosines are taken of them.
+    """
+
+    kind: str
+    vectors: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Mapping[str, Any], embed: Embed) -> Embeddings:
+        """Return what a model finds for a batch."""
+        kind = str(getattr(as_written(model), "similarity_fn_name", None) or _COSINE)
+        found = torch.stack([embed(model, inputs) for inputs in batch["columns"].values()])
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
+        return cls(kind, nn.functional.normalize(found, dim=-1) if kind == _COSINE else found)
+
+    def alike(self) -> Tensor:
+        """Return the similarity of the two texts of each row."""
+        return similarities(self.kind, self.vectors[0], self.vectors[1]).diagonal()
+
+    def loss(self, ids: Tensor, labels: Any) -> Tensor:
+        """Return what `embedding_loss` does.
+
+        Args:
+            ids: (B, C), the numbers of the texts.
+            labels: (B,), or None.
+        """
+        device, scale = self.vectors.device, _SCALE if self.kind == _COSINE else 1.0
+        if labels is not None:
+            scores, labels = self.alike() * scale, torch.as_tensor(labels, device=device)
+            ahead = scores[None, :] - scores[:, None]
+            return torch.cat([scores.new_zeros(1), ahead[labels[:, None] > labels[None, :]]]).logsumexp(0)
+        scores = similarities(self.kind, self.vectors[0], self.vectors[1:].flatten(0, 1)) * scale
+        ids, rows = ids.to(device), torch.arange(len(ids), device=device)
+        queries, documents = ids[:, 0], ids[:, 1:].T.flatten()
+        # Row i, document d: is there a row with the query of i and the right document d?
+        right = ((queries[:, None, None] == queries) & (ids[:, 1] == documents[:, None])).any(-1)
+        apart = ~right & (queries[:, None] != documents)
+        apart[rows, rows] = True
+        return nn.functional.cross_entropy(scores.masked_fill(~apart, -torch.inf), rows)

@@ -1,0 +1,188 @@
+"""How well embeddings tell which texts belong together: rank correlation with scores, or what a search finds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_parcor.evaluation.embeddings import Embed, Embeddings, sentence_embedding, similarities
+from hf_parcor.evaluation.metrics.classification import correlations
+from hf_parcor.evaluation.metrics.over_batches import OverBatches, sum_of
+from hf_parcor.evaluation.outputs import own_batch, share_not_finite
+from hf_parcor.records.metric_info import SHARE, MetricInfo
+
+_FOUND = 10  # documents that a search returns
+_AT_ONCE = 1 << 24  # similarities
+
+
+class EmbeddingMetric(OverBatches):
+    r"""Whether texts that belong together have embeddings that are alike.
+
+    Each row has two texts or more. If batches have `labels`, these say how alike the two are:
+
+    - `spearman` and `pearson`: the correlation, of ranks and of numbers, of the similarities with the labels, over all
+      rows; NaN if one of them does not vary.
+
+    Otherwise, the first text of a row is a query, the second is a document that is right for it, and all others are
+    documents too. Every query is searched for among the documents of all rows, each text once; a document that is the
+    query itself is left out. Means over all queries:
+
+    - `ndcg@10`: the sum of `1 / log2(1 + rank)` over the right documents among the first ten, divided by what it would
+      be at best;
+    - `accuracy@1`: whether the first document is right;
+    - `mrr@10`: 1 / rank of the first right document; 0 if it is not among the first ten.
+
+    The `loss` is `embedding_loss`. It is over the texts that share a batch, so it depends on the batch size.
+
+    The similarity is the model's `similarity_fn_name`, or else the cosine. An embedding that is not finite is never
+    found; the share of queries, or of labelled rows, with such an embedding is `predictions_not_finite`, if there are
+    any. The embeddings of all texts are kept in main memory until all batches are done.
+
+    Args:
+        batches: Mappings with `columns`: for each column of texts, by any name and in order, what the model takes for
+            the texts of the batch; and `ids`, (B, C): a number for each text, the same for the same text in all
+            batches. The task "sentence-similarity" of `hf_parcor.tasks.TASKS` makes such batches of rows.
+        embed: `embed(model, inputs)` returns the embeddings, (B, width). The default is for sentence-transformers; for
+            an encoder of Transformers it may be `lambda model, inputs: model(**inputs).last_hidden_state[:, 0]`. Then
+            corruptions along a gradient need `loss=functools.partial(embedding_loss, embed=embed)`.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: There are no batches, or they can be walked through only once.
+
+    Examples:
+        >>> texts = {"query": torch.eye(2), "document": torch.tensor([[1.0, 0.1], [0.9, 1.0]])}
+        >>> batches = [{"columns": texts, "ids": torch.tensor([[0, 2], [1, 3]])}]
+        >>> metric = EmbeddingMetric(batches, embed=lambda model, inputs: model(inputs))
+        >>> found = metric(nn.Identity())
+        >>> found["accuracy@1"], found["mrr@10"]
+        (1.0, 1.0)
+    """
+
+    _named: ClassVar[bool] = True
+    _infos: ClassVar[Mapping[str, MetricInfo]] = {
+        **dict.fromkeys((f"ndcg@{_FOUND}", "accuracy@1", f"mrr@{_FOUND}"), MetricInfo(True, SHARE)),
+        **dict.fromkeys(("spearman", "pearson"), MetricInfo(True)),
+        "loss": MetricInfo(False),
+    }
+
+    def __init__(
+        self, batches: Iterable[Mapping[str, Any]], *, embed: Embed = sentence_embedding, progress: bool = False
+    ) -> None:
+        super().__init__(batches, progress=progress)
+        self._embed = embed
+
+    @torch.no_grad()
+    def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        """Return the embeddings of one batch, or the similarities of its labelled rows, and the sum of its loss.
+
+        Raises:
+            ValueError: The batch has no two columns, or not a number for each of their texts.
+        """
+        _check(batch)
+        ids, labels = torch.as_tensor(batch["ids"]), batch.get("labels")
+        embeddings = Embeddings.of(model, own_batch(batch, model), self._embed)
+        loss = float(embeddings.loss(ids, labels)) * len(ids)
+        found: dict[str, Any] = {"loss": loss, "rows": len(ids), "labelled": labels is not None}
+        if labels is not None:
+            return {**found, "similarities": embeddings.alike().tolist(), "labels": torch.as_tensor(labels).tolist()}
+        return {**found, "kind": embeddings.kind, "ids": ids.cpu(), "embeddings": embeddings.vectors.cpu()}
+
+    def combine(self, parts: Sequence[Any]) -> dict[str, float]:
+        """Return the metrics over all rows.
+
+        Raises:
+            ValueError: Some batches have labels and others have none, or no query has a right document but itself.
+        """
+        labelled = {part["labelled"] for part in parts}
+        if len(labelled) > 1:
+            raise ValueError("labels: expected them in all batches or in none, got both; collate all batches alike")
+        loss = sum_of(parts, "loss") / sum_of(parts, "rows")
+        found = _of_scores(parts) if labelled.pop() else _of_searches(parts)
+        odd = found.pop("odd")
+        return {**found, "loss": loss, **share_not_finite(*odd)}
+
+
+def _check(batch: Mapping[str, Any]) -> None:
+    columns, ids = batch.get("columns"), batch.get("ids")
+    count = len(columns) if isinstance(columns, Mapping) else 0
+    shape = tuple(ids.shape) if isinstance(ids, Tensor) else ()
+    labelled = batch.get("labels") is not None
+    if count < 2 or len(shape) != 2 or shape[1] != count or (labelled and count != 2):
+        raise ValueError(
+            "batches: expected 'columns', a mapping with two columns of texts, or more where there are no labels, and "
+            f"'ids', a number for each text of each, got {count} columns and numbers of shape {shape}; let the task "
+            "'sentence-similarity' collate rows, or do as it does"
+        )
+
+
+def _of_scores(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    similarities, labels = (
+        np.array([value for part in parts for value in part[name]]) for name in ("similarities", "labels")
+    )
+    odd = int((~np.isfinite(similarities)).sum())
+    pairs = {"spearman": (_ranks(similarities), _ranks(labels)), "pearson": (similarities, labels)}
+    found = {
+        name: float("nan") if odd else float(correlations(one[:, None], other[:, None])[0])
+        for name, (one, other) in pairs.items()
+    }
+    return {**found, "odd": (odd, len(labels))}
+
+
+def _ranks(values: Any) -> Any:
+    """Return the rank of each value, from 1 on; equal ones share the mean of theirs.
+
+    Examples:
+        >>> _ranks(np.array([3.0, 1.0, 3.0, 7.0])).tolist()
+        [2.5, 1.0, 2.5, 4.0]
+    """
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[places]
+
+
+def _of_searches(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    kind = parts[0]["kind"]
+    ids = torch.cat([part["ids"] for part in parts]).numpy()
+    embeddings = torch.cat([part["embeddings"] for part in parts], 1)
+    queries, first, of_rows = np.unique(ids[:, 0], return_index=True, return_inverse=True)
+    query_embeddings = embeddings[0, first]
+    documents, first, of_texts = np.unique(ids[:, 1:].T, return_index=True, return_inverse=True)
+    document_embeddings = embeddings[1:].flatten(0, 1)[first]
+    # A pair of a query and a document has a number, and right ones are in this list once.
+    pairs = np.unique(of_rows * len(documents) + of_texts.reshape(-1)[: len(ids)])
+    pairs = pairs[queries[pairs // len(documents)] != documents[pairs % len(documents)]]
+    right = torch.from_numpy(np.bincount(pairs // len(documents), minlength=len(queries)))
+    if not len(pairs):
+        raise ValueError(
+            "batches: expected a query with a right document, got none but the queries themselves; name other columns"
+        )
+    hits = _hits(kind, query_embeddings, document_embeddings, torch.from_numpy(queries), documents, pairs)[right > 0]
+    right = right[right > 0]
+    worth = 1 / torch.arange(2, hits.shape[1] + 2, dtype=torch.float64).log2()
+    best = worth.cumsum(0)[right.clamp(max=len(worth)) - 1]
+    ranked = hits / torch.arange(1, hits.shape[1] + 1, dtype=torch.float64)
+    finite = [found.isfinite().all(-1).numpy() for found in (query_embeddings, document_embeddings)]
+    lost = ~(finite[0][pairs // len(documents)] & finite[1][pairs % len(documents)])
+    return {
+        f"ndcg@{_FOUND}": float(((hits * worth).sum(-1) / best).mean()),
+        "accuracy@1": float(hits[:, 0].mean()),
+        f"mrr@{_FOUND}": float(ranked.max(-1).values.mean()),
+        "odd": (len(np.unique(pairs[lost] // len(documents))), len(right)),
+    }
+
+
+def _hits(kind: str, queries: Tensor, documents: Tensor, query_ids: Tensor, document_ids: Any, pairs: Any) -> Tensor:
+    """Return whether each of the first documents for each query is right, 1 or 0: (queries, found)."""
+    right, of_documents = torch.from_numpy(pairs), torch.from_numpy(document_ids)
+    found = []
+    for rows in torch.split(torch.arange(len(queries)), max(1, _AT_ONCE // len(documents))):
+        scores = similarities(kind, queries[rows], documents)
+        apart = query_ids[rows, None] != of_documents
+        best = scores.where(apart & scores.isfinite(), -torch.inf).topk(min(_FOUND, len(documents)))
+        hit = torch.isin(rows[:, None] * len(documents) + best.indices, right)
+        found.append((hit & best.values.isfinite()).double())
+    return torch.cat(found)
