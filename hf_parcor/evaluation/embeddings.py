@@ -93,16 +93,28 @@ class Embeddings:
             ids: (B, C), the numbers of the texts.
             labels: (B,), or None.
         """
-        device, scale = self.vectors.device, _SCALE if self.kind == _COSINE else 1.0
-        if labels is not None:
-            scores, labels = self.alike() * scale, torch.as_tensor(labels, device=device)
-            ahead = scores[None, :] - scores[:, None]
-            return torch.cat([scores.new_zeros(1), ahead[labels[:, None] > labels[None, :]]]).logsumexp(0)
-        scores = similarities(self.kind, self.vectors[0], self.vectors[1:].flatten(0, 1)) * scale
-        ids, rows = ids.to(device), torch.arange(len(ids), device=device)
+        if labels is None:
+            scores = self.scores(ids)
+            return nn.functional.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
+        alike = self.alike() * self._scale
+        labels = torch.as_tensor(labels, device=alike.device)
+        ahead = alike[None, :] - alike[:, None]
+        return torch.cat([alike.new_zeros(1), ahead[labels[:, None] > labels[None, :]]]).logsumexp(0)
+
+    def scores(self, ids: Tensor) -> Tensor:
+        """Return a logit of each document of the batch, for the query of each row: (B, B (C − 1)).
+
+        The first B are the rows' own documents. It is −∞ for others that are right for the query, and for itself.
+        """
+        scores = similarities(self.kind, self.vectors[0], self.vectors[1:].flatten(0, 1)) * self._scale
+        ids, rows = ids.to(scores.device), torch.arange(len(ids), device=scores.device)
         queries, documents = ids[:, 0], ids[:, 1:].T.flatten()
         # Row i, document d: is there a row with the query of i and the right document d?
         right = ((queries[:, None, None] == queries) & (ids[:, 1] == documents[:, None])).any(-1)
         apart = ~right & (queries[:, None] != documents)
         apart[rows, rows] = True
-        return nn.functional.cross_entropy(scores.masked_fill(~apart, -torch.inf), rows)
+        return scores.masked_fill(~apart, -torch.inf)
+
+    @property
+    def _scale(self) -> float:
+        return _SCALE if self.kind == _COSINE else 1.0

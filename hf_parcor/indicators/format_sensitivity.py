@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_parcor.arguments import check_count
 from hf_parcor.corruptions.catalogue import catalogue_name
+from hf_parcor.distributed.fsdp import class_of
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
 from hf_parcor.evaluation.identity.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.identity.provenance import library_versions, model_name, task_of
@@ -218,6 +220,7 @@ def sensitivity(
             if (isinstance(module, nn.Linear) or module in linear)
             and not any(one is module.weight for one in together.values())
         ),
+        loaded_part=_loaded_part(model),
         unused=unused,
         kinds=_kinds(model, together.values()),
         data=data,
@@ -423,6 +426,13 @@ def _holders(model: nn.Module, together: Mapping[str, nn.Parameter]) -> dict[str
                 place = f"{prefix}.{name}" if prefix else name
                 found[names[weight]][place.removesuffix(".weight")] = _class_name(module)
     return found
+
+
+def _loaded_part(model: nn.Module) -> str:
+    """Return the name of the model of Transformers in one of sentence-transformers; "" of all other models."""
+    if class_of(model).__name__ != "SentenceTransformer":
+        return ""
+    return next((name for name, module in model.named_modules() if isinstance(module, PreTrainedModel)), "")
 
 
 def _class_name(module: nn.Module) -> str:

@@ -491,6 +491,7 @@ def _record(
         expected=sums,
         estimated=sum(reference not in cell.measured for cell in cells),
         outside=scores.outside,
+        loaded_part=scores.loaded_part,
     )
     of_base = {cell.group: cell.bits for cell in scores.cells if cell.format == record.base}
     return replace(record, bits_of_base=of_base)

@@ -118,12 +118,20 @@ def _held(record: RecipeRecord) -> Iterator[_Held]:
     """Yield all weights.
 
     Raises:
-        NoSuchFormatError: PEFT has given one another name than the model has when it is loaded.
+        NoSuchFormatError: PEFT has given one another name than the model has when it is loaded; or it is not in the
+            part that is loaded by itself.
     """
     for name, one in record.choice.items():
         group = record.groups[name]
         for weight in group.weights:
-            holders = group.holders.get(weight) or {weight.removesuffix(".weight"): ""}
+            holders = _as_loaded(record, group.holders.get(weight) or {weight.removesuffix(".weight"): ""})
+            if not holders and one.format is None:
+                continue
+            if not holders:
+                raise NoSuchFormatError(
+                    f"expected modules of {record.loaded_part}, which from_pretrained loads, got {weight}; leave it "
+                    "out of the groups, or write what MixedQuantization.of(recipe) gives into the model"
+                )
             adapted = next(filter(_ADAPTED.search, holders), None)
             if adapted is not None:
                 raise NoSuchFormatError(
@@ -131,6 +139,16 @@ def _held(record: RecipeRecord) -> Iterator[_Held]:
                     "the adapter (merge_and_unload), and score again"
                 )
             yield _Held(one.format, group.bits, holders)
+
+
+def _as_loaded(record: RecipeRecord, modules: Mapping[str, str]) -> dict[str, str]:
+    """Return modules by the names that they have when their part is loaded by itself, without those of other parts."""
+    before = f"{record.loaded_part}." if record.loaded_part else ""
+    return {name.removeprefix(before): kind for name, kind in modules.items() if name.startswith(before)}
+
+
+def _outside(record: RecipeRecord) -> list[str]:
+    return [*_as_loaded(record, dict.fromkeys(record.outside, ""))]
 
 
 def _quantized(record: RecipeRecord, tool: str, *, derived: bool) -> dict[str, str]:
@@ -259,7 +277,7 @@ def bitsandbytes_settings(record: RecipeRecord) -> dict[str, Any]:
     Raises:
         NoSuchFormatError: Nothing has 4 bits or fewer that bitsandbytes quantizes. A `ValueError`.
     """
-    skipped = list(record.outside)
+    skipped = _outside(record)
     quantized: list[str] = []
     for held in _held(record):
         (quantized if _in_nf4(record, held) else skipped).extend(held.holders)
@@ -334,7 +352,7 @@ def llm_compressor_settings(record: RecipeRecord) -> dict[str, Any]:
         targets.setdefault(label, []).append(module)
     as_they_are = [module for held in _held(record) if held.format is None for module in held.holders]
     modifier = {
-        "ignore": [*record.outside, *as_they_are],
+        "ignore": [*_outside(record), *as_they_are],
         "config_groups": {
             f"group_{place}": {"targets": names, "weights": _compressed(label, record.formats[label])}
             for place, (label, names) in enumerate(targets.items())
@@ -345,7 +363,7 @@ def llm_compressor_settings(record: RecipeRecord) -> dict[str, Any]:
 
 def _fused(record: RecipeRecord, modules: Mapping[str, str]) -> Iterator[list[str]]:
     """Yield the modules of which one has NVFP4 and that llm-compressor gives one scale of the tensor together."""
-    every = {*record.outside, *(module for held in _held(record) for module in held.holders)}
+    every = {*_outside(record), *(module for held in _held(record) for module in held.holders)}
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in modules):
         for names in _FUSED:
             fused = [f"{parent}.{name}" if parent else name for name in names]

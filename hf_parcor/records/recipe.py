@@ -65,6 +65,7 @@ class RecipeRecord(StoredRecord):
         estimated: How many of the chosen cells were not measured, so that `expected` estimates their costs.
         pairs: Pairs of groups that were measured together; see `measure_pairs`.
         outside: As in `SensitivityRecord`.
+        loaded_part: As in `SensitivityRecord`.
         notes: Remarks in sentences.
         bits_of_base: The bits a weight that each group would take in the format of most weights, if that fits it;
             empty in older records.
@@ -91,6 +92,7 @@ class RecipeRecord(StoredRecord):
     estimated: int = 0
     pairs: tuple[PairCost, ...] = ()
     outside: tuple[str, ...] = ()
+    loaded_part: str = ""
     notes: tuple[str, ...] = ()
     bits_of_base: Mapping[str, float] = field(default_factory=dict)
     format: int = FORMAT

@@ -114,6 +114,8 @@ class SensitivityRecord(StoredRecord):
         metric_info: What the numbers of the metrics mean.
         parameters: Number of weights of the model, including those in no group.
         outside: The linear modules that are in no group, and so stay as they are.
+        loaded_part: The name of the part of the model that Transformers loads by itself, such as "0.model" of one of
+            sentence-transformers; "" for all of it.
         unused: Groups that are left out, since the data do not use them: the loss does not depend on them, and nothing
             that was measured changes with them.
         kinds: For each class of modules that hold matrices: how many are in a group, and how many there are; empty in
@@ -156,6 +158,7 @@ class SensitivityRecord(StoredRecord):
     metric_info: Mapping[str, MetricInfo] = field(default_factory=dict)
     parameters: int = 0
     outside: tuple[str, ...] = ()
+    loaded_part: str = ""
     unused: tuple[str, ...] = ()
     kinds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     data: str = ""

@@ -7,12 +7,21 @@ from functools import partial
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from for_each import for_each
 from local_models import SENTENCES, save_sentence_encoder
 
-from hf_parcor import CorruptionConstraint, CorruptionEvaluator, GradientCorruption, LayerProbe, Quantization
+from hf_parcor import (
+    CorruptionConstraint,
+    CorruptionEvaluator,
+    GradientCorruption,
+    LayerProbe,
+    Quantization,
+    recipe,
+    sensitivity,
+)
 from hf_parcor.evaluation import DatasetGradients, EmbeddingMetric, embedding_loss, model_loss
 from hf_parcor.evaluation.metrics import WithDivergence
 from hf_parcor.tasks import TASKS, Processed, Rows
@@ -278,7 +287,45 @@ def test_what_a_corruption_along_the_gradient_does(encoder):
     assert corrupted > clean
     batch = next(iter(metric.batches))
     assert model_loss(model, batch).item() == embedding_loss(model, batch).item()
-    assert WithDivergence(metric, model)(model) == metric(model)  # there is no distribution to diverge from
+
+
+@pytest.mark.parametrize("rows", [SCORED, SEARCHED], ids=["scores", "searches"])
+def test_divergence_is_that_of_searches_in_a_batch(rows, encoder):
+    """Of the documents that a query is to be told from, by their similarities times 20."""
+    model = encoder()
+    (batch,) = batches_of(model, rows, 8)
+    metric = WithDivergence(EmbeddingMetric([batch]), model)
+    assert metric(model)["divergence"] == 0
+    chances = []
+    for noise in (0.0, 0.3):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(noise * torch.randn_like(weight))
+            found = [model(dict(one))["sentence_embedding"].double() for one in batch["columns"].values()]
+        queries, *others = (torch.nn.functional.normalize(one, dim=-1) for one in found)
+        chances.append((20 * queries @ torch.cat(others).T).tolist())
+    numbers = batch["ids"].tolist()
+    names = [row[place] for place in range(1, len(numbers[0])) for row in numbers]
+    divergences = []
+    for row, (before, after) in enumerate(zip(*chances, strict=True)):
+        right = {one[1] for one in numbers if one[0] == numbers[row][0]}
+        kept = [d for d, name in enumerate(names) if d == row or name not in {*right, numbers[row][0]}]
+        p, q = (scipy.special.softmax([scores[d] for d in kept]) for scores in (before, after))
+        divergences.append(scipy.special.rel_entr(p, q).sum())
+    assert metric(model)["divergence"] == pytest.approx(np.mean(divergences), rel=1e-4)
+
+
+def test_a_recipe_names_what_transformers_loads(encoder):
+    model = encoder()
+    metric = EmbeddingMetric(batches_of(model, SEARCHED, 8))
+    scores = sensitivity(model, metric, [Quantization(3, "channel")], budget=2)
+    assert scores.loaded_part == "0.model"
+    assert scores.metric == "ndcg@10"
+    chosen = recipe(scores, bits=20)
+    assert (chosen.loaded_part, chosen.by) == ("0.model", "divergence")
+    inner = {name for name, _ in model[0].model.named_modules()}
+    assert {name.removeprefix("0.model.") for name in chosen.groups} <= inner
 
 
 @for_each(

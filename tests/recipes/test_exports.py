@@ -105,6 +105,26 @@ def test_under_an_adapter_no_tool_would_find_what_a_recipe_names(name, tmp_path)
     assert all(f"got {name} under an adapter" in sentence for sentence in found.missing)
 
 
+def test_a_part_that_is_loaded_by_itself_has_names_of_its_own(tmp_path) -> None:
+    """As the BERT of a model of sentence-transformers: a tool is given that alone, without the other parts."""
+    names = ("fc1", "layers.1.fc1", "layers.10.fc1")
+    alone = recipe_of(FOUR, EIGHT, None, names=names)
+    inside = recipe_of(FOUR, EIGHT, None, names=tuple(f"0.model.{name}" for name in names))
+    inside = replace(inside, outside=("0.model.head", "2.linear"), loaded_part="0.model")
+    for record, folder in ((alone, tmp_path / "alone"), (inside, tmp_path / "inside")):
+        found = export_recipe(record, folder)
+        assert RecipeRecord.load(folder / "recipe.json") == record
+        assert found.missing == ()
+    for name in set(_EXPORTS) - {"defense.yaml"}:  # which is for the Trainer of the whole
+        assert (tmp_path / "alone" / name).read_text() == (tmp_path / "inside" / name).read_text()
+    whole = recipe_of(FOUR, FOUR, None, names=("2.linear", "0.model.fc1", "3.linear"))
+    found = export_recipe(replace(whole, loaded_part="0.model", outside=()), tmp_path / "whole")
+    assert {path.name for path in found.files} == {"recipe.json", "defense.yaml"}
+    assert all(
+        "expected modules of 0.model, which from_pretrained loads, got 2.linear" in one for one in found.missing
+    )
+
+
 def test_what_ends_other_names_is_defended_alone(tmp_path) -> None:
     """As a name, the first would stand for all three."""
     model = nn.Module()

@@ -14,7 +14,7 @@ from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.distributed.fsdp import as_written
 from hf_parcor.evaluation.identity.fingerprint import fingerprint
 from hf_parcor.evaluation.losses import shifts_labels, with_prompt
-from hf_parcor.evaluation.metrics.over_batches import BatchMetric
+from hf_parcor.evaluation.metrics.over_batches import ANSWERS, BatchMetric
 from hf_parcor.evaluation.outputs import Output, Problem
 from hf_parcor.model_state import evaluation_mode, undone
 from hf_parcor.overriding import hook_after
@@ -51,8 +51,9 @@ class WithDivergence:
     none: unlike a loss it does not fall by chance when weights change, and unlike an accuracy it does not change in
     steps of a row.
 
-    Predictions are rows of logits with two or more classes, or the pixels of a segmentation (B, C, H, W). If labels or
-    an attention mask have their shape, only predictions with a label other than −100 (of the next token, for a causal
+    Predictions are rows of logits with two or more classes, or the pixels of a segmentation (B, C, H, W). Of an
+    `EmbeddingMetric` they are the documents of a batch for each query, see `embedding_loss`. If labels or an attention
+    mask have their shape, only predictions with a label other than −100 (of the next token, for a causal
     language model), or that are attended to, count. For a model without such logits, only the metric is returned. D is
     NaN if answers are NaN, and infinite if they rule out what was possible before.
 
@@ -166,6 +167,8 @@ class WithDivergence:
             hook_after(hooks, model, lambda _, __, output: seen.append(Output.read(output).logits))
             found = self._metric.of_batch(model, batch)
         logits = seen[0] if len(seen) == 1 else None  # a generated text takes many calls, and other ones each time
+        if isinstance(found, Mapping) and ANSWERS in found:
+            logits = found[ANSWERS]
         said = getattr(getattr(as_written(model), "config", None), "problem_type", None)
         inferred = found.get("problem") if isinstance(found, Mapping) else None
         if logits is None or {said, inferred} & _OTHER_PROBLEMS or logits.ndim < 2:

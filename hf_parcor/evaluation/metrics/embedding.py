@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_parcor.evaluation.embeddings import Embed, Embeddings, sentence_embedding, similarities
 from hf_parcor.evaluation.metrics.classification import correlations
-from hf_parcor.evaluation.metrics.over_batches import OverBatches, sum_of
+from hf_parcor.evaluation.metrics.over_batches import ANSWERS, OverBatches, sum_of
 from hf_parcor.evaluation.outputs import own_batch, share_not_finite
 from hf_parcor.records.metric_info import SHARE, MetricInfo
 
@@ -87,7 +87,12 @@ class EmbeddingMetric(OverBatches):
         ids, labels = torch.as_tensor(batch["ids"]), batch.get("labels")
         embeddings = Embeddings.of(model, own_batch(batch, model), self._embed)
         loss = float(embeddings.loss(ids, labels)) * len(ids)
-        found: dict[str, Any] = {"loss": loss, "rows": len(ids), "labelled": labels is not None}
+        found: dict[str, Any] = {
+            "loss": loss,
+            "rows": len(ids),
+            "labelled": labels is not None,
+            ANSWERS: embeddings.scores(ids).float().cpu(),
+        }
         if labels is not None:
             return {**found, "similarities": embeddings.alike().tolist(), "labels": torch.as_tensor(labels).tolist()}
         return {**found, "kind": embeddings.kind, "ids": ids.cpu(), "embeddings": embeddings.vectors.cpu()}
