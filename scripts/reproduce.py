@@ -179,6 +179,16 @@ STUDIES: dict[str, dict[str, Study]] = {
             side_by_side=False,
         )
     },
+    "recipe-embeddings": {
+        "small": Study(
+            "which part of all-MiniLM-L6-v2, which bits",
+            "which_bits --system embeddings",
+            "recipe/embeddings",
+            model="--model",
+            seeds=(),
+            side_by_side=False,
+        )
+    },
     "images": {
         "small": Study(
             "paper 1 on four trained ResNets, 2,000 test images",

@@ -150,8 +150,8 @@ class Train(Command):
             task, columns = find_task(arguments, train_rows.first(arguments.train_limit), given)
             if task.trained_by:
                 raise InputError(
-                    f"--task: expected one that the Trainer of Transformers trains, got {task.name}; defend it in a "
-                    f"program: class Defended(ParameterDefenseMixin, {task.trained_by}), as the guide to training says"
+                    f"--task: expected one that the Trainer of Transformers trains, got {task.name}; defend it by a "
+                    f"class Defended(ParameterDefenseMixin, {task.trained_by}), see examples/train_embeddings.py"
                 )
             training.remove_unused_columns = training.remove_unused_columns and task.examples_are_inputs
             measured_columns = task.find_columns(rows, given)

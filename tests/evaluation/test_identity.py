@@ -280,12 +280,17 @@ class Counting(ClassificationMetric):
     def __init__(self, batches):
         super().__init__(batches)
         self.calls = self._calls = self.inner = self.limit = 0
+        self.seen, self.kinds, self.by_name, self.names = [], {1}, {}, ["a"]
 
     @torch.no_grad()
     def of_batch(self, model, batch):
         self.left -= 1
         self._calls += 1
         self._count()
+        self.seen.append(batch)
+        self.seen.extend(self.names)
+        self.kinds |= {2}
+        self.by_name.update(a=1)
         return {"problem": "single_label_classification", "correct": 1, "loss": 1.0, "labels": 2, "not_finite": 0}
 
     def _count(self):
@@ -303,7 +308,10 @@ def test_what_a_metric_counts_itself_is_no_setting():
         metric(None)
         assert settings_of(metric) == before
     metric.limit = 1
-    assert settings_of(metric) != before
+    limited = settings_of(metric)
+    assert limited != before
+    metric.names = ["b"]  # which calls only read
+    assert settings_of(metric) != limited
 
 
 def test_what_is_private_or_a_mode_is_no_setting():

@@ -6,6 +6,7 @@ import dis
 import enum
 import functools
 from collections.abc import Mapping, Set
+from itertools import pairwise
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -19,15 +20,18 @@ _CALLED = ("__call__", "of_batch", "combine", "forward")
 
 
 def fixed_attributes(value: Any) -> dict[str, Any]:
-    """Return the attributes of an object, but for those that it writes itself when it is called, such as a counter.
+    """Return the attributes of an object, but for those that it writes itself when it is called.
+
+    That is what it sets, such as a counter, and the lists, sets and mappings that it fills.
 
     Examples:
         >>> class Metric:
         ...     def __init__(self, limit):
-        ...         self.limit, self.calls = limit, 0
+        ...         self.limit, self.calls, self.found = limit, 0, []
         ...
         ...     def __call__(self, model):
         ...         self.calls += 1
+        ...         self.found.append(model)
         ...         return {"limit": self.limit}
         >>> fixed_attributes(Metric(3))
         {'limit': 3}
@@ -54,11 +58,26 @@ def _written_by_calls(kind: type) -> set[str]:
         for function in (vars(base).get(name) for base in kind.__mro__):
             function = getattr(function, "__wrapped__", function)  # under a decorator such as torch.no_grad()
             for code in inner_code(function.__code__) if isinstance(function, FunctionType) else ():
-                written |= {str(one.argval) for one in dis.get_instructions(code) if one.opname == "STORE_ATTR"}
+                written |= _written_in(code)
                 left.extend(code.co_names)
     return written
 
 
+def _written_in(code: CodeType) -> set[str]:
+    """Return the attributes that a code object sets, or calls a method of that changes a list, a set or a mapping."""
+    steps = list(dis.get_instructions(code))
+    changed = (
+        one
+        for one, then in pairwise(steps)
+        if then.opname in ("LOAD_METHOD", "LOAD_ATTR") and then.argval in _CHANGING
+    )
+    return {
+        *(str(one.argval) for one in steps if one.opname == "STORE_ATTR"),
+        *(str(one.argval) for one in changed if one.opname == "LOAD_ATTR"),
+    }
+
+
+_CHANGING = {"append", "extend", "insert", "remove", "pop", "clear", "add", "discard", "update", "setdefault"}
 _VERSIONED = ("hf_parcor", "torch", "transformers", "accelerate", "builtins", "abc", "typing", "collections")
 _LONG = 200  # characters, or entries; of what is longer the fingerprint says it
 

@@ -32,7 +32,11 @@ _OF_THE_CLOCK = (
 )
 _REACHED = "epoch"  # where a training is, which Trainer.evaluate logs beside what it finds
 _TRAINED_ON = "num_tokens"  # which TRL's Trainers log so
-_PARTS = ("data_collator", "compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics", "processing_class")
+_EVALUATOR = "evaluator"  # which the Trainers of sentence-transformers have
+_PARTS = (
+    *("data_collator", "compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics", "processing_class"),
+    _EVALUATOR,
+)
 
 
 class TrainerMetric:
@@ -54,14 +58,15 @@ class TrainerMetric:
         self._trainer, self._eval_dataset, self._prefix = trainer, eval_dataset, metric_key_prefix
 
     def info_of(self, name: str) -> MetricInfo | None:
-        """Return what the Trainer's arguments and its `compute_metrics` state about a number; None if nothing.
+        """Return what the Trainer's arguments, its `compute_metrics` or its `evaluator` state of a number, or None.
 
         `greater_is_better` applies to `metric_for_best_model`, also if that is measured on corrupted weights. If it is
         not set, Transformers sets it to True for everything but a loss; this is ignored for a name of an error.
         """
         if name == "loss":
             return MetricInfo(False)
-        stated = stated_by(self._trainer.compute_metrics, name)
+        sources = (self._trainer.compute_metrics, getattr(self._trainer, _EVALUATOR, None))
+        stated = next((info for one in sources if (info := stated_by(one, name)) is not None), None)
         arguments = self._trainer.args
         best, greater = arguments.metric_for_best_model, arguments.greater_is_better
         if best is None or greater is None or not _is_of(best.removeprefix(f"{self._prefix}_"), name):
@@ -161,12 +166,12 @@ def _in_silence(trainer: Trainer, model: nn.Module) -> Iterator[None]:
     copies["callback_handler"].callbacks = []
     copies["state"].log_history = list(trainer.state.log_history)
     no_tracker = TrainerMemoryTracker(skip_memory_metrics=True)  # type: ignore[no-untyped-call]
-    evaluator = getattr(trainer, "evaluator", None)
+    evaluator = getattr(trainer, _EVALUATOR, None)
     if callable(evaluator):
 
         def without_table(model: Any, output_path: str | None = None, **reached: Any) -> Any:
             return evaluator(model, **reached)
 
-        copies["evaluator"] = without_table
+        copies[_EVALUATOR] = without_table
     with overriding(trainer, **copies, _memory_tracker=no_tracker), card_notes_kept(model):
         yield
