@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -149,45 +149,70 @@ def _ranks(values: Any) -> Any:
     return (np.cumsum(counts) - (counts - 1) / 2)[places]
 
 
+class _Texts(NamedTuple):
+    """Different texts.
+
+    Attributes:
+        ids: Their numbers, (N,).
+        vectors: The embedding of each, (N, width).
+    """
+
+    ids: Tensor
+    vectors: Tensor
+
+    def finite(self) -> Tensor:
+        """Return of which texts the embedding is."""
+        return self.vectors.isfinite().all(-1)
+
+
+def _different(ids: Any, vectors: Tensor) -> tuple[_Texts, Any]:
+    """Return each text once, as it is met first, and which of these each text is."""
+    numbers, first, places = np.unique(ids, return_index=True, return_inverse=True)
+    return _Texts(torch.from_numpy(numbers), vectors[first]), places.reshape(-1)
+
+
 def _of_searches(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    kind = parts[0]["kind"]
     ids = torch.cat([part["ids"] for part in parts]).numpy()
-    embeddings = torch.cat([part["embeddings"] for part in parts], 1)
-    queries, first, of_rows = np.unique(ids[:, 0], return_index=True, return_inverse=True)
-    query_embeddings = embeddings[0, first]
-    documents, first, of_texts = np.unique(ids[:, 1:].T, return_index=True, return_inverse=True)
-    document_embeddings = embeddings[1:].flatten(0, 1)[first]
-    # A pair of a query and a document has a number, and right ones are in this list once.
-    pairs = np.unique(of_rows * len(documents) + of_texts.reshape(-1)[: len(ids)])
-    pairs = pairs[queries[pairs // len(documents)] != documents[pairs % len(documents)]]
-    right = torch.from_numpy(np.bincount(pairs // len(documents), minlength=len(queries)))
-    if not len(pairs):
+    vectors = torch.cat([part["embeddings"] for part in parts], 1)
+    queries, of_rows = _different(ids[:, 0], vectors[0])
+    documents, of_texts = _different(ids[:, 1:].T.reshape(-1), vectors[1:].flatten(0, 1))
+    pairs = torch.from_numpy(np.unique([of_rows, of_texts[: len(ids)]], axis=1))
+    query, document = pairs[:, queries.ids[pairs[0]] != documents.ids[pairs[1]]]
+    if not len(query):
         raise ValueError(
             "batches: expected a query with a right document, got none but the queries themselves; name other columns"
         )
-    hits = _hits(kind, query_embeddings, document_embeddings, torch.from_numpy(queries), documents, pairs)[right > 0]
-    right = right[right > 0]
-    worth = 1 / torch.arange(2, hits.shape[1] + 2, dtype=torch.float64).log2()
-    best = worth.cumsum(0)[right.clamp(max=len(worth)) - 1]
-    ranked = hits / torch.arange(1, hits.shape[1] + 1, dtype=torch.float64)
-    finite = [found.isfinite().all(-1).numpy() for found in (query_embeddings, document_embeddings)]
-    lost = ~(finite[0][pairs // len(documents)] & finite[1][pairs % len(documents)])
+    searched, count = query.unique(return_counts=True)
+    hits = _hits(parts[0]["kind"], queries, documents, query, document)[searched]
+    ranks = torch.arange(1, hits.shape[1] + 1, dtype=torch.float64)
+    worth = 1 / (1 + ranks).log2()
+    best = worth.cumsum(0)[count.clamp(max=len(worth)) - 1]
+    lost = ~(queries.finite()[query] & documents.finite()[document])
     return {
         f"ndcg@{_FOUND}": float(((hits * worth).sum(-1) / best).mean()),
         "accuracy@1": float(hits[:, 0].mean()),
-        f"mrr@{_FOUND}": float(ranked.max(-1).values.mean()),
-        "odd": (len(np.unique(pairs[lost] // len(documents))), len(right)),
+        f"mrr@{_FOUND}": float((hits / ranks).max(-1).values.mean()),
+        "odd": (len(query[lost].unique()), len(searched)),
     }
 
 
-def _hits(kind: str, queries: Tensor, documents: Tensor, query_ids: Tensor, document_ids: Any, pairs: Any) -> Tensor:
-    """Return whether each of the first documents for each query is right, 1 or 0: (queries, found)."""
-    right, of_documents = torch.from_numpy(pairs), torch.from_numpy(document_ids)
+def _hits(kind: str, queries: _Texts, documents: _Texts, query: Tensor, document: Tensor) -> Tensor:
+    """Return whether each of the first documents for each query is right, 1 or 0: (queries, found).
+
+    Args:
+        kind: What a similarity is.
+        queries: What is searched for.
+        documents: What may be found.
+        query: Of each right pair, which of the queries it has.
+        document: And which of the documents.
+    """
     found = []
-    for rows in torch.split(torch.arange(len(queries)), max(1, _AT_ONCE // len(documents))):
-        scores = similarities(kind, queries[rows], documents)
-        apart = query_ids[rows, None] != of_documents
-        best = scores.where(apart & scores.isfinite(), -torch.inf).topk(min(_FOUND, len(documents)))
-        hit = torch.isin(rows[:, None] * len(documents) + best.indices, right)
-        found.append((hit & best.values.isfinite()).double())
+    for rows in torch.split(torch.arange(len(queries.ids)), max(1, _AT_ONCE // len(documents.ids))):
+        scores = similarities(kind, queries.vectors[rows], documents.vectors)
+        may_be = scores.isfinite() & (queries.ids[rows, None] != documents.ids)
+        best = scores.where(may_be, -torch.inf).topk(min(_FOUND, len(documents.ids)))
+        right = torch.zeros_like(may_be)
+        here = (query >= rows[0]) & (query <= rows[-1])
+        right[query[here] - rows[0], document[here]] = True
+        found.append((right & may_be).gather(1, best.indices).double())
     return torch.cat(found)
