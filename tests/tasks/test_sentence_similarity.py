@@ -46,7 +46,7 @@ def files_of(folder):
 class TestWhichTask:
     @for_each("kind, is_one", [(None, True), ("SentenceTransformer", True), ("CrossEncoder", False)])
     def test_what_a_model_was_saved_as(self, kind, is_one, tmp_path):
-        """Before 5.4, sentence-transformers did not say it."""
+        """Older versions of sentence-transformers did not say it."""
         folder = Path(save_sentence_encoder(tmp_path))
         settings = json.loads((folder / "config_sentence_transformers.json").read_text())
         assert settings.pop("model_type") == "SentenceTransformer"
