@@ -343,12 +343,17 @@ def _notes(told: _Told, measured: EvaluationRecord | None, files: Collection[str
             else "Chosen on some rows, and measured as a whole on others: these numbers owe nothing to the choice."
         )
     if told.recipe.base is not None:
-        said.append(_how_to_apply(files))
+        said.append(_how_to_apply(files, told.recipe.loaded_part))
     return [*said, *scores.notes, *told.info.guesses(told.metric)]
 
 
-def _how_to_apply(files: Collection[str] | None) -> str:
-    """Return which tool reads which of the files that were written."""
+def _how_to_apply(files: Collection[str] | None, part: str) -> str:
+    """Return which tool reads which of the files that were written.
+
+    Args:
+        files: Their names; None if none was written.
+        part: The name of the part of the model that they are for; "" for all of it.
+    """
     if files is None:
         return (
             "To apply it: export_recipe(recipe, folder) writes a file for each tool that quantizes and has these "
@@ -357,7 +362,11 @@ def _how_to_apply(files: Collection[str] | None) -> str:
     readers = [reader for name, reader in _READERS.items() if name in files]
     if not readers:
         return "export_recipe wrote no file for a tool that quantizes: none has these formats for these parts."
-    return f"To apply it: {'; '.join(readers)}."
+    of_part = (
+        f" They name the modules of {part} alone: SentenceTransformer(model, model_kwargs={{'quantization_config': "
+        f"...}}) passes such a configuration on, and llm-compressor takes model.get_submodule('{part}')."
+    )
+    return f"To apply it: {'; '.join(readers)}.{of_part if part else ''}"
 
 
 def _front(told: _Told) -> Panel | None:
