@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 _FEWEST_ENTRIES = 4  # fewer log entries say nothing about a trend
 _FALL = 0.97  # a run that learns leaves its last quarter's loss well below this share of its first entry's
-_EXPLODED = 4.0  # corrupted loss over clean loss: beyond, the corruption destroys the model at every step
+_EXPLODED = 4.0  # corrupted loss over clean loss: beyond, the corruption may destroy the model at every step
 
 
 def signs_of_collapse(log_history: Sequence[dict[str, Any]], model: nn.Module | None = None) -> list[str]:
@@ -29,8 +29,9 @@ def signs_of_collapse(log_history: Sequence[dict[str, Any]], model: nn.Module | 
 
     Looks at the weights, and at the `loss`, `loss_clean` and `loss_corrupted` of a Trainer's `state.log_history`:
     weights or a loss that are not numbers, a clean loss that did not fall from the first entry to the mean of the last
-    quarter, and a corrupted loss of more than four times the clean one in the last quarter. In place of a loss that is
-    no number a Trainer logs 0 (`logging_nan_inf_filter`): of a model that broke nothing but its weights speaks then.
+    quarter, and a corrupted loss in the last quarter of more than four times the clean one there and more than the
+    first clean one: below that, the corrupted model has learned too. In place of a loss that is no number a Trainer
+    logs 0 (`logging_nan_inf_filter`): of a model that broke nothing but its weights speaks then.
 
     Shares mean something for losses that are zero at best, such as a cross-entropy. Others start at zero, as that of
     a policy gradient, which rises with its KL term, or fall below it, as a likelihood of densities does: of them only
@@ -69,8 +70,9 @@ def signs_of_collapse(log_history: Sequence[dict[str, Any]], model: nn.Module | 
         which = "clean loss" if "loss_clean" in entries[0] else "loss"
         signs.append(f"the {which} did not fall: {first:.2f} at first, {last:.2f} in the last quarter")
     corrupted = [entry["loss_corrupted"] for entry in quarter if "loss_corrupted" in entry]
-    if corrupted and sum(corrupted) / len(corrupted) > _EXPLODED * last:
-        times = sum(corrupted) / len(corrupted) / last if last > 0 else math.inf
+    exploded = sum(corrupted) / len(corrupted) if corrupted else 0.0
+    if exploded > max(_EXPLODED * last, first):
+        times = exploded / last if last > 0 else math.inf
         signs.append(f"the corrupted loss is {times:.1f} times the clean loss")
     return signs
 
