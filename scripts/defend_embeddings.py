@@ -13,10 +13,11 @@ t-tests.
 from __future__ import annotations
 
 import argparse
-import csv
+import json
 from pathlib import Path
 
 from hf_parcor.records import EvaluationRecord
+from hf_parcor.strict_json import replace_text
 from scripts.campaigns import (
     ONE_STEP,
     PLAIN,
@@ -27,6 +28,7 @@ from scripts.campaigns import (
     measured_once,
     of_run,
     of_study,
+    over,
     over_runs,
     risk,
     run_example,
@@ -47,19 +49,14 @@ METRIC = "cosine_ndcg@10"
 EPOCHS, BATCH, LEARNING_RATE = 2, 64, 5e-5
 
 
-def write_pairs(folder: Path, data: Path) -> dict[str, int]:
-    """Write the pairs to train and to measure on, unless they are there; return how many there are of each."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_pairs(folder: Path, data: Path) -> None:
+    """Write the pairs to train and to measure on, as `train.tsv` and `test.tsv`."""
     pairs = paraphrases(data)
     held_out = pairs[::4]
     known = {sentence for pair in held_out for sentence in pair.values()}
-    parts = {"train": [pair for pair in pairs if known.isdisjoint(pair.values())], "test": held_out}
-    for name, rows in parts.items():
-        with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, ["anchor", "positive"])
-            writer.writeheader()
-            writer.writerows(rows)
-    return {name: len(rows) for name, rows in parts.items()}
+    for name, rows in (("train", [pair for pair in pairs if known.isdisjoint(pair.values())]), ("test", held_out)):
+        lines = ["\t".join(rows[0]), *("\t".join(row.values()) for row in rows)]
+        replace_text(folder / f"{name}.tsv", "\n".join(lines) + "\n")
 
 
 def parse_options() -> argparse.Namespace:
@@ -75,10 +72,12 @@ def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
     """Train and measure one model, unless its record is there already."""
 
     def example(folder: Path) -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_pairs(folder.parent, options.data)
         settings = {
             "model_name_or_path": options.model,
-            "train_file": options.work / "train.csv",
-            "validation_file": options.work / "test.csv",
+            "train_file": folder.parent / "train.tsv",
+            "validation_file": folder.parent / "test.tsv",
             "num_train_epochs": EPOCHS,
             "per_device_train_batch_size": BATCH,
             "learning_rate": LEARNING_RATE,
@@ -96,18 +95,15 @@ def measure(options: argparse.Namespace, run: Run) -> EvaluationRecord:
 def main() -> None:
     """Run what is missing, and write the table."""
     options = parse_options()
-    counts = write_pairs(options.work, options.data)
     trained = over_runs(measure, "runs", options, {name: ARMS[name] for name in options.arms or ARMS})
     if options.arms:
         return
-    seeds = ", ".join(map(str, options.seeds))
+    runs = json.loads((options.output / "runs.json").read_text(encoding="utf-8"))
+    count = next(iter(runs.values()))["train_samples"]
     text = (
-        f"{Path(options.model).name} fine-tuned on {counts['train']:,} pairs of English paraphrases ({EPOCHS} epochs, "
-        f"batches of {BATCH}, learning rate {LEARNING_RATE:g}), and searched: {counts['test']:,} other pairs, each "
-        f"first sentence among all second ones. nDCG@10 in per cent, seeds {seeds}, mean ± sample standard "
-        "deviation; * where Student's t says better than plain with p < 0.05 "
-        f"(df = {2 * (len(options.seeds) - 1)}), one-sided, not corrected for the number of rows.\n\n"
-        f"{tables(trained, ARMS, costs=True, metric=METRIC)}"
+        f"Fine-tuned on {count:,} pairs of English paraphrases ({EPOCHS} epochs, batches of {BATCH}, learning rate "
+        f"{LEARNING_RATE:g}), and searched: every fourth pair, each first sentence among all second ones. nDCG@10 in "
+        f"per cent, {over(options.seeds)}.\n\n{tables(trained, ARMS, costs=True, metric=METRIC)}"
     )
     write_table(options.output, text)
 

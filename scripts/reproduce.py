@@ -119,6 +119,11 @@ STUDIES: dict[str, dict[str, Study]] = {
             arms=("plain", "half-4-bits", "worst-and-4-bits", "half-4-bits-channel", "multi_step_risk-1", "sam-half"),
         ),
     },
+    "embeddings": {
+        "small": Study(
+            "an embedding model, plain, defended and for 2 bits", "defend_embeddings", "embeddings", model="--model"
+        )
+    },
     "cheaper": {"small": Study("defenses cheaper than a pass", "defend_for_less", "less", model="--model")},
     "probes": {"small": Study("which part of a BERT is weak", "probe_sst2", "probes", model="--model", seeds=(1,))},
     "flips": {"small": Study("the worst bit flips", "worst_bit_flips", "worst_bit_flips", model="--model")},

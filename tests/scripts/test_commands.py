@@ -141,6 +141,7 @@ def test_the_search_shows_its_record():
         (f"deploy_sst2 {CAMPAIGN}", "sst2_deployed"),
         (f"deploy_sst2 --formats --arms {' '.join(STUDIES['sst2-formats']['small'].arms)} {CAMPAIGN}", "sst2_formats"),
         ("reproduce_parser --data none --output", "parser"),
+        ("defend_embeddings --model none --data none --output", "embeddings"),
         ("reproduce_images --arms plain --weights none --data none --output", "images"),
         ("reproduce_images --size tiny-imagenet-small --arms plain --data none --output", "tiny_imagenet"),
         ("reproduce_language_model --data none --output", "language_model"),
