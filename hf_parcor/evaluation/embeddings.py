@@ -41,12 +41,12 @@ def embedding_loss(model: nn.Module, batch: Mapping[str, Any], embed: Embed = se
         batch: As `EmbeddingMetric` has them, on the model's device.
         embed: As for `EmbeddingMetric`.
     """
-    return Embeddings.of(model, batch, embed).loss(torch.as_tensor(batch["ids"]), batch.get("labels"))
+    return Embeddings.of(model, batch, embed).loss(batch.get("labels"))
 
 
-def has_columns_of_texts(batch: Any) -> bool:
+def is_of_texts(batch: Any) -> bool:
     """Return whether a batch is one of an `EmbeddingMetric`, and its loss `embedding_loss`."""
-    return isinstance(batch, Mapping) and isinstance(batch.get("columns"), Mapping) and "ids" in batch
+    return isinstance(batch, Mapping) and isinstance(batch.get("inputs"), Mapping) and "ids" in batch
 
 
 def similarities(kind: str, some: Tensor, others: Tensor) -> Tensor:
@@ -68,51 +68,60 @@ class Embeddings:
 
     Attributes:
         kind: What a similarity is: the model's `similarity_fn_name`, or else "cosine".
+        ids: (B, C), the numbers of the texts.
         vectors: (C, B, width), in float32 at least; of length 1 where cosines are taken of them.
     """
 
     kind: str
+    ids: Tensor
     vectors: Tensor
 
     @classmethod
     def of(cls, model: nn.Module, batch: Mapping[str, Any], embed: Embed) -> Embeddings:
-        """Return what a model finds for a batch."""
+        """Return what a model finds for a batch.
+
+        Raises:
+            ValueError: The rows have not two texts each, or more where they have no label, or there are more numbers
+                or fewer than texts.
+        """
         kind = str(getattr(as_written(model), "similarity_fn_name", None) or _COSINE)
-        found = torch.stack([embed(model, inputs) for inputs in batch["columns"].values()])
-        found = found.to(torch.promote_types(found.dtype, torch.float32))
-        return cls(kind, nn.functional.normalize(found, dim=-1) if kind == _COSINE else found)
+        found = torch.cat([embed(model, inputs) for inputs in batch["inputs"].values()])
+        ids = torch.as_tensor(batch["ids"]).to(found.device)
+        count = ids.shape[-1] if ids.ndim > 1 else 1
+        if count < 2 or ids.numel() != len(found) or (batch.get("labels") is not None and count > 2):
+            raise ValueError(
+                "ids: expected a number for each text, (rows, 2), or more texts a row where there are no labels, got "
+                f"shape {tuple(ids.shape)} for {len(found)} texts; let the task 'sentence-similarity' collate rows, "
+                "or do as it does"
+            )
+        vectors = found.to(torch.promote_types(found.dtype, torch.float32)).reshape(count, -1, found.shape[-1])
+        return cls(kind, ids, nn.functional.normalize(vectors, dim=-1) if kind == _COSINE else vectors)
 
     def alike(self) -> Tensor:
         """Return the similarity of the two texts of each row."""
         return similarities(self.kind, self.vectors[0], self.vectors[1]).diagonal()
 
-    def loss(self, ids: Tensor, labels: Any) -> Tensor:
-        """Return what `embedding_loss` does.
-
-        Args:
-            ids: (B, C), the numbers of the texts.
-            labels: (B,), or None.
-        """
+    def loss(self, labels: Any) -> Tensor:
+        """Return what `embedding_loss` does, with labels, (B,), or without."""
         if labels is None:
-            scores = self.scores(ids)
+            scores = self.scores()
             return nn.functional.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
         alike = self.alike() * self._scale
         labels = torch.as_tensor(labels, device=alike.device)
         ahead = alike[None, :] - alike[:, None]
         return torch.cat([alike.new_zeros(1), ahead[labels[:, None] > labels[None, :]]]).logsumexp(0)
 
-    def scores(self, ids: Tensor) -> Tensor:
+    def scores(self) -> Tensor:
         """Return a logit of each document of the batch, for the query of each row: (B, B (C − 1)).
 
         The first B are the rows' own documents. It is −∞ for others that are right for the query, and for itself.
         """
         scores = similarities(self.kind, self.vectors[0], self.vectors[1:].flatten(0, 1)) * self._scale
-        ids, rows = ids.to(scores.device), torch.arange(len(ids), device=scores.device)
-        queries, documents = ids[:, 0], ids[:, 1:].T.flatten()
+        queries, documents = self.ids[:, 0], self.ids[:, 1:].T.flatten()
         # Row i, document d: is there a row with the query of i and the right document d?
-        right = ((queries[:, None, None] == queries) & (ids[:, 1] == documents[:, None])).any(-1)
+        right = ((queries[:, None, None] == queries) & (self.ids[:, 1] == documents[:, None])).any(-1)
         apart = ~right & (queries[:, None] != documents)
-        apart[rows, rows] = True
+        apart[:, : len(queries)].fill_diagonal_(True)
         return scores.masked_fill(~apart, -torch.inf)
 
     @property

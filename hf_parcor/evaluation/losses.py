@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_parcor.batches import IGNORED_LABEL, count_examples, count_labels
 from hf_parcor.distributed.fsdp import as_written, class_of
-from hf_parcor.evaluation.embeddings import embedding_loss, has_columns_of_texts
+from hf_parcor.evaluation.embeddings import embedding_loss, is_of_texts
 from hf_parcor.evaluation.outputs import Output, called, inside_adapters, problem_of, usual_loss
 
 Batch = Any
@@ -43,7 +43,7 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         ValueError: The model returned no loss, and there are no labels or no logits to compute one from.
     """
-    if has_columns_of_texts(batch):
+    if is_of_texts(batch):
         return embedding_loss(model, batch)
     output = Output.read(called(model, batch))
     if output.loss is not None:

@@ -12,12 +12,15 @@ import scipy.stats
 import torch
 from for_each import for_each
 from local_models import SENTENCES, save_sentence_encoder
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_parcor import (
     CorruptionConstraint,
     CorruptionEvaluator,
+    GaussianNoise,
     GradientCorruption,
     LayerProbe,
+    MultiStepCorruption,
     Quantization,
     recipe,
     sensitivity,
@@ -71,6 +74,16 @@ def batches_of(model, rows, size=4, **settings):
     return TASK.batches(TASK.examples(rows, TASK.find_columns(rows, {}), processed), processed, size)
 
 
+def inputs_by_column(batch):
+    """Return what the model takes for the first texts, for the second ones, and so on."""
+    (inputs,) = batch["inputs"].values()
+    size, count = batch["ids"].shape
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    return [
+        {name: value[place * size : (place + 1) * size] for name, value in tensors.items()} for place in range(count)
+    ]
+
+
 def searched(alike, rows, embed):
     """Return what a search finds for each query that has a right document, one after the other."""
     embeddings = {text: embed(text) for row in rows for text in row.values()}
@@ -108,6 +121,15 @@ def test_searches_are_those_of_a_loop(kind, negatives, encoder):
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
+@for_each("at_once", [1, 7, 1 << 24])
+def test_however_many_are_searched_for_at_once(at_once, saved, monkeypatch):
+    monkeypatch.setattr("hf_parcor.evaluation.metrics.embedding._AT_ONCE", at_once)
+    model = TASK.load_model(saved).eval()
+    found = EmbeddingMetric(batches_of(model, SEARCHED))(model)
+    expected = searched(ALIKE["cosine"], SEARCHED, lambda text: model.encode(text, convert_to_tensor=True).double())
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
 def test_searches_are_those_of_the_library(encoder):
     """Where no text is query and document: the library knows no text, but numbers."""
     model, rows = encoder(), [SEARCHED[place] for place in (0, 1, 2, 3)]
@@ -138,16 +160,24 @@ def test_correlations_are_those_of_the_library(kind, encoder):
 
 
 def test_losses_are_those_of_the_library(encoder):
-    """Of rows that have no text in common."""
-    model = encoder()
+    """Of rows that have no text in common; cosines count twenty times, other similarities once."""
     apart = [
         {"query": "good film", "document": "the good film", "negative": "bad film a plot"},
         {"query": "bad plot", "document": "a plot bad", "negative": "good"},
         {"query": "a", "document": "the film a", "negative": "the bad"},
     ]
-    for rows, kind in ((SCORED, losses.CoSENTLoss), (apart, losses.MultipleNegativesRankingLoss)):
+    ranking, scoring = losses.MultipleNegativesRankingLoss, losses.CoSENTLoss
+    for rows, kind, settings in (
+        (SCORED, "cosine", {}),
+        (apart, "cosine", {}),
+        (SCORED, "dot", {"similarity_fct": st.util.pairwise_dot_score, "scale": 1}),
+        (apart, "dot", {"similarity_fct": st.util.dot_score, "scale": 1}),
+        (apart, "euclidean", {"similarity_fct": st.util.euclidean_sim, "scale": 1}),
+    ):
+        model = encoder(kind)
         (batch,) = batches_of(model, rows, 8)
-        expected = kind(model)([dict(inputs) for inputs in batch["columns"].values()], batch.get("labels"))
+        loss = (scoring if rows is SCORED else ranking)(model, **settings)
+        expected = loss(inputs_by_column(batch), batch.get("labels"))
         actual = embedding_loss(model, batch)
         assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
         wanted, got = (torch.autograd.grad(one, next(model.parameters()))[0] for one in (expected, actual))
@@ -158,8 +188,8 @@ def test_losses_are_those_of_the_library(encoder):
 def test_what_is_right_for_the_same_query_is_no_wrong_document(encoder):
     model = encoder()
     (batch,) = batches_of(model, SEARCHED, 8)
-    embedded = {name: model(dict(inputs))["sentence_embedding"] for name, inputs in batch["columns"].items()}
-    queries, *others = (torch.nn.functional.normalize(one.detach().double(), dim=-1) for one in embedded.values())
+    embedded = [model(inputs)["sentence_embedding"] for inputs in inputs_by_column(batch)]
+    queries, *others = (torch.nn.functional.normalize(one.detach().double(), dim=-1) for one in embedded)
     documents, names = torch.cat(others), batch["ids"][:, 1:].T.flatten().tolist()
     total = 0.0
     for row, (query, own, _) in enumerate(batch["ids"].tolist()):
@@ -192,9 +222,7 @@ def test_embeddings_that_are_not_finite(scored, damaged, saved):
         found = model(inputs)["sentence_embedding"]
         if damaged == "all":
             return found * math.nan
-        column = next(k for k, own in batches[0]["columns"].items() if own["input_ids"].equal(inputs["input_ids"]))
-        place = list(batches[0]["columns"]).index(column)
-        gone = batches[0]["ids"][:, place] == lost
+        gone = batches[0]["ids"].T.flatten() == lost
         return found.masked_fill(gone[:, None], math.nan)
 
     found = EmbeddingMetric(batches, embed=embed)(model)
@@ -231,13 +259,8 @@ def test_an_encoder_of_transformers(encoder):
         hidden = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
         return (hidden * mask).sum(1) / mask.sum(1)
 
-    batch = {
-        **batch,
-        "columns": {
-            name: {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
-            for name, inputs in batch["columns"].items()
-        },
-    }
+    columns = inputs_by_column(batch)
+    batch = {**batch, "inputs": {"queries": columns[0], "documents": columns[1], "others": columns[2]}}
     wanted = EmbeddingMetric([batch])(model)
     assert EmbeddingMetric([batch], embed=embed)(inner) == pytest.approx(wanted)
     loss = partial(embedding_loss, embed=embed)
@@ -276,6 +299,31 @@ def test_probe_is_a_plain_loop(rows, encoder):
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.slow
+def test_what_does_not_depend_on_a_layer_runs_once(encoder, caplog):
+    """Of measurements and of ascents: both columns are embedded by one call."""
+    model = encoder()
+    metric = EmbeddingMetric(batches_of(model, SEARCHED, 2))
+    noise = [GaussianNoise(0.1 * number) for number in range(1, 9)]
+    ascents = [
+        MultiStepCorruption(CorruptionConstraint(epsilon=epsilon), steps=10) for epsilon in (0.1, 0.2, 0.5, 1.0, 2.0)
+    ]
+    flops, found = [], []
+    for corruptions in (noise, ascents):
+        for reuse in (True, False):
+            with FlopCounterMode(display=False) as counter:
+                probe = LayerProbe(
+                    model, metric, targets={"last": ["0.model.encoder.layer.1"]}, reuse_prefix=reuse, progress=False
+                )
+                found.append([row.metrics for row in probe.evaluate(corruptions).records["last"].rows()])
+            flops.append(counter.get_total_flops())
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert flops[0] < 0.85 * flops[1]
+    assert flops[2] < 0.95 * flops[3]
+    assert not [record for record in caplog.records if "runs all of the model" in record.getMessage()]
+
+
 def test_what_a_corruption_along_the_gradient_does(encoder):
     """It makes the loss larger, which is that of embeddings without a word."""
     model = encoder()
@@ -302,7 +350,7 @@ def test_divergence_is_that_of_searches_in_a_batch(rows, encoder):
         with torch.no_grad():
             for weight in model.parameters():
                 weight.add_(noise * torch.randn_like(weight))
-            found = [model(dict(one))["sentence_embedding"].double() for one in batch["columns"].values()]
+            found = [model(inputs)["sentence_embedding"].double() for inputs in inputs_by_column(batch)]
         queries, *others = (torch.nn.functional.normalize(one, dim=-1) for one in found)
         chances.append((20 * queries @ torch.cat(others).T).tolist())
     numbers = batch["ids"].tolist()
@@ -331,20 +379,20 @@ def test_a_recipe_names_what_transformers_loads(encoder):
 @for_each(
     "batch, says",
     [
-        ({"ids": torch.zeros(2, 2)}, "got 0 columns and numbers of shape (2, 2)"),
-        ({"columns": {"a": {}}, "ids": torch.zeros(2, 1)}, "got 1 columns"),
-        ({"columns": {"a": {}, "b": {}}}, "got 2 columns and numbers of shape ()"),
-        ({"columns": {"a": {}, "b": {}}, "ids": torch.zeros(2, 3)}, "got 2 columns and numbers of shape (2, 3)"),
+        ({"ids": torch.zeros(2, 2), "first": 0}, "batches: expected 'inputs', .* got ids, first"),
+        ({"inputs": {"a": torch.zeros(2, 3)}}, "batches: expected 'inputs', .* got inputs"),
+        ({"inputs": {"a": torch.zeros(2, 3)}, "ids": torch.zeros(2, 1)}, r"got shape \(2, 1\) for 2 texts"),
+        ({"inputs": {"a": torch.zeros(2, 3)}, "ids": torch.zeros(2)}, r"got shape \(2,\) for 2 texts"),
+        ({"inputs": {"a": torch.zeros(2, 3)}, "ids": torch.zeros(2, 2)}, r"got shape \(2, 2\) for 2 texts"),
         (
-            {"columns": {"a": {}, "b": {}, "c": {}}, "ids": torch.zeros(2, 3), "labels": torch.zeros(2)},
-            "or more where there are no labels",
+            {"inputs": {"a": torch.zeros(6, 3)}, "ids": torch.zeros(2, 3), "labels": torch.zeros(2)},
+            r"or more texts a row where there are no labels, got shape \(2, 3\) for 6",
         ),
     ],
 )
 def test_other_batches(batch, says):
-    with pytest.raises(ValueError, match=r"batches: expected 'columns'") as error:
-        EmbeddingMetric([batch])(torch.nn.Identity())
-    assert says in str(error.value)
+    with pytest.raises(ValueError, match=says):
+        EmbeddingMetric([batch], embed=lambda model, inputs: model(inputs))(torch.nn.Identity())
 
 
 def test_some_batches_with_labels(encoder):

@@ -30,13 +30,8 @@ def tatoeba(tmp_path):
     for number in range(24):
         text = " ".join(WORDS[(number // 5**place) % 5] for place in range(3))
         rows += [(f"a {text} a", f"de {number}"), (f"the {text} the", f"de {number}"), (f"a {text}", f"de {number}")]
-    rows += [
-        ("a good bad film plot", "de 0"),
-        ("too short", "de 24"),
-        ("too short as well", "de 24"),
-        ("a a a a a", "x"),
-    ]
-    rows += [(rows[0][0], "de shared"), ("the film the film the film", "de shared")]
+    rows += [("a good bad film plot", "de 0"), ("too short", "short"), ("too short as well", "short")]
+    rows += [("a a a a a", "alone"), (rows[3][0], "shared"), ("the film the film the film", "shared")]
     for part, chosen in (("train", rows[::2]), ("dev", rows[1::2]), ("test", [])):
         lines = ["en\tde", *("\t".join(row) for row in chosen)]
         (folder / f"{part}.tsv.gz").write_bytes(gzip.compress(("\n".join(lines) + "\n").encode()))

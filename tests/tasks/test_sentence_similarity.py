@@ -56,6 +56,11 @@ class TestWhichTask:
         if is_one:
             assert task_of(str(folder), rows_of(PAIRS), {}) is TASK
 
+    def test_other_models(self, saved, tmp_path):
+        assert architectures_of(f"{saved}/../inner") == ["BertModel"]
+        with pytest.raises(InputError, match="model: expected"):
+            architectures_of(str(tmp_path / "nothing"))
+
     def test_a_decoder_that_embeds(self, tmp_path):
         """It has the head of a language model: the data say what for."""
         from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -102,10 +107,11 @@ def test_texts_are_embedded_as_the_model_does(scored, prefix, prompts, usual, sa
     seen = 0
     with torch.no_grad():
         for batch in batches:
-            for numbers, inputs in zip(batch["ids"].T.tolist(), batch["columns"].values(), strict=True):
-                found = model(dict(inputs))["sentence_embedding"]
-                torch.testing.assert_close(found, torch.stack([expected[number] for number in numbers]))
-                seen += len(numbers)
+            found = torch.cat([model(dict(inputs))["sentence_embedding"] for inputs in batch["inputs"].values()])
+            numbers = batch["ids"].T.flatten().tolist()
+            torch.testing.assert_close(found, torch.stack([expected[number] for number in numbers]))
+            assert len(batch["inputs"]) == (2 if "query" in prompts and not (scored or prefix) else 1)
+            seen += len(numbers)
     assert seen == len(expected)
 
 
@@ -114,7 +120,8 @@ def test_length(saved, caplog):
     model = TASK.load_model(saved).eval()
     long = [{"anchor": "good " * 12, "positive": "bad"}]
     (batch,) = batches_of(model, long, Encoding(max_length=5))
-    assert batch["columns"]["text 1"]["input_ids"].shape == (1, 5)
+    assert batch["inputs"]["texts 1"]["input_ids"].shape == (1, 5)  # the other text is much shorter, and apart
+    assert batch["inputs"]["texts 2"]["input_ids"].shape == (1, 1)
     assert "1 of 1 texts of column 'anchor' have more than 5 tokens and are cut" in caplog.text
     assert model.max_seq_length == 5
     with pytest.raises(InputError, match="max_length: expected at most 16 tokens"):
@@ -126,9 +133,10 @@ def test_length(saved, caplog):
     [("score", [0.5, 1, 0]), ("label", ["0.5", "1", "0"]), ("label", [1, 1, 0]), ("similarity", [[0.5], [1], [0]])],
 )
 def test_scores(column, labels, saved):
+    """Two classes are scores as well."""
     model = TASK.load_model(saved).eval()
     entries = [{**row, column: label} for row, label in zip(PAIRS, labels, strict=False)]
-    batches = batches_of(model, entries, size=8)
+    batches = batches_of(model, entries, size=8, class_names={"label": ["different", "alike"]})
     (batch,) = batches
     expected = {row["anchor"]: float(str(label).strip("[]")) for row, label in zip(entries, labels, strict=True)}
     anchors = list(expected)  # which are numbered first

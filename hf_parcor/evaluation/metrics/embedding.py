@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_parcor.evaluation.embeddings import Embed, Embeddings, sentence_embedding, similarities
+from hf_parcor.evaluation.embeddings import Embed, Embeddings, is_of_texts, sentence_embedding, similarities
 from hf_parcor.evaluation.metrics.classification import correlations
 from hf_parcor.evaluation.metrics.over_batches import ANSWERS, OverBatches, sum_of
 from hf_parcor.evaluation.outputs import own_batch, share_not_finite
@@ -43,9 +43,11 @@ class EmbeddingMetric(OverBatches):
     any. The embeddings of all texts are kept in main memory until all batches are done.
 
     Args:
-        batches: Mappings with `columns`: for each column of texts, by any name and in order, what the model takes for
-            the texts of the batch; and `ids`, (B, C): a number for each text, the same for the same text in all
-            batches. The task "sentence-similarity" of `hf_parcor.tasks.TASKS` makes such batches of rows.
+        batches: Mappings with `inputs`: what the model takes for the texts, all first ones of the rows, then all
+            second ones, and so on, in one mapping of tensors or several, by any names; and `ids`, (B, C): a number for
+            each text, the same for the same text in all batches. What does not depend on corrupted weights is shared
+            if the inputs are one mapping, so that a batch takes one call of the model. The task "sentence-similarity"
+            of `hf_parcor.tasks.TASKS` makes such batches of rows.
         embed: `embed(model, inputs)` returns the embeddings, (B, width). The default is for sentence-transformers; for
             an encoder of Transformers it may be `lambda model, inputs: model(**inputs).last_hidden_state[:, 0]`. Then
             corruptions along a gradient need `loss=functools.partial(embedding_loss, embed=embed)`.
@@ -55,8 +57,8 @@ class EmbeddingMetric(OverBatches):
         ValueError: There are no batches, or they can be walked through only once.
 
     Examples:
-        >>> texts = {"query": torch.eye(2), "document": torch.tensor([[1.0, 0.1], [0.9, 1.0]])}
-        >>> batches = [{"columns": texts, "ids": torch.tensor([[0, 2], [1, 3]])}]
+        >>> texts = {"queries": torch.eye(2), "documents": torch.tensor([[1.0, 0.1], [0.9, 1.0]])}
+        >>> batches = [{"inputs": texts, "ids": torch.tensor([[0, 2], [1, 3]])}]
         >>> metric = EmbeddingMetric(batches, embed=lambda model, inputs: model(inputs))
         >>> found = metric(nn.Identity())
         >>> found["accuracy@1"], found["mrr@10"]
@@ -81,21 +83,30 @@ class EmbeddingMetric(OverBatches):
         """Return the embeddings of one batch, or the similarities of its labelled rows, and the sum of its loss.
 
         Raises:
-            ValueError: The batch has no two columns, or not a number for each of their texts.
+            ValueError: The batch has no inputs of texts, or not a number for each of them.
         """
-        _check(batch)
-        ids, labels = torch.as_tensor(batch["ids"]), batch.get("labels")
+        if not is_of_texts(batch):
+            raise ValueError(
+                f"batches: expected 'inputs', a mapping of what the model takes, and 'ids', got {', '.join(batch)}; "
+                "let the task 'sentence-similarity' collate rows, or do as it does"
+            )
+        labels = batch.get("labels")
         embeddings = Embeddings.of(model, own_batch(batch, model), self._embed)
-        loss = float(embeddings.loss(ids, labels)) * len(ids)
+        rows = len(embeddings.ids)
         found: dict[str, Any] = {
-            "loss": loss,
-            "rows": len(ids),
+            "loss": float(embeddings.loss(labels)) * rows,
+            "rows": rows,
             "labelled": labels is not None,
-            ANSWERS: embeddings.scores(ids).float().cpu(),
+            ANSWERS: embeddings.scores().float().cpu(),
         }
         if labels is not None:
             return {**found, "similarities": embeddings.alike().tolist(), "labels": torch.as_tensor(labels).tolist()}
-        return {**found, "kind": embeddings.kind, "ids": ids.cpu(), "embeddings": embeddings.vectors.cpu()}
+        return {
+            **found,
+            "kind": embeddings.kind,
+            "ids": embeddings.ids.cpu(),
+            "embeddings": embeddings.vectors.cpu(),
+        }
 
     def combine(self, parts: Sequence[Any]) -> dict[str, float]:
         """Return the metrics over all rows.
@@ -110,19 +121,6 @@ class EmbeddingMetric(OverBatches):
         found = _of_scores(parts) if labelled.pop() else _of_searches(parts)
         odd = found.pop("odd")
         return {**found, "loss": loss, **share_not_finite(*odd)}
-
-
-def _check(batch: Mapping[str, Any]) -> None:
-    columns, ids = batch.get("columns"), batch.get("ids")
-    count = len(columns) if isinstance(columns, Mapping) else 0
-    shape = tuple(ids.shape) if isinstance(ids, Tensor) else ()
-    labelled = batch.get("labels") is not None
-    if count < 2 or len(shape) != 2 or shape[1] != count or (labelled and count != 2):
-        raise ValueError(
-            "batches: expected 'columns', a mapping with two columns of texts, or more where there are no labels, and "
-            f"'ids', a number for each text of each, got {count} columns and numbers of shape {shape}; let the task "
-            "'sentence-similarity' collate rows, or do as it does"
-        )
 
 
 def _of_scores(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

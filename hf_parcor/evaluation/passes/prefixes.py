@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_parcor.distributed.processes import ALONE, MeasuringProcesses
+from hf_parcor.evaluation.embeddings import is_of_texts
+from hf_parcor.evaluation.losses import model_loss
 from hf_parcor.evaluation.metrics import BatchMetric
 from hf_parcor.evaluation.outputs import called, own_batch
 from hf_parcor.evaluation.passes.gradients import corrupted_model, trainable, unpublished
@@ -121,7 +123,7 @@ class PrefixSearch:
             return None
         try:
             with trainable(group.values()):
-                return plan_prefix(model, group, lambda: called(model, own_batch(batch, model)), trained=group)
+                return plan_prefix(model, group, lambda: _answers(model, batch), trained=group)
         except NothingToReuse:
             pass
         except PrefixError as error:
@@ -281,6 +283,12 @@ def _ones(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _close(stack: ExitStack, module: nn.Module, arguments: Any) -> None:
     stack.close()
+
+
+def _answers(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """Return what a model returns for its own copy of a batch, or, of texts to embed, the loss."""
+    own = own_batch(batch, model)
+    return {"loss": model_loss(model, own)} if is_of_texts(batch) else called(model, own)
 
 
 def _say(what: str, reasons: Iterable[str]) -> None:
