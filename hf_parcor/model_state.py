@@ -292,7 +292,7 @@ def card_notes_kept(model: nn.Module) -> Iterator[None]:
     with ExitStack() as block:
         for module in model.modules():
             data = getattr(module, "model_card_data", None)
-            noted = vars(data) if data is not None else {}
+            noted = getattr(data, "__dict__", {})
             if "eval_results_dict" in noted:
                 override(block, data, eval_results_dict=dict(noted["eval_results_dict"]))
             if "training_logs" in noted:

@@ -64,6 +64,7 @@ WORST = of("gradient", "multi_step")
 NOISE = of("gaussian", "uniform")
 FEW_BITS = labelled("6-bit quantization", "5-bit quantization", "4-bit quantization")
 PER_TENSOR_4, PER_CHANNEL_4 = labelled("4-bit quantization"), labelled("4-bit quantization per channel")
+PER_CHANNEL_2 = labelled("2-bit quantization per channel (full)")
 FLIPS_3 = labelled("3 worst flips (int8, 5 candidates)")
 
 
@@ -558,6 +559,18 @@ CLAIMS = [
             ("Half of the loss at 4 bits holds more at 4 bits, one scale a tensor", "half-4-bits", PER_TENSOR_4, 0.0),
             ("Half of the loss at 4 bits a channel holds more there", "half-4-bits-channel", PER_CHANNEL_4, 0.0),
             ("… and costs less than half a point without corruption", "half-4-bits-channel", CLEAN, 0.5),
+        )
+    ),
+    *(
+        Claim(
+            OURS,
+            f"{says}: all-MiniLM-L6-v2, nDCG@10",
+            arms("embeddings", arm, "plain", rows, margin=margin, metric="cosine_ndcg@10"),
+        )
+        for says, arm, rows, margin in (
+            ("Half of the loss at 2 bits a channel finds more there", "quantization-2", PER_CHANNEL_2, 0.0),
+            ("… and costs less than half a point without corruption", "quantization-2", CLEAN, 0.5),
+            ("A defended embedding model is harder to break along the gradient", K1, WORST, 0.0),
         )
     ),
     Claim(OURS, "A defense makes the worst bit flips harmless", Seen(worst_flips_are_harmless), "worst_bit_flips"),

@@ -117,10 +117,10 @@ class Embeddings:
         The first B are the rows' own documents. It is −∞ for others that are right for the query, and for itself.
         """
         scores = similarities(self.kind, self.vectors[0], self.vectors[1:].flatten(0, 1)) * self._scale
-        queries, documents = self.ids[:, 0], self.ids[:, 1:].T.flatten()
-        # Row i, document d: is there a row with the query of i and the right document d?
-        right = ((queries[:, None, None] == queries) & (self.ids[:, 1] == documents[:, None])).any(-1)
-        apart = ~right & (queries[:, None] != documents)
+        queries, right, documents = self.ids[:, 0], self.ids[:, 1], self.ids[:, 1:].T.flatten()
+        # How many rows have the query of row i, and d as their right document?
+        found = (queries[:, None] == queries).float() @ (right[:, None] == documents).float()
+        apart = (found == 0) & (queries[:, None] != documents)
         apart[:, : len(queries)].fill_diagonal_(True)
         return scores.masked_fill(~apart, -torch.inf)
 

@@ -20,8 +20,8 @@ from hf_parcor.evaluation.metrics.scores import Score, scored
 from hf_parcor.evaluation.outputs import Output, Problem, aligned, chosen_class, share_not_finite
 from hf_parcor.records.metric_info import MetricInfo, stated_by
 
-ANSWERS = "answers"
-"""What a metric finds on a batch may have logits under this name: of answers that the model does not return itself."""
+ANSWERS = "logits_of_answers"
+"""What a metric finds on a batch may have logits by this name: of answers that the model does not return itself."""
 
 
 class OverBatches(ABC):
