@@ -29,9 +29,9 @@ def signs_of_collapse(log_history: Sequence[dict[str, Any]], model: nn.Module | 
 
     Looks at the weights, and at the `loss`, `loss_clean` and `loss_corrupted` of a Trainer's `state.log_history`:
     weights or a loss that are not numbers, a clean loss that did not fall from the first entry to the mean of the last
-    quarter, and a corrupted loss in the last quarter of more than four times the clean one there and more than the
-    first clean one: below that, the corrupted model has learned too. In place of a loss that is no number a Trainer
-    logs 0 (`logging_nan_inf_filter`): of a model that broke nothing but its weights speaks then.
+    quarter, and a corrupted loss that did not fall either and is more than four times the clean one in the last
+    quarter: where it falls, the corrupted model learns too. In place of a loss that is no number a Trainer logs 0
+    (`logging_nan_inf_filter`): of a model that broke nothing but its weights speaks then.
 
     Shares mean something for losses that are zero at best, such as a cross-entropy. Others start at zero, as that of
     a policy gradient, which rises with its KL term, or fall below it, as a likelihood of densities does: of them only
@@ -69,9 +69,10 @@ def signs_of_collapse(log_history: Sequence[dict[str, Any]], model: nn.Module | 
     if last > _FALL * first:
         which = "clean loss" if "loss_clean" in entries[0] else "loss"
         signs.append(f"the {which} did not fall: {first:.2f} at first, {last:.2f} in the last quarter")
-    corrupted = [entry["loss_corrupted"] for entry in quarter if "loss_corrupted" in entry]
-    exploded = sum(corrupted) / len(corrupted) if corrupted else 0.0
-    if exploded > max(_EXPLODED * last, first):
+    corrupted = [entry["loss_corrupted"] for entry in entries if "loss_corrupted" in entry]
+    late = [entry["loss_corrupted"] for entry in quarter if "loss_corrupted" in entry]
+    exploded = sum(late) / len(late) if late else 0.0
+    if late and exploded > max(_EXPLODED * last, _FALL * corrupted[0]):
         times = exploded / last if last > 0 else math.inf
         signs.append(f"the corrupted loss is {times:.1f} times the clean loss")
     return signs

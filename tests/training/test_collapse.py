@@ -39,6 +39,10 @@ def history(clean, corrupted=None):
         (history([0.70, 0.69, 0.69, 0.69, 0.69, 0.70]), "did not fall"),
         (history([0.7, 0.5, 0.3, 0.9, 0.9, 0.9]), "did not fall"),
         (history([0.70, 0.6, 0.5, 0.4], [0.8, 1.0, 2.0, 4.0]), "10.0 times"),
+        (
+            [{"loss": 0.7}, {"loss": 0.6}, *history([0.5, 0.4, 0.3, 0.2], [2.0, 2.0, 2.0, 2.0])],
+            "10.0 times",
+        ),  # begun late
         (history([0.70, math.nan, 0.5, 0.4]), "NaN"),
         ([{"loss": 0.7}] * 5, "did not fall"),
     ],
@@ -56,10 +60,9 @@ def test_collapse_is_seen(log, says):
         [{"eval_loss": math.nan}],
         [],
         [{"loss": 0.7 - 0.05 * step} for step in range(8)],
-        # Embeddings that were tuned: 4.1 times as much, and less than there was at first.
-        history(
-            [0.060, 0.052, 0.025, 0.014, 0.015, 0.018, 0.014, 0.012], [0.19, 0.15, 0.09, 0.06, 0.05, 0.06, 0.05, 0.06]
-        ),
+        # Embeddings that were tuned, along the gradient and for 2 bits: both losses fall, and one stays the larger.
+        history([0.06, 0.05, 0.02, 0.01, 0.015, 0.02, 0.01, 0.01], [0.19, 0.15, 0.09, 0.06, 0.05, 0.06, 0.05, 0.06]),
+        history([0.06, 0.07, 0.04, 0.02, 0.03, 0.04, 0.03, 0.03], [2.9, 2.1, 1.3, 0.9, 0.7, 0.7, 0.5, 0.5]),
     ],
 )
 def test_healthy_runs_are_left_in_peace(log):
