@@ -100,7 +100,9 @@ def test_a_page_is_that_of_its_records(folder, tmp_path) -> None:
     measured = EvaluationRecord.load(folder / "recipe_measured.json")
     text = (folder / "README.md").read_text(encoding="utf-8")
     title = text.splitlines()[0].removeprefix("# ")
-    metric = next(name for name in ("perplexity", "accuracy", "tokenized_bleu") if name in measured.clean.metrics)
+    metric = next(
+        name for name in ("perplexity", "accuracy", "tokenized_bleu", "ndcg@10") if name in measured.clean.metrics
+    )
     chosen = RecipeRecord.load(folder / "recipe.json")
     files = {path.name: path.read_bytes() for path in export_recipe(chosen, tmp_path / "files").files}
     report = RecipeReport(scores, chosen, measured, title=title, metric=metric, files=files)
