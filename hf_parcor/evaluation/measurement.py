@@ -187,7 +187,7 @@ class Measurement:
         batches: Data for the corruptions that need gradients; None for those of the metric, if it has any.
         loss: `loss(model, batch)` returns the mean loss of a batch.
         reuse_prefix: Whether what does not depend on a group runs once a batch for all its corruptions.
-        memory: How many bytes the corruptions that are measured together may take.
+        memory: How many bytes the corruptions that are measured together may take, with what the metric keeps of each.
         metric_info: What the metric's numbers mean, by their names; None for what it says itself.
         progress: Whether to show a progress bar.
         saved_on: Where the bits of corrupted weights are kept; None for their own device.
@@ -406,8 +406,9 @@ class Measurement:
         """Yield what is measured together: alone, or as many as the limit and the memory for corruptions admit."""
         some: list[Job] = []
         taken = 0
+        kept = int(getattr(self._metric, "kept_bytes", 0))  # known from the clean model
         for job in jobs:
-            size = _size(job.group.parameters)
+            size = _size(job.group.parameters) + kept
             full = len(some) == limit or taken + size > self._memory
             if some and (full or not self._go_together(job, some[-1])):
                 yield some

@@ -25,7 +25,7 @@ from hf_parcor import (
     recipe,
     sensitivity,
 )
-from hf_parcor.evaluation import DatasetGradients, EmbeddingMetric, embedding_loss, model_loss
+from hf_parcor.evaluation import DatasetGradients, EmbeddingMetric, embedding_loss, measurement, model_loss
 from hf_parcor.evaluation.metrics import WithDivergence
 from hf_parcor.tasks import TASKS, Processed, Rows
 
@@ -322,6 +322,25 @@ def test_what_does_not_depend_on_a_layer_runs_once(encoder, caplog):
     assert flops[0] < 0.85 * flops[1]
     assert flops[2] < 0.95 * flops[3]
     assert not [record for record in caplog.records if "runs all of the model" in record.getMessage()]
+
+
+def test_what_is_kept_takes_of_the_memory(encoder, monkeypatch):
+    """The embeddings of all texts, for each corruption that is measured on the same batches."""
+    model = encoder()
+    metric = EmbeddingMetric(batches_of(model, SEARCHED * 20, 8))
+    noise = [GaussianNoise(0.1 * number) for number in range(1, 7)]
+    kept, weights = 20 * 6 * 3 * 8 * 4, 4 * sum(one.numel() for one in model[0].model.encoder.layer[1].parameters())
+    together = []
+    own = measurement.measure_together
+    monkeypatch.setattr(measurement, "measure_together", lambda *a: together.append(len(a[2])) or own(*a))
+    for metric_of_these in (metric, WithDivergence(metric, model)):
+        together.clear()
+        probe = LayerProbe(
+            model, metric_of_these, targets={"last": ["0.model.encoder.layer.1"]}, memory=3 * (kept + weights)
+        )
+        probe.evaluate(noise, trials=1)
+        assert metric.kept_bytes == kept
+        assert together == [3, 3]
 
 
 def test_what_a_corruption_along_the_gradient_does(encoder):

@@ -114,6 +114,11 @@ class WithDivergence:
         return self._metric.batches
 
     @property
+    def kept_bytes(self) -> int:
+        """The metric's own."""
+        return int(getattr(self._metric, "kept_bytes", 0))
+
+    @property
     def primary_metric(self) -> str | None:
         """The metric's own."""
         return getattr(self._metric, "primary_metric", None)

@@ -117,6 +117,7 @@ class EmbeddingMetric(OverBatches):
         labelled = {part["labelled"] for part in parts}
         if len(labelled) > 1:
             raise ValueError("labels: expected them in all batches or in none, got both; collate all batches alike")
+        self.kept_bytes = sum(part["embeddings"].nbytes for part in parts if "embeddings" in part)
         loss = sum_of(parts, "loss") / sum_of(parts, "rows")
         found = _of_scores(parts) if labelled.pop() else _of_searches(parts)
         odd = found.pop("odd")

@@ -41,6 +41,8 @@ class OverBatches(ABC):
     _infos: ClassVar[Mapping[str, MetricInfo]] = {}
     _named: ClassVar[bool] = False
     """Whether a batch has to be a mapping."""
+    kept_bytes: int = 0
+    """What is found on all batches, until it is combined: set by `combine` where that is more than some numbers."""
 
     def __init_subclass__(cls, **settings: Any) -> None:
         """Refuse a class whose numbers would depend on how many corruptions are measured at once.
