@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -52,10 +53,10 @@ def save_sentence_encoder(folder: Path, **settings: Any) -> str:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    inner = save_bert(folder / "inner", transformers.BertModel, **settings)
-    model = SentenceTransformer(modules=[Transformer(inner), Pooling(BERT["hidden_size"])], device="cpu")
-    model.save_pretrained(str(folder / "encoder"))
-    return str(folder / "encoder")
+    with TemporaryDirectory() as inner:
+        parts = [Transformer(save_bert(Path(inner), transformers.BertModel, **settings)), Pooling(BERT["hidden_size"])]
+        SentenceTransformer(modules=parts, device="cpu").save_pretrained(str(folder))
+    return str(folder)
 
 
 def save_masked_bert(folder: Path) -> str:

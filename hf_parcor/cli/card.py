@@ -225,7 +225,10 @@ def _described(arguments: argparse.Namespace, data: EvaluationData) -> Evaluatio
 def _task_of_head(folder: Path) -> str:
     """Return the task that the model in a folder has a head for; "" where it does not say."""
     from hf_parcor.evaluation.identity.provenance import task_of_class
+    from hf_parcor.tasks.sentence_similarity import SENTENCE_TRANSFORMER, is_sentence_transformer
 
+    if is_sentence_transformer(str(folder)):
+        return task_of_class(SENTENCE_TRANSFORMER)
     try:
         found = read_strict_json(folder / "config.json")
     except (OSError, ValueError):  # an adapter, or no model

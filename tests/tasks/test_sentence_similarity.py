@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from for_each import for_each
 from local_hub import local_hub
-from local_models import SENTENCES, save_llama, save_sentence_encoder
+from local_models import SENTENCES, save_bert, save_llama, save_sentence_encoder
 
 from hf_parcor.errors import InputError
 from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, architectures_of, task_of
@@ -57,7 +58,7 @@ class TestWhichTask:
             assert task_of(str(folder), rows_of(PAIRS), {}) is TASK
 
     def test_other_models(self, saved, tmp_path):
-        assert architectures_of(f"{saved}/../inner") == ["BertModel"]
+        assert architectures_of(save_bert(tmp_path / "plain", transformers.BertModel)) == ["BertModel"]
         with pytest.raises(InputError, match="model: expected"):
             architectures_of(str(tmp_path / "nothing"))
 
@@ -75,18 +76,23 @@ class TestWhichTask:
         model = TASK.load_model(folder).eval()
         assert TASK.metric("mrr@10", Processed(model, None), batches_of(model, PAIRS))(model)["mrr@10"] > 0
 
-    def test_from_the_hub(self, saved, tmp_path, monkeypatch):
-        other = save_sentence_encoder(tmp_path, seed=5)
-        branches = {"main": files_of(Path(saved)), "other": files_of(Path(other))}
+    def test_on_the_hub(self, saved, tmp_path, monkeypatch):
+        """At a branch of its own; what is loaded there, sentence-transformers loads."""
+        plain = save_bert(tmp_path / "plain", transformers.BertModel)
+        branches = {"main": files_of(Path(saved)), "other": files_of(Path(plain))}
         with local_hub({"models/me/encoder": branches}, monkeypatch, tmp_path / "cache"):
             assert task_of("me/encoder", rows_of(PAIRS), {}) is TASK
-            for revision, folder in ((None, saved), ("other", other)):
-                assert architectures_of("me/encoder", revision=revision) == ["BertModel", "SentenceTransformer"]
-                found = TASK.load_model("me/encoder", revision=revision).state_dict()
-                expected = TASK.load_model(folder).state_dict()
-                assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+            assert architectures_of("me/encoder") == ["BertModel", "SentenceTransformer"]
+            assert architectures_of("me/encoder", revision="other") == ["BertModel"]
             with pytest.raises(InputError, match=r"model: expected .* got 'me/nothing'"):
                 task_of("me/nothing", rows_of(PAIRS), {})
+
+    def test_what_is_asked_of_the_library(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(st, "SentenceTransformer", lambda *names, **settings: asked.append((names, settings)))
+        TASK.load_model("me/encoder", revision="other", trust_remote_code=None, dtype="bfloat16")
+        settings = {"device": "cpu", "revision": "other", "trust_remote_code": False}
+        assert asked == [(("me/encoder",), {**settings, "model_kwargs": {"dtype": "bfloat16"}})]
 
 
 @for_each("scored", [False, True])
