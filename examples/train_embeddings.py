@@ -135,13 +135,14 @@ def main() -> None:
     texts = {split: load_split(data, split, processed) for split, asked in wanted.items() if asked}
     if not texts:
         raise ValueError("expected --do_train, --do_eval or both, got none; say what is to be done")
-    loss = losses.CoSENTLoss if "score" in next(iter(texts.values())).column_names else None
+    scored = "score" in next(iter(texts.values())).column_names
+    loss = losses.CoSENTLoss(model) if scored else losses.MultipleNegativesRankingLoss(model)
     trainer: Any = DefendedTrainer(
         model=model,
         args=training,
         train_dataset=texts.get("train"),
         eval_dataset=texts.get("validation"),
-        loss=(loss or losses.MultipleNegativesRankingLoss)(model),
+        loss=loss,
         evaluator=evaluator_of(texts["validation"].to_dict()) if "validation" in texts else None,
     )
 

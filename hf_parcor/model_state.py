@@ -291,7 +291,7 @@ def card_notes_kept(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as block:
         for module in model.modules():
-            data = getattr(module, "model_card_data", None)
+            data = vars(module).get("model_card_data")  # `getattr` raises inside for each module without
             noted = getattr(data, "__dict__", {})
             if "eval_results_dict" in noted:
                 override(block, data, eval_results_dict=dict(noted["eval_results_dict"]))
