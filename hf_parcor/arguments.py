@@ -84,6 +84,21 @@ def check_radius(name: str, value: object) -> float:
     return check_not_negative(name, value, "pass 0 for no corruption")
 
 
+def check_share(name: str, value: object, advice: str) -> float:
+    """Return a number, `0 ≤ value ≤ 1`.
+
+    Examples:
+        >>> check_share("rate", 2, "it is a probability")
+        Traceback (most recent call last):
+        ...
+        ValueError: rate: expected 0 <= rate <= 1, got 2; it is a probability
+    """
+    number = check_real(name, value, f"0 <= {name} <= 1")
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name}: expected 0 <= {name} <= 1, got {number:g}; {advice}")
+    return number
+
+
 def check_count(name: str, value: object, minimum: int = 1) -> int:
     """Return a whole number that is at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, Integral):

@@ -34,6 +34,7 @@ from hf_parcor import (
     GaussianNoise,
     GradientCorruption,
     MultiStepCorruption,
+    Pruning,
     Quantization,
     RandomCorruption,
     UniformNoise,
@@ -176,6 +177,7 @@ ROWS = {
     "drift": ConductanceDrift(1e6),
     "quantization": Quantization(2),
     "float_quantization": FloatQuantization("fp8_e5m2", "channel"),
+    "pruning": Pruning(0.4, "all"),
     "bit_flips": BitFlips(count=5, bits="exponent"),
     "worst_bit_flips": WorstBitFlips(2, of="int8"),
 }

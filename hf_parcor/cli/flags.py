@@ -113,6 +113,7 @@ CORRUPTIONS = (
     "drift",
     "quantization",
     "float-quantization",
+    "pruning",
     "bit-flips",
     "worst-bit-flips",
 )
@@ -313,8 +314,8 @@ def add_corruptions(parser: Parser, default: str) -> None:
         type=number,
         metavar="S",
         help="of those without strengths of their own: radius of random, gradient and multi-step, standard deviation "
-        "of gaussian, bound of uniform, seconds of drift, bits of quantization, rate of bit-flips, count of "
-        "worst-bit-flips",
+        "of gaussian, bound of uniform, seconds of drift, bits of quantization, sparsity of pruning, rate of "
+        "bit-flips, count of worst-bit-flips",
     )
     group.add_argument("--norm", type=number, default=NORM, metavar="P", help="order of the radius's norm: 2, inf")
     group.add_argument("--top-n", type=at_least(1), metavar="N", help="corrupt at most N weights")

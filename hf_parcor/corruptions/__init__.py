@@ -7,6 +7,7 @@ from hf_parcor.corruptions.drift import ConductanceDrift
 from hf_parcor.corruptions.gradient import GradientCorruption
 from hf_parcor.corruptions.multi_step import MultiStepCorruption
 from hf_parcor.corruptions.noise import GaussianNoise, UniformNoise
+from hf_parcor.corruptions.pruning import Pruning
 from hf_parcor.corruptions.quantization import FloatQuantization, Quantization
 from hf_parcor.corruptions.random import RandomCorruption
 from hf_parcor.corruptions.worst_bit_flips import WorstBitFlips
@@ -24,6 +25,7 @@ __all__ = [
     "GradientSource",
     "MultiStepCorruption",
     "Pieces",
+    "Pruning",
     "Quantization",
     "RandomCorruption",
     "Replacement",

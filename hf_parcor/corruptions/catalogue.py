@@ -16,6 +16,7 @@ from hf_parcor.corruptions.drift import ConductanceDrift
 from hf_parcor.corruptions.gradient import GradientCorruption
 from hf_parcor.corruptions.multi_step import MultiStepCorruption
 from hf_parcor.corruptions.noise import GaussianNoise, UniformNoise
+from hf_parcor.corruptions.pruning import Pruning
 from hf_parcor.corruptions.quantization import FloatQuantization, Quantization
 from hf_parcor.corruptions.random import RandomCorruption
 from hf_parcor.corruptions.worst_bit_flips import WorstBitFlips
@@ -31,6 +32,7 @@ CORRUPTIONS: Mapping[str, type[Corruption]] = MappingProxyType(
         "drift": ConductanceDrift,
         "quantization": Quantization,
         "float_quantization": FloatQuantization,
+        "pruning": Pruning,
         "bit_flips": BitFlips,
         "worst_bit_flips": WorstBitFlips,
     }

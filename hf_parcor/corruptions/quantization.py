@@ -46,23 +46,20 @@ than the weights (`scale_dtype`), and what needs a GPU (`Int4WeightOnlyConfig`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import islice
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_parcor.corruptions.corruption import OPTION, Corruption, GradientSource, Strength, named, named_pieces
-from hf_parcor.functional.blocks import ROUNDED_TOGETHER, Per, check_blocks, check_per, in_rows, row_width
+from hf_parcor.corruptions.blocks import by_blocks, check_blocks_of_each, matrices, told_blocks
+from hf_parcor.corruptions.corruption import OPTION, Corruption, GradientSource, Strength, named_pieces
+from hf_parcor.functional.blocks import Per, check_per, row_width
 from hf_parcor.functional.float_formats import FLOAT_FORMATS, check_float_format, quantize_to_float
 from hf_parcor.functional.quantization import MOST_BITS, check_bits, check_codes, quantize, quantize_in_turn
-from hf_parcor.functional.vectors import clones, in_turn, one_by_one
+from hf_parcor.functional.vectors import one_by_one
 from hf_parcor.injection import Pieces
-
-_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -120,11 +117,11 @@ class Quantization(Corruption):
             {"float32": ""}.get(self.arithmetic, f"{self.arithmetic} arithmetic"),
         ]
         told = ", ".join(filter(None, details))
-        return f"{self.bits}-bit quantization{_blocks(self.per)}" + (f" ({told})" if told else "")
+        return f"{self.bits}-bit quantization{told_blocks(self.per)}" + (f" ({told})" if told else "")
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Raise an error for matrices that do not consist of whole blocks."""
-        _check_blocks(weights, self.per)
+        check_blocks_of_each(weights, self.per)
 
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
@@ -132,8 +129,8 @@ class Quantization(Corruption):
         if self == Quantization(self.bits):
             rounded = one_by_one(quantize_in_turn(list(weights.values()), self.bits))
             return Pieces(named_pieces(weights, rounded), replaces=True)
-        stay = () if self.per == "tensor" else _vectors(weights)
-        return Pieces(_in_turn(weights, stay, self._row_width, self._rounded), replaces=True)
+        changed = weights if self.per == "tensor" else matrices(weights)
+        return Pieces(by_blocks(changed, self._row_width, self._rounded), replaces=True)
 
     def _row_width(self, weight: Tensor) -> int | None:
         return row_width(weight, self.per)
@@ -200,7 +197,7 @@ class FloatQuantization(Corruption):
     def __str__(self) -> str:
         found = FLOAT_FORMATS[self.format]
         assert self.per is not None, "set above"
-        return found.title + ("" if found.fixed else _blocks(self.per))
+        return found.title + ("" if found.fixed else told_blocks(self.per))
 
     @property
     def bits(self) -> int:
@@ -210,12 +207,12 @@ class FloatQuantization(Corruption):
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Raise an error for matrices that do not consist of whole blocks; NF4 allows a short last block."""
         assert self.per is not None, "set above"
-        _check_blocks(weights, "channel" if self.format == "nf4" else self.per)
+        check_blocks_of_each(weights, "channel" if self.format == "nf4" else self.per)
 
     def _choose(
         self, weights: Mapping[str, Tensor], gradients: GradientSource | None, generator: torch.Generator | None
     ) -> Pieces:
-        return Pieces(_in_turn(weights, _vectors(weights), self._row_width, self._rounded), replaces=True)
+        return Pieces(by_blocks(matrices(weights), self._row_width, self._rounded), replaces=True)
 
     def _rounded(self, weight: Tensor) -> Tensor:
         return quantize_to_float(weight, self.format, self.per)
@@ -257,44 +254,3 @@ def _block_count(weight: Tensor, per: Per) -> int | None:
 
 def _width(weight: Tensor) -> int:
     return 8 * weight.dtype.itemsize
-
-
-def _blocks(per: Per) -> str:
-    """Return what shares a scale, for a label; nothing for one scale a tensor."""
-    return "" if per == "tensor" else " per channel" if per == "channel" else f" per group of {per}"
-
-
-def _check_blocks(weights: Mapping[str, Tensor], per: Per) -> None:
-    stay = weights.keys() if per == "tensor" else _vectors(weights)
-    for name, weight in weights.items():
-        if name not in stay:
-            _naming(name, partial(check_blocks, per=per), weight)
-
-
-def _vectors(weights: Mapping[str, Tensor]) -> Collection[str]:
-    return {name for name, weight in weights.items() if weight.ndim < 2}
-
-
-def _in_turn(
-    weights: Mapping[str, Tensor],
-    stay: Collection[str],
-    width: Callable[[Tensor], int | None],
-    rounded: Callable[[Tensor], Tensor],
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield each weight rounded, or a copy of what stays: on a CPU one after the other, elsewhere some in one call."""
-    for places in in_turn(list(weights.values()), ROUNDED_TOGETHER):
-        some = dict(islice(weights.items(), places[0], places[-1] + 1))
-        afar = {name: weight for name, weight in some.items() if weight.device.type != "cpu"}
-        together = in_rows(afar, width, rounded)
-        kept = [name for name in afar if name in stay]
-        together |= named(kept, clones([weights[name].detach() for name in kept]))
-        for name, weight in some.items():
-            yield name, together.pop(name) if name in together else _naming(name, rounded, weight)
-
-
-def _naming(name: str, done: Callable[[Tensor], _Found], weight: Tensor) -> _Found:
-    """Return what is done with a weight; an error says which one it was."""
-    try:
-        return done(weight)
-    except (ValueError, NotImplementedError) as error:
-        raise type(error)(f"{name}: {error}") from error

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from hf_parcor.arguments import check_real
+from hf_parcor.arguments import check_share
 from hf_parcor.defenses.defense import ConstrainedDefense
 from hf_parcor.defenses.step import DefendedStep
 
@@ -41,8 +41,7 @@ class ACRT(ConstrainedDefense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= check_real("alpha", self.alpha, "0 <= alpha <= 1") <= 1:
-            raise ValueError(f"alpha: expected 0 <= alpha <= 1, got {self.alpha}; it weighs the corrupted loss")
+        check_share("alpha", self.alpha, "it weighs the corrupted loss")
 
     @property
     def passes(self) -> int:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_parcor.arguments import check_not_negative, check_real
+from hf_parcor.arguments import check_not_negative, check_share
 from hf_parcor.corruptions import Corruption, GradientCorruption, MultiStepCorruption, WorstBitFlips
 from hf_parcor.corruptions.catalogue import read_corruptions
 from hf_parcor.defenses.defense import Defense
@@ -123,10 +123,7 @@ class CorruptionRisk(Defense):
                     "corruption: expected corruptions that need no gradient, or GradientCorruption, got "
                     f"{one}; {_INSTEAD.get(type(one), 'take one of these')}"
                 )
-        if not 0 <= check_real("clean_weight", self.clean_weight, "0 <= clean_weight <= 1") <= 1:
-            raise ValueError(
-                f"clean_weight: expected 0 <= clean_weight <= 1, got {self.clean_weight}; 0 is no clean pass"
-            )
+        check_share("clean_weight", self.clean_weight, "0 is no clean pass")
         if check_not_negative("ramp_epochs", self.ramp_epochs, "pass 0 for full strength at once") > 0:
             for one in self.corruptions:
                 one.weakened(0.5)

@@ -10,6 +10,7 @@ from hf_parcor.functional.float_formats import quantize_to_float
 from hf_parcor.functional.noise import conductance_drift, gaussian_noise, random_signs, relative, uniform_noise
 from hf_parcor.functional.norms import inner_product, max_magnitude, vector_norm
 from hf_parcor.functional.projections import project, project_, rescale_to_norm
+from hf_parcor.functional.pruning import prune, prune_together
 from hf_parcor.functional.quantization import quantize
 from hf_parcor.functional.top_n import keep_top_n, keep_top_n_
 from hf_parcor.functional.worst_bits import BitFlip, largest_of_kernels, worst_flip
@@ -31,6 +32,8 @@ __all__ = [
     "max_magnitude",
     "project",
     "project_",
+    "prune",
+    "prune_together",
     "quantize",
     "quantize_to_float",
     "random_signs",

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from hf_parcor.arguments import check_count, check_real
+from hf_parcor.arguments import check_count, check_share
 from hf_parcor.devices import has_float64
 from hf_parcor.distributed.dtensors import cut_as, has_shards, local_part, sharded_as, shared_generator
 from hf_parcor.functional.stored_numbers import FLOATS, StoredNumbers, check_format, integer_width, mantissa_bits
@@ -62,10 +62,7 @@ def check_amount(rate: object, count: object) -> tuple[float | None, int | None]
         raise ValueError(f"expected one of rate and count, got rate={rate} and count={count}; give one")
     if rate is None:
         return None, check_count("count", count)
-    probability = check_real("rate", rate, "0 <= rate <= 1")
-    if not 0 <= probability <= 1:
-        raise ValueError(f"rate: expected 0 <= rate <= 1, got {probability:g}; it is a probability per bit")
-    return probability, None
+    return check_share("rate", rate, "it is a probability per bit"), None
 
 
 def flip_bits(tensor: Tensor, elements: Tensor, positions: Tensor, of: str | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Blocks of a tensor whose entries share a scale, and rows of several tensors that are rounded in one call."""
+"""Blocks of a tensor, whose entries share a scale, say, and rows of several tensors that are changed in one call."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from hf_parcor.distributed.dtensors import ShardedVector, has_whole_rows, local_
 from hf_parcor.functional.vectors import working_dtype
 
 Per = str | int
-"""What shares a scale: "tensor", "channel", or so many consecutive entries of the last dimension."""
+"""What is a block: "tensor", "channel", or so many consecutive entries of the last dimension."""
 
 ROUNDED_TOGETHER = 1 << 24  # entries that a GPU rounds in one call
 
 
-def check_per(per: object) -> Per:
-    """Return what shares a scale: "tensor", "channel", or the size of a group, at least 2."""
-    return check_choice("per", per, ("tensor", "channel")) if isinstance(per, str) else check_count("per", per, 2)
+def check_per(per: object, also: tuple[str, ...] = ()) -> Per:
+    """Return what is a block: "tensor", "channel", another word, or the size of a group, at least 2."""
+    words = ("tensor", "channel", *also)
+    return check_choice("per", per, words) if isinstance(per, str) else check_count("per", per, 2)
 
 
 class Blocks(NamedTuple):
@@ -82,7 +83,7 @@ def check_blocks(tensor: Tensor, per: Per) -> None:
     if not has_whole_rows(tensor):
         raise NotImplementedError(
             f"per: expected a tensor that is cut along its first dimension alone, got placements "
-            f"{tensor.placements}; quantize per tensor, or shard the first dimension"  # type: ignore[attr-defined]
+            f"{tensor.placements}; take per='tensor', or shard the first dimension"  # type: ignore[attr-defined]
         )
 
 
@@ -125,7 +126,7 @@ def as_rows(tensors: list[Tensor], width: int) -> tuple[Tensor, list[slice]]:
 
 
 def row_width(tensor: Tensor, per: Per, *, flat: bool = False) -> int | None:
-    """Return how many entries of a tensor share a scale, in rows that `in_rows` can join; None where it cannot.
+    """Return how many entries of a tensor are a block, in rows that `in_rows` can join; None where it cannot.
 
     Args:
         tensor: Any tensor.

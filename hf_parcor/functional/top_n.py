@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_parcor.arguments import check_count
-from hf_parcor.distributed.dtensors import ShardedVector, one_vector, total
+from hf_parcor.distributed.dtensors import ShardedVector, alike, local_part, one_vector, total
 from hf_parcor.functional.vectors import INTEGER_OF_SIZE, numel, working_dtype
 
 _DIGIT_BITS = 16
@@ -106,8 +106,11 @@ def _histogram(tensors: Sequence[Tensor], dtype: torch.dtype, shift: int, known:
     return found[:_DIGITS]
 
 
-def _keep_(tensors: Sequence[Tensor], threshold: Tensor, ties: Tensor, dtype: torch.dtype) -> None:
-    """Set to zero what is below the threshold, and all but the first `ties` entries that are equal to it."""
+def _keep_(tensors: Sequence[Tensor], threshold: Tensor, ties: Tensor, dtype: torch.dtype) -> Tensor:
+    """Set to zero what is below the threshold, and all but the first `ties` entries that are equal to it.
+
+    Returns how many ties are left for what comes after these tensors.
+    """
     for run in _runs(tensors):
         values = _joined(run)
         lowest, left = threshold.to(values.device), ties.to(values.device)
@@ -118,6 +121,7 @@ def _keep_(tensors: Sequence[Tensor], threshold: Tensor, ties: Tensor, dtype: to
         ties = ties - rank[-1:].sum().to(ties.device)
         if len(run) > 1:
             torch._foreach_copy_(run, torch.split(values, [len(piece) for piece in run]))
+    return ties
 
 
 def _count_ties(tensor: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,6 +130,12 @@ def _count_ties(tensor: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor
         bits = _bits(_joined(run), dtype) & _magnitudes(dtype)
         found += (bits == threshold.to(bits.device)).sum().to(found.device)
     return found
+
+
+def _ties_of_each(vector: ShardedVector, threshold: Tensor, ties: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return how many ties are left where each local part begins."""
+    counts = torch.stack([_count_ties(tensor, threshold, dtype) for tensor in vector])
+    return list((ties - vector.before(counts)).unbind())
 
 
 def keep_top_n_(tensors: Sequence[Tensor], n: int) -> None:
@@ -142,9 +152,8 @@ def keep_top_n_(tensors: Sequence[Tensor], n: int) -> None:
         flat = vector.replaced(flat)
     threshold, ties = _threshold(flat, n, dtype, device)
     if isinstance(flat, ShardedVector):
-        before = flat.before(torch.stack([_count_ties(tensor, threshold, dtype) for tensor in flat]))
-        for tensor, earlier in zip(flat, before, strict=True):
-            _keep_([tensor], threshold, ties - earlier, dtype)
+        for tensor, own in zip(flat, _ties_of_each(flat, threshold, ties, dtype), strict=True):
+            _keep_([tensor], threshold, own, dtype)
     else:
         _keep_(flat, threshold, ties, dtype)
     for tensor, copy in scattered:
@@ -173,3 +182,38 @@ def keep_top_n(tensors: Sequence[Tensor], n: int) -> list[Tensor]:
     kept = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
     keep_top_n_(kept, n)
     return kept
+
+
+def keep_top_n_in_turn(tensors: Sequence[Tensor], n: int) -> Iterator[Tensor]:
+    """Yield what `keep_top_n` returns, each tensor when it is asked for; the n are found before the first.
+
+    Args:
+        tensors: As in `keep_top_n`. Each may be overwritten once its own result is there.
+        n: As in `keep_top_n`.
+
+    Yields:
+        A new tensor for each.
+
+    Raises:
+        ValueError: As in `keep_top_n`.
+        TypeError: As in `keep_top_n`.
+
+    Examples:
+        >>> list(keep_top_n_in_turn([torch.tensor([1.0, -5.0]), torch.tensor([3.0])], 2))
+        [tensor([ 0., -5.]), tensor([3.])]
+    """
+    n = check_count("n", n)
+    vector = one_vector(tensors)
+    if n >= numel(vector):
+        yield from (tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors)
+        return
+    flat = alike(vector, [tensor.contiguous() for tensor in vector])
+    dtype = working_dtype(flat)
+    threshold, ties = _threshold(flat, n, dtype, flat[0].device)
+    of_each = _ties_of_each(flat, threshold, ties, dtype) if isinstance(flat, ShardedVector) else None
+    del flat
+    for place, tensor in enumerate(tensors):
+        kept = tensor.detach().clone(memory_format=torch.contiguous_format)
+        ties = _keep_([local_part(kept)], threshold, of_each[place] if of_each else ties, dtype)
+        yield kept
+        del kept

@@ -41,6 +41,7 @@ from hf_parcor import (
     MultiStepCorruption,
     MultiStepRisk,
     ParameterDefenseTrainer,
+    Pruning,
     Quantization,
     RandomCorruption,
     UniformNoise,
@@ -222,6 +223,7 @@ CORRUPTIONS = [
         RandomCorruption(L2),
     ),
     *(ConductanceDrift(86_400), BitFlips(count=9), BitFlips(rate=1e-3), BitFlips(count=9, of="int8")),
+    *(Pruning(0.5), Pruning(0.3, "all"), Pruning(0.4, "channel"), Pruning(0.5, 4)),
     WorstBitFlips(3, search="data-free"),
 ]
 

@@ -26,6 +26,7 @@ from hf_parcor.corruptions import (
     GaussianNoise,
     GradientCorruption,
     MultiStepCorruption,
+    Pruning,
     Quantization,
     RandomCorruption,
     UniformNoise,
@@ -110,6 +111,17 @@ CASES = {
         lambda weights, values: (
             0 < float((flat(values) / flat(weights) - 1).abs().max()) <= 2**-3  # two bits of mantissa
             and all(torch.equal(values[name], weights[name]) for name in weights if weights[name].ndim == 1)
+        ),
+        replaces=True,
+    ),
+    "pruning": Case(
+        lambda: Pruning(np.float32(0.5)),
+        lambda weights, values: all(
+            torch.equal(values[name], weight)
+            if weight.ndim < 2
+            else int((values[name] == 0).sum()) == round(weight.numel() / 2)
+            and bool(((values[name] == weight) | (values[name] == 0)).all())
+            for name, weight in weights.items()
         ),
         replaces=True,
     ),
@@ -269,7 +281,14 @@ ANOTHER = {
     **{"constraint": CorruptionConstraint(p=4, epsilon=0.25, top_n=3), "steps": 2, "step_size": 0.01, "count": 3},
     **{"std": 0.5, "bound": 0.25, "relative_to": "tensor", "seconds": 7, "nu_mean": 0.5, "nu_std": 0.5, "t_0": 5},
     **{"bits": 8, "per": "channel", "symmetric": False, "code_range": "full", "arithmetic": "weight"},
-    **{"format": "fp8_e4m3", "of": "float16", "search": "data-free", "candidates": 3, "batches": None},
+    **{
+        "sparsity": 0.25,
+        "format": "fp8_e4m3",
+        "of": "float16",
+        "search": "data-free",
+        "candidates": 3,
+        "batches": None,
+    },
 }
 UNTOLD = {"zero_point", "rate"}  # these only go with other settings
 
@@ -404,6 +423,7 @@ def test_what_a_corruption_leaves_out_stays_and_what_is_not_there_is_refused() -
         (GaussianNoise(0.0, relative_to="tensor"), True),
         (UniformNoise(0.0), True),
         (ConductanceDrift(0.0), True),
+        (Pruning(0.0, "all"), True),
         (BitFlips(rate=0.0), True),
         (BitFlips(rate=0.0, of="int8"), False),
         (BitFlips(rate=0.0, of="bfloat16"), False),

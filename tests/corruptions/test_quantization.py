@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_parcor import CorruptionEvaluator, FloatQuantization, Quantization, corrupted
+from hf_parcor.corruptions.blocks import by_blocks
 from hf_parcor.functional import quantize, quantize_to_float
 from hf_parcor.functional.blocks import in_rows
 
@@ -151,7 +152,6 @@ def test_extreme_weights_stay_finite_and_zeros_zero(corruption, weights) -> None
 
 def test_what_is_joined_is_bounded() -> None:
     """Twice the limit at most; a large weight alone, without a copy, as all of a model of 7 B."""
-    module = sys.modules["hf_parcor.corruptions.quantization"]
     rows = [1, 4, 3, 10, 9, 9, 9, 40, 2, 2, 5]
     weights = {str(place): torch.empty(count, 10, device="meta") for place, count in enumerate(rows)}
     seen = []
@@ -161,9 +161,9 @@ def test_what_is_joined_is_bounded() -> None:
         return part
 
     with ExitStack() as limits:
-        for place in ("corruptions.quantization", "functional.blocks"):
+        for place in ("corruptions.blocks", "functional.blocks"):
             limits.enter_context(patch.object(sys.modules[f"hf_parcor.{place}"], "ROUNDED_TOGETHER", 100))
-        names = [name for name, _ in module._in_turn(weights, (), lambda weight: 10, rounded)]
+        names = [name for name, _ in by_blocks(weights, lambda weight: 10, rounded)]
     assert names == list(weights)
     assert seen == [1 + 4 + 3, 10, 9 + 9, 9, 40, 2 + 2 + 5]
 

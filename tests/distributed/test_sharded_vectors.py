@@ -24,6 +24,8 @@ from hf_parcor.functional import (
     max_magnitude,
     project,
     project_,
+    prune,
+    prune_together,
     quantize,
     quantize_to_float,
     relative,
@@ -101,6 +103,7 @@ EXACT = {  # to the last bit, since what is random is drawn as one process draws
     "flipped": in_step(lambda v, source: flip_random_bits(v, count=40, generator=source)),
     "flipped at a rate": in_step(lambda v, source: flip_random_bits(v, "exponent", rate=0.1, generator=source)),
     "flipped codes": in_step(lambda v, source: flip_random_bits(v, count=40, of="int8", generator=source)),
+    "pruned together": lambda v: list(prune_together(v, 0.3)),
     "Gaussian": in_step(lambda v, source: gaussian_noise(v, 0.1, source)),
     "uniform": in_step(lambda v, source: uniform_noise(v, 0.1, source)),
 }
@@ -108,6 +111,9 @@ BY_BLOCKS = {  # to the last bit too
     "quantized, asymmetric": lambda v: [quantize(tensor, 4, symmetric=False) for tensor in v],
     "quantized per channel": lambda v: [quantize(tensor, 4, "channel") for tensor in v],
     "quantized per group": lambda v: [quantize(tensor, 4, tensor.shape[-1], code_range="full") for tensor in v],
+    "pruned": lambda v: [prune(tensor, 0.4) for tensor in v],
+    "pruned per channel": lambda v: [prune(tensor, 0.4, "channel") for tensor in v],
+    "pruned per group": lambda v: [prune(tensor, 0.5, tensor.shape[-1]) for tensor in v],
     "in FP8": lambda v: [quantize_to_float(tensor, "fp8_e4m3") for tensor in v],
     "in FP8 per channel": lambda v: [quantize_to_float(tensor, "fp8_e5m2", "channel") for tensor in v],
     **{
@@ -121,6 +127,7 @@ BY_BLOCKS = {  # to the last bit too
     "drifted": in_step(lambda v, source: list(conductance_drift(v, 100.0, 0.05, 0.01, source))),
 }
 MORE = {
+    **{f"pruned together {s}": lambda v, s=s: list(prune_together(v, s)) for s in (0.0, 0.5, 0.9, 1.0)},
     **{f"top {n}": lambda v, n=n: keep_top_n(v, n) for n in (1, 13, 30, 57, 58)},
     **{f"maximum {p}": lambda v, p=p: constrained_maximum(v, p, 0.5, 11) for p in (1, 2, 3.5, math.inf)},
     "value": lambda v: constrained_maximum_value(v, 2, 0.5, 20),
@@ -162,7 +169,7 @@ def compare_functions(mesh, placements):
                 case, mine = f"{kind}, {name}, tensor {place}", whole(mine)
                 tolerance = {"rtol": rounding(theirs, 2e-6), "atol": 0.0, "equal_nan": True}
                 torch.testing.assert_close(mine, theirs, **tolerance, msg=lambda text, case=case: f"{case}: {text}")
-                if name.startswith("top") or name in {**EXACT, **BY_BLOCKS}:
+                if name.startswith(("top", "pruned")) or name in {**EXACT, **BY_BLOCKS}:
                     assert torch.equal(bits_of(mine), bits_of(theirs)), case
                 compared += 1
     return compared

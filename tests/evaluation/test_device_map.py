@@ -18,6 +18,7 @@ from hf_parcor import (
     GaussianNoise,
     GradientCorruption,
     LayerProbe,
+    Pruning,
     Quantization,
     RandomCorruption,
     WorstBitFlips,
@@ -31,6 +32,7 @@ L2 = CorruptionConstraint(epsilon=0.5)
 WITHOUT_GRADIENTS = [
     *(GaussianNoise(0.1), GaussianNoise(0.1, relative_to="channel"), RandomCorruption(L2), ConductanceDrift(86_400)),
     *(Quantization(3), Quantization(4, "channel"), BitFlips(count=9), BitFlips(rate=1e-3)),
+    *(Pruning(0.5), Pruning(0.3, "all"), Pruning(0.5, 4)),
     WorstBitFlips(2, search="data-free"),
 ]
 LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
