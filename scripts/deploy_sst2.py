@@ -7,8 +7,9 @@ Each arm is trained with each seed, as in `reproduce_sst2.py`, and measured by `
 named below. The output folder gets a record for each run and, if the plain arm and two seeds or more are among them,
 `table.md`: mean ± sample standard deviation over seeds, and Student's t of each arm against the plain one. Finished
 runs are kept, so an interrupted campaign goes on. The full size, for a GPU, has more arms and more corruptions: those
-of paper 2, and what others would train with. `--formats` measures in more of the formats that people deploy instead;
-models in the `--work` folder are not trained anew.
+of paper 2, and what others would train with. `--measured formats` measures in more of the formats that people deploy
+instead, and `--measured pruning` with weights that are zero, where some arms are trained for that; models in the
+`--work` folder are not trained anew.
 """
 
 from __future__ import annotations
@@ -47,7 +48,13 @@ MORE = {
     "looksam": peer("LookSAM ε/2", "looksam", 0.05),
     "momentum": peer("along the momentum, ε/2", "momentum", 0.05),
 }
-ARMS = DEPLOYED | MORE
+PRUNED = {
+    "plain": PLAIN,
+    "multi_step_risk-1": DEFENSES["multi_step_risk-1"],
+    "half-pruned": Arm("half 60 % pruned", risk(0.5, "pruning=0.6")),
+    "half-2-of-4": Arm("half 2:4 pruned", risk(0.5, "pruning=0.5:per=4")),
+}
+ARMS = DEPLOYED | MORE | PRUNED
 CORRUPTIONS = [
     "gradient=0.1,0.2",
     "gaussian=0.01,0.02",
@@ -80,6 +87,9 @@ FORMATS = [
     "float-quantization=fp8_e5m2,nvfp4",
 ]
 
+PRUNING = ["pruning=0.3,0.5,0.6,0.7", "pruning=0.5:per=4", "pruning=0.5:per=channel", "gradient=0.1", "quantization=4"]
+INSTEAD = {"formats": FORMATS, "pruning": PRUNING}
+
 
 def measure_all(options: argparse.Namespace, run: Run) -> EvaluationRecord:
     """Train one model and measure it under all corruptions, unless its record is there already."""
@@ -88,19 +98,20 @@ def measure_all(options: argparse.Namespace, run: Run) -> EvaluationRecord:
     )
 
 
-def measure_formats(options: argparse.Namespace, run: Run) -> EvaluationRecord:
-    """Train one model and measure it in more formats, unless its record is there already."""
-    return measured_under(options, run, read_corruptions(FORMATS))
+def measure_instead(options: argparse.Namespace, run: Run) -> EvaluationRecord:
+    """Train one model and measure it under what is named instead, unless its record is there already."""
+    return measured_under(options, run, read_corruptions(INSTEAD[options.measured]))
 
 
 def main() -> None:
     """Run what is missing, and write the table."""
     parser = campaign_of_sizes(__doc__, ARMS, "runs/deploy")
-    parser.add_argument("--formats", action="store_true", help="measure more formats instead; in a folder of its own")
+    parser.add_argument("--measured", choices=INSTEAD, help="what is measured instead; in a folder of its own")
     options = started(parser)
-    named = options.arms or (ARMS if options.size is SIZES["full"] else DEPLOYED)
+    usual = PRUNED if options.measured == "pruning" else DEPLOYED | MORE if options.size is SIZES["full"] else DEPLOYED
+    named = options.arms or usual
     arms = {name: ARMS[name] for name in named}
-    records = over_runs(measure_formats if options.formats else measure_all, "runs", options, arms)
+    records = over_runs(measure_instead if options.measured else measure_all, "runs", options, arms)
     if "plain" not in named or len(options.seeds) < 2:  # nothing to compare with, or no spread
         return
     above = above_tables(options, "the arm is no better than the plain one")

@@ -113,10 +113,18 @@ STUDIES: dict[str, dict[str, Study]] = {
     "sst2-formats": {
         "small": Study(
             "the same models in more formats",
-            "deploy_sst2 --formats",
+            "deploy_sst2 --measured formats",
             "sst2_formats",
             model="--model",
             arms=("plain", "half-4-bits", "worst-and-4-bits", "half-4-bits-channel", "multi_step_risk-1", "sam-half"),
+        ),
+    },
+    "sst2-pruned": {
+        "small": Study(
+            "pruned, and trained for it, on 2,048 sentences",
+            "deploy_sst2 --measured pruning",
+            "sst2_pruned",
+            model="--model",
         ),
     },
     "embeddings": {

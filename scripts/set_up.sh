@@ -24,7 +24,7 @@ if ! grep -qsxF -e "$extra $wanted" -e "dev $wanted" .venv/set-up-of; then
     if [ "$extra" = dev ]; then
         # What tests compare quantizers with lies beside the environment: Transformers imports both of them where it finds
         # them, which would cost every program a second, and three lines of warnings. The last two are what llm-compressor needs beside what is here.
-        $pip --no-deps --upgrade --target .venv/quantizers torchao bitsandbytes llmcompressor compressed-tensors loguru
+        $pip --no-deps --upgrade --target .venv/quantizers torchao bitsandbytes gguf llmcompressor compressed-tensors loguru
         # And lm-eval: 15,600 files of tasks, and dependencies of tasks that no test runs.
         $pip --no-deps --upgrade --target .venv/lm-eval lm-eval
     fi

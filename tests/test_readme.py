@@ -55,6 +55,7 @@ def taken_for_granted(tmp_path):
     return {
         "model": model,
         "defended_model": defended_model,
+        "quantized_model": defended_model,
         "model_init": lambda: model,
         "train_dataset": rows,
         "eval_dataset": rows,

@@ -93,13 +93,16 @@ def measure(
     rows, given = read_data(arguments)
     folder = output_folder(arguments.output_dir)
     checkpoint = checkpoint_in(folder, name)
-    applied = corruptions()
-    from hf_parcor.cli.subject import find_device, load_subject
+    others_alone = bool(arguments.towards) and arguments.corruptions is None and arguments.strengths is None
+    applied = [] if others_alone else list(corruptions())
+    check_other_models(arguments, alone=others_alone)
+    from hf_parcor.cli.subject import find_device, load_subject, other_models
     from hf_parcor.evaluation import CheckpointError, NotEnoughMemoryError
 
     with redirect_stdout(sys.stderr), going_on(how_to_go_on(checkpoint)):
         saved_on = None if arguments.saved_on is None else find_device(arguments.saved_on, "--saved-on")
         subject = load_subject(arguments, rows, given)
+        applied += other_models(arguments, subject)
         with refused(ValueError, TypeError, NotImplementedError):
             evaluator = build(subject, subject.settings(progress=not arguments.quiet, saved_on=saved_on))
             evaluator.check(applied)
@@ -133,6 +136,27 @@ def asked_for(arguments: argparse.Namespace, strengths: Sequence[float] = ()) ->
         )
     check_constraint_flags(arguments, found)
     return found
+
+
+def check_other_models(arguments: argparse.Namespace, *, alone: bool) -> None:
+    """Refuse flags that say nothing with `--towards`, or without it.
+
+    Args:
+        arguments: Those of `add_corruptions`.
+        alone: Whether nothing else is applied.
+
+    Raises:
+        InputError: There is such a flag.
+    """
+    if arguments.shares and not arguments.towards:
+        given = " ".join(f"{one:g}" for one in arguments.shares)
+        raise InputError(f"--shares: expected --towards with it, got {given} alone; name the other model")
+    for flag, words in {"--towards": arguments.towards, "--shares": arguments.shares}.items():
+        twice = next((one for one in words or () if words.count(one) > 1), None)
+        if twice is not None:
+            raise InputError(f"{flag}: expected each once, got {twice} twice; leave one out")
+    if alone:
+        check_constraint_flags(arguments, [])
 
 
 def check_constraint_flags(arguments: argparse.Namespace, applied: Sequence[Corruption]) -> None:

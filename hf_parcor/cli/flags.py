@@ -317,6 +317,17 @@ def add_corruptions(parser: Parser, default: str) -> None:
         "of gaussian, bound of uniform, seconds of drift, bits of quantization, sparsity of pruning, rate of "
         "bit-flips, count of worst-bit-flips",
     )
+    group.add_argument(
+        "--towards",
+        nargs="+",
+        metavar="MODEL",
+        help="replace the weights by those of other models of the same architecture, or of GGUF files: what a "
+        "quantizer or a merge made of it, or an earlier version; nothing else unless --corruptions or --strengths are "
+        "given, too",
+    )
+    group.add_argument(
+        "--shares", nargs="+", type=number, metavar="S", help="how much of the way --towards them; default: 1"
+    )
     group.add_argument("--norm", type=number, default=NORM, metavar="P", help="order of the radius's norm: 2, inf")
     group.add_argument("--top-n", type=at_least(1), metavar="N", help="corrupt at most N weights")
     group.add_argument(

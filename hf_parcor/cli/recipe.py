@@ -125,6 +125,13 @@ def check_flags(arguments: argparse.Namespace) -> None:
         return
     if arguments.recipe is not None:
         _check_costs(arguments)
+    for name in ("towards", "shares"):
+        words = getattr(arguments, name)
+        if words:
+            raise InputError(
+                f"--{name}: expected formats alone with {asked[0]}, got {' '.join(map(str, words))}; leave one of "
+                "them out"
+            )
     if arguments.trials is not None:
         raise InputError(
             f"--trials: expected none with {asked[0]}, whose formats draw nothing at random, got {arguments.trials}; "

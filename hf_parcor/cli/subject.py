@@ -9,14 +9,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_parcor.cli.sources import windows_of
 from hf_parcor.cli.terminal import refused, tell
 from hf_parcor.errors import InputError, nearest
 from hf_parcor.evaluation import BatchMetric, LmEvalMetric
 from hf_parcor.records import EvaluationData
-from hf_parcor.tasks import Encoding, Processed, Rows, Task, check_head, task_named, task_of
+from hf_parcor.tasks import Encoding, Processed, Rows, Task, check_head, load_pretrained, task_named, task_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_parcor.corruptions import Interpolation
+
+GGUF = ".gguf"
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,43 @@ def load_subject(arguments: argparse.Namespace, rows: Rows, given: Mapping[str, 
     processed = prepared(arguments, task, model, processor)
     subject = measured(task, processed, rows, columns, arguments.batch_size, arguments.metric)
     return replace(subject, told={**arguments.told, **subject.told})
+
+
+def other_models(arguments: argparse.Namespace, subject: Subject) -> list[Interpolation]:
+    """Return the corruptions by weights of other models that `--towards` and `--shares` ask for.
+
+    Args:
+        arguments: Those of `add_corruptions`, `add_loading` and `add_running`.
+        subject: What they are to replace the weights of.
+
+    Raises:
+        InputError: There is no such model, or it has another head.
+    """
+    from hf_parcor.corruptions import Interpolation
+
+    named = arguments.towards or ()
+    short = {name: Path(name).name if Path(name).exists() else name for name in named}
+    found = []
+    for name in named:
+        with _no_bar_of_loading() if arguments.quiet else nullcontext():
+            weights = _weights_of(name, arguments, subject)
+        label = short[name] if len(set(short.values())) == len(named) else name
+        with refused(ValueError):
+            found += [Interpolation(share, weights, label) for share in arguments.shares or (1.0,)]
+    return found
+
+
+def _weights_of(name: str, arguments: argparse.Namespace, subject: Subject) -> Mapping[str, Tensor]:
+    """Return the weights of another model by name, of a GGUF file in floating point."""
+    if Path(name).suffix == GGUF:
+        loading = {"gguf_file": Path(name).name, "dtype": arguments.dtype}
+        model = load_pretrained("towards", type(subject.model), str(Path(name).parent), **loading)
+    else:
+        task, origin = task_named(subject.task), {"trust_remote_code": arguments.trust_remote_code}
+        check_head(task, name, **origin)
+        model = task.load_model(name, **origin, dtype=arguments.dtype)
+    weights: Mapping[str, Tensor] = model.state_dict()
+    return weights
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from hf_parcor.corruptions.catalogue import CORRUPTIONS, corruptions_of_table_1
 from hf_parcor.corruptions.corruption import RADIUS, Corruption, GradientSource, Strength
 from hf_parcor.corruptions.drift import ConductanceDrift
 from hf_parcor.corruptions.gradient import GradientCorruption
+from hf_parcor.corruptions.interpolation import Interpolation
 from hf_parcor.corruptions.multi_step import MultiStepCorruption
 from hf_parcor.corruptions.noise import GaussianNoise, UniformNoise
 from hf_parcor.corruptions.pruning import Pruning
@@ -23,6 +24,7 @@ __all__ = [
     "GaussianNoise",
     "GradientCorruption",
     "GradientSource",
+    "Interpolation",
     "MultiStepCorruption",
     "Pieces",
     "Pruning",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hf_parcor.tasks.image_classification import ImageClassification, decoded_images
     from hf_parcor.tasks.images import LabelledImages, is_image_pack, read_images
     from hf_parcor.tasks.rows import Rows, load_rows
-    from hf_parcor.tasks.task import Encoding, Example, Processed, Role, Task
+    from hf_parcor.tasks.task import Encoding, Example, Processed, Role, Task, load_pretrained
 
 __all__ = [
     "TASKS",
@@ -29,6 +29,7 @@ __all__ = [
     "data_suffix",
     "decoded_images",
     "is_image_pack",
+    "load_pretrained",
     "load_rows",
     "read_file",
     "read_images",
@@ -42,7 +43,7 @@ _PARTS = {
     "image_classification": ("ImageClassification", "decoded_images"),
     "images": ("LabelledImages", "is_image_pack", "read_images"),
     "rows": ("Rows", "load_rows"),
-    "task": ("Encoding", "Example", "Processed", "Role", "Task"),
+    "task": ("Encoding", "Example", "Processed", "Role", "Task", "load_pretrained"),
 }
 _HOMES = {name: part for part, names in _PARTS.items() for name in names}
 

@@ -225,6 +225,30 @@ class TestProbe:
         assert run(*command).out == result.out
         assert SweepRecord.load("out/probe.json") == record
 
+    def test_another_model_part_by_part(self, run, classifier_folder, models_of_seeds, sentences):
+        """With all of its weights a model is the other one."""
+        one, other = models_of_seeds["other"], models_of_seeds["last"]
+        called = [Path(name).name for name in (one, other)]
+        data = ("--dataset", sentences, "--batch-size", 4, "--quiet", "--json")
+        words = ("--towards", one, other, "--shares", 0.5, 1)
+        result = run("probe", classifier_folder, *data, *words, "--target-modules", "all", "classifier")
+        assert result.code == 0
+        sweep = SweepRecord.from_json(result.out)
+        assert [row.label for row in sweep.records["all"].corruptions] == [
+            label for name in called for label in (f"0.5 of the way to {name}", f"weights of {name}")
+        ]
+        everything, classifier = (sweep.records[part].corruptions for part in ("all", "classifier"))
+        for name, row, in_part in zip((one, other), everything[1::2], classifier[1::2], strict=True):
+            alone = EvaluationRecord.from_json(run("evaluate", name, *data, "--corruptions", "quantization=8").out)
+            assert row.metrics == alone.clean.metrics
+            model = model_of(classifier_folder)
+            model.classifier.load_state_dict(model_of(name).classifier.state_dict())
+            expected = ClassificationMetric(batches_by_hand(classifier_folder, 4))(model)
+            assert {key: values[0] for key, values in in_part.metrics.items()} == expected
+        both = run("evaluate", classifier_folder, *data, "--towards", one, "--corruptions", "quantization=4")
+        labels = [row.label for row in EvaluationRecord.from_json(both.out).corruptions]
+        assert labels == ["4-bit quantization", f"weights of {called[0]}"]
+
     @pytest.mark.slow
     def test_a_recipe_goes_into_a_folder_and_a_budget_out_of_reach_names_the_nearest(
         self, run, classifier_folder, sentences

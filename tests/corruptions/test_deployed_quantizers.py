@@ -14,21 +14,28 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from local_models import save_llama, write_texts
 from torch import Tensor, nn
+from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers.utils.import_utils import is_gguf_available
 
 from hf_parcor import (
     CorruptionEvaluator,
     CorruptionRisk,
     DefendedBackward,
+    EvaluationRecord,
     FloatQuantization,
+    Interpolation,
     Quantization,
     RecipeReport,
+    SweepRecord,
     export_recipe,
     measure_recipes,
     recipe,
     select_parameters,
     sensitivity,
 )
+from hf_parcor.cli import main
 from hf_parcor.corruptions import Corruption
 from hf_parcor.evaluation import ClassificationMetric
 from hf_parcor.recipes import front
@@ -45,6 +52,7 @@ WITHOUT = "{} is not installed; `bash scripts/test.sh` puts it into .venv/quanti
 def _beside_the_environment() -> Iterator[None]:
     """Let both be imported, by these tests alone: what stays imported, later tests would take for installed."""
     sys.path.append(str(FOLDER))
+    is_gguf_available.cache_clear()
     yield
     sys.path.remove(str(FOLDER))
     there = {path.name for path in FOLDER.glob("*")}
@@ -52,6 +60,7 @@ def _beside_the_environment() -> Iterator[None]:
         del sys.modules[name]
     for remembered in vars(sys.modules.get("peft.import_utils", object)).values():
         getattr(remembered, "cache_clear", list)()
+    is_gguf_available.cache_clear()
 
 
 def hard_weights(dtype: torch.dtype) -> Tensor:
@@ -425,3 +434,87 @@ def test_transformers_reads_the_file_for_torchao(tmp_path, monkeypatch) -> None:
     config = TorchAoConfig.from_dict(json.loads((tmp_path / "torchao.json").read_text()))
     assert isinstance(config.quant_type, FqnToConfig)
     assert list(config.quant_type.fqn_to_config) == ["0"]
+
+
+def test_weights_that_torchao_rounded_are_what_a_probe_replaces_them_by() -> None:
+    """Of whatever class they are, at a share between, too."""
+    pytest.importorskip("torchao", reason=WITHOUT.format("torchao"))
+    config = integer_configs()[Quantization(4, 32, arithmetic="weight", code_range="full")]
+    weights = {"0.weight": plain_weights(torch.float32)}
+    quantized = exported(weights["0.weight"], config)
+    assert type(quantized[0].weight.data) is not Tensor
+    expected = Quantization(4, 32, arithmetic="weight", code_range="full")(weights)["0.weight"]
+    towards = Interpolation(1.0, quantized.state_dict(), "torchao")
+    assert torch.equal(towards(weights)["0.weight"], expected)
+    assert towards == Interpolation(1.0, {"0.weight": expected}, "torchao")
+    halfway = towards.with_strength(0.5)(weights)["0.weight"]
+    torch.testing.assert_close(halfway, (weights["0.weight"] + expected) / 2)
+
+
+def write_gguf(model: Any, path: Path, kind: str) -> None:
+    """Write a Llama as llama.cpp does: vectors stay, and rows of queries and keys in its order of rotation."""
+    import gguf
+
+    config, form = model.config, gguf.GGMLQuantizationType[kind]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    for name, weight in model.state_dict().items():
+        rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        heads = rotated.get(name.split(".")[-2])
+        if heads is not None:
+            weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape_as(weight)
+        array, known = weight.contiguous().numpy(), names.get_name(name, try_suffixes=(".weight",))
+        if weight.ndim < 2:
+            writer.add_tensor(known, array)
+        else:
+            writer.add_tensor(known, gguf.quants.quantize(array, form), raw_dtype=form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_probed_part_by_part(tmp_path, capsys) -> None:
+    """All parts together are the model that Transformers reads the file as; and near which quantizer it is."""
+    pytest.importorskip("gguf", reason=WITHOUT.format("gguf"))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2}
+    folder = save_llama(tmp_path / "llama", **sizes)
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    texts = write_texts(tmp_path / "text.tsv")
+    near = {
+        "Q8_0": Quantization(8, 32),
+        "Q4_0": Quantization(4, 32),
+        "Q4_1": Quantization(4, 32, symmetric=False, zero_point="float"),
+    }
+    for kind, quantization in near.items():
+        write_gguf(model, tmp_path / f"model-{kind}.gguf", kind)
+        flags = ["--dataset", texts, "--quiet", "--json"]
+        parts = ["--target-modules", "all", "layers.0", "layers.1"]
+        assert main(["probe", folder, *flags, *parts, "--towards", str(tmp_path / f"model-{kind}.gguf")]) == 0
+        sweep = SweepRecord.from_json(capsys.readouterr().out)
+        read = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file=f"model-{kind}.gguf", dtype=torch.float32)
+        assert {row.label for record in sweep.records.values() for row in record.corruptions} == {
+            f"weights of model-{kind}.gguf"
+        }
+        losses = {part: record.corruptions[0].mean("loss") for part, record in sweep.records.items()}
+        whole = LlamaForCausalLM.from_pretrained(folder)
+        whole.load_state_dict(read.state_dict())
+        whole.save_pretrained(tmp_path / "read")  # `read` itself cannot be saved
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "read")
+        assert main(["evaluate", str(tmp_path / "read"), *flags, "--corruptions", "quantization=8"]) == 0
+        alone = EvaluationRecord.from_json(capsys.readouterr().out)
+        assert losses["all"] == alone.clean.mean("loss")
+        assert len(set(losses.values())) == 3
+        # As far from the model as the quantizer that the docstring calls near; nearer to it than to the model.
+        name = "model.layers.0.mlp.up_proj.weight"
+        weight, theirs = model.state_dict()[name], read.state_dict()[name]
+        ours = quantization({name: weight})[name]
+        assert float((theirs - weight).norm() / (ours - weight).norm()) == pytest.approx(1, abs=0.15)

@@ -139,7 +139,10 @@ def test_the_search_shows_its_record():
         (f"deploy_sst2 --size full --arms {' '.join(STUDIES['sst2']['full'].arms)} {CAMPAIGN}", "sst2_full"),
         (f"deploy_sst2 --size full --arms plain multi_step_risk-1 sam-half {CAMPAIGN}", "sst2_first"),
         (f"deploy_sst2 {CAMPAIGN}", "sst2_deployed"),
-        (f"deploy_sst2 --formats --arms {' '.join(STUDIES['sst2-formats']['small'].arms)} {CAMPAIGN}", "sst2_formats"),
+        (
+            f"deploy_sst2 --measured formats --arms {' '.join(STUDIES['sst2-formats']['small'].arms)} {CAMPAIGN}",
+            "sst2_formats",
+        ),
         ("reproduce_parser --data none --output", "parser"),
         ("defend_embeddings --model none --data none --output", "embeddings"),
         ("reproduce_images --arms plain --weights none --data none --output", "images"),
