@@ -4,8 +4,8 @@
     python -m scripts.deploy_sst2 --model MODEL --data FOLDER --size full --jobs 16 --output runs/deploy-full
 
 Each arm is trained with each seed, as in `reproduce_sst2.py`, and measured by `examples/train_sst2.py` under what is
-named below. The output folder gets a record for each run and, if the plain arm and two seeds or more are among them,
-`table.md`: mean ± sample standard deviation over seeds, and Student's t of each arm against the plain one. Finished
+named below. The output folder gets a record for each run and, if the plain arm is among them, `table.md`: mean ±
+sample standard deviation over seeds, and Student's t of each arm against the plain one. Finished
 runs are kept, so an interrupted campaign goes on. The full size, for a GPU, has more arms and more corruptions: those
 of paper 2, and what others would train with. `--measured formats` measures in more of the formats that people deploy
 instead, and `--measured pruning` with weights that are zero, where some arms are trained for that; models in the
@@ -112,7 +112,7 @@ def main() -> None:
     named = options.arms or usual
     arms = {name: ARMS[name] for name in named}
     records = over_runs(measure_instead if options.measured else measure_all, "runs", options, arms)
-    if "plain" not in named or len(options.seeds) < 2:  # nothing to compare with, or no spread
+    if "plain" not in named:  # nothing to compare with
         return
     above = above_tables(options, "the arm is no better than the plain one")
     write_table(options.output, f"{above}{tables(records, ARMS, costs=True)}")

@@ -122,6 +122,8 @@ def above_tables(options: argparse.Namespace, hypothesis: str, *, more: str = ""
         hypothesis: What t is evidence against.
         more: What else is to be said of the training.
     """
+    if len(options.seeds) == 1:
+        return f"SST-2 dev accuracy with seed {options.seeds[0]}; {options.size}{more}.\n\n"
     return (
         f"SST-2 dev accuracy over {len(options.seeds)} seeds ({', '.join(map(str, options.seeds))}), mean ± sample "
         f"standard deviation; {options.size}{more}.\n"

@@ -32,6 +32,7 @@ from hf_parcor.tasks.task import (
 SENTENCE_TRANSFORMER = "SentenceTransformer"
 """The class of such models, which stands in no configuration of Transformers."""
 
+_SETTINGS = "config_sentence_transformers.json"
 _MAX_LENGTH = 512
 _LITTLE_MORE = 1.25  # a shared call saves more, where parts of the model are corrupted one after the other
 _OF_SCORES = ("spearman", "pearson", "loss")
@@ -44,15 +45,24 @@ def is_sentence_transformer(name: str, revision: str | None = None) -> bool:
     Args:
         name: A name on the Hub, or a local folder.
         revision: Its branch, tag or commit on the Hub.
+
+    Raises:
+        InputError: Its settings cannot be read.
     """
     try:
         if file_of(name, "modules.json", revision) is None:
             return False
-        settings = file_of(name, "config_sentence_transformers.json", revision)
+        settings = file_of(name, _SETTINGS, revision)
     except OSError:  # nothing of that name: who loads it says so
         return False
-    said = json.loads(Path(settings).read_text(encoding="utf-8")) if settings else {}
-    return bool(said.get("model_type", SENTENCE_TRANSFORMER) == SENTENCE_TRANSFORMER)
+    try:
+        said = json.loads(Path(settings).read_text(encoding="utf-8")) if settings else {}
+        return bool(said.get("model_type", SENTENCE_TRANSFORMER) == SENTENCE_TRANSFORMER)
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"model: expected one of sentence-transformers with a JSON object in {_SETTINGS}, got {name!r} "
+            f"({error}); save the model again"
+        ) from error
 
 
 class SentenceSimilarity(Task):

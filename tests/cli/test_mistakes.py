@@ -62,6 +62,10 @@ def files(tmp_path, classifier_folder, sentences):
         record.save(tmp_path / name / "robustness.json")
         (tmp_path / name / "adapter_config.json").write_text("{}" if name == "broken-defense" else "{")
         (tmp_path / name / "defense_config.json").write_text("{")
+    for name, settings in {"broken-encoder": "{", "listed-encoder": "[]"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "modules.json").write_text("[]")
+        (tmp_path / name / "config_sentence_transformers.json").write_text(settings)
     return {
         "MODEL": classifier_folder,
         "DATA": sentences,
@@ -110,6 +114,8 @@ MISTAKES = [
     ("card record.json", "RUN_DIR: record.json"),
     # models
     ("probe broken-adapter --dataset DATA", "broken-adapter/adapter_config.json: JSON"),
+    ("probe broken-encoder --dataset DATA", "model: broken-encoder config_sentence_transformers.json JSON"),
+    ("probe listed-encoder --dataset DATA", "model: listed-encoder config_sentence_transformers.json JSON"),
     ("probe BODY --dataset DATA", "model: head text-classification"),
     ("probe TAGGER --task text-classification --dataset DATA", "model: head text-classification"),
     ("probe nobody/nothing --dataset DATA", "model: nobody/nothing"),

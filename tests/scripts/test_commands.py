@@ -171,3 +171,18 @@ def test_finished_records_give_the_table_beside_them(command, folder, monkeypatc
     assert (output / "table.md").read_text(encoding="utf-8") == table
     assert capsys.readouterr().out.strip() == table.strip()
     assert {path.name for path in output.iterdir()} == {path.name for path in (RESULTS / folder).iterdir()}
+
+
+def test_of_one_seed_there_are_values_and_no_tests(monkeypatch, tmp_path, capsys):
+    shutil.copytree(RESULTS / "sst2_deployed", tmp_path / "records")
+    arms = ("plain", "half-4-bits")
+    words = f"--model none --data none --seeds 2 --arms {' '.join(arms)} --output {tmp_path / 'records'}".split()
+    monkeypatch.setattr(sys, "argv", ["deploy_sst2", *words])
+    importlib.import_module("scripts.deploy_sst2").main()
+    table = capsys.readouterr().out
+    records = [EvaluationRecord.load(RESULTS / "sst2_deployed" / f"{arm}-seed2.json") for arm in arms]
+    for rows in zip(*(record.rows() for record in records), strict=True):
+        cells = " | ".join(f"{100 * row.mean('accuracy'):.1f}" for row in rows)
+        assert f"| {rows[0].label} | {cells} |\n" in table
+    assert "±" not in table
+    assert "t:" not in table

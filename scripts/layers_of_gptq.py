@@ -1,0 +1,111 @@
+"""Which layer costs the accuracy of a model that GPTQ has quantized? Beside plain rounding on the same grids.
+
+    PYTHONPATH=.venv/quantizers python -m scripts.layers_of_gptq --model MODEL --data FOLDER \
+        --output scripts/results/gptq
+
+MODEL is a folder or a name on the Hub of a model of sentence-transformers, FOLDER holds Tatoeba English-German. The
+texts are the paraphrases of `scripts.which_bits`: every fourth pair calibrates, all others are measured on. llm-
+compressor quantizes a copy of the model by GPTQ, with one scale for each output channel, and all linear layers by
+what the model as it is feeds them (its pipeline "basic"). Then one layer after the other, and all together, has the
+weights that it made (`Interpolation`), and those that plain rounding makes on GPTQ's own grids: the same scales and
+codes. The output folder gets the record of the sweep and `table.md`. What is measured is kept in the `--work` folder,
+so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_parcor import Interpolation, LayerProbe, SweepRecord, by_layer
+from hf_parcor.reports.tables import markdown_table
+from scripts.campaigns import begin, campaign_parser, of_study, write_table
+from scripts.which_bits import embeddings, paraphrases
+
+BITS = (4, 3, 2)
+TEXTS, TOKENS = 256, 64  # that calibrate
+GPTQ, NEAREST = "GPTQ", "plain rounding"
+METRIC = "ndcg@10"
+LINEAR = "all linear layers"
+_PARAMETERS = ("weight_scale", "weight_zero_point")
+
+
+def by_gptq(model: nn.Module, bits: int, texts: list[str]) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """Return the weights of a sentence encoder after GPTQ, and after plain rounding on the same grids.
+
+    Args:
+        model: Of sentence-transformers; it stays as it is.
+        bits: Of each code, symmetric around zero.
+        texts: What calibrates.
+    """
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    copied: Any = copy.deepcopy(model)
+    inner = copied[0].model
+    rows = copied.tokenizer(texts, truncation=True, max_length=TOKENS)
+    data = Dataset.from_dict({name: rows[name] for name in ("input_ids", "attention_mask")})
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel"}
+    method = GPTQModifier(config_groups={"linear": {"targets": ["Linear"], "weights": weights}})
+    settings = {"num_calibration_samples": len(texts), "max_seq_length": TOKENS, "pipeline": "basic"}
+    oneshot(model=inner, dataset=data, recipe=[method], **settings)
+    rounded = dict(model.state_dict())
+    for name, module in copied.named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None:
+            plain = rounded[f"{name}.weight"]
+            scale, zero = (getattr(module, parameter) for parameter in _PARAMETERS)
+            rounded[f"{name}.weight"] = fake_quantize(plain, scale, zero, scheme.weights).detach()
+    found = {name: tensor for name, tensor in copied.state_dict().items() if not name.endswith(_PARAMETERS)}
+    return found, rounded
+
+
+def measure(options: argparse.Namespace) -> SweepRecord:
+    """Quantize, and measure part by part."""
+    judged = embeddings(options)
+    texts = [pair["anchor"] for pair in paraphrases(options.data)[::4]][:TEXTS]
+    corruptions = []
+    for bits in BITS:
+        gptq, nearest = by_gptq(judged.model, bits, texts)
+        corruptions.append(Interpolation(1.0, gptq, f"{GPTQ}, {bits} bits"))
+        corruptions.append(Interpolation(1.0, nearest, f"{NEAREST}, {bits} bits"))
+    targets = {**by_layer(judged.model), LINEAR: "all-linear"}
+    probe = LayerProbe(judged.model, judged.judge, targets=targets)
+    judged.folder.mkdir(parents=True, exist_ok=True)
+    return probe.evaluate(corruptions, checkpoint=judged.folder / "layers.jsonl")
+
+
+def table_of(sweep: SweepRecord) -> str:
+    """Return the table: a row for each part, in percent, and the same of the model as it is."""
+    first = next(iter(sweep.records.values()))
+    header = [f"{METRIC} (%) of a copy with", *(row.label.removeprefix("weights of ") for row in first.corruptions)]
+    rows = [
+        [part, *(f"{100 * row.mean(METRIC):.1f}" for row in record.corruptions)]
+        for part, record in sweep.records.items()
+    ]
+    return f"As it is: {100 * first.clean.mean(METRIC):.1f}.\n\n{markdown_table(header, rows, longest=None)}\n"
+
+
+def main() -> None:
+    """Measure, and write the record and its table."""
+    parser = campaign_parser(__doc__, None, "runs/layers_of_gptq", "`train.tsv.gz`, `dev.tsv.gz` and `test.tsv.gz`")
+    parser.add_argument("--model", required=True, help="a folder or a name on the Hub")
+    options = begin(parser)
+    options.work = of_study(options.work, options.model)
+    torch.manual_seed(options.seeds[0])
+    kept = options.output / "sweep.json"
+    if not kept.exists():
+        options.output.mkdir(parents=True, exist_ok=True)
+        measure(options).save(kept)
+    write_table(options.output, table_of(SweepRecord.load(kept)))
+
+
+if __name__ == "__main__":
+    main()
