@@ -106,14 +106,14 @@ def other_models(arguments: argparse.Namespace, subject: Subject) -> list[Interp
     Raises:
         InputError: There is no such model, or it has another head.
     """
-    from hf_parcor.corruptions import Interpolation
+    from hf_parcor.corruptions.interpolation import Interpolation, OtherWeights
 
     named = arguments.towards or ()
     short = {name: Path(name).name if Path(name).exists() else name for name in named}
     found = []
     for name in named:
         with _no_bar_of_loading() if arguments.quiet else nullcontext():
-            weights = _weights_of(name, arguments, subject)
+            weights = OtherWeights(_weights_of(name, arguments, subject))
         label = short[name] if len(set(short.values())) == len(named) else name
         with refused(ValueError):
             found += [Interpolation(share, weights, label) for share in arguments.shares or (1.0,)]

@@ -23,28 +23,30 @@ class OtherWeights:
     """Weights of another model, which are held and not copied; equal to others of the same names and numbers.
 
     Args:
-        tensors: By name.
+        tensors: By name. What is none, such as further state of a module, is left out.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self.tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
     @cached_property
     def sha256(self) -> str:
-        """The SHA-256 of names, shapes, dtypes and bytes, in the order of the names; found when first asked for."""
+        """The SHA-256 of names, shapes, dtypes and bytes, in the order of the names; found when first asked for.
+
+        Of tensors on the meta device there are no bytes, and of shards those that are here.
+        """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
-            here = local_part(dequantized(tensor)).cpu().contiguous()
+            here = local_part(dequantized(tensor))
             digest.update(f"{name} {tuple(tensor.shape)} {here.dtype};".encode())
-            digest.update(here.reshape(-1).view(torch.uint8).numpy().data)
+            if not here.is_meta:
+                digest.update(here.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, OtherWeights):
             return NotImplemented
-        if self.tensors is other.tensors:
-            return True
-        return self.tensors.keys() == other.tensors.keys() and self.sha256 == other.sha256
+        return self is other or (self.tensors.keys() == other.tensors.keys() and self.sha256 == other.sha256)
 
     def __hash__(self) -> int:
         return hash(frozenset(self.tensors))
@@ -56,7 +58,7 @@ class OtherWeights:
 def dequantized(tensor: Tensor) -> Tensor:
     """Return a tensor of a quantizer's class as the numbers that it stands for; any other as it is."""
     here = tensor.detach()
-    of_quantizer = hasattr(here, "__tensor_flatten__") and not isinstance(here, DTensor)
+    of_quantizer = here.is_quantized or (hasattr(here, "__tensor_flatten__") and not isinstance(here, DTensor))
     return here.dequantize() if of_quantizer else here
 
 
@@ -114,11 +116,6 @@ class Interpolation(Corruption):
     def settings(self) -> dict[str, Any]:
         """Return the share, what the other weights are called, and the SHA-256 of them."""
         return {"share": self.share, "towards": self.name, "sha256": self._others.sha256}
-
-    @classmethod
-    def kind(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the words for plots and tables, with what the other weights are called."""
-        return {**super().kind(settings), "title": f"towards {settings['towards']}"}
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Raise an error for weights without a counterpart.

@@ -21,6 +21,7 @@ _PHRASES = {  # of settings; others are "name = value"
     "relative_to": "relative to {}",
     "nu_mean": "mean ν = {}",
     "nu_std": "std ν = {}",
+    "towards": "towards {}",
 }
 
 
@@ -57,7 +58,9 @@ class Series(NamedTuple):
         if kind.strength is None:
             return cls(kind.title, row.corruption, None, kind.unit)
         details = [
-            _detail(name, value) for name, value in row.settings.items() if name != kind.strength and value is not None
+            _detail(name, value)
+            for name, value in row.settings.items()
+            if name not in (kind.strength, "sha256") and value is not None
         ]
         return cls(", ".join([kind.title, *details]), row.corruption, kind.strength, kind.unit, kind.shown)
 
@@ -117,6 +120,7 @@ def _detail(name: str, value: object) -> str:
     shown = short(value) if isinstance(value, float) else str(value)
     if name == "per":
         text = f"per {value}" if isinstance(value, str) else f"per group of {value}"
+        text = "all together" if value == "all" else text
     elif name == "symmetric":
         text = "symmetric" if value else "asymmetric"
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 from hf_parcor.records.curves import Series
@@ -29,12 +30,12 @@ def commands(study: Study) -> list[str]:
 def _command(study: Study, groups: Mapping[str, EvaluationRecord], grouping: str) -> str:
     """Return the command line that measures a model's groups, which a grouping may have made; "" if there is none."""
     first = next(iter(groups.values()))
-    words = _words(first)
+    applied = _applied(first)
     data = {} if first.evaluated_on is None else first.evaluated_on.flags
     targets = [dict(record.target) for record in groups.values()]
     probed = len(groups) > 1 or bool(grouping)
     own = [target == {"target_modules": [group]} for group, target in zip(groups, targets, strict=True)]
-    if not (data or "dataset" in first.flags) or not words or (probed and not grouping and not all(own)):
+    if not (data or "dataset" in first.flags) or not applied or (probed and not grouping and not all(own)):
         return ""
     if not probed and not set(targets[0]) <= {"target_modules", "exclude_modules"}:
         return ""
@@ -42,7 +43,7 @@ def _command(study: Study, groups: Mapping[str, EvaluationRecord], grouping: str
     seeds = [seed for row in first.corruptions for seed in row.seeds]
     flags: dict[str, Any] = {**({} if "dataset" in first.flags else data), "task": first.task}
     flags |= {"group": grouping} if grouping else named
-    flags |= {"corruptions": words, "trials": max(len(row.seeds) for row in first.corruptions), "seed": min(seeds)}
+    flags |= {**applied, "trials": max(len(row.seeds) for row in first.corruptions), "seed": min(seeds)}
     flags |= {"metric": study.metric, **first.flags}
     return shlex.join(["hf-parcor", "probe" if probed else "evaluate", first.model, *flag_words(flags)])
 
@@ -71,14 +72,23 @@ def flag_words(flags: Mapping[str, Any]) -> list[str]:
 
 
 _REPEATED = ("column",)
+_INTERPOLATION = "Interpolation"
 
 
-def _words(record: EvaluationRecord) -> list[str]:
-    """Return the corruptions of a record as words of `--corruptions`; none where one of them has no words."""
-    for row in record.corruptions:
+def _applied(record: EvaluationRecord) -> dict[str, Any]:
+    """Return the flags that say the corruptions of a record; none where flags cannot say one of them."""
+    others = [row for row in record.corruptions if row.corruption == _INTERPOLATION]
+    rows = [row for row in record.corruptions if row not in others]
+    for row in rows:
         strength = strength_of(row.settings)
         if row.kind is None or strength is None or Series.of(row).strength not in (None, strength):
-            return []
+            return {}
         if row.settings.get("batches", 1) is None:  # a search on all of them, which no word says
-            return []
-    return corruption_words((row.corruption, row.settings) for row in record.corruptions)
+            return {}
+    ways = [(row.settings["towards"], row.settings["share"]) for row in others]
+    models, shares = (list(dict.fromkeys(column)) for column in zip(*ways, strict=True)) if ways else ([], [])
+    if [*rows, *others] != list(record.corruptions) or ways != list(product(models, shares)):
+        return {}
+    words = corruption_words((row.corruption, row.settings) for row in rows)
+    found = {"corruptions": words, "towards": models, "shares": [] if shares == [1] else shares}
+    return found if rows or others else {}

@@ -245,9 +245,15 @@ class TestProbe:
             model.classifier.load_state_dict(model_of(name).classifier.state_dict())
             expected = ClassificationMetric(batches_by_hand(classifier_folder, 4))(model)
             assert {key: values[0] for key, values in in_part.metrics.items()} == expected
-        both = run("evaluate", classifier_folder, *data, "--towards", one, "--corruptions", "quantization=4")
-        labels = [row.label for row in EvaluationRecord.from_json(both.out).corruptions]
-        assert labels == ["4-bit quantization", f"weights of {called[0]}"]
+        both = run(
+            "evaluate", classifier_folder, *data[:-1], *words, "--corruptions", "gaussian=0.1", "--output-dir", "out"
+        )
+        assert both.code == 0
+        assert max(map(len, both.out.splitlines())) <= 80
+        record = EvaluationRecord.load("out/robustness.json")
+        assert [row.label for row in record.corruptions][:2] == ["Gaussian σ=0.1", f"0.5 of the way to {called[0]}"]
+        page = Path("out/robustness.md").read_text(encoding="utf-8")
+        assert f"--corruptions gaussian=0.1 --towards {' '.join(called)} --shares 0.5 1.0 --trials 3" in page
 
     @pytest.mark.slow
     def test_a_recipe_goes_into_a_folder_and_a_budget_out_of_reach_names_the_nearest(

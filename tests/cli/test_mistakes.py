@@ -64,7 +64,8 @@ def files(tmp_path, classifier_folder, sentences):
         (tmp_path / name / "defense_config.json").write_text("{")
     for name, settings in {"broken-encoder": "{", "listed-encoder": "[]"}.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "modules.json").write_text("[]")
+        for file in ("config.json", "modules.json"):
+            (tmp_path / name / file).write_text("{}")
         (tmp_path / name / "config_sentence_transformers.json").write_text(settings)
     return {
         "MODEL": classifier_folder,

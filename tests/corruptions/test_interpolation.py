@@ -24,6 +24,7 @@ from hf_parcor import (
     corrupted,
 )
 from hf_parcor.corruptions.interpolation import OtherWeights, dequantized
+from hf_parcor.records.curves import Series
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -184,7 +185,7 @@ def test_a_probe_says_which_layer_costs_what_a_quantizer_costs(tmp_path) -> None
         half, whole, direct = (one.mean("mse") for one in record.corruptions)
         assert whole == direct > half > 0
         assert record.corruptions[1].corruption == "Interpolation"
-        assert record.corruptions[1].kind.title == "towards rounded"
+        assert Series.of(record.corruptions[1]).name == "interpolation, towards rounded"
     everything = CorruptionEvaluator(model, error, progress=False).evaluate(shares)
     assert EvaluationRecord.from_json(everything.to_json()) == everything
     RobustnessReport(everything).to_markdown(tmp_path / "page.md")

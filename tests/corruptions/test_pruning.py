@@ -7,10 +7,11 @@ import torch
 from for_each import for_each
 from torch import nn
 
-from hf_parcor import CorruptionRisk, Pruning, corrupted
+from hf_parcor import CorruptionEvaluator, CorruptionRisk, Pruning, corrupted
 from hf_parcor.functional import prune, prune_together
 from hf_parcor.functional.blocks import in_rows
 from hf_parcor.functional.vectors import numel
+from hf_parcor.records.curves import Series
 
 SETTINGS = [Pruning(0.5), Pruning(0.3, "all"), Pruning(0.4, "channel"), Pruning(0.5, 4)]
 
@@ -77,6 +78,15 @@ def test_strengths() -> None:
     assert Pruning(0.8).settings() == {"sparsity": 0.8}
     assert Pruning(0.5, 4).settings() == {"sparsity": 0.5, "per": 4}
     assert CorruptionRisk(Pruning(0.5), ramp_epochs=1.0).passes == 2
+
+
+def test_curves_are_called_by_what_is_a_block() -> None:
+    model = nn.Linear(8, 4)
+    record = CorruptionEvaluator(model, lambda model: {"loss": 0.0}, progress=False).evaluate(SETTINGS)
+    names = [Series.of(row).name.replace("\N{NO-BREAK SPACE}", " ") for row in record.corruptions]
+    assert names == [
+        f"magnitude pruning{more}" for more in ("", ", all together", ", per channel", ", per group of 4")
+    ]
 
 
 @for_each("pruning", [one for one in SETTINGS if one.per != "all"])
