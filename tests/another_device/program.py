@@ -37,6 +37,7 @@ from hf_parcor import (
     FloatQuantization,
     GaussianNoise,
     GradientCorruption,
+    Interpolation,
     LayerProbe,
     MultiStepCorruption,
     MultiStepRisk,
@@ -233,7 +234,9 @@ def corruptions(device: torch.device) -> Found:
     weights, source = {}, torch.Generator().manual_seed(2)
     for name, shape in {"a": (96,), "b": (32, 32), "c": (16, 64), "none": (0, 32)}.items():
         weights[name] = torch.randn(shape, generator=source, device=CPU).to(device)
-    return {str(one): one(weights, generator=torch.Generator().manual_seed(3)) for one in CORRUPTIONS}
+    others = {name: torch.randn(weight.shape, generator=source, device=CPU) for name, weight in weights.items()}
+    towards = [Interpolation(share, others) for share in (0.5, 1.0)]
+    return {str(one): one(weights, generator=torch.Generator().manual_seed(3)) for one in (*CORRUPTIONS, *towards)}
 
 
 def record_of(device: torch.device, data: list[dict[str, Tensor]], **options: Any) -> Found:

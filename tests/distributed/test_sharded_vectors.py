@@ -11,7 +11,15 @@ from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from hf_parcor import CorruptionConstraint, GaussianNoise, RandomCorruption, UniformNoise, WorstBitFlips, corrupted
+from hf_parcor import (
+    CorruptionConstraint,
+    GaussianNoise,
+    Interpolation,
+    RandomCorruption,
+    UniformNoise,
+    WorstBitFlips,
+    corrupted,
+)
 from hf_parcor.defenses import DefendedStep
 from hf_parcor.functional import (
     conductance_drift,
@@ -90,6 +98,14 @@ def in_step(draw):
     return function
 
 
+def towards_others(tensors):
+    """Return the tensors a quarter of the way to others, which every rank has whole."""
+    weights = {str(place): tensor for place, tensor in enumerate(tensors)}
+    source = torch.Generator().manual_seed(7)
+    others = {name: torch.randn(weight.shape, generator=source) for name, weight in weights.items()}
+    return list(Interpolation(0.25, others)(weights).values())
+
+
 FUNCTIONS = {
     "max_magnitude": max_magnitude,
     "norm 2": vector_norm,
@@ -104,6 +120,7 @@ EXACT = {  # to the last bit, since what is random is drawn as one process draws
     "flipped at a rate": in_step(lambda v, source: flip_random_bits(v, "exponent", rate=0.1, generator=source)),
     "flipped codes": in_step(lambda v, source: flip_random_bits(v, count=40, of="int8", generator=source)),
     "pruned together": lambda v: list(prune_together(v, 0.3)),
+    "towards others": towards_others,
     "Gaussian": in_step(lambda v, source: gaussian_noise(v, 0.1, source)),
     "uniform": in_step(lambda v, source: uniform_noise(v, 0.1, source)),
 }
