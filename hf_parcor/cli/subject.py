@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from hf_parcor.cli.sources import windows_of
@@ -123,8 +124,12 @@ def other_models(arguments: argparse.Namespace, subject: Subject) -> list[Interp
 def _weights_of(name: str, arguments: argparse.Namespace, subject: Subject) -> Mapping[str, Tensor]:
     """Return the weights of another model by name, of a GGUF file in floating point."""
     if Path(name).suffix == GGUF:
-        loading = {"gguf_file": Path(name).name, "dtype": arguments.dtype}
-        model = load_pretrained("towards", type(subject.model), str(Path(name).parent), **loading)
+        kind, file = type(subject.model), Path(name)
+        of_file = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        loader = SimpleNamespace(
+            __name__=kind.__name__, from_pretrained=lambda _, **settings: kind.from_pretrained(**of_file, **settings)
+        )
+        model = load_pretrained("towards", loader, name, dtype=arguments.dtype)
     else:
         task, origin = task_named(subject.task), {"trust_remote_code": arguments.trust_remote_code}
         check_head(task, name, **origin)

@@ -209,6 +209,7 @@ MISTAKES = [
     (f"{PROBE} --towards MODEL --shares inf", "share: finite inf"),
     (f"{PROBE} --towards BODY", "model: head text-classification"),
     (f"{PROBE} --towards nobody/nothing", "model: nobody/nothing"),
+    (f"{PROBE} --towards folder/nowhere.gguf", "--towards: folder/nowhere.gguf"),
     (f"{PROBE} --towards MODEL --norm inf", "--norm: inf"),
     (f"{PROBE} --recipe bits=8 --towards MODEL", "--towards: formats --recipe"),
     (f"{PROBE} --quick --towards MODEL --shares 1", "--towards: formats --quick"),
