@@ -65,6 +65,7 @@ NOISE = of("gaussian", "uniform")
 FEW_BITS = labelled("6-bit quantization", "5-bit quantization", "4-bit quantization")
 PER_TENSOR_4, PER_CHANNEL_4 = labelled("4-bit quantization"), labelled("4-bit quantization per channel")
 PER_CHANNEL_2 = labelled("2-bit quantization per channel (full)")
+PRUNED, TWO_OF_FOUR = of("pruning"), labelled("pruning s=0.5 per group of 4")
 FLIPS_3 = labelled("3 worst flips (int8, 5 candidates)")
 
 
@@ -559,6 +560,15 @@ CLAIMS = [
             ("Half of the loss at 4 bits holds more at 4 bits, one scale a tensor", "half-4-bits", PER_TENSOR_4, 0.0),
             ("Half of the loss at 4 bits a channel holds more there", "half-4-bits-channel", PER_CHANNEL_4, 0.0),
             ("… and costs less than half a point without corruption", "half-4-bits-channel", CLEAN, 0.5),
+        )
+    ),
+    *(
+        Claim(OURS, f"{says}: SST-2, 2,048 sentences", arms("sst2_pruned", arm, "plain", rows, margin=margin))
+        for says, arm, rows, margin in (
+            ("Half of the loss at 60 % pruned holds more when pruned, six ways", "half-pruned", PRUNED, 0.0),
+            ("… and costs less than half a point without corruption", "half-pruned", CLEAN, 0.5),
+            ("Half of the loss at 2:4 holds more there", "half-2-of-4", TWO_OF_FOUR, 0.0),
+            ("Trained in the worst direction, it holds more when pruned, six ways", K1, PRUNED, 0.0),
         )
     ),
     *(

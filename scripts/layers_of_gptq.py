@@ -6,10 +6,10 @@
 MODEL is a folder or a name on the Hub of a model of sentence-transformers, FOLDER holds Tatoeba English-German. The
 texts are the paraphrases of `scripts.which_bits`: every fourth pair calibrates, all others are measured on. llm-
 compressor quantizes a copy of the model by GPTQ, with one scale for each output channel, and all linear layers by
-what the model as it is feeds them (its pipeline "basic"). Then one layer after the other, and all together, has the
-weights that it made (`Interpolation`), and those that plain rounding makes on GPTQ's own grids: the same scales and
-codes. The output folder gets the record of the sweep and `table.md`. What is measured is kept in the `--work` folder,
-so an interrupted run goes on.
+what the model as it is feeds them (its pipeline "basic"): by 256 texts, and by all 2,244. Then one layer after the
+other, and all together, has the weights that it made (`Interpolation`), and those that plain rounding makes on the
+same grids. The output folder gets the record of the sweep and `table.md`. What is measured is kept in the `--work`
+folder, so an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from hf_parcor.reports.tables import markdown_table
 from scripts.campaigns import begin, campaign_parser, of_study, write_table
 from scripts.which_bits import embeddings, paraphrases
 
-BITS = (4, 3, 2)
-TEXTS, TOKENS = 256, 64  # that calibrate
-GPTQ, NEAREST = "GPTQ", "plain rounding"
+BITS = (3, 2)
+TEXTS, TOKENS = (256, 2244), 64  # that calibrate
 METRIC = "ndcg@10"
 LINEAR = "all linear layers"
 _PARAMETERS = ("weight_scale", "weight_zero_point")
@@ -70,12 +69,13 @@ def by_gptq(model: nn.Module, bits: int, texts: list[str]) -> tuple[Mapping[str,
 def measure(options: argparse.Namespace) -> SweepRecord:
     """Quantize, and measure part by part."""
     judged = embeddings(options)
-    texts = [pair["anchor"] for pair in paraphrases(options.data)[::4]][:TEXTS]
+    texts = [text for pair in paraphrases(options.data)[::4] for text in pair.values()]
     corruptions = []
     for bits in BITS:
-        gptq, nearest = by_gptq(judged.model, bits, texts)
-        corruptions.append(Interpolation(1.0, gptq, f"{GPTQ}, {bits} bits"))
-        corruptions.append(Interpolation(1.0, nearest, f"{NEAREST}, {bits} bits"))
+        for count in TEXTS:
+            gptq, nearest = by_gptq(judged.model, bits, texts[:count])
+            corruptions.append(Interpolation(1.0, gptq, f"GPTQ by {count:,} texts, {bits} bits"))
+        corruptions.append(Interpolation(1.0, nearest, f"plain rounding, {bits} bits"))
     targets = {**by_layer(judged.model), LINEAR: "all-linear"}
     probe = LayerProbe(judged.model, judged.judge, targets=targets)
     judged.folder.mkdir(parents=True, exist_ok=True)

@@ -143,6 +143,7 @@ def test_the_search_shows_its_record():
             f"deploy_sst2 --measured formats --arms {' '.join(STUDIES['sst2-formats']['small'].arms)} {CAMPAIGN}",
             "sst2_formats",
         ),
+        (f"deploy_sst2 --measured pruning {CAMPAIGN}", "sst2_pruned"),
         ("reproduce_parser --data none --output", "parser"),
         ("defend_embeddings --model none --data none --output", "embeddings"),
         ("reproduce_images --arms plain --weights none --data none --output", "images"),
