@@ -202,6 +202,16 @@ STUDIES: dict[str, dict[str, Study]] = {
             side_by_side=False,
         )
     },
+    "gptq": {
+        "small": Study(
+            "what GPTQ made of all-MiniLM-L6-v2, layer by layer",
+            "layers_of_gptq",
+            "gptq",
+            model="--model",
+            seeds=(),
+            side_by_side=False,
+        )
+    },
     "images": {
         "small": Study(
             "paper 1 on four trained ResNets, 2,000 test images",

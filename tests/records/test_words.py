@@ -14,6 +14,7 @@ WORDS = [
     *("multi-step=1:norm=inf", "gaussian=0.1,0.3:relative-to=channel", "uniform=1e-06", "drift=3600:nu-mean=0.06"),
     *("quantization=4,3:per=32,symmetric=false,zero-point=float", "quantization=4:code-range=full", "quantization=8"),
     *("float-quantization=mxfp4,nf4", "float-quantization=fp8_e4m3:per=channel", "bit-flips=1e-07,0.5:bits=sign"),
+    *("pruning=0.5,0.7", "pruning=0.9:per=all", "pruning=0.5:per=4"),
     *("bit-flips=0.1:of=int8", "worst-bit-flips=3,5:of=int8,candidates=2", "worst-bit-flips=3:search=data-free"),
 ]
 

@@ -146,6 +146,7 @@ def test_the_search_shows_its_record():
         (f"deploy_sst2 --measured pruning {CAMPAIGN}", "sst2_pruned"),
         ("reproduce_parser --data none --output", "parser"),
         ("defend_embeddings --model none --data none --output", "embeddings"),
+        ("layers_of_gptq --model none --data none --output", "gptq"),
         ("reproduce_images --arms plain --weights none --data none --output", "images"),
         ("reproduce_images --size tiny-imagenet-small --arms plain --data none --output", "tiny_imagenet"),
         ("reproduce_language_model --data none --output", "language_model"),
