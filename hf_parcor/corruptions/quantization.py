@@ -37,8 +37,8 @@ only the weights. Channels are the first dimension, not the outputs in `Conv1D` 
 `Quantization(4, 32, symmetric=False, zero_point="float")`. But their scales are float16, and those of `Q4_0` have the
 sign of the largest weight; the `K` formats quantize their scales too. AWQ and GPTQ usually write what
 `Quantization(4, 128, symmetric=False)` can hold, but use data to move the weights before or while they round; here
-rounding is plain, which they should beat. To measure what any tool made, of the whole model or of one part after the
-other, take `Interpolation` towards its dequantized weights (Transformers reads a GGUF file so). Not tried: AWQ, HQQ,
+rounding is plain, which they should beat (GPTQ of one embedding model did not). To measure what any tool made, part by
+part, take `Interpolation` towards its dequantized weights (Transformers reads a GGUF file so). Not tried: AWQ, HQQ,
 quantized activations, quantized scales (NF4 with `compress_statistics`), 1 bit, scales in another dtype than the
 weights (`scale_dtype`), and what needs a GPU (`Int4WeightOnlyConfig`).
 """

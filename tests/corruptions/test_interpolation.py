@@ -37,12 +37,13 @@ def pair(dtype: torch.dtype = torch.float32, of_other: torch.dtype = torch.float
 
 @for_each("dtype", DTYPES)
 @for_each("of_other", DTYPES)
-@for_each("share", [-0.5, 0.25, 0.5, 1.5])
+@for_each("share", [-0.5, 0.0, 0.25, 0.5, 1.0, 1.5])
 def test_against_longhand(share: float, dtype: torch.dtype, of_other: torch.dtype) -> None:
     weights, others = pair(dtype, of_other)
     found = Interpolation(share, others)(weights)
     assert list(found) == list(weights)
     for name, weight in weights.items():
+        assert found[name].numel() == 0 or found[name].data_ptr() not in (weight.data_ptr(), others[name].data_ptr())
         expected = weight.double() + share * (others[name].double() - weight.double())
         assert found[name].dtype == dtype
         torch.testing.assert_close(found[name], expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
@@ -122,6 +123,9 @@ def test_what_tells_two_apart() -> None:
     assert first != Interpolation(0.5, others, "AWQ")
     assert first != Interpolation(1.0, others, "GPTQ")
     assert OtherWeights({}) != {}
+    ones = [torch.ones(2, 3), torch.ones(3, 2), torch.ones(6), torch.ones(2, 3).view(torch.int32)]
+    assert len({OtherWeights({"w": one}).sha256 for one in ones}) == 4
+    assert OtherWeights({"w": ones[0]}).sha256 != OtherWeights({"v": ones[0]}).sha256
     assert first.with_strength(0.5).towards is first.towards
     assert str(first) == "weights of AWQ"
     assert repr(first) == "Interpolation(share=1.0, towards=3 tensors, name='AWQ')"
@@ -156,13 +160,18 @@ class Halves(Tensor):
         return cls(args[0].held)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # deprecated, and still about
 def test_tensors_of_a_quantizer_are_dequantized() -> None:
     held = torch.randint(-8, 8, (3, 4), dtype=torch.int8)
     quantized = {"w": Halves(held)}
     found = Interpolation(1.0, quantized)({"w": torch.randn(3, 4)})["w"]
     assert torch.equal(found, 2.0 * held)
     assert Interpolation(1.0, quantized) == Interpolation(1.0, {"w": 2.0 * held})
-    assert type(dequantized(nn.Parameter(torch.ones(2)))) is not Halves
+    plain = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    assert dequantized(plain).dtype == torch.bfloat16
+    assert dequantized(plain).data_ptr() == plain.data_ptr()
+    old = torch.quantize_per_tensor(torch.tensor([0.5, 1.2]), 0.5, 0, torch.qint8)
+    assert dequantized(old).tolist() == [0.5, 1.0]
 
 
 def test_a_probe_says_which_layer_costs_what_a_quantizer_costs(tmp_path) -> None:

@@ -73,6 +73,14 @@ def test_a_group_that_does_not_fit_is_named_before_anything_is_written() -> None
         Pruning(0.5, 4).check(weights)
 
 
+@for_each(
+    ("settings", "said"), [((1.1,), "sparsity: expected 0"), ((0.5, "row"), "per: expected"), ((0.5, 1), "per: ")]
+)
+def test_settings_are_checked_at_once(settings: tuple, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Pruning(*settings)
+
+
 def test_strengths() -> None:
     assert Pruning(0.8, "all").weakened(0.5) == Pruning(0.4, "all")
     assert Pruning(0.8).settings() == {"sparsity": 0.8}

@@ -103,7 +103,16 @@ def towards_others(tensors):
     weights = {str(place): tensor for place, tensor in enumerate(tensors)}
     source = torch.Generator().manual_seed(7)
     others = {name: torch.randn(weight.shape, generator=source) for name, weight in weights.items()}
-    return list(Interpolation(0.25, others)(weights).values())
+    found = Interpolation(0.25, others)(weights)
+    for name, weight in weights.items():
+        if isinstance(weight, DTensor):  # others that are spread in the same way stay where they are
+            mesh, placements = weight.device_mesh, weight.placements
+            alike = {name: distribute_tensor(others[name].to(rank_device()), mesh, placements)}
+            again = Interpolation(0.25, alike)({name: weight})[name]
+            assert torch.equal(bits_of(whole(again)), bits_of(whole(found[name])))
+            with pytest.raises(ValueError, match="of its own"):
+                Interpolation(0.25, alike)({name: whole(weight)})
+    return list(found.values())
 
 
 FUNCTIONS = {
