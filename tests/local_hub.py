@@ -108,6 +108,7 @@ def local_hub(repositories, monkeypatch, cache):
     """Yield a Hub with these data sets, which `datasets` and `huggingface_hub` take for the real one."""
     import datasets
     import huggingface_hub
+    import transformers.utils.hub
 
     hub = LocalHub(repositories)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
@@ -125,6 +126,8 @@ def local_hub(repositories, monkeypatch, cache):
         (config, "USE_PARQUET_EXPORT", False),
     ]:
         monkeypatch.setattr(place, name, value)
+    # Made once in a process, for the Hub of then; older releases of Transformers have none.
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
     try:
         yield hub
     finally:
