@@ -122,7 +122,7 @@ def other_models(arguments: argparse.Namespace, subject: Subject) -> list[Interp
 
 
 def _weights_of(name: str, arguments: argparse.Namespace, subject: Subject) -> Mapping[str, Tensor]:
-    """Return the weights of another model by name, of a GGUF file in floating point."""
+    """Return the weights of another model by name: of a GGUF file in floating point, of an adapter merged."""
     if Path(name).suffix == GGUF:
         kind, file = type(subject.model), Path(name)
         of_file = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
@@ -133,7 +133,9 @@ def _weights_of(name: str, arguments: argparse.Namespace, subject: Subject) -> M
     else:
         task, origin = task_named(subject.task), {"trust_remote_code": arguments.trust_remote_code}
         check_head(task, name, **origin)
-        model = task.load_model(name, **origin, dtype=arguments.dtype)
+        model = task.load_model(name, to_train=True, **origin, dtype=arguments.dtype)
+        if hasattr(model, "merge_and_unload"):  # an adapter, around what it belongs to
+            model = model.merge_and_unload()
     weights: Mapping[str, Tensor] = model.state_dict()
     return weights
 

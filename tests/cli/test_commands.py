@@ -255,6 +255,19 @@ class TestProbe:
         page = Path("out/robustness.md").read_text(encoding="utf-8")
         assert f"--corruptions gaussian=0.1 --towards {' '.join(called)} --shares 0.5 1.0 --trials 3" in page
 
+    @pytest.mark.filterwarnings("ignore::FutureWarning:peft")
+    def test_an_adapter_is_merged_where_it_is_the_other_model(self, run, classifier_folder, sentences, tmp_path):
+        peft = pytest.importorskip("peft")
+        settings = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
+        peft.get_peft_model(model_of(classifier_folder), settings).save_pretrained(tmp_path / "adapter")
+        data = ("--dataset", sentences, "--batch-size", 4, "--quiet", "--json")
+        alone = EvaluationRecord.from_json(run("evaluate", "adapter", *data, "--corruptions", "gaussian=0").out)
+        towards = EvaluationRecord.from_json(run("evaluate", classifier_folder, *data, "--towards", "adapter").out)
+        (row,) = towards.corruptions
+        assert row.mean("loss") == pytest.approx(alone.clean.mean("loss"), rel=1e-5)
+        assert row.mean("loss") != towards.clean.mean("loss")
+        assert row.changed == 2 * 8 * 8, "the queries of two layers"
+
     @pytest.mark.slow
     def test_a_recipe_goes_into_a_folder_and_a_budget_out_of_reach_names_the_nearest(
         self, run, classifier_folder, sentences
