@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from hf_parcor.arguments import check_finite
 from hf_parcor.corruptions.corruption import Corruption, GradientSource, Strength
 from hf_parcor.distributed.dtensors import cut_as, local_part, sharded_as, spread_alike
-from hf_parcor.functional.vectors import working_dtype
+from hf_parcor.functional.vectors import bytes_of, working_dtype
 from hf_parcor.injection import Pieces
 
 
@@ -40,7 +40,7 @@ class OtherWeights:
             here = local_part(dequantized(tensor))
             digest.update(f"{name} {tuple(tensor.shape)} {here.dtype};".encode())
             if not here.is_meta:
-                digest.update(here.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                digest.update(bytes_of(here))
         return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:

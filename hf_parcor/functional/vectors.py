@@ -66,6 +66,15 @@ def chunks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         yield from torch.split(tensor.view(-1), _CHUNK)
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a dense tensor, as a buffer."""
+    here = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    flat = here.reshape(-1)
+    if flat.stride(0) != 1:  # of one number or none, as an empty array of NumPy, which is contiguous all the same
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
+
+
 TOGETHER = 1 << 22  # entries that one batched call takes of a vector in turn: 16 MiB in float32, and a tensor beyond
 _TIMES_WHERE_LAUNCHES_COST = 4
 

@@ -126,6 +126,9 @@ def test_what_tells_two_apart() -> None:
     ones = [torch.ones(2, 3), torch.ones(3, 2), torch.ones(6), torch.ones(2, 3).view(torch.int32)]
     assert len({OtherWeights({"w": one}).sha256 for one in ones}) == 4
     assert OtherWeights({"w": ones[0]}).sha256 != OtherWeights({"v": ones[0]}).sha256
+    single = torch.ones(6)[::3][:1]
+    assert single.stride() == (3,)
+    assert OtherWeights({"w": single}) == OtherWeights({"w": torch.ones(1)})
     assert first.with_strength(0.5).towards is first.towards
     assert str(first) == "weights of AWQ"
     assert repr(first) == "Interpolation(share=1.0, towards=3 tensors, name='AWQ')"

@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from hf_parcor.distributed.dtensors import local_part, whole
 from hf_parcor.evaluation.placement.reach import plain_parts
-from hf_parcor.evaluation.placement.weights import bytes_of, weights_of
+from hf_parcor.evaluation.placement.weights import weights_of
+from hf_parcor.functional.vectors import bytes_of
 
 TOLD_BY_THEIR_TEXT = (
     *(datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo),

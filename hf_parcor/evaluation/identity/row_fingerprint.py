@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.evaluation.identity.fingerprint import fingerprint, is_mapping_of_dense_tensors
 from hf_parcor.evaluation.outputs import ForMetrics, inputs_and_rest
-from hf_parcor.evaluation.placement.weights import bytes_of
+from hf_parcor.functional.vectors import bytes_of
 from hf_parcor.records import OF_ROWS
 
 Spans: TypeAlias = Sequence[tuple[int, int]]  # of each row: where its content begins, and where it has ended

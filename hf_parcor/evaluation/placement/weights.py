@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_parcor.evaluation.placement.device_map import kept_of, ties_of
 from hf_parcor.evaluation.placement.reach import packed_tensors, plain_parts
+from hf_parcor.functional.vectors import bytes_of
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -43,15 +42,6 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, held
         del held  # before the next one is read
     yield from packed_tensors(model)
-
-
-def bytes_of(tensor: Tensor) -> Any:
-    """Return the bytes of a dense tensor, as a buffer."""
-    here = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    flat = here.reshape(-1)
-    if flat.stride(0) != 1:  # of one number or none, as an empty array of NumPy, which is contiguous all the same
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    return flat.view(torch.uint8).numpy().data
 
 
 def _held(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
