@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import wave
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -153,6 +154,63 @@ def save_yolos(folder: Path) -> str:
     return str(folder)
 
 
+LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abdefghilmopt"]
+
+
+def save_wav2vec2(folder: Path, kind: type[Any] = transformers.Wav2Vec2ForCTC, seed: int = 0, **settings: Any) -> str:
+    """Save a model that hears 50 frames a second, with letters for CTC, or with classes."""
+    torch.manual_seed(seed)
+    convolutions = {"conv_dim": (8, 8), "conv_kernel": (40, 16), "conv_stride": (20, 16)}
+    places = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    ctc = {"pad_token_id": 0, "ctc_loss_reduction": "mean", "ctc_zero_infinity": True, "feat_extract_norm": "layer"}
+    sizes = {**tiny.encoder(len(LETTERS)), "initializer_range": 0.5, "classifier_proj_size": 8, "mask_time_length": 2}
+    config = transformers.Wav2Vec2Config(**{**sizes, **convolutions, **places, **ctc, **NAMED, **settings})
+    kind(config).save_pretrained(folder)
+    extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    if kind is not transformers.Wav2Vec2ForCTC:
+        extractor.save_pretrained(folder)
+        return str(folder)
+    (folder / "vocab.json").write_text(json.dumps({letter: number for number, letter in enumerate(LETTERS)}))
+    tokenizer: Any = transformers.Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
+    transformers.Wav2Vec2Processor(extractor, tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def save_whisper(folder: Path, **settings: Any) -> str:
+    """Save a model of two languages that hears one second, and writes bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    torch.manual_seed(0)
+    controls = ["startoftranscript", "en", "de", "translate", "transcribe", "startoflm", "startofprev", "nospeech"]
+    named = [f"<|{name}|>" for name in ("endoftext", *controls, "notimestamps")]
+    tokens = {letter: number for number, letter in enumerate(bytes_to_unicode().values())}
+    tokenizer: Any = transformers.WhisperTokenizer(vocab=tokens, merges=[], extra_special_tokens=named)
+    number = {name: tokenizer.convert_tokens_to_ids(name) for name in named}
+    extractor = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    sides = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    sizes = {"d_model": 8, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_mel_bins": 8, "init_std": 0.5}
+    ends = dict.fromkeys(("eos_token_id", "pad_token_id", "bos_token_id"), number["<|endoftext|>"])
+    starts = {"decoder_start_token_id": number["<|startoftranscript|>"], "suppress_tokens": None}
+    config = transformers.WhisperConfig(
+        vocab_size=len(tokenizer),
+        max_source_positions=50,
+        max_target_positions=64,
+        begin_suppress_tokens=None,
+        **{**sides, **sizes, **ends, **starts, **settings},
+    )
+    model = transformers.WhisperForConditionalGeneration(config)
+    model.generation_config.update(
+        is_multilingual=True,
+        lang_to_id={name: number[name] for name in ("<|en|>", "<|de|>")},
+        task_to_id={name: number[f"<|{name}|>"] for name in ("transcribe", "translate")},
+        no_timestamps_token_id=number["<|notimestamps|>"],
+        return_timestamps=False,
+    )
+    model.save_pretrained(folder)
+    transformers.WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
 def write_rows(path: Path, header: list[str], rows: list[tuple[Any, ...]]) -> str:
     """Write a TSV without quotes, a CSV with them, or JSON lines."""
     if path.suffix == ".jsonl":
@@ -228,6 +286,34 @@ def write_objects(path: Path) -> str:
     return write_rows(path, ["image", "objects"], rows)
 
 
+def write_wave(path: Path, samples: Any, rate: int = 16_000) -> None:
+    """Write samples between -1 and 1, or channels x samples, as a WAV file of 16 bits."""
+    channels = np.atleast_2d(samples)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(channels))
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((channels.T * 32767).round().astype("<i2").tobytes())
+
+
+def write_sounds(path: Path, header: Sequence[str], values: Sequence[str]) -> str:
+    """Write recordings of several lengths, in all up to a second, with a value each."""
+    pytest.importorskip("soundfile", reason="recordings need the extra 'audio'")
+    random = np.random.default_rng(0)
+    for number in range(len(values)):
+        write_wave(path.parent / f"{number}.wav", random.uniform(-0.5, 0.5, 4_000 + 1_700 * number))
+    return write_rows(path, list(header), [(f"{number}.wav", value) for number, value in enumerate(values)])
+
+
+def write_spoken(path: Path) -> str:
+    pytest.importorskip("jiwer", reason="word error rates need the extra 'audio'")
+    return write_sounds(path, ["audio", "text"], [text.replace('"', "") for text in SENTENCES])
+
+
+def write_commands(path: Path) -> str:
+    return write_sounds(path, ["audio", "label"], ["positive", "negative", "negative", "positive"])
+
+
 # A model, and data for it, of each task.
 SAVED: dict[str, tuple[Callable[[Path], str], Callable[[Path], str], str]] = {
     "text-classification": (save_bert, write_sentences, "rows.tsv"),
@@ -247,5 +333,11 @@ SAVED: dict[str, tuple[Callable[[Path], str], Callable[[Path], str], str]] = {
     "translation": (save_t5, write_pairs, "rows.tsv"),
     "image-classification": (save_vit, write_images, "rows.csv"),
     "object-detection": (save_yolos, write_objects, "rows.jsonl"),
+    "automatic-speech-recognition": (save_wav2vec2, write_spoken, "rows.csv"),
+    "audio-classification": (
+        lambda folder: save_wav2vec2(folder, transformers.Wav2Vec2ForSequenceClassification),
+        write_commands,
+        "rows.csv",
+    ),
     "sentence-similarity": (save_sentence_encoder, write_alike, "rows.csv"),
 }

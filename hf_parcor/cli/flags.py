@@ -98,6 +98,8 @@ TASKS = (
     "translation",
     "image-classification",
     "object-detection",
+    "automatic-speech-recognition",
+    "audio-classification",
     "sentence-similarity",
 )
 TRIALS = 3

@@ -8,6 +8,7 @@ from hf_parcor.evaluation.losses import model_loss
 from hf_parcor.evaluation.metrics import (
     BatchMetric,
     ClassificationMetric,
+    CTCMetric,
     DetectionMetric,
     EmbeddingMetric,
     EntityScore,
@@ -22,6 +23,7 @@ from hf_parcor.evaluation.metrics import (
     QuestionAnsweringMetric,
     SacrebleuScore,
     TrainerMetric,
+    TranscriptScore,
 )
 from hf_parcor.evaluation.mixin import (
     DEFAULT_CORRUPTIONS,
@@ -39,6 +41,7 @@ __all__ = [
     "DEFAULT_CORRUPTIONS",
     "DEFAULT_TRIALS",
     "BatchMetric",
+    "CTCMetric",
     "CheckpointError",
     "ClassificationMetric",
     "CorruptionEvaluator",
@@ -63,6 +66,7 @@ __all__ = [
     "RobustnessMixin",
     "SacrebleuScore",
     "TrainerMetric",
+    "TranscriptScore",
     "embedding_loss",
     "measure_robustness",
     "model_loss",

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_parcor.errors import InputError, nearest
 from hf_parcor.tasks.adapters import Adapter
+from hf_parcor.tasks.audio_classification import AudioClassification
 from hf_parcor.tasks.fill_mask import FillMask
 from hf_parcor.tasks.image_classification import ImageClassification
 from hf_parcor.tasks.object_detection import ObjectDetection
@@ -15,6 +16,7 @@ from hf_parcor.tasks.question_answering import QuestionAnswering
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.sentence_similarity import SENTENCE_TRANSFORMER, SentenceSimilarity, is_sentence_transformer
 from hf_parcor.tasks.sequence_to_sequence import Summarization, Translation
+from hf_parcor.tasks.speech_recognition import SpeechRecognition
 from hf_parcor.tasks.task import Task, load_configuration
 from hf_parcor.tasks.text_classification import TextClassification
 from hf_parcor.tasks.text_generation import TextGeneration
@@ -33,6 +35,8 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             Translation(),
             ImageClassification(),
             ObjectDetection(),
+            SpeechRecognition(),
+            AudioClassification(),
             SentenceSimilarity(),
         )
     }

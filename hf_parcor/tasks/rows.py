@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from hf_parcor.errors import InputError, nearest, one_line
 from hf_parcor.hub_data import load_hub_data
 from hf_parcor.records.data import EvaluationData, evaluation_data_of
+from hf_parcor.tasks.audio import Samples, audio_seconds, read_audio
 from hf_parcor.tasks.files import data_suffix, read_file
 from hf_parcor.tasks.images import is_image_pack, read_image_rows
 
@@ -176,6 +177,43 @@ class Rows:
         with self._opened(column, index) as image:
             return int(image.width), int(image.height)
 
+    def audio(self, column: str, index: int, rate: int) -> Samples:
+        """Return a recording of a row, as `read_audio` does; it is decoded when it is needed.
+
+        Args:
+            column: With names of files beside the data file, or mappings as `datasets` stores them.
+            index: Of the row, from 0 on.
+            rate: Samples a second.
+
+        Raises:
+            InputError: It cannot be read.
+            ImportError: What reads it is not installed.
+        """
+        with self._recording(column, index) as recording:
+            return read_audio(recording, rate)
+
+    def audio_seconds(self, column: str, index: int) -> float:
+        """Return how long a recording of a row is, as `audio` finds it; it is not decoded.
+
+        Raises:
+            InputError: As for `audio`.
+        """
+        with self._recording(column, index) as recording:
+            return audio_seconds(recording)
+
+    @contextmanager
+    def _recording(self, column: str, index: int) -> Iterator[Any]:
+        recording = self.entries[index][column]
+        if isinstance(recording, (str, int)):  # an int is a file by the name of a number, as tables are read
+            recording = Path(self.source).parent / str(recording)
+        try:
+            yield recording
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{self.source}: expected a recording, or the file of one, in row {self.number(index)}, got "
+                f"{one_line(error)}; mend the data: paths are relative to the data file"
+            ) from error
+
     @contextmanager
     def _opened(self, column: str, index: int) -> Iterator[Any]:
         from PIL import Image
@@ -227,6 +265,9 @@ def load_rows(source: str, split: str = "validation", configuration: str | None 
     if "translation" in found.features:
         found = found.flatten()
     data = replace(evaluation_data_of(found), name=path.absolute().name, id="" if path.exists() else source)
+    for name, feature in found.features.items():
+        if type(feature).__name__ == "Audio":  # `datasets` would decode it with another library, at its own rate
+            found = found.cast_column(name, type(feature)(decode=False))
     return Rows(source, found, tuple(found.column_names), _class_names(found.features), data)
 
 

@@ -12,6 +12,7 @@ from hf_parcor.evaluation import BatchMetric, GenerationMetric, SacrebleuScore
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.languages import set_languages
 from hf_parcor.tasks.rows import Rows
+from hf_parcor.tasks.speech_recognition import speech_models
 from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task, check_tokens, library_score, say_what_is_cut
 from hf_parcor.tasks.text_generation import decoders
 
@@ -28,8 +29,9 @@ class SequenceToSequence(Task):
     takes = frozenset({"max_length", "prefix", "source_language", "target_language"})
 
     def has_head(self, architectures: Sequence[str]) -> bool:
-        """Return whether a model of these architectures has an encoder too: decoders beside images are named alike."""
-        return super().has_head([name for name in architectures if name not in decoders()])
+        """Return whether a model of these architectures encodes texts: decoders, and what hears, are named alike."""
+        named_alike = decoders() | speech_models()
+        return super().has_head([name for name in architectures if name not in named_alike])
 
     def prepare(self, processed: Processed) -> None:
         """Set the languages that are asked for."""

@@ -355,7 +355,7 @@ class Task(ABC):
     def batches(
         self, examples: Sequence[Example], processed: Processed, size: int, workers: int = 0
     ) -> DataLoader[Any]:
-        """Return batches; texts of like length share one, for less padding.
+        """Return batches; texts, and recordings, of like length share one, for less padding.
 
         Args:
             examples: What `examples` returned.
@@ -364,9 +364,11 @@ class Task(ABC):
             workers: How many processes make batches; 0 for this one.
         """
         ordered: Any = examples
-        if "input_ids" in examples[0]:
-            order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
-            ordered = _InOrder(examples, order)
+        lengths = getattr(examples, "lengths", None)  # of recordings: an example would be decoded for it
+        if lengths is None and "input_ids" in examples[0]:
+            lengths = [len(example["input_ids"]) for example in examples]
+        if lengths is not None:
+            ordered = _InOrder(examples, sorted(range(len(examples)), key=lengths.__getitem__))
         return DataLoader(ordered, batch_size=size, collate_fn=self.collator(processed), num_workers=workers)
 
 

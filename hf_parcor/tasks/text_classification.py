@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from transformers import DataCollatorWithPadding
 
+from hf_parcor.tasks.audio_classification import audio_classifiers
 from hf_parcor.tasks.classification import Classification
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Collator, Example, Processed, Role, check_tokens, say_what_is_cut
@@ -26,6 +27,10 @@ class TextClassification(Classification):
         "second_text": Role(("sentence2", "hypothesis", "question2", "answer", "text_pair"), required=False),
         "label": Role(("label", "labels", "class", "target")),
     }
+
+    def has_head(self, architectures: Sequence[str]) -> bool:
+        """Return whether a model of these architectures classifies texts: some for recordings are named alike."""
+        return super().has_head([name for name in architectures if name not in audio_classifiers()])
 
     def prepare(self, processed: Processed) -> None:
         """Name the model the token of its padding: a decoder looks for the last token that is another."""

@@ -6,10 +6,13 @@ import inspect
 import itertools
 import json
 import math
+import unicodedata
+import wave
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -18,6 +21,7 @@ from for_each import for_each
 from local_models import (
     BERT,
     LABELS,
+    LETTERS,
     MANY_LANGUAGES,
     NAMED,
     SAVED,
@@ -188,6 +192,58 @@ def of_objects(model, processor, rows, folder):
     return {**average_precision(found, there), "loss": output.loss.item()}
 
 
+def samples_of(file):
+    with wave.open(str(file)) as opened:
+        assert (opened.getframerate(), opened.getnchannels()) == (16_000, 1)
+        return np.frombuffer(opened.readframes(opened.getnframes()), "<i2") / np.float32(32768)
+
+
+def normed(samples):
+    """As Wav2Vec 2.0 has them."""
+    return torch.from_numpy((samples - samples.mean()) / np.sqrt(samples.var() + 1e-7))[None]
+
+
+def edits(said, heard):
+    """The least number of insertions, deletions and substitutions, by the table of Wagner and Fischer."""
+    row = list(range(len(heard) + 1))
+    for place, one in enumerate(said, start=1):
+        above, row = row, [place]
+        for index, other in enumerate(heard, start=1):
+            row.append(min(above[index] + 1, row[-1] + 1, above[index - 1] + (one != other)))
+    return row[-1]
+
+
+def of_speech(model, _, rows, folder):
+    pairs = []
+    for row in rows:
+        (frames,) = model(normed(samples_of(folder / row["audio"]))).logits.argmax(-1).tolist()
+        heard = [LETTERS[token] for token, _ in itertools.groupby(frames) if token]
+        pairs.append((row["text"], "".join(heard).replace("|", " ")))
+    return error_rates(pairs)
+
+
+def error_rates(pairs):
+    def spoken(text):
+        return " ".join("".join(one for one in text.lower() if unicodedata.category(one)[0] != "P").split())
+
+    kept = [[spoken(text) for text in pair] for pair in pairs]
+    words, letters = ([(split(one), split(other)) for one, other in kept] for split in (str.split, list))
+    return {
+        name: sum(edits(*pair) for pair in of_texts) / sum(len(said) for said, _ in of_texts)
+        for name, of_texts in (("wer", words), ("cer", letters))
+    }
+
+
+def of_sounds(model, _, rows, folder):
+    right, losses = [], []
+    for row in rows:
+        label = LABELS[row["label"].upper()]
+        logits = model(normed(samples_of(folder / row["audio"]))).logits
+        right.append(int(logits.argmax()) == label)
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor([label])).item())
+    return {"accuracy": sum(right) / len(right), "loss": sum(losses) / len(losses)}
+
+
 def of_searches(model, _, rows):
     texts = [row[name] for name in ("anchor", "positive") for row in rows]
     unit = torch.nn.functional.normalize(model.encode(texts, convert_to_tensor=True), dim=-1)
@@ -222,12 +278,15 @@ BY_HAND = {
     "translation": of_translations,
     "image-classification": of_images,
     "object-detection": of_objects,
+    "automatic-speech-recognition": of_speech,
+    "audio-classification": of_sounds,
     "sentence-similarity": of_searches,
 }
 
 
-# Images have none, and a model of sentence-transformers has its own.
-WITH_TOKENIZER = [name for name, task in TASKS.items() if "image" not in task.roles and name != "sentence-similarity"]
+# What is seen or heard has none, or one of its own, and so has a model of sentence-transformers.
+OF_FILES = [name for name, task in TASKS.items() if {"image", "audio"} & set(task.roles)]
+WITH_TOKENIZER = [name for name in TASKS if name not in (*OF_FILES, "sentence-similarity")]
 
 
 def test_every_task_has_a_row():
@@ -261,7 +320,7 @@ def test_the_metric_is_that_of_a_loop_over_rows(name, padding, tmp_path):
     batches = task.batches(task.examples(rows, columns, processed), processed, size)
     with torch.no_grad():
         found = task.metric(task.metrics[0], processed, batches)(model)
-        more = (tmp_path,) if name in ("image-classification", "object-detection") else ()
+        more = (tmp_path,) if name in OF_FILES else ()
         expected = BY_HAND[name](model, processed.processor, rows.entries, *more)
     assert found == pytest.approx(expected, rel=1e-5)
     assert task.shown(task.metrics[0], found) == task.metrics[0]
@@ -438,6 +497,8 @@ def test_what_a_task_does_not_read_is_refused(name, tmp_path):
     processed = Processed(task.load_model(folder), task.load_processor(folder), Watched())
     examples = task.examples(rows, columns, processed)
     task.metric(task.metrics[0], processed, task.batches(examples, processed, 2))
+    if name == "automatic-speech-recognition":
+        read.add("source_language")  # which others of its models are told
     if name in ("summarization", "translation"):
         read |= {"source_language", "target_language"}  # which tokenizer and model are told, see TestLanguages
     assert set(ASKED) == {field.name for field in fields(Encoding)}
@@ -452,7 +513,7 @@ NO_TEXT = [["a", "b"], {"de": "a"}, True, math.nan]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if "image" not in task.roles])
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in OF_FILES])
 def test_what_is_no_text_or_has_no_token(name, tmp_path):
     """Lists are not measured as Python writes them, and no model gets a row without tokens, or padding alone."""
     task, (save, write, file) = TASKS[name], SAVED[name]

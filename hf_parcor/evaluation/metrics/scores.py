@@ -1,4 +1,4 @@
-"""Numbers from predictions and references: what any library computes, and those of sacrebleu and seqeval."""
+"""Numbers from predictions and references: what any library computes, and those of sacrebleu, seqeval and jiwer."""
 
 from __future__ import annotations
 
@@ -112,6 +112,73 @@ class SacrebleuScore:
     def notes(self) -> tuple[str, ...]:
         """The signature, once a corpus was scored: it contains the number of references."""
         return (f"sacrebleu signature of {self._kind}: {self._metric.get_signature()}",) if self._scored else ()
+
+
+class TranscriptScore:
+    """Word and character error rate of transcripts, by jiwer: the edits that lead to the reference, by its length.
+
+    Texts are compared as speech has them, in lower case, without punctuation and with single spaces: "Don't stop." is
+    "dont stop". So models that write as people do and those that know capital letters alone are measured alike.
+
+    Args:
+        normalized: Whether they are. Default True; False compares every character.
+
+    Raises:
+        ImportError: jiwer is not installed.
+
+    Examples:
+        >>> TranscriptScore()(predictions=["a good Film"], references=["A good, good film."])
+        {'wer': 0.25, 'cer': 0.29...}
+        >>> TranscriptScore(normalized=False)(predictions=["a film"], references=["A film."])["wer"]
+        1.0
+    """
+
+    names = ("wer", "cer")
+    """Its numbers, shares of the words and of the characters of all references together; they can exceed 1."""
+
+    def __init__(self, normalized: bool = True) -> None:
+        try:
+            import jiwer
+        except ImportError as error:
+            raise ImportError(
+                "TranscriptScore needs jiwer; install it with: pip install 'hf-parcor[audio]'"
+            ) from error
+        library: Any = jiwer
+        as_spoken = [library.ToLowerCase(), library.RemovePunctuation()] if normalized else []
+        spaced = [*as_spoken, library.RemoveMultipleSpaces(), library.Strip()]
+        self._library, self._normalized = library, normalized
+        self._words = library.Compose([*spaced, library.ReduceToListOfListOfWords()])
+        self._characters = library.Compose([*spaced, library.ReduceToListOfListOfChars()])
+
+    def __call__(self, *, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        """Return both rates.
+
+        Raises:
+            ValueError: No reference has a word.
+        """
+        said, heard = list(references), list(predictions)
+        if not any(self._words(said)):
+            raise ValueError(f"references: expected a word in one of {len(said)}, got none; measure on other data")
+        words = self._library.process_words(
+            said, heard, reference_transform=self._words, hypothesis_transform=self._words
+        )
+        characters = self._library.process_characters(
+            said, heard, reference_transform=self._characters, hypothesis_transform=self._characters
+        )
+        return {"wer": float(words.wer), "cer": float(characters.cer)}
+
+    def info_of(self, name: str) -> MetricInfo | None:
+        """Return what the numbers mean: shares; small is good."""
+        return MetricInfo(False, SHARE) if name in self.names else None
+
+    def identity(self) -> dict[str, Any]:
+        """Return whether texts are normalized, and the version of jiwer."""
+        return {"normalized": self._normalized, "version": importlib.metadata.version("jiwer")}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How texts are compared."""
+        return ("transcripts are compared in lower case, without punctuation",) if self._normalized else ()
 
 
 class EntityScore:

@@ -1,0 +1,219 @@
+"""Texts from speech: models that align frames with letters (CTC), and those that generate a text (Whisper)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+import transformers
+from torch.utils.data import DataLoader
+from transformers.models.auto import modeling_auto
+
+from hf_parcor.errors import InputError, one_line
+from hf_parcor.evaluation import BatchMetric, CTCMetric, GenerationMetric, TranscriptScore
+from hf_parcor.evaluation.metrics.scores import Score
+from hf_parcor.evaluation.outputs import inside_adapters
+from hf_parcor.sequence_length import asked_length, fitting_length, generated_length
+from hf_parcor.tasks.recordings import AudioCollator, Recordings, extractor_of
+from hf_parcor.tasks.rows import Rows
+from hf_parcor.tasks.task import (
+    Collator,
+    Example,
+    Processed,
+    Role,
+    Task,
+    check_tokens,
+    library_score,
+    load_configuration,
+    load_processing,
+    say_what_is_cut,
+)
+
+logger = logging.getLogger(__name__)
+
+_CTC = "ForCTC"
+# They take recordings and nothing beside them; others of the kind read a prompt, which each writes in its own way.
+_GENERATING = frozenset(
+    {
+        "MoonshineForConditionalGeneration",
+        "MoonshineStreamingForConditionalGeneration",
+        "Speech2TextForConditionalGeneration",
+        "SpeechEncoderDecoderModel",
+        "WhisperForConditionalGeneration",
+    }
+)
+_MAX_LENGTH = 448
+
+
+@cache
+def speech_models() -> frozenset[str]:
+    """Return the classes of Transformers that generate texts from sound: they are named as those for texts are."""
+    return frozenset(modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values())
+
+
+class SpeechRecognition(Task):
+    """What is said in a recording, compared with a transcript: word and character error rate."""
+
+    name = "automatic-speech-recognition"
+    heads = (_CTC,)
+    auto_class = "AutoModelForSpeechSeq2Seq"
+    pads = False
+    examples_are_inputs = False
+    takes = frozenset({"max_length", "source_language"})
+    metrics = TranscriptScore.names
+    roles: ClassVar[Mapping[str, Role]] = {
+        "audio": Role(("audio", "speech", "recording", "file", "path")),
+        "text": Role(
+            ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription", "raw_text")
+        ),
+    }
+
+    def has_head(self, architectures: Sequence[str]) -> bool:
+        """Return whether a model of these architectures hears."""
+        return super().has_head(architectures) or not _GENERATING.isdisjoint(architectures)
+
+    def loader(self, name: str, **origin: Any) -> Any:
+        """Return the class of Transformers for CTC, or that for models that generate."""
+        is_ctc = super().has_head(load_configuration(name, **origin).architectures or [])
+        return transformers.AutoModelForCTC if is_ctc else super().loader(name, **origin)
+
+    def load_processor(self, name: str, **settings: Any) -> Any:
+        """Return the model's processor, which has a feature extractor and a tokenizer."""
+        processor = load_processing("processor", transformers.AutoProcessor, name, **settings)
+        extractor_of(processor, name)
+        if getattr(processor, "tokenizer", None) is None:
+            raise InputError(
+                f"processor: expected one with a tokenizer, got {type(processor).__name__} of {name!r}; save the "
+                "model's whole processor beside it"
+            )
+        return processor
+
+    def prepare(self, processed: Processed) -> None:
+        """Set the language that is spoken, if it is named; else a model of many finds it in each recording.
+
+        Raises:
+            InputError: One is named, and the model has none, or not that one; or a length, and the model writes frame
+                by frame.
+        """
+        super().prepare(processed)
+        asked = processed.encoding.max_length
+        if asked is not None and _is_ctc(processed.model):
+            raise InputError(
+                f"max_length: expected none for {self.name} by a model of CTC, whose texts are as long as what is "
+                f"said, got {asked}; leave it out"
+            )
+        language, model, tokenizer = processed.encoding.source_language, processed.model, processed.processor.tokenizer
+        if language is None:
+            return
+        if not getattr(model.generation_config, "lang_to_id", None):
+            raise InputError(
+                f"source_language: expected none for {type(model).__name__}, which is told of no language, got "
+                f"{language!r}; leave it out"
+            )
+        before = tokenizer.language, tokenizer.task
+        try:
+            tokenizer.set_prefix_tokens(language=language, task="transcribe")
+            tokenizer("")  # looks the language up
+        except ValueError as error:
+            tokenizer.language, tokenizer.task = before
+            raise InputError(
+                f"source_language: expected a language of the model, got {language!r} ({one_line(error)}); name one"
+            ) from error
+        model.generation_config.language, model.generation_config.task = language, "transcribe"
+
+    def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
+        """Return samples of each row, with the tokens of its text as labels."""
+        extractor, tokenizer = processed.processor.feature_extractor, processed.processor.tokenizer
+        texts, column = rows.texts(columns["text"]), columns["text"]
+        if _is_ctc(processed.model):
+            labels = tokenizer(_as_spelled(texts, tokenizer, f"{rows.source}: column {column!r}"))["input_ids"]
+        else:
+            asked = processed.encoding.max_length
+            length = fitting_length(processed.model, tokenizer, _MAX_LENGTH, asked, decoder=True)
+            encoded = tokenizer(texts, truncation=True, max_length=length)
+            say_what_is_cut(rows, column, encoded, length)
+            labels = list(_without_start(encoded["input_ids"], processed.model))
+        check_tokens(rows, column, labels)
+        recordings = Recordings(rows, columns["audio"], extractor.sampling_rate, labels)
+        _say_what_is_not_heard(recordings, extractor)
+        found: Any = recordings
+        examples: Sequence[Example] = found
+        return examples
+
+    def collator(self, processed: Processed) -> Collator:
+        """Return what makes the model's inputs of samples."""
+        return AudioCollator(processed.processor.feature_extractor, processed.model)
+
+    def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
+        """Return the word and the character error rate, or a metric of `evaluate`, of what is heard."""
+        score: Score = TranscriptScore() if name in self.metrics else library_score(name, self.metrics)
+        model, tokenizer = processed.model, processed.processor.tokenizer
+        if _is_ctc(model):
+            return CTCMetric(tokenizer, batches, score)
+        length = processed.encoding.max_length
+        if length is None and asked_length(model, {}) is None:
+            # Of the labels that are known: those of batches would be had from recordings, all decoded once more.
+            length = generated_length(model, max(map(len, _labels_of(batches))))
+        settings: dict[str, Any] = {} if length is None else {"max_new_tokens": length}
+        return GenerationMetric(tokenizer, batches, score, **settings)
+
+
+def _is_ctc(model: Any) -> bool:
+    return type(inside_adapters(model)).__name__.endswith(_CTC)
+
+
+def _labels_of(batches: DataLoader[Any]) -> Sequence[Sequence[int]]:
+    dataset: Any = batches.dataset
+    recordings: Recordings = getattr(dataset, "examples", dataset)
+    return recordings.labels
+
+
+def _without_start(rows: Sequence[Sequence[int]], model: Any) -> Iterator[Sequence[int]]:
+    """Yield labels without the token that the model puts before them by itself."""
+    start = model.config.decoder_start_token_id
+    for tokens in rows:
+        yield tokens[1:] if tokens and tokens[0] == start else tokens
+
+
+def _as_spelled(texts: Sequence[str], tokenizer: Any, source: str) -> Sequence[str]:
+    """Return texts in the letters that a tokenizer knows: as they are, or in upper or lower case if it knows more so.
+
+    Of what is in no vocabulary a model can hear nothing; many know capital letters alone.
+    """
+
+    def unknown(ways: Sequence[str]) -> int:
+        return sum(tokens.count(tokenizer.unk_token_id) for tokens in tokenizer(ways)["input_ids"])
+
+    ways = {
+        "as they are": texts,
+        "in upper case": [text.upper() for text in texts],
+        "in lower case": [text.lower() for text in texts],
+    }
+    counts = {way: unknown(spelled) for way, spelled in ways.items()}
+    best = min(counts, key=counts.__getitem__)
+    if best != "as they are":
+        logger.warning(f"{source}: texts are taken {best}, of which the model's vocabulary knows more.")
+    if counts[best]:
+        logger.warning(
+            f"{source}: {counts[best]:,} characters are none of the model's vocabulary, and count as errors: spell "
+            "numbers out, and leave punctuation out."
+        )
+    return ways[best]
+
+
+def _say_what_is_not_heard(recordings: Recordings, extractor: Any) -> None:
+    """Say how many recordings are longer than what the model hears, if its extractor cuts any; all are looked for.
+
+    Raises:
+        InputError: One cannot be read.
+    """
+    samples = getattr(extractor, "n_samples", None)
+    longer = sum(samples is not None and seconds > samples / extractor.sampling_rate for seconds in recordings.lengths)
+    if longer:
+        logger.warning(
+            f"{recordings.rows.source}: {longer:,} of {len(recordings):,} recordings are longer than the "
+            f"{samples / extractor.sampling_rate:g} seconds that the model hears, and are cut: cut recordings and "
+            "texts before."
+        )
