@@ -61,9 +61,10 @@ def load_hub_data(
         if not _is_script(name, revision, error):
             if isinstance(error, RuntimeError):
                 raise
+            told = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
             raise InputError(
                 f"{name}: expected a data set on the Hub, a folder or a file{_wanted(configuration, split, revision)}"
-                f", got {one_line(error)}; check name, split and network"
+                f", got {one_line(told or error)}; check name, split and network"
             ) from error
         refused = error
     if Path(name).exists():

@@ -313,16 +313,25 @@ def tables(
     *,
     costs: bool = False,
     metric: str = "accuracy",
+    better: Alternative = Alternative.GREATER,
 ) -> str:
     """Return two tables: mean ± deviation of each arm, and the t-values of each defended arm against the plain one.
 
     Of one seed there are neither deviations nor tests: one table, of its values.
+
+    Args:
+        records: The arms' records, one a seed, with "plain" first.
+        arms: The arms by name.
+        costs: Whether a row says how many passes a step takes.
+        metric: A share, shown in per cent.
+        better: Which values of it are.
     """
     labels = [arms[arm].label for arm in records]
     accuracies = [f"| {metric} (%) | {' | '.join(labels)} |", f"|:--|{'--:|' * len(labels)}"]
     if costs:
         accuracies.append(f"| passes a step | {' | '.join(str(passes(arms[arm])) for arm in records)} |")
-    values = [f"| t: defended ≤ plain | {' | '.join(labels[1:])} |", f"|:--|{'--:|' * len(labels[1:])}"]
+    null = "≤" if better is Alternative.GREATER else "≥"
+    values = [f"| t: defended {null} plain | {' | '.join(labels[1:])} |", f"|:--|{'--:|' * len(labels[1:])}"]
     alone = len(records["plain"]) == 1
     for index, first in enumerate(records["plain"][0].rows()):
         if alone:
@@ -330,7 +339,7 @@ def tables(
             accuracies.append(f"| {first.label} | {' | '.join(single)} |")
             continue
         cells = [over_seeds([record.rows()[index] for record in of_arm], metric) for of_arm in records.values()]
-        tests = [student_t_test(cell, cells[0]) for cell in cells[1:]]
+        tests = [student_t_test(cell, cells[0], better) for cell in cells[1:]]
         marks = ["", *("*" if test.is_significant() else "" for test in tests)]
         shown = [f"{c.mean:.1f} ± {c.standard_deviation:.1f}{mark}" for c, mark in zip(cells, marks, strict=True)]
         accuracies.append(f"| {first.label} | {' | '.join(shown)} |")

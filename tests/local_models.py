@@ -177,12 +177,23 @@ def save_wav2vec2(folder: Path, kind: type[Any] = transformers.Wav2Vec2ForCTC, s
 
 
 def save_whisper(folder: Path, **settings: Any) -> str:
-    """Save a model of two languages that hears one second, and writes bytes."""
+    """Save a model of three languages that hears one second, and writes bytes."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     torch.manual_seed(0)
-    controls = ["startoftranscript", "en", "de", "translate", "transcribe", "startoflm", "startofprev", "nospeech"]
-    named = [f"<|{name}|>" for name in ("endoftext", *controls, "notimestamps")]
+    # Languages in the order of Whisper, whose tokenizer counts them.
+    controls = [
+        "startoftranscript",
+        "en",
+        "zh",
+        "de",
+        "translate",
+        "transcribe",
+        "startoflm",
+        "startofprev",
+        "nospeech",
+    ]
+    named = [f"<|{name}|>" for name in ("endoftext", *controls, "nospeech", "notimestamps")]
     tokens = {letter: number for number, letter in enumerate(bytes_to_unicode().values())}
     tokenizer: Any = transformers.WhisperTokenizer(vocab=tokens, merges=[], extra_special_tokens=named)
     number = {name: tokenizer.convert_tokens_to_ids(name) for name in named}
@@ -199,13 +210,11 @@ def save_whisper(folder: Path, **settings: Any) -> str:
         **{**sides, **sizes, **ends, **starts, **settings},
     )
     model = transformers.WhisperForConditionalGeneration(config)
-    model.generation_config.update(
-        is_multilingual=True,
-        lang_to_id={name: number[name] for name in ("<|en|>", "<|de|>")},
-        task_to_id={name: number[f"<|{name}|>"] for name in ("transcribe", "translate")},
-        no_timestamps_token_id=number["<|notimestamps|>"],
-        return_timestamps=False,
-    )
+    told: Any = model.generation_config
+    told.is_multilingual, told.return_timestamps, told._from_model_config = True, False, False
+    told.lang_to_id = {name: number[name] for name in ("<|en|>", "<|zh|>", "<|de|>")}
+    told.task_to_id = {name: number[f"<|{name}|>"] for name in ("transcribe", "translate")}
+    told.no_timestamps_token_id = number["<|notimestamps|>"]
     model.save_pretrained(folder)
     transformers.WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
     return str(folder)

@@ -10,7 +10,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from hf_parcor.tasks.classification import Classification
-from hf_parcor.tasks.recordings import AudioCollator, Recordings, extractor_of
+from hf_parcor.tasks.recordings import RECORDING, AudioCollator, Recordings, extractor_of
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Collator, Example, Processed, Role, load_processing
 
@@ -29,7 +29,7 @@ class AudioClassification(Classification):
     auto_class = "AutoModelForAudioClassification"
     examples_are_inputs = False
     roles: ClassVar[Mapping[str, Role]] = {
-        "audio": Role(("audio", "speech", "recording", "file", "path")),
+        "audio": Role(RECORDING),
         "label": Role(("label", "labels", "class", "target", "command", "emotion", "speaker")),
     }
 

@@ -15,6 +15,9 @@ from hf_parcor.errors import InputError
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Example
 
+RECORDING = ("audio", "speech", "recording", "file", "file_name", "path")
+"""Well-known names of a column with recordings."""
+
 
 @dataclass(frozen=True)
 class Recordings:

@@ -11,12 +11,12 @@ import transformers
 from torch.utils.data import DataLoader
 from transformers.models.auto import modeling_auto
 
-from hf_parcor.errors import InputError, one_line
+from hf_parcor.errors import InputError, nearest
 from hf_parcor.evaluation import BatchMetric, CTCMetric, GenerationMetric, TranscriptScore
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.evaluation.outputs import inside_adapters
 from hf_parcor.sequence_length import asked_length, fitting_length, generated_length
-from hf_parcor.tasks.recordings import AudioCollator, Recordings, extractor_of
+from hf_parcor.tasks.recordings import RECORDING, AudioCollator, Recordings, extractor_of
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import (
     Collator,
@@ -64,7 +64,7 @@ class SpeechRecognition(Task):
     takes = frozenset({"max_length", "source_language"})
     metrics = TranscriptScore.names
     roles: ClassVar[Mapping[str, Role]] = {
-        "audio": Role(("audio", "speech", "recording", "file", "path")),
+        "audio": Role(RECORDING),
         "text": Role(
             ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription", "raw_text")
         ),
@@ -107,7 +107,8 @@ class SpeechRecognition(Task):
         language, model, tokenizer = processed.encoding.source_language, processed.model, processed.processor.tokenizer
         if language is None:
             return
-        if not getattr(model.generation_config, "lang_to_id", None):
+        known = getattr(getattr(model, "generation_config", None), "lang_to_id", None)
+        if not known:
             raise InputError(
                 f"source_language: expected none for {type(model).__name__}, which is told of no language, got "
                 f"{language!r}; leave it out"
@@ -115,11 +116,15 @@ class SpeechRecognition(Task):
         before = tokenizer.language, tokenizer.task
         try:
             tokenizer.set_prefix_tokens(language=language, task="transcribe")
-            tokenizer("")  # looks the language up
+            if known.keys().isdisjoint(tokenizer.convert_ids_to_tokens(tokenizer.prefix_tokens)):
+                raise ValueError(f"none of its {len(known)}")
         except ValueError as error:
             tokenizer.language, tokenizer.task = before
+            tokenizer.set_prefix_tokens()
+            codes = [token.strip("<|>") for token in known]
             raise InputError(
-                f"source_language: expected a language of the model, got {language!r} ({one_line(error)}); name one"
+                f"source_language: expected a language of the model, such as {', '.join(codes[:6])}, got {language!r}"
+                f"{nearest(language, codes)}; name one"
             ) from error
         model.generation_config.language, model.generation_config.task = language, "transcribe"
 

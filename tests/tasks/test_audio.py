@@ -1,0 +1,317 @@
+"""Recordings and what is heard in them: the same samples from whatever holds them, and transcripts as written out."""
+
+from __future__ import annotations
+
+import io
+import logging
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from for_each import for_each
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from local_models import SAVED, save_wav2vec2, save_whisper, write_rows, write_spoken, write_wave
+
+from hf_parcor.errors import InputError
+from hf_parcor.evaluation import CTCMetric, TranscriptScore
+from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, load_rows, task_of
+from hf_parcor.tasks.audio import audio_seconds, read_audio
+
+soundfile = pytest.importorskip("soundfile", reason="recordings need the extra 'audio'")
+pytest.importorskip("jiwer", reason="word error rates need the extra 'audio'")
+
+SPEECH = TASKS["automatic-speech-recognition"]
+RATE = 16_000
+
+
+def sine(rate, seconds=0.5, frequency=440):
+    return 0.5 * np.sin(2 * np.pi * frequency * np.arange(int(rate * seconds)) / rate)
+
+
+def held_as(kind, path):
+    """Return the recording of a file as it may be held."""
+    if kind == "file":
+        return path
+    if kind == "name":
+        return str(path)
+    if kind == "bytes":
+        return path.read_bytes()
+    if kind == "mapping of bytes":
+        return {"bytes": path.read_bytes(), "path": "elsewhere.wav"}
+    if kind == "mapping of a path":
+        return {"bytes": None, "path": str(path)}
+    samples, rate = soundfile.read(path, dtype="float32")
+    return {"array": samples.T, "sampling_rate": rate, "path": "elsewhere.wav"}
+
+
+class TestSamples:
+    @for_each("kind", ["file", "name", "bytes", "mapping of bytes", "mapping of a path", "samples"])
+    @for_each("rate", [RATE, 8_000, 44_100])
+    @for_each("channels", [1, 2])
+    def test_whatever_holds_them(self, kind, rate, channels, tmp_path):
+        wave = sine(rate)
+        write_wave(tmp_path / "a.wav", wave if channels == 1 else np.stack([2 * wave, 0 * wave]), rate)
+        recording = held_as(kind, tmp_path / "a.wav")
+        samples = read_audio(recording, RATE)
+        assert samples.dtype == np.float32
+        assert samples.shape == (RATE // 2,)
+        inner = slice(500, -500)  # what resamples knows nothing beyond the ends
+        np.testing.assert_allclose(samples[inner], sine(RATE)[inner], atol=1e-3)
+        assert audio_seconds(recording) == 0.5
+
+    @for_each("kind", ["WAV", "FLAC", "OGG"])
+    def test_files_of_several_kinds(self, kind, tmp_path):
+        held = io.BytesIO()
+        soundfile.write(held, sine(RATE), RATE, format=kind)
+        inner = slice(500, -500)
+        np.testing.assert_allclose(read_audio(held.getvalue(), RATE)[inner], sine(RATE)[inner], atol=0.02)
+
+    @for_each(
+        ("value", "says"),
+        [
+            ("missing.wav", r"no file .*missing\.wav"),
+            ("broken.wav", "Format not recogni[sz]ed"),
+            ("empty.wav", "a recording without a sample"),
+            (7, "no file .*7"),
+            (None, "NoneType"),
+            ({"bytes": None, "path": None}, "NoneType"),
+            ({"array": [0.0]}, "sampling_rate"),
+            (1.5, "float"),
+        ],
+    )
+    def test_what_is_none(self, value, says, tmp_path):
+        (tmp_path / "broken.wav").write_text("no sound")
+        write_wave(tmp_path / "empty.wav", np.zeros(0))
+        rows = Rows(str(tmp_path / "rows.csv"), [{"audio": {}}, {"audio": value}], ("audio",))
+        with pytest.raises(InputError, match=rf"expected a recording.* in row 2, got .*{says}.*; mend the data"):
+            rows.audio("audio", 1, RATE)
+
+    def test_a_broken_one_is_told_before_anything_is_measured(self, tmp_path):
+        rows = load_rows(write_spoken(tmp_path / "rows.csv"))
+        (tmp_path / "3.wav").write_text("no sound")
+        folder = save_wav2vec2(tmp_path / "model")
+        with pytest.raises(InputError, match="in row 4"):
+            SPEECH.examples(rows, SPEECH.find_columns(rows, {}), loaded(folder))
+
+
+@for_each("kind", ["metadata of a folder", "data set"])
+def test_a_data_set_with_recordings_is_read_as_the_files_are(kind, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    of_files = load_rows(write_spoken(tmp_path / "rows.csv"))
+    column = "file_name" if kind == "metadata of a folder" else "audio"
+    if kind == "metadata of a folder":
+        texts = [(row["audio"], row["text"]) for row in of_files.entries]
+        rows = load_rows(write_rows(tmp_path / "metadata.csv", ["file_name", "text"], texts))
+    else:
+        recordings = [{"bytes": (tmp_path / row["audio"]).read_bytes(), "path": None} for row in of_files.entries]
+        held = datasets.Dataset.from_dict({"audio": recordings, "text": of_files.texts("text")})
+        features = datasets.Features({**held.features, "audio": datasets.Audio(decode=False)})
+        (tmp_path / "data").mkdir()
+        held.cast(features).cast_column("audio", datasets.Audio(8_000)).to_parquet(tmp_path / "data" / "train.parquet")
+        rows = load_rows(str(tmp_path / "data"), "train")
+    assert SPEECH.find_columns(rows, {}) == {"audio": column, "text": "text"}
+    assert rows.texts("text") == of_files.texts("text")
+    for index in range(len(of_files.entries)):
+        samples = rows.audio(column, index, RATE)
+        np.testing.assert_array_equal(samples, of_files.audio("audio", index, RATE))
+
+
+@pytest.mark.skipif(find_spec("torchcodec") is not None, reason="datasets reads such folders with torchcodec")
+def test_a_folder_that_datasets_cannot_read_says_why(tmp_path):
+    pytest.importorskip("datasets")
+    write_spoken(tmp_path / "rows.csv")
+    (tmp_path / "rows.csv").unlink()
+    with pytest.raises(InputError, match=r"got .*torchcodec"):
+        load_rows(str(tmp_path), "train")
+
+
+def loaded(folder, **encoding):
+    processed = Processed(SPEECH.load_model(folder).eval(), SPEECH.load_processor(folder), Encoding(**encoding))
+    SPEECH.prepare(processed)
+    return processed
+
+
+def batches_of(processed, rows, size):
+    return SPEECH.batches(SPEECH.examples(rows, SPEECH.find_columns(rows, {}), processed), processed, size)
+
+
+@for_each("save", [save_wav2vec2, save_whisper])
+def test_recordings_share_batches_with_those_of_like_length_and_hear_nothing_of_them(save, tmp_path):
+    """Frames of padding do not count: nothing is heard in a batch that is not heard alone."""
+    rows = load_rows(write_spoken(tmp_path / "rows.csv"))
+    processed = loaded(save(tmp_path / "model"))
+    found = []
+    for size in (1, 2, 6):
+        batches = batches_of(processed, rows, size)
+        metric = SPEECH.metric("wer", processed, batches)
+        parts = [metric.of_batch(processed.model, batch) for batch in batches]
+        found.append([pair for heard, said, _ in parts for pair in zip(heard, said, strict=True)])
+    assert found[0] == found[1] == found[2]
+    assert [text for _, text in found[0]] == [row["text"] for row in rows.entries]  # the later, the longer
+    assert len({heard for heard, _ in found[0]}) > 2
+    shortest_last = Rows(rows.source, rows.entries[::-1], rows.columns)
+    lengths = [len(batch["labels"]) for batch in batches_of(processed, shortest_last, 4)]
+    (first, *_) = batches_of(processed, shortest_last, 4)
+    assert lengths == [4, 2]
+    assert first["labels"].shape[0] == 4
+    assert SPEECH.metric("wer", processed, batches_of(processed, shortest_last, 4))(processed.model) == pytest.approx(
+        SPEECH.metric("wer", processed, batches_of(processed, rows, 6))(processed.model)
+    )
+
+
+class TestWhisper:
+    @for_each("language", [None, "en", "de"])
+    @for_each("length", [None, 9])
+    def test_what_it_writes(self, language, length, tmp_path):
+        rows = load_rows(write_spoken(tmp_path / "rows.csv"))
+        processed = loaded(save_whisper(tmp_path / "model"), source_language=language, max_length=length)
+        model, processor = processed.model, processed.processor
+        labels = SPEECH.examples(rows, SPEECH.find_columns(rows, {}), processed).labels
+        named = [] if language is None else [f"<|{language}|>", "<|transcribe|>"]
+        assert all(
+            processor.tokenizer.decode(row).startswith("".join([*named, "<|notimestamps|>"])) for row in labels
+        ), "the model puts the start before them by itself"
+        batches = batches_of(processed, rows, 3)
+        found = SPEECH.metric("wer", processed, batches)(model)
+        longest = max(map(len, labels))
+        asked = {} if language is None else {"language": language, "task": "transcribe"}
+        settings = {"max_new_tokens": length or longest + longest // 5 + 10, "do_sample": False, **asked}
+        heard = []
+        for row in rows.entries:
+            samples = soundfile.read(str(tmp_path / row["audio"]))[0]
+            features = processor.feature_extractor(samples, sampling_rate=RATE, return_tensors="pt")
+            tokens = model.generate(**features, **settings)
+            heard += processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        texts = [row["text"] for row in rows.entries]
+        kept = [processor.tokenizer.decode(row, skip_special_tokens=True) for row in labels]
+        assert (kept == texts) == (length is None)
+        expected = TranscriptScore()(predictions=heard, references=kept)
+        assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+    @for_each("language", ["xx", "fr"])
+    def test_a_language_that_it_does_not_know(self, language, tmp_path):
+        processed = loaded(save_whisper(tmp_path))
+        before = processed.processor.tokenizer.prefix_tokens
+        with pytest.raises(InputError, match=f"source_language: expected a language .*got '{language}'"):
+            SPEECH.prepare(Processed(processed.model, processed.processor, Encoding(source_language=language)))
+        assert processed.processor.tokenizer.prefix_tokens == before
+        assert getattr(processed.model.generation_config, "language", None) is None
+
+    def test_a_model_without_languages_is_told_of_none(self, tmp_path):
+        with pytest.raises(InputError, match="source_language: expected none for Wav2Vec2ForCTC"):
+            loaded(save_wav2vec2(tmp_path), source_language="en")
+
+    def test_longer_recordings_are_cut_and_said(self, tmp_path, caplog):
+        rows = load_rows(write_spoken(tmp_path / "rows.csv"))
+        write_wave(tmp_path / "2.wav", sine(RATE, 1.5))
+        processed = loaded(save_whisper(tmp_path / "model"))
+        with caplog.at_level(logging.WARNING):
+            SPEECH.examples(rows, SPEECH.find_columns(rows, {}), processed)
+        assert "1 of 6 recordings are longer than the 1 seconds that the model hears" in caplog.text
+
+    def test_it_is_no_translator(self, tmp_path):
+        """Its class is named as those are that read texts."""
+        folder = save_whisper(tmp_path)
+        rows = Rows("rows", [{"en": "a", "de": "b"}], ("en", "de"))
+        assert task_of(folder, rows, {}) is SPEECH
+
+
+class TestCTC:
+    @for_each(("spelled", "way"), [(str, ""), (str.upper, "in lower case"), (str.title, "in lower case")])
+    def test_texts_are_taken_in_the_letters_that_the_model_knows(self, spelled, way, tmp_path, caplog):
+        rows = load_rows(write_spoken(tmp_path / "rows.csv"))
+        processed = loaded(save_wav2vec2(tmp_path / "model"))
+        texts = [row["text"] for row in rows.entries]
+        other = Rows(rows.source, [{**row, "text": spelled(row["text"])} for row in rows.entries], rows.columns)
+        with caplog.at_level(logging.WARNING):
+            labels = SPEECH.examples(other, SPEECH.find_columns(other, {}), processed).labels
+        assert labels == processed.processor.tokenizer(texts)["input_ids"]
+        assert (f"texts are taken {way}" in caplog.text) == bool(way)
+        assert bool(caplog.text) == bool(way)
+
+    def test_what_is_in_no_vocabulary_is_said_and_counts_as_wrong(self, tmp_path, caplog):
+        rows = load_rows(write_spoken(tmp_path / "rows.csv"))
+        processed = loaded(save_wav2vec2(tmp_path / "model"))
+        odd = Rows(rows.source, [{**row, "text": "good film 77"} for row in rows.entries], rows.columns)
+        with caplog.at_level(logging.WARNING):
+            batches = batches_of(processed, odd, 6)
+        assert "12 characters are none of the model's vocabulary" in caplog.text
+        (batch,) = batches
+        references = SPEECH.metric("wer", processed, batches).of_batch(processed.model, batch)[1]
+        assert references == ["good film <unk><unk>"] * 6
+
+    @for_each("broken", [float("nan"), float("inf")])
+    def test_frames_that_are_not_finite_are_no_text(self, broken, tmp_path):
+        rows = load_rows(write_spoken(tmp_path / "rows.csv"))
+        processed = loaded(save_wav2vec2(tmp_path / "model"))
+        batches = batches_of(processed, rows, 3)
+        metric = SPEECH.metric("wer", processed, batches)
+        assert "predictions_not_finite" not in metric(processed.model)
+        with torch.no_grad():
+            processed.model.lm_head.bias[3] = broken
+        found = metric(processed.model)
+        assert found["predictions_not_finite"] == 1
+        assert found["wer"] == 1
+
+    def test_equal_letters_of_a_reference_remain(self, tmp_path):
+        processed = loaded(save_wav2vec2(tmp_path))
+        tokenizer = processed.processor.tokenizer
+        labels = torch.tensor([[*tokenizer("good plot")["input_ids"], -100, -100]])
+        batch = {"input_values": torch.zeros(1, 4_000), "labels": labels}
+        assert CTCMetric(tokenizer, [batch], TranscriptScore()).of_batch(processed.model, batch)[1] == ["good plot"]
+
+
+LETTER = st.sampled_from("ab ")
+
+
+class TestTranscriptScore:
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.tuples(st.text(LETTER, max_size=8), st.text(LETTER, max_size=8)), min_size=1, max_size=4))
+    def test_is_the_edit_distance_by_the_length(self, pairs):
+        said, heard = zip(*pairs, strict=True)
+        words = sum(len(text.split()) for text in said)
+        if not words:
+            with pytest.raises(ValueError, match="expected a word in one of"):
+                TranscriptScore()(predictions=list(heard), references=list(said))
+            return
+        found = TranscriptScore()(predictions=list(heard), references=list(said))
+        apart = [(text.split(), other.split()) for text, other in pairs]
+        assert found["wer"] == pytest.approx(sum(distance(*pair) for pair in apart) / words)
+        letters = [(" ".join(one), " ".join(other)) for one, other in apart]
+        assert found["cer"] == pytest.approx(
+            sum(distance(*pair) for pair in letters) / sum(len(one) for one, _ in letters)
+        )
+
+    def test_case_and_punctuation_count_where_they_are_asked_for(self):
+        texts = {"predictions": ["dont stop"], "references": ["Don't stop."]}
+        assert TranscriptScore()(**texts) == {"wer": 0.0, "cer": 0.0}
+        assert TranscriptScore(normalized=False)(**texts)["wer"] == 1.0
+        assert TranscriptScore().identity() != TranscriptScore(normalized=False).identity()
+
+
+def distance(said, heard):
+    """By recursion, for short ones."""
+    if not said or not heard:
+        return len(said) + len(heard)
+    changed = distance(said[1:], heard[1:])
+    if said[0] == heard[0]:
+        return changed
+    return 1 + min(changed, distance(said[1:], heard), distance(said, heard[1:]))
+
+
+HEADS = {
+    "wav2vec 2.0": (transformers.Wav2Vec2ForSequenceClassification, "audio-classification"),
+    "for speech": (transformers.Wav2Vec2ForCTC, "automatic-speech-recognition"),
+}
+
+
+@for_each("name", HEADS)
+def test_heads_that_are_named_as_those_of_texts_are(name, tmp_path):
+    kind, task = HEADS[name]
+    folder = save_wav2vec2(tmp_path, kind)
+    rows = Rows("rows", [{"text": "a", "label": 0, "audio": "a.wav"}], ("text", "label", "audio"))
+    assert task_of(folder, rows, {}).name == task
+    assert set(SAVED) == set(TASKS)
