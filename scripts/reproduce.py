@@ -212,6 +212,11 @@ STUDIES: dict[str, dict[str, Study]] = {
             side_by_side=False,
         )
     },
+    "speech": {
+        "small": Study(
+            "a speech recognizer, plain, defended and for 4 bits", "defend_speech", "speech", model="--model"
+        )
+    },
     "images": {
         "small": Study(
             "paper 1 on four trained ResNets, 2,000 test images",

@@ -38,7 +38,6 @@ _CTC = "ForCTC"
 _GENERATING = frozenset(
     {
         "MoonshineForConditionalGeneration",
-        "MoonshineStreamingForConditionalGeneration",
         "Speech2TextForConditionalGeneration",
         "SpeechEncoderDecoderModel",
         "WhisperForConditionalGeneration",

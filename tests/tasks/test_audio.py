@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 from for_each import for_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from local_models import SAVED, save_wav2vec2, save_whisper, write_rows, write_spoken, write_wave
+from local_models import LETTERS, SAVED, save_wav2vec2, save_whisper, write_rows, write_spoken, write_wave
 
+from hf_parcor import CorruptionConstraint, GaussianNoise, GradientCorruption, LayerProbe, by_layer
 from hf_parcor.errors import InputError
 from hf_parcor.evaluation import CTCMetric, TranscriptScore
 from hf_parcor.tasks import TASKS, Encoding, Processed, Rows, load_rows, task_of
@@ -300,6 +303,111 @@ def distance(said, heard):
     if said[0] == heard[0]:
         return changed
     return 1 + min(changed, distance(said[1:], heard), distance(said, heard[1:]))
+
+
+def save_with(folder, model, extractor, tokenizer=None, processor=transformers.Wav2Vec2Processor):
+    model.save_pretrained(folder)
+    if tokenizer is None:
+        (folder / "vocab.json").write_text(json.dumps({letter: number for number, letter in enumerate(LETTERS)}))
+        tokenizer = transformers.Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
+    processor(extractor, tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+SIZES = {**tiny.encoder(len(LETTERS)), "initializer_range": 0.5}
+
+
+def save_wav2vec2_bert(folder):
+    extractor = transformers.SeamlessM4TFeatureExtractor(feature_size=8, num_mel_bins=8, stride=2)
+    widths = {"feature_projection_input_dim": 16, "output_hidden_size": 8, "conv_depthwise_kernel_size": 3}
+    config = transformers.Wav2Vec2BertConfig(**SIZES, **widths, pad_token_id=0)
+    return save_with(folder, transformers.Wav2Vec2BertForCTC(config), extractor)
+
+
+def save_parakeet(folder):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    inner = {**SIZES, "num_mel_bins": 16, "subsampling_conv_channels": 8, "conv_kernel_size": 3}
+    config = transformers.ParakeetCTCConfig(
+        vocab_size=len(LETTERS), encoder_config=transformers.ParakeetEncoderConfig(**inner), pad_token_id=0
+    )
+    pieces = {letter if letter != "|" else "▁": number for number, letter in enumerate(LETTERS)}
+    raw = Tokenizer(models.BPE(pieces, [], unk_token="<unk>"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>")
+    extractor = transformers.ParakeetFeatureExtractor(feature_size=16)
+    return save_with(folder, transformers.ParakeetForCTC(config), extractor, tokenizer, transformers.ParakeetProcessor)
+
+
+def save_speech_to_text(folder):
+    sides = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    widths = {"d_model": 8, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "input_feat_per_channel": 8}
+    lengths = {"max_source_positions": 200, "max_target_positions": 40, "conv_channels": 8, "init_std": 0.5}
+    config = transformers.Speech2TextConfig(vocab_size=len(LETTERS), **sides, **widths, **lengths)
+    extractor = transformers.Speech2TextFeatureExtractor(feature_size=8, num_mel_bins=8)
+    return save_with(folder, transformers.Speech2TextForConditionalGeneration(config), extractor)
+
+
+def save_moonshine(folder):
+    sides = {
+        f"{side}_num_{name}": 2 for side in ("encoder", "decoder") for name in ("hidden_layers", "attention_heads")
+    }
+    sizes = {"vocab_size": len(LETTERS), "hidden_size": 8, "intermediate_size": 16, "initializer_range": 0.5}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 1, "eos_token_id": 2}
+    model = transformers.MoonshineForConditionalGeneration(transformers.MoonshineConfig(**sides, **sizes, **ends))
+    extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True, do_normalize=False)
+    return save_with(folder, model, extractor)
+
+
+def save_encoder_decoder(folder):
+    save_wav2vec2(folder)
+    encoder = transformers.AutoConfig.from_pretrained(folder)
+    decoder = transformers.BertConfig(**SIZES, is_decoder=True, add_cross_attention=True)
+    config = transformers.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    model = transformers.SpeechEncoderDecoderModel(config=config)
+    for told in (model.config, model.generation_config):
+        told.decoder_start_token_id, told.pad_token_id, told.eos_token_id = 1, 0, 2
+    extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    return save_with(folder, model, extractor)
+
+
+FAMILIES = {
+    "wav2vec2": save_wav2vec2,
+    "wav2vec2-bert": save_wav2vec2_bert,
+    "parakeet": save_parakeet,
+    "whisper": save_whisper,
+    "moonshine": save_moonshine,
+    "speech-to-text": save_speech_to_text,
+    "encoder-decoder": save_encoder_decoder,
+}
+
+
+# Their norms over time, or convolutions, reach into the padding, as in Transformers.
+PADDED = {"moonshine", "speech-to-text"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_is_heard_of_those_that_share_a_batch_or_the_prefix(name, tmp_path):
+    rows = load_rows(write_spoken(tmp_path / "rows.csv"))
+    (tmp_path / "model").mkdir()
+    torch.manual_seed(0)
+    folder = FAMILIES[name](tmp_path / "model")
+    assert task_of(folder, rows, {}) is SPEECH
+    processed = loaded(folder)
+    heard = []
+    for size in (1, 6):
+        batches = batches_of(processed, rows, size)
+        metric = SPEECH.metric("wer", processed, batches)
+        heard.append([text for batch in batches for text in metric.of_batch(processed.model, batch)[0]])
+    assert name in PADDED or heard[0] == heard[1]
+    found = []
+    for reuse in (True, False):
+        probe = LayerProbe(processed.model, metric, targets=by_layer(processed.model), reuse_prefix=reuse)
+        sweep = probe.evaluate([GaussianNoise(0.3), GradientCorruption(CorruptionConstraint(epsilon=1.0))], trials=1)
+        found.append({part: [row.metrics for row in record.rows()] for part, record in sweep.records.items()})
+    assert found[0] == found[1]
+    assert len({str(rows) for rows in found[0].values()}) > 1, "layers differ"
 
 
 HEADS = {
