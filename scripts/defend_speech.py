@@ -47,7 +47,6 @@ from scripts.campaigns import (
     begin,
     campaign_parser,
     note_run,
-    of_run,
     of_study,
     over,
     over_runs,
@@ -154,7 +153,9 @@ def measure(options: argparse.Namespace, run: Run) -> list[EvaluationRecord]:
                 "per_device_train_batch_size": BATCH,
                 "learning_rate": LEARNING_RATE,
                 "warmup_steps": 8,
-                **{name: value for name, value in of_run(run, folder).items() if name != "corruption_trials"},
+                "seed": run.seed,
+                "output_dir": folder,
+                "report_to": "none",
                 "save_strategy": "no",
                 "logging_steps": 10,
                 "limit": 8,  # what it measures by itself is measured below, and more

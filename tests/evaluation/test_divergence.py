@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from for_each import for_each
+from local_models import word_tokenizer
 from scipy.special import rel_entr, softmax
 from torch import nn
 from transformers import (
@@ -19,10 +20,14 @@ from transformers import (
     GPT2LMHeadModel,
     SegformerConfig,
     SegformerForSemanticSegmentation,
+    T5Config,
+    T5ForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
 )
 
 from hf_parcor import CorruptionEvaluator, GaussianNoise
-from hf_parcor.evaluation import ClassificationMetric, LanguageModelMetric, NotFiniteError
+from hf_parcor.evaluation import ClassificationMetric, GenerationMetric, LanguageModelMetric, NotFiniteError
 from hf_parcor.evaluation.metrics import WithDivergence
 from hf_parcor.evaluation.metrics.loss import LossMetric
 
@@ -54,6 +59,23 @@ def segmenter():
     return model, LossMetric, {"pixel_values": torch.randn(2, 3, 8, 8), "labels": torch.randint(0, 3, (2, 8, 8))}
 
 
+def translator():
+    """Generates, and is asked what it would say after each token of the reference."""
+    model = T5ForConditionalGeneration(T5Config(**tiny.t5(), initializer_factor=5.0))
+    labels = torch.tensor([[3, 4, 5, 1], [6, 1, -100, -100]])
+    return model, generating, {"labels": labels}
+
+
+def generating(batches):
+    tokenizer = word_tokenizer([f"w{number}" for number in range(20)], unk_token="w0")
+    return GenerationMetric(tokenizer, batches, TokensRight(), max_new_tokens=3)
+
+
+class TokensRight:
+    def __call__(self, *, predictions, references):
+        return {"right": sum(one == other for one, other in zip(predictions, references, strict=True))}
+
+
 def unlabelled():
     def squares(batches):
         return LossMetric(batches, lambda model, batch: model(**batch).logits.square().mean())
@@ -61,7 +83,7 @@ def unlabelled():
     return BertForTokenClassification(BertConfig(**SHAPE)), squares, {}
 
 
-@for_each("make", [classifier, tagger, language_model, segmenter, unlabelled])
+@for_each("make", [classifier, tagger, language_model, segmenter, translator, unlabelled])
 def test_it_is_the_relative_entropy_of_what_counts(make) -> None:
     model, kind, labels = make()
     model.eval()
@@ -85,20 +107,40 @@ def test_it_is_the_relative_entropy_of_what_counts(make) -> None:
     assert {name: value for name, value in metric(model).items() if name != "divergence"} == kind([batch] * 2)(model)
 
 
-def test_a_prefix_that_is_reused_gives_the_same() -> None:
-    model, kind, labels = classifier()
+@for_each(("make", "target"), [(classifier, "last-encoder-layer"), (translator, "last-decoder-layer")])
+def test_a_prefix_that_is_reused_gives_the_same(make, target) -> None:
+    model, kind, labels = make()
     model.eval()
     metric = WithDivergence(kind([{"input_ids": IDS, **labels}] * 3), model)
     found = [
-        CorruptionEvaluator(
-            model, metric, target_modules="last-encoder-layer", reuse_prefix=reuse, progress=False
-        ).evaluate([GaussianNoise(0.5), GaussianNoise(1.0)])
+        CorruptionEvaluator(model, metric, target_modules=target, reuse_prefix=reuse, progress=False).evaluate(
+            [GaussianNoise(0.5), GaussianNoise(1.0)]
+        )
         for reuse in (True, False)
     ]
     one, other = ([row.mean("divergence") for row in record.rows()] for record in found)
     assert one == pytest.approx(other)
     assert one[0] == 0 < one[1] < one[2]
     assert not found[0].info("divergence").greater_is_better
+
+
+def test_frames_of_padding_do_not_count() -> None:
+    """Of a short recording those beside it in a batch, whose labels are as many as its text has letters."""
+    convolutions = {"conv_dim": (8,), "conv_kernel": (10,), "conv_stride": (10,), "feat_extract_norm": "layer"}
+    places = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    model = Wav2Vec2ForCTC(Wav2Vec2Config(**SHAPE, **convolutions, **places, pad_token_id=0)).eval()
+    mask = (torch.arange(80) < torch.tensor([[80], [40]])).long()
+    batch = {"input_values": torch.randn(2, 80) * mask, "attention_mask": mask, "labels": torch.tensor([[3], [4]])}
+    metric = WithDivergence(LossMetric([batch]), model)
+    with torch.no_grad():
+        before = softmax(model(**batch).logits.double().numpy(), -1)
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.3)
+        after = softmax(model(**batch).logits.double().numpy(), -1)
+    of_frames = rel_entr(before, after).sum(-1)
+    assert metric(model)["divergence"] == pytest.approx(
+        np.concatenate([of_frames[0], of_frames[1, :4]]).mean(), rel=1e-5
+    )
 
 
 @for_each(

@@ -60,7 +60,7 @@ class CTCMetric(OverPairs):
         labels = self._labels(batch)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         predicted, finite = (part.cpu() for part in chosen_class(Output.of(model, inputs).checked_logits()))
-        counts = _frames(model, inputs, predicted)
+        counts = frames_of(model, inputs, *predicted.shape)
         texts = [self._text(row[:count]) for row, count in zip(predicted, counts, strict=True)]
         lost = [not bool(row[:count].all()) for row, count in zip(finite, counts, strict=True)]
         return (
@@ -78,12 +78,18 @@ class CTCMetric(OverPairs):
         return str(self._tokenizer.decode(tokens.tolist(), group_tokens=False)).strip()
 
 
-def _frames(model: nn.Module, inputs: Mapping[str, Any], predicted: Tensor) -> list[int]:
-    """Return how many frames of each recording are not of padding."""
+def frames_of(model: nn.Module, inputs: Mapping[str, Any], rows: int, longest: int) -> list[int]:
+    """Return how many frames of each recording of a batch are not of padding.
+
+    Args:
+        model: What makes frames of samples or features.
+        inputs: The batch; if it has no `attention_mask`, or the model does not say how many, all frames count.
+        rows: The recordings.
+        longest: The frames of the longest.
+    """
     inner: Any = inside_adapters(model)
     counting = next((getattr(inner, name) for name in _COUNTING if hasattr(inner, name)), None)
     mask = inputs.get("attention_mask")
-    rows, longest = predicted.shape
     if counting is None or mask is None:
         return [longest] * rows
     return [min(longest, int(count)) for count in counting(torch.as_tensor(mask).sum(-1))]

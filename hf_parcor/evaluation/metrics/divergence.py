@@ -14,6 +14,7 @@ from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.distributed.fsdp import as_written
 from hf_parcor.evaluation.identity.fingerprint import fingerprint
 from hf_parcor.evaluation.losses import shifts_labels, with_prompt
+from hf_parcor.evaluation.metrics.ctc import frames_of
 from hf_parcor.evaluation.metrics.over_batches import ANSWERS, BatchMetric
 from hf_parcor.evaluation.outputs import Output, Problem
 from hf_parcor.model_state import evaluation_mode, undone
@@ -52,10 +53,12 @@ class WithDivergence:
     steps of a row.
 
     Predictions are rows of logits with two or more classes, or the pixels of a segmentation (B, C, H, W). Of an
-    `EmbeddingMetric` they are the documents of a batch for each query, see `embedding_loss`. If labels or an attention
-    mask have their shape, only predictions with a label other than −100 (of the next token, for a causal
-    language model), or that are attended to, count. For a model without such logits, only the metric is returned. D is
-    NaN if answers are NaN, and infinite if they rule out what was possible before.
+    `EmbeddingMetric` they are the documents of a batch for each query, see `embedding_loss`. Of a model with encoder
+    and decoder that generates texts, they are each token of the reference, given those before it. If labels or an
+    attention mask have their shape, only predictions with a label other than −100 (of the next token, for a causal
+    language model), or that are attended to, count; of frames of sound, those that are not of padding. For a model
+    without such logits, only the metric is returned. D is NaN if answers are NaN, and infinite if they rule out what
+    was possible before.
 
     Args:
         metric: For example a `ClassificationMetric`.
@@ -172,6 +175,10 @@ class WithDivergence:
             hook_after(hooks, model, lambda _, __, output: seen.append(Output.read(output).logits))
             found = self._metric.of_batch(model, batch)
         logits = seen[0] if len(seen) == 1 else None  # a generated text takes many calls, and other ones each time
+        reference = _reference(model, batch)
+        if reference is not None and (logits is None or logits.shape[:-1] != reference.shape):
+            with torch.no_grad():
+                logits = Output.of(model, batch).logits
         if isinstance(found, Mapping) and ANSWERS in found:
             logits = found[ANSWERS]
         said = getattr(getattr(as_written(model), "config", None), "problem_type", None)
@@ -183,6 +190,15 @@ class WithDivergence:
         if logits.shape[-1] < 2:
             return found, None
         return found, logits.detach().float().cpu()
+
+
+def _reference(model: nn.Module, batch: Any) -> Tensor | None:
+    """Return the labels of a batch if they are texts that an encoder-decoder writes."""
+    config = getattr(as_written(model), "config", None)
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not getattr(config, "is_encoder_decoder", False) or not isinstance(labels, Tensor):
+        return None
+    return labels if labels.ndim == 2 and not labels.is_floating_point() else None
 
 
 def _check_finite(logits: Tensor, number: int) -> None:
@@ -205,4 +221,7 @@ def _that_count(model: nn.Module, batch: Any, logits: Tensor) -> Tensor:
             return pad(counts[..., 1:], (0, 1)) if shifts_labels(model) else counts
         if isinstance(mask, Tensor) and mask.shape == shape:
             return (mask != 0).cpu()
+        if isinstance(mask, Tensor) and len(shape) == 2 and mask.ndim == 2:
+            counts = torch.tensor(frames_of(model, batch, *shape))
+            return torch.arange(shape[1]) < counts[:, None]
     return torch.ones(shape, dtype=torch.bool, device=logits.device)
