@@ -50,10 +50,11 @@ def recipe(
         min Σ_g c(g, f_g)    such that    Σ_g n_g b(g, f_g) <= bits Σ_g n_g
 
     where c is the cost of a group by itself (`SensitivityRecord.costs`; a gain is chance and counts as no cost), n its
-    number of weights, and b its bits a weight, scales included. With `loss` or `drop`, the recipe with the fewest bits
-    whose costs add up to at most that is chosen, and among equally small ones the cheapest. That costs add up is an
-    assumption: measure the chosen recipe as a whole (`measure_recipes`). If only its scales keep a format out of a
-    budget of bits, the record's notes say so, and what to do. The program is solved exactly, by SciPy's `milp`.
+    number of weights, and b its bits a weight, scales included. Of several choices that cost equally little, such as
+    several gains, the one with the smallest sum of Fisher scores is taken. With `loss` or `drop`, the recipe with the
+    fewest bits whose costs add up to at most that is chosen, and among equally small ones the cheapest. That costs add
+    up is an assumption: measure the chosen recipe as a whole (`measure_recipes`). If only its scales keep a format out
+    of a budget of bits, the record's notes say so, and what to do. The program is solved exactly, by SciPy's `milp`.
 
     Args:
         scores: What `sensitivity` found.
@@ -97,7 +98,7 @@ def recipe(
     formats = _labels(formats)
     by = _costing(scores, name, by)
     choices = _choices(scores, scores.costs(by), formats, keep)
-    problem = _Problem(choices, [scores.groups[group].parameters for group in choices])
+    problem = _Problem(choices, [scores.groups[group].parameters for group in choices], _risks(scores, choices))
     notes = _of_scales(scores, formats, limit) if name == "bits" else ()
     notes += tuple(_of_broken(scores, formats))
     if scores.unused:
@@ -313,21 +314,38 @@ def _choices(
     return found
 
 
+def _risks(scores: SensitivityRecord, choices: Mapping[str, Sequence[tuple[Choice, float]]]) -> list[float]:
+    """Return the Fisher score of each choice, 0 of a group that stays as it is; nothing if one is not finite."""
+    found = [
+        0.0 if one.format is None else scores.by_place[group, one.format].scores.get(FISHER, 0.0)
+        for group, of_group in choices.items()
+        for one, _ in of_group
+    ]
+    return found if all(map(math.isfinite, found)) else []
+
+
 class _Problem:
     """One choice a group: bits and costs of each, and the program over them.
 
     Args:
         choices: What each group may get, and its cost.
         parameters: How many weights each group has.
+        risks: What decides between choices that cost the same, a number for each of all choices; empty for nothing.
     """
 
-    def __init__(self, choices: Mapping[str, Sequence[tuple[Choice, float]]], parameters: Sequence[int]) -> None:
+    def __init__(
+        self,
+        choices: Mapping[str, Sequence[tuple[Choice, float]]],
+        parameters: Sequence[int],
+        risks: Sequence[float] = (),
+    ) -> None:
         self._groups = list(choices.values())
         self._total = sum(parameters)
         self._flat = [(place, one) for place, group in enumerate(self._groups) for one in group]
         self._places = [place for place, _ in self._flat]
         self._bits = [one.bits * parameters[place] for place, (one, _) in self._flat]
         self._costs = [cost for _, (_, cost) in self._flat]
+        self._risks = risks
 
     def check_bits(self, bits: float) -> None:
         """Refuse average bits a weight that no choice takes."""
@@ -341,9 +359,13 @@ class _Problem:
             )
 
     def cheapest(self, bits: float) -> list[tuple[Choice, float]]:
-        """Return what costs least within average bits a weight."""
+        """Return what costs least within average bits a weight, and of that what risks least."""
         self.check_bits(bits)
-        return self._solved(self._costs, self._bits, bits * self._total)
+        room = (self._bits, bits * self._total)
+        found = self._solved(self._costs, room)
+        if not self._risks or self._risks == self._costs:
+            return found
+        return self._solved(self._risks, room, (self._costs, math.fsum(cost for _, cost in found)))
 
     def smallest(self, cost: float, name: str, *, keep: bool) -> list[tuple[Choice, float]]:
         """Return what takes the fewest bits within a cost, and of these what costs least."""
@@ -354,9 +376,10 @@ class _Problem:
                 "raise it" + ("" if keep else ", or pass keep=True"),
                 least,
             )
-        found = self._solved(self._bits, self._costs, cost)
+        within = (self._costs, cost)
+        found = self._solved(self._bits, within)
         fewest = sum(self._bits[index] for index in self._indices(found))
-        return self._solved(self._costs, self._bits, fewest, at_most=cost)
+        return self._solved(self._costs, (self._bits, fewest), within)
 
     def _of(self, group: int, numbers: Sequence[float]) -> list[float]:
         return [number for number, (place, _) in zip(numbers, self._flat, strict=True) if place == group]
@@ -365,9 +388,9 @@ class _Problem:
         return [self._flat.index((place, one)) for place, one in enumerate(chosen)]
 
     def _solved(
-        self, objective: Sequence[float], taken: Sequence[float], limit: float, at_most: float = math.inf
+        self, objective: Sequence[float], *limits: tuple[Sequence[float], float]
     ) -> list[tuple[Choice, float]]:
-        """Return the choice of the least objective that takes no more than the limit.
+        """Return the choice of the least objective that takes no more than each limit.
 
         The solver's tolerances are absolute, about 1e-6: numbers are scaled to a largest of 10,000, and a solution
         that the exact sums refuse is cut off. What can be in no solution is left out, so that a part that costs far
@@ -375,18 +398,16 @@ class _Problem:
         """
         import numpy as np
 
-        limit, at_most = _at_most(limit), _at_most(at_most)
         aims, _ = self._above_least(objective)
-        sizes, least = self._above_least(taken)
-        room = limit - least
+        rooms = []
+        for taken, limit in limits:
+            sizes, least = self._above_least(taken)
+            rooms.append((sizes, _at_most(limit) - least))
         refused: list[list[int]] = []
-        possible = np.flatnonzero(sizes <= room)
+        possible = np.flatnonzero(np.all([sizes <= room for sizes, room in rooms], axis=0))
         while True:
-            chosen = self._solution(possible, aims, sizes, room, refused)
-            if (
-                math.fsum(taken[one] for one in chosen) > limit
-                or math.fsum(objective[one] for one in chosen) > at_most
-            ):
+            chosen = self._solution(possible, aims, rooms, refused)
+            if any(math.fsum(taken[one] for one in chosen) > _at_most(limit) for taken, limit in limits):
                 refused.append(chosen)
                 continue
             found = math.fsum(aims[chosen])
@@ -403,7 +424,11 @@ class _Problem:
         return np.asarray(numbers, float) - least[self._places], math.fsum(least)
 
     def _solution(
-        self, possible: np.ndarray, aims: np.ndarray, sizes: np.ndarray, room: float, refused: Sequence[Sequence[int]]
+        self,
+        possible: np.ndarray,
+        aims: np.ndarray,
+        rooms: Sequence[tuple[np.ndarray, float]],
+        refused: Sequence[Sequence[int]],
     ) -> list[int]:
         """Return the places of what the solver chooses of those that are possible, one a group."""
         import numpy as np
@@ -411,10 +436,13 @@ class _Problem:
         optimize = scipy_module("optimize", "choosing formats")
         places = np.asarray(self._places)[possible]
         one_each = (places[None, :] == np.arange(len(self._groups))[:, None]).astype(float)
-        unit = (sizes[possible].max() or 1.0) / _LARGEST
+        units = [(sizes[possible].max() or 1.0) / _LARGEST for sizes, _ in rooms]
         rows = [
             optimize.LinearConstraint(one_each, 1, 1),
-            optimize.LinearConstraint(sizes[None, possible] / unit, -np.inf, room / unit),
+            *(
+                optimize.LinearConstraint(sizes[None, possible] / unit, -np.inf, room / unit)
+                for (sizes, room), unit in zip(rooms, units, strict=True)
+            ),
             *(
                 optimize.LinearConstraint(np.isin(possible, one)[None, :].astype(float), -np.inf, len(one) - 1)
                 for one in refused

@@ -99,6 +99,42 @@ def test_no_choice_is_better(table, bits, loss, unit) -> None:
     assert chosen.bits == pytest.approx(min(size for size, cost in choices if cost <= loss * room), rel=1e-6)
 
 
+def with_risks(scores: SensitivityRecord, risks: list[list[float]]) -> SensitivityRecord:
+    """Return the same scores, but for the Fisher scores of each part."""
+    flat = dict(zip(scores.by_place, itertools.chain(*risks), strict=True))
+    cells = [replace(cell, scores={"fisher": flat[cell.group, cell.format]}) for cell in scores.cells]
+    return replace(scores, cells=tuple(cells))
+
+
+risky = st.lists(
+    st.tuples(*[st.tuples(st.sampled_from([0.0, -0.1, 0.25]), st.integers(0, 9).map(float))] * 3),
+    min_size=1,
+    max_size=4,
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(risky, st.sampled_from([4.0, 5.0, 6.0, 8.0, 16.0]))
+def test_of_what_costs_the_same_the_least_risky_is_chosen(table, bits) -> None:
+    """As of measured gains, which all count as no cost: chance does not decide how few bits a part gets."""
+    formats = (8.0, 5.0, 4.0)
+    scores = scores_of(
+        [[(size, cost) for size, (cost, _) in zip(formats, row, strict=True)] for row in table], [7] * len(table)
+    )
+    scores = with_risks(scores, [[risk for _, risk in row] for row in table])
+    options = [
+        [(KEPT, 0.0, 0.0), *((size, max(0.0, cost), risk) for size, (cost, risk) in zip(formats, row, strict=True))]
+        for row in table
+    ]
+    sums = [[sum(part) for part in zip(*chosen, strict=True)] for chosen in itertools.product(*options)]
+    least, risk = min((cost, risk) for size, cost, risk in sums if size <= bits * len(table))
+    chosen = recipe(scores, bits=bits)
+    assert cost_of(chosen, scores) == pytest.approx(least)
+    cells = [(group, one.format) for group, one in chosen.choice.items() if one.format is not None]
+    assert sum(scores.by_place[cell].scores["fisher"] for cell in cells) == pytest.approx(risk)
+
+
 @pytest.mark.slow
 @for_each("order", [*itertools.permutations([1e-4, 2e-4, 3e-4])])
 @for_each("broken", [1.0, 1e6, 1e9, 1e15])
