@@ -75,8 +75,19 @@ class SpeechRecognition(Task):
 
     def loader(self, name: str, **origin: Any) -> Any:
         """Return the class of Transformers for CTC, or that for models that generate."""
-        is_ctc = super().has_head(load_configuration(name, **origin).architectures or [])
+        config = load_configuration(name, **origin)
+        is_ctc = super().has_head(config.architectures or []) or _gets_head(config)
         return transformers.AutoModelForCTC if is_ctc else super().loader(name, **origin)
+
+    def load_model(self, name: str, *, to_train: bool = False, **settings: Any) -> Any:
+        """Return a model; one without a head that is to be trained gets one for the letters of its tokenizer."""
+        origin = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
+        config = load_configuration(name, **origin)
+        if to_train and _gets_head(config) and not self.has_head(config.architectures or []):
+            tokenizer = self.load_processor(name, **origin).tokenizer
+            blank = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+            settings = {**blank, "ctc_loss_reduction": "mean", **settings}
+        return super().load_model(name, to_train=to_train, **settings)
 
     def load_processor(self, name: str, **settings: Any) -> Any:
         """Return the model's processor, which has a feature extractor and a tokenizer."""
@@ -162,6 +173,13 @@ class SpeechRecognition(Task):
             length = generated_length(model, max(map(len, _labels_of(batches))))
         settings: dict[str, Any] = {} if length is None else {"max_new_tokens": length}
         return GenerationMetric(tokenizer, batches, score, **settings)
+
+
+def _gets_head(config: Any) -> bool:
+    """Return whether a model of this configuration can have a head for CTC, and none that generates."""
+    kind = config.model_type
+    generates = kind in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+    return kind in modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES and not generates
 
 
 def _is_ctc(model: Any) -> bool:

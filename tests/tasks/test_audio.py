@@ -223,6 +223,19 @@ class TestWhisper:
 
 
 class TestCTC:
+    def test_a_model_without_a_head_gets_one_for_the_letters_of_its_tokenizer(self, tmp_path):
+        """As those that were trained on speech alone, which are fine-tuned."""
+        folder = save_wav2vec2(tmp_path)
+        transformers.Wav2Vec2Model.from_pretrained(folder, vocab_size=32, ctc_loss_reduction="sum").save_pretrained(
+            folder
+        )
+        torch.manual_seed(0)
+        model = SPEECH.load_model(folder, to_train=True)
+        assert isinstance(model, transformers.Wav2Vec2ForCTC)
+        assert model.lm_head.out_features == len(LETTERS)
+        assert (model.config.pad_token_id, model.config.ctc_loss_reduction) == (0, "mean")
+        assert SPEECH.load_model(save_wav2vec2(tmp_path / "own"), to_train=True).lm_head.out_features == len(LETTERS)
+
     @for_each(("spelled", "way"), [(str, ""), (str.upper, "in lower case"), (str.title, "in lower case")])
     def test_texts_are_taken_in_the_letters_that_the_model_knows(self, spelled, way, tmp_path, caplog):
         rows = load_rows(write_spoken(tmp_path / "rows.csv"))
