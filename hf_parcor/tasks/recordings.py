@@ -12,6 +12,7 @@ import torch
 
 from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.errors import InputError
+from hf_parcor.tasks.audio import check_installed
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Example
 
@@ -90,8 +91,12 @@ def extractor_of(processor: Any, name: str) -> Any:
         name: The model, for the message.
 
     Raises:
-        InputError: It has none that says its sampling rate.
+        InputError: It has none that says its sampling rate, or what reads recordings is not installed.
     """
+    try:
+        check_installed()
+    except ImportError as error:
+        raise InputError(str(error)) from error
     extractor = getattr(processor, "feature_extractor", processor)
     if not getattr(extractor, "sampling_rate", None):
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from local_models import SENTENCES, save_bert, save_gpt2, write_rows, write_tags, write_texts
+from for_each import for_each
+from local_models import SAVED, SENTENCES, save_bert, save_gpt2, write_rows, write_tags, write_texts
 
 from hf_parcor import CorruptionRecord, EvaluationRecord, SweepRecord
 from hf_parcor.cli import main
@@ -401,6 +403,19 @@ def test_what_cannot_be_written_names_a_flag_of_the_command(run, files, command,
     assert (result.code, result.out) == (2, "")
     assert "error: --output-dir: " in result.err
     assert file in result.err
+
+
+@pytest.mark.slow
+@for_each("command", ["evaluate", "train"])
+@for_each("library", ["soundfile", "soxr", "jiwer"])
+def test_what_recordings_need_and_is_not_installed(run, monkeypatch, tmp_path, command, library):
+    save, write, file = SAVED["automatic-speech-recognition"]
+    folder, data = save(tmp_path / "model"), write(tmp_path / file)
+    monkeypatch.setitem(sys.modules, library, None)
+    flags = "--output-dir out --use-cpu --report-to none" if command == "train" else ""
+    result = run(f"{command} {folder} --dataset {data} {flags}")
+    assert result.code == 2
+    assert result.err.splitlines()[-1].endswith("install it with: pip install 'hf-parcor[audio]'")
 
 
 @pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, KeyError, ImportError])

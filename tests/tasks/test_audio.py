@@ -141,6 +141,7 @@ def batches_of(processed, rows, size):
     return SPEECH.batches(SPEECH.examples(rows, SPEECH.find_columns(rows, {}), processed), processed, size)
 
 
+@pytest.mark.slow
 @for_each("save", [save_wav2vec2, save_whisper])
 def test_recordings_share_batches_with_those_of_like_length_and_hear_nothing_of_them(save, tmp_path):
     """Frames of padding do not count: nothing is heard in a batch that is not heard alone."""
@@ -166,6 +167,7 @@ def test_recordings_share_batches_with_those_of_like_length_and_hear_nothing_of_
 
 
 class TestWhisper:
+    @pytest.mark.slow
     @for_each("language", [None, "en", "de"])
     @for_each("length", [None, 9])
     def test_what_it_writes(self, language, length, tmp_path):
