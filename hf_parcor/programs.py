@@ -73,16 +73,22 @@ def train_and_save(trainer: Trainer, checkpoint: str | None, robustness: Robustn
         watched = read_corruptions(robustness.watched_corruptions)
         trials, seed = robustness.corruption_trials, robustness.corruption_seed
         trainer.add_callback(RobustnessCallback(trainer, watched, trials=trials, seed=seed))
-    metrics = {**trainer.train(resume_from_checkpoint=checkpoint).metrics, **counts}
-    metrics["train_collapsed"] = float(bool(signs_of_collapse(trainer.state.log_history, trainer.model)))
-    save_training(trainer, metrics)
+    save_training(trainer, trainer.train(resume_from_checkpoint=checkpoint).metrics, **counts)
 
 
-def save_training(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Save a trained model, its state, and the metrics of the training, which are logged too."""
+def save_training(trainer: Trainer, metrics: Mapping[str, float], **counts: int) -> None:
+    """Save a trained model, its state, and `train_results.json`, which is logged too.
+
+    Args:
+        trainer: The Trainer.
+        metrics: Those of its training; whether it shows signs of collapse is added.
+        **counts: What else they shall say.
+    """
+    collapsed = float(bool(signs_of_collapse(trainer.state.log_history, trainer.model)))
+    found = {**metrics, **counts, "train_collapsed": collapsed}
     trainer.save_model()
-    trainer.log_metrics("train", dict(metrics))
-    trainer.save_metrics("train", dict(metrics))
+    trainer.log_metrics("train", dict(found))
+    trainer.save_metrics("train", found)
     trainer.save_state()
 
 

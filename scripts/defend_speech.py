@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,8 +141,8 @@ def evaluate(options: argparse.Namespace, name: str, model: str | Path) -> list[
 def measure(options: argparse.Namespace, run: Run) -> list[EvaluationRecord]:
     """Train and measure one model, unless its records are there already."""
     folder = options.work / run.file_name
-    if not (options.output / f"{run.file_name}-human.json").exists():
-        started = time.monotonic()
+    kept = [options.output / f"{run.file_name}-{heard}.json" for heard in HEARD]
+    if not all(path.exists() for path in kept):
         if not (folder / "train_results.json").exists():
             flags = [*run.arm.flags, "--use_cpu"] if DEVICE.type == "cpu" else run.arm.flags
             settings = {
@@ -161,8 +160,7 @@ def measure(options: argparse.Namespace, run: Run) -> list[EvaluationRecord]:
                 "limit": 8,  # what it measures by itself is measured below, and more
             }
             run_example([*PROGRAM, options.model], settings, "--skip-corruptions", *flags, threads=options.threads)
-        evaluate(options, run.file_name, folder)
-        note_run(options.output, options.work, run, options.threads, seconds=round(time.monotonic() - started, 1))
+        note_run(options.output, options.work, run, options.threads)
     return evaluate(options, run.file_name, folder)
 
 

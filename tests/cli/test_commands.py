@@ -1029,6 +1029,9 @@ class TestTrain:
         assert result.code == 0
         assert f"| {TASKS[task].metrics[0]}" in result.out
         assert Path("out/model.safetensors").is_file()
+        said = json.loads(Path("out/train_results.json").read_text())
+        assert said["train_collapsed"] in (0.0, 1.0)
+        assert said["train_samples"] > 0
 
     @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.trained_by])
     def test_models_that_another_trainer_trains(self, run, task, tmp_path):
