@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from hf_parcor.errors import one_line
 
 Samples: TypeAlias = NDArray[np.float32]
+_EMPTY = "a recording without a sample"
 
 
 def read_audio(recording: Any, rate: int) -> Samples:
@@ -40,7 +41,7 @@ def read_audio(recording: Any, rate: int) -> Samples:
         with _opened(recording) as sound:
             found, own_rate = sound.read(dtype="float32", always_2d=True).mean(1), sound.samplerate
     if not found.size:
-        raise ValueError("a recording without a sample")
+        raise ValueError(_EMPTY)
     if own_rate == rate:
         return found
     resampled: Samples = _library("soxr").resample(found, own_rate, rate)
@@ -54,9 +55,13 @@ def audio_seconds(recording: Any) -> float:
         ValueError: As for `read_audio`, and so are the other errors.
     """
     if isinstance(recording, Mapping) and recording.get("array") is not None:
-        return float(np.shape(recording["array"])[-1] / recording["sampling_rate"])
-    with _opened(recording) as sound:
-        return float(sound.frames / sound.samplerate)
+        count, rate = np.shape(recording["array"])[-1], recording["sampling_rate"]
+    else:
+        with _opened(recording) as sound:
+            count, rate = sound.frames, sound.samplerate
+    if not count:
+        raise ValueError(_EMPTY)
+    return float(count / rate)
 
 
 def check_installed() -> None:

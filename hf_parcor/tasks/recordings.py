@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,27 +28,27 @@ class Recordings:
         column: Where the recordings are.
         rate: Samples a second.
         labels: Of each recording: the number of its class, or tokens of its text.
+        lengths: How long each is, in seconds.
+
+    Raises:
+        InputError: One cannot be read.
     """
 
     rows: Rows
     column: str
     rate: int
     labels: Sequence[Any]
+    lengths: Sequence[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = [self.rows.audio_seconds(self.column, index) for index in range(len(self))]
+        object.__setattr__(self, "lengths", found)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Example:
         return {"audio": self.rows.audio(self.column, index, self.rate), "labels": self.labels[index]}
-
-    @cached_property
-    def lengths(self) -> list[float]:
-        """How long each is, in seconds.
-
-        Raises:
-            InputError: One cannot be read.
-        """
-        return [self.rows.audio_seconds(self.column, index) for index in range(len(self))]
 
 
 class AudioCollator:

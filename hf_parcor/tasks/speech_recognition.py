@@ -115,9 +115,14 @@ class SpeechRecognition(Task):
                 f"said, got {asked}; leave it out"
             )
         language, model, tokenizer = processed.encoding.source_language, processed.model, processed.processor.tokenizer
-        if language is None:
-            return
         known = getattr(getattr(model, "generation_config", None), "lang_to_id", None)
+        if language is None:
+            if known and tokenizer.language is None:
+                logger.warning(
+                    f"source_language: none of {len(known)} languages is named, so that the model finds one in each "
+                    "recording, and labels begin without: name it if all recordings have one (--source-lang)."
+                )
+            return
         if not known:
             raise InputError(
                 f"source_language: expected none for {type(model).__name__}, which is told of no language, got "
@@ -226,11 +231,7 @@ def _as_spelled(texts: Sequence[str], tokenizer: Any, source: str) -> Sequence[s
 
 
 def _say_what_is_not_heard(recordings: Recordings, extractor: Any) -> None:
-    """Say how many recordings are longer than what the model hears, if its extractor cuts any; all are looked for.
-
-    Raises:
-        InputError: One cannot be read.
-    """
+    """Say how many recordings are longer than what the model hears, if its extractor cuts any."""
     samples = getattr(extractor, "n_samples", None)
     longer = sum(samples is not None and seconds > samples / extractor.sampling_rate for seconds in recordings.lengths)
     if longer:

@@ -91,6 +91,8 @@ class TestSamples:
         rows = Rows(str(tmp_path / "rows.csv"), [{"audio": {}}, {"audio": value}], ("audio",))
         with pytest.raises(InputError, match=rf"expected a recording.* in row 2, got .*{says}.*; mend the data"):
             rows.audio("audio", 1, RATE)
+        with pytest.raises(InputError, match=rf"in row 2, got .*{says}"):
+            rows.audio_seconds("audio", 1)
 
     def test_a_broken_one_is_told_before_anything_is_measured(self, tmp_path):
         rows = load_rows(write_spoken(tmp_path / "rows.csv"))
@@ -170,9 +172,10 @@ class TestWhisper:
     @pytest.mark.slow
     @for_each("language", [None, "en", "de"])
     @for_each("length", [None, 9])
-    def test_what_it_writes(self, language, length, tmp_path):
+    def test_what_it_writes(self, language, length, tmp_path, caplog):
         rows = load_rows(write_spoken(tmp_path / "rows.csv"))
         processed = loaded(save_whisper(tmp_path / "model"), source_language=language, max_length=length)
+        assert ("none of 3 languages is named" in caplog.text) == (language is None)
         model, processor = processed.model, processed.processor
         labels = SPEECH.examples(rows, SPEECH.find_columns(rows, {}), processed).labels
         named = [] if language is None else [f"<|{language}|>", "<|transcribe|>"]
