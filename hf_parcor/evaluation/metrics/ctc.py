@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_parcor.batches import IGNORED_LABEL
-from hf_parcor.evaluation.metrics.over_batches import OverPairs, Pairs
+from hf_parcor.evaluation.metrics.over_batches import NO_TEXT, OverPairs, Pairs
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.evaluation.outputs import NOT_FINITE, Output, chosen_class, inside_adapters
 
-_NO_TEXT = "\ufffd"
 # How models of Transformers say how many frames they make of so many samples, or features.
 _COUNTING = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
 
@@ -64,7 +63,7 @@ class CTCMetric(OverPairs):
         texts = [self._text(row[:count]) for row, count in zip(predicted, counts, strict=True)]
         lost = [not bool(row[:count].all()) for row, count in zip(finite, counts, strict=True)]
         return (
-            [_NO_TEXT if gone else text for text, gone in zip(texts, lost, strict=True)],
+            [NO_TEXT if gone else text for text, gone in zip(texts, lost, strict=True)],
             [self._decoded(row[row != IGNORED_LABEL]) for row in labels],
             {NOT_FINITE: sum(lost)},
         )

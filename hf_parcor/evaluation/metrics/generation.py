@@ -11,7 +11,7 @@ from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, 
 
 from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.evaluation.identity.repeated_batches import unseen
-from hf_parcor.evaluation.metrics.over_batches import OverPairs, Pairs
+from hf_parcor.evaluation.metrics.over_batches import NO_TEXT, OverPairs, Pairs
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.evaluation.outputs import NOT_FINITE, inside_adapters, own_batch
 from hf_parcor.evaluation.placement.replicas import all_batches
@@ -19,7 +19,6 @@ from hf_parcor.languages import check_target_language
 from hf_parcor.sequence_length import asked_length, generated_length, generation_settings, unfinished
 
 _FOR_THE_LOSS = ("labels", "decoder_input_ids", "decoder_attention_mask")
-_NO_TEXT = "\ufffd"  # not "", which some scores cannot divide by, and which an empty reference equals
 
 CUT = "predictions_cut"
 """The share of texts that did not end within the length; a metric returns it if there were any."""
@@ -93,7 +92,7 @@ class GenerationMetric(OverPairs):
             )
         tokens = tokens[:, seen.begun_with(tokens, start) :]
         lost = seen.rows(len(labels))
-        texts = [_NO_TEXT if gone else text for text, gone in zip(self._texts(tokens), lost, strict=True)]
+        texts = [NO_TEXT if gone else text for text, gone in zip(self._texts(tokens), lost, strict=True)]
         cut = sum(
             at_end and not gone
             for at_end, gone in zip(unfinished(tokens, length, generating, settings), lost, strict=True)

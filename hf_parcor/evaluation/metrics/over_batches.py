@@ -239,6 +239,8 @@ def not_finite(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return share_not_finite(sum_of(parts, "not_finite"), label_count(parts))
 
 
+NO_TEXT = "\ufffd"  # not "", which some scores cannot divide by, and which an empty reference equals
+
 # Predictions, references, and how many predictions are odd: not finite, say.
 Pairs = tuple[list[Any], list[Any], Mapping[str, int]]
 
