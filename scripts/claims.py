@@ -583,6 +583,18 @@ CLAIMS = [
             ("A defended embedding model is harder to break along the gradient", K1, WORST, 0.0),
         )
     ),
+    *(
+        Claim(
+            OURS,
+            f"{says}: Moonshine tiny, words that are wrong",
+            arms("speech", "plain", arm, rows, margin=margin, metric="wer", ending="-test"),
+        )
+        for says, arm, rows, margin in (
+            ("Half of the loss at 4 bits a channel hears more there", "half-4-bits", PER_CHANNEL_4, 0.0),
+            ("… and costs less than a point without corruption", "half-4-bits", CLEAN, 1.0),
+            ("Trained in the worst direction, it hears more at 4 bits a channel", K1, PER_CHANNEL_4, 0.0),
+        )
+    ),
     Claim(OURS, "A defense makes the worst bit flips harmless", Seen(worst_flips_are_harmless), "worst_bit_flips"),
     Claim(OURS, "A defended step costs its K + 1 passes: counted", Seen(costs_its_passes), ""),
     Claim(OURS, "K = 1 costs at most two stock steps on a GPU: one H100", Seen(costs_two_passes_on_a_gpu), "gpu"),

@@ -111,8 +111,8 @@ class SpeechRecognition(Task):
         asked = processed.encoding.max_length
         if asked is not None and _is_ctc(processed.model):
             raise InputError(
-                f"max_length: expected none for {self.name} by a model of CTC, whose texts are as long as what is "
-                f"said, got {asked}; leave it out"
+                f"max_length: expected none for {self.name}, where a model for CTC writes as much as is said, got "
+                f"{asked}; leave it out"
             )
         language, model, tokenizer = processed.encoding.source_language, processed.model, processed.processor.tokenizer
         known = getattr(getattr(model, "generation_config", None), "lang_to_id", None)

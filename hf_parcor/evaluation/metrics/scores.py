@@ -128,7 +128,7 @@ class TranscriptScore:
 
     Examples:
         >>> TranscriptScore()(predictions=["a good Film"], references=["A good, good film."])
-        {'wer': 0.25, 'cer': 0.29...}
+        {'wer': 0.25, 'cer': 0.3125}
         >>> TranscriptScore(normalized=False)(predictions=["a film"], references=["A film."])["wer"]
         1.0
     """
