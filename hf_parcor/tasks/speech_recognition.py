@@ -199,9 +199,9 @@ def _labels_of(batches: DataLoader[Any]) -> Sequence[Sequence[int]]:
 
 def _without_start(rows: Sequence[Sequence[int]], model: Any) -> Iterator[Sequence[int]]:
     """Yield labels without the token that the model puts before them by itself."""
-    start = model.config.decoder_start_token_id
+    start = [model.config.decoder_start_token_id]
     for tokens in rows:
-        yield tokens[1:] if tokens and tokens[0] == start else tokens
+        yield tokens[1:] if tokens[:1] == start else tokens
 
 
 def _as_spelled(texts: Sequence[str], tokenizer: Any, source: str) -> Sequence[str]:

@@ -172,7 +172,7 @@ class TestWhisper:
     @pytest.mark.slow
     @for_each("language", [None, "en", "de"])
     @for_each("length", [None, 9])
-    def test_what_it_writes(self, language, length, tmp_path, caplog):
+    def test_what_it_writes(self, language, length, tmp_path, caplog, monkeypatch):
         rows = load_rows(write_spoken(tmp_path / "rows.csv"))
         processed = loaded(save_whisper(tmp_path / "model"), source_language=language, max_length=length)
         assert ("none of 3 languages is named" in caplog.text) == (language is None)
@@ -182,8 +182,14 @@ class TestWhisper:
         assert all(
             processor.tokenizer.decode(row).startswith("".join([*named, "<|notimestamps|>"])) for row in labels
         ), "the model puts the start before them by itself"
+        assert ("texts of column 'text' have more than 9 tokens and are cut" in caplog.text) == (length == 9)
         batches = batches_of(processed, rows, 3)
-        found = SPEECH.metric("wer", processed, batches)(model)
+        with monkeypatch.context() as patch:
+            decoded, read = [], Rows.audio
+            patch.setattr(Rows, "audio", lambda *given: decoded.append(given) or read(*given))
+            metric = SPEECH.metric("wer", processed, batches)
+        assert len(decoded) <= 3, "not all recordings, to know how long texts are"
+        found = metric(model)
         longest = max(map(len, labels))
         asked = {} if language is None else {"language": language, "task": "transcribe"}
         settings = {"max_new_tokens": length or longest + longest // 5 + 10, "do_sample": False, **asked}
@@ -202,10 +208,11 @@ class TestWhisper:
     @for_each("language", ["xx", "fr"])
     def test_a_language_that_it_does_not_know(self, language, tmp_path):
         processed = loaded(save_whisper(tmp_path))
-        before = processed.processor.tokenizer.prefix_tokens
+        before = processed.processor.tokenizer.prefix_tokens, processed.processor.tokenizer("a")["input_ids"]
         with pytest.raises(InputError, match=f"source_language: expected a language .*got '{language}'"):
             SPEECH.prepare(Processed(processed.model, processed.processor, Encoding(source_language=language)))
-        assert processed.processor.tokenizer.prefix_tokens == before
+        tokenizer = processed.processor.tokenizer
+        assert (tokenizer.prefix_tokens, tokenizer("a")["input_ids"]) == before
         assert getattr(processed.model.generation_config, "language", None) is None
 
     def test_a_model_without_languages_is_told_of_none(self, tmp_path):
@@ -239,7 +246,15 @@ class TestCTC:
         assert isinstance(model, transformers.Wav2Vec2ForCTC)
         assert model.lm_head.out_features == len(LETTERS)
         assert (model.config.pad_token_id, model.config.ctc_loss_reduction) == (0, "mean")
-        assert SPEECH.load_model(save_wav2vec2(tmp_path / "own"), to_train=True).lm_head.out_features == len(LETTERS)
+        other = save_wav2vec2(tmp_path / "own", vocab_size=32)
+        assert SPEECH.load_model(other, to_train=True).lm_head.out_features == 32, "a head remains"
+
+    def test_a_text_without_a_letter_is_refused(self, tmp_path):
+        rows = load_rows(write_spoken(tmp_path / "rows.csv"))
+        processed = loaded(save_wav2vec2(tmp_path / "model"))
+        empty = Rows(rows.source, [*rows.entries[:1], {**rows.entries[1], "text": ""}], rows.columns)
+        with pytest.raises(InputError, match="a token or more in each text of column 'text', got none in row 2"):
+            batches_of(processed, empty, 2)
 
     @for_each(("spelled", "way"), [(str, ""), (str.upper, "in lower case"), (str.title, "in lower case")])
     def test_texts_are_taken_in_the_letters_that_the_model_knows(self, spelled, way, tmp_path, caplog):
