@@ -6,7 +6,7 @@ MODEL is the folder that `scripts.moonshine` wrote; FOLDER holds `train.tsv.gz` 
 German. Sentences of 6 to 14 words are spoken by the program flite (`apt install flite`), each by the next of its four
 American voices: 640 to train on, 192 others to measure on. The model as it is, and after one epoch in each of these
 ways, is measured on them, and on the ten parts of a recording of a person that lie beside the model, with all linear
-layers corrupted. Of the model as it is, one layer after the other is rounded to 4 bits, too.
+layers corrupted. Of the model as it is, one layer after the other is rounded to 4 and to 3 bits, too.
 
 Finished runs are kept, so an interrupted campaign goes on. The output folder gets for each model a record of both
 recordings, `sweep.json` of the layers, `runs.json`, and `table.md`: mean ± sample standard deviation over seeds, and
@@ -84,7 +84,7 @@ def sentences(data: Path, split: str) -> list[str]:
         _, *lines = file.read().splitlines()
     found = dict.fromkeys(line.partition("\t")[0] for line in lines)
     fitting = [text for text in found if len(text.split()) in WORDS]
-    return fitting[:: len(fitting) // SENTENCES[split]][: SENTENCES[split]]
+    return fitting[:: max(1, len(fitting) // SENTENCES[split])][: SENTENCES[split]]
 
 
 def speak(folder: Path, data: Path) -> None:

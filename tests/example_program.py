@@ -7,7 +7,8 @@ import json
 import os
 import runpy
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -40,6 +41,16 @@ def steps_logged(output: Path) -> list[dict[str, float]]:
     return [entry for entry in state["log_history"] if "loss" in entry]
 
 
+@contextmanager
+def ending_well() -> Iterator[None]:
+    """Let a program end without an error."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
 def run_here(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the programs that a module of scripts would start run in this process, which has imported everything."""
 
@@ -47,6 +58,11 @@ def run_here(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         assert command[0] == sys.executable
         assert check
         assert {name: value for name, value in env.items() if name != "OMP_NUM_THREADS"}.items() <= os.environ.items()
+        if command[1] == "-m":
+            monkeypatch.setattr(sys, "argv", command[2:])
+            with ending_well():
+                runpy.run_module(command[2], run_name="__main__")
+            return
         monkeypatch.setattr(sys, "argv", command[1:])
         runpy.run_path(command[1], run_name="__main__")
 
