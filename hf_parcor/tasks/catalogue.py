@@ -120,7 +120,9 @@ def check_head(task: Task, model: str, **settings: Any) -> None:
 
 
 def architectures_of(model: str, **settings: Any) -> list[str]:
-    """Return the classes that a model was saved as; of a PEFT adapter, what that of its model ends in.
+    """Return the classes that a model was saved as; of a PEFT adapter, those of its model that end as its task says.
+
+    If none does, since the adapter brings another head, it is what such classes end in.
 
     One of sentence-transformers is of its class, and of that which it has of Transformers.
 
@@ -131,5 +133,6 @@ def architectures_of(model: str, **settings: Any) -> list[str]:
     embeds = [SENTENCE_TRANSFORMER] if is_sentence_transformer(model, revision) else []
     adapter = Adapter.found(model, revision)
     if adapter is not None and adapter.head:
-        return [adapter.head, *embeds]
+        saved = load_configuration(model, **settings).architectures or [] if adapter.base[0] else []
+        return [*([name for name in saved if name.endswith(adapter.head)] or [adapter.head]), *embeds]
     return [*(load_configuration(model, **settings).architectures or []), *embeds]

@@ -443,6 +443,28 @@ def test_nothing_is_heard_of_those_that_share_a_batch_or_the_prefix(name, tmp_pa
     assert len({str(rows) for rows in found[0].values()}) > 1, "layers differ"
 
 
+@pytest.mark.slow
+@for_each("kind", [None, "SEQ_2_SEQ_LM"])
+def test_an_adapter_of_a_speech_recognizer(kind, tmp_path):
+    """PEFT has no task of speech: people name none, or that of texts."""
+    peft = pytest.importorskip("peft")
+    rows = load_rows(write_spoken(tmp_path / "rows.csv"))
+    folder = save_whisper(tmp_path / "model")
+    base = transformers.WhisperForConditionalGeneration.from_pretrained(folder)
+    around = peft.get_peft_model(
+        base, peft.LoraConfig(target_modules=["q_proj"], task_type=kind, init_lora_weights=False)
+    )
+    around.save_pretrained(tmp_path / "adapter")
+    adapter = str(tmp_path / "adapter")
+    assert task_of(adapter, rows, {}) is SPEECH
+    processed = loaded(adapter)
+    (batch,) = batches_of(processed, rows, 6)
+    with torch.no_grad():
+        # What PEFT puts around it for texts hands on what Whisper does not take.
+        found, expected = (model.eval()(**batch).logits for model in (processed.model, around.get_base_model()))
+    torch.testing.assert_close(found, expected)
+
+
 HEADS = {
     "wav2vec 2.0": (transformers.Wav2Vec2ForSequenceClassification, "audio-classification"),
     "for speech": (transformers.Wav2Vec2ForCTC, "automatic-speech-recognition"),
