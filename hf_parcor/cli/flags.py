@@ -102,6 +102,10 @@ TASKS = (
     "audio-classification",
     "sentence-similarity",
 )
+ROLES = (
+    *("text", "second_text", "words", "question", "context", "answer", "start", "source", "target", "negative"),
+    *("image", "boxes", "audio", "label", "score"),
+)
 TRIALS = 3
 USUAL_METRIC = "default: perplexity of a text, accuracy, or the first whose large values are good"
 NORM = 2.0
@@ -161,8 +165,7 @@ def add_subject(parser: Parser) -> None:
         "--column",
         action="append",
         metavar="ROLE=NAME",
-        help="what a column is for, if its name is not well known: text, second_text, words, image, boxes, label, "
-        "source, target, negative, score",
+        help=f"what a column is for, if its name is not well known: {', '.join(ROLES)}",
     )
     group.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N rows")
     group.add_argument("--max-length", type=at_least(2), metavar="N", help="cut texts to N tokens, generated ones too")

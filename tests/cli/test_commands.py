@@ -96,6 +96,8 @@ def model_of(folder):
 @pytest.mark.slow
 def test_names_that_help_shows_are_those_of_the_catalogues():
     assert tuple(TASKS) == shared_flags.TASKS
+    assert {role for task in TASKS.values() for role in task.roles} == set(shared_flags.ROLES)
+    assert len(set(shared_flags.ROLES)) == len(shared_flags.ROLES)
     assert [name for name, task in TASKS.items() if "stride" in task.takes] == [shared_flags.WINDOWED]
     assert shared_flags.TRIALS == DEFAULT_TRIALS
     assert tuple(name.replace("_", "-") for name in CORRUPTIONS) == shared_flags.CORRUPTIONS
