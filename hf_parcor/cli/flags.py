@@ -170,7 +170,11 @@ def add_subject(parser: Parser) -> None:
     group.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N rows")
     group.add_argument("--max-length", type=at_least(2), metavar="N", help="cut texts to N tokens, generated ones too")
     group.add_argument("--prefix", default="", metavar="TEXT", help='before each text, as "summarize: " for T5')
-    group.add_argument("--source-lang", metavar="NAME", help="of models of many languages, as they call it: de_DE")
+    group.add_argument(
+        "--source-lang",
+        metavar="NAME",
+        help="of models of many languages, as they call it: de_DE; of Whisper, what is spoken: de",
+    )
     group.add_argument("--target-lang", metavar="NAME", help="the language to generate; needed by mBART, NLLB, M2M100")
     group.add_argument(
         "--box-format",

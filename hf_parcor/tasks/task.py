@@ -109,7 +109,8 @@ class Encoding:
     Attributes:
         max_length: Longer texts are cut to this many tokens; None for what suits the task.
         prefix: Put before each text, such as "translate English to German: " for T5.
-        source_language: What a model of many languages calls that of the sources; None for what it was saved with.
+        source_language: What a model of many languages calls that of the sources, or what is spoken; None for what it
+            was saved with.
         target_language: And that of the targets.
         box_format: Of a detector's data: "coco" for (x, y, width, height), "voc" for (xmin, ymin, xmax, ymax); None
             for what the column's name says.
