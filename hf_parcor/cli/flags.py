@@ -330,9 +330,9 @@ def add_corruptions(parser: Parser, default: str) -> None:
         "--towards",
         nargs="+",
         metavar="MODEL",
-        help="replace the weights by those of other models of the same architecture, or of GGUF files: what a "
-        "quantizer or a merge made of it, or an earlier version; nothing else unless --corruptions or --strengths are "
-        "given, too",
+        help="replace the weights by those of other models of the same architecture (NAME@REVISION for a revision on "
+        "the Hub), or of GGUF files: what a quantizer or a merge made of it, or an earlier version; nothing else "
+        "unless --corruptions or --strengths are given, too",
     )
     group.add_argument(
         "--shares", nargs="+", type=number, metavar="S", help="how much of the way --towards them; default: 1"

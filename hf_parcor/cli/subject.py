@@ -131,13 +131,33 @@ def _weights_of(name: str, arguments: argparse.Namespace, subject: Subject) -> M
         )
         model = load_pretrained("towards", loader, name, dtype=arguments.dtype)
     else:
-        task, origin = task_named(subject.task), {"trust_remote_code": arguments.trust_remote_code}
+        name, revision = _with_revision(name)
+        task = task_named(subject.task)
+        origin = {"revision": revision, "trust_remote_code": arguments.trust_remote_code}
         check_head(task, name, **origin)
         model = task.load_model(name, to_train=True, **origin, dtype=arguments.dtype)
         if hasattr(model, "merge_and_unload"):  # an adapter, around what it belongs to
             model = model.merge_and_unload()
     weights: Mapping[str, Tensor] = model.state_dict()
     return weights
+
+
+def _with_revision(name: str) -> tuple[str, str]:
+    """Return the name of a model, and its revision, which stands behind an @: "main" if there is none, or a folder.
+
+    Raises:
+        InputError: None of them stands there.
+
+    Examples:
+        >>> _with_revision("me/model@v1"), _with_revision("me/model")
+        (('me/model', 'v1'), ('me/model', 'main'))
+    """
+    before, at, revision = name.rpartition("@")
+    if not at or Path(name).exists():
+        return name, "main"
+    if not before or not revision:
+        raise InputError(f"--towards: expected NAME@REVISION, got {name!r}; write both, or the name alone")
+    return before, revision
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 from for_each import for_each
+from local_hub import local_hub
 from local_models import (
     LABELS,
     MANY_LANGUAGES,
@@ -256,6 +257,33 @@ class TestProbe:
         assert [row.label for row in record.corruptions][:2] == ["Gaussian σ=0.1", f"0.5 of the way to {called[0]}"]
         page = Path("out/robustness.md").read_text(encoding="utf-8")
         assert f"--corruptions gaussian=0.1 --towards {' '.join(called)} --shares 0.5 1.0 --trials 3" in page
+
+    @pytest.mark.slow
+    def test_an_earlier_version_on_the_hub(
+        self, run, classifier_folder, models_of_seeds, sentences, monkeypatch, tmp_path
+    ):
+        versions = {"main": classifier_folder, "v1": models_of_seeds["other"]}
+        files = {
+            branch: {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+            for branch, folder in versions.items()
+        }
+        data = ("--dataset", sentences, "--batch-size", 4, "--quiet", "--json")
+        earlier = EvaluationRecord.from_json(run("evaluate", versions["v1"], *data, "--corruptions", "gaussian=0").out)
+        with local_hub({"models/me/model": files}, monkeypatch, tmp_path / "cache"):
+            result = run("evaluate", "me/model", *data, "--towards", "me/model@v1", "me/model")
+            refused = run("evaluate", "me/model", *data, "--towards", "me/model@v2")
+        first, second = EvaluationRecord.from_json(result.out).corruptions
+        assert (first.label, second.label) == ("weights of me/model@v1", "weights of me/model")
+        assert first.metrics == earlier.clean.metrics
+        assert second.changed == 0
+        assert refused.code == 2
+        assert "v2" in refused.err.splitlines()[-1]
+
+    @for_each("name", ["@v1", "me/model@"])
+    def test_half_a_revision(self, run, classifier_folder, sentences, name):
+        result = run("evaluate", classifier_folder, "--dataset", sentences, "--towards", name)
+        assert result.code == 2
+        assert f"--towards: expected NAME@REVISION, got {name!r}" in result.err
 
     @pytest.mark.filterwarnings("ignore::FutureWarning:peft")
     def test_an_adapter_is_merged_where_it_is_the_other_model(self, run, classifier_folder, sentences, tmp_path):
