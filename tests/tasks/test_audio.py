@@ -368,7 +368,10 @@ def save_parakeet(folder):
     raw = Tokenizer(models.BPE(pieces, [], unk_token="<unk>"))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>")
-    extractor = transformers.ParakeetFeatureExtractor(feature_size=16)
+    try:
+        extractor = transformers.ParakeetFeatureExtractor(feature_size=16)
+    except ImportError as error:  # of Transformers before 5.24, without librosa
+        pytest.skip(str(error).strip().splitlines()[0])
     return save_with(folder, transformers.ParakeetForCTC(config), extractor, tokenizer, transformers.ParakeetProcessor)
 
 
