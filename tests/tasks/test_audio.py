@@ -370,7 +370,7 @@ def save_parakeet(folder):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>")
     try:
         extractor = transformers.ParakeetFeatureExtractor(feature_size=16)
-    except ImportError as error:  # of Transformers before 5.24, without librosa
+    except ImportError as error:  # of earlier Transformers, without librosa
         pytest.skip(str(error).strip().splitlines()[0])
     return save_with(folder, transformers.ParakeetForCTC(config), extractor, tokenizer, transformers.ParakeetProcessor)
 
