@@ -126,11 +126,17 @@ def tables_of(options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
     yield "human", Path(options.model) / "human.tsv"
 
 
+def record_of(options: argparse.Namespace, name: str, heard: str) -> Path:
+    """Return where the record of a model lies."""
+    path: Path = options.output / f"{name}-{heard}.json"
+    return path
+
+
 def evaluate(options: argparse.Namespace, name: str, model: str | Path) -> list[EvaluationRecord]:
     """Return the records of a model, measured unless they are there."""
     records = []
     for heard, table in tables_of(options):
-        path = options.output / f"{name}-{heard}.json"
+        path = record_of(options, name, heard)
         if not path.exists():
             evaluator = CorruptionEvaluator(*subject(model, table), target_modules=[LINEAR])
             evaluator.evaluate(CORRUPTIONS, trials=1, checkpoint=options.work / f"{name}-{heard}.jsonl").save(path)
@@ -141,8 +147,7 @@ def evaluate(options: argparse.Namespace, name: str, model: str | Path) -> list[
 def measure(options: argparse.Namespace, run: Run) -> list[EvaluationRecord]:
     """Train and measure one model, unless its records are there already."""
     folder = options.work / run.file_name
-    kept = [options.output / f"{run.file_name}-{heard}.json" for heard in HEARD]
-    if not all(path.exists() for path in kept):
+    if not all(record_of(options, run.file_name, heard).exists() for heard in HEARD):
         if not (folder / "train_results.json").exists():
             flags = [*run.arm.flags, "--use_cpu"] if DEVICE.type == "cpu" else run.arm.flags
             settings = {

@@ -176,7 +176,7 @@ class Train(Command):
             with going_on(
                 "with --resume-from-checkpoint true the same command goes on from the last checkpoint, if any"
             ):
-                _train(trainer, training, len(examples))
+                _train(trainer, training)
         _measure(arguments, trainer, subject, corruptions)
 
 
@@ -357,8 +357,8 @@ def _model(task: Task, arguments: argparse.Namespace, parts: Sequence[tuple[Rows
     return task.load_model(arguments.model, to_train=True, **origin, **settings)
 
 
-def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingArguments, rows: int) -> None:
-    """Train on so many rows, and save model, metrics and state.
+def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingArguments) -> None:
+    """Train, and save model, metrics and state.
 
     Raises:
         InputError: Another library refuses a flag of its own before the first step, as it builds loader, optimizer or
@@ -386,7 +386,8 @@ def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingA
     if trainer.is_world_process_zero():
         for name in (ROBUSTNESS, PROBE):  # of the weights that are replaced now
             set_aside(Path(str(training.output_dir)) / name)
-    save_training(trainer, metrics, train_samples=rows)
+    examples: Any = trainer.train_dataset
+    save_training(trainer, metrics, train_samples=len(examples))
 
 
 @contextmanager

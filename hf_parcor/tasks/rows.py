@@ -201,11 +201,14 @@ class Rows:
         with self._recording(column, index) as recording:
             return audio_seconds(recording)
 
+    def _beside(self, value: Any) -> Any:
+        """Return where a file lies that a row names, beside the data file; what is no name as it is."""
+        # An int is a file by the name of a number, as tables are read.
+        return Path(self.source).parent / str(value) if isinstance(value, (str, int)) else value
+
     @contextmanager
     def _recording(self, column: str, index: int) -> Iterator[Any]:
-        recording = self.entries[index][column]
-        if isinstance(recording, (str, int)):  # an int is a file by the name of a number, as tables are read
-            recording = Path(self.source).parent / str(recording)
+        recording = self._beside(self.entries[index][column])
         try:
             yield recording
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -222,8 +225,7 @@ class Rows:
         if isinstance(image, Mapping):
             image = image.get("path") if image.get("bytes") is None else io.BytesIO(image["bytes"])
         try:
-            if isinstance(image, (str, int)):  # an int is a file by the name of a number, as tables are read
-                image = Path(self.source).parent / str(image)
+            image = self._beside(image)
             if isinstance(image, (Path, io.BytesIO)):
                 with Image.open(image) as opened:
                     yield opened

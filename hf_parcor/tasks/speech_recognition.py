@@ -28,6 +28,7 @@ from hf_parcor.tasks.task import (
     library_score,
     load_configuration,
     load_processing,
+    origin_in,
     say_what_is_cut,
 )
 
@@ -81,12 +82,13 @@ class SpeechRecognition(Task):
 
     def load_model(self, name: str, *, to_train: bool = False, **settings: Any) -> Any:
         """Return a model; one without a head that is to be trained gets one for the letters of its tokenizer."""
-        origin = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
-        config = load_configuration(name, **origin)
-        if to_train and _gets_head(config) and not self.has_head(config.architectures or []):
-            tokenizer = self.load_processor(name, **origin).tokenizer
-            blank = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-            settings = {**blank, "ctc_loss_reduction": "mean", **settings}
+        if to_train:
+            origin = origin_in(settings)
+            config = load_configuration(name, **origin)
+            if _gets_head(config) and not self.has_head(config.architectures or []):
+                tokenizer = self.load_processor(name, **origin).tokenizer
+                blank = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+                settings = {**blank, "ctc_loss_reduction": "mean", **settings}
         return super().load_model(name, to_train=to_train, **settings)
 
     def load_processor(self, name: str, **settings: Any) -> Any:
@@ -232,11 +234,12 @@ def _as_spelled(texts: Sequence[str], tokenizer: Any, source: str) -> Sequence[s
 
 def _say_what_is_not_heard(recordings: Recordings, extractor: Any) -> None:
     """Say how many recordings are longer than what the model hears, if its extractor cuts any."""
-    samples = getattr(extractor, "n_samples", None)
-    longer = sum(samples is not None and seconds > samples / extractor.sampling_rate for seconds in recordings.lengths)
+    if not hasattr(extractor, "n_samples"):
+        return
+    most = extractor.n_samples / extractor.sampling_rate
+    longer = sum(seconds > most for seconds in recordings.lengths)
     if longer:
         logger.warning(
-            f"{recordings.rows.source}: {longer:,} of {len(recordings):,} recordings are longer than the "
-            f"{samples / extractor.sampling_rate:g} seconds that the model hears, and are cut: cut recordings and "
-            "texts before."
+            f"{recordings.rows.source}: {longer:,} of {len(recordings):,} recordings are longer than the {most:g} "
+            "seconds that the model hears, and are cut: cut recordings and texts before."
         )

@@ -98,6 +98,11 @@ def load_configuration(name: str, revision: str | None = None, *, trust_remote_c
     )
 
 
+def origin_in(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those settings of `from_pretrained` that say where a model is from: its revision, and its own code."""
+    return {key: settings[key] for key in _OF_ORIGIN if key in settings}
+
+
 Example = dict[str, Any]
 Collator = Callable[[list[Example]], Mapping[str, Any]]
 
@@ -237,7 +242,7 @@ class Task(ABC):
         Raises:
             InputError: There is no such model, or it cannot have such a head.
         """
-        loader = self.loader(name, **{key: settings[key] for key in _OF_ORIGIN if key in settings})
+        loader = self.loader(name, **origin_in(settings))
         adapter = Adapter.found(name, settings.get("revision"))
         if adapter is not None:
             loader = LoaderOfAdapter(loader, adapter, around=to_train)

@@ -176,11 +176,11 @@ class WithDivergence:
             found = self._metric.of_batch(model, batch)
         logits = seen[0] if len(seen) == 1 else None  # a generated text takes many calls, and other ones each time
         reference = _reference(model, batch)
-        if reference is not None and (logits is None or logits.shape[:-1] != reference.shape):
-            with torch.no_grad():
-                logits = Output.of(model, batch).logits
         if isinstance(found, Mapping) and ANSWERS in found:
             logits = found[ANSWERS]
+        elif reference is not None and (logits is None or logits.shape[:-1] != reference.shape):
+            with torch.no_grad():
+                logits = Output.of(model, batch).logits
         said = getattr(getattr(as_written(model), "config", None), "problem_type", None)
         inferred = found.get("problem") if isinstance(found, Mapping) else None
         if logits is None or {said, inferred} & _OTHER_PROBLEMS or logits.ndim < 2:
