@@ -71,8 +71,8 @@ logger = logging.get_logger(__name__)
 _TRAINING = re.compile(r"^## Training (?:procedure|Details)$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 
-class CardMixin(RobustnessMixin):
-    """Gives any Trainer a card with the last robustness evaluation; put it before the Trainer's class.
+class PublishingMixin(RobustnessMixin):
+    """Gives any Trainer a card with the last robustness evaluation, here and on the Hub; put it before its class.
 
     `create_model_card` extends that of the Trainer:
 
@@ -83,6 +83,19 @@ class CardMixin(RobustnessMixin):
     - Results of `evaluate_robustness` or a `RobustnessCallback` are shown only for the measured weights, also if
       `load_best_model_at_end` restored them. After further training the card says that robustness is unknown. For the
       same weights, results of `evaluate_robustness` take precedence.
+
+    Before each push, including those that `hub_strategy` makes during training, a card that a person changed on the
+    Hub is copied here. If a person changed the local card too, the local card is pushed, and a warning says where to
+    find the other one. As with the Trainer, a push during training creates no card; an existing card is updated with
+    what is known about the pushed weights.
+
+    The mixin includes `evaluate_robustness`, and is one of the bases of `ParameterDefenseTrainer`.
+
+    Examples:
+        >>> from transformers import Trainer
+        >>> from hf_parcor import ParameterDefenseMixin
+        >>> class PublishingTrainer(ParameterDefenseMixin, PublishingMixin, Trainer):
+        ...     pass
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -171,54 +184,6 @@ class CardMixin(RobustnessMixin):
             files = files_beside(facts)
             write_files(folder, card_of(facts, files, text, training=training, generated=generated), files)
 
-
-def _weights_here(model: nn.Module) -> str:
-    """Return a fingerprint of what this process holds: the one that writes cards must not wait for others."""
-    drop_gathered(model)
-    return fingerprint_of_weights(model, gather=False)
-
-
-def base_model_of(model: nn.Module) -> str:
-    """Return the name on the Hub of the model that this one was made from; "" for a folder, or where none is said."""
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    return "" if not name or Path(name).is_absolute() or Path(name).is_dir() else name
-
-
-def folder_of(arguments: TrainingArguments) -> Path:
-    """Return the folder of a Trainer's card."""
-    return Path(arguments.output_dir or ".").absolute()
-
-
-def _with_metadata_of(written: str, theirs: str) -> str:
-    """Return their card, with what the Trainer would have said in the front matter, but for its results."""
-    values = values_of(read_card(written).front_matter)
-    values.pop("model-index", None)  # ours are in our section; those of earlier runs would pile up
-    return with_metadata(theirs, values)
-
-
-def _training_part(written: str) -> str:
-    """Return how the model was trained, of a Trainer's card, its headings below ours."""
-    found = _TRAINING.search(written.replace("\r\n", "\n"))
-    return re.sub(r"^##", "###", found.group().strip(), flags=re.MULTILINE) if found else ""
-
-
-class PublishingMixin(CardMixin):
-    """Gives any Trainer a card with the last robustness evaluation, here and on the Hub; put it before its class.
-
-    Before each push, including those that `hub_strategy` makes during training, a card that a person changed on the
-    Hub is copied here. If a person changed the local card too, the local card is pushed, and a warning says where to
-    find the other one. As with the Trainer, a push during training creates no card; an existing card is updated with
-    what is known about the pushed weights.
-
-    The mixin includes `evaluate_robustness`, and is one of the bases of `ParameterDefenseTrainer`.
-
-    Examples:
-        >>> from transformers import Trainer
-        >>> from hf_parcor import ParameterDefenseMixin
-        >>> class PublishingTrainer(ParameterDefenseMixin, PublishingMixin, Trainer):
-        ...     pass
-    """
-
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
@@ -292,6 +257,36 @@ class PublishingMixin(CardMixin):
                 f"the history of the repository, at {info.sha}."
             )
         return paths_in(info)
+
+
+def _weights_here(model: nn.Module) -> str:
+    """Return a fingerprint of what this process holds: the one that writes cards must not wait for others."""
+    drop_gathered(model)
+    return fingerprint_of_weights(model, gather=False)
+
+
+def base_model_of(model: nn.Module) -> str:
+    """Return the name on the Hub of the model that this one was made from; "" for a folder, or where none is said."""
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    return "" if not name or Path(name).is_absolute() or Path(name).is_dir() else name
+
+
+def folder_of(arguments: TrainingArguments) -> Path:
+    """Return the folder of a Trainer's card."""
+    return Path(arguments.output_dir or ".").absolute()
+
+
+def _with_metadata_of(written: str, theirs: str) -> str:
+    """Return their card, with what the Trainer would have said in the front matter, but for its results."""
+    values = values_of(read_card(written).front_matter)
+    values.pop("model-index", None)  # ours are in our section; those of earlier runs would pile up
+    return with_metadata(theirs, values)
+
+
+def _training_part(written: str) -> str:
+    """Return how the model was trained, of a Trainer's card, its headings below ours."""
+    found = _TRAINING.search(written.replace("\r\n", "\n"))
+    return re.sub(r"^##", "###", found.group().strip(), flags=re.MULTILINE) if found else ""
 
 
 def _around(card: Card) -> tuple[str, str]:

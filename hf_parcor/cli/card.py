@@ -143,6 +143,7 @@ def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
 
     last = ModelFacts.load(folder / FACTS) if (folder / FACTS).is_file() else None
     given: dict[str, Any] = {name: value for name in _DESCRIBED if (value := getattr(arguments, name)) is not None}
+    stated = {"greater_is_better": arguments.greater_is_better, "unit": arguments.unit}
     sweep = SweepRecord.load(folder / PROBE) if (folder / PROBE).is_file() else None
     plan = _plan(folder)
     evaluated = (folder / ROBUSTNESS).is_file() or bool(arguments.seeds)
@@ -162,7 +163,9 @@ def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
         data = _data(arguments, first, last)
         tasks = [given.get("task", ""), first.task, described.get("task", ""), _task_of_head(folder)]
         task = next((name for name in tasks if name not in SEVERAL_TASKS), first.task or tasks[-1])
-        facts = facts_of(measured, **{**named, "task": task}, evaluated_on=data, defense=defense_beside(folder))
+        facts = facts_of(
+            measured, **{**named, "task": task}, evaluated_on=data, defense=defense_beside(folder), **stated
+        )
         if last is not None and "command" not in given and _numbers(last) != _numbers(facts):
             facts = replace(facts, command="")  # that of other numbers
         if last is not None and last.metric == facts.metric:  # what the record does not say, the last card may
@@ -172,8 +175,7 @@ def facts_of_run(arguments: argparse.Namespace, folder: Path) -> ModelFacts:
             raise InputError(f"--metric: expected {ROBUSTNESS} to read it from, got none; evaluate the model again")
         data = _described(arguments, last.evaluated_on)
         facts = replace(last, **{**given, "datasets": tuple(given.get("datasets", last.datasets))}, evaluated_on=data)
-    info = facts.info.stating(greater_is_better=arguments.greater_is_better, unit=arguments.unit)
-    facts = replace(facts, info=info)
+    facts = replace(facts, info=facts.info.stating(**stated))
     if last is not None and facts.evaluated_on != last.evaluated_on and arguments.benchmark_task is None:
         facts = replace(facts, benchmark_task="")  # that of other data
     facts = facts if sweep is None else with_probe(facts, sweep)

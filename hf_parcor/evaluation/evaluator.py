@@ -116,7 +116,7 @@ class _Evaluator:
         return {
             label: EvaluationRecord(
                 model=model_name(self._model),
-                target={key: described(value) for key, value in targets[label].items() if value is not None},
+                target=described(targets[label]),
                 parameters=numel(list(selection.parameters.values())),
                 clean=clean,
                 corruptions=rows,

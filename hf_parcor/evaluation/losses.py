@@ -62,7 +62,7 @@ def item_counter(model: nn.Module, loss: Loss) -> Callable[[Batch], int]:
     """Return the function that counts how many items of a batch a mean loss is over."""
     own = loss is model_loss
     shifted = own and shifts_labels(model) and not _vectors_of_prompt(model)  # the last of these predicts the first
-    return partial(count_items, shifted=shifted, of_rows=own and _is_ctc(model))
+    return partial(count_items, shifted=shifted, of_rows=own and is_ctc(model))
 
 
 def count_items(batch: Batch, *, shifted: bool = False, of_rows: bool = False) -> int:
@@ -130,10 +130,11 @@ def _inside(model: nn.Module) -> nn.Module:
     return inside_adapters(as_written(model))
 
 
-def _is_ctc(model: nn.Module) -> bool:
+def is_ctc(model: nn.Module) -> bool:
+    """Return whether a model aligns frames with letters (CTC), also behind adapters, DDP and FSDP."""
     return any(base.__name__.endswith("ForCTC") for base in class_of(_inside(model)).__mro__)
 
 
 def _sums_over_rows(model: nn.Module) -> bool:
     config = getattr(_inside(model), "config", None)
-    return _is_ctc(model) and getattr(config, "ctc_loss_reduction", None) == "sum"
+    return is_ctc(model) and getattr(config, "ctc_loss_reduction", None) == "sum"

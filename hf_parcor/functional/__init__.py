@@ -9,7 +9,7 @@ from hf_parcor.functional.constrained_maximum import (
 from hf_parcor.functional.float_formats import quantize_to_float
 from hf_parcor.functional.noise import conductance_drift, gaussian_noise, random_signs, relative, uniform_noise
 from hf_parcor.functional.norms import inner_product, max_magnitude, vector_norm
-from hf_parcor.functional.projections import project, project_, rescale_to_norm
+from hf_parcor.functional.projections import project, project_
 from hf_parcor.functional.pruning import prune, prune_together
 from hf_parcor.functional.quantization import quantize
 from hf_parcor.functional.top_n import keep_top_n, keep_top_n_
@@ -38,7 +38,6 @@ __all__ = [
     "quantize_to_float",
     "random_signs",
     "relative",
-    "rescale_to_norm",
     "sample_positions",
     "uniform_noise",
     "vector_norm",

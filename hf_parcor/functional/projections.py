@@ -1,4 +1,4 @@
-"""Projection onto a corruption constraint (Proposition 3), and rescaling, which is something else."""
+"""Projection onto a corruption constraint (Proposition 3)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from hf_parcor.distributed.dtensors import one_vector
 from hf_parcor.functional.norms import (
     euclidean_norm,
     euclidean_norms_of_each,
-    max_magnitude,
-    vector_norm_of_unit_scale,
 )
 from hf_parcor.functional.top_n import keep_top_n_
-from hf_parcor.functional.vectors import divide_, multiply_, on_each, scale_each_, scaled, working_copy
+from hf_parcor.functional.vectors import on_each, scale_each_, scaled, working_copy
 
 
 def check_projectable(p: float) -> None:
@@ -79,7 +77,8 @@ def project(tensors: Sequence[Tensor], p: float, epsilon: float, top_n: int | No
     .. math:: \arg\min_y \; \|y - x\|_2 \quad \text{such that} \quad \|y\|_p \le \epsilon, \; \|y\|_0 \le n
 
     For p = 2 it is `min(1, ε/‖h‖₂) h`, and for p = ∞ `clip(h, −ε, ε)`, with `h = top_n(x)`. A point inside is returned
-    unchanged. Paper 2, Eq. 17–19, Proposition 3 (which prints `arg max` and means `arg min`).
+    unchanged. (Rescaling to the radius is something else: for p ≠ 2 it leads to another point.)
+    Paper 2, Eq. 17–19, Proposition 3 (which prints `arg max` and means `arg min`).
 
     Args:
         tensors: `x`, floating-point tensors of any shapes, seen as one vector.
@@ -103,31 +102,3 @@ def project(tensors: Sequence[Tensor], p: float, epsilon: float, top_n: int | No
     projected = working_copy(tensors)
     project_(projected, p, epsilon, top_n)
     return projected
-
-
-def rescale_to_norm(tensors: Sequence[Tensor], p: float, epsilon: float) -> list[Tensor]:
-    """Return `ε v / ‖v‖_p`: the same direction at exactly this norm, also from inside; `v = 0` stays 0.
-
-    Not a projection: for p ≠ 2 the nearest point of the ball lies in another direction.
-
-    Args:
-        tensors: `v`, seen as one vector.
-        p: Order of the norm, `1 ≤ p ≤ ∞`.
-        epsilon: The norm to reach.
-
-    Raises:
-        ValueError: `p < 1`, `epsilon < 0`, or NaN.
-
-    Examples:
-        >>> rescale_to_norm([torch.tensor([3.0, 1.0])], p=math.inf, epsilon=1.0)
-        [tensor([1.0000, 0.3333])]
-    """
-    p = check_norm_order(p)
-    epsilon = check_radius("epsilon", epsilon)
-    rescaled = working_copy(tensors)
-    vector = one_vector(rescaled)
-    largest = max_magnitude(vector)
-    divide_(vector, torch.where(largest > 0, largest, 1.0))
-    norm = vector_norm_of_unit_scale(vector, p)
-    multiply_(vector, torch.where(norm > 0, epsilon / norm, 0.0))
-    return rescaled

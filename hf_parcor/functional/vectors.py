@@ -185,11 +185,6 @@ def places_by_kind(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.
     return kinds
 
 
-def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply every tensor, in place, by a zero-dimensional factor that stays on its device."""
-    _by_kind(torch._foreach_mul_, tensors, factor)
-
-
 def divide_(tensors: Sequence[Tensor], divisor: Tensor) -> None:
     """Divide every tensor, in place, by a zero-dimensional divisor: where its inverse would leave the range."""
     _by_kind(torch._foreach_div_, tensors, divisor)

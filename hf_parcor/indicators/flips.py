@@ -121,7 +121,7 @@ def measure_flips_to_break(
         greater_is_better = info_of(metric, name, [clean[name]]).greater_is_better
     record = FlipRecord(
         model=model_name(model),
-        target={key: described(value) for key, value in target.items() if value is not None},
+        target=described(target),
         parameters=numel(list(selection.parameters.values())),
         settings=corruption.settings(),
         metric=name,

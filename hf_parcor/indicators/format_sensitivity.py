@@ -22,6 +22,7 @@ from hf_parcor.evaluation.losses import Batch, Loss, model_loss
 from hf_parcor.evaluation.measurement import MEMORY, Measurement, Metric
 from hf_parcor.evaluation.metrics import BatchMetric, NotFiniteError, WithDivergence
 from hf_parcor.evaluation.metrics.loss import LossMetric
+from hf_parcor.evaluation.metrics.over_batches import AroundMetric
 from hf_parcor.evaluation.passes.gradients import DatasetGradients
 from hf_parcor.evaluation.placement.memory import check_free, too_little
 from hf_parcor.evaluation.placement.reach import Reach
@@ -342,11 +343,12 @@ def metric_and_batches(metric: Any, batches: Iterable[Batch] | None, loss: Loss)
     return _WithLoss(metric, LossMetric(batches, loss)), batches
 
 
-class _WithLoss:
+class _WithLoss(AroundMetric):
     """A metric, and the mean loss where it has none."""
 
     def __init__(self, metric: Metric, loss: LossMetric) -> None:
-        self._metric, self._loss = metric, loss
+        super().__init__(metric)
+        self._loss = loss
 
     def __call__(self, model: nn.Module) -> Mapping[str, float]:
         found = dict(self._metric(model))
@@ -359,16 +361,6 @@ class _WithLoss:
     def info_of(self, name: str) -> MetricInfo | None:
         """Return what the metric says, or that a loss is to be small."""
         return stated_by(self._metric, name) or self._loss.info_of(name)
-
-    @property
-    def primary_metric(self) -> str | None:
-        """The metric's own."""
-        return getattr(self._metric, "primary_metric", None)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the metric says of itself."""
-        return tuple(getattr(self._metric, "notes", ()))
 
 
 def _shown(metric: Metric, names: Sequence[str]) -> str:

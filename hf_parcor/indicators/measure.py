@@ -120,7 +120,7 @@ def measure_indicators(
         notes += [*_swallowed(over_data, [at_random, along_gradient], seed), *_below_rounding(over_data, rows[-1])]
     return IndicatorRecord(
         model=model_name(over_data.model),
-        target={key: described(value) for key, value in target.items() if value is not None},
+        target=described(target),
         parameters=numel(gradient),
         loss=over_data.value(),
         gradient_norm=float(vector_norm(gradient)),

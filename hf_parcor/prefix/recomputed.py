@@ -71,12 +71,22 @@ class RecomputedPrefix(PrefixReuse):
         """Free what was recorded: the last pass has sent it backward."""
         self.forget()
 
-    @contextmanager
-    def _substituted(self, substitute: Substitute) -> Iterator[None]:
-        with ExitStack() as stack:
-            for module in self.prefix:
-                _substitute_call(stack, module, substitute)
-            yield
+    @staticmethod
+    def _substitute(stack: ExitStack, module: nn.Module, substitute: Substitute) -> None:
+        """Put a function in the place of calling a module, hooks and checkpoints included, which counts its calls.
+
+        Python looks `__call__` up in the class, so the module gets one of its own for the while.
+        """
+        kind: Any = type(module)
+        calls = 0
+
+        def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return substitute(module, calls - 1, lambda: kind.__call__(module, *args, **kwargs))
+
+        undo_at_end(stack, object.__setattr__, module, "__class__", kind)
+        object.__setattr__(module, "__class__", type(kind.__name__, (kind,), {"__call__": called}))
 
     def _record(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
         if self._finished:
@@ -112,20 +122,3 @@ class _TakeAlong(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return gradient, None, *context.gradients
-
-
-def _substitute_call(stack: ExitStack, module: nn.Module, substitute: Substitute) -> None:
-    """Put a function in the place of calling a module, hooks and checkpoints included, which counts its calls.
-
-    Python looks `__call__` up in the class, so the module gets one of its own for the while.
-    """
-    kind: Any = type(module)
-    calls = 0
-
-    def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return substitute(module, calls - 1, lambda: kind.__call__(module, *args, **kwargs))
-
-    undo_at_end(stack, object.__setattr__, module, "__class__", kind)
-    object.__setattr__(module, "__class__", type(kind.__name__, (kind,), {"__call__": called}))

@@ -161,7 +161,7 @@ class PrefixReuse:
         try:
             with ExitStack() as hooks, self._substituted(self._record):
                 for module in self.hooked_inside() if self.runs_inner_hooks else ():
-                    _substitute_forward(hooks, module, self._record_inner)
+                    self._substitute(hooks, module, self._record_inner)
                 for module in self.starts:
                     before_calls(hooks, module, finish)
                 yield
@@ -232,8 +232,24 @@ class PrefixReuse:
     def _substituted(self, substitute: Substitute) -> Iterator[None]:
         with ExitStack() as stack:
             for module in self.prefix:
-                _substitute_forward(stack, module, substitute)
+                self._substitute(stack, module, substitute)
             yield
+
+    @staticmethod
+    def _substitute(stack: ExitStack, module: nn.Module, substitute: Substitute) -> None:
+        """Put a function in the place of a module's forward, which counts its calls; its hooks run as ever.
+
+        Of a module that is compiled with its hooks, it takes the place of the whole call: no compiler sees it.
+        """
+        name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+        forward, calls = getattr(module, name), 0
+
+        def substituted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return substitute(module, calls - 1, lambda: forward(*args, **kwargs))
+
+        override(stack, module, **{name: substituted})
 
     def _record(self, module: nn.Module, index: int, compute: Callable[[], Any]) -> Any:
         self.calls[module] = index + 1
@@ -373,22 +389,6 @@ def _copy(tensor: Tensor) -> Tensor:
     if copy.stride() != compact.stride():  # it has gaps
         copy = compact.new_empty_strided(compact.shape, compact.stride()).copy_(compact)
     return copy.expand(tensor.shape) if repeated else copy
-
-
-def _substitute_forward(stack: ExitStack, module: nn.Module, substitute: Substitute) -> None:
-    """Put a function in the place of a module's forward, which counts its calls; its hooks run as ever.
-
-    Of a module that is compiled with its hooks, it takes the place of the whole call: the compiler sees none of it.
-    """
-    name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
-    forward, calls = getattr(module, name), 0
-
-    def substituted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return substitute(module, calls - 1, lambda: forward(*args, **kwargs))
-
-    override(stack, module, **{name: substituted})
 
 
 def _has_reentrant_checkpoints(ends: Iterable[Tensor]) -> bool:

@@ -13,8 +13,8 @@ from transformers.models.auto import modeling_auto
 
 from hf_parcor.errors import InputError, nearest
 from hf_parcor.evaluation import BatchMetric, CTCMetric, GenerationMetric, TranscriptScore
+from hf_parcor.evaluation.losses import is_ctc
 from hf_parcor.evaluation.metrics.scores import Score
-from hf_parcor.evaluation.outputs import inside_adapters
 from hf_parcor.sequence_length import asked_length, fitting_length, generated_length
 from hf_parcor.tasks.recordings import RECORDING, AudioCollator, Recordings, extractor_of
 from hf_parcor.tasks.rows import Rows
@@ -77,8 +77,8 @@ class SpeechRecognition(Task):
     def loader(self, name: str, **origin: Any) -> Any:
         """Return the class of Transformers for CTC, or that for models that generate."""
         config = load_configuration(name, **origin)
-        is_ctc = super().has_head(config.architectures or []) or _gets_head(config)
-        return transformers.AutoModelForCTC if is_ctc else super().loader(name, **origin)
+        aligns = super().has_head(config.architectures or []) or _gets_head(config)
+        return transformers.AutoModelForCTC if aligns else super().loader(name, **origin)
 
     def load_model(self, name: str, *, to_train: bool = False, **settings: Any) -> Any:
         """Return a model; one without a head that is to be trained gets one for the letters of its tokenizer."""
@@ -111,7 +111,7 @@ class SpeechRecognition(Task):
         """
         super().prepare(processed)
         asked = processed.encoding.max_length
-        if asked is not None and _is_ctc(processed.model):
+        if asked is not None and is_ctc(processed.model):
             raise InputError(
                 f"max_length: expected none for {self.name}, where a model for CTC writes as much as is said, got "
                 f"{asked}; leave it out"
@@ -149,7 +149,7 @@ class SpeechRecognition(Task):
         """Return samples of each row, with the tokens of its text as labels."""
         extractor, tokenizer = processed.processor.feature_extractor, processed.processor.tokenizer
         texts, column = rows.texts(columns["text"]), columns["text"]
-        if _is_ctc(processed.model):
+        if is_ctc(processed.model):
             labels = tokenizer(_as_spelled(texts, tokenizer, f"{rows.source}: column {column!r}"))["input_ids"]
         else:
             asked = processed.encoding.max_length
@@ -172,7 +172,7 @@ class SpeechRecognition(Task):
         """Return the word and the character error rate, or a metric of `evaluate`, of what is heard."""
         score: Score = TranscriptScore() if name in self.metrics else library_score(name, self.metrics)
         model, tokenizer = processed.model, processed.processor.tokenizer
-        if _is_ctc(model):
+        if is_ctc(model):
             return CTCMetric(tokenizer, batches, score)
         length = processed.encoding.max_length
         if length is None and asked_length(model, {}) is None:
@@ -187,10 +187,6 @@ def _gets_head(config: Any) -> bool:
     kind = config.model_type
     generates = kind in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
     return kind in modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES and not generates
-
-
-def _is_ctc(model: Any) -> bool:
-    return type(inside_adapters(model)).__name__.endswith(_CTC)
 
 
 def _labels_of(batches: DataLoader[Any]) -> Sequence[Sequence[int]]:

@@ -167,6 +167,15 @@ class TestCard:
         assert main(["card", str(run_dir), "--seeds", str(tmp_path / "other")]) == 0
         assert ModelFacts.load(run_dir / FACTS).clean.metrics["accuracy"].values == (0.9, 0.7)
 
+    def test_flags_say_what_seeds_differ_in(self, run_dir, tmp_path, record_of, capsys):
+        for folder, unit in ((run_dir, "share"), (tmp_path / "other", "points")):
+            replace(record_of(), metric_info={"accuracy": MetricInfo(True, unit)}).save(folder / "robustness.json")
+        words = ["card", str(run_dir), "--seeds", str(tmp_path / "other")]
+        assert main(words) == MISTAKE
+        assert "state unit" in capsys.readouterr().err
+        assert main([*words, "--unit", "share"]) == 0
+        assert ModelFacts.load(run_dir / FACTS).info == MetricInfo(True, "share")
+
     def test_what_was_trained_otherwise_is_no_seed(self, run_dir, tmp_path, record_of, capsys):
         record_of(clean=0.7).save(tmp_path / "other" / "robustness.json")
         for folder, defense in ((run_dir, "sam"), (tmp_path / "other", "awp")):

@@ -37,7 +37,6 @@ from hf_parcor.functional import (
     quantize,
     quantize_to_float,
     relative,
-    rescale_to_norm,
     uniform_noise,
     vector_norm,
 )
@@ -160,7 +159,6 @@ MORE = {
     "inside": lambda v: project(v, 2, 1e6),
     "projection with top n": lambda v: project(v, 2, 0.3, 11),
     "clipped": lambda v: project(v, math.inf, 0.3),
-    "rescaled": lambda v: rescale_to_norm(v, 3, 0.5),
 }
 
 NOT_FOR = {"NaN": ("projection",), "infinite": ("projection",)}

@@ -268,10 +268,6 @@ def test_functions_of_another_module_are_known_by_the_call_alone():
     assert one == other
 
 
-def test_what_is_shown_meanwhile_does_not_decide(batches):
-    assert settings_of(ClassificationMetric(batches, progress=True)) == settings_of(ClassificationMetric(batches))
-
-
 class Counting(ClassificationMetric):
     """Counts its calls in several ways."""
 

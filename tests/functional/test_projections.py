@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from launches import launches
 from scipy import optimize
 
-from hf_parcor.functional import keep_top_n, project, project_, rescale_to_norm, vector_norm
+from hf_parcor.functional import keep_top_n, project, project_, vector_norm
 from hf_parcor.functional.projections import project_each_
 
 NORMS = [2.0, math.inf]
@@ -220,10 +220,9 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype, same_bits) -> 
 def test_input_is_only_read_and_parameters_are_welcome(same_bits) -> None:
     x = torch.nn.Parameter(torch.randn(3, 2))
     before = x.detach().clone()
-    for function in (project, rescale_to_norm):
-        (y,) = function([x], 2, 0.1)
-        assert same_bits([x], [before])
-        assert not y.requires_grad
+    (y,) = project([x], 2, 0.1)
+    assert same_bits([x], [before])
+    assert not y.requires_grad
 
 
 @for_each("p", [1, 1.5, 3, 1e9])
@@ -256,44 +255,3 @@ def test_bad_numbers_are_refused_before_anything_changes(p, epsilon, n, error, m
         with pytest.raises(error, match=message):
             write(x, p, epsilon, n)
         assert same_bits(x, before), write
-
-
-class TestRescaling:
-    @settings(max_examples=75)
-    @given(
-        p=st.sampled_from([1, 1.5, 2, 3, math.inf]),
-        parts=vectors.filter(lambda parts: any(map(any, parts))),
-        epsilon=st.floats(1e-3, 300),
-    )
-    def test_reaches_the_norm_in_the_same_direction(self, p: float, parts: list[list[float]], epsilon: float) -> None:
-        v = [part.double() for part in tensors_of(parts)]
-        rescaled = torch.cat(rescale_to_norm(v, p, epsilon))
-        assert float(torch.linalg.vector_norm(rescaled, p)) == pytest.approx(epsilon, rel=1e-12)
-        factor = epsilon / float(vector_norm(v, p))
-        torch.testing.assert_close(rescaled, torch.cat(v) * factor, rtol=1e-12, atol=1e-300)
-
-    @for_each("p", [1, 1.5, 2, 3, math.inf])
-    @for_each("scale", [1e-44, 1e-38, 1e-20, 1e20, 1e38])
-    @for_each("epsilon", [1e-8, 1.0])
-    def test_any_magnitude(self, p: float, scale: float, epsilon: float) -> None:
-        (rescaled,) = rescale_to_norm([torch.tensor([1.0, 0.0, -1.0]) * scale], p, epsilon)
-        share = 1.0 if math.isinf(p) else 0.5 ** (1 / p)
-        torch.testing.assert_close(rescaled, torch.tensor([1.0, 0.0, -1.0]) * share * epsilon, rtol=1e-6, atol=0)
-
-    def test_it_is_no_projection(self) -> None:
-        x = [torch.tensor([3.0, 0.9, 0.8])]
-        for p in NORMS:  # from inside it grows
-            assert float(vector_norm(rescale_to_norm(x, p, 9.0), p)) == pytest.approx(9, rel=1e-6)
-        clipped, rescaled = project(x, math.inf, 1.0)[0], rescale_to_norm(x, math.inf, 1.0)[0]
-        assert float((clipped - x[0]).norm()) < 0.95 * float((rescaled - x[0]).norm())
-
-    def test_zero_stays_zero(self, same_bits) -> None:
-        zeros = [torch.zeros(3), torch.empty(0)]
-        for p in (1, 1.5, 2, math.inf):
-            assert same_bits(rescale_to_norm(zeros, p, 1.0), zeros)
-        assert rescale_to_norm([], 2, 1.0) == []
-
-    @for_each(("p", "epsilon"), [(0.5, 1.0), (math.nan, 1.0), (2, -1.0), (2, math.inf), (2, math.nan)])
-    def test_bad_numbers(self, p: float, epsilon: float) -> None:
-        with pytest.raises(ValueError, match=r"expected .* got"):
-            rescale_to_norm([torch.ones(2)], p, epsilon)

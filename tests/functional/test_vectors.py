@@ -28,7 +28,6 @@ from hf_parcor.functional.vectors import (
     add_multiple_,
     clones,
     divide_,
-    multiply_,
     numel,
     scale_each_,
     scaled,
@@ -185,9 +184,8 @@ def test_working_copies_are_wide_fresh_and_detached(dtype: torch.dtype) -> None:
 def test_scaling_and_counting() -> None:
     tensors = [torch.tensor([1.0, 2.0]), torch.empty(0), torch.tensor([[-4.0]], dtype=torch.float64)]
     assert numel(tensors) == 3
-    multiply_(tensors, torch.tensor(3.0))
     divide_(tensors, torch.tensor(2.0))
-    assert [tensor.tolist() for tensor in tensors] == [[1.5, 3.0], [], [[-6.0]]]
+    assert [tensor.tolist() for tensor in tensors] == [[0.5, 1.0], [], [[-2.0]]]
     assert [tensor.dtype for tensor in tensors] == [torch.float32, torch.float32, torch.float64]
 
 

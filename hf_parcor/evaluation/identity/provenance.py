@@ -107,10 +107,16 @@ def _parts(weight: Tensor) -> Iterable[Tensor]:
 def described(value: Any) -> Any:
     """Return an argument as plain values: classes by their names, collections as lists, sets in order.
 
+    Of arguments by name, those that are None are left out.
+
     Examples:
         >>> described((nn.Linear, "LayerNorm"))
         ['Linear', 'LayerNorm']
+        >>> described({"target_modules": "all", "exclude_modules": None})
+        {'target_modules': 'all'}
     """
+    if isinstance(value, Mapping):
+        return {key: described(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, type):
         return value.__name__
     if isinstance(value, (str, int)):

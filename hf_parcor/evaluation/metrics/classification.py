@@ -48,7 +48,6 @@ class ClassificationMetric(OverLabels):
     Args:
         batches: Mappings of tensors with `labels`, as a list or a `DataLoader`. Labels have the shape of the
             predictions, for example (B,); (B, 1) is the same.
-        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: There are no batches, they can be walked through only once, or all labels are ignored.
@@ -187,7 +186,6 @@ class PredictionMetric(OverPairs):
         class_names: The names of the classes, in order. If given, the score gets a list of names for each sentence, as
             `EntityScore` and the seqeval of `evaluate` take tags. A prediction that is not finite becomes an entity of
             a type of its own, because the class after the label might continue the right entity.
-        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: There are no batches, they can be walked through only once, or the score returns no number.
@@ -210,9 +208,8 @@ class PredictionMetric(OverPairs):
         score: Score,
         *,
         class_names: Sequence[str] | None = None,
-        progress: bool = False,
     ) -> None:
-        super().__init__(batches, score, progress=progress)
+        super().__init__(batches, score)
         self._class_names = None if class_names is None else tuple(class_names)
 
     @torch.no_grad()

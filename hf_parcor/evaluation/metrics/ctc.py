@@ -32,21 +32,13 @@ class CTCMetric(OverPairs):
         batches: Mappings of tensors that the model takes, with the reference as `labels`, −100 for padding.
         score: Called as `score(predictions=..., references=...)` with lists of texts; returns a number or numbers by
             name. For example `TranscriptScore()`.
-        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: There are no batches, they can be walked through only once, or the score returns no number.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        batches: Iterable[Mapping[str, Any]],
-        score: Score,
-        *,
-        progress: bool = False,
-    ) -> None:
-        super().__init__(batches, score, progress=progress)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, batches: Iterable[Mapping[str, Any]], score: Score) -> None:
+        super().__init__(batches, score)
         self._tokenizer = tokenizer
 
     @torch.no_grad()

@@ -168,7 +168,6 @@ class DetectionMetric(OverBatches):
         post_process: A function from the output and the sizes of the images to the boxes of each image, in pixels:
             `scores`, `labels` and `boxes` with corners. Most image processors have it as
             `post_process_object_detection`. Default `most_likely_boxes`, for DETR and YOLOS.
-        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: There are no batches, they can be walked through only once, there are no boxes, or the model
@@ -182,15 +181,9 @@ class DetectionMetric(OverBatches):
         "loss": MetricInfo(False),
     }
 
-    def __init__(
-        self,
-        batches: Iterable[Mapping[str, Any]],
-        post_process: PostProcess = most_likely_boxes,
-        *,
-        progress: bool = False,
-    ) -> None:
+    def __init__(self, batches: Iterable[Mapping[str, Any]], post_process: PostProcess = most_likely_boxes) -> None:
         _coco()  # before anything is run for it
-        super().__init__(batches, progress=progress)
+        super().__init__(batches)
         self._post_process = post_process
 
     @torch.no_grad()

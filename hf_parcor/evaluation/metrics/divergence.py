@@ -15,7 +15,7 @@ from hf_parcor.distributed.fsdp import as_written
 from hf_parcor.evaluation.identity.fingerprint import fingerprint
 from hf_parcor.evaluation.losses import shifts_labels, with_prompt
 from hf_parcor.evaluation.metrics.ctc import frames_of
-from hf_parcor.evaluation.metrics.over_batches import ANSWERS, BatchMetric
+from hf_parcor.evaluation.metrics.over_batches import ANSWERS, AroundMetric, BatchMetric
 from hf_parcor.evaluation.outputs import Output, Problem
 from hf_parcor.model_state import evaluation_mode, undone
 from hf_parcor.overriding import hook_after
@@ -40,7 +40,7 @@ class _Part(NamedTuple):
     predictions: int
 
 
-class WithDivergence:
+class WithDivergence(AroundMetric):
     r"""A `BatchMetric`, and how far the model's answers are from those of the model as it was.
 
     ::
@@ -84,7 +84,7 @@ class WithDivergence:
     """
 
     def __init__(self, metric: BatchMetric, model: nn.Module, *, memory: int = _MEMORY) -> None:
-        self._metric = metric
+        super().__init__(metric)
         self._answers: dict[str, Tensor] = {}
         self._known = 0
         kept = 0
@@ -114,7 +114,8 @@ class WithDivergence:
     @property
     def batches(self) -> Iterable[Mapping[str, Any]]:
         """The data."""
-        return self._metric.batches
+        batches: Iterable[Mapping[str, Any]] = self._metric.batches
+        return batches
 
     @property
     def kept_bytes(self) -> int:
@@ -122,14 +123,9 @@ class WithDivergence:
         return int(getattr(self._metric, "kept_bytes", 0))
 
     @property
-    def primary_metric(self) -> str | None:
-        """The metric's own."""
-        return getattr(self._metric, "primary_metric", None)
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """The notes of the metric, and one if not all answers could be kept."""
-        said = tuple(getattr(self._metric, "notes", ()))
+        said = super().notes
         if not self._truncated:
             return said
         if not self._known:

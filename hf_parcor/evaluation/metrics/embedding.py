@@ -51,7 +51,6 @@ class EmbeddingMetric(OverBatches):
         embed: `embed(model, inputs)` returns the embeddings, (B, width). The default is for sentence-transformers; for
             an encoder of Transformers it may be `lambda model, inputs: model(**inputs).last_hidden_state[:, 0]`. Then
             corruptions along a gradient need `loss=functools.partial(embedding_loss, embed=embed)`.
-        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: There are no batches, or they can be walked through only once.
@@ -72,10 +71,8 @@ class EmbeddingMetric(OverBatches):
         "loss": MetricInfo(False),
     }
 
-    def __init__(
-        self, batches: Iterable[Mapping[str, Any]], *, embed: Embed = sentence_embedding, progress: bool = False
-    ) -> None:
-        super().__init__(batches, progress=progress)
+    def __init__(self, batches: Iterable[Mapping[str, Any]], *, embed: Embed = sentence_embedding) -> None:
+        super().__init__(batches)
         self._embed = embed
 
     @torch.no_grad()

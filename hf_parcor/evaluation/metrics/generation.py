@@ -42,7 +42,6 @@ class GenerationMetric(OverPairs):
         batches: Mappings of tensors that `generate` takes, with the reference as `labels`, −100 for padding.
         score: Called as `score(predictions=..., references=...)` with lists of texts; returns a number or numbers by
             name. For example `SacrebleuScore("bleu")`, `evaluate.load("rouge").compute`, or your own function.
-        progress: Whether to show a progress bar.
         **settings: Arguments of `generate`. There is no sampling unless `do_sample=True` is given.
 
     Raises:
@@ -55,11 +54,9 @@ class GenerationMetric(OverPairs):
         tokenizer: PreTrainedTokenizerBase,
         batches: Iterable[Mapping[str, Any]],
         score: Score,
-        *,
-        progress: bool = False,
         **settings: Any,
     ) -> None:
-        super().__init__(batches, score, progress=progress)
+        super().__init__(batches, score)
         self._tokenizer = tokenizer
         self._settings = {"do_sample": False, **settings}
         self._longest = self._longest_reference() if asked_length(None, self._settings) is None else 0

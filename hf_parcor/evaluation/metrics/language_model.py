@@ -27,7 +27,6 @@ class LanguageModelMetric(OverLabels):
 
     Args:
         batches: Mappings of tensors with `labels`, as a list or a `DataLoader`.
-        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: There are no batches, they can be walked through only once, or all labels are ignored.
@@ -48,7 +47,6 @@ class LanguageModelMetric(OverLabels):
         length: int,
         stride: int | None = None,
         batch_size: int = 1,
-        progress: bool = False,
     ) -> LanguageModelMetric:
         """Return the metric of one running text, for a causal model: perplexity with a sliding window.
 
@@ -61,7 +59,6 @@ class LanguageModelMetric(OverLabels):
             length: Tokens of a window, the context; at most as many as the model has positions.
             stride: As in `sliding_windows`.
             batch_size: Windows a batch. It does not change the numbers.
-            progress: Whether to show a progress bar.
 
         Raises:
             ValueError: The stride exceeds the length, or the text has fewer than two tokens.
@@ -71,7 +68,7 @@ class LanguageModelMetric(OverLabels):
         if not windows:
             raise ValueError("text: expected two tokens or more, got fewer; name another text")
         batches = [padded_windows(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size)]
-        return cls(batches, progress=progress)
+        return cls(batches)
 
     def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
         """Return the sums over the labels of one batch; the loss of routers does not count.

@@ -20,7 +20,6 @@ class LossMetric(OverBatches):
     Args:
         batches: Whatever the loss takes, a list or a `DataLoader`.
         loss: `loss(model, batch)` returns the mean loss of a batch; the default takes the model's own.
-        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: There are no batches, or they can be walked through only once.
@@ -35,8 +34,8 @@ class LossMetric(OverBatches):
 
     _infos: ClassVar[Mapping[str, MetricInfo]] = {"loss": MetricInfo(False)}
 
-    def __init__(self, batches: Iterable[Batch], loss: Loss = model_loss, *, progress: bool = False) -> None:
-        super().__init__(batches, progress=progress)
+    def __init__(self, batches: Iterable[Batch], loss: Loss = model_loss) -> None:
+        super().__init__(batches)
         self._loss = loss
 
     @torch.no_grad()

@@ -5,12 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from operator import length_hint
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_parcor.batches import IGNORED_LABEL, check_batch
 from hf_parcor.evaluation.identity.repeated_batches import check_repeatable, unseen
@@ -31,7 +29,6 @@ class OverBatches(ABC):
 
     Args:
         batches: Mappings of tensors, as a list or a `DataLoader`.
-        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: There are no batches, they can be walked through only once, or they are single examples, such as
@@ -57,14 +54,14 @@ class OverBatches(ABC):
                 "several corruptions are measured on each batch; change the numbers in combine"
             )
 
-    def __init__(self, batches: Iterable[Mapping[str, Any]], *, progress: bool = False) -> None:
+    def __init__(self, batches: Iterable[Mapping[str, Any]]) -> None:
         check_repeatable(batches)
         with unseen(batches):
             first = next(iter(batches), None)
         if first is None:
             raise ValueError("batches: expected at least one batch of data, got none; is the data set empty?")
         check_batch(first, named=self._named)
-        self._batches, self._progress = batches, progress
+        self._batches = batches
 
     @property
     def batches(self) -> Iterable[Mapping[str, Any]]:
@@ -73,8 +70,7 @@ class OverBatches(ABC):
 
     def identity(self) -> dict[str, Any]:
         """Return what determines the numbers besides data and class: all attributes that are set only once."""
-        apart = ("_batches", "_progress")
-        return {name.lstrip("_"): value for name, value in fixed_attributes(self).items() if name not in apart}
+        return {name.lstrip("_"): value for name, value in fixed_attributes(self).items() if name != "_batches"}
 
     def info_of(self, name: str) -> MetricInfo | None:
         """Return what the numbers of this name mean; None for an unknown name."""
@@ -82,15 +78,7 @@ class OverBatches(ABC):
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return the metrics over all batches."""
-        # Of what is no iterator, a bar begins a walk more: workers of a loader, and a number that it draws.
-        walk = tqdm(
-            iter(self._batches),
-            desc="metric",
-            total=length_hint(self._batches) or None,
-            leave=False,
-            disable=not self._progress,
-        )
-        return self.combine([self.of_batch(model, batch) for batch in walk])
+        return self.combine([self.of_batch(model, batch) for batch in self._batches])
 
     @staticmethod
     def _labels(batch: Mapping[str, Any]) -> Tensor:
@@ -136,6 +124,27 @@ class BatchMetric(Protocol):
     def combine(self, parts: Sequence[Any]) -> Mapping[str, float]:
         """Return the metrics from what all batches add, in their order."""
         ...
+
+
+class AroundMetric:
+    """Numbers beside those of a metric, which says what is looked at, and what is to be known of them.
+
+    Args:
+        metric: The metric.
+    """
+
+    def __init__(self, metric: Any) -> None:
+        self._metric = metric
+
+    @property
+    def primary_metric(self) -> str | None:
+        """The metric's own."""
+        return getattr(self._metric, "primary_metric", None)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The metric's own, such as the signature of a score."""
+        return tuple(getattr(self._metric, "notes", ()))
 
 
 @runtime_checkable
@@ -251,7 +260,6 @@ class OverPairs(OverBatches):
     Args:
         batches: Mappings of tensors with `labels`, as a list or a `DataLoader`.
         score: Called as `score(predictions=..., references=...)` with lists; returns a number or numbers by name.
-        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: There are no batches, they can be walked through only once, or the score returns no number.
@@ -259,8 +267,8 @@ class OverPairs(OverBatches):
 
     _named: ClassVar[bool] = True
 
-    def __init__(self, batches: Iterable[Mapping[str, Any]], score: Score, *, progress: bool = False) -> None:
-        super().__init__(batches, progress=progress)
+    def __init__(self, batches: Iterable[Mapping[str, Any]], score: Score) -> None:
+        super().__init__(batches)
         self._score = score
 
     @property

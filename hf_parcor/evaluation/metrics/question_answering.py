@@ -110,7 +110,6 @@ class QuestionAnsweringMetric(OverBatches):
         batches: Mappings of what the model takes, with `start_positions` and `end_positions`, and as `questions` a
             list with a `Question` for each row, which no model is given.
         longest_answer: In tokens.
-        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: There are no batches, or they can be walked through only once.
@@ -123,11 +122,9 @@ class QuestionAnsweringMetric(OverBatches):
         "loss": MetricInfo(False),
     }
 
-    def __init__(
-        self, batches: Iterable[Mapping[str, Any]], *, longest_answer: int = 30, progress: bool = False
-    ) -> None:
+    def __init__(self, batches: Iterable[Mapping[str, Any]], *, longest_answer: int = 30) -> None:
         check_count("longest_answer", longest_answer)
-        super().__init__(batches, progress=progress)
+        super().__init__(batches)
         self._longest = longest_answer
 
     @torch.no_grad()

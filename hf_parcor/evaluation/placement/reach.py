@@ -34,12 +34,10 @@ class Selection:
     Attributes:
         parameters: Its parameters that can be corrupted, by name, in the order of the model.
         notes: A sentence on those that cannot, if there are any.
-        is_elsewhere: Whether some are offloaded: not the model's own, but what its hooks copy from.
     """
 
     parameters: dict[str, nn.Parameter]
     notes: tuple[str, ...] = ()
-    is_elsewhere: bool = False
 
 
 class OutOfReachError(TargetError):
@@ -144,7 +142,7 @@ class Reach:
         names: dict[nn.Parameter, str] = {}
         for name, parameter in chosen.items():
             names.setdefault(self._elsewhere.get(parameter, parameter), name)
-        return Selection({name: parameter for parameter, name in names.items()}, notes, is_elsewhere=True)
+        return Selection({name: parameter for parameter, name in names.items()}, notes)
 
     def select_groups(
         self, targets: Mapping[str, Mapping[str, Any]] | str
