@@ -101,6 +101,7 @@ def _copy_of_object(value: Any, memo: dict[int, Any]) -> Any:
 
 
 IGNORED_LABEL = -100
+_ITEMS = "num_items_in_batch"
 _LOADER = "DataLoader(rows, batch_size=32, collate_fn=...), with the collator of your Trainer, say"
 
 
@@ -241,10 +242,17 @@ def first_examples(batch: Any, share: float) -> Any:
         share: In (0, 1]; 1 returns the batch itself.
 
     Raises:
-        ValueError: A tensor's first dimension is not that of the examples.
+        ValueError: A tensor's first dimension is not that of the examples; or the batch says itself how many items its
+            loss is divided by.
     """
     if share == 1:
         return batch
+    if isinstance(batch, Mapping) and _ITEMS in batch:
+        raise ValueError(
+            f"batch_share: expected a batch that leaves it to the Trainer what its loss is divided by, got one with "
+            f"{_ITEMS!r}, as of TRL's GRPOTrainer, which is that of all its examples; set batch_share to 1, and "
+            "defend every n-th step instead (interval=n)"
+        )
     count, examples = count_first(batch, share)
     return _take(batch, range(count), examples)
 

@@ -1,4 +1,4 @@
-"""Replace attributes, set hooks, or let a Trainer count in vain, until a block ends, however it ends."""
+"""Replace attributes, set hooks, or let a Trainer count and log in vain, until a block ends, however it ends."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _unhook(owner: nn.Module | Tensor, where: str, function: Callable[..., Any])
 
 @contextmanager
 def counters_kept(trainer: object) -> Iterator[None]:
-    """Let a Trainer write its numbers into copies that are thrown away afterwards.
+    """Let a Trainer write its numbers into copies that are thrown away afterwards, and log nothing.
 
     Trainers count and average in `compute_loss`: TRL's the tokens seen, sentence-transformers' the parts of the loss.
     What counts as a counter is an attribute that holds numbers alone, one or a dictionary or list of them. Two that
@@ -167,6 +167,8 @@ def counters_kept(trainer: object) -> Iterator[None]:
     with ExitStack() as block:
         undo_at_end(block, _forget_counters_beyond, attributes, set(attributes))
         override(block, trainer, **{name: kept for name, kept in copies.items() if kept is not _NO_COUNTER})
+        if hasattr(trainer, "log"):
+            override(block, trainer, log=lambda *args, **kwargs: None)
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from types import TracebackType
@@ -16,7 +17,10 @@ from hf_parcor.distributed.processes import TrainingProcesses
 from hf_parcor.functional.ascent import RememberedAscent
 from hf_parcor.functional.vectors import clones, working_copy, working_dtype
 from hf_parcor.injection import CorruptionNorm, Injection, Multiple, Pieces
+from hf_parcor.prefix.consumers import UnkeptError
 from hf_parcor.prefix.reuse import PrefixFinished, PrefixReuse
+
+logger = logging.getLogger(__name__)
 
 Objective = Callable[[Tensor], Tensor]
 """What a pass minimises, made from the loss of the batch: `lambda loss: loss / 2`, say."""
@@ -161,6 +165,9 @@ class DefendedStep:
         if self.losses:
             return
         self._sum = self._take_gradients()
+        self._run_prefix()
+
+    def _run_prefix(self) -> None:
         if self._prefix is not None:
 
             def finish(loss: Tensor) -> Tensor:
@@ -177,8 +184,18 @@ class DefendedStep:
             return value if self._prefix is None else self._prefix.joined(value)
 
         index = len(self.losses)
-        with nullcontext() if self._prefix is None else self._prefix.sharing(last=index == self._passes - 1):
-            value = self._run_pass(seen, index)
+        try:
+            value = self._run_sharing(seen, index)
+        except UnkeptError:
+            if self._prefix is None or index or ratio:
+                raise
+            logger.warning(
+                "reuse_prefix: the loss uses an output of the shared prefix that it did not use in the first step; "
+                "from here on all outputs are kept, which takes more memory."
+            )
+            self._prefix.spare(set())
+            self._run_prefix()
+            value = self._run_sharing(seen, index)
         if not ratio:
             raise RuntimeError(
                 "run_pass: expected a pass that hands its loss to the objective, got one that did not; a Trainer "
@@ -188,6 +205,10 @@ class DefendedStep:
             self._inputs.end_pass()
         self.losses.append(value * ratio[0])  # the stock step may have divided both by the accumulation steps
         return value
+
+    def _run_sharing(self, seen: Objective, index: int) -> Tensor:
+        with nullcontext() if self._prefix is None else self._prefix.sharing(last=index == self._passes - 1):
+            return self._run_pass(seen, index)
 
     def rehearse(self, see: Callable[[Tensor], None]) -> None:
         """Run one forward pass at the weights as they are, pass its loss to `see`, and keep nothing of it."""

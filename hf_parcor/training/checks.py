@@ -103,8 +103,9 @@ def refuse_what_cannot_work(trainer: Trainer, defense: Defense) -> None:
 
     Raises:
         ValueError: The optimizer updates inside `backward`; an engine or a way to split the model that the step would
-            be silently wrong with; the defense perturbs the inputs, and DataParallel splits them; or it
-            differentiates twice, and FSDP2, a compiled backward or a reentrant checkpoint cannot.
+            be silently wrong with; the defense perturbs the inputs, and DataParallel splits them; it differentiates
+            twice, and FSDP2, a compiled backward or a reentrant checkpoint cannot; or its passes see a part of a
+            batch that has all preferred texts before all others.
     """
     if defense.is_stock:
         return
@@ -132,6 +133,8 @@ def refuse_what_cannot_work(trainer: Trainer, defense: Defense) -> None:
         )
     if defense.differentiates_twice:
         _refuse_a_backward_without_derivative(trainer.args)
+    if defense.splits_batch:
+        _refuse_pairs(trainer.data_collator)
 
 
 def _refuse_a_backward_without_derivative(args: TrainingArguments) -> None:
@@ -146,6 +149,15 @@ def _refuse_a_backward_without_derivative(args: TrainingArguments) -> None:
         raise ValueError(
             "gradient_checkpointing_kwargs: expected use_reentrant=False for a defense that differentiates twice, got "
             "True, whose backward has no derivative: set it to False, or choose another defense"
+        )
+
+
+def _refuse_pairs(collator: object) -> None:
+    name = type(getattr(collator, "data_collator", collator)).__name__  # of a Trainer's that removes columns
+    if "Preference" in name and "Unpaired" not in name:
+        raise ValueError(
+            f"batch_share: expected 1 with TRL's {name}, got less; it puts all preferred texts before all others, so "
+            "that a part of its batch has other pairs: defend every n-th step instead (interval=n)"
         )
 
 

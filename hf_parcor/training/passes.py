@@ -196,7 +196,7 @@ class TrainerPasses(Passes):
         self._counting = next(index for index in range(defense.passes) if defense.share_of_batch(index) == 1)
         self._inputs: Any = inputs
         self._as_given: Any = private_copy(inputs)
-        self._given = self._prepares_nothing = False
+        self._given = self._prepares_nothing = self._counted = False
         self._prepared: list[Any] = []
         self._as_prepared: Any = None
 
@@ -238,7 +238,8 @@ class TrainerPasses(Passes):
         def prepare(batch: Any) -> Any:
             if not self._prepared:
                 self._keep_prepared(batch)
-            if index == self._counting:
+            if index == self._counting and not self._counted:
+                self._counted = True  # else the pass is run once more, and the loss may have taken labels out of it
                 return self._prepared[0]
             return private_copy(first_examples(self._as_prepared, share))
 

@@ -54,47 +54,65 @@ def find_shared_prefix(passes: Passes, selected: Mapping[str, nn.Parameter], dev
     """
     model, defense = passes.model, passes.defense
     alone = wrapped_by(model) or model
-    try:
+
+    def found() -> PrefixReuse:
         _check(defense, model, selected, devices)
         passes.prepare()  # before the model is watched: a training step sets its mode
-        names = {module: name for name, module in alone.named_modules()}
+        watch, trial, agree = passes.watch, passes.trial, partial(_agree, alone)
         with sending_no_buffers(model):
             if is_sharded(alone):
-                return plan_prefix_on_shards(
-                    alone, selected, passes.watch, passes.trial, lambda make: _agree(names, make), defense.passes
-                )
-            return _agree(names, lambda: _plan(passes, alone, selected))
+                return plan_prefix_on_shards(alone, selected, watch, trial, agree, defense.passes)
+            return agree(lambda: plan_prefix(alone, selected, watch, trial, passes=defense.passes, sparing=True))
+
+    return _unless_it_fails(alone, found)
+
+
+def with_rows(passes: Passes, prefix: PrefixReuse) -> PrefixReuse | None:
+    """Return a prefix that passes over a part of the batch can reuse too; None, after saying why, if they cannot.
+
+    As it is, where no rows show, since the part of the batch is all of it on some process, and it is no question yet.
+
+    Args:
+        passes: Those of a step, on whose batch it is tried out.
+        prefix: What all of its passes reuse.
+    """
+    defense, alone = passes.defense, wrapped_by(passes.model) or passes.model
+    share = min(defense.share_of_batch(index) for index in range(defense.passes))
+    passes.prepare()
+    count, examples = passes.rows_of(share)
+    if any(gather_object([count == examples])):
+        return prefix
+
+    def tried() -> PrefixReuse:
+        with FailuresAsPrefixErrors():
+            find_rows(
+                prefix,
+                alone,
+                count,
+                examples,
+                run_whole=passes.trial_as_is,
+                run_part=partial(passes.trial_as_is, share=share),
+                run_repeated=partial(passes.trial_of_repeated, share=share),
+            )
+        return prefix
+
+    with sending_no_buffers(passes.model):
+        return _unless_it_fails(alone, lambda: _agree(alone, tried))
+
+
+def _unless_it_fails(model: nn.Module, find: Callable[[], PrefixReuse]) -> PrefixReuse | None:
+    """Return what is found; None, after saying why, if passes cannot share it."""
+    try:
+        return find()
     except NothingToReuse:
         return None
     except PrefixError as error:
-        hint = _REENTRANT if _has_reentrant_checkpoints(alone) else ""
+        hint = _REENTRANT if _has_reentrant_checkpoints(model) else ""
         logger.warning(
             f"Every pass runs all of the model: {error}{hint}. Training is right, but slower than it could be; "
             "reuse_prefix=False silences this."
         )
         return None
-
-
-def _plan(passes: Passes, model: nn.Module, selected: Mapping[str, nn.Parameter]) -> PrefixReuse:
-    """Return the prefix that the passes of a step share on one process, tried out.
-
-    Raises:
-        PrefixError: They cannot share it.
-    """
-    defense = passes.defense
-    prefix = plan_prefix(model, selected, passes.watch, passes.trial, passes=defense.passes, sparing=True)
-    if defense.splits_batch:
-        share = min(defense.share_of_batch(index) for index in range(defense.passes))
-        with FailuresAsPrefixErrors():
-            find_rows(
-                prefix,
-                model,
-                *passes.rows_of(share),
-                run_whole=passes.trial_as_is,
-                run_part=partial(passes.trial_as_is, share=share),
-                run_repeated=partial(passes.trial_of_repeated, share=share),
-            )
-    return prefix
 
 
 _REENTRANT = (
@@ -113,7 +131,7 @@ def _has_reentrant_checkpoints(model: nn.Module) -> bool:
     return any(isinstance(one, partial) and bool(one.keywords.get("use_reentrant")) for one in functions)
 
 
-def _agree(names: Mapping[nn.Module, str], make: Callable[[], _Plan]) -> _Plan:
+def _agree(model: nn.Module, make: Callable[[], _Plan]) -> _Plan:
     """Return the plan if every process makes the same on its own batch.
 
     Raises:
@@ -124,6 +142,7 @@ def _agree(names: Mapping[nn.Module, str], make: Callable[[], _Plan]) -> _Plan:
     except PrefixError as error:
         gather_object([([], str(error))])  # the others wait
         raise
+    names = {module: name for name, module in model.named_modules()}
     cut = [names[module] for module in plan.prefix]
     everyone: list[tuple[list[str], str]] = gather_object([(cut, "")])
     for index, (other, reason) in enumerate(everyone):

@@ -18,7 +18,7 @@ from hf_parcor.prefix import PrefixReuse
 from hf_parcor.targets import TargetError
 from hf_parcor.training.checks import check_trained, refuse_updates_inside_backward
 from hf_parcor.training.passes import Passes
-from hf_parcor.training.shared_prefix import find_shared_prefix, suffix_share
+from hf_parcor.training.shared_prefix import find_shared_prefix, suffix_share, with_rows
 
 
 class StepRunner:
@@ -78,6 +78,8 @@ class StepRunner:
         defense, model, others = passes.defense, passes.model, list(others)
         refuse_updates_inside_backward([*selected.values(), *others])
         self._find_out(passes, selected)
+        if defense.splits_batch and self.shared_prefix is not None and not self.shared_prefix.rows:
+            self._share(passes, with_rows(passes, self.shared_prefix))
         passes.share(self.shared_prefix)
         self.cost = 1 + (defense.cost - 1) * self._suffix_share
         if self.shared_prefix is not None:  # a forward pass more of it than in a stock step costs a third of it
@@ -110,13 +112,16 @@ class StepRunner:
         if self._known == found and not self._in_another_mode(passes):
             return
         check_trained(selected, passes.defense)  # another defense than before may need what is frozen
-        self._known, self._buffers_move, self._suffix_share, self.shared_prefix = None, True, 1.0, None
-        if self.reuse_prefix:
-            self.shared_prefix = find_shared_prefix(passes, selected, self._devices)
-        if self.shared_prefix is not None:
-            self._suffix_share = suffix_share(passes.model, self.shared_prefix)
+        self._known, self._buffers_move = None, True
+        self._share(passes, find_shared_prefix(passes, selected, self._devices) if self.reuse_prefix else None)
         self._modes = _modes(passes)
         self._known = found  # at last: what an interrupt breaks off is found out by the next step
+
+    def _share(self, passes: Passes, prefix: PrefixReuse | None) -> None:
+        self.shared_prefix, self._suffix_share = None, 1.0  # an interrupt leaves it so
+        if prefix is not None:
+            self._suffix_share = suffix_share(passes.model, prefix)
+            self.shared_prefix = prefix
 
     def _in_another_mode(self, passes: Passes) -> bool:
         """Say whether modules changed their mode since, such as norms that were frozen, if anything depends on it."""

@@ -42,6 +42,7 @@ class Counting(Trainer):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         self.metrics["train"]["loss"].append(loss.item())
         self.recent.append(self.calls)
+        self.log({"seen": self.calls})
         return loss
 
     def training_step(self, *args, **kwargs):
@@ -49,14 +50,16 @@ class Counting(Trainer):
         return super().training_step(*args, **kwargs)
 
     def books(self):
-        return self.calls, int(self.tokens), self.metrics, list(self.recent), self.step_started
+        logged = [entry["seen"] for entry in self.state.log_history if "seen" in entry]
+        return self.calls, int(self.tokens), self.metrics, list(self.recent), self.step_started, logged
 
 
-@pytest.mark.parametrize("defense", [MultiStepRisk(L2, steps=2), SAM(L2)])
-def test_counts_a_batch_once_as_the_stock_trainer_does(tiny_bert, train, defense):
+@for_each("defense", [MultiStepRisk(L2, steps=2), SAM(L2)])
+@for_each("target", ["all", "last-encoder-layer"])  # the second is tried out in the first step
+def test_counts_and_logs_a_batch_once_as_the_stock_trainer_does(tiny_bert, train, defense, target):
     options = {"learning_rate": 0.0, "gradient_accumulation_steps": 2}
     stock = train(Counting, tiny_bert(dropout=0.0), options)
-    ours = train(defended(Counting), tiny_bert(dropout=0.0), options, defense=defense)
+    ours = train(defended(Counting), tiny_bert(dropout=0.0), options, defense=defense, target_modules=target)
     assert ours.books() == stock.books()
     assert stock.books()[:2] == (6, 6 * 4 * 8)
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from for_each import for_each
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_parcor import (
-    CorruptionConstraint,
-    MultiStepRisk,
-    ParameterDefenseTrainer,
-)
+from hf_parcor import SAM, CorruptionConstraint, MultiStepRisk, ParameterDefenseTrainer
 from hf_parcor.defenses import DEFENSES
 from hf_parcor.training import checkpoint_to_resume
 
@@ -36,7 +33,7 @@ class Interrupt(TrainerCallback):
 
 
 @pytest.fixture
-def run(rows, arguments, tiny_bert, tmp_path):
+def run(labelled_rows, arguments, tiny_bert, tmp_path):
     """Train in a folder of its own; returns the trainer."""
 
     def train(
@@ -46,10 +43,11 @@ def run(rows, arguments, tiny_bert, tmp_path):
         kind=TrainingArguments,
         resume=None,
         interrupt=None,
+        rows=12,
         **extra,
     ) -> Trainer:
         args = arguments(kind, output_dir=str(tmp_path / folder), **{**TWO_EPOCHS, **options})
-        trainer = trainer_class(model=tiny_bert(), args=args, train_dataset=rows[:12], **extra)
+        trainer = trainer_class(model=tiny_bert(), args=args, train_dataset=labelled_rows[:rows], **extra)
         if interrupt is None:
             trainer.train(resume_from_checkpoint=resume)
         else:
@@ -135,6 +133,18 @@ def test_every_defense(run, interrupted, defense_of, name, settings, at):
 
 
 WINDOWS = {"logging_steps": 3, "save_strategy": "steps", "save_steps": 2, **SIX_SHORT_STEPS}
+
+
+@for_each("at", [1, 2])
+def test_a_first_batch_that_is_its_own_part(run, interrupted, at):
+    """Of 9 rows the third batch has one, which shows no rows of the shared prefix: a later one does."""
+    settings = {"defense": SAM(CorruptionConstraint(epsilon=0.1), batch_share=0.5), "rows": 9}
+    settings["target_modules"] = "last-encoder-layer"
+    options = {"max_steps": 5, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
+    whole = run("whole", options, **settings)
+    again = run("again", options, resume=interrupted(at, options, **settings), **settings)
+    assert again.shared_prefix.rows
+    assert_same_run(again, whole)
 
 
 def test_stock_trainer_forgets_the_loss_of_steps_before_the_checkpoint(run):

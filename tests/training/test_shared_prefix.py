@@ -44,6 +44,30 @@ DEFENSES = {
 }
 
 
+class HiddenStatesLater(ParameterDefenseTrainer):
+    """Looks into the prefix from its second step on, and takes the labels out of its batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels, late = inputs.pop("labels"), self.state.global_step > 0
+        found = model(**inputs, output_hidden_states=late)
+        loss = nn.functional.cross_entropy(found.logits, labels)
+        return loss + found.hidden_states[0].square().mean() if late else loss
+
+
+@for_each("name", ["multi_step_risk", "sam", "sam on a part"])
+def test_what_the_first_step_did_not_use_is_kept_once_a_later_one_does(name, tiny_bert, train, said):
+    options = {"max_steps": 3, "learning_rate": 1e-3, "optim": "sgd"}
+    settings, before = {"defense": DEFENSES[name], "target_modules": LAST}, len(said("did not use in the first step"))
+    reused, full = (
+        train(HiddenStatesLater, tiny_bert(dropout=0.0).double(), options, reuse_prefix=reuse, **settings)
+        for reuse in (True, False)
+    )
+    assert reused.shared_prefix is not None
+    assert len(said("did not use in the first step")) == before + 1
+    for (key, first), second in zip(reused.model.named_parameters(), full.model.parameters(), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-11, atol=1e-13, msg=key)
+
+
 def calls_of(model):
     calls = {name: [] for name in ("0", "1")}
     for name, of_layer in calls.items():

@@ -331,6 +331,27 @@ def test_all_passes_see_the_completions_that_were_generated_once(arguments, toke
             assert defended[key] == plain[key]
 
 
+def test_a_part_of_what_is_no_list_of_examples_is_refused(fine_tune, arguments, tokenizer):
+    """Pairs lie apart in their batch, and the loss of GRPO is divided by what all completions have."""
+    defense = MultiStepRisk(L2, steps=1, batch_share=0.5)
+    for name in ("dpo", "reward"):
+        _, defended_class, config, rows, _ = TRAINERS[name]
+        with pytest.raises(ValueError, match="batch_share: expected 1 with TRL's DataCollatorForPreference"):
+            fine_tune(defended_class, config, rows, defense=defense)
+    trainer = DefendedGRPOTrainer(
+        model=tiny_llama(),
+        reward_funcs=letters,
+        args=arguments(trl.GRPOConfig, bf16=False, num_generations=4, max_completion_length=6, max_steps=1),
+        train_dataset=datasets.Dataset.from_dict({"prompt": ["a b", "c d", "e f", "g h"]}),
+        processing_class=tokenizer,
+        defense=defense,
+    )
+    with pytest.raises(ValueError, match="batch_share: expected a batch that leaves it to the Trainer"):
+        trainer.train()
+    for weight, before in zip(trainer.model.parameters(), tiny_llama().parameters(), strict=True):
+        assert torch.equal(weight, before)
+
+
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "stored"])
 def test_fused_head_has_no_second_derivative(fine_tune, checkpointing):
     """The gradient penalty needs one: it stops at the first step, and leaves the weights as they were."""
