@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig
+from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -146,20 +147,35 @@ class LoaderOfAdapter:
         settings = {**adapter.head_settings(self._loader, **settings), **settings}
         kind = adapter.described()
         # Of those that stand before texts or between layers, Transformers loads none.
-        if self._is_around or kind.is_prompt_learning or kind.is_adaption_prompt:
-            # Prompts stay trainable, and PEFT refuses to be asked for it.
-            model = self._around(is_trainable=not kind.is_prompt_learning, **settings)
+        if self._is_around or kind.is_prompt_learning or kind.is_adaption_prompt or self._loads_others(**settings):
+            model = self._around(kind, **settings)
         else:
             model = self._loader.from_pretrained(name, **settings, adapter_kwargs={"revision": adapter.revision})
         _unfreeze(model)
         return model
 
-    def _around(self, *, is_trainable: bool, **settings: Any) -> Any:
+    def _around(self, kind: Any, **settings: Any) -> Any:
         from peft import PeftModel
 
         adapter = self._adapter
         model = self._loader.from_pretrained(adapter.base[0], **settings)
-        return PeftModel.from_pretrained(model, adapter.name, revision=adapter.revision, is_trainable=is_trainable)
+        if model.main_input_name != "input_ids":
+            kind.task_type = None  # what PEFT puts around models of a task hands on texts
+        # Prompts stay trainable, and PEFT refuses to be asked for it.
+        trained = not kind.is_prompt_learning
+        return PeftModel.from_pretrained(
+            model, adapter.name, config=kind, revision=adapter.revision, is_trainable=trained
+        )
+
+    def _loads_others(self, **settings: Any) -> bool:
+        """Return whether the model's class loads adapters of another kind, as that of Wav2Vec 2.0 does."""
+        base = self._adapter.base[0]
+        if base is None:
+            return False
+        told = {name: settings[name] for name in ("revision", "trust_remote_code") if name in settings}
+        config = AutoConfig.from_pretrained(base, **told)
+        kind = getattr(self._loader, "_model_mapping", {}).get(type(config), self._loader)
+        return hasattr(kind, "load_adapter") and kind.load_adapter is not PeftAdapterMixin.load_adapter
 
 
 def _unfreeze(model: Any) -> None:

@@ -9,10 +9,21 @@ from typing import Any, ClassVar
 import transformers
 from transformers.models.auto import modeling_auto
 
-from hf_parcor.tasks.classification import Classification
-from hf_parcor.tasks.recordings import RECORDING, AudioCollator, Recordings, extractor_of
+from hf_parcor.errors import InputError
+from hf_parcor.evaluation.outputs import Problem, inside_adapters
+from hf_parcor.tasks.classification import Classification, problem_of_model
+from hf_parcor.tasks.recordings import (
+    RECORDING,
+    AudioCollator,
+    Recordings,
+    extractor_of,
+    frames_heard,
+    say_what_is_heard,
+)
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Collator, Example, Processed, Role, load_processing
+
+_OF_EVERY_PROBLEM = frozenset({"ASTForAudioClassification"})
 
 
 @cache
@@ -44,10 +55,19 @@ class AudioClassification(Classification):
 
     def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:
         """Return samples and label of each row."""
+        problem, kind = problem_of_model(processed.model.config), type(inside_adapters(processed.model)).__name__
+        if problem is not Problem.CLASSES and kind not in _OF_EVERY_PROBLEM:
+            raise InputError(
+                f"{rows.source}: expected one class for each recording, since the loss of {kind} is of classes alone, "
+                f"got labels of a model for {problem.value} in column {columns['label']!r}; name another column"
+            )
         labels = self._labels(rows, columns, processed)
-        recordings: Any = Recordings(rows, columns["audio"], processed.processor.sampling_rate, labels)
-        found: Sequence[Example] = recordings
-        return found
+        recordings = Recordings(rows, columns["audio"], processed.processor.sampling_rate, labels)
+        say_what_is_heard(recordings, processed.processor)
+        frames_heard(recordings, processed.model)  # refuses what has none
+        found: Any = recordings
+        examples: Sequence[Example] = found
+        return examples
 
     def collator(self, processed: Processed) -> Collator:
         """Return what makes the model's inputs of samples."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from transformers.models.auto import modeling_auto
+
 from hf_parcor.errors import InputError, nearest
 from hf_parcor.tasks.adapters import Adapter
 from hf_parcor.tasks.audio_classification import AudioClassification
@@ -133,6 +135,9 @@ def architectures_of(model: str, **settings: Any) -> list[str]:
     embeds = [SENTENCE_TRANSFORMER] if is_sentence_transformer(model, revision) else []
     adapter = Adapter.found(model, revision)
     if adapter is not None and adapter.head:
-        saved = load_configuration(model, **settings).architectures or [] if adapter.base[0] else []
-        return [*([name for name in saved if name.endswith(adapter.head)] or [adapter.head]), *embeds]
+        config = load_configuration(model, **settings) if adapter.base[0] else None
+        saved = [name for name in getattr(config, "architectures", None) or () if name.endswith(adapter.head)]
+        # PEFT calls classes of recordings those of texts.
+        hears = modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES.get(getattr(config, "model_type", ""), "")
+        return [*(saved or [hears if hears.endswith(adapter.head) else adapter.head]), *embeds]
     return [*(load_configuration(model, **settings).architectures or []), *embeds]

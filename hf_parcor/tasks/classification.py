@@ -234,7 +234,7 @@ class Classification(Task):
 
     def usual_metric(self, processed: Processed, batches: DataLoader[Any]) -> tuple[str, str]:
         """Return the accuracy; the F1 where a row has any number of classes, and of numbers Pearson's correlation."""
-        return _METRICS[_problem_of_model(processed.model.config)][0], ""
+        return _METRICS[problem_of_model(processed.model.config)][0], ""
 
     def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
         """Return the task's own metrics, or, where a row has one class, a metric of `evaluate`.
@@ -242,7 +242,7 @@ class Classification(Task):
         Raises:
             InputError: There is no such metric for this kind of labels.
         """
-        problem = _problem_of_model(processed.model.config)
+        problem = problem_of_model(processed.model.config)
         own = _METRICS[problem]
         if name in own:
             return ClassificationMetric(batches)
@@ -260,7 +260,7 @@ class Classification(Task):
             InputError: The model is of another kind, or does not know a label, or a row has not as many as it takes.
         """
         config, column = processed.model.config, columns["label"]
-        problem = _problem_of_model(config)
+        problem = problem_of_model(config)
         if self.of_words and problem is not Problem.CLASSES:
             raise InputError(
                 f"model: expected a classifier of one class for each word, got one for {problem.value}; measure it "
@@ -281,7 +281,7 @@ class Classification(Task):
         return labels
 
 
-def _problem_of_model(config: Any) -> Problem:
+def problem_of_model(config: Any) -> Problem:
     """Return what a model is for, as it says or as Transformers infers it.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,7 +41,7 @@ class ImageClassification(Classification):
 
     def collator(self, processed: Processed) -> Collator:
         """Return what stacks images, which are all of one size."""
-        return _stacked
+        return partial(_stacked, dtype=processed.model.dtype)
 
 
 def decoded_images(
@@ -81,8 +82,8 @@ class _Images:
         return {"pixel_values": pixels, "labels": self.labels[index]}
 
 
-def _stacked(examples: Sequence[Example]) -> dict[str, Tensor]:
+def _stacked(examples: Sequence[Example], dtype: torch.dtype) -> dict[str, Tensor]:
     return {
-        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+        "pixel_values": torch.stack([example["pixel_values"] for example in examples]).to(dtype),
         "labels": torch.tensor([example["labels"] for example in examples]),
     }

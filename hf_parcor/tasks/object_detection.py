@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from hf_parcor.errors import InputError
 from hf_parcor.evaluation import BatchMetric, DetectionMetric
+from hf_parcor.evaluation.outputs import inside_adapters
 from hf_parcor.tasks.classification import class_numbers, classes_of
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task, load_processing
@@ -48,6 +49,20 @@ class ObjectDetection(Task):
     def load_processor(self, name: str, **settings: Any) -> Any:
         """Return the model's image processor."""
         return load_processing("image processor", transformers.AutoImageProcessor, name, **settings)
+
+    def prepare(self, processed: Processed) -> None:
+        """Refuse half precision, besides what a task refuses.
+
+        Raises:
+            InputError: Losses match boxes by distances that PyTorch does not compute there.
+        """
+        super().prepare(processed)
+        if processed.model.dtype.itemsize < 4:
+            kind = str(processed.model.dtype).removeprefix("torch.")
+            raise InputError(
+                f"dtype: expected float32 for {self.name}, whose losses match boxes by distances that PyTorch does "
+                f"not compute in half precision, got {kind}; ask for float32"
+            )
 
     def head_settings(self, parts: Sequence[tuple[Rows, Mapping[str, str]]]) -> dict[str, Any]:
         """Return the classes that the data has."""
@@ -219,7 +234,7 @@ class DetectionCollator:
 
     def __init__(self, processor: Any, model: Any) -> None:
         self._processor = processor
-        self._taken = {*inspect.signature(model.forward).parameters, "labels"}
+        self._taken = {*inspect.signature(inside_adapters(model).forward).parameters, "labels"}
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Return `pixel_values`, `labels`, and whatever else the model takes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +12,17 @@ import torch
 
 from hf_parcor.batches import IGNORED_LABEL
 from hf_parcor.errors import InputError
+from hf_parcor.evaluation.metrics.ctc import count_frames
+from hf_parcor.evaluation.outputs import inside_adapters
 from hf_parcor.tasks.audio import check_installed
 from hf_parcor.tasks.rows import Rows
-from hf_parcor.tasks.task import Example
+from hf_parcor.tasks.task import Example, in_precision
+
+logger = logging.getLogger(__name__)
 
 RECORDING = ("audio", "speech", "recording", "file", "file_name", "path")
 """Well-known names of a column with recordings."""
+_FEATURES_A_SECOND = 100  # Kaldi's, of the Audio Spectrogram Transformer
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,9 @@ class AudioCollator:
 
     def __init__(self, extractor: Any, model: Any) -> None:
         self._extractor = extractor
-        padding = inspect.signature(extractor.__call__).parameters.get("padding")
-        self._padding = {"padding": True} if padding is not None and padding.default is False else {}
-        self._taken = set(inspect.signature(model.forward).parameters)
+        self._padding = {"padding": True} if _pads_to_the_longest(extractor) else {}
+        self._taken = set(inspect.signature(inside_adapters(model).forward).parameters)
+        self._dtype = model.dtype
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Return the inputs of the model, and `labels`."""
@@ -79,7 +85,71 @@ class AudioCollator:
             if labels[0].ndim
             else torch.stack(labels)
         )
-        return {**{name: value for name, value in found.items() if name in self._taken}, "labels": stacked}
+        inputs = {name: value for name, value in found.items() if name in self._taken}
+        return {**in_precision(inputs, self._dtype), "labels": stacked}
+
+
+def _pads_to_the_longest(extractor: Any) -> bool:
+    """Return whether recordings are to be padded to the longest of a batch: they get no length of the extractor's."""
+    padding = inspect.signature(extractor.__call__).parameters.get("padding")
+    return padding is not None and padding.default is False
+
+
+def say_what_is_heard(recordings: Recordings, extractor: Any) -> None:
+    """Say what a model does not hear of recordings, and what it hears that is none.
+
+    Args:
+        recordings: The data.
+        extractor: The model's feature extractor, which may cut recordings, or pad them without a mask.
+    """
+    rows, lengths = recordings.rows, recordings.lengths
+    most = _longest_heard(extractor)
+    longer = 0 if most is None else sum(seconds > most for seconds in lengths)
+    if longer:
+        logger.warning(
+            f"{rows.source}: {longer:,} of {len(recordings):,} recordings are longer than the {most:g} seconds that "
+            "the model hears, and are cut: cut recordings and texts before."
+        )
+    unmasked = getattr(extractor, "return_attention_mask", None) is False
+    if unmasked and _pads_to_the_longest(extractor) and len(set(lengths)) > 1:
+        logger.warning(
+            f"{rows.source}: the model hears what shorter recordings of a batch are padded with, as silence (its "
+            "extractor returns no mask), so that numbers depend on the batch size a little; with 1 nothing is padded."
+        )
+
+
+def frames_heard(recordings: Recordings, model: Any) -> list[int] | None:
+    """Return how many frames a model with a head for CTC, or for classes, makes of each recording.
+
+    Args:
+        recordings: The data.
+        model: The model.
+
+    Returns:
+        The counts; None where they are not known before: of features, the extractor alone knows how many it makes.
+
+    Raises:
+        InputError: A recording is too short for a frame.
+    """
+    if model.main_input_name != "input_values":
+        return None
+    lengths = recordings.lengths
+    frames = count_frames(model, torch.tensor([round(seconds * recordings.rate) for seconds in lengths]))
+    for row, (count, seconds) in recordings.rows.numbered(zip(frames or (), lengths, strict=frames is not None)):
+        if not count:
+            raise InputError(
+                f"{recordings.rows.source}: expected recordings of a frame of the model or more, got one of "
+                f"{seconds:g} seconds in row {row}; leave such rows out"
+            )
+    return frames
+
+
+def _longest_heard(extractor: Any) -> float | None:
+    """Return after how many seconds an extractor cuts recordings; None if it does not."""
+    samples, features = (getattr(extractor, name, None) for name in ("n_samples", "max_length"))
+    if samples is not None:
+        return float(samples / extractor.sampling_rate)
+    return None if features is None else float(features / _FEATURES_A_SECOND)
 
 
 def extractor_of(processor: Any, name: str) -> Any:

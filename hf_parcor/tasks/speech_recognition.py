@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import transformers
@@ -15,8 +16,15 @@ from hf_parcor.errors import InputError, nearest
 from hf_parcor.evaluation import BatchMetric, CTCMetric, GenerationMetric, TranscriptScore
 from hf_parcor.evaluation.losses import is_ctc
 from hf_parcor.evaluation.metrics.scores import Score
-from hf_parcor.sequence_length import asked_length, fitting_length, generated_length
-from hf_parcor.tasks.recordings import RECORDING, AudioCollator, Recordings, extractor_of
+from hf_parcor.sequence_length import asked_length, fitting_length, generated_length, positions
+from hf_parcor.tasks.recordings import (
+    RECORDING,
+    AudioCollator,
+    Recordings,
+    extractor_of,
+    frames_heard,
+    say_what_is_heard,
+)
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import (
     Collator,
@@ -105,17 +113,21 @@ class SpeechRecognition(Task):
     def prepare(self, processed: Processed) -> None:
         """Set the language that is spoken, if it is named; else a model of many finds it in each recording.
 
+        The loss of a model for CTC ignores recordings that are too short for their texts.
+
         Raises:
             InputError: One is named, and the model has none, or not that one; or a length, and the model writes frame
                 by frame.
         """
         super().prepare(processed)
         asked = processed.encoding.max_length
-        if asked is not None and is_ctc(processed.model):
-            raise InputError(
-                f"max_length: expected none for {self.name}, where a model for CTC writes as much as is said, got "
-                f"{asked}; leave it out"
-            )
+        if is_ctc(processed.model):
+            if asked is not None:
+                raise InputError(
+                    f"max_length: expected none for {self.name}, where a model for CTC writes as much as is said, got "
+                    f"{asked}; leave it out"
+                )
+            processed.model.config.ctc_zero_infinity = True  # a text of more letters than frames has no finite loss
         language, model, tokenizer = processed.encoding.source_language, processed.model, processed.processor.tokenizer
         known = getattr(getattr(model, "generation_config", None), "lang_to_id", None)
         if language is None:
@@ -159,7 +171,9 @@ class SpeechRecognition(Task):
             labels = list(_without_start(encoded["input_ids"], processed.model))
         check_tokens(rows, column, labels)
         recordings = Recordings(rows, columns["audio"], extractor.sampling_rate, labels)
-        _say_what_is_not_heard(recordings, extractor)
+        say_what_is_heard(recordings, extractor)
+        if is_ctc(processed.model):
+            _say_what_is_too_short(recordings, processed.model)
         found: Any = recordings
         examples: Sequence[Example] = found
         return examples
@@ -178,6 +192,9 @@ class SpeechRecognition(Task):
         if length is None and asked_length(model, {}) is None:
             # Of the labels that are known: those of batches would be had from recordings, all decoded once more.
             length = generated_length(model, max(map(len, _labels_of(batches))))
+        most = positions(model, decoder=True)
+        if length is not None and most is not None:
+            length = min(length, most - _tokens_before(model))
         settings: dict[str, Any] = {} if length is None else {"max_new_tokens": length}
         return GenerationMetric(tokenizer, batches, score, **settings)
 
@@ -187,6 +204,14 @@ def _gets_head(config: Any) -> bool:
     kind = config.model_type
     generates = kind in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
     return kind in modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES and not generates
+
+
+def _tokens_before(model: Any) -> int:
+    """Return for how many tokens before a text Whisper wants positions: its start, language, task, and no times."""
+    generation = model.generation_config
+    if getattr(generation, "no_timestamps_token_id", None) is None:
+        return 0
+    return 4 if getattr(generation, "lang_to_id", None) else 2
 
 
 def _labels_of(batches: DataLoader[Any]) -> Sequence[Sequence[int]]:
@@ -228,14 +253,16 @@ def _as_spelled(texts: Sequence[str], tokenizer: Any, source: str) -> Sequence[s
     return ways[best]
 
 
-def _say_what_is_not_heard(recordings: Recordings, extractor: Any) -> None:
-    """Say how many recordings are longer than what the model hears, if its extractor cuts any."""
-    if not hasattr(extractor, "n_samples"):
+def _say_what_is_too_short(recordings: Recordings, model: Any) -> None:
+    """Say how many recordings have fewer frames than their texts need, in which two equal letters have one between."""
+    frames = frames_heard(recordings, model)
+    if frames is None:
         return
-    most = extractor.n_samples / extractor.sampling_rate
-    longer = sum(seconds > most for seconds in recordings.lengths)
-    if longer:
+    needed = [len(tokens) + sum(one == other for one, other in pairwise(tokens)) for tokens in recordings.labels]
+    short = sum(count < least for count, least in zip(frames, needed, strict=True))
+    if short:
         logger.warning(
-            f"{recordings.rows.source}: {longer:,} of {len(recordings):,} recordings are longer than the {most:g} "
-            "seconds that the model hears, and are cut: cut recordings and texts before."
+            f"{recordings.rows.source}: {short:,} of {len(recordings):,} recordings have fewer frames than their "
+            "texts need, so that the model cannot write them, and learns nothing from them: leave them out, or look "
+            "for recordings that were cut."
         )

@@ -32,8 +32,10 @@ from local_models import (
     write_summaries,
 )
 
+from hf_parcor import CorruptionConstraint, CorruptionEvaluator, GradientCorruption
 from hf_parcor.errors import InputError
 from hf_parcor.evaluation import LanguageModelMetric
+from hf_parcor.evaluation.embeddings import embedding_loss
 from hf_parcor.evaluation.identity.fingerprint import fingerprint
 from hf_parcor.evaluation.metrics.detection import average_precision
 from hf_parcor.evaluation.outputs import ForMetrics
@@ -472,6 +474,27 @@ def test_a_tokenizer_that_returns_more_than_the_model_takes(name, tmp_path):
         found.append(task.metric(task.metrics[0], processed, task.batches(examples, processed, 4))(model))
     if "question" not in task.roles:  # beside which the text is of another type
         assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_a_model_in_half_precision(name, tmp_path):
+    """It gets its inputs so: the metric is computed, and along the gradient; what cannot be is refused."""
+    pytest.importorskip("PIL")
+    task, (save, write, file) = TASKS[name], SAVED[name]
+    rows, folder = load_rows(write(tmp_path / file)), save(tmp_path / "model")
+    processed = Processed(task.load_model(folder, dtype=torch.bfloat16).eval(), task.load_processor(folder))
+    if name == "object-detection":
+        with pytest.raises(InputError, match=r"dtype: expected float32 for object-detection, .* got bfloat16"):
+            task.prepare(processed)
+        return
+    task.prepare(processed)
+    batches = task.batches(task.examples(rows, task.find_columns(rows, {}), processed), processed, 2)
+    metric = task.metric(task.metrics[0], processed, batches)
+    loss = {"loss": embedding_loss} if name == "sentence-similarity" else {}
+    evaluator = CorruptionEvaluator(processed.model, metric, batches, **loss, progress=False)
+    record = evaluator.evaluate([GradientCorruption(CorruptionConstraint(epsilon=1.0))])
+    assert record.corruptions[0].changed > 0
 
 
 ASKED = {

@@ -78,9 +78,18 @@ def frames_of(model: nn.Module, inputs: Mapping[str, Any], rows: int, longest: i
         rows: The recordings.
         longest: The frames of the longest.
     """
+    mask = inputs.get("attention_mask")
+    counts = None if mask is None else count_frames(model, torch.as_tensor(mask).sum(-1))
+    return [longest] * rows if counts is None else [min(longest, count) for count in counts]
+
+
+def count_frames(model: nn.Module, lengths: Tensor) -> list[int] | None:
+    """Return how many frames a model makes of recordings; None if it does not say so.
+
+    Args:
+        model: A model that hears.
+        lengths: How long each recording is, in what the model takes: samples, or features.
+    """
     inner: Any = inside_adapters(model)
     counting = next((getattr(inner, name) for name in _COUNTING if hasattr(inner, name)), None)
-    mask = inputs.get("attention_mask")
-    if counting is None or mask is None:
-        return [longest] * rows
-    return [min(longest, int(count)) for count in counting(torch.as_tensor(mask).sum(-1))]
+    return None if counting is None else [max(0, int(count)) for count in counting(lengths)]
