@@ -45,8 +45,8 @@ class Trial:
     @classmethod
     def of(cls, seed: int, metrics: Mapping[str, object], size: CorruptionSize | None = None) -> Trial:
         """Return the trial in which a metric returned this."""
-        numbers = {str(key): number_of(value) for key, value in metrics.items()}
-        odd = {str(key): repr(value) for key, value in metrics.items() if not math.isfinite(numbers[str(key)])}
+        numbers = {key: number_of(value) for key, value in metrics.items()}
+        odd = {key: repr(value) for key, value in metrics.items() if not math.isfinite(numbers[key])}
         for name in (NOT_FINITE, CUT):
             share = numbers.pop(name, 0.0)  # no metric: most trials have none
             if share:
@@ -67,11 +67,13 @@ class Trial:
 def checked_metrics(metrics: object) -> Mapping[str, object]:
     """Return what a metric found, tensors and arrays of one entry as numbers, without what tells how long it took.
 
+    Names that are no texts, such as the numbers of classes, become their texts.
+
     Raises:
         TypeError: It is no mapping, or one without anything that was found.
     """
-    found = metrics if isinstance(metrics, Mapping) else {}
-    found = {name: without_shape(value) for name, value in found.items() if not is_beside_the_point(name)}
+    named = {str(name): value for name, value in metrics.items()} if isinstance(metrics, Mapping) else {}
+    found = {name: without_shape(value) for name, value in named.items() if not is_beside_the_point(name)}
     if not found:
         raise TypeError(
             f"metric: expected numbers by name, such as {{'accuracy': 0.9}}, got {metrics!r}; return a dict"

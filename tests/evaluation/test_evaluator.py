@@ -34,7 +34,7 @@ from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.evaluation import DEFAULT_TRIALS, ClassificationMetric, PredictionMetric
 from hf_parcor.evaluation.identity.fingerprint import fingerprint_of_weights
 from hf_parcor.evaluation.identity.row_fingerprint import data_fingerprint
-from hf_parcor.records import EvaluationData
+from hf_parcor.records import EvaluationData, EvaluationRecord
 from hf_parcor.targets import TargetError
 
 # The clean model, then every trial of each kind.
@@ -423,6 +423,12 @@ class TestMetricValues:
         assert evaluator_of(lambda _: {"x": value}).evaluate([]).clean.metrics == {"x": (1.0,)}
         of_classes = PredictionMetric(batches, lambda predictions, references: {"y": 0.0, "x": value})
         assert evaluator_of(of_classes).evaluate([]).clean.metrics == {"y": (0.0,), "x": (1.0,)}
+
+    @for_each("name", [1, 0.5, None, True, (1, 2), "1"])
+    def test_names_that_are_no_texts_are_their_texts(self, evaluator_of, name):
+        record = evaluator_of(lambda _: {name: 2.0, "epoch": 1}).evaluate([GaussianNoise(0.1)], trials=1)
+        assert [row.metrics for row in record.rows()] == [{str(name): (2.0,)}] * 2
+        assert EvaluationRecord.from_json(record.to_json()) == record
 
     def test_a_metric_that_comes_and_goes(self, evaluator_of):
         values = iter([{"a": 1.0}, {"a": 1.0}, {"b": 3.0}])
