@@ -195,13 +195,17 @@ def aligned(labels: Tensor, predictions: Tensor, what: str) -> Tensor:
         >>> aligned(torch.tensor([[0], [1]]), torch.tensor([1, 1]), "one class for each sequence")
         tensor([0, 1])
     """
-    given, wanted = ([size for size in tensor.shape if size != 1] for tensor in (labels, predictions))
-    if given != wanted:
+    if _shape(labels) != _shape(predictions):
         raise ValueError(
             f"labels: expected the shape of what the model predicts, {tuple(predictions.shape)}, {what}, got "
             f"{tuple(labels.shape)}; collate one label for each prediction, or measure with a function of your own"
         )
     return labels.reshape(predictions.shape)
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    """Return the shape without dimensions of size 1."""
+    return [size for size in tensor.shape if size != 1]
 
 
 NOT_FINITE = "predictions_not_finite"
@@ -275,7 +279,8 @@ def stated_problem(config: Any) -> Problem | None:
 def problem_of(model: nn.Module, logits: Tensor, labels: Tensor) -> Problem:
     """Return what a model's labels are: what its `config.problem_type` says, else what Transformers infers.
 
-    That is: numbers if there is one output, one class if labels are integers, any number of classes otherwise.
+    That is: numbers if there is one output, one class if labels are integers, any number of classes otherwise. Truth
+    values are any number of classes if there is one for each output, and one class of two if there are fewer.
 
     Args:
         model: After it has run: models of Transformers write down then what they inferred.
@@ -290,6 +295,8 @@ def problem_of(model: nn.Module, logits: Tensor, labels: Tensor) -> Problem:
         <Problem.CLASSES: 'single_label_classification'>
         >>> problem_of(nn.Identity(), torch.zeros(4, 1), torch.ones(4))
         <Problem.NUMBERS: 'regression'>
+        >>> problem_of(nn.Identity(), torch.zeros(4, 3), torch.ones(4, 3, dtype=torch.bool))
+        <Problem.LABELS: 'multi_label_classification'>
     """
     stated = stated_problem(getattr(as_written(model), "config", None))
     if stated is not None:
@@ -297,4 +304,5 @@ def problem_of(model: nn.Module, logits: Tensor, labels: Tensor) -> Problem:
     one_output = logits.shape[-1] == 1 or (logits.ndim == labels.ndim == 1)
     if one_output:
         return Problem.NUMBERS
-    return Problem.LABELS if labels.is_floating_point() else Problem.CLASSES
+    for_each_output = labels.dtype is torch.bool and _shape(labels) == _shape(logits)
+    return Problem.LABELS if labels.is_floating_point() or for_each_output else Problem.CLASSES

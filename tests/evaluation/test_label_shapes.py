@@ -338,6 +338,28 @@ class TestOutputs:
         assert found["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(*rows))
 
     @for_each(
+        ("outputs", "labels", "as_numbers"),
+        [
+            ((10, 3), (10, 3), torch.float),
+            ((10, 1, 3), (10, 3), torch.float),
+            ((4, 5, 3), (4, 5, 3), torch.float),
+            ((10, 2), (10,), torch.long),
+            ((10, 2), (10, 1), torch.long),
+            ((2, 2), (2, 1), torch.long),
+            ((4, 5, 2), (4, 5), torch.long),
+            ((10, 1), (10,), torch.float),
+        ],
+    )
+    @for_each("form", [lambda loss, logits: logits, FORMS["dict"]])
+    def test_truth_values_are_as_good_as_their_numbers(self, form, outputs, labels, as_numbers):
+        """One for each output is any number of classes, which as an integer would be a class."""
+        batch = {"logits": torch.randn(outputs), "labels": torch.randn(labels) > 0}
+        model, named = Answering(form), {**batch, "labels": batch["labels"].to(as_numbers)}
+        assert ClassificationMetric([batch])(model) == ClassificationMetric([named])(model)
+        assert LossMetric([batch])(model) == LossMetric([named])(model)
+        assert torch.equal(model_loss(model, batch), model_loss(model, named))
+
+    @for_each(
         ("outputs", "labels"),
         [
             (3, torch.tensor([0, 2, -100, 1, 1, 0, 0, 2, 2, 1])),
