@@ -119,10 +119,11 @@ def _printable(value: Any) -> Any:
 
 
 def _arguments(facts: ModelFacts, row: CorruptionFacts) -> dict[str, Any]:
+    """Return the settings of a corruption and of its number, without mappings: a recipe's is as long as a model."""
     entry = row.metrics[facts.metric]
     found = {
         MARK: row.corruption,
-        **row.settings,
+        **{name: value for name, value in row.settings.items() if not isinstance(value, Mapping)},
         "n": entry.n,
         "repetitions": facts.repetitions,
         "standard_deviation": entry.deviation if entry.n > 1 else None,

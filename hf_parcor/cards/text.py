@@ -14,6 +14,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from hf_parcor.cards.facts import ModelFacts
 from hf_parcor.cards.front_matter import is_on_the_hub, merged_front_matter
 from hf_parcor.defense_file import COUNTS, has_run
+from hf_parcor.records.comparable import few_words
 from hf_parcor.records.data import EvaluationData
 from hf_parcor.reports.markup import code_of, printable, text_of
 from hf_parcor.reports.numbers import Numbers
@@ -279,8 +280,8 @@ def _selected(facts: ModelFacts) -> str:
     if not facts.corruptions:
         return ""
     target = {"target_modules": "all that are trained", **facts.target}
-    words = [code_of(_plain(target.pop("target_modules")))]
-    words += [f"{name} {code_of(_plain(value))}" for name, value in target.items()]
+    words = [code_of(few_words(to_plain(target.pop("target_modules"), otherwise=str)))]
+    words += [f"{name} {code_of(few_words(to_plain(value, otherwise=str)))}" for name, value in target.items()]
     return f", with {facts.parameters:,} weights open to corruption ({', '.join(words)})"
 
 

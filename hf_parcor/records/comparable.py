@@ -12,6 +12,7 @@ from hf_parcor.records.evaluation import CorruptionRecord, EvaluationRecord
 
 SEVERAL_TASKS = ("", "text2text-generation")  # what says nothing, or is said of translation and summarization alike
 _FIELDS = ("config", "split", "revision", "rows")
+_FEW = 4  # names that have room in a sentence
 
 
 def check_comparable(records: Mapping[str, EvaluationRecord]) -> None:
@@ -139,13 +140,31 @@ def _is_same_model(first: EvaluationRecord, other: EvaluationRecord) -> bool:
     return first.to_json() == other.to_json()
 
 
-def asked_for(record: EvaluationRecord) -> str:
-    """Return the targets of a record, in words: all of them, not given and "all" being the same."""
-    shown = [_words(record.target.get("target_modules", "all"))]
+def asked_for(record: EvaluationRecord, *, in_short: bool = False) -> str:
+    """Return the targets of a record, in words: all of them, not given and "all" being the same.
+
+    Args:
+        record: The record.
+        in_short: Whether the first stands for all where there are many, as the weights of a recipe are.
+    """
+    words = few_words if in_short else _words
+    shown = [words(record.target.get("target_modules", "all"))]
     shown += [
-        f"{name} {_words(value)}" for name, value in record.target.items() if name != "target_modules" and value != []
+        f"{name} {words(value)}" for name, value in record.target.items() if name != "target_modules" and value != []
     ]
     return ", ".join(shown)
+
+
+def few_words(value: object) -> str:
+    """Return a target in words; of many names the first, and how many others there are.
+
+    Examples:
+        >>> few_words("all"), few_words(["key", "query"]), few_words([f"layer.{index}" for index in range(12)])
+        ('all', 'key, query', 'layer.0 and 11 others')
+    """
+    if isinstance(value, list) and len(value) > _FEW:
+        return f"{value[0]} and {len(value) - 1} others"
+    return _words(value)
 
 
 def data_differ(first: EvaluationRecord, other: EvaluationRecord) -> bool:

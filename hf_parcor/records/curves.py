@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -29,7 +29,8 @@ class Series(NamedTuple):
     """Corruptions that differ in their strength alone.
 
     Attributes:
-        title: Their name, with the settings that they share; without, where no setting is their strength.
+        title: Their name, with the settings that they share; without, where no setting is their strength, and where a
+            setting is a mapping, as the formats of a recipe are: labels tell them apart.
         corruption: Their name in the catalogue.
         strength: The setting that is their strength; None where there is none, and for a corruption outside the
             catalogue: labels tell them apart.
@@ -57,24 +58,44 @@ class Series(NamedTuple):
             return cls(row.corruption, row.corruption, None, "")
         if kind.strength is None:
             return cls(kind.title, row.corruption, None, kind.unit)
+        told = {} if _is_told_by_its_label(row) else row.settings
         details = [
             _detail(name, value)
-            for name, value in row.settings.items()
+            for name, value in told.items()
             if name not in (kind.strength, "sha256") and value is not None
         ]
         return cls(", ".join([kind.title, *details]), row.corruption, kind.strength, kind.unit, kind.shown)
 
+    def place(self, row: CorruptionRecord) -> float:
+        """Return the strength of one of these corruptions; bits, which may be a mean over weights, to the hundredth.
+
+        Examples:
+            >>> row = CorruptionRecord("quantization", "4-bit quantization", {"bits": 4}, (0,), {})
+            >>> Series.of(row).place(row)
+            4.0
+        """
+        strength = float(row.settings[str(self.strength)])
+        return round(strength, 2) if self.strength == "bits" else strength
+
     def level(self, row: CorruptionRecord) -> str:
         """Return the strength of one of these corruptions as tables say it; its label where no strength is known.
+
+        Where the title does not say all settings, it is both.
 
         Examples:
             >>> row = CorruptionRecord("quantization", "4-bit quantization", {"bits": 4}, (0,), {})
             >>> Series.of(row).level(row)
             '4 bits'
+            >>> kind = CorruptionKind("mixed quantization", "bits", "bits per weight", "{} bits")
+            >>> settings = {"bits": 4.5, "formats": {"embeddings.weight": "8-bit quantization"}}
+            >>> row = CorruptionRecord("MixedQuantization", "recipe", settings, (0,), {}, kind=kind)
+            >>> Series.of(row).title, Series.of(row).level(row)
+            ('mixed quantization', 'recipe (4.5 bits)')
         """
         if self.strength is None:
             return row.label
-        return self.shown.replace("{}", short(float(row.settings[self.strength])))
+        level = self.shown.replace("{}", short(self.place(row)))
+        return f"{row.label} ({level})" if _is_told_by_its_label(row) and row.label != level else level
 
     @property
     def name(self) -> str:
@@ -105,6 +126,11 @@ def plain_name(label: str) -> str:
         label = label.replace(letter, word)
     kept = re.sub(r"[^a-z0-9.-]+", "_", label.lower())
     return re.sub(r"(?<!\de)-", "_", kept).strip("_")
+
+
+def _is_told_by_its_label(row: CorruptionRecord) -> bool:
+    """Return whether settings are too long for a title: a mapping may have an entry for each weight of a model."""
+    return any(isinstance(value, Mapping) for value in row.settings.values())
 
 
 def _kind_in_catalogue(row: CorruptionRecord) -> CorruptionKind | None:

@@ -117,7 +117,7 @@ def _strength_of(series: Series, labels: Sequence[str]) -> Callable[[CorruptionR
     def of(row: CorruptionRecord) -> tuple[float, str]:
         if series.strength is None:
             return float(labels.index(row.label)), row.label
-        strength = float(row.settings[series.strength])
+        strength = series.place(row)
         return strength, short(strength)
 
     return of
@@ -309,13 +309,8 @@ def _map_columns(panel: Series, sweeps: Mapping[str, SweepRecord]) -> dict[str, 
     rows = {row.label: row for sweep in sweeps.values() for _, row in sweep.rows() if Series.of(row) == panel}
     if panel.strength is None:
         return {label: label for label in rows}
-    strength = panel.strength
-
-    def size(row: CorruptionRecord) -> float:
-        return float(row.settings[strength])
-
-    ordered = sorted(rows.values(), key=size, reverse=strength == "bits")
-    return {row.label: short(size(row)) for row in ordered}
+    ordered = sorted(rows.values(), key=panel.place, reverse=panel.strength == "bits")
+    return {row.label: short(panel.place(row)) for row in ordered}
 
 
 def _draw_map(

@@ -267,7 +267,9 @@ def _moves_nothing(record: EvaluationRecord) -> bool:
 def _groups(records: Records) -> dict[str, tuple[EvaluationRecord, ...]]:
     given: Any = records  # checked below
     if not isinstance(given, Mapping):
-        alone = next((asked_for(one) for one in _listed(given) if isinstance(one, EvaluationRecord)), "")
+        alone = next(
+            (asked_for(one, in_short=True) for one in _listed(given) if isinstance(one, EvaluationRecord)), ""
+        )
         probes = [
             one.records if isinstance(one, SweepRecord) else one if isinstance(one, Mapping) else {alone: one}
             for one in _listed(given)
@@ -378,7 +380,7 @@ def _point(
     metric: str,
     cleans: Sequence[CorruptionRecord],
 ) -> Point:
-    strength = place if series.strength is None else rows[0].settings[series.strength]
+    strength = place if series.strength is None else series.place(rows[0])
     broken = [name for row, clean in zip(rows, cleans, strict=True) for name in _broken(row, clean, metric)]
     return Point(
         strength=float(strength),

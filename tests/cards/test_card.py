@@ -290,6 +290,20 @@ class TestFacts:
         clean = CorruptionRecord("none", "no corruption", {}, (0,), dict.fromkeys(names, (0.5,)))
         assert facts_of(EvaluationRecord("org/bert", {"target_modules": "all"}, 10, clean, ())).metric == shown
 
+    def test_what_has_an_entry_for_each_weight_stands_in_no_metadata_and_no_sentence(self, record_of):
+        """As a recipe has them."""
+        record = record_of()
+        names = [f"layer.{place}.weight" for place in range(300)]
+        rows = tuple(
+            replace(row, settings={**row.settings, "formats": dict.fromkeys(names, "4 bits")})
+            for row in record.corruptions
+        )
+        facts = facts_of(replace(record, corruptions=rows, target={"target_modules": names}))
+        assert model_index(facts) == model_index(facts_of(record))
+        card = card_of(facts, {})
+        assert "(`layer.0.weight and 299 others`)" in card
+        assert card.count(names[1]) == 1  # among what reproduces the card
+
     def test_an_unknown_metric(self, record_of):
         with pytest.raises(ValueError, match="expected one of accuracy, loss, got 'f1'"):
             facts_of(record_of(), metric="f1")

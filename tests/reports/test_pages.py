@@ -19,10 +19,12 @@ from hf_parcor.cards import facts_of
 from hf_parcor.cli.main import build_parser
 from hf_parcor.corruptions import CORRUPTIONS, corruptions_of_table_1
 from hf_parcor.corruptions.catalogue import read_corruptions
+from hf_parcor.recipes import MixedQuantization
 from hf_parcor.records import EvaluationData, MetricInfo
 from hf_parcor.records.evaluation import CorruptionKind
 from hf_parcor.reports import html as page_of_html
 from hf_parcor.reports.markup import code_of, printable
+from hf_parcor.reports.plots import plot_comparison
 
 VOID = {"meta", "br", "img", "input", "link", "hr", "wbr"}
 TAGS = {
@@ -524,3 +526,67 @@ def test_the_strongest_column_is_last_and_names_are_short(record_of, tmp_path):
     many = {layer: record_of({0.01 * place: 0.5 for place in range(1, 13)}, target=[layer]) for layer in layers}
     text, _ = write(RobustnessReport(many), tmp_path)
     assert "scroll sideways" in text[: text.index("Curves<")]
+
+
+WEIGHTS = [f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in range(32) for kind in "qkvo"]
+# By the name of a recipe its bits, what it was chosen by, and the accuracy.
+RECIPES = {
+    "recipe": (4.5078125, "divergence", 0.8),
+    "8-bit quantization per channel": (8.0078125, "", 0.88),
+    "4-bit quantization per channel": (4.0078125, "", 0.5),
+    "4.51 bits": (4.51, "divergence", 0.79),
+    "by fisher": (4.5078125, "fisher", 0.7),
+    "8-bit quantization": (8.0078125, "", 0.89),
+}
+
+
+def record_of_recipes(recipes, weights=WEIGHTS):
+    rows = []
+    for name, (bits, by, accuracy) in recipes.items():
+        settings = {"name": name, "bits": bits, "by": by, "formats": dict.fromkeys(weights, "4-bit quantization")}
+        kind = CorruptionKind(**MixedQuantization.kind(settings))
+        rows.append(CorruptionRecord("MixedQuantization", name, settings, (0,), {"accuracy": (accuracy,)}, kind=kind))
+    clean = CorruptionRecord("none", "no corruption", {}, (0,), {"accuracy": (0.9,)})
+    return EvaluationRecord("org/model", {"target_modules": list(weights)}, 10, clean, tuple(rows))
+
+
+@pytest.mark.slow
+def test_recipes_are_one_curve_over_bits_that_names_no_weight_but_the_first(tmp_path):
+    """The settings of a recipe, and what it is applied to, have an entry for each weight of a model."""
+    record = record_of_recipes(RECIPES)
+    report = RobustnessReport(record)
+    text, markdown = write(report, tmp_path)
+    assert "50.0 % at 4-bit quantization per channel (4.01 bits)." in " ".join(str(report).split())
+    assert Page(text).tags.count("svg") == 1
+    told = markdown[: markdown.index("## Settings")]
+    assert f"{WEIGHTS[0]} and 127 others" in told
+    assert [name for name in WEIGHTS[1:] if name in told or name in str(report)] == []
+    heat, summary, every = (
+        [[cell.strip() for cell in row] for row in table[2:]] for table in tables_of(markdown.replace("\\_", "_"))[:3]
+    )
+    assert [cell for row in heat for cell in row[2:]] == ["88.0", "89.0", "80.0", "79.0", "70.0", "50.0"]
+    assert len(summary) == 1
+    assert [row[1].removeprefix("mixed quantization, ") for row in every[1:]] == [
+        "8-bit quantization per channel (8.01 bits)",
+        "8-bit quantization (8.01 bits)",
+        "recipe (4.51 bits)",
+        "4.51 bits",
+        "by fisher (4.51 bits)",
+        "4-bit quantization per channel (4.01 bits)",
+    ]
+    [panel] = plot_comparison({"": record}).axes
+    assert [*panel.containers[0].lines[0].get_xdata()] == sorted(round(bits, 2) for bits, _, _ in RECIPES.values())
+
+
+def test_recipes_of_two_models_are_compared_whatever_their_weights_are_called():
+    others = {name: (bits, by, accuracy - 0.1) for name, (bits, by, accuracy) in RECIPES.items()}
+    models = {"one": record_of_recipes(RECIPES), "two": record_of_recipes(others)}
+    said = str(RobustnessReport.compare(models))
+    assert "10.0 points" in " ".join(said.split())
+    assert "self_attn.k_proj" not in said
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "a.0"), (4, "a.0, a.1, a.2, a.3"), (5, "a.0 and 4 others")])
+def test_many_targets_are_the_first_and_their_number(record_of, count, said):
+    record = record_of({0.1: 0.5}, target=[f"a.{place}" for place in range(count)])
+    assert f"with {said} corrupted" in " ".join(str(RobustnessReport(record)).split())
