@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hf_parcor.cli.subject import Subject
     from hf_parcor.corruptions import Corruption
     from hf_parcor.evaluation import CorruptionEvaluator
-    from hf_parcor.tasks import Rows, Task
+    from hf_parcor.tasks import Processed, Rows, Task
     from hf_parcor.trainers import ParameterDefenseTrainer
     from hf_parcor.training import ParameterDefenseTrainingArguments
 
@@ -159,6 +159,7 @@ class Train(Command):
             train_rows, rows = train_rows.first(arguments.train_limit), rows.first(arguments.limit)
             processor = task.load_processor(arguments.model, **origin_of(arguments))
             processed = prepared(arguments, task, model, processor)
+            _check_smoothing(training, task, processed)
             examples: Any = task.examples(train_rows, columns, processed)
             _check_full_batch(training, len(examples))
             with refused(ValueError, TypeError, *failures_of_hub()), _beginning():
@@ -250,6 +251,20 @@ def _check_full_batch(training: ParameterDefenseTrainingArguments, rows: int) ->
         raise InputError(
             f"--dataloader-drop-last: expected a full batch to train on, of {needed:,} rows, got {rows:,}; lower "
             "--per-device-train-batch-size, or leave it out"
+        )
+
+
+def _check_smoothing(training: ParameterDefenseTrainingArguments, task: Task, processed: Processed) -> None:
+    """Refuse to smooth labels where the Trainer would fail at it, or do nothing, or something else.
+
+    Raises:
+        InputError: It would.
+    """
+    factor = training.label_smoothing_factor
+    if factor and not task.smooths_labels(processed):
+        raise InputError(
+            f"--label-smoothing-factor: expected none for {task.name} by {type(processed.model).__name__}, whose "
+            f"labels the Trainer cannot smooth, got {factor}; leave it out"
         )
 
 

@@ -236,6 +236,10 @@ class Classification(Task):
         """Return the accuracy; the F1 where a row has any number of classes, and of numbers Pearson's correlation."""
         return _METRICS[problem_of_model(processed.model.config)][0], ""
 
+    def smooths_labels(self, processed: Processed) -> bool:
+        """Return whether a row has one class."""
+        return _problem_of_model(processed.model.config) is Problem.CLASSES
+
     def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
         """Return the task's own metrics, or, where a row has one class, a metric of `evaluate`.
 

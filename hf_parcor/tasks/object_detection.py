@@ -89,6 +89,10 @@ class ObjectDetection(Task):
         """Return what makes pixels and targets of images and their boxes, by the model's image processor."""
         return DetectionCollator(processed.processor, processed.model)
 
+    def smooths_labels(self, processed: Processed) -> bool:
+        """Return that it cannot: which box found an object is the model's to say."""
+        return False
+
     def batches(
         self, examples: Sequence[Example], processed: Processed, size: int, workers: int = 0
     ) -> DataLoader[Any]:

@@ -99,6 +99,10 @@ class QuestionAnswering(Task):
         """Return what pads windows to the longest of their batch, and moves positions behind padding at the left."""
         return QuestionAnsweringCollator(processed.processor)
 
+    def smooths_labels(self, processed: Processed) -> bool:
+        """Return that it cannot: it knows of no labels, where a model takes positions."""
+        return False
+
     def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
         """Return exact match, F1 and loss.
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
 from hf_parcor.evaluation import BatchMetric, GenerationMetric, SacrebleuScore
 from hf_parcor.evaluation.metrics.scores import Score
+from hf_parcor.evaluation.outputs import inside_adapters
 from hf_parcor.languages import set_languages
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.speech_recognition import speech_models
@@ -57,12 +61,40 @@ class SequenceToSequence(Task):
         """Return what pads sources and targets to the longest of their batch."""
         return DataCollatorForSeq2Seq(processed.processor)
 
+    def training_collator(self, processed: Processed) -> Collator:
+        """Return the same, with what the decoder reads: a Trainer that smooths labels keeps them from the model."""
+        return DataCollatorForSeq2Seq(processed.processor, model=_decoder_of(processed.model))
+
+    def smooths_labels(self, processed: Processed) -> bool:
+        """Return whether it is known what the decoder reads."""
+        return _decoder_of(processed.model) is not None
+
     def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
         """Return what generates texts and scores them: by sacrebleu, or by a metric of `evaluate`."""
         score: Score = SacrebleuScore(name) if name in _OF_SACREBLEU else library_score(name, self.metrics)
         asked = processed.encoding.max_length
         settings: dict[str, Any] = {} if asked is None else {"max_new_tokens": asked}
         return GenerationMetric(processed.processor, batches, score, **settings)
+
+
+@dataclass(frozen=True)
+class _Shifted:
+    """What a decoder reads, for models that make it of labels and have no method for it, as M2M100 and NLLB."""
+
+    config: Any
+    shift: Callable[[Tensor, int, int], Tensor]
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        return self.shift(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
+
+
+def _decoder_of(model: Any) -> Any:
+    """Return what `DataCollatorForSeq2Seq` asks for the decoder's inputs; None where nobody says what they are."""
+    inner = inside_adapters(model)
+    if hasattr(inner, "prepare_decoder_input_ids_from_labels"):
+        return inner
+    shift = getattr(inspect.getmodule(type(inner)), "shift_tokens_right", None)
+    return None if shift is None else _Shifted(inner.config, shift)
 
 
 class Translation(SequenceToSequence):

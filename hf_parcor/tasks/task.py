@@ -340,6 +340,10 @@ class Task(ABC):
         """Return what makes a batch to train on; by default the same."""
         return self.collator(processed)
 
+    def smooths_labels(self, processed: Processed) -> bool:
+        """Return whether the Trainer can smooth the labels: each is one of the classes that logits are scores of."""
+        return True
+
     def usual_metric(self, processed: Processed, batches: DataLoader[Any]) -> tuple[str, str]:
         """Return what is measured where no metric is asked for, and a remark on that for the user, or ""."""
         return self.metrics[0], ""

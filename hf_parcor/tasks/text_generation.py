@@ -14,6 +14,7 @@ from transformers.models.auto import modeling_auto
 from hf_parcor.errors import InputError, nearest, one_line
 from hf_parcor.evaluation import BatchMetric, LanguageModelMetric, LmEvalMetric
 from hf_parcor.evaluation.metrics.language_model import padded_windows, sliding_windows
+from hf_parcor.evaluation.outputs import inside_adapters
 from hf_parcor.records.metric_info import LM_EVAL
 from hf_parcor.tasks.rows import Rows
 from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task, load_configuration
@@ -85,6 +86,11 @@ class TextGeneration(Task):
         if not windows:
             raise InputError(f"{rows.source}: expected two tokens of text or more, got {len(tokens)}; name other data")
         return windows
+
+    def smooths_labels(self, processed: Processed) -> bool:
+        """Return whether the Trainer knows the model as one whose labels are of the next token."""
+        name = type(inside_adapters(processed.model)).__name__
+        return name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
     @staticmethod
     def _tokens(rows: Rows, column: str, processed: Processed) -> list[int]:

@@ -1157,6 +1157,19 @@ class TestTrain:
         assert run("report", place, "--pages", "page.md").code == 0
         assert "hf-parcor evaluate runs/out " in Path("page.md").read_text(encoding="utf-8")
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["translation", "object-detection"])
+    def test_labels_are_smoothed_or_the_flag_is_refused(self, run, tmp_path, name):
+        save_model, write_data, file = SAVED[name]
+        flags = ("--dataset", write_data(tmp_path / file), "--output-dir", "out", "--skip-corruptions")
+        result = self.train(run, save_model(tmp_path / "model"), *flags, "--label-smoothing-factor", 0.1)
+        if name == "translation":
+            assert result.code == 0, result.err
+        else:
+            assert result.code == 2
+            assert f"--label-smoothing-factor: expected none for {name}" in result.err
+            assert not Path("out").exists()
+
     def test_labels_of_the_model_are_kept(self, run, tmp_path, classifier_folder, sentences):
         run(
             f"train {classifier_folder} --dataset {sentences} --output-dir out --max-steps 1 --use-cpu "

@@ -28,9 +28,11 @@ from local_models import (
     SENTENCES,
     WORDS,
     save_bert,
+    save_t5,
     save_tokenizer,
     write_summaries,
 )
+from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_parcor import CorruptionConstraint, CorruptionEvaluator, GradientCorruption
 from hf_parcor.errors import InputError
@@ -776,6 +778,72 @@ class TestLanguages:
         (example,) = task.examples(rows, task.find_columns(rows, {}), named)
         texts = [bare.processor.convert_ids_to_tokens(example[side]) for side in ("input_ids", "labels")]
         assert [text[0] for text in texts] == ["de_DE", "en_XX"]
+
+
+ENCODER_DECODERS = {"t5": save_t5, **MANY_LANGUAGES}
+
+
+class TestSmoothing:
+    @pytest.mark.parametrize("adapted", [False, True])
+    @pytest.mark.parametrize("name", ENCODER_DECODERS)
+    def test_a_decoder_reads_what_the_model_makes_of_labels(self, name, adapted, tmp_path):
+        """So that nothing changes where labels are not smoothed; where they are, the model sees none."""
+        task, folder = TASKS["translation"], ENCODER_DECODERS[name](tmp_path)
+        model, tokenizer = task.load_model(folder), task.load_processor(folder)
+        codes = {"mbart": ("de_DE", "en_XX"), "mbart50": ("de_DE", "en_XX"), "nllb": ("deu_Latn", "eng_Latn")}
+        processed = Processed(model, tokenizer, Encoding(None, "", *codes.get(name, (None, None))))
+        task.prepare(processed)
+        if adapted:
+            peft = pytest.importorskip("peft", reason="an optional dependency, the extra peft")
+            config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_2_SEQ_LM")
+            processed = replace(processed, model=peft.get_peft_model(model, config))
+        rows = Rows("rows", [{"de": "gut", "en": "good film"}, {"de": "gut Film", "en": "good"}], ("de", "en"))
+        examples = task.examples(rows, task.find_columns(rows, {}), processed)
+        read, losses = [], []
+        model.get_decoder().register_forward_pre_hook(
+            lambda module, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True
+        )
+        for collator in (task.collator(processed), task.training_collator(processed)):
+            batch = collator(examples)
+            losses.append(processed.model.eval()(**batch).loss)
+        torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=0)
+        assert read[0].equal(read[1])
+        labels = batch.pop("labels")
+        smoothed = LabelSmoother(0.1)(processed.model(**batch), labels)
+        logits = processed.model(**task.collator(processed)(examples)).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+        torch.testing.assert_close(smoothed, expected)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "name", [name for name, task in TASKS.items() if not task.trained_by and "audio" not in task.roles]
+    )
+    def test_where_it_can_be_done(self, name, tmp_path):
+        """As a Trainer computes it, from a batch without its labels."""
+        task, (save_model, write_data, file) = TASKS[name], SAVED[name]
+        folder, rows = save_model(tmp_path / "model"), load_rows(write_data(tmp_path / file))
+        processed = Processed(task.load_model(folder), task.load_processor(folder))
+        task.prepare(processed)
+        assert task.smooths_labels(processed) == (name not in ("object-detection", "question-answering"))
+        examples = task.examples(rows, task.find_columns(rows, {}), processed)
+        batch = dict(task.training_collator(processed)([examples[index] for index in range(2)]))
+        if task.smooths_labels(processed):
+            labels = batch.pop("labels")
+            assert LabelSmoother(0.1)(processed.model(**batch), labels) > 0
+        if name == "text-classification":
+            for problem in ("regression", "multi_label_classification"):
+                processed.model.config.problem_type = problem
+                assert not task.smooths_labels(processed)
+
+    def test_not_of_a_decoder_that_is_none_to_the_trainer(self):
+        """It knows by the name of the class that labels are of the next token."""
+        decoder = beside_images(*BESIDE_IMAGES["LLaVA"])
+        assert not TASKS["text-generation"].smooths_labels(Processed(decoder, None))
+
+    def test_not_where_nobody_says_what_a_decoder_reads(self):
+        task, processed = TASKS["translation"], Processed(torch.nn.Identity(), None)
+        assert not task.smooths_labels(processed)
+        assert task.training_collator(processed).model is None
 
 
 class TestFirstTokens:
