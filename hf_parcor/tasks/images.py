@@ -74,7 +74,8 @@ def read_images(source: str | Path, size: Size | None = None) -> LabelledImages:
     class in each line, for the images of all strips that begin with `x` in the order of their names. Several are named
     by a pattern, `x*.png`.
 
-    Images without colour are given three equal channels; what is transparent is seen without.
+    Images of a pack are turned as their EXIF says, as files of images are. Images without colour are given three equal
+    channels; what is transparent is seen without.
 
     Args:
         source: A file, or a pattern of strips.
@@ -137,9 +138,11 @@ def stacked_pixels(images: Iterable[Any], count: int, source: str, size: Size | 
 
 
 def _decoded(image: Any, index: int, source: str, size: Size | None) -> Pixels:
+    from PIL import ImageOps
+
     try:
         with image:
-            image = image.convert("RGB")  # decodes
+            image = ImageOps.exif_transpose(image).convert("RGB")  # decodes
             if size is not None and image.size != size[::-1]:
                 from PIL import Image
 

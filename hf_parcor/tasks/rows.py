@@ -18,6 +18,7 @@ from hf_parcor.tasks.files import data_suffix, read_file
 from hf_parcor.tasks.images import is_image_pack, read_image_rows
 
 _Value = TypeVar("_Value")
+_ON_ITS_SIDE = range(5, 9)  # of the orientations of EXIF, those by which width and height change places
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Rows:
         class_names: For columns with numbers that stand for names: the names, in order.
         data: What records call them.
         numbers: Of the rows in the source, from 1 on, which messages name; empty where none is left out.
+        folders: Of the rows, where the files lie that they name; empty where that is beside the source.
 
     Raises:
         InputError: There is no row.
@@ -42,6 +44,7 @@ class Rows:
     class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     data: EvaluationData = field(default_factory=EvaluationData)
     numbers: Sequence[int] = ()
+    folders: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
         if not len(self.entries):
@@ -57,7 +60,9 @@ class Rows:
         entries: Any = self.entries
         chosen = [entries[index] for index in indices] if isinstance(entries, list) else entries.select(indices)
         data = replace(self.data, split=split, rows=len(indices))
-        return replace(self, entries=chosen, data=data, numbers=[self.number(index) for index in indices])
+        numbers = [self.number(index) for index in indices]
+        folders = [self.folders[index] for index in indices] if self.folders else ()
+        return replace(self, entries=chosen, data=data, numbers=numbers, folders=folders)
 
     def number(self, index: int) -> int:
         """Return the number in the source, from 1 on, of a row of these, from 0 on."""
@@ -157,25 +162,34 @@ class Rows:
     def image(self, column: str, index: int) -> Any:
         """Return an image of a row in RGB, as `PIL.Image`; it is opened when it is needed.
 
+        It is turned as its EXIF says, as `datasets` and Transformers do it, and as people see it.
+
         Args:
             column: With images of PIL, names of files beside the data file, or mappings with `bytes`, as `datasets`
                 stores them.
             index: Of the row, from 0 on.
 
         Raises:
-            InputError: It cannot be read.
+            InputError: There is none, or it cannot be read.
         """
+        from PIL import ImageOps
+
         with self._opened(column, index) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
 
     def image_size(self, column: str, index: int) -> tuple[int, int]:
-        """Return width and height of an image of a row, as `image` finds it; its pixels are not decoded.
+        """Return width and height of an image of a row, as `image` finds it.
+
+        Pixels are decoded only where EXIF may stand behind them, as in PNG.
 
         Raises:
             InputError: As for `image`.
         """
+        from PIL import ExifTags
+
         with self._opened(column, index) as image:
-            return int(image.width), int(image.height)
+            size = int(image.width), int(image.height)
+            return size[::-1] if image.getexif().get(ExifTags.Base.Orientation) in _ON_ITS_SIDE else size
 
     def audio(self, column: str, index: int, rate: int) -> Samples:
         """Return a recording of a row, as `read_audio` does; it is decoded when it is needed.
@@ -186,7 +200,7 @@ class Rows:
             rate: Samples a second.
 
         Raises:
-            InputError: It cannot be read.
+            InputError: There is none, or it cannot be read.
             ImportError: What reads it is not installed.
         """
         with self._recording(column, index) as recording:
@@ -201,14 +215,15 @@ class Rows:
         with self._recording(column, index) as recording:
             return audio_seconds(recording)
 
-    def _beside(self, value: Any) -> Any:
+    def _beside(self, value: Any, index: int) -> Any:
         """Return where a file lies that a row names, beside the data file; what is no name as it is."""
-        # An int is a file by the name of a number, as tables are read.
-        return Path(self.source).parent / str(value) if isinstance(value, (str, int)) else value
+        if not isinstance(value, (str, int)):  # an int is a file by the name of a number, as tables are read
+            return value
+        return (self.folders[index] if self.folders else Path(self.source).parent) / str(value)
 
     @contextmanager
     def _recording(self, column: str, index: int) -> Iterator[Any]:
-        recording = self._beside(self.entries[index][column])
+        recording = self._beside(self.entries[index].get(column), index)  # a row of JSON may lack it
         try:
             yield recording
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -221,11 +236,11 @@ class Rows:
     def _opened(self, column: str, index: int) -> Iterator[Any]:
         from PIL import Image
 
-        image = self.entries[index][column]
+        image = self.entries[index].get(column)
         if isinstance(image, Mapping):
             image = image.get("path") if image.get("bytes") is None else io.BytesIO(image["bytes"])
         try:
-            image = self._beside(image)
+            image = self._beside(image, index)
             if isinstance(image, (Path, io.BytesIO)):
                 with Image.open(image) as opened:
                     yield opened
@@ -270,7 +285,9 @@ def load_rows(source: str, split: str = "validation", configuration: str | None 
     for name, feature in found.features.items():
         if type(feature).__name__ == "Audio":  # `datasets` would decode it with another library, at its own rate
             found = found.cast_column(name, type(feature)(decode=False))
-    return Rows(source, found, tuple(found.column_names), _class_names(found.features), data)
+    # Which file a row is from is not known, but that those of a folder lie in it.
+    folders = [path] * len(found) if path.is_dir() else ()
+    return Rows(source, found, tuple(found.column_names), _class_names(found.features), data, folders=folders)
 
 
 def _files_of_split(folder: str, split: str, configuration: str | None) -> list[str]:
@@ -293,9 +310,13 @@ def _files_of_split(folder: str, split: str, configuration: str | None) -> list[
 
 
 def _of_files(source: str, files: Sequence[str | Path], data: EvaluationData) -> Rows:
-    rows = [row for file in files for row in read_file(file)]
+    rows: list[Mapping[str, Any]] = []
+    folders: list[Path] = []
+    for file in files:
+        rows += read_file(file)
+        folders += [Path(file).parent] * (len(rows) - len(folders))
     names = tuple(dict.fromkeys(name for row in rows for name in row))
-    return Rows(source, rows, names, data=replace(data, rows=len(rows)))
+    return Rows(source, rows, names, data=replace(data, rows=len(rows)), folders=folders)
 
 
 def _of_images(source: str) -> Rows:

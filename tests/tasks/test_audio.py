@@ -93,12 +93,14 @@ class TestSamples:
             ({"bytes": None, "path": None}, "NoneType"),
             ({"array": [0.0]}, "sampling_rate"),
             (1.5, "float"),
+            (..., "NoneType"),
         ],
     )
     def test_what_is_none(self, value, says, tmp_path):
         (tmp_path / "broken.wav").write_text("no sound")
         write_wave(tmp_path / "empty.wav", np.zeros(0))
-        rows = Rows(str(tmp_path / "rows.csv"), [{"audio": {}}, {"audio": value}], ("audio",))
+        of_row = {} if value is ... else {"audio": value}  # what JSON may have
+        rows = Rows(str(tmp_path / "rows.csv"), [{"audio": {}}, of_row], ("audio",))
         with pytest.raises(InputError, match=rf"expected a recording.* in row 2, got .*{says}.*; mend the data"):
             rows.audio("audio", 1, RATE)
         with pytest.raises(InputError, match=rf"in row 2, got .*{says}"):

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from for_each import for_each
-from PIL import Image
+from PIL import ExifTags, Image
 
 from hf_parcor.errors import InputError
 from hf_parcor.tasks import ImageClassification, Rows, decoded_images, load_rows, read_images
@@ -182,6 +182,44 @@ def test_an_image_file_that_does_not_decode_says_which_row(tmp_path):
     rows = load_rows(str(tmp_path / "rows.json"))
     with pytest.raises(InputError, match=r"expected an image.* in row 1, got '0.png'"):
         decoded_images(rows, {"image": "image", "label": "label"}, {"zero": 0})
+
+
+@for_each("row", [{}, {"image": None}])
+def test_a_row_without_an_image(row):
+    rows = Rows("rows.json", [{"image": Image.new("RGB", (2, 2))}, row], ("image",))
+    for read in (rows.image, rows.image_size):
+        with pytest.raises(InputError, match=r"expected an image.* in row 2, got NoneType .*; mend the data"):
+            read("image", 1)
+
+
+@for_each("orientation", range(1, 9))
+def test_an_image_is_turned_as_people_see_it(orientation, tmp_path):
+    """As `datasets` and Transformers read it, and wherever it lies; its size is known before it is decoded."""
+    datasets = pytest.importorskip("datasets")
+    from transformers.image_utils import load_image
+
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(pixels_of(1, 8)[0][:4]).save(tmp_path / "0.jpg", exif=exif)
+    expected = load_image(str(tmp_path / "0.jpg"))
+    assert expected.size == ((8, 4) if orientation < 5 else (4, 8))
+    content = (tmp_path / "0.jpg").read_bytes()
+    np.savez(tmp_path / "a.npz", **packed([content], [0]))
+    boxes = {"boxes_xyxy": np.array([[0, 0, 0, 1, 1]]), "box_offsets": np.array([0, 1])}
+    np.savez(tmp_path / "boxes.npz", **{**packed([content], [0]), **boxes})
+    held = datasets.Dataset.from_dict({"image": [{"bytes": content, "path": None}]})
+    for rows in (
+        Rows(str(tmp_path / "rows.csv"), [{"image": "0.jpg"}], ("image",)),
+        Rows("rows", [{"image": Image.open(tmp_path / "0.jpg")}], ("image",)),
+        Rows("rows", held.cast_column("image", datasets.Image()), ("image",)),
+        load_rows(str(tmp_path / "a.npz")),
+        load_rows(str(tmp_path / "boxes.npz")),
+    ):
+        assert rows.image_size("image", 0) == expected.size
+        np.testing.assert_array_equal(np.asarray(rows.image("image", 0)), np.asarray(expected))
+    of_file = Rows(str(tmp_path / "rows.csv"), [{"image": "0.jpg", "label": "0"}], ("image", "label"))
+    found = decoded_images(of_file, {"image": "image", "label": "label"}, {"0": 0})
+    np.testing.assert_array_equal(found.pixels[0], np.asarray(expected))
 
 
 def test_labels_are_read_without_their_images(tmp_path):

@@ -9,11 +9,12 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from for_each import for_each
 from hypothesis import given
 from hypothesis import strategies as st
-from local_models import write_rows
+from local_models import write_rows, write_wave
 
 from hf_parcor.errors import InputError
 from hf_parcor.records.data import EvaluationData
@@ -214,6 +215,29 @@ class TestLoadRows:
         assert list(rows.entries) == list(load_rows(str(path)).entries)
         assert rows.column("label") == ["01", "2"]
         assert (rows.data.name, rows.data.split, rows.data.rows) == ("data", "train", 2)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.parametrize("named", ["0.wav", "../0.wav"])
+    def test_files_lie_beside_the_file_that_names_them(self, named, tmp_path, monkeypatch):
+        """Also where a split has several files, each in a folder of its own, and where rows are left out."""
+        pytest.importorskip("soundfile")
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        loudness = {"one": 0.25, "two": 0.5}
+        for part, loud in loudness.items():
+            (folder := tmp_path / "data" / "train" / part / "tables").mkdir(parents=True)
+            write_wave(folder / named, np.full(8, loud))
+            write_rows(folder / "rows.csv", ["audio", "loud"], [(named, str(loud))] * 2)
+        rows = load_rows(str(tmp_path / "data"), "train")
+        (flat := tmp_path / "data" / "train" / "one" / "tables" / "rows.csv").rename(flat.with_name("train.csv"))
+        types = "[{name: audio, dtype: string}, {name: loud, dtype: string}]"
+        flat.with_name("README.md").write_text(f"---\ndataset_info: {{features: {types}}}\n---\n")
+        by_datasets = load_rows(str(flat.parent), "train")
+        assert not isinstance(by_datasets.entries, list)
+        for part in (by_datasets, rows, rows.first(3), rows.part([3, 0], "some"), *rows.split_off(0.5, 0)):
+            for index, row in enumerate(part.entries):
+                samples = part.audio("audio", index, 16_000)
+                np.testing.assert_allclose(samples, np.full(8, float(row["loud"])), atol=1e-3)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_a_folder_that_names_its_classes(self, tmp_path, monkeypatch):
