@@ -16,7 +16,7 @@ from hf_parcor.evaluation.metrics.scores import without_shape
 from hf_parcor.evaluation.metrics.trainer import is_beside_the_point
 from hf_parcor.evaluation.outputs import NOT_FINITE
 from hf_parcor.injection import CorruptionSize, is_swallowed
-from hf_parcor.records.evaluation import CorruptionKind, CorruptionRecord
+from hf_parcor.records.evaluation import UNCHANGED, CorruptionKind, CorruptionRecord
 from hf_parcor.statistics import sample_mean
 
 logger = logging.get_logger(__name__)
@@ -92,7 +92,7 @@ def record_of(
     keys = dict.fromkeys(key for trial in trials for key in trial.metrics)
     metrics = {key: tuple(trial.metrics.get(key, math.nan) for trial in trials) for key in keys}
     notes = (
-        *(f"no weight changed with seed {t.seed}" for t in trials if t.size is not None and not t.size.changed),
+        *(f"{UNCHANGED} with seed {t.seed}" for t in trials if t.size is not None and not t.size.changed),
         *(
             f"the weights took a norm of {t.size.norm:.3g} where {t.size.asked:.3g} was asked for with seed {t.seed}; "
             "they are too narrow for it: measure in float32"

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import pandas
 
 FORMAT = 1
+UNCHANGED = "no weight changed"
+"""How the note on a trial begins in which a corruption was none."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ class CorruptionRecord:
             ValueError: There is no such metric.
         """
         return sample_deviation(self._values(metric))
+
+    @property
+    def changed_nothing(self) -> bool:
+        """Whether no weight changed in any trial, as a note says of each: its metrics are those without corruption."""
+        return bool(self.seeds) and sum(note.startswith(UNCHANGED) for note in self.notes) == len(self.seeds)
 
     def _values(self, metric: str) -> tuple[float, ...]:
         if metric not in self.metrics:

@@ -41,6 +41,7 @@ class Point:
         counted_wrong: Whether some predictions were not finite, and counted as wrong: the values can be relied on.
         broken: Other metrics that were finite without corruption and are not here, as the loss is where a model
             returns NaN: the values may come from what is no answer, such as the place of the first NaN.
+        changed_nothing: Whether no weight changed, as along a gradient that is not finite.
     """
 
     strength: float
@@ -48,6 +49,7 @@ class Point:
     values: tuple[float, ...]
     counted_wrong: bool = False
     broken: tuple[str, ...] = ()
+    changed_nothing: bool = False
 
     @property
     def mean(self) -> float:
@@ -388,6 +390,7 @@ def _point(
         values=values_of_repetitions(rows, metric),
         counted_wrong=any(any(row.not_finite) for row in rows),
         broken=tuple(dict.fromkeys(broken)),
+        changed_nothing=all(row.changed_nothing for row in rows),
     )
 
 

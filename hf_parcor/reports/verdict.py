@@ -194,6 +194,7 @@ def _worst_of_all(study: Study, numbers: Numbers) -> list[Finding]:
         other.name
         for other, of_other in curves.items()
         if all(abs(sample_mean(of_other.drops([point.name]))) <= limit for point in of_other.points)
+        and not all(point.changed_nothing for point in of_other.points)
     ]
     clean = numbers.with_unit(curve.clean.mean)
     return [
@@ -228,6 +229,15 @@ def _of_one_group(study: Study, numbers: Numbers, curves: Mapping[str, Curve]) -
     nothing = _nothing_to_lose(study, curves)
     if nothing:
         return Finding(nothing)
+    unchanged = [point.name for point in curve.points if point.changed_nothing]
+    if len(unchanged) == len(curve.points):
+        return Finding(f"no weight of {group} changed at {_listed(unchanged)}: {study.metric} says nothing of it.")
+    finding = _of_one_that_changed(study, numbers, group, curve)
+    said = f"No weight changed at {_listed(unchanged)}." if unchanged else ""
+    return finding._replace(detail=_joined(finding.detail, said))
+
+
+def _of_one_that_changed(study: Study, numbers: Numbers, group: str, curve: Curve) -> Finding:
     broken = [point.name for point in curve.points if not math.isfinite(point.mean)]
     if broken:
         return Finding(f"with {group} corrupted, {study.metric} is not a finite number at {_listed(broken)}.")

@@ -238,7 +238,7 @@ class Classification(Task):
 
     def smooths_labels(self, processed: Processed) -> bool:
         """Return whether a row has one class."""
-        return _problem_of_model(processed.model.config) is Problem.CLASSES
+        return problem_of_model(processed.model.config) is Problem.CLASSES
 
     def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
         """Return the task's own metrics, or, where a row has one class, a metric of `evaluate`.

@@ -182,6 +182,10 @@ class SpeechRecognition(Task):
         """Return what makes the model's inputs of samples."""
         return AudioCollator(processed.processor.feature_extractor, processed.model)
 
+    def smooths_labels(self, processed: Processed) -> bool:
+        """Return that it cannot: letters of CTC have no places, and other models make what they decode of labels."""
+        return False
+
     def metric(self, name: str, processed: Processed, batches: DataLoader[Any]) -> BatchMetric:
         """Return the word and the character error rate, or a metric of `evaluate`, of what is heard."""
         score: Score = TranscriptScore() if name in self.metrics else library_score(name, self.metrics)

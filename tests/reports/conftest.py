@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import pytest
 
@@ -24,13 +24,16 @@ def record_of() -> Callable[..., EvaluationRecord]:
         parameters: int = 10,
         data: str = "",
         notes: tuple[str, ...] = (),
+        unchanged: Collection[float] = (),
     ) -> EvaluationRecord:
         rows = []
         for epsilon, value in values.items():
             trials = tuple(value) if isinstance(value, Sequence) else (value,)
             settings = {"p": 2.0, "epsilon": epsilon, "top_n": None}
             label = f"{corruption} L2 ε={epsilon:g}"
-            rows.append(CorruptionRecord(corruption, label, settings, tuple(range(len(trials))), {metric: trials}))
+            seeds = tuple(range(len(trials)))
+            said = tuple(f"no weight changed with seed {seed}" for seed in seeds) if epsilon in unchanged else ()
+            rows.append(CorruptionRecord(corruption, label, settings, seeds, {metric: trials}, notes=said))
         described = target if isinstance(target, str) else list(target)
         first = CorruptionRecord("none", "no corruption", {}, (0,), {metric: (clean,)})
         versions = {"torch": "2.13.0"}

@@ -112,6 +112,18 @@ ONCE = {
     "clean is 0": ({"a": (0.0, 0.0), "b": (0.0, 0.0)}, {"clean": 0.0}, ["there is nothing to lose"], ["Trainer"]),
     "one group": ({"c": (0.7, 0.4)}, {}, ["falls from 90.0 % to 40.0 % at ε=2"], ["Trainer", "times"]),
     "one group holds": ({"c": (0.9, 0.9)}, {}, ["stays within 1 %", "90.0 %"], ["falls"]),
+    "one group unchanged": (
+        {"c": (0.9, 0.9)},
+        {"unchanged": (1.0, 2.0)},
+        ["no weight of c changed at ε=1 and ε=2: accuracy says nothing of it"],
+        ["within"],
+    ),
+    "one group unchanged once": (
+        {"c": (0.9, 0.4)},
+        {"unchanged": (1.0,)},
+        ["falls from 90.0 % to 40.0 % at ε=2. No weight changed at ε=1."],
+        ["nothing of it"],
+    ),
     "one broken group": ({"c": (0.9, nan)}, {}, ["accuracy is not a finite number at ε=2"], ["falls"]),
     "loss": (
         {"a": (1.1, 1.1), "b": (1.2, 1.2), "c": (4.0, 6.0)},
