@@ -115,7 +115,7 @@ ONCE = {
     "one group unchanged": (
         {"c": (0.9, 0.9)},
         {"unchanged": (1.0, 2.0)},
-        ["no weight of c changed at ε=1 and ε=2: accuracy says nothing of it"],
+        ["no weight of c changed at ε=1, ε=2: accuracy says nothing of it"],
         ["within"],
     ),
     "one group unchanged once": (
