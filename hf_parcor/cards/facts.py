@@ -15,10 +15,9 @@ from hf_parcor.records.evaluation import (
     EvaluationRecord,
     SweepRecord,
     all_notes,
-    read_settings,
     values_of_repetitions,
 )
-from hf_parcor.records.metric_info import MetricInfo, agreed, read_info
+from hf_parcor.records.metric_info import MetricInfo, agreed
 from hf_parcor.records.recipe import RecipeRecord
 from hf_parcor.records.sensitivity import SensitivityRecord
 from hf_parcor.records.stored import StoredRecord
@@ -179,18 +178,20 @@ class ModelFacts(StoredRecord):
         info = {self.metric: self.info}
         return EvaluationRecord(self.name, self.target, self.parameters, clean, tuple(rows), metric_info=info)
 
-    @classmethod
-    def _read(cls, data: dict[str, Any]) -> ModelFacts:
-        clean = data["clean"]["metrics"]
-        data["clean"] = _row(data["clean"], clean)
-        data["corruptions"] = tuple(_row(row, clean) for row in data["corruptions"])
-        data["evaluated_on"] = EvaluationData(**data["evaluated_on"])
-        for name in ("datasets", "notes", "weights"):
-            data[name] = tuple(data.get(name, ()))
-        data["info"] = read_info(data["info"])
-        data["probe"] = None if data.get("probe") is None else _probe(data["probe"])
-        data["recipe"] = None if data.get("recipe") is None else _recipe(data["recipe"])
-        return cls(**data)
+    def check(self) -> None:
+        """Refuse means, spreads and changes that are not those of the values.
+
+        Raises:
+            ValueError: One is not.
+        """
+        for row in self.rows():
+            for name, found in row.metrics.items():
+                expected = metric_facts(found.values, self.clean.metrics[name].values)
+                for number in ("n", "mean", "deviation", "change"):
+                    one, other = (float(getattr(facts, number)) for facts in (found, expected))
+                    both_unknown = math.isnan(one) and math.isnan(other)
+                    if not both_unknown and not math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-12):
+                        raise ValueError(f"{row.label}: expected {number} {other} of the values of {name}, got {one}")
 
 
 def metric_facts(values: tuple[float, ...], clean: tuple[float, ...]) -> MetricFacts:
@@ -203,31 +204,6 @@ def metric_facts(values: tuple[float, ...], clean: tuple[float, ...]) -> MetricF
     """
     mean = sample_mean(values)
     return MetricFacts(values, len(values), mean, sample_deviation(values), mean - sample_mean(clean))
-
-
-def _row(row: dict[str, Any], clean: dict[str, Any]) -> CorruptionFacts:
-    metrics = {}
-    for name, entry in row["metrics"].items():
-        metrics[name] = metric_facts(_floats(entry["values"]), _floats(clean[name]["values"]))
-        for number in ("n", "mean", "deviation", "change"):
-            found, expected = float(entry[number]), getattr(metrics[name], number)
-            same = math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-12)
-            if not same and not (math.isnan(found) and math.isnan(expected)):
-                raise ValueError(f"{row['label']}: expected {number} {expected} of the values of {name}, got {found}")
-    return CorruptionFacts(row["corruption"], row["label"], read_settings(row["settings"]), metrics)
-
-
-def _probe(probe: dict[str, Any]) -> ProbeFacts:
-    record = SweepRecord.from_plain(probe["record"])
-    return ProbeFacts(record, float(probe["clean"]), str(probe["verdict"]), tuple(probe["notes"]))
-
-
-def _recipe(found: dict[str, Any]) -> RecipeFacts:
-    return RecipeFacts(RecipeRecord.from_plain(found["record"]), str(found["verdict"]), str(found["size"]))
-
-
-def _floats(values: list[Any]) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
 
 
 _SHOWN = 12  # as many letters of a fingerprint as tell two apart

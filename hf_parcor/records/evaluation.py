@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_parcor.records.data import EvaluationData
-from hf_parcor.records.metric_info import MetricInfo, agreed, info_by_name, read_infos
+from hf_parcor.records.metric_info import MetricInfo, agreed, info_by_name
 from hf_parcor.records.stored import StoredRecord
 from hf_parcor.statistics import sample_deviation, sample_mean
 
@@ -156,17 +156,18 @@ class EvaluationRecord(StoredRecord):
     format: int = FORMAT
     kind: ClassVar[str] = "record"
 
-    @classmethod
-    def _read(cls, data: dict[str, Any]) -> EvaluationRecord:
-        data["clean"] = _corruption_record(data["clean"])
-        data["corruptions"] = tuple(_corruption_record(entry) for entry in data["corruptions"])
-        data["notes"] = tuple(data["notes"])
-        measured_on = data.get("evaluated_on")
-        data["evaluated_on"] = None if measured_on is None else EvaluationData(**measured_on)
-        norm = data.get("weights_norm")
-        data["weights_norm"] = None if norm is None else float(norm)  # infinities are words there
-        data["metric_info"] = read_infos(data.get("metric_info", {}))
-        return cls(**data)
+    def check(self) -> None:
+        """Refuse a corruption whose strength is no number.
+
+        Raises:
+            ValueError: There is one.
+        """
+        for row in self.rows():
+            strength = None if row.kind is None else row.kind.strength
+            if strength is not None and not isinstance(row.settings.get(strength), (int, float)):
+                raise ValueError(
+                    f"expected the strength {strength!r} as a number in the settings, got {dict(row.settings)}"
+                )
 
     def info(self, metric: str) -> MetricInfo:
         """Return what the numbers of a metric mean: as the record states, or a guess from the name, marked as one.
@@ -262,31 +263,6 @@ def data_frame(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
     except ImportError as error:
         raise ImportError("to_pandas needs pandas; install it with: pip install 'hf-parcor[pandas]'") from error
     return pandas.DataFrame(rows)
-
-
-def read_settings(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings from plain values, where infinities are strings."""
-    return {name: float(value) if value in ("nan", "inf", "-inf") else value for name, value in data.items()}
-
-
-def _corruption_record(data: dict[str, Any]) -> CorruptionRecord:
-    metrics = {name: tuple(float(value) for value in values) for name, values in data["metrics"].items()}
-    kind = None if data.get("kind") is None else CorruptionKind(**data["kind"])
-    settings = read_settings(data["settings"])
-    if kind is not None and kind.strength is not None and not isinstance(settings.get(kind.strength), (int, float)):
-        raise ValueError(f"expected the strength {kind.strength!r} as a number in the settings, got {settings}")
-    return CorruptionRecord(
-        corruption=data["corruption"],
-        label=data["label"],
-        settings=settings,
-        seeds=tuple(data["seeds"]),
-        metrics=metrics,
-        changed=float(data["changed"]),
-        norm=float(data["norm"]),
-        notes=tuple(data["notes"]),
-        not_finite=tuple(float(share) for share in data.get("not_finite", ())),
-        kind=kind,
-    )
 
 
 def strength_of(settings: Mapping[str, Any]) -> str | None:
@@ -438,8 +414,3 @@ class SweepRecord(StoredRecord):
         return data_frame(
             {"group": label, **row} for label, record in self.records.items() for row in record.plain_rows()
         )
-
-    @classmethod
-    def _read(cls, data: dict[str, Any]) -> SweepRecord:
-        data["records"] = {label: EvaluationRecord.from_plain(entry) for label, entry in data["records"].items()}
-        return cls(**data)

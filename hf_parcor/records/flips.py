@@ -78,11 +78,3 @@ class FlipRecord(StoredRecord):
     def after_another(self, value: float) -> FlipRecord:
         """Return the record extended by the metric after one more flip."""
         return replace(self, values=(*self.values, value))
-
-    @classmethod
-    def _read(cls, data: dict[str, Any]) -> FlipRecord:
-        for name in ("chance", "clean"):
-            data[name] = float(data[name])
-        data["values"] = tuple(float(value) for value in data["values"])
-        data["notes"] = tuple(data["notes"])
-        return cls(**data)

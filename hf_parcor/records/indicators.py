@@ -143,28 +143,3 @@ class IndicatorRecord(StoredRecord):
     notes: tuple[str, ...] = ()
     format: int = FORMAT
     kind: ClassVar[str] = "indicator record"
-
-    @classmethod
-    def _read(cls, data: dict[str, Any]) -> IndicatorRecord:
-        data["loss"], data["gradient_norm"] = float(data["loss"]), float(data["gradient_norm"])
-        data["hessian_trace"] = _estimate(data["hessian_trace"])
-        data["indicators"] = tuple(_indicators(entry) for entry in data["indicators"])
-        data["notes"] = tuple(data["notes"])
-        return cls(**data)
-
-
-def _estimate(data: dict[str, Any]) -> Estimate:
-    return Estimate(tuple(float(value) for value in data["values"]))
-
-
-def _indicators(data: dict[str, Any]) -> ConstraintIndicators:
-    constraint = {**data["constraint"], "p": float(data["constraint"]["p"])}
-    return ConstraintIndicators(
-        constraint=CorruptionConstraint(**constraint),
-        first_order=float(data["first_order"]),
-        gradient_based=float(data["gradient_based"]),
-        multi_step=None if data["multi_step"] is None else float(data["multi_step"]),
-        second_order=_estimate(data["second_order"]),
-        monte_carlo=_estimate(data["monte_carlo"]),
-        random=_estimate(data["random"]),
-    )

@@ -248,16 +248,6 @@ def checked_infos(infos: Mapping[str, MetricInfo] | None) -> dict[str, MetricInf
     return dict(found)
 
 
-def read_infos(data: Mapping[str, Any]) -> dict[str, MetricInfo]:
-    """Return what plain values say, by the name of the metric."""
-    return {name: read_info(entry) for name, entry in data.items()}
-
-
-def read_info(data: Mapping[str, Any]) -> MetricInfo:
-    """Return what plain values say."""
-    return MetricInfo(data[_DIRECTION], data[_UNIT], tuple(data["guessed"]))
-
-
 class _Module(NamedTuple):
     """What a metric of `evaluate` returns: the unit of all its numbers, and which are better large, which small."""
 

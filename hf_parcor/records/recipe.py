@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from hf_parcor.records.sensitivity import WeightGroup, read_groups, read_numbers
+from hf_parcor.records.sensitivity import WeightGroup
 from hf_parcor.records.stored import StoredRecord
 
 FORMAT = 1
@@ -134,16 +134,3 @@ class RecipeRecord(StoredRecord):
         for name, one in self.choice.items():
             for weight in self.groups[name].weights:
                 yield weight, one
-
-    @classmethod
-    def _read(cls, data: dict[str, Any]) -> RecipeRecord:
-        data["groups"] = read_groups(data["groups"])
-        data["choice"] = {name: Choice(one["format"], float(one["bits"])) for name, one in data["choice"].items()}
-        for name in ("budget", "expected", "bits_of_base"):
-            data[name] = read_numbers(data.get(name, {}))
-        data["pairs"] = tuple(
-            PairCost(one["first"], one["second"], one["metric"], float(one["together"]), float(one["apart"]))
-            for one in data["pairs"]
-        )
-        data["outside"], data["notes"] = tuple(data["outside"]), tuple(data["notes"])
-        return cls(**data)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from hf_parcor.records.stored import StoredRecord
 
@@ -98,13 +98,3 @@ class SearchRecord(StoredRecord):
         scores = [self.score(trial) for trial in self.curve(steps)]
         signs = [after > before for before, after in pairwise(scores) if after != before]
         return signs == sorted(signs, reverse=True)
-
-    @classmethod
-    def _read(cls, data: dict[str, Any]) -> SearchRecord:
-        trials = tuple(_trial(entry) for entry in data.pop("trials"))
-        return cls(**data, trials=trials)
-
-
-def _trial(data: dict[str, Any]) -> SearchTrial:
-    metrics = {name: float(value) for name, value in data["metrics"].items()}
-    return SearchTrial(**{**data, "objective": float(data["objective"]), "metrics": metrics})

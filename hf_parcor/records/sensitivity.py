@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from hf_parcor.records.curves import metric_drop
 from hf_parcor.records.data import EvaluationData
-from hf_parcor.records.metric_info import MetricInfo, info_by_name, read_infos
+from hf_parcor.records.metric_info import MetricInfo, info_by_name
 from hf_parcor.records.stored import StoredRecord
 from hf_parcor.statistics import rank_correlation
 
@@ -279,36 +279,3 @@ class SensitivityRecord(StoredRecord):
         known = [(cell, drop) for cell in self.cells if (drop := self.drop(cell, metric)) is not None]
         drops = [drop for _, drop in known]
         return {score: rank_correlation([cell.scores[score] for cell, _ in known], drops) for score in self.scores}
-
-    @classmethod
-    def _read(cls, data: dict[str, Any]) -> SensitivityRecord:
-        data["groups"] = read_groups(data["groups"])
-        data["cells"] = tuple(
-            FormatScore(
-                cell["group"],
-                cell["format"],
-                float(cell["bits"]),
-                read_numbers(cell["scores"]),
-                read_numbers(cell["measured"]),
-            )
-            for cell in data["cells"]
-        )
-        data["clean"] = read_numbers(data["clean"])
-        data["metric_info"] = read_infos(data["metric_info"])
-        for name in ("outside", "unused", "notes"):
-            data[name] = tuple(data.get(name, ()))
-        data["kinds"] = {kind: (within, of) for kind, (within, of) in data.get("kinds", {}).items()}
-        data["evaluated_on"] = None if data["evaluated_on"] is None else EvaluationData(**data["evaluated_on"])
-        return cls(**data)
-
-
-def read_groups(data: Mapping[str, Any]) -> dict[str, WeightGroup]:
-    """Return groups from plain values."""
-    return {
-        name: WeightGroup(one["weights"], float(one["bits"]), one.get("holders", {})) for name, one in data.items()
-    }
-
-
-def read_numbers(data: Mapping[str, Any]) -> dict[str, float]:
-    """Return numbers by name from plain values, where infinities are strings."""
-    return {name: float(value) for name, value in data.items()}

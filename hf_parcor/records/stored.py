@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
-from functools import cache
+from dataclasses import fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar
 
-from hf_parcor.strict_json import replace_text, to_strict_json
+from hf_parcor.strict_json import Reader, from_plain, replace_text, to_strict_json
 
 _Record = TypeVar("_Record", bound="StoredRecord")
 
 
-class StoredRecord(ABC):
+class StoredRecord:
     """A frozen dataclass of results that is stored as strict JSON; reading a record of another kind is an error.
 
     Attributes:
@@ -29,10 +25,12 @@ class StoredRecord(ABC):
     remedy: ClassVar[str] = "measure again, or read it with the version of hf_parcor that wrote it"
     format: int
 
-    @classmethod
-    @abstractmethod
-    def _read(cls: type[_Record], data: dict[str, Any]) -> _Record:
-        """Return the record from plain values of the right format; whatever is wrong with them may raise."""
+    def check(self) -> None:
+        """Refuse what was read if its parts contradict each other; by default nothing.
+
+        Raises:
+            ValueError: They do.
+        """
 
     def to_json(self) -> str:
         """Return the record as standard JSON, with NaN and infinities as the strings "nan", "inf" and "-inf"."""
@@ -68,10 +66,11 @@ class StoredRecord(ABC):
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"{cls.kind}: expected format {cls.format}, got {found!r}; {cls.remedy}")
         try:
-            found = cls._read(dict(data))
-            _check_types(found)
-            return found
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            readers = {kind: _reader_of(kind) for kind in StoredRecord.__subclasses__() if kind is not cls}
+            record: _Record = from_plain(cls, data, cls.kind, readers, complete=False)
+            record.check()
+            return record
+        except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{cls.kind}: expected all fields of format {cls.format}, got {error!r}; it is damaged: {cls.remedy}"
             ) from error
@@ -99,44 +98,8 @@ class StoredRecord(ABC):
             raise ValueError(f"{path}: {error}") from error
 
 
-def _check_types(record: Any) -> None:
-    """Compare what a dataclass holds with the types of its fields, so that what reads it may rely on them.
-
-    Raises:
-        TypeError: A field, of it or of a dataclass inside, has another type.
-    """
-    hints = _hints(record.__class__)
-    for entry in fields(record):
-        value = getattr(record, entry.name)
-        if not _fits(value, hints[entry.name]):
-            raise TypeError(f"{entry.name}: expected {entry.type}, got {value!r:.80}")
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Say whether a value is of a type, as far down as plain values and dataclasses go."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Union or origin is UnionType:
-        return any(_fits(value, one) for one in inner)
-    if is_dataclass(kind) and isinstance(value, cast(type, kind)):
-        _check_types(value)
-        return True
-    if origin is tuple:
-        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
-        return isinstance(value, tuple) and len(kinds) == len(value) and all(map(_fits, value, kinds))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        of_key, of_value = inner
-        return isinstance(value, Mapping) and all(
-            _fits(key, of_key) and _fits(one, of_value) for key, one in value.items()
-        )
-    if kind is Any or not isinstance(kind, type):
-        return True
-    numbers = {float: (float, int), int: (int,)}.get(kind, (kind,))
-    return isinstance(value, numbers) and (kind is bool or not isinstance(value, bool))
+def _reader_of(kind: type[StoredRecord]) -> Reader:
+    return lambda value, name: kind.from_plain(value)
 
 
 def _has_fields_of(data: Any, kind: type[StoredRecord]) -> bool:

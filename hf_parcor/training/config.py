@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from transformers.utils.hub import cached_file
 
@@ -16,110 +15,30 @@ from hf_parcor.corruptions import CORRUPTIONS, Corruption
 from hf_parcor.corruptions.catalogue import catalogue_name
 from hf_parcor.defense_file import COUNTS, DEFENSE_CONFIG_NAME, VERSION, installed_version
 from hf_parcor.defenses import DEFENSES, Defense, check_defense
-from hf_parcor.strict_json import read_strict_json, replace_text, to_plain, to_strict_json
-
-_NOT_FINITE = ("inf", "-inf", "nan")
-
-
-def from_plain(kind: Any, value: Any, name: str) -> Any:
-    """Return what `to_plain` wrote as a value of the type `kind`, a dataclass by its type hints.
-
-    Args:
-        kind: A dataclass, a plain type, or a union, list or tuple of them.
-        value: The plain value.
-        name: How errors call it.
-
-    Raises:
-        ValueError: The value is of another type, or a setting is unknown or missing. What the dataclass itself
-            refuses, it refuses with an error of its own.
-        TypeError: `kind` is none of these.
-
-    Examples:
-        >>> from hf_parcor import CorruptionConstraint
-        >>> from_plain(CorruptionConstraint, {"p": "inf", "epsilon": 0.1, "top_n": None}, "constraint")
-        CorruptionConstraint(p=inf, epsilon=0.1, top_n=None)
-        >>> from_plain(float | None, "large", "epsilon")
-        Traceback (most recent call last):
-        ...
-        ValueError: epsilon: expected a number or "inf", got 'large'
-    """
-    if kind is Corruption:
-        return _corruption_from_plain(value, name)
-    if isinstance(kind, type) and is_dataclass(kind):
-        return _dataclass_from_plain(kind, value, name)
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return _member_from_plain(parts, value, name)
-    if origin in (list, tuple, Collection):
-        entries = _checked(isinstance(value, list), value, name, "a list")
-        make = tuple if origin is Collection else origin
-        return make(from_plain(parts[0], entry, f"{name}[{index}]") for index, entry in enumerate(entries))
-    if kind not in _PLAIN:
-        raise TypeError(f"{name}: expected a plain type, a dataclass or a union, list or tuple of them, got {kind}")
-    expected, fits = _PLAIN[kind]
-    _checked(fits(value), value, name, expected)
-    return float(value) if value in _NOT_FINITE and kind is float else value
-
-
-def _is_number(value: Any) -> bool:
-    return (isinstance(value, (int, float)) and not isinstance(value, bool)) or value in _NOT_FINITE
-
-
-_PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
-    NoneType: ("null", lambda value: value is None),
-    bool: ("true or false", lambda value: isinstance(value, bool)),
-    int: ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    float: ('a number or "inf"', _is_number),
-    str: ("a string", lambda value: isinstance(value, str)),
-}
-
-
-def _checked(fits: bool, value: Any, name: str, expected: str) -> Any:
-    if not fits:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
-    return value
-
-
-def _member_from_plain(parts: tuple[Any, ...], value: Any, name: str) -> Any:
-    if value is None and NoneType in parts:
-        return None
-    errors = []
-    for part in parts:
-        if part is not NoneType:
-            try:
-                return from_plain(part, value, name)
-            except _OwnClassError:
-                raise
-            except ValueError as error:
-                errors.append(str(error))
-    raise ValueError("; or ".join(errors))
-
-
-def _dataclass_from_plain(kind: type, value: Any, name: str) -> Any:
-    _checked(isinstance(value, dict), value, name, "an object of settings")
-    hints = get_type_hints(kind)
-    known = [setting.name for setting in fields(kind) if setting.init]
-    if set(value) != set(known):
-        unknown = [key for key in value if key not in known]
-        missing = [key for key in known if key not in value]
-        got = [*(f"the unknown {key}" for key in unknown), *(f"no {key}" for key in missing)]
-        raise ValueError(f"{name}: expected exactly the settings {', '.join(known)}, got {', '.join(got)}")
-    return kind(**{key: from_plain(hints[key], entry, f"{name}.{key}") for key, entry in value.items()})
-
-
-class _OwnClassError(ValueError):
-    """A file names a class of the user's own: it is sound, and nothing is imported from it."""
+from hf_parcor.strict_json import (
+    OwnClassError,
+    Reader,
+    checked,
+    from_plain,
+    read_strict_json,
+    replace_text,
+    to_plain,
+    to_strict_json,
+)
 
 
 def _corruption_from_plain(value: Any, name: str) -> Corruption:
     expected = f"an object with one of {', '.join(CORRUPTIONS)} and its settings"
-    _checked(isinstance(value, dict) and len(value) == 1, value, name, expected)
+    checked(isinstance(value, dict) and len(value) == 1, value, name, expected)
     ((kind, settings),) = value.items()
     if "." in kind:
-        raise _OwnClassError(f"{name}: expected {expected}, got {kind!r}, a class of your own")
-    _checked(kind in CORRUPTIONS, value, name, expected)
-    found: Corruption = from_plain(CORRUPTIONS[kind], settings, f"{name}.{kind}")
+        raise OwnClassError(f"{name}: expected {expected}, got {kind!r}, a class of your own")
+    checked(kind in CORRUPTIONS, value, name, expected)
+    found: Corruption = from_plain(CORRUPTIONS[kind], settings, f"{name}.{kind}", _READERS)
     return found
+
+
+_READERS: dict[Any, Reader] = {Corruption: _corruption_from_plain}
 
 
 def _settings_of(defense: Defense) -> dict[str, Any]:
@@ -232,9 +151,9 @@ class DefenseConfig:
         name = from_plain(str, values["defense"], "defense")
         if name not in DEFENSES:
             told = f"defense: expected one of {', '.join(DEFENSES)}, got {name!r}"
-            raise _OwnClassError(f"{told}, a class of your own") if "." in name else ValueError(told)
+            raise OwnClassError(f"{told}, a class of your own") if "." in name else ValueError(told)
         return cls(
-            from_plain(DEFENSES[name], values["settings"], "settings"),
+            from_plain(DEFENSES[name], values["settings"], "settings", _READERS),
             **{target: from_plain(kind, values[target], target) for target, kind in _TARGETS.items()},
             **{name: from_plain(int, values[name], name) for name in COUNTS if name in values},
         )
@@ -289,7 +208,7 @@ class DefenseConfig:
             ) from error
         try:
             return cls.from_dict(read_strict_json(str(path)))
-        except _OwnClassError as error:
+        except OwnClassError as error:
             raise ValueError(
                 f"{path}: {error}. Classes are not imported from a file: import it, and build the defense from the "
                 "settings in this one"
