@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 import transformers
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_parcor.errors import InputError
@@ -22,6 +24,7 @@ from hf_parcor.tasks.task import Collator, Example, Processed, Role, Task, load_
 COCO, VOC = "coco", "voc"
 _BOXES = ("bbox", "bboxes", "boxes", "boxes_xyxy", "bbox_xyxy")
 _CLASSES = ("category", "categories", "category_id", "label", "labels", "class", "classes")
+_CROWDS = ("iscrowd", "is_crowd")
 _OBJECTS = "objects"
 
 
@@ -32,15 +35,18 @@ class ObjectDetection(Task):
     mappings. Boxes are COCO's, (x, y, width, height) in pixels of the image, or VOC's, (xmin, ymin, xmax, ymax), where
     the column's name ends in `xyxy` or the encoding says so. An image may be without boxes. What lies beyond the
     image's edge is cut, as the field does it; a box that is no box, or lies outside of the image, is refused.
+
+    A box around a crowd, where `iscrowd` is 1 as in COCO, is not trained on, and what is found there is no error.
     """
 
     name = "object-detection"
     heads = ("ForObjectDetection",)
     auto_class = "AutoModelForObjectDetection"
     roles: ClassVar[Mapping[str, Role]] = {
-        "image": Role(("image", "img", "picture", "file", "path")),
+        "image": Role(("image", "img", "picture", "file_name", "file", "path")),
         "boxes": Role((*(f"{_OBJECTS}.{name}" for name in _BOXES), _OBJECTS, *_BOXES)),
         "label": Role((*(f"{_OBJECTS}.{name}" for name in _CLASSES), _OBJECTS, *_CLASSES)),
+        "crowd": Role((*(f"{_OBJECTS}.{name}" for name in _CROWDS), *_CROWDS), required=False),
     }
     metrics = ("map", "map_50", "map_75", "mar_100", "loss")
     takes = frozenset({"box_format"})
@@ -81,7 +87,7 @@ class ObjectDetection(Task):
             [_checked(box, form, rows.source, row) for box in of_image]
             for row, of_image in objects.numbered(objects.column("boxes"))
         ]
-        images: Any = AnnotatedImages(rows, columns["image"], boxes, labels)
+        images: Any = AnnotatedImages(rows, columns["image"], boxes, labels, objects.column("crowd"))
         found: Sequence[Example] = images
         return found
 
@@ -121,11 +127,12 @@ def detection_metric(processor: Any, batches: Any) -> DetectionMetric:
     """Return a metric that reads a detector's output as its image processor does.
 
     Raises:
-        InputError: No image of `AnnotatedImages` has a box: known before a model is trained to be measured on them.
+        InputError: No image of `AnnotatedImages` has a box, but for crowds: known before a model is trained to be
+            measured on them.
         ImportError: What computes average precision is not installed.
     """
     images = getattr(batches, "dataset", None)
-    if isinstance(images, AnnotatedImages) and not any(images.boxes):
+    if isinstance(images, AnnotatedImages) and all(map(all, images.crowds)):
         raise InputError(
             f"{images.rows.source}: expected a box on one image at least, got none on {len(images)}; no detection can "
             "be right there: measure on other data"
@@ -139,39 +146,53 @@ def _post_process(read: Any, output: Any, sizes: list[tuple[int, int]]) -> Any:
 
 
 def _objects(rows: Rows, columns: Mapping[str, str]) -> Rows:
-    """Return rows with the columns `boxes` and `label`, lists of one length."""
-    found = [
-        {
-            "boxes": _part(rows, columns["boxes"], _BOXES, row, entry),
-            "label": _part(rows, columns["label"], _CLASSES, row, entry),
-        }
-        for row, entry in rows.numbered(rows.with_columns(columns["boxes"], columns["label"]))
-    ]
-    for row, entry in rows.numbered(found):
-        if len(entry["boxes"]) != len(entry["label"]):
+    """Return rows with the columns `boxes`, `label` and `crowd`, lists of one length."""
+    found = []
+    for row, entry in rows.numbered(rows.with_columns(*(columns[role] for role in columns if role != "image"))):
+        boxes = _part(rows, columns["boxes"], _BOXES, row, entry)
+        labels = _part(rows, columns["label"], _CLASSES, row, entry)
+        if len(boxes) != len(labels):
             raise InputError(
-                f"{rows.source}: expected as many classes as boxes, got {len(entry['label'])} and "
-                f"{len(entry['boxes'])} in row {row}; mend the data, or name other columns"
+                f"{rows.source}: expected as many classes as boxes, got {len(labels)} and {len(boxes)} in row {row}; "
+                "mend the data, or name other columns"
             )
+        found.append({"boxes": boxes, "label": labels, "crowd": _crowds(rows, columns, row, entry, len(boxes))})
     names = rows.class_names.get(columns["label"])
-    return replace(
-        rows, entries=found, columns=("boxes", "label"), class_names={} if names is None else {"label": names}
-    )
+    return replace(rows, entries=found, columns=tuple(found[0]), class_names={} if names is None else {"label": names})
+
+
+def _crowds(rows: Rows, columns: Mapping[str, str], row: int, entry: Mapping[str, Any], count: int) -> list[bool]:
+    """Return of each box of one row whether it is around a crowd; none is where nothing is said."""
+    held = entry.get(columns["crowd"]) if "crowd" in columns else _by_name(entry.get(columns["boxes"]), _CROWDS)
+    marks = [None] * count if held is None else held
+    if not isinstance(marks, (list, tuple)) or len(marks) != count or any(mark not in (0, 1, None) for mark in marks):
+        raise InputError(
+            f"{rows.source}: expected 0 or 1 for each of {count} boxes, whether it is around a crowd, got {held!r} in "
+            f"row {row}; mend the data"
+        )
+    return list(map(bool, marks))
 
 
 def _part(rows: Rows, column: str, names: Sequence[str], row: int, entry: Mapping[str, Any]) -> list[Any]:
     """Return the list of boxes, or of classes, of one row."""
     value = entry.get(column)
-    if isinstance(value, Mapping):
-        value = _named(value, names)
-    elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
-        value = [_named(one, names) for one in value]
-    if not isinstance(value, (list, tuple)):
+    found = _by_name(value, names)
+    found = value if found is None else found
+    if not isinstance(found, (list, tuple)):
         raise InputError(
             f"{rows.source}: expected a list with an entry for each object, under one of {', '.join(names)} if there "
             f"are several, got {value!r} in column {column!r}, row {row}; an image without any has an empty list"
         )
-    return list(value)
+    return list(found)
+
+
+def _by_name(value: Any, names: Sequence[str]) -> Any:
+    """Return what objects say under one of these names; None where they are no mapping, nor mappings."""
+    if isinstance(value, Mapping):
+        return _named(value, names)
+    if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+        return [_named(one, names) for one in value]
+    return None
 
 
 def _named(values: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -198,12 +219,21 @@ def _checked(box: Any, form: str, source: str, row: int) -> list[float]:
 
 @dataclass(frozen=True)
 class AnnotatedImages:
-    """Images with their boxes, opened when asked for: `image`, `annotations` as COCO has them, and `image_id`."""
+    """Images with their boxes, opened when asked for: `image`, `annotations` as COCO has them, and `image_id`.
+
+    Attributes:
+        rows: The data.
+        column: Where the images are.
+        boxes: Of each image, as COCO has them.
+        labels: The class of each box.
+        crowds: Whether a box is around a crowd.
+    """
 
     rows: Rows
     column: str
     boxes: Sequence[Sequence[Sequence[float]]]
     labels: Sequence[Sequence[int]]
+    crowds: Sequence[Sequence[bool]]
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -222,14 +252,17 @@ class AnnotatedImages:
                     "are in pixels of this very image: mend the data"
                 )
         annotations = [
-            {"bbox": list(box), "category_id": label, "area": box[2] * box[3], "iscrowd": 0}
-            for box, label in zip(self.boxes[index], self.labels[index], strict=True)
+            {"bbox": list(box), "category_id": label, "area": box[2] * box[3], "iscrowd": int(crowd)}
+            for box, label, crowd in zip(self.boxes[index], self.labels[index], self.crowds[index], strict=True)
         ]
         return {"image": image, "annotations": annotations, "image_id": index}
 
 
 class DetectionCollator:
     """Makes a batch of images with their annotations, as `AnnotatedImages` has them: pixels, and `labels`.
+
+    Image processors of detectors drop crowds, which no model is trained on. What is measured has to know them, so they
+    are beside what the processor makes: `crowd_boxes` and `crowd_labels`, where an image has some.
 
     Args:
         processor: An image processor of detectors.
@@ -249,4 +282,19 @@ class DetectionCollator:
             images=[example["image"] for example in examples], annotations=annotations, return_tensors="pt"
         )
         found = {name: value for name, value in batch.items() if name in self._taken}
-        return {**found, "labels": [dict(target) for target in found["labels"]]}
+        targets = [{**target, **_crowd_of(example)} for target, example in zip(found["labels"], examples, strict=True)]
+        return {**found, "labels": targets}
+
+
+def _crowd_of(example: Example) -> dict[str, Tensor]:
+    """Return boxes around crowds as processors make boxes: cut at the edge, as center and size, in shares."""
+    crowds = [one for one in example["annotations"] if one["iscrowd"]]
+    if not crowds:
+        return {}
+    size = torch.tensor([*example["image"].size], dtype=torch.float32)
+    boxes = torch.tensor([one["bbox"] for one in crowds], dtype=torch.float32)
+    begin, end = ((corner / size).clamp(0, 1) for corner in (boxes[:, :2], boxes[:, :2] + boxes[:, 2:]))
+    return {
+        "crowd_boxes": torch.cat([(begin + end) / 2, end - begin], -1),
+        "crowd_labels": torch.tensor([one["category_id"] for one in crowds]),
+    }

@@ -64,6 +64,64 @@ def test_forms_of_boxes(folder, entry, box_format):
     assert example["image"].size == (12, 10)
 
 
+@for_each(
+    ("entry", "crowds"),
+    [
+        ({"objects": {"bbox": COCO, "category": NAMES, "iscrowd": [0, 1]}}, [0, 1]),
+        ({"objects": [{"bbox": COCO[0], "label": "dog", "iscrowd": True}, {"bbox": COCO[1], "label": "cat"}]}, [1, 0]),
+        ({"objects.bbox": COCO, "objects.category": NAMES, "objects.iscrowd": [1.0, 0.0]}, [1, 0]),
+        ({"boxes": COCO, "label": NAMES, "is_crowd": [False, True]}, [0, 1]),
+        ({"boxes": COCO, "label": NAMES, "iscrowd": None}, [0, 0]),
+        ({"boxes": COCO, "label": NAMES}, [0, 0]),
+        (
+            {"objects": {"bbox": COCO, "category": NAMES, "iscrowd": [0]}},
+            r"each of 2 boxes, .* got \[0\] in row 1",
+        ),
+        ({"boxes": COCO, "label": NAMES, "iscrowd": [0, "no"]}, "expected 0 or 1 for each"),
+        ({"boxes": COCO, "label": NAMES, "iscrowd": 1}, "expected 0 or 1 for each"),
+    ],
+)
+def test_crowds(folder, entry, crowds):
+    if isinstance(crowds, str):
+        with pytest.raises(InputError, match=crowds):
+            examples_of(rows_of(folder, entry))
+    else:
+        (example,) = examples_of(rows_of(folder, entry))
+        assert [one["iscrowd"] for one in example["annotations"]] == crowds
+
+
+class FindsAll(torch.nn.Module):
+    """A detector that finds what it is told, and keeps what it is asked to learn."""
+
+    def __init__(self, boxes, labels):
+        super().__init__()
+        self.boxes, self.told = boxes, labels
+
+    def forward(self, pixel_values, labels=None):
+        self.labels = labels
+        logits = torch.nn.functional.one_hot(torch.tensor([self.told]), 3) * 9.0
+        return SimpleNamespace(loss=torch.tensor(0.0), logits=logits, pred_boxes=torch.tensor([self.boxes]))
+
+
+@for_each("marked", [True, False])
+@for_each("kind", ["YolosImageProcessor", "DetrImageProcessor"])
+def test_what_is_found_in_a_crowd_is_no_error_and_nobody_learns_it(marked, kind, folder):
+    """A dog in the crowd of dogs, likelier than the dog beside it; without the mark, the crowd is one dog missed."""
+    pytest.importorskip("pycocotools")
+    one, crowd, in_crowd = [1, 1, 3, 4], [5, 2, 20, 8], [6, 3, 2, 2]  # the crowd reaches over the edge
+    rows = rows_of(folder, {"bbox": [one, crowd], "label": ["dog", "dog"], "iscrowd": [0, int(marked)]})
+    model = FindsAll([[(x + w / 2) / 12, (y + h / 2) / 10, w / 12, h / 10] for x, y, w, h in (one, in_crowd)], [1, 1])
+    processed = Processed(model, getattr(transformers, kind)())
+    batches = TASK.batches(examples_of(rows), processed, 1)
+    found = TASK.metric("map", processed, batches)(model)
+    assert found["map"] == pytest.approx(1.0 if marked else 0.5, abs=0.01)
+    (target,) = model.labels
+    assert len(target["boxes"]) == len(target["class_labels"]) == 2 - marked
+    if marked:
+        crowd_at = target["crowd_boxes"] * torch.tensor([12, 10, 12, 10])
+        torch.testing.assert_close(crowd_at, torch.tensor([[8.5, 6.0, 7.0, 8.0]]))
+
+
 def test_names_of_numbered_classes(folder):
     rows = rows_of(folder, {"objects": {"bbox": COCO, "category": [0, 1]}}, {"objects": ["dog", "cat"]})
     assert [one["category_id"] for one in examples_of(rows)[0]["annotations"]] == [1, 0]
@@ -120,8 +178,9 @@ def test_the_true_boxes_are_those_of_the_data_whatever_shares_a_batch(kind, size
     ]
 
 
-def test_data_without_any_box_are_not_measured_on(folder):
-    examples = examples_of(rows_of(folder, {"objects": {"bbox": [], "category": []}}))
+@for_each("objects", [{"bbox": [], "category": []}, {"bbox": COCO, "category": NAMES, "iscrowd": [1, 1]}])
+def test_data_without_any_box_but_for_crowds_are_not_measured_on(folder, objects):
+    examples = examples_of(rows_of(folder, {"objects": objects}))
     processed = Processed(SimpleNamespace(forward=lambda pixel_values: None), None)
     of_task = TASK.batches(examples, processed, 1)
     for batches in (DataLoader(examples), of_task):

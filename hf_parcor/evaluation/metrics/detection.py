@@ -164,7 +164,8 @@ class DetectionMetric(OverBatches):
     Args:
         batches: Mappings with `pixel_values` and `labels`, as image processors of DETR make them: for each image a
             mapping with `class_labels` (n,) and `boxes` (n, 4), center and size as shares of the image's size;
-            `orig_size` and `iscrowd` are used if present.
+            `orig_size` and `iscrowd` are used if present, and so are `crowd_boxes` and `crowd_labels`, boxes around
+            crowds that are kept from the model.
         post_process: A function from the output and the sizes of the images to the boxes of each image, in pixels:
             `scores`, `labels` and `boxes` with corners. Most image processors have it as
             `post_process_object_detection`. Default `most_likely_boxes`, for DETR and YOLOS.
@@ -242,11 +243,18 @@ def _size(target: Mapping[str, Any], images: Any, index: int) -> tuple[int, int]
 
 
 def _there(target: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    found = {
-        "boxes": _array(_corners(torch.as_tensor(target["boxes"]).float().reshape(-1, 4), size)),
-        "labels": _array(target["class_labels"]),
+    boxes, labels = [target["boxes"]], [target["class_labels"]]
+    crowds = [target["iscrowd"] if "iscrowd" in target else np.zeros(len(labels[0]))]
+    if "crowd_boxes" in target:
+        boxes.append(target["crowd_boxes"])
+        labels.append(target["crowd_labels"])
+        crowds.append(np.ones(len(labels[1])))
+    corners = [_array(_corners(torch.as_tensor(part).float().reshape(-1, 4), size)) for part in boxes]
+    return {
+        "boxes": np.concatenate(corners),
+        "labels": np.concatenate([_array(part) for part in labels]),
+        "iscrowd": np.concatenate([_array(part) for part in crowds]),
     }
-    return {**found, "iscrowd": _array(target["iscrowd"])} if "iscrowd" in target else found
 
 
 def _finite(image: Boxes) -> dict[str, Any]:
