@@ -118,9 +118,22 @@ def _read_json(path: Path, text: str) -> list[Row]:
     except (ValueError, RecursionError) as error:
         _refuse(path, "", "JSON", str(error))
     lists = [value for value in found.values() if isinstance(value, list)] if isinstance(found, dict) else [found]
+    if isinstance(found, dict) and _is_row(found, lists):  # JSON lines by another name, of one line
+        return [_flat(path, "row 1", found)]
     if len(lists) != 1 or not isinstance(lists[0], list):
         _refuse(path, "line 1", "a list of objects", type(found).__name__)
     return [_flat(path, f"row {index}", row) for index, row in enumerate(lists[0], start=1)]
+
+
+def _is_row(found: Row, lists: list[list[Any]]) -> bool:
+    """Return whether an object is a row: neither around a list of rows, nor columns with numbered cells, as of pandas.
+
+    Examples:
+        >>> _is_row({"tokens": ["a"], "label": 1}, [["a"]]), _is_row({"data": [{"text": "a"}]}, [[{"text": "a"}]])
+        (True, False)
+    """
+    of_rows = len(lists) == 1 and all(isinstance(row, dict) for row in lists[0])
+    return not of_rows and not all(isinstance(value, dict) for value in found.values())
 
 
 def _read_json_lines(path: Path, text: str) -> list[Row]:

@@ -25,7 +25,7 @@ class ImageClassification(Classification):
     heads = ("ForImageClassification",)
     auto_class = "AutoModelForImageClassification"
     roles: ClassVar[Mapping[str, Role]] = {
-        "image": Role(("image", "img", "picture", "file", "path")),
+        "image": Role(("image", "img", "picture", "file_name", "file", "path")),
         "label": Role(("label", "labels", "fine_label", "class", "target")),
     }
 
