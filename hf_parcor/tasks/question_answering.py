@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ _MAX_LENGTH = 384
 _OVERLAP = 128
 _ANSWERS = "answers"
 _TEXT, _START = "text", "answer_start"
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,15}(?:\.0+)?")
 _POSITIONS = ("start_positions", "end_positions")
 
 Answer = tuple[str, int]
@@ -45,7 +47,7 @@ class QuestionAnswering(Task):
         "question": Role(("question", "query")),
         "context": Role(("context", "passage", "paragraph", "document")),
         "answer": Role((f"{_ANSWERS}.{_TEXT}", _ANSWERS, "answer", "answer_text")),
-        "start": Role((f"{_ANSWERS}.{_START}", _ANSWERS, _START, "start")),
+        "start": Role((f"{_ANSWERS}.{_START}", _START, _ANSWERS, "start")),
     }
     takes = frozenset({"max_length"})
     metrics = ("f1", "exact_match", "loss")
@@ -178,8 +180,8 @@ def _listed(value: Any, name: str) -> list[Any]:
 
 
 def _number(start: Any) -> Any:
-    """Return a number; a table where some cells are empty has texts."""
-    return int(start) if isinstance(start, str) and start.isdecimal() else start
+    """Return a whole number; a table where some cells are empty has texts, or fractions where pandas wrote it."""
+    return int(float(start)) if _WHOLE_NUMBER.fullmatch(str(start)) else start
 
 
 def _place(text: str, start: int, context: str, rows: Rows, row: int) -> int:

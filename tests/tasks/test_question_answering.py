@@ -147,6 +147,14 @@ FORMS = {
         {"answers": {"text": [], "answer_start": []}},
     ],
     "two lists": [{"answer": ["b c", "c"], "answer_start": [2, 4]}, {"answer": [], "answer_start": []}],
+    "two lists, the first as SQuAD calls both": [
+        {"answers": ["b c", "c"], "answer_start": [2, 4]},
+        {"answers": [], "answer_start": []},
+    ],
+    "numbers as pandas writes them": [
+        {"answers": {"text": ["b c", "c"], "answer_start": [2.0, "4.0"]}},
+        {"answers": {"text": [], "answer_start": []}},
+    ],
     "mappings": [
         {"answers": [{"text": "b c", "answer_start": 2}, {"text": "c", "answer_start": 4}]},
         {"answers": []},
@@ -173,7 +181,11 @@ def test_forms_of_answers(form, tmp_path):
 def test_tables_have_one_answer_a_row(file, tmp_path):
     header = ["question", "context", "answer", "answer_start"]
     with_none = [("a", "a b c", "b", 2), ("b", "a 7", "7", 2), ("c", "a b", "", "")]
-    for rows, answers in ((with_none, [("b",), ("7",), ()]), (with_none[:2], [("b",), ("7",)])):
+    by_pandas = [(*row, str(start) + ".0" * (start != "")) for *row, start in with_none]
+    for rows, answers in (
+        *((rows, [("b",), ("7",), ()]) for rows in (with_none, by_pandas)),
+        (with_none[:2], [("b",), ("7",)]),
+    ):
         read = load_rows(write_rows(tmp_path / file, header, rows))
         examples = TASK.examples(read, TASK.find_columns(read, {}), processed_by(word_pieces()))
         assert [example["questions"].answers for example in examples] == answers
@@ -198,6 +210,7 @@ def test_answers_that_are_off_are_looked_for(caplog):
         (("a", "b c", ["d"], [0]), r"answers that are parts of their text, got 'd' in row 2"),
         (("a", "b c", ["b", "c"], [0]), r"as many numbers .* got \['b', 'c'\] and \[0\] in row 2"),
         (("a", "b c", ["b"], ["here"]), r"as many numbers .* got \['b'\] and \['here'\] in row 2"),
+        (("a", "b c", ["b"], [0.5]), r"as many numbers .* got \['b'\] and \[0.5\] in row 2"),
         (("a", "b c", [True], [0]), r"a text in column 'answers.text', got bool in row 2"),
         (("", "b c", ["b"], [0]), r"a token .* 'question', got none in row 2"),
         (("a", " ", [], []), r"a token .* 'context', got none in row 2"),
