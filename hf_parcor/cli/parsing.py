@@ -261,13 +261,16 @@ _ARGUMENT = re.compile(
     (?: =(?P<value> \.\.\. | \[[^]]*\] | '[^']*' | "[^"]*" | [\w+-]+(?:\.\w+)* )? | (?P<colon>:) )?""",
     re.VERBOSE,
 )
+# A flag as Transformers spells it.
+_FLAG = re.compile(r"(?<![\w-])--(?P<name>[a-z]\w*)(?![\w-])")
 
 
 def in_flags(message: str, flags: Mapping[str, str]) -> str:
     """Return a message of the library where arguments are spelled as flags.
 
     Args:
-        message: It names arguments as Python does: at its beginning, as `name=value`, or as words_with_underscores.
+        message: It names arguments as Python does: at its beginning, as `name=value`, or as words_with_underscores;
+            or flags as Transformers does, `--with_underscores`.
         flags: The flag of each argument that has one.
 
     Examples:
@@ -286,4 +289,5 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
         words = re.sub(r"['\"\[\],]", "", value) if value else ""
         return f"{flags[name]} {words}" if words else f"{flags[name]}{colon or ''}"
 
+    message = _FLAG.sub(lambda found: flags.get(found["name"], found.group()), message)
     return _ARGUMENT.sub(spelled, message.replace('float("inf")', "inf"))

@@ -385,7 +385,9 @@ def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingA
     from hf_parcor.training import checkpoint_to_resume
 
     config = trainer.defense_config
-    if config is not None:
+    if config is None:  # a flag with the value of its default looks like one that was not given
+        tell("not defended: beside --defense none, no setting of a defense counts")
+    else:
         tell(f"defended by {config.defense!r}; --defense none trains without")
 
     class Begun(TrainerCallback):

@@ -130,6 +130,7 @@ def build_defense(arguments: DefenseArguments) -> Defense | None:
         NotImplementedError: The defense does not support this combination of settings.
     """
     if arguments.defense == NO_DEFENSE:
+        _refuse_others(arguments, (), f"no setting beside --defense {NO_DEFENSE}")
         return None
     if arguments.defense not in DEFENSES:
         known = ", ".join([*DEFENSES, NO_DEFENSE])
@@ -137,13 +138,7 @@ def build_defense(arguments: DefenseArguments) -> Defense | None:
     chosen = DEFENSES[arguments.defense]
     flags = {setting.name: _flag_of(setting) for _, setting in _settings_of(chosen)}
     values = {name: getattr(arguments, flag) for name, flag in flags.items()}
-    expected = {"defense", *_NOT_OF_THE_DEFENSE, *flags.values()}
-    for flag in fields(DefenseArguments):
-        if flag.name not in expected and getattr(arguments, flag.name) != flag.default:
-            raise ValueError(
-                f"--{flag.name}: expected a setting of {arguments.defense}, got {getattr(arguments, flag.name)!r} for "
-                "one that it does not have; leave the flag out"
-            )
+    _refuse_others(arguments, flags.values(), f"a setting of {arguments.defense}")
     for setting in fields(chosen):
         if "from_flag" in setting.metadata:
             if values[setting.name] is None:
@@ -157,6 +152,21 @@ def build_defense(arguments: DefenseArguments) -> Defense | None:
         parts = {part.name: values.pop(part.name) for part in fields(CorruptionConstraint)}
         values["constraint"] = CorruptionConstraint(**parts)
     return chosen(**values)
+
+
+def _refuse_others(arguments: DefenseArguments, known: Collection[str], expected: str) -> None:
+    """Refuse settings that the chosen defense does not have.
+
+    Raises:
+        ValueError: One is set to something else than its default.
+    """
+    read = {"defense", *_NOT_OF_THE_DEFENSE, *known}
+    for flag in fields(DefenseArguments):
+        if flag.name not in read and getattr(arguments, flag.name) != flag.default:
+            raise ValueError(
+                f"--{flag.name}: expected {expected}, got {getattr(arguments, flag.name)!r} for one that it does not "
+                "have; leave the flag out"
+            )
 
 
 class DefenseSettings:

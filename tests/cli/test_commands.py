@@ -104,6 +104,12 @@ def test_names_that_help_shows_are_those_of_the_catalogues():
     assert tuple(name.replace("_", "-") for name in CORRUPTIONS) == shared_flags.CORRUPTIONS
 
 
+def test_the_page_names_every_corruption():
+    page = (Path(hf_parcor.__file__).parent / "cli" / "README.md").read_text(encoding="utf-8")
+    listed = re.search(r"\*\*Corruptions\*\* are (.*?)\.", page, re.DOTALL).group(1)
+    assert re.findall(r"`([\w-]+)`", listed) == [name.replace("_", "-") for name in CORRUPTIONS]
+
+
 def test_corruptions_from_words():
     nine = CorruptionConstraint(p=math.inf, epsilon=0.5, top_n=9)
     table = {
@@ -462,6 +468,7 @@ def test_a_target_is_the_same_in_every_command(run, classifier_folder, sentences
         (("--defense-steps", 0), "steps=0 is the stock"),
         (("--defense-epsilon", 0), "epsilon=0 is the stock"),
         (("--defense", "none"), None),
+        (("--defense", "none", "--defense-epsilon", 0.1), None),  # the default of the flag
     ],
 )
 def test_a_defense_that_does_nothing_says_so(run, classifier_folder, sentences, tmp_path, caplog, flags, says):
@@ -475,6 +482,7 @@ def test_a_defense_that_does_nothing_says_so(run, classifier_folder, sentences, 
     said = [record.getMessage() for record in caplog.records if "does nothing" in record.getMessage()]
     assert len(said) == (says is not None)
     assert all(says in message for message in said)
+    assert ("not defended: beside --defense none, no setting" in result.err) == (says is None)
 
 
 class TestEvaluate:

@@ -82,7 +82,7 @@ def _of_another_version(checkpoint):
     ],
 )
 def test_what_is_said_of_a_checkpoint(run, tmp_path, said, change, flags, says):
-    flags = {"defense_epsilon": 0.2, **flags}
+    flags = flags or {"defense_epsilon": 0.2}
     run("old", {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}, defense=K1)
     checkpoint = tmp_path / "old" / "checkpoint-1"
     change(checkpoint)

@@ -183,7 +183,10 @@ def test_a_flag_is_read_where_its_own_argument_was_not_passed(tiny_bert, argumen
 
 
 def test_none_is_the_stock_step(tmp_path):
-    assert build_defense(ParameterDefenseTrainingArguments(output_dir=str(tmp_path), defense="none")) is None
+    targets = {"defense_target_modules": ["attention"], "defense_layers": [-1], "defense_reuse_prefix": False}
+    for flags in ({}, targets):  # what a sweep over defenses has in common
+        arguments = ParameterDefenseTrainingArguments(output_dir=str(tmp_path), defense="none", **flags)
+        assert build_defense(arguments) is None
 
 
 @for_each(
@@ -225,6 +228,8 @@ def test_flags_of_the_other_defenses(settings, expected, tmp_path):
     [
         ({"defense": "sam", "defense_steps": 2}, "--defense_steps: expected a setting of sam, got 2"),
         ({"defense": "gradient_penalty", "defense_epsilon": 0.2}, "--defense_epsilon: expected a setting of"),
+        ({"defense": "none", "defense_epsilon": 0.2}, "--defense_epsilon: expected no setting beside --defense none"),
+        ({"defense": "none", "defense_steps": 2}, "--defense_steps: expected no setting beside --defense none, got 2"),
         ({"defense": "multistep"}, "expected one of multi_step_risk, .*none, got 'multistep'"),
         ({"defense": "corruption"}, "--defense_corruption: expected it with --defense corruption"),
         ({"defense": "corruption", "defense_corruption": ["quantisation=4"]}, "did you mean quantization"),
