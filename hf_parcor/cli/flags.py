@@ -104,7 +104,7 @@ TASKS = (
 )
 ROLES = (
     *("text", "second_text", "words", "question", "context", "answer", "start", "source", "target", "negative"),
-    *("image", "boxes", "audio", "label", "score"),
+    *("image", "boxes", "crowd", "audio", "label", "score"),
 )
 TRIALS = 3
 USUAL_METRIC = "default: perplexity of a text, accuracy, or the first whose large values are good"
