@@ -100,4 +100,6 @@ def _run(words: Sequence[str]) -> None:
     try:
         arguments.run(arguments)
     except InputError as error:
-        raise InputError(in_flags(str(error), arguments.flags)) from error
+        # That of a process which makes batches comes with its traceback around the message.
+        message = str(error).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[-1].strip()
+        raise InputError(in_flags(message, arguments.flags)) from error

@@ -420,6 +420,21 @@ def test_what_recordings_need_and_is_not_installed(run, monkeypatch, tmp_path, c
     assert result.err.splitlines()[-1].endswith("install it with: pip install 'hf-parcor[audio]'")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_missing_is_one_line_whichever_process_opens_it(run, tmp_path, workers):
+    pytest.importorskip("PIL")
+    save_model, write_data, file = SAVED["image-classification"]
+    folder, whole = save_model(tmp_path / "model"), write_data(tmp_path / file)
+    data = write_rows(tmp_path / "other.csv", ["image", "label"], [("0.png", "negative"), ("9.png", "positive")])
+    flags = f"--output-dir out --use-cpu --report-to none --max-steps 1 --dataloader-num-workers {workers}"
+    result = run("train", folder, "--train-dataset", data, "--dataset", whole, *flags.split())
+    assert result.code == 2
+    *_, error = result.err.splitlines()
+    assert error.startswith(f"hf-parcor: error: {data}: expected an image, or the file of one, in row 2, got '9.png'")
+    assert "Traceback" not in result.err
+
+
 @pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, KeyError, ImportError])
 def test_a_bug_keeps_its_traceback(kind, files, monkeypatch, classifier_folder, sentences):
     """Also where it looks like what a mistake raises: only what checks arguments is taken for the user's."""
