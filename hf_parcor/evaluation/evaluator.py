@@ -264,8 +264,9 @@ class CorruptionEvaluator(_Evaluator):
                 any moment, the same call goes on from this file, and the record equals that of an uninterrupted
                 measurement, bit for bit on the same machine; a metric that draws random numbers itself has to ensure
                 that. A checkpoint belongs to the settings of metric and loss, including the variables that a function
-                closes over. If the numbers depend on anything else, such as a file, name it in an `identity` method
-                (see `Identified`). Up to 16 corruptions are written at once. By default, no file.
+                closes over and the public attributes of objects of yours. If the numbers depend on anything else, such
+                as a file, name it in an `identity` method (see `Identified`). Up to 16 corruptions are written
+                at once. By default, no file.
 
         Returns:
             The record. A metric that is NaN or not a number is kept as NaN, noted in the record, and logged as a

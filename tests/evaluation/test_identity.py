@@ -262,6 +262,96 @@ def test_what_does_not_decide(one, other):
     assert settings_of(written(one)) == settings_of(written(other))
 
 
+class Judge:
+    """A helper with a setting, and with counters; `calibrate` makes `level` none."""
+
+    def __init__(self, threshold, level=0):
+        self.threshold, self.level = threshold, level
+        self.calls, self.seen, self._private, self.rows = 0, [], 0, list(range(1_000))
+
+    def share(self, model):
+        self.calls += 1
+        self.seen.append(model)
+        return {"x": self.threshold}
+
+    def calibrate(self, level):
+        self.level = level
+
+
+class OtherJudge(Judge):
+    def share(self, model):
+        return {"x": -self.threshold}
+
+
+class Data(torch.utils.data.Dataset):
+    def __init__(self, seed):
+        self.seed = seed
+
+
+def of_global(helper):
+    names = {"JUDGE": helper}
+    exec("def metric(model): return JUDGE.share(model)", names)
+    return names["metric"]
+
+
+def by_default(helper):
+    def metric(model, judge=helper):
+        return judge.share(model)
+
+    return metric
+
+
+HOLDERS = {
+    "a closure": lambda helper: lambda model: helper.share(model),
+    "a global": of_global,
+    "a default": by_default,
+    "a list": lambda helper: closing_over([1, helper]),
+    "an attribute": Threshold,
+    "a method": lambda helper: helper.share,
+    "a partial": lambda helper: functools.partial(lambda judge, model: judge.share(model), helper),
+    "another helper": lambda helper: closing_over(Judge({"of": [helper]})),
+}
+
+
+@for_each("holder", HOLDERS)
+def test_settings_of_helpers_decide_and_what_they_count_does_not(holder):
+    hold = HOLDERS[holder]
+    one, again, other, otherwise = (
+        settings_of(hold(judge)) for judge in (Judge(0.1), Judge(0.1), Judge(0.9), OtherJudge(0.1))
+    )
+    assert one == again
+    assert other != one != json.loads(json.dumps(otherwise).replace("OtherJudge", "Judge"))
+    used = Judge(0.1)
+    used.share(None)
+    used._private = 1
+    assert settings_of(hold(used)) == one
+
+
+@for_each(
+    ("one", "other"),
+    [
+        (lambda: Weighted(1.0), lambda: Weighted(2.0)),
+        (lambda: Data(1), lambda: Data(2)),
+        (lambda: np.random.default_rng(1), lambda: np.random.default_rng(2)),
+        (lambda: [1] * 1_000, lambda: [2] * 1_000),
+    ],
+)
+def test_data_and_objects_of_libraries_are_no_settings_of_helpers(one, other):
+    assert settings_of(closing_over(Judge(one()))) == settings_of(closing_over(Judge(other())))
+
+
+def test_helpers_that_hold_one_another():
+    first, second = Judge(1), Judge(2)
+    first.threshold, second.threshold = second, [first, 3]
+    before = settings_of(closing_over(first))
+    second.threshold = [first, 4]
+    assert settings_of(closing_over(first)) != before
+    chain = Judge(0)
+    for _ in range(2_000):
+        chain = Judge(chain)
+    assert settings_of(closing_over(chain)) == settings_of(closing_over(chain))
+
+
 def test_functions_of_another_module_are_known_by_the_call_alone():
     """A library's own, which may change with its version and nothing else."""
     one, other = (settings_of(calling(answer, of_module="a_library")) for answer in (1, 2))
@@ -447,6 +537,7 @@ class TestCheckpoint:
             ((Threshold(0.1), Threshold(0.2)), "metric.limit (0.1, now 0.2); give another path"),
             ((closing_over(1), closing_over(2)), "metric.closure.value (1, now 2); give another path"),
             ((Says(1), Says(2)), "metric.of (1, now 2); give another path"),
+            ((closing_over(Judge(1)), closing_over(Judge(2))), "metric.closure.value.threshold (1, now 2); give"),
         ],
     )
     def test_what_differs_is_told(self, run, metrics, differing):

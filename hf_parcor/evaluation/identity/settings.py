@@ -5,8 +5,10 @@ from __future__ import annotations
 import dis
 import enum
 import functools
-from collections.abc import Mapping, Set
+import sys
+from collections.abc import Iterable, Mapping, Set
 from itertools import pairwise
+from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -45,11 +47,11 @@ def inner_code(code: CodeType) -> list[CodeType]:
     return [code, *(part for one in code.co_consts if isinstance(one, CodeType) for part in inner_code(one))]
 
 
-def _written_by_calls(kind: type) -> set[str]:
+def _written_by_calls(kind: type, called: Iterable[str] = _CALLED) -> set[str]:
     """Return the attributes that calls write, and the methods that these call."""
     written: set[str] = set()
     seen: set[str] = set()
-    left = list(_CALLED)
+    left = list(called)
     while left:
         name = left.pop()
         if name in seen:
@@ -78,8 +80,11 @@ def _written_in(code: CodeType) -> set[str]:
 
 
 _CHANGING = {"append", "extend", "insert", "remove", "pop", "clear", "add", "discard", "update", "setdefault"}
-_VERSIONED = ("hf_parcor", "torch", "transformers", "accelerate", "builtins", "abc", "typing", "collections")
+_PYTHON = ("builtins", "abc", "typing", "collections")
+_VERSIONED = ("hf_parcor", "torch", "transformers", "accelerate", *_PYTHON)
 _LONG = 200  # characters, or entries; of what is longer the fingerprint says it
+_DEEP = 20  # helpers that hold helpers
+_MAKES = frozenset({"__init__", "__new__", "__post_init__"})
 
 
 def settings_of(value: Any) -> Any:
@@ -87,9 +92,12 @@ def settings_of(value: Any) -> Any:
 
     An object that has `identity` says it itself: the method returns its settings by name, plain values and whatever
     else it calls. Of a function count its name, its bytecode, defaults, and those values of closures and globals that
-    are plain, or functions beside it; of a partial what it binds; of a module its weights; of any other object its
-    public attributes that are plain, and the bytecode of its class. What a call writes itself, such as a counter, is
-    no setting. Libraries whose versions count anyway are known by name.
+    are plain, functions beside it, or helpers; of a partial what it binds; of a module its weights; of any other
+    object its public attributes that are plain, or helpers, and the bytecode of its class. What a call writes itself,
+    such as a counter, is no setting. Libraries whose versions count anyway are known by name.
+
+    A helper is an object of a class of the user's own, which derives from none of a library. What its methods write
+    is no setting, nor are its containers of many entries, of which the number counts.
 
     Examples:
         >>> settings_of(functools.partial(round, ndigits=2))
@@ -110,7 +118,8 @@ def _described(value: Any, path: tuple[int, ...] = (), *, attributes: bool = Fal
     Args:
         value: Anything.
         path: The ids of what it is part of: a value may hold itself.
-        attributes: Whether the attributes of an object count; else it is known by its class.
+        attributes: Whether the attributes of an object count; else those of helpers do, and another is known by its
+            class.
     """
     if isinstance(value, (complex, enum.Enum, *TOLD_BY_THEIR_TEXT)):
         return f"{name_of(type(value))} {value}"
@@ -139,8 +148,10 @@ def _described(value: Any, path: tuple[int, ...] = (), *, attributes: bool = Fal
             **({"keywords": _entries(value.keywords, within, attributes=True)} if value.keywords else {}),
         }
     if isinstance(value, MethodType):
-        function = _described(value.__func__, within)
-        return {**function, "of": _described(value.__self__, within, attributes=attributes)}
+        function, owner = _described(value.__func__, within), value.__self__
+        if attributes and _is_own(type(owner)):
+            return {**function, "of": _of_helper(owner, (*within, id(owner)), [value.__name__])}
+        return {**function, "of": _described(owner, within, attributes=attributes)}
     if isinstance(value, FunctionType):
         return _of_function(value, within)
     if isinstance(value, (type, BuiltinFunctionType)):
@@ -173,6 +184,8 @@ def _of_object(value: Any, path: tuple[int, ...], *, attributes: bool) -> Any:
     wrapped = getattr(value, "__wrapped__", None)  # of a function in a cache
     if wrapped is not None:
         return {"class": name_of(type(value)), "of": _described(wrapped, path, attributes=attributes)}
+    if _is_own(type(value)) and 1 < len(path) < _DEEP:
+        return _of_helper(value, path)
     if not attributes:
         return {"class": name_of(value)}
     found = {
@@ -182,6 +195,37 @@ def _of_object(value: Any, path: tuple[int, ...], *, attributes: bool) -> Any:
     }
     weights = {"state": fingerprint_of_weights(value)} if isinstance(value, nn.Module) else {}
     return {"class": name_of(value), **_code_of_class(value), **weights, **found}
+
+
+def _of_helper(value: Any, path: tuple[int, ...], called: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the public attributes of a helper, but for what these methods write; by default any but its makers."""
+    methods = {name for kind in type(value).__mro__ for name, entry in vars(kind).items() if _functions(entry)}
+    written = _written_by_calls(type(value), called or methods - _MAKES)
+    held = getattr(value, "__dict__", {}).items()
+    public = {name: one for name, one in held if not name.startswith("_") and name not in written}
+    many = {name: len(one) for name, one in public.items() if _is_container(one) and len(one) > _LONG}
+    found = {name: _described(one, path) for name, one in public.items() if name not in many}
+    return {"class": name_of(value), **_code_of_class(value), **many, **found}
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (Mapping, Set, list, tuple))
+
+
+def _is_own(kind: type) -> bool:
+    """Return whether a class is the user's own, and so is all that it derives from: none is of a library."""
+    modules = [base.__module__ for base in kind.__mro__ if base.__module__.partition(".")[0] not in _PYTHON]
+    return kind.__module__ in modules and not any(map(_is_of_a_library, modules))
+
+
+def _is_of_a_library(module: str) -> bool:
+    root = module.partition(".")[0]
+    file = Path(getattr(sys.modules.get(module), "__file__", None) or "")
+    return (
+        root in _VERSIONED
+        or root in sys.stdlib_module_names
+        or not {"site-packages", "dist-packages"}.isdisjoint(file.parts)
+    )
 
 
 def _of_function(function: FunctionType, path: tuple[int, ...]) -> dict[str, Any]:
@@ -195,7 +239,11 @@ def _of_function(function: FunctionType, path: tuple[int, ...]) -> dict[str, Any
         name: entry
         for name, entry in used.items()
         if name not in written
-        and (_is_constant(entry) or (isinstance(entry, FunctionType) and entry.__module__ == function.__module__))
+        and (
+            _is_constant(entry)
+            or _is_own(type(entry))
+            or (isinstance(entry, FunctionType) and entry.__module__ == function.__module__)
+        )
     }
     parts = {
         "defaults": list(function.__defaults__ or ()),
