@@ -427,7 +427,8 @@ def test_an_image_that_is_missing_is_one_line_whichever_process_opens_it(run, tm
     save_model, write_data, file = SAVED["image-classification"]
     folder, whole = save_model(tmp_path / "model"), write_data(tmp_path / file)
     data = write_rows(tmp_path / "other.csv", ["image", "label"], [("0.png", "negative"), ("9.png", "positive")])
-    flags = f"--output-dir out --use-cpu --report-to none --max-steps 1 --dataloader-num-workers {workers}"
+    flags = "--output-dir out --use-cpu --report-to none --max-steps 1 --disable-tqdm 1"
+    flags += f" --dataloader-num-workers {workers}"
     result = run("train", folder, "--train-dataset", data, "--dataset", whole, *flags.split())
     assert result.code == 2
     *_, error = result.err.splitlines()
