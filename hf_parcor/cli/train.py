@@ -385,8 +385,8 @@ def _train(trainer: ParameterDefenseTrainer, training: ParameterDefenseTrainingA
     from hf_parcor.training import checkpoint_to_resume
 
     config = trainer.defense_config
-    if config is None:  # a flag with the value of its default looks like one that was not given
-        tell("not defended: beside --defense none, no setting of a defense counts")
+    if config is None:
+        tell("not defended, since --defense none")
     else:
         tell(f"defended by {config.defense!r}; --defense none trains without")
 

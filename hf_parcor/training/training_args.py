@@ -8,11 +8,14 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar, get_type_hints
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.utils import logging
 
 from hf_parcor.arguments import check_flag
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.defenses import DEFENSES, Defense, MultiStepRisk
 from hf_parcor.training.config import DefenseConfig
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_DEFENSE = MultiStepRisk(CorruptionConstraint(epsilon=0.1))
 """What a Trainer defends with if it is told nothing, by argument or flag; it was measured to help."""
@@ -130,7 +133,10 @@ def build_defense(arguments: DefenseArguments) -> Defense | None:
         NotImplementedError: The defense does not support this combination of settings.
     """
     if arguments.defense == NO_DEFENSE:
-        _refuse_others(arguments, (), f"no setting beside --defense {NO_DEFENSE}")
+        unread = _unread(arguments, ())
+        if unread:  # no error: what a file sets for a defense is often run once without
+            told = ", ".join(f"--{flag}" for flag in unread)
+            logger.warning(f"--defense {NO_DEFENSE}: there is nothing that {told} would set; nothing is defended.")
         return None
     if arguments.defense not in DEFENSES:
         known = ", ".join([*DEFENSES, NO_DEFENSE])
@@ -138,7 +144,11 @@ def build_defense(arguments: DefenseArguments) -> Defense | None:
     chosen = DEFENSES[arguments.defense]
     flags = {setting.name: _flag_of(setting) for _, setting in _settings_of(chosen)}
     values = {name: getattr(arguments, flag) for name, flag in flags.items()}
-    _refuse_others(arguments, flags.values(), f"a setting of {arguments.defense}")
+    for flag in _unread(arguments, flags.values()):
+        raise ValueError(
+            f"--{flag}: expected a setting of {arguments.defense}, got {getattr(arguments, flag)!r} for one that it "
+            "does not have; leave the flag out"
+        )
     for setting in fields(chosen):
         if "from_flag" in setting.metadata:
             if values[setting.name] is None:
@@ -154,19 +164,11 @@ def build_defense(arguments: DefenseArguments) -> Defense | None:
     return chosen(**values)
 
 
-def _refuse_others(arguments: DefenseArguments, known: Collection[str], expected: str) -> None:
-    """Refuse settings that the chosen defense does not have.
-
-    Raises:
-        ValueError: One is set to something else than its default.
-    """
+def _unread(arguments: DefenseArguments, known: Collection[str]) -> list[str]:
+    """Return the flags that are set to something else than their default, of none of the settings that are known."""
     read = {"defense", *_NOT_OF_THE_DEFENSE, *known}
-    for flag in fields(DefenseArguments):
-        if flag.name not in read and getattr(arguments, flag.name) != flag.default:
-            raise ValueError(
-                f"--{flag.name}: expected {expected}, got {getattr(arguments, flag.name)!r} for one that it does not "
-                "have; leave the flag out"
-            )
+    others = (flag for flag in fields(DefenseArguments) if flag.name not in read)
+    return [flag.name for flag in others if getattr(arguments, flag.name) != flag.default]
 
 
 class DefenseSettings:

@@ -482,7 +482,7 @@ def test_a_defense_that_does_nothing_says_so(run, classifier_folder, sentences, 
     said = [record.getMessage() for record in caplog.records if "does nothing" in record.getMessage()]
     assert len(said) == (says is not None)
     assert all(says in message for message in said)
-    assert ("not defended: beside --defense none, no setting" in result.err) == (says is None)
+    assert ("not defended, since --defense none" in result.err) == (says is None)
 
 
 class TestEvaluate:
