@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hf_parcor.arguments import check_count
 from hf_parcor.constraints import CorruptionConstraint
 from hf_parcor.corruptions import Corruption, GaussianNoise, GradientCorruption, Quantization
 from hf_parcor.corruptions.catalogue import read_corruptions
@@ -73,8 +74,13 @@ class RobustnessArguments:
 
         Raises:
             InputError: As in `read_corruptions`.
+            ValueError: There are to be no trials.
         """
-        return list(default) if self.corruptions is None else read_corruptions(self.corruptions)
+        check_count("corruption_trials", self.corruption_trials)
+        words: Any = self.corruptions
+        if words is None:
+            return list(default)
+        return read_corruptions([words] if isinstance(words, str) else words)  # of a file, one may stand alone
 
 
 def measure_robustness(

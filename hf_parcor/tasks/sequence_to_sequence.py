@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
+from hf_parcor.errors import InputError
 from hf_parcor.evaluation import BatchMetric, GenerationMetric, SacrebleuScore
 from hf_parcor.evaluation.metrics.scores import Score
 from hf_parcor.evaluation.outputs import inside_adapters
@@ -38,9 +39,20 @@ class SequenceToSequence(Task):
         return super().has_head([name for name in architectures if name not in named_alike])
 
     def prepare(self, processed: Processed) -> None:
-        """Set the languages that are asked for."""
+        """Set the languages that are asked for.
+
+        Raises:
+            InputError: The model has another vocabulary for targets, and its tokenizer has none.
+        """
         super().prepare(processed)
-        encoding = processed.encoding
+        encoding, config = processed.encoding, processed.model.config
+        shared = getattr(config, "share_encoder_decoder_embeddings", True)
+        if not shared and not getattr(processed.processor, "separate_vocabs", False):
+            raise InputError(
+                "tokenizer: expected one with a vocabulary for sources and one for targets, as the model has, got "
+                f"{type(processed.processor).__name__} with one; measure it with the program that trained it "
+                "(train_translation.py --do_eval)"
+            )
         set_languages(processed.model, processed.processor, encoding.source_language, encoding.target_language)
 
     def examples(self, rows: Rows, columns: Mapping[str, str], processed: Processed) -> Sequence[Example]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from hf_parcor.defense_file import DEFENSE_CONFIG_NAME, defense_beside, differences, settings_in
+from hf_parcor.distributed.fsdp import is_sharded
+from hf_parcor.overriding import overriding
 from hf_parcor.strict_json import replace_text, to_strict_json
 from hf_parcor.training.config import DefenseConfig
 
@@ -46,6 +50,37 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
 def last_checkpoint(folder: str | Path) -> str | None:
     """Return the last checkpoint in a folder, None if it has none or does not exist yet."""
     return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def loading_all(trainer: Trainer, model: nn.Module | None, folder: str | Path) -> Iterator[None]:
+    """Let a block in which a Trainer loads a checkpoint load all of it.
+
+    Transformers saves some models, such as ViT and Mixtral, with other names than their weights have, and its Trainer
+    loads by name: what is called otherwise stays as it was, with a warning. Here it is read as `from_pretrained` does.
+
+    Args:
+        trainer: The Trainer.
+        model: What the weights are loaded into.
+        folder: The checkpoint.
+    """
+    if not isinstance(model, PreTrainedModel) or is_sharded(model) or _names_in(folder) <= model.state_dict().keys():
+        yield
+        return
+    with overriding(trainer, _issue_warnings_after_load=lambda result: None):
+        yield
+    model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+
+
+def _names_in(folder: str | Path) -> set[str]:
+    """Return what a checkpoint calls its weights; none where they are not in the format of safetensors."""
+    index, file = (Path(folder) / name for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if not file.is_file():
+        return set()
+    with safe_open(file, "pt") as weights:
+        return set(weights.keys())
 
 
 def save_defense(folder: str | Path, config: DefenseConfig | None, origin: Mapping[str, Any] | None = None) -> None:

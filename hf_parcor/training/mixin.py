@@ -17,7 +17,7 @@ from hf_parcor.distributed.processes import check_all_joined
 from hf_parcor.prefix import PrefixReuse
 from hf_parcor.targets import find_input_embedding, select_trainable
 from hf_parcor.training.callbacks import CollapseCallback, IdleDefenseCallback, StepLog
-from hf_parcor.training.checkpoints import DefendedSteps, save_defense, warn_of_another_defense
+from hf_parcor.training.checkpoints import DefendedSteps, loading_all, save_defense, warn_of_another_defense
 from hf_parcor.training.checks import (
     check_trained,
     refuse_what_cannot_work,
@@ -183,10 +183,18 @@ class ParameterDefenseMixin(_Base):
             self._parameter_defense.save(self, None)
         super()._push_from_checkpoint(checkpoint_folder)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with loading_all(self, self.model if model is None else model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.model is not None and self.state.best_model_checkpoint is not None:
-            self._parameter_defense.steps.take_from(self.state.best_model_checkpoint, self.model)
+        folder = self.state.best_model_checkpoint
+        if self.model is None or folder is None:
+            super()._load_best_model()
+            return
+        with loading_all(self, self.model, folder):
+            super()._load_best_model()
+        self._parameter_defense.steps.take_from(folder, self.model)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Every start of a run comes here; a hyperparameter search has set flags by now, and others froze parameters.

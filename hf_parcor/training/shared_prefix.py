@@ -171,6 +171,9 @@ def _check(defense: Defense, model: nn.Module, selected: Mapping[str, nn.Paramet
     if is_sharded(model) and defense.splits_batch:
         # It is recorded in the first pass and computed again in the last, of which one sees a part of the batch.
         raise PrefixError("the prefix of a model that is sharded is not reused by passes over a part of the batch")
+    if is_sharded(model) and getattr(getattr(alone, "config", None), "output_router_logits", False):
+        # Their gradient reaches the gate when FSDP2 has freed its weights.
+        raise PrefixError("the prefix of a mixture of experts that is sharded is not reused with router losses")
     if is_sharded(model) and compiled:
         raise PrefixError("the prefix of a model that is sharded and compiled is not reused")
 

@@ -384,6 +384,10 @@ def test_flags_without_a_word_are_not_the_default():
     with pytest.raises(InputError, match="expected at least one"):
         RobustnessArguments(corruptions=[]).read()
     assert RobustnessArguments().read([BITS]) == [BITS]
+    in_a_file = "quantization=4"  # one stands alone there
+    assert RobustnessArguments(corruptions=in_a_file).read() == RobustnessArguments(corruptions=[in_a_file]).read()
+    with pytest.raises(ValueError, match=r"corruption_trials: .* got 0"):
+        RobustnessArguments(corruption_trials=0).read()
 
 
 def test_a_corruption_alone_is_a_list_of_one(trainer):

@@ -30,6 +30,7 @@ from local_models import (
     save_bert,
     save_t5,
     save_tokenizer,
+    word_tokenizer,
     write_summaries,
 )
 from transformers.trainer_pt_utils import LabelSmoother
@@ -711,6 +712,17 @@ class TestPairsAndPrefixes:
         processed = Processed(task.load_model(folder), task.load_processor(folder), Encoding(2, "good "))
         (example,) = task.examples(rows, task.find_columns(rows, {}), processed)
         assert example["input_ids"] == [3, 4]
+
+    def test_a_model_with_a_vocabulary_for_targets_is_not_measured_with_that_for_sources(self):
+        config = transformers.MarianConfig(**tiny.seq2seq(9), decoder_vocab_size=7)
+        for shared in (True, False):
+            config.share_encoder_decoder_embeddings = shared
+            processed = Processed(transformers.MarianMTModel(config), word_tokenizer(WORDS, pad_token="[PAD]"))
+            if shared:
+                TASKS["translation"].prepare(processed)
+            else:
+                with pytest.raises(InputError, match="tokenizer: expected one with a vocabulary for sources and one"):
+                    TASKS["translation"].prepare(processed)
 
     def test_a_tokenizer_that_cannot_pad(self, tmp_path):
         folder = save_bert(tmp_path / "model")

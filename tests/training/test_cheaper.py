@@ -246,6 +246,15 @@ def test_on_shards_passes_over_a_part_run_whole(tiny_bert, train, said, monkeypa
     assert len(said("sharded is not reused by passes over a part")) == 1
 
 
+def test_on_shards_router_losses_run_whole(tiny_bert, train, said, monkeypatch):
+    monkeypatch.setattr("hf_parcor.training.shared_prefix.is_sharded", lambda model: True)
+    model = tiny_bert()
+    model.config.output_router_logits = True
+    settings = {"defense": SAM(L2), "target_modules": LAST}
+    assert train(ParameterDefenseTrainer, model, {"max_steps": 1}, **settings).shared_prefix is None
+    assert len(said("is not reused with router losses")) == 1
+
+
 class TestFirstExamples:
     def test_what_is_per_example_is_cut(self):
         batch = {"ids": torch.arange(8).view(4, 2), "texts": list("abcd"), "inner": {"x": (torch.arange(4),)}}

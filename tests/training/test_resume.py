@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
+import transformers as tf
 from for_each import for_each
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -145,6 +147,45 @@ def test_a_first_batch_that_is_its_own_part(run, interrupted, at):
     again = run("again", options, resume=interrupted(at, options, **settings), **settings)
     assert again.shared_prefix.rows
     assert_same_run(again, whole)
+
+
+VISION = {**tiny.encoder(30, 8, inner=16), "image_size": 8, "patch_size": 4, "num_labels": 2}
+del VISION["vocab_size"]
+RENAMED = {
+    "ViT": lambda: tf.ViTForImageClassification(tf.ViTConfig(**VISION)),
+    "DINOv2": lambda: tf.Dinov2ForImageClassification(tf.Dinov2Config(**VISION)),
+    "BERT": lambda: tf.BertForSequenceClassification(tf.BertConfig(**tiny.encoder(30, 8, inner=16))),
+}
+
+
+@pytest.mark.slow
+@for_each("name", RENAMED)
+def test_weights_that_are_saved_under_other_names(name, arguments, tmp_path, caplog):
+    """As those of ViT, of which the stock Trainer loads the head alone; both ways to load have all of them."""
+    caplog.clear()
+    torch.manual_seed(1)
+    images = [{"pixel_values": torch.randn(3, 8, 8), "labels": index % 2} for index in range(8)]
+    texts = [{"input_ids": torch.randint(30, (6,)), "labels": index % 2} for index in range(8)]
+    rows = texts if name == "BERT" else images
+
+    def train(folder, resume=None, **options):
+        tf.set_seed(0)
+        args = arguments(output_dir=str(tmp_path / folder), num_train_epochs=2, **options)
+        trainer = ParameterDefenseTrainer(RENAMED[name](), args, train_dataset=rows, eval_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model.state_dict(), trainer.state
+
+    whole, _ = train("whole", save_strategy="steps", save_steps=1)
+    again, _ = train("again", str(tmp_path / "whole" / "checkpoint-2"), save_strategy="no")
+    torch.testing.assert_close(again, whole, rtol=0, atol=0)
+    steps = {**dict.fromkeys(("save_strategy", "eval_strategy"), "steps"), "save_steps": 1, "eval_steps": 1}
+    last, state = train(
+        "best", **steps, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True
+    )
+    best = type(RENAMED[name]()).from_pretrained(state.best_model_checkpoint)
+    assert state.best_global_step < state.global_step
+    torch.testing.assert_close(last, best.state_dict(), rtol=0, atol=0)
+    assert "missing keys" not in caplog.text
 
 
 def test_stock_trainer_forgets_the_loss_of_steps_before_the_checkpoint(run):
