@@ -265,8 +265,6 @@ MISTAKES = [
     (f"{TRAIN} --defense samm", "--defense: multi_step_risk 'samm'"),
     (f"{TRAIN} --defense-epsilon -1", "--defense-epsilon:"),
     (f"{TRAIN} --defense-norm 0.5", "--defense-norm: inf"),
-    (f"{TRAIN} --defense none --defense-epsilon 0.2", "--defense-epsilon: none 0.2 leave"),
-    (f"{TRAIN} --defense none --defense-norm inf --skip-corruptions", "--defense-norm: none inf leave"),
     (f"{TRAIN} --defense awp --defense-per-tensor --defense-random-start", "--defense-random-start: per-tensor"),
     (f"{TRAIN} --rho 0.05", "--defense-epsilon"),
     (f"{TRAIN} --defense_rho=0.05", "--defense-epsilon"),
