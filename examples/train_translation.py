@@ -424,7 +424,7 @@ def main() -> None:
             record = measure_robustness(
                 trainer, corruptions, trials=robustness.corruption_trials, seed=robustness.corruption_seed
             )
-            save_measurement(trainer, record, "BLEU", "bleu")
+            save_measurement(trainer, record, "BLEU", "tokenized_bleu" if tokenized else "bleu")
 
     if rows["test"] is not None:
         found = trainer.predict(cast("Dataset[Any]", rows["test"]), metric_key_prefix="test")

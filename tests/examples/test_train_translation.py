@@ -261,7 +261,8 @@ def test_the_documented_command(monkeypatch, tmp_path, caplog):
     monkeypatch.chdir(tmp_path)
     flags = documented_flags()
     assert flags[flags.index("--iwslt") + 1] == "de-en.tgz"
-    run_example(SCRIPT, [*flags, *SMALL], monkeypatch)
+    run_example(SCRIPT, [*flags, *SMALL, "--corruptions", "quantization=4"], monkeypatch)
+    assert EvaluationRecord.load(tmp_path / "out" / "robustness.json").rows()[1].mean("tokenized_bleu") >= 0
     for split, count in {"train": 46, "eval": 2, "test": 10}.items():
         results = json.loads((tmp_path / "out" / f"{split}_results.json").read_text())
         assert results[f"{split}_samples"] == count
